@@ -1,0 +1,49 @@
+"""Layer surgery for language models: replace layers of a Llamba by a Llama's, and write a checkpoint that loads.
+
+    from model_preparation import extract_layers, build_checkpoint, load_checkpoint, evaluate_checkpoint
+
+Importing the package makes `llamba` known to AutoConfig and AutoModelForCausalLM, and lets `torch.load("model.pt")`
+read our checkpoints under its default `weights_only=True`.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "SurgeryError": "model_preparation.errors",
+    "LlambaConfig": "model_preparation.llamba",
+    "LlambaForCausalLM": "model_preparation.llamba",
+    "extract_layers": "model_preparation.surgery.layer_store",
+    "build_checkpoint": "model_preparation.surgery.checkpoint",
+    "load_checkpoint": "model_preparation.surgery.checkpoint",
+    "evaluate_checkpoint": "model_preparation.evaluation.mmlu",
+}
+__all__ = list(_EXPORTS)
+
+if TYPE_CHECKING:
+    from model_preparation.errors import SurgeryError
+    from model_preparation.evaluation.mmlu import evaluate_checkpoint
+    from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
+    from model_preparation.surgery.checkpoint import build_checkpoint, load_checkpoint
+    from model_preparation.surgery.layer_store import extract_layers
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _started_as_command() -> bool:
+    """Whether this process runs one of our commands, by path or with -m."""
+    program = sys.argv[0] if sys.argv else ""
+    return program == "-m" or Path(program).resolve().parent == Path(__file__).resolve().parent
+
+
+# Our own commands answer --help before torch is imported; for everyone else the import must register the classes.
+if not _started_as_command():
+    importlib.import_module("model_preparation.llamba")

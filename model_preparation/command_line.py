@@ -1,0 +1,129 @@
+"""What every command shares: flags in both spellings, and one way to end.
+
+Exit codes: 0 done, 1 an input or the machine is at fault, 2 wrong usage, 130 interrupted, 143 terminated.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from model_preparation.errors import SurgeryError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser in which `--output_dir` may also be written `--output-dir`, and defaults show in --help."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(**kwargs)
+
+    def add_argument(self, *flags: str, **kwargs):
+        hyphenated = [flag.replace("_", "-") for flag in flags if flag.startswith("--") and "_" in flag]
+        action = super().add_argument(*flags, *hyphenated, **kwargs)
+        if hyphenated:
+            # --help shows the guide's spelling only; both are accepted.
+            action.option_strings = list(flags)
+        return action
+
+
+def layer_index(text: str) -> int:
+    """Read one value of --layers.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not an integer of at least 0.
+    """
+    try:
+        index = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a layer index (an integer such as 11)") from None
+    if index < 0:
+        raise argparse.ArgumentTypeError(f"{index} is negative; layers are counted from 0")
+    return index
+
+
+def add_layers_flag(parser: CommandParser, *, required: bool, help: str) -> None:
+    """Add `--layers`: distinct indices from 0, in any order; the command gets them sorted."""
+
+    class SortedDistinct(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            repeated = sorted({index for index in values if values.count(index) > 1})
+            if repeated:
+                raise argparse.ArgumentError(self, f"layer {', '.join(map(str, repeated))} is given more than once")
+            setattr(namespace, self.dest, sorted(values))
+
+    parser.add_argument(
+        "--layers", nargs="+", type=layer_index, metavar="N", required=required, action=SortedDistinct, help=help
+    )
+
+
+def add_device_flags(parser: CommandParser) -> None:
+    """Add `--gpu N` (the guide's) and `--device NAME` (anything torch.device takes)."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--gpu", type=int, metavar="N", help="CUDA device to use (default: 0; the CPU where there is none)")
+    group.add_argument("--device", metavar="NAME", help="any torch device instead: cpu, cuda:1, mps, ...")
+
+
+def choose_device(gpu: int | None, device: str | None) -> str:
+    """The device a command runs on: `--device` as it is, else CUDA device `--gpu`, else the CPU with a line that says so.
+
+    Raises:
+        SurgeryError: if the device named does not exist on this machine.
+    """
+    import torch
+
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise SurgeryError(f"--device {device} cannot be used here: {reason}. Use --device cpu.") from error
+        return device
+    if not torch.cuda.is_available():
+        print("No CUDA device here: the CPU does the work.")
+        return "cpu"
+    index = gpu or 0
+    if not 0 <= index < torch.cuda.device_count():
+        raise SurgeryError(
+            f"--gpu {index} does not exist: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}. "
+            "Use one of those, or --device cpu."
+        )
+    return f"cuda:{index}"
+
+
+def existing_folder(path: str | Path, what: str) -> Path:
+    """`path` as a folder that exists.
+
+    Raises:
+        SurgeryError: if it does not, or is a file.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise SurgeryError(f"{what} {folder} is {'a file, not a folder' if folder.exists() else 'not there'}.")
+    return folder
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command's `main` and exit: errors the user can mend are one line on stderr, never a traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` blocks clean up
+    try:
+        main()
+    except SurgeryError as error:
+        sys.exit(_report(str(error)))
+    except KeyboardInterrupt:
+        _report("interrupted.")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)  # the reader of our output went away
+    except OSError as error:
+        # The file system's own refusals (disk full, no permission) name the file; a traceback would add nothing.
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(_report(f"{error.strerror or error}{where}."))
+    sys.stdout.flush()
+
+
+def _report(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 1
