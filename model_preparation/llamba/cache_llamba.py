@@ -1,0 +1,47 @@
+"""One cache for both kinds of layer: conv and SSM state where a layer is Mamba's, K/V where it is a Llama's.
+
+It is transformers' DynamicCache, built from the config's `layer_types`; what is added is a count of the tokens seen, so
+that a model without any attention layer can continue a prompt too.
+"""
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
+
+from model_preparation.llamba.configuration_llamba import LlambaConfig
+
+
+class MambaStateLayer(LinearAttentionLayer):
+    """States of one mixer: `conv_states[0]` (batch, conv_dim, d_conv) and `recurrent_states[0]` (batch, H, P, N)."""
+
+    # generate would otherwise build masks for torch.compile, which the mixers do not take.
+    is_compileable = False
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row's state `repeats` times."""
+        self.reorder_cache(torch.arange(self.conv_states[0].shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only the rows `indices`, in that order."""
+        self.reorder_cache(indices)
+
+
+class LlambaCache(DynamicCache):
+    """The cache of a [`LlambaForCausalLM`]; `past_key_values` in every call that takes one.
+
+    Args:
+        config: the model's; one cache layer is made per entry of `config.layer_types`.
+    """
+
+    def __init__(self, config: LlambaConfig):
+        super().__init__(config=config)
+        self.layers = [MambaStateLayer() if isinstance(layer, LinearAttentionLayer) else layer for layer in self.layers]
+        self.seen_tokens = 0  # the model adds each segment's length, padding included
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far, padding included: the same number in every layer."""
+        return self.seen_tokens
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen_tokens = 0

@@ -1,0 +1,150 @@
+"""What a Llamba is made of: sizes, mixer, MLP, and which layers were taken from a Llama.
+
+In: upstream's published config.json (`d_model`, `n_layer`, `ssm_cfg`, `mlp_cfg`, ...) or Hugging Face's names for the
+same fields. Out: everything `LlambaForCausalLM` needs to be built, grafted layers included, and nothing else.
+Source of the upstream fields: cartesia-ai/edge, cartesia-pytorch/cartesia_pytorch/Llamba/configuration_llamba.py.
+"""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, PreTrainedConfig
+
+MLP_DEFAULTS: dict[str, Any] = {"intermediate_size": 14336, "bias": False, "act_fn": "silu"}
+
+SSM_DEFAULTS: dict[str, Any] = {
+    "d_state": 64,
+    "n_v_heads": 32,
+    "n_qk_heads": 32,
+    "d_conv": 4,
+    "expand": 1,
+    "chunk_size": 128,
+    "activation": "identity",
+    "bias": False,
+    "conv_bias": True,
+}
+
+# The donor's settings that shape a grafted layer's computation, with LlamaConfig's own defaults where it has one.
+LLAMA_DEFAULTS: dict[str, Any] = {
+    "num_attention_heads": None,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "intermediate_size": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": None,
+    "max_position_embeddings": 2048,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+}
+LLAMA_REQUIRED = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rope_parameters")
+
+ACTIVATIONS = ("identity", "silu", "swish")
+
+
+@strict
+class LlambaConfig(PreTrainedConfig):
+    r"""Configuration of a [`LlambaForCausalLM`].
+
+    Args:
+        vocab_size: tokens that exist. The embedding and head have this many rows, rounded up to a multiple of
+            `pad_vocab_size_multiple`; logits of the rows added are never returned.
+        d_model: width of the hidden states.
+        n_layer: number of layers, grafted ones included.
+        tie_embeddings: whether the head is the embedding's weight.
+        pad_vocab_size_multiple: see `vocab_size`.
+        lm_head_bias: whether an untied head has a bias.
+        resid_dropout: upstream's field, kept so that its files round-trip; upstream never applies it, nor do we.
+        norm_epsilon: epsilon of the final norm. The norms inside a Mamba block always have 1e-5, as upstream.
+        mlp_cfg: `intermediate_size`, `bias`, `act_fn` of the Mamba blocks' MLPs; fields left out take the defaults.
+        ssm_cfg: `d_state`, `n_v_heads`, `n_qk_heads`, `d_conv`, `expand`, `chunk_size`, `activation` ("identity" or
+            "silu"), `bias`, `conv_bias` of the mixers; fields left out take the defaults.
+        llama_layers: indices of the layers that are a Llama's, sorted, without repeats.
+        llama_cfg: what a grafted layer needs of its donor's config (see `LLAMA_DEFAULTS`); required with `llama_layers`.
+
+    Raises:
+        ValueError: for a field of `mlp_cfg`, `ssm_cfg` or `llama_cfg` that does not exist, head counts that do not
+            divide, or a layer index that is out of range or repeated; the message names it.
+    """
+
+    model_type = "llamba"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layer",
+        "tie_word_embeddings": "tie_embeddings",
+        "rms_norm_eps": "norm_epsilon",
+    }
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 128256
+    d_model: int = 4096
+    n_layer: int = 32
+    tie_embeddings: bool = False
+    pad_vocab_size_multiple: int = 8
+    lm_head_bias: bool = False
+    resid_dropout: float | int = 0.0
+    norm_epsilon: float = 1e-5
+    mlp_cfg: dict | None = None
+    ssm_cfg: dict | None = None
+    llama_layers: list[int] | None = None
+    llama_cfg: dict | None = None
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        self.mlp_cfg = _with_defaults("mlp_cfg", self.mlp_cfg, MLP_DEFAULTS)
+        self.ssm_cfg = _with_defaults("ssm_cfg", self.ssm_cfg, SSM_DEFAULTS)
+        self.llama_layers = list(self.llama_layers or [])
+        if self.llama_layers:
+            self.llama_cfg = _with_defaults("llama_cfg", self.llama_cfg, LLAMA_DEFAULTS)
+        super().__post_init__(**kwargs)  # also sets what came under Hugging Face's names
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the head."""
+        return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
+
+    @property
+    def d_inner(self) -> int:
+        """Width of the mixers' values: n_v_heads times their head size."""
+        return self.ssm_cfg["expand"] * self.d_model
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Per layer, transformers' name of its kind; the hybrid cache is built from it."""
+        grafted = set(self.llama_layers)
+        return ["full_attention" if i in grafted else "linear_attention" for i in range(self.n_layer)]
+
+    def llama_config(self) -> LlamaConfig:
+        """The config grafted layers are built from. Call only where `llama_layers` is not empty."""
+        return LlamaConfig(vocab_size=self.vocab_size, hidden_size=self.d_model, **self.llama_cfg)
+
+    def validate_architecture(self):
+        """Part of `@strict`'s validation: everything that would otherwise fail as a shape error in the model."""
+        ssm = self.ssm_cfg
+        if self.d_inner % ssm["n_v_heads"]:
+            raise ValueError(f"ssm_cfg: n_v_heads {ssm['n_v_heads']} does not divide expand * d_model = {self.d_inner}")
+        if ssm["n_v_heads"] % ssm["n_qk_heads"]:
+            raise ValueError(f"ssm_cfg: n_qk_heads {ssm['n_qk_heads']} does not divide n_v_heads {ssm['n_v_heads']}")
+        if ssm["activation"] not in ACTIVATIONS:
+            raise ValueError(f"ssm_cfg: activation {ssm['activation']!r} is not one of {', '.join(ACTIVATIONS)}")
+        layers = self.llama_layers
+        if layers != sorted(set(layers)):
+            raise ValueError(f"llama_layers {layers} must be sorted and without repeats")
+        if layers and not 0 <= layers[0] <= layers[-1] < self.n_layer:
+            raise ValueError(f"llama_layers {layers} must lie between 0 and {self.n_layer - 1}")
+        if layers:
+            missing = [field for field in LLAMA_REQUIRED if self.llama_cfg[field] is None]
+            if missing:
+                raise ValueError(f"llama_cfg lacks {', '.join(missing)}, which grafted layers need")
+
+
+def _with_defaults(name: str, given: dict | None, defaults: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(given or {}) - set(defaults))
+    if unknown:
+        raise ValueError(f"{name} has unknown fields {', '.join(unknown)}; known are {', '.join(defaults)}")
+    return {**defaults, **(given or {})}

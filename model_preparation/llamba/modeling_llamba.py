@@ -1,0 +1,423 @@
+"""The hybrid model: Mamba-2 blocks under upstream's parameter names, Llama decoder layers where layers were grafted.
+
+In: token ids with an optional 2-D attention mask. Out: logits, and a `LlambaCache` that makes the next tokens cheap.
+Sources: cartesia-ai/edge, cartesia_pytorch/Llamba (`llamba.py`, `mixers/discrete_mamba2.py`) for what is computed and the
+parameter names; transformers' LlamaDecoderLayer for grafted layers, used as it is.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, initialization
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from model_preparation.llamba import ssd
+from model_preparation.llamba.cache_llamba import LlambaCache
+from model_preparation.llamba.configuration_llamba import LlambaConfig
+
+BLOCK_NORM_EPS = 1e-5  # upstream fixes it; `norm_epsilon` is the final norm's only
+
+
+class PaddingLayout(NamedTuple):
+    """How to move each row's real tokens to the front, in order, and back. L is the length of the current segment."""
+
+    order: Tensor  # (batch, L) int64: position in the segment of the i-th token after moving
+    inverse: Tensor  # (batch, L) int64: where a position of the segment moved to
+    is_padding: Tensor  # (batch, L) bool, after moving
+    lengths: Tensor  # (batch,) int64: real tokens per row
+
+    @classmethod
+    def of(cls, attention_mask: Tensor | None, length: int) -> "PaddingLayout | None":
+        """The layout of the last `length` columns of a 2-D mask; None where none of them is padding."""
+        if attention_mask is None:
+            return None
+        if attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must be (batch, tokens), not {tuple(attention_mask.shape)}")
+        real = attention_mask[:, -length:].bool()
+        if bool(real.all()):
+            return None
+        order = real.int().argsort(dim=1, descending=True, stable=True)
+        lengths = real.sum(1)
+        is_padding = torch.arange(length, device=real.device) >= lengths.unsqueeze(1)
+        return cls(order, order.argsort(dim=1), is_padding, lengths)
+
+
+class LlambaMixer(nn.Module):
+    """Discrete Mamba-2: out = out_proj(y * silu(z + z_bias)), y = S C + D x, S = exp(-softplus(a)) S + x B^T.
+
+    Rows of `in_proj`, in order: x (d_inner), B and C (n_qk_heads * d_state each), z (d_inner), a (n_v_heads). x, B and C
+    go through one causal depthwise convolution first. State and decay are float32 whatever the weights' dtype.
+    """
+
+    def __init__(self, config: LlambaConfig, layer_idx: int):
+        super().__init__()
+        ssm = config.ssm_cfg
+        self.layer_idx = layer_idx
+        self.d_inner = config.d_inner
+        self.d_state, self.d_conv, self.chunk_size = ssm["d_state"], ssm["d_conv"], ssm["chunk_size"]
+        self.n_v_heads, self.n_qk_heads = ssm["n_v_heads"], ssm["n_qk_heads"]
+        self.has_activation = ssm["activation"] != "identity"
+        self.conv_dim = self.d_inner + 2 * self.n_qk_heads * self.d_state
+
+        self.in_proj = nn.Linear(config.d_model, self.conv_dim + self.d_inner + self.n_v_heads, bias=ssm["bias"])
+        # With biases in_proj carries z's; upstream has no z_bias parameter then.
+        self.z_bias = None if ssm["bias"] else nn.Parameter(torch.zeros(self.d_inner))
+        self.conv1d = nn.Conv1d(
+            self.conv_dim,
+            self.conv_dim,
+            self.d_conv,
+            groups=self.conv_dim,
+            padding=self.d_conv - 1,
+            bias=ssm["conv_bias"],
+        )
+        self.D = nn.Parameter(torch.ones(self.n_v_heads))
+        self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=ssm["bias"])
+
+    def forward(
+        self, hidden_states: Tensor, cache: LlambaCache | None = None, padding: PaddingLayout | None = None
+    ) -> Tensor:
+        """
+        Args:
+            hidden_states: (batch, length, d_model).
+            cache: read for what came before and updated in place.
+            padding: where this segment has padding; it then enters neither the convolution nor the state.
+
+        Returns:
+            (batch, length, d_model) in the same dtype. At padding the values are finite and meaningless.
+        """
+        if padding is not None:
+            hidden_states = _take(hidden_states, padding.order)
+        batch, length, _ = hidden_states.shape
+        conv_state = cache.get_conv_state(self.layer_idx) if cache is not None else None
+        state = cache.get_recurrent_state(self.layer_idx) if cache is not None else None
+
+        xBC, z, a = self.in_proj(hidden_states).split([self.conv_dim, self.d_inner, self.n_v_heads], dim=-1)
+        dtype = torch.promote_types(xBC.dtype, torch.float32)
+        if conv_state is None:
+            window = F.pad(xBC, (0, 0, self.d_conv, 0))  # (batch, d_conv + length, conv_dim)
+        else:
+            window = torch.cat([conv_state.transpose(1, 2), xBC], dim=1)
+        x, B, C = self._convolve(window).split(
+            [self.d_inner, self.n_qk_heads * self.d_state, self.n_qk_heads * self.d_state], dim=-1
+        )
+        x = x.view(batch, length, self.n_v_heads, -1)  # (batch, L, H, P)
+        B = B.view(batch, length, self.n_qk_heads, self.d_state)  # (batch, L, G, N)
+        C = C.view(batch, length, self.n_qk_heads, self.d_state)
+        log_decay = -F.softplus(a.to(dtype))  # (batch, L, H)
+        if padding is not None:
+            # No input and no decay: the state passes through padding unchanged.
+            x = x.masked_fill(padding.is_padding[:, :, None, None], 0)
+            log_decay = log_decay.masked_fill(padding.is_padding[:, :, None], 0)
+
+        if length == 1 and state is not None:
+            y, state = ssd.step(x[:, 0], log_decay[:, 0], B[:, 0], C[:, 0], state)
+            y = y.unsqueeze(1)
+        else:
+            y, state = ssd.scan(x, log_decay, B, C, self.chunk_size, state)
+        if cache is not None:
+            self._remember(cache, window, state, padding)
+
+        y = (y + self.D.to(dtype).unsqueeze(-1) * x).reshape(batch, length, self.d_inner)
+        gate = z if self.z_bias is None else z + self.z_bias
+        out = self.out_proj((y * F.silu(gate.to(dtype))).to(hidden_states.dtype))
+        return out if padding is None else _take(out, padding.inverse)
+
+    def _convolve(self, window: Tensor) -> Tensor:
+        """Causal depthwise convolution: (batch, d_conv + length, conv_dim) -> (batch, length, conv_dim), float32 or wider.
+
+        A sum of shifted products: on CPUs 3 to 6 times faster in float32 than conv1d with its transposes, and exact to
+        float32 in bfloat16.
+        """
+        length = window.shape[1] - self.d_conv
+        dtype = torch.promote_types(window.dtype, torch.float32)
+        window = window.to(dtype)
+        taps = self.conv1d.weight.to(dtype).squeeze(1).unbind(-1)  # d_conv of (conv_dim,)
+        out = window[:, 1 : length + 1] * taps[0]
+        for shift, tap in enumerate(taps[1:], start=2):
+            out = torch.addcmul(out, window[:, shift : shift + length], tap)
+        if self.conv1d.bias is not None:
+            out = out + self.conv1d.bias.to(dtype)
+        return F.silu(out) if self.has_activation else out
+
+    def _remember(self, cache: LlambaCache, window: Tensor, state: Tensor, padding: PaddingLayout | None) -> None:
+        """Keep the last d_conv real inputs of the convolution and the state."""
+        if padding is None:
+            last = window[:, -self.d_conv :]
+        else:
+            columns = padding.lengths[:, None] + torch.arange(self.d_conv, device=window.device)
+            last = _take(window, columns)
+        cache.update_conv_state(last.transpose(1, 2), self.layer_idx, conv_kernel_size=self.d_conv)
+        cache.update_recurrent_state(state, self.layer_idx)
+
+
+def _take(values: Tensor, positions: Tensor) -> Tensor:
+    """Pick tokens per row: values (batch, L, width), positions (batch, M) -> (batch, M, width)."""
+    return values.gather(1, positions.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+class LlambaDecoderLayer(GradientCheckpointingLayer):
+    """A Mamba block of a Llamba: norm, mixer, residual; norm, gated MLP, residual."""
+
+    def __init__(self, config: LlambaConfig, mlp_config: LlamaConfig, layer_idx: int):
+        super().__init__()
+        self.mixer = LlambaMixer(config, layer_idx)
+        self.input_layernorm = LlamaRMSNorm(config.d_model, eps=BLOCK_NORM_EPS)
+        self.post_attention_layernorm = LlamaRMSNorm(config.d_model, eps=BLOCK_NORM_EPS)
+        self.mlp = LlamaMLP(mlp_config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: PaddingLayout | None = None,
+        past_key_values: LlambaCache | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """hidden_states: (batch, length, d_model), in and out. The other arguments are named as a Llama layer's are."""
+        hidden_states = hidden_states + self.mixer(self.input_layernorm(hidden_states), past_key_values, attention_mask)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LlambaPreTrainedModel(PreTrainedModel):
+    config_class = LlambaConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlambaDecoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012 (transformers' own declaration)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _is_stateful = True  # a state cannot be rolled back, so no assisted generation
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": [LlambaDecoderLayer, LlamaDecoderLayer],
+        "attentions": LlamaAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LlambaMixer):
+            initialization.ones_(module.D)
+            if module.z_bias is not None:
+                initialization.zeros_(module.z_bias)
+
+
+class LlambaModel(LlambaPreTrainedModel):
+    """Embedding, layers and final norm: token ids to hidden states."""
+
+    def __init__(self, config: LlambaConfig):
+        super().__init__(config)
+        mlp_config = LlamaConfig(
+            hidden_size=config.d_model,
+            intermediate_size=config.mlp_cfg["intermediate_size"],
+            mlp_bias=config.mlp_cfg["bias"],
+            hidden_act=config.mlp_cfg["act_fn"],
+        )
+        self.llama_config = config.llama_config() if config.llama_layers else None
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.layers = nn.ModuleList(
+            LlamaDecoderLayer(self.llama_config, layer_idx)
+            if kind == "full_attention"
+            else LlambaDecoderLayer(config, mlp_config, layer_idx)
+            for layer_idx, kind in enumerate(config.layer_types)
+        )
+        self.final_layernorm = LlamaRMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.rotary_emb = LlamaRotaryEmbedding(self.llama_config) if self.llama_config is not None else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embedding = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LlambaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (batch, length) int64; or `inputs_embeds`, (batch, length, d_model).
+            attention_mask: (batch, past + length), 0 at padding, anywhere; it changes no real token's output.
+            position_ids: (batch, length), for grafted layers; by default the number of real tokens before each.
+            past_key_values: a `LlambaCache`, updated in place; made here if `use_cache` and none is given.
+
+        Returns:
+            last_hidden_state (batch, length, d_model) after the final norm, and the cache.
+
+        Raises:
+            ValueError: for a mask that is not 2-D, or a cache that is not a `LlambaCache`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        hidden_states = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = LlambaCache(self.config)
+        if past_key_values is not None and not isinstance(past_key_values, LlambaCache):
+            kind = type(past_key_values).__name__
+            raise ValueError(f"past_key_values is a {kind}; this model needs a LlambaCache(model.config)")
+
+        padding = PaddingLayout.of(attention_mask, hidden_states.shape[1])
+        causal_mask = position_embeddings = None
+        if self.llama_config is not None:
+            position_ids = self._positions(hidden_states, attention_mask, position_ids, past_key_values)
+            # set_attn_implementation() changes the model's config only.
+            self.llama_config._attn_implementation = self.config._attn_implementation
+            causal_mask = create_causal_mask(
+                config=self.llama_config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=padding if kind == "linear_attention" else causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        if past_key_values is not None:
+            past_key_values.seen_tokens += hidden_states.shape[1]
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
+        )
+
+    def _positions(self, hidden_states, attention_mask, position_ids, past_key_values) -> Tensor:
+        """Position of every token of the segment, (batch or 1, length): how many real tokens came before it."""
+        length, device = hidden_states.shape[1], hidden_states.device
+        if position_ids is not None:
+            return position_ids
+        if attention_mask is not None:
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return torch.arange(past, past + length, device=device).unsqueeze(0)
+
+
+class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
+    """A Llamba with its head, Llama layers grafted where `config.llama_layers` says."""
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LlambaConfig):
+        super().__init__(config)
+        self.backbone = LlambaModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.backbone.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.backbone.embedding = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LlambaCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: (batch, length) int64, -100 where no loss is wanted; shifted inside.
+            logits_to_keep: compute logits for the last n positions only (0: all), or for these positions (1-D).
+            Others as in [`LlambaModel`].
+
+        Returns:
+            loss (if `labels`), logits (batch, kept, vocab_size) in the weights' dtype, and the cache.
+        """
+        outputs = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        # The rows that only pad the vocabulary are cut off: no sampler can ever see them.
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])[..., : self.config.vocab_size]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # `generate` leaves it to forward to make a LlambaCache
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        """As GenerationMixin's, but positions always follow the mask, which stays right across padding in the middle."""
+        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        if attention_mask is not None:
+            inputs.pop("position_ids", None)
+        return inputs
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """`GenerationMixin.generate`, with prompts padded on either side.
+
+        Transformers reads the next token off the last column, which in a right-padded batch is padding. The prompts are
+        moved to the right for the run; the sequences returned start with them as they were given.
+
+        Raises:
+            ValueError: if a cache is continued and the last column of the mask is padding.
+        """
+        prompts = kwargs.pop("input_ids", None) if inputs is None else inputs
+        mask = kwargs.get("attention_mask")
+        if prompts is None or mask is None or mask.dim() != 2 or bool(mask[:, -1].all()):
+            return super().generate(prompts, *args, **kwargs)
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("attention_mask ends in padding: pad on the left when continuing from a cache")
+        order = mask.bool().int().argsort(dim=1, stable=True)  # padding first
+        kwargs["attention_mask"] = mask.gather(1, order)
+        out = super().generate(prompts.gather(1, order), *args, **kwargs)
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        sequences[:, : prompts.shape[1]] = prompts.repeat_interleave(len(sequences) // len(prompts), 0)
+        return out
