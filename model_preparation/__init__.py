@@ -13,17 +13,6 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "SurgeryError": "model_preparation.errors",
-    "LlambaConfig": "model_preparation.llamba",
-    "LlambaForCausalLM": "model_preparation.llamba",
-    "extract_layers": "model_preparation.surgery.layer_store",
-    "build_checkpoint": "model_preparation.surgery.checkpoint",
-    "load_checkpoint": "model_preparation.surgery.checkpoint",
-    "evaluate_checkpoint": "model_preparation.evaluation.mmlu",
-}
-__all__ = list(_EXPORTS)
-
 if TYPE_CHECKING:
     from model_preparation.errors import SurgeryError
     from model_preparation.evaluation.mmlu import evaluate_checkpoint
@@ -31,10 +20,29 @@ if TYPE_CHECKING:
     from model_preparation.surgery.checkpoint import build_checkpoint, load_checkpoint
     from model_preparation.surgery.layer_store import extract_layers
 
+_MODULE_OF = {
+    "LlambaConfig": "model_preparation.llamba",
+    "LlambaForCausalLM": "model_preparation.llamba",
+    "SurgeryError": "model_preparation.errors",
+    "build_checkpoint": "model_preparation.surgery.checkpoint",
+    "evaluate_checkpoint": "model_preparation.evaluation.mmlu",
+    "extract_layers": "model_preparation.surgery.layer_store",
+    "load_checkpoint": "model_preparation.surgery.checkpoint",
+}
+__all__ = [
+    "LlambaConfig",
+    "LlambaForCausalLM",
+    "SurgeryError",
+    "build_checkpoint",
+    "evaluate_checkpoint",
+    "extract_layers",
+    "load_checkpoint",
+]
+
 
 def __getattr__(name: str):
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

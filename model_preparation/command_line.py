@@ -59,15 +59,35 @@ def add_layers_flag(parser: CommandParser, *, required: bool, help: str) -> None
     )
 
 
+def add_dtype_flag(parser: CommandParser, *, help: str) -> None:
+    """Add `--dtype`, one of the dtypes a model can run in; `torch_dtype` turns its value into torch's."""
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=help)
+
+
+def torch_dtype(name: str | None):
+    """The torch.dtype that `--dtype` named, or None."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def default_folder(name: str) -> Path:
+    """Where a command looks for `name` by default: beside the package in a checkout, else in the current folder."""
+    beside = Path(__file__).resolve().parents[1] / name
+    return beside if beside.is_dir() else Path(name)
+
+
 def add_device_flags(parser: CommandParser) -> None:
     """Add `--gpu N` (the guide's) and `--device NAME` (anything torch.device takes)."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--gpu", type=int, metavar="N", help="CUDA device to use (default: 0; the CPU where there is none)")
+    group.add_argument(
+        "--gpu", type=int, metavar="N", help="CUDA device to use (default: 0; the CPU where there is none)"
+    )
     group.add_argument("--device", metavar="NAME", help="any torch device instead: cpu, cuda:1, mps, ...")
 
 
 def choose_device(gpu: int | None, device: str | None) -> str:
-    """The device a command runs on: `--device` as it is, else CUDA device `--gpu`, else the CPU with a line that says so.
+    """The device to run on: `--device` as it is, else CUDA device `--gpu`, else the CPU, with a line that says so.
 
     Raises:
         SurgeryError: if the device named does not exist on this machine.
@@ -91,18 +111,6 @@ def choose_device(gpu: int | None, device: str | None) -> str:
             "Use one of those, or --device cpu."
         )
     return f"cuda:{index}"
-
-
-def existing_folder(path: str | Path, what: str) -> Path:
-    """`path` as a folder that exists.
-
-    Raises:
-        SurgeryError: if it does not, or is a file.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise SurgeryError(f"{what} {folder} is {'a file, not a folder' if folder.exists() else 'not there'}.")
-    return folder
 
 
 def run(main: Callable[[], None]) -> None:

@@ -3,14 +3,17 @@
 Importing it tells transformers what `model_type: llamba` is and torch which classes a `model.pt` of ours may contain.
 """
 
+import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from model_preparation.llamba.cache_llamba import LlambaCache
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM, LlambaModel
+from model_preparation.llamba.safe_globals import SAFE_GLOBALS
 
 AutoConfig.register("llamba", LlambaConfig, exist_ok=True)
 AutoModel.register(LlambaConfig, LlambaModel, exist_ok=True)
 AutoModelForCausalLM.register(LlambaConfig, LlambaForCausalLM, exist_ok=True)
+torch.serialization.add_safe_globals(SAFE_GLOBALS)
 
 __all__ = ["LlambaCache", "LlambaConfig", "LlambaForCausalLM", "LlambaModel"]

@@ -61,7 +61,7 @@ class LlambaConfig(PreTrainedConfig):
         ssm_cfg: `d_state`, `n_v_heads`, `n_qk_heads`, `d_conv`, `expand`, `chunk_size`, `activation` ("identity" or
             "silu"), `bias`, `conv_bias` of the mixers; fields left out take the defaults.
         llama_layers: indices of the layers that are a Llama's, sorted, without repeats.
-        llama_cfg: what a grafted layer needs of its donor's config (see `LLAMA_DEFAULTS`); required with `llama_layers`.
+        llama_cfg: what grafted layers need of their donor's config (see `LLAMA_DEFAULTS`), where there are any.
 
     Raises:
         ValueError: for a field of `mlp_cfg`, `ssm_cfg` or `llama_cfg` that does not exist, head counts that do not
@@ -118,6 +118,16 @@ class LlambaConfig(PreTrainedConfig):
         """Per layer, transformers' name of its kind; the hybrid cache is built from it."""
         grafted = set(self.llama_layers)
         return ["full_attention" if i in grafted else "linear_attention" for i in range(self.n_layer)]
+
+    def mlp_config(self) -> LlamaConfig:
+        """The config the Mamba blocks' MLPs are built from; transformers' LlamaMLP takes one."""
+        mlp = self.mlp_cfg
+        return LlamaConfig(
+            hidden_size=self.d_model,
+            intermediate_size=mlp["intermediate_size"],
+            mlp_bias=mlp["bias"],
+            hidden_act=mlp["act_fn"],
+        )
 
     def llama_config(self) -> LlamaConfig:
         """The config grafted layers are built from. Call only where `llama_layers` is not empty."""

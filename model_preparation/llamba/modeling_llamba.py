@@ -1,8 +1,8 @@
 """The hybrid model: Mamba-2 blocks under upstream's parameter names, Llama decoder layers where layers were grafted.
 
 In: token ids with an optional 2-D attention mask. Out: logits, and a `LlambaCache` that makes the next tokens cheap.
-Sources: cartesia-ai/edge, cartesia_pytorch/Llamba (`llamba.py`, `mixers/discrete_mamba2.py`) for what is computed and the
-parameter names; transformers' LlamaDecoderLayer for grafted layers, used as it is.
+Sources: cartesia-ai/edge, cartesia_pytorch/Llamba (`llamba.py`, `mixers/discrete_mamba2.py`) for what is computed and
+for the parameter names; transformers' LlamaDecoderLayer for grafted layers, used as it is.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, initialization
+from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -58,8 +58,8 @@ class PaddingLayout(NamedTuple):
 class LlambaMixer(nn.Module):
     """Discrete Mamba-2: out = out_proj(y * silu(z + z_bias)), y = S C + D x, S = exp(-softplus(a)) S + x B^T.
 
-    Rows of `in_proj`, in order: x (d_inner), B and C (n_qk_heads * d_state each), z (d_inner), a (n_v_heads). x, B and C
-    go through one causal depthwise convolution first. State and decay are float32 whatever the weights' dtype.
+    Rows of `in_proj`, in order: x (d_inner), B and C (n_qk_heads * d_state each), z (d_inner), a (n_v_heads). x, B and
+    C go through one causal depthwise convolution first. State and decay are float32 whatever the weights' dtype.
     """
 
     def __init__(self, config: LlambaConfig, layer_idx: int):
@@ -136,7 +136,7 @@ class LlambaMixer(nn.Module):
         return out if padding is None else _take(out, padding.inverse)
 
     def _convolve(self, window: Tensor) -> Tensor:
-        """Causal depthwise convolution: (batch, d_conv + length, conv_dim) -> (batch, length, conv_dim), float32 or wider.
+        """Causal depthwise convolution: (batch, d_conv + length, conv_dim) -> (batch, length, conv_dim), in float32.
 
         A sum of shifted products: on CPUs 3 to 6 times faster in float32 than conv1d with its transposes, and exact to
         float32 in bfloat16.
@@ -171,12 +171,12 @@ def _take(values: Tensor, positions: Tensor) -> Tensor:
 class LlambaDecoderLayer(GradientCheckpointingLayer):
     """A Mamba block of a Llamba: norm, mixer, residual; norm, gated MLP, residual."""
 
-    def __init__(self, config: LlambaConfig, mlp_config: LlamaConfig, layer_idx: int):
+    def __init__(self, config: LlambaConfig, layer_idx: int):
         super().__init__()
         self.mixer = LlambaMixer(config, layer_idx)
         self.input_layernorm = LlamaRMSNorm(config.d_model, eps=BLOCK_NORM_EPS)
         self.post_attention_layernorm = LlamaRMSNorm(config.d_model, eps=BLOCK_NORM_EPS)
-        self.mlp = LlamaMLP(mlp_config)
+        self.mlp = LlamaMLP(config.mlp_config())
 
     def forward(
         self,
@@ -219,18 +219,12 @@ class LlambaModel(LlambaPreTrainedModel):
 
     def __init__(self, config: LlambaConfig):
         super().__init__(config)
-        mlp_config = LlamaConfig(
-            hidden_size=config.d_model,
-            intermediate_size=config.mlp_cfg["intermediate_size"],
-            mlp_bias=config.mlp_cfg["bias"],
-            hidden_act=config.mlp_cfg["act_fn"],
-        )
         self.llama_config = config.llama_config() if config.llama_layers else None
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(
             LlamaDecoderLayer(self.llama_config, layer_idx)
             if kind == "full_attention"
-            else LlambaDecoderLayer(config, mlp_config, layer_idx)
+            else LlambaDecoderLayer(config, layer_idx)
             for layer_idx, kind in enumerate(config.layer_types)
         )
         self.final_layernorm = LlamaRMSNorm(config.d_model, eps=config.norm_epsilon)
@@ -393,7 +387,7 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
         return False  # `generate` leaves it to forward to make a LlambaCache
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-        """As GenerationMixin's, but positions always follow the mask, which stays right across padding in the middle."""
+        """As GenerationMixin's, but positions always follow the mask, also across padding in the middle."""
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
         if attention_mask is not None:
             inputs.pop("position_ids", None)

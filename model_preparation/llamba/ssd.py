@@ -2,8 +2,8 @@
 
 Per value head h of group g = h // (H / G), with log decay l_t = -softplus(a_t) <= 0:
     S_t = exp(l_t) S_{t-1} + x_t B_t^T        y_t = S_t C_t
-`scan` does a whole sequence in chunks, `step` one token. Both work in at least float32 whatever they are given, and take
-exp only of sums of l, which are never positive: nothing can overflow and nothing is divided by softplus(a).
+`scan` does a whole sequence in chunks, `step` one token. Both work in at least float32 whatever they are given, and
+take exp only of sums of l, which are never positive: nothing can overflow and nothing is divided by softplus(a).
 Source: Mamba-2, Dao and Gu 2024 (arXiv 2405.21060), section 6, the block decomposition of a semiseparable matrix.
 """
 
@@ -43,7 +43,7 @@ def scan(
     chunks = -(-length // Q)
 
     def chunked(t: Tensor, *head_shape: int) -> Tensor:
-        """(batch, length, heads...) -> (batch, chunks, heads..., Q); the tail is filled with zeros: decay 1, no input."""
+        """(batch, length, heads...) -> (batch, chunks, Q, *head_shape); zeros at the tail: no input, no decay."""
         t = torch.nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (0, chunks * Q - length))
         return t.view(batch, chunks, Q, *head_shape)
 
@@ -113,7 +113,7 @@ def _has_flash_linear_attention() -> bool:
 
 
 def _scan_flash_linear_attention(x, log_decay, B, C, initial_state):
-    """`scan` by flash-linear-attention's Triton kernel (github.com/fla-org/flash-linear-attention, fla/ops/simple_gla)."""
+    """`scan` by a Triton kernel of github.com/fla-org/flash-linear-attention (fla/ops/simple_gla)."""
     from fla.ops.simple_gla import chunk_simple_gla
 
     repeats = x.shape[2] // B.shape[2]

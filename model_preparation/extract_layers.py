@@ -1,0 +1,82 @@
+"""Command: a donor model -> a folder of its layers (see surgery/layer_store.py)."""
+
+from model_preparation.command_line import (
+    CommandParser,
+    add_dtype_flag,
+    add_layers_flag,
+    default_folder,
+    run,
+    torch_dtype,
+)
+from model_preparation.errors import SurgeryError
+from model_preparation.surgery.sources import add_source_flag
+
+EXAMPLES = """\
+examples:
+  python extract_layers.py --model_name llama --output_dir ../extracted_llama_layers
+  python extract_layers.py --model_name /models/Llama-3.1-8B-Instruct --layers 11 13 17 21
+  python extract_layers.py --output_dir ../extracted_llama_layers --verify
+"""
+
+
+def main() -> None:
+    parser = CommandParser(
+        description="Write a model's decoder layers into one file each, with its tokenizer and everything a graft\n"
+        "needs to know of it. Works layer by layer, so memory for one layer is enough.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument(
+        "--model_name",
+        metavar="NAME|PATH",
+        help="llama, llamba, unaligned_llamba, a model folder, or a hub id such as org/name@revision",
+    )
+    parser.add_argument(
+        "--output_dir",
+        default=default_folder("extracted_llama_layers"),
+        metavar="DIR",
+        help="the folder to write, or with --verify to read (default: %(default)s)",
+    )
+    add_layers_flag(parser, required=False, help="extract these layers only (default: all)")
+    add_dtype_flag(parser, help="cast the layers to it (default: as the model is stored)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder of layers that is there")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="re-read every file and compare it with its recorded SHA-256; with --model_name, after extracting",
+    )
+    add_source_flag(parser)
+    args = parser.parse_args()
+    if args.model_name is None and not args.verify:
+        parser.error("--model_name is needed (or --verify, to check layers extracted before)")
+
+    from model_preparation.surgery.layer_store import LayerStore, extract_layers
+
+    if args.model_name is not None:
+        metadata = extract_layers(
+            args.model_name,
+            args.output_dir,
+            layers=args.layers,
+            dtype=torch_dtype(args.dtype),
+            overwrite=args.overwrite,
+            sources=args.source,
+        )
+        size_bytes = sum(entry["bytes"] for entry in metadata["layers"].values())
+        print(
+            f"{len(metadata['layers'])} of {metadata['total_layers']} layers, {metadata['dtype']}, "
+            f"{size_bytes / 1e9:.2f} GB, {metadata['num_heads']} heads of {metadata['head_dim']}"
+        )
+    if args.verify:
+        store = LayerStore(args.output_dir)
+        faults = store.faults()
+        for fault in faults:
+            print(fault)
+        if faults:
+            raise SurgeryError(f"{len(faults)} bad files in {args.output_dir}. Extract them again with --overwrite.")
+        print(
+            f"All {len(store.layers)} layers and {len(store.metadata['files'])} other files are as they were written."
+        )
+    print(f"Layers are in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    run(main)

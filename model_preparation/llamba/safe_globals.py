@@ -1,0 +1,35 @@
+"""The classes a `model.pt` of ours is made of, for `torch.load`'s default `weights_only=True`.
+
+`torch.serialization.add_safe_globals(SAFE_GLOBALS)` lets the unpickler build these and nothing else; a file that names
+any other class or function is refused by torch with that name.
+"""
+
+from torch import nn
+from transformers import GenerationConfig, LlamaConfig
+from transformers.activations import ACT2CLS
+from transformers.models.llama import modeling_llama
+
+from model_preparation.llamba import modeling_llamba
+from model_preparation.llamba.configuration_llamba import LlambaConfig
+
+_ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
+
+SAFE_GLOBALS = [
+    LlambaConfig,
+    modeling_llamba.LlambaForCausalLM,
+    modeling_llamba.LlambaModel,
+    modeling_llamba.LlambaDecoderLayer,
+    modeling_llamba.LlambaMixer,
+    LlamaConfig,
+    GenerationConfig,
+    modeling_llama.LlamaDecoderLayer,
+    modeling_llama.LlamaAttention,
+    modeling_llama.LlamaMLP,
+    modeling_llama.LlamaRMSNorm,
+    modeling_llama.LlamaRotaryEmbedding,
+    nn.Conv1d,
+    nn.Embedding,
+    nn.Linear,
+    nn.ModuleList,
+    *(cls for cls in _ACTIVATIONS if isinstance(cls, type)),
+]

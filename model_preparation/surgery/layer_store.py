@@ -1,0 +1,307 @@
+"""Layers of a model in files of their own: extracted_llama_layers/.
+
+In: a Llama (the donor) or a Llamba, as a model folder. Out: layer_NN.pt, each a plain dict of tensors; the donor's
+tokenizer; rotary_emb.pt; metadata.json with where all of it came from and every file's SHA-256. One layer is in memory
+at a time, and the model is never built. `LayerStore` reads such a folder and trusts no byte it has not checked.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import rich.progress
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from model_preparation.errors import SurgeryError
+from model_preparation.llamba.configuration_llamba import LlambaConfig
+from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
+from model_preparation.surgery.digests import describe_file, fault_of
+from model_preparation.surgery.new_folder import check_space, check_target, new_folder
+from model_preparation.surgery.sources import has_tokenizer, resolve
+from model_preparation.surgery.tensor_files import TensorFiles
+
+FORMAT_VERSION = 1
+METADATA = "metadata.json"
+ROTARY = "rotary_emb.pt"
+TOKENIZER = "tokenizer"
+
+_LAYER_PREFIX = {"llama": "model.layers", "llamba": "backbone.layers"}
+
+
+def extract_layers(
+    model_name: str,
+    output_dir: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write the layers of a model into `output_dir` and return its metadata.
+
+    Args:
+        model_name: a name, folder or hub id, as `sources.resolve` takes it; a Llama or a Llamba.
+        output_dir: the folder to make; it appears whole or not at all.
+        layers: indices to extract; all by default.
+        dtype: cast floating-point tensors to it; by default each keeps its own.
+        overwrite: replace a complete folder that is there.
+        sources: targets by name, as `resolve(overrides=...)` takes them.
+
+    Raises:
+        SurgeryError: for a model that cannot be had or is neither kind, a layer out of range or with tensors missing or
+            of the wrong shape, a target that is taken or not writable, too little space on the disk.
+    """
+    target = Path(output_dir).expanduser()
+    check_target(target, overwrite=overwrite, complete_mark=METADATA)
+    source = resolve(model_name, overrides=sources)
+    config = read_config(source.folder)
+    if config.model_type not in _LAYER_PREFIX:
+        raise SurgeryError(
+            f"{source.folder} is a {config.model_type} model. Layers can be taken from a Llama or a Llamba."
+        )
+    total = config.num_hidden_layers
+    chosen = list(range(total)) if layers is None else sorted(layers)
+    check_range(chosen, total, str(source.folder))
+
+    files = TensorFiles(source.folder)
+    prefixes = {index: f"{_LAYER_PREFIX[config.model_type]}.{index}." for index in chosen}
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * total
+    for index in chosen:
+        _check_layer(files, prefixes[index], layer_shapes(config, kinds[index]))
+    item_bytes = None if dtype is None else dtype.itemsize
+    check_space(target, _bytes_of(files, tuple(prefixes.values()), item_bytes) + 50_000_000)
+
+    num_heads, head_dim = heads_of(config)
+    with new_folder(target, overwrite=overwrite, complete_mark=METADATA) as staging:
+        described = {}
+        for index in rich.progress.track(chosen, f"Extracting {model_name}", disable=len(chosen) < 2):
+            tensors = {
+                name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+                for name, tensor in files.with_prefix(prefixes[index])
+                if not name.endswith("rotary_emb.inv_freq")  # old Llama files repeat it in every layer
+            }
+            path = staging / layer_file(index)
+            torch.save(tensors, path)
+            described[str(index)] = {
+                "file": path.name,
+                "parameters": sum(tensor.numel() for tensor in tensors.values()),
+                "dtype": _dtype_name(max(tensors.values(), key=Tensor.numel).dtype),
+                "keys": sorted(tensors),
+                **describe_file(path),
+            }
+        if config.model_type == "llama":
+            rotary = LlamaRotaryEmbedding(config)
+            torch.save({"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling}, staging / ROTARY)
+        if has_tokenizer(source.folder):
+            AutoTokenizer.from_pretrained(source.folder).save_pretrained(staging / TOKENIZER)
+        metadata = {
+            "format_version": FORMAT_VERSION,
+            "model_name": model_name,
+            "source": source.as_dict(),
+            "config": config.to_dict(),
+            "generation_config": read_generation_config(source.folder),
+            "total_layers": total,
+            "num_heads": num_heads,
+            "head_dim": head_dim,
+            "dtype": next(iter(described.values()))["dtype"],
+            "layers": described,
+            "files": describe_other_files(staging, {entry["file"] for entry in described.values()}),
+            "extraction_time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+        (staging / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+    return metadata
+
+
+class LayerStore:
+    """A folder written by `extract_layers`.
+
+    Attributes:
+        metadata: its metadata.json.
+        config: the config of the model the layers come from.
+
+    Raises:
+        SurgeryError: if there is no readable metadata.json of a format this version knows.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).expanduser()
+        path = self.folder / METADATA
+        if not path.is_file():
+            raise SurgeryError(
+                f"{path} is missing. Extract the donor's layers first: "
+                f"python extract_layers.py --model_name llama --output_dir {self.folder}"
+            )
+        try:
+            self.metadata: dict[str, Any] = json.loads(path.read_text())
+            version = self.metadata["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SurgeryError(f"{path} is not metadata of extracted layers ({error}). {self._again()}") from error
+        if version != FORMAT_VERSION:
+            raise SurgeryError(
+                f"{path} has format version {version}; this program knows {FORMAT_VERSION}. "
+                "Update model_preparation, or extract the layers again with this version."
+            )
+        try:
+            self.config = config_from_dict(self.metadata["config"])
+            self.layers: dict[int, dict] = {int(index): entry for index, entry in self.metadata["layers"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SurgeryError(f"{path} is damaged ({error}). {self._again()}") from error
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """The tensors of one layer, memory-mapped; call `check` before trusting them."""
+        path = self.path(index)
+        try:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SurgeryError(f"{path} cannot be read ({reason}). {self._again()}") from error
+
+    def path(self, index: int) -> Path:
+        """Where a layer's file is.
+
+        Raises:
+            SurgeryError: if that layer was not extracted, or its file is gone.
+        """
+        path = self.folder / layer_file(index)
+        if index not in self.layers or not path.is_file():
+            raise SurgeryError(f"Layer file not found: {path}. {self._again()}")
+        return path
+
+    def check(self, layers: Sequence[int]) -> None:
+        """Compare the files of these layers with their recorded SHA-256.
+
+        Raises:
+            SurgeryError: naming the first file that is missing, cut or changed.
+        """
+        for index in layers:
+            path = self.path(index)
+            if fault := fault_of(path, self.layers[index]):
+                raise SurgeryError(f"{path} is {fault}. {self._again()}")
+
+    def faults(self) -> list[str]:
+        """Check every file of the folder; one line per bad one, none if all are as they were written."""
+        recorded = {entry["file"]: entry for entry in self.layers.values()} | self.metadata["files"]
+        found = []
+        for name, entry in rich.progress.track(recorded.items(), f"Verifying {self.folder}"):
+            if fault := fault_of(self.folder / name, entry):
+                found.append(f"{self.folder / name} is {fault}.")
+        return found
+
+    def _again(self) -> str:
+        # model_name is what the user typed; quoting a damaged file's content back would help nobody.
+        name = (
+            self.metadata.get("model_name", "llama") if isinstance(getattr(self, "metadata", None), dict) else "llama"
+        )
+        return f"Extract it again: python extract_layers.py --model_name {name} --output_dir {self.folder} --overwrite"
+
+
+def layer_file(index: int) -> str:
+    """The file name of a layer."""
+    return f"layer_{index:02d}.pt"
+
+
+def check_range(layers: Sequence[int], total: int, model: str) -> None:
+    """Raise SurgeryError if an index lies outside a model of `total` layers, or is there twice."""
+    outside = [index for index in layers if not 0 <= index < total]
+    if outside:
+        raise SurgeryError(
+            f"Layer {', '.join(map(str, outside))} is out of range: {model} has layers 0 to {total - 1}. "
+            "Choose --layers among those."
+        )
+    if len(set(layers)) != len(layers):
+        raise SurgeryError(f"A layer is given more than once in {list(layers)}. Name each layer once.")
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a model folder, with its own errors as one sentence.
+
+    Raises:
+        SurgeryError: if config.json is not one transformers or we can read.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise SurgeryError(f"{folder / 'config.json'} cannot be used: {_sentence(error)}") from error
+
+
+def config_from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
+    """The config that `config.to_dict()` gave; raises KeyError for a model type that is neither kind."""
+    kind = {"llama": LlamaConfig, "llamba": LlambaConfig}[fields["model_type"]]
+    return kind.from_dict(fields)
+
+
+def read_generation_config(folder: Path) -> dict[str, Any] | None:
+    """The model folder's generation_config.json, or None where it has none."""
+    path = folder / "generation_config.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def heads_of(config: PreTrainedConfig) -> tuple[int, int]:
+    """(number of heads, head size): of a Llama's attention, or of a Llamba's values."""
+    if isinstance(config, LlambaConfig):
+        num_heads = config.ssm_cfg["n_v_heads"]
+        return num_heads, config.d_inner // num_heads
+    return config.num_attention_heads, config.head_dim
+
+
+def describe_other_files(folder: Path, excluded: set[str]) -> dict[str, dict]:
+    """`describe_file` of everything below `folder` but `excluded`, by path relative to it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {name: describe_file(path) for name, path in names.items() if name not in excluded}
+
+
+def layer_shapes(config: PreTrainedConfig, kind: str = "full_attention") -> dict[str, torch.Size]:
+    """Names (relative to the layer) and shapes of a layer's parameters, worked out without memory for them.
+
+    Args:
+        config: a Llama's or a Llamba's.
+        kind: one of a Llamba's `layer_types`; a Llama's layers are all alike.
+    """
+    with torch.device("meta"):
+        if not isinstance(config, LlambaConfig):
+            layer: torch.nn.Module = LlamaDecoderLayer(config, 0)
+        elif kind == "full_attention":
+            layer = LlamaDecoderLayer(config.llama_config(), 0)
+        else:
+            layer = LlambaDecoderLayer(config, 0)
+    return {name: parameter.shape for name, parameter in layer.named_parameters()}
+
+
+def _check_layer(files: TensorFiles, prefix: str, wanted: dict[str, torch.Size]) -> None:
+    """Compare a layer's names and shapes with those its config asks for."""
+    for name, shape in wanted.items():
+        if prefix + name not in files:
+            raise SurgeryError(f"{files.folder} lacks {prefix}{name}, which its config.json asks for. Check the model.")
+        found = files.shape_and_dtype(prefix + name)[0]
+        if found != shape:
+            raise SurgeryError(
+                f"{prefix}{name} in {files.folder} has shape {list(found)}, but its config.json asks for "
+                f"{list(shape)}. Check that the two belong together."
+            )
+
+
+def _bytes_of(files: TensorFiles, prefixes: tuple[str, ...], item_bytes: int | None) -> int:
+    total = 0
+    for name in files.names():
+        if name.startswith(prefixes):
+            shape, dtype = files.shape_and_dtype(name)
+            total += shape.numel() * (item_bytes or dtype.itemsize)
+    return total
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.endswith(".") else text + "."
