@@ -49,6 +49,8 @@ def main() -> None:
     if args.model_name is None and not args.verify:
         parser.error("--model_name is needed (or --verify, to check layers extracted before)")
 
+    from rich.filesize import decimal
+
     from model_preparation.surgery.layer_store import LayerStore, extract_layers
 
     if args.model_name is not None:
@@ -63,7 +65,7 @@ def main() -> None:
         size_bytes = sum(entry["bytes"] for entry in metadata["layers"].values())
         print(
             f"{len(metadata['layers'])} of {metadata['total_layers']} layers, {metadata['dtype']}, "
-            f"{size_bytes / 1e9:.2f} GB, {metadata['num_heads']} heads of {metadata['head_dim']}"
+            f"{decimal(size_bytes)}, {metadata['num_heads']} heads of {metadata['head_dim']}"
         )
     if args.verify:
         store = LayerStore(args.output_dir)

@@ -35,7 +35,9 @@ class LlambaCache(DynamicCache):
 
     def __init__(self, config: LlambaConfig):
         super().__init__(config=config)
-        self.layers = [MambaStateLayer() if isinstance(layer, LinearAttentionLayer) else layer for layer in self.layers]
+        for index, kind in enumerate(config.layer_types):
+            if kind == "linear_attention":
+                self.layers[index] = MambaStateLayer()
         self.seen_tokens = 0  # the model adds each segment's length, padding included
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -5,6 +5,7 @@ same fields. Out: everything `LlambaForCausalLM` needs to be built, grafted laye
 Source of the upstream fields: cartesia-ai/edge, cartesia-pytorch/cartesia_pytorch/Llamba/configuration_llamba.py.
 """
 
+from dataclasses import field
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -85,10 +86,10 @@ class LlambaConfig(PreTrainedConfig):
     lm_head_bias: bool = False
     resid_dropout: float | int = 0.0
     norm_epsilon: float = 1e-5
-    mlp_cfg: dict | None = None
-    ssm_cfg: dict | None = None
-    llama_layers: list[int] | None = None
-    llama_cfg: dict | None = None
+    mlp_cfg: Any = None  # dicts; __post_init__ puts the defaults in
+    ssm_cfg: Any = None
+    llama_layers: list[int] = field(default_factory=list)
+    llama_cfg: Any = None
     initializer_range: float = 0.02
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -98,7 +99,6 @@ class LlambaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.mlp_cfg = _with_defaults("mlp_cfg", self.mlp_cfg, MLP_DEFAULTS)
         self.ssm_cfg = _with_defaults("ssm_cfg", self.ssm_cfg, SSM_DEFAULTS)
-        self.llama_layers = list(self.llama_layers or [])
         if self.llama_layers:
             self.llama_cfg = _with_defaults("llama_cfg", self.llama_cfg, LLAMA_DEFAULTS)
         super().__post_init__(**kwargs)  # also sets what came under Hugging Face's names
@@ -153,7 +153,9 @@ class LlambaConfig(PreTrainedConfig):
                 raise ValueError(f"llama_cfg lacks {', '.join(missing)}, which grafted layers need")
 
 
-def _with_defaults(name: str, given: dict | None, defaults: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(name: str, given: Any, defaults: dict[str, Any]) -> dict[str, Any]:
+    if given is not None and not isinstance(given, dict):
+        raise ValueError(f"{name} must be a dict of {', '.join(defaults)}, not {given!r}")
     unknown = sorted(set(given or {}) - set(defaults))
     if unknown:
         raise ValueError(f"{name} has unknown fields {', '.join(unknown)}; known are {', '.join(defaults)}")

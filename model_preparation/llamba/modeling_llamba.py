@@ -274,7 +274,7 @@ class LlambaModel(LlambaPreTrainedModel):
 
         padding = PaddingLayout.of(attention_mask, hidden_states.shape[1])
         causal_mask = position_embeddings = None
-        if self.llama_config is not None:
+        if self.llama_config is not None and self.rotary_emb is not None:
             position_ids = self._positions(hidden_states, attention_mask, position_ids, past_key_values)
             # set_attn_implementation() changes the model's config only.
             self.llama_config._attn_implementation = self.config._attn_implementation

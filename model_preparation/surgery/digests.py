@@ -1,7 +1,7 @@
 """SHA-256 of files: recorded when they are written, compared when they are read."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 _BLOCK_BYTES = 1 << 20
@@ -20,6 +20,12 @@ def sha256_of(path: Path, advance: Callable[[int], None] = lambda size_bytes: No
 def describe_file(path: Path) -> dict:
     """{"bytes": size, "sha256": digest}, as it stands in our JSON files."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def describe_files(folder: Path, pattern: str = "**/*", excluded: Collection[str] = ()) -> dict[str, dict]:
+    """`describe_file` of the files in `folder` that match, by their path relative to it, sorted."""
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.glob(pattern) if path.is_file()}
+    return {name: describe_file(paths[name]) for name in sorted(paths) if name not in excluded}
 
 
 def fault_of(path: Path, recorded: dict) -> str | None:

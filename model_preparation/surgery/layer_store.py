@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
-from model_preparation.surgery.digests import describe_file, fault_of
+from model_preparation.surgery.digests import describe_file, describe_files, fault_of
 from model_preparation.surgery.new_folder import check_space, check_target, new_folder
 from model_preparation.surgery.sources import has_tokenizer, resolve
 from model_preparation.surgery.tensor_files import TensorFiles
@@ -112,7 +112,7 @@ def extract_layers(
             "head_dim": head_dim,
             "dtype": next(iter(described.values()))["dtype"],
             "layers": described,
-            "files": describe_other_files(staging, {entry["file"] for entry in described.values()}),
+            "files": describe_files(staging, excluded={entry["file"] for entry in described.values()}),
             "extraction_time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
@@ -250,13 +250,6 @@ def heads_of(config: PreTrainedConfig) -> tuple[int, int]:
         num_heads = config.ssm_cfg["n_v_heads"]
         return num_heads, config.d_inner // num_heads
     return config.num_attention_heads, config.head_dim
-
-
-def describe_other_files(folder: Path, excluded: set[str]) -> dict[str, dict]:
-    """`describe_file` of everything below `folder` but `excluded`, by path relative to it."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {name: describe_file(path) for name, path in names.items() if name not in excluded}
 
 
 def layer_shapes(config: PreTrainedConfig, kind: str = "full_attention") -> dict[str, torch.Size]:

@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from model_preparation.errors import SurgeryError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
@@ -68,7 +70,7 @@ def check_space(target: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(existing_parent(target)).free
     if free_bytes < needed_bytes:
         raise SurgeryError(
-            f"{target} needs {needed_bytes / 1e9:.2f} GB, but only {free_bytes / 1e9:.2f} GB are free on its disk. "
+            f"{target} needs {decimal(needed_bytes)}, but only {decimal(free_bytes)} are free on its disk. "
             "Make room or choose another disk."
         )
 

@@ -41,6 +41,10 @@ class TensorFiles:
         """Every tensor's name, in the files' order."""
         return list(self._file_of)
 
+    def paths(self) -> list[Path]:
+        """The files the tensors are in, and their index where there is one."""
+        return sorted({*self._file_of.values(), *self.folder.glob("*.index.json")})
+
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 

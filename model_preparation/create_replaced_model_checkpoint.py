@@ -1,0 +1,101 @@
+"""Command: a base and extracted layers -> a checkpoint folder (see surgery/graft.py and surgery/checkpoint.py)."""
+
+from pathlib import Path
+
+from model_preparation.command_line import (
+    CommandParser,
+    add_device_flags,
+    add_dtype_flag,
+    add_layers_flag,
+    choose_device,
+    default_folder,
+    run,
+    torch_dtype,
+)
+from model_preparation.surgery.sources import add_source_flag
+
+EXAMPLES = """\
+examples:
+  python create_replaced_model_checkpoint.py --layers 11 13 17 21 \\
+      --output_dir ../model_checkpoints/llamba_replaced_11_13_17_21 --description "best four" --score 0.5700
+  python create_replaced_model_checkpoint.py --base /models/my-llamba --layers 3 --output_dir ./grafted --dry_run
+"""
+
+
+def main() -> None:
+    parser = CommandParser(
+        description="Replace layers of a Llamba by a Llama's layers of the same indices, and write a checkpoint\n"
+        "that loads with torch.load, from its state dict, or with model_preparation.load_checkpoint.",
+        epilog=EXAMPLES,
+    )
+    add_layers_flag(parser, required=True, help="indices of the layers to replace, in any order")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="the checkpoint folder to write")
+    parser.add_argument(
+        "--llama_layers_dir",
+        default=default_folder("extracted_llama_layers"),
+        metavar="DIR",
+        help="layers written by extract_layers.py (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--base",
+        default="unaligned_llamba",
+        metavar="NAME|PATH",
+        help="the Llamba operated on: a name, a model folder or a hub id (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME|PATH",
+        help="take the tokenizer from here (default: the base's own, else the donor's)",
+    )
+    parser.add_argument("--description", default="", metavar="TEXT", help="free text for checkpoint_info.json")
+    parser.add_argument("--score", type=score, metavar="X", help="an MMLU score known already, between 0 and 1")
+    add_device_flags(parser)
+    add_dtype_flag(parser, help="dtype of the whole model (default: the base's)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    parser.add_argument(
+        "--allow_other_heads", action="store_true", help="accept a donor whose heads differ in number or size"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, write nothing")
+    add_source_flag(parser)
+    args = parser.parse_args()
+
+    from model_preparation.surgery import checkpoint, graft
+    from model_preparation.surgery.new_folder import check_target
+
+    target = Path(args.output_dir).expanduser()
+    check_target(target, overwrite=args.overwrite, complete_mark=checkpoint.INFO)
+    planned = graft.plan(
+        args.base,
+        args.layers,
+        args.llama_layers_dir,
+        tokenizer=args.tokenizer,
+        dtype=torch_dtype(args.dtype),
+        allow_other_heads=args.allow_other_heads,
+        sources=args.source,
+    )
+    print("\n".join(planned.describe()))
+    checkpoint.check_room(planned, target)
+    if args.dry_run:
+        print(f"Everything fits; nothing was written to {target} (--dry_run).")
+        return
+    checkpoint.write(
+        planned,
+        target,
+        description=args.description,
+        score=args.score,
+        device=choose_device(args.gpu, args.device),
+        overwrite=args.overwrite,
+    )
+    print(f"Checkpoint is in {target}")
+
+
+def score(text: str) -> float:
+    """Read --score; argparse turns the ValueError into a usage error."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
+if __name__ == "__main__":
+    run(main)

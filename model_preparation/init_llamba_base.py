@@ -1,0 +1,53 @@
+"""Command: a Llama -> a Llamba of the same shape, untrained (see surgery/llamba_init.py)."""
+
+from pathlib import Path
+
+from model_preparation.command_line import CommandParser, add_dtype_flag, run, torch_dtype
+from model_preparation.surgery.sources import add_source_flag
+
+DESCRIPTION = """\
+Make a Llamba from any Llama, for donors no Llamba is published for. Embeddings, norms, MLPs and head are the donor's;
+each mixer starts from the attention's projections, as in Mamba in the Llama (arXiv 2408.15237) and MOHAWK (arXiv
+2408.10189). Nothing is trained: left as they are, a few such layers cost little, all of them give no sensible text.
+"""
+
+EXAMPLES = """\
+examples:
+  python init_llamba_base.py --donor /models/SmolLM2-135M-Instruct --output_dir ../local_models/llamba_smollm2
+  python init_llamba_base.py --donor LLM-Research/Llama-3.2-1B-Instruct --output_dir ../local_models/llamba_1b
+then:
+  python create_replaced_model_checkpoint.py --base ../local_models/llamba_smollm2 --layers ... --output_dir ...
+"""
+
+
+def main() -> None:
+    parser = CommandParser(description=DESCRIPTION, epilog=EXAMPLES)
+    parser.add_argument(
+        "--donor",
+        required=True,
+        metavar="NAME|PATH",
+        help="llama, a model folder, or a hub id such as org/name@revision",
+    )
+    parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="the model folder to write")
+    add_dtype_flag(parser, help="dtype of the weights written (default: the donor's)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
+    add_source_flag(parser)
+    args = parser.parse_args()
+
+    from model_preparation.surgery.layer_store import heads_of
+    from model_preparation.surgery.llamba_init import init_llamba_base
+
+    config = init_llamba_base(
+        args.donor, args.output_dir, dtype=torch_dtype(args.dtype), overwrite=args.overwrite, sources=args.source
+    )
+    heads, head_dim = heads_of(config)
+    size_bytes = sum(path.stat().st_size for path in args.output_dir.glob("*.safetensors"))
+    print(
+        f"{config.n_layer} layers of width {config.d_model}, {heads} heads of {head_dim}, "
+        f"{str(config.dtype).removeprefix('torch.')}, {size_bytes / 1e9:.2f} GB"
+    )
+    print(f"The base is in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,82 @@
+"""Load a base or donor by name, as the checkpoint guide does: `get_model_modelscope("unaligned_llamba")`.
+
+In: anything `surgery.sources.resolve` takes. Out: the model, its tokenizer, and how its layers divide the width into
+heads. Works as `from modelscope_utils import ...` inside this folder and as `from model_preparation.modelscope_utils`.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model_preparation.errors import SurgeryError
+from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def get_model_modelscope(
+    name: str, device: "str | torch.device" = "cpu", dtype: "torch.dtype | str | None" = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, int, int]":
+    """Load a Llama or a Llamba, with its own tokenizer or else the one `sources.TABLE` gives for its name.
+
+    Args:
+        name: a name of `sources.TABLE`, a folder, or a hub id.
+        device: where the model goes.
+        dtype: of the weights; None keeps the one they are stored in.
+
+    Returns:
+        `(model, tokenizer, num_heads, head_dim)`, the model in eval mode. For a Llama these are the attention's query
+        heads and their width; for a Llamba the mixer's value heads and their width.
+
+    Raises:
+        SurgeryError: if the files cannot be had, the model is neither kind, or no tokenizer belongs to it.
+    """
+    source = resolve(name)
+    model_type = _model_type(source.folder)
+    tokenizer = _tokenizer(name, source)
+    model = _load(source.folder, model_type, dtype).eval()
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method's own signature
+    num_heads, head_dim = _heads(model.config)
+    return model, tokenizer, num_heads, head_dim
+
+
+def _model_type(folder: Path) -> str:
+    try:
+        model_type = json.loads((folder / "config.json").read_bytes()).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise SurgeryError(f"{folder / 'config.json'} is not a model's config: {error}. Download it again.") from error
+    if model_type not in ("llama", "llamba"):
+        raise SurgeryError(
+            f"{folder / 'config.json'} says model_type {model_type!r}, and only llama and llamba can be loaded here. "
+            "Give a Llama or a Llamba."
+        )
+    return model_type
+
+
+def _tokenizer(name: str, source: Source) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    if has_tokenizer(source.folder):
+        return AutoTokenizer.from_pretrained(source.folder)
+    published_apart = tokenizer_name(name)
+    if published_apart is None:
+        raise SurgeryError(f"{source.folder} holds no tokenizer, and none is known for {name}. Copy one into it.")
+    return AutoTokenizer.from_pretrained(resolve(published_apart, need="tokenizer").folder)
+
+
+def _load(folder: Path, model_type: str, dtype: "torch.dtype | str | None") -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    from model_preparation.llamba import LlambaForCausalLM
+
+    model_class = LlambaForCausalLM if model_type == "llamba" else AutoModelForCausalLM
+    return model_class.from_pretrained(folder, dtype=dtype or "auto")
+
+
+def _heads(config) -> tuple[int, int]:
+    if config.model_type == "llama":
+        return config.num_attention_heads, config.head_dim
+    num_heads = config.ssm_cfg["n_v_heads"]
+    return num_heads, config.d_model * config.ssm_cfg["expand"] // num_heads

@@ -1,0 +1,356 @@
+"""The checkpoint folder: written whole or not at all, and loaded without unpickling code.
+
+In: a `GraftPlan`. Out: model_checkpoints/NAME/ with model.pt (the whole module), model_state_dict.pt, tokenizer/,
+README.txt, and checkpoint_info.json, which is written last: a folder without it is no checkpoint.
+"""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any, cast
+
+import rich.progress
+import safetensors
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+import model_preparation
+from model_preparation.errors import SurgeryError
+from model_preparation.llamba.configuration_llamba import LlambaConfig
+from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
+from model_preparation.surgery.checkpoint_readme import readme_text
+from model_preparation.surgery.digests import describe_file, describe_files
+from model_preparation.surgery.graft import GraftPlan, assemble, empty_model, plan
+from model_preparation.surgery.layer_store import heads_of, read_generation_config
+from model_preparation.surgery.new_folder import check_space, check_target, new_folder
+from model_preparation.surgery.tensor_files import TensorFiles
+
+FORMAT_VERSION = 1
+INFO = "checkpoint_info.json"
+MODULE = "model.pt"
+STATE_DICT = "model_state_dict.pt"
+TOKENIZER = "tokenizer"
+
+_SMALL_FILES_BYTES = 64_000_000  # tokenizer, JSON and README, generously
+_TRIAL_PROMPT = "The quick brown fox jumps over the lazy dog."
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+
+
+def build_checkpoint(
+    base: str,
+    layers: Sequence[int],
+    llama_layers_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    tokenizer: str | None = None,
+    description: str = "",
+    score: float | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    allow_other_heads: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Replace `layers` of `base` by the donor's and write the checkpoint; returns its checkpoint_info.json.
+
+    The arguments are those of `graft.plan` and of `write`.
+
+    Raises:
+        SurgeryError: for anything that makes the graft impossible or wrong; nothing is left on the disk then.
+    """
+    check_target(Path(output_dir).expanduser(), overwrite=overwrite, complete_mark=INFO)
+    graft = plan(
+        base,
+        layers,
+        llama_layers_dir,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        allow_other_heads=allow_other_heads,
+        sources=sources,
+    )
+    return write(graft, output_dir, description=description, score=score, device=device, overwrite=overwrite)
+
+
+def write(
+    graft: GraftPlan,
+    output_dir: str | Path,
+    *,
+    description: str = "",
+    score: float | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Graft, try the model once on `device`, and write the folder; returns its checkpoint_info.json.
+
+    Args:
+        output_dir: appears whole or not at all.
+        description: free text for people.
+        score: an MMLU score known beforehand, as a fraction of 1.
+        device: where the trial forward pass runs; what is written is always on the CPU.
+        overwrite: replace a checkpoint that is there; it stays whole until the new one is.
+
+    Raises:
+        SurgeryError: if the target is taken or not writable, the disk too small, or the trial's logits not finite.
+    """
+    target = Path(output_dir).expanduser()
+    check_target(target, overwrite=overwrite, complete_mark=INFO)
+    check_room(graft, target)
+    tokenizer = load_tokenizer(graft.tokenizer)
+    check_tokenizer(tokenizer, graft)
+    model = assemble(graft)
+    generation_config = _generation_config(graft, tokenizer)
+    model.generation_config = GenerationConfig(**generation_config)
+    try_out(model if device == "cpu" else assemble(graft, device), tokenizer)
+
+    with new_folder(target, overwrite=overwrite, complete_mark=INFO) as staging:
+        with rich.progress.Progress(*_progress_columns(), transient=True) as progress:
+            task = progress.add_task("Writing", total=2 * graft.weight_bytes)
+            files = {
+                name: _save(content, staging / name, lambda size_bytes: progress.advance(task, size_bytes))
+                for name, content in ((MODULE, model), (STATE_DICT, model.state_dict()))
+            }
+        tokenizer.save_pretrained(staging / TOKENIZER)
+        info = _info(graft, description, score, generation_config)
+        info["files"] = files
+        (staging / "README.txt").write_text(readme_text(target.name, info), encoding="utf-8")
+        info["files"] = files | describe_files(staging, excluded=files)
+        (staging / INFO).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return info
+
+
+def check_room(graft: GraftPlan, output_dir: Path) -> None:
+    """Raise SurgeryError if the disk `output_dir` will be on is too small for the checkpoint."""
+    check_space(output_dir, 2 * graft.weight_bytes + _SMALL_FILES_BYTES)
+
+
+def load_checkpoint(
+    directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[LlambaForCausalLM, PreTrainedTokenizerBase]:
+    """Load a checkpoint folder: (model, tokenizer), the model in eval mode and ready to `generate`.
+
+    The architecture comes from checkpoint_info.json and the weights from model_state_dict.pt, which is mapped: on the
+    CPU nothing is read before it is used, elsewhere one tensor at a time is. No code is unpickled.
+
+    Args:
+        directory: a folder written by `write`; its state dict may since have been saved from a model wrapped by
+            DistributedDataParallel or torch.compile.
+        device: where to put the model.
+        dtype: cast the parameters to it; by default as stored.
+
+    Raises:
+        SurgeryError: if the folder is no complete checkpoint, or its weights do not fit its config.
+    """
+    directory = Path(directory).expanduser()
+    info = read_info(directory)
+    try:
+        config = LlambaConfig.from_dict(info["config"])
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise SurgeryError(f"{directory / INFO} describes no model ({error}). Build the checkpoint again.") from error
+    model = empty_model(config)
+    path = directory / STATE_DICT
+    state_dict = without_wrapper_prefixes(_read_state_dict(path))
+    _check_fit(model, state_dict, path)
+    model.load_state_dict(
+        {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in state_dict.items()}, assign=True
+    )
+    model.tie_weights()
+    if dtype is not None:
+        model.config.dtype = dtype
+    model.generation_config = GenerationConfig(**info["generation_config"])
+    return model.to(device), load_tokenizer(directory / TOKENIZER)
+
+
+def read_info(directory: str | Path) -> dict[str, Any]:
+    """checkpoint_info.json of a checkpoint folder.
+
+    Raises:
+        SurgeryError: if the folder is not there, not complete, or of a format this version does not know.
+    """
+    directory = Path(directory).expanduser()
+    path = directory / INFO
+    if not directory.is_dir():
+        raise SurgeryError(f"Checkpoint {directory} is not there. Build it with create_replaced_model_checkpoint.py.")
+    if not path.is_file():
+        raise SurgeryError(f"{directory} has no {INFO}, so it is not a complete checkpoint. Build it again.")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        version = info["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SurgeryError(f"{path} cannot be read ({error}). Build the checkpoint again.") from error
+    if version != FORMAT_VERSION:
+        raise SurgeryError(
+            f"{path} has format version {version}; this program knows {FORMAT_VERSION}. Update model_preparation."
+        )
+    return info
+
+
+def without_wrapper_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with the names of the bare model: `module.` and `_orig_mod.` taken off, in any order."""
+    names = {}
+    for name in state_dict:
+        bare = name
+        while bare.startswith(_WRAPPER_PREFIXES):
+            bare = bare.partition(".")[2]
+        names[bare] = state_dict[name]
+    return names
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder.
+
+    Raises:
+        SurgeryError: if transformers cannot load it.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SurgeryError(
+            f"No tokenizer can be loaded from {folder} ({reason}). Name one with --tokenizer."
+        ) from error
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, graft: GraftPlan) -> None:
+    """Raise SurgeryError if the tokenizer can produce ids the model has no embedding for."""
+    if len(tokenizer) > graft.config.padded_vocab_size:
+        raise SurgeryError(
+            f"The tokenizer in {graft.tokenizer} has {len(tokenizer)} tokens, the model {graft.config.vocab_size}. "
+            "Name the model's own with --tokenizer."
+        )
+
+
+@torch.no_grad()
+def try_out(model: LlambaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Run one short forward pass; raise SurgeryError if its logits are not finite."""
+    ids = tokenizer(_TRIAL_PROMPT, return_tensors="pt").input_ids.to(model.device)
+    if not torch.isfinite(model(ids).logits).all():
+        raise SurgeryError(
+            f"The grafted model's logits are not finite in {model.dtype}. Check the base, or use --dtype float32."
+        )
+
+
+def _info(graft: GraftPlan, description: str, score: float | None, generation_config: dict) -> dict[str, Any]:
+    donor = graft.donor.metadata
+    base_paths = [graft.base.folder / "config.json", *TensorFiles(graft.base.folder).paths()]
+    num_heads, head_dim = heads_of(graft.donor.config)
+    return {
+        "format_version": FORMAT_VERSION,
+        "replaced_layers": graft.layers,
+        "num_replaced_layers": len(graft.layers),
+        "total_layers": graft.config.n_layer,
+        "base_model": {
+            "name": graft.base_name,
+            **graft.base.as_dict(),
+            "files": {path.name: describe_file(path) for path in base_paths},
+        },
+        "replacement_source": {
+            "name": donor["model_name"],
+            **donor["source"],
+            "layers": {str(index): graft.donor.layers[index]["sha256"] for index in graft.layers},
+        },
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        "parameters": graft.parameters,
+        "dtype": str(graft.dtype).removeprefix("torch."),
+        "creation_time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "description": description,
+        "mmlu_score": score,
+        "config": graft.config.to_dict(),
+        "generation_config": generation_config,
+        "versions": {
+            "model_preparation": model_preparation.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+        },
+    }
+
+
+def _generation_config(graft: GraftPlan, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Special tokens of the base, else of the donor, else of the tokenizer; greedy decoding unless asked otherwise."""
+    given = read_generation_config(graft.base.folder) or graft.donor.metadata["generation_config"] or {}
+
+    def token(name: str):
+        value = given.get(name)
+        return getattr(tokenizer, name) if value is None else value
+
+    eos = token("eos_token_id")
+    pad = token("pad_token_id")
+    if pad is None:
+        pad = eos[0] if isinstance(eos, list) else eos
+    return {"bos_token_id": token("bos_token_id"), "eos_token_id": eos, "pad_token_id": pad, "use_cache": True}
+
+
+class _DigestingFile:
+    """A file to write into once, front to back, that knows its size and SHA-256 at the end."""
+
+    def __init__(self, path: Path, advance):
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._advance = advance
+        self.size_bytes = 0
+
+    def write(self, data) -> int:
+        self._file.write(data)
+        self._digest.update(data)
+        size_bytes = memoryview(data).nbytes
+        self.size_bytes += size_bytes
+        self._advance(size_bytes)
+        return size_bytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> dict:
+        self._file.close()
+        return {"bytes": self.size_bytes, "sha256": self._digest.hexdigest()}
+
+
+def _save(content: Any, path: Path, advance) -> dict:
+    file = _DigestingFile(path, advance)
+    try:
+        torch.save(content, cast(IO[bytes], file))
+    finally:
+        described = file.close()
+    return described
+
+
+def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
+    try:
+        state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError as error:
+        raise SurgeryError(f"{path} is missing. Build the checkpoint again.") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SurgeryError(f"{path} cannot be read ({reason}). Build the checkpoint again.") from error
+    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise SurgeryError(f"{path} is not a state dict. Build the checkpoint again.")
+    return state_dict
+
+
+def _check_fit(model: LlambaForCausalLM, state_dict: Mapping[str, Tensor], path: Path) -> None:
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in state_dict.items()}
+    odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if odd:
+        name = odd[0]
+        raise SurgeryError(
+            f"{path} does not fit {INFO}: {len(odd)} tensors differ, {name} has shape "
+            f"{list(found[name]) if name in found else 'none'} instead of "
+            f"{list(wanted[name]) if name in wanted else 'none'}. Build the checkpoint again."
+        )
+
+
+def _progress_columns() -> list:
+    return [
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(),
+    ]

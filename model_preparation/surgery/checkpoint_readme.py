@@ -1,0 +1,79 @@
+"""README.txt of a checkpoint folder: how to load it, in lines that run as they stand from within the folder."""
+
+from typing import Any
+
+from rich.filesize import decimal
+
+_TEXT = """\
+{title}
+{underline}
+
+{summary}
+
+Files
+  model.pt              the whole model ({size}), ready to use
+  model_state_dict.pt   its state dict
+  tokenizer/            the tokenizer
+  checkpoint_info.json  layers, sources, digests, config: also the recipe to build it again
+
+Loading needs the package `model_preparation` installed (pip install PATH_TO_THE_REPOSITORY). Run the lines below with
+this folder as the current one; elsewhere, write the path before the file names.
+
+1. Model and tokenizer at once; nothing is unpickled, and the weights are read as they are used:
+
+    from model_preparation import load_checkpoint
+    model, tokenizer = load_checkpoint(".")
+    inputs = tokenizer("Hello world", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=20)
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+
+2. The whole model; importing the package lets torch.load read it safely:
+
+    import model_preparation
+    import torch
+    from transformers import AutoTokenizer
+    model = torch.load("model.pt")
+    tokenizer = AutoTokenizer.from_pretrained("tokenizer")
+
+   Without that import, on a file you trust, torch.load("model.pt", weights_only=False) does the same:
+
+    import torch
+    model = torch.load("model.pt", weights_only=False)
+
+3. The state dict, into the architecture that checkpoint_info.json describes:
+
+    import json
+    import torch
+    from transformers import AutoModelForCausalLM
+    from model_preparation import LlambaConfig
+    with open("checkpoint_info.json", encoding="utf-8") as file:
+        config = LlambaConfig.from_dict(json.load(file)["config"])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.load_state_dict(torch.load("model_state_dict.pt"), strict=True)
+
+The model is on the CPU; model.cuda() moves it.
+"""
+
+
+def readme_text(title: str, info: dict[str, Any]) -> str:
+    """README.txt for a checkpoint.
+
+    Args:
+        title: the folder's name.
+        info: its checkpoint_info.json, as far as it is known when this file is written.
+    """
+    layers = ", ".join(map(str, info["replaced_layers"]))
+    score = "not measured" if info["mmlu_score"] is None else f"{info['mmlu_score']:.4f}"
+    summary = [
+        f"{info['base_model']['id']} with layers {layers} (of {info['total_layers']}) replaced by those of "
+        f"{info['replacement_source']['id']}.",
+        f"MMLU score: {score}. Weights in {info['dtype']}.",
+    ]
+    if info["description"]:
+        summary.insert(0, info["description"])
+    return _TEXT.format(
+        title=title,
+        underline="=" * len(title),
+        summary="\n".join(summary),
+        size=decimal(info["files"]["model.pt"]["bytes"]),
+    )

@@ -1,0 +1,252 @@
+"""What a graft will be, checked before anything is written, and the model it makes.
+
+In: a base (a Llamba's folder), a `LayerStore` of the donor, and the layers to take. Out: a `GraftPlan` that says where
+every tensor comes from; `assemble` turns it into the module.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from rich.filesize import decimal
+from torch import Tensor
+
+from model_preparation.errors import SurgeryError
+from model_preparation.llamba.configuration_llamba import LLAMA_DEFAULTS, LlambaConfig
+from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
+from model_preparation.surgery.layer_store import LayerStore, check_range, heads_of, layer_shapes, read_config
+from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
+from model_preparation.surgery.tensor_files import TensorFiles
+
+
+@dataclass(frozen=True)
+class GraftPlan:
+    """A graft that can be done: all checks have passed.
+
+    Attributes:
+        base_name: what the user called the base.
+        base: where it is.
+        donor: the extracted layers.
+        layers: the indices taken from the donor, sorted.
+        config: the grafted model's.
+        dtype: of every parameter.
+        casts: what changes its dtype on the way, in words; empty if nothing does.
+        tokenizer: the folder the tokenizer is taken from, and in words whose it is.
+        parameters: numbers in the model; tied ones are counted once.
+    """
+
+    base_name: str
+    base: Source
+    donor: LayerStore
+    layers: list[int]
+    config: LlambaConfig
+    dtype: torch.dtype
+    casts: list[str]
+    tokenizer: Path
+    tokenizer_of: str
+    parameters: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights in one of the two .pt files."""
+        return self.parameters * self.dtype.itemsize
+
+    def describe(self) -> list[str]:
+        """The plan in lines to print."""
+        donor_name = self.donor.metadata["model_name"]
+        return [
+            f"base       {self.base_name} ({self.base.folder})",
+            f"donor      {donor_name} (layers in {self.donor.folder})",
+            *(f"layer {index:>3}  <- {self.donor.path(index)}" for index in self.layers),
+            f"kept       {self.config.n_layer - len(self.layers)} of {self.config.n_layer} layers, and all around them",
+            f"dtype      {str(self.dtype).removeprefix('torch.')}" + "".join(f"; {cast}" for cast in self.casts),
+            f"tokenizer  {self.tokenizer_of} ({self.tokenizer})",
+            f"to write   2 x {decimal(self.weight_bytes)} ({self.parameters:,} parameters)",
+        ]
+
+
+def plan(
+    base_name: str,
+    layers: Sequence[int],
+    llama_layers_dir: str | Path,
+    *,
+    tokenizer: str | None = None,
+    dtype: torch.dtype | None = None,
+    allow_other_heads: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> GraftPlan:
+    """Check that `layers` of the donor fit the base, file by file, and say what will be done.
+
+    Args:
+        base_name: a name, folder or hub id of a Llamba, as `sources.resolve` takes it.
+        layers: indices, in any order, without repeats.
+        llama_layers_dir: a folder written by `extract_layers`.
+        tokenizer: name, folder or hub id to take it from; by default the base's own, else the donor's.
+        dtype: of the whole model; by default the base's.
+        allow_other_heads: accept a donor whose heads differ from the base's in number or size.
+        sources: targets by name, as `resolve(overrides=...)` takes them.
+
+    Raises:
+        SurgeryError: for anything that would make the graft fail or be wrong.
+    """
+    if not layers:
+        raise SurgeryError("No layers to replace were given. Name them, for example --layers 11 13 17 21.")
+    layers = sorted(layers)
+    donor = LayerStore(llama_layers_dir)
+    base = resolve(base_name, overrides=sources)
+    base_config = read_config(base.folder)
+    if not isinstance(base_config, LlambaConfig):
+        raise SurgeryError(f"{base.folder} is a {base_config.model_type} model. The base must be a Llamba.")
+    if base_config.llama_layers:
+        raise SurgeryError(f"{base.folder} has grafted layers already. Start from a base without any.")
+    check_range(layers, base_config.n_layer, str(base.folder))
+    _check_donor(base_config, donor, allow_other_heads)
+    donor.check(layers)
+
+    config = grafted_config(base_config, donor, layers)
+    files = TensorFiles(base.folder)
+    dtype = dtype or files.dtype()
+    casts = _check_tensors(files, donor, layers, config, dtype)
+    tokenizer_folder, tokenizer_of = _find_tokenizer(tokenizer, base_name, base, donor, sources)
+    config.dtype = dtype
+    return GraftPlan(
+        base_name=base_name,
+        base=base,
+        donor=donor,
+        layers=layers,
+        config=config,
+        dtype=dtype,
+        casts=casts,
+        tokenizer=tokenizer_folder,
+        tokenizer_of=tokenizer_of,
+        parameters=sum(parameter.numel() for parameter in empty_model(config).parameters()),
+    )
+
+
+def grafted_config(base: LlambaConfig, donor: LayerStore, layers: Sequence[int]) -> LlambaConfig:
+    """The base's config with `layers` marked as the donor's, and the settings of the donor's attention."""
+    fields = base.to_dict()
+    fields["llama_layers"] = list(layers)
+    fields["llama_cfg"] = {name: getattr(donor.config, name) for name in LLAMA_DEFAULTS}
+    fields["use_cache"] = False  # plain forward passes need none; `generate` asks for it by itself
+    return LlambaConfig.from_dict(fields)
+
+
+def empty_model(config: LlambaConfig) -> LlambaForCausalLM:
+    """The model without memory for its parameters (meta device); its few buffers are real, on the CPU."""
+    with init_empty_weights(include_buffers=False):
+        model = LlambaForCausalLM(config)
+    model.tie_weights()
+    return model.eval()
+
+
+def assemble(plan: GraftPlan, device: str = "cpu") -> LlambaForCausalLM:
+    """The grafted model in eval mode, on `device`.
+
+    On the CPU, tensors that need no cast stay mapped from the base's and donor's files.
+    """
+    model = empty_model(plan.config)
+    model.load_state_dict(
+        {name: tensor.to(device, plan.dtype) for name, tensor in _tensors(plan).items()}, strict=False, assign=True
+    )
+    model.tie_weights()
+    lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if lacking:
+        raise SurgeryError(f"{plan.base.folder} lacks {', '.join(lacking[:3])}. Download the base again.")
+    return model.to(device)
+
+
+def _tensors(plan: GraftPlan) -> dict[str, Tensor]:
+    files = TensorFiles(plan.base.folder)
+    replaced = tuple(f"backbone.layers.{index}." for index in plan.layers)
+    tensors = {name: files[name] for name in files.names() if not name.startswith(replaced)}
+    for prefix, index in zip(replaced, plan.layers, strict=True):
+        tensors |= {prefix + name: tensor for name, tensor in plan.donor[index].items()}
+    return tensors
+
+
+def _check_donor(base: LlambaConfig, donor: LayerStore, allow_other_heads: bool) -> None:
+    """Compare the two configs: kind, depth, width, vocabulary, heads."""
+    config = donor.config
+    if config.model_type != "llama":
+        raise SurgeryError(f"{donor.folder} holds layers of a {config.model_type} model. The donor must be a Llama.")
+    numbers = [
+        ("layers", config.num_hidden_layers, (base.n_layer,)),
+        ("width (hidden_size)", config.hidden_size, (base.d_model,)),
+        ("vocabulary size", config.vocab_size, (base.vocab_size, base.padded_vocab_size)),
+    ]
+    for what, found, wanted in numbers:
+        if found not in wanted:
+            raise SurgeryError(
+                f"The donor's {what} is {found}, the base's is {wanted[0]}. "
+                f"Extract the layers of the base's own donor into {donor.folder}."
+            )
+    (heads, size), (base_heads, base_size) = heads_of(config), heads_of(base)
+    if (heads, size) != (base_heads, base_size) and not allow_other_heads:
+        raise SurgeryError(
+            f"The donor has {heads} heads of {size}, the base {base_heads} heads of {base_size}. "
+            "Extract the layers of the base's own donor, or add --allow_other_heads if this is meant."
+        )
+
+
+def _check_tensors(
+    files: TensorFiles, donor: LayerStore, layers: Sequence[int], config: LlambaConfig, dtype: torch.dtype
+) -> list[str]:
+    """Compare every tensor's shape with what the grafted config asks for; returns the casts, in words."""
+    donor_dtypes: set[torch.dtype] = set()
+    wanted_of_donor = layer_shapes(donor.config)
+    for index in layers:
+        tensors = donor[index]
+        donor_dtypes |= {tensor.dtype for tensor in tensors.values()}
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        if found != wanted_of_donor:
+            odd = sorted(
+                name for name in found.keys() | wanted_of_donor if found.get(name) != wanted_of_donor.get(name)
+            )
+            raise SurgeryError(
+                f"{donor.path(index)} does not hold the layer its metadata.json describes ({', '.join(odd[:3])}). "
+                "Extract the layers again."
+            )
+    base_dtypes: set[torch.dtype] = set()
+    replaced = tuple(f"backbone.layers.{index}." for index in layers)
+    model = empty_model(config)
+    places = model.state_dict().keys()
+    for name in files.names():
+        if not name.startswith(replaced) and name not in places:
+            raise SurgeryError(f"{files.folder} holds {name}, for which a Llamba of its config.json has no place.")
+    for name, parameter in model.named_parameters():
+        if name.startswith(replaced):
+            continue
+        if name not in files:
+            raise SurgeryError(f"{files.folder} lacks {name}, which its config.json asks for. Download the base again.")
+        shape, found_dtype = files.shape_and_dtype(name)
+        base_dtypes.add(found_dtype)
+        if shape != parameter.shape:
+            raise SurgeryError(
+                f"{name} in {files.folder} has shape {list(shape)}, but its config.json asks for "
+                f"{list(parameter.shape)}. Check that the two belong together."
+            )
+    casts = []
+    for whose, found_dtypes in (("the base", base_dtypes), ("the donor's layers", donor_dtypes)):
+        names = ", ".join(sorted(str(other).removeprefix("torch.") for other in found_dtypes - {dtype}))
+        if names:
+            casts.append(f"{whose} cast from {names}")
+    return casts
+
+
+def _find_tokenizer(
+    asked: str | None, base_name: str, base: Source, donor: LayerStore, sources: Mapping[str, str] | None
+) -> tuple[Path, str]:
+    if asked is not None:
+        return resolve(asked, need="tokenizer", overrides=sources).folder, "as asked"
+    if has_tokenizer(base.folder):
+        return base.folder, "the base's"
+    if has_tokenizer(donor.folder / "tokenizer"):
+        return donor.folder / "tokenizer", "the donor's"
+    if name := tokenizer_name(base_name):
+        return resolve(name, need="tokenizer", overrides=sources).folder, name
+    raise SurgeryError(
+        f"Neither {base.folder} nor {donor.folder} has a tokenizer. Name one with --tokenizer NAME|PATH."
+    )

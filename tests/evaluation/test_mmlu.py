@@ -1,0 +1,325 @@
+"""MMLU: the score is what plain forward passes give on the documented prompts, and bad data or logits are errors.
+
+Questions: two or three made-up ones for each of the 57 subjects. Model: a tiny Llamba with a grafted layer, its random
+weights so large that the answers differ from question to question.
+"""
+
+import math
+import random
+
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.mmlu import GROUPS, SUBJECTS, evaluate_model, find_questions
+from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
+
+LETTERS = "ABCD"
+NOUNS = ["river", "cell", "law", "price", "atom", "poem", "king", "nerve", "field", "treaty"]
+
+
+def question(rng):
+    subject, thing = rng.sample(NOUNS, 2)
+    # The space at the end is stripped by the stock prompt.
+    return {
+        "question": f"What does the {subject} do to the {thing}? ",
+        "choices": [f"the {noun} {rng.randrange(100)}" for noun in rng.sample(NOUNS, 4)],
+        "answer": rng.randrange(4),
+    }
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """{subject: {"dev": 2 rows, "test": 2 or 3 rows}}."""
+    rng = random.Random(0)
+    return {
+        subject: {"dev": [question(rng) for _ in range(2)], "test": [question(rng) for _ in range(2 + index % 2)]}
+        for index, subject in enumerate(SUBJECTS)
+    }
+
+
+def write_questions(folder, rows):
+    for subject, splits in rows.items():
+        for split, questions in splits.items():
+            with_subject = [{**row, "subject": subject} for row in questions]
+            write_rows(folder / subject / f"{split}-00000-of-00001.parquet", with_subject)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mmlu_data(rows, tmp_path_factory):
+    return write_questions(tmp_path_factory.mktemp("mmlu"), rows)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(rows):
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    texts = [prompt(subject, [], row) + " A B C D" for subject, splits in rows.items() for row in splits["test"]]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
+
+
+def tiny_llama(vocab_size):
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_grafted_llamba(vocab_size):
+    config = LlambaConfig(
+        vocab_size=vocab_size,
+        d_model=32,
+        n_layer=3,
+        mlp_cfg={"intermediate_size": 48},
+        ssm_cfg={"n_v_heads": 4, "n_qk_heads": 2, "d_state": 8, "chunk_size": 16},
+        llama_layers=[1],
+        llama_cfg={
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 48,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        initializer_range=0.3,
+    )
+    return LlambaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    return tiny_grafted_llamba(len(tokenizer)).eval()
+
+
+def prompt(subject, examples, row):
+    """The prompt of lm-eval's mmlu 2.0, spelled out."""
+
+    def ask(row):
+        choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=True))
+        return f"{row['question'].strip()}\n{choices}\nAnswer:"
+
+    topic = subject.replace("_", " ")
+    shots = "".join(f"{ask(example)} {LETTERS[example['answer']]}\n\n" for example in examples)
+    return f"The following are multiple choice questions (with answers) about {topic}.\n\n{shots}{ask(row)}"
+
+
+@torch.no_grad()
+def chosen(model, tokenizer, text):
+    """Index of the letter with the largest logit after `text`; one question per forward pass, no padding."""
+    letters = [tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in LETTERS]
+    assert all(len(ids) == 1 for ids in letters)
+    logits = model(torch.tensor([tokenizer.encode(text)])).logits[0, -1]
+    return int(logits[[ids[0] for ids in letters]].argmax())
+
+
+def expected(model, tokenizer, rows, *, num_fewshot=0, limit=None):
+    """{subject: [whether each question is answered right]} and the set of all answers given."""
+    answers: set[int] = set()
+    right: dict[str, list[bool]] = {}
+    for subject, splits in rows.items():
+        right[subject] = []
+        for row in splits["test"][:limit]:
+            choice = chosen(model, tokenizer, prompt(subject, splits["dev"][:num_fewshot], row))
+            answers.add(choice)
+            right[subject].append(choice == row["answer"])
+    return right, answers
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_grafted_llamba])
+def test_the_score_is_the_share_of_questions_whose_largest_letter_is_right(make, tokenizer, rows, mmlu_data):
+    torch.manual_seed(1)
+    model = make(len(tokenizer)).eval()
+    right, answers = expected(model, tokenizer, rows)
+    assert len(answers) > 1  # else the model would not read the question
+
+    result = evaluate_model(model, tokenizer, mmlu_data=mmlu_data, batch_size=5)
+
+    every = [each for subject in right.values() for each in subject]
+    assert len(result["subjects"]) == 57
+    assert result["questions"] == len(every)
+    assert result["score"] == pytest.approx(sum(every) / len(every))
+    for subject, each in right.items():  # of unequal sizes, so that the score is no mean of means
+        assert result["subjects"][subject]["score"] == pytest.approx(sum(each) / len(each))
+        assert result["subjects"][subject]["questions"] == len(each)
+    groups = result["groups"]
+    assert set(groups) == set(GROUPS)
+    assert sum(group["questions"] for group in groups.values()) == len(every)
+    assert sum(group["score"] * group["questions"] for group in groups.values()) == pytest.approx(sum(every))
+    assert all(0 < row["stderr"] < 0.2 for row in (result, *groups.values()))
+
+
+def test_examples_are_the_first_of_the_dev_split(model, tokenizer, rows, mmlu_data):
+    right, _ = expected(model, tokenizer, rows, num_fewshot=2)
+    assert right != expected(model, tokenizer, rows)[0]
+
+    result = evaluate_model(model, tokenizer, mmlu_data=mmlu_data, num_fewshot=2)
+
+    assert {name: row["score"] * row["questions"] for name, row in result["subjects"].items()} == pytest.approx(
+        {subject: sum(each) for subject, each in right.items()}
+    )
+
+
+def test_a_limit_takes_the_first_questions_of_every_subject_and_the_result_names_it(model, tokenizer, rows, mmlu_data):
+    right, _ = expected(model, tokenizer, rows, limit=1)
+
+    result = evaluate_model(model, tokenizer, mmlu_data=mmlu_data, limit=1, batch_size=3, seed=7)
+
+    assert result["questions"] == 57
+    assert {name: row["score"] for name, row in result["subjects"].items()} == {
+        subject: float(each[0]) for subject, each in right.items()
+    }
+    assert result["score"] == pytest.approx(sum(each[0] for each in right.values()) / 57)
+    assert result["stderr"] is None  # a single question has none
+    settings = result["settings"]
+    assert (settings["limit"], settings["batch_size"], settings["seed"], settings["num_fewshot"]) == (1, 3, 7, 0)
+    assert (settings["device"], settings["dtype"], settings["mmlu_data"]) == ("cpu", "float32", str(mmlu_data))
+    assert result["lm_eval_version"].startswith("0.4.")
+
+
+def test_logits_that_are_not_finite_are_an_error_and_no_score(tokenizer, mmlu_data):
+    broken = tiny_llama(len(tokenizer))
+    torch.nn.init.constant_(broken.model.norm.weight, math.nan)
+    with pytest.raises(SurgeryError, match=r"not finite, so it has no score"):
+        evaluate_model(broken, tokenizer, mmlu_data=mmlu_data, limit=1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("limit", 0), ("num_fewshot", -1), ("batch_size", 0)])
+def test_a_setting_out_of_range_is_an_error(model, tokenizer, mmlu_data, name, value):
+    with pytest.raises(SurgeryError, match=f"{name} is {value}"):
+        evaluate_model(model, tokenizer, mmlu_data=mmlu_data, **{name: value})
+
+
+def test_the_folder_may_come_from_the_environment(mmlu_data, monkeypatch):
+    monkeypatch.setenv("MMLU_DATA", str(mmlu_data))
+    assert find_questions() == mmlu_data
+
+
+def test_the_argument_comes_before_the_environment(mmlu_data, monkeypatch, tmp_path):
+    monkeypatch.setenv("MMLU_DATA", str(tmp_path))
+    assert find_questions(mmlu_data) == mmlu_data
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """The hub's library in its offline mode, with an empty cache, whose folder is returned."""
+    monkeypatch.delenv("MMLU_DATA", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_hub_out_of_reach_is_an_error_that_names_the_ways_round_it(no_network):
+    with pytest.raises(SurgeryError, match=r"cais/mmlu.*--mmlu_data or in MMLU_DATA.*HF_ENDPOINT"):
+        find_questions()
+
+
+def test_what_the_hubs_cache_holds_needs_no_network(no_network, rows):
+    repo = no_network / "datasets--cais--mmlu"
+    snapshot = write_questions(repo / "snapshots" / ("c" * 40), rows)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("c" * 40)
+    assert find_questions() == snapshot
+
+
+@pytest.fixture
+def copy(rows, tmp_path):
+    """A folder of questions that a test may damage."""
+    return write_questions(tmp_path / "mmlu", rows)
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(SurgeryError, match=r"nowhere does not exist.*--mmlu_data"):
+        find_questions(tmp_path / "nowhere")
+
+
+def test_missing_subjects_are_counted_and_named(copy):
+    (copy / "anatomy").rename(copy / "anatomie")
+    (copy / "virology").rename(copy / "virologie")
+    with pytest.raises(SurgeryError, match="lacks 2 of 57 subjects: anatomy, virology"):
+        find_questions(copy)
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_a_missing_split_is_named(copy, split):
+    (copy / "anatomy" / f"{split}-00000-of-00001.parquet").unlink()
+    with pytest.raises(SurgeryError, match=rf"anatomy has no {split}-\*.parquet"):
+        find_questions(copy)
+
+
+def test_a_split_may_come_in_several_files(copy, rows):
+    questions = rows["anatomy"]["test"]
+    (copy / "anatomy" / "test-00000-of-00001.parquet").unlink()
+    for part, row in enumerate(questions):
+        write_rows(copy / "anatomy" / f"test-{part:05}-of-{len(questions):05}.parquet", [row])
+    assert find_questions(copy) == copy
+
+
+def test_an_unreadable_file_is_named(copy):
+    (copy / "anatomy" / "test-00000-of-00001.parquet").write_bytes(b"PAR1 but no more")
+    with pytest.raises(SurgeryError, match=r"anatomy/test-00000-of-00001.parquet is not a readable parquet file"):
+        find_questions(copy)
+
+
+def test_a_missing_column_is_named(copy):
+    write_rows(copy / "anatomy" / "test-00000-of-00001.parquet", [{"question": "?", "options": ["1"], "answer": 0}])
+    with pytest.raises(
+        SurgeryError, match=r"anatomy/test-.*has the columns question, options, answer, but not choices"
+    ):
+        find_questions(copy)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"question": None},
+        {"choices": ["1", "2", "3"]},
+        {"choices": ["1", "2", "3", None]},
+        {"choices": None},
+        {"answer": 4},
+        {"answer": -1},
+        {"answer": None},
+        {"answer": "A"},
+    ],
+)
+def test_a_malformed_row_is_shown(copy, rows, damage):
+    good = rows["anatomy"]["dev"][0]
+    # The damaged row stands alone, for a column has one type.
+    write_rows(copy / "anatomy" / "dev-00000-of-00002.parquet", [{**good, **damage}])
+    with pytest.raises(SurgeryError, match=r"Row 0 of .*anatomy/dev-00000-of-00002.parquet"):
+        find_questions(copy)
+
+
+def test_an_empty_split_is_named(copy):
+    path = copy / "anatomy" / "test-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).slice(0, 0), path)
+    with pytest.raises(SurgeryError, match=r"anatomy/test-.* has no rows"):
+        find_questions(copy)
+
+
+def test_more_examples_than_the_dev_split_has_are_refused(mmlu_data):
+    with pytest.raises(SurgeryError, match=r"has 2 examples in its dev split, but num_fewshot is 3.*--num_fewshot 2"):
+        find_questions(mmlu_data, num_fewshot=3)
