@@ -5,9 +5,14 @@ A donor (Llama) and a base (Llamba) of the same width, depth, heads and vocabula
 
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -18,6 +23,7 @@ from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 
 # Two threads beside another busy process are many times slower than one.
 torch.set_num_threads(1)
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the forks below
 
 PACKAGE = Path(__file__).parents[1] / "model_preparation"
 VOCABULARY = 260  # 256 bytes and four special tokens
@@ -76,9 +82,55 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def run_command(name: str, *args: object, cwd: Path = PACKAGE, **env: str) -> subprocess.CompletedProcess:
-    """Run a command of the package by its path, as people do, and return what it printed."""
+    """Run a command of the package in a process of its own, and return its exit code and what it printed.
+
+    It is forked from this one, so that torch need not be imported anew; `run_fresh_command` starts from nothing.
+    """
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        child = os.fork()
+        if child == 0:
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stderr.fileno(), 2)
+            _become_command(name, args, cwd, env)
+        status = os.waitpid(child, 0)[1]
+        texts = []
+        for stream in (stdout, stderr):
+            stream.seek(0)
+            texts.append(stream.read().decode())
+    return subprocess.CompletedProcess([name, *args], os.waitstatus_to_exitcode(status), *texts)
+
+
+def _become_command(name: str, args: tuple, cwd: Path, env: dict[str, str]) -> NoReturn:
+    """Be `python NAME.py ARGS` from here on; the forked child's half of `run_command`."""
+    code: Any = 1
+    try:
+        signal.alarm(120)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        os.environ |= {"HF_HUB_OFFLINE": "1", **env}
+        os.chdir(cwd)
+        path = PACKAGE / f"{name}.py"
+        sys.argv = [str(path), *map(str, args)]
+        runpy.run_path(str(path), run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def run_fresh_command(name: str, *args: object, cwd: Path = PACKAGE, **env: str) -> subprocess.CompletedProcess:
+    """`run_command`, in a new interpreter."""
+    return run_python(str(PACKAGE / f"{name}.py"), *map(str, args), cwd=cwd, **env)
+
+
+def run_python(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    """Run this interpreter anew with `args`, offline, in the folder `cwd`."""
     return subprocess.run(
-        [sys.executable, str(PACKAGE / f"{name}.py"), *map(str, args)],
+        [sys.executable, *args],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
         capture_output=True,

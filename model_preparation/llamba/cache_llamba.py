@@ -45,5 +45,6 @@ class LlambaCache(DynamicCache):
         return self.seen_tokens
 
     def reset(self) -> None:
-        super().reset()
+        """Forget everything."""
+        self.layers = [type(layer)() for layer in self.layers]  # K/V layers would keep their length otherwise
         self.seen_tokens = 0

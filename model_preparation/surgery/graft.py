@@ -128,6 +128,8 @@ def plan(
 def grafted_config(base: LlambaConfig, donor: LayerStore, layers: Sequence[int]) -> LlambaConfig:
     """The base's config with `layers` marked as the donor's, and the settings of the donor's attention."""
     fields = base.to_dict()
+    fields.pop("_name_or_path", None)  # a path of this machine
+    fields["architectures"] = [LlambaForCausalLM.__name__]
     fields["llama_layers"] = list(layers)
     fields["llama_cfg"] = {name: getattr(donor.config, name) for name in LLAMA_DEFAULTS}
     fields["use_cache"] = False  # plain forward passes need none; `generate` asks for it by itself

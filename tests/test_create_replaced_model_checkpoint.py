@@ -1,0 +1,373 @@
+"""create_replaced_model_checkpoint.py: what it writes, what it refuses, and that it leaves nothing half done."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from model_preparation import build_checkpoint, extract_layers, load_checkpoint
+from model_preparation.llamba import LlambaForCausalLM
+from tests.conftest import PACKAGE, VOCABULARY, assert_refused, make_tokenizer, run_command, seeded, tiny_config
+
+
+def build(base, layers_dir, out, *args, layers=(1, 3), **kwargs):
+    return run_command(
+        "create_replaced_model_checkpoint",
+        *("--base", base, "--llama_layers_dir", layers_dir, "--output_dir", out, "--layers", *layers, *args),
+        **kwargs,
+    )
+
+
+def test_the_command_writes_the_folder_of_the_guide(base_dir, layers_dir, tmp_path):
+    out = tmp_path / "deep" / "llamba_replaced_1_3"
+    result = build(base_dir, layers_dir, out, "--description", "两层", "--score", "0.57", "--gpu", 0, layers=(3, 1))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"Checkpoint is in {out}"
+    assert "layer_03.pt" in result.stdout  # the plan says which layer comes from where
+    if not torch.cuda.is_available():
+        assert "No CUDA device here: the CPU does the work." in result.stdout
+    assert {path.name for path in out.iterdir()} == {
+        "model.pt",
+        "model_state_dict.pt",
+        "tokenizer",
+        "checkpoint_info.json",
+        "README.txt",
+    }
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    info = json.loads((out / "checkpoint_info.json").read_text())
+    assert info["replaced_layers"] == [1, 3]
+    assert (info["num_replaced_layers"], info["total_layers"]) == (2, 4)
+    assert (info["num_heads"], info["head_dim"]) == (2, 16)
+    assert (info["description"], info["mmlu_score"], info["dtype"]) == ("两层", 0.57, "float32")
+    assert info["base_model"]["id"] == base_dir.name
+    assert info["creation_time"].startswith("20")
+    assert "两层" in (out / "README.txt").read_text()
+
+
+def test_every_file_is_recorded_with_its_size_and_digest(checkpoint_dir, base_dir, layers_dir):
+    info = json.loads((checkpoint_dir / "checkpoint_info.json").read_text())
+    files = {path.relative_to(checkpoint_dir).as_posix(): path for path in checkpoint_dir.rglob("*") if path.is_file()}
+    assert info["files"].keys() == files.keys() - {"checkpoint_info.json"}
+    for name, entry in info["files"].items():
+        data = files[name].read_bytes()
+        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    weights = info["base_model"]["files"]["pytorch_model.bin"]
+    assert weights["sha256"] == hashlib.sha256((base_dir / "pytorch_model.bin").read_bytes()).hexdigest()
+    layer = info["replacement_source"]["layers"]["3"]
+    assert layer == hashlib.sha256((layers_dir / "layer_03.pt").read_bytes()).hexdigest()
+
+
+def test_grafted_layers_are_the_donors_and_the_others_the_bases(checkpoint_dir, base_dir, donor_dir):
+    state = torch.load(checkpoint_dir / "model_state_dict.pt")
+    base = torch.load(base_dir / "pytorch_model.bin")
+    donor = load_file(donor_dir / "model.safetensors")
+    for name, tensor in state.items():
+        layer = name.split(".")[2] if name.startswith("backbone.layers.") else None
+        if layer in ("1", "3"):
+            assert torch.equal(tensor, donor[name.replace("backbone.", "model.")]), name
+        else:
+            assert torch.equal(tensor, base[name]), name
+    assert len(state) == 3 + 2 * 9 + 2 * 11
+
+
+def test_all_layers_grafted_computes_the_donor(donor_dir, layers_dir, tmp_path):
+    """With the donor's embedding, norm and head around them, the donor's layers give the donor's logits."""
+    donor = LlamaForCausalLM.from_pretrained(donor_dir)
+    base = tmp_path / "base"
+    model = LlambaForCausalLM(tiny_config(norm_epsilon=donor.config.rms_norm_eps, pad_vocab_size_multiple=1))
+    with torch.no_grad():
+        model.backbone.embedding.weight.copy_(donor.model.embed_tokens.weight)
+        model.backbone.final_layernorm.weight.copy_(donor.model.norm.weight)
+        model.lm_head.weight.copy_(donor.lm_head.weight)
+    model.save_pretrained(base)
+    assert build(base, layers_dir, tmp_path / "out", layers=range(4)).returncode == 0
+    grafted, _ = load_checkpoint(tmp_path / "out")
+    ids = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = donor(ids).logits
+        assert ((grafted(ids).logits - wanted).abs().max() / wanted.std()).item() < 1e-5
+    greedy = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prompt = {"inputs": ids[:, :9], "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    assert torch.equal(grafted.generate(**prompt, **greedy), donor.generate(**prompt, **greedy))
+
+
+def test_dtype_and_tokenizer_options(base_dir, layers_dir, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<mine>"])
+    tokenizer.save_pretrained(tmp_path / "mine")
+    result = build(base_dir, layers_dir, tmp_path / "out", "--dtype", "bfloat16", "--tokenizer", tmp_path / "mine")
+    assert result.returncode == 0, result.stderr
+    assert "the base cast from float32" in result.stdout
+    model, tokenizer = load_checkpoint(tmp_path / "out")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert "<mine>" in tokenizer.get_vocab()
+
+
+def test_special_tokens_come_from_the_donor_where_the_base_names_none(checkpoint_dir):
+    model, _ = load_checkpoint(checkpoint_dir)
+    assert model.generation_config.eos_token_id == 257
+    assert model.generation_config.pad_token_id == load_checkpoint(checkpoint_dir)[1].pad_token_id
+
+
+def test_dry_run_writes_nothing(base_dir, layers_dir, tmp_path):
+    result = build(base_dir, layers_dir, tmp_path / "out", "--dry_run")
+    assert result.returncode == 0, result.stderr
+    assert "to write" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("layers", "code", "words"),
+    [
+        ([4], 1, ["Layer 4 is out of range", "layers 0 to 3"]),
+        ([-1], 2, ["-1 is negative"]),
+        ([2, 2], 2, ["layer 2 is given more than once"]),
+        (["x"], 2, ["'x' is not a layer index"]),
+        (["1.5"], 2, ["'1.5' is not a layer index"]),
+        ([], 2, ["expected at least one argument"]),
+    ],
+)
+def test_bad_layers(base_dir, layers_dir, tmp_path, layers, code, words):
+    assert_refused(build(base_dir, layers_dir, tmp_path / "out", layers=layers), *words, code=code)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["--score", "57"], 2, ["invalid score value"]),
+        (["--gpu", "0", "--device", "cpu"], 2, ["not allowed with"]),
+        (["--device", "warp"], 1, ["--device warp cannot be used here"]),
+        (["--dtype", "int8"], 2, ["invalid choice"]),
+        (["--base", "/no/such/folder"], 1, ["/no/such/folder is not there"]),
+        (["--tokenizer", "/no/such/folder"], 1, ["/no/such/folder is not there"]),
+    ],
+)
+def test_bad_options(base_dir, layers_dir, tmp_path, args, code, words):
+    assert_refused(build(base_dir, layers_dir, tmp_path / "out", *args), *words, code=code)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("missing", ["Layer file not found", "layer_03.pt", "extract_layers.py"]),
+        ("cut", ["layer_03.pt is", "bytes long instead of"]),
+        ("flipped", ["layer_03.pt is changed", "SHA-256"]),
+        ("no metadata", ["metadata.json is missing", "extract_layers.py"]),
+        ("newer", ["format version 99", "knows 1"]),
+        ("not json", ["metadata.json is not metadata"]),
+        ("no config", ["metadata.json is damaged"]),
+    ],
+)
+def test_bad_layer_folders(base_dir, layers_dir, tmp_path, damage, words):
+    folder = Path(shutil.copytree(layers_dir, tmp_path / "layers"))
+    layer, metadata = folder / "layer_03.pt", folder / "metadata.json"
+    fields = json.loads(metadata.read_text())
+    data = bytearray(layer.read_bytes())
+    if damage == "missing":
+        layer.unlink()
+    elif damage == "cut":
+        layer.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 1
+        layer.write_bytes(data)
+    elif damage == "no metadata":
+        metadata.unlink()
+    elif damage == "newer":
+        metadata.write_text(json.dumps({**fields, "format_version": 99}))
+    elif damage == "not json":
+        metadata.write_text("{")
+    elif damage == "no config":
+        metadata.write_text(json.dumps({name: value for name, value in fields.items() if name != "config"}))
+    assert_refused(build(base_dir, folder, tmp_path / "out"), *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["layers"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 64, "num_attention_heads": 4}, ["width (hidden_size) is 64, the base's is 32"]),
+        ({"num_attention_heads": 4, "num_key_value_heads": 2}, ["4 heads of 8, the base 2 heads of 16"]),
+        ({"vocab_size": 300}, ["vocabulary size is 300, the base's is 260"]),
+        ({"num_hidden_layers": 5}, ["layers is 5, the base's is 4"]),
+    ],
+)
+def test_donors_that_do_not_fit(base_dir, tmp_path, changes, words):
+    fields = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = LlamaConfig(**{**fields, "num_key_value_heads": 1, "intermediate_size": 40, **changes})
+    donor, layers = tmp_path / "donor", tmp_path / "layers"
+    LlamaForCausalLM(config).save_pretrained(donor)
+    make_tokenizer().save_pretrained(donor)
+    extract_layers(str(donor), layers)
+    assert_refused(build(base_dir, layers, tmp_path / "out"), *words)
+    if "heads" in words[0]:
+        result = build(base_dir, layers, tmp_path / "out", "--allow_other_heads")
+        assert result.returncode == 0, result.stderr
+        assert load_checkpoint(tmp_path / "out")[0].generate(torch.tensor([[1]]), max_new_tokens=2).shape[1] <= 3
+    else:
+        assert not (tmp_path / "out").exists()
+
+
+def test_bases_that_do_not_fit(base_dir, donor_dir, layers_dir, checkpoint_dir, tmp_path):
+    out = tmp_path / "out"
+    assert_refused(build(donor_dir, layers_dir, out), "is a llama model", "must be a Llamba")
+    grafted = tmp_path / "grafted"
+    load_checkpoint(checkpoint_dir)[0].save_pretrained(grafted)
+    assert_refused(build(grafted, layers_dir, out), "grafted layers already")
+    broken = Path(shutil.copytree(base_dir, tmp_path / "broken"))
+    state = torch.load(base_dir / "pytorch_model.bin")
+    torch.save({**state, "extra.weight": torch.ones(1)}, broken / "pytorch_model.bin")
+    assert_refused(build(broken, layers_dir, out), "holds extra.weight")
+    torch.save({n: t for n, t in state.items() if n != "backbone.layers.0.mixer.D"}, broken / "pytorch_model.bin")
+    assert_refused(build(broken, layers_dir, out), "lacks backbone.layers.0.mixer.D")
+    torch.save({**state, "lm_head.weight": torch.ones(3, 3)}, broken / "pytorch_model.bin")
+    assert_refused(build(broken, layers_dir, out), "lm_head.weight", "shape [3, 3]", "asks for [264, 32]")
+    (broken / "pytorch_model.bin").write_bytes(b"not a zip file")
+    assert_refused(build(broken, layers_dir, out), "pytorch_model.bin cannot be read as tensors")
+    torch.save({**state, "lm_head.weight": state["lm_head.weight"] * torch.nan}, broken / "pytorch_model.bin")
+    assert_refused(build(broken, layers_dir, out), "not finite")
+    (broken / "config.json").write_text(json.dumps({"model_type": "llamba", "ssm_cfg": {"state": 3}}))
+    assert_refused(build(broken, layers_dir, out), "ssm_cfg has unknown fields state")
+    assert not out.exists()
+
+
+def test_no_tokenizer_anywhere(base_dir, layers_dir, tmp_path):
+    folder = Path(shutil.copytree(layers_dir, tmp_path / "layers"))
+    shutil.rmtree(folder / "tokenizer")
+    assert_refused(build(base_dir, folder, tmp_path / "out"), "--tokenizer")
+
+
+def test_an_existing_checkpoint_is_replaced_only_when_asked(base_dir, layers_dir, tmp_path):
+    out = tmp_path / "out"
+    assert build(base_dir, layers_dir, out).returncode == 0
+    before = (out / "checkpoint_info.json").read_bytes()
+    assert_refused(build(base_dir, layers_dir, out, layers=[0]), "exists already", "--overwrite")
+    assert (out / "checkpoint_info.json").read_bytes() == before
+    assert build(base_dir, layers_dir, out, "--overwrite", layers=[0]).returncode == 0
+    assert json.loads((out / "checkpoint_info.json").read_text())["replaced_layers"] == [0]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_bad_targets(base_dir, layers_dir, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert_refused(build(base_dir, layers_dir, file), "is a file")
+    assert_refused(build(base_dir, layers_dir, file / "below"), "not a folder you can write to")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    assert_refused(build(base_dir, layers_dir, other, "--overwrite"), "holds other files (notes.txt)")
+    assert (other / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_target_not_writable(base_dir, layers_dir, tmp_path):
+    tmp_path.chmod(0o500)
+    assert_refused(build(base_dir, layers_dir, tmp_path / "out"), "not a folder you can write to")
+
+
+def test_target_on_a_read_only_file_system(base_dir, layers_dir):
+    assert_refused(build(base_dir, layers_dir, "/proc/out"), "/proc")
+
+
+def test_disk_too_small(base_dir, layers_dir, tmp_path, monkeypatch):
+    """Asked of the file system before anything is written."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000_000))
+    assert_refused(build(base_dir, layers_dir, tmp_path / "out"), "only 50.0 MB are free")
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_full_while_writing(base_dir, layers_dir, tmp_path):
+    """A limit on file sizes stands in for a disk that fills up in the middle."""
+    script = (
+        "import resource, runpy, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base_dir, "--llama_layers_dir", layers_dir]
+    result = subprocess.run(
+        [sys.executable, "-c", script, *command, "--layers", "1", "--output_dir", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert_refused(result, "error: File too large")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_while_writing(base_dir, layers_dir, tmp_path, sent, code):
+    old = tmp_path / "out"
+    build_checkpoint(str(base_dir), [0], layers_dir, old)
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    process = start_slow_build(base_dir, layers_dir, old)
+    wait_for_partial(process, old)
+    process.send_signal(sent)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_killed_while_writing(base_dir, layers_dir, tmp_path):
+    out = tmp_path / "out"
+    process = start_slow_build(base_dir, layers_dir, out)
+    wait_for_partial(process, out)
+    process.kill()
+    process.communicate()
+    assert not out.exists()
+    assert len(list(tmp_path.glob("out.partial-*"))) == 1
+    assert build(base_dir, layers_dir, out).returncode == 0  # the next build clears what the killed one left
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def start_slow_build(base_dir, layers_dir, out) -> subprocess.Popen:
+    """A build whose writing takes a while."""
+    script = (
+        "import runpy, sys, time, torch\n"
+        "save = torch.save\n"
+        "torch.save = lambda *args, **kwargs: (save(*args, **kwargs), time.sleep(30))\n"
+        "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base_dir, "--llama_layers_dir", layers_dir]
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *command, "--layers", "1", "--output_dir", out, "--overwrite"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_partial(process: subprocess.Popen, out: Path) -> None:
+    deadline = time.monotonic() + 100
+    while not list(out.parent.glob(f"{out.name}.partial-*/model.pt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_two_builds_give_the_same_weights(base_dir, layers_dir, checkpoint_dir, tmp_path):
+    build_checkpoint(str(base_dir), [1, 3], layers_dir, tmp_path / "out", description="a tiny pair")
+    for name in ("model.pt", "model_state_dict.pt"):
+        assert (tmp_path / "out" / name).read_bytes() == (checkpoint_dir / name).read_bytes()
+
+
+def test_a_tied_base_stays_tied(donor_dir, layers_dir, tmp_path):
+    model = seeded(LlambaForCausalLM(tiny_config(tie_embeddings=True)))
+    model.save_pretrained(tmp_path / "base")
+    build_checkpoint(str(tmp_path / "base"), [2], layers_dir, tmp_path / "out")
+    for again in (load_checkpoint(tmp_path / "out")[0], torch.load(tmp_path / "out" / "model.pt")):
+        assert again.lm_head.weight is again.backbone.embedding.weight
