@@ -87,7 +87,10 @@ def main() -> None:
     print("\n" + table(outcomes))
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     if failed:
-        raise SurgeryError(f"{failed} of {len(outcomes)} checkpoints failed; the reasons are above. Run this again.")
+        raise SurgeryError(
+            f"{failed} of {len(outcomes)} checkpoints failed; the reasons are above. "
+            "Run this again when they are mended: what is complete will be skipped."
+        )
 
 
 def read_list(path: Path) -> list[Combination]:

@@ -10,7 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_preparation.command_line import CommandParser, add_device_flags, choose_device, run
+from model_preparation.command_line import (
+    CommandParser,
+    add_device_flags,
+    add_dtype_flag,
+    choose_device,
+    run,
+    torch_dtype,
+)
 
 if TYPE_CHECKING:
     from model_preparation.evaluation.generation import Generation
@@ -20,7 +27,6 @@ DEFAULT_PROMPTS = (
     "Once upon a time, in a small village,",
     "To make a good cup of tea, first",
 )
-DTYPES = ("float32", "bfloat16", "float16")
 
 DESCRIPTION = """\
 Load a checkpoint, print its size, layers and speed, and the text it writes after each prompt (greedily).
@@ -79,7 +85,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--max_new_tokens", type=at_least_1, default=50, metavar="N", help="tokens to write per prompt (default: 50)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="run in this dtype (default: the checkpoint's)")
+    add_dtype_flag(parser, help="run in this dtype (default: the checkpoint's)")
     add_device_flags(parser)
     parser.add_argument(
         "--full_eval", action="store_true", help="also run MMLU, 57 subjects; the flags below are its own"
@@ -127,12 +133,10 @@ def _refuse_flags_without_effect(parser: CommandParser, args: argparse.Namespace
 
 def _load(directory: Path, device: str, dtype_name: str | None) -> tuple[Any, Any]:
     """Load the checkpoint and print what it is."""
-    import torch
-
     from model_preparation.surgery.checkpoint import load_checkpoint, read_info
 
     started = time.perf_counter()
-    model, tokenizer = load_checkpoint(directory, device=device, dtype=dtype_name and getattr(torch, dtype_name))
+    model, tokenizer = load_checkpoint(directory, device=device, dtype=torch_dtype(dtype_name))
     seconds = time.perf_counter() - started
     info = read_info(directory)
     layers = info["replaced_layers"]

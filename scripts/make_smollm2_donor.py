@@ -72,7 +72,9 @@ def save_model(gguf: Path, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # it is a matter of seconds
     model = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # save_pretrained refuses a model read from GGUF, so its parts are saved one by one; the head is the embedding.
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}

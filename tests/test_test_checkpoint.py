@@ -46,7 +46,7 @@ def change_weights(folder, change):
 @pytest.fixture(scope="module")
 def mmlu_data(tmp_path_factory):
     rng = random.Random(0)
-    rows = {subject: {split: [question(rng) for _ in range(2)] for split in ("dev", "test")} for subject in SUBJECTS}
+    rows = {subject: {split: [question(rng) for _ in range(3)] for split in ("dev", "test")} for subject in SUBJECTS}
     return write_questions(tmp_path_factory.mktemp("mmlu"), rows)
 
 
@@ -77,27 +77,25 @@ def test_the_dtype_can_be_chosen(command, checkpoint_dir):
     assert "onto cpu, bfloat16" in command("--checkpoint", checkpoint_dir, "--prompt", "Hello", "--dtype", "bfloat16")
 
 
-def test_full_eval_ends_with_the_score_of_lm_evals_mmlu(command, checkpoint_dir, mmlu_data):
-    expected = evaluate_checkpoint(checkpoint_dir, mmlu_data=mmlu_data, limit=1, num_fewshot=1)
-    assert 0 < expected["score"] < 1
-
-    flags = ("--full_eval", "--limit", 1, "--num_fewshot", 1, "--mmlu_data", mmlu_data, "--batch_size", 2)
-    out = command("--checkpoint", checkpoint_dir, "--prompt", "Hello", *flags)
-
-    assert "--limit 1 is per subject" in out
-    assert "not comparable with the full one" in out
-    assert out.splitlines()[-1] == f"MMLU score   {expected['score']:.4f} (57 questions)"
-    for name, group in expected["groups"].items():
-        assert f"{name:<16} {group['score']:.4f} ({group['questions']} questions)" in out
-
-
-def test_a_full_eval_without_a_limit_prints_standard_errors_and_leaves_the_checkpoint_alone(
+def test_full_eval_ends_with_the_score_of_lm_evals_mmlu_and_leaves_the_checkpoint_alone(
     command, checkpoint_dir, mmlu_data
 ):
     before = (checkpoint_dir / "checkpoint_info.json").read_bytes()
-    out = command("--checkpoint", checkpoint_dir, "--prompt", "Hello", "--full_eval", "--mmlu_data", mmlu_data)
-    assert re.fullmatch(r"MMLU score   0\.\d{4} ± 0\.\d{4} \(114 questions\)", out.splitlines()[-1])
-    assert "comparable" not in out
+    expected = evaluate_checkpoint(checkpoint_dir, mmlu_data=mmlu_data, limit=2, num_fewshot=1)
+    assert 0 < expected["score"] < 1
+
+    flags = ("--full_eval", "--limit", 2, "--num_fewshot", 1, "--mmlu_data", mmlu_data, "--batch_size", 2)
+    out = command("--checkpoint", checkpoint_dir, "--prompt", "Hello", *flags)
+
+    def score(row):
+        return f"{row['score']:.4f} ± {row['stderr']:.4f} ({row['questions']} questions)"
+
+    assert out.splitlines()[-1] == f"MMLU score   {score(expected)}"
+    assert expected["questions"] == 2 * 57
+    for name, group in expected["groups"].items():
+        assert f"{name:<16} {score(group)}\n" in out
+    assert "--limit 2 is per subject" in out
+    assert "not comparable with the full one" in out
     assert (checkpoint_dir / "checkpoint_info.json").read_bytes() == before
 
 

@@ -38,7 +38,7 @@ class Generation:
 def generate_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, max_new_tokens: int = 50
 ) -> Generation:
-    """Continue a prompt, greedily, until the end-of-text token or `max_new_tokens`.
+    """Continue a prompt, greedily, until the model's end-of-text token or `max_new_tokens`.
 
     Raises:
         SurgeryError: if the prompt has no tokens, or logits are not finite.
@@ -53,20 +53,15 @@ def generate_text(
     if not logits.isfinite().all():
         raise _not_finite(f"in the prompt {prompt!r}")
 
-    end = model.generation_config.eos_token_id
-    if end is None:  # a published Llamba names none
-        end = tokenizer.eos_token_id
     watch = _StepWatch(prompt)
     # The forward pass above was the warm-up too: kernels are loaded and weights are in memory.
     started = time.perf_counter()
-    sequence = model.generate(  # type: ignore[operator]  # GenerationMixin's
+    sequence = model.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         logits_processor=LogitsProcessorList([watch]),
-        eos_token_id=end,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )[0]
     new_tokens = len(sequence) - prompt_tokens
     return Generation(

