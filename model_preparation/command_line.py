@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 an input or the machine is at fault, 2 wrong usage, 130 in
 """
 
 import argparse
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -116,6 +117,9 @@ def choose_device(gpu: int | None, device: str | None) -> str:
 def run(main: Callable[[], None]) -> None:
     """Run a command's `main` and exit: errors the user can mend are one line on stderr, never a traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` blocks clean up
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to fail
     try:
         main()
     except SurgeryError as error:

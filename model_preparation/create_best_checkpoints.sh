@@ -4,6 +4,12 @@
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-python=${PYTHON:-$here/../.venv/bin/python}
-command -v -- "$python" >/dev/null || python=python3
+venv_python=$here/../.venv/bin/python
+if [[ -n ${PYTHON:-} ]]; then
+    python=$PYTHON
+elif [[ -x $venv_python ]]; then
+    python=$venv_python
+else
+    python=python3
+fi
 exec "$python" "$here/create_best_checkpoints.py" "$@"

@@ -52,6 +52,7 @@ def main() -> None:
     from model_preparation.errors import SurgeryError
     from model_preparation.surgery.checkpoint import read_info
 
+    args.checkpoint = args.checkpoint.expanduser()
     read_info(args.checkpoint)  # what is wrong with the folder is said before anything is downloaded
     device = choose_device(args.gpu, args.device)
     if args.full_eval:
@@ -133,6 +134,8 @@ def _refuse_flags_without_effect(parser: CommandParser, args: argparse.Namespace
 
 def _load(directory: Path, device: str, dtype_name: str | None) -> tuple[Any, Any]:
     """Load the checkpoint and print what it is."""
+    from rich.filesize import decimal
+
     from model_preparation.surgery.checkpoint import load_checkpoint, read_info
 
     started = time.perf_counter()
@@ -143,7 +146,7 @@ def _load(directory: Path, device: str, dtype_name: str | None) -> tuple[Any, An
     size_bytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     print(f"Checkpoint   {directory}")
     print(f"Parameters   {model.num_parameters():,}")
-    print(f"On disk      {size_bytes / 1e9:.2f} GB")
+    print(f"On disk      {decimal(size_bytes)}")
     print(f"Grafted      {len(layers)} of {info['total_layers']} layers: {' '.join(map(str, layers)) or 'none'}")
     print(f"Loaded       in {seconds:.1f} s onto {model.device}, {str(model.dtype).removeprefix('torch.')}", flush=True)
     return model, tokenizer

@@ -113,7 +113,8 @@ def test_an_unfinished_folder_is_not_skipped(commands, tmp_path):
     assert best.build_all([best.Combination((3,), "", "", "b")], tmp_path, [])[0].status == "built"
 
 
-def test_an_interruption_ends_the_command_running_and_lets_it_clean_up(tmp_path):
+def test_an_interruption_ends_the_command_running_and_lets_it_clean_up(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     child = (
         "import os, pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), pathlib.Path('cleaned').touch(), sys.exit(143)))\n"
@@ -121,7 +122,6 @@ def test_an_interruption_ends_the_command_running_and_lets_it_clean_up(tmp_path)
         "signal.pause()\n"
     )
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.chdir(tmp_path)
     try:
         with pytest.raises(KeyboardInterrupt):
             best._run([sys.executable, "-c", child])
@@ -130,9 +130,10 @@ def test_an_interruption_ends_the_command_running_and_lets_it_clean_up(tmp_path)
     assert (tmp_path / "cleaned").exists()
 
 
-def test_the_script_builds_a_list_to_its_end_and_reports(made_list, base_dir, layers_dir, checkpoint_dir, tmp_path):
+def test_the_script_builds_a_list_to_its_end_and_reports(base_dir, layers_dir, checkpoint_dir, tmp_path):
+    (tmp_path / "list.csv").write_text("layers,score,description,name\n99,,,\n2,,,\n3 0,0.25,a pair,pair\n")
     shutil.copytree(checkpoint_dir, tmp_path / "out" / "llamba_replaced_2")
-    command = ["bash", SCRIPT, "--list", made_list, "--output_root", "out", "--base", base_dir]
+    command = ["bash", SCRIPT, "--list", "list.csv", "--output_root", "out", "--base", base_dir]
     result = subprocess.run(
         [*command, "--llama_layers_dir", layers_dir, "--device", "cpu"],
         cwd=tmp_path,
@@ -152,13 +153,6 @@ def test_the_script_builds_a_list_to_its_end_and_reports(made_list, base_dir, la
     info = json.loads((tmp_path / "out" / "pair" / "checkpoint_info.json").read_text())
     assert (info["replaced_layers"], info["mmlu_score"], info["description"]) == ([0, 3], 0.25, "a pair")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"llamba_replaced_2", "pair"}
-
-
-@pytest.fixture
-def made_list(tmp_path) -> Path:
-    path = tmp_path / "list.csv"
-    path.write_text("layers,score,description,name\n99,,,\n2,,,\n3 0,0.25,a pair,pair\n")
-    return path
 
 
 def test_help_needs_no_torch_and_shows_what_a_list_looks_like():

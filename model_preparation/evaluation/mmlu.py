@@ -26,7 +26,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.checkpoint import load_checkpoint, read_info
@@ -37,7 +37,6 @@ SUBJECTS = tuple(sorted(path.stem.removeprefix("mmlu_") for path in STOCK_TASKS.
 GROUPS = ("stem", "humanities", "social_sciences", "other")
 SPLITS = ("dev", "test")  # what the stock tasks read: the few-shot examples and the questions
 COLUMNS = ("question", "choices", "answer")
-UNLIMITED_TOKENS = 1_000_000_000
 ANSWER_SECONDS = 10  # a hub that has said nothing by then is out of reach
 
 
@@ -105,9 +104,7 @@ def evaluate_model(
     folder = find_questions(mmlu_data, num_fewshot=num_fewshot)
     with _warnings_of_lm_eval_off():
         manager, mmlu = _load_tasks(folder, num_fewshot)
-        lm = HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=_longest_context(model.config)
-        )
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     results = lm_eval.simple_evaluate(
         model=lm,
         tasks=[mmlu],
@@ -251,16 +248,6 @@ def _load_tasks(folder: Path, num_fewshot: int) -> tuple[TaskManager, Any]:
         # include_defaults would read all of lm-eval's thousands of task files first, 20 s.
         manager = TaskManager(include_defaults=False, include_path=scratch)
         return manager, manager.load("mmlu")["groups"]["mmlu"]
-
-
-def _longest_context(config: PreTrainedConfig) -> int | None:
-    """Tokens a prompt may have before lm-eval cuts it off on the left; None leaves the limit to lm-eval.
-
-    A Llamba's config names none, and lm-eval would then take 2,048, too few for five examples of some subjects.
-    """
-    if config.model_type != "llamba":
-        return None
-    return config.llama_cfg["max_position_embeddings"] if config.llama_layers else UNLIMITED_TOKENS
 
 
 @contextmanager

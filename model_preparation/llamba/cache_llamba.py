@@ -17,6 +17,10 @@ class MambaStateLayer(LinearAttentionLayer):
     # generate would otherwise build masks for torch.compile, which the mixers do not take.
     is_compileable = False
 
+    def states(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(conv state, SSM state) after the tokens seen so far; (None, None) before the first."""
+        return (self.conv_states[0], self.recurrent_states[0]) if self.has_previous_state[0] else (None, None)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row's state `repeats` times."""
         self.reorder_cache(torch.arange(self.conv_states[0].shape[0]).repeat_interleave(repeats))
@@ -32,6 +36,8 @@ class LlambaCache(DynamicCache):
     Args:
         config: the model's; one cache layer is made per entry of `config.layer_types`.
     """
+
+    layers: list
 
     def __init__(self, config: LlambaConfig):
         super().__init__(config=config)

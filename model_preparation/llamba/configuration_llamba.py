@@ -61,6 +61,8 @@ class LlambaConfig(PreTrainedConfig):
         mlp_cfg: `intermediate_size`, `bias`, `act_fn` of the Mamba blocks' MLPs; fields left out take the defaults.
         ssm_cfg: `d_state`, `n_v_heads`, `n_qk_heads`, `d_conv`, `expand`, `chunk_size`, `activation` ("identity" or
             "silu"), `bias`, `conv_bias` of the mixers; fields left out take the defaults.
+        max_position_embeddings: tokens a sequence may have: the donor's limit where layers are grafted; Mamba blocks
+            have none.
         llama_layers: indices of the layers that are a Llama's, sorted, without repeats.
         llama_cfg: what grafted layers need of their donor's config (see `LLAMA_DEFAULTS`), where there are any.
 
@@ -90,6 +92,7 @@ class LlambaConfig(PreTrainedConfig):
     ssm_cfg: Any = None
     llama_layers: list[int] = field(default_factory=list)
     llama_cfg: Any = None
+    max_position_embeddings: int = 1_000_000_000
     initializer_range: float = 0.02
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -124,6 +127,7 @@ class LlambaConfig(PreTrainedConfig):
         mlp = self.mlp_cfg
         return LlamaConfig(
             hidden_size=self.d_model,
+            num_attention_heads=1,  # not used by an MLP, but it must divide hidden_size
             intermediate_size=mlp["intermediate_size"],
             mlp_bias=mlp["bias"],
             hidden_act=mlp["act_fn"],

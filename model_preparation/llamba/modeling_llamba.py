@@ -101,8 +101,7 @@ class LlambaMixer(nn.Module):
         if padding is not None:
             hidden_states = _take(hidden_states, padding.order)
         batch, length, _ = hidden_states.shape
-        conv_state = cache.get_conv_state(self.layer_idx) if cache is not None else None
-        state = cache.get_recurrent_state(self.layer_idx) if cache is not None else None
+        conv_state, state = (None, None) if cache is None else cache.layers[self.layer_idx].states()
 
         xBC, z, a = self.in_proj(hidden_states).split([self.conv_dim, self.d_inner, self.n_v_heads], dim=-1)
         dtype = torch.promote_types(xBC.dtype, torch.float32)

@@ -55,10 +55,9 @@ class GraftPlan:
 
     def describe(self) -> list[str]:
         """The plan in lines to print."""
-        donor_name = self.donor.metadata["model_name"]
         return [
-            f"base       {self.base_name} ({self.base.folder})",
-            f"donor      {donor_name} (layers in {self.donor.folder})",
+            f"base       {self.base.folder}",
+            f"donor      {self.donor.metadata['source']['id']} (layers in {self.donor.folder})",
             *(f"layer {index:>3}  <- {self.donor.path(index)}" for index in self.layers),
             f"kept       {self.config.n_layer - len(self.layers)} of {self.config.n_layer} layers, and all around them",
             f"dtype      {str(self.dtype).removeprefix('torch.')}" + "".join(f"; {cast}" for cast in self.casts),
@@ -132,6 +131,7 @@ def grafted_config(base: LlambaConfig, donor: LayerStore, layers: Sequence[int])
     fields["architectures"] = [LlambaForCausalLM.__name__]
     fields["llama_layers"] = list(layers)
     fields["llama_cfg"] = {name: getattr(donor.config, name) for name in LLAMA_DEFAULTS}
+    fields["max_position_embeddings"] = donor.config.max_position_embeddings
     fields["use_cache"] = False  # plain forward passes need none; `generate` asks for it by itself
     return LlambaConfig.from_dict(fields)
 

