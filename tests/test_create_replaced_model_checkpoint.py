@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -304,7 +305,7 @@ def test_disk_full_while_writing(base_dir, layers_dir, tmp_path):
         text=True,
         timeout=120,
     )
-    assert_refused(result, "error: File too large")
+    assert_refused(result, "error: It cannot be written; is the disk full? (")
     assert not list(tmp_path.iterdir())
 
 
@@ -357,6 +358,14 @@ def wait_for_partial(process: subprocess.Popen, out: Path) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_the_files_are_those_torch_save_writes(checkpoint_dir, tmp_path):
+    """To the byte, although the tensors were never loaded: zip directory, CRCs and serialization id included."""
+    for name in ("model.pt", "model_state_dict.pt"):
+        torch.save(torch.load(checkpoint_dir / name), tmp_path / name)
+        assert (checkpoint_dir / name).read_bytes() == (tmp_path / name).read_bytes()
+        assert zipfile.ZipFile(checkpoint_dir / name).testzip() is None
 
 
 def test_two_builds_give_the_same_weights(base_dir, layers_dir, checkpoint_dir, tmp_path):

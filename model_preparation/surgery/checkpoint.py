@@ -4,13 +4,13 @@ In: a `GraftPlan`. Out: model_checkpoints/NAME/ with model.pt (the whole module)
 README.txt, and checkpoint_info.json, which is written last: a folder without it is no checkpoint.
 """
 
-import hashlib
 import json
 import pickle
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import rich.progress
 import safetensors
@@ -25,9 +25,10 @@ from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 from model_preparation.surgery.checkpoint_readme import readme_text
 from model_preparation.surgery.digests import describe_file, describe_files
-from model_preparation.surgery.graft import GraftPlan, assemble, empty_model, plan
+from model_preparation.surgery.graft import GraftPlan, assemble, empty_model, plan, tensor_ranges
 from model_preparation.surgery.layer_store import heads_of, read_generation_config
 from model_preparation.surgery.new_folder import check_space, check_target, new_folder
+from model_preparation.surgery.pt_writer import Blocks, placeholder, write_together
 from model_preparation.surgery.tensor_files import TensorFiles
 
 FORMAT_VERSION = 1
@@ -102,18 +103,17 @@ def write(
     check_room(graft, target)
     tokenizer = load_tokenizer(graft.tokenizer)
     check_tokenizer(tokenizer, graft)
-    model = assemble(graft)
+    try_out(assemble(graft, device), tokenizer)
     generation_config = _generation_config(graft, tokenizer)
+    model, blocks_of = _with_placeholders(graft)
     model.generation_config = GenerationConfig(**generation_config)
-    try_out(model if device == "cpu" else assemble(graft, device), tokenizer)
 
     with new_folder(target, overwrite=overwrite, complete_mark=INFO) as staging:
         with rich.progress.Progress(*_progress_columns(), transient=True) as progress:
             task = progress.add_task("Writing", total=2 * graft.weight_bytes)
-            files = {
-                name: _save(content, staging / name, lambda size_bytes: progress.advance(task, size_bytes))
-                for name, content in ((MODULE, model), (STATE_DICT, model.state_dict()))
-            }
+            contents = {staging / MODULE: model, staging / STATE_DICT: model.state_dict()}
+            written = write_together(contents, blocks_of, lambda size_bytes: progress.advance(task, size_bytes))
+            files = {path.name: described for path, described in written.items()}
         tokenizer.save_pretrained(staging / TOKENIZER)
         info = _info(graft, description, score, generation_config)
         info["files"] = files
@@ -286,38 +286,14 @@ def _generation_config(graft: GraftPlan, tokenizer: PreTrainedTokenizerBase) -> 
     return {"bos_token_id": token("bos_token_id"), "eos_token_id": eos, "pad_token_id": pad, "use_cache": True}
 
 
-class _DigestingFile:
-    """A file to write into once, front to back, that knows its size and SHA-256 at the end."""
-
-    def __init__(self, path: Path, advance):
-        self._file = path.open("wb")
-        self._digest = hashlib.sha256()
-        self._advance = advance
-        self.size_bytes = 0
-
-    def write(self, data) -> int:
-        self._file.write(data)
-        self._digest.update(data)
-        size_bytes = memoryview(data).nbytes
-        self.size_bytes += size_bytes
-        self._advance(size_bytes)
-        return size_bytes
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> dict:
-        self._file.close()
-        return {"bytes": self.size_bytes, "sha256": self._digest.hexdigest()}
-
-
-def _save(content: Any, path: Path, advance) -> dict:
-    file = _DigestingFile(path, advance)
-    try:
-        torch.save(content, cast(IO[bytes], file))
-    finally:
-        described = file.close()
-    return described
+def _with_placeholders(graft: GraftPlan) -> tuple[LlambaForCausalLM, dict[int, Blocks]]:
+    """The grafted model with placeholders for parameters, and where the bytes of each come from."""
+    model = empty_model(graft.config)
+    ranges = tensor_ranges(graft)
+    tensors = {name: placeholder(parameter.shape, graft.dtype) for name, parameter in model.named_parameters()}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    return model, {tensor.data_ptr(): partial(ranges[name].blocks, graft.dtype) for name, tensor in tensors.items()}
 
 
 def _read_state_dict(path: Path) -> Mapping[str, Tensor]:

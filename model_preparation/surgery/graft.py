@@ -19,6 +19,7 @@ from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 from model_preparation.surgery.layer_store import LayerStore, check_range, heads_of, layer_shapes, read_config
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
 from model_preparation.surgery.tensor_files import TensorFiles
+from model_preparation.surgery.tensor_ranges import TensorRange
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,16 @@ def _tensors(plan: GraftPlan) -> dict[str, Tensor]:
     return tensors
 
 
+def tensor_ranges(plan: GraftPlan) -> dict[str, TensorRange]:
+    """Where every tensor of the grafted model lies, by its name there."""
+    replaced = tuple(f"backbone.layers.{index}." for index in plan.layers)
+    ranges = TensorFiles(plan.base.folder).ranges
+    found = {name: place for name, place in ranges.items() if not name.startswith(replaced)}
+    for prefix, index in zip(replaced, plan.layers, strict=True):
+        found |= {prefix + name: place for name, place in plan.donor.ranges(index).items()}
+    return found
+
+
 def _check_donor(base: LlambaConfig, donor: LayerStore, allow_other_heads: bool) -> None:
     """Compare the two configs: kind, depth, width, vocabulary, heads."""
     config = donor.config
@@ -223,7 +234,7 @@ def _check_tensors(
             continue
         if name not in files:
             raise SurgeryError(f"{files.folder} lacks {name}, which its config.json asks for. Download the base again.")
-        shape, found_dtype = files.shape_and_dtype(name)
+        shape, found_dtype = files.ranges[name].shape, files.ranges[name].dtype
         base_dtypes.add(found_dtype)
         if shape != parameter.shape:
             raise SurgeryError(

@@ -6,9 +6,9 @@ at a time, and the model is never built. `LayerStore` reads such a folder and tr
 """
 
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
-from model_preparation.surgery.digests import describe_file, describe_files, fault_of
+from model_preparation.surgery.digests import describe_files, fault_of
 from model_preparation.surgery.new_folder import check_space, check_target, new_folder
+from model_preparation.surgery.pt_writer import placeholder, write_together
 from model_preparation.surgery.sources import has_tokenizer, resolve
-from model_preparation.surgery.tensor_files import TensorFiles
+from model_preparation.surgery.tensor_files import TensorFiles, load_tensors
+from model_preparation.surgery.tensor_ranges import TensorRange, pt_ranges
 
 FORMAT_VERSION = 1
 METADATA = "metadata.json"
@@ -82,20 +84,13 @@ def extract_layers(
     with new_folder(target, overwrite=overwrite, complete_mark=METADATA) as staging:
         described = {}
         for index in rich.progress.track(chosen, f"Extracting {model_name}", disable=len(chosen) < 2):
-            tensors = {
-                name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-                for name, tensor in files.with_prefix(prefixes[index])
-                if not name.endswith("rotary_emb.inv_freq")  # old Llama files repeat it in every layer
+            ranges = {
+                name.removeprefix(prefixes[index]): place
+                for name, place in files.ranges.items()
+                # old Llama files repeat inv_freq in every layer
+                if name.startswith(prefixes[index]) and not name.endswith("rotary_emb.inv_freq")
             }
-            path = staging / layer_file(index)
-            torch.save(tensors, path)
-            described[str(index)] = {
-                "file": path.name,
-                "parameters": sum(tensor.numel() for tensor in tensors.values()),
-                "dtype": _dtype_name(max(tensors.values(), key=Tensor.numel).dtype),
-                "keys": sorted(tensors),
-                **describe_file(path),
-            }
+            described[str(index)] = _write_layer(staging / layer_file(index), ranges, dtype)
         if config.model_type == "llama":
             rotary = LlamaRotaryEmbedding(config)
             torch.save({"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling}, staging / ROTARY)
@@ -118,6 +113,19 @@ def extract_layers(
         }
         (staging / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
     return metadata
+
+
+def _write_layer(path: Path, ranges: Mapping[str, TensorRange], dtype: torch.dtype | None) -> dict[str, Any]:
+    """Write one layer's tensors, cast to `dtype` if it is given; returns the layer's entry in metadata.json."""
+    tensors = {name: placeholder(place.shape, dtype or place.dtype) for name, place in ranges.items()}
+    blocks_of = {tensors[name].data_ptr(): partial(place.blocks, dtype) for name, place in ranges.items()}
+    return {
+        "file": path.name,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "dtype": _dtype_name(max(tensors.values(), key=Tensor.numel).dtype),
+        "keys": sorted(tensors),
+        **write_together({path: tensors}, blocks_of)[path],
+    }
 
 
 class LayerStore:
@@ -157,12 +165,11 @@ class LayerStore:
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """The tensors of one layer, memory-mapped; call `check` before trusting them."""
-        path = self.path(index)
-        try:
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise SurgeryError(f"{path} cannot be read ({reason}). {self._again()}") from error
+        return load_tensors(self.path(index))
+
+    def ranges(self, index: int) -> dict[str, TensorRange]:
+        """Where the tensors of one layer lie in its file."""
+        return pt_ranges(self.path(index), self[index])
 
     def path(self, index: int) -> Path:
         """Where a layer's file is.
@@ -274,7 +281,7 @@ def _check_layer(files: TensorFiles, prefix: str, wanted: dict[str, torch.Size])
     for name, shape in wanted.items():
         if prefix + name not in files:
             raise SurgeryError(f"{files.folder} lacks {prefix}{name}, which its config.json asks for. Check the model.")
-        found = files.shape_and_dtype(prefix + name)[0]
+        found = files.ranges[prefix + name].shape
         if found != shape:
             raise SurgeryError(
                 f"{prefix}{name} in {files.folder} has shape {list(found)}, but its config.json asks for "
@@ -286,8 +293,8 @@ def _bytes_of(files: TensorFiles, prefixes: tuple[str, ...], item_bytes: int | N
     total = 0
     for name in files.names():
         if name.startswith(prefixes):
-            shape, dtype = files.shape_and_dtype(name)
-            total += shape.numel() * (item_bytes or dtype.itemsize)
+            place = files.ranges[name]
+            total += place.shape.numel() * (item_bytes or place.dtype.itemsize)
     return total
 
 

@@ -208,7 +208,7 @@ def _check_donor(files: TensorFiles, config: LlamaConfig) -> None:
     for name, wanted in _shapes(LlamaForCausalLM, config).items():
         if name not in files:
             raise SurgeryError(f"{files.folder} lacks {name}, which its config.json asks for. Check the model.")
-        found = files.shape_and_dtype(name)[0]
+        found = files.ranges[name].shape
         if found != wanted:
             raise SurgeryError(
                 f"{name} in {files.folder} has shape {list(found)}, but its config.json asks for {list(wanted)}. "

@@ -1,0 +1,117 @@
+"""Where tensors lie in files: so that their bytes can be copied without being loaded.
+
+In: a safetensors file, or one that torch.save wrote. Out: per tensor a `TensorRange`, whose `blocks` reads it piece by
+piece, cast if asked for. Source of the safetensors layout: github.com/huggingface/safetensors, README, "Format".
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model_preparation.errors import SurgeryError
+from model_preparation.surgery.pt_writer import file_blocks
+
+# The safetensors header's names of the dtypes whose arithmetic a model can run in.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class TensorRange:
+    """A tensor's bytes: `size_bytes` of them from `start` on, in C order."""
+
+    path: Path
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def blocks(self, dtype: torch.dtype | None = None) -> Iterator[memoryview]:
+        """The bytes in order, of the tensor cast to `dtype`; each block is valid until the next is asked for."""
+        for block in file_blocks(self.path, self.start, self.size_bytes):
+            if dtype in (None, self.dtype):
+                yield block
+            else:
+                yield bytes_of(torch.frombuffer(block, dtype=self.dtype).to(dtype))
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's bytes in C order."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+def safetensors_ranges(path: Path) -> dict[str, TensorRange]:
+    """Every tensor of a safetensors file, in the file's order.
+
+    Raises:
+        SurgeryError: if the header is not one, or its ranges do not fill the file exactly, without overlaps.
+    """
+    size_bytes = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, size_bytes - 8):
+                raise ValueError(f"the header's length is {header_bytes}")
+            header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        found = {}
+        position = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            tensor = TensorRange(path, 8 + header_bytes + begin, torch.Size(entry["shape"]), _dtype(entry, path))
+            if begin != position or end - begin != tensor.size_bytes:
+                raise ValueError(f"{name} does not lie where it should")
+            found[name] = tensor
+            position = end
+        if 8 + header_bytes + position != size_bytes:
+            raise ValueError(f"it is {size_bytes} bytes long instead of {8 + header_bytes + position}")
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise SurgeryError(f"{path} cannot be read as tensors ({error}). Download it again.") from error
+    return found
+
+
+def pt_ranges(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorRange]:
+    """Where the tensors that `torch.load(path, mmap=True)` gave lie in the file.
+
+    The file is mapped as one piece, so the distance between two tensors in memory is that in the file; torch numbers
+    storages in the order of the dict, and its reader says where the first one is.
+
+    Raises:
+        SurgeryError: if a tensor is not contiguous, or lies outside the file.
+    """
+    reader = torch._C.PyTorchFileReader(str(path))  # type: ignore[call-arg]
+    size_bytes = path.stat().st_size
+    found: dict[str, TensorRange] = {}
+    mapped_at: int | None = None
+    for name, tensor in tensors.items():
+        if mapped_at is None:
+            first = tensor.untyped_storage().data_ptr()
+            mapped_at = first - reader.get_record_offset("data/0")  # type: ignore[attr-defined]
+        start = tensor.data_ptr() - mapped_at
+        if not tensor.is_contiguous() or not 0 <= start <= size_bytes - tensor.nbytes:
+            raise SurgeryError(f"{path} holds {name} in a way that cannot be copied. Save it again with torch.save.")
+        found[name] = TensorRange(path, start, tensor.shape, tensor.dtype)
+    with path.open("rb") as file:
+        for name, place in found.items():
+            file.seek(place.start)
+            beginning = bytes_of(tensors[name].reshape(-1)[:8])
+            if file.read(len(beginning)) != beginning:
+                raise SurgeryError(f"{path} does not hold {name} where it should. Save it again with torch.save.")
+    return found
+
+
+def _dtype(entry: dict, path: Path) -> torch.dtype:
+    if entry["dtype"] not in _DTYPES:
+        wanted = ", ".join(_DTYPES)
+        raise SurgeryError(
+            f"{path} holds {entry['dtype']} numbers; these can be used: {wanted}. Take an unquantised model."
+        )
+    return _DTYPES[entry["dtype"]]
