@@ -25,11 +25,12 @@ from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 from model_preparation.surgery.checkpoint_readme import readme_text
 from model_preparation.surgery.digests import describe_file, describe_files
-from model_preparation.surgery.graft import GraftPlan, assemble, empty_model, plan, tensor_ranges
+from model_preparation.surgery.graft import GraftPlan, empty_model, plan, tensor_ranges
 from model_preparation.surgery.layer_store import heads_of, read_generation_config
 from model_preparation.surgery.new_folder import check_space, check_target, new_folder
 from model_preparation.surgery.pt_writer import Blocks, placeholder, write_together
 from model_preparation.surgery.tensor_files import TensorFiles
+from model_preparation.surgery.trial import try_out
 
 FORMAT_VERSION = 1
 INFO = "checkpoint_info.json"
@@ -38,7 +39,6 @@ STATE_DICT = "model_state_dict.pt"
 TOKENIZER = "tokenizer"
 
 _SMALL_FILES_BYTES = 64_000_000  # tokenizer, JSON and README, generously
-_TRIAL_PROMPT = "The quick brown fox jumps over the lazy dog."
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 
 
@@ -103,7 +103,7 @@ def write(
     check_room(graft, target)
     tokenizer = load_tokenizer(graft.tokenizer)
     check_tokenizer(tokenizer, graft)
-    try_out(assemble(graft, device), tokenizer)
+    try_out(graft, tokenizer, device)
     generation_config = _generation_config(graft, tokenizer)
     model, blocks_of = _with_placeholders(graft)
     model.generation_config = GenerationConfig(**generation_config)
@@ -221,16 +221,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, graft: GraftPlan) -> Non
         raise SurgeryError(
             f"The tokenizer in {graft.tokenizer} has {len(tokenizer)} tokens, the model {graft.config.vocab_size}. "
             "Name the model's own with --tokenizer."
-        )
-
-
-@torch.no_grad()
-def try_out(model: LlambaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Run one short forward pass; raise SurgeryError if its logits are not finite."""
-    ids = tokenizer(_TRIAL_PROMPT, return_tensors="pt").input_ids.to(model.device)
-    if not torch.isfinite(model(ids).logits).all():
-        raise SurgeryError(
-            f"The grafted model's logits are not finite in {model.dtype}. Check the base, or use --dtype float32."
         )
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from rich.filesize import decimal
-from torch import Tensor
 
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.configuration_llamba import LLAMA_DEFAULTS, LlambaConfig
@@ -19,7 +18,7 @@ from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 from model_preparation.surgery.layer_store import LayerStore, check_range, heads_of, layer_shapes, read_config
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
 from model_preparation.surgery.tensor_files import TensorFiles
-from model_preparation.surgery.tensor_ranges import TensorRange
+from model_preparation.surgery.tensor_ranges import MappedFiles, TensorRange
 
 
 @dataclass(frozen=True)
@@ -145,29 +144,22 @@ def empty_model(config: LlambaConfig) -> LlambaForCausalLM:
     return model.eval()
 
 
-def assemble(plan: GraftPlan, device: str = "cpu") -> LlambaForCausalLM:
+def assemble(plan: GraftPlan, device: str = "cpu", mapped: MappedFiles | None = None) -> LlambaForCausalLM:
     """The grafted model in eval mode, on `device`.
 
-    On the CPU, tensors that need no cast stay mapped from the base's and donor's files.
+    On the CPU, tensors that need no cast stay in the base's and donor's files, mapped by `mapped`.
     """
+    mapped = mapped or MappedFiles()
     model = empty_model(plan.config)
-    model.load_state_dict(
-        {name: tensor.to(device, plan.dtype) for name, tensor in _tensors(plan).items()}, strict=False, assign=True
-    )
+    tensors = {}
+    for name, place in tensor_ranges(plan).items():
+        tensor = mapped.tensor(place)
+        tensors[name] = tensor.to(device, plan.dtype)
+        if tensors[name] is not tensor:
+            mapped.forget(place)
+    model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if lacking:
-        raise SurgeryError(f"{plan.base.folder} lacks {', '.join(lacking[:3])}. Download the base again.")
     return model.to(device)
-
-
-def _tensors(plan: GraftPlan) -> dict[str, Tensor]:
-    files = TensorFiles(plan.base.folder)
-    replaced = tuple(f"backbone.layers.{index}." for index in plan.layers)
-    tensors = {name: files[name] for name in files.names() if not name.startswith(replaced)}
-    for prefix, index in zip(replaced, plan.layers, strict=True):
-        tensors |= {prefix + name: tensor for name, tensor in plan.donor[index].items()}
-    return tensors
 
 
 def tensor_ranges(plan: GraftPlan) -> dict[str, TensorRange]:

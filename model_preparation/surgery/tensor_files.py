@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.tensor_ranges import TensorRange, pt_ranges, safetensors_ranges
+from model_preparation.surgery.tensor_ranges import MappedFiles, TensorRange, pt_ranges, safetensors_ranges
 
 # In the order in which transformers looks for them.
 _SINGLE_AND_INDEX = (
@@ -34,7 +34,7 @@ class TensorFiles:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._mapped: dict[Path, Tensor] = {}
+        self._mapped = MappedFiles()
         self.ranges: dict[str, TensorRange] = self._locate()
 
     def names(self) -> list[str]:
@@ -50,14 +50,7 @@ class TensorFiles:
 
     def __getitem__(self, name: str) -> Tensor:
         """One tensor, on the CPU, mapped from its file: nothing is read before it is used."""
-        place = self.ranges[name]
-        if place.path not in self._mapped:
-            size_bytes = place.path.stat().st_size
-            self._mapped[place.path] = torch.from_file(str(place.path), size=size_bytes, dtype=torch.uint8)
-        mapped = self._mapped[place.path][place.start : place.start + place.size_bytes]
-        if place.start % place.dtype.itemsize:
-            mapped = mapped.clone()  # not aligned, as other writers' files may be
-        return mapped.view(place.dtype).view(place.shape)
+        return self._mapped.tensor(self.ranges[name])
 
     def with_prefix(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """(name without the prefix, tensor) of every tensor whose name starts with `prefix`."""

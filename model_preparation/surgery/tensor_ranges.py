@@ -5,6 +5,7 @@ piece, cast if asked for. Source of the safetensors layout: github.com/huggingfa
 """
 
 import json
+import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,33 @@ class TensorRange:
                 yield block
             else:
                 yield bytes_of(torch.frombuffer(block, dtype=self.dtype).to(dtype))
+
+
+class MappedFiles:
+    """Tensors that stay in their files: mapped, read when used, and let go of on request."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def tensor(self, place: TensorRange) -> Tensor:
+        """The tensor at `place`, on the CPU; writing to it changes no file."""
+        if not place.size_bytes:
+            return torch.empty(place.shape, dtype=place.dtype)
+        if place.path not in self._maps:
+            with place.path.open("rb") as file:
+                self._maps[place.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        count = place.shape.numel()
+        flat = torch.frombuffer(self._maps[place.path], dtype=place.dtype, count=count, offset=place.start)
+        return flat.view(place.shape)
+
+    def forget(self, place: TensorRange) -> None:
+        """Let the system take back the memory behind `place`; it is read again when it is used again."""
+        if place.path not in self._maps or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        first = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: their ends may be others'
+        size_bytes = (place.start + place.size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if size_bytes > 0:
+            self._maps[place.path].madvise(mmap.MADV_DONTNEED, first, size_bytes)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
