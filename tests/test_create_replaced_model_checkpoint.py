@@ -300,7 +300,7 @@ def test_disk_full_while_writing(base_dir, layers_dir, tmp_path):
     )
     command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base_dir, "--llama_layers_dir", layers_dir]
     result = subprocess.run(
-        [sys.executable, "-c", script, *command, "--layers", "1", "--output_dir", tmp_path / "out"],
+        [sys.executable, "-c", script, *command, "--layers", "1", "--output_dir", tmp_path / "new" / "out"],
         capture_output=True,
         text=True,
         timeout=120,

@@ -35,11 +35,12 @@ def new_folder(target: Path, *, overwrite: bool, complete_mark: str) -> Iterator
     """
     check_target(target, overwrite=overwrite, complete_mark=complete_mark)
     target = target.resolve()
+    missing_parents = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
     staging = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    staging.mkdir()
     try:
+        staging.mkdir()
         yield staging
         if (target / "README.md").is_file() and not (staging / "README.md").exists():
             shutil.copy2(target / "README.md", staging)
@@ -47,6 +48,9 @@ def new_folder(target: Path, *, overwrite: bool, complete_mark: str) -> Iterator
         _put_in_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in missing_parents:
+            with contextlib.suppress(OSError):  # it is not empty: the new folder is in it
+                parent.rmdir()
 
 
 def check_target(target: Path, *, overwrite: bool, complete_mark: str) -> None:
