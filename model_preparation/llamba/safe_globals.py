@@ -11,6 +11,7 @@ from transformers.models.llama import modeling_llama
 
 from model_preparation.llamba import modeling_llamba
 from model_preparation.llamba.configuration_llamba import LlambaConfig
+from model_preparation.llamba.mixer import LlambaMixer
 
 _ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 
@@ -19,7 +20,7 @@ SAFE_GLOBALS = [
     modeling_llamba.LlambaForCausalLM,
     modeling_llamba.LlambaModel,
     modeling_llamba.LlambaDecoderLayer,
-    modeling_llamba.LlambaMixer,
+    LlambaMixer,
     LlamaConfig,
     GenerationConfig,
     modeling_llama.LlamaDecoderLayer,

@@ -224,15 +224,8 @@ def _check_tensors(
     for name, parameter in model.named_parameters():
         if name.startswith(replaced):
             continue
-        if name not in files:
-            raise SurgeryError(f"{files.folder} lacks {name}, which its config.json asks for. Download the base again.")
-        shape, found_dtype = files.ranges[name].shape, files.ranges[name].dtype
-        base_dtypes.add(found_dtype)
-        if shape != parameter.shape:
-            raise SurgeryError(
-                f"{name} in {files.folder} has shape {list(shape)}, but its config.json asks for "
-                f"{list(parameter.shape)}. Check that the two belong together."
-            )
+        files.require(name, parameter.shape)
+        base_dtypes.add(files.ranges[name].dtype)
     casts = []
     for whose, found_dtypes in (("the base", base_dtypes), ("the donor's layers", donor_dtypes)):
         names = ", ".join(sorted(str(other).removeprefix("torch.") for other in found_dtypes - {dtype}))

@@ -76,7 +76,8 @@ def extract_layers(
     prefixes = {index: f"{_LAYER_PREFIX[config.model_type]}.{index}." for index in chosen}
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * total
     for index in chosen:
-        _check_layer(files, prefixes[index], layer_shapes(config, kinds[index]))
+        for name, shape in layer_shapes(config, kinds[index]).items():
+            files.require(prefixes[index] + name, shape)
     item_bytes = None if dtype is None else dtype.itemsize
     check_space(target, _bytes_of(files, tuple(prefixes.values()), item_bytes) + 50_000_000)
 
@@ -274,19 +275,6 @@ def layer_shapes(config: PreTrainedConfig, kind: str = "full_attention") -> dict
         else:
             layer = LlambaDecoderLayer(config, 0)
     return {name: parameter.shape for name, parameter in layer.named_parameters()}
-
-
-def _check_layer(files: TensorFiles, prefix: str, wanted: dict[str, torch.Size]) -> None:
-    """Compare a layer's names and shapes with those its config asks for."""
-    for name, shape in wanted.items():
-        if prefix + name not in files:
-            raise SurgeryError(f"{files.folder} lacks {prefix}{name}, which its config.json asks for. Check the model.")
-        found = files.ranges[prefix + name].shape
-        if found != shape:
-            raise SurgeryError(
-                f"{prefix}{name} in {files.folder} has shape {list(found)}, but its config.json asks for "
-                f"{list(shape)}. Check that the two belong together."
-            )
 
 
 def _bytes_of(files: TensorFiles, prefixes: tuple[str, ...], item_bytes: int | None) -> int:

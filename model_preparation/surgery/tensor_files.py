@@ -58,6 +58,17 @@ class TensorFiles:
             if name.startswith(prefix):
                 yield name[len(prefix) :], self[name]
 
+    def require(self, name: str, shape: torch.Size) -> None:
+        """Raise SurgeryError unless there is a tensor of this name and shape."""
+        if name not in self.ranges:
+            raise SurgeryError(f"{self.folder} lacks {name}, which its config.json asks for. Check the model's folder.")
+        found = self.ranges[name].shape
+        if found != shape:
+            raise SurgeryError(
+                f"{name} in {self.folder} has shape {list(found)}, but its config.json asks for {list(shape)}. "
+                "Check that the two belong together."
+            )
+
     def dtype(self) -> torch.dtype:
         """The dtype that most of the numbers have."""
         counts: dict[torch.dtype, int] = {}

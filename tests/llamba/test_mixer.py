@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model_preparation.llamba import ssd
-from model_preparation.llamba.modeling_llamba import LlambaMixer
+from model_preparation.llamba.mixer import LlambaMixer
 from tests.conftest import seeded, tiny_config
 
 
