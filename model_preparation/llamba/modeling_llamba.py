@@ -246,13 +246,6 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `generate` leaves it to forward to make a LlambaCache
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-        """As GenerationMixin's, but positions always follow the mask, also across padding in the middle."""
-        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
-        if attention_mask is not None:
-            inputs.pop("position_ids", None)
-        return inputs
-
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """`GenerationMixin.generate`, with prompts padded on either side.

@@ -142,6 +142,20 @@ def test_generate_continues_a_cache(model):
     assert torch.equal(again, greedy_without_cache(model, more))
 
 
+def test_generate_continues_a_right_padded_cache(model):
+    """Padding in the middle of the sequence: positions count real tokens only."""
+    ids, mask = padded_batch([6, 2], "right")
+    cache = LlambaCache(model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    more = torch.cat([prompt(3, seed=row) for row in range(2)])
+    mask = torch.cat([mask, torch.ones_like(more)], 1)
+    out = generate(model, torch.cat([ids, more], 1), attention_mask=mask, past_key_values=cache)
+    for row, length in enumerate([6, 2]):
+        whole = torch.cat([prompt(length)[0], more[row]]).unsqueeze(0)
+        assert torch.equal(out[row, 9:], greedy_without_cache(model, whole)[0, length + 3 :])
+
+
 def test_a_forked_cache_leaves_the_original_alone(model):
     cache = LlambaCache(model.config)
     with torch.no_grad():
