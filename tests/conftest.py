@@ -6,6 +6,7 @@ A donor (Llama) and a base (Llamba) of the same width, depth, heads and vocabula
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,25 @@ def run_python(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess
         text=True,
         timeout=240,
     )
+
+
+def copy_repository(target: Path) -> Path:
+    """What git would hand to a stranger, as it is in the working tree, in the folder `target`."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(listing, cwd=PACKAGE.parent, capture_output=True, check=True)
+    for name in listed.stdout.decode().splitlines():
+        source = PACKAGE.parent / name
+        if source.is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target / name)
+    return target
+
+
+def make_python_wrapper(path: Path) -> None:
+    """A `python` at `path` that is this interpreter."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    path.chmod(0o755)
 
 
 def assert_refused(result: subprocess.CompletedProcess, *words: str, code: int = 1) -> None:

