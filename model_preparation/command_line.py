@@ -5,11 +5,11 @@ Exit codes: 0 done, 1 an input or the machine is at fault, 2 wrong usage, 130 in
 
 import argparse
 import io
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
 
 
@@ -116,12 +116,13 @@ def choose_device(gpu: int | None, device: str | None) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Run a command's `main` and exit: errors the user can mend are one line on stderr, never a traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` blocks clean up
+    interrupts.watch()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to fail
     try:
         main()
+        interrupts.check()
     except SurgeryError as error:
         sys.exit(_report(str(error)))
     except KeyboardInterrupt:

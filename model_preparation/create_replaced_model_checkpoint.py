@@ -1,5 +1,7 @@
 """Command: a base and extracted layers -> a checkpoint folder (see surgery/graft.py and surgery/checkpoint.py)."""
 
+import argparse
+import contextlib
 from pathlib import Path
 
 from model_preparation.command_line import (
@@ -90,11 +92,15 @@ def main() -> None:
 
 
 def score(text: str) -> float:
-    """Read --score; argparse turns the ValueError into a usage error."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError
-    return value
+    """Read --score, a fraction of 1.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not one.
+    """
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1, such as 0.57")
 
 
 if __name__ == "__main__":

@@ -173,6 +173,8 @@ def read_info(directory: str | Path) -> dict[str, Any]:
     """
     directory = Path(directory).expanduser()
     path = directory / INFO
+    if directory.is_file():
+        raise SurgeryError(f"{directory} is a file. Give the checkpoint's folder, here {directory.parent}.")
     if not directory.is_dir():
         raise SurgeryError(f"Checkpoint {directory} is not there. Build it with create_replaced_model_checkpoint.py.")
     if not path.is_file():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
@@ -45,6 +46,7 @@ def new_folder(target: Path, *, overwrite: bool, complete_mark: str) -> Iterator
         if (target / "README.md").is_file() and not (staging / "README.md").exists():
             shutil.copy2(target / "README.md", staging)
         sync_tree(staging)
+        interrupts.check()
         _put_in_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

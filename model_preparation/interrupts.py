@@ -1,0 +1,32 @@
+"""Ctrl-C and SIGTERM, remembered: Python drops an exception that a signal raises inside some object's __del__.
+
+A command calls `watch` once; whatever is about to make its result final calls `check` first.
+"""
+
+import signal
+import sys
+
+_received: list[int] = []
+
+
+def watch() -> None:
+    """Make SIGINT raise KeyboardInterrupt and SIGTERM SystemExit(143), and remember that they came."""
+
+    def remember_and_stop(number: int, _frame) -> None:
+        _received.append(number)
+        _stop(number)
+
+    signal.signal(signal.SIGINT, remember_and_stop)
+    signal.signal(signal.SIGTERM, remember_and_stop)
+
+
+def check() -> None:
+    """Raise again what a signal raised before, if that was lost on the way."""
+    if _received:
+        _stop(_received[0])
+
+
+def _stop(number: int) -> None:
+    if number == signal.SIGTERM:
+        sys.exit(143)
+    raise KeyboardInterrupt
