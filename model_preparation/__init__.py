@@ -48,8 +48,10 @@ def __getattr__(name: str):
 
 def _started_as_command() -> bool:
     """Whether this process runs one of our commands, by path or with -m."""
-    program = sys.argv[0] if sys.argv else ""
-    return program == "-m" or Path(program).resolve().parent == Path(__file__).resolve().parent
+    program = Path(sys.argv[0] if sys.argv else "")
+    if str(program) == "-m":  # python is looking for the module to run
+        return any(argument.startswith(f"{__name__}.") for argument in sys.orig_argv)
+    return program.is_file() and program.resolve().parent == Path(__file__).resolve().parent
 
 
 # Our own commands answer --help before torch is imported; for everyone else the import must register the classes.

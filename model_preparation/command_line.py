@@ -130,6 +130,11 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)  # the reader of our output went away
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; naming it would import torch
+            raise
+        reason = str(error).splitlines()[0]
+        sys.exit(_report(f"{reason} Choose a GPU with more free memory by --gpu N, or --device cpu."))
     except OSError as error:
         # The file system's own refusals (disk full, no permission) name the file; a traceback would add nothing.
         where = f" ({error.filename})" if error.filename else ""

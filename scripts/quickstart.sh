@@ -6,7 +6,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
 donor=local_models/smollm2
 base=local_models/llamba_smollm2
-layers_dir=extracted_llama_layers/smollm2
+layers_dir=local_models/smollm2_layers
 checkpoint=model_checkpoints/llamba_smollm2_27_layers
 # All but 5, 9 and 28, whose untrained Mamba mixers the model bears best.
 layers=({0..4} {6..8} {10..27} 29)

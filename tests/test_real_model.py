@@ -68,7 +68,7 @@ def work(quickstart) -> Path:
     folder = repository.parent
     (folder / "donor").symlink_to(repository / "local_models" / "smollm2")
     (folder / "base").symlink_to(repository / "local_models" / "llamba_smollm2")
-    (folder / "layers").symlink_to(repository / "extracted_llama_layers" / "smollm2")
+    (folder / "layers").symlink_to(repository / "local_models" / "smollm2_layers")
     tokenizer = AutoTokenizer.from_pretrained(folder / "donor")
     torch.save([tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS], folder / "inputs.pt")
     return folder

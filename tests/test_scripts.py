@@ -134,7 +134,7 @@ def test_quickstart_does_the_main_job_and_reuses_what_is_complete(checkout):
     assert result.stdout.splitlines()[-1] == f"Checkpoint: {checkpoint}"
     assert (checkpoint / "checkpoint_info.json").exists()
 
-    shutil.rmtree(checkout / "extracted_llama_layers")
+    shutil.rmtree(checkout / "local_models" / "smollm2_layers")
     _, again = run_script(checkout, "scripts/quickstart.sh")
     assert commands(again) == ["extract_layers.py", "test_checkpoint.py"]
 
