@@ -6,9 +6,8 @@ README.txt, and checkpoint_info.json, which is written last: a folder without it
 
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,13 @@ import model_preparation
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
+from model_preparation.surgery.beside import Beside
 from model_preparation.surgery.checkpoint_readme import readme_text
-from model_preparation.surgery.digests import describe_file, describe_files
+from model_preparation.surgery.digests import describe_files, describe_source_file
 from model_preparation.surgery.graft import GraftPlan, empty_model, plan, tensor_ranges
 from model_preparation.surgery.layer_store import heads_of, read_generation_config
 from model_preparation.surgery.new_folder import check_space, check_target, new_folder
-from model_preparation.surgery.pt_writer import Blocks, placeholder, write_together
+from model_preparation.surgery.pt_writer import TensorSource, Written, placeholder, write_together
 from model_preparation.surgery.tensor_files import TensorFiles
 from model_preparation.surgery.trial import try_out
 
@@ -36,6 +36,7 @@ FORMAT_VERSION = 1
 INFO = "checkpoint_info.json"
 MODULE = "model.pt"
 STATE_DICT = "model_state_dict.pt"
+TENSOR_DIGESTS = "tensor_digests.json"
 TOKENIZER = "tokenizer"
 
 _SMALL_FILES_BYTES = 64_000_000  # tokenizer, JSON and README, generously
@@ -103,23 +104,30 @@ def write(
     check_room(graft, target)
     tokenizer = load_tokenizer(graft.tokenizer)
     check_tokenizer(tokenizer, graft)
-    try_out(graft, tokenizer, device)
     generation_config = _generation_config(graft, tokenizer)
-    model, blocks_of = _with_placeholders(graft)
+    model, sources = _with_placeholders(graft)
     model.generation_config = GenerationConfig(**generation_config)
 
     with new_folder(target, overwrite=overwrite, complete_mark=INFO) as staging:
-        with rich.progress.Progress(*_progress_columns(), transient=True) as progress:
+        contents = {staging / MODULE: model, staging / STATE_DICT: model.state_dict()}
+        with Beside() as beside, rich.progress.Progress(*_progress_columns(), transient=True) as progress:
+            trial = beside.start(try_out, graft, tokenizer, device, beside.check)
+            base_files = beside.start(_describe_base, graft, beside.check)
             task = progress.add_task("Writing", total=2 * graft.weight_bytes)
-            contents = {staging / MODULE: model, staging / STATE_DICT: model.state_dict()}
-            written = write_together(contents, blocks_of, lambda size_bytes: progress.advance(task, size_bytes))
-            files = {path.name: described for path, described in written.items()}
+
+            def advance(size_bytes: int) -> None:
+                progress.advance(task, size_bytes)
+                beside.raise_failure()
+
+            written = write_together(contents, sources, advance)
+            trial.result()
+            info = _info(graft, base_files.result(), description, score, generation_config)
         tokenizer.save_pretrained(staging / TOKENIZER)
-        info = _info(graft, description, score, generation_config)
-        info["files"] = files
+        _write_json(staging / TENSOR_DIGESTS, _tensor_digests(graft, model, written))
+        info["files"] = {path.name: described for path, described in written.files.items()}
         (staging / "README.txt").write_text(readme_text(target.name, info), encoding="utf-8")
-        info["files"] = files | describe_files(staging, excluded=files)
-        (staging / INFO).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        info["files"] |= describe_files(staging, excluded=info["files"])
+        _write_json(staging / INFO, info)
     return info
 
 
@@ -226,9 +234,36 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, graft: GraftPlan) -> Non
         )
 
 
-def _info(graft: GraftPlan, description: str, score: float | None, generation_config: dict) -> dict[str, Any]:
+def _describe_base(graft: GraftPlan, go_on: Callable[[], None]) -> dict[str, dict]:
+    paths = [graft.base.folder / "config.json", *TensorFiles(graft.base.folder).paths()]
+    described = {}
+    for path in paths:
+        go_on()
+        described[path.name] = describe_source_file(path)
+    return described
+
+
+def _tensor_digests(graft: GraftPlan, model: LlambaForCausalLM, written: Written) -> dict[str, Any]:
+    """tensor_digests.json: what each tensor of the state dict is, by BLAKE3, and whose it was."""
+    replaced = tuple(f"backbone.layers.{index}." for index in graft.layers)
+    return {
+        "format_version": FORMAT_VERSION,
+        "tensors": {
+            name: {
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "shape": list(tensor.shape),
+                "from": "donor" if name.startswith(replaced) else "base",
+                "blake3": written.blake3[tensor.data_ptr()],
+            }
+            for name, tensor in model.state_dict().items()
+        },
+    }
+
+
+def _info(
+    graft: GraftPlan, base_files: dict[str, dict], description: str, score: float | None, generation_config: dict
+) -> dict[str, Any]:
     donor = graft.donor.metadata
-    base_paths = [graft.base.folder / "config.json", *TensorFiles(graft.base.folder).paths()]
     num_heads, head_dim = heads_of(graft.donor.config)
     return {
         "format_version": FORMAT_VERSION,
@@ -238,7 +273,7 @@ def _info(graft: GraftPlan, description: str, score: float | None, generation_co
         "base_model": {
             "name": graft.base_name,
             **graft.base.as_dict(),
-            "files": {path.name: describe_file(path) for path in base_paths},
+            "files": base_files,
         },
         "replacement_source": {
             "name": donor["model_name"],
@@ -278,14 +313,18 @@ def _generation_config(graft: GraftPlan, tokenizer: PreTrainedTokenizerBase) -> 
     return {"bos_token_id": token("bos_token_id"), "eos_token_id": eos, "pad_token_id": pad, "use_cache": True}
 
 
-def _with_placeholders(graft: GraftPlan) -> tuple[LlambaForCausalLM, dict[int, Blocks]]:
+def _with_placeholders(graft: GraftPlan) -> tuple[LlambaForCausalLM, dict[int, TensorSource]]:
     """The grafted model with placeholders for parameters, and where the bytes of each come from."""
     model = empty_model(graft.config)
     ranges = tensor_ranges(graft)
     tensors = {name: placeholder(parameter.shape, graft.dtype) for name, parameter in model.named_parameters()}
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    return model, {tensor.data_ptr(): partial(ranges[name].blocks, graft.dtype) for name, tensor in tensors.items()}
+    return model, {tensor.data_ptr(): ranges[name].cast(graft.dtype) for name, tensor in tensors.items()}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_state_dict(path: Path) -> Mapping[str, Tensor]:

@@ -1,7 +1,7 @@
 """What a graft will be, checked before anything is written, and the model it makes.
 
 In: a base (a Llamba's folder), a `LayerStore` of the donor, and the layers to take. Out: a `GraftPlan` that says where
-every tensor comes from; `assemble` turns it into the module.
+every tensor comes from.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 from model_preparation.surgery.layer_store import LayerStore, check_range, heads_of, layer_shapes, read_config
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
 from model_preparation.surgery.tensor_files import TensorFiles
-from model_preparation.surgery.tensor_ranges import MappedFiles, TensorRange
+from model_preparation.surgery.tensor_ranges import TensorRange
 
 
 @dataclass(frozen=True)
@@ -142,24 +142,6 @@ def empty_model(config: LlambaConfig) -> LlambaForCausalLM:
         model = LlambaForCausalLM(config)
     model.tie_weights()
     return model.eval()
-
-
-def assemble(plan: GraftPlan, device: str = "cpu", mapped: MappedFiles | None = None) -> LlambaForCausalLM:
-    """The grafted model in eval mode, on `device`.
-
-    On the CPU, tensors that need no cast stay in the base's and donor's files, mapped by `mapped`.
-    """
-    mapped = mapped or MappedFiles()
-    model = empty_model(plan.config)
-    tensors = {}
-    for name, place in tensor_ranges(plan).items():
-        tensor = mapped.tensor(place)
-        tensors[name] = tensor.to(device, plan.dtype)
-        if tensors[name] is not tensor:
-            mapped.forget(place)
-    model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
-    return model.to(device)
 
 
 def tensor_ranges(plan: GraftPlan) -> dict[str, TensorRange]:

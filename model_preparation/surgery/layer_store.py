@@ -7,8 +7,8 @@ at a time, and the model is never built. `LayerStore` reads such a folder and tr
 
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +119,15 @@ def extract_layers(
 def _write_layer(path: Path, ranges: Mapping[str, TensorRange], dtype: torch.dtype | None) -> dict[str, Any]:
     """Write one layer's tensors, cast to `dtype` if it is given; returns the layer's entry in metadata.json."""
     tensors = {name: placeholder(place.shape, dtype or place.dtype) for name, place in ranges.items()}
-    blocks_of = {tensors[name].data_ptr(): partial(place.blocks, dtype) for name, place in ranges.items()}
+    sources = {tensors[name].data_ptr(): place.cast(dtype) for name, place in ranges.items()}
+    written = write_together({path: tensors}, sources)
     return {
         "file": path.name,
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "dtype": _dtype_name(max(tensors.values(), key=Tensor.numel).dtype),
         "keys": sorted(tensors),
-        **write_together({path: tensors}, blocks_of)[path],
+        **written.files[path],
+        "tensors": {name: written.blake3[tensor.data_ptr()] for name, tensor in tensors.items()},
     }
 
 
@@ -189,10 +191,12 @@ class LayerStore:
         Raises:
             SurgeryError: naming the first file that is missing, cut or changed.
         """
-        for index in layers:
-            path = self.path(index)
-            if fault := fault_of(path, self.layers[index]):
-                raise SurgeryError(f"{path} is {fault}. {self._again()}")
+        paths = [self.path(index) for index in layers]
+        with ThreadPoolExecutor() as readers:
+            faults = readers.map(fault_of, paths, (self.layers[index] for index in layers))
+            for path, fault in zip(paths, faults, strict=True):
+                if fault:
+                    raise SurgeryError(f"{path} is {fault}. {self._again()}")
 
     def faults(self) -> list[str]:
         """Check every file of the folder; one line per bad one, none if all are as they were written."""

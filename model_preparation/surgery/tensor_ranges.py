@@ -1,12 +1,12 @@
 """Where tensors lie in files: so that their bytes can be copied without being loaded.
 
-In: a safetensors file, or one that torch.save wrote. Out: per tensor a `TensorRange`, whose `blocks` reads it piece by
-piece, cast if asked for. Source of the safetensors layout: github.com/huggingface/safetensors, README, "Format".
+In: a safetensors file, or one that torch.save wrote. Out: per tensor a `TensorRange`, which reads it piece
+by piece, cast if asked for. Source of the safetensors layout: github.com/huggingface/safetensors, README, "Format".
 """
 
 import json
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.pt_writer import file_blocks
+from model_preparation.surgery.block_io import Place, read_into
 
 # The safetensors header's names of the dtypes whose arithmetic a model can run in.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -34,13 +34,43 @@ class TensorRange:
     def size_bytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
 
-    def blocks(self, dtype: torch.dtype | None = None) -> Iterator[memoryview]:
-        """The bytes in order, of the tensor cast to `dtype`; each block is valid until the next is asked for."""
-        for block in file_blocks(self.path, self.start, self.size_bytes):
-            if dtype in (None, self.dtype):
-                yield block
-            else:
-                yield bytes_of(torch.frombuffer(block, dtype=self.dtype).to(dtype))
+    @property
+    def place(self) -> Place:
+        """The file, and where in it the bytes start."""
+        return self.path, self.start
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        """Fill `view` with the tensor's bytes from `start` on; raises OSError if the file cannot be read."""
+        read_into(self.path, self.start + start, view)
+
+    def rows(self, start: int, end: int) -> "TensorRange":
+        """The part of the tensor that `tensor[start:end]` is."""
+        count = max(0, min(end, self.shape[0]) - start)
+        row_bytes = self.size_bytes // self.shape[0]
+        return TensorRange(self.path, self.start + start * row_bytes, torch.Size([count, *self.shape[1:]]), self.dtype)
+
+    def cast(self, dtype: torch.dtype | None) -> "TensorRange | CastTensor":
+        """The same numbers, as `dtype` if that is given and another one."""
+        return self if dtype in (None, self.dtype) else CastTensor(self, dtype)
+
+
+@dataclass(frozen=True)
+class CastTensor:
+    """A tensor in a file that is cast to `dtype` piece by piece while it is read."""
+
+    stored: TensorRange
+    dtype: torch.dtype
+    place = None  # nowhere are the bytes as they are read here
+
+    @property
+    def size_bytes(self) -> int:
+        return self.stored.shape.numel() * self.dtype.itemsize
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        """As `TensorRange.read_into`; `start` and the view's length are whole numbers of elements."""
+        raw = bytearray(len(view) // self.dtype.itemsize * self.stored.dtype.itemsize)
+        self.stored.read_into(memoryview(raw), start // self.dtype.itemsize * self.stored.dtype.itemsize)
+        view[:] = bytes_of(torch.frombuffer(raw, dtype=self.stored.dtype).to(self.dtype))
 
 
 class MappedFiles:
@@ -59,6 +89,12 @@ class MappedFiles:
         count = place.shape.numel()
         flat = torch.frombuffer(self._maps[place.path], dtype=place.dtype, count=count, offset=place.start)
         return flat.view(place.shape)
+
+    def expect(self, place: TensorRange) -> None:
+        """Let the system read what lies at `place` ahead of its use: page by page would be slow."""
+        if place.path in self._maps and hasattr(mmap, "MADV_WILLNEED"):
+            first = place.start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._maps[place.path].madvise(mmap.MADV_WILLNEED, first, place.start + place.size_bytes - first)
 
     def forget(self, place: TensorRange) -> None:
         """Let the system take back the memory behind `place`; it is read again when it is used again."""

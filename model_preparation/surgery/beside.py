@@ -1,0 +1,42 @@
+"""Work done beside other work, which one failure stops."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Beside:
+    """A context in which calls run in threads of their own; leaving it waits for them, or stops them if it fails."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(thread_name_prefix="beside")
+        self._started: list[Future] = []
+        self._stopped = threading.Event()
+
+    def start(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run `call` in a thread."""
+        self._started.append(self._executor.submit(call, *args, **kwargs))
+        return self._started[-1]
+
+    def check(self) -> None:
+        """To be called by long calls now and then: ends them, by an exception, when nobody wants the result."""
+        if self._stopped.is_set():
+            raise InterruptedError("stopped, as other work failed")
+
+    def raise_failure(self) -> None:
+        """Raise what a call that has ended raised, if one did."""
+        for future in self._started:
+            if future.done():
+                future.result()
+
+    def __enter__(self) -> "Beside":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception) -> None:
+        if kind is not None:
+            self._stopped.set()
+        self._executor.shutdown()
