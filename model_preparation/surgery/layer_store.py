@@ -174,6 +174,17 @@ class LayerStore:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
         path = self.folder / METADATA
+        if not path.is_file() and (self.folder / "config.json").is_file():
+            raise SurgeryError(
+                f"{self.folder} is a model's folder. Extract its layers, and give the folder that they are in: "
+                f"python extract_layers.py --model_name {self.folder} --output_dir {self.folder.absolute()}_layers"
+            )
+        if not path.is_file() and (old := next(self.folder.glob("*layer*.pt*"), None)):
+            raise SurgeryError(
+                f"{path} is missing. If {old.name} and the others are whole modules of an older program, import them: "
+                f"python extract_layers.py --from_legacy {self.folder} --output_dir {self.folder.absolute()}_imported; "
+                "else extract the donor's layers again."
+            )
         if not path.is_file():
             raise SurgeryError(
                 f"{path} is missing. Extract the donor's layers first: "
