@@ -96,10 +96,14 @@ def choose_device(gpu: int | None, device: str | None) -> str:
     import torch
 
     if device is not None:
+        place, reason = None, "torch knows no such device"
         try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).strip().splitlines()[0]
+            place = torch.device(device)
+            reason = "this torch is built without it"
+            torch.empty(0, device=place)
+        except (AssertionError, NotImplementedError, ImportError, RuntimeError) as error:
+            if place is not None and type(error) is RuntimeError:  # the driver's words; torch's own are long
+                reason = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
             raise SurgeryError(f"--device {device} cannot be used here: {reason}. Use --device cpu.") from error
         return device
     if not torch.cuda.is_available():

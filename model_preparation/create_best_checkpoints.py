@@ -5,6 +5,7 @@ combination, `llamba_replaced_11_13_17_21` unless the list names it, and a table
 create_best_checkpoints.sh, which finds the right Python.
 """
 
+import argparse
 import csv
 import json
 import shlex
@@ -16,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model_preparation import create_replaced_model_checkpoint
 from model_preparation.command_line import CommandParser, default_folder, run
 from model_preparation.errors import SurgeryError
 
 HERE = Path(__file__).resolve().parent
 INFO = "checkpoint_info.json"  # what makes a checkpoint complete
 FIELDS = {"layers", "score", "description", "name"}
+
+SPACES = "layers are separated by spaces, not commas"
 
 DESCRIPTION = """\
 Build a checkpoint for every combination of layers in a list. One that fails does not stop the others, one that is
@@ -82,6 +86,9 @@ def main() -> None:
     for flag in ("--layers", "--output_dir", "--description", "--score"):
         if any(given.partition("=")[0].replace("-", "_") == flag.replace("-", "_") for given in passed_on):
             parser.error(f"{flag} comes from the list")
+    builder = create_replaced_model_checkpoint.make_parser()
+    builder.prog = "create_replaced_model_checkpoint.py"
+    builder.parse_args(["--layers", "0", "--output_dir", "DIR", *passed_on])  # ends here if a flag is wrong
 
     outcomes = build_all(read_list(args.list), args.output_root.expanduser(), passed_on)
     print("\n" + table(outcomes))
@@ -102,6 +109,11 @@ def read_list(path: Path) -> list[Combination]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # Excel writes a byte-order mark
         entries = _json_entries(text) if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
+    except OSError as error:
+        raise SurgeryError(
+            f"{path} cannot be read ({error.strerror}). "
+            "--list takes a .csv or .json file of combinations; --help shows what a list looks like."
+        ) from error
     except (ValueError, csv.Error) as error:
         raise SurgeryError(f"{path} cannot be read: {error}. --help shows what a list looks like.") from error
     combinations = []
@@ -157,7 +169,7 @@ def _json_entries(text: str) -> list[dict[str, Any]]:
 def _combination(entry: dict[Any, Any]) -> Combination:
     """Check one entry as a file gives it; raises ValueError with what is wrong."""
     values = {key: value for key, value in entry.items() if value not in (None, "")}
-    unknown = sorted(str(key or "a value without a column") for key in values.keys() - FIELDS)
+    unknown = sorted(str(key or f"a value without a column ({SPACES})") for key in values.keys() - FIELDS)
     if unknown:
         raise ValueError(f"it has {', '.join(unknown)}; known are {', '.join(sorted(FIELDS))}")
     given = values.get("layers", [])
@@ -168,12 +180,18 @@ def _combination(entry: dict[Any, Any]) -> Combination:
     name = str(values.get("name", "llamba_replaced_" + "_".join(map(str, layers))))
     if Path(name).name != name or name in (".", ".."):
         raise ValueError(f"the name {name!r} is not that of a folder")
+    score = str(values.get("score", "0"))
+    try:
+        create_replaced_model_checkpoint.score(score)
+    except argparse.ArgumentTypeError:
+        raise ValueError(f"the score {score} is not between 0 and 1, such as 0.57 ({SPACES})") from None
     return Combination(layers, str(values.get("score", "")), str(values.get("description", "")), name)
 
 
 def _layer(word: Any) -> int:
     if not str(word).isdecimal():
-        raise ValueError(f"{word!r} is not a layer index (an integer such as 11)")
+        hint = f"; {SPACES}" if "," in str(word) else ""
+        raise ValueError(f"{word!r} is not a layer index (an integer such as 11{hint})")
     return int(word)
 
 

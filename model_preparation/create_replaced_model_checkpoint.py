@@ -24,7 +24,8 @@ examples:
 """
 
 
-def main() -> None:
+def make_parser() -> CommandParser:
+    """The command's flags; create_best_checkpoints.py checks with them what it passes on."""
     parser = CommandParser(
         description="Replace layers of a Llamba by a Llama's layers of the same indices, and write a checkpoint\n"
         "that loads with torch.load, from its state dict, or with model_preparation.load_checkpoint.",
@@ -59,13 +60,18 @@ def main() -> None:
     )
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, write nothing")
     add_source_flag(parser)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
 
     from model_preparation.surgery import checkpoint, graft
     from model_preparation.surgery.new_folder import check_target
 
     target = Path(args.output_dir).expanduser()
     check_target(target, overwrite=args.overwrite, complete_mark=checkpoint.INFO)
+    device = choose_device(args.gpu, args.device)
     planned = graft.plan(
         args.base,
         args.layers,
@@ -85,7 +91,7 @@ def main() -> None:
         target,
         description=args.description,
         score=args.score,
-        device=choose_device(args.gpu, args.device),
+        device=device,
         overwrite=args.overwrite,
     )
     print(f"Checkpoint is in {target}")

@@ -1,4 +1,4 @@
-"""Command: a donor model -> a folder of its layers (see surgery/layer_store.py)."""
+"""Command: a donor model, or old files of its layers -> a folder of them (surgery/layer_store.py, legacy_layers.py)."""
 
 from model_preparation.command_line import (
     CommandParser,
@@ -16,6 +16,7 @@ examples:
   python extract_layers.py --model_name llama --output_dir ../extracted_llama_layers
   python extract_layers.py --model_name /models/Llama-3.1-8B-Instruct --layers 11 13 17 21
   python extract_layers.py --output_dir ../extracted_llama_layers --verify
+  python extract_layers.py --from_legacy /old/extracted_llama_layers --trust_pickle --output_dir ./imported_layers
 """
 
 
@@ -44,24 +45,55 @@ def main() -> None:
         action="store_true",
         help="re-read every file and compare it with its recorded SHA-256; with --model_name, after extracting",
     )
+    parser.add_argument(
+        "--from_legacy",
+        metavar="DIR",
+        help="import layers that were saved as whole pickled LlamaDecoderLayer modules (layer_11.pt, ...); "
+        "--model_name then gives only config.json and tokenizer, where DIR has none",
+    )
+    parser.add_argument(
+        "--trust_pickle",
+        action="store_true",
+        help="with --from_legacy: open these files, which could run code, in a separate process without network",
+    )
+    parser.add_argument(
+        "--allow_network",
+        action="store_true",
+        help="with --trust_pickle: go on where the system cannot take the network from that process",
+    )
     add_source_flag(parser)
     args = parser.parse_args()
-    if args.model_name is None and not args.verify:
+    if args.model_name is None and args.from_legacy is None and not args.verify:
         parser.error("--model_name is needed (or --verify, to check layers extracted before)")
+    if args.from_legacy is None and (args.trust_pickle or args.allow_network):
+        parser.error("--trust_pickle and --allow_network go with --from_legacy")
 
     from rich.filesize import decimal
 
     from model_preparation.surgery.layer_store import LayerStore, extract_layers
+    from model_preparation.surgery.legacy_layers import import_legacy
 
-    if args.model_name is not None:
-        metadata = extract_layers(
-            args.model_name,
+    options = {
+        "layers": args.layers,
+        "dtype": torch_dtype(args.dtype),
+        "overwrite": args.overwrite,
+        "sources": args.source,
+    }
+    metadata = None
+    if args.from_legacy is not None:
+        metadata = import_legacy(
+            args.from_legacy,
             args.output_dir,
-            layers=args.layers,
-            dtype=torch_dtype(args.dtype),
-            overwrite=args.overwrite,
-            sources=args.source,
+            trust_pickle=args.trust_pickle,
+            allow_network=args.allow_network,
+            model_name=args.model_name,
+            **options,
         )
+        if not_run := metadata["source"]["not_run"]:
+            print(f"The files name what no layer needs; it was not run: {', '.join(not_run)}")
+    elif args.model_name is not None:
+        metadata = extract_layers(args.model_name, args.output_dir, **options)
+    if metadata is not None:
         size_bytes = sum(entry["bytes"] for entry in metadata["layers"].values())
         print(
             f"{len(metadata['layers'])} of {metadata['total_layers']} layers, {metadata['dtype']}, "

@@ -64,7 +64,9 @@ def test_a_list_may_be_csv_or_json(tmp_path):
         ("list.csv", "layers\n1 -2\n", ["entry 1", "'-2'"]),
         ("list.csv", "layers,score\n,0.5\n", ["entry 1", "no layers"]),
         ("list.csv", "layers,mmlu\n1,0.5\n", ["mmlu", "known are"]),
-        ("list.csv", "layers\n1,2\n", ["a value without a column"]),
+        ("list.csv", "layers\n1,2\n", ["entry 1", "a value without a column", "separated by spaces, not commas"]),
+        ("list.csv", 'layers,score\n"1,2,3",0.5\n', ["entry 1", "'1,2,3'", "separated by spaces, not commas"]),
+        ("list.csv", "layers,score,name\n11,13,17\n", ["entry 1", "score 13 ", "separated by spaces, not commas"]),
         ("list.csv", "layers,name\n1,../out\n", ["'../out'"]),
         ("list.csv", "layers\n1 2\n2 1\n", ["2 entries", "llamba_replaced_1_2"]),
         ("list.csv", "layers\n", ["no combinations"]),
@@ -80,7 +82,15 @@ def test_a_list_that_cannot_be_used_is_refused_by_name(name, text, words, tmp_pa
 
 
 def test_a_missing_list_is_named(tmp_path):
-    assert_refused(run_command("create_best_checkpoints", "--list", "none.csv", cwd=tmp_path), "none.csv")
+    result = run_command("create_best_checkpoints", "--list", "none.csv", cwd=tmp_path)
+    assert_refused(result, "none.csv cannot be read", "No such file", ".csv or .json", "--help")
+
+
+@pytest.mark.parametrize("flags", [["--bse", "x"], ["--gpu", "first"], ["--device", "cpu", "--gpu", "0"], ["17"]])
+def test_wrong_flags_end_it_before_the_first_row(flags, tmp_path):
+    result = run_command("create_best_checkpoints", *flags, "--output_root", tmp_path / "out", cwd=tmp_path)
+    assert_refused(result, "create_replaced_model_checkpoint.py: error: ", flags[0], code=2)
+    assert "[1/" not in result.stdout
 
 
 @pytest.mark.parametrize("flag", [["--layers", "1"], ["--output-dir", "x"], ["--score=0.5"]])

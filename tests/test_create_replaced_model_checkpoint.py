@@ -150,14 +150,18 @@ def test_bad_layers(base_dir, layers_dir, tmp_path, layers, code, words):
     [
         (["--score", "57"], 2, ["'57' is not between 0 and 1"]),
         (["--gpu", "0", "--device", "cpu"], 2, ["not allowed with"]),
-        (["--device", "warp"], 1, ["--device warp cannot be used here"]),
+        (["--device", "warp"], 1, ["--device warp cannot be used here: torch knows no such device. Use --device cpu."]),
+        (["--device", "warp", "--dry_run"], 1, ["--device warp cannot be used here"]),
+        (["--device", "xla"], 1, ["--device xla cannot be used here: ", ". Use --device cpu."]),
         (["--dtype", "int8"], 2, ["invalid choice"]),
         (["--base", "/no/such/folder"], 1, ["/no/such/folder is not there"]),
         (["--tokenizer", "/no/such/folder"], 1, ["/no/such/folder is not there"]),
     ],
 )
 def test_bad_options(base_dir, layers_dir, tmp_path, args, code, words):
-    assert_refused(build(base_dir, layers_dir, tmp_path / "out", *args), *words, code=code)
+    result = build(base_dir, layers_dir, tmp_path / "out", *args)
+    assert_refused(result, *words, code=code)
+    assert code == 2 or len(result.stderr) < 200
     assert not list(tmp_path.iterdir())
 
 
@@ -167,7 +171,7 @@ def test_bad_options(base_dir, layers_dir, tmp_path, args, code, words):
         ("missing", ["Layer file not found", "layer_03.pt", "extract_layers.py"]),
         ("cut", ["layer_03.pt is", "bytes long instead of"]),
         ("flipped", ["layer_03.pt is changed", "SHA-256"]),
-        ("no metadata", ["metadata.json is missing", "extract_layers.py"]),
+        ("no metadata", ["metadata.json is missing", "extract_layers.py", "--from_legacy"]),
         ("newer", ["format version 99", "knows 1"]),
         ("not json", ["metadata.json is not metadata"]),
         ("no config", ["metadata.json is damaged"]),
@@ -228,6 +232,9 @@ def test_bases_that_do_not_fit(base_dir, donor_dir, layers_dir, checkpoint_dir, 
     grafted = tmp_path / "grafted"
     load_checkpoint(checkpoint_dir)[0].save_pretrained(grafted)
     assert_refused(build(grafted, layers_dir, out), "grafted layers already")
+    assert_refused(build(checkpoint_dir, layers_dir, out), "a checkpoint that this program made", f"is {base_dir}.")
+    again = f"extract_layers.py --model_name {donor_dir} --output_dir"
+    assert_refused(build(base_dir, donor_dir, out), f"{donor_dir} is a model's folder", again)
     broken = Path(shutil.copytree(base_dir, tmp_path / "broken"))
     state = torch.load(base_dir / "pytorch_model.bin")
     torch.save({**state, "extra.weight": torch.ones(1)}, broken / "pytorch_model.bin")

@@ -50,7 +50,10 @@ def stand_ins(tmp_path_factory) -> dict[str, str]:
         intermediate_size=16,
         max_position_embeddings=2048,
     )
-    seeded(LlamaForCausalLM(config), seed=3, scale=0.1).save_pretrained(folder / "llama")
+    llama = seeded(LlamaForCausalLM(config), seed=3, scale=0.1)
+    llama.save_pretrained(folder / "llama")
+    (folder / "old_layers").mkdir()
+    torch.save(llama.model.layers[11], folder / "old_layers" / "layer_11.pt")
     make_tokenizer().save_pretrained(folder / "llama")
     base = seeded(LlambaForCausalLM(tiny_config(n_layer=32, mlp_cfg={"intermediate_size": 16})), seed=4, scale=0.1)
     with torch.no_grad():
@@ -106,7 +109,12 @@ def run_blocks(blocks: list[tuple[str, str]], checkout: Path, variables: dict[st
 
 
 def test_every_block_of_the_readme_runs(checkout, stand_ins):
-    blocks = [(info, code) for info, code in code_blocks("README.md") if info != "text" and code not in SET_UP]
+    old_layers = str(Path(stand_ins["MODEL_PREPARATION_LLAMA"]).with_name("old_layers"))
+    blocks = [
+        (info, code.replace("/models/old_layers", old_layers))
+        for info, code in code_blocks("README.md")
+        if info != "text" and code not in SET_UP
+    ]
     assert {info for info, _ in blocks} == {"bash", "python"}
     run_blocks(blocks, checkout, stand_ins)
     made = {path.parent.name for path in (checkout / "repository" / "model_checkpoints").glob("*/checkpoint_info.json")}

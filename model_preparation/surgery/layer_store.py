@@ -81,7 +81,6 @@ def extract_layers(
     item_bytes = None if dtype is None else dtype.itemsize
     check_space(target, _bytes_of(files, tuple(prefixes.values()), item_bytes) + 50_000_000)
 
-    num_heads, head_dim = heads_of(config)
     with new_folder(target, overwrite=overwrite, complete_mark=METADATA) as staging:
         described = {}
         for index in rich.progress.track(chosen, f"Extracting {model_name}", disable=len(chosen) < 2):
@@ -91,32 +90,64 @@ def extract_layers(
                 # old Llama files repeat inv_freq in every layer
                 if name.startswith(prefixes[index]) and not name.endswith("rotary_emb.inv_freq")
             }
-            described[str(index)] = _write_layer(staging / layer_file(index), ranges, dtype)
-        if config.model_type == "llama":
-            rotary = LlamaRotaryEmbedding(config)
-            torch.save({"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling}, staging / ROTARY)
-        if has_tokenizer(source.folder):
-            AutoTokenizer.from_pretrained(source.folder).save_pretrained(staging / TOKENIZER)
-        metadata = {
-            "format_version": FORMAT_VERSION,
-            "model_name": model_name,
-            "source": source.as_dict(),
-            "config": config.to_dict(),
-            "generation_config": read_generation_config(source.folder),
-            "total_layers": total,
-            "num_heads": num_heads,
-            "head_dim": head_dim,
-            "dtype": next(iter(described.values()))["dtype"],
-            "layers": described,
-            "files": describe_files(staging, excluded={entry["file"] for entry in described.values()}),
-            "extraction_time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        }
-        (staging / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+            described[str(index)] = write_layer(staging / layer_file(index), ranges, dtype)
+        return complete_folder(
+            staging,
+            config,
+            described,
+            model_name=model_name,
+            source=source.as_dict(),
+            tokenizer=source.folder if has_tokenizer(source.folder) else None,
+            generation_config=read_generation_config(source.folder),
+        )
+
+
+def complete_folder(
+    staging: Path,
+    config: PreTrainedConfig,
+    described: Mapping[str, dict[str, Any]],
+    *,
+    model_name: str,
+    source: Mapping[str, Any],
+    tokenizer: Path | None,
+    generation_config: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Put what belongs beside the layers into `staging`, metadata.json last; returns the metadata.
+
+    Args:
+        config: of the model the layers come from.
+        described: by the layers' indices, as text, what `write_layer` returned.
+        model_name: what the user called the model.
+        source: where it came from, as `Source.as_dict` says it.
+        tokenizer: the folder that has its tokenizer, if there is one.
+        generation_config: the fields of its generation_config.json, if there is one.
+    """
+    if config.model_type == "llama":
+        rotary = LlamaRotaryEmbedding(config)
+        torch.save({"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling}, staging / ROTARY)
+    if tokenizer is not None:
+        AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(staging / TOKENIZER)
+    num_heads, head_dim = heads_of(config)
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "model_name": model_name,
+        "source": source,
+        "config": config.to_dict(),
+        "generation_config": generation_config,
+        "total_layers": config.num_hidden_layers,
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        "dtype": next(iter(described.values()))["dtype"],
+        "layers": described,
+        "files": describe_files(staging, excluded={entry["file"] for entry in described.values()}),
+        "extraction_time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    (staging / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
     return metadata
 
 
-def _write_layer(path: Path, ranges: Mapping[str, TensorRange], dtype: torch.dtype | None) -> dict[str, Any]:
+def write_layer(path: Path, ranges: Mapping[str, TensorRange], dtype: torch.dtype | None) -> dict[str, Any]:
     """Write one layer's tensors, cast to `dtype` if it is given; returns the layer's entry in metadata.json."""
     tensors = {name: placeholder(place.shape, dtype or place.dtype) for name, place in ranges.items()}
     sources = {tensors[name].data_ptr(): place.cast(dtype) for name, place in ranges.items()}
@@ -145,6 +176,17 @@ class LayerStore:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
         path = self.folder / METADATA
+        if not path.is_file() and (self.folder / "config.json").is_file():
+            raise SurgeryError(
+                f"{self.folder} is a model's folder. Extract its layers, and give the folder that they are in: "
+                f"python extract_layers.py --model_name {self.folder} --output_dir {self.folder.absolute()}_layers"
+            )
+        if not path.is_file() and (old := next(self.folder.glob("*layer*.pt*"), None)):
+            raise SurgeryError(
+                f"{path} is missing. If {old.name} and the others are whole modules of an older program, import them: "
+                f"python extract_layers.py --from_legacy {self.folder} --output_dir {self.folder.absolute()}_imported; "
+                "else extract the donor's layers again."
+            )
         if not path.is_file():
             raise SurgeryError(
                 f"{path} is missing. Extract the donor's layers first: "
@@ -209,10 +251,12 @@ class LayerStore:
 
     def _again(self) -> str:
         # model_name is what the user typed; quoting a damaged file's content back would help nobody.
-        name = (
-            self.metadata.get("model_name", "llama") if isinstance(getattr(self, "metadata", None), dict) else "llama"
-        )
-        return f"Extract it again: python extract_layers.py --model_name {name} --output_dir {self.folder} --overwrite"
+        metadata = getattr(self, "metadata", None)
+        origin = {"model_name": "llama"} | (metadata if isinstance(metadata, dict) else {})
+        flags = f"--model_name {origin['model_name']}"
+        if isinstance(source := origin.get("source"), dict) and source.get("legacy"):
+            flags = f"--from_legacy {source.get('path')} --trust_pickle"
+        return f"Extract it again: python extract_layers.py {flags} --output_dir {self.folder} --overwrite"
 
 
 def layer_file(index: int) -> str:

@@ -176,9 +176,23 @@ def _local_source(folder: Path, need: Need) -> Source:
             f"{folder} is {'a file' if folder.exists() else 'not there'}. Give the path of a folder that holds "
             f"{'a tokenizer' if need == 'tokenizer' else 'config.json and the weights'}."
         )
-    if missing := _missing_files(folder, need):
+    missing = _missing_files(folder, need)
+    if missing and need == "model" and (base := _base_of_checkpoint(folder)):
+        raise SurgeryError(
+            f"{folder} is a checkpoint that this program made, not a model's folder. "
+            f"Give the folder or name of a model; the Llamba this checkpoint was built from is {base}."
+        )
+    if missing:
         raise SurgeryError(f"The folder {folder} lacks {', '.join(missing)}. Copy what is missing into it.")
     return Source(folder, "local", folder.name, None)
+
+
+def _base_of_checkpoint(folder: Path) -> str | None:
+    """The base named in a checkpoint's checkpoint_info.json; None if there is no such file, or it names none."""
+    try:
+        return str(json.loads((folder / "checkpoint_info.json").read_bytes())["base_model"]["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _missing_files(folder: Path, need: Need) -> list[str]:
