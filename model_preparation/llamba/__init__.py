@@ -1,6 +1,7 @@
 """The model, in Hugging Face's shape: `LlambaConfig`, `LlambaForCausalLM`, and the cache they share.
 
 Importing it tells transformers what `model_type: llamba` is and torch which classes a `model.pt` of ours may contain.
+The files the model is made of import each other relatively: checkpoints for Hugging Face carry copies of them.
 """
 
 import torch
