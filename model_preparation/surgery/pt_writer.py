@@ -61,7 +61,7 @@ def write_together(
     """
     files = [_File(path, content) for path, content in contents.items()]
     with contextlib.ExitStack() as stack:
-        outputs = [stack.enter_context(_Output(file.path, file.size_bytes, advance)) for file in files]
+        outputs = [stack.enter_context(Output(file.path, file.size_bytes, advance)) for file in files]
         for file, output in zip(files, outputs, strict=True):
             file.copy_gap(output)
         while pending := [index for index, file in enumerate(files) if file.next_storage is not None]:
@@ -148,7 +148,7 @@ class _File:
         self._position = record.end
         self._next += 1
 
-    def copy_gap(self, output: "_Output") -> None:
+    def copy_gap(self, output: "Output") -> None:
         """Write what torch put between here and the next tensor, with the CRCs known by now."""
         tensors_left = self._next < len(self._tensors)
         gap = self._gaps[self._next]
@@ -227,7 +227,7 @@ class _Nowhere:
         return len(data)
 
 
-class _Output:
+class Output:
     """A file of known size written front to back, its SHA-256 worked out on the way by a thread of its own.
 
     Full blocks go to the disk directly where the file system allows it: through the page cache they would be copied
@@ -246,7 +246,7 @@ class _Output:
             self._free.put(mmap.mmap(-1, BLOCK_BYTES))  # page-aligned
         self._block, self._filled = self._free.get(), 0
 
-    def __enter__(self) -> "_Output":
+    def __enter__(self) -> "Output":
         self._descriptor = _open_direct(self._path)
         _reserve(self._descriptor, self._size_bytes)
         self._thread = threading.Thread(target=self._drain, name=f"writing {self._path.name}")

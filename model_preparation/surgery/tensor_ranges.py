@@ -17,7 +17,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.surgery.pt_writer import file_blocks
 
 # The safetensors header's names of the dtypes whose arithmetic a model can run in.
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -137,9 +137,9 @@ def pt_ranges(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorRang
 
 
 def _dtype(entry: dict, path: Path) -> torch.dtype:
-    if entry["dtype"] not in _DTYPES:
-        wanted = ", ".join(_DTYPES)
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
+        wanted = ", ".join(SAFETENSORS_DTYPES)
         raise SurgeryError(
             f"{path} holds {entry['dtype']} numbers; these can be used: {wanted}. Take an unquantised model."
         )
-    return _DTYPES[entry["dtype"]]
+    return SAFETENSORS_DTYPES[entry["dtype"]]
