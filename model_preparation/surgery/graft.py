@@ -50,7 +50,7 @@ class GraftPlan:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the weights in one of the two .pt files."""
+        """Size of the weights, written once."""
         return self.parameters * self.dtype.itemsize
 
     def describe(self) -> list[str]:
@@ -62,7 +62,7 @@ class GraftPlan:
             f"kept       {self.config.n_layer - len(self.layers)} of {self.config.n_layer} layers, and all around them",
             f"dtype      {str(self.dtype).removeprefix('torch.')}" + "".join(f"; {cast}" for cast in self.casts),
             f"tokenizer  {self.tokenizer_of} ({self.tokenizer})",
-            f"to write   2 x {decimal(self.weight_bytes)} ({self.parameters:,} parameters)",
+            f"weights    {decimal(self.weight_bytes)} ({self.parameters:,} parameters)",
         ]
 
 
@@ -170,6 +170,11 @@ def tensor_ranges(plan: GraftPlan) -> dict[str, TensorRange]:
     for prefix, index in zip(replaced, plan.layers, strict=True):
         found |= {prefix + name: place for name, place in plan.donor.ranges(index).items()}
     return found
+
+
+def base_paths(plan: GraftPlan) -> list[Path]:
+    """The files that determine the base: its config, its weights, their index."""
+    return [plan.base.folder / "config.json", *TensorFiles(plan.base.folder).paths()]
 
 
 def _check_donor(base: LlambaConfig, donor: LayerStore, allow_other_heads: bool) -> None:

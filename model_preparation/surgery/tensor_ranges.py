@@ -102,7 +102,7 @@ def safetensors_ranges(path: Path) -> dict[str, TensorRange]:
         if 8 + header_bytes + position != size_bytes:
             raise ValueError(f"it is {size_bytes} bytes long instead of {8 + header_bytes + position}")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise SurgeryError(f"{path} cannot be read as tensors ({error}). Download it again.") from error
+        raise SurgeryError(f"{path} cannot be read as tensors ({error}). Make or download it again.") from error
     return found
 
 
