@@ -128,6 +128,7 @@ def grafted_config(base: LlambaConfig, donor: LayerStore, layers: Sequence[int])
     """The base's config with `layers` marked as the donor's, and the settings of the donor's attention."""
     fields = base.to_dict()
     fields.pop("_name_or_path", None)  # a path of this machine
+    fields.pop("auto_map", None)  # names files beside the base's config.json
     fields["architectures"] = [LlambaForCausalLM.__name__]
     fields["llama_layers"] = list(layers)
     fields["llama_cfg"] = {name: getattr(donor.config, name) for name in LLAMA_DEFAULTS}
