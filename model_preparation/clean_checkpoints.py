@@ -1,4 +1,4 @@
-"""Command: remove from a folder of checkpoints what no checkpoint needs (see surgery/base_store.py)."""
+"""Command: remove from a folder of checkpoints what no checkpoint needs (see surgery/store_folder.py)."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def main() -> None:
     from rich.filesize import decimal
 
     from model_preparation.errors import SurgeryError
-    from model_preparation.surgery.base_store import clean
+    from model_preparation.surgery.store_folder import clean
 
     folder = args.dir.expanduser()
     if not folder.is_dir():

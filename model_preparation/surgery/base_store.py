@@ -7,15 +7,11 @@ not changed is not read again to learn that: see known_digests.py. A store can b
 needs it.
 """
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -26,11 +22,9 @@ from model_preparation.surgery.digests import sha256_of
 from model_preparation.surgery.known_digests import KnownFile, examine, read_record, recall, remember
 from model_preparation.surgery.safetensors_writer import Shard
 from model_preparation.surgery.shared_files import can_share, share_file
-
-STORE = ".base_shards"
+from model_preparation.surgery.store_folder import STORE, locked, record_of
 
 _LAYOUT = 1  # of a shard's bytes: count on when names, order or header of what is in a shard change
-_LOCK = "lock"
 _BASE_DIGESTS = "base_files"  # what is remembered of the bases' own files
 _NO_STORE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -60,7 +54,7 @@ class BaseStore:
         Args:
             read_base: read the base if its digests are not known; without it, a base not known has nothing stored.
         """
-        known = read_base or all(recall(path, self._record_of(path)) for path in self._base_paths)
+        known = read_base or all(recall(path, self._base_record(path)) for path in self._base_paths)
         return sum(shard.size_bytes for shard in shards if not known or self._stored(shard) is None)
 
     def provide(self, shard: Shard, target: Path, advance: Callable[[int], None]) -> dict:
@@ -77,14 +71,14 @@ class BaseStore:
         if not self._usable:
             return shard.write(target, advance)
         path = self._folder / shard.file
-        with _locked(self._root):  # a second builder of the same base waits here, and then finds the shard
+        with locked(self._root):  # a second builder of the same base waits here, and then finds the shard
             known = self._stored(shard)
             if known is None:
                 known = self._make(shard, advance)
             else:
                 advance(known.bytes)
-            if recall(path, _record(path)) is None:
-                remember(known, _record(path))
+            if recall(path, record_of(path)) is None:
+                remember(known, record_of(path))
             share_file(path, target)
         return known.description()
 
@@ -97,7 +91,7 @@ class BaseStore:
     @cached_property
     def _examined(self) -> dict[Path, tuple[KnownFile, bool]]:
         """Per file of the base what is known of it, and whether that is new and may be remembered."""
-        recalled = {path: recall(path, self._record_of(path)) for path in self._base_paths}
+        recalled = {path: recall(path, self._base_record(path)) for path in self._base_paths}
         found = {path: (known, False) for path, known in recalled.items() if known is not None}
         unknown = [path for path in self._base_paths if path not in found]
         with rich.progress.Progress(transient=True, disable=not unknown) as progress:
@@ -110,27 +104,27 @@ class BaseStore:
     def _usable(self) -> bool:
         """Whether files can be shared from here; if so, what was learnt of the base's files is recorded."""
         try:
-            with _locked(self._root):
+            with locked(self._root):
                 if not can_share(self._root):
                     return False
                 (self._root / _BASE_DIGESTS).mkdir(exist_ok=True)
                 for path, (known, is_new) in self._examined.items():
                     if is_new:
-                        remember(known, self._record_of(path))
+                        remember(known, self._base_record(path))
         except OSError as error:
             if error.errno in _NO_STORE:
                 return False
             raise
         return True
 
-    def _record_of(self, base_path: Path) -> Path:
+    def _base_record(self, base_path: Path) -> Path:
         place = hashlib.sha256(os.fsencode(base_path.resolve())).hexdigest()[:16]
         return self._root / _BASE_DIGESTS / f"{place}.json"
 
     def _stored(self, shard: Shard) -> KnownFile | None:
         """The stored shard, or None if it is not there or not as it was made."""
         path = self._folder / shard.file
-        known = read_record(_record(path))
+        known = read_record(record_of(path))
         try:
             with path.open("rb") as file:
                 begins_well = file.read(len(shard.header)) == shard.header
@@ -154,76 +148,3 @@ class BaseStore:
         finally:
             partial.unlink(missing_ok=True)
         return KnownFile.of(path, described["sha256"])
-
-
-@dataclass(frozen=True)
-class Cleaned:
-    """What `clean` removed, or would remove: files, and their size together."""
-
-    paths: list[Path]
-    size_bytes: int
-
-
-def clean(checkpoints: Path, *, dry_run: bool = False) -> Cleaned:
-    """Remove from the store beside checkpoints the shards that none of them uses: no file is a link to it, and no
-    checkpoint lists its SHA-256. What a killed build left in the store goes too.
-
-    Args:
-        checkpoints: the folder that holds the checkpoints' folders.
-        dry_run: only say what would go.
-
-    Raises:
-        OSError: if the store is somebody else's.
-    """
-    root = checkpoints / STORE
-    if not root.is_dir():
-        return Cleaned([], 0)
-    with _locked(root):
-        used = _digests_in_use(checkpoints)
-        removed = sorted(path for path in root.rglob("*.partial-*") if path.is_file())  # with the lock, nobody writes
-        for path in sorted(root.glob("*/*.safetensors")):
-            known = read_record(_record(path))
-            if path.stat().st_nlink == 1 and (known is None or known.sha256 not in used):
-                removed.append(path)
-        cleaned = Cleaned(removed, sum(path.stat().st_size for path in removed))
-        if not dry_run:
-            for path in removed:
-                path.unlink()
-                _record(path).unlink(missing_ok=True)
-            for folder in {path.parent for path in removed}:
-                with contextlib.suppress(OSError):  # other shards are in it
-                    folder.rmdir()
-            if not list(root.glob("*/*.safetensors")):
-                shutil.rmtree(root)
-    return cleaned
-
-
-def _digests_in_use(checkpoints: Path) -> set[str]:
-    """The SHA-256 of every file that the checkpoints list."""
-    found = set()
-    for path in checkpoints.glob("*/checkpoint_info.json"):
-        # A description that cannot be read protects nothing: its checkpoint has files of its own, linked or cloned.
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            entries = json.loads(path.read_text(encoding="utf-8"))["files"].values()
-            found |= {entry["sha256"] for entry in entries}
-    return found
-
-
-def _record(shard: Path) -> Path:
-    return shard.with_suffix(".json")
-
-
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Hold the store's lock, which ends with the process that holds it however that ends."""
-    while True:
-        root.mkdir(exist_ok=True)
-        with (root / _LOCK).open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                same = os.path.samestat(os.fstat(file.fileno()), (root / _LOCK).stat())
-            except FileNotFoundError:  # `clean` has removed the store meanwhile
-                continue
-            if same:
-                yield
-                return

@@ -25,7 +25,6 @@ import model_preparation
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
-from model_preparation.surgery.base_store import STORE
 from model_preparation.surgery.checkpoint_readme import readme_text
 from model_preparation.surgery.digests import describe_file, describe_files
 from model_preparation.surgery.graft import GraftPlan, base_paths, empty_model, plan, tensor_ranges
@@ -33,6 +32,7 @@ from model_preparation.surgery.hf_folder import INDEX, HfFolder, read_state_dict
 from model_preparation.surgery.layer_store import heads_of, read_generation_config
 from model_preparation.surgery.new_folder import check_space, check_target, new_folder
 from model_preparation.surgery.pt_writer import Blocks, placeholder, write_together
+from model_preparation.surgery.store_folder import STORE
 from model_preparation.surgery.trial import try_out
 
 FORMAT_VERSION = 1

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model_preparation.surgery import base_store, known_digests, shared_files
-from model_preparation.surgery.base_store import STORE, BaseStore, clean
+from model_preparation.surgery import base_store, known_digests, shared_files, store_folder
+from model_preparation.surgery.base_store import BaseStore
 from model_preparation.surgery.safetensors_writer import Shard
+from model_preparation.surgery.store_folder import STORE, clean
 from model_preparation.surgery.tensor_ranges import TensorRange, bytes_of
 
 
@@ -196,7 +197,7 @@ def test_where_nothing_can_be_shared_the_files_are_written(checkpoints, monkeypa
         monkeypatch.setattr(os, "link", refuse)
         monkeypatch.setattr(shared_files, "_reflink", lambda source, target: False)
     elif reason == "no locks":
-        monkeypatch.setattr(base_store.fcntl, "flock", refuse)
+        monkeypatch.setattr(store_folder.fcntl, "flock", refuse)
     else:
         opened = Path.open
         monkeypatch.setattr(
