@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -54,7 +56,7 @@ QUESTIONS = [{"question": f"{letter} is", "choices": ["one", "two", "six"], "ans
 
 # lm-eval's command first, in this same process: importing torch and lm-eval takes longer than all the rest.
 PROBE = """
-import functools, lm_eval.tasks, runpy, sys, torch
+import functools, lm_eval.tasks, os, runpy, sys, torch
 lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)  # of which are 14,000
 folder = sys.argv.pop(1)
 sys.argv = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={folder},trust_remote_code=True"]
@@ -76,7 +78,11 @@ model.save_pretrained("again")
 found["again"] = AutoModelForCausalLM.from_pretrained("again", **trusted)(ids).logits
 model = AutoModelForCausalLM.from_pretrained("saved_with_the_package", **trusted)
 found["saved with the package"] = model(ids).logits
-torch.save(found, "found.pt")
+target = os.path.abspath("found.pt")
+os.chdir(folder)
+LINES_OF_README
+found["README.txt"] = model(ids).logits
+torch.save(found, target)
 assert not [name for name in sys.modules if name.partition(".")[0] == "model_preparation"]
 """
 
@@ -101,6 +107,12 @@ def hf_dir(base_dir, layers_dir, tmp_path_factory) -> Path:
 def logits_of(model) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.tensor(IDS)).logits
+
+
+def readme_blocks(folder: Path) -> list[str]:
+    """The Python in README.txt, block by block."""
+    blocks = re.findall(r"(?:^    .*\n)+", (folder / "README.txt").read_text(), re.MULTILINE)
+    return [textwrap.dedent(block) for block in blocks]
 
 
 def names_in(folder: Path) -> set[str]:
@@ -144,7 +156,7 @@ def without_our_package(hf_dir, tmp_path_factory) -> Path:
     (folder / "tiny.yaml").write_text(LM_EVAL_TASK.replace("QUESTIONS", str(folder / "questions.jsonl")))
     load_checkpoint(hf_dir)[0].save_pretrained(folder / "saved_with_the_package")
     homes = {name: str(folder / name) for name in ("HF_HOME", "HF_MODULES_CACHE")}
-    script = PROBE.replace("IDS", str(IDS))
+    script = PROBE.replace("IDS", str(IDS)).replace("LINES_OF_README", readme_blocks(hf_dir)[1])
     result = run_python("-c", script, str(hf_dir), cwd=folder, PYTHONPATH=str(folder / "absent"), **homes)
     assert result.returncode == 0, result.stderr
     return folder
@@ -155,8 +167,8 @@ def test_transformers_opens_it_without_our_package(without_our_package, checkpoi
     model, tokenizer = load_checkpoint(checkpoint_dir)
     logits = logits_of(model)
     assert torch.equal(found["logits"], logits)
-    assert torch.equal(found["again"], logits)
-    assert torch.equal(found["saved with the package"], logits)
+    for way in ("again", "saved with the package", "README.txt"):
+        assert torch.equal(found[way], logits)
     assert ((found["bfloat16"].float() - logits).abs().max() / logits.std()).item() < 0.2
     assert found["bfloat16"].dtype == torch.bfloat16
     assert torch.equal(found["hidden"], model.backbone(torch.tensor(IDS)).last_hidden_state)
@@ -211,7 +223,7 @@ def test_with_our_package_its_own_class_is_taken_and_nothing_is_asked(hf_dir, tr
     assert torch.equal(logits_of(model), logits_of(load_checkpoint(hf_dir)[0]))
 
 
-def test_load_checkpoint_and_the_test_command_take_it(hf_dir, checkpoint_dir, tmp_path):
+def test_load_checkpoint_and_the_test_command_take_it(hf_dir, checkpoint_dir, tmp_path, monkeypatch):
     model, tokenizer = load_checkpoint(hf_dir)
     assert torch.equal(logits_of(model), logits_of(load_checkpoint(checkpoint_dir)[0]))
     assert tokenizer("Hello").input_ids == load_checkpoint(checkpoint_dir)[1]("Hello").input_ids
@@ -223,6 +235,10 @@ def test_load_checkpoint_and_the_test_command_take_it(hf_dir, checkpoint_dir, tm
         model.lm_head.weight.add_(1)
     assert (hf_dir / "head.safetensors").read_bytes() == before
     assert load_checkpoint(hf_dir, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    [block, _] = readme_blocks(hf_dir)
+    monkeypatch.chdir(hf_dir)
+    exec(block, names := {})
+    assert torch.equal(logits_of(names["model"]), logits_of(load_checkpoint(checkpoint_dir)[0]))
     result = run_command("test_checkpoint", "--checkpoint", hf_dir, "--max_new_tokens", 3, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "2 of 4 layers: 1 3" in result.stdout

@@ -13,7 +13,7 @@ _TEXT = """\
 Files
 {files}
   checkpoint_info.json  layers, sources, digests, config: also the recipe to build it again
-
+{shared}
 {needs} Run the lines below with
 this folder as the current one; elsewhere, write the path before the file names.
 
@@ -27,11 +27,14 @@ _PT_FILES = """\
   tokenizer/            the tokenizer"""
 
 _HF_FILES = """\
-  *.safetensors         the weights, a file per layer ({size} together); may be links to files that other
-                        checkpoints share: replace them if you must, but never write into them
-  model.safetensors.index.json, config.json, generation_config.json, tokenizer*
-                        what transformers reads beside them
+  *.safetensors         the weights ({size}), a file per layer
+  *.json, tokenizer*    their index, the configs, the tokenizer: what transformers reads beside them
   *.py                  the model's code, for transformers without our package"""
+
+_SHARED = """
+The .safetensors files may be links to files that other checkpoints share: replace one if you must, but never write into
+it.
+"""
 
 _NEEDS = "Loading needs the package `model_preparation` installed (pip install PATH_TO_THE_REPOSITORY)."
 _HF_NEEDS = "Loading needs transformers 5.20 or newer, and for way 1 `model_preparation` installed."
@@ -118,6 +121,7 @@ def readme_text(title: str, info: dict[str, Any]) -> str:
         underline="=" * len(title),
         summary="\n".join(summary),
         files="\n".join(files),
+        shared=_SHARED if has_hf else "",
         needs=_NEEDS if has_pt else _HF_NEEDS,
         ways="\n".join(f"{number}. {way}" for number, way in enumerate(ways, start=1)),
     )

@@ -242,7 +242,6 @@ def test_a_failure_leaves_no_half_file(checkpoints, monkeypatch, written):
 def test_clean_removes_what_nobody_uses(checkpoints):
     checkpoints.build("both")
     checkpoints.build("one", layers=[1])
-    store = checkpoints.folder / STORE
     killed = checkpoints.stored()[0].with_name("layer_09.safetensors.partial-123")
     killed.write_bytes(bytes(10))
     assert clean(checkpoints.folder, dry_run=True).paths == [killed]
@@ -257,10 +256,16 @@ def test_clean_removes_what_nobody_uses(checkpoints):
     assert clean(checkpoints.folder).paths == []
     shutil.rmtree(checkpoints.folder / "one")
     assert [path.name for path in clean(checkpoints.folder).paths] == ["layer_01.safetensors"]
-    assert not store.exists()
+    assert not (checkpoints.folder / STORE).exists()
     assert clean(checkpoints.folder).paths == []
-    checkpoints.build("again")  # and after it all starts anew
-    assert len(checkpoints.stored()) == 2
+    store, files = checkpoints.build("again")  # and after it all starts anew
+    shutil.rmtree(checkpoints.folder / "again")
+    clean(checkpoints.folder)
+    (checkpoints.folder / "late").mkdir()  # also for a build that was under way
+    shard = shards_of(checkpoints.base_paths)[0]
+    described = store.provide(shard, checkpoints.folder / "late" / shard.file, lambda size_bytes: None)
+    assert described == files[shard.file]
+    assert len(checkpoints.stored()) == 1
 
 
 def test_clean_keeps_what_a_checkpoint_has_as_a_copy(checkpoints, monkeypatch):
