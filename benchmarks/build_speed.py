@@ -17,8 +17,13 @@ import time
 from pathlib import Path
 
 # d_model, n_layer, intermediate, heads, KV heads, tied: those of the published Llambas and of their donors.
-SHAPES = {"1b": (2048, 16, 8192, 32, 8, False), "8b": (4096, 32, 14336, 32, 8, False)}
-LAYERS = {"1b": [3, 6, 8, 10], "8b": [11, 13, 17, 21]}
+# "small" is for trying the scripts out.
+SHAPES = {
+    "small": (256, 8, 512, 32, 8, False),
+    "1b": (2048, 16, 8192, 32, 8, False),
+    "8b": (4096, 32, 14336, 32, 8, False),
+}
+LAYERS = {"small": [1, 3, 5, 6], "1b": [3, 6, 8, 10], "8b": [11, 13, 17, 21]}
 PACKAGE = Path(__file__).resolve().parents[1] / "model_preparation"
 
 NAIVE = """

@@ -20,6 +20,7 @@ EXAMPLES = """\
 examples:
   python create_replaced_model_checkpoint.py --layers 11 13 17 21 \\
       --output_dir ../model_checkpoints/llamba_replaced_11_13_17_21 --description "best four" --score 0.5700
+  python create_replaced_model_checkpoint.py --layers 13 17 --output_dir ../model_checkpoints/for_lm_eval --format hf
   python create_replaced_model_checkpoint.py --base /models/my-llamba --layers 3 --output_dir ./grafted --dry_run
 """
 
@@ -28,7 +29,8 @@ def make_parser() -> CommandParser:
     """The command's flags; create_best_checkpoints.py checks with them what it passes on."""
     parser = CommandParser(
         description="Replace layers of a Llamba by a Llama's layers of the same indices, and write a checkpoint\n"
-        "that loads with torch.load, from its state dict, or with model_preparation.load_checkpoint.",
+        "that loads with torch.load, from its state dict, with model_preparation.load_checkpoint, or (--format hf)\n"
+        "with transformers alone.",
         epilog=EXAMPLES,
     )
     add_layers_flag(parser, required=True, help="indices of the layers to replace, in any order")
@@ -54,6 +56,13 @@ def make_parser() -> CommandParser:
     parser.add_argument("--score", type=score, metavar="X", help="an MMLU score known already, between 0 and 1")
     add_device_flags(parser)
     add_dtype_flag(parser, help="dtype of the whole model (default: the base's)")
+    parser.add_argument(
+        "--format",
+        choices=("pt", "hf", "both"),
+        default="pt",
+        help="pt: model.pt and model_state_dict.pt; hf: a folder that transformers and lm-eval open without this "
+        "package, its untouched layers shared with the checkpoints beside it (default: %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     parser.add_argument(
         "--allow_other_heads", action="store_true", help="accept a donor whose heads differ in number or size"
@@ -82,7 +91,8 @@ def main() -> None:
         sources=args.source,
     )
     print("\n".join(planned.describe()))
-    checkpoint.check_room(planned, target)
+    print(checkpoint.describe_writing(planned, target, args.format))
+    checkpoint.check_room(planned, target, args.format)
     if args.dry_run:
         print(f"Everything fits; nothing was written to {target} (--dry_run).")
         return
@@ -92,6 +102,7 @@ def main() -> None:
         description=args.description,
         score=args.score,
         device=device,
+        format=args.format,
         overwrite=args.overwrite,
     )
     print(f"Checkpoint is in {target}")

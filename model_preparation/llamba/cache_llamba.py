@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
-from model_preparation.llamba.configuration_llamba import LlambaConfig
+from .configuration_llamba import LlambaConfig
 
 
 class MambaStateLayer(LinearAttentionLayer):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model_preparation.llamba import ssd
-from model_preparation.llamba.cache_llamba import LlambaCache
-from model_preparation.llamba.configuration_llamba import LlambaConfig
+from .cache_llamba import LlambaCache
+from .configuration_llamba import LlambaConfig
+from .ssd import scan, step
 
 
 class PaddingLayout(NamedTuple):
@@ -106,10 +106,10 @@ class LlambaMixer(nn.Module):
             log_decay = log_decay.masked_fill(padding.is_padding[:, :, None], 0)
 
         if length == 1 and state is not None:
-            y, state = ssd.step(x[:, 0], log_decay[:, 0], B[:, 0], C[:, 0], state)
+            y, state = step(x[:, 0], log_decay[:, 0], B[:, 0], C[:, 0], state)
             y = y.unsqueeze(1)
         else:
-            y, state = ssd.scan(x, log_decay, B, C, self.chunk_size, state)
+            y, state = scan(x, log_decay, B, C, self.chunk_size, state)
         if cache is not None:
             self._remember(cache, window, state, padding)
 

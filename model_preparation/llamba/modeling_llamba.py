@@ -21,9 +21,9 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from model_preparation.llamba.cache_llamba import LlambaCache
-from model_preparation.llamba.configuration_llamba import LlambaConfig
-from model_preparation.llamba.mixer import LlambaMixer, PaddingLayout
+from .cache_llamba import LlambaCache
+from .configuration_llamba import LlambaConfig
+from .mixer import LlambaMixer, PaddingLayout
 
 BLOCK_NORM_EPS = 1e-5  # upstream fixes it; `norm_epsilon` is the final norm's only
 

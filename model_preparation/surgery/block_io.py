@@ -224,7 +224,7 @@ class Stream:
 
     def finish(self) -> dict:
         """Write what is left and sync; returns {"bytes", "sha256"}."""
-        self._write_tail()
+        self._write_tail(len(self._tail))
         self._drain()
         for file in self.files:
             file.sync()
@@ -232,16 +232,17 @@ class Stream:
 
     def _add_to_tail(self, data: bytes | memoryview) -> None:
         self._tail += data
-        if len(self._tail) % ALIGNMENT == 0:
-            self._write_tail()
+        whole_bytes = len(self._tail) - len(self._tail) % ALIGNMENT
+        if whole_bytes == len(self._tail) or whole_bytes >= BLOCK_BYTES:
+            self._write_tail(whole_bytes)
 
-    def _write_tail(self) -> None:
-        if self._tail:
-            block = mmap.mmap(-1, len(self._tail))  # direct I/O wants aligned memory
-            block[:] = bytes(self._tail)
+    def _write_tail(self, size_bytes: int) -> None:
+        if size_bytes:
+            block = mmap.mmap(-1, size_bytes)  # direct I/O wants aligned memory
+            block[:] = bytes(self._tail[:size_bytes])
             self._pending += self._write(memoryview(block))
-            self.position += len(block)
-            self._tail.clear()
+            self.position += size_bytes
+            del self._tail[:size_bytes]
 
     def _write(self, view: memoryview) -> list[Future]:
         return [self._writers.submit(file.write, view, self.position) for file in self._written]

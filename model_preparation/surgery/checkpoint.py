@@ -1,13 +1,15 @@
 """The checkpoint folder: written whole or not at all, and loaded without unpickling code.
 
-In: a `GraftPlan`. Out: model_checkpoints/NAME/ with model.pt (the whole module), model_state_dict.pt, tokenizer/,
-README.txt, and checkpoint_info.json, which is written last: a folder without it is no checkpoint.
+In: a `GraftPlan`. Out: model_checkpoints/NAME/ with model.pt (the whole module), model_state_dict.pt, tokenizer/, or
+what hf_folder.py describes, or both; README.txt; and checkpoint_info.json, which is written last: a folder without it
+is no checkpoint.
 """
 
 import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import rich.progress
 import safetensors
 import torch
 import transformers
+from rich.filesize import decimal
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -23,16 +26,20 @@ from model_preparation.errors import SurgeryError
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 from model_preparation.surgery.beside import Beside
+from model_preparation.surgery.block_io import Advance
 from model_preparation.surgery.checkpoint_readme import readme_text
 from model_preparation.surgery.digests import describe_files, describe_source_file
-from model_preparation.surgery.graft import GraftPlan, empty_model, plan, tensor_ranges
+from model_preparation.surgery.graft import GraftPlan, base_paths, empty_model, plan, tensor_ranges
+from model_preparation.surgery.hf_folder import INDEX, HfFolder, read_state_dict
 from model_preparation.surgery.layer_store import heads_of, read_generation_config
 from model_preparation.surgery.new_folder import check_space, check_target, new_folder
-from model_preparation.surgery.pt_writer import TensorSource, Written, placeholder, write_together
-from model_preparation.surgery.tensor_files import TensorFiles
+from model_preparation.surgery.pt_writer import placeholder, write_together
+from model_preparation.surgery.store_folder import STORE
+from model_preparation.surgery.tensor_copy import TensorSource
 from model_preparation.surgery.trial import try_out
 
 FORMAT_VERSION = 1
+FORMATS = ("pt", "hf", "both")
 INFO = "checkpoint_info.json"
 MODULE = "model.pt"
 STATE_DICT = "model_state_dict.pt"
@@ -54,6 +61,7 @@ def build_checkpoint(
     score: float | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    format: str = "pt",
     overwrite: bool = False,
     allow_other_heads: bool = False,
     sources: Mapping[str, str] | None = None,
@@ -65,6 +73,7 @@ def build_checkpoint(
     Raises:
         SurgeryError: for anything that makes the graft impossible or wrong; nothing is left on the disk then.
     """
+    _check_format(format)
     check_target(Path(output_dir).expanduser(), overwrite=overwrite, complete_mark=INFO)
     graft = plan(
         base,
@@ -75,7 +84,9 @@ def build_checkpoint(
         allow_other_heads=allow_other_heads,
         sources=sources,
     )
-    return write(graft, output_dir, description=description, score=score, device=device, overwrite=overwrite)
+    return write(
+        graft, output_dir, description=description, score=score, device=device, format=format, overwrite=overwrite
+    )
 
 
 def write(
@@ -85,6 +96,7 @@ def write(
     description: str = "",
     score: float | None = None,
     device: str = "cpu",
+    format: str = "pt",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Graft, try the model once on `device`, and write the folder; returns its checkpoint_info.json.
@@ -94,46 +106,75 @@ def write(
         description: free text for people.
         score: an MMLU score known beforehand, as a fraction of 1.
         device: where the trial forward pass runs; what is written is always on the CPU.
+        format: "pt" for model.pt and model_state_dict.pt, "hf" for what transformers opens without this package (see
+            hf_folder.py; the shards of untouched layers are shared with the checkpoints beside it), or "both".
         overwrite: replace a checkpoint that is there; it stays whole until the new one is.
 
     Raises:
         SurgeryError: if the target is taken or not writable, the disk too small, or the trial's logits not finite.
     """
+    _check_format(format)
     target = Path(output_dir).expanduser()
     check_target(target, overwrite=overwrite, complete_mark=INFO)
-    check_room(graft, target)
+    check_room(graft, target, format)
     tokenizer = load_tokenizer(graft.tokenizer)
     check_tokenizer(tokenizer, graft)
     generation_config = _generation_config(graft, tokenizer)
-    model, sources = _with_placeholders(graft)
-    model.generation_config = GenerationConfig(**generation_config)
+    hf_folder = None if format == "pt" else HfFolder(graft, target.resolve().parent)
+    if hf_folder is not None:
+        hf_folder.store.examine_base()
 
     with new_folder(target, overwrite=overwrite, complete_mark=INFO) as staging:
-        contents = {staging / MODULE: model, staging / STATE_DICT: model.state_dict()}
         with Beside() as beside, rich.progress.Progress(*_progress_columns(), transient=True) as progress:
             trial = beside.start(try_out, graft, tokenizer, device, beside.check)
-            base_files = beside.start(_describe_base, graft, beside.check)
-            task = progress.add_task("Writing", total=2 * graft.weight_bytes)
+            base_files = beside.start(_base_files, graft, hf_folder, beside.check)
+            copies = {"pt": 2, "hf": 1, "both": 3}[format]
+            task = progress.add_task("Writing", total=copies * graft.weight_bytes)
 
             def advance(size_bytes: int) -> None:
                 progress.advance(task, size_bytes)
                 beside.raise_failure()
 
-            written = write_together(contents, sources, advance)
+            files: dict[str, dict] = {}
+            digests: dict[str, str] = {}
+            for write_weights in _writers(graft, generation_config, hf_folder, format):
+                more_files, more_digests = write_weights(staging, advance)
+                files |= more_files
+                digests |= more_digests
             trial.result()
             info = _info(graft, base_files.result(), description, score, generation_config)
-        tokenizer.save_pretrained(staging / TOKENIZER)
-        _write_json(staging / TENSOR_DIGESTS, _tensor_digests(graft, model, written))
-        info["files"] = {path.name: described for path, described in written.files.items()}
+        if format != "hf":
+            tokenizer.save_pretrained(staging / TOKENIZER)
+        if hf_folder is not None:
+            hf_folder.write_rest(staging, tokenizer, generation_config)
+        _write_json(staging / TENSOR_DIGESTS, _tensor_digests(graft, digests))
+        info |= {"format": format, "files": files}
         (staging / "README.txt").write_text(readme_text(target.name, info), encoding="utf-8")
         info["files"] |= describe_files(staging, excluded=info["files"])
         _write_json(staging / INFO, info)
     return info
 
 
-def check_room(graft: GraftPlan, output_dir: Path) -> None:
-    """Raise SurgeryError if the disk `output_dir` will be on is too small for the checkpoint."""
-    check_space(output_dir, 2 * graft.weight_bytes + _SMALL_FILES_BYTES)
+def check_room(graft: GraftPlan, output_dir: Path, format: str = "pt") -> None:
+    """Raise SurgeryError if the disk `output_dir` will be on is too small for what will be written there."""
+    needed_bytes = _SMALL_FILES_BYTES + _pt_bytes(graft, format)
+    if format == "pt":
+        check_space(output_dir, needed_bytes)
+        return
+    hf_folder = HfFolder(graft, output_dir.resolve().parent)
+    try:
+        check_space(output_dir, needed_bytes + hf_folder.bytes_to_write())
+    except SurgeryError:  # unless most of it is stored already, which to know may take reading the base
+        check_space(output_dir, needed_bytes + hf_folder.bytes_to_write(read_base=True))
+
+
+def describe_writing(graft: GraftPlan, output_dir: Path, format: str) -> str:
+    """What `write` will write, in a line to print."""
+    size_bytes = _pt_bytes(graft, format)
+    if format == "pt":
+        return f"to write   {decimal(size_bytes)} in {MODULE} and {STATE_DICT}"
+    size_bytes += HfFolder(graft, output_dir.resolve().parent).bytes_to_write()
+    return f"to write   {decimal(size_bytes)}; shards of the base that {STORE} beside the checkpoint holds are shared"
 
 
 def load_checkpoint(
@@ -141,8 +182,9 @@ def load_checkpoint(
 ) -> tuple[LlambaForCausalLM, PreTrainedTokenizerBase]:
     """Load a checkpoint folder: (model, tokenizer), the model in eval mode and ready to `generate`.
 
-    The architecture comes from checkpoint_info.json and the weights from model_state_dict.pt, which is mapped: on the
-    CPU nothing is read before it is used, elsewhere one tensor at a time is. No code is unpickled.
+    The architecture comes from checkpoint_info.json and the weights from model_state_dict.pt, or from the shards of a
+    folder of format "hf". They are mapped: on the CPU nothing is read before it is used, elsewhere one tensor at a time
+    is. No code is unpickled, and none that lies in the folder is run.
 
     Args:
         directory: a folder written by `write`; its state dict may since have been saved from a model wrapped by
@@ -160,8 +202,9 @@ def load_checkpoint(
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise SurgeryError(f"{directory / INFO} describes no model ({error}). Build the checkpoint again.") from error
     model = empty_model(config)
-    path = directory / STATE_DICT
-    state_dict = without_wrapper_prefixes(_read_state_dict(path))
+    is_hf = info.get("format") == "hf"
+    path = directory / (INDEX if is_hf else STATE_DICT)
+    state_dict = read_state_dict(directory, model) if is_hf else without_wrapper_prefixes(_read_state_dict(path))
     _check_fit(model, state_dict, path)
     model.load_state_dict(
         {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in state_dict.items()}, assign=True
@@ -170,7 +213,7 @@ def load_checkpoint(
     if dtype is not None:
         model.config.dtype = dtype
     model.generation_config = GenerationConfig(**info["generation_config"])
-    return model.to(device), load_tokenizer(directory / TOKENIZER)
+    return model.to(device), load_tokenizer(directory if is_hf else directory / TOKENIZER)
 
 
 def read_info(directory: str | Path) -> dict[str, Any]:
@@ -234,30 +277,60 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, graft: GraftPlan) -> Non
         )
 
 
-def _describe_base(graft: GraftPlan, go_on: Callable[[], None]) -> dict[str, dict]:
-    paths = [graft.base.folder / "config.json", *TensorFiles(graft.base.folder).paths()]
+def _base_files(graft: GraftPlan, hf_folder: HfFolder | None, go_on: Callable[[], None]) -> dict[str, dict]:
+    """{"bytes", "blake3"} of the base's files by name."""
+    if hf_folder is not None:
+        return hf_folder.store.base_files
     described = {}
-    for path in paths:
+    for path in base_paths(graft):
         go_on()
         described[path.name] = describe_source_file(path)
     return described
 
 
-def _tensor_digests(graft: GraftPlan, model: LlambaForCausalLM, written: Written) -> dict[str, Any]:
+def _tensor_digests(graft: GraftPlan, digests: Mapping[str, str]) -> dict[str, Any]:
     """tensor_digests.json: what each tensor of the state dict is, by BLAKE3, and whose it was."""
     replaced = tuple(f"backbone.layers.{index}." for index in graft.layers)
+    tied = LlambaForCausalLM._tied_weights_keys
     return {
         "format_version": FORMAT_VERSION,
         "tensors": {
             name: {
-                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "dtype": str(graft.dtype).removeprefix("torch."),
                 "shape": list(tensor.shape),
                 "from": "donor" if name.startswith(replaced) else "base",
-                "blake3": written.blake3[tensor.data_ptr()],
+                "blake3": digests.get(name) or digests[tied[name]],
             }
-            for name, tensor in model.state_dict().items()
+            for name, tensor in empty_model(graft.config).state_dict().items()
         },
     }
+
+
+def _check_format(format: str) -> None:
+    if format not in FORMATS:
+        raise SurgeryError(f"{format!r} is not a format of checkpoints. Choose one of {', '.join(FORMATS)}.")
+
+
+def _pt_bytes(graft: GraftPlan, format: str) -> int:
+    return 0 if format == "hf" else 2 * graft.weight_bytes
+
+
+def _writers(
+    graft: GraftPlan, generation_config: dict[str, Any], hf_folder: HfFolder | None, format: str
+) -> list[Callable[[Path, Advance], tuple[dict[str, dict], dict[str, str]]]]:
+    """What writes the weights: each gives the files' {"bytes", "sha256"} and the tensors' BLAKE3, by their names."""
+    writers: list = [] if format == "hf" else [partial(_write_pt, graft, generation_config)]
+    return writers if hf_folder is None else [*writers, hf_folder.write_weights]
+
+
+def _write_pt(
+    graft: GraftPlan, generation_config: dict[str, Any], folder: Path, advance: Advance
+) -> tuple[dict[str, dict], dict[str, str]]:
+    model, sources = _with_placeholders(graft)
+    model.generation_config = GenerationConfig(**generation_config)
+    written = write_together({folder / MODULE: model, folder / STATE_DICT: model.state_dict()}, sources, advance)
+    digests = {name: written.blake3[parameter.data_ptr()] for name, parameter in model.named_parameters()}
+    return {path.name: described for path, described in written.files.items()}, digests
 
 
 def _info(

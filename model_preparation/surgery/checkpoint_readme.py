@@ -11,23 +11,47 @@ _TEXT = """\
 {summary}
 
 Files
-  model.pt              the whole model ({size}), ready to use
-  model_state_dict.pt   its state dict
-  tokenizer/            the tokenizer
+{files}
   checkpoint_info.json  layers, sources, digests, config: also the recipe to build it again
-
-Loading needs the package `model_preparation` installed (pip install PATH_TO_THE_REPOSITORY). Run the lines below with
+{shared}
+{needs} Run the lines below with
 this folder as the current one; elsewhere, write the path before the file names.
 
-1. Model and tokenizer at once; nothing is unpickled, and the weights are read as they are used:
+{ways}
+The model is on the CPU; model.cuda() moves it.
+"""
+
+_PT_FILES = """\
+  model.pt              the whole model ({size}), ready to use
+  model_state_dict.pt   its state dict
+  tokenizer/            the tokenizer"""
+
+_HF_FILES = """\
+  *.safetensors         the weights ({size}), a file per layer
+  *.json, tokenizer*    their index, the configs, the tokenizer: what transformers reads beside them
+  *.py                  the model's code, for transformers without our package"""
+
+_SHARED = """
+The .safetensors files may be links to files that other checkpoints share: replace one if you must, but never write into
+it.
+"""
+
+_NEEDS = "Loading needs the package `model_preparation` installed (pip install PATH_TO_THE_REPOSITORY)."
+_HF_NEEDS = "Loading needs transformers 5.20 or newer, and for way 1 `model_preparation` installed."
+
+_LOAD_CHECKPOINT = """\
+Model and tokenizer at once; nothing is unpickled, and the weights are read as they are used:
 
     from model_preparation import load_checkpoint
     model, tokenizer = load_checkpoint(".")
     inputs = tokenizer("Hello world", return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=20)
     print(tokenizer.decode(output[0], skip_special_tokens=True))
+"""
 
-2. The whole model; importing the package lets torch.load read it safely:
+_PT_WAYS = [
+    """\
+The whole model; importing the package lets torch.load read it safely:
 
     import model_preparation
     import torch
@@ -39,8 +63,9 @@ this folder as the current one; elsewhere, write the path before the file names.
 
     import torch
     model = torch.load("model.pt", weights_only=False)
-
-3. The state dict, into the architecture that checkpoint_info.json describes:
+""",
+    """\
+The state dict, into the architecture that checkpoint_info.json describes:
 
     import json
     import torch
@@ -50,9 +75,20 @@ this folder as the current one; elsewhere, write the path before the file names.
         config = LlambaConfig.from_dict(json.load(file)["config"])
     model = AutoModelForCausalLM.from_config(config).eval()
     model.load_state_dict(torch.load("model_state_dict.pt"), strict=True)
+""",
+]
 
-The model is on the CPU; model.cuda() moves it.
+_HF_WAYS = [
+    """\
+transformers alone, without our package. It runs the .py files of this folder: read them, or trust who made it.
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+
+   lm-eval in the same way:  lm_eval --model hf --model_args pretrained=.,trust_remote_code=True --tasks mmlu
 """
+]
 
 
 def readme_text(title: str, info: dict[str, Any]) -> str:
@@ -71,9 +107,21 @@ def readme_text(title: str, info: dict[str, Any]) -> str:
     ]
     if info["description"]:
         summary.insert(0, info["description"])
+    has_pt, has_hf = info["format"] != "hf", info["format"] != "pt"
+    files, ways = [], [_LOAD_CHECKPOINT]
+    if has_pt:
+        files.append(_PT_FILES.format(size=decimal(info["files"]["model.pt"]["bytes"])))
+        ways += _PT_WAYS
+    if has_hf:
+        shards = [entry["bytes"] for name, entry in info["files"].items() if name.endswith(".safetensors")]
+        files.append(_HF_FILES.format(size=decimal(sum(shards))))
+        ways += _HF_WAYS
     return _TEXT.format(
         title=title,
         underline="=" * len(title),
         summary="\n".join(summary),
-        size=decimal(info["files"]["model.pt"]["bytes"]),
+        files="\n".join(files),
+        shared=_SHARED if has_hf else "",
+        needs=_NEEDS if has_pt else _HF_NEEDS,
+        ways="\n".join(f"{number}. {way}" for number, way in enumerate(ways, start=1)),
     )

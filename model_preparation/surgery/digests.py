@@ -20,14 +20,23 @@ def sha256_of(path: Path) -> str:
     return _digest_of(path, hashlib.sha256())
 
 
+def blake3_of(path: Path) -> str:
+    """The file's BLAKE3 as 64 hex digits."""
+    return _digest_of(path, blake3())
+
+
 def describe_file(path: Path) -> dict:
     """{"bytes": size, "sha256": digest}, as it stands in our JSON files."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def describe_source_file(path: Path) -> dict:
-    """{"bytes": size, "blake3": digest} of a model's file; with "sha256" where the hub's cache names the file by it."""
-    described = {"bytes": path.stat().st_size, "blake3": _digest_of(path, blake3())}
+def describe_source_file(path: Path, digest: str | None = None) -> dict:
+    """{"bytes": size, "blake3": digest} of a model's file; with "sha256" where the hub's cache names the file by it.
+
+    Args:
+        digest: its BLAKE3, if that is known already.
+    """
+    described = {"bytes": path.stat().st_size, "blake3": digest or blake3_of(path)}
     name = path.resolve().name
     return described | {"sha256": name} if re.fullmatch("[0-9a-f]{64}", name) else described
 

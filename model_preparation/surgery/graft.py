@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from rich.filesize import decimal
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.configuration_llamba import LLAMA_DEFAULTS, LlambaConfig
@@ -50,7 +50,7 @@ class GraftPlan:
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the weights in one of the two .pt files."""
+        """Size of the weights, written once."""
         return self.parameters * self.dtype.itemsize
 
     def describe(self) -> list[str]:
@@ -62,7 +62,7 @@ class GraftPlan:
             f"kept       {self.config.n_layer - len(self.layers)} of {self.config.n_layer} layers, and all around them",
             f"dtype      {str(self.dtype).removeprefix('torch.')}" + "".join(f"; {cast}" for cast in self.casts),
             f"tokenizer  {self.tokenizer_of} ({self.tokenizer})",
-            f"to write   2 x {decimal(self.weight_bytes)} ({self.parameters:,} parameters)",
+            f"weights    {decimal(self.weight_bytes)} ({self.parameters:,} parameters)",
         ]
 
 
@@ -128,6 +128,7 @@ def grafted_config(base: LlambaConfig, donor: LayerStore, layers: Sequence[int])
     """The base's config with `layers` marked as the donor's, and the settings of the donor's attention."""
     fields = base.to_dict()
     fields.pop("_name_or_path", None)  # a path of this machine
+    fields.pop("auto_map", None)  # names files beside the base's config.json
     fields["architectures"] = [LlambaForCausalLM.__name__]
     fields["llama_layers"] = list(layers)
     fields["llama_cfg"] = {name: getattr(donor.config, name) for name in LLAMA_DEFAULTS}
@@ -138,8 +139,10 @@ def grafted_config(base: LlambaConfig, donor: LayerStore, layers: Sequence[int])
 
 def empty_model(config: LlambaConfig) -> LlambaForCausalLM:
     """The model without memory for its parameters (meta device); its few buffers are real, on the CPU."""
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta"):  # of this thread only, unlike accelerate's init_empty_weights
         model = LlambaForCausalLM(config)
+    if config.llama_layers:
+        model.backbone.rotary_emb = LlamaRotaryEmbedding(config.llama_config())
     model.tie_weights()
     return model.eval()
 
@@ -152,6 +155,11 @@ def tensor_ranges(plan: GraftPlan) -> dict[str, TensorRange]:
     for prefix, index in zip(replaced, plan.layers, strict=True):
         found |= {prefix + name: place for name, place in plan.donor.ranges(index).items()}
     return found
+
+
+def base_paths(plan: GraftPlan) -> list[Path]:
+    """The files that determine the base: its config, its weights, their index."""
+    return [plan.base.folder / "config.json", *TensorFiles(plan.base.folder).paths()]
 
 
 def _check_donor(base: LlambaConfig, donor: LayerStore, allow_other_heads: bool) -> None:

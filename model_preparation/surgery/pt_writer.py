@@ -11,29 +11,14 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from blake3 import blake3
 from torch import Tensor
-from zlib_ng.zlib_ng import crc32
 
-from model_preparation.surgery import block_io
-from model_preparation.surgery.block_io import Advance, Buffers, OutputFile, Place, Stream
+from model_preparation.surgery.block_io import Advance, Buffers, OutputFile, Stream
 from model_preparation.surgery.pt_skeleton import Skeleton, Storage, storages_of
-
-
-class TensorSource(Protocol):
-    """Where a tensor's bytes, in C order, come from.
-
-    `place`: where they lie as they are in a file, if they do.
-    """
-
-    @property
-    def place(self) -> Place | None: ...
-
-    def read_into(self, view: memoryview, start: int) -> None:
-        """Fill `view` with the tensor's bytes from `start` on."""
+from model_preparation.surgery.tensor_copy import TensorSource, copy_tensor
 
 
 @dataclass(frozen=True)
@@ -109,19 +94,10 @@ class _Task:
 
     def _copy_storage(self, stream: Stream, storage: Storage) -> int:
         pointer = storage.data_ptr()
-        source = self.sources.get(pointer) or _InMemory(storage)
-        shared = source.place is not None and stream.share(source.place, storage.nbytes())
-        crc, digest = 0, blake3()
-        for start in range(0, storage.nbytes(), block_io.BLOCK_BYTES):
-            size_bytes = min(block_io.BLOCK_BYTES, storage.nbytes() - start)
-            with self.buffers.take(size_bytes) as (view, users):
-                source.read_into(view, start)
-                users += stream.append_block(view, shared=shared)
-                crc = crc32(view, crc)
-                digest.update(view)
+        copied = copy_tensor(self.sources.get(pointer) or _InMemory(storage), storage.nbytes(), stream, self.buffers)
         if pointer in self.sources:
-            self.written.blake3[pointer] = digest.hexdigest()
-        return crc
+            self.written.blake3[pointer] = copied.blake3
+        return copied.crc
 
 
 class _InMemory:

@@ -17,7 +17,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.surgery.block_io import Place, read_into
 
 # The safetensors header's names of the dtypes whose arithmetic a model can run in.
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -138,7 +138,7 @@ def safetensors_ranges(path: Path) -> dict[str, TensorRange]:
         if 8 + header_bytes + position != size_bytes:
             raise ValueError(f"it is {size_bytes} bytes long instead of {8 + header_bytes + position}")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise SurgeryError(f"{path} cannot be read as tensors ({error}). Download it again.") from error
+        raise SurgeryError(f"{path} cannot be read as tensors ({error}). Make or download it again.") from error
     return found
 
 
@@ -173,9 +173,9 @@ def pt_ranges(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorRang
 
 
 def _dtype(entry: dict, path: Path) -> torch.dtype:
-    if entry["dtype"] not in _DTYPES:
-        wanted = ", ".join(_DTYPES)
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
+        wanted = ", ".join(SAFETENSORS_DTYPES)
         raise SurgeryError(
             f"{path} holds {entry['dtype']} numbers; these can be used: {wanted}. Take an unquantised model."
         )
-    return _DTYPES[entry["dtype"]]
+    return SAFETENSORS_DTYPES[entry["dtype"]]

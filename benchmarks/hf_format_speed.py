@@ -1,0 +1,92 @@
+"""A 4-layer graft in --format hf, beside one of the same base, against loading, replacing and save_pretrained.
+
+Prints seconds, bytes written, peak resident memory and ratios, medians over --runs. Models as in
+build_speed.py; each run is a process of its own, imports included, and all that is written is synced. The build that
+fills the store with the base's shards is timed once and printed apart.
+
+    python benchmarks/hf_format_speed.py --folder /mnt/scratch --shape 1b
+"""
+
+import argparse
+import resource
+import shutil
+import statistics
+from pathlib import Path
+
+from build_speed import LAYERS, PACKAGE, SHAPES, make_models, timed
+
+NAIVE = """
+import sys, torch
+from transformers import AutoTokenizer
+from model_preparation.llamba import LlambaForCausalLM
+from model_preparation.surgery.graft import grafted_config
+from model_preparation.surgery.layer_store import LayerStore
+base, layers_dir, out, *layers = sys.argv[1:]
+layers = [int(layer) for layer in layers]
+donor = LayerStore(layers_dir)
+model = LlambaForCausalLM.from_pretrained(base)
+grafted = LlambaForCausalLM._from_config(grafted_config(model.config, donor, layers))
+state = model.state_dict()
+for layer in layers:
+    prefix = f"backbone.layers.{layer}."
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    state |= {prefix + name: tensor for name, tensor in torch.load(donor.path(layer)).items()}
+grafted.load_state_dict(state)
+grafted.save_pretrained(out)
+AutoTokenizer.from_pretrained(base).save_pretrained(out)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where to work: the disk that is measured")
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--no_naive", action="store_true", help="leave out save_pretrained, which takes memory")
+    args = parser.parse_args()
+    base, layers_dir = args.folder / f"base_{args.shape}", args.folder / f"layers_{args.shape}"
+    if not (layers_dir / "metadata.json").exists():
+        make_models(args.shape, args.folder, base, layers_dir)
+    layers = [str(layer) for layer in LAYERS[args.shape]]
+    checkpoints = args.folder / "hf_checkpoints"
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base, "--llama_layers_dir", layers_dir]
+    command += ["--format", "hf", "--layers", *layers, "--output_dir"]
+
+    before = written_gb()
+    seconds, peak = timed([*command, checkpoints / "first"])
+    first = f"{seconds:.1f} s, {written_gb() - before:.2f} GB written, {peak:.2f} GB resident"
+    print(f"first build, which fills the store: {first}", flush=True)
+    results: dict[str, list[tuple[float, float, float]]] = {"build": [], "load, replace, save": []}
+    for run in range(args.runs):
+        for name, found in results.items():
+            if name != "build" and args.no_naive:
+                continue
+            out = checkpoints / "second"
+            before = written_gb()
+            if name == "build":
+                seconds, peak = timed([*command, out])
+            else:
+                out.mkdir()
+                seconds, peak = timed(["-c", NAIVE, base, layers_dir, out, *layers], sync=out)
+            found.append((seconds, written_gb() - before, peak))
+            shutil.rmtree(out)
+        print(f"run {run + 1}: {', '.join(f'{name} {v[-1][0]:.1f} s' for name, v in results.items() if v)}", flush=True)
+    shutil.rmtree(checkpoints)
+
+    print(f"\n{args.shape}: layers {' '.join(layers)} grafted, medians of {args.runs}")
+    build_seconds = statistics.median(seconds for seconds, _, _ in results["build"])
+    for name, found in results.items():
+        if found:
+            seconds, written, peak = (statistics.median(column) for column in zip(*found, strict=True))
+            ratio = f"build / this = {build_seconds / seconds:.2f}"
+            print(f"{name:<20} {seconds:7.1f} s   {written:6.2f} GB written   {peak:6.2f} GB resident   {ratio}")
+
+
+def written_gb() -> float:
+    """What the processes run so far have written to disks, as Linux counts it."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_oublock * 512 / 1e9
+
+
+if __name__ == "__main__":
+    main()

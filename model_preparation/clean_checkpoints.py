@@ -1,0 +1,47 @@
+"""Command: remove from a folder of checkpoints what no checkpoint needs (see surgery/store_folder.py)."""
+
+from pathlib import Path
+
+from model_preparation.command_line import CommandParser, default_folder, run
+
+DESCRIPTION = """\
+Remove from a folder of checkpoints what none of them needs: shards of bases in .base_shards that no checkpoint of
+format hf shares any more, and what killed builds left there. Checkpoints themselves are never touched.
+"""
+
+EXAMPLES = """\
+examples:
+  python clean_checkpoints.py --dry_run
+  python clean_checkpoints.py --dir /data/checkpoints
+"""
+
+
+def main() -> None:
+    parser = CommandParser(description=DESCRIPTION, epilog=EXAMPLES)
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        default=default_folder("model_checkpoints"),
+        metavar="DIR",
+        help="the folder that holds the checkpoints' folders (default: %(default)s)",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print what would be removed, remove nothing")
+    args = parser.parse_args()
+
+    from rich.filesize import decimal
+
+    from model_preparation.errors import SurgeryError
+    from model_preparation.surgery.store_folder import clean
+
+    folder = args.dir.expanduser()
+    if not folder.is_dir():
+        raise SurgeryError(f"{folder} is not there. Give the folder that holds the checkpoints with --dir.")
+    cleaned = clean(folder, dry_run=args.dry_run)
+    for path in cleaned.paths:
+        print(path)
+    verb = "would be removed from" if args.dry_run else "removed from"
+    print(f"{len(cleaned.paths)} files of {decimal(cleaned.size_bytes)} {verb} {folder}")
+
+
+if __name__ == "__main__":
+    run(main)

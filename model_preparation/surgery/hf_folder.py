@@ -1,0 +1,130 @@
+"""A checkpoint in the form that transformers and lm-eval open without this package.
+
+In: a `GraftPlan`. Out: one safetensors file per layer with an index, config.json, generation_config.json, the
+tokenizer, and copies of the model's own source files, to which `auto_map` in config.json points. The folder opens with
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from model_preparation.llamba import modeling_llamba
+from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
+from model_preparation.surgery.base_store import BaseStore
+from model_preparation.surgery.block_io import Advance
+from model_preparation.surgery.graft import GraftPlan, base_paths, empty_model, tensor_ranges
+from model_preparation.surgery.safetensors_writer import Shard
+from model_preparation.surgery.tensor_files import TensorFiles
+from model_preparation.surgery.tensor_ranges import TensorRange
+
+INDEX = "model.safetensors.index.json"
+
+_AUTO_MAP = {
+    "AutoConfig": "configuration_llamba.LlambaConfig",
+    "AutoModel": "modeling_llamba.LlambaModel",
+    "AutoModelForCausalLM": "modeling_llamba.LlambaForCausalLM",
+}
+
+
+class HfFolder:
+    """What the folder of a graft will hold.
+
+    Args:
+        graft: the plan.
+        checkpoints: the folder that the checkpoint's folder will be in; the store of base shards is there too.
+
+    Attributes:
+        store: where the shards of untouched layers are kept.
+    """
+
+    def __init__(self, graft: GraftPlan, checkpoints: Path):
+        self._graft = graft
+        self._shards, self._grafted_shards = _shards(graft)
+        self.store = BaseStore(checkpoints, base_paths(graft), graft.dtype)
+
+    def bytes_to_write(self, *, read_base: bool = False) -> int:
+        """Size of the shards that are not on the disk yet.
+
+        Args:
+            read_base: read a base whose digests are not known; without it, such a base has nothing stored.
+        """
+        grafted_bytes = sum(shard.size_bytes for shard in self._grafted_shards)
+        return grafted_bytes + self.store.bytes_missing(self._shards, read_base=read_base)
+
+    def write_weights(self, folder: Path, advance: Advance) -> tuple[dict[str, dict], dict[str, str]]:
+        """Write the shards; returns {"bytes", "sha256"} of each by its file name, and BLAKE3 by tensor name.
+
+        Args:
+            advance: told the bytes of every piece written or found in the store.
+
+        Raises:
+            OSError: from the file system: disk full, input/output error.
+        """
+        files: dict[str, dict] = {}
+        digests: dict[str, str] = {}
+        for shard in self._shards:
+            files[shard.file], digests_in_it = self.store.provide(shard, folder / shard.file, advance)
+            digests |= digests_in_it
+        for shard in self._grafted_shards:
+            files[shard.file], digests_in_it = shard.write(folder / shard.file, advance)
+            digests |= digests_in_it
+        return files, digests
+
+    def write_rest(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any]
+    ) -> None:
+        """Write everything else that `from_pretrained` reads."""
+        shards = [*self._shards, *self._grafted_shards]
+        weight_map = {name: shard.file for shard in shards for name in shard.ranges}
+        sizes = {"total_parameters": self._graft.parameters, "total_size": self._graft.weight_bytes}
+        _write_json(folder / INDEX, {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))})
+        _write_json(folder / "config.json", {**self._graft.config.to_dict(), "auto_map": _AUTO_MAP})
+        GenerationConfig(**generation_config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for source in (modeling_llamba.__file__, *get_relative_import_files(modeling_llamba.__file__)):
+            shutil.copyfile(source, folder / Path(source).name)
+
+
+def read_state_dict(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]:
+    """The state dict in the shards, mapped: nothing is read before it is used.
+
+    Args:
+        model: the one it is for; a tensor that is tied in it is in the shards once.
+
+    Raises:
+        SurgeryError: if a shard is missing or cannot be read as tensors.
+    """
+    files = TensorFiles(folder)
+    state_dict = {name: files[name] for name in files.names()}
+    if model.config.tie_embeddings:
+        state_dict |= {tied: state_dict[name] for tied, name in model._tied_weights_keys.items() if name in state_dict}
+    return state_dict
+
+
+def _shards(graft: GraftPlan) -> tuple[list[Shard], list[Shard]]:
+    """(what is the base's, what is the donor's), each in the model's order."""
+    ranges = tensor_ranges(graft)
+    by_file: dict[str, dict[str, TensorRange]] = {}
+    for name, _ in empty_model(graft.config).named_parameters():  # tied ones once
+        by_file.setdefault(_shard_file(name), {})[name] = ranges[name]
+    grafted = {_shard_file(f"backbone.layers.{index}.") for index in graft.layers}
+    shards = [Shard(file, ranges_in_it, graft.dtype) for file, ranges_in_it in by_file.items()]
+    return [s for s in shards if s.file not in grafted], [s for s in shards if s.file in grafted]
+
+
+def _shard_file(name: str) -> str:
+    """The file that the tensor called `name` goes into."""
+    if name.startswith("backbone.layers."):
+        return f"layer_{int(name.split('.')[2]):02d}.safetensors"
+    return "embedding.safetensors" if name.startswith("backbone.embedding.") else "head.safetensors"
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,58 @@
+"""A second file with the bytes of a first one that takes no second room on the disk.
+
+In: a file, and another place on the same file system. Out: a reflink there (the two share their bytes until one is
+changed) where the file system can, else a hard link (one file with two names), else a copy.
+Source: FICLONE, ioctl_ficlone(2).
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+_FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
+_DISK_AT_FAULT = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+def share_file(source: Path, target: Path) -> None:
+    """Make `target`, which must not be there yet, a reflink, hard link or copy of `source`.
+
+    Raises:
+        OSError: from the file system: disk full, input/output error.
+    """
+    if not _reflink(source, target) and not _hard_link(source, target):
+        shutil.copyfile(source, target)
+
+
+def can_share(folder: Path) -> bool:
+    """Whether the file system that `folder` is on has reflinks or hard links; tried out with a file of a few bytes."""
+    with tempfile.TemporaryDirectory(prefix="probe.partial-", dir=folder) as probe:
+        source, target = Path(probe, "source"), Path(probe, "target")
+        source.write_bytes(bytes(4096))
+        return _reflink(source, target) or _hard_link(source, target)
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    with source.open("rb") as file, target.open("xb") as clone:
+        try:
+            fcntl.ioctl(clone, _FICLONE, file.fileno())
+            return True
+        except OSError as error:
+            with contextlib.suppress(FileNotFoundError):
+                target.unlink()
+            if error.errno in _DISK_AT_FAULT:
+                raise
+            return False
+
+
+def _hard_link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+        return True
+    except OSError as error:  # no such thing here, too many of them, or the source is somebody else's
+        if error.errno in _DISK_AT_FAULT:
+            raise
+        return False
