@@ -38,14 +38,17 @@ def describe_files(folder: Path, pattern: str = "**/*", excluded: Collection[str
     return {name: describe_file(paths[name]) for name in sorted(paths) if name not in excluded}
 
 
-def fault_of(path: Path, recorded: dict) -> str | None:
-    """What is wrong with a file against its `describe_file`, in a few words; None if nothing is."""
+def fault_of(path: Path, recorded: dict, advance: Callable[[int], None] = lambda size_bytes: None) -> str | None:
+    """What is wrong with a file against its `describe_file`, in a few words; None if nothing is.
+
+    `advance` is told the bytes of every block read.
+    """
     if not path.is_file():
         return "missing"
     size_bytes = path.stat().st_size
     if size_bytes != recorded["bytes"]:
         return f"{size_bytes} bytes long instead of {recorded['bytes']}"
-    if sha256_of(path) != recorded["sha256"]:
+    if sha256_of(path, advance) != recorded["sha256"]:
         return "changed (its SHA-256 differs from the recorded one)"
     return None
 
