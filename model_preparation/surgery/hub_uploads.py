@@ -7,10 +7,11 @@ answer within seconds where a hub cannot be reached, and two sentences for whate
 """
 
 import contextlib
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.sources import ANSWER_SECONDS, CONNECT_SECONDS, first_line
@@ -89,21 +90,26 @@ class ModelScopeHub:
     def upload(self, folder: Path, repo: str, branch: str | None, message: str) -> None:
         failures: list[str] = []
 
-        def note(event: dict[str, Any]) -> None:
-            if event["error"]:
-                failures.append(str(event["error"]))
+        def sift(record: logging.LogRecord) -> bool:
+            if record.levelno >= logging.ERROR:
+                failures.append(record.getMessage())
+            return record.levelno == logging.WARNING
 
-        # The client prints a report of its own; its record of what it sent would be left in the folder.
-        with self._errors(repo, failures), contextlib.redirect_stdout(sys.stderr):
-            self._api.upload_folder(
-                repo, "model", folder, commit_message=message, revision=branch, use_cache=False, progress_callback=note
-            )
+        # The client says why a file failed in its log only, and prints a report of its own.
+        log = logging.getLogger("modelscope_hub.upload")
+        log.addFilter(sift)
+        try:
+            with self._errors(repo, failures), contextlib.redirect_stdout(sys.stderr):
+                # Without use_cache: its record of what it sent would be left in the folder, and the hub knows better.
+                self._api.upload_folder(repo, "model", folder, commit_message=message, revision=branch, use_cache=False)
+        finally:
+            log.removeFilter(sift)
 
     @contextlib.contextmanager
-    def _errors(self, repo: str, failures: list[str] | None = None) -> Iterator[None]:
-        """Turn what the client raises into SurgeryError; `failures` are reasons it swallowed meanwhile."""
+    def _errors(self, repo: str, failures: Sequence[str] = ()) -> Iterator[None]:
+        """Turn what the client raises into SurgeryError; `failures` are reasons it logged meanwhile."""
         import requests
-        from modelscope_hub import AuthenticationError, HubError, NetworkError, PermissionDeniedError, StorageError
+        from modelscope_hub import AuthenticationError, HubError, NetworkError, PermissionDeniedError
 
         try:
             yield
@@ -113,8 +119,12 @@ class ModelScopeHub:
                 sentences = f"{place} does not accept the token. Set MODELSCOPE_API_TOKEN to a valid one."
             elif isinstance(error, PermissionDeniedError):
                 sentences = _denied(place, repo, str(error.message), "MODELSCOPE_API_TOKEN")
-            elif isinstance(error, StorageError | RuntimeError) and failures:
-                sentences = _broken_off(place, repo, failures[-1])
+            elif failures:
+                reason = failures[0].partition("\n")[0]
+                denied = f"[{PermissionDeniedError.error_code}]" in reason
+                sentences = (
+                    _denied(place, repo, reason, "MODELSCOPE_API_TOKEN") if denied else _broken_off(place, repo, reason)
+                )
             elif isinstance(error, NetworkError | requests.ConnectionError | requests.Timeout):
                 sentences = _unreachable(place, type(error).__name__, "MODELSCOPE_ENDPOINT")
             else:

@@ -1,8 +1,8 @@
 """Which licence binds a grafted model, and what that licence asks of whoever shares the model.
 
 In: where its base and its donor came from, as checkpoint_info.json has it, and the licence the user names. Out: a
-licence id as the hubs spell it, and the duties that a Llama licence adds. Nothing is guessed: for a source that is not in
-the table, or was a local folder, the user has to name it.
+licence id as the hubs spell it, and the duties that a Llama licence adds. Nothing is guessed: for a source that is not
+in the table, or was a local folder, the user has to name it.
 """
 
 import re

@@ -4,8 +4,8 @@ In: a checkpoint folder. Out: a repository on ModelScope or Hugging Face with th
 without this machine's paths, and README.md, the card. The folder itself is only read.
 """
 
+import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -144,10 +144,14 @@ def upload_share(share: Share, *, private: bool = False, message: str | None = N
         hub.create(share.repo, private=private, licence=share.licence)
     else:
         there = hub.digests(share.repo, share.revision)
-    missing = {name for name, entry in share.recorded.items() if there.get(name) != entry["sha256"]}
-    with tempfile.TemporaryDirectory(prefix="share-") as temporary:
-        _stage(share, missing, Path(temporary))
-        hub.upload(Path(temporary), share.repo, share.revision, message or f"Upload {share.directory.resolve().name}")
+    digests = {name: entry["sha256"] for name, entry in share.recorded.items()}
+    digests |= {name: hashlib.sha256(content).hexdigest() for name, content in share.texts.items()}
+    missing = {name for name, digest in digests.items() if there.get(name) != digest}
+    if missing:
+        with tempfile.TemporaryDirectory(prefix="share-") as temporary:
+            _stage(share, missing, Path(temporary))
+            message = message or f"Upload {share.directory.resolve().name}"
+            hub.upload(Path(temporary), share.repo, share.revision, message)
     return f"{hub.endpoint}/{'models/' if share.hub == 'modelscope' else ''}{share.repo}"
 
 
@@ -215,10 +219,11 @@ def _without_paths(info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stage(share: Share, names: set[str], folder: Path) -> None:
-    """Fill `folder` with links to the files `names` of the checkpoint, and with the texts."""
+    """Fill `folder` with the files `names`: links to those of the checkpoint, and texts."""
     for name in names:
-        link = folder / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        os.symlink((share.directory / name).resolve(), link)
-    for name, content in share.texts.items():
-        (folder / name).write_bytes(content)
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name in share.texts:
+            path.write_bytes(share.texts[name])
+        else:
+            path.symlink_to((share.directory / name).resolve())
