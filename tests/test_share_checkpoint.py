@@ -335,7 +335,9 @@ def test_each_refusal_of_a_hub_is_one_clean_error(which, hub, caches, llama_chec
     assert repository.messages == []
     monkeypatch.setenv(TOKENS[which], "wrong")
     caches.hubs_at(hub.url)
+    hub.calls.clear()
     assert_refused(share(llama_checkpoint, which=which), "does not accept the token", TOKENS[which])
+    assert hub.sent() == []
     monkeypatch.delenv(TOKENS[which])
     caches.hubs_at(hub.url)
     assert_refused(share(llama_checkpoint, which=which), f"then set {TOKENS[which]}", "login")

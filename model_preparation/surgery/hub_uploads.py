@@ -100,8 +100,7 @@ class ModelScopeHub:
         log.addFilter(sift)
         try:
             with self._errors(repo, failures), contextlib.redirect_stdout(sys.stderr):
-                # Without use_cache: its record of what it sent would be left in the folder, and the hub knows better.
-                self._api.upload_folder(repo, "model", folder, commit_message=message, revision=branch, use_cache=False)
+                self._api.upload_folder(repo, "model", folder, commit_message=message, revision=branch)
         finally:
             log.removeFilter(sift)
 
