@@ -9,7 +9,7 @@ answer within seconds where a hub cannot be reached, and two sentences for whate
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -208,7 +208,7 @@ class HuggingFaceHub:
             raise SurgeryError(sentences) from error
 
 
-HUBS: dict[str, type[ModelScopeHub] | type[HuggingFaceHub]] = {
+HUBS: dict[str, Callable[[], Hub]] = {
     "modelscope": ModelScopeHub,
     "huggingface": HuggingFaceHub,
 }
