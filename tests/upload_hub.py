@@ -41,6 +41,7 @@ class UploadHub(http.server.ThreadingHTTPServer):
     """`modelscope` and `huggingface` hold repositories by id; `blobs`, `chunks` what came; `calls` every request."""
 
     daemon_threads = True
+    request_queue_size = 128  # the clients open many connections at once; the usual 5 may overflow on a busy machine
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
