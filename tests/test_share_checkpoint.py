@@ -24,7 +24,9 @@ from tests.surgery.test_sources import NOBODY, Caches, FakeHub
 from tests.upload_hub import TOKEN, Pointer, Repository, UploadHub
 
 REPO = "my-org/Llama-tiny"
-FILES = ["README.txt", "model.pt", "model_state_dict.pt", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+SIDE_FILES = ["README.txt", "tensor_digests.json"]
+PT_FILES = ["model.pt", "model_state_dict.pt", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+FILES = [*SIDE_FILES, *PT_FILES]
 # Once here rather than in every forked command.
 for module in ("huggingface_hub.hf_api", "modelscope_hub.api", "model_preparation.surgery.sharing"):
     importlib.import_module(module)
@@ -216,7 +218,7 @@ def test_one_format_of_two_leaves_the_others_files(hub, checkpoint):
     entries = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in added.items()}
     assert_refused(share(checkpoint, "--what", "hf"), "holds the format pt, not hf", "--format hf")
     change_info(checkpoint, lambda info: info.update(format="both", files=info["files"] | entries))
-    for what, expected in (("auto", {*FILES, *added}), ("pt", {*FILES}), ("hf", {"README.txt", *added})):
+    for what, expected in (("auto", {*FILES, *added}), ("pt", {*FILES}), ("hf", {*SIDE_FILES, *added})):
         repo = f"me/{what}"
         result = share(checkpoint, "--what", what, "--licence", "mit", repo=repo)
         assert result.returncode == 0, result.stderr
@@ -248,10 +250,10 @@ def test_a_dry_run_shows_files_and_card_and_asks_nobody(hub, checkpoint, monkeyp
     before = contents(checkpoint)
     result = share(checkpoint, "--licence", "apache-2.0", "--dry_run")
     assert result.returncode == 0, result.stderr
-    sizes = {line.split()[-1]: line.split()[0] for line in result.stdout.splitlines()[:7]}
+    sizes = {line.split()[-1]: line.split()[0] for line in result.stdout.splitlines()[:8]}
     assert sizes.keys() == {*FILES, "README.md", "checkpoint_info.json"}
     assert sizes["model.pt"] == f"{len(before['model.pt']) / 1000:.1f}"
-    assert re.search(r"in 7 files, under apache-2\.0\n", result.stdout)
+    assert re.search(r"in 8 files, under apache-2\.0\n", result.stdout)
     assert "\n---\nlicense: apache-2.0\n" in result.stdout
     assert result.stdout.endswith(f"Nothing was uploaded to {REPO} (--dry_run).\n")
     assert (hub.calls, contents(checkpoint)) == ([], before)

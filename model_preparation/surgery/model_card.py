@@ -154,14 +154,18 @@ def _recipe(info: Mapping[str, Any]) -> str:
         ("attention in the donor's layers", f"{info['num_heads']} heads of {info['head_dim']}"),
         ("made", f"{info['creation_time']}, {', '.join(f'{name} {text}' for name, text in info['versions'].items())}"),
     ]
-    digests = [(f"base, {_code(name)}", entry["sha256"]) for name, entry in base["files"].items()]
-    digests += [(f"donor, layer {index}", digest) for index, digest in donor["layers"].items()]
+    digests = [
+        (f"base, {_code(name)}", f"{title} {_code(entry[key])}")
+        for name, entry in base["files"].items()
+        for key, title in (("sha256", "SHA-256"), ("blake3", "BLAKE3"))
+        if key in entry
+    ]
+    digests += [(f"donor, layer {index}", f"SHA-256 {_code(digest)}") for index, digest in donor["layers"].items()]
     return "\n\n".join(
         [
             _table(("", ""), rows),
-            "SHA-256 of what went in (of the donor, of its extracted layer files); of what came out, see "
-            "`checkpoint_info.json`.",
-            _table(("file", "SHA-256"), [(name, _code(digest)) for name, digest in digests]),
+            "What went in (of the donor, its extracted layer files); what came out is in `checkpoint_info.json`.",
+            _table(("file", "digest"), digests),
             "`checkpoint_info.json` is the whole recipe. With `model_preparation`, the same base and the same donor, "
             "it gives the same bytes, which the second command confirms:",
             "```bash\n"

@@ -43,9 +43,10 @@ def test_the_card_tells_the_recipe(info):
     text = card(info).text
     assert info == before
     assert text.lstrip().startswith("# Llama-x\n\n**Built with Llama**\n\na tiny pair\n")
-    digests = [entry["sha256"] for entry in info["base_model"]["files"].values()]
+    digests = [entry["blake3"] for entry in info["base_model"]["files"].values()]
     digests += info["replacement_source"]["layers"].values()
     assert len(digests) == 4
+    assert f"| base, `config.json` | BLAKE3 `{digests[0]}` |" in text
     for told in (*digests, LLAMBA["id"], LLAMA["id"], "f" * 40, "49,252", "float32", "1 3", info["creation_time"]):
         assert told in text, told
     assert f"--model_name modelscope:{LLAMA['id']}@master --layers 1 3" in text
