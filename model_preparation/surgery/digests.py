@@ -6,7 +6,7 @@ every graft.
 
 import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from blake3 import blake3
 _BLOCK_BYTES = 1 << 20
 
 
-def sha256_of(path: Path) -> str:
-    """The file's SHA-256 as 64 hex digits."""
-    return _digest_of(path, hashlib.sha256())
+def sha256_of(path: Path, advance: Callable[[int], None] = lambda size_bytes: None) -> str:
+    """The file's SHA-256 as 64 hex digits; `advance` is told the bytes of every block read."""
+    return _digest_of(path, hashlib.sha256(), advance)
 
 
 def blake3_of(path: Path) -> str:
@@ -47,21 +47,25 @@ def describe_files(folder: Path, pattern: str = "**/*", excluded: Collection[str
     return {name: describe_file(paths[name]) for name in sorted(paths) if name not in excluded}
 
 
-def fault_of(path: Path, recorded: dict) -> str | None:
-    """What is wrong with a file against its `describe_file`, in a few words; None if nothing is."""
+def fault_of(path: Path, recorded: dict, advance: Callable[[int], None] = lambda size_bytes: None) -> str | None:
+    """What is wrong with a file against its `describe_file`, in a few words; None if nothing is.
+
+    `advance` is told the bytes of every block read.
+    """
     if not path.is_file():
         return "missing"
     size_bytes = path.stat().st_size
     if size_bytes != recorded["bytes"]:
         return f"{size_bytes} bytes long instead of {recorded['bytes']}"
-    if sha256_of(path) != recorded["sha256"]:
+    if sha256_of(path, advance) != recorded["sha256"]:
         return "changed (its SHA-256 differs from the recorded one)"
     return None
 
 
-def _digest_of(path: Path, digest: Any) -> str:
+def _digest_of(path: Path, digest: Any, advance: Callable[[int], None] = lambda size_bytes: None) -> str:
     block = memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(block[:count])
+            advance(count)
     return digest.hexdigest()

@@ -49,7 +49,7 @@ _PICKLE_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 _IGNORED_PATTERNS = ["*/*", "consolidated*"]
 
 # Behind a firewall that drops packets, one client would wait for minutes and the other try again and again.
-_CONNECT_SECONDS, _ANSWER_SECONDS = 4.0, 6.0
+CONNECT_SECONDS, ANSWER_SECONDS = 4.0, 6.0
 
 logger = logging.getLogger(__name__)
 
@@ -233,7 +233,7 @@ def _shards(index: Path) -> list[str]:
             raise ValueError("it lists no files")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SurgeryError(
-            f"{index} is not an index of weight files ({_first_line(error)}). Download or copy it again."
+            f"{index} is not an index of weight files ({first_line(error)}). Download or copy it again."
         ) from error
     for shard, path in zip(shards, paths, strict=True):
         if path.anchor or ".." in path.parts:
@@ -308,7 +308,7 @@ def _from_modelscope(repo: str, revision: str | None, patterns: list[str]) -> _S
     try:
         # The client retries for some 20 s before it gives up, so ask first. Whoever prefers its other site has two.
         if not os.environ.get("MODELSCOPE_PREFER_AI_SITE"):
-            timeout = (_CONNECT_SECONDS, _ANSWER_SECONDS)
+            timeout = (CONNECT_SECONDS, ANSWER_SECONDS)
             requests.get(endpoint, timeout=timeout, allow_redirects=False, stream=True).close()
         folder = Path(snapshot_download(repo, revision, allow_patterns=patterns, ignore_patterns=_IGNORED_PATTERNS))
     except (HubError, requests.RequestException) as error:
@@ -337,7 +337,7 @@ def _modelscope_trouble(error: Exception) -> str:
         return "denies access (a token goes into MODELSCOPE_API_TOKEN)"
     if isinstance(error, (NetworkError, requests.ConnectionError, requests.Timeout)):
         return f"cannot be reached ({type(error).__name__})"
-    return f"failed ({_first_line(error)})"
+    return f"failed ({first_line(error)})"
 
 
 def _from_huggingface(repo: str, revision: str | None, patterns: list[str]) -> _Snapshot:
@@ -349,7 +349,7 @@ def _from_huggingface(repo: str, revision: str | None, patterns: list[str]) -> _
     )
     try:
         # The client's own first question has no time limit.
-        HfApi().model_info(repo, revision=revision, timeout=_ANSWER_SECONDS)
+        HfApi().model_info(repo, revision=revision, timeout=ANSWER_SECONDS)
         folder = Path(download())
         return _Snapshot(folder, folder.name)
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, ValueError) as error:
@@ -393,11 +393,12 @@ def _huggingface_trouble(error: Exception) -> str:
     if isinstance(error, RevisionNotFoundError):
         return "has the repository, but not this revision"
     if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
-        return f"cannot be reached ({_first_line(error)}; HF_ENDPOINT may name a mirror)"
-    return f"failed ({_first_line(error)})"
+        return f"cannot be reached ({first_line(error)}; HF_ENDPOINT may name a mirror)"
+    return f"failed ({first_line(error)})"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """An exception in one line: its type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 

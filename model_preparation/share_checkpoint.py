@@ -1,0 +1,103 @@
+"""Command: a checkpoint folder -> a repository on ModelScope or Hugging Face, with a card made from its recipe."""
+
+import argparse
+import re
+from pathlib import Path
+
+from model_preparation.command_line import CommandParser, run
+
+DESCRIPTION = """\
+Upload a checkpoint to ModelScope or Hugging Face, with a card (README.md) that tells its recipe, scores, licence and
+how to load it. Its files are verified first. Run again, the command sends only what is missing there.
+"""
+
+EPILOG = """\
+examples:
+  python share_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --repo my-org/Llama-hybrid-4 --dry_run
+  python share_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --repo my-org/Llama-hybrid-4 --private
+  python share_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --repo my-org/Llama-hybrid-4 \\
+      --hub huggingface --what recipe
+
+A token that may write goes into MODELSCOPE_API_TOKEN or HF_TOKEN; a stored login serves too. MODELSCOPE_ENDPOINT and
+HF_ENDPOINT name other addresses of the hubs.
+"""
+
+
+def main() -> None:
+    """Parse the command line, decide what is uploaded, print it, and upload it."""
+    args = _parser().parse_args()
+
+    from rich.filesize import decimal
+
+    from model_preparation.surgery.sharing import CARD, plan_share, upload_share
+
+    share = plan_share(
+        args.checkpoint,
+        repo=args.repo,
+        hub=args.hub,
+        what=args.what,
+        revision=args.revision,
+        licence=args.licence,
+        card=args.card,
+    )
+    sizes = share.sizes()
+    for name, size_bytes in sizes.items():
+        print(f"{decimal(size_bytes):>12}  {name}")
+    print(f"{decimal(sum(sizes.values())):>12}  in {len(sizes)} files, under {share.licence}")
+    if share.left_out:
+        print(f"Not uploaded: {', '.join(share.left_out)}")
+    if args.dry_run:
+        print(f"\n{share.texts[CARD].decode()}")
+        print(f"Nothing was uploaded to {args.repo} (--dry_run).")
+        return
+    page = upload_share(share, private=args.private, message=args.message, verify=args.verify)
+    print(f"Checkpoint is at {page}")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="the checkpoint folder")
+    parser.add_argument(
+        "--repo", type=repository, required=True, metavar="ORG/NAME", help="the repository, made if it is not there"
+    )
+    parser.add_argument(
+        "--hub", choices=("modelscope", "huggingface"), default="modelscope", help="where to (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--what",
+        choices=("auto", "pt", "hf", "recipe"),
+        default="auto",
+        help="the .pt files, the Hugging Face files, or the recipe alone, a few KB from which the same bytes are built "
+        "(default: auto, all files the checkpoint has)",
+    )
+    parser.add_argument("--private", action="store_true", help="make the repository private; a public one is refused")
+    parser.add_argument("--revision", "--branch", metavar="NAME", help="the branch (default: the hub's default branch)")
+    parser.add_argument("--message", metavar="TEXT", help="the commit's message")
+    licence = parser.add_mutually_exclusive_group()
+    licence.add_argument(
+        "--licence",
+        "--license",
+        metavar="ID",
+        help="the model's licence, such as llama3.1 or apache-2.0; needed where base and donor do not tell it",
+    )
+    licence.add_argument("--card", type=Path, metavar="FILE", help="upload this as README.md in place of the card made")
+    parser.add_argument("--dry_run", action="store_true", help="print files and card; write nothing and ask no hub")
+    parser.add_argument(
+        "--no_verify", dest="verify", action="store_false", help="do not compare files with their SHA-256 first"
+    )
+    return parser
+
+
+def repository(text: str) -> str:
+    """Read --repo.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not org/name.
+    """
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text, re.ASCII) or ".." in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not org/name, such as my-org/Llama-hybrid-4")
+    return text
+
+
+if __name__ == "__main__":
+    run(main)

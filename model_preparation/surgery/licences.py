@@ -1,0 +1,137 @@
+"""Which licence binds a grafted model, and what that licence asks of whoever shares the model.
+
+In: where its base and its donor came from, as checkpoint_info.json has it, and the licence the user names. Out: a
+licence id as the hubs spell it, and the duties that a Llama licence adds. Nothing is guessed: for a source that is not
+in the table, or was a local folder, the user has to name it.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from model_preparation.errors import SurgeryError
+
+# Hub ids and the licence to keep. The Llambas are made of embeddings and MLPs of the Llama they were distilled from, so
+# that Llama's licence binds them too, whatever their publishers grant for their own part.
+_LICENCES = [
+    (r"(meta-llama|LLM-Research)/Meta-Llama-3-.+", "llama3"),
+    (r"(meta-llama|LLM-Research)/(Meta-)?Llama-3\.1-.+", "llama3.1"),
+    (r"(meta-llama|LLM-Research)/(Meta-)?Llama-3\.2-.+", "llama3.2"),
+    (r"(meta-llama|LLM-Research)/(Meta-)?Llama-3\.3-.+", "llama3.3"),
+    (r"(cartesia-ai|goombalab)/Llamba-8B.*", "llama3.1"),
+    (r"cartesia-ai/Llamba-[13]B.*", "llama3.2"),
+    (r"HuggingFaceTB/SmolLM2-.+", "apache-2.0"),
+]
+_PERMISSIVE = {"apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "cc0-1.0", "unlicense"}
+_LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+@dataclass(frozen=True)
+class LlamaTerms:
+    """What a Llama licence asks of a model that holds Llama's weights, besides its text.
+
+    `begins` is a pattern for the name's beginning, `beginning` an example of it; `notice` is the attribution that has
+    to stand in a text file beside the weights.
+    """
+
+    title: str
+    built_with: str
+    begins: str
+    beginning: str
+    link: str
+    notice: str
+
+
+def _llama(version: str, link: str) -> LlamaTerms:
+    title = f"Llama {version} Community License"
+    return LlamaTerms(
+        title=title,
+        built_with="Built with Llama",
+        begins=r"llama",
+        beginning="Llama",
+        link=link,
+        notice=f"Llama {version} is licensed under the {title}, Copyright © Meta Platforms, Inc. All Rights Reserved.",
+    )
+
+
+LLAMA_TERMS = {
+    "llama3": LlamaTerms(
+        title="Meta Llama 3 Community License",
+        built_with="Built with Meta Llama 3",
+        begins=r"llama[ ._-]?3",
+        beginning="Llama-3",
+        link="https://www.llama.com/llama3/license/",
+        notice="Meta Llama 3 is licensed under the Meta Llama 3 Community License, "
+        "Copyright © Meta Platforms, Inc. All Rights Reserved.",
+    ),
+    "llama3.1": _llama("3.1", "https://www.llama.com/llama3_1/license/"),
+    "llama3.2": _llama("3.2", "https://www.llama.com/llama3_2/license/"),
+    "llama3.3": _llama("3.3", "https://www.llama.com/llama3_3/license/"),
+}
+
+
+def known_licence(source: Mapping[str, Any]) -> str | None:
+    """The licence id of a source (its `hub` and `id`); None for local folders and ids that are not in the table."""
+    if source["hub"] == "local":
+        return None
+    return next((licence for pattern, licence in _LICENCES if re.fullmatch(pattern, source["id"], re.IGNORECASE)), None)
+
+
+def licence_of(info: Mapping[str, Any], given: str | None = None) -> str:
+    """The licence id of a checkpoint.
+
+    Args:
+        info: its checkpoint_info.json; `base_model` and `replacement_source` are looked at.
+        given: the id that the user names; it has to be the one that a known source demands, or "other".
+
+    Raises:
+        SurgeryError: if a source's licence is not known and none is given, if the sources' licences differ, or if the
+            one given contradicts a source's.
+    """
+    sources = {"base": info["base_model"], "donor": info["replacement_source"]}
+    known = {role: known_licence(source) for role, source in sources.items()}
+    demanded = {licence: role for role, licence in known.items() if licence and licence not in _PERMISSIVE}
+    if given is not None:
+        given = given.lower()
+        if not _LICENCE_ID.fullmatch(given):
+            raise SurgeryError(
+                f"{given!r} is not a licence id. Write it as the hubs do, such as llama3.1 or apache-2.0."
+            )
+        if demanded and given not in (*demanded, "other"):
+            licence, role = next(iter(demanded.items()))
+            raise SurgeryError(
+                f"The {role} {sources[role]['id']} is under {licence}, so this model cannot be under {given}. "
+                f"Give --licence {licence}, or none."
+            )
+        return given
+    for role, source in sources.items():
+        if known[role] is None:
+            what = "came from a local folder" if source["hub"] == "local" else "is not one whose licence is known here"
+            raise SurgeryError(
+                f"The {role} {source['id']} {what}, so the licence of this model has to come from you. "
+                "Look at its publisher's page and give --licence ID, such as llama3.1 or apache-2.0."
+            )
+    candidates = sorted(demanded) or sorted({licence for licence in known.values() if licence})
+    if len(candidates) > 1:
+        raise SurgeryError(
+            f"The base is under {known['base']}, the donor under {known['donor']}. Read both, then give --licence ID."
+        )
+    return candidates[0]
+
+
+def terms_of(info: Mapping[str, Any], licence: str) -> list[LlamaTerms]:
+    """The Llama terms a checkpoint is under: of `licence`, and of its sources' own licences where they are known."""
+    ids = {licence, known_licence(info["base_model"]), known_licence(info["replacement_source"])}
+    return [terms for name, terms in LLAMA_TERMS.items() if name in ids]
+
+
+def check_name(repo: str, terms: list[LlamaTerms]) -> None:
+    """Raise SurgeryError if the name of `repo` (org/name) lacks the beginning that one of `terms` asks for."""
+    owner, _, name = repo.partition("/")
+    for term in terms:
+        if not re.match(term.begins, name, re.IGNORECASE):
+            raise SurgeryError(
+                f"The {term.title} asks that a model's name begin with {term.beginning}, and {name} does not. "
+                f"Give --repo {owner}/{term.beginning}-{name}."
+            )
