@@ -22,7 +22,11 @@ examples:
       --output_dir ../model_checkpoints/llamba_replaced_11_13_17_21 --description "best four" --score 0.5700
   python create_replaced_model_checkpoint.py --layers 13 17 --output_dir ../model_checkpoints/for_lm_eval --format hf
   python create_replaced_model_checkpoint.py --base /models/my-llamba --layers 3 --output_dir ./grafted --dry_run
+  python create_replaced_model_checkpoint.py --from_info checkpoint_info.json --output_dir ../model_checkpoints/again
 """
+
+
+_OF_THE_RECIPE = ("tokenizer", "description", "score", "dtype", "format", "allow_other_heads", "dry_run")
 
 
 def make_parser() -> CommandParser:
@@ -33,7 +37,13 @@ def make_parser() -> CommandParser:
         "with transformers alone.",
         epilog=EXAMPLES,
     )
-    add_layers_flag(parser, required=True, help="indices of the layers to replace, in any order")
+    add_layers_flag(parser, required=False, help="indices of the layers to replace, in any order")
+    parser.add_argument(
+        "--from_info",
+        metavar="FILE",
+        help="build the checkpoint that this checkpoint_info.json describes, and confirm every digest; of the flags "
+        "below, only where things are, --device, --overwrite and --source count",
+    )
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="the checkpoint folder to write")
     parser.add_argument(
         "--llama_layers_dir",
@@ -43,9 +53,9 @@ def make_parser() -> CommandParser:
     )
     parser.add_argument(
         "--base",
-        default="unaligned_llamba",
         metavar="NAME|PATH",
-        help="the Llamba operated on: a name, a model folder or a hub id (default: %(default)s)",
+        help="the Llamba operated on: a name, a model folder or a hub id (default: unaligned_llamba, or what "
+        "--from_info says)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -73,7 +83,13 @@ def make_parser() -> CommandParser:
 
 
 def main() -> None:
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
+    if (args.layers is None) == (args.from_info is None):
+        parser.error("one of --layers and --from_info is needed, and only one")
+    given = [flag for flag in _OF_THE_RECIPE if getattr(args, flag) != parser.get_default(flag)]
+    if args.from_info is not None and given:
+        parser.error(f"--{given[0]} is the recipe's to say: leave it out, or use --layers instead of --from_info")
 
     from model_preparation.surgery import checkpoint, graft
     from model_preparation.surgery.new_folder import check_target
@@ -81,8 +97,11 @@ def main() -> None:
     target = Path(args.output_dir).expanduser()
     check_target(target, overwrite=args.overwrite, complete_mark=checkpoint.INFO)
     device = choose_device(args.gpu, args.device)
+    if args.from_info is not None:
+        rebuild(args.from_info, target, args, device)
+        return
     planned = graft.plan(
-        args.base,
+        args.base or "unaligned_llamba",
         args.layers,
         args.llama_layers_dir,
         tokenizer=args.tokenizer,
@@ -105,6 +124,27 @@ def main() -> None:
         format=args.format,
         overwrite=args.overwrite,
     )
+    print(f"Checkpoint is in {target}")
+
+
+def rebuild(recipe: str, target: Path, args: argparse.Namespace, device: str) -> None:
+    """What the command does with --from_info."""
+    from model_preparation.surgery import recipe as recipes
+
+    differing = recipes.rebuild(
+        recipe,
+        target,
+        args.llama_layers_dir,
+        base=args.base,
+        device=device,
+        overwrite=args.overwrite,
+        sources=args.source,
+    )
+    print(f"Every tensor is as {recipe} says.")
+    if differing:
+        print(f"Other versions of torch, transformers or this package wrote other bytes around them: {differing}")
+    else:
+        print("So is every other byte, but for the time of creation.")
     print(f"Checkpoint is in {target}")
 
 

@@ -8,7 +8,6 @@ is no checkpoint.
 import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from model_preparation.surgery.new_folder import check_space, check_target, new_
 from model_preparation.surgery.pt_writer import placeholder, write_together
 from model_preparation.surgery.store_folder import STORE
 from model_preparation.surgery.tensor_copy import TensorSource
+from model_preparation.surgery.timestamps import creation_time
 from model_preparation.surgery.trial import try_out
 
 FORMAT_VERSION = 1
@@ -98,6 +98,7 @@ def write(
     device: str = "cpu",
     format: str = "pt",
     overwrite: bool = False,
+    confirm: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Graft, try the model once on `device`, and write the folder; returns its checkpoint_info.json.
 
@@ -109,6 +110,7 @@ def write(
         format: "pt" for model.pt and model_state_dict.pt, "hf" for what transformers opens without this package (see
             hf_folder.py; the shards of untouched layers are shared with the checkpoints beside it), or "both".
         overwrite: replace a checkpoint that is there; it stays whole until the new one is.
+        confirm: called with the new checkpoint_info.json before anything is put in place; may raise.
 
     Raises:
         SurgeryError: if the target is taken or not writable, the disk too small, or the trial's logits not finite.
@@ -149,8 +151,10 @@ def write(
             hf_folder.write_rest(staging, tokenizer, generation_config)
         _write_json(staging / TENSOR_DIGESTS, _tensor_digests(graft, digests))
         info |= {"format": format, "files": files}
-        (staging / "README.txt").write_text(readme_text(target.name, info), encoding="utf-8")
+        (staging / "README.txt").write_text(readme_text(info), encoding="utf-8")
         info["files"] |= describe_files(staging, excluded=info["files"])
+        if confirm is not None:
+            confirm(info)
         _write_json(staging / INFO, info)
     return info
 
@@ -230,6 +234,15 @@ def read_info(directory: str | Path) -> dict[str, Any]:
         raise SurgeryError(f"Checkpoint {directory} is not there. Build it with create_replaced_model_checkpoint.py.")
     if not path.is_file():
         raise SurgeryError(f"{directory} has no {INFO}, so it is not a complete checkpoint. Build it again.")
+    return check_info(path)
+
+
+def check_info(path: Path) -> dict[str, Any]:
+    """A checkpoint_info.json, which may be outside a checkpoint.
+
+    Raises:
+        SurgeryError: if it cannot be read, or is of a format this version does not know.
+    """
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         version = info["format_version"]
@@ -353,11 +366,12 @@ def _info(
             **donor["source"],
             "layers": {str(index): graft.donor.layers[index]["sha256"] for index in graft.layers},
         },
+        "tokenizer_source": graft.tokenizer_source,
         "num_heads": num_heads,
         "head_dim": head_dim,
         "parameters": graft.parameters,
         "dtype": str(graft.dtype).removeprefix("torch."),
-        "creation_time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "creation_time": creation_time(),
         "description": description,
         "mmlu_score": score,
         "config": graft.config.to_dict(),

@@ -12,6 +12,7 @@ _TEXT = """\
 
 Files
 {files}
+  tensor_digests.json   whose each tensor is, and its digest
   checkpoint_info.json  layers, sources, digests, config: also the recipe to build it again
 {shared}
 {needs} Run the lines below with
@@ -91,19 +92,17 @@ transformers alone, without our package. It runs the .py files of this folder: r
 ]
 
 
-def readme_text(title: str, info: dict[str, Any]) -> str:
-    """README.txt for a checkpoint.
+def readme_text(info: dict[str, Any]) -> str:
+    """README.txt for a checkpoint; it depends on the recipe alone, not on the folder's name nor on later scores.
 
     Args:
-        title: the folder's name.
         info: its checkpoint_info.json, as far as it is known when this file is written.
     """
     layers = ", ".join(map(str, info["replaced_layers"]))
-    score = "not measured" if info["mmlu_score"] is None else f"{info['mmlu_score']:.4f}"
+    title = f"{info['base_model']['id']} with layers {layers} of {info['replacement_source']['id']}"
     summary = [
-        f"{info['base_model']['id']} with layers {layers} (of {info['total_layers']}) replaced by those of "
-        f"{info['replacement_source']['id']}.",
-        f"MMLU score: {score}. Weights in {info['dtype']}.",
+        f"{info['num_replaced_layers']} of {info['total_layers']} layers are replaced; weights in {info['dtype']}. "
+        "Scores are in checkpoint_info.json.",
     ]
     if info["description"]:
         summary.insert(0, info["description"])

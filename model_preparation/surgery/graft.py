@@ -33,7 +33,9 @@ class GraftPlan:
         config: the grafted model's.
         dtype: of every parameter.
         casts: what changes its dtype on the way, in words; empty if nothing does.
-        tokenizer: the folder the tokenizer is taken from, and in words whose it is.
+        tokenizer: the folder the tokenizer is taken from.
+        tokenizer_of: in words, whose it is.
+        tokenizer_source: its `Source.as_dict()`, if it is neither the base's nor the donor's.
         parameters: numbers in the model; tied ones are counted once.
     """
 
@@ -46,6 +48,7 @@ class GraftPlan:
     casts: list[str]
     tokenizer: Path
     tokenizer_of: str
+    tokenizer_source: dict[str, str | None] | None
     parameters: int
 
     @property
@@ -108,7 +111,7 @@ def plan(
     files = TensorFiles(base.folder)
     dtype = dtype or files.dtype()
     casts = _check_tensors(files, donor, layers, config, dtype)
-    tokenizer_folder, tokenizer_of = _find_tokenizer(tokenizer, base_name, base, donor, sources)
+    tokenizer_folder, tokenizer_of, other = _find_tokenizer(tokenizer, base_name, base, donor, sources)
     config.dtype = dtype
     return GraftPlan(
         base_name=base_name,
@@ -120,6 +123,7 @@ def plan(
         casts=casts,
         tokenizer=tokenizer_folder,
         tokenizer_of=tokenizer_of,
+        tokenizer_source=None if other is None else other.as_dict(),
         parameters=sum(parameter.numel() for parameter in empty_model(config).parameters()),
     )
 
@@ -226,15 +230,15 @@ def _check_tensors(
 
 def _find_tokenizer(
     asked: str | None, base_name: str, base: Source, donor: LayerStore, sources: Mapping[str, str] | None
-) -> tuple[Path, str]:
-    if asked is not None:
-        return resolve(asked, need="tokenizer", overrides=sources).folder, "as asked"
-    if has_tokenizer(base.folder):
-        return base.folder, "the base's"
-    if has_tokenizer(donor.folder / "tokenizer"):
-        return donor.folder / "tokenizer", "the donor's"
-    if name := tokenizer_name(base_name):
-        return resolve(name, need="tokenizer", overrides=sources).folder, name
+) -> tuple[Path, str, Source | None]:
+    """(folder, whose it is in words, where it comes from if that is neither the base nor the donor)."""
+    if asked is None and has_tokenizer(base.folder):
+        return base.folder, "the base's", None
+    if asked is None and has_tokenizer(donor.folder / "tokenizer"):
+        return donor.folder / "tokenizer", "the donor's", None
+    if name := asked or tokenizer_name(base_name):
+        source = resolve(name, need="tokenizer", overrides=sources)
+        return source.folder, "as asked" if asked else name, source
     raise SurgeryError(
         f"Neither {base.folder} nor {donor.folder} has a tokenizer. Name one with --tokenizer NAME|PATH."
     )

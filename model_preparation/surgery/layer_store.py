@@ -8,7 +8,6 @@ at a time, and the model is never built. `LayerStore` reads such a folder and tr
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from model_preparation.surgery.pt_writer import placeholder, write_together
 from model_preparation.surgery.sources import has_tokenizer, resolve
 from model_preparation.surgery.tensor_files import TensorFiles, load_tensors
 from model_preparation.surgery.tensor_ranges import TensorRange, pt_ranges
+from model_preparation.surgery.timestamps import creation_time
 
 FORMAT_VERSION = 1
 METADATA = "metadata.json"
@@ -140,7 +140,7 @@ def complete_folder(
         "dtype": next(iter(described.values()))["dtype"],
         "layers": described,
         "files": describe_files(staging, excluded={entry["file"] for entry in described.values()}),
-        "extraction_time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "extraction_time": creation_time(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     (staging / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")

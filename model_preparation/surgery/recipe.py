@@ -1,0 +1,141 @@
+"""A checkpoint made again from its checkpoint_info.json, and shown to be the same.
+
+In: the recipe, a few kilobytes: which base, which donor, which layers, and the digests of every file. Out: the
+checkpoint's folder, or the error that names the first thing that is not what the recipe says. So whoever has base and
+donor can be handed a checkpoint by its recipe alone.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model_preparation.errors import SurgeryError
+from model_preparation.surgery.checkpoint import TENSOR_DIGESTS, check_info, write
+from model_preparation.surgery.graft import plan
+from model_preparation.surgery.layer_store import METADATA, LayerStore, extract_layers
+
+_PROGRAMS = ("model_preparation", "torch", "transformers")  # what decides on bytes that are not tensors'
+
+
+def rebuild(
+    recipe: str | Path,
+    output_dir: str | Path,
+    llama_layers_dir: str | Path,
+    *,
+    base: str | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Build the checkpoint that a checkpoint_info.json describes, and confirm its digests.
+
+    Args:
+        recipe: a checkpoint_info.json.
+        output_dir: the folder to make; it appears whole or not at all.
+        llama_layers_dir: the donor's extracted layers. If there are none, they are extracted into it from the donor
+            that the recipe names.
+        base: where the base is; by default where the recipe says.
+        device: where the trial forward pass runs.
+        overwrite: replace a checkpoint that is there.
+        sources: targets by name, as `resolve(overrides=...)` takes them.
+
+    Returns:
+        Names of files that differ although every tensor is the recipe's, as other versions of torch, transformers or
+        this package made them; none as a rule.
+
+    Raises:
+        SurgeryError: if the recipe cannot be read, base or donor cannot be had or are not those of the recipe, or the
+            files written differ from it for no such reason.
+    """
+    info = read_recipe(recipe)
+    differing: list[str] = []
+    try:
+        donor, layers, dtype = info["replacement_source"], info["replaced_layers"], getattr(torch, info["dtype"])
+        store = _donor_layers(Path(llama_layers_dir).expanduser(), donor, layers, sources)
+        tokenizer = info["tokenizer_source"]
+        graft = plan(
+            base or _target_of(info["base_model"], "--base"),
+            layers,
+            store.folder,
+            tokenizer=None if tokenizer is None else _target_of(tokenizer, "--tokenizer"),
+            dtype=dtype,
+            allow_other_heads=True,  # whoever made the recipe has decided that
+            sources=sources,
+        )
+        write(
+            graft,
+            output_dir,
+            description=info["description"],
+            score=info["mmlu_score"],
+            device=device,
+            format=info["format"],
+            overwrite=overwrite,
+            confirm=lambda found: differing.extend(_differing(found, info)),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SurgeryError(f"{recipe} lacks what a recipe needs ({error!r}). Copy it again.") from error
+    return differing
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """A checkpoint_info.json that may lie anywhere.
+
+    Raises:
+        SurgeryError: if it is not there or not one.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path /= "checkpoint_info.json"
+    if not path.is_file():
+        raise SurgeryError(f"{path} is not there. Give a checkpoint's checkpoint_info.json.")
+    return check_info(path)
+
+
+def _donor_layers(
+    folder: Path, donor: Mapping[str, Any], layers: list[int], sources: Mapping[str, str] | None
+) -> LayerStore:
+    if not (folder / METADATA).is_file():
+        extract_layers(_target_of(donor, "--llama_layers_dir"), folder, layers=layers, sources=sources)
+    store = LayerStore(folder)
+    for index in layers:
+        store.path(index)
+        if store.layers[index]["sha256"] != donor["layers"][str(index)]:
+            raise SurgeryError(
+                f"{store.path(index)} is not the layer of the recipe: its SHA-256 is {store.layers[index]['sha256']}, "
+                f"the recipe's {donor['layers'][str(index)]}. Give another --llama_layers_dir, or an empty one."
+            )
+    return store
+
+
+def _target_of(source: Mapping[str, Any], flag: str) -> str:
+    """What `resolve` takes for a source that was recorded."""
+    if source["hub"] != "local":
+        return f"{source['hub']}:{source['id']}" + (f"@{source['revision']}" if source["revision"] else "")
+    if not Path(source.get("path", "")).is_absolute():
+        raise SurgeryError(f"The recipe names {source['id']}, a folder of another machine. Say where it is by {flag}.")
+    return source["path"]
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Compare what was written with the recipe; raises unless other versions of the programs explain what differs."""
+    for name, entry in wanted["base_model"]["files"].items():
+        if found["base_model"]["files"].get(name) != entry:
+            raise SurgeryError(
+                f"The base's {name} is not the recipe's (its digest differs). Take the base that the recipe names: "
+                f"{wanted['base_model']['id']}, revision {wanted['base_model']['revision']}."
+            )
+    names = sorted(found["files"].keys() | wanted["files"].keys())
+    odd = [name for name in names if found["files"].get(name) != wanted["files"].get(name)]
+    versions = [
+        f"{program} {found['versions'][program]} instead of {wanted['versions'][program]}"
+        for program in _PROGRAMS
+        if found["versions"][program] != wanted["versions"][program]
+    ]
+    if odd and (TENSOR_DIGESTS in odd or not versions):
+        raise SurgeryError(
+            f"What was built is not what the recipe says: {', '.join(odd[:5])} differ. "
+            + (f"It was built with {', '.join(versions)}; install those versions." if versions else "Verify the base.")
+        )
+    return odd

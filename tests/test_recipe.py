@@ -1,0 +1,123 @@
+"""A checkpoint is its recipe: the same bytes whenever and wherever it is built, from checkpoint_info.json alone too."""
+
+import json
+import shutil
+
+import pytest
+
+from model_preparation import extract_layers
+from tests.conftest import assert_refused, run_command, run_fresh_command
+
+
+def build(*args, **env):
+    return run_command("create_replaced_model_checkpoint", *args, **env)
+
+
+def bytes_of_files(folder) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_bytes_in_every_process_and_folder(base_dir, layers_dir, tmp_path):
+    flags = ["--base", base_dir, "--llama_layers_dir", layers_dir, "--layers", "1", "3", "--format", "both"]
+    for number, seed in enumerate(("1", "2")):
+        cwd = tmp_path / f"cwd{number}"
+        cwd.mkdir()
+        out = tmp_path / f"parent{number}" / f"name{number}"
+        result = run_fresh_command(
+            *("create_replaced_model_checkpoint", *flags, "--output_dir", out),
+            cwd=cwd,
+            PYTHONHASHSEED=seed,
+            SOURCE_DATE_EPOCH="1750000000",
+        )
+        assert result.returncode == 0, result.stderr
+    first, second = (bytes_of_files(tmp_path / f"parent{number}" / f"name{number}") for number in (0, 1))
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+    assert json.loads(first["checkpoint_info.json"])["creation_time"] == "2025-06-15T15:06:40+00:00"
+
+
+def test_extracted_layers_are_the_same_bytes_too(donor_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    for name in ("a", "b"):
+        extract_layers(str(donor_dir), tmp_path / name)
+    assert bytes_of_files(tmp_path / "a") == bytes_of_files(tmp_path / "b")
+
+
+def test_a_source_date_that_is_none(base_dir, layers_dir, tmp_path):
+    flags = ["--base", base_dir, "--llama_layers_dir", layers_dir, "--layers", "1", "--output_dir", tmp_path / "out"]
+    assert_refused(build(*flags, SOURCE_DATE_EPOCH="yesterday"), "SOURCE_DATE_EPOCH is 'yesterday'")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["pt", "hf", "both"])
+def test_the_recipe_alone_gives_the_checkpoint(base_dir, layers_dir, tmp_path, format):
+    flags = ["--base", base_dir, "--llama_layers_dir", layers_dir, "--layers", "0", "2", "--dtype", "bfloat16"]
+    flags += ["--description", "两层", "--score", "0.5", "--format", format, "--output_dir", tmp_path / "first"]
+    assert build(*flags).returncode == 0
+    recipe = shutil.copy(tmp_path / "first" / "checkpoint_info.json", tmp_path / "recipe.json")
+    result = build("--from_info", recipe, "--llama_layers_dir", layers_dir, "--output_dir", tmp_path / "again")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"Checkpoint is in {tmp_path / 'again'}"
+    first, again = bytes_of_files(tmp_path / "first"), bytes_of_files(tmp_path / "again")
+    assert [name for name in first if first[name] != again.get(name)] in ([], ["checkpoint_info.json"])
+    assert first.keys() == again.keys()
+
+
+def test_layers_that_were_not_extracted_are_taken_from_the_donor(checkpoint_dir, tmp_path):
+    flags = ["--from_info", checkpoint_dir, "--llama_layers_dir", tmp_path / "layers", "--output_dir", tmp_path / "out"]
+    result = build(*flags)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in (tmp_path / "layers").glob("layer_*.pt")) == ["layer_01.pt", "layer_03.pt"]
+    assert (tmp_path / "out" / "model.pt").read_bytes() == (checkpoint_dir / "model.pt").read_bytes()
+
+
+@pytest.fixture
+def recipe(checkpoint_dir) -> dict:
+    return json.loads((checkpoint_dir / "checkpoint_info.json").read_text())
+
+
+def test_what_is_not_as_the_recipe_says_is_named(recipe, base_dir, layers_dir, tmp_path):
+    def rebuilt(changed, *args):
+        (tmp_path / "recipe.json").write_text(json.dumps(changed))
+        flags = ["--from_info", tmp_path / "recipe.json", "--llama_layers_dir", layers_dir]
+        result = build(*flags, "--output_dir", tmp_path / "out", *args)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.json"]
+        return result
+
+    def changed(*keys, to):
+        copy = json.loads(json.dumps(recipe))
+        *outer, last = keys
+        place = copy
+        for key in outer:
+            place = place[key]
+        place[last] = to
+        return copy
+
+    digest = "0" * 64
+    of_base = changed("base_model", "files", "pytorch_model.bin", "blake3", to=digest)
+    assert_refused(rebuilt(of_base), "The base's pytorch_model.bin is not the recipe's")
+    of_donor = changed("replacement_source", "layers", "3", to=digest)
+    assert_refused(rebuilt(of_donor), "layer_03.pt is not the layer of the recipe")
+    of_file = changed("files", "model.pt", "sha256", to=digest)
+    assert_refused(rebuilt(of_file), "What was built is not what the recipe says: model.pt")
+    of_tensors = changed("files", "tensor_digests.json", "sha256", to=digest)
+    of_tensors["versions"]["torch"] = "1.0"
+    assert_refused(rebuilt(of_tensors), "tensor_digests.json differ. It was built with torch", "instead of 1.0")
+    elsewhere = changed("base_model", "path", to="relative")
+    assert_refused(rebuilt(elsewhere), "a folder of another machine. Say where it is by --base")
+    short = {"format_version": 1}
+    assert_refused(rebuilt(short), "lacks what a recipe needs (KeyError('replacement_source'))")
+    assert_refused(rebuilt(recipe, "--layers", "1"), "one of --layers and --from_info", code=2)
+    assert_refused(rebuilt(recipe, "--dtype", "float32"), "--dtype is the recipe's to say", code=2)
+    assert_refused(build("--output_dir", tmp_path / "out"), "one of --layers and --from_info", code=2)
+
+
+def test_other_versions_of_the_programs_are_no_fault(recipe, layers_dir, tmp_path):
+    recipe["versions"]["transformers"] = "4.0"
+    recipe["files"]["tokenizer/tokenizer_config.json"]["sha256"] = "0" * 64
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    flags = ["--from_info", tmp_path / "recipe.json", "--llama_layers_dir", layers_dir]
+    result = build(*flags, "--output_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "Every tensor is as" in result.stdout
+    assert "wrote other bytes around them: ['tokenizer/tokenizer_config.json']" in result.stdout
