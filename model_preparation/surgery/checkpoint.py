@@ -5,7 +5,6 @@ README.txt, and checkpoint_info.json, which is written last: a folder without it
 """
 
 import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +15,7 @@ import safetensors
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import model_preparation
 from model_preparation.errors import SurgeryError
@@ -29,8 +28,11 @@ from model_preparation.surgery.graft import GraftPlan, empty_model, plan, tensor
 from model_preparation.surgery.layer_store import heads_of, read_generation_config
 from model_preparation.surgery.new_folder import check_space, check_target, new_folder
 from model_preparation.surgery.pt_writer import TensorSource, Written, placeholder, write_together
-from model_preparation.surgery.tensor_files import TensorFiles
+from model_preparation.surgery.tensor_files import TensorFiles, load_tensors
+from model_preparation.surgery.tokenizer_files import load_tokenizer
 from model_preparation.surgery.trial import try_out
+from model_preparation.surgery.untrusted_config import config_from, generation_config_from
+from model_preparation.surgery.untrusted_files import check_fields, read_json
 
 FORMAT_VERSION = 1
 INFO = "checkpoint_info.json"
@@ -39,6 +41,7 @@ STATE_DICT = "model_state_dict.pt"
 TENSOR_DIGESTS = "tensor_digests.json"
 TOKENIZER = "tokenizer"
 
+_INFO_FIELDS = {"replaced_layers": list, "total_layers": int, "config": dict, "generation_config": dict, "files": dict}
 _SMALL_FILES_BYTES = 64_000_000  # tokenizer, JSON and README, generously
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 
@@ -156,8 +159,9 @@ def load_checkpoint(
     directory = Path(directory).expanduser()
     info = read_info(directory)
     try:
-        config = LlambaConfig.from_dict(info["config"])
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        config = config_from(info["config"], LlambaConfig)
+        generation_config = generation_config_from(info["generation_config"])
+    except ValueError as error:
         raise SurgeryError(f"{directory / INFO} describes no model ({error}). Build the checkpoint again.") from error
     model = empty_model(config)
     path = directory / STATE_DICT
@@ -169,7 +173,7 @@ def load_checkpoint(
     model.tie_weights()
     if dtype is not None:
         model.config.dtype = dtype
-    model.generation_config = GenerationConfig(**info["generation_config"])
+    model.generation_config = generation_config
     return model.to(device), load_tokenizer(directory / TOKENIZER)
 
 
@@ -188,9 +192,10 @@ def read_info(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise SurgeryError(f"{directory} has no {INFO}, so it is not a complete checkpoint. Build it again.")
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = read_json(path)
+        check_fields(info, {"format_version": object, **_INFO_FIELDS})
         version = info["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise SurgeryError(f"{path} cannot be read ({error}). Build the checkpoint again.") from error
     if version != FORMAT_VERSION:
         raise SurgeryError(
@@ -208,21 +213,6 @@ def without_wrapper_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
             bare = bare.partition(".")[2]
         names[bare] = state_dict[name]
     return names
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder.
-
-    Raises:
-        SurgeryError: if transformers cannot load it.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SurgeryError(
-            f"No tokenizer can be loaded from {folder} ({reason}). Name one with --tokenizer."
-        ) from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, graft: GraftPlan) -> None:
@@ -328,16 +318,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
-    try:
-        state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError as error:
-        raise SurgeryError(f"{path} is missing. Build the checkpoint again.") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SurgeryError(f"{path} cannot be read ({reason}). Build the checkpoint again.") from error
-    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise SurgeryError(f"{path} is not a state dict. Build the checkpoint again.")
-    return state_dict
+    if not path.exists():
+        raise SurgeryError(f"{path} is missing. Build the checkpoint again.")
+    return load_tensors(path, "Build the checkpoint again.")
 
 
 def _check_fit(model: LlambaForCausalLM, state_dict: Mapping[str, Tensor], path: Path) -> None:

@@ -19,6 +19,7 @@ from model_preparation.surgery.layer_store import LayerStore, check_range, heads
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
 from model_preparation.surgery.tensor_files import TensorFiles
 from model_preparation.surgery.tensor_ranges import TensorRange
+from model_preparation.surgery.untrusted_config import refusing_impossible_models
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def grafted_config(base: LlambaConfig, donor: LayerStore, layers: Sequence[int])
 
 def empty_model(config: LlambaConfig) -> LlambaForCausalLM:
     """The model without memory for its parameters (meta device); its few buffers are real, on the CPU."""
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), refusing_impossible_models():
         model = LlambaForCausalLM(config)
     model.tie_weights()
     return model.eval()

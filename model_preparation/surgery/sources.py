@@ -8,7 +8,6 @@ no hub can be reached, the copy downloaded before in that case, and the name of 
 """
 
 import argparse
-import json
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Literal
 
 from model_preparation.errors import SurgeryError
+from model_preparation.surgery.untrusted_files import read_json
 
 # A name's target is anything `resolve` takes; `--source NAME=TARGET` and MODEL_PREPARATION_NAME replace it.
 TABLE = {
@@ -227,7 +227,7 @@ def _missing_model(folder: Path) -> list[str]:
 def _shards(index: Path) -> list[str]:
     """The file names an index lists, sorted; none of them leads out of the index's folder."""
     try:
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        shards = sorted(set(read_json(index)["weight_map"].values()))
         paths = [PureWindowsPath(shard) for shard in shards]  # splits at / and \ alike
         if not shards:
             raise ValueError("it lists no files")
@@ -236,9 +236,9 @@ def _shards(index: Path) -> list[str]:
             f"{index} is not an index of weight files ({_first_line(error)}). Download or copy it again."
         ) from error
     for shard, path in zip(shards, paths, strict=True):
-        if path.anchor or ".." in path.parts:
+        if path.anchor or ".." in path.parts or not shard.isprintable():
             raise SurgeryError(
-                f"{index} names the weight file {shard!r}, which is outside its folder. Do not use this model."
+                f"{index} names the weight file {shard!r:.200}, which is outside its folder. Do not use this model."
             )
     return shards
 
