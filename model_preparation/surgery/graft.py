@@ -134,7 +134,8 @@ def grafted_config(base: LlambaConfig, donor: LayerStore, layers: Sequence[int])
     fields["llama_cfg"] = {name: getattr(donor.config, name) for name in LLAMA_DEFAULTS}
     fields["max_position_embeddings"] = donor.config.max_position_embeddings
     fields["use_cache"] = False  # plain forward passes need none; `generate` asks for it by itself
-    return LlambaConfig.from_dict(fields)
+    with refusing_impossible_models():
+        return LlambaConfig.from_dict(fields)
 
 
 def empty_model(config: LlambaConfig) -> LlambaForCausalLM:

@@ -21,7 +21,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     _check_files(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("Layers 11 and 13.")  # some damage shows in use only
+        return tokenizer
     except Exception as error:  # the tokenizers library raises plain ones
         reason = " ".join(str(error).split())[:200]
         raise SurgeryError(

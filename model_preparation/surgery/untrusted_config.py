@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from model_preparation.errors import SurgeryError
@@ -26,9 +27,12 @@ def config_from(fields: dict[str, Any], kind: type[PreTrainedConfig]) -> PreTrai
     """
     check_sizes(fields)
     try:
-        return kind.from_dict(_plain(fields, kind))
+        config = kind.from_dict(_plain(fields, kind))
     except Exception as error:  # transformers' validators raise errors of every kind
         raise ValueError(_one_line(error)) from error
+    if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
+        raise ValueError(f"dtype is {config.dtype!r:.80}")
+    return config
 
 
 def generation_config_from(fields: dict[str, Any]) -> GenerationConfig:

@@ -53,9 +53,11 @@ def inside(folder: Path, name: object) -> Path:
     """
     if isinstance(name, str) and name and not any(ord(char) < 32 or char in "\\:" for char in name):
         path = PurePosixPath(name)
-        if not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != ".":
+        if not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "." and _short(path):
             return folder / name
-    raise SurgeryError(f"{folder} lists a file {name!r:.200}, which is outside its folder. Do not use this folder.")
+    raise SurgeryError(
+        f"{folder} lists a file {name!r:.200}, which is outside its folder or no file's name. Do not use this folder."
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,6 +126,10 @@ def _limit_of(name: str) -> float:
         return MAX_LAYERS
     # Positions cost no memory: Llamba's own config says 10**9 of them, transformers 10**30.
     return math.inf if "position" in name or "length" in name else MAX_WIDTH
+
+
+def _short(path: PurePosixPath) -> bool:
+    return len(path.parts) <= MAX_DEPTH and all(len(part.encode()) <= 255 for part in path.parts)
 
 
 def _kind(mode: int) -> str:
