@@ -29,9 +29,11 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.mutations import mutate
+from tests.sealed import add_digests_and_seal
 
 CASES_PER_CHILD = 300
-CASE_SECONDS = 20
+CASE_SECONDS = 20  # of processor time
+HANG_SECONDS = 120  # by the clock: for what waits and computes nothing
 MEMORY_BYTES = 2 << 30  # address space beyond what the libraries take
 SUSPICIOUS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "pickle.find_class"}
 
@@ -103,12 +105,14 @@ def run_child(work: Path, seed: int, first: int, writer: int, deadline: float) -
     for case in range(first, first + CASES_PER_CHILD):
         if time.monotonic() > deadline:
             break
-        signal.alarm(CASE_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, CASE_SECONDS)
+        signal.alarm(HANG_SECONDS)
         try:
             outcome = run_case(work, seed, case)
         except BaseException as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             outcome = f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {error!s:.150}"
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         os.write(writer, (" ".join(outcome.encode("ascii", "replace").decode().split()) + "\n").encode())
     os._exit(0)
@@ -124,9 +128,12 @@ def run_case(work: Path, seed: int, case: int) -> str:
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".txt", ".md"))
     path = rng.choice([path for path in paths if path.parent == folder or rng.random() < 0.2] or paths)
     outcome = "read"
+    whole = path.read_bytes()
     watch = Watch(work, folder)
     try:
         damage(path, rng)
+        if not path.is_symlink() and path.is_file() and path.read_bytes() == whole:
+            return outcome  # the mutation changed nothing
         for action in SCENARIOS[scenario]:
             try:
                 with watch:
@@ -274,11 +281,19 @@ def touch(tensor) -> None:
         assert last is not None
 
 
+def verify(work: Path) -> None:
+    from model_preparation.surgery.verify import inspect
+
+    found = inspect(work / "checkpoint", str(work / "base"), work / "layers")
+    if not found.faults:
+        raise AssertionError("no fault was found in a damaged checkpoint")
+
+
 SCENARIOS: dict[str, list[Callable[[Path], None]]] = {
     "base": [read_base("base"), plan_with("base")],
     "sharded": [read_base("sharded"), plan_with("sharded")],
     "layers": [read_layers, plan_with("base")],
-    "checkpoint": [read_checkpoint],
+    "checkpoint": [read_checkpoint, verify],
 }
 
 
@@ -317,6 +332,7 @@ def make_models(work: Path) -> None:
         shutil.copy(work / "sharded" / name, work / "base")
     extract_layers(str(work / "donor"), work / "layers")
     build_checkpoint(str(work / "base"), [1], work / "layers", work / "checkpoint")
+    add_digests_and_seal(work / "checkpoint")
     for scenario in SCENARIOS:
         shutil.copytree(work / scenario, work / "whole" / scenario)
 

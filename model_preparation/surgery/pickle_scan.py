@@ -72,16 +72,30 @@ def scan(data: bytes, allowed: Allowed) -> PickleScan:
     """Look through a pickle.
 
     Raises:
-        ValueError: for a global or call that is not allowed, with its name, and for what torch.save never writes.
+        ValueError: for globals or a call that are not allowed, with their names, and for what torch.save never writes.
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise ValueError(f"its data.pkl has {len(data)} bytes, more than {MAX_PICKLE_BYTES // 1_000_000} MB")
     machine = _Machine(allowed)
+    complaint = None
     try:
         for opcode, argument, _ in pickletools.genops(data):
-            machine.step(opcode.name, argument)
-    except (IndexError, KeyError) as error:
-        raise ValueError("its pickle is damaged") from error
+            if complaint is None:
+                try:
+                    machine.step(opcode.name, argument)
+                except ValueError as error:
+                    complaint = str(error)
+                except (IndexError, KeyError):
+                    complaint = "its pickle is damaged"
+            elif opcode.name in _BY_NAME:  # the names matter more than what else is wrong
+                machine.name(str(argument))
+    except ValueError as error:
+        complaint = complaint or str(error)
+    if machine.refused:
+        names = ", ".join(f"{name:.100}" for name in list(machine.refused)[:10])
+        complaint = f"it names {names}, which could run code"
+    if complaint is not None:
+        raise ValueError(complaint)
     return machine.found
 
 
@@ -106,6 +120,7 @@ class _Machine:
 
     def __init__(self, allowed: Allowed):
         self.found = PickleScan()
+        self.refused: dict[str, None] = {}  # names of globals, in their order
         self._allowed = allowed
         self._stack: list = []
         self._marks: list[list] = []
@@ -135,12 +150,13 @@ class _Machine:
         elif opcode in ("APPEND", "SETITEM", "BUILD"):
             self._pop(2 if opcode == "SETITEM" else 1)
             self._stack[-1]
-        elif opcode in ("GLOBAL", "INST"):
-            self._global(argument.replace(" ", ".", 1))
-        elif opcode == "STACK_GLOBAL":
-            module, name = self._pop(2)
+        elif opcode == "GLOBAL":
+            self._stack.append(self.name(argument))
+        elif opcode in ("INST", "STACK_GLOBAL"):
+            module, name = argument.split(" ", 1) if opcode == "INST" else self._pop(2)
             hidden = not isinstance(module, str) or not isinstance(name, str)
-            self._global("(a hidden name)" if hidden else f"{module}.{name}")
+            self.name("(a hidden name)" if hidden else f"{module} {name}")
+            raise ValueError(f"its pickle has the opcode {opcode}, which torch.save never writes")
         elif opcode in ("REDUCE", "NEWOBJ"):
             self._call(opcode, *self._pop(2))
         elif opcode == "BINPERSID":
@@ -169,16 +185,18 @@ class _Machine:
             raise ValueError("its pickle nests tuples too deeply")
         self._stack.append(_Tuple(tuple(items), depth, size))
 
-    def _global(self, name: str) -> None:
-        module, dot, rest = name.partition(".")
-        name = _PYTHON_2.get(module, module) + dot + rest
-        if name not in self._allowed:
-            raise ValueError(f"it names the global {name!r:.200}, which could run code")
-        self.found.globals.add(name)
-        self._stack.append(_Global(name))
+    def name(self, argument: str) -> _Global:
+        """Note a global, as "module name"."""
+        module, _, rest = argument.partition(" ")
+        name = f"{_PYTHON_2.get(module, module)}.{rest}"
+        if name in self._allowed:
+            self.found.globals.add(name)
+        else:
+            self.refused[ascii(name)[1:-1]] = None
+        return _Global(name)
 
     def _call(self, opcode: str, callee: object, arguments: object) -> None:
-        name = callee.name if isinstance(callee, _Global) else "something it made"
+        name = callee.name if isinstance(callee, _Global) else ""
         items = arguments.items if isinstance(arguments, _Tuple) else None
         if opcode == "NEWOBJ":
             fine = name in self._allowed.classes and items == ()
@@ -187,8 +205,8 @@ class _Machine:
             if name == "torch._tensor._rebuild_from_type_v2":  # calls its first argument
                 builder = items[0] if items else None
                 fine = isinstance(builder, _Global) and builder.name in _TENSOR_BUILDERS
-        if not fine:
-            raise ValueError(f"it calls {name} in a way torch.save never writes")
+        if not fine and (not name or name in self._allowed):
+            raise ValueError(f"it calls {name or 'what it made'} in a way torch.save never writes")
         self._stack.append(_Other())
 
     def _storage(self, reference: object) -> None:
@@ -211,6 +229,7 @@ class _Machine:
 # Opcodes that push what they carry. Those torch does not know are here for the names they may spell.
 _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINSTRING"}
 _VALUES |= {"SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING"}
+_BY_NAME = ("GLOBAL", "INST")
 _EMPTY = {"NONE", "NEWTRUE", "NEWFALSE", "BINFLOAT", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
 _SKIPPED = {"PROTO", "FRAME"}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": -1}

@@ -4,6 +4,7 @@ In: paths and names out of such folders. Out: the path or the JSON object, or th
 the folder, FIFOs and devices, names that climb, JSON that is too large, too deep, ambiguous or no object.
 """
 
+import errno
 import json
 import math
 import os
@@ -30,7 +31,12 @@ def regular_file(path: Path) -> Path:
         FileNotFoundError: if nothing is there.
         SurgeryError: for a directory, FIFO, socket or device, and for a link that leads elsewhere.
     """
-    mode = os.stat(path).st_mode  # follows links, and opens nothing: a FIFO would block
+    try:
+        mode = os.stat(path).st_mode  # follows links, and opens nothing: a FIFO would block
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise SurgeryError(f"{path} is a link that leads to itself. Put the file itself there.") from error
     if not stat.S_ISREG(mode):
         raise SurgeryError(f"{path} is {_kind(mode)}, not a file. Put the file itself there.")
     folder, real = path.parent.resolve(), path.resolve()
