@@ -105,9 +105,9 @@ def _recorded_files(found: Verification, info: dict[str, Any]) -> dict[str, dict
     for name, entry in info["files"].items():
         try:
             check_fields(entry, FILE_FIELDS)
-            path = inside(found.directory, name)
-            if not path.resolve().is_relative_to(found.directory.resolve()):
-                raise SurgeryError(f"it is a link to {path.resolve()}, outside the folder")
+            real = os.path.realpath(inside(found.directory, name))
+            if not Path(real).is_relative_to(os.path.realpath(found.directory)):
+                raise SurgeryError(f"it is a link to {real}, outside the folder")
             recorded[name] = entry
         except (ValueError, TypeError, SurgeryError) as error:
             found.fault(f"{name!r:.200}", f"is listed in {INFO} in a way that cannot be ({error})")
