@@ -22,7 +22,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -129,7 +129,7 @@ def run_case(work: Path, seed: int, case: int) -> str:
     path = rng.choice([path for path in paths if path.parent == folder or rng.random() < 0.2] or paths)
     outcome = "read"
     whole = path.read_bytes()
-    watch = Watch(work, folder)
+    watch = Watch(work, list(SCENARIOS))
     try:
         damage(path, rng)
         if not path.is_symlink() and path.is_file() and path.read_bytes() == whole:
@@ -177,15 +177,15 @@ def restore(work: Path, scenario: str, path: Path | None = None) -> None:
 
 
 class Watch:
-    """What is opened outside `folder` and the libraries, or started, while the block runs."""
+    """What is opened outside some folders and the libraries, or started, while the block runs."""
 
     current: "Watch | None" = None
     installed = False
 
-    def __init__(self, work: Path, folder: Path):
+    def __init__(self, work: Path, folders: Sequence[str]):
+        """`folders`: those of `work` that may be read; a plan reads base and layers."""
         self.seen: list[str] = []
-        # The other folders of a scenario are its own too: a plan reads base and layers.
-        self.inside = tuple(f"{work / name}{os.sep}" for name in (*SCENARIOS, "out"))
+        self.inside = tuple(f"{os.path.realpath(work / name)}{os.sep}" for name in folders)
         libraries = {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()}
         self.libraries = (*(f"{os.path.realpath(library)}{os.sep}" for library in libraries), *_SYSTEM)
         self.libraries += (f"{Path(__file__).resolve().parents[1]}{os.sep}",)

@@ -231,7 +231,9 @@ def unzip(data: bytes) -> list[tuple[str, bytes]]:
 
 def zip_of(entries: list[tuple[str, bytes]], compressed: bool = False) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in entries:
-            archive.writestr(zipfile.ZipInfo(name.replace("\0", "_").encode("utf-8", "replace").decode()), content)
+            info = zipfile.ZipInfo(name.replace("\0", "_").encode("utf-8", "replace").decode())
+            info.compress_type = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+            archive.writestr(info, content)
     return buffer.getvalue()

@@ -155,7 +155,7 @@ class _Machine:
         elif opcode in ("INST", "STACK_GLOBAL"):
             module, name = argument.split(" ", 1) if opcode == "INST" else self._pop(2)
             hidden = not isinstance(module, str) or not isinstance(name, str)
-            self.name("(a hidden name)" if hidden else f"{module} {name}")
+            self.name("unknown name" if hidden else f"{module} {name}")
             raise ValueError(f"its pickle has the opcode {opcode}, which torch.save never writes")
         elif opcode in ("REDUCE", "NEWOBJ"):
             self._call(opcode, *self._pop(2))
