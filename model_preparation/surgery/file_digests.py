@@ -72,16 +72,12 @@ def read_digests(
 
 def _blocks(path: Path) -> Iterator[memoryview]:
     """The file's bytes in order; each block is valid until the next is asked for."""
+    if path.stat().st_size <= _BLOCK_BYTES:  # not worth a thread
+        yield memoryview(path.read_bytes())
+        return
     descriptor = _open(path)
     try:
-        if os.fstat(descriptor).st_size <= _BLOCK_BYTES:
-            buffer = mmap.mmap(-1, _BLOCK_BYTES)
-            position = 0
-            while count := _read(descriptor, buffer, position):
-                yield memoryview(buffer)[:count]
-                position += count
-        else:
-            yield from _ReadAhead(descriptor)
+        yield from _ReadAhead(descriptor)
     finally:
         os.close(descriptor)
 
