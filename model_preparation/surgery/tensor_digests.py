@@ -52,12 +52,13 @@ def read_tensor_digests(path: Path) -> dict[str, TensorDigest]:
         check_fields(fields, {"format_version": int, "tensors": dict})
         found = {}
         for name, entry in fields["tensors"].items():
-            check_fields(entry, {"dtype": str, "shape": list, "blake3": str, "from": str})
+            entry.setdefault("source_name", name)
+            check_fields(entry, {"dtype": str, "shape": list, "blake3": str, "from": str, "source_name": str})
             dtype = getattr(torch, entry["dtype"], None)
             if not isinstance(dtype, torch.dtype) or any(type(size) is not int or size < 0 for size in entry["shape"]):
                 raise ValueError(f"{name:.100} has no dtype or shape")
-            source_name = entry.get("source_name", name)
-            found[name] = TensorDigest(dtype, torch.Size(entry["shape"]), entry["blake3"], entry["from"], source_name)
+            shape = torch.Size(entry["shape"])
+            found[name] = TensorDigest(dtype, shape, entry["blake3"], entry["from"], entry["source_name"])
     except FileNotFoundError as error:
         raise SurgeryError(f"{path} is missing. Build the checkpoint again.") from error
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -137,9 +138,10 @@ def donor_digests(store: LayerStore, wanted: Mapping[str, TensorDigest], advance
     found: dict[str, str | None] = {}
     places: dict[str, TensorRange | None] = {}
     ranges: dict[int, dict[str, TensorRange]] = {}
+    numbers = {str(number): number for number in store.layers}
     for name, digest in wanted.items():
         index, _, inner = name.removeprefix("backbone.layers.").partition(".")
-        entry = store.layers.get(int(index)) if index.isdecimal() else None
+        entry = store.layers.get(numbers.get(index, -1))
         if entry is None:
             found[name] = None
             continue
@@ -148,9 +150,10 @@ def donor_digests(store: LayerStore, wanted: Mapping[str, TensorDigest], advance
         if isinstance(recorded, dict) and inner in recorded and stored_as == str(digest.dtype):
             found[name] = str(recorded[inner])
         else:
-            layer = ranges.setdefault(int(index), {}) or store.ranges(int(index))
-            ranges[int(index)] = layer
-            places[name] = layer.get(inner)
+            number = numbers[index]
+            if number not in ranges:
+                ranges[number] = store.ranges(number)
+            places[name] = ranges[number].get(inner)
     return found | _digests_of(places, wanted, advance)
 
 

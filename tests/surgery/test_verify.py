@@ -190,6 +190,29 @@ def test_shapes_names_and_origins_against_the_config(checkpoint):
     assert "backbone.embedding.weight is not listed in tensor_digests.json" in text
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [{"source_name": ["x"]}, {"shape": [-1]}, {"shape": [1.5]}, {"dtype": "save"}, {"blake3": None}, {"from": 1}],
+)
+def test_tensor_digests_that_are_none(checkpoint, base_dir, entry):
+    digests = json.loads((checkpoint / "tensor_digests.json").read_text())
+    digests["tensors"]["lm_head.weight"] |= entry
+    digests["tensors"][f"backbone.layers.{'9' * 5000}.x"] = digests["tensors"][Q_PROJ]
+    (checkpoint / "tensor_digests.json").write_text(json.dumps(digests))
+    reseal(checkpoint)
+    found = verify_checkpoint(checkpoint, str(base_dir))
+    assert "tensor_digests.json" in {fault.where for fault in found}
+
+
+def test_digests_of_layers_that_cannot_be(checkpoint, layers_dir):
+    digests = json.loads((checkpoint / "tensor_digests.json").read_text())
+    names = [f"backbone.layers.{number}.x" for number in ("9" * 5000, "٣", "-1", "")]
+    digests["tensors"] |= dict.fromkeys(names, digests["tensors"][Q_PROJ])
+    (checkpoint / "tensor_digests.json").write_text(json.dumps(digests))
+    reseal(checkpoint)
+    assert {fault.where for fault in verify_checkpoint(checkpoint, None, layers_dir)} == set(names)
+
+
 def test_a_checkpoint_in_another_dtype_is_compared_with_its_base_cast(base_dir, layers_dir, tmp_path):
     folder = tmp_path / "half"
     model_preparation.build_checkpoint(str(base_dir), [2], layers_dir, folder, dtype=torch.bfloat16)
