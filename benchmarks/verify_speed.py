@@ -1,7 +1,7 @@
 """Verifying a checkpoint against reading the same bytes cold, one after the other, with dd.
 
 Prints seconds, GB/s, the ratio of the two speeds and peak resident memory, medians over --runs. Before every run the
-page cache lets go of the folder's files; each run is a process of its own, imports included. A folder to verify is made by
+page cache lets go of the files; each run is a process of its own, imports included. A folder to verify is made by
 create_replaced_model_checkpoint.py.
 
     python benchmarks/verify_speed.py --folder /mnt/scratch --checkpoint /mnt/scratch/out
