@@ -28,6 +28,7 @@ from model_preparation.surgery.graft import GraftPlan, empty_model, plan, tensor
 from model_preparation.surgery.layer_store import heads_of, read_generation_config
 from model_preparation.surgery.new_folder import check_space, check_target, new_folder
 from model_preparation.surgery.pt_writer import TensorSource, Written, placeholder, write_together
+from model_preparation.surgery.seal import seal
 from model_preparation.surgery.tensor_files import TensorFiles, load_tensors
 from model_preparation.surgery.tokenizer_files import load_tokenizer
 from model_preparation.surgery.trial import try_out
@@ -130,8 +131,9 @@ def write(
         info["files"] = {path.name: described for path, described in written.files.items()}
         (staging / "README.txt").write_text(readme_text(target.name, info), encoding="utf-8")
         info["files"] |= describe_files(staging, excluded=info["files"])
-        _write_json(staging / INFO, info)
-    return info
+        sealed = seal(info)
+        (staging / INFO).write_bytes(sealed)
+    return json.loads(sealed)
 
 
 def check_room(graft: GraftPlan, output_dir: Path) -> None:

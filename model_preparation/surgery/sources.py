@@ -190,8 +190,8 @@ def _local_source(folder: Path, need: Need) -> Source:
 def _base_of_checkpoint(folder: Path) -> str | None:
     """The base named in a checkpoint's checkpoint_info.json; None if there is no such file, or it names none."""
     try:
-        return str(json.loads((folder / "checkpoint_info.json").read_bytes())["base_model"]["name"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_json(folder / "checkpoint_info.json")["base_model"]["name"])
+    except (OSError, ValueError, KeyError, TypeError, SurgeryError):
         return None
 
 

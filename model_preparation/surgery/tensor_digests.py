@@ -22,8 +22,6 @@ from model_preparation.surgery.tensor_files import TensorFiles, load_tensors
 from model_preparation.surgery.tensor_ranges import MappedFiles, TensorRange, bytes_of, pt_ranges
 from model_preparation.surgery.untrusted_files import MAX_DEPTH, check_fields, read_json
 
-TENSOR_DIGESTS = "tensor_digests.json"
-
 _CAST_NUMBERS = 1 << 22  # at a time
 _MAX_MODULES = 100_000
 

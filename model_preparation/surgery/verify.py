@@ -14,12 +14,12 @@ from typing import Any
 from rich.filesize import decimal
 
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.checkpoint import INFO, MODULE, STATE_DICT, TOKENIZER, read_info
+from model_preparation.surgery.checkpoint import INFO, MODULE, STATE_DICT, TENSOR_DIGESTS, TOKENIZER, read_info
 from model_preparation.surgery.file_digests import FileDigests, read_digests
 from model_preparation.surgery.layer_store import FILE_FIELDS, LayerStore
 from model_preparation.surgery.seal import check_seal
 from model_preparation.surgery.sources import resolve
-from model_preparation.surgery.tensor_digests import TENSOR_DIGESTS, range_of
+from model_preparation.surgery.tensor_digests import range_of
 from model_preparation.surgery.tensor_ranges import TensorRange
 from model_preparation.surgery.untrusted_files import check_fields, inside, regular_file
 from model_preparation.surgery.verification import Fault, Verification, byte_progress

@@ -13,12 +13,11 @@ from rich.filesize import decimal
 from model_preparation.command_line import default_folder
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.configuration_llamba import LlambaConfig
-from model_preparation.surgery.checkpoint import INFO, MODULE, STATE_DICT
+from model_preparation.surgery.checkpoint import INFO, MODULE, STATE_DICT, TENSOR_DIGESTS
 from model_preparation.surgery.file_digests import FileDigests
 from model_preparation.surgery.graft import empty_model
 from model_preparation.surgery.layer_store import METADATA, LayerStore
 from model_preparation.surgery.tensor_digests import (
-    TENSOR_DIGESTS,
     TensorDigest,
     base_digests,
     donor_digests,

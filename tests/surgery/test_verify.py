@@ -17,7 +17,6 @@ from model_preparation.surgery.file_digests import read_digests
 from model_preparation.surgery.seal import check_seal, seal
 from model_preparation.surgery.verify import inspect, verify_checkpoint
 from tests.conftest import assert_refused, run_command, run_fresh_command
-from tests.sealed import add_digests_and_seal
 from tests.surgery.test_hostile_files import SYSTEM, put_pickle
 
 Q_PROJ = "backbone.layers.1.self_attn.q_proj.weight"
@@ -25,9 +24,7 @@ Q_PROJ = "backbone.layers.1.self_attn.q_proj.weight"
 
 @pytest.fixture
 def checkpoint(checkpoint_dir, tmp_path) -> Path:
-    folder = Path(shutil.copytree(checkpoint_dir, tmp_path / "checkpoint"))
-    add_digests_and_seal(folder)
-    return folder
+    return Path(shutil.copytree(checkpoint_dir, tmp_path / "checkpoint"))
 
 
 def reseal(folder: Path, **changes) -> None:
@@ -35,6 +32,27 @@ def reseal(folder: Path, **changes) -> None:
     info = json.loads((folder / "checkpoint_info.json").read_text())
     info["files"] = {name: describe_file(folder / name) for name in info["files"]}
     (folder / "checkpoint_info.json").write_bytes(seal(info | changes))
+
+
+def describe_anew(folder: Path) -> None:
+    """Write the tensors' digests and the seal as a build of what is in the folder now would."""
+    info = json.loads((folder / "checkpoint_info.json").read_text())
+    state_dict = torch.load(folder / "model_state_dict.pt", weights_only=True)
+    donors = tuple(f"backbone.layers.{index}." for index in info["replaced_layers"])
+    tensors = {
+        name: {
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "blake3": blake3(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest(),
+            "from": "donor" if name.startswith(donors) else "base",
+            "source_name": name,
+        }
+        for name, tensor in state_dict.items()
+    }
+    digests = folder / "tensor_digests.json"
+    digests.write_text(json.dumps({"format_version": 1, "algorithm": "blake3", "tensors": tensors}, indent=2))
+    info["files"][digests.name] = describe_file(digests)
+    (folder / "checkpoint_info.json").write_bytes(seal(info))
 
 
 def flip(path: Path, position: int, bit: int) -> None:
@@ -166,7 +184,7 @@ def test_sealed_anew_after_a_change_the_tensors_tell(checkpoint, base_dir, layer
     reseal(checkpoint)
     faults = [fault.where for fault in verify_checkpoint(checkpoint)]
     assert faults == [kept, Q_PROJ]  # against tensor_digests.json
-    add_digests_and_seal(checkpoint)
+    describe_anew(checkpoint)
     reseal(checkpoint)
     text = told(verify_checkpoint(checkpoint, str(base_dir), layers_dir))
     assert f"{kept} is not the base's" in text
@@ -216,7 +234,6 @@ def test_digests_of_layers_that_cannot_be(checkpoint, layers_dir):
 def test_a_checkpoint_in_another_dtype_is_compared_with_its_base_cast(base_dir, layers_dir, tmp_path):
     folder = tmp_path / "half"
     model_preparation.build_checkpoint(str(base_dir), [2], layers_dir, folder, dtype=torch.bfloat16)
-    add_digests_and_seal(folder)
     assert not verify_checkpoint(folder, str(base_dir), layers_dir)
 
 
