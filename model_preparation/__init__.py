@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
     from model_preparation.surgery.checkpoint import build_checkpoint, load_checkpoint
     from model_preparation.surgery.layer_store import extract_layers
+    from model_preparation.surgery.verify import verify_checkpoint
 
 _MODULE_OF = {
     "LlambaConfig": "model_preparation.llamba",
@@ -28,6 +29,7 @@ _MODULE_OF = {
     "evaluate_checkpoint": "model_preparation.evaluation.mmlu",
     "extract_layers": "model_preparation.surgery.layer_store",
     "load_checkpoint": "model_preparation.surgery.checkpoint",
+    "verify_checkpoint": "model_preparation.surgery.verify",
 }
 __all__ = [
     "LlambaConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "evaluate_checkpoint",
     "extract_layers",
     "load_checkpoint",
+    "verify_checkpoint",
 ]
 
 

@@ -4,12 +4,12 @@ In: anything `surgery.sources.resolve` takes. Out: the model, its tokenizer, and
 heads. Works as `from modelscope_utils import ...` inside this folder and as `from model_preparation.modelscope_utils`.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
+from model_preparation.surgery.untrusted_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +44,8 @@ def get_model_modelscope(
 
 def _model_type(folder: Path) -> str:
     try:
-        model_type = json.loads((folder / "config.json").read_bytes()).get("model_type")
-    except (ValueError, AttributeError) as error:
+        model_type = read_json(folder / "config.json").get("model_type")
+    except ValueError as error:
         raise SurgeryError(f"{folder / 'config.json'} is not a model's config: {error}. Download it again.") from error
     if model_type not in ("llama", "llamba"):
         raise SurgeryError(
@@ -56,14 +56,14 @@ def _model_type(folder: Path) -> str:
 
 
 def _tokenizer(name: str, source: Source) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
+    from model_preparation.surgery.tokenizer_files import load_tokenizer
 
     if has_tokenizer(source.folder):
-        return AutoTokenizer.from_pretrained(source.folder)
+        return load_tokenizer(source.folder)
     published_apart = tokenizer_name(name)
     if published_apart is None:
         raise SurgeryError(f"{source.folder} holds no tokenizer, and none is known for {name}. Copy one into it.")
-    return AutoTokenizer.from_pretrained(resolve(published_apart, need="tokenizer").folder)
+    return load_tokenizer(resolve(published_apart, need="tokenizer").folder)
 
 
 def _load(folder: Path, model_type: str, dtype: "torch.dtype | str | None") -> "PreTrainedModel":

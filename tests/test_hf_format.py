@@ -250,7 +250,7 @@ def test_load_checkpoint_and_the_test_command_take_it(hf_dir, checkpoint_dir, tm
         ("cut", "layer_02.safetensors cannot be read as tensors"),
         ("missing", "layer_02.safetensors is missing"),
         ("no index", "has no weights"),
-        ("outside", "is outside the model's folder"),
+        ("outside", "is outside its folder"),
         ("other", r"backbone.layers.3.input_layernorm.weight has shape none instead of \[32\]"),
     ],
 )

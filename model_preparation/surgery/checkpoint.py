@@ -6,7 +6,6 @@ is no checkpoint.
 """
 
 import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 import transformers
 from rich.filesize import decimal
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 import model_preparation
 from model_preparation.errors import SurgeryError
@@ -33,10 +32,15 @@ from model_preparation.surgery.hf_folder import INDEX, HfFolder, read_state_dict
 from model_preparation.surgery.layer_store import heads_of, read_generation_config
 from model_preparation.surgery.new_folder import check_space, check_target, new_folder
 from model_preparation.surgery.pt_writer import placeholder, write_together
+from model_preparation.surgery.seal import seal
 from model_preparation.surgery.store_folder import STORE
 from model_preparation.surgery.tensor_copy import TensorSource
+from model_preparation.surgery.tensor_files import load_tensors
 from model_preparation.surgery.timestamps import creation_time
+from model_preparation.surgery.tokenizer_files import load_tokenizer
 from model_preparation.surgery.trial import try_out
+from model_preparation.surgery.untrusted_config import config_from, generation_config_from
+from model_preparation.surgery.untrusted_files import check_fields, read_json
 
 FORMAT_VERSION = 1
 FORMATS = ("pt", "hf", "both")
@@ -46,6 +50,7 @@ STATE_DICT = "model_state_dict.pt"
 TENSOR_DIGESTS = "tensor_digests.json"
 TOKENIZER = "tokenizer"
 
+_INFO_FIELDS = {"replaced_layers": list, "total_layers": int, "config": dict, "generation_config": dict, "files": dict}
 _SMALL_FILES_BYTES = 64_000_000  # tokenizer, JSON and README, generously
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 
@@ -153,10 +158,11 @@ def write(
         info |= {"format": format, "files": files}
         (staging / "README.txt").write_text(readme_text(info), encoding="utf-8")
         info["files"] |= describe_files(staging, excluded=info["files"])
+        sealed = seal(info)
         if confirm is not None:
             confirm(info)
-        _write_json(staging / INFO, info)
-    return info
+        (staging / INFO).write_bytes(sealed)
+    return json.loads(sealed)
 
 
 def check_room(graft: GraftPlan, output_dir: Path, format: str = "pt") -> None:
@@ -202,8 +208,9 @@ def load_checkpoint(
     directory = Path(directory).expanduser()
     info = read_info(directory)
     try:
-        config = LlambaConfig.from_dict(info["config"])
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        config = config_from(info["config"], LlambaConfig)
+        generation_config = generation_config_from(info["generation_config"])
+    except ValueError as error:
         raise SurgeryError(f"{directory / INFO} describes no model ({error}). Build the checkpoint again.") from error
     model = empty_model(config)
     is_hf = info.get("format") == "hf"
@@ -216,7 +223,7 @@ def load_checkpoint(
     model.tie_weights()
     if dtype is not None:
         model.config.dtype = dtype
-    model.generation_config = GenerationConfig(**info["generation_config"])
+    model.generation_config = generation_config
     return model.to(device), load_tokenizer(directory if is_hf else directory / TOKENIZER)
 
 
@@ -244,9 +251,10 @@ def check_info(path: Path) -> dict[str, Any]:
         SurgeryError: if it cannot be read, or is of a format this version does not know.
     """
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        info = read_json(path)
+        check_fields(info, {"format_version": object, **_INFO_FIELDS})
         version = info["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise SurgeryError(f"{path} cannot be read ({error}). Build the checkpoint again.") from error
     if version != FORMAT_VERSION:
         raise SurgeryError(
@@ -264,21 +272,6 @@ def without_wrapper_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
             bare = bare.partition(".")[2]
         names[bare] = state_dict[name]
     return names
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder.
-
-    Raises:
-        SurgeryError: if transformers cannot load it.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SurgeryError(
-            f"No tokenizer can be loaded from {folder} ({reason}). Name one with --tokenizer."
-        ) from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, graft: GraftPlan) -> None:
@@ -415,16 +408,9 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
-    try:
-        state_dict = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError as error:
-        raise SurgeryError(f"{path} is missing. Build the checkpoint again.") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SurgeryError(f"{path} cannot be read ({reason}). Build the checkpoint again.") from error
-    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise SurgeryError(f"{path} is not a state dict. Build the checkpoint again.")
-    return state_dict
+    if not path.exists():
+        raise SurgeryError(f"{path} is missing. Build the checkpoint again.")
+    return load_tensors(path, "Build the checkpoint again.")
 
 
 def _check_fit(model: LlambaForCausalLM, state_dict: Mapping[str, Tensor], path: Path) -> None:

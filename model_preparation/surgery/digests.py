@@ -12,6 +12,8 @@ from typing import Any
 
 from blake3 import blake3
 
+from model_preparation.surgery.untrusted_files import regular_file
+
 _BLOCK_BYTES = 1 << 20
 
 
@@ -51,9 +53,13 @@ def fault_of(path: Path, recorded: dict, advance: Callable[[int], None] = lambda
     """What is wrong with a file against its `describe_file`, in a few words; None if nothing is.
 
     `advance` is told the bytes of every block read.
+
+    Raises:
+        SurgeryError: for a link that leads out of the file's folder.
     """
     if not path.is_file():
         return "missing"
+    regular_file(path)
     size_bytes = path.stat().st_size
     if size_bytes != recorded["bytes"]:
         return f"{size_bytes} bytes long instead of {recorded['bytes']}"

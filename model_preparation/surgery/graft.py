@@ -19,6 +19,7 @@ from model_preparation.surgery.layer_store import LayerStore, check_range, heads
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
 from model_preparation.surgery.tensor_files import TensorFiles
 from model_preparation.surgery.tensor_ranges import TensorRange
+from model_preparation.surgery.untrusted_config import refusing_impossible_models
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,14 @@ def grafted_config(base: LlambaConfig, donor: LayerStore, layers: Sequence[int])
     fields["llama_cfg"] = {name: getattr(donor.config, name) for name in LLAMA_DEFAULTS}
     fields["max_position_embeddings"] = donor.config.max_position_embeddings
     fields["use_cache"] = False  # plain forward passes need none; `generate` asks for it by itself
-    return LlambaConfig.from_dict(fields)
+    with refusing_impossible_models():
+        return LlambaConfig.from_dict(fields)
 
 
 def empty_model(config: LlambaConfig) -> LlambaForCausalLM:
     """The model without memory for its parameters (meta device); its few buffers are real, on the CPU."""
-    with torch.device("meta"):  # of this thread only, unlike accelerate's init_empty_weights
+    # The device is of this thread only, unlike accelerate's init_empty_weights.
+    with torch.device("meta"), refusing_impossible_models():
         model = LlambaForCausalLM(config)
     if config.llama_layers:
         model.backbone.rotary_emb = LlamaRotaryEmbedding(config.llama_config())

@@ -6,16 +6,18 @@ at a time, and the model is never built. `LayerStore` reads such a folder and tr
 """
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import rich.progress
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from model_preparation.errors import SurgeryError
@@ -28,12 +30,24 @@ from model_preparation.surgery.sources import has_tokenizer, resolve
 from model_preparation.surgery.tensor_files import TensorFiles, load_tensors
 from model_preparation.surgery.tensor_ranges import TensorRange, pt_ranges
 from model_preparation.surgery.timestamps import creation_time
+from model_preparation.surgery.tokenizer_files import load_tokenizer
+from model_preparation.surgery.untrusted_config import config_from, refusing_impossible_models
+from model_preparation.surgery.untrusted_files import check_fields, inside, read_json, regular_file
 
 FORMAT_VERSION = 1
 METADATA = "metadata.json"
 ROTARY = "rotary_emb.pt"
 TOKENIZER = "tokenizer"
 
+FILE_FIELDS: dict[str, type] = {"bytes": int, "sha256": str}
+_METADATA_FIELDS = {
+    "model_name": str,
+    "source": dict,
+    "config": dict,
+    "generation_config": (dict, NoneType),
+    "layers": dict,
+    "files": dict,
+}
 _LAYER_PREFIX = {"llama": "model.layers", "llamba": "backbone.layers"}
 
 
@@ -126,7 +140,7 @@ def complete_folder(
         rotary = LlamaRotaryEmbedding(config)
         torch.save({"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling}, staging / ROTARY)
     if tokenizer is not None:
-        AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(staging / TOKENIZER)
+        load_tokenizer(tokenizer).save_pretrained(staging / TOKENIZER)
     num_heads, head_dim = heads_of(config)
     metadata = {
         "format_version": FORMAT_VERSION,
@@ -193,7 +207,7 @@ class LayerStore:
                 f"python extract_layers.py --model_name llama --output_dir {self.folder}"
             )
         try:
-            self.metadata: dict[str, Any] = json.loads(path.read_text())
+            self.metadata: dict[str, Any] = read_json(path)
             version = self.metadata["format_version"]
         except (ValueError, KeyError, TypeError) as error:
             raise SurgeryError(f"{path} is not metadata of extracted layers ({error}). {self._again()}") from error
@@ -203,9 +217,15 @@ class LayerStore:
                 "Update model_preparation, or extract the layers again with this version."
             )
         try:
+            check_fields(self.metadata, _METADATA_FIELDS)
             self.config = config_from_dict(self.metadata["config"])
             self.layers: dict[int, dict] = {int(index): entry for index, entry in self.metadata["layers"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            for entry in [*self.layers.values(), *self.metadata["files"].values()]:
+                check_fields(entry, FILE_FIELDS)
+            for entry in self.layers.values():
+                check_fields(entry, {"file": str})
+            check_fields(self.metadata["source"], {"id": str})
+        except (ValueError, TypeError, AttributeError) as error:
             raise SurgeryError(f"{path} is damaged ({error}). {self._again()}") from error
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -225,7 +245,7 @@ class LayerStore:
         path = self.folder / layer_file(index)
         if index not in self.layers or not path.is_file():
             raise SurgeryError(f"Layer file not found: {path}. {self._again()}")
-        return path
+        return regular_file(path)
 
     def check(self, layers: Sequence[int]) -> None:
         """Compare the files of these layers with their recorded SHA-256.
@@ -245,7 +265,7 @@ class LayerStore:
         recorded = {entry["file"]: entry for entry in self.layers.values()} | self.metadata["files"]
         found = []
         for name, entry in rich.progress.track(recorded.items(), f"Verifying {self.folder}"):
-            if fault := fault_of(self.folder / name, entry):
+            if fault := fault_of(inside(self.folder, name), entry):
                 found.append(f"{self.folder / name} is {fault}.")
         return found
 
@@ -253,9 +273,10 @@ class LayerStore:
         # model_name is what the user typed; quoting a damaged file's content back would help nobody.
         metadata = getattr(self, "metadata", None)
         origin = {"model_name": "llama"} | (metadata if isinstance(metadata, dict) else {})
-        flags = f"--model_name {origin['model_name']}"
+        # Names may have come from a stranger, and people paste commands.
+        flags = f"--model_name {shlex.quote(str(origin['model_name']))}"
         if isinstance(source := origin.get("source"), dict) and source.get("legacy"):
-            flags = f"--from_legacy {source.get('path')} --trust_pickle"
+            flags = f"--from_legacy {shlex.quote(str(source.get('path')))} --trust_pickle"
         return f"Extract it again: python extract_layers.py {flags} --output_dir {self.folder} --overwrite"
 
 
@@ -282,22 +303,33 @@ def read_config(folder: Path) -> PreTrainedConfig:
     Raises:
         SurgeryError: if config.json is not one transformers or we can read.
     """
+    path = folder / "config.json"
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise SurgeryError(f"{folder / 'config.json'} cannot be used: {_sentence(error)}") from error
+        fields = read_json(path)
+        check_fields(fields, {"model_type": str})
+        if fields["model_type"] not in CONFIG_MAPPING:
+            raise ValueError(f"model_type {fields['model_type']!r:.80} is unknown")
+        return config_from(fields, CONFIG_MAPPING[fields["model_type"]])
+    except (ValueError, FileNotFoundError) as error:
+        raise SurgeryError(f"{path} cannot be used: {_sentence(error)}") from error
 
 
 def config_from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
-    """The config that `config.to_dict()` gave; raises KeyError for a model type that is neither kind."""
-    kind = {"llama": LlamaConfig, "llamba": LlambaConfig}[fields["model_type"]]
-    return kind.from_dict(fields)
+    """The config that `config.to_dict()` gave; raises ValueError for one that is neither kind, or damaged."""
+    kinds = {"llama": LlamaConfig, "llamba": LlambaConfig}
+    check_fields(fields, {"model_type": str})
+    if fields["model_type"] not in kinds:
+        raise ValueError(f"model_type {fields['model_type']!r:.80} is neither {' nor '.join(kinds)}")
+    return config_from(fields, kinds[fields["model_type"]])
 
 
 def read_generation_config(folder: Path) -> dict[str, Any] | None:
     """The model folder's generation_config.json, or None where it has none."""
     path = folder / "generation_config.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return read_json(path) if path.exists() else None
+    except ValueError as error:
+        raise SurgeryError(f"{path} cannot be used: {_sentence(error)}") from error
 
 
 def heads_of(config: PreTrainedConfig) -> tuple[int, int]:
@@ -315,7 +347,7 @@ def layer_shapes(config: PreTrainedConfig, kind: str = "full_attention") -> dict
         config: a Llama's or a Llamba's.
         kind: one of a Llamba's `layer_types`; a Llama's layers are all alike.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), refusing_impossible_models():
         if not isinstance(config, LlambaConfig):
             layer: torch.nn.Module = LlamaDecoderLayer(config, 0)
         elif kind == "full_attention":

@@ -22,7 +22,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.configuration_llamba import LlambaConfig
@@ -31,6 +31,7 @@ from model_preparation.surgery.layer_store import heads_of, read_config, read_ge
 from model_preparation.surgery.new_folder import check_space, check_target, new_folder
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve
 from model_preparation.surgery.tensor_files import TensorFiles
+from model_preparation.surgery.tokenizer_files import load_tokenizer
 
 DECAY = 15 / 16  # per token, so the state looks back over some 16 tokens
 TYPICAL_SCORE = 4.0  # size of q.k / sqrt(head_dim) before the softmax; 2 to 5 in most layers of SmolLM2
@@ -99,7 +100,7 @@ def init_llamba_base(
         if generation_config := read_generation_config(source.folder):
             _write_json(staging / "generation_config.json", generation_config)
         if has_tokenizer(source.folder):
-            AutoTokenizer.from_pretrained(source.folder).save_pretrained(staging)
+            load_tokenizer(source.folder).save_pretrained(staging)
     return config
 
 

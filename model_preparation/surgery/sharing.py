@@ -21,6 +21,7 @@ from model_preparation.surgery.digests import fault_of
 from model_preparation.surgery.hub_uploads import HUBS
 from model_preparation.surgery.licences import check_name, licence_of, terms_of
 from model_preparation.surgery.model_card import MEASURED, card_text, read_card
+from model_preparation.surgery.seal import seal
 from model_preparation.surgery.sources import first_line
 
 CARD, NOTICE, README = "README.md", "NOTICE", "README.txt"
@@ -103,7 +104,7 @@ def plan_share(
         raise SurgeryError(
             f"{directory / INFO} is not what a build writes ({first_line(error)}). Build the checkpoint again."
         ) from error
-    texts = {CARD: card_content, INFO: json.dumps(shared, indent=2, ensure_ascii=False) + "\n"}
+    texts = {CARD: card_content, INFO: seal(shared).decode()}
     if terms:
         texts[NOTICE] = "".join(f"{term.notice}\n" for term in terms)
     present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}

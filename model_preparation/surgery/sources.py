@@ -8,17 +8,17 @@ no hub can be reached, the copy downloaded before in that case, and the name of 
 """
 
 import argparse
-import json
 import logging
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Literal
 
 from model_preparation.errors import SurgeryError
+from model_preparation.surgery.untrusted_files import inside, read_json
 
 # A name's target is anything `resolve` takes; `--source NAME=TARGET` and MODEL_PREPARATION_NAME replace it.
 TABLE = {
@@ -190,8 +190,8 @@ def _local_source(folder: Path, need: Need) -> Source:
 def _base_of_checkpoint(folder: Path) -> str | None:
     """The base named in a checkpoint's checkpoint_info.json; None if there is no such file, or it names none."""
     try:
-        return str(json.loads((folder / "checkpoint_info.json").read_bytes())["base_model"]["name"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_json(folder / "checkpoint_info.json")["base_model"]["name"])
+    except (OSError, ValueError, KeyError, TypeError, SurgeryError):
         return None
 
 
@@ -227,19 +227,15 @@ def _missing_model(folder: Path) -> list[str]:
 def _shards(index: Path) -> list[str]:
     """The file names an index lists, sorted; none of them leads out of the index's folder."""
     try:
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        paths = [PureWindowsPath(shard) for shard in shards]  # splits at / and \ alike
-        if not shards:
+        shards = sorted(set(read_json(index)["weight_map"].values()))
+        if not shards or not all(isinstance(shard, str) for shard in shards):
             raise ValueError("it lists no files")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SurgeryError(
             f"{index} is not an index of weight files ({first_line(error)}). Download or copy it again."
         ) from error
-    for shard, path in zip(shards, paths, strict=True):
-        if path.anchor or ".." in path.parts:
-            raise SurgeryError(
-                f"{index} names the weight file {shard!r}, which is outside its folder. Do not use this model."
-            )
+    for shard in shards:
+        inside(index.parent, shard)
     return shards
 
 

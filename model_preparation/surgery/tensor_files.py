@@ -4,8 +4,6 @@ In: a folder with model.safetensors or pytorch_model.bin, whole or in shards wit
 tensor lies (`TensorRange`), and tensors mapped from there, without building the model. Nothing is unpickled as code.
 """
 
-import json
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +11,10 @@ import torch
 from torch import Tensor
 
 from model_preparation.errors import SurgeryError
+from model_preparation.surgery.pickle_scan import TENSORS
+from model_preparation.surgery.pt_structure import check_pt
 from model_preparation.surgery.tensor_ranges import MappedFiles, TensorRange, pt_ranges, safetensors_ranges
+from model_preparation.surgery.untrusted_files import inside, read_json
 
 # In the order in which transformers looks for them.
 _SINGLE_AND_INDEX = (
@@ -87,15 +88,13 @@ class TensorFiles:
 
     def _locate_shards(self, index: Path) -> dict[str, TensorRange]:
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            path_of = {name: self.folder / shard for name, shard in weight_map.items()}
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise SurgeryError(f"{index} is not an index of shards. Download the file again.") from error
+            weight_map = read_json(index)["weight_map"]
+            path_of = {name: inside(self.folder, shard) for name, shard in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SurgeryError(f"{index} is not an index of shards ({error}). Download the file again.") from error
         ranges: dict[Path, dict[str, TensorRange]] = {}
         for path in sorted(set(path_of.values())):
-            if path.parent != self.folder or path.name in ("", ".."):
-                raise SurgeryError(f"{index} names {path}, which is outside the model's folder. Do not use this model.")
-            if not path.is_file():
+            if not path.exists():
                 raise SurgeryError(f"Shard {path} is missing. Download the model again.")
             ranges[path] = _ranges_in(path)
         for name, path in path_of.items():
@@ -110,17 +109,36 @@ def _ranges_in(path: Path) -> dict[str, TensorRange]:
     return pt_ranges(path, load_tensors(path))
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path, cure: str = "Make or download it again.") -> dict[str, Tensor]:
     """The dict of tensors in a file that torch.save wrote, mapped from it.
 
     Raises:
-        SurgeryError: if the file is not one, or holds anything but tensors by name.
+        SurgeryError: if the file is not one, names a global that could run code, or holds anything but tensors by name
+            that lie in its own records; `cure` is its second sentence.
     """
     try:
+        check_pt(path, TENSORS)
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+        ):
+            raise ValueError("it holds something else than tensors by name")
+        for name, tensor in tensors.items():
+            _check_view(name, tensor)
+    except (SurgeryError, OSError):
+        raise
+    except Exception as error:  # what passes the checks may still make torch raise anything at all
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SurgeryError(f"{path} cannot be read as tensors ({reason}). Make or download it again.") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise SurgeryError(f"{path} holds something else than tensors by name. Make or download it again.")
+        raise SurgeryError(f"{path} cannot be read as tensors ({reason:.300}). {cure}") from error
     return tensors
+
+
+def _check_view(name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the tensor lies in its storage, and is no larger than that."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise ValueError(f"{name:.100} is no plain tensor")
+    stored_bytes = tensor.untyped_storage().nbytes()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end_bytes = (tensor.storage_offset() + last + 1) * tensor.itemsize if tensor.numel() else 0
+    if max(end_bytes, tensor.nbytes) > stored_bytes:
+        raise ValueError(f"{name:.100} needs {max(end_bytes, tensor.nbytes)} bytes of a storage of {stored_bytes}")

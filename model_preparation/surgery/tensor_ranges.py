@@ -4,7 +4,7 @@ In: a safetensors file, or one that torch.save wrote. Out: per tensor a `TensorR
 by piece, cast if asked for. Source of the safetensors layout: github.com/huggingface/safetensors, README, "Format".
 """
 
-import json
+import math
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.block_io import Place, read_into
+from model_preparation.surgery.pt_structure import pt_records
+from model_preparation.surgery.untrusted_files import MAX_JSON_BYTES, check_fields, parse_json, regular_file
 
 # The safetensors header's names of the dtypes whose arithmetic a model can run in.
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -118,53 +120,78 @@ def safetensors_ranges(path: Path) -> dict[str, TensorRange]:
     Raises:
         SurgeryError: if the header is not one, or its ranges do not fill the file exactly, without overlaps.
     """
-    size_bytes = path.stat().st_size
     try:
+        size_bytes = regular_file(path).stat().st_size
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
-            if not 2 <= header_bytes <= min(_MAX_HEADER_BYTES, size_bytes - 8):
+            if not 2 <= header_bytes <= min(MAX_JSON_BYTES, size_bytes - 8):
                 raise ValueError(f"the header's length is {header_bytes}")
-            header = json.loads(file.read(header_bytes))
+            header = parse_json(file.read(header_bytes))
         header.pop("__metadata__", None)
+        for name, entry in header.items():
+            _check_entry(name, entry)
         found = {}
         position = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
             tensor = TensorRange(path, 8 + header_bytes + begin, torch.Size(entry["shape"]), _dtype(entry, path))
             if begin != position or end - begin != tensor.size_bytes:
-                raise ValueError(f"{name} does not lie where it should")
+                raise ValueError(f"{name:.100} does not lie where it should")
             found[name] = tensor
             position = end
         if 8 + header_bytes + position != size_bytes:
             raise ValueError(f"it is {size_bytes} bytes long instead of {8 + header_bytes + position}")
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except ValueError as error:
         raise SurgeryError(f"{path} cannot be read as tensors ({error}). Make or download it again.") from error
     return found
+
+
+def _check_entry(name: str, entry: object) -> None:
+    """Raise ValueError unless a header's entry has what one has, with numbers that a file can have."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name:.100} is described by no JSON object")
+    check_fields(entry, {"dtype": str, "shape": list, "data_offsets": list})
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in [*shape, *offsets]):
+        raise ValueError(f"{name:.100} has a shape or place that is no integer from 0 to 2**63")
+    if len(offsets) != 2 or len(shape) > _MAX_DIMENSIONS or math.prod(shape) >= 1 << 60:
+        raise ValueError(f"{name:.100} has {len(shape)} dimensions and {math.prod(shape)} numbers")
 
 
 def pt_ranges(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorRange]:
     """Where the tensors that `torch.load(path, mmap=True)` gave lie in the file.
 
-    The file is mapped as one piece, so the distance between two tensors in memory is that in the file; torch numbers
-    storages in the order of the dict, and its reader says where the first one is.
+    The file is mapped as one piece, so storages are as far apart in memory as in the file, and the first is the first.
+
+    Args:
+        tensors: those of all storages in the file.
 
     Raises:
-        SurgeryError: if a tensor is not contiguous, or lies outside the file.
+        SurgeryError: if a tensor is not contiguous, or a storage in memory is not one of the file.
     """
-    reader = torch._C.PyTorchFileReader(str(path))  # type: ignore[call-arg]
-    size_bytes = path.stat().st_size
+    try:
+        records = pt_records(path)
+    except ValueError as error:
+        raise SurgeryError(f"{path} cannot be read as tensors ({error}). Make or download it again.") from error
+    places = sorted(
+        (record.start, record.size_bytes)
+        for name, record in records.items()
+        if name.startswith("data/") and record.size_bytes
+    )
+    used = [tensor.untyped_storage() for tensor in tensors.values()]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in used if storage.nbytes()}
+    pointers = sorted(storages)
+    mapped_at = pointers[0] - places[0][0] if pointers and places else 0
+    if [(pointer - mapped_at, storages[pointer]) for pointer in pointers] != places:
+        raise SurgeryError(f"{path} holds storages that no tensor uses, or not all. Save it again with torch.save.")
     found: dict[str, TensorRange] = {}
-    mapped_at: int | None = None
     for name, tensor in tensors.items():
-        if mapped_at is None:
-            first = tensor.untyped_storage().data_ptr()
-            mapped_at = first - reader.get_record_offset("data/0")  # type: ignore[attr-defined]
-        start = tensor.data_ptr() - mapped_at
-        if not tensor.is_contiguous() or not 0 <= start <= size_bytes - tensor.nbytes:
+        if not tensor.is_contiguous():
             raise SurgeryError(f"{path} holds {name} in a way that cannot be copied. Save it again with torch.save.")
+        start = tensor.data_ptr() - mapped_at if tensor.numel() else 0
         found[name] = TensorRange(path, start, tensor.shape, tensor.dtype)
     with path.open("rb") as file:
-        for name, place in found.items():
+        for name, place in found.items():  # a file of the other byte order was turned round in memory
             file.seek(place.start)
             beginning = bytes_of(tensors[name].reshape(-1)[:8])
             if file.read(len(beginning)) != beginning:

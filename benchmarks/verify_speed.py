@@ -1,0 +1,77 @@
+"""Verifying a checkpoint against reading the same bytes cold, one after the other, with dd.
+
+Prints seconds, GB/s, the ratio of the two speeds and peak resident memory, medians over --runs. Before every run the
+page cache lets go of the files; each run is a process of its own, imports included. A folder to verify is made by
+create_replaced_model_checkpoint.py.
+
+    python benchmarks/verify_speed.py --folder /mnt/scratch --checkpoint /mnt/scratch/out
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+COMMAND = Path(__file__).resolve().parents[1] / "model_preparation" / "verify_checkpoint.py"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="the disk that is measured")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint's folder")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--files_only", action="store_true", help="measure that too")
+    args = parser.parse_args()
+    if os.stat(args.folder).st_dev != os.stat(args.checkpoint).st_dev:
+        sys.exit(f"{args.checkpoint} is not on the disk of {args.folder}.")
+    paths = sorted(path for path in args.checkpoint.rglob("*") if path.is_file())
+    size_bytes = sum(path.stat().st_size for path in paths)
+
+    commands = {"verify": [[sys.executable, COMMAND, args.checkpoint]]}
+    if args.files_only:
+        commands["verify --files_only"] = [[sys.executable, COMMAND, args.checkpoint, "--files_only"]]
+    for name, flags in {"dd": [], "dd, direct": ["iflag=direct"]}.items():
+        commands[name] = [["dd", f"if={path}", "of=/dev/null", "bs=4M", *flags] for path in paths]
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for run in range(args.runs):
+        for name, arguments in commands.items():
+            forget(paths)
+            results[name].append(timed(arguments))
+        print(f"run {run + 1}: {', '.join(f'{name} {v[-1][0]:.1f} s' for name, v in results.items())}", flush=True)
+
+    seconds = {name: statistics.median(taken for taken, _ in measured) for name, measured in results.items()}
+    fastest = min(seconds["dd"], seconds["dd, direct"])
+    print(f"\n{size_bytes / 1e9:.2f} GB in {len(paths)} files, medians of {args.runs}")
+    for name, taken in seconds.items():
+        peak = max(peak for _, peak in results[name])
+        speed = f"{size_bytes / taken / 1e9:6.2f} GB/s, {fastest / taken:.2f} of the disk's"
+        print(f"{name:<20} {taken:7.1f} s   {speed}   {peak:5.2f} GB resident")
+
+
+def forget(paths: list[Path]) -> None:
+    """Have the page cache let go of the files."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def timed(commands: list[list]) -> tuple[float, float]:
+    """Run them one after the other; (seconds, the largest peak of resident memory in GB)."""
+    started = time.perf_counter()
+    peak = 0
+    for arguments in commands:
+        process = subprocess.Popen(list(map(str, arguments)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            sys.exit(process.stderr.read().decode() if process.stderr else "failed")
+        peak = max(peak, usage.ru_maxrss)
+    return time.perf_counter() - started, peak * 1024 / 1e9
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What checking a checkpoint brings together: a line per check, notes, faults; and the progress bar meanwhile."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import rich.progress
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong, and where: the name of a file in the folder, or of a tensor."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.what}"
+
+
+@dataclass
+class Verification:
+    """What came of it: a line per check, things worth knowing that are no faults, and the faults."""
+
+    directory: Path
+    checks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+
+    def check(self, what: str, looked_at: str) -> None:
+        self.checks.append(f"{what:<10} {looked_at}")
+
+    def fault(self, where: str, what: str) -> None:
+        self.faults.append(Fault(where, what))
+
+
+def byte_progress() -> rich.progress.Progress:
+    """A bar over bytes that goes when it is done."""
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        transient=True,
+    )

@@ -1,0 +1,51 @@
+"""Command: whether a checkpoint folder is what was built (see surgery/verify.py)."""
+
+from pathlib import Path
+
+from model_preparation.command_line import CommandParser, run
+from model_preparation.errors import SurgeryError
+from model_preparation.surgery.sources import add_source_flag
+
+EXAMPLES = """\
+examples:
+  python verify_checkpoint.py ../model_checkpoints/llamba_replaced_11_13_17_21
+  python verify_checkpoint.py ./downloaded --base unaligned_llamba --llama_layers_dir ../extracted_llama_layers
+"""
+
+
+def main() -> None:
+    parser = CommandParser(
+        description="Check every file of a checkpoint against its digest, every tensor against its own, and what the\n"
+        "model's pickle names against the list of what is allowed. Nothing is written, no code is run.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("checkpoint", metavar="DIR", type=Path, help="the checkpoint's folder")
+    parser.add_argument("--base", metavar="NAME|PATH", help="also compare the kept tensors with this base's")
+    parser.add_argument(
+        "--llama_layers_dir",
+        metavar="DIR",
+        help="also compare the replaced layers with these (default: extracted_llama_layers, if of the same source)",
+    )
+    parser.add_argument("--files_only", action="store_true", help="the files' digests only; finds any changed byte")
+    add_source_flag(parser)
+    args = parser.parse_args()
+    if args.files_only and (args.base or args.llama_layers_dir):
+        parser.error("--files_only looks at no tensors; leave out --base and --llama_layers_dir")
+
+    from model_preparation.surgery.verify import inspect
+
+    found = inspect(args.checkpoint, args.base, args.llama_layers_dir, files_only=args.files_only, sources=args.source)
+    for line in [*found.checks, *(f"note       {note}" for note in found.notes)]:
+        print(line)
+    for fault in found.faults:
+        print(f"FAULT      {fault}")
+    if found.faults:
+        count = len(found.faults)
+        raise SurgeryError(
+            f"{count} fault{'s' * (count > 1)} in {args.checkpoint}. Copy or download it again, or build it again."
+        )
+    print(f"Checkpoint {args.checkpoint} is what was built.")
+
+
+if __name__ == "__main__":
+    run(main)
