@@ -19,6 +19,7 @@ from modelscope_hub import set_default_config
 
 from model_preparation.surgery import hub_uploads
 from model_preparation.surgery.checkpoint import load_checkpoint
+from model_preparation.surgery.seal import check_seal
 from tests.conftest import assert_refused, run_command
 from tests.surgery.test_sources import NOBODY, Caches, FakeHub
 from tests.upload_hub import TOKEN, Pointer, Repository, UploadHub
@@ -77,6 +78,11 @@ def llama_checkpoint(checkpoint) -> Path:
     return checkpoint
 
 
+def unsealed(info: dict) -> dict:
+    """checkpoint_info.json's fields but for its seal."""
+    return {name: value for name, value in info.items() if name != "info_sha256"}
+
+
 def change_info(folder: Path, change) -> dict:
     path = folder / "checkpoint_info.json"
     info = json.loads(path.read_text())
@@ -129,7 +135,8 @@ def test_every_recorded_file_arrives_and_a_second_time_nothing_is_sent(client, h
     assert isinstance(branch["model.pt"], Pointer)
     assert bool(hub.chunks) == (client == "huggingface")
     info = json.loads(before["checkpoint_info.json"])
-    assert json.loads(branch["checkpoint_info.json"]) == info | {"format": "pt"}
+    assert check_seal(branch["checkpoint_info.json"]) is None
+    assert unsealed(json.loads(branch["checkpoint_info.json"])) == unsealed(info | {"format": "pt"})
     assert b"Llama 3.1 is licensed under the Llama 3.1 Community License" in branch["NOTICE"]
 
     card = ModelCard(branch["README.md"].decode())
