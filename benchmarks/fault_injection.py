@@ -33,12 +33,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="faults-", dir=args.folder) as folder:
         if args.only:
             name, kind, at = args.only
-            print(Sweep(Path(folder), [name]).inject(name, Fault(kind, int(at))))
+            with Sweep(Path(folder), [name]) as sweep:
+                print(sweep.inject(name, Fault(kind, int(at))))
             return
-        sweep = Sweep(Path(folder), args.scenarios)
-        for name, place in sweep.places.items():
-            print(f"{name}: {len(place.calls)} calls")
-        sys.exit(1 if run(sweep, args.faults, args.seed) else 0)
+        with Sweep(Path(folder), args.scenarios) as sweep:
+            for name, place in sweep.places.items():
+                print(f"{name}: {len(place.calls)} calls")
+            sys.exit(1 if run(sweep, args.faults, args.seed) else 0)
 
 
 def run(sweep, count: int, seed: int) -> int:

@@ -1,7 +1,7 @@
-"""Runs a function in a forked process that is stopped at a chosen system call that changes a folder.
+"""Runs functions in processes that are stopped at a chosen system call that changes a folder.
 
-In: a function, and a `Fault`. Out: how the process ended, what it said, and the calls it made. `shim.c` does the work in
-the child; it is compiled once, and needs Linux on x86-64, gcc or cc, and seccomp.
+In: a function, the folder, and a `Fault` per run. Out: how each run ended, what it said, and the calls it made. `shim.c`
+does the work in the child; it needs Linux on x86-64, gcc or cc, and seccomp.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 KINDS = {  # as in shim.c, where 0 is no fault
     "killed before": 1,
@@ -32,7 +34,6 @@ KINDS = {  # as in shim.c, where 0 is no fault
 WRITES_ONLY = ("half written", "half written, then full")
 
 _PATH_BYTES, _TRACE_CALLS = 512, 4096
-_SECONDS = 120  # more than any of the functions needs
 
 
 class _Call(ctypes.Structure):
@@ -46,6 +47,8 @@ class _Control(ctypes.Structure):
         ("at", ctypes.c_long),
         ("no_exchange", ctypes.c_int),
         ("no_locks", ctypes.c_int),
+        ("orders", ctypes.c_int),
+        ("answers", ctypes.c_int),
         ("counted", ctypes.c_long),
         ("done", ctypes.c_int),
         ("calls", _Call * _TRACE_CALLS),
@@ -71,7 +74,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the process ended.
+    """How a run ended.
 
     Attributes:
         code: 0, 1 for any exception, or minus the signal's number.
@@ -88,73 +91,130 @@ class Outcome:
     injected: bool
 
 
-class Injector:
-    """The shim, compiled and loaded.
+def load_shim(folder: Path) -> ctypes.CDLL:
+    """Compile the shim into `folder` and load it.
 
     Raises:
         RuntimeError: if it cannot work here; the message says why.
     """
-
-    def __init__(self, folder: Path):
-        compiler = shutil.which("gcc") or shutil.which("cc")
-        if sys.platform != "linux" or platform.machine() != "x86_64" or compiler is None:
-            raise RuntimeError("needs Linux on x86-64 and a C compiler")
-        library = folder / "shim.so"
-        source = Path(__file__).with_name("shim.c")
-        command = [compiler, "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source]
-        subprocess.run(command, check=True, timeout=60)
-        self._inject = ctypes.CDLL(str(library)).inject
-        self._memory = mmap.mmap(-1, ctypes.sizeof(_Control))
-        self._control = _Control.from_buffer(self._memory)
-        if self.run(lambda: None, folder).code:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if sys.platform != "linux" or platform.machine() != "x86_64" or compiler is None:
+        raise RuntimeError("needs Linux on x86-64 and a C compiler")
+    library = folder / "shim.so"
+    source = Path(__file__).with_name("shim.c")
+    command = [compiler, "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, source]
+    subprocess.run(command, check=True, timeout=60)
+    shim = ctypes.CDLL(str(library))
+    with Injector(shim, lambda: None, folder) as injector:
+        if injector.run().code:
             raise RuntimeError("needs a kernel with seccomp filters")
+    return shim
 
-    def run(
+
+class Injector:
+    """Runs `function` any number of times in forked processes, counting its calls on what is in `folder`.
+
+    After `prepare`, one process does what comes before the first such call once, and every run is forked from there:
+    the folder must then be the same before each run. (If it has started threads by then, every run starts anew.)
+
+    Args:
+        no_exchange, no_locks: be a file system that cannot swap two folders, or cannot lock.
+    """
+
+    def __init__(
         self,
+        shim: ctypes.CDLL,
         function: Callable[[], object],
         folder: Path,
-        fault: Fault | None = None,
         *,
         no_exchange: bool = False,
         no_locks: bool = False,
-    ) -> Outcome:
-        """Run `function` in a forked process, counting calls on what is in `folder`.
+    ):
+        self._shim = shim
+        self._function = function
+        self._memory = mmap.mmap(-1, ctypes.sizeof(_Control))
+        self._control = _Control.from_buffer(self._memory)
+        self._control.folder = os.fsencode(folder.resolve())
+        self._control.no_exchange, self._control.no_locks = no_exchange, no_locks
+        self._printed = tempfile.TemporaryFile("a+b")
+        self._server: int | None = None
+        self._orders = self._answers = -1
 
-        Args:
-            fault: what goes wrong in it; nothing by default.
-            no_exchange, no_locks: be a file system that cannot swap two folders, or cannot lock.
-        """
-        control = self._control
-        control.folder = os.fsencode(folder.resolve())
-        control.kind, control.at = (KINDS[fault.kind], fault.at) if fault else (0, -1)
-        control.no_exchange, control.no_locks = no_exchange, no_locks
-        control.counted = control.done = 0
-        with tempfile.TemporaryFile() as printed:
+    def __enter__(self) -> "Injector":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stop_server()
+        self._printed.close()
+
+    def prepare(self) -> None:
+        """From now on, fork each run from where the first call that counts is made."""
+        orders, self._orders = os.pipe()
+        self._answers, answers = os.pipe()
+        self._control.orders, self._control.answers = orders, answers
+        self._server = os.fork()
+        if self._server == 0:
+            os.close(self._orders)
+            os.close(self._answers)
+            self._be_child()
+        os.close(orders)
+        os.close(answers)
+
+    def run(self, fault: Fault | None = None) -> Outcome:
+        """Run the function once; nothing goes wrong without a `fault`."""
+        self._control.counted = self._control.done = 0
+        self._printed.truncate(0)
+        order = (KINDS[fault.kind], fault.at) if fault else (0, -1)
+        status = self._order(order)
+        if status is None:
+            self._control.kind, self._control.at = order
+            self._control.orders = 0
             child = os.fork()
             if child == 0:
-                self._be_child(function, printed.fileno())
+                self._be_child()
             status = os.waitpid(child, 0)[1]
-            printed.seek(0)
-            output = printed.read().decode(errors="replace")
+        return self._outcome(status)
+
+    def _order(self, order: tuple[int, int]) -> int | None:
+        """The exit status of a run by the server; None if there is none, or it cannot serve."""
+        if self._server is None:
+            return None
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._orders, struct.pack("ll", *order))
+            if answer := os.read(self._answers, 4):
+                return struct.unpack("i", answer)[0]
+        self._stop_server()
+        self._control.counted = self._control.done = 0
+        return None
+
+    def _stop_server(self) -> None:
+        if self._server is not None:
+            os.kill(self._server, signal.SIGKILL)
+            os.waitpid(self._server, 0)
+            os.close(self._orders)
+            os.close(self._answers)
+            self._server = None
+
+    def _outcome(self, status: int) -> Outcome:
+        self._printed.seek(0)
+        output = self._printed.read().decode(errors="replace")
         calls = [
             Call(call.name.decode(), Path(os.fsdecode(call.path)), call.size_bytes)
-            for call in control.calls[: min(control.counted, _TRACE_CALLS)]
+            for call in self._control.calls[: min(self._control.counted, _TRACE_CALLS)]
         ]
         code = os.waitstatus_to_exitcode(status)
         error = output.rstrip().rpartition("\n")[2].partition(":")[0] if code == 1 else ""
-        return Outcome(code, error, output, calls, bool(control.done))
+        return Outcome(code, error, output, calls, bool(self._control.done))
 
-    def _be_child(self, function: Callable[[], object], output: int) -> None:
+    def _be_child(self) -> NoReturn:
         code = 1
         try:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(_SECONDS)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
+            os.dup2(self._printed.fileno(), 1)
+            os.dup2(self._printed.fileno(), 2)
             sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
-            if number := self._inject(ctypes.byref(self._control)):
+            if number := self._shim.inject(ctypes.byref(self._control)):
                 raise OSError(number, os.strerror(number))
-            function()
+            self._function()
             code = 0
         except BaseException:
             traceback.print_exc()

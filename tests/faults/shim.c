@@ -17,8 +17,10 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/wait.h>
 #include <ucontext.h>
 #include <unistd.h>
 
@@ -26,7 +28,7 @@
 #error "the registers below are those of x86-64"
 #endif
 
-enum { PATH_BYTES = 512, TRACE_CALLS = 4096 };
+enum { PATH_BYTES = 512, TRACE_CALLS = 4096, SECONDS = 120 };
 enum kind { NONE, KILL_BEFORE, KILL_AFTER, ONE_ENOSPC, ONE_EIO, DISK_FULL, DISK_DEAD, SHORT, SHORT_THEN_FULL };
 
 struct call {
@@ -41,12 +43,14 @@ struct control {
     int kind;
     long at; /* number of the call to stop at, from 0 */
     int no_exchange, no_locks; /* be a file system that cannot do these */
+    int orders, answers; /* descriptors for serve(); 0 and 0 to run straight on */
     long counted;
     int done; /* whether the fault has happened */
     struct call calls[TRACE_CALLS];
 };
 
 static struct control *control;
+static int served; /* whether this is a process that serve() has forked */
 
 /* Where a call names what it changes: F a descriptor, P a path, D a descriptor and a path relative to it; . is skipped.
    Two of them where it has two. */
@@ -255,6 +259,33 @@ static int needs_space(const struct watched *call, const long *arguments)
     return call->needs_space;
 }
 
+/* At the first call that counts: from here on be the parent of many processes that go on from here, one for each order
+   read. What comes before that call changes no disk, so it is the same for all of them and need not be done anew. */
+static void serve(void)
+{
+    struct stat tasks;
+    long order[2]; /* kind, at */
+    int status;
+
+    if (stat("/proc/self/task", &tasks) != 0 || tasks.st_nlink != 3)
+        _exit(1); /* other threads would not be there in the children */
+    while (read(control->orders, order, sizeof order) == sizeof order) {
+        long child = syscall(SYS_fork);
+        if (child == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
+            alarm(SECONDS);
+            control->kind = (int)order[0];
+            control->at = order[1];
+            served = 1;
+            return;
+        }
+        if (child < 0 || waitpid((pid_t)child, &status, 0) != child)
+            break;
+        raw_call(SYS_write, (long[6]){control->answers, (long)&status, sizeof status});
+    }
+    _exit(0);
+}
+
 static long answer(long number, const long *arguments)
 {
     const struct watched *call = watched;
@@ -269,6 +300,8 @@ static long answer(long number, const long *arguments)
     if (number == SYS_renameat2 && arguments[4] && control->no_exchange)
         return -EINVAL;
 
+    if (control->orders && !served)
+        serve();
     long size_bytes = size_of(number, arguments);
     long index = __atomic_fetch_add(&control->counted, 1, __ATOMIC_SEQ_CST);
     if (index < TRACE_CALLS) {

@@ -10,13 +10,13 @@ import json
 import random
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from model_preparation.surgery.new_folder import remove_abandoned
-from tests.faults.injector import KINDS, WRITES_ONLY, Call, Fault, Injector, Outcome
+from tests.faults.injector import KINDS, WRITES_ONLY, Call, Fault, Injector, Outcome, load_shim
 from tests.faults.scenarios import SCENARIOS, Models, Scenario, Write, clean, make_models
 
 TARGET = "out"  # its name in every scenario
@@ -50,12 +50,19 @@ class Sweep:
     """Scenarios on the models made in `folder`; every fault gets its scenario's folder as if nothing had run yet."""
 
     def __init__(self, folder: Path, names: list[str] | None = None, recover_every: int = 10):
-        self.injector = Injector(folder)
+        self.shim = load_shim(folder)
         self.models = make_models(folder / "models")
         self._recover_every = recover_every
         self._runs = 0
         self._ready: dict[Write, Path] = {}
         self.places = {name: Place(self, name, folder / f"place{index}") for index, name in enumerate(names or SCENARIOS)}
+
+    def __enter__(self) -> "Sweep":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for place in self.places.values():
+            place.close()
 
     def faults(self, seed: int = 0) -> Iterator[tuple[str, Fault]]:
         """Every call of every scenario with every kind of fault that fits it, in turns; then all again, and so on."""
@@ -94,7 +101,7 @@ class Place:
     def __init__(self, sweep: Sweep, name: str, folder: Path):
         self.name = name
         self._scenario: Scenario = SCENARIOS[name]
-        self._injector = sweep.injector
+        self._shim = sweep.shim
         self._models: Models = sweep.models
         self._folder = folder
         self._target = folder / self._scenario.parents / TARGET
@@ -104,21 +111,25 @@ class Place:
             shutil.copytree(sweep.ready(self._scenario.old), self._pristine / TARGET)
         if self._scenario.leftover is not None:
             run = partial(self._scenario.leftover, self._models, self._pristine / TARGET, overwrite=True)
-            assert self._run(run, self._pristine, Fault("killed before", _LEFTOVER_CALLS)).injected
+            with self._injector(run, self._pristine) as injector:
+                assert injector.run(Fault("killed before", _LEFTOVER_CALLS)).injected
         self._old = contents(self._pristine / TARGET)
         self._read = contents(self._models.folder)
         self._is_pristine = False
         self._reset()
-        outcome = self._run(self._write, self._folder)
+        self._runs = self._injector(partial(self._write, overwrite=self._scenario.old is not None), folder)
+        self._runs.prepare()
+        outcome = self._runs.run()
         self.calls = outcome.calls
         self._new = contents(self._target, timeless=True)
         if outcome.code or not self._new or self._beside():
             raise RuntimeError(f"{name} fails without any fault: {self._beside()}\n{outcome.output}")
         self._is_pristine = False
+        self._runs_again = self._injector(partial(self._write, overwrite=True), folder)
 
     def inject(self, fault: Fault, *, recover: bool) -> Result:
         self._reset()
-        outcome = self._run(self._write, self._folder, fault)
+        outcome = self._runs.run(fault)
         state = self._state()
         violations = [*self._wrong_end(fault, outcome, state), *self._wrong_on_disk(state)]
         if recover:
@@ -129,12 +140,17 @@ class Place:
         call = outcome.calls[fault.at] if outcome.injected else None
         return Result(self.name, fault, call, state, outcome.error, violations)
 
-    def _run(self, function, folder: Path, fault: Fault | None = None) -> Outcome:
-        can = {"no_exchange": self._scenario.no_exchange, "no_locks": self._scenario.no_locks}
-        return self._injector.run(function, folder, fault, **can)
+    def close(self) -> None:
+        """End the processes that wait for another run."""
+        for runs in (self._runs, self._runs_again):
+            runs.__exit__()
 
-    def _write(self) -> None:
-        self._scenario.write(self._models, self._target, overwrite=self._scenario.old is not None)
+    def _injector(self, function: Callable[[], None], folder: Path) -> Injector:
+        scenario = self._scenario
+        return Injector(self._shim, function, folder, no_exchange=scenario.no_exchange, no_locks=scenario.no_locks)
+
+    def _write(self, *, overwrite: bool) -> None:
+        self._scenario.write(self._models, self._target, overwrite=overwrite)
 
     def _reset(self) -> None:
         if not self._is_pristine:
@@ -183,8 +199,7 @@ class Place:
 
     def _wrong_after_recovery(self) -> Iterator[str]:
         """The same run again, without a fault, whether or not something is there."""
-        run = partial(self._scenario.write, self._models, self._target, overwrite=True)
-        outcome = self._run(run, self._folder)
+        outcome = self._runs_again.run()
         if outcome.code:
             yield f"the next run fails: {outcome.output}"
         elif contents(self._target, timeless=True) != self._new:
