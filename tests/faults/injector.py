@@ -1,11 +1,12 @@
 """Runs functions in processes that are stopped at a chosen system call that changes a folder.
 
-In: a function, the folder, and a `Fault` per run. Out: how each run ended, what it said, and the calls it made. `shim.c`
-does the work in the child; it needs Linux on x86-64, gcc or cc, and seccomp.
+In: a function, the folder, and a `Fault` per run. Out: how each run ended, what it said, and the calls it made.
+`shim.c` does the work in the child; it needs Linux on x86-64, gcc or cc, and seccomp.
 """
 
 import contextlib
 import ctypes
+import gc
 import mmap
 import os
 import platform
@@ -136,7 +137,7 @@ class Injector:
         self._control = _Control.from_buffer(self._memory)
         self._control.folder = os.fsencode(folder.resolve())
         self._control.no_exchange, self._control.no_locks = no_exchange, no_locks
-        self._printed = tempfile.TemporaryFile("a+b")
+        self._printed = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (closed by __exit__)
         self._server: int | None = None
         self._orders = self._answers = -1
 
@@ -209,6 +210,7 @@ class Injector:
     def _be_child(self) -> NoReturn:
         code = 1
         try:
+            gc.freeze()  # a collection would touch, and so copy, every page that is shared with the parent
             os.dup2(self._printed.fileno(), 1)
             os.dup2(self._printed.fileno(), 2)
             sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)

@@ -1,8 +1,8 @@
 """Faults injected into the scenarios, and what is on the disk after each.
 
-In: an `Injector` and names of scenarios. Out: a `Result` per fault. After every one, from outside: the target is as it
-was or whole and new, never a mix; beside it is nothing but its partial folder; what was read is unchanged; a run that
-was not killed has failed, or its result is right; and the next run, or `remove_abandoned`, leaves nothing behind.
+In: scenarios, and a folder to run them in. Out: a `Result` per fault. After every one, from outside: the target is as
+it was or whole and new, never a mix; beside it is nothing but its partial folder; what was read is unchanged; a run
+that was not killed has failed, or its result is right; and the next run, or `remove_abandoned`, leaves nothing behind.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 import random
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,13 +49,16 @@ class Result:
 class Sweep:
     """Scenarios on the models made in `folder`; every fault gets its scenario's folder as if nothing had run yet."""
 
-    def __init__(self, folder: Path, names: list[str] | None = None, recover_every: int = 10):
+    def __init__(self, folder: Path, scenarios: Mapping[str, Scenario] = SCENARIOS, recover_every: int = 10):
         self.shim = load_shim(folder)
         self.models = make_models(folder / "models")
         self._recover_every = recover_every
         self._runs = 0
         self._ready: dict[Write, Path] = {}
-        self.places = {name: Place(self, name, folder / f"place{index}") for index, name in enumerate(names or SCENARIOS)}
+        self.places = {
+            name: Place(self, name, scenario, folder / f"place{index}")
+            for index, (name, scenario) in enumerate(scenarios.items())
+        }
 
     def __enter__(self) -> "Sweep":
         return self
@@ -72,9 +75,9 @@ class Sweep:
             for name, place in self.places.items():
                 for kind in KINDS:
                     least_bytes = 2 if kind in WRITES_ONLY else 0
-                    group = [(name, Fault(kind, at)) for at, call in enumerate(place.calls) if call.size_bytes >= least_bytes]
-                    shuffle(group)
-                    groups.append(group)
+                    places = [at for at, call in enumerate(place.calls) if call.size_bytes >= least_bytes]
+                    shuffle(places)
+                    groups.append([(name, Fault(kind, at)) for at in places])
             for turn in range(max(map(len, groups))):
                 yield from (group[turn] for group in groups if turn < len(group))
 
@@ -98,9 +101,9 @@ class Place:
         calls: what the scenario does to the disk when nothing goes wrong.
     """
 
-    def __init__(self, sweep: Sweep, name: str, folder: Path):
+    def __init__(self, sweep: Sweep, name: str, scenario: Scenario, folder: Path):
         self.name = name
-        self._scenario: Scenario = SCENARIOS[name]
+        self._scenario = scenario
         self._shim = sweep.shim
         self._models: Models = sweep.models
         self._folder = folder
