@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -21,6 +22,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.surgery.partial_folder import Hold, take, take_abandoned
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _NEW, _OLD = "new", "old"  # in NAME.partial; the old folder is there while it cannot be swapped in one step
 
 
@@ -36,6 +38,7 @@ def new_folder(target: Path, *, overwrite: bool, complete_mark: str) -> Iterator
 
     Raises:
         SurgeryError: if `target` is taken, another run is writing it, or no folder can be made beside it.
+        OSError: from the file system: disk full, input/output error; from whichever library it came in the block.
     """
     check = partial(check_target, target, overwrite=overwrite, complete_mark=complete_mark)
     check()
@@ -46,7 +49,8 @@ def new_folder(target: Path, *, overwrite: bool, complete_mark: str) -> Iterator
             check()  # another run may just have ended
             staging = hold.folder / _NEW
             staging.mkdir()
-            yield staging
+            with _os_errors(target):
+                yield staging
             if (target / "README.md").is_file() and not (staging / "README.md").exists():
                 shutil.copy2(target / "README.md", staging)
             sync_tree(staging, complete_mark)
@@ -132,6 +136,18 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _os_errors(target: Path) -> Iterator[None]:
+    """Tell the system's errors as OSError that tokenizers and safetensors tell in words: "... (os error 28)"."""
+    try:
+        yield
+    except Exception as error:
+        told = _OS_ERROR.search(str(error))
+        if told is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(target)) from error
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ class Outcome:
 
     Attributes:
         code: 0, 1 for any exception, or minus the signal's number.
-        error: the exception's type, "" where there was none.
+        error: the name of the exception's type, "" where there was none.
         output: what it printed, traceback included.
         calls: the calls counted.
         injected: whether the fault came to pass; not so if there were fewer calls than usual.
@@ -204,7 +204,7 @@ class Injector:
             for call in self._control.calls[: min(self._control.counted, _TRACE_CALLS)]
         ]
         code = os.waitstatus_to_exitcode(status)
-        error = output.rstrip().rpartition("\n")[2].partition(":")[0] if code == 1 else ""
+        error = output.rstrip().rpartition("\n")[2].partition(":")[0].rpartition(".")[2] if code == 1 else ""
         return Outcome(code, error, output, calls, bool(self._control.done))
 
     def _be_child(self) -> NoReturn:

@@ -187,6 +187,8 @@ class Place:
                 yield "it claims success"
         elif outcome.code != 1:
             yield f"it ended with {outcome.code}: {outcome.output}"
+        elif outcome.error not in ("OSError", "SurgeryError"):
+            yield f"it ends with a traceback: {outcome.output}"
         elif state in ("new", "aside") and "from then on" not in fault.kind and "then full" not in fault.kind:
             yield f"it says that it failed, but the target is {state}: {outcome.output}"
 
