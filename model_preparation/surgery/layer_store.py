@@ -94,7 +94,8 @@ def extract_layers(
             described[str(index)] = _write_layer(staging / layer_file(index), ranges, dtype)
         if config.model_type == "llama":
             rotary = LlamaRotaryEmbedding(config)
-            torch.save({"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling}, staging / ROTARY)
+            values = {"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling}
+            write_together({staging / ROTARY: values}, {})  # unlike torch.save, it tells a full disk as OSError
         if has_tokenizer(source.folder):
             AutoTokenizer.from_pretrained(source.folder).save_pretrained(staging / TOKENIZER)
         metadata = {
