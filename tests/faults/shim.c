@@ -3,7 +3,8 @@
    In: a control block shared with the process that watches. Out: the calls counted there, and one of them gone wrong.
    A seccomp filter traps every such call of this process, whoever makes it: Python, torch, Rust or libc itself. The
    SIGSYS handler looks whether it is about the folder watched, and then makes the call itself, lets it fail, cuts it
-   short, or ends the process. Sources: seccomp(2), SECCOMP_RET_TRAP; linux/seccomp.h. x86-64 Linux only. */
+   short, or ends the process. Only what is written through a shared mapping makes no call; none of our writers does so.
+   Sources: seccomp(2), SECCOMP_RET_TRAP; linux/seccomp.h. x86-64 Linux only. */
 
 #define _GNU_SOURCE
 #include <errno.h>

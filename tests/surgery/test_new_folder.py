@@ -146,7 +146,7 @@ def test_a_result_that_appears_meanwhile_is_not_replaced_unasked(tmp_path, monke
 
     monkeypatch.setattr(module, "take", take_late)
     with pytest.raises(SurgeryError, match="exists already"):
-        write(target, "slower", overwrite=False)
+        write(target, "slower", overwrite=False, pause=lambda: pytest.fail("it began all the same"))
     assert read(target) == {"faster"}
 
     def appear() -> None:
