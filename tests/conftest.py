@@ -82,6 +82,47 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def make_donor(folder: Path) -> Path:
+    """A Llama's folder as transformers saves it, with tokenizer and generation config."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=40,
+        rms_norm_eps=1e-4,
+        max_position_embeddings=512,
+        bos_token_id=256,
+        eos_token_id=257,
+    )
+    seeded(LlamaForCausalLM(config), seed=1).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_base(folder: Path) -> Path:
+    """A Llamba's folder as upstream publishes it: config.json and pytorch_model.bin, no tokenizer."""
+    folder.mkdir()
+    model = seeded(LlambaForCausalLM(tiny_config()), seed=2)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    upstream_config = {
+        "model_type": "llamba",
+        "vocab_size": VOCABULARY,
+        "tie_embeddings": False,
+        "pad_vocab_size_multiple": 8,
+        "lm_head_bias": False,
+        "d_model": 32,
+        "n_layer": 4,
+        "resid_dropout": 0.0,
+        "norm_epsilon": 1e-5,
+        "mlp_cfg": {"intermediate_size": 48, "bias": False, "act_fn": "silu"},
+        "ssm_cfg": {"d_state": 8, "n_v_heads": 2, "n_qk_heads": 2, "expand": 1, "chunk_size": 8},
+    }
+    (folder / "config.json").write_text(json.dumps(upstream_config))
+    return folder
+
+
 def run_command(name: str, *args: object, cwd: Path = PACKAGE, **env: str) -> subprocess.CompletedProcess:
     """Run a command of the package in a process of its own, and return its exit code and what it printed.
 
@@ -169,47 +210,12 @@ def assert_refused(result: subprocess.CompletedProcess, *words: str, code: int =
 
 @pytest.fixture(scope="session")
 def donor_dir(tmp_path_factory) -> Path:
-    """A Llama's folder as transformers saves it, with tokenizer and generation config."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=40,
-        rms_norm_eps=1e-4,
-        max_position_embeddings=512,
-        bos_token_id=256,
-        eos_token_id=257,
-    )
-    seeded(LlamaForCausalLM(config), seed=1).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    return make_donor(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory) -> Path:
-    """A Llamba's folder as upstream publishes it: config.json and pytorch_model.bin, no tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llamba"
-    folder.mkdir()
-    model = seeded(LlambaForCausalLM(tiny_config()), seed=2)
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    upstream_config = {
-        "model_type": "llamba",
-        "vocab_size": VOCABULARY,
-        "tie_embeddings": False,
-        "pad_vocab_size_multiple": 8,
-        "lm_head_bias": False,
-        "d_model": 32,
-        "n_layer": 4,
-        "resid_dropout": 0.0,
-        "norm_epsilon": 1e-5,
-        "mlp_cfg": {"intermediate_size": 48, "bias": False, "act_fn": "silu"},
-        "ssm_cfg": {"d_state": 8, "n_v_heads": 2, "n_qk_heads": 2, "expand": 1, "chunk_size": 8},
-    }
-    (folder / "config.json").write_text(json.dumps(upstream_config))
-    return folder
+    return make_base(tmp_path_factory.mktemp("models") / "tiny-llamba")
 
 
 @pytest.fixture(scope="session")

@@ -303,7 +303,7 @@ def test_links_and_names_that_lead_out_of_the_folder_are_refused(hub, llama_chec
         assert_refused(share(llama_checkpoint), "leads out of the checkpoint's folder")
         change_info(llama_checkpoint, lambda info, name=name: info["files"].pop(name))
     (llama_checkpoint / "checkpoint_info.json").write_text('{"format_version": 1}')
-    assert_refused(share(llama_checkpoint), "is not what a build writes", "Build the checkpoint again")
+    assert_refused(share(llama_checkpoint), "replaced_layers is missing", "Build the checkpoint again")
     (llama_checkpoint / "checkpoint_info.json").unlink()
     assert_refused(share(llama_checkpoint), "is not a complete checkpoint")
     assert hub.calls == []

@@ -138,7 +138,8 @@ def complete_folder(
     """
     if config.model_type == "llama":
         rotary = LlamaRotaryEmbedding(config)
-        torch.save({"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling}, staging / ROTARY)
+        values = {"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling}
+        write_together({staging / ROTARY: values}, {})  # unlike torch.save, it tells a full disk as OSError
     if tokenizer is not None:
         load_tokenizer(tokenizer).save_pretrained(staging / TOKENIZER)
     num_heads, head_dim = heads_of(config)

@@ -1,24 +1,29 @@
 """A folder that appears whole or not at all.
 
-In: where it shall be. Out: a staging folder beside that place to write into, moved there by one rename when all is
-written and on disk. Killed at any moment, the old folder or nothing is there, and perhaps `NAME.partial-*` beside it,
-which the next run to the same place removes.
+In: where it shall be. Out: a staging folder in `NAME.partial` beside that place to write into, put there by one rename
+when all is written and on disk. Killed at any moment, the old folder or nothing is there, and perhaps `NAME.partial`,
+which the next run to the same place removes, or `remove_abandoned`.
 """
 
 import contextlib
 import ctypes
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from rich.filesize import decimal
 
 from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
+from model_preparation.surgery.partial_folder import Hold, take, take_abandoned
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_NEW, _OLD = "new", "old"  # in NAME.partial; the old folder is there while it cannot be swapped in one step
 
 
 @contextlib.contextmanager
@@ -32,27 +37,51 @@ def new_folder(target: Path, *, overwrite: bool, complete_mark: str) -> Iterator
         complete_mark: the file whose presence makes such a folder complete.
 
     Raises:
-        SurgeryError: if `target` is taken, or no folder can be made beside it.
+        SurgeryError: if `target` is taken, another run is writing it, or no folder can be made beside it.
+        OSError: from the file system: disk full, input/output error; from whichever library it came in the block.
     """
-    check_target(target, overwrite=overwrite, complete_mark=complete_mark)
+    check = partial(check_target, target, overwrite=overwrite, complete_mark=complete_mark)
+    check()
     target = target.resolve()
     missing_parents = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target)
-    staging = target.with_name(f"{target.name}.partial-{os.getpid()}")
     try:
-        staging.mkdir()
-        yield staging
-        if (target / "README.md").is_file() and not (staging / "README.md").exists():
-            shutil.copy2(target / "README.md", staging)
-        sync_tree(staging)
-        interrupts.check()
-        _put_in_place(staging, target)
+        with _held(target) as hold:
+            check()  # another run may just have ended
+            staging = hold.folder / _NEW
+            staging.mkdir()
+            with _os_errors(target):
+                yield staging
+            if (target / "README.md").is_file() and not (staging / "README.md").exists():
+                shutil.copy2(target / "README.md", staging)
+            sync_tree(staging, complete_mark)
+            interrupts.check()
+            check()  # hours may have passed
+            if not hold.is_intact():
+                raise SurgeryError(f"{hold.folder} was deleted while it was in use. Run the command again.")
+            _put_in_place(staging, target)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         for parent in missing_parents:
             with contextlib.suppress(OSError):  # it is not empty: the new folder is in it
                 parent.rmdir()
+
+
+def remove_abandoned(parent: Path) -> list[Path]:
+    """Remove what killed runs left in the folder `parent`: every `NAME.partial` that is ours and not in use.
+
+    Where a run was killed while it replaced NAME on a system that cannot swap two folders in one step, the old NAME is
+    put back first.
+
+    Returns:
+        The folders removed.
+
+    Raises:
+        SurgeryError: if one cannot be removed.
+    """
+    removed = []
+    for hold, target in take_abandoned(parent):
+        _clear_and_release(hold, target)
+        removed.append(hold.folder)
+    return removed
 
 
 def check_target(target: Path, *, overwrite: bool, complete_mark: str) -> None:
@@ -74,6 +103,8 @@ def check_target(target: Path, *, overwrite: bool, complete_mark: str) -> None:
 def check_space(target: Path, needed_bytes: int) -> None:
     """Raise SurgeryError if the disk `target` will be on has fewer than `needed_bytes` free."""
     free_bytes = shutil.disk_usage(existing_parent(target)).free
+    abandoned = target.resolve().with_name(f"{target.resolve().name}.partial")  # removed before anything is written
+    free_bytes += sum(path.lstat().st_blocks * 512 for path in abandoned.glob(f"{_NEW}/**/*"))
     if free_bytes < needed_bytes:
         raise SurgeryError(
             f"{target} needs {decimal(needed_bytes)}, but only {decimal(free_bytes)} are free on its disk. "
@@ -86,32 +117,75 @@ def existing_parent(target: Path) -> Path:
     return next(parent for parent in target.resolve().parents if parent.exists())
 
 
-def sync_tree(folder: Path) -> None:
-    """fsync every file and folder in `folder`, itself included."""
-    for root, _, files in os.walk(folder):
-        for path in [*(os.path.join(root, name) for name in files), root]:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+def sync_tree(folder: Path, complete_mark: str) -> None:
+    """fsync every file in `folder`, `complete_mark` after all others, then every folder, `folder` itself last."""
+    files, folders = [], []
+    for root, _, names in os.walk(folder, topdown=False):
+        files += [Path(root, name) for name in names]
+        folders.append(Path(root))
+    for path in [*sorted(files, key=lambda path: path == folder / complete_mark), *folders]:
+        _sync(path)
 
 
-def _remove_abandoned(target: Path) -> None:
-    for folder in target.parent.glob(f"{target.name}.partial-*"):
-        owner = folder.name.rpartition("-")[2]
-        if owner.isdigit() and not _is_running(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_running(process_id: int) -> bool:
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _os_errors(target: Path) -> Iterator[None]:
+    """Tell the system's errors as OSError that tokenizers and safetensors tell in words: "... (os error 28)"."""
+    try:
+        yield
+    except Exception as error:
+        told = _OS_ERROR.search(str(error))
+        if told is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(target)) from error
+
+
+@contextlib.contextmanager
+def _held(target: Path) -> Iterator[Hold]:
+    """Hold `target`'s partial folder, empty at first, and empty it again in the end."""
+    hold = take(target)
+    try:
+        _clear(hold, target)
+        for abandoned, _ in take_abandoned(target.parent, target):
+            _clear_and_release(abandoned, target)
+        yield hold
+    finally:
+        with contextlib.suppress(OSError, SurgeryError):  # the next run removes what is left
+            _clear_and_release(hold, target)
+
+
+def _clear_and_release(hold: Hold, target: Path) -> None:
+    try:
+        _clear(hold, target)
+    finally:
+        hold.release()
+
+
+def _clear(hold: Hold, target: Path) -> None:
+    """Empty a partial folder; if the old `target` is in it and nothing in its place, that is put back first."""
+    if not hold.is_intact():
+        return
+    if (hold.folder / _OLD).exists() and not target.exists():
+        (hold.folder / _OLD).rename(target)
+        _sync(target.parent)
+    for path in hold.entries():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    if hold.entries():
+        raise SurgeryError(f"{hold.folder} was left by a killed run and cannot be removed. Remove it yourself.")
 
 
 def _put_in_place(staging: Path, target: Path) -> None:
@@ -119,15 +193,20 @@ def _put_in_place(staging: Path, target: Path) -> None:
         _exchange(staging, target)
     else:
         staging.rename(target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        _sync(target.parent)
+        _sync(staging.parent)
+    except OSError:
+        with contextlib.suppress(OSError):  # who is told that it failed finds what was there before
+            if staging.exists():
+                _exchange(staging, target)
+            else:
+                target.rename(staging)
+        raise
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Swap two folders' names: in one step where the system can (Linux), else with the old one aside for a moment."""
+    """Put `new` in the place of `old`: by one swap where the system can (Linux), else with `old` aside for a moment."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
         if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
@@ -135,7 +214,5 @@ def _exchange(new: Path, old: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):  # a file system without exchange
             raise OSError(code, os.strerror(code), str(old))
-    aside = old.with_name(f"{old.name}.old-{os.getpid()}")
-    old.rename(aside)
+    old.rename(new.with_name(_OLD))  # killed from here on, the next run puts it back
     new.rename(old)
-    aside.rename(new)

@@ -110,7 +110,7 @@ def test_an_existing_folder_is_replaced_only_when_asked(damaged, donor_dir):
     assert run_command("extract_layers", *again, "--layers", 0, "--overwrite").returncode == 0
     assert sorted(path.name for path in damaged.glob("layer_*")) == ["layer_00.pt"]
     assert (damaged / "README.md").read_text() == "keep me"
-    assert not list(damaged.parent.glob("*.partial-*"))
+    assert not list(damaged.parent.glob("*.partial*"))
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, donor_dir):
