@@ -13,7 +13,8 @@ import shutil
 import statistics
 from pathlib import Path
 
-from build_speed import LAYERS, PACKAGE, SHAPES, make_models, timed
+from measuring import PACKAGE, timed
+from random_models import SHAPES, prepared
 
 NAIVE = """
 import sys, torch
@@ -44,10 +45,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--no_naive", action="store_true", help="leave out save_pretrained, which takes memory")
     args = parser.parse_args()
-    base, layers_dir = args.folder / f"base_{args.shape}", args.folder / f"layers_{args.shape}"
-    if not (layers_dir / "metadata.json").exists():
-        make_models(args.shape, args.folder, base, layers_dir)
-    layers = [str(layer) for layer in LAYERS[args.shape]]
+    base, layers_dir, layers = prepared(args.shape, args.folder)
     checkpoints = args.folder / "hf_checkpoints"
     shutil.rmtree(checkpoints, ignore_errors=True)
     command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base, "--llama_layers_dir", layers_dir]

@@ -15,7 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-COMMAND = Path(__file__).resolve().parents[1] / "model_preparation" / "verify_checkpoint.py"
+from measuring import PACKAGE, files_in, forget
+
+COMMAND = PACKAGE / "verify_checkpoint.py"
 
 
 def main() -> None:
@@ -27,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     if os.stat(args.folder).st_dev != os.stat(args.checkpoint).st_dev:
         sys.exit(f"{args.checkpoint} is not on the disk of {args.folder}.")
-    paths = sorted(path for path in args.checkpoint.rglob("*") if path.is_file())
+    paths = files_in(args.checkpoint)
     size_bytes = sum(path.stat().st_size for path in paths)
 
     commands = {"verify": [[sys.executable, COMMAND, args.checkpoint]]}
@@ -49,15 +51,6 @@ def main() -> None:
         peak = max(peak for _, peak in results[name])
         speed = f"{size_bytes / taken / 1e9:6.2f} GB/s, {fastest / taken:.2f} of the disk's"
         print(f"{name:<20} {taken:7.1f} s   {speed}   {peak:5.2f} GB resident")
-
-
-def forget(paths: list[Path]) -> None:
-    """Have the page cache let go of the files."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
 
 
 def timed(commands: list[list]) -> tuple[float, float]:

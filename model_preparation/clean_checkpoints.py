@@ -1,12 +1,13 @@
-"""Command: remove from a folder of checkpoints what no checkpoint needs (see surgery/store_folder.py)."""
+"""Command: remove from a folder of checkpoints what no checkpoint needs (see surgery/store_folder.py, new_folder.py)."""
 
 from pathlib import Path
 
 from model_preparation.command_line import CommandParser, default_folder, run
 
 DESCRIPTION = """\
-Remove from a folder of checkpoints what none of them needs: shards of bases in .base_shards that no checkpoint of
-format hf shares any more, and what killed builds left there. Checkpoints themselves are never touched.
+Remove from a folder of checkpoints what none of them needs: folders NAME.partial of builds that were killed, and shards
+of bases in .base_shards that no checkpoint of format hf shares any more. Checkpoints themselves are never touched, nor
+is what a running build works in.
 """
 
 EXAMPLES = """\
@@ -31,16 +32,21 @@ def main() -> None:
     from rich.filesize import decimal
 
     from model_preparation.errors import SurgeryError
+    from model_preparation.surgery.new_folder import remove_abandoned
     from model_preparation.surgery.store_folder import clean
 
     folder = args.dir.expanduser()
     if not folder.is_dir():
         raise SurgeryError(f"{folder} is not there. Give the folder that holds the checkpoints with --dir.")
+    abandoned = remove_abandoned(folder, dry_run=args.dry_run)
     cleaned = clean(folder, dry_run=args.dry_run)
-    for path in cleaned.paths:
+    for path in [*abandoned, *cleaned.paths]:
         print(path)
     verb = "would be removed from" if args.dry_run else "removed from"
-    print(f"{len(cleaned.paths)} files of {decimal(cleaned.size_bytes)} {verb} {folder}")
+    print(
+        f"{len(abandoned)} folders of killed builds and {len(cleaned.paths)} stored files of "
+        f"{decimal(cleaned.size_bytes)} {verb} {folder}"
+    )
 
 
 if __name__ == "__main__":

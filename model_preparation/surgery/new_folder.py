@@ -65,22 +65,29 @@ def new_folder(target: Path, *, overwrite: bool, complete_mark: str) -> Iterator
                 parent.rmdir()
 
 
-def remove_abandoned(parent: Path) -> list[Path]:
+def remove_abandoned(parent: Path, *, dry_run: bool = False) -> list[Path]:
     """Remove what killed runs left in the folder `parent`: every `NAME.partial` that is ours and not in use.
 
     Where a run was killed while it replaced NAME on a system that cannot swap two folders in one step, the old NAME is
     put back first.
 
+    Args:
+        parent: the folder to look in.
+        dry_run: remove nothing.
+
     Returns:
-        The folders removed.
+        The folders removed, or to be removed.
 
     Raises:
         SurgeryError: if one cannot be removed.
     """
     removed = []
     for hold, target in take_abandoned(parent):
-        _clear_and_release(hold, target)
         removed.append(hold.folder)
+        if dry_run:
+            hold.release()
+        else:
+            _clear_and_release(hold, target)
     return removed
 
 

@@ -1,0 +1,66 @@
+"""Timing commands from outside, for the benchmarks beside this file: a process each, imports included."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "model_preparation"
+
+
+def timed(arguments: list, sync: Path | None = None) -> tuple[float, float]:
+    """Run Python with `arguments`; (seconds until all in the folder `sync` is on the disk, peak resident GB)."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(process.stderr.read().decode() if process.stderr else "failed")
+    if sync is not None:
+        sync_folder(sync)
+    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9
+
+
+def timed_copies(paths: Iterable[Path], target: Path, *, warm: bool) -> float:
+    """Seconds that `cp` and fsync take for the files, one after the other; each copy is removed before the next."""
+    seconds = 0.0
+    for path in paths:
+        (read_once if warm else forget)([path])
+        started = time.perf_counter()
+        subprocess.run(["cp", path, target], check=True)
+        sync_folder(target)
+        seconds += time.perf_counter() - started
+        (target / path.name).unlink()
+    return seconds
+
+
+def sync_folder(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def read_once(paths: Iterable[Path]) -> None:
+    """Have the page cache hold the files, as far as there is memory."""
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 22):
+                pass
+
+
+def forget(paths: Iterable[Path]) -> None:
+    """Have the page cache let go of the files."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())

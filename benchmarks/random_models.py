@@ -1,0 +1,76 @@
+"""Bases and donors of real shapes with random weights, for the benchmarks beside this file."""
+
+import json
+from pathlib import Path
+
+# d_model, n_layer, intermediate, heads, KV heads, tied: those of the published Llambas and of their donors.
+# "small" is for trying the scripts out.
+SHAPES = {
+    "small": (256, 8, 512, 32, 8, False),
+    "1b": (2048, 16, 8192, 32, 8, False),
+    "8b": (4096, 32, 14336, 32, 8, False),
+}
+LAYERS = {"small": [1, 3, 5, 6], "1b": [3, 6, 8, 10], "8b": [11, 13, 17, 21]}
+
+
+def prepared(shape: str, folder: Path) -> tuple[Path, Path, list[str]]:
+    """(base, extracted layers of the donor, indices of the layers) in `folder`, made if they are not there."""
+    base, layers_dir = folder / f"base_{shape}", folder / f"layers_{shape}"
+    if not (layers_dir / "metadata.json").exists():
+        make_models(shape, folder, base, layers_dir)
+    return base, layers_dir, [str(layer) for layer in LAYERS[shape]]
+
+
+def make_models(shape: str, folder: Path, base: Path, layers_dir: Path) -> None:
+    """Random weights in the layouts that are published, one layer in memory at a time."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    from model_preparation import extract_layers
+    from model_preparation.llamba import LlambaConfig
+    from model_preparation.surgery.graft import empty_model
+    from model_preparation.surgery.layer_store import layer_shapes
+
+    width, n_layer, intermediate, heads, kv_heads, tied = SHAPES[shape]
+    config = LlambaConfig(
+        d_model=width, n_layer=n_layer, tie_embeddings=tied, mlp_cfg={"intermediate_size": intermediate}
+    )
+    donor_config = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=width,
+        num_hidden_layers=n_layer,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        dtype="bfloat16",
+    )
+
+    def random(names_and_shapes) -> dict:
+        return {name: torch.randn(size, dtype=torch.bfloat16) * 0.02 for name, size in names_and_shapes}
+
+    def save_shards(target: Path, shards: list) -> None:
+        target.mkdir(parents=True)
+        weight_map = {}
+        for number, shard in enumerate(shards):
+            name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            save_file(random(shard), target / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys([tensor for tensor, _ in shard], name)
+        (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    parameters = [(name, parameter.shape) for name, parameter in empty_model(config).named_parameters()]
+    prefixes = ["backbone.embedding", *(f"backbone.layers.{i}." for i in range(n_layer)), "backbone.final", "lm_head"]
+    save_shards(base, [[item for item in parameters if item[0].startswith(prefix)] for prefix in prefixes])
+    config.save_pretrained(base)
+    words = {str(i): i for i in range(1000)} | {"<unk>": 1000}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")))
+    tokenizer.add_special_tokens({"eos_token": "<unk>"})
+    tokenizer.save_pretrained(base)
+
+    donor = folder / f"donor_{shape}"
+    layer = list(layer_shapes(donor_config).items())
+    named = [[(f"model.layers.{index}.{name}", size) for name, size in layer] for index in LAYERS[shape]]
+    save_shards(donor, named)
+    donor_config.save_pretrained(donor)
+    extract_layers(str(donor), layers_dir, layers=LAYERS[shape])

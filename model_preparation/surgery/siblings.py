@@ -1,0 +1,70 @@
+"""Tensors of the base that a checkpoint beside the new one holds already, on file systems that share extents.
+
+In: a graft, the folder of checkpoints, the digests of the base's files. Out: per tensor its place in a sibling's
+model_state_dict.pt, from where it can be shared instead of written once more. On such a file system (XFS, Btrfs), ten
+checkpoints of one base take the room of one and of ten times the grafted layers. A sibling is not trusted: what is
+taken from it is read, and has to have the digest that was recorded when it came from the base itself.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from model_preparation.errors import SurgeryError
+from model_preparation.surgery.checkpoint_info import INFO, STATE_DICT, TENSOR_DIGESTS, read_info
+from model_preparation.surgery.graft import GraftPlan
+from model_preparation.surgery.tensor_files import load_tensors
+from model_preparation.surgery.tensor_ranges import TensorRange, pt_ranges
+
+
+@dataclass(frozen=True)
+class SiblingTensor:
+    """Where a tensor lies in a sibling, and what its BLAKE3 must be."""
+
+    place: TensorRange
+    blake3: str
+
+
+def tensors_in_siblings(
+    graft: GraftPlan, checkpoints: Path, base_files: Mapping[str, dict]
+) -> dict[str, SiblingTensor]:
+    """By name in the grafted model, the tensors of the base that checkpoints in `checkpoints` hold.
+
+    Args:
+        base_files: {"bytes", "blake3"} of the base's files by name; a sibling's must be the same.
+    """
+    found: dict[str, SiblingTensor] = {}
+    replaced = tuple(f"backbone.layers.{index}." for index in graft.layers)
+    for info_path in sorted(checkpoints.glob(f"*/{INFO}")):
+        folder = info_path.parent
+        try:
+            info = read_info(folder)
+            if info["base_model"]["files"] != base_files or info["dtype"] != str(graft.dtype).removeprefix("torch."):
+                continue
+            if not (folder / STATE_DICT).is_file():
+                continue
+            recorded = json.loads((folder / TENSOR_DIGESTS).read_text(encoding="utf-8"))["tensors"]
+            places = pt_ranges(folder / STATE_DICT, load_tensors(folder / STATE_DICT))
+            for name, place in places.items():
+                entry = recorded[name]
+                if entry["from"] == "base" and not name.startswith(replaced):
+                    found.setdefault(name, SiblingTensor(place, entry["blake3"]))
+        except (SurgeryError, OSError, ValueError, KeyError, TypeError):
+            continue  # what cannot be read cannot be shared; that is not this build's concern
+    return found
+
+
+def check_taken(taken: Mapping[str, SiblingTensor], digests: Mapping[str, str]) -> None:
+    """Raise SurgeryError if what was taken from siblings is not what they held when they were built.
+
+    Args:
+        digests: BLAKE3 of the tensors as they were written, by name.
+    """
+    for name, tensor in taken.items():
+        if digests.get(name, tensor.blake3) != tensor.blake3:
+            folder = tensor.place.path.parent
+            raise SurgeryError(
+                f"{tensor.place.path} is damaged: {name} is not what it was when that checkpoint was built, and the new "
+                f"one would have shared it. Remove or rebuild {folder}: python verify_checkpoint.py {folder}"
+            )
