@@ -256,8 +256,8 @@ def read_base(name: str) -> Callable[[Path], None]:
 
 def plan_with(name: str) -> Callable[[Path], None]:
     def read(work: Path) -> None:
-        from model_preparation.surgery.checkpoint import load_tokenizer
         from model_preparation.surgery.graft import plan
+        from model_preparation.surgery.tokenizer_files import load_tokenizer
 
         graft = plan(str(work / name), [1], work / "layers")
         graft.describe()
@@ -280,7 +280,7 @@ def read_layers(work: Path) -> None:
 
 
 def read_checkpoint(work: Path) -> None:
-    from model_preparation.surgery.checkpoint import load_checkpoint
+    from model_preparation.surgery.checkpoint_loading import load_checkpoint
 
     model, _ = load_checkpoint(work / "checkpoint")
     for parameter in model.parameters():

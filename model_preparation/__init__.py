@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from model_preparation.errors import SurgeryError
     from model_preparation.evaluation.mmlu import evaluate_checkpoint
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
-    from model_preparation.surgery.checkpoint import build_checkpoint, load_checkpoint
+    from model_preparation.surgery.checkpoint import build_checkpoint
+    from model_preparation.surgery.checkpoint_loading import load_checkpoint
     from model_preparation.surgery.layer_store import extract_layers
     from model_preparation.surgery.verify import verify_checkpoint
 
@@ -28,7 +29,7 @@ _MODULE_OF = {
     "build_checkpoint": "model_preparation.surgery.checkpoint",
     "evaluate_checkpoint": "model_preparation.evaluation.mmlu",
     "extract_layers": "model_preparation.surgery.layer_store",
-    "load_checkpoint": "model_preparation.surgery.checkpoint",
+    "load_checkpoint": "model_preparation.surgery.checkpoint_loading",
     "verify_checkpoint": "model_preparation.surgery.verify",
 }
 __all__ = [

@@ -1,4 +1,4 @@
-"""Command: remove from a folder of checkpoints what no checkpoint needs (see surgery/store_folder.py, new_folder.py)."""
+"""Command: remove from a folder of checkpoints what none needs (see surgery/store_folder.py and new_folder.py)."""
 
 from pathlib import Path
 

@@ -50,7 +50,7 @@ def main() -> None:
     _refuse_flags_without_effect(parser, args)
 
     from model_preparation.errors import SurgeryError
-    from model_preparation.surgery.checkpoint import read_info
+    from model_preparation.surgery.checkpoint_info import read_info
 
     args.checkpoint = args.checkpoint.expanduser()
     read_info(args.checkpoint)  # what is wrong with the folder is said before anything is downloaded
@@ -136,7 +136,8 @@ def _load(directory: Path, device: str, dtype_name: str | None) -> tuple[Any, An
     """Load the checkpoint and print what it is."""
     from rich.filesize import decimal
 
-    from model_preparation.surgery.checkpoint import load_checkpoint, read_info
+    from model_preparation.surgery.checkpoint_info import read_info
+    from model_preparation.surgery.checkpoint_loading import load_checkpoint
 
     started = time.perf_counter()
     model, tokenizer = load_checkpoint(directory, device=device, dtype=torch_dtype(dtype_name))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -236,3 +237,20 @@ def checkpoint_dir(base_dir, layers_dir, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny_1_3"
     build_checkpoint(str(base_dir), [3, 1], layers_dir, folder, description="a tiny pair")
     return folder
+
+
+@pytest.fixture(params=["xfs", "btrfs"])
+def sharing_disk(request, tmp_path) -> Iterator[Path]:
+    """The root of a new file system on which files can share extents, mounted from an image; skipped without root."""
+    mkfs, image, mounted = shutil.which(f"mkfs.{request.param}"), tmp_path / "image", tmp_path / "mounted"
+    if os.geteuid() != 0 or mkfs is None:
+        pytest.skip(f"needs root and mkfs.{request.param}")
+    with image.open("wb") as file:
+        file.truncate(320 << 20)
+    mounted.mkdir()
+    subprocess.run([mkfs, "-q", str(image)], check=True, capture_output=True)
+    if subprocess.run(["mount", "-o", "loop", image, mounted], capture_output=True).returncode != 0:
+        pytest.skip("no loop device can be mounted here")
+    yield mounted
+    subprocess.run(["umount", mounted], check=True)
+    image.unlink()

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, constants
 from modelscope_hub import set_default_config
 
 from model_preparation.surgery import hub_uploads
-from model_preparation.surgery.checkpoint import load_checkpoint
+from model_preparation.surgery.checkpoint_loading import load_checkpoint
 from model_preparation.surgery.seal import check_seal
 from tests.conftest import assert_refused, run_command
 from tests.surgery.test_sources import NOBODY, Caches, FakeHub

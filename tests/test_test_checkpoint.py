@@ -10,7 +10,7 @@ import torch
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.mmlu import SUBJECTS, evaluate_checkpoint
-from model_preparation.surgery.checkpoint import load_checkpoint
+from model_preparation.surgery.checkpoint_loading import load_checkpoint
 from model_preparation.test_checkpoint import main
 from tests.conftest import assert_refused, run_command
 from tests.evaluation.test_mmlu import question, write_questions

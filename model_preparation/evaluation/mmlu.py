@@ -29,7 +29,8 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.checkpoint import load_checkpoint, read_info
+from model_preparation.surgery.checkpoint_info import read_info
+from model_preparation.surgery.checkpoint_loading import load_checkpoint
 
 MMLU_REPO = "cais/mmlu"
 STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"

@@ -179,8 +179,12 @@ class Stream:
         self._tail = bytearray()  # what does not fill a multiple of ALIGNMENT yet
         self._pending: list[Future] = []
         self._written = list(files[:1] if _can_share(files) else files)  # the others get their part in `split`
-        for file in self._written:
-            file.reserve()
+
+    def reserve(self) -> None:
+        """Take the files' space now, unless it may turn out to be another file's: Btrfs would keep both."""
+        if len(self._written) == len(self.files):
+            for file in self.files:
+                file.reserve()
 
     def append(self, data: bytes | bytearray) -> None:
         """Add a few bytes."""

@@ -66,6 +66,7 @@ def write_together(
         task = _Task(sources, Buffers(), written)
         count = sum(1 for storage in shared if storage.nbytes())
         together = Stream(files, writers)
+        together.reserve()
         task.copy(together, skeletons, range(count))
         for stream, skeleton in zip(together.split(), skeletons, strict=True):
             task.copy(stream, [skeleton], range(count, len(skeleton.storages)))

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.checkpoint import TENSOR_DIGESTS, check_info, write
+from model_preparation.surgery.checkpoint import write
+from model_preparation.surgery.checkpoint_info import INFO, TENSOR_DIGESTS, read_info_file
 from model_preparation.surgery.graft import plan
 from model_preparation.surgery.layer_store import METADATA, LayerStore, extract_layers
 
@@ -87,10 +88,10 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        path /= "checkpoint_info.json"
+        path /= INFO
     if not path.is_file():
         raise SurgeryError(f"{path} is not there. Give a checkpoint's checkpoint_info.json.")
-    return check_info(path)
+    return read_info_file(path)
 
 
 def _donor_layers(

@@ -67,6 +67,7 @@ class Shard:
         digests = {}
         with contextlib.closing(OutputFile(path, self.size_bytes, advance)) as file, ThreadPoolExecutor(2) as writers:
             stream = Stream([file], writers)
+            stream.reserve()
             stream.append(self.header)
             for name in self._order:
                 source = self.ranges[name].cast(self.dtype)

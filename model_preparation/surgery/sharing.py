@@ -16,7 +16,7 @@ from typing import Any
 import rich.progress
 
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.checkpoint import INFO, MODULE, STATE_DICT, TOKENIZER, read_info
+from model_preparation.surgery.checkpoint_info import INFO, MODULE, STATE_DICT, TOKENIZER, read_info
 from model_preparation.surgery.digests import fault_of
 from model_preparation.surgery.hub_uploads import HUBS
 from model_preparation.surgery.licences import check_name, licence_of, terms_of

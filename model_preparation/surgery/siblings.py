@@ -6,16 +6,15 @@ checkpoints of one base take the room of one and of ten times the grafted layers
 taken from it is read, and has to have the digest that was recorded when it came from the base itself.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.checkpoint_info import INFO, STATE_DICT, TENSOR_DIGESTS, read_info
 from model_preparation.surgery.graft import GraftPlan
-from model_preparation.surgery.tensor_files import load_tensors
-from model_preparation.surgery.tensor_ranges import TensorRange, pt_ranges
+from model_preparation.surgery.tensor_digests import read_tensor_digests, state_dict_ranges
+from model_preparation.surgery.tensor_ranges import TensorRange
 
 
 @dataclass(frozen=True)
@@ -36,23 +35,25 @@ def tensors_in_siblings(
     """
     found: dict[str, SiblingTensor] = {}
     replaced = tuple(f"backbone.layers.{index}." for index in graft.layers)
-    for info_path in sorted(checkpoints.glob(f"*/{INFO}")):
-        folder = info_path.parent
+    for folder in sibling_folders(checkpoints):
         try:
             info = read_info(folder)
             if info["base_model"]["files"] != base_files or info["dtype"] != str(graft.dtype).removeprefix("torch."):
                 continue
-            if not (folder / STATE_DICT).is_file():
-                continue
-            recorded = json.loads((folder / TENSOR_DIGESTS).read_text(encoding="utf-8"))["tensors"]
-            places = pt_ranges(folder / STATE_DICT, load_tensors(folder / STATE_DICT))
-            for name, place in places.items():
-                entry = recorded[name]
-                if entry["from"] == "base" and not name.startswith(replaced):
-                    found.setdefault(name, SiblingTensor(place, entry["blake3"]))
-        except (SurgeryError, OSError, ValueError, KeyError, TypeError):
-            continue  # what cannot be read cannot be shared; that is not this build's concern
+            recorded = read_tensor_digests(folder / TENSOR_DIGESTS)
+            for name, place in state_dict_ranges(folder / STATE_DICT).items():
+                if recorded[name].origin == "base" and not name.startswith(replaced):
+                    found.setdefault(name, SiblingTensor(place, recorded[name].blake3))
+        except (SurgeryError, OSError, KeyError, TypeError):
+            continue  # what cannot be read cannot be shared; it is not this build's concern
     return found
+
+
+def sibling_folders(checkpoints: Path) -> Iterator[Path]:
+    """The folders in `checkpoints` that hold a checkpoint with a model_state_dict.pt, in order."""
+    for info_path in sorted(checkpoints.glob(f"*/{INFO}")):
+        if (info_path.parent / STATE_DICT).is_file():
+            yield info_path.parent
 
 
 def check_taken(taken: Mapping[str, SiblingTensor], digests: Mapping[str, str]) -> None:
@@ -65,6 +66,6 @@ def check_taken(taken: Mapping[str, SiblingTensor], digests: Mapping[str, str]) 
         if digests.get(name, tensor.blake3) != tensor.blake3:
             folder = tensor.place.path.parent
             raise SurgeryError(
-                f"{tensor.place.path} is damaged: {name} is not what it was when that checkpoint was built, and the new "
-                f"one would have shared it. Remove or rebuild {folder}: python verify_checkpoint.py {folder}"
+                f"{tensor.place.path} is damaged: {name} is not what it was when it was built, and the new checkpoint "
+                f"would have shared it. Remove {folder} or build it again (verify_checkpoint.py says what is wrong)."
             )

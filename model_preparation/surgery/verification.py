@@ -1,9 +1,7 @@
-"""What checking a checkpoint brings together: a line per check, notes, faults; and the progress bar meanwhile."""
+"""What checking a checkpoint brings together: a line per check, notes, faults."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import rich.progress
 
 
 @dataclass(frozen=True)
@@ -31,15 +29,3 @@ class Verification:
 
     def fault(self, where: str, what: str) -> None:
         self.faults.append(Fault(where, what))
-
-
-def byte_progress() -> rich.progress.Progress:
-    """A bar over bytes that goes when it is done."""
-    return rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TimeRemainingColumn(),
-        transient=True,
-    )

@@ -14,7 +14,8 @@ from typing import Any
 from rich.filesize import decimal
 
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.checkpoint import INFO, MODULE, STATE_DICT, TENSOR_DIGESTS, TOKENIZER, read_info
+from model_preparation.surgery.byte_progress import byte_progress
+from model_preparation.surgery.checkpoint_info import INFO, MODULE, STATE_DICT, TENSOR_DIGESTS, TOKENIZER, read_info
 from model_preparation.surgery.file_digests import FileDigests, read_digests
 from model_preparation.surgery.layer_store import FILE_FIELDS, LayerStore
 from model_preparation.surgery.seal import check_seal
@@ -22,7 +23,7 @@ from model_preparation.surgery.sources import resolve
 from model_preparation.surgery.tensor_digests import range_of
 from model_preparation.surgery.tensor_ranges import TensorRange
 from model_preparation.surgery.untrusted_files import check_fields, inside, regular_file
-from model_preparation.surgery.verification import Fault, Verification, byte_progress
+from model_preparation.surgery.verification import Fault, Verification
 from model_preparation.surgery.verify_tensors import TensorChecks, formats_of
 
 _FILES_AT_ONCE = 2  # each is hashed by one core

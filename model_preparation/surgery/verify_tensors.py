@@ -13,7 +13,8 @@ from rich.filesize import decimal
 from model_preparation.command_line import default_folder
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.configuration_llamba import LlambaConfig
-from model_preparation.surgery.checkpoint import INFO, MODULE, STATE_DICT, TENSOR_DIGESTS
+from model_preparation.surgery.byte_progress import byte_progress
+from model_preparation.surgery.checkpoint_info import INFO, MODULE, STATE_DICT, TENSOR_DIGESTS
 from model_preparation.surgery.file_digests import FileDigests
 from model_preparation.surgery.graft import empty_model
 from model_preparation.surgery.layer_store import METADATA, LayerStore
@@ -29,7 +30,7 @@ from model_preparation.surgery.tensor_digests import (
 from model_preparation.surgery.tensor_files import TensorFiles
 from model_preparation.surgery.tensor_ranges import TensorRange
 from model_preparation.surgery.untrusted_config import config_from
-from model_preparation.surgery.verification import Verification, byte_progress
+from model_preparation.surgery.verification import Verification
 
 
 def formats_of(info: dict[str, Any]) -> set[str]:

@@ -1,0 +1,56 @@
+"""What is in a checkpoint's folder, and checkpoint_info.json, which says so.
+
+In: a folder. Out: the fields of its checkpoint_info.json, checked as far as reading them needs.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from model_preparation.errors import SurgeryError
+from model_preparation.surgery.untrusted_files import check_fields, read_json
+
+FORMAT_VERSION = 1
+FORMATS = ("pt", "hf", "both")
+INFO = "checkpoint_info.json"
+MODULE = "model.pt"
+STATE_DICT = "model_state_dict.pt"
+TENSOR_DIGESTS = "tensor_digests.json"
+TOKENIZER = "tokenizer"
+
+_INFO_FIELDS = {"replaced_layers": list, "total_layers": int, "config": dict, "generation_config": dict, "files": dict}
+
+
+def read_info(directory: str | Path) -> dict[str, Any]:
+    """checkpoint_info.json of a checkpoint folder.
+
+    Raises:
+        SurgeryError: if the folder is not there, not complete, or of a format this version does not know.
+    """
+    directory = Path(directory).expanduser()
+    path = directory / INFO
+    if directory.is_file():
+        raise SurgeryError(f"{directory} is a file. Give the checkpoint's folder, here {directory.parent}.")
+    if not directory.is_dir():
+        raise SurgeryError(f"Checkpoint {directory} is not there. Build it with create_replaced_model_checkpoint.py.")
+    if not path.is_file():
+        raise SurgeryError(f"{directory} has no {INFO}, so it is not a complete checkpoint. Build it again.")
+    return read_info_file(path)
+
+
+def read_info_file(path: Path) -> dict[str, Any]:
+    """A checkpoint_info.json, which may be outside a checkpoint.
+
+    Raises:
+        SurgeryError: if it cannot be read, or is of a format this version does not know.
+    """
+    try:
+        info = read_json(path)
+        check_fields(info, {"format_version": object, **_INFO_FIELDS})
+        version = info["format_version"]
+    except ValueError as error:
+        raise SurgeryError(f"{path} cannot be read ({error}). Build the checkpoint again.") from error
+    if version != FORMAT_VERSION:
+        raise SurgeryError(
+            f"{path} has format version {version}; this program knows {FORMAT_VERSION}. Update model_preparation."
+        )
+    return info
