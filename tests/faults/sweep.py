@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from model_preparation.surgery.new_folder import remove_abandoned
+from model_preparation.surgery.seal import FIELD as SEAL
 from tests.faults.injector import KINDS, WRITES_ONLY, Call, Fault, Injector, Outcome, load_shim
 from tests.faults.scenarios import SCENARIOS, Models, Scenario, Write, clean, make_models
 
@@ -236,7 +237,7 @@ def contents(folder: Path, *, timeless: bool = False) -> Contents:
         elif path.is_file():
             data = path.read_bytes()
             if timeless and path.parent == folder and path.name in _TIMES:
-                data = json.dumps({**json.loads(data), _TIMES[path.name]: None}).encode()
+                data = json.dumps({**json.loads(data), _TIMES[path.name]: None, SEAL: None}).encode()
             what += f" {hashlib.sha256(data).hexdigest()}"
         found[str(path.relative_to(folder))] = what
     return found
