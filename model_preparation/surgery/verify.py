@@ -29,7 +29,12 @@ _FILES_AT_ONCE = 2  # each is hashed by one core
 _CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh")
 # What transformers takes from a model's folder unasked; a hub's own additions (configuration.json, README.md) are not.
 _READ_BY_LOADERS = (*_CODE, ".safetensors", ".bin", ".model", ".jinja", ".gguf", ".index.json")
-_READ_BY_NAME = ("config.json", "generation_config.json", "adapter_config.json", "special_tokens_map.json")
+_READ_BY_NAME: tuple[str, ...] = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "special_tokens_map.json",
+)
 _READ_BY_NAME += (
     "added_tokens.json",
     "tokenizer.json",
