@@ -28,7 +28,22 @@ from model_preparation.surgery.verify_tensors import TensorChecks, formats_of
 
 _FILES_AT_ONCE = 2  # each is hashed by one core
 _CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh")
-_READ_BY_LOADERS = (*_CODE, ".json", ".safetensors", ".bin", ".model", ".jinja", ".gguf")  # by whatever name
+# What transformers takes from a model's folder unasked; a hub's own additions (configuration.json, README.md) are not.
+_READ_BY_LOADERS = (*_CODE, ".safetensors", ".bin", ".model", ".jinja", ".gguf", ".index.json")
+_READ_BY_NAME: tuple[str, ...] = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "special_tokens_map.json",
+)
+_READ_BY_NAME += (
+    "added_tokens.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
 
 
 def verify_checkpoint(
@@ -135,7 +150,7 @@ def _look_for_others(found: Verification, info: dict[str, Any], recorded: Mappin
             count += 1
             if relative.as_posix() in recorded or relative.as_posix() == INFO:
                 continue
-            at_root = relative.parent == Path(".") and path.suffix in _READ_BY_LOADERS
+            at_root = relative.parent == Path(".") and (name.endswith(_READ_BY_LOADERS) or name in _READ_BY_NAME)
             loaded = relative.parts[0] == TOKENIZER or ("hf" in formats_of(info) and (at_root or path.suffix in _CODE))
             if loaded:
                 found.fault(relative.as_posix(), f"is not listed in {INFO}, and would be read with the checkpoint")

@@ -467,7 +467,7 @@ def readers(layers_dir, base_dir, donor_dir, checkpoint_dir, tmp_path_factory):
     }
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 2**32), which=st.integers(0, 6))
 @pytest.mark.filterwarnings("ignore")
 def test_damage_of_any_kind_is_read_or_refused(readers, seed, which):

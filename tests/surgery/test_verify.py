@@ -159,6 +159,22 @@ def test_missing_cut_and_added_files(checkpoint, tmp_path):
     assert "notes.txt" not in text
 
 
+def test_what_loaders_of_the_hf_format_would_pick_up_is_a_fault(checkpoint):
+    """Everything else that appeared in the folder is a note. The folder's own format matters: a note for .pt only."""
+    unasked = {"modeling_llamba.py", "extra.safetensors", "adapter_config.json", "added_tokens.json", "lib/x.so"}
+    harmless = {"configuration.json", "README.md", "evaluations/mmlu.json"}
+    for name in unasked | harmless:
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_text("{}")
+    found = inspect(checkpoint, files_only=True)
+    assert {note.split()[0] for note in found.notes} == unasked | harmless
+    assert not found.faults
+    reseal(checkpoint, format="both")
+    found = inspect(checkpoint, files_only=True)
+    assert {note.split()[0] for note in found.notes} == harmless
+    assert {fault.where for fault in found.faults} == unasked | {"config.json"}  # which that format must have
+
+
 def test_fifos_are_faults_and_not_waited_for(checkpoint):
     for name in ("model.pt", "README.txt"):
         (checkpoint / name).unlink()
