@@ -1,7 +1,9 @@
-"""Building a checkpoint against copying the same bytes with cp, and against loading, replacing and saving with torch.
+"""Building a checkpoint against copying the same bytes with cp, writing as many zeros with dd, and loading, replacing and
+saving with torch.
 
 Prints seconds, peak resident memory and ratios, medians over --runs. The base and the donor's layers hold random
-numbers in bfloat16; all that is written is synced. With --cache warm, what each side reads was read just before, as far
+numbers in bfloat16; all that is written is synced. dd's
+zeros go directly to the disk, both files at once: what the disk can do. With --cache warm, what each side reads was read just before, as far
 as memory holds it; with cold, the page cache has let go of it.
 
     python benchmarks/build_speed.py --folder /mnt/scratch --shape 1b
@@ -51,7 +53,7 @@ def main() -> None:
     prepare = read_once if args.cache == "warm" else forget
     out, copy = args.folder / "out", args.folder / "copy"
 
-    results: dict[str, list[tuple[float, float]]] = {"build": [], "cp": [], "load, replace, save": []}
+    results: dict[str, list[tuple[float, float]]] = {"build": [], "cp": [], "dd": [], "load, replace, save": []}
     for run in range(args.runs):
         shutil.rmtree(out, ignore_errors=True)
         command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base, "--llama_layers_dir", layers_dir]
@@ -61,13 +63,14 @@ def main() -> None:
         size_bytes = sum(path.stat().st_size for path in written)
         copy.mkdir(exist_ok=True)
         results["cp"].append((timed_copies(written, copy, warm=args.cache == "warm"), 0.0))
+        shutil.rmtree(out)
+        results["dd"].append((timed_raw([size_bytes // 2] * 2, copy), 0.0))
         if not args.no_naive:
-            shutil.rmtree(out)
             out.mkdir()
             prepare(sources)
             results["load, replace, save"].append(timed(["-c", NAIVE, base, layers_dir, out, *layers], sync=out))
         print(f"run {run + 1}: {', '.join(f'{name} {v[-1][0]:.1f} s' for name, v in results.items() if v)}", flush=True)
-    shutil.rmtree(out)
+    shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(copy)
 
     print(f"\n{args.shape}, {args.cache}: {size_bytes / 1e9:.2f} GB written, medians of {args.runs}")

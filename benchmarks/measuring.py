@@ -37,6 +37,21 @@ def timed_copies(paths: Iterable[Path], target: Path, *, warm: bool) -> float:
     return seconds
 
 
+def timed_raw(sizes: Iterable[int], target: Path) -> float:
+    """Seconds that `dd` takes to write as many zeros directly to the disk, all files at once, and sync them."""
+    started = time.perf_counter()
+    writers = []
+    for number, size_bytes in enumerate(sizes):
+        command = ["dd", "if=/dev/zero", f"of={target / str(number)}", "bs=4M", f"count={size_bytes >> 22}"]
+        writers.append(subprocess.Popen([*command, "oflag=direct", "conv=fsync"], stderr=subprocess.DEVNULL))
+    if any(writer.wait() for writer in writers):
+        sys.exit(f"dd cannot write directly in {target}")
+    seconds = time.perf_counter() - started
+    for number in range(len(writers)):
+        (target / str(number)).unlink()
+    return seconds
+
+
 def sync_folder(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_file():

@@ -51,6 +51,10 @@ def build(models: Models, target: Path, *, overwrite: bool, layers: tuple[int, .
     build_checkpoint(str(models.base), layers, models.layers, target, overwrite=overwrite)
 
 
+def build_hf(models: Models, target: Path, *, overwrite: bool, layers: tuple[int, ...] = (1, 3)) -> None:
+    build_checkpoint(str(models.base), layers, models.layers, target, overwrite=overwrite, format="hf")
+
+
 def init(models: Models, target: Path, *, overwrite: bool, dtype: torch.dtype = torch.bfloat16) -> None:
     init_llamba_base(str(models.donor), target, dtype=dtype, overwrite=overwrite)
 
@@ -102,6 +106,7 @@ def with_readme(write: Write) -> Write:
 
 _old_layers = with_readme(partial(extract, layers=(1,)))
 _old_checkpoint = with_readme(partial(build, layers=(2,)))
+_old_hf = partial(build_hf, layers=(2,))
 _old_base = with_readme(partial(init, dtype=torch.float16))
 
 SCENARIOS = {
@@ -116,6 +121,8 @@ SCENARIOS = {
     "build, overwrite": Scenario(build, old=_old_checkpoint, leftover=build),
     "build, overwrite, no exchange": Scenario(build, old=_old_checkpoint, no_exchange=True),
     "build, overwrite, no locks, no exchange": Scenario(build, old=_old_checkpoint, no_exchange=True, no_locks=True),
+    "build hf": Scenario(build_hf),
+    "build hf, overwrite": Scenario(build_hf, old=_old_hf),
     "init base": Scenario(init),
     "init base, overwrite": Scenario(init, old=_old_base),
     "clean": Scenario(clean, old=_old_checkpoint, leftover=build),

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from model_preparation.surgery.new_folder import remove_abandoned
 from model_preparation.surgery.seal import FIELD as SEAL
+from model_preparation.surgery.store_folder import STORE
 from tests.faults.injector import KINDS, WRITES_ONLY, Call, Fault, Injector, Outcome, load_shim
 from tests.faults.scenarios import SCENARIOS, Models, Scenario, Write, clean, make_models
 
@@ -173,7 +174,8 @@ class Place:
     def _beside(self) -> list[str]:
         """Names of what is in the target's parent beside it."""
         parent = self._target.parent
-        return sorted({path.name for path in parent.iterdir()} - {TARGET}) if parent.exists() else []
+        kept = {TARGET, STORE}  # the store of a base's shards stays for the next build
+        return sorted({path.name for path in parent.iterdir()} - kept) if parent.exists() else []
 
     def _wrong_end(self, fault: Fault, outcome: Outcome, state: str) -> Iterator[str]:
         succeeds = "old" if self._scenario.write is clean else "new"
