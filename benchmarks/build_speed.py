@@ -1,10 +1,9 @@
-"""Building a checkpoint against copying the same bytes with cp, writing as many zeros with dd, and loading, replacing and
-saving with torch.
+"""Building a checkpoint against cp of the same bytes, and against loading, replacing and saving with torch.
 
 Prints seconds, peak resident memory and ratios, medians over --runs. The base and the donor's layers hold random
-numbers in bfloat16; all that is written is synced. dd's
-zeros go directly to the disk, both files at once: what the disk can do. With --cache warm, what each side reads was read just before, as far
-as memory holds it; with cold, the page cache has let go of it.
+numbers in bfloat16; all that is written is synced. What the disk can do is seen by dd, which writes as many zeros
+directly, both files at once. With --cache warm, what each side reads was read just before, as far as memory holds it;
+with cold, the page cache has let go of it.
 
     python benchmarks/build_speed.py --folder /mnt/scratch --shape 1b
 """
@@ -14,7 +13,7 @@ import shutil
 import statistics
 from pathlib import Path
 
-from measuring import PACKAGE, files_in, forget, read_once, timed, timed_copies
+from measuring import PACKAGE, files_in, forget, read_once, timed, timed_copies, timed_raw
 from random_models import SHAPES, prepared
 
 NAIVE = """
