@@ -14,24 +14,9 @@ import statistics
 from pathlib import Path
 
 from measuring import PACKAGE, files_in, forget, read_once, timed, timed_copies, timed_raw
-from random_models import SHAPES, prepared
+from random_models import IN_MEMORY, SHAPES, prepared
 
 NAIVE = """
-import sys, torch
-from model_preparation.llamba import LlambaForCausalLM
-from model_preparation.surgery.graft import grafted_config
-from model_preparation.surgery.layer_store import LayerStore
-base, layers_dir, out, *layers = sys.argv[1:]
-layers = [int(layer) for layer in layers]
-donor = LayerStore(layers_dir)
-model = LlambaForCausalLM.from_pretrained(base)
-grafted = LlambaForCausalLM._from_config(grafted_config(model.config, donor, layers))
-state = model.state_dict()
-for layer in layers:
-    prefix = f"backbone.layers.{layer}."
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
-    state |= {prefix + name: tensor for name, tensor in torch.load(donor.path(layer)).items()}
-grafted.load_state_dict(state)
 torch.save(grafted, out + "/model.pt")
 torch.save(grafted.state_dict(), out + "/model_state_dict.pt")
 """
@@ -67,7 +52,7 @@ def main() -> None:
         if not args.no_naive:
             out.mkdir()
             prepare(sources)
-            results["load, replace, save"].append(timed(["-c", NAIVE, base, layers_dir, out, *layers], sync=out))
+            results["load, replace, save"].append(timed(["-c", IN_MEMORY + NAIVE, base, layers_dir, out, *layers], sync=out))
         print(f"run {run + 1}: {', '.join(f'{name} {v[-1][0]:.1f} s' for name, v in results.items() if v)}", flush=True)
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(copy)

@@ -240,7 +240,7 @@ def read_base(name: str) -> Callable[[Path], None]:
     def read(work: Path) -> None:
         from model_preparation.surgery.layer_store import read_config, read_generation_config
         from model_preparation.surgery.sources import resolve
-        from model_preparation.surgery.tensor_files import TensorFiles
+        from model_preparation.tensors.tensor_files import TensorFiles
 
         folder = resolve(str(work / name)).folder
         read_config(folder)
@@ -257,7 +257,7 @@ def read_base(name: str) -> Callable[[Path], None]:
 def plan_with(name: str) -> Callable[[Path], None]:
     def read(work: Path) -> None:
         from model_preparation.surgery.graft import plan
-        from model_preparation.surgery.tokenizer_files import load_tokenizer
+        from model_preparation.untrusted.tokenizer_files import load_tokenizer
 
         graft = plan(str(work / name), [1], work / "layers")
         graft.describe()
@@ -299,7 +299,7 @@ def touch(tensor) -> None:
 
 
 def verify(work: Path) -> None:
-    from model_preparation.surgery.verify import inspect
+    from model_preparation.verification.verify import inspect
 
     found = inspect(work / "checkpoint", str(work / "base"), work / "layers")
     if not found.faults:

@@ -12,6 +12,25 @@ SHAPES = {
 }
 LAYERS = {"small": [1, 3, 5, 6], "1b": [3, 6, 8, 10], "8b": [11, 13, 17, 21]}
 
+# What people do without this package: `grafted`, the whole model in memory.
+IN_MEMORY = """
+import sys, torch
+from model_preparation.llamba import LlambaForCausalLM
+from model_preparation.surgery.graft import grafted_config
+from model_preparation.surgery.layer_store import LayerStore
+base, layers_dir, out, *layers = sys.argv[1:]
+layers = [int(layer) for layer in layers]
+donor = LayerStore(layers_dir)
+model = LlambaForCausalLM.from_pretrained(base)
+grafted = LlambaForCausalLM._from_config(grafted_config(model.config, donor, layers))
+state = model.state_dict()
+for layer in layers:
+    prefix = f"backbone.layers.{layer}."
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    state |= {prefix + name: tensor for name, tensor in torch.load(donor.path(layer)).items()}
+grafted.load_state_dict(state)
+"""
+
 
 def prepared(shape: str, folder: Path) -> tuple[Path, Path, list[str]]:
     """(base, extracted layers of the donor, indices of the layers) in `folder`, made if they are not there."""

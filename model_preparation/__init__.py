@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from model_preparation.surgery.checkpoint import build_checkpoint
     from model_preparation.surgery.checkpoint_loading import load_checkpoint
     from model_preparation.surgery.layer_store import extract_layers
-    from model_preparation.surgery.verify import verify_checkpoint
+    from model_preparation.verification.verify import verify_checkpoint
 
 _MODULE_OF = {
     "LlambaConfig": "model_preparation.llamba",
@@ -30,7 +30,7 @@ _MODULE_OF = {
     "evaluate_checkpoint": "model_preparation.evaluation.mmlu",
     "extract_layers": "model_preparation.surgery.layer_store",
     "load_checkpoint": "model_preparation.surgery.checkpoint_loading",
-    "verify_checkpoint": "model_preparation.surgery.verify",
+    "verify_checkpoint": "model_preparation.verification.verify",
 }
 __all__ = [
     "LlambaConfig",

@@ -32,7 +32,7 @@ def main() -> None:
     from rich.filesize import decimal
 
     from model_preparation.errors import SurgeryError
-    from model_preparation.surgery.new_folder import remove_abandoned
+    from model_preparation.files.new_folder import remove_abandoned
     from model_preparation.surgery.store_folder import clean
 
     folder = args.dir.expanduser()

@@ -91,8 +91,8 @@ def main() -> None:
     if args.from_info is not None and given:
         parser.error(f"--{given[0]} is the recipe's to say: leave it out, or use --layers instead of --from_info")
 
+    from model_preparation.files.new_folder import check_target
     from model_preparation.surgery import checkpoint, graft
-    from model_preparation.surgery.new_folder import check_target
 
     target = Path(args.output_dir).expanduser()
     check_target(target, overwrite=args.overwrite, complete_mark=checkpoint.INFO)

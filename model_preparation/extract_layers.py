@@ -70,8 +70,8 @@ def main() -> None:
 
     from rich.filesize import decimal
 
+    from model_preparation.legacy.legacy_layers import import_legacy
     from model_preparation.surgery.layer_store import LayerStore, extract_layers
-    from model_preparation.surgery.legacy_layers import import_legacy
 
     options = {
         "layers": args.layers,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
-from model_preparation.surgery.untrusted_files import read_json
+from model_preparation.untrusted.untrusted_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ def _model_type(folder: Path) -> str:
 
 
 def _tokenizer(name: str, source: Source) -> "PreTrainedTokenizerBase":
-    from model_preparation.surgery.tokenizer_files import load_tokenizer
+    from model_preparation.untrusted.tokenizer_files import load_tokenizer
 
     if has_tokenizer(source.folder):
         return load_tokenizer(source.folder)

@@ -1,4 +1,4 @@
-"""Command: whether a checkpoint folder is what was built (see surgery/verify.py)."""
+"""Command: whether a checkpoint folder is what was built (see verification/verify.py)."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def main() -> None:
     if args.files_only and (args.base or args.llama_layers_dir):
         parser.error("--files_only looks at no tensors; leave out --base and --llama_layers_dir")
 
-    from model_preparation.surgery.verify import inspect
+    from model_preparation.verification.verify import inspect
 
     found = inspect(args.checkpoint, args.base, args.llama_layers_dir, files_only=args.files_only, sources=args.source)
     for line in [*found.checks, *(f"note       {note}" for note in found.notes)]:

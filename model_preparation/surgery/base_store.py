@@ -18,12 +18,12 @@ from pathlib import Path
 import rich.progress
 import torch
 
-from model_preparation.surgery.block_io import Advance
-from model_preparation.surgery.digests import describe_source_file, sha256_of
-from model_preparation.surgery.known_digests import KnownFile, examine, read_record, recall, remember
-from model_preparation.surgery.safetensors_writer import Shard
-from model_preparation.surgery.shared_files import can_share, share_file
+from model_preparation.files.block_io import Advance
+from model_preparation.files.digests import describe_source_file, sha256_of
+from model_preparation.files.known_digests import KnownFile, examine, read_record, recall, remember
+from model_preparation.files.shared_files import can_share, share_file
 from model_preparation.surgery.store_folder import STORE, locked, record_of
+from model_preparation.tensors.safetensors_writer import Shard
 
 _LAYOUT = 1  # of a shard's bytes: count on when names, order or header of what is in a shard change
 _BASE_DIGESTS = "base_files"  # what is remembered of the bases' own files

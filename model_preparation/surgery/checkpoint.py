@@ -19,9 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 import model_preparation
 from model_preparation.errors import SurgeryError
+from model_preparation.files.beside import Beside
+from model_preparation.files.byte_progress import byte_progress
+from model_preparation.files.digests import describe_files, describe_source_file
+from model_preparation.files.new_folder import check_space, check_target, new_folder
+from model_preparation.files.seal import seal
+from model_preparation.files.timestamps import creation_time
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
-from model_preparation.surgery.beside import Beside
-from model_preparation.surgery.byte_progress import byte_progress
 from model_preparation.surgery.checkpoint_info import (
     FORMAT_VERSION,
     FORMATS,
@@ -32,17 +36,13 @@ from model_preparation.surgery.checkpoint_info import (
     TOKENIZER,
 )
 from model_preparation.surgery.checkpoint_readme import readme_text
-from model_preparation.surgery.digests import describe_files, describe_source_file
 from model_preparation.surgery.graft import GraftPlan, base_paths, empty_model, plan
 from model_preparation.surgery.hf_folder import HfFolder
 from model_preparation.surgery.layer_store import heads_of, read_generation_config
-from model_preparation.surgery.new_folder import check_space, check_target, new_folder
 from model_preparation.surgery.pt_folder import PtFolder
-from model_preparation.surgery.seal import seal
 from model_preparation.surgery.store_folder import STORE
-from model_preparation.surgery.timestamps import creation_time
-from model_preparation.surgery.tokenizer_files import load_tokenizer
 from model_preparation.surgery.trial import try_out
+from model_preparation.untrusted.tokenizer_files import load_tokenizer
 
 _SMALL_FILES_BYTES = 64_000_000  # tokenizer, JSON and README, generously
 

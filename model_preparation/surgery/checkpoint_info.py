@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.untrusted_files import check_fields, read_json
+from model_preparation.untrusted.untrusted_files import check_fields, read_json
 
 FORMAT_VERSION = 1
 FORMATS = ("pt", "hf", "both")

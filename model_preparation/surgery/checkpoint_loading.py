@@ -13,9 +13,9 @@ from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 from model_preparation.surgery.checkpoint_info import INFO, STATE_DICT, TOKENIZER, read_info
 from model_preparation.surgery.graft import empty_model
 from model_preparation.surgery.hf_folder import INDEX, read_state_dict
-from model_preparation.surgery.tensor_files import load_tensors
-from model_preparation.surgery.tokenizer_files import load_tokenizer
-from model_preparation.surgery.untrusted_config import config_from, generation_config_from
+from model_preparation.tensors.tensor_files import load_tensors
+from model_preparation.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.untrusted.untrusted_config import config_from, generation_config_from
 
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 

@@ -17,9 +17,9 @@ from model_preparation.llamba.configuration_llamba import LLAMA_DEFAULTS, Llamba
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 from model_preparation.surgery.layer_store import LayerStore, check_range, heads_of, layer_shapes, read_config
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
-from model_preparation.surgery.tensor_files import TensorFiles
-from model_preparation.surgery.tensor_ranges import TensorRange
-from model_preparation.surgery.untrusted_config import refusing_impossible_models
+from model_preparation.tensors.tensor_files import TensorFiles
+from model_preparation.tensors.tensor_ranges import TensorRange
+from model_preparation.untrusted.untrusted_config import refusing_impossible_models
 
 
 @dataclass(frozen=True)

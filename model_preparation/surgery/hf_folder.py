@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from model_preparation.files.block_io import Advance
 from model_preparation.llamba import modeling_llamba
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 from model_preparation.surgery.base_store import BaseStore
-from model_preparation.surgery.block_io import Advance
 from model_preparation.surgery.graft import GraftPlan, base_paths, empty_model, tensor_ranges
-from model_preparation.surgery.safetensors_writer import Shard
-from model_preparation.surgery.tensor_files import TensorFiles
-from model_preparation.surgery.tensor_ranges import TensorRange
+from model_preparation.tensors.safetensors_writer import Shard
+from model_preparation.tensors.tensor_files import TensorFiles
+from model_preparation.tensors.tensor_ranges import TensorRange
 
 INDEX = "model.safetensors.index.json"
 

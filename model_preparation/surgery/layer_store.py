@@ -21,18 +21,18 @@ from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.digests import describe_files, fault_of
+from model_preparation.files.new_folder import check_space, check_target, new_folder
+from model_preparation.files.timestamps import creation_time
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
-from model_preparation.surgery.digests import describe_files, fault_of
-from model_preparation.surgery.new_folder import check_space, check_target, new_folder
-from model_preparation.surgery.pt_writer import placeholder, write_together
 from model_preparation.surgery.sources import has_tokenizer, resolve
-from model_preparation.surgery.tensor_files import TensorFiles, load_tensors
-from model_preparation.surgery.tensor_ranges import TensorRange, pt_ranges
-from model_preparation.surgery.timestamps import creation_time
-from model_preparation.surgery.tokenizer_files import load_tokenizer
-from model_preparation.surgery.untrusted_config import config_from, refusing_impossible_models
-from model_preparation.surgery.untrusted_files import check_fields, inside, read_json, regular_file
+from model_preparation.tensors.pt_writer import placeholder, write_together
+from model_preparation.tensors.tensor_files import TensorFiles, load_tensors
+from model_preparation.tensors.tensor_ranges import TensorRange, pt_ranges
+from model_preparation.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.untrusted.untrusted_config import config_from, refusing_impossible_models
+from model_preparation.untrusted.untrusted_files import check_fields, inside, read_json, regular_file
 
 FORMAT_VERSION = 1
 METADATA = "metadata.json"

@@ -25,13 +25,13 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.new_folder import check_space, check_target, new_folder
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 from model_preparation.surgery.layer_store import heads_of, read_config, read_generation_config
-from model_preparation.surgery.new_folder import check_space, check_target, new_folder
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve
-from model_preparation.surgery.tensor_files import TensorFiles
-from model_preparation.surgery.tokenizer_files import load_tokenizer
+from model_preparation.tensors.tensor_files import TensorFiles
+from model_preparation.untrusted.tokenizer_files import load_tokenizer
 
 DECAY = 15 / 16  # per token, so the state looks back over some 16 tokens
 TYPICAL_SCORE = 4.0  # size of q.k / sqrt(head_dim) before the softmax; 2 to 5 in most layers of SmolLM2

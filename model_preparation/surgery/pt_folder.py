@@ -10,15 +10,15 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from model_preparation.files.block_io import Advance
+from model_preparation.files.new_folder import existing_parent
+from model_preparation.files.shared_files import can_reflink
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
-from model_preparation.surgery.block_io import Advance
 from model_preparation.surgery.checkpoint_info import MODULE, STATE_DICT
 from model_preparation.surgery.graft import GraftPlan, empty_model, tensor_ranges
-from model_preparation.surgery.new_folder import existing_parent
-from model_preparation.surgery.pt_writer import placeholder, write_together
-from model_preparation.surgery.shared_files import can_reflink
 from model_preparation.surgery.siblings import SiblingTensor, check_taken, sibling_folders, tensors_in_siblings
-from model_preparation.surgery.tensor_copy import TensorSource
+from model_preparation.tensors.pt_writer import placeholder, write_together
+from model_preparation.tensors.tensor_copy import TensorSource
 
 
 class PtFolder:

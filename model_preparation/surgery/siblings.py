@@ -14,7 +14,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.surgery.checkpoint_info import INFO, STATE_DICT, TENSOR_DIGESTS, read_info
 from model_preparation.surgery.graft import GraftPlan
 from model_preparation.surgery.tensor_digests import read_tensor_digests, state_dict_ranges
-from model_preparation.surgery.tensor_ranges import TensorRange
+from model_preparation.tensors.tensor_ranges import TensorRange
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.untrusted_files import inside, read_json
+from model_preparation.untrusted.untrusted_files import inside, read_json
 
 # A name's target is anything `resolve` takes; `--source NAME=TARGET` and MODEL_PREPARATION_NAME replace it.
 TABLE = {

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_preparation.surgery.known_digests import read_record
+from model_preparation.files.known_digests import read_record
 
 STORE = ".base_shards"
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
-from model_preparation.surgery.file_digests import read_digests
 from model_preparation.surgery.layer_store import LayerStore
-from model_preparation.surgery.pickle_scan import MODULE
-from model_preparation.surgery.pt_structure import check_pt
-from model_preparation.surgery.tensor_files import TensorFiles, load_tensors
-from model_preparation.surgery.tensor_ranges import MappedFiles, TensorRange, bytes_of, pt_ranges
-from model_preparation.surgery.untrusted_files import MAX_DEPTH, check_fields, read_json
+from model_preparation.tensors.tensor_files import TensorFiles, load_tensors
+from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange, bytes_of, pt_ranges
+from model_preparation.untrusted.pickle_scan import MODULE
+from model_preparation.untrusted.pt_structure import check_pt
+from model_preparation.untrusted.untrusted_files import MAX_DEPTH, check_fields, read_json
+from model_preparation.verification.file_digests import read_digests
 
 _CAST_NUMBERS = 1 << 22  # at a time
 _MAX_MODULES = 100_000

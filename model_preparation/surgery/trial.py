@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.graft import GraftPlan, empty_model, tensor_ranges
-from model_preparation.surgery.tensor_ranges import MappedFiles, TensorRange
+from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange
 
 PROMPT = "The quick brown fox jumps over the lazy dog."
 _PIECE_BYTES = 8 << 20

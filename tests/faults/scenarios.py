@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from model_preparation import build_checkpoint, extract_layers
+from model_preparation.files.new_folder import remove_abandoned
 from model_preparation.surgery.llamba_init import init_llamba_base
-from model_preparation.surgery.new_folder import remove_abandoned
 from tests.conftest import make_base, make_donor
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from model_preparation.surgery.new_folder import remove_abandoned
-from model_preparation.surgery.seal import FIELD as SEAL
+from model_preparation.files.new_folder import remove_abandoned
+from model_preparation.files.seal import FIELD as SEAL
 from model_preparation.surgery.store_folder import STORE
 from tests.faults.injector import KINDS, WRITES_ONLY, Call, Fault, Injector, Outcome, load_shim
 from tests.faults.scenarios import SCENARIOS, Models, Scenario, Write, clean, make_models

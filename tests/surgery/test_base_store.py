@@ -14,11 +14,12 @@ import torch
 from blake3 import blake3
 from safetensors.torch import load_file
 
-from model_preparation.surgery import base_store, known_digests, shared_files, store_folder
+from model_preparation.files import known_digests, shared_files
+from model_preparation.surgery import base_store, store_folder
 from model_preparation.surgery.base_store import BaseStore
-from model_preparation.surgery.safetensors_writer import Shard
 from model_preparation.surgery.store_folder import STORE, clean
-from model_preparation.surgery.tensor_ranges import TensorRange, bytes_of
+from model_preparation.tensors.safetensors_writer import Shard
+from model_preparation.tensors.tensor_ranges import TensorRange, bytes_of
 
 
 def make_base(folder: Path, seed: int = 0, age_seconds: int = 60) -> list[Path]:

@@ -1,0 +1,268 @@
+"""Old layer files -> today's: whole LlamaDecoderLayer modules, pickled one by one, into a folder as `extract_layers`
+writes it.
+
+In: a folder with layer_11.pt and the like, perhaps a tokenizer; from it or another place the donor's config. Out: the
+folder that extracting the same layers from the donor itself would have given. Without the user's trust the files are
+only looked at, not opened; with it, they are read in another process (`legacy_process`), and what comes from there is
+checked against the config like any stranger's model.
+"""
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.progress
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from model_preparation.errors import SurgeryError
+from model_preparation.files.digests import describe_file
+from model_preparation.files.new_folder import check_space, check_target, new_folder
+from model_preparation.legacy.legacy_process import legacy_process
+from model_preparation.legacy.legacy_reader import is_usual
+from model_preparation.surgery.layer_store import (
+    METADATA,
+    TOKENIZER,
+    check_range,
+    complete_folder,
+    config_from_dict,
+    layer_file,
+    layer_shapes,
+    read_config,
+    read_generation_config,
+    write_layer,
+)
+from model_preparation.surgery.sources import has_tokenizer, resolve
+from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange
+from model_preparation.untrusted.pickle_globals import globals_in
+
+# The number behind "layer", else the only one.
+_LAYER_NAME = re.compile(r"(?:.*layer\D*(\d+)(?:\D.*)?|\D*(\d+)\D*)\.(?:pt|pth|bin)", re.IGNORECASE)
+_ROTARY = "self_attn.rotary_emb."
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+# What two configs of one model have in common, and a graft computes with.
+_COMPARED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "rms_norm_eps",
+    "rope_parameters",
+    "hidden_act",
+    "attention_bias",
+    "mlp_bias",
+)
+
+
+def import_legacy(
+    folder: str | Path,
+    output_dir: str | Path,
+    *,
+    trust_pickle: bool = False,
+    allow_network: bool = False,
+    model_name: str | None = None,
+    layers: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write the layers pickled in `folder` into `output_dir` and return its metadata.
+
+    Args:
+        folder: has one file per layer, with the layer's index in its name.
+        output_dir: the folder to make; it appears whole or not at all.
+        trust_pickle: whether the files may be opened at all.
+        allow_network: open them even where the system cannot take the network from the process that does.
+        model_name: the donor, as `sources.resolve` takes it; asked for where the pickled modules have no config, and
+            for the tokenizer where `folder` has none. Only config.json and the tokenizer are fetched.
+        layers: indices to import; all there are by default.
+        dtype: cast floating-point tensors to it; by default each keeps its own.
+        overwrite: replace a complete folder that is there.
+        sources: targets by name, as `resolve(overrides=...)` takes them.
+
+    Returns:
+        As `extract_layers`; "source" has "legacy": true, "files" with every old file's size and SHA-256, and "not_run":
+        what else than decoder layers' parts the files named.
+
+    Raises:
+        SurgeryError: without `trust_pickle`, naming what the files would run; for files that are not decoder layers of
+            one Llama, or differ from the config in a name, a shape or a setting; and as `extract_layers` does.
+    """
+    folder, target = Path(folder).expanduser(), Path(output_dir).expanduser()
+    check_target(target, overwrite=overwrite, complete_mark=METADATA)
+    paths = legacy_files(folder)
+    chosen = sorted(paths) if layers is None else sorted(layers)
+    if missing := [index for index in chosen if index not in paths]:
+        raise SurgeryError(
+            f"{folder} has no file for layer {', '.join(map(str, missing))}; it has {', '.join(map(str, paths))}. "
+            "Choose --layers among those."
+        )
+    named = set().union(*(globals_in(paths[index]) for index in chosen))
+    if not trust_pickle:
+        raise _not_trusted(folder, target, named)
+    donor = None if model_name is None else _donor_folder(model_name, sources)
+    config = None if donor is None else _llama_config(donor)
+
+    with new_folder(target, overwrite=overwrite, complete_mark=METADATA) as staging:
+        described: dict[str, dict[str, Any]] = {}
+        not_run: set[str] = set()
+        with (
+            tempfile.TemporaryDirectory(dir=staging) as between,
+            legacy_process(Path(between), allow_network) as process,
+        ):
+            for index in rich.progress.track(chosen, f"Importing {folder}", disable=len(chosen) < 2):
+                ranges, said = process.read(paths[index].resolve())
+                not_run |= {*said["not_run"]}
+                config = _agreed_config(config, said, paths[index])
+                _check(paths[index], index, config, ranges, said)
+                own = {name: place for name, place in ranges.items() if not name.startswith(_ROTARY)}
+                if not described:
+                    check_range(chosen, config.num_hidden_layers, "the donor")
+                    layer_bytes = sum(place.shape.numel() * (dtype or place.dtype).itemsize for place in own.values())
+                    check_space(target, len(chosen) * layer_bytes + 50_000_000)
+                described[str(index)] = write_layer(staging / layer_file(index), own, dtype)
+        assert config is not None
+        tokenizers = [place for place in (folder / TOKENIZER, folder, donor) if place and has_tokenizer(place)]
+        return complete_folder(
+            staging,
+            config,
+            described,
+            model_name=model_name or str(folder),
+            source={
+                "hub": "local",
+                "id": folder.resolve().name,
+                "revision": None,
+                "path": str(folder.absolute()),
+                "legacy": True,
+                "not_run": sorted(not_run),
+                "files": {paths[index].name: describe_file(paths[index]) for index in chosen},
+            },
+            tokenizer=tokenizers[0] if tokenizers else None,
+            generation_config=read_generation_config(donor or folder),
+        )
+
+
+def legacy_files(folder: Path) -> dict[int, Path]:
+    """The layer files in `folder` by the index in their names: layer_11.pt, llama_layer_11.pth, 11.pt.
+
+    Raises:
+        SurgeryError: if there are none, or two for one layer.
+    """
+    if not folder.is_dir():
+        raise SurgeryError(f"{folder} is not a folder. Give the one that the old layer files are in.")
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        match = _LAYER_NAME.fullmatch(path.name)
+        if match is None or not path.is_file():
+            continue
+        index = int(match[1] or match[2])
+        if index in found:
+            raise SurgeryError(f"{found[index]} and {path} are both for layer {index}. Move one of them away.")
+        found[index] = path
+    if not found:
+        raise SurgeryError(f"{folder} has no layer files such as layer_11.pt. Give the folder that they are in.")
+    return dict(sorted(found.items()))
+
+
+def _not_trusted(folder: Path, target: Path, named: set[str]) -> SurgeryError:
+    # What a layer hardly needs comes first: that is what whoever decides about trust must see.
+    ordered = sorted(named, key=lambda name: (is_usual(name), "DecoderLayer" not in name, name))
+    listed = ", ".join(ordered[:6]) + (f" and {len(ordered) - 6} more" if len(ordered) > 6 else "")
+    return SurgeryError(
+        f"The files in {folder} are pickled modules, and can run code when they are opened; they name {listed}. If you "
+        "trust who made them, import them in a process of their own, without network: "
+        f"python extract_layers.py --from_legacy {folder} --output_dir {target} --trust_pickle"
+    )
+
+
+def _donor_folder(model_name: str, sources: Mapping[str, str] | None) -> Path:
+    given = Path(model_name).expanduser()
+    if (given / "config.json").is_file():
+        return given
+    return resolve(model_name, need="tokenizer", overrides=sources).folder
+
+
+def _llama_config(donor: Path) -> LlamaConfig:
+    config = read_config(donor)
+    if config.model_type != "llama":
+        raise SurgeryError(f"{donor} is a {config.model_type} model. The layers of a Llama can be imported.")
+    return config
+
+
+def _agreed_config(known: LlamaConfig | None, said: dict[str, Any], path: Path) -> LlamaConfig:
+    """The donor's config: what is known of it so far, or else what this file says; both must agree."""
+    fields = said["config"]
+    if fields is None:
+        if known is None:
+            raise SurgeryError(
+                f"{path} has no config in it. Name the model it was taken from with --model_name NAME|PATH, "
+                "of which only config.json and the tokenizer are read."
+            )
+        return known
+    fields_known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling", "torch_dtype"}
+    try:
+        if lacking := [name for name in _NEEDED if name not in fields]:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+        found = config_from_dict(
+            {name: fields[name] for name in fields_known & fields.keys()} | {"model_type": "llama"}
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SurgeryError(
+            f"The config in {path} cannot be used ({reason}). Name the model with --model_name."
+        ) from error
+    if known is None:
+        return found
+    for name in _COMPARED:
+        ours, theirs = getattr(known, name), getattr(found, name)
+        if ours != theirs:
+            raise SurgeryError(
+                f"{path} is of a model with {name} {theirs!r}, not {ours!r} as the other files or --model_name say. "
+                "Import only the layers of one model."
+            )
+    return known
+
+
+def _check(
+    path: Path, index: int, config: LlamaConfig, ranges: Mapping[str, TensorRange], said: dict[str, Any]
+) -> None:
+    """Compare names, shapes and the settings the module was computed with, with the config."""
+    wanted: dict[str, Any] = layer_shapes(config)
+    found = {name: place.shape for name, place in ranges.items() if not name.startswith(_ROTARY)}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            shapes = [list(shapes[name]) if name in shapes else "absent" for shapes in (found, wanted)]
+            raise SurgeryError(
+                f"{name} in {path} is {shapes[0]}, but the donor's config asks for {shapes[1]}. "
+                "Check that the two belong together."
+            )
+    settings = {
+        "layer_idx": index,
+        "num_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_size": config.hidden_size,
+        "rope_theta": config.rope_parameters.get("rope_theta"),
+        "epsilon": config.rms_norm_eps,
+    }
+    for name, value in (said["attention"] | {"epsilon": said["eps"]}).items():
+        if value is not None and name in settings and value != settings[name]:
+            raise SurgeryError(
+                f"The layer in {path} has {name} {value!r}, but its file's name and the donor's config ask for "
+                f"{settings[name]!r}. Check that they belong together."
+            )
+    if (place := ranges.get(f"{_ROTARY}inv_freq")) is not None:
+        ours = LlamaRotaryEmbedding(config).inv_freq
+        theirs = MappedFiles().tensor(place).float()
+        # Loosely, as whole models were cast to bfloat16, these with them.
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0.02, atol=0):
+            raise SurgeryError(
+                f"The layer in {path} turns positions at other frequencies than the donor's config asks for "
+                f"({theirs[-1].item():.3g} instead of {ours[-1].item():.3g}). Name the right model with --model_name."
+            )

@@ -1,0 +1,210 @@
+"""Reads pickled decoder layers in a process of its own, which locks itself in first; `legacy_layers` starts it.
+
+In: the folder to write to as the only argument, then a JSON line per file on stdin: its path. Out: a JSON line that
+says which locks hold; then per file layer.safetensors in that folder, under LlamaDecoderLayer's own names, and a JSON
+line with what the pickled objects say of themselves, or with {"fault": why the file is no layer}.
+
+Nothing of the pickle's is run, whatever it names: tensors and containers are built by torch and Python, everything else
+becomes a `StandIn` that keeps the attributes it is given and does nothing. So it does not matter either that
+LlamaSdpaAttention and others are gone from transformers. The locks are for what may be wrong with this.
+"""
+
+import json
+import pickle
+import re
+import sys
+import types
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from model_preparation.legacy import sandbox
+
+LAYER = "layer.safetensors"
+
+# What may be built as itself; torch's loader sees to the storages before it asks us.
+_REAL = {
+    "__builtin__.set",
+    "builtins.set",
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch.UntypedStorage",
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch.device",
+    "torch.storage.UntypedStorage",
+}
+# Parameters are made from tensors by these, and the tensors will do.
+_OF_PARAMETERS = {
+    "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+    "torch._utils._rebuild_from_type_v2": lambda rebuild, kind, arguments, *_: rebuild(*arguments),
+}
+_USUAL = re.compile(r"(torch|transformers|accelerate|functools|collections)\.")
+_DTYPE = re.compile(r"torch\.(bool|u?int\d+|b?float\d+)")
+
+
+def is_usual(name: str) -> bool:
+    """Whether a global is of those that decoder layers name."""
+    return name in _REAL or _USUAL.match(name) is not None
+
+
+class StandIn:
+    """In place of an object of a class that is not to be run: its attributes, and no behaviour."""
+
+    path = ""
+
+    def __new__(cls, *args, **kwargs):
+        return object.__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        for part in state if isinstance(state, tuple) else (state,):  # a tuple where a class has __slots__
+            if isinstance(part, dict):
+                self.__dict__.update(part)
+
+    def __call__(self, *args, **kwargs):
+        return StandIn()
+
+    def __setitem__(self, key, value):
+        pass
+
+    def append(self, item):
+        pass
+
+    def extend(self, items):
+        pass
+
+    add = append
+    update = extend
+
+
+class Unpickler(pickle.Unpickler):
+    """Builds tensors and containers, and a StandIn for everything else; `replaced` has the names."""
+
+    replaced: ClassVar[set[str]] = set()
+
+    def find_class(self, module: str, name: str) -> Any:
+        path = f"{module}.{name}"
+        if path in _REAL or _DTYPE.fullmatch(path):
+            return super().find_class(module, name)
+        if path in _OF_PARAMETERS:
+            return _OF_PARAMETERS[path]
+        self.replaced.add(path)
+        return type(name, (StandIn,), {"path": path})
+
+
+def read_layer(path: Path, output: Path) -> dict[str, Any]:
+    """Write the layer's tensors into the safetensors file `output`; returns what else is known of it.
+
+    Returns:
+        "config": the fields of its LlamaConfig, or None; "attention": its attention's own plain attributes; "eps": its
+        norms' epsilon, or None; "not_run": globals no layer needs.
+
+    Raises:
+        ValueError: saying what the file holds instead of a LlamaDecoderLayer.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    Unpickler.replaced.clear()
+    pickle_module = types.ModuleType("pickle_of_stand_ins")
+    vars(pickle_module).update(Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load())
+    layer = torch.load(
+        path,
+        map_location="cpu",
+        mmap=zipfile.is_zipfile(path),
+        pickle_module=pickle_module,
+        weights_only=False,
+    )
+    modules = vars(layer).get("_modules", {}) if isinstance(layer, StandIn) else {}
+    if "self_attn" not in modules:
+        kind = type(layer).path if isinstance(layer, StandIn) else type(layer).__name__
+        inside = ", ".join(str(name)[:40] for name in list(modules or (layer if isinstance(layer, dict) else ()))[:3])
+        raise ValueError(f"it holds {kind}{f' of {inside}' if inside else ''}, not a LlamaDecoderLayer")
+    save_file(_tensors(layer), output)
+    norm = vars(modules.get("input_layernorm", StandIn()))
+    attention = vars(modules["self_attn"])
+    config = next((vars(holder["config"]) for holder in (attention, vars(layer)) if "config" in holder), None)
+    return {
+        "config": None if config is None else _plain(config),
+        "attention": _plain(attention),
+        "eps": norm.get("variance_epsilon", norm.get("eps")),
+        "not_run": sorted(name for name in Unpickler.replaced if not is_usual(name)),
+    }
+
+
+def _tensors(layer: StandIn) -> dict[str, Any]:
+    """The layer's parameters and buffers, each once and under its own name."""
+    import torch
+
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in _named(layer, ""):
+        own = re.sub(r"^mixer\.", "self_attn.", name)
+        own = re.sub(r"^self_attn\.out_proj\.", "self_attn.o_proj.", own)
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.layout != torch.strided:
+            raise ValueError(f"its {name} is not a plain tensor with values")
+        if own not in found:
+            # On its own, as safetensors takes no views of something larger.
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
+            found[own] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+        elif not _same(tensor, found[own]):
+            raise ValueError(f"its {name} should be another name for {own}, but holds other numbers")
+    return found
+
+
+def _named(module: StandIn, prefix: str) -> Iterator[tuple[str, Any]]:
+    for table in ("_parameters", "_buffers"):
+        for name, tensor in vars(module).get(table, {}).items():
+            if tensor is not None:
+                yield prefix + name, tensor
+    for name, child in vars(module).get("_modules", {}).items():
+        if child is not None:
+            yield from _named(child, f"{prefix}{name}.")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two tensors are equal bit for bit, so that NaN equals itself."""
+    import torch
+
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return one.data_ptr() == other.data_ptr() or torch.equal(
+        one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)
+    )
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of a value: numbers, text, lists and dicts of them, dtypes by name; None for the rest."""
+    import torch
+
+    if isinstance(value, dict):
+        kept = {key: _plain(item) for key, item in value.items() if isinstance(key, str) and not key.startswith("_")}
+        return {key: item for key, item in kept.items() if item is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return value if isinstance(value, (bool, int, float, str)) else None
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # whatever else is printed is no answer
+    print(json.dumps(sandbox.enter(folder)), file=answers, flush=True)
+    for line in sys.stdin:
+        try:
+            answer = read_layer(Path(json.loads(line)), folder / LAYER)
+        except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, EOFError, OSError) as error:
+            answer = {"fault": str(error) or type(error).__name__}
+        except pickle.UnpicklingError as error:
+            answer = {"fault": f"its pickle is damaged: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

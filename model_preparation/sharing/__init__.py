@@ -1,0 +1,1 @@
+"""Checkpoints on their way to a hub: licence, card, upload."""

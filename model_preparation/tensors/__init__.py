@@ -1,0 +1,1 @@
+"""Tensors in files: where they lie, and files of them written without loading them."""

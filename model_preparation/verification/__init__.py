@@ -1,0 +1,1 @@
+"""Whether a checkpoint is what was built: files, tensors, base and donor."""

@@ -1,0 +1,198 @@
+"""Whether a checkpoint folder is, byte for byte, what was built: every file, every tensor, and what they claim to be.
+
+In: the folder; to go further, the base and the extracted layers. Out: a `Verification`: a line per check with what was
+looked at, and every fault by the name of its file or tensor. Every byte is read once, and no code is unpickled.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.filesize import decimal
+
+from model_preparation.errors import SurgeryError
+from model_preparation.files.byte_progress import byte_progress
+from model_preparation.files.seal import check_seal
+from model_preparation.surgery.checkpoint_info import INFO, MODULE, STATE_DICT, TENSOR_DIGESTS, TOKENIZER, read_info
+from model_preparation.surgery.layer_store import FILE_FIELDS, LayerStore
+from model_preparation.surgery.sources import resolve
+from model_preparation.surgery.tensor_digests import range_of
+from model_preparation.tensors.tensor_ranges import TensorRange
+from model_preparation.untrusted.untrusted_files import check_fields, inside, regular_file
+from model_preparation.verification.file_digests import FileDigests, read_digests
+from model_preparation.verification.findings import Fault, Verification
+from model_preparation.verification.verify_tensors import TensorChecks, formats_of
+
+_FILES_AT_ONCE = 2  # each is hashed by one core
+_CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh")
+# What transformers takes from a model's folder unasked; a hub's own additions (configuration.json, README.md) are not.
+_READ_BY_LOADERS = (*_CODE, ".safetensors", ".bin", ".model", ".jinja", ".gguf", ".index.json")
+_READ_BY_NAME: tuple[str, ...] = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "special_tokens_map.json",
+)
+_READ_BY_NAME += (
+    "added_tokens.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+
+def verify_checkpoint(
+    directory: str | Path,
+    base: str | None = None,
+    llama_layers_dir: str | Path | None = None,
+    *,
+    files_only: bool = False,
+) -> list[Fault]:
+    """The faults of a checkpoint folder; none if it is what was built. The arguments are those of `inspect`."""
+    return inspect(directory, base, llama_layers_dir, files_only=files_only).faults
+
+
+def inspect(
+    directory: str | Path,
+    base: str | None = None,
+    llama_layers_dir: str | Path | None = None,
+    *,
+    files_only: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> Verification:
+    """Check a checkpoint folder.
+
+    Args:
+        directory: a folder written by `build_checkpoint`.
+        base: a name, folder or hub id of the base, to compare its tensors too.
+        llama_layers_dir: the donor's extracted layers, to compare theirs; by default those in extracted_llama_layers/,
+            if they are of the same source.
+        files_only: the files' digests only, which find any changed byte; nothing about tensors.
+        sources: targets by name, as `resolve(overrides=...)` takes them.
+
+    Raises:
+        SurgeryError: if there is no checkpoint in `directory`, or no base or layers where they are said to be.
+    """
+    directory = Path(directory).expanduser()
+    found = Verification(directory)
+    store = None if llama_layers_dir is None else LayerStore(llama_layers_dir)
+    base_folder = None if base is None else resolve(base, overrides=sources).folder
+    info = _sealed_info(found)
+    if info is None:
+        return found
+    recorded = _recorded_files(found, info)
+    _look_for_others(found, info, recorded)
+    tensors = None if files_only else TensorChecks(found, info, recorded)
+    ranges = tensors.ranges if tensors else {}
+    digests = _read_files(found, recorded, ranges)
+    if tensors:
+        tensors.compare(digests)
+        tensors.compare_base(base_folder)
+        tensors.compare_donor(store)
+    return found
+
+
+def _sealed_info(found: Verification) -> dict[str, Any] | None:
+    path = found.directory / INFO
+    if not path.exists():
+        return read_info(found.directory)  # which says what is missing
+    data = regular_file(path).read_bytes()
+    trouble = check_seal(data)
+    if trouble:
+        found.fault(INFO, trouble)
+    found.check("seal", f"{INFO}, {decimal(len(data))}")
+    try:
+        return read_info(found.directory)
+    except SurgeryError as error:
+        if not trouble:
+            raise
+        found.fault(INFO, f"cannot be used: {error}")
+        return None
+
+
+def _recorded_files(found: Verification, info: dict[str, Any]) -> dict[str, dict]:
+    """What `files` lists, without entries that mean no file of the folder."""
+    recorded = {}
+    for name, entry in info["files"].items():
+        try:
+            check_fields(entry, FILE_FIELDS)
+            real = os.path.realpath(inside(found.directory, name))
+            if not Path(real).is_relative_to(os.path.realpath(found.directory)):
+                raise SurgeryError(f"it is a link to {real}, outside the folder")
+            recorded[name] = entry
+        except (ValueError, TypeError, SurgeryError) as error:
+            found.fault(f"{name!r:.200}", f"is listed in {INFO} in a way that cannot be ({error})")
+    for name in _weight_files(info) | {TENSOR_DIGESTS}:
+        if name not in recorded:
+            found.fault(name, f"is not listed in {INFO}")
+    return recorded
+
+
+def _weight_files(info: dict[str, Any]) -> set[str]:
+    formats = formats_of(info)
+    files = {MODULE, STATE_DICT} if "pt" in formats else set()
+    return files | ({"config.json"} if "hf" in formats else set())
+
+
+def _look_for_others(found: Verification, info: dict[str, Any], recorded: Mapping[str, dict]) -> None:
+    """Files nobody recorded: a note, or a fault where a loader would pick them up."""
+    count = 0
+    for root, folders, files in os.walk(found.directory):
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        for name in sorted([*files, *links]):
+            path = Path(root, name)
+            relative = path.relative_to(found.directory)
+            count += 1
+            if relative.as_posix() in recorded or relative.as_posix() == INFO:
+                continue
+            at_root = relative.parent == Path(".") and (name.endswith(_READ_BY_LOADERS) or name in _READ_BY_NAME)
+            loaded = relative.parts[0] == TOKENIZER or ("hf" in formats_of(info) and (at_root or path.suffix in _CODE))
+            if loaded:
+                found.fault(relative.as_posix(), f"is not listed in {INFO}, and would be read with the checkpoint")
+            else:
+                found.notes.append(f"{relative.as_posix()} is not listed in {INFO}.")
+    found.check("folder", f"{count} files, {len(recorded)} of them listed with their digests")
+
+
+def _read_files(
+    found: Verification, recorded: Mapping[str, dict], ranges: Mapping[str, dict[str, TensorRange]]
+) -> dict[str, FileDigests]:
+    """Read every file once, large ones first; compare size and SHA-256, and return the digests."""
+    names = sorted(recorded, key=lambda name: -recorded[name]["bytes"])
+    total = sum(entry["bytes"] for entry in recorded.values())
+    stop = threading.Event()
+    digests: dict[str, FileDigests] = {}
+
+    def read(name: str, advance: Callable[[int], None]) -> None:
+        path = found.directory / name
+        try:
+            regular_file(path)
+            places = {range_of(place) for place in ranges.get(name, {}).values()}
+            digests[name] = read_digests(path, places, advance, stop)
+        except FileNotFoundError:
+            found.fault(name, "is missing")
+        except (SurgeryError, OSError) as error:
+            found.fault(name, f"cannot be read ({error})")
+
+    with byte_progress() as progress, ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        task = progress.add_task("Verifying", total=total)
+        try:
+            for future in [pool.submit(read, name, lambda count: progress.advance(task, count)) for name in names]:
+                future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    for name in sorted(digests):
+        if digests[name].size_bytes != recorded[name]["bytes"]:
+            found.fault(name, f"has {digests[name].size_bytes} bytes instead of {recorded[name]['bytes']}")
+        elif digests[name].sha256 != recorded[name]["sha256"]:
+            found.fault(name, "is changed (its SHA-256 differs from the recorded one)")
+    read_bytes = sum(digest.size_bytes for digest in digests.values())
+    found.check("files", f"{len(digests)} of {len(recorded)} against their SHA-256, {decimal(read_bytes)}")
+    return digests
