@@ -52,7 +52,8 @@ def main() -> None:
         if not args.no_naive:
             out.mkdir()
             prepare(sources)
-            results["load, replace, save"].append(timed(["-c", IN_MEMORY + NAIVE, base, layers_dir, out, *layers], sync=out))
+            command = ["-c", IN_MEMORY + NAIVE, base, layers_dir, out, *layers]
+            results["load, replace, save"].append(timed(command, sync=out))
         print(f"run {run + 1}: {', '.join(f'{name} {v[-1][0]:.1f} s' for name, v in results.items() if v)}", flush=True)
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(copy)
