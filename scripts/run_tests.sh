@@ -11,4 +11,5 @@ export OMP_NUM_THREADS=1
 "$python" -m ruff check
 "$python" -m ruff format --check
 "$python" -m mypy
-"$python" -m pytest "$@"
+# Two at a time, each file's tests in order: most of them wait for a process of their own.
+"$python" -m pytest --numprocesses 2 --dist loadfile "$@"
