@@ -204,6 +204,7 @@ class Stream:
             users += [] if shared else self._write(view[:whole_bytes])
             self.position += whole_bytes
         self._add_to_tail(view[whole_bytes:])
+        self._pending += users
         return users
 
     def share(self, place: Place, size_bytes: int) -> bool:

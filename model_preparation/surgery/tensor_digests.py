@@ -4,6 +4,7 @@ In: a checkpoint's folder and its checkpoint_info.json. Out: per file the ranges
 digests out of a base or out of extracted layers. No tensor is in memory as a whole unless its dtype must be cast.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from model_preparation.verification.file_digests import read_digests
 
 _CAST_NUMBERS = 1 << 22  # at a time
 _MAX_MODULES = 100_000
+_MAX_NUMBERS = 1 << 48  # in a tensor
 
 Advance = Callable[[int], None]
 
@@ -55,6 +57,8 @@ def read_tensor_digests(path: Path) -> dict[str, TensorDigest]:
             dtype = getattr(torch, entry["dtype"], None)
             if not isinstance(dtype, torch.dtype) or any(type(size) is not int or size < 0 for size in entry["shape"]):
                 raise ValueError(f"{name:.100} has no dtype or shape")
+            if math.prod(entry["shape"]) > _MAX_NUMBERS:
+                raise ValueError(f"{name:.100} has a shape no tensor has")
             shape = torch.Size(entry["shape"])
             found[name] = TensorDigest(dtype, shape, entry["blake3"], entry["from"], entry["source_name"])
     except FileNotFoundError as error:

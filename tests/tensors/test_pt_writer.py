@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import os
+import time
 import zipfile
 from pathlib import Path
 
@@ -172,6 +173,36 @@ def test_an_error_of_the_disk_comes_through(tmp_path, monkeypatch, code):
     with pytest.raises(OSError, match=os.strerror(code)) as raised:
         write_together({tmp_path / "x.pt": {"a": torch.randn(300, 100)}}, {})
     assert raised.value.filename == str(tmp_path / "x.pt")
+
+
+def test_no_failing_write_goes_unnoticed(tmp_path, monkeypatch):
+    """Whichever it is, the last ones of the other threads too, and all are done before the file is synced."""
+    content = {"a": torch.randn(10, 1000), "b": torch.randn(3)}
+    written, synced, calls, done = os.pwrite, os.fsync, [], []
+
+    def counting(descriptor, data, position):
+        number = len(calls)
+        calls.append(position)
+        if number in failing:
+            time.sleep(0.02)  # long after the others
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        count = written(descriptor, data, position)
+        done.append(position)
+        return count
+
+    monkeypatch.setattr(os, "pwrite", counting)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced(descriptor), done.append("synced")))
+    monkeypatch.setattr(block_io, "BLOCK_BYTES", 4096)
+    failing: list[int] = []
+    write_together({tmp_path / "x.pt": content}, {})
+    assert done[-1] == "synced"
+    count = len(calls)
+    assert count > 10
+    for number in range(count):
+        calls.clear()
+        failing[:] = [number]
+        with pytest.raises(OSError, match="Input/output"):
+            write_together({tmp_path / "x.pt": content}, {})
 
 
 def test_short_writes_are_continued(tmp_path, monkeypatch):
