@@ -218,8 +218,9 @@ class Stream:
         """One stream per file, to go on differently."""
         self._drain()
         for file in self.files:
-            if file not in self._written and self.position:
-                file.share((self._written[0].path, 0), 0, self.position)
+            beginning = (self._written[0].path, 0)
+            if file not in self._written and self.position and not file.share(beginning, 0, self.position):
+                raise OSError(errno.EIO, "The file system shares a block, but not many", str(file.path))
         streams = []
         for file in self.files:
             stream = Stream([file], self._writers)
