@@ -37,7 +37,7 @@ def main() -> None:
 
     folder = args.dir.expanduser()
     if not folder.is_dir():
-        raise SurgeryError(f"{folder} is not there. Give the folder that holds the checkpoints with --dir.")
+        raise SurgeryError(f"{folder} is no folder. Give the one that holds the checkpoints' folders with --dir.")
     abandoned = remove_abandoned(folder, dry_run=args.dry_run)
     cleaned = clean(folder, dry_run=args.dry_run)
     for path in [*abandoned, *cleaned.paths]:

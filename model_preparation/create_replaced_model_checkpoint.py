@@ -26,7 +26,7 @@ examples:
 """
 
 
-_OF_THE_RECIPE = ("tokenizer", "description", "score", "dtype", "format", "allow_other_heads", "dry_run")
+_OF_THE_RECIPE = ("tokenizer", "description", "score", "dtype", "format", "allow_other_heads")
 
 
 def make_parser() -> CommandParser:
@@ -87,6 +87,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.layers is None) == (args.from_info is None):
         parser.error("one of --layers and --from_info is needed, and only one")
+    if args.from_info is not None and args.dry_run:
+        parser.error("--dry_run has nothing to show for --from_info: the recipe is the plan")
     given = [flag for flag in _OF_THE_RECIPE if getattr(args, flag) != parser.get_default(flag)]
     if args.from_info is not None and given:
         parser.error(f"--{given[0]} is the recipe's to say: leave it out, or use --layers instead of --from_info")

@@ -374,4 +374,4 @@ def test_clean_checkpoints(base_dir, layers_dir, hf_dir, tmp_path):
     shutil.rmtree(tmp_path / "out")
     assert run_command("clean_checkpoints", "--dir", tmp_path).returncode == 0
     assert not list(tmp_path.iterdir())
-    assert_refused(run_command("clean_checkpoints", "--dir", tmp_path / "none"), "none is not there")
+    assert_refused(run_command("clean_checkpoints", "--dir", tmp_path / "none"), "none is no folder")

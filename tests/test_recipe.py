@@ -104,12 +104,30 @@ def test_what_is_not_as_the_recipe_says_is_named(recipe, base_dir, layers_dir, t
     of_tensors["versions"]["torch"] = "1.0"
     assert_refused(rebuilt(of_tensors), "tensor_digests.json differ. It was built with torch", "instead of 1.0")
     elsewhere = changed("base_model", "path", to="relative")
-    assert_refused(rebuilt(elsewhere), "a folder of another machine. Say where it is by --base")
+    assert_refused(rebuilt(elsewhere), "which is not here. Say where it is by --base")
     short = {key: value for key, value in recipe.items() if key != "replacement_source"}
     assert_refused(rebuilt(short), "lacks what a recipe needs (KeyError('replacement_source'))")
+    assert_refused(build("--from_info", layers_dir / "metadata.json", "--output_dir", tmp_path / "out"), "is no recipe")
+    assert_refused(rebuilt(recipe, "--dry_run"), "the recipe is the plan", code=2)
     assert_refused(rebuilt(recipe, "--layers", "1"), "one of --layers and --from_info", code=2)
     assert_refused(rebuilt(recipe, "--dtype", "float32"), "--dtype is the recipe's to say", code=2)
     assert_refused(build("--output_dir", tmp_path / "out"), "one of --layers and --from_info", code=2)
+
+
+def test_a_source_under_another_name_is_the_same(recipe, layers_dir, tmp_path):
+    recipe["replacement_source"]["id"] = "another name for the same layers"
+    recipe["files"]["README.txt"]["sha256"] = "0" * 64
+    flags = ["--from_info", tmp_path / "recipe.json", "--llama_layers_dir", layers_dir]
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    result = build(*flags, "--output_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+
+
+def test_layers_imported_from_old_files_are_asked_for(recipe, tmp_path):
+    recipe["replacement_source"]["legacy"] = True
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    flags = ["--from_info", tmp_path / "recipe.json", "--llama_layers_dir", tmp_path / "none"]
+    assert_refused(build(*flags, "--output_dir", tmp_path / "out"), "--from_legacy DIR --trust_pickle")
 
 
 def test_other_versions_of_the_programs_are_no_fault(recipe, layers_dir, tmp_path):

@@ -144,7 +144,7 @@ def _tensors(layer: StandIn) -> dict[str, Any]:
     found: dict[str, torch.Tensor] = {}
     for name, tensor in _named(layer, ""):
         own = re.sub(r"^mixer\.", "self_attn.", name)
-        own = re.sub(r"^self_attn\.out_proj\.", "self_attn.o_proj.", own)
+        own = re.sub(r"^(self_attn\.)?out_proj\.", "self_attn.o_proj.", own)
         if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.layout != torch.strided:
             raise ValueError(f"its {name} is not a plain tensor with values")
         if own not in found:

@@ -123,7 +123,7 @@ def _loading(repo: str, hub: str, what: str, revision: str | None) -> str:
             "```python\n"
             f"from {auto_classes} import AutoModelForCausalLM, AutoTokenizer\n\n"
             f"model = AutoModelForCausalLM.from_pretrained({place}, trust_remote_code=True)\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({place})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({place}, trust_remote_code=True)\n"
             "```"
         )
     if what in ("pt", "both"):
@@ -161,6 +161,7 @@ def _recipe(info: Mapping[str, Any]) -> str:
         if key in entry
     ]
     digests += [(f"donor, layer {index}", f"SHA-256 {_code(digest)}") for index, digest in donor["layers"].items()]
+    where = f" --base {_spec(base)}" if base["hub"] == "local" else ""
     return "\n\n".join(
         [
             _table(("", ""), rows),
@@ -171,7 +172,7 @@ def _recipe(info: Mapping[str, Any]) -> str:
             "```bash\n"
             f"python extract_layers.py --model_name {_spec(donor)} --layers {layers} --output_dir donor_layers\n"
             "python create_replaced_model_checkpoint.py --from_info checkpoint_info.json \\\n"
-            "    --llama_layers_dir donor_layers --output_dir rebuilt\n"
+            f"    --llama_layers_dir donor_layers{where} --output_dir rebuilt\n"
             "```",
         ]
     )

@@ -31,6 +31,7 @@ from model_preparation.surgery.checkpoint_info import (
     FORMATS,
     INFO,
     MODULE,
+    README,
     STATE_DICT,
     TENSOR_DIGESTS,
     TOKENIZER,
@@ -156,7 +157,7 @@ def write(
             hf_folder.write_rest(staging, tokenizer, generation_config)
         _write_json(staging / TENSOR_DIGESTS, _tensor_digests(graft, digests))
         info |= {"format": format, "files": files}
-        (staging / "README.txt").write_text(readme_text(info), encoding="utf-8")
+        (staging / README).write_text(readme_text(info), encoding="utf-8")
         info["files"] |= describe_files(staging, excluded=info["files"])
         sealed = seal(info)
         if confirm is not None:

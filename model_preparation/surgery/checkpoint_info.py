@@ -14,6 +14,7 @@ FORMATS = ("pt", "hf", "both")
 INFO = "checkpoint_info.json"
 MODULE = "model.pt"
 STATE_DICT = "model_state_dict.pt"
+README = "README.txt"
 TENSOR_DIGESTS = "tensor_digests.json"
 TOKENIZER = "tokenizer"
 

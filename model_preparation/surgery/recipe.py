@@ -13,7 +13,7 @@ import torch
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.checkpoint import write
-from model_preparation.surgery.checkpoint_info import INFO, TENSOR_DIGESTS, read_info_file
+from model_preparation.surgery.checkpoint_info import INFO, README, TENSOR_DIGESTS, read_info_file
 from model_preparation.surgery.graft import plan
 from model_preparation.surgery.layer_store import METADATA, LayerStore, extract_layers
 
@@ -91,12 +91,20 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         path /= INFO
     if not path.is_file():
         raise SurgeryError(f"{path} is not there. Give a checkpoint's checkpoint_info.json.")
-    return read_info_file(path)
+    try:
+        return read_info_file(path)
+    except SurgeryError as error:
+        raise SurgeryError(f"{path} is no recipe. Give a checkpoint's {INFO}. ({error})") from error
 
 
 def _donor_layers(
     folder: Path, donor: Mapping[str, Any], layers: list[int], sources: Mapping[str, str] | None
 ) -> LayerStore:
+    if not (folder / METADATA).is_file() and donor.get("legacy"):
+        raise SurgeryError(
+            f"The recipe's donor, {donor['id']}, was imported from old layer files, and {folder} holds no layers. "
+            f"Import them: python extract_layers.py --from_legacy DIR --trust_pickle --output_dir {folder}"
+        )
     if not (folder / METADATA).is_file():
         extract_layers(_target_of(donor, "--llama_layers_dir"), folder, layers=layers, sources=sources)
     store = LayerStore(folder)
@@ -114,9 +122,14 @@ def _target_of(source: Mapping[str, Any], flag: str) -> str:
     """What `resolve` takes for a source that was recorded."""
     if source["hub"] != "local":
         return f"{source['hub']}:{source['id']}" + (f"@{source['revision']}" if source["revision"] else "")
-    if not Path(source.get("path", "")).is_absolute():
-        raise SurgeryError(f"The recipe names {source['id']}, a folder of another machine. Say where it is by {flag}.")
-    return source["path"]
+    path = source.get("path")
+    if path is None or not Path(path).is_dir():
+        raise SurgeryError(f"The recipe names {path or source['id']}, which is not here. Say where it is by {flag}.")
+    return path
+
+
+def _name_of(source: Mapping[str, Any]) -> str:
+    return source.get("path") or source["id"] + (f" at revision {source['revision']}" if source["revision"] else "")
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -124,11 +137,13 @@ def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
     for name, entry in wanted["base_model"]["files"].items():
         if found["base_model"]["files"].get(name) != entry:
             raise SurgeryError(
-                f"The base's {name} is not the recipe's (its digest differs). Take the base that the recipe names: "
-                f"{wanted['base_model']['id']}, revision {wanted['base_model']['revision']}."
+                f"The base's {name} is not the recipe's (its digest differs). Take the base that the recipe names, "
+                f"{_name_of(wanted['base_model'])}, by --base."
             )
     names = sorted(found["files"].keys() | wanted["files"].keys())
     odd = [name for name in names if found["files"].get(name) != wanted["files"].get(name)]
+    if any(found[source]["id"] != wanted[source]["id"] for source in ("base_model", "replacement_source")):
+        odd = [name for name in odd if name != README]  # it names them as they are called here
     versions = [
         f"{program} {found['versions'][program]} instead of {wanted['versions'][program]}"
         for program in _PROGRAMS
@@ -137,6 +152,6 @@ def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
     if odd and (TENSOR_DIGESTS in odd or not versions):
         raise SurgeryError(
             f"What was built is not what the recipe says: {', '.join(odd[:5])} differ. "
-            + (f"It was built with {', '.join(versions)}; install those versions." if versions else "Verify the base.")
+            + (f"It was built with {', '.join(versions)}; install those versions." if versions else "Copy it again.")
         )
     return odd

@@ -154,6 +154,11 @@ class TensorChecks:
         if store is None:
             self._found.check("donor", f"{len(wanted)} tensors not compared with it; --llama_layers_dir DIR does that")
             return
+        for index in self._info["replaced_layers"]:
+            try:
+                store.check([index])  # so that the digests in its metadata.json are those of its files
+            except SurgeryError as error:
+                self._found.fault(f"layer {index} of the donor", f"cannot be compared: {error}")
         self._compare_with("donor", store.folder, wanted, lambda advance: donor_digests(store, wanted, advance))
 
     def _compare_with(

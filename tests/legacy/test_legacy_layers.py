@@ -36,7 +36,7 @@ class Runs:
 def with_aliases(layer: torch.nn.Module) -> torch.nn.Module:
     """The layer as the old program saved it, so that it could sit among a Llamba's."""
     layer.mixer = layer.self_attn
-    layer.mixer.out_proj = layer.self_attn.o_proj
+    layer.mixer.out_proj = layer.out_proj = layer.self_attn.o_proj
     return layer
 
 

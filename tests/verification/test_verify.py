@@ -241,6 +241,17 @@ def test_tensor_digests_that_are_none(checkpoint, base_dir, entry):
     assert "tensor_digests.json" in {fault.where for fault in found}
 
 
+def test_a_donor_whose_files_are_not_those_of_its_metadata(checkpoint, layers_dir, tmp_path):
+    shutil.copytree(layers_dir, tmp_path / "layers")
+    path = tmp_path / "layers" / "layer_01.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    faults = verify_checkpoint(checkpoint, None, tmp_path / "layers")
+    assert [fault.where for fault in faults] == ["layer 1 of the donor"]
+    assert "layer_01.pt is changed" in faults[0].what
+
+
 def test_digests_of_layers_that_cannot_be(checkpoint, layers_dir):
     digests = json.loads((checkpoint / "tensor_digests.json").read_text())
     names = [f"backbone.layers.{number}.x" for number in ("9" * 5000, "٣", "-1", "")]
