@@ -1,0 +1,92 @@
+"""The statistics of two models' answers to the same questions.
+
+In: per question the difference of a metric, in strata (the subjects of a group). Out: whether it can be told from
+chance (McNemar's exact test), how large it may be in truth (bootstrap interval), and what that is worth when many such
+tests are made (Holm).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+SIGNIFICANCE = 0.05
+_CHUNK = 1_000  # resamples at a time, to bound memory: that times the number of distinct differences, 8 bytes each
+
+
+def mcnemar_p(gained: int, lost: int) -> float:
+    """The exact two-sided p-value of McNemar's test (McNemar 1947; exact: Binomial(gained + lost, 1/2)).
+
+    Args:
+        gained: questions that the second model answers right and the first wrong.
+        lost: those the other way round.
+
+    Returns:
+        1.0 where there is no such question at all: nothing speaks for a difference.
+    """
+    return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
+
+
+def bootstrap_means(
+    differences: NDArray[np.float64], resamples: int, rng: np.random.Generator
+) -> NDArray[np.float64] | None:
+    """Means of resamples of one stratum's n differences, (resamples,); None for a single question.
+
+    Each resample draws n - 1 of them with replacement: their mean then varies as s^2 / n, where n draws would vary by
+    (n - 1) / n of that, which many small strata add up to intervals too narrow (McCarthy and Snowden 1985; Rao and Wu
+    1988, J. Am. Stat. Assoc. 83, 231-241).
+    """
+    values, counts = np.unique(differences, return_counts=True)
+    draws = len(differences) - 1
+    if draws < 1:
+        return None
+    # How often each distinct value is drawn: for right and wrong three numbers, however many questions there are.
+    chunks = [min(_CHUNK, resamples - start) for start in range(0, resamples, _CHUNK)]
+    shares = counts / counts.sum()
+    return np.concatenate([rng.multinomial(draws, shares, size=size) @ values for size in chunks]) / draws
+
+
+def stratified_interval(
+    means: Sequence[NDArray[np.float64] | None], sizes: Sequence[int]
+) -> tuple[float, float] | None:
+    """The percentile interval of the mean over all questions of several strata.
+
+    Args:
+        means: of each stratum, from `bootstrap_means`.
+        sizes: their numbers of questions, which they are weighted by, as lm-eval weights a group's tasks.
+
+    Returns:
+        Its two ends; None if a stratum has a single question, which says nothing of how its answers vary.
+    """
+    known = [stratum for stratum in means if stratum is not None]
+    if len(known) < len(means):
+        return None
+    whole = sum(size * stratum for size, stratum in zip(sizes, known, strict=True)) / sum(sizes)
+    low, high = np.quantile(whole, [SIGNIFICANCE / 2, 1 - SIGNIFICANCE / 2])
+    return float(low), float(high)
+
+
+def standard_error(strata: Sequence[NDArray[np.float64]]) -> float | None:
+    """Of the mean over all questions of several strata: pooled within them, as lm-eval's `pooled_sample_stderr` does.
+
+    None where no stratum has two questions.
+    """
+    questions = sum(len(values) for values in strata)
+    if questions == len(strata):
+        return None
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in strata)
+    return float(np.sqrt(squares / (questions - len(strata)) / questions))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of tests made together, adjusted so that 0.05 is the chance of any false alarm among them.
+
+    Source: Holm 1979, Scand. J. Stat. 6, 65-70.
+    """
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
