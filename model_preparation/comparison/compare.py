@@ -32,7 +32,14 @@ BETTER, WORSE, UNCLEAR = "better", "worse", "not distinguishable"
 
 @dataclass(frozen=True)
 class Model:
-    """One of those compared. `layers` are the replaced ones of a checkpoint, `settings` those of its evaluation."""
+    """One of those compared.
+
+    Attributes:
+        name: the end of its folder's path.
+        results_path: from that folder on; what lies above it is nobody's business but the user's.
+        layers: of a checkpoint, those that were replaced; None for another model.
+        settings: of its evaluation, {words: value}.
+    """
 
     name: str
     results_path: str
@@ -125,7 +132,7 @@ def compare_evaluations(
 
     Args:
         folders: two or more (see locate.py).
-        task: a task or group of lm-eval to look at alone, or the name of an evaluation's folder where there are several.
+        task: a task or group of lm-eval to look at alone, or the name of one of several evaluations' folders.
         metric: a number lm-eval gives each question; with ",FILTER" where it has several filters.
         seed: of the bootstrap. A subject's interval depends on nothing else but its own answers.
         resamples: of the bootstrap.
@@ -153,7 +160,9 @@ def compare_evaluations(
     ]
     _judge(rows, higher)
     models = [
-        Model(name, str(evaluation.results_path), replaced_layers(evaluation), each)
+        Model(
+            name, str(evaluation.results_path.relative_to(evaluation.place.parent)), replaced_layers(evaluation), each
+        )
         for name, evaluation, each in zip(names, evaluations, settings, strict=True)
     ]
     return Comparison(metric, higher, binary, seed, resamples, models, rows, notes, common)
@@ -197,9 +206,7 @@ def _higher_is_better(evaluation: EvaluationFiles, metric: str, tasks: Sequence[
     return all(known.get(task, {}).get(metric.partition(",")[0]) is not False for task in tasks)
 
 
-def _resampled(
-    task: str, values: NDArray[np.float64], seed: int, resamples: int
-) -> list[NDArray[np.float64] | None]:
+def _resampled(task: str, values: NDArray[np.float64], seed: int, resamples: int) -> list[NDArray[np.float64] | None]:
     """Bootstrap means of a task's differences, for each model but the first; `values` are (models, questions)."""
     key = zlib.crc32(task.encode())
     return [

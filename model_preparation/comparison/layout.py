@@ -13,7 +13,7 @@ OVERALL, GROUP, SUBJECT = "overall", "group", "subject"
 
 def short_names(evaluations: Sequence[EvaluationFiles]) -> list[str]:
     """The ends of the folders' paths, as many parts of each as it takes to tell them apart."""
-    places = [evaluation.checkpoint or evaluation.given for evaluation in evaluations]
+    places = [evaluation.place for evaluation in evaluations]
     if len(set(places)) < len(places):  # evaluations of the same checkpoint
         places = [evaluation.given for evaluation in evaluations]
     if len(set(places)) < len(places):

@@ -1,9 +1,9 @@
 """Which finished evaluation a user means by a folder.
 
-In: a checkpoint's folder (its `evaluations/<task>-<settings digest>/`), such an evaluation's folder, any output folder of
-`lm_eval --log_samples`, or one results file. Out: the results file and its samples files, in the layout of lm-eval's
-EvaluationTracker (lm_eval/loggers/evaluation_tracker.py): `results_<date>.json` and `samples_<task>_<date>.jsonl` side by
-side, perhaps in a subfolder named after the model. Of several dates the newest is taken that has all its files.
+In: a checkpoint's folder (its `evaluations/<task>-<settings digest>/`), such an evaluation's folder, any output folder
+of `lm_eval --log_samples`, or one results file. Out: the results file and its samples files, in the layout of lm-eval's
+EvaluationTracker (lm_eval/loggers/evaluation_tracker.py): `results_<date>.json` and `samples_<task>_<date>.jsonl` side
+by side, perhaps in a subfolder named after the model. Of several dates the newest is taken that has all its files.
 """
 
 import json
@@ -46,6 +46,11 @@ class EvaluationFiles:
     samples: dict[str, Path]
     checkpoint: Path | None = None
     passed_over: tuple[Path, ...] = ()
+
+    @property
+    def place(self) -> Path:
+        """The folder that people know the model by."""
+        return self.checkpoint or self.given
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -124,8 +129,9 @@ def _newest_complete(given: Path, root: Path, folder: Path, files: list[Path]) -
             name = below[0] if below else folder.name
             return EvaluationFiles(given, name, path, results, samples, _checkpoint_of(given), tuple(passed_over))
         passed_over.append(path)
+    example = (missing or ["samples_<task>_<date>.jsonl"])[0]
     raise SurgeryError(
-        f"{passed_over[-1]} has no samples files beside it (such as {(missing or ['samples_<task>_<date>.jsonl'])[0]}), "
+        f"{passed_over[-1]} lacks samples files beside it, such as {example}, "
         "but questions are compared one by one. Run the evaluation again, lm_eval with --log_samples."
     )
 
@@ -141,7 +147,9 @@ def read_results(path: Path) -> dict[str, Any]:
         for name, needed in _FIELDS.items():
             if not isinstance(results.setdefault(name, {}), dict):
                 raise ValueError(f"its {name!r} is no object")
-            if wrong := [key for key, value in results[name].items() if not _is_name(key) or not isinstance(value, needed)]:
+            if wrong := [
+                key for key, value in results[name].items() if not _is_name(key) or not isinstance(value, needed)
+            ]:
                 raise ValueError(f"its {name!r} has a malformed entry {wrong[0]!r:.80}")
         if not all(_is_name(child) for children in results["group_subtasks"].values() for child in children):
             raise ValueError("its 'group_subtasks' holds more than names")

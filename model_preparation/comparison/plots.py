@@ -9,20 +9,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 
-from model_preparation.comparison.compare import Comparison, Row
+from model_preparation.comparison.compare import UNCLEAR, Comparison, Row
 from model_preparation.comparison.layout import GROUP, OVERALL, SUBJECT
 
 Plot = Callable[[Comparison], Figure]
 
 COLOURS = ("#3b82c4", "#e08a1e", "#2ba37a", "#c75a9a", "#8c6bd1", "#8a8f98")  # told apart on white and on black
-_INK = "#000102"  # a colour nothing else has, so that the SVG's can be replaced
-# Fonts with Chinese characters, in the order they are tried; the first two come with most systems or with none.
+# Colours nothing else has, which in an SVG become those of the page around it.
+_INK, _PAPER = "#000102", "#fffefd"
+# Fonts with Chinese characters, in the order they are tried.
 _CHINESE = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
 _LINE_INCHES, _WIDTH_INCHES = 0.15, 7.2
 
@@ -53,8 +55,12 @@ def plot_gains(comparison: Comparison) -> Figure:
         errors = [[gain - low for gain, (low, _) in zip(gains, ends, strict=True)]]
         errors += [[high - gain for gain, (_, high) in zip(gains, ends, strict=True)]]
         at = [line + _offset(model, models) for line in range(len(rows))]
-        _points(axes, gains, at, errors, model=model + 1, name=comparison.models[model + 1].name)
-    axes.set_xlabel(f"{comparison.metric}: difference to {comparison.models[0].name}, 95% interval")
+        filled = [difference.verdict != UNCLEAR for difference in differences]
+        _points(axes, gains, at, errors, model=model + 1, name=comparison.models[model + 1].name, filled=filled)
+    axes.set_xlabel(
+        f"{comparison.metric}: difference to {comparison.models[0].name}, 95% interval\n"
+        "filled: can be told from chance; hollow: cannot"
+    )
     _legend(axes)
     return figure
 
@@ -71,8 +77,11 @@ def svg(plot: Plot, comparison: Comparison, name: str) -> str:
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         plot(comparison).savefig(file, format="svg", transparent=True, metadata=no_metadata)
         text = file.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = text[text.index("<svg") :].replace(_INK, "currentColor").replace(_PAPER, "var(--page)")
     return re.sub(r'(\bid="|\burl\(#|href="#)', rf"\g<1>{name}-", text)  # ids are unique in a page
+
+
+PLOTS: dict[str, Plot] = {"accuracy_by_subject": plot_scores, "gain_by_subject": plot_gains}
 
 
 def _lines(comparison: Comparison) -> tuple[Figure, Axes, list[Row]]:
@@ -94,8 +103,13 @@ def _lines(comparison: Comparison) -> tuple[Figure, Axes, list[Row]]:
         if row.kind == SUBJECT and (row.group != previous or line == len(rows) - len(subjects)):
             axes.axhline(line - 0.5, color=_INK, linewidth=0.4, alpha=0.5)
             axes.annotate(
-                row.group, (1, line), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                fontsize=7, va="center",
+                row.group,
+                (1, line),
+                (4, 0),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                fontsize=7,
+                va="center",
             )
             previous = row.group
     axes.tick_params(axis="y", length=0)
@@ -104,9 +118,15 @@ def _lines(comparison: Comparison) -> tuple[Figure, Axes, list[Row]]:
     return figure, axes, rows
 
 
-def _points(axes: Axes, x: list[float], y: list[float], errors: list, *, model: int, name: str) -> None:
+def _points(
+    axes: Axes, x: list[float], y: list[float], errors: list, *, model: int, name: str, filled: list[bool] | None = None
+) -> None:
+    """A model's points with error bars, all filled but for those that `filled` says not to."""
     colour = COLOURS[model % len(COLOURS)]
-    axes.errorbar(x, y, xerr=errors, fmt="o", color=colour, markersize=3.2, linewidth=1.1, label=name)
+    axes.errorbar(x, y, xerr=errors, fmt="none", ecolor=colour, elinewidth=1.1)
+    faces = [colour if full else _PAPER for full in filled or [True] * len(x)]
+    axes.scatter(x, y, s=14, c=faces, edgecolors=colour, linewidths=1.1, zorder=3)
+    axes.plot([], [], "o-", color=colour, markersize=4, linewidth=1.1, label=name)  # for the legend
 
 
 def _offset(model: int, models: int) -> float:
@@ -121,9 +141,9 @@ def _legend(axes: Axes) -> None:
 
 @contextmanager
 def _drawing() -> Iterator[None]:
-    """Names of strangers are no formulas and may be Chinese; text in an SVG stays text; the same plot, the same bytes."""
+    """Names of strangers are no formulas and may be Chinese; an SVG's text stays text; equal plots have equal bytes."""
     installed = set(get_font_names())
-    options = {
+    options: dict[Any, Any] = {
         "text.parse_math": False,
         "font.family": ["DejaVu Sans", *(font for font in _CHINESE if font in installed)],
         "font.size": 8,

@@ -71,7 +71,9 @@ def read_answers(
             the number of questions.
     """
     answers, without = {}, {}
-    with byte_progress() as progress:
+    progress = byte_progress()
+    progress.disable = not progress.console.is_terminal  # elsewhere it would leave an empty line
+    with progress:
         size_bytes = sum(evaluation.samples[task].stat().st_size for task in tasks)
         bar = progress.add_task(f"Reading {evaluation.given.name}", total=size_bytes)
         for task in tasks:
@@ -159,5 +161,6 @@ def _check_count(answers: Answers, evaluation: EvaluationFiles, task: str) -> No
     expected = evaluation.results["n-samples"].get(task, {}).get("effective")
     if expected is not None and expected != answers.lines:
         raise SurgeryError(
-            f"{answers.path} has {answers.lines} questions, but {evaluation.results_path.name} says {expected}. {_AGAIN}"
+            f"{answers.path} has {answers.lines} questions, but {evaluation.results_path.name} speaks of {expected}. "
+            + _AGAIN
         )

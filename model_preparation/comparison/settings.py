@@ -12,13 +12,13 @@ from model_preparation.comparison.matching import CommonQuestions
 
 # What is shown of each evaluation, and compared; {words: of its results file, and the tasks}.
 SETTINGS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
-    "examples before each question": lambda results, tasks: _per_task(results.get("n-shot"), tasks),
+    "number of examples before each question": lambda results, tasks: _per_task(results.get("n-shot"), tasks),
     "limit of questions per task": lambda results, _: _config(results).get("limit"),
     "chat template": lambda results, _: _short(results.get("chat_template_sha")),
     "system instruction": lambda results, _: _short(results.get("system_instruction_sha")),
     "dtype": lambda results, _: str(_config(results).get("model_dtype")).removeprefix("torch."),
-    "longest prompt in tokens": lambda results, _: results.get("max_length"),
-    "generation settings": lambda results, _: _config(results).get("gen_kwargs"),
+    "longest prompt, in tokens": lambda results, _: results.get("max_length"),
+    "settings of the generation": lambda results, _: _config(results).get("gen_kwargs"),
     "seed of the examples": lambda results, _: _config(results).get("fewshot_seed"),
     "version of the tasks": lambda results, tasks: _per_task(results.get("versions"), tasks),
     "version of lm-eval": lambda results, _: results.get("lm_eval_version"),
@@ -39,7 +39,7 @@ def differing_settings(names: Sequence[str], settings: Sequence[Mapping[str, str
         values = [each[words] for each in settings]
         if len(set(values)) > 1 and words not in _HARMLESS:
             listed = ", ".join(f"{value} for {name}" for name, value in zip(names, values, strict=True))
-            notes.append(f"The {words} differs: {listed}.")
+            notes.append(f"Different {words}: {listed}.")
     return notes
 
 

@@ -28,7 +28,10 @@ def comparison_tables(comparison: Comparison, *, subjects: bool) -> RenderableTy
     for kind in (OVERALL, GROUP, SUBJECT):
         if sentence := words.tests_sentence(comparison, kind):
             parts.append(Text(sentence))
-    parts += [Text(words.verdict_sentence(comparison, overall[0], model), "bold") for model in range(1, len(comparison.models))]
+    parts += [
+        Text(words.verdict_sentence(comparison, overall[0], model), "bold")
+        for model in range(1, len(comparison.models))
+    ]
     return Group(*parts)
 
 
@@ -40,7 +43,7 @@ def _table(comparison: Comparison, rows: Sequence[Row], title: str) -> Table:
     table.add_column("")
     table.add_column(Text(f"{comparison.metric} ± stderr"), justify="right", no_wrap=True)
     table.add_column("difference, 95%", justify="right", no_wrap=True)
-    table.add_column("p" if comparison.binary else "", justify="right", no_wrap=True)
+    table.add_column("adjusted p" if comparison.binary else "", justify="right", no_wrap=True)
     for row in rows:
         differences = [_difference_cells(difference) for difference in row.differences]
         table.add_row(

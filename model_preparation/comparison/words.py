@@ -40,12 +40,16 @@ def tests_sentence(comparison: Comparison, kind: str) -> str | None:
     if tests < 2:
         return None
     what = {GROUP: "groups", SUBJECT: "subjects"}.get(kind, "models")
-    chance = f"{tests} differences ({what}) are tested: {tests * SIGNIFICANCE:.0f} or so would look real by chance alone"
+    chance = (
+        f"{tests} differences ({what}) are tested: {tests * SIGNIFICANCE:.0f} or so would look real by chance alone"
+    )
     if tests * SIGNIFICANCE < 1:
         chance = f"{tests} differences ({what}) are tested at once"
     real = sum(difference.verdict != UNCLEAR for row in rows for difference in row.differences)
     if comparison.binary:
-        return f"{chance}, so each p-value is adjusted for all of them (Holm). After that {real} can be told from chance."
+        return (
+            f"{chance}, so each p-value is adjusted for all of them (Holm). After that {real} can be told from chance."
+        )
     return f"{chance}, and their intervals are not adjusted for that. {real} of them exclude 0."
 
 

@@ -1,0 +1,108 @@
+"""Command: which of several checkpoints is better, and whether that can be told (see comparison/compare.py)."""
+
+import argparse
+from pathlib import Path
+
+from model_preparation.command_line import CommandParser, run
+
+DESCRIPTION = """\
+Compare checkpoints by their evaluations, question by question: scores with standard errors, and for each group and
+subject the difference to the first one, with McNemar's exact test and a bootstrap interval, on the questions that all
+of them were asked. Writes a report (comparison.html), and plots as PNG.
+"""
+
+EPILOG = """\
+Each DIR is a checkpoint that `test_checkpoint.py --full_eval` has scored, one of its evaluations (a folder in
+evaluations/ or in a --results_dir), or any folder that `lm_eval --output_path DIR --log_samples` wrote.
+
+examples:
+  python compare_checkpoints.py ../model_checkpoints/best_2layer ../model_checkpoints/best_4layer
+  python compare_checkpoints.py A B C --baseline B --subjects --output_dir ../reports/a_b_c --json
+  python compare_checkpoints.py A stock_results --task mmlu_stem
+  python compare_checkpoints.py A B --task gsm8k --metric exact_match,strict-match
+"""
+
+
+def main() -> None:
+    parser = _parser()
+    args = parser.parse_args()
+    folders = args.folders
+    if args.baseline is not None:
+        resolved = args.baseline.expanduser().resolve()
+        folders = [args.baseline, *(each for each in folders if each.expanduser().resolve() != resolved)]
+    if len(folders) < 2:
+        parser.error("at least two folders are needed, for a comparison")
+
+    from rich.console import Console
+
+    from model_preparation.comparison.compare import compare_evaluations
+    from model_preparation.comparison.report_folder import check_report_folder, write_report
+    from model_preparation.comparison.table import comparison_tables
+
+    output_dir = args.output_dir.expanduser()
+    check_report_folder(output_dir, overwrite=args.overwrite)  # before anything is read
+    comparison = compare_evaluations(
+        folders, task=args.task, metric=args.metric, seed=args.seed, resamples=args.bootstrap
+    )
+    write_report(comparison, output_dir, questions=args.questions, as_json=args.json, overwrite=args.overwrite)
+    Console().print(comparison_tables(comparison, subjects=args.subjects))
+    print(f"Report is in {output_dir / 'comparison.html'}, plots beside it")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="what to compare, two or more")
+    parser.add_argument(
+        "--baseline", type=Path, metavar="DIR", help="compare the others with this one (default: the first)"
+    )
+    parser.add_argument(
+        "--task",
+        metavar="NAME",
+        help="look at this task or group only; or the name of an evaluation's folder, where a checkpoint has several",
+    )
+    parser.add_argument(
+        "--metric",
+        default="acc",
+        metavar="NAME",
+        help="any number that lm-eval gives each question, with ,FILTER if needed (default: acc)",
+    )
+    parser.add_argument("--subjects", action="store_true", help="print the subjects too; the report always has them")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("comparison"),
+        metavar="DIR",
+        help="the folder to write (default: comparison, in the current folder)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a report that is there")
+    parser.add_argument("--json", action="store_true", help="also write all numbers to comparison.json")
+    parser.add_argument(
+        "--questions",
+        type=_at_least(0),
+        default=10,
+        metavar="N",
+        help="show in the report the N questions on which each model most surpasses the baseline, and the N on which "
+        "it falls most behind (default: 10)",
+    )
+    parser.add_argument(
+        "--bootstrap", type=_at_least(100), default=10_000, metavar="N", help="resamples (default: 10000)"
+    )
+    parser.add_argument("--seed", type=_at_least(0), default=1234, metavar="N", help="of the bootstrap (default: 1234)")
+    return parser
+
+
+def _at_least(least: int):
+    def integer(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is too small; it must be at least {least}")
+        return number
+
+    return integer
+
+
+if __name__ == "__main__":
+    run(main)
