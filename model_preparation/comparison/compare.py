@@ -5,7 +5,7 @@ score, and the difference of each to the baseline with what can be said of it. A
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_preparation.comparison import paired
-from model_preparation.comparison.layout import GROUP, OVERALL, SUBJECT, layout, short_names
+from model_preparation.comparison.layout import GROUP, OVERALL, SUBJECT, Line, layout, short_names
 from model_preparation.comparison.locate import EvaluationFiles, locate, replaced_layers
 from model_preparation.comparison.matching import CommonQuestions, match
 from model_preparation.comparison.sample_files import Answers, read_answers
@@ -154,10 +154,7 @@ def compare_evaluations(
     binary = all(np.isin(each, (0, 1)).all() for each in values.values())
     higher = _higher_is_better(evaluations[0], metric, tasks)
     means = {name: _resampled(name, each, seed, resamples) for name, each in values.items()}
-    rows = [
-        _row(kind, name, label, group, [values[task] for task in members], [means[task] for task in members], binary)
-        for kind, name, label, group, members in layout(evaluations, tasks, task)
-    ]
+    rows = [_row(line, values, means, binary) for line in layout(evaluations, tasks, task)]
     _judge(rows, higher)
     models = [
         Model(
@@ -172,11 +169,15 @@ def _common_questions(
     evaluations: Sequence[EvaluationFiles], names: Sequence[str], task: str | None, metric: str
 ) -> tuple[list[CommonQuestions], list[str]]:
     """Per task, in the baseline's order; and notes on the tasks that are left out."""
-    wanted = [dict.fromkeys((task and each.tasks_of(task)) or each.samples) for each in evaluations]
+    chosen = [each.tasks_of(task) if task else [] for each in evaluations]  # none by the name of a folder
+    wanted = [
+        [name for name in each.samples if name in (only or each.samples)]
+        for each, only in zip(evaluations, chosen, strict=True)
+    ]
     tasks = [name for name in wanted[0] if all(name in each for each in wanted)]
     left_out = sorted({name for each in wanted for name in each} - set(tasks))
     if not tasks:
-        listed = "; ".join(f"{name} has {some(list(each))}" for name, each in zip(names, wanted, strict=True))
+        listed = "; ".join(f"{name} has {some(each)}" for name, each in zip(names, wanted, strict=True))
         raise SurgeryError(f"The evaluations have no task in common: {listed}. Evaluate all of them on the same task.")
     notes = [f"Left out, as not every evaluation has it: {some(left_out)}."] if left_out else []
 
@@ -215,15 +216,14 @@ def _resampled(task: str, values: NDArray[np.float64], seed: int, resamples: int
 
 
 def _row(
-    kind: str,
-    name: str,
-    label: str,
-    group: str,
-    strata: Sequence[NDArray[np.float64]],
-    means: Sequence[Sequence[NDArray[np.float64] | None]],
+    line: Line,
+    values_of: Mapping[str, NDArray[np.float64]],
+    means_of: Mapping[str, Sequence[NDArray[np.float64] | None]],
     binary: bool,
 ) -> Row:
-    """The row of the tasks whose values (models, questions) are `strata`, with their bootstrap means per model."""
+    """The row of a line's tasks, from every task's values (models, questions) and bootstrap means per model."""
+    strata = [values_of[task] for task in line.tasks]
+    means = [means_of[task] for task in line.tasks]
     values = np.concatenate(strata, axis=1)
     scores = [
         Score(float(values[model].mean()), paired.standard_error([each[model] for each in strata]))
@@ -243,7 +243,7 @@ def _row(
                 p_value=paired.mcnemar_p(gained, lost) if binary else None,
             )
         )
-    return Row(kind, name, label, group, values.shape[1], scores, differences)
+    return Row(line.kind, line.name, line.label, line.group, values.shape[1], scores, differences)
 
 
 def _judge(rows: Sequence[Row], higher_is_better: bool) -> None:

@@ -5,6 +5,7 @@ are called subjects here) with the tasks each is made of; short names for people
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from model_preparation.comparison.locate import EvaluationFiles
 
@@ -25,35 +26,45 @@ def short_names(evaluations: Sequence[EvaluationFiles]) -> list[str]:
     return names
 
 
-def layout(
-    evaluations: Sequence[EvaluationFiles], tasks: Sequence[str], task: str | None
-) -> list[tuple[str, str, str, str, list[str]]]:
-    """Kind, name, label, group's label and tasks of every row."""
-    first = evaluations[0]
-    only = set(first.tasks_of(task)) if task else set()
+class Line(NamedTuple):
+    """A row to be filled: its kind, lm-eval's name, a label, the label of the group it belongs to, and its tasks."""
+
+    kind: str
+    name: str
+    label: str
+    group: str
+    tasks: list[str]
+
+
+def layout(evaluations: Sequence[EvaluationFiles], tasks: Sequence[str], task: str | None) -> list[Line]:
+    """The rows for `tasks`, those common to all: everything together, groups, subjects.
+
+    A group of which not all tasks are common says "(part)"; with `task`, groups that reach beyond it are left out.
+    """
+    if len(tasks) == 1:
+        return [Line(OVERALL, tasks[0], _label(evaluations, tasks[0]), "", list(tasks))]
+    only = {name for each in evaluations for name in each.tasks_of(task or "")}
     members: dict[str, list[str]] = {}
     for evaluation in evaluations:
         for group in evaluation.groups:
             inside = evaluation.tasks_of(group)
-            if not only or only.issuperset(inside):  # half of a group must not be shown under its name
-                members.setdefault(group, [name for name in inside if name in tasks])
-    groups = [group for group in members if members[group]]
-    labels = {name: _label(evaluations, name) for name in [*groups, *tasks]}
-    everything = next((group for group in groups if set(members[group]) == set(tasks)), None)
-    rows = [(OVERALL, everything or "", labels[everything] if everything else "all questions", "", list(tasks))]
-    if len(tasks) == 1:
-        return [(OVERALL, tasks[0], labels[tasks[0]], "", list(tasks))]
-    rows += [(GROUP, group, labels[group], "", members[group]) for group in groups if group != everything]
-    innermost = {name: min(groups, key=lambda group: _size(members[group], name), default="") for name in tasks}
+            if not only or only.issuperset(inside):
+                members[group] = list(dict.fromkeys(members.get(group, []) + inside))
+    common = {group: [name for name in tasks if name in inside] for group, inside in members.items()}
+    labels = {
+        group: _label(evaluations, group) + (" (part)" if len(common[group]) < len(inside) else "")
+        for group, inside in members.items()
+    }
+    # Of several groups that have the same tasks in common, the one that has no others says best what they are.
+    order = sorted(members, key=lambda group: len(members[group]))
+    whole = next((group for group in order if len(common[group]) == len(tasks)), None)
+    groups = [group for group in members if 0 < len(common[group]) < len(tasks)]
+    lines = [Line(OVERALL, whole or "", labels[whole] if whole else "all questions", "", list(tasks))]
+    lines += [Line(GROUP, group, labels[group], "", common[group]) for group in groups]
     for name in tasks:
-        group = innermost[name]
-        belongs = bool(group) and name in members[group] and group != everything
-        rows.append((SUBJECT, name, labels[name], labels[group] if belongs else "", [name]))
-    return rows
-
-
-def _size(members: Sequence[str], name: str) -> float:
-    return len(members) if name in members else float("inf")
+        innermost = next((labels[group] for group in order if group in groups and name in common[group]), "")
+        lines.append(Line(SUBJECT, name, _label(evaluations, name), innermost, [name]))
+    return lines
 
 
 def _label(evaluations: Sequence[EvaluationFiles], name: str) -> str:

@@ -111,6 +111,8 @@ def _read_task(path: Path, metric: str, filter_name: str | None) -> Answers | li
         has |= {f"{name},{its_filter}".removesuffix(",none"): None for name in named}
         if metric in sample and metric in named and its_filter == (filter_name or its_filter):
             _append(answers, sample, metric, offset, where=f"{path}, line {number}")
+    if not found:
+        raise SurgeryError(f"{path} is empty. {_AGAIN}")
     return next((answers for answers in found.values() if len(answers)), list(has))
 
 

@@ -6,6 +6,7 @@ Four subjects of unequal size in two groups under one, in the manner of MMLU; `p
 import json
 import random
 from pathlib import Path
+from unittest.mock import patch
 
 import lm_eval
 import numpy as np
@@ -13,7 +14,7 @@ from lm_eval.api.model import LM
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-QUESTIONS = {"plants": 12, "animals": 7, "poems": 9, "grammar": 5}
+QUESTIONS = {"plants": 13, "animals": 7, "poems": 9, "grammar": 5}
 GROUPS = {"quiz_nature": ["plants", "animals"], "quiz_letters": ["poems", "grammar"]}
 TEMPLATE = """\
 task: quiz_{subject}
@@ -33,6 +34,7 @@ metadata: {{version: 1.0}}
 ROWS = """\
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import datasets
 
@@ -49,15 +51,16 @@ def write_tasks(folder: Path) -> Path:
     rng = random.Random(5)
     (folder / "rows.py").write_text(ROWS)
     for subject, count in QUESTIONS.items():
+        once = count - (subject == "plants")
         rows = [
             {
                 "question": f"Which of the {subject} is number {number} of {count}?",
                 "choices": [f"<b>{letter}</b> & {rng.randrange(1000)}" for letter in "wxyz"],
                 "answer": rng.randrange(4),
             }
-            for number in range(count)
+            for number in range(once + 1)  # the first is the example in prompts
         ]
-        rows += [rows[3]] if subject == "plants" else []
+        rows += rows[3 : 3 + count - once]
         (folder / f"{subject}.json").write_text(json.dumps(rows))
         (folder / f"quiz_{subject}.yaml").write_text(TEMPLATE.format(subject=subject))
     groups = {
@@ -92,16 +95,17 @@ def evaluate(tasks: Path, folder: Path, *, seed: int, task: str = "quiz", name: 
     manager = TaskManager(include_defaults=False, include_path=str(tasks))
     loaded = manager.load(task)
     tracker = EvaluationTracker(output_path=str(folder))
-    results = lm_eval.simple_evaluate(
-        model=RandomModel(seed),
-        tasks=[loaded["groups"].get(task) or loaded["tasks"][task]],
-        task_manager=manager,
-        evaluation_tracker=tracker,
-        model_args={"pretrained": name},
-        log_samples=True,
-        verbosity="ERROR",
-        **settings,
-    )
+    with patch("lm_eval.evaluator.add_env_info"):  # asks pip and the compilers, for seconds
+        results = lm_eval.simple_evaluate(
+            model=RandomModel(seed),
+            tasks=[loaded["groups"].get(task) or loaded["tasks"][task]],
+            task_manager=manager,
+            evaluation_tracker=tracker,
+            model_args={"pretrained": name},
+            log_samples=True,
+            verbosity="ERROR",
+            **settings,
+        )
     samples = results.pop("samples")
     tracker.save_results_aggregated(results=results, samples=samples)
     for each in results["configs"]:
