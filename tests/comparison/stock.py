@@ -54,7 +54,7 @@ def write_tasks(folder: Path) -> Path:
         once = count - (subject == "plants")
         rows = [
             {
-                "question": f"Which of the {subject} is number {number} of {count}?",
+                "question": f"Which of the {subject},\u2028a line of Unicode, is number {number} of {count}?",
                 "choices": [f"<b>{letter}</b> & {rng.randrange(1000)}" for letter in "wxyz"],
                 "answer": rng.randrange(4),
             }
@@ -121,14 +121,14 @@ def results_of(folder: Path) -> dict:
 
 def samples_of(folder: Path, subject: str) -> list[dict]:
     (path,) = folder.glob(f"**/samples_quiz_{subject}_*.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def change_samples(folder: Path, change) -> None:
     """Put every sample line through `change`, which alters the dict or returns another text in its place."""
     for path in folder.glob("**/samples_*.jsonl"):
         lines = []
-        for line in path.read_text().splitlines():
+        for line in path.read_text().split("\n")[:-1]:
             sample = json.loads(line)
             change(sample)
             lines.append(json.dumps(sample))
