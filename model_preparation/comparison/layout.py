@@ -72,6 +72,6 @@ def _label(evaluations: Sequence[EvaluationFiles], name: str) -> str:
     for evaluation in evaluations:
         given = evaluation.results["configs"].get(name, {}).get("task_alias")
         alias = given or evaluation.results["results"].get(name, {}).get("alias")
-        if isinstance(alias, str) and alias.strip(" -"):
+        if isinstance(alias, str) and alias.strip(" -") and alias.isprintable():
             return alias.strip(" -").replace("_", " ")
     return name

@@ -159,8 +159,8 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def _is_name(name: object) -> bool:
-    """Whether it can be a task's or group's: it becomes part of file names."""
-    return isinstance(name, str) and bool(name) and not set(name) & set("/\\\0")
+    """Whether it can be a task's or group's: it becomes part of file names, and is printed."""
+    return isinstance(name, str) and bool(name) and name.isprintable() and not set(name) & set("/\\")
 
 
 def _not_finished(given: Path, root: Path) -> SurgeryError:

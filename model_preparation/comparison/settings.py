@@ -24,6 +24,7 @@ SETTINGS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
     "version of lm-eval": lambda results, _: results.get("lm_eval_version"),
     "version of transformers": lambda results, _: results.get("transformers_version"),
 }
+_SHOWN_CHARACTERS = 120
 _HARMLESS = ("version of transformers",)
 
 
@@ -116,4 +117,6 @@ def _short(digest: Any) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    return "none" if value in (None, "None", "", {}) else str(value)
+    text = "none" if value in (None, "None", "", {}) else str(value)
+    text = text if text.isprintable() else ascii(text)  # a terminal would obey what is not
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from model_preparation.comparison.compare import compare_evaluations
+from model_preparation.comparison.examples import differing_questions
 from model_preparation.errors import SurgeryError
 from tests.comparison.stock import (
     GROUPS,
@@ -216,6 +217,36 @@ def test_rows_of_two_copies_of_the_data_are_matched_by_their_prompts(copy):
     assert any("matched by their prompts and targets" in note for note in comparison.notes)
 
 
+def test_the_questions_shown_are_those_on_which_the_models_are_furthest_apart(stock):
+    def share(sample):
+        weights = [math.exp(float(score)) for score, _ in sample["filtered_resps"]]
+        return weights[sample["doc"]["answer"]] / sum(weights)
+
+    def choice(sample):
+        return "ABCD"[max(range(4), key=lambda option: float(sample["filtered_resps"][option][0]))]
+
+    pairs = [
+        pair
+        for subject in QUESTIONS
+        for pair in zip(samples_of(stock / "one", subject), samples_of(stock / "two", subject), strict=True)
+    ]
+    gained = [(one, two) for one, two in pairs if (one["acc"], two["acc"]) == (0.0, 1.0)]
+    gained.sort(key=lambda pair: share(pair[0]) - share(pair[1]))
+    assert len(gained) > 3
+
+    higher, lower = differing_questions(compare(stock), 1, 3)
+
+    assert len(higher) == len(lower) == 3
+    for example, (one, two) in zip(higher, gained, strict=False):
+        assert example.title == " ".join(one["doc"]["question"].split())
+        assert f"question: {one['doc']['question']}" in example.text
+        assert f"A. {one['doc']['choices'][0]}" in example.text
+        assert example.target == "ABCD"[one["doc"]["answer"]]
+        assert example.answers[0].startswith(f"{choice(one)} (")
+        assert example.answers[1] == f"{example.target} ({share(two):.0%})"
+    assert [example.values for example in lower] == [(1.0, 0.0)] * 3
+
+
 def test_numbers_that_are_not_0_or_1_have_an_interval_alone(copy):
     for name, gain in (("one", 0.0), ("two", 0.25)):
         change_samples(copy / name, lambda sample, gain=gain: _set_f1(sample, gain))
@@ -328,6 +359,7 @@ def test_damaged_samples_are_told_by_file_and_line(copy, tmp_path):
         ("[]", "no whole results file"),
         ('{"results": [], "configs": {}}', "'results' is no object"),
         ('{"configs": {"../up": {}}}', r"'configs' has a malformed entry '../up'"),
+        ('{"configs": {"\\u001b[2J": {}}}', r"'configs' has a malformed entry '\\x1b\[2J'"),
         ('{"configs": {"quiz_poems": {}}, "group_subtasks": {"quiz": [[]]}}', "'group_subtasks' holds more than names"),
         ("{}", "lacks samples files"),
     ],
