@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from model_preparation.errors import SurgeryError
-    from model_preparation.evaluation.mmlu import evaluate_checkpoint
+    from model_preparation.evaluation.evaluate import evaluate_checkpoint
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
     from model_preparation.surgery.checkpoint import build_checkpoint
     from model_preparation.surgery.checkpoint_loading import load_checkpoint
@@ -27,7 +27,7 @@ _MODULE_OF = {
     "LlambaForCausalLM": "model_preparation.llamba",
     "SurgeryError": "model_preparation.errors",
     "build_checkpoint": "model_preparation.surgery.checkpoint",
-    "evaluate_checkpoint": "model_preparation.evaluation.mmlu",
+    "evaluate_checkpoint": "model_preparation.evaluation.evaluate",
     "extract_layers": "model_preparation.surgery.layer_store",
     "load_checkpoint": "model_preparation.surgery.checkpoint_loading",
     "verify_checkpoint": "model_preparation.verification.verify",

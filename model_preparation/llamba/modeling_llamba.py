@@ -213,7 +213,8 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
         """
         Args:
             labels: (batch, length) int64, -100 where no loss is wanted; shifted inside.
-            logits_to_keep: compute logits for the last n positions only (0: all), or for these positions (1-D).
+            logits_to_keep: compute logits for the last n positions only (0: all), or for these positions: (kept,) the
+                same in every row, or (batch, kept) each row's own.
             Others as in [`LlambaModel`].
 
         Returns:
@@ -228,9 +229,16 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, slice(-logits_to_keep, None)]
+        elif logits_to_keep.dim() == 2:
+            rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+            hidden_states = hidden_states[rows[:, None], logits_to_keep.to(hidden_states.device)]
+        else:
+            hidden_states = hidden_states[:, logits_to_keep]
         # The rows that only pad the vocabulary are cut off: no sampler can ever see them.
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])[..., : self.config.vocab_size]
+        logits = self.lm_head(hidden_states)[..., : self.config.vocab_size]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

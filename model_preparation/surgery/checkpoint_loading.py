@@ -21,7 +21,11 @@ _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and 
 
 
 def load_checkpoint(
-    directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    directory: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    parallelize: bool = False,
 ) -> tuple[LlambaForCausalLM, PreTrainedTokenizerBase]:
     """Load a checkpoint folder: (model, tokenizer), the model in eval mode and ready to `generate`.
 
@@ -34,6 +38,8 @@ def load_checkpoint(
             DistributedDataParallel or torch.compile.
         device: where to put the model.
         dtype: cast the parameters to it; by default as stored.
+        parallelize: spread the layers over all GPUs instead, and over the CPU what does not fit there (accelerate's
+            device map). `device` is then of no effect.
 
     Raises:
         SurgeryError: if the folder is no complete checkpoint, or its weights do not fit its config.
@@ -46,6 +52,7 @@ def load_checkpoint(
     except ValueError as error:
         raise SurgeryError(f"{directory / INFO} describes no model ({error}). Build the checkpoint again.") from error
     model = empty_model(config)
+    device = "cpu" if parallelize else device
     is_hf = info.get("format") == "hf"
     path = directory / (INDEX if is_hf else STATE_DICT)
     state_dict = read_state_dict(directory, model) if is_hf else without_wrapper_prefixes(_read_state_dict(path))
@@ -57,7 +64,18 @@ def load_checkpoint(
     if dtype is not None:
         model.config.dtype = dtype
     model.generation_config = generation_config
-    return model.to(device), load_tokenizer(directory if is_hf else directory / TOKENIZER)
+    model = _spread(model) if parallelize else model.to(device)
+    return model, load_tokenizer(directory if is_hf else directory / TOKENIZER)
+
+
+def _spread(model: LlambaForCausalLM) -> LlambaForCausalLM:
+    """Spread a model over the devices there are, about as much on each, no layer over two."""
+    from accelerate import dispatch_model, infer_auto_device_map  # slow to import, and needed here only
+    from accelerate.utils import get_balanced_memory
+
+    whole = list(model._no_split_modules)
+    max_memory = get_balanced_memory(model, no_split_module_classes=whole, dtype=model.dtype)
+    return dispatch_model(model, infer_auto_device_map(model, max_memory, whole, dtype=model.dtype))
 
 
 def without_wrapper_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,250 @@
+"""The score of a model, as lm-eval gives it, and of a checkpoint, so that nothing of it is lost.
+
+In: a checkpoint's folder, or a model with its tokenizer, and the tasks. Out: a dict with the score, the groups, the
+single tasks, and the settings they belong to. Prompts, weighting and standard errors are lm-eval's own; ours is where
+MMLU's questions come from (questions.py), how fast they are answered (scoring.py), that answers are kept as they come
+(recorded.py, results_folder.py), and that whatever goes wrong is an error and never a score.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.api.group import Group
+from lm_eval.loggers import EvaluationTracker
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.recorded import RecordedLM
+from model_preparation.evaluation.results_folder import EVALUATIONS, ResultsFolder
+from model_preparation.evaluation.score_entry import enter_score, is_read_only
+from model_preparation.evaluation.scoring import ScoringLM
+from model_preparation.evaluation.tasks import MMLU, Tasks, is_mmlu, load_tasks, name_of, quiet
+from model_preparation.evaluation.weights import weights_digest
+from model_preparation.files.timestamps import creation_time
+from model_preparation.surgery.checkpoint_info import read_info
+from model_preparation.surgery.checkpoint_loading import load_checkpoint
+
+SEED = 1234
+
+
+def evaluate_checkpoint(
+    directory: str | Path,
+    *,
+    tasks: Sequence[str] | Tasks = (MMLU,),
+    limit: int | None = None,
+    mmlu_data: str | Path | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int | str = "auto",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    seed: int = SEED,
+    parallelize: bool = False,
+    results_dir: str | Path | None = None,
+) -> dict[str, Any]:
+    """Score a checkpoint, keeping every task's answers as they come.
+
+    Killed anywhere, the same call goes on where it stopped and gives the same result. Called again when all is done, it
+    gives what was found. A score of the whole task group mmlu is entered into the checkpoint's checkpoint_info.json.
+
+    Args:
+        directory: the checkpoint folder.
+        device, dtype, parallelize: as in `load_checkpoint`.
+        tasks, limit, mmlu_data, num_fewshot, batch_size, seed: as in `evaluate_model`.
+        results_dir: where to keep answers and results, in a folder of the checkpoint's name; by default in the
+            checkpoint's own folder, in `evaluations/`.
+
+    Returns:
+        As `evaluate_model`; and `date`, `results_dir` (the folder of this evaluation), `kept` (whether all was there
+        already), `entered` (whether checkpoint_info.json has this score now).
+
+    Raises:
+        SurgeryError: as `load_checkpoint` and `evaluate_model`; what can be checked is, before the model is loaded.
+        OSError: if results cannot be written.
+    """
+    directory = Path(directory).expanduser()
+    info = read_info(directory)
+    _check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+    loaded = tasks if isinstance(tasks, Tasks) else load_tasks(tasks, mmlu_data=mmlu_data, num_fewshot=num_fewshot)
+    root = directory / EVALUATIONS if results_dir is None else Path(results_dir).expanduser() / directory.resolve().name
+    root.mkdir(parents=True, exist_ok=True)
+    settings = {
+        **_settings(loaded, limit, num_fewshot, batch_size, seed),
+        "device": "parallelize" if parallelize else torch.device(device).type,
+        "dtype": info["dtype"] if dtype is None else str(dtype).removeprefix("torch."),
+        "weights": weights_digest(directory, info, root),
+    }
+    results = ResultsFolder(root, settings)
+
+    def load(advance: Callable[[int], None]) -> ScoringLM:
+        model, tokenizer = load_checkpoint(directory, device=device, dtype=dtype, parallelize=parallelize)
+        return _scoring(model, tokenizer, batch_size, advance)
+
+    with results.held():
+        result = results.result()
+        if result is None or not all(map(is_mmlu, loaded.names)):  # of other tasks' data there is no digest to go by
+            lm = RecordedLM(load, results)
+            tracker = results.tracker()
+            found = _run(lm, loaded, settings, tracker, directory.resolve().name)
+            if lm.asked or result is None:
+                summary = _summary(found, loaded)
+                results.publish(tracker, found, found.pop("samples"))
+                result = {**summary, "settings": settings, "date": creation_time()}
+                results.finish(result)
+                kept = False
+            else:
+                kept = True
+        else:
+            kept = True
+    result.pop("info_sha256", None)
+    result |= {"results_dir": str(results.folder), "kept": kept, "entered": False}
+    if loaded.names == (MMLU,):
+        try:
+            result["entered"] = enter_score(directory, result)
+        except OSError as error:
+            if results_dir is None or not is_read_only(error):
+                raise
+    return result
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tasks: Sequence[str] | Tasks = (MMLU,),
+    limit: int | None = None,
+    mmlu_data: str | Path | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int | str = "auto",
+    seed: int = SEED,
+) -> dict[str, Any]:
+    """Score a model on lm-eval's tasks, on the device and in the dtype it has; nothing is kept on the disk.
+
+    Args:
+        tasks: names of lm-eval's tasks, groups or tags, or folders or files of task definitions; or what `load_tasks`
+            made of them, `mmlu_data` being of no effect then.
+        limit: questions per single task (of MMLU: per subject), from the first on; None takes all.
+        mmlu_data: as in `find_questions`.
+        num_fewshot: solved examples before each question; None leaves it to the task (none, for MMLU).
+        batch_size: questions per forward pass; "auto" takes what fits.
+        seed: of Python, NumPy, torch and the few-shot sampler.
+
+    Returns:
+        `score` and `stderr` of the first task or group named (fractions; stderr is None where a single question has
+        none), `metric` (which of its metrics that is), `questions`, `groups` and `subjects`: what the named groups
+        consist of ({name: {"score", "stderr", "metric", "questions"}}; names of MMLU's without `mmlu_`), `tasks`: the
+        same of what was named, `lm_eval_version`, `max_length` (tokens a prompt may have), `mmlu_data` (where MMLU's
+        questions came from), `settings`: what decides on the scores beside the weights, digests of questions and of
+        task files of your own among it.
+
+    Raises:
+        SurgeryError: for tasks or questions that are missing or malformed, a setting out of range, or logits that are
+            not finite.
+    """
+    _check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+    loaded = tasks if isinstance(tasks, Tasks) else load_tasks(tasks, mmlu_data=mmlu_data, num_fewshot=num_fewshot)
+
+    settings = {
+        **_settings(loaded, limit, num_fewshot, batch_size, seed),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    lm = RecordedLM(lambda advance: _scoring(model, tokenizer, batch_size, advance))
+    return {**_summary(_run(lm, loaded, settings), loaded), "settings": settings}
+
+
+def _scoring(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str, advance: Callable[[int], None]
+) -> ScoringLM:
+    with quiet():
+        return ScoringLM(model, tokenizer, batch_size, advance)
+
+
+def _check_settings(*, limit: int | None, num_fewshot: int | None, batch_size: int | str) -> None:
+    for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0), ("batch_size", batch_size, 1)):
+        if value is None or (name == "batch_size" and value == "auto"):
+            continue
+        if not isinstance(value, int) or value < least:
+            raise SurgeryError(f"{name} is {value}, but must be at least {least}. Give another number.")
+
+
+def _settings(
+    loaded: Tasks, limit: int | None, num_fewshot: int | None, batch_size: int | str, seed: int
+) -> dict[str, Any]:
+    """What decides on a score beside the model."""
+    if num_fewshot is None and all(map(is_mmlu, loaded.names)):
+        num_fewshot = 0  # its definitions leave that open, and lm-eval takes none
+    return {
+        "tasks": list(loaded.names),
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "batch_size": batch_size,
+        "seed": seed,
+        **({"questions": loaded.questions.digest} if loaded.questions else {}),
+        **({"task_files": loaded.digests} if loaded.digests else {}),
+        "lm_eval": lm_eval.__version__,
+    }
+
+
+def _run(
+    lm: RecordedLM,
+    loaded: Tasks,
+    settings: Mapping[str, Any],
+    tracker: EvaluationTracker | None = None,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """lm-eval's own evaluation; `tracker` and `name` are for the files it may write afterwards."""
+    seed = settings["seed"]
+    with quiet():
+        return lm_eval.simple_evaluate(
+            model=lm,
+            model_args=None if name is None else {"pretrained": name},
+            tasks=loaded.items,
+            task_manager=loaded.manager,
+            num_fewshot=settings["num_fewshot"],
+            limit=settings["limit"],
+            batch_size=settings["batch_size"],
+            device=settings["device"],
+            evaluation_tracker=tracker,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+
+
+def _summary(found: Mapping[str, Any], loaded: Tasks) -> dict[str, Any]:
+    """The part of lm-eval's results that people read."""
+    items = {name_of(item): _row(found, name_of(item)) for item in loaded.items}
+    groups = [group for item in loaded.items if isinstance(item, Group) for group in item.get_all_groups()]
+    only = next(iter(items.values())) if len(items) == 1 else dict.fromkeys(("score", "stderr", "metric"))
+    return {
+        **only,
+        "questions": sum(row["questions"] for row in items.values()),
+        "tasks": items,
+        "groups": {_short(group.name): _row(found, group.name) for group in groups},
+        "subjects": {_short(name): _row(found, name) for name in loaded.leaves},
+        "lm_eval_version": found["lm_eval_version"],
+        "max_length": found["max_length"],
+        **({"mmlu_data": loaded.questions.source} if loaded.questions else {}),
+    }
+
+
+def _row(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Score, standard error, metric and number of questions of a task or group; None where it has none."""
+    row = found["results"][name]
+    metrics = [key for key in row if "," in key and "_stderr," not in key]
+    metric = min(metrics, key=lambda key: key != "acc,none", default=None)  # accuracy, else the first
+    stderr = None if metric is None else row.get(metric.replace(",", "_stderr,"), "N/A")
+    return {
+        "score": None if metric is None else float(row[metric]),
+        "stderr": None if stderr in (None, "N/A") else float(stderr),
+        "metric": metric,
+        "questions": row.get("sample_len") or 0,
+    }
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("mmlu_") if is_mmlu(name) else name

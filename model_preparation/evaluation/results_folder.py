@@ -1,0 +1,182 @@
+"""Where an evaluation's answers and results are: a folder per checkpoint, tasks and settings.
+
+In: the settings. Out: `TASKS-DIGEST/`, held by one run at a time, with
+    settings.json            what was asked of which weights
+    answers/KIND.TASK.json   a record per task, as it is finished
+    MODEL/                   lm-eval's own files: results_DATE.json, samples_TASK_DATE.jsonl
+    result.json              the scores; written last, so the evaluation is finished if it is there
+All but lm-eval's files are sealed JSON (files/seal.py). Each appears whole or not at all.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+from lm_eval.loggers import EvaluationTracker
+
+from model_preparation.errors import SurgeryError
+from model_preparation.files.new_folder import check_space, sync_tree
+from model_preparation.files.partial_folder import Hold, take
+from model_preparation.files.seal import check_seal, seal
+from model_preparation.untrusted.untrusted_files import read_json
+
+EVALUATIONS = "evaluations"  # in a checkpoint's folder
+SETTINGS, RESULT, ANSWERS = "settings.json", "result.json", "answers"
+_SAFE = re.compile(r"[^\w.+-]+")
+
+
+class ResultsFolder:
+    """One evaluation's folder.
+
+    Args:
+        root: the folder that the evaluations of a checkpoint are in.
+        settings: everything that decides on the scores; `tasks` and `weights` are among it. Others, others' folder.
+    """
+
+    def __init__(self, root: Path, settings: Mapping[str, Any]):
+        self.settings = dict(settings)
+        digest = blake3(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
+        names = "+".join(Path(name).name for name in settings["tasks"])
+        self.folder = root / f"{_SAFE.sub('_', names)[:60]}-{digest}"
+        self._hold: Hold | None = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out, and check that what is there is of these settings and weights.
+
+        Raises:
+            SurgeryError: if another run is at it, or the folder holds results of something else.
+            OSError: if nothing can be written there.
+        """
+        self._hold = take(self.folder)
+        try:
+            (self.folder / ANSWERS).mkdir(parents=True, exist_ok=True)
+            self._check_settings()
+            self._write(SETTINGS, {"settings": self.settings})
+            yield
+        finally:
+            for entry in self._hold.entries():
+                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
+            self._hold.release()
+
+    def result(self) -> dict[str, Any] | None:
+        """The result of a finished evaluation, else None."""
+        self._check_settings()
+        return self._read(RESULT)
+
+    def read_record(self, name: str) -> dict[str, Any] | None:
+        """A record that `keep_record` wrote; None if there is none, or it was damaged since."""
+        return self._read(f"{ANSWERS}/{_SAFE.sub('_', name)}.json")
+
+    def keep_record(self, name: str, record: Mapping[str, Any]) -> None:
+        """Keep a record, on the disk when this returns."""
+        self._write(f"{ANSWERS}/{_SAFE.sub('_', name)}.json", record)
+
+    def check_space(self, needed_bytes: int) -> None:
+        """Raise SurgeryError if the disk has no room for files of this size."""
+        check_space(self.folder, needed_bytes)
+
+    def tracker(self) -> EvaluationTracker:
+        """lm-eval's writer of its own files, which `publish` calls and puts in place."""
+        return EvaluationTracker(output_path=str(self._staging()))
+
+    def publish(self, tracker: EvaluationTracker, results: dict[str, Any], samples: Mapping[str, Sequence]) -> None:
+        """Write lm-eval's results and samples files.
+
+        Raises:
+            SurgeryError: if they were not written whole; lm-eval itself only logs that.
+        """
+        tracker.save_results_aggregated(results=results, samples=dict(samples))
+        for task in samples:
+            tracker.save_results_samples(task_name=task, samples=samples[task])
+        written = [path for path in self._staging().iterdir() if path.is_dir()]
+        if len(written) != 1 or not _is_whole(written[0], samples):
+            free = shutil.disk_usage(self.folder).free
+            raise SurgeryError(
+                f"lm-eval could not write its results whole in {self.folder}, whose disk has {free:,} bytes free. "
+                "Make room and run the same command again: the answers are kept."
+            )
+        sync_tree(written[0], "")
+        target = self.folder / written[0].name
+        shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before it wrote the result
+        written[0].rename(target)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write the result, which makes the evaluation a finished one."""
+        self._write(RESULT, result)
+
+    def _staging(self) -> Path:
+        assert self._hold is not None
+        folder = self._hold.folder / "new"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def _check_settings(self) -> None:
+        found = self._read(SETTINGS)
+        if found is None or found.get("settings") == self.settings:
+            return
+        settings = found.get("settings") or {}
+        names = sorted(settings.keys() | self.settings.keys())
+        odd = [name for name in names if settings.get(name) != self.settings.get(name)]
+        what = "other weights" if "weights" in odd else "other settings"
+        raise SurgeryError(
+            f"{self.folder} holds results of {what} ({', '.join(odd)} differ). It was renamed or copied here: "
+            "move it elsewhere, or choose another --results_dir."
+        )
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
+        if not path.is_file() or check_seal(path.read_bytes()) is not None:
+            return None
+        return read_json(path)
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        assert self._hold is not None
+        if not self._hold.is_intact():
+            raise SurgeryError(f"{self._hold.folder} was deleted while it was in use. Run the command again.")
+        write_whole(self.folder / name, seal(content), self._hold.folder)
+
+
+def write_whole(path: Path, data: bytes, staging: Path) -> None:
+    """Write a file that appears whole or not at all, and is on the disk when this returns.
+
+    Args:
+        staging: a folder of the same file system, held by this process.
+    """
+    partial = staging / path.name
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_whole(folder: Path, samples: Mapping[str, Sequence]) -> bool:
+    results = list(folder.glob("results_*.json"))
+    files = {path.name.removeprefix("samples_").rsplit("_", 1)[0]: path for path in folder.glob("samples_*.jsonl")}
+    try:
+        return (
+            len(results) == 1
+            and all(
+                (path := files.get(task)) is not None and _count_lines(path) == len(samples[task]) for task in samples
+            )
+            and bool(json.loads(results[0].read_text(encoding="utf-8")))
+        )
+    except ValueError:
+        return False
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(line.endswith(b"\n") for line in file)

@@ -1,0 +1,65 @@
+"""A measured MMLU score, entered into the checkpoint it belongs to.
+
+In: the checkpoint's folder and the result. Out: `mmlu_score` and `mmlu_result` in its checkpoint_info.json, sealed
+anew; the file is the old one or the new one, whatever happens.
+"""
+
+import errno
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.results_folder import write_whole
+from model_preparation.files.partial_folder import take
+from model_preparation.files.seal import seal
+from model_preparation.surgery.checkpoint_info import INFO, read_info
+
+_PARTS = ("score", "stderr", "questions", "lm_eval_version", "settings", "date")
+_WAIT_SECONDS = 10  # for another evaluation of the same checkpoint that enters its score just now
+
+
+def enter_score(directory: Path, result: Mapping[str, Any]) -> bool:
+    """Enter an MMLU score with where it comes from; returns whether it is there now.
+
+    A score that was measured over more questions stays; one that somebody gave when the checkpoint was built does not.
+
+    Args:
+        directory: the checkpoint's folder.
+        result: as `evaluate_checkpoint` returns it.
+
+    Raises:
+        OSError, SurgeryError: if checkpoint_info.json cannot be written.
+    """
+    measured = {name: result[name] for name in _PARTS}
+    path = directory / INFO
+    hold = _take(path)
+    try:
+        info = read_info(directory)
+        before = info.get("mmlu_result")
+        if before is not None and before["questions"] > measured["questions"]:
+            return False
+        if before != measured:
+            write_whole(path, seal({**info, "mmlu_score": result["score"], "mmlu_result": measured}), hold.folder)
+        return True
+    finally:
+        for entry in hold.entries():
+            entry.unlink()
+        hold.release()
+
+
+def _take(path: Path):
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while True:
+        try:
+            return take(path)
+        except SurgeryError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def is_read_only(error: OSError) -> bool:
+    """Whether an error says that a folder may not be written, as that of a shared store of models."""
+    return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -1,0 +1,194 @@
+"""lm-eval's Hugging Face model, made fast where lm-eval asks for log-likelihoods; the answers are the same.
+
+In: contexts and continuations, as tokens. Out: per pair the continuation's log-likelihood, and whether it is what
+greedy decoding would have written. What is faster: tokens that all questions of a task begin with (its description, its
+solved examples) run once, and only positions that are scored go through the head. Stock lm-eval runs every prompt whole
+and computes the logits of all its positions over the whole vocabulary.
+Source of what is computed: lm_eval/models/huggingface.py, HFLM._loglikelihood_tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.prefix_cache import can_share, shared
+from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
+
+Answer = tuple[float, bool]  # log-likelihood, whether greedy
+
+# A shorter common beginning saves less than attending to it as a cache costs.
+MIN_PREFIX_TOKENS = 8
+# `batch_size="auto"`: at most so many rows, and so many tokens with padding, per forward pass.
+AUTO_ROWS = 64
+AUTO_TOKENS = {"cpu": 512, "cuda": 32_768}
+
+
+@dataclass
+class _Row:
+    """A sequence to run, and the requests that are answered by it."""
+
+    tokens: tuple[int, ...]  # the context and the continuation but for its last token
+    scored: int = 1  # how many of the last positions are
+    requests: list[int] = field(default_factory=list)
+
+
+class ScoringLM(HFLM):
+    """An `HFLM` that answers `loglikelihood` faster.
+
+    Args:
+        model: on its device, in its dtype.
+        tokenizer: the model's.
+        batch_size: rows per forward pass; "auto" starts with `AUTO_ROWS` and halves them when memory runs out.
+        advance: told how many requests were answered.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int | str = "auto",
+        advance: Callable[[int], None] = lambda count: None,
+    ):
+        self._auto = batch_size == "auto"
+        # Stock's own search for a size runs the longest possible sequence with all its logits.
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8 if self._auto else batch_size)
+        self._rows_at_once = AUTO_ROWS if self._auto else int(batch_size)
+        self._advance = advance
+        self._encoded: tuple[str, list[int]] = ("", [])
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        """Tokens of a text; that of the last one is remembered, as each choice of a question asks for the context's."""
+        if add_special_tokens is not None or kwargs:
+            return super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
+        if string != self._encoded[0]:
+            self._encoded = (string, super().tok_encode(string))
+        return list(self._encoded[1])
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As stock's for causal models, the context encoded last, so that `tok_encode` finds the next one's."""
+        stripped = context.rstrip()
+        whole = super().tok_encode(context + continuation)
+        context_tokens = self.tok_encode(stripped)
+        return context_tokens, whole[len(context_tokens) :]
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
+        """Answer requests ((context, continuation), context tokens, continuation tokens), in their order."""
+        rows: dict[tuple[int, ...], _Row] = {}
+        for index, (_texts, context, continuation) in enumerate(requests):
+            # As stock: what is too long loses tokens on the left, and choices of one token share a row.
+            tokens = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
+            if len(continuation) > len(tokens):
+                raise SurgeryError(
+                    f"A continuation of {len(continuation)} tokens is to be scored, but the model takes sequences of "
+                    f"{self.max_length} at most. Choose other --tasks."
+                )
+            row = rows.setdefault(tokens, _Row(tokens))
+            row.scored = max(row.scored, len(continuation))
+            row.requests.append(index)
+        answers: list[Answer | None] = [None] * len(requests)
+        for group, prefix in self._with_prefixes(list(rows.values())):
+            for batch, scores in self._scores(group, prefix, override_bs):
+                self._answer(batch, scores, requests, answers)
+                self._advance(sum(len(row.requests) for row in batch))
+        return answers
+
+    def _with_prefixes(self, rows: list[_Row]) -> Iterator[tuple[list[_Row], tuple[int, ...]]]:
+        """The rows with the tokens all of them begin with; rows cut on the left are a group of their own."""
+        cut = [row for row in rows if len(row.tokens) >= self.max_length]
+        whole = [row for row in rows if len(row.tokens) < self.max_length]
+        if cut:
+            yield cut, ()
+        if whole:
+            first, last = min(row.tokens for row in whole), max(row.tokens for row in whole)
+            same = [one == other for one, other in zip(first, last, strict=False)]  # what these two share, all do
+            common = same.index(False) if False in same else len(same)
+            # Each row keeps the positions that are scored.
+            length = min(common, *(len(row.tokens) - row.scored for row in whole))
+            long_enough = length >= MIN_PREFIX_TOKENS and len(whole) > 1
+            yield whole, first[:length] if long_enough else ()
+
+    def _scores(
+        self, rows: list[_Row], prefix: Sequence[int], rows_at_once: int | None
+    ) -> Iterator[tuple[list[_Row], list[Tensor]]]:
+        """Batches of rows, each with its log-probabilities (scored, vocabulary) per row."""
+        cache = self._prefix_cache(prefix) if prefix else None
+        skipped = len(prefix) if cache is not None else 0
+        rows = sorted(rows, key=lambda row: -len(row.tokens))
+        start = 0
+        while start < len(rows):
+            limit = rows_at_once or self._rows_at_once
+            if self._auto:
+                longest = len(rows[start].tokens) - skipped
+                limit = max(1, min(limit, AUTO_TOKENS.get(self.device.type, AUTO_TOKENS["cuda"]) // longest))
+            batch = rows[start : start + limit]
+            try:
+                scores = self._run([row.tokens[skipped:] for row in batch], [row.scored for row in batch], cache)
+            except torch.OutOfMemoryError:
+                if not self._auto or len(batch) == 1:
+                    raise
+                self._rows_at_once = rows_at_once = len(batch) // 2
+                torch.cuda.empty_cache()
+                continue
+            yield batch, scores
+            start += len(batch)
+
+    def _prefix_cache(self, prefix: Sequence[int]) -> Cache | None:
+        """The model's cache after the prefix; None if it is of a kind that rows cannot share."""
+        tokens = torch.tensor([prefix], device=self.device)
+        with self._autocast():
+            cache = self.model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+        return cache if can_share(cache) else None
+
+    def _run(self, rows: list[tuple[int, ...]], scored: list[int], prefix: Cache | None) -> list[Tensor]:
+        """Log-probabilities at the last `scored` positions of each row, (scored, vocabulary), in stock's dtype."""
+        lengths = [len(row) for row in rows]
+        # Padding on the right, unmasked: nothing before it can see it.
+        inputs = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+        for index, row in enumerate(rows):
+            inputs[index, : len(row)] = torch.tensor(row)
+        kept = max(scored)
+        ends = torch.tensor(lengths)[:, None]
+        positions = (ends + torch.arange(-kept, 0)).clamp(min=0)  # (rows, kept): each row's last ones
+        if not isinstance(self.model, LlambaForCausalLM):  # others compute the same positions for all rows
+            positions, inverse = positions.unique(return_inverse=True)
+        with self._autocast():
+            logits = self.model(
+                inputs.to(self.device),
+                past_key_values=None if prefix is None else shared(prefix, len(rows)),
+                use_cache=prefix is not None,
+                logits_to_keep=positions.to(self.device),
+            ).logits
+        if positions.dim() == 1:
+            logits = logits[torch.arange(len(rows))[:, None], inverse]
+        scores = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)  # (rows, kept, vocabulary)
+        return [row[kept - count :] for row, count in zip(scores, scored, strict=True)]
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _answer(
+        self, batch: list[_Row], scores: list[Tensor], requests: Sequence[tuple], answers: list[Answer | None]
+    ) -> None:
+        """Enter the answers to all requests of a batch, with one copy from the device."""
+        indices, sums, greedy = [], [], []
+        for row, score in zip(batch, scores, strict=True):
+            best = score.argmax(dim=-1)  # (scored,)
+            for index in row.requests:
+                continuation = torch.tensor(requests[index][2], device=score.device)
+                last = slice(score.shape[0] - len(continuation), None)
+                indices.append(index)
+                sums.append(score[last].gather(1, continuation[:, None]).sum())
+                greedy.append((best[last] == continuation).all())
+        for index, likelihood, is_greedy in zip(
+            indices, torch.stack(sums).tolist(), torch.stack(greedy).tolist(), strict=True
+        ):
+            answers[index] = (likelihood, is_greedy)
+            self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])

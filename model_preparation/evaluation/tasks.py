@@ -1,0 +1,223 @@
+"""What `--tasks` names, as lm-eval's own task objects, with MMLU's questions from wherever they are.
+
+In: names of lm-eval's tasks, groups or tags, and folders or files of task definitions. Out: the objects that lm-eval
+evaluates, and what tells these questions from others. MMLU's are the stock definitions, each included by one of ours
+that says where its questions are. Reading all of lm-eval's fifteen thousand definitions takes 20 s and more, so only
+those folders are read that mention a name.
+"""
+
+import difflib
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import lm_eval.api.task
+import lm_eval.tasks
+from blake3 import blake3
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.questions import SUBJECTS, Questions, find_questions, read_subject
+
+MMLU = "mmlu"
+GROUPS = ("stem", "humanities", "social_sciences", "other")
+_STOCK = Path(lm_eval.tasks.__file__).parent
+_STOCK_MMLU = _STOCK / "mmlu" / "default"
+_MMLU_NAMES = {MMLU, *(f"mmlu_{name}" for name in (*GROUPS, *SUBJECTS))}
+_DECLARATION = re.compile(r"""^["']?(?:task|group|tag)["']?\s*:\s*["']?([\w.:+-]+)["']?\s*$""", re.MULTILINE)
+_OUT_OF_REACH = (ConnectionError, DatasetsError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
+
+
+@dataclass
+class Tasks:
+    """What is to be evaluated.
+
+    Attributes:
+        names: as they were given.
+        manager: lm-eval's, which evaluates the `items`.
+        items: tasks and groups, one or several per name.
+        questions: MMLU's, if any of it is among them.
+        digests: of task definitions that are not lm-eval's own, by the path given.
+    """
+
+    names: tuple[str, ...]
+    manager: TaskManager
+    items: list[Task | Group] = field(default_factory=list)
+    questions: Questions | None = None
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def leaves(self) -> list[str]:
+        """Names of all single tasks."""
+        found = [item.get_all_tasks() if isinstance(item, Group) else [item] for item in self.items]
+        return [task.task_name for tasks in found for task in tasks]
+
+
+def is_mmlu(name: str) -> bool:
+    """Whether a name is the group mmlu or part of it, whose questions we find ourselves."""
+    return name in _MMLU_NAMES
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise SurgeryError for a name that is neither one of lm-eval's nor a folder or file; takes seconds at most."""
+    if not names:
+        raise SurgeryError("No task is named. Give one with --tasks, such as mmlu.")
+    for name in names:
+        if names.count(name) > 1:
+            raise SurgeryError(f"The task {name} is given {names.count(name)} times. Give it once.")
+    unknown = [name for name in names if not is_mmlu(name) and not Path(name).exists()]
+    if not unknown:
+        return
+    declared = {name for path in _definitions() for name in _DECLARATION.findall(path.read_text(encoding="utf-8"))}
+    for name in unknown:
+        if name not in declared and not any(_mentions(path, name) for path in _definitions()):
+            close = difflib.get_close_matches(name, [*declared, *_MMLU_NAMES], n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else "."
+            raise SurgeryError(
+                f"lm-eval {lm_eval.__version__} has no task {name!r}, nor is that a folder or file{hint} "
+                "`lm_eval ls tasks` lists all."
+            )
+
+
+def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num_fewshot: int | None = None) -> Tasks:
+    """The tasks that are named.
+
+    Args:
+        names: of lm-eval's tasks, groups and tags; folders with task definitions (all that is defined there), or
+            single .yaml files. Definitions of your own may run code of theirs, as with lm-eval.
+        mmlu_data: where MMLU's questions are, as in `find_questions`.
+        num_fewshot: solved examples that MMLU's subjects need to have.
+
+    Raises:
+        SurgeryError: for a name that is not known, a definition that does not work, or questions out of reach.
+    """
+    check_names(names)
+    tasks = Tasks(tuple(names), TaskManager(include_defaults=False))
+    if any(is_mmlu(name) for name in names):
+        tasks.questions = find_questions(mmlu_data, num_fewshot=num_fewshot or 0)
+    with quiet():
+        for name in names:
+            try:
+                if is_mmlu(name):
+                    assert tasks.questions is not None
+                    tasks.items += _load_mmlu(name, tasks.questions)
+                elif Path(name).exists():
+                    tasks.items += _load_path(Path(name))
+                    tasks.digests[name] = _digest(Path(name))
+                else:
+                    tasks.items += _load_stock(name)
+            except _OUT_OF_REACH as error:
+                raise SurgeryError(
+                    f"The data of the task {name} cannot be had ({_reason(error)}). Check the network connection, or "
+                    "name a mirror of the Hugging Face hub in HF_ENDPOINT."
+                ) from error
+            except SurgeryError:
+                raise
+            except Exception as error:  # a definition is a program; whatever it raises, the definition is at fault
+                raise SurgeryError(
+                    f"The task {name} cannot be loaded ({type(error).__name__}: {_reason(error)}). Mend its definition."
+                ) from error
+    leaves = tasks.leaves
+    for leaf in leaves:
+        if leaves.count(leaf) > 1:
+            raise SurgeryError(f"--tasks names {leaf} more than once, in several groups. Leave one of them out.")
+    return tasks
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without lm-eval's warnings, one for each thing that is meant here, and its bar per task, which has no switch."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with patch.object(lm_eval.api.task, "tqdm", partial(tqdm, disable=True)):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _load_mmlu(name: str, questions: Questions) -> list[Task | Group]:
+    reader = f"{read_subject.__module__}.{read_subject.__name__}"
+    with tempfile.TemporaryDirectory() as scratch:
+        for stock in _STOCK_MMLU.glob("*.yaml"):
+            lines = [f"include: {json.dumps(str(stock))}"]
+            if not stock.name.startswith("_"):  # a subject; the others are groups
+                source = {"folder": str(questions.folder), "subject": stock.stem.removeprefix("mmlu_")}
+                lines += [f"custom_dataset: !function {reader}", f"dataset_kwargs: {json.dumps(source)}"]
+            (Path(scratch) / stock.name).write_text("\n".join(lines), encoding="utf-8")
+        return _roots(TaskManager(include_defaults=False, include_path=scratch).load(name))
+
+
+def _load_path(path: Path) -> list[Task | Group]:
+    if path.is_file():
+        return _roots(TaskManager(include_defaults=False, include_path=str(path.resolve().parent)).load(str(path)))
+    manager = TaskManager(include_defaults=False, include_path=str(path.resolve()))
+    defined = [*manager.all_groups, *manager.all_subtasks]
+    if not defined:
+        raise SurgeryError(f"{path} holds no task definition (*.yaml with `task:` or `group:`). Give another folder.")
+    items: list[Task | Group] = []
+    for name in defined:  # groups first: what is in one is not loaded again
+        if not any(isinstance(item, Group) and name in _members(item) for item in items):
+            items += _roots(manager.load(name))
+    inner = {member for item in items if isinstance(item, Group) for member in _members(item)}
+    return [item for item in items if name_of(item) not in inner]
+
+
+def _load_stock(name: str) -> list[Task | Group]:
+    folders = sorted({_STOCK / path.relative_to(_STOCK).parts[0] for path in _definitions() if _mentions(path, name)})
+    try:
+        return _roots(TaskManager(include_defaults=False, include_path=[str(folder) for folder in folders]).load(name))
+    except KeyError:  # a group of tasks that are defined elsewhere
+        return _roots(TaskManager().load(name))
+
+
+def _roots(loaded: Any) -> list[Task | Group]:
+    """The tasks and groups that were loaded, without those that are in a group that was."""
+    groups = list(loaded["groups"].values())
+    inner = {member for group in groups for member in _members(group)}
+    return [item for item in [*groups, *loaded["tasks"].values()] if name_of(item) not in inner]
+
+
+def _members(group: Group) -> set[str]:
+    return {name_of(item) for item in [*group.get_all_groups(), *group.get_all_tasks()]}
+
+
+def name_of(item: Task | Group) -> str:
+    """What lm-eval's results call a task or group."""
+    return item.name if isinstance(item, Group) else item.task_name
+
+
+def _definitions() -> Iterator[Path]:
+    return _STOCK.glob("*/**/*.yaml")
+
+
+def _mentions(path: Path, name: str) -> bool:
+    return name in path.read_text(encoding="utf-8", errors="replace")
+
+
+def _digest(path: Path) -> str:
+    """BLAKE3 over the files of a folder of task definitions, or of one definition."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = blake3()
+    for file in files:
+        if "__pycache__" not in file.parts:
+            digest.update(f"{file.relative_to(path)}\0{blake3(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".")

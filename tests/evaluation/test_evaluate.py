@@ -1,0 +1,322 @@
+"""Evaluating a checkpoint: killed anywhere it goes on and ends the same; no result is mixed up, lost or made up.
+
+Model: the tiny pair with two layers grafted. Questions: one or two made-up ones for each of the 57 subjects.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import lm_eval
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from model_preparation import evaluate_checkpoint, load_checkpoint, verify_checkpoint
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation import evaluate
+from model_preparation.evaluation.questions import SUBJECTS
+from model_preparation.evaluation.results_folder import ResultsFolder
+from model_preparation.evaluation.tasks import load_tasks
+from model_preparation.files.partial_folder import take
+from model_preparation.surgery.checkpoint_info import read_info
+from tests.conftest import assert_refused, run_command
+from tests.evaluation.test_mmlu import question, write_questions
+
+PART = ("mmlu_other",)  # 13 subjects, where all 57 would show no more
+COMPARED = ("score", "stderr", "questions", "tasks", "groups", "subjects", "settings")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_list_of_packages():
+    """lm-eval's description of the machine, part of its results: a second each time for running pip."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "a machine")
+        yield
+
+
+@pytest.fixture(scope="module")
+def mmlu(tmp_path_factory) -> Path:
+    rng = random.Random(1)
+    rows = {
+        subject: {"dev": [question(rng)], "test": [question(rng) for _ in range(1 + index % 2)]}
+        for index, subject in enumerate(SUBJECTS)
+    }
+    return write_questions(tmp_path_factory.mktemp("questions"), rows)
+
+
+@pytest.fixture
+def checkpoint(checkpoint_dir, tmp_path) -> Path:
+    return Path(shutil.copytree(checkpoint_dir, tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(checkpoint_dir, mmlu, tmp_path_factory) -> tuple[Path, dict]:
+    """A checkpoint that was evaluated without interruption, and the result. Copy it before changing anything in it."""
+    folder = Path(shutil.copytree(checkpoint_dir, tmp_path_factory.mktemp("evaluated") / "checkpoint"))
+    return folder, evaluate_checkpoint(folder, mmlu_data=mmlu)
+
+
+@pytest.fixture(scope="module")
+def part(checkpoint_dir, mmlu, tmp_path_factory) -> dict:
+    """The result of PART for the same checkpoint, without interruption."""
+    folder = tmp_path_factory.mktemp("part")
+    return evaluate_checkpoint(checkpoint_dir, tasks=PART, mmlu_data=mmlu, results_dir=folder)
+
+
+def killed_after(records: int, monkeypatch, checkpoint: Path, mmlu: Path) -> None:
+    """Evaluate PART in a process that is killed before it keeps the answers to one more subject."""
+    child = os.fork()
+    if child == 0:
+        kept, keep = [], ResultsFolder.keep_record
+
+        def keep_or_die(results, name, record):
+            if len(kept) == records:
+                os.kill(os.getpid(), signal.SIGKILL)
+            keep(results, name, record)
+            kept.append(name)
+
+        monkeypatch.setattr(ResultsFolder, "keep_record", keep_or_die)
+        evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def answered_anew(monkeypatch) -> list[str]:
+    """A list that names, from now on, every task the model itself is asked about."""
+    asked = []
+    original = evaluate.RecordedLM._ask
+    monkeypatch.setattr(
+        evaluate.RecordedLM,
+        "_ask",
+        lambda lm, kind, task, requests: (asked.append(task), original(lm, kind, task, requests))[1],
+    )
+    return asked
+
+
+@pytest.mark.parametrize("records", [0, 1, 12])
+def test_killed_it_goes_on_and_gives_the_score_of_an_uninterrupted_run(records, checkpoint, mmlu, part, monkeypatch):
+    with monkeypatch.context() as patched:
+        killed_after(records, patched, checkpoint, mmlu)
+    asked = answered_anew(monkeypatch)
+
+    result = evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu)
+
+    assert len(asked) == 13 - records
+    assert {name: result[name] for name in COMPARED} == {name: part[name] for name in COMPARED}
+    assert not result["kept"]
+    assert [path.name for path in (checkpoint / "evaluations").iterdir() if path.suffix == ".partial"] == []
+
+
+def test_what_is_finished_is_given_again_without_the_model(evaluated, mmlu, monkeypatch):
+    folder, result = evaluated
+    monkeypatch.setattr(evaluate, "load_checkpoint", None)
+    again = evaluate_checkpoint(folder, mmlu_data=mmlu)
+    assert again == {**result, "kept": True}
+
+
+def test_every_setting_has_a_folder_of_its_own(checkpoint, mmlu):
+    folders = set()
+    settings = ({}, {"limit": 1}, {"num_fewshot": 1}, {"batch_size": 2}, {"seed": 5}, {"dtype": torch.bfloat16})
+    for setting in settings:
+        result = evaluate_checkpoint(checkpoint, tasks=["mmlu_virology"], mmlu_data=mmlu, **setting)
+        folders.add(Path(result["results_dir"]).name)
+    assert len(folders) == 6
+    assert all(name.startswith("mmlu_virology-") for name in folders)
+
+
+def test_other_weights_are_another_evaluation(evaluated, mmlu, tmp_path, monkeypatch):
+    changed = Path(shutil.copytree(evaluated[0], tmp_path / "checkpoint"))
+    weights = torch.load(changed / "model_state_dict.pt")
+    weights["lm_head.weight"] = -weights["lm_head.weight"]
+    torch.save(weights, changed / "model_state_dict.pt")
+    asked = answered_anew(monkeypatch)
+    result = evaluate_checkpoint(changed, mmlu_data=mmlu)
+    assert len(asked) == 57
+    assert Path(result["results_dir"]).name != Path(evaluated[1]["results_dir"]).name
+    assert result["settings"].keys() == evaluated[1]["settings"].keys()
+    differing = {name for name, value in result["settings"].items() if value != evaluated[1]["settings"][name]}
+    assert differing == {"weights"}
+
+
+def test_results_of_something_else_under_the_right_name_are_refused(checkpoint, mmlu, part):
+    other = Path(evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu, limit=1)["results_dir"])
+    wanted = Path(part["results_dir"]).name
+    other.rename(other.with_name(wanted))
+    with pytest.raises(SurgeryError, match=rf"{wanted} holds results of other settings \(limit differ"):
+        evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu)
+
+
+def test_a_damaged_record_is_asked_anew(checkpoint, mmlu, part, monkeypatch):
+    with monkeypatch.context() as patched:
+        killed_after(9, patched, checkpoint, mmlu)
+    (folder,) = (checkpoint / "evaluations").glob("mmlu_other-*[0-9a-f]")
+    records = sorted((folder / "answers").iterdir())
+    data = bytearray(records[7].read_bytes())
+    data[len(data) // 2] ^= 1
+    records[7].write_bytes(data)
+    asked = answered_anew(monkeypatch)
+    assert evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu)["score"] == part["score"]
+    assert len(asked) == 13 - 9 + 1
+
+
+def test_the_score_is_entered_with_where_it_comes_from(evaluated):
+    folder, result = evaluated
+    info = read_info(folder)
+    measured = info["mmlu_result"]
+    assert info["mmlu_score"] == measured["score"] == result["score"]
+    assert measured["questions"] == result["questions"] == 85
+    assert measured["lm_eval_version"] == lm_eval.__version__
+    settings = measured["settings"]
+    assert (settings["limit"], settings["num_fewshot"], settings["dtype"]) == (None, 0, "float32")
+    assert len(settings["questions"]) == len(settings["weights"]) == 64
+    assert measured["date"] == result["date"]
+    assert result["entered"]
+    assert verify_checkpoint(folder) == []  # sealed anew
+
+
+def test_a_score_of_fewer_questions_does_not_replace_one_of_more(evaluated, mmlu, tmp_path):
+    folder = Path(shutil.copytree(evaluated[0], tmp_path / "checkpoint"))
+    result = evaluate_checkpoint(folder, mmlu_data=mmlu, limit=1)
+    assert not result["entered"]
+    assert read_info(folder)["mmlu_result"]["questions"] == 85
+
+
+def test_lm_eval_s_own_files_are_what_stock_lm_eval_writes(evaluated, mmlu):
+    folder, result = evaluated
+    model, tokenizer = load_checkpoint(folder)
+    loaded = load_tasks(["mmlu"], mmlu_data=mmlu)
+    stock = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3), tasks=loaded.items, task_manager=loaded.manager
+    )
+    files = Path(result["results_dir"]) / "checkpoint"
+    (results,) = files.glob("results_*.json")
+    written = json.loads(results.read_text())
+    assert written["results"] == stock["results"]
+    assert written["groups"] == stock["groups"]
+    assert written["config"]["limit"] is None
+    for task, samples in stock["samples"].items():
+        (lines,) = files.glob(f"samples_{task}_2*.jsonl")
+        found = [json.loads(line) for line in lines.read_text().splitlines()]
+        for name in ("doc_id", "doc_hash", "prompt_hash", "target_hash", "acc"):
+            assert [row[name] for row in found] == [row[name] for row in samples]
+
+
+def test_results_may_be_kept_elsewhere(checkpoint, mmlu, tmp_path):
+    result = evaluate_checkpoint(checkpoint, mmlu_data=mmlu, limit=1, results_dir=tmp_path / "results")
+    assert Path(result["results_dir"]).parent == tmp_path / "results" / "checkpoint"
+    assert not (checkpoint / "evaluations").exists()
+    assert read_info(checkpoint)["mmlu_score"] == result["score"]
+
+
+def test_two_at_once_in_one_folder_are_refused(evaluated, mmlu):
+    hold = take(Path(evaluated[1]["results_dir"]))
+    try:
+        with pytest.raises(SurgeryError, match=f"is being written by process {os.getpid()}"):
+            evaluate_checkpoint(evaluated[0], mmlu_data=mmlu)
+    finally:
+        hold.release()
+
+
+def test_when_files_cannot_be_written_whole_nothing_counts_as_finished(checkpoint, mmlu, part, monkeypatch):
+    """lm-eval logs that its files cannot be written, and goes on."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # the answers are smaller, the results not
+        try:
+            evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu)
+        except SurgeryError as error:
+            os._exit(7 if "could not write its results whole" in str(error) else 8)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert list((checkpoint / "evaluations").glob("*/result.json")) == []
+    asked = answered_anew(monkeypatch)
+    assert evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu)["score"] == part["score"]
+    assert asked == []
+
+
+def test_a_model_spread_by_accelerate_answers_the_same(checkpoint, mmlu, part):
+    result = evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu, parallelize=True)
+    assert result["subjects"] == part["subjects"]
+
+
+def recall_task(folder: Path, rows: list[dict]) -> Path:
+    folder.mkdir()
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    definition = {
+        "task": "tiny_recall",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "data.jsonl")}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "recall.yaml").write_text(json.dumps(definition))
+    return folder
+
+
+def test_a_folder_of_task_files(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"context": f"{word} = ", "choices": ["one", "two", "three"], "answer": 1} for word in "abcdef"]
+    folder = recall_task(tmp_path / "recall", rows)
+    result = evaluate_checkpoint(checkpoint, tasks=[str(folder)])
+    assert result["tasks"] == {"tiny_recall": result["subjects"]["tiny_recall"]}
+    assert result["questions"] == 6
+    assert "mmlu_result" not in read_info(checkpoint)
+    asked = answered_anew(monkeypatch)
+    assert evaluate_checkpoint(checkpoint, tasks=[str(folder)]) == {**result, "kept": True}
+    assert asked == []
+    (folder / "data.jsonl").write_text((folder / "data.jsonl").read_text().replace("a = ", "z = "))
+    changed = evaluate_checkpoint(checkpoint, tasks=[str(folder)])
+    assert changed["results_dir"] != result["results_dir"]
+    assert asked == ["tiny_recall"]
+
+
+def test_a_group_of_mmlu_alone(checkpoint, mmlu, evaluated):
+    result = evaluate_checkpoint(checkpoint, tasks=["mmlu_stem", "mmlu_virology"], mmlu_data=mmlu)
+    assert result["score"] is None  # of several tasks there is no one score
+    assert result["tasks"]["mmlu_stem"] == evaluated[1]["groups"]["stem"]
+    assert result["tasks"]["mmlu_virology"] == evaluated[1]["subjects"]["virology"]
+    assert not result["entered"]
+
+
+def test_the_command_says_what_it_did(evaluated, mmlu, tmp_path):
+    args = ["--checkpoint", evaluated[0], "--full_eval", "--skip_generation", "--mmlu_data", mmlu, "--device", "cpu"]
+    done = run_command("test_checkpoint", *args, "--result_json", tmp_path / "new" / "result.json")
+    assert done.returncode == 0, done.stderr
+    assert f"MMLU score   {evaluated[1]['score']:.4f}" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"Results are in {evaluated[1]['results_dir']}"
+    assert json.loads((tmp_path / "new" / "result.json").read_text()) == {**evaluated[1], "kept": True}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        (["mmlu_virologie"], ["has no task 'mmlu_virologie'", "did you mean mmlu_virology"]),
+        (["mmlu", "mmlu"], ["is given 2 times"]),
+        (["mmlu", "mmlu_virology"], ["names mmlu_virology more than once"]),
+    ],
+)
+def test_tasks_that_do_not_work_are_refused_before_the_model_is_loaded(checkpoint_dir, mmlu, tmp_path, tasks, words):
+    args = ["--checkpoint", checkpoint_dir, "--full_eval", "--mmlu_data", mmlu, "--results_dir", tmp_path]
+    done = run_command("test_checkpoint", *args, "--tasks", *tasks)
+    assert_refused(done, *words)
+    assert "Loaded" not in done.stdout
+
+
+def test_a_folder_without_tasks_and_a_broken_definition_are_named(checkpoint_dir, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SurgeryError, match="empty holds no task definition"):
+        evaluate_checkpoint(checkpoint_dir, tasks=[str(tmp_path / "empty")], results_dir=tmp_path / "results")
+    folder = recall_task(tmp_path / "broken", [])
+    (folder / "data.jsonl").unlink()
+    with pytest.raises(SurgeryError, match="broken cannot be loaded"):
+        evaluate_checkpoint(checkpoint_dir, tasks=[str(folder)], results_dir=tmp_path / "results")
