@@ -5,10 +5,9 @@ In: a checkpoint folder. Out, on the terminal: its size and layers, generated te
 
 import argparse
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from model_preparation.command_line import (
     CommandParser,
@@ -18,18 +17,11 @@ from model_preparation.command_line import (
     run,
     torch_dtype,
 )
-
-if TYPE_CHECKING:
-    from model_preparation.evaluation.generation import Generation
-
-DEFAULT_PROMPTS = (
-    "The capital of France is",
-    "Once upon a time, in a small village,",
-    "To make a good cup of tea, first",
-)
+from model_preparation.evaluation.generation_flags import add_generation_flags, check_generation_flags, read_request
 
 DESCRIPTION = """\
-Load a checkpoint, print its size, layers and speed, and the text it writes after each prompt (greedily).
+Load a checkpoint, print its size and layers, the text it writes after each prompt, greedily unless asked otherwise,
+the speed of reading and of writing, and the peak memory; with --compare_with, what other models write too.
 With --full_eval, then run lm-eval's task group mmlu and print its score.
 """
 
@@ -37,9 +29,13 @@ EPILOG = """\
 examples:
   python test_checkpoint.py --checkpoint ../model_checkpoints/llamba_replaced_11_13_17_21
   python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --prompt "Hello world" --max_new_tokens 20
+  python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --prompts_file prompts.jsonl --chat \\
+      --compare_with donor base --output texts.jsonl
+  python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --temperature 0.7 --num_return_sequences 3
   python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --full_eval --limit 100 --mmlu_data ./mmlu
 
-The exit code is 1 if the checkpoint does not load, a logit is not finite, or an answer is empty.
+The exit code is 1 if the checkpoint does not load, a logit is not finite, or an answer is empty;
+what goes wrong with a model it is compared with is told in that model's place and changes no exit code.
 """
 
 
@@ -47,13 +43,17 @@ def main() -> None:
     """Parse the command line, load, generate, and evaluate if asked to."""
     parser = _parser()
     args = parser.parse_args()
+    check_generation_flags(parser, args)
     _refuse_flags_without_effect(parser, args)
 
-    from model_preparation.errors import SurgeryError
+    from model_preparation.evaluation.generation_report import check_answers, compare_and_print, write_and_print
+    from model_preparation.evaluation.other_models import find_others
     from model_preparation.surgery.checkpoint_info import read_info
 
     args.checkpoint = args.checkpoint.expanduser()
     read_info(args.checkpoint)  # what is wrong with the folder is said before anything is downloaded
+    request = read_request(args)
+    others = find_others(args.compare_with, args.checkpoint, sources=args.source)
     device = choose_device(args.gpu, args.device)
     if args.full_eval:
         from model_preparation.evaluation.mmlu import find_questions
@@ -61,31 +61,22 @@ def main() -> None:
         args.mmlu_data = find_questions(args.mmlu_data, num_fewshot=args.num_fewshot)
 
     model, tokenizer = _load(args.checkpoint, device, args.dtype)
-    generations = _generate(model, tokenizer, args.prompt, args.max_new_tokens)
+    written = write_and_print(model, tokenizer, str(args.checkpoint), request)
     if args.full_eval:
         _evaluate(model, tokenizer, args)
-    empty = [generation.prompt for generation in generations if not generation.text.strip()]
-    if empty:
-        raise SurgeryError(
-            f"The model wrote nothing after {empty[0]!r}. Give another --prompt; if it stays silent, "
-            "the grafted layers do not fit this base."
-        )
+    if others:
+        del model  # one model in memory at a time
+        compare_and_print(written, tokenizer, others, request, device=device, dtype=torch_dtype(args.dtype))
+    if request.output is not None:
+        print(f"Texts are in {request.output}")
+    check_answers(written)
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
     at_least_0, at_least_1 = partial(_integer, least=0), partial(_integer, least=1)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="the checkpoint folder")
-    parser.add_argument(
-        "--prompt",
-        nargs="+",
-        default=DEFAULT_PROMPTS,
-        metavar="TEXT",
-        help="texts to continue (default: three of ours)",
-    )
-    parser.add_argument(
-        "--max_new_tokens", type=at_least_1, default=50, metavar="N", help="tokens to write per prompt (default: 50)"
-    )
+    add_generation_flags(parser)
     add_dtype_flag(parser, help="run in this dtype (default: the checkpoint's)")
     add_device_flags(parser)
     parser.add_argument(
@@ -151,25 +142,6 @@ def _load(directory: Path, device: str, dtype_name: str | None) -> tuple[Any, An
     print(f"Grafted      {len(layers)} of {info['total_layers']} layers: {' '.join(map(str, layers)) or 'none'}")
     print(f"Loaded       in {seconds:.1f} s onto {model.device}, {str(model.dtype).removeprefix('torch.')}", flush=True)
     return model, tokenizer
-
-
-def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> "list[Generation]":
-    """Continue every prompt and print the text and the speed."""
-    from model_preparation.evaluation.generation import generate_text
-
-    generations = []
-    for prompt in prompts:
-        generation = generate_text(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
-        print(f"\nPrompt       {prompt}")
-        print(f"Text         {generation.text.strip()}")
-        print(f"Prompt read  {_speed(generation.prompt_tokens, generation.prefill_tokens_per_second)}")
-        print(f"Written      {_speed(generation.new_tokens, generation.decode_tokens_per_second)}", flush=True)
-        generations.append(generation)
-    return generations
-
-
-def _speed(tokens: int, tokens_per_second: float | None) -> str:
-    return f"{tokens} tokens" + (f", {tokens_per_second:.1f} per second" if tokens_per_second else "")
 
 
 def _evaluate(model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
