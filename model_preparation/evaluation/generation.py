@@ -122,7 +122,7 @@ def _continue(
         settings = {"do_sample": True, "temperature": sampling.temperature}
         settings |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
     with _seeded(model.device, None if sampling is None else sampling.seed + number):
-        # The check of the prompt was the warm-up too: kernels are loaded and weights are in memory.
+        # The check of the prompt has warmed its path up: its kernels are loaded and weights are in memory.
         started = time.perf_counter()
         sequence = model.generate(
             input_ids=input_ids,

@@ -4,6 +4,7 @@ In: a loaded model and what it is asked for. Out, on the terminal: texts, speeds
 side; in a file, if wanted, one JSON object per text.
 """
 
+import contextlib
 import gc
 import json
 import resource
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.generation import Generation, generate_texts
+from model_preparation.evaluation.generation import Generation, generate_text, generate_texts
 from model_preparation.evaluation.generation_flags import Request
 from model_preparation.evaluation.other_models import OtherModel, load_other
 from model_preparation.evaluation.prompts import Prompt, shown
@@ -49,6 +50,7 @@ def write_and_print(
     row = _row(THIS, source, model, request)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
+    _warm_up(model, tokenizer, request)
     try:
         for prompt in request.prompts:
             generations = _generate(model, tokenizer, prompt, request, written.rows, row)
@@ -113,6 +115,7 @@ def _compare(
     row = {"model": other.name, "source": str(other.folder)}
     try:
         model, its_tokenizer = load_other(other, tokenizer, device=device, dtype=dtype)
+        _warm_up(model, its_tokenizer, request)
     except (SurgeryError, torch.OutOfMemoryError) as error:
         print(f"\nCompared     {other.name}: {other.folder}, not loaded", flush=True)
         written.rows.append({**row, "error": _reason(error)})
@@ -143,6 +146,12 @@ def _compare(
     print(f"Prompts read {_rate(done, 'prompt_tokens', 'prefill_seconds', 0)}")
     print(f"Written      {_rate(done, 'new_tokens', 'decode_seconds', 1)}", flush=True)
     return column
+
+
+def _warm_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: Request) -> None:
+    """Load kernels and read weights, so that the first text's speed is that of the others."""
+    with contextlib.suppress(SurgeryError):  # what is wrong is told when it counts
+        generate_text(model, tokenizer, request.prompts[0], max_new_tokens=2, chat=request.chat)
 
 
 def _generate(

@@ -4,6 +4,7 @@ In: what --compare_with was given, and the checkpoint. Out: first the folders, b
 time, model and tokenizer. No code that lies in a folder is run.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.checkpoint_info import INFO, read_info
@@ -110,6 +112,8 @@ def load_other(
 
 def _load_folder(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     loading: dict[str, Any]
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers' own; in a log it is noise
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, output_loading_info=True

@@ -63,13 +63,18 @@ def _print_columns(prompt: str, names: list[str], rows: list[tuple[tuple[str, st
 
 
 def _print_lines(prompt: str, names: list[str], rows: list[tuple[tuple[str, str], ...]], console: Console) -> None:
-    print(f"\n{'Side by side':<{LABEL}} {printable(prompt)}", file=console.file)
+    print("\n" + _lines("Side by side", prompt), file=console.file)
     for row in rows:
         for name, (text, remark) in zip(names, row, strict=True):
             if text or remark:
-                print(f"{name:<{LABEL}} {printable(text.strip())}", file=console.file)
+                print(_lines(name, text.strip()), file=console.file)
             if remark:
-                print(f"{'':<{LABEL}} ({remark})", file=console.file)
+                print(_lines("", f"({remark})"), file=console.file)
+
+
+def _lines(label: str, text: str) -> str:
+    """The text beside its label, its further lines below each other."""
+    return f"{label:<{LABEL}} " + printable(text).replace("\n", "\n" + " " * (LABEL + 1))
 
 
 def printable(text: str) -> str:
