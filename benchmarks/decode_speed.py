@@ -1,10 +1,10 @@
 """Decoding one token after the other against the length of the context: a base, a graft and the donor in one run.
 
-All have the shape of SmolLM2-135M, or of the Llama in --donor, whose weights are then used. Each model reads the context
-in segments into one cache (prefill, timed apart); at each length the last --tokens tokens of it are decoded greedily, in
-rounds that alternate between the models. Prints ms per token (medians), the growth per 1,000 tokens of context (least
-squares), what a cache takes, and the ratios: a Mamba layer's state has one size, so the base's time per token should
-not grow, and the graft's by its share of the donor's attention layers.
+All have the shape of SmolLM2-135M, or of the Llama in --donor, whose weights are then used. Each model reads the
+context in segments into one cache (prefill, timed apart); at each length its last --tokens tokens are decoded greedily,
+in rounds that alternate between the models. Prints ms per token (medians), the growth per 1,000 tokens of context
+(least squares), what a cache takes, and the ratios: a Mamba layer's state has one size, so the base's time per token
+should not grow, and the graft's by its share of the donor's attention layers.
 
     python benchmarks/decode_speed.py --donor local_models/smollm2
 """
@@ -46,15 +46,16 @@ class Decoder:
     def __init__(self, model, cache, vocabulary: int):
         self.model, self.cache = model.eval(), cache
         self.next = torch.randint(vocabulary, (1, 1), generator=torch.Generator().manual_seed(0))
-        self.prefill_seconds = 0.0
+        self.segment_speeds: list[float] = []  # tokens per second
         self.token_ms: dict[int, list[float]] = {}
 
     def read(self, ids: torch.Tensor) -> None:
-        started = time.perf_counter()
         for part in ids.split(SEGMENT, dim=1):
+            started = time.perf_counter()
             out = self.model(part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.next = out.logits[:, -1].argmax(-1, keepdim=True)
-        self.prefill_seconds += time.perf_counter() - started
+            self.next = out.logits[:, -1].argmax(-1, keepdim=True)
+            if part.shape[1] > SEGMENT // 2:
+                self.segment_speeds.append(part.shape[1] / (time.perf_counter() - started))
 
     def write(self, context: int, tokens: int) -> None:
         for _ in range(tokens):
@@ -130,7 +131,7 @@ def make_llamba(donor: LlamaForCausalLM, layers: list[int]) -> LlambaForCausalLM
 
 
 def measure(decoders: dict[str, Decoder], contexts: list[int], tokens: int, vocabulary: int) -> None:
-    """Fill every decoder's token_ms and prefill_seconds."""
+    """Fill every decoder's token_ms and segment_speeds."""
     text = torch.randint(vocabulary, (1, contexts[-1]), generator=torch.Generator().manual_seed(1))
     per_round = tokens // ROUNDS
     at = 0
@@ -155,7 +156,8 @@ def report(decoders: dict[str, Decoder], contexts: list[int], share: float) -> N
     print("\nms per token and 1,000 tokens of context: " + ", ".join(f"{n} {s:.3f}" for n, s in slopes.items()))
     print(f"growth from {contexts[0]} to {contexts[-1]}: ", end="")
     print(", ".join(f"{name} x {ms[-1] / ms[0]:.2f}" for name, ms in medians.items()))
-    print(f"growth, graft / donor {slopes['graft'] / slopes['donor']:.3f}; attention layers, graft / donor {share:.3f}")
+    of_donor = (slopes["graft"] - slopes["base"]) / slopes["donor"]
+    print(f"growth, (graft - base) / donor {of_donor:.3f}; attention layers, graft / donor {share:.3f}")
     at_end = {name: ms[-1] for name, ms in medians.items()}
     print(f"at {contexts[-1]}: graft / donor {at_end['graft'] / at_end['donor']:.2f}, ", end="")
     print(f"base / donor {at_end['base'] / at_end['donor']:.2f}")
@@ -163,9 +165,11 @@ def report(decoders: dict[str, Decoder], contexts: list[int], share: float) -> N
     print()
     for name, decoder in decoders.items():
         keys_values, states = decoder.cache_bytes()
-        read = contexts[-1] - sum(map(len, decoder.token_ms.values()))
-        speed = read / decoder.prefill_seconds
-        print(f"{name:<6} prefill of {read} tokens in segments of {SEGMENT}: {speed:.0f} tokens per second", end="; ")
+        speeds = decoder.segment_speeds
+        print(
+            f"{name:<6} prefill, {len(speeds)} segments of {SEGMENT} tokens: {statistics.median(speeds):.0f}", end=" "
+        )
+        print(f"tokens per second (the last one {speeds[-1]:.0f})", end="; ")
         print(f"K/V {keys_values / contexts[-1]:,.0f} bytes per token, states {states:,} bytes")
 
 
