@@ -190,12 +190,11 @@ def _check_prompt_logits(model: PreTrainedModel, prompt: Prompt, input_ids: Tens
 
 @contextlib.contextmanager
 def _seeded(device: torch.device, seed: int | None) -> Iterator[None]:
-    """Random numbers from `seed` within the block, and after it as if nothing had been drawn."""
+    """Random numbers from `seed` within the block, and after it, on the CPU and CUDA, as if nothing had been drawn."""
     if seed is None:
         yield
         return
-    on_cpu = device.type == "cpu"
-    with torch.random.fork_rng(devices=[] if on_cpu else [device], device_type="cuda" if on_cpu else device.type):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 

@@ -121,12 +121,10 @@ def _compare(
         written.rows.append({**row, "error": _reason(error)})
         return Column(other.name, [[f"failed: {_reason(error)}"]] * len(request.prompts))
     row = _row(other.name, str(other.folder), model, request)
-    dtype_name = str(model.dtype).removeprefix("torch.")
-    print(
-        f"\nCompared     {other.name}: {other.folder}, {model.num_parameters():,} parameters, {dtype_name}", flush=True
-    )
+    size = f"{model.num_parameters():,} parameters, {row['dtype']}"
+    print(f"\nCompared     {other.name}: {other.folder}, {size}", flush=True)
     same_tokenizer = its_tokenizer.get_vocab() == tokenizer.get_vocab()
-    column = Column(other.name, [], [])
+    column, start = Column(other.name, [], []), len(written.rows)
     bar = Console(stderr=True)
     pairs = list(zip(request.prompts, written.generations, strict=True))
     for prompt, own in track(pairs, other.name, console=bar, transient=True, disable=not bar.is_terminal):
@@ -136,13 +134,12 @@ def _compare(
             column.texts.append([f"failed: {_reason(error)}"])
             column.remarks.append([])
             continue
-        column.texts.append([generation.text or "wrote nothing" for generation in generations])
+        column.texts.append([item.text if item.text.strip() else "wrote nothing" for item in generations])
         # Texts drawn at random differ by chance.
-        remarks = [] if request.sampling else list(map(difference, own, generations, [same_tokenizer] * len(own)))
-        column.remarks.append(remarks)
-        if remarks:
-            written.rows[-1]["difference"] = remarks[0]
-    done = [row for row in written.rows if row["model"] == other.name and "text" in row]
+        column.remarks.append([] if request.sampling else [difference(own[0], generations[0], same_tokenizer)])
+        if request.sampling is None:
+            written.rows[-1]["difference"] = column.remarks[-1][0]
+    done = [row for row in written.rows[start:] if "text" in row]
     print(f"Prompts read {_rate(done, 'prompt_tokens', 'prefill_seconds', 0)}")
     print(f"Written      {_rate(done, 'new_tokens', 'decode_seconds', 1)}", flush=True)
     return column
