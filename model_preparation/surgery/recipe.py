@@ -57,10 +57,10 @@ def rebuild(
         store = _donor_layers(Path(llama_layers_dir).expanduser(), donor, layers, sources)
         tokenizer = info["tokenizer_source"]
         graft = plan(
-            base or _target_of(info["base_model"], "--base"),
+            base or target_of(info["base_model"], "--base"),
             layers,
             store.folder,
-            tokenizer=None if tokenizer is None else _target_of(tokenizer, "--tokenizer"),
+            tokenizer=None if tokenizer is None else target_of(tokenizer, "--tokenizer"),
             dtype=dtype,
             allow_other_heads=True,  # whoever made the recipe has decided that
             sources=sources,
@@ -106,7 +106,7 @@ def _donor_layers(
             f"Import them: python extract_layers.py --from_legacy DIR --trust_pickle --output_dir {folder}"
         )
     if not (folder / METADATA).is_file():
-        extract_layers(_target_of(donor, "--llama_layers_dir"), folder, layers=layers, sources=sources)
+        extract_layers(target_of(donor, "--llama_layers_dir"), folder, layers=layers, sources=sources)
     store = LayerStore(folder)
     for index in layers:
         store.path(index)
@@ -118,8 +118,12 @@ def _donor_layers(
     return store
 
 
-def _target_of(source: Mapping[str, Any], flag: str) -> str:
-    """What `resolve` takes for a source that was recorded."""
+def target_of(source: Mapping[str, Any], flag: str) -> str:
+    """What `resolve` takes for a source that a checkpoint_info.json records.
+
+    Raises:
+        SurgeryError: if it is a local folder that is not here; the message says to name it by `flag`.
+    """
     if source["hub"] != "local":
         return f"{source['hub']}:{source['id']}" + (f"@{source['revision']}" if source["revision"] else "")
     path = source.get("path")

@@ -115,6 +115,11 @@ def tokenizer_name(name: str) -> str | None:
     return _TOKENIZER_OF.get(name)
 
 
+def is_replaced(name: str, overrides: Mapping[str, str]) -> bool:
+    """Whether `overrides` or the environment give another target for a name of `TABLE`."""
+    return name in TABLE and (name in overrides or bool(os.environ.get(_ENVIRONMENT_PREFIX + name.upper())))
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder holds a tokenizer's files."""
     return not _missing_tokenizer(folder)

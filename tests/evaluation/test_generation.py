@@ -1,17 +1,27 @@
-"""Text from a model: what is counted and timed, and that broken logits are an error and never a text."""
+"""Text from a model: what it is told, what is counted and timed, and that broken logits are an error, never a text."""
+
+import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.generation import generate_text
+from model_preparation.evaluation.generation import Sampling, generate_text, generate_texts
+from model_preparation.evaluation.prompts import read_prompts
 from model_preparation.llamba import LlambaForCausalLM
 from tests.conftest import seeded, tiny_config, tiny_llama_cfg
 
 WORDS = ["</s>", "the", "cat", "sat", "on", "a", "mat", "and", "slept", "all", "day", "long"]
 END = 0
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{{ 'cat' if message.role == 'user' else 'mat' }} {{ message.content }} {% endfor %}"
+    "{% if add_generation_prompt %}mat{% endif %}"
+)
 
 
 @pytest.fixture
@@ -113,3 +123,156 @@ def test_a_logit_that_is_not_finite_while_writing_is_an_error(model, tokenizer):
 def test_a_prompt_without_tokens_is_an_error(model, tokenizer):
     with pytest.raises(SurgeryError, match="has no tokens"):
         generate_text(model, tokenizer, "")
+
+
+def test_a_prompt_and_its_new_tokens_longer_than_the_models_positions_are_an_error(model, tokenizer):
+    model.config.max_position_embeddings = 6
+    assert generate_text(always(model, 2), tokenizer, "the cat sat on", max_new_tokens=2).new_tokens == 2
+    with pytest.raises(SurgeryError, match=r"has 4 tokens, and with 3 new ones it is longer than the 6 positions"):
+        generate_text(model, tokenizer, "the cat sat on", max_new_tokens=3)
+
+
+def test_every_logit_of_a_long_prompt_is_looked_at(model, tokenizer):
+    words = ["the"] * 600
+    words[-1] = "mat"
+    generate_text(always(model, 2), tokenizer, " ".join(words), max_new_tokens=1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[WORDS.index("mat")] = float("nan")
+    with pytest.raises(SurgeryError, match="not finite in the prompt"):
+        generate_text(model, tokenizer, " ".join(words), max_new_tokens=1)
+
+
+# --- Chat -------------------------------------------------------------------------------------------------------------
+
+
+def test_messages_go_through_the_chat_template_and_so_do_texts_where_asked(model, tokenizer):
+    with torch.no_grad():
+        model.lm_head.weight[END] = 0
+    tokenizer.chat_template = TEMPLATE
+    messages = [
+        {"role": "user", "content": "the day"},
+        {"role": "assistant", "content": "slept"},
+        {"role": "user", "content": "long"},
+    ]
+    told = {
+        "cat the day mat slept cat long mat": generate_text(model, tokenizer, messages, max_new_tokens=6),
+        "cat the day mat": generate_text(model, tokenizer, "the day", max_new_tokens=6, chat=True),
+        "the day": generate_text(model, tokenizer, "the day", max_new_tokens=6),
+    }
+    for text, generation in told.items():
+        ids = [WORDS.index(word) for word in text.split()]
+        assert generation.prompt_tokens == len(ids)
+        assert generation.new_ids == tuple(greedy(model, ids, 6))
+
+
+def test_a_tokenizer_without_a_chat_template_is_an_error(model, tokenizer):
+    with pytest.raises(SurgeryError, match=r"no chat template for the prompt 'the cat'.*Leave out --chat"):
+        generate_text(model, tokenizer, "the cat", chat=True)
+
+
+def test_messages_that_the_template_refuses_are_an_error(model, tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    with pytest.raises(SurgeryError, match=r"refuses the prompt 'tool: the' \(no tools here\)"):
+        generate_text(model, tokenizer, [{"role": "tool", "content": "the"}])
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_one_text_and_leaves_other_random_numbers_alone(model, tokenizer):
+    def draw(seed, count=1):
+        sampling = Sampling(temperature=3.0, seed=seed)
+        return generate_texts(model, tokenizer, "the cat", max_new_tokens=12, sampling=sampling, count=count)
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = [draw(seed)[0].new_ids for seed in range(4)]
+    assert torch.equal(torch.rand(3), expected)
+    assert [generation.new_ids for generation in draw(0, count=4)] == first
+    assert len(set(first)) > 1
+
+
+def test_sampling_takes_nothing_from_the_models_own_settings(model, tokenizer):
+    """Each drawn token has the probability that softmax(logits / temperature) gives it: top_k defaults to all."""
+    model.generation_config.update(do_sample=True, temperature=0.01, top_k=1, top_p=0.01)
+    with torch.no_grad():
+        logits = model(torch.tensor([[WORDS.index("the")]])).logits[0, -1]
+    sampling, draws = Sampling(temperature=2.0), 200
+    drawn = generate_texts(model, tokenizer, "the", max_new_tokens=1, sampling=sampling, count=draws)
+    found = torch.bincount(torch.tensor([generation.new_ids[0] for generation in drawn]), minlength=len(WORDS)) / draws
+    assert torch.allclose(found, (logits / 2.0).softmax(0), atol=0.1)
+    assert (found > 0).sum() > 3
+
+
+@pytest.mark.parametrize("sampling", [Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=1e-3)])
+def test_the_narrowest_sampling_is_greedy(model, tokenizer, sampling):
+    wanted = generate_text(model, tokenizer, "the cat", max_new_tokens=8).new_ids
+    assert generate_text(model, tokenizer, "the cat", max_new_tokens=8, sampling=sampling).new_ids == wanted
+
+
+# --- Files of prompts -------------------------------------------------------------------------------------------------
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        ("a.txt", "One.\r\n\n  \n Two\u2028and three. \n", ["One.", "Two\u2028and three."]),
+        ("a.txt", "\ufeff你好", ["你好"]),
+        (
+            "a.jsonl",
+            json.dumps({"prompt": "One", "id": 7}) + "\n\n" + json.dumps({"messages": MESSAGES}),
+            ["One", MESSAGES],
+        ),
+        (
+            "a.json",
+            json.dumps(["One\nline", {"prompt": " Two"}, {"messages": MESSAGES}]),
+            ["One\nline", " Two", MESSAGES],
+        ),
+    ],
+)
+def test_prompts_are_read_from_files(tmp_path, name, content, prompts):
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    assert read_prompts(tmp_path / name) == prompts
+
+
+@settings(max_examples=40)
+@given(texts=st.lists(st.text(st.characters(codec="utf-8")).filter(str.strip), min_size=1))
+def test_texts_survive_json_unchanged(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("prompts")
+    (folder / "a.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    (folder / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert read_prompts(folder / "a.json") == read_prompts(folder / "a.jsonl") == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", b"One", "no file of prompts by its name"),
+        ("a.txt", b" \n\n", "has no prompts"),
+        ("a.txt", b"\xff\xfe", "not text in UTF-8"),
+        ("a.json", b'{"prompt": "One"}', "holds an object, not a list"),
+        ("a.json", b"[]", "has no prompts"),
+        ("a.json", b'["One", 2]', "Entry 2 of .*a.json is no prompt: 2"),
+        ("a.json", b"[" * 100_000, "cannot be read"),
+        ("a.jsonl", b'{"prompt": "One"}\n\n{"prompt": ', "The JSON in line 3 of"),
+        ("a.jsonl", b'{"text": "One"}', "Line 1 of .* is no prompt"),
+        ("a.jsonl", b'{"prompt": "One", "messages": [{"role": "user", "content": "Two"}]}', "is no prompt"),
+        ("a.jsonl", b'{"prompt": ""}', "is no prompt"),
+        ("a.jsonl", b'{"messages": []}', "is no prompt"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "is no prompt"),
+        ("a.jsonl", b'{"messages": [{"role": "assistant", "content": "I"}]}', "ends with the assistant's own words"),
+    ],
+)
+def test_a_file_without_prompts_is_refused_with_the_place(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SurgeryError, match=words):
+        read_prompts(tmp_path / name)
+
+
+def test_a_file_of_prompts_that_is_not_there(tmp_path):
+    with pytest.raises(SurgeryError, match=r"none.txt cannot be read \(No such file"):
+        read_prompts(tmp_path / "none.txt")

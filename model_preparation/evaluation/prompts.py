@@ -1,0 +1,90 @@
+"""Prompts: texts to continue, or conversations to answer, and the files they come in.
+
+In: a .txt, .jsonl or .json file. Out: a list of prompts, each a text or a list of messages as chat templates take them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from model_preparation.errors import SurgeryError
+
+# A text, or messages: [{"role": "user", "content": "Hello"}, ...].
+Prompt = str | list[dict[str, Any]]
+
+FORMS = 'a text, {"prompt": TEXT} or {"messages": [{"role": ROLE, "content": TEXT}, ...]}'
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """The prompts in a file, in its order.
+
+    Args:
+        path: .txt, one text per line, blank lines skipped; .jsonl, one JSON value per line, blank lines skipped; .json,
+            a list of JSON values. A value is a string, {"prompt": text} or {"messages": [...]}; further fields, such as
+            an id, are not looked at.
+
+    Raises:
+        SurgeryError: if the file cannot be read or has no prompts, naming the line or entry that is none.
+    """
+    path = Path(path).expanduser()
+    if path.suffix not in (".txt", ".jsonl", ".json"):
+        raise SurgeryError(f"{path} is no file of prompts by its name. Give a .txt, .jsonl or .json file.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte-order mark
+    except OSError as error:
+        raise SurgeryError(f"{path} cannot be read ({error.strerror}). Give a file of prompts.") from error
+    except UnicodeDecodeError as error:
+        raise SurgeryError(f"{path} is not text in UTF-8 ({error.reason}). Save it as UTF-8.") from error
+    # Not splitlines(): it would also break a line at characters that JSON strings may hold as they are.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    prompts: list[Prompt]
+    if path.suffix == ".txt":
+        prompts = [line.strip() for _, line in lines]
+    elif path.suffix == ".jsonl":
+        prompts = [
+            _prompt(_parse(line, f"line {number} of {path}"), f"Line {number} of {path}") for number, line in lines
+        ]
+    else:
+        values = _parse(text, str(path))
+        if not isinstance(values, list):
+            raise SurgeryError(f"{path} holds {_kind(values)}, not a list. Give a list of prompts: {FORMS}.")
+        prompts = [_prompt(value, f"Entry {number} of {path}") for number, value in enumerate(values, start=1)]
+    if not prompts:
+        raise SurgeryError(f"{path} has no prompts. Write at least one into it.")
+    return prompts
+
+
+def shown(prompt: Prompt) -> str:
+    """The prompt as a text to read; of a conversation, one paragraph per message."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SurgeryError(f"The JSON in {where} cannot be read ({error}). Correct it.") from error
+
+
+def _prompt(value: Any, where: str) -> Prompt:
+    if isinstance(value, str) and value.strip():
+        return value
+    if isinstance(value, dict) and ("prompt" in value) != ("messages" in value):
+        if isinstance(text := value.get("prompt"), str) and text.strip():
+            return text
+        messages = value.get("messages")
+        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
+            if messages[-1]["role"] == "assistant":
+                raise SurgeryError(f"{where} ends with the assistant's own words. End it with a message to answer.")
+            return messages
+    raise SurgeryError(f"{where} is no prompt: {json.dumps(value, ensure_ascii=False):.200}. Write {FORMS}.")
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(field), str) for field in ("role", "content"))
+
+
+def _kind(value: Any) -> str:
+    return "an object" if isinstance(value, dict) else repr(value)[:80]
