@@ -56,7 +56,7 @@ def main() -> None:
     read_info(args.checkpoint)  # what is wrong with the folder is said before anything is downloaded
     device = choose_device(args.gpu, args.device)
     if args.full_eval:
-        from model_preparation.evaluation.mmlu import find_questions
+        from model_preparation.evaluation.questions import find_questions
 
         args.mmlu_data = find_questions(args.mmlu_data, num_fewshot=args.num_fewshot)
 
@@ -96,10 +96,9 @@ def _parser() -> CommandParser:
     )
     parser.add_argument(
         "--mmlu_data",
-        type=Path,
-        metavar="DIR",
-        help="folder with <subject>/{dev,test}-*.parquet, as cais/mmlu has them "
-        "(default: the environment variable MMLU_DATA, else cais/mmlu from the Hugging Face hub)",
+        metavar="DIR|hub|modelscope",
+        help="the questions: a folder, in the parquet layout of cais/mmlu, the original's csv layout or json lines; or "
+        "cais/mmlu from Hugging Face (hub) or from ModelScope (default: the environment variable MMLU_DATA, else hub)",
     )
     parser.add_argument(
         "--num_fewshot",
@@ -176,7 +175,7 @@ def _evaluate(model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
     """Score the model on MMLU and print the groups, then the score."""
     from model_preparation.evaluation.mmlu import evaluate_model
 
-    print(f"\nMMLU, {args.num_fewshot}-shot, from {args.mmlu_data}", flush=True)
+    print(f"\nMMLU, {args.num_fewshot}-shot, from {args.mmlu_data.source}", flush=True)
     started = time.perf_counter()
     result = evaluate_model(
         model,
