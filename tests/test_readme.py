@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model_preparation.evaluation.mmlu import SUBJECTS
+from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.llamba import LlambaForCausalLM
 from tests.conftest import VOCABULARY, copy_repository, make_python_wrapper, make_tokenizer, seeded, tiny_config
 from tests.evaluation.test_mmlu import question, write_questions

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.mmlu import SUBJECTS, evaluate_checkpoint
+from model_preparation.evaluation.evaluate import evaluate_checkpoint
+from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.evaluation.side_by_side import printable
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.surgery.checkpoint_loading import load_checkpoint

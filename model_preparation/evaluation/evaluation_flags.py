@@ -31,9 +31,10 @@ def add_evaluation_flags(parser: CommandParser) -> None:
     )
     parser.add_argument(
         "--mmlu_data",
-        metavar="WHERE",
-        help="MMLU's questions: a folder of parquet, csv or jsonl files, or the word hub or modelscope "
-        "(default: the environment variable MMLU_DATA, else hub: cais/mmlu from Hugging Face)",
+        metavar="DIR|hub|modelscope",
+        help="MMLU's questions: a folder, in the parquet layout of cais/mmlu, the original's csv layout or json lines; "
+        "or cais/mmlu from Hugging Face (hub) or from ModelScope (default: the environment variable MMLU_DATA, else "
+        "hub)",
     )
     parser.add_argument(
         "--num_fewshot",

@@ -25,6 +25,8 @@ def evaluate_and_print(tasks: Tasks, args: argparse.Namespace, *, device: str, d
     shots = "" if args.num_fewshot is None else f", {args.num_fewshot}-shot"
     source = "" if tasks.questions is None else f", MMLU's questions from {tasks.questions.source}"
     print(f"\nEvaluating   {' '.join(tasks.names)}{shots}{source}", flush=True)
+    if args.result_json is not None:  # an hour later would be the wrong time to find that it cannot be made
+        args.result_json.expanduser().parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     result = evaluate_checkpoint(
         args.checkpoint,

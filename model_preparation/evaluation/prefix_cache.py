@@ -55,6 +55,7 @@ class _SharedStates(MambaStateLayer):
     def __init__(self, layer: MambaStateLayer, rows: int):
         super().__init__()
         conv_state, state = layer.states()
+        assert conv_state is not None and state is not None  # of a filled cache
         self._states = (conv_state.expand(rows, -1, -1), state.expand(rows, -1, -1, -1))
 
     def states(self) -> tuple[Tensor, Tensor]:

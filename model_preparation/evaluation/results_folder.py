@@ -10,7 +10,6 @@ All but lm-eval's files are sealed JSON (files/seal.py). Each appears whole or n
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from blake3 import blake3
 from lm_eval.loggers import EvaluationTracker
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.new_file import write_file
 from model_preparation.files.new_folder import check_space, sync_tree
 from model_preparation.files.partial_folder import Hold, take
 from model_preparation.files.seal import check_seal, seal
@@ -57,6 +57,8 @@ class ResultsFolder:
         self._hold = take(self.folder)
         try:
             (self.folder / ANSWERS).mkdir(parents=True, exist_ok=True)
+            for unfinished in self.folder.rglob("*.partial-*"):  # of runs that were killed
+                unfinished.unlink()
             self._check_settings()
             self._write(SETTINGS, {"settings": self.settings})
             yield
@@ -140,26 +142,7 @@ class ResultsFolder:
         assert self._hold is not None
         if not self._hold.is_intact():
             raise SurgeryError(f"{self._hold.folder} was deleted while it was in use. Run the command again.")
-        write_whole(self.folder / name, seal(content), self._hold.folder)
-
-
-def write_whole(path: Path, data: bytes, staging: Path) -> None:
-    """Write a file that appears whole or not at all, and is on the disk when this returns.
-
-    Args:
-        staging: a folder of the same file system, held by this process.
-    """
-    partial = staging / path.name
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        write_file(self.folder / name, seal(content))
 
 
 def _is_whole(folder: Path, samples: Mapping[str, Sequence]) -> bool:

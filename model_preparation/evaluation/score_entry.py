@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.results_folder import write_whole
+from model_preparation.files.new_file import write_file
 from model_preparation.files.partial_folder import take
 from model_preparation.files.seal import seal
 from model_preparation.surgery.checkpoint_info import INFO, read_info
@@ -41,11 +41,9 @@ def enter_score(directory: Path, result: Mapping[str, Any]) -> bool:
         if before is not None and before["questions"] > measured["questions"]:
             return False
         if before != measured:
-            write_whole(path, seal({**info, "mmlu_score": result["score"], "mmlu_result": measured}), hold.folder)
+            write_file(path, seal({**info, "mmlu_score": result["score"], "mmlu_result": measured}))
         return True
     finally:
-        for entry in hold.entries():
-            entry.unlink()
         hold.release()
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.new_folder import sync
 
 
 def check_new_file(path: Path) -> None:
@@ -17,18 +18,21 @@ def check_new_file(path: Path) -> None:
         raise SurgeryError(f"{path.parent} is not a folder you can write to. Choose another place for {path.name}.")
 
 
-def write_file(path: Path, content: str) -> None:
-    """Write `content` in UTF-8 and put it at `path`, in the place of a file that is there.
+def write_file(path: Path, content: str | bytes) -> None:
+    """Put `content` at `path`, a text in UTF-8, in the place of a file that is there; it is on disk when this returns.
+
+    Killed, it leaves `NAME.partial-PID` beside the file, or nothing.
 
     Raises:
         OSError: from the file system; what was at `path` is still there then.
     """
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(content)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    sync(path.parent)

@@ -131,10 +131,11 @@ def sync_tree(folder: Path, complete_mark: str) -> None:
         files += [Path(root, name) for name in names]
         folders.append(Path(root))
     for path in [*sorted(files, key=lambda path: path == folder / complete_mark), *folders]:
-        _sync(path)
+        sync(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """fsync a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -184,7 +185,7 @@ def _clear(hold: Hold, target: Path) -> None:
         return
     if (hold.folder / _OLD).exists() and not target.exists():
         (hold.folder / _OLD).rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     for path in hold.entries():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -201,8 +202,8 @@ def _put_in_place(staging: Path, target: Path) -> None:
     else:
         staging.rename(target)
     try:
-        _sync(target.parent)
-        _sync(staging.parent)
+        sync(target.parent)
+        sync(staging.parent)
     except OSError:
         with contextlib.suppress(OSError):  # who is told that it failed finds what was there before
             if staging.exists():

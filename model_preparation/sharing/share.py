@@ -22,7 +22,7 @@ from model_preparation.sharing.hub_uploads import HUBS
 from model_preparation.sharing.licences import check_name, licence_of, terms_of
 from model_preparation.sharing.model_card import MEASURED, card_text, read_card
 from model_preparation.surgery.checkpoint_info import INFO, MODULE, STATE_DICT, TOKENIZER, read_info
-from model_preparation.surgery.sources import first_line
+from model_preparation.surgery.hub_snapshots import first_line
 
 CARD, NOTICE, README = "README.md", "NOTICE", "README.txt"
 # Files at the root that only transformers' from_pretrained reads; with them, the .pt files have no use for these.

@@ -1,23 +1,22 @@
 """Where models come from: a name, a folder or a hub id becomes a local folder that holds every file needed.
 
 In: a name of `TABLE`, the path of a folder, or `org/name[@revision]`, with `modelscope:` or `huggingface:` before it to
-ask one hub only. Out: a `Source`. Downloads are the work of the hubs' own clients, so their caches, mirrors, offline
-modes and tokens work as documented there (MODELSCOPE_CACHE, MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN; HF_HOME,
-HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). What this file adds: which files are asked for, an answer within seconds where
-no hub can be reached, the copy downloaded before in that case, and the name of each file that is missing.
+ask one hub only. Out: a `Source`. Downloads are `hub_snapshots`' work. What this file adds: the names, which files are
+asked for, and the name of each file that is missing.
 """
 
 import argparse
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from model_preparation.errors import SurgeryError
+from model_preparation.surgery.hub_snapshots import TITLES, NoSnapshot, Snapshot, fetch_snapshot, first_line
 from model_preparation.untrusted.untrusted_files import inside, read_json
 
 # A name's target is anything `resolve` takes; `--source NAME=TARGET` and MODEL_PREPARATION_NAME replace it.
@@ -31,7 +30,6 @@ TABLE = {
 _TOKENIZER_OF = {"llamba": "llama_tokenizer", "unaligned_llamba": "llama_tokenizer"}
 _ENVIRONMENT_PREFIX = "MODEL_PREPARATION_"
 
-_TITLES = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}  # in the order a bare id asks them
 _HUB_ID = re.compile(r"(?:(modelscope|huggingface):)?(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 
 _TOKENIZER_PATTERNS = [
@@ -47,9 +45,6 @@ _MODEL_PATTERNS = [*_TOKENIZER_PATTERNS, "generation_config.json", "*.safetensor
 _PICKLE_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 # Files in subfolders (original/, onnx/) and consolidated.* repeat the weights in formats nobody here reads.
 _IGNORED_PATTERNS = ["*/*", "consolidated*"]
-
-# Behind a firewall that drops packets, one client would wait for minutes and the other try again and again.
-CONNECT_SECONDS, ANSWER_SECONDS = 4.0, 6.0
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +102,7 @@ def resolve(name: str, *, need: Need = "model", overrides: Mapping[str, str] | N
             "as org/name or org/name@revision. Check its spelling, or give the path of a folder."
         )
     hub, repo, revision = match.groups()
-    return _hub_source([hub] if hub else list(_TITLES), repo, revision, need, name)
+    return _hub_source([hub] if hub else list(TITLES), repo, revision, need, name)
 
 
 def tokenizer_name(name: str) -> str | None:
@@ -247,40 +242,26 @@ def _shards(index: Path) -> list[str]:
 # --- Hubs -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Snapshot:
-    """What a hub's client came up with; `trouble` is why the hub itself could not be asked or did not finish."""
-
-    folder: Path
-    revision: str | None
-    trouble: str | None = None
-    known_missing: tuple[str, ...] = ()
-
-
-class _NoSnapshot(Exception):
-    """A hub has nothing for us, neither there nor in its cache; the message says why."""
-
-
 def _hub_source(hubs: list[str], repo: str, revision: str | None, need: Need, name: str) -> Source:
     """Ask `hubs` in turn for `repo`; the first complete snapshot is it. `name` is what the user calls it."""
     failures = []
     advice = "Check the id and the network connection"
     for hub in hubs:
         try:
-            snapshot = _fetch(_CLIENTS[hub], repo, revision, need)
-        except _NoSnapshot as failure:
-            failures.append(f"{_TITLES[hub]} {failure}")
+            snapshot = _fetch(hub, repo, revision, need)
+        except NoSnapshot as failure:
+            failures.append(f"{TITLES[hub]} {failure}")
             continue
         missing = ", ".join(_missing_files(snapshot.folder, need) or snapshot.known_missing)
         if not missing:
             if snapshot.trouble:
-                logger.warning("%s %s; using %s", _TITLES[hub], snapshot.trouble, snapshot.folder)
+                logger.warning("%s %s; using %s", TITLES[hub], snapshot.trouble, snapshot.folder)
             return Source(snapshot.folder, hub, repo, snapshot.revision)
         if snapshot.trouble:
-            failures.append(f"{_TITLES[hub]} {snapshot.trouble}, and the copy in {snapshot.folder} lacks {missing}")
+            failures.append(f"{TITLES[hub]} {snapshot.trouble}, and the copy in {snapshot.folder} lacks {missing}")
             advice = "Run this again once the hub answers, which completes the copy (if not, delete its folder)"
         else:
-            failures.append(f"{_TITLES[hub]}'s repository, now in {snapshot.folder}, lacks {missing}")
+            failures.append(f"{TITLES[hub]}'s repository, now in {snapshot.folder}, lacks {missing}")
     instead = f"--source {name}=/path/to/folder" if name in TABLE else "its path in place of the id"
     wanted = ("The tokenizer of " if need == "tokenizer" else "") + repo + (f"@{revision}" if revision else "")
     raise SurgeryError(
@@ -288,121 +269,12 @@ def _hub_source(hubs: list[str], repo: str, revision: str | None, need: Need, na
     )
 
 
-def _fetch(client: "_Client", repo: str, revision: str | None, need: Need) -> _Snapshot:
+def _fetch(hub: str, repo: str, revision: str | None, need: Need) -> Snapshot:
+    fetch = partial(fetch_snapshot, hub, repo, revision, ignore_patterns=_IGNORED_PATTERNS)
     if need == "tokenizer":
-        return client(repo, revision, _TOKENIZER_PATTERNS)
-    snapshot = client(repo, revision, _MODEL_PATTERNS)
+        return fetch(_TOKENIZER_PATTERNS)
+    snapshot = fetch(_MODEL_PATTERNS)
     if any(snapshot.folder.glob("*.safetensors*")):
         return snapshot
     # Only a repository without safetensors is asked for its pickles, which are as large again.
-    return client(repo, revision, [*_MODEL_PATTERNS, *_PICKLE_PATTERNS])
-
-
-def _from_modelscope(repo: str, revision: str | None, patterns: list[str]) -> _Snapshot:
-    import requests
-    from modelscope.hub.api import HubApi
-    from modelscope.hub.errors import CacheNotFound, HubError
-    from modelscope.hub.snapshot_download import snapshot_download
-
-    endpoint = HubApi().endpoint
-    trouble = None
-    try:
-        # The client retries for some 20 s before it gives up, so ask first. Whoever prefers its other site has two.
-        if not os.environ.get("MODELSCOPE_PREFER_AI_SITE"):
-            timeout = (CONNECT_SECONDS, ANSWER_SECONDS)
-            requests.get(endpoint, timeout=timeout, allow_redirects=False, stream=True).close()
-        folder = Path(snapshot_download(repo, revision, allow_patterns=patterns, ignore_patterns=_IGNORED_PATTERNS))
-    except (HubError, requests.RequestException) as error:
-        trouble = f"({endpoint}) {_modelscope_trouble(error)}"
-        try:
-            folder = Path(snapshot_download(repo, revision, local_files_only=True))
-        except CacheNotFound as absent:
-            raise _NoSnapshot(f"{trouble}, and there is no copy at {absent.cache_dir}") from error
-    depth = len(revision.split("/")) if revision else 1
-    if folder.parts[-depth - 1] == "snapshots":
-        return _Snapshot(folder, "/".join(folder.parts[-depth:]), trouble)
-    # Versions before 1.38 kept one folder per repository, which does not say what revision it holds.
-    if trouble and revision:
-        raise _NoSnapshot(f"{trouble}, and {folder} does not say whether it holds {revision}")
-    return _Snapshot(folder, revision, trouble)
-
-
-def _modelscope_trouble(error: Exception) -> str:
-    import requests
-    from modelscope.hub.errors import AuthenticationError, NetworkError, NotExistError, PermissionDeniedError
-
-    cause = error.__cause__ or error  # its older interface wraps these in an HTTPError of requests
-    if isinstance(cause, NotExistError):
-        return "has no such repository or revision, or it is private (its token goes into MODELSCOPE_API_TOKEN)"
-    if isinstance(cause, (AuthenticationError, PermissionDeniedError)):
-        return "denies access (a token goes into MODELSCOPE_API_TOKEN)"
-    if isinstance(error, (NetworkError, requests.ConnectionError, requests.Timeout)):
-        return f"cannot be reached ({type(error).__name__})"
-    return f"failed ({first_line(error)})"
-
-
-def _from_huggingface(repo: str, revision: str | None, patterns: list[str]) -> _Snapshot:
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HTTPError, IncompleteSnapshotError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    download = partial(
-        snapshot_download, repo, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED_PATTERNS
-    )
-    try:
-        # The client's own first question has no time limit.
-        HfApi().model_info(repo, revision=revision, timeout=ANSWER_SECONDS)
-        folder = Path(download())
-        return _Snapshot(folder, folder.name)
-    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, ValueError) as error:
-        trouble = f"({constants.ENDPOINT}) {_huggingface_trouble(error)}"
-        try:
-            folder = Path(download(local_files_only=True))
-            return _Snapshot(folder, folder.name, trouble)
-        except IncompleteSnapshotError as incomplete:
-            folder = Path(incomplete.snapshot_path)
-            return _Snapshot(folder, folder.name, trouble, _listed_but_absent(repo, folder, patterns))
-        except (LocalEntryNotFoundError, ValueError):
-            raise _NoSnapshot(f"{trouble}, and there is no copy in {constants.HF_HUB_CACHE}") from error
-
-
-def _listed_but_absent(repo: str, folder: Path, patterns: list[str]) -> tuple[str, ...]:
-    """Files of the hub's listing, which its client keeps beside a snapshot, that the snapshot lacks."""
-    from huggingface_hub import get_cached_repo_tree
-    from huggingface_hub.utils import filter_repo_objects
-
-    listed = [file.path for file in get_cached_repo_tree(repo, revision=folder.name)]
-    wanted = filter_repo_objects(listed, allow_patterns=patterns, ignore_patterns=_IGNORED_PATTERNS)
-    return tuple(path for path in wanted if not (folder / path).is_file())
-
-
-def _huggingface_trouble(error: Exception) -> str:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if isinstance(error, OfflineModeIsEnabled):
-        return "is not asked, as HF_HUB_OFFLINE is set"
-    if isinstance(error, GatedRepoError):
-        return "restricts access (ask for it on the repository's page; a token goes into HF_TOKEN)"
-    if isinstance(error, RepositoryNotFoundError):
-        return "has no such repository, or it is private (a token goes into HF_TOKEN)"
-    if isinstance(error, RevisionNotFoundError):
-        return "has the repository, but not this revision"
-    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
-        return f"cannot be reached ({first_line(error)}; HF_ENDPOINT may name a mirror)"
-    return f"failed ({first_line(error)})"
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in one line: its type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
-
-
-_Client = Callable[[str, str | None, list[str]], _Snapshot]
-_CLIENTS: dict[str, _Client] = {"modelscope": _from_modelscope, "huggingface": _from_huggingface}
+    return fetch([*_MODEL_PATTERNS, *_PICKLE_PATTERNS])

@@ -1,4 +1,4 @@
-"""MMLU: the score is what plain forward passes give on the documented prompts, and bad data or logits are errors.
+"""MMLU: the score is what plain forward passes give on the documented prompts, and bad logits are errors.
 
 Questions: two or three made-up ones for each of the 57 subjects. Model: a tiny Llamba with a grafted layer, its random
 weights so large that the answers differ from question to question.
@@ -8,7 +8,6 @@ import math
 import random
 import shutil
 
-import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -17,7 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.mmlu import GROUPS, SUBJECTS, evaluate_checkpoint, evaluate_model, find_questions
+from model_preparation.evaluation.evaluate import evaluate_checkpoint, evaluate_model
+from model_preparation.evaluation.questions import SUBJECTS
+from model_preparation.evaluation.tasks import GROUPS
 from model_preparation.llamba import LlambaForCausalLM
 from tests.conftest import seeded, tiny_config, tiny_llama_cfg
 
@@ -216,115 +217,3 @@ def test_logits_that_are_not_finite_are_an_error_and_no_score(tokenizer, mmlu_da
 def test_a_setting_out_of_range_is_an_error(model, tokenizer, mmlu_data, name, value):
     with pytest.raises(SurgeryError, match=f"{name} is {value}"):
         evaluate_model(model, tokenizer, mmlu_data=mmlu_data, **{name: value})
-
-
-def test_the_folder_may_come_from_the_environment(mmlu_data, monkeypatch):
-    monkeypatch.setenv("MMLU_DATA", str(mmlu_data))
-    assert find_questions() == mmlu_data
-
-
-def test_the_argument_comes_before_the_environment(mmlu_data, monkeypatch, tmp_path):
-    monkeypatch.setenv("MMLU_DATA", str(tmp_path))
-    assert find_questions(mmlu_data) == mmlu_data
-
-
-@pytest.fixture
-def no_network(monkeypatch, tmp_path):
-    """The hub's library in its offline mode, with an empty cache, whose folder is returned."""
-    monkeypatch.delenv("MMLU_DATA", raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    return tmp_path / "hub"
-
-
-def test_a_hub_out_of_reach_is_an_error_that_names_the_ways_round_it(no_network):
-    with pytest.raises(SurgeryError, match=r"cais/mmlu.*--mmlu_data or in MMLU_DATA.*HF_ENDPOINT"):
-        find_questions()
-
-
-def test_what_the_hubs_cache_holds_needs_no_network(no_network, rows):
-    repo = no_network / "datasets--cais--mmlu"
-    snapshot = write_questions(repo / "snapshots" / ("c" * 40), rows)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text("c" * 40)
-    assert find_questions() == snapshot
-
-
-@pytest.fixture
-def copy(rows, tmp_path):
-    """A folder of questions that a test may damage."""
-    return write_questions(tmp_path / "mmlu", rows)
-
-
-def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(SurgeryError, match=r"nowhere does not exist.*--mmlu_data"):
-        find_questions(tmp_path / "nowhere")
-
-
-def test_missing_subjects_are_counted_and_named(copy):
-    (copy / "anatomy").rename(copy / "anatomie")
-    (copy / "virology").rename(copy / "virologie")
-    with pytest.raises(SurgeryError, match="lacks 2 of 57 subjects: anatomy, virology"):
-        find_questions(copy)
-
-
-@pytest.mark.parametrize("split", ["dev", "test"])
-def test_a_missing_split_is_named(copy, split):
-    (copy / "anatomy" / f"{split}-00000-of-00001.parquet").unlink()
-    with pytest.raises(SurgeryError, match=rf"anatomy has no {split}-\*.parquet"):
-        find_questions(copy)
-
-
-def test_a_split_may_come_in_several_files(copy, rows):
-    questions = rows["anatomy"]["test"]
-    (copy / "anatomy" / "test-00000-of-00001.parquet").unlink()
-    for part, row in enumerate(questions):
-        write_rows(copy / "anatomy" / f"test-{part:05}-of-{len(questions):05}.parquet", [row])
-    assert find_questions(copy) == copy
-
-
-def test_an_unreadable_file_is_named(copy):
-    (copy / "anatomy" / "test-00000-of-00001.parquet").write_bytes(b"PAR1 but no more")
-    with pytest.raises(SurgeryError, match=r"anatomy/test-00000-of-00001.parquet is not a readable parquet file"):
-        find_questions(copy)
-
-
-def test_a_missing_column_is_named(copy):
-    write_rows(copy / "anatomy" / "test-00000-of-00001.parquet", [{"question": "?", "options": ["1"], "answer": 0}])
-    with pytest.raises(
-        SurgeryError, match=r"anatomy/test-.*has the columns question, options, answer, but not choices"
-    ):
-        find_questions(copy)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        {"question": None},
-        {"choices": ["1", "2", "3"]},
-        {"choices": ["1", "2", "3", None]},
-        {"choices": None},
-        {"answer": 4},
-        {"answer": -1},
-        {"answer": None},
-        {"answer": "A"},
-    ],
-)
-def test_a_malformed_row_is_shown(copy, rows, damage):
-    good = rows["anatomy"]["dev"][0]
-    # The damaged row stands alone, for a column has one type.
-    write_rows(copy / "anatomy" / "dev-00000-of-00002.parquet", [{**good, **damage}])
-    with pytest.raises(SurgeryError, match=r"Row 0 of .*anatomy/dev-00000-of-00002.parquet"):
-        find_questions(copy)
-
-
-def test_an_empty_split_is_named(copy):
-    path = copy / "anatomy" / "test-00000-of-00001.parquet"
-    pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).slice(0, 0), path)
-    with pytest.raises(SurgeryError, match=r"anatomy/test-.* has no rows"):
-        find_questions(copy)
-
-
-def test_more_examples_than_the_dev_split_has_are_refused(mmlu_data):
-    with pytest.raises(SurgeryError, match=r"has 2 examples in its dev split, but num_fewshot is 3.*--num_fewshot 2"):
-        find_questions(mmlu_data, num_fewshot=3)

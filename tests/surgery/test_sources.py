@@ -20,7 +20,7 @@ import pytest
 
 from model_preparation.command_line import CommandParser
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery import sources
+from model_preparation.surgery import hub_snapshots
 from model_preparation.surgery.sources import Source, add_source_flag, has_tokenizer, resolve, tokenizer_name
 
 LLAMA = "LLM-Research/Meta-Llama-3.1-8B-Instruct"
@@ -50,13 +50,16 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def huggingface_copy(cache: Path, repo: str, files: dict[str, bytes], *, commit=COMMIT, ref="main", listed=()) -> Path:
+def huggingface_copy(
+    cache: Path, repo: str, files: dict[str, bytes], *, kind="models", commit=COMMIT, ref="main", listed=()
+) -> Path:
     """A snapshot as huggingface_hub leaves it: blobs, links to them, the ref, and the hub's listing of the commit."""
-    root = cache / f"models--{repo.replace('/', '--')}"
+    root = cache / f"{kind}--{repo.replace('/', '--')}"
     snapshot = root / "snapshots" / commit
     snapshot.mkdir(parents=True)
     for name, content in files.items():
         blob = write(root / "blobs", {hashlib.sha256(content).hexdigest(): content})
+        (snapshot / name).parent.mkdir(exist_ok=True)
         (snapshot / name).symlink_to(blob / hashlib.sha256(content).hexdigest())
     write(root, {f"refs/{ref}": commit.encode()})
     if listed:
@@ -65,9 +68,9 @@ def huggingface_copy(cache: Path, repo: str, files: dict[str, bytes], *, commit=
     return snapshot
 
 
-def modelscope_copy(cache: Path, repo: str, files: dict[str, bytes], *, revision="master") -> Path:
+def modelscope_copy(cache: Path, repo: str, files: dict[str, bytes], *, kind="models", revision="master") -> Path:
     """A snapshot as modelscope has left it since 1.38."""
-    return write(cache / "models" / repo.replace("/", "--") / "snapshots" / revision, files)
+    return write(cache / kind / repo.replace("/", "--") / "snapshots" / revision, files)
 
 
 class Caches:
@@ -458,7 +461,10 @@ def test_each_librarys_own_variables_and_no_network(tmp_path):
 
 
 class FakeHub(http.server.ThreadingHTTPServer):
-    """Answers for both hubs, each with its own repositories: {id: {file: content}}; records the files it sends."""
+    """Answers for both hubs, each with its own repositories: {id: {file: content}}; records the files it sends.
+
+    A data set's id has `datasets/` before it.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _FakeHubHandler)
@@ -484,26 +490,29 @@ class _FakeHubHandler(http.server.BaseHTTPRequestHandler):
         elif parts[:2] == ["api", "v1"]:
             self._modelscope(parts[2:], query)
         else:
-            self._huggingface(parts[2:] if parts[0] == "api" else parts)
+            self._huggingface(parts[1 + (parts[1] == "models") :] if parts[0] == "api" else parts)
 
     def _modelscope(self, parts: list[str], query: dict[str, str]) -> None:
-        repo = "/".join(parts[1:3])
+        repo = "/".join(parts[parts[0] == "models" : 3])
         files = self.server.modelscope.get(repo)
-        if parts[0] != "models" or files is None or query.get("Revision") not in ("master", "v1"):
+        if files is None or query.get("Revision") not in ("master", "v1"):
             self._reply(b'{"Code": 404, "Message": "no such thing"}', 404)
         elif not self._allowed(repo):
             self._reply(b'{"Code": 403, "Message": "private"}', 403)
-        elif parts[3:] == ["repo", "files"]:
+        elif parts[3:] == ["repo", "files"] or (parts[0] == "datasets" and parts[3:] == ["repo", "tree"]):
             listing = [
                 {"Path": name, "Type": "blob", "Size": len(content), "Sha256": hashlib.sha256(content).hexdigest()}
                 for name, content in files.items()
             ]
+            if parts[0] == "datasets":
+                start = (int(query["PageNumber"]) - 1) * int(query["PageSize"])
+                listing = listing[start : start + int(query["PageSize"])]
             self._reply(json.dumps({"Code": 200, "Success": True, "Data": {"Files": listing}}).encode())
         else:
             self._send_file(files, query["FilePath"])
 
     def _huggingface(self, parts: list[str]) -> None:
-        repo = "/".join(parts[:2])
+        repo, parts = "/".join(parts[: 2 + (parts[0] == "datasets")]), parts[parts[0] == "datasets" :]
         files = self.server.huggingface.get(repo)
         if files is None:
             self._reply(b"{}", 404, {"X-Error-Code": "RepoNotFound"})
@@ -659,7 +668,7 @@ def test_a_download_that_breaks_off_says_so_and_goes_on_next_time(which, hub, mo
 
 
 def test_a_hub_that_never_answers_is_given_up(caches, monkeypatch):
-    monkeypatch.setattr(sources, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(hub_snapshots, "ANSWER_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:  # connections succeed, and that is all
         caches.hubs_at(f"http://127.0.0.1:{mute.getsockname()[1]}")
         with pytest.raises(SurgeryError, match=r"ModelScope .* \(ReadTimeout\).*Hugging Face .* \(ReadTimeout"):

@@ -1,0 +1,182 @@
+"""Repositories of a hub, of a model or of data: the files asked for, in a local folder, within seconds or not at all.
+
+In: a hub, the id of a repository there, and patterns of file names. Out: a `Snapshot`. Downloads are the work of the
+hubs' own clients, so their caches, mirrors, offline modes and tokens work as documented there (MODELSCOPE_CACHE,
+MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN; HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). What this file adds: an
+answer within seconds where a hub cannot be reached, the copy downloaded before in that case, and why.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+TITLES = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}
+# Behind a firewall that drops packets, one client would wait for minutes and the other try again and again.
+CONNECT_SECONDS, ANSWER_SECONDS = 4.0, 6.0
+
+RepoType = Literal["model", "dataset"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a hub's client came up with.
+
+    `revision` is what the hub resolved to: Hugging Face's commit, ModelScope's branch or tag (its client tells no
+    commit), None where nothing tells. `trouble` is why the hub itself could not be asked or did not finish, and
+    `known_missing` the files that it is then known to have and the folder lacks.
+    """
+
+    folder: Path
+    revision: str | None
+    trouble: str | None = None
+    known_missing: tuple[str, ...] = ()
+
+
+class NoSnapshot(Exception):
+    """A hub has nothing for us, neither there nor in its cache; the message says why."""
+
+
+def fetch_snapshot(
+    hub: str,
+    repo: str,
+    revision: str | None,
+    allow_patterns: list[str],
+    *,
+    ignore_patterns: list[str],
+    repo_type: RepoType = "model",
+) -> Snapshot:
+    """The files of a repository that match, downloaded if need be; from the hub's cache where it is out of reach.
+
+    Args:
+        hub: a key of `TITLES`.
+        repo, revision: the repository's id and its branch, tag or commit; None means the hub's default branch.
+        allow_patterns, ignore_patterns: of paths in the repository, as `fnmatch` has them: `*` matches a `/` too.
+            ModelScope is asked for one listing per folder that they name literally.
+
+    Raises:
+        NoSnapshot: if there is nothing, at the hub or in its cache.
+    """
+    return _CLIENTS[hub](repo, revision, allow_patterns, ignore_patterns, repo_type)
+
+
+def _from_modelscope(
+    repo: str, revision: str | None, patterns: list[str], ignore_patterns: list[str], repo_type: RepoType
+) -> Snapshot:
+    import requests
+    from modelscope.hub.api import HubApi
+    from modelscope.hub.errors import CacheNotFound, HubError
+    from modelscope.hub.snapshot_download import snapshot_download
+
+    endpoint = HubApi().endpoint
+    download = partial(snapshot_download, repo, revision, repo_type=repo_type)
+    trouble = None
+    try:
+        # The client retries for some 20 s before it gives up, so ask first. Whoever prefers its other site has two.
+        if not os.environ.get("MODELSCOPE_PREFER_AI_SITE"):
+            timeout = (CONNECT_SECONDS, ANSWER_SECONDS)
+            requests.get(endpoint, timeout=timeout, allow_redirects=False, stream=True).close()
+        folder = Path(download(allow_patterns=patterns, ignore_patterns=ignore_patterns))
+    except (HubError, requests.RequestException) as error:
+        trouble = f"({endpoint}) {_modelscope_trouble(error)}"
+        try:
+            folder = Path(download(local_files_only=True))
+        except CacheNotFound as absent:
+            raise NoSnapshot(f"{trouble}, and there is no copy at {absent.cache_dir}") from error
+    depth = len(revision.split("/")) if revision else 1
+    if folder.parts[-depth - 1] == "snapshots":
+        return Snapshot(folder, "/".join(folder.parts[-depth:]), trouble)
+    # Versions before 1.38 kept one folder per repository, which does not say what revision it holds.
+    if trouble and revision:
+        raise NoSnapshot(f"{trouble}, and {folder} does not say whether it holds {revision}")
+    return Snapshot(folder, revision, trouble)
+
+
+def _modelscope_trouble(error: Exception) -> str:
+    import requests
+    from modelscope.hub.errors import AuthenticationError, NetworkError, NotExistError, PermissionDeniedError
+
+    cause = error.__cause__ or error  # its older interface wraps these in an HTTPError of requests
+    if isinstance(cause, NotExistError):
+        return "has no such repository or revision, or it is private (its token goes into MODELSCOPE_API_TOKEN)"
+    if isinstance(cause, (AuthenticationError, PermissionDeniedError)):
+        return "denies access (a token goes into MODELSCOPE_API_TOKEN)"
+    if isinstance(error, (NetworkError, requests.ConnectionError, requests.Timeout)):
+        return f"cannot be reached ({type(error).__name__})"
+    return f"failed ({first_line(error)})"
+
+
+def _from_huggingface(
+    repo: str, revision: str | None, patterns: list[str], ignore_patterns: list[str], repo_type: RepoType
+) -> Snapshot:
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HTTPError, IncompleteSnapshotError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    download = partial(
+        snapshot_download,
+        repo,
+        repo_type=repo_type,
+        revision=revision,
+        allow_patterns=patterns,
+        ignore_patterns=ignore_patterns,
+    )
+    try:
+        # The client's own first question has no time limit.
+        HfApi().repo_info(repo, repo_type=repo_type, revision=revision, timeout=ANSWER_SECONDS)
+        folder = Path(download())
+        return Snapshot(folder, folder.name)
+    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, ValueError) as error:
+        trouble = f"({constants.ENDPOINT}) {_huggingface_trouble(error)}"
+        try:
+            folder = Path(download(local_files_only=True))
+            return Snapshot(folder, folder.name, trouble)
+        except IncompleteSnapshotError as incomplete:
+            folder = Path(incomplete.snapshot_path)
+            return Snapshot(folder, folder.name, trouble, _listed_but_absent(repo, folder, download.keywords))
+        except (LocalEntryNotFoundError, ValueError):
+            raise NoSnapshot(f"{trouble}, and there is no copy in {constants.HF_HUB_CACHE}") from error
+
+
+def _listed_but_absent(repo: str, folder: Path, asked_for: dict[str, Any]) -> tuple[str, ...]:
+    """Files of the hub's listing, which its client keeps beside a snapshot, that the snapshot lacks."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.utils import filter_repo_objects
+
+    listed = [file.path for file in get_cached_repo_tree(repo, repo_type=asked_for["repo_type"], revision=folder.name)]
+    patterns = {name: asked_for[name] for name in ("allow_patterns", "ignore_patterns")}
+    return tuple(path for path in filter_repo_objects(listed, **patterns) if not (folder / path).is_file())
+
+
+def _huggingface_trouble(error: Exception) -> str:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return "is not asked, as HF_HUB_OFFLINE is set"
+    if isinstance(error, GatedRepoError):
+        return "restricts access (ask for it on the repository's page; a token goes into HF_TOKEN)"
+    if isinstance(error, RepositoryNotFoundError):
+        return "has no such repository, or it is private (a token goes into HF_TOKEN)"
+    if isinstance(error, RevisionNotFoundError):
+        return "has the repository, but not this revision"
+    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
+        return f"cannot be reached ({first_line(error)}; HF_ENDPOINT may name a mirror)"
+    return f"failed ({first_line(error)})"
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one line: its type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+
+
+_Client = Callable[[str, str | None, list[str], list[str], RepoType], Snapshot]
+_CLIENTS: dict[str, _Client] = {"modelscope": _from_modelscope, "huggingface": _from_huggingface}
