@@ -45,6 +45,21 @@ def layer_index(text: str) -> int:
     return index
 
 
+def integer_from(least: int) -> Callable[[str], int]:
+    """What reads an integer of at least `least`, for a flag's `type`."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{number} is too small; it must be at least {least}")
+        return number
+
+    return read
+
+
 def add_layers_flag(parser: CommandParser, *, required: bool, help: str) -> None:
     """Add `--layers`: distinct indices from 0, in any order; the command gets them sorted."""
 

@@ -6,7 +6,6 @@ In: a checkpoint folder. Out, on the terminal: its size and layers, generated te
 import argparse
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from model_preparation.command_line import (
     add_device_flags,
     add_dtype_flag,
     choose_device,
+    integer_from,
     run,
     torch_dtype,
 )
@@ -74,7 +74,7 @@ def main() -> None:
 
 def _parser() -> CommandParser:
     parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
-    at_least_0, at_least_1 = partial(_integer, least=0), partial(_integer, least=1)
+    at_least_0, at_least_1 = integer_from(0), integer_from(1)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="the checkpoint folder")
     parser.add_argument(
         "--prompt",
@@ -112,16 +112,6 @@ def _parser() -> CommandParser:
         "--batch_size", type=at_least_1, default=4, metavar="N", help="questions per forward pass (default: 4)"
     )
     return parser
-
-
-def _integer(text: str, least: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{number} is too small; it must be at least {least}")
-    return number
 
 
 def _refuse_flags_without_effect(parser: CommandParser, args: argparse.Namespace) -> None:
