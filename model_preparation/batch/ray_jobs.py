@@ -66,8 +66,7 @@ def _run(
 ) -> Iterator[tuple[int, Ended]]:
     if not jobs:
         return
-    ray = _import_ray()
-    with _cluster(ray, address, local_cpus):
+    with cluster(address, local_cpus) as ray:
         gpus = gpus_per_job if ray.cluster_resources().get("GPU", 0) else 0
         _check_size(ray, cpus_per_job, gpus)
         task = ray.remote(carry_out).options(
@@ -169,11 +168,16 @@ def _import_ray() -> Any:
 
 
 @contextlib.contextmanager
-def _cluster(ray: Any, address: str, local_cpus: int | None) -> Iterator[None]:
-    """Be part of the cluster; one that was started for us ends with the block."""
+def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
+    """Be part of a cluster, as `runner` describes it; gives Ray itself. One that was started for us ends with the block.
+
+    Raises:
+        SurgeryError: if Ray is not installed, or no cluster answers.
+    """
+    _check_address(address)
+    ray = _import_ray()
     quiet = {"log_to_driver": False, "logging_level": "error"}
     own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "num_cpus": local_cpus}
-    _check_address(address)
     try:
         ray.init(address=address, **quiet, **(own if address == "local" else {}))
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
@@ -183,7 +187,7 @@ def _cluster(ray: Any, address: str, local_cpus: int | None) -> Iterator[None]:
         ) from error
     interrupts.watch()  # Ray has put its own handler in the place of ours
     try:
-        yield
+        yield ray
     finally:
         ray.shutdown()
 
