@@ -169,7 +169,7 @@ def _import_ray() -> Any:
 
 @contextlib.contextmanager
 def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
-    """Be part of a cluster, as `runner` describes it; gives Ray itself. One that was started for us ends with the block.
+    """Be part of a cluster, as `runner` describes it; gives Ray. One that was started for us ends with the block.
 
     Raises:
         SurgeryError: if Ray is not installed, or no cluster answers.
@@ -180,7 +180,12 @@ def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
     own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "num_cpus": local_cpus}
     try:
         ray.init(address=address, **quiet, **(own if address == "local" else {}))
-    except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        if _wants_token(ray, error):
+            raise SurgeryError(
+                f"The Ray cluster at {address} wants its token. Set RAY_AUTH_MODE=token, and have the token in "
+                "~/.ray/auth_token or RAY_AUTH_TOKEN, as on the machine that started the cluster."
+            ) from error
         raise SurgeryError(
             f"No Ray cluster could be {'started' if address == 'local' else f'joined at {address}'} "
             f"({first_line(error)}). Use --ray local, or start one on this machine: ray start --head"
@@ -190,6 +195,16 @@ def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _wants_token(ray: Any, error: BaseException | None) -> bool:
+    """Whether Ray's error comes from a token that is missing or wrong."""
+    # It keeps the cause in the message only, in places.
+    return error is not None and (
+        isinstance(error, ray.exceptions.AuthenticationError)
+        or "InvalidAuthToken" in str(error)
+        or _wants_token(ray, error.__cause__)
+    )
 
 
 def _check_address(address: str) -> None:
