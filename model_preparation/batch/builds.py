@@ -45,7 +45,7 @@ def build_all(
         output_root: the folder that the checkpoints' folders are in.
         passed_on: flags for the builder, as typed.
         flags: the same, parsed by the builder's own parser.
-        run_jobs: how the builds are run: `run_in_turn`, or what `ray_jobs.runner` gives.
+        run_jobs: how the builds are run: `run_in_turn`, or a `ray_jobs.RayRunner`.
         builder: the command that builds one.
     """
     outcomes: dict[int, Outcome] = {}

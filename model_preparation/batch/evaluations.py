@@ -91,7 +91,7 @@ def evaluate_all(
         flags: of the evaluator, as typed: --limit 100, ...
         results_dir: the results of a checkpoint go to the folder of its name in here; by default into the checkpoint.
         needs: paths that the flags name, which every machine must see.
-        run_jobs: how the evaluations are run: `run_in_turn`, or what `ray_jobs.runner` gives.
+        run_jobs: how the evaluations are run: `run_in_turn`, or a `ray_jobs.RayRunner`.
         evaluator: the command that evaluates one.
 
     Raises:

@@ -42,4 +42,6 @@ def chosen_runner(parser: CommandParser, args: argparse.Namespace) -> Runner:
         parser.error("with --ray, each job gets a GPU from Ray: leave --gpu and --device out, or give --device cpu")
     from model_preparation.batch import ray_jobs
 
-    return ray_jobs.runner(args.ray, cpus_per_job=args.cpus_per_job or 1, gpus_per_job=0 if args.device == "cpu" else 1)
+    return ray_jobs.RayRunner(
+        args.ray, cpus_per_job=args.cpus_per_job or 1, gpus_per_job=0 if args.device == "cpu" else 1
+    )

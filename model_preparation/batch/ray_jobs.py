@@ -2,7 +2,7 @@
 
 In: jobs and where the cluster is. Out: as from `run_in_turn`, in the order in which they end. Each task runs its
 command in a process of its own, which dies with the worker. A worker that is lost (killed, its machine gone) costs what
-it had not written yet: the job goes to another worker, at most `MAX_RETRIES` times. A command that fails is not tried
+it had not written yet: the job goes to another worker, at most `max_retries` times. A command that fails is not tried
 again.
 """
 
@@ -13,20 +13,18 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from model_preparation import interrupts
 from model_preparation.batch import process, remote_job
 from model_preparation.batch.display import Display
-from model_preparation.batch.jobs import Ended, Job, Runner, failure
+from model_preparation.batch.jobs import Ended, Job, failure
 from model_preparation.batch.process import Launch
 from model_preparation.batch.remote_job import Order, carry_out
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.sources import first_line
 
-MAX_RETRIES = 3
 _CONNECT_SECONDS = 5.0
 _CANCEL_SECONDS = 20.0  # for what runs to clean up after Ctrl-C
 _OBJECT_STORE_BYTES = 100_000_000  # of a cluster of our own; nothing large goes through it
@@ -45,7 +43,8 @@ class _Running:
     place: tuple[str, int] | None = None  # host and process
 
 
-def runner(address: str, *, cpus_per_job: int = 1, gpus_per_job: int = 1, local_cpus: int | None = None) -> Runner:
+@dataclass(frozen=True)
+class RayRunner:
     """What runs jobs on a cluster, for `build_all` and `evaluate_all`.
 
     Args:
@@ -53,34 +52,37 @@ def runner(address: str, *, cpus_per_job: int = 1, gpus_per_job: int = 1, local_
             HOST:PORT of a cluster that this machine belongs to.
         cpus_per_job: of each task, also its number of threads.
         gpus_per_job: of each task, if the cluster has GPUs; 0 leaves them alone.
-        local_cpus: how many a "local" cluster takes; by default all.
+        max_retries: how often a job whose worker was lost goes to another one.
 
-    The runner raises:
+    Calling it raises:
         SurgeryError: if Ray is not installed, no cluster answers, or none of its machines is large enough for a job.
     """
-    return partial(_run, address=address, cpus_per_job=cpus_per_job, gpus_per_job=gpus_per_job, local_cpus=local_cpus)
+
+    address: str
+    cpus_per_job: int = 1
+    gpus_per_job: int = 1
+    max_retries: int = 3
+
+    def __call__(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Ended]]:
+        if not jobs:
+            return
+        with cluster(self.address) as ray:
+            gpus = self.gpus_per_job if ray.cluster_resources().get("GPU", 0) else 0
+            _check_size(ray, self.cpus_per_job, gpus)
+            task = ray.remote(carry_out).options(
+                num_cpus=self.cpus_per_job,
+                num_gpus=gpus,
+                num_returns="streaming",
+                max_retries=0,  # ours: the new task then waits for what is left of the old one, and the user is told
+            )
+            with Display([job.name for job in jobs]) as display, _marks(jobs) as marks:
+                orders = [_order(job, marks, with_gpu=gpus > 0) for job in jobs]
+                yield from _watch(ray, task, orders, display, self.max_retries)
 
 
-def _run(
-    jobs: Sequence[Job], *, address: str, cpus_per_job: int, gpus_per_job: int, local_cpus: int | None
+def _watch(
+    ray: Any, task: Any, orders: Sequence[Order], display: Display, max_retries: int
 ) -> Iterator[tuple[int, Ended]]:
-    if not jobs:
-        return
-    with cluster(address, local_cpus) as ray:
-        gpus = gpus_per_job if ray.cluster_resources().get("GPU", 0) else 0
-        _check_size(ray, cpus_per_job, gpus)
-        task = ray.remote(carry_out).options(
-            num_cpus=cpus_per_job,
-            num_gpus=gpus,
-            num_returns="streaming",
-            max_retries=0,  # we do that, so that the new task can wait for what is left of the old one
-        )
-        with Display([job.name for job in jobs]) as display, _marks(jobs) as marks:
-            orders = [_order(job, marks, with_gpu=gpus > 0) for job in jobs]
-            yield from _watch(ray, task, orders, display)
-
-
-def _watch(ray: Any, task: Any, orders: Sequence[Order], display: Display) -> Iterator[tuple[int, Ended]]:
     """Submit the orders, follow their events, and give how each ended."""
     lost = (
         ray.exceptions.WorkerCrashedError,
@@ -100,9 +102,9 @@ def _watch(ray: Any, task: Any, orders: Sequence[Order], display: Display) -> It
                 except lost as error:
                     del running[events]
                     host = job.place[0] if job.place else "a machine"
-                    if job.retries < MAX_RETRIES:
+                    if job.retries < max_retries:
                         job.retries += 1
-                        display.lost(job.index, host, job.retries, MAX_RETRIES)
+                        display.lost(job.index, host, job.retries, max_retries)
                         again = orders[job.index]._replace(predecessor=job.place)
                         running[task.remote(again)] = job
                         continue
@@ -169,7 +171,7 @@ def _import_ray() -> Any:
 
 @contextlib.contextmanager
 def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
-    """Be part of a cluster, as `runner` describes it; gives Ray. One that was started for us ends with the block.
+    """Be part of a cluster, as `RayRunner` describes it; gives Ray. One that was started for us ends with the block.
 
     Raises:
         SurgeryError: if Ray is not installed, or no cluster answers.

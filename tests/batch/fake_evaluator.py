@@ -1,13 +1,14 @@
 """A stand-in for `test_checkpoint.py --full_eval`: five subjects whose scores follow from the checkpoint's name.
 
 Like the real one it keeps each subject's result as it comes, and goes on from there. In DIR/behaviour a checkpoint may
-say what happens to it: "fail", "silent" (no result), "wait" (until it is ended), or "kill 3 once" or "kill 3 always":
-before the third subject the process that started this one is killed.
+say what happens to it: "fail", "silent" (no result), "wait" (until it is ended), "remove NAME" (the checkpoint beside
+it goes first), or "kill 3 once" or "kill 3 always": before the third subject the process that started this is killed.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -32,6 +33,8 @@ def main() -> None:
     behaviour = path.read_text().split() if path.exists() else ["run"]
     with (results / "attempts").open("a") as attempts:
         attempts.write(f"{os.getpid()}\n")
+    if behaviour[0] == "remove":
+        shutil.rmtree(args.checkpoint.with_name(behaviour[1]))
     kept = True
     for number, subject in enumerate(SUBJECTS, start=1):
         file = results / f"{subject}.json"
