@@ -195,6 +195,9 @@ def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
     interrupts.watch()  # Ray has put its own handler in the place of ours
     try:
         yield ray
+    except SystemExit:
+        interrupts.check()  # what a signal raises inside Ray's calls comes out of them as exit code 1
+        raise
     finally:
         ray.shutdown()
 

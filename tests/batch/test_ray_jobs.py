@@ -75,6 +75,8 @@ def fork(function: Callable[[], None], log: Path) -> int:
             code = 0
         except KeyboardInterrupt:
             code = 130
+        except SystemExit as end:
+            code = end.code
         except BaseException:
             traceback.print_exc()
         finally:
@@ -153,12 +155,13 @@ def test_a_killed_worker_costs_one_subject_and_changes_no_score(address, make_ca
     assert not list(results.glob(".shared*"))
 
 
-def test_an_interruption_ends_what_runs_and_lets_it_clean_up(address, make_candidate, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_what_runs_and_lets_it_clean_up(address, make_candidate, tmp_path, number, code):
     folder, results = make_candidate("slow", behaviour="wait"), tmp_path / "results"
     process = evaluate_on(address, [folder], results, tmp_path / "log")
     wait_for(results / "slow" / "waiting")
-    os.kill(process, signal.SIGINT)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130, (tmp_path / "log").read_text()
+    os.kill(process, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == code, (tmp_path / "log").read_text()
     assert (results / "slow" / "cleaned").exists()
     assert not is_alive(int((results / "slow" / "attempts").read_text()))
 
