@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 an input or the machine is at fault, 2 wrong usage, 130 in
 
 import argparse
 import io
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,29 @@ def layer_index(text: str) -> int:
     if index < 0:
         raise argparse.ArgumentTypeError(f"{index} is negative; layers are counted from 0")
     return index
+
+
+def number(
+    kind: type[int] | type[float], *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
+) -> Callable[[str], float]:
+    """A `type` for argparse: a finite number of `kind`, at least `least`, greater than `above`, at most `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is too small; it must be at least {least}")
+        if value <= above:
+            raise argparse.ArgumentTypeError(f"{text} is too small; it must be greater than {above}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} is too large; it must be at most {most}")
+        return value
+
+    return read
 
 
 def add_layers_flag(parser: CommandParser, *, required: bool, help: str) -> None:

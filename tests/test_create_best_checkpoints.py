@@ -1,39 +1,54 @@
-"""create_best_checkpoints.sh: which lists it reads, what it builds, skips and reports."""
+"""create_best_checkpoints.sh: which lists it reads, what it builds, skips and reports.
+
+Real builds from a list are in tests/batch/test_ray_jobs.py and, one after the other, in tests/test_readme.py.
+"""
 
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from model_preparation import create_best_checkpoints as best
+from model_preparation import create_replaced_model_checkpoint
+from model_preparation.batch.builds import BUILDER, build_all, describe
+from model_preparation.batch.combinations import Combination, read_list
+from model_preparation.batch.jobs import Ended
 from tests.conftest import PACKAGE, assert_refused, run_command, run_fresh_command
 
 SCRIPT = PACKAGE / "create_best_checkpoints.sh"
+ARGUMENTS_ONLY = """\
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+if "99" in sys.argv:
+    sys.exit("error: Layer 99 is out of range. Choose another.")
+folder.mkdir(parents=True)
+(folder / "arguments.json").write_text(json.dumps(sys.argv[1:]))
+"""
 
 
 @pytest.fixture
-def commands(monkeypatch) -> list[list[str]]:
-    """The commands that would have been run; each makes a complete checkpoint."""
-    ran = []
+def builder(tmp_path) -> Path:
+    """A builder that fails for layer 99, and else writes down only how it was called."""
+    path = tmp_path / "builder.py"
+    path.write_text(ARGUMENTS_ONLY)
+    return path
 
-    def pretend(command):
-        ran.append(command)
-        folder = Path(command[command.index("--output_dir") + 1])
-        folder.mkdir(parents=True)
-        (folder / "checkpoint_info.json").touch()
-        return 0
 
-    monkeypatch.setattr(best, "_run", pretend)
-    return ran
+def flags(*given: str):
+    """Flags of the builder, as they are passed on and as it reads them."""
+    parser = create_replaced_model_checkpoint.make_parser()
+    return list(given), parser.parse_args(["--layers", "0", "--output_dir", "DIR", *given])
+
+
+def build(combinations, output_root, *given, **options):
+    return build_all(combinations, output_root, *flags(*map(str, given)), **options)
 
 
 def test_the_default_list_is_the_guides():
-    combinations = best.read_list(PACKAGE / "best_combinations.csv")
+    combinations = read_list(PACKAGE / "best_combinations.csv")
     assert {(combination.name, combination.score) for combination in combinations} == {
         ("llamba_replaced_11_13_17_21", "0.5700"),
         ("llamba_replaced_13_16_17", "0.6542"),
@@ -50,11 +65,11 @@ def test_a_list_may_be_csv_or_json(tmp_path):
     entries = [{"layers": [13, 11], "score": 0.5, "description": "two, of mine", "name": "mine"}, {"layers": "7"}]
     (tmp_path / "list.json").write_text(json.dumps(entries))
     expected = [
-        best.Combination((11, 13), "0.5", "two, of mine", "mine"),
-        best.Combination((7,), "", "", "llamba_replaced_7"),
+        Combination((11, 13), "0.5", "two, of mine", "mine"),
+        Combination((7,), "", "", "llamba_replaced_7"),
     ]
-    assert best.read_list(tmp_path / "list.csv") == expected
-    assert best.read_list(tmp_path / "list.json") == expected
+    assert read_list(tmp_path / "list.csv") == expected
+    assert read_list(tmp_path / "list.json") == expected
 
 
 @pytest.mark.parametrize(
@@ -93,79 +108,90 @@ def test_wrong_flags_end_it_before_the_first_row(flags, tmp_path):
     assert "[1/" not in result.stdout
 
 
-@pytest.mark.parametrize("flag", [["--layers", "1"], ["--output-dir", "x"], ["--score=0.5"]])
+@pytest.mark.parametrize("flag", [["--layers", "1"], ["--output-dir", "x"], ["--score=0.5"], ["--from_info", "x"]])
 def test_flags_that_come_from_the_list_are_a_usage_error(flag, tmp_path):
     assert_refused(run_command("create_best_checkpoints", *flag, cwd=tmp_path), "comes from the list", code=2)
 
 
-def test_other_flags_are_passed_on_and_the_complete_is_skipped(commands, tmp_path):
-    combinations = [best.Combination((1, 2), "0.5", "-odd-", "a"), best.Combination((3,), "", "", "b")]
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "checkpoint_info.json").touch()
-    outcomes = best.build_all(combinations, tmp_path, ["--base", "my base", "--gpu", "1"])
-    assert [outcome.status for outcome in outcomes] == ["built", "skipped"]
-    [command] = commands
-    assert command[1:] == [
-        str(PACKAGE / "create_replaced_model_checkpoint.py"),
-        *["--layers", "1", "2", "--output_dir", str(tmp_path / "a"), "--description=-odd-", "--score=0.5"],
-        *["--base", "my base", "--gpu", "1"],
+def test_rows_are_built_skipped_and_failed(builder, checkpoint_dir, base_dir, layers_dir, tmp_path, capsys):
+    combinations = [
+        Combination((99,), "", "", "bad"),
+        Combination((1, 3), "0.5", "a tiny pair", checkpoint_dir.name),
+        Combination((1, 2), "0.5", "-odd-", "new"),
     ]
+    root = shutil.copytree(checkpoint_dir, tmp_path / "out" / checkpoint_dir.name).parent
+    given = ("--base", base_dir, "--llama_layers_dir", layers_dir, "--gpu", "1")
+    outcomes = build(combinations, root, *given, builder=builder)
+    assert [outcome.status for outcome in outcomes] == ["failed", "skipped", "built"]
+    assert json.loads((root / "new" / "arguments.json").read_text()) == [
+        *["--layers", "1", "2", "--output_dir", str(root / "new"), "--description=-odd-", "--score=0.5"],
+        *map(str, given),
+    ]
+    assert "error: Layer 99 is out of range" in capsys.readouterr().err
+    heading, *rows = describe(outcomes).splitlines()
+    assert heading.split() == ["name", "layers", "status", "seconds", "path", "note"]
+    assert [row.split()[0] for row in rows] == ["bad", checkpoint_dir.name, "new"]
+    assert rows[0].endswith("Layer 99 is out of range. Choose another.")
+    assert rows[1].endswith("its score is None, the list's 0.5")
+    assert rows[2].endswith(str(root / "new"))
 
 
-def test_overwrite_skips_nothing(commands, tmp_path):
-    outcomes = best.build_all([best.Combination((3,), "", "", "b")], tmp_path, ["--overwrite"])
+def run_nothing(jobs):
+    return iter([(index, Ended("", 1.0)) for index in range(len(jobs))])
+
+
+def test_overwrite_skips_nothing(checkpoint_dir):
+    combination = Combination((1, 3), "", "", checkpoint_dir.name)
+    outcomes = build([combination], checkpoint_dir.parent, "--overwrite", run_jobs=run_nothing)
     assert [outcome.status for outcome in outcomes] == ["built"]
-    assert len(commands) == 1
 
 
-def test_an_unfinished_folder_is_not_skipped(commands, tmp_path):
+def test_a_dry_run_builds_nothing_and_says_checked(tmp_path):
+    outcomes = build([Combination((3,), "", "", "b")], tmp_path, "--dry_run", run_jobs=run_nothing)
+    assert [outcome.status for outcome in outcomes] == ["checked"]
+
+
+def test_an_unfinished_folder_is_not_skipped(tmp_path):
     (tmp_path / "b.partial").mkdir()
-    assert best.build_all([best.Combination((3,), "", "", "b")], tmp_path, [])[0].status == "built"
+    (tmp_path / "b").mkdir()
+    [outcome] = build([Combination((3,), "", "", "b")], tmp_path, run_jobs=run_nothing)
+    assert outcome.status == "built"
 
 
-def test_an_interruption_ends_the_command_running_and_lets_it_clean_up(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    child = (
-        "import os, pathlib, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), pathlib.Path('cleaned').touch(), sys.exit(143)))\n"
-        "os.kill(os.getppid(), signal.SIGINT)\n"
-        "signal.pause()\n"
-    )
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            best._run([sys.executable, "-c", child])
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    assert (tmp_path / "cleaned").exists()
+def test_the_command_it_runs_is_the_builder(tmp_path):
+    jobs = []
+    build([Combination((3,), "", "", "b")], tmp_path, run_jobs=lambda given: jobs.extend(given) or run_nothing(given))
+    assert [job.script for job in jobs] == [BUILDER]
+    assert BUILDER == PACKAGE / "create_replaced_model_checkpoint.py"
 
 
-def test_the_script_builds_a_list_to_its_end_and_reports(base_dir, layers_dir, checkpoint_dir, tmp_path):
-    (tmp_path / "list.csv").write_text("layers,score,description,name\n99,,,\n2,,,\n3 0,0.25,a pair,pair\n")
-    shutil.copytree(checkpoint_dir, tmp_path / "out" / "llamba_replaced_2")
-    command = ["bash", SCRIPT, "--list", "list.csv", "--output_root", "out", "--base", base_dir]
+def test_the_script_ends_with_1_if_a_checkpoint_is_not_the_one_listed(checkpoint_dir, tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps([{"layers": [2], "name": checkpoint_dir.name}]))
     result = subprocess.run(
-        [*command, "--llama_layers_dir", layers_dir, "--device", "cpu"],
+        ["bash", SCRIPT, "--list", "list.json", "--output_root", checkpoint_dir.parent],
         cwd=tmp_path,
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=60,
     )
-    assert_refused(result, "Layer 99 is out of range", "1 of 3 checkpoints failed")
-    rows = [line.split() for line in result.stdout.splitlines()[-4:]]
-    assert rows[0] == ["name", "layers", "status", "seconds", "path"]
-    assert [(row[0], row[-3], row[-1]) for row in rows[1:]] == [
-        ("llamba_replaced_99", "failed", "out/llamba_replaced_99"),
-        ("llamba_replaced_2", "skipped", "out/llamba_replaced_2"),
-        ("pair", "built", "out/pair"),
-    ]
-    info = json.loads((tmp_path / "out" / "pair" / "checkpoint_info.json").read_text())
-    assert (info["replaced_layers"], info["mmlu_score"], info["description"]) == ([0, 3], 0.25, "a pair")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"llamba_replaced_2", "pair"}
+    assert_refused(result, "its layers are 1 3, not 2", "--overwrite", "--output_root", "1 of 1 checkpoints failed")
 
 
 def test_help_needs_no_torch_and_shows_what_a_list_looks_like():
     result = run_fresh_command("create_best_checkpoints", "--help")
     assert result.returncode == 0
     assert "layers,score,description" in result.stdout
+    assert "shared file system" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--cpus_per_job", "2"], "belongs to --ray"),
+        (["--ray", "local", "--gpu", "1"], "each job gets a GPU from Ray"),
+        (["--ray", "local", "--cpus_per_job", "0"], "0 is too small"),
+    ],
+)
+def test_flags_of_ray_that_go_against_each_other_are_a_usage_error(given, words, tmp_path):
+    assert_refused(run_command("create_best_checkpoints", *given, cwd=tmp_path), words, code=2)

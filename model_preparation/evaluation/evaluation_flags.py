@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from model_preparation.command_line import CommandParser
-from model_preparation.evaluation.generation_flags import number
+from model_preparation.command_line import CommandParser, number
 
 # Each belongs to --full_eval and has no effect without it. --seed does not: it is generation's too.
 _FLAGS = ("tasks", "limit", "mmlu_data", "num_fewshot", "batch_size", "results_dir", "result_json", "skip_generation")
@@ -16,6 +15,14 @@ def add_evaluation_flags(parser: CommandParser) -> None:
         "--full_eval", action="store_true", help="also run lm-eval: MMLU, 57 subjects; the flags below are its own"
     )
     parser.add_argument("--skip_generation", action="store_true", help="evaluate only")
+    parser.add_argument(
+        "--result_json", type=Path, metavar="FILE", help="also write the scores to this file, for programs"
+    )
+    add_scoring_flags(parser)
+
+
+def add_scoring_flags(parser: CommandParser) -> None:
+    """Add what decides on a score, and where results are kept."""
     parser.add_argument(
         "--tasks",
         nargs="+",
@@ -55,9 +62,6 @@ def add_evaluation_flags(parser: CommandParser) -> None:
         metavar="DIR",
         help="keep answers and results here, in a folder of the checkpoint's name (default: evaluations/ in the "
         "checkpoint's folder)",
-    )
-    parser.add_argument(
-        "--result_json", type=Path, metavar="FILE", help="also write the scores to this file, for programs"
     )
 
 

@@ -4,13 +4,12 @@ In: a parser, then its parsed arguments. Out: a `Request`. Nothing heavy is impo
 """
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model_preparation.command_line import CommandParser
+from model_preparation.command_line import CommandParser, number
 from model_preparation.evaluation.prompts import FORMS, Prompt, read_prompts
 from model_preparation.surgery.sources import add_source_flag
 
@@ -112,29 +111,6 @@ def add_generation_flags(parser: CommandParser) -> None:
         help="also write every text with its tokens, speeds and settings into this file",
     )
     add_source_flag(parser)
-
-
-def number(
-    kind: type[int] | type[float], *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
-) -> Callable[[str], float]:
-    """A `type` for argparse: a finite number of `kind`, at least `least`, greater than `above`, at most `most`."""
-
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is not finite")
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text} is too small; it must be at least {least}")
-        if value <= above:
-            raise argparse.ArgumentTypeError(f"{text} is too small; it must be greater than {above}")
-        if value > most:
-            raise argparse.ArgumentTypeError(f"{text} is too large; it must be at most {most}")
-        return value
-
-    return read
 
 
 def check_generation_flags(parser: CommandParser, args: argparse.Namespace) -> None:

@@ -105,6 +105,15 @@ def resolve(name: str, *, need: Need = "model", overrides: Mapping[str, str] | N
     return _hub_source([hub] if hub else list(TITLES), repo, revision, need, name)
 
 
+def target_named(name: str, overrides: Mapping[str, str] | None = None) -> str:
+    """What `resolve` would look for under `name`: a folder's path or a hub id. Nothing is opened or asked.
+
+    Raises:
+        SurgeryError: if the sources given lead round in a circle.
+    """
+    return _look_up(name, overrides or {})[1]
+
+
 def tokenizer_name(name: str) -> str | None:
     """The name in `TABLE` of the tokenizer for a model that is published without one; None for every other name."""
     return _TOKENIZER_OF.get(name)

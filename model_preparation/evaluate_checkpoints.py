@@ -1,0 +1,119 @@
+"""Command: checkpoints -> the score of each, by test_checkpoint.py, and one table (batch/evaluations.py).
+
+Usually started by scripts/evaluate_all.sh, which finds the right Python.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from model_preparation.batch import combinations, evaluations, ray_flags
+from model_preparation.command_line import (
+    CommandParser,
+    add_device_flags,
+    add_dtype_flag,
+    default_folder,
+    number,
+    run,
+)
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.evaluation_flags import add_scoring_flags
+
+DESCRIPTION = f"""\
+Evaluate many checkpoints, and print one table of their scores. One that fails does not stop the others; results are
+kept as they come, so the same command goes on after an interruption and does nothing anew. Exit code 1 if any failed.
+
+{ray_flags.HELP}"""
+
+EXAMPLES = """\
+examples:
+  scripts/evaluate_all.sh model_checkpoints --limit 100
+  scripts/evaluate_all.sh model_checkpoints/best_4layer model_checkpoints/best_2layer --mmlu_data ./mmlu --num_fewshot 5
+  scripts/evaluate_all.sh --list model_preparation/best_combinations.csv --output_root model_checkpoints --ray local
+  scripts/evaluate_all.sh model_checkpoints --ray auto --results_dir /shared/results
+
+A score with --limit is not comparable with the full one: compare rows of one table.
+"""
+
+# Flags of test_checkpoint.py that are handed on as they are.
+_HANDED_ON = ("tasks", "limit", "num_fewshot", "batch_size", "mmlu_data", "seed", "dtype", "gpu", "device")
+_NO_FOLDERS = ("hub", "modelscope")  # what --mmlu_data may say instead of a path
+
+
+def main() -> None:
+    """Find the checkpoints, evaluate them, print the table."""
+    parser = make_parser()
+    args = parser.parse_args()
+    if bool(args.checkpoints) == (args.list is not None):
+        parser.error("checkpoints' folders are needed, or --list FILE, and not both")
+    run_jobs = ray_flags.chosen_runner(parser, args)
+
+    if args.list is None:
+        candidates = evaluations.find_checkpoints(args.checkpoints)
+    else:
+        candidates = evaluations.listed_checkpoints(combinations.read_list(args.list), args.output_root.expanduser())
+    done = evaluations.evaluate_all(
+        candidates,
+        list(_flags(args)),
+        results_dir=None if args.results_dir is None else args.results_dir.expanduser(),
+        needs=list(_needed_paths(args)),
+        run_jobs=run_jobs,
+    )
+    print("\n" + evaluations.describe(done))
+    if args.limit:
+        print(f"--limit {args.limit} is per subject: these scores are not comparable with full ones.")
+    failed = sum(evaluation.status == "failed" for evaluation in done)
+    if failed:
+        raise SurgeryError(
+            f"{failed} of {len(done)} evaluations failed; the reasons are above. "
+            "Run this again when they are mended: results that are complete are kept."
+        )
+
+
+def make_parser() -> CommandParser:
+    """The command's flags."""
+    parser = CommandParser(description=DESCRIPTION, epilog=EXAMPLES)
+    parser.add_argument(
+        "checkpoints",
+        nargs="*",
+        type=Path,
+        metavar="DIR",
+        help="a checkpoint's folder, or a folder of them, of which all that are complete are evaluated",
+    )
+    parser.add_argument(
+        "--list", type=Path, metavar="FILE", help="combinations, as create_best_checkpoints.sh takes them"
+    )
+    parser.add_argument(
+        "--output_root",
+        type=Path,
+        default=default_folder("model_checkpoints"),
+        metavar="DIR",
+        help="with --list: where the checkpoints' folders are (default: %(default)s)",
+    )
+    ray_flags.add_ray_flags(parser)
+    add_scoring_flags(parser)
+    parser.add_argument(
+        "--seed", type=number(int, least=0), metavar="N", help="of everything random (default: the evaluator's)"
+    )
+    add_dtype_flag(parser, help="run in this dtype (default: the checkpoint's)")
+    add_device_flags(parser)
+    return parser
+
+
+def _flags(args: argparse.Namespace) -> Iterator[str]:
+    """The evaluator's flags."""
+    for name in _HANDED_ON:
+        value = getattr(args, name)
+        if value is not None:
+            yield from (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+
+
+def _needed_paths(args: argparse.Namespace) -> Iterator[Path]:
+    """What the evaluator's flags name on the disk."""
+    if args.mmlu_data is not None and args.mmlu_data not in _NO_FOLDERS:
+        yield Path(args.mmlu_data).expanduser()
+    yield from (Path(task) for task in args.tasks if Path(task).exists())
+
+
+if __name__ == "__main__":
+    run(main)
