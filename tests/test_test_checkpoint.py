@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.evaluate import evaluate_checkpoint
+from model_preparation.evaluation.evaluate import evaluate_model
 from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.evaluation.side_by_side import printable
 from model_preparation.llamba import LlambaForCausalLM
@@ -84,26 +84,28 @@ def test_the_dtype_can_be_chosen(command, checkpoint_dir):
     assert "onto cpu, bfloat16" in command("--checkpoint", checkpoint_dir, "--prompt", "Hello", "--dtype", "bfloat16")
 
 
-def test_full_eval_ends_with_the_score_of_lm_evals_mmlu_and_leaves_the_checkpoint_alone(
-    command, checkpoint_dir, mmlu_data
-):
-    before = (checkpoint_dir / "checkpoint_info.json").read_bytes()
-    expected = evaluate_checkpoint(checkpoint_dir, mmlu_data=mmlu_data, limit=2, num_fewshot=1)
+def test_full_eval_prints_the_score_of_lm_evals_mmlu_and_enters_it(command, checkpoint_dir, mmlu_data, tmp_path):
+    checkpoint = shutil.copytree(checkpoint_dir, tmp_path / "checkpoint")
+    model, tokenizer = load_checkpoint(checkpoint)
+    expected = evaluate_model(model, tokenizer, mmlu_data=mmlu_data, limit=2, num_fewshot=1)
     assert 0 < expected["score"] < 1
 
     flags = ("--full_eval", "--limit", 2, "--num_fewshot", 1, "--mmlu_data", mmlu_data, "--batch_size", 2)
-    out = command("--checkpoint", checkpoint_dir, "--prompt", "Hello", *flags)
+    out = command("--checkpoint", checkpoint, "--prompt", "Hello", *flags)
 
     def score(row):
         return f"{row['score']:.4f} ± {row['stderr']:.4f} ({row['questions']} questions)"
 
-    assert out.splitlines()[-1] == f"MMLU score   {score(expected)}"
+    assert f"\nMMLU score   {score(expected)}\n" in out
     assert expected["questions"] == 2 * 57
     for name, group in expected["groups"].items():
         assert f"{name:<16} {score(group)}\n" in out
     assert "--limit 2 is per subject" in out
     assert "not comparable with the full one" in out
-    assert (checkpoint_dir / "checkpoint_info.json").read_bytes() == before
+    info = json.loads((checkpoint / "checkpoint_info.json").read_text())
+    assert info["mmlu_score"] == expected["score"]
+    (folder,) = (checkpoint / "evaluations").glob("mmlu-*")
+    assert out.splitlines()[-1] == f"Results are in {folder}"
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_with_one_line(tmp_path):

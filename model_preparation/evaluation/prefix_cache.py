@@ -55,7 +55,8 @@ class _SharedStates(MambaStateLayer):
     def __init__(self, layer: MambaStateLayer, rows: int):
         super().__init__()
         conv_state, state = layer.states()
-        assert conv_state is not None and state is not None  # of a filled cache
+        assert conv_state is not None  # a filled cache has both
+        assert state is not None
         self._states = (conv_state.expand(rows, -1, -1), state.expand(rows, -1, -1, -1))
 
     def states(self) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,7 @@ class ScoringLM(HFLM):
         rows: dict[tuple[int, ...], _Row] = {}
         for index, (_texts, context, continuation) in enumerate(requests):
             # As stock: what is too long loses tokens on the left, and choices of one token share a row.
+            # Unlike stock's, a row may also serve continuations of different lengths.
             tokens = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
             if len(continuation) > len(tokens):
                 raise SurgeryError(

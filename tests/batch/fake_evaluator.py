@@ -26,8 +26,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=7)
     parser.add_argument("--full_eval", action="store_true", required=True)
     parser.add_argument("--skip_generation", action="store_true", required=True)
+    parser.add_argument("--tasks", nargs="+")
+    parser.add_argument("--batch_size")
     args = parser.parse_args()
-    results = args.results_dir or args.checkpoint / "evaluations"
+    results = args.results_dir / args.checkpoint.name if args.results_dir else args.checkpoint / "evaluations"
     results.mkdir(parents=True, exist_ok=True)
     path = args.checkpoint / "behaviour"
     behaviour = path.read_text().split() if path.exists() else ["run"]

@@ -7,6 +7,7 @@ Ray never gets into the process that runs the tests.
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -18,11 +19,14 @@ from pathlib import Path
 
 import pytest
 
+from model_preparation import evaluate_checkpoint
 from model_preparation.batch.evaluations import Candidate, evaluate_all
+from model_preparation.evaluation.questions import SUBJECTS as MMLU_SUBJECTS
 from tests.batch.conftest import FAKE_EVALUATOR
 from tests.batch.fake_evaluator import SUBJECTS
 from tests.batch.test_evaluations import is_alive, wait_for, wait_until
 from tests.conftest import PACKAGE, assert_refused
+from tests.evaluation.test_mmlu import question, write_questions
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
 
@@ -188,60 +192,35 @@ def test_the_script_builds_a_list_on_a_cluster(address, base_dir, layers_dir, ch
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"pair", "other"}
 
 
-@pytest.mark.skip(reason="needs the evaluator that keeps results per subject; to be enabled with it")
 def test_the_real_evaluator_goes_on_after_its_worker_is_killed(address, checkpoint_dir, tmp_path):
-    """To enable: remove the mark. Needs test_checkpoint.py with --results_dir, --skip_generation and --result_json."""
-    import random
-
-    from model_preparation.evaluation.mmlu import SUBJECTS as MMLU_SUBJECTS
-
-    from tests.evaluation.test_mmlu import question, write_questions
-
+    checkpoint = shutil.copytree(checkpoint_dir, tmp_path / "pair")
     rng = random.Random(0)
     rows = {
         subject: {split: [question(rng) for _ in range(3)] for split in ("dev", "test")} for subject in MMLU_SUBJECTS
     }
     questions = write_questions(tmp_path / "mmlu", rows)
 
-    def evaluate(results: Path, *flags: object) -> subprocess.Popen:
-        script = PACKAGE / "evaluate_checkpoints.py"
-        command = [
-            script,
-            checkpoint_dir,
-            "--mmlu_data",
-            questions,
-            "--device",
-            "cpu",
-            "--results_dir",
-            results,
-            *flags,
-        ]
-        return subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def answered(folder: Path) -> int:
+        return len(list(folder.glob("pair/*/answers/*.json")))
 
-    def row(printed: str) -> list[str]:
-        """Name, layers, score, ±, standard error, questions: all of the table's row that is not time."""
-        return printed.strip().splitlines()[-1].split()[:7]
-
-    def files(folder: Path) -> int:
-        return sum(path.is_file() for path in folder.rglob("*"))
-
-    cut, whole = tmp_path / "cut", tmp_path / "whole"
-    with evaluate(cut, "--ray", address) as process:
-        wait_until(lambda: files(cut) >= 3)  # some subjects are done, most are not
+    cut, flags = tmp_path / "cut", ["--mmlu_data", questions, "--device", "cpu", "--ray", address]
+    command = [PACKAGE / "evaluate_checkpoints.py", checkpoint, "--results_dir", cut, *flags]
+    with subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_until(lambda: answered(cut) >= 3)  # some subjects are done, most are not
         for worker in workers_running("test_checkpoint.py"):
             os.kill(worker, signal.SIGKILL)
         printed = process.communicate(timeout=120)[0]
         assert process.returncode == 0, printed
     assert "was lost" in printed
-    with evaluate(whole) as process:
-        expected = process.communicate(timeout=120)[0]
-        assert process.returncode == 0, expected
-    assert row(printed) == row(expected)
+    whole = evaluate_checkpoint(checkpoint, mmlu_data=questions, results_dir=tmp_path / "whole")
+    name, *layers_and_score = printed.strip().splitlines()[-1].split()[:7]
+    assert name == "pair"
+    assert layers_and_score == f"1 3 {whole['score']:.4f} ± {whole['stderr']:.4f} {whole['questions']}".split()
 
 
 def workers_running(script: str) -> list[int]:

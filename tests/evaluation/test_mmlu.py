@@ -191,8 +191,8 @@ def test_a_limit_takes_the_first_questions_of_every_subject_and_the_result_names
     assert result["stderr"] is None  # a single question has none
     settings = result["settings"]
     assert (settings["limit"], settings["batch_size"], settings["seed"], settings["num_fewshot"]) == (1, 3, 7, 0)
-    assert (settings["device"], settings["dtype"], settings["mmlu_data"]) == ("cpu", "float32", str(mmlu_data))
-    assert settings["max_length"] == 3000  # the config's, not lm-eval's 2048 for models that name none
+    assert (settings["device"], settings["dtype"], result["mmlu_data"]) == ("cpu", "float32", str(mmlu_data))
+    assert result["max_length"] == 3000  # the config's, not lm-eval's 2048 for models that name none
     assert result["lm_eval_version"].startswith("0.4.")
 
 

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -50,7 +50,8 @@ def requests(pairs: list[tuple[str, str]]) -> list[Instance]:
 
 
 def assert_same_answers(model, pairs, *, batch_size=3, atol=2e-5, max_length=None):
-    stock = HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=2, max_length=max_length)
+    # With its cache stock reads wrong positions where one text is asked for twice, divided at different places.
+    stock = HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=2, max_length=max_length, logits_cache=False)
     ours = ScoringLM(model, make_tokenizer(), batch_size)
     ours._max_length = max_length
     wanted = stock.loglikelihood(requests(pairs), disable_tqdm=True)
@@ -83,13 +84,14 @@ def test_continuations_of_many_tokens_that_share_their_context(name):
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_requests(data):
     name = data.draw(st.sampled_from(sorted(MODELS)))
     text = st.lists(st.sampled_from(WORDS), max_size=8).map("".join)
     beginning = data.draw(text) * data.draw(st.integers(0, 5))
     pairs = data.draw(st.lists(st.tuples(text, text.filter(bool)), min_size=1, max_size=6))
     pairs = [(beginning + context, continuation) for context, continuation in pairs]
+    assume(all(context.strip() or not context for context, _ in pairs))  # stock fails on blanks alone
     assert_same_answers(MODELS[name], pairs, batch_size=data.draw(st.sampled_from([1, 2, 5, "auto"])))
 
 
