@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.checkpoint_info import INFO, read_info
-
-EVALUATIONS = "evaluations"  # in a checkpoint's folder
+from model_preparation.evaluation.results_folder import SETTINGS
+from model_preparation.evaluation.weights import weights_digest
+from model_preparation.surgery.checkpoint_info import EVALUATIONS, EVALUATIONS_ASIDE, INFO, read_info
+from model_preparation.untrusted.untrusted_files import read_json
 
 # `--output_path FILE.json` makes FILE_<date>.json of it.
 _RESULTS = re.compile(r"(?!samples_).*_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)\.json")
@@ -93,7 +94,24 @@ def locate(folders: Sequence[str | Path], task: str | None = None) -> list[Evalu
                 f"{folder} has {len(candidates)} evaluations. Give one of their folders in its place, or its name by "
                 f"--task: {_listed(candidates)}."
             )
-    return [candidates[0] for candidates in found]
+    chosen = [candidates[0] for candidates in found]
+    for evaluation in chosen:
+        _check_weights(evaluation)
+    return chosen
+
+
+def _check_weights(evaluation: EvaluationFiles) -> None:
+    """Raise SurgeryError if an evaluation of ours is not of the weights that the checkpoint it lies in has now."""
+    settings = evaluation.results_path.parents[1] / SETTINGS
+    if evaluation.checkpoint is None or not settings.is_file():
+        return
+    checkpoint = evaluation.checkpoint
+    now = weights_digest(checkpoint, read_info(checkpoint), checkpoint / EVALUATIONS)
+    if read_json(settings).get("weights") != now:
+        raise SurgeryError(
+            f"{settings.parent} holds results of other weights than {checkpoint} has now. Evaluate it again: "
+            f"python test_checkpoint.py --checkpoint {checkpoint} --full_eval and the flags of that evaluation."
+        )
 
 
 def _candidates(given: Path, task: str | None) -> list[EvaluationFiles]:
@@ -106,6 +124,8 @@ def _candidates(given: Path, task: str | None) -> list[EvaluationFiles]:
     root = given / EVALUATIONS if (given / INFO).is_file() else given
     files = [given] if given.is_file() else [path for depth in _DEPTHS for path in root.glob(depth)]
     files = [path for path in files if path.is_file() and _RESULTS.fullmatch(path.name)]
+    if not given.is_file():  # what was put aside, being of weights the checkpoint had before, has to be named
+        files = [path for path in files if not any(EVALUATIONS_ASIDE in part for part in path.relative_to(root).parts)]
     if not files:
         raise _not_finished(given, root)
     candidates = [_newest_complete(given, root, folder, files) for folder in sorted({path.parent for path in files})]

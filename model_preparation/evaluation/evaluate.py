@@ -18,13 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.recorded import RecordedLM
-from model_preparation.evaluation.results_folder import EVALUATIONS, ResultsFolder
+from model_preparation.evaluation.results_folder import ResultsFolder
 from model_preparation.evaluation.score_entry import enter_score, is_read_only
 from model_preparation.evaluation.scoring import ScoringLM
 from model_preparation.evaluation.tasks import MMLU, Tasks, is_mmlu, load_tasks, name_of, quiet
 from model_preparation.evaluation.weights import weights_digest
 from model_preparation.files.timestamps import creation_time
-from model_preparation.surgery.checkpoint_info import read_info
+from model_preparation.surgery.checkpoint_info import EVALUATIONS, read_info
 from model_preparation.surgery.checkpoint_loading import load_checkpoint
 
 SEED = 1234
@@ -57,8 +57,8 @@ def evaluate_checkpoint(
             checkpoint's own folder, in `evaluations/`.
 
     Returns:
-        As `evaluate_model`; and `date`, `results_dir` (the folder of this evaluation), `kept` (whether all was there
-        already), `entered` (whether checkpoint_info.json has this score now).
+        As `evaluate_model`; and `weights` (a digest), `date`, `results_dir` (the folder of this evaluation), `kept`
+        (whether all was there already), `entered` (whether checkpoint_info.json has this score now).
 
     Raises:
         SurgeryError: as `load_checkpoint` and `evaluate_model`; what can be checked is, before the model is loaded.
@@ -74,9 +74,9 @@ def evaluate_checkpoint(
         **_settings(loaded, limit, num_fewshot, batch_size, seed),
         "device": "parallelize" if parallelize else torch.device(device).type,
         "dtype": info["dtype"] if dtype is None else str(dtype).removeprefix("torch."),
-        "weights": weights_digest(directory, info, root),
     }
-    results = ResultsFolder(root, settings)
+    weights = weights_digest(directory, info, root)
+    results = ResultsFolder(root, settings, weights)
 
     def load(advance: Callable[[int], None]) -> ScoringLM:
         model, tokenizer = load_checkpoint(directory, device=device, dtype=dtype, parallelize=parallelize)
@@ -91,7 +91,7 @@ def evaluate_checkpoint(
             if lm.asked or result is None:
                 summary = _summary(found, loaded)
                 results.publish(tracker, found, found.pop("samples"))
-                result = {**summary, "settings": settings, "date": creation_time()}
+                result = {**summary, "settings": settings, "weights": weights, "date": creation_time()}
                 results.finish(result)
                 kept = False
             else:

@@ -1,11 +1,13 @@
 """Where an evaluation's answers and results are: a folder per checkpoint, tasks and settings.
 
-In: the settings. Out: `TASKS-DIGEST/`, held by one run at a time, with
+In: the settings. Out: `TASKS-DIGEST/`, the same name for the same settings whatever the checkpoint, held by one run at
+a time, with
     settings.json            what was asked of which weights
     answers/KIND.TASK.json   a record per task, as it is finished
     MODEL/                   lm-eval's own files: results_DATE.json, samples_TASK_DATE.jsonl
     result.json              the scores; written last, so the evaluation is finished if it is there
-All but lm-eval's files are sealed JSON (files/seal.py). Each appears whole or not at all.
+All but lm-eval's files are sealed JSON (files/seal.py). Each appears whole or not at all. What is there of other
+weights is put aside, as `TASKS-DIGEST.of-weights-DIGEST/`, and comes back with them.
 """
 
 import contextlib
@@ -14,19 +16,21 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
-from lm_eval.loggers import EvaluationTracker
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.new_file import write_file
 from model_preparation.files.new_folder import check_space, sync_tree
 from model_preparation.files.partial_folder import Hold, take
 from model_preparation.files.seal import check_seal, seal
+from model_preparation.surgery.checkpoint_info import EVALUATIONS_ASIDE
 from model_preparation.untrusted.untrusted_files import read_json
 
-EVALUATIONS = "evaluations"  # in a checkpoint's folder
+if TYPE_CHECKING:
+    from lm_eval.loggers import EvaluationTracker
+
 SETTINGS, RESULT, ANSWERS = "settings.json", "result.json", "answers"
 _SAFE = re.compile(r"[^\w.+-]+")
 
@@ -36,40 +40,41 @@ class ResultsFolder:
 
     Args:
         root: the folder that the evaluations of a checkpoint are in.
-        settings: everything that decides on the scores; `tasks` and `weights` are among it. Others, others' folder.
+        settings: everything that decides on the scores beside the weights; `tasks` is among it.
+        weights: the digest of the weights.
     """
 
-    def __init__(self, root: Path, settings: Mapping[str, Any]):
+    def __init__(self, root: Path, settings: Mapping[str, Any], weights: str):
         self.settings = dict(settings)
-        digest = blake3(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
+        self.weights = weights
+        digest = blake3(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         names = "+".join(Path(name).name for name in settings["tasks"])
         self.folder = root / f"{_SAFE.sub('_', names)[:60]}-{digest}"
         self._hold: Hold | None = None
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other runs out, and check that what is there is of these settings and weights.
+        """Keep other runs out, and put results of other weights aside.
 
         Raises:
-            SurgeryError: if another run is at it, or the folder holds results of something else.
+            SurgeryError: if another run is at it, or the folder holds results of other settings.
             OSError: if nothing can be written there.
         """
         self._hold = take(self.folder)
         try:
+            self._change_weights()
             (self.folder / ANSWERS).mkdir(parents=True, exist_ok=True)
             for unfinished in self.folder.rglob("*.partial-*"):  # of runs that were killed
                 unfinished.unlink()
-            self._check_settings()
-            self._write(SETTINGS, {"settings": self.settings})
+            self._write(SETTINGS, {"settings": self.settings, "weights": self.weights})
             yield
         finally:
             for entry in self._hold.entries():
-                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink()
+                shutil.rmtree(entry, ignore_errors=True)
             self._hold.release()
 
     def result(self) -> dict[str, Any] | None:
         """The result of a finished evaluation, else None."""
-        self._check_settings()
         return self._read(RESULT)
 
     def read_record(self, name: str) -> dict[str, Any] | None:
@@ -84,11 +89,13 @@ class ResultsFolder:
         """Raise SurgeryError if the disk has no room for files of this size."""
         check_space(self.folder, needed_bytes)
 
-    def tracker(self) -> EvaluationTracker:
+    def tracker(self) -> "EvaluationTracker":
         """lm-eval's writer of its own files, which `publish` calls and puts in place."""
+        from lm_eval.loggers import EvaluationTracker  # slow to import, and not needed to read results
+
         return EvaluationTracker(output_path=str(self._staging()))
 
-    def publish(self, tracker: EvaluationTracker, results: dict[str, Any], samples: Mapping[str, Sequence]) -> None:
+    def publish(self, tracker: "EvaluationTracker", results: dict[str, Any], samples: Mapping[str, Sequence]) -> None:
         """Write lm-eval's results and samples files.
 
         Raises:
@@ -119,18 +126,24 @@ class ResultsFolder:
         folder.mkdir(exist_ok=True)
         return folder
 
-    def _check_settings(self) -> None:
+    def _change_weights(self) -> None:
         found = self._read(SETTINGS)
-        if found is None or found.get("settings") == self.settings:
+        if found is None:
             return
-        settings = found.get("settings") or {}
-        names = sorted(settings.keys() | self.settings.keys())
-        odd = [name for name in names if settings.get(name) != self.settings.get(name)]
-        what = "other weights" if "weights" in odd else "other settings"
-        raise SurgeryError(
-            f"{self.folder} holds results of {what} ({', '.join(odd)} differ). It was renamed or copied here: "
-            "move it elsewhere, or choose another --results_dir."
-        )
+        if found["settings"] != self.settings:
+            names = sorted(self.settings.keys() | found["settings"].keys())
+            odd = [name for name in names if self.settings.get(name) != found["settings"].get(name)]
+            raise SurgeryError(
+                f"{self.folder} holds results of other settings ({', '.join(odd)} differ): somebody renamed it. "
+                "Move it elsewhere, or choose another --results_dir."
+            )
+        if found["weights"] != self.weights:
+            self.folder.rename(self._aside(found["weights"]))
+            if self._aside(self.weights).is_dir():
+                self._aside(self.weights).rename(self.folder)
+
+    def _aside(self, weights: str) -> Path:
+        return self.folder.with_name(f"{self.folder.name}{EVALUATIONS_ASIDE}{weights[:12]}")
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name

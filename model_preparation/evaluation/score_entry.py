@@ -16,7 +16,7 @@ from model_preparation.files.partial_folder import take
 from model_preparation.files.seal import seal
 from model_preparation.surgery.checkpoint_info import INFO, read_info
 
-_PARTS = ("score", "stderr", "questions", "lm_eval_version", "settings", "date")
+_PARTS = ("score", "stderr", "questions", "lm_eval_version", "settings", "weights", "date")
 _WAIT_SECONDS = 10  # for another evaluation of the same checkpoint that enters its score just now
 
 

@@ -4,6 +4,7 @@ In: a checkpoint's folder. Out: a BLAKE3 over the files `load_checkpoint` reads.
 the results and not read again while size, time and inode of the file are the same.
 """
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def weights_digest(directory: Path, info: dict[str, Any], root: Path) -> str:
         if known is None:
             known, settled = examine(directory / name)
             if settled:
-                record.parent.mkdir(parents=True, exist_ok=True)
-                remember(known, record)
+                with contextlib.suppress(OSError):  # what cannot be remembered is read again
+                    record.parent.mkdir(parents=True, exist_ok=True)
+                    remember(known, record)
         digest.update(f"{name} {known.digest}\n".encode())
     return digest.hexdigest()

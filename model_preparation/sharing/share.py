@@ -21,7 +21,7 @@ from model_preparation.files.seal import seal
 from model_preparation.sharing.hub_uploads import HUBS
 from model_preparation.sharing.licences import check_name, licence_of, terms_of
 from model_preparation.sharing.model_card import MEASURED, card_text, read_card
-from model_preparation.surgery.checkpoint_info import INFO, MODULE, STATE_DICT, TOKENIZER, read_info
+from model_preparation.surgery.checkpoint_info import EVALUATIONS, INFO, MODULE, STATE_DICT, TOKENIZER, read_info
 from model_preparation.surgery.hub_snapshots import first_line
 
 CARD, NOTICE, README = "README.md", "NOTICE", "README.txt"
@@ -107,7 +107,8 @@ def plan_share(
     texts = {CARD: card_content, INFO: seal(shared).decode()}
     if terms:
         texts[NOTICE] = "".join(f"{term.notice}\n" for term in terms)
-    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
+    files = (path.relative_to(directory) for path in directory.rglob("*") if not path.is_dir())
+    present = {f"{EVALUATIONS}/" if file.parts[0] == EVALUATIONS else file.as_posix() for file in files}
     return Share(
         directory=directory,
         repo=repo,

@@ -17,6 +17,8 @@ STATE_DICT = "model_state_dict.pt"
 README = "README.txt"
 TENSOR_DIGESTS = "tensor_digests.json"
 TOKENIZER = "tokenizer"
+EVALUATIONS = "evaluations"  # results, which come later and are no part of what was built
+EVALUATIONS_ASIDE = ".of-weights-"  # in the names of those that are of weights the checkpoint had before
 
 _INFO_FIELDS = {"replaced_layers": list, "total_layers": int, "config": dict, "generation_config": dict, "files": dict}
 

@@ -129,18 +129,36 @@ def test_every_setting_has_a_folder_of_its_own(checkpoint, mmlu):
     assert all(name.startswith("mmlu_virology-") for name in folders)
 
 
-def test_other_weights_are_another_evaluation(evaluated, mmlu, tmp_path, monkeypatch):
+def test_results_of_other_weights_are_put_aside_and_come_back_with_them(evaluated, mmlu, tmp_path, monkeypatch):
     changed = Path(shutil.copytree(evaluated[0], tmp_path / "checkpoint"))
+    old = (changed / "model_state_dict.pt").read_bytes()
     weights = torch.load(changed / "model_state_dict.pt")
     weights["lm_head.weight"] = -weights["lm_head.weight"]
     torch.save(weights, changed / "model_state_dict.pt")
     asked = answered_anew(monkeypatch)
+
     result = evaluate_checkpoint(changed, mmlu_data=mmlu)
+
     assert len(asked) == 57
-    assert Path(result["results_dir"]).name != Path(evaluated[1]["results_dir"]).name
-    assert result["settings"].keys() == evaluated[1]["settings"].keys()
-    differing = {name for name, value in result["settings"].items() if value != evaluated[1]["settings"][name]}
-    assert differing == {"weights"}
+    assert Path(result["results_dir"]).name == Path(evaluated[1]["results_dir"]).name
+    assert result["settings"] == evaluated[1]["settings"]
+    assert result["weights"] != evaluated[1]["weights"]
+    assert result["subjects"] != evaluated[1]["subjects"]
+    assert read_info(changed)["mmlu_result"]["weights"] == result["weights"]
+    compared = run_command("compare_checkpoints", changed, evaluated[0], "--output_dir", tmp_path / "comparison")
+    assert compared.returncode == 0, compared.stderr
+    assert "on 85 common questions" in compared.stdout
+
+    aside = f"{Path(result['results_dir']).name}.of-weights-{evaluated[1]['weights'][:12]}"
+    assert aside in {path.name for path in (changed / "evaluations").iterdir()}
+
+    (changed / "model_state_dict.pt").write_bytes(old)
+    stale = run_command("compare_checkpoints", changed, evaluated[0], "--output_dir", tmp_path / "stale")
+    assert_refused(stale, "holds results of other weights")
+    again = evaluate_checkpoint(changed, mmlu_data=mmlu)
+    assert len(asked) == 57
+    assert again["kept"]
+    assert again["subjects"] == evaluated[1]["subjects"]
 
 
 def test_results_of_something_else_under_the_right_name_are_refused(checkpoint, mmlu, part):
@@ -173,7 +191,7 @@ def test_the_score_is_entered_with_where_it_comes_from(evaluated):
     assert measured["lm_eval_version"] == lm_eval.__version__
     settings = measured["settings"]
     assert (settings["limit"], settings["num_fewshot"], settings["dtype"]) == (None, 0, "float32")
-    assert len(settings["questions"]) == len(settings["weights"]) == 64
+    assert len(settings["questions"]) == len(measured["weights"]) == 64
     assert measured["date"] == result["date"]
     assert result["entered"]
     assert verify_checkpoint(folder) == []  # sealed anew
