@@ -22,7 +22,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from transformers import DynamicCache, LlamaConfig, Mamba2Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
@@ -75,11 +74,12 @@ def sides_of(layers: SimpleNamespace, batch: int, length: int, dtype: torch.dtyp
     """What is timed on a sequence, by name."""
     mixer = layers.block.mixer
     hidden = torch.randn(batch, length, mixer.in_proj.in_features, dtype=dtype)
+    inner = torch.randn(batch, length, mixer.d_inner, dtype=dtype)
     positions = layers.rotary(hidden, torch.arange(length).unsqueeze(0))
     return {
         "ours": lambda: mixer(hidden),
         "mamba2": lambda: layers.mamba2(hidden),
-        "floor": lambda: mixer.out_proj(mixer.in_proj(hidden)[..., : mixer.d_inner]),
+        "floor": lambda: (mixer.in_proj(hidden), mixer.out_proj(inner)),
         "block": lambda: layers.block(hidden),
         "llama": lambda: layers.llama(hidden, position_embeddings=positions),  # without a mask SDPA is causal
     }
@@ -90,6 +90,7 @@ def decode_sides_of(layers: SimpleNamespace, batch: int, dtype: torch.dtype) -> 
     mixer = layers.block.mixer
     width = mixer.in_proj.in_features
     prompt, token = torch.randn(batch, PROMPT, width, dtype=dtype), torch.randn(batch, 1, width, dtype=dtype)
+    inner = torch.randn(batch, 1, mixer.d_inner, dtype=dtype)
     caches = {
         "ours": LlambaCache(layers.configs["llamba"]),
         "mamba2": DynamicCache(config=layers.configs["mamba2"]),
@@ -107,7 +108,7 @@ def decode_sides_of(layers: SimpleNamespace, batch: int, dtype: torch.dtype) -> 
 
     def floor() -> None:
         for _ in range(STEPS):
-            mixer.out_proj(F.linear(token, mixer.in_proj.weight)[..., : mixer.d_inner])
+            mixer.in_proj(token), mixer.out_proj(inner)
 
     return {"ours": steps_of("ours"), "mamba2": steps_of("mamba2"), "floor": floor}
 

@@ -10,16 +10,26 @@ Source: Mamba-2, Dao and Gu 2024 (arXiv 2405.21060), section 6, the block decomp
 import functools
 import importlib
 import importlib.util
+import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Longer chunks spend more on the (chunk x chunk) part than they save in steps between chunks.
 MAX_CHUNK = 64
+LOG2_E = math.log2(math.e)
+NEVER = -1e4  # exp of it is 0 in any dtype, and sums of it stay finite
 
 
 def scan(
-    x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, chunk_size: int, initial_state: Tensor | None = None
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    initial_state: Tensor | None = None,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over a sequence.
 
@@ -30,12 +40,14 @@ def scan(
         C: queries, (batch, length, G, N).
         chunk_size: tokens per chunk; the result does not depend on it beyond rounding.
         initial_state: (batch, H, P, N), or None for zeros.
+        D: (H,), adds D x to y.
 
     Returns:
         y (batch, length, H, P) and the final state (batch, H, P, N), in `log_decay`'s dtype.
     """
     if x.is_cuda and _has_flash_linear_attention():
-        return _scan_flash_linear_attention(x, log_decay, B, C, initial_state)
+        y, state = _scan_flash_linear_attention(x, log_decay, B, C, initial_state)
+        return y if D is None else y + D.to(y.dtype).unsqueeze(-1) * x, state
     dtype = log_decay.dtype
     batch, length, H, P = x.shape
     G, N = B.shape[2:]
@@ -43,69 +55,102 @@ def scan(
     Q = min(chunk_size, MAX_CHUNK, length)
     chunks = -(-length // Q)
 
-    def chunked(t: Tensor, *head_shape: int) -> Tensor:
-        """(batch, length, heads...) -> (batch, chunks, Q, *head_shape); zeros at the tail: no input, no decay."""
-        t = torch.nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (0, chunks * Q - length))
-        return t.view(batch, chunks, Q, *head_shape)
+    def by_chunk(t: Tensor, to: torch.dtype) -> Tensor:
+        """(batch, length, heads, width) -> (chunks * batch * heads, Q, width); zeros at the tail: no input, no decay."""
+        if chunks * Q > length:
+            t = F.pad(t, (0, 0, 0, 0, 0, chunks * Q - length))
+        t = t.unflatten(1, (chunks, Q)).permute(1, 0, 3, 2, 4)
+        return t.to(to, memory_format=torch.contiguous_format).reshape(-1, Q, t.shape[-1])
 
-    x = chunked(x.to(dtype), G, R, P).permute(0, 1, 3, 4, 2, 5)  # (batch, chunks, G, R, Q, P)
-    B = chunked(B.to(dtype), G, N).permute(0, 1, 3, 2, 4)  # (batch, chunks, G, Q, N)
-    C = chunked(C.to(dtype), G, N).permute(0, 1, 3, 2, 4)
-    log_decay = chunked(log_decay, G, R).permute(0, 1, 3, 4, 2)  # (batch, chunks, G, R, Q)
+    def per_head(t: Tensor) -> Tensor:
+        """(chunks * batch * G, ...) -> (chunks * batch * H, ...)"""
+        return t if R == 1 else t.repeat_interleave(R, 0)
 
-    # Within a chunk: attention with the decay between two tokens as its mask.
-    decay = segment_sum(log_decay).exp_()  # (batch, chunks, G, R, Q, Q)
-    y = ((C @ B.transpose(-1, -2)).unsqueeze(3) * decay) @ x
+    products = product_dtype(x)
+    x, B, C = by_chunk(x, products), by_chunk(B, products), by_chunk(C, products)
+    sums = (by_chunk(log_decay.clamp(min=NEVER).unsqueeze(-1), torch.float64) * LOG2_E).cumsum(1)  # (chunks * batch * H, Q, 1)
+
+    # Within a chunk: attention with the decay between two tokens as its mask, and D on the diagonal.
+    decay = segment_sum(sums, dtype).exp2_()  # (chunks * batch * H, Q, Q)
+    scores = per_head(torch.bmm(C, B.transpose(1, 2)).to(dtype)) * decay
+    if D is not None:
+        scores.view(-1, H, Q, Q).diagonal(dim1=2, dim2=3).add_(D.to(dtype).unsqueeze(-1))
+    y = torch.bmm(scores.to(products), x)
 
     # What each chunk adds to the state: its inputs, decayed to the chunk's end.
-    added = (x * decay[..., -1, :, None]).transpose(-1, -2) @ B.unsqueeze(3)  # (batch, chunks, G, R, P, N)
+    to_end = decay[:, -1].unsqueeze(-1)  # (chunks * batch * H, Q, 1)
+    B, C = per_head(B), per_head(C)
+    added = torch.bmm((x.to(dtype) * to_end).transpose(1, 2), B.to(dtype))  # (chunks * batch * H, P, N)
 
     # Between chunks: carry the state, and let every token read what came before its chunk.
-    from_start = log_decay.cumsum(-1).exp()  # (batch, chunks, G, R, Q)
-    state = x.new_zeros(batch, G, R, P, N) if initial_state is None else initial_state.to(dtype).view(batch, G, R, P, N)
-    carried = []
-    for chunk in range(chunks):
-        carried.append(state)
-        state = from_start[:, chunk, ..., -1, None, None] * state + added[:, chunk]
-    before = torch.stack(carried, 1)  # (batch, chunks, G, R, P, N)
-    y = y + (C.unsqueeze(3) @ before.transpose(-1, -2)) * from_start.unsqueeze(-1)
+    from_start = sums.to(dtype).exp2_()  # (chunks * batch * H, Q, 1)
+    state = x.new_zeros((batch * H, P, N), dtype=dtype) if initial_state is None else initial_state.to(dtype).flatten(0, 1)
+    before = []
+    for more, whole in zip(added.chunk(chunks), from_start[:, -1:].chunk(chunks), strict=True):
+        before.append(state)
+        state = torch.addcmul(more, state, whole)
+    if chunks > 1 or initial_state is not None:
+        carried = torch.cat(before).to(products).transpose(1, 2)
+        y = torch.baddbmm(y, (C * from_start).to(products), carried)
 
-    y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, chunks * Q, H, P)[:, :length]
-    return y, state.reshape(batch, H, P, N)
+    y = y.view(chunks, batch, H, Q, P).permute(1, 0, 3, 2, 4).to(dtype, memory_format=torch.contiguous_format)
+    return y.reshape(batch, chunks * Q, H, P)[:, :length], state.view(batch, H, P, N)
 
 
-def step(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def step(
+    x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One token of the recurrence.
 
     Args:
         x: (batch, H, P). log_decay: (batch, H). B, C: (batch, G, N). state: (batch, H, P, N).
+        D: (H,), adds D x to y.
 
     Returns:
         y (batch, H, P) and the new state (batch, H, P, N), in `log_decay`'s dtype.
     """
     dtype = log_decay.dtype
     repeats = x.shape[1] // B.shape[1]
-    B = B.to(dtype).repeat_interleave(repeats, 1)  # (batch, H, N)
-    C = C.to(dtype).repeat_interleave(repeats, 1)
-    state = log_decay.exp()[..., None, None] * state.to(dtype) + x.to(dtype).unsqueeze(-1) * B.unsqueeze(-2)
-    return (state @ C.unsqueeze(-1)).squeeze(-1), state
+    B, C, x = B.to(dtype), C.to(dtype), x.to(dtype)
+    if repeats > 1:
+        B, C = B.repeat_interleave(repeats, 1), C.repeat_interleave(repeats, 1)  # (batch, H, N)
+    state = log_decay.exp()[..., None, None] * state.to(dtype)
+    state = state.addcmul(x.unsqueeze(-1), B.unsqueeze(-2))
+    y = torch.bmm(state.flatten(0, 1), C.reshape(-1, C.shape[-1], 1)).view_as(x)
+    return y if D is None else y.addcmul(D.to(dtype).unsqueeze(-1), x), state
 
 
-def segment_sum(values: Tensor) -> Tensor:
-    """Sums over every span: out[..., i, j] = values[j+1] + ... + values[i], 0 on the diagonal, -inf above it.
+def segment_sum(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums over every span, from running sums: out[:, i, j] = sums[:, i] - sums[:, j], and -inf above the diagonal.
 
-    Summed span by span: differences of one running sum would lose the small spans after a large value.
+    Differences of float32 sums would lose the small spans after a large value. These are the float64 differences, taken
+    in two parts of `dtype`.
 
     Args:
-        values: (..., Q).
+        sums: (n, Q, 1) float64.
 
     Returns:
-        (..., Q, Q), same dtype.
+        (n, Q, Q) in `dtype`.
     """
-    Q = values.shape[-1]
-    below = torch.ones(Q, Q, dtype=torch.bool, device=values.device).tril(-1)
-    spans = values.unsqueeze(-1).expand(*values.shape, Q).masked_fill(~below, 0).cumsum(-2)
-    return spans.masked_fill(below.T, -torch.inf)
+    high = sums.detach().to(dtype)
+    low = (sums - high).to(dtype)
+    above = torch.full((sums.shape[1],) * 2, -torch.inf, dtype=dtype, device=sums.device).triu_(1)
+    return (high - high.transpose(1, 2)).add_(low).sub_(low.transpose(1, 2)).add_(above)
+
+
+def product_dtype(t: Tensor) -> torch.dtype:
+    """In which dtype the factors of matrix products are: bfloat16 stays so where a CPU multiplies it, others widen.
+
+    Sums are float32 either way.
+    """
+    if t.dtype == torch.bfloat16 and t.device.type == "cpu" and _cpu_has_bfloat16():
+        return t.dtype
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+@functools.cache
+def _cpu_has_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 @functools.cache
