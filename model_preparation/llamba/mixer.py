@@ -14,7 +14,7 @@ from .cache_llamba import LlambaCache
 from .configuration_llamba import LlambaConfig
 from .ssd import product_dtype, scan, step
 
-BLOCK_TOKENS = 256
+BLOCK_TOKENS = 512
 SHORT = 8  # tokens up to which shifted products are faster than conv2d
 
 
@@ -95,7 +95,8 @@ class LlambaMixer(nn.Module):
         rows, tokens = _block_of(hidden_states)
         for first in range(0, batch, rows):
             of_rows = slice(first, first + rows)
-            row_inputs, row_state = inputs[of_rows], None if state is None else state[of_rows]
+            row_inputs = inputs[of_rows]
+            row_state = state if state is None or rows >= batch else state[of_rows]
             for start in range(0, length, tokens):
                 block = hidden_states[of_rows, start : start + tokens]
                 real = None if padding is None else (padding.lengths[of_rows] - start).clamp(0, block.shape[1])
@@ -104,9 +105,7 @@ class LlambaMixer(nn.Module):
             last_inputs.append(row_inputs)
             last_states.append(row_state)
         if cache is not None:
-            last = _joined(last_inputs).transpose(1, 2)
-            cache.update_conv_state(last, self.layer_idx, conv_kernel_size=self.d_conv)
-            cache.update_recurrent_state(_joined(last_states), self.layer_idx)
+            cache.layers[self.layer_idx].remember(_joined(last_inputs).transpose(1, 2), _joined(last_states))
         out = _joined(outputs).view(batch, length, width)
         return out if padding is None else _take(out, padding.inverse)
 
@@ -171,10 +170,13 @@ class LlambaMixer(nn.Module):
             out = F.conv2d(image, weight.to(dtype).unsqueeze(2), bias, groups=self.conv_dim).squeeze(2).transpose(1, 2)
         else:
             sums = torch.promote_types(dtype, torch.float32)
-            window, taps = window.to(sums), weight.to(sums).squeeze(1).unbind(-1)  # d_conv of (conv_dim,)
-            out = window[:, 1 : length + 1] * taps[0]
-            for shift, tap in enumerate(taps[1:], start=2):
-                out = torch.addcmul(out, window[:, shift : shift + length], tap)
+            window, taps = window.to(sums), weight.to(sums).squeeze(1).t()  # taps: (d_conv, conv_dim)
+            if length == 1:
+                out = (window[:, 1:] * taps).sum(1, keepdim=True)
+            else:
+                out = window[:, 1 : length + 1] * taps[0]
+                for shift, tap in enumerate(taps[1:], start=2):
+                    out = torch.addcmul(out, window[:, shift : shift + length], tap)
             out = (out if bias is None else out + bias.to(sums)).to(dtype)
         return F.silu(out) if self.has_activation else out
 

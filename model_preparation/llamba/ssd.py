@@ -103,7 +103,8 @@ def step(
     """One token of the recurrence.
 
     Args:
-        x: (batch, H, P). log_decay: (batch, H). B, C: (batch, G, N). state: (batch, H, P, N).
+        x: (batch, H, P). log_decay: (batch, H). B, C: (batch, G, N).
+        state: (batch, H, P, N); changed in place where no gradients are recorded and its dtype is `log_decay`'s.
         D: (H,), adds D x to y.
 
     Returns:
@@ -114,10 +115,14 @@ def step(
     B, C, x = B.to(dtype), C.to(dtype), x.to(dtype)
     if repeats > 1:
         B, C = B.repeat_interleave(repeats, 1), C.repeat_interleave(repeats, 1)  # (batch, H, N)
-    state = log_decay.exp()[..., None, None] * state.to(dtype)
-    state = state.addcmul(x.unsqueeze(-1), B.unsqueeze(-2))
+    decay = log_decay.exp()[..., None, None]
+    if torch.is_grad_enabled():
+        state = state.to(dtype) * decay
+    else:
+        state = state.to(dtype).mul_(decay)
+    state = state.addcmul_(x.unsqueeze(-1), B.unsqueeze(-2))
     y = torch.bmm(state.flatten(0, 1), C.reshape(-1, C.shape[-1], 1)).view_as(x)
-    return y if D is None else y.addcmul(D.to(dtype).unsqueeze(-1), x), state
+    return y if D is None else y.addcmul_(D.to(dtype).unsqueeze(-1), x), state
 
 
 def segment_sum(sums: Tensor, dtype: torch.dtype) -> Tensor:
