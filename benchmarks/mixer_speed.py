@@ -1,10 +1,10 @@
 """LlambaMixer on a CPU against transformers' Mamba2Mixer, a Llama layer, and its own two projections.
 
 All sides of one size have the same width, heads of 64, state size 64 and MLP, random weights, no gradients; they run in
-turns in one process, and what is compared is the medians. Mamba2Mixer runs its PyTorch path with as many groups as heads
-and no activation after the convolution, as a Llamba: both projections and the convolution have the same shapes. The
-projections alone (in_proj, then out_proj) are the floor. A Llama layer is compared with the whole block, mixer and MLP.
-A decode step is one token for each row of the batch after 128, from a cache.
+turns in one process, and what is compared is the medians. Mamba2Mixer runs its PyTorch path, with as many groups as
+heads and no activation after the convolution, as a Llamba: both projections and the convolution have the same shapes.
+The projections alone (in_proj, then out_proj) are the floor. A Llama layer is compared with the whole block, mixer and
+MLP. A decode step is one token for each row of the batch after 128, from a cache.
 
     OMP_NUM_THREADS=1 python benchmarks/mixer_speed.py
     python benchmarks/mixer_speed.py --threads 2 --dtypes bfloat16

@@ -2,8 +2,8 @@
 
 Per value head h of group g = h // (H / G), with log decay l_t = -softplus(a_t) <= 0:
     S_t = exp(l_t) S_{t-1} + x_t B_t^T        y_t = S_t C_t
-`scan` does a whole sequence in chunks, `step` one token. Both work in at least float32 whatever they are given, and
-take exp only of sums of l, which are never positive: nothing can overflow and nothing is divided by softplus(a).
+`scan` does a whole sequence in chunks, `step` one token. State and decay are at least float32 whatever the rest is; see
+`product_dtype` for the factors of `scan`'s matrix products. Both take exp only of sums of l, which are never positive: nothing can overflow and nothing is divided by softplus(a).
 Source: Mamba-2, Dao and Gu 2024 (arXiv 2405.21060), section 6, the block decomposition of a semiseparable matrix.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 MAX_CHUNK = 64
 LOG2_E = math.log2(math.e)
 NEVER = -1e4  # exp of it is 0 in any dtype, and sums of it stay finite
+HAVE_FLOAT64 = ("cpu", "cuda")  # devices; MPS and most NPUs have none
 
 
 def scan(
@@ -56,7 +57,7 @@ def scan(
     chunks = -(-length // Q)
 
     def by_chunk(t: Tensor, to: torch.dtype) -> Tensor:
-        """(batch, length, heads, width) -> (chunks * batch * heads, Q, width); zeros at the tail: no input, no decay."""
+        """(batch, length, heads, width) -> (chunks * batch * heads, Q, width); zeros, which do nothing, at the tail."""
         if chunks * Q > length:
             t = F.pad(t, (0, 0, 0, 0, 0, chunks * Q - length))
         t = t.unflatten(1, (chunks, Q)).permute(1, 0, 3, 2, 4)
@@ -68,10 +69,11 @@ def scan(
 
     products = product_dtype(x)
     x, B, C = by_chunk(x, products), by_chunk(B, products), by_chunk(C, products)
-    sums = (by_chunk(log_decay.clamp(min=NEVER).unsqueeze(-1), torch.float64) * LOG2_E).cumsum(1)  # (chunks * batch * H, Q, 1)
+    # exp2, as exp takes 10 times as long on a CPU where its result is 0.
+    log_decay = by_chunk(log_decay.clamp(min=NEVER).unsqueeze(-1), dtype) * LOG2_E  # (chunks * batch * H, Q, 1)
 
     # Within a chunk: attention with the decay between two tokens as its mask, and D on the diagonal.
-    decay = segment_sum(sums, dtype).exp2_()  # (chunks * batch * H, Q, Q)
+    decay = segment_sum(log_decay).exp2_()  # (chunks * batch * H, Q, Q)
     scores = per_head(torch.bmm(C, B.transpose(1, 2)).to(dtype)) * decay
     if D is not None:
         scores.view(-1, H, Q, Q).diagonal(dim1=2, dim2=3).add_(D.to(dtype).unsqueeze(-1))
@@ -80,11 +82,12 @@ def scan(
     # What each chunk adds to the state: its inputs, decayed to the chunk's end.
     to_end = decay[:, -1].unsqueeze(-1)  # (chunks * batch * H, Q, 1)
     B, C = per_head(B), per_head(C)
-    added = torch.bmm((x.to(dtype) * to_end).transpose(1, 2), B.to(dtype))  # (chunks * batch * H, P, N)
+    added = torch.bmm((x.to(dtype) * to_end).to(products).transpose(1, 2), B).to(dtype)  # (chunks * batch * H, P, N)
 
     # Between chunks: carry the state, and let every token read what came before its chunk.
-    from_start = sums.to(dtype).exp2_()  # (chunks * batch * H, Q, 1)
-    state = x.new_zeros((batch * H, P, N), dtype=dtype) if initial_state is None else initial_state.to(dtype).flatten(0, 1)
+    from_start = log_decay.cumsum(1).exp2_()  # (chunks * batch * H, Q, 1)
+    state = x.new_zeros((batch, H, P, N), dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    state = state.flatten(0, 1)
     before = []
     for more, whole in zip(added.chunk(chunks), from_start[:, -1:].chunk(chunks), strict=True):
         before.append(state)
@@ -116,37 +119,41 @@ def step(
     if repeats > 1:
         B, C = B.repeat_interleave(repeats, 1), C.repeat_interleave(repeats, 1)  # (batch, H, N)
     decay = log_decay.exp()[..., None, None]
-    if torch.is_grad_enabled():
-        state = state.to(dtype) * decay
-    else:
-        state = state.to(dtype).mul_(decay)
+    state = state.to(dtype) * decay if torch.is_grad_enabled() else state.to(dtype).mul_(decay)
     state = state.addcmul_(x.unsqueeze(-1), B.unsqueeze(-2))
-    y = torch.bmm(state.flatten(0, 1), C.reshape(-1, C.shape[-1], 1)).view_as(x)
+    # C from the left: with C as a column bmm takes 7 times as long on a CPU.
+    y = torch.bmm(C.reshape(-1, 1, C.shape[-1]), state.flatten(0, 1).transpose(1, 2)).view_as(x)
     return y if D is None else y.addcmul_(D.to(dtype).unsqueeze(-1), x), state
 
 
-def segment_sum(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums over every span, from running sums: out[:, i, j] = sums[:, i] - sums[:, j], and -inf above the diagonal.
+def segment_sum(values: Tensor) -> Tensor:
+    """Sums over every span: out[:, i, j] = values[:, j+1] + ... + values[:, i], 0 on the diagonal, -inf above it.
 
-    Differences of float32 sums would lose the small spans after a large value. These are the float64 differences, taken
-    in two parts of `dtype`.
+    Differences of running sums in float32 would lose the small spans after a large value. In float64 they do not; they
+    are taken in two parts of the values' dtype, of which the second is what the first rounds off.
 
     Args:
-        sums: (n, Q, 1) float64.
+        values: (n, Q, 1).
 
     Returns:
-        (n, Q, Q) in `dtype`.
+        (n, Q, Q), same dtype.
     """
-    high = sums.detach().to(dtype)
-    low = (sums - high).to(dtype)
-    above = torch.full((sums.shape[1],) * 2, -torch.inf, dtype=dtype, device=sums.device).triu_(1)
-    return (high - high.transpose(1, 2)).add_(low).sub_(low.transpose(1, 2)).add_(above)
+    Q = values.shape[1]
+    if values.device.type in HAVE_FLOAT64:
+        sums = values.double().cumsum(1)
+        high = sums.detach().to(values.dtype)
+        low = (sums - high).to(values.dtype)
+        spans = (high - high.transpose(1, 2)).add_(low).sub_(low.transpose(1, 2))
+    else:
+        spans = values.expand(-1, -1, Q).tril(-1).cumsum(1)
+    return spans.add_(torch.full((Q, Q), -torch.inf, dtype=values.dtype, device=values.device).triu_(1))
 
 
 def product_dtype(t: Tensor) -> torch.dtype:
-    """In which dtype the factors of matrix products are: bfloat16 stays so where a CPU multiplies it, others widen.
+    """The dtype of the factors of matrix products: bfloat16 where a CPU multiplies it, else at least float32.
 
-    Sums are float32 either way.
+    Sums are float32 either way; of bfloat16 factors each product of matrices is rounded to bfloat16 once, as upstream's
+    kernels round the factors. What is carried from chunk to chunk is float32.
     """
     if t.dtype == torch.bfloat16 and t.device.type == "cpu" and _cpu_has_bfloat16():
         return t.dtype
