@@ -34,9 +34,9 @@ HEAD_DIM = STATE = 64
 CHUNK = 128  # Llamba's; with its own default of 256 Mamba2Mixer would compute short sequences twice
 PROMPT = 128  # tokens before a decode step
 STEPS = 10  # decode steps per measurement
-GOALS = {  # geometric mean over the sizes, and the worst size; more is better
-    "float32": {"mamba2": (1.4, 1.0), "floor": (1 / 1.6, 0), "llama": (1.0, 1.0), "decode": (1.7, 1.0)},
-    "bfloat16": {"mamba2": (2.0, 1.0), "floor": (1 / 1.6, 0), "llama": (1.0, 1.0), "decode": (1.7, 1.0)},
+GOALS = {  # geometric mean over the sizes, and the worst size; more is better. None is set against a Llama layer.
+    "float32": {"mamba2": (1.4, 1.0), "floor": (1 / 1.6, 0), "decode": (1.7, 1.0)},
+    "bfloat16": {"mamba2": (2.0, 1.0), "floor": (1 / 1.6, 0), "decode": (1.7, 1.0)},
 }
 MEANING = {
     "mamba2": "Mamba2Mixer's time / LlambaMixer's",
@@ -132,10 +132,13 @@ def medians(sides: dict[str, Callable[[], object]], seconds_wanted: float) -> di
 def verdict(dtype: str, kind: str, ratios: list[float]) -> str:
     """One line: the geometric mean, the worst size, and whether they reach their goals."""
     mean, worst = math.exp(statistics.fmean(map(math.log, ratios))), min(ratios)
+    found = f"{dtype:<9} {MEANING[kind]:<52} mean {mean:.2f}, worst {worst:.2f}"
+    if kind not in GOALS[dtype]:
+        return found
     mean_goal, worst_goal = GOALS[dtype][kind]
     met = "met" if mean >= mean_goal and worst >= worst_goal else "NOT met"
     goal = f"goal {mean_goal:.3g}" + (f", never below {worst_goal:.3g}" if worst_goal else "")
-    return f"{dtype:<9} {MEANING[kind]:<52} mean {mean:.2f}, worst {worst:.2f} ({goal}: {met})"
+    return f"{found} ({goal}: {met})"
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
 Per value head h of group g = h // (H / G), with log decay l_t = -softplus(a_t) <= 0:
     S_t = exp(l_t) S_{t-1} + x_t B_t^T        y_t = S_t C_t
 `scan` does a whole sequence in chunks, `step` one token. State and decay are at least float32 whatever the rest is; see
-`product_dtype` for the factors of `scan`'s matrix products. Both take exp only of sums of l, which are never positive: nothing can overflow and nothing is divided by softplus(a).
+`product_dtype` for the factors of `scan`'s matrix products. Both take exponentials only of sums of l, which are never
+positive: nothing can overflow and nothing is divided by softplus(a).
 Source: Mamba-2, Dao and Gu 2024 (arXiv 2405.21060), section 6, the block decomposition of a semiseparable matrix.
 """
 
