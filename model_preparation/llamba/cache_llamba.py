@@ -21,6 +21,15 @@ class MambaStateLayer(LinearAttentionLayer):
         """(conv state, SSM state) after the tokens seen so far; (None, None) before the first."""
         return (self.conv_states[0], self.recurrent_states[0]) if self.has_previous_state[0] else (None, None)
 
+    def remember(self, inputs: torch.Tensor, state: torch.Tensor) -> None:
+        """Keep what `states` shall give next; either may be the tensor kept here, changed in place."""
+        if self.has_previous_state[0]:
+            # update_conv_state would first append to the old inputs: a quarter of a decode step.
+            self.conv_states[0].copy_(inputs)
+        else:
+            self.update_conv_state(inputs)
+        self.update_recurrent_state(state)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row's state `repeats` times."""
         self.reorder_cache(torch.arange(self.conv_states[0].shape[0]).repeat_interleave(repeats))

@@ -2,24 +2,36 @@
 
 Per value head h of group g = h // (H / G), with log decay l_t = -softplus(a_t) <= 0:
     S_t = exp(l_t) S_{t-1} + x_t B_t^T        y_t = S_t C_t
-`scan` does a whole sequence in chunks, `step` one token. Both work in at least float32 whatever they are given, and
-take exp only of sums of l, which are never positive: nothing can overflow and nothing is divided by softplus(a).
+`scan` does a whole sequence in chunks, `step` one token. State and decay are at least float32 whatever the rest is; see
+`product_dtype` for the factors of `scan`'s matrix products. Both take exponentials only of sums of l, which are never
+positive: nothing can overflow and nothing is divided by softplus(a).
 Source: Mamba-2, Dao and Gu 2024 (arXiv 2405.21060), section 6, the block decomposition of a semiseparable matrix.
 """
 
 import functools
 import importlib
 import importlib.util
+import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Longer chunks spend more on the (chunk x chunk) part than they save in steps between chunks.
 MAX_CHUNK = 64
+LOG2_E = math.log2(math.e)
+NEVER = -1e4  # exp of it is 0 in any dtype, and sums of it stay finite
+HAVE_FLOAT64 = ("cpu", "cuda")  # devices; MPS and most NPUs have none
 
 
 def scan(
-    x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, chunk_size: int, initial_state: Tensor | None = None
+    x: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    initial_state: Tensor | None = None,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the recurrence over a sequence.
 
@@ -30,12 +42,14 @@ def scan(
         C: queries, (batch, length, G, N).
         chunk_size: tokens per chunk; the result does not depend on it beyond rounding.
         initial_state: (batch, H, P, N), or None for zeros.
+        D: (H,), adds D x to y.
 
     Returns:
         y (batch, length, H, P) and the final state (batch, H, P, N), in `log_decay`'s dtype.
     """
     if x.is_cuda and _has_flash_linear_attention():
-        return _scan_flash_linear_attention(x, log_decay, B, C, initial_state)
+        y, state = _scan_flash_linear_attention(x, log_decay, B, C, initial_state)
+        return y if D is None else y + D.to(y.dtype).unsqueeze(-1) * x, state
     dtype = log_decay.dtype
     batch, length, H, P = x.shape
     G, N = B.shape[2:]
@@ -43,69 +57,113 @@ def scan(
     Q = min(chunk_size, MAX_CHUNK, length)
     chunks = -(-length // Q)
 
-    def chunked(t: Tensor, *head_shape: int) -> Tensor:
-        """(batch, length, heads...) -> (batch, chunks, Q, *head_shape); zeros at the tail: no input, no decay."""
-        t = torch.nn.functional.pad(t, (0, 0) * (t.dim() - 2) + (0, chunks * Q - length))
-        return t.view(batch, chunks, Q, *head_shape)
+    def by_chunk(t: Tensor, to: torch.dtype) -> Tensor:
+        """(batch, length, heads, width) -> (chunks * batch * heads, Q, width); zeros, which do nothing, at the tail."""
+        if chunks * Q > length:
+            t = F.pad(t, (0, 0, 0, 0, 0, chunks * Q - length))
+        t = t.unflatten(1, (chunks, Q)).permute(1, 0, 3, 2, 4)
+        return t.to(to, memory_format=torch.contiguous_format).reshape(-1, Q, t.shape[-1])
 
-    x = chunked(x.to(dtype), G, R, P).permute(0, 1, 3, 4, 2, 5)  # (batch, chunks, G, R, Q, P)
-    B = chunked(B.to(dtype), G, N).permute(0, 1, 3, 2, 4)  # (batch, chunks, G, Q, N)
-    C = chunked(C.to(dtype), G, N).permute(0, 1, 3, 2, 4)
-    log_decay = chunked(log_decay, G, R).permute(0, 1, 3, 4, 2)  # (batch, chunks, G, R, Q)
+    def per_head(t: Tensor) -> Tensor:
+        """(chunks * batch * G, ...) -> (chunks * batch * H, ...)"""
+        return t if R == 1 else t.repeat_interleave(R, 0)
 
-    # Within a chunk: attention with the decay between two tokens as its mask.
-    decay = segment_sum(log_decay).exp_()  # (batch, chunks, G, R, Q, Q)
-    y = ((C @ B.transpose(-1, -2)).unsqueeze(3) * decay) @ x
+    products = product_dtype(x)
+    x, B, C = by_chunk(x, products), by_chunk(B, products), by_chunk(C, products)
+    # exp2, as exp takes 10 times as long on a CPU where its result is 0.
+    log_decay = by_chunk(log_decay.clamp(min=NEVER).unsqueeze(-1), dtype) * LOG2_E  # (chunks * batch * H, Q, 1)
+
+    # Within a chunk: attention with the decay between two tokens as its mask, and D on the diagonal.
+    decay = segment_sum(log_decay).exp2_()  # (chunks * batch * H, Q, Q)
+    scores = per_head(torch.bmm(C, B.transpose(1, 2)).to(dtype)) * decay
+    if D is not None:
+        scores.view(-1, H, Q, Q).diagonal(dim1=2, dim2=3).add_(D.to(dtype).unsqueeze(-1))
+    y = torch.bmm(scores.to(products), x)
 
     # What each chunk adds to the state: its inputs, decayed to the chunk's end.
-    added = (x * decay[..., -1, :, None]).transpose(-1, -2) @ B.unsqueeze(3)  # (batch, chunks, G, R, P, N)
+    to_end = decay[:, -1].unsqueeze(-1)  # (chunks * batch * H, Q, 1)
+    B, C = per_head(B), per_head(C)
+    added = torch.bmm((x.to(dtype) * to_end).to(products).transpose(1, 2), B).to(dtype)  # (chunks * batch * H, P, N)
 
     # Between chunks: carry the state, and let every token read what came before its chunk.
-    from_start = log_decay.cumsum(-1).exp()  # (batch, chunks, G, R, Q)
-    state = x.new_zeros(batch, G, R, P, N) if initial_state is None else initial_state.to(dtype).view(batch, G, R, P, N)
-    carried = []
-    for chunk in range(chunks):
-        carried.append(state)
-        state = from_start[:, chunk, ..., -1, None, None] * state + added[:, chunk]
-    before = torch.stack(carried, 1)  # (batch, chunks, G, R, P, N)
-    y = y + (C.unsqueeze(3) @ before.transpose(-1, -2)) * from_start.unsqueeze(-1)
+    from_start = log_decay.cumsum(1).exp2_()  # (chunks * batch * H, Q, 1)
+    state = x.new_zeros((batch, H, P, N), dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    state = state.flatten(0, 1)
+    before = []
+    for more, whole in zip(added.chunk(chunks), from_start[:, -1:].chunk(chunks), strict=True):
+        before.append(state)
+        state = torch.addcmul(more, state, whole)
+    if chunks > 1 or initial_state is not None:
+        carried = torch.cat(before).to(products).transpose(1, 2)
+        y = torch.baddbmm(y, (C * from_start).to(products), carried)
 
-    y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, chunks * Q, H, P)[:, :length]
-    return y, state.reshape(batch, H, P, N)
+    y = y.view(chunks, batch, H, Q, P).permute(1, 0, 3, 2, 4).to(dtype, memory_format=torch.contiguous_format)
+    return y.reshape(batch, chunks * Q, H, P)[:, :length], state.view(batch, H, P, N)
 
 
-def step(x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def step(
+    x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One token of the recurrence.
 
     Args:
-        x: (batch, H, P). log_decay: (batch, H). B, C: (batch, G, N). state: (batch, H, P, N).
+        x: (batch, H, P). log_decay: (batch, H). B, C: (batch, G, N).
+        state: (batch, H, P, N); changed in place where no gradients are recorded and its dtype is `log_decay`'s.
+        D: (H,), adds D x to y.
 
     Returns:
         y (batch, H, P) and the new state (batch, H, P, N), in `log_decay`'s dtype.
     """
     dtype = log_decay.dtype
     repeats = x.shape[1] // B.shape[1]
-    B = B.to(dtype).repeat_interleave(repeats, 1)  # (batch, H, N)
-    C = C.to(dtype).repeat_interleave(repeats, 1)
-    state = log_decay.exp()[..., None, None] * state.to(dtype) + x.to(dtype).unsqueeze(-1) * B.unsqueeze(-2)
-    return (state @ C.unsqueeze(-1)).squeeze(-1), state
+    B, C, x = B.to(dtype), C.to(dtype), x.to(dtype)
+    if repeats > 1:
+        B, C = B.repeat_interleave(repeats, 1), C.repeat_interleave(repeats, 1)  # (batch, H, N)
+    decay = log_decay.exp()[..., None, None]
+    state = state.to(dtype) * decay if torch.is_grad_enabled() else state.to(dtype).mul_(decay)
+    state = state.addcmul_(x.unsqueeze(-1), B.unsqueeze(-2))
+    # C from the left: with C as a column bmm takes 7 times as long on a CPU.
+    y = torch.bmm(C.reshape(-1, 1, C.shape[-1]), state.flatten(0, 1).transpose(1, 2)).view_as(x)
+    return y if D is None else y.addcmul_(D.to(dtype).unsqueeze(-1), x), state
 
 
 def segment_sum(values: Tensor) -> Tensor:
-    """Sums over every span: out[..., i, j] = values[j+1] + ... + values[i], 0 on the diagonal, -inf above it.
+    """Sums over every span: out[:, i, j] = values[:, j+1] + ... + values[:, i], 0 on the diagonal, -inf above it.
 
-    Summed span by span: differences of one running sum would lose the small spans after a large value.
+    Differences of running sums in float32 would lose the small spans after a large value. In float64 they do not; they
+    are taken in two parts of the values' dtype, of which the second is what the first rounds off.
 
     Args:
-        values: (..., Q).
+        values: (n, Q, 1).
 
     Returns:
-        (..., Q, Q), same dtype.
+        (n, Q, Q), same dtype.
     """
-    Q = values.shape[-1]
-    below = torch.ones(Q, Q, dtype=torch.bool, device=values.device).tril(-1)
-    spans = values.unsqueeze(-1).expand(*values.shape, Q).masked_fill(~below, 0).cumsum(-2)
-    return spans.masked_fill(below.T, -torch.inf)
+    Q = values.shape[1]
+    if values.device.type in HAVE_FLOAT64:
+        sums = values.double().cumsum(1)
+        high = sums.detach().to(values.dtype)
+        low = (sums - high).to(values.dtype)
+        spans = (high - high.transpose(1, 2)).add_(low).sub_(low.transpose(1, 2))
+    else:
+        spans = values.expand(-1, -1, Q).tril(-1).cumsum(1)
+    return spans.add_(torch.full((Q, Q), -torch.inf, dtype=values.dtype, device=values.device).triu_(1))
+
+
+def product_dtype(t: Tensor) -> torch.dtype:
+    """The dtype of the factors of matrix products: bfloat16 where a CPU multiplies it, else at least float32.
+
+    Sums are float32 either way; of bfloat16 factors each product of matrices is rounded to bfloat16 once, as upstream's
+    kernels round the factors. What is carried from chunk to chunk is float32.
+    """
+    if t.dtype == torch.bfloat16 and t.device.type == "cpu" and _cpu_has_bfloat16():
+        return t.dtype
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+@functools.cache
+def _cpu_has_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 @functools.cache

@@ -162,15 +162,17 @@ def test_when_memory_runs_out_auto_goes_on_with_half_as_many_rows(monkeypatch):
         ScoringLM(model, make_tokenizer(), 4).loglikelihood(requests(pairs), disable_tqdm=True)
 
 
-def test_a_shared_cache_is_not_changed_by_what_comes_after():
+@pytest.mark.parametrize(("rows", "length"), [(2, 3), (2, 1), (1, 1)])  # a single token is a step, in place
+def test_a_shared_cache_is_not_changed_by_what_comes_after(rows, length):
     model = MODELS["grafted"]
+    tokens = torch.arange(rows * length).view(rows, length)
     prefix = LlambaCache(model.config)
     with torch.no_grad():
         model(torch.arange(20)[None], past_key_values=prefix, use_cache=True)
         assert can_share(prefix)
-        first = model(torch.arange(6).view(2, 3), past_key_values=shared(prefix, 2), use_cache=True).logits
-        again = model(torch.arange(6).view(2, 3), past_key_values=shared(prefix, 2), use_cache=True).logits
-        whole = model(torch.cat([torch.arange(20).expand(2, -1), torch.arange(6).view(2, 3)], 1)).logits[:, 20:]
+        first = model(tokens, past_key_values=shared(prefix, rows), use_cache=True).logits
+        again = model(tokens, past_key_values=shared(prefix, rows), use_cache=True).logits
+        whole = model(torch.cat([torch.arange(20).expand(rows, -1), tokens], 1)).logits[:, 20:]
     assert prefix.get_seq_length() == 20
     torch.testing.assert_close(first, again, rtol=0, atol=0)
     torch.testing.assert_close(first, whole, rtol=1e-5, atol=1e-5)

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model_preparation.llamba import mixer as mixer_module
 from model_preparation.llamba import ssd
-from model_preparation.llamba.mixer import LlambaMixer
+from model_preparation.llamba.cache_llamba import LlambaCache
+from model_preparation.llamba.mixer import LlambaMixer, PaddingLayout
 from tests.conftest import seeded, tiny_config
 
 
@@ -116,8 +118,10 @@ def test_extreme_decays_stay_finite_and_right(dtype, a):
     assert relative_error(found, recurrence(mixer, cfg, hidden)) < tolerance
 
 
-def test_a_short_memory_after_a_long_one_is_exact():
-    """Differences of one running sum would lose the small decays that follow a very large one."""
+@pytest.mark.parametrize("devices", [ssd.HAVE_FLOAT64, ()], ids=["float64", "no float64"])
+def test_a_short_memory_after_a_long_one_is_exact(monkeypatch, devices):
+    """Differences of one float32 running sum would lose the small decays that follow a very large one."""
+    monkeypatch.setattr(ssd, "HAVE_FLOAT64", devices)
     log_decay = torch.full((1, 40, 1), -1e-3)
     log_decay[:, 3] = -30000.0
     x = torch.randn(1, 40, 1, 4, generator=torch.Generator().manual_seed(5))
@@ -144,6 +148,130 @@ def test_steps_continue_a_scan():
         y, state = ssd.step(x[:, t], log_decay[:, t], B[:, t], C[:, t], state)
         torch.testing.assert_close(y, whole[:, t], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state, final, rtol=1e-5, atol=1e-5)
+
+
+def random_scan(length: int, batch: int = 2, H: int = 4, G: int = 2) -> tuple[Tensor, ...]:
+    """x, log_decay, B, C, an initial state and D."""
+    generator = torch.Generator().manual_seed(length)
+    shapes = ((batch, length, H, 3), (batch, length, H), (batch, length, G, 5), (batch, length, G, 5))
+    x, a, B, C = (torch.randn(shape, generator=generator) for shape in shapes)
+    state, D = torch.randn(batch, H, 3, 5, generator=generator), torch.randn(H, generator=generator)
+    return x, -F.softplus(a), B, C, state, D
+
+
+@settings(max_examples=25, deadline=None)
+@given(length=st.integers(2, 60), chunk_size=st.integers(1, 20), data=st.data())
+def test_a_scan_may_be_split_anywhere(length, chunk_size, data):
+    x, log_decay, B, C, state, D = random_scan(length)
+    whole, final = ssd.scan(x, log_decay, B, C, chunk_size, state, D)
+    middle = data.draw(st.integers(1, length - 1))
+    parts = []
+    for part in (slice(0, middle), slice(middle, None)):
+        y, state = ssd.scan(x[:, part], log_decay[:, part], B[:, part], C[:, part], chunk_size, state, D)
+        parts.append(y)
+    assert relative_error(torch.cat(parts, 1), whole.double()) < 1e-5
+    assert relative_error(state, final.double()) < 1e-5
+
+
+def test_infinite_decay_forgets_all():
+    """softplus of an overflowed a is inf: the state before is gone, the token's own input is not."""
+    x, log_decay, B, C, state, _ = random_scan(12)
+    log_decay[:, 6] = -torch.inf
+    y, final = ssd.scan(x, log_decay, B, C, 8, state)
+    again, final_again = ssd.scan(x[:, 6:], log_decay[:, 6:], B[:, 6:], C[:, 6:], 8)
+    torch.testing.assert_close(y[:, 6:], again)
+    torch.testing.assert_close(final, final_again)
+
+
+def test_a_step_is_in_place_only_without_gradients():
+    x, log_decay, B, C, state, D = random_scan(1)
+    arguments = (x[:, 0], log_decay[:, 0], B[:, 0], C[:, 0])
+    kept = state.clone()
+    y, new = ssd.step(*arguments, state.requires_grad_(), D)
+    torch.testing.assert_close(state, kept)
+    (y.sum() + new.sum()).backward()
+    with torch.no_grad():
+        in_place, again = ssd.step(*arguments, state, D)
+    assert again.data_ptr() == state.data_ptr()
+    torch.testing.assert_close(in_place, y)
+    torch.testing.assert_close(again, new)
+
+
+@pytest.mark.parametrize("block_tokens", [1, 7, 16])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_blocks_change_nothing(monkeypatch, block_tokens, padded):
+    """Blocks of rows and of tokens, over padding, and a cache that goes on after them."""
+    mixer, cfg = make_mixer()
+    config = tiny_config(d_model=32, n_layer=1, ssm_cfg=cfg)
+    hidden = torch.randn(5, 23, 32, generator=torch.Generator().manual_seed(10))
+    mask = torch.ones(5, 23, dtype=torch.int64)
+    if padded:
+        mask[1, :9], mask[2, 3:], mask[3, 20:], mask[4, 5:12] = 0, 0, 0, 0
+    padding, more = PaddingLayout.of(mask, 23), torch.randn(5, 1, 32, generator=torch.Generator().manual_seed(11))
+
+    def run() -> tuple[Tensor, ...]:
+        cache = LlambaCache(config)
+        out = mixer(hidden, cache, padding)[mask.bool()]
+        return (out, mixer(more, cache), mixer(more, cache), *cache.layers[0].states())
+
+    whole = run()
+    monkeypatch.setattr(mixer_module, "BLOCK_TOKENS", block_tokens)
+    for found, wanted in zip(run(), whole, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ssm", [{}, {"n_qk_heads": 2, "activation": "silu"}], ids=str)
+def test_gradients_of_blocks_are_those_of_float64(monkeypatch, ssm):
+    """In float64 the convolution is another one, and there is one block; test_modeling compares it with differences."""
+    mixer, _ = make_mixer(**ssm)
+    hidden = torch.randn(3, 21, 32, generator=torch.Generator().manual_seed(12))
+
+    def gradients(mixer: LlambaMixer, hidden: Tensor) -> list[Tensor]:
+        hidden = hidden.clone().requires_grad_()
+        return list(torch.autograd.grad(mixer(hidden).square().sum(), [hidden, *mixer.parameters()]))
+
+    monkeypatch.setattr(mixer_module, "BLOCK_TOKENS", 10)
+    found = gradients(mixer, hidden)
+    monkeypatch.undo()
+    for left, right in zip(found, gradients(mixer.double(), hidden.double()), strict=True):
+        assert relative_error(left, right) < 1e-4
+
+
+def test_bfloat16_stays_near_its_own_rounding():
+    mixer, cfg = make_mixer(d_model=128, d_state=64, bias=True)
+    hidden = torch.randn(1, 300, 128, generator=torch.Generator().manual_seed(13)).bfloat16()
+    wanted = recurrence(mixer.bfloat16(), cfg, hidden)
+    with torch.no_grad():
+        error = (mixer(hidden).double() - wanted).square().mean().sqrt() / wanted.std()
+    assert error < 0.01  # rounding `wanted` alone gives 0.0017
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", ["flash-linear-attention", "mamba-ssm"])
+def test_optional_kernels_compute_the_same(kernel, dtype):
+    """mamba-ssm multiplies x by softplus(a): it can be given x / softplus(a) only where that is far from 0, as here."""
+    generator = torch.Generator().manual_seed(14)
+    x, B, C = (torch.randn(2, 150, 4, width, generator=generator) for width in (64, 64, 64))
+    rate, D = (
+        F.softplus(torch.randn(2, 150, 4, generator=generator)).clamp(min=0.1),
+        torch.randn(4, generator=generator),
+    )
+    x, B, C = x.to(dtype), B.to(dtype), C.to(dtype)
+    state = torch.randn(2, 4, 64, 64, generator=generator)
+    wanted = ssd.scan(x.double(), -rate.double(), B.double(), C.double(), 64, state.double(), D.double())
+    x, B, C, rate, D, state = (t.cuda() for t in (x, B, C, rate, D, state))
+    if kernel == "mamba-ssm":
+        combined = pytest.importorskip("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+        values, A = (x / rate.unsqueeze(-1)).to(dtype), -torch.ones(4, device="cuda")
+        found = combined(values, rate, A, B, C, 64, D=None, initial_states=state, return_final_states=True)
+        found = (found[0] + D.unsqueeze(-1) * x, found[1])
+    else:
+        pytest.importorskip("fla")
+        found = ssd.scan(x, -rate, B, C, 64, state, D)
+    for left, right in zip(found, wanted, strict=True):
+        assert relative_error(left.cpu(), right) < {torch.float32: 1e-2, torch.bfloat16: 8e-2}[dtype]
 
 
 @pytest.mark.gpu

@@ -177,8 +177,9 @@ def test_half_precision(dtype):
 def test_logits_to_keep_and_hidden_states():
     model = hybrid()
     out = model(IDS, output_hidden_states=True)
-    assert torch.equal(model(IDS, logits_to_keep=1).logits, out.logits[:, -1:])
-    assert torch.equal(model(IDS, logits_to_keep=torch.tensor([0, 4])).logits, out.logits[:, [0, 4]])
+    # Not bit by bit: a product of fewer rows may sum in another order.
+    torch.testing.assert_close(model(IDS, logits_to_keep=1).logits, out.logits[:, -1:])
+    torch.testing.assert_close(model(IDS, logits_to_keep=torch.tensor([0, 4])).logits, out.logits[:, [0, 4]])
     assert len(out.hidden_states) == 5
     assert torch.equal(out.hidden_states[0], model.backbone.embedding(IDS))
 
