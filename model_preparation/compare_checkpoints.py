@@ -1,9 +1,8 @@
 """Command: which of several checkpoints is better, and whether that can be told (see comparison/compare.py)."""
 
-import argparse
 from pathlib import Path
 
-from model_preparation.command_line import CommandParser, run
+from model_preparation.command_line import CommandParser, number, run
 
 DESCRIPTION = """\
 Compare checkpoints by their evaluations, question by question: scores with standard errors, and for each group and
@@ -70,38 +69,27 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--output_dir",
         type=Path,
-        default=Path("comparison"),
+        default=Path("comparison_report"),
         metavar="DIR",
-        help="the folder to write (default: comparison, in the current folder)",
+        help="the folder to write (default: comparison_report, in the current folder)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a report that is there")
     parser.add_argument("--json", action="store_true", help="also write all numbers to comparison.json")
     parser.add_argument(
         "--questions",
-        type=_at_least(0),
+        type=number(int, least=0),
         default=10,
         metavar="N",
         help="show in the report the N questions on which each model most surpasses the baseline, and the N on which "
         "it falls most behind (default: 10)",
     )
     parser.add_argument(
-        "--bootstrap", type=_at_least(100), default=10_000, metavar="N", help="resamples (default: 10000)"
+        "--bootstrap", type=number(int, least=100), default=10_000, metavar="N", help="resamples (default: 10000)"
     )
-    parser.add_argument("--seed", type=_at_least(0), default=1234, metavar="N", help="of the bootstrap (default: 1234)")
+    parser.add_argument(
+        "--seed", type=number(int, least=0), default=1234, metavar="N", help="of the bootstrap (default: 1234)"
+    )
     return parser
-
-
-def _at_least(least: int):
-    def integer(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
-        if number < least:
-            raise argparse.ArgumentTypeError(f"{number} is too small; it must be at least {least}")
-        return number
-
-    return integer
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def mcnemar(gained, lost):
 @pytest.fixture(scope="module")
 def report(stock, tmp_path_factory):
     """The command's result and its folder."""
-    folder = tmp_path_factory.mktemp("reports") / "comparison"
+    folder = tmp_path_factory.mktemp("reports") / "comparison_report"
     result = run_command(
         "compare_checkpoints", stock / "one", stock / "two", "--json", "--subjects", cwd=folder.parent, COLUMNS="100"
     )
@@ -78,7 +78,7 @@ def report(stock, tmp_path_factory):
 def test_the_command_leaves_a_report_and_says_where(report):
     result, folder = report
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "Report is in comparison/comparison.html, plots beside it"
+    assert result.stdout.splitlines()[-1] == "Report is in comparison_report/comparison.html, plots beside it"
     names = {"comparison.html", "comparison.json", "accuracy_by_subject.png", "gain_by_subject.png"}
     assert {path.name for path in folder.iterdir()} == names
     for name in ("accuracy_by_subject.png", "gain_by_subject.png"):
@@ -167,7 +167,7 @@ def test_one_question_per_subject_has_a_test_but_no_interval(tasks, stock, tmp_p
     result = run_command("compare_checkpoints", stock / "one", tmp_path / "short", "--json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "no interval (a single question in a subject)" in " ".join(result.stdout.split())
-    row = json.loads((tmp_path / "comparison" / "comparison.json").read_text())["rows"][0]
+    row = json.loads((tmp_path / "comparison_report" / "comparison.json").read_text())["rows"][0]
     assert (row["questions"], row["differences"][0]["interval"], row["scores"][0]["stderr"]) == (4, None, None)
     assert row["differences"][0]["p_value"] is not None
 
@@ -202,7 +202,7 @@ def test_three_models_and_another_baseline(copy, tmp_path):
     folders = [copy / name for name in ("one", "two", "three")]
     result = run_command("compare_checkpoints", *folders, "--baseline", copy / "two", "--json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    numbers = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    numbers = json.loads((tmp_path / "comparison_report" / "comparison.json").read_text())
     assert [model["name"] for model in numbers["models"]] == ["two", "one", "three"]
     one, three = numbers["rows"][0]["differences"]
     assert (one["tests"], one["interval"]) == (2, three["interval"])
@@ -336,7 +336,7 @@ def test_damaged_samples_are_told_by_file_and_line(copy, tmp_path):
     path.write_text(whole[:-40])
     result = run_command("compare_checkpoints", copy / "one", copy / "two", cwd=tmp_path)
     assert_refused(result, f"{path}, line 9, is cut off", "Run the evaluation again")
-    assert not (tmp_path / "comparison").exists()
+    assert not (tmp_path / "comparison_report").exists()
     for damaged, words in (
         (whole.replace("doc_hash", "hash", 1), "line 1, has no doc_hash"),
         (whole.replace('"acc": 0.0', '"acc": NaN', 1), "has nan for acc"),
