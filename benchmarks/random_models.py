@@ -50,7 +50,7 @@ def make_models(shape: str, folder: Path, base: Path, layers_dir: Path) -> None:
     from model_preparation import extract_layers
     from model_preparation.llamba import LlambaConfig
     from model_preparation.surgery.graft import empty_model
-    from model_preparation.surgery.layer_store import layer_shapes
+    from model_preparation.surgery.model_configs import layer_shapes
 
     width, n_layer, intermediate, heads, kv_heads, tied = SHAPES[shape]
     config = LlambaConfig(

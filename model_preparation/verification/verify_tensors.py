@@ -168,7 +168,7 @@ class TensorChecks:
         wanted: Mapping[str, TensorDigest],
         digests_of: Callable[[Callable[[int], None]], dict[str, str | None]],
     ) -> None:
-        sizes = {name: digest.shape.numel() * digest.dtype.itemsize for name, digest in wanted.items()}
+        sizes = {name: digest.size_bytes for name, digest in wanted.items()}
         with byte_progress() as progress:
             task = progress.add_task(f"Reading the {which}", total=sum(sizes.values()))
             digests = digests_of(lambda count: progress.advance(task, count))
