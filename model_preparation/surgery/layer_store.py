@@ -1,8 +1,8 @@
 """Layers of a model in files of their own: extracted_llama_layers/.
 
 In: a Llama (the donor) or a Llamba, as a model folder. Out: layer_NN.pt, each a plain dict of tensors; the donor's
-tokenizer; rotary_emb.pt; metadata.json with where all of it came from and every file's SHA-256. One layer is in memory
-at a time, and the model is never built. `LayerStore` reads such a folder and trusts no byte it has not checked.
+tokenizer; rotary_emb.pt; metadata.json with where all of it came from and every file's SHA-256. A few blocks are in
+memory at a time, and the model is never built. `LayerStore` reads such a folder and trusts no byte it has not checked.
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import Tensor
 from model_preparation.errors import SurgeryError
 from model_preparation.files.beside import Beside
 from model_preparation.files.block_io import Advance
-from model_preparation.files.digests import describe_files, fault_of
+from model_preparation.files.digests import FILE_FIELDS, describe_files, fault_of
 from model_preparation.files.new_folder import check_space, check_target, new_folder
 from model_preparation.files.timestamps import creation_time
 from model_preparation.surgery.model_configs import (
@@ -47,7 +47,6 @@ METADATA = "metadata.json"
 ROTARY = "rotary_emb.pt"
 TOKENIZER = "tokenizer"
 
-FILE_FIELDS: dict[str, type] = {"bytes": int, "sha256": str}
 _METADATA_FIELDS = {
     "model_name": str,
     "source": dict,
@@ -56,6 +55,7 @@ _METADATA_FIELDS = {
     "layers": dict,
     "files": dict,
 }
+_LAYERS_AT_ONCE = 2  # each is hashed by one core
 _LAYER_PREFIX = {"llama": "model.layers", "llamba": "backbone.layers"}
 
 
@@ -96,20 +96,28 @@ def extract_layers(
     check_space(target, _bytes_of(files, tuple(prefixes.values()), item_bytes) + 50_000_000)
 
     with new_folder(target, overwrite=overwrite, complete_mark=METADATA) as staging:
-        with Beside() as beside:
+        with Beside(1 + _LAYERS_AT_ONCE) as beside:
+
+            def go_on(_size_bytes: int) -> None:
+                beside.check()
+                beside.raise_failure()
+
             # Importing transformers takes as long as writing some GB, so the config is checked while that is done.
             checking = beside.start(_checked_parts, source.folder, files, prefixes)
-            described = {}
-            for index in rich.progress.track(chosen, f"Extracting {model_name}", disable=len(chosen) < 2):
+            writing = {}
+            for index, prefix in prefixes.items():
                 ranges = {
-                    name.removeprefix(prefixes[index]): place
+                    name.removeprefix(prefix): place
                     for name, place in files.ranges.items()
                     # old Llama files repeat inv_freq in every layer
-                    if name.startswith(prefixes[index]) and not name.endswith("rotary_emb.inv_freq")
+                    if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")
                 }
                 if ranges:
                     path = staging / layer_file(index)
-                    described[str(index)] = write_layer(path, ranges, dtype, lambda _: beside.raise_failure())
+                    writing[str(index)] = beside.start(write_layer, path, ranges, dtype, go_on)
+            title = f"Extracting {model_name}"
+            steps = rich.progress.track(writing.items(), title, len(writing), disable=len(writing) < 2)
+            described = {index: layer.result() for index, layer in steps}
             parts = checking.result()
         return complete_folder(
             staging,

@@ -18,7 +18,7 @@ from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.surgery.layer_store import LayerStore
 from model_preparation.tensors.dtypes import DType, dtype_of
 from model_preparation.tensors.tensor_files import TensorFiles, load_tensors
-from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange, bytes_of, pt_ranges
+from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange, bytes_of, pt_ranges, range_of
 from model_preparation.untrusted.pickle_scan import allowed_in_module
 from model_preparation.untrusted.pt_structure import check_pt
 from model_preparation.untrusted.untrusted_files import MAX_DEPTH, check_fields, read_json
@@ -184,11 +184,6 @@ def _digests_of(
         digests = read_digests(path, [range_of(place) for place in inside.values()], advance).blake3
         found |= {name: digests.get(range_of(place)) for name, place in inside.items()}
     return found
-
-
-def range_of(place: TensorRange) -> tuple[int, int]:
-    """(start, end) of a tensor in its file."""
-    return place.start, place.start + place.size_bytes
 
 
 def _cast_digest(tensor: Tensor, dtype: torch.dtype) -> str:

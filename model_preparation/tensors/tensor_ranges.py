@@ -127,6 +127,11 @@ class MappedFiles:
             self._maps[place.path].madvise(mmap.MADV_DONTNEED, first, size_bytes)
 
 
+def range_of(place: TensorRange) -> tuple[int, int]:
+    """(start, end) of a tensor in its file."""
+    return place.start, place.start + place.size_bytes
+
+
 def bytes_of(tensor: "Tensor") -> memoryview:
     """A tensor's bytes in C order."""
     import torch
