@@ -9,11 +9,10 @@ with cold, the page cache has let go of it.
 """
 
 import argparse
-import shutil
 import statistics
 from pathlib import Path
 
-from measuring import PACKAGE, files_in, forget, read_once, timed, timed_copies, timed_raw
+from measuring import PACKAGE, files_in, forget, read_once, remove, timed, timed_copies, timed_raw
 from random_models import IN_MEMORY, SHAPES, prepared
 
 NAIVE = """
@@ -39,7 +38,7 @@ def main() -> None:
 
     results: dict[str, list[tuple[float, float]]] = {"build": [], "cp": [], "dd": [], "load, replace, save": []}
     for run in range(args.runs):
-        shutil.rmtree(out, ignore_errors=True)
+        remove(out)
         command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base, "--llama_layers_dir", layers_dir]
         prepare(sources)
         results["build"].append(timed([*command, "--layers", *layers, "--output_dir", out]))
@@ -47,7 +46,7 @@ def main() -> None:
         size_bytes = sum(path.stat().st_size for path in written)
         copy.mkdir(exist_ok=True)
         results["cp"].append((timed_copies(written, copy, warm=args.cache == "warm"), 0.0))
-        shutil.rmtree(out)
+        remove(out)
         results["dd"].append((timed_raw([size_bytes // 2] * 2, copy), 0.0))
         if not args.no_naive:
             out.mkdir()
@@ -55,8 +54,8 @@ def main() -> None:
             command = ["-c", IN_MEMORY + NAIVE, base, layers_dir, out, *layers]
             results["load, replace, save"].append(timed(command, sync=out))
         print(f"run {run + 1}: {', '.join(f'{name} {v[-1][0]:.1f} s' for name, v in results.items() if v)}", flush=True)
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.rmtree(copy)
+    remove(out)
+    remove(copy)
 
     print(f"\n{args.shape}, {args.cache}: {size_bytes / 1e9:.2f} GB written, medians of {args.runs}")
     build_seconds = statistics.median(seconds for seconds, _ in results["build"])

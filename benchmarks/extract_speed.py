@@ -7,11 +7,10 @@ bfloat16, was read just before, as far as memory holds it; all its layers are ex
 """
 
 import argparse
-import shutil
 import statistics
 from pathlib import Path
 
-from measuring import PACKAGE, files_in, read_once, timed, timed_copies
+from measuring import PACKAGE, files_in, read_once, remove, timed, timed_copies
 from random_models import SHAPES, prepared
 
 NAIVE = """
@@ -41,7 +40,7 @@ def main() -> None:
 
     results: dict[str, list[tuple[float, float]]] = {"extract": [], "cp": [], "load, torch.save": []}
     for run in range(args.runs):
-        shutil.rmtree(out, ignore_errors=True)
+        remove(out)
         read_once(files_in(model))
         results["extract"].append(timed([PACKAGE / "extract_layers.py", "--model_name", model, "--output_dir", out]))
         written = sorted(out.glob("layer_*.pt"))
@@ -49,13 +48,13 @@ def main() -> None:
         copy.mkdir(exist_ok=True)
         results["cp"].append((timed_copies(written, copy, warm=True), 0.0))
         if not args.no_naive:
-            shutil.rmtree(out)
+            remove(out)
             out.mkdir()
             read_once(files_in(model))
             results["load, torch.save"].append(timed(["-c", NAIVE, model, out], sync=out))
         print(f"run {run + 1}: {', '.join(f'{name} {v[-1][0]:.1f} s' for name, v in results.items() if v)}", flush=True)
-    shutil.rmtree(out)
-    shutil.rmtree(copy)
+    remove(out)
+    remove(copy)
 
     print(f"\n{args.shape}: {len(written)} layers, {size_bytes / 1e9:.2f} GB, medians of {args.runs}")
     extract_seconds = statistics.median(seconds for seconds, _ in results["extract"])

@@ -238,7 +238,7 @@ _SYSTEM = (
 
 def read_base(name: str) -> Callable[[Path], None]:
     def read(work: Path) -> None:
-        from model_preparation.surgery.layer_store import read_config, read_generation_config
+        from model_preparation.surgery.model_configs import read_config, read_generation_config
         from model_preparation.surgery.sources import resolve
         from model_preparation.tensors.tensor_files import TensorFiles
 

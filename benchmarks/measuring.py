@@ -1,6 +1,7 @@
 """Timing commands from outside, for the benchmarks beside this file: a process each, imports included."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -34,6 +35,8 @@ def timed_copies(paths: Iterable[Path], target: Path, *, warm: bool) -> float:
         sync_folder(target)
         seconds += time.perf_counter() - started
         (target / path.name).unlink()
+        if path.stat().st_size > 1e9:
+            settle()
     return seconds
 
 
@@ -49,7 +52,21 @@ def timed_raw(sizes: Iterable[int], target: Path) -> float:
     seconds = time.perf_counter() - started
     for number in range(len(writers)):
         (target / str(number)).unlink()
+    settle()
     return seconds
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, if it is there, and let the disk come to rest."""
+    if folder.exists():
+        shutil.rmtree(folder)
+        settle()
+
+
+def settle() -> None:
+    """Wait until what was written is on the disk, and what was removed is off it: either slows what comes next."""
+    os.sync()
+    time.sleep(3)
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 SHAPES = {
     "small": (256, 8, 512, 32, 8, False),
     "1b": (2048, 16, 8192, 32, 8, False),
+    "3b": (3072, 28, 8192, 32, 8, False),
     "8b": (4096, 32, 14336, 32, 8, False),
 }
-LAYERS = {"small": [1, 3, 5, 6], "1b": [3, 6, 8, 10], "8b": [11, 13, 17, 21]}
+LAYERS = {"small": [1, 3, 5, 6], "1b": [3, 6, 8, 10], "3b": [5, 9, 13, 18], "8b": [11, 13, 17, 21]}
 
 # What people do without this package: `grafted`, the whole model in memory.
 IN_MEMORY = """
@@ -50,7 +51,7 @@ def make_models(shape: str, folder: Path, base: Path, layers_dir: Path) -> None:
     from model_preparation import extract_layers
     from model_preparation.llamba import LlambaConfig
     from model_preparation.surgery.graft import empty_model
-    from model_preparation.surgery.layer_store import layer_shapes
+    from model_preparation.surgery.model_configs import layer_shapes
 
     width, n_layer, intermediate, heads, kv_heads, tied = SHAPES[shape]
     config = LlambaConfig(

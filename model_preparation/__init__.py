@@ -60,4 +60,4 @@ def _started_as_command() -> bool:
 
 # Our own commands answer --help before torch is imported; for everyone else the import must register the classes.
 if not _started_as_command():
-    importlib.import_module("model_preparation.llamba")
+    importlib.import_module("model_preparation.llamba.registration")

@@ -70,7 +70,6 @@ def main() -> None:
 
     from rich.filesize import decimal
 
-    from model_preparation.legacy.legacy_layers import import_legacy
     from model_preparation.surgery.layer_store import LayerStore, extract_layers
 
     options = {
@@ -81,6 +80,8 @@ def main() -> None:
     }
     metadata = None
     if args.from_legacy is not None:
+        from model_preparation.legacy.legacy_layers import import_legacy  # which needs the model's classes
+
         metadata = import_legacy(
             args.from_legacy,
             args.output_dir,

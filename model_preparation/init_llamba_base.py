@@ -34,8 +34,8 @@ def main() -> None:
     add_source_flag(parser)
     args = parser.parse_args()
 
-    from model_preparation.surgery.layer_store import heads_of
     from model_preparation.surgery.llamba_init import init_llamba_base
+    from model_preparation.surgery.model_configs import heads_of
 
     config = init_llamba_base(
         args.donor, args.output_dir, dtype=torch_dtype(args.dtype), overwrite=args.overwrite, sources=args.source

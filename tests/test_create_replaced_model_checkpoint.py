@@ -371,9 +371,9 @@ def test_killed_while_writing(base_dir, layers_dir, tmp_path):
 def start_slow_build(base_dir, layers_dir, out) -> subprocess.Popen:
     """A build whose writing takes a while."""
     script = (
-        "import runpy, sys, time, torch\n"
-        "save = torch.save\n"
-        "torch.save = lambda *args, **kwargs: (save(*args, **kwargs), time.sleep(30))\n"
+        "import os, runpy, sys, time\n"
+        "fsync = os.fsync\n"
+        "os.fsync = lambda descriptor: (time.sleep(30), fsync(descriptor))\n"
         "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base_dir, "--llama_layers_dir", layers_dir]

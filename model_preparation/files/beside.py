@@ -10,10 +10,14 @@ T = TypeVar("T")
 
 
 class Beside:
-    """A context in which calls run in threads of their own; leaving it waits for them, or stops them if it fails."""
+    """A context in which calls run in threads of their own; leaving it waits for them, or stops them if it fails.
 
-    def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(thread_name_prefix="beside")
+    Args:
+        at_once: how many run at the same time; those started last wait.
+    """
+
+    def __init__(self, at_once: int | None = None) -> None:
+        self._executor = ThreadPoolExecutor(at_once, "beside")
         self._started: list[Future] = []
         self._stopped = threading.Event()
 
@@ -39,4 +43,4 @@ class Beside:
     def __exit__(self, kind: type[BaseException] | None, *exception) -> None:
         if kind is not None:
             self._stopped.set()
-        self._executor.shutdown()
+        self._executor.shutdown(cancel_futures=kind is not None)

@@ -14,6 +14,7 @@ from blake3 import blake3
 
 from model_preparation.untrusted.untrusted_files import regular_file
 
+FILE_FIELDS: dict[str, type] = {"bytes": int, "sha256": str}  # of what `describe_file` gives
 _BLOCK_BYTES = 1 << 20
 
 

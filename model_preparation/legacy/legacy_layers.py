@@ -26,14 +26,17 @@ from model_preparation.legacy.legacy_reader import is_usual
 from model_preparation.surgery.layer_store import (
     METADATA,
     TOKENIZER,
+    ModelParts,
     check_range,
     complete_folder,
-    config_from_dict,
     layer_file,
+    write_layer,
+)
+from model_preparation.surgery.model_configs import (
+    config_from_dict,
     layer_shapes,
     read_config,
     read_generation_config,
-    write_layer,
 )
 from model_preparation.surgery.sources import has_tokenizer, resolve
 from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange
@@ -124,14 +127,14 @@ def import_legacy(
                 own = {name: place for name, place in ranges.items() if not name.startswith(_ROTARY)}
                 if not described:
                     check_range(chosen, config.num_hidden_layers, "the donor")
-                    layer_bytes = sum(place.shape.numel() * (dtype or place.dtype).itemsize for place in own.values())
+                    layer_bytes = sum(place.numel * (dtype or place.dtype).itemsize for place in own.values())
                     check_space(target, len(chosen) * layer_bytes + 50_000_000)
                 described[str(index)] = write_layer(staging / layer_file(index), own, dtype)
         assert config is not None
         tokenizers = [place for place in (folder / TOKENIZER, folder, donor) if place and has_tokenizer(place)]
         return complete_folder(
             staging,
-            config,
+            ModelParts.of(config, tokenizers[0] if tokenizers else None),
             described,
             model_name=model_name or str(folder),
             source={
@@ -143,7 +146,6 @@ def import_legacy(
                 "not_run": sorted(not_run),
                 "files": {paths[index].name: describe_file(paths[index]) for index in chosen},
             },
-            tokenizer=tokenizers[0] if tokenizers else None,
             generation_config=read_generation_config(donor or folder),
         )
 

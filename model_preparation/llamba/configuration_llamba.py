@@ -6,10 +6,14 @@ Source of the upstream fields: cartesia-ai/edge, cartesia-pytorch/cartesia_pytor
 """
 
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
+
+# Imported where one is made: transformers imports half of torch's compilers with it, a second that plain configs save.
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 MLP_DEFAULTS: dict[str, Any] = {"intermediate_size": 14336, "bias": False, "act_fn": "silu"}
 
@@ -122,8 +126,10 @@ class LlambaConfig(PreTrainedConfig):
         grafted = set(self.llama_layers)
         return ["full_attention" if i in grafted else "linear_attention" for i in range(self.n_layer)]
 
-    def mlp_config(self) -> LlamaConfig:
+    def mlp_config(self) -> "LlamaConfig":
         """The config the Mamba blocks' MLPs are built from; transformers' LlamaMLP takes one."""
+        from transformers import LlamaConfig
+
         mlp = self.mlp_cfg
         return LlamaConfig(
             hidden_size=self.d_model,
@@ -133,8 +139,10 @@ class LlambaConfig(PreTrainedConfig):
             hidden_act=mlp["act_fn"],
         )
 
-    def llama_config(self) -> LlamaConfig:
+    def llama_config(self) -> "LlamaConfig":
         """The config grafted layers are built from. Call only where `llama_layers` is not empty."""
+        from transformers import LlamaConfig
+
         return LlamaConfig(vocab_size=self.vocab_size, hidden_size=self.d_model, **self.llama_cfg)
 
     def validate_architecture(self):

@@ -25,7 +25,7 @@ from model_preparation.files.digests import describe_files, describe_source_file
 from model_preparation.files.new_folder import check_space, check_target, new_folder
 from model_preparation.files.seal import seal
 from model_preparation.files.timestamps import creation_time
-from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
+from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.surgery.checkpoint_info import (
     FORMAT_VERSION,
     FORMATS,
@@ -39,7 +39,7 @@ from model_preparation.surgery.checkpoint_info import (
 from model_preparation.surgery.checkpoint_readme import readme_text
 from model_preparation.surgery.graft import GraftPlan, base_paths, empty_model, plan
 from model_preparation.surgery.hf_folder import HfFolder
-from model_preparation.surgery.layer_store import heads_of, read_generation_config
+from model_preparation.surgery.model_configs import heads_of, read_generation_config
 from model_preparation.surgery.pt_folder import PtFolder
 from model_preparation.surgery.store_folder import STORE
 from model_preparation.surgery.trial import try_out

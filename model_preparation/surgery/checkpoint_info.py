@@ -3,6 +3,7 @@
 In: a folder. Out: the fields of its checkpoint_info.json, checked as far as reading them needs.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ EVALUATIONS = "evaluations"  # results, which come later and are no part of what
 EVALUATIONS_ASIDE = ".of-weights-"  # in the names of those that are of weights the checkpoint had before
 
 _INFO_FIELDS = {"replaced_layers": list, "total_layers": int, "config": dict, "generation_config": dict, "files": dict}
+
+
+def formats_of(info: Mapping[str, Any]) -> set[str]:
+    """What a checkpoint's weights are stored as: "pt", "hf", or both."""
+    return {"pt", "hf"} if info.get("format") == "both" else {str(info.get("format", "pt"))}
 
 
 def read_info(directory: str | Path) -> dict[str, Any]:

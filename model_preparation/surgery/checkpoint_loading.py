@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
+from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
-from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 from model_preparation.surgery.checkpoint_info import INFO, STATE_DICT, TOKENIZER, read_info
 from model_preparation.surgery.graft import empty_model
 from model_preparation.surgery.hf_folder import INDEX, read_state_dict

@@ -13,9 +13,10 @@ from rich.filesize import decimal
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from model_preparation.errors import SurgeryError
+from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LLAMA_DEFAULTS, LlambaConfig
-from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
-from model_preparation.surgery.layer_store import LayerStore, check_range, heads_of, layer_shapes, read_config
+from model_preparation.surgery.layer_store import LayerStore, check_range
+from model_preparation.surgery.model_configs import heads_of, layer_shapes, read_config
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.tensors.tensor_ranges import TensorRange
@@ -110,7 +111,7 @@ def plan(
 
     config = grafted_config(base_config, donor, layers)
     files = TensorFiles(base.folder)
-    dtype = dtype or files.dtype()
+    dtype = dtype or files.dtype().torch
     casts = _check_tensors(files, donor, layers, config, dtype)
     tokenizer_folder, tokenizer_of, other = _find_tokenizer(tokenizer, base_name, base, donor, sources)
     config.dtype = dtype
@@ -222,7 +223,7 @@ def _check_tensors(
         if name.startswith(replaced):
             continue
         files.require(name, parameter.shape)
-        base_dtypes.add(files.ranges[name].dtype)
+        base_dtypes.add(files.ranges[name].dtype.torch)
     casts = []
     for whose, found_dtypes in (("the base", base_dtypes), ("the donor's layers", donor_dtypes)):
         names = ", ".join(sorted(str(other).removeprefix("torch.") for other in found_dtypes - {dtype}))

@@ -16,8 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from model_preparation.files.block_io import Advance
-from model_preparation.llamba import modeling_llamba
-from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
+from model_preparation.llamba import LlambaForCausalLM, modeling_llamba
 from model_preparation.surgery.base_store import BaseStore
 from model_preparation.surgery.graft import GraftPlan, base_paths, empty_model, tensor_ranges
 from model_preparation.tensors.safetensors_writer import Shard

@@ -1,45 +1,52 @@
 """Layers of a model in files of their own: extracted_llama_layers/.
 
 In: a Llama (the donor) or a Llamba, as a model folder. Out: layer_NN.pt, each a plain dict of tensors; the donor's
-tokenizer; rotary_emb.pt; metadata.json with where all of it came from and every file's SHA-256. One layer is in memory
-at a time, and the model is never built. `LayerStore` reads such a folder and trusts no byte it has not checked.
+tokenizer; rotary_emb.pt; metadata.json with where all of it came from and every file's SHA-256. A few blocks are in
+memory at a time, and the model is never built. `LayerStore` reads such a folder and trusts no byte it has not checked.
 """
 
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.progress
 import torch
-import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, LlamaConfig, PreTrainedConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from model_preparation.errors import SurgeryError
-from model_preparation.files.digests import describe_files, fault_of
+from model_preparation.files.beside import Beside
+from model_preparation.files.block_io import Advance
+from model_preparation.files.digests import FILE_FIELDS, describe_files, fault_of
 from model_preparation.files.new_folder import check_space, check_target, new_folder
 from model_preparation.files.timestamps import creation_time
-from model_preparation.llamba.configuration_llamba import LlambaConfig
-from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
+from model_preparation.surgery.model_configs import (
+    config_from_dict,
+    heads_of,
+    layer_shapes,
+    read_config,
+    read_generation_config,
+    type_and_depth,
+)
 from model_preparation.surgery.sources import has_tokenizer, resolve
 from model_preparation.tensors.pt_writer import placeholder, write_together
 from model_preparation.tensors.tensor_files import TensorFiles, load_tensors
 from model_preparation.tensors.tensor_ranges import TensorRange, pt_ranges
-from model_preparation.untrusted.tokenizer_files import load_tokenizer
-from model_preparation.untrusted.untrusted_config import config_from, refusing_impossible_models
 from model_preparation.untrusted.untrusted_files import check_fields, inside, read_json, regular_file
+
+# transformers is imported where it is used, its models above all: seconds that writing does not wait for.
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 FORMAT_VERSION = 1
 METADATA = "metadata.json"
 ROTARY = "rotary_emb.pt"
 TOKENIZER = "tokenizer"
 
-FILE_FIELDS: dict[str, type] = {"bytes": int, "sha256": str}
 _METADATA_FIELDS = {
     "model_name": str,
     "source": dict,
@@ -48,6 +55,7 @@ _METADATA_FIELDS = {
     "layers": dict,
     "files": dict,
 }
+_LAYERS_AT_ONCE = 2  # each is hashed by one core
 _LAYER_PREFIX = {"llama": "model.layers", "llamba": "backbone.layers"}
 
 
@@ -77,71 +85,113 @@ def extract_layers(
     target = Path(output_dir).expanduser()
     check_target(target, overwrite=overwrite, complete_mark=METADATA)
     source = resolve(model_name, overrides=sources)
-    config = read_config(source.folder)
-    if config.model_type not in _LAYER_PREFIX:
-        raise SurgeryError(
-            f"{source.folder} is a {config.model_type} model. Layers can be taken from a Llama or a Llamba."
-        )
-    total = config.num_hidden_layers
+    model_type, total = type_and_depth(source.folder)
+    if model_type not in _LAYER_PREFIX:
+        raise SurgeryError(f"{source.folder} is a {model_type} model. Layers can be taken from a Llama or a Llamba.")
     chosen = list(range(total)) if layers is None else sorted(layers)
     check_range(chosen, total, str(source.folder))
-
     files = TensorFiles(source.folder)
-    prefixes = {index: f"{_LAYER_PREFIX[config.model_type]}.{index}." for index in chosen}
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * total
-    for index in chosen:
-        for name, shape in layer_shapes(config, kinds[index]).items():
-            files.require(prefixes[index] + name, shape)
+    prefixes = {index: f"{_LAYER_PREFIX[model_type]}.{index}." for index in chosen}
     item_bytes = None if dtype is None else dtype.itemsize
     check_space(target, _bytes_of(files, tuple(prefixes.values()), item_bytes) + 50_000_000)
 
     with new_folder(target, overwrite=overwrite, complete_mark=METADATA) as staging:
-        described = {}
-        for index in rich.progress.track(chosen, f"Extracting {model_name}", disable=len(chosen) < 2):
-            ranges = {
-                name.removeprefix(prefixes[index]): place
-                for name, place in files.ranges.items()
-                # old Llama files repeat inv_freq in every layer
-                if name.startswith(prefixes[index]) and not name.endswith("rotary_emb.inv_freq")
-            }
-            described[str(index)] = write_layer(staging / layer_file(index), ranges, dtype)
+        with Beside(1 + _LAYERS_AT_ONCE) as beside:
+
+            def go_on(_size_bytes: int) -> None:
+                beside.check()
+                beside.raise_failure()
+
+            # Importing transformers takes as long as writing some GB, so the config is checked while that is done.
+            checking = beside.start(_checked_parts, source.folder, files, prefixes)
+            writing = {}
+            for index, prefix in prefixes.items():
+                ranges = {
+                    name.removeprefix(prefix): place
+                    for name, place in files.ranges.items()
+                    # old Llama files repeat inv_freq in every layer
+                    if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")
+                }
+                if ranges:
+                    path = staging / layer_file(index)
+                    writing[str(index)] = beside.start(write_layer, path, ranges, dtype, go_on)
+            title = f"Extracting {model_name}"
+            steps = rich.progress.track(writing.items(), title, len(writing), disable=len(writing) < 2)
+            described = {index: layer.result() for index, layer in steps}
+            parts = checking.result()
         return complete_folder(
             staging,
-            config,
+            parts,
             described,
             model_name=model_name,
             source=source.as_dict(),
-            tokenizer=source.folder if has_tokenizer(source.folder) else None,
             generation_config=read_generation_config(source.folder),
         )
 
 
+def _checked_parts(folder: Path, files: TensorFiles, prefixes: Mapping[int, str]) -> "ModelParts":
+    """What goes beside the layers; raises SurgeryError if the config is none, or asks for other tensors in a layer."""
+    config = read_config(folder)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    for index, prefix in prefixes.items():
+        for name, shape in layer_shapes(config, kinds[index]).items():
+            files.require(prefix + name, shape)
+    return ModelParts.of(config, folder if has_tokenizer(folder) else None)
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """What a folder of layers has of their model besides the layers.
+
+    Attributes:
+        config: the model's.
+        tokenizer: the model's, if there is one.
+        rotary: what rotary_emb.pt will hold, of a Llama.
+    """
+
+    config: "PreTrainedConfig"
+    tokenizer: "PreTrainedTokenizerBase | None"
+    rotary: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, config: "PreTrainedConfig", tokenizer: Path | None) -> "ModelParts":
+        """Read the tokenizer from its folder, if there is one, and work out the rest."""
+        from model_preparation.untrusted.tokenizer_files import load_tokenizer
+
+        loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+        if config.model_type != "llama":
+            return cls(config, loaded, None)
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        rotary = LlamaRotaryEmbedding(config)
+        return cls(config, loaded, {"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling})
+
+
 def complete_folder(
     staging: Path,
-    config: PreTrainedConfig,
+    parts: ModelParts,
     described: Mapping[str, dict[str, Any]],
     *,
     model_name: str,
     source: Mapping[str, Any],
-    tokenizer: Path | None,
     generation_config: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Put what belongs beside the layers into `staging`, metadata.json last; returns the metadata.
 
     Args:
-        config: of the model the layers come from.
+        parts: of the model the layers come from.
         described: by the layers' indices, as text, what `write_layer` returned.
         model_name: what the user called the model.
         source: where it came from, as `Source.as_dict` says it.
-        tokenizer: the folder that has its tokenizer, if there is one.
         generation_config: the fields of its generation_config.json, if there is one.
     """
-    if config.model_type == "llama":
-        rotary = LlamaRotaryEmbedding(config)
-        values = {"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling}
-        write_together({staging / ROTARY: values}, {})  # unlike torch.save, it tells a full disk as OSError
-    if tokenizer is not None:
-        load_tokenizer(tokenizer).save_pretrained(staging / TOKENIZER)
+    import transformers
+
+    config = parts.config
+    if parts.rotary is not None:
+        write_together({staging / ROTARY: parts.rotary}, {})  # unlike torch.save, it tells a full disk as OSError
+    if parts.tokenizer is not None:
+        parts.tokenizer.save_pretrained(staging / TOKENIZER)
     num_heads, head_dim = heads_of(config)
     metadata = {
         "format_version": FORMAT_VERSION,
@@ -162,11 +212,20 @@ def complete_folder(
     return metadata
 
 
-def write_layer(path: Path, ranges: Mapping[str, TensorRange], dtype: torch.dtype | None) -> dict[str, Any]:
-    """Write one layer's tensors, cast to `dtype` if it is given; returns the layer's entry in metadata.json."""
-    tensors = {name: placeholder(place.shape, dtype or place.dtype) for name, place in ranges.items()}
+def write_layer(
+    path: Path,
+    ranges: Mapping[str, TensorRange],
+    dtype: torch.dtype | None,
+    advance: Advance = lambda size_bytes: None,
+) -> dict[str, Any]:
+    """Write one layer's tensors, cast to `dtype` if it is given; returns the layer's entry in metadata.json.
+
+    Args:
+        advance: told the bytes of every piece written; may raise.
+    """
+    tensors = {name: placeholder(place.shape, dtype or place.dtype.torch) for name, place in ranges.items()}
     sources = {tensors[name].data_ptr(): place.cast(dtype) for name, place in ranges.items()}
-    written = write_together({path: tensors}, sources)
+    written = write_together({path: tensors}, sources, advance)
     return {
         "file": path.name,
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
@@ -298,79 +357,14 @@ def check_range(layers: Sequence[int], total: int, model: str) -> None:
         raise SurgeryError(f"A layer is given more than once in {list(layers)}. Name each layer once.")
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """The config of a model folder, with its own errors as one sentence.
-
-    Raises:
-        SurgeryError: if config.json is not one transformers or we can read.
-    """
-    path = folder / "config.json"
-    try:
-        fields = read_json(path)
-        check_fields(fields, {"model_type": str})
-        if fields["model_type"] not in CONFIG_MAPPING:
-            raise ValueError(f"model_type {fields['model_type']!r:.80} is unknown")
-        return config_from(fields, CONFIG_MAPPING[fields["model_type"]])
-    except (ValueError, FileNotFoundError) as error:
-        raise SurgeryError(f"{path} cannot be used: {_sentence(error)}") from error
-
-
-def config_from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
-    """The config that `config.to_dict()` gave; raises ValueError for one that is neither kind, or damaged."""
-    kinds = {"llama": LlamaConfig, "llamba": LlambaConfig}
-    check_fields(fields, {"model_type": str})
-    if fields["model_type"] not in kinds:
-        raise ValueError(f"model_type {fields['model_type']!r:.80} is neither {' nor '.join(kinds)}")
-    return config_from(fields, kinds[fields["model_type"]])
-
-
-def read_generation_config(folder: Path) -> dict[str, Any] | None:
-    """The model folder's generation_config.json, or None where it has none."""
-    path = folder / "generation_config.json"
-    try:
-        return read_json(path) if path.exists() else None
-    except ValueError as error:
-        raise SurgeryError(f"{path} cannot be used: {_sentence(error)}") from error
-
-
-def heads_of(config: PreTrainedConfig) -> tuple[int, int]:
-    """(number of heads, head size): of a Llama's attention, or of a Llamba's values."""
-    if isinstance(config, LlambaConfig):
-        num_heads = config.ssm_cfg["n_v_heads"]
-        return num_heads, config.d_inner // num_heads
-    return config.num_attention_heads, config.head_dim
-
-
-def layer_shapes(config: PreTrainedConfig, kind: str = "full_attention") -> dict[str, torch.Size]:
-    """Names (relative to the layer) and shapes of a layer's parameters, worked out without memory for them.
-
-    Args:
-        config: a Llama's or a Llamba's.
-        kind: one of a Llamba's `layer_types`; a Llama's layers are all alike.
-    """
-    with torch.device("meta"), refusing_impossible_models():
-        if not isinstance(config, LlambaConfig):
-            layer: torch.nn.Module = LlamaDecoderLayer(config, 0)
-        elif kind == "full_attention":
-            layer = LlamaDecoderLayer(config.llama_config(), 0)
-        else:
-            layer = LlambaDecoderLayer(config, 0)
-    return {name: parameter.shape for name, parameter in layer.named_parameters()}
-
-
 def _bytes_of(files: TensorFiles, prefixes: tuple[str, ...], item_bytes: int | None) -> int:
     total = 0
     for name in files.names():
         if name.startswith(prefixes):
             place = files.ranges[name]
-            total += place.shape.numel() * (item_bytes or place.dtype.itemsize)
+            total += place.numel * (item_bytes or place.dtype.itemsize)
     return total
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _sentence(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if text.endswith(".") else text + "."

@@ -28,7 +28,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.files.new_folder import check_space, check_target, new_folder
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
-from model_preparation.surgery.layer_store import heads_of, read_config, read_generation_config
+from model_preparation.surgery.model_configs import heads_of, read_config, read_generation_config
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
@@ -90,7 +90,7 @@ def init_llamba_base(
     files = TensorFiles(source.folder)
     for name, shape in _shapes(LlamaForCausalLM, donor_config).items():
         files.require(name, shape)
-    dtype = dtype or files.dtype()
+    dtype = dtype or files.dtype().torch
     config.dtype = dtype
     check_space(target, _size_bytes(config, dtype) + 50_000_000)
 

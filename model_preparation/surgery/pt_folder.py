@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from model_preparation.files.block_io import Advance
 from model_preparation.files.new_folder import existing_parent
 from model_preparation.files.shared_files import can_reflink
-from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
+from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.surgery.checkpoint_info import MODULE, STATE_DICT
 from model_preparation.surgery.graft import GraftPlan, empty_model, tensor_ranges
 from model_preparation.surgery.siblings import SiblingTensor, check_taken, sibling_folders, tensors_in_siblings

@@ -14,11 +14,12 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from model_preparation.errors import SurgeryError
-from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
+from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.surgery.layer_store import LayerStore
+from model_preparation.tensors.dtypes import DType, dtype_of
 from model_preparation.tensors.tensor_files import TensorFiles, load_tensors
-from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange, bytes_of, pt_ranges
-from model_preparation.untrusted.pickle_scan import MODULE
+from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange, bytes_of, pt_ranges, range_of
+from model_preparation.untrusted.pickle_scan import allowed_in_module
 from model_preparation.untrusted.pt_structure import check_pt
 from model_preparation.untrusted.untrusted_files import MAX_DEPTH, check_fields, read_json
 from model_preparation.verification.file_digests import read_digests
@@ -34,11 +35,15 @@ Advance = Callable[[int], None]
 class TensorDigest:
     """A line of tensor_digests.json: what a tensor of the state dict is, and where it was taken from."""
 
-    dtype: torch.dtype
-    shape: torch.Size
+    dtype: DType
+    shape: tuple[int, ...]
     blake3: str
     origin: str  # "base" or "donor"
     source_name: str
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_tensor_digests(path: Path) -> dict[str, TensorDigest]:
@@ -59,8 +64,8 @@ def read_tensor_digests(path: Path) -> dict[str, TensorDigest]:
                 raise ValueError(f"{name:.100} has no dtype or shape")
             if math.prod(entry["shape"]) > _MAX_NUMBERS:
                 raise ValueError(f"{name:.100} has a shape no tensor has")
-            shape = torch.Size(entry["shape"])
-            found[name] = TensorDigest(dtype, shape, entry["blake3"], entry["from"], entry["source_name"])
+            shape = tuple(entry["shape"])
+            found[name] = TensorDigest(dtype_of(dtype), shape, entry["blake3"], entry["from"], entry["source_name"])
     except FileNotFoundError as error:
         raise SurgeryError(f"{path} is missing. Build the checkpoint again.") from error
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -82,7 +87,7 @@ def module_ranges(path: Path, wanted: nn.Module) -> tuple[dict[str, TensorRange]
         SurgeryError: if its pickle names a global that is not allowed, each by its name, or holds no such model.
     """
     try:
-        found = check_pt(path, MODULE)
+        found = check_pt(path, allowed_in_module())
         module = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if type(module) is not LlambaForCausalLM:
             raise ValueError("it holds no LlambaForCausalLM")
@@ -172,18 +177,13 @@ def _digests_of(
         elif place.dtype == wanted[name].dtype:
             whole.setdefault(place.path, {})[name] = place
         else:
-            found[name] = _cast_digest(mapped.tensor(place), wanted[name].dtype)
+            found[name] = _cast_digest(mapped.tensor(place), wanted[name].dtype.torch)
             mapped.forget(place)
             advance(place.size_bytes)
     for path, inside in whole.items():
         digests = read_digests(path, [range_of(place) for place in inside.values()], advance).blake3
         found |= {name: digests.get(range_of(place)) for name, place in inside.items()}
     return found
-
-
-def range_of(place: TensorRange) -> tuple[int, int]:
-    """(start, end) of a tensor in its file."""
-    return place.start, place.start + place.size_bytes
 
 
 def _cast_digest(tensor: Tensor, dtype: torch.dtype) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from model_preparation.files.block_io import ALIGNMENT, Advance, Buffers, OutputFile, Stream
+from model_preparation.tensors.dtypes import dtype_of
 from model_preparation.tensors.tensor_copy import copy_tensor
 from model_preparation.tensors.tensor_ranges import SAFETENSORS_DTYPES, TensorRange
 
@@ -48,7 +49,7 @@ class Shard:
         for name in self._order:
             end = position + self._bytes_of(name)
             shape = list(self.ranges[name].shape)
-            fields[name] = {"dtype": _NAME_OF[self.dtype], "shape": shape, "data_offsets": [position, end]}
+            fields[name] = {"dtype": _NAME_OF[dtype_of(self.dtype)], "shape": shape, "data_offsets": [position, end]}
             position = end
         text = json.dumps(fields, separators=(",", ":")).encode()
         padded_bytes = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
@@ -80,4 +81,4 @@ class Shard:
         return sorted(self.ranges, key=lambda name: (self._bytes_of(name) % ALIGNMENT != 0, name))
 
     def _bytes_of(self, name: str) -> int:
-        return self.ranges[name].shape.numel() * self.dtype.itemsize
+        return self.ranges[name].numel * self.dtype.itemsize

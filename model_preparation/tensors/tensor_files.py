@@ -6,15 +6,17 @@ tensor lies (`TensorRange`), and tensors mapped from there, without building the
 
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from model_preparation.errors import SurgeryError
+from model_preparation.tensors.dtypes import DType
 from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange, pt_ranges, safetensors_ranges
 from model_preparation.untrusted.pickle_scan import TENSORS
 from model_preparation.untrusted.pt_structure import check_pt
 from model_preparation.untrusted.untrusted_files import inside, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # In the order in which transformers looks for them.
 _SINGLE_AND_INDEX = (
@@ -49,17 +51,17 @@ class TensorFiles:
     def __contains__(self, name: str) -> bool:
         return name in self.ranges
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> "Tensor":
         """One tensor, on the CPU, mapped from its file: nothing is read before it is used."""
         return self._mapped.tensor(self.ranges[name])
 
-    def with_prefix(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    def with_prefix(self, prefix: str) -> "Iterator[tuple[str, Tensor]]":
         """(name without the prefix, tensor) of every tensor whose name starts with `prefix`."""
         for name in self.ranges:
             if name.startswith(prefix):
                 yield name[len(prefix) :], self[name]
 
-    def require(self, name: str, shape: torch.Size) -> None:
+    def require(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise SurgeryError unless there is a tensor of this name and shape."""
         if name not in self.ranges:
             raise SurgeryError(f"{self.folder} lacks {name}, which its config.json asks for. Check the model's folder.")
@@ -70,11 +72,11 @@ class TensorFiles:
                 "Check that the two belong together."
             )
 
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> DType:
         """The dtype that most of the numbers have."""
-        counts: dict[torch.dtype, int] = {}
+        counts: dict[DType, int] = {}
         for place in self.ranges.values():
-            counts[place.dtype] = counts.get(place.dtype, 0) + place.shape.numel()
+            counts[place.dtype] = counts.get(place.dtype, 0) + place.numel
         return max(counts, key=lambda dtype: counts[dtype])
 
     def _locate(self) -> dict[str, TensorRange]:
@@ -109,22 +111,24 @@ def _ranges_in(path: Path) -> dict[str, TensorRange]:
     return pt_ranges(path, load_tensors(path))
 
 
-def load_tensors(path: Path, cure: str = "Make or download it again.") -> dict[str, Tensor]:
+def load_tensors(path: Path, cure: str = "Make or download it again.") -> "dict[str, Tensor]":
     """The dict of tensors in a file that torch.save wrote, mapped from it.
 
     Raises:
         SurgeryError: if the file is not one, names a global that could run code, or holds anything but tensors by name
             that lie in its own records; `cure` is its second sentence.
     """
+    import torch  # here: whoever reads safetensors files only does not wait for it
+
     try:
         check_pt(path, TENSORS)
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(tensors, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
         ):
             raise ValueError("it holds something else than tensors by name")
         for name, tensor in tensors.items():
-            _check_view(name, tensor)
+            _check_view(name, tensor, torch.strided)
     except (SurgeryError, OSError):
         raise
     except Exception as error:  # what passes the checks may still make torch raise anything at all
@@ -133,9 +137,9 @@ def load_tensors(path: Path, cure: str = "Make or download it again.") -> dict[s
     return tensors
 
 
-def _check_view(name: str, tensor: Tensor) -> None:
+def _check_view(name: str, tensor: "Tensor", plain: object) -> None:
     """Raise ValueError unless the tensor lies in its storage, and is no larger than that."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+    if tensor.layout != plain or tensor.device.type != "cpu":
         raise ValueError(f"{name:.100} is no plain tensor")
     stored_bytes = tensor.untyped_storage().nbytes()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -9,17 +9,26 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.block_io import Place, read_into
+from model_preparation.tensors.dtypes import DType, dtype_of
 from model_preparation.untrusted.pt_structure import pt_records
 from model_preparation.untrusted.untrusted_files import MAX_JSON_BYTES, check_fields, parse_json, regular_file
 
+# torch is imported where tensors are made or cast: what only copies bytes does not wait for it.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 # The safetensors header's names of the dtypes whose arithmetic a model can run in.
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_DTYPES = {
+    "F64": DType("float64", 8),
+    "F32": DType("float32", 4),
+    "F16": DType("float16", 2),
+    "BF16": DType("bfloat16", 2),
+}
 _MAX_DIMENSIONS = 8
 
 
@@ -29,12 +38,17 @@ class TensorRange:
 
     path: Path
     start: int
-    shape: torch.Size
-    dtype: torch.dtype
+    shape: tuple[int, ...]
+    dtype: DType
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
 
     @property
     def size_bytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
     @property
     def place(self) -> Place:
@@ -49,11 +63,12 @@ class TensorRange:
         """The part of the tensor that `tensor[start:end]` is."""
         count = max(0, min(end, self.shape[0]) - start)
         row_bytes = self.size_bytes // self.shape[0]
-        return TensorRange(self.path, self.start + start * row_bytes, torch.Size([count, *self.shape[1:]]), self.dtype)
+        return TensorRange(self.path, self.start + start * row_bytes, (count, *self.shape[1:]), self.dtype)
 
-    def cast(self, dtype: torch.dtype | None) -> "TensorRange | CastTensor":
+    def cast(self, dtype: "DType | torch.dtype | None") -> "TensorRange | CastTensor":
         """The same numbers, as `dtype` if that is given and another one."""
-        return self if dtype in (None, self.dtype) else CastTensor(self, dtype)
+        wanted = self.dtype if dtype is None else dtype_of(dtype)
+        return self if wanted == self.dtype else CastTensor(self, wanted)
 
 
 @dataclass(frozen=True)
@@ -61,18 +76,20 @@ class CastTensor:
     """A tensor in a file that is cast to `dtype` piece by piece while it is read."""
 
     stored: TensorRange
-    dtype: torch.dtype
+    dtype: DType
     place = None  # nowhere are the bytes as they are read here
 
     @property
     def size_bytes(self) -> int:
-        return self.stored.shape.numel() * self.dtype.itemsize
+        return self.stored.numel * self.dtype.itemsize
 
     def read_into(self, view: memoryview, start: int) -> None:
         """As `TensorRange.read_into`; `start` and the view's length are whole numbers of elements."""
+        import torch
+
         raw = bytearray(len(view) // self.dtype.itemsize * self.stored.dtype.itemsize)
         self.stored.read_into(memoryview(raw), start // self.dtype.itemsize * self.stored.dtype.itemsize)
-        view[:] = bytes_of(torch.frombuffer(raw, dtype=self.stored.dtype).to(self.dtype))
+        view[:] = bytes_of(torch.frombuffer(raw, dtype=self.stored.dtype.torch).to(self.dtype.torch))
 
 
 class MappedFiles:
@@ -81,15 +98,17 @@ class MappedFiles:
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
 
-    def tensor(self, place: TensorRange) -> Tensor:
+    def tensor(self, place: TensorRange) -> "Tensor":
         """The tensor at `place`, on the CPU; writing to it changes no file."""
+        import torch
+
+        dtype = place.dtype.torch
         if not place.size_bytes:
-            return torch.empty(place.shape, dtype=place.dtype)
+            return torch.empty(place.shape, dtype=dtype)
         if place.path not in self._maps:
             with place.path.open("rb") as file:
                 self._maps[place.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        count = place.shape.numel()
-        flat = torch.frombuffer(self._maps[place.path], dtype=place.dtype, count=count, offset=place.start)
+        flat = torch.frombuffer(self._maps[place.path], dtype=dtype, count=place.numel, offset=place.start)
         return flat.view(place.shape)
 
     def expect(self, place: TensorRange) -> None:
@@ -108,8 +127,15 @@ class MappedFiles:
             self._maps[place.path].madvise(mmap.MADV_DONTNEED, first, size_bytes)
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
+def range_of(place: TensorRange) -> tuple[int, int]:
+    """(start, end) of a tensor in its file."""
+    return place.start, place.start + place.size_bytes
+
+
+def bytes_of(tensor: "Tensor") -> memoryview:
     """A tensor's bytes in C order."""
+    import torch
+
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
@@ -134,7 +160,7 @@ def safetensors_ranges(path: Path) -> dict[str, TensorRange]:
         position = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
-            tensor = TensorRange(path, 8 + header_bytes + begin, torch.Size(entry["shape"]), _dtype(entry, path))
+            tensor = TensorRange(path, 8 + header_bytes + begin, tuple(entry["shape"]), _dtype(entry, path))
             if begin != position or end - begin != tensor.size_bytes:
                 raise ValueError(f"{name:.100} does not lie where it should")
             found[name] = tensor
@@ -158,7 +184,7 @@ def _check_entry(name: str, entry: object) -> None:
         raise ValueError(f"{name:.100} has {len(shape)} dimensions and {math.prod(shape)} numbers")
 
 
-def pt_ranges(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorRange]:
+def pt_ranges(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, TensorRange]:
     """Where the tensors that `torch.load(path, mmap=True)` gave lie in the file.
 
     The file is mapped as one piece, so storages are as far apart in memory as in the file, and the first is the first.
@@ -189,7 +215,7 @@ def pt_ranges(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorRang
         if not tensor.is_contiguous():
             raise SurgeryError(f"{path} holds {name} in a way that cannot be copied. Save it again with torch.save.")
         start = tensor.data_ptr() - mapped_at if tensor.numel() else 0
-        found[name] = TensorRange(path, start, tensor.shape, tensor.dtype)
+        found[name] = TensorRange(path, start, tuple(tensor.shape), dtype_of(tensor.dtype))
     with path.open("rb") as file:
         for name, place in found.items():  # a file of the other byte order was turned round in memory
             file.seek(place.start)
@@ -199,7 +225,7 @@ def pt_ranges(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorRang
     return found
 
 
-def _dtype(entry: dict, path: Path) -> torch.dtype:
+def _dtype(entry: dict, path: Path) -> DType:
     if entry["dtype"] not in SAFETENSORS_DTYPES:
         wanted = ", ".join(SAFETENSORS_DTYPES)
         raise SurgeryError(

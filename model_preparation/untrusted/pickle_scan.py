@@ -8,29 +8,28 @@ nested so deeply that hashing it overflows the C stack.
 Sources: Python's pickletools for the opcodes, torch/_weights_only_unpickler.py for those torch knows.
 """
 
+import functools
 import pickletools
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-import torch
-
-from model_preparation.llamba.safe_globals import SAFE_GLOBALS
+from model_preparation.tensors.dtypes import DType
 
 MAX_PICKLE_BYTES = 16_000_000
 _MAX_TUPLE_DEPTH, _MAX_TUPLE_ITEMS = 16, 1000  # nested ones counted
 
 _DTYPE_OF_STORAGE = {
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
+    "torch.DoubleStorage": DType("float64", 8),
+    "torch.FloatStorage": DType("float32", 4),
+    "torch.HalfStorage": DType("float16", 2),
+    "torch.BFloat16Storage": DType("bfloat16", 2),
+    "torch.LongStorage": DType("int64", 8),
+    "torch.IntStorage": DType("int32", 4),
+    "torch.ShortStorage": DType("int16", 2),
+    "torch.CharStorage": DType("int8", 1),
+    "torch.ByteStorage": DType("uint8", 1),
+    "torch.BoolStorage": DType("bool", 1),
 }
 _TENSOR_BUILDERS = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"}
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # torch.save writes protocol 2, with its names
@@ -48,16 +47,23 @@ class Allowed:
         return name in self.functions or name in self.classes or name in self.constants or name in _DTYPE_OF_STORAGE
 
 
-# What a state dict is made of, and what a whole module of ours has besides.
+# What a state dict is made of.
 TENSORS = Allowed(
     functions=frozenset(_TENSOR_BUILDERS | {"torch._tensor._rebuild_from_type_v2", "collections.OrderedDict"}),
     constants=frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"}),
 )
-MODULE = Allowed(
-    functions=TENSORS.functions | {"builtins.set"},
-    classes=frozenset(f"{cls.__module__}.{cls.__qualname__}" for cls in SAFE_GLOBALS),
-    constants=TENSORS.constants | {str(dtype) for dtype in _DTYPE_OF_STORAGE.values()},
-)
+
+
+@functools.cache
+def allowed_in_module() -> Allowed:
+    """What a whole module of ours is made of."""
+    from model_preparation.llamba.safe_globals import SAFE_GLOBALS  # the model's classes: seconds of imports
+
+    return Allowed(
+        functions=TENSORS.functions | {"builtins.set"},
+        classes=frozenset(f"{cls.__module__}.{cls.__qualname__}" for cls in SAFE_GLOBALS),
+        constants=TENSORS.constants | {str(dtype) for dtype in _DTYPE_OF_STORAGE.values()},
+    )
 
 
 @dataclass

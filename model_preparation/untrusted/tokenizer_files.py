@@ -7,9 +7,10 @@ import contextlib
 import os
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
+from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.untrusted.untrusted_files import inside, read_json, regular_file
 
 
@@ -20,6 +21,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         SurgeryError: if transformers cannot load it, or it leads to files outside the folder.
     """
     _check_files(folder)
+    AutoConfig.register("llamba", LlambaConfig, exist_ok=True)  # a tokenizer may lie beside a Llamba's config.json
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer("Layers 11 and 13.")  # some damage shows in use only

@@ -24,6 +24,12 @@ class Verification:
     notes: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
 
+    def add(self, other: "Verification") -> None:
+        """Go on with what another one found."""
+        self.checks += other.checks
+        self.notes += other.notes
+        self.faults += other.faults
+
     def check(self, what: str, looked_at: str) -> None:
         self.checks.append(f"{what:<10} {looked_at}")
 

@@ -1,30 +1,44 @@
 """Whether a checkpoint folder is, byte for byte, what was built: every file, every tensor, and what they claim to be.
 
 In: the folder; to go further, the base and the extracted layers. Out: a `Verification`: a line per check with what was
-looked at, and every fault by the name of its file or tensor. Every byte is read once, and no code is unpickled.
+looked at, and every fault by the name of its file or tensor. Every byte is read once, and no code is unpickled. What
+must import the model to be checked is checked while the files are read.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.beside import Beside
 from model_preparation.files.byte_progress import byte_progress
+from model_preparation.files.digests import FILE_FIELDS
 from model_preparation.files.seal import check_seal
-from model_preparation.surgery.checkpoint_info import INFO, MODULE, STATE_DICT, TENSOR_DIGESTS, TOKENIZER, read_info
-from model_preparation.surgery.layer_store import FILE_FIELDS, LayerStore
+from model_preparation.surgery.checkpoint_info import (
+    INFO,
+    MODULE,
+    STATE_DICT,
+    TENSOR_DIGESTS,
+    TOKENIZER,
+    formats_of,
+    read_info,
+)
 from model_preparation.surgery.sources import resolve
-from model_preparation.surgery.tensor_digests import range_of
-from model_preparation.tensors.tensor_ranges import TensorRange
+from model_preparation.tensors.tensor_ranges import range_of, safetensors_ranges
+from model_preparation.untrusted.pt_structure import pt_records
 from model_preparation.untrusted.untrusted_files import check_fields, inside, regular_file
-from model_preparation.verification.file_digests import FileDigests, read_digests
+from model_preparation.verification.file_digests import FileDigests, Range, read_digests
 from model_preparation.verification.findings import Fault, Verification
-from model_preparation.verification.verify_tensors import TensorChecks, formats_of
+
+if TYPE_CHECKING:
+    from model_preparation.surgery.layer_store import LayerStore
+    from model_preparation.verification.verify_tensors import TensorChecks
 
 _FILES_AT_ONCE = 2  # each is hashed by one core
 _CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh")
@@ -80,21 +94,54 @@ def inspect(
     """
     directory = Path(directory).expanduser()
     found = Verification(directory)
-    store = None if llama_layers_dir is None else LayerStore(llama_layers_dir)
+    store = None if llama_layers_dir is None else _layer_store(llama_layers_dir)
     base_folder = None if base is None else resolve(base, overrides=sources).folder
     info = _sealed_info(found)
     if info is None:
         return found
     recorded = _recorded_files(found, info)
     _look_for_others(found, info, recorded)
-    tensors = None if files_only else TensorChecks(found, info, recorded)
-    ranges = tensors.ranges if tensors else {}
-    digests = _read_files(found, recorded, ranges)
-    if tensors:
-        tensors.compare(digests)
-        tensors.compare_base(base_folder)
-        tensors.compare_donor(store)
+    if files_only:
+        _read_files(found, recorded)
+        return found
+    in_files = Verification(directory)
+    with Beside() as beside:
+        checking = beside.start(_tensor_checks, found, info, recorded)
+        digests = _read_files(in_files, recorded, _tensor_places(directory, recorded))
+        tensors = checking.result()
+    found.add(in_files)
+    tensors.compare(digests)
+    tensors.compare_base(base_folder)
+    tensors.compare_donor(store)
     return found
+
+
+def _tensor_checks(found: Verification, info: dict[str, Any], recorded: Mapping[str, dict]) -> "TensorChecks":
+    from model_preparation.verification.verify_tensors import TensorChecks  # imports torch and the model: seconds
+
+    return TensorChecks(found, info, recorded)
+
+
+def _layer_store(folder: str | Path) -> "LayerStore":
+    from model_preparation.surgery.layer_store import LayerStore  # imports torch
+
+    return LayerStore(folder)
+
+
+def _tensor_places(directory: Path, recorded: Mapping[str, dict]) -> dict[str, set[Range]]:
+    """By file, where tensors may lie in it: every record of a .pt file, every tensor of a safetensors file.
+
+    What such a file really holds, and what is wrong with one that has no places here, `TensorChecks` says.
+    """
+    places: dict[str, set[Range]] = {}
+    for name in recorded:
+        with contextlib.suppress(ValueError, SurgeryError, OSError):
+            if name in (MODULE, STATE_DICT):
+                records = pt_records(directory / name).values()
+                places[name] = {(0, 0)} | {(record.start, record.start + record.size_bytes) for record in records}
+            elif name.endswith(".safetensors"):
+                places[name] = {range_of(place) for place in safetensors_ranges(directory / name).values()}
+    return places
 
 
 def _sealed_info(found: Verification) -> dict[str, Any] | None:
@@ -160,7 +207,7 @@ def _look_for_others(found: Verification, info: dict[str, Any], recorded: Mappin
 
 
 def _read_files(
-    found: Verification, recorded: Mapping[str, dict], ranges: Mapping[str, dict[str, TensorRange]]
+    found: Verification, recorded: Mapping[str, dict], places: Mapping[str, set[Range]] | None = None
 ) -> dict[str, FileDigests]:
     """Read every file once, large ones first; compare size and SHA-256, and return the digests."""
     names = sorted(recorded, key=lambda name: -recorded[name]["bytes"])
@@ -172,8 +219,7 @@ def _read_files(
         path = found.directory / name
         try:
             regular_file(path)
-            places = {range_of(place) for place in ranges.get(name, {}).values()}
-            digests[name] = read_digests(path, places, advance, stop)
+            digests[name] = read_digests(path, (places or {}).get(name, ()), advance, stop)
         except FileNotFoundError:
             found.fault(name, "is missing")
         except (SurgeryError, OSError) as error:

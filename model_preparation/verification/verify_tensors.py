@@ -14,7 +14,7 @@ from model_preparation.command_line import default_folder
 from model_preparation.errors import SurgeryError
 from model_preparation.files.byte_progress import byte_progress
 from model_preparation.llamba.configuration_llamba import LlambaConfig
-from model_preparation.surgery.checkpoint_info import INFO, MODULE, STATE_DICT, TENSOR_DIGESTS
+from model_preparation.surgery.checkpoint_info import INFO, MODULE, STATE_DICT, TENSOR_DIGESTS, formats_of
 from model_preparation.surgery.graft import empty_model
 from model_preparation.surgery.layer_store import METADATA, LayerStore
 from model_preparation.surgery.tensor_digests import (
@@ -22,20 +22,14 @@ from model_preparation.surgery.tensor_digests import (
     base_digests,
     donor_digests,
     module_ranges,
-    range_of,
     read_tensor_digests,
     state_dict_ranges,
 )
 from model_preparation.tensors.tensor_files import TensorFiles
-from model_preparation.tensors.tensor_ranges import TensorRange
+from model_preparation.tensors.tensor_ranges import TensorRange, range_of
 from model_preparation.untrusted.untrusted_config import config_from
 from model_preparation.verification.file_digests import FileDigests
 from model_preparation.verification.findings import Verification
-
-
-def formats_of(info: dict[str, Any]) -> set[str]:
-    """What a checkpoint's weights are stored as: "pt", "hf", or both."""
-    return {"pt", "hf"} if info.get("format") == "both" else {str(info.get("format", "pt"))}
 
 
 class TensorChecks:
@@ -168,7 +162,7 @@ class TensorChecks:
         wanted: Mapping[str, TensorDigest],
         digests_of: Callable[[Callable[[int], None]], dict[str, str | None]],
     ) -> None:
-        sizes = {name: digest.shape.numel() * digest.dtype.itemsize for name, digest in wanted.items()}
+        sizes = {name: digest.size_bytes for name, digest in wanted.items()}
         with byte_progress() as progress:
             task = progress.add_task(f"Reading the {which}", total=sum(sizes.values()))
             digests = digests_of(lambda count: progress.advance(task, count))

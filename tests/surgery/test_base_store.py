@@ -18,6 +18,7 @@ from model_preparation.files import known_digests, shared_files
 from model_preparation.surgery import base_store, store_folder
 from model_preparation.surgery.base_store import BaseStore
 from model_preparation.surgery.store_folder import STORE, clean
+from model_preparation.tensors.dtypes import dtype_of
 from model_preparation.tensors.safetensors_writer import Shard
 from model_preparation.tensors.tensor_ranges import TensorRange, bytes_of
 
@@ -34,7 +35,7 @@ def make_base(folder: Path, seed: int = 0, age_seconds: int = 60) -> list[Path]:
 
 
 def shards_of(base_paths: list[Path], dtype=torch.float32) -> list[Shard]:
-    places = [TensorRange(base_paths[1], start, torch.Size([500, 3]), torch.float32) for start in (0, 6000)]
+    places = [TensorRange(base_paths[1], start, (500, 3), dtype_of(torch.float32)) for start in (0, 6000)]
     return [Shard(f"layer_{i:02d}.safetensors", {"weight": place}, dtype) for i, place in enumerate(places)]
 
 

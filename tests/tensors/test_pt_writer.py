@@ -17,6 +17,7 @@ from torch.utils.serialization import config
 
 from model_preparation.files import block_io
 from model_preparation.files.block_io import ALIGNMENT
+from model_preparation.tensors.dtypes import dtype_of
 from model_preparation.tensors.pt_writer import placeholder, write_together
 from model_preparation.tensors.tensor_ranges import TensorRange, bytes_of
 from tests.conftest import run_python
@@ -45,7 +46,7 @@ def in_file(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, TensorRan
     places = {}
     with path.open("wb") as file:
         for name, tensor in tensors.items():
-            places[name] = TensorRange(path, file.tell(), tensor.shape, tensor.dtype)
+            places[name] = TensorRange(path, file.tell(), tensor.shape, dtype_of(tensor.dtype))
             file.write(bytes_of(tensor))
     return places
 
@@ -136,6 +137,7 @@ def test_sets_are_the_same_in_every_process(tmp_path):
     code = """
 import sys, torch
 from pathlib import Path
+from model_preparation.tensors.dtypes import dtype_of
 from model_preparation.tensors.pt_writer import write_together
 words = [f"word{i}" for i in range(50)]
 write_together({Path(sys.argv[1]): {"t": torch.ones(2), "s": set(words), "f": frozenset(words), "n": {3, (1, 2)}}}, {})
@@ -219,7 +221,7 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
 def test_a_source_that_ends_early_is_an_error(tmp_path):
     (tmp_path / "raw").write_bytes(bytes(100))
     held = placeholder((100,), torch.float32)
-    place = TensorRange(tmp_path / "raw", 0, held.shape, held.dtype)
+    place = TensorRange(tmp_path / "raw", 0, held.shape, dtype_of(held.dtype))
     with pytest.raises(OSError, match="ends early"):
         write_together({tmp_path / "x.pt": {"a": held}}, {held.data_ptr(): place})
 

@@ -8,6 +8,7 @@ from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from model_preparation.tensors.dtypes import dtype_of
 from model_preparation.tensors.safetensors_writer import Shard
 from model_preparation.tensors.tensor_ranges import TensorRange, bytes_of, safetensors_ranges
 
@@ -18,7 +19,7 @@ def ranges_of(tensors, raw) -> dict[str, TensorRange]:
     places = {}
     with raw.open("wb") as file:
         for name, tensor in tensors.items():
-            places[name] = TensorRange(raw, file.tell(), tensor.shape, tensor.dtype)
+            places[name] = TensorRange(raw, file.tell(), tensor.shape, dtype_of(tensor.dtype))
             file.write(bytes_of(tensor))
     return places
 

@@ -1,0 +1,20 @@
+"""What an import of this module does: transformers knows `model_type: llamba`, and torch the classes of a `model.pt`.
+
+`import model_preparation` imports it; a command does not until it needs the model, as that takes two seconds.
+"""
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from model_preparation.llamba.configuration_llamba import LlambaConfig
+from model_preparation.llamba.modeling_llamba import LlambaForCausalLM, LlambaModel
+from model_preparation.llamba.safe_globals import SAFE_GLOBALS
+
+AutoConfig.register("llamba", LlambaConfig, exist_ok=True)
+AutoModel.register(LlambaConfig, LlambaModel, exist_ok=True)
+AutoModelForCausalLM.register(LlambaConfig, LlambaForCausalLM, exist_ok=True)
+# So that `save_pretrained` puts the model's files into the folder, which then opens without this package too.
+LlambaConfig.register_for_auto_class()
+LlambaModel.register_for_auto_class("AutoModel")
+LlambaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+torch.serialization.add_safe_globals(SAFE_GLOBALS)

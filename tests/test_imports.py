@@ -1,0 +1,82 @@
+"""What a command imports is most of the time it takes on small models: these stay without what they do not need."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
+from model_preparation.surgery.graft import empty_model
+from model_preparation.surgery.model_configs import layer_shapes
+from tests.conftest import PACKAGE, run_python, tiny_config, tiny_llama_cfg
+
+# Runs a command, and prints which of the modules named were imported when it ended.
+RUN = """
+import runpy, sys
+names, sys.argv = sys.argv[1].split(","), sys.argv[2:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+print("imported:", *(name for name in names if name in sys.modules))
+"""
+MODEL = "transformers.modeling_utils"
+# transformers' models import these: compilers, symbolic algebra, distributed training.
+HEAVY = ("torch._dynamo", "torch.distributed.tensor", "sympy", "scipy", MODEL)
+
+
+def imported(name: str, *args: object, of: tuple[str, ...], cwd: Path) -> list[str]:
+    result = run_python("-c", RUN, ",".join(of), str(PACKAGE / f"{name}.py"), *map(str, args), cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1].removeprefix("imported:").split()
+
+
+@pytest.mark.parametrize("args", [["clean_checkpoints", "--dir", "."], ["verify_checkpoint", "--files_only"]])
+def test_neither_torch_nor_transformers(args, checkpoint_dir):
+    name, *flags = args
+    flags += [checkpoint_dir] if name == "verify_checkpoint" else []
+    assert imported(name, *flags, of=("torch", "transformers", "numpy"), cwd=checkpoint_dir.parent) == []
+
+
+def test_a_dry_run_of_sharing(checkpoint_dir):
+    flags = ["--checkpoint", checkpoint_dir, "--repo", "me/some-model", "--licence", "apache-2.0", "--dry_run"]
+    assert imported("share_checkpoint", *flags, of=("torch", "transformers"), cwd=checkpoint_dir.parent) == []
+
+
+def test_extracting_a_llamba_s_layers(tmp_path):
+    tiny_config().save_pretrained(tmp_path / "base")
+    state = LlambaForCausalLM(tiny_config()).state_dict()
+    save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--model_name", tmp_path / "base", "--output_dir", tmp_path / "layers"]
+    assert imported("extract_layers", *flags, of=HEAVY, cwd=tmp_path) == []
+
+
+def test_what_does_import_the_model_is_seen(checkpoint_dir):
+    assert MODEL in imported("verify_checkpoint", checkpoint_dir, of=HEAVY, cwd=checkpoint_dir.parent)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ssm_cfg": {"d_state": 4, "n_v_heads": 4, "n_qk_heads": 2, "d_conv": 3, "expand": 2, "bias": True}},
+        {"ssm_cfg": {"d_state": 8, "n_v_heads": 2, "n_qk_heads": 1, "conv_bias": False}, "tie_embeddings": True},
+        {"mlp_cfg": {"intermediate_size": 20, "bias": True}},
+        {"llama_layers": [1], "llama_cfg": {**tiny_llama_cfg(), "attention_bias": True, "mlp_bias": True}},
+    ],
+)
+def test_shapes_said_without_the_model_are_the_model_s(changes):
+    config: LlambaConfig = tiny_config(**changes)
+    for index, layer in enumerate(empty_model(config).backbone.layers):
+        wanted = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+        assert layer_shapes(config, config.layer_types[index]) == wanted
+
+
+def test_the_package_registers_its_classes():
+    code = (
+        "import model_preparation, torch, transformers\n"
+        "assert type(transformers.AutoConfig.for_model('llamba')) is model_preparation.LlambaConfig\n"
+        "assert model_preparation.LlambaForCausalLM in torch.serialization.get_safe_globals()\n"
+    )
+    result = run_python("-c", code, cwd=PACKAGE.parent)
+    assert result.returncode == 0, result.stderr
