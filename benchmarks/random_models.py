@@ -9,9 +9,16 @@ SHAPES = {
     "small": (256, 8, 512, 32, 8, False),
     "1b": (2048, 16, 8192, 32, 8, False),
     "3b": (3072, 28, 8192, 32, 8, False),
+    "7b": (4096, 24, 14336, 32, 8, False),  # 13.7 GB, as 8b would not fit on every disk
     "8b": (4096, 32, 14336, 32, 8, False),
 }
-LAYERS = {"small": [1, 3, 5, 6], "1b": [3, 6, 8, 10], "3b": [5, 9, 13, 18], "8b": [11, 13, 17, 21]}
+LAYERS = {
+    "small": [1, 3, 5, 6],
+    "1b": [3, 6, 8, 10],
+    "3b": [5, 9, 13, 18],
+    "7b": [11, 13, 17, 21],
+    "8b": [11, 13, 17, 21],
+}
 
 # What people do without this package: `grafted`, the whole model in memory.
 IN_MEMORY = """
