@@ -21,6 +21,7 @@ from model_preparation.files.byte_progress import byte_progress
 from model_preparation.files.digests import FILE_FIELDS
 from model_preparation.files.seal import check_seal
 from model_preparation.surgery.checkpoint_info import (
+    EVALUATIONS,
     INFO,
     MODULE,
     STATE_DICT,
@@ -188,7 +189,7 @@ def _weight_files(info: dict[str, Any]) -> set[str]:
 
 def _look_for_others(found: Verification, info: dict[str, Any], recorded: Mapping[str, dict]) -> None:
     """Files nobody recorded: a note, or a fault where a loader would pick them up."""
-    count = 0
+    count = results = 0
     for root, folders, files in os.walk(found.directory):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
         for name in sorted([*files, *links]):
@@ -199,10 +200,14 @@ def _look_for_others(found: Verification, info: dict[str, Any], recorded: Mappin
                 continue
             at_root = relative.parent == Path(".") and (name.endswith(_READ_BY_LOADERS) or name in _READ_BY_NAME)
             loaded = relative.parts[0] == TOKENIZER or ("hf" in formats_of(info) and (at_root or path.suffix in _CODE))
-            if loaded:
+            if relative.parts[0] == EVALUATIONS and not loaded:
+                results += 1  # they come after the build
+            elif loaded:
                 found.fault(relative.as_posix(), f"is not listed in {INFO}, and would be read with the checkpoint")
             else:
                 found.notes.append(f"{relative.as_posix()} is not listed in {INFO}.")
+    if results:
+        found.notes.append(f"{EVALUATIONS}/ is not listed in {INFO}: {results} files of results.")
     found.check("folder", f"{count} files, {len(recorded)} of them listed with their digests")
 
 
