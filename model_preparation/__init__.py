@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from model_preparation.comparison.compare import compare_evaluations
     from model_preparation.errors import SurgeryError
     from model_preparation.evaluation.evaluate import evaluate_checkpoint
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
@@ -27,6 +28,7 @@ _MODULE_OF = {
     "LlambaForCausalLM": "model_preparation.llamba",
     "SurgeryError": "model_preparation.errors",
     "build_checkpoint": "model_preparation.surgery.checkpoint",
+    "compare_evaluations": "model_preparation.comparison.compare",
     "evaluate_checkpoint": "model_preparation.evaluation.evaluate",
     "extract_layers": "model_preparation.surgery.layer_store",
     "load_checkpoint": "model_preparation.surgery.checkpoint_loading",
@@ -37,6 +39,7 @@ __all__ = [
     "LlambaForCausalLM",
     "SurgeryError",
     "build_checkpoint",
+    "compare_evaluations",
     "evaluate_checkpoint",
     "extract_layers",
     "load_checkpoint",
