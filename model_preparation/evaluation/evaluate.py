@@ -84,20 +84,17 @@ def evaluate_checkpoint(
 
     with results.held():
         result = results.result()
-        if result is None or not all(map(is_mmlu, loaded.names)):  # of other tasks' data there is no digest to go by
-            lm = RecordedLM(load, results)
-            tracker = results.tracker()
+        # Of other tasks' data there is no digest to go by: their questions are put together, and compared.
+        kept = result is not None and all(map(is_mmlu, loaded.names))
+        if not kept:
+            lm, tracker = RecordedLM(load, results), results.tracker()
             found = _run(lm, loaded, settings, tracker, directory.resolve().name)
-            if lm.asked or result is None:
-                summary = _summary(found, loaded)
+            kept = result is not None and not lm.asked
+            if not kept:
                 results.publish(tracker, found, found.pop("samples"))
-                result = {**summary, "settings": settings, "weights": weights, "date": creation_time()}
+                result = {**_summary(found, loaded), "settings": settings, "weights": weights, "date": creation_time()}
                 results.finish(result)
-                kept = False
-            else:
-                kept = True
-        else:
-            kept = True
+    assert result is not None
     result.pop("info_sha256", None)
     result |= {"results_dir": str(results.folder), "kept": kept, "entered": False}
     if loaded.names == (MMLU,):
@@ -132,12 +129,12 @@ def evaluate_model(
         seed: of Python, NumPy, torch and the few-shot sampler.
 
     Returns:
-        `score` and `stderr` of the first task or group named (fractions; stderr is None where a single question has
-        none), `metric` (which of its metrics that is), `questions`, `groups` and `subjects`: what the named groups
-        consist of ({name: {"score", "stderr", "metric", "questions"}}; names of MMLU's without `mmlu_`), `tasks`: the
-        same of what was named, `lm_eval_version`, `max_length` (tokens a prompt may have), `mmlu_data` (where MMLU's
-        questions came from), `settings`: what decides on the scores beside the weights, digests of questions and of
-        task files of your own among it.
+        `score` and `stderr` of what was named, if that is one task or group (fractions; stderr is None where a single
+        question has none), `metric` (which of its metrics that is), `questions`, `groups` and `subjects`: what the
+        named groups consist of ({name: {"score", "stderr", "metric", "questions"}}; names of MMLU's without `mmlu_`),
+        `tasks`: the same of what was named, `lm_eval_version`, `max_length` (tokens a prompt may have), `mmlu_data`
+        (where MMLU's questions came from), `settings`: what decides on the scores beside the weights, digests of
+        questions and of task files of your own among it.
 
     Raises:
         SurgeryError: for tasks or questions that are missing or malformed, a setting out of range, or logits that are
