@@ -1,6 +1,7 @@
 """Bases and donors of real shapes with random weights, for the benchmarks beside this file."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 # d_model, n_layer, intermediate, heads, KV heads, tied: those of the published Llambas and of their donors.
@@ -44,7 +45,10 @@ def prepared(shape: str, folder: Path) -> tuple[Path, Path, list[str]]:
     """(base, extracted layers of the donor, indices of the layers) in `folder`, made if they are not there."""
     base, layers_dir = folder / f"base_{shape}", folder / f"layers_{shape}"
     if not (layers_dir / "metadata.json").exists():
-        make_models(shape, folder, base, layers_dir)
+        # In a process of its own: what this one had in memory would count as the peak of every process it starts.
+        maker = multiprocessing.get_context("spawn").Process(target=make_models, args=(shape, folder, base, layers_dir))
+        maker.start()
+        maker.join()
     return base, layers_dir, [str(layer) for layer in LAYERS[shape]]
 
 

@@ -48,6 +48,10 @@ def main() -> None:
         parser.error("checkpoints' folders are needed, or --list FILE, and not both")
     run_jobs = ray_flags.chosen_runner(parser, args)
 
+    if args.tasks != parser.get_default("tasks"):
+        from model_preparation.evaluation.tasks import check_names
+
+        check_names(args.tasks)  # once, and not for each checkpoint anew
     if args.list is None:
         candidates = evaluations.find_checkpoints(args.checkpoints)
     else:

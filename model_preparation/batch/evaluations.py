@@ -32,7 +32,7 @@ class Evaluation:
     """What became of one: evaluated, kept (everything was there already) or failed, for the reason in `note`.
 
     `score` and `stderr` are fractions of 1; they and `questions` are None where it failed, `stderr` also where a
-    subject has one question only.
+    subject has one question only. Of several tasks `score` is None too, and `note` has each one's.
     """
 
     name: str
@@ -153,11 +153,17 @@ def _layers(candidate: Candidate) -> tuple[int, ...]:
 def _evaluation(name: str, layers: tuple[int, ...], ended: Ended) -> Evaluation:
     if ended.reason:
         return Evaluation(name, layers, "failed", ended.seconds, note=ended.reason)
+    result: dict[str, Any] = ended.result or {}
     try:
-        result: dict[str, Any] = ended.result or {}
-        stderr = None if result["stderr"] is None else float(result["stderr"])
-        score, questions, kept = float(result["score"]), int(result["questions"]), bool(result["kept"])
-    except (KeyError, TypeError, ValueError) as error:
+        status = "kept" if result["kept"] else "evaluated"
+        # Of several tasks there is no one score.
+        note = "" if result["score"] is not None else "; ".join(_task_score(*task) for task in result["tasks"].items())
+        score, stderr = (None if result[key] is None else float(result[key]) for key in ("score", "stderr"))
+        return Evaluation(name, layers, status, ended.seconds, score, stderr, int(result["questions"]), note)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         note = f"the evaluator ended without a result ({error!r})"
         return Evaluation(name, layers, "failed", ended.seconds, note=note)
-    return Evaluation(name, layers, "kept" if kept else "evaluated", ended.seconds, score, stderr, questions)
+
+
+def _task_score(name: str, row: dict[str, Any]) -> str:
+    return f"{name} none" if row["score"] is None else f"{name} {row['score']:.4f}"

@@ -91,8 +91,8 @@ def locate(folders: Sequence[str | Path], task: str | None = None) -> list[Evalu
     for folder, candidates in zip(folders, found, strict=True):
         if len(candidates) > 1:
             raise SurgeryError(
-                f"{folder} has {len(candidates)} evaluations. Give one of their folders in its place, or its name by "
-                f"--task: {_listed(candidates)}."
+                f"{folder} has {len(candidates)} evaluations: {_listed(candidates)}. "
+                "Say which by --task and its name, or give its folder in place of this one."
             )
     chosen = [candidates[0] for candidates in found]
     for evaluation in chosen:
@@ -224,7 +224,7 @@ def _date(path: Path) -> str:
 
 
 def _listed(candidates: list[EvaluationFiles]) -> str:
-    return "; ".join(f"{each.results_path.parent} ({_settings(each)})" for each in candidates)
+    return "; ".join(f"{each.name} ({_settings(each)})" for each in candidates)
 
 
 def _settings(evaluation: EvaluationFiles) -> str:

@@ -6,12 +6,14 @@ MMLU's questions come from (questions.py), how fast they are answered (scoring.p
 (recorded.py, results_folder.py), and that whatever goes wrong is an error and never a score.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 import torch
+from blake3 import blake3
 from lm_eval.api.group import Group
 from lm_eval.loggers import EvaluationTracker
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,7 +60,8 @@ def evaluate_checkpoint(
 
     Returns:
         As `evaluate_model`; and `weights` (a digest), `date`, `results_dir` (the folder of this evaluation), `kept`
-        (whether all was there already), `entered` (whether checkpoint_info.json has this score now).
+        (whether all was there already), `entered` (whether checkpoint_info.json has this score now), `put_aside` (where
+        results of other weights went that were in that folder, if there were any).
 
     Raises:
         SurgeryError: as `load_checkpoint` and `evaluate_model`; what can be checked is, before the model is loaded.
@@ -66,10 +69,12 @@ def evaluate_checkpoint(
     """
     directory = Path(directory).expanduser()
     info = read_info(directory)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise SurgeryError(f"dtype is {dtype!r}, but must be torch's, such as torch.bfloat16. Give another one.")
     _check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
     loaded = tasks if isinstance(tasks, Tasks) else load_tasks(tasks, mmlu_data=mmlu_data, num_fewshot=num_fewshot)
     root = directory / EVALUATIONS if results_dir is None else Path(results_dir).expanduser() / directory.resolve().name
-    root.mkdir(parents=True, exist_ok=True)
+    _make_root(root)
     settings = {
         **_settings(loaded, limit, num_fewshot, batch_size, seed),
         "device": "parallelize" if parallelize else torch.device(device).type,
@@ -89,14 +94,18 @@ def evaluate_checkpoint(
         if not kept:
             lm, tracker = RecordedLM(load, results), results.tracker()
             found = _run(lm, loaded, settings, tracker, directory.resolve().name)
-            kept = result is not None and not lm.asked
+            samples = found.pop("samples")
+            asked = {name: _digest(rows) for name, rows in samples.items()}
+            kept = result is not None and not lm.asked and result["asked"] == asked
             if not kept:
-                results.publish(tracker, found, found.pop("samples"))
+                files = results.publish(tracker, found, samples)
                 result = {**_summary(found, loaded), "settings": settings, "weights": weights, "date": creation_time()}
-                results.finish(result)
+                results.finish({**result, "asked": asked}, files)
     assert result is not None
-    result.pop("info_sha256", None)
+    result = {name: value for name, value in result.items() if name not in ("asked", "files", "info_sha256")}
     result |= {"results_dir": str(results.folder), "kept": kept, "entered": False}
+    if results.put_aside is not None:
+        result["put_aside"] = str(results.put_aside)
     if loaded.names == (MMLU,):
         try:
             result["entered"] = enter_score(directory, result)
@@ -150,6 +159,17 @@ def evaluate_model(
     }
     lm = RecordedLM(lambda advance: _scoring(model, tokenizer, batch_size, advance))
     return {**_summary(_run(lm, loaded, settings), loaded), "settings": settings}
+
+
+def _make_root(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        writable = os.access(root, os.W_OK | os.X_OK)
+        reason = "" if writable else "it is read-only"
+    except OSError as error:
+        reason = str(error.strerror)
+    if reason:
+        raise SurgeryError(f"Results cannot be kept in {root} ({reason}). Name another folder with --results_dir.")
 
 
 def _scoring(
@@ -212,6 +232,12 @@ def _run(
         )
 
 
+def _digest(samples: Sequence[Mapping[str, Any]]) -> str:
+    """BLAKE3 over what was asked and what is right, from lm-eval's digests of each question."""
+    names = ("doc_hash", "prompt_hash", "target_hash")
+    return blake3("".join(sample[name] for sample in samples for name in names).encode()).hexdigest()
+
+
 def _summary(found: Mapping[str, Any], loaded: Tasks) -> dict[str, Any]:
     """The part of lm-eval's results that people read."""
     items = {name_of(item): _row(found, name_of(item)) for item in loaded.items}
@@ -239,7 +265,7 @@ def _row(found: Mapping[str, Any], name: str) -> dict[str, Any]:
         "score": None if metric is None else float(row[metric]),
         "stderr": None if stderr in (None, "N/A") else float(stderr),
         "metric": metric,
-        "questions": row.get("sample_len") or 0,
+        "questions": row.get("sample_count", {}).get(metric, row.get("sample_len") or 0),
     }
 
 

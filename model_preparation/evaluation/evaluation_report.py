@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_checkpoint
 from model_preparation.evaluation.tasks import MMLU, Tasks
 from model_preparation.files.new_file import write_file
@@ -26,6 +27,8 @@ def evaluate_and_print(tasks: Tasks, args: argparse.Namespace, *, device: str, d
     source = "" if tasks.questions is None else f", MMLU's questions from {tasks.questions.source}"
     print(f"\nEvaluating   {' '.join(tasks.names)}{shots}{source}", flush=True)
     if args.result_json is not None:  # an hour later would be the wrong time to find that it cannot be made
+        if args.result_json.expanduser().is_dir():
+            raise SurgeryError(f"--result_json {args.result_json} is a folder. Name a file.")
         args.result_json.expanduser().parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     result = evaluate_checkpoint(
@@ -42,6 +45,8 @@ def evaluate_and_print(tasks: Tasks, args: argparse.Namespace, *, device: str, d
     )
     if args.result_json is not None:
         write_file(args.result_json.expanduser(), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    if "put_aside" in result:
+        print(f"Put aside    results of other weights, to {result['put_aside']}")
     if result["kept"]:
         print("Kept         all of it was evaluated before, with these settings and weights")
     else:

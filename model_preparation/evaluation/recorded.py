@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import rich
 import rich.progress
 from blake3 import blake3
 from lm_eval.api.instance import Instance
@@ -78,10 +79,16 @@ class RecordedLM(LM):
         answers: list[Any] = [None] * len(requests)
         with self._progress:
             bar = self._progress.add_task("", total=len(requests))
+            kept = {
+                task: self._kept(kind, task, [requests[place] for place in places]) for task, places in indices.items()
+            }
+            count = sum(found is not None for found in kept.values())
+            if count:
+                self._progress.console.print(f"{count} of {len(indices)} tasks were answered before", highlight=False)
             for number, (task, places) in enumerate(indices.items(), start=1):
                 self._progress.update(bar, description=f"{number}/{len(indices)} {task}")
                 asked = [requests[place] for place in places]
-                found = self._kept(kind, task, asked)
+                found = kept[task]
                 if found is None:
                     found = self._ask(kind, task, asked)
                     interrupts.check()
@@ -114,12 +121,19 @@ class RecordedLM(LM):
 
 def _question_progress() -> rich.progress.Progress:
     return rich.progress.Progress(
+        *_columns(),
+        transient=True,
+        disable=not rich.get_console().is_terminal,  # a log gets a line per task instead
+    )
+
+
+def _columns() -> tuple[rich.progress.ProgressColumn, ...]:
+    return (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeElapsedColumn(),
         rich.progress.TimeRemainingColumn(),
-        transient=True,
     )
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.digests import describe_files, fault_of
 from model_preparation.files.new_file import write_file
 from model_preparation.files.new_folder import check_space, sync_tree
 from model_preparation.files.partial_folder import Hold, take
@@ -42,6 +43,9 @@ class ResultsFolder:
         root: the folder that the evaluations of a checkpoint are in.
         settings: everything that decides on the scores beside the weights; `tasks` is among it.
         weights: the digest of the weights.
+
+    Attributes:
+        put_aside: where results of other weights went that were in `folder`, once it is held.
     """
 
     def __init__(self, root: Path, settings: Mapping[str, Any], weights: str):
@@ -50,6 +54,7 @@ class ResultsFolder:
         digest = blake3(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         names = "+".join(Path(name).name for name in settings["tasks"])
         self.folder = root / f"{_SAFE.sub('_', names)[:60]}-{digest}"
+        self.put_aside: Path | None = None
         self._hold: Hold | None = None
 
     @contextlib.contextmanager
@@ -74,8 +79,11 @@ class ResultsFolder:
             self._hold.release()
 
     def result(self) -> dict[str, Any] | None:
-        """The result of a finished evaluation, else None."""
-        return self._read(RESULT)
+        """The result of a finished evaluation, else None; also if lm-eval's files are not what they were then."""
+        result = self._read(RESULT)
+        if result is None or any(fault_of(self.folder / name, entry) for name, entry in result["files"].items()):
+            return None
+        return result
 
     def read_record(self, name: str) -> dict[str, Any] | None:
         """A record that `keep_record` wrote; None if there is none, or it was damaged since."""
@@ -95,8 +103,10 @@ class ResultsFolder:
 
         return EvaluationTracker(output_path=str(self._staging()))
 
-    def publish(self, tracker: "EvaluationTracker", results: dict[str, Any], samples: Mapping[str, Sequence]) -> None:
-        """Write lm-eval's results and samples files.
+    def publish(
+        self, tracker: "EvaluationTracker", results: dict[str, Any], samples: Mapping[str, Sequence]
+    ) -> dict[str, dict]:
+        """Write lm-eval's results and samples files, in the place of any that are there; returns what to know them by.
 
         Raises:
             SurgeryError: if they were not written whole; lm-eval itself only logs that.
@@ -115,10 +125,11 @@ class ResultsFolder:
         target = self.folder / written[0].name
         shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before it wrote the result
         written[0].rename(target)
+        return describe_files(self.folder, f"{target.name}/*")
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """Write the result, which makes the evaluation a finished one."""
-        self._write(RESULT, result)
+    def finish(self, result: Mapping[str, Any], files: Mapping[str, dict]) -> None:
+        """Write the result, with what `publish` returned, which makes the evaluation a finished one."""
+        self._write(RESULT, {**result, "files": files})
 
     def _staging(self) -> Path:
         assert self._hold is not None
@@ -138,7 +149,8 @@ class ResultsFolder:
                 "Move it elsewhere, or choose another --results_dir."
             )
         if found["weights"] != self.weights:
-            self.folder.rename(self._aside(found["weights"]))
+            self.put_aside = self._aside(found["weights"])
+            self.folder.rename(self.put_aside)
             if self._aside(self.weights).is_dir():
                 self._aside(self.weights).rename(self.folder)
 

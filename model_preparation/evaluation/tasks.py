@@ -22,7 +22,7 @@ from unittest.mock import patch
 import lm_eval.api.task
 import lm_eval.tasks
 from blake3 import blake3
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
@@ -38,7 +38,13 @@ _STOCK = Path(lm_eval.tasks.__file__).parent
 _STOCK_MMLU = _STOCK / "mmlu" / "default"
 _MMLU_NAMES = {MMLU, *(f"mmlu_{name}" for name in (*GROUPS, *SUBJECTS))}
 _DECLARATION = re.compile(r"""^["']?(?:task|group|tag)["']?\s*:\s*["']?([\w.:+-]+)["']?\s*$""", re.MULTILINE)
-_OUT_OF_REACH = (ConnectionError, DatasetsError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
+_OUT_OF_REACH = (
+    ConnectionError,
+    DatasetNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 
 @dataclass
@@ -73,6 +79,8 @@ def is_mmlu(name: str) -> bool:
 
 def check_names(names: Sequence[str]) -> None:
     """Raise SurgeryError for a name that is neither one of lm-eval's nor a folder or file; takes seconds at most."""
+    if isinstance(names, str):
+        raise SurgeryError(f"tasks is the text {names!r}, but must be a list of names. Give [{names!r}].")
     if not names:
         raise SurgeryError("No task is named. Give one with --tasks, such as mmlu.")
     for name in names:
@@ -86,10 +94,7 @@ def check_names(names: Sequence[str]) -> None:
         if name not in declared and not any(_mentions(path, name) for path in _definitions()):
             close = difflib.get_close_matches(name, [*declared, *_MMLU_NAMES], n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else "."
-            raise SurgeryError(
-                f"lm-eval {lm_eval.__version__} has no task {name!r}, nor is that a folder or file{hint} "
-                "`lm_eval ls tasks` lists all."
-            )
+            raise _unknown(name, hint)
 
 
 def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num_fewshot: int | None = None) -> Tasks:
@@ -126,15 +131,33 @@ def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num
                 ) from error
             except SurgeryError:
                 raise
+            except KeyError as error:
+                if "is not a registered task" in str(error) and not Path(name).exists():
+                    raise _unknown(name) from error
+                raise _broken(name, error) from error
             except Exception as error:  # a definition is a program; whatever it raises, the definition is at fault
-                raise SurgeryError(
-                    f"The task {name} cannot be loaded ({type(error).__name__}: {_reason(error)}). Mend its definition."
-                ) from error
+                raise _broken(name, error) from error
     leaves = tasks.leaves
     for leaf in leaves:
         if leaves.count(leaf) > 1:
             raise SurgeryError(f"--tasks names {leaf} more than once, in several groups. Leave one of them out.")
     return tasks
+
+
+def _broken(name: str, error: BaseException) -> SurgeryError:
+    while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__  # that says what is wrong with the data
+    return SurgeryError(
+        f"The task {name} cannot be loaded ({type(error).__name__}: {_reason(error)}). "
+        "Mend its definition or its data; paths in it count from the current folder."
+    )
+
+
+def _unknown(name: str, hint: str = ".") -> SurgeryError:
+    return SurgeryError(
+        f"lm-eval {lm_eval.__version__} has no task {name!r}, nor is that a folder or file{hint} "
+        "`lm_eval ls tasks` lists all; for tasks of your own give their folder."
+    )
 
 
 @contextmanager
@@ -206,7 +229,9 @@ def _definitions() -> Iterator[Path]:
 
 
 def _mentions(path: Path, name: str) -> bool:
-    return name in path.read_text(encoding="utf-8", errors="replace")
+    """Whether a definition has the name in it, as a whole."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return name in text and re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", text) is not None
 
 
 def _digest(path: Path) -> str:

@@ -182,16 +182,16 @@ def _scores(info: Mapping[str, Any]) -> str:
     measured = info.get(MEASURED)
     if measured:
         stderr = "" if measured["stderr"] is None else f" ± {measured['stderr']:.4f}"
-        settings = {
-            "questions": f"{measured['questions']:,}",
-            "lm-eval": measured["lm_eval_version"],
-            **{
-                name: "all" if name == "limit" and value is None else value
-                for name, value in measured["settings"].items()
-            },
-        }
-        settings.pop("mmlu_data", None)  # a path on the machine it was measured on
-        rows = [("MMLU, accuracy", f"{measured['score']:.4f}{stderr}"), *settings.items()]
+        settings = measured["settings"]
+        limit = settings["limit"]
+        asked = f"{measured['questions']:,}" + (f", the first {limit} of each subject" if limit else "")
+        rows = [
+            ("MMLU, accuracy", f"{measured['score']:.4f}{stderr}"),
+            ("questions", asked),
+            *((name, settings[name]) for name in ("num_fewshot", "dtype", "device", "batch_size") if name in settings),
+            ("lm-eval", measured["lm_eval_version"]),
+            *((name, measured[name]) for name in ("date",) if name in measured),
+        ]
         return "Measured with `test_checkpoint.py --full_eval`.\n\n" + _table(("", ""), rows)
     if info["mmlu_score"] is None:
         return "None was measured."

@@ -93,6 +93,7 @@ def write(
     *,
     description: str = "",
     score: float | None = None,
+    measured: Mapping[str, Any] | None = None,
     device: str = "cpu",
     format: str = "pt",
     overwrite: bool = False,
@@ -104,6 +105,7 @@ def write(
         output_dir: appears whole or not at all.
         description: free text for people.
         score: an MMLU score known beforehand, as a fraction of 1.
+        measured: `mmlu_result` of a checkpoint with the same weights, if that score was measured.
         device: where the trial forward pass runs; what is written is always on the CPU.
         format: "pt" for model.pt and model_state_dict.pt, "hf" for what transformers opens without this package (see
             hf_folder.py; the shards of untouched layers are shared with the checkpoints beside it), or "both".
@@ -157,6 +159,8 @@ def write(
             hf_folder.write_rest(staging, tokenizer, generation_config)
         _write_json(staging / TENSOR_DIGESTS, _tensor_digests(graft, digests))
         info |= {"format": format, "files": files}
+        if measured is not None:
+            info["mmlu_result"] = dict(measured)
         (staging / README).write_text(readme_text(info), encoding="utf-8")
         info["files"] |= describe_files(staging, excluded=info["files"])
         sealed = seal(info)

@@ -70,6 +70,7 @@ def rebuild(
             output_dir,
             description=info["description"],
             score=info["mmlu_score"],
+            measured=info.get("mmlu_result"),
             device=device,
             format=info["format"],
             overwrite=overwrite,

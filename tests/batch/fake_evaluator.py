@@ -60,6 +60,8 @@ def main() -> None:
     scores = [json.loads((results / f"{subject}.json").read_text()) for subject in SUBJECTS]
     score = sum(scores) / len(scores)
     result = {"score": score, "stderr": 0.01, "questions": args.limit * len(SUBJECTS), "kept": kept}
+    if args.tasks and len(args.tasks) > 1:
+        result |= {"score": None, "stderr": None, "tasks": {name: {"score": 0.25} for name in args.tasks}}
     if behaviour[0] != "silent":
         args.result_json.write_text(json.dumps(result))
 

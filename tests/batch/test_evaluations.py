@@ -47,6 +47,12 @@ def test_each_is_evaluated_kept_or_failed_and_none_stops_the_others(make_candida
     assert rows[1].endswith("failed     the logits are not finite. Build it again.")
 
 
+def test_of_several_tasks_each_score_is_told(make_candidate):
+    (done,) = evaluate_all([Candidate(make_candidate("one"))], ["--tasks", "a", "b"], evaluator=FAKE_EVALUATOR)
+    assert (done.status, done.score, done.stderr) == ("evaluated", None, None)
+    assert done.note == "a 0.2500; b 0.2500"
+
+
 def test_results_go_to_a_folder_for_each(make_candidate, tmp_path):
     folders = [make_candidate("one"), make_candidate("two")]
     evaluate_all(list(map(Candidate, folders)), results_dir=tmp_path / "results", evaluator=FAKE_EVALUATOR)

@@ -298,6 +298,33 @@ def test_a_folder_of_task_files(checkpoint, tmp_path, monkeypatch):
     assert asked == ["tiny_recall"]
 
 
+def test_another_right_answer_in_data_outside_the_folder_is_another_score(checkpoint, tmp_path, monkeypatch):
+    """The model need not be asked anew, but what was found before does not hold."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"context": f"{word} = ", "choices": ["one", "two"], "answer": 0} for word in "abcdef"]
+    folder = recall_task(tmp_path / "recall", rows)
+    task = str(folder / "recall.yaml")
+    before = evaluate_checkpoint(checkpoint, tasks=[task])
+    (folder / "data.jsonl").write_text((folder / "data.jsonl").read_text().replace('"answer": 0', '"answer": 1'))
+    asked = answered_anew(monkeypatch)
+    after = evaluate_checkpoint(checkpoint, tasks=[task])
+    assert asked == []
+    assert not after["kept"]
+    assert after["score"] == pytest.approx(1 - before["score"])
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_lost_files_of_lm_eval_come_back(damage, checkpoint, mmlu, part, monkeypatch):
+    folder = Path(evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu)["results_dir"])
+    samples = sorted(folder.glob("*/samples_*.jsonl"))
+    damage(samples[3])
+    asked = answered_anew(monkeypatch)
+    again = evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu)
+    assert asked == []
+    assert again["subjects"] == part["subjects"]
+    assert len(sorted(folder.glob("*/samples_*.jsonl"))) == len(samples) == 13
+
+
 def test_a_group_of_mmlu_alone(checkpoint, mmlu, evaluated):
     result = evaluate_checkpoint(checkpoint, tasks=["mmlu_stem", "mmlu_virology"], mmlu_data=mmlu)
     assert result["score"] is None  # of several tasks there is no one score
@@ -319,6 +346,7 @@ def test_the_command_says_what_it_did(evaluated, mmlu, tmp_path):
     ("tasks", "words"),
     [
         (["mmlu_virologie"], ["has no task 'mmlu_virologie'", "did you mean mmlu_virology"]),
+        (["mmlu_anatom"], ["has no task 'mmlu_anatom'", "did you mean mmlu_anatomy"]),
         (["mmlu", "mmlu"], ["is given 2 times"]),
         (["mmlu", "mmlu_virology"], ["names mmlu_virology more than once"]),
     ],
@@ -338,3 +366,14 @@ def test_a_folder_without_tasks_and_a_broken_definition_are_named(checkpoint_dir
     (folder / "data.jsonl").unlink()
     with pytest.raises(SurgeryError, match="broken cannot be loaded"):
         evaluate_checkpoint(checkpoint_dir, tasks=[str(folder)], results_dir=tmp_path / "results")
+
+
+def test_places_and_arguments_that_cannot_be_are_said_before_the_model_is_loaded(checkpoint_dir, mmlu, tmp_path):
+    (tmp_path / "file").touch()
+    for words, arguments in (
+        ("--results_dir", {"results_dir": tmp_path / "file"}),
+        ("dtype is 'int8'", {"dtype": "int8"}),
+        ("must be a list of names", {"tasks": "mmlu_virology"}),
+    ):
+        with pytest.raises(SurgeryError, match=words):
+            evaluate_checkpoint(checkpoint_dir, **{"mmlu_data": mmlu, **arguments})

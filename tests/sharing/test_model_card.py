@@ -69,8 +69,8 @@ def test_a_score_is_told_as_what_it_is(info):
     measured = card(info)
     for row in (
         "| MMLU, accuracy | 0.5712 ± 0.0040 |",
-        "| questions | 5,700 |",
-        "| limit | 100 |",
+        "| questions | 5,700, the first 100 of each subject |",
+        "| num_fewshot | 5 |",
         "| lm-eval | 0.4.13 |",
     ):
         assert row in measured.text
@@ -83,7 +83,7 @@ def test_a_score_is_told_as_what_it_is(info):
     info["mmlu_result"] = RESULT | {"settings": RESULT["settings"] | {"limit": None}, "stderr": None}
     whole = card(info)
     assert "| MMLU, accuracy | 0.5712 |" in whole.text
-    assert "| limit | all |" in whole.text
+    assert "| questions | 5,700 |" in whole.text
     assert whole.data.eval_results[0].dataset_name == "MMLU"
 
 
