@@ -131,7 +131,10 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
     if content.startswith(b"version https://git-lfs"):
         raise SurgeryError(f"{file} is a pointer that git left in place of the file. Run git lfs pull there.")
     try:
-        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).read()
+        # Memory of pyarrow's own, and none of its threads: one that drops a Python object while Python ends aborts it.
+        owned = pyarrow.BufferOutputStream()
+        owned.write(content)
+        table = pyarrow.parquet.ParquetFile(owned.getvalue(), pre_buffer=False).read(use_threads=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise SurgeryError(f"{file} is not a readable parquet file: {error}. Copy it again.") from error
     unclear = [field for field in FIELDS if table.column_names.count(field) != 1]
