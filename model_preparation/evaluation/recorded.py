@@ -121,19 +121,13 @@ class RecordedLM(LM):
 
 def _question_progress() -> rich.progress.Progress:
     return rich.progress.Progress(
-        *_columns(),
-        transient=True,
-        disable=not rich.get_console().is_terminal,  # a log gets a line per task instead
-    )
-
-
-def _columns() -> tuple[rich.progress.ProgressColumn, ...]:
-    return (
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeElapsedColumn(),
         rich.progress.TimeRemainingColumn(),
+        transient=True,
+        disable=not rich.get_console().is_terminal,  # a log gets a line per task instead
     )
 
 
