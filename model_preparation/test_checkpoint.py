@@ -37,6 +37,8 @@ examples:
   python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --full_eval --limit 100 --mmlu_data ./mmlu
   python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --full_eval --skip_generation \\
       --tasks arc_easy hellaswag --num_fewshot 5
+  python test_checkpoint.py --checkpoint unaligned_llamba --tokenizer llama_tokenizer --full_eval --skip_generation \\
+      --results_dir ../local_models/results
 
 The exit code is 1 if the checkpoint does not load, a logit is not finite, or an answer is empty;
 what goes wrong with a model it is compared with is told in that model's place and changes no exit code.
@@ -57,14 +59,18 @@ def main() -> None:
     from model_preparation.surgery.checkpoint_info import read_info
 
     args.checkpoint = args.checkpoint.expanduser()
-    read_info(args.checkpoint)  # what is wrong with the folder is said before anything is downloaded
+    # What is wrong with the folder is said before anything is downloaded. To be scored only, a model may be named too.
+    if not args.skip_generation:
+        read_info(args.checkpoint)
     request = read_request(args)
     others = find_others(args.compare_with, args.checkpoint, sources=args.source)
     device, dtype = choose_device(args.gpu, args.device), torch_dtype(args.dtype)
     if args.full_eval:
         from model_preparation.evaluation.evaluation_report import evaluate_and_print
+        from model_preparation.evaluation.scored_model import find_model
         from model_preparation.evaluation.tasks import load_tasks
 
+        find_model(args.checkpoint, args.tokenizer)
         tasks = load_tasks(args.tasks, mmlu_data=args.mmlu_data, num_fewshot=args.num_fewshot)
 
     written = None
@@ -84,7 +90,14 @@ def main() -> None:
 
 def _parser() -> CommandParser:
     parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="the checkpoint folder")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the checkpoint folder; with --skip_generation also the name, folder or hub id of a model to hold against "
+        "it, such as its base or donor",
+    )
     add_generation_flags(parser)
     add_dtype_flag(parser, help="run in this dtype (default: the checkpoint's)")
     add_device_flags(parser)

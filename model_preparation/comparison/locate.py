@@ -15,6 +15,7 @@ from typing import Any
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.results_folder import SETTINGS
+from model_preparation.evaluation.scored_model import find_model
 from model_preparation.evaluation.weights import weights_digest
 from model_preparation.surgery.checkpoint_info import EVALUATIONS, EVALUATIONS_ASIDE, INFO, read_info
 from model_preparation.untrusted.untrusted_files import read_json
@@ -106,7 +107,7 @@ def _check_weights(evaluation: EvaluationFiles) -> None:
     if evaluation.checkpoint is None or not settings.is_file():
         return
     checkpoint = evaluation.checkpoint
-    now = weights_digest(checkpoint, read_info(checkpoint), checkpoint / EVALUATIONS)
+    now = weights_digest(find_model(checkpoint), checkpoint / EVALUATIONS)
     if read_json(settings).get("weights") != now:
         raise SurgeryError(
             f"{settings.parent} holds results of other weights than {checkpoint} has now. Evaluate it again: "

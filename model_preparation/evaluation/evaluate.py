@@ -22,12 +22,12 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.recorded import RecordedLM
 from model_preparation.evaluation.results_folder import ResultsFolder
 from model_preparation.evaluation.score_entry import enter_score, is_read_only
+from model_preparation.evaluation.scored_model import find_model
 from model_preparation.evaluation.scoring import ScoringLM
 from model_preparation.evaluation.tasks import MMLU, Tasks, is_mmlu, load_tasks, name_of, quiet
 from model_preparation.evaluation.weights import weights_digest
 from model_preparation.files.timestamps import creation_time
-from model_preparation.surgery.checkpoint_info import EVALUATIONS, read_info
-from model_preparation.surgery.checkpoint_loading import load_checkpoint
+from model_preparation.surgery.checkpoint_info import EVALUATIONS
 
 SEED = 1234
 
@@ -45,18 +45,20 @@ def evaluate_checkpoint(
     seed: int = SEED,
     parallelize: bool = False,
     results_dir: str | Path | None = None,
+    tokenizer: str | None = None,
 ) -> dict[str, Any]:
-    """Score a checkpoint, keeping every task's answers as they come.
+    """Score a checkpoint, or its base or donor, keeping every task's answers as they come.
 
     Killed anywhere, the same call goes on where it stopped and gives the same result. Called again when all is done, it
     gives what was found. A score of the whole task group mmlu is entered into the checkpoint's checkpoint_info.json.
 
     Args:
-        directory: the checkpoint folder.
+        directory: the checkpoint folder; or the name, folder or hub id of a model, to compare a checkpoint with.
         device, dtype, parallelize: as in `load_checkpoint`.
         tasks, limit, mmlu_data, num_fewshot, batch_size, seed: as in `evaluate_model`.
         results_dir: where to keep answers and results, in a folder of the checkpoint's name; by default in the
-            checkpoint's own folder, in `evaluations/`.
+            checkpoint's own folder, in `evaluations/`. Needed for a model that is no checkpoint.
+        tokenizer: for a model published without one, as Llamba is: name, folder or hub id.
 
     Returns:
         As `evaluate_model`; and `weights` (a digest), `date`, `results_dir` (the folder of this evaluation), `kept`
@@ -67,25 +69,27 @@ def evaluate_checkpoint(
         SurgeryError: as `load_checkpoint` and `evaluate_model`; what can be checked is, before the model is loaded.
         OSError: if results cannot be written.
     """
-    directory = Path(directory).expanduser()
-    info = read_info(directory)
+    scored = find_model(directory, tokenizer)
+    if results_dir is None and not scored.is_checkpoint:
+        raise SurgeryError(f"{directory} is a model and no checkpoint. Say where to keep its results by --results_dir.")
+    if parallelize and not scored.is_checkpoint:
+        raise SurgeryError(f"{directory} is no checkpoint, which --parallelize needs. Leave that out.")
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise SurgeryError(f"dtype is {dtype!r}, but must be torch's, such as torch.bfloat16. Give another one.")
     _check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
     loaded = tasks if isinstance(tasks, Tasks) else load_tasks(tasks, mmlu_data=mmlu_data, num_fewshot=num_fewshot)
-    root = directory / EVALUATIONS if results_dir is None else Path(results_dir).expanduser() / directory.resolve().name
+    root = scored.folder / EVALUATIONS if results_dir is None else Path(results_dir).expanduser() / scored.name
     _make_root(root)
     settings = {
         **_settings(loaded, limit, num_fewshot, batch_size, seed),
         "device": "parallelize" if parallelize else torch.device(device).type,
-        "dtype": info["dtype"] if dtype is None else str(dtype).removeprefix("torch."),
+        "dtype": scored.dtype if dtype is None else str(dtype).removeprefix("torch."),
     }
-    weights = weights_digest(directory, info, root)
+    weights = weights_digest(scored, root)
     results = ResultsFolder(root, settings, weights)
 
     def load(advance: Callable[[int], None]) -> ScoringLM:
-        model, tokenizer = load_checkpoint(directory, device=device, dtype=dtype, parallelize=parallelize)
-        return _scoring(model, tokenizer, batch_size, advance)
+        return _scoring(*scored.load(device, dtype, parallelize), batch_size, advance)
 
     with results.held():
         result = results.result()
@@ -93,7 +97,7 @@ def evaluate_checkpoint(
         kept = result is not None and all(map(is_mmlu, loaded.names))
         if not kept:
             lm, tracker = RecordedLM(load, results), results.tracker()
-            found = _run(lm, loaded, settings, tracker, directory.resolve().name)
+            found = _run(lm, loaded, settings, tracker, scored.name)
             samples = found.pop("samples")
             asked = {name: _digest(rows) for name, rows in samples.items()}
             kept = result is not None and not lm.asked and result["asked"] == asked
@@ -106,9 +110,9 @@ def evaluate_checkpoint(
     result |= {"results_dir": str(results.folder), "kept": kept, "entered": False}
     if results.put_aside is not None:
         result["put_aside"] = str(results.put_aside)
-    if loaded.names == (MMLU,):
+    if scored.is_checkpoint and loaded.names == (MMLU,):
         try:
-            result["entered"] = enter_score(directory, result)
+            result["entered"] = enter_score(scored.folder, result)
         except OSError as error:
             if results_dir is None or not is_read_only(error):
                 raise

@@ -15,6 +15,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_checkpoint
 from model_preparation.evaluation.tasks import MMLU, Tasks
 from model_preparation.files.new_file import write_file
+from model_preparation.surgery.checkpoint_info import INFO
 
 
 def evaluate_and_print(tasks: Tasks, args: argparse.Namespace, *, device: str, dtype: torch.dtype | None) -> None:
@@ -42,6 +43,7 @@ def evaluate_and_print(tasks: Tasks, args: argparse.Namespace, *, device: str, d
         seed=args.seed,
         parallelize=args.parallelize,
         results_dir=args.results_dir,
+        tokenizer=args.tokenizer,
     )
     if args.result_json is not None:
         write_file(args.result_json.expanduser(), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -60,7 +62,7 @@ def evaluate_and_print(tasks: Tasks, args: argparse.Namespace, *, device: str, d
         )
     for name, row in result["tasks"].items():
         print(f"{'MMLU' if name == MMLU else name} score   {_score(row)}")
-    if tasks.names == (MMLU,) and not result["entered"]:
+    if tasks.names == (MMLU,) and not result["entered"] and (args.checkpoint / INFO).is_file():
         print("checkpoint_info.json keeps what it says: it has a score of more questions, or cannot be written.")
     print(f"Results are in {result['results_dir']}", flush=True)
 

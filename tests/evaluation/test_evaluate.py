@@ -15,10 +15,12 @@ import lm_eval
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from model_preparation import evaluate_checkpoint, load_checkpoint, verify_checkpoint
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation import evaluate
+from model_preparation.evaluation import evaluate, scored_model
+from model_preparation.evaluation.evaluate import evaluate_model
 from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.evaluation.results_folder import ResultsFolder
 from model_preparation.evaluation.tasks import load_tasks
@@ -114,7 +116,7 @@ def test_killed_it_goes_on_and_gives_the_score_of_an_uninterrupted_run(records, 
 
 def test_what_is_finished_is_given_again_without_the_model(evaluated, mmlu, monkeypatch):
     folder, result = evaluated
-    monkeypatch.setattr(evaluate, "load_checkpoint", None)
+    monkeypatch.setattr(scored_model, "load_checkpoint", None)
     again = evaluate_checkpoint(folder, mmlu_data=mmlu)
     assert again == {**result, "kept": True}
 
@@ -377,3 +379,30 @@ def test_places_and_arguments_that_cannot_be_are_said_before_the_model_is_loaded
     ):
         with pytest.raises(SurgeryError, match=words):
             evaluate_checkpoint(checkpoint_dir, **{"mmlu_data": mmlu, **arguments})
+
+
+def test_base_and_donor_are_scored_too_and_compared_with(evaluated, base_dir, donor_dir, mmlu, tmp_path):
+    results = tmp_path / "results"
+    model, tokenizer = LlamaForCausalLM.from_pretrained(donor_dir), AutoTokenizer.from_pretrained(donor_dir)
+    donor = evaluate_checkpoint(donor_dir, mmlu_data=mmlu, results_dir=results)
+    assert donor["subjects"] == evaluate_model(model, tokenizer, mmlu_data=mmlu)["subjects"]
+    with pytest.raises(SurgeryError, match=r"has no tokenizer. Name one by --tokenizer"):
+        evaluate_checkpoint(base_dir, mmlu_data=mmlu, results_dir=results)
+    with pytest.raises(SurgeryError, match=r"is a model and no checkpoint. Say where .* by --results_dir"):
+        evaluate_checkpoint(donor_dir, mmlu_data=mmlu)
+
+    flags = ["--full_eval", "--skip_generation", "--mmlu_data", mmlu, "--results_dir", results, "--device", "cpu"]
+    done = run_command("test_checkpoint", "--checkpoint", base_dir, "--tokenizer", donor_dir, *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"Results are in {results / base_dir.name / 'mmlu-'}")
+    assert sorted(path.name for path in base_dir.iterdir()) == ["config.json", "pytorch_model.bin"]
+
+    folders = [results / base_dir.name, evaluated[0], results / donor_dir.name]
+    compared = run_command("compare_checkpoints", *folders, "--output_dir", tmp_path / "report")
+    assert compared.returncode == 0, compared.stderr
+    assert compared.stdout.count("on 85 common questions") == 2
+
+
+def test_a_checkpoint_that_is_not_there_is_no_model_to_look_for(tmp_path):
+    with pytest.raises(SurgeryError, match=r"nowhere is not there. Build it with"):
+        evaluate_checkpoint(tmp_path / "nowhere")
