@@ -15,6 +15,7 @@ import json
 import os
 import re
 import socket
+import stat
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -175,8 +176,9 @@ def _is_ours(folder: Path) -> bool:
     Of a folder that is gone, yes.
     """
     try:
-        if folder.is_symlink() or not folder.is_dir():
-            return not os.path.lexists(folder)
+        # One look: between two, another run may remove the folder and a third one make it again.
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            return False
         names = {path.name for path in folder.iterdir()}
     except FileNotFoundError:
         return True
