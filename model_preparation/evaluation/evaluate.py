@@ -15,6 +15,7 @@ import lm_eval
 import torch
 from blake3 import blake3
 from lm_eval.api.group import Group
+from lm_eval.api.model import LM
 from lm_eval.loggers import EvaluationTracker
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -76,12 +77,12 @@ def evaluate_checkpoint(
         raise SurgeryError(f"{directory} is no checkpoint, which --parallelize needs. Leave that out.")
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise SurgeryError(f"dtype is {dtype!r}, but must be torch's, such as torch.bfloat16. Give another one.")
-    _check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+    check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
     loaded = tasks if isinstance(tasks, Tasks) else load_tasks(tasks, mmlu_data=mmlu_data, num_fewshot=num_fewshot)
     root = scored.folder / EVALUATIONS if results_dir is None else Path(results_dir).expanduser() / scored.name
     _make_root(root)
     settings = {
-        **_settings(loaded, limit, num_fewshot, batch_size, seed),
+        **settings_of(loaded, limit, num_fewshot, batch_size, seed),
         "device": "parallelize" if parallelize else torch.device(device).type,
         "dtype": scored.dtype if dtype is None else str(dtype).removeprefix("torch."),
     }
@@ -97,7 +98,7 @@ def evaluate_checkpoint(
         kept = result is not None and all(map(is_mmlu, loaded.names))
         if not kept:
             lm, tracker = RecordedLM(load, results), results.tracker()
-            found = _run(lm, loaded, settings, tracker, scored.name)
+            found = run_tasks(lm, loaded, settings, tracker, scored.name)
             samples = found.pop("samples")
             asked = {name: _digest(rows) for name, rows in samples.items()}
             kept = result is not None and not lm.asked and result["asked"] == asked
@@ -153,16 +154,16 @@ def evaluate_model(
         SurgeryError: for tasks or questions that are missing or malformed, a setting out of range, or logits that are
             not finite.
     """
-    _check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+    check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
     loaded = tasks if isinstance(tasks, Tasks) else load_tasks(tasks, mmlu_data=mmlu_data, num_fewshot=num_fewshot)
 
     settings = {
-        **_settings(loaded, limit, num_fewshot, batch_size, seed),
+        **settings_of(loaded, limit, num_fewshot, batch_size, seed),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     lm = RecordedLM(lambda advance: _scoring(model, tokenizer, batch_size, advance))
-    return {**_summary(_run(lm, loaded, settings), loaded), "settings": settings}
+    return {**_summary(run_tasks(lm, loaded, settings), loaded), "settings": settings}
 
 
 def _make_root(root: Path) -> None:
@@ -183,7 +184,8 @@ def _scoring(
         return ScoringLM(model, tokenizer, batch_size, advance)
 
 
-def _check_settings(*, limit: int | None, num_fewshot: int | None, batch_size: int | str) -> None:
+def check_settings(*, limit: int | None, num_fewshot: int | None, batch_size: int | str) -> None:
+    """Raise SurgeryError for a number that is too small."""
     for name, value, least in (("limit", limit, 1), ("num_fewshot", num_fewshot, 0), ("batch_size", batch_size, 1)):
         if value is None or (name == "batch_size" and value == "auto"):
             continue
@@ -191,7 +193,7 @@ def _check_settings(*, limit: int | None, num_fewshot: int | None, batch_size: i
             raise SurgeryError(f"{name} is {value}, but must be at least {least}. Give another number.")
 
 
-def _settings(
+def settings_of(
     loaded: Tasks, limit: int | None, num_fewshot: int | None, batch_size: int | str, seed: int
 ) -> dict[str, Any]:
     """What decides on a score beside the model."""
@@ -209,8 +211,8 @@ def _settings(
     }
 
 
-def _run(
-    lm: RecordedLM,
+def run_tasks(
+    lm: LM,
     loaded: Tasks,
     settings: Mapping[str, Any],
     tracker: EvaluationTracker | None = None,

@@ -28,11 +28,13 @@ def shared(prefix: Cache, rows: int) -> Cache:
         rows: the batch of the continuations.
     """
     fork = copy.copy(prefix)  # its count of tokens seen, if it has one, is then its own
-    fork.layers = [
-        _SharedKeys(layer, rows) if isinstance(layer, DynamicLayer) else _SharedStates(layer, rows)
-        for layer in prefix.layers
-    ]
+    fork.layers = [shared_layer(layer, rows) for layer in prefix.layers]
     return fork
+
+
+def shared_layer(layer: DynamicLayer | MambaStateLayer, rows: int) -> DynamicLayer | MambaStateLayer:
+    """`shared`, for the cache of a single layer."""
+    return _SharedKeys(layer, rows) if isinstance(layer, DynamicLayer) else _SharedStates(layer, rows)
 
 
 class _SharedKeys(DynamicLayer):

@@ -30,7 +30,7 @@ AUTO_TOKENS = {"cpu": 512, "cuda": 32_768}
 
 
 @dataclass
-class _Row:
+class Row:
     """A sequence to run, and the requests that are answered by it."""
 
     tokens: tuple[int, ...]  # the context and the continuation but for its last token
@@ -80,7 +80,18 @@ class ScoringLM(HFLM):
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         """Answer requests ((context, continuation), context tokens, continuation tokens), in their order."""
-        rows: dict[tuple[int, ...], _Row] = {}
+        answers: list[Answer | None] = [None] * len(requests)
+        for group, prefix in self.groups(requests):
+            for batch, scores in self._scores(group, prefix, override_bs):
+                for index, answer in answers_of(batch, scores, requests):
+                    answers[index] = answer
+                    self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
+                self._advance(sum(len(row.requests) for row in batch))
+        return answers
+
+    def groups(self, requests: Sequence[tuple]) -> Iterator[tuple[list[Row], tuple[int, ...]]]:
+        """The rows that answer requests, each group with the tokens that all its rows begin with."""
+        rows: dict[tuple[int, ...], Row] = {}
         for index, (_texts, context, continuation) in enumerate(requests):
             # As stock: what is too long loses tokens on the left, and choices of one token share a row.
             # Unlike stock's, a row may also serve continuations of different lengths.
@@ -90,17 +101,12 @@ class ScoringLM(HFLM):
                     f"A continuation of {len(continuation)} tokens is to be scored, but the model takes sequences of "
                     f"{self.max_length} at most. Choose other --tasks."
                 )
-            row = rows.setdefault(tokens, _Row(tokens))
+            row = rows.setdefault(tokens, Row(tokens))
             row.scored = max(row.scored, len(continuation))
             row.requests.append(index)
-        answers: list[Answer | None] = [None] * len(requests)
-        for group, prefix in self._with_prefixes(list(rows.values())):
-            for batch, scores in self._scores(group, prefix, override_bs):
-                self._answer(batch, scores, requests, answers)
-                self._advance(sum(len(row.requests) for row in batch))
-        return answers
+        return self._with_prefixes(list(rows.values()))
 
-    def _with_prefixes(self, rows: list[_Row]) -> Iterator[tuple[list[_Row], tuple[int, ...]]]:
+    def _with_prefixes(self, rows: list[Row]) -> Iterator[tuple[list[Row], tuple[int, ...]]]:
         """The rows with the tokens all of them begin with; rows cut on the left are a group of their own."""
         cut = [row for row in rows if len(row.tokens) >= self.max_length]
         whole = [row for row in rows if len(row.tokens) < self.max_length]
@@ -116,21 +122,17 @@ class ScoringLM(HFLM):
             yield whole, first[:length] if long_enough else ()
 
     def _scores(
-        self, rows: list[_Row], prefix: Sequence[int], rows_at_once: int | None
-    ) -> Iterator[tuple[list[_Row], list[Tensor]]]:
+        self, rows: list[Row], prefix: Sequence[int], rows_at_once: int | None
+    ) -> Iterator[tuple[list[Row], list[Tensor]]]:
         """Batches of rows, each with its log-probabilities (scored, vocabulary) per row."""
-        cache = self._prefix_cache(prefix) if prefix else None
+        cache = self.prefix_cache(prefix) if prefix else None
         skipped = len(prefix) if cache is not None else 0
-        rows = sorted(rows, key=lambda row: -len(row.tokens))
+        rows = longest_first(rows)
         start = 0
         while start < len(rows):
-            limit = rows_at_once or self._rows_at_once
-            if self._auto:
-                longest = len(rows[start].tokens) - skipped
-                limit = max(1, min(limit, AUTO_TOKENS.get(self.device.type, AUTO_TOKENS["cuda"]) // longest))
-            batch = rows[start : start + limit]
+            batch = self.next_batch(rows, start, skipped, rows_at_once)
             try:
-                scores = self._run([row.tokens[skipped:] for row in batch], [row.scored for row in batch], cache)
+                scores = self.log_probabilities(batch, skipped, cache)
             except torch.OutOfMemoryError:
                 if not self._auto or len(batch) == 1:
                     raise
@@ -140,56 +142,78 @@ class ScoringLM(HFLM):
             yield batch, scores
             start += len(batch)
 
-    def _prefix_cache(self, prefix: Sequence[int]) -> Cache | None:
+    def next_batch(self, rows: list[Row], start: int, skipped: int, rows_at_once: int | None = None) -> list[Row]:
+        """The rows from `start` on that run at once, `skipped` tokens of each having run before."""
+        limit = rows_at_once or self._rows_at_once
+        if self._auto:
+            longest = len(rows[start].tokens) - skipped
+            limit = max(1, min(limit, AUTO_TOKENS.get(self.device.type, AUTO_TOKENS["cuda"]) // longest))
+        return rows[start : start + limit]
+
+    def prefix_cache(self, prefix: Sequence[int]) -> Cache | None:
         """The model's cache after the prefix; None if it is of a kind that rows cannot share."""
         tokens = torch.tensor([prefix], device=self.device)
         with self._autocast():
             cache = self.model(tokens, use_cache=True, logits_to_keep=1).past_key_values
         return cache if can_share(cache) else None
 
-    def _run(self, rows: list[tuple[int, ...]], scored: list[int], prefix: Cache | None) -> list[Tensor]:
-        """Log-probabilities at the last `scored` positions of each row, (scored, vocabulary), in stock's dtype."""
-        lengths = [len(row) for row in rows]
-        # Padding on the right, unmasked: nothing before it can see it.
-        inputs = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-        for index, row in enumerate(rows):
-            inputs[index, : len(row)] = torch.tensor(row)
-        kept = max(scored)
-        ends = torch.tensor(lengths)[:, None]
-        positions = (ends + torch.arange(-kept, 0)).clamp(min=0)  # (rows, kept): each row's last ones
+    def log_probabilities(self, batch: list[Row], skipped: int, prefix: Cache | None) -> list[Tensor]:
+        """Log-probabilities at the positions of each row that are scored, (scored, vocabulary), in stock's dtype."""
+        inputs, positions = padded(batch, skipped)
+        inverse = None
         if not isinstance(self.model, LlambaForCausalLM):  # others compute the same positions for all rows
             positions, inverse = positions.unique(return_inverse=True)
         with self._autocast():
             logits = self.model(
                 inputs.to(self.device),
-                past_key_values=None if prefix is None else shared(prefix, len(rows)),
+                past_key_values=None if prefix is None else shared(prefix, len(batch)),
                 use_cache=prefix is not None,
                 logits_to_keep=positions.to(self.device),
             ).logits
-        if positions.dim() == 1:
-            logits = logits[torch.arange(len(rows))[:, None], inverse]
+        if inverse is not None:
+            logits = logits[torch.arange(len(batch))[:, None], inverse]
+        return self.normalised(logits, batch)
+
+    def normalised(self, logits: Tensor, batch: list[Row]) -> list[Tensor]:
+        """Log-probabilities of each row, (scored, vocabulary), from the logits at its last positions."""
         scores = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)  # (rows, kept, vocabulary)
-        return [row[kept - count :] for row, count in zip(scores, scored, strict=True)]
+        return [scored[len(scored) - row.scored :] for scored, row in zip(scores, batch, strict=True)]
 
     def _autocast(self) -> torch.autocast:
         dtype = self.mixed_precision_dtype
         return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def _answer(
-        self, batch: list[_Row], scores: list[Tensor], requests: Sequence[tuple], answers: list[Answer | None]
-    ) -> None:
-        """Enter the answers to all requests of a batch, with one copy from the device."""
-        indices, sums, greedy = [], [], []
-        for row, score in zip(batch, scores, strict=True):
-            best = score.argmax(dim=-1)  # (scored,)
-            for index in row.requests:
-                continuation = torch.tensor(requests[index][2], device=score.device)
-                last = slice(score.shape[0] - len(continuation), None)
-                indices.append(index)
-                sums.append(score[last].gather(1, continuation[:, None]).sum())
-                greedy.append((best[last] == continuation).all())
-        for index, likelihood, is_greedy in zip(
-            indices, torch.stack(sums).tolist(), torch.stack(greedy).tolist(), strict=True
-        ):
-            answers[index] = (likelihood, is_greedy)
-            self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
+
+def longest_first(rows: list[Row]) -> list[Row]:
+    """The rows in the order in which they are put into batches."""
+    return sorted(rows, key=lambda row: -len(row.tokens))
+
+
+def padded(batch: list[Row], skipped: int) -> tuple[Tensor, Tensor]:
+    """A batch's tokens after the first `skipped`, (rows, length) int64, and each row's last positions, (rows, kept).
+
+    `kept` is the largest number of positions that a row needs scored.
+    """
+    tokens = [row.tokens[skipped:] for row in batch]
+    lengths = [len(row) for row in tokens]
+    # Padding on the right, unmasked: nothing before it can see it.
+    inputs = torch.zeros(len(batch), max(lengths), dtype=torch.long)
+    for index, row in enumerate(tokens):
+        inputs[index, : len(row)] = torch.tensor(row)
+    kept = max(row.scored for row in batch)
+    return inputs, (torch.tensor(lengths)[:, None] + torch.arange(-kept, 0)).clamp(min=0)
+
+
+def answers_of(batch: list[Row], scores: list[Tensor], requests: Sequence[tuple]) -> list[tuple[int, Answer]]:
+    """(index of the request, its answer) for all requests of a batch, with one copy from the device."""
+    indices, sums, greedy = [], [], []
+    for row, score in zip(batch, scores, strict=True):
+        best = score.argmax(dim=-1)  # (scored,)
+        for index in row.requests:
+            continuation = torch.tensor(requests[index][2], device=score.device)
+            last = slice(score.shape[0] - len(continuation), None)
+            indices.append(index)
+            sums.append(score[last].gather(1, continuation[:, None]).sum())
+            greedy.append((best[last] == continuation).all())
+    likelihoods, are_greedy = torch.stack(sums).tolist(), torch.stack(greedy).tolist()
+    return list(zip(indices, zip(likelihoods, are_greedy, strict=True), strict=True))

@@ -132,7 +132,29 @@ class LlambaModel(LlambaPreTrainedModel):
             kind = type(past_key_values).__name__
             raise ValueError(f"past_key_values is a {kind}; this model needs a LlambaCache(model.config)")
 
-        padding = PaddingLayout.of(attention_mask, hidden_states.shape[1])
+        arguments = self.layer_arguments(hidden_states, attention_mask, position_ids, past_key_values)
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **arguments[kind],
+                **kwargs,
+            )
+        if past_key_values is not None:
+            past_key_values.seen_tokens += hidden_states.shape[1]
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
+        )
+
+    def layer_arguments(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LlambaCache | None = None,
+    ) -> dict[str, dict]:
+        """What every layer is given beside hidden states and cache, by its kind; the arguments are `forward`'s."""
         causal_mask = position_embeddings = None
         if self.llama_config is not None and self.rotary_emb is not None:
             position_ids = self._positions(hidden_states, attention_mask, position_ids, past_key_values)
@@ -146,22 +168,12 @@ class LlambaModel(LlambaPreTrainedModel):
                 position_ids=position_ids,
             )
             position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=padding if kind == "linear_attention" else causal_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )
-        if past_key_values is not None:
-            past_key_values.seen_tokens += hidden_states.shape[1]
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
-        )
+        common = {"position_ids": position_ids, "position_embeddings": position_embeddings}
+        padding = PaddingLayout.of(attention_mask, hidden_states.shape[1])
+        return {
+            "linear_attention": {"attention_mask": padding, **common},
+            "full_attention": {"attention_mask": causal_mask, **common},
+        }
 
     def _positions(self, hidden_states, attention_mask, position_ids, past_key_values) -> Tensor:
         """Position of every token of the segment, (batch or 1, length): how many real tokens came before it."""

@@ -1,0 +1,266 @@
+"""Scores of many grafts of one pair, from hidden states that they share: to the bit those of each graft alone.
+
+In: a `Pair` and a `QuestionSet`. Out: what each set of layers answers. A graft equals its base up to its lowest grafted
+layer, so it starts from the base's hidden states before that, which are computed once; grafts that are alike further on
+share those layers too (layer_sets.py). Every layer is run on the same batches, with the same arguments and the same
+cache of a common beginning, as when `ScoringLM` runs the graft as a whole. After the last layer's mixing of positions
+only those that are scored go on.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from model_preparation.evaluation.prefix_cache import shared_layer
+from model_preparation.evaluation.scoring import ScoringLM, answers_of
+from model_preparation.llamba.cache_llamba import LlambaCache, MambaStateLayer
+from model_preparation.search.boundaries import BoundaryStore
+from model_preparation.search.layer_sets import LayerSet, walk
+from model_preparation.search.pair import Pair
+from model_preparation.search.question_set import BatchResult, QuestionSet
+
+Results = dict[int, BatchResult]  # by batch
+References = Callable[[int], list[Tensor]]  # the donor's log-probabilities for a batch, (scored, vocabulary) per row
+
+# Fewer rows than this may be summed in another order than the same rows among many.
+_MIN_ROWS = 16
+_MAX_KEPT_ARGUMENTS = 256
+
+
+@dataclass
+class _Hidden:
+    """Hidden states of some batches between two layers: (1, tokens, d_model) per prefix, (rows, length, d_model)."""
+
+    prefixes: dict[int, Tensor]
+    batches: dict[int, Tensor]
+
+
+class CachedScorer:
+    """What scores sets of layers.
+
+    Args:
+        pair: base and donor.
+        lm: `ScoringLM` of `pair.model`, that `questions` were made with.
+        questions: what is asked.
+        chosen: the batches that are this scorer's, by index; all by default.
+        memory_bytes: for the base's hidden states; what is more goes into a file.
+        folder: for that file.
+        references: the donor's log-probabilities, where divergences are wanted.
+
+    Attributes:
+        layer_passes: how many layers were run so far, each over all questions; over some of them it counts as a part.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        lm: ScoringLM,
+        questions: QuestionSet,
+        *,
+        chosen: Sequence[int] | None = None,
+        memory_bytes: int,
+        folder: Path,
+        references: References | None = None,
+    ):
+        self._pair = pair
+        self._lm = lm
+        self._questions = questions
+        self.chosen = list(range(len(questions.batches))) if chosen is None else list(chosen)
+        self._references = references
+        self._memory_bytes = memory_bytes
+        self._folder = folder
+        self._store: BoundaryStore | None = None
+        self._arguments: dict[tuple[int, int, int], dict[str, dict]] = {}
+        self._is_exact: dict[tuple[bool, torch.Size, torch.Size], bool] = {}
+        self._all_tokens = count_tokens(questions)
+        self._tokens_run = 0
+
+    @property
+    def layer_passes(self) -> float:
+        return self._tokens_run / self._all_tokens
+
+    @torch.inference_mode()
+    def base(self) -> Results:
+        """The base's answers to all of `chosen`; its hidden states are kept from then on."""
+        size_bytes = boundary_bytes(self._pair, self._questions, self.chosen)
+        self._store = BoundaryStore(self._memory_bytes, size_bytes, self._folder)
+        results: Results = {}
+        for prefix, batches in self._by_prefix(self.chosen).items():
+            # One prefix after the other, so that little is held besides what is kept.
+            hidden: Any = self._embedded(prefix, batches)
+            for layer in range(self._pair.layers):
+                for number, states in hidden.prefixes.items():
+                    self._store.put(layer, -1 - number, states)
+                for number, states in hidden.batches.items():
+                    self._store.put(layer, number, states)
+                hidden = self._step(layer, False, hidden)
+            results |= hidden
+        return results
+
+    def score(self, sets: Iterable[LayerSet], batches: Sequence[int] | None = None) -> Iterator[tuple[LayerSet, Results]]:
+        """Each set's answers, as soon as it has them; sets that share layers come one after the other.
+
+        Args:
+            sets: distinct, none of them empty.
+            batches: of `chosen`, those to run; all by default. `base` must have been called.
+        """
+        assert self._store is not None
+        wanted = self.chosen if batches is None else list(batches)
+        walked = walk(sets, self._pair.layers, lambda layer: self._boundary(layer, wanted), self._step)
+        while True:
+            with torch.inference_mode():  # not around a yield: it would hold for whoever takes what is given
+                found: Any = next(walked, None)
+            if found is None:
+                return
+            yield found
+
+    def _by_prefix(self, batches: Iterable[int]) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for number in batches:
+            found.setdefault(self._questions.batches[number].prefix, []).append(number)
+        return found
+
+    def _embedded(self, prefix: int, batches: Sequence[int]) -> _Hidden:
+        embedding = self._pair.model.backbone.embedding
+        device = embedding.weight.device
+        tokens = self._questions.prefixes[prefix]
+        prefixes = {prefix: embedding(torch.tensor([tokens], device=device))} if tokens else {}
+        inputs = {number: self._questions.batches[number].inputs for number in batches}
+        return _Hidden(prefixes, {number: embedding(each.to(device)) for number, each in inputs.items()})
+
+    def _boundary(self, layer: int, batches: Sequence[int]) -> _Hidden:
+        assert self._store is not None
+        device = self._pair.model.device
+        prefixes = [prefix for prefix in self._by_prefix(batches) if self._questions.prefixes[prefix]]
+        return _Hidden(
+            {prefix: self._store.get(layer, -1 - prefix, device) for prefix in prefixes},
+            {number: self._store.get(layer, number, device) for number in batches},
+        )
+
+    def _step(self, index: int, grafted: bool, before: _Hidden) -> Any:
+        """The hidden states after a layer; after the last one the answers."""
+        layer = self._pair.layer(index, grafted)
+        is_last = index == self._pair.layers - 1
+        after = _Hidden({}, {})
+        results: Results = {}
+        for prefix, batches in self._by_prefix(before.batches).items():
+            length = len(self._questions.prefixes[prefix])
+            filled: DynamicLayer | MambaStateLayer | None = None
+            if length:
+                states = before.prefixes[prefix]
+                filled = DynamicLayer() if grafted else MambaStateLayer()
+                after.prefixes[prefix] = layer(states, **self._given(index, grafted, states, filled, 0))
+                self._tokens_run += length
+            for number in batches:
+                states = before.batches[number]
+                cache = None if filled is None else shared_layer(filled, len(states))
+                given = self._given(index, grafted, states, cache, length)
+                self._tokens_run += states.shape[:-1].numel()
+                if is_last:
+                    results[number] = self._answer(number, self._last(number, layer, grafted, states, given))
+                else:
+                    after.batches[number] = layer(states, **given)
+        return results if is_last else after
+
+    def _given(
+        self, index: int, grafted: bool, states: Tensor, cache: DynamicLayer | MambaStateLayer | None, past: int
+    ) -> dict[str, Any]:
+        """What a layer is given beside the hidden states of tokens that come after `past` others."""
+        rows, length, _ = states.shape
+        if (rows, length, past) not in self._arguments:
+            if len(self._arguments) >= _MAX_KEPT_ARGUMENTS:
+                self._arguments.clear()
+            backbone = self._pair.model.backbone
+            seen = None if cache is None else _Seen(backbone.config, past)
+            self._arguments[rows, length, past] = backbone.layer_arguments(states, past_key_values=seen)
+        kind = "full_attention" if grafted else "linear_attention"
+        return {
+            "past_key_values": None if cache is None else _OneLayer(index, cache),
+            "use_cache": cache is not None,
+            **self._arguments[rows, length, past][kind],
+        }
+
+    def _last(
+        self, number: int, layer: nn.Module, grafted: bool, states: Tensor, given: dict[str, Any]
+    ) -> Tensor:
+        """Final hidden states at the positions that are scored, (rows, kept, d_model)."""
+        positions = self._questions.batches[number].positions.to(states.device)
+        rows = torch.arange(len(states), device=states.device)[:, None]
+        norm = self._pair.model.backbone.final_layernorm
+        key = (grafted, states.shape, positions.shape)
+        exact = self._is_exact.get(key)
+        if exact is not False:
+            mixed = _mix(layer, grafted, states, given)[rows, positions]  # (rows, kept, d_model)
+            kept = mixed.flatten(0, 1)
+            if len(kept) < _MIN_ROWS:
+                kept = torch.cat([kept, kept[-1:].expand(_MIN_ROWS - len(kept), -1)])
+            kept = norm(kept + layer.mlp(layer.post_attention_layernorm(kept)))
+            short = kept[: mixed.shape[0] * mixed.shape[1]].view_as(mixed)
+            if exact:
+                return short
+        whole = norm(layer(states, **given))[rows, positions]
+        if exact is None:
+            # The order of the sums depends on the shapes alone, so trying each once tells.
+            self._is_exact[key] = torch.equal(short, whole)
+        return whole
+
+    def _answer(self, number: int, final: Tensor) -> BatchResult:
+        batch = self._questions.batches[number]
+        model = self._pair.model
+        logits = model.lm_head(final)[..., : model.config.vocab_size]
+        scores = self._lm.normalised(logits, batch.rows)
+        answers = answers_of(batch.rows, scores, self._questions.tokens(batch.task))
+        if self._references is None:
+            return BatchResult(answers, None)
+        divergences = []
+        for ours, donors in zip(scores, self._references(number), strict=True):
+            donors = donors.to(ours)
+            divergences.append((donors.exp() * (donors - ours)).sum(-1).mean())
+        return BatchResult(answers, torch.stack(divergences).tolist())
+
+
+def boundary_bytes(pair: Pair, questions: QuestionSet, batches: Sequence[int] | None = None) -> int:
+    """Size of the base's hidden states before every layer, for all batches or some."""
+    itemsize = pair.model.backbone.embedding.weight.element_size()
+    return pair.layers * count_tokens(questions, batches) * pair.model.config.d_model * itemsize
+
+
+def count_tokens(questions: QuestionSet, batches: Sequence[int] | None = None) -> int:
+    """Tokens that every layer runs over, with padding."""
+    chosen = [questions.batches[number] for number in batches] if batches is not None else questions.batches
+    prefixes = {batch.prefix for batch in chosen}
+    return sum(batch.inputs.numel() for batch in chosen) + sum(len(questions.prefixes[each]) for each in prefixes)
+
+
+def _mix(layer: nn.Module, grafted: bool, states: Tensor, given: dict[str, Any]) -> Tensor:
+    """The first half of a layer, where positions see each other, with its residual."""
+    normed = layer.input_layernorm(states)
+    if grafted:
+        return states + layer.self_attn(hidden_states=normed, **given)[0]
+    return states + layer.mixer(normed, given["past_key_values"], given["attention_mask"])
+
+
+class _Seen(LlambaCache):
+    """A cache after `tokens` tokens, as far as masks and positions depend on it."""
+
+    def __init__(self, config: Any, tokens: int):
+        super().__init__(config)
+        self.seen_tokens = tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.seen_tokens + query_length, 0
+
+
+class _OneLayer:
+    """The part of a cache that a single layer uses."""
+
+    def __init__(self, index: int, layer: DynamicLayer | MambaStateLayer):
+        self.layers = {index: layer}
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.layers[layer_idx].update(keys, values, *args, **kwargs)

@@ -1,0 +1,78 @@
+"""What the tests of the search share: a small task, the tiny pair in memory, and its questions."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from model_preparation.evaluation.evaluate import SEED, settings_of
+from model_preparation.evaluation.scoring import ScoringLM
+from model_preparation.evaluation.tasks import load_tasks, quiet
+from model_preparation.search.pair import load_pair
+from model_preparation.search.question_set import QuestionSet
+from model_preparation.surgery import graft
+
+WORDS = ["river", "cell", "law", "price", "atom", "poem", "king", "nerve", "field", "treaty"]
+
+
+def write_task(folder: Path, name: str, rows: list[dict], **changes) -> Path:
+    """A folder with a multiple-choice task and its data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    definition = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps({**definition, **changes}))
+    return folder
+
+
+def make_questions(count: int, seed: int = 0) -> list[dict]:
+    """Contexts of differing lengths that begin alike, with options of one byte or of several."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        context = "A question about " + " ".join(rng.sample(WORDS, rng.randrange(1, 4))) + "? It is"
+        choices = [" A", " B", " C"] if number % 2 else rng.sample([f" {word}" for word in WORDS], 3)
+        rows.append({"context": context, "choices": choices, "answer": rng.randrange(3)})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def task_dir(tmp_path_factory) -> Path:
+    """Two tasks of 12 and 8 questions: the first with a common beginning that runs once, the second with none."""
+    folder = tmp_path_factory.mktemp("search_task")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        write_task(folder, "tiny_words", make_questions(12))
+        rows = [{**row, "context": row["context"][17 + index % 5 :]} for index, row in enumerate(make_questions(8, 1))]
+        write_task(folder, "tiny_pieces", rows)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def planned(base_dir, layers_dir):
+    return graft.plan(str(base_dir), range(4), layers_dir)
+
+
+@pytest.fixture(scope="session")
+def loaded(planned, task_dir, tmp_path_factory):
+    """(pair, ScoringLM, questions) of the tiny pair."""
+    pair = load_pair(planned)
+    with pytest.MonkeyPatch.context() as patched, quiet():
+        patched.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        lm = ScoringLM(pair.model, pair.tokenizer, 3)
+        tasks = load_tasks([str(task_dir)])
+        settings = {**settings_of(tasks, None, None, 3, SEED), "device": "cpu"}
+        questions = QuestionSet(lm, tasks, settings)
+    assert torch.get_num_threads() == 1
+    return pair, lm, questions

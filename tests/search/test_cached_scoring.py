@@ -1,0 +1,56 @@
+"""Scores from shared hidden states are those of the checkpoint that is really built and evaluated, to the bit."""
+
+import itertools
+import json
+
+import pytest
+
+from model_preparation import build_checkpoint, evaluate_checkpoint
+from model_preparation.search.cached_scoring import CachedScorer, boundary_bytes
+from model_preparation.search.layer_sets import count_passes
+
+ALL_SETS = [layers for size in (1, 2, 3, 4) for layers in itertools.combinations(range(4), size)]
+
+
+@pytest.fixture(scope="module")
+def evaluated(base_dir, layers_dir, task_dir, tmp_path_factory):
+    """For some sets, what evaluate_checkpoint says of the checkpoint built of them: (result, answers by task)."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        patched.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "a machine")
+        for layers in ((0,), (3,), (1, 2), (0, 2, 3), (0, 1, 2, 3)):
+            folder = tmp_path_factory.mktemp("checkpoint") / "graft"
+            build_checkpoint(str(base_dir), list(layers), layers_dir, folder)
+            result = evaluate_checkpoint(folder, tasks=[str(task_dir)], batch_size=3)
+            records = {}
+            for path in (folder / "evaluations").glob("*/answers/*.json"):
+                record = json.loads(path.read_text())
+                records[record["task"]] = record["answers"]
+            found[layers] = result, records
+    return found
+
+
+@pytest.mark.parametrize("memory_bytes", [1 << 30, 0, 5000])
+def test_every_answer_is_that_of_the_checkpoint_to_the_bit(loaded, evaluated, memory_bytes, tmp_path):
+    pair, lm, questions = loaded
+    scorer = CachedScorer(pair, lm, questions, memory_bytes=memory_bytes, folder=tmp_path)
+    scorer.base()
+    results = dict(scorer.score(ALL_SETS))
+    assert sorted(results) == sorted(ALL_SETS)
+    for layers, (evaluation, records) in evaluated.items():
+        answers = {name: [None] * len(given) for name, given in records.items()}
+        names = [task.name for task in questions._tasks]
+        for number, result in results[layers].items():
+            for request, answer in result.answers:
+                answers[names[questions.batches[number].task]][request] = list(answer)
+        assert answers == records
+        values = questions.values(results[layers])
+        assert sum(values.values()) == pytest.approx(
+            sum(row["score"] * row["questions"] for row in evaluation["tasks"].values())
+        )
+        assert len(values) == evaluation["questions"] == 20
+    assert list(tmp_path.iterdir()) == []
+    assert any(questions.prefixes)
+    assert not all(questions.prefixes)
+    assert scorer.layer_passes == pytest.approx(count_passes(ALL_SETS, 4))
