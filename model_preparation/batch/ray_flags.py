@@ -38,10 +38,15 @@ def chosen_runner(parser: CommandParser, args: argparse.Namespace) -> Runner:
         if args.cpus_per_job is not None:
             parser.error("--cpus_per_job belongs to --ray, which is not given")
         return run_in_turn
-    if args.gpu is not None or args.device not in (None, "cpu", "cuda"):
-        parser.error("with --ray, each job gets a GPU from Ray: leave --gpu and --device out, or give --device cpu")
+    check(parser, args)
     from model_preparation.batch import ray_jobs
 
     return ray_jobs.RayRunner(
         args.ray, cpus_per_job=args.cpus_per_job or 1, gpus_per_job=0 if args.device == "cpu" else 1
     )
+
+
+def check(parser: CommandParser, args: argparse.Namespace) -> None:
+    """End with a usage error where --ray is given with a device that is not Ray's to choose."""
+    if args.gpu is not None or args.device not in (None, "cpu", "cuda"):
+        parser.error("with --ray, each job gets a GPU from Ray: leave --gpu and --device out, or give --device cpu")

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -19,11 +19,11 @@ from matplotlib.font_manager import get_font_names
 from model_preparation.comparison.compare import UNCLEAR, Comparison, Row
 from model_preparation.comparison.layout import GROUP, OVERALL, SUBJECT
 
-Plot = Callable[[Comparison], Figure]
+Plot = Callable[[Any], Figure]  # of a Comparison, or whatever else is drawn
 
 COLOURS = ("#3b82c4", "#e08a1e", "#2ba37a", "#c75a9a", "#8c6bd1", "#8a8f98")  # told apart on white and on black
 # Colours nothing else has, which in an SVG become those of the page around it.
-_INK, _PAPER = "#000102", "#fffefd"
+INK, PAPER = "#000102", "#fffefd"
 # Fonts with Chinese characters, in the order they are tried.
 _CHINESE = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
 _LINE_INCHES, _WIDTH_INCHES = 0.15, 7.2
@@ -47,7 +47,7 @@ def plot_gains(comparison: Comparison) -> Figure:
     """A line per group and subject, in it a point per model but the baseline: the difference and its 95% interval."""
     figure, axes, rows = _lines(comparison)
     models = len(comparison.models) - 1
-    axes.axvline(0, color=_INK, linewidth=0.8)
+    axes.axvline(0, color=INK, linewidth=0.8)
     for model in range(models):
         differences = [row.differences[model] for row in rows]
         gains = [difference.difference for difference in differences]
@@ -65,19 +65,19 @@ def plot_gains(comparison: Comparison) -> Figure:
     return figure
 
 
-def save_png(plot: Plot, comparison: Comparison, path: Path) -> None:
-    """Draw `plot` into a PNG file, on white."""
+def save_png(plot: Plot, shown: Any, path: Path | BinaryIO) -> None:
+    """Draw `plot` of what is shown into a PNG file, on white."""
     with _drawing():
-        plot(comparison).savefig(path, format="png", dpi=150, facecolor="white")
+        plot(shown).savefig(path, format="png", dpi=150, facecolor="white")
 
 
-def svg(plot: Plot, comparison: Comparison, name: str) -> str:
+def svg(plot: Plot, shown: Any, name: str) -> str:
     """Draw `plot` as an SVG element to stand within an HTML page; its ids begin with `name`."""
     with _drawing(), io.StringIO() as file:
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        plot(comparison).savefig(file, format="svg", transparent=True, metadata=no_metadata)
+        plot(shown).savefig(file, format="svg", transparent=True, metadata=no_metadata)
         text = file.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor").replace(_PAPER, "var(--page)")
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "var(--page)")
     return re.sub(r'(\bid="|\burl\(#|href="#)', rf"\g<1>{name}-", text)  # ids are unique in a page
 
 
@@ -101,7 +101,7 @@ def _lines(comparison: Comparison) -> tuple[Figure, Axes, list[Row]]:
     previous = ""
     for line, row in enumerate(rows):
         if row.kind == SUBJECT and (row.group != previous or line == len(rows) - len(subjects)):
-            axes.axhline(line - 0.5, color=_INK, linewidth=0.4, alpha=0.5)
+            axes.axhline(line - 0.5, color=INK, linewidth=0.4, alpha=0.5)
             axes.annotate(
                 row.group,
                 (1, line),
@@ -124,7 +124,7 @@ def _points(
     """A model's points with error bars, all filled but for those that `filled` says not to."""
     colour = COLOURS[model % len(COLOURS)]
     axes.errorbar(x, y, xerr=errors, fmt="none", ecolor=colour, elinewidth=1.1)
-    faces = [colour if full else _PAPER for full in filled or [True] * len(x)]
+    faces = [colour if full else PAPER for full in filled or [True] * len(x)]
     axes.scatter(x, y, s=14, c=faces, edgecolors=colour, linewidths=1.1, zorder=3)
     axes.plot([], [], "o-", color=colour, markersize=4, linewidth=1.1, label=name)  # for the legend
 
@@ -149,7 +149,7 @@ def _drawing() -> Iterator[None]:
         "font.size": 8,
         "svg.fonttype": "none",
         "svg.hashsalt": "comparison",
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     }
     with matplotlib.rc_context(options), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a character no font here has is a box

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from model_preparation.evaluation.prefix_cache import shared_layer
@@ -102,7 +102,9 @@ class CachedScorer:
             results |= hidden
         return results
 
-    def score(self, sets: Iterable[LayerSet], batches: Sequence[int] | None = None) -> Iterator[tuple[LayerSet, Results]]:
+    def score(
+        self, sets: Iterable[LayerSet], batches: Sequence[int] | None = None
+    ) -> Iterator[tuple[LayerSet, Results]]:
         """Each set's answers, as soon as it has them; sets that share layers come one after the other.
 
         Args:
@@ -185,9 +187,7 @@ class CachedScorer:
             **self._arguments[rows, length, past][kind],
         }
 
-    def _last(
-        self, number: int, layer: nn.Module, grafted: bool, states: Tensor, given: dict[str, Any]
-    ) -> Tensor:
+    def _last(self, number: int, layer: Any, grafted: bool, states: Tensor, given: dict[str, Any]) -> Tensor:
         """Final hidden states at the positions that are scored, (rows, kept, d_model)."""
         positions = self._questions.batches[number].positions.to(states.device)
         rows = torch.arange(len(states), device=states.device)[:, None]
@@ -237,7 +237,7 @@ def count_tokens(questions: QuestionSet, batches: Sequence[int] | None = None) -
     return sum(batch.inputs.numel() for batch in chosen) + sum(len(questions.prefixes[each]) for each in prefixes)
 
 
-def _mix(layer: nn.Module, grafted: bool, states: Tensor, given: dict[str, Any]) -> Tensor:
+def _mix(layer: Any, grafted: bool, states: Tensor, given: dict[str, Any]) -> Tensor:
     """The first half of a layer, where positions see each other, with its residual."""
     normed = layer.input_layernorm(states)
     if grafted:

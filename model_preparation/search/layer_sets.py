@@ -5,7 +5,7 @@ which they differ, so the models of many sets are the paths of a binary tree: at
 Walked depth first, the tree needs the hidden states of one more layer boundary than its largest set has layers.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 LayerSet = tuple[int, ...]  # sorted, without repeats; () is the base
@@ -63,6 +63,6 @@ def count_passes(sets: Iterable[LayerSet], total: int) -> int:
     return total + len(prefixes)
 
 
-def normal(layers: Sequence[int]) -> LayerSet:
+def normal(layers: Iterable[int]) -> LayerSet:
     """The set of these layers."""
     return tuple(sorted(set(layers)))

@@ -4,6 +4,7 @@ In: a `GraftPlan` of all layers. Out: a `Pair`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Pair:
     def layers(self) -> int:
         return len(self.base_layers)
 
-    def layer(self, index: int, grafted: bool) -> nn.Module:
+    def layer(self, index: int, grafted: bool) -> Any:
         """The donor's layer of this index, or the base's."""
         return self.model.backbone.layers[index] if grafted else self.base_layers[index]
 

@@ -3,8 +3,8 @@
 In: lm-eval's tasks. Out: a `QuestionSet`. lm-eval itself puts the prompts together, by its own evaluation of a model
 that only takes note of what it is asked; so every setting has the effect it has there.
 
-Taken are tasks whose questions are answered by log-likelihoods (`multiple_choice`, and `loglikelihood`), with options of
-one or several tokens, and whose metrics have `acc`. A question's value is its `acc`, 0 or 1.
+Taken are tasks whose questions are answered by log-likelihoods (`multiple_choice`, and `loglikelihood`), with options
+of one or several tokens, and whose metrics have `acc`. A question's value is its `acc`, 0 or 1.
 """
 
 import math
@@ -24,7 +24,7 @@ from model_preparation.evaluation.scoring import Answer, Row, ScoringLM, longest
 from model_preparation.evaluation.tasks import Tasks
 
 METRIC = "acc"
-_TAKEN = "The search takes tasks that lm-eval answers by log-likelihoods (multiple_choice, loglikelihood) and scores by acc"
+_TAKEN = "The search takes tasks answered by log-likelihoods (multiple_choice, loglikelihood) and scored by acc"
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class _Catcher:
         self.requests: list[tuple] = []
 
     def __enter__(self) -> None:
-        self._lm._loglikelihood_tokens = self._catch  # type: ignore[method-assign]
+        self._lm._loglikelihood_tokens = self._catch  # type: ignore[method-assign, assignment]
 
     def __exit__(self, *_: object) -> None:
         del self._lm._loglikelihood_tokens  # the class's own again

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from model_preparation import build_checkpoint, evaluate_checkpoint
-from model_preparation.search.cached_scoring import CachedScorer, boundary_bytes
+from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.layer_sets import count_passes
 
 ALL_SETS = [layers for size in (1, 2, 3, 4) for layers in itertools.combinations(range(4), size)]

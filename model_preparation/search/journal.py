@@ -1,0 +1,92 @@
+"""Every evaluation of a search, in a file that is only ever added to.
+
+In: entries (JSON objects). Out: a line each, on the disk when `append` returns, with a digest of itself; and, when the
+search is started again, all entries back. A line that was cut by a crash is taken off, as it was never complete; any
+other damage is an error.
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from model_preparation.errors import SurgeryError
+from model_preparation.files.new_folder import sync
+
+_CHECK = "check"
+_CHECK_DIGITS = 16
+
+
+class Journal:
+    """A journal, held by this process until it is closed.
+
+    Attributes:
+        entries: what is in it.
+
+    Raises:
+        SurgeryError: if another process holds it, or a line of it is damaged.
+        OSError: from the file system.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SurgeryError(
+                    f"Another search writes to {path}. Wait until it ends, or choose another --output_dir."
+                ) from None
+            sync(path.parent)
+            self.entries = self._read()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Add an entry."""
+        line = _line(entry)
+        start = os.fstat(self._descriptor).st_size
+        try:
+            written = os.write(self._descriptor, line)
+            if written < len(line):
+                raise OSError(28, "No space left on device", str(self.path))
+            os.fsync(self._descriptor)
+        except OSError:
+            os.ftruncate(self._descriptor, start)  # what comes next must not stand behind half a line
+            raise
+        self.entries.append(entry)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _read(self) -> list[dict[str, Any]]:
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            os.ftruncate(self._descriptor, len(whole))
+            os.fsync(self._descriptor)
+        entries = []
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+            try:
+                entry = json.loads(line)
+                entry.pop(_CHECK)
+                is_whole = _line(entry) == line + b"\n"
+            except (ValueError, KeyError, AttributeError, TypeError):
+                is_whole = False
+            if not is_whole:
+                raise SurgeryError(
+                    f"Line {number} of {self.path} is damaged. Remove that line, and its evaluation is made again."
+                )
+            entries.append(entry)
+        return entries
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    digest = blake3(json.dumps(entry).encode()).hexdigest()[:_CHECK_DIGITS]
+    return json.dumps({**entry, _CHECK: digest}).encode() + b"\n"

@@ -1,0 +1,85 @@
+"""The methods: which combinations are evaluated, in which order.
+
+In: a `Space`, and `Evaluations` to ask. Out: nothing; all that is known is in the evaluations. They are our own, as the
+libraries for genetic algorithms (DEAP, pymoo, PyGAD) score one individual at a time, while here a whole generation has
+to be asked at once for its members to share their layers.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from model_preparation.search.evaluations import BASE, Evaluations
+from model_preparation.search.genetic import genetic
+from model_preparation.search.layer_sets import LayerSet
+from model_preparation.search.refinement import refine
+from model_preparation.search.space import Space
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the methods can be told.
+
+    Attributes:
+        seed: of what is drawn.
+        beam_width: combinations of each size that beam search goes on from.
+        population, generations, patience: of the genetic algorithm; it stops after `patience` generations in which the
+            best has not become better.
+        top: combinations that have to be evaluated on all questions where candidates race.
+    """
+
+    seed: int = 0
+    beam_width: int = 4
+    population: int = 40
+    generations: int = 20
+    patience: int = 4
+    top: int = 10
+
+
+def singles(space: Space, evaluations: Evaluations, options: Options) -> None:
+    """Every layer by itself."""
+    evaluations.evaluate(space.singles, options.top)
+
+
+def exhaustive(space: Space, evaluations: Evaluations, options: Options) -> None:
+    """Every combination."""
+    evaluations.evaluate(space.all(), options.top)
+
+
+def greedy(space: Space, evaluations: Evaluations, options: Options) -> None:
+    """Layer after layer, each time the one that adds most."""
+    _grow(space, evaluations, 1)
+
+
+def beam(space: Space, evaluations: Evaluations, options: Options) -> None:
+    """Layer after layer from the best few of each size; then what is one layer away from the best."""
+    _grow(space, evaluations, options.beam_width)
+    refine(space, evaluations)
+
+
+def ga(space: Space, evaluations: Evaluations, options: Options) -> None:
+    """A genetic algorithm; then what is one layer away from the best."""
+    rng = random.Random(options.seed)
+    genetic(space, evaluations, rng, options.population, options.generations, options.patience)
+    refine(space, evaluations)
+
+
+METHODS: dict[str, Callable[[Space, Evaluations, Options], None]] = {
+    "singles": singles,
+    "exhaustive": exhaustive,
+    "greedy": greedy,
+    "beam": beam,
+    "ga": ga,
+}
+
+
+def _grow(space: Space, evaluations: Evaluations, width: int) -> None:
+    kept: list[LayerSet] = [BASE]
+    for size in range(1, space.most + 1):
+        if size == 1 and len(space.prior) == space.total:  # all singles are known beforehand
+            kept = sorted(space.singles, key=lambda layers: (-space.prior[layers[0]], layers))[:width]
+            continue
+        more = dict.fromkeys(new for layers in kept for new in space.with_one_more(layers))
+        share = evaluations.room // (space.most - size + 1) if size > 1 and evaluations.room is not None else len(more)
+        wanted = space.by_promise(more, evaluations)[: max(share, width)]
+        kept = evaluations.evaluate(wanted, width)[:width]

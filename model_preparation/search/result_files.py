@@ -1,0 +1,188 @@
+"""Results of searches, ours and those of older programs.
+
+In: a JSON file. Out: combinations with their scores, the best first; or what single layers are worth.
+
+Ours is search_result.json. Of others, these shapes are read, as they are or under the names given:
+    final_results, results, top_combinations   a list of objects, or one object per combination
+    an object's layers: layers, combination, layer_indices, individual; its score: fitness, score, accuracy, mmlu_score
+    best_layers or best_individual, with best_fitness or best_score   a single one
+    single_layer_results   {"11": 0.51}, {"11": {"score": 0.51}}, or a list of objects
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model_preparation.errors import SurgeryError
+from model_preparation.search.layer_sets import LayerSet, normal
+from model_preparation.untrusted.untrusted_files import read_json
+
+RESULT = "search_result.json"
+_LISTS = ("final_results", "results", "top_combinations")
+_LAYERS = ("layers", "combination", "layer_indices", "individual", "best_layers", "best_individual")
+_SCORES = ("fitness", "score", "accuracy", "mmlu_score", "best_fitness", "best_score")
+_SINGLES = "single_layer_results"
+_LAYER = ("layer", "layer_idx", "layer_index", *_LAYERS)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A combination of a result file; `score` is None where the file has none."""
+
+    layers: LayerSet
+    score: float | None
+
+
+@dataclass(frozen=True)
+class ReadResult:
+    """A result file.
+
+    Attributes:
+        entries: the best first, without repeats.
+        failures: how many entries were left out, as older programs entered 0 for a failed evaluation.
+        base, llama_layers_dir: where a search of ours had them.
+        objective: what the scores are, of a search of ours.
+        tasks: what a search of ours asked.
+    """
+
+    entries: list[Found]
+    failures: int
+    base: str | None = None
+    llama_layers_dir: str | None = None
+    objective: str | None = None
+    tasks: tuple[str, ...] = ()
+
+
+def read_result(path: Path) -> ReadResult:
+    """The combinations in a result file.
+
+    Raises:
+        SurgeryError: if there is no such file, or nothing that can be read as combinations; what is wrong is named.
+    """
+    content = _read(path)
+    ours = isinstance(content, dict) and isinstance(content.get("settings"), dict) and "final_results" in content
+    entries = _entries(content, path)
+    found: dict[LayerSet, Found] = {}
+    failures = 0
+    for number, entry in enumerate(entries, start=1):
+        try:
+            one = Found(_layers(entry), _score(entry))
+        except ValueError as error:
+            raise SurgeryError(f"{path}, entry {number}: {error}. Mend or remove that entry.") from error
+        if not ours and one.score == 0:
+            failures += 1
+        elif one.layers not in found or (one.score or 0) > (found[one.layers].score or 0):
+            found[one.layers] = one
+    if not found:
+        raise SurgeryError(f"{path} has no combination with a score above 0. Give the result of another search.")
+    ranked = sorted(found.values(), key=lambda one: -math.inf if one.score is None else -one.score)
+    if not ours:
+        return ReadResult(ranked, failures)
+    settings = content["settings"]
+    return ReadResult(
+        ranked,
+        failures,
+        base=str(content["base"]),
+        llama_layers_dir=str(content["llama_layers_dir"]),
+        objective=str(content["objective"]),
+        tasks=tuple(settings.get("tasks", ())),
+    )
+
+
+def read_single_layers(path: Path) -> dict[int, float]:
+    """What a result file says of single layers: scores by layer.
+
+    Raises:
+        SurgeryError: if there is no such file, or it says nothing of them.
+    """
+    content = _read(path)
+    singles = content.get(_SINGLES) if isinstance(content, dict) else None
+    if isinstance(singles, dict):
+        singles = [
+            {"layer": layer, **(given if isinstance(given, dict) else {"score": given})}
+            for layer, given in singles.items()
+        ]
+    if not isinstance(singles, list) or not singles:
+        raise SurgeryError(
+            f'{path} has no {_SINGLES}, such as {{"{_SINGLES}": {{"11": 0.51, ...}}}}. Give another file by --prior.'
+        )
+    found = {}
+    for number, entry in enumerate(singles, start=1):
+        try:
+            layers = _layers(entry)
+            score = _score(entry)
+            if len(layers) != 1 or score is None:
+                raise ValueError("it is not one layer with a score")
+        except ValueError as error:
+            raise SurgeryError(f"{path}, entry {number} of {_SINGLES}: {error}. Mend or remove that entry.") from error
+        found[layers[0]] = score
+    return found
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise SurgeryError(f"{path} is not there. Give the {RESULT} of a search, or an older program's result file.")
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise SurgeryError(f"{path} is not JSON ({error}). Give the {RESULT} of a search.") from error
+
+
+def _entries(content: Any, path: Path) -> list[Any]:
+    """The list of combinations, wherever it is."""
+    if isinstance(content, list):
+        return content
+    if isinstance(content, dict):
+        for name in _LISTS:
+            given = content.get(name)
+            if isinstance(given, list):
+                return given
+            if isinstance(given, dict):  # by a name, or by the combination itself
+                return [
+                    {"layers": key, **(each if isinstance(each, dict) else {"score": each})}
+                    for key, each in given.items()
+                ]
+        if any(content.get(name) is not None for name in _LAYERS):
+            return [content]
+    keys = ", ".join(sorted(map(str, content))[:6]) if isinstance(content, dict) else type(content).__name__
+    raise SurgeryError(
+        f"{path} has no list of combinations: it needs {' or '.join(_LISTS)}, and has {keys or 'nothing'}. "
+        'Bring it into this shape: {"final_results": [{"layers": [11, 13], "fitness": 0.57}]}.'
+    )
+
+
+def _layers(entry: Any) -> LayerSet:
+    """An entry's layers; raises ValueError for what are none."""
+    given = entry
+    if isinstance(entry, dict):
+        given = next((entry[name] for name in _LAYER if entry.get(name) is not None), None)
+    if isinstance(given, str):
+        given = given.strip("[]() ").replace(",", " ").replace("_", " ").split()
+    if isinstance(given, (int, float)):
+        given = [given]
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"it has no layers ({' or '.join(_LAYERS[:4])}), but {given!r:.80}")
+    layers = []
+    for each in given:
+        text = str(each).removeprefix("layer_")
+        if isinstance(each, bool) or not text.isdecimal():
+            raise ValueError(f"{each!r:.80} is no layer's index")
+        layers.append(int(text))
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"a layer is in {layers} more than once")
+    return normal(layers)
+
+
+def _score(entry: Any) -> float | None:
+    """An entry's score; None if it has none. Raises ValueError for what is no number."""
+    if not isinstance(entry, dict):
+        return None
+    given = next((entry[name] for name in _SCORES if entry.get(name) is not None), None)
+    if given is None:
+        return None
+    if isinstance(given, (list, tuple)) and len(given) == 1:  # DEAP's fitness values
+        given = given[0]
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given):
+        raise ValueError(f"its score {given!r:.80} is no number")
+    return float(given)

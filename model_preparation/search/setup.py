@@ -1,0 +1,150 @@
+"""Everything that scoring takes, from a description that a worker on another machine can be sent.
+
+In: a `Spec`. Out: a `Setup`: base and donor in memory, the questions, and what scores sets of layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.evaluate import SEED, settings_of
+from model_preparation.evaluation.other_models import OtherModel, load_other
+from model_preparation.evaluation.scoring import Answer, ScoringLM, answers_of
+from model_preparation.evaluation.tasks import load_tasks, quiet
+from model_preparation.files.digests import blake3_of
+from model_preparation.search.cached_scoring import CachedScorer
+from model_preparation.search.objective import KL
+from model_preparation.search.pair import load_pair
+from model_preparation.search.question_set import BatchResult, QuestionSet
+from model_preparation.surgery import graft
+from model_preparation.surgery.layer_store import LayerStore
+from model_preparation.surgery.sources import resolve
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is searched and on what.
+
+    Attributes:
+        base, llama_layers_dir, tokenizer, allow_other_heads, sources: as `graft.plan` takes them.
+        donor: the donor as a model, what `resolve` takes; needed for `kl`, and for the donor's own score.
+        tasks, limit, mmlu_data, num_fewshot, batch_size: as `evaluate_checkpoint` takes them.
+        device: where candidates run.
+        dtype: torch's name of it; by default that of the checkpoints that would be built.
+        objective: one of `OBJECTIVES`.
+        memory_bytes: for the base's hidden states; what is more goes into a file in `folder`.
+    """
+
+    base: str
+    llama_layers_dir: str
+    tasks: tuple[str, ...]
+    folder: str
+    donor: str | None = None
+    tokenizer: str | None = None
+    allow_other_heads: bool = False
+    sources: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    mmlu_data: str | None = None
+    num_fewshot: int | None = None
+    batch_size: int | str = "auto"
+    device: str = "cpu"
+    dtype: str | None = None
+    objective: str = "accuracy"
+    memory_bytes: int = 4_000_000_000
+
+
+class Setup:
+    """What a `Spec` describes.
+
+    Attributes:
+        planned: the graft of all layers.
+        settings: what decides on answers beside the weights.
+
+    Raises:
+        SurgeryError: as `graft.plan`, `load_tasks` and `QuestionSet`.
+    """
+
+    def __init__(self, spec: Spec):
+        self.spec = spec
+        self.planned = graft.plan(
+            spec.base,
+            range(LayerStore(spec.llama_layers_dir).config.num_hidden_layers),
+            spec.llama_layers_dir,
+            tokenizer=spec.tokenizer,
+            allow_other_heads=spec.allow_other_heads,
+            sources=spec.sources,
+        )
+        loaded = load_tasks(spec.tasks, mmlu_data=spec.mmlu_data, num_fewshot=spec.num_fewshot)
+        dtype = None if spec.dtype is None else getattr(torch, spec.dtype)
+        self.settings: dict[str, Any] = {
+            **settings_of(loaded, spec.limit, spec.num_fewshot, spec.batch_size, SEED),
+            "device": torch.device(spec.device).type,
+            "dtype": str(dtype or self.planned.dtype).removeprefix("torch."),
+        }
+        self.pair = load_pair(self.planned, spec.device, dtype)
+        with quiet():
+            self.lm = ScoringLM(self.pair.model, self.pair.tokenizer, spec.batch_size)
+            self.questions = QuestionSet(self.lm, loaded, self.settings)
+
+    @cached_property
+    def digests(self) -> dict[str, Any]:
+        """Of the weights and the questions."""
+        base = {path.name: blake3_of(path) for path in graft.base_paths(self.planned)}
+        donor = {str(index): entry["sha256"] for index, entry in sorted(self.planned.donor.layers.items())}
+        return {"base": base, "donor_layers": donor, "questions": self.questions.digest}
+
+    def scorer(self, chosen: Sequence[int] | None = None) -> CachedScorer:
+        """What scores sets of layers on all batches, or on `chosen` ones."""
+        references = None
+        if self.spec.objective == KL:
+            kept = dict(self._donor_scores(range(len(self.questions.batches)) if chosen is None else chosen))
+            references = kept.__getitem__
+        return CachedScorer(
+            self.pair,
+            self.lm,
+            self.questions,
+            chosen=chosen,
+            memory_bytes=self.spec.memory_bytes,
+            folder=Path(self.spec.folder),
+            references=references,
+        )
+
+    def donor_answers(self) -> dict[int, BatchResult]:
+        """What the donor itself answers, by batch."""
+        found = {}
+        for number, scores in self._donor_scores(range(len(self.questions.batches))):
+            batch = self.questions.batches[number]
+            answers: list[tuple[int, Answer]] = answers_of(batch.rows, scores, self.questions.tokens(batch.task))
+            found[number] = BatchResult(answers, [0.0] * len(batch.rows))
+        return found
+
+    @torch.inference_mode()
+    def _donor_scores(self, batches: Sequence[int]):
+        """(batch, the donor's log-probabilities for it, (scored, vocabulary) per row)."""
+        assert self.spec.donor is not None
+        folder = resolve(self.spec.donor, overrides=self.spec.sources).folder
+        dtype = self.pair.model.dtype
+        other = OtherModel("donor", folder, is_checkpoint=False)
+        model, _ = load_other(other, self.pair.tokenizer, device=self.spec.device, dtype=dtype)
+        if model.config.model_type != "llama" or model.config.num_hidden_layers != self.pair.layers:
+            raise SurgeryError(
+                f"{folder} is a {model.config.model_type} of {model.config.num_hidden_layers} layers, the base has "
+                f"{self.pair.layers}. Give the donor that {self.spec.llama_layers_dir} comes from by --donor."
+            )
+        with quiet():
+            lm = ScoringLM(model, self.pair.tokenizer, self.spec.batch_size)
+        vocabulary = self.pair.model.config.vocab_size
+        cache, of_prefix = None, None
+        for number in batches:
+            batch = self.questions.batches[number]
+            prefix = self.questions.prefixes[batch.prefix]
+            if batch.prefix != of_prefix:
+                cache, of_prefix = (lm.prefix_cache(prefix) if prefix else None), batch.prefix
+            scores: list[Tensor] = lm.log_probabilities(batch.rows, len(prefix), cache)
+            yield number, [score[:, :vocabulary].cpu() for score in scores]

@@ -1,0 +1,248 @@
+"""Command: base, donor and tasks -> which layers to graft (see search/search.py)."""
+
+from pathlib import Path
+
+from model_preparation.batch import ray_flags
+from model_preparation.command_line import (
+    CommandParser,
+    add_device_flags,
+    add_dtype_flag,
+    choose_device,
+    default_folder,
+    number,
+    run,
+)
+from model_preparation.surgery.sources import add_source_flag
+
+DESCRIPTION = """\
+Search for the layers of a Llamba that are best replaced by its donor's. What candidates have in common runs once: the
+base's hidden states before each layer are computed once for all questions, a candidate starts at its lowest grafted
+layer, and candidates that are alike further on share those layers too. The scores are exactly those that the built
+checkpoint gets from test_checkpoint.py --full_eval with the same settings.
+
+Writes OUTPUT_DIR/search_result.json (the combinations, the best first), report.html and plots. Every evaluation is kept
+in OUTPUT_DIR/journal.jsonl as soon as it is made: stopped anywhere, the same command goes on where it was.
+
+methods:
+  singles      every layer by itself
+  exhaustive   every combination
+  greedy       layer after layer, each time the one that adds most
+  beam         the same from the best few of each size; then what is one layer away from the best
+  ga           a genetic algorithm; then what is one layer away from the best
+"""
+
+EPILOG = """\
+Tasks are those that lm-eval answers by log-likelihoods: multiple_choice and loglikelihood, with options of one or of
+several tokens, scored by acc. Tasks that generate text, or have filters, are refused.
+
+examples:
+  python search_layers.py --base unaligned_llamba --donor llama --task mmlu --limit 10 --method ga \\
+      --output_dir ../searches/ga
+  python search_layers.py --base ../local_models/llamba_smollm2 --llama_layers_dir ../local_models/smollm2_layers \\
+      --task my_task_folder --method exhaustive --max_layers 2 --output_dir ../searches/pairs --dry_run
+then:
+  ./create_best_checkpoints.sh --from ../searches/ga/search_result.json --top 3
+"""
+
+
+def main() -> None:
+    parser = _parser()
+    args = parser.parse_args()
+    if args.donor is None and args.llama_layers_dir is None:
+        parser.error("one of --donor and --llama_layers_dir is needed")
+    make_scorer = None
+    if args.ray is not None:
+        ray_flags.check(parser, args)
+    elif args.cpus_per_job is not None:
+        parser.error("--cpus_per_job belongs to --ray, which is not given")
+
+    from model_preparation.search.methods import Options
+    from model_preparation.search.progress import names
+    from model_preparation.search.result_files import RESULT
+    from model_preparation.search.search import Search, donor_layers, search_layers
+    from model_preparation.search.setup import Spec
+
+    output_dir = args.output_dir.expanduser()
+    device = (args.device or "cpu") if args.ray is not None else choose_device(args.gpu, args.device)
+    layers_dir = args.llama_layers_dir or donor_layers(args.donor, output_dir, args.source)
+    spec = Spec(
+        base=args.base,
+        llama_layers_dir=str(layers_dir),
+        tasks=tuple(args.task),
+        folder=str(output_dir),
+        donor=args.donor,
+        tokenizer=args.tokenizer,
+        allow_other_heads=args.allow_other_heads,
+        sources=args.source,
+        limit=args.limit,
+        mmlu_data=args.mmlu_data,
+        num_fewshot=args.num_fewshot,
+        batch_size=args.batch_size,
+        device=device,
+        dtype=args.dtype,
+        objective=args.objective,
+        memory_bytes=int(args.boundary_memory * 1e9),
+    )
+    options = Options(
+        seed=args.seed,
+        beam_width=args.beam_width,
+        population=args.population,
+        generations=args.generations,
+        patience=args.patience,
+        top=args.top,
+    )
+    search = Search(
+        method=args.method,
+        least=args.min_layers,
+        most=1 if args.method == "singles" else args.max_layers,
+        budget_evaluations=args.budget_evaluations,
+        budget_hours=args.budget_hours,
+        racing=None if args.race == "auto" else args.race == "on",
+        prior=args.prior,
+        options=options,
+    )
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    if args.ray is None or args.dry_run:
+        found = search_layers(spec, search, say=say, dry_run=args.dry_run)
+    else:
+        from model_preparation.search.remote import remote_scorer
+
+        with remote_scorer(args.ray, args.cpus_per_job or 1, with_gpu=args.device != "cpu") as make_scorer:
+            found = search_layers(spec, search, make_scorer=make_scorer, say=say)
+    if found is None:
+        print(f"Everything fits; nothing was evaluated (--dry_run). {output_dir} would have the result.")
+        return
+    statistics = found["statistics"]
+    passes, alone = statistics["layer_passes"], statistics["layer_passes_alone"]
+    print(
+        f"{statistics['evaluations']:,} combinations evaluated in {statistics['seconds']:.0f} s: "
+        f"{passes:,.0f} layer passes, alone {alone:,} ({1 - passes / alone:.0%} saved)"
+    )
+    for each in found["failed"]:
+        print(f"failed      {names(tuple(each['layers']))}: {each['reason']}")
+    print(f"base        {_score(found['base_score'], found['base_stderr'])}")
+    for row in found["final_results"][: args.top]:
+        print(f"{names(tuple(row['layers'])):<12}{_score(row['fitness'], row['stderr'])}  {row['verdict']}")
+    print(f"Result is in {output_dir / RESULT}, to look at in {output_dir / 'report.html'}")
+
+
+def _score(value: float, stderr: float | None) -> str:
+    return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument(
+        "--base",
+        default="unaligned_llamba",
+        metavar="NAME|PATH",
+        help="the Llamba operated on: a name, a model folder or a hub id (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--donor",
+        metavar="NAME|PATH",
+        help="the Llama that layers come from; its own score is told too, and --objective kl needs it",
+    )
+    parser.add_argument(
+        "--llama_layers_dir",
+        type=Path,
+        metavar="DIR",
+        help="the donor's layers, written by extract_layers.py (default: extracted from --donor into OUTPUT_DIR)",
+    )
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        default=["mmlu"],
+        metavar="TASK",
+        help="tasks, groups or tags of lm-eval, or folders of task files, whose code is run (default: mmlu)",
+    )
+    parser.add_argument("--limit", type=number(int, least=1), metavar="N", help="the first N questions of every task")
+    parser.add_argument(
+        "--mmlu_data", metavar="DIR|hub|modelscope", help="MMLU's questions, as test_checkpoint.py has it"
+    )
+    parser.add_argument(
+        "--num_fewshot", type=number(int, least=0), metavar="K", help="solved examples before each question"
+    )
+    parser.add_argument(
+        "--batch_size", type=_batch_size, default="auto", metavar="N", help="questions at once (default: auto)"
+    )
+    parser.add_argument("--method", choices=("singles", "exhaustive", "greedy", "beam", "ga"), default="beam")
+    parser.add_argument("--min_layers", type=number(int, least=1), default=1, metavar="N", help="(default: 1)")
+    parser.add_argument("--max_layers", type=number(int, least=1), default=4, metavar="N", help="(default: 4)")
+    parser.add_argument(
+        "--objective",
+        choices=("accuracy", "kl"),
+        default="accuracy",
+        help="accuracy: right answers; kl: closeness to the donor's predictions, less noisy (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--budget_evaluations", type=number(int, least=1), metavar="N", help="evaluate at most N combinations"
+    )
+    parser.add_argument(
+        "--budget_hours", type=number(float, above=0), metavar="H", help="evaluate for at most H hours in all"
+    )
+    parser.add_argument(
+        "--race",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="ask part after part of the questions, and drop candidates that a paired test says are surely worse "
+        "(default: on for greedy, beam and ga)",
+    )
+    parser.add_argument(
+        "--prior", metavar="FILE", help="single_layer_results of another search: single layers known beforehand"
+    )
+    parser.add_argument("--seed", type=number(int, least=0), default=0, metavar="N", help="of ga (default: 0)")
+    parser.add_argument("--beam_width", type=number(int, least=1), default=4, metavar="N", help="(default: 4)")
+    parser.add_argument(
+        "--population", type=number(int, least=4), default=40, metavar="N", help="of ga, per generation (default: 40)"
+    )
+    parser.add_argument(
+        "--generations", type=number(int, least=1), default=20, metavar="N", help="of ga, at most (default: 20)"
+    )
+    parser.add_argument(
+        "--patience",
+        type=number(int, least=1),
+        default=4,
+        metavar="N",
+        help="ga stops after N generations without a better combination (default: 4)",
+    )
+    parser.add_argument(
+        "--top", type=number(int, least=1), default=10, metavar="N", help="combinations to print (default: 10)"
+    )
+    parser.add_argument(
+        "--boundary_memory",
+        type=number(float, least=0),
+        default=4.0,
+        metavar="GB",
+        help="memory for the base's hidden states; what is more goes into a file in OUTPUT_DIR (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=default_folder("searches") / "search",
+        metavar="DIR",
+        help="journal and results (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="NAME|PATH", help="take the tokenizer from here (default: the base's own)"
+    )
+    add_device_flags(parser)
+    add_dtype_flag(parser, help="dtype to run in (default: that of the checkpoints)")
+    parser.add_argument(
+        "--allow_other_heads", action="store_true", help="accept a donor whose heads differ in number or size"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="check everything and print the plan")
+    ray_flags.add_ray_flags(parser)
+    add_source_flag(parser)
+    return parser
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else int(number(int, least=1)(text))
+
+
+if __name__ == "__main__":
+    run(main)
