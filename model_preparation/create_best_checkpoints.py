@@ -1,6 +1,7 @@
 """Command: a list of combinations -> one checkpoint each, by create_replaced_model_checkpoint.py.
 
-In: a CSV or JSON file (batch/combinations.py). Out: a folder per combination, and a table at the end (batch/builds.py).
+In: a CSV or JSON file (batch/combinations.py), or the result of a search (batch/from_search.py). Out: a folder per
+combination, and a table at the end (batch/builds.py).
 Usually started by create_best_checkpoints.sh, which finds the right Python.
 """
 
@@ -8,8 +9,8 @@ import argparse
 from pathlib import Path
 
 from model_preparation import create_replaced_model_checkpoint
-from model_preparation.batch import builds, combinations, ray_flags
-from model_preparation.command_line import CommandParser, default_folder, run
+from model_preparation.batch import builds, combinations, from_search, ray_flags
+from model_preparation.command_line import CommandParser, default_folder, number, run
 from model_preparation.errors import SurgeryError
 
 HERE = Path(__file__).resolve().parent
@@ -18,6 +19,8 @@ DESCRIPTION = f"""\
 Build a checkpoint for every combination of layers in a list. One that fails does not stop the others, one that is
 complete already is skipped (unless --overwrite is given; if its layers, base or format are others than asked for, it
 counts as failed), and a table ends it all. Exit code 1 if any failed.
+--from takes the best of a search, search_layers.py's search_result.json or an older program's result file, and builds
+them from the base and the donor's layers that the search had, unless --base and --llama_layers_dir say otherwise.
 Flags not listed here go to create_replaced_model_checkpoint.py as they are: --base, --llama_layers_dir, --gpu, ...
 
 {ray_flags.HELP}"""
@@ -27,6 +30,7 @@ examples:
   ./create_best_checkpoints.sh
   ./create_best_checkpoints.sh --list mine.csv --output_root /data/checkpoints --base /models/my-llamba --gpu 1
   ./create_best_checkpoints.sh --list mine.csv --ray local
+  ./create_best_checkpoints.sh --from ../searches/ga/search_result.json --top 3
 
 {combinations.EXAMPLE}"""
 
@@ -34,12 +38,17 @@ examples:
 def main() -> None:
     """Read the list, build what is missing, print the table."""
     parser = CommandParser(description=DESCRIPTION, epilog=EXAMPLES)
-    parser.add_argument(
+    sources = parser.add_mutually_exclusive_group()
+    sources.add_argument(
         "--list",
         type=Path,
         default=HERE / "best_combinations.csv",
         metavar="FILE",
         help="combinations, as .csv or .json (default: the published ones, best_combinations.csv)",
+    )
+    sources.add_argument("--from", dest="search", type=Path, metavar="FILE", help="the result of a search instead")
+    parser.add_argument(
+        "--top", type=number(int, least=1), metavar="K", help="with --from: build the K best combinations (default: 1)"
     )
     parser.add_argument(
         "--output_root",
@@ -50,15 +59,24 @@ def main() -> None:
     )
     ray_flags.add_ray_flags(parser)
     args, passed_on = parser.parse_known_args()
+    if args.top is not None and args.search is None:
+        parser.error("--top belongs to --from, which is not given")
     for flag in ("--layers", "--output_dir", "--description", "--score", "--from_info"):
-        if any(given.partition("=")[0].replace("-", "_") == flag.replace("-", "_") for given in passed_on):
+        if is_given(flag, passed_on):
             parser.error(f"{flag} comes from the list")
     builder = create_replaced_model_checkpoint.make_parser()
     builder.prog = "create_replaced_model_checkpoint.py"
     flags = builder.parse_args(["--layers", "0", "--output_dir", "DIR", *passed_on])  # ends here if a flag is wrong
     run_jobs = ray_flags.chosen_runner(parser, argparse.Namespace(**{**vars(flags), **vars(args)}))
 
-    listed = combinations.read_list(args.list)
+    if args.search is not None:
+        listed, sources_found = from_search.best_of(args.search, args.top or 1)
+        for flag, value in sources_found.items():
+            if not is_given(flag, passed_on):
+                passed_on += [flag, value]
+        flags = builder.parse_args(["--layers", "0", "--output_dir", "DIR", *passed_on])
+    else:
+        listed = combinations.read_list(args.list)
     outcomes = builds.build_all(listed, args.output_root.expanduser(), passed_on, flags, run_jobs=run_jobs)
     print("\n" + builds.describe(outcomes))
     failed = sum(outcome.status == "failed" for outcome in outcomes)
@@ -67,6 +85,11 @@ def main() -> None:
             f"{failed} of {len(outcomes)} checkpoints failed; the reasons are above. "
             "Run this again when they are mended: what is complete will be skipped."
         )
+
+
+def is_given(flag: str, arguments: list[str]) -> bool:
+    """Whether a flag is among arguments, in either spelling."""
+    return any(given.partition("=")[0].replace("-", "_") == flag.replace("-", "_") for given in arguments)
 
 
 if __name__ == "__main__":

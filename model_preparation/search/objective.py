@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy.stats import ttest_rel
 
 from model_preparation.comparison.paired import holm, mcnemar_p, standard_error
+from model_preparation.search.result_files import ACCURACY, KL
 
-ACCURACY, KL = "accuracy", "kl"
 OBJECTIVES = (ACCURACY, KL)
 
 Values = NDArray[np.float64]  # (questions,)

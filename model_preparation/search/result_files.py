@@ -16,9 +16,10 @@ from typing import Any
 
 from model_preparation.errors import SurgeryError
 from model_preparation.search.layer_sets import LayerSet, normal
-from model_preparation.untrusted.untrusted_files import read_json
+from model_preparation.untrusted.untrusted_files import parse_json, regular_file
 
 RESULT = "search_result.json"
+ACCURACY, KL = "accuracy", "kl"  # objectives
 _LISTS = ("final_results", "results", "top_combinations")
 _LAYERS = ("layers", "combination", "layer_indices", "individual", "best_layers", "best_individual")
 _SCORES = ("fitness", "score", "accuracy", "mmlu_score", "best_fitness", "best_score")
@@ -41,17 +42,18 @@ class ReadResult:
     Attributes:
         entries: the best first, without repeats.
         failures: how many entries were left out, as older programs entered 0 for a failed evaluation.
-        base, llama_layers_dir: where a search of ours had them.
-        objective: what the scores are, of a search of ours.
-        tasks: what a search of ours asked.
+        is_mmlu: whether the scores are those of all of MMLU; older programs asked nothing else.
+        objective: what the scores are, in a word.
+        base, llama_layers_dir, tokenizer: where a search of ours had them.
     """
 
     entries: list[Found]
     failures: int
+    is_mmlu: bool = True
+    objective: str = "score"
     base: str | None = None
     llama_layers_dir: str | None = None
-    objective: str | None = None
-    tasks: tuple[str, ...] = ()
+    tokenizer: str | None = None
 
 
 def read_result(path: Path) -> ReadResult:
@@ -61,7 +63,7 @@ def read_result(path: Path) -> ReadResult:
         SurgeryError: if there is no such file, or nothing that can be read as combinations; what is wrong is named.
     """
     content = _read(path)
-    ours = isinstance(content, dict) and isinstance(content.get("settings"), dict) and "final_results" in content
+    ours = isinstance(content.get("settings"), dict) and isinstance(content.get("statistics"), dict)
     entries = _entries(content, path)
     found: dict[LayerSet, Found] = {}
     failures = 0
@@ -72,22 +74,26 @@ def read_result(path: Path) -> ReadResult:
             raise SurgeryError(f"{path}, entry {number}: {error}. Mend or remove that entry.") from error
         if not ours and one.score == 0:
             failures += 1
-        elif one.layers not in found or (one.score or 0) > (found[one.layers].score or 0):
+        elif one.layers not in found or _rank(one) < _rank(found[one.layers]):
             found[one.layers] = one
     if not found:
         raise SurgeryError(f"{path} has no combination with a score above 0. Give the result of another search.")
-    ranked = sorted(found.values(), key=lambda one: -math.inf if one.score is None else -one.score)
+    ranked = sorted(found.values(), key=_rank)
     if not ours:
         return ReadResult(ranked, failures)
     settings = content["settings"]
-    return ReadResult(
-        ranked,
-        failures,
-        base=str(content["base"]),
-        llama_layers_dir=str(content["llama_layers_dir"]),
-        objective=str(content["objective"]),
-        tasks=tuple(settings.get("tasks", ())),
-    )
+    try:
+        return ReadResult(
+            ranked,
+            failures,
+            is_mmlu=content["objective"] == ACCURACY and settings["tasks"] == ["mmlu"] and settings["limit"] is None,
+            objective=str(content["objective"]),
+            base=content["base"],
+            llama_layers_dir=content["llama_layers_dir"],
+            tokenizer=content["tokenizer"],
+        )
+    except KeyError as error:
+        raise SurgeryError(f"{path} lacks {error}, which a {RESULT} has. Run the search's command again.") from error
 
 
 def read_single_layers(path: Path) -> dict[int, float]:
@@ -97,13 +103,8 @@ def read_single_layers(path: Path) -> dict[int, float]:
         SurgeryError: if there is no such file, or it says nothing of them.
     """
     content = _read(path)
-    singles = content.get(_SINGLES) if isinstance(content, dict) else None
-    if isinstance(singles, dict):
-        singles = [
-            {"layer": layer, **(given if isinstance(given, dict) else {"score": given})}
-            for layer, given in singles.items()
-        ]
-    if not isinstance(singles, list) or not singles:
+    singles = _as_list(content.get(_SINGLES))
+    if not singles:
         raise SurgeryError(
             f'{path} has no {_SINGLES}, such as {{"{_SINGLES}": {{"11": 0.51, ...}}}}. Give another file by --prior.'
         )
@@ -120,32 +121,35 @@ def read_single_layers(path: Path) -> dict[int, float]:
     return found
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SurgeryError(f"{path} is not there. Give the {RESULT} of a search, or an older program's result file.")
     try:
-        return read_json(path)
+        data = regular_file(path).read_bytes()
+        return parse_json(b'{"%s": %s}' % (_LISTS[0].encode(), data) if data.lstrip()[:1] == b"[" else data)
     except ValueError as error:
         raise SurgeryError(f"{path} is not JSON ({error}). Give the {RESULT} of a search.") from error
 
 
-def _entries(content: Any, path: Path) -> list[Any]:
+def _rank(one: Found) -> float:
+    return math.inf if one.score is None else -one.score
+
+
+def _as_list(given: Any) -> list[Any]:
+    """A list of entries; of an object, one entry per name in it, which is that of the layers."""
+    if isinstance(given, dict):
+        return [{"layers": key, **(each if isinstance(each, dict) else {"score": each})} for key, each in given.items()]
+    return given if isinstance(given, list) else []
+
+
+def _entries(content: dict[str, Any], path: Path) -> list[Any]:
     """The list of combinations, wherever it is."""
-    if isinstance(content, list):
-        return content
-    if isinstance(content, dict):
-        for name in _LISTS:
-            given = content.get(name)
-            if isinstance(given, list):
-                return given
-            if isinstance(given, dict):  # by a name, or by the combination itself
-                return [
-                    {"layers": key, **(each if isinstance(each, dict) else {"score": each})}
-                    for key, each in given.items()
-                ]
-        if any(content.get(name) is not None for name in _LAYERS):
-            return [content]
-    keys = ", ".join(sorted(map(str, content))[:6]) if isinstance(content, dict) else type(content).__name__
+    for name in _LISTS:
+        if entries := _as_list(content.get(name)):
+            return entries
+    if any(content.get(name) is not None for name in _LAYERS):
+        return [content]
+    keys = ", ".join(sorted(content)[:6])
     raise SurgeryError(
         f"{path} has no list of combinations: it needs {' or '.join(_LISTS)}, and has {keys or 'nothing'}. "
         'Bring it into this shape: {"final_results": [{"layers": [11, 13], "fitness": 0.57}]}.'

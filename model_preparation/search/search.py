@@ -39,6 +39,7 @@ from model_preparation.surgery.layer_store import METADATA, LayerStore, extract_
 
 JOURNAL, DONOR_LAYERS = "journal.jsonl", "donor_layers"
 RACING = ("greedy", "beam", "ga")  # methods that race unless told not to
+_MOST_WRITTEN = 10_000  # of the best combinations; the journal has all
 _MOST_COUNTED = 1_000_000  # combinations up to which the plan counts layer passes
 
 MakeScorer = Callable[[Setup], Scorer]
@@ -142,6 +143,7 @@ def search_layers(
                 + ". Allow more by --budget_evaluations or --budget_hours, or mend what failed; what is known is kept."
             )
         write_report(found, evaluations, folder)
+        found["final_results"] = found["final_results"][:_MOST_WRITTEN]
         write_file(folder / RESULT, seal(found))
         return found
     finally:
@@ -270,6 +272,7 @@ def _result(
         "donor_accuracy": None if donor is None else donor["accuracy"],
         "donor": spec.donor,
         "llama_layers_dir": os.path.abspath(spec.llama_layers_dir),
+        "tokenizer": spec.tokenizer,
         "questions": len(setup.questions.questions),
         "total_layers": setup.pair.layers,
         "single_layer_results": results.single_layer_results(evaluations, setup.pair.layers),

@@ -3,7 +3,7 @@
 In: a `Spec`. Out: a `Setup`: base and donor in memory, the questions, and what scores sets of layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,8 @@ from model_preparation.evaluation.other_models import OtherModel, load_other
 from model_preparation.evaluation.scoring import Answer, ScoringLM, answers_of
 from model_preparation.evaluation.tasks import load_tasks, quiet
 from model_preparation.files.digests import blake3_of
-from model_preparation.search.cached_scoring import CachedScorer
+from model_preparation.search.boundaries import BoundaryStore
+from model_preparation.search.cached_scoring import CachedScorer, References
 from model_preparation.search.objective import KL
 from model_preparation.search.pair import load_pair
 from model_preparation.search.question_set import BatchResult, QuestionSet
@@ -101,10 +102,7 @@ class Setup:
 
     def scorer(self, chosen: Sequence[int] | None = None) -> CachedScorer:
         """What scores sets of layers on all batches, or on `chosen` ones."""
-        references = None
-        if self.spec.objective == KL:
-            kept = dict(self._donor_scores(range(len(self.questions.batches)) if chosen is None else chosen))
-            references = kept.__getitem__
+        references = self._references(chosen) if self.spec.objective == KL else None
         return CachedScorer(
             self.pair,
             self.lm,
@@ -114,6 +112,18 @@ class Setup:
             folder=Path(self.spec.folder),
             references=references,
         )
+
+    def _references(self, chosen: Sequence[int] | None) -> References:
+        """The donor's log-probabilities for a batch, kept as the base's hidden states are."""
+        numbers = range(len(self.questions.batches)) if chosen is None else chosen
+        vocabulary = self.pair.model.config.vocab_size
+        scored = {number: [row.scored for row in self.questions.batches[number].rows] for number in numbers}
+        size_bytes = sum(map(sum, scored.values())) * vocabulary * 4
+        store = BoundaryStore(self.spec.memory_bytes, size_bytes, Path(self.spec.folder))
+        for number, scores in self._donor_scores(numbers):
+            store.put(0, number, torch.cat(scores).float())
+        cpu = torch.device("cpu")
+        return lambda number: list(store.get(0, number, cpu).split(scored[number]))
 
     def donor_answers(self) -> dict[int, BatchResult]:
         """What the donor itself answers, by batch."""
@@ -125,7 +135,7 @@ class Setup:
         return found
 
     @torch.inference_mode()
-    def _donor_scores(self, batches: Sequence[int]):
+    def _donor_scores(self, batches: Sequence[int]) -> Iterator[tuple[int, list[Tensor]]]:
         """(batch, the donor's log-probabilities for it, (scored, vocabulary) per row)."""
         assert self.spec.donor is not None
         folder = resolve(self.spec.donor, overrides=self.spec.sources).folder
