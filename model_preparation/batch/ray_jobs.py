@@ -29,7 +29,7 @@ _CONNECT_SECONDS = 5.0
 _CANCEL_SECONDS = 20.0  # for what runs to clean up after Ctrl-C
 _OBJECT_STORE_BYTES = 100_000_000  # of a cluster of our own; nothing large goes through it
 # Variables of this shell that go with a job: where models and questions are, tokens, and where Python finds modules.
-_VARIABLES = ("MODEL_PREPARATION_", "MODELSCOPE_", "HF_", "MMLU_DATA", "SOURCE_DATE_EPOCH", "PYTHONPATH")
+VARIABLES = ("MODEL_PREPARATION_", "MODELSCOPE_", "HF_", "MMLU_DATA", "SOURCE_DATE_EPOCH", "PYTHONPATH")
 
 
 @dataclass
@@ -68,7 +68,7 @@ class RayRunner:
             return
         with cluster(self.address) as ray:
             gpus = self.gpus_per_job if ray.cluster_resources().get("GPU", 0) else 0
-            _check_size(ray, self.cpus_per_job, gpus)
+            check_size(ray, self.cpus_per_job, gpus)
             task = ray.remote(carry_out).options(
                 num_cpus=self.cpus_per_job,
                 num_gpus=gpus,
@@ -231,7 +231,7 @@ def _check_address(address: str) -> None:
         ) from error
 
 
-def _check_size(ray: Any, cpus: int, gpus: int) -> None:
+def check_size(ray: Any, cpus: int, gpus: int) -> None:
     """Raise SurgeryError if no machine could ever run a job."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(machine.get("CPU", 0) >= cpus and machine.get("GPU", 0) >= gpus for machine in machines):
@@ -257,7 +257,7 @@ def _marks(jobs: Sequence[Job]) -> Iterator[dict[Path, str]]:
 
 
 def _order(job: Job, marks: dict[Path, str], *, with_gpu: bool) -> Order:
-    variables = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
+    variables = {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)}
     launch = Launch(str(job.script), job.arguments, os.getcwd(), variables)
     needs = [os.getcwd(), str(job.script), launch.bootstrap, *(os.path.abspath(path) for path in job.needs)]
     needs += [marks[job.writes_to]] if job.writes_to is not None else []

@@ -3,7 +3,7 @@
 In: a `Spec`. Out: a `Setup`: base and donor in memory, the questions, and what scores sets of layers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +73,7 @@ class Setup:
 
     def __init__(self, spec: Spec):
         self.spec = spec
+        self._kept_references: References | None = None
         self.planned = graft.plan(
             spec.base,
             range(LayerStore(spec.llama_layers_dir).config.num_hidden_layers),
@@ -102,7 +103,7 @@ class Setup:
 
     def scorer(self, chosen: Sequence[int] | None = None) -> CachedScorer:
         """What scores sets of layers on all batches, or on `chosen` ones."""
-        references = self._references(chosen) if self.spec.objective == KL else None
+        references = self._references(chosen or self._all) if self.spec.objective == KL else None
         return CachedScorer(
             self.pair,
             self.lm,
@@ -113,9 +114,14 @@ class Setup:
             references=references,
         )
 
-    def _references(self, chosen: Sequence[int] | None) -> References:
+    @property
+    def _all(self) -> range:
+        return range(len(self.questions.batches))
+
+    def _references(self, numbers: Sequence[int]) -> References:
         """The donor's log-probabilities for a batch, kept as the base's hidden states are."""
-        numbers = range(len(self.questions.batches)) if chosen is None else chosen
+        if self._kept_references is not None and len(numbers) == len(self._all):
+            return self._kept_references
         vocabulary = self.pair.model.config.vocab_size
         scored = {number: [row.scored for row in self.questions.batches[number].rows] for number in numbers}
         size_bytes = sum(map(sum, scored.values())) * vocabulary * 4
@@ -123,12 +129,18 @@ class Setup:
         for number, scores in self._donor_scores(numbers):
             store.put(0, number, torch.cat(scores).float())
         cpu = torch.device("cpu")
-        return lambda number: list(store.get(0, number, cpu).split(scored[number]))
+        self._kept_references = lambda number: list(store.get(0, number, cpu).split(scored[number]))
+        return self._kept_references
 
     def donor_answers(self) -> dict[int, BatchResult]:
         """What the donor itself answers, by batch."""
+        if self.spec.objective == KL:  # they are needed anyway
+            references = self._references(self._all)
+            all_scores: Iterable[tuple[int, list[Tensor]]] = ((number, references(number)) for number in self._all)
+        else:
+            all_scores = self._donor_scores(self._all)
         found = {}
-        for number, scores in self._donor_scores(range(len(self.questions.batches))):
+        for number, scores in all_scores:
             batch = self.questions.batches[number]
             answers: list[tuple[int, Answer]] = answers_of(batch.rows, scores, self.questions.tokens(batch.task))
             found[number] = BatchResult(answers, [0.0] * len(batch.rows))

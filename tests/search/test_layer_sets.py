@@ -14,7 +14,7 @@ from model_preparation.search.layer_sets import count_passes, walk
 class State:
     """What a model has done so far: which of its layers were the donor's. Knows how many of its kind are alive."""
 
-    alive: weakref.WeakSet = weakref.WeakSet()
+    alive = weakref.WeakSet()  # noqa: RUF012 (shared by all on purpose)
     most = 0
 
     def __init__(self, kinds):
