@@ -6,6 +6,7 @@ more by itself; if it fails again it is an error with its reason, and never a sc
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,6 +37,18 @@ class Scorer(Protocol):
     def score(
         self, sets: Iterable[LayerSet], batches: Sequence[int] | None = None
     ) -> Iterator[tuple[LayerSet, Results]]: ...
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """Answers of a combination to a part of the questions: what is maximised, what is right (0 or 1), per question.
+
+    `cost` is (layer passes, seconds).
+    """
+
+    values: Values
+    right: Values
+    cost: Values
 
 
 class BudgetSpent(Exception):
@@ -93,12 +106,13 @@ class Evaluations:
         self.asked = 0
         self.failed: dict[LayerSet, str] = {}
         self._entered: dict[LayerSet, None] = {}  # what this search may evaluate, whether it has been or not
-        self._counted: dict[LayerSet, float] = {}  # seconds of those that this search came to, in that order
-        self._base_cost = (0.0, 0.0)
+        self._journaled: dict[LayerSet, dict[int, _Answered]] = {}  # by combination and part
+        # Of those, what this search has come to. Run again after it was stopped, it must not know more than it did.
+        self._known: dict[LayerSet, dict[int, _Answered]] = {}
+        self._spent = np.zeros(2)  # (layer passes, seconds)
+        self._best: LayerSet | None = None
+        self._fitness: dict[LayerSet, float] = {}  # of complete evaluations
         self._has_base_states = False
-        # (values, right) of each part of a combination, as far as they are known.
-        self._known: dict[LayerSet, dict[int, tuple[Values, Values]]] = {}
-        self._cost: dict[LayerSet, tuple[float, float]] = {}  # (layer passes, seconds)
         for entry in journal.entries:
             if entry["settings"] == digest:
                 self._take(entry)
@@ -106,7 +120,9 @@ class Evaluations:
     def base(self) -> Values:
         """The base's values."""
         if not self.is_complete(BASE):
-            self._prepare()
+            if BASE not in self._journaled:
+                self._prepare()
+            self._come_to(BASE, range(len(self._parts)))
         return self.values(BASE)
 
     def evaluate(self, sets: Iterable[LayerSet], keep: int | None = None) -> list[LayerSet]:
@@ -155,27 +171,27 @@ class Evaluations:
 
     def estimate(self, layers: LayerSet) -> float:
         """The fitness; where only a part is known, the base's with the difference on what both were asked."""
-        if self.is_complete(layers):
-            return float(self.values(layers).mean())
+        if layers in self._fitness:
+            return self._fitness[layers]
         parts = sorted(self._known[layers])
-        ours, bases = (np.concatenate([self._known[each][part][0] for part in parts]) for each in (layers, BASE))
-        return float(self.values(BASE).mean() + (ours - bases).mean())
+        ours, bases = (np.concatenate([self._known[each][part].values for part in parts]) for each in (layers, BASE))
+        return self._fitness[BASE] + float((ours - bases).mean())
 
     def values(self, layers: LayerSet) -> Values:
         """What is maximised, by question, of a complete evaluation."""
-        return self._whole(layers, 0)
+        return self._whole(layers, "values")
 
     def right(self, layers: LayerSet) -> Values:
         """Which questions are answered right (1) or wrong (0), of a complete evaluation."""
-        return self._whole(layers, 1)
+        return self._whole(layers, "right")
 
     @property
     def order(self) -> list[LayerSet]:
         """The combinations of this search in the order in which they were evaluated."""
-        return [layers for layers in self._counted if self.is_known(layers)]
+        return [layers for layers in self._known if layers != BASE]
 
     def questions_asked(self, layers: LayerSet) -> int:
-        return sum(len(values) for values, _ in self._known.get(layers, {}).values())
+        return sum(len(found.values) for found in self._known.get(layers, {}).values())
 
     @property
     def complete(self) -> list[LayerSet]:
@@ -195,10 +211,10 @@ class Evaluations:
             "dropped_early": len(self.dropped),
             "failed": len(self.failed),
             "asked_with_repeats": self.asked,
-            "layer_passes": round(self._base_cost[0] + sum(self._cost[layers][0] for layers in self.order), 2),
+            "layer_passes": round(float(self._spent[0]), 2),
             "layer_passes_alone": done * self._total,
             "layer_passes_alone_with_repeats": self.asked * self._total,
-            "seconds": round(self._base_cost[1] + sum(self._counted.values()), 1),
+            "seconds": round(float(self._spent[1]), 1),
         }
 
     def _race(self, sets: Sequence[LayerSet], keep: int) -> None:
@@ -219,17 +235,16 @@ class Evaluations:
             alive[keep:] = [layers for layers in alive[keep:] if self.objective.p_value(bar, seen[layers]) >= limit]
 
     def _seen(self, layers: LayerSet, last: int) -> Values:
-        return np.concatenate([self._known[layers][part][0] for part in range(last + 1)])
+        return np.concatenate([self._known[layers][part].values for part in range(last + 1)])
 
     def _run(self, sets: Iterable[LayerSet], parts: Sequence[int]) -> None:
         """Have these parts of these combinations known, or why not."""
         by_missing: dict[tuple[int, ...], list[LayerSet]] = {}
         for layers in sets:
-            known = self._known.get(layers, {})
+            known = self._journaled.get(layers, {})
+            self._come_to(layers, [part for part in parts if part in known])
             if missing := tuple(part for part in parts if part not in known):
                 by_missing.setdefault(missing, []).append(layers)
-            else:
-                self._spend(layers)
         for missing, members in by_missing.items():
             self._prepare()
             again = self._score(members, missing)
@@ -261,8 +276,10 @@ class Evaluations:
             del left[layers]
             passes, seconds = self._scorer.layer_passes - before, time.monotonic() - started
             self._keep(layers, parts, found, passes, seconds)
-            self._spend(layers)
-            self._progress.evaluated(layers, self)
+            try:
+                self._come_to(layers, parts)
+            finally:
+                self._tell()
         return left
 
     def _values(self, results: Results) -> tuple[dict[int, float], dict[int, float]]:
@@ -315,32 +332,43 @@ class Evaluations:
         if "error" in entry:
             return  # it is tried again
         layers = tuple(entry["layers"])
+        if layers == BASE:  # each run of a search that was interrupted has run the base
+            self._spent += (entry["passes"], entry["seconds"])
+        cost = np.array([0.0, 0.0] if layers == BASE else [entry["passes"], entry["seconds"]]) / len(entry["parts"])
         right = np.array([float(digit) for digit in entry["right"]])
         values = np.array(entry.get("values", right), dtype=np.float64)
         start = 0
         for part in entry["parts"]:
             end = start + len(self._parts[part].questions)
-            self._known.setdefault(layers, {})[part] = (values[start:end], right[start:end])
+            self._journaled.setdefault(layers, {})[part] = _Answered(values[start:end], right[start:end], cost)
             start = end
-        if layers == BASE:
-            # Each run of a search that was interrupted has run the base.
-            self._base_cost = (self._base_cost[0] + entry["passes"], self._base_cost[1] + entry["seconds"])
-            return
-        passes, seconds = self._cost.get(layers, (0.0, 0.0))
-        self._cost[layers] = (passes + entry["passes"], seconds + entry["seconds"])
 
-    def _spend(self, layers: LayerSet) -> None:
-        """A combination is evaluated, or was before: count it, once, and stop if time is up."""
-        self._counted[layers] = self._cost[layers][1]
-        spent = self._base_cost[1] + sum(self._counted.values())
-        if self._seconds is not None and spent > self._seconds:
+    def _come_to(self, layers: LayerSet, parts: Iterable[int]) -> None:
+        """Know parts of a combination that are in the journal, count what they cost, and stop if time is up."""
+        for part in parts:
+            known = self._known.setdefault(layers, {})
+            if part not in known:
+                known[part] = self._journaled[layers][part]
+                self._spent += known[part].cost
+        if self.is_complete(layers) and layers not in self._fitness:
+            self._fitness[layers] = float(self.values(layers).mean())
+            if layers != BASE and (self._best is None or self.ranked([layers, self._best])[0] == layers):
+                self._best = layers
+        if layers != BASE and self._seconds is not None and self._spent[1] > self._seconds:
             raise BudgetSpent
 
-    def _whole(self, layers: LayerSet, which: int) -> Values:
+    def _tell(self) -> None:
+        """Show how far the search is."""
+        done = len(self.order)
+        saved = 1 - self._spent[0] / (done * self._total)
+        best = None if self._best is None else (self._best, self._fitness[self._best])
+        self._progress.evaluated(done, max(0.0, float(saved)), best)
+
+    def _whole(self, layers: LayerSet, which: str) -> Values:
         known = self._known[layers]
         whole = np.empty(len(self._questions.questions))
         for part, found in known.items():
-            whole[self._parts[part].questions] = found[which]
+            whole[self._parts[part].questions] = getattr(found, which)
         return whole
 
 

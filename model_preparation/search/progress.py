@@ -6,15 +6,11 @@ In: what happens. Out: evaluations done, layer passes saved, the best so far, th
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import rich
 import rich.progress
 
 from model_preparation.search.layer_sets import LayerSet
-
-if TYPE_CHECKING:
-    from model_preparation.search.evaluations import Evaluations
 
 _LOG_SECONDS = 10.0  # between two lines of a log
 
@@ -55,15 +51,17 @@ class SearchProgress:
         yield
         self._progress.update(self._row, description="Searching")
 
-    def evaluated(self, layers: LayerSet, evaluations: "Evaluations") -> None:
-        """A combination is known, or a part of it."""
-        done = len(evaluations.order)
+    def evaluated(self, done: int, saved: float, best: tuple[LayerSet, float] | None) -> None:
+        """So many combinations are known; the share of layer passes saved, and the best of all with its fitness."""
+        says = f", {saved:.0%} of the layer passes saved"
+        if best is not None:
+            says += f", best {best[1]:.4f} ({names(best[0])})"
         if not self._progress.disable:
-            self._progress.update(self._row, completed=done, says=_says(evaluations))
+            self._progress.update(self._row, completed=done, says=says)
         elif time.monotonic() - self._told_at > _LOG_SECONDS:
             self._told_at = time.monotonic()
             total = self._progress.tasks[0].total or done
-            print(f"{done}/{total:.0f} evaluations{_says(evaluations)}", flush=True)
+            print(f"{done}/{total:.0f} evaluations{says}", flush=True)
 
     def failed(self, layers: LayerSet, reason: str) -> None:
         """An evaluation failed for good."""
@@ -73,11 +71,3 @@ class SearchProgress:
 def names(layers: LayerSet) -> str:
     """The layers as people write them."""
     return " ".join(map(str, layers)) if layers else "base"
-
-
-def _says(evaluations: "Evaluations") -> str:
-    found = evaluations.statistics()
-    saved = 1 - found["layer_passes"] / found["layer_passes_alone"]
-    best = evaluations.complete[:1]
-    says = f", {max(saved, 0):.0%} of the layer passes saved"
-    return says + (f", best {evaluations.estimate(best[0]):.4f} ({names(best[0])})" if best else "")

@@ -1,8 +1,8 @@
 """Scoring spread over a Ray cluster: every worker holds base and donor, and a share of the questions.
 
-In: sets of layers. Out: what `CachedScorer` gives, to the bit, as a worker runs every batch as it would be run here.
-Each worker keeps the base's hidden states of its own share, which serve all candidates. When a worker is lost, a new one
-takes its share over and is asked for what is missing; an answer is taken once, whoever gives it.
+In: sets of layers. Out: what `CachedScorer` gives, to the bit: a worker runs each batch as it would be run here. Each
+keeps the base's hidden states of its own share, which serve all candidates. When a worker is lost, a new one takes its
+share over and is asked for what is missing; an answer is taken once, whoever gives it.
 """
 
 import contextlib

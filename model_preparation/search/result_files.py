@@ -162,17 +162,16 @@ def _layers(entry: Any) -> LayerSet:
     if isinstance(entry, dict):
         given = next((entry[name] for name in _LAYER if entry.get(name) is not None), None)
     if isinstance(given, str):
-        given = given.strip("[]() ").replace(",", " ").replace("_", " ").split()
+        given = given.removeprefix("layer_").strip("[]() ").replace(",", " ").replace("_", " ").split()
     if isinstance(given, (int, float)):
         given = [given]
     if not isinstance(given, list) or not given:
         raise ValueError(f"it has no layers ({' or '.join(_LAYERS[:4])}), but {given!r:.80}")
     layers = []
     for each in given:
-        text = str(each).removeprefix("layer_")
-        if isinstance(each, bool) or not text.isdecimal():
+        if isinstance(each, bool) or not str(each).isdecimal():
             raise ValueError(f"{each!r:.80} is no layer's index")
-        layers.append(int(text))
+        layers.append(int(each))
     if len(set(layers)) != len(layers):
         raise ValueError(f"a layer is in {layers} more than once")
     return normal(layers)

@@ -1,0 +1,87 @@
+"""A model that is not there: every combination of layers has a known worth, and answers questions accordingly."""
+
+import random
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+
+from model_preparation.search.evaluations import Evaluations
+from model_preparation.search.journal import Journal
+from model_preparation.search.layer_sets import count_passes
+from model_preparation.search.objective import Objective
+from model_preparation.search.parts import divide
+from model_preparation.search.progress import SearchProgress
+
+TOTAL = 12
+
+
+class PlantedQuestions:
+    """Questions that are answered right up to the worth of a combination: each by itself in a batch."""
+
+    def __init__(self, count: int):
+        inputs = SimpleNamespace(numel=lambda: 10)
+        self.batches = [SimpleNamespace(inputs=inputs) for _ in range(count)]
+        self.questions = [SimpleNamespace(batches=frozenset([number]), task=0) for number in range(count)]
+
+    def values(self, results):
+        return dict(results)
+
+
+def worth(layers) -> float:
+    """Additive, but for layers 3 and 7, which gain together, and 5 and 6, which lose together."""
+    gains = [0.0, 0.02, 0.01, 0.08, 0.03, 0.07, 0.06, 0.05, 0.01, 0.02, 0.0, 0.04]
+    found = 0.3 + sum(gains[layer] for layer in layers)
+    found += 0.12 * ({3, 7} <= set(layers)) - 0.10 * ({5, 6} <= set(layers))
+    return min(found, 0.99)
+
+
+@dataclass
+class PlantedScorer:
+    """Answers by `worth`; a question is the harder the higher its number in a drawn order."""
+
+    questions: PlantedQuestions
+    fail: dict = field(default_factory=dict)  # by combination: how often it fails, and with what
+    layer_passes: float = 0.0
+    run: list = field(default_factory=list)
+
+    def answer(self, layers, batches):
+        count = len(self.questions.batches)
+        hardness = np.random.default_rng(0).permutation(count) / count
+        noise = np.random.default_rng([*layers, 99]).normal(0, 0.05, count)
+        right = (hardness + noise < worth(layers)).astype(float).tolist()
+        return {batch: right[batch] for batch in batches}
+
+    def base(self):
+        self.layer_passes += TOTAL
+        return self.answer((), range(len(self.questions.batches)))
+
+    def score(self, sets, batches=None):
+        sets = list(sets)
+        share = len(batches) / len(self.questions.batches)
+        self.layer_passes += (count_passes(sets, TOTAL) - TOTAL) * share
+        for layers in sorted(sets):
+            self.run.append((layers, len(batches)))
+            if self.fail.get(layers, 0) > 0:
+                self.fail[layers] -= 1
+                raise RuntimeError("CUDA error: something. Try again")
+            yield layers, self.answer(layers, batches)
+
+
+def make_evaluations(folder, count: int = 400, digest: str = "d", scorer=None, **options) -> Evaluations:
+    questions = PlantedQuestions(count)
+    scorer = scorer or PlantedScorer(questions)
+    objective = Objective("accuracy", np.zeros(count, dtype=np.int64))
+    journal = Journal(folder / "journal.jsonl")
+    parts = divide(questions)
+    made = Evaluations(
+        scorer, questions, parts, objective, journal, digest, total=TOTAL, progress=SearchProgress(), **options
+    )
+    made.scorer, made.journal = scorer, journal
+    return made
+
+
+def draw_sets(count: int, seed: int = 0) -> list[tuple[int, ...]]:
+    rng = random.Random(seed)
+    found = {tuple(sorted(rng.sample(range(TOTAL), rng.randint(1, 4)))) for _ in range(3 * count)}
+    return sorted(found)[:count]

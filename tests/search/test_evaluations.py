@@ -1,0 +1,103 @@
+"""Evaluations: made once, kept, never mistaken for a score when they fail; racing drops what is surely worse only."""
+
+import pytest
+
+from model_preparation.search.evaluations import BudgetSpent
+from tests.search.planted import PlantedQuestions, PlantedScorer, draw_sets, make_evaluations, worth
+
+SETS = draw_sets(12)
+
+
+def test_nothing_is_evaluated_twice_not_even_by_another_run(tmp_path):
+    first = make_evaluations(tmp_path)
+    ranked = first.evaluate([*SETS, *SETS[:3]])
+    first.evaluate(SETS[:5])
+    assert [layers for layers, _ in first.scorer.run] == sorted(SETS)
+    assert first.statistics()["evaluations"] == len(SETS)
+    assert first.statistics()["layer_passes_alone"] == 12 * len(SETS)
+    first.journal.close()
+    second = make_evaluations(tmp_path)
+    assert second.evaluate(SETS) == ranked
+    assert second.scorer.run == []
+    assert second.scorer.layer_passes == 0
+    for name in ("evaluations", "layer_passes", "seconds"):
+        assert second.statistics()[name] == pytest.approx(first.statistics()[name], abs=0.1)
+    second.journal.close()
+
+
+def test_evaluations_with_other_settings_do_not_count(tmp_path):
+    first = make_evaluations(tmp_path)
+    first.evaluate(SETS[:4])
+    first.journal.close()
+    other = make_evaluations(tmp_path, digest="other")
+    other.evaluate(SETS[:4])
+    assert len(other.scorer.run) == 4
+    other.journal.close()
+
+
+def test_a_failure_is_tried_again_and_is_no_score(tmp_path):
+    scorer = PlantedScorer(PlantedQuestions(400), fail={SETS[2]: 1, SETS[6]: 9})
+    evaluations = make_evaluations(tmp_path, scorer=scorer)
+    ranked = evaluations.evaluate(SETS)
+    assert sorted(ranked) == sorted(set(SETS) - {SETS[6]})
+    assert evaluations.failed == {SETS[6]: "CUDA error: something. Try again"}
+    assert not evaluations.is_known(SETS[6])
+    assert [entry["error"] for entry in evaluations.journal.entries if "error" in entry] == [
+        "CUDA error: something. Try again"
+    ]
+    evaluations.journal.close()
+    again = make_evaluations(tmp_path)
+    assert sorted(again.evaluate(SETS)) == sorted(SETS)
+    assert again.scorer.run == [(SETS[6], 400)]
+    again.journal.close()
+
+
+def test_a_budget_of_evaluations_is_kept_to_and_counts_those_of_before(tmp_path):
+    first = make_evaluations(tmp_path, most=5)
+    with pytest.raises(BudgetSpent):
+        first.evaluate(SETS)
+    assert first.complete == first.ranked(SETS[:5])
+    first.journal.close()
+    second = make_evaluations(tmp_path, most=7)
+    with pytest.raises(BudgetSpent):
+        second.evaluate(SETS)
+    assert [layers for layers, _ in second.scorer.run] == sorted(SETS[5:7])
+    assert second.evaluate(SETS[:7])
+    second.journal.close()
+
+
+def test_a_budget_of_time_ends_the_search(tmp_path):
+    evaluations = make_evaluations(tmp_path, seconds=0.0)
+    with pytest.raises(BudgetSpent):
+        evaluations.evaluate(SETS)
+    assert len(evaluations.order) == 1
+    evaluations.journal.close()
+
+
+def test_in_a_race_the_best_are_those_of_a_full_evaluation_and_less_is_run(tmp_path):
+    full = make_evaluations(tmp_path / "full", count=1600)
+    race = make_evaluations(tmp_path / "race", count=1600, racing=True)
+    sets = draw_sets(40)
+    best = full.evaluate(sets, 3)[:3]
+    assert race.evaluate(sets, 3)[:3] == best
+    assert race.dropped
+    for layers in race.dropped:
+        assert worth(layers) < worth(best[2])
+        assert 0 < race.questions_asked(layers) < 1600
+        assert race.estimate(layers) == pytest.approx(worth(layers), abs=0.1)
+        assert layers not in race.complete
+    asked = [sum(questions for _, questions in each.scorer.run) for each in (race, full)]
+    assert asked[0] < 0.7 * asked[1]
+    # Whatever was asked in parts is what would have been answered at once.
+    for layers in race.complete:
+        assert (race.values(layers) == full.values(layers)).all()
+    full.journal.close()
+    race.journal.close()
+
+
+def test_candidates_that_are_alike_are_not_dropped(tmp_path):
+    race = make_evaluations(tmp_path, racing=True)
+    alike = [(0,), (10,), (2,), (8,)]  # 0.00 to 0.01 apart
+    race.evaluate(alike, 1)
+    assert race.dropped == []
+    race.journal.close()

@@ -1,0 +1,98 @@
+"""The methods find what is planted, with the evaluations they are allowed, and the same each time."""
+
+import itertools
+
+import pytest
+
+from model_preparation.search.evaluations import BudgetSpent
+from model_preparation.search.methods import METHODS, Options
+from model_preparation.search.space import Space
+from tests.search.planted import TOTAL, make_evaluations
+
+COUNT = 298  # sets of 1 to 3 of 12 layers
+
+
+def search(folder, method, *, most=3, least=1, prior=None, budget=None, **options):
+    evaluations = make_evaluations(folder, most=budget, racing=method not in ("singles", "exhaustive"))
+    try:
+        METHODS[method](Space(TOTAL, least, most, prior or {}), evaluations, Options(**options))
+    except BudgetSpent:
+        assert budget is not None
+    evaluations.journal.close()
+    return evaluations
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory):
+    found = search(tmp_path_factory.mktemp("truth"), "exhaustive")
+    assert len(found.complete) == COUNT
+    return found
+
+
+def best_of(evaluations, size):
+    return next(layers for layers in evaluations.complete if len(layers) == size)
+
+
+@pytest.mark.parametrize("method", ["beam", "ga"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_best_are_found_with_few_evaluations(truth, tmp_path, method, seed):
+    budget = round(0.15 * COUNT)
+    found = search(tmp_path, method, budget=budget, seed=seed, population=12, beam_width=3)
+    assert len(found.order) <= budget
+    assert best_of(found, 2) == best_of(truth, 2)
+    best = best_of(truth, 3)
+    triple = best_of(found, 3)
+    assert truth.estimate(triple) >= truth.estimate(best) - truth.objective.stderr(truth.values(best))
+    statistics = found.statistics()
+    assert statistics["layer_passes"] < 0.6 * statistics["layer_passes_alone"]  # of so few, little is shared
+
+
+def test_greedy_takes_the_best_single_and_goes_on_from_it(truth, tmp_path):
+    found = search(tmp_path, "greedy")
+    single = best_of(truth, 1)
+    pairs = [layers for layers in truth.complete if len(layers) == 2 and set(single) < set(layers)]
+    triples = [layers for layers in truth.complete if len(layers) == 3 and set(pairs[0]) < set(layers)]
+    assert {single, pairs[0], triples[0]} <= set(found.complete)
+    assert len(found.order) == 12 + 11 + 10
+
+
+def test_singles_are_all_singles(truth, tmp_path):
+    found = search(tmp_path, "singles", most=1)
+    assert sorted(found.complete) == [(layer,) for layer in range(TOTAL)]
+
+
+@pytest.mark.parametrize("method", ["beam", "ga"])
+def test_the_same_seed_gives_the_same_search_and_another_another(tmp_path, method):
+    one, same, other = (
+        search(tmp_path / str(number), method, seed=seed, population=12, generations=3, budget=60)
+        for number, seed in enumerate((4, 4, 5))
+    )
+    assert one.order == same.order
+    assert (one.order == other.order) == (method == "beam")
+
+
+def test_sizes_are_kept_to(tmp_path):
+    found = search(tmp_path, "ga", least=2, most=3, population=10, generations=3)
+    assert {len(layers) for layers in found.order if len(layers) > 1} == {2, 3}
+    assert len([layers for layers in found.order if len(layers) == 1]) <= TOTAL  # to know what they gain
+
+
+def test_singles_that_are_known_beforehand_are_not_evaluated(tmp_path):
+    prior = {layer: (0.1 if layer in (3, 7, 5) else 0.0) for layer in range(TOTAL)}
+    for number, method in enumerate(("beam", "ga")):
+        found = search(tmp_path / str(number), method, least=2, prior=prior, population=10, generations=2, budget=30)
+        assert (3, 7) in found.order
+        assert not [layers for layers in found.order if len(layers) == 1]
+
+
+def test_refinement_ends_where_no_neighbour_is_better(truth, tmp_path):
+    found = search(tmp_path, "beam", beam_width=1)
+    best = found.complete[0]
+    neighbours = {
+        layers
+        for size in (1, 2, 3)
+        for layers in itertools.combinations(range(TOTAL), size)
+        if len(set(layers) ^ set(best)) == 1 or (len(layers) == len(best) and len(set(layers) ^ set(best)) == 2)
+    }
+    assert all(found.is_known(layers) for layers in neighbours)
+    assert all(truth.estimate(layers) <= truth.estimate(best) for layers in neighbours)

@@ -1,0 +1,93 @@
+"""Results of searches, ours and older programs', and the checkpoints that are built of them."""
+
+import json
+
+import pytest
+
+from model_preparation.batch.from_search import best_of
+from model_preparation.errors import SurgeryError
+from model_preparation.search.result_files import read_result, read_single_layers
+
+WANTED = [((11, 13, 17, 21), 0.57), ((13, 17), 0.5544), ((17,), 0.5144)]
+ROWS = [
+    {"layers": [13, 17], "fitness": 0.5544, "num_layers": 2},
+    {"layers": [21, 11, 13, 17], "fitness": 0.57, "num_layers": 4},
+    {"layers": [17], "fitness": 0.5144, "num_layers": 1},
+    {"layers": [2, 3], "fitness": 0.0, "num_layers": 2},
+]
+SHAPES = {
+    "final_results": {"final_results": ROWS, "total_time_hours": 120},
+    "a list": ROWS,
+    "other names": {
+        "results": [{"combination": row["layers"], "accuracy": row["fitness"]} for row in ROWS],
+    },
+    "an object by combination": {
+        "final_results": {"_".join(map(str, row["layers"])): {"mmlu_score": row["fitness"]} for row in ROWS}
+    },
+    "scores by combination": {"top_combinations": {str(row["layers"]): row["fitness"] for row in ROWS}},
+    "fitness values in a list": {"final_results": [{**row, "fitness": [row["fitness"]]} for row in ROWS]},
+}
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_older_results_are_read(shape, tmp_path, capsys):
+    path = write(tmp_path / "results.json", SHAPES[shape])
+    found = read_result(path)
+    assert [(each.layers, each.score) for each in found.entries] == WANTED
+    assert found.failures == 1  # a score of 0 was a failure there
+    combinations, flags = best_of(path, 2)
+    assert [(each.name, each.layers, each.score) for each in combinations] == [
+        ("llamba_replaced_11_13_17_21", (11, 13, 17, 21), "0.57"),
+        ("llamba_replaced_13_17", (13, 17), "0.5544"),
+    ]
+    assert flags == {}
+    assert "1 entries" in capsys.readouterr().out
+
+
+def test_a_single_best_is_read(tmp_path):
+    path = write(tmp_path / "best.json", {"best_individual": [11, 13], "best_fitness": 0.5})
+    assert [(each.layers, each.score) for each in read_result(path).entries] == [((11, 13), 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is not JSON"),
+        ({"layers_found": []}, "has layers_found"),
+        ([], "has no list of combinations|final_results"),
+        ({"final_results": [{"fitness": 0.5}]}, "entry 1: it has no layers"),
+        ({"final_results": [{"layers": [1, "x"], "fitness": 0.5}]}, "entry 1: 'x' is no layer's index"),
+        ({"final_results": [{"layers": [1, 1], "fitness": 0.5}]}, "more than once"),
+        ({"final_results": [{"layers": [1], "fitness": "good"}]}, "'good' is no number"),
+        ({"final_results": [{"layers": [1], "fitness": 0}]}, "no combination with a score above 0"),
+    ],
+)
+def test_what_cannot_be_read_is_named(content, words, tmp_path):
+    path = write(tmp_path / "results.json", content)
+    with pytest.raises(SurgeryError, match=words) as refused:
+        read_result(path)
+    assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "singles",
+    [
+        {"11": 0.51, "3": 0.49},
+        {"layer_11": {"score": 0.51}, "layer_3": {"accuracy": 0.49}},
+        [{"layer": 11, "score": 0.51}, {"layer_idx": 3, "fitness": 0.49}],
+        [{"layers": [11], "score": 0.51}, {"layers": [3], "score": 0.49}],
+    ],
+)
+def test_single_layers_are_read_as_prior_knowledge(singles, tmp_path):
+    path = write(tmp_path / "results.json", {"single_layer_results": singles})
+    assert read_single_layers(path) == {11: 0.51, 3: 0.49}
+
+
+def test_a_file_without_single_layers_is_refused(tmp_path):
+    with pytest.raises(SurgeryError, match="has no single_layer_results"):
+        read_single_layers(write(tmp_path / "results.json", {"final_results": ROWS}))

@@ -1,0 +1,215 @@
+"""The search as a whole: killed anywhere it ends the same; its best is built by one command and scores what it said."""
+
+import contextlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from model_preparation import evaluate_checkpoint
+from model_preparation.comparison.paired import holm, mcnemar_p
+from model_preparation.errors import SurgeryError
+from model_preparation.files.seal import check_seal
+from model_preparation.search import search as search_module
+from model_preparation.search.cached_scoring import CachedScorer
+from model_preparation.search.journal import Journal
+from model_preparation.search.methods import Options
+from model_preparation.search.search import Search, search_layers
+from model_preparation.search.setup import Spec
+from tests.conftest import assert_refused, run_command
+from tests.search.conftest import make_questions, write_task
+
+COMPARED = ("final_results", "base_score", "base_stderr", "pareto", "single_layer_results", "dropped", "failed")
+SMALL = Options(population=6, generations=2, patience=2, beam_width=2, top=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def datasets_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        patched.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "a machine")
+        yield
+
+
+@pytest.fixture(scope="module")
+def make_spec(base_dir, layers_dir, donor_dir, task_dir):
+    def make(folder: Path, **changes) -> Spec:
+        fields = {"base": str(base_dir), "llama_layers_dir": str(layers_dir), "tasks": (str(task_dir),)}
+        return Spec(**{**fields, "folder": str(folder), "donor": str(donor_dir), "batch_size": 3, **changes})
+
+    return make
+
+
+def killed_after(lines: int, spec: Spec, search: Search) -> None:
+    """Search in a process that is killed when it has written `lines` lines, in the middle of the next one."""
+    child = os.fork()
+    if child == 0:
+        append = Journal.append
+
+        def append_or_die(journal, entry):
+            if len(journal.entries) == lines:
+                with journal.path.open("ab") as file:
+                    file.write(b'{"settings": "half a li')
+                os.kill(os.getpid(), signal.SIGKILL)
+            append(journal, entry)
+
+        Journal.append = append_or_die
+        search_layers(spec, search)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(("method", "objective"), [("ga", "accuracy"), ("beam", "kl")])
+def test_killed_again_and_again_it_ends_like_an_uninterrupted_search(make_spec, tmp_path, method, objective):
+    search = Search(method=method, most=3, options=SMALL)
+    whole = search_layers(make_spec(tmp_path / "whole", objective=objective), search)
+    lines = len((tmp_path / "whole" / "journal.jsonl").read_bytes().splitlines())
+    spec = make_spec(tmp_path / "cut", objective=objective)
+    for killed_at in (3, lines - 2):
+        killed_after(killed_at, spec, search)
+        assert not (tmp_path / "cut" / "search_result.json").exists()
+    found = search_layers(spec, search)
+    assert {name: found[name] for name in COMPARED} == {name: whole[name] for name in COMPARED}
+    assert found["statistics"]["evaluations"] == whole["statistics"]["evaluations"]
+    assert found["statistics"]["layer_passes"] > whole["statistics"]["layer_passes"]  # the base ran again
+    asked = [json.loads(line) for line in (tmp_path / "cut" / "journal.jsonl").read_bytes().splitlines()]
+    made = [(tuple(each["layers"]), tuple(each["parts"])) for each in asked if each.get("layers")]
+    assert len(made) == len(set(made))  # nothing was evaluated twice
+
+
+@pytest.fixture(scope="module")
+def exhaustive(make_spec, tmp_path_factory):
+    """(folder, result) of all combinations of up to 3 layers."""
+    folder = tmp_path_factory.mktemp("searches") / "all"
+    return folder, search_layers(make_spec(folder), Search(method="exhaustive", most=3))
+
+
+def test_the_result_says_what_was_found(exhaustive):
+    folder, found = exhaustive
+    assert check_seal((folder / "search_result.json").read_bytes()) is None
+    written = json.loads((folder / "search_result.json").read_text())
+    assert {name: written[name] for name in found} == found
+    rows = found["final_results"]
+    assert len(rows) == 14
+    assert [row["fitness"] for row in rows] == sorted((row["fitness"] for row in rows), reverse=True)
+    assert rows[0]["verdict"] == "the best"
+    assert {row["kv_bytes_per_token"] / row["num_layers"] for row in rows} == {2 * 1 * 16 * 4}
+    front = found["pareto"]
+    assert [row["kv_bytes_per_token"] for row in front] == sorted({row["kv_bytes_per_token"] for row in front})
+    for row in [*rows, {"kv_bytes_per_token": 0, "fitness": found["base_score"]}]:
+        assert any(
+            other["fitness"] >= row["fitness"] and other["kv_bytes_per_token"] <= row["kv_bytes_per_token"]
+            for other in front
+        )
+    statistics = found["statistics"]
+    assert statistics["evaluations"] == 14
+    assert statistics["layer_passes"] == pytest.approx(29, abs=0.01)
+    assert statistics["layer_passes_alone"] == 56
+    assert 0 < found["donor_score"] < 1
+
+
+def test_the_p_values_are_those_of_the_answers(exhaustive):
+    folder, found = exhaustive
+    right = {}
+    for line in (folder / "journal.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if "right" in entry:
+            right[tuple(entry["layers"])] = [int(digit) for digit in entry["right"]]
+    rows = found["final_results"]
+    best = right[tuple(rows[0]["layers"])]
+    p_values = []
+    for row in rows[1:]:
+        other = right[tuple(row["layers"])]
+        gained = sum(one > two for one, two in zip(best, other, strict=True))
+        lost = sum(one < two for one, two in zip(best, other, strict=True))
+        p_values.append(mcnemar_p(gained, lost))
+        assert row["fitness"] == pytest.approx(sum(other) / 20)
+    assert [row["p_against_best"] for row in rows[1:]] == pytest.approx(holm(p_values))
+
+
+def test_the_report_needs_nothing_else(exhaustive):
+    folder, found = exhaustive
+    page = (folder / "report.html").read_text()
+    assert " ".join(map(str, found["final_results"][0]["layers"])) in page
+    assert page.count("<svg") == 4
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    for name in ("single_layers", "pairs", "history", "pareto"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_search_is_given_again_without_running_a_layer(exhaustive, make_spec, monkeypatch):
+    folder, found = exhaustive
+    monkeypatch.setattr(CachedScorer, "_step", None)
+    again = search_layers(make_spec(folder), Search(method="exhaustive", most=3))
+    assert {name: again[name] for name in COMPARED} == {name: found[name] for name in COMPARED}
+
+
+def test_the_best_are_built_by_one_command_and_score_what_was_said(exhaustive, task_dir, tmp_path):
+    folder, found = exhaustive
+    result = run_command(
+        "create_best_checkpoints", "--from", folder / "search_result.json", "--top", 2, "--output_root", tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    for row in found["final_results"][:2]:
+        checkpoint = tmp_path / ("llamba_replaced_" + "_".join(map(str, row["layers"])))
+        info = json.loads((checkpoint / "checkpoint_info.json").read_text())
+        assert info["replaced_layers"] == row["layers"]
+        assert info["mmlu_score"] is None  # it is another task's
+        evaluated = evaluate_checkpoint(checkpoint, tasks=[str(task_dir)], batch_size=3)
+        right = sum(task["score"] * task["questions"] for task in evaluated["tasks"].values())
+        assert row["accuracy"] == pytest.approx(right / evaluated["questions"])
+
+
+def test_what_is_not_finite_is_a_failure_with_its_reason(make_spec, tmp_path, monkeypatch):
+    layer_of = search_module.Setup
+
+    class Broken(layer_of):
+        def __init__(self, spec):
+            super().__init__(spec)
+            self.pair.model.backbone.layers[2].mlp.down_proj.weight.data.fill_(float("nan"))
+
+    monkeypatch.setattr(search_module, "Setup", Broken)
+    found = search_layers(make_spec(tmp_path), Search(method="singles", most=1))
+    assert [row["layers"] for row in found["final_results"] if row["layers"] == [2]] == []
+    assert len(found["final_results"]) == 3
+    assert [each["layers"] for each in found["failed"]] == [[2]]
+    assert "are not finite" in found["failed"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"output_type": "generate_until", "generation_kwargs": {"until": ["."]}}, "asks for generated text"),
+        ({"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "bits_per_byte"}]}, "of whole texts"),
+        ({"metric_list": [{"metric": "acc_norm"}]}, "has no metric acc"),
+    ],
+)
+def test_tasks_that_cannot_be_taken_are_refused(make_spec, tmp_path, changes, words):
+    if "output_type" in changes:
+        changes = {"doc_to_choice": None, "doc_to_target": "{{choices[0]}}", **changes}
+    folder = write_task(tmp_path / "task", "odd", make_questions(3), **changes)
+    with pytest.raises(SurgeryError, match=words) as refused:
+        search_layers(make_spec(tmp_path / "out", tasks=(str(folder),)), Search())
+    assert "multiple_choice" in str(refused.value)
+
+
+def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
+    flags = ["--base", base_dir, "--donor", donor_dir, "--task", task_dir, "--output_dir", tmp_path / "out"]
+    plan = run_command("search_layers", *flags, "--method", "exhaustive", "--max_layers", 2, "--dry_run")
+    assert plan.returncode == 0, plan.stderr
+    assert "20 of" in plan.stdout
+    assert "candidates  10" in plan.stdout
+    assert "% saved" in plan.stdout
+    result = run_command("search_layers", *flags, "--method", "greedy", "--max-layers", 2, "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith(f"Result is in {tmp_path / 'out' / 'search_result.json'}")
+    assert (tmp_path / "out" / "donor_layers" / "metadata.json").exists()
+    assert_refused(run_command("search_layers", *flags, "--max_layers", 9), "the base has 4 layers")
+    assert_refused(run_command("search_layers", "--base", base_dir), "--donor", code=2)
+    no_donor = ["--base", base_dir, "--llama_layers_dir", tmp_path / "out" / "donor_layers", "--task", task_dir]
+    refused = run_command("search_layers", *no_donor, "--objective", "kl", "--output_dir", tmp_path / "kl")
+    assert_refused(refused, "Name it by --donor")
+    with contextlib.suppress(FileNotFoundError):
+        assert list((tmp_path / "kl").iterdir()) == []
