@@ -1,0 +1,147 @@
+"""The search's cost and its finds: against scoring every combination alone, and against the truth.
+
+All combinations of up to --max_layers layers are scored, sharing what they have in common; then the single layers and
+--sample others are scored alone, as whole models by ScoringLM, in the same process. Then beam search and the genetic
+algorithm search with 15% of the evaluations. Prints layer passes, seconds, whether every answer is equal, and what the
+methods found against the truth.
+
+    python benchmarks/search_cost.py --base BASE --donor DONOR --task TASK --output_dir DIR
+"""
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model_preparation.search.cached_scoring import CachedScorer
+from model_preparation.search.methods import Options
+from model_preparation.search.search import Search, donor_layers, search_layers
+from model_preparation.search.setup import Setup, Spec
+from model_preparation.search.space import Space
+from model_preparation.surgery.graft import empty_model, grafted_config
+from model_preparation.surgery.model_configs import read_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", required=True)
+    parser.add_argument("--donor", required=True)
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--limit", type=int, help="questions per task")
+    parser.add_argument("--max_layers", type=int, default=3)
+    parser.add_argument("--sample", type=int, default=12, help="combinations scored alone, beside the single layers")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output_dir", type=Path, required=True, help="a new folder; nothing in it is used again")
+    args = parser.parse_args()
+    if args.output_dir.exists():
+        parser.error(f"{args.output_dir} exists already: what is in it would not be evaluated anew")
+    torch.set_num_threads(1)
+    layers_dir = donor_layers(args.donor, args.output_dir)
+
+    def spec(name: str) -> Spec:
+        folder = str(args.output_dir / name)
+        return Spec(args.base, str(layers_dir), (args.task,), folder, donor=args.donor, limit=args.limit)
+
+    compare_with_alone(Setup(spec("alone")), args)
+    truth = search_layers(spec("exhaustive"), Search(method="exhaustive", most=args.max_layers))
+    assert truth is not None
+    report("exhaustive", truth)
+    race = search_layers(spec("singles"), Search(method="singles", most=1, racing=True, options=Options(top=1)))
+    report("singles, raced for the best one", race)
+    budget = int(0.15 * truth["statistics"]["evaluations"])
+    for method in ("beam", "ga"):
+        for seed in range(args.seeds if method == "ga" else 1):
+            options = Options(seed=seed, beam_width=3, population=12)
+            search = Search(method=method, most=args.max_layers, budget_evaluations=budget, options=options)
+            found = search_layers(spec(f"{method}_{seed}"), search)
+            report(f"{method}, seed {seed}", found)
+            against_truth(found, truth, args.max_layers)
+
+
+def compare_with_alone(setup: Setup, args: argparse.Namespace) -> None:
+    """Time the single layers and some others both ways, and compare every answer."""
+    space = Space(setup.pair.layers, 1, args.max_layers)
+    others = random.Random(0).sample([layers for layers in space.all() if len(layers) > 1], args.sample)
+    for name, sets in (("single layers", space.singles), (f"{args.sample} others", others)):
+        scorer = CachedScorer(
+            setup.pair, setup.lm, setup.questions, memory_bytes=setup.spec.memory_bytes, folder=args.output_dir
+        )
+        started = time.perf_counter()
+        scorer.base()
+        shared = dict(scorer.score(sets))
+        shared_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        alone = {layers: run_alone(setup, layers) for layers in sets}
+        alone_seconds = time.perf_counter() - started
+        equal = all(
+            alone[layers][setup.questions.batches[number].task][request] == answer
+            for layers, results in shared.items()
+            for number, result in results.items()
+            for request, answer in result.answers
+        )
+        print(
+            f"{name}: {scorer.layer_passes:.0f} layer passes with the base's, alone {len(sets) * setup.pair.layers} "
+            f"({scorer.layer_passes / len(sets) / setup.pair.layers:.2f}); {shared_seconds:.1f} s, alone "
+            f"{alone_seconds:.1f} s ({shared_seconds / alone_seconds:.2f}); answers "
+            f"{'equal to the bit' if equal else 'DIFFER'}",
+            flush=True,
+        )
+
+
+@torch.inference_mode()
+def run_alone(setup: Setup, layers: tuple[int, ...]) -> dict[int, list]:
+    """The answers of a graft that is run as a whole, by task."""
+    planned, pair = setup.planned, setup.pair
+    model = empty_model(grafted_config(read_config(planned.base.folder), planned.donor, layers))
+    state = {name: tensor for name, tensor in pair.model.state_dict().items() if ".layers." not in name}
+    for index in range(pair.layers):
+        own = pair.layer(index, index in layers).state_dict()
+        state |= {f"backbone.layers.{index}.{name}": tensor for name, tensor in own.items()}
+    model.load_state_dict(state, assign=True)
+    setup.lm._model = model
+    try:
+        tasks = {batch.task for batch in setup.questions.batches}
+        return {task: setup.lm._loglikelihood_tokens(setup.questions.tokens(task)) for task in tasks}
+    finally:
+        setup.lm._model = pair.model
+
+
+def report(name: str, found: dict) -> None:
+    statistics = found["statistics"]
+    best = found["final_results"][0]
+    passes, alone = statistics["layer_passes"], statistics["layer_passes_alone"]
+    print(
+        f"{name}: {statistics['evaluations']} evaluations, {passes:.0f} layer passes, alone {alone} "
+        f"({passes / alone:.2f}; with repeats {passes / statistics['layer_passes_alone_with_repeats']:.2f}), "
+        f"{statistics['seconds']:.1f} s; best {best['layers']} {best['fitness']:.4f} ± {best['stderr']:.4f}",
+        flush=True,
+    )
+
+
+def against_truth(found: dict, truth: dict, most: int) -> None:
+    for size in range(2, most + 1):
+        true_best = next(row for row in truth["final_results"] if row["num_layers"] == size)
+        ours = next((row for row in found["final_results"] if row["num_layers"] == size), None)
+        is_within = ours is not None and ours["fitness"] >= true_best["fitness"] - true_best["stderr"]
+        rank = (
+            None
+            if ours is None
+            else 1
+            + int(
+                np.sum(
+                    [row["fitness"] > ours["fitness"] for row in truth["final_results"] if row["num_layers"] == size]
+                )
+            )
+        )
+        print(
+            f"    best of {size} layers: found {ours and ours['layers']}, true {true_best['layers']} "
+            f"{true_best['fitness']:.4f} ± {true_best['stderr']:.4f}; rank {rank}, within one standard error: {is_within}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
