@@ -26,6 +26,7 @@ from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 from model_preparation.surgery.llamba_init import llamba_parts, open_donor, size_bytes, write_llamba
 from model_preparation.surgery.sources import has_tokenizer, resolve
 from model_preparation.tensors.tensor_files import TensorFiles
+from model_preparation.training import distill_defaults as defaults
 from model_preparation.training.distill_block import layer_seed, train_layers
 from model_preparation.training.distill_data import TokenData, digests_of, text_files, tokens_of_text
 from model_preparation.training.distill_layer import Target, Teacher
@@ -38,44 +39,33 @@ from model_preparation.training.student_layer import MIXER_FIELDS, student_confi
 from model_preparation.training.work_folder import WorkFolder
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
 
-SELF = "self"
 WORKER = Path(__file__).with_name("distill_worker.py")
 DONOR, INITIAL, DISTILLED = "donor", "initial", "distilled"
-DEFAULTS: dict[str, Any] = {
-    "tokens": 1_048_576,
-    "sequence_length": 512,
-    "steps_per_layer": 500,
-    "batch_size": 8,
-    "learning_rate": 2e-3,
-    "weight_decay": 0.0,
-    "seed": 0,
-    "target": "mixer",
-}
 
 
 def distill_llamba_base(
     donor: str,
     output_dir: str | Path,
-    data: TokenData | Tensor | str | Path = SELF,
+    data: TokenData | Tensor | str | Path = defaults.SELF,
     *,
-    tokens: int = DEFAULTS["tokens"],
-    sequence_length: int = DEFAULTS["sequence_length"],
-    steps_per_layer: int = DEFAULTS["steps_per_layer"],
-    batch_size: int = DEFAULTS["batch_size"],
-    learning_rate: float = DEFAULTS["learning_rate"],
-    weight_decay: float = DEFAULTS["weight_decay"],
-    seed: int = DEFAULTS["seed"],
-    target: Target = DEFAULTS["target"],
+    tokens: int = defaults.TOKENS,
+    sequence_length: int = defaults.SEQUENCE_LENGTH,
+    steps_per_layer: int = defaults.STEPS_PER_LAYER,
+    batch_size: int = defaults.BATCH_SIZE,
+    learning_rate: float = defaults.LEARNING_RATE,
+    weight_decay: float = defaults.WEIGHT_DECAY,
+    seed: int = 0,
+    target: Target = "mixer",
     mixer: Mapping[str, int] | None = None,
     layers: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
-    memory_limit_bytes: float = 4e9,
+    memory_limit_gb: float = defaults.MEMORY_LIMIT_GB,
     overwrite: bool = False,
     restart: bool = False,
     sources: Mapping[str, str] | None = None,
     run_jobs: Runner | None = None,
-    layers_per_job: int = 4,
+    layers_per_job: int = defaults.LAYERS_PER_JOB,
 ) -> dict[str, Any]:
     """Distil `donor` into a Llamba, write it into `output_dir` and return its summary, as distillation.json has it.
 
@@ -98,8 +88,8 @@ def distill_llamba_base(
         mixer: `d_state`, `n_v_heads`, `n_qk_heads`, `d_conv` of the mixers where not what the donor's heads give.
         layers: those to train, the others stay as they start; all by default.
         dtype: of the weights written; the donor's by default. Training is in float32.
-        device: where layers run.
-        memory_limit_bytes: hidden states above it are kept on the disk.
+        device: where layers run; Ray's workers have each their own GPU or the CPU.
+        memory_limit_gb: hidden states above it, in GB, are kept on the disk.
         overwrite: replace a model folder that is there.
         restart: throw away what an earlier run of other settings has done.
         sources: targets by name, as `resolve(overrides=...)` takes them.
@@ -144,10 +134,9 @@ def distill_llamba_base(
             work.keep_tokens(taken)
             work.forget_drawn()
         if run_jobs is None:
-            _train_here(work, files, donor_config, chosen, device, memory_limit_bytes)
+            _train_here(work, files, donor_config, chosen, device, 1e9 * memory_limit_gb)
         else:
-            flags = ("--device", device, "--memory_limit", str(memory_limit_bytes / 1e9))
-            _train_by_jobs(work, source.folder, chosen, flags, run_jobs, layers_per_job)
+            _train_by_jobs(work, source.folder, chosen, memory_limit_gb, run_jobs, layers_per_job)
         records = [work.record(index) for index in chosen]
 
         def layer_of(index: int, donor_tensors: dict[str, Tensor], *, trained: bool = True) -> dict[str, Tensor]:
@@ -212,7 +201,7 @@ def _described(data: TokenData | str | Path, tokens: int, sequence_length: int) 
     """What the tokens come from, as it stands in the settings."""
     if isinstance(data, TokenData):
         return {"data": data.digest()}
-    origin = SELF if data == SELF else digests_of(text_files(Path(data).expanduser()))
+    origin = defaults.SELF if data == defaults.SELF else digests_of(text_files(Path(data).expanduser()))
     return {"data": origin, "tokens": tokens, "sequence_length": sequence_length}
 
 
@@ -224,7 +213,7 @@ def _tokens(
     asked = work.settings()
     tokens, length = asked["tokens"], asked["sequence_length"]
     with rich.progress.Progress(transient=True) as progress:
-        if data == SELF:
+        if data == defaults.SELF:
             print(f"The donor writes {tokens:,} tokens ...", flush=True)
             bar = progress.add_task("Tokens", total=tokens)
             return TokenData(
@@ -272,7 +261,12 @@ def _drawn(
 
 
 def _train_here(
-    work: WorkFolder, files: TensorFiles, donor: LlamaConfig, layers: Sequence[int], device: str, memory_limit: float
+    work: WorkFolder,
+    files: TensorFiles,
+    donor: LlamaConfig,
+    layers: Sequence[int],
+    device: str,
+    memory_limit_bytes: float,
 ) -> None:
     """Train in this process, with a bar and a line per layer."""
     steps = work.settings()["steps_per_layer"]
@@ -280,14 +274,16 @@ def _train_here(
     if done:
         print(f"{len(done)} of {len(layers)} layers are there already", flush=True)
     with LayerProgress(steps * len(layers), steps * len(done)) as progress:
-        train_layers(work, files, donor, layers, device=device, memory_limit_bytes=memory_limit, progress=progress)
+        train_layers(
+            work, files, donor, layers, device=device, memory_limit_bytes=memory_limit_bytes, progress=progress
+        )
 
 
 def _train_by_jobs(
     work: WorkFolder,
     donor_folder: Path,
     layers: Sequence[int],
-    flags: Sequence[str],
+    memory_limit_gb: float,
     run_jobs: Runner,
     layers_per_job: int,
 ) -> None:
@@ -296,9 +292,9 @@ def _train_by_jobs(
     for first in range(0, len(layers), layers_per_job):
         block = layers[first : first + layers_per_job]
         if not all(work.has_layer(index) for index in block):
-            arguments = ("--work", str(work.folder), "--donor_folder", str(donor_folder), "--layers")
+            places = ("--work", str(work.folder), "--donor_folder", str(donor_folder))
+            arguments = (*places, "--memory_limit", str(memory_limit_gb), "--layers", *map(str, block))
             name = f"layers {block[0]} to {block[-1]}"
-            arguments += (*map(str, block), *flags)
             jobs.append(Job(name, WORKER, arguments, needs=(donor_folder,), writes_to=work.folder))
     failed = {jobs[index].name: ended.reason for index, ended in run_jobs(jobs) if ended.reason}
     if failed:

@@ -1,8 +1,7 @@
 """Some layers of a distillation, one after the other, in this process: a whole run, or one worker's part of it.
 
-In: the work folder with settings and tokens, the donor, the layers. Out: each layer's file in the work folder. A donor's
-layer, a student's layer and the hidden states that enter them are in memory, the states on the disk where they are larger
-than the limit.
+In: the work folder with settings and tokens, the donor, the layers. Out: each layer's file in the work folder. In
+memory are a donor's layer, a student's layer and the hidden states that enter them, or these on the disk beyond a limit.
 """
 
 import time

@@ -1,7 +1,7 @@
 """One layer's training: a Llamba layer's mixer learns to do what a Llama's layer does, on that layer's own inputs.
 
-In: the Llama's layer, a Llamba's layer that starts anywhere, and hidden states as they enter the Llama's layer. Out: the
-Llamba's layer with its mixer trained, and the loss of every step. Norms and MLP stay as they are.
+In: the Llama's layer, a Llamba's layer that starts anywhere, and hidden states as they enter the Llama's layer. Out:
+the Llamba's layer with its mixer trained, and the loss of every step. Norms and MLP stay as they are.
 Source: MOHAWK, arXiv 2408.10189, stage 2, hidden-state alignment.
 """
 
@@ -93,7 +93,7 @@ def distill_layer(
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(mixer.parameters(), MAX_GRADIENT_NORM)
-        log(Step(step, losses[-1], schedule.get_last_lr()[0], norm.item()))
+        log(Step(step, losses[-1], optimizer.param_groups[0]["lr"], norm.item()))
         optimizer.step()
         schedule.step()
     mixer.requires_grad_(False)
@@ -153,7 +153,7 @@ def in_order(states: Tensor, weights: Tensor | None = None) -> Iterator[Batch]:
 class Moments(NamedTuple):
     """Sums over positions of which a relative error is made; those of several batches add up."""
 
-    count: Tensor  # () of weights
+    weight: Tensor  # () of all positions
     error: Tensor  # () squared, over the channels too
     first: Tensor  # (width,) of the donor's outputs
     second: Tensor  # () of their squares, over the channels too
@@ -166,7 +166,7 @@ class Moments(NamedTuple):
         return Moments(*(mine.cpu() + its.cpu() for mine, its in zip(self, other, strict=True)))
 
     def relative_error(self) -> Tensor:
-        return self.error / (self.second - self.first.square().sum() / self.count)
+        return self.error / (self.second - self.first.square().sum() / self.weight)
 
 
 class Teacher:
@@ -193,14 +193,12 @@ class Teacher:
         """The sums over a batch, on the layer's device; gradients flow to the student's parameters."""
         states = batch.hidden_states.to(self._device)
         wanted = self._added(states)
-        if self._target == "mixer":
-            given = student.mixer(student.input_layernorm(states))
-        else:
-            given = student(states) - states
+        whole = self._target == "layer"
+        given = student(states) - states if whole else student.mixer(student.input_layernorm(states))
         weights = states.new_ones(states.shape[:2]) if batch.weights is None else batch.weights.to(states)
         weighted = weights.unsqueeze(-1)
         return Moments(
-            count=weights.sum(dtype=torch.float64),
+            weight=weights.sum(dtype=torch.float64),
             error=((given - wanted).square() * weighted).sum(dtype=torch.float64),
             first=(wanted * weighted).sum((0, 1), dtype=torch.float64),
             second=(wanted.square() * weighted).sum(dtype=torch.float64),

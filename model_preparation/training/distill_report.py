@@ -11,6 +11,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from model_preparation.batch.table import table
+
 LOG, PLOT, SUMMARY = "distillation.jsonl", "distillation.png", "distillation.json"
 
 
@@ -25,6 +27,17 @@ def write_report(folder: Path, records: Sequence[Mapping[str, Any]], summary: Ma
     (folder / LOG).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     plot_losses(records).savefig(folder / PLOT, dpi=150)
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def describe(summary: Mapping[str, Any]) -> str:
+    """The summary as a table with a row per layer, and the perplexities."""
+    rows = [(str(row["layer"]), f"{row['initial']:.4f}", f"{row['final']:.4f}") for row in summary["layers"]]
+    perplexity = ", ".join(f"{name} {value:.4g}" for name, value in summary["perplexity"].items())
+    return (
+        f"{table(('layer', 'initial', 'distilled'), rows)}\n"
+        f"({summary['loss']})\n"
+        f"Perplexity on {summary['tokens']['held_out']:,} held-out tokens: {perplexity}"
+    )
 
 
 def plot_losses(records: Sequence[Mapping[str, Any]]) -> Figure:

@@ -13,10 +13,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--donor_folder", type=Path, required=True)
     parser.add_argument("--layers", type=layer_index, nargs="+", required=True)
-    parser.add_argument("--device")
     parser.add_argument("--memory_limit", type=float, required=True)
     args = parser.parse_args()
-    device = choose_device(None, args.device)
+    device = choose_device(None, None)  # Ray shows a worker the GPU that is its own, or none
 
     from model_preparation.surgery.llamba_init import open_donor
     from model_preparation.surgery.sources import resolve

@@ -137,7 +137,9 @@ class WorkFolder:
         asked = json.loads(json.dumps(settings))
         odd = [name for name in sorted(found.keys() | asked.keys()) if found.get(name) != asked.get(name)]
         if odd:
-            differing = ", ".join(f"{name} {_short(found.get(name))} there, {_short(asked.get(name))} now" for name in odd)
+            differing = ", ".join(
+                f"{name} {_short(found.get(name))} there, {_short(asked.get(name))} now" for name in odd
+            )
             raise SurgeryError(
                 f"{self.folder} was begun with other settings: {differing}. Run it with those, add --restart to begin "
                 "anew, or choose another --output_dir."
