@@ -1,7 +1,8 @@
 """Some layers of a distillation, one after the other, in this process: a whole run, or one worker's part of it.
 
 In: the work folder with settings and tokens, the donor, the layers. Out: each layer's file in the work folder. In
-memory are a donor's layer, a student's layer and the hidden states that enter them, or these on the disk beyond a limit.
+memory are a donor's layer, a student's layer and the hidden states that enter them, or these on the disk beyond
+a limit.
 """
 
 import time
