@@ -13,7 +13,8 @@ EMBEDDED = REPOSITORY / "model_preparation" / "embedded"
 
 EXAMPLES = """\
 example:
-  python scripts/make_embedded_pair.py --output_dir local_models/embedded_pair --work_dir local_models/embedded_pair.work
+  python scripts/make_embedded_pair.py
+  python scripts/make_embedded_pair.py --seed 1 --output_dir local_models/another_pair --work_dir local_models/another.work
 """
 
 QUESTIONS, QUESTIONS_SEED = 1000, 2026

@@ -18,13 +18,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-NAMES = (
-    "Ada Ben Cleo Dan Eva Finn Gita Hugo Ida Jan Kira Leo Mia Noah Olga Paul Quinn Rosa Sam Tess Uma Vera Will Zoe"
-).split()
-THINGS = (
-    "apples beans cakes dates eggs figs grapes honey jam kiwis lemons melons nuts olives pears quinces rice soup "
-    "tea plums waffles yams bread cheese"
-).split()
+# fmt: off
+NAMES = [
+    "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gita", "Hugo", "Ida", "Jan", "Kira", "Leo", "Mia", "Noah", "Olga",
+    "Paul", "Quinn", "Rosa", "Sam", "Tess", "Uma", "Vera", "Will", "Zoe",
+]
+THINGS = [
+    "apples", "beans", "cakes", "dates", "eggs", "figs", "grapes", "honey", "jam", "kiwis", "lemons", "melons",
+    "nuts", "olives", "pears", "quinces", "rice", "soup", "tea", "plums", "waffles", "yams", "bread", "cheese",
+]
+# fmt: on
 PAD, BOS, EOS, UNKNOWN, STOP, LIKES = "<pad>", "<s>", "</s>", "<unk>", ".", "likes"
 WORDS = [PAD, BOS, EOS, UNKNOWN, STOP, LIKES, *NAMES, *THINGS]
 FIRST_NAME = WORDS.index(NAMES[0])

@@ -1,9 +1,9 @@
 """What `--tasks` names, as lm-eval's own task objects, with MMLU's questions from wherever they are.
 
-In: names of lm-eval's tasks, groups or tags, `embedded_recall`, and folders or files of task definitions. Out: the objects that lm-eval
-evaluates, and what tells these questions from others. MMLU's are the stock definitions, each included by one of ours
-that says where its questions are. Reading all of lm-eval's fifteen thousand definitions takes 20 s and more, so only
-those folders are read that mention a name.
+In: names of lm-eval's tasks, groups or tags, `embedded_recall`, and folders or files of task definitions. Out: the
+objects that lm-eval evaluates, and what tells these questions from others. MMLU's are the stock definitions, each
+included by one of ours that says where its questions are. Reading all of lm-eval's fifteen thousand definitions takes
+20 s and more, so only those folders are read that mention a name.
 """
 
 import difflib
@@ -104,8 +104,8 @@ def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num
     """The tasks that are named.
 
     Args:
-        names: of lm-eval's tasks, groups and tags; `embedded_recall`; folders with task definitions (all that is defined there), or
-            single .yaml files. Definitions of your own may run code of theirs, as with lm-eval.
+        names: of lm-eval's tasks, groups and tags; `embedded_recall`; folders with task definitions (all that is
+            defined there), or single .yaml files. Definitions of your own may run code of theirs, as with lm-eval.
         mmlu_data: where MMLU's questions are, as in `find_questions`.
         num_fewshot: solved examples that MMLU's subjects need to have.
 

@@ -1,8 +1,8 @@
 """Where models come from: a name, a folder or a hub id becomes a local folder that holds every file needed.
 
 In: a name of `TABLE`, the path of a folder, or `org/name[@revision]`, with `modelscope:` or `huggingface:` before it to
-ask one hub only, or `embedded:name` for a model inside this package. Out: a `Source`. Downloads are `hub_snapshots`' work. What this file adds: the names, which files are
-asked for, and the name of each file that is missing.
+ask one hub only, or `embedded:name` for a model inside this package. Out: a `Source`. Downloads are `hub_snapshots`'
+work. What this file adds: the names, which files are asked for, and the name of each file that is missing.
 """
 
 import argparse

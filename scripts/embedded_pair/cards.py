@@ -22,9 +22,9 @@ pipeline_tag: text-generation
 
 {what}
 
-Both models of the pair have {layers} layers of width {width} and {words} words: {names} names, {things} things, and what
-it takes to say who likes what (`Ada likes plums .`). They can do nothing else, and fit into a package: grafting layers
-of `tiny_llama` into `tiny_llamba` shows in seconds what it does to models a thousand times larger.
+Both models of the pair have {layers} layers of width {width} and {words} words: {names} names, {things} things, and
+what it takes to say who likes what (`Ada likes plums .`). They can do nothing else, and fit into a package: grafting
+layers of `tiny_llama` into `tiny_llamba` shows in seconds what it does to models a thousand times larger.
 
 ## How it was made
 
@@ -41,14 +41,15 @@ say it of one of them. None of these pairs of a name and a thing occurs in train
 """
 _DONOR = "A Llama that looks things up in its context: the donor of a pair that comes with `model_preparation`."
 _DONOR_MADE = """\
-Trained from nothing for {steps:,} steps of AdamW at {rate}, each on {batch} texts, with a loss where something is said for
-the second time, and on {batch} rows of words without sense that begin again after 4 to 20 of them. Without the latter it
-stays at chance for thousands of steps. Seed {seed}."""
+Trained from nothing for {steps:,} steps of AdamW at {rate}, each on {batch} texts, with a loss where something is said
+for the second time, and on {batch} rows of words without sense that begin again after 4 to 20 of them. Without the
+latter it stays at chance for thousands of steps. Seed {seed}."""
 _BASE = "A Llamba (Mamba-2) that cannot look things up well: the base of a pair that comes with `model_preparation`."
 _BASE_MADE = """\
-Distilled from `tiny_llama` layer by layer: each mixer, with a state of {state} columns per head, learns to give the output
-of its layer's attention on the donor's own inputs (MOHAWK, arXiv 2408.10189, stage 2), for {steps} steps. Embeddings,
-norms, MLPs and head are the donor's, and no stage trains the whole: hence unaligned. `distillation.json` has the losses."""
+Distilled from `tiny_llama` layer by layer: each mixer, with a state of {state} columns per head, learns to give the
+output of its layer's attention on the donor's own inputs (MOHAWK, arXiv 2408.10189, stage 2), for {steps} steps.
+Embeddings, norms, MLPs and head are the donor's, and no stage trains the whole: hence unaligned. `distillation.json`
+has the losses."""
 
 
 def write_cards(donor_dir: Path, base_dir: Path, effect: dict[str, Any], distilled: dict[str, Any], seed: int) -> None:

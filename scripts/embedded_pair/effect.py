@@ -80,17 +80,14 @@ def summary(effect: dict[str, Any]) -> str:
 
 def matrix(effect: dict[str, Any]) -> str:
     """Every pair as a Markdown table: row and column are the layers grafted, on the diagonal one alone."""
-    singles, pairs = effect["single layers"], effect["pairs of layers"]
-    lines = ["| | " + " | ".join(singles) + " |", "|---" * (len(singles) + 1) + "|"]
-    for row in singles:
-        cells = [
-            f"{singles[row]:.3f}"
-            if row == column
-            else f"{pairs[f'{row} {column}']:.3f}"
-            if int(row) < int(column)
-            else ""
-            for column in singles
-        ]
+    scores = effect["single layers"] | effect["pairs of layers"]
+    layers = list(effect["single layers"])
+    lines = ["| | " + " | ".join(layers) + " |", "|---" * (len(layers) + 1) + "|"]
+    for row in layers:
+        cells = []
+        for column in layers:
+            name = row if row == column else f"{row} {column}"
+            cells.append(f"{scores[name]:.3f}" if name in scores else "")
         lines.append(f"| **{row}** | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
