@@ -90,9 +90,7 @@ def test_a_base_is_distilled_and_its_figures_are_true(distilled, donor_dir, tmp_
     assert sum(row["final"] for row in summary["layers"]) < 0.8 * sum(row["initial"] for row in summary["layers"])
 
     lines = [json.loads(line) for line in (folder / "distillation.jsonl").read_text().splitlines()]
-    assert [(line["layer"], line["step"]) for line in lines] == [
-        (layer, step) for layer in range(4) for step in range(40)
-    ]
+    assert [(line["layer"], line["step"]) for line in lines] == [(layer, step) for layer in range(4) for step in range(40)]
 
 
 def test_all_layers_grafted_give_the_donor_back(distilled, donor_dir, layers_dir, tmp_path):

@@ -9,14 +9,7 @@ from transformers import LlamaForCausalLM
 from model_preparation import SurgeryError
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 from model_preparation.surgery.llamba_init import llamba_config, mamba_layer
-from model_preparation.training.distill_layer import (
-    Batch,
-    distill_layer,
-    in_order,
-    rate_factor,
-    relative_error,
-    shuffled,
-)
+from model_preparation.training.distill_layer import Batch, distill_layer, in_order, rate_factor, relative_error, shuffled
 from model_preparation.training.student_layer import student_config, student_layer, student_tensors
 
 LENGTH = 24
@@ -124,9 +117,7 @@ def test_the_same_seed_gives_the_same_start_and_order(donor, states):
     orders = [next(shuffled(states, None, 12, seed)).hidden_states for seed in (3, 3, 4)]
     assert orders[0].equal(orders[1])
     assert not orders[0].equal(orders[2])
-    two_rounds = [
-        batch.hidden_states[:, 0, 0] for batch, _ in zip(shuffled(states, None, 4, 0), range(6), strict=False)
-    ]
+    two_rounds = [batch.hidden_states[:, 0, 0] for batch, _ in zip(shuffled(states, None, 4, 0), range(6), strict=False)]
     for round_ in (two_rounds[:3], two_rounds[3:]):  # every sequence once
         assert torch.cat(round_).sort().values.equal(states[:, 0, 0].sort().values)
 
