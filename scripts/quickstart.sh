@@ -19,8 +19,9 @@ results=local_models/quickstart_results
 best_layers=(2 10)
 poor_layers=(0 7)
 questions=(
-    "Ada likes dates . Ben likes lemons . Cleo likes beans . Dan likes jam . Eva likes olives . Finn likes bread . Cleo likes"
-    "Zoe likes apples . Noah likes rice . Mia likes pears . Leo likes soup . Ida likes figs . Rosa likes tea . Leo likes"
+    "Mia likes quinces . Rosa likes eggs . Quinn likes jam . Zoe likes plums . Vera likes nuts . Mia likes"
+    "Noah likes melons . Kira likes cakes . Jan likes dates . Gita likes quinces . Leo likes bread . Kira likes"
+    "Rosa likes eggs . Vera likes yams . Tess likes cheese . Eva likes pears . Ben likes soup . Rosa likes"
 )
 
 # graft FOLDER LAYER...: a checkpoint of the embedded base with these layers replaced.
@@ -59,8 +60,8 @@ done
 "$python" model_preparation/compare_checkpoints.py --overwrite --output_dir local_models/quickstart_comparison \
     $results/{tiny_llamba,tiny_poor_layers,tiny_best_layers,tiny_llama}
 
-echo "== What it answers, and what the base does"
-"$python" model_preparation/test_checkpoint.py --checkpoint $best --prompt "${questions[@]}" --max_new_tokens 2 \
+echo "== What it answers to open questions, and what the base does"
+"$python" model_preparation/test_checkpoint.py --checkpoint $best --prompt "${questions[@]}" --max_new_tokens 1 \
     --compare_with base
 echo
 echo "Checkpoint: $repository/$best"

@@ -11,8 +11,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import model_preparation.embedded
-from model_preparation import build_checkpoint, evaluate_checkpoint, extract_layers, load_checkpoint
-from model_preparation.evaluation.tasks import load_tasks
+from model_preparation import build_checkpoint, extract_layers, load_checkpoint
 from tests.conftest import run_command
 
 ROOT = Path(__file__).parents[2]
@@ -30,11 +29,6 @@ def layers_dir(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def tasks():
-    return load_tasks(["embedded_recall"])
-
-
 def test_the_effect_is_one():
     assert EFFECT["questions"] >= 1000
     assert EFFECT["donor"] >= 0.95
@@ -46,18 +40,6 @@ def test_the_effect_is_one():
     assert len(PAIRS) == LAYERS * (LAYERS - 1) // 2
 
 
-def test_three_rows_of_the_table_come_out_again(layers_dir, tasks, tmp_path):
-    """The base, the best single layer and the poorest pair; a near tie may fall otherwise on another processor."""
-    rows = {"": EFFECT["base"], max(SINGLES, key=SINGLES.__getitem__): max(SINGLES.values()), POOR: PAIRS[POOR]}
-    for name, recorded in rows.items():
-        model = tmp_path / f"layers_{name.replace(' ', '_')}" if name else "tiny_llamba"
-        if name:
-            build_checkpoint("tiny_llamba", [int(layer) for layer in name.split()], layers_dir, model)
-        result = evaluate_checkpoint(model, tasks=tasks, batch_size=64, results_dir=tmp_path / "results")
-        assert result["questions"] == EFFECT["questions"]
-        assert result["score"] == pytest.approx(recorded, abs=0.003)
-
-
 def test_all_layers_grafted_are_the_donor(layers_dir, tmp_path):
     build_checkpoint("tiny_llamba", list(range(LAYERS)), layers_dir, tmp_path / "all")
     grafted, tokenizer = load_checkpoint(tmp_path / "all")
@@ -67,33 +49,12 @@ def test_all_layers_grafted_are_the_donor(layers_dir, tmp_path):
         assert torch.equal(grafted(ids).logits, donor(ids).logits)
 
 
-def test_commands_take_the_pair_by_name_and_the_task_too(layers_dir, tmp_path):
-    checkpoint = tmp_path / "best"
-    built = run_command(
-        *("create_replaced_model_checkpoint", "--base", "tiny_llamba", "--layers", *BEST.split()),
-        *("--llama_layers_dir", layers_dir, "--output_dir", checkpoint),
-    )
-    assert built.returncode == 0, built.stderr
-    info = json.loads((checkpoint / "checkpoint_info.json").read_text())
-    assert info["base_model"]["hub"] == info["replacement_source"]["hub"] == "embedded"
-    assert str(EMBEDDED) not in (checkpoint / "checkpoint_info.json").read_text()  # the recipe holds anywhere
-
-    text = " ".join(f"{name} likes {thing} ." for name, thing in zip("Ada Ben Cleo Dan".split(), TASTES, strict=True))
-    tested = run_command(
-        *("test_checkpoint", "--checkpoint", checkpoint, "--prompt", f"{text} Cleo likes", "--max_new_tokens", 1),
-        *("--full_eval", "--tasks", "embedded_recall", "--limit", 50, "--result_json", tmp_path / "result.json"),
-    )
-    assert tested.returncode == 0, tested.stderr
-    assert "olives" in tested.stdout
-    assert json.loads((tmp_path / "result.json").read_text())["score"] >= 0.9
-
-
-TASTES = ["figs", "plums", "olives", "rice"]
-
-
 def test_a_recipe_of_the_pair_is_built_again(layers_dir, tmp_path):
     build_checkpoint("tiny_llamba", [3], layers_dir, tmp_path / "one")
     recipe = tmp_path / "one" / "checkpoint_info.json"
+    info = json.loads(recipe.read_text())
+    assert info["base_model"]["hub"] == info["replacement_source"]["hub"] == "embedded"
+    assert str(EMBEDDED) not in recipe.read_text()  # so it holds on any machine
     again = run_command(
         *("create_replaced_model_checkpoint", "--from_info", recipe, "--output_dir", tmp_path / "again"),
         *("--llama_layers_dir", tmp_path / "layers_again"),
