@@ -133,7 +133,7 @@ def killed(owner: object, name: str, call: int, *args: object, **kwargs: object)
 
 @pytest.mark.parametrize("memory_limit_gb", [1.0, 0.0])
 def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(donor_dir, tmp_path, monkeypatch, memory_limit_gb):
-    monkeypatch.setattr("model_preparation.training.distill.SEQUENCES_AT_ONCE", 20)
+    monkeypatch.setattr("model_preparation.training.distill_tokens.SEQUENCES_AT_ONCE", 20)
     options = {**QUICK, "tokens": 34 * 12, "sequence_length": 12, "memory_limit_gb": memory_limit_gb}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     distill_llamba_base(str(donor_dir), whole, "self", **options)
@@ -244,6 +244,15 @@ def test_what_cannot_be_is_one_sentence(donor_dir, base_dir, tmp_path, flags, wo
     flags = [base_dir if flag == "BASE" else flag for flag in flags]
     assert_refused(run_command("distill_llamba_base", *given, *flags, cwd=tmp_path), *words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_a_folder_of_somebody_else_is_left_alone(donor_dir, tmp_path, restart):
+    (tmp_path / "base.distilling").mkdir()
+    (tmp_path / "base.distilling" / "thesis.txt").write_text("years of work")
+    with pytest.raises(SurgeryError, match="holds other files"):
+        distill_llamba_base(str(donor_dir), tmp_path / "base", TOKENS, **QUICK, restart=restart)
+    assert (tmp_path / "base.distilling" / "thesis.txt").read_text() == "years of work"
 
 
 def test_a_finished_base_is_replaced_only_if_that_is_said(distilled, donor_dir):
