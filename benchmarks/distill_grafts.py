@@ -24,7 +24,7 @@ from model_preparation.training.self_sampling import SelfSampler
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-LENGTH, SEQUENCES, SEED = 256, 8, 1_000_000
+LENGTH, SEQUENCES, SEED = 256, 4, 1_000_000
 
 
 @torch.inference_mode()
