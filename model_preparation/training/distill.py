@@ -6,7 +6,7 @@ donor's; no stage trains the whole. One layer is in memory at a time, and finish
 Source: MOHAWK, arXiv 2408.10189, stage 2; the start is surgery/llamba_init.py's.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,19 @@ from model_preparation.files.new_folder import check_space, check_target, new_fo
 from model_preparation.files.timestamps import creation_time
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 from model_preparation.surgery.llamba_init import llamba_parts, open_donor, size_bytes, write_llamba
-from model_preparation.surgery.sources import has_tokenizer, resolve
+from model_preparation.surgery.sources import resolve
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.training import distill_defaults as defaults
 from model_preparation.training.distill_block import layer_seed, train_layers
-from model_preparation.training.distill_data import TokenData, digests_of, text_files, tokens_of_text
+from model_preparation.training.distill_data import TokenData
 from model_preparation.training.distill_layer import Target, Teacher
 from model_preparation.training.distill_progress import LayerProgress
 from model_preparation.training.distill_report import write_report
+from model_preparation.training.distill_tokens import described, take_tokens
 from model_preparation.training.hidden_states import donor_layer
 from model_preparation.training.perplexity import Layer, perplexities
-from model_preparation.training.self_sampling import SEQUENCES_AT_ONCE, SelfSampler
 from model_preparation.training.student_layer import MIXER_FIELDS, student_config, student_layer, student_tensors
 from model_preparation.training.work_folder import WorkFolder
-from model_preparation.untrusted.tokenizer_files import load_tokenizer
 
 WORKER = Path(__file__).with_name("distill_worker.py")
 DONOR, INITIAL, DISTILLED = "donor", "initial", "distilled"
@@ -113,7 +112,7 @@ def distill_llamba_base(
         data = TokenData(data)
     settings = {
         "donor": {path.name: blake3_of(path) for path in files.paths()},
-        **_described(data, tokens, sequence_length),
+        **described(data, tokens, sequence_length),
         "steps_per_layer": steps_per_layer,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
@@ -127,12 +126,7 @@ def distill_llamba_base(
 
     work = WorkFolder.beside(output)
     with work.held(settings, restart=restart):
-        taken = work.tokens()
-        if taken is None:
-            taken = _tokens(data, work, source.folder, donor_config, seed, device)
-            taken.check_vocabulary(donor_config.vocab_size)
-            work.keep_tokens(taken)
-            work.forget_drawn()
+        taken = take_tokens(data, work, source.folder, donor_config, device)
         if run_jobs is None:
             _train_here(work, files, donor_config, chosen, device, 1e9 * memory_limit_gb)
         else:
@@ -195,69 +189,6 @@ def _chosen(layers: Sequence[int] | None, total: int) -> list[int]:
     if not chosen or chosen[0] < 0 or chosen[-1] >= total:
         raise SurgeryError(f"The layers {chosen} are not all among the donor's, 0 to {total - 1}. Choose among those.")
     return chosen
-
-
-def _described(data: TokenData | str | Path, tokens: int, sequence_length: int) -> dict[str, Any]:
-    """What the tokens come from, as it stands in the settings."""
-    if isinstance(data, TokenData):
-        return {"data": data.digest()}
-    origin = defaults.SELF if data == defaults.SELF else digests_of(text_files(Path(data).expanduser()))
-    return {"data": origin, "tokens": tokens, "sequence_length": sequence_length}
-
-
-def _tokens(
-    data: TokenData | str | Path, work: WorkFolder, donor_folder: Path, donor: LlamaConfig, seed: int, device: str
-) -> TokenData:
-    if isinstance(data, TokenData):
-        return data
-    asked = work.settings()
-    tokens, length = asked["tokens"], asked["sequence_length"]
-    with rich.progress.Progress(transient=True) as progress:
-        if data == defaults.SELF:
-            print(f"The donor writes {tokens:,} tokens ...", flush=True)
-            bar = progress.add_task("Tokens", total=tokens)
-            return TokenData(
-                _drawn(work, donor_folder, donor, seed, device, lambda more: progress.advance(bar, more)),
-            )
-        if not has_tokenizer(donor_folder):
-            raise SurgeryError(f"{donor_folder} has no tokenizer for the text. Copy it there, or use --data self.")
-        bar = progress.add_task("Tokens", total=tokens)
-        return TokenData(
-            tokens_of_text(
-                text_files(Path(data).expanduser()),
-                load_tokenizer(donor_folder),
-                length,
-                tokens,
-                lambda more: progress.advance(bar, more),
-            )
-        )
-
-
-def _drawn(
-    work: WorkFolder,
-    donor_folder: Path,
-    donor: LlamaConfig,
-    seed: int,
-    device: str,
-    advance: Callable[[int], None],
-) -> Tensor:
-    """The donor's own text, (sequences, length) int64, each batch kept when it is drawn."""
-    asked = work.settings()
-    length = asked["sequence_length"]
-    sequences = max(2, -(-asked["tokens"] // length))
-    sampler = None
-    parts = []
-    for number, first in enumerate(range(0, sequences, SEQUENCES_AT_ONCE)):
-        part = work.drawn(number)
-        if part is None:
-            sampler = sampler or SelfSampler(donor_folder, donor, device)
-            count = min(SEQUENCES_AT_ONCE, sequences - first)
-            part = sampler.draw(count, length, layer_seed(seed, number), advance)
-            work.keep_drawn(number, part)
-        else:
-            advance(part.numel())
-        parts.append(part)
-    return torch.cat(parts)
 
 
 def _train_here(

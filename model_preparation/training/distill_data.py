@@ -91,9 +91,10 @@ def text_files(path: Path) -> list[Path]:
     return [path]
 
 
-def digests_of(files: list[Path]) -> dict[str, str]:
-    """BLAKE3 of each file by its name."""
-    return {str(file): blake3_of(file) for file in files}
+def digests_of(path: Path) -> dict[str, str]:
+    """BLAKE3 of each of the `text_files`, by its name relative to the folder."""
+    folder = path if path.is_dir() else path.parent
+    return {file.relative_to(folder).as_posix(): blake3_of(file) for file in text_files(path)}
 
 
 def tokens_of_text(

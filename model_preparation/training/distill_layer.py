@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
+from model_preparation.llamba.ssd import HAVE_FLOAT64
 
 WARM_UP = 0.1  # part of the steps in which the learning rate rises
 BETAS = (0.9, 0.95)
@@ -197,11 +198,12 @@ class Teacher:
         given = student(states) - states if whole else student.mixer(student.input_layernorm(states))
         weights = states.new_ones(states.shape[:2]) if batch.weights is None else batch.weights.to(states)
         weighted = weights.unsqueeze(-1)
+        dtype = torch.float64 if states.device.type in HAVE_FLOAT64 else torch.float32
         return Moments(
-            weight=weights.sum(dtype=torch.float64),
-            error=((given - wanted).square() * weighted).sum(dtype=torch.float64),
-            first=(wanted * weighted).sum((0, 1), dtype=torch.float64),
-            second=(wanted.square() * weighted).sum(dtype=torch.float64),
+            weight=weights.sum(dtype=dtype),
+            error=((given - wanted).square() * weighted).sum(dtype=dtype),
+            first=(wanted * weighted).sum((0, 1), dtype=dtype),
+            second=(wanted.square() * weighted).sum(dtype=dtype),
         )
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from model_preparation.batch.table import table
 
@@ -50,11 +51,14 @@ def plot_losses(records: Sequence[Mapping[str, Any]]) -> Figure:
     for record in records:
         steps, losses = zip(*((step["step"], step["loss"]) for step in record["log"]), strict=True)
         over_steps.plot(steps, losses, color=colours(norm(record["layer"])), linewidth=0.8)
-    figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=over_steps, label="layer")
+    figure.colorbar(
+        matplotlib.cm.ScalarMappable(norm, colours), ax=over_steps, label="layer", ticks=MaxNLocator(integer=True)
+    )
     over_steps.set(yscale="log", xlabel="step", ylabel="error / variance of the donor's output", title="Training")
     by_layer.plot(indices, [record["initial"] for record in records], "o-", markersize=3, label="initial")
     by_layer.plot(indices, [record["final"] for record in records], "o-", markersize=3, label="distilled")
     by_layer.set(yscale="log", xlabel="layer", ylabel="error / variance of the donor's output", title="Held-out text")
+    by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
     by_layer.legend()
     for axes in (over_steps, by_layer):
         axes.grid(linewidth=0.4, alpha=0.4)

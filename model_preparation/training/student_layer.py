@@ -1,7 +1,8 @@
 """Where a distilled mixer starts: llamba_init's linear counterpart of the attention, in the size the mixer shall have.
 
 In: a Llama layer's tensors, its config, the Llamba's config. Out: the Llamba layer's tensors. What of the counterpart
-fits is taken; where the mixer is larger the rest starts small and random, where it is smaller the rest is left out.
+fits is taken. Where the state is larger, the keys' further rows start random and the queries' at 0, so that they change
+nothing at first; where it is smaller, rows are left out.
 """
 
 import math
@@ -17,9 +18,9 @@ from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 from model_preparation.surgery.llamba_init import llamba_config, mamba_layer, score_scale
 from model_preparation.surgery.model_configs import heads_of
+from model_preparation.untrusted.untrusted_config import config_from
 
 MIXER_FIELDS = ("d_state", "n_v_heads", "n_qk_heads", "d_conv")
-SMALL = 0.02  # standard deviation of rows that have no counterpart, as in transformers' own initialisation
 
 
 def student_config(donor: LlamaConfig, mixer: Mapping[str, int] | None = None) -> LlambaConfig:
@@ -34,7 +35,7 @@ def student_config(donor: LlamaConfig, mixer: Mapping[str, int] | None = None) -
     fields: dict[str, Any] = config.to_dict()
     fields["ssm_cfg"] = {**fields["ssm_cfg"], **(mixer or {})}
     try:
-        return LlambaConfig.from_dict(fields)
+        return config_from(fields, LlambaConfig)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise SurgeryError(f"No mixer can be made so: {reason}. Choose heads that divide.") from error
@@ -65,17 +66,16 @@ def student_tensors(
     group_of = head_of[:: heads // groups]
     balance = math.sqrt(score_scale(head_dim))
 
-    def of_keys(rows: Tensor, factor: float) -> Tensor:
-        """(donor heads * head_dim, ...) -> (groups * d_state, ...)"""
+    def of_keys(rows: Tensor, factor: float, noise: float) -> Tensor:
+        """(donor heads * head_dim, ...) -> (groups * d_state, ...); further rows are `noise` times as large."""
         by_head = rows.unflatten(0, (donor_heads, head_dim))[group_of] * factor
-        missing = torch.randn(
-            (groups, max(0, states - head_dim), *rows.shape[1:]), generator=generator, dtype=torch.float32
-        )
-        return torch.cat([by_head[:, :states], missing.to(rows) * SMALL], 1).flatten(0, 1)
+        missing = torch.randn((groups, max(0, states - head_dim), *rows.shape[1:]), generator=generator)
+        missing = missing * noise * by_head.float().square().mean().sqrt()
+        return torch.cat([by_head[:, :states], missing.to(rows)], 1).flatten(0, 1)
 
     for name in ("mixer.in_proj.weight", "mixer.in_proj.bias"):
         x, B, C, z, a = tensors[name].split([width, width, width, width, donor_heads])
-        tensors[name] = torch.cat([x, of_keys(B, balance), of_keys(C, 1 / balance), z, a[head_of]])
+        tensors[name] = torch.cat([x, of_keys(B, balance, 1.0), of_keys(C, 1 / balance, 0.0), z, a[head_of]])
     conv_dim = width + 2 * groups * states
     conv = tensors["mixer.conv1d.weight"].new_zeros(conv_dim, 1, taps)
     conv[:, :, -1] = 1  # the current token's

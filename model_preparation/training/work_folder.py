@@ -54,11 +54,13 @@ class WorkFolder:
         hold = take(self.folder)
         try:
             if restart:
+                self._check_ours()
                 self.remove()
             self.folder.mkdir(exist_ok=True)
             if (self.folder / _SETTINGS).exists():
                 self._check(settings)
             else:
+                self._check_ours()
                 write_file(self.folder / _SETTINGS, json.dumps(settings, indent=2) + "\n")
             yield
         finally:
@@ -131,6 +133,15 @@ class WorkFolder:
             return read_json(path)
         except (OSError, ValueError) as error:
             raise SurgeryError(f"{path} cannot be read ({error}). Add --restart to begin anew.") from error
+
+    def _check_ours(self) -> None:
+        """Raise SurgeryError if the folder has files in it and none of them says that a distillation made it."""
+        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        if names and not any(name.startswith(_SETTINGS) for name in names):
+            raise SurgeryError(
+                f"{self.folder} holds other files ({', '.join(sorted(names)[:3])}), and the work is to be kept there. "
+                "Move them elsewhere, or choose another --output_dir."
+            )
 
     def _check(self, settings: Mapping[str, Any]) -> None:
         found = self._read_settings()

@@ -9,7 +9,14 @@ from transformers import LlamaForCausalLM
 from model_preparation import SurgeryError
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 from model_preparation.surgery.llamba_init import llamba_config, mamba_layer
-from model_preparation.training.distill_layer import Batch, distill_layer, in_order, rate_factor, relative_error, shuffled
+from model_preparation.training.distill_layer import (
+    Batch,
+    distill_layer,
+    in_order,
+    rate_factor,
+    relative_error,
+    shuffled,
+)
 from model_preparation.training.student_layer import student_config, student_layer, student_tensors
 
 LENGTH = 24
@@ -102,8 +109,8 @@ def test_another_size_starts_from_what_fits(donor, states, mixer):
     same = start(donor)
     with torch.no_grad():
         given, wanted = student(states), same(states)
-    if mixer in ({"d_state": 24}, {"n_v_heads": 4}):  # larger ones do the same, but for the small random rest
-        torch.testing.assert_close(given, wanted, rtol=0.05, atol=0.05)
+    if mixer in ({"d_state": 24}, {"n_v_heads": 4}):  # larger ones do the same at first
+        torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
     taught = distill_layer(
         donor.model.layers[1], student, shuffled(states, None, 4, seed=1), steps=30, learning_rate=3e-3
     )
@@ -117,7 +124,9 @@ def test_the_same_seed_gives_the_same_start_and_order(donor, states):
     orders = [next(shuffled(states, None, 12, seed)).hidden_states for seed in (3, 3, 4)]
     assert orders[0].equal(orders[1])
     assert not orders[0].equal(orders[2])
-    two_rounds = [batch.hidden_states[:, 0, 0] for batch, _ in zip(shuffled(states, None, 4, 0), range(6), strict=False)]
+    two_rounds = [
+        batch.hidden_states[:, 0, 0] for batch, _ in zip(shuffled(states, None, 4, 0), range(6), strict=False)
+    ]
     for round_ in (two_rounds[:3], two_rounds[3:]):  # every sequence once
         assert torch.cat(round_).sort().values.equal(states[:, 0, 0].sort().values)
 
