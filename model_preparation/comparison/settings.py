@@ -17,15 +17,20 @@ SETTINGS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
     "chat template": lambda results, _: _short(results.get("chat_template_sha")),
     "system instruction": lambda results, _: _short(results.get("system_instruction_sha")),
     "dtype": lambda results, _: str(_config(results).get("model_dtype")).removeprefix("torch."),
-    "longest prompt, in tokens": lambda results, _: results.get("max_length"),
+    "longest prompt, in tokens": lambda results, _: _limit(results.get("max_length")),
     "settings of the generation": lambda results, _: _config(results).get("gen_kwargs"),
     "seed of the examples": lambda results, _: _config(results).get("fewshot_seed"),
     "version of the tasks": lambda results, tasks: _per_task(results.get("versions"), tasks),
     "version of lm-eval": lambda results, _: results.get("lm_eval_version"),
     "version of transformers": lambda results, _: results.get("transformers_version"),
 }
+_NO_LIMIT = 1_000_000_000  # tokens, by the config of a Llamba without grafts
 _SHOWN_CHARACTERS = 120
 _HARMLESS = ("version of transformers",)
+
+
+def _limit(tokens: int | None) -> int | str | None:
+    return "no limit" if tokens is not None and tokens >= _NO_LIMIT else tokens
 
 
 def settings_of(evaluation: EvaluationFiles, tasks: Sequence[str]) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """What `--tasks` names, as lm-eval's own task objects, with MMLU's questions from wherever they are.
 
-In: names of lm-eval's tasks, groups or tags, and folders or files of task definitions. Out: the objects that lm-eval
-evaluates, and what tells these questions from others. MMLU's are the stock definitions, each included by one of ours
-that says where its questions are. Reading all of lm-eval's fifteen thousand definitions takes 20 s and more, so only
-those folders are read that mention a name.
+In: names of lm-eval's tasks, groups or tags, `embedded_recall`, and folders or files of task definitions. Out: the
+objects that lm-eval evaluates, and what tells these questions from others. MMLU's are the stock definitions, each
+included by one of ours that says where its questions are. Reading all of lm-eval's fifteen thousand definitions takes
+20 s and more, so only those folders are read that mention a name.
 """
 
 import difflib
@@ -31,11 +31,14 @@ from tqdm import tqdm
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.questions import SUBJECTS, Questions, find_questions, read_subject
+from model_preparation.surgery.sources import EMBEDDED
 
 MMLU = "mmlu"
 GROUPS = ("stem", "humanities", "social_sciences", "other")
 _STOCK = Path(lm_eval.tasks.__file__).parent
 _STOCK_MMLU = _STOCK / "mmlu" / "default"
+# The tasks inside this package, by name.
+_EMBEDDED = {name: EMBEDDED / name for name in ("embedded_recall",)}
 _MMLU_NAMES = {MMLU, *(f"mmlu_{name}" for name in (*GROUPS, *SUBJECTS))}
 _DECLARATION = re.compile(r"""^["']?(?:task|group|tag)["']?\s*:\s*["']?([\w.:+-]+)["']?\s*$""", re.MULTILINE)
 _OUT_OF_REACH = (
@@ -86,13 +89,13 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise SurgeryError(f"The task {name} is given {names.count(name)} times. Give it once.")
-    unknown = [name for name in names if not is_mmlu(name) and not Path(name).exists()]
+    unknown = [name for name in names if not is_mmlu(name) and not _path_of(name).exists()]
     if not unknown:
         return
     declared = {name for path in _definitions() for name in _DECLARATION.findall(path.read_text(encoding="utf-8"))}
     for name in unknown:
         if name not in declared and not any(_mentions(path, name) for path in _definitions()):
-            close = difflib.get_close_matches(name, [*declared, *_MMLU_NAMES], n=3)
+            close = difflib.get_close_matches(name, [*declared, *_MMLU_NAMES, *_EMBEDDED], n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else "."
             raise _unknown(name, hint)
 
@@ -101,8 +104,8 @@ def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num
     """The tasks that are named.
 
     Args:
-        names: of lm-eval's tasks, groups and tags; folders with task definitions (all that is defined there), or
-            single .yaml files. Definitions of your own may run code of theirs, as with lm-eval.
+        names: of lm-eval's tasks, groups and tags; `embedded_recall`; folders with task definitions (all that is
+            defined there), or single .yaml files. Definitions of your own may run code of theirs, as with lm-eval.
         mmlu_data: where MMLU's questions are, as in `find_questions`.
         num_fewshot: solved examples that MMLU's subjects need to have.
 
@@ -119,9 +122,9 @@ def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num
                 if is_mmlu(name):
                     assert tasks.questions is not None
                     tasks.items += _load_mmlu(name, tasks.questions)
-                elif Path(name).exists():
-                    tasks.items += _load_path(Path(name))
-                    tasks.digests[name] = _digest(Path(name))
+                elif _path_of(name).exists():
+                    tasks.items += _load_path(_path_of(name))
+                    tasks.digests[name] = _digest(_path_of(name))
                 else:
                     tasks.items += _load_stock(name)
             except _OUT_OF_REACH as error:
@@ -132,7 +135,7 @@ def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num
             except SurgeryError:
                 raise
             except KeyError as error:
-                if "is not a registered task" in str(error) and not Path(name).exists():
+                if "is not a registered task" in str(error) and not _path_of(name).exists():
                     raise _unknown(name) from error
                 raise _broken(name, error) from error
             except Exception as error:  # a definition is a program; whatever it raises, the definition is at fault
@@ -142,6 +145,11 @@ def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num
         if leaves.count(leaf) > 1:
             raise SurgeryError(f"--tasks names {leaf} more than once, in several groups. Leave one of them out.")
     return tasks
+
+
+def _path_of(name: str) -> Path:
+    """The folder or file of definitions that a name of ours or a path stands for, if there is one."""
+    return _EMBEDDED.get(name, Path(name))
 
 
 def _broken(name: str, error: BaseException) -> SurgeryError:

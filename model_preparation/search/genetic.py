@@ -14,7 +14,7 @@ from model_preparation.search.evaluations import Evaluations
 from model_preparation.search.layer_sets import LayerSet, normal
 from model_preparation.search.space import Space
 
-_ELITE = 0.1  # of a generation goes on unchanged
+_ELITE = 0.1  # of a generation goes on unchanged; where candidates race, so many have to be known on all questions
 _GOOD = 0.25  # of what is known counts as good where patterns are looked for
 _TOURNAMENT = 3  # drawn to become a parent; the best of them does
 _CROSSED = 0.9  # chance that a child has two parents
@@ -31,11 +31,11 @@ def genetic(
         BudgetSpent: as `Evaluations.evaluate`.
     """
     if len(space.prior) < space.total:
-        evaluations.evaluate(space.singles, max(1, population // 4))
+        evaluations.evaluate(space.singles, max(1, round(_ELITE * population)))
     members = _first_generation(space, evaluations, rng, population)
     best, waited = float("-inf"), 0
     for generation in range(generations):
-        ranked = evaluations.evaluate(members, max(1, len(members) // 2))
+        ranked = evaluations.evaluate(members, max(1, round(_ELITE * population)))
         known = evaluations.ranked(layers for layers in evaluations.order if layers in space)
         if not ranked or not known:
             return

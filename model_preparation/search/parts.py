@@ -1,7 +1,7 @@
 """The questions in growing parts, so that a candidate can be told to be worse by few of them.
 
-In: a `QuestionSet`. Out: parts of it; the first two hold an eighth of the tokens each, the third a quarter, the last
-half, about. Questions that are answered in the same batches are in the same part, and which part that is, is drawn.
+In: a `QuestionSet`. Out: parts of it; the first two hold a sixteenth of the tokens each, about, and each of the others as
+much as all before it. Questions that are answered in the same batches are in the same part, and which part that is, is drawn.
 """
 
 import random
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from model_preparation.search.question_set import QuestionSet
 
-SHARES = (1 / 8, 1 / 8, 1 / 4, 1 / 2)
+SHARES = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _SEED = 0  # not the search's: what was evaluated for one serves another
 
 

@@ -75,6 +75,8 @@ def known_licence(source: Mapping[str, Any]) -> str | None:
     """The licence id of a source (its `hub` and `id`); None for local folders and ids that are not in the table."""
     if source["hub"] == "local":
         return None
+    if source["hub"] == "embedded":  # made by this project, from nothing
+        return "apache-2.0"
     return next((licence for pattern, licence in _LICENCES if re.fullmatch(pattern, source["id"], re.IGNORECASE)), None)
 
 

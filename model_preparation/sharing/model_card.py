@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from model_preparation.errors import SurgeryError
 from model_preparation.sharing.licences import LlamaTerms, terms_of
+from model_preparation.surgery.hub_snapshots import TITLES
 
 # The result of `evaluate_model`, where it was measured here; `mmlu_score` alone is a number that somebody gave.
 MEASURED = "mmlu_result"
@@ -73,7 +74,7 @@ def read_card(text: str) -> str:
 
 
 def _metadata(info: Mapping[str, Any], *, repo: str, hub: str, what: str, licence: str) -> ModelCardData:
-    sources = [source["id"] for source in (info["base_model"], info["replacement_source"]) if source["hub"] != "local"]
+    sources = [source["id"] for source in (info["base_model"], info["replacement_source"]) if source["hub"] in TITLES]
     if hub == "huggingface":
         sources = [_ON_HUGGING_FACE.get(source, source) for source in sources]
     extra: dict[str, Any] = {"base_model_relation": "merge"} if sources else {}
@@ -212,8 +213,9 @@ def _licence(licence: str, terms: list[LlamaTerms]) -> str:
 def _origin(source: Mapping[str, Any]) -> str:
     if source["hub"] == "local":
         return f"{_code(source['id'])}, a local folder of the author's"
-    title = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}[source["hub"]]
-    return f"{_code(source['id'])} on {title}, revision {_code(source['revision'] or 'not recorded')}"
+    if source["hub"] == "embedded":
+        return f"{_code(source['id'])}, which comes with `model_preparation`"
+    return f"{_code(source['id'])} on {TITLES[source['hub']]}, revision {_code(source['revision'] or 'not recorded')}"
 
 
 def _spec(source: Mapping[str, Any]) -> str:

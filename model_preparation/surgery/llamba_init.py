@@ -15,7 +15,7 @@ two, 14.5 with all three; without Mamba layers 11.2.
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -85,23 +85,44 @@ def init_llamba_base(
     source = resolve(donor, overrides=sources)
     if target.resolve() == source.folder.resolve():
         raise SurgeryError(f"{target} is the donor's own folder. Choose another --output_dir.")
-    donor_config = _llama_config(source)
+    files, donor_config = open_donor(source)
     config = llamba_config(donor_config)
-    files = TensorFiles(source.folder)
-    for name, shape in _shapes(LlamaForCausalLM, donor_config).items():
-        files.require(name, shape)
     dtype = dtype or files.dtype().torch
     config.dtype = dtype
-    check_space(target, _size_bytes(config, dtype) + 50_000_000)
+    check_space(target, size_bytes(config, dtype) + 50_000_000)
 
     with new_folder(target, overwrite=overwrite, complete_mark="config.json") as staging:
-        _save_sharded(staging, _parts(files, donor_config, dtype))
-        _write_json(staging / "config.json", _config_fields(config))
-        if generation_config := read_generation_config(source.folder):
-            _write_json(staging / "generation_config.json", generation_config)
-        if has_tokenizer(source.folder):
-            load_tokenizer(source.folder).save_pretrained(staging)
+        write_llamba(staging, source.folder, config, llamba_parts(files, donor_config, dtype))
     return config
+
+
+def write_llamba(folder: Path, donor_folder: Path, config: LlambaConfig, parts: Iterable[dict[str, Tensor]]) -> None:
+    """Write a Llamba's folder: weights, config.json, and the donor's generation config and tokenizer.
+
+    Args:
+        parts: the tensors under their full names, as `llamba_parts` gives them; none is kept once it is written.
+    """
+    _save_sharded(folder, parts)
+    _write_json(folder / "config.json", _config_fields(config))
+    if generation_config := read_generation_config(donor_folder):
+        _write_json(folder / "generation_config.json", generation_config)
+    if has_tokenizer(donor_folder):
+        load_tokenizer(donor_folder).save_pretrained(folder)
+
+
+def open_donor(source: Source) -> tuple[TensorFiles, LlamaConfig]:
+    """A Llama's weights and config.
+
+    Raises:
+        SurgeryError: if it is no Llama, lacks tensors or has one of another shape than its config says.
+    """
+    config = read_config(source.folder)
+    if not isinstance(config, LlamaConfig):
+        raise SurgeryError(f"{source.folder} is a {config.model_type} model. A base can be made from a Llama only.")
+    files = TensorFiles(source.folder)
+    for name, shape in _shapes(LlamaForCausalLM, config).items():
+        files.require(name, shape)
+    return files, config
 
 
 def llamba_config(donor: LlamaConfig) -> LlambaConfig:
@@ -198,29 +219,33 @@ def score_scale(head_dim: int) -> float:
     return (1 - DECAY) / (TYPICAL_SCORE * math.sqrt(head_dim))
 
 
-def _llama_config(source: Source) -> LlamaConfig:
-    config = read_config(source.folder)
-    if not isinstance(config, LlamaConfig):
-        raise SurgeryError(f"{source.folder} is a {config.model_type} model. A base can be made from a Llama only.")
-    return config
-
-
 def _shapes(kind: type[PreTrainedModel], config) -> dict[str, torch.Size]:
     """Names and shapes of a whole model's parameters, tied ones once, worked out without memory for them."""
     with torch.device("meta"):
         return {name: parameter.shape for name, parameter in kind(config).named_parameters()}
 
 
-def _size_bytes(config: LlambaConfig, dtype: torch.dtype) -> int:
+def size_bytes(config: LlambaConfig, dtype: torch.dtype) -> int:
+    """Of a Llamba's weights in `dtype`."""
     return sum(shape.numel() for shape in _shapes(LlambaForCausalLM, config).values()) * dtype.itemsize
 
 
-def _parts(files: TensorFiles, donor: LlamaConfig, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
-    """The Llamba's tensors under their full names: embedding, layer after layer, final norm and head."""
+def llamba_parts(
+    files: TensorFiles,
+    donor: LlamaConfig,
+    dtype: torch.dtype,
+    layer_of: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """The Llamba's tensors under their full names: embedding, layer after layer, final norm and head.
+
+    Args:
+        layer_of: index and tensors of a Llama's layer -> those of the Llamba's; `mamba_layer` by default.
+    """
     yield {"backbone.embedding.weight": files["model.embed_tokens.weight"].to(dtype)}
     for index in range(donor.num_hidden_layers):
         layer = {name: tensor.to(dtype) for name, tensor in files.with_prefix(f"model.layers.{index}.")}
-        yield {f"backbone.layers.{index}.{name}": tensor for name, tensor in mamba_layer(layer, donor).items()}
+        made = mamba_layer(layer, donor) if layer_of is None else layer_of(index, layer)
+        yield {f"backbone.layers.{index}.{name}": tensor.to(dtype) for name, tensor in made.items()}
     yield {"backbone.final_layernorm.weight": files["model.norm.weight"].to(dtype)}
     if not donor.tie_word_embeddings:
         yield {"lm_head.weight": files["lm_head.weight"].to(dtype)}

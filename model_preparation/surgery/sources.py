@@ -1,8 +1,8 @@
 """Where models come from: a name, a folder or a hub id becomes a local folder that holds every file needed.
 
 In: a name of `TABLE`, the path of a folder, or `org/name[@revision]`, with `modelscope:` or `huggingface:` before it to
-ask one hub only. Out: a `Source`. Downloads are `hub_snapshots`' work. What this file adds: the names, which files are
-asked for, and the name of each file that is missing.
+ask one hub only, or `embedded:name` for a model inside this package. Out: a `Source`. Downloads are `hub_snapshots`'
+work. What this file adds: the names, which files are asked for, and the name of each file that is missing.
 """
 
 import argparse
@@ -25,10 +25,15 @@ TABLE = {
     "llama_tokenizer": "llama",  # so a folder given for llama serves as its tokenizer too
     "llamba": "huggingface:cartesia-ai/Llamba-8B-untied",
     "unaligned_llamba": "huggingface:goombalab/Llamba-8B-untied-unaligned",
+    "tiny_llama": "embedded:tiny_llama",
+    "tiny_llamba": "embedded:tiny_llamba",
 }
 # Both Llambas are published without the tokenizer they were trained with, which is Llama's.
 _TOKENIZER_OF = {"llamba": "llama_tokenizer", "unaligned_llamba": "llama_tokenizer"}
 _ENVIRONMENT_PREFIX = "MODEL_PREPARATION_"
+
+EMBEDDED = Path(__file__).parents[1] / "embedded"  # models that come with the package, a folder each
+_EMBEDDED_PREFIX = "embedded:"
 
 _HUB_ID = re.compile(r"(?:(modelscope|huggingface):)?(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 
@@ -55,9 +60,9 @@ Need = Literal["model", "tokenizer"]
 class Source:
     """A local folder with a model's or a tokenizer's files, and where they came from.
 
-    `hub` is "local", "modelscope" or "huggingface"; `id` the hub's id, or a local folder's name; `revision` what the
-    hub resolved to: Hugging Face's commit, ModelScope's branch or tag (its client tells no commit), None where nothing
-    tells.
+    `hub` is "local", "embedded", "modelscope" or "huggingface"; `id` the hub's id, or a local folder's name; `revision`
+    what the hub resolved to: Hugging Face's commit, ModelScope's branch or tag (its client tells no commit), None where
+    nothing tells.
     """
 
     folder: Path
@@ -92,6 +97,8 @@ def resolve(name: str, *, need: Need = "model", overrides: Mapping[str, str] | N
     names, target = _look_up(name, overrides or {})
     if "llama_tokenizer" in names:
         need = "tokenizer"
+    if target.startswith(_EMBEDDED_PREFIX):
+        return _embedded_source(target.removeprefix(_EMBEDDED_PREFIX))
     folder = Path(os.path.expanduser(target))
     if target and (folder.exists() or _is_path(target)):
         return _local_source(folder, need)
@@ -246,6 +253,16 @@ def _shards(index: Path) -> list[str]:
     for shard in shards:
         inside(index.parent, shard)
     return shards
+
+
+def _embedded_source(name: str) -> Source:
+    folder = EMBEDDED / name
+    if "/" in name or not (folder / "config.json").is_file():
+        known = sorted(path.parent.name for path in EMBEDDED.glob("*/config.json"))
+        raise SurgeryError(
+            f"This package holds no model {name!r}; it holds {', '.join(known) or 'none, so install it again'}."
+        )
+    return Source(folder, "embedded", name, None)
 
 
 # --- Hubs -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,137 @@
+"""The language of the embedded pair: who likes what, and having to look it up.
+
+In: a seed. Out: token ids to train on, and questions. A text says of some people what each of them likes and goes on to
+say some of it again: `Ada likes plums . Ben likes figs . Ada likes` has to go on with `plums`. This is multi-query
+associative recall (Zoology, arXiv 2312.04927) in words. One in three pairs of a name and a thing is never trained on.
+Questions are about such pairs only, and each of the four choices would be one, so that whoever does not look it up is
+right in one of four.
+
+Recall alone is hard to learn from nothing: a model finds out first which things are named at all, and stays there. What
+starts it are sequences of words without sense that repeat after 4 to 20 words, where copying pays off at every word
+(induction heads, arXiv 2209.11895).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+# fmt: off
+NAMES = [
+    "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gita", "Hugo", "Ida", "Jan", "Kira", "Leo", "Mia", "Noah", "Olga",
+    "Paul", "Quinn", "Rosa", "Sam", "Tess", "Uma", "Vera", "Will", "Zoe",
+]
+THINGS = [
+    "apples", "beans", "cakes", "dates", "eggs", "figs", "grapes", "honey", "jam", "kiwis", "lemons", "melons",
+    "nuts", "olives", "pears", "quinces", "rice", "soup", "tea", "plums", "waffles", "yams", "bread", "cheese",
+]
+# fmt: on
+PAD, BOS, EOS, UNKNOWN, STOP, LIKES = "<pad>", "<s>", "</s>", "<unk>", ".", "likes"
+WORDS = [PAD, BOS, EOS, UNKNOWN, STOP, LIKES, *NAMES, *THINGS]
+FIRST_NAME = WORDS.index(NAMES[0])
+FIRST_THING = WORDS.index(THINGS[0])
+MAX_WORDS = 512
+SENTENCE = 4  # words of `Ada likes plums .`
+
+IGNORED = -100  # a label without a loss, as torch has it
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text that ends where a thing has to follow, four things that its context names, and which one it is."""
+
+    context: str
+    choices: list[str]
+    answer: int
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each word; every text begins with `<s>`."""
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=UNKNOWN))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, WORDS.index(BOS))])
+    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNKNOWN}
+    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=MAX_WORDS, **special)
+
+
+def is_held_out(names: Tensor, things: Tensor) -> Tensor:
+    """Which pairs are never trained on; indices within `NAMES` and `THINGS`, int64, of one shape -> bool."""
+    return (names + things) % 3 == 0
+
+
+def training_texts(batch: int, people: int, sentences: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sentences drawn from `people` pairs with replacement.
+
+    Returns:
+        Token ids and labels, (batch, 1 + 4 * sentences) int64: a label where a thing is named whose sentence was there
+        before.
+    """
+    names, things = _pairs(batch, people, generator, held_out=False)
+    drawn = torch.randint(people, (batch, sentences), generator=generator)
+    ids = _text(names.gather(1, drawn), things.gather(1, drawn))
+    was_there = torch.tril(drawn.unsqueeze(2) == drawn.unsqueeze(1), -1).any(2)
+    places = 3 + SENTENCE * torch.arange(sentences)
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, places] = torch.where(was_there, ids[:, places], IGNORED)
+    return ids, labels
+
+
+def repeated_words(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Names and things in a random order that begins again after 4 to 20 of them, in each row another number.
+
+    Returns:
+        Token ids and labels, (batch, length) int64: a label from the second time on.
+    """
+    orders = torch.rand(batch, len(NAMES) + len(THINGS), generator=generator).argsort(1) + FIRST_NAME
+    periods = torch.randint(4, 21, (batch, 1), generator=generator)
+    places = torch.arange(length - 1)
+    ids = torch.cat([torch.full((batch, 1), WORDS.index(BOS)), orders.gather(1, places % periods)], 1)
+    labels = ids.masked_fill(torch.arange(length) <= periods, IGNORED)
+    return ids, labels
+
+
+def questions(count: int, people: int, generator: torch.Generator) -> list[Question]:
+    """Questions about pairs none of which is trained on."""
+    found: list[Question] = []
+    while len(found) < count:
+        names, things = (row[0] for row in _pairs(1, people, generator, held_out=True))
+        asked = int(torch.randint(people, (), generator=generator))
+        could_be = is_held_out(names[asked], things).nonzero().flatten()
+        if len(could_be) < 4:
+            continue
+        others = could_be[could_be != asked]
+        chosen = others[torch.randperm(len(others), generator=generator)[:3]].tolist()
+        answer = int(torch.randint(4, (), generator=generator))
+        chosen.insert(answer, asked)
+        text = " ".join(WORDS[index] for index in _text(names[None], things[None])[0, 1:])
+        choices = [THINGS[things[place]] for place in chosen]
+        found.append(Question(f"{text} {NAMES[names[asked]]} {LIKES}", choices, answer))
+    return found
+
+
+def _pairs(batch: int, people: int, generator: torch.Generator, *, held_out: bool) -> tuple[Tensor, Tensor]:
+    """Names and what they like, no name and no thing twice in a row: indices, (batch, people) int64 each."""
+    names = torch.rand(batch, len(NAMES), generator=generator).argsort(1)[:, :people]
+    things = torch.full_like(names, -1)
+    every_thing = torch.arange(len(THINGS))
+    open_rows = torch.arange(batch)
+    while len(open_rows):  # a row in which nothing is left for the last ones is drawn again
+        free = torch.ones(len(open_rows), len(THINGS), dtype=torch.bool)
+        complete = torch.ones(len(open_rows), dtype=torch.bool)
+        for place in range(people):
+            fits = free & (is_held_out(names[open_rows, place, None], every_thing) == held_out)
+            drawn = torch.rand(fits.shape, generator=generator).masked_fill(~fits, -1).argmax(1)
+            things[open_rows, place] = drawn
+            complete &= fits.any(1)
+            free.scatter_(1, drawn[:, None], False)
+        open_rows = open_rows[~complete]
+    return names, things
+
+
+def _text(names: Tensor, things: Tensor) -> Tensor:
+    """`<s>` and a sentence for each pair: (batch, sentences) twice -> (batch, 1 + 4 * sentences)."""
+    likes, stop = (torch.full_like(names, WORDS.index(word)) for word in (LIKES, STOP))
+    sentences = torch.stack([names + FIRST_NAME, likes, things + FIRST_THING, stop], 2).flatten(1)
+    return torch.cat([torch.full((len(names), 1), WORDS.index(BOS)), sentences], 1)

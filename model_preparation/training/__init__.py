@@ -1,0 +1,1 @@
+"""Training: a Llama's layers distilled into the mixers of a Llamba."""

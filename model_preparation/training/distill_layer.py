@@ -1,0 +1,218 @@
+"""One layer's training: a Llamba layer's mixer learns to do what a Llama's layer does, on that layer's own inputs.
+
+In: the Llama's layer, a Llamba's layer that starts anywhere, and hidden states as they enter the Llama's layer. Out:
+the Llamba's layer with its mixer trained, and the loss of every step. Norms and MLP stay as they are.
+Source: MOHAWK, arXiv 2408.10189, stage 2, hidden-state alignment.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from model_preparation.errors import SurgeryError
+from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
+from model_preparation.llamba.ssd import HAVE_FLOAT64
+
+WARM_UP = 0.1  # part of the steps in which the learning rate rises
+BETAS = (0.9, 0.95)
+MAX_GRADIENT_NORM = 1.0
+EVALUATED_TOKENS = 4096  # at once, where no gradients are kept
+
+Target = Literal["mixer", "layer"]
+
+
+class Batch(NamedTuple):
+    """Hidden states (batch, length, width), float32, as they enter the donor's layer; how much each position counts."""
+
+    hidden_states: Tensor
+    weights: Tensor | None = None  # (batch, length), at least 0; None: all alike
+
+
+class Step(NamedTuple):
+    """One step of training as it is logged; `loss` is that of its batch before the step, and is relative."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+
+
+def distill_layer(
+    donor_layer: LlamaDecoderLayer,
+    student_layer: LlambaDecoderLayer,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    learning_rate: float,
+    target: Target = "mixer",
+    weight_decay: float = 0.0,
+    log: Callable[[Step], None] = lambda step: None,
+) -> list[float]:
+    """Train the mixer of `student_layer`, in place, to give what `donor_layer` gives. Nothing here is random.
+
+    A step's loss is the squared error over its batch, divided by the variance of the donor's outputs in it. AdamW; the
+    learning rate rises linearly for a tenth of the steps, then falls as a cosine; gradients are clipped at norm 1.
+
+    Args:
+        donor_layer: float32, on the device that the training runs on.
+        student_layer: the same.
+        batches: at least `steps` of them, such as `shuffled` gives; each is moved to the device.
+        target: "mixer" compares what mixer and attention add to the hidden states, "layer" what both layers give.
+        log: told every step.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        SurgeryError: if a loss is not finite.
+        ValueError: if there are fewer batches than steps.
+    """
+    teacher = Teacher(donor_layer, target)
+    student_layer.requires_grad_(False)
+    mixer = student_layer.mixer.requires_grad_(True)
+    optimizer = torch.optim.AdamW(mixer.parameters(), lr=learning_rate, betas=BETAS, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, steps))
+    losses: list[float] = []
+    source = iter(batches)
+    for step in range(steps):
+        batch = next(source, None)
+        if batch is None:
+            raise ValueError(f"there are batches for {step} of {steps} steps")
+        moments = teacher.compare(student_layer, batch)
+        loss = moments.relative_error()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise SurgeryError(
+                f"The loss is {losses[-1]} at step {step} of {steps}, with a learning rate of {learning_rate}. "
+                "Give a lower --learning_rate."
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(mixer.parameters(), MAX_GRADIENT_NORM)
+        log(Step(step, losses[-1], optimizer.param_groups[0]["lr"], norm.item()))
+        optimizer.step()
+        schedule.step()
+    mixer.requires_grad_(False)
+    return losses
+
+
+@torch.no_grad()
+def relative_error(
+    donor_layer: LlamaDecoderLayer,
+    student_layer: LlambaDecoderLayer,
+    batches: Iterable[Batch],
+    target: Target = "mixer",
+) -> float:
+    """Mean squared error of the student's outputs over the variance of the donor's: 1 is what a constant can reach.
+
+    Both are over all positions of all `batches`; the variance is about each channel's mean. With target "layer" it is
+    the variance of what the donor's layer adds to its input.
+    """
+    teacher = Teacher(donor_layer, target)
+    total = Moments.none()
+    for batch in batches:
+        total = total + teacher.compare(student_layer, batch)
+    return total.relative_error().item()
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """What the learning rate is multiplied by at `step` of `steps`: a linear rise, then half a cosine down to 0."""
+    rise = max(1, round(steps * WARM_UP))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def shuffled(states: Tensor, weights: Tensor | None, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Batches of whole sequences without end: all in a new order, drawn from `seed`, before any comes again.
+
+    Args:
+        states: (sequences, length, width).
+        weights: (sequences, length), or None.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch_size = min(batch_size, len(states))
+    while True:
+        order = torch.randperm(len(states), generator=generator)
+        for chosen in order[: len(order) - len(order) % batch_size].split(batch_size):
+            yield Batch(states[chosen], None if weights is None else weights[chosen])
+
+
+def in_order(states: Tensor, weights: Tensor | None = None) -> Iterator[Batch]:
+    """All sequences once, as many at a time as `EVALUATED_TOKENS` allow; shapes as in `shuffled`."""
+    at_once = max(1, EVALUATED_TOKENS // states.shape[1])
+    for first in range(0, len(states), at_once):
+        chosen = slice(first, first + at_once)
+        yield Batch(states[chosen], None if weights is None else weights[chosen])
+
+
+class Moments(NamedTuple):
+    """Sums over positions of which a relative error is made; those of several batches add up."""
+
+    weight: Tensor  # () of all positions
+    error: Tensor  # () squared, over the channels too
+    first: Tensor  # (width,) of the donor's outputs
+    second: Tensor  # () of their squares, over the channels too
+
+    @classmethod
+    def none(cls) -> "Moments":
+        return cls(*(torch.zeros((), dtype=torch.float64) for _ in cls._fields))
+
+    def __add__(self, other: "Moments") -> "Moments":  # type: ignore[override]
+        return Moments(*(mine.cpu() + its.cpu() for mine, its in zip(self, other, strict=True)))
+
+    def relative_error(self) -> Tensor:
+        return self.error / (self.second - self.first.square().sum() / self.weight)
+
+
+class Teacher:
+    """A donor's layer, and how far a student is from it."""
+
+    def __init__(self, layer: LlamaDecoderLayer, target: Target = "mixer"):
+        if target not in ("mixer", "layer"):
+            raise ValueError(f"target {target!r} is neither 'mixer' nor 'layer'")
+        self._layer = layer.eval().requires_grad_(False)
+        self._target = target
+        self._device = layer.self_attn.q_proj.weight.device
+        config: LlamaConfig = layer.self_attn.config
+        if config._attn_implementation is None:
+            config._attn_implementation = "sdpa"
+        self._rotary = LlamaRotaryEmbedding(config).to(self._device)
+
+    @torch.no_grad()
+    def output(self, hidden_states: Tensor) -> Tensor:
+        """What the layer gives: (batch, length, width), in and out, on any devices."""
+        states = hidden_states.to(self._device)
+        return self._layer(states, position_embeddings=self._positions(states)).to(hidden_states.device)
+
+    def compare(self, student: LlambaDecoderLayer, batch: Batch) -> Moments:
+        """The sums over a batch, on the layer's device; gradients flow to the student's parameters."""
+        states = batch.hidden_states.to(self._device)
+        wanted = self._added(states)
+        whole = self._target == "layer"
+        given = student(states) - states if whole else student.mixer(student.input_layernorm(states))
+        weights = states.new_ones(states.shape[:2]) if batch.weights is None else batch.weights.to(states)
+        weighted = weights.unsqueeze(-1)
+        dtype = torch.float64 if states.device.type in HAVE_FLOAT64 else torch.float32
+        return Moments(
+            weight=weights.sum(dtype=dtype),
+            error=((given - wanted).square() * weighted).sum(dtype=dtype),
+            first=(wanted * weighted).sum((0, 1), dtype=dtype),
+            second=(wanted.square() * weighted).sum(dtype=dtype),
+        )
+
+    @torch.no_grad()
+    def _added(self, states: Tensor) -> Tensor:
+        """What the layer, or its attention block alone, adds to the hidden states."""
+        positions = self._positions(states)
+        if self._target == "layer":
+            return self._layer(states, position_embeddings=positions) - states
+        return self._layer.self_attn(self._layer.input_layernorm(states), position_embeddings=positions)[0]
+
+    def _positions(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        return self._rotary(states, position_ids=torch.arange(states.shape[1], device=states.device).unsqueeze(0))

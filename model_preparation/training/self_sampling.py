@@ -1,0 +1,61 @@
+"""Text that a Llama writes by itself, as token ids: what it is distilled on where there is no other text.
+
+In: a Llama's folder. Out: sequences drawn from its own distribution, in batches that are the same whatever was drawn
+before them, so that a run that goes on draws no batch anew.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedConfig
+
+from model_preparation.errors import SurgeryError
+
+SEQUENCES_AT_ONCE = 64
+
+
+class SelfSampler:
+    """Draws sequences from a Llama: from its beginning-of-sequence token on, at temperature 1, nothing cut off.
+
+    The model runs in bfloat16: what that rounds is little beside the chance of the draw. It goes on after an
+    end-of-sequence token, as in the packed text that models are trained on.
+
+    Args:
+        folder: the Llama's.
+        config: its config.
+        device: where it runs, as a whole.
+    """
+
+    def __init__(self, folder: Path, config: PreTrainedConfig, device: str):
+        self._start = first_token(config)
+        self._model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+
+    @torch.inference_mode()
+    def draw(self, sequences: int, length: int, seed: int, advance: Callable[[int], None]) -> Tensor:
+        """(sequences, length) int64, on the CPU; `advance` is told the tokens that each step adds."""
+        device = self._model.device
+        generator = torch.Generator(device).manual_seed(seed)
+        drawn = torch.full((sequences, length), self._start, device=device)
+        past = None
+        for position in range(1, length):
+            out = self._model(drawn[:, position - 1 : position], past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            chances = out.logits[:, -1].float().softmax(-1)
+            drawn[:, position] = torch.multinomial(chances, 1, generator=generator).squeeze(1)
+            advance(sequences)
+        return drawn.cpu()
+
+
+def first_token(config: PreTrainedConfig) -> int:
+    """The token that the model's texts begin with; raises SurgeryError where its config names none."""
+    for name in ("bos_token_id", "eos_token_id"):
+        value = getattr(config, name)
+        value = value[0] if isinstance(value, list) else value
+        if value is not None:
+            return value
+    raise SurgeryError(
+        "The donor's config.json has neither bos_token_id nor eos_token_id, so nothing says what its texts begin with. "
+        "Give text by --data FILE."
+    )

@@ -1,0 +1,80 @@
+"""The cards of the embedded pair: what each model is, how it was made, its scores.
+
+In: what was measured and how the models were trained. Out: README.md in each model's folder, as hubs show it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from embedded_pair import donor
+from embedded_pair.effect import summary
+from model_preparation.embedded.recall import NAMES, THINGS, WORDS
+from model_preparation.files.new_file import write_file
+
+_HEAD = """\
+---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+{what}
+
+Both models of the pair have {layers} layers of width {width} and {words} words: {names} names, {things} things, and
+what it takes to say who likes what (`Ada likes plums .`). They can do nothing else, and fit into a package: grafting
+layers of `tiny_llama` into `tiny_llamba` shows in seconds what it does to models a thousand times larger.
+
+## How it was made
+
+{made}
+
+`scripts/make_embedded_pair.py --seed {seed}` in the repository makes both again, on two CPU cores.
+
+## Scores
+
+`embedded_recall`, {questions:,} questions: a text says of {people} people what each of them likes, and the model has to
+say it of one of them. None of these pairs of a name and a thing occurs in training; chance is 0.25.
+
+{scores}
+"""
+_DONOR = "A Llama that looks things up in its context: the donor of a pair that comes with `model_preparation`."
+_DONOR_MADE = """\
+Trained from nothing for {steps:,} steps of AdamW at {rate}, each on {batch} texts, with a loss where something is said
+for the second time, and on {batch} rows of words without sense that begin again after 4 to 20 of them. Without the
+latter it stays at chance for thousands of steps. Seed {seed}."""
+_BASE = "A Llamba (Mamba-2) that cannot look things up well: the base of a pair that comes with `model_preparation`."
+_BASE_MADE = """\
+Distilled from `tiny_llama` layer by layer: each mixer, with a state of {state} columns per head, learns to give the
+output of its layer's attention on the donor's own inputs (MOHAWK, arXiv 2408.10189, stage 2), for {steps} steps.
+Embeddings, norms, MLPs and head are the donor's, and no stage trains the whole: hence unaligned. `distillation.json`
+has the losses."""
+
+
+def write_cards(donor_dir: Path, base_dir: Path, effect: dict[str, Any], distilled: dict[str, Any], seed: int) -> None:
+    """Write both cards.
+
+    Args:
+        effect: what effect.json holds.
+        distilled: the settings of the base's distillation: `steps_per_layer` and `d_state`.
+    """
+    config = donor.config()
+    common = {
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "words": len(WORDS),
+        "names": len(NAMES),
+        "things": len(THINGS),
+        "people": donor.PEOPLE,
+        "seed": seed,
+        "questions": effect["questions"],
+        "scores": summary(effect),
+    }
+    of_donor = _DONOR_MADE.format(steps=donor.STEPS, rate=donor.LEARNING_RATE, batch=donor.BATCH, seed=seed)
+    of_base = _BASE_MADE.format(steps=distilled["steps_per_layer"], state=distilled["d_state"])
+    for folder, name, what, made in (
+        (donor_dir, "tiny_llama", _DONOR, of_donor),
+        (base_dir, "tiny_llamba", _BASE, of_base),
+    ):
+        write_file(folder / "README.md", _HEAD.format(name=name, what=what, made=made, **common))

@@ -1,0 +1,28 @@
+"""The task of the embedded pair, in a folder of its own: the definition as the package has it, and its questions.
+
+In: how many questions, and a seed. Out: a folder that lm-eval's `--include_path` and our `--tasks` take.
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from model_preparation.embedded import recall
+from model_preparation.evaluation.tasks import EMBEDDED
+from model_preparation.files.new_file import write_file
+
+TASK = "embedded_recall"
+
+
+def write_task(folder: Path, count: int, people: int, seed: int) -> None:
+    """Write the task into `folder`. The same arguments give the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("embedded_recall.yaml", "read_questions.py"):
+        if folder != EMBEDDED / TASK:
+            shutil.copyfile(EMBEDDED / TASK / name, folder / name)
+    asked = recall.questions(count, people, torch.Generator().manual_seed(seed))
+    lines = [json.dumps(dataclasses.asdict(question)) for question in asked]
+    write_file(folder / "questions.jsonl", "".join(f"{line}\n" for line in lines))

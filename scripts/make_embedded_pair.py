@@ -1,0 +1,100 @@
+"""Make the pair that comes with the package: train the donor, distil the base from it, and measure what grafts do.
+
+In: a seed. Out: `tiny_llama`, `tiny_llamba`, the questions of `embedded_recall`, effect.json and effect.png. Each stage
+is in embedded_pair/. Stopped anywhere, the same command goes on: finished stages, layers and scores are kept.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+EMBEDDED = REPOSITORY / "model_preparation" / "embedded"
+
+EXAMPLES = """\
+example:
+  python scripts/make_embedded_pair.py
+  python scripts/make_embedded_pair.py --seed 1 --output_dir local_models/pair --work_dir local_models/pair.work
+"""
+
+QUESTIONS, QUESTIONS_SEED = 1000, 2026
+TEXTS, TEXTS_SEED, SENTENCES = 768, 1, 40  # that the base is distilled on
+STEPS_PER_LAYER, DISTILLED_BATCH, D_STATE, DISTILLED_RATE = 40, 16, 8, 3e-3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=EMBEDDED,
+        metavar="DIR",
+        help="where the pair goes (default: into the package, over the pair that is there)",
+    )
+    parser.add_argument(
+        "--work_dir",
+        type=Path,
+        default=REPOSITORY / "local_models" / "embedded_pair.work",
+        metavar="DIR",
+        help="what is unfinished, and the grafts that are measured, some 600 MB (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the training and the distillation (default: 0)")
+    args = parser.parse_args()
+
+    from model_preparation.command_line import run
+
+    run(lambda: make_pair(args.output_dir.resolve(), args.work_dir.resolve(), seed=args.seed))
+
+
+def make_pair(output_dir: Path, work_dir: Path, *, seed: int) -> None:
+    """Run the stages that are not done yet in `work_dir`, and copy what they made into `output_dir`."""
+    import torch
+    from embedded_pair.cards import write_cards
+    from embedded_pair.donor import PEOPLE, config, train_donor
+    from embedded_pair.effect import measure, summary, write_effect
+    from embedded_pair.questions import TASK, write_task
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from model_preparation import distill_llamba_base
+    from model_preparation.embedded.recall import training_texts
+
+    donor, base, task = work_dir / "tiny_llama", work_dir / "tiny_llamba", work_dir / TASK
+    work_dir.mkdir(parents=True, exist_ok=True)
+
+    def progress() -> Progress:
+        return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+    write_task(task, QUESTIONS, PEOPLE, QUESTIONS_SEED)
+    if not (donor / "config.json").is_file():
+        with progress() as bars:
+            train_donor(donor, work_dir / "donor_state.pt", seed=seed, progress=bars)
+    distilled = {"steps_per_layer": STEPS_PER_LAYER, "batch_size": DISTILLED_BATCH, "learning_rate": DISTILLED_RATE}
+    if not (base / "config.json").is_file():
+        texts, _ = training_texts(TEXTS, PEOPLE, SENTENCES, torch.Generator().manual_seed(TEXTS_SEED))
+        distill_llamba_base(str(donor), base, texts, **distilled, mixer={"d_state": D_STATE}, seed=seed)
+    _name_donor(base / "distillation.json")
+    with progress() as bars:
+        effect = measure(donor, base, task, work_dir / "grafts", layers=config().num_hidden_layers, progress=bars)
+    write_cards(donor, base, effect, distilled | {"d_state": D_STATE}, seed)
+
+    for folder in (donor, base, task):
+        shutil.copytree(folder, output_dir / folder.name, dirs_exist_ok=True)
+    write_effect(output_dir, effect)
+    print(summary(effect))
+    print(f"The pair is in {output_dir}")
+
+
+def _name_donor(summary_file: Path) -> None:
+    """Let the distillation's summary name the donor as others will find it, and not by its folder here."""
+    from model_preparation.files.new_file import write_file
+
+    summary = json.loads(summary_file.read_text())
+    summary["donor"] = {"hub": "embedded", "id": "tiny_llama", "revision": None}
+    write_file(summary_file, json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""scripts/make_embedded_pair.py's training of the donor: stopped and gone on with, it gives the same weights."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from rich.progress import Progress
+
+from model_preparation import SurgeryError
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def donor():
+    """The module that trains it, saving its state every second step."""
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        module = importlib.import_module("embedded_pair.donor")
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    module.SAVED_EVERY = 2
+    return module
+
+
+class Stopped(Progress):
+    """A display that ends the run when it is told of the third step."""
+
+    def update(self, *args, **kwargs):
+        super().update(*args, **kwargs)
+        if self.tasks[0].completed == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_training_that_was_stopped_ends_with_the_same_weights(donor, tmp_path):
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+    donor.train_donor(
+        tmp_path / "straight" / "model", tmp_path / "straight" / "state.pt", seed=3, progress=Progress(), steps=5
+    )
+    folder, state = tmp_path / "stopped" / "model", tmp_path / "stopped" / "state.pt"
+    with pytest.raises(KeyboardInterrupt):
+        donor.train_donor(folder, state, seed=3, progress=Stopped(), steps=5)
+    assert not folder.exists()
+    with pytest.raises(SurgeryError, match="seed': 3"):
+        donor.train_donor(folder, state, seed=4, progress=Progress(), steps=5)
+    display = Progress()
+    donor.train_donor(folder, state, seed=3, progress=display, steps=5)
+    straight = (tmp_path / "straight" / "model" / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == straight
+    assert display.tasks[0].completed == 5

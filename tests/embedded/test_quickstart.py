@@ -1,0 +1,41 @@
+"""scripts/quickstart.sh as a newcomer runs it, but that its environment is there: from nothing to scores and answers.
+
+So four rows of the table come out again from the weights in the package. A near tie may fall otherwise on another
+processor.
+"""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import model_preparation.embedded
+from tests.conftest import copy_repository, make_python_wrapper
+
+EFFECT = json.loads((Path(model_preparation.embedded.__file__).parent / "effect.json").read_text())
+
+
+def test_the_quickstart_shows_what_a_graft_does(tmp_path):
+    repository = copy_repository(tmp_path / "repository")
+    make_python_wrapper(repository / ".venv" / "bin" / "python")
+    inputs = "".join((repository / name).read_text() for name in ("pyproject.toml", "constraints.txt"))
+    (repository / ".venv" / "installed").write_text(f"{repository} \n{inputs}")
+    result = subprocess.run(
+        ["bash", "scripts/quickstart.sh"],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    pairs = EFFECT["pairs of layers"].values()
+    scores = [float(score) for score in re.findall(r" [ABCD]  (\d\.\d+) ±", result.stdout)]
+    assert scores == pytest.approx([EFFECT["base"], min(pairs), max(pairs), EFFECT["donor"]], abs=0.003)
+    assert re.findall(r"^checkpoint +(.*)$", result.stdout, re.MULTILINE) == ["quinces", "cakes", "eggs"]
+    checkpoint = repository / "model_checkpoints" / "tiny_best_layers"
+    assert result.stdout.splitlines()[-1] == f"Checkpoint: {checkpoint}"
+    assert (checkpoint / "checkpoint_info.json").is_file()
