@@ -345,16 +345,17 @@ class Evaluations:
 
     def _come_to(self, layers: LayerSet, parts: Iterable[int]) -> None:
         """Know parts of a combination that are in the journal, count what they cost, and stop if time is up."""
-        for part in parts:
-            known = self._known.setdefault(layers, {})
-            if part not in known:
-                known[part] = self._journaled[layers][part]
-                self._spent += known[part].cost
+        known = self._known.get(layers, {})
+        new = [part for part in parts if part not in known]
+        for part in new:
+            answered = self._journaled[layers][part]
+            self._known.setdefault(layers, {})[part] = answered
+            self._spent += answered.cost
         if self.is_complete(layers) and layers not in self._fitness:
             self._fitness[layers] = float(self.values(layers).mean())
             if layers != BASE and (self._best is None or self.ranked([layers, self._best])[0] == layers):
                 self._best = layers
-        if layers != BASE and self._seconds is not None and self._spent[1] > self._seconds:
+        if new and layers != BASE and self._seconds is not None and self._spent[1] > self._seconds:
             raise BudgetSpent
 
     def _tell(self) -> None:

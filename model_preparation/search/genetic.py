@@ -42,7 +42,8 @@ def genetic(
         found = evaluations.estimate(known[0])
         waited = 0 if found > best else waited + 1
         best = max(best, found)
-        if waited >= patience or generation == generations - 1:
+        is_little_left = evaluations.room is not None and evaluations.room < population  # that is for refinement
+        if waited >= patience or generation == generations - 1 or is_little_left:
             return
         parents = known[:population]
         elite = known[: max(1, round(_ELITE * population))]

@@ -1,7 +1,7 @@
 """The questions in growing parts, so that a candidate can be told to be worse by few of them.
 
-In: a `QuestionSet`. Out: parts of it; the first two hold a sixteenth of the tokens each, about, and each of the others as
-much as all before it. Questions that are answered in the same batches are in the same part, and which part that is, is drawn.
+In: a `QuestionSet`. Out: parts of it; the first two hold a sixteenth of the tokens each, about, and each of the others
+as much as all before it. Questions that are answered in the same batches are in the same part; which, is drawn.
 """
 
 import random

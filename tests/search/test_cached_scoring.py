@@ -4,8 +4,10 @@ import itertools
 import json
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
-from model_preparation import build_checkpoint, evaluate_checkpoint
+from model_preparation import build_checkpoint, evaluate_checkpoint, load_checkpoint
 from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.layer_sets import count_passes
 
@@ -54,3 +56,45 @@ def test_every_answer_is_that_of_the_checkpoint_to_the_bit(loaded, evaluated, me
     assert any(questions.prefixes)
     assert not all(questions.prefixes)
     assert scorer.layer_passes == pytest.approx(count_passes(ALL_SETS, 4))
+
+
+def test_the_divergence_is_that_of_whole_forward_passes(loaded, base_dir, layers_dir, donor_dir, tmp_path):
+    """Each row's tokens run as a whole, in the built checkpoint and in the donor, each with its own embedding."""
+    pair, lm, questions = loaded
+    build_checkpoint(str(base_dir), [1, 2], layers_dir, tmp_path / "graft")
+    graft, _ = load_checkpoint(tmp_path / "graft")
+    donor = LlamaForCausalLM.from_pretrained(donor_dir).eval()
+
+    @torch.no_grad()
+    def log_probabilities(model, row):
+        return model(torch.tensor([row.tokens])).logits[0, -row.scored :].double().log_softmax(-1)
+
+    references = {
+        number: [log_probabilities(donor, row).float() for row in batch.rows]
+        for number, batch in enumerate(questions.batches)
+    }
+    scorer = CachedScorer(pair, lm, questions, memory_bytes=1 << 30, folder=tmp_path, references=references.__getitem__)
+    scorer.base()
+    ((_, results),) = scorer.score([(1, 2)])
+    for number, batch in enumerate(questions.batches):
+        for row, found in zip(batch.rows, results[number].divergences, strict=True):
+            ours, donors = log_probabilities(graft, row), log_probabilities(donor, row)
+            wanted = torch.nn.functional.kl_div(ours, donors, log_target=True, reduction="sum") / row.scored
+            assert found == pytest.approx(float(wanted), rel=1e-4, abs=1e-5)
+    assert len(questions.divergences(results)) == 20
+
+
+def test_after_the_last_mixing_only_scored_positions_go_on(loaded, tmp_path):
+    pair, lm, questions = loaded
+    scorer = CachedScorer(pair, lm, questions, memory_bytes=1 << 30, folder=tmp_path)
+    scorer.base()
+    dict(scorer.score([(3,)]))  # tries each shape once
+    rows = []
+    hook = pair.layer(3, True).mlp.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:-1].numel()))
+    dict(scorer.score([(3,)]))
+    hook.remove()
+    scored = sum(batch.positions.numel() for batch in questions.batches)
+    prefixes = sum(map(len, questions.prefixes))
+    assert len(questions.batches) > 5
+    assert scored <= sum(rows) - prefixes <= scored + 16 * len(questions.batches)
+    assert sum(rows) < sum(batch.inputs.numel() for batch in questions.batches)

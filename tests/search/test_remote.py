@@ -1,0 +1,78 @@
+"""Scoring on a Ray cluster: the same result to the last digit, also when a worker is killed; nothing counts twice."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from model_preparation.search.remote import share_out
+from tests.conftest import PACKAGE, run_command
+from tests.search.conftest import make_questions, write_task
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
+
+
+def test_a_killed_worker_is_replaced_and_the_result_is_that_of_one_process(base_dir, layers_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    task = write_task(tmp_path / "task", "tiny_words", make_questions(60))
+    flags = ["--base", base_dir, "--llama_layers_dir", layers_dir, "--task", task, "--device", "cpu"]
+    flags += ["--method", "exhaustive", "--batch_size", 2]
+    alone = run_command("search_layers", *flags, "--output_dir", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    with tempfile.TemporaryDirectory(prefix="ray") as ray_files, (tmp_path / "log").open("w") as log:
+        environment = {"RAY_TMPDIR": ray_files, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+        command = [PACKAGE / "search_layers.py", *flags, "--output_dir", tmp_path / "ray", "--ray", "local"]
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+            stdout=log,
+            stderr=log,
+        )
+        victim = wait_for_a_worker(process, tmp_path / "ray" / "journal.jsonl")
+        os.kill(victim, signal.SIGKILL)
+        assert process.wait(200) == 0, (tmp_path / "log").read_text()
+    assert "A worker was lost" in (tmp_path / "log").read_text()
+    found, wanted = (json.loads((tmp_path / name / "search_result.json").read_text()) for name in ("ray", "alone"))
+    for name in ("final_results", "base_score", "base_stderr", "pareto", "failed"):
+        assert found[name] == wanted[name]
+    lines = [json.loads(line) for line in (tmp_path / "ray" / "journal.jsonl").read_text().splitlines()]
+    made = [(tuple(line["layers"]), part) for line in lines for part in line["parts"]]
+    assert len(made) == len(set(made))
+
+
+def wait_for_a_worker(process: subprocess.Popen, journal: Path) -> int:
+    """The process of a worker, once the search is running on it."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        workers = [each.pid for each in psutil.Process(process.pid).children(recursive=True) if is_share(each)]
+        if workers and journal.exists() and journal.stat().st_size:
+            return workers[0]
+        time.sleep(0.02)
+    pytest.fail("no worker was seen at work")
+
+
+def is_share(process: psutil.Process) -> bool:
+    try:
+        return any(word.startswith("ray::Share") for word in process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def test_the_shares_are_all_batches_once_and_about_alike(loaded):
+    class Holder:
+        questions = loaded[2]
+
+    batches = Holder.questions.batches
+    for workers in (1, 2, 5, len(batches) + 3):
+        shares = share_out(Holder, workers)
+        assert sorted(number for share in shares for number in share) == list(range(len(batches)))
+        assert len(shares) == min(workers, len(batches))
+        sizes = [sum(batches[number].inputs.numel() for number in share) for share in shares]
+        assert max(sizes) - min(sizes) <= max(batch.inputs.numel() for batch in batches)
