@@ -61,6 +61,7 @@ def make_pair(output_dir: Path, work_dir: Path, *, seed: int) -> None:
     from model_preparation import distill_llamba_base
     from model_preparation.embedded.recall import training_texts
 
+    torch.set_num_threads(1)  # sums in another order would end in another model, and so small ones gain little by two
     donor, base, task = work_dir / "tiny_llama", work_dir / "tiny_llamba", work_dir / TASK
     work_dir.mkdir(parents=True, exist_ok=True)
 

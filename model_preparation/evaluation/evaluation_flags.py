@@ -34,8 +34,8 @@ def add_scoring_flags(parser: CommandParser) -> None:
         nargs="+",
         default=["mmlu"],
         metavar="TASK",
-        help="tasks, groups or tags of lm-eval, embedded_recall (the one for tiny_llama and tiny_llamba), or folders of "
-        "task files, whose code is run (default: mmlu)",
+        help="tasks, groups or tags of lm-eval, embedded_recall (the one for tiny_llama and tiny_llamba), or folders "
+        "of task files, whose code is run (default: mmlu)",
     )
     parser.add_argument(
         "--limit",
