@@ -38,7 +38,7 @@ class TensorDigest:
     dtype: DType
     shape: tuple[int, ...]
     blake3: str
-    origin: str  # "base" or "donor"
+    origin: str  # "base", "donor" or "healed"
     source_name: str
 
     @property

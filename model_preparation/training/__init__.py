@@ -1,0 +1,1 @@
+"""Training of grafted models: healing, with exact stop and resume."""
