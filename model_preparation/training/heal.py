@@ -450,6 +450,7 @@ def _arguments(
             report_to=settings.report_to,
             run_name=f"{states.name}-{identity['run_id']}",
             use_cpu=device == "cpu",
+            ddp_find_unused_parameters=False,
             disable_tqdm=True,
             remove_unused_columns=False,
             dataloader_pin_memory=device != "cpu",

@@ -26,6 +26,7 @@ from accelerate.utils import (
 )
 from peft import PeftModel
 from safetensors.torch import load_model, save_model
+from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -127,10 +128,12 @@ class HealTrainer(Trainer):
 
         Every process has to ask: shards are put together.
         """
-        state_dict = self.accelerator.get_state_dict(self.model_wrapped)
-        if not self.args.should_save:
-            return {}
-        return {name: tensor.detach().to("cpu") for name, tensor in state_dict.items()}
+        weights = {}
+        for name, tensor in self.accelerator.unwrap_model(self.model, keep_torch_compile=False).state_dict().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.args.should_save:
+                weights[name] = whole.detach().to("cpu")
+        return weights
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's; and FSDP on the CPU, which accelerate leaves out though FSDP2 runs over gloo."""
