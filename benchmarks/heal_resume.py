@@ -9,6 +9,7 @@ gradient accumulation in play. Exit code 1 if anything ever differs.
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -51,7 +52,8 @@ def main() -> None:
             runs += 1
             step = 0
             while (step := moments.randint(step, STEPS + 2)) < STEPS and kills.total() < args.kills:
-                kills[step] += run_until([*flags, "--output_dir", output_dir], step, moments.random() * 0.1)
+                code = run_until([*flags, "--output_dir", output_dir], step, moments.random() * 0.1)
+                kills[step] += code == -signal.SIGKILL
             ended = run_command("heal_checkpoint", *flags, "--output_dir", output_dir)
             same = ended.returncode == 0 and outcome(output_dir) == wanted
             differing += not same

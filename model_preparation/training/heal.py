@@ -54,6 +54,7 @@ from model_preparation.training.resume_state import (
     list_states,
     read_state,
     remove_states,
+    set_aside,
     set_aside_after,
 )
 from model_preparation.training.settings import HealSettings, resumed_settings, saved_settings
@@ -233,6 +234,7 @@ def _choose_state(states: Path, resume: str, overwrite: bool, say) -> str | None
     for name in incomplete:
         say(f"{states / name} is half-written by a run that was killed: it is skipped.")
     if states.is_dir():
+        set_aside(states / name for name in incomplete if not name.endswith(".partial"))
         remove_abandoned(states)
     if resume == "never":
         if found and not overwrite:

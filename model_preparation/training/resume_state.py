@@ -163,14 +163,19 @@ def remove_states(folders: Iterable[Path]) -> None:
         shutil.rmtree(path)
 
 
-def set_aside_after(folder: Path, state: ResumeState) -> list[str]:
-    """Rename the states in `folder` that have seen more than `state` to NAME.aside; returns their names before."""
-    later = [other.folder for other in list_states(folder)[0] if other.sequences_seen > state.sequences_seen]
-    for path in later:
+def set_aside(folders: Iterable[Path]) -> None:
+    """Rename folders to NAME.aside, so that they are in nobody's way; one that has that name already is replaced."""
+    for path in folders:
         aside = path.with_name(f"{path.name}.aside")
         if aside.exists():
-            remove_states([aside])
+            shutil.rmtree(aside)
         path.rename(aside)
+
+
+def set_aside_after(folder: Path, state: ResumeState) -> list[str]:
+    """Set aside the states in `folder` that have seen more than `state`; returns their names before."""
+    later = [other.folder for other in list_states(folder)[0] if other.sequences_seen > state.sequences_seen]
+    set_aside(later)
     return [path.name for path in later]
 
 

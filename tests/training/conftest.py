@@ -1,9 +1,12 @@
 """Fixtures of the healing tests: a text, the flags of a short run with everything in play, and that run undisturbed."""
 
+import gc
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.backends.backend_agg  # noqa: F401  (so is this)
+import matplotlib.figure  # noqa: F401
 import pytest
 
 from model_preparation.training import heal as _imported_before_forks  # noqa: F401
@@ -12,6 +15,8 @@ from tests.training.cutting import write_text
 
 FLAGS = "--max_steps 6 --batch_size 2 --block_size 16 --accumulation 2 --dropout 0.1 --lora_dropout 0.1".split()
 FLAGS += "--learning_rate 1e-2 --logging_steps 1 --save_steps 2 --eval_interval 3 --device cpu".split()
+
+gc.freeze()  # accelerate collects garbage at every start; what is imported is none, and forks would copy it
 
 Heal = Callable[..., subprocess.CompletedProcess]
 

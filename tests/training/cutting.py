@@ -24,8 +24,8 @@ def write_text(path: Path, words: int = 3000, seed: int = 0) -> Path:
     return path
 
 
-def run_until(args: list[object], step: int, delay: float) -> bool:
-    """Run heal_checkpoint and kill it (SIGKILL) `delay` seconds after it logged `step`; whether it was still running.
+def run_until(args: list[object], step: int, delay: float, number: int = signal.SIGKILL) -> int:
+    """Run heal_checkpoint and send it a signal `delay` seconds after it logged `step`; returns its exit code, as subprocess.
 
     It has to be asked for `--logging_steps 1`. It is forked from this process, so that nothing is imported anew.
     """
@@ -41,10 +41,11 @@ def run_until(args: list[object], step: int, delay: float) -> bool:
         for line in lines:
             if line.startswith("step") and int(line.split()[1]) >= step:
                 time.sleep(delay)
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, number)
                 break
+        lines.read()
         status = os.waitpid(child, 0)[1]
-    return os.WIFSIGNALED(status)
+    return os.waitstatus_to_exitcode(status)
 
 
 def outcome(output_dir: Path) -> dict[str, object]:
