@@ -5,6 +5,7 @@ adapter_model.safetensors), or the model with the adapter in its weights. Source
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def add_lora(model: LlambaForCausalLM, settings: HealSettings) -> PeftModel:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, config)
+    return _put_on(model, config)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def load_adapter(model: LlambaForCausalLM, folder: Path, *, trainable: bool = Fa
     except (OSError, ValueError, TypeError) as error:
         raise SurgeryError(f"{folder} holds no LoRA adapter ({error}). Give a folder with {ADAPTER_CONFIG}.") from error
     try:
-        adapted = peft.get_peft_model(model, config)
+        adapted = _put_on(model, config)
     except ValueError as error:  # no module of the model has such a name
         raise SurgeryError(f"The adapter in {folder} does not fit the model ({str(error)[:200]}).") from error
     load_adapter_weights(adapted, folder)
@@ -107,3 +108,9 @@ def merge(adapted: PeftModel) -> LlambaForCausalLM:
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter."""
     return (folder / ADAPTER_CONFIG).is_file()
+
+
+def _put_on(model: LlambaForCausalLM, config: LoraConfig) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property under its old name
+        return peft.get_peft_model(model, config)

@@ -333,8 +333,6 @@ class _Run:
     @property
     def adapter(self) -> Path | None:
         """The folder of the adapter to begin with, if there is one."""
-        if self.state is not None and self.settings.method == "lora":
-            return self.state.folder if is_adapter(self.state.folder) else None
         folder = Path(self.settings.init_from).expanduser()
         if not is_adapter(folder):
             return None
@@ -352,7 +350,7 @@ class _Run:
         in_state = self.state is not None and settings.method != "lora"  # all weights come from there later
         if settings.init_from == "scratch" and not in_state:
             model.load_state_dict(LlambaForCausalLM(model.config).state_dict())
-        elif settings.init_from != "checkpoint" and not in_state and not is_adapter(Path(settings.init_from)):
+        elif settings.init_from != "checkpoint" and not in_state and self.adapter is None:
             path = Path(settings.init_from).expanduser()
             if not path.exists():
                 path = find_others([settings.init_from], self.parent, sources=self.sources)[0].folder
