@@ -52,7 +52,7 @@ def main() -> None:
             runs += 1
             step = 0
             while (step := moments.randint(step, STEPS + 2)) < STEPS and kills.total() < args.kills:
-                code = run_until([*flags, "--output_dir", output_dir], step, moments.random() * 0.1)
+                code = run_until([*flags, "--output_dir", output_dir], step, moments.random() * 0.1)[0]
                 kills[step] += code == -signal.SIGKILL
             ended = run_command("heal_checkpoint", *flags, "--output_dir", output_dir)
             same = ended.returncode == 0 and outcome(output_dir) == wanted

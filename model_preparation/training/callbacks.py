@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Mapping
 
+import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
@@ -60,6 +61,10 @@ class SaveWhenStopped(TrainerCallback):
             self._before[number] = signal.signal(number, self._remember)
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # all have to stop after the same step
+            told = torch.tensor([self.received or 0], device=args.device)
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+            self.received = int(told) or None
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True

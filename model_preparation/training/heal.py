@@ -472,7 +472,12 @@ def _check_tracker(settings: HealSettings) -> None:
 
 def _train(trainer: HealTrainer, states: Path) -> None:
     try:
-        trainer.go_on()
+        with warnings.catch_warnings():
+            # The convolution's gradient comes in another order of axes of length 1, which DDP thinks worth a word.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+            # The logits are a view, without the rows that pad the vocabulary; nobody writes into them.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+            trainer.go_on()
     except OSError as error:
         newest = list_states(states)[0][-1:]
         kept = f"{newest[0].folder} is complete: the same command goes on from there" if newest else "Start again"

@@ -29,6 +29,7 @@ from safetensors.torch import load_model, save_model
 from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.new_folder import new_folder
@@ -263,9 +264,12 @@ class HealTrainer(Trainer):
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would warn of intervals that another number of processes has
         super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        logging.set_verbosity(verbosity)
         if self._resumed is None:
             return 0, 0
         old, new = self._resumed.steps, self._first_step

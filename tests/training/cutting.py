@@ -7,7 +7,9 @@ import json
 import os
 import random
 import signal
+import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,28 +26,51 @@ def write_text(path: Path, words: int = 3000, seed: int = 0) -> Path:
     return path
 
 
-def run_until(args: list[object], step: int, delay: float, number: int = signal.SIGKILL) -> int:
-    """Run heal_checkpoint and send it a signal `delay` seconds after it logged `step`; returns its exit code, as subprocess.
+def run_until(
+    args: list[object],
+    step: int | None = None,
+    delay: float = 0.0,
+    number: int = signal.SIGKILL,
+    *,
+    processes: int = 1,
+    env: Mapping[str, str] | None = None,
+) -> tuple[int, str]:
+    """Run heal_checkpoint and send it a signal `delay` seconds after it logged `step`; (exit code, standard output).
 
-    It has to be asked for `--logging_steps 1`. It is forked from this process, so that nothing is imported anew.
+    It has to be asked for `--logging_steps 1`. It is forked from this process, so that nothing is imported anew; of more
+    processes than one, each is told its place as torchrun tells it, all get the signal, and the first one's end counts.
     """
     reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reading)
-        os.dup2(writing, 1)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        _become_command("heal_checkpoint", tuple(args), PACKAGE, {})
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), **(env or {})} if processes > 1 else {}
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            os.dup2(writing, 1)
+            os.dup2(os.open(os.environ.get("HEAL_STDERR", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+            if processes > 1:
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            _become_command("heal_checkpoint", tuple(args), PACKAGE, env)
+        children.append(child)
     os.close(writing)
+    text = ""
     with os.fdopen(reading) as lines:
         for line in lines:
-            if line.startswith("step") and int(line.split()[1]) >= step:
+            text += line
+            if step is not None and line.startswith("step") and int(line.split()[1]) >= step:
                 time.sleep(delay)
-                os.kill(child, number)
-                break
-        lines.read()
-        status = os.waitpid(child, 0)[1]
-    return os.waitstatus_to_exitcode(status)
+                for child in children:
+                    os.kill(child, number)
+                step = None
+        statuses = [os.waitpid(child, 0)[1] for child in children]
+    return os.waitstatus_to_exitcode(statuses[0]), text
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def outcome(output_dir: Path) -> dict[str, object]:

@@ -51,7 +51,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(flags, heal, hea
     for name in ("a", "b"):
         out = tmp_path / name
         steps = sorted(moments.choices(range(6), k=2))
-        killed = [run_until([*flags, "--output_dir", out], step, moments.random() * 0.05) for step in steps]
+        killed = [run_until([*flags, "--output_dir", out], step, moments.random() * 0.05)[0] for step in steps]
         assert -signal.SIGKILL in killed
         assert not out.exists()
         result = heal(out)
@@ -62,7 +62,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(flags, heal, hea
 def test_asked_to_stop_a_run_saves_where_it_is_and_ends_with_the_same_bits(flags, heal, healed, tmp_path):
     out = tmp_path / "out"
     more = ["--output_dir", out, "--milestones", "2=early"]
-    assert run_until([*flags, *more], 3, 0, signal.SIGTERM) == 143
+    assert run_until([*flags, *more], 3, 0, signal.SIGTERM)[0] == 143
     states, _ = list_states(tmp_path / "out_resume")
     assert states[-1].steps in (4, 5)
     assert heal(out, *more).returncode == 0
