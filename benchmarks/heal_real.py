@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 MAMBA_LAYERS = (3, 6, 9, 12, 15, 18, 21, 24, 27)  # of SmolLM2's 30; the others are grafted
 SEQUENCES, TOKENS = 64, 256  # of a file of text
-FLAGS = "--method neighbours --teacher donor --hidden_weight 1 --block_size 256 --batch_size 4 --learning_rate 1e-3".split()
-FLAGS += "--eval_interval 40 --save_steps 40 --save_total_limit 1 --logging_steps 10 --device cpu".split()
+RUN = {"method": "neighbours", "teacher": "donor", "hidden_weight": 1, "block_size": 256, "batch_size": 4}
+RUN |= {"learning_rate": 1e-3, "eval_interval": 40, "save_steps": 40, "save_total_limit": 1, "device": "cpu"}
 
 
 def main() -> None:
@@ -43,7 +43,8 @@ def main() -> None:
     if not checkpoint.exists():
         layers = sorted(set(range(30)) - set(MAMBA_LAYERS))
         build_checkpoint(str(args.base), layers, args.llama_layers_dir, checkpoint, dtype=torch.float32)
-    sys.argv[1:] = ["--checkpoint", str(checkpoint), "--data", str(args.folder / "text"), *FLAGS]
+    sys.argv[1:] = ["--checkpoint", str(checkpoint), "--data", str(args.folder / "text")]
+    sys.argv += [str(part) for name, value in RUN.items() for part in (f"--{name}", value)]
     sys.argv += ["--output_dir", str(args.folder / "grafted_v2_healed"), "--max_steps", str(args.max_steps)]
     heal()
 
@@ -60,7 +61,9 @@ def write_text(donor: Path, path: Path, seed: int) -> None:
     start = torch.full((SEQUENCES, 1), model.config.bos_token_id)
     torch.manual_seed(seed)
     mask = torch.ones_like(start)
-    ids = model.generate(start, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+    ids = model.generate(
+        start, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=TOKENS, min_new_tokens=TOKENS
+    )
     texts = tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)
     write_file(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 

@@ -1,4 +1,4 @@
-"""Command: a grafted checkpoint and text -> a healed checkpoint, stopped and resumed anywhere (see training/heal.py)."""
+"""Command: a grafted checkpoint and text -> a healed one, stopped and resumed anywhere (see training/heal.py)."""
 
 import argparse
 from pathlib import Path
@@ -18,9 +18,9 @@ from model_preparation.training.settings import METHODS, PRECISIONS, SCHEDULES, 
 
 DESCRIPTION = """\
 Train a grafted checkpoint a little more, and write the result as a new checkpoint folder of the same format; the parent
-is only read. While it trains, complete states are kept in OUTPUT_DIR_resume/checkpoint-N: killed at any moment, the same
-command goes on, and on a CPU ends with the very bits it would have ended with. Under torchrun or accelerate launch
-(configs in scripts/accelerate/), several processes share the work.
+is only read. While it trains, complete states are kept in OUTPUT_DIR_resume/checkpoint-N: killed at any moment, the
+same command goes on, and on a CPU ends with the very bits it would have ended with. Under torchrun or accelerate
+launch (configs in scripts/accelerate/), several processes share the work.
 """
 
 EPILOG = """\
@@ -108,16 +108,20 @@ def _add_run_flags(parser: CommandParser) -> None:
         parser,
         "init_from",
         metavar="checkpoint|scratch|resume|PATH|NAME",
-        help="weights to begin with: the checkpoint's own, random ones, those of a state that must be there, or a file, "
-        "folder or model of tensors under the same names; what does not fit is listed",
+        help="weights to begin with: the checkpoint's own, random ones, those of a state that must be there, or a "
+        "file, folder or model of tensors under the same names; what does not fit is listed",
     )
-    _setting(parser, "exclude", nargs="+", metavar="PATTERN", help="tensors not to take from --init_from, such as lm_head")
+    _setting(
+        parser, "exclude", nargs="+", metavar="PATTERN", help="tensors not to take from --init_from, such as lm_head"
+    )
     _setting(parser, "seed", type=number(int, least=0), metavar="N", help="of data order, dropout and new weights")
     parser.add_argument("--description", default="", metavar="TEXT", help="free text for checkpoint_info.json")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in OUTPUT_DIR, and states with never")
     parser.add_argument("--clean_up", action="store_true", help="remove the states once the checkpoint is written")
     parser.add_argument(
-        "--merge_adapter", metavar="DIR", help="train nothing: merge this LoRA adapter into --checkpoint, and write that"
+        "--merge_adapter",
+        metavar="DIR",
+        help="train nothing: merge this LoRA adapter into --checkpoint, and write that",
     )
 
 
@@ -137,8 +141,12 @@ def _add_training_flags(parser: CommandParser) -> None:
     _setting(parser, "schedule", choices=SCHEDULES, help="of the learning rate after its rise")
     _setting(parser, "warmup", type=fraction, metavar="X", help="fraction of the steps in which it rises")
     _setting(parser, "weight_decay", type=number(float, least=0), metavar="X", help="of AdamW")
-    _setting(parser, "max_grad_norm", type=number(float, least=0), metavar="X", help="longer gradients are cut; 0: none is")
-    _setting(parser, "precision", choices=PRECISIONS, help="of the forward pass; weights stay in float32 while they train")
+    _setting(
+        parser, "max_grad_norm", type=number(float, least=0), metavar="X", help="longer gradients are cut; 0: none is"
+    )
+    _setting(
+        parser, "precision", choices=PRECISIONS, help="of the forward pass; weights stay in float32 while they train"
+    )
     _setting(parser, "gradient_checkpointing", action="store_true", help="less memory, more time")
     _setting(parser, "compile", action="store_true", help="torch.compile the model")
     _setting(parser, "dropout", type=fraction, metavar="X", help="of attention weights in grafted layers")
@@ -156,8 +164,12 @@ def _add_objective_flags(parser: CommandParser) -> None:
         "model's folder or hub id",
     )
     _setting(parser, "temperature", type=number(float, above=0), metavar="X", help="of both distributions")
-    _setting(parser, "teacher_weight", type=number(float, least=0, most=1), metavar="X", help="the text's has the rest of 1")
-    _setting(parser, "hidden_weight", type=number(float, least=0), metavar="X", help="of the hidden states' squared error")
+    _setting(
+        parser, "teacher_weight", type=number(float, least=0, most=1), metavar="X", help="the text's has the rest of 1"
+    )
+    _setting(
+        parser, "hidden_weight", type=number(float, least=0), metavar="X", help="of the hidden states' squared error"
+    )
 
 
 def _add_look_flags(parser: CommandParser) -> None:
@@ -172,9 +184,13 @@ def _add_look_flags(parser: CommandParser) -> None:
         metavar="yes|no",
         help="save at every look and every --save_steps; no: only where the held-out loss improved",
     )
-    _setting(parser, "load_best", type=_yes_or_no, metavar="yes|no", help="end with the best weights, not the last ones")
+    _setting(
+        parser, "load_best", type=_yes_or_no, metavar="yes|no", help="end with the best weights, not the last ones"
+    )
     _setting(parser, "save_steps", type=positive, metavar="N", help="steps between two states")
-    _setting(parser, "save_total_limit", type=positive, metavar="N", help="states kept; the best and the newest always are")
+    _setting(
+        parser, "save_total_limit", type=positive, metavar="N", help="states kept; the best and the newest always are"
+    )
     parser.add_argument(
         "--milestones",
         nargs="+",
@@ -183,7 +199,9 @@ def _add_look_flags(parser: CommandParser) -> None:
         metavar="STEP[=NAME]",
         help="keep the state of these steps for good, under a name (default: milestone-STEP)",
     )
-    _setting(parser, "logging_steps", type=positive, metavar="N", help="steps between two lines of loss and learning rate")
+    _setting(
+        parser, "logging_steps", type=positive, metavar="N", help="steps between two lines of loss and learning rate"
+    )
     _setting(parser, "report_to", choices=TRACKERS, help="tracker that gets them too")
     parser.add_argument(
         "--prompt", dest="prompts", nargs="+", default=[_PROMPT], metavar="TEXT", help="written on before and after"

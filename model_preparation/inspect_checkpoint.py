@@ -15,20 +15,22 @@ examples:
 def main() -> None:
     """Parse the command line and print what is there."""
     parser = CommandParser(
-        description="List the tensors of a file or folder: name, dtype, shape, size, mean, standard deviation, least and\n"
-        "greatest number, BLAKE3. Files are mapped and read piece by piece, whatever their size, and no code is run: a\n"
-        "file that holds anything but tensors and plain values (or a model.pt of ours) is refused.",
+        description="List the tensors of a file or folder: name, dtype, shape, size, mean, standard deviation, range, BLAKE3.\n"
+        "Files are mapped and read piece by piece, whatever their size, and no code is run: one that\n"
+        "holds anything but tensors and plain values (or a model.pt of ours) is refused.",
         epilog=EXAMPLES,
     )
     parser.add_argument(
         "path",
         metavar="PATH",
         type=Path,
-        help="a .safetensors, .pt, .pth or .bin file; a checkpoint, a state, extracted layers, an adapter, a model's folder",
+        help="a .safetensors, .pt, .pth or .bin file; the folder of a checkpoint, a state, layers, an adapter, a model",
     )
     parser.add_argument("--keys", default="*", metavar="PATTERN", help='only these names, such as "*.mlp.*" or lm_head')
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--diff", metavar="OTHER", type=Path, help="print which tensors differ from those in OTHER, and how")
+    what.add_argument(
+        "--diff", metavar="OTHER", type=Path, help="print which tensors differ from those in OTHER, and how"
+    )
     what.add_argument("--json", action="store_true", help="one JSON object per tensor, digests in full")
     args = parser.parse_args()
 

@@ -34,7 +34,8 @@ def describe(path: Path, pattern: str = "*", *, as_json: bool = False) -> Iterat
             continue
         numbers = f"mean {found.mean:+.3e}  std {found.std:.3e}  min {found.least:+.3e}  max {found.most:+.3e}"
         odd = f"  NOT FINITE: {found.not_finite}" if found.not_finite else ""
-        yield f"{name:<{width}}  {_kind(place)}  {decimal(place.size_bytes)}  {numbers}  {found.blake3[:_SHOWN_DIGITS]}{odd}"
+        size = decimal(place.size_bytes)
+        yield f"{name:<{width}}  {_kind(place)}  {size}  {numbers}  {found.blake3[:_SHOWN_DIGITS]}{odd}"
     for name, value in contents.values.items():
         yield json.dumps({"name": name, "value": repr(value)}) if as_json else f"{name} = {value!r:.100}"
     if not as_json:
@@ -61,7 +62,9 @@ def compare(path: Path, other: Path, pattern: str = "*") -> Iterator[str]:
             continue
         else:
             change = difference_of(ours[name], theirs[name])
-            kinds = "" if ours[name].dtype == theirs[name].dtype else f", {ours[name].dtype} against {theirs[name].dtype}"
+            kinds = (
+                "" if ours[name].dtype == theirs[name].dtype else f", {ours[name].dtype} against {theirs[name].dtype}"
+            )
             yield f"{name}  differs: at most {change.largest:.3e}, relative {change.relative:.3e}{kinds}"
         differing += 1
     yield f"{equal} tensors are the same in {path} and {other}, {differing} are not"

@@ -108,8 +108,8 @@ def readme_text(info: dict[str, Any]) -> str:
         healing = info["healing"]
         title += ", healed"
         summary.append(
-            f"Healed from {info['parent']['id']} by method {healing['method']}, {healing['steps']} steps; held-out loss "
-            f"{_loss(healing['scores']['before'])} before, {_loss(healing['scores']['after'])} after."
+            f"Healed from {info['parent']['id']} by method {healing['method']}, {healing['steps']} steps; "
+            f"held-out loss {_loss(healing['scores']['before'])} before, {_loss(healing['scores']['after'])} after."
         )
     if info["description"]:
         summary.insert(0, info["description"])

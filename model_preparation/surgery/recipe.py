@@ -53,8 +53,8 @@ def rebuild(
     info = read_recipe(recipe)
     if "healing" in info:
         raise SurgeryError(
-            f"{recipe} is of a checkpoint that was healed, whose weights no recipe gives. Copy the checkpoint itself, or "
-            f"rebuild the one it was healed from, {info.get('parent', {}).get('id', 'its parent')}, and heal that."
+            f"{recipe} is of a checkpoint that was healed, whose weights no recipe gives. Copy the checkpoint itself, "
+            f"or rebuild the one it was healed from, {info.get('parent', {}).get('id', 'its parent')}, and heal that."
         )
     differing: list[str] = []
     try:

@@ -33,7 +33,7 @@ def add_lora(model: LlambaForCausalLM, settings: HealSettings) -> PeftModel:
     """The model with a new adapter on every linear layer but the head; nothing else is trained."""
     config = LoraConfig(
         r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # it takes fractions too
         lora_dropout=settings.lora_dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",

@@ -1,8 +1,8 @@
 """Healing: a grafted checkpoint trained a little more, into a new checkpoint of the same format.
 
-In: a checkpoint's folder, text, settings. Out: another checkpoint's folder, which says what it was healed from, on what,
-how, and the scores before and after; beside it, while and after it is made, a folder of states from which the run goes
-on wherever it was stopped. The parent is only read.
+In: a checkpoint's folder, text, settings. Out: another checkpoint's folder, which says what it was healed from, on
+what, how, and the scores before and after; beside it, while and after it is made, a folder of states from which the run
+goes on wherever it was stopped. The parent is only read.
 """
 
 import importlib.util
@@ -275,7 +275,7 @@ def _settings_and_identity(
         except TypeError as error:
             raise SurgeryError(f"{error}. Look at HealSettings for what there is.") from error
         run_id = uuid.uuid4().hex[:8]
-        identity = {"parent": described, "started_world_size": world_size, "run_id": run_id}
+        identity: dict[str, Any] = {"parent": described, "started_world_size": world_size, "run_id": run_id}
         return settings, identity | {"model_args": parent_info["config"]}
     names = ("parent", "data", "model_args", "run_id", "started_world_size", "texts")
     identity = {name: state.info[name] for name in names}
@@ -482,8 +482,8 @@ def _train(trainer: HealTrainer, states: Path) -> None:
         newest = list_states(states)[0][-1:]
         kept = f"{newest[0].folder} is complete: the same command goes on from there" if newest else "Start again"
         raise SurgeryError(
-            f"The state of step {trainer.state.global_step} could not be written ({error.strerror or error}). Make room. "
-            f"{kept}."
+            f"The state of step {trainer.state.global_step} could not be written ({error.strerror or error}). "
+            f"Make room. {kept}."
         ) from error
 
 

@@ -41,7 +41,7 @@ class Sequences(Dataset):
 
     def digest(self) -> str:
         """BLAKE3 of the tokens, in hex."""
-        return blake3(memoryview(np.ascontiguousarray(self.tokens)).cast("B")).hexdigest()
+        return blake3(self.tokens.tobytes()).hexdigest()
 
 
 class Shuffled(Dataset):

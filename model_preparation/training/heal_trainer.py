@@ -1,9 +1,10 @@
 """transformers' Trainer for healing: exact states, data by position, the losses of healing.
 
 In: a model with its trainable weights chosen, sequences, and perhaps a state to go on from. Out: the trained model, and
-states on the disk. What is different from the Trainer's own ways: a state is staged, digested and renamed into place; it
-holds tensors and plain values only; it keeps the part of the loss that was not logged yet; and the data depend on the
-number of sequences seen, not on that of processes.
+states on the disk. What is different from the Trainer's own ways: a state is staged, digested and renamed into place;
+it holds tensors and plain values only; it keeps the part of the loss that was not logged yet; and the data depend on
+the number of sequences seen, not on that of processes. Shards (FSDP) are torch.distributed.checkpoint's own files,
+which hold pickles: go on only from sharded states that you trust.
 """
 
 import contextlib
@@ -163,8 +164,8 @@ class HealTrainer(Trainer):
         """The Trainer's, with the epoch of the data instead of that of the run."""
         if not math.isfinite(logs.get("loss", 0.0)):
             raise SurgeryError(
-                f"The loss is {logs['loss']} at step {self.state.global_step}. Use a smaller --learning_rate, and start "
-                "anew or from an earlier state."
+                f"The loss is {logs['loss']} at step {self.state.global_step}. Use a smaller --learning_rate, and "
+                "start anew or from an earlier state."
             )
         self.state.epoch = self.passes
         super().log(logs, start_time)
@@ -249,7 +250,7 @@ class HealTrainer(Trainer):
         kind, keys, *rest = np.random.get_state()
         states = {
             "python": random.getstate(),
-            "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+            "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
             "cpu": torch.get_rng_state(),
         }
         if torch.cuda.is_available():
@@ -308,7 +309,7 @@ class HealTrainer(Trainer):
         self._set_learning_rate()
 
     def _set_learning_rate(self) -> None:
-        """Put the schedule to the step that the run is at, as it counts now; where nothing changed, that changes nothing."""
+        """Put the schedule to the step that the run is at, as it counts now; mostly, it is there already."""
         scheduler, step = self.lr_scheduler, self._first_step
         rates = [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
         scheduler.last_epoch, scheduler._step_count, scheduler._last_lr = step, step + 1, rates

@@ -1,8 +1,8 @@
 """The states from which a run goes on: `checkpoint-N` folders, each complete or not there.
 
-In: the folder of a run's states. Out: which are complete, in the order of the data seen; which are not, by name; a place
-to write the next one; fewer of them. A state's `resume_state.json` is written last and holds every other file's digest:
-a folder without it is no state (transformers#35525 is what happens where there is no such mark).
+In: the folder of a run's states. Out: which are complete, in the order of the data seen; which are not, by name; a
+place to write the next one; fewer of them. A state's `resume_state.json` is written last and holds every other file's
+digest: a folder without it is no state (transformers#35525 is what happens where there is no such mark).
 """
 
 import json
@@ -180,7 +180,7 @@ def set_aside_after(folder: Path, state: ResumeState) -> list[str]:
 
 
 def copy_state(source: Path, target: Path) -> None:
-    """Make `target`, an empty folder, hold what `source` holds, without taking its room twice where that is possible."""
+    """Make `target`, an empty folder, hold what `source` holds, in no room of its own where that is possible."""
     for path in sorted(source.rglob("*")):
         place = target / path.relative_to(source)
         if path.is_dir():

@@ -27,7 +27,7 @@ def trained_layers(config: LlambaConfig, method: str) -> list[int]:
 
 
 def freeze_others(model: LlambaForCausalLM, method: str) -> None:
-    """Let the weights that `method` trains have gradients, and no others: with "full" all, else those of layers only."""
+    """Let the weights that `method` trains have gradients: with "full" all, else those of layers only."""
     prefixes = tuple(f"backbone.layers.{index}." for index in trained_layers(model.config, method))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(method == "full" or name.startswith(prefixes))

@@ -93,7 +93,9 @@ class TensorChecks:
                 self._found.fault(name, f"has shape {list(digest.shape)}, and the config asks for {wanted}")
             if str(digest.dtype) != f"torch.{self._info.get('dtype')}":
                 self._found.fault(name, f"is {digest.dtype}, and {INFO} says {self._info.get('dtype')}")
-            origins = {"donor" if name.startswith(replaced) else "base"} | ({HEALED} if "healing" in self._info else set())
+            origins = {"donor" if name.startswith(replaced) else "base"} | (
+                {HEALED} if "healing" in self._info else set()
+            )
             if digest.origin not in origins:
                 self._found.fault(name, f"is the {digest.origin}'s, and the config says otherwise")
         if count := sum(digest.origin == HEALED for digest in self._wanted.values()):

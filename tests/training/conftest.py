@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib.backends.backend_agg  # noqa: F401  (so is this)
+import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
 import pytest
 
@@ -13,8 +13,9 @@ from model_preparation.training import heal as _imported_before_forks  # noqa: F
 from tests.conftest import run_command
 from tests.training.cutting import write_text
 
-FLAGS = "--max_steps 6 --batch_size 2 --block_size 16 --accumulation 2 --dropout 0.1 --lora_dropout 0.1".split()
-FLAGS += "--learning_rate 1e-2 --logging_steps 1 --save_steps 2 --eval_interval 3 --device cpu".split()
+# Of a short run that shuffles, drops out and accumulates.
+RUN = {"max_steps": 6, "batch_size": 2, "block_size": 16, "accumulation": 2, "dropout": 0.1, "lora_dropout": 0.1}
+RUN |= {"learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "eval_interval": 3, "device": "cpu"}
 
 gc.freeze()  # accelerate collects garbage at every start; what is imported is none, and forks would copy it
 
@@ -28,8 +29,9 @@ def text_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def flags(checkpoint_dir, text_file) -> list[object]:
-    """Of a run of 6 steps that shuffles, drops out and accumulates; whatever is added later counts."""
-    return ["--checkpoint", checkpoint_dir, "--data", text_file, *FLAGS]
+    """Those of RUN, of the tiny checkpoint; whatever is added later counts."""
+    given = {"checkpoint": checkpoint_dir, "data": text_file, **RUN}
+    return [part for name, value in given.items() for part in (f"--{name}", value)]
 
 
 @pytest.fixture(scope="session")

@@ -17,12 +17,12 @@ import torch
 from model_preparation.training.resume_state import list_states
 from tests.conftest import PACKAGE, _become_command
 
-_WORDS = "the cat sat on a mat and a dog ran far away from home in the rain while birds sang of better days".split()
+_TEXT = "the cat sat on a mat and a dog ran far away from home in the rain while birds sang of better days"
 
 
 def write_text(path: Path, words: int = 3000, seed: int = 0) -> Path:
     """A text of common words in an order drawn from the seed."""
-    path.write_text(" ".join(random.Random(seed).choices(_WORDS, k=words)))
+    path.write_text(" ".join(random.Random(seed).choices(_TEXT.split(), k=words)))
     return path
 
 
@@ -35,10 +35,11 @@ def run_until(
     processes: int = 1,
     env: Mapping[str, str] | None = None,
 ) -> tuple[int, str]:
-    """Run heal_checkpoint and send it a signal `delay` seconds after it logged `step`; (exit code, standard output).
+    """Run heal_checkpoint and signal it `delay` seconds after it logged `step`; (exit code, standard output).
 
-    It has to be asked for `--logging_steps 1`. It is forked from this process, so that nothing is imported anew; of more
-    processes than one, each is told its place as torchrun tells it, all get the signal, and the first one's end counts.
+    It has to be asked for `--logging_steps 1`. It is forked from this process, so that nothing is imported anew; of
+    more processes than one, each is told its place as torchrun tells it, all get the signal, and the first one's end
+    counts.
     """
     reading, writing = os.pipe()
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), **(env or {})} if processes > 1 else {}
@@ -48,7 +49,7 @@ def run_until(
         if child == 0:
             os.close(reading)
             os.dup2(writing, 1)
-            os.dup2(os.open(os.environ.get("HEAL_STDERR", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             if processes > 1:
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             _become_command("heal_checkpoint", tuple(args), PACKAGE, env)

@@ -85,7 +85,9 @@ def test_merging_into_another_checkpoint_adds_scaled_b_times_a(lora, base_dir, l
     tensors = load_file(lora / "adapter" / "adapter_model.safetensors")
     scale = json.loads((lora / "adapter" / "adapter_config.json").read_text())["lora_alpha"] / 4
     place = "backbone.layers.0.mixer.in_proj"
-    change = scale * tensors[f"base_model.model.{place}.lora_B.weight"] @ tensors[f"base_model.model.{place}.lora_A.weight"]
+    change = (
+        scale * tensors[f"base_model.model.{place}.lora_B.weight"] @ tensors[f"base_model.model.{place}.lora_A.weight"]
+    )
     merged = torch.load(tmp_path / "merged" / "model_state_dict.pt")
     torch.testing.assert_close(merged[f"{place}.weight"], weights[f"{place}.weight"] + change)
     assert torch.equal(merged["lm_head.weight"], weights["lm_head.weight"])
@@ -95,7 +97,10 @@ def test_merging_into_another_checkpoint_adds_scaled_b_times_a(lora, base_dir, l
 def test_training_goes_on_from_an_adapter(heal, lora, tmp_path):
     result = heal(tmp_path / "out", *LORA, "--init_from", lora / "adapter", "--max_steps", 1)
     assert result.returncode == 0, result.stderr
-    scores = [json.loads((folder / "checkpoint_info.json").read_text())["healing"]["scores"] for folder in (lora, tmp_path / "out")]
+    scores = [
+        json.loads((folder / "checkpoint_info.json").read_text())["healing"]["scores"]
+        for folder in (lora, tmp_path / "out")
+    ]
     assert scores[1]["before"]["eval_loss"] == pytest.approx(scores[0]["after"]["eval_loss"], abs=1e-5)
     refused = heal(tmp_path / "full", "--init_from", lora / "adapter")
     assert_refused(refused, "is an adapter", "--merge_adapter")

@@ -158,7 +158,9 @@ def test_half_precision_halves_the_files_and_training_stays_in_float32(heal, hea
     assert verify_checkpoint(tmp_path / "out") == []
     half = torch.load(tmp_path / "out" / "model_state_dict.pt")
     full = torch.load(healed / "model_state_dict.pt")
-    assert all(torch.equal(half[name], tensor.half()) and half[name].device.type == "cpu" for name, tensor in full.items())
+    assert all(
+        torch.equal(half[name], tensor.half()) and half[name].device.type == "cpu" for name, tensor in full.items()
+    )
 
 
 def test_bfloat16_checkpointing_and_a_teacher_together(heal, donor_dir, checkpoint_dir, tmp_path):
@@ -174,10 +176,25 @@ def test_bfloat16_checkpointing_and_a_teacher_together(heal, donor_dir, checkpoi
 
 def test_the_best_weights_are_written_and_always_save_no_keeps_only_improvements(heal, held_out, tmp_path):
     # A learning rate that wrecks the model after its first steps.
-    more = ("--always_save", "no", "--learning_rate", 1.5, "--schedule", "constant", "--warmup", 1, "--eval_interval", 1)
+    more = (
+        "--always_save",
+        "no",
+        "--learning_rate",
+        1.5,
+        "--schedule",
+        "constant",
+        "--warmup",
+        1,
+        "--eval_interval",
+        1,
+    )
     result = heal(tmp_path / "out", *more, "--max_grad_norm", 0, "--save_total_limit", 9)
     assert result.returncode == 0, result.stderr
-    looks = {entry["step"]: entry["eval_loss"] for entry in log_of(tmp_path / "out") if "eval_loss" in entry and entry["step"]}
+    looks = {
+        entry["step"]: entry["eval_loss"]
+        for entry in log_of(tmp_path / "out")
+        if "eval_loss" in entry and entry["step"]
+    }
     best = min(looks, key=looks.get)
     assert best != max(looks)
     improved = [step for step in looks if all(looks[step] < looks[before] for before in looks if before < step)]
