@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from model_preparation.surgery.checkpoint import build_checkpoint
     from model_preparation.surgery.checkpoint_loading import load_checkpoint
     from model_preparation.surgery.layer_store import extract_layers
+    from model_preparation.training.heal import heal_checkpoint
     from model_preparation.verification.verify import verify_checkpoint
 
 _MODULE_OF = {
@@ -31,6 +32,7 @@ _MODULE_OF = {
     "compare_evaluations": "model_preparation.comparison.compare",
     "evaluate_checkpoint": "model_preparation.evaluation.evaluate",
     "extract_layers": "model_preparation.surgery.layer_store",
+    "heal_checkpoint": "model_preparation.training.heal",
     "load_checkpoint": "model_preparation.surgery.checkpoint_loading",
     "verify_checkpoint": "model_preparation.verification.verify",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "compare_evaluations",
     "evaluate_checkpoint",
     "extract_layers",
+    "heal_checkpoint",
     "load_checkpoint",
     "verify_checkpoint",
 ]

@@ -15,9 +15,9 @@ examples:
 def main() -> None:
     """Parse the command line and print what is there."""
     parser = CommandParser(
-        description="List the tensors of a file or folder: name, dtype, shape, size, mean, standard deviation, range, BLAKE3.\n"
-        "Files are mapped and read piece by piece, whatever their size, and no code is run: one that\n"
-        "holds anything but tensors and plain values (or a model.pt of ours) is refused.",
+        description="List the tensors of a file or folder: name, dtype, shape, size, mean, deviation, range, BLAKE3.\n"
+        "Files are mapped and read piece by piece, whatever their size, and no code is run: one that holds anything\n"
+        "but tensors and plain values (or a model.pt of ours) is refused.",
         epilog=EXAMPLES,
     )
     parser.add_argument(

@@ -274,7 +274,7 @@ def _settings_and_identity(
             settings = HealSettings(**given)
         except TypeError as error:
             raise SurgeryError(f"{error}. Look at HealSettings for what there is.") from error
-        run_id = uuid.uuid4().hex[:8]
+        run_id = uuid.uuid4().hex[:21]  # as long as SwanLab wants it
         identity: dict[str, Any] = {"parent": described, "started_world_size": world_size, "run_id": run_id}
         return settings, identity | {"model_args": parent_info["config"]}
     names = ("parent", "data", "model_args", "run_id", "started_world_size", "texts")
@@ -417,8 +417,9 @@ def _arguments(
 
     if settings.precision == "float16" and device == "cpu":
         raise SurgeryError("float16 needs a GPU. Use --precision bfloat16 or float32 on the CPU.")
-    os.environ.setdefault("WANDB_RUN_ID", identity["run_id"])
-    os.environ.setdefault("WANDB_RESUME", "allow")
+    for tracker in ("WANDB", "SWANLAB"):  # trackio goes by the run's name
+        os.environ.setdefault(f"{tracker}_RUN_ID", identity["run_id"])
+        os.environ.setdefault(f"{tracker}_RESUME", "allow")
     max_steps = here(settings.max_steps)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pinned memory and the like, on the CPU

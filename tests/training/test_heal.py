@@ -1,5 +1,6 @@
 """heal_checkpoint.py: what it makes, and of what."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -239,6 +240,19 @@ def test_weights_with_code_in_them_are_refused_by_name(heal, tmp_path):
     result = heal(tmp_path / "out", "--init_from", tmp_path / "weights.pth")
     assert_refused(result, str(tmp_path / "weights.pth"), "builtins.print")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(heal, tmp_path):
+    result = heal(tmp_path / "out", "--learning_rate", 1e25, "--max_grad_norm", 0, "--eval_interval", 0)
+    assert_refused(result, "The loss is nan at step", "smaller --learning_rate")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_named(heal, tmp_path):
+    missing = [name for name in ("trackio", "wandb", "swanlab") if importlib.util.find_spec(name) is None]
+    if not missing:
+        pytest.skip("all are installed")
+    assert_refused(heal(tmp_path / "out", "--report_to", missing[0]), f"pip install {missing[0]}")
 
 
 def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, tmp_path):

@@ -88,7 +88,7 @@ def test_a_state_has_everything_in_it(healed):
     assert state.info["world_size"] == 1
     assert state.info["settings"]["accumulation"] == 2
     assert state.info["model_args"]["llama_layers"] == [1, 3]
-    assert len(state.info["run_id"]) == 8
+    assert len(state.info["run_id"]) == 21
     assert state.info["epoch"] == 24 / state.info["data"]["sequences"]
 
 
