@@ -168,7 +168,11 @@ def _add_objective_flags(parser: CommandParser) -> None:
         parser, "teacher_weight", type=number(float, least=0, most=1), metavar="X", help="the text's has the rest of 1"
     )
     _setting(
-        parser, "hidden_weight", type=number(float, least=0), metavar="X", help="of the hidden states' squared error"
+        parser,
+        "hidden_weight",
+        type=number(float, least=0),
+        metavar="X",
+        help="of the hidden states' relative squared error",
     )
 
 

@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation import generate_text
 from model_preparation.evaluation.other_models import find_others, load_other
-from model_preparation.files.new_folder import check_target, remove_abandoned
+from model_preparation.files.new_folder import check_space, check_target, remove_abandoned
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.surgery.checkpoint_info import INFO, read_info
@@ -49,6 +49,7 @@ from model_preparation.training.healed_folder import (
 from model_preparation.training.loss_curve import plot_losses
 from model_preparation.training.objective import Distillation, check_teacher
 from model_preparation.training.resume_state import (
+    PREFIX,
     ResumeState,
     check_state,
     list_states,
@@ -70,7 +71,7 @@ def heal_checkpoint(
     data: str,
     output_dir: str | Path,
     *,
-    resume: str = "auto",
+    resume: str | bool = "auto",
     resume_dir: str | Path | None = None,
     device: str = "cpu",
     dtype: torch.dtype | None = None,
@@ -88,8 +89,8 @@ def heal_checkpoint(
         checkpoint: a folder written by `build_checkpoint`, or by this.
         data: text; see `heal_data.load_sequences`.
         output_dir: the new checkpoint's folder; it appears whole or not at all.
-        resume: "auto" to go on from the newest complete state if there is one, "never" to start anew, or the folder of
-            a state.
+        resume: "auto" or True to go on from the newest complete state if there is one, "never" or False to start anew,
+            or the folder of a state.
         resume_dir: of the states; by default `output_dir` with `_resume` after it.
         device: where to train, where no launcher has decided that.
         dtype: of the new checkpoint; by default its parent's. Training has its weights in float32.
@@ -107,6 +108,8 @@ def heal_checkpoint(
     """
     parent, output_dir = Path(checkpoint).expanduser(), Path(output_dir).expanduser()
     states = Path(resume_dir).expanduser() if resume_dir else output_dir.with_name(f"{output_dir.name}_resume")
+    if isinstance(resume, bool):
+        resume = "auto" if resume else "never"
     parent_info = read_info(parent)
     processes = PartialState(cpu=device == "cpu")
     say = print if processes.is_main_process else _say_nothing
@@ -143,6 +146,8 @@ def heal_checkpoint(
         callbacks=[Console(), stopper],
     )
     trainer.remove_callback(PrinterCallback)
+    if processes.is_main_process:
+        _check_room(trainer, states, output_dir, dtype or getattr(torch, parent_info["dtype"]))
     say(_describe(trainer, settings, train, held_out))
     _train(trainer, states)
     if stopper.received is not None and trainer.state.global_step < args.max_steps:
@@ -469,6 +474,15 @@ def _check_tracker(settings: HealSettings) -> None:
 
 
 # --- The run, and what comes of it ------------------------------------------------------------------------------------
+
+
+def _check_room(trainer: HealTrainer, states: Path, output_dir: Path, dtype: torch.dtype) -> None:
+    """Raise SurgeryError if one state, or the checkpoint, is too large for the disk it will be on."""
+    count = sum(p.numel() for p in trainer.model.parameters())
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    weights = trained if trainer.is_lora else count
+    check_space(states / PREFIX, 4 * (weights + 2 * trained))  # float32, and AdamW's two moments
+    check_space(output_dir, 2 * count * dtype.itemsize)
 
 
 def _train(trainer: HealTrainer, states: Path) -> None:

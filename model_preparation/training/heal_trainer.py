@@ -107,6 +107,11 @@ class HealTrainer(Trainer):
             self.loss_is_scaled_for_ga = False  # a mean per batch; all batches are of one size
 
     @property
+    def is_lora(self) -> bool:
+        """Whether an adapter is all that is trained, and all that a state holds of the weights."""
+        return isinstance(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), PeftModel)
+
+    @property
     def sequences_seen(self) -> int:
         """By all processes together, since the run was started first."""
         return self.state.global_step * self._per_step + self._offset
@@ -233,7 +238,7 @@ class HealTrainer(Trainer):
         if not self.args.should_save or self.is_fsdp_enabled:  # shards are written beside the optimizer's
             return
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if isinstance(model, PeftModel):
+        if self.is_lora:
             write_adapter(adapter_of(model), Path(output_dir))
         else:
             save_model(model, str(Path(output_dir, _WEIGHTS)), metadata={"format": "pt"})
@@ -292,7 +297,7 @@ class HealTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         bare = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if isinstance(bare, PeftModel):
+        if self.is_lora:
             load_adapter_weights(bare, folder)
         else:
             load_model(bare, folder / _WEIGHTS, strict=True)

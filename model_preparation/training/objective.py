@@ -34,7 +34,8 @@ class Distillation:
     def loss(self, student: CausalLMOutputWithPast, input_ids: Tensor) -> Tensor:
         """Mean over all positions that have a next token.
 
-        w T^2 KL(teacher || student) + (1 - w) cross-entropy + h MSE(hidden states), w, T and h from the settings.
+        w T^2 KL(teacher || student) + (1 - w) cross-entropy + h MSE(hidden states), w, T and h from the settings; the
+        last is a mean over layers, each relative to its teacher's mean square, which grows a thousandfold with depth.
 
         Args:
             student: its logits (batch, length, vocab), and hidden states if wanted.
@@ -61,7 +62,7 @@ class Distillation:
             loss = loss + (1 - settings.teacher_weight) * cross_entropy(logits, input_ids[:, 1:].flatten())
         if self.wants_hidden_states:
             pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)  # [0] are the embeddings
-            terms = [mse_loss(ours.float(), theirs.float()) for ours, theirs in pairs]
+            terms = [mse_loss(ours.float(), theirs.float()) / theirs.float().square().mean() for ours, theirs in pairs]
             loss = loss + settings.hidden_weight * torch.stack(terms).mean()
         return loss
 

@@ -40,7 +40,7 @@ class HealSettings:
         teacher: a model whose next-token distributions are the target; None for the text itself.
         temperature: of the two distributions.
         teacher_weight: of the teacher's term in the loss; the text's term has the rest of 1.
-        hidden_weight: of the mean squared difference of the hidden states, added to that.
+        hidden_weight: of the squared difference of the hidden states relative to the teacher's, added to that.
         eval_interval: steps between two looks at the held-out loss; 0 for none.
         eval_fraction: of the sequences, held out where no `eval_data` is given.
         always_save: save at every look and every `save_steps`; else only where the held-out loss improved.
