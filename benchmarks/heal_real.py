@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 MAMBA_LAYERS = (3, 6, 9, 12, 15, 18, 21, 24, 27)  # of SmolLM2's 30; the others are grafted
 SEQUENCES, TOKENS = 64, 256  # of a file of text
-RUN = {"method": "neighbours", "teacher": "donor", "hidden_weight": 1, "block_size": 128, "batch_size": 4}
-RUN |= {"learning_rate": 6e-4, "warmup": 0.1, "eval_interval": 15, "eval_fraction": 0.03, "save_total_limit": 1}
+RUN = {"method": "neighbours", "teacher": "donor", "block_size": 128, "batch_size": 4}
+RUN |= {"learning_rate": 1e-4, "warmup": 0.1, "eval_interval": 20, "eval_fraction": 0.03, "save_total_limit": 1}
 RUN |= {"logging_steps": 2, "device": "cpu"}
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     for name in ("--donor", "--base", "--llama_layers_dir", "--folder"):
         parser.add_argument(name, type=Path, required=True, metavar="DIR")
     parser.add_argument("--files", type=int, default=3, metavar="N", help="of text, 16,384 tokens each (default: 3)")
-    parser.add_argument("--max_steps", type=int, default=30, metavar="N", help="of healing; 0: only write text")
+    parser.add_argument("--max_steps", type=int, default=60, metavar="N", help="of healing; 0: only write text")
     args = parser.parse_args()
 
     import torch
