@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from model_preparation.surgery.checkpoint_loading import load_checkpoint
     from model_preparation.surgery.layer_store import extract_layers
     from model_preparation.training.distill import distill_llamba_base
+    from model_preparation.training.heal import heal_checkpoint
     from model_preparation.verification.verify import verify_checkpoint
 
 _MODULE_OF = {
@@ -33,6 +34,7 @@ _MODULE_OF = {
     "distill_llamba_base": "model_preparation.training.distill",
     "evaluate_checkpoint": "model_preparation.evaluation.evaluate",
     "extract_layers": "model_preparation.surgery.layer_store",
+    "heal_checkpoint": "model_preparation.training.heal",
     "load_checkpoint": "model_preparation.surgery.checkpoint_loading",
     "verify_checkpoint": "model_preparation.verification.verify",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "distill_llamba_base",
     "evaluate_checkpoint",
     "extract_layers",
+    "heal_checkpoint",
     "load_checkpoint",
     "verify_checkpoint",
 ]

@@ -162,6 +162,8 @@ def _recipe(info: Mapping[str, Any]) -> str:
         if key in entry
     ]
     digests += [(f"donor, layer {index}", f"SHA-256 {_code(digest)}") for index, digest in donor["layers"].items()]
+    if "healing" in info:
+        return "\n\n".join([_table(("", ""), rows + _healing_rows(info)), _table(("file", "digest"), digests)])
     where = f" --base {_spec(base)}" if base["hub"] == "local" else ""
     return "\n\n".join(
         [
@@ -177,6 +179,16 @@ def _recipe(info: Mapping[str, Any]) -> str:
             "```",
         ]
     )
+
+
+def _healing_rows(info: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """How a checkpoint was trained after the graft; no recipe gives its weights."""
+    healing = info["healing"]
+    rows = [("healed from", info["parent"]["id"]), ("method", healing["method"]), ("steps", f"{healing['steps']:,}")]
+    for when in ("before", "after"):
+        if (loss := healing["scores"][when]["eval_loss"]) is not None:
+            rows.append((f"held-out loss {when}, nats per token", f"{loss:.4f}"))
+    return rows
 
 
 def _scores(info: Mapping[str, Any]) -> str:

@@ -170,6 +170,10 @@ def verify_files(directory: Path, recorded: Mapping[str, dict]) -> None:
 def _select(info: dict[str, Any], what: str, directory: Path) -> tuple[dict[str, dict], str]:
     """The recorded files that are meant, and which format they are: "pt", "hf", "both" or "recipe"."""
     held = info.get("format", "pt")
+    if what == "recipe" and "healing" in info:
+        raise SurgeryError(
+            f"{directory} was healed, and no recipe gives its weights. Share the files: leave --what out."
+        )
     if what == "auto":
         what = held
     elif what in ("pt", "hf") and held not in (what, "both"):

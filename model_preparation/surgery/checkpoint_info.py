@@ -19,6 +19,7 @@ README = "README.txt"
 TENSOR_DIGESTS = "tensor_digests.json"
 TOKENIZER = "tokenizer"
 EVALUATIONS = "evaluations"  # results, which come later and are no part of what was built
+HEALED = "healed"  # the origin, in tensor_digests.json, of what neither base nor donor gave
 EVALUATIONS_ASIDE = ".of-weights-"  # in the names of those that are of weights the checkpoint had before
 
 _INFO_FIELDS = {"replaced_layers": list, "total_layers": int, "config": dict, "generation_config": dict, "files": dict}

@@ -104,6 +104,13 @@ def readme_text(info: dict[str, Any]) -> str:
         f"{info['num_replaced_layers']} of {info['total_layers']} layers are replaced; weights in {info['dtype']}. "
         "Scores are in checkpoint_info.json.",
     ]
+    if "healing" in info:
+        healing = info["healing"]
+        title += ", healed"
+        summary.append(
+            f"Healed from {info['parent']['id']} by method {healing['method']}, {healing['steps']} steps; "
+            f"held-out loss {_loss(healing['scores']['before'])} before, {_loss(healing['scores']['after'])} after."
+        )
     if info["description"]:
         summary.insert(0, info["description"])
     has_pt, has_hf = info["format"] != "hf", info["format"] != "pt"
@@ -124,3 +131,7 @@ def readme_text(info: dict[str, Any]) -> str:
         needs=_NEEDS if has_pt else _HF_NEEDS,
         ways="\n".join(f"{number}. {way}" for number, way in enumerate(ways, start=1)),
     )
+
+
+def _loss(scores: dict[str, Any]) -> str:
+    return "unknown" if scores["eval_loss"] is None else f"{scores['eval_loss']:.4f}"

@@ -51,6 +51,11 @@ def rebuild(
             files written differ from it for no such reason.
     """
     info = read_recipe(recipe)
+    if "healing" in info:
+        raise SurgeryError(
+            f"{recipe} is of a checkpoint that was healed, whose weights no recipe gives. Copy the checkpoint itself, "
+            f"or rebuild the one it was healed from, {info.get('parent', {}).get('id', 'its parent')}, and heal that."
+        )
     differing: list[str] = []
     try:
         donor, layers, dtype = info["replacement_source"], info["replaced_layers"], getattr(torch, info["dtype"])

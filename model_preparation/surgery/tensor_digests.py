@@ -38,7 +38,7 @@ class TensorDigest:
     dtype: DType
     shape: tuple[int, ...]
     blake3: str
-    origin: str  # "base" or "donor"
+    origin: str  # "base", "donor" or "healed"
     source_name: str
 
     @property
@@ -91,7 +91,7 @@ def module_ranges(path: Path, wanted: nn.Module) -> tuple[dict[str, TensorRange]
         module = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if type(module) is not LlambaForCausalLM:
             raise ValueError("it holds no LlambaForCausalLM")
-        tensors = dict(_tensors_of(module))
+        tensors = dict(tensors_of(module))
     except (SurgeryError, OSError):
         raise
     except Exception as error:  # what passes the checks may still make torch raise anything at all
@@ -112,7 +112,7 @@ def module_ranges(path: Path, wanted: nn.Module) -> tuple[dict[str, TensorRange]
     return {name: place for name, place in ranges.items() if name in kept}, len(found.globals)
 
 
-def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every parameter and buffer, without calling anything that came with the module."""
     waiting: list[tuple[str, object]] = [("", module)]
     seen = 0

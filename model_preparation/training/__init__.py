@@ -1,1 +1,1 @@
-"""Training: a Llama's layers distilled into the mixers of a Llamba."""
+"""Training: a base distilled from any Llama, and grafted checkpoints healed, both stopped and resumed anywhere."""

@@ -14,7 +14,7 @@ from model_preparation.command_line import default_folder
 from model_preparation.errors import SurgeryError
 from model_preparation.files.byte_progress import byte_progress
 from model_preparation.llamba.configuration_llamba import LlambaConfig
-from model_preparation.surgery.checkpoint_info import INFO, MODULE, STATE_DICT, TENSOR_DIGESTS, formats_of
+from model_preparation.surgery.checkpoint_info import HEALED, INFO, MODULE, STATE_DICT, TENSOR_DIGESTS, formats_of
 from model_preparation.surgery.graft import empty_model
 from model_preparation.surgery.layer_store import METADATA, LayerStore
 from model_preparation.surgery.tensor_digests import (
@@ -93,8 +93,13 @@ class TensorChecks:
                 self._found.fault(name, f"has shape {list(digest.shape)}, and the config asks for {wanted}")
             if str(digest.dtype) != f"torch.{self._info.get('dtype')}":
                 self._found.fault(name, f"is {digest.dtype}, and {INFO} says {self._info.get('dtype')}")
-            if digest.origin != ("donor" if name.startswith(replaced) else "base"):
+            origins = {"donor" if name.startswith(replaced) else "base"} | (
+                {HEALED} if "healing" in self._info else set()
+            )
+            if digest.origin not in origins:
                 self._found.fault(name, f"is the {digest.origin}'s, and the config says otherwise")
+        if count := sum(digest.origin == HEALED for digest in self._wanted.values()):
+            self._found.check("healed", f"{count} tensors are neither the base's nor the donor's: they were trained")
         if config.llama_layers != self._info["replaced_layers"]:
             self._found.fault(INFO, f"lists other layers than its config, {config.llama_layers}")
         self._found.check("config", f"{len(self._wanted)} names, shapes and dtypes")

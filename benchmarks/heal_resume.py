@@ -1,0 +1,66 @@
+"""Kills healing runs at random moments, lets each go on to its end, and compares it with one that nobody touched.
+
+Weights, optimizer, scheduler, random states and loss log have to be the same, bit by bit, with data order, dropout and
+gradient accumulation in play. Exit code 1 if anything ever differs.
+
+    python benchmarks/heal_resume.py --kills 50
+    python benchmarks/heal_resume.py --kills 50 --method lora
+"""
+
+import argparse
+import random
+import signal
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+STEPS = 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument("--method", default="full", help="of heal_checkpoint.py (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    args = parser.parse_args()
+
+    from model_preparation import build_checkpoint, extract_layers
+    from model_preparation.training import heal as _preloaded  # noqa: F401  (the runs are forked from here)
+    from tests.conftest import make_base, make_donor, run_command
+    from tests.training.cutting import outcome, run_until, write_text
+
+    moments = random.Random(args.seed)
+    kills: Counter[int] = Counter()
+    runs = differing = 0
+    with tempfile.TemporaryDirectory(prefix="heal-") as name:
+        folder = Path(name)
+        extract_layers(str(make_donor(folder / "donor")), folder / "layers")
+        build_checkpoint(str(make_base(folder / "base")), [1, 3], folder / "layers", folder / "checkpoint")
+        flags = ["--checkpoint", folder / "checkpoint", "--data", write_text(folder / "text.txt"), "--device", "cpu"]
+        flags += ["--method", args.method, "--max_steps", STEPS, "--block_size", 32, "--accumulation", 2]
+        flags += ["--dropout", 0.1, "--lora_dropout", 0.1, "--learning_rate", 1e-3, "--logging_steps", 1]
+        flags += ["--save_steps", 2, "--eval_interval", 5, "--overwrite"]
+        straight = run_command("heal_checkpoint", *flags, "--output_dir", folder / "straight")
+        if straight.returncode:
+            sys.exit(straight.stderr)
+        wanted = outcome(folder / "straight")
+        while kills.total() < args.kills:
+            output_dir = folder / f"cut_{runs}"
+            runs += 1
+            step = 0
+            while (step := moments.randint(step, STEPS + 2)) < STEPS and kills.total() < args.kills:
+                code = run_until([*flags, "--output_dir", output_dir], step, moments.random() * 0.1)[0]
+                kills[step] += code == -signal.SIGKILL
+            ended = run_command("heal_checkpoint", *flags, "--output_dir", output_dir)
+            same = ended.returncode == 0 and outcome(output_dir) == wanted
+            differing += not same
+            print(f"run {runs}: {kills.total()} kills so far, {'same bits' if same else 'DIFFERENT'}", flush=True)
+    print(f"{kills.total()} kills in {runs} runs, after steps {dict(sorted(kills.items()))}: {differing} runs differ")
+    sys.exit(1 if differing else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Command: a look inside a checkpoint, a state, layers, or any file of tensors (see inspection/)."""
+
+from pathlib import Path
+
+from model_preparation.command_line import CommandParser, run
+
+EXAMPLES = """\
+examples:
+  python inspect_checkpoint.py ../model_checkpoints/llamba_replaced_11_13_17_21 --keys "backbone.layers.13.*"
+  python inspect_checkpoint.py ../model_checkpoints/HEALED --diff ../model_checkpoints/PARENT
+  python inspect_checkpoint.py ../model_checkpoints/HEALED_resume/checkpoint-50/optimizer.pt
+"""
+
+
+def main() -> None:
+    """Parse the command line and print what is there."""
+    parser = CommandParser(
+        description="List the tensors of a file or folder: name, dtype, shape, size, mean, deviation, range, BLAKE3.\n"
+        "Files are mapped and read piece by piece, whatever their size, and no code is run: one that holds anything\n"
+        "but tensors and plain values (or a model.pt of ours) is refused.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        type=Path,
+        help="a .safetensors, .pt, .pth or .bin file; the folder of a checkpoint, a state, layers, an adapter, a model",
+    )
+    parser.add_argument("--keys", default="*", metavar="PATTERN", help='only these names, such as "*.mlp.*" or lm_head')
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--diff", metavar="OTHER", type=Path, help="print which tensors differ from those in OTHER, and how"
+    )
+    what.add_argument("--json", action="store_true", help="one JSON object per tensor, digests in full")
+    args = parser.parse_args()
+
+    from model_preparation.inspection.report import compare, describe
+
+    path = args.path.expanduser()
+    lines = describe(path, args.keys, as_json=args.json)
+    if args.diff is not None:
+        lines = compare(path, args.diff.expanduser(), args.keys)
+    for line in lines:
+        print(line)
+
+
+if __name__ == "__main__":
+    run(main)

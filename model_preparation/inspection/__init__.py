@@ -1,0 +1,1 @@
+"""A look inside files of tensors, without loading them and without running code."""

@@ -1,0 +1,79 @@
+"""What happens beside the training: a line per log on the console, and a state when the run is asked to stop."""
+
+import signal
+import sys
+from collections.abc import Mapping
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "grad_norm": "grad {:.2f}",
+    "eval_loss": "held-out loss {:.4f}",
+}
+
+
+class Console(ProgressCallback):
+    """transformers' progress bar, where stderr is a terminal; loss and learning rate as lines on stdout."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if sys.stderr.isatty():
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if sys.stderr.isatty():
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
+    def on_log(self, args, state, control, logs: Mapping[str, float] | None = None, **kwargs):
+        parts = [form.format(logs[name]) for name, form in _SHOWN.items() if logs and name in logs]
+        if not state.is_world_process_zero or not parts:
+            return
+        line = f"step {state.global_step:>{len(str(state.max_steps))}} of {state.max_steps}   {'   '.join(parts)}"
+        if self.training_bar is not None:
+            self.training_bar.clear()
+        print(line, flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+
+class SaveWhenStopped(TrainerCallback):
+    """Ctrl-C or SIGTERM ends the training after the step it is at, with a state; a second one ends it at once.
+
+    Attributes:
+        received: the signal's number, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, object] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._remember)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # all have to stop after the same step
+            told = torch.tensor([self.received or 0], device=args.device)
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+            self.received = int(told) or None
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, frame) -> None:
+        if self.received is not None:
+            self._before[number](number, frame)  # type: ignore[operator]
+        self.received = number

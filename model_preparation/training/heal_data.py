@@ -1,0 +1,159 @@
+"""Text as training sequences, in an order that depends on the seed and the position alone.
+
+In: a text file, a JSON-lines file, a folder of such, or a data set's name. Out: `Sequences`, blocks of tokens cut from
+the joined texts; and `Shuffled`, the order in which they are seen: what a run sees at a position is the same however
+many processes share the work, and wherever it was stopped.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from model_preparation.errors import SurgeryError
+
+_SUFFIXES = (".txt", ".md", ".jsonl")
+_DOCUMENTS_AT_ONCE = 256
+
+
+class Sequences(Dataset):
+    """Sequences of `block_size` tokens each: item i is {"input_ids", "labels"}, both (block_size,) int64.
+
+    Attributes:
+        tokens: (sequences, block_size) int32.
+    """
+
+    def __init__(self, tokens: np.ndarray):
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(self.tokens[index].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+    def digest(self) -> str:
+        """BLAKE3 of the tokens, in hex."""
+        return blake3(self.tokens.tobytes()).hexdigest()
+
+
+class Shuffled(Dataset):
+    """`count` sequences from position `start` on of an endless row of shuffled passes over `sequences`.
+
+    Pass k is a permutation drawn from (seed, k).
+    """
+
+    def __init__(self, sequences: Sequences, seed: int, start: int, count: int):
+        self._sequences = sequences
+        self._seed = seed
+        self._start = start
+        self._count = count
+        self._order: tuple[int, np.ndarray] | None = None  # of the pass last asked for
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        number, place = divmod(self._start + index, len(self._sequences))
+        if self._order is None or self._order[0] != number:
+            self._order = number, np.random.default_rng((self._seed, number)).permutation(len(self._sequences))
+        return self._sequences[int(self._order[1][place])]
+
+
+def load_sequences(data: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Sequences:
+    """Read texts, join them with the end-of-text token after each, and cut them into blocks; the rest is dropped.
+
+    Args:
+        data: a .txt, .md or .jsonl file ("text" of every line), a folder of such, or a data set's name that
+            `datasets.load_dataset` knows, whose split "train" has a column "text".
+
+    Raises:
+        SurgeryError: if there is no such thing, a line has no text, or there are fewer tokens than one block has.
+    """
+    pieces: list[np.ndarray] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    documents = _texts(data)
+    while some := [text for _, text in zip(range(_DOCUMENTS_AT_ONCE), documents, strict=False)]:
+        encoded = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+        pieces += [np.array(ids + end, dtype=np.int32) for ids in encoded]
+    tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+    count = len(tokens) // block_size
+    if not count:
+        raise SurgeryError(
+            f"{data} has {len(tokens)} tokens, fewer than one sequence of {block_size}. "
+            "Give more text, or a smaller --block_size."
+        )
+    return Sequences(tokens[: count * block_size].reshape(count, block_size))
+
+
+def hold_out(sequences: Sequences, fraction: float) -> tuple[Sequences, Sequences]:
+    """(for training, held out): evenly spaced sequences are held out, at least one.
+
+    Raises:
+        SurgeryError: if none would be left to train on.
+    """
+    count = max(1, round(len(sequences) * fraction))
+    if count >= len(sequences):
+        raise SurgeryError(
+            f"Of {len(sequences)} sequences none is left to train on if {count} are held out. "
+            "Give more text, a smaller --block_size, or --eval_data."
+        )
+    held_out = np.zeros(len(sequences), dtype=bool)
+    held_out[np.linspace(0, len(sequences) - 1, count).round().astype(int)] = True
+    return Sequences(sequences.tokens[~held_out]), Sequences(sequences.tokens[held_out])
+
+
+def _texts(data: str) -> Iterator[str]:
+    path = Path(data).expanduser()
+    if path.is_file():
+        yield from _texts_in_file(path)
+    elif path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+        if not files:
+            raise SurgeryError(f"{path} holds no {', '.join(_SUFFIXES)} files. Give a folder with text in it.")
+        for file in files:
+            yield from _texts_in_file(file)
+    elif path.is_absolute() or data.startswith(".") or path.suffix in _SUFFIXES:
+        raise SurgeryError(f"{path} is not there. Give a file, a folder, or the name of a data set.")
+    else:
+        yield from _texts_of_data_set(data)
+
+
+def _texts_in_file(path: Path) -> Iterator[str]:
+    try:
+        if path.suffix != ".jsonl":
+            yield path.read_text(encoding="utf-8")
+            return
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _text_of(json.loads(line), f"{path}, line {number}")
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise SurgeryError(
+            f"{path} cannot be read as text ({error}). Save it as UTF-8, JSON lines in .jsonl."
+        ) from error
+
+
+def _text_of(row: Any, where: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise SurgeryError(f'{where} has no "text". Every row needs that field, with a string in it.')
+    return row["text"]
+
+
+def _texts_of_data_set(name: str) -> Iterator[str]:
+    import datasets  # a second of imports, for names only
+
+    try:
+        rows: Sequence[Any] = datasets.load_dataset(name, split="train")
+    except Exception as error:  # its own, the hub client's, and plain ones
+        reason = " ".join(str(error).split())[:200]
+        raise SurgeryError(f"{name} is neither a file nor a folder, and no data set ({reason}).") from error
+    for number, row in enumerate(rows):
+        yield _text_of(row, f"{name}, row {number}")

@@ -1,0 +1,203 @@
+"""The states from which a run goes on: `checkpoint-N` folders, each complete or not there.
+
+In: the folder of a run's states. Out: which are complete, in the order of the data seen; which are not, by name; a
+place to write the next one; fewer of them. A state's `resume_state.json` is written last and holds every other file's
+digest: a folder without it is no state (transformers#35525 is what happens where there is no such mark).
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model_preparation.errors import SurgeryError
+from model_preparation.files.digests import FILE_FIELDS, describe_files, fault_of
+from model_preparation.files.new_folder import sync
+from model_preparation.files.shared_files import share_file
+from model_preparation.untrusted.pickle_scan import TENSORS
+from model_preparation.untrusted.pt_structure import check_pt
+from model_preparation.untrusted.untrusted_files import check_fields, inside, read_json
+
+FORMAT_VERSION = 1
+MARK = "resume_state.json"
+PREFIX = "checkpoint"
+_NAME = re.compile(rf"{PREFIX}-(\d+)(-world\d+)?")
+_PICKLES = (".pt", ".pth", ".bin")
+_FIELDS = {
+    "format_version": int,
+    "iter_num": int,
+    "sequences_seen": int,
+    "world_size": int,
+    "settings": dict,
+    "model_args": dict,
+    "parent": dict,
+    "data": dict,
+    "unlogged": dict,
+    "files": dict,
+}
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """A complete state: its folder, and what its mark says.
+
+    Attributes:
+        info: the fields of resume_state.json: `iter_num` steps, `sequences_seen`, `best_val_loss`, `world_size`,
+            `settings` (the run's configuration), `model_args` (the model's), `run_id` (the tracker's), and others.
+    """
+
+    folder: Path
+    info: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done, with `world_size` processes."""
+        return self.info["iter_num"]
+
+    @property
+    def sequences_seen(self) -> int:
+        """Training sequences done, by all processes together."""
+        return self.info["sequences_seen"]
+
+
+def read_state(folder: Path) -> ResumeState:
+    """The state in a folder, its files not looked at.
+
+    Raises:
+        SurgeryError: if it is not there, half-written, or of a version this program does not know.
+    """
+    if not folder.is_dir():
+        raise SurgeryError(f"{folder} is not there. Give a {PREFIX}-N folder, or --resume auto.")
+    if not (folder / MARK).is_file():
+        raise SurgeryError(f"{folder} is half-written: it has no {MARK}. Give a complete one, or --resume auto.")
+    try:
+        info = read_json(folder / MARK)
+        check_fields(info, _FIELDS)
+    except (OSError, ValueError) as error:
+        raise SurgeryError(f"{folder / MARK} cannot be read ({error}). {_the_one_before(folder)}") from error
+    if info["format_version"] != FORMAT_VERSION:
+        raise SurgeryError(
+            f"{folder} has format version {info['format_version']}; this program knows {FORMAT_VERSION}."
+        )
+    return ResumeState(folder, info)
+
+
+def list_states(folder: Path) -> tuple[list[ResumeState], list[str]]:
+    """(complete states, those that have seen least first; names of what is half-written) in a run's folder."""
+    states, incomplete = [], []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.is_dir() and _NAME.fullmatch(path.name.partition(".partial")[0]):
+            if _NAME.fullmatch(path.name) and (path / MARK).is_file():
+                states.append(read_state(path))
+            else:
+                incomplete.append(path.name)
+    return sorted(states, key=lambda state: (state.sequences_seen, state.folder.name)), incomplete
+
+
+def check_state(state: ResumeState) -> None:
+    """Read every file of a state: its digest, and of pickles that they hold tensors and plain values only.
+
+    Raises:
+        SurgeryError: naming the file that is missing, changed, cut short or refused, and the state before it.
+    """
+    for name, entry in state.info["files"].items():
+        try:
+            check_fields(entry, FILE_FIELDS)
+            path = inside(state.folder, name)
+            fault = fault_of(path, entry)
+            if fault is None and path.suffix in _PICKLES:
+                check_pt(path, TENSORS)
+        except (OSError, ValueError, SurgeryError) as error:
+            fault = f"refused ({error})"
+        if fault is not None:
+            raise SurgeryError(f"{state.folder / name} is {fault}. {_the_one_before(state.folder)}")
+
+
+def load_plain(path: Path) -> Any:
+    """What torch.save wrote of tensors and plain values (numbers, strings, lists, tuples, dicts).
+
+    Raises:
+        SurgeryError: if the file holds anything else, which is named, or is damaged.
+    """
+    try:
+        check_pt(path, TENSORS)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (ValueError, RuntimeError) as error:
+        raise SurgeryError(f"{path} is refused: {error}. {_the_one_before(path.parent)}") from error
+
+
+def finish_state(staging: Path, info: Mapping[str, Any]) -> None:
+    """Write the mark into a folder that has all other files, with their digests."""
+    content = {"format_version": FORMAT_VERSION, **info, "files": describe_files(staging, excluded=[MARK])}
+    (staging / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def place_for(folder: Path, step: int, world_size: int, protected: Collection[str]) -> Path:
+    """Where the state of a step goes: `checkpoint-N`, unless a state to be kept, of other processes, is there."""
+    path = folder / f"{PREFIX}-{step}"
+    return folder / f"{path.name}-world{world_size}" if path.name in protected else path
+
+
+def rotate(folder: Path, limit: int, best: str | None) -> list[str]:
+    """Remove the oldest states until `limit` are left, never the newest complete one nor `best`; returns their names.
+
+    What is half-written does not count, and is not touched.
+    """
+    states = [state.folder for state in list_states(folder)[0]]
+    removable = [path for path in states[:-1] if path.name != best]
+    surplus = removable[: max(0, len(states) - limit)]
+    remove_states(surplus)
+    return [path.name for path in surplus]
+
+
+def remove_states(folders: Iterable[Path]) -> None:
+    """Remove states; one that is half removed when this is killed has no mark, and so is none."""
+    for path in folders:
+        (path / MARK).unlink(missing_ok=True)
+        sync(path)
+        shutil.rmtree(path)
+
+
+def set_aside(folders: Iterable[Path]) -> None:
+    """Rename folders to NAME.aside, so that they are in nobody's way; one that has that name already is replaced."""
+    for path in folders:
+        aside = path.with_name(f"{path.name}.aside")
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
+
+
+def set_aside_after(folder: Path, state: ResumeState) -> list[str]:
+    """Set aside the states in `folder` that have seen more than `state`; returns their names before."""
+    later = [other.folder for other in list_states(folder)[0] if other.sequences_seen > state.sequences_seen]
+    set_aside(later)
+    return [path.name for path in later]
+
+
+def copy_state(source: Path, target: Path) -> None:
+    """Make `target`, an empty folder, hold what `source` holds, in no room of its own where that is possible."""
+    for path in sorted(source.rglob("*")):
+        place = target / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir()
+        elif path.name != MARK:
+            share_file(path, place)
+    shutil.copyfile(source / MARK, target / MARK)
+
+
+def _the_one_before(folder: Path) -> str:
+    """A sentence that offers the newest complete state before `folder`."""
+    found = _NAME.fullmatch(folder.name)
+    before = []
+    for path in folder.parent.glob(f"{PREFIX}-*"):
+        match = _NAME.fullmatch(path.name)
+        if match and found and int(match[1]) < int(found[1]) and (path / MARK).is_file():
+            before.append((int(match[1]), path))
+    if not before:
+        return "There is no other state before it: start anew with --resume never."
+    return f"The one before it is there: --resume {max(before)[1]}"

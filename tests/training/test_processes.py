@@ -1,0 +1,106 @@
+"""Healing by two processes over gloo: DDP and FSDP, stopped, resumed, and with another number of processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from model_preparation import verify_checkpoint
+from model_preparation.llamba import LlambaForCausalLM
+from model_preparation.training.resume_state import list_states
+from tests.conftest import PACKAGE
+from tests.training.cutting import outcome, run_until
+
+CONFIGS = PACKAGE.parent / "scripts" / "accelerate"
+
+
+def environment_of(config: str) -> dict[str, str]:
+    """What `accelerate launch --config_file CONFIG` would tell the processes it starts."""
+    args = launch_command_parser().parse_args(["--config_file", str(CONFIGS / config), "heal_checkpoint.py"])
+    args, _, _ = _validate_launch_command(args)
+    told = prepare_multi_gpu_env(args)
+    return {name: value for name, value in told.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+@pytest.fixture(scope="module")
+def slow_flags(flags) -> list[object]:
+    """Of steps so small that it matters little how many sequences each of them sees."""
+    return [*flags, "--learning_rate", 1e-3]
+
+
+@pytest.fixture(scope="module")
+def ddp(slow_flags, tmp_path_factory) -> Path:
+    """What two processes make when nobody touches them."""
+    folder = tmp_path_factory.mktemp("ddp") / "healed"
+    code, text = run_until([*slow_flags, "--output_dir", folder], processes=2, env=environment_of("ddp.yaml"))
+    assert code == 0, text
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model_state_dict.pt")
+
+
+def healing(folder: Path) -> dict:
+    return json.loads((folder / "checkpoint_info.json").read_text())["healing"]
+
+
+def seen(folder: Path) -> int:
+    return healing(folder)["sequences_seen"]
+
+
+def loss_after(folder: Path) -> float:
+    return healing(folder)["scores"]["after"]["eval_loss"]
+
+
+def test_two_processes_killed_together_end_with_the_same_bits(slow_flags, ddp, tmp_path):
+    args = [*slow_flags, "--output_dir", tmp_path / "out"]
+    assert run_until(args, 3, 0.02, processes=2)[0] == -9
+    assert run_until(args, processes=2)[0] == 0
+    assert outcome(tmp_path / "out") == outcome(ddp)
+    assert verify_checkpoint(ddp) == []
+    newest = list_states(ddp.with_name("healed_resume"))[0][-1]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= newest.info["files"].keys()
+    assert newest.info["world_size"] == 2
+
+
+def test_two_then_one_then_two_processes_see_the_same_data(slow_flags, ddp, tmp_path):
+    args = [*slow_flags, "--output_dir", tmp_path / "out", "--save_steps", 1, "--save_total_limit", 99]
+    run_until(args, 3, 0, processes=2)
+    two = list_states(tmp_path / "out_resume")[0][-1]
+    code, text = run_until(args, 2 * two.steps + 3, 0)
+    words = f"The number of processes is 1, was 2: step {two.steps} is now step {2 * two.steps}, after the same"
+    assert f"{words} {8 * two.steps} sequences." in text
+    one = list_states(tmp_path / "out_resume")[0][-1]
+    assert one.info["world_size"] == 1
+    assert one.sequences_seen == 4 * one.steps
+    code, text = run_until(args, processes=2)
+    assert code == 0
+    assert f"The number of processes is 2, was 1: step {one.steps} is now step {one.steps // 2}" in text
+    # Half a step of two processes that one had done is not done twice: the run sees that much more at its end.
+    assert seen(tmp_path / "out") == seen(ddp) + one.sequences_seen % 8
+    assert loss_after(tmp_path / "out") == pytest.approx(loss_after(ddp), abs=0.1)
+
+
+def test_sharded_over_two_processes_killed_and_resumed_it_ends_as_ddp_does(slow_flags, ddp, tmp_path):
+    env = environment_of("fsdp.yaml")
+    assert env["ACCELERATE_USE_FSDP"] == "true"
+    args = [*slow_flags, "--output_dir", tmp_path / "out"]
+    assert run_until(args, 3, 0.05, processes=2, env=env)[0] == -9
+    assert run_until(args, processes=2, env=env)[0] == 0
+    assert verify_checkpoint(tmp_path / "out") == []
+    whole = weights(ddp)
+    for name, tensor in weights(tmp_path / "out").items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-4, atol=1e-4)
+    files = list_states(tmp_path / "out_resume")[0][-1].info["files"]
+    for shard in ("pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/__1_0.distcp", "optimizer_0/__1_0.distcp"):
+        assert shard in files
+
+
+def test_the_shipped_config_shards_by_the_hybrids_layers():
+    told = environment_of("fsdp.yaml")
+    assert told["FSDP_TRANSFORMER_CLS_TO_WRAP"].split(",") == LlambaForCausalLM._no_split_modules
+    assert told["FSDP_STATE_DICT_TYPE"] == "SHARDED_STATE_DICT"

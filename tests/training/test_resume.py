@@ -1,0 +1,195 @@
+"""Healing runs stopped in every way: what is on the disk then, and that they go on as if nothing had happened."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from model_preparation.errors import SurgeryError
+from model_preparation.files.digests import describe_file
+from model_preparation.training.resume_state import (
+    MARK,
+    finish_state,
+    list_states,
+    load_plain,
+    place_for,
+    read_state,
+    rotate,
+    set_aside_after,
+)
+from tests.conftest import assert_refused
+from tests.training.cutting import outcome, run_until
+
+FIELDS = {"settings": {}, "model_args": {}, "parent": {}, "data": {}, "unlogged": {}}
+
+
+def make_state(folder: Path, step: int, world_size: int = 1) -> Path:
+    """A complete state without anything to train in it."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "weights").write_text(str(step))
+    seen = {"iter_num": step, "sequences_seen": step * world_size, "world_size": world_size}
+    finish_state(path, FIELDS | seen)
+    return path
+
+
+def copy_states(healed: Path, output_dir: Path) -> Path:
+    """The states of the fixture's run as those of a run to `output_dir`."""
+    states = output_dir.with_name(f"{output_dir.name}_resume")
+    shutil.copytree(healed.with_name(f"{healed.name}_resume"), states)
+    return states
+
+
+def test_killed_at_random_moments_a_run_ends_with_the_same_bits(flags, heal, healed, tmp_path):
+    moments = random.Random(os.urandom(8))
+    for name in ("a", "b"):
+        out = tmp_path / name
+        steps = sorted(moments.choices(range(6), k=2))
+        killed = [run_until([*flags, "--output_dir", out], step, moments.random() * 0.05)[0] for step in steps]
+        assert -signal.SIGKILL in killed
+        assert not out.exists()
+        result = heal(out)
+        assert result.returncode == 0, result.stderr
+        assert outcome(out) == outcome(healed), f"killed after steps {steps}"
+
+
+def test_asked_to_stop_a_run_saves_where_it_is_and_ends_with_the_same_bits(flags, heal, healed, tmp_path):
+    out = tmp_path / "out"
+    more = ["--output_dir", out, "--milestones", "2=early"]
+    assert run_until([*flags, *more], 3, 0, signal.SIGTERM)[0] == 143
+    states, _ = list_states(tmp_path / "out_resume")
+    assert states[-1].steps in (4, 5)
+    assert heal(out, *more).returncode == 0
+    assert outcome(out) == outcome(healed)
+    # The milestone was not rotated away, and a run can go on from it.
+    assert read_state(tmp_path / "out_resume" / "early").steps == 2
+    result = heal(out, *more, "--resume", tmp_path / "out_resume" / "early", "--overwrite")
+    assert "checkpoint-6 has seen more than early: it is put aside as checkpoint-6.aside" in result.stdout
+    assert outcome(out) == outcome(healed)
+
+
+def test_a_state_has_everything_in_it(healed):
+    state = list_states(healed.with_name(f"{healed.name}_resume"))[0][-1]
+    assert set(state.info["files"]) == {
+        *("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
+        *("trainer_state.json", "training_args.json"),
+    }
+    assert set(load_plain(state.folder / "rng_state.pth")) >= {"python", "numpy", "cpu"}
+    trainer_state = json.loads((state.folder / "trainer_state.json").read_text())
+    assert trainer_state["global_step"] == state.info["iter_num"] == 6
+    assert state.info["best_val_loss"] == trainer_state["best_metric"]
+    assert json.loads((state.folder / "training_args.json").read_text())["learning_rate"] == 1e-2
+    assert state.info["world_size"] == 1
+    assert state.info["settings"]["accumulation"] == 2
+    assert state.info["model_args"]["llama_layers"] == [1, 3]
+    assert len(state.info["run_id"]) == 21
+    assert state.info["epoch"] == 24 / state.info["data"]["sequences"]
+
+
+def test_what_is_half_written_is_skipped_and_named(heal, healed, tmp_path):
+    states = copy_states(healed, tmp_path / "out")
+    (states / "checkpoint-6" / MARK).unlink()
+    (states / "checkpoint-8.partial").mkdir()
+    (states / "checkpoint-8.partial" / ".held_by").write_text("{}")
+    result = heal(tmp_path / "out")
+    for name in ("checkpoint-6", "checkpoint-8.partial"):
+        assert f"{states / name} is half-written by a run that was killed: it is skipped." in result.stdout
+    assert f"Going on from {states / 'checkpoint-4'}" in result.stdout
+    assert outcome(tmp_path / "out") == outcome(healed)
+    names = sorted(path.name for path in states.iterdir())
+    assert names == ["checkpoint-3", "checkpoint-4", "checkpoint-6", "checkpoint-6.aside"]
+
+
+def test_a_damaged_state_is_named_and_the_one_before_it_offered(heal, healed, tmp_path):
+    states = copy_states(healed, tmp_path / "out")
+    path = states / "checkpoint-6" / "optimizer.pt"
+    whole = path.read_bytes()
+    for content, word in ((whole[:-100], "bytes long instead of"), (whole[:500] + b"!" + whole[501:], "changed")):
+        path.write_bytes(content)
+        assert_refused(heal(tmp_path / "out"), str(path), word, f"--resume {states / 'checkpoint-4'}")
+    path.unlink()
+    assert_refused(heal(tmp_path / "out"), f"{path} is missing", f"--resume {states / 'checkpoint-4'}")
+    assert heal(tmp_path / "out", "--resume", states / "checkpoint-4").returncode == 0
+    assert outcome(tmp_path / "out") == outcome(healed)
+
+
+def test_a_state_with_code_in_it_is_refused_by_name(heal, healed, tmp_path):
+    states = copy_states(healed, tmp_path / "out")
+    folder = states / "checkpoint-6"
+    torch.save({"python": os.system}, folder / "rng_state.pth")
+    info = json.loads((folder / MARK).read_text())
+    info["files"]["rng_state.pth"] = describe_file(folder / "rng_state.pth")
+    (folder / MARK).write_text(json.dumps(info))
+    assert_refused(heal(tmp_path / "out"), str(folder / "rng_state.pth"), "posix.system")
+    with pytest.raises(SurgeryError, match=r"posix\.system"):
+        load_plain(folder / "rng_state.pth")
+
+
+def test_a_run_that_goes_on_has_the_settings_it_was_started_with(heal, healed, tmp_path):
+    states = copy_states(healed, tmp_path / "out")
+    (states / "checkpoint-6" / MARK).unlink()
+    result = heal(tmp_path / "out", "--learning_rate", 0.5, "--seed", 3, "--save_total_limit", 2)
+    assert "learning_rate stays 0.01, as the run was started with; 0.5 does not count" in result.stdout
+    assert "seed stays 0" in result.stdout
+    assert outcome(tmp_path / "out") == outcome(healed)
+    ids = {read_state(path).info["run_id"] for path in states.glob("checkpoint-?")}
+    assert len(ids) == 1  # so that a tracker shows one run
+    longer = heal(tmp_path / "out", "--max_steps", 7, "--overwrite")
+    assert "max_steps is now 7, was 6" in longer.stdout
+    assert list_states(states)[0][-1].steps == 7
+
+
+def test_other_text_or_another_checkpoint_is_another_run(heal, healed, base_dir, layers_dir, tmp_path):
+    from model_preparation import build_checkpoint
+
+    copy_states(healed, tmp_path / "out")
+    (tmp_path / "other.txt").write_text("another text " * 100)
+    assert_refused(heal(tmp_path / "out", "--data", tmp_path / "other.txt"), "other sequences")
+    build_checkpoint(str(base_dir), [1], layers_dir, tmp_path / "other")
+    assert_refused(heal(tmp_path / "out", "--checkpoint", tmp_path / "other"), "other weights")
+    assert_refused(heal(tmp_path / "out", "--resume", "never"), "holds states of a run", "checkpoint-6")
+
+
+def test_a_full_disk_leaves_the_state_before_resumable(heal, healed, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small disk")
+    states = tmp_path / "small"
+    states.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", states], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        result = heal(tmp_path / "out", "--resume_dir", states)
+        assert_refused(result, "state of step", "No space left on device", "checkpoint-2 is complete")
+        assert [path.name for path in states.iterdir()] == ["checkpoint-2"]
+        subprocess.run(["mount", "-o", "remount,size=9m", states], check=True)
+        assert heal(tmp_path / "out", "--resume_dir", states).returncode == 0
+        shutil.copytree(states, tmp_path / "out_resume")
+        assert outcome(tmp_path / "out") == outcome(healed)
+    finally:
+        subprocess.run(["umount", states], check=True)
+
+
+def test_rotation_keeps_the_newest_complete_and_the_best(tmp_path):
+    for step in (9, 10, 100, 20, 3):
+        make_state(tmp_path, step)
+    (tmp_path / "checkpoint-200").mkdir()  # half-written
+    assert [state.steps for state in list_states(tmp_path)[0]] == [3, 9, 10, 20, 100]
+    assert rotate(tmp_path, 3, "checkpoint-3") == ["checkpoint-9", "checkpoint-10"]
+    assert rotate(tmp_path, 1, "checkpoint-3") == ["checkpoint-20"]
+    assert [state.steps for state in list_states(tmp_path)[0]] == [3, 100]
+    assert list_states(tmp_path)[1] == ["checkpoint-200"]
+
+
+def test_the_newest_is_what_has_seen_most_whatever_its_step_is_called(tmp_path):
+    make_state(tmp_path, 20, world_size=1)
+    make_state(tmp_path, 15, world_size=2)
+    assert [state.sequences_seen for state in list_states(tmp_path)[0]] == [20, 30]
+    assert place_for(tmp_path, 20, 2, {"checkpoint-20"}) == tmp_path / "checkpoint-20-world2"
+    assert set_aside_after(tmp_path, read_state(tmp_path / "checkpoint-20")) == ["checkpoint-15"]
+    assert [state.steps for state in list_states(tmp_path)[0]] == [20]
