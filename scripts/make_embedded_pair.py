@@ -41,12 +41,12 @@ def main() -> None:
         metavar="DIR",
         help="what is unfinished, and the grafts that are measured, some 600 MB (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the training and the distillation (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the training and the distillation; each has its own folder in --work_dir (default: 0)")
     args = parser.parse_args()
 
     from model_preparation.command_line import run
 
-    run(lambda: make_pair(args.output_dir.resolve(), args.work_dir.resolve(), seed=args.seed))
+    run(lambda: make_pair(args.output_dir.resolve(), args.work_dir.resolve() / f"seed_{args.seed}", seed=args.seed))
 
 
 def make_pair(output_dir: Path, work_dir: Path, *, seed: int) -> None:
@@ -60,6 +60,7 @@ def make_pair(output_dir: Path, work_dir: Path, *, seed: int) -> None:
 
     from model_preparation import distill_llamba_base
     from model_preparation.embedded.recall import training_texts
+    from model_preparation.files.new_folder import new_folder
 
     torch.set_num_threads(1)  # sums in another order would end in another model, and so small ones gain little by two
     donor, base, task = work_dir / "tiny_llama", work_dir / "tiny_llamba", work_dir / TASK
@@ -81,8 +82,9 @@ def make_pair(output_dir: Path, work_dir: Path, *, seed: int) -> None:
         effect = measure(donor, base, task, work_dir / "grafts", layers=config().num_hidden_layers, progress=bars)
     write_cards(donor, base, effect, distilled | {"d_state": D_STATE}, seed)
 
-    for folder in (donor, base, task):
-        shutil.copytree(folder, output_dir / folder.name, dirs_exist_ok=True)
+    for folder, mark in ((donor, "config.json"), (base, "config.json"), (task, "embedded_recall.yaml")):
+        with new_folder(output_dir / folder.name, overwrite=True, complete_mark=mark) as staging:
+            shutil.copytree(folder, staging, dirs_exist_ok=True)
     write_effect(output_dir, effect)
     print(summary(effect))
     print(f"The pair is in {output_dir}")

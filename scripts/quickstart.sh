@@ -5,19 +5,21 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
+usage="Usage: bash scripts/quickstart.sh [--real]"
 case ${1:-} in
     "") ;;
+    -h | --help) sed -n '2,/^set/{s/^# //p}' "$0" && echo "$usage" && exit ;;
     --real) exec bash "$repository/scripts/quickstart_real.sh" ;;
-    *) fail "There is no argument $1. Usage: bash scripts/quickstart.sh [--real]" ;;
+    *) fail "There is no argument $1. $usage" ;;
 esac
 
-layers_dir=local_models/tiny_llama_layers
-best=model_checkpoints/tiny_best_layers
-poor=model_checkpoints/tiny_poor_layers
-results=local_models/quickstart_results
 # Of all pairs of layers; benchmarks/README.md has every one.
 best_layers=(2 10)
 poor_layers=(0 7)
+layers_dir=local_models/tiny_llama_layers
+best=model_checkpoints/tiny_$(IFS=_ && echo "${best_layers[*]}")
+poor=model_checkpoints/tiny_$(IFS=_ && echo "${poor_layers[*]}")
+results=local_models/quickstart_results
 questions=(
     "Mia likes quinces . Rosa likes eggs . Quinn likes jam . Zoe likes plums . Vera likes nuts . Mia likes"
     "Noah likes melons . Kira likes cakes . Jan likes dates . Gita likes quinces . Leo likes bread . Kira likes"
@@ -48,7 +50,8 @@ step $best/checkpoint_info.json "The base with its best two layers replaced, ${b
 step $poor/checkpoint_info.json "The base with a poor choice of two layers replaced, ${poor_layers[*]}" \
     graft $poor "${poor_layers[@]}"
 
-echo "== Scores of base, poor choice, best choice and donor: 1,000 questions each"
+echo "== Who likes what? 1,000 questions to be looked up in a text, four choices each, so that chance is 0.25:"
+echo "   A the base, B the base with the poor layers, C the base with the best layers, D the donor"
 mkdir -p $results
 for pair in "tiny_llamba $poor" "$best tiny_llama"; do
     read -r one other <<<"$pair"
@@ -58,7 +61,7 @@ for pair in "tiny_llamba $poor" "$best tiny_llama"; do
     wait $second
 done
 "$python" model_preparation/compare_checkpoints.py --overwrite --output_dir local_models/quickstart_comparison \
-    $results/{tiny_llamba,tiny_poor_layers,tiny_best_layers,tiny_llama}
+    $results/{tiny_llamba,"${poor##*/}","${best##*/}",tiny_llama}
 
 echo "== What it answers to open questions, and what the base does"
 "$python" model_preparation/test_checkpoint.py --checkpoint $best --prompt "${questions[@]}" --max_new_tokens 1 \

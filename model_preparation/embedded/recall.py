@@ -7,8 +7,8 @@ Questions are about such pairs only, and each of the four choices would be one, 
 right in one of four.
 
 Recall alone is hard to learn from nothing: a model finds out first which things are named at all, and stays there. What
-starts it are sequences of words without sense that repeat after 4 to 20 words, where copying pays off at every word
-(induction heads, arXiv 2209.11895).
+starts it are names, or things, in an order without sense that repeats after 4 to 20 words, where copying pays off at every
+word (induction heads, arXiv 2209.11895).
 """
 
 from dataclasses import dataclass
@@ -79,12 +79,15 @@ def training_texts(batch: int, people: int, sentences: int, generator: torch.Gen
 
 
 def repeated_words(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Names and things in a random order that begins again after 4 to 20 of them, in each row another number.
+    """Names or things in a random order that begins again after 4 to 20 of them, in each row another number.
+
+    No row has both, so that no name stands beside a thing that it is asked about with.
 
     Returns:
         Token ids and labels, (batch, length) int64: a label from the second time on.
     """
-    orders = torch.rand(batch, len(NAMES) + len(THINGS), generator=generator).argsort(1) + FIRST_NAME
+    first = torch.tensor([FIRST_NAME, FIRST_THING])[torch.randint(2, (batch, 1), generator=generator)]
+    orders = torch.rand(batch, len(NAMES), generator=generator).argsort(1) + first
     periods = torch.randint(4, 21, (batch, 1), generator=generator)
     places = torch.arange(length - 1)
     ids = torch.cat([torch.full((batch, 1), WORDS.index(BOS)), orders.gather(1, places % periods)], 1)

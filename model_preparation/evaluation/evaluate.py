@@ -10,8 +10,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lm_eval
+import lm_eval.evaluator
 import torch
 from blake3 import blake3
 from lm_eval.api.group import Group
@@ -220,7 +222,8 @@ def run_tasks(
 ) -> dict[str, Any]:
     """lm-eval's own evaluation; `tracker` and `name` are for the files it may write afterwards."""
     seed = settings["seed"]
-    with quiet():
+    # The commit it would record is that of the folder one happens to be in.
+    with quiet(), patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None):
         return lm_eval.simple_evaluate(
             model=lm,
             model_args=None if name is None else {"pretrained": name},

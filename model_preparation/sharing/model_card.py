@@ -207,7 +207,7 @@ def _scores(info: Mapping[str, Any]) -> str:
         ]
         return "Measured with `test_checkpoint.py --full_eval`.\n\n" + _table(("", ""), rows)
     if info["mmlu_score"] is None:
-        return "None was measured."
+        return "MMLU was not measured."
     return (
         f"MMLU {info['mmlu_score']:.4f}, as given by the author when the checkpoint was built. It was not measured by "
         "this software, which therefore knows none of its settings."

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.errors import SurgeryError
+from model_preparation.surgery.sources import TABLE
 from model_preparation.untrusted.untrusted_files import check_fields, read_json
 
 FORMAT_VERSION = 1
@@ -40,6 +41,12 @@ def read_info(directory: str | Path) -> dict[str, Any]:
     path = directory / INFO
     if directory.is_file():
         raise SurgeryError(f"{directory} is a file. Give the checkpoint's folder, here {directory.parent}.")
+    if not directory.is_dir() and str(directory) in TABLE:
+        raise SurgeryError(
+            f"{directory} is the name of a model, and a checkpoint's folder is needed. A model's score is had by "
+            f"test_checkpoint.py --checkpoint {directory} --skip_generation --full_eval --results_dir DIR, its texts by "
+            "--compare_with at a checkpoint."
+        )
     if not directory.is_dir():
         raise SurgeryError(f"Checkpoint {directory} is not there. Build it with create_replaced_model_checkpoint.py.")
     if not path.is_file():

@@ -61,7 +61,7 @@ class GraftPlan:
     def describe(self) -> list[str]:
         """The plan in lines to print."""
         return [
-            f"base       {self.base.folder}",
+            f"base       {self.base.id if self.base.hub == 'embedded' else self.base.folder}",
             f"donor      {self.donor.metadata['source']['id']} (layers in {self.donor.folder})",
             *(f"layer {index:>3}  <- {self.donor.path(index)}" for index in self.layers),
             f"kept       {self.config.n_layer - len(self.layers)} of {self.config.n_layer} layers, and all around them",

@@ -35,14 +35,14 @@ layers of `tiny_llama` into `tiny_llamba` shows in seconds what it does to model
 ## Scores
 
 `embedded_recall`, {questions:,} questions: a text says of {people} people what each of them likes, and the model has to
-say it of one of them. None of these pairs of a name and a thing occurs in training; chance is 0.25.
+say it of one of them. No name and thing that are asked about stood beside each other in training; chance is 0.25.
 
 {scores}
 """
 _DONOR = "A Llama that looks things up in its context: the donor of a pair that comes with `model_preparation`."
 _DONOR_MADE = """\
 Trained from nothing for {steps:,} steps of AdamW at {rate}, each on {batch} texts, with a loss where something is said
-for the second time, and on {batch} rows of words without sense that begin again after 4 to 20 of them. Without the
+for the second time, and on {batch} rows of names, or of things, without sense, which begin again after 4 to 20 of them. Without the
 latter it stays at chance for thousands of steps. Seed {seed}."""
 _BASE = "A Llamba (Mamba-2) that cannot look things up well: the base of a pair that comes with `model_preparation`."
 _BASE_MADE = """\

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from model_preparation.embedded import recall
-from model_preparation.evaluation.tasks import EMBEDDED
 from model_preparation.files.new_file import write_file
+from model_preparation.surgery.sources import EMBEDDED
 
 TASK = "embedded_recall"
 
@@ -21,8 +21,7 @@ def write_task(folder: Path, count: int, people: int, seed: int) -> None:
     """Write the task into `folder`. The same arguments give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("embedded_recall.yaml", "read_questions.py"):
-        if folder != EMBEDDED / TASK:
-            shutil.copyfile(EMBEDDED / TASK / name, folder / name)
+        shutil.copyfile(EMBEDDED / TASK / name, folder / name)
     asked = recall.questions(count, people, torch.Generator().manual_seed(seed))
     lines = [json.dumps(dataclasses.asdict(question)) for question in asked]
     write_file(folder / "questions.jsonl", "".join(f"{line}\n" for line in lines))

@@ -15,6 +15,7 @@ import pytest
 import model_preparation.embedded
 from tests.conftest import copy_repository, make_python_wrapper
 
+ROOT = Path(__file__).parents[2]
 EFFECT = json.loads((Path(model_preparation.embedded.__file__).parent / "effect.json").read_text())
 
 
@@ -26,7 +27,7 @@ def test_the_quickstart_shows_what_a_graft_does(tmp_path):
     result = subprocess.run(
         ["bash", "scripts/quickstart.sh"],
         cwd=repository,
-        env={**os.environ, "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"},
+        env={**os.environ, "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1", "COLUMNS": "80"},
         capture_output=True,
         text=True,
         timeout=240,
@@ -36,6 +37,10 @@ def test_the_quickstart_shows_what_a_graft_does(tmp_path):
     scores = [float(score) for score in re.findall(r" [ABCD]  (\d\.\d+) ±", result.stdout)]
     assert scores == pytest.approx([EFFECT["base"], min(pairs), max(pairs), EFFECT["donor"]], abs=0.003)
     assert re.findall(r"^checkpoint +(.*)$", result.stdout, re.MULTILINE) == ["quinces", "cakes", "eggs"]
-    checkpoint = repository / "model_checkpoints" / "tiny_best_layers"
+    best = max(EFFECT["pairs of layers"], key=EFFECT["pairs of layers"].__getitem__)
+    checkpoint = repository / "model_checkpoints" / f"tiny_{best.replace(' ', '_')}"
     assert result.stdout.splitlines()[-1] == f"Checkpoint: {checkpoint}"
     assert (checkpoint / "checkpoint_info.json").is_file()
+    shown = (ROOT / "README.md").read_text().partition("```text\n")[2].partition("```")[0]
+    for line in shown.splitlines():
+        assert line == "..." or line.startswith("Checkpoint: ") or line in result.stdout.splitlines()

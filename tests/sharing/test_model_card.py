@@ -56,7 +56,7 @@ def test_the_card_tells_the_recipe(info):
 
 def test_a_score_is_told_as_what_it_is(info):
     unmeasured = card(info)
-    assert "None was measured." in unmeasured.text
+    assert "MMLU was not measured." in unmeasured.text
     info["mmlu_score"] = 0.57
     given = card(info)
     assert "MMLU 0.5700, as given by the author" in given.text
