@@ -5,62 +5,58 @@ what, how, and the scores before and after; beside it, while and after it is mad
 goes on wherever it was stopped. The parent is only read.
 """
 
-import importlib.util
 import json
 import math
-import os
 import signal
-import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, set_seed
-from transformers import PreTrainedTokenizerBase, TrainingArguments
-from transformers.models.llama.modeling_llama import LlamaAttention
+from accelerate.utils import set_seed
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation import generate_text
-from model_preparation.evaluation.other_models import find_others, load_other
-from model_preparation.files.new_folder import check_space, check_target, remove_abandoned
+from model_preparation.files.new_folder import check_space, check_target
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.surgery.checkpoint_info import INFO, read_info
 from model_preparation.surgery.checkpoint_loading import load_checkpoint, without_wrapper_prefixes
 from model_preparation.surgery.trial import PROMPT
-from model_preparation.training.adapters import adapter_of, add_lora, is_adapter, load_adapter, merge, write_adapter
+from model_preparation.training.adapters import adapter_of, load_adapter, merge, write_adapter
+from model_preparation.training.arguments import check_tracker, training_arguments
 from model_preparation.training.callbacks import Console, SaveWhenStopped
-from model_preparation.training.heal_data import Sequences, hold_out, load_sequences
+from model_preparation.training.heal_data import Sequences
 from model_preparation.training.heal_trainer import HealTrainer
 from model_preparation.training.healed_folder import (
     ADAPTER,
     LOSS_CURVE,
     TRAINING_LOG,
     bare_model,
-    describe_parent,
     write_healed,
 )
 from model_preparation.training.loss_curve import plot_losses
-from model_preparation.training.objective import Distillation, check_teacher
 from model_preparation.training.resume_state import (
     PREFIX,
-    ResumeState,
-    check_state,
     list_states,
-    read_state,
     remove_states,
-    set_aside,
-    set_aside_after,
 )
-from model_preparation.training.settings import HealSettings, resumed_settings, saved_settings
-from model_preparation.training.trainable import freeze_others, trained_layers
-from model_preparation.training.weights import load_weights
+from model_preparation.training.run_model import (
+    Run,
+    distillation_of,
+    in_memory,
+    load_data,
+    with_adapter,
+    with_trained_weights_chosen,
+)
+from model_preparation.training.run_start import check_data, settings_and_identity, state_to_go_on_from
+from model_preparation.training.settings import HealSettings
+from model_preparation.training.trainable import trained_layers
 
 _NEW_TOKENS = 40  # of the texts before and after
 _LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch", "step")  # nothing that depends on the clock
@@ -118,22 +114,22 @@ def heal_checkpoint(
     if given.get("init_from") == "resume":
         given = {name: value for name, value in given.items() if name != "init_from"}
         resume = "must" if resume == "auto" else resume
-    state = _state_to_go_on_from(states, resume, overwrite, processes, say)
-    settings, identity = _settings_and_identity(state, given, parent, parent_info, processes.num_processes, say)
-    run = _Run(parent, settings, state, sources, say)
-    _check_tracker(settings)
+    state = state_to_go_on_from(states, resume, overwrite, processes, say)
+    settings, identity = settings_and_identity(state, given, parent, parent_info, processes.num_processes, say)
+    run = Run(parent, settings, state, sources, say)
+    check_tracker(settings)
 
     set_seed(settings.seed)
     model, tokenizer = run.load_model()
-    train, held_out = _load_data(data, tokenizer, settings)
-    _check_data(data, train, held_out, state, identity)
+    train, held_out = load_data(data, tokenizer, settings)
+    check_data(data, train, held_out, state, identity)
     if state is None:
         written = _texts(model, tokenizer, prompts) if processes.is_main_process else []
         identity["texts"] = [{"prompt": p, "text": text} for p, text in zip(prompts, written, strict=False)]
-    args = _arguments(settings, states, identity, processes.num_processes, device, resumed=state is not None)
+    args = training_arguments(settings, states, identity, processes.num_processes, device, resumed=state is not None)
     stopper = SaveWhenStopped()
     trainer = HealTrainer(
-        _with_trained_weights_chosen(model, run),
+        with_trained_weights_chosen(model, run),
         args,
         settings=settings,
         train=train,
@@ -141,7 +137,7 @@ def heal_checkpoint(
         states=states,
         identity=identity,
         state=state,
-        distillation=_distillation(model, tokenizer, run, args.device),
+        distillation=distillation_of(model, tokenizer, run, args.device),
         milestones=milestones or {},
         callbacks=[Console(), stopper],
     )
@@ -200,7 +196,7 @@ def merge_adapter(
     parent_info = read_info(parent)
     check_target(output_dir, overwrite=overwrite, complete_mark=INFO)
     model, tokenizer = load_checkpoint(parent, dtype=torch.float32)
-    adapted = load_adapter(_in_memory(model), adapter)
+    adapted = load_adapter(in_memory(model), adapter)
     tensors_and_config = adapter_of(adapted)
     healed = bare_model(parent_info, merge(adapted).state_dict(), dtype or getattr(torch, parent_info["dtype"]))
     nothing = {"eval_loss": None, "perplexity": None, "mmlu_score": None}
@@ -217,263 +213,6 @@ def merge_adapter(
         overwrite=overwrite,
         extras={ADAPTER: partial(write_adapter, tensors_and_config)},
     )
-
-
-# --- Where the run stands ---------------------------------------------------------------------------------------------
-
-
-def _state_to_go_on_from(
-    states: Path, resume: str, overwrite: bool, processes: PartialState, say: Callable[..., None]
-) -> ResumeState | None:
-    """The main process chooses and checks; all get the same."""
-    chosen: list[Any] = [None]
-    if processes.is_main_process:
-        chosen[0] = _choose_state(states, resume, overwrite, say)
-    if processes.num_processes > 1:
-        broadcast_object_list(chosen)
-    return None if chosen[0] is None else read_state(Path(chosen[0]))
-
-
-def _choose_state(states: Path, resume: str, overwrite: bool, say) -> str | None:
-    found, incomplete = list_states(states)
-    for name in incomplete:
-        say(f"{states / name} is half-written by a run that was killed: it is skipped.")
-    if states.is_dir():
-        set_aside(states / name for name in incomplete if not name.endswith(".partial"))
-        remove_abandoned(states)
-    if resume == "never":
-        if found and not overwrite:
-            raise SurgeryError(
-                f"{states} holds states of a run, the newest {found[-1].folder.name}. Go on with --resume auto, remove "
-                "them with --resume never --overwrite, or give another --resume_dir."
-            )
-        remove_states(state.folder for state in found)
-        return None
-    if resume in ("auto", "must"):
-        if not found and resume == "must":
-            raise SurgeryError(f"{states} holds no complete state to resume from. Start with another --init_from.")
-        if not found:
-            return None
-        state = found[-1]
-    else:
-        state = read_state(Path(resume).expanduser())
-        for name in set_aside_after(states, state):
-            say(f"{name} has seen more than {state.folder.name}: it is put aside as {name}.aside.")
-    check_state(state)
-    say(f"Going on from {state.folder}: step {state.steps}, {state.sequences_seen} sequences seen.")
-    return str(state.folder)
-
-
-def _settings_and_identity(
-    state: ResumeState | None,
-    given: Mapping[str, Any],
-    parent: Path,
-    parent_info: Mapping[str, Any],
-    world_size: int,
-    say,
-) -> tuple[HealSettings, dict[str, Any]]:
-    described = describe_parent(parent, parent_info)
-    del described["mmlu_score"]  # may be measured while the run goes on
-    if state is None:
-        try:
-            settings = HealSettings(**given)
-        except TypeError as error:
-            raise SurgeryError(f"{error}. Look at HealSettings for what there is.") from error
-        run_id = uuid.uuid4().hex[:21]  # as long as SwanLab wants it
-        identity: dict[str, Any] = {"parent": described, "started_world_size": world_size, "run_id": run_id}
-        return settings, identity | {"model_args": parent_info["config"]}
-    names = ("parent", "data", "model_args", "run_id", "started_world_size", "texts")
-    identity = {name: state.info[name] for name in names}
-    if identity["parent"]["tensor_digests_sha256"] != described["tensor_digests_sha256"]:
-        raise SurgeryError(
-            f"{state.folder} is of a run that heals {identity['parent']['id']}, and {parent} has other weights. "
-            "Give that checkpoint, or start anew with another --output_dir."
-        )
-    settings, lines = resumed_settings(saved_settings(state.info["settings"]), given)
-    for line in lines:
-        say(line)
-    saved = state.info["world_size"]
-    if saved != world_size:
-        per_step = settings.batch_size * settings.accumulation * world_size
-        say(
-            f"The number of processes is {world_size}, was {saved}: step {state.steps} is now step "
-            f"{state.sequences_seen // per_step}, after the same {state.sequences_seen} sequences."
-        )
-    return settings, identity
-
-
-def _check_data(
-    data: str, train: Sequences, held_out: Sequences | None, state: ResumeState | None, identity: dict[str, Any]
-) -> None:
-    """Enter what the data are into `identity`; of a run that goes on they have to be the same."""
-    described = {
-        "name": Path(data).name,
-        "blake3": train.digest(),
-        "sequences": len(train),
-        "tokens": train.tokens.size,
-        "held_out_sequences": 0 if held_out is None else len(held_out),
-        "held_out_blake3": None if held_out is None else held_out.digest(),
-    }
-    if state is not None and any(identity["data"][name] != described[name] for name in ("blake3", "held_out_blake3")):
-        raise SurgeryError(
-            f"{data} gives other sequences than {state.folder} was trained on ({described['sequences']} instead of "
-            f"{identity['data']['sequences']}, or others). Give the same text, or start anew in another --output_dir."
-        )
-    identity["data"] = described
-
-
-# --- What is trained on what ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What stays the same while a run lasts."""
-
-    parent: Path
-    settings: HealSettings
-    state: ResumeState | None
-    sources: Mapping[str, str] | None
-    say: Callable[..., None]
-
-    @property
-    def adapter(self) -> Path | None:
-        """The folder of the adapter to begin with, if there is one."""
-        folder = Path(self.settings.init_from).expanduser()
-        if not is_adapter(folder):
-            return None
-        if self.settings.method != "lora":
-            raise SurgeryError(
-                f"{folder} is an adapter. Train it with --method lora, or merge it with --merge_adapter."
-            )
-        return folder
-
-    def load_model(self) -> tuple[LlambaForCausalLM, PreTrainedTokenizerBase]:
-        """The parent's model in float32 memory of its own, with weights from where the settings say."""
-        settings = self.settings
-        model, tokenizer = load_checkpoint(self.parent, dtype=torch.float32)
-        _in_memory(model)
-        in_state = self.state is not None and settings.method != "lora"  # all weights come from there later
-        if settings.init_from == "scratch" and not in_state:
-            model.load_state_dict(LlambaForCausalLM(model.config).state_dict())
-        elif settings.init_from != "checkpoint" and not in_state and self.adapter is None:
-            path = Path(settings.init_from).expanduser()
-            if not path.exists():
-                path = find_others([settings.init_from], self.parent, sources=self.sources)[0].folder
-            self.say("\n".join([f"Weights from {path}:", *load_weights(model, path, settings.exclude).lines()]))
-        for module in model.modules():
-            if isinstance(module, LlamaAttention):
-                module.attention_dropout = settings.dropout
-        return model, tokenizer
-
-
-def _with_trained_weights_chosen(model: LlambaForCausalLM, run: _Run) -> Any:
-    if run.settings.method == "lora":
-        return _with_adapter(model, run)
-    freeze_others(model, run.settings.method)
-    return model
-
-
-def _with_adapter(model: LlambaForCausalLM, run: _Run) -> Any:
-    folder = run.adapter
-    return add_lora(model, run.settings) if folder is None else load_adapter(model, folder, trainable=True)
-
-
-def _in_memory(model: LlambaForCausalLM) -> LlambaForCausalLM:
-    """Copy the parameters out of the mapped file, whose pages would else stay the parent's."""
-    for parameter in model.parameters():  # tied ones come once
-        parameter.data = parameter.data.clone()
-    return model
-
-
-def _load_data(
-    data: str, tokenizer: PreTrainedTokenizerBase, settings: HealSettings
-) -> tuple[Sequences, Sequences | None]:
-    sequences = load_sequences(data, tokenizer, settings.block_size)
-    if not settings.eval_interval:
-        return sequences, None
-    if settings.eval_data is not None:
-        return sequences, load_sequences(settings.eval_data, tokenizer, settings.block_size)
-    return hold_out(sequences, settings.eval_fraction)
-
-
-def _distillation(
-    model: LlambaForCausalLM, tokenizer: PreTrainedTokenizerBase, run: _Run, device: torch.device
-) -> Distillation | None:
-    if run.settings.teacher is None:
-        return None
-    other = find_others([run.settings.teacher], run.parent, sources=run.sources)[0]
-    teacher, _ = load_other(other, tokenizer, device=device, dtype=torch.float32)
-    check_teacher(teacher, model, run.settings)
-    return Distillation(teacher, run.settings)
-
-
-def _arguments(
-    settings: HealSettings,
-    states: Path,
-    identity: Mapping[str, Any],
-    world_size: int,
-    device: str,
-    *,
-    resumed: bool,
-) -> TrainingArguments:
-    def here(steps: int) -> int:
-        """Steps of this number of processes that take as much data as `steps` of the number it was started with."""
-        return math.ceil(steps * identity["started_world_size"] / world_size)
-
-    if settings.precision == "float16" and device == "cpu":
-        raise SurgeryError("float16 needs a GPU. Use --precision bfloat16 or float32 on the CPU.")
-    for tracker in ("WANDB", "SWANLAB"):  # trackio goes by the run's name
-        os.environ.setdefault(f"{tracker}_RUN_ID", identity["run_id"])
-        os.environ.setdefault(f"{tracker}_RESUME", "allow")
-    max_steps = here(settings.max_steps)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pinned memory and the like, on the CPU
-        args = TrainingArguments(
-            output_dir=str(states),
-            max_steps=max_steps,
-            per_device_train_batch_size=settings.batch_size,
-            per_device_eval_batch_size=settings.batch_size,
-            gradient_accumulation_steps=settings.accumulation,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-            warmup_steps=math.ceil(settings.warmup * max_steps),
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            bf16=settings.precision == "bfloat16",
-            fp16=settings.precision == "float16",
-            activation_checkpointing=settings.gradient_checkpointing,
-            torch_compile=settings.compile,
-            seed=settings.seed,
-            logging_steps=settings.logging_steps,
-            logging_nan_inf_filter=False,
-            eval_strategy="steps" if settings.eval_interval else "no",
-            eval_steps=here(settings.eval_interval) if settings.eval_interval else None,
-            eval_on_start=bool(settings.eval_interval) and not resumed,
-            metric_for_best_model="loss" if settings.eval_interval else None,
-            greater_is_better=False,
-            save_strategy="steps" if settings.always_save else "best",
-            save_steps=settings.save_steps,
-            report_to=settings.report_to,
-            run_name=f"{states.name}-{identity['run_id']}",
-            use_cpu=device == "cpu",
-            ddp_find_unused_parameters=False,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=device != "cpu",
-        )
-    if device != "cpu" and world_size == 1:
-        torch.cuda.set_device(torch.device(device))
-        args._n_gpu = 1  # several GPUs are a launcher's business, never DataParallel's
-    return args
-
-
-def _check_tracker(settings: HealSettings) -> None:
-    name = settings.report_to
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise SurgeryError(f"{name} is not installed, and --report_to asks for it. Run: pip install {name}")
-
-
-# --- The run, and what comes of it ------------------------------------------------------------------------------------
 
 
 def _check_room(trainer: HealTrainer, states: Path, output_dir: Path, dtype: torch.dtype) -> None:
@@ -506,14 +245,14 @@ def _healed_model(
     parent: Path,
     parent_info: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
-    run: "_Run",
+    run: "Run",
     dtype: torch.dtype,
 ) -> tuple[LlambaForCausalLM, dict[str, Any]]:
     """The model to write, and what goes beside it."""
     tensors = without_wrapper_prefixes(tensors)
     if run.settings.method != "lora":
         return bare_model(parent_info, tensors, dtype), {}
-    adapted = _with_adapter(run.load_model()[0], run)  # anew: what was trained may lie in shards
+    adapted = with_adapter(run.load_model()[0], run)  # anew: what was trained may lie in shards
     adapted.load_state_dict(tensors)
     adapter = adapter_of(adapted)
     return bare_model(parent_info, merge(adapted).state_dict(), dtype), {ADAPTER: partial(write_adapter, adapter)}
@@ -521,7 +260,7 @@ def _healed_model(
 
 def _healing(
     trainer: HealTrainer,
-    run: "_Run",
+    run: "Run",
     identity: Mapping[str, Any],
     parent_info: Mapping[str, Any],
     texts_after: Sequence[str],

@@ -1,0 +1,84 @@
+"""The settings of a healing run as the Trainer takes them.
+
+In: settings, and the number of processes. Out: TrainingArguments, in steps of this number of processes.
+"""
+
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from model_preparation.errors import SurgeryError
+from model_preparation.training.settings import HealSettings
+
+
+def training_arguments(
+    settings: HealSettings,
+    states: Path,
+    identity: Mapping[str, Any],
+    world_size: int,
+    device: str,
+    *,
+    resumed: bool,
+) -> TrainingArguments:
+    def here(steps: int) -> int:
+        """Steps of this number of processes that take as much data as `steps` of the number it was started with."""
+        return math.ceil(steps * identity["started_world_size"] / world_size)
+
+    if settings.precision == "float16" and device == "cpu":
+        raise SurgeryError("float16 needs a GPU. Use --precision bfloat16 or float32 on the CPU.")
+    for tracker in ("WANDB", "SWANLAB"):  # trackio goes by the run's name
+        os.environ.setdefault(f"{tracker}_RUN_ID", identity["run_id"])
+        os.environ.setdefault(f"{tracker}_RESUME", "allow")
+    max_steps = here(settings.max_steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about pinned memory and the like, on the CPU
+        args = TrainingArguments(
+            output_dir=str(states),
+            max_steps=max_steps,
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.accumulation,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+            warmup_steps=math.ceil(settings.warmup * max_steps),
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            bf16=settings.precision == "bfloat16",
+            fp16=settings.precision == "float16",
+            activation_checkpointing=settings.gradient_checkpointing,
+            torch_compile=settings.compile,
+            seed=settings.seed,
+            logging_steps=settings.logging_steps,
+            logging_nan_inf_filter=False,
+            eval_strategy="steps" if settings.eval_interval else "no",
+            eval_steps=here(settings.eval_interval) if settings.eval_interval else None,
+            eval_on_start=bool(settings.eval_interval) and not resumed,
+            metric_for_best_model="loss" if settings.eval_interval else None,
+            greater_is_better=False,
+            save_strategy="steps" if settings.always_save else "best",
+            save_steps=settings.save_steps,
+            report_to=settings.report_to,
+            run_name=f"{states.name}-{identity['run_id']}",
+            use_cpu=device == "cpu",
+            ddp_find_unused_parameters=False,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=device != "cpu",
+        )
+    if device != "cpu" and world_size == 1:
+        torch.cuda.set_device(torch.device(device))
+        args._n_gpu = 1  # several GPUs are a launcher's business, never DataParallel's
+    return args
+
+
+def check_tracker(settings: HealSettings) -> None:
+    name = settings.report_to
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise SurgeryError(f"{name} is not installed, and --report_to asks for it. Run: pip install {name}")
