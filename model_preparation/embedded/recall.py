@@ -7,8 +7,8 @@ Questions are about such pairs only, and each of the four choices would be one, 
 right in one of four.
 
 Recall alone is hard to learn from nothing: a model finds out first which things are named at all, and stays there. What
-starts it are names, or things, in an order without sense that repeats after 4 to 20 words, where copying pays off at every
-word (induction heads, arXiv 2209.11895).
+starts it are names, or things, in an order without sense that repeats after 4 to 20 words, where copying pays off at
+every word (induction heads, arXiv 2209.11895).
 """
 
 from dataclasses import dataclass

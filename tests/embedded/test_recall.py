@@ -83,6 +83,14 @@ def test_repeated_words_have_labels_from_the_second_time_on():
     assert periods == set(range(4, 21))
 
 
+def test_no_name_stands_beside_a_thing_among_repeated_words():
+    ids, _ = recall.repeated_words(200, 64, torch.Generator().manual_seed(1))
+    kinds = [{word >= recall.FIRST_THING for word in row[1:]} for row in ids.tolist()]
+    assert all(len(kind) == 1 for kind in kinds)
+    assert {True} in kinds
+    assert {False} in kinds
+
+
 def test_a_word_is_a_token_and_a_text_begins_with_bos():
     tokenizer = recall.tokenizer()
     ids = tokenizer("Ada likes plums . Bob").input_ids
