@@ -41,7 +41,12 @@ def main() -> None:
         metavar="DIR",
         help="what is unfinished, and the grafts that are measured, some 600 MB (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the training and the distillation; each has its own folder in --work_dir (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of training and distillation; each has a folder of its own in --work_dir (default: 0)",
+    )
     args = parser.parse_args()
 
     from model_preparation.command_line import run

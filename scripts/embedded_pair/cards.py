@@ -42,8 +42,8 @@ say it of one of them. No name and thing that are asked about stood beside each 
 _DONOR = "A Llama that looks things up in its context: the donor of a pair that comes with `model_preparation`."
 _DONOR_MADE = """\
 Trained from nothing for {steps:,} steps of AdamW at {rate}, each on {batch} texts, with a loss where something is said
-for the second time, and on {batch} rows of names, or of things, without sense, which begin again after 4 to 20 of them. Without the
-latter it stays at chance for thousands of steps. Seed {seed}."""
+for the second time, and on {batch} rows of names, or of things, without sense, which begin again after 4 to 20 of
+them. Without the latter it stays at chance for thousands of steps. Seed {seed}."""
 _BASE = "A Llamba (Mamba-2) that cannot look things up well: the base of a pair that comes with `model_preparation`."
 _BASE_MADE = """\
 Distilled from `tiny_llama` layer by layer: each mixer, with a state of {state} columns per head, learns to give the
