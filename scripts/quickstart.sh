@@ -14,8 +14,8 @@ case ${1:-} in
 esac
 
 # Of all pairs of layers; benchmarks/README.md has every one.
-best_layers=(2 10)
-poor_layers=(0 7)
+best_layers=(4 10)
+poor_layers=(0 6)
 layers_dir=local_models/tiny_llama_layers
 best=model_checkpoints/tiny_$(IFS=_ && echo "${best_layers[*]}")
 poor=model_checkpoints/tiny_$(IFS=_ && echo "${poor_layers[*]}")

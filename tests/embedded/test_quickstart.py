@@ -15,6 +15,7 @@ import pytest
 import model_preparation.embedded
 from tests.conftest import copy_repository, make_python_wrapper
 
+SCORE = re.compile(r" [ABCD]  (\d\.\d+) ±")
 ROOT = Path(__file__).parents[2]
 EFFECT = json.loads((Path(model_preparation.embedded.__file__).parent / "effect.json").read_text())
 
@@ -34,7 +35,7 @@ def test_the_quickstart_shows_what_a_graft_does(tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     pairs = EFFECT["pairs of layers"].values()
-    scores = [float(score) for score in re.findall(r" [ABCD]  (\d\.\d+) ±", result.stdout)]
+    scores = [float(score) for score in SCORE.findall(result.stdout)]
     assert scores == pytest.approx([EFFECT["base"], min(pairs), max(pairs), EFFECT["donor"]], abs=0.003)
     assert re.findall(r"^checkpoint +(.*)$", result.stdout, re.MULTILINE) == ["quinces", "cakes", "eggs"]
     best = max(EFFECT["pairs of layers"], key=EFFECT["pairs of layers"].__getitem__)
@@ -42,5 +43,7 @@ def test_the_quickstart_shows_what_a_graft_does(tmp_path):
     assert result.stdout.splitlines()[-1] == f"Checkpoint: {checkpoint}"
     assert (checkpoint / "checkpoint_info.json").is_file()
     shown = (ROOT / "README.md").read_text().partition("```text\n")[2].partition("```")[0]
+    assert [float(score) for score in SCORE.findall(shown)] == pytest.approx(scores, abs=0.003)
+    lines = {line.rstrip() for line in result.stdout.splitlines()}
     for line in shown.splitlines():
-        assert line == "..." or line.startswith("Checkpoint: ") or line in result.stdout.splitlines()
+        assert "±" in line or line == "..." or line.startswith("Checkpoint: ") or line in lines
