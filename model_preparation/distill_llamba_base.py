@@ -24,8 +24,8 @@ Embeddings, norms, MLPs and head stay the donor's, and nothing is trained end to
 Finished layers are kept in DIR.distilling, beside the folder to write: stopped anywhere, the same command goes on at
 the next layer. One layer of the donor and one of the base are in memory at a time, with --data self first the whole
 donor, in bfloat16; and the hidden states of all tokens, tokens x width x 4 bytes. Beyond --memory_limit these are on
-the disk of DIR, and take twice that: an 8B model's, of width 4096, 34 GB for a million tokens. The model's folder also gets distillation.json (errors, perplexities, settings), distillation.jsonl
-(losses) and distillation.png.
+the disk instead, and take twice that there: 34 GB for a million tokens of an 8B model, whose width is 4096. The model's
+folder also gets distillation.json (errors, perplexities, settings), distillation.jsonl (losses) and distillation.png.
 
 {ray_flags.HELP}"""
 

@@ -202,4 +202,4 @@ def _is_digest(value: Any) -> bool:
 
 
 def _in_words(value: Any) -> str:
-    return "not given" if value is None else "given" if _is_digest(value) else str(value)
+    return "not given" if value is None else "other contents" if _is_digest(value) else str(value)

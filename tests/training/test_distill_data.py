@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model_preparation import SurgeryError
@@ -30,6 +31,39 @@ def test_texts_follow_each_other_with_the_end_between_them(tmp_path):
     assert sum(counted) == len(stream)
     few = tokens_of_text(files, tokenizer, 5, 12, counted.append)  # no more than is wanted
     assert few.equal(tokens[:3])
+
+
+def test_a_long_text_is_read_as_far_as_it_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr("model_preparation.training.distill_data._PIECE_CHARACTERS", 64)
+    lines = [f"line {number} of a text\n" for number in range(40)]
+    text, jsonl, endless = tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.txt"
+    text.write_text("".join(lines) + "x" * 300 + " the end")
+    jsonl.write_text(json.dumps({"text": text.read_text()}) + "\n")
+    endless.write_bytes(text.read_bytes() * 40 + b"\xff")  # no text, and never reached
+    tokenizer = make_tokenizer()
+    whole = tokenizer(text.read_text() + END)["input_ids"]
+    for path in (text, jsonl):
+        assert tokens_of_text([path], tokenizer, 1, 10_000, lambda count: None).flatten().tolist() == whole
+    counted = []
+    assert tokens_of_text([endless], tokenizer, 5, 30, counted.append).flatten().tolist() == whole[:30]
+    assert sum(counted) < 128
+    with pytest.raises(SurgeryError, match=r"c\.txt cannot be used"):
+        tokens_of_text([endless], tokenizer, 5, 100_000, counted.append)
+
+
+def test_a_text_in_pieces_begins_and_ends_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("model_preparation.training.distill_data._PIECE_CHARACTERS", 16)
+    tokenizer = make_tokenizer()
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A {tokenizer.eos_token}",
+        special_tokens=[(tokenizer.bos_token, begin), (tokenizer.eos_token, end)],
+    )
+    (tmp_path / "a.txt").write_text("word by word " * 9)
+    tokens = tokens_of_text([tmp_path / "a.txt"], tokenizer, 1, 1000, lambda count: None).flatten().tolist()
+    assert (tokens[0], tokens[-1]) == (begin, end)
+    assert begin not in tokens[1:]
+    assert end not in tokens[:-1]
 
 
 def test_a_caller_s_tokens_are_checked():
