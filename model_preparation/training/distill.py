@@ -98,8 +98,8 @@ def distill_llamba_base(
 
     Raises:
         SurgeryError: for a donor that is none, text that cannot be used, a mixer or layers that cannot be, a target
-            that is taken, too little disk space, layers or tokens that an earlier run had by other settings, a loss that is not
-            finite.
+            that is taken, too little disk space, layers or tokens that an earlier run had by other settings, a
+            loss that is not finite.
     """
     output = Path(output_dir).expanduser()
     check_target(output, overwrite=overwrite, complete_mark="config.json")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import enable_progress_bar
 
 from model_preparation import SurgeryError
 from model_preparation.surgery.model_configs import read_config
@@ -81,7 +82,7 @@ def test_a_caller_s_tokens_are_checked():
     assert len(digests | {TokenData(tokens, torch.ones(40, 8)).digest()}) == 4
 
 
-def test_the_donor_s_own_text_is_drawn_from_its_distribution(tmp_path):
+def test_the_donor_s_own_text_is_drawn_from_its_distribution(tmp_path, capfd):
     """A donor whose next token depends on the present one alone, in a way that is known."""
     config = LlamaConfig(
         vocab_size=4,
@@ -104,7 +105,10 @@ def test_the_donor_s_own_text_is_drawn_from_its_distribution(tmp_path):
         model.lm_head.weight[:, :4] = (chances.clamp(min=1e-6).log() / 8**0.5).t()
     model.save_pretrained(tmp_path)
     advanced: list[int] = []
+    enable_progress_bar()
+    capfd.readouterr()
     sampler = SelfSampler(tmp_path, read_config(tmp_path), "cpu")
+    assert capfd.readouterr() == ("", "")
     drawn = sampler.draw(400, 11, 0, advanced.append)
     assert drawn.shape == (400, 11)
     assert drawn.dtype == torch.int64
