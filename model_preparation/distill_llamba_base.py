@@ -23,18 +23,18 @@ Embeddings, norms, MLPs and head stay the donor's, and nothing is trained end to
 
 Finished layers are kept in DIR.distilling, beside the folder to write: stopped anywhere, the same command goes on at
 the next layer. One layer of the donor and one of the base are in memory at a time, with --data self first the whole
-donor, in bfloat16; and the hidden states of all tokens (tokens x width x 4 bytes), or, beyond --memory_limit, twice
-those on the disk. The model's folder also gets distillation.json (errors, perplexities, settings), distillation.jsonl
-(losses) and distillation.png.
+donor, in bfloat16; and the hidden states of all tokens, tokens x width x 4 bytes. Beyond --memory_limit these are on
+the disk instead, and take twice that there: 34 GB for a million tokens of an 8B model, whose width is 4096. The model's
+folder also gets distillation.json (errors, perplexities, settings), distillation.jsonl (losses) and distillation.png.
 
 {ray_flags.HELP}"""
 
 EXAMPLES = """\
 examples:
   python distill_llamba_base.py --donor /models/SmolLM2-135M-Instruct --data self --output_dir ../local_models/llamba
-  python distill_llamba_base.py --donor llama --data /data/fineweb --tokens 20000000 --steps_per_layer 4000 \\
+  python distill_llamba_base.py --donor llama --data /data/texts --tokens 4194304 --steps_per_layer 4000 \\
       --output_dir ../local_models/llamba_8b --gpu 0
-  python distill_llamba_base.py --donor llama --data /data/fineweb --tokens 20000000 --steps_per_layer 4000 \\
+  python distill_llamba_base.py --donor llama --data /data/texts --tokens 4194304 --steps_per_layer 4000 \\
       --output_dir ../local_models/llamba_8b --ray local
 then:
   python create_replaced_model_checkpoint.py --base ../local_models/llamba --layers ... --output_dir ...
@@ -89,7 +89,7 @@ def make_parser() -> CommandParser:
         "--donor",
         required=True,
         metavar="NAME|PATH",
-        help="llama, a model folder, or a hub id such as org/name@revision",
+        help="llama, tiny_llama, a model folder, or a hub id such as org/name@revision",
     )
     parser.add_argument(
         "--data",
@@ -173,7 +173,11 @@ def make_parser() -> CommandParser:
         help="hidden states larger than this are kept on the disk, not in memory (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
-    parser.add_argument("--restart", action="store_true", help="throw away what a stopped run has done, and begin anew")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="train all layers anew; a stopped run's tokens are kept if donor, text and their settings are the same",
+    )
     ray_flags.add_ray_flags(parser)
     parser.add_argument(
         "--layers_per_job",

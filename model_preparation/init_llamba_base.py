@@ -26,13 +26,15 @@ def main() -> None:
         "--donor",
         required=True,
         metavar="NAME|PATH",
-        help="llama, a model folder, or a hub id such as org/name@revision",
+        help="llama, tiny_llama, a model folder, or a hub id such as org/name@revision",
     )
     parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="the model folder to write")
     add_dtype_flag(parser, help="dtype of the weights written (default: the donor's)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
     add_source_flag(parser)
     args = parser.parse_args()
+
+    from rich.filesize import decimal
 
     from model_preparation.surgery.llamba_init import init_llamba_base
     from model_preparation.surgery.model_configs import heads_of
@@ -44,7 +46,7 @@ def main() -> None:
     size_bytes = sum(path.stat().st_size for path in args.output_dir.glob("*.safetensors"))
     print(
         f"{config.n_layer} layers of width {config.d_model}, {heads} heads of {head_dim}, "
-        f"{str(config.dtype).removeprefix('torch.')}, {size_bytes / 1e9:.2f} GB"
+        f"{str(config.dtype).removeprefix('torch.')}, {decimal(size_bytes)}"
     )
     print(f"The base is in {args.output_dir}")
 

@@ -161,6 +161,21 @@ def test_the_messages_explained_are_messages_of_ours():
     assert not [message for message in explained if not any(message.strip("… ") in text for text in known)]
 
 
+def test_every_row_of_a_table_has_as_many_cells_as_its_header():
+    for document in ("README.md", "README.zh-CN.md", "SETUP.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+        assert tables, document
+        for table in tables:
+            header, *rows = table.splitlines()
+            assert not [row for row in rows if cells_of(row) != cells_of(header)], header
+
+
+def cells_of(row: str) -> int:
+    """Those of a table's row: what code holds, and what is escaped, divides nothing."""
+    return re.sub(r"`[^`]*`|\\\|", "", row).count("|") - 1
+
+
 def messages() -> Iterator[str]:
     """Every string in the package's source, with … in the places of values."""
     for path in (ROOT / "model_preparation").rglob("*.py"):

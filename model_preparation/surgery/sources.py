@@ -136,6 +136,11 @@ def has_tokenizer(folder: Path) -> bool:
     return not _missing_tokenizer(folder)
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files that the folder holds, and config.json, which says what a tokenizer leaves open; sorted."""
+    return sorted({path for pattern in _TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()})
+
+
 def add_source_flag(parser: argparse.ArgumentParser) -> None:
     """Add `--source NAME=TARGET`, which may be repeated; the parsed value is a dict for `resolve(overrides=...)`."""
 

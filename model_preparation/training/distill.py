@@ -23,8 +23,9 @@ from model_preparation.files.digests import blake3_of
 from model_preparation.files.new_folder import check_space, check_target, new_folder
 from model_preparation.files.timestamps import creation_time
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
+from model_preparation.surgery.layer_store import check_range
 from model_preparation.surgery.llamba_init import llamba_parts, open_donor, size_bytes, write_llamba
-from model_preparation.surgery.sources import resolve
+from model_preparation.surgery.sources import resolve, tokenizer_files
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.training import distill_defaults as defaults
 from model_preparation.training.distill_block import layer_seed, train_layers
@@ -32,8 +33,8 @@ from model_preparation.training.distill_data import TokenData
 from model_preparation.training.distill_layer import Target, Teacher
 from model_preparation.training.distill_progress import LayerProgress
 from model_preparation.training.distill_report import write_report
-from model_preparation.training.distill_tokens import described, take_tokens
-from model_preparation.training.hidden_states import donor_layer
+from model_preparation.training.distill_tokens import described, most_tokens, take_tokens
+from model_preparation.training.hidden_states import check_room, donor_layer, states_bytes
 from model_preparation.training.perplexity import Layer, perplexities
 from model_preparation.training.student_layer import MIXER_FIELDS, student_config, student_layer, student_tensors
 from model_preparation.training.work_folder import WorkFolder
@@ -90,14 +91,15 @@ def distill_llamba_base(
         device: where layers run; Ray's workers have each their own GPU or the CPU.
         memory_limit_gb: hidden states above it, in GB, are kept on the disk.
         overwrite: replace a model folder that is there.
-        restart: throw away what an earlier run of other settings has done.
+        restart: train all layers anew; tokens that an earlier run had are kept if what decides on them is the same.
         sources: targets by name, as `resolve(overrides=...)` takes them.
         run_jobs: a `ray_jobs.RayRunner`, whose workers train some layers each; by default all are trained here.
         layers_per_job: how many are a worker's job. It puts the tokens through all layers before those.
 
     Raises:
         SurgeryError: for a donor that is none, text that cannot be used, a mixer or layers that cannot be, a target
-            that is taken, too little disk space, an earlier run of other settings, a loss that is not finite.
+            that is taken, too little disk space, layers or tokens that an earlier run had by other settings, a
+            loss that is not finite.
     """
     output = Path(output_dir).expanduser()
     check_target(output, overwrite=overwrite, complete_mark="config.json")
@@ -107,12 +109,23 @@ def distill_llamba_base(
     files, donor_config = open_donor(source)
     config = student_config(donor_config, mixer)
     config.dtype = dtype or files.dtype().torch
-    chosen = _chosen(layers, donor_config.num_hidden_layers)
+    chosen = sorted(range(donor_config.num_hidden_layers) if layers is None else layers)
+    check_range(chosen, donor_config.num_hidden_layers, str(source.folder))
+    if not chosen:
+        raise SurgeryError("No layer is chosen. Name at least one, or leave --layers away for all.")
     if isinstance(data, Tensor):
         data = TokenData(data)
-    settings = {
-        "donor": {path.name: blake3_of(path) for path in files.paths()},
-        **described(data, tokens, sequence_length),
+    length = data.tokens.shape[1] if isinstance(data, TokenData) else sequence_length
+    if length > donor_config.max_position_embeddings:
+        raise SurgeryError(
+            f"Sequences of {length} tokens are longer than the donor takes, {donor_config.max_position_embeddings} "
+            f"(max_position_embeddings in {source.folder / 'config.json'}). Give a --sequence_length up to that."
+        )
+    text = {
+        "donor": {path.name: blake3_of(path) for path in (*files.paths(), *tokenizer_files(source.folder))},
+        **described(data, tokens, sequence_length, seed),
+    }
+    training = {
         "steps_per_layer": steps_per_layer,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
@@ -125,7 +138,10 @@ def distill_llamba_base(
     check_space(output, size_bytes(config, config.dtype) + size_bytes(config, torch.float32) + 50_000_000)
 
     work = WorkFolder.beside(output)
-    with work.held(settings, restart=restart):
+    most = most_tokens(data, tokens, sequence_length)
+    if states_bytes(most, donor_config) > 1e9 * memory_limit_gb:
+        check_room(work.folder, most, donor_config, work.folder.glob("states_*/*"))
+    with work.held(text, training, restart=restart):
         taken = take_tokens(data, work, source.folder, donor_config, device)
         if run_jobs is None:
             _train_here(work, files, donor_config, chosen, device, 1e9 * memory_limit_gb)
@@ -156,8 +172,8 @@ def distill_llamba_base(
                 files, donor_config, held_out, layers_of, (DONOR, INITIAL, DISTILLED), lambda: progress.advance(bar)
             )
         summary = {
-            "donor": source.as_dict(),
-            "settings": settings,
+            "donor": {name: value for name, value in source.as_dict().items() if name != "path"},
+            "settings": text | training,
             "tokens": {
                 "trained_on": taken.tokens.numel() - held_out.numel(),
                 "held_out": held_out.numel(),
@@ -182,13 +198,6 @@ def distill_llamba_base(
             write_report(staging, records, summary)
         work.remove()
     return summary
-
-
-def _chosen(layers: Sequence[int] | None, total: int) -> list[int]:
-    chosen = list(range(total)) if layers is None else sorted(set(layers))
-    if not chosen or chosen[0] < 0 or chosen[-1] >= total:
-        raise SurgeryError(f"The layers {chosen} are not all among the donor's, 0 to {total - 1}. Choose among those.")
-    return chosen
 
 
 def _train_here(

@@ -12,14 +12,14 @@ from typing import Any
 
 from rich.filesize import decimal
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from model_preparation.files.new_folder import check_space
 from model_preparation.files.partial_folder import take
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.training.distill_data import TokenData
 from model_preparation.training.distill_layer import Step, distill_layer, in_order, relative_error, shuffled
 from model_preparation.training.distill_progress import LayerProgress
-from model_preparation.training.hidden_states import HiddenStates
+from model_preparation.training.hidden_states import HiddenStates, check_room, states_bytes
 from model_preparation.training.student_layer import student_config, student_layer, student_tensors
 from model_preparation.training.work_folder import WorkFolder
 
@@ -51,46 +51,47 @@ def train_layers(
         return
     data = work.tokens()
     assert data is not None
-    size_bytes = 4 * data.tokens.numel() * donor.hidden_size
+    size_bytes = states_bytes(data.tokens.numel(), donor)
     with ExitStack() as stack:
         folder = None
         if size_bytes > memory_limit_bytes:
             hold = take(work.folder / f"states_for_layer_{layers[0]:02d}")
             stack.callback(hold.release)
             folder = hold.folder
-            there = sum(path.stat().st_size for path in folder.glob("*"))
-            check_space(folder / "new", max(0, 2 * size_bytes - there))
+            check_room(work.folder, data.tokens.numel(), donor, folder.glob("*"))
             print(f"Hidden states, {decimal(size_bytes)}, are kept in {folder}", flush=True)
         states = HiddenStates(files, donor, data.tokens, folder, missing[0], device)
         for index in range(states.index, missing[-1] + 1):
+            layer = states.layer()
             if index in missing:
-                progress.finished(_train(work, states, donor, data, device, progress))
+                progress.finished(_train(work, states, layer, donor, data, device, progress))
             if index < missing[-1]:
                 progress.passing(index)
-                states.advance(states.layer())
+                states.advance(layer)
+            del layer  # before the next one is read
         if folder is not None:
             states.remove()
 
 
 def layer_seed(seed: int, index: int) -> int:
     """The seed of what is random in one layer of a run."""
-    return seed * _SEEDS_PER_RUN + index
+    return (seed * _SEEDS_PER_RUN + index) % 2**63  # torch takes no larger ones
 
 
 def _train(
     work: WorkFolder,
     states: HiddenStates,
+    teacher: LlamaDecoderLayer,
     donor: LlamaConfig,
     data: TokenData,
     device: str,
     progress: LayerProgress,
 ) -> dict[str, Any]:
-    """Train the layer that the states enter, and keep it; returns its record."""
+    """Train the counterpart of `teacher`, which the states enter, and keep it; returns its record."""
     started = time.monotonic()
     settings = work.settings()
     index, held_out = states.index, data.held_out
     seed = layer_seed(settings["seed"], index)
-    teacher = states.layer()
     config = student_config(donor, settings["mixer"])
     tensors = {name: tensor.cpu() for name, tensor in teacher.state_dict().items()}
     student = student_layer(student_tensors(tensors, donor, config, seed), config, device)

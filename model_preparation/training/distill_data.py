@@ -4,11 +4,14 @@ In: .txt files, .jsonl files with a "text" in every line, folders of both, or a 
 `TokenData`: sequences of one length. Texts follow each other without padding, the end-of-sequence token between them.
 """
 
+import io
 import json
 import math
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TextIO
 
 import torch
 from blake3 import blake3
@@ -21,6 +24,7 @@ from model_preparation.files.digests import blake3_of
 HELD_OUT_PART = 1 / 16
 MAX_HELD_OUT_TOKENS = 65_536  # what is held out stays in memory
 _SUFFIXES = (".txt", ".jsonl")
+_PIECE_CHARACTERS = 1 << 20  # of a text, tokenised at once
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,11 @@ def text_files(path: Path) -> list[Path]:
     return [path]
 
 
-def digests_of(path: Path) -> dict[str, str]:
-    """BLAKE3 of each of the `text_files`, by its name relative to the folder."""
+def digest_of_text(path: Path) -> str:
+    """BLAKE3 of all `text_files`: of each one's name relative to the folder, and its own BLAKE3."""
     folder = path if path.is_dir() else path.parent
-    return {file.relative_to(folder).as_posix(): blake3_of(file) for file in text_files(path)}
+    named = {file.relative_to(folder).as_posix(): blake3_of(file) for file in text_files(path)}
+    return blake3(json.dumps(named).encode()).hexdigest()
 
 
 def tokens_of_text(
@@ -102,20 +107,27 @@ def tokens_of_text(
 ) -> Tensor:
     """The first `tokens` tokens of the texts, or all there are, as (sequences, length) int64.
 
+    Long texts are tokenised in pieces, as far as they are needed; only where two pieces meet can the tokens be others
+    than those of the whole.
+
     Args:
-        advance: told the tokens of each text.
+        advance: told the tokens of each piece.
 
     Raises:
         SurgeryError: if the texts fill fewer than two sequences, or a file cannot be read.
     """
     end = tokenizer.eos_token_id
     wanted = math.ceil(tokens / length) * length
-    stream: list[int] = []
-    for text in _texts(files):
+    stream = array("i")
+    for piece in _pieces_of(files):
         # Long texts are no warning's business: they are cut below.
-        found = tokenizer(text, verbose=False)["input_ids"]
-        found += [] if end is None or found[-1:] == [end] else [end]
-        stream += found
+        found = tokenizer(piece.text, add_special_tokens=piece.begins, verbose=False)["input_ids"]
+        ended = end is None or found[-1:] == [end]
+        if piece.ends and not ended:
+            found.append(end)
+        elif piece.begins and not piece.ends and end is not None and ended:
+            found.pop()  # set there by the tokenizer, and the text goes on
+        stream.extend(found)
         advance(len(found))
         if len(stream) >= wanted:
             break
@@ -125,19 +137,39 @@ def tokens_of_text(
             f"The text in {files[0]}{' and others' if len(files) > 1 else ''} has {len(stream)} tokens; at least two "
             f"sequences of {length} are needed. Give more text, or a smaller --sequence_length."
         )
-    return torch.tensor(stream[: sequences * length]).view(sequences, length)
+    return torch.frombuffer(stream, dtype=torch.int32)[: sequences * length].long().view(sequences, length)
 
 
-def _texts(files: list[Path]) -> Iterator[str]:
+class _Piece(NamedTuple):
+    """Part of a text; whether it is the text's first, and its last."""
+
+    text: str
+    begins: bool
+    ends: bool
+
+
+def _pieces_of(files: list[Path]) -> Iterator[_Piece]:
     for path in files:
         try:
-            if path.suffix == ".txt":
-                yield path.read_text(encoding="utf-8")
-                continue
-            with path.open(encoding="utf-8") as lines:
-                yield from (_text_of(line, f"line {number}") for number, line in enumerate(lines, 1) if line.strip())
+            with path.open(encoding="utf-8") as file:
+                if path.suffix == ".txt":
+                    yield from _cut(file)
+                    continue
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield from _cut(io.StringIO(_text_of(line, f"line {number}")))
         except ValueError as error:
             raise SurgeryError(f"{path} cannot be used ({error}). Mend it or leave it out.") from error
+
+
+def _cut(text: TextIO) -> Iterator[_Piece]:
+    """The text in pieces, cut behind a line; before a blank where a line is longer; anywhere where there is none."""
+    piece, begins = text.read(_PIECE_CHARACTERS), True
+    while following := text.read(_PIECE_CHARACTERS):
+        cut = piece.rfind("\n") + 1 or max(0, piece.rfind(" ")) or len(piece)
+        yield _Piece(piece[:cut], begins, False)
+        piece, begins = piece[cut:] + following, False
+    yield _Piece(piece, begins, True)
 
 
 def _text_of(line: str, where: str) -> str:

@@ -89,7 +89,7 @@ def distill_layer(
         if not math.isfinite(losses[-1]):
             raise SurgeryError(
                 f"The loss is {losses[-1]} at step {step} of {steps}, with a learning rate of {learning_rate}. "
-                "Give a lower --learning_rate."
+                "Give a lower --learning_rate, and add --restart if layers are finished already: the tokens are kept."
             )
         optimizer.zero_grad()
         loss.backward()

@@ -45,6 +45,7 @@ class LayerProgress:
         """A layer is kept."""
         print(
             f"Layer {record['layer']}: error / variance on held-out tokens {record['initial']:.3f} -> "
-            f"{record['final']:.3f} ({record['seconds']:.0f} s)",
+            f"{record['final']:.3f} ({record['seconds']:.0f} s)"
+            f"{', larger than before the training' if record['final'] > record['initial'] else ''}",
             flush=True,
         )

@@ -34,10 +34,13 @@ def describe(summary: Mapping[str, Any]) -> str:
     """The summary as a table with a row per layer, and the perplexities."""
     rows = [(str(row["layer"]), f"{row['initial']:.4f}", f"{row['final']:.4f}") for row in summary["layers"]]
     perplexity = ", ".join(f"{name} {value:.4g}" for name, value in summary["perplexity"].items())
+    worse = ", ".join(str(row["layer"]) for row in summary["layers"] if row["final"] > row["initial"])
+    note = f"Note: the training made the error larger in layer {worse}. Give a lower --learning_rate, or more --tokens."
     return (
         f"{table(('layer', 'initial', 'distilled'), rows)}\n"
         f"({summary['loss']})\n"
         f"Perplexity on {summary['tokens']['held_out']:,} held-out tokens: {perplexity}"
+        f"{f'{chr(10)}{note}' if worse else ''}"
     )
 
 
@@ -54,6 +57,7 @@ def plot_losses(records: Sequence[Mapping[str, Any]]) -> Figure:
     figure.colorbar(
         matplotlib.cm.ScalarMappable(norm, colours), ax=over_steps, label="layer", ticks=MaxNLocator(integer=True)
     )
+    over_steps.xaxis.set_major_locator(MaxNLocator(integer=True))
     over_steps.set(yscale="log", xlabel="step", ylabel="error / variance of the donor's output", title="Training")
     by_layer.plot(indices, [record["initial"] for record in records], "o-", markersize=3, label="initial")
     by_layer.plot(indices, [record["final"] for record in records], "o-", markersize=3, label="distilled")

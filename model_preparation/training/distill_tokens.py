@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.sources import has_tokenizer
-from model_preparation.training.distill_data import TokenData, digests_of, text_files, tokens_of_text
+from model_preparation.training.distill_data import TokenData, digest_of_text, text_files, tokens_of_text
 from model_preparation.training.distill_defaults import SELF
 from model_preparation.training.self_sampling import SEQUENCES_AT_ONCE, SelfSampler
 from model_preparation.training.work_folder import WorkFolder
@@ -25,16 +25,32 @@ Data = TokenData | str | Path
 Advance = Callable[[int], None]
 
 
-def described(data: Data, tokens: int, sequence_length: int) -> dict[str, Any]:
-    """What the tokens come from, as it stands in the settings.
+def described(data: Data, tokens: int, sequence_length: int, seed: int) -> dict[str, Any]:
+    """What decides on the tokens, as it stands in the settings; the seed only where text is drawn.
 
     Raises:
         SurgeryError: if there is no text where `data` says.
     """
     if isinstance(data, TokenData):
         return {"data": data.digest()}
-    origin = SELF if data == SELF else digests_of(Path(data).expanduser())
-    return {"data": origin, "tokens": tokens, "sequence_length": sequence_length}
+    asked = {"tokens": tokens, "sequence_length": sequence_length}
+    if data == SELF:
+        return {"data": SELF, **asked, "seed": seed}
+    return {"data": digest_of_text(Path(data).expanduser()), **asked}
+
+
+def most_tokens(data: Data, tokens: int, sequence_length: int) -> int:
+    """How many tokens there will be at most: no text has more of them than bytes.
+
+    Raises:
+        SurgeryError: if there is no text where `data` says.
+    """
+    if isinstance(data, TokenData):
+        return data.tokens.numel()
+    most = -(-tokens // sequence_length) * sequence_length
+    if data != SELF:
+        most = min(most, sum(file.stat().st_size for file in text_files(Path(data).expanduser())))
+    return most
 
 
 def take_tokens(data: Data, work: WorkFolder, donor_folder: Path, donor: LlamaConfig, device: str) -> TokenData:
@@ -85,7 +101,8 @@ def _drawn(work: WorkFolder, donor_folder: Path, donor: LlamaConfig, device: str
         part = work.drawn(number)
         if part is None:
             sampler = sampler or SelfSampler(donor_folder, donor, device)
-            seed = asked["seed"] * 1_000_003 + number  # so that seeds side by side share no batch
+            # Seeds side by side share no batch; torch takes no larger ones.
+            seed = (asked["seed"] * 1_000_003 + number) % 2**63
             part = sampler.draw(min(SEQUENCES_AT_ONCE, sequences - first), length, seed, advance)
             work.keep_drawn(number, part)
         else:

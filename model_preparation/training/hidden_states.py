@@ -6,14 +6,18 @@ layer's file appears whole and the one before it goes, so that a run that was ki
 
 import math
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from model_preparation.files.new_folder import sync
+from model_preparation.errors import SurgeryError
+from model_preparation.files.new_folder import existing_parent, sync
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.training.distill_layer import Teacher, in_order
 
@@ -97,6 +101,29 @@ class HiddenStates:
     def _path(self, index: int) -> Path:
         assert self._folder is not None
         return self._folder / f"into_layer_{index:02d}.float32"
+
+
+def states_bytes(tokens: int, config: LlamaConfig) -> int:
+    """Of the hidden states that enter one layer."""
+    return tokens * config.hidden_size * torch.float32.itemsize
+
+
+def check_room(folder: Path, tokens: int, config: LlamaConfig, kept: Iterable[Path]) -> None:
+    """Raise SurgeryError if the disk that `folder` will be on has no room for the states of two layers.
+
+    Args:
+        tokens: how many.
+        config: the Llama's.
+        kept: files of states that are there already.
+    """
+    needed_bytes = 2 * states_bytes(tokens, config) - sum(path.stat().st_size for path in kept)
+    free_bytes = shutil.disk_usage(existing_parent(folder)).free
+    if needed_bytes > free_bytes:
+        raise SurgeryError(
+            f"The hidden states of {tokens:,} tokens, width {config.hidden_size}, are kept on the disk and need "
+            f"{decimal(needed_bytes)} in {folder}, but only {decimal(free_bytes)} are free there. Give fewer --tokens, "
+            "or an --output_dir on a larger disk, or, if the memory holds half of that, a larger --memory_limit."
+        )
 
 
 def donor_layer(files: TensorFiles, config: LlamaConfig, index: int, device: str) -> LlamaDecoderLayer:

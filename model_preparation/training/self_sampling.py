@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedConfig
+from transformers.utils.logging import disable_progress_bar
 
 from model_preparation.errors import SurgeryError
 
@@ -30,6 +31,7 @@ class SelfSampler:
 
     def __init__(self, folder: Path, config: PreTrainedConfig, device: str):
         self._start = first_token(config)
+        disable_progress_bar()  # transformers' own; it would run into the bar of the tokens
         self._model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
 
     @torch.inference_mode()

@@ -1,7 +1,7 @@
 """NAME.distilling beside NAME: what a distillation has done so far, so that the same command goes on from there.
 
-In: the settings that decide on the weights. Out: a folder held by one run at a time, with
-    settings.json           what is asked for
+In: the settings that decide on the tokens, and those of the training. Out: a folder held by one run at a time, with
+    settings.json           what is asked for, "text" and "training"
     drawn_NNN.safetensors   a batch of text of the donor's own
     tokens.safetensors      all tokens that are trained on and held out
     layer_NN.safetensors    the mixer of a finished layer, float32, and its record
@@ -41,43 +41,39 @@ class WorkFolder:
         return cls(target.with_name(f"{target.name}.distilling"))
 
     @contextmanager
-    def held(self, settings: Mapping[str, Any], *, restart: bool) -> Iterator[None]:
-        """Keep other runs out, and see that what is there is of the same settings.
+    def held(self, text: Mapping[str, Any], training: Mapping[str, Any], *, restart: bool) -> Iterator[None]:
+        """Keep other runs out, and see that the tokens and layers that are there are of the same settings.
 
         Args:
-            settings: JSON's kinds of values, all that decides on the weights.
-            restart: remove what is there first.
+            text: JSON's kinds of values, all that decides on the tokens.
+            training: likewise, all else that decides on the weights.
+            restart: remove the layers first, and the tokens unless they are of the same settings.
 
         Raises:
-            SurgeryError: if another run is at it, or it is of other settings, which are named.
+            SurgeryError: if another run is at it, or it has tokens or layers of other settings, which are named.
         """
         hold = take(self.folder)
         try:
-            if restart:
-                self._check_ours()
-                self.remove()
+            self._check_ours()
             self.folder.mkdir(exist_ok=True)
+            asked = {"text": dict(text), "training": dict(training)}
             if (self.folder / _SETTINGS).exists():
-                self._check(settings)
+                self._settle(asked, restart=restart)
             else:
-                self._check_ours()
-                write_file(self.folder / _SETTINGS, json.dumps(settings, indent=2) + "\n")
+                self._write_settings(asked)
             yield
         finally:
             hold.release()
 
     def settings(self) -> dict[str, Any]:
         """Those of the distillation that is going on here."""
-        return self._read_settings()
+        found = self._read_settings()
+        return found["text"] | found["training"]
 
     def remove(self) -> None:
         """Remove all of it; the settings last, as they tell what the rest is."""
         if self.folder.is_dir():
-            for path in self.folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != _SETTINGS:
-                    path.unlink()
+            self._empty()
             (self.folder / _SETTINGS).unlink(missing_ok=True)
             self.folder.rmdir()
 
@@ -130,9 +126,15 @@ class WorkFolder:
     def _read_settings(self) -> dict[str, Any]:
         path = self.folder / _SETTINGS
         try:
-            return read_json(path)
+            found = read_json(path)
+            if not all(isinstance(found.get(part), dict) for part in ("text", "training")):
+                raise ValueError("text or training is missing")
+            return found
         except (OSError, ValueError) as error:
             raise SurgeryError(f"{path} cannot be read ({error}). Add --restart to begin anew.") from error
+
+    def _write_settings(self, settings: Mapping[str, Any]) -> None:
+        write_file(self.folder / _SETTINGS, json.dumps(settings, indent=2) + "\n")
 
     def _check_ours(self) -> None:
         """Raise SurgeryError if the folder has files in it and none of them says that a distillation made it."""
@@ -143,20 +145,61 @@ class WorkFolder:
                 "Move them elsewhere, or choose another --output_dir."
             )
 
-    def _check(self, settings: Mapping[str, Any]) -> None:
-        found = self._read_settings()
-        asked = json.loads(json.dumps(settings))
-        odd = [name for name in sorted(found.keys() | asked.keys()) if found.get(name) != asked.get(name)]
-        if odd:
-            differing = ", ".join(
-                f"{name} {_short(found.get(name))} there, {_short(asked.get(name))} now" for name in odd
-            )
+    def _settle(self, asked: Mapping[str, Any], *, restart: bool) -> None:
+        """Let the settings there become those asked for, if no tokens or layers are of others, or these may go."""
+        asked = json.loads(json.dumps(asked))
+        try:
+            found = self._read_settings()
+        except SurgeryError:
+            if not restart:
+                raise
+            found = {"text": {}, "training": {}}
+        other_text = _differences(found["text"], asked["text"])
+        other_training = _differences(found["training"], asked["training"])
+        layers = list(self.folder.glob("layer_*.safetensors"))
+        tokens = [*self.folder.glob(_TOKENS), *self.folder.glob("drawn_*.safetensors")]
+        odd = [*(other_text if tokens or layers else []), *(other_training if layers else [])]
+        if odd and not restart:
             raise SurgeryError(
-                f"{self.folder} was begun with other settings: {differing}. Run it with those, add --restart to begin "
-                "anew, or choose another --output_dir."
+                f"{self.folder} was begun with other settings: {'; '.join(odd)}. Run it with those, add --restart to "
+                f"begin anew{'' if other_text else ' (the tokens are kept)'}, or choose another --output_dir."
             )
+        if other_text:
+            self._empty()
+        elif restart:
+            for path in layers:
+                path.unlink()
+        if other_text or other_training:
+            self._write_settings(asked)
+
+    def _empty(self) -> None:
+        """Remove all but the settings."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _SETTINGS:
+                path.unlink()
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """What is not the same in both, each setting in words."""
+    told = []
+    for name in sorted(found.keys() | asked.keys()):
+        there, now = found.get(name), asked.get(name)
+        if there == now:
+            continue
+        if isinstance(there, dict) and isinstance(now, dict):
+            told += [f"{name} {difference}" for difference in _differences(there, now)]
+        elif _is_digest(there) and _is_digest(now):
+            told.append(f"{name} has other contents now")
+        else:
+            told.append(f"{name} {_in_words(there)} there, {_in_words(now)} now")
+    return told
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64
+
+
+def _in_words(value: Any) -> str:
+    return "not given" if value is None else "other contents" if _is_digest(value) else str(value)

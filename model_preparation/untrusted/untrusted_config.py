@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import GenerationConfig, PreTrainedConfig
 
 from model_preparation.errors import SurgeryError
@@ -65,5 +66,7 @@ def _plain(fields: dict[str, Any], kind: type) -> dict[str, Any]:
     }
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, StrictDataclassClassValidationError) and error.__cause__:
+        error = error.__cause__  # which says the same without the validator's name
     return " ".join(str(error).split())[:300] or type(error).__name__

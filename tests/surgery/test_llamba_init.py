@@ -162,7 +162,8 @@ def test_the_command_casts_and_says_what_it_made(donor_dir, tmp_path):
         "init_llamba_base", "--donor", donor_dir, "--output-dir", "base", "--dtype", "bfloat16", cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
-    assert "4 layers of width 32, 2 heads of 16, bfloat16" in result.stdout
+    size_bytes = (tmp_path / "base" / "model.safetensors").stat().st_size
+    assert f"4 layers of width 32, 2 heads of 16, bfloat16, {size_bytes / 1000:.1f} kB\n" in result.stdout
     assert LlambaForCausalLM.from_pretrained(tmp_path / "base", dtype="auto").dtype == torch.bfloat16
     stored = load_file(tmp_path / "base" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}

@@ -19,6 +19,8 @@ from model_preparation.surgery.llamba_init import init_llamba_base
 from model_preparation.training import distill, hidden_states
 from model_preparation.training.distill_data import TokenData
 from model_preparation.training.distill_layer import Teacher
+from model_preparation.training.distill_report import describe, plot_losses
+from model_preparation.training.distill_tokens import described
 from model_preparation.training.self_sampling import SelfSampler
 from model_preparation.training.work_folder import WorkFolder
 from tests.conftest import assert_refused, run_command, run_fresh_command
@@ -188,9 +190,9 @@ def test_another_setting_is_told_by_name_and_restart_begins_anew(donor_dir, tmp_
     asked = (str(donor_dir), output, TOKENS)
     assert killed(WorkFolder, "keep_layer", 1, *asked, **QUICK)
     other = QUICK | {"seed": 6, "mixer": {"d_state": 8}}
-    with pytest.raises(SurgeryError, match=r'mixer \{\} there, \{"d_state": 8\} now, seed 5 there, 6 now.*--restart'):
+    with pytest.raises(SurgeryError, match=r"mixer d_state not given there, 8 now; seed 5 there, 6 now.*--restart"):
         distill_llamba_base(*asked, **other)
-    with pytest.raises(SurgeryError, match="data"):
+    with pytest.raises(SurgeryError, match=r"settings: data has other contents now\. Run"):
         distill_llamba_base(str(donor_dir), output, TOKENS.flip(0), **QUICK)
     assert (output.with_name("base.distilling") / "layer_00.safetensors").exists()
     distill_llamba_base(*asked, **other, restart=True)
@@ -198,6 +200,79 @@ def test_another_setting_is_told_by_name_and_restart_begins_anew(donor_dir, tmp_
     assert state["backbone.layers.0.mixer.in_proj.weight"].shape == (32 + 2 * 16 + 32 + 2, 32)
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.config.ssm_cfg["d_state"] == 8
+
+
+def test_the_tokens_outlive_other_settings_of_the_training(donor_dir, tmp_path, monkeypatch):
+    output = tmp_path / "base"
+    work = output.with_name("base.distilling")
+    asked = (str(donor_dir), output, "self")
+    options = {**QUICK, "tokens": 48, "sequence_length": 12}
+    with pytest.raises(SurgeryError, match=r"loss is nan.*lower --learning_rate"):
+        distill_llamba_base(*asked, **options | {"learning_rate": 1e30})
+    kept = (work / "tokens.safetensors").stat()
+    assert killed(WorkFolder, "keep_layer", 1, *asked, **options)  # no layer was finished, so nothing stands against it
+    slower = options | {"learning_rate": 1e-3}
+    with pytest.raises(SurgeryError, match=r"settings: learning_rate 0.003 there, 0.001 now\. .*the tokens are kept"):
+        distill_llamba_base(*asked, **slower)
+    with pytest.raises(SurgeryError, match=r"settings: tokens 48 there, 60 now\. .*begin anew, or"):
+        distill_llamba_base(*asked, **options | {"tokens": 60})
+    assert killed(WorkFolder, "keep_layer", 1, *asked, **slower, restart=True)
+    assert (work / "tokens.safetensors").stat() == kept
+    distill_llamba_base(*asked, **slower)
+    distill_llamba_base(*asked[:1], tmp_path / "other", "self", **slower)
+    assert files_of(output) == files_of(tmp_path / "other")
+
+
+def test_what_failed_before_there_were_tokens_stands_against_nothing(donor_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    given = (str(donor_dir), tmp_path / "base", text)
+    for content in ("", "short"):
+        text.write_text(content)
+        with pytest.raises(SurgeryError, match="two sequences"):
+            distill_llamba_base(*given, **QUICK, sequence_length=16)
+    text.write_text("long enough " * 20)
+    summary = distill_llamba_base(*given, **QUICK, sequence_length=12, layers=[1])
+    assert summary["tokens"]["trained_on"] == 19 * 12
+
+
+def test_a_seed_may_be_of_any_size(donor_dir, tmp_path):
+    options = {**QUICK, "seed": 10**20, "tokens": 24, "sequence_length": 12, "layers": [0]}
+    assert distill_llamba_base(str(donor_dir), tmp_path / "base", "self", **options)["settings"]["seed"] == 10**20
+
+
+def test_the_donor_is_told_by_its_content_and_not_by_a_path_of_this_machine(distilled, donor_dir):
+    folder, summary = distilled
+    assert summary["donor"] == {"hub": "local", "id": donor_dir.name, "revision": None}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= summary["settings"]["donor"].keys()
+    assert str(donor_dir) not in (folder / "distillation.json").read_text()
+
+
+def test_of_text_the_summary_has_one_digest(tmp_path):
+    digests = []
+    for name, content in (("a.txt", "one"), ("b.txt", "one"), ("a.txt", "two")):
+        (tmp_path / name).write_text(content)
+        digests.append(described(tmp_path, 10, 5, seed=0)["data"])
+    assert len({digest for digest in digests if isinstance(digest, str)}) == 3
+
+
+def test_each_layer_of_the_donor_is_read_once_for_the_training(donor_dir, tmp_path, monkeypatch):
+    read, load = [], hidden_states.donor_layer
+    monkeypatch.setattr(hidden_states, "donor_layer", lambda *args: read.append(args[2]) or load(*args))
+    distill_llamba_base(str(donor_dir), tmp_path / "base", TOKENS, **QUICK, layers=[0, 2])
+    assert read == [0, 1, 2]
+
+
+def test_an_error_that_grew_is_told():
+    rows = [{"layer": 0, "initial": 2.0, "final": 1.0}, {"layer": 1, "initial": 0.5, "final": 0.6}]
+    summary = {"layers": rows, "perplexity": {}, "loss": "", "tokens": {"held_out": 5}}
+    assert "error larger in layer 1. Give a lower --learning_rate" in describe(summary)
+    assert "larger" not in describe(summary | {"layers": rows[:1]})
+
+
+def test_steps_are_counted_in_whole_numbers():
+    log = [{"step": step, "loss": 1.0} for step in range(4)]
+    axis = plot_losses([{"layer": 0, "initial": 2.0, "final": 1.0, "log": log}]).axes[0].xaxis
+    assert all(tick == round(tick) for tick in axis.get_majorticklocs())
 
 
 def test_chosen_layers_are_trained_and_the_rest_starts_as_ever(donor_dir, distilled, tmp_path):
@@ -229,8 +304,10 @@ def test_positions_of_no_weight_do_not_count(donor_dir, tmp_path):
     ("flags", "words"),
     [
         (["--data", "nowhere.txt"], ["nowhere.txt is not there", "self"]),
-        (["--layers", 9], ["[9]", "0 to 3"]),
-        (["--n_qk_heads", 3], ["n_qk_heads 3 does not divide"]),
+        (["--layers", 9], ["Layer 9 is out of range", "0 to 3"]),
+        (["--n_qk_heads", 3], ["No mixer can be made so: ssm_cfg: n_qk_heads 3 does not divide"]),
+        (["--sequence_length", 513], ["513 tokens are longer", "512", "config.json"]),
+        (["--tokens", 10**15], ["1,000,000,000,000,000 tokens, width 32", "256.0 PB", "fewer --tokens"]),
         (["--data", "short.txt"], ["has 4 tokens", "two sequences of 512"]),
         (["--data", "bad.jsonl"], ["bad.jsonl", 'no JSON object with a string "text"']),
         (["--data", "."], ["bad.jsonl"]),

@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils.logging import enable_progress_bar
 
 from model_preparation import SurgeryError
 from model_preparation.surgery.model_configs import read_config
@@ -32,6 +34,39 @@ def test_texts_follow_each_other_with_the_end_between_them(tmp_path):
     assert few.equal(tokens[:3])
 
 
+def test_a_long_text_is_read_as_far_as_it_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr("model_preparation.training.distill_data._PIECE_CHARACTERS", 64)
+    lines = [f"line {number} of a text\n" for number in range(40)]
+    text, jsonl, endless = tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.txt"
+    text.write_text("".join(lines) + "x" * 300 + " the end")
+    jsonl.write_text(json.dumps({"text": text.read_text()}) + "\n")
+    endless.write_bytes(text.read_bytes() * 40 + b"\xff")  # no text, and never reached
+    tokenizer = make_tokenizer()
+    whole = tokenizer(text.read_text() + END)["input_ids"]
+    for path in (text, jsonl):
+        assert tokens_of_text([path], tokenizer, 1, 10_000, lambda count: None).flatten().tolist() == whole
+    counted = []
+    assert tokens_of_text([endless], tokenizer, 5, 30, counted.append).flatten().tolist() == whole[:30]
+    assert sum(counted) < 128
+    with pytest.raises(SurgeryError, match=r"c\.txt cannot be used"):
+        tokens_of_text([endless], tokenizer, 5, 100_000, counted.append)
+
+
+def test_a_text_in_pieces_begins_and_ends_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("model_preparation.training.distill_data._PIECE_CHARACTERS", 16)
+    tokenizer = make_tokenizer()
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A {tokenizer.eos_token}",
+        special_tokens=[(tokenizer.bos_token, begin), (tokenizer.eos_token, end)],
+    )
+    (tmp_path / "a.txt").write_text("word by word " * 9)
+    tokens = tokens_of_text([tmp_path / "a.txt"], tokenizer, 1, 1000, lambda count: None).flatten().tolist()
+    assert (tokens[0], tokens[-1]) == (begin, end)
+    assert begin not in tokens[1:]
+    assert end not in tokens[:-1]
+
+
 def test_a_caller_s_tokens_are_checked():
     tokens = torch.zeros(40, 8, dtype=torch.int64)
     assert TokenData(tokens).held_out == 2
@@ -47,7 +82,7 @@ def test_a_caller_s_tokens_are_checked():
     assert len(digests | {TokenData(tokens, torch.ones(40, 8)).digest()}) == 4
 
 
-def test_the_donor_s_own_text_is_drawn_from_its_distribution(tmp_path):
+def test_the_donor_s_own_text_is_drawn_from_its_distribution(tmp_path, capfd):
     """A donor whose next token depends on the present one alone, in a way that is known."""
     config = LlamaConfig(
         vocab_size=4,
@@ -70,7 +105,10 @@ def test_the_donor_s_own_text_is_drawn_from_its_distribution(tmp_path):
         model.lm_head.weight[:, :4] = (chances.clamp(min=1e-6).log() / 8**0.5).t()
     model.save_pretrained(tmp_path)
     advanced: list[int] = []
+    enable_progress_bar()
+    capfd.readouterr()
     sampler = SelfSampler(tmp_path, read_config(tmp_path), "cpu")
+    assert capfd.readouterr() == ("", "")
     drawn = sampler.draw(400, 11, 0, advanced.append)
     assert drawn.shape == (400, 11)
     assert drawn.dtype == torch.int64
