@@ -42,7 +42,7 @@ def genetic(
         found = evaluations.estimate(known[0])
         waited = 0 if found > best else waited + 1
         best = max(best, found)
-        is_little_left = evaluations.room is not None and evaluations.room < population  # that is for refinement
+        is_little_left = evaluations.room is not None and evaluations.room < 2 * population  # that is for refinement
         if waited >= patience or generation == generations - 1 or is_little_left:
             return
         parents = known[:population]
@@ -81,8 +81,9 @@ def _first_generation(space: Space, evaluations: Evaluations, rng: random.Random
     best = sorted(gains, key=lambda layer: (-gains[layer], layer))
     found = [normal(best[:size]) for size in sizes]
     promising = best[: 2 * space.most]
-    pairs = [pair for pair in combinations(promising, 2) if normal(pair) in space]
-    found += space.by_promise(map(normal, pairs), evaluations)[: population // 4]
+    # Of a layer that only helps beside others a single score says nothing, so the best one is tried with many.
+    pairs = [pair for pair in space.with_one_more(normal(best[:1])) if pair in space]
+    found += space.by_promise(pairs, evaluations)[: population // 2]
     found += [space.spread(size) for size in sizes]
     found = list(dict.fromkeys(layers for layers in found if layers in space))[:population]
     for _ in range(_ATTEMPTS * population):
