@@ -14,13 +14,16 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 @pytest.fixture(scope="module")
 def donor():
-    """The module that trains it, saving its state every second step."""
+    """The module that trains it, here one of two layers, saving its state every second step."""
     sys.path.insert(0, str(SCRIPTS))
     try:
         module = importlib.import_module("embedded_pair.donor")
     finally:
         sys.path.remove(str(SCRIPTS))
     module.SAVED_EVERY = 2
+    shape = module.config()
+    shape.num_hidden_layers = 2
+    module.config = lambda: shape
     return module
 
 
