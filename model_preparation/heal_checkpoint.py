@@ -218,7 +218,9 @@ _PROMPT = "The best way to learn a new language is"
 def _setting(parser: CommandParser, name: str, *, help: str, **kwargs: Any) -> None:
     """A flag for a field of HealSettings; it is in the result only if it was given."""
     default = getattr(HealSettings, name)
-    shown = {True: "yes", False: "no", (): "none", None: "none"}.get(default, default) if default != 1 else default
+    shown = "none" if default in ((), None) else default
+    if isinstance(default, bool):
+        shown = "yes" if default else "no"
     if kwargs.get("action") != "store_true":
         help += f" (default: {shown})"
     parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=help, **kwargs)

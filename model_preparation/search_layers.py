@@ -59,11 +59,12 @@ def main() -> None:
     from model_preparation.search.methods import Options
     from model_preparation.search.progress import names
     from model_preparation.search.result_files import RESULT
-    from model_preparation.search.search import Search, donor_layers, search_layers
+    from model_preparation.search.search import Search, check_first, donor_layers, search_layers
     from model_preparation.search.setup import Spec
 
     output_dir = args.output_dir.expanduser()
     device = (args.device or "cpu") if args.ray is not None else choose_device(args.gpu, args.device)
+    check_first(args.base, args.task, output_dir, args.source)
     layers_dir = args.llama_layers_dir or donor_layers(args.donor, output_dir, args.source)
     spec = Spec(
         base=args.base,
@@ -234,7 +235,11 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--allow_other_heads", action="store_true", help="accept a donor whose heads differ in number or size"
     )
-    parser.add_argument("--dry_run", action="store_true", help="check everything and print the plan")
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check everything and print the plan; with --donor alone, its layers are extracted",
+    )
     ray_flags.add_ray_flags(parser)
     add_source_flag(parser)
     return parser

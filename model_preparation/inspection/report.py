@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from model_preparation.errors import SurgeryError
 from model_preparation.inspection.contents import Contents, contents_of
 from model_preparation.inspection.statistics import difference_of, statistics_of
 from model_preparation.tensors.tensor_ranges import TensorRange
@@ -24,7 +25,11 @@ def describe(path: Path, pattern: str = "*", *, as_json: bool = False) -> Iterat
     Raises:
         SurgeryError: as from `contents_of`.
     """
-    contents = _matching(contents_of(path), pattern)
+    everything = contents_of(path)
+    contents = _matching(everything, pattern)
+    if not (contents.tensors or contents.values) and everything.tensors:
+        known = ", ".join(list(everything.tensors)[:3])
+        raise SurgeryError(f"No name in {path} fits {pattern!r}. Among its names are {known}.")
     width = max(map(len, contents.tensors), default=0)
     for name, place in contents.tensors.items():
         found = statistics_of(place)

@@ -8,7 +8,7 @@ In: base, donor, tasks, a method. Out: OUTPUT_DIR with
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rich.filesize import decimal
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import check_settings
+from model_preparation.evaluation.tasks import check_names
 from model_preparation.files.new_file import write_file
 from model_preparation.files.seal import seal
 from model_preparation.files.timestamps import creation_time
@@ -36,6 +37,7 @@ from model_preparation.search.result_files import RESULT, read_single_layers
 from model_preparation.search.setup import Setup, Spec
 from model_preparation.search.space import Space
 from model_preparation.surgery.layer_store import METADATA, LayerStore, extract_layers
+from model_preparation.surgery.sources import resolve
 
 JOURNAL, DONOR_LAYERS = "journal.jsonl", "donor_layers"
 RACING = ("greedy", "beam", "ga")  # methods that race unless told not to
@@ -99,6 +101,7 @@ def search_layers(
     """
     _check(spec, search)
     folder = Path(spec.folder)
+    check_output(folder)
     setup = Setup(spec)
     total = setup.pair.layers
     if search.most > total:
@@ -148,6 +151,25 @@ def search_layers(
         return found
     finally:
         journal.close()
+
+
+def check_first(base: str, tasks: Sequence[str], output_dir: Path, sources: Mapping[str, str] | None = None) -> None:
+    """Raise SurgeryError for what can be told before the donor is downloaded and its layers are extracted."""
+    check_output(output_dir)
+    check_names(tasks)
+    resolve(base, overrides=sources)
+
+
+def check_output(folder: Path) -> None:
+    """Raise SurgeryError unless the folder is new, empty or a search's."""
+    if folder.exists() and not folder.is_dir():
+        raise SurgeryError(f"{folder} is a file. Give a folder as --output_dir.")
+    inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if inside and not inside & {JOURNAL, RESULT, DONOR_LAYERS}:
+        raise SurgeryError(
+            f"{folder} holds other files ({', '.join(sorted(inside)[:3])}) and no {JOURNAL} of a search. "
+            "Choose another --output_dir."
+        )
 
 
 def donor_layers(donor: str, output_dir: Path, sources: Mapping[str, str] | None = None) -> Path:
@@ -206,6 +228,10 @@ def _check(spec: Spec, search: Search) -> None:
     check_settings(limit=spec.limit, num_fewshot=spec.num_fewshot, batch_size=spec.batch_size)
     if search.method not in METHODS:
         raise SurgeryError(f"{search.method!r} is no method. Choose one of {', '.join(METHODS)}.")
+    if search.method == "singles" and search.least > 1:
+        raise SurgeryError(
+            f"The method singles tries one layer at a time, and min_layers is {search.least}. Choose another --method."
+        )
     if not 1 <= search.least <= search.most:
         raise SurgeryError(f"min_layers {search.least} and max_layers {search.most} do not fit. Give 1 <= min <= max.")
     if search.method == "singles" and search.least > 1:

@@ -104,6 +104,7 @@ def heal_checkpoint(
     """
     parent, output_dir = Path(checkpoint).expanduser(), Path(output_dir).expanduser()
     states = Path(resume_dir).expanduser() if resume_dir else output_dir.with_name(f"{output_dir.name}_resume")
+    _check_apart(output_dir, parent)
     if isinstance(resume, bool):
         resume = "auto" if resume else "never"
     parent_info = read_info(parent)
@@ -194,6 +195,7 @@ def merge_adapter(
     parent, adapter = Path(checkpoint).expanduser(), Path(adapter).expanduser()
     output_dir = Path(output_dir).expanduser()
     parent_info = read_info(parent)
+    _check_apart(output_dir, parent)
     check_target(output_dir, overwrite=overwrite, complete_mark=INFO)
     model, tokenizer = load_checkpoint(parent, dtype=torch.float32)
     adapted = load_adapter(in_memory(model), adapter)
@@ -213,6 +215,11 @@ def merge_adapter(
         overwrite=overwrite,
         extras={ADAPTER: partial(write_adapter, tensors_and_config)},
     )
+
+
+def _check_apart(output_dir: Path, parent: Path) -> None:
+    if output_dir.resolve() == parent.resolve():
+        raise SurgeryError(f"{output_dir} is the checkpoint itself, which is only read. Choose another --output_dir.")
 
 
 def _check_room(trainer: HealTrainer, states: Path, output_dir: Path, dtype: torch.dtype) -> None:

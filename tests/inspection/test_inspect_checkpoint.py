@@ -123,3 +123,8 @@ def test_a_large_tensor_is_read_piece_by_piece(tmp_path, monkeypatch):
     assert statistics.statistics_of(place).blake3 == blake3(bytes(40_000_000)).hexdigest()
     assert sum(sizes) == 40_000_000
     assert max(sizes) <= 4 << 20
+
+
+def test_a_pattern_that_fits_nothing_is_told_with_names_there_are(checkpoint_dir):
+    result = run_command("inspect_checkpoint", checkpoint_dir, "--keys", "zzz*")
+    assert_refused(result, "No name in", "fits 'zzz*'", "Among its names are backbone.")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -213,3 +214,21 @@ def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
     assert_refused(refused, "Name it by --donor")
     with contextlib.suppress(FileNotFoundError):
         assert list((tmp_path / "kl").iterdir()) == []
+
+
+def test_what_cannot_be_is_said_before_the_donor_is_extracted(base_dir, donor_dir, task_dir, tmp_path):
+    def search(*flags: object, base: object = base_dir) -> subprocess.CompletedProcess:
+        return run_command("search_layers", "--base", base, "--donor", donor_dir, "--task", task_dir, *flags)
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("not a search")
+    out = ("--output_dir", tmp_path / "out")
+    assert_refused(search("--output_dir", other), "holds other files (mine.txt)", "Choose another --output_dir")
+    assert_refused(search("--output_dir", other / "mine.txt"), "mine.txt is a file")
+    assert_refused(search(*out, base=tmp_path / "none"), "none is not there")
+    assert_refused(search(*out, "--task", "no_such_task"), "no task 'no_such_task'")
+    two_at_least = ("--llama_layers_dir", tmp_path, "--method", "singles", "--min_layers", 2)
+    assert_refused(search(*out, *two_at_least), "one layer at a time")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    assert [path.name for path in other.iterdir()] == ["mine.txt"]

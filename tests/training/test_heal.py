@@ -255,7 +255,7 @@ def test_a_tracker_that_is_not_installed_is_named(heal, tmp_path):
     assert_refused(heal(tmp_path / "out", "--report_to", missing[0]), f"pip install {missing[0]}")
 
 
-def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, tmp_path):
+def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, checkpoint_dir, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("too short")
     assert_refused(heal(tmp_path / "out", "--data", short), "fewer than one sequence of 16")
@@ -263,4 +263,5 @@ def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, tmp_p
     assert_refused(heal(tmp_path / "out", "--init_from", "resume"), "no complete state")
     assert_refused(heal(tmp_path / "out", "--precision", "float16"), "needs a GPU")
     assert_refused(heal(healed), "exists already", "--overwrite")
+    assert_refused(heal(checkpoint_dir, "--overwrite"), "the checkpoint itself", "another --output_dir")
     assert list(tmp_path.iterdir()) == [short]
