@@ -12,4 +12,4 @@ export OMP_NUM_THREADS=1
 "$python" -m ruff format --check
 "$python" -m mypy
 # Two at a time, each file's tests in order: most of them wait for a process of their own.
-"$python" -m pytest --numprocesses 2 --dist loadfile "$@"
+"$python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
