@@ -43,9 +43,10 @@ def read_info(directory: str | Path) -> dict[str, Any]:
         raise SurgeryError(f"{directory} is a file. Give the checkpoint's folder, here {directory.parent}.")
     if not directory.is_dir() and str(directory) in TABLE:
         raise SurgeryError(
-            f"{directory} is the name of a model, and a checkpoint's folder is needed. Models are scored by "
-            f"test_checkpoint.py --checkpoint {directory} --skip_generation --full_eval --results_dir DIR; "
-            "what they write is had by --compare_with at a checkpoint."
+            f"{directory} is the name of a model, and a checkpoint's folder is needed. Build one with "
+            "create_replaced_model_checkpoint.py. Models themselves are scored by test_checkpoint.py --checkpoint "
+            f"{directory} --skip_generation --full_eval --results_dir DIR; what they write is had by --compare_with at "
+            "a checkpoint."
         )
     if not directory.is_dir():
         raise SurgeryError(f"Checkpoint {directory} is not there. Build it with create_replaced_model_checkpoint.py.")

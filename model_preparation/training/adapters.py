@@ -72,11 +72,13 @@ def load_adapter(model: LlambaForCausalLM, folder: Path, *, trainable: bool = Fa
     Raises:
         SurgeryError: if there is no adapter, or a tensor of it is missing, unexpected, or of another shape.
     """
+    if not is_adapter(folder):
+        raise SurgeryError(f"{folder} has no {ADAPTER_CONFIG}. Give the folder of an adapter, such as OUTPUT_DIR/adapter.")
     try:
         fields = read_json(folder / ADAPTER_CONFIG)
         config = LoraConfig(**(fields | {"inference_mode": not trainable}))
     except (OSError, ValueError, TypeError) as error:
-        raise SurgeryError(f"{folder} holds no LoRA adapter ({error}). Give a folder with {ADAPTER_CONFIG}.") from error
+        raise SurgeryError(f"{folder / ADAPTER_CONFIG} is not that of a LoRA adapter ({error}).") from error
     try:
         adapted = _put_on(model, config)
     except ValueError as error:  # no module of the model has such a name

@@ -1,6 +1,6 @@
 """The settings of a healing run as the Trainer takes them.
 
-In: settings, and the number of processes. Out: TrainingArguments, in steps of this number of processes.
+In: settings, and the number of processes. Out: TrainingArguments and milestones, in steps of this number of processes.
 """
 
 import importlib.util
@@ -28,8 +28,7 @@ def training_arguments(
     resumed: bool,
 ) -> TrainingArguments:
     def here(steps: int) -> int:
-        """Steps of this number of processes that take as much data as `steps` of the number it was started with."""
-        return math.ceil(steps * identity["started_world_size"] / world_size)
+        return _steps_here(steps, identity, world_size)
 
     if settings.precision == "float16" and device == "cpu":
         raise SurgeryError("float16 needs a GPU. Use --precision bfloat16 or float32 on the CPU.")
@@ -76,6 +75,28 @@ def training_arguments(
         torch.cuda.set_device(torch.device(device))
         args._n_gpu = 1  # several GPUs are a launcher's business, never DataParallel's
     return args
+
+
+def milestones_here(
+    milestones: Mapping[int, str], settings: HealSettings, identity: Mapping[str, Any], world_size: int
+) -> dict[int, str]:
+    """Names of states to be kept, by step of this number of processes.
+
+    Raises:
+        SurgeryError: if the run has no such step.
+    """
+    for step, name in milestones.items():
+        if not 1 <= step <= settings.max_steps:
+            raise SurgeryError(
+                f"The milestone {name} is at step {step}, and the run has steps 1 to {settings.max_steps}. "
+                "Give a step among these, or a larger --max_steps."
+            )
+    return {_steps_here(step, identity, world_size): name for step, name in milestones.items()}
+
+
+def _steps_here(steps: int, identity: Mapping[str, Any], world_size: int) -> int:
+    """Steps of this number of processes that take as much data as `steps` of the number it was started with."""
+    return math.ceil(steps * identity["started_world_size"] / world_size)
 
 
 def check_tracker(settings: HealSettings) -> None:

@@ -1,8 +1,8 @@
-"""What happens beside the training: a line per log on the console, and a state when the run is asked to stop."""
+"""What happens beside the training: a line per log on the console; a state at a milestone, and when asked to stop."""
 
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from transformers import TrainerCallback
@@ -43,6 +43,16 @@ class Console(ProgressCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.training_bar is not None:
             super().on_train_end(args, state, control, **kwargs)
+
+
+class SaveMilestones(TrainerCallback):
+    """A state after each of these steps, whatever the interval of the others is."""
+
+    def __init__(self, steps: Container[int]):
+        self._steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= state.global_step in self._steps
 
 
 class SaveWhenStopped(TrainerCallback):

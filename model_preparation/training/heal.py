@@ -29,8 +29,8 @@ from model_preparation.surgery.checkpoint_info import INFO, read_info
 from model_preparation.surgery.checkpoint_loading import load_checkpoint, without_wrapper_prefixes
 from model_preparation.surgery.trial import PROMPT
 from model_preparation.training.adapters import adapter_of, load_adapter, merge, write_adapter
-from model_preparation.training.arguments import check_tracker, training_arguments
-from model_preparation.training.callbacks import Console, SaveWhenStopped
+from model_preparation.training.arguments import check_tracker, milestones_here, training_arguments
+from model_preparation.training.callbacks import Console, SaveMilestones, SaveWhenStopped
 from model_preparation.training.heal_data import Sequences
 from model_preparation.training.heal_trainer import HealTrainer
 from model_preparation.training.healed_folder import (
@@ -104,7 +104,7 @@ def heal_checkpoint(
     """
     parent, output_dir = Path(checkpoint).expanduser(), Path(output_dir).expanduser()
     states = Path(resume_dir).expanduser() if resume_dir else output_dir.with_name(f"{output_dir.name}_resume")
-    _check_apart(output_dir, parent)
+    _check_apart(output_dir, parent, *(given.get(name) for name in ("teacher", "init_from", "eval_data")), data)
     if isinstance(resume, bool):
         resume = "auto" if resume else "never"
     parent_info = read_info(parent)
@@ -128,6 +128,7 @@ def heal_checkpoint(
         written = _texts(model, tokenizer, prompts) if processes.is_main_process else []
         identity["texts"] = [{"prompt": p, "text": text} for p, text in zip(prompts, written, strict=False)]
     args = training_arguments(settings, states, identity, processes.num_processes, device, resumed=state is not None)
+    kept = milestones_here(milestones or {}, settings, identity, processes.num_processes)
     stopper = SaveWhenStopped()
     trainer = HealTrainer(
         with_trained_weights_chosen(model, run),
@@ -139,13 +140,20 @@ def heal_checkpoint(
         identity=identity,
         state=state,
         distillation=distillation_of(model, tokenizer, run, args.device),
-        milestones=milestones or {},
-        callbacks=[Console(), stopper],
+        milestones=kept,
+        callbacks=[Console(), SaveMilestones(kept), stopper],
     )
     trainer.remove_callback(PrinterCallback)
     if processes.is_main_process:
         _check_room(trainer, states, output_dir, dtype or getattr(torch, parent_info["dtype"]))
     say(_describe(trainer, settings, train, held_out))
+    if state is not None and trainer.first_step > args.max_steps:
+        raise SurgeryError(
+            f"{state.folder} has done {trainer.first_step} steps, more than --max_steps {args.max_steps}. "
+            "Give as many or more, or an earlier state by --resume DIR."
+        )
+    if state is not None and trainer.first_step == args.max_steps:
+        say(f"{state.folder.name} has done all of these steps. The checkpoint is made of it; nothing is trained.")
     _train(trainer, states)
     if stopper.received is not None and trainer.state.global_step < args.max_steps:
         say(f"Stopped after step {trainer.state.global_step}. The same command goes on from {states}.")
@@ -195,7 +203,7 @@ def merge_adapter(
     parent, adapter = Path(checkpoint).expanduser(), Path(adapter).expanduser()
     output_dir = Path(output_dir).expanduser()
     parent_info = read_info(parent)
-    _check_apart(output_dir, parent)
+    _check_apart(output_dir, parent, adapter)
     check_target(output_dir, overwrite=overwrite, complete_mark=INFO)
     model, tokenizer = load_checkpoint(parent, dtype=torch.float32)
     adapted = load_adapter(in_memory(model), adapter)
@@ -217,9 +225,13 @@ def merge_adapter(
     )
 
 
-def _check_apart(output_dir: Path, parent: Path) -> None:
-    if output_dir.resolve() == parent.resolve():
-        raise SurgeryError(f"{output_dir} is the checkpoint itself, which is only read. Choose another --output_dir.")
+def _check_apart(output_dir: Path, *read: str | Path | None) -> None:
+    """Raise SurgeryError if the folder to write is one that is read, or lies around it."""
+    place = output_dir.resolve()
+    for path in read:
+        found = None if path is None else Path(path).expanduser().resolve()
+        if found is not None and found.exists() and found.is_relative_to(place):
+            raise SurgeryError(f"{path} is only read, and {output_dir} would replace it. Choose another --output_dir.")
 
 
 def _check_room(trainer: HealTrainer, states: Path, output_dir: Path, dtype: torch.dtype) -> None:

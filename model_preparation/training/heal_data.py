@@ -87,7 +87,7 @@ def load_sequences(data: str, tokenizer: PreTrainedTokenizerBase, block_size: in
     count = len(tokens) // block_size
     if not count:
         raise SurgeryError(
-            f"{data} has {len(tokens)} tokens, fewer than one sequence of {block_size}. "
+            f"{data} is shorter than one sequence: {len(tokens)} of {block_size} tokens. "
             "Give more text, or a smaller --block_size."
         )
     return Sequences(tokens[: count * block_size].reshape(count, block_size))

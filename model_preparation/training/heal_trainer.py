@@ -67,6 +67,9 @@ class HealTrainer(Trainer):
         state: where to go on, or None.
         distillation: the loss, where it is not the text's own.
         milestones: names of states to be kept for good, by step.
+
+    Attributes:
+        first_step: at which it begins or goes on.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class HealTrainer(Trainer):
         self._distillation = distillation
         self._milestones = milestones
         self._per_step = settings.batch_size * settings.accumulation * args.world_size
-        self._first_step = 0 if state is None else state.sequences_seen // self._per_step
+        self.first_step = 0 if state is None else state.sequences_seen // self._per_step
         # Sequences seen beyond whole steps, after a change of the number of processes.
         self._offset = 0 if state is None else state.sequences_seen % self._per_step
         shuffled = Shuffled(train, settings.seed, self._offset, args.max_steps * self._per_step)
@@ -278,7 +281,7 @@ class HealTrainer(Trainer):
         logging.set_verbosity(verbosity)
         if self._resumed is None:
             return 0, 0
-        old, new = self._resumed.steps, self._first_step
+        old, new = self._resumed.steps, self.first_step
         self.state.global_step = new
         if old != new:  # steps of this number of processes from here on, in what is remembered too
             for entry in self.state.log_history:
@@ -315,7 +318,7 @@ class HealTrainer(Trainer):
 
     def _set_learning_rate(self) -> None:
         """Put the schedule to the step that the run is at, as it counts now; mostly, it is there already."""
-        scheduler, step = self.lr_scheduler, self._first_step
+        scheduler, step = self.lr_scheduler, self.first_step
         rates = [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
         scheduler.last_epoch, scheduler._step_count, scheduler._last_lr = step, step + 1, rates
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -345,7 +348,7 @@ class HealTrainer(Trainer):
         if self._resumed is None:
             return
         unlogged = self._resumed.info["unlogged"]
-        losses, old, new = unlogged["losses"], self._resumed.steps, self._first_step
+        losses, old, new = unlogged["losses"], self._resumed.steps, self.first_step
         same = len(losses) == self.args.world_size
         self._tr_loss += losses[self.args.process_index] if same else sum(losses) / len(losses)
         self._globalstep_last_logged = unlogged["last_logged"] * new // old if old else 0

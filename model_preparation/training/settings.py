@@ -136,6 +136,6 @@ def resumed_settings(saved: HealSettings, given: Mapping[str, Any]) -> tuple[Hea
         elif name not in _FREE:
             lines.append(
                 f"{name} stays {getattr(saved, name)!r}, as the run was started with; {value!r} does not count "
-                "(--resume never starts anew)"
+                "(to start anew, give --resume never)"
             )
     return replace(saved, **taken), lines

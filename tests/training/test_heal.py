@@ -258,10 +258,16 @@ def test_a_tracker_that_is_not_installed_is_named(heal, tmp_path):
 def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, checkpoint_dir, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("too short")
-    assert_refused(heal(tmp_path / "out", "--data", short), "fewer than one sequence of 16")
+    assert_refused(heal(tmp_path / "out", "--data", short), "shorter than one sequence", "of 16 tokens")
     assert_refused(heal(tmp_path / "out", "--data", tmp_path / "none.txt"), "none.txt is not there")
     assert_refused(heal(tmp_path / "out", "--init_from", "resume"), "no complete state")
     assert_refused(heal(tmp_path / "out", "--precision", "float16"), "needs a GPU")
     assert_refused(heal(healed), "exists already", "--overwrite")
-    assert_refused(heal(checkpoint_dir, "--overwrite"), "the checkpoint itself", "another --output_dir")
+    assert_refused(heal(tmp_path / "out", "--milestones", "9=late"), "late is at step 9", "steps 1 to 6")
+    for read in ("--checkpoint", "--teacher", "--init_from"):
+        refused = heal(healed, "--overwrite", read, healed)
+        assert_refused(refused, f"{healed} is only read", "another --output_dir")
+    merge = ("--checkpoint", checkpoint_dir, "--output_dir", tmp_path / "out", "--merge_adapter")
+    assert_refused(run_command("heal_checkpoint", *merge, healed), "has no adapter_config.json", "folder of an adapter")
+    assert_refused(run_command("heal_checkpoint", "--data", short, "--checkpoint", "tiny_llamba", *merge[2:4]), "name of")
     assert list(tmp_path.iterdir()) == [short]

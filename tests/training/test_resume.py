@@ -61,14 +61,14 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_bits(flags, heal, hea
 
 def test_asked_to_stop_a_run_saves_where_it_is_and_ends_with_the_same_bits(flags, heal, healed, tmp_path):
     out = tmp_path / "out"
-    more = ["--output_dir", out, "--milestones", "2=early"]
+    more = ["--output_dir", out, "--milestones", "1=early"]  # at no interval of the others
     assert run_until([*flags, *more], 3, 0, signal.SIGTERM)[0] == 143
     states, _ = list_states(tmp_path / "out_resume")
     assert states[-1].steps in (4, 5)
     assert heal(out, *more).returncode == 0
     assert outcome(out) == outcome(healed)
     # The milestone was not rotated away, and a run can go on from it.
-    assert read_state(tmp_path / "out_resume" / "early").steps == 2
+    assert read_state(tmp_path / "out_resume" / "early").steps == 1
     result = heal(out, *more, "--resume", tmp_path / "out_resume" / "early", "--overwrite")
     assert "checkpoint-6 has seen more than early: it is put aside as checkpoint-6.aside" in result.stdout
     assert outcome(out) == outcome(healed)
@@ -143,6 +143,10 @@ def test_a_run_that_goes_on_has_the_settings_it_was_started_with(heal, healed, t
     longer = heal(tmp_path / "out", "--max_steps", 7, "--overwrite")
     assert "max_steps is now 7, was 6" in longer.stdout
     assert list_states(states)[0][-1].steps == 7
+    again = heal(tmp_path / "out", "--max_steps", 7, "--overwrite")
+    assert "checkpoint-7 has done all of these steps" in again.stdout
+    refused = heal(tmp_path / "out", "--max_steps", 5, "--overwrite")
+    assert_refused(refused, "has done 7 steps, more than --max_steps 5", "--resume DIR")
 
 
 def test_other_text_or_another_checkpoint_is_another_run(heal, healed, base_dir, layers_dir, tmp_path):
