@@ -73,7 +73,9 @@ def load_adapter(model: LlambaForCausalLM, folder: Path, *, trainable: bool = Fa
         SurgeryError: if there is no adapter, or a tensor of it is missing, unexpected, or of another shape.
     """
     if not is_adapter(folder):
-        raise SurgeryError(f"{folder} has no {ADAPTER_CONFIG}. Give the folder of an adapter, such as OUTPUT_DIR/adapter.")
+        raise SurgeryError(
+            f"{folder} has no {ADAPTER_CONFIG}. Give the folder of an adapter, such as OUTPUT_DIR/adapter."
+        )
     try:
         fields = read_json(folder / ADAPTER_CONFIG)
         config = LoraConfig(**(fields | {"inference_mode": not trainable}))

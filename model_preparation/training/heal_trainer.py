@@ -3,8 +3,7 @@
 In: a model with its trainable weights chosen, sequences, and perhaps a state to go on from. Out: the trained model, and
 states on the disk. What is different from the Trainer's own ways: a state is staged, digested and renamed into place;
 it holds tensors and plain values only; it keeps the part of the loss that was not logged yet; and the data depend on
-the number of sequences seen, not on that of processes. Shards (FSDP) are torch.distributed.checkpoint's own files,
-which hold pickles: go on only from sharded states that you trust.
+the number of sequences seen, not on that of processes. Shards (FSDP) are torch.distributed.checkpoint's own files.
 """
 
 import contextlib

@@ -21,6 +21,7 @@ from model_preparation.files.new_folder import sync
 from model_preparation.files.shared_files import share_file
 from model_preparation.untrusted.pickle_scan import TENSORS
 from model_preparation.untrusted.pt_structure import check_pt
+from model_preparation.untrusted.sharded_files import SHARD_METADATA, check_shards
 from model_preparation.untrusted.untrusted_files import check_fields, inside, read_json
 
 FORMAT_VERSION = 1
@@ -112,6 +113,8 @@ def check_state(state: ResumeState) -> None:
             fault = fault_of(path, entry)
             if fault is None and path.suffix in _PICKLES:
                 check_pt(path, TENSORS)
+            elif fault is None and path.name == SHARD_METADATA:
+                check_shards(path.parent)
         except (OSError, ValueError, SurgeryError) as error:
             fault = f"refused ({error})"
         if fault is not None:

@@ -63,9 +63,14 @@ def check_pt(path: Path, allowed: Allowed) -> PickleScan:
         ValueError, SurgeryError, OSError: as from `pt_records` and `pickle_scan.scan`; also for a storage that is not
             exactly one record.
     """
-    records = pt_records(path)
-    with path.open("rb") as file:
-        found = scan(_read(file, records[PICKLE].start, records[PICKLE].size_bytes), allowed)
+    with regular_file(path).open("rb") as file:
+        return check_archive(file, os.fstat(file.fileno()).st_size, allowed)
+
+
+def check_archive(file: BinaryIO, file_bytes: int, allowed: Allowed) -> PickleScan:
+    """`check_pt` for what torch.save wrote into an open file of `file_bytes` bytes."""
+    records = _records(file, file_bytes)
+    found = scan(_read(file, records[PICKLE].start, records[PICKLE].size_bytes), allowed)
     stored = {name.removeprefix("data/"): rec.size_bytes for name, rec in records.items() if name.startswith("data/")}
     for key in found.storages.keys() | stored.keys():
         if found.storages.get(key) != stored.get(key):

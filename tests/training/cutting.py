@@ -77,7 +77,8 @@ def _free_port() -> int:
 def outcome(output_dir: Path) -> dict[str, object]:
     """What two runs have to have in common, bit by bit: weights, optimizer, scheduler, random states, loss log."""
     newest = list_states(output_dir.with_name(f"{output_dir.name}_resume"))[0][-1]
-    files = {name: entry["sha256"] for name, entry in newest.info["files"].items() if name.endswith((".pt", ".pth"))}
+    kinds = (".pt", ".pth", ".distcp")
+    files = {name: entry["sha256"] for name, entry in newest.info["files"].items() if name.endswith(kinds)}
     weights = torch.load(output_dir / "model_state_dict.pt")
     info = json.loads((output_dir / "checkpoint_info.json").read_text())
     return {

@@ -269,5 +269,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, check
         assert_refused(refused, f"{healed} is only read", "another --output_dir")
     merge = ("--checkpoint", checkpoint_dir, "--output_dir", tmp_path / "out", "--merge_adapter")
     assert_refused(run_command("heal_checkpoint", *merge, healed), "has no adapter_config.json", "folder of an adapter")
-    assert_refused(run_command("heal_checkpoint", "--data", short, "--checkpoint", "tiny_llamba", *merge[2:4]), "name of")
+    assert_refused(
+        run_command("heal_checkpoint", "--data", short, "--checkpoint", "tiny_llamba", *merge[2:4]), "name of"
+    )
     assert list(tmp_path.iterdir()) == [short]

@@ -1,6 +1,9 @@
 """Healing by two processes over gloo: DDP and FSDP, stopped, resumed, and with another number of processes."""
 
 import json
+import os
+import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from model_preparation import verify_checkpoint
+from model_preparation.errors import SurgeryError
+from model_preparation.files.digests import describe_files
 from model_preparation.llamba import LlambaForCausalLM
-from model_preparation.training.resume_state import list_states
+from model_preparation.training.resume_state import MARK, check_state, list_states, read_state
 from tests.conftest import PACKAGE
 from tests.training.cutting import outcome, run_until
 
@@ -85,19 +90,64 @@ def test_two_then_one_then_two_processes_see_the_same_data(slow_flags, ddp, tmp_
     assert loss_after(tmp_path / "out") == pytest.approx(loss_after(ddp), abs=0.1)
 
 
-def test_sharded_over_two_processes_killed_and_resumed_it_ends_as_ddp_does(slow_flags, ddp, tmp_path):
+@pytest.fixture(scope="module")
+def fsdp(slow_flags, tmp_path_factory) -> Path:
+    """The same in shards."""
+    folder = tmp_path_factory.mktemp("fsdp") / "healed"
+    code, text = run_until([*slow_flags, "--output_dir", folder], processes=2, env=environment_of("fsdp.yaml"))
+    assert code == 0, text
+    return folder
+
+
+def test_in_shards_they_end_as_without(ddp, fsdp):
+    assert verify_checkpoint(fsdp) == []
+    whole = weights(ddp)
+    for name, tensor in weights(fsdp).items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-4, atol=1e-4)
+
+
+def test_in_shards_and_killed_together_they_end_with_the_same_bits(slow_flags, fsdp, tmp_path):
     env = environment_of("fsdp.yaml")
     assert env["ACCELERATE_USE_FSDP"] == "true"
     args = [*slow_flags, "--output_dir", tmp_path / "out"]
     assert run_until(args, 3, 0.05, processes=2, env=env)[0] == -9
     assert run_until(args, processes=2, env=env)[0] == 0
-    assert verify_checkpoint(tmp_path / "out") == []
-    whole = weights(ddp)
-    for name, tensor in weights(tmp_path / "out").items():
-        torch.testing.assert_close(tensor, whole[name], rtol=1e-4, atol=1e-4)
-    files = list_states(tmp_path / "out_resume")[0][-1].info["files"]
-    for shard in ("pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/__1_0.distcp", "optimizer_0/__1_0.distcp"):
-        assert shard in files
+    assert outcome(tmp_path / "out") == outcome(fsdp)
+    shards = {name for name in outcome(fsdp)["state"] if name.endswith(".distcp")}
+    folders = ("optimizer_0", "pytorch_model_fsdp_0")
+    assert shards == {f"{folder}/__{rank}_0.distcp" for folder in folders for rank in (0, 1)}
+
+
+def test_shards_with_code_in_them_are_refused_by_name(fsdp, tmp_path):
+    newest = list_states(fsdp.with_name("healed_resume"))[0][-1].folder
+    shutil.copytree(newest, tmp_path / "state")
+    optimizer = tmp_path / "state" / "optimizer_0"
+    metadata = pickle.loads((optimizer / ".metadata").read_bytes())  # noqa: S301  # just written
+    check_state(read_state(tmp_path / "state"))
+
+    def refused(by: str) -> None:
+        mark = tmp_path / "state" / MARK
+        info = json.loads(mark.read_text())
+        info["files"] = describe_files(tmp_path / "state", excluded=[MARK])
+        mark.write_text(json.dumps(info))
+        with pytest.raises(SurgeryError, match=by):
+            check_state(read_state(tmp_path / "state"))
+
+    index = next(index for index in metadata.storage_data if index.fqn.endswith(".lr"))
+    place = metadata.storage_data[index]
+    torch.save({"lr": os.system}, optimizer / "__9_0.distcp")
+    place.relative_path, place.offset = "__9_0.distcp", 0
+    place.length = (optimizer / "__9_0.distcp").stat().st_size
+    (optimizer / ".metadata").write_bytes(pickle.dumps(metadata))
+    refused(r"optimizer_0/\.metadata is refused \(its entry 'optimizer.*lr' in __9_0\.distcp: .*posix\.system")
+    place.relative_path = "../__9_0.distcp"
+    (optimizer / ".metadata").write_bytes(pickle.dumps(metadata))
+    refused("outside its folder")
+    metadata.version = os.system
+    (optimizer / ".metadata").write_bytes(pickle.dumps(metadata))
+    refused(r"it names posix\.system, which could run code")
+    (optimizer / ".metadata").write_bytes(pickle.dumps(metadata)[:500])
+    refused("damaged|posix")
 
 
 def test_the_shipped_config_shards_by_the_hybrids_layers():
