@@ -30,8 +30,8 @@ from model_preparation.untrusted.tokenizer_files import load_tokenizer
 COMMAND = Path(__file__).resolve().parents[1] / "model_preparation" / "heal_checkpoint.py"
 SEQUENCES, TOKENS = 64, 256  # of a file of text
 TRAIN_SEED, TEST_SEED = 2_000_000, 3_000_000
-RUN = {"method": "neighbours", "teacher": "donor", "block_size": 128, "batch_size": 4, "learning_rate": 1e-4}
-RUN |= {"warmup": 0.1, "eval_interval": 25, "eval_fraction": 0.05, "save_total_limit": 1, "logging_steps": 5}
+RUN = {"method": "full", "teacher": "donor", "block_size": 128, "batch_size": 4, "learning_rate": 3e-4}
+RUN |= {"precision": "bfloat16", "warmup": 0.1, "eval_interval": 20, "save_total_limit": 1, "logging_steps": 5}
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         parser.add_argument(name, type=Path, required=True, metavar="DIR")
     parser.add_argument("--layers", type=int, nargs="+", default=[20, 23, 24, 28], metavar="N", help="to graft")
     parser.add_argument("--files", type=int, default=3, metavar="N", help="of text, 16,384 tokens each (default: 3)")
-    parser.add_argument("--max_steps", type=int, default=150, metavar="N", help="of healing (default: 150)")
+    parser.add_argument("--max_steps", type=int, default=220, metavar="N", help="of healing (default: 220)")
     args = parser.parse_args()
 
     started = time.perf_counter()

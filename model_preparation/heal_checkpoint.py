@@ -79,8 +79,8 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--data",
         metavar="FILE|DIR|NAME",
-        help='text: .txt and .md files, .jsonl files with a field "text", a folder of these, or the name of a data set '
-        "that `datasets` loads",
+        help='text: .txt and .md files, .jsonl and .parquet files with a field "text", a folder of these, or the name '
+        "of a data set on Hugging Face: org/name or org/name:config",
     )
     parser.add_argument(
         "--output_dir", required=True, type=Path, metavar="DIR", help="the healed checkpoint's folder, made whole"

@@ -1,8 +1,8 @@
 """Text as training sequences, in an order that depends on the seed and the position alone.
 
-In: a text file, a JSON-lines file, a folder of such, or a data set's name. Out: `Sequences`, blocks of tokens cut from
-the joined texts; and `Shuffled`, the order in which they are seen: what a run sees at a position is the same however
-many processes share the work, and wherever it was stopped.
+In: a text, JSON-lines or Parquet file, a folder of such, or a data set's name. Out: `Sequences`, blocks of tokens cut
+from the joined texts; and `Shuffled`, the order in which they are seen: what a run sees at a position is the same
+however many processes share the work, and wherever it was stopped.
 """
 
 import json
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
 
-_SUFFIXES = (".txt", ".md", ".jsonl")
+_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 _DOCUMENTS_AT_ONCE = 256
 
 
@@ -71,8 +71,8 @@ def load_sequences(data: str, tokenizer: PreTrainedTokenizerBase, block_size: in
     """Read texts, join them with the end-of-text token after each, and cut them into blocks; the rest is dropped.
 
     Args:
-        data: a .txt, .md or .jsonl file ("text" of every line), a folder of such, or a data set's name that
-            `datasets.load_dataset` knows, whose split "train" has a column "text".
+        data: a .txt or .md file, a .jsonl or .parquet file with a field "text" in every row, a folder of such, or
+            the name of a data set on Hugging Face, NAME or NAME:CONFIG, whose split "train" has that field.
 
     Raises:
         SurgeryError: if there is no such thing, a line has no text, or there are fewer tokens than one block has.
@@ -128,6 +128,9 @@ def _texts(data: str) -> Iterator[str]:
 
 def _texts_in_file(path: Path) -> Iterator[str]:
     try:
+        if path.suffix == ".parquet":
+            yield from _texts_in_table(path)
+            return
         if path.suffix != ".jsonl":
             yield path.read_text(encoding="utf-8")
             return
@@ -135,10 +138,24 @@ def _texts_in_file(path: Path) -> Iterator[str]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _text_of(json.loads(line), f"{path}, line {number}")
-    except ValueError as error:  # no UTF-8, or no JSON
+    except ValueError as error:  # no UTF-8, no JSON, or what pyarrow raises
         raise SurgeryError(
-            f"{path} cannot be read as text ({error}). Save it as UTF-8, JSON lines in .jsonl."
+            f"{path} cannot be read as text ({error}). Save it as UTF-8, JSON lines in .jsonl, tables in .parquet."
         ) from error
+
+
+def _texts_in_table(path: Path) -> Iterator[str]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as table:
+        columns = table.schema_arrow.names
+        if "text" not in columns:
+            raise SurgeryError(f'{path} has no column "text"; it has {", ".join(columns)}.')
+        number = 0
+        for batch in table.iter_batches(columns=["text"]):
+            for row in batch.to_pylist():
+                number += 1
+                yield _text_of(row, f"{path}, row {number}")
 
 
 def _text_of(row: Any, where: str) -> str:
@@ -150,10 +167,14 @@ def _text_of(row: Any, where: str) -> str:
 def _texts_of_data_set(name: str) -> Iterator[str]:
     import datasets  # a second of imports, for names only
 
+    repo, _, config = name.partition(":")
     try:
-        rows: Sequence[Any] = datasets.load_dataset(name, split="train")
+        rows: Sequence[Any] = datasets.load_dataset(repo, config or None, split="train")
     except Exception as error:  # its own, the hub client's, and plain ones
         reason = " ".join(str(error).split())[:200]
-        raise SurgeryError(f"{name} is neither a file nor a folder, and no data set ({reason}).") from error
+        raise SurgeryError(
+            f"{name} is neither a file nor a folder, and no data set to be had ({reason}). Give its name as "
+            "org/name or org/name:config (HF_ENDPOINT may name a mirror), or a folder that it was downloaded to."
+        ) from error
     for number, row in enumerate(rows):
         yield _text_of(row, f"{name}, row {number}")

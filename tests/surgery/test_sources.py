@@ -529,7 +529,7 @@ class _FakeHubHandler(http.server.BaseHTTPRequestHandler):
                     ]
                 ).encode()
             )
-        elif parts[2:] in ([], ["revision", "main"]):
+        elif parts[2:] in ([], ["revision", "main"], ["revision", COMMIT]):
             self._reply(json.dumps({"id": repo, "sha": COMMIT, "siblings": []}).encode())
         else:
             self._reply(b"{}", 404, {"X-Error-Code": "RevisionNotFound"})
@@ -539,6 +539,9 @@ class _FakeHubHandler(http.server.BaseHTTPRequestHandler):
         return token is None or self.headers.get("Authorization") == f"Bearer {token}"
 
     def _send_file(self, files: dict[str, bytes], name: str) -> None:
+        if name not in files:
+            self._reply(b"{}", 404, {"X-Error-Code": "EntryNotFound"})
+            return
         if self.command == "GET":
             self.server.sent.append(name)
         etag = hashlib.sha1(files[name]).hexdigest()

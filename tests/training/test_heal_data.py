@@ -2,12 +2,16 @@
 
 import json
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from model_preparation.errors import SurgeryError
 from model_preparation.training.heal_data import Sequences, Shuffled, hold_out, load_sequences
 from tests.conftest import make_tokenizer
+from tests.surgery.test_sources import NOBODY, Caches, FakeHub, caches, hub  # noqa: F401
 
 
 def seen(shuffled: Shuffled) -> list[int]:
@@ -53,10 +57,48 @@ def test_held_out_sequences_are_spread_and_in_no_training_set():
         ("a.txt", b"\xff\xfe\xff", "cannot be read as text"),
         ("a.jsonl", b'{"text": 3}', 'line 1 has no "text"'),
         ("a.jsonl", b'{"text": "x"}\n{', "cannot be read as text"),
-        ("a.txt", b"abc", "has 4 tokens, fewer than one sequence of 8"),
+        ("a.txt", b"abc", "is shorter than one sequence: 4 of 8 tokens"),
     ],
 )
 def test_what_is_no_text_is_named(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SurgeryError, match=words):
         load_sequences(str(tmp_path / name), make_tokenizer(), 8)
+
+
+def test_tables_are_read_by_their_column_of_text(tmp_path):
+    tokenizer = make_tokenizer()
+    table = pyarrow.table({"id": [1, 2], "text": ["ab", "c"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    tokens = load_sequences(str(tmp_path), tokenizer, 5).tokens.reshape(-1).tolist()
+    assert tokenizer.decode(tokens) == "ab</s>c</s>"
+    pyarrow.parquet.write_table(table.rename_columns(["id", "words"]), tmp_path / "b.parquet")
+    with pytest.raises(SurgeryError, match=r'b\.parquet has no column "text"; it has id, words'):
+        load_sequences(str(tmp_path), tokenizer, 5)
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 is all")
+    with pytest.raises(SurgeryError, match=r"b\.parquet cannot be read as text"):
+        load_sequences(str(tmp_path), tokenizer, 5)
+
+
+def test_a_data_set_of_the_hub_is_downloaded_once(hub: FakeHub, caches: Caches, tmp_path, monkeypatch):  # noqa: F811
+    def at(url: str, offline: bool) -> None:
+        caches.hubs_at(url)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+
+    tokenizer = make_tokenizer()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    card = "---\nconfigs:\n" + "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
+    rows = {f"{name}.jsonl": json.dumps({"text": text}).encode() for name, text in (("a", "xyz"), ("b", "uvw"))}
+    hub.huggingface["datasets/org/text"] = {"README.md": f"{card}---\n".encode(), **rows}
+    at(hub.url, offline=False)
+    with pytest.raises(SurgeryError, match=r"no data set to be had .*'a', 'b'.*org/name:config"):
+        load_sequences("org/text", tokenizer, 4)
+    for offline in (False, True):
+        at(NOBODY if offline else hub.url, offline=offline)
+        tokens = load_sequences("org/text:b", tokenizer, 4).tokens.reshape(-1).tolist()
+        assert tokenizer.decode(tokens) == "uvw</s>"
+    assert hub.sent.count("b.jsonl") == 1
+    assert "a.jsonl" not in hub.sent
