@@ -3,7 +3,7 @@
 In: settings, and the number of processes. Out: TrainingArguments and milestones, in steps of this number of processes.
 """
 
-import importlib.util
+import importlib.metadata
 import math
 import os
 import warnings
@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 from transformers import TrainingArguments
 
 from model_preparation.errors import SurgeryError
 from model_preparation.training.settings import HealSettings
+
+# As in pyproject.toml.
+TRACKER_VERSIONS = {"trackio": "trackio>=0.15,<1", "wandb": "wandb>=0.22,<1", "swanlab": "swanlab>=0.7,<0.8"}
 
 
 def training_arguments(
@@ -100,6 +104,16 @@ def _steps_here(steps: int, identity: Mapping[str, Any], world_size: int) -> int
 
 
 def check_tracker(settings: HealSettings) -> None:
-    name = settings.report_to
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise SurgeryError(f"{name} is not installed, and --report_to asks for it. Run: pip install {name}")
+    """Raise SurgeryError if the tracker asked for is not installed, or in a version that does not work."""
+    if settings.report_to == "none":
+        return
+    wanted = Requirement(TRACKER_VERSIONS[settings.report_to])
+    try:
+        found = importlib.metadata.version(wanted.name)
+    except importlib.metadata.PackageNotFoundError:
+        found = None
+    if found is None or not wanted.specifier.contains(found, prereleases=True):
+        state = "is not installed" if found is None else f"{found} does not work here"
+        raise SurgeryError(
+            f"{wanted.name} {state}, and --report_to asks for it. Run: pip install '{TRACKER_VERSIONS[wanted.name]}'"
+        )

@@ -16,10 +16,12 @@ from model_preparation import build_checkpoint, load_checkpoint, verify_checkpoi
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation import generate_text
 from model_preparation.files.digests import describe_files
+from model_preparation.training.arguments import TRACKER_VERSIONS, check_tracker
 from model_preparation.training.heal_data import hold_out, load_sequences
 from model_preparation.training.resume_state import list_states, load_plain
+from model_preparation.training.settings import TRACKERS, HealSettings
 from model_preparation.training.trainable import trained_layers
-from tests.conftest import assert_refused, run_command
+from tests.conftest import PACKAGE, assert_refused, run_command
 
 
 def info_of(folder: Path) -> dict:
@@ -248,11 +250,17 @@ def test_a_loss_that_is_no_number_ends_the_run(heal, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tracker_that_is_not_installed_is_named(heal, tmp_path):
-    missing = [name for name in ("trackio", "wandb", "swanlab") if importlib.util.find_spec(name) is None]
-    if not missing:
-        pytest.skip("all are installed")
-    assert_refused(heal(tmp_path / "out", "--report_to", missing[0]), f"pip install {missing[0]}")
+def test_a_tracker_that_is_not_installed_or_too_new_is_named(heal, tmp_path, monkeypatch):
+    lines = (PACKAGE.parent / "pyproject.toml").read_text().splitlines()
+    for name, wanted in TRACKER_VERSIONS.items():
+        assert any(line.startswith(f'{name} = ["{wanted}"]') for line in lines)
+    missing = [name for name in TRACKERS[1:] if importlib.util.find_spec(name) is None]
+    if missing:
+        refused = heal(tmp_path / "out", "--report_to", missing[0])
+        assert_refused(refused, f"{missing[0]} is not installed", f"pip install '{TRACKER_VERSIONS[missing[0]]}'")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.10.3")
+    with pytest.raises(SurgeryError, match=r"swanlab 0\.10\.3 does not work here"):
+        check_tracker(HealSettings(report_to="swanlab"))
 
 
 def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, checkpoint_dir, tmp_path):
