@@ -9,7 +9,6 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from packaging.requirements import Requirement
@@ -17,6 +16,7 @@ from transformers import TrainingArguments
 
 from model_preparation.errors import SurgeryError
 from model_preparation.training.settings import HealSettings
+from model_preparation.training.step_size import StepSize
 
 # As in pyproject.toml.
 TRACKER_VERSIONS = {"trackio": "trackio>=0.15,<1", "wandb": "wandb>=0.22,<1", "swanlab": "swanlab>=0.7,<0.8"}
@@ -25,21 +25,19 @@ TRACKER_VERSIONS = {"trackio": "trackio>=0.15,<1", "wandb": "wandb>=0.22,<1", "s
 def training_arguments(
     settings: HealSettings,
     states: Path,
-    identity: Mapping[str, Any],
+    run_id: str,
+    size: StepSize,
     world_size: int,
     device: str,
     *,
     resumed: bool,
 ) -> TrainingArguments:
-    def here(steps: int) -> int:
-        return _steps_here(steps, identity, world_size)
-
     if settings.precision == "float16" and device == "cpu":
         raise SurgeryError("float16 needs a GPU. Use --precision bfloat16 or float32 on the CPU.")
     for tracker in ("WANDB", "SWANLAB"):  # trackio goes by the run's name
-        os.environ.setdefault(f"{tracker}_RUN_ID", identity["run_id"])
+        os.environ.setdefault(f"{tracker}_RUN_ID", run_id)
         os.environ.setdefault(f"{tracker}_RESUME", "allow")
-    max_steps = here(settings.max_steps)
+    max_steps = size.steps_here(settings.max_steps)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pinned memory and the like, on the CPU
         args = TrainingArguments(
@@ -47,7 +45,7 @@ def training_arguments(
             max_steps=max_steps,
             per_device_train_batch_size=settings.batch_size,
             per_device_eval_batch_size=settings.batch_size,
-            gradient_accumulation_steps=settings.accumulation,
+            gradient_accumulation_steps=size.accumulation,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
             warmup_steps=math.ceil(settings.warmup * max_steps),
@@ -61,14 +59,14 @@ def training_arguments(
             logging_steps=settings.logging_steps,
             logging_nan_inf_filter=False,
             eval_strategy="steps" if settings.eval_interval else "no",
-            eval_steps=here(settings.eval_interval) if settings.eval_interval else None,
+            eval_steps=size.steps_here(settings.eval_interval) if settings.eval_interval else None,
             eval_on_start=bool(settings.eval_interval) and not resumed,
             metric_for_best_model="loss" if settings.eval_interval else None,
             greater_is_better=False,
             save_strategy="steps" if settings.always_save else "best",
             save_steps=settings.save_steps,
             report_to=settings.report_to,
-            run_name=f"{states.name}-{identity['run_id']}",
+            run_name=f"{states.name}-{run_id}",
             use_cpu=device == "cpu",
             ddp_find_unused_parameters=False,
             disable_tqdm=True,
@@ -81,9 +79,7 @@ def training_arguments(
     return args
 
 
-def milestones_here(
-    milestones: Mapping[int, str], settings: HealSettings, identity: Mapping[str, Any], world_size: int
-) -> dict[int, str]:
+def milestones_here(milestones: Mapping[int, str], settings: HealSettings, size: StepSize) -> dict[int, str]:
     """Names of states to be kept, by step of this number of processes.
 
     Raises:
@@ -95,12 +91,7 @@ def milestones_here(
                 f"The milestone {name} is at step {step}, and the run has steps 1 to {settings.max_steps}. "
                 "Give a step among these, or a larger --max_steps."
             )
-    return {_steps_here(step, identity, world_size): name for step, name in milestones.items()}
-
-
-def _steps_here(steps: int, identity: Mapping[str, Any], world_size: int) -> int:
-    """Steps of this number of processes that take as much data as `steps` of the number it was started with."""
-    return math.ceil(steps * identity["started_world_size"] / world_size)
+    return {size.steps_here(step): name for step, name in milestones.items()}
 
 
 def check_tracker(settings: HealSettings) -> None:

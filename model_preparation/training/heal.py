@@ -56,6 +56,7 @@ from model_preparation.training.run_model import (
 )
 from model_preparation.training.run_start import check_data, settings_and_identity, state_to_go_on_from
 from model_preparation.training.settings import HealSettings
+from model_preparation.training.step_size import StepSize, step_size
 from model_preparation.training.trainable import trained_layers
 
 _NEW_TOKENS = 40  # of the texts before and after
@@ -127,13 +128,18 @@ def heal_checkpoint(
     if state is None:
         written = _texts(model, tokenizer, prompts) if processes.is_main_process else []
         identity["texts"] = [{"prompt": p, "text": text} for p, text in zip(prompts, written, strict=False)]
-    args = training_arguments(settings, states, identity, processes.num_processes, device, resumed=state is not None)
-    kept = milestones_here(milestones or {}, settings, identity, processes.num_processes)
+    size = step_size(settings, identity["started_world_size"], processes.num_processes)
+    resumed = state is not None
+    args = training_arguments(
+        settings, states, identity["run_id"], size, processes.num_processes, device, resumed=resumed
+    )
+    kept = milestones_here(milestones or {}, settings, size)
     stopper = SaveWhenStopped()
     trainer = HealTrainer(
         with_trained_weights_chosen(model, run),
         args,
         settings=settings,
+        sequences_per_step=size.sequences,
         train=train,
         held_out=held_out,
         states=states,
@@ -146,7 +152,7 @@ def heal_checkpoint(
     trainer.remove_callback(PrinterCallback)
     if processes.is_main_process:
         _check_room(trainer, states, output_dir, dtype or getattr(torch, parent_info["dtype"]))
-    say(_describe(trainer, settings, train, held_out))
+    say(_describe(trainer, settings, size, train, held_out))
     if state is not None and trainer.first_step > args.max_steps:
         raise SurgeryError(
             f"{state.folder} has done {trainer.first_step} steps, more than --max_steps {args.max_steps}. "
@@ -327,14 +333,15 @@ def _texts(model: LlambaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts
     return [generate_text(model, tokenizer, prompt, max_new_tokens=_NEW_TOKENS).text for prompt in prompts]
 
 
-def _describe(trainer: HealTrainer, settings: HealSettings, train: Sequences, held_out: Sequences | None) -> str:
+def _describe(
+    trainer: HealTrainer, settings: HealSettings, size: StepSize, train: Sequences, held_out: Sequences | None
+) -> str:
     count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trainer.model.parameters())
     held = "none held out" if held_out is None else f"{len(held_out)} held out"
-    per_step = settings.batch_size * settings.accumulation * trainer.args.world_size
     return (
         f"Training {count:,} of {total:,} parameters (method {settings.method}) on {len(train)} sequences of "
-        f"{settings.block_size} tokens, {held}; {trainer.args.max_steps} steps of {per_step} sequences."
+        f"{settings.block_size} tokens, {held}; {trainer.args.max_steps} steps of {size.sequences} sequences."
     )
 
 

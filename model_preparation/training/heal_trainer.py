@@ -60,6 +60,7 @@ class HealTrainer(Trainer):
         model: with `requires_grad` as wanted, or a PeftModel.
         args: the Trainer's own; `max_steps` in steps of this number of processes.
         settings: of the run.
+        sequences_per_step: of all processes together.
         train, held_out: sequences; `held_out` may be None.
         states: the folder of the run's states.
         identity: fields of every state that say what is trained on what: `parent`, `data`, `model_args`, `run_id`.
@@ -77,6 +78,7 @@ class HealTrainer(Trainer):
         args: TrainingArguments,
         *,
         settings: HealSettings,
+        sequences_per_step: int,
         train: Sequences,
         held_out: Sequences | None,
         states: Path,
@@ -93,7 +95,7 @@ class HealTrainer(Trainer):
         self._resumed = state
         self._distillation = distillation
         self._milestones = milestones
-        self._per_step = settings.batch_size * settings.accumulation * args.world_size
+        self._per_step = sequences_per_step
         self.first_step = 0 if state is None else state.sequences_seen // self._per_step
         # Sequences seen beyond whole steps, after a change of the number of processes.
         self._offset = 0 if state is None else state.sequences_seen % self._per_step

@@ -26,6 +26,7 @@ from model_preparation.training.resume_state import (
     set_aside_after,
 )
 from model_preparation.training.settings import HealSettings, resumed_settings, saved_settings
+from model_preparation.training.step_size import step_size
 
 
 def state_to_go_on_from(
@@ -100,10 +101,11 @@ def settings_and_identity(
         say(line)
     saved = state.info["world_size"]
     if saved != world_size:
-        per_step = settings.batch_size * settings.accumulation * world_size
+        size = step_size(settings, identity["started_world_size"], world_size)
         say(
             f"The number of processes is {world_size}, was {saved}: step {state.steps} is now step "
-            f"{state.sequences_seen // per_step}, after the same {state.sequences_seen} sequences."
+            f"{state.sequences_seen // size.sequences}, after the same {state.sequences_seen} sequences; a step is "
+            f"{size.sequences} sequences, in {size.accumulation} forward passes of each process."
         )
     return settings, identity
 

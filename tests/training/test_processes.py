@@ -15,7 +15,7 @@ from model_preparation import verify_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.files.digests import describe_files
 from model_preparation.llamba import LlambaForCausalLM
-from model_preparation.training.resume_state import MARK, check_state, list_states, read_state
+from model_preparation.training.resume_state import MARK, ResumeState, check_state, list_states, read_state
 from tests.conftest import PACKAGE
 from tests.training.cutting import outcome, run_until
 
@@ -72,22 +72,43 @@ def test_two_processes_killed_together_end_with_the_same_bits(slow_flags, ddp, t
     assert newest.info["world_size"] == 2
 
 
-def test_two_then_one_then_two_processes_see_the_same_data(slow_flags, ddp, tmp_path):
-    args = [*slow_flags, "--output_dir", tmp_path / "out", "--save_steps", 1, "--save_total_limit", 99]
-    run_until(args, 3, 0, processes=2)
-    two = list_states(tmp_path / "out_resume")[0][-1]
-    code, text = run_until(args, 2 * two.steps + 3, 0)
-    words = f"The number of processes is 1, was 2: step {two.steps} is now step {2 * two.steps}, after the same"
-    assert f"{words} {8 * two.steps} sequences." in text
-    one = list_states(tmp_path / "out_resume")[0][-1]
-    assert one.info["world_size"] == 1
-    assert one.sequences_seen == 4 * one.steps
+def newest_state(output_dir: Path) -> ResumeState:
+    return list_states(output_dir.with_name(f"{output_dir.name}_resume"))[0][-1]
+
+
+def test_two_then_one_then_two_processes_are_the_same_run(slow_flags, tmp_path):
+    flags = [*slow_flags, "--dropout", 0]  # whose draws differ with the number of processes
+    assert run_until([*flags, "--accumulation", 4, "--output_dir", tmp_path / "one"])[0] == 0
+    args = [*flags, "--output_dir", tmp_path / "out", "--save_steps", 1]
+    run_until(args, 2, 0, processes=2)
+    two = newest_state(tmp_path / "out")
+    text = run_until(args, two.steps + 2, 0)[1]
+    words = f"The number of processes is 1, was 2: step {two.steps} is now step {two.steps}, after the same"
+    step = "a step is 8 sequences, in 4 forward passes of each process."
+    assert f"{words} {8 * two.steps} sequences; {step}" in text
+    assert newest_state(tmp_path / "out").info["world_size"] == 1
     code, text = run_until(args, processes=2)
     assert code == 0
-    assert f"The number of processes is 2, was 1: step {one.steps} is now step {one.steps // 2}" in text
-    # Half a step of two processes that one had done is not done twice: the run sees that much more at its end.
-    assert seen(tmp_path / "out") == seen(ddp) + one.sequences_seen % 8
-    assert loss_after(tmp_path / "out") == pytest.approx(loss_after(ddp), abs=0.1)
+    assert "The number of processes is 2, was 1" in text
+    assert seen(tmp_path / "out") == seen(tmp_path / "one") == 48
+    assert loss_after(tmp_path / "out") == pytest.approx(loss_after(tmp_path / "one"), abs=1e-4)
+    torch.testing.assert_close(weights(tmp_path / "out"), weights(tmp_path / "one"), rtol=1e-4, atol=1e-4)
+
+
+def test_where_a_step_cannot_stay_the_same_sequences_it_is_converted(slow_flags, tmp_path):
+    args = [*slow_flags, "--accumulation", 1, "--max_steps", 12, "--output_dir", tmp_path / "out", "--save_steps", 1]
+    run_until(args, 3, 0)
+    one = newest_state(tmp_path / "out")
+    text = run_until(args, one.steps // 2 + 2, 0, processes=2)[1]
+    words = f"The number of processes is 2, was 1: step {one.steps} is now step {one.steps // 2}, after the same"
+    assert f"{words} {2 * one.steps} sequences; a step is 4 sequences" in text
+    two = newest_state(tmp_path / "out")
+    # Half a step of two processes that one had done is not done twice.
+    assert two.sequences_seen == 4 * two.steps + 2 * one.steps % 4
+    code, text = run_until(args)
+    assert code == 0
+    assert f"The number of processes is 1, was 2: step {two.steps} is now step {two.sequences_seen // 2}," in text
+    assert seen(tmp_path / "out") == 24
 
 
 @pytest.fixture(scope="module")
