@@ -24,7 +24,8 @@ Writes OUTPUT_DIR/search_result.json (the combinations, the best first), report.
 in OUTPUT_DIR/journal.jsonl as soon as it is made: stopped anywhere, the same command goes on where it was.
 
 methods:
-  singles      every layer by itself
+  singles      every layer by itself, on all questions: (n + n (n + 1) / 2) / n^2 of the layer passes of each alone, for n
+               layers; with --race on --top 1, the best one only, for less than half on 100 questions and more
   exhaustive   every combination
   greedy       layer after layer, each time the one that adds most
   beam         the same from the best few of each size; then what is one layer away from the best
@@ -188,7 +189,7 @@ def _parser() -> CommandParser:
         choices=("auto", "on", "off"),
         default="auto",
         help="ask part after part of the questions, and drop candidates that a paired test says are surely worse "
-        "(default: on for greedy, beam and ga)",
+        "(default: on for greedy, beam and ga; off for singles and exhaustive, where all get their score)",
     )
     parser.add_argument(
         "--prior", metavar="FILE", help="single_layer_results of another search: single layers known beforehand"
@@ -209,7 +210,12 @@ def _parser() -> CommandParser:
         help="ga stops after N generations without a better combination (default: 4)",
     )
     parser.add_argument(
-        "--top", type=number(int, least=1), default=10, metavar="N", help="combinations to print (default: 10)"
+        "--top",
+        type=number(int, least=1),
+        default=10,
+        metavar="N",
+        help="combinations to print, and for singles and "
+        "exhaustive in a race those to score on all questions (default: 10)",
     )
     parser.add_argument(
         "--boundary_memory",
