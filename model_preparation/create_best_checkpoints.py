@@ -13,6 +13,7 @@ from model_preparation.batch import builds, combinations, from_search, ray_flags
 from model_preparation.command_line import CommandParser, default_folder, number, run
 from model_preparation.errors import SurgeryError
 
+ORIGIN = ("--base", "--llama_layers_dir")  # what a search was made on
 HERE = Path(__file__).resolve().parent
 
 DESCRIPTION = f"""\
@@ -69,12 +70,20 @@ def main() -> None:
     flags = builder.parse_args(["--layers", "0", "--output_dir", "DIR", *passed_on])  # ends here if a flag is wrong
     run_jobs = ray_flags.chosen_runner(parser, argparse.Namespace(**{**vars(flags), **vars(args)}))
 
+    taken = ""
     if args.search is not None:
         listed, sources_found = from_search.best_of(args.search, args.top or 1)
         for flag, value in sources_found.items():
             if not is_given(flag, passed_on):
                 passed_on += [flag, value]
         flags = builder.parse_args(["--layers", "0", "--output_dir", "DIR", *passed_on])
+        if any(flag not in sources_found and not is_given(flag, passed_on) for flag in ORIGIN):
+            taken = (
+                f"{args.search} does not say what was searched. Taken are the base {flags.base or 'unaligned_llamba'} "
+                f"and the donor's layers in {flags.llama_layers_dir}; name others by --base NAME|PATH and "
+                "--llama_layers_dir DIR (extract_layers.py --model_name DONOR --output_dir DIR writes them)."
+            )
+            print(taken, flush=True)
     else:
         listed = combinations.read_list(args.list)
     outcomes = builds.build_all(listed, args.output_root.expanduser(), passed_on, flags, run_jobs=run_jobs)
@@ -83,7 +92,7 @@ def main() -> None:
     if failed:
         raise SurgeryError(
             f"{failed} of {len(outcomes)} checkpoints failed; the reasons are above. "
-            "Run this again when they are mended: what is complete will be skipped."
+            f"Run this again when they are mended: what is complete will be skipped. {taken}".rstrip()
         )
 
 

@@ -24,7 +24,8 @@ Writes OUTPUT_DIR/search_result.json (the combinations, the best first), report.
 in OUTPUT_DIR/journal.jsonl as soon as it is made: stopped anywhere, the same command goes on where it was.
 
 methods:
-  singles      every layer by itself
+  singles      every layer by itself, on all questions: of n layers, (n + n (n + 1) / 2) / n^2 of the layer passes of
+               each alone, more than half; with --race on --top 1 only the best, for 0.32 of them on the embedded pair
   exhaustive   every combination
   greedy       layer after layer, each time the one that adds most
   beam         the same from the best few of each size; then what is one layer away from the best
@@ -50,25 +51,22 @@ def main() -> None:
     args = parser.parse_args()
     if args.donor is None and args.llama_layers_dir is None:
         parser.error("one of --donor and --llama_layers_dir is needed")
-    make_scorer = None
     if args.ray is not None:
         ray_flags.check(parser, args)
     elif args.cpus_per_job is not None:
         parser.error("--cpus_per_job belongs to --ray, which is not given")
 
-    from model_preparation.search.methods import Options
+    from model_preparation.search.methods import Options, Search
     from model_preparation.search.progress import names
     from model_preparation.search.result_files import RESULT
-    from model_preparation.search.search import Search, check_first, donor_layers, search_layers
+    from model_preparation.search.search import check_first, search_layers
     from model_preparation.search.setup import Spec
 
     output_dir = args.output_dir.expanduser()
     device = (args.device or "cpu") if args.ray is not None else choose_device(args.gpu, args.device)
-    check_first(args.base, args.task, output_dir, args.source)
-    layers_dir = args.llama_layers_dir or donor_layers(args.donor, output_dir, args.source)
     spec = Spec(
         base=args.base,
-        llama_layers_dir=str(layers_dir),
+        llama_layers_dir=None if args.llama_layers_dir is None else str(args.llama_layers_dir),
         tasks=tuple(args.task),
         folder=str(output_dir),
         donor=args.donor,
@@ -107,12 +105,13 @@ def main() -> None:
         print(line, flush=True)
 
     if args.ray is None or args.dry_run:
-        found = search_layers(spec, search, say=say, dry_run=args.dry_run)
+        found = search_layers(spec, search, say=say, dry_run=args.dry_run, overwrite=args.overwrite)
     else:
         from model_preparation.search.remote import remote_scorer
 
+        check_first(spec, search, overwrite=args.overwrite)  # before there is a cluster
         with remote_scorer(args.ray, args.cpus_per_job or 1, with_gpu=args.device != "cpu") as make_scorer:
-            found = search_layers(spec, search, make_scorer=make_scorer, say=say)
+            found = search_layers(spec, search, make_scorer=make_scorer, say=say, overwrite=args.overwrite)
     if found is None:
         print(f"Everything fits; nothing was evaluated (--dry_run). {output_dir} would have the result.")
         return
@@ -190,7 +189,7 @@ def _parser() -> CommandParser:
         choices=("auto", "on", "off"),
         default="auto",
         help="ask part after part of the questions, and drop candidates that a paired test says are surely worse "
-        "(default: on for greedy, beam and ga)",
+        "(default: on for greedy, beam and ga; off for singles and exhaustive, where all get their score)",
     )
     parser.add_argument(
         "--prior", metavar="FILE", help="single_layer_results of another search: single layers known beforehand"
@@ -211,7 +210,12 @@ def _parser() -> CommandParser:
         help="ga stops after N generations without a better combination (default: 4)",
     )
     parser.add_argument(
-        "--top", type=number(int, least=1), default=10, metavar="N", help="combinations to print (default: 10)"
+        "--top",
+        type=number(int, least=1),
+        default=10,
+        metavar="N",
+        help="combinations to print, and for singles and "
+        "exhaustive in a race those to score on all questions (default: 10)",
     )
     parser.add_argument(
         "--boundary_memory",
@@ -238,7 +242,12 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="check everything and print the plan; with --donor alone, its layers are extracted",
+        help="check everything and print the plan, with what the search will cost at most; nothing is written",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the result of another search in OUTPUT_DIR; its evaluations stay in the journal",
     )
     ray_flags.add_ray_flags(parser)
     add_source_flag(parser)

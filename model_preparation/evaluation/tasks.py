@@ -21,11 +21,13 @@ from unittest.mock import patch
 
 import lm_eval.api.task
 import lm_eval.tasks
+import lm_eval.tasks._factory
 from blake3 import blake3
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from lm_eval.api.group import Group
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.config.task import TaskConfig
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
@@ -69,10 +71,15 @@ class Tasks:
     digests: dict[str, str] = field(default_factory=dict)
 
     @property
+    def single(self) -> list[Task]:
+        """All single tasks."""
+        found = [item.get_all_tasks() if isinstance(item, Group) else [item] for item in self.items]
+        return [task for tasks in found for task in tasks]
+
+    @property
     def leaves(self) -> list[str]:
         """Names of all single tasks."""
-        found = [item.get_all_tasks() if isinstance(item, Group) else [item] for item in self.items]
-        return [task.task_name for tasks in found for task in tasks]
+        return [task.task_name for task in self.single]
 
 
 def is_mmlu(name: str) -> bool:
@@ -145,6 +152,29 @@ def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num
         if leaves.count(leaf) > 1:
             raise SurgeryError(f"--tasks names {leaf} more than once, in several groups. Leave one of them out.")
     return tasks
+
+
+def read_configs(names: Sequence[str]) -> list[TaskConfig]:
+    """The configs of the single tasks that are named, MMLU's left out, before their data is read or downloaded.
+
+    Tasks that are classes of their own are loaded whole, as they may do anything.
+
+    Raises:
+        SurgeryError: as `load_tasks`.
+    """
+    check_names(names)
+    others = [name for name in names if not is_mmlu(name)]
+    if not others:
+        return []
+    with patch.object(lm_eval.tasks._factory, "ConfigurableTask", _Unread):
+        return [task.config for task in load_tasks(others).single]
+
+
+class _Unread(ConfigurableTask):
+    """A task that has its config only."""
+
+    def __init__(self, config: dict[str, Any]):
+        self._config = TaskConfig(**config)
 
 
 def _path_of(name: str) -> Path:

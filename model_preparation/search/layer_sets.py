@@ -5,6 +5,7 @@ which they differ, so the models of many sets are the paths of a binary tree: at
 Walked depth first, the tree needs the hidden states of one more layer boundary than its largest set has layers.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -61,6 +62,18 @@ def count_passes(sets: Iterable[LayerSet], total: int) -> int:
         for depth in range(layers[0] + 1, total + 1)
     }
     return total + len(prefixes)
+
+
+def most_passes(count: int, total: int, least: int, most: int) -> int:
+    """How many layers `walk` runs at most for `count` sets of `least` to `most` layers; for all of them, just as many.
+
+    After each layer there are no more models than sets, nor than beginnings that a set can have.
+    """
+    passes = 0
+    for depth in range(1, total + 1):
+        sizes = range(max(1, least - (total - depth)), most + 1)  # grafted so far, with enough layers left for the rest
+        passes += min(count, sum(math.comb(depth, size) for size in sizes))
+    return passes
 
 
 def normal(layers: Iterable[int]) -> LayerSet:

@@ -7,13 +7,19 @@ to be asked at once for its members to share their layers.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+from model_preparation.files.digests import blake3_of
 from model_preparation.search.evaluations import BASE, Evaluations
 from model_preparation.search.genetic import genetic
 from model_preparation.search.layer_sets import LayerSet
 from model_preparation.search.refinement import refine
 from model_preparation.search.space import Space
+
+RACING = ("greedy", "beam", "ga")  # methods that race unless told not to
+_COUNTING = {"beam": ("beam_width",), "ga": ("seed", "population", "generations", "patience")}  # options, by method
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,49 @@ class Options:
     generations: int = 20
     patience: int = 4
     top: int = 10
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to search.
+
+    Attributes:
+        method: one of `METHODS`.
+        least, most: layers of a combination.
+        budget_evaluations: combinations that may be evaluated; None for any number.
+        budget_hours: that evaluations may take in all.
+        racing: whether candidates that are surely worse are dropped early; None leaves it to the method.
+        prior: a result file whose `single_layer_results` are known beforehand.
+        options: of the method.
+    """
+
+    method: str = "beam"
+    least: int = 1
+    most: int = 4
+    budget_evaluations: int | None = None
+    budget_hours: float | None = None
+    racing: bool | None = None
+    prior: str | None = None
+    options: Options = field(default_factory=Options)
+
+    @property
+    def races(self) -> bool:
+        return self.method in RACING if self.racing is None else self.racing
+
+    def described(self) -> dict[str, Any]:
+        """What decides on the result, by the command's flags; of the prior file the name and a digest."""
+        prior = None if self.prior is None else Path(self.prior)
+        counting = _COUNTING.get(self.method, ("top",) if self.races and self.method != "greedy" else ())
+        return {
+            "method": self.method,
+            "min_layers": self.least,
+            "max_layers": self.most,
+            "budget_evaluations": self.budget_evaluations,
+            "budget_hours": self.budget_hours,
+            "race": self.races,
+            "prior": None if prior is None else f"{prior.name} ({blake3_of(prior)[:16]})",
+            **{name: getattr(self.options, name) for name in counting},
+        }
 
 
 def singles(space: Space, evaluations: Evaluations, options: Options) -> None:

@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from blake3 import blake3
-from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.config.task import TaskConfig
 from torch import Tensor
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import run_tasks
 from model_preparation.evaluation.scoring import Answer, Row, ScoringLM, longest_first, padded
-from model_preparation.evaluation.tasks import Tasks
+from model_preparation.evaluation.tasks import Tasks, read_configs
 
 METRIC = "acc"
+_OTHERS = {"generate_until": "generated text", "loglikelihood_rolling": "the likelihood of whole texts"}
 _TAKEN = "The search takes tasks answered by log-likelihoods (multiple_choice, loglikelihood) and scored by acc"
 
 
@@ -99,8 +100,7 @@ class QuestionSet:
         Raises:
             SurgeryError: for tasks that cannot be taken.
         """
-        single = [item.get_all_tasks() if isinstance(item, Group) else [item] for item in loaded.items]
-        by_name = {task.task_name: task for tasks in single for task in tasks}
+        by_name = {task.task_name: task for task in loaded.single}
         self.max_length = lm.max_length
         self.prefixes: list[tuple[int, ...]] = []
         self.batches: list[Batch] = []
@@ -219,10 +219,10 @@ class _Notes(LM):
         return [(0.0, False)] * len(requests)
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        raise _refusal(str(requests[0].task_name), "asks for the likelihood of whole texts (loglikelihood_rolling)")
+        raise _refusal_of(str(requests[0].task_name), "loglikelihood_rolling")
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        raise _refusal(str(requests[0].task_name), "asks for generated text (generate_until)")
+        raise _refusal_of(str(requests[0].task_name), "generate_until")
 
 
 class _Catcher:
@@ -243,14 +243,34 @@ class _Catcher:
         return [(0.0, False)] * len(requests)
 
 
+def check_tasks(names: Sequence[str]) -> None:
+    """Raise SurgeryError for tasks that cannot be taken, as far as that is known without their data.
+
+    Raises:
+        SurgeryError: also as `load_tasks`.
+    """
+    for config in read_configs(names):
+        _check_config(config)
+
+
+def _check_config(config: TaskConfig) -> None:
+    if config.output_type in _OTHERS:
+        raise _refusal_of(str(config.task), config.output_type)
+    if config.filter_list is not None:
+        raise _refusal(str(config.task), "has filters (filter_list)")
+
+
 def _check_task(name: str, task: Any, instances: Sequence[Instance]) -> None:
     """Raise SurgeryError for a task whose score would not be the mean of its questions' acc."""
-    if task.config.filter_list is not None:
-        raise _refusal(name, "has filters (filter_list)")
+    _check_config(task.config)
     if any(instance.repeats != 1 for instance in instances):
         raise _refusal(name, "asks each question several times (repeats)")
     if METRIC not in task.aggregation():
         raise _refusal(name, f"has no metric {METRIC} (only {', '.join(task.aggregation()) or 'none'})")
+
+
+def _refusal_of(name: str, output_type: str) -> SurgeryError:
+    return _refusal(name, f"asks for {_OTHERS[output_type]} ({output_type})")
 
 
 def _refusal(name: str, what: str) -> SurgeryError:

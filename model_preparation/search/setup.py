@@ -25,6 +25,7 @@ from model_preparation.search.pair import load_pair
 from model_preparation.search.question_set import BatchResult, QuestionSet
 from model_preparation.surgery import graft
 from model_preparation.surgery.layer_store import LayerStore
+from model_preparation.surgery.model_layers import ModelLayers
 from model_preparation.surgery.sources import resolve
 
 
@@ -33,8 +34,10 @@ class Spec:
     """What is searched and on what.
 
     Attributes:
-        base, llama_layers_dir, tokenizer, allow_other_heads, sources: as `graft.plan` takes them.
-        donor: the donor as a model, what `resolve` takes; needed for `kl`, and for the donor's own score.
+        base, tokenizer, allow_other_heads, sources: as `graft.plan` takes them.
+        llama_layers_dir: a folder written by `extract_layers`; None for the layers in the donor's own files.
+        donor: the donor as a model, what `resolve` takes; needed for `kl`, for the donor's own score, and where no
+            layers are given.
         tasks, limit, mmlu_data, num_fewshot, batch_size: as `evaluate_checkpoint` takes them.
         device: where candidates run.
         dtype: torch's name of it; by default that of the checkpoints that would be built.
@@ -43,7 +46,7 @@ class Spec:
     """
 
     base: str
-    llama_layers_dir: str
+    llama_layers_dir: str | None
     tasks: tuple[str, ...]
     folder: str
     donor: str | None = None
@@ -74,10 +77,15 @@ class Setup:
     def __init__(self, spec: Spec):
         self.spec = spec
         self._kept_references: References | None = None
+        if spec.llama_layers_dir is not None:
+            layers = LayerStore(spec.llama_layers_dir)
+        else:
+            assert spec.donor is not None
+            layers = ModelLayers(resolve(spec.donor, overrides=spec.sources))
         self.planned = graft.plan(
             spec.base,
-            range(LayerStore(spec.llama_layers_dir).config.num_hidden_layers),
-            spec.llama_layers_dir,
+            range(layers.config.num_hidden_layers),
+            layers,
             tokenizer=spec.tokenizer,
             allow_other_heads=spec.allow_other_heads,
             sources=spec.sources,
@@ -157,7 +165,7 @@ class Setup:
         if model.config.model_type != "llama" or model.config.num_hidden_layers != self.pair.layers:
             raise SurgeryError(
                 f"{folder} is a {model.config.model_type} of {model.config.num_hidden_layers} layers, the base has "
-                f"{self.pair.layers}. Give the donor that {self.spec.llama_layers_dir} comes from by --donor."
+                f"{self.pair.layers}. Give the donor that {self.planned.donor.folder} comes from by --donor."
             )
         with quiet():
             lm = ScoringLM(model, self.pair.tokenizer, self.spec.batch_size)

@@ -74,7 +74,7 @@ class GraftPlan:
 def plan(
     base_name: str,
     layers: Sequence[int],
-    llama_layers_dir: str | Path,
+    llama_layers_dir: str | Path | LayerStore,
     *,
     tokenizer: str | None = None,
     dtype: torch.dtype | None = None,
@@ -86,7 +86,7 @@ def plan(
     Args:
         base_name: a name, folder or hub id of a Llamba, as `sources.resolve` takes it.
         layers: indices, in any order, without repeats.
-        llama_layers_dir: a folder written by `extract_layers`.
+        llama_layers_dir: a folder written by `extract_layers`, or what stands for one.
         tokenizer: name, folder or hub id to take it from; by default the base's own, else the donor's.
         dtype: of the whole model; by default the base's.
         allow_other_heads: accept a donor whose heads differ from the base's in number or size.
@@ -98,7 +98,7 @@ def plan(
     if not layers:
         raise SurgeryError("No layers to replace were given. Name them, for example --layers 11 13 17 21.")
     layers = sorted(layers)
-    donor = LayerStore(llama_layers_dir)
+    donor = llama_layers_dir if isinstance(llama_layers_dir, LayerStore) else LayerStore(llama_layers_dir)
     base = resolve(base_name, overrides=sources)
     base_config = read_config(base.folder)
     if not isinstance(base_config, LlambaConfig):
@@ -238,8 +238,8 @@ def _find_tokenizer(
     """(folder, whose it is in words, where it comes from if that is neither the base nor the donor)."""
     if asked is None and has_tokenizer(base.folder):
         return base.folder, "the base's", None
-    if asked is None and has_tokenizer(donor.folder / "tokenizer"):
-        return donor.folder / "tokenizer", "the donor's", None
+    if asked is None and has_tokenizer(donor.tokenizer):
+        return donor.tokenizer, "the donor's", None
     if name := asked or tokenizer_name(base_name):
         source = resolve(name, need="tokenizer", overrides=sources)
         return source.folder, "as asked" if asked else name, source

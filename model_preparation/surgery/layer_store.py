@@ -292,6 +292,11 @@ class LayerStore:
         """The tensors of one layer, memory-mapped; call `check` before trusting them."""
         return load_tensors(self.path(index))
 
+    @property
+    def tokenizer(self) -> Path:
+        """Where the donor's tokenizer is, if it has one."""
+        return self.folder / TOKENIZER
+
     def ranges(self, index: int) -> dict[str, TensorRange]:
         """Where the tensors of one layer lie in its file."""
         return pt_ranges(self.path(index), self[index])

@@ -1,6 +1,7 @@
 """A model that is not there: every combination of layers has a known worth, and answers questions accordingly."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -41,6 +42,8 @@ class PlantedScorer:
     """Answers by `worth`; a question is the harder the higher its number in a drawn order."""
 
     questions: PlantedQuestions
+    total: int = TOTAL
+    worth: Callable = worth
     fail: dict = field(default_factory=dict)  # by combination: how often it fails, and with what
     layer_passes: float = 0.0
     run: list = field(default_factory=list)
@@ -49,17 +52,17 @@ class PlantedScorer:
         count = len(self.questions.batches)
         hardness = np.random.default_rng(0).permutation(count) / count
         noise = np.random.default_rng([*layers, 99]).normal(0, 0.05, count)
-        right = (hardness + noise < worth(layers)).astype(float).tolist()
+        right = (hardness + noise < self.worth(layers)).astype(float).tolist()
         return {batch: right[batch] for batch in batches}
 
     def base(self):
-        self.layer_passes += TOTAL
+        self.layer_passes += self.total
         return self.answer((), range(len(self.questions.batches)))
 
     def score(self, sets, batches=None):
         sets = list(sets)
         share = len(batches) / len(self.questions.batches)
-        self.layer_passes += (count_passes(sets, TOTAL) - TOTAL) * share
+        self.layer_passes += (count_passes(sets, self.total) - self.total) * share
         for layers in sorted(sets):
             self.run.append((layers, len(batches)))
             if self.fail.get(layers, 0) > 0:
@@ -75,7 +78,7 @@ def make_evaluations(folder, count: int = 400, digest: str = "d", scorer=None, *
     journal = Journal(folder / "journal.jsonl")
     parts = divide(questions)
     made = Evaluations(
-        scorer, questions, parts, objective, journal, digest, total=TOTAL, progress=SearchProgress(), **options
+        scorer, questions, parts, objective, journal, digest, total=scorer.total, progress=SearchProgress(), **options
     )
     made.scorer, made.journal = scorer, journal
     return made

@@ -1,13 +1,15 @@
 """The methods find what is planted, with the evaluations they are allowed, and the same each time."""
 
 import itertools
+import random
 
 import pytest
 
 from model_preparation.search.evaluations import BudgetSpent
+from model_preparation.search.genetic import genetic
 from model_preparation.search.methods import METHODS, Options
 from model_preparation.search.space import Space
-from tests.search.planted import TOTAL, make_evaluations
+from tests.search.planted import TOTAL, PlantedQuestions, PlantedScorer, make_evaluations
 
 COUNT = 298  # sets of 1 to 3 of 12 layers
 
@@ -96,3 +98,23 @@ def test_refinement_ends_where_no_neighbour_is_better(truth, tmp_path):
     }
     assert all(found.is_known(layers) for layers in neighbours)
     assert all(truth.estimate(layers) <= truth.estimate(best) for layers in neighbours)
+
+
+def test_memo_and_trie_save_a_third_and_more_in_a_genetic_algorithm_over_32_layers(tmp_path):
+    """40 sets of up to 4 layers in each of 20 generations, against each alone, repeats included; nothing is dropped.
+
+    Measured: 0.41 to 0.46. Repeats, which the memo would save, are few, as children are made until they are new.
+    """
+    gains = [random.Random(layer).gauss(0, 0.04) for layer in range(32)]
+
+    def worth(layers):
+        return 0.4 + sum(gains[layer] for layer in layers) + 0.1 * ({11, 17} <= set(layers))
+
+    scorer = PlantedScorer(PlantedQuestions(64), total=32, worth=worth)
+    evaluations = make_evaluations(tmp_path, 64, scorer=scorer)
+    genetic(Space(32, 1, 4), evaluations, random.Random(0), population=40, generations=20, patience=20)
+    evaluations.journal.close()
+    statistics = evaluations.statistics()
+    assert statistics["asked_with_repeats"] > 780
+    saved = 1 - statistics["layer_passes"] / statistics["layer_passes_alone_with_repeats"]
+    assert 0.38 < saved < 0.5

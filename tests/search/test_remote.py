@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -34,10 +35,14 @@ def test_a_killed_worker_is_replaced_and_the_result_is_that_of_one_process(base_
             stdout=log,
             stderr=log,
         )
-        victim = wait_for_a_worker(process)
-        os.kill(victim, signal.SIGKILL)
-        assert process.wait(200) == 0, (tmp_path / "log").read_text()
-    assert "A worker was lost" in (tmp_path / "log").read_text()
+        os.kill(wait_for_a_worker(process), signal.SIGKILL)  # before it has told anything
+        journal = tmp_path / "ray" / "journal.jsonl"
+        wait_for_lines(process, journal, 3)  # the base, and two combinations
+        os.kill(wait_for_a_worker(process), signal.SIGKILL)
+        told = lines_of(journal)
+        assert process.wait(300) == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text().count("A worker was lost") == 2
+    assert told < 16 == lines_of(journal)
     found, wanted = (json.loads((tmp_path / name / "search_result.json").read_text()) for name in ("ray", "alone"))
     for name in ("final_results", "base_score", "base_stderr", "pareto", "failed"):
         assert found[name] == wanted[name]
@@ -55,6 +60,19 @@ def wait_for_a_worker(process: subprocess.Popen) -> int:
             return workers[0]
         time.sleep(0.02)
     pytest.fail("no worker was seen at work")
+
+
+def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and lines_of(path) >= count:
+            return
+        time.sleep(0.002)
+    pytest.fail(f"{path} has not {count} lines")
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n")
 
 
 def is_share(process: psutil.Process) -> bool:

@@ -1,12 +1,14 @@
 """Results of searches, ours and older programs', and the checkpoints that are built of them."""
 
 import json
+import shutil
 
 import pytest
 
 from model_preparation.batch.from_search import best_of
 from model_preparation.errors import SurgeryError
 from model_preparation.search.result_files import read_result, read_single_layers
+from tests.conftest import assert_refused, run_command
 
 WANTED = [((11, 13, 17, 21), 0.57), ((13, 17), 0.5544), ((17,), 0.5144)]
 ROWS = [
@@ -91,3 +93,11 @@ def test_single_layers_are_read_as_prior_knowledge(singles, tmp_path):
 def test_a_file_without_single_layers_is_refused(tmp_path):
     with pytest.raises(SurgeryError, match="has no single_layer_results"):
         read_single_layers(write(tmp_path / "results.json", {"final_results": ROWS}))
+
+
+def test_where_a_file_does_not_say_what_was_searched_the_error_says_what_to_give(checkpoint_dir, tmp_path):
+    path = write(tmp_path / "results.json", {"final_results": [{"layers": [1, 3], "fitness": 0.5}]})
+    shutil.copytree(checkpoint_dir, tmp_path / "out" / "llamba_replaced_1_3")  # of another base
+    result = run_command("create_best_checkpoints", "--from", path, "--output_root", tmp_path / "out")
+    assert_refused(result, "1 of 1 checkpoints failed", f"{path} does not say what was searched")
+    assert_refused(result, "the base unaligned_llamba", "name others by --base NAME|PATH and --llama_layers_dir DIR")

@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,12 +149,38 @@ def test_a_finished_search_is_given_again_without_running_a_layer(exhaustive, ma
     assert {name: again[name] for name in COMPARED} == {name: found[name] for name in COMPARED}
 
 
+def test_another_search_replaces_no_result_unless_it_is_told_to(exhaustive, make_spec, tmp_path, monkeypatch):
+    folder = shutil.copytree(exhaustive[0], tmp_path / "search")
+    files = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    monkeypatch.setattr(CachedScorer, "_step", None)
+    same = Search(method="exhaustive", most=3)
+    for spec, search, words in (
+        (make_spec(folder), Search(method="exhaustive", most=2), "max_layers was 3 and is 2"),
+        (make_spec(folder), replace(same, budget_evaluations=9), "budget_evaluations was not given and is 9"),
+        (make_spec(folder, limit=3), same, "limit was not given and is 3"),
+        (make_spec(folder, batch_size=2), same, "batch_size was 3 and is 2"),
+        (make_spec(folder, donor=None), same, "donor was .* and is not given|donor differs"),
+    ):
+        with pytest.raises(SurgeryError, match=words):
+            search_layers(spec, search, dry_run=spec.limit is not None)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == files
+    search_layers(make_spec(folder), replace(same, options=Options(seed=5)))  # which has no part in this method
+    found = search_layers(make_spec(folder), Search(method="exhaustive", most=2), overwrite=True)  # runs nothing
+    assert len(found["final_results"]) == 10
+    assert json.loads((folder / "search_result.json").read_text())["final_results"] == found["final_results"]
+    assert (folder / "journal.jsonl").read_bytes() == files[folder / "journal.jsonl"]
+    (folder / "search_result.json").write_text("[")
+    with pytest.raises(SurgeryError, match="no search's result that can be read"):
+        search_layers(make_spec(folder), same)
+
+
 def test_the_best_are_built_by_one_command_and_score_what_was_said(exhaustive, task_dir, tmp_path):
     folder, found = exhaustive
     result = run_command(
         "create_best_checkpoints", "--from", folder / "search_result.json", "--top", 2, "--output_root", tmp_path
     )
     assert result.returncode == 0, result.stderr
+    assert "does not say what was searched" not in result.stdout
     for row in found["final_results"][:2]:
         checkpoint = tmp_path / ("llamba_replaced_" + "_".join(map(str, row["layers"])))
         info = json.loads((checkpoint / "checkpoint_info.json").read_text())
@@ -179,27 +207,36 @@ def test_what_is_not_finite_is_a_failure_with_its_reason(make_spec, tmp_path, mo
     assert "are not finite" in found["failed"][0]["reason"]
 
 
+GENERATING = {"output_type": "generate_until", "generation_kwargs": {"until": ["."]}}
+ROLLING = {"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "bits_per_byte"}]}
+FILTERED = {"filter_list": [{"name": "first", "filter": [{"function": "take_first"}]}]}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [
-        ({"output_type": "generate_until", "generation_kwargs": {"until": ["."]}}, "asks for generated text"),
-        ({"output_type": "loglikelihood_rolling", "metric_list": [{"metric": "bits_per_byte"}]}, "of whole texts"),
-        ({"metric_list": [{"metric": "acc_norm"}]}, "has no metric acc"),
-    ],
+    [(GENERATING, "generated text"), (ROLLING, "of whole texts"), (FILTERED, "has filters"), ({}, "no metric acc")],
 )
-def test_tasks_that_cannot_be_taken_are_refused(make_spec, tmp_path, changes, words):
-    if "output_type" in changes:
+def test_tasks_that_cannot_be_taken_are_refused(make_spec, tmp_path, monkeypatch, changes, words):
+    """Before their data is looked for, where the definition tells; also in a group, behind one that can be taken."""
+    if not changes:
+        folder = write_task(tmp_path / "task", "odd", make_questions(3), metric_list=[{"metric": "acc_norm"}])
+    else:
+        monkeypatch.setattr("datasets.load_dataset", lambda *given, **named: pytest.fail("it looked for data"))
         changes = {"doc_to_choice": None, "doc_to_target": "{{choices[0]}}", **changes}
-    folder = write_task(tmp_path / "task", "odd", make_questions(3), **changes)
+        folder = write_task(tmp_path / "task", "odd", make_questions(3), **changes)
+        write_task(folder, "good", make_questions(3))
+        (folder / "both.yaml").write_text(json.dumps({"group": "both", "task": ["good", "odd"]}))
     with pytest.raises(SurgeryError, match=words) as refused:
         search_layers(make_spec(tmp_path / "out", tasks=(str(folder),)), Search())
     assert "multiple_choice" in str(refused.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
     flags = ["--base", base_dir, "--donor", donor_dir, "--task", task_dir, "--output_dir", tmp_path / "out"]
     plan = run_command("search_layers", *flags, "--method", "exhaustive", "--max_layers", 2, "--dry_run")
     assert plan.returncode == 0, plan.stderr
+    assert not (tmp_path / "out").exists()  # not even the donor's layers
     assert "20 of" in plan.stdout
     assert "candidates  10" in plan.stdout
     assert "% saved" in plan.stdout
@@ -207,7 +244,9 @@ def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].startswith(f"Result is in {tmp_path / 'out' / 'search_result.json'}")
     assert (tmp_path / "out" / "donor_layers" / "metadata.json").exists()
-    assert_refused(run_command("search_layers", *flags, "--max_layers", 9), "the base has 4 layers")
+    others = run_command("search_layers", *flags, "--method", "beam", "--max_layers", 2)
+    assert_refused(others, f"{tmp_path / 'out'} has the result of another search", "method was greedy and is beam")
+    assert_refused(others, "another --output_dir, or add --overwrite")
     assert_refused(run_command("search_layers", "--base", base_dir), "--donor", code=2)
     no_donor = ["--base", base_dir, "--llama_layers_dir", tmp_path / "out" / "donor_layers", "--task", task_dir]
     refused = run_command("search_layers", *no_donor, "--objective", "kl", "--output_dir", tmp_path / "kl")
@@ -230,5 +269,24 @@ def test_what_cannot_be_is_said_before_the_donor_is_extracted(base_dir, donor_di
     assert_refused(search(*out, "--task", "no_such_task"), "no task 'no_such_task'")
     two_at_least = ("--llama_layers_dir", tmp_path, "--method", "singles", "--min_layers", 2)
     assert_refused(search(*out, *two_at_least), "one layer at a time")
+    assert_refused(search(*out, "--max_layers", 9), "the base has 4 layers")
+    assert_refused(search(*out, "--prior", tmp_path / "none.json"), "none.json is not there")
+    prior = other / "mine.txt"
+    prior.write_text('{"single_layer_results": {"3": 0.5, "11": 0.51}}')
+    refused = search(*out, "--prior", prior)
+    assert_refused(refused, f"{prior} has a score for layer 11, but the base has 4 layers")
+    assert "candidates" not in refused.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
     assert [path.name for path in other.iterdir()] == ["mine.txt"]
+
+
+def test_single_layers_in_a_race_take_less_than_half_of_each_alone(tmp_path):
+    """Of the embedded pair; unraced they take (n + n (n + 1) / 2) / n^2, which is more."""
+    flags = ["--base", "tiny_llamba", "--donor", "tiny_llama", "--task", "embedded_recall", "--limit", 100]
+    race = ["--method", "singles", "--race", "on", "--top", 1, "--device", "cpu", "--output_dir", tmp_path / "out"]
+    result = run_command("search_layers", *flags, *race)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out" / "search_result.json").read_text())
+    assert found["final_results"][0]["layers"] == [10]
+    assert len(found["final_results"]) + len(found["dropped"]) == found["statistics"]["evaluations"] == 12
+    assert found["statistics"]["layer_passes"] <= 0.5 * found["statistics"]["layer_passes_alone"]

@@ -1,0 +1,51 @@
+"""The donor's layers where its own files have them, as a `LayerStore` would once they are extracted.
+
+In: the donor's folder. Out: its layers, to plan with; nothing is written.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from model_preparation.surgery.layer_store import LayerStore
+from model_preparation.surgery.model_configs import layer_shapes, read_config
+from model_preparation.surgery.sources import Source
+from model_preparation.tensors.tensor_files import TensorFiles
+from model_preparation.tensors.tensor_ranges import TensorRange
+
+
+class ModelLayers(LayerStore):
+    """The layers of a Llama, by the methods that a plan uses.
+
+    Raises:
+        SurgeryError: as `read_config` and `TensorFiles`.
+    """
+
+    def __init__(self, source: Source):
+        self.folder = source.folder
+        self.metadata = {"source": source.as_dict()}
+        self.config = read_config(source.folder)
+        self._files = TensorFiles(source.folder)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: self._files[whole] for name, whole in self._names(index).items()}
+
+    def ranges(self, index: int) -> dict[str, TensorRange]:
+        return {name: self._files.ranges[whole] for name, whole in self._names(index).items()}
+
+    def path(self, index: int) -> Path:
+        return self.folder
+
+    def check(self, layers: Sequence[int]) -> None:
+        """Raise SurgeryError if a tensor is missing or has another shape than the config says; nothing is read."""
+        for index in layers:
+            for name, shape in layer_shapes(self.config).items():
+                self._files.require(f"model.layers.{index}.{name}", shape)
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder
+
+    def _names(self, index: int) -> dict[str, str]:
+        return {name: f"model.layers.{index}.{name}" for name in layer_shapes(self.config)}

@@ -1,0 +1,91 @@
+"""What a plan says that a search costs at most is not less than what it takes, and where it can be exact it is."""
+
+import itertools
+
+import pytest
+
+from model_preparation.search import methods
+from model_preparation.search.costs import bounds
+from model_preparation.search.evaluations import BudgetSpent
+from model_preparation.search.layer_sets import count_passes, most_passes
+from model_preparation.search.methods import METHODS, Options, Search
+from model_preparation.search.plan import describe_cost
+from model_preparation.search.space import Space
+from tests.search.planted import TOTAL, draw_sets, make_evaluations
+
+PRIOR = {layer: (0.1 if layer in (3, 7, 5) else 0.0) for layer in range(TOTAL)}
+SEARCHES = [("exhaustive", (1, 2, {}))]
+SEARCHES += itertools.product(("greedy", "beam", "ga"), [(1, 2, {}), (1, 3, PRIOR), (2, 4, {})])
+SMALL = Options(population=10, generations=3, patience=3, beam_width=3)
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 1), (1, 3), (2, 3), (3, 3), (2, TOTAL)])
+def test_all_sets_take_as_many_passes_as_is_said(least, most):
+    sets = [layers for size in range(least, most + 1) for layers in itertools.combinations(range(TOTAL), size)]
+    assert TOTAL + most_passes(len(sets), TOTAL, least, most) == count_passes(sets, TOTAL)
+
+
+@pytest.mark.parametrize("count", [1, 5, 40, 200])
+def test_some_sets_take_no_more_passes_than_is_said(count):
+    for seed in range(5):
+        sets = draw_sets(count, seed)
+        assert count_passes(sets, TOTAL) <= TOTAL + most_passes(len(sets), TOTAL, 1, 4)
+    first = list(itertools.islice(itertools.combinations(range(TOTAL), 4), count))
+    assert count_passes(first, TOTAL) <= TOTAL + most_passes(count, TOTAL, 4, 4)
+
+
+def taken(folder, search, prior, monkeypatch):
+    """The statistics before refinement and at the end, and how many steps refinement had."""
+    evaluations = make_evaluations(folder, 32, most=search.budget_evaluations, racing=search.races)
+    before, steps = [], []
+    refine, evaluate = methods.refine, evaluations.evaluate
+
+    def noted(space, evaluations):
+        before.append(evaluations.statistics())
+        monkeypatch.setattr(evaluations, "evaluate", lambda *given: steps.append(given) or evaluate(*given))
+        refine(space, evaluations)
+
+    monkeypatch.setattr(methods, "refine", noted)
+    try:
+        METHODS[search.method](Space(TOTAL, search.least, search.most, prior), evaluations, search.options)
+    except BudgetSpent:
+        assert search.budget_evaluations is not None
+    evaluations.journal.close()
+    statistics = evaluations.statistics()
+    return (before or [statistics])[0], statistics, len(steps)
+
+
+@pytest.mark.parametrize("budget", [None, 7, 40])
+@pytest.mark.parametrize(("method", "sizes"), SEARCHES)
+def test_a_search_takes_no_more_than_its_plan_says(method, sizes, budget, tmp_path, monkeypatch):
+    least, most, prior = sizes
+    search = Search(method, least, most, budget, racing=False, options=SMALL)  # races only make it less
+    found = bounds(Space(TOTAL, least, most, prior), search)
+    before, whole, steps = taken(tmp_path, search, prior, monkeypatch)
+    assert whole["evaluations"] <= found.evaluations
+    if found.step is None:
+        assert whole["evaluations"] <= found.search.evaluations
+        assert whole["layer_passes"] <= found.search.passes + 0.01
+    else:
+        assert before["evaluations"] <= found.search.evaluations
+        assert before["layer_passes"] <= found.search.passes + 0.01
+        assert whole["evaluations"] <= found.search.evaluations + steps * found.step.evaluations
+        assert whole["layer_passes"] <= found.search.passes + steps * found.step.passes + 0.01
+        assert steps > 0 or budget is not None
+    if method == "exhaustive" and budget is None:
+        assert whole["layer_passes"] == pytest.approx(found.search.passes)
+        assert whole["evaluations"] == found.everything.evaluations
+
+
+def test_the_plan_says_where_all_combinations_cost_no_more():
+    def lines(method, most, budget=None):
+        search = Search(method, 1, most, budget)
+        return "\n".join(describe_cost(bounds(Space(TOTAL, 1, most), search), search, TOTAL))
+
+    assert "all 78 combinations together take 376 layer passes" in lines("ga", 2)
+    assert "at most 78 are evaluated" in lines("ga", 2)
+    assert "--method exhaustive" in lines("ga", 2)
+    for plan in (lines("ga", 2, 20), lines("beam", 4), lines("exhaustive", 2)):
+        assert "--method exhaustive" not in plan
+    assert "of which at most 20 are evaluated" in lines("ga", 2, 20)
+    assert "cost        376 layer passes; alone, 78 combinations would take 936: 60% saved" in lines("exhaustive", 2)
