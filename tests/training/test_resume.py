@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.digests import describe_file
+from model_preparation.training.heal_trainer import HealTrainer
 from model_preparation.training.resume_state import (
     MARK,
     finish_state,
@@ -197,3 +199,28 @@ def test_the_newest_is_what_has_seen_most_whatever_its_step_is_called(tmp_path):
     assert place_for(tmp_path, 20, 2, {"checkpoint-20"}) == tmp_path / "checkpoint-20-world2"
     assert set_aside_after(tmp_path, read_state(tmp_path / "checkpoint-20")) == ["checkpoint-15"]
     assert [state.steps for state in list_states(tmp_path)[0]] == [20]
+
+
+def test_the_scaler_of_float16_is_written_and_taken_up(tmp_path):
+    def trainer(scale: float) -> SimpleNamespace:
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(torch.ones(1))  # it makes its state when it is used first
+        accelerator = SimpleNamespace(scaler=scaler)
+        return SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(should_save=True))
+
+    HealTrainer._save_scaler(trainer(1024.0), str(tmp_path))
+    resumed = trainer(2.0)
+    HealTrainer._load_scaler(resumed, str(tmp_path))
+    assert resumed.accelerator.scaler.get_scale() == 1024.0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_in_float16_a_stopped_run_goes_on_with_its_scaler(flags, heal, tmp_path):
+    more = ["--device", "cuda", "--precision", "float16", "--output_dir", tmp_path / "out"]
+    assert run_until([*flags, *more], 3, 0, signal.SIGTERM)[0] == 143
+    state = list_states(tmp_path / "out_resume")[0][-1]
+    assert load_plain(state.folder / "scaler.pt")["scale"] > 1
+    assert "cuda" in load_plain(state.folder / "rng_state.pth")
+    result = heal(tmp_path / "out", *more[:4])
+    assert result.returncode == 0, result.stderr
+    assert list_states(tmp_path / "out_resume")[0][-1].steps == 6
