@@ -10,7 +10,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.llamba import LlambaForCausalLM
-from tests.conftest import VOCABULARY, copy_repository, make_python_wrapper, make_tokenizer, seeded, tiny_config
+from tests.conftest import VOCABULARY, copy_repository, make_tokenizer, seeded, tiny_config
 from tests.evaluation.test_mmlu import question, write_questions
+from tests.preloaded import preloaded_python
 
 ROOT = Path(__file__).parents[1]
 SET_UP = ("bash scripts/quickstart.sh\n", "bash scripts/run_tests.sh\n")
@@ -69,7 +69,7 @@ def stand_ins(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory) -> Path:
+def checkout(tmp_path_factory) -> Iterator[Path]:
     """A copy of the repository as it comes, and `python` on the PATH beside it."""
     folder = tmp_path_factory.mktemp("checkout")
     copy_repository(folder / "repository")
@@ -77,8 +77,8 @@ def checkout(tmp_path_factory) -> Path:
     combinations = folder / "repository" / "model_preparation" / "best_combinations.csv"
     lines = combinations.read_text().splitlines()
     combinations.write_text("\n".join([*lines[:2], lines[-1]]) + "\n")
-    make_python_wrapper(folder / "bin" / "python")
-    return folder
+    with preloaded_python(folder / "bin" / "python"):
+        yield folder
 
 
 def run_blocks(blocks: list[tuple[str, str]], checkout: Path, variables: dict[str, str]) -> None:
@@ -89,7 +89,7 @@ def run_blocks(blocks: list[tuple[str, str]], checkout: Path, variables: dict[st
         **os.environ,
         **variables,
         "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}",
-        "PYTHON": sys.executable,
+        "PYTHON": str(checkout / "bin" / "python"),
         "PYTHONPATH": str(checkout / "repository"),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -98,7 +98,7 @@ def run_blocks(blocks: list[tuple[str, str]], checkout: Path, variables: dict[st
     for info, group in itertools.groupby(blocks, key=lambda block: block[0]):
         codes = [code for _, code in group]
         if info == "python":
-            commands.append([sys.executable, "-c", RUN_EACH, *codes])
+            commands.append([str(checkout / "bin" / "python"), "-c", RUN_EACH, *codes])
         else:
             commands += [["bash", "-euo", "pipefail", "-c", code] for code in codes]
     for command in commands:

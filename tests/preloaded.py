@@ -1,0 +1,126 @@
+"""A `python` for shell scripts that has torch and transformers imported already, which takes longer than the commands.
+
+In: where it is to be. Out: a program there that takes a script, `-c CODE` or `-m MODULE` with arguments, as python
+does. It hands them, its folder, environment and streams to a server, which forks a process to run them; nothing of this
+project is imported before. Whatever else it is asked it leaves to the interpreter itself.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+_IMPORTED = (
+    *("torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "accelerate", "peft"),
+    *("lm_eval.evaluator", "lm_eval.tasks", "datasets", "matplotlib.figure", "scipy.stats", "jinja2"),
+)
+_CLIENT = """\
+import json, os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect(sys.argv[1])
+asked = json.dumps({"argv": sys.argv[2:], "cwd": os.getcwd(), "environ": dict(os.environ)}).encode()
+socket.send_fds(server, [len(asked).to_bytes(4, "big")], [0, 1, 2])
+server.sendall(asked)
+sys.exit(server.recv(1)[0])
+"""
+
+
+@contextlib.contextmanager
+def preloaded_python(path: Path) -> Iterator[None]:
+    """The program is at `path` as long as the context lasts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place = path.with_name("python.socket")
+    client = path.with_name("client.py")
+    client.write_text(_CLIENT)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # read when libraries are imported
+    server = subprocess.Popen(
+        [sys.executable, __file__, str(place)], env=environment, cwd=path.parent, stdout=subprocess.PIPE
+    )
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"ready\n"
+        path.write_text(
+            f'#!/bin/sh\ncase "$1" in -c|-m|*.py) exec "{sys.executable}" -S -E "{client}" "{place}" "$@";; esac\n'
+            f'exec "{sys.executable}" "$@"\n'
+        )
+        path.chmod(0o755)
+        yield
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def _serve(place: str) -> None:
+    for name in _IMPORTED:
+        __import__(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(place)
+        listening.listen()
+        print("ready", flush=True)
+        while True:
+            connection, _ = listening.accept()
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                _answer(connection)
+            connection.close()
+
+
+def _answer(connection: socket.socket) -> None:
+    size, streams, _, _ = socket.recv_fds(connection, 4, 3)
+    with connection.makefile("rb") as file:
+        asked = json.loads(file.read(int.from_bytes(size, "big")))
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+        _become(**asked)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    connection.sendall(bytes([code % 256]))
+    os._exit(0)
+
+
+def _become(argv: list[str], cwd: str, environ: dict[str, str]) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environ)
+    kind, arguments = (argv[0], argv[1:]) if argv[0] in ("-c", "-m") else ("", argv)
+    first = str(Path(arguments[0]).resolve().parent) if kind == "" else ""
+    added = [path for path in environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = [first, *added, *sys.path[1:]]
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+    code: object = 1
+    try:
+        sys.argv = ["-c", *arguments[1:]] if kind == "-c" else list(arguments)
+        if kind == "-c":
+            exec(compile(arguments[0], "<string>", "exec"), {"__name__": "__main__"})
+        elif kind == "-m":
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(arguments[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
