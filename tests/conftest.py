@@ -199,13 +199,6 @@ def copy_repository(target: Path) -> Path:
     return target
 
 
-def make_python_wrapper(path: Path) -> None:
-    """A `python` at `path` that is this interpreter."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    path.chmod(0o755)
-
-
 def assert_refused(result: subprocess.CompletedProcess, *words: str, code: int = 1) -> None:
     """The command ended with `code` and one clear sentence that has `words` in it, and no traceback."""
     assert result.returncode == code, (result.returncode, result.stdout, result.stderr)

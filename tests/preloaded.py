@@ -10,10 +10,12 @@ import contextlib
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +39,8 @@ sys.exit(server.recv(1)[0])
 def preloaded_python(path: Path) -> Iterator[None]:
     """The program is at `path` as long as the context lasts."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    place = path.with_name("python.socket")
-    client = path.with_name("client.py")
+    folder = Path(tempfile.mkdtemp(prefix="python-"))  # a socket's path may have 107 bytes, and pytest's are long
+    place, client = folder / "socket", folder / "client.py"
     client.write_text(_CLIENT)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # read when libraries are imported
@@ -57,6 +59,7 @@ def preloaded_python(path: Path) -> Iterator[None]:
     finally:
         server.kill()
         server.communicate()
+        shutil.rmtree(folder)
 
 
 def _serve(place: str) -> None:

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from model_preparation import load_checkpoint
 from model_preparation.evaluation.scoring import ScoringLM
-from tests.conftest import assert_refused, copy_repository, make_python_wrapper, run_command, run_python
+from tests.conftest import assert_refused, copy_repository, run_command, run_python
+from tests.preloaded import preloaded_python
 from tests.test_loading import WAYS
 
 pytestmark = pytest.mark.skipif(
@@ -51,17 +52,18 @@ def quickstart(tmp_path_factory) -> tuple[Path, str]:
     Its environment counts as installed and is this interpreter; all else is as on a fresh machine.
     """
     repository = copy_repository(tmp_path_factory.mktemp("smollm2") / "repository")
-    make_python_wrapper(repository / ".venv" / "bin" / "python")
+    (repository / ".venv").mkdir()
     inputs = "".join((repository / name).read_text() for name in ("pyproject.toml", "constraints.txt"))
     (repository / ".venv" / "installed.quickstart").write_text(f"{repository} quickstart\n{inputs}")
-    result = subprocess.run(
-        ["bash", "scripts/quickstart.sh", "--real"],
-        cwd=repository,
-        env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    with preloaded_python(repository / ".venv" / "bin" / "python"):
+        result = subprocess.run(
+            ["bash", "scripts/quickstart.sh", "--real"],
+            cwd=repository,
+            env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
     assert result.returncode == 0, result.stdout + result.stderr
     return repository, result.stdout
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import model_preparation.embedded
-from tests.conftest import copy_repository, make_python_wrapper
+from tests.conftest import copy_repository
+from tests.preloaded import preloaded_python
 
 SCORE = re.compile(r" [ABCD]  (\d\.\d+) ±")
 ROOT = Path(__file__).parents[2]
@@ -22,17 +23,18 @@ EFFECT = json.loads((Path(model_preparation.embedded.__file__).parent / "effect.
 
 def test_the_quickstart_shows_what_a_graft_does(tmp_path):
     repository = copy_repository(tmp_path / "repository")
-    make_python_wrapper(repository / ".venv" / "bin" / "python")
+    (repository / ".venv").mkdir()
     inputs = "".join((repository / name).read_text() for name in ("pyproject.toml", "constraints.txt"))
     (repository / ".venv" / "installed").write_text(f"{repository} \n{inputs}")
-    result = subprocess.run(
-        ["bash", "scripts/quickstart.sh"],
-        cwd=repository,
-        env={**os.environ, "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1", "COLUMNS": "80"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    with preloaded_python(repository / ".venv" / "bin" / "python"):
+        result = subprocess.run(
+            ["bash", "scripts/quickstart.sh"],
+            cwd=repository,
+            env={**os.environ, "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1", "COLUMNS": "80"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
     assert result.returncode == 0, result.stdout + result.stderr
     pairs = EFFECT["pairs of layers"].values()
     scores = [float(score) for score in SCORE.findall(result.stdout)]
