@@ -41,7 +41,8 @@ def main() -> None:
         build_checkpoint(str(make_base(folder / "base")), [1, 3], folder / "layers", folder / "checkpoint")
         flags = ["--checkpoint", folder / "checkpoint", "--data", write_text(folder / "text.txt"), "--device", "cpu"]
         flags += ["--method", args.method, "--max_steps", STEPS, "--block_size", 32, "--accumulation", 2]
-        flags += ["--dropout", 0.1, "--lora_dropout", 0.1, "--learning_rate", 1e-3, "--logging_steps", 1]
+        flags += ["--lora_dropout", 0.1] if args.method == "lora" else []
+        flags += ["--dropout", 0.1, "--learning_rate", 1e-3, "--logging_steps", 1]
         flags += ["--save_steps", 2, "--eval_interval", 5, "--overwrite"]
         straight = run_command("heal_checkpoint", *flags, "--output_dir", folder / "straight")
         if straight.returncode:

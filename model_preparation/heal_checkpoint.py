@@ -41,6 +41,9 @@ def main() -> None:
     args = vars(parser.parse_args())
     settings = {name: args.pop(name) for name in HealSettings.__dataclass_fields__ if name in args}
     adapter, data, gpu, device = (args.pop(name) for name in ("merge_adapter", "data", "gpu", "device"))
+    names = [name for _, name in args["milestones"]]
+    if len(dict(args["milestones"])) < len(names) or len(set(names)) < len(names):
+        parser.error("--milestones: each needs a step and a name of its own")
     args["milestones"] = dict(args["milestones"])
     args["sources"] = args.pop("source")
     args["dtype"] = torch_dtype(args["dtype"])
@@ -71,6 +74,8 @@ def _print_result(info: dict[str, Any]) -> None:
     if before is not None:
         best = "" if healing["best_step"] is None else f", of step {healing['best_step']}"
         print(f"Held-out loss    {before:.4f} before, {after:.4f} after{best}")
+        if after > before:
+            print("                 It is higher than before: the parent does better on this text.")
 
 
 def _parser() -> CommandParser:
@@ -114,7 +119,13 @@ def _add_run_flags(parser: CommandParser) -> None:
     _setting(
         parser, "exclude", nargs="+", metavar="PATTERN", help="tensors not to take from --init_from, such as lm_head"
     )
-    _setting(parser, "seed", type=number(int, least=0), metavar="N", help="of data order, dropout and new weights")
+    _setting(
+        parser,
+        "seed",
+        type=number(int, least=0, most=2**32 - 1),
+        metavar="N",
+        help="of data order, dropout and new weights",
+    )
     parser.add_argument("--description", default="", metavar="TEXT", help="free text for checkpoint_info.json")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in OUTPUT_DIR, and states with never")
     parser.add_argument("--clean_up", action="store_true", help="remove the states once the checkpoint is written")

@@ -56,6 +56,8 @@ def compare(path: Path, other: Path, pattern: str = "*") -> Iterator[str]:
         SurgeryError: as from `contents_of`.
     """
     ours, theirs = (_matching(contents_of(one), pattern).tensors for one in (path, other))
+    if not (ours or theirs):
+        raise SurgeryError(f"No tensor in {path} or {other} fits {pattern!r}.")
     equal = differing = 0
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         if name not in theirs or name not in ours:

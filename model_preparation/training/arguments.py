@@ -38,6 +38,7 @@ def training_arguments(
         os.environ.setdefault(f"{tracker}_RUN_ID", run_id)
         os.environ.setdefault(f"{tracker}_RESUME", "allow")
     max_steps = size.steps_here(settings.max_steps)
+    rise = math.floor(settings.warmup * max_steps)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pinned memory and the like, on the CPU
         args = TrainingArguments(
@@ -48,7 +49,7 @@ def training_arguments(
             gradient_accumulation_steps=size.accumulation,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-            warmup_steps=math.ceil(settings.warmup * max_steps),
+            warmup_steps=rise if rise > 1 else 0,  # the first of them is at 0, and would be all of a short rise
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             bf16=settings.precision == "bfloat16",

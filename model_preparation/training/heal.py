@@ -105,7 +105,13 @@ def heal_checkpoint(
     """
     parent, output_dir = Path(checkpoint).expanduser(), Path(output_dir).expanduser()
     states = Path(resume_dir).expanduser() if resume_dir else output_dir.with_name(f"{output_dir.name}_resume")
-    _check_apart(output_dir, parent, *(given.get(name) for name in ("teacher", "init_from", "eval_data")), data)
+    only_read = [parent, data, *(given.get(name) for name in ("teacher", "init_from", "eval_data"))]
+    for place in (output_dir, states):
+        _check_apart(place, parent, *only_read)
+    if output_dir.resolve() == states.resolve():
+        raise SurgeryError(f"{states} cannot hold both the states and the checkpoint. Choose another --resume_dir.")
+    if states.exists() and not states.is_dir():
+        raise SurgeryError(f"{states} is a file, and states are folders in it. Choose another --resume_dir.")
     if isinstance(resume, bool):
         resume = "auto" if resume else "never"
     parent_info = read_info(parent)
@@ -134,6 +140,9 @@ def heal_checkpoint(
         settings, states, identity["run_id"], size, processes.num_processes, device, resumed=resumed
     )
     kept = milestones_here(milestones or {}, settings, size)
+    for step, name in kept.items():
+        if state is not None and step <= state.sequences_seen // size.sequences and not (states / name).is_dir():
+            say(f"The milestone {name} is not made: its step {step} is behind.")
     stopper = SaveWhenStopped()
     trainer = HealTrainer(
         with_trained_weights_chosen(model, run),
@@ -188,6 +197,8 @@ def heal_checkpoint(
         )
         if clean_up:
             remove_states(state.folder for state in list_states(states)[0])
+            if not any(states.iterdir()):
+                states.rmdir()
     processes.wait_for_everyone()
     return info
 
@@ -209,7 +220,7 @@ def merge_adapter(
     parent, adapter = Path(checkpoint).expanduser(), Path(adapter).expanduser()
     output_dir = Path(output_dir).expanduser()
     parent_info = read_info(parent)
-    _check_apart(output_dir, parent, adapter)
+    _check_apart(output_dir, parent, parent, adapter)
     check_target(output_dir, overwrite=overwrite, complete_mark=INFO)
     model, tokenizer = load_checkpoint(parent, dtype=torch.float32)
     adapted = load_adapter(in_memory(model), adapter)
@@ -231,13 +242,15 @@ def merge_adapter(
     )
 
 
-def _check_apart(output_dir: Path, *read: str | Path | None) -> None:
-    """Raise SurgeryError if the folder to write is one that is read, or lies around it."""
-    place = output_dir.resolve()
+def _check_apart(written: Path, parent: Path, *read: str | Path | None) -> None:
+    """Raise SurgeryError if a folder to write is one that is read or lies around it, or is in the parent."""
+    place = written.resolve()
+    if place.is_relative_to(parent.resolve()) and place != parent.resolve():
+        raise SurgeryError(f"{parent} is only read, and {written} is in it. Choose a folder outside.")
     for path in read:
         found = None if path is None else Path(path).expanduser().resolve()
         if found is not None and found.exists() and found.is_relative_to(place):
-            raise SurgeryError(f"{path} is only read, and {output_dir} would replace it. Choose another --output_dir.")
+            raise SurgeryError(f"{path} is only read, and {written} would replace it. Choose another folder.")
 
 
 def _check_room(trainer: HealTrainer, states: Path, output_dir: Path, dtype: torch.dtype) -> None:

@@ -111,6 +111,8 @@ def hold_out(sequences: Sequences, fraction: float) -> tuple[Sequences, Sequence
 
 
 def _texts(data: str) -> Iterator[str]:
+    if not data:
+        raise SurgeryError("The text is named by nothing. Give a file, a folder, or the name of a data set.")
     path = Path(data).expanduser()
     if path.is_file():
         yield from _texts_in_file(path)
@@ -137,10 +139,19 @@ def _texts_in_file(path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _text_of(json.loads(line), f"{path}, line {number}")
+                    yield _text_of(_row(line, f"{path}, line {number}"), f"{path}, line {number}")
     except ValueError as error:  # no UTF-8, no JSON, or what pyarrow raises
         raise SurgeryError(
             f"{path} cannot be read as text ({error}). Save it as UTF-8, JSON lines in .jsonl, tables in .parquet."
+        ) from error
+
+
+def _row(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise SurgeryError(
+            f"{where} is no JSON ({error.args[0].partition(':')[0]}). Save an object per line."
         ) from error
 
 
@@ -160,7 +171,7 @@ def _texts_in_table(path: Path) -> Iterator[str]:
 
 def _text_of(row: Any, where: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise SurgeryError(f'{where} has no "text". Every row needs that field, with a string in it.')
+        raise SurgeryError(f'{where} has no string "text". Every row needs that field.')
     return row["text"]
 
 

@@ -171,13 +171,18 @@ class HealTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         """The Trainer's, with the epoch of the data instead of that of the run."""
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise SurgeryError(
-                f"The loss is {logs['loss']} at step {self.state.global_step}. Use a smaller --learning_rate, and "
-                "start anew or from an earlier state."
-            )
+        self._check_finite([logs[name] for name in ("loss", "eval_loss") if name in logs])
         self.state.epoch = self.passes
         super().log(logs, start_time)
+
+    def _check_finite(self, losses: list[float]) -> None:
+        """Raise SurgeryError before a state is written from which nothing goes on."""
+        for loss in losses:
+            if not math.isfinite(loss):
+                raise SurgeryError(
+                    f"The loss is {loss} at step {self.state.global_step}. Use a smaller --learning_rate, and start "
+                    "anew (--resume never --overwrite) or from an earlier state (--resume DIR)."
+                )
 
     def _determine_best_metric(self, metrics, trial):
         is_best = super()._determine_best_metric(metrics, trial)
@@ -196,6 +201,7 @@ class HealTrainer(Trainer):
         if self.state.best_global_step == step:
             self.state.best_model_checkpoint = str(target)
         unlogged = gather_object([self._tr_loss.item()])
+        self._check_finite(unlogged)
         with self._staged(target) as staging:
             self.save_model(str(staging), _internal_call=True)
             self._save_optimizer_and_scheduler(str(staging))
@@ -334,7 +340,7 @@ class HealTrainer(Trainer):
         if checkpoint is None or self._resumed is None:
             return
         if self._resumed.info["world_size"] != self.args.world_size:  # nobody's state is anybody's now
-            set_seed(self._settings.seed + self.sequences_seen, device_specific=True)
+            set_seed((self._settings.seed + self.sequences_seen) % 2**31, device_specific=True)
             return
         states = load_plain(Path(checkpoint, self._rng_file()))
         kind, keys, *rest = states["numpy"]

@@ -73,14 +73,21 @@ def read_state(folder: Path) -> ResumeState:
         SurgeryError: if it is not there, half-written, or of a version this program does not know.
     """
     if not folder.is_dir():
-        raise SurgeryError(f"{folder} is not there. Give a {PREFIX}-N folder, or --resume auto.")
+        what = "a file" if folder.exists() else "not there"
+        raise SurgeryError(f"{folder} is {what}. Give a {PREFIX}-N folder, or --resume auto.")
     if not (folder / MARK).is_file():
-        raise SurgeryError(f"{folder} is half-written: it has no {MARK}. Give a complete one, or --resume auto.")
+        inner = list_states(folder, damaged_too=True)[0]
+        what = f"holds states, the newest {inner[-1].folder.name}, and is none" if inner else f"has no {MARK}"
+        raise SurgeryError(f"{folder} {what}. Give a complete {PREFIX}-N folder, or --resume auto.")
     try:
-        info = read_json(folder / MARK)
-        check_fields(info, _FIELDS)
+        return _read_mark(folder)
     except (OSError, ValueError) as error:
         raise SurgeryError(f"{folder / MARK} cannot be read ({error}). {_the_one_before(folder)}") from error
+
+
+def _read_mark(folder: Path) -> ResumeState:
+    info = read_json(folder / MARK)
+    check_fields(info, _FIELDS)
     if info["format_version"] != FORMAT_VERSION:
         raise SurgeryError(
             f"{folder} has format version {info['format_version']}; this program knows {FORMAT_VERSION}."
@@ -88,14 +95,22 @@ def read_state(folder: Path) -> ResumeState:
     return ResumeState(folder, info)
 
 
-def list_states(folder: Path) -> tuple[list[ResumeState], list[str]]:
-    """(complete states, those that have seen least first; names of what is half-written) in a run's folder."""
+def list_states(folder: Path, *, damaged_too: bool = False) -> tuple[list[ResumeState], list[str]]:
+    """(complete states, those that have seen least first; names of what is half-written) in a run's folder.
+
+    A state whose mark cannot be read is an error, or with `damaged_too` counts as half-written.
+    """
     states, incomplete = [], []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.is_dir() and _NAME.fullmatch(path.name.partition(".partial")[0]):
-            if _NAME.fullmatch(path.name) and (path / MARK).is_file():
-                states.append(read_state(path))
-            else:
+            if not (_NAME.fullmatch(path.name) and (path / MARK).is_file()):
+                incomplete.append(path.name)
+                continue
+            try:
+                states.append(_read_mark(path) if damaged_too else read_state(path))
+            except (OSError, ValueError):
+                if not damaged_too:
+                    raise
                 incomplete.append(path.name)
     return sorted(states, key=lambda state: (state.sequences_seen, state.folder.name)), incomplete
 
@@ -106,6 +121,14 @@ def check_state(state: ResumeState) -> None:
     Raises:
         SurgeryError: naming the file that is missing, changed, cut short or refused, and the state before it.
     """
+    found = _fault_of_state(state)
+    if found is not None:
+        name, fault = found
+        raise SurgeryError(f"{state.folder / name} is {fault}. {_the_one_before(state.folder)}")
+
+
+def _fault_of_state(state: ResumeState) -> tuple[str, str] | None:
+    """The first file that is not as it was written, and what is wrong with it."""
     for name, entry in state.info["files"].items():
         try:
             check_fields(entry, FILE_FIELDS)
@@ -118,7 +141,8 @@ def check_state(state: ResumeState) -> None:
         except (OSError, ValueError, SurgeryError) as error:
             fault = f"refused ({error})"
         if fault is not None:
-            raise SurgeryError(f"{state.folder / name} is {fault}. {_the_one_before(state.folder)}")
+            return name, fault
+    return None
 
 
 def load_plain(path: Path) -> Any:
@@ -167,17 +191,16 @@ def remove_states(folders: Iterable[Path]) -> None:
 
 
 def set_aside(folders: Iterable[Path]) -> None:
-    """Rename folders to NAME.aside, so that they are in nobody's way; one that has that name already is replaced."""
+    """Rename folders to NAME.aside, or NAME.aside-2 and so on, so that they are in nobody's way."""
     for path in folders:
-        aside = path.with_name(f"{path.name}.aside")
-        if aside.exists():
-            shutil.rmtree(aside)
-        path.rename(aside)
+        asides = (path.with_name(f"{path.name}.aside{end}") for end in ("", *(f"-{n}" for n in range(2, 1000))))
+        path.rename(next(aside for aside in asides if not aside.exists()))
 
 
 def set_aside_after(folder: Path, state: ResumeState) -> list[str]:
     """Set aside the states in `folder` that have seen more than `state`; returns their names before."""
-    later = [other.folder for other in list_states(folder)[0] if other.sequences_seen > state.sequences_seen]
+    states = list_states(folder, damaged_too=True)[0]
+    later = [other.folder for other in states if other.sequences_seen > state.sequences_seen]
     set_aside(later)
     return [path.name for path in later]
 
@@ -194,13 +217,13 @@ def copy_state(source: Path, target: Path) -> None:
 
 
 def _the_one_before(folder: Path) -> str:
-    """A sentence that offers the newest complete state before `folder`."""
-    found = _NAME.fullmatch(folder.name)
-    before = []
-    for path in folder.parent.glob(f"{PREFIX}-*"):
+    """A sentence that offers the newest state before `folder` that is whole."""
+
+    def step_of(path: Path) -> int:
         match = _NAME.fullmatch(path.name)
-        if match and found and int(match[1]) < int(found[1]) and (path / MARK).is_file():
-            before.append((int(match[1]), path))
-    if not before:
-        return "There is no other state before it: start anew with --resume never."
-    return f"The one before it is there: --resume {max(before)[1]}"
+        return int(match[1]) if match else 0
+
+    for state in reversed(list_states(folder.parent, damaged_too=True)[0]):
+        if step_of(state.folder) < step_of(folder) and _fault_of_state(state) is None:
+            return f"The one before it is whole: --resume {state.folder}"
+    return "No state before it is whole: start anew with --resume never --overwrite."

@@ -42,9 +42,9 @@ def state_to_go_on_from(
 
 
 def _choose_state(states: Path, resume: str, overwrite: bool, say) -> str | None:
-    found, incomplete = list_states(states)
+    found, incomplete = list_states(states, damaged_too=resume not in ("auto", "must"))
     for name in incomplete:
-        say(f"{states / name} is half-written by a run that was killed: it is skipped.")
+        say(f"{states / name} is half-written by a run that was killed, or damaged: it is skipped.")
     if states.is_dir():
         set_aside(states / name for name in incomplete if not name.endswith(".partial"))
         remove_abandoned(states)
@@ -64,9 +64,10 @@ def _choose_state(states: Path, resume: str, overwrite: bool, say) -> str | None
         state = found[-1]
     else:
         state = read_state(Path(resume).expanduser())
+    check_state(state)
+    if resume not in ("auto", "must"):
         for name in set_aside_after(states, state):
             say(f"{name} has seen more than {state.folder.name}: it is put aside as {name}.aside.")
-    check_state(state)
     say(f"Going on from {state.folder}: step {state.steps}, {state.sequences_seen} sequences seen.")
     return str(state.folder)
 
@@ -105,7 +106,8 @@ def settings_and_identity(
         say(
             f"The number of processes is {world_size}, was {saved}: step {state.steps} is now step "
             f"{state.sequences_seen // size.sequences}, after the same {state.sequences_seen} sequences; a step is "
-            f"{size.sequences} sequences, in {size.accumulation} forward passes of each process."
+            f"{size.sequences} sequences, in {size.accumulation} forward passes of each process, and the last one is "
+            f"step {size.steps_here(settings.max_steps)}."
         )
     return settings, identity
 

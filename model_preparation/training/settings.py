@@ -103,6 +103,16 @@ class HealSettings:
         ):
             if getattr(self, name) < 1:
                 raise SurgeryError(f"{name} is {getattr(self, name)}. It must be at least 1.")
+        for names, needed, is_given in (
+            (("temperature", "teacher_weight", "hidden_weight"), "teacher", self.teacher is not None),
+            (("exclude",), "init_from with weights to take", self.init_from not in ("checkpoint", "scratch")),
+            (("lora_rank", "lora_alpha", "lora_dropout"), "method lora", self.method == "lora"),
+        ):
+            for name in names:
+                if not is_given and getattr(self, name) != getattr(type(self), name):
+                    raise SurgeryError(
+                        f"{name} is given, and does nothing without {needed}. Leave it out, or give that."
+                    )
         if not self.always_save and not self.eval_interval:
             raise SurgeryError(
                 "Without always_save, states are saved where the held-out loss improves. Set eval_interval."
@@ -127,7 +137,8 @@ def saved_settings(saved: Mapping[str, Any]) -> HealSettings:
 
 def resumed_settings(saved: HealSettings, given: Mapping[str, Any]) -> tuple[HealSettings, list[str]]:
     """The settings of a run that goes on: the saved ones; and a line for every wish that differs from them."""
-    differing = {name: value for name, value in given.items() if name != "init_from" and value != getattr(saved, name)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    differing = {name: value for name, value in given.items() if value != getattr(saved, name)}
     taken = {name: value for name, value in differing.items() if name in _FREE + _TAKEN_WITH_A_WORD}
     lines = []
     for name, value in differing.items():

@@ -14,7 +14,7 @@ from tests.conftest import run_command
 from tests.training.cutting import write_text
 
 # Of a short run that shuffles, drops out and accumulates.
-RUN = {"max_steps": 6, "batch_size": 2, "block_size": 16, "accumulation": 2, "dropout": 0.1, "lora_dropout": 0.1}
+RUN = {"max_steps": 6, "batch_size": 2, "block_size": 16, "accumulation": 2, "dropout": 0.1}
 RUN |= {"learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "eval_interval": 3, "device": "cpu"}
 
 gc.freeze()  # accelerate collects garbage at every start; what is imported is none, and forks would copy it

@@ -14,7 +14,7 @@ from tests.conftest import assert_refused, run_command
 from tests.training.cutting import outcome, run_until
 
 IDS = torch.arange(40).reshape(2, 20)
-LORA = ("--method", "lora", "--lora_rank", 4)
+LORA = ("--method", "lora", "--lora_rank", 4, "--lora_dropout", 0.1)
 
 
 @pytest.fixture(scope="module")

@@ -157,7 +157,7 @@ def test_no_recipe_gives_healed_weights(healed, layers_dir, tmp_path):
 
 def test_half_precision_halves_the_files_and_training_stays_in_float32(heal, healed, tmp_path):
     assert heal(tmp_path / "out", "--dtype", "float16", "--clean_up").returncode == 0
-    assert list_states(states_of(tmp_path / "out"))[0] == []
+    assert not states_of(tmp_path / "out").exists()
     assert verify_checkpoint(tmp_path / "out") == []
     half = torch.load(tmp_path / "out" / "model_state_dict.pt")
     full = torch.load(healed / "model_state_dict.pt")
@@ -244,10 +244,21 @@ def test_weights_with_code_in_them_are_refused_by_name(heal, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_loss_that_is_no_number_ends_the_run(heal, tmp_path):
-    result = heal(tmp_path / "out", "--learning_rate", 1e25, "--max_grad_norm", 0, "--eval_interval", 0)
-    assert_refused(result, "The loss is nan at step", "smaller --learning_rate")
+@pytest.mark.parametrize("intervals", [("--eval_interval", 0), ("--eval_interval", 0, "--logging_steps", 9), ()])
+def test_a_loss_that_is_no_number_ends_the_run_and_is_in_no_state(heal, intervals, tmp_path):
+    result = heal(tmp_path / "out", "--learning_rate", 1e25, "--max_grad_norm", 0, *intervals)
+    assert_refused(result, "The loss is ", " at step", "smaller --learning_rate")
     assert not (tmp_path / "out").exists()
+    states = list_states(states_of(tmp_path / "out"))[0]
+    assert all(math.isfinite(loss) for state in states for loss in state.info["unlogged"]["losses"])
+
+
+def test_a_single_step_trains_and_a_worse_end_is_told(heal, tmp_path):
+    result = heal(tmp_path / "out", "--max_steps", 1, "--eval_interval", 1, "--learning_rate", 1.0)
+    assert result.returncode == 0, result.stderr
+    scores = info_of(tmp_path / "out")["healing"]["scores"]
+    assert scores["after"]["eval_loss"] > scores["before"]["eval_loss"]
+    assert "It is higher than before" in result.stdout
 
 
 def test_a_tracker_that_is_not_installed_or_too_new_is_named(heal, tmp_path, monkeypatch):
@@ -274,7 +285,17 @@ def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, check
     assert_refused(heal(tmp_path / "out", "--milestones", "9=late"), "late is at step 9", "steps 1 to 6")
     for read in ("--checkpoint", "--teacher", "--init_from"):
         refused = heal(healed, "--overwrite", read, healed)
-        assert_refused(refused, f"{healed} is only read", "another --output_dir")
+        assert_refused(refused, f"{healed} is only read", "another folder")
+    for place in (("--output_dir", checkpoint_dir / "in"), ("--resume_dir", checkpoint_dir)):
+        assert_refused(heal(tmp_path / "out", *place), f"{checkpoint_dir} is only read", "Choose a")
+    assert_refused(heal(tmp_path / "out", "--resume_dir", tmp_path / "out"), "cannot hold both")
+    assert_refused(heal(tmp_path / "out", "--resume_dir", short), "is a file", "--resume_dir")
+    assert_refused(heal(tmp_path / "out", "--temperature", 2), "temperature is given", "without teacher")
+    assert_refused(heal(tmp_path / "out", "--exclude", "lm_head"), "exclude is given", "without init_from")
+    assert_refused(heal(tmp_path / "out", "--lora_rank", 4), "lora_rank is given", "without method lora")
+    assert_refused(heal(tmp_path / "out", "--milestones", "2=a", "3=a"), "a name of its own", code=2)
+    assert_refused(heal(tmp_path / "out", "--seed", 2**32), "too large", code=2)
+    assert_refused(heal(tmp_path / "out", "--data", ""), "named by nothing")
     merge = ("--checkpoint", checkpoint_dir, "--output_dir", tmp_path / "out", "--merge_adapter")
     assert_refused(run_command("heal_checkpoint", *merge, healed), "has no adapter_config.json", "folder of an adapter")
     assert_refused(

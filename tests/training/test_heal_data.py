@@ -55,8 +55,8 @@ def test_held_out_sequences_are_spread_and_in_no_training_set():
     ("name", "content", "words"),
     [
         ("a.txt", b"\xff\xfe\xff", "cannot be read as text"),
-        ("a.jsonl", b'{"text": 3}', 'line 1 has no "text"'),
-        ("a.jsonl", b'{"text": "x"}\n{', "cannot be read as text"),
+        ("a.jsonl", b'{"text": 3}', 'line 1 has no string "text"'),
+        ("a.jsonl", b'{"text": "x"}\n{', "line 2 is no JSON"),
         ("a.txt", b"abc", "is shorter than one sequence: 4 of 8 tokens"),
     ],
 )

@@ -84,7 +84,7 @@ def test_two_then_one_then_two_processes_are_the_same_run(slow_flags, tmp_path):
     two = newest_state(tmp_path / "out")
     text = run_until(args, two.steps + 2, 0)[1]
     words = f"The number of processes is 1, was 2: step {two.steps} is now step {two.steps}, after the same"
-    step = "a step is 8 sequences, in 4 forward passes of each process."
+    step = "a step is 8 sequences, in 4 forward passes of each process, and the last one is step 6."
     assert f"{words} {8 * two.steps} sequences; {step}" in text
     assert newest_state(tmp_path / "out").info["world_size"] == 1
     code, text = run_until(args, processes=2)

@@ -101,7 +101,7 @@ def test_what_is_half_written_is_skipped_and_named(heal, healed, tmp_path):
     (states / "checkpoint-8.partial" / ".held_by").write_text("{}")
     result = heal(tmp_path / "out")
     for name in ("checkpoint-6", "checkpoint-8.partial"):
-        assert f"{states / name} is half-written by a run that was killed: it is skipped." in result.stdout
+        assert f"{states / name} is half-written by a run that was killed, or damaged: it is skipped." in result.stdout
     assert f"Going on from {states / 'checkpoint-4'}" in result.stdout
     assert outcome(tmp_path / "out") == outcome(healed)
     names = sorted(path.name for path in states.iterdir())
@@ -117,6 +117,19 @@ def test_a_damaged_state_is_named_and_the_one_before_it_offered(heal, healed, tm
         assert_refused(heal(tmp_path / "out"), str(path), word, f"--resume {states / 'checkpoint-4'}")
     path.unlink()
     assert_refused(heal(tmp_path / "out"), f"{path} is missing", f"--resume {states / 'checkpoint-4'}")
+    before = sorted(folder.name for folder in states.iterdir())
+    other = states / "checkpoint-4" / "model.safetensors"
+    weights = other.read_bytes()
+    other.write_bytes(weights[:-1])  # then the one before it is no help, and no state is put aside for it
+    assert_refused(heal(tmp_path / "out"), f"{path} is missing", f"--resume {states / 'checkpoint-3'}")
+    refused = heal(tmp_path / "out", "--resume", states / "checkpoint-4")
+    assert_refused(refused, str(other), f"--resume {states / 'checkpoint-3'}")
+    assert sorted(folder.name for folder in states.iterdir()) == before
+    other.write_bytes(weights)
+    mark = states / "checkpoint-6" / MARK
+    mark.write_text(mark.read_text()[:-50])
+    assert_refused(heal(tmp_path / "out"), f"{mark} cannot be read", f"--resume {states / 'checkpoint-4'}")
+    assert_refused(heal(tmp_path / "out", "--resume", states), "holds states, the newest checkpoint-4")
     assert heal(tmp_path / "out", "--resume", states / "checkpoint-4").returncode == 0
     assert outcome(tmp_path / "out") == outcome(healed)
 
@@ -136,7 +149,10 @@ def test_a_state_with_code_in_it_is_refused_by_name(heal, healed, tmp_path):
 def test_a_run_that_goes_on_has_the_settings_it_was_started_with(heal, healed, tmp_path):
     states = copy_states(healed, tmp_path / "out")
     (states / "checkpoint-6" / MARK).unlink()
-    result = heal(tmp_path / "out", "--learning_rate", 0.5, "--seed", 3, "--save_total_limit", 2)
+    more = ("--init_from", "scratch", "--milestones", "3=past")
+    result = heal(tmp_path / "out", "--learning_rate", 0.5, "--seed", 3, "--save_total_limit", 2, *more)
+    assert "init_from stays 'checkpoint'" in result.stdout
+    assert "The milestone past is not made: its step 3 is behind" in result.stdout
     assert "learning_rate stays 0.01, as the run was started with; 0.5 does not count" in result.stdout
     assert "seed stays 0" in result.stdout
     assert outcome(tmp_path / "out") == outcome(healed)
