@@ -128,3 +128,5 @@ def test_a_large_tensor_is_read_piece_by_piece(tmp_path, monkeypatch):
 def test_a_pattern_that_fits_nothing_is_told_with_names_there_are(checkpoint_dir):
     result = run_command("inspect_checkpoint", checkpoint_dir, "--keys", "zzz*")
     assert_refused(result, "No name in", "fits 'zzz*'", "Among its names are backbone.")
+    result = run_command("inspect_checkpoint", checkpoint_dir, "--diff", checkpoint_dir, "--keys", "zzz*")
+    assert_refused(result, "No tensor in", "fits 'zzz*'")
