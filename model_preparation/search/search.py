@@ -75,11 +75,14 @@ def search_layers(
     """
     check_first(spec, search, overwrite=overwrite)
     folder = Path(spec.folder)
-    if spec.llama_layers_dir is None and not dry_run:
+    if spec.llama_layers_dir is None and not dry_run and (folder / DONOR_LAYERS / METADATA).is_file():
         assert spec.donor is not None
-        spec = replace(spec, llama_layers_dir=str(donor_layers(spec.donor, folder, spec.sources)))
+        spec = replace(spec, llama_layers_dir=str(donor_layers(spec.donor, folder)))
     setup = Setup(spec)
     space = Space(setup.pair.layers, search.least, search.most, known_gains(search, setup.pair.layers))
+    if spec.llama_layers_dir is None and not dry_run:  # only now, as it takes as much disk as the donor
+        assert spec.donor is not None
+        setup.take_extracted(donor_layers(spec.donor, folder, spec.sources))
     with contextlib.nullcontext() if dry_run else contextlib.closing(Journal(folder / JOURNAL)) as journal:
         settings = {**setup.settings, **({} if journal is None else {"digests": setup.digests})}
         if not overwrite:

@@ -276,6 +276,14 @@ def test_what_cannot_be_is_said_before_the_donor_is_extracted(base_dir, donor_di
     refused = search(*out, "--prior", prior)
     assert_refused(refused, f"{prior} has a score for layer 11, but the base has 4 layers")
     assert "candidates" not in refused.stdout
+    assert_refused(search(*out, base=donor_dir), "is a llama model. The base must be a Llamba")
+    assert_refused(search(*out, "--donor", base_dir), "The donor must be a Llama")
+    assert_refused(search(*out, "--tokenizer", "nope"), "'nope' is neither")
+    broken = write_task(tmp_path / "broken", "broken", make_questions(2))
+    (broken / "broken.jsonl").unlink()
+    no_data = run_command("search_layers", "--base", base_dir, "--donor", donor_dir, "--task", broken, *out)
+    assert no_data.returncode != 0
+    shutil.rmtree(broken)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
     assert [path.name for path in other.iterdir()] == ["mine.txt"]
 
