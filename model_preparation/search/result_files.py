@@ -63,7 +63,7 @@ def read_result(path: Path) -> ReadResult:
         SurgeryError: if there is no such file, or nothing that can be read as combinations; what is wrong is named.
     """
     content = _read(path)
-    ours = isinstance(content.get("settings"), dict) and isinstance(content.get("statistics"), dict)
+    ours = _is_ours(content)
     entries = _entries(content, path)
     found: dict[LayerSet, Found] = {}
     failures = 0
@@ -96,19 +96,21 @@ def read_result(path: Path) -> ReadResult:
         raise SurgeryError(f"{path} lacks {error}, which a {RESULT} has. Run the search's command again.") from error
 
 
-def read_single_layers(path: Path) -> dict[int, float]:
-    """What a result file says of single layers: scores by layer.
+def read_single_layers(path: Path) -> tuple[dict[int, float], int]:
+    """What a result file says of single layers: scores by layer, and how many were left out as `read_result` does.
 
     Raises:
         SurgeryError: if there is no such file, or it says nothing of them.
     """
     content = _read(path)
+    ours = _is_ours(content)
     singles = _as_list(content.get(_SINGLES))
     if not singles:
         raise SurgeryError(
             f'{path} has no {_SINGLES}, such as {{"{_SINGLES}": {{"11": 0.51, ...}}}}. Give another file by --prior.'
         )
-    found = {}
+    found: dict[int, float] = {}
+    left_out = 0
     for number, entry in enumerate(singles, start=1):
         try:
             layers = _layers(entry)
@@ -117,8 +119,17 @@ def read_single_layers(path: Path) -> dict[int, float]:
                 raise ValueError("it is not one layer with a score")
         except ValueError as error:
             raise SurgeryError(f"{path}, entry {number} of {_SINGLES}: {error}. Mend or remove that entry.") from error
-        found[layers[0]] = score
-    return found
+        if not ours and score == 0:
+            left_out += 1
+        else:
+            found[layers[0]] = score
+    if not found:
+        raise SurgeryError(f"{path} has no single layer with a score above 0. Give another file by --prior.")
+    return found, left_out
+
+
+def _is_ours(content: dict[str, Any]) -> bool:
+    return isinstance(content.get("settings"), dict) and isinstance(content.get("statistics"), dict)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -87,7 +87,17 @@ def test_what_cannot_be_read_is_named(content, words, tmp_path):
 )
 def test_single_layers_are_read_as_prior_knowledge(singles, tmp_path):
     path = write(tmp_path / "results.json", {"single_layer_results": singles})
-    assert read_single_layers(path) == {11: 0.51, 3: 0.49}
+    assert read_single_layers(path) == ({11: 0.51, 3: 0.49}, 0)
+
+
+@pytest.mark.parametrize(("ours", "left_out"), [({}, 1), ({"settings": {}, "statistics": {}}, 0)])
+def test_a_single_layer_that_failed_in_an_older_program_is_not_known(ours, left_out, tmp_path):
+    path = write(tmp_path / "results.json", {"single_layer_results": {"11": 0.51, "3": 0.0}, **ours})
+    known = {11: 0.51} if left_out else {11: 0.51, 3: 0.0}
+    assert read_single_layers(path) == (known, left_out)
+    path = write(tmp_path / "results.json", {"single_layer_results": {"11": 0.0}})
+    with pytest.raises(SurgeryError, match="no single layer with a score above 0"):
+        read_single_layers(path)
 
 
 def test_a_file_without_single_layers_is_refused(tmp_path):

@@ -234,9 +234,13 @@ def test_tasks_that_cannot_be_taken_are_refused(make_spec, tmp_path, monkeypatch
 
 def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
     flags = ["--base", base_dir, "--donor", donor_dir, "--task", task_dir, "--output_dir", tmp_path / "out"]
-    plan = run_command("search_layers", *flags, "--method", "exhaustive", "--max_layers", 2, "--dry_run")
+    prior = tmp_path / "prior.json"
+    prior.write_text('{"single_layer_results": {"0": 0.4, "1": 0.0, "2": 0.5, "3": 0.6}}')
+    exhaustive = ("--method", "exhaustive", "--max_layers", 2)
+    plan = run_command("search_layers", *flags, *exhaustive, "--prior", prior, "--dry_run")
     assert plan.returncode == 0, plan.stderr
     assert not (tmp_path / "out").exists()  # not even the donor's layers
+    assert f"1 of 4 single layers in {prior} left out" in plan.stdout
     assert "20 of" in plan.stdout
     assert "candidates  10" in plan.stdout
     assert "% saved" in plan.stdout
@@ -270,6 +274,8 @@ def test_what_cannot_be_is_said_before_the_donor_is_extracted(base_dir, donor_di
     two_at_least = ("--llama_layers_dir", tmp_path, "--method", "singles", "--min_layers", 2)
     assert_refused(search(*out, *two_at_least), "one layer at a time")
     assert_refused(search(*out, "--max_layers", 9), "the base has 4 layers")
+    few = ("--method", "greedy", "--min_layers", 3, "--max_layers", 3, "--budget_evaluations", 5)
+    assert_refused(search(*out, *few), "evaluates 5 smaller sets before one of 3 layers", "--budget_evaluations 6")
     assert_refused(search(*out, "--prior", tmp_path / "none.json"), "none.json is not there")
     prior = other / "mine.txt"
     prior.write_text('{"single_layer_results": {"3": 0.5, "11": 0.51}}')
