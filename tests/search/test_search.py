@@ -8,6 +8,7 @@ import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from model_preparation import evaluate_checkpoint
 from model_preparation.comparison.paired import holm, mcnemar_p
 from model_preparation.errors import SurgeryError
 from model_preparation.files.seal import check_seal
+from model_preparation.search import report
 from model_preparation.search import search as search_module
 from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.journal import Journal
@@ -142,6 +144,14 @@ def test_the_report_needs_nothing_else(exhaustive):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("p_value", "words"), [(0.0004, "(p &lt; 0.001)"), (0.032, "(p = 0.032)")])
+def test_the_report_says_how_small_a_p_value_is(exhaustive, tmp_path, monkeypatch, p_value, words):
+    found = {**exhaustive[1], "final_results": [{**exhaustive[1]["final_results"][0], "p_against_base": p_value}]}
+    monkeypatch.setattr(report, "TITLES", {})
+    report.write_report(found, SimpleNamespace(order=[]), tmp_path)
+    assert words in (tmp_path / "report.html").read_text()
+
+
 def test_a_finished_search_is_given_again_without_running_a_layer(exhaustive, make_spec, monkeypatch):
     folder, found = exhaustive
     monkeypatch.setattr(CachedScorer, "_step", None)
@@ -248,10 +258,23 @@ def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].startswith(f"Result is in {tmp_path / 'out' / 'search_result.json'}")
     assert (tmp_path / "out" / "donor_layers" / "metadata.json").exists()
+    found = json.loads((tmp_path / "out" / "search_result.json").read_text())
+    table = result.stdout.splitlines()[-1 - 3 - len(found["final_results"]) : -1]
+    assert table[2].split() == ["donor", f"{found['donor_score']:.4f}"]
+    column = table[0].index("accuracy")
+    for row, line in zip(found["final_results"], table[3:], strict=True):
+        assert line[:column].split() == [str(layer) for layer in row["layers"]]
+        assert line[column:].startswith(f"{row['fitness']:.4f} ± ")
     others = run_command("search_layers", *flags, "--method", "beam", "--max_layers", 2)
     assert_refused(others, f"{tmp_path / 'out'} has the result of another search", "method was greedy and is beam")
     assert_refused(others, "another --output_dir, or add --overwrite")
     assert_refused(run_command("search_layers", "--base", base_dir), "--donor", code=2)
+    for given, words in (
+        (("--method", "ga", "--beam_width", 4), "--beam_width belongs to --method beam, and the method is ga"),
+        (("--method", "beam", "--patience", 4), "--patience belongs to --method ga, and the method is beam"),
+        (("--mmlu-data", tmp_path), "--mmlu_data belongs to --task mmlu"),
+    ):
+        assert_refused(run_command("search_layers", *flags, *given), words, code=2)
     no_donor = ["--base", base_dir, "--llama_layers_dir", tmp_path / "out" / "donor_layers", "--task", task_dir]
     refused = run_command("search_layers", *no_donor, "--objective", "kl", "--output_dir", tmp_path / "kl")
     assert_refused(refused, "Name it by --donor")
