@@ -44,7 +44,7 @@ class ReadResult:
         failures: how many entries were left out, as older programs entered 0 for a failed evaluation.
         is_mmlu: whether the scores are those of all of MMLU; older programs asked nothing else.
         objective: what the scores are, in a word.
-        base, llama_layers_dir, tokenizer: where a search of ours had them.
+        base, donor, llama_layers_dir, tokenizer: where a search of ours had them.
     """
 
     entries: list[Found]
@@ -52,6 +52,7 @@ class ReadResult:
     is_mmlu: bool = True
     objective: str = "score"
     base: str | None = None
+    donor: str | None = None
     llama_layers_dir: str | None = None
     tokenizer: str | None = None
 
@@ -89,6 +90,7 @@ def read_result(path: Path) -> ReadResult:
             is_mmlu=content["objective"] == ACCURACY and settings["tasks"] == ["mmlu"] and settings["limit"] is None,
             objective=str(content["objective"]),
             base=content["base"],
+            donor=content.get("donor"),
             llama_layers_dir=content["llama_layers_dir"],
             tokenizer=content["tokenizer"],
         )
@@ -133,6 +135,8 @@ def _is_ours(content: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise SurgeryError(f"{path} is a folder. Give the result file in it, such as {path / RESULT}.")
     if not path.is_file():
         raise SurgeryError(f"{path} is not there. Give the {RESULT} of a search, or an older program's result file.")
     try:
@@ -160,6 +164,9 @@ def _entries(content: dict[str, Any], path: Path) -> list[Any]:
             return entries
     if any(content.get(name) is not None for name in _LAYERS):
         return [content]
+    empty = [name for name in _LISTS if content.get(name) in ([], {})]
+    if empty:
+        raise SurgeryError(f"{path} has no combination: its {empty[0]} is empty. Give the result of another search.")
     keys = ", ".join(sorted(content)[:6])
     raise SurgeryError(
         f"{path} has no list of combinations: it needs {' or '.join(_LISTS)}, and has {keys or 'nothing'}. "
