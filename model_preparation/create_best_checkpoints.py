@@ -10,6 +10,7 @@ from pathlib import Path
 
 from model_preparation import create_replaced_model_checkpoint
 from model_preparation.batch import builds, combinations, from_search, ray_flags
+from model_preparation.batch.existing import is_complete
 from model_preparation.command_line import CommandParser, default_folder, number, run
 from model_preparation.errors import SurgeryError
 
@@ -73,6 +74,10 @@ def main() -> None:
     taken = ""
     if args.search is not None:
         listed, sources_found = from_search.best_of(args.search, args.top or 1)
+        root = args.output_root.expanduser()
+        is_to_build = flags.overwrite or not all(is_complete(root / each.name) for each in listed)
+        if is_to_build and not is_given("--llama_layers_dir", passed_on):
+            from_search.check_layers(args.search)
         for flag, value in sources_found.items():
             if not is_given(flag, passed_on):
                 passed_on += [flag, value]

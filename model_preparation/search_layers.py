@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from model_preparation.batch import ray_flags
+from model_preparation.batch.table import table
 from model_preparation.command_line import (
     CommandParser,
     add_device_flags,
@@ -26,6 +27,7 @@ in OUTPUT_DIR/journal.jsonl as soon as it is made: stopped anywhere, the same co
 methods:
   singles      every layer by itself, on all questions: of n layers, (n + n (n + 1) / 2) / n^2 of the layer passes of
                each alone, more than half; with --race on --top 1 only the best, for 0.32 of them on the embedded pair
+               with 250 questions (--limit 250)
   exhaustive   every combination
   greedy       layer after layer, each time the one that adds most
   beam         the same from the best few of each size; then what is one layer away from the best
@@ -56,12 +58,19 @@ def main() -> None:
     elif args.cpus_per_job is not None:
         parser.error("--cpus_per_job belongs to --ray, which is not given")
 
-    from model_preparation.search.methods import Options, Search
+    from model_preparation.evaluation.tasks import is_mmlu
+    from model_preparation.search.methods import OPTIONS_OF, Options, Search
     from model_preparation.search.progress import names
     from model_preparation.search.result_files import RESULT
     from model_preparation.search.search import check_first, search_layers
     from model_preparation.search.setup import Spec
 
+    for method, flags in OPTIONS_OF.items():
+        for flag in flags:
+            if getattr(args, flag) is not None and method != args.method:
+                parser.error(f"--{flag} belongs to --method {method}, and the method is {args.method}")
+    if args.mmlu_data is not None and not any(map(is_mmlu, args.task)):
+        parser.error(f"--mmlu_data belongs to --task mmlu or parts of it, and the task is {' '.join(args.task)}")
     output_dir = args.output_dir.expanduser()
     device = (args.device or "cpu") if args.ray is not None else choose_device(args.gpu, args.device)
     spec = Spec(
@@ -82,14 +91,8 @@ def main() -> None:
         objective=args.objective,
         memory_bytes=int(args.boundary_memory * 1e9),
     )
-    options = Options(
-        seed=args.seed,
-        beam_width=args.beam_width,
-        population=args.population,
-        generations=args.generations,
-        patience=args.patience,
-        top=args.top,
-    )
+    given = {flag: getattr(args, flag) for flags in OPTIONS_OF.values() for flag in flags}
+    options = Options(top=args.top, **{flag: value for flag, value in given.items() if value is not None})
     search = Search(
         method=args.method,
         least=args.min_layers,
@@ -123,9 +126,13 @@ def main() -> None:
     )
     for each in found["failed"]:
         print(f"failed      {names(tuple(each['layers']))}: {each['reason']}")
-    print(f"base        {_score(found['base_score'], found['base_stderr'])}")
+    rows = [("base", _score(found["base_score"], found["base_stderr"]), "")]
+    if found["donor_score"] is not None:
+        told = "" if found["objective"] == "accuracy" else f"accuracy {found['donor_accuracy']:.4f}"
+        rows.append(("donor", _score(found["donor_score"], None), told))
     for row in found["final_results"][: args.top]:
-        print(f"{names(tuple(row['layers'])):<12}{_score(row['fitness'], row['stderr'])}  {row['verdict']}")
+        rows.append((names(tuple(row["layers"])), _score(row["fitness"], row["stderr"]), row["verdict"]))
+    print(table(("layers", found["objective"], "verdict"), rows))
     print(f"Result is in {output_dir / RESULT}, to look at in {output_dir / 'report.html'}")
 
 
@@ -194,18 +201,15 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--prior", metavar="FILE", help="single_layer_results of another search: single layers known beforehand"
     )
-    parser.add_argument("--seed", type=number(int, least=0), default=0, metavar="N", help="of ga (default: 0)")
-    parser.add_argument("--beam_width", type=number(int, least=1), default=4, metavar="N", help="(default: 4)")
+    parser.add_argument("--seed", type=number(int, least=0), metavar="N", help="of ga (default: 0)")
+    parser.add_argument("--beam_width", type=number(int, least=1), metavar="N", help="of beam (default: 4)")
     parser.add_argument(
-        "--population", type=number(int, least=4), default=40, metavar="N", help="of ga, per generation (default: 40)"
+        "--population", type=number(int, least=4), metavar="N", help="of ga, per generation (default: 40)"
     )
-    parser.add_argument(
-        "--generations", type=number(int, least=1), default=20, metavar="N", help="of ga, at most (default: 20)"
-    )
+    parser.add_argument("--generations", type=number(int, least=1), metavar="N", help="of ga, at most (default: 20)")
     parser.add_argument(
         "--patience",
         type=number(int, least=1),
-        default=4,
         metavar="N",
         help="ga stops after N generations without a better combination (default: 4)",
     )

@@ -7,6 +7,7 @@ and the flags that say what they are to be built from.
 from pathlib import Path
 
 from model_preparation.batch.combinations import Combination
+from model_preparation.errors import SurgeryError
 from model_preparation.search.result_files import read_result
 
 
@@ -29,3 +30,17 @@ def best_of(path: Path, count: int) -> tuple[list[Combination], dict[str, str]]:
         combinations.append(Combination(each.layers, score, f"number {rank} of {path.name}{told}", name))
     flags = {"--base": found.base, "--llama_layers_dir": found.llama_layers_dir, "--tokenizer": found.tokenizer}
     return combinations, {flag: value for flag, value in flags.items() if value is not None}
+
+
+def check_layers(path: Path) -> None:
+    """Raise SurgeryError if the donor's layers are no longer where a result file says."""
+    from model_preparation.surgery.layer_store import METADATA
+
+    found = read_result(path.expanduser())
+    if found.llama_layers_dir is None or (Path(found.llama_layers_dir) / METADATA).is_file():
+        return
+    raise SurgeryError(
+        f"{path} was found with the donor's layers in {found.llama_layers_dir}, where they are no more. Extract them "
+        f"again: python extract_layers.py --model_name {found.donor or 'DONOR'} --output_dir {found.llama_layers_dir}; "
+        "or give others by --llama_layers_dir DIR."
+    )

@@ -32,12 +32,14 @@ class Bounds:
         step: of refinement, which goes on as long as it finds something better.
         evaluations: of the whole search.
         everything: what all combinations of the space take at once.
+        before: how many smaller sets are evaluated before the first of the space, however small the budget.
     """
 
     search: Cost
     step: Cost | None
     evaluations: int
     everything: Cost
+    before: int = 0
 
 
 def bounds(space: Space, search: Search) -> Bounds:
@@ -51,6 +53,7 @@ def bounds(space: Space, search: Search) -> Bounds:
         return Bounds(found, None, count, everything)
 
     singles = 0 if len(space.prior) == total else total  # evaluated first
+    before = _smaller_first(space, search, singles)
     batches = [(singles, 1), *(_generations(space, search) if search.method == "ga" else _sizes(space, search))]
     # These methods may go beyond the space for what layers gain, beam and greedy from one layer to the next.
     smaller = range(1, space.least) if search.method != "ga" else range(1, min(2, space.least))
@@ -58,16 +61,24 @@ def bounds(space: Space, search: Search) -> Bounds:
     asked = sum(count for count, _ in batches)
     early = min(asked, limit)
     passes = total + sum(most_passes(count, total, 1, size) for count, size in batches)
-    before = Cost(early, min(passes, _in_any_order(early, singles, total)))
+    first = Cost(early, min(passes, _in_any_order(early, singles, total)))
     if search.method == "greedy":
-        return Bounds(before, None, early, everything)
+        return Bounds(first, None, early, everything, before)
     if limit <= asked:  # what refinement asks for is among that
-        return Bounds(Cost(limit, _in_any_order(limit, singles, total)), None, limit, everything)
-    return Bounds(before, _refinement(space), limit, everything)
+        return Bounds(Cost(limit, _in_any_order(limit, singles, total)), None, limit, everything, before)
+    return Bounds(first, _refinement(space), limit, everything, before)
 
 
 def _generations(space: Space, search: Search) -> list[Batch]:
     return [(search.options.population, space.most)] * search.options.generations
+
+
+def _smaller_first(space: Space, search: Search, singles: int) -> int:
+    """Single layers; then beam and greedy fill their width on each size, and leave room for the sizes after it."""
+    if space.least == 1 or search.method == "ga":
+        return 0 if space.least == 1 else singles
+    width = search.options.beam_width if search.method == "beam" else 1
+    return singles + sum(min(width, math.comb(space.total, size)) for size in range(2, space.least))
 
 
 def _sizes(space: Space, search: Search) -> list[Batch]:

@@ -19,7 +19,8 @@ from model_preparation.search.refinement import refine
 from model_preparation.search.space import Space
 
 RACING = ("greedy", "beam", "ga")  # methods that race unless told not to
-_COUNTING = {"beam": ("beam_width",), "ga": ("seed", "population", "generations", "patience")}  # options, by method
+# Which method an option belongs to; `top` is of all.
+OPTIONS_OF = {"beam": ("beam_width",), "ga": ("seed", "population", "generations", "patience")}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Search:
     def described(self) -> dict[str, Any]:
         """What decides on the result, by the command's flags; of the prior file the name and a digest."""
         prior = None if self.prior is None else Path(self.prior)
-        counting = _COUNTING.get(self.method, ("top",) if self.races and self.method != "greedy" else ())
+        counting = OPTIONS_OF.get(self.method, ("top",) if self.races and self.method != "greedy" else ())
         return {
             "method": self.method,
             "min_layers": self.least,

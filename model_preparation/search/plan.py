@@ -39,17 +39,24 @@ def describe_cost(found: Bounds, search: Search, total: int) -> list[str]:
     is_whole = search.method in ("singles", "exhaustive") and evaluations == found.everything.evaluations
     most = "" if is_whole and not search.races else "at most "
     later = f", then at most {step.evaluations:,} in each step of refinement" if step else ""
+    count = f"{found.everything.evaluations:,}"
+    told = f", of which {most}{evaluations:,} {'is' if evaluations == 1 else 'are'} evaluated"
+    if found.before:
+        told = f"; {most}{evaluations:,} evaluations, smaller sets on the way included"
     lines = [
-        f"candidates  {found.everything.evaluations:,}, of which {most}{evaluations:,} are evaluated{later}",
+        f"candidates  {count}{told}{later}",
         f"cost        {most}{passes:,} layer passes"
         + (f", and {step.passes:,} in each step of refinement" if step else "")
-        + f"; alone, {evaluations:,} combinations would take {alone:,}: "
+        + f"; alone, {evaluations:,} combination{'s' * (evaluations != 1)} would take {alone:,}: "
         + f"{'at least ' if most else ''}{max(0.0, 1 - passes / alone):.0%} saved"
         + (", and more by races" if search.races else ""),
     ]
     if not is_whole and passes + (step.passes if step else 0) >= found.everything.passes:
+        together, left = f"all {count} combinations together take", " and leave none out"
+        if count == "1":
+            together, left = "the only combination takes", ""
         lines.append(
-            f"advice      all {found.everything.evaluations:,} combinations together take {found.everything.passes:,} "
-            "layer passes and leave none out: use --method exhaustive, or a --budget_evaluations"
+            f"advice      {together} {found.everything.passes:,} layer passes{left}: "
+            "use --method exhaustive, or a --budget_evaluations"
         )
     return lines

@@ -44,7 +44,7 @@ class ReadResult:
         failures: how many entries were left out, as older programs entered 0 for a failed evaluation.
         is_mmlu: whether the scores are those of all of MMLU; older programs asked nothing else.
         objective: what the scores are, in a word.
-        base, llama_layers_dir, tokenizer: where a search of ours had them.
+        base, donor, llama_layers_dir, tokenizer: where a search of ours had them.
     """
 
     entries: list[Found]
@@ -52,6 +52,7 @@ class ReadResult:
     is_mmlu: bool = True
     objective: str = "score"
     base: str | None = None
+    donor: str | None = None
     llama_layers_dir: str | None = None
     tokenizer: str | None = None
 
@@ -63,7 +64,7 @@ def read_result(path: Path) -> ReadResult:
         SurgeryError: if there is no such file, or nothing that can be read as combinations; what is wrong is named.
     """
     content = _read(path)
-    ours = isinstance(content.get("settings"), dict) and isinstance(content.get("statistics"), dict)
+    ours = _is_ours(content)
     entries = _entries(content, path)
     found: dict[LayerSet, Found] = {}
     failures = 0
@@ -89,6 +90,7 @@ def read_result(path: Path) -> ReadResult:
             is_mmlu=content["objective"] == ACCURACY and settings["tasks"] == ["mmlu"] and settings["limit"] is None,
             objective=str(content["objective"]),
             base=content["base"],
+            donor=content.get("donor"),
             llama_layers_dir=content["llama_layers_dir"],
             tokenizer=content["tokenizer"],
         )
@@ -96,19 +98,21 @@ def read_result(path: Path) -> ReadResult:
         raise SurgeryError(f"{path} lacks {error}, which a {RESULT} has. Run the search's command again.") from error
 
 
-def read_single_layers(path: Path) -> dict[int, float]:
-    """What a result file says of single layers: scores by layer.
+def read_single_layers(path: Path) -> tuple[dict[int, float], int]:
+    """What a result file says of single layers: scores by layer, and how many were left out as `read_result` does.
 
     Raises:
         SurgeryError: if there is no such file, or it says nothing of them.
     """
     content = _read(path)
+    ours = _is_ours(content)
     singles = _as_list(content.get(_SINGLES))
     if not singles:
         raise SurgeryError(
             f'{path} has no {_SINGLES}, such as {{"{_SINGLES}": {{"11": 0.51, ...}}}}. Give another file by --prior.'
         )
-    found = {}
+    found: dict[int, float] = {}
+    left_out = 0
     for number, entry in enumerate(singles, start=1):
         try:
             layers = _layers(entry)
@@ -117,11 +121,22 @@ def read_single_layers(path: Path) -> dict[int, float]:
                 raise ValueError("it is not one layer with a score")
         except ValueError as error:
             raise SurgeryError(f"{path}, entry {number} of {_SINGLES}: {error}. Mend or remove that entry.") from error
-        found[layers[0]] = score
-    return found
+        if not ours and score == 0:
+            left_out += 1
+        else:
+            found[layers[0]] = score
+    if not found:
+        raise SurgeryError(f"{path} has no single layer with a score above 0. Give another file by --prior.")
+    return found, left_out
+
+
+def _is_ours(content: dict[str, Any]) -> bool:
+    return isinstance(content.get("settings"), dict) and isinstance(content.get("statistics"), dict)
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise SurgeryError(f"{path} is a folder. Give the result file in it, such as {path / RESULT}.")
     if not path.is_file():
         raise SurgeryError(f"{path} is not there. Give the {RESULT} of a search, or an older program's result file.")
     try:
@@ -149,6 +164,9 @@ def _entries(content: dict[str, Any], path: Path) -> list[Any]:
             return entries
     if any(content.get(name) is not None for name in _LAYERS):
         return [content]
+    empty = [name for name in _LISTS if content.get(name) in ([], {})]
+    if empty:
+        raise SurgeryError(f"{path} has no combination: its {empty[0]} is empty. Give the result of another search.")
     keys = ", ".join(sorted(content)[:6])
     raise SurgeryError(
         f"{path} has no list of combinations: it needs {' or '.join(_LISTS)}, and has {keys or 'nothing'}. "

@@ -23,6 +23,7 @@ from model_preparation.files.new_file import write_file
 from model_preparation.files.seal import seal
 from model_preparation.files.timestamps import creation_time
 from model_preparation.search import result as results
+from model_preparation.search.costs import bounds
 from model_preparation.search.earlier import check_earlier
 from model_preparation.search.evaluations import BudgetSpent, Evaluations, Scorer
 from model_preparation.search.journal import Journal
@@ -75,11 +76,14 @@ def search_layers(
     """
     check_first(spec, search, overwrite=overwrite)
     folder = Path(spec.folder)
-    if spec.llama_layers_dir is None and not dry_run:
+    if spec.llama_layers_dir is None and not dry_run and (folder / DONOR_LAYERS / METADATA).is_file():
         assert spec.donor is not None
-        spec = replace(spec, llama_layers_dir=str(donor_layers(spec.donor, folder, spec.sources)))
+        spec = replace(spec, llama_layers_dir=str(donor_layers(spec.donor, folder)))
     setup = Setup(spec)
-    space = Space(setup.pair.layers, search.least, search.most, known_gains(search, setup.pair.layers))
+    space = Space(setup.pair.layers, search.least, search.most, known_gains(search, setup.pair.layers, say))
+    if spec.llama_layers_dir is None and not dry_run:  # only now, as it takes as much disk as the donor
+        assert spec.donor is not None
+        setup.take_extracted(donor_layers(spec.donor, folder, spec.sources))
     with contextlib.nullcontext() if dry_run else contextlib.closing(Journal(folder / JOURNAL)) as journal:
         settings = {**setup.settings, **({} if journal is None else {"digests": setup.digests})}
         if not overwrite:
@@ -109,7 +113,7 @@ def check_first(spec: Spec, search: Search, *, overwrite: bool = False) -> None:
     _, total = type_and_depth(base)
     if search.most > total:
         raise SurgeryError(f"max_layers is {search.most}, but the base has {total} layers. Give --max_layers {total}.")
-    known_gains(search, total)
+    _check_budget(search, bounds(Space(total, search.least, search.most, known_gains(search, total)), search).before)
 
 
 def check_output(folder: Path) -> None:
@@ -155,6 +159,16 @@ def _check(spec: Spec, search: Search) -> None:
         raise SurgeryError("The donor is not named. Name it by --donor, or its extracted layers by --llama_layers_dir.")
 
 
+def _check_budget(search: Search, before: int) -> None:
+    """Refuse a budget that is spent on smaller sets; `before` evaluations come first even if it is small."""
+    if search.budget_evaluations is not None and search.budget_evaluations <= before:
+        raise SurgeryError(
+            f"The method {search.method} evaluates {before} smaller set{'s' * (before != 1)} before one of "
+            f"{search.least} layers, and budget_evaluations is {search.budget_evaluations}. "
+            f"Give --budget_evaluations {before + 1} at least, or --method exhaustive."
+        )
+
+
 def _digest(setup: Setup) -> str:
     """Of everything that decides on an evaluation."""
     content = {"settings": setup.settings, "objective": setup.spec.objective, **setup.digests}
@@ -163,11 +177,17 @@ def _digest(setup: Setup) -> str:
     return blake3(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def known_gains(search: Search, total: int) -> dict[int, float]:
-    """Gains of single layers that are known beforehand, by layer."""
+def known_gains(search: Search, total: int, say: Callable[[str], None] = lambda line: None) -> dict[int, float]:
+    """Gains of single layers that are known beforehand, by layer; told what is left out of them."""
     if search.prior is None:
         return {}
-    scores = read_single_layers(Path(search.prior))
+    scores, left_out = read_single_layers(Path(search.prior))
+    if left_out:
+        say(
+            f"{left_out} of {left_out + len(scores)} single layers in {search.prior} left out: "
+            "their score is 0, which older programs gave what failed"
+            + (", and single layers are evaluated" if len(scores) < total else "")
+        )
     outside = [layer for layer in scores if layer >= total]
     if outside:
         raise SurgeryError(

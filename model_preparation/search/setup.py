@@ -4,7 +4,7 @@ In: a `Spec`. Out: a `Setup`: base and donor in memory, the questions, and what 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,19 +77,7 @@ class Setup:
     def __init__(self, spec: Spec):
         self.spec = spec
         self._kept_references: References | None = None
-        if spec.llama_layers_dir is not None:
-            layers = LayerStore(spec.llama_layers_dir)
-        else:
-            assert spec.donor is not None
-            layers = ModelLayers(resolve(spec.donor, overrides=spec.sources))
-        self.planned = graft.plan(
-            spec.base,
-            range(layers.config.num_hidden_layers),
-            layers,
-            tokenizer=spec.tokenizer,
-            allow_other_heads=spec.allow_other_heads,
-            sources=spec.sources,
-        )
+        self.planned = _plan(spec)
         loaded = load_tasks(spec.tasks, mmlu_data=spec.mmlu_data, num_fewshot=spec.num_fewshot)
         dtype = None if spec.dtype is None else getattr(torch, spec.dtype)
         self.settings: dict[str, Any] = {
@@ -101,6 +89,11 @@ class Setup:
         with quiet():
             self.lm = ScoringLM(self.pair.model, self.pair.tokenizer, spec.batch_size)
             self.questions = QuestionSet(self.lm, loaded, self.settings)
+
+    def take_extracted(self, folder: Path) -> None:
+        """Go on with the donor's layers that were extracted into `folder`; those in memory are the same."""
+        self.spec = replace(self.spec, llama_layers_dir=str(folder))
+        self.planned = _plan(self.spec)
 
     @cached_property
     def digests(self) -> dict[str, Any]:
@@ -178,3 +171,20 @@ class Setup:
                 cache, of_prefix = (lm.prefix_cache(prefix) if prefix else None), batch.prefix
             scores: list[Tensor] = lm.log_probabilities(batch.rows, len(prefix), cache)
             yield number, [score[:, :vocabulary].cpu() for score in scores]
+
+
+def _plan(spec: Spec) -> graft.GraftPlan:
+    """The graft of all layers."""
+    if spec.llama_layers_dir is not None:
+        layers = LayerStore(spec.llama_layers_dir)
+    else:
+        assert spec.donor is not None
+        layers = ModelLayers(resolve(spec.donor, overrides=spec.sources))
+    return graft.plan(
+        spec.base,
+        range(layers.config.num_hidden_layers),
+        layers,
+        tokenizer=spec.tokenizer,
+        allow_other_heads=spec.allow_other_heads,
+        sources=spec.sources,
+    )

@@ -1,5 +1,6 @@
 """What a plan says that a search costs at most is not less than what it takes, and where it can be exact it is."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -89,3 +90,27 @@ def test_the_plan_says_where_all_combinations_cost_no_more():
         assert "--method exhaustive" not in plan
     assert "of which at most 20 are evaluated" in lines("ga", 2, 20)
     assert "cost        376 layer passes; alone, 78 combinations would take 936: 60% saved" in lines("exhaustive", 2)
+
+
+def test_the_plan_counts_smaller_sets_apart():
+    def plan(method, least):
+        search = Search(method, least, TOTAL)
+        return "\n".join(describe_cost(bounds(Space(TOTAL, least, TOTAL), search), search, TOTAL))
+
+    assert "candidates  1; at most 78 evaluations, smaller sets on the way included" in plan("greedy", TOTAL)
+    assert "the only combination takes" in plan("greedy", TOTAL)
+    assert "candidates  1, of which 1 is evaluated" in plan("exhaustive", TOTAL)
+    assert "alone, 1 combination would take" in plan("exhaustive", TOTAL)
+
+
+@pytest.mark.parametrize("method", ["greedy", "beam", "ga"])
+@pytest.mark.parametrize("prior", [{}, PRIOR])
+def test_the_budget_that_is_asked_for_is_the_least_that_reaches_the_sizes_wanted(method, prior, tmp_path):
+    space = Space(TOTAL, 4, 4, prior)
+    needed = bounds(space, Search(method, 4, 4, options=SMALL)).before + 1
+    for budget in {max(1, needed - 1), needed}:
+        evaluations = make_evaluations(tmp_path / str(budget), 32, most=budget)
+        with contextlib.suppress(BudgetSpent):
+            METHODS[method](space, evaluations, SMALL)
+        evaluations.journal.close()
+        assert any(layers in space for layers in evaluations.order) == (budget == needed)

@@ -61,7 +61,8 @@ def test_a_single_best_is_read(tmp_path):
     [
         ("{", "is not JSON"),
         ({"layers_found": []}, "has layers_found"),
-        ([], "has no list of combinations|final_results"),
+        ([], "its final_results is empty"),
+        ({"final_results": []}, "its final_results is empty"),
         ({"final_results": [{"fitness": 0.5}]}, "entry 1: it has no layers"),
         ({"final_results": [{"layers": [1, "x"], "fitness": 0.5}]}, "entry 1: 'x' is no layer's index"),
         ({"final_results": [{"layers": [1, 1], "fitness": 0.5}]}, "more than once"),
@@ -87,7 +88,17 @@ def test_what_cannot_be_read_is_named(content, words, tmp_path):
 )
 def test_single_layers_are_read_as_prior_knowledge(singles, tmp_path):
     path = write(tmp_path / "results.json", {"single_layer_results": singles})
-    assert read_single_layers(path) == {11: 0.51, 3: 0.49}
+    assert read_single_layers(path) == ({11: 0.51, 3: 0.49}, 0)
+
+
+@pytest.mark.parametrize(("ours", "left_out"), [({}, 1), ({"settings": {}, "statistics": {}}, 0)])
+def test_a_single_layer_that_failed_in_an_older_program_is_not_known(ours, left_out, tmp_path):
+    path = write(tmp_path / "results.json", {"single_layer_results": {"11": 0.51, "3": 0.0}, **ours})
+    known = {11: 0.51} if left_out else {11: 0.51, 3: 0.0}
+    assert read_single_layers(path) == (known, left_out)
+    path = write(tmp_path / "results.json", {"single_layer_results": {"11": 0.0}})
+    with pytest.raises(SurgeryError, match="no single layer with a score above 0"):
+        read_single_layers(path)
 
 
 def test_a_file_without_single_layers_is_refused(tmp_path):
@@ -101,3 +112,19 @@ def test_where_a_file_does_not_say_what_was_searched_the_error_says_what_to_give
     result = run_command("create_best_checkpoints", "--from", path, "--output_root", tmp_path / "out")
     assert_refused(result, "1 of 1 checkpoints failed", f"{path} does not say what was searched")
     assert_refused(result, "the base unaligned_llamba", "name others by --base NAME|PATH and --llama_layers_dir DIR")
+
+
+def test_a_folder_is_told_from_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(SurgeryError, match=f"is a folder.*{tmp_path / 'search_result.json'}"):
+        read_result(tmp_path)
+
+
+def test_where_the_layers_were_removed_the_error_names_the_donor_of_the_file(tmp_path):
+    gone = tmp_path / "donor_layers"
+    settings = {"tasks": ["mmlu"], "limit": None}
+    found = {"final_results": ROWS, "settings": settings, "statistics": {}, "objective": "accuracy", "tokenizer": None}
+    origin = {"base": "tiny_llamba", "donor": "tiny_llama", "llama_layers_dir": str(gone)}
+    path = write(tmp_path / "search_result.json", {**found, **origin})
+    result = run_command("create_best_checkpoints", "--from", path, "--output_root", tmp_path / "out")
+    assert_refused(result, f"extract_layers.py --model_name tiny_llama --output_dir {gone}", "--llama_layers_dir")
+    assert not (tmp_path / "out").exists()

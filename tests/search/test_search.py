@@ -8,6 +8,7 @@ import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from model_preparation import evaluate_checkpoint
 from model_preparation.comparison.paired import holm, mcnemar_p
 from model_preparation.errors import SurgeryError
 from model_preparation.files.seal import check_seal
+from model_preparation.search import report
 from model_preparation.search import search as search_module
 from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.journal import Journal
@@ -142,6 +144,14 @@ def test_the_report_needs_nothing_else(exhaustive):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("p_value", "words"), [(0.0004, "(p &lt; 0.001)"), (0.032, "(p = 0.032)")])
+def test_the_report_says_how_small_a_p_value_is(exhaustive, tmp_path, monkeypatch, p_value, words):
+    found = {**exhaustive[1], "final_results": [{**exhaustive[1]["final_results"][0], "p_against_base": p_value}]}
+    monkeypatch.setattr(report, "TITLES", {})
+    report.write_report(found, SimpleNamespace(order=[]), tmp_path)
+    assert words in (tmp_path / "report.html").read_text()
+
+
 def test_a_finished_search_is_given_again_without_running_a_layer(exhaustive, make_spec, monkeypatch):
     folder, found = exhaustive
     monkeypatch.setattr(CachedScorer, "_step", None)
@@ -234,9 +244,13 @@ def test_tasks_that_cannot_be_taken_are_refused(make_spec, tmp_path, monkeypatch
 
 def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
     flags = ["--base", base_dir, "--donor", donor_dir, "--task", task_dir, "--output_dir", tmp_path / "out"]
-    plan = run_command("search_layers", *flags, "--method", "exhaustive", "--max_layers", 2, "--dry_run")
+    prior = tmp_path / "prior.json"
+    prior.write_text('{"single_layer_results": {"0": 0.4, "1": 0.0, "2": 0.5, "3": 0.6}}')
+    exhaustive = ("--method", "exhaustive", "--max_layers", 2)
+    plan = run_command("search_layers", *flags, *exhaustive, "--prior", prior, "--dry_run")
     assert plan.returncode == 0, plan.stderr
     assert not (tmp_path / "out").exists()  # not even the donor's layers
+    assert f"1 of 4 single layers in {prior} left out" in plan.stdout
     assert "20 of" in plan.stdout
     assert "candidates  10" in plan.stdout
     assert "% saved" in plan.stdout
@@ -244,10 +258,23 @@ def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].startswith(f"Result is in {tmp_path / 'out' / 'search_result.json'}")
     assert (tmp_path / "out" / "donor_layers" / "metadata.json").exists()
+    found = json.loads((tmp_path / "out" / "search_result.json").read_text())
+    table = result.stdout.splitlines()[-1 - 3 - len(found["final_results"]) : -1]
+    assert table[2].split() == ["donor", f"{found['donor_score']:.4f}"]
+    column = table[0].index("accuracy")
+    for row, line in zip(found["final_results"], table[3:], strict=True):
+        assert line[:column].split() == [str(layer) for layer in row["layers"]]
+        assert line[column:].startswith(f"{row['fitness']:.4f} ± ")
     others = run_command("search_layers", *flags, "--method", "beam", "--max_layers", 2)
     assert_refused(others, f"{tmp_path / 'out'} has the result of another search", "method was greedy and is beam")
     assert_refused(others, "another --output_dir, or add --overwrite")
     assert_refused(run_command("search_layers", "--base", base_dir), "--donor", code=2)
+    for given, words in (
+        (("--method", "ga", "--beam_width", 4), "--beam_width belongs to --method beam, and the method is ga"),
+        (("--method", "beam", "--patience", 4), "--patience belongs to --method ga, and the method is beam"),
+        (("--mmlu-data", tmp_path), "--mmlu_data belongs to --task mmlu"),
+    ):
+        assert_refused(run_command("search_layers", *flags, *given), words, code=2)
     no_donor = ["--base", base_dir, "--llama_layers_dir", tmp_path / "out" / "donor_layers", "--task", task_dir]
     refused = run_command("search_layers", *no_donor, "--objective", "kl", "--output_dir", tmp_path / "kl")
     assert_refused(refused, "Name it by --donor")
@@ -270,12 +297,22 @@ def test_what_cannot_be_is_said_before_the_donor_is_extracted(base_dir, donor_di
     two_at_least = ("--llama_layers_dir", tmp_path, "--method", "singles", "--min_layers", 2)
     assert_refused(search(*out, *two_at_least), "one layer at a time")
     assert_refused(search(*out, "--max_layers", 9), "the base has 4 layers")
+    few = ("--method", "greedy", "--min_layers", 3, "--max_layers", 3, "--budget_evaluations", 5)
+    assert_refused(search(*out, *few), "evaluates 5 smaller sets before one of 3 layers", "--budget_evaluations 6")
     assert_refused(search(*out, "--prior", tmp_path / "none.json"), "none.json is not there")
     prior = other / "mine.txt"
     prior.write_text('{"single_layer_results": {"3": 0.5, "11": 0.51}}')
     refused = search(*out, "--prior", prior)
     assert_refused(refused, f"{prior} has a score for layer 11, but the base has 4 layers")
     assert "candidates" not in refused.stdout
+    assert_refused(search(*out, base=donor_dir), "is a llama model. The base must be a Llamba")
+    assert_refused(search(*out, "--donor", base_dir), "The donor must be a Llama")
+    assert_refused(search(*out, "--tokenizer", "nope"), "'nope' is neither")
+    broken = write_task(tmp_path / "broken", "broken", make_questions(2))
+    (broken / "broken.jsonl").unlink()
+    no_data = run_command("search_layers", "--base", base_dir, "--donor", donor_dir, "--task", broken, *out)
+    assert no_data.returncode != 0
+    shutil.rmtree(broken)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
     assert [path.name for path in other.iterdir()] == ["mine.txt"]
 
