@@ -67,7 +67,7 @@ def main() -> None:
 
     for method, flags in OPTIONS_OF.items():
         for flag in flags:
-            if getattr(args, flag) is not None and method != args.method:
+            if flag != "seed" and getattr(args, flag) is not None and method != args.method:  # a seed harms nothing
                 parser.error(f"--{flag} belongs to --method {method}, and the method is {args.method}")
     if args.mmlu_data is not None and not any(map(is_mmlu, args.task)):
         parser.error(f"--mmlu_data belongs to --task mmlu or parts of it, and the task is {' '.join(args.task)}")

@@ -22,7 +22,7 @@ def pair(checkpoint_dir, donor_dir):
 
 def test_the_loss_is_kl_cross_entropy_and_hidden_states_as_weighted(pair):
     student, teacher = pair
-    settings = HealSettings(temperature=2.0, teacher_weight=0.7, hidden_weight=0.3)
+    settings = HealSettings(teacher="donor", temperature=2.0, teacher_weight=0.7, hidden_weight=0.3)
     with torch.no_grad():
         ours, theirs = student(IDS, output_hidden_states=True), teacher(IDS, output_hidden_states=True)
         found = Distillation(teacher, settings).loss(ours, IDS)
@@ -47,6 +47,6 @@ def test_a_teacher_of_another_vocabulary_or_depth_is_refused(pair):
     other = type(student)(tiny_config(n_layer=3))
     check_teacher(teacher, other, HealSettings())
     with pytest.raises(SurgeryError, match="number of layers is 4, the checkpoint's 3"):
-        check_teacher(teacher, other, HealSettings(hidden_weight=1.0))
+        check_teacher(teacher, other, HealSettings(teacher="donor", hidden_weight=1.0))
     with pytest.raises(SurgeryError, match="vocabulary is 260, the checkpoint's 99"):
         check_teacher(teacher, type(student)(tiny_config(vocab_size=99)), HealSettings())
