@@ -27,9 +27,8 @@ from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 torch.set_num_threads(1)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the forks below
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # nor can a forked process always load weights in threads
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background jobs ignore it, and so do their children
+# A shell's background jobs ignore it, and so would their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PACKAGE = Path(__file__).parents[1] / "model_preparation"
 VOCABULARY = 260  # 256 bytes and four special tokens
