@@ -4,6 +4,7 @@ A donor (Llama) and a base (Llamba) of the same width, depth, heads and vocabula
 """
 
 import json
+import multiprocessing
 import os
 import runpy
 import shutil
@@ -12,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,9 +24,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
+from tests.preloaded import preloaded_python
 
 # Two threads beside another busy process are many times slower than one.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # nor do the processes started here need more
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the forks below
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # nor can a forked process always load weights in threads
 # A shell's background jobs ignore it, and so would their children.
@@ -34,12 +38,13 @@ PACKAGE = Path(__file__).parents[1] / "model_preparation"
 VOCABULARY = 260  # 256 bytes and four special tokens
 
 
-LONGEST = ("test_readme.py", "test_real_model.py")  # begun first, so that no process is left alone with them
+# Begun first, so that no process is left alone with them.
+LONGEST = ("test_readme.py", "test_real_model.py", "test_ray_jobs.py", "test_remote.py", "test_quickstart.py")
 
 
 def pytest_collection_modifyitems(items):
     """Tests marked gpu are skipped where there is no CUDA device."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -150,6 +155,20 @@ def run_command(name: str, *args: object, cwd: Path = PACKAGE, **env: str) -> su
     return subprocess.CompletedProcess([name, *args], os.waitstatus_to_exitcode(status), *texts)
 
 
+def start_command(name: str, *args: object, log: Path, **env: str) -> BaseProcess:
+    """`run_command`, without waiting for its end; what it prints goes into the file `log`."""
+
+    def run() -> None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        _become_command(name, args, PACKAGE, env)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
 def _become_command(name: str, args: tuple, cwd: Path, env: dict[str, str]) -> NoReturn:
     """Be `python NAME.py ARGS` from here on; the forked child's half of `run_command`."""
     code: Any = 1
@@ -172,21 +191,38 @@ def _become_command(name: str, args: tuple, cwd: Path, env: dict[str, str]) -> N
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
-def run_fresh_command(name: str, *args: object, cwd: Path = PACKAGE, **env: str) -> subprocess.CompletedProcess:
+def run_fresh_command(
+    name: str, *args: object, cwd: Path = PACKAGE, python: str | Path = sys.executable, **env: str
+) -> subprocess.CompletedProcess:
     """`run_command`, in a new interpreter."""
-    return run_python(str(PACKAGE / f"{name}.py"), *map(str, args), cwd=cwd, **env)
+    return run_python(str(PACKAGE / f"{name}.py"), *map(str, args), cwd=cwd, python=python, **env)
 
 
-def run_python(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    """Run this interpreter anew with `args`, offline, in the folder `cwd`."""
+def run_python(*args: str, cwd: Path, python: str | Path = sys.executable, **env: str) -> subprocess.CompletedProcess:
+    """Run an interpreter, this one anew, with `args`, offline, in the folder `cwd`."""
     return subprocess.run(
-        [sys.executable, *args],
+        [str(python), *args],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
         capture_output=True,
         text=True,
         timeout=240,
     )
+
+
+@pytest.fixture(scope="session")
+def put_python() -> Iterator[Callable[[Path], None]]:
+    """Puts at a path a `python` that has imported torch already, and nothing of ours (tests/preloaded.py)."""
+    with preloaded_python() as put:
+        yield put
+
+
+@pytest.fixture(scope="session")
+def quick_python(put_python, tmp_path_factory) -> Path:
+    """Such a `python`."""
+    path = tmp_path_factory.mktemp("bin") / "python"
+    put_python(path)
+    return path
 
 
 def copy_repository(target: Path) -> Path:

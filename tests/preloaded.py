@@ -1,8 +1,8 @@
 """A `python` for shell scripts that has torch and transformers imported already, which takes longer than the commands.
 
-In: where it is to be. Out: a program there that takes a script, `-c CODE` or `-m MODULE` with arguments, as python
-does. It hands them, its folder, environment and streams to a server, which forks a process to run them; nothing of this
-project is imported before. Whatever else it is asked it leaves to the interpreter itself.
+In: where it is to be. Out: programs there that take a script, `-c CODE` or `-m MODULE` with arguments, as python does.
+They hand them, their folder, environment and streams to a server, which forks a process to run them; nothing of this
+project is imported before. Whatever else they are asked they leave to the interpreter itself.
 """
 
 import atexit
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _IMPORTED = (
@@ -36,26 +36,29 @@ sys.exit(server.recv(1)[0])
 
 
 @contextlib.contextmanager
-def preloaded_python(path: Path) -> Iterator[None]:
-    """The program is at `path` as long as the context lasts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def preloaded_python() -> Iterator[Callable[[Path], None]]:
+    """Gives what puts the program at a path; it works as long as the context lasts."""
     folder = Path(tempfile.mkdtemp(prefix="python-"))  # a socket's path may have 107 bytes, and pytest's are long
     place, client = folder / "socket", folder / "client.py"
     client.write_text(_CLIENT)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # read when libraries are imported
     server = subprocess.Popen(
-        [sys.executable, __file__, str(place)], env=environment, cwd=path.parent, stdout=subprocess.PIPE
+        [sys.executable, __file__, str(place)], env=environment, cwd=folder, stdout=subprocess.PIPE
     )
-    try:
-        assert server.stdout is not None
-        assert server.stdout.readline() == b"ready\n"
+
+    def put(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
             f'#!/bin/sh\ncase "$1" in -c|-m|*.py) exec "{sys.executable}" -S -E "{client}" "{place}" "$@";; esac\n'
             f'exec "{sys.executable}" "$@"\n'
         )
         path.chmod(0o755)
-        yield
+
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"ready\n"
+        yield put
     finally:
         server.kill()
         server.communicate()

@@ -1,4 +1,4 @@
-"""A checkpoint loads in every documented way, each in a fresh process in another folder, with the same bits."""
+"""A checkpoint loads in every documented way, each in a process of its own in another folder, with the same bits."""
 
 import json
 import re
@@ -59,16 +59,16 @@ def expected(checkpoint_dir) -> dict:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_gives_the_same_bits(way, checkpoint_dir, expected, tmp_path):
+def test_every_way_gives_the_same_bits(way, checkpoint_dir, expected, quick_python, tmp_path):
     script = f"folder = {str(checkpoint_dir)!r}\nIDS = {IDS}\n{WAYS[way]}\n{PROBE}"
-    result = run_python("-c", script, cwd=tmp_path)
+    result = run_python("-c", script, cwd=tmp_path, python=quick_python)
     assert result.returncode == 0, result.stderr
     found = torch.load(tmp_path / "found.pt")
     assert torch.equal(found["logits"], expected["logits"])
     assert torch.equal(found["tokens"], expected["tokens"])
 
 
-def test_the_lines_in_readme_txt_run_as_they_stand(checkpoint_dir, tmp_path):
+def test_the_lines_in_readme_txt_run_as_they_stand(checkpoint_dir, quick_python, tmp_path):
     text = (checkpoint_dir / "README.txt").read_text()
     blocks = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
     assert len(blocks) == 4
@@ -78,24 +78,28 @@ def test_the_lines_in_readme_txt_run_as_they_stand(checkpoint_dir, tmp_path):
     script = "".join(f"exec(open({str(tmp_path / f'block{n}.py')!r}).read()); models.append(model)\n" for n in range(4))
     probe = "ids = torch.tensor([[1, 2, 3]])\nlogits = [m(ids).logits for m in models]\n"
     probe += "assert all(torch.equal(logits[0], other) for other in logits)\nprint(len(models), 'loaded')"
-    result = run_python("-c", f"import torch\nmodels = []\n{script}{probe}", cwd=checkpoint_dir)
+    result = run_python("-c", f"import torch\nmodels = []\n{script}{probe}", cwd=checkpoint_dir, python=quick_python)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("4 loaded\n")
 
 
-def test_torch_load_without_import_and_with_weights_only_names_what_it_refuses(checkpoint_dir, tmp_path):
-    result = run_python("-c", f"import torch; torch.load({str(checkpoint_dir / 'model.pt')!r})", cwd=tmp_path)
+def test_torch_load_without_import_and_with_weights_only_names_what_it_refuses(checkpoint_dir, quick_python, tmp_path):
+    result = run_python(
+        "-c", f"import torch; torch.load({str(checkpoint_dir / 'model.pt')!r})", cwd=tmp_path, python=quick_python
+    )
     assert result.returncode == 1
     assert "Weights only load failed" in result.stderr
 
 
-def test_importing_the_package_does_not_make_code_loadable(tmp_path):
+def test_importing_the_package_does_not_make_code_loadable(quick_python, tmp_path):
     class Attack:
         def __reduce__(self):
             return (print, ("executed",))
 
     torch.save(Attack(), tmp_path / "model.pt")
-    result = run_python("-c", "import model_preparation, torch; torch.load('model.pt')", cwd=tmp_path)
+    result = run_python(
+        "-c", "import model_preparation, torch; torch.load('model.pt')", cwd=tmp_path, python=quick_python
+    )
     assert result.returncode == 1
     assert "executed" not in result.stdout
     assert "print" in result.stderr

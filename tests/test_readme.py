@@ -21,7 +21,6 @@ from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.llamba import LlambaForCausalLM
 from tests.conftest import VOCABULARY, copy_repository, make_tokenizer, seeded, tiny_config
 from tests.evaluation.test_mmlu import question, write_questions
-from tests.preloaded import preloaded_python
 
 ROOT = Path(__file__).parents[1]
 SET_UP = ("bash scripts/quickstart.sh\n", "bash scripts/run_tests.sh\n")
@@ -69,7 +68,7 @@ def stand_ins(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory) -> Iterator[Path]:
+def checkout(tmp_path_factory, put_python) -> Path:
     """A copy of the repository as it comes, and `python` on the PATH beside it."""
     folder = tmp_path_factory.mktemp("checkout")
     copy_repository(folder / "repository")
@@ -77,8 +76,8 @@ def checkout(tmp_path_factory) -> Iterator[Path]:
     combinations = folder / "repository" / "model_preparation" / "best_combinations.csv"
     lines = combinations.read_text().splitlines()
     combinations.write_text("\n".join([*lines[:2], lines[-1]]) + "\n")
-    with preloaded_python(folder / "bin" / "python"):
-        yield folder
+    put_python(folder / "bin" / "python")
+    return folder
 
 
 def run_blocks(blocks: list[tuple[str, str]], checkout: Path, variables: dict[str, str]) -> None:

@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from model_preparation import load_checkpoint
 from model_preparation.evaluation.scoring import ScoringLM
 from tests.conftest import assert_refused, copy_repository, run_command, run_python
-from tests.preloaded import preloaded_python
 from tests.test_loading import WAYS
 
 pytestmark = pytest.mark.skipif(
@@ -29,7 +28,7 @@ PROMPTS = ["The capital of France is", "Once upon a time, in a small village,", 
 NEW_TOKENS = 40
 SUBSET = [*range(10), *range(20, 30)]
 
-# Each is run in a fresh process after one of WAYS, which defines `model`.
+# Each is run in a process of its own after one of WAYS, which defines `model`.
 GENERATE = """
 import pathlib
 inputs = torch.load("inputs.pt")
@@ -46,7 +45,7 @@ torch.save({{"logits": logits, "tokens": tokens}}, "found.pt")
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory) -> tuple[Path, str]:
+def quickstart(tmp_path_factory, put_python) -> tuple[Path, str]:
     """A copy of the repository in which scripts/quickstart.sh --real ran, and what it printed.
 
     Its environment counts as installed and is this interpreter; all else is as on a fresh machine.
@@ -55,15 +54,15 @@ def quickstart(tmp_path_factory) -> tuple[Path, str]:
     (repository / ".venv").mkdir()
     inputs = "".join((repository / name).read_text() for name in ("pyproject.toml", "constraints.txt"))
     (repository / ".venv" / "installed.quickstart").write_text(f"{repository} quickstart\n{inputs}")
-    with preloaded_python(repository / ".venv" / "bin" / "python"):
-        result = subprocess.run(
-            ["bash", "scripts/quickstart.sh", "--real"],
-            cwd=repository,
-            env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
+    put_python(repository / ".venv" / "bin" / "python")
+    result = subprocess.run(
+        ["bash", "scripts/quickstart.sh", "--real"],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return repository, result.stdout
 
@@ -99,9 +98,9 @@ def build(work: Path, layers, name: str) -> Path:
     return work / name
 
 
-def load_and_generate(work: Path, checkpoint: Path, way: str, new_tokens: int) -> dict:
+def load_and_generate(python: Path, work: Path, checkpoint: Path, way: str, new_tokens: int) -> dict:
     script = f"folder = {str(checkpoint)!r}\n{WAYS[way]}\n{GENERATE.format(new_tokens=new_tokens)}"
-    result = run_python("-c", script, cwd=work)
+    result = run_python("-c", script, cwd=work, python=python)
     assert result.returncode == 0, result.stderr
     return torch.load(work / "found.pt")
 
@@ -111,9 +110,9 @@ def test_the_tokenizer_splits_digits(work):
     assert tokenizer.tokenize("In 1234") == ["In", "Ġ", "1", "2", "3", "4"]
 
 
-def test_all_layers_replaced_is_the_donor(work):
+def test_all_layers_replaced_is_the_donor(work, quick_python):
     checkpoint = build(work, range(30), "all")
-    found = load_and_generate(work, checkpoint, "torch.load with the import", NEW_TOKENS)
+    found = load_and_generate(quick_python, work, checkpoint, "torch.load with the import", NEW_TOKENS)
     donor = LlamaForCausalLM.from_pretrained(work / "donor")
     for ids, logits, tokens in zip(torch.load(work / "inputs.pt"), found["logits"], found["tokens"], strict=True):
         with torch.no_grad():
@@ -126,9 +125,9 @@ def test_all_layers_replaced_is_the_donor(work):
         assert torch.equal(tokens, greedy)
 
 
-def test_a_subset_loads_in_every_way_with_the_same_bits_and_generates(work):
+def test_a_subset_loads_in_every_way_with_the_same_bits_and_generates(work, quick_python):
     checkpoint = build(work, SUBSET, "subset")
-    found = {way: load_and_generate(work, checkpoint, way, 5) for way in WAYS}
+    found = {way: load_and_generate(quick_python, work, checkpoint, way, 5) for way in WAYS}
     first, *others = found.values()
     for other in others:
         for kind in ("logits", "tokens"):

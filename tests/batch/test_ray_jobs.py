@@ -192,7 +192,7 @@ def test_the_script_builds_a_list_on_a_cluster(address, base_dir, layers_dir, ch
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"pair", "other"}
 
 
-def test_the_real_evaluator_goes_on_after_its_worker_is_killed(address, checkpoint_dir, tmp_path):
+def test_the_real_evaluator_goes_on_after_its_worker_is_killed(address, checkpoint_dir, quick_python, tmp_path):
     checkpoint = shutil.copytree(checkpoint_dir, tmp_path / "pair")
     rng = random.Random(0)
     rows = {
@@ -206,7 +206,7 @@ def test_the_real_evaluator_goes_on_after_its_worker_is_killed(address, checkpoi
     cut, flags = tmp_path / "cut", ["--mmlu_data", questions, "--device", "cpu", "--ray", address]
     command = [PACKAGE / "evaluate_checkpoints.py", checkpoint, "--results_dir", cut, *flags]
     with subprocess.Popen(
-        [sys.executable, *map(str, command)],
+        [str(quick_python), *map(str, command)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         text=True,

@@ -14,27 +14,26 @@ import pytest
 
 import model_preparation.embedded
 from tests.conftest import copy_repository
-from tests.preloaded import preloaded_python
 
 SCORE = re.compile(r" [ABCD]  (\d\.\d+) ±")
 ROOT = Path(__file__).parents[2]
 EFFECT = json.loads((Path(model_preparation.embedded.__file__).parent / "effect.json").read_text())
 
 
-def test_the_quickstart_shows_what_a_graft_does(tmp_path):
+def test_the_quickstart_shows_what_a_graft_does(tmp_path, put_python):
     repository = copy_repository(tmp_path / "repository")
     (repository / ".venv").mkdir()
     inputs = "".join((repository / name).read_text() for name in ("pyproject.toml", "constraints.txt"))
     (repository / ".venv" / "installed").write_text(f"{repository} \n{inputs}")
-    with preloaded_python(repository / ".venv" / "bin" / "python"):
-        result = subprocess.run(
-            ["bash", "scripts/quickstart.sh"],
-            cwd=repository,
-            env={**os.environ, "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1", "COLUMNS": "80"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+    put_python(repository / ".venv" / "bin" / "python")
+    result = subprocess.run(
+        ["bash", "scripts/quickstart.sh"],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1", "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     pairs = EFFECT["pairs of layers"].values()
     scores = [float(score) for score in SCORE.findall(result.stdout)]

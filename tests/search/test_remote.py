@@ -3,17 +3,17 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 import pytest
 
 from model_preparation.search.remote import share_out
-from tests.conftest import PACKAGE, run_command
+from tests.conftest import run_command, start_command
 from tests.search.conftest import make_questions, write_task
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
@@ -26,21 +26,17 @@ def test_a_killed_worker_is_replaced_and_the_result_is_that_of_one_process(base_
     flags += ["--method", "exhaustive", "--batch_size", 2]
     alone = run_command("search_layers", *flags, "--output_dir", tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr
-    with tempfile.TemporaryDirectory(prefix="ray") as ray_files, (tmp_path / "log").open("w") as log:
+    with tempfile.TemporaryDirectory(prefix="ray") as ray_files:
         environment = {"RAY_TMPDIR": ray_files, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
-        command = [PACKAGE / "search_layers.py", *flags, "--output_dir", tmp_path / "ray", "--ray", "local"]
-        process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-            stdout=log,
-            stderr=log,
-        )
+        args = (*flags, "--output_dir", tmp_path / "ray", "--ray", "local")
+        process = start_command("search_layers", *args, log=tmp_path / "log", **environment)
         os.kill(wait_for_a_worker(process), signal.SIGKILL)  # before it has told anything
         journal = tmp_path / "ray" / "journal.jsonl"
         wait_for_lines(process, journal, 3)  # the base, and two combinations
         os.kill(wait_for_a_worker(process), signal.SIGKILL)
         told = lines_of(journal)
-        assert process.wait(300) == 0, (tmp_path / "log").read_text()
+        process.join(300)
+        assert process.exitcode == 0, (tmp_path / "log").read_text()
     assert (tmp_path / "log").read_text().count("A worker was lost") == 2
     assert told < 16 == lines_of(journal)
     found, wanted = (json.loads((tmp_path / name / "search_result.json").read_text()) for name in ("ray", "alone"))
@@ -51,10 +47,10 @@ def test_a_killed_worker_is_replaced_and_the_result_is_that_of_one_process(base_
     assert len(made) == len(set(made))
 
 
-def wait_for_a_worker(process: subprocess.Popen) -> int:
+def wait_for_a_worker(process: BaseProcess) -> int:
     """The process of a worker, as soon as there is one."""
     deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         workers = [each.pid for each in psutil.Process(process.pid).children(recursive=True) if is_share(each)]
         if workers:
             return workers[0]
@@ -62,9 +58,9 @@ def wait_for_a_worker(process: subprocess.Popen) -> int:
     pytest.fail("no worker was seen at work")
 
 
-def wait_for_lines(process: subprocess.Popen, path: Path, count: int) -> None:
+def wait_for_lines(process: BaseProcess, path: Path, count: int) -> None:
     deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if path.exists() and lines_of(path) >= count:
             return
         time.sleep(0.002)

@@ -165,7 +165,7 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(donor_dir, tmp_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
-def test_ray_s_workers_give_the_same_bytes(donor_dir, tmp_path):
+def test_ray_s_workers_give_the_same_bytes(donor_dir, quick_python, tmp_path):
     whole, shared = tmp_path / "whole", tmp_path / "shared"
     text = tmp_path / "text.txt"
     text.write_text("To whom it may concern: this is text. " * 40)
@@ -176,7 +176,8 @@ def test_ray_s_workers_give_the_same_bytes(donor_dir, tmp_path):
     many = ["--ray", "local", "--layers_per_job", 2, "--memory_limit", 0]
     with tempfile.TemporaryDirectory(prefix="ray") as ray_files:  # a short path, for the sockets in it
         environment = {"RAY_TMPDIR": ray_files, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
-        result = run_fresh_command("distill_llamba_base", *flags, *many, "--output_dir", shared, **environment)
+        asked = (*flags, *many, "--output_dir", shared)
+        result = run_fresh_command("distill_llamba_base", *asked, python=quick_python, **environment)
     assert result.returncode == 0, result.stderr
     assert "layers 0 to 1: done" in result.stdout
     assert "layers 2 to 3: done" in result.stdout
