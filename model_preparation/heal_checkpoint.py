@@ -85,7 +85,7 @@ def _parser() -> CommandParser:
         "--data",
         metavar="FILE|DIR|NAME",
         help='text: .txt and .md files, .jsonl and .parquet files with a field "text", a folder of these, or the name '
-        "of a data set on Hugging Face: org/name or org/name:config",
+        "of a data set: org/name or org/name:config on Hugging Face, modelscope:org/name on ModelScope",
     )
     parser.add_argument(
         "--output_dir", required=True, type=Path, metavar="DIR", help="the healed checkpoint's folder, made whole"
@@ -138,6 +138,7 @@ def _add_run_flags(parser: CommandParser) -> None:
 
 def _add_training_flags(parser: CommandParser) -> None:
     positive, fraction = number(int, least=1), number(float, least=0, most=1)
+    some = number(float, least=0, most=0.99)  # with all of them dropped nothing would be learnt
     _setting(
         parser,
         "method",
@@ -160,10 +161,10 @@ def _add_training_flags(parser: CommandParser) -> None:
     )
     _setting(parser, "gradient_checkpointing", action="store_true", help="less memory, more time")
     _setting(parser, "compile", action="store_true", help="torch.compile the model")
-    _setting(parser, "dropout", type=fraction, metavar="X", help="of attention weights in grafted layers")
+    _setting(parser, "dropout", type=some, metavar="X", help="of attention weights in grafted layers")
     _setting(parser, "lora_rank", type=positive, metavar="N", help="of the updates, with --method lora")
     _setting(parser, "lora_alpha", type=number(float, above=0), metavar="X", help="their scale is alpha / rank")
-    _setting(parser, "lora_dropout", type=fraction, metavar="X", help="of their inputs")
+    _setting(parser, "lora_dropout", type=some, metavar="X", help="of their inputs")
 
 
 def _add_objective_flags(parser: CommandParser) -> None:

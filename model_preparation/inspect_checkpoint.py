@@ -1,14 +1,17 @@
 """Command: a look inside a checkpoint, a state, layers, or any file of tensors (see inspection/)."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from model_preparation.command_line import CommandParser, run
+from model_preparation.surgery.sources import TABLE, add_source_flag, resolve
 
 EXAMPLES = """\
 examples:
   python inspect_checkpoint.py ../model_checkpoints/llamba_replaced_11_13_17_21 --keys "backbone.layers.13.*"
   python inspect_checkpoint.py ../model_checkpoints/HEALED --diff ../model_checkpoints/PARENT
   python inspect_checkpoint.py ../model_checkpoints/HEALED_resume/checkpoint-50/optimizer.pt
+  python inspect_checkpoint.py tiny_llamba --diff huggingface:org/other
 """
 
 
@@ -22,26 +25,33 @@ def main() -> None:
     )
     parser.add_argument(
         "path",
-        metavar="PATH",
-        type=Path,
-        help="a .safetensors, .pt, .pth or .bin file; the folder of a checkpoint, a state, layers, an adapter, a model",
+        metavar="PATH|NAME",
+        help="a .safetensors, .pt, .pth or .bin file; the folder of a checkpoint (its state dict is read), a state, "
+        "layers, an adapter, a model; or a model's name",
     )
     parser.add_argument("--keys", default="*", metavar="PATTERN", help='only these names, such as "*.mlp.*" or lm_head')
     what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--diff", metavar="OTHER", type=Path, help="print which tensors differ from those in OTHER, and how"
-    )
+    what.add_argument("--diff", metavar="OTHER", help="print which tensors differ from those in OTHER, and how")
     what.add_argument("--json", action="store_true", help="one JSON object per tensor, digests in full")
+    add_source_flag(parser)
     args = parser.parse_args()
 
     from model_preparation.inspection.report import compare, describe
 
-    path = args.path.expanduser()
+    path = place_of(args.path, args.source)
     lines = describe(path, args.keys, as_json=args.json)
     if args.diff is not None:
-        lines = compare(path, args.diff.expanduser(), args.keys)
+        lines = compare(path, place_of(args.diff, args.source), args.keys)
     for line in lines:
         print(line)
+
+
+def place_of(given: str, sources: Mapping[str, str]) -> Path:
+    """The path that was given, or the folder of the model that has this name."""
+    path = Path(given).expanduser()
+    if path.exists() or (given not in TABLE and ":" not in given):
+        return path
+    return resolve(given, overrides=sources).folder
 
 
 if __name__ == "__main__":

@@ -131,6 +131,8 @@ def heal_checkpoint(
     model, tokenizer = run.load_model()
     train, held_out = load_data(data, tokenizer, settings)
     check_data(data, train, held_out, state, identity)
+    if held_out is not None and held_out.digest() == train.digest():
+        say("The held-out text is the text trained on: its loss says nothing about any other. Give other --eval_data.")
     if state is None:
         written = _texts(model, tokenizer, prompts) if processes.is_main_process else []
         identity["texts"] = [{"prompt": p, "text": text} for p, text in zip(prompts, written, strict=False)]

@@ -6,6 +6,8 @@ however many processes share the work, and wherever it was stopped.
 """
 
 import json
+import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,14 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
+from model_preparation.surgery.hub_snapshots import NoSnapshot, fetch_snapshot
 
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 _DOCUMENTS_AT_ONCE = 256
+_DATA_SET = re.compile(r"(?:(modelscope|huggingface):)?([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?", re.ASCII)
+_NAMES = "org/name or org/name:config, on ModelScope modelscope:org/name"
+
+logger = logging.getLogger(__name__)
 
 
 class Sequences(Dataset):
@@ -72,7 +79,8 @@ def load_sequences(data: str, tokenizer: PreTrainedTokenizerBase, block_size: in
 
     Args:
         data: a .txt or .md file, a .jsonl or .parquet file with a field "text" in every row, a folder of such, or
-            the name of a data set on Hugging Face, NAME or NAME:CONFIG, whose split "train" has that field.
+            the name of a data set whose split "train" has that field: NAME or NAME:CONFIG on Hugging Face, and with
+            "modelscope:" before it on ModelScope.
 
     Raises:
         SurgeryError: if there is no such thing, a line has no text, or there are fewer tokens than one block has.
@@ -178,14 +186,30 @@ def _text_of(row: Any, where: str) -> str:
 def _texts_of_data_set(name: str) -> Iterator[str]:
     import datasets  # a second of imports, for names only
 
-    repo, _, config = name.partition(":")
+    given = _DATA_SET.fullmatch(name)
+    if given is None:
+        raise SurgeryError(f"{name} is neither a file nor a folder, nor the name of a data set: {_NAMES}.")
+    hub, repo, config = given.groups()
     try:
-        rows: Sequence[Any] = datasets.load_dataset(repo, config or None, split="train")
+        place = _from_modelscope(repo) if hub == "modelscope" else repo
+        rows: Sequence[Any] = datasets.load_dataset(place, config, split="train")
     except Exception as error:  # its own, the hub client's, and plain ones
         reason = " ".join(str(error).split())[:200]
         raise SurgeryError(
-            f"{name} is neither a file nor a folder, and no data set to be had ({reason}). Give its name as "
-            "org/name or org/name:config (HF_ENDPOINT may name a mirror), or a folder that it was downloaded to."
+            f"{name} is neither a file nor a folder, and no data set to be had ({reason}). Give its name as {_NAMES} "
+            "(HF_ENDPOINT may name a mirror of Hugging Face), or a folder that it was downloaded to."
         ) from error
     for number, row in enumerate(rows):
         yield _text_of(row, f"{name}, row {number}")
+
+
+def _from_modelscope(repo: str) -> str:
+    """The folder with a data set's files, downloaded if need be."""
+    wanted = ["*.parquet", "*.jsonl", "*.json", "*.csv", "*.txt", "*.gz", "*.zst", "README.md"]
+    try:
+        snapshot = fetch_snapshot("modelscope", repo, None, wanted, ignore_patterns=[], repo_type="dataset")
+    except NoSnapshot as failure:
+        raise SurgeryError(f"ModelScope {failure}") from failure
+    if snapshot.trouble:
+        logger.warning("ModelScope %s; using %s", snapshot.trouble, snapshot.folder)
+    return str(snapshot.folder)

@@ -50,6 +50,14 @@ def test_every_kind_of_file_and_folder_is_read(checkpoint_dir, donor_dir, base_d
     }
 
 
+def test_a_models_name_stands_for_its_folder(base_dir):
+    assert shown("unaligned_llamba", "--source", f"unaligned_llamba={base_dir}") == shown(base_dir)
+    result = run_command("inspect_checkpoint", "tiny_llama", "--diff", "embedded:tiny_llama")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith(", 0 are not\n")
+    assert_refused(run_command("inspect_checkpoint", "embedded:nothing"), "nothing", "tiny_llamba")
+
+
 def test_plain_values_show_beside_tensors_and_what_is_not_finite_is_said(tmp_path):
     momentum = torch.tensor([1.0, float("nan"), -3.0])
     state = {

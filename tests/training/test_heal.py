@@ -22,6 +22,7 @@ from model_preparation.training.resume_state import list_states, load_plain
 from model_preparation.training.settings import TRACKERS, HealSettings
 from model_preparation.training.trainable import trained_layers
 from tests.conftest import PACKAGE, assert_refused, run_command
+from tests.training.cutting import write_text
 
 
 def info_of(folder: Path) -> dict:
@@ -72,6 +73,21 @@ def test_scores_before_and_after_are_those_of_the_two_checkpoints(healed, checkp
         assert scores[when]["eval_loss"] == pytest.approx(wanted, abs=1e-5)
         assert scores[when]["perplexity"] == pytest.approx(math.exp(wanted), rel=1e-4)
     assert scores["after"]["eval_loss"] < scores["before"]["eval_loss"]
+
+
+def test_other_text_may_be_held_out_and_the_same_is_warned_of(heal, checkpoint_dir, text_file, tmp_path):
+    warning = "The held-out text is the text trained on"
+    other = write_text(tmp_path / "other.txt", words=200, seed=1)
+    result = heal(tmp_path / "other", "--max_steps", 1, "--eval_interval", 1, "--eval_data", other)
+    assert result.returncode == 0, result.stderr
+    assert warning not in result.stdout
+    model, tokenizer = load_checkpoint(checkpoint_dir)
+    wanted = loss_on(model, load_sequences(str(other), tokenizer, 16))
+    assert info_of(tmp_path / "other")["healing"]["scores"]["before"]["eval_loss"] == pytest.approx(wanted, abs=1e-5)
+    same = shutil.copy(text_file, tmp_path / "copy.txt")
+    result = heal(tmp_path / "same", "--max_steps", 1, "--eval_interval", 1, "--eval_data", same)
+    assert result.returncode == 0, result.stderr
+    assert warning in result.stdout
 
 
 def test_the_info_says_from_what_on_what_and_how(healed, checkpoint_dir, text_file):
@@ -295,6 +311,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, check
     assert_refused(heal(tmp_path / "out", "--lora_rank", 4), "lora_rank is given", "without method lora")
     assert_refused(heal(tmp_path / "out", "--milestones", "2=a", "3=a"), "a name of its own", code=2)
     assert_refused(heal(tmp_path / "out", "--seed", 2**32), "too large", code=2)
+    assert_refused(heal(tmp_path / "out", "--dropout", 1), "too large", code=2)
     assert_refused(heal(tmp_path / "out", "--data", ""), "named by nothing")
     merge = ("--checkpoint", checkpoint_dir, "--output_dir", tmp_path / "out", "--merge_adapter")
     assert_refused(run_command("heal_checkpoint", *merge, healed), "has no adapter_config.json", "folder of an adapter")

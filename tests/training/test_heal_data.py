@@ -102,3 +102,23 @@ def test_a_data_set_of_the_hub_is_downloaded_once(hub: FakeHub, caches: Caches, 
         assert tokenizer.decode(tokens) == "uvw</s>"
     assert hub.sent.count("b.jsonl") == 1
     assert "a.jsonl" not in hub.sent
+
+
+def test_a_data_set_of_modelscope_is_downloaded_once(hub: FakeHub, caches: Caches, tmp_path, monkeypatch, caplog):  # noqa: F811
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    tokenizer = make_tokenizer()
+    rows = {f"data/{split}.jsonl": json.dumps({"text": split}).encode() for split in ("train", "test")}
+    hub.modelscope["datasets/org/text"] = {"README.md": b"# Text", "model.bin": b"-", **rows}
+    for url in (hub.url, NOBODY):
+        caches.hubs_at(url)
+        tokens = load_sequences("modelscope:org/text", tokenizer, 6).tokens.reshape(-1).tolist()
+        assert tokenizer.decode(tokens) == "train</s>"
+    assert "ModelScope" in caplog.text
+    assert hub.sent.count("data/train.jsonl") == 1
+    assert "model.bin" not in hub.sent
+    caches.hubs_at(hub.url)
+    with pytest.raises(SurgeryError, match=r"modelscope:org/none .*no data set to be had \(ModelScope .* has no such"):
+        load_sequences("modelscope:org/none", tokenizer, 6)
+    with pytest.raises(SurgeryError, match=r"modelscop:org/text is neither .* nor the name of a data set: org/name"):
+        load_sequences("modelscop:org/text", tokenizer, 6)
