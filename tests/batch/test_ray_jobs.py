@@ -224,7 +224,7 @@ def test_the_real_evaluator_goes_on_after_its_worker_is_killed(address, checkpoi
 
 
 def workers_running(script: str) -> list[int]:
-    """The processes that have a child which runs a script for them."""
+    """Ray's workers that have a child which runs a script for them; other tests may run it too."""
     parents = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -232,5 +232,7 @@ def workers_running(script: str) -> list[int]:
                 script.encode() in (folder / "cmdline").read_bytes()
                 and b"--result_json" in (folder / "cmdline").read_bytes()
             ):
-                parents.append(int((folder / "stat").read_text().rpartition(")")[2].split()[1]))
+                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                if (folder.with_name(parent) / "cmdline").read_bytes().startswith(b"ray::"):
+                    parents.append(int(parent))
     return parents
