@@ -18,7 +18,7 @@ from pathlib import Path
 
 BLOCK_BYTES = 4 << 20  # a multiple of every file system's block, as direct I/O asks for
 ALIGNMENT = 4096  # of places and lengths, for direct I/O and for sharing extents
-_BUFFERS = 8  # one being filled, some being hashed, some being written
+_BUFFERS = 4  # one being filled, some being hashed, some being written; 8 are 16 MB more and hardly faster
 _FICLONERANGE = 0x4020940D  # linux/fs.h
 _CANNOT_SHARE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL)
 
