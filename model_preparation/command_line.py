@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from model_preparation import interrupts
+from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
+from model_preparation.tensors.dtypes import MODEL_DTYPES
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -23,6 +25,12 @@ class CommandParser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(**kwargs)
 
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        for word in sys.argv[1:] if args is None else args:
+            if not _is_text(word):
+                self.error(f"{word!r} is not UTF-8. Rename what it names, or call it by another path")
+        return super().parse_args(args, namespace)
+
     def add_argument(self, *flags: str, **kwargs):
         hyphenated = [flag.replace("_", "-") for flag in flags if flag.startswith("--") and "_" in flag]
         action = super().add_argument(*flags, *hyphenated, **kwargs)
@@ -30,6 +38,11 @@ class CommandParser(argparse.ArgumentParser):
             # --help shows the guide's spelling only; both are accepted.
             action.option_strings = list(flags)
         return action
+
+
+def _is_text(word: object) -> bool:
+    """Whether a word of the command line can be written down; bytes that are not UTF-8 arrive as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in str(word))
 
 
 def layer_index(text: str) -> int:
@@ -86,15 +99,8 @@ def add_layers_flag(parser: CommandParser, *, required: bool, help: str) -> None
 
 
 def add_dtype_flag(parser: CommandParser, *, help: str) -> None:
-    """Add `--dtype`, one of the dtypes a model can run in; `torch_dtype` turns its value into torch's."""
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=help)
-
-
-def torch_dtype(name: str | None):
-    """The torch.dtype that `--dtype` named, or None."""
-    import torch
-
-    return None if name is None else getattr(torch, name)
+    """Add `--dtype`, the name of a dtype that a model can run in."""
+    parser.add_argument("--dtype", choices=MODEL_DTYPES, help=help)
 
 
 def default_folder(name: str) -> Path:
@@ -107,7 +113,10 @@ def add_device_flags(parser: CommandParser) -> None:
     """Add `--gpu N` (the guide's) and `--device NAME` (anything torch.device takes)."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
-        "--gpu", type=int, metavar="N", help="CUDA device to use (default: 0; the CPU where there is none)"
+        "--gpu",
+        type=number(int, least=0),
+        metavar="N",
+        help="CUDA device to use (default: 0; the CPU where there is none)",
     )
     group.add_argument("--device", metavar="NAME", help="any torch device instead: cpu, cuda:1, mps, ...")
 
@@ -121,15 +130,7 @@ def choose_device(gpu: int | None, device: str | None) -> str:
     import torch
 
     if device is not None:
-        place, reason = None, "torch knows no such device"
-        try:
-            place = torch.device(device)
-            reason = "this torch is built without it"
-            torch.empty(0, device=place)
-        except (AssertionError, NotImplementedError, ImportError, RuntimeError) as error:
-            if place is not None and type(error) is RuntimeError:  # the driver's words; torch's own are long
-                reason = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
-            raise SurgeryError(f"--device {device} cannot be used here: {reason}. Use --device cpu.") from error
+        check_device(device)
         return device
     if not torch.cuda.is_available():
         print("No CUDA device here: the CPU does the work.")

@@ -12,7 +12,6 @@ from model_preparation.command_line import (
     choose_device,
     default_folder,
     run,
-    torch_dtype,
 )
 from model_preparation.surgery.sources import add_source_flag
 
@@ -62,16 +61,15 @@ def make_parser() -> CommandParser:
         metavar="NAME|PATH",
         help="take the tokenizer from here (default: the base's own, else the donor's)",
     )
-    parser.add_argument("--description", default="", metavar="TEXT", help="free text for checkpoint_info.json")
+    parser.add_argument("--description", metavar="TEXT", help="free text for checkpoint_info.json")
     parser.add_argument("--score", type=score, metavar="X", help="an MMLU score known already, between 0 and 1")
     add_device_flags(parser)
     add_dtype_flag(parser, help="dtype of the whole model (default: the base's)")
     parser.add_argument(
         "--format",
         choices=("pt", "hf", "both"),
-        default="pt",
         help="pt: model.pt and model_state_dict.pt; hf: a folder that transformers and lm-eval open without this "
-        "package, its untouched layers shared with the checkpoints beside it (default: %(default)s)",
+        "package, its untouched layers shared with the checkpoints beside it (default: pt)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     parser.add_argument(
@@ -89,7 +87,7 @@ def main() -> None:
         parser.error("one of --layers and --from_info is needed, and only one")
     if args.from_info is not None and args.dry_run:
         parser.error("--dry_run has nothing to show for --from_info: the recipe is the plan")
-    given = [flag for flag in _OF_THE_RECIPE if getattr(args, flag) != parser.get_default(flag)]
+    given = [flag for flag in _OF_THE_RECIPE if getattr(args, flag) not in (None, False)]
     if args.from_info is not None and given:
         parser.error(f"--{given[0]} is the recipe's to say: leave it out, or use --layers instead of --from_info")
 
@@ -97,6 +95,7 @@ def main() -> None:
     from model_preparation.surgery import checkpoint, graft
 
     target = Path(args.output_dir).expanduser()
+    format = args.format or "pt"
     check_target(target, overwrite=args.overwrite, complete_mark=checkpoint.INFO)
     device = choose_device(args.gpu, args.device)
     if args.from_info is not None:
@@ -107,23 +106,23 @@ def main() -> None:
         args.layers,
         args.llama_layers_dir,
         tokenizer=args.tokenizer,
-        dtype=torch_dtype(args.dtype),
+        dtype=args.dtype,
         allow_other_heads=args.allow_other_heads,
         sources=args.source,
     )
     print("\n".join(planned.describe()))
-    print(checkpoint.describe_writing(planned, target, args.format))
-    checkpoint.check_room(planned, target, args.format)
+    print(checkpoint.describe_writing(planned, target, format))
+    checkpoint.check_room(planned, target, format)
     if args.dry_run:
         print(f"Everything fits; nothing was written to {target} (--dry_run).")
         return
     checkpoint.write(
         planned,
         target,
-        description=args.description,
+        description=args.description or "",
         score=args.score,
         device=device,
-        format=args.format,
+        format=format,
         overwrite=args.overwrite,
     )
     print(f"Checkpoint is in {target}")

@@ -11,7 +11,6 @@ from model_preparation.command_line import (
     choose_device,
     number,
     run,
-    torch_dtype,
 )
 from model_preparation.surgery.sources import add_source_flag
 from model_preparation.training import distill_defaults as defaults
@@ -69,7 +68,7 @@ def main() -> None:
         target=args.target,
         mixer={name: getattr(args, name) for name in MIXER_FLAGS if getattr(args, name) is not None},
         layers=args.layers,
-        dtype=torch_dtype(args.dtype),
+        dtype=args.dtype,
         device=device,
         memory_limit_gb=args.memory_limit,
         overwrite=args.overwrite,

@@ -6,7 +6,6 @@ from model_preparation.command_line import (
     add_layers_flag,
     default_folder,
     run,
-    torch_dtype,
 )
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.sources import add_source_flag
@@ -74,7 +73,7 @@ def main() -> None:
 
     options = {
         "layers": args.layers,
-        "dtype": torch_dtype(args.dtype),
+        "dtype": args.dtype,
         "overwrite": args.overwrite,
         "sources": args.source,
     }

@@ -11,7 +11,6 @@ from model_preparation.command_line import (
     choose_device,
     number,
     run,
-    torch_dtype,
 )
 from model_preparation.surgery.sources import add_source_flag
 from model_preparation.training.settings import METHODS, PRECISIONS, SCHEDULES, TRACKERS, HealSettings
@@ -46,7 +45,6 @@ def main() -> None:
         parser.error("--milestones: each needs a step and a name of its own")
     args["milestones"] = dict(args["milestones"])
     args["sources"] = args.pop("source")
-    args["dtype"] = torch_dtype(args["dtype"])
     folder = args["output_dir"]
     if (adapter is None) == (data is None):
         parser.error("one of --data and --merge_adapter is needed, and only one")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from model_preparation.command_line import CommandParser, add_dtype_flag, run, torch_dtype
+from model_preparation.command_line import CommandParser, add_dtype_flag, run
 from model_preparation.surgery.sources import add_source_flag
 
 DESCRIPTION = """\
@@ -40,7 +40,7 @@ def main() -> None:
     from model_preparation.surgery.model_configs import heads_of
 
     config = init_llamba_base(
-        args.donor, args.output_dir, dtype=torch_dtype(args.dtype), overwrite=args.overwrite, sources=args.source
+        args.donor, args.output_dir, dtype=args.dtype, overwrite=args.overwrite, sources=args.source
     )
     heads, head_dim = heads_of(config)
     size_bytes = sum(path.stat().st_size for path in args.output_dir.glob("*.safetensors"))

@@ -16,8 +16,13 @@ def watch() -> None:
         _received.append(number)
         _stop(number)
 
+    def say_nothing_of_them(unraisable) -> None:
+        if not (_received and isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit)):
+            sys.__unraisablehook__(unraisable)
+
     signal.signal(signal.SIGINT, remember_and_stop)
     signal.signal(signal.SIGTERM, remember_and_stop)
+    sys.unraisablehook = say_nothing_of_them  # `check` does
 
 
 def check() -> None:

@@ -14,7 +14,6 @@ from model_preparation.command_line import (
     add_dtype_flag,
     choose_device,
     run,
-    torch_dtype,
 )
 from model_preparation.evaluation.evaluation_flags import add_evaluation_flags, check_evaluation_flags
 from model_preparation.evaluation.generation_flags import add_generation_flags, check_generation_flags, read_request
@@ -41,7 +40,8 @@ examples:
       --results_dir ../local_models/results
 
 The exit code is 1 if the checkpoint does not load, a logit is not finite, or an answer is empty;
-what goes wrong with a model it is compared with is told in that model's place and changes no exit code.
+a model to compare with that is not there is refused at once; what goes wrong with one later is told in its place, and
+changes no exit code.
 """
 
 
@@ -57,6 +57,7 @@ def main() -> None:
     from model_preparation.evaluation.generation_report import check_answers, compare_and_print, write_and_print
     from model_preparation.evaluation.other_models import find_others
     from model_preparation.surgery.checkpoint_info import read_info
+    from model_preparation.tensors.dtypes import torch_dtype
 
     args.checkpoint = args.checkpoint.expanduser()
     # What is wrong with the folder is said before anything is downloaded. To be scored only, a model may be named too.

@@ -39,6 +39,11 @@ def main() -> None:
         print(line)
     for fault in found.faults:
         print(f"FAULT      {fault}")
+    if found.faults and len(found.faults) == found.elsewhere:
+        raise SurgeryError(
+            f"{args.checkpoint} is what it says it is, but was not built from what it was compared with. "
+            "Name what it was built from by --base and --llama_layers_dir."
+        )
     if found.faults:
         count = len(found.faults)
         raise SurgeryError(

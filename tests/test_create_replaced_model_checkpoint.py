@@ -11,6 +11,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from blake3 import blake3
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model_preparation import build_checkpoint, extract_layers, load_checkpoint
+from model_preparation.errors import SurgeryError
 from model_preparation.llamba import LlambaForCausalLM
 from tests.conftest import PACKAGE, VOCABULARY, assert_refused, make_tokenizer, run_command, seeded, tiny_config
 
@@ -153,6 +155,9 @@ def test_bad_layers(base_dir, layers_dir, tmp_path, layers, code, words):
         (["--device", "warp"], 1, ["--device warp cannot be used here: torch knows no such device. Use --device cpu."]),
         (["--device", "warp", "--dry_run"], 1, ["--device warp cannot be used here"]),
         (["--device", "xla"], 1, ["--device xla cannot be used here: ", ". Use --device cpu."]),
+        (["--device", "meta"], 1, ["--device meta cannot be used here: it holds no numbers. Use --device cpu."]),
+        (["--gpu", "-3"], 2, ["-3 is too small"]),
+        (["--description", "\udcff"], 2, ["'\\udcff' is not UTF-8"]),
         (["--dtype", "int8"], 2, ["invalid choice"]),
         (["--base", "/no/such/folder"], 1, ["/no/such/folder is not there"]),
         (["--tokenizer", "/no/such/folder"], 1, ["/no/such/folder is not there"]),
@@ -163,6 +168,40 @@ def test_bad_options(base_dir, layers_dir, tmp_path, args, code, words):
     assert_refused(result, *words, code=code)
     assert code == 2 or len(result.stderr) < 200
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x.partial", "x.partial-host-7", "link"])
+def test_places_that_are_no_place_for_a_checkpoint(base_dir, layers_dir, tmp_path, name):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    words = "is a link to what is not there" if name == "link" else "is named as folders are while they are being made"
+    assert_refused(build(base_dir, layers_dir, tmp_path / name), name, words)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_what_the_python_functions_are_given_is_checked_too(base_dir, layers_dir, checkpoint_dir, tmp_path):
+    out = tmp_path / "out"
+    for layers, options, words in (
+        ([1], {"score": float("nan")}, "score nan is not between 0 and 1"),
+        ([1], {"score": 57}, "score 57 is not between 0 and 1"),
+        ([1], {"dtype": "int8"}, "dtype 'int8' is none a model can be in"),
+        ([1], {"dtype": "save"}, "dtype 'save' is none a model can be in"),
+        ([1], {"device": "meta"}, "it holds no numbers"),
+        (["1"], {}, "are no indices of layers"),
+        ([1.0], {}, "are no indices of layers"),
+        ([], {}, "No layer is given"),
+        ([1, 1], {}, "given more than once"),
+    ):
+        with pytest.raises(SurgeryError, match=words):
+            build_checkpoint(str(base_dir), layers, layers_dir, out, **options)
+    with pytest.raises(SurgeryError, match="No layer is given"):
+        extract_layers("tiny_llama", out, layers=[])
+    assert not list(tmp_path.iterdir())
+    info = build_checkpoint(str(base_dir), np.array([3, 1]), layers_dir, out, dtype="bfloat16")
+    assert (info["replaced_layers"], info["dtype"]) == ([1, 3], "bfloat16")
+    assert load_checkpoint(out, dtype="float32")[0].dtype == torch.float32
+    if not torch.cuda.is_available():
+        with pytest.raises(SurgeryError, match="cuda cannot be used here"):
+            load_checkpoint(out, device="cuda")
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,7 @@ def test_load_checkpoint_and_the_test_command_take_it(hf_dir, checkpoint_dir, tm
         ("missing", "layer_02.safetensors is missing"),
         ("no index", "has no weights"),
         ("outside", "is outside its folder"),
+        ("foreign", "model.safetensors is not of this checkpoint"),
         ("other", r"backbone.layers.3.input_layernorm.weight has shape none instead of \[32\]"),
     ],
 )
@@ -267,6 +268,8 @@ def test_damage_is_named(hf_dir, tmp_path, damage, words):
         shard.unlink()
     elif damage == "no index":
         index.unlink()
+    elif damage == "foreign":
+        shutil.copyfile(shard, folder / "model.safetensors")
     elif damage == "outside":
         index.write_text(index.read_text().replace("layer_02.safetensors", "../layer_02.safetensors"))
     else:

@@ -36,8 +36,9 @@ def differences(folder: Path, combination: Combination, flags: argparse.Namespac
     found = []
     if info["replaced_layers"] != list(combination.layers):
         found.append(f"its layers are {_words(info['replaced_layers'])}, not {_words(combination.layers)}")
-    if info.get("format") not in (flags.format, "both"):
-        found.append(f"its format is {info.get('format')}, not {flags.format}")
+    format = flags.format or "pt"
+    if info.get("format") not in (format, "both"):
+        found.append(f"its format is {info.get('format')}, not {format}")
     if flags.dtype is not None and info.get("dtype") != flags.dtype:
         found.append(f"its dtype is {info.get('dtype')}, not {flags.dtype}")
     asked = flags.base or "unaligned_llamba"

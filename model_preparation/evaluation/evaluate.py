@@ -31,6 +31,7 @@ from model_preparation.evaluation.tasks import MMLU, Tasks, is_mmlu, load_tasks,
 from model_preparation.evaluation.weights import weights_digest
 from model_preparation.files.timestamps import creation_time
 from model_preparation.surgery.checkpoint_info import EVALUATIONS
+from model_preparation.tensors.dtypes import torch_dtype
 
 SEED = 1234
 
@@ -44,7 +45,7 @@ def evaluate_checkpoint(
     num_fewshot: int | None = None,
     batch_size: int | str = "auto",
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     seed: int = SEED,
     parallelize: bool = False,
     results_dir: str | Path | None = None,
@@ -77,8 +78,7 @@ def evaluate_checkpoint(
         raise SurgeryError(f"{directory} is a model and no checkpoint. Say where to keep its results by --results_dir.")
     if parallelize and not scored.is_checkpoint:
         raise SurgeryError(f"{directory} is no checkpoint, which --parallelize needs. Leave that out.")
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise SurgeryError(f"dtype is {dtype!r}, but must be torch's, such as torch.bfloat16. Give another one.")
+    dtype = torch_dtype(dtype)
     check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
     loaded = tasks if isinstance(tasks, Tasks) else load_tasks(tasks, mmlu_data=mmlu_data, num_fewshot=num_fewshot)
     root = scored.folder / EVALUATIONS if results_dir is None else Path(results_dir).expanduser() / scored.name

@@ -19,7 +19,7 @@ from rich.filesize import decimal
 
 from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
-from model_preparation.files.partial_folder import Hold, take, take_abandoned
+from model_preparation.files.partial_folder import Hold, is_partial, take, take_abandoned
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -93,6 +93,8 @@ def remove_abandoned(parent: Path, *, dry_run: bool = False) -> list[Path]:
 
 def check_target(target: Path, *, overwrite: bool, complete_mark: str) -> None:
     """The checks of `new_folder`, without writing anything; raises as it does."""
+    if is_partial(target.name):
+        raise SurgeryError(f"{target} is named as folders are while they are being made. Choose another name.")
     if target.is_dir():
         entries = {entry.name for entry in target.iterdir()}
         if complete_mark in entries and not overwrite:
@@ -100,6 +102,8 @@ def check_target(target: Path, *, overwrite: bool, complete_mark: str) -> None:
         if complete_mark not in entries and entries - {"README.md"}:
             found = ", ".join(sorted(entries)[:3])
             raise SurgeryError(f"{target} holds other files ({found}) and no {complete_mark}. Choose another folder.")
+    elif target.is_symlink() and not target.exists():
+        raise SurgeryError(f"{target} is a link to what is not there. Choose another place, or remove the link.")
     elif os.path.lexists(target):
         raise SurgeryError(f"{target} is a file, not a folder. Choose another place.")
     parent = existing_parent(target)

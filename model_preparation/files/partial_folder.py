@@ -110,6 +110,11 @@ def take_abandoned(parent: Path, only_for: Path | None = None) -> Iterator[tuple
             yield hold, parent / match["target"]
 
 
+def is_partial(name: str) -> bool:
+    """Whether a folder of this name would be taken for one that is being made."""
+    return _NAME.fullmatch(name) is not None
+
+
 def _take(folder: Path) -> Hold | None:
     """Make and lock the folder; None where files cannot be locked. Raises BlockingIOError if it is locked already."""
     while True:

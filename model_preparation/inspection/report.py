@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.filesize import decimal
 
@@ -34,8 +35,10 @@ def describe(path: Path, pattern: str = "*", *, as_json: bool = False) -> Iterat
     for name, place in contents.tensors.items():
         found = statistics_of(place)
         if as_json:
-            fields = {"name": name, "dtype": str(place.dtype).removeprefix("torch."), "shape": list(place.shape)}
-            yield json.dumps(fields | {"bytes": place.size_bytes} | asdict(found))
+            fields: dict[str, Any] = {"name": name, "dtype": str(place.dtype).removeprefix("torch.")}
+            fields |= {"shape": list(place.shape), "bytes": place.size_bytes} | asdict(found)
+            # JSON has no NaN
+            yield json.dumps({what: None if value != value else value for what, value in fields.items()})
             continue
         numbers = f"mean {found.mean:+.3e}  std {found.std:.3e}  min {found.least:+.3e}  max {found.most:+.3e}"
         odd = f"  NOT FINITE: {found.not_finite}" if found.not_finite else ""

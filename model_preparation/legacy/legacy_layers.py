@@ -8,6 +8,7 @@ checked against the config like any stranger's model.
 """
 
 import re
+import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from model_preparation.surgery.layer_store import (
     check_range,
     complete_folder,
     layer_file,
+    sorted_layers,
     write_layer,
 )
 from model_preparation.surgery.model_configs import (
@@ -39,6 +41,7 @@ from model_preparation.surgery.model_configs import (
     read_generation_config,
 )
 from model_preparation.surgery.sources import has_tokenizer, resolve
+from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange
 from model_preparation.untrusted.pickle_globals import globals_in
 
@@ -71,7 +74,7 @@ def import_legacy(
     allow_network: bool = False,
     model_name: str | None = None,
     layers: Sequence[int] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -98,9 +101,10 @@ def import_legacy(
             one Llama, or differ from the config in a name, a shape or a setting; and as `extract_layers` does.
     """
     folder, target = Path(folder).expanduser(), Path(output_dir).expanduser()
+    dtype = torch_dtype(dtype)
     check_target(target, overwrite=overwrite, complete_mark=METADATA)
     paths = legacy_files(folder)
-    chosen = sorted(paths) if layers is None else sorted(layers)
+    chosen = sorted_layers(paths if layers is None else layers)
     if missing := [index for index in chosen if index not in paths]:
         raise SurgeryError(
             f"{folder} has no file for layer {', '.join(map(str, missing))}; it has {', '.join(map(str, paths))}. "
@@ -158,6 +162,8 @@ def legacy_files(folder: Path) -> dict[int, Path]:
     """
     if not folder.is_dir():
         raise SurgeryError(f"{folder} is not a folder. Give the one that the old layer files are in.")
+    if (folder / METADATA).is_file():
+        raise SurgeryError(f"{folder} holds {METADATA}: its layers need no import. Give it as --llama_layers_dir.")
     found: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         match = _LAYER_NAME.fullmatch(path.name)
@@ -179,7 +185,8 @@ def _not_trusted(folder: Path, target: Path, named: set[str]) -> SurgeryError:
     return SurgeryError(
         f"The files in {folder} are pickled modules, and can run code when they are opened; they name {listed}. If you "
         "trust who made them, import them in a process of their own, without network: "
-        f"python extract_layers.py --from_legacy {folder} --output_dir {target} --trust_pickle"
+        f"python extract_layers.py --from_legacy {shlex.quote(str(folder))} --output_dir {shlex.quote(str(target))} "
+        "--trust_pickle"
     )
 
 

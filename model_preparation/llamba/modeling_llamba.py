@@ -277,13 +277,17 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
             ValueError: if a cache is continued and the last column of the mask is padding.
         """
         prompts = kwargs.pop("input_ids", None) if inputs is None else inputs
-        mask = kwargs.get("attention_mask")
-        if prompts is None or mask is None or mask.dim() != 2 or bool(mask[:, -1].all()):
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        if mask is None or mask.dim() != 2 or bool(mask[:, -1].all()):
             return super().generate(prompts, *args, **kwargs)
         if kwargs.get("past_key_values") is not None:
             raise ValueError("attention_mask ends in padding: pad on the left when continuing from a cache")
         order = mask.bool().int().argsort(dim=1, stable=True)  # padding first
         kwargs["attention_mask"] = mask.gather(1, order)
+        if embeds is not None:
+            kwargs["inputs_embeds"] = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
+        if prompts is None:
+            return super().generate(None, *args, **kwargs)
         out = super().generate(prompts.gather(1, order), *args, **kwargs)
         sequences = out if isinstance(out, Tensor) else out.sequences
         sequences[:, : prompts.shape[1]] = prompts.repeat_interleave(len(sequences) // len(prompts), 0)

@@ -18,6 +18,7 @@ from rich.filesize import decimal
 from transformers import PreTrainedTokenizerBase
 
 import model_preparation
+from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
 from model_preparation.files.beside import Beside
 from model_preparation.files.byte_progress import byte_progress
@@ -58,7 +59,7 @@ def build_checkpoint(
     description: str = "",
     score: float | None = None,
     device: str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     format: str = "pt",
     overwrite: bool = False,
     allow_other_heads: bool = False,
@@ -113,9 +114,13 @@ def write(
         confirm: called with the new checkpoint_info.json before anything is put in place; may raise.
 
     Raises:
-        SurgeryError: if the target is taken or not writable, the disk too small, or the trial's logits not finite.
+        SurgeryError: if the target is taken or not writable, the disk too small, the device not to be had,
+            the score none, or the trial's logits not finite.
     """
     _check_format(format)
+    check_device(device)
+    if score is not None and not 0 <= score <= 1:
+        raise SurgeryError(f"The score {score} is not between 0 and 1. Give a fraction, such as 0.57.")
     target = Path(output_dir).expanduser()
     check_target(target, overwrite=overwrite, complete_mark=INFO)
     check_room(graft, target, format)

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.surgery.checkpoint_info import INFO, STATE_DICT, TOKENIZER, read_info
 from model_preparation.surgery.graft import empty_model
 from model_preparation.surgery.hf_folder import INDEX, read_state_dict
+from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.tensor_files import load_tensors
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.untrusted.untrusted_config import config_from, generation_config_from
@@ -23,7 +25,7 @@ _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and 
 def load_checkpoint(
     directory: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     *,
     parallelize: bool = False,
 ) -> tuple[LlambaForCausalLM, PreTrainedTokenizerBase]:
@@ -45,6 +47,9 @@ def load_checkpoint(
         SurgeryError: if the folder is no complete checkpoint, or its weights do not fit its config.
     """
     directory = Path(directory).expanduser()
+    dtype = torch_dtype(dtype)
+    device = "cpu" if parallelize else device
+    check_device(device)
     info = read_info(directory)
     try:
         config = config_from(info["config"], LlambaConfig)
@@ -52,7 +57,6 @@ def load_checkpoint(
     except ValueError as error:
         raise SurgeryError(f"{directory / INFO} describes no model ({error}). Build the checkpoint again.") from error
     model = empty_model(config)
-    device = "cpu" if parallelize else device
     is_hf = info.get("format") == "hf"
     path = directory / (INDEX if is_hf else STATE_DICT)
     state_dict = read_state_dict(directory, model) if is_hf else without_wrapper_prefixes(_read_state_dict(path))

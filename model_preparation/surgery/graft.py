@@ -15,9 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LLAMA_DEFAULTS, LlambaConfig
-from model_preparation.surgery.layer_store import LayerStore, check_range
+from model_preparation.surgery.layer_store import LayerStore, check_range, sorted_layers
 from model_preparation.surgery.model_configs import heads_of, layer_shapes, read_config
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
+from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.tensors.tensor_ranges import TensorRange
 from model_preparation.untrusted.untrusted_config import refusing_impossible_models
@@ -77,7 +78,7 @@ def plan(
     llama_layers_dir: str | Path | LayerStore,
     *,
     tokenizer: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     allow_other_heads: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> GraftPlan:
@@ -95,9 +96,8 @@ def plan(
     Raises:
         SurgeryError: for anything that would make the graft fail or be wrong.
     """
-    if not layers:
-        raise SurgeryError("No layers to replace were given. Name them, for example --layers 11 13 17 21.")
-    layers = sorted(layers)
+    layers = sorted_layers(layers)
+    dtype = torch_dtype(dtype)
     donor = llama_layers_dir if isinstance(llama_layers_dir, LayerStore) else LayerStore(llama_layers_dir)
     base = resolve(base_name, overrides=sources)
     base_config = read_config(base.folder)

@@ -14,7 +14,9 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import SAFE_WEIGHTS_NAME
 
+from model_preparation.errors import SurgeryError
 from model_preparation.files.block_io import Advance
 from model_preparation.llamba import LlambaForCausalLM, modeling_llamba
 from model_preparation.surgery.base_store import BaseStore
@@ -98,8 +100,11 @@ def read_state_dict(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]
         model: the one it is for; a tensor that is tied in it is in the shards once.
 
     Raises:
-        SurgeryError: if a shard is missing or cannot be read as tensors.
+        SurgeryError: if a shard is missing or cannot be read as tensors, or a file beside them stands in for them.
     """
+    foreign = folder / SAFE_WEIGHTS_NAME
+    if foreign.exists():
+        raise SurgeryError(f"{foreign} is not of this checkpoint, and would be read in its place. Move it elsewhere.")
     files = TensorFiles(folder)
     state_dict = {name: files[name] for name in files.names()}
     if model.config.tie_embeddings:

@@ -6,13 +6,14 @@ memory at a time, and the model is never built. `LayerStore` reads such a folder
 """
 
 import json
+import operator
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import rich.progress
 import torch
@@ -33,6 +34,7 @@ from model_preparation.surgery.model_configs import (
     type_and_depth,
 )
 from model_preparation.surgery.sources import has_tokenizer, resolve
+from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.pt_writer import placeholder, write_together
 from model_preparation.tensors.tensor_files import TensorFiles, load_tensors
 from model_preparation.tensors.tensor_ranges import TensorRange, pt_ranges
@@ -64,7 +66,7 @@ def extract_layers(
     output_dir: str | Path,
     *,
     layers: Sequence[int] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -83,12 +85,13 @@ def extract_layers(
             of the wrong shape, a target that is taken or not writable, too little space on the disk.
     """
     target = Path(output_dir).expanduser()
+    dtype = torch_dtype(dtype)
     check_target(target, overwrite=overwrite, complete_mark=METADATA)
     source = resolve(model_name, overrides=sources)
     model_type, total = type_and_depth(source.folder)
     if model_type not in _LAYER_PREFIX:
         raise SurgeryError(f"{source.folder} is a {model_type} model. Layers can be taken from a Llama or a Llamba.")
-    chosen = list(range(total)) if layers is None else sorted(layers)
+    chosen = sorted_layers(range(total) if layers is None else layers)
     check_range(chosen, total, str(source.folder))
     files = TensorFiles(source.folder)
     prefixes = {index: f"{_LAYER_PREFIX[model_type]}.{index}." for index in chosen}
@@ -250,22 +253,8 @@ class LayerStore:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder).expanduser()
         path = self.folder / METADATA
-        if not path.is_file() and (self.folder / "config.json").is_file():
-            raise SurgeryError(
-                f"{self.folder} is a model's folder. Extract its layers, and give the folder that they are in: "
-                f"python extract_layers.py --model_name {self.folder} --output_dir {self.folder.absolute()}_layers"
-            )
-        if not path.is_file() and (old := next(self.folder.glob("*layer*.pt*"), None)):
-            raise SurgeryError(
-                f"{path} is missing. If {old.name} and the others are whole modules of an older program, import them: "
-                f"python extract_layers.py --from_legacy {self.folder} --output_dir {self.folder.absolute()}_imported; "
-                "else extract the donor's layers again."
-            )
         if not path.is_file():
-            raise SurgeryError(
-                f"{path} is missing. Extract the donor's layers first: "
-                f"python extract_layers.py --model_name llama --output_dir {self.folder}"
-            )
+            raise SurgeryError(_without_metadata(self.folder))
         try:
             self.metadata: dict[str, Any] = read_json(path)
             version = self.metadata["format_version"]
@@ -342,7 +331,30 @@ class LayerStore:
         flags = f"--model_name {shlex.quote(str(origin['model_name']))}"
         if isinstance(source := origin.get("source"), dict) and source.get("legacy"):
             flags = f"--from_legacy {shlex.quote(str(source.get('path')))} --trust_pickle"
-        return f"Extract it again: python extract_layers.py {flags} --output_dir {self.folder} --overwrite"
+        here = shlex.quote(str(self.folder))
+        return f"Extract it again: python extract_layers.py {flags} --output_dir {here} --overwrite"
+
+
+def _without_metadata(folder: Path) -> str:
+    """What is wrong with a folder that was given for one of extracted layers, and what to run."""
+    path, here = folder / METADATA, shlex.quote(str(folder))
+    if (folder / "config.json").is_file():
+        layers = shlex.quote(f"{folder.absolute()}_layers")
+        return (
+            f"{folder} is a model's folder. Extract its layers, and give the folder that they are in: "
+            f"python extract_layers.py --model_name {here} --output_dir {layers}"
+        )
+    if old := next(folder.glob("*layer*.pt*"), None):
+        imported = shlex.quote(f"{folder.absolute()}_imported")
+        return (
+            f"{path} is missing. If {old.name} and the others are whole modules of an older program, import them: "
+            f"python extract_layers.py --from_legacy {here} --output_dir {imported}; "
+            "else extract the donor's layers again."
+        )
+    return (
+        f"{path} is missing. Extract the donor's layers first: "
+        f"python extract_layers.py --model_name llama --output_dir {here}"
+    )
 
 
 def layer_file(index: int) -> str:
@@ -350,16 +362,31 @@ def layer_file(index: int) -> str:
     return f"layer_{index:02d}.pt"
 
 
+def sorted_layers(layers: Iterable[SupportsIndex]) -> list[int]:
+    """Indices of layers in order, as plain integers; NumPy's and torch's are such too.
+
+    Raises:
+        SurgeryError: if there are none, one is there twice, or is no integer.
+    """
+    try:
+        chosen = sorted(operator.index(index) for index in layers)
+    except TypeError as error:
+        raise SurgeryError(f"{layers!r:.80} are no indices of layers. Give integers, such as [11, 13].") from error
+    if not chosen:
+        raise SurgeryError("No layer is given. Name them, for example --layers 11 13 17 21.")
+    if len(set(chosen)) != len(chosen):
+        raise SurgeryError(f"A layer is given more than once in {chosen}. Name each layer once.")
+    return chosen
+
+
 def check_range(layers: Sequence[int], total: int, model: str) -> None:
-    """Raise SurgeryError if an index lies outside a model of `total` layers, or is there twice."""
+    """Raise SurgeryError if an index lies outside a model of `total` layers."""
     outside = [index for index in layers if not 0 <= index < total]
     if outside:
         raise SurgeryError(
             f"Layer {', '.join(map(str, outside))} is out of range: {model} has layers 0 to {total - 1}. "
             "Choose --layers among those."
         )
-    if len(set(layers)) != len(layers):
-        raise SurgeryError(f"A layer is given more than once in {list(layers)}. Name each layer once.")
 
 
 def _bytes_of(files: TensorFiles, prefixes: tuple[str, ...], item_bytes: int | None) -> int:

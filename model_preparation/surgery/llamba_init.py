@@ -30,6 +30,7 @@ from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 from model_preparation.surgery.model_configs import heads_of, read_config, read_generation_config
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve
+from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
 
@@ -63,7 +64,7 @@ def init_llamba_base(
     donor: str,
     output_dir: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> LlambaConfig:
@@ -87,7 +88,7 @@ def init_llamba_base(
         raise SurgeryError(f"{target} is the donor's own folder. Choose another --output_dir.")
     files, donor_config = open_donor(source)
     config = llamba_config(donor_config)
-    dtype = dtype or files.dtype().torch
+    dtype = torch_dtype(dtype) or files.dtype().torch
     config.dtype = dtype
     check_space(target, size_bytes(config, dtype) + 50_000_000)
 

@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from model_preparation.errors import SurgeryError
+
 if TYPE_CHECKING:
     import torch
+
+MODEL_DTYPES = ("float32", "bfloat16", "float16")  # what a model can run in
 
 
 @dataclass(frozen=True)
@@ -28,3 +32,19 @@ class DType:
 def dtype_of(dtype: "DType | torch.dtype") -> DType:
     """The same dtype without torch."""
     return dtype if isinstance(dtype, DType) else DType(str(dtype).removeprefix("torch."), dtype.itemsize)
+
+
+def torch_dtype(dtype: "torch.dtype | str | None") -> "torch.dtype | None":
+    """torch's object for a floating-point dtype or its name ("bfloat16"), as transformers takes both; None for None.
+
+    Raises:
+        SurgeryError: if it is no such dtype.
+    """
+    import torch
+
+    if dtype is None:
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise SurgeryError(f"dtype {dtype!r:.80} is none a model can be in. Use {', '.join(MODEL_DTYPES)}.")
+    return found

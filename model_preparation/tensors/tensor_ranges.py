@@ -213,7 +213,10 @@ def pt_ranges(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, TensorRa
     found: dict[str, TensorRange] = {}
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
-            raise SurgeryError(f"{path} holds {name} in a way that cannot be copied. Save it again with torch.save.")
+            raise SurgeryError(
+                f"{path} holds {name} as a view, its numbers not side by side (transposed, strided or expanded). "
+                "Save its .contiguous() instead."
+            )
         start = tensor.data_ptr() - mapped_at if tensor.numel() else 0
         found[name] = TensorRange(path, start, tuple(tensor.shape), dtype_of(tensor.dtype))
     with path.open("rb") as file:

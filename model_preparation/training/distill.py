@@ -23,9 +23,10 @@ from model_preparation.files.digests import blake3_of
 from model_preparation.files.new_folder import check_space, check_target, new_folder
 from model_preparation.files.timestamps import creation_time
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
-from model_preparation.surgery.layer_store import check_range
+from model_preparation.surgery.layer_store import check_range, sorted_layers
 from model_preparation.surgery.llamba_init import llamba_parts, open_donor, size_bytes, write_llamba
 from model_preparation.surgery.sources import resolve, tokenizer_files
+from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.training import distill_defaults as defaults
 from model_preparation.training.distill_block import layer_seed, train_layers
@@ -58,7 +59,7 @@ def distill_llamba_base(
     target: Target = "mixer",
     mixer: Mapping[str, int] | None = None,
     layers: Sequence[int] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str = "cpu",
     memory_limit_gb: float = defaults.MEMORY_LIMIT_GB,
     overwrite: bool = False,
@@ -108,11 +109,9 @@ def distill_llamba_base(
         raise SurgeryError(f"{output} is the donor's own folder. Choose another --output_dir.")
     files, donor_config = open_donor(source)
     config = student_config(donor_config, mixer)
-    config.dtype = dtype or files.dtype().torch
-    chosen = sorted(range(donor_config.num_hidden_layers) if layers is None else layers)
+    config.dtype = torch_dtype(dtype) or files.dtype().torch
+    chosen = sorted_layers(range(donor_config.num_hidden_layers) if layers is None else layers)
     check_range(chosen, donor_config.num_hidden_layers, str(source.folder))
-    if not chosen:
-        raise SurgeryError("No layer is chosen. Name at least one, or leave --layers away for all.")
     if isinstance(data, Tensor):
         data = TokenData(data)
     length = data.tokens.shape[1] if isinstance(data, TokenData) else sequence_length

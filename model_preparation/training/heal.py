@@ -28,6 +28,7 @@ from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.surgery.checkpoint_info import INFO, read_info
 from model_preparation.surgery.checkpoint_loading import load_checkpoint, without_wrapper_prefixes
 from model_preparation.surgery.trial import PROMPT
+from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.training.adapters import adapter_of, load_adapter, merge, write_adapter
 from model_preparation.training.arguments import check_tracker, milestones_here, training_arguments
 from model_preparation.training.callbacks import Console, SaveMilestones, SaveWhenStopped
@@ -71,7 +72,7 @@ def heal_checkpoint(
     resume: str | bool = "auto",
     resume_dir: str | Path | None = None,
     device: str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
     description: str = "",
     prompts: Sequence[str] = (PROMPT,),
@@ -104,6 +105,7 @@ def heal_checkpoint(
         KeyboardInterrupt, SystemExit: if the run was asked to stop; its state is on the disk then.
     """
     parent, output_dir = Path(checkpoint).expanduser(), Path(output_dir).expanduser()
+    dtype = torch_dtype(dtype)
     states = Path(resume_dir).expanduser() if resume_dir else output_dir.with_name(f"{output_dir.name}_resume")
     only_read = [parent, data, *(given.get(name) for name in ("teacher", "init_from", "eval_data"))]
     for place in (output_dir, states):
@@ -210,7 +212,7 @@ def merge_adapter(
     adapter: str | Path,
     output_dir: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
     description: str = "",
 ) -> dict[str, Any]:
@@ -220,6 +222,7 @@ def merge_adapter(
         SurgeryError: if there is no such checkpoint or adapter, or the two do not fit.
     """
     parent, adapter = Path(checkpoint).expanduser(), Path(adapter).expanduser()
+    dtype = torch_dtype(dtype)
     output_dir = Path(output_dir).expanduser()
     parent_info = read_info(parent)
     _check_apart(output_dir, parent, parent, adapter)

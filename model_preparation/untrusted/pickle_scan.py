@@ -10,6 +10,7 @@ Sources: Python's pickletools for the opcodes, torch/_weights_only_unpickler.py 
 
 import functools
 import pickletools
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -31,6 +32,10 @@ _DTYPE_OF_STORAGE = {
     "torch.ByteStorage": DType("uint8", 1),
     "torch.BoolStorage": DType("bool", 1),
 }
+# Storages and dtypes, and what tensors of the newer ones are made by.
+_NUMBERS = re.compile(
+    r"torch\.(\w+Storage|q?u?int\d\w*|float\d\w*|complex\d+|storage\.UntypedStorage|_utils\._rebuild_tensor_v3)"
+)
 _TENSOR_BUILDERS = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"}
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # torch.save writes protocol 2, with its names
 
@@ -99,7 +104,10 @@ def scan(data: bytes, allowed: Allowed) -> PickleScan:
         complaint = complaint or str(error)
     if machine.refused:
         names = ", ".join(f"{name:.100}" for name in list(machine.refused)[:10])
-        complaint = f"it names {names}, which could run code"
+        if all(map(_NUMBERS.fullmatch, machine.refused)):
+            complaint = f"it holds numbers of a kind that is not known here ({names})"
+        else:
+            complaint = f"it names {names}, which could run code"
     if complaint is not None:
         raise ValueError(complaint)
     return machine.found

@@ -17,12 +17,17 @@ class Fault:
 
 @dataclass
 class Verification:
-    """What came of it: a line per check, things worth knowing that are no faults, and the faults."""
+    """What came of it: a line per check, things worth knowing that are no faults, and the faults.
+
+    Attributes:
+        elsewhere: how many of the faults are not the checkpoint's, but of what it was compared with.
+    """
 
     directory: Path
     checks: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    elsewhere: int = 0
 
     def add(self, other: "Verification") -> None:
         """Go on with what another one found."""
@@ -35,3 +40,8 @@ class Verification:
 
     def fault(self, where: str, what: str) -> None:
         self.faults.append(Fault(where, what))
+
+    def compared_with_another(self, what: str) -> None:
+        """The checkpoint was compared with something that it was not made from."""
+        self.fault("comparison:", what)
+        self.elsewhere += 1

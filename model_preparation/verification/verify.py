@@ -30,6 +30,7 @@ from model_preparation.surgery.checkpoint_info import (
     formats_of,
     read_info,
 )
+from model_preparation.surgery.model_configs import type_and_depth
 from model_preparation.surgery.sources import resolve
 from model_preparation.tensors.tensor_ranges import range_of, safetensors_ranges
 from model_preparation.untrusted.pt_structure import pt_records
@@ -96,7 +97,7 @@ def inspect(
     directory = Path(directory).expanduser()
     found = Verification(directory)
     store = None if llama_layers_dir is None else _layer_store(llama_layers_dir)
-    base_folder = None if base is None else resolve(base, overrides=sources).folder
+    base_folder = None if base is None else _base_folder(base, sources)
     info = _sealed_info(found)
     if info is None:
         return found
@@ -123,10 +124,21 @@ def _tensor_checks(found: Verification, info: dict[str, Any], recorded: Mapping[
     return TensorChecks(found, info, recorded)
 
 
+def _base_folder(base: str, sources: Mapping[str, str] | None) -> Path:
+    folder = resolve(base, overrides=sources).folder
+    model_type, _ = type_and_depth(folder)
+    if model_type != "llamba":
+        raise SurgeryError(f"{folder} is a {model_type} model. The base must be a Llamba.")
+    return folder
+
+
 def _layer_store(folder: str | Path) -> "LayerStore":
     from model_preparation.surgery.layer_store import LayerStore  # imports torch
 
-    return LayerStore(folder)
+    store = LayerStore(folder)
+    if store.config.model_type != "llama":
+        raise SurgeryError(f"{folder} holds layers of a {store.config.model_type} model. The donor must be a Llama.")
+    return store
 
 
 def _tensor_places(directory: Path, recorded: Mapping[str, dict]) -> dict[str, set[Range]]:

@@ -171,12 +171,25 @@ class TensorChecks:
         with byte_progress() as progress:
             task = progress.add_task(f"Reading the {which}", total=sum(sizes.values()))
             digests = digests_of(lambda count: progress.advance(task, count))
-        for name, digest in wanted.items():
-            if digests[name] is None and name not in self._tied:
-                self._found.fault(name, f"is not in the {which}, {folder}, in that shape")
-            elif digests[name] not in (digest.blake3, None):
-                self._found.fault(name, f"is not the {which}'s, in {folder}")
+        missing = {name for name in wanted if digests[name] is None and name not in self._tied}
+        others = {name for name, digest in wanted.items() if digests[name] not in (digest.blake3, None)}
+        if 2 * len(missing | others) > len(wanted):
+            self._found.compared_with_another(
+                f"{folder} is not the {which} that the checkpoint was built from, {self._recorded(which)}: "
+                f"{len(missing | others)} of {len(wanted)} tensors are not in it"
+            )
+        else:
+            for name in wanted.keys() & (missing | others):
+                what = f"in the {which}, {folder}, in that shape" if name in missing else f"the {which}'s, in {folder}"
+                self._found.fault(name, f"is not {what}")
         self._found.check(which, f"{len(wanted)} tensors, {decimal(sum(sizes.values()))}, with {folder}")
+
+    def _recorded(self, which: str) -> str:
+        """What checkpoint_info.json says base or donor is."""
+        source = self._info.get("base_model" if which == "base" else "replacement_source")
+        if not isinstance(source, dict):
+            return f"which {INFO} does not name"
+        return str(source.get("path") or source.get("id"))
 
     def _store_of_same_source(self) -> LayerStore | None:
         folder = default_folder("extracted_llama_layers")

@@ -118,6 +118,25 @@ def test_code_damage_and_nothing_are_refused_by_name(tmp_path):
     assert_refused(run_command("inspect_checkpoint", tmp_path / "none"), "is not there")
 
 
+def test_what_cannot_be_shown_is_not_called_code(tmp_path):
+    torch.save({"turned": torch.ones(2, 3).t()}, tmp_path / "view.pt")
+    assert_refused(run_command("inspect_checkpoint", tmp_path / "view.pt"), "holds turned as a view", ".contiguous()")
+    torch.save(
+        {"a": torch.zeros(2, dtype=torch.complex64), "b": torch.zeros(1).to(torch.float8_e4m3fn)}, tmp_path / "odd.pt"
+    )
+    result = run_command("inspect_checkpoint", tmp_path / "odd.pt")
+    assert_refused(result, "numbers of a kind that is not known here", "torch.ComplexFloatStorage", "float8_e4m3fn")
+    assert "run code" not in result.stderr
+
+
+def test_numbers_that_are_none_are_null_in_json(tmp_path):
+    torch.save({"none": torch.zeros(0), "odd": torch.tensor([float("nan")])}, tmp_path / "x.pt")
+    result = run_command("inspect_checkpoint", tmp_path / "x.pt", "--json")
+    for line in result.stdout.splitlines():
+        row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        assert (row["mean"], row["most"]) == (None, None)
+
+
 def test_a_large_tensor_is_read_piece_by_piece(tmp_path, monkeypatch):
     torch.save({"large": torch.zeros(10_000_000)}, tmp_path / "large.pt")
     sizes = []

@@ -367,6 +367,11 @@ def test_modules_without_config_take_the_donors_by_name(layers, old, donor_dir, 
     assert all(torch.equal(kept[name], given[name].bfloat16().float()) for name in given)
 
 
+def test_layers_of_ours_need_no_import(layers_dir, tmp_path):
+    result = run_command("extract_layers", "--from_legacy", layers_dir, "--output_dir", tmp_path / "out")
+    assert_refused(result, f"{layers_dir} holds metadata.json", "need no import", "--llama_layers_dir")
+
+
 def test_flags_that_need_each_other(tmp_path):
     result = run_command("extract_layers", "--model_name", "llama", "--trust_pickle", "--output_dir", tmp_path / "out")
     assert_refused(result, "go with --from_legacy", code=2)

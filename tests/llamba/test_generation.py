@@ -78,6 +78,15 @@ def test_padded_batches(model, side):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches_of_embeddings(model, side):
+    lengths = [7, 1, 4, 2]
+    ids, mask = padded_batch(lengths, side)
+    out = generate(model, None, inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask)
+    for row, length in enumerate(lengths):
+        assert torch.equal(out[row], greedy_without_cache(model, prompt(length))[0, length:]), (side, length)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_changes_no_real_logits(model, side):
     lengths = [7, 1, 4, 2]

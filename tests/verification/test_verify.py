@@ -14,9 +14,10 @@ import model_preparation
 from model_preparation.errors import SurgeryError
 from model_preparation.files.digests import describe_file
 from model_preparation.files.seal import check_seal, seal
+from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.verification.file_digests import read_digests
 from model_preparation.verification.verify import inspect, verify_checkpoint
-from tests.conftest import assert_refused, run_command, run_fresh_command
+from tests.conftest import assert_refused, run_command, run_fresh_command, seeded, tiny_config
 from tests.untrusted.test_hostile_files import SYSTEM, put_pickle
 
 Q_PROJ = "backbone.layers.1.self_attn.q_proj.weight"
@@ -205,6 +206,23 @@ def test_sealed_anew_after_a_change_the_tensors_tell(checkpoint, base_dir, layer
     text = told(verify_checkpoint(checkpoint, str(base_dir), layers_dir))
     assert f"{kept} is not the base's" in text
     assert f"{Q_PROJ} is not the donor's" in text
+
+
+def test_another_base_or_donor_is_told_in_one_line(checkpoint, base_dir, donor_dir, tmp_path):
+    """The checkpoint is not to blame, and a fault for each of its tensors would say that it is."""
+    other = seeded(LlambaForCausalLM(tiny_config()), seed=77)
+    shutil.copytree(base_dir, tmp_path / "base")
+    torch.save(other.state_dict(), tmp_path / "base" / "pytorch_model.bin")
+    result = run_command("verify_checkpoint", checkpoint, "--base", tmp_path / "base")
+    assert_refused(result, f"{checkpoint} is what it says it is", "not built from what it was compared with")
+    faults = [line for line in result.stdout.splitlines() if line.startswith("FAULT")]
+    assert len(faults) == 1
+    assert f"{tmp_path / 'base'} is not the base" in faults[0]
+    assert str(base_dir) in faults[0]  # which is the one
+    assert_refused(run_command("verify_checkpoint", checkpoint, "--base", donor_dir), "is a llama model")
+    run_command("extract_layers", "--model_name", base_dir, "--output_dir", tmp_path / "mixers")
+    result = run_command("verify_checkpoint", checkpoint, "--llama_layers_dir", tmp_path / "mixers")
+    assert_refused(result, "holds layers of a llamba model")
 
 
 def test_shapes_names_and_origins_against_the_config(checkpoint):
