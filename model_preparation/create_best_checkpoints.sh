@@ -11,5 +11,9 @@ elif [[ -x $venv_python ]]; then
     python=$venv_python
 else
     python=python3
+    if ! "$python" -c 'import torch' 2>/dev/null; then
+        echo "error: there is no .venv, and $python has no torch. Run scripts/quickstart.sh, or name one: PYTHON=... $0" >&2
+        exit 1
+    fi
 fi
 exec "$python" "$here/create_best_checkpoints.py" "$@"

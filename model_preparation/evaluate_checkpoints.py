@@ -45,7 +45,9 @@ def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     if bool(args.checkpoints) == (args.list is not None):
-        parser.error("checkpoints' folders are needed, or --list FILE, and not both")
+        taken = [task for task in args.tasks if Path(task).is_dir()]
+        hint = f"; --tasks takes all that follows it, {taken[0]} too: put folders before it" if taken else ""
+        parser.error(f"checkpoints' folders are needed, or --list FILE, and not both{hint}")
     run_jobs = ray_flags.chosen_runner(parser, args)
 
     if args.tasks != parser.get_default("tasks"):

@@ -56,6 +56,10 @@ def main() -> None:
         print(f"Merged checkpoint: {folder}")
         return
 
+    if settings.get("eval_interval") == 0 and (settings.keys() & {"eval_data", "eval_fraction"}):
+        parser.error("--eval_interval 0 looks at no held-out text: leave out --eval_data and --eval_fraction")
+    if settings.keys() >= {"eval_data", "eval_fraction"}:
+        parser.error("--eval_fraction is of --data, and --eval_data is held out instead: leave one of them out")
     from model_preparation.training.heal import heal_checkpoint
 
     info = heal_checkpoint(data=data, device=choose_device(gpu, device), **args, **settings)
@@ -218,11 +222,12 @@ def _add_look_flags(parser: CommandParser) -> None:
     )
     _setting(parser, "report_to", choices=TRACKERS, help="tracker that gets them too")
     parser.add_argument(
-        "--prompt", dest="prompts", nargs="+", default=[_PROMPT], metavar="TEXT", help="written on before and after"
+        "--prompt",
+        dest="prompts",
+        nargs="+",
+        metavar="TEXT",
+        help="written on before and after (default: a sentence about learning languages)",
     )
-
-
-_PROMPT = "The best way to learn a new language is"
 
 
 def _setting(parser: CommandParser, name: str, *, help: str, **kwargs: Any) -> None:

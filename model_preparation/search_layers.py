@@ -69,6 +69,8 @@ def main() -> None:
         for flag in flags:
             if flag != "seed" and getattr(args, flag) is not None and method != args.method:  # a seed harms nothing
                 parser.error(f"--{flag} belongs to --method {method}, and the method is {args.method}")
+    if args.method == "singles" and args.max_layers not in (None, 1):
+        parser.error(f"--method singles takes layers one by one: leave out --max_layers {args.max_layers}")
     if args.mmlu_data is not None and not any(map(is_mmlu, args.task)):
         parser.error(f"--mmlu_data belongs to --task mmlu or parts of it, and the task is {' '.join(args.task)}")
     output_dir = args.output_dir.expanduser()
@@ -96,7 +98,7 @@ def main() -> None:
     search = Search(
         method=args.method,
         least=args.min_layers,
-        most=1 if args.method == "singles" else args.max_layers,
+        most=args.max_layers or (1 if args.method == "singles" else 4),
         budget_evaluations=args.budget_evaluations,
         budget_hours=args.budget_hours,
         racing=None if args.race == "auto" else args.race == "on",
@@ -176,9 +178,14 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--batch_size", type=_batch_size, default="auto", metavar="N", help="questions at once (default: auto)"
     )
-    parser.add_argument("--method", choices=("singles", "exhaustive", "greedy", "beam", "ga"), default="beam")
+    parser.add_argument(
+        "--method",
+        choices=("singles", "exhaustive", "greedy", "beam", "ga"),
+        default="beam",
+        help="see above (default: %(default)s)",
+    )
     parser.add_argument("--min_layers", type=number(int, least=1), default=1, metavar="N", help="(default: 1)")
-    parser.add_argument("--max_layers", type=number(int, least=1), default=4, metavar="N", help="(default: 4)")
+    parser.add_argument("--max_layers", type=number(int, least=1), metavar="N", help="(default: 4; of singles: 1)")
     parser.add_argument(
         "--objective",
         choices=("accuracy", "kl"),

@@ -10,5 +10,9 @@ elif [[ -x $repository/.venv/bin/python ]]; then
     python=$repository/.venv/bin/python
 else
     python=python3
+    if ! "$python" -c 'import torch' 2>/dev/null; then
+        echo "error: there is no .venv, and $python has no torch. Run scripts/quickstart.sh, or name one: PYTHON=... $0" >&2
+        exit 1
+    fi
 fi
 exec "$python" "$repository/model_preparation/evaluate_checkpoints.py" "$@"

@@ -108,6 +108,15 @@ def test_full_eval_prints_the_score_of_lm_evals_mmlu_and_enters_it(command, chec
     assert out.splitlines()[-1] == f"Results are in {folder}"
 
 
+def test_weights_that_are_missing_and_questions_for_no_task_are_told(checkpoint_dir, mmlu_data, tmp_path):
+    checkpoint = shutil.copytree(checkpoint_dir, tmp_path / "checkpoint")
+    flags = ("--checkpoint", checkpoint, "--full_eval", "--skip_generation", "--tasks", "embedded_recall")
+    refused = run_command("test_checkpoint", *flags, "--mmlu_data", mmlu_data)
+    assert_refused(refused, "--mmlu_data belongs to --tasks mmlu or parts of it", code=2)
+    (checkpoint / "model_state_dict.pt").unlink()
+    assert_refused(run_command("test_checkpoint", *flags), "model_state_dict.pt is missing")
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused_with_one_line(tmp_path):
     assert_refused(run_command("test_checkpoint", "--checkpoint", tmp_path), "has no checkpoint_info.json")
 
@@ -141,7 +150,7 @@ def test_wrong_usage_exits_with_2(command, capsys, flags, words):
 
 
 def test_questions_are_looked_for_before_the_model_is_loaded(command, copy, tmp_path):
-    (copy / "model_state_dict.pt").unlink()
+    (copy / "model_state_dict.pt").write_bytes(b"none")
     with pytest.raises(SurgeryError, match="nowhere does not exist"):
         command("--checkpoint", copy, "--full_eval", "--mmlu_data", tmp_path / "nowhere")
 

@@ -70,6 +70,9 @@ def find_model(given: str | Path, tokenizer: str | None = None) -> ScoredModel:
         info = read_info(folder)
         is_hf = info.get("format") == "hf"
         files = [name for name in info["files"] if name.endswith(".safetensors")] if is_hf else [STATE_DICT]
+        for name in files:
+            if not (folder / name).is_file():
+                raise SurgeryError(f"{folder / name} is missing. Copy it, or build the checkpoint again.")
         return ScoredModel(folder.resolve().name, folder, info["config"], info["dtype"], files, None)
     folder = resolve(str(given)).folder
     own = folder if has_tokenizer(folder) else None

@@ -102,7 +102,7 @@ def check_names(names: Sequence[str]) -> None:
     declared = {name for path in _definitions() for name in _DECLARATION.findall(path.read_text(encoding="utf-8"))}
     for name in unknown:
         if name not in declared and not any(_mentions(path, name) for path in _definitions()):
-            close = difflib.get_close_matches(name, [*declared, *_MMLU_NAMES, *_EMBEDDED], n=3)
+            close = difflib.get_close_matches(name, {*declared, *_MMLU_NAMES, *_EMBEDDED}, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else "."
             raise _unknown(name, hint)
 

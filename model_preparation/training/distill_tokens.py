@@ -86,7 +86,11 @@ def _read(path: Path, work: WorkFolder, donor_folder: Path, advance: Advance) ->
         raise SurgeryError(f"{donor_folder} has no tokenizer for the text. Copy it there, or use --data self.")
     asked = work.settings()
     tokenizer = load_tokenizer(donor_folder)
-    return tokens_of_text(text_files(path), tokenizer, asked["sequence_length"], asked["tokens"], advance)
+    found = tokens_of_text(text_files(path), tokenizer, asked["sequence_length"], asked["tokens"], advance)
+    if found.numel() < asked["tokens"]:
+        wished = f"--tokens {asked['tokens']:,}"
+        print(f"The text has {found.numel():,} tokens, fewer than {wished}: all are taken.", flush=True)
+    return found
 
 
 def _drawn(work: WorkFolder, donor_folder: Path, donor: LlamaConfig, device: str, advance: Advance) -> Tensor:

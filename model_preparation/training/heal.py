@@ -75,7 +75,7 @@ def heal_checkpoint(
     dtype: torch.dtype | str | None = None,
     overwrite: bool = False,
     description: str = "",
-    prompts: Sequence[str] = (PROMPT,),
+    prompts: Sequence[str] | None = None,
     milestones: Mapping[int, str] | None = None,
     clean_up: bool = False,
     sources: Mapping[str, str] | None = None,
@@ -94,7 +94,7 @@ def heal_checkpoint(
         dtype: of the new checkpoint; by default its parent's. Training has its weights in float32.
         overwrite: replace a checkpoint in `output_dir`, and with resume "never" the states of an earlier run.
         description: free text for checkpoint_info.json.
-        prompts: texts to go on with before and after, greedily.
+        prompts: texts to go on with before and after, greedily; by default one sentence.
         milestones: by step, the name of a state that is never rotated away.
         clean_up: remove the states once the checkpoint is there.
         sources: targets by name, as `resolve(overrides=...)` takes them; for the teacher and `init_from`.
@@ -135,7 +135,10 @@ def heal_checkpoint(
     check_data(data, train, held_out, state, identity)
     if held_out is not None and held_out.digest() == train.digest():
         say("The held-out text is the text trained on: its loss says nothing about any other. Give other --eval_data.")
+    if state is not None and prompts is not None and list(prompts) != [text["prompt"] for text in identity["texts"]]:
+        say("The prompts stay those that the run began with: --prompt does not count.")
     if state is None:
+        prompts = (PROMPT,) if prompts is None else prompts
         written = _texts(model, tokenizer, prompts) if processes.is_main_process else []
         identity["texts"] = [{"prompt": p, "text": text} for p, text in zip(prompts, written, strict=False)]
     size = step_size(settings, identity["started_world_size"], processes.num_processes)
@@ -178,6 +181,8 @@ def heal_checkpoint(
         say(f"Stopped after step {trainer.state.global_step}. The same command goes on from {states}.")
         raise KeyboardInterrupt if stopper.received == signal.SIGINT else SystemExit(128 + stopper.received)
     if settings.load_best:
+        if settings.eval_interval and trainer.state.best_model_checkpoint is None:
+            say(f"The state of the lowest held-out loss is not in {states} any more: the last weights are taken.")
         trainer.load_best()
     tensors = trainer.weights()
     info: dict[str, Any] = {}

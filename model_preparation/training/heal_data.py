@@ -125,7 +125,7 @@ def _texts(data: str) -> Iterator[str]:
     if path.is_file():
         yield from _texts_in_file(path)
     elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
         if not files:
             raise SurgeryError(f"{path} holds no {', '.join(_SUFFIXES)} files. Give a folder with text in it.")
         for file in files:
@@ -137,14 +137,20 @@ def _texts(data: str) -> Iterator[str]:
 
 
 def _texts_in_file(path: Path) -> Iterator[str]:
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise SurgeryError(
+            f"{path} ends in none of {', '.join(_SUFFIXES)}, which say how it is read. "
+            "Save JSON as an object per line in .jsonl, a table as .parquet, plain text as .txt."
+        )
     try:
-        if path.suffix == ".parquet":
+        if suffix == ".parquet":
             yield from _texts_in_table(path)
             return
-        if path.suffix != ".jsonl":
-            yield path.read_text(encoding="utf-8")
+        if suffix != ".jsonl":
+            yield path.read_text(encoding="utf-8-sig")
             return
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _text_of(_row(line, f"{path}, line {number}"), f"{path}, line {number}")

@@ -35,7 +35,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.files.new_folder import new_folder
 from model_preparation.training.adapters import adapter_of, load_adapter_weights, write_adapter
 from model_preparation.training.heal_data import Sequences, Shuffled
-from model_preparation.training.objective import Distillation
+from model_preparation.training.objective import Distillation, losses_of
 from model_preparation.training.resume_state import (
     MARK,
     ResumeState,
@@ -95,6 +95,7 @@ class HealTrainer(Trainer):
         self._resumed = state
         self._distillation = distillation
         self._milestones = milestones
+        self._held_out_losses: list[torch.Tensor] = []  # (sequences,) each, of the evaluation that runs
         self._per_step = sequences_per_step
         self.first_step = 0 if state is None else state.sequences_seen // self._per_step
         # Sequences seen beyond whole steps, after a change of the number of processes.
@@ -162,12 +163,27 @@ class HealTrainer(Trainer):
         return SequentialSampler(train_dataset or self.train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The text's loss, or in training the distance from the teacher."""
-        if self._distillation is None or not model.training:
+        """The text's loss, or the distance from the teacher."""
+        if self._distillation is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(input_ids=inputs["input_ids"], output_hidden_states=self._distillation.wants_hidden_states)
         loss = self._distillation.loss(outputs, inputs["input_ids"])
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The Trainer's, which also keeps the loss of each held-out sequence."""
+        ids = self._prepare_inputs(inputs)["input_ids"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = losses_of(model(input_ids=ids).logits, ids)
+        self._held_out_losses.append(self.accelerator.gather_for_metrics(losses))
+        return losses.mean(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """The Trainer's, with a mean in which each sequence counts once; its own has what fills up batches in it."""
+        self._held_out_losses = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_loss"] = torch.cat(self._held_out_losses).double().mean().item()
+        return output
 
     def log(self, logs, start_time=None):
         """The Trainer's, with the epoch of the data instead of that of the run."""
@@ -296,9 +312,12 @@ class HealTrainer(Trainer):
             if self.state.best_global_step is not None:
                 self.state.best_global_step = self.state.best_global_step * new // old
         best = self.state.best_model_checkpoint
-        if best is not None:  # the run's folder may have moved
-            place = self._states / Path(best).name
-            self.state.best_model_checkpoint = str(place) if (place / MARK).is_file() else None
+        if best is not None:  # the run's folder may have moved, or the state be one of another folder
+            places = [folder / Path(best).name for folder in (self._states, self._resumed.folder.parent)]
+            here = next((str(place) for place in places if (place / MARK).is_file()), None)
+            self.state.best_model_checkpoint = here
+            if here is None:  # so that a later one can be the best
+                self.state.best_metric = self.state.best_global_step = None
         return 0, new * self.args.gradient_accumulation_steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:

@@ -67,6 +67,17 @@ class Distillation:
         return loss
 
 
+def losses_of(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """(batch,) float32: each sequence's mean cross-entropy over the positions that have a next token.
+
+    Args:
+        logits: (batch, length, vocab).
+        input_ids: (batch, length) int64.
+    """
+    losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(input_ids), -1).mean(1)
+
+
 def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, settings: HealSettings) -> None:
     """Raise SurgeryError unless the two models' outputs can be compared."""
     pairs = [("vocabulary", teacher.config.vocab_size, student.config.vocab_size)]

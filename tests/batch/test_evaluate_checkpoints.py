@@ -1,6 +1,7 @@
 """evaluate_checkpoints.py: its command line, what it hands on, and that it needs Ray only where that is asked for."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def test_flags_are_handed_on_as_they_are():
     [
         ([], "folders are needed"),
         (["x", "--list", "y"], "not both"),
+        (["--tasks", "arc_easy", "/"], "--tasks takes all that follows it, / too: put folders before it"),
         (["x", "--limit", "0"], "0 is too small"),
         (["x", "--batch_size", "big"], "'big' is not an integer"),
         (["x", "--cpus_per_job", "2"], "belongs to --ray"),
@@ -81,6 +83,20 @@ def test_the_script_finds_its_python_and_names_a_folder_that_is_not_there(tmp_pa
         timeout=60,
     )
     assert_refused(result, "nowhere is not there")
+
+
+@pytest.mark.parametrize("script", ["scripts/evaluate_all.sh", "model_preparation/create_best_checkpoints.sh"])
+def test_without_an_environment_the_scripts_say_what_makes_one(script, tmp_path):
+    (tmp_path / script).parent.mkdir()
+    shutil.copy(PACKAGE.parent / script, tmp_path / script)
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python3").chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    result = subprocess.run(
+        ["bash", tmp_path / script, "x"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert_refused(result, "there is no .venv", "scripts/quickstart.sh")
 
 
 @pytest.mark.parametrize("name", ["evaluate_checkpoints", "create_best_checkpoints"])

@@ -297,6 +297,7 @@ def test_what_cannot_be_is_said_before_the_donor_is_extracted(base_dir, donor_di
     two_at_least = ("--llama_layers_dir", tmp_path, "--method", "singles", "--min_layers", 2)
     assert_refused(search(*out, *two_at_least), "one layer at a time")
     assert_refused(search(*out, "--max_layers", 9), "the base has 4 layers")
+    assert_refused(search(*out, "--method", "singles", "--max_layers", 3), "leave out --max_layers 3", code=2)
     few = ("--method", "greedy", "--min_layers", 3, "--max_layers", 3, "--budget_evaluations", 5)
     assert_refused(search(*out, *few), "evaluates 5 smaller sets before one of 3 layers", "--budget_evaluations 6")
     assert_refused(search(*out, "--prior", tmp_path / "none.json"), "none.json is not there")

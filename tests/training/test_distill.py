@@ -24,6 +24,7 @@ from model_preparation.training.distill_tokens import described
 from model_preparation.training.self_sampling import SelfSampler
 from model_preparation.training.work_folder import WorkFolder
 from tests.conftest import assert_refused, run_command, run_fresh_command
+from tests.training.cutting import write_text
 
 TOKENS = torch.randint(0, 256, (34, 16), generator=torch.Generator().manual_seed(0))
 QUICK = {"steps_per_layer": 6, "batch_size": 4, "learning_rate": 3e-3, "seed": 5}
@@ -246,6 +247,15 @@ def test_the_donor_is_told_by_its_content_and_not_by_a_path_of_this_machine(dist
     assert summary["donor"] == {"hub": "local", "id": donor_dir.name, "revision": None}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= summary["settings"]["donor"].keys()
     assert str(donor_dir) not in (folder / "distillation.json").read_text()
+
+
+def test_text_that_is_short_of_the_tokens_asked_for_is_told(donor_dir, tmp_path):
+    write_text(tmp_path / "text.txt", words=300)
+    flags = ("--donor", donor_dir, "--data", tmp_path / "text.txt", "--sequence_length", 32, "--steps_per_layer", 1)
+    more = ("--tokens", 5000, "--layers", 0, "--device", "cpu", "--output_dir", tmp_path / "out")
+    result = run_command("distill_llamba_base", *flags, *more)
+    assert result.returncode == 0, result.stderr
+    assert "tokens, fewer than --tokens 5,000: all are taken." in result.stdout
 
 
 def test_of_text_the_summary_has_one_digest(tmp_path):

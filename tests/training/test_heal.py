@@ -224,6 +224,35 @@ def test_the_best_weights_are_written_and_always_save_no_keeps_only_improvements
     assert loss_on(load_checkpoint(tmp_path / "out")[0], held_out) == pytest.approx(looks[best], abs=1e-4)
 
 
+def test_the_best_state_is_found_beside_the_one_gone_on_from_and_missed_by_name(heal, tmp_path):
+    wrecking = (
+        "--learning_rate",
+        1.5,
+        "--schedule",
+        "constant",
+        "--warmup",
+        1,
+        "--eval_interval",
+        1,
+        "--save_steps",
+        1,
+    )
+    more = (*wrecking, "--max_grad_norm", 0, "--save_total_limit", 9)
+    assert heal(tmp_path / "out", *more).returncode == 0
+    best = info_of(tmp_path / "out")["healing"]["best_step"]
+    last = list_states(states_of(tmp_path / "out"))[0][-1]
+    assert best < last.steps
+    result = heal(tmp_path / "on", *more, "--resume", last.folder)
+    assert result.returncode == 0, result.stderr
+    assert info_of(tmp_path / "on")["healing"]["best_step"] == best
+    weights = [torch.load(tmp_path / name / "model_state_dict.pt")["lm_head.weight"] for name in ("out", "on")]
+    assert torch.equal(*weights)
+    shutil.copytree(last.folder, tmp_path / "alone" / last.folder.name)
+    result = heal(tmp_path / "lost", *more, "--resume", tmp_path / "alone" / last.folder.name)
+    assert "The state of the lowest held-out loss is not in" in result.stdout
+    assert info_of(tmp_path / "lost")["healing"]["best_step"] is None
+
+
 def test_weights_from_elsewhere_are_reported_key_by_key(heal, checkpoint_dir, tmp_path):
     weights = torch.load(checkpoint_dir / "model_state_dict.pt")
     weights.pop("backbone.final_layernorm.weight")
@@ -313,6 +342,9 @@ def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, check
     assert_refused(heal(tmp_path / "out", "--seed", 2**32), "too large", code=2)
     assert_refused(heal(tmp_path / "out", "--dropout", 1), "too large", code=2)
     assert_refused(heal(tmp_path / "out", "--data", ""), "named by nothing")
+    held_out = ("--eval_data", short)
+    assert_refused(heal(tmp_path / "out", *held_out, "--eval_interval", 0), "looks at no held-out text", code=2)
+    assert_refused(heal(tmp_path / "out", *held_out, "--eval_fraction", 0.3), "leave one of them out", code=2)
     merge = ("--checkpoint", checkpoint_dir, "--output_dir", tmp_path / "out", "--merge_adapter")
     assert_refused(run_command("heal_checkpoint", *merge, healed), "has no adapter_config.json", "folder of an adapter")
     assert_refused(

@@ -57,6 +57,8 @@ def test_held_out_sequences_are_spread_and_in_no_training_set():
         ("a.txt", b"\xff\xfe\xff", "cannot be read as text"),
         ("a.jsonl", b'{"text": 3}', 'line 1 has no string "text"'),
         ("a.jsonl", b'{"text": "x"}\n{', "line 2 is no JSON"),
+        ("a.json", b'{"text": "x"}', r"a.json ends in none of .txt, .md, .jsonl, .parquet"),
+        ("a.csv", b"text", "ends in none of"),
         ("a.txt", b"abc", "is shorter than one sequence: 4 of 8 tokens"),
     ],
 )
@@ -64,6 +66,17 @@ def test_what_is_no_text_is_named(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SurgeryError, match=words):
         load_sequences(str(tmp_path / name), make_tokenizer(), 8)
+
+
+def test_capitals_in_the_ending_and_a_byte_order_mark_change_nothing(tmp_path):
+    line = '{"text": "the same text, again and again"}'
+    found = []
+    for name, content in (("a.jsonl", line), ("A.JSONL", line), ("b.jsonl", "\ufeff" + line)):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        found.append(load_sequences(str(tmp_path / name), make_tokenizer(), 8).tokens.tolist())
+    assert found[0] == found[1] == found[2]
+    (tmp_path / "c.txt").write_text("\ufeffthe same text, again and again", encoding="utf-8")
+    assert load_sequences(str(tmp_path / "c.txt"), make_tokenizer(), 8).tokens.tolist() == found[0]
 
 
 def test_tables_are_read_by_their_column_of_text(tmp_path):

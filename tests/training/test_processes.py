@@ -17,7 +17,7 @@ from model_preparation.files.digests import describe_files
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.training.resume_state import MARK, ResumeState, check_state, list_states, read_state
 from tests.conftest import PACKAGE
-from tests.training.cutting import outcome, run_until
+from tests.training.cutting import outcome, run_until, write_text
 
 CONFIGS = PACKAGE.parent / "scripts" / "accelerate"
 
@@ -70,6 +70,20 @@ def test_two_processes_killed_together_end_with_the_same_bits(slow_flags, ddp, t
     newest = list_states(ddp.with_name("healed_resume"))[0][-1]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= newest.info["files"].keys()
     assert newest.info["world_size"] == 2
+
+
+def test_the_held_out_loss_is_that_of_each_sequence_once_whatever_the_processes(flags, tmp_path):
+    """What fills up the last batches is in no mean."""
+    write_text(tmp_path / "other.txt", words=50, seed=5)
+    more = ["--eval_data", tmp_path / "other.txt", "--max_steps", 1, "--eval_interval", 1]
+    found = {}
+    for processes, batch_size in ((1, 2), (2, 2), (2, 4)):
+        out = tmp_path / f"out_{processes}_{batch_size}"
+        code, text = run_until([*flags, *more, "--batch_size", batch_size, "--output_dir", out], processes=processes)
+        assert code == 0, text
+        assert healing(out)["data"]["held_out_sequences"] % (processes * batch_size)
+        found[processes, batch_size] = healing(out)["scores"]["before"]["eval_loss"]
+    assert list(found.values()) == pytest.approx([found[1, 2]] * 3, abs=1e-5)
 
 
 def newest_state(output_dir: Path) -> ResumeState:

@@ -155,13 +155,15 @@ def test_a_run_that_goes_on_has_the_settings_it_was_started_with(heal, healed, t
     assert "The milestone past is not made: its step 3 is behind" in result.stdout
     assert "learning_rate stays 0.01, as the run was started with; 0.5 does not count" in result.stdout
     assert "seed stays 0" in result.stdout
+    assert "--prompt" not in result.stdout
     assert outcome(tmp_path / "out") == outcome(healed)
     ids = {read_state(path).info["run_id"] for path in states.glob("checkpoint-?")}
     assert len(ids) == 1  # so that a tracker shows one run
     longer = heal(tmp_path / "out", "--max_steps", 7, "--overwrite")
     assert "max_steps is now 7, was 6" in longer.stdout
     assert list_states(states)[0][-1].steps == 7
-    again = heal(tmp_path / "out", "--max_steps", 7, "--overwrite")
+    again = heal(tmp_path / "out", "--max_steps", 7, "--overwrite", "--prompt", "another")
+    assert "The prompts stay those that the run began with: --prompt does not count." in again.stdout
     assert "checkpoint-7 has done all of these steps" in again.stdout
     refused = heal(tmp_path / "out", "--max_steps", 5, "--overwrite")
     assert_refused(refused, "has done 7 steps, more than --max_steps 5", "--resume DIR")
