@@ -176,7 +176,11 @@ def _parser() -> CommandParser:
         "--num_fewshot", type=number(int, least=0), metavar="K", help="solved examples before each question"
     )
     parser.add_argument(
-        "--batch_size", type=_batch_size, default="auto", metavar="N", help="questions at once (default: auto)"
+        "--batch_size",
+        type=_batch_size,
+        default="auto",
+        metavar="N",
+        help="questions at once; a race asks whole batches, so what it drops may differ with it (default: auto)",
     )
     parser.add_argument(
         "--method",
