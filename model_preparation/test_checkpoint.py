@@ -71,10 +71,10 @@ def main() -> None:
         from model_preparation.evaluation.scored_model import find_model
         from model_preparation.evaluation.tasks import is_mmlu, load_tasks
 
-        if args.mmlu_data is not None and not any(map(is_mmlu, args.tasks)):
-            parser.error(f"--mmlu_data belongs to --tasks mmlu or parts of it, and the task is {' '.join(args.tasks)}")
         find_model(args.checkpoint, args.tokenizer)
         tasks = load_tasks(args.tasks, mmlu_data=args.mmlu_data, num_fewshot=args.num_fewshot)
+        if args.mmlu_data is not None and not any(map(is_mmlu, args.tasks)):
+            parser.error(f"--mmlu_data belongs to --tasks mmlu or parts of it, and the task is {' '.join(args.tasks)}")
 
     written = None
     if not args.skip_generation:

@@ -172,14 +172,14 @@ class TensorChecks:
             task = progress.add_task(f"Reading the {which}", total=sum(sizes.values()))
             digests = digests_of(lambda count: progress.advance(task, count))
         missing = {name for name in wanted if digests[name] is None and name not in self._tied}
-        others = {name for name, digest in wanted.items() if digests[name] not in (digest.blake3, None)}
-        if 2 * len(missing | others) > len(wanted):
+        odd = [name for name, digest in wanted.items() if name in missing or digests[name] not in (digest.blake3, None)]
+        if 2 * len(odd) > len(wanted):
             self._found.compared_with_another(
                 f"{folder} is not the {which} that the checkpoint was built from, {self._recorded(which)}: "
-                f"{len(missing | others)} of {len(wanted)} tensors are not in it"
+                f"{len(odd)} of {len(wanted)} tensors are not in it"
             )
         else:
-            for name in wanted.keys() & (missing | others):
+            for name in odd:
                 what = f"in the {which}, {folder}, in that shape" if name in missing else f"the {which}'s, in {folder}"
                 self._found.fault(name, f"is not {what}")
         self._found.check(which, f"{len(wanted)} tensors, {decimal(sum(sizes.values()))}, with {folder}")

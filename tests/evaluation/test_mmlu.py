@@ -201,7 +201,8 @@ def test_questions_are_looked_for_before_a_checkpoint_is_loaded_and_after_it_is_
     folder.mkdir()
     with pytest.raises(SurgeryError, match=r"no checkpoint_info.json"):
         evaluate_checkpoint(folder, mmlu_data=tmp_path / "nowhere")
-    shutil.copy(checkpoint_dir / "checkpoint_info.json", folder)  # and no weights
+    shutil.copy(checkpoint_dir / "checkpoint_info.json", folder)
+    (folder / "model_state_dict.pt").touch()  # which holds no weights
     with pytest.raises(SurgeryError, match=r"nowhere does not exist"):
         evaluate_checkpoint(folder, mmlu_data=tmp_path / "nowhere")
 
