@@ -82,7 +82,6 @@ def main() -> None:
         folder=str(output_dir),
         donor=args.donor,
         tokenizer=args.tokenizer,
-        allow_other_heads=args.allow_other_heads,
         sources=args.source,
         limit=args.limit,
         mmlu_data=args.mmlu_data,
@@ -251,9 +250,6 @@ def _parser() -> CommandParser:
     )
     add_device_flags(parser)
     add_dtype_flag(parser, help="dtype to run in (default: that of the checkpoints)")
-    parser.add_argument(
-        "--allow_other_heads", action="store_true", help="accept a donor whose heads differ in number or size"
-    )
     parser.add_argument(
         "--dry_run",
         action="store_true",

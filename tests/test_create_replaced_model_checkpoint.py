@@ -244,25 +244,60 @@ def test_bad_layer_folders(base_dir, layers_dir, tmp_path, damage, words):
     ("changes", "words"),
     [
         ({"hidden_size": 64, "num_attention_heads": 4}, ["width (hidden_size) is 64, the base's is 32"]),
-        ({"num_attention_heads": 4, "num_key_value_heads": 2}, ["4 heads of 8, the base 2 heads of 16"]),
         ({"vocab_size": 300}, ["vocabulary size is 300, the base's is 260"]),
         ({"num_hidden_layers": 5}, ["layers is 5, the base's is 4"]),
     ],
 )
 def test_donors_that_do_not_fit(base_dir, tmp_path, changes, words):
+    layers = layers_of_another_donor(tmp_path, **changes)
+    assert_refused(build(base_dir, layers, tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_grafted_layer_brings_its_own_heads(base_dir, tmp_path):
+    layers = layers_of_another_donor(tmp_path, num_attention_heads=4, num_key_value_heads=2)
+    result = build(base_dir, layers, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "heads      4 of 8 in the layers taken, 2 of 16 in those kept" in result.stdout
+    model, _ = load_checkpoint(tmp_path / "out")
+    donor = LlamaForCausalLM.from_pretrained(tmp_path / "donor")
+    hidden = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        given = {
+            "position_embeddings": donor.model.rotary_emb(hidden, torch.arange(9)[None]),
+            "attention_mask": torch.full((9, 9), -1e9).triu(1)[None, None],
+        }
+        torch.testing.assert_close(model.backbone.layers[3](hidden, **given), donor.model.layers[3](hidden, **given))
+        assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
+    refused = build(base_dir, layers, tmp_path / "again", "--allow_other_heads")
+    assert_refused(refused, "unrecognized arguments: --allow_other_heads", code=2)
+
+
+def layers_of_another_donor(tmp_path: Path, **changes: int) -> Path:
+    """The extracted layers of a Llama like the tiny donor, with `changes` in its config."""
     fields = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     config = LlamaConfig(**{**fields, "num_key_value_heads": 1, "intermediate_size": 40, **changes})
     donor, layers = tmp_path / "donor", tmp_path / "layers"
     LlamaForCausalLM(config).save_pretrained(donor)
     make_tokenizer().save_pretrained(donor)
     extract_layers(str(donor), layers)
-    assert_refused(build(base_dir, layers, tmp_path / "out"), *words)
-    if "heads" in words[0]:
-        result = build(base_dir, layers, tmp_path / "out", "--allow_other_heads")
-        assert result.returncode == 0, result.stderr
-        assert load_checkpoint(tmp_path / "out")[0].generate(torch.tensor([[1]]), max_new_tokens=2).shape[1] <= 3
-    else:
-        assert not (tmp_path / "out").exists()
+    return layers
+
+
+def test_the_hint_to_extract_layers_names_the_donor_of_the_base(base_dir, tmp_path):
+    missing = tmp_path / "layers"
+    for base, donor in (
+        ("tiny_llamba", "tiny_llama"),
+        ("unaligned_llamba", "llama"),
+        (base_dir, "DONOR"),
+        ("huggingface:org/other", "DONOR"),
+    ):
+        words = f"Extract the donor's layers first: python extract_layers.py --model_name {donor} --output_dir"
+        assert_refused(build(base, missing, tmp_path / "out"), words)
+    # What is wrong with the base comes first.
+    assert_refused(build("tiny_lamba", missing, tmp_path / "out"), "'tiny_lamba' is neither one of the names")
+    assert_refused(build(tmp_path / "no", missing, tmp_path / "out"), "/no is not there")
+    assert not list(tmp_path.iterdir())
 
 
 def test_bases_that_do_not_fit(base_dir, donor_dir, layers_dir, checkpoint_dir, tmp_path):

@@ -26,7 +26,7 @@ from model_preparation.search.question_set import BatchResult, QuestionSet
 from model_preparation.surgery import graft
 from model_preparation.surgery.layer_store import LayerStore
 from model_preparation.surgery.model_layers import ModelLayers
-from model_preparation.surgery.sources import resolve
+from model_preparation.surgery.sources import donor_name, resolve
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Spec:
     """What is searched and on what.
 
     Attributes:
-        base, tokenizer, allow_other_heads, sources: as `graft.plan` takes them.
+        base, tokenizer, sources: as `graft.plan` takes them.
         llama_layers_dir: a folder written by `extract_layers`; None for the layers in the donor's own files.
         donor: the donor as a model, what `resolve` takes; needed for `kl`, for the donor's own score, and where no
             layers are given.
@@ -51,7 +51,6 @@ class Spec:
     folder: str
     donor: str | None = None
     tokenizer: str | None = None
-    allow_other_heads: bool = False
     sources: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
     mmlu_data: str | None = None
@@ -176,7 +175,7 @@ class Setup:
 def _plan(spec: Spec) -> graft.GraftPlan:
     """The graft of all layers."""
     if spec.llama_layers_dir is not None:
-        layers = LayerStore(spec.llama_layers_dir)
+        layers = LayerStore(spec.llama_layers_dir, hint=spec.donor or donor_name(spec.base, spec.sources))
     else:
         assert spec.donor is not None
         layers = ModelLayers(resolve(spec.donor, overrides=spec.sources))
@@ -185,6 +184,5 @@ def _plan(spec: Spec) -> graft.GraftPlan:
         range(layers.config.num_hidden_layers),
         layers,
         tokenizer=spec.tokenizer,
-        allow_other_heads=spec.allow_other_heads,
         sources=spec.sources,
     )

@@ -62,7 +62,6 @@ def build_checkpoint(
     dtype: torch.dtype | str | None = None,
     format: str = "pt",
     overwrite: bool = False,
-    allow_other_heads: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Replace `layers` of `base` by the donor's and write the checkpoint; returns its checkpoint_info.json.
@@ -80,7 +79,6 @@ def build_checkpoint(
         llama_layers_dir,
         tokenizer=tokenizer,
         dtype=dtype,
-        allow_other_heads=allow_other_heads,
         sources=sources,
     )
     return write(

@@ -242,6 +242,9 @@ def write_layer(
 class LayerStore:
     """A folder written by `extract_layers`.
 
+    Args:
+        hint: the model that an error advises to extract; None if nobody knows.
+
     Attributes:
         metadata: its metadata.json.
         config: the config of the model the layers come from.
@@ -250,11 +253,11 @@ class LayerStore:
         SurgeryError: if there is no readable metadata.json of a format this version knows.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, hint: str | None = "llama"):
         self.folder = Path(folder).expanduser()
         path = self.folder / METADATA
         if not path.is_file():
-            raise SurgeryError(_without_metadata(self.folder))
+            raise SurgeryError(_without_metadata(self.folder, hint))
         try:
             self.metadata: dict[str, Any] = read_json(path)
             version = self.metadata["format_version"]
@@ -335,7 +338,7 @@ class LayerStore:
         return f"Extract it again: python extract_layers.py {flags} --output_dir {here} --overwrite"
 
 
-def _without_metadata(folder: Path) -> str:
+def _without_metadata(folder: Path, donor: str | None) -> str:
     """What is wrong with a folder that was given for one of extracted layers, and what to run."""
     path, here = folder / METADATA, shlex.quote(str(folder))
     if (folder / "config.json").is_file():
@@ -353,7 +356,7 @@ def _without_metadata(folder: Path) -> str:
         )
     return (
         f"{path} is missing. Extract the donor's layers first: "
-        f"python extract_layers.py --model_name llama --output_dir {here}"
+        f"python extract_layers.py --model_name {shlex.quote(donor or 'DONOR')} --output_dir {here}"
     )
 
 

@@ -6,6 +6,7 @@ work. What this file adds: the names, which files are asked for, and the name of
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import re
@@ -97,19 +98,30 @@ def resolve(name: str, *, need: Need = "model", overrides: Mapping[str, str] | N
     names, target = _look_up(name, overrides or {})
     if "llama_tokenizer" in names:
         need = "tokenizer"
-    if target.startswith(_EMBEDDED_PREFIX):
-        return _embedded_source(target.removeprefix(_EMBEDDED_PREFIX))
-    folder = Path(os.path.expanduser(target))
-    if target and (folder.exists() or _is_path(target)):
-        return _local_source(folder, need)
-    match = _HUB_ID.fullmatch(target)
-    if match is None or ".." in target:
-        raise SurgeryError(
-            f"{target!r} is neither one of the names {', '.join(TABLE)}, nor a folder that exists, nor a hub id such "
-            "as org/name or org/name@revision. Check its spelling, or give the path of a folder."
-        )
-    hub, repo, revision = match.groups()
+    source = _source_here(target, need)
+    if source is not None:
+        return source
+    hub, repo, revision = _hub_id(target)
     return _hub_source([hub] if hub else list(TITLES), repo, revision, need, name)
+
+
+def donor_name(base: str, overrides: Mapping[str, str] | None = None) -> str | None:
+    """What `resolve` takes for the donor of a base, as its name or its distillation.json says; None if neither does.
+
+    Raises:
+        SurgeryError: for a base that means nothing, or a folder that is no model; no hub is asked.
+    """
+    target = target_named(base, overrides)
+    source = _source_here(target, "model")
+    if source is None:
+        _hub_id(target)
+    else:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SurgeryError):
+            donor = read_json(source.folder / "distillation.json")["donor"]
+            named = f"{donor['hub']}:{donor['id']}" + (f"@{donor['revision']}" if donor["revision"] else "")
+            if donor["hub"] != "local":
+                return next((name for name in TABLE if TABLE[name] == named), named)
+    return "llama" if base in _TOKENIZER_OF else None
 
 
 def target_named(name: str, overrides: Mapping[str, str] | None = None) -> str:
@@ -181,6 +193,25 @@ def _look_up(name: str, overrides: Mapping[str, str]) -> tuple[list[str], str]:
         names.append(target)
         target = overrides.get(target) or os.environ.get(_ENVIRONMENT_PREFIX + target.upper()) or TABLE[target]
     return names, target
+
+
+def _source_here(target: str, need: Need) -> Source | None:
+    """The source of a target that is embedded or a folder; None for one that only a hub can have."""
+    if target.startswith(_EMBEDDED_PREFIX):
+        return _embedded_source(target.removeprefix(_EMBEDDED_PREFIX))
+    folder = Path(os.path.expanduser(target))
+    return _local_source(folder, need) if target and (folder.exists() or _is_path(target)) else None
+
+
+def _hub_id(target: str) -> tuple[str | None, str, str | None]:
+    """(hub, repository, revision) of a hub id; raises SurgeryError for anything else."""
+    match = _HUB_ID.fullmatch(target)
+    if match is None or ".." in target:
+        raise SurgeryError(
+            f"{target!r} is neither one of the names {', '.join(TABLE)}, nor a folder that exists, nor a hub id such "
+            "as org/name or org/name@revision. Check its spelling, or give the path of a folder."
+        )
+    return match[1], match[2], match[3]
 
 
 def _is_path(target: str) -> bool:
