@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.checkpoint_info import INFO, read_info
 from model_preparation.surgery.checkpoint_loading import load_checkpoint
+from model_preparation.surgery.llama_files import HEAD, text_part, without_head
 from model_preparation.surgery.recipe import target_of
 from model_preparation.surgery.sources import has_tokenizer, is_replaced, resolve
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
@@ -96,7 +103,7 @@ def load_other(
     own = has_tokenizer(other.folder)
     if own:
         tokenizer = load_tokenizer(other.folder)
-    model = _load_folder(other.folder, dtype)
+    model = load_folder(other.folder, dtype)
     if not own and model.config.vocab_size < len(tokenizer):
         raise SurgeryError(
             f"{other.folder} has no tokenizer, and the checkpoint's has {len(tokenizer)} tokens, the model only "
@@ -110,19 +117,33 @@ def load_other(
     return model, tokenizer
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_folder(folder: Path, dtype: torch.dtype | str | None) -> PreTrainedModel:
+    """The model in a folder, in eval mode, on the CPU; of a multimodal one the Llama in it.
+
+    Raises:
+        SurgeryError: if it cannot be loaded, or lacks weights.
+    """
     loading: dict[str, Any]
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers' own; in a log it is noise
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
+        text = text_part(folder)
+        model_class = LlamaForCausalLM if text else AutoModelForCausalLM
+        model, loading = model_class.from_pretrained(
+            None if text else folder,
+            **text,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split())[:200]
         raise SurgeryError(f"No model can be loaded from {folder} ({reason}). Give another folder.") from error
+    if set(loading["missing_keys"]) == {HEAD}:
+        raise without_head(folder)
     if loading["missing_keys"]:  # transformers would fill them with random numbers
         missing = sorted(loading["missing_keys"])
         raise SurgeryError(f"{folder} lacks {len(missing)} weights, {missing[0]} among them. Download the model again.")

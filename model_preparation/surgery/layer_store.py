@@ -25,6 +25,7 @@ from model_preparation.files.block_io import Advance
 from model_preparation.files.digests import FILE_FIELDS, describe_files, fault_of
 from model_preparation.files.new_folder import check_space, check_target, new_folder
 from model_preparation.files.timestamps import creation_time
+from model_preparation.surgery.llama_files import LlamaFiles
 from model_preparation.surgery.model_configs import (
     config_from_dict,
     heads_of,
@@ -93,7 +94,7 @@ def extract_layers(
         raise SurgeryError(f"{source.folder} is a {model_type} model. Layers can be taken from a Llama or a Llamba.")
     chosen = sorted_layers(range(total) if layers is None else layers)
     check_range(chosen, total, str(source.folder))
-    files = TensorFiles(source.folder)
+    files = LlamaFiles(source.folder) if model_type == "llama" else TensorFiles(source.folder)
     prefixes = {index: f"{_LAYER_PREFIX[model_type]}.{index}." for index in chosen}
     item_bytes = None if dtype is None else dtype.itemsize
     check_space(target, _bytes_of(files, tuple(prefixes.values()), item_bytes) + 50_000_000)

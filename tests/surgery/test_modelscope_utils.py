@@ -102,9 +102,9 @@ def test_a_model_without_a_tokenizer_is_an_error(tmp_path):
     ("config", "complaint"),
     [
         ('{"model_type": "mamba2"}', "model_type 'mamba2', and only llama and llamba"),
-        ("{}", "model_type None"),
-        ("[]", "is not a model's config"),
-        ("{", "is not a model's config"),
+        ("{}", "model_type is missing"),
+        ("[]", "config.json cannot be used"),
+        ("{", "config.json cannot be used"),
     ],
 )
 def test_what_is_neither_llama_nor_llamba_is_an_error(config, complaint, tmp_path):
