@@ -109,7 +109,7 @@ def main() -> None:
         print(
             f"All {len(store.layers)} layers and {len(store.metadata['files'])} other files are as they were written."
         )
-    print(f"Layers are in {args.output_dir}")
+    print(f"Extracted layers are in {args.output_dir}")
 
 
 if __name__ == "__main__":

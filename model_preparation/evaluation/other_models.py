@@ -26,6 +26,7 @@ from model_preparation.surgery.checkpoint_loading import load_checkpoint
 from model_preparation.surgery.llama_files import HEAD, text_part, without_head
 from model_preparation.surgery.recipe import target_of
 from model_preparation.surgery.sources import has_tokenizer, is_replaced, resolve
+from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
 
 RECORDED = {"donor": "replacement_source", "base": "base_model"}  # name in --compare_with: field of the checkpoint
@@ -141,7 +142,9 @@ def load_folder(folder: Path, dtype: torch.dtype | str | None) -> PreTrainedMode
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise SurgeryError(f"No model can be loaded from {folder} ({reason}). Give another folder.") from error
+        raise SurgeryError(
+            what_it_is(folder) or f"No model can be loaded from {folder} ({reason}). Give another folder."
+        ) from error
     if set(loading["missing_keys"]) == {HEAD}:
         raise without_head(folder)
     if loading["missing_keys"]:  # transformers would fill them with random numbers

@@ -16,6 +16,7 @@ from model_preparation.evaluation.other_models import OtherModel, load_other
 from model_preparation.surgery.checkpoint_info import INFO, STATE_DICT, read_info
 from model_preparation.surgery.checkpoint_loading import load_checkpoint
 from model_preparation.surgery.sources import has_tokenizer, resolve
+from model_preparation.untrusted.no_model import snapshot_in, what_it_is
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.untrusted.untrusted_files import read_json
 
@@ -64,7 +65,8 @@ def find_model(given: str | Path, tokenizer: str | None = None) -> ScoredModel:
         SurgeryError: if there is no such thing, or it has no tokenizer and none is named.
     """
     folder = Path(given).expanduser()
-    is_plain_model = (folder / "config.json").is_file() and not (folder / INFO).is_file()
+    model = snapshot_in(folder) or folder
+    is_plain_model = (model / "config.json").is_file() and not (model / INFO).is_file()
     is_path = folder.exists() or folder.is_absolute() or ".." in folder.parts
     if is_path and not is_plain_model:
         info = read_info(folder)
@@ -72,7 +74,9 @@ def find_model(given: str | Path, tokenizer: str | None = None) -> ScoredModel:
         files = [name for name in info["files"] if name.endswith(".safetensors")] if is_hf else [STATE_DICT]
         for name in files:
             if not (folder / name).is_file():
-                raise SurgeryError(f"{folder / name} is missing. Copy it, or build the checkpoint again.")
+                raise SurgeryError(
+                    what_it_is(folder) or f"{folder / name} is missing. Copy it, or build the checkpoint again."
+                )
         return ScoredModel(folder.resolve().name, folder, info["config"], info["dtype"], files, None)
     folder = resolve(str(given)).folder
     own = folder if has_tokenizer(folder) else None

@@ -23,6 +23,7 @@ from model_preparation.sharing.licences import check_name, licence_of, terms_of
 from model_preparation.sharing.model_card import MEASURED, card_text, read_card
 from model_preparation.surgery.checkpoint_info import EVALUATIONS, INFO, MODULE, STATE_DICT, TOKENIZER, read_info
 from model_preparation.surgery.hub_snapshots import first_line
+from model_preparation.untrusted.no_model import stand_in, what_it_is
 
 CARD, NOTICE, README = "README.md", "NOTICE", "README.txt"
 # Files at the root that only transformers' from_pretrained reads; with them, the .pt files have no use for these.
@@ -198,10 +199,11 @@ def _check_file(directory: Path, name: str, recorded: Mapping[str, Any]) -> None
             f"{path} leads out of the checkpoint's folder, so it is not uploaded. Replace it by the file itself."
         )
     if not path.is_file():
-        raise SurgeryError(f"{path} is missing. Build or copy the checkpoint again.")
+        raise SurgeryError(what_it_is(path) or f"{path} is missing. Build or copy the checkpoint again.")
     if (size_bytes := path.stat().st_size) != recorded["bytes"]:
         raise SurgeryError(
-            f"{path} is {size_bytes} bytes long instead of {recorded['bytes']}. Build or copy the checkpoint again."
+            stand_in(path)
+            or f"{path} is {size_bytes} bytes long instead of {recorded['bytes']}. Build or copy the checkpoint again."
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.sources import TABLE
+from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.untrusted_files import check_fields, read_json
 
 FORMAT_VERSION = 1
@@ -48,8 +49,15 @@ def read_info(directory: str | Path) -> dict[str, Any]:
             f"{directory} --skip_generation --full_eval --results_dir DIR; what they write is had by --compare_with at "
             "a checkpoint."
         )
+    if not path.is_file() and (told := what_it_is(directory)):
+        raise SurgeryError(told)
     if not directory.is_dir():
         raise SurgeryError(f"Checkpoint {directory} is not there. Build it with create_replaced_model_checkpoint.py.")
+    if not path.is_file() and (directory / "config.json").is_file():
+        raise SurgeryError(
+            f"{directory} is a model's folder: it has no {INFO}, as checkpoints do. Give a checkpoint's folder, or "
+            "build one with create_replaced_model_checkpoint.py."
+        )
     if not path.is_file():
         raise SurgeryError(f"{directory} has no {INFO}, so it is not a complete checkpoint. Build it again.")
     return read_info_file(path)

@@ -16,6 +16,7 @@ from model_preparation.surgery.graft import empty_model
 from model_preparation.surgery.hf_folder import INDEX, read_state_dict
 from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.tensor_files import load_tensors
+from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.untrusted.untrusted_config import config_from, generation_config_from
 
@@ -95,7 +96,7 @@ def without_wrapper_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
 
 def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
     if not path.exists():
-        raise SurgeryError(f"{path} is missing. Build the checkpoint again.")
+        raise SurgeryError(what_it_is(path.parent) or f"{path} is missing. Build the checkpoint again.")
     return load_tensors(path, "Build the checkpoint again.")
 
 

@@ -39,6 +39,7 @@ from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.pt_writer import placeholder, write_together
 from model_preparation.tensors.tensor_files import TensorFiles, load_tensors
 from model_preparation.tensors.tensor_ranges import TensorRange, pt_ranges
+from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.untrusted_files import check_fields, inside, read_json, regular_file
 
 # transformers is imported where it is used, its models above all: seconds that writing does not wait for.
@@ -355,6 +356,8 @@ def _without_metadata(folder: Path, donor: str | None) -> str:
             f"python extract_layers.py --from_legacy {here} --output_dir {imported}; "
             "else extract the donor's layers again."
         )
+    if folder.is_dir() and any(folder.iterdir()) and (told := what_it_is(folder)):
+        return told
     return (
         f"{path} is missing. Extract the donor's layers first: "
         f"python extract_layers.py --model_name {shlex.quote(donor or 'DONOR')} --output_dir {here}"

@@ -18,6 +18,7 @@ from typing import Literal
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.hub_snapshots import TITLES, NoSnapshot, Snapshot, fetch_snapshot, first_line
+from model_preparation.untrusted.no_model import snapshot_in, what_it_is
 from model_preparation.untrusted.untrusted_files import inside, read_json
 
 # A name's target is anything `resolve` takes; `--source NAME=TARGET` and MODEL_PREPARATION_NAME replace it.
@@ -179,7 +180,10 @@ def add_source_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _look_up(name: str, overrides: Mapping[str, str]) -> tuple[list[str], str]:
-    """Follow `name` through overrides, environment and table: the names passed through, and the target at the end."""
+    """Follow `name` through overrides, environment and table: the names passed through, and the target at the end.
+
+    Of a repository's folder in a hub's cache that is its snapshot.
+    """
     for unknown in overrides.keys() - TABLE.keys():
         raise SurgeryError(f"A source is given for {unknown!r}, which is none of the names {', '.join(TABLE)}.")
     names: list[str] = []
@@ -192,7 +196,7 @@ def _look_up(name: str, overrides: Mapping[str, str]) -> tuple[list[str], str]:
             )
         names.append(target)
         target = overrides.get(target) or os.environ.get(_ENVIRONMENT_PREFIX + target.upper()) or TABLE[target]
-    return names, target
+    return names, str(snapshot_in(Path(os.path.expanduser(target))) or target)
 
 
 def _source_here(target: str, need: Need) -> Source | None:
@@ -225,7 +229,8 @@ def _local_source(folder: Path, need: Need) -> Source:
     folder = Path(os.path.abspath(folder))
     if not folder.is_dir():
         raise SurgeryError(
-            f"{folder} is {'a file' if folder.exists() else 'not there'}. Give the path of a folder that holds "
+            what_it_is(folder)
+            or f"{folder} is {'a file' if folder.exists() else 'not there'}. Give the path of a folder that holds "
             f"{'a tokenizer' if need == 'tokenizer' else 'config.json and the weights'}."
         )
     missing = _missing_files(folder, need)
@@ -234,6 +239,8 @@ def _local_source(folder: Path, need: Need) -> Source:
             f"{folder} is a checkpoint that this program made, not a model's folder. "
             f"Give the folder or name of a model; the Llamba this checkpoint was built from is {base}."
         )
+    if missing and need == "model" and (told := what_it_is(folder)):
+        raise SurgeryError(told)
     if missing:
         raise SurgeryError(f"The folder {folder} lacks {', '.join(missing)}. Copy what is missing into it.")
     return Source(folder, "local", folder.name, None)

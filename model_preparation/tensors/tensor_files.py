@@ -18,6 +18,7 @@ from model_preparation.tensors.tensor_ranges import (
     pt_ranges,
     safetensors_ranges,
 )
+from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.pickle_scan import TENSORS
 from model_preparation.untrusted.pt_structure import check_pt
 from model_preparation.untrusted.untrusted_files import inside, read_json
@@ -97,7 +98,9 @@ class TensorFiles:
             if (self.folder / index).is_file():
                 return self._locate_shards(self.folder / index)
         wanted = ", ".join(name for pair in _SINGLE_AND_INDEX for name in pair)
-        raise SurgeryError(f"{self.folder} has no weights (none of {wanted}). Give a complete model folder.")
+        raise SurgeryError(
+            what_it_is(self.folder) or f"{self.folder} has no weights (none of {wanted}). Give a complete model folder."
+        )
 
     def _locate_shards(self, index: Path) -> dict[str, TensorRange]:
         try:
@@ -108,7 +111,7 @@ class TensorFiles:
         ranges: dict[Path, dict[str, TensorRange]] = {}
         for path in sorted(set(path_of.values())):
             if not path.exists():
-                raise SurgeryError(f"Shard {path} is missing. Download the model again.")
+                raise SurgeryError(what_it_is(self.folder) or f"Shard {path} is missing. Download the model again.")
             ranges[path] = _ranges_in(path)
         for name, path in path_of.items():
             if name not in ranges[path]:

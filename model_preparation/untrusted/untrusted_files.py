@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from model_preparation.errors import SurgeryError
+from model_preparation.untrusted.no_model import stand_in
 
 MAX_JSON_BYTES = 16_000_000
 MAX_DEPTH = 64
@@ -29,7 +30,8 @@ def regular_file(path: Path) -> Path:
 
     Raises:
         FileNotFoundError: if nothing is there.
-        SurgeryError: for a directory, FIFO, socket or device, and for a link that leads elsewhere.
+        SurgeryError: for a directory, FIFO, socket or device, for a link that leads elsewhere, and for what lies in the
+            place of a model's file, such as a Git LFS pointer (see no_model.py).
     """
     try:
         mode = os.stat(path).st_mode  # follows links, and opens nothing: a FIFO would block
@@ -40,10 +42,10 @@ def regular_file(path: Path) -> Path:
     if not stat.S_ISREG(mode):
         raise SurgeryError(f"{path} is {_kind(mode)}, not a file. Put the file itself there.")
     folder, real = path.parent.resolve(), path.resolve()
-    if real.is_relative_to(folder):
-        return path
     repository = next((parent.parent for parent in folder.parents if parent.name == "snapshots"), None)
-    if repository is not None and real.is_relative_to(repository / "blobs"):
+    if real.is_relative_to(folder) or (repository is not None and real.is_relative_to(repository / "blobs")):
+        if told := stand_in(path):
+            raise SurgeryError(told)
         return path
     raise SurgeryError(
         f"{path} is a link to {real}, which is outside its folder. "

@@ -112,7 +112,7 @@ def test_a_graft_of_imported_layers_is_that_of_extracted_ones(layers, old, layer
     assert result.returncode == 0, result.stderr
     assert "4 of 4 layers, float32, " in result.stdout
     assert ", 2 heads of 16\n" in result.stdout
-    assert result.stdout.splitlines()[-1] == f"Layers are in {tmp_path / 'out'}"
+    assert result.stdout.splitlines()[-1] == f"Extracted layers are in {tmp_path / 'out'}"
     assert not list(tmp_path.glob("*partial*"))
     extracted, imported = (
         json.loads((place / "metadata.json").read_text()) for place in (layers_dir, tmp_path / "out")

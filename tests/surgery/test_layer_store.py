@@ -70,7 +70,7 @@ def test_the_command_extracts_chosen_layers_in_a_dtype(donor_dir, tmp_path):
         "extract_layers", "--model_name", donor_dir, "--output-dir", out, "--layers", 3, 1, "--dtype", "bfloat16"
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == f"Layers are in {out}"
+    assert result.stdout.splitlines()[-1] == f"Extracted layers are in {out}"
     assert sorted(path.name for path in out.glob("layer_*")) == ["layer_01.pt", "layer_03.pt"]
     assert all(tensor.dtype == torch.bfloat16 for tensor in torch.load(out / "layer_03.pt").values())
 

@@ -253,7 +253,7 @@ def test_each_published_layout_of_weights_is_complete(files, tmp_path):
 @pytest.mark.parametrize(
     ("files", "lacking"),
     [
-        ({}, ["config.json", "weights (model.safetensors or pytorch_model.bin"]),
+        ({"README.md": b"#"}, ["config.json", "weights (model.safetensors or pytorch_model.bin"]),
         ({"config.json": CONFIG}, ["weights (model.safetensors or pytorch_model.bin"]),
         ({"model.safetensors": b""}, ["config.json"]),
         ({"config.json": CONFIG, "model.safetensors.index.json": index(*SHARDS)}, SHARDS),
