@@ -61,7 +61,7 @@ _KINDS = (
         "Give it as --llama_layers_dir; here a whole model or checkpoint is needed.",
     ),
     (
-        ("*.parquet", "*.arrow", "dataset_info*.json", "dataset_dict.json", "*.jsonl", "*.csv"),
+        ("*.parquet", "*.arrow", "dataset_info*.json", "dataset_dict.json"),
         "a data set",
         "Give the folder of a model; data is given by --data, --mmlu_data or --tasks.",
     ),
@@ -118,8 +118,11 @@ def what_it_is(path: Path) -> str | None:
     if snapshot := snapshot_in(path):
         return f"{path} is a hub's cache. Give the snapshot in it: {snapshot}"
     for entry in entries:
-        told = _dangling(entry) if entry.is_symlink() and not entry.exists() else None
-        if told or (entry.is_file() and (told := stand_in(entry))):
+        if entry.is_symlink():  # one that leads somewhere is not followed: it may lead out of the folder
+            told = None if entry.exists() else _dangling(entry)
+        else:
+            told = stand_in(entry) if entry.is_file() else None
+        if told:
             return told
     if unfinished := next(_unfinished(path), None):
         return f"{path} holds an unfinished download ({unfinished.name}). {_AGAIN}"
@@ -177,7 +180,8 @@ def _fitting(names: list[str], patterns: tuple[str, ...]) -> str | None:
 def _deeper(path: Path) -> str | None:
     """Where the models and checkpoints are that lie one or two folders deeper."""
     for depth in ("*", "*/*"):
-        folders = [snapshot_in(each) or each for each in sorted(path.glob(depth)) if each.is_dir()]
+        readable = (each for each in sorted(path.glob(depth)) if each.is_dir() and os.access(each, os.R_OK | os.X_OK))
+        folders = [snapshot_in(each) or each for each in readable]
         if found := [str(each) for each in folders if _is_whole(each)]:
             more = f" (or another of {len(found)})" if len(found) > 3 else ""
             return f"{path} holds no model or checkpoint itself, but deeper. Give {' or '.join(found[:3])}{more}"
@@ -185,5 +189,5 @@ def _deeper(path: Path) -> str | None:
 
 
 def _is_whole(folder: Path) -> bool:
-    names = os.listdir(folder) if os.access(folder, os.R_OK | os.X_OK) else []
+    names = os.listdir(folder)
     return "checkpoint_info.json" in names or ("config.json" in names and bool(_fitting(names, _OF_A_MODEL)))
