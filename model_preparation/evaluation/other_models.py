@@ -24,10 +24,12 @@ from model_preparation.errors import SurgeryError
 from model_preparation.surgery.checkpoint_info import INFO, read_info
 from model_preparation.surgery.checkpoint_loading import load_checkpoint
 from model_preparation.surgery.llama_files import HEAD, text_part, without_head
+from model_preparation.surgery.model_configs import read_generation_config
 from model_preparation.surgery.recipe import target_of
 from model_preparation.surgery.sources import has_tokenizer, is_replaced, resolve
 from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.untrusted.untrusted_config import generation_config_from
 
 RECORDED = {"donor": "replacement_source", "base": "base_model"}  # name in --compare_with: field of the checkpoint
 
@@ -138,6 +140,8 @@ def load_folder(folder: Path, dtype: torch.dtype | str | None) -> PreTrainedMode
             trust_remote_code=False,
             output_loading_info=True,
         )
+        if text and (fields := read_generation_config(folder)):
+            model.generation_config = generation_config_from(fields)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

@@ -19,6 +19,7 @@ from model_preparation.surgery.layer_store import LayerStore
 from model_preparation.surgery.llamba_init import init_llamba_base
 from model_preparation.surgery.model_layers import ModelLayers
 from model_preparation.surgery.sources import resolve
+from model_preparation.training.self_sampling import SelfSampler
 from tests.conftest import assert_refused, run_command, run_fresh_command
 
 
@@ -138,9 +139,14 @@ def test_the_llama_in_a_multimodal_model_is_a_donor_like_any_other(donor_dir, la
     weights = [tmp_path / base / "model.safetensors" for base in ("from_plain", "base")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     ids = torch.arange(20)[None]
-    plain, teacher = (load_folder(each, torch.float32)(ids).logits for each in (donor_dir, folder))
-    assert torch.equal(teacher, plain)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [257, 258]}')
+    plain, teacher = (load_folder(each, torch.float32) for each in (donor_dir, folder))
+    assert torch.equal(teacher(ids).logits, plain(ids).logits)
+    assert teacher.generation_config.eos_token_id == [257, 258]
     assert get_model_modelscope(str(folder))[2:] == (2, 16)
+    config = found.config
+    drawn = [SelfSampler(each, config, "cpu").draw(2, 9, 0, lambda tokens: None) for each in (donor_dir, folder)]
+    assert torch.equal(*drawn)
 
 
 def test_a_donor_saved_without_its_head_gives_its_layers_and_no_more(donor_dir, layers_dir, tmp_path):
