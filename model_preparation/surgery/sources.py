@@ -196,7 +196,7 @@ def _look_up(name: str, overrides: Mapping[str, str]) -> tuple[list[str], str]:
             )
         names.append(target)
         target = overrides.get(target) or os.environ.get(_ENVIRONMENT_PREFIX + target.upper()) or TABLE[target]
-    return names, str(snapshot_in(Path(os.path.expanduser(target))) or target)
+    return names, str((target and snapshot_in(Path(os.path.expanduser(target)))) or target)
 
 
 def _source_here(target: str, need: Need) -> Source | None:

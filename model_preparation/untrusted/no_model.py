@@ -7,11 +7,14 @@ names and the first bytes of files are looked at. Also: the snapshot inside a hu
 import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from itertools import islice
 from pathlib import Path
 
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")  # how the names of files of tensors end
+
 _READ_BYTES = 512
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-_TOLD_BY_BEGINNING = (*_WEIGHTS, ".json", ".jsonl", ".model")  # of other files, such as texts, any beginning is fine
+_MOST_FOLDERS = 5_000  # looked into: somebody may give /
+_TOLD_BY_BEGINNING = (*WEIGHTS, ".json", ".jsonl", ".model")  # of other files, such as texts, any beginning is fine
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".zst", ".7z")
 
@@ -89,11 +92,11 @@ def stand_in(path: Path) -> str | None:
             "login. Log in or give a token, and download the file again."
         )
     beginning = data[:64].decode("ascii", errors="replace")
-    if path.suffix in _WEIGHTS and data and "".join(beginning.split()).isprintable() and "\ufffd" not in beginning:
+    if path.suffix in WEIGHTS and data and "".join(beginning.split()).isprintable() and "\ufffd" not in beginning:
         return f"{path} cannot be read as tensors: it is text and begins {beginning!r}. Download the file again."
     if data.startswith(b"GGUF"):
         return _GGUF.format(path)
-    if path.suffix in _WEIGHTS and len(data) >= 64 and not any(data[:64]):
+    if path.suffix in WEIGHTS and len(data) >= 64 and not any(data[:64]):
         return f"{path} begins with zeros, as a download or copy does that was not finished. Download it again."
     return None
 
@@ -118,10 +121,11 @@ def what_it_is(path: Path) -> str | None:
     if snapshot := snapshot_in(path):
         return f"{path} is a hub's cache. Give the snapshot in it: {snapshot}"
     for entry in entries:
-        if entry.is_symlink():  # one that leads somewhere is not followed: it may lead out of the folder
-            told = None if entry.exists() else _dangling(entry)
-        else:
-            told = stand_in(entry) if entry.is_file() else None
+        told = None
+        if entry.is_file() and not entry.is_symlink():  # a link may lead out of the folder
+            told = stand_in(entry)
+        elif entry.suffix in _TOLD_BY_BEGINNING and not entry.exists():
+            told = _dangling(entry)
         if told:
             return told
     if unfinished := next(_unfinished(path), None):
@@ -180,7 +184,8 @@ def _fitting(names: list[str], patterns: tuple[str, ...]) -> str | None:
 def _deeper(path: Path) -> str | None:
     """Where the models and checkpoints are that lie one or two folders deeper."""
     for depth in ("*", "*/*"):
-        readable = (each for each in sorted(path.glob(depth)) if each.is_dir() and os.access(each, os.R_OK | os.X_OK))
+        first = sorted(islice(path.glob(depth), _MOST_FOLDERS))
+        readable = (each for each in first if each.is_dir() and os.access(each, os.R_OK | os.X_OK))
         folders = [snapshot_in(each) or each for each in readable]
         if found := [str(each) for each in folders if _is_whole(each)]:
             more = f" (or another of {len(found)})" if len(found) > 3 else ""

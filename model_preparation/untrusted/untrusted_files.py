@@ -24,14 +24,24 @@ MAX_WIDTH = 1 << 24  # of any dimension a config names
 
 
 def regular_file(path: Path) -> Path:
+    """`own_file`, if it is none that only has the name of a model's file, such as a Git LFS pointer (no_model.py).
+
+    Raises:
+        SurgeryError, FileNotFoundError: as `own_file`; SurgeryError also for what is told by `no_model.stand_in`.
+    """
+    if told := stand_in(own_file(path)):
+        raise SurgeryError(told)
+    return path
+
+
+def own_file(path: Path) -> Path:
     """`path`, if it is a file that lies in its folder; a link must stay inside, or be one of the Hugging Face cache.
 
     There, `snapshots/<commit>/` links into the `blobs/` beside `snapshots/`.
 
     Raises:
         FileNotFoundError: if nothing is there.
-        SurgeryError: for a directory, FIFO, socket or device, for a link that leads elsewhere, and for what lies in the
-            place of a model's file, such as a Git LFS pointer (see no_model.py).
+        SurgeryError: for a directory, FIFO, socket or device, and for a link that leads elsewhere.
     """
     try:
         mode = os.stat(path).st_mode  # follows links, and opens nothing: a FIFO would block
@@ -42,10 +52,10 @@ def regular_file(path: Path) -> Path:
     if not stat.S_ISREG(mode):
         raise SurgeryError(f"{path} is {_kind(mode)}, not a file. Put the file itself there.")
     folder, real = path.parent.resolve(), path.resolve()
+    if real.is_relative_to(folder):
+        return path
     repository = next((parent.parent for parent in folder.parents if parent.name == "snapshots"), None)
-    if real.is_relative_to(folder) or (repository is not None and real.is_relative_to(repository / "blobs")):
-        if told := stand_in(path):
-            raise SurgeryError(told)
+    if repository is not None and real.is_relative_to(repository / "blobs"):
         return path
     raise SurgeryError(
         f"{path} is a link to {real}, which is outside its folder. "

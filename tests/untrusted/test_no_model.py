@@ -13,6 +13,7 @@ from model_preparation.evaluation.scored_model import find_model
 from model_preparation.surgery.checkpoint_info import read_info
 from model_preparation.surgery.layer_store import LayerStore
 from model_preparation.surgery.sources import resolve, target_named
+from model_preparation.untrusted.tokenizer_files import load_tokenizer
 from tests.conftest import assert_refused, run_command
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{0:064d}\nsize 4976698672\n".encode()
@@ -178,6 +179,12 @@ def test_pieces_of_a_model_are_still_named_as_missing(donor_dir, tmp_path):
         (folder / name).write_bytes(b"PK\3\4")
     with pytest.raises(SurgeryError, match=r"lacks model-1\.safetensors"):
         resolve(str(folder))
+
+
+def test_a_tokenizer_may_lie_beside_weights_that_were_not_cloned(donor_dir, tmp_path):
+    folder = Path(shutil.copytree(donor_dir, tmp_path / "clone"))
+    (folder / WEIGHTS).write_bytes(POINTER)
+    assert load_tokenizer(resolve(str(folder), need="tokenizer").folder)("a").input_ids
 
 
 def test_a_checkpoint_cloned_without_its_large_files(checkpoint_dir, layers_dir, base_dir, tmp_path):
