@@ -118,6 +118,7 @@ def test_weights_that_are_missing_and_questions_for_no_task_are_told(checkpoint_
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_with_one_line(tmp_path):
+    (tmp_path / "notes.txt").touch()
     assert_refused(run_command("test_checkpoint", "--checkpoint", tmp_path), "has no checkpoint_info.json")
 
 

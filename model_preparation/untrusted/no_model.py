@@ -92,7 +92,12 @@ def stand_in(path: Path) -> str | None:
             "login. Log in or give a token, and download the file again."
         )
     beginning = data[:64].decode("ascii", errors="replace")
-    if path.suffix in WEIGHTS and data and "".join(beginning.split()).isprintable() and "\ufffd" not in beginning:
+    if (
+        path.suffix in WEIGHTS
+        and len(data) >= 8
+        and "".join(beginning.split()).isprintable()
+        and "\ufffd" not in beginning
+    ):
         return f"{path} cannot be read as tensors: it is text and begins {beginning!r}. Download the file again."
     if data.startswith(b"GGUF"):
         return _GGUF.format(path)
