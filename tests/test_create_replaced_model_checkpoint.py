@@ -317,6 +317,8 @@ def test_bases_that_do_not_fit(base_dir, donor_dir, layers_dir, checkpoint_dir, 
     assert_refused(build(broken, layers_dir, out), "lacks backbone.layers.0.mixer.D")
     torch.save({**state, "lm_head.weight": torch.ones(3, 3)}, broken / "pytorch_model.bin")
     assert_refused(build(broken, layers_dir, out), "lm_head.weight", "shape [3, 3]", "asks for [264, 32]")
+    torch.save({**state, "lm_head.weight": state["lm_head.weight"].to(torch.int8)}, broken / "pytorch_model.bin")
+    assert_refused(build(broken, layers_dir, out), "holds int8 numbers. Give the unquantised model")
     (broken / "pytorch_model.bin").write_bytes(b"not a zip file")
     assert_refused(build(broken, layers_dir, out), "pytorch_model.bin cannot be read as tensors")
     torch.save({**state, "lm_head.weight": state["lm_head.weight"] * torch.nan}, broken / "pytorch_model.bin")

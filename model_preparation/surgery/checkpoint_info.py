@@ -49,18 +49,18 @@ def read_info(directory: str | Path) -> dict[str, Any]:
             f"{directory} --skip_generation --full_eval --results_dir DIR; what they write is had by --compare_with at "
             "a checkpoint."
         )
-    if not path.is_file() and (told := what_it_is(directory)):
+    if path.is_file():
+        return read_info_file(path)
+    if told := what_it_is(directory):
         raise SurgeryError(told)
     if not directory.is_dir():
         raise SurgeryError(f"Checkpoint {directory} is not there. Build it with create_replaced_model_checkpoint.py.")
-    if not path.is_file() and (directory / "config.json").is_file():
+    if (directory / "config.json").is_file():
         raise SurgeryError(
             f"{directory} is a model's folder: it has no {INFO}, as checkpoints do. Give a checkpoint's folder, or "
             "build one with create_replaced_model_checkpoint.py."
         )
-    if not path.is_file():
-        raise SurgeryError(f"{directory} has no {INFO}, so it is not a complete checkpoint. Build it again.")
-    return read_info_file(path)
+    raise SurgeryError(f"{directory} has no {INFO}, so it is not a complete checkpoint. Build it again.")
 
 
 def read_info_file(path: Path) -> dict[str, Any]:

@@ -170,6 +170,15 @@ def test_the_snapshot_in_a_hubs_cache_is_taken(root, revisions, ref, taken, dono
         resolve(str(tmp_path))
 
 
+def test_a_cache_that_was_not_filled_is_told(donor_dir, tmp_path):
+    cache = tmp_path / "models--org--name"
+    snapshot = Path(shutil.copytree(donor_dir, cache / "snapshots" / "0123"))
+    (cache / "blobs").mkdir()
+    (snapshot / WEIGHTS).rename(cache / "blobs" / "abc.incomplete")
+    with pytest.raises(SurgeryError, match=r"snapshots/0123 holds an unfinished download \(abc\.incomplete\)"):
+        resolve(str(cache))
+
+
 def test_pieces_of_a_model_are_still_named_as_missing(donor_dir, tmp_path):
     """What lies beside a model is not taken for the reason why a shard is missing."""
     folder = Path(shutil.copytree(donor_dir, tmp_path / "model"))
