@@ -21,6 +21,11 @@ from model_preparation.training.step_size import StepSize
 # As in pyproject.toml.
 TRACKER_VERSIONS = {"trackio": "trackio>=0.15,<1", "wandb": "wandb>=0.22,<1", "swanlab": "swanlab>=0.7,<0.8"}
 
+# The field's name, which transformers has changed.
+_CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+
 
 def training_arguments(
     settings: HealSettings,
@@ -54,7 +59,7 @@ def training_arguments(
             max_grad_norm=settings.max_grad_norm,
             bf16=settings.precision == "bfloat16",
             fp16=settings.precision == "float16",
-            activation_checkpointing=settings.gradient_checkpointing,
+            **{_CHECKPOINTING: settings.gradient_checkpointing},
             torch_compile=settings.compile,
             seed=settings.seed,
             logging_steps=settings.logging_steps,
