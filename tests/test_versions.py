@@ -26,6 +26,7 @@ OPEN = """
 import json, sys
 import torch, transformers
 from transformers import AutoModelForCausalLM
+transformers.utils.logging.disable_progress_bar()
 models = {}
 for folder in sys.argv[1:]:
     models[f"{folder} hf"] = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -51,11 +52,8 @@ NO_DEPRECATION = ("-W", "error::DeprecationWarning", "-W", "error::FutureWarning
 @pytest.mark.skipif(OTHER_PYTHON is None, reason="scripts/test_versions.sh makes the other environment")
 def test_every_way_of_loading_gives_the_same_tokens_under_the_oldest_and_the_newest(base_dir, layers_dir, tmp_path):
     def run(python: str, *args: str) -> str:
-        environment = {
-            "PYTHONPATH": str(Path(__file__).parents[1]),
-            "HF_MODULES_CACHE": str(tmp_path / "code" / python),
-        }
-        result = run_python(*args, cwd=tmp_path, python=python, **environment)
+        places = {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_MODULES_CACHE": str(tmp_path / "code")}
+        result = run_python(*args, cwd=tmp_path, python=python, **places)
         assert (result.returncode, result.stderr) == (0, ""), result.stderr
         return result.stdout
 
