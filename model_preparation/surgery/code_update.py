@@ -14,7 +14,7 @@ from typing import Any
 import model_preparation
 from model_preparation.errors import SurgeryError
 from model_preparation.files.digests import describe_file
-from model_preparation.files.new_folder import new_folder
+from model_preparation.files.new_folder import new_folder, remove_abandoned
 from model_preparation.files.partial_folder import is_partial, take
 from model_preparation.files.seal import seal
 from model_preparation.files.shared_files import share_file
@@ -52,6 +52,8 @@ def update_code(directory: str | Path) -> list[str]:
         OSError: from the file system; the folder is as it was then.
     """
     directory = Path(directory).expanduser()
+    if (folder := directory.resolve()).parent.is_dir():
+        remove_abandoned(folder.parent, only_for=folder)  # of a run that was killed; it may hold the folder itself
     if has_code(directory) and not (directory / INFO).exists():
         raise SurgeryError(
             f"{directory} has no {INFO} (save_pretrained writes none), so nobody can tell whether its files are whole. "
@@ -73,9 +75,8 @@ def update_code(directory: str | Path) -> list[str]:
             "Copy or download it again, or build it again."
         )
     with contextlib.ExitStack() as held:
-        for path in [directory / INFO, *_unfinished_evaluations(directory)]:  # nobody may write there meanwhile
+        for path in _unfinished_evaluations(directory):
             held.callback(take(path).release)
-        info = read_info(directory)  # a score may just have been entered
         with new_folder(directory, overwrite=True, complete_mark=INFO) as staging:
             _share_tree(directory, staging)
             try:
@@ -85,6 +86,8 @@ def update_code(directory: str | Path) -> list[str]:
                     f"{directory} is left as it is, because its {INFO} or {_CONFIG} is not what a build writes "
                     f"({error!r:.200}). Build it again."
                 ) from error
+            if read_info(directory) != info:
+                raise SurgeryError(f"{directory / INFO} has changed meanwhile (a new score?). Run the command again.")
     return changed
 
 
