@@ -118,3 +118,14 @@ def test_positions_that_do_not_count(name):
     for positions in ([0, 1, 2, 1, 2, 3], [0, 1, 0, 1, 1, 2]):
         with pytest.raises(ValueError, match=r"position_ids of row 0 go from \d to 1"):
             MODELS[name](ids, position_ids=torch.tensor([positions]))
+
+
+@torch.no_grad()
+def test_flash_attention_that_would_mix_is_refused():
+    """Its kernels take no mask: they keep documents apart by position_ids, in a row without padding or cache."""
+    model = copy.deepcopy(MODELS["grafted"])
+    model.config._attn_implementation = "flash_attention_2"
+    ids, positions = packed(documents([4, 5]))
+    for given in ({"attention_mask": torch.tensor([[0] + [1] * 8])}, {CACHE_NAME: LlambaCache(model.config)}):
+        with pytest.raises(ValueError, match=r'flash_attention_2 would mix them.*set_attn_implementation\("sdpa"\)'):
+            model(ids, position_ids=positions, **given)
