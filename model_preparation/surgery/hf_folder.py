@@ -13,25 +13,19 @@ from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.block_io import Advance
-from model_preparation.llamba import LlambaForCausalLM, modeling_llamba
+from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.surgery.base_store import BaseStore
 from model_preparation.surgery.graft import GraftPlan, base_paths, empty_model, tensor_ranges
+from model_preparation.surgery.model_code import AUTO_MAP, package_code
 from model_preparation.tensors.safetensors_writer import Shard
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.tensors.tensor_ranges import TensorRange
 
 INDEX = "model.safetensors.index.json"
-
-_AUTO_MAP = {
-    "AutoConfig": "configuration_llamba.LlambaConfig",
-    "AutoModel": "modeling_llamba.LlambaModel",
-    "AutoModelForCausalLM": "modeling_llamba.LlambaForCausalLM",
-}
 
 
 class HfFolder:
@@ -86,11 +80,11 @@ class HfFolder:
         weight_map = {name: shard.file for shard in shards for name in shard.ranges}
         sizes = {"total_parameters": self._graft.parameters, "total_size": self._graft.weight_bytes}
         _write_json(folder / INDEX, {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))})
-        _write_json(folder / "config.json", {**self._graft.config.file_fields(), "auto_map": _AUTO_MAP})
+        _write_json(folder / "config.json", {**self._graft.config.file_fields(), "auto_map": AUTO_MAP})
         GenerationConfig(**generation_config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for source in (modeling_llamba.__file__, *get_relative_import_files(modeling_llamba.__file__)):
-            shutil.copyfile(source, folder / Path(source).name)
+        for name, path in package_code().items():
+            shutil.copyfile(path, folder / name)
 
 
 def read_state_dict(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]:
