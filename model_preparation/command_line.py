@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from model_preparation import interrupts
-from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
 from model_preparation.tensors.dtypes import MODEL_DTYPES
 
@@ -119,29 +118,6 @@ def add_device_flags(parser: CommandParser) -> None:
         help="CUDA device to use (default: 0; the CPU where there is none)",
     )
     group.add_argument("--device", metavar="NAME", help="any torch device instead: cpu, cuda:1, mps, ...")
-
-
-def choose_device(gpu: int | None, device: str | None) -> str:
-    """The device to run on: `--device` as it is, else CUDA device `--gpu`, else the CPU, with a line that says so.
-
-    Raises:
-        SurgeryError: if the device named does not exist on this machine.
-    """
-    import torch
-
-    if device is not None:
-        check_device(device)
-        return device
-    if not torch.cuda.is_available():
-        print("No CUDA device here: the CPU does the work.")
-        return "cpu"
-    index = gpu or 0
-    if not 0 <= index < torch.cuda.device_count():
-        raise SurgeryError(
-            f"--gpu {index} does not exist: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}. "
-            "Use one of those, or --device cpu."
-        )
-    return f"cuda:{index}"
 
 
 # Of the garbage collector, in new objects. Libraries make a million of them while they are imported, all of which stay:

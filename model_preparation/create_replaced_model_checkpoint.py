@@ -9,10 +9,10 @@ from model_preparation.command_line import (
     add_device_flags,
     add_dtype_flag,
     add_layers_flag,
-    choose_device,
     default_folder,
     run,
 )
+from model_preparation.devices import choose_device
 from model_preparation.surgery.sources import add_source_flag
 
 EXAMPLES = """\

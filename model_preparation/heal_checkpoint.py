@@ -8,10 +8,10 @@ from model_preparation.command_line import (
     CommandParser,
     add_device_flags,
     add_dtype_flag,
-    choose_device,
     number,
     run,
 )
+from model_preparation.devices import choose_device
 from model_preparation.surgery.sources import add_source_flag
 from model_preparation.training.settings import METHODS, PRECISIONS, SCHEDULES, TRACKERS, HealSettings
 

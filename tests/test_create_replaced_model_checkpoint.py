@@ -39,7 +39,7 @@ def test_the_command_writes_the_folder_of_the_guide(base_dir, layers_dir, tmp_pa
     assert result.stdout.splitlines()[-1] == f"Checkpoint is in {out}"
     assert "layer_03.pt" in result.stdout  # the plan says which layer comes from where
     if not torch.cuda.is_available():
-        assert "No CUDA device here: the CPU does the work." in result.stdout
+        assert "Device       cpu (torch sees no CUDA device)" in result.stdout
     assert {path.name for path in out.iterdir()} == {
         "model.pt",
         "model_state_dict.pt",

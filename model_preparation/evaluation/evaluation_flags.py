@@ -7,7 +7,7 @@ from model_preparation.command_line import CommandParser, number
 
 # Each belongs to --full_eval and has no effect without it. --seed does not: it is generation's too.
 _FLAGS: tuple[str, ...] = ("tasks", "limit", "mmlu_data", "num_fewshot", "batch_size")
-_FLAGS += ("results_dir", "result_json", "skip_generation", "tokenizer")
+_FLAGS += ("results_dir", "result_json", "skip_generation")
 
 
 def add_evaluation_flags(parser: CommandParser) -> None:
@@ -18,11 +18,6 @@ def add_evaluation_flags(parser: CommandParser) -> None:
     parser.add_argument("--skip_generation", action="store_true", help="evaluate only")
     parser.add_argument(
         "--result_json", type=Path, metavar="FILE", help="also write the scores to this file, for programs"
-    )
-    parser.add_argument(
-        "--tokenizer",
-        metavar="NAME|DIR|ID",
-        help="of a model that is published without one, as Llamba is: llama_tokenizer, ...",
     )
     add_scoring_flags(parser)
 

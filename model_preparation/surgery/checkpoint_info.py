@@ -44,9 +44,7 @@ def read_info(directory: str | Path) -> dict[str, Any]:
     if not directory.is_dir() and str(directory) in TABLE:
         raise SurgeryError(
             f"{directory} is the name of a model, and a checkpoint's folder is needed. Build one with "
-            "create_replaced_model_checkpoint.py. Models themselves are scored by test_checkpoint.py --checkpoint "
-            f"{directory} --skip_generation --full_eval --results_dir DIR; what they write is had by --compare_with at "
-            "a checkpoint."
+            "create_replaced_model_checkpoint.py. Only test_checkpoint.py takes models too."
         )
     if not directory.is_dir():
         raise SurgeryError(f"Checkpoint {directory} is not there. Build it with create_replaced_model_checkpoint.py.")

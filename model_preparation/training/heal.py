@@ -7,6 +7,7 @@ goes on wherever it was stopped. The parent is only read.
 
 import json
 import math
+import os
 import signal
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation import generate_text
+from model_preparation.files.names import name_of
 from model_preparation.files.new_folder import check_space, check_target
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
@@ -106,7 +108,7 @@ def heal_checkpoint(
     """
     parent, output_dir = Path(checkpoint).expanduser(), Path(output_dir).expanduser()
     dtype = torch_dtype(dtype)
-    states = Path(resume_dir).expanduser() if resume_dir else output_dir.with_name(f"{output_dir.name}_resume")
+    states = Path(resume_dir).expanduser() if resume_dir else Path(f"{os.path.abspath(output_dir)}_resume")
     only_read = [parent, data, *(given.get(name) for name in ("teacher", "init_from", "eval_data"))]
     for place in (output_dir, states):
         _check_apart(place, parent, *only_read)
@@ -321,7 +323,7 @@ def _healing(
     config = LlambaConfig.from_dict(parent_info["config"])
     said = settings.as_dict()
     for name in ("teacher", "eval_data", "init_from"):
-        said[name] = said[name] and Path(said[name]).name
+        said[name] = said[name] and name_of(said[name])
     return {
         "method": settings.method,
         "objective": "language modelling" if settings.teacher is None else "distillation",
