@@ -6,6 +6,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import psutil
 import pytest
 
 from model_preparation.search.remote import share_out
-from tests.conftest import run_command, start_command
+from model_preparation.search.setup import Setup, Spec
+from tests.conftest import assert_refused, run_command, start_command
 from tests.search.conftest import make_questions, write_task
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
@@ -45,6 +47,25 @@ def test_a_killed_worker_is_replaced_and_the_result_is_that_of_one_process(base_
     lines = [json.loads(line) for line in (tmp_path / "ray" / "journal.jsonl").read_text().splitlines()]
     made = [(tuple(line["layers"]), part) for line in lines for part in line["parts"]]
     assert len(made) == len(set(made))
+
+
+def test_a_gpu_that_torch_cannot_use_is_told_and_nothing_runs_on_the_cpu(base_dir, layers_dir, task_dir, tmp_path):
+    flags = ["--base", base_dir, "--llama_layers_dir", layers_dir, "--task", task_dir, "--method", "singles"]
+    with tempfile.TemporaryDirectory(prefix="ray") as ray_files:
+        environment = {"RAY_TMPDIR": ray_files, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+        environment |= {"RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": 1, "GPU": 1}), "CUDA_VISIBLE_DEVICES": "0"}
+        result = run_command("search_layers", *flags, "--output_dir", tmp_path, "--ray", "local", **environment)
+    assert "Device       a GPU from Ray for each job\n" in result.stdout, result.stderr
+    assert_refused(result, "A worker of the search failed: --device cuda cannot be used here: ")
+    assert lines_of(tmp_path / "journal.jsonl") == 0
+
+
+def test_batches_are_those_of_the_workers_device_whatever_is_here(base_dir, layers_dir, task_dir):
+    spec = Spec(str(base_dir), str(layers_dir), (str(task_dir),), ".", device="cuda", device_here="cpu")
+    here, there = Setup(replace(spec, device="cpu")), Setup(spec)
+    assert there.settings["device"] == "cuda"
+    assert len(there.questions.batches) < len(here.questions.batches)  # a GPU takes more at once
+    assert there.pair.model.device.type == "cpu"
 
 
 def wait_for_a_worker(process: BaseProcess) -> int:
