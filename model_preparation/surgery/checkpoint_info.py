@@ -12,7 +12,7 @@ from model_preparation.surgery.sources import TABLE
 from model_preparation.untrusted.untrusted_files import check_fields, read_json
 
 FORMAT_VERSION = 1
-FORMATS = ("pt", "hf", "both")
+FORMATS = {"pt": 2, "hf": 1, "both": 3}  # how many times the weights are in each
 INFO = "checkpoint_info.json"
 MODULE = "model.pt"
 STATE_DICT = "model_state_dict.pt"
@@ -29,6 +29,12 @@ _INFO_FIELDS = {"replaced_layers": list, "total_layers": int, "config": dict, "g
 def formats_of(info: Mapping[str, Any]) -> set[str]:
     """What a checkpoint's weights are stored as: "pt", "hf", or both."""
     return {"pt", "hf"} if info.get("format") == "both" else {str(info.get("format", "pt"))}
+
+
+def check_format(format: str) -> None:
+    """Raise SurgeryError for what is no format of checkpoints."""
+    if format not in FORMATS:
+        raise SurgeryError(f"{format!r} is not a format of checkpoints. Choose one of {', '.join(FORMATS)}.")
 
 
 def read_info(directory: str | Path) -> dict[str, Any]:

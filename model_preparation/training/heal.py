@@ -1,4 +1,4 @@
-"""Healing: a grafted checkpoint trained a little more, into a new checkpoint of the same format.
+"""Healing: a grafted checkpoint trained a little more, into a new checkpoint.
 
 In: a checkpoint's folder, text, settings. Out: another checkpoint's folder, which says what it was healed from, on
 what, how, and the scores before and after; beside it, while and after it is made, a folder of states from which the run
@@ -27,7 +27,7 @@ from model_preparation.files.names import name_of
 from model_preparation.files.new_folder import check_space, check_target
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
-from model_preparation.surgery.checkpoint_info import INFO, read_info
+from model_preparation.surgery.checkpoint_info import FORMATS, INFO, check_format, read_info
 from model_preparation.surgery.checkpoint_loading import load_checkpoint, without_wrapper_prefixes
 from model_preparation.surgery.trial import PROMPT
 from model_preparation.tensors.dtypes import torch_dtype
@@ -75,6 +75,7 @@ def heal_checkpoint(
     resume_dir: str | Path | None = None,
     device: str = "cpu",
     dtype: torch.dtype | str | None = None,
+    format: str | None = None,
     overwrite: bool = False,
     description: str = "",
     prompts: Sequence[str] | None = None,
@@ -94,6 +95,7 @@ def heal_checkpoint(
         resume_dir: of the states; by default `output_dir` with `_resume` after it.
         device: where to train, where no launcher has decided that.
         dtype: of the new checkpoint; by default its parent's. Training has its weights in float32.
+        format: of the new checkpoint, as `build_checkpoint` takes it; by default its parent's.
         overwrite: replace a checkpoint in `output_dir`, and with resume "never" the states of an earlier run.
         description: free text for checkpoint_info.json.
         prompts: texts to go on with before and after, greedily; by default one sentence.
@@ -119,6 +121,8 @@ def heal_checkpoint(
     if isinstance(resume, bool):
         resume = "auto" if resume else "never"
     parent_info = read_info(parent)
+    format = format or parent_info.get("format", "pt")
+    check_format(format)
     processes = PartialState(cpu=device == "cpu")
     say = print if processes.is_main_process else _say_nothing
     if processes.is_main_process:
@@ -169,7 +173,7 @@ def heal_checkpoint(
     )
     trainer.remove_callback(PrinterCallback)
     if processes.is_main_process:
-        _check_room(trainer, states, output_dir, dtype or getattr(torch, parent_info["dtype"]))
+        _check_room(trainer, states, output_dir, dtype or getattr(torch, parent_info["dtype"]), FORMATS[format])
     say(_describe(trainer, settings, size, train, held_out))
     if state is not None and trainer.first_step > args.max_steps:
         raise SurgeryError(
@@ -202,6 +206,7 @@ def heal_checkpoint(
             tokenizer,
             output_dir,
             healing=_healing(trainer, run, identity, parent_info, texts_after),
+            format=format,
             description=description,
             overwrite=overwrite,
             extras=extras,
@@ -220,6 +225,7 @@ def merge_adapter(
     output_dir: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
+    format: str | None = None,
     overwrite: bool = False,
     description: str = "",
 ) -> dict[str, Any]:
@@ -232,6 +238,8 @@ def merge_adapter(
     dtype = torch_dtype(dtype)
     output_dir = Path(output_dir).expanduser()
     parent_info = read_info(parent)
+    format = format or parent_info.get("format", "pt")
+    check_format(format)
     _check_apart(output_dir, parent, parent, adapter)
     check_target(output_dir, overwrite=overwrite, complete_mark=INFO)
     model, tokenizer = load_checkpoint(parent, dtype=torch.float32)
@@ -248,6 +256,7 @@ def merge_adapter(
         tokenizer,
         output_dir,
         healing=healing,
+        format=format,
         description=description,
         overwrite=overwrite,
         extras={ADAPTER: partial(write_adapter, tensors_and_config)},
@@ -265,13 +274,13 @@ def _check_apart(written: Path, parent: Path, *read: str | Path | None) -> None:
             raise SurgeryError(f"{path} is only read, and {written} would replace it. Choose another folder.")
 
 
-def _check_room(trainer: HealTrainer, states: Path, output_dir: Path, dtype: torch.dtype) -> None:
+def _check_room(trainer: HealTrainer, states: Path, output_dir: Path, dtype: torch.dtype, copies: int) -> None:
     """Raise SurgeryError if one state, or the checkpoint, is too large for the disk it will be on."""
     count = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     weights = trained if trainer.is_lora else count
     check_space(states / PREFIX, 4 * (weights + 2 * trained))  # float32, and AdamW's two moments
-    check_space(output_dir, 2 * count * dtype.itemsize)
+    check_space(output_dir, copies * count * dtype.itemsize)
 
 
 def _train(trainer: HealTrainer, states: Path) -> None:
