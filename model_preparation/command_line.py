@@ -104,8 +104,8 @@ def add_dtype_flag(parser: CommandParser, *, help: str) -> None:
 
 def default_folder(name: str) -> Path:
     """Where a command looks for `name` by default: beside the package in a checkout, else in the current folder."""
-    beside = Path(__file__).resolve().parents[1] / name
-    return beside if beside.is_dir() else Path(name)
+    beside = Path(__file__).resolve().parents[1]
+    return beside / name if (beside / "pyproject.toml").is_file() else Path(name)
 
 
 def add_device_flags(parser: CommandParser) -> None:
