@@ -8,7 +8,7 @@ import gc
 import io
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from model_preparation import interrupts
@@ -29,6 +29,14 @@ class CommandParser(argparse.ArgumentParser):
             if not _is_text(word):
                 self.error(f"{word!r} is not UTF-8. Rename what it names, or call it by another path")
         return super().parse_args(args, namespace)
+
+    def refuse(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+        """End the command, as for wrong usage, if one of these was given: `why` says that it does nothing here."""
+        flags = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+        for name in names:
+            default = self.get_default(name)
+            if getattr(args, name, default) != default:
+                self.error(f"{flags[name]} {why}")
 
     def add_argument(self, *flags: str, **kwargs):
         hyphenated = [flag.replace("_", "-") for flag in flags if flag.startswith("--") and "_" in flag]

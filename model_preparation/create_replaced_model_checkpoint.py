@@ -87,9 +87,10 @@ def main() -> None:
         parser.error("one of --layers and --from_info is needed, and only one")
     if args.from_info is not None and args.dry_run:
         parser.error("--dry_run has nothing to show for --from_info: the recipe is the plan")
-    given = [flag for flag in _OF_THE_RECIPE if getattr(args, flag) not in (None, False)]
-    if args.from_info is not None and given:
-        parser.error(f"--{given[0]} is the recipe's to say: leave it out, or use --layers instead of --from_info")
+    if args.from_info is not None:
+        parser.refuse(
+            args, _OF_THE_RECIPE, "is the recipe's to say: leave it out, or use --layers instead of --from_info"
+        )
 
     from model_preparation.files.new_folder import check_target
     from model_preparation.surgery import checkpoint, graft

@@ -36,18 +36,18 @@ examples:
 
 
 _OF_A_MERGE = ("checkpoint", "merge_adapter", "output_dir", "dtype", "format", "overwrite", "description")
-_FLAG_OF = {"prompts": "prompt"}
 
 
 def main() -> None:
     """Parse the command line, heal or merge, and say where the result is."""
     parser = _parser()
-    args = vars(parser.parse_args())
-    if (args["merge_adapter"] is None) == (args["data"] is None):
+    given = parser.parse_args()
+    args = vars(given)
+    if (given.merge_adapter is None) == (given.data is None):
         parser.error("one of --data and --merge_adapter is needed, and only one")
-    for name, value in args.items():
-        if args["merge_adapter"] is not None and name not in _OF_A_MERGE and value != parser.get_default(name):
-            parser.error(f"--{_FLAG_OF.get(name, name)} belongs to training, and --merge_adapter trains nothing")
+    if given.merge_adapter is not None:
+        of_training = [name for name in args if name not in _OF_A_MERGE]
+        parser.refuse(given, of_training, "belongs to training, and --merge_adapter trains nothing")
     settings = {name: args.pop(name) for name in HealSettings.__dataclass_fields__ if name in args}
     adapter, data, gpu, device = (args.pop(name) for name in ("merge_adapter", "data", "gpu", "device"))
     names = [name for _, name in args["milestones"]]

@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from model_preparation import SurgeryError
+from tests.conftest import HANG_SECONDS
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -65,7 +66,12 @@ def run_script(checkout: Path, name: str, *args: str, **env: str) -> tuple[subpr
         **env,
     }
     result = subprocess.run(
-        ["bash", str(checkout / name), *args], cwd="/", env=environment, capture_output=True, text=True, timeout=60
+        ["bash", str(checkout / name), *args],
+        cwd="/",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
     return result, [call for call in calls.read_text().splitlines() if call != "-m pip --version"]
 

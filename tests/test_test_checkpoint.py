@@ -134,6 +134,10 @@ def test_a_folder_that_is_no_checkpoint_is_refused_with_one_line(tmp_path):
         ([], "--checkpoint"),
         (["--checkpoint", "x", "--limit", "3"], "--limit belongs to --full_eval"),
         (["--checkpoint", "x", "--mmlu_data", "y"], "--mmlu_data belongs to --full_eval"),
+        (
+            ["--checkpoint", "x", "--full_eval", "--skip_generation", "--top_k", "3"],
+            "--top_k has no effect with --skip",
+        ),
         (["--checkpoint", "x", "--full_eval", "--limit", "0"], "0 is too small"),
         (["--checkpoint", "x", "--full_eval", "--limit", "0.5"], "'0.5' is not an integer"),
         (["--checkpoint", "x", "--full_eval", "--num_fewshot", "-1"], "-1 is too small"),

@@ -23,6 +23,9 @@ DEFAULT_PROMPTS = (
 )
 RECORDED = {"donor": "replacement_source", "base": "base_model"}  # name in --compare_with: field of the checkpoint
 _SAMPLING_FLAGS = ("temperature", "top_p", "top_k")
+# All but --seed and --source, which the evaluation has too.
+GENERATION_FLAGS: tuple[str, ...] = ("prompt", "prompts_file", "chat", "max_new_tokens", "do_sample", *_SAMPLING_FLAGS)
+GENERATION_FLAGS += ("num_return_sequences", "compare_with", "output")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 
 from model_preparation.search.remote import share_out
 from model_preparation.search.setup import Setup, Spec
-from tests.conftest import assert_refused, run_command, start_command
+from tests.conftest import HANG_SECONDS, assert_refused, run_command, start_command, wait_until
 from tests.search.conftest import make_questions, write_task
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
@@ -37,7 +36,7 @@ def test_a_killed_worker_is_replaced_and_the_result_is_that_of_one_process(base_
         wait_for_lines(process, journal, 3)  # the base, and two combinations
         os.kill(wait_for_a_worker(process), signal.SIGKILL)
         told = lines_of(journal)
-        process.join(300)
+        process.join(HANG_SECONDS)
         assert process.exitcode == 0, (tmp_path / "log").read_text()
     assert (tmp_path / "log").read_text().count("A worker was lost") == 2
     assert told < 16 == lines_of(journal)
@@ -70,22 +69,18 @@ def test_batches_are_those_of_the_workers_device_whatever_is_here(base_dir, laye
 
 def wait_for_a_worker(process: BaseProcess) -> int:
     """The process of a worker, as soon as there is one."""
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and process.is_alive():
-        workers = [each.pid for each in psutil.Process(process.pid).children(recursive=True) if is_share(each)]
-        if workers:
-            return workers[0]
-        time.sleep(0.02)
-    pytest.fail("no worker was seen at work")
+    workers: list[int] = []
+
+    def are_there() -> bool:
+        workers[:] = [each.pid for each in psutil.Process(process.pid).children(recursive=True) if is_share(each)]
+        return bool(workers)
+
+    wait_until(are_there, alive=process.is_alive)
+    return workers[0]
 
 
 def wait_for_lines(process: BaseProcess, path: Path, count: int) -> None:
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and process.is_alive():
-        if path.exists() and lines_of(path) >= count:
-            return
-        time.sleep(0.002)
-    pytest.fail(f"{path} has not {count} lines")
+    wait_until(lambda: path.exists() and lines_of(path) >= count, alive=process.is_alive)
 
 
 def lines_of(path: Path) -> int:
