@@ -118,7 +118,7 @@ def load_donor(folder: Path | None) -> LlamaForCausalLM:
 @torch.no_grad()
 def make_llamba(donor: LlamaForCausalLM, layers: list[int]) -> LlambaForCausalLM:
     """A base of the donor's shape with its embedding and its `layers`; the mixers are random, which costs the same."""
-    fields = llamba_config(donor.config).to_dict()
+    fields = llamba_config(donor.config).file_fields()
     if layers:
         fields["llama_layers"] = sorted(layers)
         fields["llama_cfg"] = {name: getattr(donor.config, name) for name in LLAMA_DEFAULTS}

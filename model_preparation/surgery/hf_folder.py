@@ -145,7 +145,7 @@ def _write_rest(
     generation_config: Mapping[str, Any],
 ) -> None:
     _write_json(folder / INDEX, {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))})
-    _write_json(folder / "config.json", {**config.to_dict(), "auto_map": _AUTO_MAP})
+    _write_json(folder / "config.json", {**config.file_fields(), "auto_map": _AUTO_MAP})
     GenerationConfig(**generation_config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for source in (modeling_llamba.__file__, *get_relative_import_files(modeling_llamba.__file__)):
