@@ -49,7 +49,8 @@ def choose_device(gpu: int | None = None, device: str | None = None) -> str:
         note = f" ({torch.cuda.get_device_name(place)})"
     chosen = "cpu" if place.type == "cpu" else str(place)
     if os.environ.get("RANK", "0") == "0":  # the first process of a launcher speaks for all
-        print(f"Device       {chosen}{note}" + f", and so on for {processes} processes" * (processes > 1), flush=True)
+        shared = f", a GPU for each of {processes} processes" if place.type == "cuda" else f", {processes} processes"
+        print(f"Device       {chosen}{note}{shared * (processes > 1)}", flush=True)
     return chosen
 
 

@@ -62,7 +62,7 @@ def two_gpus(monkeypatch):
             {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"},
             {},
             "cuda:0",
-            "cuda:0 (GPU number 0), and so on for 2 processes",
+            "cuda:0 (GPU number 0), a GPU for each of 2 processes",
         ),
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1"}, {"device": "cuda"}, "cuda:1", None),
     ],
