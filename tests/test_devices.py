@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from model_preparation.batch import ray_jobs
 from model_preparation.batch.jobs import Job
@@ -129,7 +130,14 @@ def test_a_gpu_that_the_cluster_lacks_is_refused():
         ray_jobs.gpus_per_job(cluster, "cuda")
 
 
-def test_healing_runs_on_the_gpu_that_was_named(two_gpus, tmp_path):
+@pytest.fixture
+def no_accelerate_state():
+    """Nothing of accelerate's for the processes that other tests fork from this one."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_healing_runs_on_the_gpu_that_was_named(two_gpus, no_accelerate_state, tmp_path):
     size = StepSize(accumulation=1, sequences=4, sequences_at_start=4)
     args = training_arguments(HealSettings(), tmp_path, "run", size, 1, "cuda:1", resumed=False)
     assert args.device == torch.device("cuda:1")

@@ -9,7 +9,6 @@ Each file appears whole or not at all.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -39,7 +38,7 @@ class WorkFolder:
     def beside(cls, target: Path) -> "WorkFolder":
         """That of the distillation that makes `target`."""
         target = target.resolve()
-        return cls(Path(f"{os.path.abspath(target)}.distilling"))
+        return cls(target.with_name(f"{target.name}.distilling"))
 
     @contextmanager
     def held(self, text: Mapping[str, Any], training: Mapping[str, Any], *, restart: bool) -> Iterator[None]:
