@@ -317,9 +317,12 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_in_no_state(heal, interval
     assert all(math.isfinite(loss) for state in states for loss in state.info["unlogged"]["losses"])
 
 
-def test_a_single_step_trains_and_a_worse_end_is_told(heal, tmp_path):
-    result = heal(tmp_path / "out", "--max_steps", 1, "--eval_interval", 1, "--learning_rate", 1.0)
+def test_a_single_step_trains_and_a_worse_end_is_told(flags, tmp_path):
+    (tmp_path / "out").mkdir()
+    more = ("--max_steps", 1, "--eval_interval", 1, "--learning_rate", 1.0, "--output_dir", ".")
+    result = run_command("heal_checkpoint", *flags, *more, cwd=tmp_path / "out")
     assert result.returncode == 0, result.stderr
+    assert list_states(tmp_path / "out_resume")[0]
     scores = info_of(tmp_path / "out")["healing"]["scores"]
     assert scores["after"]["eval_loss"] > scores["before"]["eval_loss"]
     assert "It is higher than before" in result.stdout
