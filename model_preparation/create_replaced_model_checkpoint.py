@@ -9,10 +9,10 @@ from model_preparation.command_line import (
     add_device_flags,
     add_dtype_flag,
     add_layers_flag,
-    choose_device,
     default_folder,
     run,
 )
+from model_preparation.devices import choose_device
 from model_preparation.surgery.sources import add_source_flag
 
 EXAMPLES = """\
@@ -84,9 +84,10 @@ def main() -> None:
         parser.error("one of --layers and --from_info is needed, and only one")
     if args.from_info is not None and args.dry_run:
         parser.error("--dry_run has nothing to show for --from_info: the recipe is the plan")
-    given = [flag for flag in _OF_THE_RECIPE if getattr(args, flag) is not None]
-    if args.from_info is not None and given:
-        parser.error(f"--{given[0]} is the recipe's to say: leave it out, or use --layers instead of --from_info")
+    if args.from_info is not None:
+        parser.refuse(
+            args, _OF_THE_RECIPE, "is the recipe's to say: leave it out, or use --layers instead of --from_info"
+        )
 
     from model_preparation.files.new_folder import check_target
     from model_preparation.surgery import checkpoint, graft

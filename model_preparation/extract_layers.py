@@ -64,8 +64,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.model_name is None and args.from_legacy is None and not args.verify:
         parser.error("--model_name is needed (or --verify, to check layers extracted before)")
-    if args.from_legacy is None and (args.trust_pickle or args.allow_network):
-        parser.error("--trust_pickle and --allow_network go with --from_legacy")
+    if args.from_legacy is None:
+        parser.refuse(args, ("trust_pickle", "allow_network"), "goes with --from_legacy")
+    if args.model_name is None and args.from_legacy is None:
+        parser.refuse(args, ("layers", "dtype", "overwrite", "source"), "has no effect where nothing is extracted")
 
     from rich.filesize import decimal
 

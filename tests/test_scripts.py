@@ -18,6 +18,7 @@ from packaging.version import Version
 
 from model_preparation import SurgeryError
 from model_preparation.llamba.transformers_versions import NEWEST, OLDEST
+from tests.conftest import HANG_SECONDS
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -67,7 +68,12 @@ def run_script(checkout: Path, name: str, *args: str, **env: str) -> tuple[subpr
         **env,
     }
     result = subprocess.run(
-        ["bash", str(checkout / name), *args], cwd="/", env=environment, capture_output=True, text=True, timeout=60
+        ["bash", str(checkout / name), *args],
+        cwd="/",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
     return result, [call for call in calls.read_text().splitlines() if call != "-m pip --version"]
 

@@ -22,8 +22,9 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.generation_flags import RECORDED
 from model_preparation.surgery.checkpoint_info import INFO, read_info
-from model_preparation.surgery.checkpoint_loading import load_checkpoint
+from model_preparation.surgery.checkpoint_loading import load_checkpoint, spread
 from model_preparation.surgery.llama_files import HEAD, text_part, without_head
 from model_preparation.surgery.model_configs import read_generation_config
 from model_preparation.surgery.recipe import target_of
@@ -31,8 +32,6 @@ from model_preparation.surgery.sources import has_tokenizer, is_replaced, resolv
 from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.untrusted.untrusted_config import generation_config_from
-
-RECORDED = {"donor": "replacement_source", "base": "base_model"}  # name in --compare_with: field of the checkpoint
 
 
 @dataclass(frozen=True)
@@ -92,18 +91,19 @@ def load_other(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    parallelize: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, the model in eval mode, its own decoding settings put aside.
 
     Args:
         tokenizer: for a model published without one, as Llamba is: that of the checkpoint compared.
-        device, dtype: as in `load_checkpoint`.
+        device, dtype, parallelize: as in `load_checkpoint`.
 
     Raises:
         SurgeryError: if it cannot be loaded, lacks weights, or has too small a vocabulary for `tokenizer`.
     """
     if other.is_checkpoint:
-        return load_checkpoint(other.folder, device=device, dtype=dtype)
+        return load_checkpoint(other.folder, device=device, dtype=dtype, parallelize=parallelize)
     own = has_tokenizer(other.folder)
     if own:
         tokenizer = load_tokenizer(other.folder)
@@ -117,6 +117,8 @@ def load_other(
     eos = tokenizer.eos_token_id if given.eos_token_id is None else given.eos_token_id
     pad = eos[0] if isinstance(eos, list) else eos
     model.generation_config = GenerationConfig(bos_token_id=given.bos_token_id, eos_token_id=eos, pad_token_id=pad)
+    if parallelize:
+        return spread(model), tokenizer
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method's own signature
     return model, tokenizer
 

@@ -18,6 +18,7 @@ import rich.progress
 from model_preparation.errors import SurgeryError
 from model_preparation.files.digests import fault_of
 from model_preparation.files.seal import seal
+from model_preparation.files.text import read_text
 from model_preparation.sharing.hub_uploads import HUBS
 from model_preparation.sharing.licences import check_name, licence_of, terms_of
 from model_preparation.sharing.model_card import MEASURED, card_text, read_card
@@ -209,8 +210,8 @@ def _check_file(directory: Path, name: str, recorded: Mapping[str, Any]) -> None
 
 def _read_card_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except (OSError, ValueError) as error:
         raise SurgeryError(f"The card {path} cannot be read ({error}). Give a Markdown file with --card.") from error
 
 

@@ -13,7 +13,7 @@ from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.untrusted_files import check_fields, read_json
 
 FORMAT_VERSION = 1
-FORMATS = ("pt", "hf", "both")
+FORMATS = {"pt": 2, "hf": 1, "both": 3}  # how many times the weights are in each
 INFO = "checkpoint_info.json"
 MODULE = "model.pt"
 STATE_DICT = "model_state_dict.pt"
@@ -32,6 +32,12 @@ def formats_of(info: Mapping[str, Any]) -> set[str]:
     return {"pt", "hf"} if info.get("format") == "both" else {str(info.get("format", "pt"))}
 
 
+def check_format(format: str) -> None:
+    """Raise SurgeryError for what is no format of checkpoints."""
+    if format not in FORMATS:
+        raise SurgeryError(f"{format!r} is not a format of checkpoints. Choose one of {', '.join(FORMATS)}.")
+
+
 def read_info(directory: str | Path) -> dict[str, Any]:
     """checkpoint_info.json of a checkpoint folder.
 
@@ -45,9 +51,7 @@ def read_info(directory: str | Path) -> dict[str, Any]:
     if not directory.is_dir() and str(directory) in TABLE:
         raise SurgeryError(
             f"{directory} is the name of a model, and a checkpoint's folder is needed. Build one with "
-            "create_replaced_model_checkpoint.py. Models themselves are scored by test_checkpoint.py --checkpoint "
-            f"{directory} --skip_generation --full_eval --results_dir DIR; what they write is had by --compare_with at "
-            "a checkpoint."
+            "create_replaced_model_checkpoint.py. Only test_checkpoint.py takes models too."
         )
     if path.is_file():
         return read_info_file(path)

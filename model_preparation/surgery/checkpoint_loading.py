@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
@@ -69,11 +70,11 @@ def load_checkpoint(
     if dtype is not None:
         model.config.dtype = dtype
     model.generation_config = generation_config
-    model = _spread(model) if parallelize else model.to(device)
+    model = spread(model) if parallelize else model.to(device)
     return model, load_tokenizer(directory if is_hf else directory / TOKENIZER)
 
 
-def _spread(model: LlambaForCausalLM) -> LlambaForCausalLM:
+def spread(model: PreTrainedModel) -> Any:
     """Spread a model over the devices there are, about as much on each, no layer over two."""
     from accelerate import dispatch_model, infer_auto_device_map  # slow to import, and needed here only
     from accelerate.utils import get_balanced_memory

@@ -134,6 +134,11 @@ def target_named(name: str, overrides: Mapping[str, str] | None = None) -> str:
     return _look_up(name, overrides or {})[1]
 
 
+def names_behind(name: str, overrides: Mapping[str, str] | None = None) -> list[str]:
+    """The names of `TABLE` that `resolve` would look up on its way."""
+    return _look_up(name, overrides or {})[0]
+
+
 def tokenizer_name(name: str) -> str | None:
     """The name in `TABLE` of the tokenizer for a model that is published without one; None for every other name."""
     return _TOKENIZER_OF.get(name)

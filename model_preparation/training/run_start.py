@@ -13,6 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.names import name_of
 from model_preparation.files.new_folder import remove_abandoned
 from model_preparation.training.heal_data import Sequences
 from model_preparation.training.healed_folder import describe_parent
@@ -117,7 +118,7 @@ def check_data(
 ) -> None:
     """Enter what the data are into `identity`; of a run that goes on they have to be the same."""
     described = {
-        "name": Path(data).name,
+        "name": name_of(data),
         "blake3": train.digest(),
         "sequences": len(train),
         "tokens": train.tokens.size,

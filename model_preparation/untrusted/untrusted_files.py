@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.text import decode
 from model_preparation.untrusted.no_model import stand_in
 
 MAX_JSON_BYTES = 16_000_000
@@ -100,7 +101,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
         raise ValueError(f"it has more than {MAX_JSON_BYTES // 1_000_000} MB of JSON")
     try:
         value = json.loads(
-            data.decode("utf-8"),
+            decode(data),
             object_pairs_hook=_unique,
             parse_int=_bounded,
             parse_float=_finite,
