@@ -5,6 +5,7 @@ the folder, FIFOs and devices, names that climb, JSON that is too large, too dee
 """
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -64,6 +65,24 @@ def inside(folder: Path, name: object) -> Path:
     raise SurgeryError(
         f"{folder} lists a file {name!r:.200}, which is outside its folder or no file's name. Do not use this folder."
     )
+
+
+def without_links(folder: Path) -> Path:
+    """`folder`, to write and delete in, if it is no link and has none in it, at any depth; it need not be there.
+
+    Whoever packed a folder may have put a link in it, and what is done through that is done elsewhere.
+
+    Raises:
+        SurgeryError: naming the link.
+    """
+    below = (Path(root, name) for root, folders, files in os.walk(folder) for name in folders + files)
+    for path in itertools.chain([folder], below):
+        if path.is_symlink():
+            raise SurgeryError(
+                f"{path} is a link to {os.readlink(path)}, and nothing is written or removed through it. "
+                "Remove the link, or choose another folder."
+            )
+    return folder
 
 
 def read_json(path: Path) -> dict[str, Any]:
