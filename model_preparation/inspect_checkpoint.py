@@ -5,6 +5,7 @@ from pathlib import Path
 
 from model_preparation.command_line import CommandParser, run
 from model_preparation.surgery.sources import TABLE, add_source_flag, resolve
+from model_preparation.terminal import escaped
 
 EXAMPLES = """\
 examples:
@@ -43,7 +44,7 @@ def main() -> None:
     if args.diff is not None:
         lines = compare(path, place_of(args.diff, args.source), args.keys)
     for line in lines:
-        print(line)
+        print(escaped(line))
 
 
 def place_of(given: str, sources: Mapping[str, str]) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -127,7 +128,7 @@ def _compare(
     column, start = Column(other.name, [], []), len(written.rows)
     bar = Console(stderr=True)
     pairs = list(zip(request.prompts, written.generations, strict=True))
-    for prompt, own in track(pairs, other.name, console=bar, transient=True, disable=not bar.is_terminal):
+    for prompt, own in track(pairs, escape(other.name), console=bar, transient=True, disable=not bar.is_terminal):
         try:
             generations = _generate(model, its_tokenizer, prompt, request, written.rows, row)
         except (SurgeryError, torch.OutOfMemoryError) as error:

@@ -4,7 +4,6 @@ In: per model its texts, and remarks on them. Out: printed.
 """
 
 import itertools
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from model_preparation.evaluation.generation import Generation
+from model_preparation.terminal import escaped
 
 LABEL = 12  # width of the first column where lines are printed
 
@@ -79,7 +79,7 @@ def _lines(label: str, text: str) -> str:
 
 def printable(text: str) -> str:
     """The text with control characters spelled out: a broken model's must not steer the terminal."""
-    return "".join(char if char in "\n\t" or unicodedata.category(char) != "Cc" else repr(char)[1:-1] for char in text)
+    return escaped(text, "\n\t")
 
 
 def _first_difference(one: Sequence, other: Sequence) -> int | None:

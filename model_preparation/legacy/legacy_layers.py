@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import rich.markup
 import rich.progress
 import torch
 from transformers import LlamaConfig
@@ -123,7 +124,8 @@ def import_legacy(
             tempfile.TemporaryDirectory(dir=staging) as between,
             legacy_process(Path(between), allow_network) as process,
         ):
-            for index in rich.progress.track(chosen, f"Importing {folder}", disable=len(chosen) < 2):
+            title = rich.markup.escape(f"Importing {folder}")
+            for index in rich.progress.track(chosen, title, disable=len(chosen) < 2):
                 ranges, said = process.read(paths[index].resolve())
                 not_run |= {*said["not_run"]}
                 config = _agreed_config(config, said, paths[index])

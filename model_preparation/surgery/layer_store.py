@@ -15,6 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+import rich.markup
 import rich.progress
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ def extract_layers(
                 if ranges:
                     path = staging / layer_file(index)
                     writing[str(index)] = beside.start(write_layer, path, ranges, dtype, go_on)
-            title = f"Extracting {model_name}"
+            title = rich.markup.escape(f"Extracting {model_name}")
             steps = rich.progress.track(writing.items(), title, len(writing), disable=len(writing) < 2)
             described = {index: layer.result() for index, layer in steps}
             parts = checking.result()
@@ -318,7 +319,7 @@ class LayerStore:
         """Check every file of the folder; one line per bad one, none if all are as they were written."""
         recorded = {entry["file"]: entry for entry in self.layers.values()} | self.metadata["files"]
         found = []
-        for name, entry in rich.progress.track(recorded.items(), f"Verifying {self.folder}"):
+        for name, entry in rich.progress.track(recorded.items(), rich.markup.escape(f"Verifying {self.folder}")):
             if fault := fault_of(inside(self.folder, name), entry):
                 found.append(f"{self.folder / name} is {fault}.")
         return found
