@@ -5,7 +5,7 @@ without this machine's paths, and README.md, the card. The folder itself is only
 """
 
 import hashlib
-import json
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from model_preparation.files.digests import fault_of
 from model_preparation.files.seal import seal
 from model_preparation.sharing.hub_uploads import HUBS
 from model_preparation.sharing.licences import check_name, licence_of, terms_of
-from model_preparation.sharing.model_card import MEASURED, card_text, read_card
+from model_preparation.sharing.model_card import card_text, read_card
 from model_preparation.surgery.checkpoint_info import EVALUATIONS, INFO, MODULE, STATE_DICT, TOKENIZER, read_info
 from model_preparation.surgery.hub_snapshots import first_line
 
@@ -37,6 +37,7 @@ _HF_ONLY = [
     "added_tokens.json",
     "chat_template*",
 ]
+_LOCAL_PATH = re.compile(r"(~([A-Za-z_]\w*)?|\.\.?|[A-Za-z]:)?[/\\]|file:")  # on any system
 
 
 @dataclass(frozen=True)
@@ -212,16 +213,15 @@ def _read_card_file(path: Path) -> str:
         raise SurgeryError(f"The card {path} cannot be read ({error}). Give a Markdown file with --card.") from error
 
 
-def _without_paths(info: dict[str, Any]) -> dict[str, Any]:
-    """checkpoint_info.json for strangers: folders of this machine are named by their last part only."""
-    shared = json.loads(json.dumps(info))
-    for source in (shared["base_model"], shared["replacement_source"]):
-        if source["hub"] == "local":
-            source["name"] = source["id"]
-            source.pop("path", None)
-    if measured := shared.get(MEASURED):
-        measured["settings"].pop("mmlu_data", None)
-    return shared
+def _without_paths(value: Any) -> Any:
+    """What checkpoint_info.json has, for strangers: paths of this machine, wherever, are named by their last part."""
+    if isinstance(value, dict):
+        named = {"name": value["id"]} if value.get("hub") == "local" and "name" in value else {}
+        fields = {_without_paths(name): _without_paths(field) for name, field in value.items() if name != "path"}
+        return fields | named
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    return PureWindowsPath(value).name if isinstance(value, str) and _LOCAL_PATH.match(value) else value
 
 
 def _stage(share: Share, names: set[str], folder: Path) -> None:

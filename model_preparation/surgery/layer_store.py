@@ -34,7 +34,7 @@ from model_preparation.surgery.model_configs import (
     read_generation_config,
     type_and_depth,
 )
-from model_preparation.surgery.sources import has_tokenizer, resolve
+from model_preparation.surgery.sources import check_recorded, has_tokenizer, resolve
 from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.pt_writer import placeholder, write_together
 from model_preparation.tensors.tensor_files import TensorFiles, load_tensors
@@ -274,7 +274,7 @@ class LayerStore:
                 check_fields(entry, FILE_FIELDS)
             for entry in self.layers.values():
                 check_fields(entry, {"file": str})
-            check_fields(self.metadata["source"], {"id": str})
+            check_recorded(self.metadata["source"])
         except (ValueError, TypeError, AttributeError) as error:
             raise SurgeryError(f"{path} is damaged ({error}). {self._again()}") from error
 

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from model_preparation.errors import SurgeryError
+from model_preparation.terminal import STEERING
 
 MAX_JSON_BYTES = 16_000_000
 MAX_DEPTH = 64
@@ -122,13 +123,40 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 
 def check_fields(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Raise ValueError unless each of the fields named is there and of its kind; True is no integer."""
+    """Raise ValueError unless each of the fields named is there and of its kind.
+
+    A name that ends in ? may be missing; * stands for every field there is. A kind is a class, or a tuple of kinds;
+    {...} is an object with such fields, [kind] a list of that kind. int alone takes no True, and str alone is a name,
+    with nothing in it that would steer a terminal; (str,) is any text.
+    """
+    if "*" in kinds:
+        kinds = dict.fromkeys(fields, kinds["*"])
     for name, kind in kinds.items():
-        if name not in fields:
+        if name.removesuffix("?") in fields:
+            name = name.removesuffix("?")
+            _check_kind(name, fields[name], kind)
+        elif not name.endswith("?"):
             raise ValueError(f"{name} is missing")
-        value = fields[name]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-            raise ValueError(f"{name} is {value!r:.80}")
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    classes = tuple(each if isinstance(each, type) else type(each) for each in kinds)
+    if (
+        not isinstance(value, classes)
+        or (isinstance(value, bool) and kind is int)
+        or (kind is str and STEERING.search(str(value)))
+    ):
+        raise ValueError(f"{name} is {value!r:.80}")
+    try:
+        for each in kinds:
+            if isinstance(each, dict) and isinstance(value, dict):
+                check_fields(value, each)
+            elif isinstance(each, list) and isinstance(value, list):
+                for item in value:
+                    _check_kind("an item", item, each[0])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_sizes(config: object) -> None:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from model_preparation.verification.verify_tensors import TensorChecks
 
 _FILES_AT_ONCE = 2  # each is hashed by one core
-# What hubs and their clients add, and share_checkpoint.py: no loader reads it. Whatever else is in a folder may be read.
+# What hubs and their clients add, and share_checkpoint.py: no loader reads it. All else in a folder may be read.
 _ADDED_BY_HUBS = {
     *(".gitattributes", ".gitignore", "README.md", "LICENSE", "NOTICE"),
     *("configuration.json", ".mdl", ".msc", ".mv"),  # ModelScope's
