@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.prefix_cache import can_share, shared
+from model_preparation.llamba.cache_llamba import CACHE_NAME
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 
 Answer = tuple[float, bool]  # log-likelihood, whether greedy
@@ -154,7 +155,7 @@ class ScoringLM(HFLM):
         """The model's cache after the prefix; None if it is of a kind that rows cannot share."""
         tokens = torch.tensor([prefix], device=self.device)
         with self._autocast():
-            cache = self.model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+            cache = self.model(tokens, use_cache=True, logits_to_keep=1)[CACHE_NAME]
         return cache if can_share(cache) else None
 
     def log_probabilities(self, batch: list[Row], skipped: int, prefix: Cache | None) -> list[Tensor]:
@@ -166,7 +167,7 @@ class ScoringLM(HFLM):
         with self._autocast():
             logits = self.model(
                 inputs.to(self.device),
-                past_key_values=None if prefix is None else shared(prefix, len(batch)),
+                **{CACHE_NAME: None if prefix is None else shared(prefix, len(batch))},
                 use_cache=prefix is not None,
                 logits_to_keep=positions.to(self.device),
             ).logits

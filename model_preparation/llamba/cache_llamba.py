@@ -4,11 +4,17 @@ It is transformers' DynamicCache, built from the config's `layer_types`; what is
 that a model without any attention layer can continue a prompt too.
 """
 
+import inspect
+
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
+from transformers.masking_utils import create_causal_mask
 
 from .configuration_llamba import LlambaConfig
+
+# What the installed transformers calls a cache, in arguments and outputs: `past_key_values` until 5.23, then `cache`.
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 class MambaStateLayer(LinearAttentionLayer):
@@ -40,7 +46,7 @@ class MambaStateLayer(LinearAttentionLayer):
 
 
 class LlambaCache(DynamicCache):
-    """The cache of a [`LlambaForCausalLM`]; `past_key_values` in every call that takes one.
+    """The cache of a [`LlambaForCausalLM`]; `past_key_values` or `cache` in every call that takes one.
 
     Args:
         config: the model's; one cache layer is made per entry of `config.layer_types`.
@@ -58,6 +64,12 @@ class LlambaCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen so far, padding included: the same number in every layer."""
         return self.seen_tokens
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Per layer, whether it has a state and no K/V; never all True, as `generate` then reads no length."""
+        kinds = super().is_linear
+        return kinds if not all(kinds) else [False] * len(kinds)
 
     def reset(self) -> None:
         """Forget everything."""

@@ -8,6 +8,9 @@ Source of the upstream fields: cartesia-ai/edge, cartesia-pytorch/cartesia_pytor
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from .transformers_versions import TESTED  # noqa: F401  before anything that another version may lack
+
+# isort: split
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .cache_llamba import LlambaCache
 from .configuration_llamba import LlambaConfig
-from .ssd import product_dtype, scan, step
+from .ssd import NEVER, product_dtype, scan, step
 
 # Tokens that go through a mixer at once on a CPU: what is computed of them stays in its caches, and in memory that the
 # allocator keeps. 256 to 1,024 differ by less than 5%.
@@ -44,6 +44,45 @@ class PaddingLayout(NamedTuple):
         return cls(order, order.argsort(dim=1), is_padding, lengths)
 
 
+class CausalConv1d(nn.Conv1d):
+    """A depthwise convolution over tokens. Its weights are read in its own forward only: hooks may load them there."""
+
+    def forward(self, window: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Convolve the last tokens of a window; no activation.
+
+        In bfloat16 where the CPU multiplies it (the sums are float32), else in at least float32.
+
+        Args:
+            window: (batch, kernel_size + length, channels): the inputs before the tokens, then theirs.
+            position_ids: (batch, length), each token's place in its document; tokens before that have no part.
+
+        Returns:
+            (batch, length, channels).
+        """
+        taps = self.kernel_size[0]
+        length, dtype = window.shape[1] - taps, product_dtype(window)
+        by_onednn = window.device.type == "cpu" and dtype != torch.float64 and torch.backends.mkldnn.is_available()
+        if by_onednn and length > SHORT and position_ids is None:
+            # An image one pixel high, (batch, channels, 1, taps - 1 + length), with the channels last in memory: 2 to
+            # 25 times faster than conv1d, which would transpose.
+            image = window[:, 1:].to(dtype).unsqueeze(1).permute(0, 3, 1, 2)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            out = F.conv2d(image, self.weight.to(dtype).unsqueeze(2), bias, groups=self.groups)
+            return out.squeeze(2).transpose(1, 2)
+        sums = torch.promote_types(dtype, torch.float32)
+        window, weight = window.to(sums), self.weight.to(sums).squeeze(1).t()  # weight: (taps, channels)
+        if length == 1 and position_ids is None:
+            out = (window[:, 1:] * weight).sum(1, keepdim=True)
+        else:
+            out = torch.zeros_like(window[:, taps:])
+            for shift, tap in enumerate(weight, start=1):
+                inputs = window[:, shift : shift + length]
+                if position_ids is not None:
+                    inputs = inputs.masked_fill((position_ids < taps - shift).unsqueeze(-1), 0)
+                out = torch.addcmul(out, inputs, tap)
+        return (out if self.bias is None else out + self.bias.to(sums)).to(dtype)
+
+
 class LlambaMixer(nn.Module):
     """Discrete Mamba-2: out = out_proj(y * silu(z + z_bias)), y = S C + D x, S = exp(-softplus(a)) S + x B^T.
 
@@ -64,7 +103,7 @@ class LlambaMixer(nn.Module):
         self.in_proj = nn.Linear(config.d_model, self.conv_dim + self.d_inner + self.n_v_heads, bias=ssm["bias"])
         # With biases in_proj carries z's; upstream has no z_bias parameter then.
         self.z_bias = None if ssm["bias"] else nn.Parameter(torch.zeros(self.d_inner))
-        self.conv1d = nn.Conv1d(
+        self.conv1d = CausalConv1d(
             self.conv_dim,
             self.conv_dim,
             self.d_conv,
@@ -75,21 +114,37 @@ class LlambaMixer(nn.Module):
         self.D = nn.Parameter(torch.ones(self.n_v_heads))
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=ssm["bias"])
 
+    def __setstate__(self, state: dict) -> None:
+        """From a pickle; those of version 0.1 have a plain convolution."""
+        super().__setstate__(state)
+        if type(self.conv1d) is nn.Conv1d:
+            self.conv1d.__class__ = CausalConv1d
+
     def forward(
-        self, hidden_states: Tensor, cache: LlambaCache | None = None, padding: PaddingLayout | None = None
+        self,
+        hidden_states: Tensor,
+        cache: LlambaCache | None = None,
+        padding: PaddingLayout | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
             hidden_states: (batch, length, d_model).
             cache: read for what came before and updated in place.
             padding: where this segment has padding; it then enters neither the convolution nor the state.
+            position_ids: (batch or 1, length), each token's place in its document: state and convolution start again
+                where it is 0. None if no document begins in the row after its first token.
 
         Returns:
             (batch, length, d_model) in the same dtype. At padding the values are finite and meaningless.
         """
+        batch, length, width = hidden_states.shape
+        if position_ids is not None:
+            position_ids = position_ids.expand(batch, -1)
         if padding is not None:
             hidden_states = _take(hidden_states, padding.order)
-        batch, length, width = hidden_states.shape
+            if position_ids is not None:  # no document begins at padding
+                position_ids = position_ids.gather(1, padding.order).masked_fill(padding.is_padding, self.d_conv)
         conv_state, state = (None, None) if cache is None else cache.layers[self.layer_idx].states()
         inputs = self._nothing_before(hidden_states) if conv_state is None else conv_state.transpose(1, 2)
 
@@ -104,7 +159,8 @@ class LlambaMixer(nn.Module):
             for start in range(0, length, tokens):
                 block = hidden_states[of_rows, start : start + tokens]
                 real = None if padding is None else (padding.lengths[of_rows] - start).clamp(0, block.shape[1])
-                out, row_inputs, row_state = self._mix(block, row_inputs, row_state, real)
+                positions = None if position_ids is None else position_ids[of_rows, start : start + tokens]
+                out, row_inputs, row_state = self._mix(block, row_inputs, row_state, real, positions)
                 outputs.append(out.flatten(0, 1))
             last_inputs.append(row_inputs)
             last_states.append(row_state)
@@ -117,7 +173,12 @@ class LlambaMixer(nn.Module):
         return hidden_states.new_zeros(len(hidden_states), self.d_conv, self.conv_dim)
 
     def _mix(
-        self, hidden_states: Tensor, inputs: Tensor, state: Tensor | None, real: Tensor | None
+        self,
+        hidden_states: Tensor,
+        inputs: Tensor,
+        state: Tensor | None,
+        real: Tensor | None,
+        position_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Some consecutive tokens.
 
@@ -126,6 +187,7 @@ class LlambaMixer(nn.Module):
             inputs: the last d_conv inputs of the convolution before them, (batch, d_conv, conv_dim).
             state: the state before them, (batch, H, P, N), or None for zeros.
             real: (batch,), how many of a row's tokens are none of padding, which are the first; None for all.
+            position_ids: (batch, length), or None.
 
         Returns:
             (batch, length, d_model), and `inputs` and `state` for the tokens after them.
@@ -136,13 +198,18 @@ class LlambaMixer(nn.Module):
         xBC, z, a = projected.split([self.conv_dim, self.d_inner, self.n_v_heads], dim=-1)
         dtype = torch.promote_types(xBC.dtype, torch.float32)
         window = torch.cat([inputs, xBC], dim=1)  # (batch, d_conv + length, conv_dim)
-        x, B, C = self._convolve(window).split(
+        convolved = self.conv1d(window, position_ids)
+        if self.has_activation:
+            convolved = F.silu(convolved)
+        x, B, C = convolved.split(
             [self.d_inner, self.n_qk_heads * self.d_state, self.n_qk_heads * self.d_state], dim=-1
         )
         x = x.view(batch, length, self.n_v_heads, -1)  # (batch, L, H, P)
         B = B.view(batch, length, self.n_qk_heads, self.d_state)  # (batch, L, G, N)
         C = C.view(batch, length, self.n_qk_heads, self.d_state)
         log_decay = F.softplus(a.to(dtype)).neg()  # (batch, L, H)
+        if position_ids is not None:
+            log_decay = log_decay.masked_fill((position_ids == 0).unsqueeze(-1), NEVER)  # nothing is left of the state
         if real is None:
             inputs = window[:, -self.d_conv :]
         else:
@@ -159,32 +226,6 @@ class LlambaMixer(nn.Module):
         gate = F.silu((z if self.z_bias is None else z + self.z_bias).to(dtype))
         y = y.reshape(batch, length, self.d_inner) * gate
         return self.out_proj(y.to(hidden_states.dtype)), inputs, state
-
-    def _convolve(self, window: Tensor) -> Tensor:
-        """Causal depthwise convolution: (batch, d_conv + length, conv_dim) -> (batch, length, conv_dim).
-
-        In bfloat16 where the CPU multiplies it (the sums are float32), else in at least float32.
-        """
-        length = window.shape[1] - self.d_conv
-        weight, bias, dtype = self.conv1d.weight, self.conv1d.bias, product_dtype(window)
-        by_onednn = window.device.type == "cpu" and dtype != torch.float64 and torch.backends.mkldnn.is_available()
-        if by_onednn and length > SHORT:
-            # An image one pixel high, (batch, conv_dim, 1, d_conv - 1 + length), with the channels last in memory: 2 to
-            # 25 times faster than conv1d, which would transpose.
-            image = window[:, 1:].to(dtype).unsqueeze(1).permute(0, 3, 1, 2)
-            bias = None if bias is None else bias.to(dtype)
-            out = F.conv2d(image, weight.to(dtype).unsqueeze(2), bias, groups=self.conv_dim).squeeze(2).transpose(1, 2)
-        else:
-            sums = torch.promote_types(dtype, torch.float32)
-            window, taps = window.to(sums), weight.to(sums).squeeze(1).t()  # taps: (d_conv, conv_dim)
-            if length == 1:
-                out = (window[:, 1:] * taps).sum(1, keepdim=True)
-            else:
-                out = window[:, 1 : length + 1] * taps[0]
-                for shift, tap in enumerate(taps[1:], start=2):
-                    out = torch.addcmul(out, window[:, shift : shift + length], tap)
-            out = (out if bias is None else out + bias.to(sums)).to(dtype)
-        return F.silu(out) if self.has_activation else out
 
 
 def _block_of(hidden_states: Tensor) -> tuple[int, int]:

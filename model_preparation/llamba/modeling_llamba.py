@@ -5,7 +5,11 @@ Sources: cartesia-ai/edge, cartesia_pytorch/Llamba/llamba.py for what is compute
 transformers' LlamaDecoderLayer for grafted layers, used as it is.
 """
 
+from .transformers_versions import TESTED
+
+# isort: split
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask
@@ -18,12 +22,17 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_llamba import LlambaCache
+from .cache_llamba import CACHE_NAME, LlambaCache
 from .configuration_llamba import LlambaConfig
 from .mixer import LlambaMixer, PaddingLayout
+
+# Arguments beside our own that transformers passes to any model; they go on to the grafted layers.
+TYPED_KWARGS = frozenset(TransformersKwargs.__annotations__)
+MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")  # implementations that take any mask
 
 BLOCK_NORM_EPS = 1e-5  # upstream fixes it; `norm_epsilon` is the final norm's only
 
@@ -42,11 +51,22 @@ class LlambaDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         attention_mask: PaddingLayout | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
         past_key_values: LlambaCache | None = None,
-        **kwargs,
+        cache: LlambaCache | None = None,
     ) -> Tensor:
-        """hidden_states: (batch, length, d_model), in and out. The other arguments are named as a Llama layer's are."""
-        hidden_states = hidden_states + self.mixer(self.input_layernorm(hidden_states), past_key_values, attention_mask)
+        """
+        Args:
+            hidden_states: (batch, length, d_model), in and out.
+            attention_mask: where the segment has padding.
+            position_ids: (batch, length), each token's place in its document; None where no document begins.
+            use_cache: not read; transformers' gradient checkpointing looks for it.
+            past_key_values, cache: the cache, under `CACHE_NAME`.
+        """
+        cache = past_key_values if cache is None else cache
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = hidden_states + self.mixer(normed, cache, attention_mask, position_ids)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -55,7 +75,7 @@ class LlambaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlambaDecoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012 (transformers' own declaration)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE_NAME]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -108,82 +128,160 @@ class LlambaModel(LlambaPreTrainedModel):
         past_key_values: LlambaCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: LlambaCache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
         Args:
             input_ids: (batch, length) int64; or `inputs_embeds`, (batch, length, d_model).
             attention_mask: (batch, past + length), 0 at padding, anywhere; it changes no real token's output.
-            position_ids: (batch, length), for grafted layers; by default the number of real tokens before each.
+            position_ids: (batch or 1, length), each token's place in its document, counted from 0. Where they start
+                again at 0, a document begins, and no layer sees what came before. By default each row is one document.
             past_key_values: a `LlambaCache`, updated in place; made here if `use_cache` and none is given.
+            cache: another name of `past_key_values`, transformers' own from 5.24 on.
+            kwargs: what `transformers.utils.TransformersKwargs` lists.
 
         Returns:
-            last_hidden_state (batch, length, d_model) after the final norm, and the cache.
+            last_hidden_state (batch, length, d_model) after the final norm, and the cache, under `CACHE_NAME`.
 
         Raises:
-            ValueError: for a mask that is not 2-D, or a cache that is not a `LlambaCache`.
+            TypeError: for an argument that is not listed here.
+            ValueError: for a mask that is not 2-D, a cache that is not a `LlambaCache`, or positions that do not count.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        cache = _checked_cache(past_key_values, cache)
+        _check_kwargs(kwargs, position_ids)
         hidden_states = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = LlambaCache(self.config)
-        if past_key_values is not None and not isinstance(past_key_values, LlambaCache):
-            kind = type(past_key_values).__name__
-            raise ValueError(f"past_key_values is a {kind}; this model needs a LlambaCache(model.config)")
+        if use_cache and cache is None:
+            cache = LlambaCache(self.config)
 
-        arguments = self.layer_arguments(hidden_states, attention_mask, position_ids, past_key_values)
+        arguments = self.layer_arguments(hidden_states, attention_mask, position_ids, cache)
+        arguments["full_attention"] |= kwargs
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            hidden_states = layer(
-                hidden_states,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **arguments[kind],
-                **kwargs,
-            )
-        if past_key_values is not None:
-            past_key_values.seen_tokens += hidden_states.shape[1]
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
-        )
+            hidden_states = layer(hidden_states, **{CACHE_NAME: cache}, use_cache=use_cache, **arguments[kind])
+        if cache is not None:
+            cache.seen_tokens += hidden_states.shape[1]
+        return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(hidden_states), **{CACHE_NAME: cache})
 
     def layer_arguments(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: LlambaCache | None = None,
+        cache: LlambaCache | None = None,
     ) -> dict[str, dict]:
         """What every layer is given beside hidden states and cache, by its kind; the arguments are `forward`'s."""
+        length = hidden_states.shape[1]
+        padding = PaddingLayout.of(attention_mask, length)
+        places = _token_places(hidden_states, attention_mask, cache)  # (batch or 1, past + length)
+        own_places = places[:, -length:]
+        is_packed = position_ids is not None and _is_packed(position_ids, own_places, attention_mask)
+        if position_ids is None:
+            position_ids = own_places
         causal_mask = position_embeddings = None
         if self.llama_config is not None and self.rotary_emb is not None:
-            position_ids = self._positions(hidden_states, attention_mask, position_ids, past_key_values)
             # set_attn_implementation() changes the model's config only.
-            self.llama_config._attn_implementation = self.config._attn_implementation
+            implementation = self.llama_config._attn_implementation = self.config._attn_implementation
+            same_document = None
+            if is_packed and implementation in MASKED_ATTENTION:
+                same_document = _same_document(position_ids, places)
+            elif is_packed and (padding is not None or cache is not None):
+                raise ValueError(
+                    f"several documents in a row, beside padding or a cache: {implementation} would mix them. "
+                    'Call model.set_attn_implementation("sdpa")'
+                )
             causal_mask = create_causal_mask(
                 config=self.llama_config,
                 inputs_embeds=hidden_states,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
+                **{CACHE_NAME: cache},
+                and_mask_function=same_document,
             )
             position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        common = {"position_ids": position_ids, "position_embeddings": position_embeddings}
-        padding = PaddingLayout.of(attention_mask, hidden_states.shape[1])
         return {
-            "linear_attention": {"attention_mask": padding, **common},
-            "full_attention": {"attention_mask": causal_mask, **common},
+            "linear_attention": {"attention_mask": padding, "position_ids": position_ids if is_packed else None},
+            "full_attention": {
+                "attention_mask": causal_mask,
+                "position_ids": position_ids,
+                "position_embeddings": position_embeddings,
+            },
         }
 
-    def _positions(self, hidden_states, attention_mask, position_ids, past_key_values) -> Tensor:
-        """Position of every token of the segment, (batch or 1, length): how many real tokens came before it."""
-        length, device = hidden_states.shape[1], hidden_states.device
-        if position_ids is not None:
-            return position_ids
-        if attention_mask is not None:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        return torch.arange(past, past + length, device=device).unsqueeze(0)
+
+def _token_places(hidden_states: Tensor, attention_mask: Tensor | None, cache: LlambaCache | None) -> Tensor:
+    """How many real tokens of the row come before each, (batch or 1, past + length) int64; 0 at padding before them."""
+    if attention_mask is not None:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    past = cache.get_seq_length() if cache is not None else 0
+    return torch.arange(past + hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+
+
+def _is_packed(position_ids: Tensor, places: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether a row's tokens belong to a document that begins after the row's first token.
+
+    Args:
+        position_ids: (batch or 1, length).
+        places: (batch or 1, length), of the same tokens.
+
+    Raises:
+        ValueError: where positions neither count up by one nor start again at 0.
+    """
+    real = torch.ones_like(places, dtype=torch.bool)
+    if attention_mask is not None:
+        real = attention_mask[:, -places.shape[1] :].bool()
+    if not bool(((position_ids < places) & real).any()):
+        return False
+    position_ids, places, real = torch.broadcast_tensors(position_ids, places, real)
+    for row, (positions, is_real) in enumerate(zip(position_ids, real, strict=True)):
+        positions = positions[is_real]
+        wrong = (positions[1:] != positions[:-1] + 1) & (positions[1:] != 0)
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"position_ids of row {row} go from {int(positions[at])} to {int(positions[at + 1])}: "
+                "they must count up by one, or start again at 0 where a document begins"
+            )
+    return True
+
+
+def _same_document(position_ids: Tensor, places: Tensor):
+    """A mask function of transformers': whether a key is not before the first token of the query's document."""
+    past = places.shape[1] - position_ids.shape[1]
+    first = places[:, past:] - position_ids  # (batch or 1, length): place of the document's first token
+    rows = max(len(first), len(places))
+    first, places = first.expand(rows, -1), places.expand(rows, -1)
+
+    def mask(batch, head, query, key):
+        row = batch if rows > 1 else 0
+        return places[row, key] >= first[row, query - past]
+
+    return mask
+
+
+def _checked_cache(past_key_values: LlambaCache | None, cache: LlambaCache | None) -> LlambaCache | None:
+    """The cache, given under either of its names."""
+    if past_key_values is not None and cache is not None:
+        raise TypeError("cache and past_key_values are two names of one argument; give one of them")
+    cache = past_key_values if cache is None else cache
+    if cache is not None and not isinstance(cache, LlambaCache):
+        raise ValueError(
+            f"{CACHE_NAME} is a {type(cache).__name__}, which has no place for the states of Mamba layers; "
+            "this model needs a LlambaCache(model.config)"
+        )
+    return cache
+
+
+def _check_kwargs(kwargs: dict, position_ids: Tensor | None) -> None:
+    """Refuse what no layer would heed."""
+    unknown = ", ".join(sorted(set(kwargs) - TYPED_KWARGS))
+    if unknown:
+        installed = transformers.__version__
+        raise TypeError(f"forward has no argument {unknown}. It was tested with {TESTED}; {installed} is installed")
+    if kwargs.get("is_causal") is False:
+        raise ValueError("is_causal=False: Mamba layers are causal")
+    if position_ids is None and any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
+        raise ValueError("cu_seq_lens_q and seq_idx say where documents begin; give position_ids, which say it too")
 
 
 class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
@@ -220,6 +318,7 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: LlambaCache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -239,6 +338,7 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -257,14 +357,19 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `generate` leaves it to forward to make a LlambaCache
+        return False  # `generate` would make another kind of cache
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = LlambaCache(self.config)
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
@@ -276,11 +381,14 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if a cache is continued and the last column of the mask is padding.
         """
+        cache = _checked_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         prompts = kwargs.pop("input_ids", None) if inputs is None else inputs
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         if mask is None or mask.dim() != 2 or bool(mask[:, -1].all()):
             return super().generate(prompts, *args, **kwargs)
-        if kwargs.get("past_key_values") is not None:
+        if cache is not None:
             raise ValueError("attention_mask ends in padding: pad on the left when continuing from a cache")
         order = mask.bool().int().argsort(dim=1, stable=True)  # padding first
         kwargs["attention_mask"] = mask.gather(1, order)

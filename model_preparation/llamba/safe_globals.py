@@ -11,7 +11,7 @@ from transformers.models.llama import modeling_llama
 
 from model_preparation.llamba import modeling_llamba
 from model_preparation.llamba.configuration_llamba import LlambaConfig
-from model_preparation.llamba.mixer import LlambaMixer
+from model_preparation.llamba.mixer import CausalConv1d, LlambaMixer
 
 _ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 
@@ -21,6 +21,7 @@ SAFE_GLOBALS = [
     modeling_llamba.LlambaModel,
     modeling_llamba.LlambaDecoderLayer,
     LlambaMixer,
+    CausalConv1d,
     LlamaConfig,
     GenerationConfig,
     modeling_llama.LlamaDecoderLayer,
@@ -28,7 +29,7 @@ SAFE_GLOBALS = [
     modeling_llama.LlamaMLP,
     modeling_llama.LlamaRMSNorm,
     modeling_llama.LlamaRotaryEmbedding,
-    nn.Conv1d,
+    nn.Conv1d,  # in files of version 0.1
     nn.Embedding,
     nn.Linear,
     nn.ModuleList,

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from model_preparation.evaluation.prefix_cache import shared_layer
 from model_preparation.evaluation.scoring import ScoringLM, answers_of
-from model_preparation.llamba.cache_llamba import LlambaCache, MambaStateLayer
+from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache, MambaStateLayer
 from model_preparation.search.boundaries import BoundaryStore
 from model_preparation.search.layer_sets import LayerSet, walk
 from model_preparation.search.pair import Pair
@@ -179,10 +179,10 @@ class CachedScorer:
                 self._arguments.clear()
             backbone = self._pair.model.backbone
             seen = None if cache is None else _Seen(backbone.config, past)
-            self._arguments[rows, length, past] = backbone.layer_arguments(states, past_key_values=seen)
+            self._arguments[rows, length, past] = backbone.layer_arguments(states, cache=seen)
         kind = "full_attention" if grafted else "linear_attention"
         return {
-            "past_key_values": None if cache is None else _OneLayer(index, cache),
+            CACHE_NAME: None if cache is None else _OneLayer(index, cache),
             "use_cache": cache is not None,
             **self._arguments[rows, length, past][kind],
         }
@@ -242,7 +242,7 @@ def _mix(layer: Any, grafted: bool, states: Tensor, given: dict[str, Any]) -> Te
     normed = layer.input_layernorm(states)
     if grafted:
         return states + layer.self_attn(hidden_states=normed, **given)[0]
-    return states + layer.mixer(normed, given["past_key_values"], given["attention_mask"])
+    return states + layer.mixer(normed, given[CACHE_NAME], given["attention_mask"])
 
 
 class _Seen(LlambaCache):

@@ -3,6 +3,7 @@
 In: settings, and the number of processes. Out: TrainingArguments and milestones, in steps of this number of processes.
 """
 
+import dataclasses
 import importlib.metadata
 import math
 import os
@@ -17,6 +18,10 @@ from transformers import TrainingArguments
 from model_preparation.errors import SurgeryError
 from model_preparation.training.settings import HealSettings
 from model_preparation.training.step_size import StepSize
+
+# What the installed transformers calls gradient checkpointing, the newer name first.
+_FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
+CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _FIELDS)
 
 # As in pyproject.toml.
 TRACKER_VERSIONS = {"trackio": "trackio>=0.15,<1", "wandb": "wandb>=0.22,<1", "swanlab": "swanlab>=0.7,<0.8"}
@@ -54,7 +59,7 @@ def training_arguments(
             max_grad_norm=settings.max_grad_norm,
             bf16=settings.precision == "bfloat16",
             fp16=settings.precision == "float16",
-            activation_checkpointing=settings.gradient_checkpointing,
+            **{CHECKPOINTING: settings.gradient_checkpointing},
             torch_compile=settings.compile,
             seed=settings.seed,
             logging_steps=settings.logging_steps,

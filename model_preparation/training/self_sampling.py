@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from model_preparation.errors import SurgeryError
+from model_preparation.llamba.cache_llamba import CACHE_NAME
 
 SEQUENCES_AT_ONCE = 64
 
@@ -42,8 +43,8 @@ class SelfSampler:
         drawn = torch.full((sequences, length), self._start, device=device)
         past = None
         for position in range(1, length):
-            out = self._model(drawn[:, position - 1 : position], past_key_values=past, use_cache=True)
-            past = out.past_key_values
+            out = self._model(drawn[:, position - 1 : position], **{CACHE_NAME: past}, use_cache=True)
+            past = out[CACHE_NAME]
             chances = out.logits[:, -1].float().softmax(-1)
             drawn[:, position] = torch.multinomial(chances, 1, generator=generator).squeeze(1)
             advance(sequences)

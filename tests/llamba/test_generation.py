@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from model_preparation.llamba import LlambaCache, LlambaForCausalLM
+from model_preparation.llamba.cache_llamba import CACHE_NAME
 from tests.conftest import VOCABULARY, seeded, tiny_config, tiny_llama_cfg
 
 NEW_TOKENS = 10
@@ -55,7 +56,7 @@ def test_greedy(model, length):
 
 def test_a_cache_is_used_and_grows_only_with_attention_layers(model):
     out = generate(model, prompt(5), return_dict_in_generate=True)
-    cache = out.past_key_values
+    cache = out[CACHE_NAME]
     assert cache.get_seq_length() == 5 + NEW_TOKENS - 1
     for kind, layer in zip(model.config.layer_types, cache.layers, strict=True):
         if kind == "full_attention":
@@ -147,8 +148,9 @@ def test_generate_continues_a_cache(model):
     ids = prompt(6)
     first = generate(model, ids, return_dict_in_generate=True)
     more = torch.cat([first.sequences, prompt(3, seed=1)], 1)
-    again = generate(model, more, past_key_values=first.past_key_values)
+    again = generate(model, more, past_key_values=first[CACHE_NAME])
     assert torch.equal(again, greedy_without_cache(model, more))
+    assert first[CACHE_NAME].get_seq_length() == more.shape[1] + NEW_TOKENS - 1  # no token was run twice
 
 
 def test_generate_continues_a_right_padded_cache(model):
