@@ -167,7 +167,10 @@ class ModelParts:
             return cls(config, loaded, None)
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-        rotary = LlamaRotaryEmbedding(config)
+        from model_preparation.untrusted.untrusted_config import refusing_impossible_models
+
+        with refusing_impossible_models():
+            rotary = LlamaRotaryEmbedding(config)
         return cls(config, loaded, {"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling})
 
 

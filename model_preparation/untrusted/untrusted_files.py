@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,7 @@ MAX_DEPTH = 64
 _MAX_DIGITS = 40  # transformers writes 10**30 for a length without limit
 MAX_LAYERS = 1024  # eight times those of the deepest Llama
 MAX_WIDTH = 1 << 24  # of any dimension a config names
+_OF_NUMBERS = re.compile(r".*(factor|theta|beta_fast|beta_slow|mscale|_dim|_size|_heads|_layers|_embeddings|_eps)")
 
 
 def regular_file(path: Path) -> Path:
@@ -160,7 +162,10 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
 
 
 def check_sizes(config: object) -> None:
-    """Raise ValueError if a config, as a JSON value, asks for sizes that no model has, before any is made of it."""
+    """Raise ValueError if a config, as a JSON value, asks for sizes that no model has, before any is made of it.
+
+    Also for text where only a number makes sense, in the parts that transformers does not look at (rope_parameters).
+    """
     waiting = [("", config)]
     while waiting:
         name, value = waiting.pop()
@@ -172,6 +177,8 @@ def check_sizes(config: object) -> None:
             limit = _limit_of(name)
             if not abs(value) <= limit:
                 raise ValueError(f"{name} is {value}; at most {limit} is sensible")
+        elif isinstance(value, str) and _OF_NUMBERS.fullmatch(name):
+            raise ValueError(f"{name} is {value!r:.80}, which is no number")
 
 
 def _limit_of(name: str) -> float:
