@@ -177,7 +177,7 @@ def check_sizes(config: object) -> None:
             limit = _limit_of(name)
             if not abs(value) <= limit:
                 raise ValueError(f"{name} is {value}; at most {limit} is sensible")
-        elif isinstance(value, str) and _OF_NUMBERS.fullmatch(name):
+        elif isinstance(value, str) and _OF_NUMBERS.fullmatch(str(name)):
             raise ValueError(f"{name} is {value!r:.80}, which is no number")
 
 
