@@ -185,8 +185,8 @@ def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
     _check_address(address)
     ray = _import_ray(address)
     quiet = {"log_to_driver": False, "logging_level": "error"}
-    own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "num_cpus": local_cpus}
-    own |= {"_node_ip_address": _LOOPBACK}
+    own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": _LOOPBACK}
+    own |= {"object_store_memory": _OBJECT_STORE_BYTES, "num_cpus": local_cpus}
     try:
         ray.init(address=address, **quiet, **(own if address == "local" else {}))
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:

@@ -9,6 +9,7 @@ from types import NoneType
 from typing import Any
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.digests import FILE_FIELDS
 from model_preparation.surgery.sources import TABLE, check_recorded
 from model_preparation.tensors.dtypes import MODEL_DTYPES
 from model_preparation.untrusted.untrusted_files import check_fields, read_json
@@ -31,7 +32,7 @@ _INFO_FIELDS = {
     "total_layers": int,
     "config": dict,
     "generation_config": dict,
-    "files": dict,
+    "files": {"*": FILE_FIELDS},
     "base_model?": {"name?": str, "files": {"*": {"*": (str, int)}}},
     "replacement_source?": {"name?": str, "layers": {"*": str}},
     "tokenizer_source?": (NoneType, dict),

@@ -19,7 +19,6 @@ from rich.filesize import decimal
 from model_preparation.errors import SurgeryError
 from model_preparation.files.beside import Beside
 from model_preparation.files.byte_progress import byte_progress
-from model_preparation.files.digests import FILE_FIELDS
 from model_preparation.files.seal import check_seal
 from model_preparation.surgery.checkpoint_info import (
     EVALUATIONS,
@@ -35,7 +34,7 @@ from model_preparation.surgery.model_configs import type_and_depth
 from model_preparation.surgery.sources import resolve
 from model_preparation.tensors.tensor_ranges import range_of, safetensors_ranges
 from model_preparation.untrusted.pt_structure import pt_records
-from model_preparation.untrusted.untrusted_files import check_fields, inside, regular_file
+from model_preparation.untrusted.untrusted_files import inside, regular_file
 from model_preparation.verification.file_digests import FileDigests, Range, read_digests
 from model_preparation.verification.findings import Fault, Verification
 
@@ -170,12 +169,11 @@ def _recorded_files(found: Verification, info: dict[str, Any]) -> dict[str, dict
     recorded = {}
     for name, entry in info["files"].items():
         try:
-            check_fields(entry, FILE_FIELDS)
             real = os.path.realpath(inside(found.directory, name))
             if not Path(real).is_relative_to(os.path.realpath(found.directory)):
                 raise SurgeryError(f"it is a link to {real}, outside the folder")
             recorded[name] = entry
-        except (ValueError, TypeError, SurgeryError) as error:
+        except SurgeryError as error:
             found.fault(f"{name!r:.200}", f"is listed in {INFO} in a way that cannot be ({error})")
     for name in _weight_files(info) | {TENSOR_DIGESTS}:
         if name not in recorded:
