@@ -5,6 +5,7 @@ without this machine's paths, and README.md, the card. The folder itself is only
 """
 
 import hashlib
+import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -194,7 +195,7 @@ def _select(info: dict[str, Any], what: str, directory: Path) -> tuple[dict[str,
 def _check_file(directory: Path, name: str, recorded: Mapping[str, Any]) -> None:
     parts = PureWindowsPath(name)  # splits at / and \ alike
     path = directory / name
-    if parts.anchor or ".." in parts.parts or not path.resolve().is_relative_to(directory.resolve()):
+    if parts.anchor or ".." in parts.parts or not _real(path).is_relative_to(_real(directory)):
         raise SurgeryError(
             f"{path} leads out of the checkpoint's folder, so it is not uploaded. Replace it by the file itself."
         )
@@ -204,6 +205,10 @@ def _check_file(directory: Path, name: str, recorded: Mapping[str, Any]) -> None
         raise SurgeryError(
             f"{path} is {size_bytes} bytes long instead of {recorded['bytes']}. Build or copy the checkpoint again."
         )
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # which a link to itself does not make fail
 
 
 def _read_card_file(path: Path) -> str:

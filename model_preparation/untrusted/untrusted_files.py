@@ -23,7 +23,9 @@ MAX_DEPTH = 64
 _MAX_DIGITS = 40  # transformers writes 10**30 for a length without limit
 MAX_LAYERS = 1024  # eight times those of the deepest Llama
 MAX_WIDTH = 1 << 24  # of any dimension a config names
-_OF_NUMBERS = re.compile(r".*(factor|theta|beta_fast|beta_slow|mscale|_dim|_size|_heads|_layers|_embeddings|_eps|_token_id)")
+_OF_NUMBERS = re.compile(
+    r".*(factor|theta|beta_fast|beta_slow|mscale|_dim|_size|_heads|_layers|_embeddings|_eps|_token_id)"
+)
 
 
 def regular_file(path: Path) -> Path:
