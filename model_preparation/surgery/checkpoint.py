@@ -277,7 +277,7 @@ def _info(
         "creation_time": creation_time(),
         "description": description,
         "mmlu_score": score,
-        "config": graft.config.to_dict(),
+        "config": graft.config.file_fields(),
         "generation_config": generation_config,
         "versions": {
             "model_preparation": model_preparation.__version__,

@@ -114,7 +114,7 @@ def write_healed(
             "creation_time": creation_time(),
             "description": description,
             "mmlu_score": None,
-            "config": model.config.to_dict(),
+            "config": model.config.file_fields(),
             "generation_config": parent_info["generation_config"],
             "versions": {
                 "model_preparation": model_preparation.__version__,
