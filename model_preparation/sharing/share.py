@@ -226,7 +226,9 @@ def _without_paths(value: Any) -> Any:
         return fields | named
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
-    return PureWindowsPath(value).name if isinstance(value, str) and _LOCAL_PATH.match(value) else value
+    if isinstance(value, str) and _LOCAL_PATH.match(value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value
 
 
 def _stage(share: Share, names: set[str], folder: Path) -> None:
