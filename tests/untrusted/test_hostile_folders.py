@@ -27,7 +27,8 @@ from model_preparation.terminal import Escaping, escaped
 from model_preparation.training.heal import heal_checkpoint
 from model_preparation.training.resume_state import MARK
 from model_preparation.training.work_folder import WorkFolder
-from tests.conftest import assert_refused, run_command
+from model_preparation.untrusted import chat_template
+from tests.conftest import assert_refused, make_tokenizer, run_command
 from tests.search.conftest import make_questions, write_task
 
 
@@ -277,3 +278,30 @@ def test_a_link_to_itself_is_no_file_to_share(checkpoint):
     (checkpoint / "README.txt").symlink_to("README.txt")
     with pytest.raises(SurgeryError, match=r"README\.txt is missing"):
         plan_share(checkpoint, repo="me/Llama-x", hub="huggingface", licence="mit")
+
+
+# --- chat templates ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1 seconds"),
+        ("{% for i in range(99999999) %}{% endfor %}", "Range too big"),
+        ('{{ "x" * 10**10 }}', "MemoryError"),
+        ('{{ "x" * 2000 }}', "writes without end"),
+        ("{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}", "recursion"),
+        ('{{ "".__class__.__mro__ }}', "unsafe"),
+        ('{% include "/etc/passwd" %}', "no loader"),
+        ("{{ messages[5].x.y }}", "no element 5"),
+    ],
+)
+def test_a_chat_template_neither_runs_for_ever_nor_takes_all_memory(template, reason, monkeypatch):
+    monkeypatch.setattr(chat_template, "_SECONDS", 1)
+    monkeypatch.setattr(chat_template, "_MAX_TEXT_BYTES", 1000)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=reason):
+        chat_template.apply_chat_template(tokenizer, [{"role": "user", "content": "Hello"}])
+    tokenizer.chat_template = "{{ messages[0].content }}é!"
+    assert chat_template.apply_chat_template(tokenizer, [{"role": "user", "content": "Hello"}]) == "Helloé!"
