@@ -50,7 +50,7 @@ def main() -> None:
         raise SurgeryError(
             f"{count} fault{'s' * (count > 1)} in {args.checkpoint}. Copy or download it again, or build it again."
         )
-    print(f"Checkpoint {args.checkpoint} is what was built.")
+    print(escaped(f"Checkpoint {args.checkpoint} is what was built."))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def print_side_by_side(prompts: Sequence[str], columns: Sequence[Column], consol
         count = max(len(column.texts[index]) for column in columns)
         rows = list(zip(*(column.cells(index, count) for column in columns), strict=True))
         print_prompt = _print_columns if console.is_terminal else _print_lines
-        print_prompt(prompt, [column.name for column in columns], rows, console)
+        print_prompt(prompt, [escaped(column.name) for column in columns], rows, console)
 
 
 def _print_columns(prompt: str, names: list[str], rows: list[tuple[tuple[str, str], ...]], console: Console) -> None:

@@ -44,6 +44,7 @@ from model_preparation.surgery.model_configs import (
 from model_preparation.surgery.sources import has_tokenizer, resolve
 from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange
+from model_preparation.terminal import escaped
 from model_preparation.untrusted.pickle_globals import globals_in
 
 # The number behind "layer", else the only one.
@@ -124,7 +125,7 @@ def import_legacy(
             tempfile.TemporaryDirectory(dir=staging) as between,
             legacy_process(Path(between), allow_network) as process,
         ):
-            title = rich.markup.escape(f"Importing {folder}")
+            title = rich.markup.escape(escaped(f"Importing {folder}"))
             for index in rich.progress.track(chosen, title, disable=len(chosen) < 2):
                 ranges, said = process.read(paths[index].resolve())
                 not_run |= {*said["not_run"]}

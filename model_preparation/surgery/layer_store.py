@@ -39,6 +39,7 @@ from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.pt_writer import placeholder, write_together
 from model_preparation.tensors.tensor_files import TensorFiles, load_tensors
 from model_preparation.tensors.tensor_ranges import TensorRange, pt_ranges
+from model_preparation.terminal import escaped
 from model_preparation.untrusted.untrusted_files import check_fields, inside, read_json, regular_file
 
 # transformers is imported where it is used, its models above all: seconds that writing does not wait for.
@@ -119,7 +120,7 @@ def extract_layers(
                 if ranges:
                     path = staging / layer_file(index)
                     writing[str(index)] = beside.start(write_layer, path, ranges, dtype, go_on)
-            title = rich.markup.escape(f"Extracting {model_name}")
+            title = rich.markup.escape(escaped(f"Extracting {model_name}"))
             steps = rich.progress.track(writing.items(), title, len(writing), disable=len(writing) < 2)
             described = {index: layer.result() for index, layer in steps}
             parts = checking.result()
@@ -322,7 +323,9 @@ class LayerStore:
         """Check every file of the folder; one line per bad one, none if all are as they were written."""
         recorded = {entry["file"]: entry for entry in self.layers.values()} | self.metadata["files"]
         found = []
-        for name, entry in rich.progress.track(recorded.items(), rich.markup.escape(f"Verifying {self.folder}")):
+        for name, entry in rich.progress.track(
+            recorded.items(), rich.markup.escape(escaped(f"Verifying {self.folder}"))
+        ):
             if fault := fault_of(inside(self.folder, name), entry):
                 found.append(f"{self.folder / name} is {fault}.")
         return found
