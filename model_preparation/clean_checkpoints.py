@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from model_preparation.command_line import CommandParser, default_folder, run
+from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
 Remove from a folder of checkpoints what none of them needs: folders NAME.partial of builds that were killed, and shards
@@ -41,7 +42,7 @@ def main() -> None:
     abandoned = remove_abandoned(folder, dry_run=args.dry_run)
     cleaned = clean(folder, dry_run=args.dry_run)
     for path in [*abandoned, *cleaned.paths]:
-        print(path)
+        print(escaped(str(path)))
     verb = "would be removed from" if args.dry_run else "removed from"
     print(
         f"{len(abandoned)} folders of killed builds and {len(cleaned.paths)} stored files of "

@@ -14,6 +14,7 @@ from pathlib import Path
 from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
 from model_preparation.tensors.dtypes import MODEL_DTYPES
+from model_preparation.terminal import Escaping, escaped
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -136,17 +137,20 @@ _COLLECT_AFTER = 100_000
 def run(main: Callable[[], None]) -> None:
     """Run a command's `main` and exit: errors the user can mend are one line on stderr, never a traceback."""
     gc.set_threshold(_COLLECT_AFTER)
+    streams = sys.stdout, sys.stderr
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to fail
     try:
+        sys.stdout, sys.stderr = map(Escaping, streams)
         _run(main)
     finally:
+        sys.stdout, sys.stderr = streams
         gc.freeze()  # what is left goes with the process; walking through it once more takes up to a second
 
 
 def _run(main: Callable[[], None]) -> None:
     interrupts.watch()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to fail
     try:
         main()
         interrupts.check()
@@ -170,5 +174,5 @@ def _run(main: Callable[[], None]) -> None:
 
 
 def _report(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {escaped(message)}", file=sys.stderr, flush=True)
     return 1

@@ -14,6 +14,7 @@ from model_preparation.command_line import (
 )
 from model_preparation.devices import choose_device
 from model_preparation.surgery.sources import add_source_flag
+from model_preparation.terminal import escaped
 
 EXAMPLES = """\
 examples:
@@ -107,7 +108,7 @@ def main() -> None:
         dtype=args.dtype,
         sources=args.source,
     )
-    print("\n".join(planned.describe()))
+    print("\n".join(map(escaped, planned.describe())))
     print(checkpoint.describe_writing(planned, target, format))
     checkpoint.check_room(planned, target, format)
     if args.dry_run:

@@ -9,6 +9,7 @@ from model_preparation.command_line import (
 )
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.sources import add_source_flag
+from model_preparation.terminal import escaped
 
 EXAMPLES = """\
 examples:
@@ -105,7 +106,7 @@ def main() -> None:
         store = LayerStore(args.output_dir)
         faults = store.faults()
         for fault in faults:
-            print(fault)
+            print(escaped(str(fault)))
         if faults:
             raise SurgeryError(f"{len(faults)} bad files in {args.output_dir}. Extract them again with --overwrite.")
         print(

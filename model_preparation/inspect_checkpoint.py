@@ -6,6 +6,7 @@ from pathlib import Path
 
 from model_preparation.command_line import CommandParser, run
 from model_preparation.surgery.sources import TABLE, add_source_flag, resolve
+from model_preparation.terminal import escaped
 
 EXAMPLES = """\
 examples:
@@ -45,7 +46,7 @@ def main() -> None:
     if args.diff is not None:
         lines = compare(path, place_of(args.diff, args.source), args.keys)
     for line in lines:
-        print(line)
+        print(escaped(line))
     if path.is_dir() and (remark := remark_on_code(path, code_in(path))):
         print(f"note: {remark}", file=sys.stderr)
 

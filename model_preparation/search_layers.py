@@ -15,6 +15,7 @@ from model_preparation.command_line import (
 )
 from model_preparation.devices import choose_device
 from model_preparation.surgery.sources import add_source_flag
+from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
 Search for the layers of a Llamba that are best replaced by its donor's. What candidates have in common runs once: the
@@ -128,7 +129,7 @@ def main() -> None:
         f"{passes:,.0f} layer passes, alone {alone:,} ({1 - passes / alone:.0%} saved)"
     )
     for each in found["failed"]:
-        print(f"failed      {names(tuple(each['layers']))}: {each['reason']}")
+        print(f"failed      {names(tuple(each['layers']))}: {escaped(each['reason'])}")
     rows = [("base", _score(found["base_score"], found["base_stderr"]), "")]
     if found["donor_score"] is not None:
         told = "" if found["objective"] == "accuracy" else f"accuracy {found['donor_accuracy']:.4f}"

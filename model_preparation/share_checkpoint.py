@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from model_preparation.command_line import CommandParser, run
+from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
 Upload a checkpoint to ModelScope or Hugging Face, with a card (README.md) that tells its recipe, scores, licence and
@@ -42,10 +43,10 @@ def main() -> None:
     )
     sizes = share.sizes()
     for name, size_bytes in sizes.items():
-        print(f"{decimal(size_bytes):>12}  {name}")
+        print(f"{decimal(size_bytes):>12}  {escaped(name)}")
     print(f"{decimal(sum(sizes.values())):>12}  in {len(sizes)} files, under {share.licence}")
     if share.left_out:
-        print(f"Not uploaded: {', '.join(share.left_out)}")
+        print(escaped(f"Not uploaded: {', '.join(share.left_out)}"))
     if args.dry_run:
         print(f"\n{share.texts[CARD].decode()}")
         print(f"Nothing was uploaded to {args.repo} (--dry_run).")

@@ -5,6 +5,7 @@ from pathlib import Path
 from model_preparation.command_line import CommandParser, run
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.sources import add_source_flag
+from model_preparation.terminal import escaped
 
 EXAMPLES = """\
 examples:
@@ -38,9 +39,9 @@ def main() -> None:
 
     found = inspect(args.checkpoint, args.base, args.llama_layers_dir, files_only=args.files_only, sources=args.source)
     for line in [*found.checks, *(f"note       {note}" for note in found.notes)]:
-        print(line)
+        print(escaped(line))
     for fault in found.faults:
-        print(f"FAULT      {fault}")
+        print(escaped(f"FAULT      {fault}"))
     if found.faults and len(found.faults) == found.elsewhere:
         raise SurgeryError(
             f"{args.checkpoint} is what it says it is, but was not built from what it was compared with. "
@@ -51,7 +52,7 @@ def main() -> None:
         raise SurgeryError(
             f"{count} fault{'s' * (count > 1)} in {args.checkpoint}. Copy or download it again, or build it again."
         )
-    print(f"Checkpoint {args.checkpoint} is what was built.")
+    print(escaped(f"Checkpoint {args.checkpoint} is what was built."))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 from model_preparation import create_replaced_model_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.files.text import read_text
+from model_preparation.terminal import STEERING
 
 FIELDS = {"layers", "score", "description", "name"}
 SPACES = "layers are separated by spaces, not commas"
@@ -50,7 +51,7 @@ def read_list(path: Path) -> list[Combination]:
             f"{path} cannot be read ({error.strerror}). "
             "--list takes a .csv or .json file of combinations; --help shows what a list looks like."
         ) from error
-    except (ValueError, csv.Error) as error:
+    except (ValueError, csv.Error, RecursionError) as error:
         raise SurgeryError(f"{path} cannot be read: {error}. --help shows what a list looks like.") from error
     combinations = []
     for number, entry in enumerate(entries, start=1):
@@ -86,7 +87,7 @@ def _combination(entry: dict[Any, Any]) -> Combination:
     if not layers:
         raise ValueError("it has no layers")
     name = str(values.get("name", "llamba_replaced_" + "_".join(map(str, layers))))
-    if Path(name).name != name or name in (".", ".."):
+    if Path(name).name != name or name in (".", "..") or STEERING.search(name):
         raise ValueError(f"the name {name!r} is not that of a folder")
     score = str(values.get("score", "0"))
     try:

@@ -8,6 +8,7 @@ again.
 
 import contextlib
 import os
+import secrets
 import socket
 import tempfile
 import time
@@ -28,6 +29,7 @@ from model_preparation.surgery.sources import first_line
 
 _CONNECT_SECONDS = 5.0
 _CANCEL_SECONDS = 20.0  # for what runs to clean up after Ctrl-C
+_LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 100_000_000  # of a cluster of our own; nothing large goes through it
 # Variables of this shell that go with a job: where models and questions are, tokens, and where Python finds modules.
 VARIABLES = ("MODEL_PREPARATION_", "MODELSCOPE_", "HF_", "MMLU_DATA", "SOURCE_DATE_EPOCH", "PYTHONPATH")
@@ -49,8 +51,8 @@ class RayRunner:
     """What runs jobs on a cluster, for `build_all` and `evaluate_all`.
 
     Args:
-        address: "local" starts a cluster on this machine and ends it, "auto" joins the one that runs here, else
-            HOST:PORT of a cluster that this machine belongs to.
+        address: "local" starts a cluster on this machine, which no other can reach, and ends it; "auto" joins the one
+            that runs here, else HOST:PORT of a cluster that this machine belongs to.
         cpus_per_job: of each task, also its number of threads.
         device: "cuda" for a GPU per task, "cpu" for none; by default a GPU if the cluster has any.
         max_retries: how often a job whose worker was lost goes to another one.
@@ -155,7 +157,11 @@ def _cancel(ray: Any, tasks: list[Any]) -> None:
                     ray.get(next(events))
 
 
-def _import_ray() -> Any:
+def _import_ray(address: str) -> Any:
+    if address == "local":
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # so that its own address is the loopback's
+        if "RAY_AUTH_MODE" not in os.environ:  # nor may other users of this machine give it work
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what will be its default; else it warns
     try:
@@ -178,9 +184,10 @@ def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
         SurgeryError: if Ray is not installed, or no cluster answers.
     """
     _check_address(address)
-    ray = _import_ray()
+    ray = _import_ray(address)
     quiet = {"log_to_driver": False, "logging_level": "error"}
-    own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES, "num_cpus": local_cpus}
+    own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": _LOOPBACK}
+    own |= {"object_store_memory": _OBJECT_STORE_BYTES, "num_cpus": local_cpus}
     try:
         ray.init(address=address, **quiet, **(own if address == "local" else {}))
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
@@ -193,6 +200,8 @@ def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
             f"No Ray cluster could be {'started' if address == 'local' else f'joined at {address}'} "
             f"({first_line(error)}). Use --ray local, or start one on this machine: ray start --head"
         ) from error
+    if address == "local" and (listens := ray.util.get_node_ip_address()) != _LOOPBACK:
+        print(f"Ray, imported before, listens on {listens} and all other addresses of this machine.")
     interrupts.watch()  # Ray has put its own handler in the place of ours
     try:
         yield ray

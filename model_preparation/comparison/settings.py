@@ -9,6 +9,7 @@ from typing import Any
 
 from model_preparation.comparison.locate import EvaluationFiles
 from model_preparation.comparison.matching import CommonQuestions
+from model_preparation.terminal import escaped
 
 # What is shown of each evaluation, and compared; {words: of its results file, and the tasks}.
 SETTINGS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
@@ -123,5 +124,5 @@ def _short(digest: Any) -> str | None:
 
 def _shown(value: Any) -> str:
     text = "none" if value in (None, "None", "", {}) else str(value)
-    text = text if text.isprintable() else ascii(text)  # a terminal would obey what is not
+    text = escaped(text)
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"

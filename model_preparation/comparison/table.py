@@ -13,6 +13,7 @@ from rich.text import Text
 from model_preparation.comparison import words
 from model_preparation.comparison.compare import Comparison, Difference, Row
 from model_preparation.comparison.layout import GROUP, OVERALL, SUBJECT
+from model_preparation.terminal import escaped
 
 _STYLES = {"better": "green", "worse": "red", "unclear": ""}
 
@@ -20,8 +21,10 @@ _STYLES = {"better": "green", "worse": "red", "unclear": ""}
 def comparison_tables(comparison: Comparison, *, subjects: bool) -> RenderableType:
     """The tables, what differs between the evaluations above them, the verdicts below."""
     overall = comparison.of_kind(OVERALL)
-    parts: list[RenderableType] = [Text(f"note: {note}") for note in comparison.notes]
-    parts += [Text(f"{letter(model)}  {words.model_line(each)}") for model, each in enumerate(comparison.models)]
+    parts: list[RenderableType] = [Text(escaped(f"note: {note}")) for note in comparison.notes]
+    parts += [
+        Text(escaped(f"{letter(model)}  {words.model_line(each)}")) for model, each in enumerate(comparison.models)
+    ]
     parts.append(_table(comparison, [*overall, *comparison.of_kind(GROUP)], "group"))
     if subjects and comparison.of_kind(SUBJECT):
         parts.append(_table(comparison, comparison.of_kind(SUBJECT), "subject"))
@@ -29,7 +32,7 @@ def comparison_tables(comparison: Comparison, *, subjects: bool) -> RenderableTy
         if sentence := words.tests_sentence(comparison, kind):
             parts.append(Text(sentence))
     parts += [
-        Text(words.verdict_sentence(comparison, overall[0], model), "bold")
+        Text(escaped(words.verdict_sentence(comparison, overall[0], model)), "bold")
         for model in range(1, len(comparison.models))
     ]
     return Group(*parts)

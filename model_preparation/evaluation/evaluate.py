@@ -31,6 +31,7 @@ from model_preparation.evaluation.tasks import MMLU, Tasks, is_mmlu, load_tasks,
 from model_preparation.evaluation.weights import weights_digest
 from model_preparation.files.timestamps import creation_time
 from model_preparation.tensors.dtypes import torch_dtype
+from model_preparation.untrusted.untrusted_files import without_links
 
 SEED = 1234
 
@@ -167,7 +168,7 @@ def evaluate_model(
 
 def _make_root(root: Path) -> None:
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        without_links(root).mkdir(parents=True, exist_ok=True)
         writable = os.access(root, os.W_OK | os.X_OK)
         reason = "" if writable else "it is read-only"
     except OSError as error:

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.prompts import Prompt, shown
+from model_preparation.untrusted.chat_template import apply_chat_template
 
 _POSITIONS_AT_ONCE = 256  # logits of a long prompt over a large vocabulary would not fit into memory
 
@@ -156,14 +156,13 @@ def _encode(
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
-            inputs = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            text = apply_chat_template(tokenizer, messages)
+        except ValueError as error:
             raise SurgeryError(
                 f"The chat template refuses the prompt {shown(prompt)!r:.200} ({error}). "
                 "Give messages with the roles and in the order that it expects."
             ) from error
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     input_ids, attention_mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
     if not input_ids.shape[1]:
         raise SurgeryError(f"The prompt {shown(prompt)!r} has no tokens. Give at least one word.")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +28,7 @@ from model_preparation.evaluation.other_models import OtherModel, load_other
 from model_preparation.evaluation.prompts import Prompt, shown
 from model_preparation.evaluation.side_by_side import Column, difference, print_side_by_side, printable
 from model_preparation.files.new_file import write_file
+from model_preparation.terminal import escaped
 
 THIS = "checkpoint"  # the name of the model tested, beside those it is compared with
 
@@ -129,7 +131,9 @@ def _compare(
     column, start = Column(other.name, [], []), len(written.rows)
     bar = Console(stderr=True)
     pairs = list(zip(request.prompts, written.generations, strict=True))
-    for prompt, own in track(pairs, other.name, console=bar, transient=True, disable=not bar.is_terminal):
+    for prompt, own in track(
+        pairs, escape(escaped(other.name)), console=bar, transient=True, disable=not bar.is_terminal
+    ):
         try:
             generations = _generate(model, its_tokenizer, prompt, request, written.rows, row)
         except (SurgeryError, torch.OutOfMemoryError) as error:

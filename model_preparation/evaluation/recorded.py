@@ -115,13 +115,15 @@ class RecordedLM(LM):
             record = {"task": task, "requests": _digest(requests), "seconds": round(seconds, 3), "answers": answers}
             self._results.keep_record(f"{kind}.{task}", record)
         if not self._progress.console.is_terminal:  # a log shows no bar
-            self._progress.console.print(f"{task}: {len(requests)} requests, {seconds:.1f} s", highlight=False)
+            self._progress.console.print(
+                f"{task}: {len(requests)} requests, {seconds:.1f} s", highlight=False, markup=False
+            )
         return answers
 
 
 def _question_progress() -> rich.progress.Progress:
     return rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
+        rich.progress.TextColumn("{task.description}", markup=False),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeElapsedColumn(),

@@ -4,7 +4,6 @@ In: per model its texts, and remarks on them. Out: printed.
 """
 
 import itertools
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from model_preparation.evaluation.generation import Generation
+from model_preparation.terminal import escaped
 
 LABEL = 12  # width of the first column where lines are printed
 
@@ -48,7 +48,7 @@ def print_side_by_side(prompts: Sequence[str], columns: Sequence[Column], consol
         count = max(len(column.texts[index]) for column in columns)
         rows = list(zip(*(column.cells(index, count) for column in columns), strict=True))
         print_prompt = _print_columns if console.is_terminal else _print_lines
-        print_prompt(prompt, [column.name for column in columns], rows, console)
+        print_prompt(prompt, [escaped(column.name) for column in columns], rows, console)
 
 
 def _print_columns(prompt: str, names: list[str], rows: list[tuple[tuple[str, str], ...]], console: Console) -> None:
@@ -79,7 +79,7 @@ def _lines(label: str, text: str) -> str:
 
 def printable(text: str) -> str:
     """The text with control characters spelled out: a broken model's must not steer the terminal."""
-    return "".join(char if char in "\n\t" or unicodedata.category(char) != "Cc" else repr(char)[1:-1] for char in text)
+    return escaped(text, "\n\t")
 
 
 def _first_difference(one: Sequence, other: Sequence) -> int | None:

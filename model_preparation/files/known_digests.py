@@ -5,12 +5,14 @@ the record. Somebody who sets the time back after a change can deceive this; it 
 """
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from model_preparation.errors import SurgeryError
 from model_preparation.files.digests import blake3_of
+from model_preparation.files.new_file import write_file
+from model_preparation.untrusted.untrusted_files import check_fields, read_json
 
 # A file changed this recently may change again within what the file system's clock can tell apart (2 s on FAT).
 _SETTLED_SECONDS = 3
@@ -53,19 +55,13 @@ def recall(path: Path, record: Path) -> KnownFile | None:
 def read_record(record: Path) -> KnownFile | None:
     """What `remember` wrote, or None if there is nothing of the kind."""
     try:
-        return KnownFile(**json.loads(record.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        fields = read_json(record)
+        check_fields(fields, {"bytes": int, "digest": str, "mtime_ns": int, "inode": int, "tensors": dict})
+        return KnownFile(**fields)
+    except (OSError, ValueError, TypeError, SurgeryError):
         return None
 
 
 def remember(known: KnownFile, record: Path) -> None:
     """Write the record; it appears whole or not at all."""
-    partial = record.with_name(f"{record.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(asdict(known), file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(record)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(record, json.dumps(asdict(known)))

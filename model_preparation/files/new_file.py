@@ -28,7 +28,8 @@ def write_file(path: Path, content: str | bytes) -> None:
     """
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)  # of a process of the same number, or a link that somebody put there
+        with partial.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())

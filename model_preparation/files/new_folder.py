@@ -52,7 +52,7 @@ def new_folder(target: Path, *, overwrite: bool, complete_mark: str) -> Iterator
             with _os_errors(target):
                 yield staging
             if (target / "README.md").is_file() and not (staging / "README.md").exists():
-                shutil.copy2(target / "README.md", staging)
+                shutil.copy2(target / "README.md", staging, follow_symlinks=False)
             sync_tree(staging, complete_mark)
             interrupts.check()
             check()  # hours may have passed
@@ -188,7 +188,7 @@ def _clear(hold: Hold, target: Path) -> None:
     """Empty a partial folder; if the old `target` is in it and nothing in its place, that is put back first."""
     if not hold.is_intact():
         return
-    if (hold.folder / _OLD).exists() and not target.exists():
+    if not target.exists() and (hold.folder / _OLD).is_dir() and not (hold.folder / _OLD).is_symlink():
         (hold.folder / _OLD).rename(target)
         sync(target.parent)
     for path in hold.entries():

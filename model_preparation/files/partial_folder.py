@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 
 from model_preparation.errors import SurgeryError
+from model_preparation.untrusted.untrusted_files import read_json
 
 HELD_BY = ".held_by"
 
@@ -169,14 +170,14 @@ def _signed(hold: Hold) -> Hold:
 
 def _holder(folder: Path) -> str:
     try:
-        fields = json.loads((folder / HELD_BY).read_text())
+        fields = read_json(folder / HELD_BY)
         return f"process {fields['pid']} on {fields['host']} since {fields['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, SurgeryError):
         return "another process"  # it has not written its name yet, or is just ending
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a run may have made it, and may empty it: it has `.held_by` in it, or nothing at all.
+    """Whether a run may have made it, and may empty it: it has a file `.held_by` in it, or nothing at all.
 
     Of a folder that is gone, yes.
     """
@@ -184,11 +185,11 @@ def _is_ours(folder: Path) -> bool:
         # One look: between two, another run may remove the folder and a third one make it again.
         if not stat.S_ISDIR(folder.lstat().st_mode):
             return False
-        names = {path.name for path in folder.iterdir()}
+        files = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(folder)}
     except FileNotFoundError:
         return True
     # NFS keeps a file that is deleted while open, under another name.
-    return HELD_BY in names or all(name.startswith(".nfs") for name in names)
+    return files.get(HELD_BY) or all(name.startswith(".nfs") for name in files)
 
 
 def _has_ended(owner: str) -> bool:

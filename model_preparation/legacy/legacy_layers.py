@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import rich.markup
 import rich.progress
 import torch
 from transformers import LlamaConfig
@@ -43,6 +44,7 @@ from model_preparation.surgery.model_configs import (
 from model_preparation.surgery.sources import has_tokenizer, resolve
 from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange
+from model_preparation.terminal import escaped
 from model_preparation.untrusted.pickle_globals import globals_in
 
 # The number behind "layer", else the only one.
@@ -123,7 +125,8 @@ def import_legacy(
             tempfile.TemporaryDirectory(dir=staging) as between,
             legacy_process(Path(between), allow_network) as process,
         ):
-            for index in rich.progress.track(chosen, f"Importing {folder}", disable=len(chosen) < 2):
+            title = rich.markup.escape(escaped(f"Importing {folder}"))
+            for index in rich.progress.track(chosen, title, disable=len(chosen) < 2):
                 ranges, said = process.read(paths[index].resolve())
                 not_run |= {*said["not_run"]}
                 config = _agreed_config(config, said, paths[index])

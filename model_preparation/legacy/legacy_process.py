@@ -20,6 +20,7 @@ from typing import IO, Any
 from model_preparation.errors import SurgeryError
 from model_preparation.legacy.legacy_reader import LAYER
 from model_preparation.tensors.tensor_ranges import TensorRange, safetensors_ranges
+from model_preparation.terminal import escaped
 
 _READER = "model_preparation.legacy.legacy_reader"
 _VARIABLES_KEPT = {"PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME"}
@@ -140,4 +141,4 @@ def _environment(folder: Path) -> dict[str, str]:
 
 def _printable(text: Any) -> str:
     """A stranger's text in one line without control characters, and not too long."""
-    return "".join(character if character.isprintable() else " " for character in str(text)[:300]).rstrip(" .")
+    return escaped(" ".join(str(text)[:300].split())).rstrip(" .")

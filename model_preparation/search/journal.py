@@ -15,6 +15,7 @@ from blake3 import blake3
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.new_folder import sync
+from model_preparation.untrusted.untrusted_files import parse_json, regular_file
 
 _CHECK = "check"
 _CHECK_DIGITS = 16
@@ -66,7 +67,7 @@ class Journal:
         os.close(self._descriptor)
 
     def _read(self) -> list[dict[str, Any]]:
-        data = self.path.read_bytes()
+        data = regular_file(self.path).read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
             os.ftruncate(self._descriptor, len(whole))
@@ -74,7 +75,7 @@ class Journal:
         entries = []
         for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 entry.pop(_CHECK)
                 is_whole = _line(entry) == line + b"\n"
             except (ValueError, KeyError, AttributeError, TypeError):

@@ -11,6 +11,7 @@ import rich
 import rich.progress
 
 from model_preparation.search.layer_sets import LayerSet
+from model_preparation.terminal import escaped
 
 _LOG_SECONDS = 10.0  # between two lines of a log
 
@@ -65,7 +66,7 @@ class SearchProgress:
 
     def failed(self, layers: LayerSet, reason: str) -> None:
         """An evaluation failed for good."""
-        self._progress.console.print(f"{names(layers)}: failed: {reason}", highlight=False, markup=False)
+        self._progress.console.print(f"{names(layers)}: failed: {escaped(reason)}", highlight=False, markup=False)
 
 
 def names(layers: LayerSet) -> str:

@@ -40,6 +40,7 @@ from model_preparation.search.space import Space
 from model_preparation.surgery.layer_store import METADATA, LayerStore, extract_layers
 from model_preparation.surgery.model_configs import type_and_depth
 from model_preparation.surgery.sources import resolve
+from model_preparation.untrusted.untrusted_files import without_links
 
 JOURNAL, DONOR_LAYERS = "journal.jsonl", "donor_layers"
 _MOST_WRITTEN = 10_000  # of the best combinations; the journal has all
@@ -117,10 +118,10 @@ def check_first(spec: Spec, search: Search, *, overwrite: bool = False) -> None:
 
 
 def check_output(folder: Path) -> None:
-    """Raise SurgeryError unless the folder is new, empty or a search's."""
+    """Raise SurgeryError unless the folder is new, empty or a search's, and without links."""
     if folder.exists() and not folder.is_dir():
         raise SurgeryError(f"{folder} is a file. Give a folder as --output_dir.")
-    inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    inside = {path.name for path in without_links(folder.resolve()).iterdir()} if folder.is_dir() else set()
     if inside and not inside & {JOURNAL, RESULT, DONOR_LAYERS}:
         raise SurgeryError(
             f"{folder} holds other files ({', '.join(sorted(inside)[:3])}) and no {JOURNAL} of a search. "

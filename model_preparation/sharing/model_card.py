@@ -4,6 +4,9 @@ In: checkpoint_info.json and where the checkpoint will be. Out: Markdown with YA
 same info gives the same text, so that sharing a checkpoint again changes nothing.
 """
 
+import json
+import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from model_preparation.errors import SurgeryError
 from model_preparation.sharing.licences import LlamaTerms, terms_of
 from model_preparation.surgery.hub_snapshots import TITLES
+from model_preparation.terminal import escaped
 
 # The result of `evaluate_model`, where it was measured here; `mmlu_score` alone is a number that somebody gave.
 MEASURED = "mmlu_result"
@@ -37,7 +41,7 @@ def card_text(
     sections = [
         f"# {repo.partition('/')[2]}",
         *[f"**{built_with}**" for built_with in dict.fromkeys(term.built_with for term in terms)],
-        *([info["description"]] if info["description"] else []),
+        *([_plain(info["description"])] if info["description"] else []),
         f"{_code(info['base_model']['id'])}, a Llamba (Mamba-2), in which {len(info['replaced_layers'])} of "
         f"{info['total_layers']} layers are replaced by the layers of the same index of "
         f"{_code(info['replacement_source']['id'])}.",
@@ -115,7 +119,7 @@ def _eval_result(info: Mapping[str, Any]) -> EvalResult | None:
 def _loading(repo: str, hub: str, what: str, revision: str | None) -> str:
     library = {"modelscope": "modelscope", "huggingface": "huggingface_hub"}[hub]
     auto_classes = {"modelscope": "modelscope", "huggingface": "transformers"}[hub]
-    place = f'"{repo}"' + (f', revision="{revision}"' if revision else "")
+    place = f'"{repo}"' + (f", revision={json.dumps(revision)}" if revision else "")
     ways = []
     if what in ("hf", "both"):
         ways.append(
@@ -146,6 +150,7 @@ def _loading(repo: str, hub: str, what: str, revision: str | None) -> str:
 def _recipe(info: Mapping[str, Any]) -> str:
     base, donor = info["base_model"], info["replacement_source"]
     layers = " ".join(map(str, info["replaced_layers"]))
+    versions = ", ".join(f"{name} {text}" for name, text in info["versions"].items())
     rows = [
         ("layers replaced, counted from 0", layers),
         ("base", _origin(base)),
@@ -153,7 +158,7 @@ def _recipe(info: Mapping[str, Any]) -> str:
         ("parameters", f"{info['parameters']:,}"),
         ("dtype", info["dtype"]),
         ("attention in the donor's layers", f"{info['num_heads']} heads of {info['head_dim']}"),
-        ("made", f"{info['creation_time']}, {', '.join(f'{name} {text}' for name, text in info['versions'].items())}"),
+        ("made", _plain(f"{info['creation_time']}, {versions}")),
     ]
     digests = [
         (f"base, {_code(name)}", f"{title} {_code(entry[key])}")
@@ -184,7 +189,11 @@ def _recipe(info: Mapping[str, Any]) -> str:
 def _healing_rows(info: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """How a checkpoint was trained after the graft; no recipe gives its weights."""
     healing = info["healing"]
-    rows = [("healed from", info["parent"]["id"]), ("method", healing["method"]), ("steps", f"{healing['steps']:,}")]
+    rows = [
+        ("healed from", _code(info["parent"]["id"])),
+        ("method", _plain(healing["method"])),
+        ("steps", f"{healing['steps']:,}"),
+    ]
     for when in ("before", "after"):
         if (loss := healing["scores"][when]["eval_loss"]) is not None:
             rows.append((f"held-out loss {when}, nats per token", f"{loss:.4f}"))
@@ -201,9 +210,13 @@ def _scores(info: Mapping[str, Any]) -> str:
         rows = [
             ("MMLU, accuracy", f"{measured['score']:.4f}{stderr}"),
             ("questions", asked),
-            *((name, settings[name]) for name in ("num_fewshot", "dtype", "device", "batch_size") if name in settings),
-            ("lm-eval", measured["lm_eval_version"]),
-            *((name, measured[name]) for name in ("date",) if name in measured),
+            *(
+                (name, _plain(settings[name]))
+                for name in ("num_fewshot", "dtype", "device", "batch_size")
+                if name in settings
+            ),
+            ("lm-eval", _plain(measured["lm_eval_version"])),
+            *((name, _plain(measured[name])) for name in ("date",) if name in measured),
         ]
         return "Measured with `test_checkpoint.py --full_eval`.\n\n" + _table(("", ""), rows)
     if info["mmlu_score"] is None:
@@ -233,7 +246,7 @@ def _origin(source: Mapping[str, Any]) -> str:
 def _spec(source: Mapping[str, Any]) -> str:
     """How a command line names the source."""
     if source["hub"] == "local":
-        return f"/path/to/{source['id']}"
+        return shlex.quote(f"/path/to/{source['id']}")
     return f"{source['hub']}:{source['id']}" + (f"@{source['revision']}" if source["revision"] else "")
 
 
@@ -246,5 +259,14 @@ def _cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
+def _plain(text: Any) -> str:
+    """Text in one line that Markdown takes for nothing else: no heading, list, code, link or tag."""
+    line = re.sub(r"([\\`<\[\]])", r"\\\1", escaped(" ".join(str(text).split())))
+    return f"\\{line}" if re.match(r"[#>+*~=_-]", line) else line
+
+
 def _code(text: str) -> str:
-    return f"`{text}`"
+    """A code span, of which the text cannot break out: its fence is longer than any in the text."""
+    line = escaped(" ".join(text.split()))
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"

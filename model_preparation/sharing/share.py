@@ -5,7 +5,8 @@ without this machine's paths, and README.md, the card. The folder itself is only
 """
 
 import hashlib
-import json
+import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from model_preparation.files.seal import seal
 from model_preparation.files.text import read_text
 from model_preparation.sharing.hub_uploads import HUBS
 from model_preparation.sharing.licences import check_name, licence_of, terms_of
-from model_preparation.sharing.model_card import MEASURED, card_text, read_card
+from model_preparation.sharing.model_card import card_text, read_card
 from model_preparation.surgery.checkpoint_info import EVALUATIONS, INFO, MODULE, STATE_DICT, TOKENIZER, read_info
 from model_preparation.surgery.hub_snapshots import first_line
 from model_preparation.untrusted.no_model import stand_in, what_it_is
@@ -39,6 +40,7 @@ _HF_ONLY = [
     "added_tokens.json",
     "chat_template*",
 ]
+_LOCAL_PATH = re.compile(r"(~([A-Za-z_]\w*)?|\.\.?|[A-Za-z]:)?[/\\]|file:")  # on any system
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ def _select(info: dict[str, Any], what: str, directory: Path) -> tuple[dict[str,
 def _check_file(directory: Path, name: str, recorded: Mapping[str, Any]) -> None:
     parts = PureWindowsPath(name)  # splits at / and \ alike
     path = directory / name
-    if parts.anchor or ".." in parts.parts or not path.resolve().is_relative_to(directory.resolve()):
+    if parts.anchor or ".." in parts.parts or not _real(path).is_relative_to(_real(directory)):
         raise SurgeryError(
             f"{path} leads out of the checkpoint's folder, so it is not uploaded. Replace it by the file itself."
         )
@@ -208,6 +210,10 @@ def _check_file(directory: Path, name: str, recorded: Mapping[str, Any]) -> None
         )
 
 
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # which a link to itself does not make fail
+
+
 def _read_card_file(path: Path) -> str:
     try:
         return read_text(path)
@@ -215,16 +221,17 @@ def _read_card_file(path: Path) -> str:
         raise SurgeryError(f"The card {path} cannot be read ({error}). Give a Markdown file with --card.") from error
 
 
-def _without_paths(info: dict[str, Any]) -> dict[str, Any]:
-    """checkpoint_info.json for strangers: folders of this machine are named by their last part only."""
-    shared = json.loads(json.dumps(info))
-    for source in (shared["base_model"], shared["replacement_source"]):
-        if source["hub"] == "local":
-            source["name"] = source["id"]
-            source.pop("path", None)
-    if measured := shared.get(MEASURED):
-        measured["settings"].pop("mmlu_data", None)
-    return shared
+def _without_paths(value: Any) -> Any:
+    """What checkpoint_info.json has, for strangers: paths of this machine, wherever, are named by their last part."""
+    if isinstance(value, dict):
+        named = {"name": value["id"]} if value.get("hub") == "local" and "name" in value else {}
+        fields = {_without_paths(name): _without_paths(field) for name, field in value.items() if name != "path"}
+        return fields | named
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    if isinstance(value, str) and _LOCAL_PATH.match(value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value
 
 
 def _stage(share: Share, names: set[str], folder: Path) -> None:

@@ -19,8 +19,8 @@ import rich.progress
 import torch
 
 from model_preparation.files.block_io import Advance
-from model_preparation.files.digests import describe_source_file, sha256_of
-from model_preparation.files.known_digests import KnownFile, examine, read_record, recall, remember
+from model_preparation.files.digests import describe_source_file
+from model_preparation.files.known_digests import KnownFile, examine, recall, remember
 from model_preparation.files.shared_files import can_share, share_file
 from model_preparation.surgery.store_folder import STORE, locked, record_of
 from model_preparation.tensors.safetensors_writer import Shard
@@ -128,19 +128,16 @@ class BaseStore:
         return self._root / _BASE_DIGESTS / f"{place}.json"
 
     def _stored(self, shard: Shard) -> KnownFile | None:
-        """The stored shard, or None if it is not there or not as it was made."""
+        """The stored shard, or None if it is not there or not as it was made.
+
+        One that looks different was changed, or came with the folder: a stranger's record would fit a stranger's shard.
+        """
         path = self._folder / shard.file
-        known = read_record(record_of(path))
-        try:
-            with path.open("rb") as file:
-                begins_well = file.read(len(shard.header)) == shard.header
-            now = None if known is None else KnownFile.of(path, known.digest, known.tensors)
-        except OSError:
+        known = recall(path, record_of(path))
+        if known is None or known.bytes != shard.size_bytes:
             return None
-        if now is None or not begins_well or now.bytes != shard.size_bytes:
-            return None
-        # Looking different, it was copied from another disk, or changed.
-        return now if now == known or sha256_of(path) == now.digest else None
+        with path.open("rb") as file:
+            return known if file.read(len(shard.header)) == shard.header else None
 
     def _make(self, shard: Shard, advance: Advance) -> KnownFile:
         """Write the shard into the store, read-only: it is one file with all checkpoints that hold a hard link."""

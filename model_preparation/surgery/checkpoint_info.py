@@ -5,10 +5,13 @@ In: a folder. Out: the fields of its checkpoint_info.json, checked as far as rea
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.sources import TABLE
+from model_preparation.files.digests import FILE_FIELDS
+from model_preparation.surgery.sources import TABLE, check_recorded
+from model_preparation.tensors.dtypes import MODEL_DTYPES
 from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.untrusted_files import check_fields, read_json
 
@@ -24,7 +27,42 @@ EVALUATIONS = "evaluations"  # results, which come later and are no part of what
 HEALED = "healed"  # the origin, in tensor_digests.json, of what neither base nor donor gave
 EVALUATIONS_ASIDE = ".of-weights-"  # in the names of those that are of weights the checkpoint had before
 
-_INFO_FIELDS = {"replaced_layers": list, "total_layers": int, "config": dict, "generation_config": dict, "files": dict}
+_SCORE = (int, float, NoneType)
+_INFO_FIELDS = {
+    "replaced_layers": [int],
+    "total_layers": int,
+    "config": dict,
+    "generation_config": dict,
+    "files": {"*": FILE_FIELDS},
+    "base_model?": {"name?": str, "files": {"*": {"*": (str, int)}}},
+    "replacement_source?": {"name?": str, "layers": {"*": str}},
+    "tokenizer_source?": (NoneType, dict),
+    "parameters?": int,
+    "num_replaced_layers?": int,
+    "num_heads?": int,
+    "head_dim?": int,
+    "dtype?": str,
+    "format?": str,
+    "creation_time?": str,
+    "description?": (str,),
+    "versions?": {"*": str},
+    "mmlu_score?": _SCORE,
+    "mmlu_result?": {
+        "score": (int, float),
+        "stderr": _SCORE,
+        "questions": int,
+        "lm_eval_version": str,
+        "date?": str,
+        "settings": {"limit?": (int, NoneType), "num_fewshot?": (int, NoneType)},
+    },
+    "parent?": {"id": str, "tensor_digests_sha256": str},
+    "healing?": {
+        "method": str,
+        "steps": int,
+        "scores": {"before": {"eval_loss": _SCORE}, "after": {"eval_loss": _SCORE}},
+        "texts?": [{"prompt": (str,), "before": (str,), "after": (str,)}],
+    },
+}
 
 
 def formats_of(info: Mapping[str, Any]) -> set[str]:
@@ -77,6 +115,11 @@ def read_info_file(path: Path) -> dict[str, Any]:
         info = read_json(path)
         check_fields(info, {"format_version": object, **_INFO_FIELDS})
         version = info["format_version"]
+        for role in ("base_model", "replacement_source", "tokenizer_source"):
+            if info.get(role) is not None:
+                check_recorded(info[role])
+        if info.get("dtype", "float32") not in (*MODEL_DTYPES, "float64"):
+            raise ValueError(f"dtype is {info['dtype']!r:.80}")
     except ValueError as error:
         raise SurgeryError(f"{path} cannot be read ({error}). Build the checkpoint again.") from error
     if version != FORMAT_VERSION:

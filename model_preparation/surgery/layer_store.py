@@ -15,6 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
+import rich.markup
 import rich.progress
 import torch
 from torch import Tensor
@@ -34,11 +35,12 @@ from model_preparation.surgery.model_configs import (
     read_generation_config,
     type_and_depth,
 )
-from model_preparation.surgery.sources import has_tokenizer, resolve
+from model_preparation.surgery.sources import check_recorded, has_tokenizer, resolve
 from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.pt_writer import placeholder, write_together
 from model_preparation.tensors.tensor_files import TensorFiles, load_tensors
 from model_preparation.tensors.tensor_ranges import TensorRange, pt_ranges
+from model_preparation.terminal import escaped
 from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.untrusted_files import check_fields, inside, read_json, regular_file
 
@@ -120,7 +122,7 @@ def extract_layers(
                 if ranges:
                     path = staging / layer_file(index)
                     writing[str(index)] = beside.start(write_layer, path, ranges, dtype, go_on)
-            title = f"Extracting {model_name}"
+            title = rich.markup.escape(escaped(f"Extracting {model_name}"))
             steps = rich.progress.track(writing.items(), title, len(writing), disable=len(writing) < 2)
             described = {index: layer.result() for index, layer in steps}
             parts = checking.result()
@@ -168,7 +170,10 @@ class ModelParts:
             return cls(config, loaded, None)
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-        rotary = LlamaRotaryEmbedding(config)
+        from model_preparation.untrusted.untrusted_config import refusing_impossible_models
+
+        with refusing_impossible_models():
+            rotary = LlamaRotaryEmbedding(config)
         return cls(config, loaded, {"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling})
 
 
@@ -278,7 +283,7 @@ class LayerStore:
                 check_fields(entry, FILE_FIELDS)
             for entry in self.layers.values():
                 check_fields(entry, {"file": str})
-            check_fields(self.metadata["source"], {"id": str})
+            check_recorded(self.metadata["source"])
         except (ValueError, TypeError, AttributeError) as error:
             raise SurgeryError(f"{path} is damaged ({error}). {self._again()}") from error
 
@@ -323,7 +328,9 @@ class LayerStore:
         """Check every file of the folder; one line per bad one, none if all are as they were written."""
         recorded = {entry["file"]: entry for entry in self.layers.values()} | self.metadata["files"]
         found = []
-        for name, entry in rich.progress.track(recorded.items(), f"Verifying {self.folder}"):
+        for name, entry in rich.progress.track(
+            recorded.items(), rich.markup.escape(escaped(f"Verifying {self.folder}"))
+        ):
             if fault := fault_of(inside(self.folder, name), entry):
                 found.append(f"{self.folder / name} is {fault}.")
         return found

@@ -63,7 +63,9 @@ def read_generation_config(folder: Path) -> dict[str, Any] | None:
     """The model folder's generation_config.json, or None where it has none."""
     path = folder / "generation_config.json"
     try:
-        return read_json(path) if path.exists() else None
+        fields = read_json(path) if path.exists() else None
+        check_sizes(fields)
+        return fields
     except ValueError as error:
         raise SurgeryError(f"{path} cannot be used: {_sentence(error)}") from error
 

@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from types import NoneType
+from typing import Any, Literal
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.hub_snapshots import TITLES, NoSnapshot, Snapshot, fetch_snapshot, first_line
 from model_preparation.untrusted.no_model import snapshot_in, what_it_is
-from model_preparation.untrusted.untrusted_files import inside, read_json
+from model_preparation.untrusted.untrusted_files import check_fields, inside, read_json
 
 # A name's target is anything `resolve` takes; `--source NAME=TARGET` and MODEL_PREPARATION_NAME replace it.
 TABLE = {
@@ -123,6 +124,18 @@ def donor_name(base: str, overrides: Mapping[str, str] | None = None) -> str | N
             if donor["hub"] != "local":
                 return next((name for name in TABLE if TABLE[name] == named), named)
     return "llama" if base in _TOKENIZER_OF else None
+
+
+def check_recorded(source: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `source` is as `Source.as_dict()` writes it: its id goes into cards and command lines."""
+    check_fields(source, {"hub": str, "id": str, "revision": (NoneType, str), "path?": str})
+    hub, name, revision = source["hub"], source["id"], source["revision"]
+    if hub in TITLES:
+        target = f"{hub}:{name}" + (f"@{revision}" if revision else "")
+        if _HUB_ID.fullmatch(target) is None or ".." in target:
+            raise ValueError(f"{target!r:.200} is no repository of {TITLES[hub]}")
+    elif hub not in ("local", "embedded") or "/" in name:
+        raise ValueError(f"it comes from {hub!r:.80}, {name!r:.80}")
 
 
 def target_named(name: str, overrides: Mapping[str, str] | None = None) -> str:

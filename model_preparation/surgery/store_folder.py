@@ -6,14 +6,15 @@ and how that is made, base_store.py says.
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_preparation.errors import SurgeryError
 from model_preparation.files.known_digests import read_record
+from model_preparation.untrusted.untrusted_files import read_json, without_links
 
 STORE = ".base_shards"
 
@@ -37,9 +38,10 @@ def clean(checkpoints: Path, *, dry_run: bool = False) -> Cleaned:
         dry_run: only say what would go.
 
     Raises:
+        SurgeryError: if there is a link in the store, or in its place.
         OSError: if the store is somebody else's.
     """
-    root = checkpoints / STORE
+    root = without_links(checkpoints / STORE)
     if not root.is_dir():
         return Cleaned([], 0)
     with locked(root):
@@ -67,8 +69,8 @@ def _digests_in_use(checkpoints: Path) -> set[str]:
     found = set()
     for path in checkpoints.glob("*/checkpoint_info.json"):
         # A description that cannot be read protects nothing: its checkpoint has files of its own, linked or cloned.
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            entries = json.loads(path.read_text(encoding="utf-8"))["files"].values()
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError, SurgeryError):
+            entries = read_json(path)["files"].values()
             found |= {entry["sha256"] for entry in entries}
     return found
 
@@ -83,9 +85,11 @@ def locked(root: Path) -> Iterator[None]:
     """Hold the store's lock, which ends with the process that holds it however that ends.
 
     Raises:
+        SurgeryError: if there is a link in the store, or in its place.
         OSError: if the folder cannot be written to, or its file system has no locks.
     """
     while True:
+        without_links(root)
         root.mkdir(exist_ok=True)
         try:
             file = (root / _LOCK).open("a")

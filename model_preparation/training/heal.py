@@ -61,6 +61,7 @@ from model_preparation.training.run_start import check_data, settings_and_identi
 from model_preparation.training.settings import HealSettings
 from model_preparation.training.step_size import StepSize, step_size
 from model_preparation.training.trainable import trained_layers
+from model_preparation.untrusted.untrusted_files import without_links
 
 _NEW_TOKENS = 40  # of the texts before and after
 _LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch", "step")  # nothing that depends on the clock
@@ -111,6 +112,7 @@ def heal_checkpoint(
     parent, output_dir = Path(checkpoint).expanduser(), Path(output_dir).expanduser()
     dtype = torch_dtype(dtype)
     states = Path(resume_dir).expanduser() if resume_dir else Path(f"{os.path.abspath(output_dir)}_resume")
+    without_links(states.resolve() if resume_dir else states)
     only_read = [parent, data, *(given.get(name) for name in ("teacher", "init_from", "eval_data"))]
     for place in (output_dir, states):
         _check_apart(place, parent, *only_read)

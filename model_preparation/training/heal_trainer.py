@@ -38,19 +38,21 @@ from model_preparation.training.heal_data import Sequences, Shuffled
 from model_preparation.training.objective import Distillation, losses_of
 from model_preparation.training.resume_state import (
     MARK,
+    TRAINER_STATE,
     ResumeState,
     copy_state,
     finish_state,
     list_states,
     load_plain,
     place_for,
+    restoring,
     rotate,
 )
 from model_preparation.training.settings import HealSettings
 
 _WEIGHTS = "model.safetensors"
 _OPTIMIZER, _SCHEDULER, _SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
-_TRAINER_STATE, _ARGUMENTS = "trainer_state.json", "training_args.json"
+_ARGUMENTS = "training_args.json"
 
 
 class HealTrainer(Trainer):
@@ -225,7 +227,7 @@ class HealTrainer(Trainer):
             self._save_rng_state(str(staging))
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self.state.save_to_json(str(staging / _TRAINER_STATE))
+                self.state.save_to_json(str(staging / TRAINER_STATE))
                 arguments = json.dumps(self.args.to_dict(), indent=2, default=str)
                 (staging / _ARGUMENTS).write_text(arguments + "\n", encoding="utf-8")
                 finish_state(staging, self._mark(unlogged))
@@ -329,7 +331,8 @@ class HealTrainer(Trainer):
         if self.is_lora:
             load_adapter_weights(bare, folder)
         else:
-            load_model(bare, folder / _WEIGHTS, strict=True)
+            with restoring(folder / _WEIGHTS):
+                load_model(bare, folder / _WEIGHTS, strict=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if checkpoint is None:
@@ -338,8 +341,9 @@ class HealTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
         else:
-            self.optimizer.load_state_dict(load_plain(folder / _OPTIMIZER))
-            self.lr_scheduler.load_state_dict(load_plain(folder / _SCHEDULER))
+            for part, name in ((self.optimizer, _OPTIMIZER), (self.lr_scheduler, _SCHEDULER)):
+                with restoring(folder / name):
+                    part.load_state_dict(load_plain(folder / name))
         self._set_learning_rate()
 
     def _set_learning_rate(self) -> None:
@@ -353,7 +357,8 @@ class HealTrainer(Trainer):
     def _load_scaler(self, checkpoint) -> None:
         path = None if checkpoint is None else Path(checkpoint, _SCALER)
         if path is not None and path.is_file():
-            self.accelerator.scaler.load_state_dict(load_plain(path))
+            with restoring(path):
+                self.accelerator.scaler.load_state_dict(load_plain(path))
 
     def _load_rng_state(self, checkpoint) -> None:
         if checkpoint is None or self._resumed is None:
@@ -361,13 +366,15 @@ class HealTrainer(Trainer):
         if self._resumed.info["world_size"] != self.args.world_size:  # nobody's state is anybody's now
             set_seed((self._settings.seed + self.sequences_seen) % 2**31, device_specific=True)
             return
-        states = load_plain(Path(checkpoint, self._rng_file()))
-        kind, keys, *rest = states["numpy"]
-        random.setstate(states["python"])
-        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(states["cuda"])
+        path = Path(checkpoint, self._rng_file())
+        with restoring(path):
+            states = load_plain(path)
+            kind, keys, *rest = states["numpy"]
+            random.setstate(states["python"])
+            np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+            torch.set_rng_state(states["cpu"])
+            if "cuda" in states and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(states["cuda"])
 
     def take_unlogged_loss(self) -> None:
         """Take up the loss that the state's run had not logged yet; of another number of processes, their mean."""

@@ -5,12 +5,14 @@ place to write the next one; fewer of them. A state's `resume_state.json` is wri
 digest: a folder without it is no state (transformers#35525 is what happens where there is no such mark).
 """
 
+import contextlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from model_preparation.untrusted.sharded_files import SHARD_METADATA, check_shar
 from model_preparation.untrusted.untrusted_files import check_fields, inside, read_json
 
 FORMAT_VERSION = 1
-MARK = "resume_state.json"
+MARK, TRAINER_STATE = "resume_state.json", "trainer_state.json"
 PREFIX = "checkpoint"
 _NAME = re.compile(rf"{PREFIX}-(\d+)(-world\d+)?")
 _PICKLES = (".pt", ".pth", ".bin")
@@ -36,10 +38,20 @@ _FIELDS = {
     "world_size": int,
     "settings": dict,
     "model_args": dict,
-    "parent": dict,
-    "data": dict,
-    "unlogged": dict,
-    "files": dict,
+    "parent": {"id": str, "tensor_digests_sha256": str},
+    "data": {"blake3": str, "sequences": int, "held_out_blake3": (str, NoneType)},
+    "unlogged": {"losses": [(int, float)], "last_logged": int},
+    "files": {"*": FILE_FIELDS},
+    "run_id?": str,
+    "started_world_size?": int,
+    "texts?": [{"prompt": (str,), "text": (str,)}],
+}
+_TRAINER_FIELDS = {
+    "global_step": int,
+    "log_history": [{"step": int, "loss?": (int, float), "eval_loss?": (int, float), "learning_rate?": (int, float)}],
+    "best_metric?": (int, float, NoneType),
+    "best_global_step?": (int, NoneType),
+    "best_model_checkpoint?": (str, NoneType),
 }
 
 
@@ -92,6 +104,8 @@ def _read_mark(folder: Path) -> ResumeState:
         raise SurgeryError(
             f"{folder} has format version {info['format_version']}; this program knows {FORMAT_VERSION}."
         )
+    if len(info["unlogged"]["losses"]) != info["world_size"]:
+        raise ValueError(f"unlogged has {len(info['unlogged']['losses'])} losses of {info['world_size']} processes")
     return ResumeState(folder, info)
 
 
@@ -131,18 +145,46 @@ def _fault_of_state(state: ResumeState) -> tuple[str, str] | None:
     """The first file that is not as it was written, and what is wrong with it."""
     for name, entry in state.info["files"].items():
         try:
-            check_fields(entry, FILE_FIELDS)
             path = inside(state.folder, name)
             fault = fault_of(path, entry)
             if fault is None and path.suffix in _PICKLES:
                 check_pt(path, TENSORS)
             elif fault is None and path.name == SHARD_METADATA:
                 check_shards(path.parent)
+            elif fault is None and name == TRAINER_STATE:
+                _check_trainer_state(path)
         except (OSError, ValueError, SurgeryError) as error:
             fault = f"refused ({error})"
         if fault is not None:
             return name, fault
     return None
+
+
+def _check_trainer_state(path: Path) -> None:
+    """Raise ValueError unless transformers can make its TrainerState of a file, and its numbers are numbers."""
+    from transformers import TrainerState
+
+    try:
+        found = json.loads(path.read_bytes())  # in which a loss may be NaN
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("it holds no JSON object")
+    if unknown := sorted(found.keys() - {field.name for field in fields(TrainerState)}):
+        raise ValueError(f"it has {unknown[0]!r:.80}, which transformers does not know")
+    check_fields(found, _TRAINER_FIELDS)
+
+
+@contextlib.contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Around putting what is in a state's file where it was: what does not fit there becomes a SurgeryError."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise SurgeryError(f"{path} does not fit this run ({reason}). {_the_one_before(path.parent)}") from error
 
 
 def load_plain(path: Path) -> Any:

@@ -6,9 +6,10 @@ words what of the user's wishes did not count.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from model_preparation.errors import SurgeryError
+from model_preparation.untrusted.untrusted_files import check_fields
 
 METHODS = ("full", "grafted", "neighbours", "lora")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -132,7 +133,18 @@ def saved_settings(saved: Mapping[str, Any]) -> HealSettings:
     known = {field.name for field in fields(HealSettings)}
     if unknown := sorted(saved.keys() - known):
         raise SurgeryError(f"The state has settings this version does not know: {', '.join(unknown)}. Update it.")
+    try:
+        check_fields(saved, {f"{field.name}?": _kind(field.type) for field in fields(HealSettings)})
+    except ValueError as error:
+        raise SurgeryError(f"The state's settings are none: {error}. Start anew with --resume never.") from error
     return HealSettings(**saved)
+
+
+def _kind(annotation: Any) -> Any:
+    """A field's kind, as `check_fields` takes it, in JSON."""
+    if annotation is float:
+        return (int, float)
+    return [str] if get_origin(annotation) is tuple else get_args(annotation) or annotation
 
 
 def resumed_settings(saved: HealSettings, given: Mapping[str, Any]) -> tuple[HealSettings, list[str]]:

@@ -23,7 +23,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.files.new_file import write_file
 from model_preparation.files.partial_folder import take
 from model_preparation.training.distill_data import TokenData
-from model_preparation.untrusted.untrusted_files import read_json
+from model_preparation.untrusted.untrusted_files import read_json, without_links
 
 _SETTINGS, _TOKENS = "settings.json", "tokens.safetensors"
 
@@ -52,7 +52,7 @@ class WorkFolder:
         Raises:
             SurgeryError: if another run is at it, or it has tokens or layers of other settings, which are named.
         """
-        hold = take(self.folder)
+        hold = take(without_links(self.folder))
         try:
             self._check_ours()
             self.folder.mkdir(exist_ok=True)

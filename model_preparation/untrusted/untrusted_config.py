@@ -38,6 +38,7 @@ def config_from(fields: dict[str, Any], kind: type[PreTrainedConfig]) -> PreTrai
 
 def generation_config_from(fields: dict[str, Any]) -> GenerationConfig:
     """The generation config that `fields` describe; raises ValueError as `config_from` does."""
+    check_sizes(fields)
     try:
         return GenerationConfig(**_plain(fields, GenerationConfig))
     except Exception as error:  # as above

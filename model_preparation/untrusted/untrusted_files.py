@@ -5,9 +5,11 @@ the folder, FIFOs and devices, names that climb, JSON that is too large, too dee
 """
 
 import errno
+import itertools
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -15,6 +17,7 @@ from typing import Any
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.text import decode
+from model_preparation.terminal import STEERING
 from model_preparation.untrusted.no_model import stand_in
 
 MAX_JSON_BYTES = 16_000_000
@@ -22,6 +25,9 @@ MAX_DEPTH = 64
 _MAX_DIGITS = 40  # transformers writes 10**30 for a length without limit
 MAX_LAYERS = 1024  # eight times those of the deepest Llama
 MAX_WIDTH = 1 << 24  # of any dimension a config names
+_OF_NUMBERS = re.compile(
+    r".*(factor|theta|beta_fast|beta_slow|mscale|_dim|_size|_heads|_layers|_embeddings|_eps|_token_id)"
+)
 
 
 def regular_file(path: Path) -> Path:
@@ -79,6 +85,24 @@ def inside(folder: Path, name: object) -> Path:
     )
 
 
+def without_links(folder: Path) -> Path:
+    """`folder`, to write and delete in, if it is no link and has none in it, at any depth; it need not be there.
+
+    Whoever packed a folder may have put a link in it, and what is done through that is done elsewhere.
+
+    Raises:
+        SurgeryError: naming the link.
+    """
+    below = (Path(root, name) for root, folders, files in os.walk(folder) for name in folders + files)
+    for path in itertools.chain([folder], below):
+        if path.is_symlink():
+            raise SurgeryError(
+                f"{path} is a link to {os.readlink(path)}, and nothing is written or removed through it. "
+                "Remove the link, or choose another folder."
+            )
+    return folder
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
@@ -116,17 +140,47 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 
 def check_fields(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Raise ValueError unless each of the fields named is there and of its kind; True is no integer."""
+    """Raise ValueError unless each of the fields named is there and of its kind.
+
+    A name that ends in ? may be missing; * stands for every field there is. A kind is a class, or a tuple of kinds;
+    {...} is an object with such fields, [kind] a list of that kind. int alone takes no True, and str alone is a name,
+    with nothing in it that would steer a terminal; (str,) is any text.
+    """
+    if "*" in kinds:
+        kinds = dict.fromkeys(fields, kinds["*"])
     for name, kind in kinds.items():
-        if name not in fields:
+        if name.removesuffix("?") in fields:
+            name = name.removesuffix("?")
+            _check_kind(name, fields[name], kind)
+        elif not name.endswith("?"):
             raise ValueError(f"{name} is missing")
-        value = fields[name]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-            raise ValueError(f"{name} is {value!r:.80}")
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    classes = tuple(each if isinstance(each, type) else type(each) for each in kinds)
+    if (
+        not isinstance(value, classes)
+        or (isinstance(value, bool) and kind is int)
+        or (kind is str and STEERING.search(str(value)))
+    ):
+        raise ValueError(f"{name} is {value!r:.80}")
+    try:
+        for each in kinds:
+            if isinstance(each, dict) and isinstance(value, dict):
+                check_fields(value, each)
+            elif isinstance(each, list) and isinstance(value, list):
+                for item in value:
+                    _check_kind("an item", item, each[0])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_sizes(config: object) -> None:
-    """Raise ValueError if a config, as a JSON value, asks for sizes that no model has, before any is made of it."""
+    """Raise ValueError if a config, as a JSON value, asks for sizes that no model has, before any is made of it.
+
+    Also for text where only a number makes sense, in the parts that transformers does not look at (rope_parameters).
+    """
     waiting = [("", config)]
     while waiting:
         name, value = waiting.pop()
@@ -138,6 +192,8 @@ def check_sizes(config: object) -> None:
             limit = _limit_of(name)
             if not abs(value) <= limit:
                 raise ValueError(f"{name} is {value}; at most {limit} is sensible")
+        elif isinstance(value, str) and _OF_NUMBERS.fullmatch(str(name)):
+            raise ValueError(f"{name} is {value!r:.80}, which is no number")
 
 
 def _limit_of(name: str) -> float:

@@ -8,6 +8,7 @@ must import the model to be checked is checked while the files are read.
 import contextlib
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from rich.filesize import decimal
 from model_preparation.errors import SurgeryError
 from model_preparation.files.beside import Beside
 from model_preparation.files.byte_progress import byte_progress
-from model_preparation.files.digests import FILE_FIELDS, describe_file
+from model_preparation.files.digests import describe_file
 from model_preparation.files.seal import check_seal
 from model_preparation.surgery.checkpoint_info import (
     EVALUATIONS,
@@ -35,7 +36,7 @@ from model_preparation.surgery.model_configs import type_and_depth
 from model_preparation.surgery.sources import resolve
 from model_preparation.tensors.tensor_ranges import range_of, safetensors_ranges
 from model_preparation.untrusted.pt_structure import pt_records
-from model_preparation.untrusted.untrusted_files import check_fields, inside, regular_file
+from model_preparation.untrusted.untrusted_files import inside, regular_file
 from model_preparation.verification.file_digests import FileDigests, Range, read_digests
 from model_preparation.verification.findings import Fault, Verification
 
@@ -44,23 +45,12 @@ if TYPE_CHECKING:
     from model_preparation.verification.verify_tensors import TensorChecks
 
 _FILES_AT_ONCE = 2  # each is hashed by one core
-_CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh")
-# What transformers takes from a model's folder unasked; a hub's own additions (configuration.json, README.md) are not.
-_READ_BY_LOADERS = (*_CODE, ".safetensors", ".bin", ".model", ".jinja", ".gguf", ".index.json")
-_READ_BY_NAME: tuple[str, ...] = (
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "special_tokens_map.json",
-)
-_READ_BY_NAME += (
-    "added_tokens.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
+# What hubs and their clients add, and share_checkpoint.py: no loader reads it. All else in a folder may be read.
+_ADDED_BY_HUBS = {
+    *(".gitattributes", ".gitignore", "README.md", "LICENSE", "NOTICE"),
+    *("configuration.json", ".mdl", ".msc", ".mv"),  # ModelScope's
+}
+_NOT_LOADED = {EVALUATIONS: "results, which come after the build", ".git": "a clone's", ".cache": "a download's"}
 
 
 def verify_checkpoint(
@@ -182,12 +172,11 @@ def _recorded_files(found: Verification, info: dict[str, Any]) -> dict[str, dict
     recorded = {}
     for name, entry in info["files"].items():
         try:
-            check_fields(entry, FILE_FIELDS)
             real = os.path.realpath(inside(found.directory, name))
             if not Path(real).is_relative_to(os.path.realpath(found.directory)):
                 raise SurgeryError(f"it is a link to {real}, outside the folder")
             recorded[name] = entry
-        except (ValueError, TypeError, SurgeryError) as error:
+        except SurgeryError as error:
             found.fault(f"{name!r:.200}", f"is listed in {INFO} in a way that cannot be ({error})")
     for name in _weight_files(info) | {TENSOR_DIGESTS}:
         if name not in recorded:
@@ -214,26 +203,25 @@ def _weight_files(info: dict[str, Any]) -> set[str]:
 
 
 def _look_for_others(found: Verification, info: dict[str, Any], recorded: Mapping[str, dict]) -> None:
-    """Files nobody recorded: a note, or a fault where a loader would pick them up."""
-    count = results = 0
+    """Files nobody recorded: a fault where a loader may pick them up, be it by a name that it learns next year."""
+    count = 0
+    below: Counter[str] = Counter()  # in folders of which nothing is recorded nor loaded
+    read_by_others = "hf" in formats_of(info)
     for root, folders, files in os.walk(found.directory):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
         for name in sorted([*files, *links]):
-            path = Path(root, name)
-            relative = path.relative_to(found.directory)
+            relative = Path(root, name).relative_to(found.directory)
+            top, shown = relative.parts[0], relative.as_posix()
             count += 1
-            if relative.as_posix() in recorded or relative.as_posix() == INFO:
+            if shown in recorded or shown == INFO:
                 continue
-            at_root = relative.parent == Path(".") and (name.endswith(_READ_BY_LOADERS) or name in _READ_BY_NAME)
-            loaded = relative.parts[0] == TOKENIZER or ("hf" in formats_of(info) and (at_root or path.suffix in _CODE))
-            if relative.parts[0] == EVALUATIONS and not loaded:
-                results += 1  # they come after the build
-            elif loaded:
-                found.fault(relative.as_posix(), f"is not listed in {INFO}, and would be read with the checkpoint")
+            if len(relative.parts) > 1 and top in _NOT_LOADED:
+                below[top] += 1
+            elif top == TOKENIZER or (read_by_others and shown not in _ADDED_BY_HUBS):
+                found.fault(shown, f"is not listed in {INFO}, and would be read with the checkpoint")
             else:
-                found.notes.append(f"{relative.as_posix()} is not listed in {INFO}.")
-    if results:
-        found.notes.append(f"{EVALUATIONS}/ is not listed in {INFO}: {results} files of results.")
+                found.notes.append(f"{shown} is not listed in {INFO}.")
+    found.notes += [f"{top}/ is not listed in {INFO}: {_NOT_LOADED[top]}, {below[top]} files." for top in below]
     found.check("folder", f"{count} files, {len(recorded)} of them listed with their digests")
 
 

@@ -38,7 +38,8 @@ def address(tmp_path_factory) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as environment, tempfile.TemporaryDirectory(prefix="ray") as ray_files:
         environment.setenv("RAY_TMPDIR", ray_files)  # a short path, for the sockets in it
         environment.setenv("RAY_AUTH_MODE", "token")
-        environment.setenv("RAY_AUTH_TOKEN", "0" * 64)  # else Ray makes one in the home folder
+        environment.setenv("RAY_AUTH_TOKEN", "0" * 64)  # one that other processes here know
+        environment.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # else they would not look for it on the loopback
         yield from running_cluster(folder)
 
 
@@ -90,15 +91,33 @@ def fork(function: Callable[[], None], log: Path) -> int:
     return child
 
 
-def processes_of(gcs: str) -> list[str]:
-    """The command lines of processes of the cluster at this address."""
-    found = []
+def processes_of(gcs: str) -> dict[str, str]:
+    """The command lines of processes of the cluster at this address, by their numbers."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             line = path.read_bytes().replace(b"\0", b" ").decode()
             if gcs in line or (f"--port={gcs.rpartition(':')[2]}" in line and "gcs_server" in line):
-                found.append(line)
+                found[path.parent.name] = line
     return found
+
+
+def test_a_cluster_of_our_own_listens_on_the_loopback_only(address):
+    """What its processes hold of the sockets that listen, as the kernel lists them."""
+    listening = {}
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                listening[f"socket:[{fields[9]}]"] = fields[1].partition(":")[0]
+    held = [path for pid in processes_of(address) for path in Path(f"/proc/{pid}/fd").iterdir()]
+    addresses = []
+    for path in held:
+        with contextlib.suppress(OSError):  # closed just now
+            addresses.append(listening.get(os.readlink(path)))
+    found = set(addresses) - {None}
+    assert found
+    assert found <= {"0100007F", "0000000000000000FFFF00000100007F"}, found
 
 
 def evaluate_on(address: str, folders: list[Path], results_dir: Path, log: Path) -> int:

@@ -118,7 +118,7 @@ def test_free_text_breaks_neither_front_matter_nor_tables(info):
     info["base_model"] |= {**LOCAL, "id": "a|b\nc"}
     made = card(info)
     assert made.data.license == "llama3.1"
-    assert info["description"] in made.text
+    assert "\n\\--- license: mit --- : {\\[ # | ½\n" in made.text
     assert "| base | `a\\|b c`, a local folder of the author's |" in made.text
 
 

@@ -17,6 +17,7 @@ from model_preparation.files.digests import describe_file
 from model_preparation.training.heal_trainer import HealTrainer
 from model_preparation.training.resume_state import (
     MARK,
+    check_state,
     finish_state,
     list_states,
     load_plain,
@@ -25,6 +26,7 @@ from model_preparation.training.resume_state import (
     rotate,
     set_aside_after,
 )
+from model_preparation.training.settings import HealSettings, saved_settings
 from tests.conftest import assert_refused
 from tests.training.cutting import outcome, run_until
 
@@ -144,6 +146,59 @@ def test_a_state_with_code_in_it_is_refused_by_name(heal, healed, tmp_path):
     assert_refused(heal(tmp_path / "out"), str(folder / "rng_state.pth"), "posix.system")
     with pytest.raises(SurgeryError, match=r"posix\.system"):
         load_plain(folder / "rng_state.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (MARK, {"parent": {}}),
+        (MARK, {"data": {}}),
+        (MARK, {"unlogged": {}}),
+        (MARK, {"unlogged": {"losses": ["x"], "last_logged": 0}}),
+        (MARK, {"unlogged": {"losses": [], "last_logged": 0}}),
+        (MARK, {"run_id": 5}),
+        (MARK, {"texts": [{"prompt": 5}]}),
+        (MARK, {"files": {"optimizer.pt": 5}}),
+        ("trainer_state.json", {"global_step": "x"}),
+        ("trainer_state.json", {"log_history": "x"}),
+        ("trainer_state.json", {"log_history": [{"step": 1, "loss": "x"}]}),
+        ("trainer_state.json", {"best_metric": "x"}),
+        ("trainer_state.json", {"unheard_of": 1}),
+        ("trainer_state.json", None),
+    ],
+)
+def test_a_state_that_no_run_can_have_written_is_refused(healed, tmp_path, name, change):
+    folder = copy_states(healed, tmp_path / "out") / "checkpoint-6"
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text("[" * 100_000 if change is None else json.dumps(content | change))
+    if name != MARK:
+        info = json.loads((folder / MARK).read_text())
+        info["files"][name] = describe_file(folder / name)
+        (folder / MARK).write_text(json.dumps(info))
+    with pytest.raises(SurgeryError, match=rf"{name} (cannot be read|is refused) .*--resume .*checkpoint-4"):
+        check_state(read_state(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_steps", "x"), ("teacher", 5), ("exclude", [1]), ("batch_size", True)]
+)
+def test_settings_of_a_state_that_cannot_be(healed, name, value):
+    with pytest.raises(SurgeryError, match=f"settings are none: {name}"):
+        saved_settings(HealSettings().as_dict() | {name: value})
+    assert saved_settings(HealSettings().as_dict()) == HealSettings()
+
+
+def test_what_does_not_fit_into_a_run_is_told(heal, healed, tmp_path):
+    folder = copy_states(healed, tmp_path / "out") / "checkpoint-4"
+    shutil.rmtree(folder.with_name("checkpoint-6"))
+    info = json.loads((folder / MARK).read_text())
+    odd = {"rng_state.pth": {}, "scheduler.pt": 5, "optimizer.pt": {"state": {}, "param_groups": []}}
+    for name, content in odd.items():
+        torch.save(content, folder / name)
+        info["files"][name] = describe_file(folder / name)
+        (folder / MARK).write_text(json.dumps(info))
+        refused = heal(tmp_path / "out")
+        assert_refused(refused, f"{folder / name} does not fit this run", f"--resume {folder.parent / 'checkpoint-3'}")
 
 
 def test_a_run_that_goes_on_has_the_settings_it_was_started_with(heal, healed, tmp_path):

@@ -160,19 +160,22 @@ def test_missing_cut_and_added_files(checkpoint, tmp_path):
     assert "notes.txt" not in text
 
 
-def test_what_loaders_of_the_hf_format_would_pick_up_is_a_fault(checkpoint):
-    """Everything else that appeared in the folder is a note. The folder's own format matters: a note for .pt only."""
-    unasked = {"modeling_llamba.py", "extra.safetensors", "adapter_config.json", "added_tokens.json", "lib/x.so"}
-    harmless = {"configuration.json", "README.md"}
-    for name in unasked | harmless | {"evaluations/mmlu.json"}:
-        (checkpoint / name).parent.mkdir(exist_ok=True)
+def test_in_the_hf_format_every_file_that_is_not_listed_is_a_fault(checkpoint):
+    """But results, and what hubs add. In a folder of .pt files no loader reads others, so they are notes there."""
+    unasked = {"modeling_llamba.py", "extra.safetensors", "adapter_config.json", "notes.txt", "lib/x.so", "evaluations"}
+    unasked |= {"additional_chat_templates/default.jinja", "processor_config.json", "x/.git/config", "x/README.md"}
+    harmless = {"configuration.json", "README.md", ".gitattributes", ".msc"}
+    below = {".git/config", ".git/hooks/x", ".cache/huggingface/x"}
+    for name in unasked | harmless | below:
+        (checkpoint / name).parent.mkdir(exist_ok=True, parents=True)
         (checkpoint / name).write_text("{}")
     found = inspect(checkpoint, files_only=True)
-    assert {note.split()[0] for note in found.notes} == unasked | harmless | {"evaluations/"}
+    assert {note.split()[0] for note in found.notes} == unasked | harmless | {".git/", ".cache/"}
+    assert ".git/ is not listed in checkpoint_info.json: a clone's, 2 files." in found.notes
     assert not found.faults
     reseal(checkpoint, format="both")
     found = inspect(checkpoint, files_only=True)
-    assert {note.split()[0] for note in found.notes} == harmless | {"evaluations/"}
+    assert {note.split()[0] for note in found.notes} == harmless | {".git/", ".cache/"}
     assert {fault.where for fault in found.faults} == unasked | {"config.json"}  # which that format must have
 
 
