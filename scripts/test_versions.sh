@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The tests of what other libraries' versions decide on (the model, the ways to load it, generating, lm-eval), with the
-# oldest version of each that pyproject.toml allows; run_tests.sh runs everything with the newest. Those older versions
-# go into .venv-oldest, made on the first run. Arguments go to pytest.
+# The tests of what other libraries' versions decide on (the model, the ways to load it, generating, lm-eval, healing an
+# adapter, the hubs), with the oldest version of each that pyproject.toml allows; run_tests.sh runs everything with the
+# newest. Those older versions go into .venv-oldest, made on the first run. Arguments go to pytest.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -17,4 +17,4 @@ fi
 cd "$repository"
 export OMP_NUM_THREADS=1 OTHER_PYTHON=$python
 "$oldest/bin/python" -m pytest --numprocesses 2 --dist loadfile \
-    tests/llamba tests/test_hf_format.py tests/test_loading.py tests/test_versions.py "$@"
+    tests/{llamba,test_hf_format.py,test_loading.py,test_versions.py,surgery/test_sources.py,training/test_adapters.py} "$@"

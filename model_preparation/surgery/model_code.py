@@ -70,7 +70,7 @@ def differing_code(listed: Mapping[str, dict]) -> list[str]:
 
 def remark_on_code(directory: Path, listed: Mapping[str, dict]) -> str | None:
     """What to say of a folder whose code is not this package's; None if it is, or if it has no code of ours."""
-    if not has_code(directory) or not (odd := differing_code(listed)):
+    if not listed or not has_code(directory) or not (odd := differing_code(listed)):
         return None
     return (
         f"The model's code in {directory} is not that of this model_preparation ({', '.join(odd)}). "
