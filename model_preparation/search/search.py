@@ -251,7 +251,7 @@ def _donor(setup: Setup, journal: Journal, digest: str, objective: Objective) ->
     if setup.spec.donor is None:
         return None
     for entry in journal.entries:
-        if entry["settings"] == f"{digest} donor":
+        if entry.get("settings") == f"{digest} donor":
             return entry["donor"]
     values = np.array(list(setup.questions.values(setup.donor_answers()).values()))
     stderr = Objective(ACCURACY, objective.strata).stderr(values)
