@@ -26,7 +26,13 @@ from model_preparation.untrusted.untrusted_files import check_fields
 BASE: LayerSet = ()
 _FAILURES = (SurgeryError, RuntimeError, MemoryError)  # of an evaluation; anything else is ours, or the disk's
 
-_ENTRY = {"layers": [int], "parts": [int], "right": str, "passes": (int, float), "seconds": (int, float)}
+_ENTRY = {
+    "layers": (list, tuple),
+    "parts": (list, tuple),
+    "right": str,
+    "passes": (int, float),
+    "seconds": (int, float),
+}
 
 
 class Scorer(Protocol):
