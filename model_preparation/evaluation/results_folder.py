@@ -16,23 +16,28 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
 from model_preparation.errors import SurgeryError
-from model_preparation.files.digests import describe_files, fault_of
+from model_preparation.files.digests import FILE_FIELDS, describe_files, fault_of
 from model_preparation.files.new_file import write_file
 from model_preparation.files.new_folder import check_space, sync_tree
 from model_preparation.files.partial_folder import Hold, take
 from model_preparation.files.seal import check_seal, seal
 from model_preparation.surgery.checkpoint_info import EVALUATIONS_ASIDE
-from model_preparation.untrusted.untrusted_files import read_json
+from model_preparation.untrusted.untrusted_files import check_fields, inside, read_json
 
 if TYPE_CHECKING:
     from lm_eval.loggers import EvaluationTracker
 
 SETTINGS, RESULT, ANSWERS = "settings.json", "result.json", "answers"
+_ROW = {"score": (int, float), "stderr": (int, float, NoneType), "metric": str, "questions": int}
+_ROWS = {"*": _ROW}
+_RESULT_FIELDS = {"tasks": _ROWS, "groups": _ROWS, "subjects": _ROWS, "lm_eval_version": str, "asked": {"*": str}}
+_RESULT_FIELDS |= {"files": {"*": FILE_FIELDS}, "score?": _ROW["stderr"], "stderr?": _ROW["stderr"], "questions": int}
 _SAFE = re.compile(r"[^\w.+-]+")
 
 
@@ -81,7 +86,14 @@ class ResultsFolder:
     def result(self) -> dict[str, Any] | None:
         """The result of a finished evaluation, else None; also if lm-eval's files are not what they were then."""
         result = self._read(RESULT)
-        if result is None or any(fault_of(self.folder / name, entry) for name, entry in result["files"].items()):
+        if result is None:
+            return None
+        try:
+            check_fields(result, _RESULT_FIELDS)
+        except ValueError as error:
+            path = self.folder / RESULT
+            raise SurgeryError(f"{path} is no result of ours ({error}). Remove it and run this again.") from error
+        if any(fault_of(inside(self.folder, name), entry) for name, entry in result["files"].items()):
             return None
         return result
 

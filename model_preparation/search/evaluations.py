@@ -21,9 +21,18 @@ from model_preparation.search.objective import ACCURACY, Objective, Values
 from model_preparation.search.parts import Part
 from model_preparation.search.progress import SearchProgress
 from model_preparation.search.question_set import QuestionSet
+from model_preparation.untrusted.untrusted_files import check_fields
 
 BASE: LayerSet = ()
 _FAILURES = (SurgeryError, RuntimeError, MemoryError)  # of an evaluation; anything else is ours, or the disk's
+
+_ENTRY = {
+    "layers": (list, tuple),
+    "parts": (list, tuple),
+    "right": str,
+    "passes": (int, float),
+    "seconds": (int, float),
+}
 
 
 class Scorer(Protocol):
@@ -116,8 +125,14 @@ class Evaluations:
         self._fitness: dict[LayerSet, float] = {}  # of complete evaluations
         self._has_base_states = False
         for entry in journal.entries:
-            if entry["settings"] == digest:
-                self._take(entry)
+            if entry.get("settings") == digest:
+                try:
+                    self._take(entry)
+                except (TypeError, ValueError, LookupError) as error:
+                    raise SurgeryError(
+                        f"{journal.path} has an entry that no search wrote ({type(error).__name__}: {error}), of "
+                        f"{str(entry.get('layers'))!r:.80}. Remove that line, and its evaluation is made again."
+                    ) from error
 
     def base(self) -> Values:
         """The base's values."""
@@ -333,6 +348,7 @@ class Evaluations:
         """Know what an entry says."""
         if "error" in entry:
             return  # it is tried again
+        check_fields(entry, _ENTRY)
         layers = tuple(entry["layers"])
         if layers == BASE:  # each run of a search that was interrupted has run the base
             self._spent += (entry["passes"], entry["seconds"])

@@ -252,7 +252,7 @@ def _donor(setup: Setup, scorer: Scorer, journal: Journal, digest: str, objectiv
     if setup.spec.donor is None:
         return None
     for entry in journal.entries:
-        if entry["settings"] == f"{digest} donor":
+        if entry.get("settings") == f"{digest} donor":
             return entry["donor"]
     values = np.array(list(setup.questions.values(scorer.donor_answers()).values()))
     stderr = Objective(ACCURACY, objective.strata).stderr(values)
