@@ -5,6 +5,7 @@ it is loaded. No code that lies in a folder is run.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.other_models import OtherModel, load_other
-from model_preparation.surgery.checkpoint_info import INFO, STATE_DICT, read_info
+from model_preparation.files.identity import digest_of, digests_of_files
+from model_preparation.surgery.checkpoint_info import INFO, MODULE, STATE_DICT, TOKENIZER, read_info
 from model_preparation.surgery.checkpoint_loading import load_checkpoint
+from model_preparation.surgery.model_digests import digest_of_checkpoint, digest_of_tokenizer
 from model_preparation.surgery.sources import has_tokenizer, resolve
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.untrusted.untrusted_files import read_json
@@ -28,8 +31,9 @@ class ScoredModel:
         name: of the folder of its results.
         config: as its JSON file has it.
         dtype: of the weights, as torch spells it.
-        weight_files: what is read of it, by name.
-        tokenizer: the folder of its tokenizer; None for a checkpoint, which has its own.
+        weight_files: those of its weights, by name.
+        tokenizer: the folder of its tokenizer.
+        is_checkpoint: whether it was built by this package.
     """
 
     name: str
@@ -37,17 +41,29 @@ class ScoredModel:
     config: dict[str, Any]
     dtype: str
     weight_files: list[str]
-    tokenizer: Path | None
+    tokenizer: Path
+    is_checkpoint: bool
 
-    @property
-    def is_checkpoint(self) -> bool:
-        return self.tokenizer is None
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """What decides on its answers, by digests, as it is now.
+
+        Raises:
+            OSError: if a file is missing or cannot be read.
+        """
+        if self.is_checkpoint:
+            inputs = {"weights": digest_of_checkpoint(self.folder)}
+            if (self.folder / MODULE).is_file():  # it is not read here, but the score is said to be its too
+                inputs |= digests_of_files([self.folder / MODULE])
+        else:
+            inputs = {"weights": digest_of(digests_of_files(self.folder / name for name in self.weight_files))}
+        return {**inputs, "config": digest_of(self.config), "tokenizer": digest_of_tokenizer(self.tokenizer)}
 
     def load(
         self, device: str | torch.device, dtype: torch.dtype | None, parallelize: bool
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Model and tokenizer; the arguments are those of `load_checkpoint`."""
-        if self.tokenizer is None:
+        if self.is_checkpoint:
             return load_checkpoint(self.folder, device=device, dtype=dtype, parallelize=parallelize)
         other = OtherModel(self.name, self.folder, is_checkpoint=False)
         return load_other(other, load_tokenizer(self.tokenizer), device=device, dtype=dtype)
@@ -73,7 +89,8 @@ def find_model(given: str | Path, tokenizer: str | None = None) -> ScoredModel:
         for name in files:
             if not (folder / name).is_file():
                 raise SurgeryError(f"{folder / name} is missing. Copy it, or build the checkpoint again.")
-        return ScoredModel(folder.resolve().name, folder, info["config"], info["dtype"], files, None)
+        tokenizer_folder = folder if is_hf else folder / TOKENIZER
+        return ScoredModel(folder.resolve().name, folder, info["config"], info["dtype"], files, tokenizer_folder, True)
     folder = resolve(str(given)).folder
     own = folder if has_tokenizer(folder) else None
     if own is None and tokenizer is None:
@@ -82,4 +99,5 @@ def find_model(given: str | Path, tokenizer: str | None = None) -> ScoredModel:
     files = [path.name for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)]
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "as stored")
     name = Path(given).name
-    return ScoredModel(name, folder, config, dtype, files, own or resolve(str(tokenizer), need="tokenizer").folder)
+    own = own or resolve(str(tokenizer), need="tokenizer").folder
+    return ScoredModel(name, folder, config, dtype, files, own, False)

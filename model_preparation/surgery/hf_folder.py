@@ -89,8 +89,14 @@ class HfFolder:
         _write_json(folder / "config.json", {**self._graft.config.to_dict(), "auto_map": _AUTO_MAP})
         GenerationConfig(**generation_config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for source in (modeling_llamba.__file__, *get_relative_import_files(modeling_llamba.__file__)):
-            shutil.copyfile(source, folder / Path(source).name)
+        for source in code_files():
+            shutil.copyfile(source, folder / source.name)
+
+
+def code_files() -> list[Path]:
+    """The model's own source files, which go into the folder."""
+    model = modeling_llamba.__file__
+    return [Path(model), *map(Path, get_relative_import_files(model))]
 
 
 def read_state_dict(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]:

@@ -156,7 +156,7 @@ def test_results_of_other_weights_are_put_aside_and_come_back_with_them(evaluate
 
     (changed / "model_state_dict.pt").write_bytes(old)
     stale = run_command("compare_checkpoints", changed, evaluated[0], "--output_dir", tmp_path / "stale")
-    assert_refused(stale, "holds results of other weights")
+    assert_refused(stale, "holds results of another model than", "weights: other contents")
     again = evaluate_checkpoint(changed, mmlu_data=mmlu)
     assert len(asked) == 57
     assert again["kept"]
@@ -167,7 +167,7 @@ def test_results_of_something_else_under_the_right_name_are_refused(checkpoint, 
     other = Path(evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu, limit=1)["results_dir"])
     wanted = Path(part["results_dir"]).name
     other.rename(other.with_name(wanted))
-    with pytest.raises(SurgeryError, match=rf"{wanted} holds results of other settings \(limit differ"):
+    with pytest.raises(SurgeryError, match=rf"{wanted} holds results of other settings \(limit: 1 there"):
         evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu)
 
 
