@@ -19,7 +19,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
-from model_preparation.llamba.cache_llamba import LlambaCache
+from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache
 from model_preparation.llamba.configuration_llamba import LLAMA_DEFAULTS
 from model_preparation.surgery.llamba_init import llamba_config
 
@@ -52,7 +52,7 @@ class Decoder:
     def read(self, ids: torch.Tensor) -> None:
         for part in ids.split(SEGMENT, dim=1):
             started = time.perf_counter()
-            out = self.model(part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            out = self.model(part, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1)
             self.next = out.logits[:, -1].argmax(-1, keepdim=True)
             if part.shape[1] > SEGMENT // 2:
                 self.segment_speeds.append(part.shape[1] / (time.perf_counter() - started))
@@ -60,7 +60,7 @@ class Decoder:
     def write(self, context: int, tokens: int) -> None:
         for _ in range(tokens):
             started = time.perf_counter()
-            logits = self.model(self.next, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+            logits = self.model(self.next, **{CACHE_NAME: self.cache}, use_cache=True, logits_to_keep=1).logits
             self.next = logits[:, -1].argmax(-1, keepdim=True)
             self.token_ms.setdefault(context, []).append(1000 * (time.perf_counter() - started))
 
@@ -118,7 +118,7 @@ def load_donor(folder: Path | None) -> LlamaForCausalLM:
 @torch.no_grad()
 def make_llamba(donor: LlamaForCausalLM, layers: list[int]) -> LlambaForCausalLM:
     """A base of the donor's shape with its embedding and its `layers`; the mixers are random, which costs the same."""
-    fields = llamba_config(donor.config).to_dict()
+    fields = llamba_config(donor.config).file_fields()
     if layers:
         fields["llama_layers"] = sorted(layers)
         fields["llama_cfg"] = {name: getattr(donor.config, name) for name in LLAMA_DEFAULTS}

@@ -100,6 +100,7 @@ def _of_tokenizer(
 ) -> list[str]:
     """Whether the tokenizer is another, where that was recorded (since 0.2.0) and the one asked for is on this disk."""
     from model_preparation.surgery.model_digests import digest_of_tokenizer
+    from model_preparation.untrusted.tokenizer_files import load_tokenizer
 
     asked, base = (None if name is None else target_named(name, sources) for name in names)
     folders = [folder_named(asked)] if asked else [folder_named(str(base)), layers_dir / TOKENIZER]
@@ -107,4 +108,4 @@ def _of_tokenizer(
     there = info.get("digests", {}).get("tokenizer")
     if folder is None or there is None or (asked is None and folders[0] is None):
         return []
-    return differences_of({"tokenizer": there}, {"tokenizer": digest_of_tokenizer(folder)})
+    return differences_of({"tokenizer": there}, {"tokenizer": digest_of_tokenizer(load_tokenizer(folder))})

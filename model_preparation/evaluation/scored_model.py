@@ -17,8 +17,8 @@ from model_preparation.evaluation.other_models import OtherModel, load_other
 from model_preparation.files.identity import digest_of, digests_of_files
 from model_preparation.surgery.checkpoint_info import INFO, MODULE, STATE_DICT, TOKENIZER, read_info
 from model_preparation.surgery.checkpoint_loading import load_checkpoint
-from model_preparation.surgery.model_digests import digest_of_checkpoint, digest_of_tokenizer
-from model_preparation.surgery.sources import has_tokenizer, resolve
+from model_preparation.surgery.model_digests import digest_of_checkpoint
+from model_preparation.surgery.sources import has_tokenizer, resolve, tokenizer_files
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.untrusted.untrusted_files import read_json
 
@@ -57,7 +57,8 @@ class ScoredModel:
                 inputs |= digests_of_files([self.folder / MODULE])
         else:
             inputs = {"weights": digest_of(digests_of_files(self.folder / name for name in self.weight_files))}
-        return {**inputs, "config": digest_of(self.config), "tokenizer": digest_of_tokenizer(self.tokenizer)}
+        tokenizer = digest_of(digests_of_files(tokenizer_files(self.tokenizer)))
+        return {**inputs, "config": digest_of(self.config), "tokenizer": tokenizer}
 
     def load(
         self, device: str | torch.device, dtype: torch.dtype | None, parallelize: bool

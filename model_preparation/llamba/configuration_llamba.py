@@ -48,6 +48,9 @@ LLAMA_DEFAULTS: dict[str, Any] = {
 }
 LLAMA_REQUIRED = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rope_parameters")
 
+# What other libraries read from a config; here they follow from `llama_cfg`, or from `ssm_cfg` and `mlp_cfg`.
+DERIVED = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+
 ACTIVATIONS = ("identity", "silu", "swish")
 
 
@@ -75,7 +78,8 @@ class LlambaConfig(PreTrainedConfig):
 
     Raises:
         ValueError: for a field of `mlp_cfg`, `ssm_cfg` or `llama_cfg` that does not exist, head counts that do not
-            divide, or a layer index that is out of range or repeated; the message names it.
+            divide, a layer index that is out of range or repeated, or a value of `DERIVED` that the others
+            contradict; the message names it.
     """
 
     model_type = "llamba"
@@ -111,7 +115,11 @@ class LlambaConfig(PreTrainedConfig):
         self.ssm_cfg = _with_defaults("ssm_cfg", self.ssm_cfg, SSM_DEFAULTS)
         if self.llama_layers:
             self.llama_cfg = _with_defaults("llama_cfg", self.llama_cfg, LLAMA_DEFAULTS)
+        derived = {name: kwargs.pop(name) for name in DERIVED if name in kwargs}
         super().__post_init__(**kwargs)  # also sets what came under Hugging Face's names
+        for name, value in derived.items():
+            if value != getattr(self, name):
+                raise ValueError(f"{name} is {value}, but the other fields make it {getattr(self, name)}; leave it out")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -124,10 +132,42 @@ class LlambaConfig(PreTrainedConfig):
         return self.ssm_cfg["expand"] * self.d_model
 
     @property
+    def num_attention_heads(self) -> int:
+        """Query heads of the grafted layers; value heads of the mixers where no layer is grafted."""
+        return self.llama_cfg["num_attention_heads"] if self.llama_layers else self.ssm_cfg["n_v_heads"]
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key and value heads of the grafted layers; heads of B and C in the mixers where no layer is grafted."""
+        return self.llama_cfg["num_key_value_heads"] if self.llama_layers else self.ssm_cfg["n_qk_heads"]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one of `num_attention_heads`."""
+        return self.llama_cfg["head_dim"] if self.llama_layers else self.d_inner // self.ssm_cfg["n_v_heads"]
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the grafted layers' MLPs; of the Mamba blocks' where no layer is grafted."""
+        return (self.llama_cfg if self.llama_layers else self.mlp_cfg)["intermediate_size"]
+
+    @property
     def layer_types(self) -> list[str]:
         """Per layer, transformers' name of its kind; the hybrid cache is built from it."""
         grafted = set(self.llama_layers)
         return ["full_attention" if i in grafted else "linear_attention" for i in range(self.n_layer)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and those of `DERIVED`, which some libraries read here."""
+        return {**self.file_fields(), **{name: getattr(self, name) for name in DERIVED}}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `save_pretrained` writes: no field of `DERIVED`."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in DERIVED}
+
+    def file_fields(self) -> dict[str, Any]:
+        """What our files hold: every field, and nothing that follows from the others."""
+        return super().to_dict()
 
     def mlp_config(self) -> "LlamaConfig":
         """The config the Mamba blocks' MLPs are built from; transformers' LlamaMLP takes one."""

@@ -105,7 +105,7 @@ class Setup:
             "base": digest_of_model(self.planned.base.folder),
             "donor": donor,
             "donor_layers": digest_of_layers(self.planned.donor, self.planned.layers),
-            "tokenizer": digest_of_tokenizer(self.planned.tokenizer),
+            "tokenizer": digest_of_tokenizer(self.pair.tokenizer),
             "questions": self.questions.digest,
         }
 

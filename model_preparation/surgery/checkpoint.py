@@ -166,7 +166,7 @@ def write(
         info["digests"] = {
             "weights": recorded_weights(staging),
             "donor_layers": digest_of_layers(graft.donor, graft.layers),
-            "tokenizer": digest_of_tokenizer(graft.tokenizer),
+            "tokenizer": digest_of_tokenizer(tokenizer),
         }
         if measured is not None:
             is_of_these = measured.get("model", {}).get("weights") == info["digests"]["weights"]
@@ -282,7 +282,7 @@ def _info(
         "creation_time": creation_time(),
         "description": description,
         "mmlu_score": score,
-        "config": graft.config.to_dict(),
+        "config": graft.config.file_fields(),
         "generation_config": generation_config,
         "versions": versions(),
         "code": code_digests(),

@@ -31,6 +31,16 @@ def formats_of(info: Mapping[str, Any]) -> set[str]:
     return {"pt", "hf"} if info.get("format") == "both" else {str(info.get("format", "pt"))}
 
 
+def current_score(info: Mapping[str, Any], weights: str) -> float | None:
+    """The MMLU score in a checkpoint_info.json, unless it was measured on other weights than these.
+
+    Args:
+        weights: as `digest_of_checkpoint` or `recorded_weights` gives it.
+    """
+    measured = info.get("mmlu_result") or {}
+    return info.get("mmlu_score") if measured.get("model", {}).get("weights", weights) == weights else None
+
+
 def read_info(directory: str | Path) -> dict[str, Any]:
     """checkpoint_info.json of a checkpoint folder.
 

@@ -132,7 +132,7 @@ def plan(
 
 def grafted_config(base: LlambaConfig, donor: LayerStore, layers: Sequence[int]) -> LlambaConfig:
     """The base's config with `layers` marked as the donor's, and the settings of the donor's attention."""
-    fields = base.to_dict()
+    fields = base.file_fields()
     fields.pop("_name_or_path", None)  # a path of this machine
     fields.pop("auto_map", None)  # names files beside the base's config.json
     fields["architectures"] = [LlambaForCausalLM.__name__]

@@ -86,7 +86,7 @@ class HfFolder:
         weight_map = {name: shard.file for shard in shards for name in shard.ranges}
         sizes = {"total_parameters": self._graft.parameters, "total_size": self._graft.weight_bytes}
         _write_json(folder / INDEX, {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))})
-        _write_json(folder / "config.json", {**self._graft.config.to_dict(), "auto_map": _AUTO_MAP})
+        _write_json(folder / "config.json", {**self._graft.config.file_fields(), "auto_map": _AUTO_MAP})
         GenerationConfig(**generation_config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for source in code_files():

@@ -4,10 +4,11 @@ In: where its tensors lie, or its folder. Out: digests that are the same whereve
 name, in however many files. Large files that have not changed are not read again (files/known_digests.py).
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
@@ -16,12 +17,14 @@ from model_preparation.files.digests import sha256_of
 from model_preparation.files.identity import digest_of, digests_of_files
 from model_preparation.files.known_digests import remembered
 from model_preparation.llamba import LlambaForCausalLM
-from model_preparation.surgery.checkpoint_info import STATE_DICT, TENSOR_DIGESTS, read_info
+from model_preparation.surgery.checkpoint_info import INFO, STATE_DICT, TENSOR_DIGESTS, read_info
 from model_preparation.surgery.layer_store import LayerStore
-from model_preparation.surgery.sources import tokenizer_files
 from model_preparation.surgery.tensor_digests import read_tensor_digests, state_dict_ranges
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.tensors.tensor_ranges import TensorRange, range_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BLOCK_BYTES = 1 << 20
 
@@ -89,15 +92,32 @@ def digest_of_layers(store: LayerStore, layers: Iterable[int]) -> dict[str, str]
 
 
 def digest_of_model(folder: Path) -> str:
-    """What decides on a model's answers beside its tokenizer: its config and its tensors."""
+    """What decides on a model's answers beside its tokenizer: its config and its tensors; of a checkpoint too."""
+    if (folder / INFO).is_file():
+        return digest_of({"config": read_info(folder)["config"], "weights": digest_of_checkpoint(folder)})
+    config = digests_of_files([folder / "config.json"])
+    return digest_of({"config": config, "weights": digest_of_ranges(TensorFiles(folder).ranges)})
+
+
+def digest_of_weights(path: Path) -> str:
+    """What is in a file of weights, a model's or an adapter's folder, or a checkpoint."""
+    if (path / "config.json").is_file() or (path / INFO).is_file():
+        return digest_of_model(path)
+    return digest_of(digests_of_files([path] if path.is_file() else filter(Path.is_file, path.iterdir())))
+
+
+def digest_of_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What decides on how text becomes tokens; the same after `save_pretrained`, which writes other files."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
     return digest_of(
-        {"config": digests_of_files([folder / "config.json"]), "weights": digest_of_ranges(TensorFiles(folder).ranges)}
+        {
+            "tokens": sorted(tokenizer.get_vocab().items()) if backend is None else json.loads(backend.to_str()),
+            "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            "chat_template": tokenizer.chat_template,
+            "sides": [tokenizer.padding_side, tokenizer.truncation_side],
+            "added": [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")],
+        }
     )
-
-
-def digest_of_tokenizer(folder: Path) -> str:
-    """What decides on how text becomes tokens."""
-    return digest_of(digests_of_files(tokenizer_files(folder)))
 
 
 def digest_of_checkpoint(folder: Path) -> str:

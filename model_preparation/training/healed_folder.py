@@ -114,7 +114,7 @@ def write_healed(
             "description": description,
             "mmlu_score": None,
             "digests": {"weights": recorded_weights(staging)},
-            "config": model.config.to_dict(),
+            "config": model.config.file_fields(),
             "generation_config": parent_info["generation_config"],
             "versions": versions(),
             "code": code_digests(),

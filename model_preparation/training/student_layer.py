@@ -32,7 +32,7 @@ def student_config(donor: LlamaConfig, mixer: Mapping[str, int] | None = None) -
     config = llamba_config(donor)
     if unknown := sorted(set(mixer or {}) - set(MIXER_FIELDS)):
         raise SurgeryError(f"A mixer has no size {', '.join(unknown)}. Choose among {', '.join(MIXER_FIELDS)}.")
-    fields: dict[str, Any] = config.to_dict()
+    fields: dict[str, Any] = config.file_fields()
     fields["ssm_cfg"] = {**fields["ssm_cfg"], **(mixer or {})}
     try:
         return config_from(fields, LlambaConfig)

@@ -206,6 +206,47 @@ def test_a_score_of_fewer_questions_does_not_replace_one_of_more(evaluated, mmlu
     assert read_info(folder)["mmlu_result"]["questions"] == 85
 
 
+def change(folder: Path, what: str) -> None:
+    """Put other contents, of the same size, into the place of one of the files that decide on a score."""
+    if what == "tokenizer":
+        path = folder / "tokenizer" / "tokenizer.json"
+        vocabulary = path.read_text()
+        path.write_text(vocabulary.replace('"a": 65', '"b": 65', 1).replace('"b": 66', '"a": 66', 1))
+        assert path.read_text() != vocabulary
+        return
+    path = folder / what
+    weights = torch.load(path, weights_only=False)
+    with torch.no_grad():
+        (weights["lm_head.weight"] if isinstance(weights, dict) else weights.lm_head.weight).neg_()
+    torch.save(weights, path)
+
+
+@pytest.mark.parametrize("what", ["model_state_dict.pt", "model.pt", "tokenizer"])
+def test_a_score_of_another_model_does_not_stay(what, evaluated, mmlu, tmp_path):
+    """Not even where less is asked of the other one."""
+    folder = Path(shutil.copytree(evaluated[0], tmp_path / "checkpoint"))
+    change(folder, what)
+    result = evaluate_checkpoint(folder, mmlu_data=mmlu, limit=1)
+    assert result["entered"]
+    assert read_info(folder)["mmlu_score"] == result["score"]
+    assert read_info(folder)["mmlu_result"]["questions"] == 57
+    shutil.copytree(evaluated[0] / "evaluations", folder / "evaluations", dirs_exist_ok=True)
+    again = evaluate_checkpoint(folder, mmlu_data=mmlu)
+    name = "weights" if what == "model_state_dict.pt" else what
+    assert again["differing"] == [f"{name}: other contents"]
+    assert not again["kept"]
+
+
+def test_a_result_of_other_tasks_takes_a_score_of_other_weights_away(evaluated, mmlu, tmp_path):
+    folder = Path(shutil.copytree(evaluated[0], tmp_path / "checkpoint"))
+    evaluate_checkpoint(folder, tasks=["mmlu_virology"], mmlu_data=mmlu)
+    assert read_info(folder)["mmlu_score"] == evaluated[1]["score"]
+    change(folder, "model_state_dict.pt")
+    evaluate_checkpoint(folder, tasks=["mmlu_virology"], mmlu_data=mmlu)
+    assert read_info(folder)["mmlu_score"] is None
+    assert "mmlu_result" not in read_info(folder)
+
+
 def test_lm_eval_s_own_files_are_what_stock_lm_eval_writes(evaluated, mmlu):
     folder, result = evaluated
     model, tokenizer = load_checkpoint(folder)
@@ -298,6 +339,20 @@ def test_a_folder_of_task_files(checkpoint, tmp_path, monkeypatch):
     changed = evaluate_checkpoint(checkpoint, tasks=[str(folder)])
     assert changed["results_dir"] != result["results_dir"]
     assert asked == ["tiny_recall"]
+
+
+def test_the_same_tasks_in_another_place_are_the_same_and_what_a_definition_calls_belongs_to_it(
+    checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"context": f"{word} = ", "choices": ["one", "two"], "answer": 0} for word in "abc"]
+    folder = recall_task(tmp_path / "recall", rows)
+    before = evaluate_checkpoint(checkpoint, tasks=[str(folder)])
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_checkpoint(checkpoint, tasks=["recall"]) == {**before, "kept": True}
+    single = evaluate_checkpoint(checkpoint, tasks=["recall/recall.yaml"])
+    (folder / "scoring.py").write_text("def process_results(doc, results): return {'acc': 1.0}")
+    assert evaluate_checkpoint(checkpoint, tasks=["recall/recall.yaml"])["results_dir"] != single["results_dir"]
 
 
 def test_another_right_answer_in_data_outside_the_folder_is_another_score(checkpoint, tmp_path, monkeypatch):

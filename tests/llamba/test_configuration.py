@@ -39,6 +39,7 @@ def test_missing_fields_of_the_parts_take_the_defaults():
         ({"llama_layers": [1, 1], "llama_cfg": tiny_llama_cfg()}, "sorted and without repeats"),
         ({"llama_layers": [1]}, "llama_cfg lacks num_attention_heads"),
         ({"llama_layers": [1], "llama_cfg": {**tiny_llama_cfg(), "window": 3}}, "unknown fields window"),
+        ({"num_attention_heads": 5}, "num_attention_heads is 5, but the other fields make it 2"),
     ],
 )
 def test_errors_name_the_field_and_the_value(fields, words):
@@ -50,6 +51,18 @@ def test_hugging_face_names_work_both_ways():
     config = LlambaConfig(hidden_size=64, num_hidden_layers=3, tie_word_embeddings=True)
     assert (config.d_model, config.n_layer, config.tie_embeddings) == (64, 3, True)
     assert (config.hidden_size, config.num_hidden_layers, config.tie_word_embeddings) == (64, 3, True)
+
+
+def test_what_other_libraries_read_is_derived_and_not_written(tmp_path):
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+    pure = tiny_config()
+    grafted = tiny_config(llama_layers=[1], llama_cfg=tiny_llama_cfg(), head_dim=16)
+    assert [getattr(pure, name) for name in names] == [2, 2, 16, 48]
+    assert [getattr(grafted, name) for name in names] == [2, 1, 16, 40]
+    assert [grafted.to_dict()[name] for name in names] == [2, 1, 16, 40]  # peft reads them there
+    grafted.save_pretrained(tmp_path)
+    assert not set(names) & set(json.loads((tmp_path / "config.json").read_text()))
+    assert not set(names) & set(grafted.file_fields())
 
 
 def test_round_trip_through_a_file(tmp_path):

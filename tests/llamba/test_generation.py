@@ -144,6 +144,39 @@ def test_padding_inside_a_continuation(model):
             torch.testing.assert_close(found, model(whole).logits[0, -length:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 20])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_in_chunks(model, chunk, side):
+    ids, mask = padded_batch([7, 4], side)
+    out = generate(model, ids, attention_mask=mask, prefill_chunk_size=chunk)
+    assert torch.equal(out, generate(model, ids, attention_mask=mask))
+
+
+def test_a_cache_goes_by_either_name(model):
+    ids = prompt(6)
+    for call in (model, model.backbone):
+        assert CACHE_NAME in call(ids, use_cache=True)
+        for name in ("cache", "past_key_values"):
+            cache = LlambaCache(model.config)
+            assert call(ids, **{name: cache})[CACHE_NAME] is cache
+            assert cache.get_seq_length() == 6
+        with pytest.raises(TypeError, match="two names of one argument"):
+            call(ids, cache=cache, past_key_values=cache)
+    out = [generate(model, ids, **{name: LlambaCache(model.config)}) for name in ("cache", "past_key_values")]
+    assert torch.equal(*out)
+
+
+def test_nothing_is_swallowed(model):
+    for call in (model, model.backbone):
+        with pytest.raises(TypeError, match=r"no argument attention_masks, windows.*5\.16\.1 to .*is installed"):
+            call(prompt(4), attention_masks=None, windows=3)
+        with pytest.raises(ValueError, match="Mamba layers are causal"):
+            call(prompt(4), is_causal=False)
+        with pytest.raises(ValueError, match="give position_ids"):
+            call(prompt(4), seq_idx=torch.zeros(1, 4, dtype=torch.int32))
+        assert call(prompt(4), output_hidden_states=True).hidden_states is not None
+
+
 def test_generate_continues_a_cache(model):
     ids = prompt(6)
     first = generate(model, ids, return_dict_in_generate=True)
@@ -257,7 +290,7 @@ def test_attention_implementations_agree():
 
 def test_clear_errors(model):
     ids = prompt(4)
-    with pytest.raises(ValueError, match="LlambaCache"):
+    with pytest.raises(ValueError, match=r"no place for the states of Mamba layers.*LlambaCache"):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         model()

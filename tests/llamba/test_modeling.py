@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
+from model_preparation.llamba.mixer import CausalConv1d
 from model_preparation.surgery.graft import empty_model
 from tests.conftest import VOCABULARY, seeded, tiny_config, tiny_llama_cfg
 
@@ -212,3 +213,17 @@ def test_device_map_auto_loads(tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
     assert torch.equal(again(IDS.to(again.device)).logits.cpu(), model(IDS).logits)
+
+
+@torch.no_grad()
+def test_a_pickle_of_version_0_1_loads(tmp_path):
+    """Its mixers have torch's own convolution, which our forward would call otherwise."""
+    model = hybrid()
+    wanted = model(IDS).logits
+    for module in model.modules():
+        if isinstance(module, CausalConv1d):
+            module.__class__ = torch.nn.Conv1d
+    torch.save(model, tmp_path / "model.pt")
+    for weights_only in (True, False):
+        again = torch.load(tmp_path / "model.pt", weights_only=weights_only)
+        assert torch.equal(again(IDS).logits, wanted)

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Collects into .whl/ what gpu.py needs and a GPU machine without a network may lack, for Python 3.12 on x86-64 Linux.
+# That machine is expected to have torch, transformers, accelerate, peft, pyarrow, pandas and pytest. There, run:
+#   python3 -m pip install --no-index --no-deps --target /tmp/site .whl/*.whl && export PYTHONPATH=/tmp/site
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+python=${PYTHON:-.venv/bin/python}
+
+versioned=(blake3 zlib-ng multidict multiprocess xxhash yarl)
+pure=(lm_eval datasets dill evaluate fla-core flash-linear-attention more_itertools mbstrdecoder nltk
+    pathvalidate pytablewriter DataProperty rouge_score sqlitedict tabledata tcolorpy typepy chardet word2number)
+
+rm -rf .whl
+platforms=()
+for glibc in 2_39 2_34 2_28 2_27 2_24 2_17 2_12 2_5; do
+    platforms+=(--platform "manylinux_${glibc}_x86_64")
+done
+"$python" -m pip download --quiet --no-deps --only-binary=:all: --constraint constraints.txt --python-version 3.12 \
+    --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 --dest .whl "${versioned[@]}"
+"$python" -m pip wheel --quiet --no-deps --constraint constraints.txt --wheel-dir .whl "${pure[@]}"
+du -sh .whl
