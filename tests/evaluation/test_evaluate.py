@@ -210,9 +210,10 @@ def change(folder: Path, what: str) -> None:
     """Put other contents, of the same size, into the place of one of the files that decide on a score."""
     if what == "tokenizer":
         path = folder / "tokenizer" / "tokenizer.json"
-        vocabulary = path.read_text()
-        path.write_text(vocabulary.replace('"a": 65', '"b": 65', 1).replace('"b": 66', '"a": 66', 1))
-        assert path.read_text() != vocabulary
+        content = json.loads(path.read_text())
+        vocabulary = content["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        path.write_text(json.dumps(content))
         return
     path = folder / what
     weights = torch.load(path, weights_only=False)
