@@ -31,7 +31,6 @@ from model_preparation.surgery.checkpoint_info import (
     read_info,
 )
 from model_preparation.surgery.hub_snapshots import first_line
-from model_preparation.surgery.model_digests import recorded_weights
 
 CARD, NOTICE, README = "README.md", "NOTICE", "README.txt"
 # Files at the root that only transformers' from_pretrained reads; with them, the .pt files have no use for these.
@@ -105,9 +104,12 @@ def plan_share(
         terms = terms_of(info, licence)
         check_name(repo, terms)
         shared = _without_paths(info)
-        if MEASURED in shared and current_score(shared, recorded_weights(directory)) is None:
-            del shared[MEASURED]  # measured on weights that were in the place of those recorded
-            shared["mmlu_score"] = None
+        if shared.get(MEASURED, {}).get("model"):  # since 0.2.0
+            from model_preparation.surgery.model_digests import recorded_weights  # imports torch
+
+            if current_score(shared, recorded_weights(directory)) is None:
+                del shared[MEASURED]  # measured on weights that were in the place of those recorded
+                shared["mmlu_score"] = None
         if what != "recipe":
             shared |= {"files": recorded, "format": what}
         if card_content is None:
