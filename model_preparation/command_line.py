@@ -8,11 +8,10 @@ import gc
 import io
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from model_preparation import interrupts
-from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
 from model_preparation.tensors.dtypes import MODEL_DTYPES
 
@@ -30,6 +29,14 @@ class CommandParser(argparse.ArgumentParser):
             if not _is_text(word):
                 self.error(f"{word!r} is not UTF-8. Rename what it names, or call it by another path")
         return super().parse_args(args, namespace)
+
+    def refuse(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+        """End the command, as for wrong usage, if one of these was given: `why` says that it does nothing here."""
+        flags = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+        for name in names:
+            default = self.get_default(name)
+            if getattr(args, name, default) != default:
+                self.error(f"{flags[name]} {why}")
 
     def add_argument(self, *flags: str, **kwargs):
         hyphenated = [flag.replace("_", "-") for flag in flags if flag.startswith("--") and "_" in flag]
@@ -105,8 +112,8 @@ def add_dtype_flag(parser: CommandParser, *, help: str) -> None:
 
 def default_folder(name: str) -> Path:
     """Where a command looks for `name` by default: beside the package in a checkout, else in the current folder."""
-    beside = Path(__file__).resolve().parents[1] / name
-    return beside if beside.is_dir() else Path(name)
+    beside = Path(__file__).resolve().parents[1]
+    return beside / name if (beside / "pyproject.toml").is_file() else Path(name)
 
 
 def add_device_flags(parser: CommandParser) -> None:
@@ -119,29 +126,6 @@ def add_device_flags(parser: CommandParser) -> None:
         help="CUDA device to use (default: 0; the CPU where there is none)",
     )
     group.add_argument("--device", metavar="NAME", help="any torch device instead: cpu, cuda:1, mps, ...")
-
-
-def choose_device(gpu: int | None, device: str | None) -> str:
-    """The device to run on: `--device` as it is, else CUDA device `--gpu`, else the CPU, with a line that says so.
-
-    Raises:
-        SurgeryError: if the device named does not exist on this machine.
-    """
-    import torch
-
-    if device is not None:
-        check_device(device)
-        return device
-    if not torch.cuda.is_available():
-        print("No CUDA device here: the CPU does the work.")
-        return "cpu"
-    index = gpu or 0
-    if not 0 <= index < torch.cuda.device_count():
-        raise SurgeryError(
-            f"--gpu {index} does not exist: this machine has CUDA devices 0 to {torch.cuda.device_count() - 1}. "
-            "Use one of those, or --device cpu."
-        )
-    return f"cuda:{index}"
 
 
 # Of the garbage collector, in new objects. Libraries make a million of them while they are imported, all of which stay:

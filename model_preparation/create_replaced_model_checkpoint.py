@@ -9,10 +9,10 @@ from model_preparation.command_line import (
     add_device_flags,
     add_dtype_flag,
     add_layers_flag,
-    choose_device,
     default_folder,
     run,
 )
+from model_preparation.devices import choose_device
 from model_preparation.surgery.sources import add_source_flag
 
 EXAMPLES = """\
@@ -25,7 +25,7 @@ examples:
 """
 
 
-_OF_THE_RECIPE = ("tokenizer", "description", "score", "dtype", "format", "allow_other_heads")
+_OF_THE_RECIPE = ("tokenizer", "description", "score", "dtype", "format")
 
 
 def make_parser() -> CommandParser:
@@ -72,9 +72,6 @@ def make_parser() -> CommandParser:
         "package, its untouched layers shared with the checkpoints beside it (default: pt)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
-    parser.add_argument(
-        "--allow_other_heads", action="store_true", help="accept a donor whose heads differ in number or size"
-    )
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, write nothing")
     add_source_flag(parser)
     return parser
@@ -87,9 +84,10 @@ def main() -> None:
         parser.error("one of --layers and --from_info is needed, and only one")
     if args.from_info is not None and args.dry_run:
         parser.error("--dry_run has nothing to show for --from_info: the recipe is the plan")
-    given = [flag for flag in _OF_THE_RECIPE if getattr(args, flag) not in (None, False)]
-    if args.from_info is not None and given:
-        parser.error(f"--{given[0]} is the recipe's to say: leave it out, or use --layers instead of --from_info")
+    if args.from_info is not None:
+        parser.refuse(
+            args, _OF_THE_RECIPE, "is the recipe's to say: leave it out, or use --layers instead of --from_info"
+        )
 
     from model_preparation.files.new_folder import check_target
     from model_preparation.surgery import checkpoint, graft
@@ -107,7 +105,6 @@ def main() -> None:
         args.llama_layers_dir,
         tokenizer=args.tokenizer,
         dtype=args.dtype,
-        allow_other_heads=args.allow_other_heads,
         sources=args.source,
     )
     print("\n".join(planned.describe()))

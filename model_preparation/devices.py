@@ -1,11 +1,57 @@
-"""Whether a device can be used on this machine, asked before anything is loaded for it."""
+"""The device that a command runs on: chosen here for all of them, printed once, and tried before anything is loaded."""
 
+import os
 from typing import TYPE_CHECKING
 
 from model_preparation.errors import SurgeryError
 
 if TYPE_CHECKING:
     import torch
+
+OF_JOB = "MODEL_PREPARATION_DEVICE"  # variable: cuda or cpu, what a Ray job was given
+
+
+def choose_device(gpu: int | None = None, device: str | None = None) -> str:
+    """The device to run on: `device`, else CUDA device `gpu`, else the first there is, else the CPU. Prints which.
+
+    A Ray job without either takes what Ray gave it, and each process of torchrun or accelerate the GPU of its rank.
+
+    Raises:
+        SurgeryError: if the device named does not exist on this machine.
+    """
+    import torch
+
+    processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if processes > 1 and (gpu is not None or device not in (None, "cpu", "cuda")):
+        raise SurgeryError(
+            f"The launcher gives each of its {processes} processes a GPU, so --gpu and --device cannot. "
+            "Leave them out, or give --device cpu."
+        )
+    device = device if device is not None or gpu is not None else os.environ.get(OF_JOB)
+    note = ""
+    if device is None and not torch.cuda.is_available():
+        device, note = "cpu", " (torch sees no CUDA device"
+        if torch.accelerator.is_available():
+            note += f"; --device {torch.accelerator.current_accelerator()} takes the other one that it sees"
+        note += ")"
+    elif device is None:
+        index, count = rank if gpu is None else gpu, torch.cuda.device_count()
+        if index >= count:
+            raise SurgeryError(
+                f"GPU {index} does not exist: torch sees CUDA devices 0 to {count - 1} here. "
+                "Give one of those by --gpu, or --device cpu."
+            )
+        device = f"cuda:{index}"
+    check_device(device)
+    place = torch.device(device)
+    if place.type == "cuda":
+        place = torch.device("cuda", rank if place.index is None else place.index)
+        note = f" ({torch.cuda.get_device_name(place)})"
+    chosen = "cpu" if place.type == "cpu" else str(place)
+    if os.environ.get("RANK", "0") == "0":  # the first process of a launcher speaks for all
+        shared = f", a GPU for each of {processes} processes" if place.type == "cuda" else f", {processes} processes"
+        print(f"Device       {chosen}{note}{shared * (processes > 1)}", flush=True)
+    return chosen
 
 
 def check_device(device: "str | torch.device") -> None:

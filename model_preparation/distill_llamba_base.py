@@ -8,10 +8,10 @@ from model_preparation.command_line import (
     add_device_flags,
     add_dtype_flag,
     add_layers_flag,
-    choose_device,
     number,
     run,
 )
+from model_preparation.devices import choose_device
 from model_preparation.surgery.sources import add_source_flag
 from model_preparation.training import distill_defaults as defaults
 
@@ -49,7 +49,8 @@ def main() -> None:
     if args.ray is None and args.layers_per_job is not None:
         parser.error("--layers_per_job belongs to --ray, which is not given")
     run_jobs = ray_flags.chosen_runner(parser, args)
-    device = choose_device(args.gpu, args.device)
+    on_job_only = args.ray is not None and args.device == "cuda"  # this machine may be one without GPUs
+    device = choose_device(args.gpu, None if on_job_only else args.device)
 
     from model_preparation.training.distill import distill_llamba_base
     from model_preparation.training.distill_report import describe

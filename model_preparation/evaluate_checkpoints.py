@@ -48,6 +48,8 @@ def main() -> None:
         taken = [task for task in args.tasks if Path(task).is_dir()]
         hint = f"; --tasks takes all that follows it, {taken[0]} too: put folders before it" if taken else ""
         parser.error(f"checkpoints' folders are needed, or --list FILE, and not both{hint}")
+    if args.list is None:
+        parser.refuse(args, ("output_root",), "belongs to --list, which is not given")
     run_jobs = ray_flags.chosen_runner(parser, args)
 
     if args.tasks != parser.get_default("tasks"):

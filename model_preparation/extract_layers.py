@@ -64,8 +64,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.model_name is None and args.from_legacy is None and not args.verify:
         parser.error("--model_name is needed (or --verify, to check layers extracted before)")
-    if args.from_legacy is None and (args.trust_pickle or args.allow_network):
-        parser.error("--trust_pickle and --allow_network go with --from_legacy")
+    if args.from_legacy is None:
+        parser.refuse(args, ("trust_pickle", "allow_network"), "goes with --from_legacy")
+    if args.model_name is None and args.from_legacy is None:
+        parser.refuse(args, ("layers", "dtype", "overwrite", "source"), "has no effect where nothing is extracted")
 
     from rich.filesize import decimal
 
@@ -109,7 +111,7 @@ def main() -> None:
         print(
             f"All {len(store.layers)} layers and {len(store.metadata['files'])} other files are as they were written."
         )
-    print(f"Layers are in {args.output_dir}")
+    print(f"Extracted layers are in {args.output_dir}")
 
 
 if __name__ == "__main__":

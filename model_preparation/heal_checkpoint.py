@@ -8,18 +8,19 @@ from model_preparation.command_line import (
     CommandParser,
     add_device_flags,
     add_dtype_flag,
-    choose_device,
     number,
     run,
 )
+from model_preparation.devices import choose_device
+from model_preparation.surgery.checkpoint_info import FORMATS
 from model_preparation.surgery.sources import add_source_flag
 from model_preparation.training.settings import METHODS, PRECISIONS, SCHEDULES, TRACKERS, HealSettings
 
 DESCRIPTION = """\
-Train a grafted checkpoint a little more, and write the result as a new checkpoint folder of the same format; the parent
-is only read. While it trains, complete states are kept in OUTPUT_DIR_resume/checkpoint-N: killed at any moment, the
-same command goes on, and on a CPU ends with the very bits it would have ended with. Under torchrun or accelerate
-launch (configs in scripts/accelerate/), several processes share the work.
+Train a grafted checkpoint a little more, and write the result as a new checkpoint folder; the parent is only read.
+While it trains, complete states are kept in OUTPUT_DIR_resume/checkpoint-N: killed at any moment, the same command goes
+on, and on a CPU ends with the very bits it would have ended with. Under torchrun or accelerate launch (configs in
+scripts/accelerate/), several processes share the work.
 """
 
 EPILOG = """\
@@ -34,10 +35,19 @@ examples:
 """
 
 
+_OF_A_MERGE = ("checkpoint", "merge_adapter", "output_dir", "dtype", "format", "overwrite", "description")
+
+
 def main() -> None:
     """Parse the command line, heal or merge, and say where the result is."""
     parser = _parser()
-    args = vars(parser.parse_args())
+    given = parser.parse_args()
+    args = vars(given)
+    if (given.merge_adapter is None) == (given.data is None):
+        parser.error("one of --data and --merge_adapter is needed, and only one")
+    if given.merge_adapter is not None:
+        of_training = [name for name in args if name not in _OF_A_MERGE]
+        parser.refuse(given, of_training, "belongs to training, and --merge_adapter trains nothing")
     settings = {name: args.pop(name) for name in HealSettings.__dataclass_fields__ if name in args}
     adapter, data, gpu, device = (args.pop(name) for name in ("merge_adapter", "data", "gpu", "device"))
     names = [name for _, name in args["milestones"]]
@@ -46,13 +56,10 @@ def main() -> None:
     args["milestones"] = dict(args["milestones"])
     args["sources"] = args.pop("source")
     folder = args["output_dir"]
-    if (adapter is None) == (data is None):
-        parser.error("one of --data and --merge_adapter is needed, and only one")
     if adapter is not None:
         from model_preparation.training.heal import merge_adapter
 
-        kept = ("checkpoint", "output_dir", "dtype", "overwrite", "description")
-        merge_adapter(adapter=adapter, **{name: args[name] for name in kept})
+        merge_adapter(adapter=adapter, **{name: args[name] for name in _OF_A_MERGE if name in args})
         print(f"Merged checkpoint: {folder}")
         return
 
@@ -98,6 +105,7 @@ def _parser() -> CommandParser:
     _add_look_flags(parser)
     add_device_flags(parser)
     add_dtype_flag(parser, help="of the healed checkpoint, float16 for half the size (default: its parent's)")
+    parser.add_argument("--format", choices=FORMATS, help="of the healed checkpoint (default: its parent's)")
     add_source_flag(parser)
     return parser
 

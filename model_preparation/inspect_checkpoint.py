@@ -1,5 +1,6 @@
 """Command: a look inside a checkpoint, a state, layers, or any file of tensors (see inspection/)."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from model_preparation.inspection.report import compare, describe
+    from model_preparation.surgery.model_code import code_in, remark_on_code
 
     path = place_of(args.path, args.source)
     lines = describe(path, args.keys, as_json=args.json)
@@ -44,6 +46,8 @@ def main() -> None:
         lines = compare(path, place_of(args.diff, args.source), args.keys)
     for line in lines:
         print(line)
+    if path.is_dir() and (remark := remark_on_code(path, code_in(path))):
+        print(f"note: {remark}", file=sys.stderr)
 
 
 def place_of(given: str, sources: Mapping[str, str]) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model_preparation.errors import SurgeryError
+from model_preparation.surgery.model_configs import type_and_depth
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
-from model_preparation.untrusted.untrusted_files import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -33,26 +33,24 @@ def get_model_modelscope(
     Raises:
         SurgeryError: if the files cannot be had, the model is neither kind, or no tokenizer belongs to it.
     """
+    from model_preparation.evaluation.other_models import load_folder  # imports torch and transformers
+
     source = resolve(name)
-    model_type = _model_type(source.folder)
+    _check_type(source.folder)
     tokenizer = _tokenizer(name, source)
-    model = _load(source.folder, model_type, dtype).eval()
+    model = load_folder(source.folder, dtype)
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method's own signature
     num_heads, head_dim = _heads(model.config)
     return model, tokenizer, num_heads, head_dim
 
 
-def _model_type(folder: Path) -> str:
-    try:
-        model_type = read_json(folder / "config.json").get("model_type")
-    except ValueError as error:
-        raise SurgeryError(f"{folder / 'config.json'} is not a model's config: {error}. Download it again.") from error
+def _check_type(folder: Path) -> None:
+    model_type, _ = type_and_depth(folder)
     if model_type not in ("llama", "llamba"):
         raise SurgeryError(
             f"{folder / 'config.json'} says model_type {model_type!r}, and only llama and llamba can be loaded here. "
             "Give a Llama or a Llamba."
         )
-    return model_type
 
 
 def _tokenizer(name: str, source: Source) -> "PreTrainedTokenizerBase":
@@ -64,15 +62,6 @@ def _tokenizer(name: str, source: Source) -> "PreTrainedTokenizerBase":
     if published_apart is None:
         raise SurgeryError(f"{source.folder} holds no tokenizer, and none is known for {name}. Copy one into it.")
     return load_tokenizer(resolve(published_apart, need="tokenizer").folder)
-
-
-def _load(folder: Path, model_type: str, dtype: "torch.dtype | str | None") -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM
-
-    from model_preparation.llamba import LlambaForCausalLM
-
-    model_class = LlambaForCausalLM if model_type == "llamba" else AutoModelForCausalLM
-    return model_class.from_pretrained(folder, dtype=dtype or "auto")
 
 
 def _heads(config) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Command: base, donor and tasks -> which layers to graft (see search/search.py)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from model_preparation.batch import ray_flags
@@ -8,11 +9,11 @@ from model_preparation.command_line import (
     CommandParser,
     add_device_flags,
     add_dtype_flag,
-    choose_device,
     default_folder,
     number,
     run,
 )
+from model_preparation.devices import choose_device
 from model_preparation.surgery.sources import add_source_flag
 
 DESCRIPTION = """\
@@ -74,7 +75,7 @@ def main() -> None:
     if args.mmlu_data is not None and not any(map(is_mmlu, args.task)):
         parser.error(f"--mmlu_data belongs to --task mmlu or parts of it, and the task is {' '.join(args.task)}")
     output_dir = args.output_dir.expanduser()
-    device = (args.device or "cpu") if args.ray is not None else choose_device(args.gpu, args.device)
+    device = "cpu" if args.ray is not None else choose_device(args.gpu, args.device)
     spec = Spec(
         base=args.base,
         llama_layers_dir=None if args.llama_layers_dir is None else str(args.llama_layers_dir),
@@ -82,7 +83,6 @@ def main() -> None:
         folder=str(output_dir),
         donor=args.donor,
         tokenizer=args.tokenizer,
-        allow_other_heads=args.allow_other_heads,
         sources=args.source,
         limit=args.limit,
         mmlu_data=args.mmlu_data,
@@ -115,7 +115,8 @@ def main() -> None:
         from model_preparation.search.remote import remote_scorer
 
         check_first(spec, search, overwrite=args.overwrite)  # before there is a cluster
-        with remote_scorer(args.ray, args.cpus_per_job or 1, with_gpu=args.device != "cpu") as make_scorer:
+        with remote_scorer(args.ray, args.cpus_per_job or 1, args.device) as (make_scorer, kind):
+            spec = replace(spec, device=kind, device_here=device)
             found = search_layers(spec, search, make_scorer=make_scorer, say=say, overwrite=args.overwrite)
     if found is None:
         print(f"Everything fits; nothing was evaluated (--dry_run). {output_dir} would have the result.")
@@ -251,9 +252,6 @@ def _parser() -> CommandParser:
     )
     add_device_flags(parser)
     add_dtype_flag(parser, help="dtype to run in (default: that of the checkpoints)")
-    parser.add_argument(
-        "--allow_other_heads", action="store_true", help="accept a donor whose heads differ in number or size"
-    )
     parser.add_argument(
         "--dry_run",
         action="store_true",

@@ -1,26 +1,29 @@
 """Command: load a checkpoint, let it write, and on request score it on MMLU or other tasks of lm-eval.
 
-In: a checkpoint folder. Out, on the terminal: its size and layers, generated text, tokens per second, the scores; with
---full_eval, results on the disk too.
+In: a checkpoint folder, or a model. Out, on the terminal: its size and layers, generated text, tokens per second, the
+scores; with --full_eval, results on the disk too.
 """
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model_preparation.command_line import (
     CommandParser,
     add_device_flags,
     add_dtype_flag,
-    choose_device,
     run,
 )
+from model_preparation.devices import choose_device
 from model_preparation.evaluation.evaluation_flags import add_evaluation_flags, check_evaluation_flags
 from model_preparation.evaluation.generation_flags import add_generation_flags, check_generation_flags, read_request
 
+if TYPE_CHECKING:
+    from model_preparation.evaluation.scored_model import ScoredModel
+
 DESCRIPTION = """\
-Load a checkpoint, print its size and layers, the text it writes after each prompt, greedily unless asked otherwise,
-the speed of reading and of writing, and the peak memory; with --compare_with, what other models write too.
+Load a checkpoint or any model, print its size and layers, the text it writes after each prompt, greedily unless asked
+otherwise, the speed of reading and of writing, and the peak memory; with --compare_with, what other models write too.
 With --full_eval, then score it by lm-eval, on the task group mmlu unless --tasks names others. Answers are kept task by
 task as they come: stopped anywhere, the same command goes on, and ends with the same score. Another setting, or other
 weights, is another evaluation.
@@ -36,8 +39,8 @@ examples:
   python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --full_eval --limit 100 --mmlu_data ./mmlu
   python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --full_eval --skip_generation \\
       --tasks arc_easy hellaswag --num_fewshot 5
-  python test_checkpoint.py --checkpoint unaligned_llamba --tokenizer llama_tokenizer --full_eval --skip_generation \\
-      --results_dir ../local_models/results
+  python test_checkpoint.py --checkpoint llama --prompt "Hello world"
+  python test_checkpoint.py --checkpoint unaligned_llamba --full_eval --skip_generation --results_dir ../results
 
 The exit code is 1 if the checkpoint does not load, a logit is not finite, or an answer is empty;
 a model to compare with that is not there is refused at once; what goes wrong with one later is told in its place, and
@@ -56,33 +59,32 @@ def main() -> None:
 
     from model_preparation.evaluation.generation_report import check_answers, compare_and_print, write_and_print
     from model_preparation.evaluation.other_models import find_others
-    from model_preparation.surgery.checkpoint_info import read_info
+    from model_preparation.evaluation.scored_model import find_model
     from model_preparation.tensors.dtypes import torch_dtype
 
     args.checkpoint = args.checkpoint.expanduser()
-    # What is wrong with the folder is said before anything is downloaded. To be scored only, a model may be named too.
-    if not args.skip_generation:
-        read_info(args.checkpoint)
     request = read_request(args)
+    model_found = find_model(args.checkpoint, args.tokenizer, sources=args.source)
     others = find_others(args.compare_with, args.checkpoint, sources=args.source)
-    device, dtype = choose_device(args.gpu, args.device), torch_dtype(args.dtype)
+    device = "cpu" if args.parallelize else choose_device(args.gpu, args.device)
+    dtype = torch_dtype(args.dtype)
     if args.full_eval:
         from model_preparation.evaluation.evaluation_report import evaluate_and_print
-        from model_preparation.evaluation.scored_model import find_model
         from model_preparation.evaluation.tasks import is_mmlu, load_tasks
 
-        find_model(args.checkpoint, args.tokenizer)
+        model_found.results_root(args.results_dir)
         tasks = load_tasks(args.tasks, mmlu_data=args.mmlu_data, num_fewshot=args.num_fewshot)
         if args.mmlu_data is not None and not any(map(is_mmlu, args.tasks)):
             parser.error(f"--mmlu_data belongs to --tasks mmlu or parts of it, and the task is {' '.join(args.tasks)}")
 
     written = None
     if not args.skip_generation:
-        model, tokenizer = _load(args.checkpoint, device, dtype, args.parallelize)
+        model, tokenizer = _load(model_found, device, dtype, args.parallelize)
         written = write_and_print(model, tokenizer, str(args.checkpoint), request)
         del model  # one model in memory at a time; the evaluation loads it again, if there is anything to do
         if others:
-            compare_and_print(written, tokenizer, others, request, device=device, dtype=dtype)
+            placed = {"device": device, "dtype": dtype, "parallelize": args.parallelize}
+            compare_and_print(written, tokenizer, others, request, **placed)
         if request.output is not None:
             print(f"Texts are in {request.output}")
     if args.full_eval:
@@ -97,9 +99,11 @@ def _parser() -> CommandParser:
         "--checkpoint",
         type=Path,
         required=True,
-        metavar="DIR",
-        help="the checkpoint folder; with --skip_generation also the name, folder or hub id of a model to hold against "
-        "it, such as its base or donor",
+        metavar="DIR|NAME",
+        help="the checkpoint folder; or the name, folder or hub id of a model, such as its base or donor",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="NAME|DIR|ID", help="of a model that is published without one (llama_tokenizer, ...)"
     )
     add_generation_flags(parser)
     add_dtype_flag(parser, help="run in this dtype (default: the checkpoint's)")
@@ -113,24 +117,26 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _load(directory: Path, device: str, dtype: Any, parallelize: bool) -> tuple[Any, Any]:
-    """Load the checkpoint and print what it is."""
+def _load(found: "ScoredModel", device: str, dtype: Any, parallelize: bool) -> tuple[Any, Any]:
+    """Load the checkpoint or model, and print what it is."""
     from rich.filesize import decimal
 
     from model_preparation.surgery.checkpoint_info import read_info
-    from model_preparation.surgery.checkpoint_loading import load_checkpoint
 
     started = time.perf_counter()
-    model, tokenizer = load_checkpoint(directory, device=device, dtype=dtype, parallelize=parallelize)
+    model, tokenizer = found.load(device, dtype, parallelize)
     seconds = time.perf_counter() - started
-    info = read_info(directory)
-    layers = info["replaced_layers"]
-    size_bytes = sum(entry["bytes"] for entry in info["files"].values())
-    print(f"Checkpoint   {directory}")
+    info = read_info(found.folder) if found.is_checkpoint else None
+    files = found.weight_files if info is None else info["files"]
+    print(f"{'Model' if info is None else 'Checkpoint':<12} {found.folder}")
     print(f"Parameters   {model.num_parameters():,}")
-    print(f"On disk      {decimal(size_bytes)}")
-    print(f"Grafted      {len(layers)} of {info['total_layers']} layers: {' '.join(map(str, layers)) or 'none'}")
-    print(f"Loaded       in {seconds:.1f} s onto {model.device}, {str(model.dtype).removeprefix('torch.')}", flush=True)
+    print(f"On disk      {decimal(sum((found.folder / name).stat().st_size for name in files))}")
+    if info is not None:
+        layers = info["replaced_layers"]
+        print(f"Grafted      {len(layers)} of {info['total_layers']} layers: {' '.join(map(str, layers)) or 'none'}")
+    print(f"Loaded       in {seconds:.1f} s, {str(model.dtype).removeprefix('torch.')}", end="")
+    places = sorted({str(parameter.device) for parameter in model.parameters()}) if parallelize else []
+    print(f", spread over {', '.join(places)}" if places else "", flush=True)
     return model, tokenizer
 
 

@@ -29,8 +29,10 @@ def main() -> None:
     parser.add_argument("--files_only", action="store_true", help="the files' digests only; finds any changed byte")
     add_source_flag(parser)
     args = parser.parse_args()
-    if args.files_only and (args.base or args.llama_layers_dir):
-        parser.error("--files_only looks at no tensors; leave out --base and --llama_layers_dir")
+    if args.files_only:
+        parser.refuse(args, ("base", "llama_layers_dir"), "goes with tensors, and --files_only looks at none")
+    if args.base is None:
+        parser.refuse(args, ("source",), "belongs to --base, which is not given")
 
     from model_preparation.verification.verify import inspect
 

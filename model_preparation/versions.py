@@ -24,12 +24,12 @@ def versions() -> dict[str, str]:
 
 def code_digests() -> dict[str, str]:
     """SHA-256 of each source file that goes into checkpoints' folders, by name; and of the whole package's code."""
-    from model_preparation.surgery.hf_folder import code_files
+    from model_preparation.surgery.model_code import package_code
 
     whole = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         whole.update(f"{path.relative_to(_PACKAGE).as_posix()}\0{_sha256(path)}\n".encode())
-    return {"package": whole.hexdigest(), **{path.name: _sha256(path) for path in sorted(code_files())}}
+    return {"package": whole.hexdigest(), **{name: _sha256(path) for name, path in sorted(package_code().items())}}
 
 
 def _sha256(path: Path) -> str:

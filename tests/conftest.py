@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -34,6 +35,8 @@ os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # nor can a forked process always 
 # A shell's background jobs ignore it, and so would their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# What guards against hanging: no event takes so long, however busy the machine is. Nothing is measured by it.
+HANG_SECONDS = 900
 PACKAGE = Path(__file__).parents[1] / "model_preparation"
 VOCABULARY = 260  # 256 bytes and four special tokens
 
@@ -173,7 +176,7 @@ def _become_command(name: str, args: tuple, cwd: Path, env: dict[str, str]) -> N
     """Be `python NAME.py ARGS` from here on; the forked child's half of `run_command`."""
     code: Any = 1
     try:
-        signal.alarm(120)
+        signal.alarm(HANG_SECONDS)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         os.environ |= {"HF_HUB_OFFLINE": "1", **env}
         os.chdir(cwd)
@@ -191,6 +194,15 @@ def _become_command(name: str, args: tuple, cwd: Path, env: dict[str, str]) -> N
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
+def wait_until(happened: Callable[[], object], *, alive: Callable[[], object] = lambda: True) -> None:
+    """Wait for an event; fails when what brings it about is not alive any more."""
+    deadline = time.monotonic() + HANG_SECONDS
+    while not happened():
+        assert alive() or happened(), "what was waited for cannot happen any more"
+        assert time.monotonic() < deadline, "what was waited for did not happen"
+        time.sleep(0.005)
+
+
 def run_fresh_command(
     name: str, *args: object, cwd: Path = PACKAGE, python: str | Path = sys.executable, **env: str
 ) -> subprocess.CompletedProcess:
@@ -206,7 +218,7 @@ def run_python(*args: str, cwd: Path, python: str | Path = sys.executable, **env
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG_SECONDS,
     )
 
 

@@ -16,7 +16,7 @@ from model_preparation import create_replaced_model_checkpoint
 from model_preparation.batch.builds import BUILDER, build_all, describe
 from model_preparation.batch.combinations import Combination, read_list
 from model_preparation.batch.jobs import Ended
-from tests.conftest import PACKAGE, assert_refused, run_command, run_fresh_command
+from tests.conftest import HANG_SECONDS, PACKAGE, assert_refused, run_command, run_fresh_command
 
 SCRIPT = PACKAGE / "create_best_checkpoints.sh"
 ARGUMENTS_ONLY = """\
@@ -173,7 +173,7 @@ def test_the_script_ends_with_1_if_a_checkpoint_is_not_the_one_listed(checkpoint
         env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
     )
     assert_refused(result, "layers: 1 3 there, 2 now", "--overwrite", "--output_root", "1 of 1 checkpoints failed")
 

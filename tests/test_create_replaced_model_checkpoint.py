@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -21,7 +20,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from model_preparation import build_checkpoint, extract_layers, load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba import LlambaForCausalLM
-from tests.conftest import PACKAGE, VOCABULARY, assert_refused, make_tokenizer, run_command, seeded, tiny_config
+from tests.conftest import (
+    HANG_SECONDS,
+    PACKAGE,
+    VOCABULARY,
+    assert_refused,
+    make_tokenizer,
+    run_command,
+    seeded,
+    tiny_config,
+    wait_until,
+)
 
 
 def build(base, layers_dir, out, *args, layers=(1, 3), **kwargs):
@@ -39,7 +48,7 @@ def test_the_command_writes_the_folder_of_the_guide(base_dir, layers_dir, tmp_pa
     assert result.stdout.splitlines()[-1] == f"Checkpoint is in {out}"
     assert "layer_03.pt" in result.stdout  # the plan says which layer comes from where
     if not torch.cuda.is_available():
-        assert "No CUDA device here: the CPU does the work." in result.stdout
+        assert "Device       cpu (torch sees no CUDA device)" in result.stdout
     assert {path.name for path in out.iterdir()} == {
         "model.pt",
         "model_state_dict.pt",
@@ -244,25 +253,60 @@ def test_bad_layer_folders(base_dir, layers_dir, tmp_path, damage, words):
     ("changes", "words"),
     [
         ({"hidden_size": 64, "num_attention_heads": 4}, ["width (hidden_size) is 64, the base's is 32"]),
-        ({"num_attention_heads": 4, "num_key_value_heads": 2}, ["4 heads of 8, the base 2 heads of 16"]),
         ({"vocab_size": 300}, ["vocabulary size is 300, the base's is 260"]),
         ({"num_hidden_layers": 5}, ["layers is 5, the base's is 4"]),
     ],
 )
 def test_donors_that_do_not_fit(base_dir, tmp_path, changes, words):
+    layers = layers_of_another_donor(tmp_path, **changes)
+    assert_refused(build(base_dir, layers, tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_grafted_layer_brings_its_own_heads(base_dir, tmp_path):
+    layers = layers_of_another_donor(tmp_path, num_attention_heads=4, num_key_value_heads=2)
+    result = build(base_dir, layers, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "heads      4 of 8 in the layers taken, 2 of 16 in those kept" in result.stdout
+    model, _ = load_checkpoint(tmp_path / "out")
+    donor = LlamaForCausalLM.from_pretrained(tmp_path / "donor")
+    hidden = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        given = {
+            "position_embeddings": donor.model.rotary_emb(hidden, torch.arange(9)[None]),
+            "attention_mask": torch.full((9, 9), -1e9).triu(1)[None, None],
+        }
+        torch.testing.assert_close(model.backbone.layers[3](hidden, **given), donor.model.layers[3](hidden, **given))
+        assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
+    refused = build(base_dir, layers, tmp_path / "again", "--allow_other_heads")
+    assert_refused(refused, "unrecognized arguments: --allow_other_heads", code=2)
+
+
+def layers_of_another_donor(tmp_path: Path, **changes: int) -> Path:
+    """The extracted layers of a Llama like the tiny donor, with `changes` in its config."""
     fields = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     config = LlamaConfig(**{**fields, "num_key_value_heads": 1, "intermediate_size": 40, **changes})
     donor, layers = tmp_path / "donor", tmp_path / "layers"
     LlamaForCausalLM(config).save_pretrained(donor)
     make_tokenizer().save_pretrained(donor)
     extract_layers(str(donor), layers)
-    assert_refused(build(base_dir, layers, tmp_path / "out"), *words)
-    if "heads" in words[0]:
-        result = build(base_dir, layers, tmp_path / "out", "--allow_other_heads")
-        assert result.returncode == 0, result.stderr
-        assert load_checkpoint(tmp_path / "out")[0].generate(torch.tensor([[1]]), max_new_tokens=2).shape[1] <= 3
-    else:
-        assert not (tmp_path / "out").exists()
+    return layers
+
+
+def test_the_hint_to_extract_layers_names_the_donor_of_the_base(base_dir, tmp_path):
+    missing = tmp_path / "layers"
+    for base, donor in (
+        ("tiny_llamba", "tiny_llama"),
+        ("unaligned_llamba", "llama"),
+        (base_dir, "DONOR"),
+        ("huggingface:org/other", "DONOR"),
+    ):
+        words = f"Extract the donor's layers first: python extract_layers.py --model_name {donor} --output_dir"
+        assert_refused(build(base, missing, tmp_path / "out"), words)
+    # What is wrong with the base comes first.
+    assert_refused(build("tiny_lamba", missing, tmp_path / "out"), "'tiny_lamba' is neither one of the names")
+    assert_refused(build(tmp_path / "no", missing, tmp_path / "out"), "/no is not there")
+    assert not list(tmp_path.iterdir())
 
 
 def test_bases_that_do_not_fit(base_dir, donor_dir, layers_dir, checkpoint_dir, tmp_path):
@@ -282,6 +326,8 @@ def test_bases_that_do_not_fit(base_dir, donor_dir, layers_dir, checkpoint_dir, 
     assert_refused(build(broken, layers_dir, out), "lacks backbone.layers.0.mixer.D")
     torch.save({**state, "lm_head.weight": torch.ones(3, 3)}, broken / "pytorch_model.bin")
     assert_refused(build(broken, layers_dir, out), "lm_head.weight", "shape [3, 3]", "asks for [264, 32]")
+    torch.save({**state, "lm_head.weight": state["lm_head.weight"].to(torch.int8)}, broken / "pytorch_model.bin")
+    assert_refused(build(broken, layers_dir, out), "holds int8 numbers. Give the unquantised model")
     (broken / "pytorch_model.bin").write_bytes(b"not a zip file")
     assert_refused(build(broken, layers_dir, out), "pytorch_model.bin cannot be read as tensors")
     torch.save({**state, "lm_head.weight": state["lm_head.weight"] * torch.nan}, broken / "pytorch_model.bin")
@@ -351,7 +397,7 @@ def test_disk_full_while_writing(base_dir, layers_dir, tmp_path):
         [sys.executable, "-c", script, *command, "--layers", "1", "--output_dir", tmp_path / "new" / "out"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     assert_refused(result, "error: File too large (", "model.pt).")
     assert not list(tmp_path.iterdir())
@@ -365,7 +411,7 @@ def test_interrupted_while_writing(base_dir, layers_dir, tmp_path, sent, code):
     process = start_slow_build(base_dir, layers_dir, old)
     wait_for_partial(process, old)
     process.send_signal(sent)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == code, stderr
     assert "Traceback" not in stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -388,7 +434,7 @@ def test_an_interrupt_lost_inside_a_destructor_still_stops_the_build(base_dir, l
         [sys.executable, "-c", script, *command, "--layers", "1", "--output_dir", tmp_path / "out"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     assert result.returncode == 130, result.stderr
     assert "error: interrupted." in result.stderr
@@ -412,7 +458,7 @@ def start_slow_build(base_dir, layers_dir, out) -> subprocess.Popen:
     script = (
         "import os, runpy, sys, time\n"
         "fsync = os.fsync\n"
-        "os.fsync = lambda descriptor: (time.sleep(30), fsync(descriptor))\n"
+        "os.fsync = lambda descriptor: (time.sleep(900), fsync(descriptor))\n"
         "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base_dir, "--llama_layers_dir", layers_dir]
@@ -425,11 +471,8 @@ def start_slow_build(base_dir, layers_dir, out) -> subprocess.Popen:
 
 
 def wait_for_partial(process: subprocess.Popen, out: Path) -> None:
-    deadline = time.monotonic() + 100
-    while not list(out.parent.glob(f"{out.name}.partial/new/model.pt")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    written = out.with_name(f"{out.name}.partial") / "new" / "model.pt"
+    wait_until(written.exists, alive=lambda: process.poll() is None)
 
 
 def test_the_files_hold_what_torch_save_writes(checkpoint_dir, tmp_path):

@@ -15,11 +15,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import check_imports
 
 from model_preparation import SurgeryError, build_checkpoint, load_checkpoint
+from model_preparation.files.digests import describe_file
+from model_preparation.files.partial_folder import take
+from model_preparation.files.seal import seal
 from model_preparation.llamba import LlambaForCausalLM, modeling_llamba
+from model_preparation.verification.verify import inspect
 from tests.conftest import PACKAGE, assert_refused, run_command, run_python, seeded, tiny_config
 
 IDS = [[5, 17, 99, 3, 42, 8]]
-MODEL_FILES = {"cache_llamba.py", "configuration_llamba.py", "mixer.py", "modeling_llamba.py", "ssd.py"}
+MODEL_FILES = {
+    *("cache_llamba.py", "configuration_llamba.py", "mixer.py", "modeling_llamba.py", "ssd.py"),
+    "transformers_versions.py",
+}
 SHARDS = {f"{name}.safetensors" for name in ("embedding", "layer_00", "layer_01", "layer_02", "layer_03", "head")}
 HF_FILES = {
     *MODEL_FILES,
@@ -380,3 +387,136 @@ def test_clean_checkpoints(base_dir, layers_dir, hf_dir, tmp_path):
     assert run_command("clean_checkpoints", "--dir", tmp_path).returncode == 0
     assert not list(tmp_path.iterdir())
     assert_refused(run_command("clean_checkpoints", "--dir", tmp_path / "none"), "none is no folder")
+
+
+@pytest.fixture
+def old_code(hf_dir, tmp_path) -> Path:
+    """A copy of `hf_dir` as another version of the package might have written it, with what came later."""
+    folder = Path(shutil.copytree(hf_dir, tmp_path / "old code", copy_function=os.link))
+    info = json.loads((folder / "checkpoint_info.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoModel"] = "gone.LlambaModel"
+    replace(folder / "config.json", json.dumps(config))
+    replace(folder / "mixer.py", (hf_dir / "mixer.py").read_text() + "# old\n")
+    replace(folder / "gone.py", "class LlambaModel: ...\n")
+    (folder / "ssd.py").unlink()
+    del info["files"]["ssd.py"]
+    for name in ("config.json", "mixer.py", "gone.py"):
+        info["files"][name] = describe_file(folder / name)
+    replace(folder / "checkpoint_info.json", seal(info | {"mmlu_score": 0.5}).decode())
+    (folder / "evaluations" / "mmlu").mkdir(parents=True)
+    (folder / "evaluations" / "mmlu" / "result.json").write_text("{}")
+    (folder / "README.md").write_text("Mine.\n")
+    return folder
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file anew where it may be a link to another folder's."""
+    path.unlink(missing_ok=True)
+    path.write_text(text)
+
+
+def test_a_folder_with_other_code_is_told_and_brought_up_to_date(old_code, hf_dir, tmp_path):
+    before = json.loads((old_code / "checkpoint_info.json").read_text())
+    weights = {name: (old_code / name).stat().st_ino for name in SHARDS}
+    for command, flags, stream in [("verify_checkpoint", [], "stdout"), ("inspect_checkpoint", ["--json"], "stderr")]:
+        result = run_command(command, old_code, *flags)
+        assert result.returncode == 0, result.stderr
+        assert "(gone.py, mixer.py, ssd.py)" in getattr(result, stream)
+        assert f"python update_checkpoint.py {old_code}" in getattr(result, stream)
+    result = run_command("update_checkpoint", old_code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"{old_code}: updated: gone.py, mixer.py, ssd.py"
+    for name in HF_FILES - {"checkpoint_info.json"}:
+        assert (old_code / name).read_bytes() == (hf_dir / name).read_bytes(), name
+    assert names_in(old_code) == HF_FILES | {"evaluations", "README.md"}
+    assert (old_code / "evaluations" / "mmlu" / "result.json").read_text() == "{}"
+    assert (old_code / "README.md").read_text() == "Mine.\n"
+    if (hf_dir / "head.safetensors").samefile(old_code / "head.safetensors"):  # not where files share extents
+        assert {name: (old_code / name).stat().st_ino for name in SHARDS} == weights
+    info = json.loads((old_code / "checkpoint_info.json").read_text())
+    [update] = info.pop("code_updates")
+    assert update["from"] == {name: e["sha256"] for name, e in before["files"].items() if name.endswith(".py")}
+    assert update["to"] == {name: e["sha256"] for name, e in info["files"].items() if name.endswith(".py")}
+    assert info["files"] == json.loads((hf_dir / "checkpoint_info.json").read_text())["files"]
+    assert {**info, "files": 0, "info_sha256": 0} == {**before, "files": 0, "info_sha256": 0}
+    found = inspect(old_code)
+    assert not found.faults
+    assert not [note for note in found.notes if "code" in note]
+    assert run_command("inspect_checkpoint", old_code).stderr == ""
+    assert not list(tmp_path.glob("*.partial"))
+
+    sealed = (old_code / "checkpoint_info.json").read_bytes()
+    result = run_command("update_checkpoint", old_code, hf_dir)
+    assert result.stdout.splitlines() == [
+        f"{old_code}: already up to date",
+        f"{hf_dir}: already up to date",
+        "0 of 2 checkpoints updated; the others were up to date.",
+    ]
+    assert (old_code / "checkpoint_info.json").read_bytes() == sealed
+
+
+def test_code_that_was_put_in_by_hand_is_no_fault_and_the_update_records_it(old_code):
+    for name in ("mixer.py", "ssd.py"):
+        replace(old_code / name, (PACKAGE / "llamba" / name).read_text())
+    found = inspect(old_code)
+    assert not found.faults
+    assert any("update_checkpoint.py" in note for note in found.notes)
+    assert run_command("update_checkpoint", ".", cwd=old_code).returncode == 0
+    assert not inspect(old_code).notes[:-2]  # README.md and evaluations/ are the last
+    assert len(json.loads((old_code / "checkpoint_info.json").read_text())["code_updates"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("edited", "mixer.py is changed"),  # neither what is listed nor the package's
+        ("weights", "layer_02.safetensors is changed"),
+        ("saved", "has no checkpoint_info.json (save_pretrained writes none)"),
+        ("newer", "newer model_preparation"),
+        ("in use", "is being written by process"),
+        ("no config", "is not what a build writes"),
+    ],
+)
+def test_what_is_not_updated_is_left_as_it_is(old_code, damage, words):
+    shard, info_path = old_code / "layer_02.safetensors", old_code / "checkpoint_info.json"
+    held = None
+    if damage == "edited":
+        replace(old_code / "mixer.py", "import os\n" + (old_code / "mixer.py").read_text()[10:])
+    elif damage == "weights":
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.unlink()
+        shard.write_bytes(data)
+    elif damage == "saved":
+        info_path.unlink()
+    elif damage == "in use":
+        held = take(old_code / "evaluations" / "mmlu")
+    else:
+        info = json.loads(info_path.read_text())
+        info["versions"]["model_preparation"] = "99.0"
+        if damage == "no config":
+            info["code_updates"] = "none"
+            del info["files"]["config.json"]
+            replace(old_code / "config.json", "{}")
+            info["files"]["config.json"] = describe_file(old_code / "config.json")
+        replace(info_path, seal(info).decode())
+    before = {path: path.read_bytes() for path in old_code.rglob("*") if path.is_file()}
+    result = run_command("update_checkpoint", old_code)
+    if held is not None:
+        held.release()
+        before = {path: data for path, data in before.items() if path.parent.name != "mmlu.partial"}
+    assert_refused(result, words, str(old_code))
+    assert {path: path.read_bytes() for path in old_code.rglob("*") if path.is_file()} == before
+    assert names_in(old_code.parent) == {old_code.name}
+    if damage == "edited":
+        assert "mixer.py is changed" in run_command("verify_checkpoint", old_code).stdout
+
+
+def test_one_folder_that_cannot_be_updated_does_not_stop_the_others(old_code, checkpoint_dir, tmp_path):
+    result = run_command("update_checkpoint", tmp_path / "none", old_code, checkpoint_dir)
+    assert_refused(result, f"{tmp_path / 'none'} is not there")
+    assert result.stdout.splitlines()[-2:] == [
+        f"{old_code}: updated: gone.py, mixer.py, ssd.py",
+        f"{checkpoint_dir}: already up to date",  # of format pt, without code
+    ]

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.llamba import LlambaForCausalLM
-from tests.conftest import VOCABULARY, copy_repository, make_tokenizer, seeded, tiny_config
+from tests.conftest import HANG_SECONDS, VOCABULARY, copy_repository, make_tokenizer, seeded, tiny_config
 from tests.evaluation.test_mmlu import question, write_questions
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +102,7 @@ def run_blocks(blocks: list[tuple[str, str]], checkout: Path, variables: dict[st
             commands += [["bash", "-euo", "pipefail", "-c", code] for code in codes]
     for command in commands:
         result = subprocess.run(
-            command, cwd=checkout / "repository", env=environment, capture_output=True, text=True, timeout=240
+            command, cwd=checkout / "repository", env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
         )
         assert result.returncode == 0, f"{command[-1]}\n{result.stdout}\n{result.stderr}"
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from model_preparation import load_checkpoint
 from model_preparation.evaluation.scoring import ScoringLM
-from tests.conftest import assert_refused, copy_repository, run_command, run_python
+from tests.conftest import HANG_SECONDS, assert_refused, copy_repository, run_command, run_python
 from tests.test_loading import WAYS
 
 pytestmark = pytest.mark.skipif(
@@ -61,7 +61,7 @@ def quickstart(tmp_path_factory, put_python) -> tuple[Path, str]:
         env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=HANG_SECONDS,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return repository, result.stdout

@@ -18,6 +18,7 @@ from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.evaluation.side_by_side import printable
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.surgery.checkpoint_loading import load_checkpoint
+from model_preparation.surgery.sources import EMBEDDED
 from model_preparation.test_checkpoint import main
 from tests.conftest import assert_refused, run_command
 from tests.evaluation.test_mmlu import question, write_questions
@@ -61,7 +62,12 @@ def test_a_fresh_process_in_another_folder_prints_what_the_checkpoint_is_and_wri
     result = run_command("test_checkpoint", "--checkpoint", checkpoint_dir, "--max_new_tokens", 6, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     model, _ = load_checkpoint(checkpoint_dir)
-    for line in (f"{model.num_parameters():,}", "Grafted +2 of 4 layers: 1 3", "On disk +.*B", "onto cpu, float32"):
+    for line in (
+        f"{model.num_parameters():,}",
+        "Grafted +2 of 4 layers: 1 3",
+        "On disk +.*B",
+        r"Loaded +in [\d.]+ s, float32",
+    ):
         assert re.search(line, result.stdout), result.stdout
     speeds = r"Prompt read +\d+ tokens, [\d.]+ per second\nWritten +6 tokens, [\d.]+ per second\n"
     assert len(re.findall(r"Prompt  .+\nText .+\n" + speeds, result.stdout)) == 3
@@ -81,7 +87,8 @@ def test_the_text_is_the_models_greedy_continuation(command, checkpoint_dir):
 
 
 def test_the_dtype_can_be_chosen(command, checkpoint_dir):
-    assert "onto cpu, bfloat16" in command("--checkpoint", checkpoint_dir, "--prompt", "Hello", "--dtype", "bfloat16")
+    out = command("--checkpoint", checkpoint_dir, "--prompt", "Hello", "--dtype", "bfloat16")
+    assert re.search(r"^Loaded       in [\d.]+ s, bfloat16$", out, re.MULTILINE)
 
 
 def test_full_eval_prints_the_score_of_lm_evals_mmlu_and_enters_it(command, checkpoint_dir, mmlu_data, tmp_path):
@@ -118,6 +125,7 @@ def test_weights_that_are_missing_and_questions_for_no_task_are_told(checkpoint_
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_with_one_line(tmp_path):
+    (tmp_path / "notes.txt").touch()
     assert_refused(run_command("test_checkpoint", "--checkpoint", tmp_path), "has no checkpoint_info.json")
 
 
@@ -127,6 +135,10 @@ def test_a_folder_that_is_no_checkpoint_is_refused_with_one_line(tmp_path):
         ([], "--checkpoint"),
         (["--checkpoint", "x", "--limit", "3"], "--limit belongs to --full_eval"),
         (["--checkpoint", "x", "--mmlu_data", "y"], "--mmlu_data belongs to --full_eval"),
+        (
+            ["--checkpoint", "x", "--full_eval", "--skip_generation", "--top_k", "3"],
+            "--top_k has no effect with --skip",
+        ),
         (["--checkpoint", "x", "--full_eval", "--limit", "0"], "0 is too small"),
         (["--checkpoint", "x", "--full_eval", "--limit", "0.5"], "'0.5' is not an integer"),
         (["--checkpoint", "x", "--full_eval", "--num_fewshot", "-1"], "-1 is too small"),
@@ -139,7 +151,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused_with_one_line(tmp_path):
         (["--checkpoint", "x", "--seed", "-1"], "-1 is too small; it must be at least 0"),
         (["--checkpoint", "x", "--num_return_sequences", "2"], "greedy texts are all the same"),
         (["--checkpoint", "x", "--compare_with", "base", "--compare_with", "base"], "has base more than once"),
-        (["--checkpoint", "x", "--source", "llama=y"], "--source belongs to --compare_with"),
+        (["--checkpoint", "x", "--source", "llama=y"], "--source llama=... does nothing"),
     ],
 )
 def test_wrong_usage_exits_with_2(command, capsys, flags, words):
@@ -177,6 +189,83 @@ def test_an_empty_answer_is_a_failure_after_all_else_is_printed(command, copy, c
 def test_a_prompt_without_a_token_is_refused(command, checkpoint_dir):
     with pytest.raises(SurgeryError, match="has no tokens"):
         command("--checkpoint", checkpoint_dir, "--prompt", "")
+
+
+# --- Any model --------------------------------------------------------------------------------------------------------
+
+
+def test_any_model_writes_the_base_and_the_donor_too(command, donor_dir, base_dir, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(donor_dir)
+    monkeypatch.chdir(donor_dir)
+    for given, more, model in (
+        (".", (), LlamaForCausalLM.from_pretrained(donor_dir)),
+        ("llama", ("--source", f"llama={donor_dir}"), LlamaForCausalLM.from_pretrained(donor_dir)),
+        (base_dir, ("--tokenizer", donor_dir), LlambaForCausalLM.from_pretrained(base_dir)),
+        # Published without a tokenizer, under a name that says whose it is.
+        (
+            "unaligned_llamba",
+            ("--source", f"unaligned_llamba={base_dir}", "--source", f"llama_tokenizer={donor_dir}"),
+            LlambaForCausalLM.from_pretrained(base_dir),
+        ),
+    ):
+        out = command("--checkpoint", given, *more, "--prompt", "Hello", "--max_new_tokens", 7, "--device", "cpu")
+        ids = continuation(model, tokenizer, "Hello", 7)
+        assert side_by_side("Text", tokenizer, ids) in out
+        assert f"Parameters   {model.num_parameters():,}\n" in out
+        assert "Grafted" not in out
+        assert out.count("Device       cpu\n") == 1
+
+
+def test_a_model_spread_over_what_there_is_writes_the_same(command, checkpoint_dir, donor_dir):
+    for given in (donor_dir, checkpoint_dir):
+        flags = ("--checkpoint", given, "--prompt", "Hello", "--max_new_tokens", 7)
+        whole, spread = command(*flags), command(*flags, "--parallelize")
+        text = re.compile(r"^Text .*$", re.MULTILINE)
+        assert text.search(whole).group() == text.search(spread).group()
+        assert ", spread over cpu\n" in spread
+        assert "Device " not in spread
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("{donor}", "has a tokenizer of its own. Leave out --tokenizer llama_tokenizer"),
+        ("{checkpoint}", "has a tokenizer of its own. Leave out --tokenizer llama_tokenizer"),
+        ("here/not_built", "Checkpoint here/not_built is not there. Build it"),
+        ("tiny_lama", "'tiny_lama' is neither one of the names llama, "),
+    ],
+)
+def test_a_tokenizer_without_use_and_models_that_are_not_there_are_told(
+    command, checkpoint_dir, donor_dir, tmp_path, monkeypatch, given, words
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    more = ("--tokenizer", "llama_tokenizer") if "{" in given else ()
+    with pytest.raises(SurgeryError, match=words):
+        command("--checkpoint", given.format(donor=donor_dir, checkpoint=checkpoint_dir), *more)
+
+
+def test_results_are_named_by_the_folder_however_its_path_is_written(command, tmp_path, monkeypatch):
+    model = shutil.copytree(EMBEDDED / "tiny_llama", tmp_path / "model")
+    (model / "inside").mkdir()
+    (tmp_path / "link").symlink_to(model)
+    monkeypatch.chdir(model / "inside")
+    flags = (
+        "--full_eval",
+        "--skip_generation",
+        "--tasks",
+        "embedded_recall",
+        "--limit",
+        2,
+        "--results_dir",
+        tmp_path / "r",
+    )
+    for given in ("..", f"{model}/", tmp_path / "link"):
+        out = command("--checkpoint", given, *flags)
+        assert out.splitlines()[-1].startswith(f"Results are in {tmp_path / 'r' / 'model'}/embedded_recall-"), out
+    out = command("--checkpoint", "llama", "--source", f"llama={model}", *flags)
+    assert out.splitlines()[-1].startswith(f"Results are in {tmp_path / 'r' / 'llama'}/embedded_recall-"), out
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["llama", "model"]
 
 
 # --- Prompts, sampling, results ---------------------------------------------------------------------------------------
@@ -386,7 +475,7 @@ def test_the_donor_of_a_name_is_where_source_says(command, copy, donor_dir):
     ],
 )
 def test_models_to_compare_with_are_looked_for_before_the_model_is_loaded(command, copy, change, other, words):
-    (copy / "model_state_dict.pt").unlink()
+    (copy / "model_state_dict.pt").write_bytes(b"none")
     info = json.loads((copy / "checkpoint_info.json").read_text())
     change(info)
     (copy / "checkpoint_info.json").write_text(json.dumps(info))

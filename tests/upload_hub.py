@@ -179,7 +179,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if asked["organization"] not in self.server.writers:
                 self._reply({"error": f"You don't have the rights to create in {asked['organization']}"}, 403)
             else:
-                self.server.huggingface[repo] = Repository(asked["visibility"] == "private", None, {"main": {}})
+                private = asked.get("private", asked.get("visibility") == "private")  # before huggingface_hub 2: a bool
+                self.server.huggingface[repo] = Repository(private, None, {"main": {}})
                 self._reply({"url": f"{self.server.url}/{repo}"})
         elif match is None or match[1] not in self.server.huggingface:
             self._reply({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})

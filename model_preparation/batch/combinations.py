@@ -13,6 +13,7 @@ from typing import Any
 
 from model_preparation import create_replaced_model_checkpoint
 from model_preparation.errors import SurgeryError
+from model_preparation.files.text import read_text
 
 FIELDS = {"layers", "score", "description", "name"}
 SPACES = "layers are separated by spaces, not commas"
@@ -42,7 +43,7 @@ def read_list(path: Path) -> list[Combination]:
         SurgeryError: naming the file and the entry that cannot be used.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Excel writes a byte-order mark
+        text = read_text(path)
         entries = _json_entries(text) if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
     except OSError as error:
         raise SurgeryError(

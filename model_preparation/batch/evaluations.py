@@ -15,6 +15,7 @@ from model_preparation.batch.jobs import Ended, Job, Runner, run_in_turn, short
 from model_preparation.batch.table import table
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.checkpoint_info import INFO, read_info
+from model_preparation.untrusted.no_model import what_it_is
 
 EVALUATOR = Path(__file__).resolve().parents[1] / "test_checkpoint.py"
 
@@ -61,7 +62,8 @@ def find_checkpoints(given: Sequence[Path]) -> list[Candidate]:
             folders = [entry for entry in inside if is_complete(entry)]
             if not folders:
                 raise SurgeryError(
-                    f"{folder} is no complete checkpoint, and there is none in it. "
+                    what_it_is(folder)
+                    or f"{folder} is no complete checkpoint, and there is none in it. "
                     "Give checkpoints' folders, or one that holds them."
                 )
         for folder in folders:

@@ -41,9 +41,7 @@ def chosen_runner(parser: CommandParser, args: argparse.Namespace) -> Runner:
     check(parser, args)
     from model_preparation.batch import ray_jobs
 
-    return ray_jobs.RayRunner(
-        args.ray, cpus_per_job=args.cpus_per_job or 1, gpus_per_job=0 if args.device == "cpu" else 1
-    )
+    return ray_jobs.RayRunner(args.ray, cpus_per_job=args.cpus_per_job or 1, device=args.device)
 
 
 def check(parser: CommandParser, args: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from model_preparation.batch.display import Display
 from model_preparation.batch.jobs import Ended, Job, failure
 from model_preparation.batch.process import Launch
 from model_preparation.batch.remote_job import Order, carry_out
+from model_preparation.devices import OF_JOB
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.sources import first_line
 
@@ -51,7 +52,7 @@ class RayRunner:
         address: "local" starts a cluster on this machine and ends it, "auto" joins the one that runs here, else
             HOST:PORT of a cluster that this machine belongs to.
         cpus_per_job: of each task, also its number of threads.
-        gpus_per_job: of each task, if the cluster has GPUs; 0 leaves them alone.
+        device: "cuda" for a GPU per task, "cpu" for none; by default a GPU if the cluster has any.
         max_retries: how often a job whose worker was lost goes to another one.
 
     Calling it raises:
@@ -60,14 +61,14 @@ class RayRunner:
 
     address: str
     cpus_per_job: int = 1
-    gpus_per_job: int = 1
+    device: str | None = None
     max_retries: int = 3
 
     def __call__(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Ended]]:
         if not jobs:
             return
         with cluster(self.address) as ray:
-            gpus = self.gpus_per_job if ray.cluster_resources().get("GPU", 0) else 0
+            gpus = gpus_per_job(ray, self.device)
             check_size(ray, self.cpus_per_job, gpus)
             task = ray.remote(carry_out).options(
                 num_cpus=self.cpus_per_job,
@@ -231,6 +232,21 @@ def _check_address(address: str) -> None:
         ) from error
 
 
+def gpus_per_job(ray: Any, device: str | None) -> int:
+    """1 if each job is to have a GPU, 0 if it runs on the CPU; prints which. `device` is as `RayRunner` has it.
+
+    Raises:
+        SurgeryError: if the cluster has no GPU, and one is asked for.
+    """
+    found = ray.cluster_resources().get("GPU", 0)
+    if device == "cuda" and not found:
+        raise SurgeryError("--device cuda is given, and the Ray cluster has no GPU. Leave it out for the CPU.")
+    gpus = 1 if found and device != "cpu" else 0
+    note = "" if found else " (the Ray cluster has no GPU)"
+    print(f"Device       {'a GPU from Ray' if gpus else 'the CPU'} for each job{note}", flush=True)
+    return gpus
+
+
 def check_size(ray: Any, cpus: int, gpus: int) -> None:
     """Raise SurgeryError if no machine could ever run a job."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -258,6 +274,7 @@ def _marks(jobs: Sequence[Job]) -> Iterator[dict[Path, str]]:
 
 def _order(job: Job, marks: dict[Path, str], *, with_gpu: bool) -> Order:
     variables = {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)}
+    variables[OF_JOB] = "cuda" if with_gpu else "cpu"
     launch = Launch(str(job.script), job.arguments, os.getcwd(), variables)
     needs = [os.getcwd(), str(job.script), launch.bootstrap, *(os.path.abspath(path) for path in job.needs)]
     needs += [marks[job.writes_to]] if job.writes_to is not None else []

@@ -29,7 +29,6 @@ from model_preparation.evaluation.scored_model import find_model
 from model_preparation.evaluation.scoring import ScoringLM
 from model_preparation.evaluation.tasks import MMLU, Tasks, is_mmlu, load_tasks, name_of, quiet, short_name
 from model_preparation.files.timestamps import creation_time
-from model_preparation.surgery.checkpoint_info import EVALUATIONS
 from model_preparation.tensors.dtypes import torch_dtype
 
 SEED = 1234
@@ -49,6 +48,7 @@ def evaluate_checkpoint(
     parallelize: bool = False,
     results_dir: str | Path | None = None,
     tokenizer: str | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Score a checkpoint, or its base or donor, keeping every task's answers as they come.
 
@@ -62,6 +62,7 @@ def evaluate_checkpoint(
         results_dir: where to keep answers and results, in a folder of the checkpoint's name; by default in the
             checkpoint's own folder, in `evaluations/`. Needed for a model that is no checkpoint.
         tokenizer: for a model published without one, as Llamba is: name, folder or hub id.
+        sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Returns:
         As `evaluate_model`; and `model` (digests of weights, config and tokenizer), `weights` (one of all these),
@@ -73,15 +74,11 @@ def evaluate_checkpoint(
         SurgeryError: as `load_checkpoint` and `evaluate_model`; what can be checked is, before the model is loaded.
         OSError: if results cannot be written.
     """
-    scored = find_model(directory, tokenizer)
-    if results_dir is None and not scored.is_checkpoint:
-        raise SurgeryError(f"{directory} is a model and no checkpoint. Say where to keep its results by --results_dir.")
-    if parallelize and not scored.is_checkpoint:
-        raise SurgeryError(f"{directory} is no checkpoint, which --parallelize needs. Leave that out.")
+    scored = find_model(directory, tokenizer, sources=sources)
+    root = scored.results_root(results_dir)
     dtype = torch_dtype(dtype)
     check_settings(limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
     loaded = tasks if isinstance(tasks, Tasks) else load_tasks(tasks, mmlu_data=mmlu_data, num_fewshot=num_fewshot)
-    root = scored.folder / EVALUATIONS if results_dir is None else Path(results_dir).expanduser() / scored.name
     _make_root(root)
     settings = {
         **settings_of(loaded, limit, num_fewshot, batch_size, seed),

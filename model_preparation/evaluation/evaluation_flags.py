@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 
 from model_preparation.command_line import CommandParser, number
+from model_preparation.evaluation.generation_flags import GENERATION_FLAGS
 
 # Each belongs to --full_eval and has no effect without it. --seed does not: it is generation's too.
 _FLAGS: tuple[str, ...] = ("tasks", "limit", "mmlu_data", "num_fewshot", "batch_size")
-_FLAGS += ("results_dir", "result_json", "skip_generation", "tokenizer")
+_FLAGS += ("results_dir", "result_json", "skip_generation")
 
 
 def add_evaluation_flags(parser: CommandParser) -> None:
@@ -18,11 +19,6 @@ def add_evaluation_flags(parser: CommandParser) -> None:
     parser.add_argument("--skip_generation", action="store_true", help="evaluate only")
     parser.add_argument(
         "--result_json", type=Path, metavar="FILE", help="also write the scores to this file, for programs"
-    )
-    parser.add_argument(
-        "--tokenizer",
-        metavar="NAME|DIR|ID",
-        help="of a model that is published without one, as Llamba is: llama_tokenizer, ...",
     )
     add_scoring_flags(parser)
 
@@ -74,13 +70,10 @@ def add_scoring_flags(parser: CommandParser) -> None:
 
 def check_evaluation_flags(parser: CommandParser, args: argparse.Namespace) -> None:
     """End the command, as for wrong usage, where flags do not go together."""
-    for flag in _FLAGS:
-        if not args.full_eval and getattr(args, flag) != parser.get_default(flag):
-            parser.error(f"--{flag} belongs to --full_eval, which is not given")
+    if not args.full_eval:
+        parser.refuse(args, _FLAGS, "belongs to --full_eval, which is not given")
     if args.skip_generation:
-        for flag in ("prompt", "prompts_file", "compare_with", "output"):
-            if getattr(args, flag) != parser.get_default(flag):
-                parser.error(f"--{flag} has no effect with --skip_generation")
+        parser.refuse(args, GENERATION_FLAGS, "has no effect with --skip_generation")
 
 
 def _batch_size(text: str) -> int | str:

@@ -44,6 +44,7 @@ def evaluate_and_print(tasks: Tasks, args: argparse.Namespace, *, device: str, d
         parallelize=args.parallelize,
         results_dir=args.results_dir,
         tokenizer=args.tokenizer,
+        sources=args.source,
     )
     if args.result_json is not None:
         write_file(args.result_json.expanduser(), json.dumps(result, indent=2, ensure_ascii=False) + "\n")

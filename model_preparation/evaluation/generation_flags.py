@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from model_preparation.command_line import CommandParser, number
 from model_preparation.evaluation.prompts import FORMS, Prompt, read_prompts
-from model_preparation.surgery.sources import add_source_flag
+from model_preparation.surgery.sources import add_source_flag, names_behind, tokenizer_name
 
 if TYPE_CHECKING:
     from model_preparation.evaluation.generation import Sampling
@@ -21,7 +21,11 @@ DEFAULT_PROMPTS = (
     "Once upon a time, in a small village,",
     "To make a good cup of tea, first",
 )
+RECORDED = {"donor": "replacement_source", "base": "base_model"}  # name in --compare_with: field of the checkpoint
 _SAMPLING_FLAGS = ("temperature", "top_p", "top_k")
+# All but --seed and --source, which the evaluation has too.
+GENERATION_FLAGS: tuple[str, ...] = ("prompt", "prompts_file", "chat", "max_new_tokens", "do_sample", *_SAMPLING_FLAGS)
+GENERATION_FLAGS += ("num_return_sequences", "compare_with", "output")
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,11 @@ def check_generation_flags(parser: CommandParser, args: argparse.Namespace) -> N
     repeated = {name for name in args.compare_with if args.compare_with.count(name) > 1}
     if repeated:
         parser.error(f"--compare_with has {sorted(repeated)[0]} more than once")
-    if args.source and not args.compare_with:
-        parser.error("--source belongs to --compare_with, which is not given")
+    asked_for = [str(args.checkpoint), *args.compare_with, args.tokenizer or tokenizer_name(str(args.checkpoint)) or ""]
+    used = {name for given in asked_for for name in names_behind(given, args.source)}
+    idle = sorted(args.source.keys() - used)
+    if idle and not set(args.compare_with) & RECORDED.keys():
+        parser.error(f"--source {idle[0]}=... does nothing: no --checkpoint, --compare_with or --tokenizer names it")
 
 
 def read_request(args: argparse.Namespace) -> Request:

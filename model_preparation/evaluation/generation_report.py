@@ -9,8 +9,9 @@ import gc
 import json
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ def compare_and_print(
     *,
     device: str,
     dtype: torch.dtype | None,
+    parallelize: bool = False,
 ) -> None:
     """Let other models write after the same prompts, one model in memory at a time, and print all side by side.
 
@@ -78,7 +80,7 @@ def compare_and_print(
     Args:
         written: what the checkpoint wrote; the others' rows are added to it.
         tokenizer: the checkpoint's.
-        device, dtype: as in `load_other`.
+        device, dtype, parallelize: as in `load_other`.
     """
     columns = [Column(THIS, [[item.text for item in generations] for generations in written.generations])]
     try:
@@ -86,7 +88,8 @@ def compare_and_print(
             gc.collect()  # the model before: what refers to itself is not freed at once
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            columns.append(_compare(written, tokenizer, other, request, device, dtype))
+            load = partial(load_other, other, tokenizer, device=device, dtype=dtype, parallelize=parallelize)
+            columns.append(_compare(written, tokenizer, other, request, load))
             interrupts.check()
     finally:
         _save(written.rows, request)
@@ -100,7 +103,7 @@ def check_answers(written: Written) -> None:
             if not generation.text.strip():
                 raise SurgeryError(
                     f"The model wrote nothing after {shown(generation.prompt)!r}. Give another --prompt; if it stays "
-                    "silent, the grafted layers do not fit this base."
+                    "silent, the layers of a checkpoint do not fit its base."
                 )
 
 
@@ -109,12 +112,11 @@ def _compare(
     tokenizer: PreTrainedTokenizerBase,
     other: OtherModel,
     request: Request,
-    device: str,
-    dtype: torch.dtype | None,
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
 ) -> Column:
     row = {"model": other.name, "source": str(other.folder)}
     try:
-        model, its_tokenizer = load_other(other, tokenizer, device=device, dtype=dtype)
+        model, its_tokenizer = load()
         _warm_up(model, its_tokenizer, request)
     except (SurgeryError, torch.OutOfMemoryError) as error:
         print(f"\nCompared     {other.name}: {other.folder}, not loaded", flush=True)

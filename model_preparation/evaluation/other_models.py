@@ -11,17 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.generation_flags import RECORDED
 from model_preparation.surgery.checkpoint_info import INFO, read_info
-from model_preparation.surgery.checkpoint_loading import load_checkpoint
+from model_preparation.surgery.checkpoint_loading import load_checkpoint, spread
+from model_preparation.surgery.llama_files import HEAD, text_part, without_head
+from model_preparation.surgery.model_configs import read_generation_config
 from model_preparation.surgery.recipe import target_of
 from model_preparation.surgery.sources import has_tokenizer, is_replaced, resolve
+from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
-
-RECORDED = {"donor": "replacement_source", "base": "base_model"}  # name in --compare_with: field of the checkpoint
+from model_preparation.untrusted.untrusted_config import generation_config_from
 
 
 @dataclass(frozen=True)
@@ -81,22 +91,23 @@ def load_other(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    parallelize: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer, the model in eval mode, its own decoding settings put aside.
 
     Args:
         tokenizer: for a model published without one, as Llamba is: that of the checkpoint compared.
-        device, dtype: as in `load_checkpoint`.
+        device, dtype, parallelize: as in `load_checkpoint`.
 
     Raises:
         SurgeryError: if it cannot be loaded, lacks weights, or has too small a vocabulary for `tokenizer`.
     """
     if other.is_checkpoint:
-        return load_checkpoint(other.folder, device=device, dtype=dtype)
+        return load_checkpoint(other.folder, device=device, dtype=dtype, parallelize=parallelize)
     own = has_tokenizer(other.folder)
     if own:
         tokenizer = load_tokenizer(other.folder)
-    model = _load_folder(other.folder, dtype)
+    model = load_folder(other.folder, dtype)
     if not own and model.config.vocab_size < len(tokenizer):
         raise SurgeryError(
             f"{other.folder} has no tokenizer, and the checkpoint's has {len(tokenizer)} tokens, the model only "
@@ -106,23 +117,43 @@ def load_other(
     eos = tokenizer.eos_token_id if given.eos_token_id is None else given.eos_token_id
     pad = eos[0] if isinstance(eos, list) else eos
     model.generation_config = GenerationConfig(bos_token_id=given.bos_token_id, eos_token_id=eos, pad_token_id=pad)
+    if parallelize:
+        return spread(model), tokenizer
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method's own signature
     return model, tokenizer
 
 
-def _load_folder(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_folder(folder: Path, dtype: torch.dtype | str | None) -> PreTrainedModel:
+    """The model in a folder, in eval mode, on the CPU; of a multimodal one the Llama in it.
+
+    Raises:
+        SurgeryError: if it cannot be loaded, or lacks weights.
+    """
     loading: dict[str, Any]
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers' own; in a log it is noise
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
+        text = text_part(folder)
+        model_class = LlamaForCausalLM if text else AutoModelForCausalLM
+        model, loading = model_class.from_pretrained(
+            None if text else folder,
+            **text,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if text and (fields := read_generation_config(folder)):
+            model.generation_config = generation_config_from(fields)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise SurgeryError(f"No model can be loaded from {folder} ({reason}). Give another folder.") from error
+        raise SurgeryError(
+            what_it_is(folder) or f"No model can be loaded from {folder} ({reason}). Give another folder."
+        ) from error
+    if set(loading["missing_keys"]) == {HEAD}:
+        raise without_head(folder)
     if loading["missing_keys"]:  # transformers would fill them with random numbers
         missing = sorted(loading["missing_keys"])
         raise SurgeryError(f"{folder} lacks {len(missing)} weights, {missing[0]} among them. Download the model again.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.text import read_text
 
 # A text, or messages: [{"role": "user", "content": "Hello"}, ...].
 Prompt = str | list[dict[str, Any]]
@@ -30,11 +31,11 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if path.suffix not in (".txt", ".jsonl", ".json"):
         raise SurgeryError(f"{path} is no file of prompts by its name. Give a .txt, .jsonl or .json file.")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte-order mark
+        text = read_text(path)
     except OSError as error:
         raise SurgeryError(f"{path} cannot be read ({error.strerror}). Give a file of prompts.") from error
-    except UnicodeDecodeError as error:
-        raise SurgeryError(f"{path} is not text in UTF-8 ({error.reason}). Save it as UTF-8.") from error
+    except ValueError as error:
+        raise SurgeryError(f"{path} cannot be read: {error}.") from error
     # Not splitlines(): it would also break a line at characters that JSON strings may hold as they are.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     prompts: list[Prompt]

@@ -18,6 +18,7 @@ from typing import Any
 import lm_eval
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.text import decode
 
 STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
 SUBJECTS = tuple(sorted(path.stem.removeprefix("mmlu_") for path in STOCK_TASKS.glob("mmlu_*.yaml")))
@@ -199,13 +200,12 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_text(file: Path) -> str:
-    """The file's text, without the mark that Excel puts before it."""
+    """The file's text, its line ends as they are: they may stand within quotes."""
     content = _read_bytes(file)
     try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise SurgeryError(f"Line {line} of {file} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
+        return decode(content)
+    except ValueError as error:
+        raise SurgeryError(f"{file} cannot be read: {error}.") from error
 
 
 def _read_bytes(file: Path) -> bytes:

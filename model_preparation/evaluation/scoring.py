@@ -47,6 +47,7 @@ class ScoringLM(HFLM):
         tokenizer: the model's.
         batch_size: rows per forward pass; "auto" starts with `AUTO_ROWS` and halves them when memory runs out.
         advance: told how many requests were answered.
+        batches_for: the kind of device that "auto" suits; by default the model's.
     """
 
     def __init__(
@@ -55,12 +56,14 @@ class ScoringLM(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int | str = "auto",
         advance: Callable[[int], None] = lambda count: None,
+        batches_for: str | None = None,
     ):
         self._auto = batch_size == "auto"
         # Stock's own search for a size runs the longest possible sequence with all its logits.
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8 if self._auto else batch_size)
         self._rows_at_once = AUTO_ROWS if self._auto else int(batch_size)
         self._advance = advance
+        self._tokens_at_once = AUTO_TOKENS.get(batches_for or self.device.type, AUTO_TOKENS["cuda"])
         self._encoded: tuple[str, list[int]] = ("", [])
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
@@ -148,7 +151,7 @@ class ScoringLM(HFLM):
         limit = rows_at_once or self._rows_at_once
         if self._auto:
             longest = len(rows[start].tokens) - skipped
-            limit = max(1, min(limit, AUTO_TOKENS.get(self.device.type, AUTO_TOKENS["cuda"]) // longest))
+            limit = max(1, min(limit, self._tokens_at_once // longest))
         return rows[start : start + limit]
 
     def prefix_cache(self, prefix: Sequence[int]) -> Cache | None:

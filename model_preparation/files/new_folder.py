@@ -65,7 +65,7 @@ def new_folder(target: Path, *, overwrite: bool, complete_mark: str) -> Iterator
                 parent.rmdir()
 
 
-def remove_abandoned(parent: Path, *, dry_run: bool = False) -> list[Path]:
+def remove_abandoned(parent: Path, *, only_for: Path | None = None, dry_run: bool = False) -> list[Path]:
     """Remove what killed runs left in the folder `parent`: every `NAME.partial` that is ours and not in use.
 
     Where a run was killed while it replaced NAME on a system that cannot swap two folders in one step, the old NAME is
@@ -73,6 +73,7 @@ def remove_abandoned(parent: Path, *, dry_run: bool = False) -> list[Path]:
 
     Args:
         parent: the folder to look in.
+        only_for: remove those of this NAME alone.
         dry_run: remove nothing.
 
     Returns:
@@ -82,7 +83,7 @@ def remove_abandoned(parent: Path, *, dry_run: bool = False) -> list[Path]:
         SurgeryError: if one cannot be removed.
     """
     removed = []
-    for hold, target in take_abandoned(parent):
+    for hold, target in take_abandoned(parent, only_for):
         removed.append(hold.folder)
         if dry_run:
             hold.release()

@@ -1,7 +1,7 @@
 """The time that is written into what we make."""
 
 import os
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from model_preparation.errors import SurgeryError
 
@@ -16,7 +16,7 @@ def creation_time() -> str:
     """
     given = os.environ.get("SOURCE_DATE_EPOCH")
     try:
-        moment = datetime.now(timezone.utc) if given is None else datetime.fromtimestamp(int(given), timezone.utc)
+        moment = datetime.now(UTC) if given is None else datetime.fromtimestamp(int(given), UTC)
     except (ValueError, OverflowError, OSError) as error:
         raise SurgeryError(
             f"SOURCE_DATE_EPOCH is {given!r}, which is no number of seconds since 1970. Set it right, or unset it."

@@ -18,6 +18,7 @@ from model_preparation.surgery.checkpoint_info import INFO, STATE_DICT, read_inf
 from model_preparation.surgery.tensor_digests import tensors_of
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.tensors.tensor_ranges import TensorRange, pt_ranges, safetensors_ranges
+from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.pickle_scan import TENSORS, allowed_in_module
 from model_preparation.untrusted.pt_structure import check_pt
 
@@ -43,14 +44,19 @@ def contents_of(path: Path) -> Contents:
     if path.is_file():
         return _in_file(path)
     if not path.is_dir():
-        raise SurgeryError(f"{path} is not there. Give a file of tensors or a folder with such files.")
+        raise SurgeryError(
+            what_it_is(path) or f"{path} is not there. Give a file of tensors or a folder with such files."
+        )
     if (path / INFO).is_file() and read_info(path).get("format") != "hf":
         return _in_file(path / STATE_DICT)
     if (path / "config.json").is_file():
         return Contents(TensorFiles(path).ranges)
     files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if not files:
-        raise SurgeryError(f"{path} holds no {', '.join(SUFFIXES)} files. Give a file of tensors or a folder of them.")
+        raise SurgeryError(
+            what_it_is(path)
+            or f"{path} holds no {', '.join(SUFFIXES)} files. Give a file of tensors or a folder of them."
+        )
     if len(files) == 1:
         return _in_file(files[0])
     found = Contents()

@@ -66,7 +66,9 @@ class CachedScorer:
         memory_bytes: int,
         folder: Path,
         references: References | None = None,
+        donor_answers: Callable[[], Results] = dict,
     ):
+        self.donor_answers = donor_answers
         self._pair = pair
         self._lm = lm
         self._questions = questions

@@ -9,12 +9,14 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from model_preparation.batch.ray_jobs import VARIABLES, check_size, cluster
+from model_preparation.batch.ray_jobs import VARIABLES, check_size, cluster, gpus_per_job
+from model_preparation.devices import choose_device
 from model_preparation.errors import SurgeryError
-from model_preparation.search.cached_scoring import Results
+from model_preparation.search.cached_scoring import CachedScorer, Results
 from model_preparation.search.layer_sets import LayerSet
 from model_preparation.search.setup import Setup, Spec
 
@@ -31,8 +33,16 @@ class Share:
 
         os.chdir(folder)  # paths count from where the search was started
         torch.set_num_threads(threads)
-        device = "cuda" if torch.cuda.is_available() and spec.device != "cpu" else "cpu"
-        self._scorer = Setup(replace(spec, device=device)).scorer(batches)
+        self._spec, self._batches = spec, batches
+
+    @cached_property
+    def _scorer(self) -> CachedScorer:
+        # Not before something is asked: Ray takes what goes wrong earlier for a worker that was lost.
+        return Setup(replace(self._spec, device_here=choose_device(device=self._spec.device))).scorer(self._batches)
+
+    def donor_answers(self) -> Results:
+        """As `CachedScorer.donor_answers`."""
+        return self._scorer.donor_answers()
 
     def base(self) -> tuple[Results, float]:
         """The base's answers, and the layer passes they took."""
@@ -83,12 +93,17 @@ class RemoteScorer:
 
     def base(self) -> Results:
         """As `CachedScorer.base`."""
-        asked = [worker.actor.base.remote() for worker in self._workers]
         results: Results = {}
-        for worker, answer in zip(self._workers, asked, strict=True):
-            found, passes = self._base_of(worker, answer)
+        for found, passes in self._ask_all("base"):
             results |= found
             self.layer_passes += passes
+        return results
+
+    def donor_answers(self) -> Results:
+        """As `CachedScorer.donor_answers`."""
+        results: Results = {}
+        for found in self._ask_all("donor_answers"):
+            results |= found
         return results
 
     def score(
@@ -111,7 +126,7 @@ class RemoteScorer:
                 for answers in self._ray.wait(list(running), num_returns=1, timeout=1)[0]:
                     worker = running[answers]
                     try:
-                        layers, found, passes = self._ray.get(next(answers))
+                        layers, found, passes = self._get(next(answers))
                     except StopIteration:
                         del running[answers]
                         continue
@@ -136,20 +151,32 @@ class RemoteScorer:
     def _ask(self, worker: _Worker, batches: list[int]) -> Any:
         return worker.actor.score.options(num_returns="streaming").remote(list(worker.left), batches)
 
-    def _base_of(self, worker: _Worker, answer: Any) -> tuple[Results, float]:
+    def _ask_all(self, question: str) -> Iterator[Any]:
+        """What each worker gives for a method of `Share`; all are at it at the same time."""
+        asked = [getattr(worker.actor, question).remote() for worker in self._workers]
+        for worker, answer in zip(self._workers, asked, strict=True):
+            yield self._answer_of(worker, question, answer)
+
+    def _answer_of(self, worker: _Worker, question: str, answer: Any) -> Any:
         while True:
             try:
                 while not self._ray.wait([answer], timeout=1)[0]:
                     pass
-                return self._ray.get(answer)
+                return self._get(answer)
             except self._lost:
                 self._renew(worker)
-                answer = worker.actor.base.remote()
+                answer = getattr(worker.actor, question).remote()
+
+    def _get(self, answer: Any) -> Any:
+        try:
+            return self._ray.get(answer)
+        except SurgeryError as error:  # as Ray tells it, with the worker's traceback
+            raise SurgeryError(f"A worker of the search failed: {getattr(error, 'cause', error)}") from error
 
     def _replace(self, worker: _Worker) -> None:
         """Have another worker take a share over, with the base's hidden states of it."""
         self._renew(worker)
-        _, passes = self._base_of(worker, worker.actor.base.remote())
+        _, passes = self._answer_of(worker, "base", worker.actor.base.remote())
         self.layer_passes += passes
 
     def _renew(self, worker: _Worker) -> None:
@@ -178,21 +205,21 @@ def share_out(setup: Setup, workers: int) -> list[list[int]]:
 
 @contextlib.contextmanager
 def remote_scorer(
-    address: str, cpus: int, *, with_gpu: bool, say: Callable[[str], None] = print
-) -> Iterator[Callable[[Setup], RemoteScorer]]:
-    """Be part of a cluster; gives what makes a scorer on it.
+    address: str, cpus: int, device: str | None, say: Callable[[str], None] = print
+) -> Iterator[tuple[Callable[[Setup], RemoteScorer], str]]:
+    """Be part of a cluster; gives what makes a scorer on it, and the kind of device that it scores on.
 
     Args:
         address: as `ray_jobs.cluster` takes it.
         cpus: of each worker, also its number of threads.
-        with_gpu: whether each worker gets a GPU, if the cluster has any.
+        device: as `RayRunner` has it.
         say: told when a worker is lost.
 
     Raises:
         SurgeryError: as `ray_jobs.cluster`, and if no machine is large enough for a worker.
     """
     with cluster(address) as ray:
-        gpus = 1 if with_gpu and ray.cluster_resources().get("GPU", 0) else 0
+        gpus = gpus_per_job(ray, device)
         check_size(ray, cpus, gpus)
         room = ray.cluster_resources()["GPU" if gpus else "CPU"] // (1 if gpus else cpus)
         variables = {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)}
@@ -208,4 +235,4 @@ def remote_scorer(
 
             return RemoteScorer(ray, setup, max(1, int(room)), make, say)
 
-        yield make_scorer
+        yield make_scorer, "cuda" if gpus else "cpu"

@@ -223,10 +223,11 @@ def _search(
     """Evaluate; gives what search_result.json has."""
     digest = _digest(setup)
     objective = Objective(setup.spec.objective, np.array([question.task for question in setup.questions.questions]))
-    donor = _donor(setup, journal, digest, objective)
+    scorer = make_scorer(setup)
+    donor = _donor(setup, scorer, journal, digest, objective)
     with SearchProgress() as progress:
         evaluations = Evaluations(
-            make_scorer(setup),
+            scorer,
             setup.questions,
             divide(setup.questions),
             objective,
@@ -254,7 +255,7 @@ def _search(
     return found, evaluations
 
 
-def _donor(setup: Setup, journal: Journal, digest: str, objective: Objective) -> dict[str, Any] | None:
+def _donor(setup: Setup, scorer: Scorer, journal: Journal, digest: str, objective: Objective) -> dict[str, Any] | None:
     """The donor's own score on the same questions, if the donor is at hand; journaled like all others."""
     if setup.spec.donor is None:
         return None
@@ -262,7 +263,7 @@ def _donor(setup: Setup, journal: Journal, digest: str, objective: Objective) ->
     for entry in journal.entries:
         if entry["settings"] == kept_as:
             return entry["donor"]
-    values = np.array(list(setup.questions.values(setup.donor_answers()).values()))
+    values = np.array(list(setup.questions.values(scorer.donor_answers()).values()))
     stderr = Objective(ACCURACY, objective.strata).stderr(values)
     donor = {"accuracy": float(values.mean()), "stderr": stderr}
     journal.append({"settings": kept_as, "donor": donor})

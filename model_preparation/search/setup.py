@@ -26,7 +26,7 @@ from model_preparation.surgery import graft
 from model_preparation.surgery.layer_store import LayerStore
 from model_preparation.surgery.model_digests import digest_of_layers, digest_of_model, digest_of_tokenizer
 from model_preparation.surgery.model_layers import ModelLayers
-from model_preparation.surgery.sources import resolve
+from model_preparation.surgery.sources import donor_name, resolve
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,13 @@ class Spec:
     """What is searched and on what.
 
     Attributes:
-        base, tokenizer, allow_other_heads, sources: as `graft.plan` takes them.
+        base, tokenizer, sources: as `graft.plan` takes them.
         llama_layers_dir: a folder written by `extract_layers`; None for the layers in the donor's own files.
         donor: the donor as a model, what `resolve` takes; needed for `kl`, for the donor's own score, and where no
             layers are given.
         tasks, limit, mmlu_data, num_fewshot, batch_size: as `evaluate_checkpoint` takes them.
         device: where candidates run.
+        device_here: where this process runs what it has to itself, if elsewhere than candidates run.
         dtype: torch's name of it; by default that of the checkpoints that would be built.
         objective: one of `OBJECTIVES`.
         memory_bytes: for the base's hidden states; what is more goes into a file in `folder`.
@@ -51,13 +52,13 @@ class Spec:
     folder: str
     donor: str | None = None
     tokenizer: str | None = None
-    allow_other_heads: bool = False
     sources: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
     mmlu_data: str | None = None
     num_fewshot: int | None = None
     batch_size: int | str = "auto"
     device: str = "cpu"
+    device_here: str | None = None
     dtype: str | None = None
     objective: str = "accuracy"
     memory_bytes: int = 4_000_000_000
@@ -85,9 +86,11 @@ class Setup:
             "device": torch.device(spec.device).type,
             "dtype": str(dtype or self.planned.dtype).removeprefix("torch."),
         }
-        self.pair = load_pair(self.planned, spec.device, dtype)
+        self._here = spec.device_here or spec.device
+        self.pair = load_pair(self.planned, self._here, dtype)
         with quiet():
-            self.lm = ScoringLM(self.pair.model, self.pair.tokenizer, spec.batch_size)
+            kind = self.settings["device"]  # the same batches on every machine
+            self.lm = ScoringLM(self.pair.model, self.pair.tokenizer, spec.batch_size, batches_for=kind)
             self.questions = QuestionSet(self.lm, loaded, self.settings)
 
     def take_extracted(self, folder: Path) -> None:
@@ -120,6 +123,7 @@ class Setup:
             memory_bytes=self.spec.memory_bytes,
             folder=Path(self.spec.folder),
             references=references,
+            donor_answers=lambda: self.donor_answers(chosen or self._all),
         )
 
     @property
@@ -140,13 +144,13 @@ class Setup:
         self._kept_references = lambda number: list(store.get(0, number, cpu).split(scored[number]))
         return self._kept_references
 
-    def donor_answers(self) -> dict[int, BatchResult]:
-        """What the donor itself answers, by batch."""
+    def donor_answers(self, chosen: Sequence[int]) -> dict[int, BatchResult]:
+        """What the donor itself answers, by batch, to `chosen` ones."""
         if self.spec.objective == KL:  # they are needed anyway
-            references = self._references(self._all)
-            all_scores: Iterable[tuple[int, list[Tensor]]] = ((number, references(number)) for number in self._all)
+            references = self._references(chosen)
+            all_scores: Iterable[tuple[int, list[Tensor]]] = ((number, references(number)) for number in chosen)
         else:
-            all_scores = self._donor_scores(self._all)
+            all_scores = self._donor_scores(chosen)
         found = {}
         for number, scores in all_scores:
             batch = self.questions.batches[number]
@@ -161,7 +165,7 @@ class Setup:
         folder = resolve(self.spec.donor, overrides=self.spec.sources).folder
         dtype = self.pair.model.dtype
         other = OtherModel("donor", folder, is_checkpoint=False)
-        model, _ = load_other(other, self.pair.tokenizer, device=self.spec.device, dtype=dtype)
+        model, _ = load_other(other, self.pair.tokenizer, device=self._here, dtype=dtype)
         if model.config.model_type != "llama" or model.config.num_hidden_layers != self.pair.layers:
             raise SurgeryError(
                 f"{folder} is a {model.config.model_type} of {model.config.num_hidden_layers} layers, the base has "
@@ -183,7 +187,7 @@ class Setup:
 def _plan(spec: Spec) -> graft.GraftPlan:
     """The graft of all layers."""
     if spec.llama_layers_dir is not None:
-        layers = LayerStore(spec.llama_layers_dir)
+        layers = LayerStore(spec.llama_layers_dir, hint=spec.donor or donor_name(spec.base, spec.sources))
     else:
         assert spec.donor is not None
         layers = ModelLayers(resolve(spec.donor, overrides=spec.sources))
@@ -192,6 +196,5 @@ def _plan(spec: Spec) -> graft.GraftPlan:
         range(layers.config.num_hidden_layers),
         layers,
         tokenizer=spec.tokenizer,
-        allow_other_heads=spec.allow_other_heads,
         sources=spec.sources,
     )

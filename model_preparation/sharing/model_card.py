@@ -119,8 +119,8 @@ def _loading(repo: str, hub: str, what: str, revision: str | None) -> str:
     ways = []
     if what in ("hf", "both"):
         ways.append(
-            "The modelling code comes along with the weights, so nothing else has to be installed; look at it before "
-            "you trust it.\n\n"
+            "The modelling code comes along with the weights, so only transformers has to be installed; `README.txt` "
+            "names the versions tested. Look at the code before you trust it.\n\n"
             "```python\n"
             f"from {auto_classes} import AutoModelForCausalLM, AutoTokenizer\n\n"
             f"model = AutoModelForCausalLM.from_pretrained({place}, trust_remote_code=True)\n"

@@ -18,6 +18,7 @@ import rich.progress
 from model_preparation.errors import SurgeryError
 from model_preparation.files.digests import fault_of
 from model_preparation.files.seal import seal
+from model_preparation.files.text import read_text
 from model_preparation.sharing.hub_uploads import HUBS
 from model_preparation.sharing.licences import check_name, licence_of, terms_of
 from model_preparation.sharing.model_card import MEASURED, card_text, read_card
@@ -31,6 +32,7 @@ from model_preparation.surgery.checkpoint_info import (
     read_info,
 )
 from model_preparation.surgery.hub_snapshots import first_line
+from model_preparation.untrusted.no_model import stand_in, what_it_is
 
 CARD, NOTICE, README = "README.md", "NOTICE", "README.txt"
 # Files at the root that only transformers' from_pretrained reads; with them, the .pt files have no use for these.
@@ -212,17 +214,18 @@ def _check_file(directory: Path, name: str, recorded: Mapping[str, Any]) -> None
             f"{path} leads out of the checkpoint's folder, so it is not uploaded. Replace it by the file itself."
         )
     if not path.is_file():
-        raise SurgeryError(f"{path} is missing. Build or copy the checkpoint again.")
+        raise SurgeryError(what_it_is(path) or f"{path} is missing. Build or copy the checkpoint again.")
     if (size_bytes := path.stat().st_size) != recorded["bytes"]:
         raise SurgeryError(
-            f"{path} is {size_bytes} bytes long instead of {recorded['bytes']}. Build or copy the checkpoint again."
+            stand_in(path)
+            or f"{path} is {size_bytes} bytes long instead of {recorded['bytes']}. Build or copy the checkpoint again."
         )
 
 
 def _read_card_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except (OSError, ValueError) as error:
         raise SurgeryError(f"The card {path} cannot be read ({error}). Give a Markdown file with --card.") from error
 
 

@@ -33,6 +33,7 @@ from model_preparation.surgery.checkpoint_info import (
     STATE_DICT,
     TENSOR_DIGESTS,
     TOKENIZER,
+    check_format,
 )
 from model_preparation.surgery.checkpoint_readme import readme_text
 from model_preparation.surgery.graft import GraftPlan, base_paths, empty_model, plan
@@ -61,7 +62,6 @@ def build_checkpoint(
     dtype: torch.dtype | str | None = None,
     format: str = "pt",
     overwrite: bool = False,
-    allow_other_heads: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Replace `layers` of `base` by the donor's and write the checkpoint; returns its checkpoint_info.json.
@@ -71,7 +71,7 @@ def build_checkpoint(
     Raises:
         SurgeryError: for anything that makes the graft impossible or wrong; nothing is left on the disk then.
     """
-    _check_format(format)
+    check_format(format)
     check_target(Path(output_dir).expanduser(), overwrite=overwrite, complete_mark=INFO)
     graft = plan(
         base,
@@ -79,7 +79,6 @@ def build_checkpoint(
         llama_layers_dir,
         tokenizer=tokenizer,
         dtype=dtype,
-        allow_other_heads=allow_other_heads,
         sources=sources,
     )
     return write(
@@ -116,7 +115,7 @@ def write(
         SurgeryError: if the target is taken or not writable, the disk too small, the device not to be had,
             the score none, or the trial's logits not finite.
     """
-    _check_format(format)
+    check_format(format)
     check_device(device)
     if score is not None and not 0 <= score <= 1:
         raise SurgeryError(f"The score {score} is not between 0 and 1. Give a fraction, such as 0.57.")
@@ -139,8 +138,7 @@ def write(
             trial = beside.start(try_out, graft, tokenizer, device, beside.check)
             if base_files is None:
                 base_files = beside.start(_base_files, graft, None, beside.check)
-            copies = {"pt": 2, "hf": 1, "both": 3}[format]
-            task = progress.add_task("Writing", total=copies * graft.weight_bytes)
+            task = progress.add_task("Writing", total=FORMATS[format] * graft.weight_bytes)
 
             def advance(size_bytes: int) -> None:
                 progress.advance(task, size_bytes)
@@ -247,11 +245,6 @@ def _tensor_digests(graft: GraftPlan, digests: Mapping[str, str]) -> dict[str, A
             for name, tensor in empty_model(graft.config).state_dict().items()
         },
     }
-
-
-def _check_format(format: str) -> None:
-    if format not in FORMATS:
-        raise SurgeryError(f"{format!r} is not a format of checkpoints. Choose one of {', '.join(FORMATS)}.")
 
 
 def _info(

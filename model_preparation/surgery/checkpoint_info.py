@@ -9,10 +9,11 @@ from typing import Any
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.sources import TABLE
+from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.untrusted_files import check_fields, read_json
 
 FORMAT_VERSION = 1
-FORMATS = ("pt", "hf", "both")
+FORMATS = {"pt": 2, "hf": 1, "both": 3}  # how many times the weights are in each
 INFO = "checkpoint_info.json"
 MODULE = "model.pt"
 STATE_DICT = "model_state_dict.pt"
@@ -41,6 +42,12 @@ def current_score(info: Mapping[str, Any], weights: str) -> float | None:
     return info.get("mmlu_score") if measured.get("model", {}).get("weights", weights) == weights else None
 
 
+def check_format(format: str) -> None:
+    """Raise SurgeryError for what is no format of checkpoints."""
+    if format not in FORMATS:
+        raise SurgeryError(f"{format!r} is not a format of checkpoints. Choose one of {', '.join(FORMATS)}.")
+
+
 def read_info(directory: str | Path) -> dict[str, Any]:
     """checkpoint_info.json of a checkpoint folder.
 
@@ -54,15 +61,20 @@ def read_info(directory: str | Path) -> dict[str, Any]:
     if not directory.is_dir() and str(directory) in TABLE:
         raise SurgeryError(
             f"{directory} is the name of a model, and a checkpoint's folder is needed. Build one with "
-            "create_replaced_model_checkpoint.py. Models themselves are scored by test_checkpoint.py --checkpoint "
-            f"{directory} --skip_generation --full_eval --results_dir DIR; what they write is had by --compare_with at "
-            "a checkpoint."
+            "create_replaced_model_checkpoint.py. Only test_checkpoint.py takes models too."
         )
+    if path.is_file():
+        return read_info_file(path)
+    if told := what_it_is(directory):
+        raise SurgeryError(told)
     if not directory.is_dir():
         raise SurgeryError(f"Checkpoint {directory} is not there. Build it with create_replaced_model_checkpoint.py.")
-    if not path.is_file():
-        raise SurgeryError(f"{directory} has no {INFO}, so it is not a complete checkpoint. Build it again.")
-    return read_info_file(path)
+    if (directory / "config.json").is_file():
+        raise SurgeryError(
+            f"{directory} is a model's folder: it has no {INFO}, as checkpoints do. Give a checkpoint's folder, or "
+            "build one with create_replaced_model_checkpoint.py."
+        )
+    raise SurgeryError(f"{directory} has no {INFO}, so it is not a complete checkpoint. Build it again.")
 
 
 def read_info_file(path: Path) -> dict[str, Any]:

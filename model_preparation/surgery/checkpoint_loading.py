@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
@@ -16,6 +17,7 @@ from model_preparation.surgery.graft import empty_model
 from model_preparation.surgery.hf_folder import INDEX, read_state_dict
 from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.tensor_files import load_tensors
+from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.untrusted.untrusted_config import config_from, generation_config_from
 
@@ -68,11 +70,11 @@ def load_checkpoint(
     if dtype is not None:
         model.config.dtype = dtype
     model.generation_config = generation_config
-    model = _spread(model) if parallelize else model.to(device)
+    model = spread(model) if parallelize else model.to(device)
     return model, load_tokenizer(directory if is_hf else directory / TOKENIZER)
 
 
-def _spread(model: LlambaForCausalLM) -> LlambaForCausalLM:
+def spread(model: PreTrainedModel) -> Any:
     """Spread a model over the devices there are, about as much on each, no layer over two."""
     from accelerate import dispatch_model, infer_auto_device_map  # slow to import, and needed here only
     from accelerate.utils import get_balanced_memory
@@ -95,7 +97,7 @@ def without_wrapper_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
 
 def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
     if not path.exists():
-        raise SurgeryError(f"{path} is missing. Build the checkpoint again.")
+        raise SurgeryError(what_it_is(path.parent) or f"{path} is missing. Build the checkpoint again.")
     return load_tensors(path, "Build the checkpoint again.")
 
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from model_preparation.llamba.transformers_versions import TESTED
+
 _TEXT = """\
 {title}
 {underline}
@@ -38,7 +40,7 @@ it.
 """
 
 _NEEDS = "Loading needs the package `model_preparation` installed (pip install PATH_TO_THE_REPOSITORY)."
-_HF_NEEDS = "Loading needs transformers 5.20 or newer, and for way 1 `model_preparation` installed."
+_HF_NEEDS = "Loading needs transformers, and for way 1 the package `model_preparation`."
 
 _LOAD_CHECKPOINT = """\
 Model and tokenizer at once; nothing is unpickled, and the weights are read as they are used:
@@ -80,8 +82,9 @@ The state dict, into the architecture that checkpoint_info.json describes:
 ]
 
 _HF_WAYS = [
-    """\
+    f"""\
 transformers alone, without our package. It runs the .py files of this folder: read them, or trust who made it.
+They were tested with {TESTED}.
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)

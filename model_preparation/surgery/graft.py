@@ -17,7 +17,7 @@ from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LLAMA_DEFAULTS, LlambaConfig
 from model_preparation.surgery.layer_store import LayerStore, check_range, sorted_layers
 from model_preparation.surgery.model_configs import heads_of, layer_shapes, read_config
-from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
+from model_preparation.surgery.sources import Source, donor_name, has_tokenizer, resolve, tokenizer_name
 from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.tensors.tensor_ranges import TensorRange
@@ -61,11 +61,13 @@ class GraftPlan:
 
     def describe(self) -> list[str]:
         """The plan in lines to print."""
+        (heads, size), (kept_heads, kept_size) = heads_of(self.donor.config), heads_of(self.config)
         return [
             f"base       {self.base.id if self.base.hub == 'embedded' else self.base.folder}",
             f"donor      {self.donor.metadata['source']['id']} (layers in {self.donor.folder})",
             *(f"layer {index:>3}  <- {self.donor.path(index)}" for index in self.layers),
             f"kept       {self.config.n_layer - len(self.layers)} of {self.config.n_layer} layers, and all around them",
+            f"heads      {heads} of {size} in the layers taken, {kept_heads} of {kept_size} in those kept",
             f"dtype      {str(self.dtype).removeprefix('torch.')}" + "".join(f"; {cast}" for cast in self.casts),
             f"tokenizer  {self.tokenizer_of} ({self.tokenizer})",
             f"weights    {decimal(self.weight_bytes)} ({self.parameters:,} parameters)",
@@ -79,7 +81,6 @@ def plan(
     *,
     tokenizer: str | None = None,
     dtype: torch.dtype | str | None = None,
-    allow_other_heads: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> GraftPlan:
     """Check that `layers` of the donor fit the base, file by file, and say what will be done.
@@ -90,7 +91,6 @@ def plan(
         llama_layers_dir: a folder written by `extract_layers`, or what stands for one.
         tokenizer: name, folder or hub id to take it from; by default the base's own, else the donor's.
         dtype: of the whole model; by default the base's.
-        allow_other_heads: accept a donor whose heads differ from the base's in number or size.
         sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Raises:
@@ -98,7 +98,10 @@ def plan(
     """
     layers = sorted_layers(layers)
     dtype = torch_dtype(dtype)
-    donor = llama_layers_dir if isinstance(llama_layers_dir, LayerStore) else LayerStore(llama_layers_dir)
+    if isinstance(llama_layers_dir, LayerStore):
+        donor = llama_layers_dir
+    else:
+        donor = LayerStore(llama_layers_dir, hint=donor_name(base_name, sources))
     base = resolve(base_name, overrides=sources)
     base_config = read_config(base.folder)
     if not isinstance(base_config, LlambaConfig):
@@ -106,7 +109,7 @@ def plan(
     if base_config.llama_layers:
         raise SurgeryError(f"{base.folder} has grafted layers already. Start from a base without any.")
     check_range(layers, base_config.n_layer, str(base.folder))
-    _check_donor(base_config, donor, allow_other_heads)
+    _check_donor(base_config, donor)
     donor.check(layers)
 
     config = grafted_config(base_config, donor, layers)
@@ -170,8 +173,8 @@ def base_paths(plan: GraftPlan) -> list[Path]:
     return [plan.base.folder / "config.json", *TensorFiles(plan.base.folder).paths()]
 
 
-def _check_donor(base: LlambaConfig, donor: LayerStore, allow_other_heads: bool) -> None:
-    """Compare the two configs: kind, depth, width, vocabulary, heads."""
+def _check_donor(base: LlambaConfig, donor: LayerStore) -> None:
+    """Compare the two configs: kind, depth, width, vocabulary. Heads and MLPs a grafted layer brings itself."""
     config = donor.config
     if config.model_type != "llama":
         raise SurgeryError(f"{donor.folder} holds layers of a {config.model_type} model. The donor must be a Llama.")
@@ -186,12 +189,6 @@ def _check_donor(base: LlambaConfig, donor: LayerStore, allow_other_heads: bool)
                 f"The donor's {what} is {found}, the base's is {wanted[0]}. "
                 f"Extract the layers of the base's own donor into {donor.folder}."
             )
-    (heads, size), (base_heads, base_size) = heads_of(config), heads_of(base)
-    if (heads, size) != (base_heads, base_size) and not allow_other_heads:
-        raise SurgeryError(
-            f"The donor has {heads} heads of {size}, the base {base_heads} heads of {base_size}. "
-            "Extract the layers of the base's own donor, or add --allow_other_heads if this is meant."
-        )
 
 
 def _check_tensors(

@@ -1,8 +1,8 @@
 """A checkpoint in the form that transformers and lm-eval open without this package.
 
-In: a `GraftPlan`. Out: one safetensors file per layer with an index, config.json, generation_config.json, the
-tokenizer, and copies of the model's own source files, to which `auto_map` in config.json points. The folder opens with
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
+In: a `GraftPlan`, or a model in memory. Out: one safetensors file per layer with an index, config.json,
+generation_config.json, the tokenizer, and copies of the model's own source files, to which `auto_map` in config.json
+points. The folder opens with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
 """
 
 import json
@@ -11,27 +11,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.block_io import Advance
-from model_preparation.llamba import LlambaForCausalLM, modeling_llamba
+from model_preparation.llamba import LlambaForCausalLM
+from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.surgery.base_store import BaseStore
 from model_preparation.surgery.graft import GraftPlan, base_paths, empty_model, tensor_ranges
+from model_preparation.surgery.model_code import AUTO_MAP, package_code
 from model_preparation.tensors.safetensors_writer import Shard
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.tensors.tensor_ranges import TensorRange
 
 INDEX = "model.safetensors.index.json"
-
-_AUTO_MAP = {
-    "AutoConfig": "configuration_llamba.LlambaConfig",
-    "AutoModel": "modeling_llamba.LlambaModel",
-    "AutoModelForCausalLM": "modeling_llamba.LlambaForCausalLM",
-}
 
 
 class HfFolder:
@@ -85,18 +81,34 @@ class HfFolder:
         shards = [*self._shards, *self._grafted_shards]
         weight_map = {name: shard.file for shard in shards for name in shard.ranges}
         sizes = {"total_parameters": self._graft.parameters, "total_size": self._graft.weight_bytes}
-        _write_json(folder / INDEX, {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))})
-        _write_json(folder / "config.json", {**self._graft.config.file_fields(), "auto_map": _AUTO_MAP})
-        GenerationConfig(**generation_config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for source in code_files():
-            shutil.copyfile(source, folder / source.name)
+        _write_rest(folder, weight_map, sizes, self._graft.config, tokenizer, generation_config)
 
 
-def code_files() -> list[Path]:
-    """The model's own source files, which go into the folder."""
-    model = modeling_llamba.__file__
-    return [Path(model), *map(Path, get_relative_import_files(model))]
+def write_model(
+    folder: Path,
+    model: LlambaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: Mapping[str, Any],
+    advance: Advance,
+) -> None:
+    """Write a model that is in memory in this form.
+
+    Args:
+        advance: told the bytes of every shard written.
+
+    Raises:
+        OSError, SafetensorError: from the file system: disk full, input/output error.
+    """
+    by_file: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in model.named_parameters():  # tied ones once
+        by_file.setdefault(_shard_file(name), {})[name] = parameter.detach().contiguous()
+    for file, tensors in by_file.items():
+        save_file(tensors, folder / file, {"format": "pt"})
+        advance(sum(tensor.nbytes for tensor in tensors.values()))
+    weight_map = {name: file for file, tensors in by_file.items() for name in tensors}
+    parameters = list(model.parameters())
+    sizes = {"total_parameters": sum(p.numel() for p in parameters), "total_size": sum(p.nbytes for p in parameters)}
+    _write_rest(folder, weight_map, sizes, model.config, tokenizer, generation_config)
 
 
 def read_state_dict(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]:
@@ -116,6 +128,22 @@ def read_state_dict(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]
     if model.config.tie_embeddings:
         state_dict |= {tied: state_dict[name] for tied, name in model._tied_weights_keys.items() if name in state_dict}
     return state_dict
+
+
+def _write_rest(
+    folder: Path,
+    weight_map: Mapping[str, str],
+    sizes: Mapping[str, int],
+    config: LlambaConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: Mapping[str, Any],
+) -> None:
+    _write_json(folder / INDEX, {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))})
+    _write_json(folder / "config.json", {**config.file_fields(), "auto_map": AUTO_MAP})
+    GenerationConfig(**generation_config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name, path in package_code().items():
+        shutil.copyfile(path, folder / name)
 
 
 def _shards(graft: GraftPlan) -> tuple[list[Shard], list[Shard]]:

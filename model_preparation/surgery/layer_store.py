@@ -25,6 +25,7 @@ from model_preparation.files.block_io import Advance
 from model_preparation.files.digests import FILE_FIELDS, describe_files, fault_of
 from model_preparation.files.new_folder import check_space, check_target, new_folder
 from model_preparation.files.timestamps import creation_time
+from model_preparation.surgery.llama_files import LlamaFiles
 from model_preparation.surgery.model_configs import (
     config_from_dict,
     heads_of,
@@ -38,6 +39,7 @@ from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.pt_writer import placeholder, write_together
 from model_preparation.tensors.tensor_files import TensorFiles, load_tensors
 from model_preparation.tensors.tensor_ranges import TensorRange, pt_ranges
+from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.untrusted_files import check_fields, inside, read_json, regular_file
 from model_preparation.versions import versions
 
@@ -94,7 +96,7 @@ def extract_layers(
         raise SurgeryError(f"{source.folder} is a {model_type} model. Layers can be taken from a Llama or a Llamba.")
     chosen = sorted_layers(range(total) if layers is None else layers)
     check_range(chosen, total, str(source.folder))
-    files = TensorFiles(source.folder)
+    files = LlamaFiles(source.folder) if model_type == "llama" else TensorFiles(source.folder)
     prefixes = {index: f"{_LAYER_PREFIX[model_type]}.{index}." for index in chosen}
     item_bytes = None if dtype is None else dtype.itemsize
     check_space(target, _bytes_of(files, tuple(prefixes.values()), item_bytes) + 50_000_000)
@@ -241,6 +243,9 @@ def write_layer(
 class LayerStore:
     """A folder written by `extract_layers`.
 
+    Args:
+        hint: the model that an error advises to extract; None if nobody knows.
+
     Attributes:
         metadata: its metadata.json.
         config: the config of the model the layers come from.
@@ -249,11 +254,11 @@ class LayerStore:
         SurgeryError: if there is no readable metadata.json of a format this version knows.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, hint: str | None = "llama"):
         self.folder = Path(folder).expanduser()
         path = self.folder / METADATA
         if not path.is_file():
-            raise SurgeryError(_without_metadata(self.folder))
+            raise SurgeryError(_without_metadata(self.folder, hint))
         try:
             self.metadata: dict[str, Any] = read_json(path)
             version = self.metadata["format_version"]
@@ -334,7 +339,7 @@ class LayerStore:
         return f"Extract it again: python extract_layers.py {flags} --output_dir {here} --overwrite"
 
 
-def _without_metadata(folder: Path) -> str:
+def _without_metadata(folder: Path, donor: str | None) -> str:
     """What is wrong with a folder that was given for one of extracted layers, and what to run."""
     path, here = folder / METADATA, shlex.quote(str(folder))
     if (folder / "config.json").is_file():
@@ -350,9 +355,11 @@ def _without_metadata(folder: Path) -> str:
             f"python extract_layers.py --from_legacy {here} --output_dir {imported}; "
             "else extract the donor's layers again."
         )
+    if folder.is_dir() and any(folder.iterdir()) and (told := what_it_is(folder)):
+        return told
     return (
         f"{path} is missing. Extract the donor's layers first: "
-        f"python extract_layers.py --model_name llama --output_dir {here}"
+        f"python extract_layers.py --model_name {shlex.quote(donor or 'DONOR')} --output_dir {here}"
     )
 
 

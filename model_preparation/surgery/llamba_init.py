@@ -28,6 +28,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.files.new_folder import check_space, check_target, new_folder
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
+from model_preparation.surgery.llama_files import HEAD, LlamaFiles, without_head
 from model_preparation.surgery.model_configs import heads_of, read_config, read_generation_config
 from model_preparation.surgery.sources import Source, has_tokenizer, resolve
 from model_preparation.tensors.dtypes import torch_dtype
@@ -111,7 +112,7 @@ def write_llamba(folder: Path, donor_folder: Path, config: LlambaConfig, parts: 
         load_tokenizer(donor_folder).save_pretrained(folder)
 
 
-def open_donor(source: Source) -> tuple[TensorFiles, LlamaConfig]:
+def open_donor(source: Source) -> tuple[LlamaFiles, LlamaConfig]:
     """A Llama's weights and config.
 
     Raises:
@@ -120,7 +121,9 @@ def open_donor(source: Source) -> tuple[TensorFiles, LlamaConfig]:
     config = read_config(source.folder)
     if not isinstance(config, LlamaConfig):
         raise SurgeryError(f"{source.folder} is a {config.model_type} model. A base can be made from a Llama only.")
-    files = TensorFiles(source.folder)
+    files = LlamaFiles(source.folder)
+    if HEAD not in files and not config.tie_word_embeddings:
+        raise without_head(source.folder)
     for name, shape in _shapes(LlamaForCausalLM, config).items():
         files.require(name, shape)
     return files, config

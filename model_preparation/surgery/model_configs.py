@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_preparation.errors import SurgeryError
+from model_preparation.tensors.quantised import CURE, method_in_config
 from model_preparation.untrusted.untrusted_files import check_fields, check_sizes, read_json
 
 if TYPE_CHECKING:
@@ -125,14 +126,21 @@ def _mamba_shapes(config: "LlambaConfig") -> dict[str, Shape]:
 
 
 def _config_fields(folder: Path) -> dict[str, Any]:
+    """The fields of config.json; of a multimodal model those of its text part."""
     path = folder / "config.json"
     try:
         fields = read_json(path)
+        if method := method_in_config(fields):
+            raise SurgeryError(f"{path} says that this model is quantised by {method}. {CURE}")
+        text = fields.get("text_config")
+        if isinstance(text, dict):
+            shared = {name: fields[name] for name in ("tie_word_embeddings",) if name in fields}
+            fields = shared | text
         check_fields(fields, {"model_type": str})
         check_sizes(fields)
         return fields
     except (ValueError, FileNotFoundError) as error:
-        raise SurgeryError(f"{path} cannot be used: {_sentence(error)}") from error
+        raise SurgeryError(f"{path} cannot be used: {_sentence(error)} Copy or download it again.") from error
 
 
 def _kind(model_type: str) -> "type[PreTrainedConfig]":

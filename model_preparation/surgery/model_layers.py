@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from model_preparation.surgery.layer_store import LayerStore
+from model_preparation.surgery.llama_files import LlamaFiles
 from model_preparation.surgery.model_configs import layer_shapes, read_config
 from model_preparation.surgery.sources import Source
-from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.tensors.tensor_ranges import TensorRange
 
 
@@ -19,7 +19,7 @@ class ModelLayers(LayerStore):
     """The layers of a Llama, by the methods that a plan uses.
 
     Raises:
-        SurgeryError: as `read_config` and `TensorFiles`.
+        SurgeryError: as `read_config` and `LlamaFiles`.
     """
 
     def __init__(self, source: Source):
@@ -27,7 +27,7 @@ class ModelLayers(LayerStore):
         self.metadata = {"source": source.as_dict()}
         self.layers = {}  # none is extracted
         self.config = read_config(source.folder)
-        self._files = TensorFiles(source.folder)
+        self._files = LlamaFiles(source.folder)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: self._files[whole] for name, whole in self._names(index).items()}

@@ -76,7 +76,6 @@ def rebuild(
             store.folder,
             tokenizer=None if tokenizer is None else target_of(tokenizer, "--tokenizer"),
             dtype=dtype,
-            allow_other_heads=True,  # whoever made the recipe has decided that
             sources=sources,
         )
         written = write(

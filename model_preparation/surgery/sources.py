@@ -6,6 +6,7 @@ work. What this file adds: the names, which files are asked for, and the name of
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Literal
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.hub_snapshots import TITLES, NoSnapshot, Snapshot, fetch_snapshot, first_line
+from model_preparation.untrusted.no_model import snapshot_in, what_it_is
 from model_preparation.untrusted.untrusted_files import inside, read_json
 
 # A name's target is anything `resolve` takes; `--source NAME=TARGET` and MODEL_PREPARATION_NAME replace it.
@@ -97,19 +99,30 @@ def resolve(name: str, *, need: Need = "model", overrides: Mapping[str, str] | N
     names, target = _look_up(name, overrides or {})
     if "llama_tokenizer" in names:
         need = "tokenizer"
-    if target.startswith(_EMBEDDED_PREFIX):
-        return _embedded_source(target.removeprefix(_EMBEDDED_PREFIX))
-    folder = Path(os.path.expanduser(target))
-    if target and (folder.exists() or _is_path(target)):
-        return _local_source(folder, need)
-    match = _HUB_ID.fullmatch(target)
-    if match is None or ".." in target:
-        raise SurgeryError(
-            f"{target!r} is neither one of the names {', '.join(TABLE)}, nor a folder that exists, nor a hub id such "
-            "as org/name or org/name@revision. Check its spelling, or give the path of a folder."
-        )
-    hub, repo, revision = match.groups()
+    source = _source_here(target, need)
+    if source is not None:
+        return source
+    hub, repo, revision = _hub_id(target)
     return _hub_source([hub] if hub else list(TITLES), repo, revision, need, name)
+
+
+def donor_name(base: str, overrides: Mapping[str, str] | None = None) -> str | None:
+    """What `resolve` takes for the donor of a base, as its name or its distillation.json says; None if neither does.
+
+    Raises:
+        SurgeryError: for a base that means nothing, or a folder that is no model; no hub is asked.
+    """
+    target = target_named(base, overrides)
+    source = _source_here(target, "model")
+    if source is None:
+        _hub_id(target)
+    else:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SurgeryError):
+            donor = read_json(source.folder / "distillation.json")["donor"]
+            named = f"{donor['hub']}:{donor['id']}" + (f"@{donor['revision']}" if donor["revision"] else "")
+            if donor["hub"] != "local":
+                return next((name for name in TABLE if TABLE[name] == named), named)
+    return "llama" if base in _TOKENIZER_OF else None
 
 
 def target_named(name: str, overrides: Mapping[str, str] | None = None) -> str:
@@ -127,6 +140,11 @@ def folder_named(target: str) -> Path | None:
         return _embedded_source(target.removeprefix(_EMBEDDED_PREFIX)).folder
     folder = Path(os.path.expanduser(target))
     return folder if folder.is_dir() else None
+
+
+def names_behind(name: str, overrides: Mapping[str, str] | None = None) -> list[str]:
+    """The names of `TABLE` that `resolve` would look up on its way."""
+    return _look_up(name, overrides or {})[0]
 
 
 def tokenizer_name(name: str) -> str | None:
@@ -175,7 +193,10 @@ def add_source_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _look_up(name: str, overrides: Mapping[str, str]) -> tuple[list[str], str]:
-    """Follow `name` through overrides, environment and table: the names passed through, and the target at the end."""
+    """Follow `name` through overrides, environment and table: the names passed through, and the target at the end.
+
+    Of a repository's folder in a hub's cache that is its snapshot.
+    """
     for unknown in overrides.keys() - TABLE.keys():
         raise SurgeryError(f"A source is given for {unknown!r}, which is none of the names {', '.join(TABLE)}.")
     names: list[str] = []
@@ -188,7 +209,26 @@ def _look_up(name: str, overrides: Mapping[str, str]) -> tuple[list[str], str]:
             )
         names.append(target)
         target = overrides.get(target) or os.environ.get(_ENVIRONMENT_PREFIX + target.upper()) or TABLE[target]
-    return names, target
+    return names, str((target and snapshot_in(Path(os.path.expanduser(target)))) or target)
+
+
+def _source_here(target: str, need: Need) -> Source | None:
+    """The source of a target that is embedded or a folder; None for one that only a hub can have."""
+    if target.startswith(_EMBEDDED_PREFIX):
+        return _embedded_source(target.removeprefix(_EMBEDDED_PREFIX))
+    folder = Path(os.path.expanduser(target))
+    return _local_source(folder, need) if target and (folder.exists() or _is_path(target)) else None
+
+
+def _hub_id(target: str) -> tuple[str | None, str, str | None]:
+    """(hub, repository, revision) of a hub id; raises SurgeryError for anything else."""
+    match = _HUB_ID.fullmatch(target)
+    if match is None or ".." in target:
+        raise SurgeryError(
+            f"{target!r} is neither one of the names {', '.join(TABLE)}, nor a folder that exists, nor a hub id such "
+            "as org/name or org/name@revision. Check its spelling, or give the path of a folder."
+        )
+    return match[1], match[2], match[3]
 
 
 def _is_path(target: str) -> bool:
@@ -202,7 +242,8 @@ def _local_source(folder: Path, need: Need) -> Source:
     folder = Path(os.path.abspath(folder))
     if not folder.is_dir():
         raise SurgeryError(
-            f"{folder} is {'a file' if folder.exists() else 'not there'}. Give the path of a folder that holds "
+            what_it_is(folder)
+            or f"{folder} is {'a file' if folder.exists() else 'not there'}. Give the path of a folder that holds "
             f"{'a tokenizer' if need == 'tokenizer' else 'config.json and the weights'}."
         )
     missing = _missing_files(folder, need)
@@ -211,6 +252,8 @@ def _local_source(folder: Path, need: Need) -> Source:
             f"{folder} is a checkpoint that this program made, not a model's folder. "
             f"Give the folder or name of a model; the Llamba this checkpoint was built from is {base}."
         )
+    if missing and need == "model" and (told := what_it_is(folder)):
+        raise SurgeryError(told)
     if missing:
         raise SurgeryError(f"The folder {folder} lacks {', '.join(missing)}. Copy what is missing into it.")
     return Source(folder, "local", folder.name, None)

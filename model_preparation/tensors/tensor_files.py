@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from model_preparation.errors import SurgeryError
 from model_preparation.tensors.dtypes import DType
-from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange, pt_ranges, safetensors_ranges
+from model_preparation.tensors.quantised import CURE, method_in_names, refusal
+from model_preparation.tensors.tensor_ranges import (
+    SAFETENSORS_DTYPES,
+    MappedFiles,
+    TensorRange,
+    pt_ranges,
+    safetensors_ranges,
+)
+from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.pickle_scan import TENSORS
 from model_preparation.untrusted.pt_structure import check_pt
 from model_preparation.untrusted.untrusted_files import inside, read_json
@@ -62,9 +70,13 @@ class TensorFiles:
                 yield name[len(prefix) :], self[name]
 
     def require(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise SurgeryError unless there is a tensor of this name and shape."""
+        """Raise SurgeryError unless there is a tensor of this name and shape, of floating-point numbers."""
         if name not in self.ranges:
+            if method := method_in_names(self.ranges):
+                raise SurgeryError(f"{self.folder} holds tensors quantised by {method}. {CURE}")
             raise SurgeryError(f"{self.folder} lacks {name}, which its config.json asks for. Check the model's folder.")
+        if self.ranges[name].dtype not in SAFETENSORS_DTYPES.values():
+            raise refusal(self.folder, self.ranges[name].dtype.name, self.ranges)
         found = self.ranges[name].shape
         if found != shape:
             raise SurgeryError(
@@ -86,7 +98,9 @@ class TensorFiles:
             if (self.folder / index).is_file():
                 return self._locate_shards(self.folder / index)
         wanted = ", ".join(name for pair in _SINGLE_AND_INDEX for name in pair)
-        raise SurgeryError(f"{self.folder} has no weights (none of {wanted}). Give a complete model folder.")
+        raise SurgeryError(
+            what_it_is(self.folder) or f"{self.folder} has no weights (none of {wanted}). Give a complete model folder."
+        )
 
     def _locate_shards(self, index: Path) -> dict[str, TensorRange]:
         try:
@@ -97,7 +111,7 @@ class TensorFiles:
         ranges: dict[Path, dict[str, TensorRange]] = {}
         for path in sorted(set(path_of.values())):
             if not path.exists():
-                raise SurgeryError(f"Shard {path} is missing. Download the model again.")
+                raise SurgeryError(what_it_is(self.folder) or f"Shard {path} is missing. Download the model again.")
             ranges[path] = _ranges_in(path)
         for name, path in path_of.items():
             if name not in ranges[path]:

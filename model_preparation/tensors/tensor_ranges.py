@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from model_preparation.errors import SurgeryError
 from model_preparation.files.block_io import Place, read_into
 from model_preparation.tensors.dtypes import DType, dtype_of
+from model_preparation.tensors.quantised import refusal
 from model_preparation.untrusted.pt_structure import pt_records
 from model_preparation.untrusted.untrusted_files import MAX_JSON_BYTES, check_fields, parse_json, regular_file
 
@@ -156,11 +157,15 @@ def safetensors_ranges(path: Path) -> dict[str, TensorRange]:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             _check_entry(name, entry)
+            if entry["dtype"] not in SAFETENSORS_DTYPES:
+                raise refusal(path, f"{entry['dtype']:.40}", header)
         found = {}
         position = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
-            tensor = TensorRange(path, 8 + header_bytes + begin, tuple(entry["shape"]), _dtype(entry, path))
+            tensor = TensorRange(
+                path, 8 + header_bytes + begin, tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]]
+            )
             if begin != position or end - begin != tensor.size_bytes:
                 raise ValueError(f"{name:.100} does not lie where it should")
             found[name] = tensor
@@ -226,12 +231,3 @@ def pt_ranges(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, TensorRa
             if file.read(len(beginning)) != beginning:
                 raise SurgeryError(f"{path} does not hold {name} where it should. Save it again with torch.save.")
     return found
-
-
-def _dtype(entry: dict, path: Path) -> DType:
-    if entry["dtype"] not in SAFETENSORS_DTYPES:
-        wanted = ", ".join(SAFETENSORS_DTYPES)
-        raise SurgeryError(
-            f"{path} holds {entry['dtype']} numbers; these can be used: {wanted}. Take an unquantised model."
-        )
-    return SAFETENSORS_DTYPES[entry["dtype"]]

@@ -27,6 +27,17 @@ CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_che
 TRACKER_VERSIONS = {"trackio": "trackio>=0.15,<1", "wandb": "wandb>=0.22,<1", "swanlab": "swanlab>=0.7,<0.8"}
 
 
+class _Arguments(TrainingArguments):
+    """Arguments with the device that was chosen; the Trainer would take the first GPU of all."""
+
+    chosen: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        own = super().device  # sets up what else goes with it
+        return self.chosen or own
+
+
 def training_arguments(
     settings: HealSettings,
     states: Path,
@@ -46,7 +57,7 @@ def training_arguments(
     rise = math.floor(settings.warmup * max_steps)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about pinned memory and the like, on the CPU
-        args = TrainingArguments(
+        args = _Arguments(
             output_dir=str(states),
             max_steps=max_steps,
             per_device_train_batch_size=settings.batch_size,
@@ -79,8 +90,12 @@ def training_arguments(
             remove_unused_columns=False,
             dataloader_pin_memory=device != "cpu",
         )
-    if device != "cpu" and world_size == 1:
-        torch.cuda.set_device(torch.device(device))
+    place = torch.device(device)
+    if args.device.type != place.type:
+        raise SurgeryError(f"Healing would run on {args.device.type}, not on --device {device}. Give --device cpu.")
+    if place.type == "cuda" and world_size == 1:
+        torch.cuda.set_device(place)
+        args.chosen = place
         args._n_gpu = 1  # several GPUs are a launcher's business, never DataParallel's
     return args
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.digests import blake3_of
+from model_preparation.files.text import open_text
 
 HELD_OUT_PART = 1 / 16
 MAX_HELD_OUT_TOKENS = 65_536  # what is held out stays in memory
@@ -151,7 +152,7 @@ class _Piece(NamedTuple):
 def _pieces_of(files: list[Path]) -> Iterator[_Piece]:
     for path in files:
         try:
-            with path.open(encoding="utf-8") as file:
+            with open_text(path) as file:
                 if path.suffix == ".txt":
                     yield from _cut(file)
                     continue

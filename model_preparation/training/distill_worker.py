@@ -5,7 +5,8 @@ In: the work folder, the donor's folder, the layers. Out: the layers' files in t
 
 from pathlib import Path
 
-from model_preparation.command_line import CommandParser, choose_device, layer_index, run
+from model_preparation.command_line import CommandParser, layer_index, run
+from model_preparation.devices import choose_device
 
 
 def main() -> None:
@@ -15,7 +16,7 @@ def main() -> None:
     parser.add_argument("--layers", type=layer_index, nargs="+", required=True)
     parser.add_argument("--memory_limit", type=float, required=True)
     args = parser.parse_args()
-    device = choose_device(None, None)  # Ray shows a worker the GPU that is its own, or none
+    device = choose_device()
 
     from model_preparation.surgery.llamba_init import open_donor
     from model_preparation.surgery.sources import resolve

@@ -1,4 +1,4 @@
-"""Healing: a grafted checkpoint trained a little more, into a new checkpoint of the same format.
+"""Healing: a grafted checkpoint trained a little more, into a new checkpoint.
 
 In: a checkpoint's folder, text, settings. Out: another checkpoint's folder, which says what it was healed from, on
 what, how, and the scores before and after; beside it, while and after it is made, a folder of states from which the run
@@ -7,6 +7,7 @@ goes on wherever it was stopped. The parent is only read.
 
 import json
 import math
+import os
 import signal
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation import generate_text
+from model_preparation.files.names import name_of
 from model_preparation.files.new_folder import check_space, check_target
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
-from model_preparation.surgery.checkpoint_info import INFO, current_score, read_info
+from model_preparation.surgery.checkpoint_info import FORMATS, INFO, check_format, current_score, read_info
 from model_preparation.surgery.checkpoint_loading import load_checkpoint, without_wrapper_prefixes
 from model_preparation.surgery.trial import PROMPT
 from model_preparation.tensors.dtypes import torch_dtype
@@ -73,6 +75,7 @@ def heal_checkpoint(
     resume_dir: str | Path | None = None,
     device: str = "cpu",
     dtype: torch.dtype | str | None = None,
+    format: str | None = None,
     overwrite: bool = False,
     description: str = "",
     prompts: Sequence[str] | None = None,
@@ -92,6 +95,7 @@ def heal_checkpoint(
         resume_dir: of the states; by default `output_dir` with `_resume` after it.
         device: where to train, where no launcher has decided that.
         dtype: of the new checkpoint; by default its parent's. Training has its weights in float32.
+        format: of the new checkpoint, as `build_checkpoint` takes it; by default its parent's.
         overwrite: replace a checkpoint in `output_dir`, and with resume "never" the states of an earlier run.
         description: free text for checkpoint_info.json.
         prompts: texts to go on with before and after, greedily; by default one sentence.
@@ -106,7 +110,7 @@ def heal_checkpoint(
     """
     parent, output_dir = Path(checkpoint).expanduser(), Path(output_dir).expanduser()
     dtype = torch_dtype(dtype)
-    states = Path(resume_dir).expanduser() if resume_dir else output_dir.with_name(f"{output_dir.name}_resume")
+    states = Path(resume_dir).expanduser() if resume_dir else Path(f"{os.path.abspath(output_dir)}_resume")
     only_read = [parent, data, *(given.get(name) for name in ("teacher", "init_from", "eval_data"))]
     for place in (output_dir, states):
         _check_apart(place, parent, *only_read)
@@ -117,6 +121,8 @@ def heal_checkpoint(
     if isinstance(resume, bool):
         resume = "auto" if resume else "never"
     parent_info = read_info(parent)
+    format = format or parent_info.get("format", "pt")
+    check_format(format)
     processes = PartialState(cpu=device == "cpu")
     say = print if processes.is_main_process else _say_nothing
     if processes.is_main_process:
@@ -168,7 +174,7 @@ def heal_checkpoint(
     )
     trainer.remove_callback(PrinterCallback)
     if processes.is_main_process:
-        _check_room(trainer, states, output_dir, dtype or getattr(torch, parent_info["dtype"]))
+        _check_room(trainer, states, output_dir, dtype or getattr(torch, parent_info["dtype"]), FORMATS[format])
     say(_describe(trainer, settings, size, train, held_out))
     if state is not None and trainer.first_step > args.max_steps:
         raise SurgeryError(
@@ -201,6 +207,7 @@ def heal_checkpoint(
             tokenizer,
             output_dir,
             healing=_healing(trainer, run, identity, parent_info, texts_after),
+            format=format,
             description=description,
             overwrite=overwrite,
             extras=extras,
@@ -219,6 +226,7 @@ def merge_adapter(
     output_dir: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
+    format: str | None = None,
     overwrite: bool = False,
     description: str = "",
 ) -> dict[str, Any]:
@@ -231,6 +239,8 @@ def merge_adapter(
     dtype = torch_dtype(dtype)
     output_dir = Path(output_dir).expanduser()
     parent_info = read_info(parent)
+    format = format or parent_info.get("format", "pt")
+    check_format(format)
     _check_apart(output_dir, parent, parent, adapter)
     check_target(output_dir, overwrite=overwrite, complete_mark=INFO)
     model, tokenizer = load_checkpoint(parent, dtype=torch.float32)
@@ -247,6 +257,7 @@ def merge_adapter(
         tokenizer,
         output_dir,
         healing=healing,
+        format=format,
         description=description,
         overwrite=overwrite,
         extras={ADAPTER: partial(write_adapter, tensors_and_config)},
@@ -264,13 +275,13 @@ def _check_apart(written: Path, parent: Path, *read: str | Path | None) -> None:
             raise SurgeryError(f"{path} is only read, and {written} would replace it. Choose another folder.")
 
 
-def _check_room(trainer: HealTrainer, states: Path, output_dir: Path, dtype: torch.dtype) -> None:
+def _check_room(trainer: HealTrainer, states: Path, output_dir: Path, dtype: torch.dtype, copies: int) -> None:
     """Raise SurgeryError if one state, or the checkpoint, is too large for the disk it will be on."""
     count = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     weights = trained if trainer.is_lora else count
     check_space(states / PREFIX, 4 * (weights + 2 * trained))  # float32, and AdamW's two moments
-    check_space(output_dir, 2 * count * dtype.itemsize)
+    check_space(output_dir, copies * count * dtype.itemsize)
 
 
 def _train(trainer: HealTrainer, states: Path) -> None:
@@ -322,7 +333,7 @@ def _healing(
     config = LlambaConfig.from_dict(parent_info["config"])
     said = settings.as_dict()
     for name in ("teacher", "eval_data", "init_from"):
-        said[name] = said[name] and Path(said[name]).name
+        said[name] = said[name] and name_of(said[name])
     return {
         "method": settings.method,
         "objective": "language modelling" if settings.teacher is None else "distillation",

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.text import open_text, read_text
 from model_preparation.surgery.hub_snapshots import NoSnapshot, fetch_snapshot
 
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
@@ -148,15 +149,15 @@ def _texts_in_file(path: Path) -> Iterator[str]:
             yield from _texts_in_table(path)
             return
         if suffix != ".jsonl":
-            yield path.read_text(encoding="utf-8-sig")
+            yield read_text(path)
             return
-        with path.open(encoding="utf-8-sig") as file:
+        with open_text(path) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield _text_of(_row(line, f"{path}, line {number}"), f"{path}, line {number}")
     except ValueError as error:  # no UTF-8, no JSON, or what pyarrow raises
         raise SurgeryError(
-            f"{path} cannot be read as text ({error}). Save it as UTF-8, JSON lines in .jsonl, tables in .parquet."
+            f"{path} cannot be read as text: {error}. Save JSON lines in .jsonl, tables in .parquet, all else in .txt."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""A healed model as a checkpoint folder of the format that a build writes.
+"""A healed model as a checkpoint folder of the formats that a build writes.
 
 In: the tensors of the trained model, and the parent checkpoint they came from. Out: a new folder, whole or not there;
 the parent is only read. Every tensor that still is the parent's, bit by bit, keeps its origin (base or donor); the
@@ -7,6 +7,7 @@ others are marked as healed.
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.surgery.checkpoint_info import (
     FORMAT_VERSION,
+    FORMATS,
     HEALED,
     INFO,
     MODULE,
@@ -34,6 +36,7 @@ from model_preparation.surgery.checkpoint_info import (
 )
 from model_preparation.surgery.checkpoint_readme import readme_text
 from model_preparation.surgery.graft import empty_model
+from model_preparation.surgery.hf_folder import write_model
 from model_preparation.surgery.model_digests import recorded_weights
 from model_preparation.surgery.tensor_digests import read_tensor_digests
 from model_preparation.tensors.pt_writer import write_together
@@ -77,6 +80,7 @@ def write_healed(
     output_dir: Path,
     *,
     healing: Mapping[str, Any],
+    format: str,
     description: str = "",
     overwrite: bool = False,
     extras: Mapping[str, Any] | None = None,
@@ -87,6 +91,7 @@ def write_healed(
         model: from `bare_model`.
         parent: the checkpoint's folder that was healed.
         healing: what was done, for checkpoint_info.json.
+        format: as `checkpoint.write` takes it.
         extras: by name, what else goes into the folder: a function that writes to the path it is given.
 
     Raises:
@@ -95,11 +100,18 @@ def write_healed(
     """
     dtype = str(model.dtype).removeprefix("torch.")
     with new_folder(output_dir, overwrite=overwrite, complete_mark=INFO) as staging:
-        contents = {staging / MODULE: model, staging / STATE_DICT: model.state_dict()}
+        files: dict[str, dict] = {}
         with byte_progress() as progress:
-            task = progress.add_task("Writing", total=2 * sum(p.nbytes for p in model.parameters()))
-            written = write_together(contents, {}, lambda size_bytes: progress.advance(task, size_bytes))
-        tokenizer.save_pretrained(staging / TOKENIZER)
+            task = progress.add_task("Writing", total=FORMATS[format] * sum(p.nbytes for p in model.parameters()))
+            advance = partial(progress.advance, task)
+            if format != "hf":
+                contents = {staging / MODULE: model, staging / STATE_DICT: model.state_dict()}
+                written = write_together(contents, {}, advance)
+                files = {path.name: described for path, described in written.files.items()}
+                tokenizer.save_pretrained(staging / TOKENIZER)
+            if format != "pt":
+                write_model(staging, model, tokenizer, parent_info["generation_config"], advance)
+                files |= describe_files(staging, excluded=files)
         digests = {"format_version": FORMAT_VERSION, "tensors": _tensor_digests(model, dtype, parent)}
         (staging / TENSOR_DIGESTS).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
         for name, write in (extras or {}).items():
@@ -118,8 +130,8 @@ def write_healed(
             "generation_config": parent_info["generation_config"],
             "versions": versions(),
             "code": code_digests(),
-            "format": "pt",
-            "files": {path.name: described for path, described in written.files.items()},
+            "format": format,
+            "files": files,
         }
         (staging / README).write_text(readme_text(info), encoding="utf-8")
         info["files"] |= describe_files(staging, excluded=info["files"])

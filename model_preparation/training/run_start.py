@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.other_models import find_others
 from model_preparation.files.identity import differences
+from model_preparation.files.names import name_of
 from model_preparation.files.new_folder import remove_abandoned
 from model_preparation.surgery.model_digests import digest_of_checkpoint, digest_of_model, digest_of_weights
 from model_preparation.training.heal_data import Sequences
@@ -151,7 +152,7 @@ def check_data(
 ) -> None:
     """Enter what the data are into `identity`; of a run that goes on they have to be the same."""
     described = {
-        "name": Path(data).name,
+        "name": name_of(data),
         "blake3": train.digest(),
         "sequences": len(train),
         "tokens": train.tokens.size,

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.other_models import load_folder
 from model_preparation.llamba.cache_llamba import CACHE_NAME
 
 SEQUENCES_AT_ONCE = 64
@@ -33,7 +34,7 @@ class SelfSampler:
     def __init__(self, folder: Path, config: PreTrainedConfig, device: str):
         self._start = first_token(config)
         disable_progress_bar()  # transformers' own; it would run into the bar of the tokens
-        self._model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+        self._model = load_folder(folder, torch.bfloat16).to(device)
 
     @torch.inference_mode()
     def draw(self, sequences: int, length: int, seed: int, advance: Callable[[int], None]) -> Tensor:

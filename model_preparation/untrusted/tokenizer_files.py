@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.configuration_llamba import LlambaConfig
-from model_preparation.untrusted.untrusted_files import inside, read_json, regular_file
+from model_preparation.untrusted.no_model import WEIGHTS
+from model_preparation.untrusted.untrusted_files import inside, own_file, read_json, regular_file
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -37,7 +38,8 @@ def _check_files(folder: Path) -> None:
     for path in sorted(folder.glob("*")):
         if not path.is_dir():
             with contextlib.suppress(FileNotFoundError):  # a link to nothing
-                regular_file(path)
+                # Whoever cloned no more than the text files still has a tokenizer.
+                own_file(path) if path.suffix in WEIGHTS else regular_file(path)
     path = folder / "tokenizer_config.json"
     if not path.exists():
         return

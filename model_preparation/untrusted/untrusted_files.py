@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.text import decode
+from model_preparation.untrusted.no_model import stand_in
 
 MAX_JSON_BYTES = 16_000_000
 MAX_DEPTH = 64
@@ -23,6 +25,17 @@ MAX_WIDTH = 1 << 24  # of any dimension a config names
 
 
 def regular_file(path: Path) -> Path:
+    """`own_file`, if it is none that only has the name of a model's file, such as a Git LFS pointer (no_model.py).
+
+    Raises:
+        SurgeryError, FileNotFoundError: as `own_file`; SurgeryError also for what is told by `no_model.stand_in`.
+    """
+    if told := stand_in(own_file(path)):
+        raise SurgeryError(told)
+    return path
+
+
+def own_file(path: Path) -> Path:
     """`path`, if it is a file that lies in its folder; a link must stay inside, or be one of the Hugging Face cache.
 
     There, `snapshots/<commit>/` links into the `blobs/` beside `snapshots/`.
@@ -88,7 +101,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
         raise ValueError(f"it has more than {MAX_JSON_BYTES // 1_000_000} MB of JSON")
     try:
         value = json.loads(
-            data.decode("utf-8"),
+            decode(data),
             object_pairs_hook=_unique,
             parse_int=_bounded,
             parse_float=_finite,

@@ -18,7 +18,7 @@ from rich.filesize import decimal
 from model_preparation.errors import SurgeryError
 from model_preparation.files.beside import Beside
 from model_preparation.files.byte_progress import byte_progress
-from model_preparation.files.digests import FILE_FIELDS
+from model_preparation.files.digests import FILE_FIELDS, describe_file
 from model_preparation.files.seal import check_seal
 from model_preparation.surgery.checkpoint_info import (
     EVALUATIONS,
@@ -30,6 +30,7 @@ from model_preparation.surgery.checkpoint_info import (
     formats_of,
     read_info,
 )
+from model_preparation.surgery.model_code import describe_package_code, listed_code, remark_on_code
 from model_preparation.surgery.model_configs import type_and_depth
 from model_preparation.surgery.sources import resolve
 from model_preparation.tensors.tensor_ranges import range_of, safetensors_ranges
@@ -102,6 +103,7 @@ def inspect(
     if info is None:
         return found
     recorded = _recorded_files(found, info)
+    _look_at_code(found, info, recorded)
     _look_for_others(found, info, recorded)
     if files_only:
         _read_files(found, recorded)
@@ -191,6 +193,18 @@ def _recorded_files(found: Verification, info: dict[str, Any]) -> dict[str, dict
         if name not in recorded:
             found.fault(name, f"is not listed in {INFO}")
     return recorded
+
+
+def _look_at_code(found: Verification, info: dict[str, Any], recorded: dict[str, dict]) -> None:
+    """Say that the code is not this package's; a file of the package's is none of a stranger, whoever put it there."""
+    if "hf" not in formats_of(info):
+        return
+    if remark := remark_on_code(found.directory, listed_code(info)):
+        found.notes.append(remark)
+    for name, entry in describe_package_code().items():
+        path = found.directory / name
+        if recorded.get(name) != entry and path.is_file() and not path.is_symlink() and describe_file(path) == entry:
+            recorded[name] = entry
 
 
 def _weight_files(info: dict[str, Any]) -> set[str]:

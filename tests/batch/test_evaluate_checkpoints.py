@@ -12,7 +12,7 @@ from model_preparation import evaluate_checkpoints
 from model_preparation.batch import evaluations
 from model_preparation.errors import SurgeryError
 from tests.batch.conftest import FAKE_EVALUATOR
-from tests.conftest import PACKAGE, assert_refused, run_command
+from tests.conftest import HANG_SECONDS, PACKAGE, assert_refused, run_command
 
 
 @pytest.fixture
@@ -65,6 +65,7 @@ def test_flags_are_handed_on_as_they_are():
         (["x", "--limit", "0"], "0 is too small"),
         (["x", "--batch_size", "big"], "'big' is not an integer"),
         (["x", "--cpus_per_job", "2"], "belongs to --ray"),
+        (["x", "--output_root", "y"], "--output_root belongs to --list"),
         (["x", "--ray", "local", "--device", "cuda:1"], "each job gets a GPU from Ray"),
         (["x", "--full_eval"], "--full_eval"),
     ],
@@ -80,7 +81,7 @@ def test_the_script_finds_its_python_and_names_a_folder_that_is_not_there(tmp_pa
         env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
     )
     assert_refused(result, "nowhere is not there")
 
@@ -94,7 +95,7 @@ def test_without_an_environment_the_scripts_say_what_makes_one(script, tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
     environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
     result = subprocess.run(
-        ["bash", tmp_path / script, "x"], env=environment, capture_output=True, text=True, timeout=60
+        ["bash", tmp_path / script, "x"], env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert_refused(result, "there is no .venv", "scripts/quickstart.sh")
 
@@ -114,7 +115,7 @@ def test_without_ray_installed_only_the_flag_fails(name, make_candidate, tmp_pat
     def run(*args: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", code, str(tmp_path), str(PACKAGE / f"{name}.py"), *args]
         command += ["--output_root", str(folder.parent)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
 
     assert_refused(run("--list", "other.csv"), "1 of 1")
     assert_refused(run("--list", "new.csv", "--ray", "local"), "made impossible", "pip install 'ray", "leave --ray out")

@@ -13,6 +13,7 @@ from model_preparation.batch.evaluations import Candidate, evaluate_all, find_ch
 from model_preparation.errors import SurgeryError
 from tests.batch.conftest import FAKE_EVALUATOR
 from tests.batch.fake_evaluator import SUBJECTS
+from tests.conftest import HANG_SECONDS, wait_until
 
 
 def test_each_is_evaluated_kept_or_failed_and_none_stops_the_others(make_candidate, tmp_path, capsys):
@@ -102,7 +103,7 @@ def test_an_interruption_ends_the_one_that_runs_and_lets_it_clean_up(make_candid
     with fake_batch(folder) as process:
         wait_for(folder / "evaluations" / "waiting")
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) != 0
+        assert process.wait(HANG_SECONDS) != 0
     assert (folder / "evaluations" / "cleaned").exists()
     assert not is_alive(attempts(folder)[0])
 
@@ -143,12 +144,3 @@ def is_alive(process_id: int) -> bool:
 
 def wait_for(path) -> None:
     wait_until(path.exists)
-
-
-def wait_until(true) -> None:
-    import time
-
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -24,8 +24,8 @@ from model_preparation.batch.evaluations import Candidate, evaluate_all
 from model_preparation.evaluation.questions import SUBJECTS as MMLU_SUBJECTS
 from tests.batch.conftest import FAKE_EVALUATOR
 from tests.batch.fake_evaluator import SUBJECTS
-from tests.batch.test_evaluations import is_alive, wait_for, wait_until
-from tests.conftest import PACKAGE, assert_refused
+from tests.batch.test_evaluations import is_alive, wait_for
+from tests.conftest import HANG_SECONDS, PACKAGE, assert_refused, wait_until
 from tests.evaluation.test_mmlu import question, write_questions
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
@@ -74,7 +74,7 @@ def fork(function: Callable[[], None], log: Path) -> int:
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            signal.alarm(280)  # the cluster lasts as long as this file's tests
+            signal.alarm(2 * HANG_SECONDS)  # the cluster lasts as long as this file's tests
             function()
             code = 0
         except KeyboardInterrupt:
@@ -180,7 +180,7 @@ def test_the_script_builds_a_list_on_a_cluster(address, base_dir, layers_dir, ch
         env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG_SECONDS,
     )
     assert_refused(result, "Layer 99 is out of range", "its layers are 1 3, not 2", "2 of 3 checkpoints failed")
     rows = {line.split()[0]: line for line in result.stdout.splitlines()[-3:]}
@@ -214,7 +214,7 @@ def test_the_real_evaluator_goes_on_after_its_worker_is_killed(address, checkpoi
         wait_until(lambda: answered(cut) >= 3)  # some subjects are done, most are not
         for worker in workers_running("test_checkpoint.py"):
             os.kill(worker, signal.SIGKILL)
-        printed = process.communicate(timeout=120)[0]
+        printed = process.communicate(timeout=HANG_SECONDS)[0]
         assert process.returncode == 0, printed
     assert "was lost" in printed
     whole = evaluate_checkpoint(checkpoint, mmlu_data=questions, results_dir=tmp_path / "whole")

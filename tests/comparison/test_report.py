@@ -13,6 +13,7 @@ from PIL import Image
 from model_preparation.comparison.compare import compare_evaluations
 from model_preparation.comparison.report_folder import write_report
 from tests.comparison.stock import change_samples, evaluate, write_tasks
+from tests.conftest import HANG_SECONDS
 
 HOSTILE = "<img src=x onerror=alert(1)>$x$ 模型"
 
@@ -79,7 +80,7 @@ def test_in_a_browser_the_tables_sort_and_the_plots_are_drawn(page, tmp_path):
     flags = [f"--{flag}" for flag in f"{flags} disable-component-update disable-sync dump-dom".split()]
     places = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}"]
     command = [find_chromium(), *flags, *places, "--window-size=500,2400", f"file://{tmp_path}/page.html"]
-    dumped = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, cwd=tmp_path)
     found = re.search(r'<pre id="seen"[^>]*>(.*?)</pre>', dumped.stdout, re.DOTALL)
     assert found, dumped.stderr
     seen = json.loads(found[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import model_preparation.embedded
 from model_preparation import build_checkpoint, extract_layers, load_checkpoint
-from tests.conftest import run_command
+from tests.conftest import HANG_SECONDS, run_command
 
 ROOT = Path(__file__).parents[2]
 EMBEDDED = Path(model_preparation.embedded.__file__).parent
@@ -105,11 +105,13 @@ def installed(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     made = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
-    subprocess.run(made, check=True, timeout=120)
+    subprocess.run(made, check=True, timeout=HANG_SECONDS)
     (wheel,) = folder.glob("*.whl")
     assert wheel.stat().st_size < 12_000_000
     target = folder / "site"
-    subprocess.run([*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True, timeout=120)
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--target", str(target), str(wheel)], check=True, timeout=HANG_SECONDS
+    )
     return target
 
 
@@ -129,7 +131,7 @@ print(evaluate_checkpoint("best", tasks=["embedded_recall"], limit=50)["score"])
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     assert result.returncode == 0, result.stderr
     assert float(result.stdout.split()[-1]) >= 0.9

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import model_preparation.embedded
-from tests.conftest import copy_repository
+from tests.conftest import HANG_SECONDS, copy_repository
 
 SCORE = re.compile(r" [ABCD]  (\d\.\d+) ±")
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,7 @@ def test_the_quickstart_shows_what_a_graft_does(tmp_path, put_python):
         env={**os.environ, "PYTHONPATH": str(repository), "HF_HUB_OFFLINE": "1", "COLUMNS": "80"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG_SECONDS,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     pairs = EFFECT["pairs of layers"].values()

@@ -253,7 +253,7 @@ def test_texts_survive_json_unchanged(tmp_path_factory, texts):
     [
         ("a.csv", b"One", "no file of prompts by its name"),
         ("a.txt", b" \n\n", "has no prompts"),
-        ("a.txt", b"\xff\xfe", "not text in UTF-8"),
+        ("a.txt", b"\xff\xfe", "it is UTF-16 text"),
         ("a.json", b'{"prompt": "One"}', "holds an object, not a list"),
         ("a.json", b"[]", "has no prompts"),
         ("a.json", b'["One", 2]', "Entry 2 of .*a.json is no prompt: 2"),

@@ -299,15 +299,15 @@ GOOD = '"What?",1,2,3,4,A\n'
         (CSV, GOOD + "What?,1,2,3,4,2\n", "Line 2 of {} has the answer '2'"),
         (CSV, GOOD + "What?,1,2,3,4,AB\n", "Line 2 of {} has the answer 'AB'"),
         (CSV, GOOD + f"{'W' * 200_000},1,2,3,4,A\n", "ends in line 2 of {} is not CSV: field larger"),
-        (CSV, GOOD.encode() + b"Caf\xe9?,1,2,3,4,A\n", "Line 2 of {} is not UTF-8 text"),
-        (CSV, GOOD.encode("utf-16"), "Line 1 of {} is not UTF-8 text"),
+        (CSV, GOOD.encode() + b"Caf\xe9?,1,2,3,4,A\n", "{} cannot be read: line 2 is not UTF-8 text"),
+        (CSV, GOOD.encode("utf-16"), "{} cannot be read: it is UTF-16 text"),
         (JSON, "\n{'question': 1}\n", "Line 2 of {} is not JSON: Expecting property name"),
         (JSON, "[" * 100_000, "Line 1 of {} is not JSON"),
         (JSON, "[1]\n", "Line 1 of {} has [1], but needs an object"),
         (JSON, "{}\n", "Line 1 of {} has the fields (none), but needs question, choices, answer too"),
         (JSON, '{"question": "", "answer": 0}', "Line 1 of {} has the fields question, answer, but needs choices too"),
         (JSON, '{"question": "", "question": ""}', "Line 1 of {} is not JSON: a field twice, of question, question"),
-        (JSON, b'{"question": "\xff"}', "Line 1 of {} is not UTF-8 text"),
+        (JSON, b'{"question": "\xff"}', "{} cannot be read: line 1 is not UTF-8 text"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_none_is_named_with_the_line(name, content, message, rows, tmp_path):

@@ -3,6 +3,8 @@
 To add one, add a line to `SCENARIOS`: a function that writes `target`, and what is there before it starts.
 """
 
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +13,10 @@ from pathlib import Path
 import torch
 
 from model_preparation import build_checkpoint, extract_layers
+from model_preparation.files.digests import describe_file
 from model_preparation.files.new_folder import remove_abandoned
+from model_preparation.files.seal import seal
+from model_preparation.surgery.code_update import update_code
 from model_preparation.surgery.llamba_init import init_llamba_base
 from tests.conftest import make_base, make_donor
 
@@ -57,6 +62,22 @@ def build_hf(models: Models, target: Path, *, overwrite: bool, layers: tuple[int
 
 def init(models: Models, target: Path, *, overwrite: bool, dtype: torch.dtype = torch.bfloat16) -> None:
     init_llamba_base(str(models.donor), target, dtype=dtype, overwrite=overwrite)
+
+
+def update(models: Models, target: Path, *, overwrite: bool) -> None:
+    os.environ["SOURCE_DATE_EPOCH"] = "0"  # the record of the change has a time in it
+    update_code(target)
+
+
+def other_code(models: Models, target: Path, *, overwrite: bool) -> None:
+    """A checkpoint as another version of the package might have written it, and a result in it."""
+    build_hf(models, target, overwrite=overwrite)
+    (target / "mixer.py").write_text("old = True\n")
+    info = json.loads((target / "checkpoint_info.json").read_text())
+    info["files"]["mixer.py"] = describe_file(target / "mixer.py")
+    (target / "checkpoint_info.json").write_bytes(seal(info))
+    (target / "evaluations").mkdir()
+    (target / "evaluations" / "result.json").write_text("{}")
 
 
 def clean(models: Models, target: Path, *, overwrite: bool) -> None:
@@ -125,5 +146,7 @@ SCENARIOS = {
     "build hf, overwrite": Scenario(build_hf, old=_old_hf),
     "init base": Scenario(init),
     "init base, overwrite": Scenario(init, old=_old_base),
+    "update code": Scenario(update, old=other_code),
+    "update code, no exchange": Scenario(update, old=other_code, no_exchange=True),
     "clean": Scenario(clean, old=_old_checkpoint, leftover=build),
 }

@@ -14,6 +14,7 @@ import pytest
 from model_preparation.errors import SurgeryError
 from model_preparation.files import new_folder as module
 from model_preparation.files.new_folder import check_space, new_folder, remove_abandoned
+from tests.conftest import HANG_SECONDS, wait_until
 
 MARK = "done.json"
 
@@ -42,7 +43,7 @@ def forked(function: Callable[[], object]) -> int:
         return child
     code = 2
     try:
-        signal.alarm(60)
+        signal.alarm(HANG_SECONDS)
         function()
         code = 0
     except SurgeryError:
@@ -63,7 +64,7 @@ def half_written(tmp_path):
 
     def wait() -> None:
         os.write(writing, b"!")
-        time.sleep(60)
+        signal.pause()
 
     child = forked(lambda: write(target, "never", pause=wait))
     assert os.read(reading, 1) == b"!"
@@ -178,9 +179,8 @@ def test_the_partial_folder_is_deleted_and_taken_by_another_meanwhile(tmp_path):
 
     def delete_and_let_another_in() -> None:
         module.shutil.rmtree(tmp_path / "out.partial")
-        others.append(forked(lambda: write(target, "theirs", pause=lambda: time.sleep(60))))
-        while not (tmp_path / "out.partial" / "new" / "sub" / "a.txt").exists():
-            time.sleep(0.01)
+        others.append(forked(lambda: write(target, "theirs", pause=signal.pause)))
+        wait_until((tmp_path / "out.partial" / "new" / "sub" / "a.txt").exists)
 
     others: list[int] = []
     with pytest.raises(SurgeryError, match="was deleted while it was in use"):

@@ -112,7 +112,7 @@ def test_a_graft_of_imported_layers_is_that_of_extracted_ones(layers, old, layer
     assert result.returncode == 0, result.stderr
     assert "4 of 4 layers, float32, " in result.stdout
     assert ", 2 heads of 16\n" in result.stdout
-    assert result.stdout.splitlines()[-1] == f"Layers are in {tmp_path / 'out'}"
+    assert result.stdout.splitlines()[-1] == f"Extracted layers are in {tmp_path / 'out'}"
     assert not list(tmp_path.glob("*partial*"))
     extracted, imported = (
         json.loads((place / "metadata.json").read_text()) for place in (layers_dir, tmp_path / "out")
@@ -374,7 +374,7 @@ def test_layers_of_ours_need_no_import(layers_dir, tmp_path):
 
 def test_flags_that_need_each_other(tmp_path):
     result = run_command("extract_layers", "--model_name", "llama", "--trust_pickle", "--output_dir", tmp_path / "out")
-    assert_refused(result, "go with --from_legacy", code=2)
+    assert_refused(result, "goes with --from_legacy", code=2)
     result = import_by_command(tmp_path, tmp_path / "out", "--trust_pickle")
     assert_refused(result, "has no layer files such as layer_11.pt")
     assert_refused(import_by_command(tmp_path / "none", tmp_path / "out"), "is not a folder")

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import tempfile
-import time
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from model_preparation.search.remote import share_out
-from tests.conftest import run_command, start_command
+from model_preparation.search.setup import Setup, Spec
+from tests.conftest import HANG_SECONDS, assert_refused, run_command, start_command, wait_until
 from tests.search.conftest import make_questions, write_task
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
@@ -35,7 +36,7 @@ def test_a_killed_worker_is_replaced_and_the_result_is_that_of_one_process(base_
         wait_for_lines(process, journal, 3)  # the base, and two combinations
         os.kill(wait_for_a_worker(process), signal.SIGKILL)
         told = lines_of(journal)
-        process.join(300)
+        process.join(HANG_SECONDS)
         assert process.exitcode == 0, (tmp_path / "log").read_text()
     assert (tmp_path / "log").read_text().count("A worker was lost") == 2
     assert told < 16 == lines_of(journal)
@@ -47,24 +48,39 @@ def test_a_killed_worker_is_replaced_and_the_result_is_that_of_one_process(base_
     assert len(made) == len(set(made))
 
 
+def test_a_gpu_that_torch_cannot_use_is_told_and_nothing_runs_on_the_cpu(base_dir, layers_dir, task_dir, tmp_path):
+    flags = ["--base", base_dir, "--llama_layers_dir", layers_dir, "--task", task_dir, "--method", "singles"]
+    with tempfile.TemporaryDirectory(prefix="ray") as ray_files:
+        environment = {"RAY_TMPDIR": ray_files, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+        environment |= {"RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": 1, "GPU": 1}), "CUDA_VISIBLE_DEVICES": "0"}
+        result = run_command("search_layers", *flags, "--output_dir", tmp_path, "--ray", "local", **environment)
+    assert "Device       a GPU from Ray for each job\n" in result.stdout, result.stderr
+    assert_refused(result, "A worker of the search failed: --device cuda cannot be used here: ")
+    assert lines_of(tmp_path / "journal.jsonl") == 0
+
+
+def test_batches_are_those_of_the_workers_device_whatever_is_here(base_dir, layers_dir, task_dir):
+    spec = Spec(str(base_dir), str(layers_dir), (str(task_dir),), ".", device="cuda", device_here="cpu")
+    here, there = Setup(replace(spec, device="cpu")), Setup(spec)
+    assert there.settings["device"] == "cuda"
+    assert len(there.questions.batches) < len(here.questions.batches)  # a GPU takes more at once
+    assert there.pair.model.device.type == "cpu"
+
+
 def wait_for_a_worker(process: BaseProcess) -> int:
     """The process of a worker, as soon as there is one."""
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and process.is_alive():
-        workers = [each.pid for each in psutil.Process(process.pid).children(recursive=True) if is_share(each)]
-        if workers:
-            return workers[0]
-        time.sleep(0.02)
-    pytest.fail("no worker was seen at work")
+    workers: list[int] = []
+
+    def are_there() -> bool:
+        workers[:] = [each.pid for each in psutil.Process(process.pid).children(recursive=True) if is_share(each)]
+        return bool(workers)
+
+    wait_until(are_there, alive=process.is_alive)
+    return workers[0]
 
 
 def wait_for_lines(process: BaseProcess, path: Path, count: int) -> None:
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and process.is_alive():
-        if path.exists() and lines_of(path) >= count:
-            return
-        time.sleep(0.002)
-    pytest.fail(f"{path} has not {count} lines")
+    wait_until(lambda: path.exists() and lines_of(path) >= count, alive=process.is_alive)
 
 
 def lines_of(path: Path) -> int:

@@ -25,11 +25,17 @@ from model_preparation.search.journal import Journal
 from model_preparation.search.methods import Options
 from model_preparation.search.search import Search, search_layers
 from model_preparation.search.setup import Spec
-from tests.conftest import assert_refused, run_command
+from model_preparation.search_layers import _parser
+from tests.conftest import PACKAGE, assert_refused, run_command
 from tests.search.conftest import make_questions, write_task
 
 COMPARED = ("final_results", "base_score", "base_stderr", "pareto", "single_layer_results", "dropped", "failed")
 SMALL = Options(population=6, generations=2, patience=2, beam_width=2, top=3)
+
+
+def test_results_go_beside_the_package_by_default_wherever_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _parser().get_default("output_dir") == PACKAGE.parent / "searches" / "search"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,9 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
+from model_preparation import build_checkpoint, extract_layers
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.other_models import load_folder
+from model_preparation.modelscope_utils import get_model_modelscope
 from model_preparation.surgery.layer_store import LayerStore
+from model_preparation.surgery.llamba_init import init_llamba_base
+from model_preparation.surgery.model_layers import ModelLayers
+from model_preparation.surgery.sources import resolve
+from model_preparation.training.self_sampling import SelfSampler
 from tests.conftest import assert_refused, run_command, run_fresh_command
 
 
@@ -63,7 +71,7 @@ def test_the_command_extracts_chosen_layers_in_a_dtype(donor_dir, tmp_path):
         "extract_layers", "--model_name", donor_dir, "--output-dir", out, "--layers", 3, 1, "--dtype", "bfloat16"
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == f"Layers are in {out}"
+    assert result.stdout.splitlines()[-1] == f"Extracted layers are in {out}"
     assert sorted(path.name for path in out.glob("layer_*")) == ["layer_01.pt", "layer_03.pt"]
     assert all(tensor.dtype == torch.bfloat16 for tensor in torch.load(out / "layer_03.pt").values())
 
@@ -91,6 +99,130 @@ def test_sharded_and_pickled_donors_give_the_same_layers(donor_dir, layers_dir, 
         for index in range(4):
             assert found[index].keys() == wanted[index].keys()
             assert all(torch.equal(found[index][name], wanted[index][name]) for name in wanted[index])
+
+
+def renamed_donor(donor: Path, folder: Path, prefix: str, head: str | None = "lm_head.weight") -> Path:
+    """A copy of a donor whose tensors begin with `prefix` instead of "model.", beside an image's part."""
+    folder.mkdir()
+    for path in donor.iterdir():
+        shutil.copy(path, folder)
+    tensors = load_file(donor / "model.safetensors")
+    heads = {head: tensors.pop("lm_head.weight")} if head else {}
+    renamed = {prefix + name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    images = {"vision_tower.layers.0.input_layernorm.weight": torch.ones(3)} if prefix else {}
+    save_file(renamed | heads | images, folder / "model.safetensors")
+    if prefix:
+        text = json.loads((donor / "config.json").read_text())
+        outer = {"model_type": "llava", "vision_config": {}, "text_config": text}
+        (folder / "config.json").write_text(json.dumps(outer))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [
+        ("language_model.model.", "language_model.lm_head.weight"),
+        ("model.language_model.", "lm_head.weight"),
+        ("model.text_model.", "lm_head.weight"),
+    ],
+)
+def test_the_llama_in_a_multimodal_model_is_a_donor_like_any_other(donor_dir, layers_dir, tmp_path, prefix, head):
+    folder = renamed_donor(donor_dir, tmp_path / "donor", prefix, head)
+    extract_layers(str(folder), tmp_path / "layers")
+    for path in layers_dir.glob("*.pt"):
+        assert (tmp_path / "layers" / path.name).read_bytes() == path.read_bytes()
+    wanted, found = LayerStore(layers_dir), ModelLayers(resolve(str(folder)))
+    found.check([0, 3])
+    assert all(torch.equal(tensor, wanted[3][name]) for name, tensor in found[3].items())
+    for donor, base in ((donor_dir, "from_plain"), (folder, "base")):
+        init_llamba_base(str(donor), tmp_path / base)
+    weights = [tmp_path / base / "model.safetensors" for base in ("from_plain", "base")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    ids = torch.arange(20)[None]
+    (folder / "generation_config.json").write_text('{"eos_token_id": [257, 258]}')
+    plain, teacher = (load_folder(each, torch.float32) for each in (donor_dir, folder))
+    assert torch.equal(teacher(ids).logits, plain(ids).logits)
+    assert teacher.generation_config.eos_token_id == [257, 258]
+    assert get_model_modelscope(str(folder))[2:] == (2, 16)
+    config = found.config
+    drawn = [SelfSampler(each, config, "cpu").draw(2, 9, 0, lambda tokens: None) for each in (donor_dir, folder)]
+    assert torch.equal(*drawn)
+
+
+def test_a_donor_saved_without_its_head_gives_its_layers_and_no_more(donor_dir, layers_dir, tmp_path):
+    bare = tmp_path / "bare"
+    LlamaForCausalLM.from_pretrained(donor_dir).model.save_pretrained(bare)
+    shutil.copy(donor_dir / "tokenizer.json", bare)
+    extract_layers(str(bare), tmp_path / "layers")
+    for path in layers_dir.glob("*.pt"):
+        assert (tmp_path / "layers" / path.name).read_bytes() == path.read_bytes()
+    for use in (lambda: init_llamba_base(str(bare), tmp_path / "base"), lambda: load_folder(bare, None)):
+        with pytest.raises(
+            SurgeryError, match=r"no lm_head\.weight: .* as LlamaModel is\. .* saved from LlamaForCausalLM"
+        ):
+            use()
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "method"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
+        ({"quant_method": "awq"}, "AWQ"),
+        ({"quant_method": "fp8"}, "FP8"),
+        ({"quant_method": "torchao"}, "'torchao'"),
+    ],
+)
+def test_a_quantised_model_is_refused_by_the_name_of_its_method(
+    donor_dir, base_dir, layers_dir, tmp_path, fields, method
+):
+    for model in (donor_dir, base_dir):
+        folder = Path(shutil.copytree(model, tmp_path / model.name))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": fields}))
+    words = rf"config\.json says that this model is quantised by {method}\. Give the unquantised model"
+    with pytest.raises(SurgeryError, match=words):
+        extract_layers(str(tmp_path / donor_dir.name), tmp_path / "out")
+    with pytest.raises(SurgeryError, match=words):
+        init_llamba_base(str(tmp_path / donor_dir.name), tmp_path / "out")
+    with pytest.raises(SurgeryError, match=words):
+        build_checkpoint(str(tmp_path / base_dir.name), [1], layers_dir, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("qweight", torch.ones(4, 4, dtype=torch.int32), "int32 numbers, quantised by GPTQ or AWQ"),
+        ("g_idx", torch.ones(4, dtype=torch.int32), "int32 numbers, quantised by GPTQ"),
+        ("SCB", torch.ones(40), "int8 numbers, quantised by bitsandbytes"),
+        ("weight_scale_inv", torch.ones(1, 1), "float8_e4m3fn numbers, quantised by FP8"),
+        (None, None, "int8 numbers"),
+    ],
+)
+def test_quantised_tensors_are_refused_where_no_config_tells(donor_dir, tmp_path, name, tensor, words):
+    folder = tmp_path / "donor"
+    folder.mkdir()
+    shutil.copy(donor_dir / "config.json", folder)
+    tensors = load_file(donor_dir / "model.safetensors")
+    place = "model.layers.2.mlp.up_proj."
+    if "GPTQ" in words:
+        del tensors[f"{place}weight"]
+    else:
+        dtype = torch.int8 if "int8" in words else torch.float8_e4m3fn
+        tensors[f"{place}weight"] = tensors[f"{place}weight"].to(dtype)
+    if name:
+        tensors[place + name] = tensor
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(SurgeryError, match=words.partition(" ")[2]):
+        extract_layers(str(folder), tmp_path / "out")
+    if "FP8" not in words:
+        (folder / "model.safetensors").unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+        with pytest.raises(SurgeryError, match=words if "GPTQ" not in words else words.partition(", ")[2]):
+            extract_layers(str(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_llamba_s_layers_can_be_extracted(base_dir, tmp_path):
@@ -179,6 +311,8 @@ def test_bad_donors(donor_dir, tmp_path):
     out = tmp_path / "out"
     broken = tmp_path / "broken"
     assert_refused(run_command("extract_layers", "--output_dir", out), "--model_name is needed", code=2)
+    idle = run_command("extract_layers", "--output_dir", out, "--verify", "--layers", 1)
+    assert_refused(idle, "--layers has no effect where nothing is extracted", code=2)
     assert_refused(run_command("extract_layers", "--model_name", broken, "--output_dir", out), "broken is not there")
     shutil.copytree(donor_dir, broken)
     weights = broken / "model.safetensors"

@@ -22,6 +22,7 @@ from model_preparation.command_line import CommandParser
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery import hub_snapshots
 from model_preparation.surgery.sources import Source, add_source_flag, has_tokenizer, resolve, tokenizer_name
+from tests.conftest import HANG_SECONDS
 
 LLAMA = "LLM-Research/Meta-Llama-3.1-8B-Instruct"
 UNALIGNED = "goombalab/Llamba-8B-untied-unaligned"
@@ -253,7 +254,7 @@ def test_each_published_layout_of_weights_is_complete(files, tmp_path):
 @pytest.mark.parametrize(
     ("files", "lacking"),
     [
-        ({}, ["config.json", "weights (model.safetensors or pytorch_model.bin"]),
+        ({"README.md": b"#"}, ["config.json", "weights (model.safetensors or pytorch_model.bin"]),
         ({"config.json": CONFIG}, ["weights (model.safetensors or pytorch_model.bin"]),
         ({"model.safetensors": b""}, ["config.json"]),
         ({"config.json": CONFIG, "model.safetensors.index.json": index(*SHARDS)}, SHARDS),
@@ -434,7 +435,7 @@ def resolve_in_fresh_process(names: list[str], home: Path, **environment: str) -
         cwd=home,
         capture_output=True,
         text=True,
-        timeout=60,  # a guard against hanging, not a measurement
+        timeout=HANG_SECONDS,
         check=True,
     )
     return [json.loads(line) for line in process.stdout.splitlines() if line[:1] in '{"']

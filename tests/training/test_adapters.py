@@ -81,6 +81,7 @@ def test_merging_into_another_checkpoint_adds_scaled_b_times_a(lora, base_dir, l
     result = run_command(
         "heal_checkpoint",
         *("--checkpoint", tmp_path / "other", "--merge_adapter", lora / "adapter", "--output_dir", tmp_path / "merged"),
+        *("--format", "both"),
     )
     assert result.stdout.splitlines()[-1] == f"Merged checkpoint: {tmp_path / 'merged'}"
     assert verify_checkpoint(tmp_path / "merged") == []

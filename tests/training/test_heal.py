@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model_preparation import build_checkpoint, load_checkpoint, verify_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation import generate_text
 from model_preparation.files.digests import describe_files
+from model_preparation.surgery.checkpoint_info import formats_of
 from model_preparation.training.arguments import TRACKER_VERSIONS, check_tracker
 from model_preparation.training.heal_data import hold_out, load_sequences
 from model_preparation.training.resume_state import list_states, load_plain
@@ -151,6 +152,24 @@ def test_what_is_not_trained_stays_the_parents_bit_by_bit(heal, base_dir, layers
     assert healed == {name for name in origins(tmp_path / "out") if name.startswith(trained)}
     # The others are still compared with the base's.
     assert verify_checkpoint(tmp_path / "out", str(base_dir), layers_dir) == []
+
+
+def test_the_format_is_the_parents_or_the_one_asked_for(heal, healed, base_dir, layers_dir, tmp_path):
+    build_checkpoint(str(base_dir), [1, 3], layers_dir, tmp_path / "parent", format="hf")
+    for name, more, opens in (("hf", (), {"hf"}), ("both", ("--format", "both"), {"pt", "hf"})):
+        result = heal(tmp_path / name, "--checkpoint", tmp_path / "parent", *more)
+        assert result.returncode == 0, result.stderr
+        assert formats_of(info_of(tmp_path / name)) == opens
+        assert (tmp_path / name / "model.pt").is_file() == ("pt" in opens)
+        assert verify_checkpoint(tmp_path / name) == []
+        # The weights are those that healing gives in the other format.
+        digests = [json.loads((folder / "tensor_digests.json").read_text()) for folder in (tmp_path / name, healed)]
+        assert digests[0] == digests[1]
+        model, tokenizer = load_checkpoint(healed)
+        ids = tokenizer("hello", return_tensors="pt").input_ids
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert torch.equal(theirs(ids).logits, model(ids).logits)
+        assert AutoTokenizer.from_pretrained(tmp_path / name)("hello").input_ids == ids[0].tolist()
 
 
 def test_a_changed_tensor_of_a_healed_checkpoint_is_found(healed, tmp_path):
@@ -298,9 +317,12 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_in_no_state(heal, interval
     assert all(math.isfinite(loss) for state in states for loss in state.info["unlogged"]["losses"])
 
 
-def test_a_single_step_trains_and_a_worse_end_is_told(heal, tmp_path):
-    result = heal(tmp_path / "out", "--max_steps", 1, "--eval_interval", 1, "--learning_rate", 1.0)
+def test_a_single_step_trains_and_a_worse_end_is_told(flags, tmp_path):
+    (tmp_path / "out").mkdir()
+    more = ("--max_steps", 1, "--eval_interval", 1, "--learning_rate", 1.0, "--output_dir", ".")
+    result = run_command("heal_checkpoint", *flags, *more, cwd=tmp_path / "out")
     assert result.returncode == 0, result.stderr
+    assert list_states(tmp_path / "out_resume")[0]
     scores = info_of(tmp_path / "out")["healing"]["scores"]
     assert scores["after"]["eval_loss"] > scores["before"]["eval_loss"]
     assert "It is higher than before" in result.stdout
@@ -350,4 +372,15 @@ def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, check
     assert_refused(
         run_command("heal_checkpoint", "--data", short, "--checkpoint", "tiny_llamba", *merge[2:4]), "name of"
     )
+    of_training = [
+        ("--max_steps", 3),
+        ("--resume", "never"),
+        ("--prompt", "x"),
+        ("--milestones", "2=a"),
+        ("--clean_up",),
+    ]
+    of_training += [("--gpu", 0), ("--device", "cpu"), ("--source", "llama=x"), ("--teacher", "donor")]
+    for flag, *value in of_training:
+        refused = run_command("heal_checkpoint", *merge, healed, flag, *value)
+        assert_refused(refused, f"{flag} belongs to training, and --merge_adapter trains nothing", code=2)
     assert list(tmp_path.iterdir()) == [short]

@@ -289,7 +289,11 @@ def test_folders_that_are_no_checkpoints(tmp_path, checkpoint, base_dir):
     assert_refused(run_command("verify_checkpoint", tmp_path / "none"), "is not there")
     assert_refused(run_command("verify_checkpoint", base_dir), "no checkpoint_info.json")
     assert_refused(run_command("verify_checkpoint", checkpoint, "--base", tmp_path / "none"), "is not there")
-    assert_refused(run_command("verify_checkpoint", checkpoint, "--files_only", "--base", base_dir), code=2)
+    for flags, words in (
+        (("--files_only", "--base", base_dir), "--base goes with tensors"),
+        (("--source", f"llama={base_dir}"), "--source belongs to --base"),
+    ):
+        assert_refused(run_command("verify_checkpoint", checkpoint, *flags), words, code=2)
     (checkpoint / "checkpoint_info.json").write_text("{}")
     assert [fault.where for fault in verify_checkpoint(checkpoint)] == ["checkpoint_info.json"] * 2
 

@@ -1,0 +1,63 @@
+"""Text that people wrote, as editors save it on any system: UTF-8 with a byte-order mark or without, any line ends."""
+
+import codecs
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+_MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's does
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def decode(data: bytes) -> str:
+    """The text in `data`, without the mark.
+
+    Raises:
+        ValueError: saying what it is instead of UTF-8, and what to do; the caller knows the file's name.
+    """
+    _check_beginning(data[:4])
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+
+
+def read_text(path: Path) -> str:
+    """The text in a file, each line ended by a newline alone.
+
+    Raises:
+        ValueError: as `decode`.
+        OSError: if it cannot be read.
+    """
+    return decode(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Open a file that is too large to be read at once; what it gives is as from `read_text`.
+
+    Raises:
+        ValueError: as `decode`, at the latest when that place is reached.
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        _check_beginning(file.read(4))
+    try:
+        with path.open(encoding="utf-8-sig") as text:
+            yield text
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+
+
+def _check_beginning(beginning: bytes) -> None:
+    name = next((name for mark, name in _MARKS.items() if beginning.startswith(mark)), None)
+    if len(beginning) == 4 and b"\0\0" in (beginning[::2], beginning[1::2]):  # two letters of UTF-16 without its mark
+        name = name or "UTF-16"
+    if name is not None:
+        raise ValueError(f"it is {name} text, which some editors call Unicode; save it as UTF-8")

@@ -1,0 +1,147 @@
+"""The device a command runs on: flags, what Ray or a launcher gives, and one line that says which.
+
+No GPU is needed: a stand-in says of CUDA what torch would on a machine with two.
+"""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from model_preparation.batch import ray_jobs
+from model_preparation.batch.jobs import Job
+from model_preparation.devices import choose_device
+from model_preparation.errors import SurgeryError
+from model_preparation.search import remote
+from model_preparation.search.setup import Spec
+from model_preparation.training.arguments import training_arguments
+from model_preparation.training.settings import HealSettings
+from model_preparation.training.step_size import StepSize
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Two GPUs, of which CUDA_VISIBLE_DEVICES may show fewer; the devices that torch was set to."""
+    chosen: list[torch.device] = []
+    empty = torch.empty
+
+    def count() -> int:
+        return len([each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",") if each])
+
+    def empty_there(*size, device=None, **options):
+        place = torch.device("cpu" if device is None else device)
+        if place.type == "cuda" and (place.index or 0) >= count():
+            raise RuntimeError("CUDA error: invalid device ordinal")
+        return empty(*size, device="cpu" if place.type == "cuda" else place, **options)
+
+    monkeypatch.setattr(torch, "empty", empty_there)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count() > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", count)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: f"GPU number {place.index}")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: chosen.append(torch.device(place)))
+    for name in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "WORLD_SIZE", "RANK", "MODEL_PREPARATION_DEVICE"):
+        monkeypatch.delenv(name, raising=False)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "device", "told"),
+    [
+        ({}, {}, "cuda:0", "cuda:0 (GPU number 0)"),
+        ({}, {"gpu": 1}, "cuda:1", "cuda:1 (GPU number 1)"),
+        ({}, {"device": "cuda"}, "cuda:0", "cuda:0 (GPU number 0)"),
+        ({}, {"device": "cuda:1"}, "cuda:1", "cuda:1 (GPU number 1)"),
+        ({}, {"device": "cpu:0"}, "cpu", "cpu"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, {}, "cpu", "cpu (torch sees no CUDA device)"),
+        # A Ray job: its own GPU is the only one it sees, or it is to leave those alone that it sees.
+        ({"MODEL_PREPARATION_DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": "1"}, {}, "cuda:0", "cuda:0 (GPU number 0)"),
+        ({"MODEL_PREPARATION_DEVICE": "cpu"}, {}, "cpu", "cpu"),
+        # torchrun and accelerate: a GPU for each process, and the first of them speaks.
+        (
+            {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"},
+            {},
+            "cuda:0",
+            "cuda:0 (GPU number 0), a GPU for each of 2 processes",
+        ),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1"}, {"device": "cuda"}, "cuda:1", None),
+    ],
+)
+def test_the_device_is_chosen_and_told_once(two_gpus, monkeypatch, capsys, environment, flags, device, told):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert choose_device(**flags) == device
+    assert capsys.readouterr().out == ("" if told is None else f"Device       {told}\n")
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "words"),
+    [
+        ({}, {"gpu": 2}, "GPU 2 does not exist: torch sees CUDA devices 0 to 1 here"),
+        ({}, {"device": "cuda:7"}, "--device cuda:7 cannot be used here: CUDA error: invalid device ordinal"),
+        # Ray gave the job a GPU, and torch there cannot use it: no reason to go on with the CPU in silence.
+        ({"MODEL_PREPARATION_DEVICE": "cuda", "CUDA_VISIBLE_DEVICES": ""}, {}, "--device cuda cannot be used here"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, {"gpu": 0}, "gives each of its 2 processes a GPU"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, {"device": "cuda:0"}, "gives each of its 2 processes a GPU"),
+    ],
+)
+def test_a_device_that_cannot_be_had_is_refused(two_gpus, monkeypatch, environment, flags, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SurgeryError, match=words):
+        choose_device(**flags)
+
+
+@pytest.mark.parametrize(("asked", "found"), [("cuda", "cuda:0"), ("cpu", "cpu")])
+def test_a_worker_of_a_search_computes_where_the_search_says(two_gpus, monkeypatch, tmp_path, asked, found):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # as Ray sets it
+    monkeypatch.chdir(tmp_path)
+    made = []
+    scorer = SimpleNamespace(base=dict, layer_passes=0.0)
+    monkeypatch.setattr(
+        remote, "Setup", lambda spec: made.append(spec) or SimpleNamespace(scorer=lambda chosen: scorer)
+    )
+    spec = Spec(base="b", llama_layers_dir="l", tasks=("t",), folder=str(tmp_path), device=asked, device_here="cpu")
+    remote.Share(spec, str(tmp_path), 1, [0]).base()
+    assert [(each.device, each.device_here) for each in made] == [(asked, found)]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "found", "told"),
+    [
+        (2, None, 1, "a GPU from Ray for each job"),
+        (2, "cuda", 1, "a GPU from Ray for each job"),
+        (2, "cpu", 0, "the CPU for each job"),
+        (0, None, 0, "the CPU for each job (the Ray cluster has no GPU)"),
+    ],
+)
+def test_the_jobs_of_a_cluster_are_given_what_the_flag_says(capsys, tmp_path, gpus, device, found, told):
+    cluster = SimpleNamespace(cluster_resources=lambda: {"CPU": 4, **({"GPU": gpus} if gpus else {})})
+    assert ray_jobs.gpus_per_job(cluster, device) == found
+    assert capsys.readouterr().out == f"Device       {told}\n"
+    order = ray_jobs._order(Job("name", tmp_path / "script.py", ()), {}, with_gpu=found > 0)
+    assert order.launch.variables["MODEL_PREPARATION_DEVICE"] == ("cuda" if found else "cpu")
+
+
+def test_a_gpu_that_the_cluster_lacks_is_refused():
+    cluster = SimpleNamespace(cluster_resources=lambda: {"CPU": 4})
+    with pytest.raises(SurgeryError, match="--device cuda is given, and the Ray cluster has no GPU"):
+        ray_jobs.gpus_per_job(cluster, "cuda")
+
+
+@pytest.fixture
+def no_accelerate_state():
+    """Nothing of accelerate's for the processes that other tests fork from this one."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_healing_runs_on_the_gpu_that_was_named(two_gpus, no_accelerate_state, tmp_path):
+    size = StepSize(accumulation=1, sequences=4, sequences_at_start=4)
+    args = training_arguments(HealSettings(), tmp_path, "run", size, 1, "cuda:1", resumed=False)
+    assert args.device == torch.device("cuda:1")
+    assert two_gpus[-1] == torch.device("cuda:1")
+    assert args.n_gpu == 1
+    with pytest.raises(SurgeryError, match="would run on cuda, not on --device mps"):
+        training_arguments(HealSettings(), tmp_path, "run", size, 1, "mps", resumed=False)
