@@ -18,10 +18,11 @@ import torch
 
 from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.methods import Options
-from model_preparation.search.search import Search, donor_layers, search_layers
+from model_preparation.search.search import DONOR_LAYERS, Search, search_layers
 from model_preparation.search.setup import Setup, Spec
 from model_preparation.search.space import Space
 from model_preparation.surgery.graft import empty_model, grafted_config
+from model_preparation.surgery.layer_store import extract_layers
 from model_preparation.surgery.model_configs import read_config
 
 
@@ -39,7 +40,8 @@ def main() -> None:
     if args.output_dir.exists():
         parser.error(f"{args.output_dir} exists already: what is in it would not be evaluated anew")
     torch.set_num_threads(1)
-    layers_dir = donor_layers(args.donor, args.output_dir)
+    layers_dir = args.output_dir / DONOR_LAYERS
+    extract_layers(args.donor, layers_dir)
 
     def spec(name: str) -> Spec:
         folder = str(args.output_dir / name)

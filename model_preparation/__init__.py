@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from model_preparation.versions import __version__ as __version__
 
 if TYPE_CHECKING:
     from model_preparation.comparison.compare import compare_evaluations

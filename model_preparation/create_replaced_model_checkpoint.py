@@ -41,7 +41,7 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--from_info",
         metavar="FILE",
-        help="build the checkpoint that this checkpoint_info.json describes, and confirm every digest; of the flags "
+        help="build the checkpoint that this checkpoint_info.json describes, and confirm its digests; of the flags "
         "below, only where things are, --device, --overwrite and --source count",
     )
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="the checkpoint folder to write")
@@ -130,7 +130,7 @@ def rebuild(recipe: str, target: Path, args: argparse.Namespace, device: str) ->
     """What the command does with --from_info."""
     from model_preparation.surgery import recipe as recipes
 
-    differing = recipes.rebuild(
+    notes = recipes.rebuild(
         recipe,
         target,
         args.llama_layers_dir,
@@ -140,10 +140,7 @@ def rebuild(recipe: str, target: Path, args: argparse.Namespace, device: str) ->
         sources=args.source,
     )
     print(f"Every tensor is as {recipe} says.")
-    if differing:
-        print(f"Other versions of torch, transformers or this package wrote other bytes around them: {differing}")
-    else:
-        print("So is every other byte, but for the time of creation.")
+    print("\n".join(notes or ["So is every other byte, but for the time of creation."]))
     print(f"Checkpoint is in {target}")
 
 

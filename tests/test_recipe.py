@@ -1,9 +1,11 @@
 """A checkpoint is its recipe: the same bytes whenever and wherever it is built, from checkpoint_info.json alone too."""
 
+import hashlib
 import json
 import shutil
 
 import pytest
+import torch
 
 from model_preparation import extract_layers
 from tests.conftest import assert_refused, run_command, run_fresh_command
@@ -95,14 +97,19 @@ def test_what_is_not_as_the_recipe_says_is_named(recipe, base_dir, layers_dir, t
 
     digest = "0" * 64
     of_base = changed("base_model", "files", "pytorch_model.bin", "blake3", to=digest)
-    assert_refused(rebuilt(of_base), "The base's pytorch_model.bin is not the recipe's")
-    of_donor = changed("replacement_source", "layers", "3", to=digest)
+    assert_refused(rebuilt(of_base), "is not the recipe's base (pytorch_model.bin: other contents)")
+    of_donor = changed("digests", "donor_layers", "3", to=digest)
     assert_refused(rebuilt(of_donor), "layer_03.pt is not the layer of the recipe")
     of_file = changed("files", "model.pt", "sha256", to=digest)
     assert_refused(rebuilt(of_file), "What was built is not what the recipe says: model.pt")
-    of_tensors = changed("files", "tensor_digests.json", "sha256", to=digest)
+    of_tensors = changed("digests", "weights", to=digest)
     of_tensors["versions"]["torch"] = "1.0"
-    assert_refused(rebuilt(of_tensors), "tensor_digests.json differ. It was built with torch", "instead of 1.0")
+    assert_refused(rebuilt(of_tensors), "What was built is not the recipe's model (weights: other contents)")
+    of_config = changed("config", "llama_cfg", "rms_norm_eps", to=0.5)
+    assert_refused(rebuilt(of_config), "config llama_cfg rms_norm_eps: 0.5 there, 0.0001 now")
+    of_tokenizer = changed("files", "tokenizer/tokenizer.json", "sha256", to=digest)
+    of_tokenizer["code"]["package"] = digest
+    assert_refused(rebuilt(of_tokenizer), "tokenizer/tokenizer.json differ")
     elsewhere = changed("base_model", "path", to="relative")
     assert_refused(rebuilt(elsewhere), "which is not here. Say where it is by --base")
     short = {key: value for key, value in recipe.items() if key != "replacement_source"}
@@ -139,4 +146,51 @@ def test_other_versions_of_the_programs_are_no_fault(recipe, layers_dir, tmp_pat
     result = build(*flags, "--output_dir", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "Every tensor is as" in result.stdout
-    assert "wrote other bytes around them: ['tokenizer/tokenizer_config.json']" in result.stdout
+    assert "wrote other bytes around them, in tokenizer/tokenizer_config.json (transformers: 4.0 there" in result.stdout
+
+
+def test_recipes_of_other_code_and_of_old_versions_give_the_model(base_dir, layers_dir, checkpoint_dir, tmp_path):
+    """As commits of the first day wrote them, and as one of another day writes a folder for transformers."""
+
+    def rebuilt(recipe: dict, name: str) -> str:
+        (tmp_path / f"{name}.json").write_text(json.dumps(recipe))
+        flags = ["--from_info", tmp_path / f"{name}.json", "--llama_layers_dir", layers_dir]
+        result = build(*flags, "--output_dir", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    flags = ["--base", base_dir, "--llama_layers_dir", layers_dir, "--layers", "1", "3", "--format", "hf"]
+    assert build(*flags, "--output_dir", tmp_path / "hf").returncode == 0
+    other = json.loads((tmp_path / "hf" / "checkpoint_info.json").read_text())
+    other["code"]["modeling_llamba.py"] = other["files"]["modeling_llamba.py"]["sha256"] = "0" * 64
+    del other["files"]["ssd.py"]
+    other |= {"mmlu_score": 0.5, "mmlu_result": {"score": 0.5, "model": {"weights": other["digests"]["weights"]}}}
+    told = rebuilt(other, "other")
+    assert "wrote other bytes around them, in modeling_llamba.py, ssd.py (modeling_llamba.py: other contents)" in told
+    assert json.loads((tmp_path / "other" / "checkpoint_info.json").read_text())["mmlu_score"] == 0.5
+    other["mmlu_result"]["model"]["weights"] = "1" * 64
+    assert "Its MMLU score is left out" in rebuilt(other, "scored")
+    info = json.loads((tmp_path / "scored" / "checkpoint_info.json").read_text())
+    assert (info["mmlu_score"], "mmlu_result" in info) == (None, False)
+
+    first = json.loads((checkpoint_dir / "checkpoint_info.json").read_text())
+    for name in ("digests", "code", "format", "tokenizer_source"):
+        del first[name]
+    del first["files"]["tensor_digests.json"]
+    first["versions"]["model_preparation"] = "0.1.0"
+    first["config"] |= {"architectures": None, "_name_or_path": str(base_dir)}
+    for name in ("model.pt", "model_state_dict.pt"):
+        first["files"][name]["sha256"] = "0" * 64
+    for name, entry in first["base_model"]["files"].items():
+        del entry["blake3"]
+        entry["sha256"] = hashlib.sha256((base_dir / name).read_bytes()).hexdigest()
+    for index in first["replacement_source"]["layers"]:
+        path = tmp_path / f"layer_{index:0>2}.pt"
+        torch.save({name: tensor.clone() for name, tensor in torch.load(layers_dir / path.name).items()}, path)
+        first["replacement_source"]["layers"][index] = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert "in model.pt, model_state_dict.pt (model_preparation: 0.1.0 there, 0.2.0 now)" in rebuilt(first, "first")
+    assert (tmp_path / "first" / "model.pt").read_bytes() == (checkpoint_dir / "model.pt").read_bytes()
+    first["replacement_source"]["layers"]["3"] = "0" * 64
+    (tmp_path / "first.json").write_text(json.dumps(first))
+    flags = ["--from_info", tmp_path / "first.json", "--llama_layers_dir", layers_dir, "--output_dir", tmp_path / "no"]
+    assert_refused(build(*flags), "layer_03.pt is not the layer of the recipe: its tensors are others")

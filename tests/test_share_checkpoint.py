@@ -202,6 +202,15 @@ def test_a_branch_is_written_to_and_named_in_the_card(which, hub, llama_checkpoi
         assert_refused(result, "has no branch v3", "--revision")
 
 
+def test_a_score_of_other_weights_is_not_shared(hub, checkpoint):
+    measured = {"score": 0.5, "settings": {}, "model": {"weights": "0" * 64}}
+    change_info(checkpoint, lambda info: info.update(mmlu_score=0.5, mmlu_result=measured))
+    result = share(checkpoint, "--what", "recipe", "--licence", "apache-2.0")
+    assert result.returncode == 0, result.stderr
+    shared = json.loads(hub.modelscope[REPO].branches["master"]["checkpoint_info.json"])
+    assert (shared["mmlu_score"], "mmlu_result" in shared) == (None, False)
+
+
 def test_a_recipe_is_a_few_kilobytes_without_this_machines_paths(hub, checkpoint):
     assert str(checkpoint.parents[1]).encode() in (checkpoint / "checkpoint_info.json").read_bytes()
     result = share(checkpoint, "--what", "recipe", "--licence", "apache-2.0")

@@ -1,19 +1,21 @@
 """Whether a complete checkpoint is the one that a list asks for, by what its checkpoint_info.json says.
 
-In: its folder, a combination, and the flags of create_replaced_model_checkpoint.py. Out: what differs, in words. No
-weights are read and no hub is asked, so what cannot be known that way counts as equal.
+In: its folder, a combination, and the flags of create_replaced_model_checkpoint.py. Out: what differs, in words. A base
+on this disk is known by its files' digests. No hub is asked: a base from there is known by its id and, where both name
+one, its revision.
 """
 
 import argparse
-import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from model_preparation.batch.combinations import Combination
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.checkpoint_info import INFO, read_info
-from model_preparation.surgery.sources import target_named
+from model_preparation.files.identity import differences as differences_of
+from model_preparation.surgery.checkpoint_info import INFO, TOKENIZER, read_info
+from model_preparation.surgery.sources import folder_named, has_tokenizer, target_named
 from model_preparation.untrusted.untrusted_files import read_json
 
 
@@ -23,7 +25,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def differences(folder: Path, combination: Combination, flags: argparse.Namespace) -> list[str]:
-    """In what the checkpoint is another than asked for: layers, format, dtype, base, donor; none if it is the one.
+    """In what the checkpoint is another than asked for: layers, format, dtype, base, donor's layers, tokenizer.
 
     Args:
         folder: a complete checkpoint.
@@ -33,21 +35,16 @@ def differences(folder: Path, combination: Combination, flags: argparse.Namespac
         SurgeryError: if its checkpoint_info.json cannot be read.
     """
     info = read_info(folder)
-    found = []
-    if info["replaced_layers"] != list(combination.layers):
-        found.append(f"its layers are {_words(info['replaced_layers'])}, not {_words(combination.layers)}")
-    format = flags.format or "pt"
-    if info.get("format") not in (format, "both"):
-        found.append(f"its format is {info.get('format')}, not {format}")
-    if flags.dtype is not None and info.get("dtype") != flags.dtype:
-        found.append(f"its dtype is {info.get('dtype')}, not {flags.dtype}")
-    asked = flags.base or "unaligned_llamba"
-    recorded = info.get("base_model")
-    if not isinstance(recorded, dict) or not _may_be(recorded, asked, flags.source):
-        found.append(f"its base is {_name(recorded)}, not {asked}")
-    if _is_of_another_donor(info, Path(flags.llama_layers_dir).expanduser()):
-        found.append(f"its replaced layers are not those in {flags.llama_layers_dir}")
-    return found
+    recorded = {"layers": info["replaced_layers"], "format": info.get("format", "pt"), "dtype": info.get("dtype")}
+    asked = {**recorded, "layers": list(combination.layers), "dtype": flags.dtype or recorded["dtype"]}
+    if recorded["format"] != "both":
+        asked["format"] = flags.format or "pt"
+    found = differences_of(recorded, asked)
+    name = flags.base or "unaligned_llamba"
+    layers_dir = Path(flags.llama_layers_dir).expanduser()
+    found += [f"base {each}" for each in _of_base(info.get("base_model"), target_named(name, flags.source))]
+    found += [f"donor's layer {each} in {layers_dir}" for each in _of_donor(info, layers_dir)]
+    return found + _of_tokenizer(info, [flags.tokenizer, name], layers_dir, flags.source)
 
 
 def remarks(folder: Path, combination: Combination) -> list[str]:
@@ -61,44 +58,54 @@ def remarks(folder: Path, combination: Combination) -> list[str]:
     return found
 
 
-def _may_be(recorded: Mapping[str, Any], asked: str, sources: Mapping[str, str]) -> bool:
-    """Whether a base recorded in a checkpoint may be what `asked` stands for today."""
-    target = target_named(asked, sources)
-    folder = Path(os.path.expanduser(target))
-    if folder.is_dir():
-        if recorded.get("hub") != "local":
-            return recorded.get("name") == asked
-        # The same path, or the same name where the models were moved as a whole.
-        return recorded.get("id") == Path(os.path.abspath(folder)).name and _sizes_fit(recorded.get("files"), folder)
-    if recorded.get("hub") == "local":
-        return recorded.get("name") == asked
+def _of_base(recorded: Any, target: str) -> list[str]:
+    """In what a base recorded in a checkpoint differs from what `target` stands for today."""
+    if not isinstance(recorded, dict):
+        return ["not recorded"]
+    if folder := folder_named(target):
+        from model_preparation.surgery.model_digests import digests_as_recorded
+
+        try:
+            return [f"{each} in {folder}" for each in differences_of(*digests_as_recorded(recorded["files"], folder))]
+        except (KeyError, TypeError, AttributeError):
+            return ["its files are not recorded"]
     hub, colon, repository = target.rpartition(":")
-    return recorded.get("id") == repository.partition("@")[0] and (not colon or recorded.get("hub") == hub)
+    name, _, revision = repository.partition("@")
+    there = f"{recorded.get('hub')}:{recorded.get('id')}"
+    asked = f"{hub if colon else recorded.get('hub')}:{name}"
+    if re.fullmatch("[0-9a-f]{40}", revision):  # of a branch or tag only the hub knows what it is
+        there, asked = f"{there}@{recorded.get('revision')}", f"{asked}@{revision}"
+    return differences_of({"id": there}, {"id": asked})
 
 
-def _sizes_fit(files: Any, folder: Path) -> bool:
-    """Whether every recorded file is in the folder, with as many bytes."""
-    try:
-        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, AttributeError, KeyError, TypeError):
-        return False
-
-
-def _is_of_another_donor(info: Mapping[str, Any], layers_dir: Path) -> bool:
-    """Whether `layers_dir` has other layers than those the checkpoint was made of; False where it has none."""
+def _of_donor(info: Mapping[str, Any], layers_dir: Path) -> list[str]:
+    """In which layers a folder differs from those the checkpoint was made of; none where it has none."""
     try:
         extracted = read_json(layers_dir / "metadata.json")["layers"]
-        used = info["replacement_source"]["layers"]
-        return any(extracted[index]["sha256"] != digest for index, digest in used.items() if index in extracted)
+        there = info["replacement_source"]["layers"]
+        odd = differences_of(there, {index: entry["sha256"] for index, entry in extracted.items()}, of_both=True)
+        if odd and "digests" in info:  # the same tensors may be in a file of other bytes
+            from model_preparation.surgery.layer_store import LayerStore
+            from model_preparation.surgery.model_digests import digest_of_layers
+
+            there = info["digests"]["donor_layers"]
+            odd = differences_of(there, digest_of_layers(LayerStore(layers_dir), map(int, there)))
+        return odd
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SurgeryError):
-        return False  # a folder that cannot be used is the build's to report
+        return []  # a folder that cannot be used is the build's to report
 
 
-def _name(recorded: Any) -> str:
-    if not isinstance(recorded, dict):
-        return "not recorded"
-    return str(recorded.get("path") or recorded.get("id") or recorded.get("name"))
+def _of_tokenizer(
+    info: Mapping[str, Any], names: Sequence[str | None], layers_dir: Path, sources: Mapping[str, str]
+) -> list[str]:
+    """Whether the tokenizer is another, where that was recorded (since 0.2.0) and the one asked for is on this disk."""
+    from model_preparation.surgery.model_digests import digest_of_tokenizer
+    from model_preparation.untrusted.tokenizer_files import load_tokenizer
 
-
-def _words(layers: Any) -> str:
-    return " ".join(map(str, layers)) or "none"
+    asked, base = (None if name is None else target_named(name, sources) for name in names)
+    folders = [folder_named(asked)] if asked else [folder_named(str(base)), layers_dir / TOKENIZER]
+    folder = next((folder for folder in folders if folder is not None and has_tokenizer(folder)), None)
+    there = info.get("digests", {}).get("tokenizer")
+    if folder is None or there is None or (asked is None and folders[0] is None):
+        return []
+    return differences_of({"tokenizer": there}, {"tokenizer": digest_of_tokenizer(load_tokenizer(folder))})

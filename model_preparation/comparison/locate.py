@@ -16,7 +16,7 @@ from typing import Any
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.results_folder import SETTINGS
 from model_preparation.evaluation.scored_model import find_model
-from model_preparation.evaluation.weights import weights_digest
+from model_preparation.files.identity import differences
 from model_preparation.surgery.checkpoint_info import EVALUATIONS, EVALUATIONS_ASIDE, INFO, read_info
 from model_preparation.untrusted.untrusted_files import read_json
 
@@ -107,10 +107,10 @@ def _check_weights(evaluation: EvaluationFiles) -> None:
     if evaluation.checkpoint is None or not settings.is_file():
         return
     checkpoint = evaluation.checkpoint
-    now = weights_digest(find_model(checkpoint), checkpoint / EVALUATIONS)
-    if read_json(settings).get("weights") != now:
+    if odd := differences(read_json(settings).get("model", {}), find_model(checkpoint).inputs):
         raise SurgeryError(
-            f"{settings.parent} holds results of other weights than {checkpoint} has now. Evaluate it again: "
+            f"{settings.parent} holds results of another model than {checkpoint} is now ({'; '.join(odd)}). "
+            "Evaluate it again: "
             f"python test_checkpoint.py --checkpoint {checkpoint} --full_eval and the flags of that evaluation."
         )
 

@@ -27,8 +27,7 @@ from model_preparation.evaluation.results_folder import ResultsFolder
 from model_preparation.evaluation.score_entry import enter_score, is_read_only
 from model_preparation.evaluation.scored_model import find_model
 from model_preparation.evaluation.scoring import ScoringLM
-from model_preparation.evaluation.tasks import MMLU, Tasks, is_mmlu, load_tasks, name_of, quiet
-from model_preparation.evaluation.weights import weights_digest
+from model_preparation.evaluation.tasks import MMLU, Tasks, is_mmlu, load_tasks, name_of, quiet, short_name
 from model_preparation.files.timestamps import creation_time
 from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.untrusted.untrusted_files import without_links
@@ -67,9 +66,10 @@ def evaluate_checkpoint(
         sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Returns:
-        As `evaluate_model`; and `weights` (a digest), `date`, `results_dir` (the folder of this evaluation), `kept`
-        (whether all was there already), `entered` (whether checkpoint_info.json has this score now), `put_aside` (where
-        results of other weights went that were in that folder, if there were any).
+        As `evaluate_model`; and `model` (digests of weights, config and tokenizer), `weights` (one of all these),
+        `date`, `results_dir` (the folder of this evaluation), `kept` (whether all was there already), `entered`
+        (whether checkpoint_info.json has this score now); if results of another model were in that folder, `put_aside`
+        (where they went) and `differing` (in what that model differs, in words).
 
     Raises:
         SurgeryError: as `load_checkpoint` and `evaluate_model`; what can be checked is, before the model is loaded.
@@ -86,8 +86,7 @@ def evaluate_checkpoint(
         "device": "parallelize" if parallelize else torch.device(device).type,
         "dtype": scored.dtype if dtype is None else str(dtype).removeprefix("torch."),
     }
-    weights = weights_digest(scored, root)
-    results = ResultsFolder(root, settings, weights)
+    results = ResultsFolder(root, settings, scored.inputs)
 
     def load(advance: Callable[[int], None]) -> ScoringLM:
         return _scoring(*scored.load(device, dtype, parallelize), batch_size, advance)
@@ -104,16 +103,17 @@ def evaluate_checkpoint(
             kept = result is not None and not lm.asked and result["asked"] == asked
             if not kept:
                 files = results.publish(tracker, found, samples)
-                result = {**_summary(found, loaded), "settings": settings, "weights": weights, "date": creation_time()}
+                model = {"weights": results.weights, "model": results.model}
+                result = {**_summary(found, loaded), "settings": settings, **model, "date": creation_time()}
                 results.finish({**result, "asked": asked}, files)
     assert result is not None
     result = {name: value for name, value in result.items() if name not in ("asked", "files", "info_sha256")}
     result |= {"results_dir": str(results.folder), "kept": kept, "entered": False}
     if results.put_aside is not None:
-        result["put_aside"] = str(results.put_aside)
-    if scored.is_checkpoint and loaded.names == (MMLU,):
+        result |= {"put_aside": str(results.put_aside), "differing": results.differing}
+    if scored.is_checkpoint:
         try:
-            result["entered"] = enter_score(scored.folder, result)
+            result["entered"] = enter_score(scored.folder, result, is_mmlu=loaded.names == (MMLU,))
         except OSError as error:
             if results_dir is None or not is_read_only(error):
                 raise
@@ -200,7 +200,7 @@ def settings_of(
     if num_fewshot is None and all(map(is_mmlu, loaded.names)):
         num_fewshot = 0  # its definitions leave that open, and lm-eval takes none
     return {
-        "tasks": list(loaded.names),
+        "tasks": [short_name(name) for name in loaded.names],
         "limit": limit,
         "num_fewshot": num_fewshot,
         "batch_size": batch_size,

@@ -49,7 +49,7 @@ def evaluate_and_print(tasks: Tasks, args: argparse.Namespace, *, device: str, d
     if args.result_json is not None:
         write_file(args.result_json.expanduser(), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     if "put_aside" in result:
-        print(f"Put aside    results of other weights, to {result['put_aside']}")
+        print(f"Put aside    results of another model ({'; '.join(result['differing'])}), to {result['put_aside']}")
     if result["kept"]:
         print("Kept         all of it was evaluated before, with these settings and weights")
     else:

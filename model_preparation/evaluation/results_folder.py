@@ -2,12 +2,12 @@
 
 In: the settings. Out: `TASKS-DIGEST/`, the same name for the same settings whatever the checkpoint, held by one run at
 a time, with
-    settings.json            what was asked of which weights
+    settings.json            what was asked of which model
     answers/KIND.TASK.json   a record per task, as it is finished
     MODEL/                   lm-eval's own files: results_DATE.json, samples_TASK_DATE.jsonl
     result.json              the scores; written last, so the evaluation is finished if it is there
-All but lm-eval's files are sealed JSON (files/seal.py). Each appears whole or not at all. What is there of other
-weights is put aside, as `TASKS-DIGEST.of-weights-DIGEST/`, and comes back with them.
+All but lm-eval's files are sealed JSON (files/seal.py). Each appears whole or not at all. What is there of another
+model (weights, config, tokenizer) is put aside, as `TASKS-DIGEST.of-weights-DIGEST/`, and comes back with them.
 """
 
 import contextlib
@@ -19,10 +19,9 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from blake3 import blake3
-
 from model_preparation.errors import SurgeryError
 from model_preparation.files.digests import FILE_FIELDS, describe_files, fault_of
+from model_preparation.files.identity import differences, digest_of
 from model_preparation.files.new_file import write_file
 from model_preparation.files.new_folder import check_space, sync_tree
 from model_preparation.files.partial_folder import Hold, take
@@ -46,25 +45,29 @@ class ResultsFolder:
 
     Args:
         root: the folder that the evaluations of a checkpoint are in.
-        settings: everything that decides on the scores beside the weights; `tasks` is among it.
-        weights: the digest of the weights.
+        settings: everything that decides on the scores beside the model; `tasks` is among it.
+        model: what decides on the model's answers, by digests; see `ScoredModel.inputs`.
 
     Attributes:
-        put_aside: where results of other weights went that were in `folder`, once it is held.
+        weights: one digest of `model`.
+        put_aside: where results of another model went that were in `folder`, once it is held.
+        differing: in what that model differs, in words.
     """
 
-    def __init__(self, root: Path, settings: Mapping[str, Any], weights: str):
+    def __init__(self, root: Path, settings: Mapping[str, Any], model: Mapping[str, Any]):
         self.settings = dict(settings)
-        self.weights = weights
-        digest = blake3(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-        names = "+".join(Path(name).name for name in settings["tasks"])
+        self.model = dict(model)
+        self.weights = digest_of(model)
+        digest = digest_of(settings)[:12]
+        names = "+".join(settings["tasks"])
         self.folder = root / f"{_SAFE.sub('_', names)[:60]}-{digest}"
         self.put_aside: Path | None = None
+        self.differing: list[str] = []
         self._hold: Hold | None = None
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other runs out, and put results of other weights aside.
+        """Keep other runs out, and put results of another model aside.
 
         Raises:
             SurgeryError: if another run is at it, or the folder holds results of other settings.
@@ -76,7 +79,7 @@ class ResultsFolder:
             (self.folder / ANSWERS).mkdir(parents=True, exist_ok=True)
             for unfinished in self.folder.rglob("*.partial-*"):  # of runs that were killed
                 unfinished.unlink()
-            self._write(SETTINGS, {"settings": self.settings, "weights": self.weights})
+            self._write(SETTINGS, {"settings": self.settings, "weights": self.weights, "model": self.model})
             yield
         finally:
             for entry in self._hold.entries():
@@ -153,14 +156,14 @@ class ResultsFolder:
         found = self._read(SETTINGS)
         if found is None:
             return
-        if found["settings"] != self.settings:
-            names = sorted(self.settings.keys() | found["settings"].keys())
-            odd = [name for name in names if self.settings.get(name) != found["settings"].get(name)]
+        if odd := differences(found["settings"], self.settings):
             raise SurgeryError(
-                f"{self.folder} holds results of other settings ({', '.join(odd)} differ): somebody renamed it. "
+                f"{self.folder} holds results of other settings ({'; '.join(odd)}): somebody renamed it. "
                 "Move it elsewhere, or choose another --results_dir."
             )
-        if found["weights"] != self.weights:
+        # Before 0.2.0, what the model was is not told apart.
+        self.differing = differences(found.get("model", {"weights": found["weights"]}), self.model)
+        if self.differing:
             self.put_aside = self._aside(found["weights"])
             self.folder.rename(self.put_aside)
             if self._aside(self.weights).is_dir():

@@ -1,7 +1,8 @@
 """A measured MMLU score, entered into the checkpoint it belongs to.
 
 In: the checkpoint's folder and the result. Out: `mmlu_score` and `mmlu_result` in its checkpoint_info.json, sealed
-anew; the file is the old one or the new one, whatever happens.
+anew; the file is the old one or the new one, whatever happens. A score of other weights than the checkpoint has now
+does not stay.
 """
 
 import errno
@@ -11,23 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.identity import differences
 from model_preparation.files.new_file import write_file
 from model_preparation.files.partial_folder import take
 from model_preparation.files.seal import seal
 from model_preparation.surgery.checkpoint_info import INFO, read_info
 
-_PARTS = ("score", "stderr", "questions", "lm_eval_version", "settings", "weights", "date")
+_PARTS = ("score", "stderr", "questions", "lm_eval_version", "settings", "weights", "model", "date")
 _WAIT_SECONDS = 10  # for another evaluation of the same checkpoint that enters its score just now
 
 
-def enter_score(directory: Path, result: Mapping[str, Any]) -> bool:
+def enter_score(directory: Path, result: Mapping[str, Any], *, is_mmlu: bool = True) -> bool:
     """Enter an MMLU score with where it comes from; returns whether it is there now.
 
-    A score that was measured over more questions stays; one that somebody gave when the checkpoint was built does not.
+    A score of the same model over more questions stays; one of another model does not, nor one that somebody gave when
+    the checkpoint was built.
 
     Args:
         directory: the checkpoint's folder.
         result: as `evaluate_checkpoint` returns it.
+        is_mmlu: whether it is of MMLU; a result of other tasks only tells what the model is now.
 
     Raises:
         OSError, SurgeryError: if checkpoint_info.json cannot be written.
@@ -38,11 +42,15 @@ def enter_score(directory: Path, result: Mapping[str, Any]) -> bool:
     try:
         info = read_info(directory)
         before = info.get("mmlu_result")
-        if before is not None and before["questions"] > measured["questions"]:
-            return False
-        if before != measured:
-            write_file(path, seal({**info, "mmlu_score": result["score"], "mmlu_result": measured}))
-        return True
+        is_current = not differences((before or {}).get("model", {}), measured["model"])
+        if is_mmlu and not (before and is_current and before["questions"] > measured["questions"]):
+            if before != measured:
+                write_file(path, seal({**info, "mmlu_score": result["score"], "mmlu_result": measured}))
+            return True
+        if before and not is_current:
+            without = {name: value for name, value in info.items() if name != "mmlu_result"}
+            write_file(path, seal({**without, "mmlu_score": None}))
+        return False
     finally:
         hold.release()
 

@@ -6,6 +6,7 @@ it is loaded. No code that lies in a folder is run.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.other_models import OtherModel, load_other
+from model_preparation.files.identity import digest_of, digests_of_files
 from model_preparation.files.names import name_of
-from model_preparation.surgery.checkpoint_info import EVALUATIONS, INFO, STATE_DICT, read_info
+from model_preparation.surgery.checkpoint_info import EVALUATIONS, INFO, MODULE, STATE_DICT, TOKENIZER, read_info
 from model_preparation.surgery.checkpoint_loading import load_checkpoint
-from model_preparation.surgery.sources import has_tokenizer, resolve, tokenizer_name
+from model_preparation.surgery.model_digests import digest_of_checkpoint
+from model_preparation.surgery.sources import has_tokenizer, resolve, tokenizer_files, tokenizer_name
 from model_preparation.untrusted.no_model import snapshot_in, what_it_is
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.untrusted.untrusted_files import read_json
@@ -31,8 +34,9 @@ class ScoredModel:
         name: of the folder of its results.
         config: as its JSON file has it.
         dtype: of the weights, as torch spells it.
-        weight_files: what is read of it, by name.
-        tokenizer: the folder of its tokenizer; None for a checkpoint, which has its own.
+        weight_files: those of its weights, by name.
+        tokenizer: the folder of its tokenizer.
+        is_checkpoint: whether it was built by this package.
     """
 
     name: str
@@ -40,11 +44,24 @@ class ScoredModel:
     config: dict[str, Any]
     dtype: str
     weight_files: list[str]
-    tokenizer: Path | None
+    tokenizer: Path
+    is_checkpoint: bool
 
-    @property
-    def is_checkpoint(self) -> bool:
-        return self.tokenizer is None
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """What decides on its answers, by digests, as it is now.
+
+        Raises:
+            OSError: if a file is missing or cannot be read.
+        """
+        if self.is_checkpoint:
+            inputs = {"weights": digest_of_checkpoint(self.folder)}
+            if (self.folder / MODULE).is_file():  # it is not read here, but the score is said to be its too
+                inputs |= digests_of_files([self.folder / MODULE])
+        else:
+            inputs = {"weights": digest_of(digests_of_files(self.folder / name for name in self.weight_files))}
+        tokenizer = digest_of(digests_of_files(tokenizer_files(self.tokenizer)))
+        return {**inputs, "config": digest_of(self.config), "tokenizer": tokenizer}
 
     def results_root(self, results_dir: str | Path | None) -> Path:
         """The folder of all its evaluations: of its name in `results_dir`, by default in the checkpoint's own folder.
@@ -64,7 +81,7 @@ class ScoredModel:
         self, device: str | torch.device, dtype: torch.dtype | None, parallelize: bool
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Model and tokenizer; the arguments are those of `load_checkpoint`."""
-        if self.tokenizer is None:
+        if self.is_checkpoint:
             return load_checkpoint(self.folder, device=device, dtype=dtype, parallelize=parallelize)
         other = OtherModel(self.name, self.folder, is_checkpoint=False)
         return load_other(other, load_tokenizer(self.tokenizer), device=device, dtype=dtype, parallelize=parallelize)
@@ -98,7 +115,8 @@ def find_model(
                     what_it_is(folder) or f"{folder / name} is missing. Copy it, or build the checkpoint again."
                 )
         _check_needed(tokenizer, folder)
-        return ScoredModel(name_of(folder), folder, info["config"], info["dtype"], files, None)
+        own = folder if is_hf else folder / TOKENIZER
+        return ScoredModel(name_of(folder), folder, info["config"], info["dtype"], files, own, True)
     name, folder = name_of(given), resolve(str(given), overrides=sources).folder
     if has_tokenizer(folder):
         _check_needed(tokenizer, folder)
@@ -110,7 +128,7 @@ def find_model(
     config = read_json(folder / "config.json")
     files = [path.name for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)]
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "as stored")
-    return ScoredModel(name, folder, config, dtype, files, own)
+    return ScoredModel(name, folder, config, dtype, files, own, False)
 
 
 def _check_needed(tokenizer: str | None, folder: Path) -> None:

@@ -61,7 +61,7 @@ class Tasks:
         manager: lm-eval's, which evaluates the `items`.
         items: tasks and groups, one or several per name.
         questions: MMLU's, if any of it is among them.
-        digests: of task definitions that are not lm-eval's own, by the path given.
+        digests: of task definitions that are not lm-eval's own, by the last part of the path given.
     """
 
     names: tuple[str, ...]
@@ -131,7 +131,8 @@ def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num
                     tasks.items += _load_mmlu(name, tasks.questions)
                 elif _path_of(name).exists():
                     tasks.items += _load_path(_path_of(name))
-                    tasks.digests[name] = _digest(_path_of(name))
+                    short = short_name(name)
+                    tasks.digests[name if short in tasks.digests else short] = _digest(_path_of(name))
                 else:
                     tasks.items += _load_stock(name)
             except _OUT_OF_REACH as error:
@@ -175,6 +176,11 @@ class _Unread(ConfigurableTask):
 
     def __init__(self, config: dict[str, Any]):
         self._config = TaskConfig(**config)
+
+
+def short_name(name: str) -> str:
+    """A task's name, or the last part of a path: the same tasks are the same wherever they lie."""
+    return Path(name).resolve().name
 
 
 def _path_of(name: str) -> Path:
@@ -273,12 +279,12 @@ def _mentions(path: Path, name: str) -> bool:
 
 
 def _digest(path: Path) -> str:
-    """BLAKE3 over the files of a folder of task definitions, or of one definition."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    """BLAKE3 over the files of a folder of task definitions; of one definition, it and what it may include or call."""
+    folder = path if path.is_dir() else path.parent
+    found = path.rglob("*") if path.is_dir() else [path, *folder.glob("*.yaml"), *folder.glob("*.py")]
     digest = blake3()
-    for file in files:
-        if "__pycache__" not in file.parts:
-            digest.update(f"{file.relative_to(path)}\0{blake3(file.read_bytes()).hexdigest()}\n".encode())
+    for file in sorted({file for file in found if file.is_file() and "__pycache__" not in file.parts}):
+        digest.update(f"{file.relative_to(folder)}\0{blake3(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

@@ -7,18 +7,17 @@ In: base, donor, tasks, a method. Out: OUTPUT_DIR with
 """
 
 import contextlib
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import check_settings
+from model_preparation.files.identity import differences, digest_of
 from model_preparation.files.new_file import write_file
 from model_preparation.files.seal import seal
 from model_preparation.files.timestamps import creation_time
@@ -39,6 +38,8 @@ from model_preparation.search.setup import Setup, Spec
 from model_preparation.search.space import Space
 from model_preparation.surgery.layer_store import METADATA, LayerStore, extract_layers
 from model_preparation.surgery.model_configs import type_and_depth
+from model_preparation.surgery.model_digests import digest_of_layers
+from model_preparation.surgery.model_layers import ModelLayers
 from model_preparation.surgery.sources import resolve
 from model_preparation.untrusted.untrusted_files import without_links
 
@@ -77,18 +78,18 @@ def search_layers(
     """
     check_first(spec, search, overwrite=overwrite)
     folder = Path(spec.folder)
-    if spec.llama_layers_dir is None and not dry_run and (folder / DONOR_LAYERS / METADATA).is_file():
-        assert spec.donor is not None
-        spec = replace(spec, llama_layers_dir=str(donor_layers(spec.donor, folder)))
+    is_to_extract = spec.llama_layers_dir is None and not dry_run
+    if is_to_extract and has_donor_layers(spec, overwrite=overwrite):
+        spec, is_to_extract = replace(spec, llama_layers_dir=str(folder / DONOR_LAYERS)), False
     setup = Setup(spec)
     space = Space(setup.pair.layers, search.least, search.most, known_gains(search, setup.pair.layers, say))
-    if spec.llama_layers_dir is None and not dry_run:  # only now, as it takes as much disk as the donor
+    if not overwrite:  # a dry run reads no weights
+        check_earlier(folder, {"settings": setup.settings, **({} if dry_run else {"inputs": setup.inputs})})
+    if is_to_extract:  # only now, as it takes as much disk as the donor
         assert spec.donor is not None
-        setup.take_extracted(donor_layers(spec.donor, folder, spec.sources))
+        extract_layers(spec.donor, folder / DONOR_LAYERS, sources=spec.sources, overwrite=overwrite)
+        setup.take_extracted(folder / DONOR_LAYERS)
     with contextlib.nullcontext() if dry_run else contextlib.closing(Journal(folder / JOURNAL)) as journal:
-        settings = {**setup.settings, **({} if journal is None else {"digests": setup.digests})}
-        if not overwrite:
-            check_earlier(folder, settings, "settings")
         for line in describe(setup, search, space):
             say(line)
         if journal is None:
@@ -108,7 +109,7 @@ def check_first(spec: Spec, search: Search, *, overwrite: bool = False) -> None:
     if search.prior is not None:
         read_single_layers(Path(search.prior))
     if not overwrite:
-        check_earlier(folder, _asked(spec, search), "search")
+        check_earlier(folder, {"search": _asked(spec, search)})
     check_tasks(spec.tasks)
     base = resolve(spec.base, overrides=spec.sources).folder
     _, total = type_and_depth(base)
@@ -129,17 +130,25 @@ def check_output(folder: Path) -> None:
         )
 
 
-def donor_layers(donor: str, output_dir: Path, sources: Mapping[str, str] | None = None) -> Path:
-    """The donor's layers beside the search's results, extracted if they are not there."""
-    folder = output_dir / DONOR_LAYERS
+def has_donor_layers(spec: Spec, *, overwrite: bool) -> bool:
+    """Whether the donor's layers are beside the search's results.
+
+    Raises:
+        SurgeryError: if the layers there are those of another donor, and not to be replaced.
+    """
+    folder = Path(spec.folder) / DONOR_LAYERS
     if not (folder / METADATA).is_file():
-        extract_layers(donor, folder, sources=sources)
-    elif LayerStore(folder).metadata["model_name"] != donor:
+        return False
+    assert spec.donor is not None
+    there, donor = LayerStore(folder), ModelLayers(resolve(spec.donor, overrides=spec.sources))
+    asked = digest_of_layers(donor, range(donor.config.num_hidden_layers))
+    odd = differences({"layer": digest_of_layers(there, there.layers)}, {"layer": asked})
+    if odd and not overwrite:
         raise SurgeryError(
-            f"{folder} holds the layers of {LayerStore(folder).metadata['model_name']}, not of {donor}. "
-            "Choose another --output_dir."
+            f"{folder} holds the layers of another donor than {spec.donor} is now: {'; '.join(odd[:3])}"
+            f"{', ...' * (len(odd) > 3)}. Choose another --output_dir, or add --overwrite."
         )
-    return folder
+    return not odd
 
 
 def _check(spec: Spec, search: Search) -> None:
@@ -171,11 +180,11 @@ def _check_budget(search: Search, before: int) -> None:
 
 
 def _digest(setup: Setup) -> str:
-    """Of everything that decides on an evaluation."""
-    content = {"settings": setup.settings, "objective": setup.spec.objective, **setup.digests}
-    if setup.spec.objective == KL:
-        content["donor"] = setup.spec.donor
-    return blake3(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    """Of everything that decides on an evaluation; all of the donor does only where candidates are compared with it."""
+    inputs = dict(setup.inputs)
+    if setup.spec.objective != KL:
+        del inputs["donor"]
+    return digest_of({"settings": setup.settings, "objective": setup.spec.objective, **inputs})[:16]
 
 
 def known_gains(search: Search, total: int, say: Callable[[str], None] = lambda line: None) -> dict[int, float]:
@@ -201,7 +210,7 @@ def known_gains(search: Search, total: int, say: Callable[[str], None] = lambda 
 
 def _asked(spec: Spec, search: Search) -> dict[str, Any]:
     """What decides on the result and is known before anything is loaded, as it stands in the result."""
-    return {**search.described(), "objective": spec.objective, "donor": _place(spec.donor)}
+    return {**search.described(), "objective": spec.objective}
 
 
 def _place(name: str | None) -> str | None:
@@ -251,13 +260,14 @@ def _donor(setup: Setup, scorer: Scorer, journal: Journal, digest: str, objectiv
     """The donor's own score on the same questions, if the donor is at hand; journaled like all others."""
     if setup.spec.donor is None:
         return None
+    kept_as = f"{digest} donor {setup.inputs['donor']}"
     for entry in journal.entries:
-        if entry.get("settings") == f"{digest} donor":
+        if entry.get("settings") == kept_as:
             return entry["donor"]
     values = np.array(list(setup.questions.values(scorer.donor_answers()).values()))
     stderr = Objective(ACCURACY, objective.strata).stderr(values)
     donor = {"accuracy": float(values.mean()), "stderr": stderr}
-    journal.append({"settings": f"{digest} donor", "donor": donor})
+    journal.append({"settings": kept_as, "donor": donor})
     return donor
 
 
@@ -288,6 +298,7 @@ def _result(
         "failed": [{"layers": list(layers), "reason": reason} for layers, reason in evaluations.failed.items()],
         "statistics": {**evaluations.statistics(), "budget_spent": spent},
         "search": _asked(spec, search),
-        "settings": {**setup.settings, "digests": setup.digests},
+        "settings": setup.settings,
+        "inputs": setup.inputs,
         "date": creation_time(),
     }

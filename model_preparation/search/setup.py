@@ -17,7 +17,6 @@ from model_preparation.evaluation.evaluate import SEED, settings_of
 from model_preparation.evaluation.other_models import OtherModel, load_other
 from model_preparation.evaluation.scoring import Answer, ScoringLM, answers_of
 from model_preparation.evaluation.tasks import load_tasks, quiet
-from model_preparation.files.digests import blake3_of
 from model_preparation.search.boundaries import BoundaryStore
 from model_preparation.search.cached_scoring import CachedScorer, References
 from model_preparation.search.objective import KL
@@ -25,6 +24,7 @@ from model_preparation.search.pair import load_pair
 from model_preparation.search.question_set import BatchResult, QuestionSet
 from model_preparation.surgery import graft
 from model_preparation.surgery.layer_store import LayerStore
+from model_preparation.surgery.model_digests import digest_of_layers, digest_of_model, digest_of_tokenizer
 from model_preparation.surgery.model_layers import ModelLayers
 from model_preparation.surgery.sources import donor_name, resolve
 
@@ -99,11 +99,18 @@ class Setup:
         self.planned = _plan(self.spec)
 
     @cached_property
-    def digests(self) -> dict[str, Any]:
-        """Of the weights and the questions."""
-        base = {path.name: blake3_of(path) for path in graft.base_paths(self.planned)}
-        donor = {str(index): entry["sha256"] for index, entry in sorted(self.planned.donor.layers.items())}
-        return {"base": base, "donor_layers": donor, "questions": self.questions.digest}
+    def inputs(self) -> dict[str, Any]:
+        """What the answers are computed from, beside the settings, by digests."""
+        donor = None
+        if self.spec.donor is not None:
+            donor = digest_of_model(resolve(self.spec.donor, overrides=self.spec.sources).folder)
+        return {
+            "base": digest_of_model(self.planned.base.folder),
+            "donor": donor,
+            "donor_layers": digest_of_layers(self.planned.donor, self.planned.layers),
+            "tokenizer": digest_of_tokenizer(self.pair.tokenizer),
+            "questions": self.questions.digest,
+        }
 
     def scorer(self, chosen: Sequence[int] | None = None) -> CachedScorer:
         """What scores sets of layers on all batches, or on `chosen` ones."""

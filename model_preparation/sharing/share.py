@@ -22,8 +22,16 @@ from model_preparation.files.seal import seal
 from model_preparation.files.text import read_text
 from model_preparation.sharing.hub_uploads import HUBS
 from model_preparation.sharing.licences import check_name, licence_of, terms_of
-from model_preparation.sharing.model_card import card_text, read_card
-from model_preparation.surgery.checkpoint_info import EVALUATIONS, INFO, MODULE, STATE_DICT, TOKENIZER, read_info
+from model_preparation.sharing.model_card import MEASURED, card_text, read_card
+from model_preparation.surgery.checkpoint_info import (
+    EVALUATIONS,
+    INFO,
+    MODULE,
+    STATE_DICT,
+    TOKENIZER,
+    current_score,
+    read_info,
+)
 from model_preparation.surgery.hub_snapshots import first_line
 from model_preparation.untrusted.no_model import stand_in, what_it_is
 
@@ -100,6 +108,12 @@ def plan_share(
         terms = terms_of(info, licence)
         check_name(repo, terms)
         shared = _without_paths(info)
+        if shared.get(MEASURED, {}).get("model"):  # since 0.2.0
+            from model_preparation.surgery.model_digests import recorded_weights  # imports torch
+
+            if current_score(shared, recorded_weights(directory)) is None:
+                del shared[MEASURED]  # measured on weights that were in the place of those recorded
+                shared["mmlu_score"] = None
         if what != "recipe":
             shared |= {"files": recorded, "format": what}
         if card_content is None:

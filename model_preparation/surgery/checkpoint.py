@@ -11,13 +11,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-import transformers
 from rich.filesize import decimal
 from transformers import PreTrainedTokenizerBase
 
-import model_preparation
 from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
 from model_preparation.files.beside import Beside
@@ -42,10 +39,12 @@ from model_preparation.surgery.checkpoint_readme import readme_text
 from model_preparation.surgery.graft import GraftPlan, base_paths, empty_model, plan
 from model_preparation.surgery.hf_folder import HfFolder
 from model_preparation.surgery.model_configs import heads_of, read_generation_config
+from model_preparation.surgery.model_digests import digest_of_layers, digest_of_tokenizer, recorded_weights
 from model_preparation.surgery.pt_folder import PtFolder
 from model_preparation.surgery.store_folder import STORE
 from model_preparation.surgery.trial import try_out
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.versions import code_digests, versions
 
 _SMALL_FILES_BYTES = 64_000_000  # tokenizer, JSON and README, generously
 
@@ -105,7 +104,7 @@ def write(
         output_dir: appears whole or not at all.
         description: free text for people.
         score: an MMLU score known beforehand, as a fraction of 1.
-        measured: `mmlu_result` of a checkpoint with the same weights, if that score was measured.
+        measured: `mmlu_result` of a checkpoint, if that score was measured; of other weights, no score is entered.
         device: where the trial forward pass runs; what is written is always on the CPU.
         format: "pt" for model.pt and model_state_dict.pt, "hf" for what transformers opens without this package (see
             hf_folder.py; the shards of untouched layers are shared with the checkpoints beside it), or "both".
@@ -162,8 +161,14 @@ def write(
             hf_folder.write_rest(staging, tokenizer, generation_config)
         _write_json(staging / TENSOR_DIGESTS, _tensor_digests(graft, digests))
         info |= {"format": format, "files": files}
+        info["digests"] = {
+            "weights": recorded_weights(staging),
+            "donor_layers": digest_of_layers(graft.donor, graft.layers),
+            "tokenizer": digest_of_tokenizer(tokenizer),
+        }
         if measured is not None:
-            info["mmlu_result"] = dict(measured)
+            is_of_these = measured.get("model", {}).get("weights") == info["digests"]["weights"]
+            info |= {"mmlu_result": dict(measured)} if is_of_these else {"mmlu_score": None}
         (staging / README).write_text(readme_text(info), encoding="utf-8")
         info["files"] |= describe_files(staging, excluded=info["files"])
         sealed = seal(info)
@@ -272,12 +277,8 @@ def _info(
         "mmlu_score": score,
         "config": graft.config.file_fields(),
         "generation_config": generation_config,
-        "versions": {
-            "model_preparation": model_preparation.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-        },
+        "versions": versions(),
+        "code": code_digests(),
     }
 
 

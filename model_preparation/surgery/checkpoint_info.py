@@ -70,6 +70,16 @@ def formats_of(info: Mapping[str, Any]) -> set[str]:
     return {"pt", "hf"} if info.get("format") == "both" else {str(info.get("format", "pt"))}
 
 
+def current_score(info: Mapping[str, Any], weights: str) -> float | None:
+    """The MMLU score in a checkpoint_info.json, unless it was measured on other weights than these.
+
+    Args:
+        weights: as `digest_of_checkpoint` or `recorded_weights` gives it.
+    """
+    measured = info.get("mmlu_result") or {}
+    return info.get("mmlu_score") if measured.get("model", {}).get("weights", weights) == weights else None
+
+
 def check_format(format: str) -> None:
     """Raise SurgeryError for what is no format of checkpoints."""
     if format not in FORMATS:

@@ -33,6 +33,7 @@ from model_preparation.surgery.model_code import (
 )
 from model_preparation.untrusted.untrusted_files import read_json, regular_file
 from model_preparation.verification.verify import inspect
+from model_preparation.versions import code_digests
 
 _CONFIG = "config.json"
 
@@ -135,4 +136,4 @@ def _write_anew(folder: Path, info: Mapping[str, Any], changed: list[str]) -> No
         "to": {name: entry["sha256"] for name, entry in after.items()},
     }
     updates = [*info.get(CODE_UPDATES, []), update]
-    (folder / INFO).write_bytes(seal({**info, "files": files, CODE_UPDATES: updates}))
+    (folder / INFO).write_bytes(seal({**info, "files": files, "code": code_digests(), CODE_UPDATES: updates}))

@@ -43,6 +43,7 @@ from model_preparation.tensors.tensor_ranges import TensorRange, pt_ranges
 from model_preparation.terminal import escaped
 from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.untrusted_files import check_fields, inside, read_json, regular_file
+from model_preparation.versions import versions
 
 # transformers is imported where it is used, its models above all: seconds that writing does not wait for.
 if TYPE_CHECKING:
@@ -195,8 +196,6 @@ def complete_folder(
         source: where it came from, as `Source.as_dict` says it.
         generation_config: the fields of its generation_config.json, if there is one.
     """
-    import transformers
-
     config = parts.config
     if parts.rotary is not None:
         write_together({staging / ROTARY: parts.rotary}, {})  # unlike torch.save, it tells a full disk as OSError
@@ -216,7 +215,7 @@ def complete_folder(
         "layers": described,
         "files": describe_files(staging, excluded={entry["file"] for entry in described.values()}),
         "extraction_time": creation_time(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
     }
     (staging / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
     return metadata

@@ -25,6 +25,7 @@ class ModelLayers(LayerStore):
     def __init__(self, source: Source):
         self.folder = source.folder
         self.metadata = {"source": source.as_dict()}
+        self.layers = {}  # none is extracted
         self.config = read_config(source.folder)
         self._files = LlamaFiles(source.folder)
 

@@ -5,6 +5,7 @@ checkpoint's folder, or the error that names the first thing that is not what th
 donor can be handed a checkpoint by its recipe alone.
 """
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,21 @@ from typing import Any
 import torch
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.digests import sha256_of
+from model_preparation.files.identity import differences
 from model_preparation.surgery.checkpoint import write
 from model_preparation.surgery.checkpoint_info import INFO, README, TENSOR_DIGESTS, read_info_file
-from model_preparation.surgery.graft import plan
+from model_preparation.surgery.graft import GraftPlan, plan
 from model_preparation.surgery.layer_store import METADATA, LayerStore, extract_layers
+from model_preparation.surgery.model_digests import digest_of_layers, digests_as_recorded
 
 _PROGRAMS = ("model_preparation", "torch", "transformers")  # what decides on bytes that are not tensors'
+# Of the config, what decides on what the model computes.
+_CONFIG = (
+    *("d_model", "n_layer", "vocab_size", "tie_embeddings", "norm_epsilon"),
+    *("mlp_cfg", "ssm_cfg", "llama_layers", "llama_cfg"),
+)
+_OF_TOKENIZERS = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
 
 
 def rebuild(
@@ -43,8 +53,7 @@ def rebuild(
         sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Returns:
-        Names of files that differ although every tensor is the recipe's, as other versions of torch, transformers or
-        this package made them; none as a rule.
+        Sentences on what is otherwise although model and tokenizer are the recipe's, and why; none as a rule.
 
     Raises:
         SurgeryError: if the recipe cannot be read, base or donor cannot be had or are not those of the recipe, or the
@@ -56,11 +65,11 @@ def rebuild(
             f"{recipe} is of a checkpoint that was healed, whose weights no recipe gives. Copy the checkpoint itself, "
             f"or rebuild the one it was healed from, {info.get('parent', {}).get('id', 'its parent')}, and heal that."
         )
-    differing: list[str] = []
+    notes: list[str] = []
     try:
-        donor, layers, dtype = info["replacement_source"], info["replaced_layers"], getattr(torch, info["dtype"])
-        store = _donor_layers(Path(llama_layers_dir).expanduser(), donor, layers, sources)
-        tokenizer = info["tokenizer_source"]
+        layers, dtype = info["replaced_layers"], getattr(torch, info["dtype"])
+        store = _donor_layers(Path(llama_layers_dir).expanduser(), info, sources)
+        tokenizer = info.get("tokenizer_source")  # the first recipes have none
         graft = plan(
             base or target_of(info["base_model"], "--base"),
             layers,
@@ -69,20 +78,22 @@ def rebuild(
             dtype=dtype,
             sources=sources,
         )
-        write(
+        written = write(
             graft,
             output_dir,
             description=info["description"],
             score=info["mmlu_score"],
             measured=info.get("mmlu_result"),
             device=device,
-            format=info["format"],
+            format=info.get("format", "pt"),
             overwrite=overwrite,
-            confirm=lambda found: differing.extend(_differing(found, info)),
+            confirm=lambda found: notes.extend(_programs_differing(found, info, graft)),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise SurgeryError(f"{recipe} lacks what a recipe needs ({error!r}). Copy it again.") from error
-    return differing
+    if written["mmlu_score"] != info["mmlu_score"]:
+        notes.append("Its MMLU score is left out: it was not measured on these weights. Evaluate the checkpoint.")
+    return notes
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -102,9 +113,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise SurgeryError(f"{path} is no recipe. Give a checkpoint's {INFO}. ({error})") from error
 
 
-def _donor_layers(
-    folder: Path, donor: Mapping[str, Any], layers: list[int], sources: Mapping[str, str] | None
-) -> LayerStore:
+def _donor_layers(folder: Path, info: Mapping[str, Any], sources: Mapping[str, str] | None) -> LayerStore:
+    donor, layers = info["replacement_source"], info["replaced_layers"]
     if not (folder / METADATA).is_file() and donor.get("legacy"):
         raise SurgeryError(
             f"The recipe's donor, {donor['id']}, was imported from old layer files, and {folder} holds no layers. "
@@ -113,14 +123,27 @@ def _donor_layers(
     if not (folder / METADATA).is_file():
         extract_layers(target_of(donor, "--llama_layers_dir"), folder, layers=layers, sources=sources)
     store = LayerStore(folder)
+    tensors = info.get("digests", {}).get("donor_layers")  # since 0.2.0
     for index in layers:
-        store.path(index)
-        if store.layers[index]["sha256"] != donor["layers"][str(index)]:
+        path, recorded = store.path(index), donor["layers"][str(index)]
+        if tensors is not None:
+            is_it = digest_of_layers(store, [index]) == {str(index): tensors[str(index)]}
+        else:
+            is_it = store.layers[index]["sha256"] == recorded or _sha256_of_old_file(store, index) == recorded
+        if not is_it:
             raise SurgeryError(
-                f"{store.path(index)} is not the layer of the recipe: its SHA-256 is {store.layers[index]['sha256']}, "
-                f"the recipe's {donor['layers'][str(index)]}. Give another --llama_layers_dir, or an empty one."
+                f"{path} is not the layer of the recipe: its tensors are others. "
+                "Give another --llama_layers_dir, or an empty one."
             )
     return store
+
+
+def _sha256_of_old_file(store: LayerStore, index: int) -> str:
+    """The SHA-256 of the file that the first versions made of these tensors, by torch.save."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / store.path(index).name
+        torch.save({name: tensor.clone() for name, tensor in store[index].items()}, path)
+        return sha256_of(path)
 
 
 def target_of(source: Mapping[str, Any], flag: str) -> str:
@@ -141,26 +164,42 @@ def _name_of(source: Mapping[str, Any]) -> str:
     return source.get("path") or source["id"] + (f" at revision {source['revision']}" if source["revision"] else "")
 
 
-def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Compare what was written with the recipe; raises unless other versions of the programs explain what differs."""
-    for name, entry in wanted["base_model"]["files"].items():
-        if found["base_model"]["files"].get(name) != entry:
-            raise SurgeryError(
-                f"The base's {name} is not the recipe's (its digest differs). Take the base that the recipe names, "
-                f"{_name_of(wanted['base_model'])}, by --base."
-            )
-    names = sorted(found["files"].keys() | wanted["files"].keys())
-    odd = [name for name in names if found["files"].get(name) != wanted["files"].get(name)]
-    if any(found[source]["id"] != wanted[source]["id"] for source in ("base_model", "replacement_source")):
-        odd = [name for name in odd if name != README]  # it names them as they are called here
-    versions = [
-        f"{program} {found['versions'][program]} instead of {wanted['versions'][program]}"
-        for program in _PROGRAMS
-        if found["versions"][program] != wanted["versions"][program]
-    ]
-    if odd and (TENSOR_DIGESTS in odd or not versions):
+def _programs_differing(found: Mapping[str, Any], wanted: Mapping[str, Any], graft: GraftPlan) -> list[str]:
+    """What was written against the recipe: a note where files differ because programs do; raises if the model does."""
+    odd = differences(*digests_as_recorded(wanted["base_model"]["files"], graft.base.folder))
+    if odd:
         raise SurgeryError(
-            f"What was built is not what the recipe says: {', '.join(odd[:5])} differ. "
-            + (f"It was built with {', '.join(versions)}; install those versions." if versions else "Copy it again.")
+            f"{graft.base.folder} is not the recipe's base ({'; '.join(odd)}). Take the base that the recipe names, "
+            f"{_name_of(wanted['base_model'])}, by --base."
         )
-    return odd
+    odd = differences(_model_of(wanted), _model_of(found), of_both=True)
+    if odd:
+        raise SurgeryError(f"What was built is not the recipe's model ({'; '.join(odd)}). Give the recipe's donor.")
+    names = sorted(found["files"].keys() | wanted["files"].keys())
+    files = [name for name in names if found["files"].get(name) != wanted["files"].get(name)]
+    if any(found[source]["id"] != wanted[source]["id"] for source in ("base_model", "replacement_source")):
+        files = [name for name in files if name != README]  # it names them as they are called here
+    files = [name for name in files if name != TENSOR_DIGESTS]  # compared above, by what it says
+    programs = differences(_programs_of(wanted), _programs_of(found), of_both=True)
+    is_same_library = wanted["versions"].get("transformers") == found["versions"]["transformers"]
+    unexplained = [name for name in files if not programs or (is_same_library and name.startswith(_OF_TOKENIZERS))]
+    if unexplained:
+        raise SurgeryError(
+            f"What was built is not what the recipe says: {', '.join(unexplained[:5])} differ, and the programs that "
+            "write them are the same. Copy the recipe again, and take the recipe's base and donor."
+        )
+    if not files:
+        return []
+    return [f"Other programs wrote other bytes around them, in {', '.join(files)} ({'; '.join(programs)})."]
+
+
+def _model_of(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model is, as far as a checkpoint_info.json says it; the first ones name base and layers only."""
+    config = {name: info["config"].get(name) for name in _CONFIG}
+    tensors = info["files"].get(TENSOR_DIGESTS)
+    older = {} if tensors is None else {TENSOR_DIGESTS: tensors["sha256"]}
+    return {"config": config, **({"weights": info["digests"]["weights"]} if "digests" in info else {}), **older}
+
+
+def _programs_of(info: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: info["versions"].get(name) for name in _PROGRAMS} | info.get("code", {})

@@ -147,6 +147,14 @@ def target_named(name: str, overrides: Mapping[str, str] | None = None) -> str:
     return _look_up(name, overrides or {})[1]
 
 
+def folder_named(target: str) -> Path | None:
+    """The folder of a target that is on this disk by itself, or in this package; None for what a hub has."""
+    if target.startswith(_EMBEDDED_PREFIX):
+        return _embedded_source(target.removeprefix(_EMBEDDED_PREFIX)).folder
+    folder = Path(os.path.expanduser(target))
+    return folder if folder.is_dir() else None
+
+
 def names_behind(name: str, overrides: Mapping[str, str] | None = None) -> list[str]:
     """The names of `TABLE` that `resolve` would look up on its way."""
     return _look_up(name, overrides or {})[0]

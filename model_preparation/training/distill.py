@@ -12,14 +12,12 @@ from typing import Any
 
 import rich.progress
 import torch
-import transformers
 from torch import Tensor
 from transformers import LlamaConfig
 
-import model_preparation
 from model_preparation.batch.jobs import Job, Runner
 from model_preparation.errors import SurgeryError
-from model_preparation.files.digests import blake3_of
+from model_preparation.files.identity import digests_of_files
 from model_preparation.files.new_folder import check_space, check_target, new_folder
 from model_preparation.files.timestamps import creation_time
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
@@ -39,6 +37,7 @@ from model_preparation.training.hidden_states import check_room, donor_layer, st
 from model_preparation.training.perplexity import Layer, perplexities
 from model_preparation.training.student_layer import MIXER_FIELDS, student_config, student_layer, student_tensors
 from model_preparation.training.work_folder import WorkFolder
+from model_preparation.versions import versions
 
 WORKER = Path(__file__).with_name("distill_worker.py")
 DONOR, INITIAL, DISTILLED = "donor", "initial", "distilled"
@@ -121,7 +120,7 @@ def distill_llamba_base(
             f"(max_position_embeddings in {source.folder / 'config.json'}). Give a --sequence_length up to that."
         )
     text = {
-        "donor": {path.name: blake3_of(path) for path in (*files.paths(), *tokenizer_files(source.folder))},
+        "donor": digests_of_files({*files.paths(), *tokenizer_files(source.folder)}),
         **described(data, tokens, sequence_length, seed),
     }
     training = {
@@ -186,11 +185,7 @@ def distill_llamba_base(
             "perplexity": found,
             "seconds": sum(record["seconds"] for record in records),
             "creation_time": creation_time(),
-            "versions": {
-                "model_preparation": model_preparation.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "versions": versions(),
         }
         with new_folder(output, overwrite=overwrite, complete_mark="config.json") as staging:
             write_llamba(staging, source.folder, config, llamba_parts(files, donor_config, config.dtype, layer_of))

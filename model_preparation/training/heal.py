@@ -27,7 +27,7 @@ from model_preparation.files.names import name_of
 from model_preparation.files.new_folder import check_space, check_target
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
-from model_preparation.surgery.checkpoint_info import FORMATS, INFO, check_format, read_info
+from model_preparation.surgery.checkpoint_info import FORMATS, INFO, check_format, current_score, read_info
 from model_preparation.surgery.checkpoint_loading import load_checkpoint, without_wrapper_prefixes
 from model_preparation.surgery.trial import PROMPT
 from model_preparation.tensors.dtypes import torch_dtype
@@ -133,7 +133,8 @@ def heal_checkpoint(
         given = {name: value for name, value in given.items() if name != "init_from"}
         resume = "must" if resume == "auto" else resume
     state = state_to_go_on_from(states, resume, overwrite, processes, say)
-    settings, identity = settings_and_identity(state, given, parent, parent_info, processes.num_processes, say)
+    settings, identity = settings_and_identity(state, given, parent, parent_info, processes, sources, say)
+    parent_info = {**parent_info, "mmlu_score": current_score(parent_info, identity["inputs"]["parent"])}
     run = Run(parent, settings, state, sources, say)
     check_tracker(settings)
 

@@ -11,14 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-import transformers
 from blake3 import blake3
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-import model_preparation
 from model_preparation.files.byte_progress import byte_progress
 from model_preparation.files.digests import describe_files
 from model_preparation.files.new_folder import new_folder
@@ -40,10 +37,12 @@ from model_preparation.surgery.checkpoint_info import (
 from model_preparation.surgery.checkpoint_readme import readme_text
 from model_preparation.surgery.graft import empty_model
 from model_preparation.surgery.hf_folder import write_model
+from model_preparation.surgery.model_digests import recorded_weights
 from model_preparation.surgery.tensor_digests import read_tensor_digests
 from model_preparation.tensors.pt_writer import write_together
 from model_preparation.tensors.tensor_ranges import bytes_of
 from model_preparation.untrusted.untrusted_config import config_from, generation_config_from
+from model_preparation.versions import code_digests, versions
 
 _OF_THE_PARENT = (
     "replaced_layers",
@@ -126,14 +125,11 @@ def write_healed(
             "creation_time": creation_time(),
             "description": description,
             "mmlu_score": None,
+            "digests": {"weights": recorded_weights(staging)},
             "config": model.config.file_fields(),
             "generation_config": parent_info["generation_config"],
-            "versions": {
-                "model_preparation": model_preparation.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "safetensors": safetensors.__version__,
-            },
+            "versions": versions(),
+            "code": code_digests(),
             "format": format,
             "files": files,
         }

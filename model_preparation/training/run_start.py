@@ -13,8 +13,11 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.other_models import find_others
+from model_preparation.files.identity import differences
 from model_preparation.files.names import name_of
 from model_preparation.files.new_folder import remove_abandoned
+from model_preparation.surgery.model_digests import digest_of_checkpoint, digest_of_model, digest_of_weights
 from model_preparation.training.heal_data import Sequences
 from model_preparation.training.healed_folder import describe_parent
 from model_preparation.training.resume_state import (
@@ -78,9 +81,12 @@ def settings_and_identity(
     given: Mapping[str, Any],
     parent: Path,
     parent_info: Mapping[str, Any],
-    world_size: int,
-    say,
+    processes: PartialState,
+    sources: Mapping[str, str] | None,
+    say: Callable[..., None],
 ) -> tuple[HealSettings, dict[str, Any]]:
+    """The settings that count, and what the run is of; raises SurgeryError if a state is of other inputs."""
+    world_size = processes.num_processes
     described = describe_parent(parent, parent_info)
     del described["mmlu_score"]  # may be measured while the run goes on
     if state is None:
@@ -90,13 +96,21 @@ def settings_and_identity(
             raise SurgeryError(f"{error}. Look at HealSettings for what there is.") from error
         run_id = uuid.uuid4().hex[:21]  # as long as SwanLab wants it
         identity: dict[str, Any] = {"parent": described, "started_world_size": world_size, "run_id": run_id}
+        identity["inputs"] = _inputs(parent, settings, sources, processes)
         return settings, identity | {"model_args": parent_info["config"]}
     names = ("parent", "data", "model_args", "run_id", "started_world_size", "texts")
     identity = {name: state.info[name] for name in names}
-    if identity["parent"]["tensor_digests_sha256"] != described["tensor_digests_sha256"]:
+    identity["inputs"] = _inputs(parent, saved_settings(state.info["settings"]), sources, processes)
+    digests = "tensor_digests_sha256"  # all that states of before 0.2.0 have
+    odd = differences(
+        {**state.info.get("inputs", {}), digests: identity["parent"][digests]},
+        {**identity["inputs"], digests: described[digests]},
+        of_both=True,
+    )
+    if odd:
         raise SurgeryError(
-            f"{state.folder} is of a run that heals {identity['parent']['id']}, and {parent} has other weights. "
-            "Give that checkpoint, or start anew with another --output_dir."
+            f"{state.folder} is of a run that heals {identity['parent']['id']}, and {parent} or what goes with it is "
+            f"another now ({'; '.join(odd)}). Give what it was begun with, or start anew with another --output_dir."
         )
     settings, lines = resumed_settings(saved_settings(state.info["settings"]), given)
     for line in lines:
@@ -111,6 +125,26 @@ def settings_and_identity(
             f"step {size.steps_here(settings.max_steps)}."
         )
     return settings, identity
+
+
+def _inputs(
+    parent: Path, settings: HealSettings, sources: Mapping[str, str] | None, processes: PartialState
+) -> dict[str, str]:
+    """By digests, what decides on the healed weights beside settings and text; read by the main process."""
+    found: list[Any] = [None]
+    if processes.is_main_process:
+        found[0] = {"parent": digest_of_checkpoint(parent)}
+        if settings.teacher is not None:
+            found[0]["teacher"] = digest_of_model(find_others([settings.teacher], parent, sources=sources)[0].folder)
+        if settings.method == "lora" and settings.init_from not in ("checkpoint", "scratch"):
+            # An adapter is trained on these weights; otherwise all weights of a run that goes on are in its state.
+            path = Path(settings.init_from).expanduser()
+            if not path.exists():
+                path = find_others([settings.init_from], parent, sources=sources)[0].folder
+            found[0]["init_from"] = digest_of_weights(path)
+    if processes.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]
 
 
 def check_data(

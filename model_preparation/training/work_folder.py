@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.identity import differences
 from model_preparation.files.new_file import write_file
 from model_preparation.files.partial_folder import take
 from model_preparation.training.distill_data import TokenData
@@ -154,8 +155,8 @@ class WorkFolder:
             if not restart:
                 raise
             found = {"text": {}, "training": {}}
-        other_text = _differences(found["text"], asked["text"])
-        other_training = _differences(found["training"], asked["training"])
+        other_text = differences(found["text"], asked["text"])
+        other_training = differences(found["training"], asked["training"])
         layers = list(self.folder.glob("layer_*.safetensors"))
         tokens = [*self.folder.glob(_TOKENS), *self.folder.glob("drawn_*.safetensors")]
         odd = [*(other_text if tokens or layers else []), *(other_training if layers else [])]
@@ -179,27 +180,3 @@ class WorkFolder:
                 shutil.rmtree(path)
             elif path.name != _SETTINGS:
                 path.unlink()
-
-
-def _differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """What is not the same in both, each setting in words."""
-    told = []
-    for name in sorted(found.keys() | asked.keys()):
-        there, now = found.get(name), asked.get(name)
-        if there == now:
-            continue
-        if isinstance(there, dict) and isinstance(now, dict):
-            told += [f"{name} {difference}" for difference in _differences(there, now)]
-        elif _is_digest(there) and _is_digest(now):
-            told.append(f"{name} has other contents now")
-        else:
-            told.append(f"{name} {_in_words(there)} there, {_in_words(now)} now")
-    return told
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and len(value) == 64
-
-
-def _in_words(value: Any) -> str:
-    return "not given" if value is None else "other contents" if _is_digest(value) else str(value)

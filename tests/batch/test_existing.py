@@ -37,11 +37,11 @@ def test_the_one_asked_for_differs_in_nothing(checkpoint_dir, base_dir, layers_d
 @pytest.mark.parametrize(
     ("combination", "given", "words"),
     [
-        (Combination((1, 2), "", "", "x"), [], "its layers are 1 3, not 1 2"),
-        (PAIR, ["--format", "hf"], "its format is pt, not hf"),
-        (PAIR, ["--dtype", "bfloat16"], "its dtype is float32, not bfloat16"),
-        (PAIR, ["--base", "llamba"], "not llamba"),
-        (PAIR, ["--base", "org/other"], "not org/other"),
+        (Combination((1, 2), "", "", "x"), [], "layers: 1 3 there, 1 2 now"),
+        (PAIR, ["--format", "hf"], "format: pt there, hf now"),
+        (PAIR, ["--dtype", "bfloat16"], "dtype: float32 there, bfloat16 now"),
+        (PAIR, ["--base", "llamba"], "base id: local:tiny-llamba there, huggingface:cartesia-ai/Llamba-8B-untied now"),
+        (PAIR, ["--base", "org/other"], "base id: local:tiny-llamba there, local:org/other now"),
     ],
 )
 def test_what_differs_is_named(checkpoint_dir, base_dir, tmp_path, combination, given, words):
@@ -56,14 +56,22 @@ def test_both_formats_hold_each(checkpoint_dir, base_dir, tmp_path):
         assert differences(folder, PAIR, flags("--base", base_dir, "--format", name)) == []
 
 
-def test_a_base_of_another_name_or_size_is_another(checkpoint_dir, base_dir, tmp_path):
-    moved = shutil.copytree(base_dir, tmp_path / base_dir.name)
-    renamed = shutil.copytree(base_dir, tmp_path / "another")
+def test_a_base_is_known_by_its_contents(checkpoint_dir, base_dir, tmp_path):
+    moved = shutil.copytree(base_dir, tmp_path / "under another name")
     assert differences(checkpoint_dir, PAIR, flags("--base", moved)) == []
-    assert "its base is" in differences(checkpoint_dir, PAIR, flags("--base", renamed))[0]
-    with (moved / "pytorch_model.bin").open("ab") as file:
-        file.write(b"0")
-    assert f"not {moved}" in differences(checkpoint_dir, PAIR, flags("--base", moved))[0]
+    weights = bytearray((moved / "pytorch_model.bin").read_bytes())
+    weights[len(weights) // 2] ^= 1  # as many bytes
+    (moved / "pytorch_model.bin").write_bytes(weights)
+    by_name = ("--base", "llamba", "--source", f"llamba={moved}")
+    assert differences(checkpoint_dir, PAIR, flags(*by_name)) == [f"base pytorch_model.bin: other contents in {moved}"]
+
+
+def test_another_tokenizer_is_another_checkpoint(checkpoint_dir, base_dir, layers_dir, tmp_path):
+    given = ("--base", base_dir, "--llama_layers_dir", layers_dir, "--tokenizer")
+    other = shutil.copytree(layers_dir / "tokenizer", tmp_path / "other")
+    assert differences(checkpoint_dir, PAIR, flags(*given, other)) == []
+    (other / "tokenizer_config.json").write_text((other / "tokenizer_config.json").read_text().replace("<pad>", "<s>"))
+    assert differences(checkpoint_dir, PAIR, flags(*given, other)) == ["tokenizer: other contents"]
 
 
 @pytest.mark.parametrize(
@@ -82,11 +90,15 @@ def test_a_base_from_a_hub_is_known_by_its_id(checkpoint_dir, tmp_path, asked, s
 
 
 def test_layers_of_another_donor_are_another_checkpoint(checkpoint_dir, base_dir, layers_dir, tmp_path):
-    metadata = json.loads((layers_dir / "metadata.json").read_text())
-    metadata["layers"]["3"]["sha256"] = "0" * 64
-    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
-    [difference] = differences(checkpoint_dir, PAIR, flags("--base", base_dir, "--llama_layers_dir", tmp_path))
-    assert f"not those in {tmp_path}" in difference
+    layers = shutil.copytree(layers_dir, tmp_path / "layers")
+    given = flags("--base", base_dir, "--llama_layers_dir", layers)
+    metadata = json.loads((layers / "metadata.json").read_text())
+    metadata["layers"]["3"]["sha256"] = "0" * 64  # the same tensors in a file of other bytes
+    (layers / "metadata.json").write_text(json.dumps(metadata))
+    assert differences(checkpoint_dir, PAIR, given) == []
+    metadata["layers"]["3"] = metadata["layers"]["1"]
+    (layers / "metadata.json").write_text(json.dumps(metadata))
+    assert differences(checkpoint_dir, PAIR, given) == [f"donor's layer 3: other contents in {layers}"]
 
 
 def test_another_score_or_description_is_only_remarked(checkpoint_dir, tmp_path):

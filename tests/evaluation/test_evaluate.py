@@ -156,7 +156,7 @@ def test_results_of_other_weights_are_put_aside_and_come_back_with_them(evaluate
 
     (changed / "model_state_dict.pt").write_bytes(old)
     stale = run_command("compare_checkpoints", changed, evaluated[0], "--output_dir", tmp_path / "stale")
-    assert_refused(stale, "holds results of other weights")
+    assert_refused(stale, "holds results of another model than", "weights: other contents")
     again = evaluate_checkpoint(changed, mmlu_data=mmlu)
     assert len(asked) == 57
     assert again["kept"]
@@ -167,7 +167,7 @@ def test_results_of_something_else_under_the_right_name_are_refused(checkpoint, 
     other = Path(evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu, limit=1)["results_dir"])
     wanted = Path(part["results_dir"]).name
     other.rename(other.with_name(wanted))
-    with pytest.raises(SurgeryError, match=rf"{wanted} holds results of other settings \(limit differ"):
+    with pytest.raises(SurgeryError, match=rf"{wanted} holds results of other settings \(limit: 1 there"):
         evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu)
 
 
@@ -204,6 +204,48 @@ def test_a_score_of_fewer_questions_does_not_replace_one_of_more(evaluated, mmlu
     result = evaluate_checkpoint(folder, mmlu_data=mmlu, limit=1)
     assert not result["entered"]
     assert read_info(folder)["mmlu_result"]["questions"] == 85
+
+
+def change(folder: Path, what: str) -> None:
+    """Put other contents, of the same size, into the place of one of the files that decide on a score."""
+    if what == "tokenizer":
+        path = folder / "tokenizer" / "tokenizer.json"
+        content = json.loads(path.read_text())
+        vocabulary = content["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        path.write_text(json.dumps(content))
+        return
+    path = folder / what
+    weights = torch.load(path, weights_only=False)
+    with torch.no_grad():
+        (weights["lm_head.weight"] if isinstance(weights, dict) else weights.lm_head.weight).neg_()
+    torch.save(weights, path)
+
+
+@pytest.mark.parametrize("what", ["model_state_dict.pt", "model.pt", "tokenizer"])
+def test_a_score_of_another_model_does_not_stay(what, evaluated, mmlu, tmp_path):
+    """Not even where less is asked of the other one."""
+    folder = Path(shutil.copytree(evaluated[0], tmp_path / "checkpoint"))
+    change(folder, what)
+    result = evaluate_checkpoint(folder, mmlu_data=mmlu, limit=1)
+    assert result["entered"]
+    assert read_info(folder)["mmlu_score"] == result["score"]
+    assert read_info(folder)["mmlu_result"]["questions"] == 57
+    shutil.copytree(evaluated[0] / "evaluations", folder / "evaluations", dirs_exist_ok=True)
+    again = evaluate_checkpoint(folder, mmlu_data=mmlu)
+    name = "weights" if what == "model_state_dict.pt" else what
+    assert again["differing"] == [f"{name}: other contents"]
+    assert not again["kept"]
+
+
+def test_a_result_of_other_tasks_takes_a_score_of_other_weights_away(evaluated, mmlu, tmp_path):
+    folder = Path(shutil.copytree(evaluated[0], tmp_path / "checkpoint"))
+    evaluate_checkpoint(folder, tasks=["mmlu_virology"], mmlu_data=mmlu)
+    assert read_info(folder)["mmlu_score"] == evaluated[1]["score"]
+    change(folder, "model_state_dict.pt")
+    evaluate_checkpoint(folder, tasks=["mmlu_virology"], mmlu_data=mmlu)
+    assert read_info(folder)["mmlu_score"] is None
+    assert "mmlu_result" not in read_info(folder)
 
 
 def test_lm_eval_s_own_files_are_what_stock_lm_eval_writes(evaluated, mmlu):
@@ -298,6 +340,20 @@ def test_a_folder_of_task_files(checkpoint, tmp_path, monkeypatch):
     changed = evaluate_checkpoint(checkpoint, tasks=[str(folder)])
     assert changed["results_dir"] != result["results_dir"]
     assert asked == ["tiny_recall"]
+
+
+def test_the_same_tasks_in_another_place_are_the_same_and_what_a_definition_calls_belongs_to_it(
+    checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"context": f"{word} = ", "choices": ["one", "two"], "answer": 0} for word in "abc"]
+    folder = recall_task(tmp_path / "recall", rows)
+    before = evaluate_checkpoint(checkpoint, tasks=[str(folder)])
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_checkpoint(checkpoint, tasks=["recall"]) == {**before, "kept": True}
+    single = evaluate_checkpoint(checkpoint, tasks=["recall/recall.yaml"])
+    (folder / "scoring.py").write_text("def process_results(doc, results): return {'acc': 1.0}")
+    assert evaluate_checkpoint(checkpoint, tasks=["recall/recall.yaml"])["results_dir"] != single["results_dir"]
 
 
 def test_another_right_answer_in_data_outside_the_folder_is_another_score(checkpoint, tmp_path, monkeypatch):

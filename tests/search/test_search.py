@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from model_preparation import evaluate_checkpoint
 from model_preparation.comparison.paired import holm, mcnemar_p
@@ -171,11 +173,11 @@ def test_another_search_replaces_no_result_unless_it_is_told_to(exhaustive, make
     monkeypatch.setattr(CachedScorer, "_step", None)
     same = Search(method="exhaustive", most=3)
     for spec, search, words in (
-        (make_spec(folder), Search(method="exhaustive", most=2), "max_layers was 3 and is 2"),
-        (make_spec(folder), replace(same, budget_evaluations=9), "budget_evaluations was not given and is 9"),
-        (make_spec(folder, limit=3), same, "limit was not given and is 3"),
-        (make_spec(folder, batch_size=2), same, "batch_size was 3 and is 2"),
-        (make_spec(folder, donor=None), same, "donor was .* and is not given|donor differs"),
+        (make_spec(folder), Search(method="exhaustive", most=2), "max_layers: 3 there, 2 now"),
+        (make_spec(folder), replace(same, budget_evaluations=9), "budget_evaluations: not given there, 9 now"),
+        (make_spec(folder, limit=3), same, "limit: not given there, 3 now"),
+        (make_spec(folder, batch_size=2), same, "batch_size: 3 there, 2 now"),
+        (make_spec(folder, donor=None), same, "donor: given there, not given now"),
     ):
         with pytest.raises(SurgeryError, match=words):
             search_layers(spec, search, dry_run=spec.limit is not None)
@@ -188,6 +190,61 @@ def test_another_search_replaces_no_result_unless_it_is_told_to(exhaustive, make
     (folder / "search_result.json").write_text("[")
     with pytest.raises(SurgeryError, match="no search's result that can be read"):
         search_layers(make_spec(folder), same)
+
+
+def another(folder: Path, target: Path) -> Path:
+    """A copy of a model in which every weight has the other sign."""
+    shutil.copytree(folder, target)
+    weights = load_file(target / "model.safetensors")
+    save_file({name: -tensor for name, tensor in weights.items()}, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def test_another_model_under_the_same_name_is_found_out(make_spec, base_dir, donor_dir, tmp_path):
+    """Layers and scores are those of what the names stand for now."""
+    other = another(donor_dir, tmp_path / "other")
+    few = Search(method="singles", most=1, budget_evaluations=1)
+
+    def spec(donor: Path, folder: str = "search", **changes) -> Spec:
+        given = {"donor": "llama", "sources": {"llama": str(donor)}, "llama_layers_dir": None, **changes}
+        return make_spec(tmp_path / folder, **given)
+
+    first = search_layers(spec(donor_dir), few)
+    for remove_result in (False, True):
+        if remove_result:
+            (tmp_path / "search" / "search_result.json").unlink()
+        with pytest.raises(SurgeryError, match=r"holds the layers of another donor than llama is now: layer 0: other"):
+            search_layers(spec(other), few)
+    found = search_layers(spec(other), few, overwrite=True)
+    alone = search_layers(spec(other, "alone"), few)
+    assert {name: found[name] for name in COMPARED} == {name: alone[name] for name in COMPARED}
+    assert found["donor_score"] == alone["donor_score"]
+    assert found["inputs"] == alone["inputs"]
+    assert found["inputs"]["base"] == first["inputs"]["base"]
+    again = search_layers(spec(shutil.copytree(other, tmp_path / "moved"), folder="alone"), few)
+    assert again["inputs"] == alone["inputs"]
+
+
+@pytest.mark.parametrize("what", ["base", "donor", "tokenizer"])
+def test_what_was_replaced_after_a_search_is_named(make_spec, base_dir, donor_dir, tmp_path, what):
+    few = Search(method="singles", most=1, budget_evaluations=1)
+    tokenizer = shutil.copytree(donor_dir, tmp_path / "tokenizer")
+    donor = shutil.copytree(donor_dir, tmp_path / "donor")
+    base = shutil.copytree(base_dir, tmp_path / "base")
+    spec = make_spec(tmp_path / "search", base=str(base), donor=str(donor), tokenizer=str(tokenizer))
+    first = search_layers(spec, few)
+    if what == "base":
+        weights = torch.load(base / "pytorch_model.bin")
+        torch.save({name: tensor.neg() for name, tensor in weights.items()}, base / "pytorch_model.bin")
+    else:
+        path = tokenizer / "tokenizer_config.json" if what == "tokenizer" else donor / "config.json"
+        changed = {"padding_side": "left"} if what == "tokenizer" else {"rms_norm_eps": 0.1}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(SurgeryError, match=rf"has the result of another search.*: {what}: other contents\."):
+        search_layers(spec, few)
+    found = search_layers(spec, few, overwrite=True)
+    assert (found["donor_score"] == first["donor_score"]) is (what != "donor")
+    assert (found["base_score"] == first["base_score"]) is (what != "base")
 
 
 def test_the_best_are_built_by_one_command_and_score_what_was_said(exhaustive, task_dir, tmp_path):
@@ -272,7 +329,7 @@ def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
         assert line[:column].split() == [str(layer) for layer in row["layers"]]
         assert line[column:].startswith(f"{row['fitness']:.4f} ± ")
     others = run_command("search_layers", *flags, "--method", "beam", "--max_layers", 2)
-    assert_refused(others, f"{tmp_path / 'out'} has the result of another search", "method was greedy and is beam")
+    assert_refused(others, f"{tmp_path / 'out'} has the result of another search", "method: greedy there, beam now")
     assert_refused(others, "another --output_dir, or add --overwrite")
     assert_refused(run_command("search_layers", "--base", base_dir), "--donor", code=2)
     for given, words in (
