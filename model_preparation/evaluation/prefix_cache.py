@@ -42,7 +42,7 @@ class _SharedKeys(DynamicLayer):
 
     def __init__(self, layer: DynamicLayer, rows: int):
         super().__init__()
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.device, self.is_initialized = layer.device, True
         self.keys = layer.keys.expand(rows, -1, -1, -1)
         self.values = layer.values.expand(rows, -1, -1, -1)
 
