@@ -29,6 +29,7 @@ from model_preparation.evaluation.scored_model import find_model
 from model_preparation.evaluation.scoring import ScoringLM
 from model_preparation.evaluation.tasks import MMLU, Tasks, is_mmlu, load_tasks, name_of, quiet
 from model_preparation.evaluation.weights import weights_digest
+from model_preparation.files.sync import make_folder
 from model_preparation.files.timestamps import creation_time
 from model_preparation.surgery.checkpoint_info import EVALUATIONS
 from model_preparation.tensors.dtypes import torch_dtype
@@ -170,7 +171,7 @@ def evaluate_model(
 
 def _make_root(root: Path) -> None:
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         writable = os.access(root, os.W_OK | os.X_OK)
         reason = "" if writable else "it is read-only"
     except OSError as error:

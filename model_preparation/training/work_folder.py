@@ -22,6 +22,7 @@ from torch import Tensor
 from model_preparation.errors import SurgeryError
 from model_preparation.files.new_file import write_file
 from model_preparation.files.partial_folder import take
+from model_preparation.files.sync import make_folder, sync
 from model_preparation.training.distill_data import TokenData
 from model_preparation.untrusted.untrusted_files import read_json
 
@@ -55,7 +56,7 @@ class WorkFolder:
         hold = take(self.folder)
         try:
             self._check_ours()
-            self.folder.mkdir(exist_ok=True)
+            make_folder(self.folder)
             asked = {"text": dict(text), "training": dict(training)}
             if (self.folder / _SETTINGS).exists():
                 self._settle(asked, restart=restart)
@@ -169,6 +170,7 @@ class WorkFolder:
         elif restart:
             for path in layers:
                 path.unlink()
+            sync(self.folder)
         if other_text or other_training:
             self._write_settings(asked)
 
@@ -179,6 +181,7 @@ class WorkFolder:
                 shutil.rmtree(path)
             elif path.name != _SETTINGS:
                 path.unlink()
+        sync(self.folder)  # before the settings tell of something else
 
 
 def _differences(found: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
