@@ -28,6 +28,7 @@ from model_preparation.evaluation.score_entry import enter_score, is_read_only
 from model_preparation.evaluation.scored_model import find_model
 from model_preparation.evaluation.scoring import ScoringLM
 from model_preparation.evaluation.tasks import MMLU, Tasks, is_mmlu, load_tasks, name_of, quiet, short_name
+from model_preparation.files.sync import make_folder
 from model_preparation.files.timestamps import creation_time
 from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.untrusted.untrusted_files import without_links
@@ -168,7 +169,7 @@ def evaluate_model(
 
 def _make_root(root: Path) -> None:
     try:
-        without_links(root).mkdir(parents=True, exist_ok=True)
+        make_folder(without_links(root))
         writable = os.access(root, os.W_OK | os.X_OK)
         reason = "" if writable else "it is read-only"
     except OSError as error:

@@ -15,6 +15,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_checkpoint
 from model_preparation.evaluation.tasks import MMLU, Tasks
 from model_preparation.files.new_file import write_file
+from model_preparation.files.sync import make_folder
 from model_preparation.surgery.checkpoint_info import INFO
 
 
@@ -30,7 +31,7 @@ def evaluate_and_print(tasks: Tasks, args: argparse.Namespace, *, device: str, d
     if args.result_json is not None:  # an hour later would be the wrong time to find that it cannot be made
         if args.result_json.expanduser().is_dir():
             raise SurgeryError(f"--result_json {args.result_json} is a folder. Name a file.")
-        args.result_json.expanduser().parent.mkdir(parents=True, exist_ok=True)
+        make_folder(args.result_json.expanduser().parent)
     started = time.perf_counter()
     result = evaluate_checkpoint(
         args.checkpoint,

@@ -23,9 +23,10 @@ from model_preparation.errors import SurgeryError
 from model_preparation.files.digests import FILE_FIELDS, describe_files, fault_of
 from model_preparation.files.identity import differences, digest_of
 from model_preparation.files.new_file import write_file
-from model_preparation.files.new_folder import check_space, sync_tree
+from model_preparation.files.new_folder import check_space
 from model_preparation.files.partial_folder import Hold, take
 from model_preparation.files.seal import check_seal, seal
+from model_preparation.files.sync import make_folder, sync, sync_tree
 from model_preparation.surgery.checkpoint_info import EVALUATIONS_ASIDE
 from model_preparation.untrusted.untrusted_files import check_fields, inside, read_json
 
@@ -75,15 +76,15 @@ class ResultsFolder:
         """
         self._hold = take(self.folder)
         try:
+            self._empty_staging()  # a killed run left it
             self._change_weights()
-            (self.folder / ANSWERS).mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder / ANSWERS)
             for unfinished in self.folder.rglob("*.partial-*"):  # of runs that were killed
                 unfinished.unlink()
             self._write(SETTINGS, {"settings": self.settings, "weights": self.weights, "model": self.model})
             yield
         finally:
-            for entry in self._hold.entries():
-                shutil.rmtree(entry, ignore_errors=True)
+            self._empty_staging()
             self._hold.release()
 
     def result(self) -> dict[str, Any] | None:
@@ -152,6 +153,11 @@ class ResultsFolder:
         folder.mkdir(exist_ok=True)
         return folder
 
+    def _empty_staging(self) -> None:
+        assert self._hold is not None
+        for entry in self._hold.entries():
+            shutil.rmtree(entry, ignore_errors=True)
+
     def _change_weights(self) -> None:
         found = self._read(SETTINGS)
         if found is None:
@@ -168,6 +174,7 @@ class ResultsFolder:
             self.folder.rename(self.put_aside)
             if self._aside(self.weights).is_dir():
                 self._aside(self.weights).rename(self.folder)
+            sync(self.folder.parent)
 
     def _aside(self, weights: str) -> Path:
         return self.folder.with_name(f"{self.folder.name}{EVALUATIONS_ASIDE}{weights[:12]}")

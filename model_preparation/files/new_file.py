@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from model_preparation.errors import SurgeryError
-from model_preparation.files.new_folder import sync
+from model_preparation.files.sync import sync
 
 
 def check_new_file(path: Path) -> None:

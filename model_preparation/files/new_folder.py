@@ -1,8 +1,8 @@
 """A folder that appears whole or not at all.
 
 In: where it shall be. Out: a staging folder in `NAME.partial` beside that place to write into, put there by one rename
-when all is written and on disk. Killed at any moment, the old folder or nothing is there, and perhaps `NAME.partial`,
-which the next run to the same place removes, or `remove_abandoned`.
+when all is written and on disk. Killed or without power at any moment, the old folder or nothing is there, and perhaps
+`NAME.partial`, which the next run to the same place removes, or `remove_abandoned`.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from rich.filesize import decimal
 from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
 from model_preparation.files.partial_folder import Hold, is_partial, take, take_abandoned
+from model_preparation.files.sync import sync, sync_tree
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -129,28 +130,6 @@ def existing_parent(target: Path) -> Path:
     return next(parent for parent in target.resolve().parents if parent.exists())
 
 
-def sync_tree(folder: Path, complete_mark: str) -> None:
-    """fsync every file in `folder`, `complete_mark` after all others, then every folder, `folder` itself last."""
-    files, folders = [], []
-    for root, _, names in os.walk(folder, topdown=False):
-        files += [Path(root, name) for name in names]
-        folders.append(Path(root))
-    for path in [*sorted(files, key=lambda path: path == folder / complete_mark), *folders]:
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def _os_errors(target: Path) -> Iterator[None]:
     """Tell the system's errors as OSError that tokenizers and safetensors tell in words: "... (os error 28)"."""
@@ -227,5 +206,6 @@ def _exchange(new: Path, old: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):  # a file system without exchange
             raise OSError(code, os.strerror(code), str(old))
+    sync(old.parent)  # so that NAME.partial is there whenever the old one is in it
     old.rename(new.with_name(_OLD))  # killed from here on, the next run puts it back
     new.rename(old)

@@ -2,7 +2,7 @@
 
 In: NAME. Out: NAME.partial, held until it is released or the process ends, however it ends. A file in it, `.held_by`,
 is what is locked (flock, which no crash can leave behind). It says who holds the folder, and that the folder is ours
-to empty: it is made first and removed last.
+to empty: it is made first and removed last, on the disk too.
 
 Where files cannot be locked at all, every run has a folder of its own, NAME.partial-HOST-PID, and those of this host's
 ended processes count as abandoned.
@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 
 from model_preparation.errors import SurgeryError
+from model_preparation.files.sync import make_folder, sync
 from model_preparation.untrusted.untrusted_files import read_json
 
 HELD_BY = ".held_by"
@@ -59,6 +60,7 @@ class Hold:
         try:
             with contextlib.suppress(OSError):
                 if self.is_intact() and not self.entries():
+                    sync(self.folder)
                     (self.folder / HELD_BY).unlink()
         finally:
             os.close(self._descriptor)
@@ -140,7 +142,7 @@ def _take_without_lock(folder: Path) -> Hold:
 def _open(folder: Path) -> Hold:
     """Make the folder and its `.held_by`, where they are missing."""
     while True:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
         if not _is_ours(folder):
@@ -162,6 +164,7 @@ def _signed(hold: Hold) -> Hold:
     try:
         os.ftruncate(hold._descriptor, 0)
         os.pwrite(hold._descriptor, text.encode(), 0)
+        sync(hold.folder)
     except BaseException:
         hold.release()
         raise

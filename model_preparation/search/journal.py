@@ -1,8 +1,8 @@
 """Every evaluation of a search, in a file that is only ever added to.
 
 In: entries (JSON objects). Out: a line each, on the disk when `append` returns, with a digest of itself; and, when the
-search is started again, all entries back. A line that was cut by a crash is taken off, as it was never complete; any
-other damage is an error.
+search is started again, all entries back. A last line that was cut by a crash, or has zeros in it where the power
+failed before its bytes were on the disk, is taken off, as it was never complete; any other damage is an error.
 """
 
 import fcntl
@@ -14,7 +14,7 @@ from typing import Any
 from blake3 import blake3
 
 from model_preparation.errors import SurgeryError
-from model_preparation.files.new_folder import sync
+from model_preparation.files.sync import make_folder, sync
 from model_preparation.untrusted.untrusted_files import parse_json, regular_file
 
 _CHECK = "check"
@@ -34,7 +34,7 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             try:
@@ -69,6 +69,9 @@ class Journal:
     def _read(self) -> list[dict[str, Any]]:
         data = regular_file(self.path).read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
+        last = whole.rfind(b"\n", 0, -1) + 1
+        if b"\0" in whole[last:]:
+            whole = whole[:last]
         if len(whole) < len(data):
             os.ftruncate(self._descriptor, len(whole))
             os.fsync(self._descriptor)

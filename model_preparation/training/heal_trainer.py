@@ -33,6 +33,7 @@ from transformers.utils import logging
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.new_folder import new_folder
+from model_preparation.files.sync import make_folder
 from model_preparation.training.adapters import adapter_of, load_adapter_weights, write_adapter
 from model_preparation.training.heal_data import Sequences, Shuffled
 from model_preparation.training.objective import Distillation, losses_of
@@ -103,6 +104,8 @@ class HealTrainer(Trainer):
         # Sequences seen beyond whole steps, after a change of the number of processes.
         self._offset = 0 if state is None else state.sequences_seen % self._per_step
         shuffled = Shuffled(train, settings.seed, self._offset, args.max_steps * self._per_step)
+        if args.should_save:
+            make_folder(states)  # transformers would too, but not so that it outlasts a power cut
         super().__init__(
             model=model,
             args=args,

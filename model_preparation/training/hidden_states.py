@@ -17,7 +17,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from model_preparation.errors import SurgeryError
-from model_preparation.files.new_folder import existing_parent, sync
+from model_preparation.files.new_folder import existing_parent
+from model_preparation.files.sync import sync
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.training.distill_layer import Teacher, in_order
 
@@ -95,6 +96,7 @@ class HiddenStates:
         if self._folder is not None:
             sync(self._folder / "new")
             (self._folder / "new").replace(self._path(index))
+            sync(self._folder)
             if old != index:
                 self._path(old).unlink()
 

@@ -19,8 +19,8 @@ import torch
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.digests import FILE_FIELDS, describe_files, fault_of
-from model_preparation.files.new_folder import sync
 from model_preparation.files.shared_files import share_file
+from model_preparation.files.sync import sync
 from model_preparation.untrusted.pickle_scan import TENSORS
 from model_preparation.untrusted.pt_structure import check_pt
 from model_preparation.untrusted.sharded_files import SHARD_METADATA, check_shards
@@ -237,6 +237,7 @@ def set_aside(folders: Iterable[Path]) -> None:
     for path in folders:
         asides = (path.with_name(f"{path.name}.aside{end}") for end in ("", *(f"-{n}" for n in range(2, 1000))))
         path.rename(next(aside for aside in asides if not aside.exists()))
+        sync(path.parent)
 
 
 def set_aside_after(folder: Path, state: ResumeState) -> list[str]:

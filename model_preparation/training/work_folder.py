@@ -23,6 +23,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.files.identity import differences
 from model_preparation.files.new_file import write_file
 from model_preparation.files.partial_folder import take
+from model_preparation.files.sync import make_folder, sync
 from model_preparation.training.distill_data import TokenData
 from model_preparation.untrusted.untrusted_files import read_json, without_links
 
@@ -56,7 +57,7 @@ class WorkFolder:
         hold = take(without_links(self.folder))
         try:
             self._check_ours()
-            self.folder.mkdir(exist_ok=True)
+            make_folder(self.folder)
             asked = {"text": dict(text), "training": dict(training)}
             if (self.folder / _SETTINGS).exists():
                 self._settle(asked, restart=restart)
@@ -170,6 +171,7 @@ class WorkFolder:
         elif restart:
             for path in layers:
                 path.unlink()
+            sync(self.folder)
         if other_text or other_training:
             self._write_settings(asked)
 
@@ -180,3 +182,4 @@ class WorkFolder:
                 shutil.rmtree(path)
             elif path.name != _SETTINGS:
                 path.unlink()
+        sync(self.folder)  # before the settings tell of something else

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from model_preparation import evaluate_checkpoint, load_checkpoint, verify_checkpoint
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation import evaluate, scored_model
+from model_preparation.evaluation import evaluate, results_folder, scored_model
 from model_preparation.evaluation.evaluate import evaluate_model
 from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.evaluation.results_folder import ResultsFolder
@@ -71,7 +71,7 @@ def part(checkpoint_dir, mmlu, tmp_path_factory) -> dict:
 
 
 def killed_after(records: int, monkeypatch, checkpoint: Path, mmlu: Path) -> None:
-    """Evaluate PART in a process that is killed before it keeps the answers to one more subject."""
+    """Evaluate PART in a process that is killed before it keeps the answers to one more subject, or its results."""
     child = os.fork()
     if child == 0:
         kept, keep = [], ResultsFolder.keep_record
@@ -83,6 +83,7 @@ def killed_after(records: int, monkeypatch, checkpoint: Path, mmlu: Path) -> Non
             kept.append(name)
 
         monkeypatch.setattr(ResultsFolder, "keep_record", keep_or_die)
+        monkeypatch.setattr(results_folder, "sync_tree", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -100,7 +101,7 @@ def answered_anew(monkeypatch) -> list[str]:
     return asked
 
 
-@pytest.mark.parametrize("records", [0, 1, 12])
+@pytest.mark.parametrize("records", [0, 1, 12, 13])
 def test_killed_it_goes_on_and_gives_the_score_of_an_uninterrupted_run(records, checkpoint, mmlu, part, monkeypatch):
     with monkeypatch.context() as patched:
         killed_after(records, patched, checkpoint, mmlu)

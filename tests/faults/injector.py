@@ -50,10 +50,40 @@ class _Control(ctypes.Structure):
         ("no_locks", ctypes.c_int),
         ("orders", ctypes.c_int),
         ("answers", ctypes.c_int),
+        ("log", ctypes.c_int),
+        ("logging", ctypes.c_int),
         ("counted", ctypes.c_long),
         ("done", ctypes.c_int),
         ("calls", _Call * _TRACE_CALLS),
     ]
+
+
+class _Note(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char * 20),
+        ("flags", ctypes.c_int),
+        *((name, ctypes.c_long) for name in ("inode", "mode", "size_bytes", "offset", "length")),
+        ("paths", ctypes.c_char * _PATH_BYTES * 2),
+    ]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A change that was made: the call's name, the paths it names, and what it changed, as it was afterwards.
+
+    Attributes:
+        flags: of open, rename, unlink and fallocate.
+        offset: in the file, of the bytes written; -1 if none were.
+    """
+
+    name: str
+    paths: list[Path]
+    flags: int
+    inode: int
+    mode: int
+    size_bytes: int
+    offset: int
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -164,7 +194,8 @@ class Injector:
     def run(self, fault: Fault | None = None) -> Outcome:
         """Run the function once; nothing goes wrong without a `fault`."""
         self._control.counted = self._control.done = 0
-        self._printed.truncate(0)
+        self._printed.seek(0)
+        self._printed.truncate()
         order = (KINDS[fault.kind], fault.at) if fault else (0, -1)
         status = self._order(order)
         if status is None:
@@ -175,6 +206,22 @@ class Injector:
                 self._be_child()
             status = os.waitpid(child, 0)[1]
         return self._outcome(status)
+
+    def record(self) -> tuple[Outcome, list[Note]]:
+        """Run the function once, anew, and note every change it makes in the folder and every line it prints."""
+        assert self._server is None
+        with tempfile.TemporaryFile() as log:
+            self._control.log = log.fileno()
+            outcome = self.run()
+            self._control.log = 0
+            log.seek(0)
+            notes = []
+            while header := log.read(ctypes.sizeof(_Note)):
+                note = _Note.from_buffer_copy(header)
+                paths = [Path(os.fsdecode(path.value)) for path in note.paths if path.value]
+                shown = (note.flags, note.inode, note.mode, note.size_bytes, note.offset)
+                notes.append(Note(note.name.decode(), paths, *shown, log.read(note.length)))
+        return outcome, notes
 
     def _order(self, order: tuple[int, int]) -> int | None:
         """The exit status of a run by the server; None if there is none, or it cannot serve."""

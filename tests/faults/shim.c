@@ -1,6 +1,7 @@
 /* Stops a process at a chosen system call that changes the disk.
 
-   In: a control block shared with the process that watches. Out: the calls counted there, and one of them gone wrong.
+   In: a control block shared with the process that watches. Out: the calls counted there, and one of them gone wrong;
+   or, if it asks for that, all that was changed, call by call and byte by byte, in a file.
    A seccomp filter traps every such call of this process, whoever makes it: Python, torch, Rust or libc itself. The
    SIGSYS handler looks whether it is about the folder watched, and then makes the call itself, lets it fail, cuts it
    short, or ends the process. Only what is written through a shared mapping makes no call; none of our writers does so.
@@ -13,6 +14,7 @@
 #include <linux/filter.h>
 #include <linux/fs.h>
 #include <linux/seccomp.h>
+#include <sched.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -45,9 +47,20 @@ struct control {
     long at; /* number of the call to stop at, from 0 */
     int no_exchange, no_locks; /* be a file system that cannot do these */
     int orders, answers; /* descriptors for serve(); 0 and 0 to run straight on */
+    int log; /* descriptor of the file to note all changes in; 0 for none */
+    int logging; /* whether a thread is just making a change and its note, which all others wait for */
     long counted;
     int done; /* whether the fault has happened */
     struct call calls[TRACE_CALLS];
+};
+
+/* A change, as read by injector.py; the bytes written to a file follow. */
+struct note {
+    char name[20];
+    int flags; /* of open, rename and unlink */
+    long inode, mode, size_bytes; /* of what was changed, afterwards */
+    long offset, length; /* of the bytes that follow */
+    char paths[2][PATH_BYTES];
 };
 
 static struct control *control;
@@ -168,15 +181,15 @@ static int is_inside(const char *path)
     return strncmp(path, control->folder, length) == 0 && (path[length] == '/' || path[length] == 0);
 }
 
-/* Whether the call is on something in the folder; `path` is the last place it names there. */
-static int concerns_us(const struct watched *call, const long *arguments, char *path)
+/* Whether the call is on something in the folder; `path` is the last place it names there, `paths` are all it names. */
+static int concerns_us(const struct watched *call, const long *arguments, char *path, char (*paths)[PATH_BYTES])
 {
-    char place[PATH_BYTES];
     int found = 0;
 
     for (const char *letter = call->places; *letter; letter++, arguments++) {
         if (*letter == '.')
             continue;
+        char *place = *paths++;
         if (*letter == 'F')
             resolve(place, (int)arguments[0], NULL);
         else if (*letter == 'P')
@@ -287,6 +300,94 @@ static void serve(void)
     _exit(0);
 }
 
+/* Where in its file a call has written `length` bytes; -1 if it writes none. */
+static long place_written(long number, const long *arguments, long length)
+{
+    const long *position = NULL;
+
+    switch (number) {
+    case SYS_pwrite64:
+    case SYS_pwritev:
+        return arguments[3];
+    case SYS_copy_file_range:
+    case SYS_splice:
+        position = (const long *)arguments[3];
+        return (position ? *position : lseek((int)arguments[2], 0, SEEK_CUR)) - length;
+    case SYS_write:
+    case SYS_writev:
+    case SYS_pwritev2:
+    case SYS_sendfile:
+        return lseek((int)arguments[0], 0, SEEK_CUR) - length;
+    case SYS_ioctl:
+        return 0;
+    }
+    return -1;
+}
+
+/* What a call has changed, and what is there now. */
+static void take_note(const struct watched *call, const long *arguments, long result, char (*paths)[PATH_BYTES])
+{
+    static char block[1 << 16];
+    struct note note = {.offset = -1};
+    struct stat found = {0};
+    char place[40];
+    long number = call->number, left;
+    int descriptor = (int)arguments[number == SYS_copy_file_range || number == SYS_splice ? 2 : 0];
+
+    strcpy(note.name, call->name);
+    memcpy(note.paths, paths, sizeof note.paths);
+    if (number == SYS_open || number == SYS_openat || number == SYS_creat) {
+        descriptor = (int)result;
+        note.flags = number == SYS_creat ? O_TRUNC : (int)arguments[number == SYS_open ? 1 : 2];
+    } else if (number == SYS_renameat2)
+        note.flags = (int)arguments[4];
+    else if (number == SYS_unlinkat || number == SYS_fallocate)
+        note.flags = (int)arguments[number == SYS_unlinkat ? 2 : 1];
+    if (strchr(call->places, 'F') || number == SYS_open || number == SYS_openat || number == SYS_creat)
+        fstat(descriptor, &found);
+    else
+        lstat(paths[1][0] ? paths[1] : paths[0], &found);
+    note.inode = (long)found.st_ino;
+    note.mode = found.st_mode;
+    note.size_bytes = found.st_size;
+    if (S_ISREG(found.st_mode)) {
+        note.offset = place_written(number, arguments, result);
+        note.length = number == SYS_ioctl ? note.size_bytes : note.offset < 0 ? 0 : result;
+    }
+    raw_call(SYS_write, (long[6]){control->log, (long)&note, sizeof note});
+    if (note.length == 0)
+        return;
+    snprintf(place, sizeof place, "/proc/self/fd/%d", descriptor); /* it may be open for writing only */
+    int file = (int)raw_call(SYS_open, (long[6]){(long)place, O_RDONLY});
+    for (left = note.length; left > 0;) {
+        long count = pread(file, block, left < (long)sizeof block ? left : (long)sizeof block,
+                           note.offset + note.length - left);
+        if (count <= 0)
+            end_process(); /* what is noted must be what is there */
+        raw_call(SYS_write, (long[6]){control->log, (long)block, count});
+        left -= count;
+    }
+    close(file);
+}
+
+/* The call as it was meant, and a note of it if it changes the folder, or says something. */
+static long noted_call(const struct watched *call, const long *arguments)
+{
+    char path[PATH_BYTES], paths[2][PATH_BYTES] = {"", ""};
+    long number = call->number, result;
+    int says = number == SYS_write && arguments[0] == STDOUT_FILENO;
+
+    if (!concerns_us(call, arguments, path, paths) && !says)
+        return raw_call(number, arguments);
+    while (__atomic_exchange_n(&control->logging, 1, __ATOMIC_ACQUIRE))
+        sched_yield();
+    result = number == SYS_fsync || number == SYS_fdatasync ? 0 : raw_call(number, arguments);
+    if (result >= 0)
+        take_note(call, arguments, result, paths);
+    __atomic_store_n(&control->logging, 0, __ATOMIC_RELEASE);
+    return result;
+}
+
 /* The call as it was meant; but waiting for the disk is left out, since a process that ends loses nothing that it has
    written, and nearly all of the time would go there. */
 static long do_call(long number, const long *arguments)
@@ -299,16 +400,18 @@ static long do_call(long number, const long *arguments)
 static long answer(long number, const long *arguments)
 {
     const struct watched *call = watched;
-    char path[PATH_BYTES];
+    char path[PATH_BYTES], paths[2][PATH_BYTES];
 
     while (call->number != number)
         call++;
     if (number == SYS_flock)
         return control->no_locks ? -ENOLCK : raw_call(number, arguments);
-    if (!concerns_us(call, arguments, path))
-        return raw_call(number, arguments);
     if (number == SYS_renameat2 && arguments[4] && control->no_exchange)
         return -EINVAL;
+    if (control->log)
+        return noted_call(call, arguments);
+    if (!concerns_us(call, arguments, path, paths))
+        return raw_call(number, arguments);
 
     if (control->orders && !served)
         serve();

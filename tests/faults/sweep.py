@@ -5,6 +5,7 @@ it was or whole and new, never a mix; beside it is nothing but its partial folde
 that was not killed has failed, or its result is right; and the next run, or `remove_abandoned`, leaves nothing behind.
 """
 
+import contextlib
 import hashlib
 import json
 import random
@@ -58,7 +59,7 @@ class Sweep:
         self._runs = 0
         self._ready: dict[Write, Path] = {}
         self.places = {
-            name: Place(self, name, scenario, folder / f"place{index}")
+            name: self._place(name, scenario, folder / f"place{index}")
             for index, (name, scenario) in enumerate(scenarios.items())
         }
 
@@ -68,6 +69,9 @@ class Sweep:
     def __exit__(self, *exception) -> None:
         for place in self.places.values():
             place.close()
+
+    def _place(self, name: str, scenario: Scenario, folder: Path) -> "Place":
+        return Place(self, name, scenario, folder)
 
     def faults(self, seed: int = 0) -> Iterator[tuple[str, Fault]]:
         """Every call of every scenario with every kind of fault that fits it, in turns; then all again, and so on."""
@@ -123,8 +127,7 @@ class Place:
         self._is_pristine = False
         self._reset()
         self._runs = self._injector(partial(self._write, overwrite=self._scenario.old is not None), folder)
-        self._runs.prepare()
-        outcome = self._runs.run()
+        outcome = self._run_undisturbed()
         self.calls = outcome.calls
         self._new = contents(self._target, timeless=True)
         if outcome.code or not self._new or self._beside():
@@ -132,11 +135,17 @@ class Place:
         self._is_pristine = False
         self._runs_again = self._injector(partial(self._write, overwrite=True), folder)
 
+    def _run_undisturbed(self) -> Outcome:
+        self._runs.prepare()
+        return self._runs.run()
+
     def inject(self, fault: Fault, *, recover: bool) -> Result:
         self._reset()
         outcome = self._runs.run(fault)
         state = self._state()
         violations = [*self._wrong_end(fault, outcome, state), *self._wrong_on_disk(state)]
+        if contents(self._models.folder) != self._read:
+            violations.append("what was only to be read has changed")
         if recover:
             violations += self._wrong_after_recovery()
         elif self._beside():
@@ -171,6 +180,11 @@ class Place:
         aside = [contents(path / "old") for path in self._target.parent.glob(f"{TARGET}.partial*")]
         return "aside" if not now and self._scenario.no_exchange and self._old in aside else "mixed"
 
+    @property
+    def _succeeds(self) -> str:
+        """The state after a run that succeeds."""
+        return "old" if self._scenario.write is clean else "new"
+
     def _beside(self) -> list[str]:
         """Names of what is in the target's parent beside it."""
         parent = self._target.parent
@@ -178,15 +192,14 @@ class Place:
         return sorted({path.name for path in parent.iterdir()} - kept) if parent.exists() else []
 
     def _wrong_end(self, fault: Fault, outcome: Outcome, state: str) -> Iterator[str]:
-        succeeds = "old" if self._scenario.write is clean else "new"
         if not outcome.injected:
-            if outcome.code or state != succeeds:
+            if outcome.code or state != self._succeeds:
                 yield f"nothing was injected, but it ended with {outcome.code}: {outcome.output}"
         elif fault.kind.startswith("killed"):
             if outcome.code != -signal.SIGKILL:
                 yield f"it ended with {outcome.code} instead of being killed: {outcome.output}"
         elif outcome.code == 0:
-            if state != succeeds:
+            if state != self._succeeds:
                 yield "it claims success"
         elif outcome.code != 1:
             yield f"it ended with {outcome.code}: {outcome.output}"
@@ -202,8 +215,6 @@ class Place:
             yield f"the target is neither the old one nor the new one: {odd}"
         if odd := [name for name in self._beside() if not name.startswith(f"{TARGET}.partial")]:
             yield f"beside the target is {odd}"
-        if contents(self._models.folder) != self._read:
-            yield "what was only to be read has changed"
 
     def _wrong_after_recovery(self) -> Iterator[str]:
         """The same run again, without a fault, whether or not something is there."""
@@ -239,7 +250,8 @@ def contents(folder: Path, *, timeless: bool = False) -> Contents:
         elif path.is_file():
             data = path.read_bytes()
             if timeless and path.parent == folder and path.name in _TIMES:
-                data = json.dumps({**json.loads(data), _TIMES[path.name]: None, SEAL: None}).encode()
+                with contextlib.suppress(ValueError):  # it may be half of a file
+                    data = json.dumps({**json.loads(data), _TIMES[path.name]: None, SEAL: None}).encode()
             what += f" {hashlib.sha256(data).hexdigest()}"
         found[str(path.relative_to(folder))] = what
     return found

@@ -44,6 +44,16 @@ def test_a_torn_last_line_is_taken_off_and_the_next_one_stands_by_itself(path):
     assert path.read_bytes() == data
 
 
+def test_a_last_line_with_a_block_that_was_not_on_the_disk_is_taken_off(path):
+    """After a power cut; bytes of a block that was not written read as zeros."""
+    data = path.read_bytes()
+    last = data.rindex(b"\n", 0, -1) + 1
+    for start, end in ((last, last + 5), (last + 5, len(data) - 3), (last, len(data))):
+        path.write_bytes(data[:start] + bytes(end - start) + data[end:])
+        assert entries_of(path) == ENTRIES[:3]
+        assert path.read_bytes() == data[:last]
+
+
 def test_any_changed_byte_is_a_damaged_line(path):
     data = path.read_bytes()
     for place in range(0, len(data) - 1, 7):
