@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from model_preparation.evaluation.weights import KNOWN
-
 from model_preparation import build_checkpoint, evaluate_checkpoint, verify_checkpoint
 from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.evaluation.results_folder import RESULT, ResultsFolder
@@ -161,7 +159,7 @@ def _wrong_with_results(folder: Path, said: list[str]) -> Iterator[str]:
 def _evaluated(folder: Path) -> object:
     [path] = (folder / "out" / EVALUATIONS).glob(f"*/{RESULT}")
     result = json.loads(path.read_text())
-    beside = {path.name for path in [*folder.iterdir(), *(folder / "out" / EVALUATIONS).iterdir()]} - {KNOWN}
+    beside = {path.name for path in [*folder.iterdir(), *(folder / "out" / EVALUATIONS).iterdir()]}
     return result["score"], result["tasks"], json.loads((folder / "out" / INFO).read_text())["mmlu_score"], beside
 
 
