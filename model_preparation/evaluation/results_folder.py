@@ -141,6 +141,7 @@ class ResultsFolder:
         target = self.folder / written[0].name
         shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before it wrote the result
         written[0].rename(target)
+        sync(self.folder)  # before the result, which names these files
         return describe_files(self.folder, f"{target.name}/*")
 
     def finish(self, result: Mapping[str, Any], files: Mapping[str, dict]) -> None:
