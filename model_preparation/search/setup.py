@@ -98,7 +98,7 @@ class Setup:
     @cached_property
     def digests(self) -> dict[str, Any]:
         """Of the weights and the questions."""
-        base = {path.name: blake3_of(path) for path in graft.base_paths(self.planned)}
+        base = {path.name: blake3_of(path) for path in self.planned.base_paths}
         donor = {str(index): entry["sha256"] for index, entry in sorted(self.planned.donor.layers.items())}
         return {"base": base, "donor_layers": donor, "questions": self.questions.digest}
 

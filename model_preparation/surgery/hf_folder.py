@@ -1,29 +1,30 @@
 """A checkpoint in the form that transformers and lm-eval open without this package.
 
-In: a `GraftPlan`. Out: one safetensors file per layer with an index, config.json, generation_config.json, the
-tokenizer, and copies of the model's own source files, to which `auto_map` in config.json points. The folder opens with
-`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
+In: `GraftParts`, and later a `GraftPlan`. Out: one safetensors file per layer with an index, config.json,
+generation_config.json, the tokenizer, and copies of the model's own source files, to which `auto_map` in config.json
+points. The folder opens with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
 """
 
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import SAFE_WEIGHTS_NAME
+from typing import TYPE_CHECKING, Any
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.block_io import Advance
-from model_preparation.llamba import LlambaForCausalLM, modeling_llamba
 from model_preparation.surgery.base_store import BaseStore
-from model_preparation.surgery.graft import GraftPlan, base_paths, empty_model, tensor_ranges
+from model_preparation.surgery.graft_parts import GraftParts
 from model_preparation.tensors.safetensors_writer import Shard
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.tensors.tensor_ranges import TensorRange
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from model_preparation.llamba import LlambaForCausalLM
+    from model_preparation.surgery.graft import GraftPlan
 
 INDEX = "model.safetensors.index.json"
 
@@ -38,17 +39,16 @@ class HfFolder:
     """What the folder of a graft will hold.
 
     Args:
-        graft: the plan.
+        graft: its parts.
         checkpoints: the folder that the checkpoint's folder will be in; the store of base shards is there too.
 
     Attributes:
         store: where the shards of untouched layers are kept.
     """
 
-    def __init__(self, graft: GraftPlan, checkpoints: Path):
-        self._graft = graft
+    def __init__(self, graft: GraftParts, checkpoints: Path):
         self._shards, self._grafted_shards = _shards(graft)
-        self.store = BaseStore(checkpoints, base_paths(graft), graft.dtype)
+        self.store = BaseStore(checkpoints, graft.base_paths, graft.dtype)
 
     def bytes_to_write(self, *, read_base: bool = False) -> int:
         """Size of the shards that are not on the disk yet.
@@ -79,21 +79,30 @@ class HfFolder:
         return files, digests
 
     def write_rest(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any]
+        self,
+        folder: Path,
+        graft: "GraftPlan",
+        tokenizer: "PreTrainedTokenizerBase",
+        generation_config: Mapping[str, Any],
     ) -> None:
         """Write everything else that `from_pretrained` reads."""
+        from transformers import GenerationConfig
+        from transformers.dynamic_module_utils import get_relative_import_files
+
+        from model_preparation.llamba import modeling_llamba
+
         shards = [*self._shards, *self._grafted_shards]
         weight_map = {name: shard.file for shard in shards for name in shard.ranges}
-        sizes = {"total_parameters": self._graft.parameters, "total_size": self._graft.weight_bytes}
+        sizes = {"total_parameters": graft.parameters, "total_size": graft.weight_bytes}
         _write_json(folder / INDEX, {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))})
-        _write_json(folder / "config.json", {**self._graft.config.file_fields(), "auto_map": _AUTO_MAP})
+        _write_json(folder / "config.json", {**graft.config.file_fields(), "auto_map": _AUTO_MAP})
         GenerationConfig(**generation_config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for source in (modeling_llamba.__file__, *get_relative_import_files(modeling_llamba.__file__)):
             shutil.copyfile(source, folder / Path(source).name)
 
 
-def read_state_dict(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]:
+def read_state_dict(folder: Path, model: "LlambaForCausalLM") -> "dict[str, Tensor]":
     """The state dict in the shards, mapped: nothing is read before it is used.
 
     Args:
@@ -102,6 +111,8 @@ def read_state_dict(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]
     Raises:
         SurgeryError: if a shard is missing or cannot be read as tensors, or a file beside them stands in for them.
     """
+    from transformers.utils import SAFE_WEIGHTS_NAME
+
     foreign = folder / SAFE_WEIGHTS_NAME
     if foreign.exists():
         raise SurgeryError(f"{foreign} is not of this checkpoint, and would be read in its place. Move it elsewhere.")
@@ -112,12 +123,11 @@ def read_state_dict(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]
     return state_dict
 
 
-def _shards(graft: GraftPlan) -> tuple[list[Shard], list[Shard]]:
+def _shards(graft: GraftParts) -> tuple[list[Shard], list[Shard]]:
     """(what is the base's, what is the donor's), each in the model's order."""
-    ranges = tensor_ranges(graft)
     by_file: dict[str, dict[str, TensorRange]] = {}
-    for name, _ in empty_model(graft.config).named_parameters():  # tied ones once
-        by_file.setdefault(_shard_file(name), {})[name] = ranges[name]
+    for name, place in graft.tensors.items():
+        by_file.setdefault(_shard_file(name), {})[name] = place
     grafted = {_shard_file(f"backbone.layers.{index}.") for index in graft.layers}
     shards = [Shard(file, ranges_in_it, graft.dtype) for file, ranges_in_it in by_file.items()]
     return [s for s in shards if s.file not in grafted], [s for s in shards if s.file in grafted]

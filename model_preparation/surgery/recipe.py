@@ -5,16 +5,14 @@ checkpoint's folder, or the error that names the first thing that is not what th
 donor can be handed a checkpoint by its recipe alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.checkpoint import write
 from model_preparation.surgery.checkpoint_info import INFO, README, TENSOR_DIGESTS, read_info_file
-from model_preparation.surgery.graft import plan
+from model_preparation.surgery.graft_parts import find_parts
 from model_preparation.surgery.layer_store import METADATA, LayerStore, extract_layers
 
 _PROGRAMS = ("model_preparation", "torch", "transformers")  # what decides on bytes that are not tensors'
@@ -26,7 +24,7 @@ def rebuild(
     llama_layers_dir: str | Path,
     *,
     base: str | None = None,
-    device: str = "cpu",
+    device: str | Callable[[], str] = "cpu",
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> list[str]:
@@ -58,21 +56,16 @@ def rebuild(
         )
     differing: list[str] = []
     try:
-        donor, layers, dtype = info["replacement_source"], info["replaced_layers"], getattr(torch, info["dtype"])
+        donor, layers, dtype = info["replacement_source"], info["replaced_layers"], info["dtype"]
         store = _donor_layers(Path(llama_layers_dir).expanduser(), donor, layers, sources)
         tokenizer = info["tokenizer_source"]
-        graft = plan(
-            base or target_of(info["base_model"], "--base"),
-            layers,
-            store.folder,
+        base = base or target_of(info["base_model"], "--base")
+        write(
+            find_parts(base, layers, store.folder, dtype=dtype, sources=sources),
+            output_dir,
             tokenizer=None if tokenizer is None else target_of(tokenizer, "--tokenizer"),
-            dtype=dtype,
             allow_other_heads=True,  # whoever made the recipe has decided that
             sources=sources,
-        )
-        write(
-            graft,
-            output_dir,
             description=info["description"],
             score=info["mmlu_score"],
             measured=info.get("mmlu_result"),

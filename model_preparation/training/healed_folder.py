@@ -96,10 +96,15 @@ def write_healed(
     """
     dtype = str(model.dtype).removeprefix("torch.")
     with new_folder(output_dir, overwrite=overwrite, complete_mark=INFO) as staging:
-        contents = {staging / MODULE: model, staging / STATE_DICT: model.state_dict()}
+        paths = [staging / MODULE, staging / STATE_DICT]
         with byte_progress() as progress:
             task = progress.add_task("Writing", total=2 * sum(p.nbytes for p in model.parameters()))
-            written = write_together(contents, {}, lambda size_bytes: progress.advance(task, size_bytes))
+            written = write_together(
+                paths,
+                {},
+                lambda _: [model, model.state_dict()],
+                lambda size_bytes: progress.advance(task, size_bytes),
+            )
         tokenizer.save_pretrained(staging / TOKENIZER)
         digests = {"format_version": FORMAT_VERSION, "tensors": _tensor_digests(model, dtype, parent)}
         (staging / TENSOR_DIGESTS).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
