@@ -458,7 +458,11 @@ def start_slow_build(base_dir, layers_dir, out) -> subprocess.Popen:
     script = (
         "import os, runpy, sys, time\n"
         "fsync = os.fsync\n"
-        "os.fsync = lambda descriptor: (time.sleep(900), fsync(descriptor))\n"
+        "def slow_fsync(descriptor):\n"
+        "    if os.readlink(f'/proc/self/fd/{descriptor}').endswith('.pt'):\n"
+        "        time.sleep(900)\n"
+        "    fsync(descriptor)\n"
+        "os.fsync = slow_fsync\n"
         "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base_dir, "--llama_layers_dir", layers_dir]

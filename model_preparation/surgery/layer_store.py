@@ -5,6 +5,7 @@ tokenizer; rotary_emb.pt; metadata.json with where all of it came from and every
 memory at a time, and the model is never built. `LayerStore` reads such a folder and trusts no byte it has not checked.
 """
 
+import contextlib
 import json
 import operator
 import shlex
@@ -125,7 +126,8 @@ def extract_layers(
                     writing[str(index)] = beside.start(write_layer, path, ranges, dtype, go_on)
             title = rich.markup.escape(escaped(f"Extracting {model_name}"))
             steps = rich.progress.track(writing.items(), title, len(writing), disable=len(writing) < 2)
-            described = {index: layer.result() for index, layer in steps}
+            with contextlib.closing(steps):  # type: ignore[type-var]  # ends the bar's thread where a layer fails
+                described = {index: layer.result() for index, layer in steps}
             parts = checking.result()
         return complete_folder(
             staging,
