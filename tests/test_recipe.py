@@ -164,7 +164,8 @@ def test_recipes_of_other_code_and_of_old_versions_give_the_model(base_dir, laye
     other = json.loads((tmp_path / "hf" / "checkpoint_info.json").read_text())
     other["code"]["modeling_llamba.py"] = other["files"]["modeling_llamba.py"]["sha256"] = "0" * 64
     del other["files"]["ssd.py"]
-    other |= {"mmlu_score": 0.5, "mmlu_result": {"score": 0.5, "model": {"weights": other["digests"]["weights"]}}}
+    measured = {"score": 0.5, "stderr": 0.1, "questions": 4, "lm_eval_version": "0.4.13", "settings": {}}
+    other |= {"mmlu_score": 0.5, "mmlu_result": {**measured, "model": {"weights": other["digests"]["weights"]}}}
     told = rebuilt(other, "other")
     assert "wrote other bytes around them, in modeling_llamba.py, ssd.py (modeling_llamba.py: other contents)" in told
     assert json.loads((tmp_path / "other" / "checkpoint_info.json").read_text())["mmlu_score"] == 0.5

@@ -203,7 +203,14 @@ def test_a_branch_is_written_to_and_named_in_the_card(which, hub, llama_checkpoi
 
 
 def test_a_score_of_other_weights_is_not_shared(hub, checkpoint):
-    measured = {"score": 0.5, "settings": {}, "model": {"weights": "0" * 64}}
+    measured = {
+        "score": 0.5,
+        "stderr": 0.1,
+        "questions": 4,
+        "lm_eval_version": "0.4.13",
+        "settings": {},
+        "model": {"weights": "0" * 64},
+    }
     change_info(checkpoint, lambda info: info.update(mmlu_score=0.5, mmlu_result=measured))
     result = share(checkpoint, "--what", "recipe", "--licence", "apache-2.0")
     assert result.returncode == 0, result.stderr

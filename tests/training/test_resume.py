@@ -30,7 +30,12 @@ from model_preparation.training.settings import HealSettings, saved_settings
 from tests.conftest import assert_refused
 from tests.training.cutting import outcome, run_until
 
-FIELDS = {"settings": {}, "model_args": {}, "parent": {}, "data": {}, "unlogged": {}}
+FIELDS = {
+    "settings": {},
+    "model_args": {},
+    "parent": {"id": "a", "tensor_digests_sha256": "b"},
+    "data": {"blake3": "c", "sequences": 1, "held_out_blake3": None},
+}
 
 
 def make_state(folder: Path, step: int, world_size: int = 1) -> Path:
@@ -39,7 +44,8 @@ def make_state(folder: Path, step: int, world_size: int = 1) -> Path:
     path.mkdir(parents=True)
     (path / "weights").write_text(str(step))
     seen = {"iter_num": step, "sequences_seen": step * world_size, "world_size": world_size}
-    finish_state(path, FIELDS | seen)
+    unlogged = {"losses": [0.0] * world_size, "last_logged": 0}
+    finish_state(path, {**FIELDS, **seen, "unlogged": unlogged})
     return path
 
 

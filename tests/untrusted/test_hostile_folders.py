@@ -278,7 +278,7 @@ def test_a_config_with_text_for_a_number(donor_dir, tmp_path, rope):
 def test_a_link_to_itself_is_no_file_to_share(checkpoint):
     (checkpoint / "README.txt").unlink()
     (checkpoint / "README.txt").symlink_to("README.txt")
-    with pytest.raises(SurgeryError, match=r"README\.txt is missing"):
+    with pytest.raises(SurgeryError, match=r"README\.txt is a link to"):
         plan_share(checkpoint, repo="me/Llama-x", hub="huggingface", licence="mit")
 
 
