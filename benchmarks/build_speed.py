@@ -1,11 +1,12 @@
-"""Building a checkpoint against cp of the same bytes, and against loading, replacing and saving with torch.
+"""Building a checkpoint, and extracting layers, against cp and dd of the same bytes and against doing it with torch.
 
-Prints seconds, peak resident memory and ratios, medians over --runs. The base and the donor's layers hold random
-numbers in bfloat16; all that is written is synced. What the disk can do is seen by dd, which writes as many zeros
-directly, both files at once. With --cache warm, what each side reads was read just before, as far as memory holds it;
-with cold, the page cache has let go of it.
+Prints seconds, peak resident memory and ratios, medians over --runs; every ratio is of two figures of one run. The base
+and the donor's layers hold random numbers in bfloat16; all that is written is synced. Extracted are all layers of the
+base. What the disk can do is seen by dd, which writes as many zeros directly, both files at once. What of a command is
+imports is seen by importing alone what it imports. With --cache warm, what each side reads was read just before, as far
+as memory holds it; with cold, the page cache has let go of it.
 
-    python benchmarks/build_speed.py --folder /mnt/scratch --shape 1b
+    python benchmarks/build_speed.py --folder /mnt/scratch --shape half
 """
 
 import argparse
@@ -15,56 +16,101 @@ from pathlib import Path
 from measuring import PACKAGE, files_in, forget, read_once, remove, timed, timed_copies, timed_raw
 from random_models import IN_MEMORY, SHAPES, prepared
 
-NAIVE = """
+IMPORTS = {
+    "import torch": "import torch",
+    "all imports": "import gc; gc.set_threshold(100_000)\nimport model_preparation.surgery.trial",
+}
+BUILD_IN_MEMORY = """
 torch.save(grafted, out + "/model.pt")
 torch.save(grafted.state_dict(), out + "/model_state_dict.pt")
 """
+EXTRACT_IN_MEMORY = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+folder, out = sys.argv[1:]
+model = {}
+for path in sorted(Path(folder).glob("*.safetensors")):
+    model |= load_file(path)
+for layer in {name.split(".")[2] for name in model if name.startswith("backbone.layers.")}:
+    prefix = f"backbone.layers.{layer}."
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in model.items() if name.startswith(prefix)}
+    torch.save(tensors, f"{out}/layer_{layer}.pt")
+"""
+# A ratio's name, and how it comes from the seconds of one run.
+RATIOS = {
+    "build without imports / the faster of cp and dd (goal: 1.25, from 3 GB on)": lambda s: (
+        (s["build"] - s["all imports"]) / min(s["cp"], s["dd"])
+    ),
+    "build / (1.25 x the faster of cp and dd, and import torch) (goal: 1)": lambda s: (
+        s["build"] / (1.25 * min(s["cp"], s["dd"]) + s["import torch"])
+    ),
+    "build / cp": lambda s: s["build"] / s["cp"],
+    "build / dd": lambda s: s["build"] / s["dd"],
+    "build / load, replace, save": lambda s: s["build"] / s["load, replace, save"],
+    "extract / cp (goal: 2)": lambda s: s["extract"] / s["cp of layers"],
+    "extract / load, save": lambda s: s["extract"] / s["load, save"],
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="where to work: the disk that is measured")
-    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--shape", choices=SHAPES, default="half")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm")
-    parser.add_argument(
-        "--no_naive", action="store_true", help="leave out load-replace-save, which takes the most memory"
-    )
+    parser.add_argument("--no_naive", action="store_true", help="leave out what loads whole models: it takes memory")
     args = parser.parse_args()
     base, layers_dir, layers = prepared(args.shape, args.folder)
-    sources = [*files_in(base), *files_in(layers_dir)]
     prepare = read_once if args.cache == "warm" else forget
     out, copy = args.folder / "out", args.folder / "copy"
+    copy.mkdir(exist_ok=True)
+    runs: list[dict[str, float]] = []
+    peaks: dict[str, float] = {}
+    sizes: dict[str, float] = {}
 
-    results: dict[str, list[tuple[float, float]]] = {"build": [], "cp": [], "dd": [], "load, replace, save": []}
-    for run in range(args.runs):
+    def measure(name: str, command: list, sources: list[Path], *, sync: bool = False) -> None:
         remove(out)
-        command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base, "--llama_layers_dir", layers_dir]
-        prepare(sources)
-        results["build"].append(timed([*command, "--layers", *layers, "--output_dir", out]))
-        written = [out / "model.pt", out / "model_state_dict.pt"]
-        size_bytes = sum(path.stat().st_size for path in written)
-        copy.mkdir(exist_ok=True)
-        results["cp"].append((timed_copies(written, copy, warm=args.cache == "warm"), 0.0))
-        remove(out)
-        results["dd"].append((timed_raw([size_bytes // 2] * 2, copy), 0.0))
-        if not args.no_naive:
+        if sync:
             out.mkdir()
-            prepare(sources)
-            command = ["-c", IN_MEMORY + NAIVE, base, layers_dir, out, *layers]
-            results["load, replace, save"].append(timed(command, sync=out))
-        print(f"run {run + 1}: {', '.join(f'{name} {v[-1][0]:.1f} s' for name, v in results.items() if v)}", flush=True)
+        prepare(sources)
+        runs[-1][name], peak = timed(command, sync=out if sync else None)
+        peaks[name] = max(peak, peaks.get(name, 0.0))
+
+    def copied(name: str, pattern: str) -> list[int]:
+        written = sorted(out.glob(pattern))
+        sizes[name] = sum(path.stat().st_size for path in written) / 1e9
+        runs[-1][f"cp{name}"] = timed_copies(written, copy, warm=args.cache == "warm")
+        return [path.stat().st_size for path in written]
+
+    build = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base, "--llama_layers_dir", layers_dir]
+    extract = [PACKAGE / "extract_layers.py", "--model_name", base, "--output_dir", out]
+    for number in range(args.runs):
+        runs.append({name: timed(["-c", code])[0] for name, code in IMPORTS.items()})
+        sources = [*files_in(base), *files_in(layers_dir)]
+        measure("build", [*build, "--layers", *layers, "--output_dir", out], sources)
+        written = copied("", "model*.pt")
+        remove(out)
+        runs[-1]["dd"] = timed_raw(written, copy)
+        measure("extract", extract, files_in(base))
+        copied(" of layers", "layer_*.pt")
+        if not args.no_naive:
+            command = ["-c", IN_MEMORY + BUILD_IN_MEMORY, base, layers_dir, out, *layers]
+            measure("load, replace, save", command, sources, sync=True)
+            measure("load, save", ["-c", EXTRACT_IN_MEMORY, base, out], files_in(base), sync=True)
+        print(f"run {number + 1}: {', '.join(f'{name} {value:.1f} s' for name, value in runs[-1].items())}", flush=True)
     remove(out)
     remove(copy)
 
-    print(f"\n{args.shape}, {args.cache}: {size_bytes / 1e9:.2f} GB written, medians of {args.runs}")
-    build_seconds = statistics.median(seconds for seconds, _ in results["build"])
-    for name, measured in results.items():
-        if measured:
-            seconds = statistics.median(seconds for seconds, _ in measured)
-            peak = max(peak for _, peak in measured)
-            ratio = f"build / this = {build_seconds / seconds:.2f}"
-            print(f"{name:<20} {seconds:7.1f} s   {peak:6.2f} GB resident   {ratio}")
+    print(f"\n{args.shape}, {args.cache}: built {sizes['']:.2f} GB, extracted {sizes[' of layers']:.2f} GB")
+    print(f"medians of {args.runs}:")
+    for name in runs[0]:
+        peak = f"{peaks[name]:6.2f} GB resident" if name in peaks else ""
+        print(f"  {name:<20} {statistics.median(run[name] for run in runs):7.1f} s {peak}")
+    for name, ratio in RATIOS.items():
+        if not args.no_naive or "save" not in name:
+            values = [ratio(run) for run in runs]
+            print(f"  {statistics.median(values):5.2f} ({min(values):.2f} to {max(values):.2f})  {name}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 # "small" is for trying the scripts out.
 SHAPES = {
     "small": (256, 8, 512, 32, 8, False),
+    "half": (2048, 8, 8192, 32, 8, False),  # a checkpoint of 4.2 GB
     "1b": (2048, 16, 8192, 32, 8, False),
     "3b": (3072, 28, 8192, 32, 8, False),
     "7b": (4096, 24, 14336, 32, 8, False),  # 13.7 GB, as 8b would not fit on every disk
@@ -15,6 +16,7 @@ SHAPES = {
 }
 LAYERS = {
     "small": [1, 3, 5, 6],
+    "half": [3, 5],
     "1b": [3, 6, 8, 10],
     "3b": [5, 9, 13, 18],
     "7b": [11, 13, 17, 21],

@@ -2,7 +2,10 @@
 
 import argparse
 import contextlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from model_preparation.command_line import (
     CommandParser,
@@ -15,6 +18,9 @@ from model_preparation.command_line import (
 from model_preparation.devices import choose_device
 from model_preparation.surgery.sources import add_source_flag
 from model_preparation.terminal import escaped
+
+if TYPE_CHECKING:
+    from model_preparation.surgery.graft import GraftPlan
 
 EXAMPLES = """\
 examples:
@@ -91,32 +97,38 @@ def main() -> None:
         )
 
     from model_preparation.files.new_folder import check_target
-    from model_preparation.surgery import checkpoint, graft
+    from model_preparation.surgery import checkpoint
+    from model_preparation.surgery.graft_parts import find_parts
 
     target = Path(args.output_dir).expanduser()
     format = args.format or "pt"
     check_target(target, overwrite=args.overwrite, complete_mark=checkpoint.INFO)
-    device = choose_device(args.gpu, args.device)
+    device = partial(choose_device, args.gpu, args.device)
     if args.from_info is not None:
         rebuild(args.from_info, target, args, device)
         return
-    planned = graft.plan(
-        args.base or "unaligned_llamba",
-        args.layers,
-        args.llama_layers_dir,
-        tokenizer=args.tokenizer,
-        dtype=args.dtype,
-        sources=args.source,
+    parts = find_parts(
+        args.base or "unaligned_llamba", args.layers, args.llama_layers_dir, dtype=args.dtype, sources=args.source
     )
-    print("\n".join(map(escaped, planned.describe())))
-    print(checkpoint.describe_writing(planned, target, format))
-    checkpoint.check_room(planned, target, format)
+    how = {"tokenizer": args.tokenizer, "sources": args.source}
+
+    def show(planned: "GraftPlan") -> None:
+        print("\n".join(map(escaped, planned.describe())))
+        print(checkpoint.describe_writing(planned, target, format))
+
     if args.dry_run:
+        from model_preparation.surgery import graft
+
+        device()
+        show(graft.check(parts, **how))
+        checkpoint.check_room(parts, target, format)
         print(f"Everything fits; nothing was written to {target} (--dry_run).")
         return
     checkpoint.write(
-        planned,
+        parts,
         target,
+        **how,
+        show=show,
         description=args.description or "",
         score=args.score,
         device=device,
@@ -126,7 +138,7 @@ def main() -> None:
     print(f"Checkpoint is in {target}")
 
 
-def rebuild(recipe: str, target: Path, args: argparse.Namespace, device: str) -> None:
+def rebuild(recipe: str, target: Path, args: argparse.Namespace, device: Callable[[], str]) -> None:
     """What the command does with --from_info."""
     from model_preparation.surgery import recipe as recipes
 

@@ -55,6 +55,22 @@ def test_extracting_a_llamba_s_layers(tmp_path):
     assert imported("extract_layers", *flags, of=HEAVY, cwd=tmp_path) == []
 
 
+def test_weights_are_found_and_copied_without_torch(layers_dir, tmp_path):
+    """So that they are written while torch and transformers are imported."""
+    code = f"""
+import sys
+sys.argv[0] = {str(PACKAGE / "extract_layers.py")!r}
+from pathlib import Path
+from model_preparation.surgery import checkpoint, graft_parts, hf_folder, layer_store, pt_folder
+from model_preparation.tensors.pt_writer import write_dict
+parts = graft_parts.find_parts("tiny_llamba", [1, 3], {str(layers_dir)!r})
+assert len(write_dict(Path("weights.pt"), parts.tensors).blake3) == len(parts.tensors) > 50
+print("imported:", *(name for name in ("torch", "transformers", "numpy") if name in sys.modules))
+"""
+    result = run_python("-c", code, cwd=tmp_path)
+    assert result.stdout == "imported:\n", result.stderr
+
+
 def test_what_does_import_the_model_is_seen(checkpoint_dir):
     assert MODEL in imported("verify_checkpoint", checkpoint_dir, of=HEAVY, cwd=checkpoint_dir.parent)
 

@@ -1,5 +1,6 @@
 """Work done beside other work, which one failure stops."""
 
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,9 +9,13 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_TURN_SECONDS = 0.001
+
 
 class Beside:
     """A context in which calls run in threads of their own; leaving it waits for them, or stops them if it fails.
+
+    Threads take turns more often meanwhile: beside an import, one that copies blocks would wait 5 ms before each.
 
     Args:
         at_once: how many run at the same time; those started last wait.
@@ -20,6 +25,7 @@ class Beside:
         self._executor = ThreadPoolExecutor(at_once, "beside")
         self._started: list[Future] = []
         self._stopped = threading.Event()
+        self._turn_seconds = sys.getswitchinterval()
 
     def start(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run `call` in a thread."""
@@ -38,9 +44,11 @@ class Beside:
                 future.result()
 
     def __enter__(self) -> "Beside":
+        sys.setswitchinterval(_TURN_SECONDS)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception) -> None:
         if kind is not None:
             self._stopped.set()
         self._executor.shutdown(cancel_futures=kind is not None)
+        sys.setswitchinterval(self._turn_seconds)

@@ -1,4 +1,4 @@
-"""Files in large blocks: read through the page cache, written past it where the file system allows.
+"""Files in large blocks: read through the page cache; written past it or through it, whichever the disk does faster.
 
 In: ranges of files, or bytes. Out: a `Stream`: bytes that go front to back into one or several files and are hashed
 once, by threads of their own while the next block is read.
@@ -6,12 +6,15 @@ once, by threads of their own while the next block is read.
 
 import collections
 import contextlib
+import ctypes
 import errno
 import fcntl
+import functools
 import hashlib
 import mmap
 import os
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,8 +22,11 @@ from pathlib import Path
 BLOCK_BYTES = 4 << 20  # a multiple of every file system's block, as direct I/O asks for
 ALIGNMENT = 4096  # of places and lengths, for direct I/O and for sharing extents
 _BUFFERS = 4  # one being filled, some being hashed, some being written; 8 are 16 MB more and hardly faster
+_BLOCKS_BEHIND = 4  # of a file, that may be in the page cache and not on the disk yet
+_RUN_BLOCKS, _TRIED_BLOCKS = 16, 128  # the first 512 MB go both ways by turns, 64 MB each time
 _FICLONERANGE = 0x4020940D  # linux/fs.h
-_CANNOT_SHARE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL)
+_START, _FINISH = 2, 1 | 2 | 4  # SYNC_FILE_RANGE_..., linux/fs.h
+_CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.ESPIPE)
 
 Advance = Callable[[int], None]
 Place = tuple[Path, int]  # a file, and where in it, in bytes
@@ -72,44 +78,69 @@ def read_into(path: Path, start: int, view: memoryview) -> None:
         os.close(descriptor)
 
 
+class _Disk:
+    """Which way a file system takes blocks faster: past its page cache or through it. The first ones go both ways."""
+
+    def __init__(self) -> None:
+        self._tried = 0
+        self._seconds = {True: 0.0, False: 0.0}  # that the blocks tried took directly, and through the cache
+
+    @contextlib.contextmanager
+    def next_is_direct(self, size_bytes: int) -> Iterator[bool]:
+        """How to write the next piece, which is written inside the context."""
+        if self._tried >= _TRIED_BLOCKS:
+            yield self._seconds[True] <= self._seconds[False]
+            return
+        if size_bytes < BLOCK_BYTES:
+            yield True
+            return
+        direct = self._tried // _RUN_BLOCKS % 2 == 0
+        self._tried += 1  # two threads may count one block: no matter
+        started = time.perf_counter()
+        yield direct
+        self._seconds[direct] += time.perf_counter() - started
+
+
+@functools.cache
+def _disk(device: int) -> _Disk:
+    return _Disk()
+
+
 class OutputFile:
-    """A new file of known size, written in pieces in any order, its blocks past the page cache where possible.
+    """A new file, written in pieces in any order, of which the page cache holds a few blocks at most.
 
     What the methods raise are the file system's errors (OSError), naming the file.
     """
 
-    def __init__(self, path: Path, size_bytes: int, advance: Advance = lambda size_bytes: None):
+    def __init__(self, path: Path, advance: Advance = lambda size_bytes: None):
         """`advance` is told the bytes of every piece written or shared."""
         self.path = path
-        self.size_bytes = size_bytes
         self._advance = advance
+        self._behind: collections.deque[tuple[int, int]] = collections.deque()  # (place, bytes) in the page cache
         with _naming(path):
-            self._descriptor = _create(path)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._disk = _disk(os.fstat(self._descriptor).st_dev)
+            try:
+                self._direct: int | None = os.open(path, os.O_WRONLY | os.O_DIRECT)
+            except (OSError, AttributeError):  # a file system or a system without
+                self._direct = None
 
-    def reserve(self) -> None:
-        """Take the space now, so that a disk that is too small says so before the work is done."""
-        if not hasattr(os, "posix_fallocate"):
+    def reserve(self, position: int, size_bytes: int) -> None:
+        """Take the space from `position` on now, so that a disk that is too small says so before the work is done."""
+        if not hasattr(os, "posix_fallocate") or not size_bytes:
             return
         with _naming(self.path):
             try:
-                os.posix_fallocate(self._descriptor, 0, self.size_bytes)
+                os.posix_fallocate(self._descriptor, position, size_bytes)
             except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # not every file system can
+                if error.errno not in _CANNOT:  # not every file system can
                     raise
 
     def write(self, data: memoryview, position: int) -> None:
         """Write all of `data` at `position`."""
-        if len(data) % ALIGNMENT:
-            self._leave_direct()  # the end of the file is of any length
-        written = 0
-        with _naming(self.path):
-            while written < len(data):
-                try:
-                    written += os.pwrite(self._descriptor, data[written:], position + written)
-                except OSError as error:
-                    if error.errno != errno.EINVAL or not self._leave_direct():
-                        raise
-        self._advance(written)
+        with _naming(self.path), self._disk.next_is_direct(len(data)) as direct:
+            self._write(data, position, direct=direct)
+        self._advance(len(data))
 
     def share(self, place: Place, position: int, size_bytes: int) -> bool:
         """Let whole blocks at `position` be another file's, on the disk too; False where that cannot be done.
@@ -121,7 +152,7 @@ class OutputFile:
         try:
             fcntl.ioctl(self._descriptor, _FICLONERANGE, wish)
         except OSError as error:
-            if error.errno in _CANNOT_SHARE:
+            if error.errno in _CANNOT:
                 return False
             error.filename = str(self.path)
             raise
@@ -132,17 +163,49 @@ class OutputFile:
 
     def sync(self) -> None:
         with _naming(self.path):
+            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size)  # XFS has taken room for more
             os.fsync(self._descriptor)
+            self._drop(0, 0)
 
     def close(self) -> None:
+        if self._direct is not None:
+            os.close(self._direct)
         os.close(self._descriptor)
 
-    def _leave_direct(self) -> bool:
-        """Go on through the page cache; False if it was so already."""
-        direct = getattr(os, "O_DIRECT", 0)
-        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~direct)
-        return bool(flags & direct)
+    def _write(self, data: memoryview, position: int, *, direct: bool) -> None:
+        descriptor = self._direct if direct and len(data) % ALIGNMENT == 0 else None  # a file's end is of any length
+        written = 0
+        while written < len(data):
+            try:
+                written += os.pwrite(descriptor or self._descriptor, data[written:], position + written)
+            except OSError as error:
+                if error.errno != errno.EINVAL or descriptor is None:
+                    raise
+                descriptor = None  # a file system that opens files for direct writes, and refuses them
+        if descriptor is None:
+            self._write_back(position, len(data), _START)
+            self._behind.append((position, len(data)))
+            if len(self._behind) > _BLOCKS_BEHIND:
+                oldest = self._behind.popleft()
+                self._write_back(*oldest, _FINISH)
+                self._drop(*oldest)
+
+    def _write_back(self, position: int, size_bytes: int, flags: int) -> None:
+        """Source: sync_file_range(2); an error told by it is not told by fsync any more."""
+        if _sync_file_range is not None and _sync_file_range(self._descriptor, position, size_bytes, flags):
+            code = ctypes.get_errno()
+            if code not in _CANNOT:
+                raise OSError(code, os.strerror(code))
+
+    def _drop(self, position: int, size_bytes: int) -> None:
+        """Have the page cache let go of what is on the disk; 0 bytes are all."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, position, size_bytes, os.POSIX_FADV_DONTNEED)
+
+
+_sync_file_range = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 @contextlib.contextmanager
@@ -153,14 +216,6 @@ def _naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = str(path)
         raise
-
-
-def _create(path: Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-    try:
-        return os.open(path, flags | os.O_DIRECT, 0o666)
-    except (OSError, AttributeError):  # a file system or a system without
-        return os.open(path, flags, 0o666)
 
 
 class Stream:
@@ -180,11 +235,11 @@ class Stream:
         self._pending: list[Future] = []
         self._written = list(files[:1] if _can_share(files) else files)  # the others get their part in `split`
 
-    def reserve(self) -> None:
-        """Take the files' space now, unless it may turn out to be another file's: Btrfs would keep both."""
-        if len(self._written) == len(self.files):
+    def reserve(self, size_bytes: int) -> None:
+        """Take the space of what comes next now; at least `size_bytes` must come."""
+        if len(self._written) == len(self.files):  # else it may turn out to be another file's: Btrfs would keep both
             for file in self.files:
-                file.reserve()
+                file.reserve(self.position, size_bytes)
 
     def append(self, data: bytes | bytearray) -> None:
         """Add a few bytes."""

@@ -42,7 +42,7 @@ from model_preparation.surgery.model_configs import (
     read_generation_config,
 )
 from model_preparation.surgery.sources import has_tokenizer, resolve
-from model_preparation.tensors.dtypes import torch_dtype
+from model_preparation.tensors.dtypes import float_dtype
 from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange
 from model_preparation.terminal import escaped
 from model_preparation.untrusted.pickle_globals import globals_in
@@ -103,7 +103,7 @@ def import_legacy(
             one Llama, or differ from the config in a name, a shape or a setting; and as `extract_layers` does.
     """
     folder, target = Path(folder).expanduser(), Path(output_dir).expanduser()
-    dtype = torch_dtype(dtype)
+    cast_to = float_dtype(dtype)
     check_target(target, overwrite=overwrite, complete_mark=METADATA)
     paths = legacy_files(folder)
     chosen = sorted_layers(paths if layers is None else layers)
@@ -134,9 +134,9 @@ def import_legacy(
                 own = {name: place for name, place in ranges.items() if not name.startswith(_ROTARY)}
                 if not described:
                     check_range(chosen, config.num_hidden_layers, "the donor")
-                    layer_bytes = sum(place.numel * (dtype or place.dtype).itemsize for place in own.values())
+                    layer_bytes = sum(place.numel * (cast_to or place.dtype).itemsize for place in own.values())
                     check_space(target, len(chosen) * layer_bytes + 50_000_000)
-                described[str(index)] = write_layer(staging / layer_file(index), own, dtype)
+                described[str(index)] = write_layer(staging / layer_file(index), own, cast_to)
         assert config is not None
         tokenizers = [place for place in (folder / TOKENIZER, folder, donor) if place and has_tokenizer(place)]
         return complete_folder(

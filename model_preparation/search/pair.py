@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from model_preparation.llamba import LlambaForCausalLM
-from model_preparation.surgery.graft import GraftPlan, empty_model, tensor_ranges
+from model_preparation.surgery.graft import GraftPlan, empty_model
 from model_preparation.surgery.model_configs import read_config
-from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.tensors.tensor_ranges import MappedFiles
 from model_preparation.untrusted.tokenizer_files import load_tokenizer
 
@@ -54,18 +53,19 @@ def load_pair(planned: GraftPlan, device: str | torch.device = "cpu", dtype: tor
     mapped = MappedFiles()
 
     def load(model: nn.Module, places: dict) -> None:
-        state = {name: _placed(mapped.tensor(place), planned.dtype, device, dtype) for name, place in places.items()}
+        state = {
+            name: _placed(mapped.tensor(place), planned.dtype.torch, device, dtype) for name, place in places.items()
+        }
         model.load_state_dict(state, assign=True)
 
     model = empty_model(planned.config)
-    places = tensor_ranges(planned)
-    places.setdefault("lm_head.weight", places["backbone.embedding.weight"])  # where they are tied
-    load(model, places)
+    # where they are tied, the embedding is the head
+    load(model, {"lm_head.weight": planned.tensors["backbone.embedding.weight"]} | planned.tensors)
     model.tie_weights()
     base = empty_model(read_config(planned.base.folder))
     base_layers = base.backbone.layers
     prefix = "backbone.layers."
-    own = TensorFiles(planned.base.folder).ranges
+    own = planned.files.ranges
     load(base_layers, {name[len(prefix) :]: place for name, place in own.items() if name.startswith(prefix)})
     if dtype is not None:
         model.config.dtype = dtype

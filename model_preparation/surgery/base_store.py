@@ -16,13 +16,13 @@ from functools import cached_property
 from pathlib import Path
 
 import rich.progress
-import torch
 
 from model_preparation.files.block_io import Advance
 from model_preparation.files.digests import describe_source_file
 from model_preparation.files.known_digests import KnownFile, examine, recall, remember
 from model_preparation.files.shared_files import can_share, share_file
 from model_preparation.surgery.store_folder import STORE, locked, record_of
+from model_preparation.tensors.dtypes import DType
 from model_preparation.tensors.safetensors_writer import Shard
 
 _LAYOUT = 1  # of a shard's bytes: count on when names, order or header of what is in a shard change
@@ -39,7 +39,7 @@ class BaseStore:
         dtype: of the shards' tensors.
     """
 
-    def __init__(self, checkpoints: Path, base_paths: Iterable[Path], dtype: torch.dtype):
+    def __init__(self, checkpoints: Path, base_paths: Iterable[Path], dtype: DType):
         self._root = checkpoints / STORE
         self._base_paths = list(base_paths)
         self._dtype = dtype

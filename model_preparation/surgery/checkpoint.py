@@ -1,19 +1,19 @@
 """The checkpoint folder, written whole or not at all.
 
-In: a `GraftPlan`. Out: model_checkpoints/NAME/ with the weights (pt_folder.py, hf_folder.py, or both), the tokenizer,
+In: `GraftParts`. Out: model_checkpoints/NAME/ with the weights (pt_folder.py, hf_folder.py, or both), the tokenizer,
 README.txt, tensor_digests.json; and checkpoint_info.json, which is written last: a folder without it is no checkpoint.
-checkpoint_loading.py opens it.
+checkpoint_loading.py opens it. The weights are written while torch and transformers are imported, which check the graft
+and try it out beside that; where they find a fault, what is written goes.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.filesize import decimal
-from transformers import PreTrainedTokenizerBase
 
 from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
@@ -23,7 +23,6 @@ from model_preparation.files.digests import describe_files, describe_source_file
 from model_preparation.files.new_folder import check_space, check_target, new_folder
 from model_preparation.files.seal import seal
 from model_preparation.files.timestamps import creation_time
-from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.surgery.checkpoint_info import (
     FORMAT_VERSION,
     FORMATS,
@@ -36,15 +35,20 @@ from model_preparation.surgery.checkpoint_info import (
     check_format,
 )
 from model_preparation.surgery.checkpoint_readme import readme_text
-from model_preparation.surgery.graft import GraftPlan, base_paths, empty_model, plan
+from model_preparation.surgery.graft_parts import GraftParts, find_parts
 from model_preparation.surgery.hf_folder import HfFolder
 from model_preparation.surgery.model_configs import heads_of, read_generation_config
-from model_preparation.surgery.model_digests import digest_of_layers, digest_of_tokenizer, recorded_weights
 from model_preparation.surgery.pt_folder import PtFolder
 from model_preparation.surgery.store_folder import STORE
-from model_preparation.surgery.trial import try_out
-from model_preparation.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.versions import code_digests, versions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from model_preparation.llamba import LlambaForCausalLM
+    from model_preparation.surgery.graft import GraftPlan
 
 _SMALL_FILES_BYTES = 64_000_000  # tokenizer, JSON and README, generously
 
@@ -59,41 +63,66 @@ def build_checkpoint(
     description: str = "",
     score: float | None = None,
     device: str = "cpu",
-    dtype: torch.dtype | str | None = None,
+    dtype: "torch.dtype | str | None" = None,
     format: str = "pt",
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Replace `layers` of `base` by the donor's and write the checkpoint; returns its checkpoint_info.json.
 
-    The arguments are those of `graft.plan` and of `write`.
+    The arguments are those of `find_parts`, `graft.check` and `write`.
 
     Raises:
         SurgeryError: for anything that makes the graft impossible or wrong; nothing is left on the disk then.
     """
     check_format(format)
     check_target(Path(output_dir).expanduser(), overwrite=overwrite, complete_mark=INFO)
-    graft = plan(
-        base,
-        layers,
-        llama_layers_dir,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        sources=sources,
-    )
     return write(
-        graft, output_dir, description=description, score=score, device=device, format=format, overwrite=overwrite
+        find_parts(base, layers, llama_layers_dir, dtype=dtype, sources=sources),
+        output_dir,
+        tokenizer=tokenizer,
+        sources=sources,
+        description=description,
+        score=score,
+        device=device,
+        format=format,
+        overwrite=overwrite,
     )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A graft whose checks have passed, with what needed torch and transformers to be known."""
+
+    graft: "GraftPlan"
+    tokenizer: "PreTrainedTokenizerBase"
+    generation_config: dict[str, Any]
+    device: str
+
+    def model(self, tensors: "dict[str, Tensor]") -> "LlambaForCausalLM":
+        """The grafted model with these parameters."""
+        from transformers import GenerationConfig
+
+        from model_preparation.surgery.graft import empty_model
+
+        model = empty_model(self.graft.config)
+        model.load_state_dict(tensors, strict=False, assign=True)
+        model.tie_weights()
+        model.generation_config = GenerationConfig(**self.generation_config)
+        return model
 
 
 def write(
-    graft: GraftPlan,
+    graft: GraftParts,
     output_dir: str | Path,
     *,
+    tokenizer: str | None = None,
+    sources: Mapping[str, str] | None = None,
+    show: "Callable[[GraftPlan], None]" = lambda graft: None,
     description: str = "",
     score: float | None = None,
     measured: Mapping[str, Any] | None = None,
-    device: str = "cpu",
+    device: str | Callable[[], str] = "cpu",
     format: str = "pt",
     overwrite: bool = False,
     confirm: Callable[[dict[str, Any]], None] | None = None,
@@ -102,70 +131,84 @@ def write(
 
     Args:
         output_dir: appears whole or not at all.
+        tokenizer: as `graft.check` takes it, and so are `sources`.
+        show: called with the plan as soon as it is checked.
         description: free text for people.
         score: an MMLU score known beforehand, as a fraction of 1.
         measured: `mmlu_result` of a checkpoint, if that score was measured; of other weights, no score is entered.
-        device: where the trial forward pass runs; what is written is always on the CPU.
+        device: where the trial forward pass runs, or a function that chooses it; what is written is always on the CPU.
         format: "pt" for model.pt and model_state_dict.pt, "hf" for what transformers opens without this package (see
             hf_folder.py; the shards of untouched layers are shared with the checkpoints beside it), or "both".
         overwrite: replace a checkpoint that is there; it stays whole until the new one is.
         confirm: called with the new checkpoint_info.json before anything is put in place; may raise.
 
     Raises:
-        SurgeryError: if the target is taken or not writable, the disk too small, the device not to be had,
-            the score none, or the trial's logits not finite.
+        SurgeryError: for anything that makes the graft impossible or wrong; if the target is taken or not writable,
+            the disk too small, the device not to be had, the score none, or the trial's logits not finite.
     """
     check_format(format)
-    check_device(device)
     if score is not None and not 0 <= score <= 1:
         raise SurgeryError(f"The score {score} is not between 0 and 1. Give a fraction, such as 0.57.")
     target = Path(output_dir).expanduser()
-    check_target(target, overwrite=overwrite, complete_mark=INFO)
-    check_room(graft, target, format)
-    tokenizer = load_tokenizer(graft.tokenizer)
-    check_tokenizer(tokenizer, graft)
-    generation_config = _generation_config(graft, tokenizer)
-    pt_folder = None if format == "hf" else PtFolder(graft, target)
-    hf_folder = None if format == "pt" else HfFolder(graft, target.resolve().parent)
-    base_files: dict[str, dict] | Future[dict[str, dict]] | None = None
-    if hf_folder is not None or (pt_folder is not None and pt_folder.wants_base_files):
-        base_files = _base_files(graft, hf_folder)
-        if pt_folder is not None:
-            pt_folder.take_from_siblings(base_files)
-
     with new_folder(target, overwrite=overwrite, complete_mark=INFO) as staging:
-        with Beside() as beside, byte_progress() as progress:
-            trial = beside.start(try_out, graft, tokenizer, device, beside.check)
-            if base_files is None:
-                base_files = beside.start(_base_files, graft, None, beside.check)
-            task = progress.add_task("Writing", total=FORMATS[format] * graft.weight_bytes)
+        with Beside() as beside:
 
-            def advance(size_bytes: int) -> None:
-                progress.advance(task, size_bytes)
-                beside.raise_failure()
+            def check() -> _Checked:
+                checked = _checked(graft, tokenizer, sources, device)
+                show(checked.graft)
+                return checked
 
+            def read_base() -> dict[str, dict]:
+                checking.result()  # imports come first: without them nothing can be finished
+                return _base_files(graft, beside.check)
+
+            checking = beside.start(check)
+            trial = beside.start(_try_out, checking, beside.check)
+            try:
+                pt_folder = None if format == "hf" else PtFolder(graft, target)
+                hf_folder = None if format == "pt" else HfFolder(graft, target.resolve().parent)
+                shares = pt_folder is not None and pt_folder.wants_base_files
+                if shares:
+                    checking.result()  # siblings are read with torch, which two threads cannot import at once
+                check_room(graft, target, format)
+            except SurgeryError:
+                checking.result()  # what that finds comes first
+                raise
+            base_files: dict[str, dict] | Future[dict[str, dict]]
+            if hf_folder is not None:
+                base_files = hf_folder.store.base_files
+            else:
+                base_files = _base_files(graft, beside.raise_failure) if shares else beside.start(read_base)
+            if pt_folder is not None and shares and not isinstance(base_files, Future):
+                pt_folder.take_from_siblings(base_files)
             files: dict[str, dict] = {}
             digests: dict[str, str] = {}
-            if pt_folder is not None:
-                files, digests = pt_folder.write_weights(staging, generation_config, advance)
-            if hf_folder is not None:
-                shards, digests = hf_folder.write_weights(staging, advance)
-                files |= shards
+            with byte_progress() as progress:
+                task = progress.add_task("Writing", total=FORMATS[format] * graft.weight_bytes)
+
+                def advance(size_bytes: int) -> None:
+                    progress.advance(task, size_bytes)
+                    beside.raise_failure()
+
+                if pt_folder is not None:
+                    files, digests = pt_folder.write_weights(
+                        staging, lambda tensors: checking.result().model(tensors), advance
+                    )
+                if hf_folder is not None:
+                    shards, digests = hf_folder.write_weights(staging, advance)
+                    files |= shards
+            checked = checking.result()
             trial.result()
             if isinstance(base_files, Future):
                 base_files = base_files.result()
-            info = _info(graft, base_files, description, score, generation_config)
         if format != "hf":
-            tokenizer.save_pretrained(staging / TOKENIZER)
+            checked.tokenizer.save_pretrained(staging / TOKENIZER)
         if hf_folder is not None:
-            hf_folder.write_rest(staging, tokenizer, generation_config)
-        _write_json(staging / TENSOR_DIGESTS, _tensor_digests(graft, digests))
+            hf_folder.write_rest(staging, checked.graft, checked.tokenizer, checked.generation_config)
+        _write_json(staging / TENSOR_DIGESTS, _tensor_digests(checked.graft, digests))
+        info = _info(checked.graft, base_files, description, score, checked.generation_config)
         info |= {"format": format, "files": files}
-        info["digests"] = {
-            "weights": recorded_weights(staging),
-            "donor_layers": digest_of_layers(graft.donor, graft.layers),
-            "tokenizer": digest_of_tokenizer(tokenizer),
-        }
+        info["digests"] = _digests(staging, checked)
         if measured is not None:
             is_of_these = measured.get("model", {}).get("weights") == info["digests"]["weights"]
             info |= {"mmlu_result": dict(measured)} if is_of_these else {"mmlu_score": None}
@@ -178,7 +221,32 @@ def write(
     return json.loads(sealed)
 
 
-def check_room(graft: GraftPlan, output_dir: Path, format: str = "pt") -> None:
+def _checked(
+    parts: GraftParts,
+    tokenizer: str | None,
+    sources: Mapping[str, str] | None,
+    device: str | Callable[[], str],
+) -> _Checked:
+    """Everything that can be wrong with a graft but its numbers."""
+    from model_preparation.surgery import graft
+    from model_preparation.untrusted.tokenizer_files import load_tokenizer
+
+    chosen = device if isinstance(device, str) else device()
+    check_device(chosen)
+    planned = graft.check(parts, tokenizer=tokenizer, sources=sources)
+    loaded = load_tokenizer(planned.tokenizer)
+    check_tokenizer(loaded, planned)
+    return _Checked(planned, loaded, _generation_config(planned, loaded), chosen)
+
+
+def _try_out(checking: Future[_Checked], go_on: Callable[[], object]) -> None:
+    checked = checking.result()
+    from model_preparation.surgery.trial import try_out
+
+    try_out(checked.graft, checked.tokenizer, checked.device, go_on)
+
+
+def check_room(graft: GraftParts, output_dir: Path, format: str = "pt") -> None:
     """Raise SurgeryError if the disk `output_dir` will be on is too small for what will be written there."""
     try:
         check_space(output_dir, _SMALL_FILES_BYTES + _bytes_to_write(graft, output_dir, format, read_base=False))
@@ -186,7 +254,7 @@ def check_room(graft: GraftPlan, output_dir: Path, format: str = "pt") -> None:
         check_space(output_dir, _SMALL_FILES_BYTES + _bytes_to_write(graft, output_dir, format, read_base=True))
 
 
-def describe_writing(graft: GraftPlan, output_dir: Path, format: str) -> str:
+def describe_writing(graft: GraftParts, output_dir: Path, format: str) -> str:
     """What `write` will write, in a line to print."""
     size = decimal(_bytes_to_write(graft, output_dir, format, read_base=False))
     if format == "pt":
@@ -194,7 +262,7 @@ def describe_writing(graft: GraftPlan, output_dir: Path, format: str) -> str:
     return f"to write   {size}; shards of the base that {STORE} beside the checkpoint holds are shared"
 
 
-def _bytes_to_write(graft: GraftPlan, output_dir: Path, format: str, *, read_base: bool) -> int:
+def _bytes_to_write(graft: GraftParts, output_dir: Path, format: str, *, read_base: bool) -> int:
     """What will be written of the weights, in bytes; without reading the base, at most that."""
     size_bytes = 0
     if format != "hf":
@@ -207,7 +275,7 @@ def _bytes_to_write(graft: GraftPlan, output_dir: Path, format: str, *, read_bas
     return size_bytes
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, graft: GraftPlan) -> None:
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", graft: "GraftPlan") -> None:
     """Raise SurgeryError if the tokenizer can produce ids the model has no embedding for."""
     if len(tokenizer) > graft.config.padded_vocab_size:
         raise SurgeryError(
@@ -216,28 +284,27 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, graft: GraftPlan) -> Non
         )
 
 
-def _base_files(
-    graft: GraftPlan, hf_folder: HfFolder | None = None, go_on: Callable[[], None] = lambda: None
-) -> dict[str, dict]:
+def _base_files(graft: GraftParts, go_on: Callable[[], None] = lambda: None) -> dict[str, dict]:
     """{"bytes", "blake3"} of the base's files by name."""
-    if hf_folder is not None:
-        return hf_folder.store.base_files
     described = {}
-    for path in base_paths(graft):
+    for path in graft.base_paths:
         go_on()
         described[path.name] = describe_source_file(path)
     return described
 
 
-def _tensor_digests(graft: GraftPlan, digests: Mapping[str, str]) -> dict[str, Any]:
+def _tensor_digests(graft: "GraftPlan", digests: Mapping[str, str]) -> dict[str, Any]:
     """tensor_digests.json: what each tensor of the state dict is, by BLAKE3, and whose it was."""
+    from model_preparation.llamba import LlambaForCausalLM
+    from model_preparation.surgery.graft import empty_model
+
     replaced = tuple(f"backbone.layers.{index}." for index in graft.layers)
     tied = LlambaForCausalLM._tied_weights_keys
     return {
         "format_version": FORMAT_VERSION,
         "tensors": {
             name: {
-                "dtype": str(graft.dtype).removeprefix("torch."),
+                "dtype": graft.dtype.name,
                 "shape": list(tensor.shape),
                 "from": "donor" if name.startswith(replaced) else "base",
                 "blake3": digests.get(name) or digests[tied[name]],
@@ -247,8 +314,19 @@ def _tensor_digests(graft: GraftPlan, digests: Mapping[str, str]) -> dict[str, A
     }
 
 
+def _digests(staging: Path, checked: _Checked) -> dict[str, Any]:
+    """What the model is, whatever its files and its folder are called."""
+    from model_preparation.surgery.model_digests import digest_of_layers, digest_of_tokenizer, recorded_weights
+
+    return {
+        "weights": recorded_weights(staging),
+        "donor_layers": digest_of_layers(checked.graft.donor, checked.graft.layers),
+        "tokenizer": digest_of_tokenizer(checked.tokenizer),
+    }
+
+
 def _info(
-    graft: GraftPlan, base_files: dict[str, dict], description: str, score: float | None, generation_config: dict
+    graft: "GraftPlan", base_files: dict[str, dict], description: str, score: float | None, generation_config: dict
 ) -> dict[str, Any]:
     donor = graft.donor.metadata
     num_heads, head_dim = heads_of(graft.donor.config)
@@ -271,7 +349,7 @@ def _info(
         "num_heads": num_heads,
         "head_dim": head_dim,
         "parameters": graft.parameters,
-        "dtype": str(graft.dtype).removeprefix("torch."),
+        "dtype": graft.dtype.name,
         "creation_time": creation_time(),
         "description": description,
         "mmlu_score": score,
@@ -282,7 +360,7 @@ def _info(
     }
 
 
-def _generation_config(graft: GraftPlan, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _generation_config(graft: "GraftPlan", tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Special tokens of the base, else of the donor, else of the tokenizer; greedy decoding unless asked otherwise."""
     given = read_generation_config(graft.base.folder) or graft.donor.metadata["generation_config"] or {}
 

@@ -1,9 +1,9 @@
-"""What a graft will be, checked before anything is written, and the model it makes.
+"""What a graft will be, checked before it is put in place, and the model it makes.
 
-In: a base (a Llamba's folder), a `LayerStore` of the donor, and the layers to take. Out: a `GraftPlan` that says where
-every tensor comes from.
+In: `GraftParts`, or the names they are found by. Out: a `GraftPlan`: the parts, and the model that they are made into.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,49 +15,31 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LLAMA_DEFAULTS, LlambaConfig
-from model_preparation.surgery.layer_store import LayerStore, check_range, sorted_layers
+from model_preparation.surgery.graft_parts import GraftParts, find_parts
+from model_preparation.surgery.layer_store import LayerStore
 from model_preparation.surgery.model_configs import heads_of, layer_shapes, read_config
-from model_preparation.surgery.sources import Source, donor_name, has_tokenizer, resolve, tokenizer_name
-from model_preparation.tensors.dtypes import torch_dtype
-from model_preparation.tensors.tensor_files import TensorFiles
-from model_preparation.tensors.tensor_ranges import TensorRange
+from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
+from model_preparation.tensors.dtypes import DType
 from model_preparation.untrusted.untrusted_config import refusing_impossible_models
 
 
 @dataclass(frozen=True)
-class GraftPlan:
+class GraftPlan(GraftParts):
     """A graft that can be done: all checks have passed.
 
     Attributes:
-        base_name: what the user called the base.
-        base: where it is.
-        donor: the extracted layers.
-        layers: the indices taken from the donor, sorted.
         config: the grafted model's.
-        dtype: of every parameter.
         casts: what changes its dtype on the way, in words; empty if nothing does.
         tokenizer: the folder the tokenizer is taken from.
         tokenizer_of: in words, whose it is.
         tokenizer_source: its `Source.as_dict()`, if it is neither the base's nor the donor's.
-        parameters: numbers in the model; tied ones are counted once.
     """
 
-    base_name: str
-    base: Source
-    donor: LayerStore
-    layers: list[int]
     config: LlambaConfig
-    dtype: torch.dtype
     casts: list[str]
     tokenizer: Path
     tokenizer_of: str
     tokenizer_source: dict[str, str | None] | None
-    parameters: int
-
-    @property
-    def weight_bytes(self) -> int:
-        """Size of the weights, written once."""
-        return self.parameters * self.dtype.itemsize
 
     def describe(self) -> list[str]:
         """The plan in lines to print."""
@@ -68,7 +50,7 @@ class GraftPlan:
             *(f"layer {index:>3}  <- {self.donor.path(index)}" for index in self.layers),
             f"kept       {self.config.n_layer - len(self.layers)} of {self.config.n_layer} layers, and all around them",
             f"heads      {heads} of {size} in the layers taken, {kept_heads} of {kept_size} in those kept",
-            f"dtype      {str(self.dtype).removeprefix('torch.')}" + "".join(f"; {cast}" for cast in self.casts),
+            f"dtype      {self.dtype.name}" + "".join(f"; {cast}" for cast in self.casts),
             f"tokenizer  {self.tokenizer_of} ({self.tokenizer})",
             f"weights    {decimal(self.weight_bytes)} ({self.parameters:,} parameters)",
         ]
@@ -83,53 +65,46 @@ def plan(
     dtype: torch.dtype | str | None = None,
     sources: Mapping[str, str] | None = None,
 ) -> GraftPlan:
-    """Check that `layers` of the donor fit the base, file by file, and say what will be done.
+    """`find_parts`, then `check`; their arguments."""
+    parts = find_parts(base_name, layers, llama_layers_dir, dtype=dtype, sources=sources)
+    return check(parts, tokenizer=tokenizer, sources=sources)
+
+
+def check(
+    parts: GraftParts,
+    *,
+    tokenizer: str | None = None,
+    sources: Mapping[str, str] | None = None,
+) -> GraftPlan:
+    """Check that the donor's layers fit the base, file by file, and say what will be done.
 
     Args:
-        base_name: a name, folder or hub id of a Llamba, as `sources.resolve` takes it.
-        layers: indices, in any order, without repeats.
-        llama_layers_dir: a folder written by `extract_layers`, or what stands for one.
+        parts: from `find_parts`.
         tokenizer: name, folder or hub id to take it from; by default the base's own, else the donor's.
-        dtype: of the whole model; by default the base's.
         sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Raises:
         SurgeryError: for anything that would make the graft fail or be wrong.
     """
-    layers = sorted_layers(layers)
-    dtype = torch_dtype(dtype)
-    if isinstance(llama_layers_dir, LayerStore):
-        donor = llama_layers_dir
-    else:
-        donor = LayerStore(llama_layers_dir, hint=donor_name(base_name, sources))
-    base = resolve(base_name, overrides=sources)
+    base, donor, layers = parts.base, parts.donor, parts.layers
     base_config = read_config(base.folder)
-    if not isinstance(base_config, LlambaConfig):
-        raise SurgeryError(f"{base.folder} is a {base_config.model_type} model. The base must be a Llamba.")
+    assert isinstance(base_config, LlambaConfig)  # by its model_type
     if base_config.llama_layers:
         raise SurgeryError(f"{base.folder} has grafted layers already. Start from a base without any.")
-    check_range(layers, base_config.n_layer, str(base.folder))
     _check_donor(base_config, donor)
     donor.check(layers)
 
     config = grafted_config(base_config, donor, layers)
-    files = TensorFiles(base.folder)
-    dtype = dtype or files.dtype().torch
-    casts = _check_tensors(files, donor, layers, config, dtype)
-    tokenizer_folder, tokenizer_of, other = _find_tokenizer(tokenizer, base_name, base, donor, sources)
-    config.dtype = dtype
+    casts = _check_tensors(parts, config)
+    tokenizer_folder, tokenizer_of, other = _find_tokenizer(tokenizer, parts.base_name, base, donor, sources)
+    config.dtype = parts.dtype.torch
     return GraftPlan(
-        base_name=base_name,
-        base=base,
-        donor=donor,
-        layers=layers,
+        **{field.name: getattr(parts, field.name) for field in dataclasses.fields(GraftParts)},
         config=config,
-        dtype=dtype,
         casts=casts,
         tokenizer=tokenizer_folder,
         tokenizer_of=tokenizer_of,
         tokenizer_source=None if other is None else other.as_dict(),
-        parameters=sum(parameter.numel() for parameter in empty_model(config).parameters()),
     )
 
 
@@ -158,21 +133,6 @@ def empty_model(config: LlambaConfig) -> LlambaForCausalLM:
     return model.eval()
 
 
-def tensor_ranges(plan: GraftPlan) -> dict[str, TensorRange]:
-    """Where every tensor of the grafted model lies, by its name there."""
-    replaced = tuple(f"backbone.layers.{index}." for index in plan.layers)
-    ranges = TensorFiles(plan.base.folder).ranges
-    found = {name: place for name, place in ranges.items() if not name.startswith(replaced)}
-    for prefix, index in zip(replaced, plan.layers, strict=True):
-        found |= {prefix + name: place for name, place in plan.donor.ranges(index).items()}
-    return found
-
-
-def base_paths(plan: GraftPlan) -> list[Path]:
-    """The files that determine the base: its config, its weights, their index."""
-    return [plan.base.folder / "config.json", *TensorFiles(plan.base.folder).paths()]
-
-
 def _check_donor(base: LlambaConfig, donor: LayerStore) -> None:
     """Compare the two configs: kind, depth, width, vocabulary. Heads and MLPs a grafted layer brings itself."""
     config = donor.config
@@ -191,16 +151,15 @@ def _check_donor(base: LlambaConfig, donor: LayerStore) -> None:
             )
 
 
-def _check_tensors(
-    files: TensorFiles, donor: LayerStore, layers: Sequence[int], config: LlambaConfig, dtype: torch.dtype
-) -> list[str]:
+def _check_tensors(parts: GraftParts, config: LlambaConfig) -> list[str]:
     """Compare every tensor's shape with what the grafted config asks for; returns the casts, in words."""
-    donor_dtypes: set[torch.dtype] = set()
+    files, donor = parts.files, parts.donor
+    donor_dtypes: set[DType] = set()
     wanted_of_donor = layer_shapes(donor.config)
-    for index in layers:
-        tensors = donor[index]
-        donor_dtypes |= {tensor.dtype for tensor in tensors.values()}
-        found = {name: tensor.shape for name, tensor in tensors.items()}
+    for index in parts.layers:
+        ranges = donor.ranges(index)
+        donor_dtypes |= {place.dtype for place in ranges.values()}
+        found = {name: place.shape for name, place in ranges.items()}
         if found != wanted_of_donor:
             odd = sorted(
                 name for name in found.keys() | wanted_of_donor if found.get(name) != wanted_of_donor.get(name)
@@ -209,21 +168,20 @@ def _check_tensors(
                 f"{donor.path(index)} does not hold the layer its metadata.json describes ({', '.join(odd[:3])}). "
                 "Extract the layers again."
             )
-    base_dtypes: set[torch.dtype] = set()
-    replaced = tuple(f"backbone.layers.{index}." for index in layers)
-    model = empty_model(config)
-    places = model.state_dict().keys()
-    for name in files.names():
-        if not name.startswith(replaced) and name not in places:
+    base_dtypes: set[DType] = set()
+    replaced = tuple(f"backbone.layers.{index}." for index in parts.layers)
+    parameters = dict(empty_model(config).named_parameters())  # tied ones once
+    for name in parts.tensors:
+        if name not in parameters:
             raise SurgeryError(f"{files.folder} holds {name}, for which a Llamba of its config.json has no place.")
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         if name.startswith(replaced):
             continue
         files.require(name, parameter.shape)
-        base_dtypes.add(files.ranges[name].dtype.torch)
+        base_dtypes.add(files.ranges[name].dtype)
     casts = []
     for whose, found_dtypes in (("the base", base_dtypes), ("the donor's layers", donor_dtypes)):
-        names = ", ".join(sorted(str(other).removeprefix("torch.") for other in found_dtypes - {dtype}))
+        names = ", ".join(sorted(other.name for other in found_dtypes - {parts.dtype}))
         if names:
             casts.append(f"{whose} cast from {names}")
     return casts

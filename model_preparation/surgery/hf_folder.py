@@ -1,31 +1,32 @@
 """A checkpoint in the form that transformers and lm-eval open without this package.
 
-In: a `GraftPlan`, or a model in memory. Out: one safetensors file per layer with an index, config.json,
-generation_config.json, the tokenizer, and copies of the model's own source files, to which `auto_map` in config.json
-points. The folder opens with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
+In: `GraftParts`, and later a `GraftPlan`; or a model in memory. Out: one safetensors file per layer with an index,
+config.json, generation_config.json, the tokenizer, and copies of the model's own source files, to which `auto_map` in
+config.json points. The folder opens with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
 """
 
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_NAME
+from typing import TYPE_CHECKING, Any
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.block_io import Advance
-from model_preparation.llamba import LlambaForCausalLM
-from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.surgery.base_store import BaseStore
-from model_preparation.surgery.graft import GraftPlan, base_paths, empty_model, tensor_ranges
+from model_preparation.surgery.graft_parts import GraftParts
 from model_preparation.surgery.model_code import AUTO_MAP, package_code
 from model_preparation.tensors.safetensors_writer import Shard
 from model_preparation.tensors.tensor_files import TensorFiles
 from model_preparation.tensors.tensor_ranges import TensorRange
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from model_preparation.llamba import LlambaForCausalLM
+    from model_preparation.llamba.configuration_llamba import LlambaConfig
+    from model_preparation.surgery.graft import GraftPlan
 
 INDEX = "model.safetensors.index.json"
 
@@ -34,17 +35,16 @@ class HfFolder:
     """What the folder of a graft will hold.
 
     Args:
-        graft: the plan.
+        graft: its parts.
         checkpoints: the folder that the checkpoint's folder will be in; the store of base shards is there too.
 
     Attributes:
         store: where the shards of untouched layers are kept.
     """
 
-    def __init__(self, graft: GraftPlan, checkpoints: Path):
-        self._graft = graft
+    def __init__(self, graft: GraftParts, checkpoints: Path):
         self._shards, self._grafted_shards = _shards(graft)
-        self.store = BaseStore(checkpoints, base_paths(graft), graft.dtype)
+        self.store = BaseStore(checkpoints, graft.base_paths, graft.dtype)
 
     def bytes_to_write(self, *, read_base: bool = False) -> int:
         """Size of the shards that are not on the disk yet.
@@ -75,19 +75,23 @@ class HfFolder:
         return files, digests
 
     def write_rest(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, generation_config: Mapping[str, Any]
+        self,
+        folder: Path,
+        graft: "GraftPlan",
+        tokenizer: "PreTrainedTokenizerBase",
+        generation_config: Mapping[str, Any],
     ) -> None:
         """Write everything else that `from_pretrained` reads."""
         shards = [*self._shards, *self._grafted_shards]
         weight_map = {name: shard.file for shard in shards for name in shard.ranges}
-        sizes = {"total_parameters": self._graft.parameters, "total_size": self._graft.weight_bytes}
-        _write_rest(folder, weight_map, sizes, self._graft.config, tokenizer, generation_config)
+        sizes = {"total_parameters": graft.parameters, "total_size": graft.weight_bytes}
+        _write_rest(folder, weight_map, sizes, graft.config, tokenizer, generation_config)
 
 
 def write_model(
     folder: Path,
-    model: LlambaForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "LlambaForCausalLM",
+    tokenizer: "PreTrainedTokenizerBase",
     generation_config: Mapping[str, Any],
     advance: Advance,
 ) -> None:
@@ -99,6 +103,8 @@ def write_model(
     Raises:
         OSError, SafetensorError: from the file system: disk full, input/output error.
     """
+    from safetensors.torch import save_file
+
     by_file: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():  # tied ones once
         by_file.setdefault(_shard_file(name), {})[name] = parameter.detach().contiguous()
@@ -111,7 +117,7 @@ def write_model(
     _write_rest(folder, weight_map, sizes, model.config, tokenizer, generation_config)
 
 
-def read_state_dict(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]:
+def read_state_dict(folder: Path, model: "LlambaForCausalLM") -> "dict[str, Tensor]":
     """The state dict in the shards, mapped: nothing is read before it is used.
 
     Args:
@@ -120,6 +126,8 @@ def read_state_dict(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]
     Raises:
         SurgeryError: if a shard is missing or cannot be read as tensors, or a file beside them stands in for them.
     """
+    from transformers.utils import SAFE_WEIGHTS_NAME
+
     foreign = folder / SAFE_WEIGHTS_NAME
     if foreign.exists():
         raise SurgeryError(f"{foreign} is not of this checkpoint, and would be read in its place. Move it elsewhere.")
@@ -134,10 +142,12 @@ def _write_rest(
     folder: Path,
     weight_map: Mapping[str, str],
     sizes: Mapping[str, int],
-    config: LlambaConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    config: "LlambaConfig",
+    tokenizer: "PreTrainedTokenizerBase",
     generation_config: Mapping[str, Any],
 ) -> None:
+    from transformers import GenerationConfig
+
     _write_json(folder / INDEX, {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))})
     _write_json(folder / "config.json", {**config.file_fields(), "auto_map": AUTO_MAP})
     GenerationConfig(**generation_config).save_pretrained(folder)
@@ -146,12 +156,11 @@ def _write_rest(
         shutil.copyfile(path, folder / name)
 
 
-def _shards(graft: GraftPlan) -> tuple[list[Shard], list[Shard]]:
+def _shards(graft: GraftParts) -> tuple[list[Shard], list[Shard]]:
     """(what is the base's, what is the donor's), each in the model's order."""
-    ranges = tensor_ranges(graft)
     by_file: dict[str, dict[str, TensorRange]] = {}
-    for name, _ in empty_model(graft.config).named_parameters():  # tied ones once
-        by_file.setdefault(_shard_file(name), {})[name] = ranges[name]
+    for name, place in graft.tensors.items():
+        by_file.setdefault(_shard_file(name), {})[name] = place
     grafted = {_shard_file(f"backbone.layers.{index}.") for index in graft.layers}
     shards = [Shard(file, ranges_in_it, graft.dtype) for file, ranges_in_it in by_file.items()]
     return [s for s in shards if s.file not in grafted], [s for s in shards if s.file in grafted]

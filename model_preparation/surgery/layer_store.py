@@ -12,14 +12,13 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import rich.markup
 import rich.progress
-import torch
-from torch import Tensor
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.beside import Beside
@@ -37,17 +36,19 @@ from model_preparation.surgery.model_configs import (
     type_and_depth,
 )
 from model_preparation.surgery.sources import check_recorded, has_tokenizer, resolve
-from model_preparation.tensors.dtypes import torch_dtype
-from model_preparation.tensors.pt_writer import placeholder, write_together
-from model_preparation.tensors.tensor_files import TensorFiles, load_tensors
-from model_preparation.tensors.tensor_ranges import TensorRange, pt_ranges
+from model_preparation.tensors.dtypes import DType, float_dtype
+from model_preparation.tensors.pt_dict import dict_ranges
+from model_preparation.tensors.pt_writer import write_dict, write_together
+from model_preparation.tensors.tensor_files import TensorFiles
+from model_preparation.tensors.tensor_ranges import TensorRange
 from model_preparation.terminal import escaped
 from model_preparation.untrusted.no_model import what_it_is
 from model_preparation.untrusted.untrusted_files import check_fields, inside, read_json, regular_file
 from model_preparation.versions import versions
 
-# transformers is imported where it is used, its models above all: seconds that writing does not wait for.
+# torch and transformers are imported where they are used: seconds that writing does not wait for.
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 FORMAT_VERSION = 1
@@ -72,7 +73,7 @@ def extract_layers(
     output_dir: str | Path,
     *,
     layers: Sequence[int] | None = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: "torch.dtype | str | None" = None,
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def extract_layers(
             of the wrong shape, a target that is taken or not writable, too little space on the disk.
     """
     target = Path(output_dir).expanduser()
-    dtype = torch_dtype(dtype)
+    cast_to = float_dtype(dtype)
     check_target(target, overwrite=overwrite, complete_mark=METADATA)
     source = resolve(model_name, overrides=sources)
     model_type, total = type_and_depth(source.folder)
@@ -101,7 +102,7 @@ def extract_layers(
     check_range(chosen, total, str(source.folder))
     files = LlamaFiles(source.folder) if model_type == "llama" else TensorFiles(source.folder)
     prefixes = {index: f"{_LAYER_PREFIX[model_type]}.{index}." for index in chosen}
-    item_bytes = None if dtype is None else dtype.itemsize
+    item_bytes = None if cast_to is None else cast_to.itemsize
     check_space(target, _bytes_of(files, tuple(prefixes.values()), item_bytes) + 50_000_000)
 
     with new_folder(target, overwrite=overwrite, complete_mark=METADATA) as staging:
@@ -111,7 +112,7 @@ def extract_layers(
                 beside.check()
                 beside.raise_failure()
 
-            # Importing transformers takes as long as writing some GB, so the config is checked while that is done.
+            # Importing torch and transformers takes as long as writing some GB: the config is checked meanwhile.
             checking = beside.start(_checked_parts, source.folder, files, prefixes)
             writing = {}
             for index, prefix in prefixes.items():
@@ -123,7 +124,7 @@ def extract_layers(
                 }
                 if ranges:
                     path = staging / layer_file(index)
-                    writing[str(index)] = beside.start(write_layer, path, ranges, dtype, go_on)
+                    writing[str(index)] = beside.start(write_layer, path, ranges, cast_to, go_on)
             title = rich.markup.escape(escaped(f"Extracting {model_name}"))
             steps = rich.progress.track(writing.items(), title, len(writing), disable=len(writing) < 2)
             with contextlib.closing(steps):  # type: ignore[type-var]  # ends the bar's thread where a layer fails
@@ -200,7 +201,7 @@ def complete_folder(
     """
     config = parts.config
     if parts.rotary is not None:
-        write_together({staging / ROTARY: parts.rotary}, {})  # unlike torch.save, it tells a full disk as OSError
+        write_together([staging / ROTARY], {}, lambda _: [parts.rotary])  # torch.save tells no full disk as OSError
     if parts.tokenizer is not None:
         parts.tokenizer.save_pretrained(staging / TOKENIZER)
     num_heads, head_dim = heads_of(config)
@@ -226,7 +227,7 @@ def complete_folder(
 def write_layer(
     path: Path,
     ranges: Mapping[str, TensorRange],
-    dtype: torch.dtype | None,
+    dtype: DType | None,
     advance: Advance = lambda size_bytes: None,
 ) -> dict[str, Any]:
     """Write one layer's tensors, cast to `dtype` if it is given; returns the layer's entry in metadata.json.
@@ -234,16 +235,15 @@ def write_layer(
     Args:
         advance: told the bytes of every piece written; may raise.
     """
-    tensors = {name: placeholder(place.shape, dtype or place.dtype.torch) for name, place in ranges.items()}
-    sources = {tensors[name].data_ptr(): place.cast(dtype) for name, place in ranges.items()}
-    written = write_together({path: tensors}, sources, advance)
+    written = write_dict(path, {name: place.cast(dtype) for name, place in ranges.items()}, advance)
+    largest = max(ranges.values(), key=lambda place: place.numel)
     return {
         "file": path.name,
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "dtype": _dtype_name(max(tensors.values(), key=Tensor.numel).dtype),
-        "keys": sorted(tensors),
+        "parameters": sum(place.numel for place in ranges.values()),
+        "dtype": (dtype or largest.dtype).name,
+        "keys": sorted(ranges),
         **written.files[path],
-        "tensors": {name: written.blake3[tensor.data_ptr()] for name, tensor in tensors.items()},
+        "tensors": written.blake3,
     }
 
 
@@ -255,7 +255,6 @@ class LayerStore:
 
     Attributes:
         metadata: its metadata.json.
-        config: the config of the model the layers come from.
 
     Raises:
         SurgeryError: if there is no readable metadata.json of a format this version knows.
@@ -278,7 +277,6 @@ class LayerStore:
             )
         try:
             check_fields(self.metadata, _METADATA_FIELDS)
-            self.config = config_from_dict(self.metadata["config"])
             self.layers: dict[int, dict] = {int(index): entry for index, entry in self.metadata["layers"].items()}
             for entry in [*self.layers.values(), *self.metadata["files"].values()]:
                 check_fields(entry, FILE_FIELDS)
@@ -288,9 +286,17 @@ class LayerStore:
         except (ValueError, TypeError, AttributeError) as error:
             raise SurgeryError(f"{path} is damaged ({error}). {self._again()}") from error
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """The tensors of one layer, memory-mapped; call `check` before trusting them."""
-        return load_tensors(self.path(index))
+    @cached_property
+    def config(self) -> "PreTrainedConfig":
+        """The config of the model the layers come from.
+
+        Raises:
+            SurgeryError: if it describes no Llama or Llamba.
+        """
+        try:
+            return config_from_dict(self.metadata["config"])
+        except (ValueError, TypeError, AttributeError) as error:
+            raise SurgeryError(f"{self.folder / METADATA} is damaged ({error}). {self._again()}") from error
 
     @property
     def tokenizer(self) -> Path:
@@ -298,8 +304,8 @@ class LayerStore:
         return self.folder / TOKENIZER
 
     def ranges(self, index: int) -> dict[str, TensorRange]:
-        """Where the tensors of one layer lie in its file."""
-        return pt_ranges(self.path(index), self[index])
+        """Where the tensors of one layer lie in its file; call `check` before trusting them."""
+        return dict_ranges(self.path(index), self._again())
 
     def path(self, index: int) -> Path:
         """Where a layer's file is.
@@ -411,7 +417,3 @@ def _bytes_of(files: TensorFiles, prefixes: tuple[str, ...], item_bytes: int | N
             place = files.ranges[name]
             total += place.numel * (item_bytes or place.dtype.itemsize)
     return total
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

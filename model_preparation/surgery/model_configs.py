@@ -34,6 +34,12 @@ def type_and_depth(folder: Path) -> tuple[str, int]:
     return fields["model_type"], getattr(read_config(folder), "num_hidden_layers", 0)
 
 
+def ties_embeddings(folder: Path) -> bool:
+    """Whether the head of the Llamba in a model folder is its embedding."""
+    fields = _config_fields(folder)
+    return bool(fields.get("tie_embeddings", fields.get("tie_word_embeddings", False)))
+
+
 def read_config(folder: Path) -> "PreTrainedConfig":
     """The config of a model folder, with its own errors as one sentence.
 

@@ -16,7 +16,6 @@ from model_preparation.errors import SurgeryError
 from model_preparation.files.digests import sha256_of
 from model_preparation.files.identity import digest_of, digests_of_files
 from model_preparation.files.known_digests import remembered
-from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.surgery.checkpoint_info import INFO, STATE_DICT, TENSOR_DIGESTS, read_info
 from model_preparation.surgery.layer_store import LayerStore
 from model_preparation.surgery.tensor_digests import read_tensor_digests, state_dict_ranges
@@ -131,6 +130,8 @@ def digest_of_checkpoint(folder: Path) -> str:
             return digest_of_ranges(state_dict_ranges(folder / STATE_DICT))
         except SurgeryError:  # views, or what cannot be loaded at all
             return digest_of(digests_of_files([folder / STATE_DICT]))
+    from model_preparation.llamba import LlambaForCausalLM
+
     ranges = TensorFiles(folder).ranges
     for tied, name in LlambaForCausalLM._tied_weights_keys.items():
         ranges.setdefault(tied, ranges[name])

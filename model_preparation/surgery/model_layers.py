@@ -6,8 +6,6 @@ In: the donor's folder. Out: its layers, to plan with; nothing is written.
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from model_preparation.surgery.layer_store import LayerStore
 from model_preparation.surgery.llama_files import LlamaFiles
 from model_preparation.surgery.model_configs import layer_shapes, read_config
@@ -28,9 +26,6 @@ class ModelLayers(LayerStore):
         self.layers = {}  # none is extracted
         self.config = read_config(source.folder)
         self._files = LlamaFiles(source.folder)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: self._files[whole] for name, whole in self._names(index).items()}
 
     def ranges(self, index: int) -> dict[str, TensorRange]:
         return {name: self._files.ranges[whole] for name, whole in self._names(index).items()}

@@ -6,20 +6,19 @@ donor can be handed a checkpoint by its recipe alone.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.digests import sha256_of
 from model_preparation.files.identity import differences
 from model_preparation.surgery.checkpoint import write
 from model_preparation.surgery.checkpoint_info import INFO, README, TENSOR_DIGESTS, read_info_file
-from model_preparation.surgery.graft import GraftPlan, plan
+from model_preparation.surgery.graft_parts import find_parts
 from model_preparation.surgery.layer_store import METADATA, LayerStore, extract_layers
 from model_preparation.surgery.model_digests import digest_of_layers, digests_as_recorded
+from model_preparation.tensors.tensor_ranges import MappedFiles
 
 _PROGRAMS = ("model_preparation", "torch", "transformers")  # what decides on bytes that are not tensors'
 # Of the config, what decides on what the model computes.
@@ -36,7 +35,7 @@ def rebuild(
     llama_layers_dir: str | Path,
     *,
     base: str | None = None,
-    device: str = "cpu",
+    device: str | Callable[[], str] = "cpu",
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> list[str]:
@@ -67,27 +66,27 @@ def rebuild(
         )
     notes: list[str] = []
     try:
-        layers, dtype = info["replaced_layers"], getattr(torch, info["dtype"])
         store = _donor_layers(Path(llama_layers_dir).expanduser(), info, sources)
         tokenizer = info.get("tokenizer_source")  # the first recipes have none
-        graft = plan(
+        parts = find_parts(
             base or target_of(info["base_model"], "--base"),
-            layers,
-            store.folder,
-            tokenizer=None if tokenizer is None else target_of(tokenizer, "--tokenizer"),
-            dtype=dtype,
+            info["replaced_layers"],
+            store,
+            dtype=info["dtype"],
             sources=sources,
         )
         written = write(
-            graft,
+            parts,
             output_dir,
+            tokenizer=None if tokenizer is None else target_of(tokenizer, "--tokenizer"),
+            sources=sources,
             description=info["description"],
             score=info["mmlu_score"],
             measured=info.get("mmlu_result"),
             device=device,
             format=info.get("format", "pt"),
             overwrite=overwrite,
-            confirm=lambda found: notes.extend(_programs_differing(found, info, graft)),
+            confirm=lambda found: notes.extend(_programs_differing(found, info, parts.base.folder)),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise SurgeryError(f"{recipe} lacks what a recipe needs ({error!r}). Copy it again.") from error
@@ -140,9 +139,12 @@ def _donor_layers(folder: Path, info: Mapping[str, Any], sources: Mapping[str, s
 
 def _sha256_of_old_file(store: LayerStore, index: int) -> str:
     """The SHA-256 of the file that the first versions made of these tensors, by torch.save."""
+    import torch
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / store.path(index).name
-        torch.save({name: tensor.clone() for name, tensor in store[index].items()}, path)
+        mapped = MappedFiles()
+        torch.save({name: mapped.tensor(place).clone() for name, place in store.ranges(index).items()}, path)
         return sha256_of(path)
 
 
@@ -164,12 +166,12 @@ def _name_of(source: Mapping[str, Any]) -> str:
     return source.get("path") or source["id"] + (f" at revision {source['revision']}" if source["revision"] else "")
 
 
-def _programs_differing(found: Mapping[str, Any], wanted: Mapping[str, Any], graft: GraftPlan) -> list[str]:
+def _programs_differing(found: Mapping[str, Any], wanted: Mapping[str, Any], base: Path) -> list[str]:
     """What was written against the recipe: a note where files differ because programs do; raises if the model does."""
-    odd = differences(*digests_as_recorded(wanted["base_model"]["files"], graft.base.folder))
+    odd = differences(*digests_as_recorded(wanted["base_model"]["files"], base))
     if odd:
         raise SurgeryError(
-            f"{graft.base.folder} is not the recipe's base ({'; '.join(odd)}). Take the base that the recipe names, "
+            f"{base} is not the recipe's base ({'; '.join(odd)}). Take the base that the recipe names, "
             f"{_name_of(wanted['base_model'])}, by --base."
         )
     odd = differences(_model_of(wanted), _model_of(found), of_both=True)

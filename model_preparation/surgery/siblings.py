@@ -12,8 +12,7 @@ from pathlib import Path
 
 from model_preparation.errors import SurgeryError
 from model_preparation.surgery.checkpoint_info import INFO, STATE_DICT, TENSOR_DIGESTS, read_info
-from model_preparation.surgery.graft import GraftPlan
-from model_preparation.surgery.tensor_digests import read_tensor_digests, state_dict_ranges
+from model_preparation.surgery.graft_parts import GraftParts
 from model_preparation.tensors.tensor_ranges import TensorRange
 
 
@@ -26,19 +25,21 @@ class SiblingTensor:
 
 
 def tensors_in_siblings(
-    graft: GraftPlan, checkpoints: Path, base_files: Mapping[str, dict]
+    graft: GraftParts, checkpoints: Path, base_files: Mapping[str, dict]
 ) -> dict[str, SiblingTensor]:
     """By name in the grafted model, the tensors of the base that checkpoints in `checkpoints` hold.
 
     Args:
         base_files: {"bytes", "blake3"} of the base's files by name; a sibling's must be the same.
     """
+    from model_preparation.surgery.tensor_digests import read_tensor_digests, state_dict_ranges  # imports torch
+
     found: dict[str, SiblingTensor] = {}
     replaced = tuple(f"backbone.layers.{index}." for index in graft.layers)
     for folder in sibling_folders(checkpoints):
         try:
             info = read_info(folder)
-            if info["base_model"]["files"] != base_files or info["dtype"] != str(graft.dtype).removeprefix("torch."):
+            if info["base_model"]["files"] != base_files or info["dtype"] != graft.dtype.name:
                 continue
             recorded = read_tensor_digests(folder / TENSOR_DIGESTS)
             for name, place in state_dict_ranges(folder / STATE_DICT).items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.graft import GraftPlan, empty_model, tensor_ranges
+from model_preparation.surgery.graft import GraftPlan, empty_model
 from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange
 
 PROMPT = "The quick brown fox jumps over the lazy dog."
@@ -33,16 +33,16 @@ def try_out(
     """
     torch.set_num_threads(1)  # of this thread; more would wait for each other while others write and hash
     mapped = MappedFiles()
-    places = tensor_ranges(graft)
-    places.setdefault("lm_head.weight", places["backbone.embedding.weight"])  # where they are tied
+    places = {"lm_head.weight": graft.tensors["backbone.embedding.weight"]} | graft.tensors  # where they are tied
+    dtype = graft.dtype.torch
     model = empty_model(graft.config)
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             module.weight = None  # type: ignore[assignment]
-            matrix = _Matrix(places[f"{name}.weight"], graft.dtype, mapped, go_on)
+            matrix = _Matrix(places[f"{name}.weight"], dtype, mapped, go_on)
             module.forward = matrix.of(module)  # type: ignore[method-assign, assignment]
         for key, _ in list(module.named_parameters(recurse=False)):
-            tensor = mapped.tensor(places[f"{name}.{key}"]).to(device, graft.dtype)
+            tensor = mapped.tensor(places[f"{name}.{key}"]).to(device, dtype)
             setattr(module, key, nn.Parameter(tensor, requires_grad=False))
         for key, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, key, buffer.to(device))

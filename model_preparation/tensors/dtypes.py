@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 MODEL_DTYPES = ("float32", "bfloat16", "float16")  # what a model can run in
+_FLOAT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,21 @@ def dtype_of(dtype: "DType | torch.dtype") -> DType:
     return dtype if isinstance(dtype, DType) else DType(str(dtype).removeprefix("torch."), dtype.itemsize)
 
 
-def torch_dtype(dtype: "torch.dtype | str | None") -> "torch.dtype | None":
-    """torch's object for a floating-point dtype or its name ("bfloat16"), as transformers takes both; None for None.
+def float_dtype(dtype: "DType | torch.dtype | str | None") -> DType | None:
+    """A floating-point dtype, given as such or by its name ("bfloat16"), as transformers takes both; None for None.
 
     Raises:
         SurgeryError: if it is no such dtype.
     """
-    import torch
-
     if dtype is None:
         return None
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    name = str(dtype).removeprefix("torch.")
+    if name not in _FLOAT_BYTES:
         raise SurgeryError(f"dtype {dtype!r:.80} is none a model can be in. Use {', '.join(MODEL_DTYPES)}.")
-    return found
+    return DType(name, _FLOAT_BYTES[name])
+
+
+def torch_dtype(dtype: "torch.dtype | str | None") -> "torch.dtype | None":
+    """`float_dtype` as torch's object."""
+    found = float_dtype(dtype)
+    return None if found is None else found.torch

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from model_preparation.files.block_io import ALIGNMENT, Advance, Buffers, OutputFile, Stream
-from model_preparation.tensors.dtypes import dtype_of
+from model_preparation.tensors.dtypes import DType
 from model_preparation.tensors.tensor_copy import copy_tensor
 from model_preparation.tensors.tensor_ranges import SAFETENSORS_DTYPES, TensorRange
 
@@ -34,7 +32,7 @@ class Shard:
 
     file: str
     ranges: Mapping[str, TensorRange]
-    dtype: torch.dtype
+    dtype: DType
 
     @property
     def size_bytes(self) -> int:
@@ -49,7 +47,7 @@ class Shard:
         for name in self._order:
             end = position + self._bytes_of(name)
             shape = list(self.ranges[name].shape)
-            fields[name] = {"dtype": _NAME_OF[dtype_of(self.dtype)], "shape": shape, "data_offsets": [position, end]}
+            fields[name] = {"dtype": _NAME_OF[self.dtype], "shape": shape, "data_offsets": [position, end]}
             position = end
         text = json.dumps(fields, separators=(",", ":")).encode()
         padded_bytes = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
@@ -66,9 +64,9 @@ class Shard:
         """
         buffers = Buffers()
         digests = {}
-        with contextlib.closing(OutputFile(path, self.size_bytes, advance)) as file, ThreadPoolExecutor(2) as writers:
+        with contextlib.closing(OutputFile(path, advance)) as file, ThreadPoolExecutor(2) as writers:
             stream = Stream([file], writers)
-            stream.reserve()
+            stream.reserve(self.size_bytes)
             stream.append(self.header)
             for name in self._order:
                 source = self.ranges[name].cast(self.dtype)

@@ -81,6 +81,10 @@ class CastTensor:
     place = None  # nowhere are the bytes as they are read here
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
     def size_bytes(self) -> int:
         return self.stored.numel * self.dtype.itemsize
 

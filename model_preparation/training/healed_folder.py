@@ -105,8 +105,8 @@ def write_healed(
             task = progress.add_task("Writing", total=FORMATS[format] * sum(p.nbytes for p in model.parameters()))
             advance = partial(progress.advance, task)
             if format != "hf":
-                contents = {staging / MODULE: model, staging / STATE_DICT: model.state_dict()}
-                written = write_together(contents, {}, advance)
+                paths = [staging / MODULE, staging / STATE_DICT]
+                written = write_together(paths, {}, lambda _: [model, model.state_dict()], advance)
                 files = {path.name: described for path, described in written.files.items()}
                 tokenizer.save_pretrained(staging / TOKENIZER)
             if format != "pt":

@@ -20,7 +20,7 @@ from model_preparation.tensors.dtypes import DType
 MAX_PICKLE_BYTES = 16_000_000
 _MAX_TUPLE_DEPTH, _MAX_TUPLE_ITEMS = 16, 1000  # nested ones counted
 
-_DTYPE_OF_STORAGE = {
+DTYPE_OF_STORAGE = {
     "torch.DoubleStorage": DType("float64", 8),
     "torch.FloatStorage": DType("float32", 4),
     "torch.HalfStorage": DType("float16", 2),
@@ -49,7 +49,7 @@ class Allowed:
     constants: frozenset[str] = frozenset()
 
     def __contains__(self, name: str) -> bool:
-        return name in self.functions or name in self.classes or name in self.constants or name in _DTYPE_OF_STORAGE
+        return name in self.functions or name in self.classes or name in self.constants or name in DTYPE_OF_STORAGE
 
 
 # What a state dict is made of.
@@ -67,7 +67,7 @@ def allowed_in_module() -> Allowed:
     return Allowed(
         functions=TENSORS.functions | {"builtins.set"},
         classes=frozenset(f"{cls.__module__}.{cls.__qualname__}" for cls in SAFE_GLOBALS),
-        constants=TENSORS.constants | {str(dtype) for dtype in _DTYPE_OF_STORAGE.values()},
+        constants=TENSORS.constants | {str(dtype) for dtype in DTYPE_OF_STORAGE.values()},
     )
 
 
@@ -230,11 +230,11 @@ class _Machine:
         if not isinstance(reference, _Tuple) or len(reference.items) != 5:
             refuse()
         kind, storage_class, key, _, count = reference.items
-        if kind != "storage" or not isinstance(storage_class, _Global) or storage_class.name not in _DTYPE_OF_STORAGE:
+        if kind != "storage" or not isinstance(storage_class, _Global) or storage_class.name not in DTYPE_OF_STORAGE:
             refuse()
         if not isinstance(key, str) or not isinstance(count, int) or isinstance(count, bool) or count < 0:
             refuse()
-        size_bytes = count * _DTYPE_OF_STORAGE[storage_class.name].itemsize
+        size_bytes = count * DTYPE_OF_STORAGE[storage_class.name].itemsize
         if self.found.storages.setdefault(key, size_bytes) != size_bytes:
             refuse()
         self._stack.append(_Other())

@@ -18,9 +18,11 @@ from model_preparation.files import known_digests, shared_files
 from model_preparation.surgery import base_store, store_folder
 from model_preparation.surgery.base_store import BaseStore
 from model_preparation.surgery.store_folder import STORE, clean
-from model_preparation.tensors.dtypes import dtype_of
+from model_preparation.tensors.dtypes import DType
 from model_preparation.tensors.safetensors_writer import Shard
 from model_preparation.tensors.tensor_ranges import TensorRange, bytes_of
+
+FLOAT32 = DType("float32", 4)
 
 
 def make_base(folder: Path, seed: int = 0, age_seconds: int = 60) -> list[Path]:
@@ -34,15 +36,15 @@ def make_base(folder: Path, seed: int = 0, age_seconds: int = 60) -> list[Path]:
     return [folder / "config.json", folder / "weights"]
 
 
-def shards_of(base_paths: list[Path], dtype=torch.float32) -> list[Shard]:
-    places = [TensorRange(base_paths[1], start, (500, 3), dtype_of(torch.float32)) for start in (0, 6000)]
+def shards_of(base_paths: list[Path], dtype=FLOAT32) -> list[Shard]:
+    places = [TensorRange(base_paths[1], start, (500, 3), FLOAT32) for start in (0, 6000)]
     return [Shard(f"layer_{i:02d}.safetensors", {"weight": place}, dtype) for i, place in enumerate(places)]
 
 
 class Checkpoints:
     """A folder in which checkpoints of one base are made."""
 
-    def __init__(self, folder: Path, base: Path, dtype=torch.float32):
+    def __init__(self, folder: Path, base: Path, dtype=FLOAT32):
         self.folder, self.base_paths, self.dtype = folder, make_base(base), dtype
         folder.mkdir(exist_ok=True)
 
@@ -118,7 +120,7 @@ def test_another_base_or_dtype_has_another_store(checkpoints, change):
     elif change == "config":
         checkpoints.base_paths[0].write_text("[]")
     else:
-        checkpoints.dtype = torch.bfloat16
+        checkpoints.dtype = DType("bfloat16", 2)
     store = BaseStore(checkpoints.folder, checkpoints.base_paths, checkpoints.dtype)
     shards = shards_of(checkpoints.base_paths, checkpoints.dtype)
     assert store.bytes_missing(shards, read_base=True) == sum(shard.size_bytes for shard in shards)

@@ -1,11 +1,18 @@
 """write_together: files that torch.load reads, from placeholders and ranges of other files."""
 
+import copy
+import ctypes
 import errno
+import fcntl
 import hashlib
 import io
+import mmap
 import os
+import struct
 import time
 import zipfile
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,7 +25,9 @@ from torch.utils.serialization import config
 from model_preparation.files import block_io
 from model_preparation.files.block_io import ALIGNMENT
 from model_preparation.tensors.dtypes import dtype_of
-from model_preparation.tensors.pt_writer import placeholder, write_together
+from model_preparation.tensors.pt_archive import Archive
+from model_preparation.tensors.pt_dict import dict_ranges
+from model_preparation.tensors.pt_writer import write_dict, write_together
 from model_preparation.tensors.tensor_ranges import TensorRange, bytes_of
 from tests.conftest import run_python
 
@@ -65,21 +74,23 @@ def test_any_dict_of_tensors(tmp_path_factory, shapes, block_bytes):
         for i, (shape, dtype) in enumerate(shapes)
     }
     places = in_file(folder / "raw", tensors)
-    held = {name: placeholder(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block_io, "BLOCK_BYTES", block_bytes)
-        written = write_together(
-            {folder / "x.pt": held}, {held[name].data_ptr(): places[name] for name in tensors if tensors[name].numel()}
-        )
+        written = write_together([folder / "x.pt"], places, lambda held: [held])
+        assert write_dict(folder / "y.pt", places).blake3 == written.blake3
     data = (folder / "x.pt").read_bytes()
+    assert (folder / "y.pt").read_bytes() == data
     assert written.files == {folder / "x.pt": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
     assert records_of(folder / "x.pt") == saved_by_torch(tensors)
     loaded = torch.load(folder / "x.pt", mmap=True)
+    ranges = dict_ranges(folder / "x.pt", "")
+    assert list(ranges) == list(tensors)
     for name, tensor in tensors.items():
         assert torch.equal(loaded[name], tensor)
         assert loaded[name].dtype == tensor.dtype
-        if tensor.numel():
-            assert written.blake3[held[name].data_ptr()] == blake3(bytes_of(tensor)).hexdigest()
+        assert written.blake3[name] == blake3(bytes_of(tensor)).hexdigest()
+        assert (ranges[name].shape, ranges[name].dtype) == (tuple(tensor.shape), dtype_of(tensor.dtype))
+        assert data[ranges[name].start :].startswith(bytes(bytes_of(tensor)))
 
 
 def test_several_files_begin_alike_and_are_fed_from_one_read(tmp_path):
@@ -87,24 +98,27 @@ def test_several_files_begin_alike_and_are_fed_from_one_read(tmp_path):
     contents = {"model.pt": module, "state.pt": module.state_dict(), "part.pt": {"w": module[2].weight}}
     reads = []
 
-    class Reading:
-        place = None
-
-        def __init__(self, tensor):
-            self.tensor = tensor
-
+    @dataclass(frozen=True)
+    class Reading(TensorRange):
         def read_into(self, view, start):
-            reads.append((self.tensor.data_ptr(), start))
-            view[:] = bytes_of(self.tensor)[start : start + len(view)]
+            reads.append((self.start, start))
+            super().read_into(view, start)
 
-    sources = {parameter.data_ptr(): Reading(parameter.detach()) for parameter in module.parameters()}
-    write_together({tmp_path / name: contents[name] for name in ("model.pt", "state.pt")}, sources)
-    assert len(reads) == len(set(reads)) == len(list(module.parameters()))
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    sources = {name: Reading(**vars(place)) for name, place in in_file(tmp_path / "raw", parameters).items()}
+
+    def filled_in(held):
+        other = copy.deepcopy(module)
+        other.load_state_dict(held, strict=False, assign=True)
+        return [other, other.state_dict()]
+
+    write_together([tmp_path / "model.pt", tmp_path / "state.pt"], sources, filled_in)
+    assert len(reads) == len(set(reads)) == len(parameters)
     whole, state = (tmp_path / "model.pt").read_bytes(), (tmp_path / "state.pt").read_bytes()
     weights_end = sum(-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in module.parameters()) + ALIGNMENT
     assert whole[:weights_end] == state[:weights_end]
 
-    write_together({tmp_path / name: content for name, content in contents.items()}, sources)
+    write_together([tmp_path / name for name in contents], {}, lambda _: list(contents.values()))
     for name, content in contents.items():
         loaded = torch.load(tmp_path / name, weights_only=name != "model.pt")
         tensors = loaded.state_dict() if name == "model.pt" else loaded
@@ -116,7 +130,7 @@ def test_several_files_begin_alike_and_are_fed_from_one_read(tmp_path):
 
 def test_every_tensor_is_aligned_for_direct_io(tmp_path):
     content = {str(size): torch.ones(size) for size in (1, 1024, 1025, 3)}
-    write_together({tmp_path / "x.pt": content}, {})
+    write_together([tmp_path / "x.pt"], {}, lambda _: [content])
     reader = torch._C.PyTorchFileReader(str(tmp_path / "x.pt"))
     assert [reader.get_record_offset(f"data/{key}") % ALIGNMENT for key in range(4)] == [0] * 4
 
@@ -124,7 +138,7 @@ def test_every_tensor_is_aligned_for_direct_io(tmp_path):
 def test_tensors_that_share_a_storage_are_written_once(tmp_path):
     tensor = torch.randn(50, 20)
     content = {"a": tensor, "view": tensor[3:9], "again": tensor, "other": torch.ones(3)}
-    write_together({tmp_path / "x.pt": content}, {})
+    write_together([tmp_path / "x.pt"], {}, lambda _: [content])
     found, wanted = records_of(tmp_path / "x.pt"), saved_by_torch(content)
     assert found.keys() == wanted.keys()
     assert all(found[name] == wanted[name] for name in wanted if name != "data.pkl")
@@ -139,7 +153,8 @@ import torch
 from pathlib import Path
 from model_preparation.tensors.pt_writer import write_together
 words = [f"word{i}" for i in range(50)]
-write_together({Path(path): {"t": torch.ones(2), "s": set(words), "f": frozenset(words), "n": {3, (1, 2)}}}, {})
+content = {"t": torch.ones(2), "s": set(words), "f": frozenset(words), "n": {3, (1, 2)}}
+write_together([Path(path)], {}, lambda _: [content])
 """
     exec(code, {"path": tmp_path / "here"})
     script = f"path = {str(tmp_path / 'there')!r}{code}"
@@ -151,12 +166,116 @@ write_together({Path(path): {"t": torch.ones(2), "s": set(words), "f": frozenset
 
 def test_without_direct_io_the_bytes_are_the_same(tmp_path, monkeypatch):
     content = {"a": torch.randn(300, 1000)}
-    write_together({tmp_path / "x.pt": content}, {})
+    write_together([tmp_path / "x.pt"], {}, lambda _: [content])
     direct = (tmp_path / "x.pt").read_bytes()
     monkeypatch.delattr(os, "O_DIRECT")
     monkeypatch.delattr(os, "posix_fallocate")
-    write_together({tmp_path / "x.pt": content}, {})
+    write_together([tmp_path / "x.pt"], {}, lambda _: [content])
     assert (tmp_path / "x.pt").read_bytes() == direct
+
+
+def cached_pages(path: Path) -> int:
+    """How many pages of the file the page cache holds."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        start = ctypes.c_char.from_buffer(mapped)
+        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        assert ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(len(mapped)), pages) == 0
+        del start
+    return sum(page & 1 for page in pages)
+
+
+@pytest.mark.parametrize("slow_way", ["direct", "cached"])
+def test_after_a_trial_blocks_go_the_faster_way_and_leave_the_page_cache(tmp_path, monkeypatch, slow_way):
+    (tmp_path / "other").write_bytes(bytes(ALIGNMENT))
+    with (tmp_path / "other").open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached_pages(tmp_path / "other"):
+        pytest.skip("this file system is in memory")
+    ways: list[str] = []
+    cached: list[int] = []
+    written, synced = os.pwrite, os.fsync
+
+    def slow(descriptor, data, position):
+        way = "direct" if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT else "cached"
+        if len(data) == ALIGNMENT:
+            ways.append(way)
+            time.sleep(0.02 * (way == slow_way))
+        return written(descriptor, data, position)
+
+    def looking(descriptor):
+        cached.append(cached_pages(path))
+        synced(descriptor)
+
+    path = tmp_path / "x.pt"
+    monkeypatch.setattr(os, "pwrite", slow)
+    monkeypatch.setattr(os, "fsync", looking)
+    monkeypatch.setattr(block_io, "BLOCK_BYTES", ALIGNMENT)
+    monkeypatch.setattr(block_io, "_RUN_BLOCKS", 2)
+    monkeypatch.setattr(block_io, "_TRIED_BLOCKS", 8)
+    block_io._disk.cache_clear()
+    write_together([path], {}, lambda _: [{"a": torch.arange(60 * ALIGNMENT, dtype=torch.uint8)}])
+    block_io._disk.cache_clear()
+    assert {*ways[:8]} == {"direct", "cached"}
+    assert ({"direct", "cached"} - {slow_way}) == {*ways[14:]}  # the trial's last blocks end while others begin
+    assert cached[0] < 20  # of more than 60
+    assert cached_pages(path) == 0
+    assert torch.equal(torch.load(path)["a"], torch.arange(60 * ALIGNMENT, dtype=torch.uint8))
+
+
+def test_a_write_back_that_fails_is_an_error(tmp_path, monkeypatch):
+    """sync_file_range tells an error that fsync then tells no more."""
+
+    def failing(*arguments):
+        ctypes.set_errno(errno.EIO)
+        return -1
+
+    monkeypatch.setattr(block_io, "_sync_file_range", failing)
+    with pytest.raises(OSError, match="Input/output") as raised:
+        write_together([tmp_path / "x.pt"], {}, lambda _: [{"a": torch.ones(3)}])
+    assert raised.value.filename == str(tmp_path / "x.pt")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 4095, 4096, 10**6, 2**32 - 2, 2**32 - 1, 2**32, 10**10]), max_size=9),
+    pickled=st.binary(min_size=1, max_size=9000),
+)
+def test_the_bytes_around_tensors_of_any_size_are_torch_s(sizes, pickled):
+    """But for the id at the end, which it makes up from the names and CRCs of the records."""
+
+    class Sink(io.RawIOBase):
+        def __init__(self):
+            self.gaps, self.position = [b""], 0
+
+        def write(self, data):
+            self.gaps[-1] += bytes(data)
+            self.position += len(data)
+            return len(data)
+
+        def seek(self, offset, whence=os.SEEK_SET):  # over a tensor
+            self.gaps.append(b"")
+            self.position += offset
+            return self.position
+
+    sink, archive, found = Sink(), Archive(), [b""]
+    writer = torch._C.PyTorchFileWriter(sink, True, ALIGNMENT)
+    for key, size_bytes in enumerate(sizes):
+        writer.write_record_metadata(f"data/{key}", size_bytes)
+        found[-1] += archive.begin_tensor(size_bytes)
+        found += [b""] if size_bytes else []
+        found[-1] += archive.finish_tensor(0)
+    records = {"data.pkl": pickled, ".format_version": b"1", ".storage_alignment": b"4096", "byteorder": b"little"}
+    for name, data in records.items():
+        writer.write_record(name, data, len(data))
+    writer.write_end_of_file()
+    found[-1] += archive.end(pickled)
+    theirs = writer.serialization_id().encode()
+    place = sink.gaps[-1].rindex(theirs)
+    ours = found[-1][place : place + len(theirs)]
+    for a, b in ((ours, theirs), (struct.pack("<I", zlib.crc32(ours)), struct.pack("<I", zlib.crc32(theirs)))):
+        found[-1] = found[-1].replace(a, b)
+    assert found == sink.gaps
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
@@ -173,7 +292,7 @@ def test_an_error_of_the_disk_comes_through(tmp_path, monkeypatch, code):
     monkeypatch.setattr(os, "pwrite", failing)
     monkeypatch.setattr(block_io, "BLOCK_BYTES", 4096)
     with pytest.raises(OSError, match=os.strerror(code)) as raised:
-        write_together({tmp_path / "x.pt": {"a": torch.randn(300, 100)}}, {})
+        write_together([tmp_path / "x.pt"], {}, lambda _: [{"a": torch.randn(300, 100)}])
     assert raised.value.filename == str(tmp_path / "x.pt")
 
 
@@ -196,7 +315,7 @@ def test_no_failing_write_goes_unnoticed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: (synced(descriptor), done.append("synced")))
     monkeypatch.setattr(block_io, "BLOCK_BYTES", 4096)
     failing: list[int] = []
-    write_together({tmp_path / "x.pt": content}, {})
+    write_together([tmp_path / "x.pt"], {}, lambda _: [content])
     assert done[-1] == "synced"
     count = len(calls)
     assert count > 10
@@ -204,26 +323,25 @@ def test_no_failing_write_goes_unnoticed(tmp_path, monkeypatch):
         calls.clear()
         failing[:] = [number]
         with pytest.raises(OSError, match="Input/output"):
-            write_together({tmp_path / "x.pt": content}, {})
+            write_together([tmp_path / "x.pt"], {}, lambda _: [content])
 
 
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     content = {"a": torch.randn(300, 100)}
-    write_together({tmp_path / "x.pt": content}, {})
+    write_together([tmp_path / "x.pt"], {}, lambda _: [content])
     whole = (tmp_path / "x.pt").read_bytes()
     written = os.pwrite
     monkeypatch.delattr(os, "O_DIRECT")
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, position: written(descriptor, data[:1000], position))
-    write_together({tmp_path / "x.pt": content}, {})
+    write_together([tmp_path / "x.pt"], {}, lambda _: [content])
     assert (tmp_path / "x.pt").read_bytes() == whole
 
 
 def test_a_source_that_ends_early_is_an_error(tmp_path):
     (tmp_path / "raw").write_bytes(bytes(100))
-    held = placeholder((100,), torch.float32)
-    place = TensorRange(tmp_path / "raw", 0, held.shape, dtype_of(held.dtype))
+    place = TensorRange(tmp_path / "raw", 0, (100,), dtype_of(torch.float32))
     with pytest.raises(OSError, match="ends early"):
-        write_together({tmp_path / "x.pt": {"a": held}}, {held.data_ptr(): place})
+        write_dict(tmp_path / "x.pt", {"a": place})
 
 
 @settings(max_examples=30, deadline=None)
@@ -235,8 +353,7 @@ def test_casting_on_the_way(tmp_path_factory, shape, dtypes):
     folder = tmp_path_factory.mktemp("cast")
     tensor = torch.randn(shape).to(dtypes[0])
     place = in_file(folder / "raw", {"a": tensor})["a"]
-    held = placeholder(shape, dtypes[1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block_io, "BLOCK_BYTES", 4096)
-        write_together({folder / "x.pt": {"a": held}}, {held.data_ptr(): place.cast(dtypes[1])})
+        write_dict(folder / "x.pt", {"a": place.cast(dtypes[1])})
     assert torch.equal(torch.load(folder / "x.pt")["a"], tensor.to(dtypes[1]))

@@ -28,7 +28,7 @@ def ranges_of(tensors, raw) -> dict[str, TensorRange]:
 def test_the_library_reads_it_cast_or_not(tmp_path, dtype):
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    shard = Shard("x.safetensors", ranges_of(tensors, tmp_path / "raw"), dtype)
+    shard = Shard("x.safetensors", ranges_of(tensors, tmp_path / "raw"), dtype_of(dtype))
     pieces = []
     described, digests = shard.write(tmp_path / "x.safetensors", pieces.append)
     data = (tmp_path / "x.safetensors").read_bytes()
@@ -53,13 +53,13 @@ def test_the_library_reads_it_cast_or_not(tmp_path, dtype):
 def test_the_order_of_the_tensors_given_does_not_matter(tmp_path):
     places = ranges_of({name: torch.ones(shape) for name, shape in SHAPES.items()}, tmp_path / "raw")
     for name, given in (("x", places), ("y", dict(reversed(places.items())))):
-        Shard(name, given, torch.float32).write(tmp_path / name)
+        Shard(name, given, dtype_of(torch.float32)).write(tmp_path / name)
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
 def test_a_header_longer_than_a_block(tmp_path):
     tensors = {f"layer.{index}.weight": torch.full((3,), float(index)) for index in range(100)}
-    Shard("x", ranges_of(tensors, tmp_path / "raw"), torch.float32).write(tmp_path / "x.safetensors")
+    Shard("x", ranges_of(tensors, tmp_path / "raw"), dtype_of(torch.float32)).write(tmp_path / "x.safetensors")
     found = load_file(tmp_path / "x.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
@@ -68,4 +68,4 @@ def test_a_source_that_ends_early_is_an_error(tmp_path):
     places = ranges_of({"a": torch.ones(100)}, tmp_path / "raw")
     (tmp_path / "raw").write_bytes(bytes(399))
     with pytest.raises(OSError, match="ends early"):
-        Shard("x", places, torch.float32).write(tmp_path / "x")
+        Shard("x", places, dtype_of(torch.float32)).write(tmp_path / "x")
