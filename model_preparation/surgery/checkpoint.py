@@ -34,7 +34,6 @@ from model_preparation.surgery.checkpoint_info import (
     TOKENIZER,
     check_format,
 )
-from model_preparation.surgery.checkpoint_readme import readme_text
 from model_preparation.surgery.graft_parts import GraftParts, find_parts
 from model_preparation.surgery.hf_folder import HfFolder
 from model_preparation.surgery.model_configs import heads_of, read_generation_config
@@ -212,6 +211,8 @@ def write(
         if measured is not None:
             is_of_these = measured.get("model", {}).get("weights") == info["digests"]["weights"]
             info |= {"mmlu_result": dict(measured)} if is_of_these else {"mmlu_score": None}
+        from model_preparation.surgery.checkpoint_readme import readme_text  # which needs transformers
+
         (staging / README).write_text(readme_text(info), encoding="utf-8")
         info["files"] |= describe_files(staging, excluded=info["files"])
         sealed = seal(info)
