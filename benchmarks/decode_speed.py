@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from model_preparation.checkpoint.llamba_init import llamba_config
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache
 from model_preparation.llamba.configuration_llamba import LLAMA_DEFAULTS
-from model_preparation.surgery.llamba_init import llamba_config
 
 SMOLLM2 = {
     "vocab_size": 49152,

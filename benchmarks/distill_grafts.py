@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from model_preparation import load_checkpoint
-from model_preparation.surgery.model_configs import read_config
-from model_preparation.training.distill_data import tokens_of_text
-from model_preparation.training.self_sampling import SelfSampler
-from model_preparation.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.checkpoint.model_configs import read_config
+from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.train.distill.distill_data import tokens_of_text
+from model_preparation.train.distill.self_sampling import SelfSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH, SEQUENCES, SEED = 256, 4, 1_000_000

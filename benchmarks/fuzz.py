@@ -238,9 +238,9 @@ _SYSTEM = (
 
 def read_base(name: str) -> Callable[[Path], None]:
     def read(work: Path) -> None:
-        from model_preparation.surgery.model_configs import read_config, read_generation_config
-        from model_preparation.surgery.sources import resolve
-        from model_preparation.tensors.tensor_files import TensorFiles
+        from model_preparation.checkpoint.model_configs import read_config, read_generation_config
+        from model_preparation.hub.sources import resolve
+        from model_preparation.io.tensors.tensor_files import TensorFiles
 
         folder = resolve(str(work / name)).folder
         read_config(folder)
@@ -256,8 +256,8 @@ def read_base(name: str) -> Callable[[Path], None]:
 
 def plan_with(name: str) -> Callable[[Path], None]:
     def read(work: Path) -> None:
-        from model_preparation.surgery.graft import plan
-        from model_preparation.untrusted.tokenizer_files import load_tokenizer
+        from model_preparation.checkpoint.graft import plan
+        from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 
         graft = plan(str(work / name), [1], work / "layers")
         graft.describe()
@@ -267,7 +267,7 @@ def plan_with(name: str) -> Callable[[Path], None]:
 
 
 def read_layers(work: Path) -> None:
-    from model_preparation.surgery.layer_store import LayerStore
+    from model_preparation.checkpoint.layer_store import LayerStore
 
     store = LayerStore(work / "layers")
     for index in store.layers:
@@ -279,7 +279,7 @@ def read_layers(work: Path) -> None:
 
 
 def read_checkpoint(work: Path) -> None:
-    from model_preparation.surgery.checkpoint_loading import load_checkpoint
+    from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
 
     model, _ = load_checkpoint(work / "checkpoint")
     for parameter in model.parameters():
@@ -298,7 +298,7 @@ def touch(tensor) -> None:
 
 
 def verify(work: Path) -> None:
-    from model_preparation.verification.verify import inspect
+    from model_preparation.checkpoint.verify import inspect
 
     found = inspect(work / "checkpoint", str(work / "base"), work / "layers")
     if not found.faults:

@@ -22,9 +22,9 @@ def main() -> None:
     args = parser.parse_args()
 
     from model_preparation import build_checkpoint, extract_layers
-    from model_preparation.training import heal as _preloaded  # noqa: F401  (the runs are forked from here)
+    from model_preparation.train.heal import heal as _preloaded  # noqa: F401  (the runs are forked from here)
     from tests.conftest import make_base, make_donor
-    from tests.training.cutting import run_until, write_text
+    from tests.train.cutting import run_until, write_text
 
     def after(output_dir: Path) -> tuple[float, int]:
         healing = json.loads((output_dir / "checkpoint_info.json").read_text())["healing"]

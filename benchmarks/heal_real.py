@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model_preparation import build_checkpoint, load_checkpoint
-from model_preparation.files.new_file import write_file
-from model_preparation.surgery.model_configs import read_config
-from model_preparation.training.self_sampling import SelfSampler
-from model_preparation.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.checkpoint.model_configs import read_config
+from model_preparation.io.new_file import write_file
+from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.train.distill.self_sampling import SelfSampler
 
 COMMAND = Path(__file__).resolve().parents[1] / "model_preparation" / "heal_checkpoint.py"
 SEQUENCES, TOKENS = 64, 256  # of a file of text

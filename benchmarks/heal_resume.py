@@ -28,9 +28,9 @@ def main() -> None:
     args = parser.parse_args()
 
     from model_preparation import build_checkpoint, extract_layers
-    from model_preparation.training import heal as _preloaded  # noqa: F401  (the runs are forked from here)
+    from model_preparation.train.heal import heal as _preloaded  # noqa: F401  (the runs are forked from here)
     from tests.conftest import make_base, make_donor, run_command
-    from tests.training.cutting import outcome, run_until, write_text
+    from tests.train.cutting import outcome, run_until, write_text
 
     moments = random.Random(args.seed)
     kills: Counter[int] = Counter()

@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model_preparation.checkpoint.graft import empty_model, grafted_config
+from model_preparation.checkpoint.layer_store import extract_layers
+from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.methods import Options
 from model_preparation.search.search import DONOR_LAYERS, Search, search_layers
 from model_preparation.search.setup import Setup, Spec
 from model_preparation.search.space import Space
-from model_preparation.surgery.graft import empty_model, grafted_config
-from model_preparation.surgery.layer_store import extract_layers
-from model_preparation.surgery.model_configs import read_config
 
 
 def main() -> None:

@@ -14,29 +14,29 @@ from typing import TYPE_CHECKING
 from model_preparation.versions import __version__ as __version__
 
 if TYPE_CHECKING:
-    from model_preparation.comparison.compare import compare_evaluations
+    from model_preparation.checkpoint.checkpoint import build_checkpoint
+    from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
+    from model_preparation.checkpoint.layer_store import extract_layers
+    from model_preparation.checkpoint.verify import verify_checkpoint
     from model_preparation.errors import SurgeryError
+    from model_preparation.evaluation.compare.compare import compare_evaluations
     from model_preparation.evaluation.evaluate import evaluate_checkpoint
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
-    from model_preparation.surgery.checkpoint import build_checkpoint
-    from model_preparation.surgery.checkpoint_loading import load_checkpoint
-    from model_preparation.surgery.layer_store import extract_layers
-    from model_preparation.training.distill import distill_llamba_base
-    from model_preparation.training.heal import heal_checkpoint
-    from model_preparation.verification.verify import verify_checkpoint
+    from model_preparation.train.distill.distill import distill_llamba_base
+    from model_preparation.train.heal.heal import heal_checkpoint
 
 _MODULE_OF = {
     "LlambaConfig": "model_preparation.llamba",
     "LlambaForCausalLM": "model_preparation.llamba",
     "SurgeryError": "model_preparation.errors",
-    "build_checkpoint": "model_preparation.surgery.checkpoint",
-    "compare_evaluations": "model_preparation.comparison.compare",
-    "distill_llamba_base": "model_preparation.training.distill",
+    "build_checkpoint": "model_preparation.checkpoint.checkpoint",
+    "compare_evaluations": "model_preparation.evaluation.compare.compare",
+    "distill_llamba_base": "model_preparation.train.distill.distill",
     "evaluate_checkpoint": "model_preparation.evaluation.evaluate",
-    "extract_layers": "model_preparation.surgery.layer_store",
-    "heal_checkpoint": "model_preparation.training.heal",
-    "load_checkpoint": "model_preparation.surgery.checkpoint_loading",
-    "verify_checkpoint": "model_preparation.verification.verify",
+    "extract_layers": "model_preparation.checkpoint.layer_store",
+    "heal_checkpoint": "model_preparation.train.heal.heal",
+    "load_checkpoint": "model_preparation.checkpoint.checkpoint_loading",
+    "verify_checkpoint": "model_preparation.checkpoint.verify",
 }
 __all__ = [
     "LlambaConfig",

@@ -1,4 +1,4 @@
-"""Command: remove from a folder of checkpoints what none needs (see surgery/store_folder.py and new_folder.py)."""
+"""Command: remove from a folder of checkpoints what none needs (see checkpoint/store_folder.py and new_folder.py)."""
 
 from pathlib import Path
 
@@ -32,9 +32,9 @@ def main() -> None:
 
     from rich.filesize import decimal
 
+    from model_preparation.checkpoint.store_folder import clean
     from model_preparation.errors import SurgeryError
-    from model_preparation.files.new_folder import remove_abandoned
-    from model_preparation.surgery.store_folder import clean
+    from model_preparation.io.new_folder import remove_abandoned
 
     folder = args.dir.expanduser()
     if not folder.is_dir():

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 an input or the machine is at fault, 2 wrong usage, 130 in
 """
 
 import argparse
+import contextlib
 import gc
 import io
 import math
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
-from model_preparation.tensors.dtypes import MODEL_DTYPES
+from model_preparation.io.tensors.dtypes import MODEL_DTYPES
 from model_preparation.terminal import Escaping, escaped
 
 
@@ -66,6 +67,18 @@ def layer_index(text: str) -> int:
     if index < 0:
         raise argparse.ArgumentTypeError(f"{index} is negative; layers are counted from 0")
     return index
+
+
+def score(text: str) -> float:
+    """Read --score, a fraction of 1.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not one.
+    """
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1, such as 0.57")
 
 
 def number(

@@ -1,4 +1,4 @@
-"""Command: which of several checkpoints is better, and whether that can be told (see comparison/compare.py)."""
+"""Command: which of several checkpoints is better, and whether that can be told (see evaluate/compare/compare.py)."""
 
 from pathlib import Path
 
@@ -34,9 +34,9 @@ def main() -> None:
 
     from rich.console import Console
 
-    from model_preparation.comparison.compare import compare_evaluations
-    from model_preparation.comparison.report_folder import check_report_folder, write_report
-    from model_preparation.comparison.table import comparison_tables
+    from model_preparation.evaluation.compare.compare import compare_evaluations
+    from model_preparation.evaluation.compare.report_folder import check_report_folder, write_report
+    from model_preparation.evaluation.compare.table import comparison_tables
 
     output_dir = args.output_dir.expanduser()
     check_report_folder(output_dir, overwrite=args.overwrite)  # before anything is read

@@ -1,7 +1,7 @@
 """Command: a list of combinations -> one checkpoint each, by create_replaced_model_checkpoint.py.
 
-In: a CSV or JSON file (batch/combinations.py), or the result of a search (batch/from_search.py). Out: a folder per
-combination, and a table at the end (batch/builds.py).
+In: a CSV or JSON file (jobs/combinations.py), or the result of a search (jobs/from_search.py). Out: a folder per
+combination, and a table at the end (jobs/builds.py).
 Usually started by create_best_checkpoints.sh, which finds the right Python.
 """
 
@@ -9,10 +9,10 @@ import argparse
 from pathlib import Path
 
 from model_preparation import create_replaced_model_checkpoint
-from model_preparation.batch import builds, combinations, from_search, ray_flags
-from model_preparation.batch.existing import is_complete
 from model_preparation.command_line import CommandParser, default_folder, number, run
 from model_preparation.errors import SurgeryError
+from model_preparation.jobs import builds, combinations, from_search, ray_flags
+from model_preparation.jobs.existing import is_complete
 
 ORIGIN = ("--base", "--llama_layers_dir")  # what a search was made on
 HERE = Path(__file__).resolve().parent

@@ -1,7 +1,6 @@
-"""Command: a base and extracted layers -> a checkpoint folder (see surgery/graft.py and surgery/checkpoint.py)."""
+"""Command: a base and extracted layers -> a checkpoint folder (checkpoint/graft.py and checkpoint/checkpoint.py)."""
 
 import argparse
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,13 +13,14 @@ from model_preparation.command_line import (
     add_layers_flag,
     default_folder,
     run,
+    score,
 )
 from model_preparation.devices import choose_device
-from model_preparation.surgery.sources import add_source_flag
+from model_preparation.hub.sources import add_source_flag
 from model_preparation.terminal import escaped
 
 if TYPE_CHECKING:
-    from model_preparation.surgery.graft import GraftPlan
+    from model_preparation.checkpoint.graft import GraftPlan
 
 EXAMPLES = """\
 examples:
@@ -96,9 +96,9 @@ def main() -> None:
             args, _OF_THE_RECIPE, "is the recipe's to say: leave it out, or use --layers instead of --from_info"
         )
 
-    from model_preparation.files.new_folder import check_target
-    from model_preparation.surgery import checkpoint
-    from model_preparation.surgery.graft_parts import find_parts
+    from model_preparation.checkpoint import checkpoint
+    from model_preparation.checkpoint.graft_parts import find_parts
+    from model_preparation.io.new_folder import check_target
 
     target = Path(args.output_dir).expanduser()
     format = args.format or "pt"
@@ -117,7 +117,7 @@ def main() -> None:
         print(checkpoint.describe_writing(planned, target, format))
 
     if args.dry_run:
-        from model_preparation.surgery import graft
+        from model_preparation.checkpoint import graft
 
         device()
         show(graft.check(parts, **how))
@@ -140,7 +140,7 @@ def main() -> None:
 
 def rebuild(recipe: str, target: Path, args: argparse.Namespace, device: Callable[[], str]) -> None:
     """What the command does with --from_info."""
-    from model_preparation.surgery import recipe as recipes
+    from model_preparation.checkpoint import recipe as recipes
 
     notes = recipes.rebuild(
         recipe,
@@ -154,18 +154,6 @@ def rebuild(recipe: str, target: Path, args: argparse.Namespace, device: Callabl
     print(f"Every tensor is as {recipe} says.")
     print("\n".join(notes or ["So is every other byte, but for the time of creation."]))
     print(f"Checkpoint is in {target}")
-
-
-def score(text: str) -> float:
-    """Read --score, a fraction of 1.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is not one.
-    """
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1, such as 0.57")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Command: a Llama -> an unaligned Llamba, each mixer distilled from its layer (see training/distill.py)."""
+"""Command: a Llama -> an unaligned Llamba, each mixer distilled from its layer (see train/distill/distill.py)."""
 
 from pathlib import Path
 
-from model_preparation.batch import ray_flags
 from model_preparation.command_line import (
     CommandParser,
     add_device_flags,
@@ -12,8 +11,9 @@ from model_preparation.command_line import (
     run,
 )
 from model_preparation.devices import choose_device
-from model_preparation.surgery.sources import add_source_flag
-from model_preparation.training import distill_defaults as defaults
+from model_preparation.hub.sources import add_source_flag
+from model_preparation.jobs import ray_flags
+from model_preparation.train.distill import distill_defaults as defaults
 
 DESCRIPTION = f"""\
 Make an unaligned Llamba from any Llama. It starts as init_llamba_base.py's; then each layer's mixer is trained to give
@@ -52,8 +52,8 @@ def main() -> None:
     on_job_only = args.ray is not None and args.device == "cuda"  # this machine may be one without GPUs
     device = choose_device(args.gpu, None if on_job_only else args.device)
 
-    from model_preparation.training.distill import distill_llamba_base
-    from model_preparation.training.distill_report import describe
+    from model_preparation.train.distill.distill import distill_llamba_base
+    from model_preparation.train.distill.distill_report import describe
 
     summary = distill_llamba_base(
         args.donor,

@@ -1,4 +1,4 @@
-"""Command: checkpoints -> the score of each, by test_checkpoint.py, and one table (batch/evaluations.py).
+"""Command: checkpoints -> the score of each, by test_checkpoint.py, and one table (jobs/evaluations.py).
 
 Usually started by scripts/evaluate_all.sh, which finds the right Python.
 """
@@ -7,7 +7,6 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from model_preparation.batch import combinations, evaluations, ray_flags
 from model_preparation.command_line import (
     CommandParser,
     add_device_flags,
@@ -18,6 +17,7 @@ from model_preparation.command_line import (
 )
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluation_flags import add_scoring_flags
+from model_preparation.jobs import combinations, evaluations, ray_flags
 
 DESCRIPTION = f"""\
 Evaluate many checkpoints, and print one table of their scores. One that fails does not stop the others; results are

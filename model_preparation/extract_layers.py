@@ -1,4 +1,4 @@
-"""Command: a donor model, or old files of its layers -> a folder of them (surgery/layer_store.py, legacy_layers.py)."""
+"""Command: a donor model, or old files of its layers -> a folder of them (checkpoint/layer_store.py, legacy/)."""
 
 from model_preparation.command_line import (
     CommandParser,
@@ -8,7 +8,7 @@ from model_preparation.command_line import (
     run,
 )
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.sources import add_source_flag
+from model_preparation.hub.sources import add_source_flag
 from model_preparation.terminal import escaped
 
 EXAMPLES = """\
@@ -72,7 +72,7 @@ def main() -> None:
 
     from rich.filesize import decimal
 
-    from model_preparation.surgery.layer_store import LayerStore, extract_layers
+    from model_preparation.checkpoint.layer_store import LayerStore, extract_layers
 
     options = {
         "layers": args.layers,

@@ -1,9 +1,10 @@
-"""Command: a grafted checkpoint and text -> a healed one, stopped and resumed anywhere (see training/heal.py)."""
+"""Command: a grafted checkpoint and text -> a healed one, stopped and resumed anywhere (see train/heal/heal.py)."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
+from model_preparation.checkpoint.checkpoint_info import FORMATS
 from model_preparation.command_line import (
     CommandParser,
     add_device_flags,
@@ -12,9 +13,8 @@ from model_preparation.command_line import (
     run,
 )
 from model_preparation.devices import choose_device
-from model_preparation.surgery.checkpoint_info import FORMATS
-from model_preparation.surgery.sources import add_source_flag
-from model_preparation.training.settings import METHODS, PRECISIONS, SCHEDULES, TRACKERS, HealSettings
+from model_preparation.hub.sources import add_source_flag
+from model_preparation.train.heal.settings import METHODS, PRECISIONS, SCHEDULES, TRACKERS, HealSettings
 
 DESCRIPTION = """\
 Train a grafted checkpoint a little more, and write the result as a new checkpoint folder; the parent is only read.
@@ -57,7 +57,7 @@ def main() -> None:
     args["sources"] = args.pop("source")
     folder = args["output_dir"]
     if adapter is not None:
-        from model_preparation.training.heal import merge_adapter
+        from model_preparation.train.heal.heal import merge_adapter
 
         merge_adapter(adapter=adapter, **{name: args[name] for name in _OF_A_MERGE if name in args})
         print(f"Merged checkpoint: {folder}")
@@ -67,7 +67,7 @@ def main() -> None:
         parser.error("--eval_interval 0 looks at no held-out text: leave out --eval_data and --eval_fraction")
     if settings.keys() >= {"eval_data", "eval_fraction"}:
         parser.error("--eval_fraction is of --data, and --eval_data is held out instead: leave one of them out")
-    from model_preparation.training.heal import heal_checkpoint
+    from model_preparation.train.heal.heal import heal_checkpoint
 
     info = heal_checkpoint(data=data, device=choose_device(gpu, device), **args, **settings)
     if info:

@@ -1,9 +1,9 @@
-"""Command: a Llama -> a Llamba of the same shape, untrained (see surgery/llamba_init.py)."""
+"""Command: a Llama -> a Llamba of the same shape, untrained (see checkpoint/llamba_init.py)."""
 
 from pathlib import Path
 
 from model_preparation.command_line import CommandParser, add_dtype_flag, run
-from model_preparation.surgery.sources import add_source_flag
+from model_preparation.hub.sources import add_source_flag
 
 DESCRIPTION = """\
 Make a Llamba from any Llama, for donors no Llamba is published for. Embeddings, norms, MLPs and head are the donor's;
@@ -36,8 +36,8 @@ def main() -> None:
 
     from rich.filesize import decimal
 
-    from model_preparation.surgery.llamba_init import init_llamba_base
-    from model_preparation.surgery.model_configs import heads_of
+    from model_preparation.checkpoint.llamba_init import init_llamba_base
+    from model_preparation.checkpoint.model_configs import heads_of
 
     config = init_llamba_base(
         args.donor, args.output_dir, dtype=args.dtype, overwrite=args.overwrite, sources=args.source

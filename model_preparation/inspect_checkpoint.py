@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from model_preparation.command_line import CommandParser, run
-from model_preparation.surgery.sources import TABLE, add_source_flag, resolve
+from model_preparation.hub.sources import TABLE, add_source_flag, resolve
 from model_preparation.terminal import escaped
 
 EXAMPLES = """\
@@ -38,8 +38,8 @@ def main() -> None:
     add_source_flag(parser)
     args = parser.parse_args()
 
-    from model_preparation.inspection.report import compare, describe
-    from model_preparation.surgery.model_code import code_in, remark_on_code
+    from model_preparation.checkpoint.inspection_report import compare, describe
+    from model_preparation.checkpoint.model_code import code_in, remark_on_code
 
     path = place_of(args.path, args.source)
     lines = describe(path, args.keys, as_json=args.json)

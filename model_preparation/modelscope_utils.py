@@ -7,9 +7,9 @@ heads. Works as `from modelscope_utils import ...` inside this folder and as `fr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model_preparation.checkpoint.model_configs import type_and_depth
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.model_configs import type_and_depth
-from model_preparation.surgery.sources import Source, has_tokenizer, resolve, tokenizer_name
+from model_preparation.hub.sources import Source, has_tokenizer, resolve, tokenizer_name
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def _check_type(folder: Path) -> None:
 
 
 def _tokenizer(name: str, source: Source) -> "PreTrainedTokenizerBase":
-    from model_preparation.untrusted.tokenizer_files import load_tokenizer
+    from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 
     if has_tokenizer(source.folder):
         return load_tokenizer(source.folder)

@@ -3,8 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-from model_preparation.batch import ray_flags
-from model_preparation.batch.table import table
 from model_preparation.command_line import (
     CommandParser,
     add_device_flags,
@@ -14,7 +12,9 @@ from model_preparation.command_line import (
     run,
 )
 from model_preparation.devices import choose_device
-from model_preparation.surgery.sources import add_source_flag
+from model_preparation.hub.sources import add_source_flag
+from model_preparation.jobs import ray_flags
+from model_preparation.jobs.table import table
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
@@ -113,7 +113,7 @@ def main() -> None:
     if args.ray is None or args.dry_run:
         found = search_layers(spec, search, say=say, dry_run=args.dry_run, overwrite=args.overwrite)
     else:
-        from model_preparation.search.remote import remote_scorer
+        from model_preparation.jobs.remote import remote_scorer
 
         check_first(spec, search, overwrite=args.overwrite)  # before there is a cluster
         with remote_scorer(args.ray, args.cpus_per_job or 1, args.device) as (make_scorer, kind):

@@ -30,7 +30,7 @@ def main() -> None:
 
     from rich.filesize import decimal
 
-    from model_preparation.sharing.share import CARD, plan_share, upload_share
+    from model_preparation.checkpoint.share import CARD, plan_share, upload_share
 
     share = plan_share(
         args.checkpoint,

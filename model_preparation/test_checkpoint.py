@@ -60,7 +60,7 @@ def main() -> None:
     from model_preparation.evaluation.generation_report import check_answers, compare_and_print, write_and_print
     from model_preparation.evaluation.other_models import find_others
     from model_preparation.evaluation.scored_model import find_model
-    from model_preparation.tensors.dtypes import torch_dtype
+    from model_preparation.io.tensors.dtypes import torch_dtype
 
     args.checkpoint = args.checkpoint.expanduser()
     request = read_request(args)
@@ -121,7 +121,7 @@ def _load(found: "ScoredModel", device: str, dtype: Any, parallelize: bool) -> t
     """Load the checkpoint or model, and print what it is."""
     from rich.filesize import decimal
 
-    from model_preparation.surgery.checkpoint_info import read_info
+    from model_preparation.checkpoint.checkpoint_info import read_info
 
     started = time.perf_counter()
     model, tokenizer = found.load(device, dtype, parallelize)

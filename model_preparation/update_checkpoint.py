@@ -1,4 +1,4 @@
-"""Command: this package's model code into checkpoints of format hf (see surgery/code_update.py)."""
+"""Command: this package's model code into checkpoints of format hf (see checkpoint/code_update.py)."""
 
 import os
 import sys
@@ -25,8 +25,8 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="DIR", type=Path, help="a checkpoint's folder")
     args = parser.parse_args()
 
+    from model_preparation.checkpoint.code_update import update_code
     from model_preparation.errors import SurgeryError
-    from model_preparation.surgery.code_update import update_code
 
     failures, updated = [], 0
     for given, folder in [(given, given.expanduser().absolute()) for given in args.checkpoints]:

@@ -1,10 +1,10 @@
-"""Command: whether a checkpoint folder is what was built (see verification/verify.py)."""
+"""Command: whether a checkpoint folder is what was built (see checkpoint/verify.py)."""
 
 from pathlib import Path
 
 from model_preparation.command_line import CommandParser, run
 from model_preparation.errors import SurgeryError
-from model_preparation.surgery.sources import add_source_flag
+from model_preparation.hub.sources import add_source_flag
 from model_preparation.terminal import escaped
 
 EXAMPLES = """\
@@ -35,7 +35,7 @@ def main() -> None:
     if args.base is None:
         parser.refuse(args, ("source",), "belongs to --base, which is not given")
 
-    from model_preparation.verification.verify import inspect
+    from model_preparation.checkpoint.verify import inspect
 
     found = inspect(args.checkpoint, args.base, args.llama_layers_dir, files_only=args.files_only, sources=args.source)
     for line in [*found.checks, *(f"note       {note}" for note in found.notes)]:

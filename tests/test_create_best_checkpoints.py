@@ -1,6 +1,6 @@
 """create_best_checkpoints.sh: which lists it reads, what it builds, skips and reports.
 
-Real builds from a list are in tests/batch/test_ray_jobs.py and, one after the other, in tests/test_readme.py.
+Real builds from a list are in tests/jobs/test_ray_jobs.py and, one after the other, in tests/test_readme.py.
 """
 
 import json
@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from model_preparation import create_replaced_model_checkpoint
-from model_preparation.batch.builds import BUILDER, build_all, describe
-from model_preparation.batch.combinations import Combination, read_list
-from model_preparation.batch.jobs import Ended
+from model_preparation.jobs.builds import BUILDER, build_all, describe
+from model_preparation.jobs.combinations import Combination, read_list
+from model_preparation.jobs.jobs import Ended
 from tests.conftest import HANG_SECONDS, PACKAGE, assert_refused, run_command, run_fresh_command
 
 SCRIPT = PACKAGE / "create_best_checkpoints.sh"

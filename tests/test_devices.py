@@ -10,15 +10,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from model_preparation.batch import ray_jobs
-from model_preparation.batch.jobs import Job
 from model_preparation.devices import choose_device
 from model_preparation.errors import SurgeryError
-from model_preparation.search import remote
+from model_preparation.jobs import ray_jobs, remote
+from model_preparation.jobs.jobs import Job
 from model_preparation.search.setup import Spec
-from model_preparation.training.arguments import training_arguments
-from model_preparation.training.settings import HealSettings
-from model_preparation.training.step_size import StepSize
+from model_preparation.train.heal.arguments import training_arguments
+from model_preparation.train.heal.settings import HealSettings
+from model_preparation.train.heal.step_size import StepSize
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import check_imports
 
 from model_preparation import SurgeryError, build_checkpoint, load_checkpoint
-from model_preparation.files.digests import describe_file
-from model_preparation.files.partial_folder import take
-from model_preparation.files.seal import seal
+from model_preparation.checkpoint.verify import inspect
+from model_preparation.io.digests import describe_file
+from model_preparation.io.partial_folder import take
+from model_preparation.io.seal import seal
 from model_preparation.llamba import LlambaForCausalLM, modeling_llamba
-from model_preparation.verification.verify import inspect
 from tests.conftest import PACKAGE, assert_refused, run_command, run_python, seeded, tiny_config
 
 IDS = [[5, 17, 99, 3, 42, 8]]

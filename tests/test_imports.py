@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from model_preparation.checkpoint.graft import empty_model
+from model_preparation.checkpoint.model_configs import layer_shapes
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
-from model_preparation.surgery.graft import empty_model
-from model_preparation.surgery.model_configs import layer_shapes
 from tests.conftest import PACKAGE, run_python, tiny_config, tiny_llama_cfg
 
 # Runs a command, and prints which of the modules named were imported when it ended.
@@ -61,8 +61,8 @@ def test_weights_are_found_and_copied_without_torch(layers_dir, tmp_path):
 import sys
 sys.argv[0] = {str(PACKAGE / "extract_layers.py")!r}
 from pathlib import Path
-from model_preparation.surgery import checkpoint, graft_parts, hf_folder, layer_store, pt_folder
-from model_preparation.tensors.pt_writer import write_dict
+from model_preparation.checkpoint import checkpoint, graft_parts, hf_folder, layer_store, pt_folder
+from model_preparation.io.tensors.pt_writer import write_dict
 parts = graft_parts.find_parts("tiny_llamba", [1, 3], {str(layers_dir)!r})
 assert len(write_dict(Path("weights.pt"), parts.tensors).blake3) == len(parts.tensors) > 50
 print("imported:", *(name for name in ("torch", "transformers", "numpy") if name in sys.modules))

@@ -17,11 +17,11 @@ import torch
 from huggingface_hub import ModelCard, constants
 from modelscope_hub import set_default_config
 
-from model_preparation.files.seal import check_seal
-from model_preparation.sharing import hub_uploads
-from model_preparation.surgery.checkpoint_loading import load_checkpoint
+from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
+from model_preparation.hub import hub_uploads
+from model_preparation.io.seal import check_seal
+from tests.checkpoint.test_sources import NOBODY, Caches, FakeHub
 from tests.conftest import assert_refused, run_command
-from tests.surgery.test_sources import NOBODY, Caches, FakeHub
 from tests.upload_hub import TOKEN, Pointer, Repository, UploadHub
 
 REPO = "my-org/Llama-tiny"
@@ -29,7 +29,7 @@ SIDE_FILES = ["README.txt", "tensor_digests.json"]
 PT_FILES = ["model.pt", "model_state_dict.pt", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
 FILES = [*SIDE_FILES, *PT_FILES]
 # Once here rather than in every forked command.
-for module in ("huggingface_hub.hf_api", "modelscope_hub.api", "model_preparation.sharing.share"):
+for module in ("huggingface_hub.hf_api", "modelscope_hub.api", "model_preparation.checkpoint.share"):
     importlib.import_module(module)
 TOKENS = {"modelscope": "MODELSCOPE_API_TOKEN", "huggingface": "HF_TOKEN"}
 

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_model
 from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.evaluation.side_by_side import printable
+from model_preparation.hub.sources import EMBEDDED
 from model_preparation.llamba import LlambaForCausalLM
-from model_preparation.surgery.checkpoint_loading import load_checkpoint
-from model_preparation.surgery.sources import EMBEDDED
 from model_preparation.test_checkpoint import main
 from tests.conftest import assert_refused, run_command
 from tests.evaluation.test_mmlu import question, write_questions

@@ -1,1 +1,1 @@
-"""What a checkpoint is worth: text it generates, questions it answers, tables of both."""
+"""What a checkpoint is worth: the text it generates and the questions it answers."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from model_preparation.command_line import CommandParser, number
 from model_preparation.evaluation.prompts import FORMS, Prompt, read_prompts
-from model_preparation.surgery.sources import add_source_flag, names_behind, tokenizer_name
+from model_preparation.hub.sources import add_source_flag, names_behind, tokenizer_name
 
 if TYPE_CHECKING:
     from model_preparation.evaluation.generation import Sampling
@@ -140,7 +140,7 @@ def read_request(args: argparse.Namespace) -> Request:
         SurgeryError: if that cannot be read, or the results could not be written.
     """
     from model_preparation.evaluation.generation import Sampling
-    from model_preparation.files.new_file import check_new_file
+    from model_preparation.io.new_file import check_new_file
 
     prompts = [*args.prompt, *([] if args.prompts_file is None else read_prompts(args.prompts_file))]
     output = None if args.output is None else args.output.expanduser()

@@ -21,17 +21,17 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from model_preparation.checkpoint.checkpoint_info import INFO, read_info
+from model_preparation.checkpoint.checkpoint_loading import load_checkpoint, spread
+from model_preparation.checkpoint.llama_files import HEAD, text_part, without_head
+from model_preparation.checkpoint.model_configs import read_generation_config
+from model_preparation.checkpoint.recipe import target_of
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation_flags import RECORDED
-from model_preparation.surgery.checkpoint_info import INFO, read_info
-from model_preparation.surgery.checkpoint_loading import load_checkpoint, spread
-from model_preparation.surgery.llama_files import HEAD, text_part, without_head
-from model_preparation.surgery.model_configs import read_generation_config
-from model_preparation.surgery.recipe import target_of
-from model_preparation.surgery.sources import has_tokenizer, is_replaced, resolve
-from model_preparation.untrusted.no_model import what_it_is
-from model_preparation.untrusted.tokenizer_files import load_tokenizer
-from model_preparation.untrusted.untrusted_config import generation_config_from
+from model_preparation.hub.sources import has_tokenizer, is_replaced, resolve
+from model_preparation.io.untrusted.no_model import what_it_is
+from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.io.untrusted.untrusted_config import generation_config_from
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.errors import SurgeryError
-from model_preparation.files.text import read_text
+from model_preparation.io.text import read_text
 
 # A text, or messages: [{"role": "user", "content": "Hello"}, ...].
 Prompt = str | list[dict[str, Any]]

@@ -18,7 +18,7 @@ from typing import Any
 import lm_eval
 
 from model_preparation.errors import SurgeryError
-from model_preparation.files.text import decode
+from model_preparation.io.text import decode
 
 STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
 SUBJECTS = tuple(sorted(path.stem.removeprefix("mmlu_") for path in STOCK_TASKS.glob("mmlu_*.yaml")))

@@ -6,7 +6,7 @@ a time, with
     answers/KIND.TASK.json   a record per task, as it is finished
     MODEL/                   lm-eval's own files: results_DATE.json, samples_TASK_DATE.jsonl
     result.json              the scores; written last, so the evaluation is finished if it is there
-All but lm-eval's files are sealed JSON (files/seal.py). Each appears whole or not at all. What is there of another
+All but lm-eval's files are sealed JSON (io/seal.py). Each appears whole or not at all. What is there of another
 model (weights, config, tokenizer) is put aside, as `TASKS-DIGEST.of-weights-DIGEST/`, and comes back with them.
 """
 
@@ -19,16 +19,16 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from model_preparation.checkpoint.checkpoint_info import EVALUATIONS_ASIDE
 from model_preparation.errors import SurgeryError
-from model_preparation.files.digests import FILE_FIELDS, describe_files, fault_of
-from model_preparation.files.identity import differences, digest_of
-from model_preparation.files.new_file import write_file
-from model_preparation.files.new_folder import check_space
-from model_preparation.files.partial_folder import Hold, take
-from model_preparation.files.seal import check_seal, seal
-from model_preparation.files.sync import make_folder, sync, sync_tree
-from model_preparation.surgery.checkpoint_info import EVALUATIONS_ASIDE
-from model_preparation.untrusted.untrusted_files import check_fields, inside, read_json
+from model_preparation.io.digests import FILE_FIELDS, describe_files, fault_of
+from model_preparation.io.identity import differences, digest_of
+from model_preparation.io.new_file import write_file
+from model_preparation.io.new_folder import check_space
+from model_preparation.io.partial_folder import Hold, take
+from model_preparation.io.seal import check_seal, seal
+from model_preparation.io.sync import make_folder, sync, sync_tree
+from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
 
 if TYPE_CHECKING:
     from lm_eval.loggers import EvaluationTracker

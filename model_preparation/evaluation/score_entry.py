@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from model_preparation.checkpoint.checkpoint_info import INFO, read_info
 from model_preparation.errors import SurgeryError
-from model_preparation.files.identity import differences
-from model_preparation.files.new_file import write_file
-from model_preparation.files.partial_folder import take
-from model_preparation.files.seal import seal
-from model_preparation.surgery.checkpoint_info import INFO, read_info
+from model_preparation.io.identity import differences
+from model_preparation.io.new_file import write_file
+from model_preparation.io.partial_folder import take
+from model_preparation.io.seal import seal
 
 _PARTS = ("score", "stderr", "questions", "lm_eval_version", "settings", "weights", "model", "date")
 _WAIT_SECONDS = 10  # for another evaluation of the same checkpoint that enters its score just now

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, INFO, MODULE, STATE_DICT, TOKENIZER, read_info
+from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
+from model_preparation.checkpoint.model_digests import digest_of_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.other_models import OtherModel, load_other
-from model_preparation.files.identity import digest_of, digests_of_files
-from model_preparation.files.names import name_of
-from model_preparation.surgery.checkpoint_info import EVALUATIONS, INFO, MODULE, STATE_DICT, TOKENIZER, read_info
-from model_preparation.surgery.checkpoint_loading import load_checkpoint
-from model_preparation.surgery.model_digests import digest_of_checkpoint
-from model_preparation.surgery.sources import has_tokenizer, resolve, tokenizer_files, tokenizer_name
-from model_preparation.untrusted.no_model import snapshot_in, what_it_is
-from model_preparation.untrusted.tokenizer_files import load_tokenizer
-from model_preparation.untrusted.untrusted_files import read_json
+from model_preparation.hub.sources import has_tokenizer, resolve, tokenizer_files, tokenizer_name
+from model_preparation.io.identity import digest_of, digests_of_files
+from model_preparation.io.names import name_of
+from model_preparation.io.untrusted.no_model import snapshot_in, what_it_is
+from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.io.untrusted.untrusted_files import read_json
 
 
 @dataclass(frozen=True)

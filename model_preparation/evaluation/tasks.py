@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.questions import SUBJECTS, Questions, find_questions, read_subject
-from model_preparation.surgery.sources import EMBEDDED
+from model_preparation.hub.sources import EMBEDDED
 
 MMLU = "mmlu"
 GROUPS = ("stem", "humanities", "social_sciences", "other")

@@ -20,12 +20,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from model_preparation.errors import SurgeryError
-from model_preparation.files.digests import describe_file
-from model_preparation.files.new_folder import check_space, check_target, new_folder
-from model_preparation.legacy.legacy_process import legacy_process
-from model_preparation.legacy.legacy_reader import is_usual
-from model_preparation.surgery.layer_store import (
+from model_preparation.checkpoint.layer_store import (
     METADATA,
     TOKENIZER,
     ModelParts,
@@ -35,17 +30,22 @@ from model_preparation.surgery.layer_store import (
     sorted_layers,
     write_layer,
 )
-from model_preparation.surgery.model_configs import (
+from model_preparation.checkpoint.model_configs import (
     config_from_dict,
     layer_shapes,
     read_config,
     read_generation_config,
 )
-from model_preparation.surgery.sources import has_tokenizer, resolve
-from model_preparation.tensors.dtypes import float_dtype
-from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange
+from model_preparation.errors import SurgeryError
+from model_preparation.hub.sources import has_tokenizer, resolve
+from model_preparation.io.digests import describe_file
+from model_preparation.io.new_folder import check_space, check_target, new_folder
+from model_preparation.io.tensors.dtypes import float_dtype
+from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange
+from model_preparation.io.untrusted.pickle_globals import globals_in
+from model_preparation.legacy.legacy_process import legacy_process
+from model_preparation.legacy.legacy_reader import is_usual
 from model_preparation.terminal import escaped
-from model_preparation.untrusted.pickle_globals import globals_in
 
 # The number behind "layer", else the only one.
 _LAYER_NAME = re.compile(r"(?:.*layer\D*(\d+)(?:\D.*)?|\D*(\d+)\D*)\.(?:pt|pth|bin)", re.IGNORECASE)

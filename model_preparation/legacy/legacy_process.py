@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from model_preparation.errors import SurgeryError
+from model_preparation.io.tensors.tensor_ranges import TensorRange, safetensors_ranges
 from model_preparation.legacy.legacy_reader import LAYER
-from model_preparation.tensors.tensor_ranges import TensorRange, safetensors_ranges
 from model_preparation.terminal import escaped
 
 _READER = "model_preparation.legacy.legacy_reader"

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.errors import SurgeryError
-from model_preparation.files.identity import differences
+from model_preparation.io.identity import differences
+from model_preparation.io.untrusted.untrusted_files import read_json
 from model_preparation.search.result_files import RESULT
-from model_preparation.untrusted.untrusted_files import read_json
 
 
 def check_earlier(folder: Path, asked: Mapping[str, Mapping[str, Any]]) -> None:

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from model_preparation import interrupts
-from model_preparation.comparison.paired import SIGNIFICANCE
 from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.compare.paired import SIGNIFICANCE
+from model_preparation.io.untrusted.untrusted_files import check_fields
 from model_preparation.search.cached_scoring import Results
 from model_preparation.search.journal import Journal
 from model_preparation.search.layer_sets import LayerSet
@@ -21,7 +22,6 @@ from model_preparation.search.objective import ACCURACY, Objective, Values
 from model_preparation.search.parts import Part
 from model_preparation.search.progress import SearchProgress
 from model_preparation.search.question_set import QuestionSet
-from model_preparation.untrusted.untrusted_files import check_fields
 
 BASE: LayerSet = ()
 _FAILURES = (SurgeryError, RuntimeError, MemoryError)  # of an evaluation; anything else is ours, or the disk's

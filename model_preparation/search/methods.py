@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model_preparation.files.digests import blake3_of
+from model_preparation.io.digests import blake3_of
 from model_preparation.search.evaluations import BASE, Evaluations
 from model_preparation.search.genetic import genetic
 from model_preparation.search.layer_sets import LayerSet

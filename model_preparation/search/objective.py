@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import ttest_rel
 
-from model_preparation.comparison.paired import holm, mcnemar_p, standard_error
+from model_preparation.evaluation.compare.paired import holm, mcnemar_p, standard_error
 from model_preparation.search.result_files import ACCURACY, KL
 
 OBJECTIVES = (ACCURACY, KL)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from model_preparation.checkpoint.graft import GraftPlan, empty_model
+from model_preparation.checkpoint.model_configs import read_config
+from model_preparation.io.tensors.tensor_ranges import MappedFiles
+from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.llamba import LlambaForCausalLM
-from model_preparation.surgery.graft import GraftPlan, empty_model
-from model_preparation.surgery.model_configs import read_config
-from model_preparation.tensors.tensor_ranges import MappedFiles
-from model_preparation.untrusted.tokenizer_files import load_tokenizer
 
 _ALIGNMENT = 64  # bytes, of what torch allocates: the sums of a matrix product may depend on it
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from model_preparation.comparison.plots import COLOURS, INK, Plot
+from model_preparation.evaluation.compare.plots import COLOURS, INK, Plot
 
 _WIDTH_INCHES = 7.2
 _FITNESS = {"accuracy": "accuracy", "kl": "-KL to the donor (nats)"}

@@ -14,9 +14,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from model_preparation.comparison import html_report, words
-from model_preparation.comparison import plots as drawing
-from model_preparation.files.new_file import write_file
+from model_preparation.evaluation.compare import html_report, words
+from model_preparation.evaluation.compare import plots as drawing
+from model_preparation.io.new_file import write_file
 from model_preparation.search.evaluations import Evaluations
 from model_preparation.search.plots import TITLES
 from model_preparation.search.result import COMPARED

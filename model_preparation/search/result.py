@@ -11,7 +11,7 @@ In: the evaluations. Out: a dict of plain values.
 
 from typing import Any
 
-from model_preparation.comparison.paired import SIGNIFICANCE
+from model_preparation.evaluation.compare.paired import SIGNIFICANCE
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.search.evaluations import BASE, Evaluations
 from model_preparation.search.layer_sets import LayerSet

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.errors import SurgeryError
+from model_preparation.io.untrusted.untrusted_files import parse_json, regular_file
 from model_preparation.search.layer_sets import LayerSet, normal
-from model_preparation.untrusted.untrusted_files import parse_json, regular_file
 
 RESULT = "search_result.json"
 ACCURACY, KL = "accuracy", "kl"  # objectives

@@ -15,12 +15,18 @@ from typing import Any
 
 import numpy as np
 
+from model_preparation.checkpoint.layer_store import METADATA, LayerStore, extract_layers
+from model_preparation.checkpoint.model_configs import type_and_depth
+from model_preparation.checkpoint.model_digests import digest_of_layers
+from model_preparation.checkpoint.model_layers import ModelLayers
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import check_settings
-from model_preparation.files.identity import differences, digest_of
-from model_preparation.files.new_file import write_file
-from model_preparation.files.seal import seal
-from model_preparation.files.timestamps import creation_time
+from model_preparation.hub.sources import resolve
+from model_preparation.io.identity import differences, digest_of
+from model_preparation.io.new_file import write_file
+from model_preparation.io.seal import seal
+from model_preparation.io.timestamps import creation_time
+from model_preparation.io.untrusted.untrusted_files import without_links
 from model_preparation.search import result as results
 from model_preparation.search.costs import bounds
 from model_preparation.search.earlier import check_earlier
@@ -36,12 +42,6 @@ from model_preparation.search.report import write_report
 from model_preparation.search.result_files import RESULT, read_single_layers
 from model_preparation.search.setup import Setup, Spec
 from model_preparation.search.space import Space
-from model_preparation.surgery.layer_store import METADATA, LayerStore, extract_layers
-from model_preparation.surgery.model_configs import type_and_depth
-from model_preparation.surgery.model_digests import digest_of_layers
-from model_preparation.surgery.model_layers import ModelLayers
-from model_preparation.surgery.sources import resolve
-from model_preparation.untrusted.untrusted_files import without_links
 
 JOURNAL, DONOR_LAYERS = "journal.jsonl", "donor_layers"
 _MOST_WRITTEN = 10_000  # of the best combinations; the journal has all

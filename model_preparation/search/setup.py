@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model_preparation.checkpoint import graft
+from model_preparation.checkpoint.layer_store import LayerStore
+from model_preparation.checkpoint.model_digests import digest_of_layers, digest_of_model, digest_of_tokenizer
+from model_preparation.checkpoint.model_layers import ModelLayers
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import SEED, settings_of
 from model_preparation.evaluation.other_models import OtherModel, load_other
 from model_preparation.evaluation.scoring import Answer, ScoringLM, answers_of
 from model_preparation.evaluation.tasks import load_tasks, quiet
+from model_preparation.hub.sources import donor_name, resolve
 from model_preparation.search.boundaries import BoundaryStore
 from model_preparation.search.cached_scoring import CachedScorer, References
 from model_preparation.search.objective import KL
 from model_preparation.search.pair import load_pair
 from model_preparation.search.question_set import BatchResult, QuestionSet
-from model_preparation.surgery import graft
-from model_preparation.surgery.layer_store import LayerStore
-from model_preparation.surgery.model_digests import digest_of_layers, digest_of_model, digest_of_tokenizer
-from model_preparation.surgery.model_layers import ModelLayers
-from model_preparation.surgery.sources import donor_name, resolve
 
 
 @dataclass(frozen=True)

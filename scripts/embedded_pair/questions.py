@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from model_preparation.embedded import recall
-from model_preparation.files.new_file import write_file
-from model_preparation.surgery.sources import EMBEDDED
+from model_preparation.hub.sources import EMBEDDED
+from model_preparation.io.new_file import write_file
 
 TASK = "embedded_recall"
 

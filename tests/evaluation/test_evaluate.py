@@ -18,14 +18,14 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from model_preparation import evaluate_checkpoint, load_checkpoint, verify_checkpoint
+from model_preparation.checkpoint.checkpoint_info import read_info
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation import evaluate, results_folder, scored_model
 from model_preparation.evaluation.evaluate import evaluate_model
 from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.evaluation.results_folder import ResultsFolder
 from model_preparation.evaluation.tasks import load_tasks
-from model_preparation.files.partial_folder import take
-from model_preparation.surgery.checkpoint_info import read_info
+from model_preparation.io.partial_folder import take
 from tests.conftest import assert_refused, run_command
 from tests.evaluation.test_mmlu import question, write_questions
 

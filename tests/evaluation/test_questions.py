@@ -1,6 +1,6 @@
 """The MMLU questions: the same from every layout and hub, and whatever is wrong with them is named.
 
-The hubs' real clients run, against the small server of tests/surgery/test_sources.py and against ports where nobody
+The hubs' real clients run, against the small server of tests/checkpoint/test_sources.py and against ports where nobody
 listens. Questions: two made-up ones per split for each of the 57 subjects.
 """
 
@@ -24,9 +24,9 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_model
 from model_preparation.evaluation.question_files import read_split
 from model_preparation.evaluation.questions import SUBJECTS, find_questions, read_subject
-from model_preparation.surgery import hub_snapshots
+from model_preparation.hub import hub_snapshots
+from tests.checkpoint.test_sources import COMMIT, NOBODY, caches, hub, huggingface_copy, modelscope_copy  # noqa: F401
 from tests.evaluation.test_mmlu import question, write_questions, write_rows
-from tests.surgery.test_sources import COMMIT, NOBODY, caches, hub, huggingface_copy, modelscope_copy  # noqa: F401
 
 SPLITS = ("dev", "test")
 AWKWARD = {

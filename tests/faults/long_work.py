@@ -12,17 +12,17 @@ from pathlib import Path
 from unittest.mock import patch
 
 from model_preparation import build_checkpoint, evaluate_checkpoint, verify_checkpoint
+from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, INFO, TENSOR_DIGESTS
 from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.evaluation.results_folder import RESULT, ResultsFolder
-from model_preparation.files.seal import check_seal
+from model_preparation.io.seal import check_seal
 from model_preparation.search.journal import Journal
-from model_preparation.surgery.checkpoint_info import EVALUATIONS, INFO, TENSOR_DIGESTS
-from model_preparation.training import heal_trainer
-from model_preparation.training.heal import heal_checkpoint
-from model_preparation.training.resume_state import check_state, list_states
+from model_preparation.train.heal import heal_trainer
+from model_preparation.train.heal.heal import heal_checkpoint
+from model_preparation.train.heal.resume_state import check_state, list_states
 from tests.evaluation.test_mmlu import question, write_questions
 from tests.faults.scenarios import Models
-from tests.training.cutting import write_text
+from tests.train.cutting import write_text
 
 
 @dataclass(frozen=True)

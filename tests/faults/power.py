@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from model_preparation import load_checkpoint, verify_checkpoint
+from model_preparation.checkpoint.checkpoint_info import INFO
+from model_preparation.checkpoint.layer_store import METADATA, LayerStore
+from model_preparation.checkpoint.store_folder import STORE, record_of
 from model_preparation.errors import SurgeryError
-from model_preparation.files.digests import sha256_of
-from model_preparation.files.known_digests import read_record
-from model_preparation.surgery.checkpoint_info import INFO
-from model_preparation.surgery.layer_store import METADATA, LayerStore
-from model_preparation.surgery.store_folder import STORE, record_of
+from model_preparation.io.digests import sha256_of
+from model_preparation.io.known_digests import read_record
 from tests.faults.disk import FILE_SYSTEMS, Cut, Disk, Tree, digest_of, put
 from tests.faults.injector import Injector, Outcome
 from tests.faults.long_work import WORKS, Work

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from model_preparation import build_checkpoint, extract_layers
-from model_preparation.files.digests import describe_file
-from model_preparation.files.new_folder import remove_abandoned
-from model_preparation.files.seal import seal
-from model_preparation.surgery.code_update import update_code
-from model_preparation.surgery.llamba_init import init_llamba_base
+from model_preparation.checkpoint.code_update import update_code
+from model_preparation.checkpoint.llamba_init import init_llamba_base
+from model_preparation.io.digests import describe_file
+from model_preparation.io.new_folder import remove_abandoned
+from model_preparation.io.seal import seal
 from tests.conftest import make_base, make_donor
 
 

@@ -15,11 +15,11 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama import configuration_llama, modeling_llama
 
 from model_preparation import SurgeryError, build_checkpoint
+from model_preparation.checkpoint.layer_store import LayerStore
+from model_preparation.io.tensors.tensor_ranges import safetensors_ranges
+from model_preparation.io.untrusted.pickle_globals import globals_in
 from model_preparation.legacy import legacy_layers, legacy_reader, sandbox
 from model_preparation.llamba import LlambaForCausalLM
-from model_preparation.surgery.layer_store import LayerStore
-from model_preparation.tensors.tensor_ranges import safetensors_ranges
-from model_preparation.untrusted.pickle_globals import globals_in
 from tests.conftest import assert_refused, run_command, seeded, tiny_config
 
 

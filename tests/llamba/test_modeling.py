@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from model_preparation.checkpoint.graft import empty_model
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 from model_preparation.llamba.mixer import CausalConv1d
-from model_preparation.surgery.graft import empty_model
 from tests.conftest import VOCABULARY, seeded, tiny_config, tiny_llama_cfg
 
 IDS = torch.arange(14).view(2, 7) * 11 % VOCABULARY

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model_preparation import build_checkpoint, extract_layers, load_checkpoint
+from model_preparation.checkpoint.graft import empty_model
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
-from model_preparation.surgery.graft import empty_model
 
 REFERENCE = Path(os.environ.get("LLAMBA_REFERENCE", ""))
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from model_preparation.checkpoint import graft
 from model_preparation.evaluation.evaluate import SEED, settings_of
 from model_preparation.evaluation.scoring import ScoringLM
 from model_preparation.evaluation.tasks import load_tasks, quiet
 from model_preparation.search.pair import load_pair
 from model_preparation.search.question_set import QuestionSet
-from model_preparation.surgery import graft
 
 WORDS = ["river", "cell", "law", "price", "atom", "poem", "king", "nerve", "field", "treaty"]
 

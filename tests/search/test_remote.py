@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from model_preparation.search.remote import share_out
+from model_preparation.jobs.remote import share_out
 from model_preparation.search.setup import Setup, Spec
 from tests.conftest import HANG_SECONDS, assert_refused, run_command, start_command, wait_until
 from tests.search.conftest import make_questions, write_task

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from model_preparation.batch.from_search import best_of
 from model_preparation.errors import SurgeryError
+from model_preparation.jobs.from_search import best_of
 from model_preparation.search.result_files import read_result, read_single_layers
 from tests.conftest import assert_refused, run_command
 

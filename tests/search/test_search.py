@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model_preparation import evaluate_checkpoint
-from model_preparation.comparison.paired import holm, mcnemar_p
 from model_preparation.errors import SurgeryError
-from model_preparation.files.seal import check_seal
+from model_preparation.evaluation.compare.paired import holm, mcnemar_p
+from model_preparation.io.seal import check_seal
 from model_preparation.search import report
 from model_preparation.search import search as search_module
 from model_preparation.search.cached_scoring import CachedScorer

@@ -1,0 +1,1 @@
+"""A checkpoint: planned, built, rebuilt, loaded, verified, inspected and described."""

@@ -1,0 +1,139 @@
+"""What is in a checkpoint's folder, and checkpoint_info.json, which says so.
+
+In: a folder. Out: the fields of its checkpoint_info.json, checked as far as reading them needs.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from model_preparation.errors import SurgeryError
+from model_preparation.hub.sources import TABLE, check_recorded
+from model_preparation.io.digests import FILE_FIELDS
+from model_preparation.io.tensors.dtypes import MODEL_DTYPES
+from model_preparation.io.untrusted.no_model import what_it_is
+from model_preparation.io.untrusted.untrusted_files import check_fields, read_json
+
+FORMAT_VERSION = 1
+FORMATS = {"pt": 2, "hf": 1, "both": 3}  # how many times the weights are in each
+INFO = "checkpoint_info.json"
+MODULE = "model.pt"
+STATE_DICT = "model_state_dict.pt"
+README = "README.txt"
+TENSOR_DIGESTS = "tensor_digests.json"
+TOKENIZER = "tokenizer"
+EVALUATIONS = "evaluations"  # results, which come later and are no part of what was built
+HEALED = "healed"  # the origin, in tensor_digests.json, of what neither base nor donor gave
+EVALUATIONS_ASIDE = ".of-weights-"  # in the names of those that are of weights the checkpoint had before
+
+_SCORE = (int, float, NoneType)
+_INFO_FIELDS = {
+    "replaced_layers": [int],
+    "total_layers": int,
+    "config": dict,
+    "generation_config": dict,
+    "files": {"*": FILE_FIELDS},
+    "base_model?": {"name?": str, "files": {"*": {"*": (str, int)}}},
+    "replacement_source?": {"name?": str, "layers": {"*": str}},
+    "tokenizer_source?": (NoneType, dict),
+    "parameters?": int,
+    "num_replaced_layers?": int,
+    "num_heads?": int,
+    "head_dim?": int,
+    "dtype?": str,
+    "format?": str,
+    "creation_time?": str,
+    "description?": (str,),
+    "versions?": {"*": str},
+    "mmlu_score?": _SCORE,
+    "mmlu_result?": {
+        "score": (int, float),
+        "stderr": _SCORE,
+        "questions": int,
+        "lm_eval_version": str,
+        "date?": str,
+        "settings": {"limit?": (int, NoneType), "num_fewshot?": (int, NoneType)},
+    },
+    "parent?": {"id": str, "tensor_digests_sha256": str},
+    "healing?": {
+        "method": str,
+        "steps": int,
+        "scores": {"before": {"eval_loss": _SCORE}, "after": {"eval_loss": _SCORE}},
+        "texts?": [{"prompt": (str,), "before": (str,), "after": (str,)}],
+    },
+}
+
+
+def formats_of(info: Mapping[str, Any]) -> set[str]:
+    """What a checkpoint's weights are stored as: "pt", "hf", or both."""
+    return {"pt", "hf"} if info.get("format") == "both" else {str(info.get("format", "pt"))}
+
+
+def current_score(info: Mapping[str, Any], weights: str) -> float | None:
+    """The MMLU score in a checkpoint_info.json, unless it was measured on other weights than these.
+
+    Args:
+        weights: as `digest_of_checkpoint` or `recorded_weights` gives it.
+    """
+    measured = info.get("mmlu_result") or {}
+    return info.get("mmlu_score") if measured.get("model", {}).get("weights", weights) == weights else None
+
+
+def check_format(format: str) -> None:
+    """Raise SurgeryError for what is no format of checkpoints."""
+    if format not in FORMATS:
+        raise SurgeryError(f"{format!r} is not a format of checkpoints. Choose one of {', '.join(FORMATS)}.")
+
+
+def read_info(directory: str | Path) -> dict[str, Any]:
+    """checkpoint_info.json of a checkpoint folder.
+
+    Raises:
+        SurgeryError: if the folder is not there, not complete, or of a format this version does not know.
+    """
+    directory = Path(directory).expanduser()
+    path = directory / INFO
+    if directory.is_file():
+        raise SurgeryError(f"{directory} is a file. Give the checkpoint's folder, here {directory.parent}.")
+    if not directory.is_dir() and str(directory) in TABLE:
+        raise SurgeryError(
+            f"{directory} is the name of a model, and a checkpoint's folder is needed. Build one with "
+            "create_replaced_model_checkpoint.py. Only test_checkpoint.py takes models too."
+        )
+    if path.is_file():
+        return read_info_file(path)
+    if told := what_it_is(directory):
+        raise SurgeryError(told)
+    if not directory.is_dir():
+        raise SurgeryError(f"Checkpoint {directory} is not there. Build it with create_replaced_model_checkpoint.py.")
+    if (directory / "config.json").is_file():
+        raise SurgeryError(
+            f"{directory} is a model's folder: it has no {INFO}, as checkpoints do. Give a checkpoint's folder, or "
+            "build one with create_replaced_model_checkpoint.py."
+        )
+    raise SurgeryError(f"{directory} has no {INFO}, so it is not a complete checkpoint. Build it again.")
+
+
+def read_info_file(path: Path) -> dict[str, Any]:
+    """A checkpoint_info.json, which may be outside a checkpoint.
+
+    Raises:
+        SurgeryError: if it cannot be read, or is of a format this version does not know.
+    """
+    try:
+        info = read_json(path)
+        check_fields(info, {"format_version": object, **_INFO_FIELDS})
+        version = info["format_version"]
+        for role in ("base_model", "replacement_source", "tokenizer_source"):
+            if info.get(role) is not None:
+                check_recorded(info[role])
+        if info.get("dtype", "float32") not in (*MODEL_DTYPES, "float64"):
+            raise ValueError(f"dtype is {info['dtype']!r:.80}")
+    except ValueError as error:
+        raise SurgeryError(f"{path} cannot be read ({error}). Build the checkpoint again.") from error
+    if version != FORMAT_VERSION:
+        raise SurgeryError(
+            f"{path} has format version {version}; this program knows {FORMAT_VERSION}. Update model_preparation."
+        )
+    return info

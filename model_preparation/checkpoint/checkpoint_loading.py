@@ -1,0 +1,114 @@
+"""A checkpoint's folder as a model and a tokenizer: no code is unpickled, and nothing read before it is used."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, TOKENIZER, read_info
+from model_preparation.checkpoint.graft import empty_model
+from model_preparation.checkpoint.hf_folder import INDEX, read_state_dict
+from model_preparation.devices import check_device
+from model_preparation.errors import SurgeryError
+from model_preparation.io.tensors.dtypes import torch_dtype
+from model_preparation.io.tensors.tensor_files import load_tensors
+from model_preparation.io.untrusted.no_model import what_it_is
+from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.io.untrusted.untrusted_config import config_from, generation_config_from
+from model_preparation.llamba import LlambaForCausalLM
+from model_preparation.llamba.configuration_llamba import LlambaConfig
+
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
+
+
+def load_checkpoint(
+    directory: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    *,
+    parallelize: bool = False,
+) -> tuple[LlambaForCausalLM, PreTrainedTokenizerBase]:
+    """Load a checkpoint folder: (model, tokenizer), the model in eval mode and ready to `generate`.
+
+    The architecture comes from checkpoint_info.json and the weights from model_state_dict.pt, or from the shards of a
+    folder of format "hf". They are mapped: on the CPU nothing is read before it is used, elsewhere one tensor at a time
+    is. No code is unpickled, and none that lies in the folder is run.
+
+    Args:
+        directory: a folder written by `write`; its state dict may since have been saved from a model wrapped by
+            DistributedDataParallel or torch.compile.
+        device: where to put the model.
+        dtype: cast the parameters to it; by default as stored.
+        parallelize: spread the layers over all GPUs instead, and over the CPU what does not fit there (accelerate's
+            device map). `device` is then of no effect.
+
+    Raises:
+        SurgeryError: if the folder is no complete checkpoint, or its weights do not fit its config.
+    """
+    directory = Path(directory).expanduser()
+    dtype = torch_dtype(dtype)
+    device = "cpu" if parallelize else device
+    check_device(device)
+    info = read_info(directory)
+    try:
+        config = config_from(info["config"], LlambaConfig)
+        generation_config = generation_config_from(info["generation_config"])
+    except ValueError as error:
+        raise SurgeryError(f"{directory / INFO} describes no model ({error}). Build the checkpoint again.") from error
+    model = empty_model(config)
+    is_hf = info.get("format") == "hf"
+    path = directory / (INDEX if is_hf else STATE_DICT)
+    state_dict = read_state_dict(directory, model) if is_hf else without_wrapper_prefixes(_read_state_dict(path))
+    _check_fit(model, state_dict, path)
+    model.load_state_dict(
+        {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in state_dict.items()}, assign=True
+    )
+    model.tie_weights()
+    if dtype is not None:
+        model.config.dtype = dtype
+    model.generation_config = generation_config
+    model = spread(model) if parallelize else model.to(device)
+    return model, load_tokenizer(directory if is_hf else directory / TOKENIZER)
+
+
+def spread(model: PreTrainedModel) -> Any:
+    """Spread a model over the devices there are, about as much on each, no layer over two."""
+    from accelerate import dispatch_model, infer_auto_device_map  # slow to import, and needed here only
+    from accelerate.utils import get_balanced_memory
+
+    whole = list(model._no_split_modules)
+    max_memory = get_balanced_memory(model, no_split_module_classes=whole, dtype=model.dtype)
+    return dispatch_model(model, infer_auto_device_map(model, max_memory, whole, dtype=model.dtype))
+
+
+def without_wrapper_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict with the names of the bare model: `module.` and `_orig_mod.` taken off, in any order."""
+    names = {}
+    for name in state_dict:
+        bare = name
+        while bare.startswith(_WRAPPER_PREFIXES):
+            bare = bare.partition(".")[2]
+        names[bare] = state_dict[name]
+    return names
+
+
+def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
+    if not path.exists():
+        raise SurgeryError(what_it_is(path.parent) or f"{path} is missing. Build the checkpoint again.")
+    return load_tensors(path, "Build the checkpoint again.")
+
+
+def _check_fit(model: LlambaForCausalLM, state_dict: Mapping[str, Tensor], path: Path) -> None:
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in state_dict.items()}
+    odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if odd:
+        name = odd[0]
+        raise SurgeryError(
+            f"{path} does not fit {INFO}: {len(odd)} tensors differ, {name} has shape "
+            f"{list(found[name]) if name in found else 'none'} instead of "
+            f"{list(wanted[name]) if name in wanted else 'none'}. Build the checkpoint again."
+        )

@@ -1,0 +1,169 @@
+"""Configs of the models that layers come from and go into, and what a config asks of a layer's tensors.
+
+In: a model's folder, or a config's fields out of a file. Out: transformers' config object; heads, names, shapes. What
+transformers takes longest to import, its models, is imported where it is needed.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model_preparation.errors import SurgeryError
+from model_preparation.io.tensors.quantised import CURE, method_in_config
+from model_preparation.io.untrusted.untrusted_files import check_fields, check_sizes, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from model_preparation.llamba.configuration_llamba import LlambaConfig
+
+Shape = tuple[int, ...]
+
+_DEPTH_NAMES = ("n_layer", "num_hidden_layers")  # upstream's and Hugging Face's
+
+
+def type_and_depth(folder: Path) -> tuple[str, int]:
+    """(model_type, number of layers) of a model folder, without transformers if its config.json says them.
+
+    Raises:
+        SurgeryError: as `read_config` does.
+    """
+    fields = _config_fields(folder)
+    depths = {fields[name] for name in _DEPTH_NAMES if type(fields.get(name)) is int}
+    if len(depths) == 1:
+        return fields["model_type"], depths.pop()
+    return fields["model_type"], getattr(read_config(folder), "num_hidden_layers", 0)
+
+
+def ties_embeddings(folder: Path) -> bool:
+    """Whether the head of the Llamba in a model folder is its embedding."""
+    fields = _config_fields(folder)
+    return bool(fields.get("tie_embeddings", fields.get("tie_word_embeddings", False)))
+
+
+def read_config(folder: Path) -> "PreTrainedConfig":
+    """The config of a model folder, with its own errors as one sentence.
+
+    Raises:
+        SurgeryError: if config.json is not one transformers or we can read.
+    """
+    from model_preparation.io.untrusted.untrusted_config import config_from
+
+    fields = _config_fields(folder)
+    try:
+        return config_from(fields, _kind(fields["model_type"]))
+    except ValueError as error:
+        raise SurgeryError(f"{folder / 'config.json'} cannot be used: {_sentence(error)}") from error
+
+
+def config_from_dict(fields: dict[str, Any]) -> "PreTrainedConfig":
+    """The config that `config.to_dict()` gave; raises ValueError for one that is neither kind, or damaged."""
+    from model_preparation.io.untrusted.untrusted_config import config_from
+
+    check_fields(fields, {"model_type": str})
+    if fields["model_type"] not in ("llama", "llamba"):
+        raise ValueError(f"model_type {fields['model_type']!r:.80} is neither llama nor llamba")
+    return config_from(fields, _kind(fields["model_type"]))
+
+
+def read_generation_config(folder: Path) -> dict[str, Any] | None:
+    """The model folder's generation_config.json, or None where it has none."""
+    path = folder / "generation_config.json"
+    try:
+        fields = read_json(path) if path.exists() else None
+        check_sizes(fields)
+        return fields
+    except ValueError as error:
+        raise SurgeryError(f"{path} cannot be used: {_sentence(error)}") from error
+
+
+def heads_of(config: "PreTrainedConfig") -> tuple[int, int]:
+    """(number of heads, head size): of a Llama's attention, or of a Llamba's values."""
+    if config.model_type == "llamba":
+        num_heads = config.ssm_cfg["n_v_heads"]
+        return num_heads, config.d_inner // num_heads
+    return config.num_attention_heads, config.head_dim
+
+
+def layer_shapes(config: "PreTrainedConfig", kind: str = "full_attention") -> dict[str, Shape]:
+    """Names (relative to the layer) and shapes of a layer's parameters, worked out without memory for them.
+
+    Args:
+        config: a Llama's or a Llamba's.
+        kind: one of a Llamba's `layer_types`; a Llama's layers are all alike.
+    """
+    from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
+
+    with refusing_impossible_models():
+        if config.model_type == "llamba" and kind != "full_attention":
+            return _mamba_shapes(config)
+        import torch
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+        with torch.device("meta"):
+            layer = LlamaDecoderLayer(config.llama_config() if config.model_type == "llamba" else config, 0)
+        return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+
+
+def _mamba_shapes(config: "LlambaConfig") -> dict[str, Shape]:
+    """What a `LlambaDecoderLayer` has (llamba/modeling_llamba.py and mixer.py), without importing the model."""
+    ssm, mlp = config.ssm_cfg, config.mlp_cfg
+    width, d_inner, inner = config.d_model, config.d_inner, mlp["intermediate_size"]
+    conv_dim = d_inner + 2 * ssm["n_qk_heads"] * ssm["d_state"]
+    projections = {
+        "mixer.in_proj": (conv_dim + d_inner + ssm["n_v_heads"], width),
+        "mixer.out_proj": (width, d_inner),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    shapes: dict[str, Shape] = {
+        "mixer.D": (ssm["n_v_heads"],),
+        "mixer.conv1d.weight": (conv_dim, 1, ssm["d_conv"]),
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+    }
+    for name, shape in projections.items():
+        shapes[f"{name}.weight"] = shape
+        if (mlp if name.startswith("mlp.") else ssm)["bias"]:
+            shapes[f"{name}.bias"] = shape[:1]
+    if ssm["conv_bias"]:
+        shapes["mixer.conv1d.bias"] = (conv_dim,)
+    if not ssm["bias"]:  # with biases, in_proj carries z's
+        shapes["mixer.z_bias"] = (d_inner,)
+    return shapes
+
+
+def _config_fields(folder: Path) -> dict[str, Any]:
+    """The fields of config.json; of a multimodal model those of its text part."""
+    path = folder / "config.json"
+    try:
+        fields = read_json(path)
+        if method := method_in_config(fields):
+            raise SurgeryError(f"{path} says that this model is quantised by {method}. {CURE}")
+        text = fields.get("text_config")
+        if isinstance(text, dict):
+            shared = {name: fields[name] for name in ("tie_word_embeddings",) if name in fields}
+            fields = shared | text
+        check_fields(fields, {"model_type": str})
+        check_sizes(fields)
+        return fields
+    except (ValueError, FileNotFoundError) as error:
+        raise SurgeryError(f"{path} cannot be used: {_sentence(error)} Copy or download it again.") from error
+
+
+def _kind(model_type: str) -> "type[PreTrainedConfig]":
+    """The class of such configs; raises ValueError for a type that neither transformers nor we know."""
+    if model_type == "llamba":
+        from model_preparation.llamba.configuration_llamba import LlambaConfig
+
+        return LlambaConfig
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"model_type {model_type!r:.80} is unknown")
+    return CONFIG_MAPPING[model_type]
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.endswith(".") else text + "."

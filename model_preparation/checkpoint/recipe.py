@@ -1,0 +1,207 @@
+"""A checkpoint made again from its checkpoint_info.json, and shown to be the same.
+
+In: the recipe, a few kilobytes: which base, which donor, which layers, and the digests of every file. Out: the
+checkpoint's folder, or the error that names the first thing that is not what the recipe says. So whoever has base and
+donor can be handed a checkpoint by its recipe alone.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from model_preparation.checkpoint.checkpoint import write
+from model_preparation.checkpoint.checkpoint_info import INFO, README, TENSOR_DIGESTS, read_info_file
+from model_preparation.checkpoint.graft_parts import find_parts
+from model_preparation.checkpoint.layer_store import METADATA, LayerStore, extract_layers
+from model_preparation.checkpoint.model_digests import digest_of_layers, digests_as_recorded
+from model_preparation.errors import SurgeryError
+from model_preparation.io.digests import sha256_of
+from model_preparation.io.identity import differences
+from model_preparation.io.tensors.tensor_ranges import MappedFiles
+
+_PROGRAMS = ("model_preparation", "torch", "transformers")  # what decides on bytes that are not tensors'
+# Of the config, what decides on what the model computes.
+_CONFIG = (
+    *("d_model", "n_layer", "vocab_size", "tie_embeddings", "norm_epsilon"),
+    *("mlp_cfg", "ssm_cfg", "llama_layers", "llama_cfg"),
+)
+_OF_TOKENIZERS = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
+
+
+def rebuild(
+    recipe: str | Path,
+    output_dir: str | Path,
+    llama_layers_dir: str | Path,
+    *,
+    base: str | None = None,
+    device: str | Callable[[], str] = "cpu",
+    overwrite: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Build the checkpoint that a checkpoint_info.json describes, and confirm its digests.
+
+    Args:
+        recipe: a checkpoint_info.json.
+        output_dir: the folder to make; it appears whole or not at all.
+        llama_layers_dir: the donor's extracted layers. If there are none, they are extracted into it from the donor
+            that the recipe names.
+        base: where the base is; by default where the recipe says.
+        device: where the trial forward pass runs.
+        overwrite: replace a checkpoint that is there.
+        sources: targets by name, as `resolve(overrides=...)` takes them.
+
+    Returns:
+        Sentences on what is otherwise although model and tokenizer are the recipe's, and why; none as a rule.
+
+    Raises:
+        SurgeryError: if the recipe cannot be read, base or donor cannot be had or are not those of the recipe, or the
+            files written differ from it for no such reason.
+    """
+    info = read_recipe(recipe)
+    if "healing" in info:
+        raise SurgeryError(
+            f"{recipe} is of a checkpoint that was healed, whose weights no recipe gives. Copy the checkpoint itself, "
+            f"or rebuild the one it was healed from, {info.get('parent', {}).get('id', 'its parent')}, and heal that."
+        )
+    notes: list[str] = []
+    try:
+        store = _donor_layers(Path(llama_layers_dir).expanduser(), info, sources)
+        tokenizer = info.get("tokenizer_source")  # the first recipes have none
+        parts = find_parts(
+            base or target_of(info["base_model"], "--base"),
+            info["replaced_layers"],
+            store,
+            dtype=info["dtype"],
+            sources=sources,
+        )
+        written = write(
+            parts,
+            output_dir,
+            tokenizer=None if tokenizer is None else target_of(tokenizer, "--tokenizer"),
+            sources=sources,
+            description=info["description"],
+            score=info["mmlu_score"],
+            measured=info.get("mmlu_result"),
+            device=device,
+            format=info.get("format", "pt"),
+            overwrite=overwrite,
+            confirm=lambda found: notes.extend(_programs_differing(found, info, parts.base.folder)),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SurgeryError(f"{recipe} lacks what a recipe needs ({error!r}). Copy it again.") from error
+    if written["mmlu_score"] != info["mmlu_score"]:
+        notes.append("Its MMLU score is left out: it was not measured on these weights. Evaluate the checkpoint.")
+    return notes
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """A checkpoint_info.json that may lie anywhere.
+
+    Raises:
+        SurgeryError: if it is not there or not one.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        path /= INFO
+    if not path.is_file():
+        raise SurgeryError(f"{path} is not there. Give a checkpoint's checkpoint_info.json.")
+    try:
+        return read_info_file(path)
+    except SurgeryError as error:
+        raise SurgeryError(f"{path} is no recipe. Give a checkpoint's {INFO}. ({error})") from error
+
+
+def _donor_layers(folder: Path, info: Mapping[str, Any], sources: Mapping[str, str] | None) -> LayerStore:
+    donor, layers = info["replacement_source"], info["replaced_layers"]
+    if not (folder / METADATA).is_file() and donor.get("legacy"):
+        raise SurgeryError(
+            f"The recipe's donor, {donor['id']}, was imported from old layer files, and {folder} holds no layers. "
+            f"Import them: python extract_layers.py --from_legacy DIR --trust_pickle --output_dir {folder}"
+        )
+    if not (folder / METADATA).is_file():
+        extract_layers(target_of(donor, "--llama_layers_dir"), folder, layers=layers, sources=sources)
+    store = LayerStore(folder)
+    tensors = info.get("digests", {}).get("donor_layers")  # since 0.2.0
+    for index in layers:
+        path, recorded = store.path(index), donor["layers"][str(index)]
+        if tensors is not None:
+            is_it = digest_of_layers(store, [index]) == {str(index): tensors[str(index)]}
+        else:
+            is_it = store.layers[index]["sha256"] == recorded or _sha256_of_old_file(store, index) == recorded
+        if not is_it:
+            raise SurgeryError(
+                f"{path} is not the layer of the recipe: its tensors are others. "
+                "Give another --llama_layers_dir, or an empty one."
+            )
+    return store
+
+
+def _sha256_of_old_file(store: LayerStore, index: int) -> str:
+    """The SHA-256 of the file that the first versions made of these tensors, by torch.save."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / store.path(index).name
+        mapped = MappedFiles()
+        torch.save({name: mapped.tensor(place).clone() for name, place in store.ranges(index).items()}, path)
+        return sha256_of(path)
+
+
+def target_of(source: Mapping[str, Any], flag: str) -> str:
+    """What `resolve` takes for a source that a checkpoint_info.json records.
+
+    Raises:
+        SurgeryError: if it is a local folder that is not here; the message says to name it by `flag`.
+    """
+    if source["hub"] != "local":
+        return f"{source['hub']}:{source['id']}" + (f"@{source['revision']}" if source["revision"] else "")
+    path = source.get("path")
+    if path is None or not Path(path).is_dir():
+        raise SurgeryError(f"The recipe names {path or source['id']}, which is not here. Say where it is by {flag}.")
+    return path
+
+
+def _name_of(source: Mapping[str, Any]) -> str:
+    return source.get("path") or source["id"] + (f" at revision {source['revision']}" if source["revision"] else "")
+
+
+def _programs_differing(found: Mapping[str, Any], wanted: Mapping[str, Any], base: Path) -> list[str]:
+    """What was written against the recipe: a note where files differ because programs do; raises if the model does."""
+    odd = differences(*digests_as_recorded(wanted["base_model"]["files"], base))
+    if odd:
+        raise SurgeryError(
+            f"{base} is not the recipe's base ({'; '.join(odd)}). Take the base that the recipe names, "
+            f"{_name_of(wanted['base_model'])}, by --base."
+        )
+    odd = differences(_model_of(wanted), _model_of(found), of_both=True)
+    if odd:
+        raise SurgeryError(f"What was built is not the recipe's model ({'; '.join(odd)}). Give the recipe's donor.")
+    names = sorted(found["files"].keys() | wanted["files"].keys())
+    files = [name for name in names if found["files"].get(name) != wanted["files"].get(name)]
+    if any(found[source]["id"] != wanted[source]["id"] for source in ("base_model", "replacement_source")):
+        files = [name for name in files if name != README]  # it names them as they are called here
+    files = [name for name in files if name != TENSOR_DIGESTS]  # compared above, by what it says
+    programs = differences(_programs_of(wanted), _programs_of(found), of_both=True)
+    is_same_library = wanted["versions"].get("transformers") == found["versions"]["transformers"]
+    unexplained = [name for name in files if not programs or (is_same_library and name.startswith(_OF_TOKENIZERS))]
+    if unexplained:
+        raise SurgeryError(
+            f"What was built is not what the recipe says: {', '.join(unexplained[:5])} differ, and the programs that "
+            "write them are the same. Copy the recipe again, and take the recipe's base and donor."
+        )
+    if not files:
+        return []
+    return [f"Other programs wrote other bytes around them, in {', '.join(files)} ({'; '.join(programs)})."]
+
+
+def _model_of(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model is, as far as a checkpoint_info.json says it; the first ones name base and layers only."""
+    config = {name: info["config"].get(name) for name in _CONFIG}
+    tensors = info["files"].get(TENSOR_DIGESTS)
+    older = {} if tensors is None else {TENSOR_DIGESTS: tensors["sha256"]}
+    return {"config": config, **({"weights": info["digests"]["weights"]} if "digests" in info else {}), **older}
+
+
+def _programs_of(info: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: info["versions"].get(name) for name in _PROGRAMS} | info.get("code", {})

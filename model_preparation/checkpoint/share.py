@@ -1,0 +1,259 @@
+"""Sharing a checkpoint: which files go to a hub, what is checked before, and their upload with a card.
+
+In: a checkpoint folder. Out: a repository on ModelScope or Hugging Face with the recorded files, checkpoint_info.json
+without this machine's paths, and README.md, the card. The folder itself is only read.
+"""
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import rich.progress
+
+from model_preparation.checkpoint.checkpoint_info import (
+    EVALUATIONS,
+    INFO,
+    MODULE,
+    STATE_DICT,
+    TOKENIZER,
+    current_score,
+    read_info,
+)
+from model_preparation.checkpoint.model_card import MEASURED, card_text, read_card
+from model_preparation.errors import SurgeryError
+from model_preparation.hub.hub_snapshots import first_line
+from model_preparation.hub.hub_uploads import HUBS
+from model_preparation.hub.licences import check_name, licence_of, terms_of
+from model_preparation.io.digests import fault_of
+from model_preparation.io.seal import seal
+from model_preparation.io.text import read_text
+from model_preparation.io.untrusted.no_model import stand_in, what_it_is
+
+CARD, NOTICE, README = "README.md", "NOTICE", "README.txt"
+# Files at the root that only transformers' from_pretrained reads; with them, the .pt files have no use for these.
+_HF_ONLY = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.py",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+]
+_LOCAL_PATH = re.compile(r"(~([A-Za-z_]\w*)?|\.\.?|[A-Za-z]:)?[/\\]|file:")  # on any system
+
+
+@dataclass(frozen=True)
+class Share:
+    """What will be at the hub: `recorded` files of `directory`, by path, and `texts`, files made for the hub."""
+
+    directory: Path
+    repo: str
+    hub: str
+    revision: str | None
+    licence: str
+    recorded: dict[str, dict]
+    texts: dict[str, bytes]
+    left_out: list[str]
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file that goes to the hub, by path, sorted."""
+        sizes = {name: entry["bytes"] for name, entry in self.recorded.items()}
+        sizes |= {name: len(content) for name, content in self.texts.items()}
+        return dict(sorted(sizes.items()))
+
+
+def plan_share(
+    directory: str | Path,
+    *,
+    repo: str,
+    hub: str,
+    what: str = "auto",
+    revision: str | None = None,
+    licence: str | None = None,
+    card: str | Path | None = None,
+) -> Share:
+    """Decide what goes to a hub; reads the folder and asks nobody.
+
+    Args:
+        directory: a complete checkpoint folder.
+        repo: org/name.
+        hub: "modelscope" or "huggingface".
+        what: "pt" or "hf" for one format's files, "auto" for all there are, "recipe" for checkpoint_info.json and the
+            texts alone.
+        revision: the branch; None is the hub's default one.
+        licence: the licence's id; needed where base and donor do not tell it.
+        card: a README.md to use in place of the one made from checkpoint_info.json; the licence is read from it.
+
+    Raises:
+        SurgeryError: if the folder is no complete checkpoint, a file is missing or of another size than recorded or
+            leads out of the folder, the format is not there, the licence is not known, or the name breaks its rules.
+    """
+    directory = Path(directory).expanduser()
+    info = read_info(directory)
+    try:
+        recorded, what = _select(info, what, directory)
+        for name in recorded:
+            _check_file(directory, name, recorded[name])
+        card_content = None if card is None else _read_card_file(Path(card).expanduser())
+        licence = licence_of(info, licence if card_content is None else read_card(card_content))
+        terms = terms_of(info, licence)
+        check_name(repo, terms)
+        shared = _without_paths(info)
+        if shared.get(MEASURED, {}).get("model"):  # since 0.2.0
+            from model_preparation.checkpoint.model_digests import recorded_weights  # imports torch
+
+            if current_score(shared, recorded_weights(directory)) is None:
+                del shared[MEASURED]  # measured on weights that were in the place of those recorded
+                shared["mmlu_score"] = None
+        if what != "recipe":
+            shared |= {"files": recorded, "format": what}
+        if card_content is None:
+            card_content = card_text(shared, repo=repo, hub=hub, what=what, licence=licence, revision=revision)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SurgeryError(
+            f"{directory / INFO} is not what a build writes ({first_line(error)}). Build the checkpoint again."
+        ) from error
+    texts = {CARD: card_content, INFO: seal(shared).decode()}
+    if terms:
+        texts[NOTICE] = "".join(f"{term.notice}\n" for term in terms)
+    files = (path.relative_to(directory) for path in directory.rglob("*") if not path.is_dir())
+    present = {f"{EVALUATIONS}/" if file.parts[0] == EVALUATIONS else file.as_posix() for file in files}
+    return Share(
+        directory=directory,
+        repo=repo,
+        hub=hub,
+        revision=revision,
+        licence=licence,
+        recorded=recorded,
+        texts={name: text.encode() for name, text in texts.items()},
+        left_out=sorted(present - recorded.keys() - {INFO}),
+    )
+
+
+def upload_share(share: Share, *, private: bool = False, message: str | None = None, verify: bool = True) -> str:
+    """Upload what `plan_share` decided; returns the address of the repository's page.
+
+    Args:
+        private: whether the repository, if it has to be made, is private; one that is public is then refused.
+        message: of the commit.
+        verify: re-read every recorded file and compare it with its SHA-256 first.
+
+    Raises:
+        SurgeryError: without a token, if the hub cannot be reached or refuses, or if a file is not as it was written.
+    """
+    hub = HUBS[share.hub]()
+    is_private = hub.look_up(share.repo)
+    if private and is_private is False:
+        raise SurgeryError(
+            f"{share.repo} exists on {hub.title} and is public, so nothing was uploaded. Make it private on its page, "
+            "or choose another --repo."
+        )
+    if verify:
+        verify_files(share.directory, share.recorded)
+    there: dict[str, str] = {}
+    if is_private is None:
+        hub.create(share.repo, private=private, licence=share.licence)
+    else:
+        there = hub.digests(share.repo, share.revision)
+    digests = {name: entry["sha256"] for name, entry in share.recorded.items()}
+    digests |= {name: hashlib.sha256(content).hexdigest() for name, content in share.texts.items()}
+    missing = {name for name, digest in digests.items() if there.get(name) != digest}
+    if missing:
+        with tempfile.TemporaryDirectory(prefix="share-") as temporary:
+            _stage(share, missing, Path(temporary))
+            message = message or f"Upload {share.directory.resolve().name}"
+            hub.upload(Path(temporary), share.repo, share.revision, message)
+    return f"{hub.endpoint}/{'models/' if share.hub == 'modelscope' else ''}{share.repo}"
+
+
+def verify_files(directory: Path, recorded: Mapping[str, dict]) -> None:
+    """Raise SurgeryError if a file of `directory` is not as `recorded` says, by its size and SHA-256."""
+    columns = [*rich.progress.Progress.get_default_columns()[:2], rich.progress.DownloadColumn()]
+    with rich.progress.Progress(*columns, transient=True) as progress:
+        task = progress.add_task("Verifying", total=sum(entry["bytes"] for entry in recorded.values()))
+        for name, entry in recorded.items():
+            if fault := fault_of(directory / name, entry, lambda size_bytes: progress.advance(task, size_bytes)):
+                raise SurgeryError(f"{directory / name} is {fault}. Build or copy the checkpoint again.")
+
+
+def _select(info: dict[str, Any], what: str, directory: Path) -> tuple[dict[str, dict], str]:
+    """The recorded files that are meant, and which format they are: "pt", "hf", "both" or "recipe"."""
+    held = info.get("format", "pt")
+    if what == "recipe" and "healing" in info:
+        raise SurgeryError(
+            f"{directory} was healed, and no recipe gives its weights. Share the files: leave --what out."
+        )
+    if what == "auto":
+        what = held
+    elif what in ("pt", "hf") and held not in (what, "both"):
+        raise SurgeryError(
+            f"{directory} holds the format {held}, not {what}. Leave --what out, or build it with --format {what}."
+        )
+    left_out = {"both": set(), "recipe": set(info["files"]) - {README}}.get(what)
+    if left_out is None:
+        pt_only = {name for name in info["files"] if name in (MODULE, STATE_DICT) or name.startswith(f"{TOKENIZER}/")}
+        hf_only = {name for name in info["files"] if "/" not in name and any(fnmatch(name, one) for one in _HF_ONLY)}
+        left_out = {"pt": hf_only, "hf": pt_only}[what]
+    # The texts take the places of files of their names.
+    left_out |= {CARD, NOTICE, INFO}
+    return {name: entry for name, entry in sorted(info["files"].items()) if name not in left_out}, what
+
+
+def _check_file(directory: Path, name: str, recorded: Mapping[str, Any]) -> None:
+    parts = PureWindowsPath(name)  # splits at / and \ alike
+    path = directory / name
+    if parts.anchor or ".." in parts.parts or not _real(path).is_relative_to(_real(directory)):
+        raise SurgeryError(
+            f"{path} leads out of the checkpoint's folder, so it is not uploaded. Replace it by the file itself."
+        )
+    if not path.is_file():
+        raise SurgeryError(what_it_is(path) or f"{path} is missing. Build or copy the checkpoint again.")
+    if (size_bytes := path.stat().st_size) != recorded["bytes"]:
+        raise SurgeryError(
+            stand_in(path)
+            or f"{path} is {size_bytes} bytes long instead of {recorded['bytes']}. Build or copy the checkpoint again."
+        )
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # which a link to itself does not make fail
+
+
+def _read_card_file(path: Path) -> str:
+    try:
+        return read_text(path)
+    except (OSError, ValueError) as error:
+        raise SurgeryError(f"The card {path} cannot be read ({error}). Give a Markdown file with --card.") from error
+
+
+def _without_paths(value: Any) -> Any:
+    """What checkpoint_info.json has, for strangers: paths of this machine, wherever, are named by their last part."""
+    if isinstance(value, dict):
+        named = {"name": value["id"]} if value.get("hub") == "local" and "name" in value else {}
+        fields = {_without_paths(name): _without_paths(field) for name, field in value.items() if name != "path"}
+        return fields | named
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    if isinstance(value, str) and _LOCAL_PATH.match(value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value
+
+
+def _stage(share: Share, names: set[str], folder: Path) -> None:
+    """Fill `folder` with the files `names`: links to those of the checkpoint, and texts."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name in share.texts:
+            path.write_bytes(share.texts[name])
+        else:
+            path.symlink_to((share.directory / name).resolve())

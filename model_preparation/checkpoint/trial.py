@@ -1,0 +1,88 @@
+"""One short forward pass of a grafted model while it is written, so that a broken one never is.
+
+In: a `GraftPlan`, a tokenizer, a device. Out: nothing, or the error that says the logits are not finite. The weights
+stay in their files: of a matrix, some rows at a time are read, cast and moved to the device if need be, used, and let
+go of.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from model_preparation.checkpoint.graft import GraftPlan, empty_model
+from model_preparation.errors import SurgeryError
+from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange
+
+PROMPT = "The quick brown fox jumps over the lazy dog."
+_PIECE_BYTES = 8 << 20
+
+
+@torch.no_grad()
+def try_out(
+    graft: GraftPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str = "cpu",
+    go_on: Callable[[], object] = lambda: None,
+) -> None:
+    """Run the model on one sentence, on `device`; `go_on` is called now and then and may raise.
+
+    Raises:
+        SurgeryError: if a logit is not finite.
+    """
+    torch.set_num_threads(1)  # of this thread; more would wait for each other while others write and hash
+    mapped = MappedFiles()
+    places = {"lm_head.weight": graft.tensors["backbone.embedding.weight"]} | graft.tensors  # where they are tied
+    dtype = graft.dtype.torch
+    model = empty_model(graft.config)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            module.weight = None  # type: ignore[assignment]
+            matrix = _Matrix(places[f"{name}.weight"], dtype, mapped, go_on)
+            module.forward = matrix.of(module)  # type: ignore[method-assign, assignment]
+        for key, _ in list(module.named_parameters(recurse=False)):
+            tensor = mapped.tensor(places[f"{name}.{key}"]).to(device, dtype)
+            setattr(module, key, nn.Parameter(tensor, requires_grad=False))
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, key, buffer.to(device))
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids.to(device)
+    if not torch.isfinite(model(ids).logits).all():
+        raise SurgeryError(
+            f"The grafted model's logits are not finite in {graft.dtype}. Check the base, or use --dtype float32."
+        )
+
+
+class _Matrix:
+    """A weight, (rows, columns), that is read when it is used."""
+
+    def __init__(self, place: TensorRange, dtype: torch.dtype, mapped: MappedFiles, go_on: Callable[[], object]):
+        self._place = place
+        self._dtype = dtype
+        self._mapped = mapped
+        self._go_on = go_on
+
+    def of(self, module: nn.Linear | nn.Embedding) -> Callable[[Tensor], Tensor]:
+        """What stands in for the module's `forward`."""
+        if isinstance(module, nn.Embedding):
+            return self._embed
+        return lambda inputs: self._multiply(inputs, module.bias)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """(batch, length) -> (batch, length, columns)."""
+        return self._mapped.tensor(self._place)[ids.cpu()].to(ids.device, self._dtype)
+
+    def _multiply(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., columns) -> (..., rows)."""
+        self._mapped.expect(self._place)
+        rows = self._place.shape[0]
+        piece_rows = max(1, _PIECE_BYTES * rows // self._place.size_bytes)
+        outputs = []
+        for start in range(0, rows, piece_rows):
+            self._go_on()
+            piece = self._place.rows(start, start + piece_rows)
+            weight = self._mapped.tensor(piece).to(inputs.device, self._dtype)
+            outputs.append(nn.functional.linear(inputs, weight))
+            self._mapped.forget(piece)
+        joined = torch.cat(outputs, dim=-1)
+        return joined if bias is None else joined + bias

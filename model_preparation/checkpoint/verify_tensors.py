@@ -1,0 +1,207 @@
+"""The tensors of a checkpoint against what they should be: recorded digests, config, base and donor.
+
+In: the folder's checkpoint_info.json, and what reading its files gave. Out: checks and faults in a `Verification`.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.filesize import decimal
+
+from model_preparation.checkpoint.checkpoint_info import HEALED, INFO, MODULE, STATE_DICT, TENSOR_DIGESTS, formats_of
+from model_preparation.checkpoint.findings import Verification
+from model_preparation.checkpoint.graft import empty_model
+from model_preparation.checkpoint.layer_store import METADATA, LayerStore
+from model_preparation.checkpoint.tensor_digests import (
+    TensorDigest,
+    base_digests,
+    donor_digests,
+    module_ranges,
+    read_tensor_digests,
+    state_dict_ranges,
+)
+from model_preparation.command_line import default_folder
+from model_preparation.errors import SurgeryError
+from model_preparation.io.byte_progress import byte_progress
+from model_preparation.io.file_digests import FileDigests
+from model_preparation.io.tensors.tensor_files import TensorFiles
+from model_preparation.io.tensors.tensor_ranges import TensorRange, range_of
+from model_preparation.io.untrusted.untrusted_config import config_from
+from model_preparation.llamba.configuration_llamba import LlambaConfig
+
+
+class TensorChecks:
+    """The tensors in a checkpoint's files, and what they should be.
+
+    Attributes:
+        ranges: by file, where its tensors lie, by their names in the state dict.
+    """
+
+    def __init__(self, found: Verification, info: dict[str, Any], recorded: Mapping[str, dict]):
+        self._found = found
+        self._info = info
+        self.ranges: dict[str, dict[str, TensorRange]] = {}
+        self._wanted: dict[str, TensorDigest] = {}
+        self._tied: set[str] = set()
+        try:
+            self._wanted = read_tensor_digests(found.directory / TENSOR_DIGESTS)
+        except SurgeryError as error:
+            found.fault(TENSOR_DIGESTS, f"cannot be used: {error}")
+        try:
+            config = config_from(info["config"], LlambaConfig)
+            model = empty_model(config)
+        except (ValueError, SurgeryError) as error:
+            found.fault(INFO, f"has a config that describes no model ({error})")
+            return
+        if config.tie_word_embeddings:
+            self._tied = {"lm_head.weight"}
+        self._check_shapes(model, config)
+        directory = found.directory
+        if MODULE in recorded and (directory / MODULE).exists():
+            self._locate(MODULE, lambda path: self._module(path, model))
+        if STATE_DICT in recorded and (directory / STATE_DICT).exists():
+            self._locate(STATE_DICT, state_dict_ranges)
+        if "hf" in formats_of(info):
+            try:
+                for name, place in TensorFiles(directory).ranges.items():
+                    self.ranges.setdefault(place.path.name, {})[name] = place
+            except (SurgeryError, OSError) as error:
+                found.fault("model.safetensors", f"cannot be used: {error}")
+
+    def _locate(self, name: str, ranges_in: Callable[[Path], dict[str, TensorRange]]) -> None:
+        try:
+            self.ranges[name] = ranges_in(self._found.directory / name)
+        except (SurgeryError, OSError) as error:
+            self._found.fault(name, f"cannot be used: {error}")
+
+    def _module(self, path: Path, model: torch.nn.Module) -> dict[str, TensorRange]:
+        ranges, count = module_ranges(path, model)
+        self._found.check("pickle", f"{count} globals of {MODULE}, all on the list of those allowed")
+        return ranges
+
+    def _check_shapes(self, model: torch.nn.Module, config: LlambaConfig) -> None:
+        """The digests' names, shapes, dtypes and origins against the config."""
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        for name in sorted(shapes.keys() - self._wanted.keys() - self._tied):
+            self._found.fault(name, f"is not listed in {TENSOR_DIGESTS}, and the config asks for it")
+        replaced = tuple(f"backbone.layers.{index}." for index in config.llama_layers)
+        for name, digest in self._wanted.items():
+            if digest.shape != shapes.get(name):
+                wanted = list(shapes[name]) if name in shapes else "none"
+                self._found.fault(name, f"has shape {list(digest.shape)}, and the config asks for {wanted}")
+            if str(digest.dtype) != f"torch.{self._info.get('dtype')}":
+                self._found.fault(name, f"is {digest.dtype}, and {INFO} says {self._info.get('dtype')}")
+            origins = {"donor" if name.startswith(replaced) else "base"} | (
+                {HEALED} if "healing" in self._info else set()
+            )
+            if digest.origin not in origins:
+                self._found.fault(name, f"is the {digest.origin}'s, and the config says otherwise")
+        if count := sum(digest.origin == HEALED for digest in self._wanted.values()):
+            self._found.check("healed", f"{count} tensors are neither the base's nor the donor's: they were trained")
+        if config.llama_layers != self._info["replaced_layers"]:
+            self._found.fault(INFO, f"lists other layers than its config, {config.llama_layers}")
+        self._found.check("config", f"{len(self._wanted)} names, shapes and dtypes")
+
+    def compare(self, digests: Mapping[str, FileDigests]) -> None:
+        """Every tensor in the files against tensor_digests.json."""
+        count = size_bytes = 0
+        seen: set[str] = set()
+        shards = {name for name in self.ranges if name not in (MODULE, STATE_DICT)}
+        for file, ranges in self.ranges.items():
+            for name, place in ranges.items():
+                count += 1
+                size_bytes += place.size_bytes
+                self._compare_one(file, name, place, digests)
+            if file in shards:
+                seen |= ranges.keys()
+            else:
+                self._report_missing(file, ranges.keys())
+        if shards:
+            self._report_missing("the safetensors files", seen | self._tied)
+        self._found.check("tensors", f"{count} against their BLAKE3, {decimal(size_bytes)}")
+
+    def _compare_one(self, file: str, name: str, place: TensorRange, digests: Mapping[str, FileDigests]) -> None:
+        wanted = self._wanted.get(name)
+        if wanted is None:
+            self._found.fault(name, f"in {file} is not listed in {TENSOR_DIGESTS}")
+        elif (place.dtype, place.shape) != (wanted.dtype, wanted.shape):
+            self._found.fault(
+                name, f"in {file} is {place.dtype} {list(place.shape)} instead of {wanted.dtype} {list(wanted.shape)}"
+            )
+        elif file in digests and digests[file].blake3.get(range_of(place)) != wanted.blake3:
+            self._found.fault(name, f"in {file} is changed (its BLAKE3 differs from the recorded one)")
+
+    def _report_missing(self, file: str, names: Any) -> None:
+        for name in sorted(self._wanted.keys() - set(names)):
+            self._found.fault(name, f"is not in {file}")
+
+    def compare_base(self, folder: Path | None) -> None:
+        """The kept tensors against the base's."""
+        wanted = {name: digest for name, digest in self._wanted.items() if digest.origin == "base"}
+        if folder is None:
+            self._found.check("base", f"{len(wanted)} tensors not compared with it; --base NAME|PATH does that")
+            return
+        self._compare_with("base", folder, wanted, lambda advance: base_digests(folder, wanted, advance))
+
+    def compare_donor(self, store: LayerStore | None) -> None:
+        """The replaced layers' tensors against the donor's."""
+        wanted = {name: digest for name, digest in self._wanted.items() if digest.origin == "donor"}
+        if store is None:
+            store = self._store_of_same_source()
+        if store is None:
+            self._found.check("donor", f"{len(wanted)} tensors not compared with it; --llama_layers_dir DIR does that")
+            return
+        for index in self._info["replaced_layers"]:
+            try:
+                store.check([index])  # so that the digests in its metadata.json are those of its files
+            except SurgeryError as error:
+                self._found.fault(f"layer {index} of the donor", f"cannot be compared: {error}")
+        self._compare_with("donor", store.folder, wanted, lambda advance: donor_digests(store, wanted, advance))
+
+    def _compare_with(
+        self,
+        which: str,
+        folder: Path,
+        wanted: Mapping[str, TensorDigest],
+        digests_of: Callable[[Callable[[int], None]], dict[str, str | None]],
+    ) -> None:
+        sizes = {name: digest.size_bytes for name, digest in wanted.items()}
+        with byte_progress() as progress:
+            task = progress.add_task(f"Reading the {which}", total=sum(sizes.values()))
+            digests = digests_of(lambda count: progress.advance(task, count))
+        missing = {name for name in wanted if digests[name] is None and name not in self._tied}
+        odd = [name for name, digest in wanted.items() if name in missing or digests[name] not in (digest.blake3, None)]
+        if 2 * len(odd) > len(wanted):
+            self._found.compared_with_another(
+                f"{folder} is not the {which} that the checkpoint was built from, {self._recorded(which)}: "
+                f"{len(odd)} of {len(wanted)} tensors are not in it"
+            )
+        else:
+            for name in odd:
+                what = f"in the {which}, {folder}, in that shape" if name in missing else f"the {which}'s, in {folder}"
+                self._found.fault(name, f"is not {what}")
+        self._found.check(which, f"{len(wanted)} tensors, {decimal(sum(sizes.values()))}, with {folder}")
+
+    def _recorded(self, which: str) -> str:
+        """What checkpoint_info.json says base or donor is."""
+        source = self._info.get("base_model" if which == "base" else "replacement_source")
+        if not isinstance(source, dict):
+            return f"which {INFO} does not name"
+        return str(source.get("path") or source.get("id"))
+
+    def _store_of_same_source(self) -> LayerStore | None:
+        folder = default_folder("extracted_llama_layers")
+        if not (folder / METADATA).is_file():
+            return None
+        try:
+            store = LayerStore(folder)
+        except SurgeryError:
+            return None  # nobody asked for that folder
+        origin = self._info.get("replacement_source")
+        layers = origin.get("layers") if isinstance(origin, dict) else None
+        if not isinstance(layers, dict):
+            return None
+        here = {str(index): entry["sha256"] for index, entry in store.layers.items()}
+        return store if layers.items() <= here.items() else None

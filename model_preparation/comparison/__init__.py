@@ -1,1 +1,0 @@
-"""Evaluations beside each other: their common questions, what separates them from chance, tables, plots, a report."""

@@ -1,0 +1,263 @@
+"""Several models' evaluations, compared on the questions all were asked.
+
+In: folders (see locate.py). Out: a `Comparison`: for everything together, each group and each subject, every model's
+score, and the difference of each to the baseline with what can be said of it. A subject is one of lm-eval's tasks.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.compare import paired
+from model_preparation.evaluation.compare.layout import GROUP, OVERALL, SUBJECT, Line, layout, short_names
+from model_preparation.evaluation.compare.locate import EvaluationFiles, locate, replaced_layers
+from model_preparation.evaluation.compare.matching import CommonQuestions, match
+from model_preparation.evaluation.compare.sample_files import Answers, read_answers
+from model_preparation.evaluation.compare.settings import (
+    differing_settings,
+    question_notes,
+    score_notes,
+    settings_of,
+    some,
+)
+
+BETTER, WORSE, UNCLEAR = "better", "worse", "not distinguishable"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of those compared.
+
+    Attributes:
+        name: the end of its folder's path.
+        results_path: from that folder on; what lies above it is nobody's business but the user's.
+        layers: of a checkpoint, those that were replaced; None for another model.
+        settings: of its evaluation, {words: value}.
+    """
+
+    name: str
+    results_path: str
+    layers: list[int] | None
+    settings: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The mean of the metric over a row's questions, and its standard error (None for a single question each)."""
+
+    mean: float
+    stderr: float | None
+
+
+@dataclass
+class Difference:
+    """A model minus the baseline, over a row's questions.
+
+    Attributes:
+        difference: of the means.
+        interval: 95%, bootstrap; None where a subject has a single question.
+        gained, lost: questions only the model answers right, and only the baseline; None unless the metric is 0 or 1.
+        p_value: of McNemar's exact test; None unless the metric is 0 or 1.
+        p_adjusted: for all tests of rows of the same kind (Holm).
+        tests: how many these are.
+        verdict: "better", "worse" or "not distinguishable": by `p_adjusted` < 0.05, without it by the interval.
+    """
+
+    difference: float
+    interval: tuple[float, float] | None
+    gained: int | None
+    lost: int | None
+    p_value: float | None
+    p_adjusted: float | None = None
+    tests: int = 1
+    verdict: str = UNCLEAR
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the tables. `scores` are of all models, `differences` of all but the first, the baseline."""
+
+    kind: str  # OVERALL, GROUP or SUBJECT
+    name: str  # lm-eval's
+    label: str  # shorter, for people
+    group: str  # the label of the group a subject belongs to, or ""
+    questions: int
+    scores: list[Score]
+    differences: list[Difference]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came out; `common` has the questions themselves, for a report. The first model is the baseline."""
+
+    metric: str
+    higher_is_better: bool
+    binary: bool  # every value is 0 or 1
+    seed: int
+    resamples: int
+    models: list[Model]
+    rows: list[Row]  # everything together first, then groups, then subjects
+    notes: list[str]
+    common: list[CommonQuestions]
+
+    def of_kind(self, *kinds: str) -> list[Row]:
+        return [row for row in self.rows if row.kind in kinds]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the questions, as JSON has it."""
+        fields = {name: getattr(self, name) for name in ("metric", "higher_is_better", "binary", "seed", "resamples")}
+        return {
+            **fields,
+            "models": [asdict(model) for model in self.models],
+            "rows": [asdict(row) for row in self.rows],
+            "notes": self.notes,
+        }
+
+
+def compare_evaluations(
+    folders: Sequence[str | Path],
+    *,
+    task: str | None = None,
+    metric: str = "acc",
+    seed: int = 1234,
+    resamples: int = 10_000,
+) -> Comparison:
+    """Compare the models in `folders` with the first of them.
+
+    Args:
+        folders: two or more (see locate.py).
+        task: a task or group of lm-eval to look at alone, or the name of one of several evaluations' folders.
+        metric: a number lm-eval gives each question; with ",FILTER" where it has several filters.
+        seed: of the bootstrap. A subject's interval depends on nothing else but its own answers.
+        resamples: of the bootstrap.
+
+    Raises:
+        SurgeryError: for folders without a finished evaluation, damaged files, or nothing in common.
+    """
+    evaluations = locate(folders, task)
+    if len({evaluation.results_path for evaluation in evaluations}) < len(evaluations):
+        raise SurgeryError("One evaluation is given twice. Give different ones.")
+    names = short_names(evaluations)
+    common, notes = _common_questions(evaluations, names, task, metric)
+    tasks = [each.task for each in common]
+    settings = [settings_of(evaluation, tasks) for evaluation in evaluations]
+    notes += question_notes(names, evaluations, common) + differing_settings(names, settings)
+    notes += score_notes(metric, names, evaluations, common)
+
+    values = {each.task: each.values for each in common}
+    binary = all(np.isin(each, (0, 1)).all() for each in values.values())
+    higher = _higher_is_better(evaluations[0], metric, tasks)
+    means = {name: _resampled(name, each, seed, resamples) for name, each in values.items()}
+    rows = [_row(line, values, means, binary) for line in layout(evaluations, tasks, task)]
+    _judge(rows, higher)
+    models = [
+        Model(
+            name, str(evaluation.results_path.relative_to(evaluation.place.parent)), replaced_layers(evaluation), each
+        )
+        for name, evaluation, each in zip(names, evaluations, settings, strict=True)
+    ]
+    return Comparison(metric, higher, binary, seed, resamples, models, rows, notes, common)
+
+
+def _common_questions(
+    evaluations: Sequence[EvaluationFiles], names: Sequence[str], task: str | None, metric: str
+) -> tuple[list[CommonQuestions], list[str]]:
+    """Per task, in the baseline's order; and notes on the tasks that are left out."""
+    chosen = [each.tasks_of(task) if task else [] for each in evaluations]  # none by the name of a folder
+    wanted = [
+        [name for name in each.samples if name in (only or each.samples)]
+        for each, only in zip(evaluations, chosen, strict=True)
+    ]
+    tasks = [name for name in wanted[0] if all(name in each for each in wanted)]
+    left_out = sorted({name for each in wanted for name in each} - set(tasks))
+    if not tasks:
+        listed = "; ".join(f"{name} has {some(each)}" for name, each in zip(names, wanted, strict=True))
+        raise SurgeryError(f"The evaluations have no task in common: {listed}. Evaluate all of them on the same task.")
+    notes = [f"Left out, as not every evaluation has it: {some(left_out)}."] if left_out else []
+
+    answers: list[dict[str, Answers]] = []
+    for name, evaluation in zip(names, evaluations, strict=True):
+        found, without = read_answers(evaluation, tasks, metric)
+        answers.append(found)
+        if without:
+            listed = "; ".join(f"{task} has {some(metrics) or 'none'}" for task, metrics in list(without.items())[:3])
+            if not found:
+                raise SurgeryError(f"{name} has no {metric} for any question: {listed}. Name a metric by --metric.")
+            notes.append(f"Left out, as {name} has no {metric} for it: {listed}.")
+    matched = [match(name, [each[name] for each in answers]) for name in tasks if all(name in each for each in answers)]
+    common = [each for each in matched if each.indices.size]
+    if not common:
+        raise SurgeryError(
+            f"{' and '.join(names)} have not one question in common, though {some(tasks)} is in all of them. "
+            "Evaluate them on the same data."
+        )
+    if empty := [each.task for each in matched if not each.indices.size]:
+        notes.append(f"Left out, as no question of it is common to all: {some(empty)}.")
+    return common, notes
+
+
+def _higher_is_better(evaluation: EvaluationFiles, metric: str, tasks: Sequence[str]) -> bool:
+    known = evaluation.results["higher_is_better"]
+    return all(known.get(task, {}).get(metric.partition(",")[0]) is not False for task in tasks)
+
+
+def _resampled(task: str, values: NDArray[np.float64], seed: int, resamples: int) -> list[NDArray[np.float64] | None]:
+    """Bootstrap means of a task's differences, for each model but the first; `values` are (models, questions)."""
+    key = zlib.crc32(task.encode())
+    return [
+        paired.bootstrap_means(model - values[0], resamples, np.random.default_rng([seed, key])) for model in values[1:]
+    ]
+
+
+def _row(
+    line: Line,
+    values_of: Mapping[str, NDArray[np.float64]],
+    means_of: Mapping[str, Sequence[NDArray[np.float64] | None]],
+    binary: bool,
+) -> Row:
+    """The row of a line's tasks, from every task's values (models, questions) and bootstrap means per model."""
+    strata = [values_of[task] for task in line.tasks]
+    means = [means_of[task] for task in line.tasks]
+    values = np.concatenate(strata, axis=1)
+    scores = [
+        Score(float(values[model].mean()), paired.standard_error([each[model] for each in strata]))
+        for model in range(len(values))
+    ]
+    sizes = [each.shape[1] for each in strata]
+    differences = []
+    for model in range(1, len(values)):
+        difference = values[model] - values[0]
+        gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
+        differences.append(
+            Difference(
+                difference=float(difference.mean()),
+                interval=paired.stratified_interval([each[model - 1] for each in means], sizes),
+                gained=gained if binary else None,
+                lost=lost if binary else None,
+                p_value=paired.mcnemar_p(gained, lost) if binary else None,
+            )
+        )
+    return Row(line.kind, line.name, line.label, line.group, values.shape[1], scores, differences)
+
+
+def _judge(rows: Sequence[Row], higher_is_better: bool) -> None:
+    """Fill in what depends on how many tests are made: `p_adjusted`, `tests` and `verdict`."""
+    for kind in (OVERALL, GROUP, SUBJECT):
+        together = [difference for row in rows if row.kind == kind for difference in row.differences]
+        known = [each for each in together if each.p_value is not None]
+        for each, adjusted in zip(known, paired.holm([each.p_value or 0.0 for each in known]), strict=True):
+            each.p_adjusted = adjusted
+        for each in together:
+            each.tests = len(together)
+            if each.p_adjusted is not None:
+                real = each.p_adjusted < paired.SIGNIFICANCE
+            else:
+                real = each.interval is not None and not each.interval[0] <= 0 <= each.interval[1]
+            if real:
+                each.verdict = BETTER if (each.difference > 0) == higher_is_better else WORSE

@@ -1,0 +1,105 @@
+"""Questions on which two models differ most, as texts.
+
+In: a comparison. Out: for a model and the baseline, questions that one answers right and the other wrong (or scores
+higher), those first on whose right answer their probabilities are furthest apart; with what each model answered.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from model_preparation.evaluation.compare.compare import Comparison
+from model_preparation.evaluation.compare.matching import CommonQuestions
+from model_preparation.evaluation.compare.sample_files import read_sample
+
+_TITLE_CHARACTERS, _TEXT_CHARACTERS, _ANSWER_CHARACTERS = 110, 1_500, 300  # at most, so that a report stays small
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question and two answers to it."""
+
+    task: str
+    title: str  # the beginning
+    text: str
+    target: str
+    answers: tuple[str, str]  # the baseline's, the model's
+    values: tuple[float, float]  # of the metric
+
+
+def differing_questions(comparison: Comparison, model: int, count: int) -> tuple[list[Example], list[Example]]:
+    """`count` questions, or as many as there are, that model number `model` (from 1) scores higher; and lower."""
+    found: list[tuple[float, float, CommonQuestions, int]] = []
+    for common in comparison.common:
+        differences = common.values[model] - common.values[0]
+        surprise = np.nan_to_num(np.abs(common.right_probability[model] - common.right_probability[0]))
+        found += [
+            (float(differences[index]), float(surprise[index]), common, int(index))
+            for index in np.flatnonzero(differences)
+        ]
+    found.sort(key=lambda each: (-abs(each[0]), -each[1]))
+    higher = [each for each in found if each[0] > 0][:count]
+    lower = [each for each in found if each[0] < 0][:count]
+    return (
+        [_example(common, index, model) for _, _, common, index in higher],
+        [_example(common, index, model) for _, _, common, index in lower],
+    )
+
+
+def _example(common: CommonQuestions, index: int, model: int) -> Example:
+    samples = [read_sample(common.answers[each], int(common.indices[each, index])) for each in (0, model)]
+    options = _options(samples[0])
+    target = str(samples[0].get("target"))
+    if options and target.isdigit() and int(target) < len(options):
+        target = options[int(target)]
+    values = common.values[:, index]
+    doc = samples[0].get("doc")
+    texts = [value for value in doc.values() if isinstance(value, str)] if isinstance(doc, dict) else []
+    return Example(
+        task=common.task,
+        title=_cut(" ".join((texts or [str(doc)])[0].split()), _TITLE_CHARACTERS),
+        text=_text(doc, options),
+        target=_cut(target, _ANSWER_CHARACTERS),
+        answers=(_answer(samples[0]), _answer(samples[1])),
+        values=(float(values[0]), float(values[model])),
+    )
+
+
+def _text(doc: Any, options: list[str]) -> str:
+    """The question as the data set has it: a line per field, a line per choice, named as the prompt names it."""
+    if not isinstance(doc, dict):
+        return _cut(str(doc), _TEXT_CHARACTERS)
+    lines = []
+    for name, value in doc.items():
+        if isinstance(value, list):
+            letters = options if len(options) == len(value) and max(map(len, options)) == 1 else range(len(value))
+            lines += [f"{name}:", *(f"  {letter}. {item}" for letter, item in zip(letters, value, strict=True))]
+        else:
+            lines.append(f"{name}: {value}")
+    return _cut("\n".join(lines), _TEXT_CHARACTERS)
+
+
+def _options(sample: dict[str, Any]) -> list[str]:
+    """The continuations among which a multiple-choice task chooses; none for other tasks."""
+    arguments, answers = sample.get("arguments"), sample.get("filtered_resps")
+    if not isinstance(arguments, dict) or not isinstance(answers, list) or len(arguments) != len(answers) > 1:
+        return []
+    texts = [each.get("arg_1") for each in arguments.values() if isinstance(each, dict)]
+    return [text.strip() for text in texts if isinstance(text, str)]
+
+
+def _answer(sample: dict[str, Any]) -> str:
+    """What a model answered: the likeliest option with its probability among them, or the response as it is."""
+    answers, options = sample.get("filtered_resps"), _options(sample)
+    try:
+        scores = np.array([float(pair[0]) for pair in answers or []])
+        best = int(scores.argmax())
+        return _cut(f"{options[best]} ({np.exp(scores[best] - np.logaddexp.reduce(scores)):.0%})", _ANSWER_CHARACTERS)
+    except (LookupError, TypeError, ValueError):
+        first = answers[0] if isinstance(answers, list) and answers else answers
+        return _cut(str(first), _ANSWER_CHARACTERS)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + " …"

@@ -1,0 +1,237 @@
+"""Which finished evaluation a user means by a folder.
+
+In: a checkpoint's folder (its `evaluations/<task>-<settings digest>/`), such an evaluation's folder, any output folder
+of `lm_eval --log_samples`, or one results file. Out: the results file and its samples files, in the layout of lm-eval's
+EvaluationTracker (lm_eval/loggers/evaluation_tracker.py): `results_<date>.json` and `samples_<task>_<date>.jsonl` side
+by side, perhaps in a subfolder named after the model. Of several dates the newest is taken that has all its files.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, EVALUATIONS_ASIDE, INFO, read_info
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.results_folder import SETTINGS
+from model_preparation.evaluation.scored_model import find_model
+from model_preparation.io.identity import differences
+from model_preparation.io.untrusted.untrusted_files import read_json
+
+# `--output_path FILE.json` makes FILE_<date>.json of it.
+_RESULTS = re.compile(r"(?!samples_).*_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)\.json")
+_DEPTHS = ("*", "*/*", "*/*/*")  # a --results_dir, in it <task>-<digest>/, in it the model's name
+# What is read by name of a results file, and the kinds of its entries; older versions of lm-eval lack some.
+_FIELDS = dict.fromkeys(("results", "configs", "n-samples", "higher_is_better"), dict) | {"group_subtasks": list}
+
+
+@dataclass(frozen=True)
+class EvaluationFiles:
+    """A finished evaluation.
+
+    Attributes:
+        given: what the user gave, resolved.
+        name: of the evaluation's folder; in ours, task and digest of the settings.
+        results_path: lm-eval's results file.
+        results: what is in it.
+        samples: {task: its samples file}.
+        checkpoint: the checkpoint's folder it lies in, or None.
+        passed_over: newer results files that lack samples files.
+    """
+
+    given: Path
+    name: str
+    results_path: Path
+    results: dict[str, Any]
+    samples: dict[str, Path]
+    checkpoint: Path | None = None
+    passed_over: tuple[Path, ...] = ()
+
+    @property
+    def place(self) -> Path:
+        """The folder that people know the model by."""
+        return self.checkpoint or self.given
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """{group: its groups and tasks}, without the tasks that older versions of lm-eval list as empty groups."""
+        return {name: children for name, children in self.results["group_subtasks"].items() if children}
+
+    def tasks_of(self, name: str) -> list[str]:
+        """The tasks in a group, its groups' included, each once; of a task, itself; of any other name, none."""
+        found, waiting, seen = [], [name], set()
+        while waiting:
+            name = waiting.pop(0)
+            if name in seen:
+                continue
+            seen.add(name)
+            if name in self.samples:
+                found.append(name)
+            else:
+                waiting = [*self.groups.get(name, []), *waiting]
+        return found
+
+
+def locate(folders: Sequence[str | Path], task: str | None = None) -> list[EvaluationFiles]:
+    """The evaluation that each of `folders` stands for.
+
+    Args:
+        folders: as at the top of this file.
+        task: a task or group; only evaluations of it count. Or the name of an evaluation's folder.
+
+    Raises:
+        SurgeryError: where there is none, none that is finished, or several and `task` does not say which.
+    """
+    found = [_candidates(Path(folder).expanduser(), task) for folder in folders]
+    # The names of our evaluations' folders are made of their settings: of several, the one that all have is meant.
+    shared = set.intersection(*({each.name for each in candidates} for candidates in found))
+    if len(shared) == 1:
+        found = [[each for each in candidates if each.name in shared] for candidates in found]
+    for folder, candidates in zip(folders, found, strict=True):
+        if len(candidates) > 1:
+            raise SurgeryError(
+                f"{folder} has {len(candidates)} evaluations: {_listed(candidates)}. "
+                "Say which by --task and its name, or give its folder in place of this one."
+            )
+    chosen = [candidates[0] for candidates in found]
+    for evaluation in chosen:
+        _check_weights(evaluation)
+    return chosen
+
+
+def _check_weights(evaluation: EvaluationFiles) -> None:
+    """Raise SurgeryError if an evaluation of ours is not of the weights that the checkpoint it lies in has now."""
+    settings = evaluation.results_path.parents[1] / SETTINGS
+    if evaluation.checkpoint is None or not settings.is_file():
+        return
+    checkpoint = evaluation.checkpoint
+    if odd := differences(read_json(settings).get("model", {}), find_model(checkpoint).inputs):
+        raise SurgeryError(
+            f"{settings.parent} holds results of another model than {checkpoint} is now ({'; '.join(odd)}). "
+            "Evaluate it again: "
+            f"python test_checkpoint.py --checkpoint {checkpoint} --full_eval and the flags of that evaluation."
+        )
+
+
+def _candidates(given: Path, task: str | None) -> list[EvaluationFiles]:
+    """The finished evaluations, one at least, in what a user gave; of `task`, if that is given."""
+    if given.is_file() and not _RESULTS.fullmatch(given.name):
+        raise SurgeryError(f"{given} is no results file (results_<date>.json). Give the folder it is in.")
+    if not given.exists():
+        raise SurgeryError(f"{given} is not there. Give a checkpoint's folder, or one that lm_eval wrote.")
+    given = given.resolve()
+    root = given / EVALUATIONS if (given / INFO).is_file() else given
+    files = [given] if given.is_file() else [path for depth in _DEPTHS for path in root.glob(depth)]
+    files = [path for path in files if path.is_file() and _RESULTS.fullmatch(path.name)]
+    if not given.is_file():  # what was put aside, being of weights the checkpoint had before, has to be named
+        files = [path for path in files if not any(EVALUATIONS_ASIDE in part for part in path.relative_to(root).parts)]
+    if not files:
+        raise _not_finished(given, root)
+    candidates = [_newest_complete(given, root, folder, files) for folder in sorted({path.parent for path in files})]
+    wanted = [each for each in candidates if task in (None, each.name) or each.tasks_of(str(task))]
+    if not wanted:
+        raise SurgeryError(
+            f"{given} has no finished evaluation of {task!r}. Give another --task; there are {_listed(candidates)}."
+        )
+    return wanted
+
+
+def _newest_complete(given: Path, root: Path, folder: Path, files: list[Path]) -> EvaluationFiles:
+    """The evaluation in `folder`, where some of the results files `files` are."""
+    passed_over: list[Path] = []
+    for path in sorted((path for path in files if path.parent == folder), key=_date, reverse=True):
+        results = read_results(path)
+        samples = {task: folder / f"samples_{task}_{_date(path)}.jsonl" for task in results["configs"]}
+        missing = [sample.name for sample in samples.values() if not sample.is_file()]
+        if samples and not missing:
+            below = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
+            name = below[0] if below else folder.name
+            return EvaluationFiles(given, name, path, results, samples, _checkpoint_of(given), tuple(passed_over))
+        passed_over.append(path)
+    example = (missing or ["samples_<task>_<date>.jsonl"])[0]
+    raise SurgeryError(
+        f"{passed_over[-1]} lacks samples files beside it, such as {example}, "
+        "but questions are compared one by one. Run the evaluation again, lm_eval with --log_samples."
+    )
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """lm-eval's results file.
+
+    Raises:
+        SurgeryError: if it is damaged, or no such file.
+    """
+    try:
+        results = json.loads(path.read_bytes())
+        for name, needed in _FIELDS.items():
+            if not isinstance(results.setdefault(name, {}), dict):
+                raise ValueError(f"its {name!r} is no object")
+            if wrong := [
+                key for key, value in results[name].items() if not _is_name(key) or not isinstance(value, needed)
+            ]:
+                raise ValueError(f"its {name!r} has a malformed entry {wrong[0]!r:.80}")
+        if not all(_is_name(child) for children in results["group_subtasks"].values() for child in children):
+            raise ValueError("its 'group_subtasks' holds more than names")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise SurgeryError(f"{path} is no whole results file of lm-eval: {error}. Run the evaluation again.") from error
+    return results
+
+
+def _is_name(name: object) -> bool:
+    """Whether it can be a task's or group's: it becomes part of file names, and is printed."""
+    return isinstance(name, str) and bool(name) and name.isprintable() and not set(name) & set("/\\")
+
+
+def _not_finished(given: Path, root: Path) -> SurgeryError:
+    checkpoint = _checkpoint_of(given)
+    command = f"python test_checkpoint.py --checkpoint {checkpoint or 'CHECKPOINT'} --full_eval"
+    begun = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    if checkpoint == given and not begun:
+        return SurgeryError(f"{given} has not been evaluated. Run {command}.")
+    if checkpoint is not None:
+        which = ", ".join(begun) if checkpoint == given else given.name
+        return SurgeryError(
+            f"{given} has no finished evaluation: {which} has no results_<date>.json yet. "
+            f"Go on with it by {command} and the flags it was begun with."
+        )
+    return SurgeryError(
+        f"{given} has no results_<date>.json, so no evaluation was finished in it. Go on by {command} and the flags it "
+        f"was begun with, or run lm_eval with --output_path {given} --log_samples."
+    )
+
+
+def _checkpoint_of(given: Path) -> Path | None:
+    """The checkpoint that `given` is, or in whose `evaluations` it lies."""
+    if (given / INFO).is_file():
+        return given
+    above = next((parent for parent in given.parents if parent.name == EVALUATIONS), None)
+    return above.parent if above is not None and (above.parent / INFO).is_file() else None
+
+
+def replaced_layers(evaluation: EvaluationFiles) -> list[int] | None:
+    """Of the checkpoint that was evaluated, as far as its folder tells; None for other models.
+
+    Raises:
+        SurgeryError: if its checkpoint_info.json is damaged.
+    """
+    return None if evaluation.checkpoint is None else read_info(evaluation.checkpoint)["replaced_layers"]
+
+
+def _date(path: Path) -> str:
+    match = _RESULTS.fullmatch(path.name)
+    return match["date"] if match else ""
+
+
+def _listed(candidates: list[EvaluationFiles]) -> str:
+    return "; ".join(f"{each.name} ({_settings(each)})" for each in candidates)
+
+
+def _settings(evaluation: EvaluationFiles) -> str:
+    below = {child for children in evaluation.groups.values() for child in children}
+    tops = [name for name in [*evaluation.groups, *evaluation.samples] if name not in below]
+    shots = sorted({str(evaluation.results["configs"][task].get("num_fewshot")) for task in evaluation.samples})
+    config = evaluation.results.get("config")
+    limit = config.get("limit") if isinstance(config, dict) else None
+    return ", ".join([*tops[:3], f"{'/'.join(shots) or '?'}-shot", *([f"limit {limit}"] if limit else [])])

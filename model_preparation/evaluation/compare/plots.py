@@ -1,0 +1,156 @@
+"""A comparison as plots: every model's score by subject, and what each gains over the baseline.
+
+In: a comparison. Out: matplotlib figures, saved as PNG, or as SVG that takes its text's colour from the page around it.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
+
+from model_preparation.evaluation.compare.compare import UNCLEAR, Comparison, Row
+from model_preparation.evaluation.compare.layout import GROUP, OVERALL, SUBJECT
+
+Plot = Callable[[Any], Figure]  # of a Comparison, or whatever else is drawn
+
+COLOURS = ("#3b82c4", "#e08a1e", "#2ba37a", "#c75a9a", "#8c6bd1", "#8a8f98")  # told apart on white and on black
+# Colours nothing else has, which in an SVG become those of the page around it.
+INK, PAPER = "#000102", "#fffefd"
+# Fonts with Chinese characters, in the order they are tried.
+_CHINESE = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
+_LINE_INCHES, _WIDTH_INCHES = 0.15, 7.2
+
+
+def plot_scores(comparison: Comparison) -> Figure:
+    """A line per group and subject, in it a point per model with its standard error to both sides."""
+    figure, axes, rows = _lines(comparison)
+    models = len(comparison.models)
+    for model, each in enumerate(comparison.models):
+        at = [line + _offset(model, models) for line in range(len(rows))]
+        means = [row.scores[model].mean for row in rows]
+        errors = [row.scores[model].stderr or 0.0 for row in rows]
+        _points(axes, means, at, errors, model=model, name=each.name)
+    axes.set_xlabel(f"{comparison.metric}, ± standard error")
+    _legend(axes)
+    return figure
+
+
+def plot_gains(comparison: Comparison) -> Figure:
+    """A line per group and subject, in it a point per model but the baseline: the difference and its 95% interval."""
+    figure, axes, rows = _lines(comparison)
+    models = len(comparison.models) - 1
+    axes.axvline(0, color=INK, linewidth=0.8)
+    for model in range(models):
+        differences = [row.differences[model] for row in rows]
+        gains = [difference.difference for difference in differences]
+        ends = [difference.interval or (difference.difference,) * 2 for difference in differences]
+        errors = [[gain - low for gain, (low, _) in zip(gains, ends, strict=True)]]
+        errors += [[high - gain for gain, (_, high) in zip(gains, ends, strict=True)]]
+        at = [line + _offset(model, models) for line in range(len(rows))]
+        filled = [difference.verdict != UNCLEAR for difference in differences]
+        _points(axes, gains, at, errors, model=model + 1, name=comparison.models[model + 1].name, filled=filled)
+    axes.set_xlabel(
+        f"{comparison.metric}: difference to {comparison.models[0].name}, 95% interval\n"
+        "filled: can be told from chance; hollow: cannot"
+    )
+    _legend(axes)
+    return figure
+
+
+def save_png(plot: Plot, shown: Any, path: Path | BinaryIO) -> None:
+    """Draw `plot` of what is shown into a PNG file, on white."""
+    with _drawing():
+        plot(shown).savefig(path, format="png", dpi=150, facecolor="white")
+
+
+def svg(plot: Plot, shown: Any, name: str) -> str:
+    """Draw `plot` as an SVG element to stand within an HTML page; its ids begin with `name`."""
+    with _drawing(), io.StringIO() as file:
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        plot(shown).savefig(file, format="svg", transparent=True, metadata=no_metadata)
+        text = file.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "var(--page)")
+    return re.sub(r'(\bid="|\burl\(#|href="#)', rf"\g<1>{name}-", text)  # ids are unique in a page
+
+
+PLOTS: dict[str, Plot] = {"accuracy_by_subject": plot_scores, "gain_by_subject": plot_gains}
+
+
+def _lines(comparison: Comparison) -> tuple[Figure, Axes, list[Row]]:
+    """An empty plot with the rows' labels beside it, groups above and in bold, subjects by group."""
+    rows = comparison.of_kind(OVERALL, GROUP)
+    groups = [row.label for row in comparison.of_kind(GROUP)]
+    subjects = comparison.of_kind(SUBJECT)
+    order = {label: place for place, label in enumerate(groups)}
+    rows += sorted(subjects, key=lambda row: (order.get(row.group, -1), -row.scores[0].mean))
+    height = len(rows) * max(1.2 * _LINE_INCHES, len(comparison.models) * 0.6 * _LINE_INCHES) + 1.4
+    figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    for label, row in zip(axes.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("normal" if row.kind == SUBJECT else "bold")
+    previous = ""
+    for line, row in enumerate(rows):
+        if row.kind == SUBJECT and (row.group != previous or line == len(rows) - len(subjects)):
+            axes.axhline(line - 0.5, color=INK, linewidth=0.4, alpha=0.5)
+            axes.annotate(
+                row.group,
+                (1, line),
+                (4, 0),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                fontsize=7,
+                va="center",
+            )
+            previous = row.group
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", linewidth=0.4, alpha=0.4)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    return figure, axes, rows
+
+
+def _points(
+    axes: Axes, x: list[float], y: list[float], errors: list, *, model: int, name: str, filled: list[bool] | None = None
+) -> None:
+    """A model's points with error bars, all filled but for those that `filled` says not to."""
+    colour = COLOURS[model % len(COLOURS)]
+    axes.errorbar(x, y, xerr=errors, fmt="none", ecolor=colour, elinewidth=1.1)
+    faces = [colour if full else PAPER for full in filled or [True] * len(x)]
+    axes.scatter(x, y, s=14, c=faces, edgecolors=colour, linewidths=1.1, zorder=3)
+    axes.plot([], [], "o-", color=colour, markersize=4, linewidth=1.1, label=name)  # for the legend
+
+
+def _offset(model: int, models: int) -> float:
+    """Where between two lines a model's points are, so that they do not cover each other."""
+    return (model - (models - 1) / 2) * 0.7 / models
+
+
+def _legend(axes: Axes) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    axes.figure.legend(handles, names, loc="outside upper left", ncols=1, frameon=False)
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Names of strangers are no formulas and may be Chinese; an SVG's text stays text; equal plots have equal bytes."""
+    installed = set(get_font_names())
+    options: dict[Any, Any] = {
+        "text.parse_math": False,
+        "font.family": ["DejaVu Sans", *(font for font in _CHINESE if font in installed)],
+        "font.size": 8,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "comparison",
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    }
+    with matplotlib.rc_context(options), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a character no font here has is a box
+        yield

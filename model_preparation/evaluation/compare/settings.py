@@ -1,0 +1,128 @@
+"""What must be known of several evaluations before their scores are put beside each other.
+
+In: the evaluations and their common questions. Out: notes in plain words on every setting that differs, and the
+settings of each for a report.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from model_preparation.evaluation.compare.locate import EvaluationFiles
+from model_preparation.evaluation.compare.matching import CommonQuestions
+from model_preparation.terminal import escaped
+
+# What is shown of each evaluation, and compared; {words: of its results file, and the tasks}.
+SETTINGS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
+    "number of examples before each question": lambda results, tasks: _per_task(results.get("n-shot"), tasks),
+    "limit of questions per task": lambda results, _: _config(results).get("limit"),
+    "chat template": lambda results, _: _short(results.get("chat_template_sha")),
+    "system instruction": lambda results, _: _short(results.get("system_instruction_sha")),
+    "dtype": lambda results, _: str(_config(results).get("model_dtype")).removeprefix("torch."),
+    "longest prompt, in tokens": lambda results, _: _limit(results.get("max_length")),
+    "settings of the generation": lambda results, _: _config(results).get("gen_kwargs"),
+    "seed of the examples": lambda results, _: _config(results).get("fewshot_seed"),
+    "version of the tasks": lambda results, tasks: _per_task(results.get("versions"), tasks),
+    "version of lm-eval": lambda results, _: results.get("lm_eval_version"),
+    "version of transformers": lambda results, _: results.get("transformers_version"),
+}
+_NO_LIMIT = 1_000_000_000  # tokens, by the config of a Llamba without grafts
+_SHOWN_CHARACTERS = 120
+_HARMLESS = ("version of transformers",)
+
+
+def _limit(tokens: int | None) -> int | str | None:
+    return "no limit" if tokens is not None and tokens >= _NO_LIMIT else tokens
+
+
+def settings_of(evaluation: EvaluationFiles, tasks: Sequence[str]) -> dict[str, str]:
+    """{words: value} of an evaluation, as far as its results file tells."""
+    return {words: _shown(read(evaluation.results, tasks)) for words, read in SETTINGS.items()}
+
+
+def differing_settings(names: Sequence[str], settings: Sequence[Mapping[str, str]]) -> list[str]:
+    """A sentence for each setting that is not the same for all models called `names`."""
+    notes = []
+    for words in SETTINGS:
+        values = [each[words] for each in settings]
+        if len(set(values)) > 1 and words not in _HARMLESS:
+            listed = ", ".join(f"{value} for {name}" for name, value in zip(names, values, strict=True))
+            notes.append(f"Different {words}: {listed}.")
+    return notes
+
+
+def question_notes(
+    names: Sequence[str], evaluations: Sequence[EvaluationFiles], common: Sequence[CommonQuestions]
+) -> list[str]:
+    """Sentences on which questions were compared, and whether they were asked in the same words."""
+    notes = []
+    questions = sum(each.indices.shape[1] for each in common)
+    every = [sum(len(each.answers[model]) for each in common) for model in range(len(names))]
+    if set(every) != {questions}:
+        listed = ", ".join(f"{count:,} of {name}" for name, count in zip(names, every, strict=True))
+        notes.append(f"Only the {questions:,} questions that all were asked are compared: {listed} in these tasks.")
+    if by_prompt := [each.task for each in common if each.by_prompt]:
+        notes.append(
+            f"In {some(by_prompt)} the data sets' rows differ, so questions were matched by their prompts and targets."
+        )
+    for field, words in (("prompt_hashes", "prompts"), ("target_hashes", "right answers")):
+        if differing := sum(each.differing(field) for each in common):
+            notes.append(f"The {words} differ in {differing:,} of the {questions:,} common questions.")
+    if filters := [each.task for each in common if len({answers.filter for answers in each.answers}) > 1]:
+        notes.append(f"The responses to {some(filters)} were filtered in different ways (lm-eval's filters).")
+    for name, evaluation in zip(names, evaluations, strict=True):
+        if evaluation.passed_over:
+            notes.append(
+                f"{name}: {evaluation.results_path.name} is compared, as the newer {evaluation.passed_over[0].name} "
+                "lacks samples files."
+            )
+    return notes
+
+
+def score_notes(
+    metric: str,
+    names: Sequence[str],
+    evaluations: Sequence[EvaluationFiles],
+    common: Sequence[CommonQuestions],
+) -> list[str]:
+    """Sentences on scores of lm-eval's own that are no means over questions, such as groups weighted by task."""
+    notes = []
+    means = {each.task: [(sum(answers.values), len(answers)) for answers in each.answers] for each in common}
+    for model, (name, evaluation) in enumerate(zip(names, evaluations, strict=True)):
+        filters = {each.task: each.answers[model].filter for each in common}
+        for row in [*evaluation.groups, *means]:
+            tasks = evaluation.tasks_of(row)
+            if not tasks or not all(task in means for task in tasks):
+                continue
+            value = evaluation.results["results"].get(row, {}).get(f"{metric.partition(',')[0]},{filters[tasks[0]]}")
+            mean = sum(means[task][model][0] for task in tasks) / sum(means[task][model][1] for task in tasks)
+            if isinstance(value, int | float) and abs(value - mean) > 1e-6 * max(1, abs(mean)):
+                notes.append(
+                    f"{name}: lm-eval's own score of {row} is {value:.4f}, which is not the mean over its questions, "
+                    f"{mean:.4f}; here every question counts the same."
+                )
+    return notes
+
+
+def some(names: Sequence[str], at_most: int = 5) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
+
+
+def _config(results: dict[str, Any]) -> dict[str, Any]:
+    config = results.get("config")
+    return config if isinstance(config, dict) else {}
+
+
+def _per_task(values: Any, tasks: Sequence[str]) -> str | None:
+    found = sorted({str(values[task]) for task in tasks if task in values}) if isinstance(values, dict) else []
+    return ", ".join(found) or None
+
+
+def _short(digest: Any) -> str | None:
+    return str(digest)[:12] if digest else None
+
+
+def _shown(value: Any) -> str:
+    text = "none" if value in (None, "None", "", {}) else str(value)
+    text = escaped(text)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"

@@ -1,0 +1,1 @@
+"""Names and hub ids become local folders; checkpoints become uploads; licences."""

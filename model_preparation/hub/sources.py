@@ -1,0 +1,375 @@
+"""Where models come from: a name, a folder or a hub id becomes a local folder that holds every file needed.
+
+In: a name of `TABLE`, the path of a folder, or `org/name[@revision]`, with `modelscope:` or `huggingface:` before it to
+ask one hub only, or `embedded:name` for a model inside this package. Out: a `Source`. Downloads are `hub_snapshots`'
+work. What this file adds: the names, which files are asked for, and the name of each file that is missing.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal
+
+from model_preparation.errors import SurgeryError
+from model_preparation.hub.hub_snapshots import TITLES, NoSnapshot, Snapshot, fetch_snapshot, first_line
+from model_preparation.io.untrusted.no_model import snapshot_in, what_it_is
+from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
+
+# A name's target is anything `resolve` takes; `--source NAME=TARGET` and MODEL_PREPARATION_NAME replace it.
+TABLE = {
+    "llama": "modelscope:LLM-Research/Meta-Llama-3.1-8B-Instruct",
+    "llama_tokenizer": "llama",  # so a folder given for llama serves as its tokenizer too
+    "llamba": "huggingface:cartesia-ai/Llamba-8B-untied",
+    "unaligned_llamba": "huggingface:goombalab/Llamba-8B-untied-unaligned",
+    "tiny_llama": "embedded:tiny_llama",
+    "tiny_llamba": "embedded:tiny_llamba",
+}
+# Both Llambas are published without the tokenizer they were trained with, which is Llama's.
+_TOKENIZER_OF = {"llamba": "llama_tokenizer", "unaligned_llamba": "llama_tokenizer"}
+_ENVIRONMENT_PREFIX = "MODEL_PREPARATION_"
+
+EMBEDDED = Path(__file__).parents[1] / "embedded"  # models that come with the package, a folder each
+_EMBEDDED_PREFIX = "embedded:"
+
+_HUB_ID = re.compile(r"(?:(modelscope|huggingface):)?(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
+
+_TOKENIZER_PATTERNS = [
+    "config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+]
+_MODEL_PATTERNS = [*_TOKENIZER_PATTERNS, "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+_PICKLE_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+# Files in subfolders (original/, onnx/) and consolidated.* repeat the weights in formats nobody here reads.
+_IGNORED_PATTERNS = ["*/*", "consolidated*"]
+
+logger = logging.getLogger(__name__)
+
+Need = Literal["model", "tokenizer"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A local folder with a model's or a tokenizer's files, and where they came from.
+
+    `hub` is "local", "embedded", "modelscope" or "huggingface"; `id` the hub's id, or a local folder's name; `revision`
+    what the hub resolved to: Hugging Face's commit, ModelScope's branch or tag (its client tells no commit), None where
+    nothing tells.
+    """
+
+    folder: Path
+    hub: str
+    id: str
+    revision: str | None
+
+    def as_dict(self) -> dict[str, str | None]:
+        """The part written into metadata.json and checkpoint_info.json; `path` only for a local folder."""
+        origin = {"hub": self.hub, "id": self.id, "revision": self.revision}
+        return origin | {"path": str(self.folder)} if self.hub == "local" else origin
+
+
+def resolve(name: str, *, need: Need = "model", overrides: Mapping[str, str] | None = None) -> Source:
+    """The folder that `name` stands for, downloaded if need be, with every file that `need` takes.
+
+    A name of `TABLE` is looked up in `overrides`, then in the environment (MODEL_PREPARATION_LLAMA, ...), then in
+    `TABLE`. Next, an existing folder comes before a hub id spelled alike; what starts with `./`, `../`, `/` or `~` is
+    never a hub id. A hub id without prefix asks ModelScope, then Hugging Face. A hub out of reach is replaced by the
+    copy it left in its cache, with a logged warning.
+
+    Args:
+        name: a name of `TABLE`, a folder's path, or `[modelscope:|huggingface:]org/name[@revision]`.
+        need: "model" asks for config.json and all weights, and downloads the tokenizer where there is one; "tokenizer"
+            asks for a tokenizer only, as does the name `llama_tokenizer` by itself.
+        overrides: targets by name of `TABLE`, as `--source` collects them.
+
+    Raises:
+        SurgeryError: for a name that means nothing, a folder or snapshot that lacks files (each is named), an index
+            that names files outside its folder, or hubs that have no such repository or cannot be reached.
+    """
+    names, target = _look_up(name, overrides or {})
+    if "llama_tokenizer" in names:
+        need = "tokenizer"
+    source = _source_here(target, need)
+    if source is not None:
+        return source
+    hub, repo, revision = _hub_id(target)
+    return _hub_source([hub] if hub else list(TITLES), repo, revision, need, name)
+
+
+def donor_name(base: str, overrides: Mapping[str, str] | None = None) -> str | None:
+    """What `resolve` takes for the donor of a base, as its name or its distillation.json says; None if neither does.
+
+    Raises:
+        SurgeryError: for a base that means nothing, or a folder that is no model; no hub is asked.
+    """
+    target = target_named(base, overrides)
+    source = _source_here(target, "model")
+    if source is None:
+        _hub_id(target)
+    else:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SurgeryError):
+            donor = read_json(source.folder / "distillation.json")["donor"]
+            named = f"{donor['hub']}:{donor['id']}" + (f"@{donor['revision']}" if donor["revision"] else "")
+            if donor["hub"] != "local":
+                return next((name for name in TABLE if TABLE[name] == named), named)
+    return "llama" if base in _TOKENIZER_OF else None
+
+
+def check_recorded(source: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `source` is as `Source.as_dict()` writes it: its id goes into cards and command lines."""
+    check_fields(source, {"hub": str, "id": str, "revision": (NoneType, str), "path?": str})
+    hub, name, revision = source["hub"], source["id"], source["revision"]
+    if hub in TITLES:
+        target = f"{hub}:{name}" + (f"@{revision}" if revision else "")
+        if _HUB_ID.fullmatch(target) is None or ".." in target:
+            raise ValueError(f"{target!r:.200} is no repository of {TITLES[hub]}")
+    elif hub not in ("local", "embedded") or "/" in name:
+        raise ValueError(f"it comes from {hub!r:.80}, {name!r:.80}")
+
+
+def target_named(name: str, overrides: Mapping[str, str] | None = None) -> str:
+    """What `resolve` would look for under `name`: a folder's path or a hub id. Nothing is opened or asked.
+
+    Raises:
+        SurgeryError: if the sources given lead round in a circle.
+    """
+    return _look_up(name, overrides or {})[1]
+
+
+def folder_named(target: str) -> Path | None:
+    """The folder of a target that is on this disk by itself, or in this package; None for what a hub has."""
+    if target.startswith(_EMBEDDED_PREFIX):
+        return _embedded_source(target.removeprefix(_EMBEDDED_PREFIX)).folder
+    folder = Path(os.path.expanduser(target))
+    return folder if folder.is_dir() else None
+
+
+def names_behind(name: str, overrides: Mapping[str, str] | None = None) -> list[str]:
+    """The names of `TABLE` that `resolve` would look up on its way."""
+    return _look_up(name, overrides or {})[0]
+
+
+def tokenizer_name(name: str) -> str | None:
+    """The name in `TABLE` of the tokenizer for a model that is published without one; None for every other name."""
+    return _TOKENIZER_OF.get(name)
+
+
+def is_replaced(name: str, overrides: Mapping[str, str]) -> bool:
+    """Whether `overrides` or the environment give another target for a name of `TABLE`."""
+    return name in TABLE and (name in overrides or bool(os.environ.get(_ENVIRONMENT_PREFIX + name.upper())))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer's files."""
+    return not _missing_tokenizer(folder)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files that the folder holds, and config.json, which says what a tokenizer leaves open; sorted."""
+    return sorted({path for pattern in _TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()})
+
+
+def add_source_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--source NAME=TARGET`, which may be repeated; the parsed value is a dict for `resolve(overrides=...)`."""
+
+    class AddSource(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            name, equals, target = values.partition("=")
+            if not (equals and target):
+                raise argparse.ArgumentError(self, f"{values!r} is not NAME=TARGET, such as llama=/path/to/folder")
+            if name not in TABLE:
+                raise argparse.ArgumentError(self, f"{name!r} is not one of the names {', '.join(TABLE)}")
+            given = getattr(namespace, self.dest)
+            if name in given:
+                raise argparse.ArgumentError(self, f"{name} is given more than once")
+            setattr(namespace, self.dest, given | {name: target})
+
+    parser.add_argument(
+        "--source",
+        action=AddSource,
+        default={},
+        metavar="NAME=TARGET",
+        help=f"take NAME ({', '.join(TABLE)}) from TARGET: a folder, or a hub id such as "
+        f"huggingface:org/name@revision; may be repeated (environment: {_ENVIRONMENT_PREFIX}LLAMA and so on)",
+    )
+
+
+def _look_up(name: str, overrides: Mapping[str, str]) -> tuple[list[str], str]:
+    """Follow `name` through overrides, environment and table: the names passed through, and the target at the end.
+
+    Of a repository's folder in a hub's cache that is its snapshot.
+    """
+    for unknown in overrides.keys() - TABLE.keys():
+        raise SurgeryError(f"A source is given for {unknown!r}, which is none of the names {', '.join(TABLE)}.")
+    names: list[str] = []
+    target = name
+    while target in TABLE:
+        if target in names:
+            raise SurgeryError(
+                f"The sources given for {' and '.join(names)} lead round in a circle. "
+                f"If {target} is meant to be a folder, write ./{target}."
+            )
+        names.append(target)
+        target = overrides.get(target) or os.environ.get(_ENVIRONMENT_PREFIX + target.upper()) or TABLE[target]
+    return names, str((target and snapshot_in(Path(os.path.expanduser(target)))) or target)
+
+
+def _source_here(target: str, need: Need) -> Source | None:
+    """The source of a target that is embedded or a folder; None for one that only a hub can have."""
+    if target.startswith(_EMBEDDED_PREFIX):
+        return _embedded_source(target.removeprefix(_EMBEDDED_PREFIX))
+    folder = Path(os.path.expanduser(target))
+    return _local_source(folder, need) if target and (folder.exists() or _is_path(target)) else None
+
+
+def _hub_id(target: str) -> tuple[str | None, str, str | None]:
+    """(hub, repository, revision) of a hub id; raises SurgeryError for anything else."""
+    match = _HUB_ID.fullmatch(target)
+    if match is None or ".." in target:
+        raise SurgeryError(
+            f"{target!r} is neither one of the names {', '.join(TABLE)}, nor a folder that exists, nor a hub id such "
+            "as org/name or org/name@revision. Check its spelling, or give the path of a folder."
+        )
+    return match[1], match[2], match[3]
+
+
+def _is_path(target: str) -> bool:
+    return target.startswith(("/", "./", "../", "~")) or target in (".", "..")
+
+
+# --- Folders ----------------------------------------------------------------------------------------------------------
+
+
+def _local_source(folder: Path, need: Need) -> Source:
+    folder = Path(os.path.abspath(folder))
+    if not folder.is_dir():
+        raise SurgeryError(
+            what_it_is(folder)
+            or f"{folder} is {'a file' if folder.exists() else 'not there'}. Give the path of a folder that holds "
+            f"{'a tokenizer' if need == 'tokenizer' else 'config.json and the weights'}."
+        )
+    missing = _missing_files(folder, need)
+    if missing and need == "model" and (base := _base_of_checkpoint(folder)):
+        raise SurgeryError(
+            f"{folder} is a checkpoint that this program made, not a model's folder. "
+            f"Give the folder or name of a model; the Llamba this checkpoint was built from is {base}."
+        )
+    if missing and need == "model" and (told := what_it_is(folder)):
+        raise SurgeryError(told)
+    if missing:
+        raise SurgeryError(f"The folder {folder} lacks {', '.join(missing)}. Copy what is missing into it.")
+    return Source(folder, "local", folder.name, None)
+
+
+def _base_of_checkpoint(folder: Path) -> str | None:
+    """The base named in a checkpoint's checkpoint_info.json; None if there is no such file, or it names none."""
+    try:
+        return str(read_json(folder / "checkpoint_info.json")["base_model"]["name"])
+    except (OSError, ValueError, KeyError, TypeError, SurgeryError):
+        return None
+
+
+def _missing_files(folder: Path, need: Need) -> list[str]:
+    """The names of files `folder` lacks, an either/or in words; empty when it is complete."""
+    return _missing_tokenizer(folder) if need == "tokenizer" else _missing_model(folder)
+
+
+def _missing_tokenizer(folder: Path) -> list[str]:
+    def has(*names: str) -> bool:
+        return all((folder / name).is_file() for name in names)
+
+    complete = (
+        has("tokenizer.json")
+        or has("tokenizer.model")
+        or has("tokenizer_config.json", "vocab.json")
+        or has("tokenizer_config.json", "vocab.txt")
+    )
+    return [] if complete else ["a tokenizer (tokenizer.json, tokenizer.model, or tokenizer_config.json with a vocab)"]
+
+
+def _missing_model(folder: Path) -> list[str]:
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    for weights in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{weights}.index.json"
+        if (folder / weights).is_file():
+            return missing
+        if index.is_file():
+            return missing + [shard for shard in _shards(index) if not (folder / shard).is_file()]
+    return [*missing, "weights (model.safetensors or pytorch_model.bin, whole or as an index with its shards)"]
+
+
+def _shards(index: Path) -> list[str]:
+    """The file names an index lists, sorted; none of them leads out of the index's folder."""
+    try:
+        shards = sorted(set(read_json(index)["weight_map"].values()))
+        if not shards or not all(isinstance(shard, str) for shard in shards):
+            raise ValueError("it lists no files")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SurgeryError(
+            f"{index} is not an index of weight files ({first_line(error)}). Download or copy it again."
+        ) from error
+    for shard in shards:
+        inside(index.parent, shard)
+    return shards
+
+
+def _embedded_source(name: str) -> Source:
+    folder = EMBEDDED / name
+    if "/" in name or not (folder / "config.json").is_file():
+        known = sorted(path.parent.name for path in EMBEDDED.glob("*/config.json"))
+        raise SurgeryError(
+            f"This package holds no model {name!r}; it holds {', '.join(known) or 'none, so install it again'}."
+        )
+    return Source(folder, "embedded", name, None)
+
+
+# --- Hubs -------------------------------------------------------------------------------------------------------------
+
+
+def _hub_source(hubs: list[str], repo: str, revision: str | None, need: Need, name: str) -> Source:
+    """Ask `hubs` in turn for `repo`; the first complete snapshot is it. `name` is what the user calls it."""
+    failures = []
+    advice = "Check the id and the network connection"
+    for hub in hubs:
+        try:
+            snapshot = _fetch(hub, repo, revision, need)
+        except NoSnapshot as failure:
+            failures.append(f"{TITLES[hub]} {failure}")
+            continue
+        missing = ", ".join(_missing_files(snapshot.folder, need) or snapshot.known_missing)
+        if not missing:
+            if snapshot.trouble:
+                logger.warning("%s %s; using %s", TITLES[hub], snapshot.trouble, snapshot.folder)
+            return Source(snapshot.folder, hub, repo, snapshot.revision)
+        if snapshot.trouble:
+            failures.append(f"{TITLES[hub]} {snapshot.trouble}, and the copy in {snapshot.folder} lacks {missing}")
+            advice = "Run this again once the hub answers, which completes the copy (if not, delete its folder)"
+        else:
+            failures.append(f"{TITLES[hub]}'s repository, now in {snapshot.folder}, lacks {missing}")
+    instead = f"--source {name}=/path/to/folder" if name in TABLE else "its path in place of the id"
+    wanted = ("The tokenizer of " if need == "tokenizer" else "") + repo + (f"@{revision}" if revision else "")
+    raise SurgeryError(
+        f"{wanted} is not to be had: {'; '.join(failures)}. {advice}, or give a folder that holds the files: {instead}."
+    )
+
+
+def _fetch(hub: str, repo: str, revision: str | None, need: Need) -> Snapshot:
+    fetch = partial(fetch_snapshot, hub, repo, revision, ignore_patterns=_IGNORED_PATTERNS)
+    if need == "tokenizer":
+        return fetch(_TOKENIZER_PATTERNS)
+    snapshot = fetch(_MODEL_PATTERNS)
+    if any(snapshot.folder.glob("*.safetensors*")):
+        return snapshot
+    # Only a repository without safetensors is asked for its pickles, which are as large again.
+    return fetch([*_MODEL_PATTERNS, *_PICKLE_PATTERNS])

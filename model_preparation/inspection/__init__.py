@@ -1,1 +1,0 @@
-"""A look inside files of tensors, without loading them and without running code."""

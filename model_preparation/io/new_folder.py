@@ -1,0 +1,211 @@
+"""A folder that appears whole or not at all.
+
+In: where it shall be. Out: a staging folder in `NAME.partial` beside that place to write into, put there by one rename
+when all is written and on disk. Killed or without power at any moment, the old folder or nothing is there, and perhaps
+`NAME.partial`, which the next run to the same place removes, or `remove_abandoned`.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from rich.filesize import decimal
+
+from model_preparation import interrupts
+from model_preparation.errors import SurgeryError
+from model_preparation.io.partial_folder import Hold, is_partial, take, take_abandoned
+from model_preparation.io.sync import sync, sync_tree
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_NEW, _OLD = "new", "old"  # in NAME.partial; the old folder is there while it cannot be swapped in one step
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, *, overwrite: bool, complete_mark: str) -> Iterator[Path]:
+    """Stage a new `target`; it is put in place when the block ends without an exception.
+
+    Args:
+        target: the final place. A folder there without `complete_mark` and with at most a README.md counts as empty,
+            and keeps its README.md.
+        overwrite: whether a folder that is there is replaced. It stays whole until the new one is.
+        complete_mark: the file whose presence makes such a folder complete.
+
+    Raises:
+        SurgeryError: if `target` is taken, another run is writing it, or no folder can be made beside it.
+        OSError: from the file system: disk full, input/output error; from whichever library it came in the block.
+    """
+    check = partial(check_target, target, overwrite=overwrite, complete_mark=complete_mark)
+    check()
+    target = target.resolve()
+    missing_parents = [parent for parent in target.parents if not parent.exists()]
+    try:
+        with _held(target) as hold:
+            check()  # another run may just have ended
+            staging = hold.folder / _NEW
+            staging.mkdir()
+            with _os_errors(target):
+                yield staging
+            if (target / "README.md").is_file() and not (staging / "README.md").exists():
+                shutil.copy2(target / "README.md", staging, follow_symlinks=False)
+            sync_tree(staging, complete_mark)
+            interrupts.check()
+            check()  # hours may have passed
+            if not hold.is_intact():
+                raise SurgeryError(f"{hold.folder} was deleted while it was in use. Run the command again.")
+            _put_in_place(staging, target)
+    finally:
+        for parent in missing_parents:
+            with contextlib.suppress(OSError):  # it is not empty: the new folder is in it
+                parent.rmdir()
+
+
+def remove_abandoned(parent: Path, *, only_for: Path | None = None, dry_run: bool = False) -> list[Path]:
+    """Remove what killed runs left in the folder `parent`: every `NAME.partial` that is ours and not in use.
+
+    Where a run was killed while it replaced NAME on a system that cannot swap two folders in one step, the old NAME is
+    put back first.
+
+    Args:
+        parent: the folder to look in.
+        only_for: remove those of this NAME alone.
+        dry_run: remove nothing.
+
+    Returns:
+        The folders removed, or to be removed.
+
+    Raises:
+        SurgeryError: if one cannot be removed.
+    """
+    removed = []
+    for hold, target in take_abandoned(parent, only_for):
+        removed.append(hold.folder)
+        if dry_run:
+            hold.release()
+        else:
+            _clear_and_release(hold, target)
+    return removed
+
+
+def check_target(target: Path, *, overwrite: bool, complete_mark: str) -> None:
+    """The checks of `new_folder`, without writing anything; raises as it does."""
+    if is_partial(target.name):
+        raise SurgeryError(f"{target} is named as folders are while they are being made. Choose another name.")
+    if target.is_dir():
+        entries = {entry.name for entry in target.iterdir()}
+        if complete_mark in entries and not overwrite:
+            raise SurgeryError(f"{target} exists already. Choose another folder, or add --overwrite to replace it.")
+        if complete_mark not in entries and entries - {"README.md"}:
+            found = ", ".join(sorted(entries)[:3])
+            raise SurgeryError(f"{target} holds other files ({found}) and no {complete_mark}. Choose another folder.")
+    elif target.is_symlink() and not target.exists():
+        raise SurgeryError(f"{target} is a link to what is not there. Choose another place, or remove the link.")
+    elif os.path.lexists(target):
+        raise SurgeryError(f"{target} is a file, not a folder. Choose another place.")
+    parent = existing_parent(target)
+    if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
+        raise SurgeryError(f"{parent} is not a folder you can write to. Choose another place.")
+
+
+def check_space(target: Path, needed_bytes: int) -> None:
+    """Raise SurgeryError if the disk `target` will be on has fewer than `needed_bytes` free."""
+    free_bytes = shutil.disk_usage(existing_parent(target)).free
+    abandoned = target.resolve().with_name(f"{target.resolve().name}.partial")  # removed before anything is written
+    free_bytes += sum(path.lstat().st_blocks * 512 for path in abandoned.glob(f"{_NEW}/**/*"))
+    if free_bytes < needed_bytes:
+        raise SurgeryError(
+            f"{target} needs {decimal(needed_bytes)}, but only {decimal(free_bytes)} are free on its disk. "
+            "Make room or choose another disk."
+        )
+
+
+def existing_parent(target: Path) -> Path:
+    """The nearest folder above `target` that exists."""
+    return next(parent for parent in target.resolve().parents if parent.exists())
+
+
+@contextlib.contextmanager
+def _os_errors(target: Path) -> Iterator[None]:
+    """Tell the system's errors as OSError that tokenizers and safetensors tell in words: "... (os error 28)"."""
+    try:
+        yield
+    except Exception as error:
+        told = _OS_ERROR.search(str(error))
+        if told is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(target)) from error
+
+
+@contextlib.contextmanager
+def _held(target: Path) -> Iterator[Hold]:
+    """Hold `target`'s partial folder, empty at first, and empty it again in the end."""
+    hold = take(target)
+    try:
+        _clear(hold, target)
+        for abandoned, _ in take_abandoned(target.parent, target):
+            _clear_and_release(abandoned, target)
+        yield hold
+    finally:
+        with contextlib.suppress(OSError, SurgeryError):  # the next run removes what is left
+            _clear_and_release(hold, target)
+
+
+def _clear_and_release(hold: Hold, target: Path) -> None:
+    try:
+        _clear(hold, target)
+    finally:
+        hold.release()
+
+
+def _clear(hold: Hold, target: Path) -> None:
+    """Empty a partial folder; if the old `target` is in it and nothing in its place, that is put back first."""
+    if not hold.is_intact():
+        return
+    if not target.exists() and (hold.folder / _OLD).is_dir() and not (hold.folder / _OLD).is_symlink():
+        (hold.folder / _OLD).rename(target)
+        sync(target.parent)
+    for path in hold.entries():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    if hold.entries():
+        raise SurgeryError(f"{hold.folder} was left by a killed run and cannot be removed. Remove it yourself.")
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    if target.exists():
+        _exchange(staging, target)
+    else:
+        staging.rename(target)
+    try:
+        sync(target.parent)
+        sync(staging.parent)
+    except OSError:
+        with contextlib.suppress(OSError):  # who is told that it failed finds what was there before
+            if staging.exists():
+                _exchange(staging, target)
+            else:
+                target.rename(staging)
+        raise
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Put `new` in the place of `old`: by one swap where the system can (Linux), else with `old` aside for a moment."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):  # a file system without exchange
+            raise OSError(code, os.strerror(code), str(old))
+    sync(old.parent)  # so that NAME.partial is there whenever the old one is in it
+    old.rename(new.with_name(_OLD))  # killed from here on, the next run puts it back
+    new.rename(old)

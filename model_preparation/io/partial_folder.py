@@ -1,0 +1,209 @@
+"""The folder NAME.partial beside NAME: where one run at a time prepares NAME, and the lock that keeps others out.
+
+In: NAME. Out: NAME.partial, held until it is released or the process ends, however it ends. A file in it, `.held_by`,
+is what is locked (flock, which no crash can leave behind). It says who holds the folder, and that the folder is ours
+to empty: it is made first and removed last, on the disk too.
+
+Where files cannot be locked at all, every run has a folder of its own, NAME.partial-HOST-PID, and those of this host's
+ended processes count as abandoned.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import socket
+import stat
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from model_preparation.errors import SurgeryError
+from model_preparation.io.sync import make_folder, sync
+from model_preparation.io.untrusted.untrusted_files import read_json
+
+HELD_BY = ".held_by"
+
+_NAME = re.compile(r"(?P<target>.+)\.partial(?P<owner>-.+)?", re.DOTALL)
+_NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_held_without_lock: set[Path] = set()  # by this process; an earlier one may have had its number
+
+
+class Hold:
+    """A folder that this process holds.
+
+    Attributes:
+        folder: NAME.partial.
+    """
+
+    def __init__(self, folder: Path, descriptor: int):
+        self.folder = folder
+        self._descriptor = descriptor
+
+    def is_intact(self) -> bool:
+        """Whether the folder is still the one taken: someone may have deleted it, and another run made it anew."""
+        ours = os.fstat(self._descriptor)
+        try:
+            there = (self.folder / HELD_BY).lstat()
+        except OSError:
+            return False
+        return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+    def entries(self) -> list[Path]:
+        """What is in the folder, `.held_by` excepted."""
+        return [path for path in self.folder.iterdir() if path.name != HELD_BY]
+
+    def release(self) -> None:
+        """Let others have the folder; it is removed if nothing is left in it."""
+        try:
+            with contextlib.suppress(OSError):
+                if self.is_intact() and not self.entries():
+                    sync(self.folder)
+                    (self.folder / HELD_BY).unlink()
+        finally:
+            os.close(self._descriptor)
+            _held_without_lock.discard(self.folder)
+        with contextlib.suppress(OSError):  # something is left in it, or another run has it already
+            self.folder.rmdir()
+
+
+def take(target: Path) -> Hold:
+    """Hold the folder beside `target`; it is made, with `target`'s parents, where it is missing.
+
+    What an earlier run left in it is still there.
+
+    Raises:
+        SurgeryError: if another process holds it, or it is not one of ours.
+    """
+    folder = target.with_name(f"{target.name}.partial")
+    try:
+        if (hold := _take(folder)) is not None:
+            return hold
+        folder = target.with_name(f"{folder.name}-{socket.gethostname()}-{os.getpid()}")
+        if folder in _held_without_lock:
+            raise BlockingIOError
+        _held_without_lock.add(folder)
+        return _take_without_lock(folder)
+    except BlockingIOError:
+        raise SurgeryError(
+            f"{target} is being written by {_holder(folder)}. Wait until that ends, or choose another folder."
+        ) from None
+
+
+def take_abandoned(parent: Path, only_for: Path | None = None) -> Iterator[tuple[Hold, Path]]:
+    """Hold, one after the other, the folders in `parent` that killed runs left; gives each with its target.
+
+    Args:
+        parent: the folder to look in.
+        only_for: give those for this target alone.
+    """
+    for folder in sorted(parent.iterdir()):
+        match = _NAME.fullmatch(folder.name)
+        if match is None or not _is_ours(folder) or only_for not in (None, parent / match["target"]):
+            continue
+        hold = None
+        with contextlib.suppress(BlockingIOError, SurgeryError):  # in use, or of another user
+            if not match["owner"]:
+                hold = _take(folder)
+            elif _has_ended(match["owner"]) and folder not in _held_without_lock:
+                hold = _take_without_lock(folder)
+        if hold is not None:
+            yield hold, parent / match["target"]
+
+
+def is_partial(name: str) -> bool:
+    """Whether a folder of this name would be taken for one that is being made."""
+    return _NAME.fullmatch(name) is not None
+
+
+def _take(folder: Path) -> Hold | None:
+    """Make and lock the folder; None where files cannot be locked. Raises BlockingIOError if it is locked already."""
+    while True:
+        hold = _open(folder)
+        try:
+            fcntl.flock(hold._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                hold.release()
+                return None
+            os.close(hold._descriptor)
+            raise
+        if hold.is_intact():
+            return _signed(hold)
+        os.close(hold._descriptor)  # who held it has removed it since it was opened
+
+
+def _take_without_lock(folder: Path) -> Hold:
+    return _signed(_open(folder))
+
+
+def _open(folder: Path) -> Hold:
+    """Make the folder and its `.held_by`, where they are missing."""
+    while True:
+        make_folder(folder.parent)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        if not _is_ours(folder):
+            raise SurgeryError(f"{folder} is in the way: no run of this program made it. Move it elsewhere.")
+        try:
+            return Hold(folder, os.open(folder / HELD_BY, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
+        except FileNotFoundError:
+            continue  # who held it is just removing it
+        except PermissionError:
+            raise SurgeryError(
+                f"{folder} is that of another user ({_holder(folder)}). Choose another folder, or let them remove it."
+            ) from None
+
+
+def _signed(hold: Hold) -> Hold:
+    """Write into `.held_by` that this process holds the folder."""
+    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+    try:
+        os.ftruncate(hold._descriptor, 0)
+        os.pwrite(hold._descriptor, text.encode(), 0)
+        sync(hold.folder)
+    except BaseException:
+        hold.release()
+        raise
+    return hold
+
+
+def _holder(folder: Path) -> str:
+    try:
+        fields = read_json(folder / HELD_BY)
+        return f"process {fields['pid']} on {fields['host']} since {fields['since']}"
+    except (OSError, ValueError, KeyError, SurgeryError):
+        return "another process"  # it has not written its name yet, or is just ending
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a run may have made it, and may empty it: it has a file `.held_by` in it, or nothing at all.
+
+    Of a folder that is gone, yes.
+    """
+    try:
+        # One look: between two, another run may remove the folder and a third one make it again.
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            return False
+        files = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(folder)}
+    except FileNotFoundError:
+        return True
+    # NFS keeps a file that is deleted while open, under another name.
+    return files.get(HELD_BY) or all(name.startswith(".nfs") for name in files)
+
+
+def _has_ended(owner: str) -> bool:
+    """Whether the process named by "-HOST-PID" is one of this host's and has ended."""
+    host, _, process_id = owner[1:].rpartition("-")
+    if host != socket.gethostname() or not process_id.isdigit():
+        return False
+    try:
+        os.kill(int(process_id), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return int(process_id) == os.getpid()

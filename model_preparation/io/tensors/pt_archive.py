@@ -1,0 +1,159 @@
+"""A .pt file without its tensors' bytes: the zip around them, byte by byte as torch.save lays it out, and the pickle.
+
+In: sizes and CRCs of tensors, front to back, and at last the object to save. Out: the bytes between the tensors.
+Nothing but the pickle needs torch, so the tensors can be written while torch is imported. Compared with what torch.save
+writes, the tensors come first, those that several files share before all others: such files begin with the same bytes,
+which need to be hashed and, on some file systems, stored only once. Every tensor starts at a multiple of `ALIGNMENT`
+bytes, and sets are pickled sorted, so that the same object gives the same bytes in every process.
+
+Sources: PyTorch's torch/serialization.py (`_save`: the records and the persistent ids) and
+caffe2/serialize/inline_container.cc (the records around them, the padding); the zip format's APPNOTE, sections 4.3.7
+(local header), 4.3.9 (data descriptor), 4.3.12 (central directory), 4.3.14 to 4.3.16 (its end), 4.5.3 (zip64).
+"""
+
+import hashlib
+import io
+import pickle
+import struct
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from zlib_ng.zlib_ng import crc32
+
+from model_preparation.io.block_io import ALIGNMENT
+
+if TYPE_CHECKING:
+    import torch
+
+    Storage = torch.UntypedStorage
+
+_FOLDER = "archive"  # that all records are in
+_FULL = 0xFFFFFFFF  # what a field of 32 bits says where the number is in a wide one
+_LOCAL = struct.Struct("<4s5H3I2H")
+_ENTRY = struct.Struct("<4s6H3I5H2I")
+_END = struct.Struct("<4sQ2H2I4Q4sIQI4s4H2IH")  # the wide one, what says where that is, and the short one
+_UTF8, _SIZES_FOLLOW = 0x0800, 0x0008  # flags
+
+
+class Archive:
+    """The zip file as far as it is written: `begin`, the tensor's bytes and `finish_tensor` by turns, then `end`.
+
+    Attributes:
+        position: the bytes so far.
+    """
+
+    def __init__(self) -> None:
+        self.position = 0
+        self._directory: list[bytes] = []
+        self._crcs: list[int] = []
+        self._begun: tuple[bytes, int, int] = (b"", 0, 0)  # name, start of the header, size
+
+    def copy(self) -> "Archive":
+        """The same beginning, to go on differently."""
+        other = Archive()
+        other.position, other._directory, other._crcs = self.position, self._directory.copy(), self._crcs.copy()
+        return other
+
+    def begin_tensor(self, size_bytes: int) -> bytes:
+        """What comes before the next tensor."""
+        return self._begin(f"data/{len(self._directory)}", size_bytes)
+
+    def finish_tensor(self, crc: int) -> bytes:
+        """What comes behind the tensor begun, whose CRC-32 is known now."""
+        name, start, size_bytes = self._begun
+        flags = _UTF8 | (_SIZES_FOLLOW if size_bytes else 0)
+        wide = _wide(size_bytes, size_bytes, start)
+        sizes = min(size_bytes, _FULL), min(size_bytes, _FULL)
+        entry = _ENTRY.pack(
+            *(b"PK\x01\x02", 0, 0, flags, 0, 0, 0, crc, *sizes, len(name), len(wide), 0, 0, 0, 0, min(start, _FULL))
+        )
+        self._directory.append(entry + name + wide)
+        self._crcs.append(crc)
+        if not size_bytes:
+            return b""
+        descriptor = struct.pack("<4sI2Q" if wide else "<4s3I", b"PK\x07\x08", crc, size_bytes, size_bytes)
+        self.position += len(descriptor)
+        return descriptor
+
+    def end(self, pickled: bytes) -> bytes:
+        """Everything behind the last tensor."""
+        records = {
+            "data.pkl": pickled,
+            ".format_version": b"1",
+            ".storage_alignment": str(ALIGNMENT).encode(),
+            "byteorder": sys.byteorder.encode(),
+            "version": b"3\n",
+        }
+        end = b"".join(self._record(name, data) for name, data in records.items())
+        identity = hashlib.sha256(repr(self._crcs).encode()).digest()
+        end += self._record(".data/serialization_id", f"{int.from_bytes(identity[:16], 'big'):040d}".encode())
+        count, start, directory = len(self._directory), self.position, b"".join(self._directory)
+        end64 = (b"PK\x06\x06", 44, 0x031E, 45, 0, 0, count, count, len(directory), start)
+        locator = (b"PK\x06\x07", 0, start + len(directory), 1)
+        short = (b"PK\x05\x06", 0, 0, count, count, len(directory), min(start, _FULL), 0)
+        return end + directory + _END.pack(*end64, *locator, *short)
+
+    def _record(self, name: str, data: bytes) -> bytes:
+        return self._begin(name, len(data)) + data + self.finish_tensor(crc32(data))
+
+    def _begin(self, name: str, size_bytes: int) -> bytes:
+        path, start = f"{_FOLDER}/{name}".encode(), self.position
+        self._begun = path, start, size_bytes
+        extra = _wide(size_bytes, 0, start)
+        data_start = start + _LOCAL.size + len(path) + len(extra) + 4
+        padding_bytes = -data_start % ALIGNMENT
+        extra += struct.pack("<2sH", b"FB", padding_bytes) + b"Z" * padding_bytes
+        flags = _UTF8 | (_SIZES_FOLLOW if size_bytes else 0)
+        self.position = data_start + padding_bytes + size_bytes
+        return _LOCAL.pack(b"PK\x03\x04", 0, flags, 0, 0, 0, 0, 0, 0, len(path), len(extra)) + path + extra
+
+
+def _wide(size_bytes: int, packed_bytes: int, start: int) -> bytes:
+    """The zip64 field with those of the numbers that do not fit into 32 bits; empty if all do."""
+    numbers = [size_bytes, packed_bytes] if size_bytes >= _FULL else []
+    numbers += [start] if start >= _FULL else []
+    return struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
+
+
+def pickled(content: Any, first: "Iterable[Storage]" = ()) -> "tuple[bytes, list[Storage]]":
+    """data.pkl, and the storages by the number it knows them under; `first` get the first numbers.
+
+    Without `first`, the storages are in the order in which `content` pickles them.
+    """
+    import torch
+
+    numbered: dict[int, tuple[int, Storage]] = {}
+
+    def number(storage: "Storage") -> int:
+        return numbered.setdefault(storage._cdata, (len(numbered), storage))[0]
+
+    class Pickler(SortingPickler):
+        def persistent_id(self, obj: Any) -> tuple | None:
+            if isinstance(obj, torch.storage.TypedStorage):
+                storage_type = getattr(torch, obj._pickle_storage_type())
+                return "storage", storage_type, str(number(obj._untyped_storage)), "cpu", obj._size()
+            if isinstance(obj, torch.UntypedStorage):
+                return "storage", type(obj), str(number(obj)), "cpu", obj.nbytes()
+            return None
+
+    for storage in first:
+        number(storage)
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=2).dump(content)
+    return buffer.getvalue(), [storage for _, storage in numbered.values()]
+
+
+_Pickler: Any = pickle._Pickler  # type: ignore[attr-defined]  # the one in Python, whose `dispatch` can be changed
+
+
+class SortingPickler(_Pickler):
+    """Python's own pickler, but for sets: their order depends on the process, so theirs is sorted."""
+
+    dispatch = _Pickler.dispatch.copy()
+
+    def _save_sorted(self, obj: set | frozenset) -> None:
+        self.save_reduce(type(obj), (sorted(obj, key=repr),), obj=obj)
+
+    dispatch[set] = _save_sorted
+    dispatch[frozenset] = _save_sorted

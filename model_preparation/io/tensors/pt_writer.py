@@ -1,0 +1,158 @@
+"""Files in the format of torch.save, without having the tensors in memory.
+
+In: where tensors' bytes come from, and a function that makes objects of such tensors (placeholders). Out: files that
+torch.load reads, written at the speed of the disk: every source block is read once and goes into all files, while
+SHA-256, the zip's CRC-32 and each tensor's BLAKE3 are worked out on the way. A few blocks are in memory at a time,
+whatever the model's size. The objects, and torch itself, are needed only when the tensors are written. `pt_archive`
+says what the files look like.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model_preparation.io.block_io import Advance, Buffers, OutputFile, Stream
+from model_preparation.io.tensors.pt_archive import Archive, pickled
+from model_preparation.io.tensors.pt_dict import pickled_dict
+from model_preparation.io.tensors.tensor_copy import Copied, TensorSource, copy_tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from model_preparation.io.tensors.tensor_ranges import CastTensor, TensorRange
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_together` wrote.
+
+    Attributes:
+        files: {"bytes": size, "sha256": digest} per path.
+        blake3: of every tensor that came from a source, by its name.
+    """
+
+    files: dict[Path, dict]
+    blake3: dict[str, str]
+
+
+def write_together(
+    paths: Sequence[Path],
+    sources: "Mapping[str, TensorRange | CastTensor]",
+    contents: "Callable[[dict[str, Tensor]], Sequence[Any]]",
+    advance: Advance = lambda size_bytes: None,
+) -> Written:
+    """Write an object to each path, for `torch.load`, and sync it.
+
+    Args:
+        paths: new files.
+        sources: where the tensors lie that are in all the objects, by any names, in the files' order.
+        contents: the objects, made once the sources are written: called with placeholders for the tensors by the same
+            names. Tensors of other origin in the objects are taken from memory.
+        advance: told the bytes of every piece written; may raise.
+
+    Raises:
+        OSError: from the file system: disk full, input/output error.
+    """
+    with _begun(paths, sources, advance) as (beginning, blake3):
+        placeholders = {name: _placeholder(source) for name, source in sources.items()}
+        objects = contents(placeholders)
+        first = [tensor.untyped_storage() for tensor in placeholders.values()]
+        shared = _in_all([pickled(content)[1] for content in objects])
+        others = [storage for storage in shared if storage._cdata not in {written._cdata for written in first}]
+        if len(first) + len(others) != len(shared):
+            raise RuntimeError("an object leaves out a tensor that is in its file")
+        beginning.copy_from_memory(others)
+        first += others
+        files = {}
+        for path, content, own in zip(paths, objects, beginning.split(), strict=True):
+            data, storages = pickled(content, first)
+            own.copy_from_memory(storages[len(first) :])
+            files[path] = own.finish(data)
+    return Written(files, blake3)
+
+
+def write_dict(
+    path: Path,
+    sources: "Mapping[str, TensorRange | CastTensor]",
+    advance: Advance = lambda size_bytes: None,
+) -> Written:
+    """Write the dict of these tensors to `path`, as `write_together` would, without importing torch."""
+    with _begun([path], sources, advance) as (beginning, blake3):
+        return Written({path: beginning.finish(pickled_dict(sources))}, blake3)
+
+
+@contextlib.contextmanager
+def _begun(
+    paths: Sequence[Path], sources: "Mapping[str, TensorRange | CastTensor]", advance: Advance
+) -> "Iterator[tuple[_Beginning, dict[str, str]]]":
+    """Files that hold the sources so far, and the BLAKE3 of each."""
+    with contextlib.ExitStack() as stack:
+        files = []
+        for path in paths:
+            files.append(OutputFile(path, advance))
+            stack.callback(files[-1].close)
+        writers = stack.enter_context(ThreadPoolExecutor(len(files) + 1, "writing"))
+        beginning = _Beginning(Archive(), Stream(files, writers), Buffers())
+        beginning.stream.reserve(sum(source.size_bytes for source in sources.values()))
+        yield beginning, {name: beginning.copy(source, source.size_bytes).blake3 for name, source in sources.items()}
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """Files that are the same so far."""
+
+    archive: Archive
+    stream: Stream
+    buffers: Buffers
+
+    def copy(self, source: TensorSource, size_bytes: int) -> Copied:
+        """Append a tensor."""
+        self.stream.append(self.archive.begin_tensor(size_bytes))
+        copied = copy_tensor(source, size_bytes, self.stream, self.buffers)
+        self.stream.append(self.archive.finish_tensor(copied.crc))
+        return copied
+
+    def copy_from_memory(self, storages: "Sequence[torch.UntypedStorage]") -> None:
+        """Append tensors that are in memory."""
+        self.stream.reserve(sum(storage.nbytes() for storage in storages))
+        for storage in storages:
+            self.copy(_InMemory(storage), storage.nbytes())
+
+    def split(self) -> "list[_Beginning]":
+        """One per file, to go on differently."""
+        return [_Beginning(self.archive.copy(), stream, self.buffers) for stream in self.stream.split()]
+
+    def finish(self, pickled: bytes) -> dict:
+        """Append data.pkl and what comes behind it, and sync; returns {"bytes", "sha256"}."""
+        self.stream.append(self.archive.end(pickled))
+        return self.stream.finish()
+
+
+class _InMemory:
+    place = None
+
+    def __init__(self, storage: "torch.UntypedStorage"):
+        import torch
+
+        self._bytes = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())  # type: ignore[arg-type]
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        view[:] = self._bytes[start : start + len(view)]
+
+
+def _placeholder(source: "TensorRange | CastTensor") -> "Tensor":
+    """A tensor with a storage of its own that is address space only: nothing may read or write it."""
+    import torch
+
+    return torch.empty(source.shape, dtype=source.dtype.torch)
+
+
+def _in_all(lists: "Iterable[list[torch.UntypedStorage]]") -> "list[torch.UntypedStorage]":
+    """What is in all the lists, in the order of the first."""
+    first, *others = lists
+    keys = [{storage._cdata for storage in storages} for storages in others]
+    return [storage for storage in first if all(storage._cdata in known for known in keys)]

@@ -1,0 +1,82 @@
+"""A safetensors file, written from where its tensors lie and without loading them.
+
+In: per tensor a `TensorRange`, and the dtype all shall have. Out: a file whose bytes depend on the tensors alone,
+hashed while it is written. Source of the layout: github.com/huggingface/safetensors, README, "Format".
+"""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from model_preparation.io.block_io import ALIGNMENT, Advance, Buffers, OutputFile, Stream
+from model_preparation.io.tensors.dtypes import DType
+from model_preparation.io.tensors.tensor_copy import copy_tensor
+from model_preparation.io.tensors.tensor_ranges import SAFETENSORS_DTYPES, TensorRange
+
+_NAME_OF = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file to be.
+
+    Attributes:
+        file: its name.
+        ranges: where its tensors come from, by name.
+        dtype: of every tensor in it; what has another is cast on the way.
+    """
+
+    file: str
+    ranges: Mapping[str, TensorRange]
+    dtype: DType
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole file."""
+        return len(self.header) + sum(self._bytes_of(name) for name in self.ranges)
+
+    @cached_property
+    def header(self) -> bytes:
+        """Everything before the tensors, padded with spaces, as the format allows."""
+        fields: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name in self._order:
+            end = position + self._bytes_of(name)
+            shape = list(self.ranges[name].shape)
+            fields[name] = {"dtype": _NAME_OF[self.dtype], "shape": shape, "data_offsets": [position, end]}
+            position = end
+        text = json.dumps(fields, separators=(",", ":")).encode()
+        padded_bytes = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
+        return padded_bytes.to_bytes(8, "little") + text.ljust(padded_bytes)
+
+    def write(self, path: Path, advance: Advance = lambda size_bytes: None) -> tuple[dict, dict[str, str]]:
+        """Write the file to `path` and sync it; returns {"bytes": size, "sha256": digest}, and BLAKE3 by tensor name.
+
+        Args:
+            advance: told the bytes of every piece written.
+
+        Raises:
+            OSError: from the file system: disk full, input/output error.
+        """
+        buffers = Buffers()
+        digests = {}
+        with contextlib.closing(OutputFile(path, advance)) as file, ThreadPoolExecutor(2) as writers:
+            stream = Stream([file], writers)
+            stream.reserve(self.size_bytes)
+            stream.append(self.header)
+            for name in self._order:
+                source = self.ranges[name].cast(self.dtype)
+                digests[name] = copy_tensor(source, self._bytes_of(name), stream, buffers).blake3
+            return stream.finish(), digests
+
+    @property
+    def _order(self) -> list[str]:
+        """The names in the file's order: first those after which the next one is aligned for direct I/O."""
+        return sorted(self.ranges, key=lambda name: (self._bytes_of(name) % ALIGNMENT != 0, name))
+
+    def _bytes_of(self, name: str) -> int:
+        return self.ranges[name].numel * self.dtype.itemsize

@@ -1,0 +1,162 @@
+"""The weights in a Hugging Face model folder, one tensor at a time.
+
+In: a folder with model.safetensors or pytorch_model.bin, whole or in shards with an index. Out: names, where each
+tensor lies (`TensorRange`), and tensors mapped from there, without building the model. Nothing is unpickled as code.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model_preparation.errors import SurgeryError
+from model_preparation.io.tensors.dtypes import DType
+from model_preparation.io.tensors.quantised import CURE, method_in_names, refusal
+from model_preparation.io.tensors.tensor_ranges import (
+    SAFETENSORS_DTYPES,
+    MappedFiles,
+    TensorRange,
+    pt_ranges,
+    safetensors_ranges,
+)
+from model_preparation.io.untrusted.no_model import what_it_is
+from model_preparation.io.untrusted.pickle_scan import TENSORS
+from model_preparation.io.untrusted.pt_structure import check_pt
+from model_preparation.io.untrusted.untrusted_files import inside, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# In the order in which transformers looks for them.
+_SINGLE_AND_INDEX = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+
+class TensorFiles:
+    """Tensors of the model in `folder`, by name.
+
+    Attributes:
+        ranges: where each tensor lies.
+
+    Raises:
+        SurgeryError: if there are no weights, a shard is missing, or a file cannot be read as tensors.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._mapped = MappedFiles()
+        self.ranges: dict[str, TensorRange] = self._locate()
+
+    def names(self) -> list[str]:
+        """Every tensor's name, in the files' order."""
+        return list(self.ranges)
+
+    def paths(self) -> list[Path]:
+        """The files the tensors are in, and their index where there is one."""
+        return sorted({*(place.path for place in self.ranges.values()), *self.folder.glob("*.index.json")})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.ranges
+
+    def __getitem__(self, name: str) -> "Tensor":
+        """One tensor, on the CPU, mapped from its file: nothing is read before it is used."""
+        return self._mapped.tensor(self.ranges[name])
+
+    def with_prefix(self, prefix: str) -> "Iterator[tuple[str, Tensor]]":
+        """(name without the prefix, tensor) of every tensor whose name starts with `prefix`."""
+        for name in self.ranges:
+            if name.startswith(prefix):
+                yield name[len(prefix) :], self[name]
+
+    def require(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise SurgeryError unless there is a tensor of this name and shape, of floating-point numbers."""
+        if name not in self.ranges:
+            if method := method_in_names(self.ranges):
+                raise SurgeryError(f"{self.folder} holds tensors quantised by {method}. {CURE}")
+            raise SurgeryError(f"{self.folder} lacks {name}, which its config.json asks for. Check the model's folder.")
+        if self.ranges[name].dtype not in SAFETENSORS_DTYPES.values():
+            raise refusal(self.folder, self.ranges[name].dtype.name, self.ranges)
+        found = self.ranges[name].shape
+        if found != shape:
+            raise SurgeryError(
+                f"{name} in {self.folder} has shape {list(found)}, but its config.json asks for {list(shape)}. "
+                "Check that the two belong together."
+            )
+
+    def dtype(self) -> DType:
+        """The dtype that most of the numbers have."""
+        counts: dict[DType, int] = {}
+        for place in self.ranges.values():
+            counts[place.dtype] = counts.get(place.dtype, 0) + place.numel
+        return max(counts, key=lambda dtype: counts[dtype])
+
+    def _locate(self) -> dict[str, TensorRange]:
+        for single, index in _SINGLE_AND_INDEX:
+            if (self.folder / single).is_file():
+                return _ranges_in(self.folder / single)
+            if (self.folder / index).is_file():
+                return self._locate_shards(self.folder / index)
+        wanted = ", ".join(name for pair in _SINGLE_AND_INDEX for name in pair)
+        raise SurgeryError(
+            what_it_is(self.folder) or f"{self.folder} has no weights (none of {wanted}). Give a complete model folder."
+        )
+
+    def _locate_shards(self, index: Path) -> dict[str, TensorRange]:
+        try:
+            weight_map = read_json(index)["weight_map"]
+            path_of = {name: inside(self.folder, shard) for name, shard in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SurgeryError(f"{index} is not an index of shards ({error}). Download the file again.") from error
+        ranges: dict[Path, dict[str, TensorRange]] = {}
+        for path in sorted(set(path_of.values())):
+            if not path.exists():
+                raise SurgeryError(what_it_is(self.folder) or f"Shard {path} is missing. Download the model again.")
+            ranges[path] = _ranges_in(path)
+        for name, path in path_of.items():
+            if name not in ranges[path]:
+                raise SurgeryError(f"{path} lacks {name}, which {index.name} says it holds. Download the model again.")
+        return {name: ranges[path][name] for name, path in path_of.items()}
+
+
+def _ranges_in(path: Path) -> dict[str, TensorRange]:
+    if path.suffix == ".safetensors":
+        return safetensors_ranges(path)
+    return pt_ranges(path, load_tensors(path))
+
+
+def load_tensors(path: Path, cure: str = "Make or download it again.") -> "dict[str, Tensor]":
+    """The dict of tensors in a file that torch.save wrote, mapped from it.
+
+    Raises:
+        SurgeryError: if the file is not one, names a global that could run code, or holds anything but tensors by name
+            that lie in its own records; `cure` is its second sentence.
+    """
+    import torch  # here: whoever reads safetensors files only does not wait for it
+
+    try:
+        check_pt(path, TENSORS)
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+        ):
+            raise ValueError("it holds something else than tensors by name")
+        for name, tensor in tensors.items():
+            _check_view(name, tensor, torch.strided)
+    except (SurgeryError, OSError):
+        raise
+    except Exception as error:  # what passes the checks may still make torch raise anything at all
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SurgeryError(f"{path} cannot be read as tensors ({reason:.300}). {cure}") from error
+    return tensors
+
+
+def _check_view(name: str, tensor: "Tensor", plain: object) -> None:
+    """Raise ValueError unless the tensor lies in its storage, and is no larger than that."""
+    if tensor.layout != plain or tensor.device.type != "cpu":
+        raise ValueError(f"{name:.100} is no plain tensor")
+    stored_bytes = tensor.untyped_storage().nbytes()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end_bytes = (tensor.storage_offset() + last + 1) * tensor.itemsize if tensor.numel() else 0
+    if max(end_bytes, tensor.nbytes) > stored_bytes:
+        raise ValueError(f"{name:.100} needs {max(end_bytes, tensor.nbytes)} bytes of a storage of {stored_bytes}")

@@ -1,0 +1,237 @@
+"""Where tensors lie in files: so that their bytes can be copied without being loaded.
+
+In: a safetensors file, or one that torch.save wrote. Out: per tensor a `TensorRange`, which reads it piece
+by piece, cast if asked for. Source of the safetensors layout: github.com/huggingface/safetensors, README, "Format".
+"""
+
+import math
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model_preparation.errors import SurgeryError
+from model_preparation.io.block_io import Place, read_into
+from model_preparation.io.tensors.dtypes import DType, dtype_of
+from model_preparation.io.tensors.quantised import refusal
+from model_preparation.io.untrusted.pt_structure import pt_records
+from model_preparation.io.untrusted.untrusted_files import MAX_JSON_BYTES, check_fields, parse_json, regular_file
+
+# torch is imported where tensors are made or cast: what only copies bytes does not wait for it.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# The safetensors header's names of the dtypes whose arithmetic a model can run in.
+SAFETENSORS_DTYPES = {
+    "F64": DType("float64", 8),
+    "F32": DType("float32", 4),
+    "F16": DType("float16", 2),
+    "BF16": DType("bfloat16", 2),
+}
+_MAX_DIMENSIONS = 8
+
+
+@dataclass(frozen=True)
+class TensorRange:
+    """A tensor's bytes: `size_bytes` of them from `start` on, in C order."""
+
+    path: Path
+    start: int
+    shape: tuple[int, ...]
+    dtype: DType
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def place(self) -> Place:
+        """The file, and where in it the bytes start."""
+        return self.path, self.start
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        """Fill `view` with the tensor's bytes from `start` on; raises OSError if the file cannot be read."""
+        read_into(self.path, self.start + start, view)
+
+    def rows(self, start: int, end: int) -> "TensorRange":
+        """The part of the tensor that `tensor[start:end]` is."""
+        count = max(0, min(end, self.shape[0]) - start)
+        row_bytes = self.size_bytes // self.shape[0]
+        return TensorRange(self.path, self.start + start * row_bytes, (count, *self.shape[1:]), self.dtype)
+
+    def cast(self, dtype: "DType | torch.dtype | None") -> "TensorRange | CastTensor":
+        """The same numbers, as `dtype` if that is given and another one."""
+        wanted = self.dtype if dtype is None else dtype_of(dtype)
+        return self if wanted == self.dtype else CastTensor(self, wanted)
+
+
+@dataclass(frozen=True)
+class CastTensor:
+    """A tensor in a file that is cast to `dtype` piece by piece while it is read."""
+
+    stored: TensorRange
+    dtype: DType
+    place = None  # nowhere are the bytes as they are read here
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def size_bytes(self) -> int:
+        return self.stored.numel * self.dtype.itemsize
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        """As `TensorRange.read_into`; `start` and the view's length are whole numbers of elements."""
+        import torch
+
+        raw = bytearray(len(view) // self.dtype.itemsize * self.stored.dtype.itemsize)
+        self.stored.read_into(memoryview(raw), start // self.dtype.itemsize * self.stored.dtype.itemsize)
+        view[:] = bytes_of(torch.frombuffer(raw, dtype=self.stored.dtype.torch).to(self.dtype.torch))
+
+
+class MappedFiles:
+    """Tensors that stay in their files: mapped, read when used, and let go of on request."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def tensor(self, place: TensorRange) -> "Tensor":
+        """The tensor at `place`, on the CPU; writing to it changes no file."""
+        import torch
+
+        dtype = place.dtype.torch
+        if not place.size_bytes:
+            return torch.empty(place.shape, dtype=dtype)
+        if place.path not in self._maps:
+            with place.path.open("rb") as file:
+                self._maps[place.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        flat = torch.frombuffer(self._maps[place.path], dtype=dtype, count=place.numel, offset=place.start)
+        return flat.view(place.shape)
+
+    def expect(self, place: TensorRange) -> None:
+        """Let the system read what lies at `place` ahead of its use: page by page would be slow."""
+        if place.path in self._maps and hasattr(mmap, "MADV_WILLNEED"):
+            first = place.start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._maps[place.path].madvise(mmap.MADV_WILLNEED, first, place.start + place.size_bytes - first)
+
+    def forget(self, place: TensorRange) -> None:
+        """Let the system take back the memory behind `place`; it is read again when it is used again."""
+        if place.path not in self._maps or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        first = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: their ends may be others'
+        size_bytes = (place.start + place.size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if size_bytes > 0:
+            self._maps[place.path].madvise(mmap.MADV_DONTNEED, first, size_bytes)
+
+
+def range_of(place: TensorRange) -> tuple[int, int]:
+    """(start, end) of a tensor in its file."""
+    return place.start, place.start + place.size_bytes
+
+
+def bytes_of(tensor: "Tensor") -> memoryview:
+    """A tensor's bytes in C order."""
+    import torch
+
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+def safetensors_ranges(path: Path) -> dict[str, TensorRange]:
+    """Every tensor of a safetensors file, in the file's order.
+
+    Raises:
+        SurgeryError: if the header is not one, or its ranges do not fill the file exactly, without overlaps.
+    """
+    try:
+        size_bytes = regular_file(path).stat().st_size
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if not 2 <= header_bytes <= min(MAX_JSON_BYTES, size_bytes - 8):
+                raise ValueError(f"the header's length is {header_bytes}")
+            header = parse_json(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            _check_entry(name, entry)
+            if entry["dtype"] not in SAFETENSORS_DTYPES:
+                raise refusal(path, f"{entry['dtype']:.40}", header)
+        found = {}
+        position = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            tensor = TensorRange(
+                path, 8 + header_bytes + begin, tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]]
+            )
+            if begin != position or end - begin != tensor.size_bytes:
+                raise ValueError(f"{name:.100} does not lie where it should")
+            found[name] = tensor
+            position = end
+        if 8 + header_bytes + position != size_bytes:
+            raise ValueError(f"it is {size_bytes} bytes long instead of {8 + header_bytes + position}")
+    except ValueError as error:
+        raise SurgeryError(f"{path} cannot be read as tensors ({error}). Make or download it again.") from error
+    return found
+
+
+def _check_entry(name: str, entry: object) -> None:
+    """Raise ValueError unless a header's entry has what one has, with numbers that a file can have."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name:.100} is described by no JSON object")
+    check_fields(entry, {"dtype": str, "shape": list, "data_offsets": list})
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in [*shape, *offsets]):
+        raise ValueError(f"{name:.100} has a shape or place that is no integer from 0 to 2**63")
+    if len(offsets) != 2 or len(shape) > _MAX_DIMENSIONS or math.prod(shape) >= 1 << 60:
+        raise ValueError(f"{name:.100} has {len(shape)} dimensions and {math.prod(shape)} numbers")
+
+
+def pt_ranges(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, TensorRange]:
+    """Where the tensors that `torch.load(path, mmap=True)` gave lie in the file.
+
+    The file is mapped as one piece, so storages are as far apart in memory as in the file, and the first is the first.
+
+    Args:
+        tensors: those of all storages in the file.
+
+    Raises:
+        SurgeryError: if a tensor is not contiguous, or a storage in memory is not one of the file.
+    """
+    try:
+        records = pt_records(path)
+    except ValueError as error:
+        raise SurgeryError(f"{path} cannot be read as tensors ({error}). Make or download it again.") from error
+    places = sorted(
+        (record.start, record.size_bytes)
+        for name, record in records.items()
+        if name.startswith("data/") and record.size_bytes
+    )
+    used = [tensor.untyped_storage() for tensor in tensors.values()]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in used if storage.nbytes()}
+    pointers = sorted(storages)
+    mapped_at = pointers[0] - places[0][0] if pointers and places else 0
+    if [(pointer - mapped_at, storages[pointer]) for pointer in pointers] != places:
+        raise SurgeryError(f"{path} holds storages that no tensor uses, or not all. Save it again with torch.save.")
+    found: dict[str, TensorRange] = {}
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise SurgeryError(
+                f"{path} holds {name} as a view, its numbers not side by side (transposed, strided or expanded). "
+                "Save its .contiguous() instead."
+            )
+        start = tensor.data_ptr() - mapped_at if tensor.numel() else 0
+        found[name] = TensorRange(path, start, tuple(tensor.shape), dtype_of(tensor.dtype))
+    with path.open("rb") as file:
+        for name, place in found.items():  # a file of the other byte order was turned round in memory
+            file.seek(place.start)
+            beginning = bytes_of(tensors[name].reshape(-1)[:8])
+            if file.read(len(beginning)) != beginning:
+                raise SurgeryError(f"{path} does not hold {name} where it should. Save it again with torch.save.")
+    return found

@@ -1,0 +1,249 @@
+"""The pickle inside a .pt file, looked through before torch sees it: nothing in it is run or built.
+
+In: the bytes of data.pkl and the globals allowed. Out: the storages it refers to, or the reason why it is refused, with
+the name of the global. torch's weights_only unpickler stays the gate; this one names what torch would only number
+(STACK_GLOBAL, INST), and stops what torch would run: `bytearray(10**12)`, an Embedding of any size, or a key of tuples
+nested so deeply that hashing it overflows the C stack.
+
+Sources: Python's pickletools for the opcodes, torch/_weights_only_unpickler.py for those torch knows.
+"""
+
+import functools
+import pickletools
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from model_preparation.io.tensors.dtypes import DType
+
+MAX_PICKLE_BYTES = 16_000_000
+_MAX_TUPLE_DEPTH, _MAX_TUPLE_ITEMS = 16, 1000  # nested ones counted
+
+DTYPE_OF_STORAGE = {
+    "torch.DoubleStorage": DType("float64", 8),
+    "torch.FloatStorage": DType("float32", 4),
+    "torch.HalfStorage": DType("float16", 2),
+    "torch.BFloat16Storage": DType("bfloat16", 2),
+    "torch.LongStorage": DType("int64", 8),
+    "torch.IntStorage": DType("int32", 4),
+    "torch.ShortStorage": DType("int16", 2),
+    "torch.CharStorage": DType("int8", 1),
+    "torch.ByteStorage": DType("uint8", 1),
+    "torch.BoolStorage": DType("bool", 1),
+}
+# Storages and dtypes, and what tensors of the newer ones are made by.
+_NUMBERS = re.compile(
+    r"torch\.(\w+Storage|q?u?int\d\w*|float\d\w*|complex\d+|storage\.UntypedStorage|_utils\._rebuild_tensor_v3)"
+)
+_TENSOR_BUILDERS = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"}
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # torch.save writes protocol 2, with its names
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Globals a pickle may name: functions it may call, classes it may make empty, constants it may hold."""
+
+    functions: frozenset[str]
+    classes: frozenset[str] = frozenset()
+    constants: frozenset[str] = frozenset()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.functions or name in self.classes or name in self.constants or name in DTYPE_OF_STORAGE
+
+
+# What a state dict is made of.
+TENSORS = Allowed(
+    functions=frozenset(_TENSOR_BUILDERS | {"torch._tensor._rebuild_from_type_v2", "collections.OrderedDict"}),
+    constants=frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"}),
+)
+
+
+@functools.cache
+def allowed_in_module() -> Allowed:
+    """What a whole module of ours is made of."""
+    from model_preparation.llamba.safe_globals import SAFE_GLOBALS  # the model's classes: seconds of imports
+
+    return Allowed(
+        functions=TENSORS.functions | {"builtins.set"},
+        classes=frozenset(f"{cls.__module__}.{cls.__qualname__}" for cls in SAFE_GLOBALS),
+        constants=TENSORS.constants | {str(dtype) for dtype in DTYPE_OF_STORAGE.values()},
+    )
+
+
+@dataclass
+class PickleScan:
+    """What a pickle refers to: bytes per storage, by key; and the globals it names."""
+
+    storages: dict[str, int] = field(default_factory=dict)
+    globals: set[str] = field(default_factory=set)
+
+
+def scan(data: bytes, allowed: Allowed) -> PickleScan:
+    """Look through a pickle.
+
+    Raises:
+        ValueError: for globals or a call that are not allowed, with their names, and for what torch.save never writes.
+    """
+    if len(data) > MAX_PICKLE_BYTES:
+        raise ValueError(f"its data.pkl has {len(data)} bytes, more than {MAX_PICKLE_BYTES // 1_000_000} MB")
+    machine = _Machine(allowed)
+    complaint = None
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if complaint is None:
+                try:
+                    machine.step(opcode.name, argument)
+                except ValueError as error:
+                    complaint = str(error)
+                except (IndexError, KeyError):
+                    complaint = "its pickle is damaged"
+            elif opcode.name in _BY_NAME:  # the names matter more than what else is wrong
+                machine.name(str(argument))
+    except ValueError as error:
+        complaint = complaint or str(error)
+    if machine.refused:
+        names = ", ".join(f"{name:.100}" for name in list(machine.refused)[:10])
+        if all(map(_NUMBERS.fullmatch, machine.refused)):
+            complaint = f"it holds numbers of a kind that is not known here ({names})"
+        else:
+            complaint = f"it names {names}, which could run code"
+    if complaint is not None:
+        raise ValueError(complaint)
+    return machine.found
+
+
+@dataclass(frozen=True)
+class _Global:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Tuple:
+    items: tuple
+
+    depth: int
+    size: int
+
+
+_Other = object  # of whatever matters to nobody here: numbers, dicts, lists, results of calls
+
+
+class _Machine:
+    """The unpickler's stack and memo, with names, strings, integers and tuples kept and all else forgotten."""
+
+    def __init__(self, allowed: Allowed):
+        self.found = PickleScan()
+        self.refused: dict[str, None] = {}  # names of globals, in their order
+        self._allowed = allowed
+        self._stack: list = []
+        self._marks: list[list] = []
+        self._memo: dict[int, object] = {}
+
+    def step(self, opcode: str, argument) -> None:
+        if opcode in _VALUES:
+            self._stack.append(argument)
+        elif opcode in _EMPTY:
+            self._stack.append(_Other())
+        elif opcode in _SKIPPED:
+            pass
+        elif opcode in ("BINPUT", "LONG_BINPUT", "PUT"):
+            self._memo[argument] = self._stack[-1]
+        elif opcode == "MEMOIZE":
+            self._memo[len(self._memo)] = self._stack[-1]
+        elif opcode in ("BINGET", "LONG_BINGET", "GET"):
+            self._stack.append(self._memo[argument])
+        elif opcode == "MARK":
+            self._marks.append(self._stack)
+            self._stack = []
+        elif opcode in _TUPLES:
+            self._tuple(self._pop_mark() if opcode == "TUPLE" else self._pop(_TUPLES[opcode]))
+        elif opcode in ("APPENDS", "SETITEMS"):
+            self._pop_mark()
+            self._stack[-1]  # what they are added to must be there
+        elif opcode in ("APPEND", "SETITEM", "BUILD"):
+            self._pop(2 if opcode == "SETITEM" else 1)
+            self._stack[-1]
+        elif opcode == "GLOBAL":
+            self._stack.append(self.name(argument))
+        elif opcode in ("INST", "STACK_GLOBAL"):
+            module, name = argument.split(" ", 1) if opcode == "INST" else self._pop(2)
+            hidden = not isinstance(module, str) or not isinstance(name, str)
+            self.name("unknown name" if hidden else f"{module} {name}")
+            raise ValueError(f"its pickle has the opcode {opcode}, which torch.save never writes")
+        elif opcode in ("REDUCE", "NEWOBJ"):
+            self._call(opcode, *self._pop(2))
+        elif opcode == "BINPERSID":
+            self._storage(self._stack.pop())
+        elif opcode == "STOP":
+            self._stack.pop()
+        else:
+            raise ValueError(f"its pickle has the opcode {opcode}, which torch.save never writes")
+
+    def _pop(self, count: int) -> list:
+        if len(self._stack) < count:
+            raise IndexError
+        popped = self._stack[len(self._stack) - count :]
+        del self._stack[len(self._stack) - count :]
+        return popped
+
+    def _pop_mark(self) -> list:
+        items, self._stack = self._stack, self._marks.pop()
+        return items
+
+    def _tuple(self, items: Collection) -> None:
+        inner = [item for item in items if isinstance(item, _Tuple)]
+        depth = 1 + max((item.depth for item in inner), default=0)
+        size = len(items) + sum(item.size for item in inner)
+        if depth > _MAX_TUPLE_DEPTH or size > _MAX_TUPLE_ITEMS:
+            raise ValueError("its pickle nests tuples too deeply")
+        self._stack.append(_Tuple(tuple(items), depth, size))
+
+    def name(self, argument: str) -> _Global:
+        """Note a global, as "module name"."""
+        module, _, rest = argument.partition(" ")
+        name = f"{_PYTHON_2.get(module, module)}.{rest}"
+        if name in self._allowed:
+            self.found.globals.add(name)
+        else:
+            self.refused[ascii(name)[1:-1]] = None
+        return _Global(name)
+
+    def _call(self, opcode: str, callee: object, arguments: object) -> None:
+        name = callee.name if isinstance(callee, _Global) else ""
+        items = arguments.items if isinstance(arguments, _Tuple) else None
+        if opcode == "NEWOBJ":
+            fine = name in self._allowed.classes and items == ()
+        else:
+            fine = name in self._allowed.functions and items is not None
+            if name == "torch._tensor._rebuild_from_type_v2":  # calls its first argument
+                builder = items[0] if items else None
+                fine = isinstance(builder, _Global) and builder.name in _TENSOR_BUILDERS
+        if not fine and (not name or name in self._allowed):
+            raise ValueError(f"it calls {name or 'what it made'} in a way torch.save never writes")
+        self._stack.append(_Other())
+
+    def _storage(self, reference: object) -> None:
+        def refuse() -> NoReturn:
+            raise ValueError("its pickle refers to a storage in a way torch.save never writes")
+
+        if not isinstance(reference, _Tuple) or len(reference.items) != 5:
+            refuse()
+        kind, storage_class, key, _, count = reference.items
+        if kind != "storage" or not isinstance(storage_class, _Global) or storage_class.name not in DTYPE_OF_STORAGE:
+            refuse()
+        if not isinstance(key, str) or not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            refuse()
+        size_bytes = count * DTYPE_OF_STORAGE[storage_class.name].itemsize
+        if self.found.storages.setdefault(key, size_bytes) != size_bytes:
+            refuse()
+        self._stack.append(_Other())
+
+
+# Opcodes that push what they carry. Those torch does not know are here for the names they may spell.
+_VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINSTRING"}
+_VALUES |= {"SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING"}
+_BY_NAME = ("GLOBAL", "INST")
+_EMPTY = {"NONE", "NEWTRUE", "NEWFALSE", "BINFLOAT", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
+_SKIPPED = {"PROTO", "FRAME"}
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": -1}

@@ -1,0 +1,73 @@
+"""Configs out of files that strangers made.
+
+In: the fields of a config.json or generation_config.json. Out: transformers' object for them, or a ValueError that says
+why not. Sizes no model has are refused before anything is made of them, and fields that would do more than describe the
+model (fetch code by name, replace a method) are left out.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import GenerationConfig, PreTrainedConfig
+
+from model_preparation.errors import SurgeryError
+from model_preparation.io.untrusted.untrusted_files import check_sizes
+
+# They name code to be fetched: of a model, of an attention kernel; and other files to read instead.
+_NOT_DESCRIPTIONS = {"auto_map", "attn_implementation", "experts_implementation", "configuration_files"}
+
+
+def config_from(fields: dict[str, Any], kind: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """The config of class `kind` that `fields` describe.
+
+    Raises:
+        ValueError: saying what is wrong with them.
+    """
+    check_sizes(fields)
+    try:
+        config = kind.from_dict(_plain(fields, kind))
+    except Exception as error:  # transformers' validators raise errors of every kind
+        raise ValueError(_one_line(error)) from error
+    if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
+        raise ValueError(f"dtype is {config.dtype!r:.80}")
+    return config
+
+
+def generation_config_from(fields: dict[str, Any]) -> GenerationConfig:
+    """The generation config that `fields` describe; raises ValueError as `config_from` does."""
+    check_sizes(fields)
+    try:
+        return GenerationConfig(**_plain(fields, GenerationConfig))
+    except Exception as error:  # as above
+        raise ValueError(_one_line(error)) from error
+
+
+@contextlib.contextmanager
+def refusing_impossible_models() -> Iterator[None]:
+    """Around the making of an empty model: what its config makes that raise becomes a SurgeryError."""
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except Exception as error:  # a division by zero, an unknown activation, a size torch cannot count, ...
+        raise SurgeryError(
+            f"The config describes no model that can be made ({type(error).__name__}: {_one_line(error)}). "
+            "Download the model again."
+        ) from error
+
+
+def _plain(fields: dict[str, Any], kind: type) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in fields.items()
+        if not name.startswith("_") and name not in _NOT_DESCRIPTIONS and not callable(getattr(kind, name, None))
+    }
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, StrictDataclassClassValidationError) and error.__cause__:
+        error = error.__cause__  # which says the same without the validator's name
+    return " ".join(str(error).split())[:300] or type(error).__name__

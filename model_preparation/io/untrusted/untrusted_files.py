@@ -1,0 +1,256 @@
+"""Files that strangers made: opened only where they may lie, read only as far as they are sensible.
+
+In: paths and names out of such folders. Out: the path or the JSON object, or the reason why not: links that lead out of
+the folder, FIFOs and devices, names that climb, JSON that is too large, too deep, ambiguous or no object.
+"""
+
+import errno
+import itertools
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from model_preparation.errors import SurgeryError
+from model_preparation.io.text import decode
+from model_preparation.io.untrusted.no_model import stand_in
+from model_preparation.terminal import STEERING
+
+MAX_JSON_BYTES = 16_000_000
+MAX_DEPTH = 64
+_MAX_DIGITS = 40  # transformers writes 10**30 for a length without limit
+MAX_LAYERS = 1024  # eight times those of the deepest Llama
+MAX_WIDTH = 1 << 24  # of any dimension a config names
+_OF_NUMBERS = re.compile(
+    r".*(factor|theta|beta_fast|beta_slow|mscale|_dim|_size|_heads|_layers|_embeddings|_eps|_token_id)"
+)
+
+
+def regular_file(path: Path) -> Path:
+    """`own_file`, if it is none that only has the name of a model's file, such as a Git LFS pointer (no_model.py).
+
+    Raises:
+        SurgeryError, FileNotFoundError: as `own_file`; SurgeryError also for what is told by `no_model.stand_in`.
+    """
+    if told := stand_in(own_file(path)):
+        raise SurgeryError(told)
+    return path
+
+
+def own_file(path: Path) -> Path:
+    """`path`, if it is a file that lies in its folder; a link must stay inside, or be one of the Hugging Face cache.
+
+    There, `snapshots/<commit>/` links into the `blobs/` beside `snapshots/`.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+        SurgeryError: for a directory, FIFO, socket or device, and for a link that leads elsewhere.
+    """
+    try:
+        mode = os.stat(path).st_mode  # follows links, and opens nothing: a FIFO would block
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise SurgeryError(f"{path} is a link that leads to itself. Put the file itself there.") from error
+    if not stat.S_ISREG(mode):
+        raise SurgeryError(f"{path} is {_kind(mode)}, not a file. Put the file itself there.")
+    folder, real = path.parent.resolve(), path.resolve()
+    if real.is_relative_to(folder):
+        return path
+    repository = next((parent.parent for parent in folder.parents if parent.name == "snapshots"), None)
+    if repository is not None and real.is_relative_to(repository / "blobs"):
+        return path
+    raise SurgeryError(
+        f"{path} is a link to {real}, which is outside its folder. "
+        "Put a copy of the file in its place if you trust it, or give the folder the file is in."
+    )
+
+
+def inside(folder: Path, name: object) -> Path:
+    """The path of the file that `name`, out of a folder's own listing, means: in the folder or below it.
+
+    Raises:
+        SurgeryError: for a name that is absolute, climbs, or means different files on different systems.
+    """
+    if isinstance(name, str) and name and not any(ord(char) < 32 or char in "\\:" for char in name):
+        path = PurePosixPath(name)
+        if not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "." and _short(path):
+            return folder / name
+    raise SurgeryError(
+        f"{folder} lists a file {name!r:.200}, which is outside its folder or no file's name. Do not use this folder."
+    )
+
+
+def without_links(folder: Path) -> Path:
+    """`folder`, to write and delete in, if it is no link and has none in it, at any depth; it need not be there.
+
+    Whoever packed a folder may have put a link in it, and what is done through that is done elsewhere.
+
+    Raises:
+        SurgeryError: naming the link.
+    """
+    below = (Path(root, name) for root, folders, files in os.walk(folder) for name in folders + files)
+    for path in itertools.chain([folder], below):
+        if path.is_symlink():
+            raise SurgeryError(
+                f"{path} is a link to {os.readlink(path)}, and nothing is written or removed through it. "
+                "Remove the link, or choose another folder."
+            )
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: saying what is wrong with it; the caller knows the cure.
+        SurgeryError, OSError: as from `regular_file`.
+    """
+    with regular_file(path).open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    return parse_json(data)
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`, whose strings are UTF-8, keys unique, numbers finite and of sensible length.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"it has more than {MAX_JSON_BYTES // 1_000_000} MB of JSON")
+    try:
+        value = json.loads(
+            decode(data),
+            object_pairs_hook=_unique,
+            parse_int=_bounded,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    _check_depth_and_strings(value)
+    return value
+
+
+def check_fields(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    """Raise ValueError unless each of the fields named is there and of its kind.
+
+    A name that ends in ? may be missing; * stands for every field there is. A kind is a class, or a tuple of kinds;
+    {...} is an object with such fields, [kind] a list of that kind. int alone takes no True, and str alone is a name,
+    with nothing in it that would steer a terminal; (str,) is any text.
+    """
+    if "*" in kinds:
+        kinds = dict.fromkeys(fields, kinds["*"])
+    for name, kind in kinds.items():
+        if name.removesuffix("?") in fields:
+            name = name.removesuffix("?")
+            _check_kind(name, fields[name], kind)
+        elif not name.endswith("?"):
+            raise ValueError(f"{name} is missing")
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    classes = tuple(each if isinstance(each, type) else type(each) for each in kinds)
+    if (
+        not isinstance(value, classes)
+        or (isinstance(value, bool) and kind is int)
+        or (kind is str and STEERING.search(str(value)))
+    ):
+        raise ValueError(f"{name} is {value!r:.80}")
+    try:
+        for each in kinds:
+            if isinstance(each, dict) and isinstance(value, dict):
+                check_fields(value, each)
+            elif isinstance(each, list) and isinstance(value, list):
+                for item in value:
+                    _check_kind("an item", item, each[0])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def check_sizes(config: object) -> None:
+    """Raise ValueError if a config, as a JSON value, asks for sizes that no model has, before any is made of it.
+
+    Also for text where only a number makes sense, in the parts that transformers does not look at (rope_parameters).
+    """
+    waiting = [("", config)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += [(name, item) for item in value]
+        elif isinstance(value, int | float):
+            limit = _limit_of(name)
+            if not abs(value) <= limit:
+                raise ValueError(f"{name} is {value}; at most {limit} is sensible")
+        elif isinstance(value, str) and _OF_NUMBERS.fullmatch(str(name)):
+            raise ValueError(f"{name} is {value!r:.80}, which is no number")
+
+
+def _limit_of(name: str) -> float:
+    if name in ("n_layer", "num_hidden_layers"):
+        return MAX_LAYERS
+    # Positions cost no memory: Llamba's own config says 10**9 of them, transformers 10**30.
+    return math.inf if "position" in name or "length" in name else MAX_WIDTH
+
+
+def _short(path: PurePosixPath) -> bool:
+    return len(path.parts) <= MAX_DEPTH and all(len(part.encode()) <= 255 for part in path.parts)
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
+    return next((name for is_kind, name in kinds.items() if is_kind(mode)), "a device")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"it has {twice!r:.80} twice")
+    return found
+
+
+def _bounded(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"it has the number {digits[:24]}...")
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it has the number {text[:24]}")
+    return number
+
+
+def _check_depth_and_strings(value: object) -> None:
+    level: list[object] = [value]
+    for _ in range(MAX_DEPTH):
+        below: list[object] = []
+        for item in level:
+            if isinstance(item, str):
+                item.encode()  # refuses half a surrogate pair, which no file name or terminal could take
+            elif isinstance(item, dict):
+                below += _keys_and_values(item)
+            elif isinstance(item, list):
+                below += item
+        if not below:
+            return
+        level = below
+    raise ValueError("its JSON is nested too deeply")
+
+
+def _keys_and_values(item: dict) -> Iterable[object]:
+    yield from item
+    yield from item.values()

@@ -1,0 +1,1 @@
+"""Many builds, evaluations or searches at once: in turn, or on Ray."""

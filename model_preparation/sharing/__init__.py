@@ -1,1 +1,0 @@
-"""Checkpoints on their way to a hub: licence, card, upload."""

@@ -1,1 +1,0 @@
-"""From a donor, a base and a list of layers to a checkpoint folder: sources, layer_store, graft, checkpoint."""

@@ -1,0 +1,1 @@
+"""Distilling: a Llamba base is made from any Llama."""

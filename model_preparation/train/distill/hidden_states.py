@@ -1,0 +1,141 @@
+"""The donor's hidden states as they enter one layer after the other: in memory, or in a file that is mapped.
+
+In: tokens and the donor's weights. Out: (sequences, length, width) float32 for one layer at a time. In a folder, each
+layer's file appears whole and the one before it goes, so that a run that was killed goes on from the last one.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from rich.filesize import decimal
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from model_preparation.errors import SurgeryError
+from model_preparation.io.new_folder import existing_parent
+from model_preparation.io.sync import sync
+from model_preparation.io.tensors.tensor_files import TensorFiles
+from model_preparation.train.distill.distill_layer import Teacher, in_order
+
+
+class HiddenStates:
+    """What enters layer `index` of a Llama.
+
+    Args:
+        files: the Llama's.
+        config: its config.
+        tokens: (sequences, length) int64.
+        folder: where states are kept in files, of one run at a time; None keeps them in memory.
+        wanted: the layer that is wanted first; what a file has for it or a layer before it is taken.
+        device: where the layers run.
+
+    Attributes:
+        values: (sequences, length, width) float32, on the CPU.
+        index: the layer that they enter.
+    """
+
+    def __init__(
+        self, files: TensorFiles, config: LlamaConfig, tokens: Tensor, folder: Path | None, wanted: int, device: str
+    ):
+        self._files, self._config, self._device, self._folder = files, config, device, folder
+        self._shape = (*tokens.shape, config.hidden_size)
+        self.index = 0
+        found = [] if folder is None else [i for i in range(wanted, -1, -1) if self._path(i).is_file()]
+        if found:
+            self.index = found[0]
+            self.values = self._open(self._path(self.index))
+        else:
+            self.values = self._new()
+            embedding = files["model.embed_tokens.weight"]
+            for row, sequence in enumerate(tokens):
+                self.values[row] = embedding[sequence]
+            self._keep(0)
+
+    def layer(self) -> LlamaDecoderLayer:
+        """The donor's layer that the states enter, float32."""
+        return donor_layer(self._files, self._config, self.index, self._device)
+
+    def advance(self, layer: LlamaDecoderLayer) -> None:
+        """Put the states through `layer`, that of `layer()`: then they are those that enter the next one."""
+        teacher = Teacher(layer)
+        before = self.values
+        if self._folder is not None:
+            self.values = self._new()
+        first = 0
+        for batch in in_order(before):
+            self.values[first : first + len(batch.hidden_states)] = teacher.output(batch.hidden_states)
+            first += len(batch.hidden_states)
+        self._keep(self.index + 1)
+
+    def remove(self) -> None:
+        """Remove the file that the states are in."""
+        self._path(self.index).unlink()
+
+    def _new(self) -> Tensor:
+        if self._folder is None:
+            return torch.empty(self._shape)
+        path = self._folder / "new"
+        path.unlink(missing_ok=True)
+        with path.open("wb") as file:
+            # Now, as a mapping has no way to say later that the disk is full.
+            os.posix_fallocate(file.fileno(), 0, math.prod(self._shape) * torch.float32.itemsize)
+        return self._open(path)
+
+    def _open(self, path: Path) -> Tensor:
+        flat = torch.from_file(str(path), shared=True, size=math.prod(self._shape), dtype=torch.float32)
+        return flat.view(self._shape)
+
+    def _keep(self, index: int) -> None:
+        """The new states are complete: they have the name by which another run finds them, those before are removed."""
+        old, self.index = self.index, index
+        if self._folder is not None:
+            sync(self._folder / "new")
+            (self._folder / "new").replace(self._path(index))
+            sync(self._folder)
+            if old != index:
+                self._path(old).unlink()
+
+    def _path(self, index: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"into_layer_{index:02d}.float32"
+
+
+def states_bytes(tokens: int, config: LlamaConfig) -> int:
+    """Of the hidden states that enter one layer."""
+    return tokens * config.hidden_size * torch.float32.itemsize
+
+
+def check_room(folder: Path, tokens: int, config: LlamaConfig, kept: Iterable[Path]) -> None:
+    """Raise SurgeryError if the disk that `folder` will be on has no room for the states of two layers.
+
+    Args:
+        tokens: how many.
+        config: the Llama's.
+        kept: files of states that are there already.
+    """
+    needed_bytes = 2 * states_bytes(tokens, config) - sum(path.stat().st_size for path in kept)
+    free_bytes = shutil.disk_usage(existing_parent(folder)).free
+    if needed_bytes > free_bytes:
+        raise SurgeryError(
+            f"The hidden states of {tokens:,} tokens, width {config.hidden_size}, are kept on the disk and need "
+            f"{decimal(needed_bytes)} in {folder}, but only {decimal(free_bytes)} are free there. Give fewer --tokens, "
+            "or an --output_dir on a larger disk, or, if the memory holds half of that, a larger --memory_limit."
+        )
+
+
+def donor_layer(files: TensorFiles, config: LlamaConfig, index: int, device: str) -> LlamaDecoderLayer:
+    """Layer `index` of a Llama, float32, for running it without a cache."""
+    with torch.device("meta"):
+        layer = LlamaDecoderLayer(config, 0)
+    tensors = {
+        name: tensor.to(device, torch.float32)
+        for name, tensor in files.with_prefix(f"model.layers.{index}.")
+        if not name.endswith("rotary_emb.inv_freq")  # old files repeat it in every layer
+    }
+    layer.load_state_dict(tensors, assign=True)
+    return layer.eval().requires_grad_(False)

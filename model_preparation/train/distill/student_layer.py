@@ -1,0 +1,97 @@
+"""Where a distilled mixer starts: llamba_init's linear counterpart of the attention, in the size the mixer shall have.
+
+In: a Llama layer's tensors, its config, the Llamba's config. Out: the Llamba layer's tensors. What of the counterpart
+fits is taken. Where the state is larger, the keys' further rows start random and the queries' at 0, so that they change
+nothing at first; where it is smaller, rows are left out.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from model_preparation.checkpoint.llamba_init import llamba_config, mamba_layer, score_scale
+from model_preparation.checkpoint.model_configs import heads_of
+from model_preparation.errors import SurgeryError
+from model_preparation.io.untrusted.untrusted_config import config_from
+from model_preparation.llamba.configuration_llamba import LlambaConfig
+from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
+
+MIXER_FIELDS = ("d_state", "n_v_heads", "n_qk_heads", "d_conv")
+
+
+def student_config(donor: LlamaConfig, mixer: Mapping[str, int] | None = None) -> LlambaConfig:
+    """The config of the Llamba that `donor` becomes, with fields of `MIXER_FIELDS` as `mixer` says.
+
+    Raises:
+        SurgeryError: for another field, or heads that do not divide.
+    """
+    config = llamba_config(donor)
+    if unknown := sorted(set(mixer or {}) - set(MIXER_FIELDS)):
+        raise SurgeryError(f"A mixer has no size {', '.join(unknown)}. Choose among {', '.join(MIXER_FIELDS)}.")
+    fields: dict[str, Any] = config.file_fields()
+    fields["ssm_cfg"] = {**fields["ssm_cfg"], **(mixer or {})}
+    try:
+        return config_from(fields, LlambaConfig)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise SurgeryError(f"No mixer can be made so: {reason}. Choose heads that divide.") from error
+
+
+def student_tensors(
+    attention_layer: Mapping[str, Tensor], donor: LlamaConfig, config: LlambaConfig, seed: int
+) -> dict[str, Tensor]:
+    """The Llamba layer's tensors to start from, by name relative to the layer.
+
+    The same function as `mamba_layer`'s where the sizes are the donor's. But B and C share evenly the factor that is
+    C's there: with it in C alone, steps of one size for all weights make C many times larger at once.
+
+    Args:
+        attention_layer: the Llama layer's tensors.
+        donor: its config.
+        config: as `student_config` makes it.
+        seed: of what is random.
+    """
+    tensors = dict(mamba_layer(attention_layer, donor))
+    donor_heads, head_dim = heads_of(donor)
+    heads, _ = heads_of(config)
+    ssm, width = config.ssm_cfg, donor_heads * head_dim
+    states, groups, taps = ssm["d_state"], ssm["n_qk_heads"], ssm["d_conv"]
+    generator = torch.Generator().manual_seed(seed)
+    # The donor's head for each of our value heads, and for each of our key heads: that of its first value head.
+    head_of = torch.arange(heads) * donor_heads // heads
+    group_of = head_of[:: heads // groups]
+    balance = math.sqrt(score_scale(head_dim))
+
+    def of_keys(rows: Tensor, factor: float, noise: float) -> Tensor:
+        """(donor heads * head_dim, ...) -> (groups * d_state, ...); further rows are `noise` times as large."""
+        by_head = rows.unflatten(0, (donor_heads, head_dim))[group_of] * factor
+        missing = torch.randn((groups, max(0, states - head_dim), *rows.shape[1:]), generator=generator)
+        missing = missing * noise * by_head.float().square().mean().sqrt()
+        return torch.cat([by_head[:, :states], missing.to(rows)], 1).flatten(0, 1)
+
+    for name in ("mixer.in_proj.weight", "mixer.in_proj.bias"):
+        x, B, C, z, a = tensors[name].split([width, width, width, width, donor_heads])
+        tensors[name] = torch.cat([x, of_keys(B, balance, 1.0), of_keys(C, 1 / balance, 0.0), z, a[head_of]])
+    conv_dim = width + 2 * groups * states
+    conv = tensors["mixer.conv1d.weight"].new_zeros(conv_dim, 1, taps)
+    conv[:, :, -1] = 1  # the current token's
+    tensors["mixer.conv1d.weight"] = conv
+    tensors["mixer.conv1d.bias"] = conv.new_zeros(conv_dim)
+    tensors["mixer.D"] = conv.new_zeros(heads)
+    return tensors
+
+
+def student_layer(tensors: Mapping[str, Tensor], config: LlambaConfig, device: str) -> LlambaDecoderLayer:
+    """A layer with copies of these tensors, float32, in eval mode."""
+    with torch.device("meta"):
+        layer = LlambaDecoderLayer(config, 0)
+    layer.load_state_dict({name: _copy(tensor, device) for name, tensor in tensors.items()}, assign=True)
+    return layer.eval().requires_grad_(False)
+
+
+def _copy(tensor: Tensor, device: str) -> Tensor:
+    return tensor.to(device, torch.float32, copy=True)

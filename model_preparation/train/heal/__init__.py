@@ -1,0 +1,1 @@
+"""Healing: a grafted checkpoint is trained on text or against its donor."""

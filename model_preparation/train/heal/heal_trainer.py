@@ -1,0 +1,406 @@
+"""transformers' Trainer for healing: exact states, data by position, the losses of healing.
+
+In: a model with its trainable weights chosen, sequences, and perhaps a state to go on from. Out: the trained model, and
+states on the disk. What is different from the Trainer's own ways: a state is staged, digested and renamed into place;
+it holds tensors and plain values only; it keeps the part of the loss that was not logged yet; and the data depend on
+the number of sequences seen, not on that of processes. Shards (FSDP) are torch.distributed.checkpoint's own files.
+"""
+
+import contextlib
+import json
+import math
+import os
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
+from peft import PeftModel
+from safetensors.torch import load_model, save_model
+from torch.distributed.tensor import DTensor
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
+
+from model_preparation.errors import SurgeryError
+from model_preparation.io.new_folder import new_folder
+from model_preparation.io.sync import make_folder
+from model_preparation.train.heal.adapters import adapter_of, load_adapter_weights, write_adapter
+from model_preparation.train.heal.heal_data import Sequences, Shuffled
+from model_preparation.train.heal.objective import Distillation, losses_of
+from model_preparation.train.heal.resume_state import (
+    MARK,
+    TRAINER_STATE,
+    ResumeState,
+    copy_state,
+    finish_state,
+    list_states,
+    load_plain,
+    place_for,
+    restoring,
+    rotate,
+)
+from model_preparation.train.heal.settings import HealSettings
+
+_WEIGHTS = "model.safetensors"
+_OPTIMIZER, _SCHEDULER, _SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
+_ARGUMENTS = "training_args.json"
+
+
+class HealTrainer(Trainer):
+    """A Trainer whose run can be cut anywhere.
+
+    Args:
+        model: with `requires_grad` as wanted, or a PeftModel.
+        args: the Trainer's own; `max_steps` in steps of this number of processes.
+        settings: of the run.
+        sequences_per_step: of all processes together.
+        train, held_out: sequences; `held_out` may be None.
+        states: the folder of the run's states.
+        identity: fields of every state that say what is trained on what: `parent`, `data`, `model_args`, `run_id`.
+        state: where to go on, or None.
+        distillation: the loss, where it is not the text's own.
+        milestones: names of states to be kept for good, by step.
+
+    Attributes:
+        first_step: at which it begins or goes on.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        *,
+        settings: HealSettings,
+        sequences_per_step: int,
+        train: Sequences,
+        held_out: Sequences | None,
+        states: Path,
+        identity: Mapping[str, Any],
+        state: ResumeState | None,
+        distillation: Distillation | None,
+        milestones: Mapping[int, str],
+        callbacks: list[TrainerCallback],
+    ):
+        self._settings = settings
+        self._sequences = train
+        self._states = states
+        self._identity = identity
+        self._resumed = state
+        self._distillation = distillation
+        self._milestones = milestones
+        self._held_out_losses: list[torch.Tensor] = []  # (sequences,) each, of the evaluation that runs
+        self._per_step = sequences_per_step
+        self.first_step = 0 if state is None else state.sequences_seen // self._per_step
+        # Sequences seen beyond whole steps, after a change of the number of processes.
+        self._offset = 0 if state is None else state.sequences_seen % self._per_step
+        shuffled = Shuffled(train, settings.seed, self._offset, args.max_steps * self._per_step)
+        if args.should_save:
+            make_folder(states)  # transformers would too, but not so that it outlasts a power cut
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=shuffled,
+            eval_dataset=held_out,
+            callbacks=[*callbacks, _TakeUnloggedLoss(self)],
+        )
+        if distillation is not None:
+            self.loss_is_scaled_for_ga = False  # a mean per batch; all batches are of one size
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether an adapter is all that is trained, and all that a state holds of the weights."""
+        return isinstance(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), PeftModel)
+
+    @property
+    def sequences_seen(self) -> int:
+        """By all processes together, since the run was started first."""
+        return self.state.global_step * self._per_step + self._offset
+
+    @property
+    def passes(self) -> float:
+        """How often the whole of the training sequences was seen."""
+        return self.sequences_seen / len(self._sequences)
+
+    def go_on(self) -> None:
+        """Train to the end, from the state if there is one."""
+        self.train(resume_from_checkpoint=None if self._resumed is None else str(self._resumed.folder))
+
+    def load_best(self) -> None:
+        """Take the weights of the lowest held-out loss, where a state holds them."""
+        if self.state.best_model_checkpoint is not None:
+            self._load_from_checkpoint(self.state.best_model_checkpoint, self.model_wrapped)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The whole model's tensors on the CPU of the main process, without wrappers; of another process, nothing.
+
+        Every process has to ask: shards are put together.
+        """
+        weights = {}
+        for name, tensor in self.accelerator.unwrap_model(self.model, keep_torch_compile=False).state_dict().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.args.should_save:
+                weights[name] = whole.detach().to("cpu")
+        return weights
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's; and FSDP on the CPU, which accelerate leaves out though FSDP2 runs over gloo."""
+        super().create_accelerator_and_postprocess()
+        wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        state = self.accelerator.state
+        if wanted and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
+
+    # --- Data and loss ------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(train_dataset or self.train_dataset)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The text's loss, or the distance from the teacher."""
+        if self._distillation is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(input_ids=inputs["input_ids"], output_hidden_states=self._distillation.wants_hidden_states)
+        loss = self._distillation.loss(outputs, inputs["input_ids"])
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The Trainer's, which also keeps the loss of each held-out sequence."""
+        ids = self._prepare_inputs(inputs)["input_ids"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = losses_of(model(input_ids=ids).logits, ids)
+        self._held_out_losses.append(self.accelerator.gather_for_metrics(losses))
+        return losses.mean(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """The Trainer's, with a mean in which each sequence counts once; its own has what fills up batches in it."""
+        self._held_out_losses = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_loss"] = torch.cat(self._held_out_losses).double().mean().item()
+        return output
+
+    def log(self, logs, start_time=None):
+        """The Trainer's, with the epoch of the data instead of that of the run."""
+        self._check_finite([logs[name] for name in ("loss", "eval_loss") if name in logs])
+        self.state.epoch = self.passes
+        super().log(logs, start_time)
+
+    def _check_finite(self, losses: list[float]) -> None:
+        """Raise SurgeryError before a state is written from which nothing goes on."""
+        for loss in losses:
+            if not math.isfinite(loss):
+                raise SurgeryError(
+                    f"The loss is {loss} at step {self.state.global_step}. Use a smaller --learning_rate, and start "
+                    "anew (--resume never --overwrite) or from an earlier state (--resume DIR)."
+                )
+
+    def _determine_best_metric(self, metrics, trial):
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= is_best or self._settings.always_save
+        return is_best
+
+    # --- Writing a state ----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.store_flos()
+        step = self.state.global_step
+        states, _ = list_states(self._states)
+        ours = {state.folder.name for state in states if state.info["world_size"] == self.args.world_size}
+        kept = {state.folder.name for state in states} - ours
+        target = place_for(self._states, step, self.args.world_size, kept)
+        if self.state.best_global_step == step:
+            self.state.best_model_checkpoint = str(target)
+        unlogged = gather_object([self._tr_loss.item()])
+        self._check_finite(unlogged)
+        with self._staged(target) as staging:
+            self.save_model(str(staging), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_scaler(str(staging))
+            self._save_rng_state(str(staging))
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(staging / TRAINER_STATE))
+                arguments = json.dumps(self.args.to_dict(), indent=2, default=str)
+                (staging / _ARGUMENTS).write_text(arguments + "\n", encoding="utf-8")
+                finish_state(staging, self._mark(unlogged))
+        if self.args.should_save:
+            if step in self._milestones:
+                with new_folder(self._states / self._milestones[step], overwrite=True, complete_mark=MARK) as staging:
+                    copy_state(target, staging)
+            best = self.state.best_model_checkpoint
+            rotate(self._states, self._settings.save_total_limit, None if best is None else Path(best).name)
+        self.accelerator.wait_for_everyone()
+
+    def _mark(self, unlogged: list[float]) -> dict[str, Any]:
+        return {
+            "iter_num": self.state.global_step,
+            "epoch": self.passes,
+            "sequences_seen": self.sequences_seen,
+            "best_val_loss": self.state.best_metric,
+            "world_size": self.args.world_size,
+            "settings": self._settings.as_dict(),
+            **self._identity,
+            "unlogged": {"losses": unlogged, "last_logged": self._globalstep_last_logged},
+        }
+
+    @contextlib.contextmanager
+    def _staged(self, target: Path) -> Iterator[Path]:
+        """A staging folder that all processes write into; the main one puts it in place when all have."""
+        with contextlib.ExitStack() as stack:
+            place: list[Any] = [None]
+            if self.args.should_save:
+                place[0] = str(stack.enter_context(new_folder(target, overwrite=True, complete_mark=MARK)))
+            if self.args.world_size > 1:
+                broadcast_object_list(place)
+            yield Path(place[0])
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        if not self.args.should_save or self.is_fsdp_enabled:  # shards are written beside the optimizer's
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.is_lora:
+            write_adapter(adapter_of(model), Path(output_dir))
+        else:
+            save_model(model, str(Path(output_dir, _WEIGHTS)), metadata={"format": "pt"})
+
+    def _save_optimizer_and_scheduler(self, output_dir) -> None:
+        if self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.args.should_save:
+            _save_plain(self.optimizer.state_dict(), Path(output_dir, _OPTIMIZER))
+            _save_plain(self.lr_scheduler.state_dict(), Path(output_dir, _SCHEDULER))
+
+    def _save_rng_state(self, output_dir) -> None:
+        kind, keys, *rest = np.random.get_state()
+        states = {
+            "python": random.getstate(),
+            "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+            "cpu": torch.get_rng_state(),
+        }
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state_all()
+        _save_plain(states, Path(output_dir, self._rng_file()))
+
+    def _rng_file(self) -> str:
+        return "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{self.args.process_index}.pth"
+
+    # --- Going on from a state ----------------------------------------------------------------------------------------
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would warn of intervals that another number of processes has
+        super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        logging.set_verbosity(verbosity)
+        if self._resumed is None:
+            return 0, 0
+        old, new = self._resumed.steps, self.first_step
+        self.state.global_step = new
+        if old != new:  # steps of this number of processes from here on, in what is remembered too
+            for entry in self.state.log_history:
+                entry["step"] = entry["step"] * new // old
+            if self.state.best_global_step is not None:
+                self.state.best_global_step = self.state.best_global_step * new // old
+        best = self.state.best_model_checkpoint
+        if best is not None:  # the run's folder may have moved, or the state be one of another folder
+            places = [folder / Path(best).name for folder in (self._states, self._resumed.folder.parent)]
+            here = next((str(place) for place in places if (place / MARK).is_file()), None)
+            self.state.best_model_checkpoint = here
+            if here is None:  # so that a later one can be the best
+                self.state.best_metric = self.state.best_global_step = None
+        return 0, new * self.args.gradient_accumulation_steps
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        bare = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.is_lora:
+            load_adapter_weights(bare, folder)
+        else:
+            with restoring(folder / _WEIGHTS):
+                load_model(bare, folder / _WEIGHTS, strict=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            for part, name in ((self.optimizer, _OPTIMIZER), (self.lr_scheduler, _SCHEDULER)):
+                with restoring(folder / name):
+                    part.load_state_dict(load_plain(folder / name))
+        self._set_learning_rate()
+
+    def _set_learning_rate(self) -> None:
+        """Put the schedule to the step that the run is at, as it counts now; mostly, it is there already."""
+        scheduler, step = self.lr_scheduler, self.first_step
+        rates = [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        scheduler.last_epoch, scheduler._step_count, scheduler._last_lr = step, step + 1, rates
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _load_scaler(self, checkpoint) -> None:
+        path = None if checkpoint is None else Path(checkpoint, _SCALER)
+        if path is not None and path.is_file():
+            with restoring(path):
+                self.accelerator.scaler.load_state_dict(load_plain(path))
+
+    def _load_rng_state(self, checkpoint) -> None:
+        if checkpoint is None or self._resumed is None:
+            return
+        if self._resumed.info["world_size"] != self.args.world_size:  # nobody's state is anybody's now
+            set_seed((self._settings.seed + self.sequences_seen) % 2**31, device_specific=True)
+            return
+        path = Path(checkpoint, self._rng_file())
+        with restoring(path):
+            states = load_plain(path)
+            kind, keys, *rest = states["numpy"]
+            random.setstate(states["python"])
+            np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+            torch.set_rng_state(states["cpu"])
+            if "cuda" in states and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(states["cuda"])
+
+    def take_unlogged_loss(self) -> None:
+        """Take up the loss that the state's run had not logged yet; of another number of processes, their mean."""
+        if self._resumed is None:
+            return
+        unlogged = self._resumed.info["unlogged"]
+        losses, old, new = unlogged["losses"], self._resumed.steps, self.first_step
+        same = len(losses) == self.args.world_size
+        self._tr_loss += losses[self.args.process_index] if same else sum(losses) / len(losses)
+        self._globalstep_last_logged = unlogged["last_logged"] * new // old if old else 0
+
+
+class _TakeUnloggedLoss(TrainerCallback):
+    """Calls the trainer at the one moment between its own reset of the loss and the first step."""
+
+    def __init__(self, trainer: HealTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer.take_unlogged_loss()
+
+
+def _save_plain(content: Any, path: Path) -> None:
+    """torch.save into an open file, so that a full disk is an OSError and no error of torch's."""
+    with path.open("wb") as file:
+        torch.save(content, file)

@@ -1,0 +1,272 @@
+"""The states from which a run goes on: `checkpoint-N` folders, each complete or not there.
+
+In: the folder of a run's states. Out: which are complete, in the order of the data seen; which are not, by name; a
+place to write the next one; fewer of them. A state's `resume_state.json` is written last and holds every other file's
+digest: a folder without it is no state (transformers#35525 is what happens where there is no such mark).
+"""
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import torch
+
+from model_preparation.errors import SurgeryError
+from model_preparation.io.digests import FILE_FIELDS, describe_files, fault_of
+from model_preparation.io.shared_files import share_file
+from model_preparation.io.sync import sync
+from model_preparation.io.untrusted.pickle_scan import TENSORS
+from model_preparation.io.untrusted.pt_structure import check_pt
+from model_preparation.io.untrusted.sharded_files import SHARD_METADATA, check_shards
+from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
+
+FORMAT_VERSION = 1
+MARK, TRAINER_STATE = "resume_state.json", "trainer_state.json"
+PREFIX = "checkpoint"
+_NAME = re.compile(rf"{PREFIX}-(\d+)(-world\d+)?")
+_PICKLES = (".pt", ".pth", ".bin")
+_FIELDS = {
+    "format_version": int,
+    "iter_num": int,
+    "sequences_seen": int,
+    "world_size": int,
+    "settings": dict,
+    "model_args": dict,
+    "parent": {"id": str, "tensor_digests_sha256": str},
+    "data": {"blake3": str, "sequences": int, "held_out_blake3": (str, NoneType)},
+    "unlogged": {"losses": [(int, float)], "last_logged": int},
+    "files": {"*": FILE_FIELDS},
+    "run_id?": str,
+    "started_world_size?": int,
+    "texts?": [{"prompt": (str,), "text": (str,)}],
+}
+_TRAINER_FIELDS = {
+    "global_step": int,
+    "log_history": [{"step": int, "loss?": (int, float), "eval_loss?": (int, float), "learning_rate?": (int, float)}],
+    "best_metric?": (int, float, NoneType),
+    "best_global_step?": (int, NoneType),
+    "best_model_checkpoint?": (str, NoneType),
+}
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """A complete state: its folder, and what its mark says.
+
+    Attributes:
+        info: the fields of resume_state.json: `iter_num` steps, `sequences_seen`, `best_val_loss`, `world_size`,
+            `settings` (the run's configuration), `model_args` (the model's), `run_id` (the tracker's), and others.
+    """
+
+    folder: Path
+    info: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done, with `world_size` processes."""
+        return self.info["iter_num"]
+
+    @property
+    def sequences_seen(self) -> int:
+        """Training sequences done, by all processes together."""
+        return self.info["sequences_seen"]
+
+
+def read_state(folder: Path) -> ResumeState:
+    """The state in a folder, its files not looked at.
+
+    Raises:
+        SurgeryError: if it is not there, half-written, or of a version this program does not know.
+    """
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "not there"
+        raise SurgeryError(f"{folder} is {what}. Give a {PREFIX}-N folder, or --resume auto.")
+    if not (folder / MARK).is_file():
+        inner = list_states(folder, damaged_too=True)[0]
+        what = f"holds states, the newest {inner[-1].folder.name}, and is none" if inner else f"has no {MARK}"
+        raise SurgeryError(f"{folder} {what}. Give a complete {PREFIX}-N folder, or --resume auto.")
+    try:
+        return _read_mark(folder)
+    except (OSError, ValueError) as error:
+        raise SurgeryError(f"{folder / MARK} cannot be read ({error}). {_the_one_before(folder)}") from error
+
+
+def _read_mark(folder: Path) -> ResumeState:
+    info = read_json(folder / MARK)
+    check_fields(info, _FIELDS)
+    if info["format_version"] != FORMAT_VERSION:
+        raise SurgeryError(
+            f"{folder} has format version {info['format_version']}; this program knows {FORMAT_VERSION}."
+        )
+    if len(info["unlogged"]["losses"]) != info["world_size"]:
+        raise ValueError(f"unlogged has {len(info['unlogged']['losses'])} losses of {info['world_size']} processes")
+    return ResumeState(folder, info)
+
+
+def list_states(folder: Path, *, damaged_too: bool = False) -> tuple[list[ResumeState], list[str]]:
+    """(complete states, those that have seen least first; names of what is half-written) in a run's folder.
+
+    A state whose mark cannot be read is an error, or with `damaged_too` counts as half-written.
+    """
+    states, incomplete = [], []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.is_dir() and _NAME.fullmatch(path.name.partition(".partial")[0]):
+            if not (_NAME.fullmatch(path.name) and (path / MARK).is_file()):
+                incomplete.append(path.name)
+                continue
+            try:
+                states.append(_read_mark(path) if damaged_too else read_state(path))
+            except (OSError, ValueError):
+                if not damaged_too:
+                    raise
+                incomplete.append(path.name)
+    return sorted(states, key=lambda state: (state.sequences_seen, state.folder.name)), incomplete
+
+
+def check_state(state: ResumeState) -> None:
+    """Read every file of a state: its digest, and of pickles that they hold tensors and plain values only.
+
+    Raises:
+        SurgeryError: naming the file that is missing, changed, cut short or refused, and the state before it.
+    """
+    found = _fault_of_state(state)
+    if found is not None:
+        name, fault = found
+        raise SurgeryError(f"{state.folder / name} is {fault}. {_the_one_before(state.folder)}")
+
+
+def _fault_of_state(state: ResumeState) -> tuple[str, str] | None:
+    """The first file that is not as it was written, and what is wrong with it."""
+    for name, entry in state.info["files"].items():
+        try:
+            path = inside(state.folder, name)
+            fault = fault_of(path, entry)
+            if fault is None and path.suffix in _PICKLES:
+                check_pt(path, TENSORS)
+            elif fault is None and path.name == SHARD_METADATA:
+                check_shards(path.parent)
+            elif fault is None and name == TRAINER_STATE:
+                _check_trainer_state(path)
+        except (OSError, ValueError, SurgeryError) as error:
+            fault = f"refused ({error})"
+        if fault is not None:
+            return name, fault
+    return None
+
+
+def _check_trainer_state(path: Path) -> None:
+    """Raise ValueError unless transformers can make its TrainerState of a file, and its numbers are numbers."""
+    from transformers import TrainerState
+
+    try:
+        found = json.loads(path.read_bytes())  # in which a loss may be NaN
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("it holds no JSON object")
+    if unknown := sorted(found.keys() - {field.name for field in fields(TrainerState)}):
+        raise ValueError(f"it has {unknown[0]!r:.80}, which transformers does not know")
+    check_fields(found, _TRAINER_FIELDS)
+
+
+@contextlib.contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Around putting what is in a state's file where it was: what does not fit there becomes a SurgeryError."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise SurgeryError(f"{path} does not fit this run ({reason}). {_the_one_before(path.parent)}") from error
+
+
+def load_plain(path: Path) -> Any:
+    """What torch.save wrote of tensors and plain values (numbers, strings, lists, tuples, dicts).
+
+    Raises:
+        SurgeryError: if the file holds anything else, which is named, or is damaged.
+    """
+    try:
+        check_pt(path, TENSORS)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (ValueError, RuntimeError) as error:
+        raise SurgeryError(f"{path} is refused: {error}. {_the_one_before(path.parent)}") from error
+
+
+def finish_state(staging: Path, info: Mapping[str, Any]) -> None:
+    """Write the mark into a folder that has all other files, with their digests."""
+    content = {"format_version": FORMAT_VERSION, **info, "files": describe_files(staging, excluded=[MARK])}
+    (staging / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def place_for(folder: Path, step: int, world_size: int, protected: Collection[str]) -> Path:
+    """Where the state of a step goes: `checkpoint-N`, unless a state to be kept, of other processes, is there."""
+    path = folder / f"{PREFIX}-{step}"
+    return folder / f"{path.name}-world{world_size}" if path.name in protected else path
+
+
+def rotate(folder: Path, limit: int, best: str | None) -> list[str]:
+    """Remove the oldest states until `limit` are left, never the newest complete one nor `best`; returns their names.
+
+    What is half-written does not count, and is not touched.
+    """
+    states = [state.folder for state in list_states(folder)[0]]
+    removable = [path for path in states[:-1] if path.name != best]
+    surplus = removable[: max(0, len(states) - limit)]
+    remove_states(surplus)
+    return [path.name for path in surplus]
+
+
+def remove_states(folders: Iterable[Path]) -> None:
+    """Remove states; one that is half removed when this is killed has no mark, and so is none."""
+    for path in folders:
+        (path / MARK).unlink(missing_ok=True)
+        sync(path)
+        shutil.rmtree(path)
+
+
+def set_aside(folders: Iterable[Path]) -> None:
+    """Rename folders to NAME.aside, or NAME.aside-2 and so on, so that they are in nobody's way."""
+    for path in folders:
+        asides = (path.with_name(f"{path.name}.aside{end}") for end in ("", *(f"-{n}" for n in range(2, 1000))))
+        path.rename(next(aside for aside in asides if not aside.exists()))
+        sync(path.parent)
+
+
+def set_aside_after(folder: Path, state: ResumeState) -> list[str]:
+    """Set aside the states in `folder` that have seen more than `state`; returns their names before."""
+    states = list_states(folder, damaged_too=True)[0]
+    later = [other.folder for other in states if other.sequences_seen > state.sequences_seen]
+    set_aside(later)
+    return [path.name for path in later]
+
+
+def copy_state(source: Path, target: Path) -> None:
+    """Make `target`, an empty folder, hold what `source` holds, in no room of its own where that is possible."""
+    for path in sorted(source.rglob("*")):
+        place = target / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir()
+        elif path.name != MARK:
+            share_file(path, place)
+    shutil.copyfile(source / MARK, target / MARK)
+
+
+def _the_one_before(folder: Path) -> str:
+    """A sentence that offers the newest state before `folder` that is whole."""
+
+    def step_of(path: Path) -> int:
+        match = _NAME.fullmatch(path.name)
+        return int(match[1]) if match else 0
+
+    for state in reversed(list_states(folder.parent, damaged_too=True)[0]):
+        if step_of(state.folder) < step_of(folder) and _fault_of_state(state) is None:
+            return f"The one before it is whole: --resume {state.folder}"
+    return "No state before it is whole: start anew with --resume never --overwrite."

@@ -1,0 +1,185 @@
+"""NAME.distilling beside NAME: what a distillation has done so far, so that the same command goes on from there.
+
+In: the settings that decide on the tokens, and those of the training. Out: a folder held by one run at a time, with
+    settings.json           what is asked for, "text" and "training"
+    drawn_NNN.safetensors   a batch of text of the donor's own
+    tokens.safetensors      all tokens that are trained on and held out
+    layer_NN.safetensors    the mixer of a finished layer, float32, and its record
+Each file appears whole or not at all.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from model_preparation.errors import SurgeryError
+from model_preparation.io.identity import differences
+from model_preparation.io.new_file import write_file
+from model_preparation.io.partial_folder import take
+from model_preparation.io.sync import make_folder, sync
+from model_preparation.io.untrusted.untrusted_files import read_json, without_links
+from model_preparation.train.distill.distill_data import TokenData
+
+_SETTINGS, _TOKENS = "settings.json", "tokens.safetensors"
+
+
+class WorkFolder:
+    """The folder of one distillation; see above."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @classmethod
+    def beside(cls, target: Path) -> "WorkFolder":
+        """That of the distillation that makes `target`."""
+        target = target.resolve()
+        return cls(target.with_name(f"{target.name}.distilling"))
+
+    @contextmanager
+    def held(self, text: Mapping[str, Any], training: Mapping[str, Any], *, restart: bool) -> Iterator[None]:
+        """Keep other runs out, and see that the tokens and layers that are there are of the same settings.
+
+        Args:
+            text: JSON's kinds of values, all that decides on the tokens.
+            training: likewise, all else that decides on the weights.
+            restart: remove the layers first, and the tokens unless they are of the same settings.
+
+        Raises:
+            SurgeryError: if another run is at it, or it has tokens or layers of other settings, which are named.
+        """
+        hold = take(without_links(self.folder))
+        try:
+            self._check_ours()
+            make_folder(self.folder)
+            asked = {"text": dict(text), "training": dict(training)}
+            if (self.folder / _SETTINGS).exists():
+                self._settle(asked, restart=restart)
+            else:
+                self._write_settings(asked)
+            yield
+        finally:
+            hold.release()
+
+    def settings(self) -> dict[str, Any]:
+        """Those of the distillation that is going on here."""
+        found = self._read_settings()
+        return found["text"] | found["training"]
+
+    def remove(self) -> None:
+        """Remove all of it; the settings last, as they tell what the rest is."""
+        if self.folder.is_dir():
+            self._empty()
+            (self.folder / _SETTINGS).unlink(missing_ok=True)
+            self.folder.rmdir()
+
+    def tokens(self) -> TokenData | None:
+        """The tokens, if they were kept."""
+        path = self.folder / _TOKENS
+        return TokenData(**load_file(path)) if path.is_file() else None
+
+    def keep_tokens(self, data: TokenData) -> None:
+        tensors = {"tokens": data.tokens} if data.weights is None else vars(data)
+        self._write(_TOKENS, dict(tensors))
+
+    def drawn(self, number: int) -> Tensor | None:
+        """Batch `number` of the donor's own text, (sequences, length) int64, if it was kept."""
+        path = self.folder / f"drawn_{number:03d}.safetensors"
+        return load_file(path)["tokens"] if path.is_file() else None
+
+    def keep_drawn(self, number: int, tokens: Tensor) -> None:
+        self._write(f"drawn_{number:03d}.safetensors", {"tokens": tokens})
+
+    def forget_drawn(self) -> None:
+        """Remove all batches."""
+        for path in self.folder.glob("drawn_*.safetensors"):
+            path.unlink()
+
+    def has_layer(self, index: int) -> bool:
+        """Whether the layer is finished."""
+        return self._layer(index).is_file()
+
+    def mixer(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a finished layer's mixer, float32, by name relative to the layer."""
+        return load_file(self._layer(index))
+
+    def record(self, index: int) -> dict[str, Any]:
+        """What was told of a finished layer when it was kept."""
+        with safe_open(self._layer(index), "pt") as file:
+            return json.loads(file.metadata()["record"])
+
+    def keep_layer(self, index: int, mixer: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Keep a finished layer, on the disk when this returns."""
+        self._write(self._layer(index).name, dict(mixer), {"record": json.dumps(record)})
+
+    def _layer(self, index: int) -> Path:
+        return self.folder / f"layer_{index:02d}.safetensors"
+
+    def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        write_file(self.folder / name, save(contiguous, metadata))
+
+    def _read_settings(self) -> dict[str, Any]:
+        path = self.folder / _SETTINGS
+        try:
+            found = read_json(path)
+            if not all(isinstance(found.get(part), dict) for part in ("text", "training")):
+                raise ValueError("text or training is missing")
+            return found
+        except (OSError, ValueError) as error:
+            raise SurgeryError(f"{path} cannot be read ({error}). Add --restart to begin anew.") from error
+
+    def _write_settings(self, settings: Mapping[str, Any]) -> None:
+        write_file(self.folder / _SETTINGS, json.dumps(settings, indent=2) + "\n")
+
+    def _check_ours(self) -> None:
+        """Raise SurgeryError if the folder has files in it and none of them says that a distillation made it."""
+        names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+        if names and not any(name.startswith(_SETTINGS) for name in names):
+            raise SurgeryError(
+                f"{self.folder} holds other files ({', '.join(sorted(names)[:3])}), and the work is to be kept there. "
+                "Move them elsewhere, or choose another --output_dir."
+            )
+
+    def _settle(self, asked: Mapping[str, Any], *, restart: bool) -> None:
+        """Let the settings there become those asked for, if no tokens or layers are of others, or these may go."""
+        asked = json.loads(json.dumps(asked))
+        try:
+            found = self._read_settings()
+        except SurgeryError:
+            if not restart:
+                raise
+            found = {"text": {}, "training": {}}
+        other_text = differences(found["text"], asked["text"])
+        other_training = differences(found["training"], asked["training"])
+        layers = list(self.folder.glob("layer_*.safetensors"))
+        tokens = [*self.folder.glob(_TOKENS), *self.folder.glob("drawn_*.safetensors")]
+        odd = [*(other_text if tokens or layers else []), *(other_training if layers else [])]
+        if odd and not restart:
+            raise SurgeryError(
+                f"{self.folder} was begun with other settings: {'; '.join(odd)}. Run it with those, add --restart to "
+                f"begin anew{'' if other_text else ' (the tokens are kept)'}, or choose another --output_dir."
+            )
+        if other_text:
+            self._empty()
+        elif restart:
+            for path in layers:
+                path.unlink()
+            sync(self.folder)
+        if other_text or other_training:
+            self._write_settings(asked)
+
+    def _empty(self) -> None:
+        """Remove all but the settings."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _SETTINGS:
+                path.unlink()
+        sync(self.folder)  # before the settings tell of something else

@@ -1,1 +1,0 @@
-"""Whether a checkpoint is what was built: files, tensors, base and donor."""

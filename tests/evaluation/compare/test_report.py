@@ -1,0 +1,108 @@
+"""The report in a browser: it sorts, it draws, it asks the network for nothing, and it runs no text as code."""
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from PIL import Image
+
+from model_preparation.evaluation.compare.compare import compare_evaluations
+from model_preparation.evaluation.compare.report_folder import write_report
+from tests.conftest import HANG_SECONDS
+from tests.evaluation.compare.stock import change_samples, evaluate, write_tasks
+
+HOSTILE = "<img src=x onerror=alert(1)>$x$ 模型"
+
+# Clicks headers, and notes the order of the rows after each click, the requests made and errors met.
+DRIVER = """
+const order = (id) => [...document.querySelectorAll(`#${id} tbody tr`)].map((row) => row.cells[0].textContent);
+const click = (id, name) => [...document.querySelectorAll(`#${id} th button`)]
+  .find((button) => button.textContent === name).click();
+const seen = {start: order("subjects")};
+for (const name of ["questions", "difference", "subject"]) {
+  click("subjects", name); seen[name] = order("subjects");
+  click("subjects", name); seen[name + " again"] = order("subjects");
+}
+click("groups", "group"); seen.groups = order("groups");
+seen.requests = performance.getEntriesByType("resource").map((entry) => entry.name);
+seen.images = document.images.length;
+seen.drawn = [...document.querySelectorAll("svg")].map((svg) => svg.getBoundingClientRect().height);
+seen.ids = [...document.querySelectorAll("[id]")].map((element) => element.id);
+seen.wide = document.documentElement.scrollWidth > window.innerWidth;
+const pre = document.createElement("pre"); pre.id = "seen"; pre.textContent = JSON.stringify(seen);
+document.querySelector("h1").after(pre); pre.hidden = true;
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """A report on a baseline of ordinary name and a model whose name and questions are hostile."""
+    folder = tmp_path_factory.mktemp("report")
+    tasks = write_tasks(folder / "tasks")
+    evaluate(tasks, folder / "one", seed=1)
+    evaluate(tasks, folder / HOSTILE, seed=2)
+    for name in ("one", HOSTILE):
+        change_samples(folder / name, lambda sample: sample["doc"].update(question="</pre><script>alert(2)</script>"))
+    comparison = compare_evaluations([folder / "one", folder / HOSTILE], resamples=200)
+    write_report(comparison, folder / "out", questions=3, as_json=False, overwrite=False)
+    return comparison, folder / "out" / "comparison.html"
+
+
+def test_names_and_questions_are_text_and_nothing_comes_from_elsewhere(page):
+    text = page[1].read_text(encoding="utf-8")
+    assert "<img" not in text
+    assert text.count("<script>") == 1
+    assert "&lt;/pre&gt;&lt;script&gt;alert(2)" in text
+    assert "&lt;img src=x onerror=alert(1)&gt;$x$ 模型" in text
+    links = set(re.findall(r"\b(?:src|href|action|data)=\"([^\"#][^\"]*)", text)) | set(re.findall(r"url\([^#)]", text))
+    assert links == {"data:,"}  # the icon that stops browsers from asking for one
+    assert len(text) < 500_000
+
+
+def find_chromium():
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="needs Chromium")
+def test_in_a_browser_the_tables_sort_and_the_plots_are_drawn(page, tmp_path):
+    comparison, path = page
+    digest = base64.b64encode(hashlib.sha256(DRIVER.encode()).digest()).decode()
+    text = path.read_text(encoding="utf-8")
+    # The page's policy has to allow the test's script; its own script runs only if its digest is right.
+    text = re.sub(r"(script-src '[^']+')", rf"\1 'sha256-{digest}'", text, count=1)
+    (tmp_path / "page.html").write_text(text.replace("</body>", f"<script>{DRIVER}</script></body>"), encoding="utf-8")
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking hide-scrollbars"
+    flags = [f"--{flag}" for flag in f"{flags} disable-component-update disable-sync dump-dom".split()]
+    places = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}"]
+    command = [find_chromium(), *flags, *places, "--window-size=500,2400", f"file://{tmp_path}/page.html"]
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, cwd=tmp_path)
+    found = re.search(r'<pre id="seen"[^>]*>(.*?)</pre>', dumped.stdout, re.DOTALL)
+    assert found, dumped.stderr
+    seen = json.loads(found[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+
+    rows = comparison.of_kind("subject")
+    assert seen["start"] == [row.label for row in rows] == ["animals", "grammar", "plants", "poems"]
+    by_size = ["plants", "poems", "animals", "grammar"]
+    assert (seen["questions"], seen["questions again"]) == (by_size, by_size[::-1])
+    gains = [row.differences[0].difference for row in rows]
+    assert len(set(gains)) > 2
+    value = dict(zip(seen["start"], gains, strict=True))
+    assert [value[label] for label in seen["difference"]] == sorted(gains, reverse=True)
+    assert [value[label] for label in seen["difference again"]] == sorted(gains)
+    assert (seen["subject"], seen["subject again"]) == (sorted(by_size), sorted(by_size, reverse=True))
+    assert seen["groups"] == ["letters", "nature", "quiz"]
+    assert seen["requests"] == []
+    assert seen["images"] == 0
+    assert len(seen["drawn"]) == 2
+    assert min(seen["drawn"]) > 100
+    assert len(seen["ids"]) == len(set(seen["ids"]))
+    assert not seen["wide"]  # on a screen of 500 points only the tables scroll sideways
+
+    picture = Image.open(tmp_path / "page.png").convert("RGB")
+    colours = {colour for _, colour in picture.getcolors(1 << 22)}
+    assert {(0x3B, 0x82, 0xC4), (0xE0, 0x8A, 0x1E)} <= colours  # the two models' points

@@ -1,0 +1,59 @@
+"""What a result was computed from: what differs is named, and a large file that has not changed is not read again."""
+
+import os
+import time
+
+import pytest
+
+from model_preparation.io import identity
+from model_preparation.io.identity import differences, digests_of_files
+
+
+def test_what_differs_is_named_in_one_form():
+    there = {"limit": 5, "weights": "0" * 64, "layers": [1, 3], "mixer": {"d_state": 8}, "race": True, "seed": 1}
+    now = {"limit": None, "weights": "1" * 64, "layers": [1], "mixer": {}, "race": False, "seed": 1, "code": "2" * 64}
+    assert differences(there, now) == [
+        "code: not given there, given now",
+        "layers: 1 3 there, 1 now",
+        "limit: 5 there, not given now",
+        "mixer d_state: 8 there, not given now",
+        "race: on there, off now",
+        "weights: other contents",
+    ]
+    assert differences(there, there) == []
+    assert differences({"weights": "0" * 64}, now, of_both=True) == ["weights: other contents"]
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A file worth remembering, changed long ago as far as anybody can tell."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("time.time", lambda now=time.time: now() + 60)
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(1 << 24))
+    return path
+
+
+def test_a_large_file_is_read_again_only_when_it_has_changed(large, monkeypatch):
+    read, blake3_of = [], identity.blake3_of
+    monkeypatch.setattr(identity, "blake3_of", lambda path: read.append(path) or blake3_of(path))
+    before = digests_of_files([large])
+    assert digests_of_files([large]) == before
+    assert read == [large]
+    times = large.stat()
+    with large.open("r+b") as file:  # in place, with the time set back
+        file.write(b"1")
+    os.utime(large, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert digests_of_files([large]) != before
+    renamed = large.rename(large.with_name("other.bin"))
+    assert digests_of_files([renamed])["other.bin"] != before["weights.bin"]
+    assert len(read) == 3
+
+
+@pytest.mark.parametrize("damage", ["{", '{"look": 1}', "[]"])
+def test_a_damaged_record_is_none(large, tmp_path, damage):
+    before = digests_of_files([large])
+    [record] = (tmp_path / "cache").rglob("*.json")
+    record.write_text(damage)
+    assert digests_of_files([large]) == before
+    assert record.read_text() != damage

@@ -1,0 +1,50 @@
+"""Fixtures of the healing tests: a text, the flags of a short run with everything in play, and that run undisturbed."""
+
+import gc
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
+import pytest
+
+from model_preparation.train.heal import heal as _imported_before_forks  # noqa: F401
+from tests.conftest import run_command
+from tests.train.cutting import write_text
+
+# Of a short run that shuffles, drops out and accumulates.
+RUN = {"max_steps": 6, "batch_size": 2, "block_size": 16, "accumulation": 2, "dropout": 0.1}
+RUN |= {"learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "eval_interval": 3, "device": "cpu"}
+
+gc.freeze()  # accelerate collects garbage at every start; what is imported is none, and forks would copy it
+
+Heal = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt", words=600)
+
+
+@pytest.fixture(scope="session")
+def flags(checkpoint_dir, text_file) -> list[object]:
+    """Those of RUN, of the tiny checkpoint; whatever is added later counts."""
+    given = {"checkpoint": checkpoint_dir, "data": text_file, **RUN}
+    return [part for name, value in given.items() for part in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="session")
+def heal(flags) -> Heal:
+    """Run the command; further arguments are its flags."""
+    return lambda output_dir, *more: run_command("heal_checkpoint", *flags, "--output_dir", output_dir, *more)
+
+
+@pytest.fixture(scope="session")
+def healed(heal, tmp_path_factory) -> Path:
+    """The checkpoint that the run makes when nobody touches it. Copy it and its states before changing anything."""
+    folder = tmp_path_factory.mktemp("healed") / "tiny_1_3_v2_healed"
+    result = heal(folder)
+    assert result.returncode == 0, result.stderr
+    (folder.parent / "stdout").write_text(result.stdout)
+    return folder

@@ -1,0 +1,91 @@
+"""Healing runs that are killed while they train, for the tests and for benchmarks/heal_resume.py.
+
+In: the command's arguments and where to cut. Out: what is on the disk when the run has gone on to its end.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from model_preparation.train.heal.resume_state import list_states
+from tests.conftest import PACKAGE, _become_command
+
+_TEXT = "the cat sat on a mat and a dog ran far away from home in the rain while birds sang of better days"
+
+
+def write_text(path: Path, words: int = 3000, seed: int = 0) -> Path:
+    """A text of common words in an order drawn from the seed."""
+    path.write_text(" ".join(random.Random(seed).choices(_TEXT.split(), k=words)))
+    return path
+
+
+def run_until(
+    args: list[object],
+    step: int | None = None,
+    delay: float = 0.0,
+    number: int = signal.SIGKILL,
+    *,
+    processes: int = 1,
+    env: Mapping[str, str] | None = None,
+) -> tuple[int, str]:
+    """Run heal_checkpoint and signal it `delay` seconds after it logged `step`; (exit code, standard output).
+
+    It has to be asked for `--logging_steps 1`. It is forked from this process, so that nothing is imported anew; of
+    more processes than one, each is told its place as torchrun tells it, all get the signal, and the first one's end
+    counts.
+    """
+    reading, writing = os.pipe()
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), **(env or {})} if processes > 1 else {}
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            os.dup2(writing, 1)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            if processes > 1:
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            _become_command("heal_checkpoint", tuple(args), PACKAGE, env)
+        children.append(child)
+    os.close(writing)
+    text = ""
+    with os.fdopen(reading) as lines:
+        for line in lines:
+            text += line
+            if step is not None and line.startswith("step") and int(line.split()[1]) >= step:
+                time.sleep(delay)
+                for child in children:
+                    os.kill(child, number)
+                step = None
+        statuses = [os.waitpid(child, 0)[1] for child in children]
+    return os.waitstatus_to_exitcode(statuses[0]), text
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def outcome(output_dir: Path) -> dict[str, object]:
+    """What two runs have to have in common, bit by bit: weights, optimizer, scheduler, random states, loss log."""
+    newest = list_states(output_dir.with_name(f"{output_dir.name}_resume"))[0][-1]
+    kinds = (".pt", ".pth", ".distcp")
+    files = {name: entry["sha256"] for name, entry in newest.info["files"].items() if name.endswith(kinds)}
+    weights = torch.load(output_dir / "model_state_dict.pt")
+    info = json.loads((output_dir / "checkpoint_info.json").read_text())
+    return {
+        "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
+        "state": files,
+        "log": (output_dir / "training_log.jsonl").read_text(),
+        "scores": info["healing"]["scores"],
+        "texts": info["healing"]["texts"],
+        "step": newest.steps,
+    }

@@ -1,0 +1,191 @@
+"""Healing by two processes over gloo: DDP and FSDP, stopped, resumed, and with another number of processes."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from model_preparation import verify_checkpoint
+from model_preparation.errors import SurgeryError
+from model_preparation.io.digests import describe_files
+from model_preparation.llamba import LlambaForCausalLM
+from model_preparation.train.heal.resume_state import MARK, ResumeState, check_state, list_states, read_state
+from tests.conftest import PACKAGE
+from tests.train.cutting import outcome, run_until, write_text
+
+CONFIGS = PACKAGE.parent / "scripts" / "accelerate"
+
+
+def environment_of(config: str) -> dict[str, str]:
+    """What `accelerate launch --config_file CONFIG` would tell the processes it starts."""
+    args = launch_command_parser().parse_args(["--config_file", str(CONFIGS / config), "heal_checkpoint.py"])
+    args, _, _ = _validate_launch_command(args)
+    told = prepare_multi_gpu_env(args)
+    return {name: value for name, value in told.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+@pytest.fixture(scope="module")
+def slow_flags(flags) -> list[object]:
+    """Of steps so small that it matters little how many sequences each of them sees."""
+    return [*flags, "--learning_rate", 1e-3]
+
+
+@pytest.fixture(scope="module")
+def ddp(slow_flags, tmp_path_factory) -> Path:
+    """What two processes make when nobody touches them."""
+    folder = tmp_path_factory.mktemp("ddp") / "healed"
+    code, text = run_until([*slow_flags, "--output_dir", folder], processes=2, env=environment_of("ddp.yaml"))
+    assert code == 0, text
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model_state_dict.pt")
+
+
+def healing(folder: Path) -> dict:
+    return json.loads((folder / "checkpoint_info.json").read_text())["healing"]
+
+
+def seen(folder: Path) -> int:
+    return healing(folder)["sequences_seen"]
+
+
+def loss_after(folder: Path) -> float:
+    return healing(folder)["scores"]["after"]["eval_loss"]
+
+
+def test_two_processes_killed_together_end_with_the_same_bits(slow_flags, ddp, tmp_path):
+    args = [*slow_flags, "--output_dir", tmp_path / "out"]
+    assert run_until(args, 3, 0.02, processes=2)[0] == -9
+    assert run_until(args, processes=2)[0] == 0
+    assert outcome(tmp_path / "out") == outcome(ddp)
+    assert verify_checkpoint(ddp) == []
+    newest = list_states(ddp.with_name("healed_resume"))[0][-1]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= newest.info["files"].keys()
+    assert newest.info["world_size"] == 2
+
+
+def test_the_held_out_loss_is_that_of_each_sequence_once_whatever_the_processes(flags, tmp_path):
+    """What fills up the last batches is in no mean."""
+    write_text(tmp_path / "other.txt", words=50, seed=5)
+    more = ["--eval_data", tmp_path / "other.txt", "--max_steps", 1, "--eval_interval", 1]
+    found = {}
+    for processes, batch_size in ((1, 2), (2, 2), (2, 4)):
+        out = tmp_path / f"out_{processes}_{batch_size}"
+        code, text = run_until([*flags, *more, "--batch_size", batch_size, "--output_dir", out], processes=processes)
+        assert code == 0, text
+        assert healing(out)["data"]["held_out_sequences"] % (processes * batch_size)
+        found[processes, batch_size] = healing(out)["scores"]["before"]["eval_loss"]
+    assert list(found.values()) == pytest.approx([found[1, 2]] * 3, abs=1e-5)
+
+
+def newest_state(output_dir: Path) -> ResumeState:
+    return list_states(output_dir.with_name(f"{output_dir.name}_resume"))[0][-1]
+
+
+def test_two_then_one_then_two_processes_are_the_same_run(slow_flags, tmp_path):
+    flags = [*slow_flags, "--dropout", 0]  # whose draws differ with the number of processes
+    assert run_until([*flags, "--accumulation", 4, "--output_dir", tmp_path / "one"])[0] == 0
+    args = [*flags, "--output_dir", tmp_path / "out", "--save_steps", 1]
+    run_until(args, 2, 0, processes=2)
+    two = newest_state(tmp_path / "out")
+    text = run_until(args, two.steps + 2, 0)[1]
+    words = f"The number of processes is 1, was 2: step {two.steps} is now step {two.steps}, after the same"
+    step = "a step is 8 sequences, in 4 forward passes of each process, and the last one is step 6."
+    assert f"{words} {8 * two.steps} sequences; {step}" in text
+    assert newest_state(tmp_path / "out").info["world_size"] == 1
+    code, text = run_until(args, processes=2)
+    assert code == 0
+    assert "The number of processes is 2, was 1" in text
+    assert seen(tmp_path / "out") == seen(tmp_path / "one") == 48
+    assert loss_after(tmp_path / "out") == pytest.approx(loss_after(tmp_path / "one"), abs=1e-4)
+    torch.testing.assert_close(weights(tmp_path / "out"), weights(tmp_path / "one"), rtol=1e-4, atol=1e-4)
+
+
+def test_where_a_step_cannot_stay_the_same_sequences_it_is_converted(slow_flags, tmp_path):
+    args = [*slow_flags, "--accumulation", 1, "--max_steps", 12, "--output_dir", tmp_path / "out", "--save_steps", 1]
+    run_until(args, 3, 0)
+    one = newest_state(tmp_path / "out")
+    text = run_until(args, one.steps // 2 + 2, 0, processes=2)[1]
+    words = f"The number of processes is 2, was 1: step {one.steps} is now step {one.steps // 2}, after the same"
+    assert f"{words} {2 * one.steps} sequences; a step is 4 sequences" in text
+    two = newest_state(tmp_path / "out")
+    # Half a step of two processes that one had done is not done twice.
+    assert two.sequences_seen == 4 * two.steps + 2 * one.steps % 4
+    code, text = run_until(args)
+    assert code == 0
+    assert f"The number of processes is 1, was 2: step {two.steps} is now step {two.sequences_seen // 2}," in text
+    assert seen(tmp_path / "out") == 24
+
+
+@pytest.fixture(scope="module")
+def fsdp(slow_flags, tmp_path_factory) -> Path:
+    """The same in shards."""
+    folder = tmp_path_factory.mktemp("fsdp") / "healed"
+    code, text = run_until([*slow_flags, "--output_dir", folder], processes=2, env=environment_of("fsdp.yaml"))
+    assert code == 0, text
+    return folder
+
+
+def test_in_shards_they_end_as_without(ddp, fsdp):
+    assert verify_checkpoint(fsdp) == []
+    whole = weights(ddp)
+    for name, tensor in weights(fsdp).items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-4, atol=1e-4)
+
+
+def test_in_shards_and_killed_together_they_end_with_the_same_bits(slow_flags, fsdp, tmp_path):
+    env = environment_of("fsdp.yaml")
+    assert env["ACCELERATE_USE_FSDP"] == "true"
+    args = [*slow_flags, "--output_dir", tmp_path / "out"]
+    assert run_until(args, 3, 0.05, processes=2, env=env)[0] == -9
+    assert run_until(args, processes=2, env=env)[0] == 0
+    assert outcome(tmp_path / "out") == outcome(fsdp)
+    shards = {name for name in outcome(fsdp)["state"] if name.endswith(".distcp")}
+    folders = ("optimizer_0", "pytorch_model_fsdp_0")
+    assert shards == {f"{folder}/__{rank}_0.distcp" for folder in folders for rank in (0, 1)}
+
+
+def test_shards_with_code_in_them_are_refused_by_name(fsdp, tmp_path):
+    newest = list_states(fsdp.with_name("healed_resume"))[0][-1].folder
+    shutil.copytree(newest, tmp_path / "state")
+    optimizer = tmp_path / "state" / "optimizer_0"
+    metadata = pickle.loads((optimizer / ".metadata").read_bytes())  # noqa: S301  # just written
+    check_state(read_state(tmp_path / "state"))
+
+    def refused(by: str) -> None:
+        mark = tmp_path / "state" / MARK
+        info = json.loads(mark.read_text())
+        info["files"] = describe_files(tmp_path / "state", excluded=[MARK])
+        mark.write_text(json.dumps(info))
+        with pytest.raises(SurgeryError, match=by):
+            check_state(read_state(tmp_path / "state"))
+
+    index = next(index for index in metadata.storage_data if index.fqn.endswith(".lr"))
+    place = metadata.storage_data[index]
+    torch.save({"lr": os.system}, optimizer / "__9_0.distcp")
+    place.relative_path, place.offset = "__9_0.distcp", 0
+    place.length = (optimizer / "__9_0.distcp").stat().st_size
+    (optimizer / ".metadata").write_bytes(pickle.dumps(metadata))
+    refused(r"optimizer_0/\.metadata is refused \(its entry 'optimizer.*lr' in __9_0\.distcp: .*posix\.system")
+    place.relative_path = "../__9_0.distcp"
+    (optimizer / ".metadata").write_bytes(pickle.dumps(metadata))
+    refused("outside its folder")
+    metadata.version = os.system
+    (optimizer / ".metadata").write_bytes(pickle.dumps(metadata))
+    refused(r"it names posix\.system, which could run code")
+    (optimizer / ".metadata").write_bytes(pickle.dumps(metadata)[:500])
+    refused("damaged|posix")
+
+
+def test_the_shipped_config_shards_by_the_hybrids_layers():
+    told = environment_of("fsdp.yaml")
+    assert told["FSDP_TRANSFORMER_CLS_TO_WRAP"].split(",") == LlambaForCausalLM._no_split_modules
+    assert told["FSDP_STATE_DICT_TYPE"] == "SHARDED_STATE_DICT"

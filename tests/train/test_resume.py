@@ -1,0 +1,321 @@
+"""Healing runs stopped in every way: what is on the disk then, and that they go on as if nothing had happened."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model_preparation.errors import SurgeryError
+from model_preparation.io.digests import describe_file
+from model_preparation.train.heal.heal_trainer import HealTrainer
+from model_preparation.train.heal.resume_state import (
+    MARK,
+    check_state,
+    finish_state,
+    list_states,
+    load_plain,
+    place_for,
+    read_state,
+    rotate,
+    set_aside_after,
+)
+from model_preparation.train.heal.settings import HealSettings, saved_settings
+from tests.conftest import assert_refused
+from tests.train.cutting import outcome, run_until
+
+FIELDS = {
+    "settings": {},
+    "model_args": {},
+    "parent": {"id": "a", "tensor_digests_sha256": "b"},
+    "data": {"blake3": "c", "sequences": 1, "held_out_blake3": None},
+}
+
+
+def make_state(folder: Path, step: int, world_size: int = 1) -> Path:
+    """A complete state without anything to train in it."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "weights").write_text(str(step))
+    seen = {"iter_num": step, "sequences_seen": step * world_size, "world_size": world_size}
+    unlogged = {"losses": [0.0] * world_size, "last_logged": 0}
+    finish_state(path, {**FIELDS, **seen, "unlogged": unlogged})
+    return path
+
+
+def copy_states(healed: Path, output_dir: Path) -> Path:
+    """The states of the fixture's run as those of a run to `output_dir`."""
+    states = output_dir.with_name(f"{output_dir.name}_resume")
+    shutil.copytree(healed.with_name(f"{healed.name}_resume"), states)
+    return states
+
+
+def test_killed_at_random_moments_a_run_ends_with_the_same_bits(flags, heal, healed, tmp_path):
+    moments = random.Random(os.urandom(8))
+    for name in ("a", "b"):
+        out = tmp_path / name
+        steps = sorted(moments.choices(range(6), k=2))
+        killed = [run_until([*flags, "--output_dir", out], step, moments.random() * 0.05)[0] for step in steps]
+        assert -signal.SIGKILL in killed
+        assert not out.exists()
+        result = heal(out)
+        assert result.returncode == 0, result.stderr
+        assert outcome(out) == outcome(healed), f"killed after steps {steps}"
+
+
+def test_asked_to_stop_a_run_saves_where_it_is_and_ends_with_the_same_bits(flags, heal, healed, tmp_path):
+    out = tmp_path / "out"
+    more = ["--output_dir", out, "--milestones", "1=early"]  # at no interval of the others
+    assert run_until([*flags, *more], 3, 0, signal.SIGTERM)[0] == 143
+    states, _ = list_states(tmp_path / "out_resume")
+    assert states[-1].steps in (4, 5)
+    assert heal(out, *more).returncode == 0
+    assert outcome(out) == outcome(healed)
+    # The milestone was not rotated away, and a run can go on from it.
+    assert read_state(tmp_path / "out_resume" / "early").steps == 1
+    result = heal(out, *more, "--resume", tmp_path / "out_resume" / "early", "--overwrite")
+    assert "checkpoint-6 has seen more than early: it is put aside as checkpoint-6.aside" in result.stdout
+    assert outcome(out) == outcome(healed)
+
+
+def test_a_state_has_everything_in_it(healed):
+    state = list_states(healed.with_name(f"{healed.name}_resume"))[0][-1]
+    assert set(state.info["files"]) == {
+        *("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
+        *("trainer_state.json", "training_args.json"),
+    }
+    assert set(load_plain(state.folder / "rng_state.pth")) >= {"python", "numpy", "cpu"}
+    trainer_state = json.loads((state.folder / "trainer_state.json").read_text())
+    assert trainer_state["global_step"] == state.info["iter_num"] == 6
+    assert state.info["best_val_loss"] == trainer_state["best_metric"]
+    assert json.loads((state.folder / "training_args.json").read_text())["learning_rate"] == 1e-2
+    assert state.info["world_size"] == 1
+    assert state.info["settings"]["accumulation"] == 2
+    assert state.info["model_args"]["llama_layers"] == [1, 3]
+    assert len(state.info["run_id"]) == 21
+    assert state.info["epoch"] == 24 / state.info["data"]["sequences"]
+
+
+def test_what_is_half_written_is_skipped_and_named(heal, healed, tmp_path):
+    states = copy_states(healed, tmp_path / "out")
+    (states / "checkpoint-6" / MARK).unlink()
+    (states / "checkpoint-8.partial").mkdir()
+    (states / "checkpoint-8.partial" / ".held_by").write_text("{}")
+    result = heal(tmp_path / "out")
+    for name in ("checkpoint-6", "checkpoint-8.partial"):
+        assert f"{states / name} is half-written by a run that was killed, or damaged: it is skipped." in result.stdout
+    assert f"Going on from {states / 'checkpoint-4'}" in result.stdout
+    assert outcome(tmp_path / "out") == outcome(healed)
+    names = sorted(path.name for path in states.iterdir())
+    assert names == ["checkpoint-3", "checkpoint-4", "checkpoint-6", "checkpoint-6.aside"]
+
+
+def test_a_damaged_state_is_named_and_the_one_before_it_offered(heal, healed, tmp_path):
+    states = copy_states(healed, tmp_path / "out")
+    path = states / "checkpoint-6" / "optimizer.pt"
+    whole = path.read_bytes()
+    for content, word in ((whole[:-100], "bytes long instead of"), (whole[:500] + b"!" + whole[501:], "changed")):
+        path.write_bytes(content)
+        assert_refused(heal(tmp_path / "out"), str(path), word, f"--resume {states / 'checkpoint-4'}")
+    path.unlink()
+    assert_refused(heal(tmp_path / "out"), f"{path} is missing", f"--resume {states / 'checkpoint-4'}")
+    before = sorted(folder.name for folder in states.iterdir())
+    other = states / "checkpoint-4" / "model.safetensors"
+    weights = other.read_bytes()
+    other.write_bytes(weights[:-1])  # then the one before it is no help, and no state is put aside for it
+    assert_refused(heal(tmp_path / "out"), f"{path} is missing", f"--resume {states / 'checkpoint-3'}")
+    refused = heal(tmp_path / "out", "--resume", states / "checkpoint-4")
+    assert_refused(refused, str(other), f"--resume {states / 'checkpoint-3'}")
+    assert sorted(folder.name for folder in states.iterdir()) == before
+    other.write_bytes(weights)
+    mark = states / "checkpoint-6" / MARK
+    mark.write_text(mark.read_text()[:-50])
+    assert_refused(heal(tmp_path / "out"), f"{mark} cannot be read", f"--resume {states / 'checkpoint-4'}")
+    assert_refused(heal(tmp_path / "out", "--resume", states), "holds states, the newest checkpoint-4")
+    assert heal(tmp_path / "out", "--resume", states / "checkpoint-4").returncode == 0
+    assert outcome(tmp_path / "out") == outcome(healed)
+
+
+def test_a_state_with_code_in_it_is_refused_by_name(heal, healed, tmp_path):
+    states = copy_states(healed, tmp_path / "out")
+    folder = states / "checkpoint-6"
+    torch.save({"python": os.system}, folder / "rng_state.pth")
+    info = json.loads((folder / MARK).read_text())
+    info["files"]["rng_state.pth"] = describe_file(folder / "rng_state.pth")
+    (folder / MARK).write_text(json.dumps(info))
+    assert_refused(heal(tmp_path / "out"), str(folder / "rng_state.pth"), "posix.system")
+    with pytest.raises(SurgeryError, match=r"posix\.system"):
+        load_plain(folder / "rng_state.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (MARK, {"parent": {}}),
+        (MARK, {"data": {}}),
+        (MARK, {"unlogged": {}}),
+        (MARK, {"unlogged": {"losses": ["x"], "last_logged": 0}}),
+        (MARK, {"unlogged": {"losses": [], "last_logged": 0}}),
+        (MARK, {"run_id": 5}),
+        (MARK, {"texts": [{"prompt": 5}]}),
+        (MARK, {"files": {"optimizer.pt": 5}}),
+        ("trainer_state.json", {"global_step": "x"}),
+        ("trainer_state.json", {"log_history": "x"}),
+        ("trainer_state.json", {"log_history": [{"step": 1, "loss": "x"}]}),
+        ("trainer_state.json", {"best_metric": "x"}),
+        ("trainer_state.json", {"unheard_of": 1}),
+        ("trainer_state.json", None),
+    ],
+)
+def test_a_state_that_no_run_can_have_written_is_refused(healed, tmp_path, name, change):
+    folder = copy_states(healed, tmp_path / "out") / "checkpoint-6"
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text("[" * 100_000 if change is None else json.dumps(content | change))
+    if name != MARK:
+        info = json.loads((folder / MARK).read_text())
+        info["files"][name] = describe_file(folder / name)
+        (folder / MARK).write_text(json.dumps(info))
+    with pytest.raises(SurgeryError, match=rf"{name} (cannot be read|is refused) .*--resume .*checkpoint-4"):
+        check_state(read_state(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_steps", "x"), ("teacher", 5), ("exclude", [1]), ("batch_size", True)]
+)
+def test_settings_of_a_state_that_cannot_be(healed, name, value):
+    with pytest.raises(SurgeryError, match=f"settings are none: {name}"):
+        saved_settings(HealSettings().as_dict() | {name: value})
+    assert saved_settings(HealSettings().as_dict()) == HealSettings()
+
+
+def test_what_does_not_fit_into_a_run_is_told(heal, healed, tmp_path):
+    folder = copy_states(healed, tmp_path / "out") / "checkpoint-4"
+    shutil.rmtree(folder.with_name("checkpoint-6"))
+    info = json.loads((folder / MARK).read_text())
+    odd = {"rng_state.pth": {}, "scheduler.pt": 5, "optimizer.pt": {"state": {}, "param_groups": []}}
+    for name, content in odd.items():
+        torch.save(content, folder / name)
+        info["files"][name] = describe_file(folder / name)
+        (folder / MARK).write_text(json.dumps(info))
+        refused = heal(tmp_path / "out")
+        assert_refused(refused, f"{folder / name} does not fit this run", f"--resume {folder.parent / 'checkpoint-3'}")
+
+
+def test_a_run_that_goes_on_has_the_settings_it_was_started_with(heal, healed, tmp_path):
+    states = copy_states(healed, tmp_path / "out")
+    (states / "checkpoint-6" / MARK).unlink()
+    more = ("--init_from", "scratch", "--milestones", "3=past")
+    result = heal(tmp_path / "out", "--learning_rate", 0.5, "--seed", 3, "--save_total_limit", 2, *more)
+    assert "init_from stays 'checkpoint'" in result.stdout
+    assert "The milestone past is not made: its step 3 is behind" in result.stdout
+    assert "learning_rate stays 0.01, as the run was started with; 0.5 does not count" in result.stdout
+    assert "seed stays 0" in result.stdout
+    assert "--prompt" not in result.stdout
+    assert outcome(tmp_path / "out") == outcome(healed)
+    ids = {read_state(path).info["run_id"] for path in states.glob("checkpoint-?")}
+    assert len(ids) == 1  # so that a tracker shows one run
+    longer = heal(tmp_path / "out", "--max_steps", 7, "--overwrite")
+    assert "max_steps is now 7, was 6" in longer.stdout
+    assert list_states(states)[0][-1].steps == 7
+    again = heal(tmp_path / "out", "--max_steps", 7, "--overwrite", "--prompt", "another")
+    assert "The prompts stay those that the run began with: --prompt does not count." in again.stdout
+    assert "checkpoint-7 has done all of these steps" in again.stdout
+    refused = heal(tmp_path / "out", "--max_steps", 5, "--overwrite")
+    assert_refused(refused, "has done 7 steps, more than --max_steps 5", "--resume DIR")
+
+
+def test_other_text_or_another_checkpoint_is_another_run(heal, healed, base_dir, layers_dir, tmp_path):
+    from model_preparation import build_checkpoint
+
+    copy_states(healed, tmp_path / "out")
+    (tmp_path / "other.txt").write_text("another text " * 100)
+    assert_refused(heal(tmp_path / "out", "--data", tmp_path / "other.txt"), "other sequences")
+    build_checkpoint(str(base_dir), [1], layers_dir, tmp_path / "other")
+    refused = heal(tmp_path / "out", "--checkpoint", tmp_path / "other")
+    assert_refused(refused, "is of a run that heals tiny_1_3", "parent: other contents")
+    assert_refused(heal(tmp_path / "out", "--resume", "never"), "holds states of a run", "checkpoint-6")
+
+
+def test_a_parent_or_teacher_that_was_replaced_is_another(heal, healed, checkpoint_dir, donor_dir, tmp_path):
+    parent = shutil.copytree(checkpoint_dir, tmp_path / checkpoint_dir.name)
+    teacher = shutil.copytree(donor_dir, tmp_path / "teacher")
+    copy_states(healed, tmp_path / "out")
+    weights = torch.load(parent / "model_state_dict.pt")
+    torch.save({name: tensor.neg() for name, tensor in weights.items()}, parent / "model_state_dict.pt")
+    refused = heal(tmp_path / "out", "--checkpoint", parent)
+    assert_refused(refused, "is of a run that heals tiny_1_3", "(parent: other contents)", "another --output_dir")
+    with_teacher = ("--teacher", "llama", "--source", f"llama={teacher}", "--max_steps", 2)
+    assert heal(tmp_path / "taught", *with_teacher).returncode == 0
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    assert_refused(heal(tmp_path / "taught", *with_teacher, "--overwrite"), "(teacher: other contents)")
+
+
+def test_a_full_disk_leaves_the_state_before_resumable(heal, healed, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small disk")
+    states = tmp_path / "small"
+    states.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", states], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        result = heal(tmp_path / "out", "--resume_dir", states)
+        assert_refused(result, "state of step", "No space left on device", "checkpoint-2 is complete")
+        assert [path.name for path in states.iterdir()] == ["checkpoint-2"]
+        subprocess.run(["mount", "-o", "remount,size=9m", states], check=True)
+        assert heal(tmp_path / "out", "--resume_dir", states).returncode == 0
+        shutil.copytree(states, tmp_path / "out_resume")
+        assert outcome(tmp_path / "out") == outcome(healed)
+    finally:
+        subprocess.run(["umount", states], check=True)
+
+
+def test_rotation_keeps_the_newest_complete_and_the_best(tmp_path):
+    for step in (9, 10, 100, 20, 3):
+        make_state(tmp_path, step)
+    (tmp_path / "checkpoint-200").mkdir()  # half-written
+    assert [state.steps for state in list_states(tmp_path)[0]] == [3, 9, 10, 20, 100]
+    assert rotate(tmp_path, 3, "checkpoint-3") == ["checkpoint-9", "checkpoint-10"]
+    assert rotate(tmp_path, 1, "checkpoint-3") == ["checkpoint-20"]
+    assert [state.steps for state in list_states(tmp_path)[0]] == [3, 100]
+    assert list_states(tmp_path)[1] == ["checkpoint-200"]
+
+
+def test_the_newest_is_what_has_seen_most_whatever_its_step_is_called(tmp_path):
+    make_state(tmp_path, 20, world_size=1)
+    make_state(tmp_path, 15, world_size=2)
+    assert [state.sequences_seen for state in list_states(tmp_path)[0]] == [20, 30]
+    assert place_for(tmp_path, 20, 2, {"checkpoint-20"}) == tmp_path / "checkpoint-20-world2"
+    assert set_aside_after(tmp_path, read_state(tmp_path / "checkpoint-20")) == ["checkpoint-15"]
+    assert [state.steps for state in list_states(tmp_path)[0]] == [20]
+
+
+def test_the_scaler_of_float16_is_written_and_taken_up(tmp_path):
+    def trainer(scale: float) -> SimpleNamespace:
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(torch.ones(1))  # it makes its state when it is used first
+        accelerator = SimpleNamespace(scaler=scaler)
+        return SimpleNamespace(accelerator=accelerator, args=SimpleNamespace(should_save=True))
+
+    HealTrainer._save_scaler(trainer(1024.0), str(tmp_path))
+    resumed = trainer(2.0)
+    HealTrainer._load_scaler(resumed, str(tmp_path))
+    assert resumed.accelerator.scaler.get_scale() == 1024.0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_in_float16_a_stopped_run_goes_on_with_its_scaler(flags, heal, tmp_path):
+    more = ["--device", "cuda", "--precision", "float16", "--output_dir", tmp_path / "out"]
+    assert run_until([*flags, *more], 3, 0, signal.SIGTERM)[0] == 143
+    state = list_states(tmp_path / "out_resume")[0][-1]
+    assert load_plain(state.folder / "scaler.pt")["scale"] > 1
+    assert "cuda" in load_plain(state.folder / "rng_state.pth")
+    result = heal(tmp_path / "out", *more[:4])
+    assert result.returncode == 0, result.stderr
+    assert list_states(tmp_path / "out_resume")[0][-1].steps == 6
