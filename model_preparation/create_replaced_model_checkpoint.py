@@ -102,7 +102,7 @@ def main() -> None:
 
     target = Path(args.output_dir).expanduser()
     format = args.format or "pt"
-    check_target(target, overwrite=args.overwrite, complete_mark=checkpoint.INFO)
+    check_target(target, overwrite=args.overwrite, marker_file=checkpoint.INFO)
     device = partial(choose_device, args.gpu, args.device)
     if args.from_info is not None:
         rebuild(args.from_info, target, args, device)

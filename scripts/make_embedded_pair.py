@@ -88,7 +88,7 @@ def make_pair(output_dir: Path, work_dir: Path, *, seed: int) -> None:
     write_cards(donor, base, effect, distilled | {"d_state": D_STATE}, seed)
 
     for folder, mark in ((donor, "config.json"), (base, "config.json"), (task, "embedded_recall.yaml")):
-        with new_folder(output_dir / folder.name, overwrite=True, complete_mark=mark) as staging:
+        with new_folder(output_dir / folder.name, overwrite=True, marker_file=mark) as staging:
             shutil.copytree(folder, staging, dirs_exist_ok=True)
     write_effect(output_dir, effect)
     print(summary(effect))

@@ -41,10 +41,10 @@ def make_donor(output_dir: Path, *, overwrite: bool = False) -> None:
     """
     from model_preparation.io.new_folder import check_space, check_target, new_folder
 
-    check_target(output_dir, overwrite=overwrite, complete_mark="config.json")
+    check_target(output_dir, overwrite=overwrite, marker_file="config.json")
     gguf = find_gguf()
     check_space(output_dir, 600_000_000)
-    with new_folder(output_dir, overwrite=overwrite, complete_mark="config.json") as staging:
+    with new_folder(output_dir, overwrite=overwrite, marker_file="config.json") as staging:
         save_model(gguf, staging)
         load_tokenizer(gguf).save_pretrained(staging)
     print(f"The donor is in {output_dir}")

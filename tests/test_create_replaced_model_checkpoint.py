@@ -425,8 +425,8 @@ def test_an_interrupt_lost_inside_a_destructor_still_stops_the_build(base_dir, l
         "class Destroyed:\n"
         "    def __del__(self):\n"
         "        signal.raise_signal(signal.SIGINT)\n"
-        "seal = checkpoint.seal\n"
-        "checkpoint.seal = lambda info: (Destroyed(), seal(info))[1]\n"
+        "with_checksum = checkpoint.with_checksum\n"
+        "checkpoint.with_checksum = lambda info: (Destroyed(), with_checksum(info))[1]\n"
         "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base_dir, "--llama_layers_dir", layers_dir]

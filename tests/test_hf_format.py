@@ -18,7 +18,7 @@ from model_preparation import SurgeryError, build_checkpoint, load_checkpoint
 from model_preparation.checkpoint.verify import inspect
 from model_preparation.io.digests import describe_file
 from model_preparation.io.partial_folder import take
-from model_preparation.io.seal import seal
+from model_preparation.io.self_checksum import with_checksum
 from model_preparation.llamba import LlambaForCausalLM, modeling_llamba
 from tests.conftest import PACKAGE, assert_refused, run_command, run_python, seeded, tiny_config
 
@@ -403,7 +403,7 @@ def old_code(hf_dir, tmp_path) -> Path:
     del info["files"]["ssd.py"]
     for name in ("config.json", "mixer.py", "gone.py"):
         info["files"][name] = describe_file(folder / name)
-    replace(folder / "checkpoint_info.json", seal(info | {"mmlu_score": 0.5}).decode())
+    replace(folder / "checkpoint_info.json", with_checksum(info | {"mmlu_score": 0.5}).decode())
     (folder / "evaluations" / "mmlu").mkdir(parents=True)
     (folder / "evaluations" / "mmlu" / "result.json").write_text("{}")
     (folder / "README.md").write_text("Mine.\n")
@@ -500,7 +500,7 @@ def test_what_is_not_updated_is_left_as_it_is(old_code, damage, words):
             del info["files"]["config.json"]
             replace(old_code / "config.json", "{}")
             info["files"]["config.json"] = describe_file(old_code / "config.json")
-        replace(info_path, seal(info).decode())
+        replace(info_path, with_checksum(info).decode())
     before = {path: path.read_bytes() for path in old_code.rglob("*") if path.is_file()}
     result = run_command("update_checkpoint", old_code)
     if held is not None:

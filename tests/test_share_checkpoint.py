@@ -19,7 +19,7 @@ from modelscope_hub import set_default_config
 
 from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
 from model_preparation.hub import hub_uploads
-from model_preparation.io.seal import check_seal
+from model_preparation.io.self_checksum import checksum_fault
 from tests.checkpoint.test_sources import NOBODY, Caches, FakeHub
 from tests.conftest import assert_refused, run_command
 from tests.upload_hub import TOKEN, Pointer, Repository, UploadHub
@@ -78,8 +78,8 @@ def llama_checkpoint(checkpoint) -> Path:
     return checkpoint
 
 
-def unsealed(info: dict) -> dict:
-    """checkpoint_info.json's fields but for its seal."""
+def without_checksum(info: dict) -> dict:
+    """checkpoint_info.json's fields but for its checksum of itself."""
     return {name: value for name, value in info.items() if name != "info_sha256"}
 
 
@@ -135,8 +135,8 @@ def test_every_recorded_file_arrives_and_a_second_time_nothing_is_sent(client, h
     assert isinstance(branch["model.pt"], Pointer)
     assert bool(hub.chunks) == (client == "huggingface")
     info = json.loads(before["checkpoint_info.json"])
-    assert check_seal(branch["checkpoint_info.json"]) is None
-    assert unsealed(json.loads(branch["checkpoint_info.json"])) == unsealed(info | {"format": "pt"})
+    assert checksum_fault(branch["checkpoint_info.json"]) is None
+    assert without_checksum(json.loads(branch["checkpoint_info.json"])) == without_checksum(info | {"format": "pt"})
     assert b"Llama 3.1 is licensed under the Llama 3.1 Community License" in branch["NOTICE"]
 
     card = ModelCard(branch["README.md"].decode())

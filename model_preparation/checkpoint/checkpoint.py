@@ -34,11 +34,11 @@ from model_preparation.checkpoint.pt_folder import PtFolder
 from model_preparation.checkpoint.store_folder import STORE
 from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
-from model_preparation.io.beside import Beside
+from model_preparation.io.background_tasks import BackgroundTasks
 from model_preparation.io.byte_progress import byte_progress
 from model_preparation.io.digests import describe_files, describe_source_file
 from model_preparation.io.new_folder import check_space, check_target, new_folder
-from model_preparation.io.seal import seal
+from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.timestamps import creation_time
 from model_preparation.versions import versions
 
@@ -76,7 +76,7 @@ def build_checkpoint(
         SurgeryError: for anything that makes the graft impossible or wrong; nothing is left on the disk then.
     """
     check_format(format)
-    check_target(Path(output_dir).expanduser(), overwrite=overwrite, complete_mark=INFO)
+    check_target(Path(output_dir).expanduser(), overwrite=overwrite, marker_file=INFO)
     return write(
         find_parts(base, layers, llama_layers_dir, dtype=dtype, sources=sources),
         output_dir,
@@ -150,8 +150,8 @@ def write(
     if score is not None and not 0 <= score <= 1:
         raise SurgeryError(f"The score {score} is not between 0 and 1. Give a fraction, such as 0.57.")
     target = Path(output_dir).expanduser()
-    with new_folder(target, overwrite=overwrite, complete_mark=INFO) as staging:
-        with Beside() as beside:
+    with new_folder(target, overwrite=overwrite, marker_file=INFO) as staging:
+        with BackgroundTasks() as tasks:
 
             def check() -> _Checked:
                 checked = _checked(graft, tokenizer, sources, device)
@@ -160,10 +160,10 @@ def write(
 
             def read_base() -> dict[str, dict]:
                 checking.result()  # imports come first: without them nothing can be finished
-                return _base_files(graft, beside.check)
+                return _base_files(graft, tasks.check)
 
-            checking = beside.start(check)
-            trial = beside.start(_try_out, checking, beside.check)
+            checking = tasks.start(check)
+            trial = tasks.start(_try_out, checking, tasks.check)
             try:
                 pt_folder = None if format == "hf" else PtFolder(graft, target)
                 hf_folder = None if format == "pt" else HfFolder(graft, target.resolve().parent)
@@ -178,7 +178,7 @@ def write(
             if hf_folder is not None:
                 base_files = hf_folder.store.base_files
             else:
-                base_files = _base_files(graft, beside.raise_failure) if shares else beside.start(read_base)
+                base_files = _base_files(graft, tasks.raise_failure) if shares else tasks.start(read_base)
             if pt_folder is not None and shares and not isinstance(base_files, Future):
                 pt_folder.take_from_siblings(base_files)
             files: dict[str, dict] = {}
@@ -188,7 +188,7 @@ def write(
 
                 def advance(size_bytes: int) -> None:
                     progress.advance(task, size_bytes)
-                    beside.raise_failure()
+                    tasks.raise_failure()
 
                 if pt_folder is not None:
                     files, digests = pt_folder.write_weights(
@@ -216,11 +216,11 @@ def write(
 
         (staging / README).write_text(readme_text(info), encoding="utf-8")
         info["files"] |= describe_files(staging, excluded=info["files"])
-        sealed = seal(info)
+        data = with_checksum(info)
         if confirm is not None:
             confirm(info)
-        (staging / INFO).write_bytes(sealed)
-    return json.loads(sealed)
+        (staging / INFO).write_bytes(data)
+    return json.loads(data)
 
 
 def _checked(

@@ -29,7 +29,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.digests import describe_file
 from model_preparation.io.new_folder import new_folder, remove_abandoned
 from model_preparation.io.partial_folder import is_partial, take
-from model_preparation.io.seal import seal
+from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.shared_files import share_file
 from model_preparation.io.timestamps import creation_time
 from model_preparation.io.untrusted.untrusted_files import read_json, regular_file
@@ -78,7 +78,7 @@ def update_code(directory: str | Path) -> list[str]:
     with contextlib.ExitStack() as held:
         for path in _unfinished_evaluations(directory):
             held.callback(take(path).release)
-        with new_folder(directory, overwrite=True, complete_mark=INFO) as staging:
+        with new_folder(directory, overwrite=True, marker_file=INFO) as staging:
             _share_tree(directory, staging)
             try:
                 _write_anew(staging, info, changed)
@@ -136,4 +136,4 @@ def _write_anew(folder: Path, info: Mapping[str, Any], changed: list[str]) -> No
         "to": {name: entry["sha256"] for name, entry in after.items()},
     }
     updates = [*info.get(CODE_UPDATES, []), update]
-    (folder / INFO).write_bytes(seal({**info, "files": files, "code": code_digests(), CODE_UPDATES: updates}))
+    (folder / INFO).write_bytes(with_checksum({**info, "files": files, "code": code_digests(), CODE_UPDATES: updates}))

@@ -36,7 +36,7 @@ from model_preparation.checkpoint.tensor_digests import read_tensor_digests
 from model_preparation.io.byte_progress import byte_progress
 from model_preparation.io.digests import describe_files
 from model_preparation.io.new_folder import new_folder
-from model_preparation.io.seal import seal
+from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.tensors.pt_writer import write_together
 from model_preparation.io.tensors.tensor_ranges import bytes_of
 from model_preparation.io.timestamps import creation_time
@@ -100,7 +100,7 @@ def write_healed(
         OSError: from the file system: disk full, input/output error.
     """
     dtype = str(model.dtype).removeprefix("torch.")
-    with new_folder(output_dir, overwrite=overwrite, complete_mark=INFO) as staging:
+    with new_folder(output_dir, overwrite=overwrite, marker_file=INFO) as staging:
         files: dict[str, dict] = {}
         with byte_progress() as progress:
             task = progress.add_task("Writing", total=FORMATS[format] * sum(p.nbytes for p in model.parameters()))
@@ -136,9 +136,9 @@ def write_healed(
         }
         (staging / README).write_text(readme_text(info), encoding="utf-8")
         info["files"] |= describe_files(staging, excluded=info["files"])
-        sealed = seal(info)
-        (staging / INFO).write_bytes(sealed)
-    return json.loads(sealed)
+        data = with_checksum(info)
+        (staging / INFO).write_bytes(data)
+    return json.loads(data)
 
 
 def describe_parent(parent: Path, parent_info: Mapping[str, Any]) -> dict[str, Any]:

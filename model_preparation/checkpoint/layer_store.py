@@ -31,7 +31,7 @@ from model_preparation.checkpoint.model_configs import (
 )
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import check_recorded, has_tokenizer, resolve
-from model_preparation.io.beside import Beside
+from model_preparation.io.background_tasks import BackgroundTasks
 from model_preparation.io.block_io import Advance
 from model_preparation.io.digests import FILE_FIELDS, describe_files, fault_of
 from model_preparation.io.new_folder import check_space, check_target, new_folder
@@ -93,7 +93,7 @@ def extract_layers(
     """
     target = Path(output_dir).expanduser()
     cast_to = float_dtype(dtype)
-    check_target(target, overwrite=overwrite, complete_mark=METADATA)
+    check_target(target, overwrite=overwrite, marker_file=METADATA)
     source = resolve(model_name, overrides=sources)
     model_type, total = type_and_depth(source.folder)
     if model_type not in _LAYER_PREFIX:
@@ -105,15 +105,15 @@ def extract_layers(
     item_bytes = None if cast_to is None else cast_to.itemsize
     check_space(target, _bytes_of(files, tuple(prefixes.values()), item_bytes) + 50_000_000)
 
-    with new_folder(target, overwrite=overwrite, complete_mark=METADATA) as staging:
-        with Beside(1 + _LAYERS_AT_ONCE) as beside:
+    with new_folder(target, overwrite=overwrite, marker_file=METADATA) as staging:
+        with BackgroundTasks(1 + _LAYERS_AT_ONCE) as tasks:
 
             def go_on(_size_bytes: int) -> None:
-                beside.check()
-                beside.raise_failure()
+                tasks.check()
+                tasks.raise_failure()
 
             # Importing torch and transformers takes as long as writing some GB: the config is checked meanwhile.
-            checking = beside.start(_checked_parts, source.folder, files, prefixes)
+            checking = tasks.start(_checked_parts, source.folder, files, prefixes)
             writing = {}
             for index, prefix in prefixes.items():
                 ranges = {
@@ -124,7 +124,7 @@ def extract_layers(
                 }
                 if ranges:
                     path = staging / layer_file(index)
-                    writing[str(index)] = beside.start(write_layer, path, ranges, cast_to, go_on)
+                    writing[str(index)] = tasks.start(write_layer, path, ranges, cast_to, go_on)
             title = rich.markup.escape(escaped(f"Extracting {model_name}"))
             steps = rich.progress.track(writing.items(), title, len(writing), disable=len(writing) < 2)
             with contextlib.closing(steps):  # type: ignore[type-var]  # ends the bar's thread where a layer fails

@@ -83,7 +83,7 @@ def init_llamba_base(
             config says, a width no Llamba can have, a target that is taken or not writable, too little disk space.
     """
     target = Path(output_dir).expanduser()
-    check_target(target, overwrite=overwrite, complete_mark="config.json")
+    check_target(target, overwrite=overwrite, marker_file="config.json")
     source = resolve(donor, overrides=sources)
     if target.resolve() == source.folder.resolve():
         raise SurgeryError(f"{target} is the donor's own folder. Choose another --output_dir.")
@@ -93,7 +93,7 @@ def init_llamba_base(
     config.dtype = dtype
     check_space(target, size_bytes(config, dtype) + 50_000_000)
 
-    with new_folder(target, overwrite=overwrite, complete_mark="config.json") as staging:
+    with new_folder(target, overwrite=overwrite, marker_file="config.json") as staging:
         write_llamba(staging, source.folder, config, llamba_parts(files, donor_config, dtype))
     return config
 

@@ -31,7 +31,7 @@ from model_preparation.hub.hub_snapshots import first_line
 from model_preparation.hub.hub_uploads import HUBS
 from model_preparation.hub.licences import check_name, licence_of, terms_of
 from model_preparation.io.digests import fault_of
-from model_preparation.io.seal import seal
+from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.text import read_text
 from model_preparation.io.untrusted.no_model import stand_in, what_it_is
 
@@ -122,7 +122,7 @@ def plan_share(
         raise SurgeryError(
             f"{directory / INFO} is not what a build writes ({first_line(error)}). Build the checkpoint again."
         ) from error
-    texts = {CARD: card_content, INFO: seal(shared).decode()}
+    texts = {CARD: card_content, INFO: with_checksum(shared).decode()}
     if terms:
         texts[NOTICE] = "".join(f"{term.notice}\n" for term in terms)
     files = (path.relative_to(directory) for path in directory.rglob("*") if not path.is_dir())

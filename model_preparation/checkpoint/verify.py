@@ -31,11 +31,11 @@ from model_preparation.checkpoint.model_code import describe_package_code, liste
 from model_preparation.checkpoint.model_configs import type_and_depth
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve
-from model_preparation.io.beside import Beside
+from model_preparation.io.background_tasks import BackgroundTasks
 from model_preparation.io.byte_progress import byte_progress
 from model_preparation.io.digests import describe_file
 from model_preparation.io.file_digests import FileDigests, Range, read_digests
-from model_preparation.io.seal import check_seal
+from model_preparation.io.self_checksum import checksum_fault
 from model_preparation.io.tensors.tensor_ranges import range_of, safetensors_ranges
 from model_preparation.io.untrusted.pt_structure import pt_records
 from model_preparation.io.untrusted.untrusted_files import inside, regular_file
@@ -89,7 +89,7 @@ def inspect(
     found = Verification(directory)
     store = None if llama_layers_dir is None else _layer_store(llama_layers_dir)
     base_folder = None if base is None else _base_folder(base, sources)
-    info = _sealed_info(found)
+    info = _checked_info(found)
     if info is None:
         return found
     recorded = _recorded_files(found, info)
@@ -99,8 +99,8 @@ def inspect(
         _read_files(found, recorded)
         return found
     in_files = Verification(directory)
-    with Beside() as beside:
-        checking = beside.start(_tensor_checks, found, info, recorded)
+    with BackgroundTasks() as tasks:
+        checking = tasks.start(_tensor_checks, found, info, recorded)
         digests = _read_files(in_files, recorded, _tensor_places(directory, recorded))
         tensors = checking.result()
     found.add(in_files)
@@ -149,15 +149,15 @@ def _tensor_places(directory: Path, recorded: Mapping[str, dict]) -> dict[str, s
     return places
 
 
-def _sealed_info(found: Verification) -> dict[str, Any] | None:
+def _checked_info(found: Verification) -> dict[str, Any] | None:
     path = found.directory / INFO
     if not path.exists():
         return read_info(found.directory)  # which says what is missing
     data = regular_file(path).read_bytes()
-    trouble = check_seal(data)
+    trouble = checksum_fault(data)
     if trouble:
         found.fault(INFO, trouble)
-    found.check("seal", f"{INFO}, {decimal(len(data))}")
+    found.check("checksum of itself", f"{INFO}, {decimal(len(data))}")
     try:
         return read_info(found.directory)
     except SurgeryError as error:

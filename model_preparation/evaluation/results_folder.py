@@ -6,8 +6,9 @@ a time, with
     answers/KIND.TASK.json   a record per task, as it is finished
     MODEL/                   lm-eval's own files: results_DATE.json, samples_TASK_DATE.jsonl
     result.json              the scores; written last, so the evaluation is finished if it is there
-All but lm-eval's files are sealed JSON (io/seal.py). Each appears whole or not at all. What is there of another
-model (weights, config, tokenizer) is put aside, as `TASKS-DIGEST.of-weights-DIGEST/`, and comes back with them.
+All but lm-eval's files are JSON with a checksum of itself (io/self_checksum.py). Each appears whole or not at all.
+Results of another model (weights, config, tokenizer) are kept as `TASKS-DIGEST.of-weights-DIGEST/`, and come back when
+that model does.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from model_preparation.io.identity import differences, digest_of
 from model_preparation.io.new_file import write_file
 from model_preparation.io.new_folder import check_space
 from model_preparation.io.partial_folder import Hold, take
-from model_preparation.io.seal import check_seal, seal
+from model_preparation.io.self_checksum import checksum_fault, with_checksum
 from model_preparation.io.sync import make_folder, sync, sync_tree
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
 
@@ -182,7 +183,7 @@ class ResultsFolder:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
-        if not path.is_file() or check_seal(path.read_bytes()) is not None:
+        if not path.is_file() or checksum_fault(path.read_bytes()) is not None:
             return None
         return read_json(path)
 
@@ -190,7 +191,7 @@ class ResultsFolder:
         assert self._hold is not None
         if not self._hold.is_intact():
             raise SurgeryError(f"{self._hold.folder} was deleted while it was in use. Run the command again.")
-        write_file(self.folder / name, seal(content))
+        write_file(self.folder / name, with_checksum(content))
 
 
 def _is_whole(folder: Path, samples: Mapping[str, Sequence]) -> bool:

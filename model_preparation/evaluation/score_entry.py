@@ -16,7 +16,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.identity import differences
 from model_preparation.io.new_file import write_file
 from model_preparation.io.partial_folder import take
-from model_preparation.io.seal import seal
+from model_preparation.io.self_checksum import with_checksum
 
 _PARTS = ("score", "stderr", "questions", "lm_eval_version", "settings", "weights", "model", "date")
 _WAIT_SECONDS = 10  # for another evaluation of the same checkpoint that enters its score just now
@@ -45,11 +45,11 @@ def enter_score(directory: Path, result: Mapping[str, Any], *, is_mmlu: bool = T
         is_current = not differences((before or {}).get("model", {}), measured["model"])
         if is_mmlu and not (before and is_current and before["questions"] > measured["questions"]):
             if before != measured:
-                write_file(path, seal({**info, "mmlu_score": result["score"], "mmlu_result": measured}))
+                write_file(path, with_checksum({**info, "mmlu_score": result["score"], "mmlu_result": measured}))
             return True
         if before and not is_current:
             without = {name: value for name, value in info.items() if name != "mmlu_result"}
-            write_file(path, seal({**without, "mmlu_score": None}))
+            write_file(path, with_checksum({**without, "mmlu_score": None}))
         return False
     finally:
         hold.release()

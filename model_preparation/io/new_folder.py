@@ -28,20 +28,20 @@ _NEW, _OLD = "new", "old"  # in NAME.partial; the old folder is there while it c
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, *, overwrite: bool, complete_mark: str) -> Iterator[Path]:
+def new_folder(target: Path, *, overwrite: bool, marker_file: str) -> Iterator[Path]:
     """Stage a new `target`; it is put in place when the block ends without an exception.
 
     Args:
-        target: the final place. A folder there without `complete_mark` and with at most a README.md counts as empty,
+        target: the final place. A folder there without `marker_file` and with at most a README.md counts as empty,
             and keeps its README.md.
         overwrite: whether a folder that is there is replaced. It stays whole until the new one is.
-        complete_mark: the file whose presence makes such a folder complete.
+        marker_file: the file whose presence makes such a folder complete.
 
     Raises:
         SurgeryError: if `target` is taken, another run is writing it, or no folder can be made beside it.
         OSError: from the file system: disk full, input/output error; from whichever library it came in the block.
     """
-    check = partial(check_target, target, overwrite=overwrite, complete_mark=complete_mark)
+    check = partial(check_target, target, overwrite=overwrite, marker_file=marker_file)
     check()
     target = target.resolve()
     missing_parents = [parent for parent in target.parents if not parent.exists()]
@@ -54,7 +54,7 @@ def new_folder(target: Path, *, overwrite: bool, complete_mark: str) -> Iterator
                 yield staging
             if (target / "README.md").is_file() and not (staging / "README.md").exists():
                 shutil.copy2(target / "README.md", staging, follow_symlinks=False)
-            sync_tree(staging, complete_mark)
+            sync_tree(staging, marker_file)
             interrupts.check()
             check()  # hours may have passed
             if not hold.is_intact():
@@ -93,17 +93,17 @@ def remove_abandoned(parent: Path, *, only_for: Path | None = None, dry_run: boo
     return removed
 
 
-def check_target(target: Path, *, overwrite: bool, complete_mark: str) -> None:
+def check_target(target: Path, *, overwrite: bool, marker_file: str) -> None:
     """The checks of `new_folder`, without writing anything; raises as it does."""
     if is_partial(target.name):
         raise SurgeryError(f"{target} is named as folders are while they are being made. Choose another name.")
     if target.is_dir():
         entries = {entry.name for entry in target.iterdir()}
-        if complete_mark in entries and not overwrite:
+        if marker_file in entries and not overwrite:
             raise SurgeryError(f"{target} exists already. Choose another folder, or add --overwrite to replace it.")
-        if complete_mark not in entries and entries - {"README.md"}:
+        if marker_file not in entries and entries - {"README.md"}:
             found = ", ".join(sorted(entries)[:3])
-            raise SurgeryError(f"{target} holds other files ({found}) and no {complete_mark}. Choose another folder.")
+            raise SurgeryError(f"{target} holds other files ({found}) and no {marker_file}. Choose another folder.")
     elif target.is_symlink() and not target.exists():
         raise SurgeryError(f"{target} is a link to what is not there. Choose another place, or remove the link.")
     elif os.path.lexists(target):

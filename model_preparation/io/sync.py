@@ -21,13 +21,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: Path, complete_mark: str) -> None:
-    """fsync every file in `folder`, `complete_mark` after all others, then every folder, `folder` itself last."""
+def sync_tree(folder: Path, marker_file: str) -> None:
+    """fsync every file in `folder`, `marker_file` after all others, then every folder, `folder` itself last."""
     files, folders = [], []
     for root, _, names in os.walk(folder, topdown=False):
         files += [Path(root, name) for name in names]
         folders.append(Path(root))
-    for path in [*sorted(files, key=lambda path: path == folder / complete_mark), *folders]:
+    for path in [*sorted(files, key=lambda path: path == folder / marker_file), *folders]:
         sync(path)
 
 

@@ -104,7 +104,7 @@ def import_legacy(
     """
     folder, target = Path(folder).expanduser(), Path(output_dir).expanduser()
     cast_to = float_dtype(dtype)
-    check_target(target, overwrite=overwrite, complete_mark=METADATA)
+    check_target(target, overwrite=overwrite, marker_file=METADATA)
     paths = legacy_files(folder)
     chosen = sorted_layers(paths if layers is None else layers)
     if missing := [index for index in chosen if index not in paths]:
@@ -118,7 +118,7 @@ def import_legacy(
     donor = None if model_name is None else _donor_folder(model_name, sources)
     config = None if donor is None else _llama_config(donor)
 
-    with new_folder(target, overwrite=overwrite, complete_mark=METADATA) as staging:
+    with new_folder(target, overwrite=overwrite, marker_file=METADATA) as staging:
         described: dict[str, dict[str, Any]] = {}
         not_run: set[str] = set()
         with (

@@ -24,7 +24,7 @@ from model_preparation.evaluation.evaluate import check_settings
 from model_preparation.hub.sources import resolve
 from model_preparation.io.identity import differences, digest_of
 from model_preparation.io.new_file import write_file
-from model_preparation.io.seal import seal
+from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.timestamps import creation_time
 from model_preparation.io.untrusted.untrusted_files import without_links
 from model_preparation.search import result as results
@@ -97,7 +97,7 @@ def search_layers(
         found, evaluations = _search(setup, search, space, journal, make_scorer)
         write_report(found, evaluations, folder)
         found["final_results"] = found["final_results"][:_MOST_WRITTEN]
-        write_file(folder / RESULT, seal(found))
+        write_file(folder / RESULT, with_checksum(found))
     return found
 
 

@@ -82,7 +82,7 @@ def train_donor(folder: Path, state_file: Path, *, seed: int, progress: Progress
             _save(state_file, model, optimizer, generator, {"seed": seed, "steps": steps, "done": step + 1})
             if not progress.console.is_terminal:
                 progress.console.print(f"step {step + 1} of {steps}: {title}")
-    with new_folder(folder, overwrite=True, complete_mark="config.json") as staging:
+    with new_folder(folder, overwrite=True, marker_file="config.json") as staging:
         model.save_pretrained(staging)
         (staging / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner can read
         recall.tokenizer().save_pretrained(staging)

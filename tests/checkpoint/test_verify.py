@@ -15,7 +15,7 @@ from model_preparation.checkpoint.verify import inspect, verify_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.io.digests import describe_file
 from model_preparation.io.file_digests import read_digests
-from model_preparation.io.seal import check_seal, seal
+from model_preparation.io.self_checksum import checksum_fault, with_checksum
 from model_preparation.llamba import LlambaForCausalLM
 from tests.conftest import assert_refused, run_command, run_fresh_command, seeded, tiny_config
 from tests.io.untrusted.test_hostile_files import SYSTEM, put_pickle
@@ -28,15 +28,15 @@ def checkpoint(checkpoint_dir, tmp_path) -> Path:
     return Path(shutil.copytree(checkpoint_dir, tmp_path / "checkpoint"))
 
 
-def reseal(folder: Path, **changes) -> None:
+def write_checksum(folder: Path, **changes) -> None:
     """Change fields of checkpoint_info.json, and record every file as it is now."""
     info = json.loads((folder / "checkpoint_info.json").read_text())
     info["files"] = {name: describe_file(folder / name) for name in info["files"]}
-    (folder / "checkpoint_info.json").write_bytes(seal(info | changes))
+    (folder / "checkpoint_info.json").write_bytes(with_checksum(info | changes))
 
 
 def describe_anew(folder: Path) -> None:
-    """Write the tensors' digests and the seal as a build of what is in the folder now would."""
+    """Write the tensors' digests and the checksum as a build of what is in the folder now would."""
     info = json.loads((folder / "checkpoint_info.json").read_text())
     state_dict = torch.load(folder / "model_state_dict.pt", weights_only=True)
     donors = tuple(f"backbone.layers.{index}." for index in info["replaced_layers"])
@@ -53,7 +53,7 @@ def describe_anew(folder: Path) -> None:
     digests = folder / "tensor_digests.json"
     digests.write_text(json.dumps({"format_version": 1, "algorithm": "blake3", "tensors": tensors}, indent=2))
     info["files"][digests.name] = describe_file(digests)
-    (folder / "checkpoint_info.json").write_bytes(seal(info))
+    (folder / "checkpoint_info.json").write_bytes(with_checksum(info))
 
 
 def flip(path: Path, position: int, bit: int) -> None:
@@ -127,16 +127,16 @@ def test_flipped_bytes_anywhere_with_all_checks(checkpoint, base_dir):
         flip(path, position, bit)
 
 
-def test_every_byte_of_the_seal_counts():
-    data = seal({"description": '"info_sha256": "0', "é": [1], "info_sha256": "old"})
-    assert check_seal(data) is None
+def test_every_byte_of_the_checksum_counts():
+    data = with_checksum({"description": '"info_sha256": "0', "é": [1], "info_sha256": "old"})
+    assert checksum_fault(data) is None
     for position in range(len(data)):
         for change in (0x01, 0x20, 0x80):  # 0x20: upper case
             changed = bytearray(data)
             changed[position] ^= change
-            assert check_seal(bytes(changed)), position
+            assert checksum_fault(bytes(changed)), position
     for changed in (data[:-1], data + b"\n", data.replace(b"\n", b"\r\n"), b"", data[:1] + b" " + data[1:]):
-        assert check_seal(changed)
+        assert checksum_fault(changed)
 
 
 def test_missing_cut_and_added_files(checkpoint, tmp_path):
@@ -173,7 +173,7 @@ def test_in_the_hf_format_every_file_that_is_not_listed_is_a_fault(checkpoint):
     assert {note.split()[0] for note in found.notes} == unasked | harmless | {".git/", ".cache/"}
     assert ".git/ is not listed in checkpoint_info.json: a clone's, 2 files." in found.notes
     assert not found.faults
-    reseal(checkpoint, format="both")
+    write_checksum(checkpoint, format="both")
     found = inspect(checkpoint, files_only=True)
     assert {note.split()[0] for note in found.notes} == harmless | {".git/", ".cache/"}
     assert {fault.where for fault in found.faults} == unasked | {"config.json"}  # which that format must have
@@ -188,24 +188,24 @@ def test_fifos_are_faults_and_not_waited_for(checkpoint):
 
 def test_globals_that_are_not_allowed_are_named(checkpoint):
     put_pickle(checkpoint / "model.pt", SYSTEM)
-    reseal(checkpoint)
+    write_checksum(checkpoint)
     text = told(verify_checkpoint(checkpoint))
     assert "model.pt" in text
     assert "posix.system" in text
 
 
-def test_sealed_anew_after_a_change_the_tensors_tell(checkpoint, base_dir, layers_dir, tmp_path):
+def test_a_checksum_written_anew_after_a_change_the_tensors_tell(checkpoint, base_dir, layers_dir, tmp_path):
     """Whoever records every digest anew fools this folder's checks, but not the base and the donor."""
     state_dict = torch.load(checkpoint / "model_state_dict.pt", weights_only=True)
     kept = "backbone.layers.0.mixer.D"
     state_dict[kept] += 1
     state_dict[Q_PROJ][0, 0] += 1
     torch.save(state_dict, checkpoint / "model_state_dict.pt")
-    reseal(checkpoint)
+    write_checksum(checkpoint)
     faults = [fault.where for fault in verify_checkpoint(checkpoint)]
     assert faults == [kept, Q_PROJ]  # against tensor_digests.json
     describe_anew(checkpoint)
-    reseal(checkpoint)
+    write_checksum(checkpoint)
     text = told(verify_checkpoint(checkpoint, str(base_dir), layers_dir))
     assert f"{kept} is not the base's" in text
     assert f"{Q_PROJ} is not the donor's" in text
@@ -236,7 +236,7 @@ def test_shapes_names_and_origins_against_the_config(checkpoint):
     tensors["backbone.final_layernorm.weight"]["dtype"] = "bfloat16"
     tensors["made.up"] = tensors.pop("backbone.embedding.weight")
     (checkpoint / "tensor_digests.json").write_text(json.dumps(digests))
-    reseal(checkpoint)
+    write_checksum(checkpoint)
     text = told(verify_checkpoint(checkpoint))
     assert f"{Q_PROJ} has shape [32, 32, 1], and the config asks for [32, 32]" in text
     assert "lm_head.weight is the donor's, and the config says otherwise" in text
@@ -257,7 +257,7 @@ def test_tensor_digests_that_are_none(checkpoint, base_dir, entry):
     digests["tensors"]["lm_head.weight"] |= entry
     digests["tensors"][f"backbone.layers.{'9' * 5000}.x"] = digests["tensors"][Q_PROJ]
     (checkpoint / "tensor_digests.json").write_text(json.dumps(digests))
-    reseal(checkpoint)
+    write_checksum(checkpoint)
     found = verify_checkpoint(checkpoint, str(base_dir))
     assert "tensor_digests.json" in {fault.where for fault in found}
 
@@ -278,7 +278,7 @@ def test_digests_of_layers_that_cannot_be(checkpoint, layers_dir):
     names = [f"backbone.layers.{number}.x" for number in ("9" * 5000, "٣", "-1", "")]
     digests["tensors"] |= dict.fromkeys(names, digests["tensors"][Q_PROJ])
     (checkpoint / "tensor_digests.json").write_text(json.dumps(digests))
-    reseal(checkpoint)
+    write_checksum(checkpoint)
     assert {fault.where for fault in verify_checkpoint(checkpoint, None, layers_dir)} == set(names)
 
 

@@ -15,7 +15,7 @@ from model_preparation import build_checkpoint, evaluate_checkpoint, verify_chec
 from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, INFO, TENSOR_DIGESTS
 from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.evaluation.results_folder import RESULT, ResultsFolder
-from model_preparation.io.seal import check_seal
+from model_preparation.io.self_checksum import checksum_fault
 from model_preparation.search.journal import Journal
 from model_preparation.train.heal import heal_trainer
 from model_preparation.train.heal.heal import heal_checkpoint
@@ -140,7 +140,7 @@ def _wrong_with_results(folder: Path, said: list[str]) -> Iterator[str]:
     yield from map(str, verify_checkpoint(folder / "out", files_only=True))
     evaluations = folder / "out" / EVALUATIONS
     for path in evaluations.glob("*/answers/*.json"):
-        if (fault := check_seal(path.read_bytes())) is not None:
+        if (fault := checksum_fault(path.read_bytes())) is not None:
             yield f"{path.name} {fault}"
     kept = {path.stem for path in evaluations.glob("*/answers/*.json")}
     lost = [line for line in said if line.startswith("kept") and line.split()[1] not in kept]

@@ -17,7 +17,7 @@ from model_preparation.checkpoint.code_update import update_code
 from model_preparation.checkpoint.llamba_init import init_llamba_base
 from model_preparation.io.digests import describe_file
 from model_preparation.io.new_folder import remove_abandoned
-from model_preparation.io.seal import seal
+from model_preparation.io.self_checksum import with_checksum
 from tests.conftest import make_base, make_donor
 
 
@@ -75,7 +75,7 @@ def other_code(models: Models, target: Path, *, overwrite: bool) -> None:
     (target / "mixer.py").write_text("old = True\n")
     info = json.loads((target / "checkpoint_info.json").read_text())
     info["files"]["mixer.py"] = describe_file(target / "mixer.py")
-    (target / "checkpoint_info.json").write_bytes(seal(info))
+    (target / "checkpoint_info.json").write_bytes(with_checksum(info))
     (target / "evaluations").mkdir()
     (target / "evaluations" / "result.json").write_text("{}")
 

@@ -21,7 +21,7 @@ MARK = "done.json"
 
 def write(target: Path, text: str, *, overwrite: bool = True, pause: Callable[[], object] = lambda: None) -> None:
     """Make `target` of three files that all say `text`; `pause` is called while it is half written."""
-    with new_folder(target, overwrite=overwrite, complete_mark=MARK) as staging:
+    with new_folder(target, overwrite=overwrite, marker_file=MARK) as staging:
         (staging / "sub").mkdir()
         (staging / "sub" / "a.txt").write_text(text)
         pause()

@@ -25,7 +25,7 @@ LONG = ("heal", "journal")
 
 
 def write(models, target: Path, *, overwrite: bool, text: str = "new") -> None:
-    with new_folder(target, overwrite=overwrite, complete_mark=MARK) as staging:
+    with new_folder(target, overwrite=overwrite, marker_file=MARK) as staging:
         (staging / "sub").mkdir()
         for name in ("sub/a.txt", "b.txt", MARK):
             (staging / name).write_text(f"{name} {text}" * 400)

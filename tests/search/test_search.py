@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from model_preparation import evaluate_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare.paired import holm, mcnemar_p
-from model_preparation.io.seal import check_seal
+from model_preparation.io.self_checksum import checksum_fault
 from model_preparation.search import report
 from model_preparation.search import search as search_module
 from model_preparation.search.cached_scoring import CachedScorer
@@ -101,7 +101,7 @@ def exhaustive(make_spec, tmp_path_factory):
 
 def test_the_result_says_what_was_found(exhaustive):
     folder, found = exhaustive
-    assert check_seal((folder / "search_result.json").read_bytes()) is None
+    assert checksum_fault((folder / "search_result.json").read_bytes()) is None
     written = json.loads((folder / "search_result.json").read_text())
     assert {name: written[name] for name in found} == found
     rows = found["final_results"]

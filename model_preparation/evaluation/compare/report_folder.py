@@ -19,7 +19,7 @@ _OURS = {PAGE, NUMBERS, *(f"{name}.png" for name in plots.PLOTS)}
 
 def check_report_folder(target: Path, *, overwrite: bool) -> None:
     """Raise SurgeryError if `target` cannot be written, holds a report (without `overwrite`) or anything else."""
-    check_target(target, overwrite=overwrite, complete_mark=PAGE)
+    check_target(target, overwrite=overwrite, marker_file=PAGE)
     if overwrite and target.is_dir() and (others := sorted({path.name for path in target.iterdir()} - _OURS)):
         raise SurgeryError(
             f"{target} holds files that are not of a report ({others[0]}), and would be replaced as a whole. "
@@ -43,7 +43,7 @@ def write_report(comparison: Comparison, target: Path, *, questions: int, as_jso
     """
     check_report_folder(target, overwrite=overwrite)
     names = [model.name for model in comparison.models]
-    with new_folder(target, overwrite=overwrite, complete_mark=PAGE) as folder:
+    with new_folder(target, overwrite=overwrite, marker_file=PAGE) as folder:
         page = html_report(comparison, title=f"{', '.join(names[1:])} against {names[0]}", questions=questions)
         (folder / PAGE).write_text(page, encoding="utf-8")
         for name, plot in plots.PLOTS.items():

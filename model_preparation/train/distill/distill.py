@@ -102,7 +102,7 @@ def distill_llamba_base(
             loss that is not finite.
     """
     output = Path(output_dir).expanduser()
-    check_target(output, overwrite=overwrite, complete_mark="config.json")
+    check_target(output, overwrite=overwrite, marker_file="config.json")
     source = resolve(donor, overrides=sources)
     if output.resolve() == source.folder.resolve():
         raise SurgeryError(f"{output} is the donor's own folder. Choose another --output_dir.")
@@ -187,7 +187,7 @@ def distill_llamba_base(
             "creation_time": creation_time(),
             "versions": versions(),
         }
-        with new_folder(output, overwrite=overwrite, complete_mark="config.json") as staging:
+        with new_folder(output, overwrite=overwrite, marker_file="config.json") as staging:
             write_llamba(staging, source.folder, config, llamba_parts(files, donor_config, config.dtype, layer_of))
             write_report(staging, records, summary)
         work.remove()

@@ -128,7 +128,7 @@ def heal_checkpoint(
     processes = PartialState(cpu=device == "cpu")
     say = print if processes.is_main_process else _say_nothing
     if processes.is_main_process:
-        check_target(output_dir, overwrite=overwrite, complete_mark=INFO)
+        check_target(output_dir, overwrite=overwrite, marker_file=INFO)
     if given.get("init_from") == "resume":
         given = {name: value for name, value in given.items() if name != "init_from"}
         resume = "must" if resume == "auto" else resume
@@ -244,7 +244,7 @@ def merge_adapter(
     format = format or parent_info.get("format", "pt")
     check_format(format)
     _check_apart(output_dir, parent, parent, adapter)
-    check_target(output_dir, overwrite=overwrite, complete_mark=INFO)
+    check_target(output_dir, overwrite=overwrite, marker_file=INFO)
     model, tokenizer = load_checkpoint(parent, dtype=torch.float32)
     adapted = load_adapter(in_memory(model), adapter)
     tensors_and_config = adapter_of(adapted)

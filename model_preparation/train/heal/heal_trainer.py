@@ -236,7 +236,7 @@ class HealTrainer(Trainer):
                 finish_state(staging, self._mark(unlogged))
         if self.args.should_save:
             if step in self._milestones:
-                with new_folder(self._states / self._milestones[step], overwrite=True, complete_mark=MARK) as staging:
+                with new_folder(self._states / self._milestones[step], overwrite=True, marker_file=MARK) as staging:
                     copy_state(target, staging)
             best = self.state.best_model_checkpoint
             rotate(self._states, self._settings.save_total_limit, None if best is None else Path(best).name)
@@ -260,7 +260,7 @@ class HealTrainer(Trainer):
         with contextlib.ExitStack() as stack:
             place: list[Any] = [None]
             if self.args.should_save:
-                place[0] = str(stack.enter_context(new_folder(target, overwrite=True, complete_mark=MARK)))
+                place[0] = str(stack.enter_context(new_folder(target, overwrite=True, marker_file=MARK)))
             if self.args.world_size > 1:
                 broadcast_object_list(place)
             yield Path(place[0])

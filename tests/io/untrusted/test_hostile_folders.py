@@ -21,7 +21,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_checkpoint
 from model_preparation.io.new_file import write_file
 from model_preparation.io.new_folder import new_folder, remove_abandoned
-from model_preparation.io.seal import seal
+from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.untrusted import chat_template
 from model_preparation.search.search import check_output
 from model_preparation.terminal import Escaping, escaped
@@ -39,7 +39,7 @@ def checkpoint(checkpoint_dir, tmp_path) -> Path:
 
 def change_info(folder: Path, **fields) -> None:
     path = folder / INFO
-    path.write_bytes(seal({**json.loads(path.read_text()), **fields}))
+    path.write_bytes(with_checksum({**json.loads(path.read_text()), **fields}))
 
 
 # --- links ------------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_nothing_is_written_or_removed_through_a_link(
 
     def overwrite() -> None:
         (work / "mark").touch()
-        with new_folder(work, overwrite=True, complete_mark="mark") as staging:
+        with new_folder(work, overwrite=True, marker_file="mark") as staging:
             (staging / "mark").touch()
 
     act = {

@@ -12,7 +12,7 @@ T = TypeVar("T")
 _TURN_SECONDS = 0.001
 
 
-class Beside:
+class BackgroundTasks:
     """A context in which calls run in threads of their own; leaving it waits for them, or stops them if it fails.
 
     Threads take turns more often meanwhile: beside an import, one that copies blocks would wait 5 ms before each.
@@ -43,7 +43,7 @@ class Beside:
             if future.done():
                 future.result()
 
-    def __enter__(self) -> "Beside":
+    def __enter__(self) -> "BackgroundTasks":
         sys.setswitchinterval(_TURN_SECONDS)
         return self
 
