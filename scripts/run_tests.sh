@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, format, types, import contracts and tests, in a .venv made for them on the first run. Arguments go to pytest.
+# Lint, format, types and tests, in a .venv made for them on the first run. Arguments go to pytest.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -11,6 +11,5 @@ export OMP_NUM_THREADS=1
 "$python" -m ruff check
 "$python" -m ruff format --check
 "$python" -m mypy
-"$python" -c "from importlinter.cli import lint_imports_command as check; check()"
 # Two at a time, each file's tests in order: most of them wait for a process of their own.
 "$python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from importlinter.cli import lint_imports
 from safetensors.torch import save_file
 
 from model_preparation.checkpoint.graft import empty_model
@@ -100,3 +101,8 @@ def test_the_package_registers_its_classes():
     )
     result = run_python("-c", code, cwd=PACKAGE.parent)
     assert result.returncode == 0, result.stderr
+
+
+def test_imports_go_down_only():
+    """The floors are in pyproject.toml."""
+    assert lint_imports(str(PACKAGE.parent / "pyproject.toml"), no_cache=True) == 0

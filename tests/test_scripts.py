@@ -89,7 +89,6 @@ def test_run_tests_makes_the_environment_and_checks_everything(checkout):
         "-m ruff check",
         "-m ruff format --check",
         "-m mypy",
-        "-c from importlinter.cli import lint_imports_command as check; check()",
         "-m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -k something",
     ]
 
