@@ -1,8 +1,7 @@
 """A measured MMLU score, entered into the checkpoint it belongs to.
 
-In: the checkpoint's folder and the result. Out: `mmlu_score` and `mmlu_result` in its checkpoint_info.json, written
-with a new checksum; the file is the old one or the new one, whatever happens. A score of other weights than the checkpoint has now
-does not stay.
+In: the checkpoint's folder and the result. Out: `mmlu_score` and `mmlu_result` in its checkpoint_info.json. The file is
+the old one or the new one, whatever happens. A score of other weights does not stay.
 """
 
 import errno
