@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import rich.markup
-import rich.progress
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -23,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from model_preparation.errors import SurgeryError
 from model_preparation.files.digests import describe_file
 from model_preparation.files.new_folder import check_space, check_target, new_folder
+from model_preparation.files.progress import bar
 from model_preparation.legacy.legacy_process import legacy_process
 from model_preparation.legacy.legacy_reader import is_usual
 from model_preparation.surgery.layer_store import (
@@ -44,7 +43,6 @@ from model_preparation.surgery.model_configs import (
 from model_preparation.surgery.sources import has_tokenizer, resolve
 from model_preparation.tensors.dtypes import torch_dtype
 from model_preparation.tensors.tensor_ranges import MappedFiles, TensorRange
-from model_preparation.terminal import escaped
 from model_preparation.untrusted.pickle_globals import globals_in
 
 # The number behind "layer", else the only one.
@@ -124,9 +122,9 @@ def import_legacy(
         with (
             tempfile.TemporaryDirectory(dir=staging) as between,
             legacy_process(Path(between), allow_network) as process,
+            bar(f"Importing {folder}", len(chosen)) as advance,
         ):
-            title = rich.markup.escape(escaped(f"Importing {folder}"))
-            for index in rich.progress.track(chosen, title, disable=len(chosen) < 2):
+            for index in chosen:
                 ranges, said = process.read(paths[index].resolve())
                 not_run |= {*said["not_run"]}
                 config = _agreed_config(config, said, paths[index])
@@ -137,6 +135,7 @@ def import_legacy(
                     layer_bytes = sum(place.numel * (dtype or place.dtype).itemsize for place in own.values())
                     check_space(target, len(chosen) * layer_bytes + 50_000_000)
                 described[str(index)] = write_layer(staging / layer_file(index), own, dtype)
+                advance(1)
         assert config is not None
         tokenizers = [place for place in (folder / TOKENIZER, folder, donor) if place and has_tokenizer(place)]
         return complete_folder(

@@ -14,10 +14,9 @@ from fnmatch import fnmatch
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-import rich.progress
-
 from model_preparation.errors import SurgeryError
 from model_preparation.files.digests import fault_of
+from model_preparation.files.progress import bar
 from model_preparation.files.seal import seal
 from model_preparation.files.text import read_text
 from model_preparation.sharing.hub_uploads import HUBS
@@ -177,11 +176,9 @@ def upload_share(share: Share, *, private: bool = False, message: str | None = N
 
 def verify_files(directory: Path, recorded: Mapping[str, dict]) -> None:
     """Raise SurgeryError if a file of `directory` is not as `recorded` says, by its size and SHA-256."""
-    columns = [*rich.progress.Progress.get_default_columns()[:2], rich.progress.DownloadColumn()]
-    with rich.progress.Progress(*columns, transient=True) as progress:
-        task = progress.add_task("Verifying", total=sum(entry["bytes"] for entry in recorded.values()))
+    with bar("Verifying", sum(entry["bytes"] for entry in recorded.values()), in_bytes=True) as advance:
         for name, entry in recorded.items():
-            if fault := fault_of(directory / name, entry, lambda size_bytes: progress.advance(task, size_bytes)):
+            if fault := fault_of(directory / name, entry, advance):
                 raise SurgeryError(f"{directory / name} is {fault}. Build or copy the checkpoint again.")
 
 

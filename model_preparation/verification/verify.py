@@ -18,8 +18,8 @@ from rich.filesize import decimal
 
 from model_preparation.errors import SurgeryError
 from model_preparation.files.beside import Beside
-from model_preparation.files.byte_progress import byte_progress
 from model_preparation.files.digests import describe_file
+from model_preparation.files.progress import bar
 from model_preparation.files.seal import check_seal
 from model_preparation.surgery.checkpoint_info import (
     EVALUATIONS,
@@ -244,10 +244,9 @@ def _read_files(
         except (SurgeryError, OSError) as error:
             found.fault(name, f"cannot be read ({error})")
 
-    with byte_progress() as progress, ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        task = progress.add_task("Verifying", total=total)
+    with bar("Verifying", total, in_bytes=True) as advance, ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         try:
-            for future in [pool.submit(read, name, lambda count: progress.advance(task, count)) for name in names]:
+            for future in [pool.submit(read, name, advance) for name in names]:
                 future.result()
         except BaseException:
             stop.set()

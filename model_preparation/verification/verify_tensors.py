@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from model_preparation.command_line import default_folder
 from model_preparation.errors import SurgeryError
-from model_preparation.files.byte_progress import byte_progress
+from model_preparation.files.progress import bar
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.surgery.checkpoint_info import HEALED, INFO, MODULE, STATE_DICT, TENSOR_DIGESTS, formats_of
 from model_preparation.surgery.graft import empty_model
@@ -168,9 +168,8 @@ class TensorChecks:
         digests_of: Callable[[Callable[[int], None]], dict[str, str | None]],
     ) -> None:
         sizes = {name: digest.size_bytes for name, digest in wanted.items()}
-        with byte_progress() as progress:
-            task = progress.add_task(f"Reading the {which}", total=sum(sizes.values()))
-            digests = digests_of(lambda count: progress.advance(task, count))
+        with bar(f"Reading the {which}", sum(sizes.values()), in_bytes=True) as advance:
+            digests = digests_of(advance)
         missing = {name for name in wanted if digests[name] is None and name not in self._tied}
         odd = [name for name, digest in wanted.items() if name in missing or digests[name] not in (digest.blake3, None)]
         if 2 * len(odd) > len(wanted):
