@@ -7,6 +7,7 @@ must import the model to be checked is checked while the files are read.
 
 import contextlib
 import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -50,6 +51,7 @@ _ADDED_BY_HUBS = {
     *(".gitattributes", ".gitignore", "README.md", "LICENSE", "NOTICE"),
     *("configuration.json", ".mdl", ".msc", ".mv"),  # ModelScope's
 }
+_LEFT_BEHIND = re.compile(re.escape(INFO) + r"\.partial-\d+")  # by new_file.py, when a score is entered
 _NOT_LOADED = {EVALUATIONS: "results, which come after the build", ".git": "a clone's", ".cache": "a download's"}
 
 
@@ -217,6 +219,8 @@ def _look_for_others(found: Verification, info: dict[str, Any], recorded: Mappin
                 continue
             if len(relative.parts) > 1 and top in _NOT_LOADED:
                 below[top] += 1
+            elif _LEFT_BEHIND.fullmatch(shown):
+                found.notes.append(f"{shown} was left by a run that was killed, and nothing reads it. Remove it.")
             elif top == TOKENIZER or (read_by_others and shown not in _ADDED_BY_HUBS):
                 found.fault(shown, f"is not listed in {INFO}, and would be read with the checkpoint")
             else:
