@@ -421,7 +421,7 @@ def test_an_interrupt_lost_inside_a_destructor_still_stops_the_build(base_dir, l
     """Python drops what a signal handler raises inside __del__; the build must not end as if nothing had come."""
     script = (
         "import os, runpy, signal, sys\n"
-        "from model_preparation.surgery import checkpoint\n"
+        "from model_preparation.checkpoint import checkpoint\n"
         "class Destroyed:\n"
         "    def __del__(self):\n"
         "        signal.raise_signal(signal.SIGINT)\n"

@@ -15,12 +15,11 @@ from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
-import rich.progress
-
 from model_preparation.checkpoint.store_folder import STORE, locked, record_of
 from model_preparation.io.block_io import Advance
 from model_preparation.io.digests import describe_source_file
 from model_preparation.io.known_digests import KnownFile, examine, recall, remember
+from model_preparation.io.progress import bar
 from model_preparation.io.shared_files import can_share, share_file
 from model_preparation.io.tensors.dtypes import DType
 from model_preparation.io.tensors.safetensors_writer import Shard
@@ -99,11 +98,10 @@ class BaseStore:
         recalled = {path: recall(path, self._base_record(path)) for path in self._base_paths}
         found = {path: (known, False) for path, known in recalled.items() if known is not None}
         unknown = [path for path in self._base_paths if path not in found]
-        with rich.progress.Progress(transient=True, disable=not unknown) as progress:
-            task = progress.add_task("Reading the base", total=sum(path.stat().st_size for path in unknown))
+        with bar("Reading the base", sum(path.stat().st_size for path in unknown), in_bytes=True) as advance:
             for path in unknown:
                 found[path] = examine(path)
-                progress.advance(task, path.stat().st_size)
+                advance(path.stat().st_size)
         return {path: found[path] for path in self._base_paths}
 
     @cached_property

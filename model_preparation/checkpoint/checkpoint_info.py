@@ -51,6 +51,7 @@ _INFO_FIELDS = {
         "score": (int, float),
         "stderr": _SCORE,
         "questions": int,
+        "model?": dict,
         "lm_eval_version": str,
         "date?": str,
         "settings": {"limit?": (int, NoneType), "num_fewshot?": (int, NoneType)},

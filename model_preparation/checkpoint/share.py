@@ -14,8 +14,6 @@ from fnmatch import fnmatch
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-import rich.progress
-
 from model_preparation.checkpoint.checkpoint_info import (
     EVALUATIONS,
     INFO,
@@ -31,6 +29,7 @@ from model_preparation.hub.hub_snapshots import first_line
 from model_preparation.hub.hub_uploads import HUBS
 from model_preparation.hub.licences import check_name, licence_of, terms_of
 from model_preparation.io.digests import fault_of
+from model_preparation.io.progress import bar
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.text import read_text
 from model_preparation.io.untrusted.no_model import stand_in, what_it_is
@@ -177,11 +176,9 @@ def upload_share(share: Share, *, private: bool = False, message: str | None = N
 
 def verify_files(directory: Path, recorded: Mapping[str, dict]) -> None:
     """Raise SurgeryError if a file of `directory` is not as `recorded` says, by its size and SHA-256."""
-    columns = [*rich.progress.Progress.get_default_columns()[:2], rich.progress.DownloadColumn()]
-    with rich.progress.Progress(*columns, transient=True) as progress:
-        task = progress.add_task("Verifying", total=sum(entry["bytes"] for entry in recorded.values()))
+    with bar("Verifying", sum(entry["bytes"] for entry in recorded.values()), in_bytes=True) as advance:
         for name, entry in recorded.items():
-            if fault := fault_of(directory / name, entry, lambda size_bytes: progress.advance(task, size_bytes)):
+            if fault := fault_of(directory / name, entry, advance):
                 raise SurgeryError(f"{directory / name} is {fault}. Build or copy the checkpoint again.")
 
 

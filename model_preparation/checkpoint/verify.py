@@ -7,6 +7,7 @@ must import the model to be checked is checked while the files are read.
 
 import contextlib
 import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -32,9 +33,9 @@ from model_preparation.checkpoint.model_configs import type_and_depth
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve
 from model_preparation.io.background_tasks import BackgroundTasks
-from model_preparation.io.byte_progress import byte_progress
 from model_preparation.io.digests import describe_file
 from model_preparation.io.file_digests import FileDigests, Range, read_digests
+from model_preparation.io.progress import bar
 from model_preparation.io.self_checksum import checksum_fault
 from model_preparation.io.tensors.tensor_ranges import range_of, safetensors_ranges
 from model_preparation.io.untrusted.pt_structure import pt_records
@@ -50,6 +51,7 @@ _ADDED_BY_HUBS = {
     *(".gitattributes", ".gitignore", "README.md", "LICENSE", "NOTICE"),
     *("configuration.json", ".mdl", ".msc", ".mv"),  # ModelScope's
 }
+_LEFT_BEHIND = re.compile(re.escape(INFO) + r"\.partial-\d+")  # by new_file.py, when a score is entered
 _NOT_LOADED = {EVALUATIONS: "results, which come after the build", ".git": "a clone's", ".cache": "a download's"}
 
 
@@ -217,6 +219,8 @@ def _look_for_others(found: Verification, info: dict[str, Any], recorded: Mappin
                 continue
             if len(relative.parts) > 1 and top in _NOT_LOADED:
                 below[top] += 1
+            elif _LEFT_BEHIND.fullmatch(shown):
+                found.notes.append(f"{shown} was left by a run that was killed, and nothing reads it. Remove it.")
             elif top == TOKENIZER or (read_by_others and shown not in _ADDED_BY_HUBS):
                 found.fault(shown, f"is not listed in {INFO}, and would be read with the checkpoint")
             else:
@@ -244,10 +248,9 @@ def _read_files(
         except (SurgeryError, OSError) as error:
             found.fault(name, f"cannot be read ({error})")
 
-    with byte_progress() as progress, ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        task = progress.add_task("Verifying", total=total)
+    with bar("Verifying", total, in_bytes=True) as advance, ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         try:
-            for future in [pool.submit(read, name, lambda count: progress.advance(task, count)) for name in names]:
+            for future in [pool.submit(read, name, advance) for name in names]:
                 future.result()
         except BaseException:
             stop.set()

@@ -24,8 +24,8 @@ from model_preparation.checkpoint.tensor_digests import (
 )
 from model_preparation.command_line import default_folder
 from model_preparation.errors import SurgeryError
-from model_preparation.io.byte_progress import byte_progress
 from model_preparation.io.file_digests import FileDigests
+from model_preparation.io.progress import bar
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import TensorRange, range_of
 from model_preparation.io.untrusted.untrusted_config import config_from
@@ -168,9 +168,8 @@ class TensorChecks:
         digests_of: Callable[[Callable[[int], None]], dict[str, str | None]],
     ) -> None:
         sizes = {name: digest.size_bytes for name, digest in wanted.items()}
-        with byte_progress() as progress:
-            task = progress.add_task(f"Reading the {which}", total=sum(sizes.values()))
-            digests = digests_of(lambda count: progress.advance(task, count))
+        with bar(f"Reading the {which}", sum(sizes.values()), in_bytes=True) as advance:
+            digests = digests_of(advance)
         missing = {name for name in wanted if digests[name] is None and name not in self._tied}
         odd = [name for name, digest in wanted.items() if name in missing or digests[name] not in (digest.blake3, None)]
         if 2 * len(odd) > len(wanted):

@@ -15,9 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation import interrupts
@@ -28,7 +25,7 @@ from model_preparation.evaluation.other_models import OtherModel, load_other
 from model_preparation.evaluation.prompts import Prompt, shown
 from model_preparation.evaluation.side_by_side import Column, difference, print_side_by_side, printable
 from model_preparation.io.new_file import write_file
-from model_preparation.terminal import escaped
+from model_preparation.io.progress import bar
 
 THIS = "checkpoint"  # the name of the model tested, beside those it is compared with
 
@@ -129,22 +126,22 @@ def _compare(
     print(f"\nCompared     {other.name}: {other.folder}, {size}", flush=True)
     same_tokenizer = its_tokenizer.get_vocab() == tokenizer.get_vocab()
     column, start = Column(other.name, [], []), len(written.rows)
-    bar = Console(stderr=True)
     pairs = list(zip(request.prompts, written.generations, strict=True))
-    for prompt, own in track(
-        pairs, escape(escaped(other.name)), console=bar, transient=True, disable=not bar.is_terminal
-    ):
-        try:
-            generations = _generate(model, its_tokenizer, prompt, request, written.rows, row)
-        except (SurgeryError, torch.OutOfMemoryError) as error:
-            column.texts.append([f"failed: {_reason(error)}"])
-            column.remarks.append([])
-            continue
-        column.texts.append([item.text if item.text.strip() else "wrote nothing" for item in generations])
-        # Texts drawn at random differ by chance.
-        column.remarks.append([] if request.sampling else [difference(own[0], generations[0], same_tokenizer)])
-        if request.sampling is None:
-            written.rows[-1]["difference"] = column.remarks[-1][0]
+    with bar(other.name, len(pairs)) as advance:
+        for prompt, own in pairs:
+            try:
+                generations = _generate(model, its_tokenizer, prompt, request, written.rows, row)
+            except (SurgeryError, torch.OutOfMemoryError) as error:
+                column.texts.append([f"failed: {_reason(error)}"])
+                column.remarks.append([])
+                continue
+            finally:
+                advance(1)
+            column.texts.append([item.text if item.text.strip() else "wrote nothing" for item in generations])
+            # Texts drawn at random differ by chance.
+            column.remarks.append([] if request.sampling else [difference(own[0], generations[0], same_tokenizer)])
+            if request.sampling is None:
+                written.rows[-1]["difference"] = column.remarks[-1][0]
     done = [row for row in written.rows[start:] if "text" in row]
     print(f"Prompts read {_rate(done, 'prompt_tokens', 'prefill_seconds', 0)}")
     print(f"Written      {_rate(done, 'new_tokens', 'decode_seconds', 1)}", flush=True)

@@ -39,6 +39,8 @@ _ROW = {"score": (int, float), "stderr": (int, float, NoneType), "metric": str, 
 _ROWS = {"*": _ROW}
 _RESULT_FIELDS = {"tasks": _ROWS, "groups": _ROWS, "subjects": _ROWS, "lm_eval_version": str, "asked": {"*": str}}
 _RESULT_FIELDS |= {"files": {"*": FILE_FIELDS}, "score?": _ROW["stderr"], "stderr?": _ROW["stderr"], "questions": int}
+_FIELDS: dict[str, Any] = {RESULT: _RESULT_FIELDS, SETTINGS: {"settings": dict, "weights": str, "model?": dict}}
+_ANSWERS_FIELDS: dict[str, Any] = {"requests": str, "answers": [(str, int, float, [(int, float, bool)])]}
 _SAFE = re.compile(r"[^\w.+-]+")
 
 
@@ -90,21 +92,16 @@ class ResultsFolder:
 
     def result(self) -> dict[str, Any] | None:
         """The result of a finished evaluation, else None; also if lm-eval's files are not what they were then."""
-        result = self._read(RESULT)
+        result = read_sealed(self.folder / RESULT)
         if result is None:
             return None
-        try:
-            check_fields(result, _RESULT_FIELDS)
-        except ValueError as error:
-            path = self.folder / RESULT
-            raise SurgeryError(f"{path} is no result of ours ({error}). Remove it and run this again.") from error
         if any(fault_of(inside(self.folder, name), entry) for name, entry in result["files"].items()):
             return None
         return result
 
     def read_record(self, name: str) -> dict[str, Any] | None:
         """A record that `keep_record` wrote; None if there is none, or it was damaged since."""
-        return self._read(f"{ANSWERS}/{_SAFE.sub('_', name)}.json")
+        return read_sealed(self.folder / ANSWERS / f"{_SAFE.sub('_', name)}.json")
 
     def keep_record(self, name: str, record: Mapping[str, Any]) -> None:
         """Keep a record, on the disk when this returns."""
@@ -161,7 +158,7 @@ class ResultsFolder:
             shutil.rmtree(entry, ignore_errors=True)
 
     def _change_weights(self) -> None:
-        found = self._read(SETTINGS)
+        found = read_sealed(self.folder / SETTINGS)
         if found is None:
             return
         if odd := differences(found["settings"], self.settings):
@@ -181,17 +178,27 @@ class ResultsFolder:
     def _aside(self, weights: str) -> Path:
         return self.folder.with_name(f"{self.folder.name}{EVALUATIONS_ASIDE}{weights[:12]}")
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        path = self.folder / name
-        if not path.is_file() or checksum_fault(path.read_bytes()) is not None:
-            return None
-        return read_json(path)
-
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         assert self._hold is not None
         if not self._hold.is_intact():
             raise SurgeryError(f"{self._hold.folder} was deleted while it was in use. Run the command again.")
         write_file(self.folder / name, with_checksum(content))
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """One of our files of an evaluation; None if there is none, or it was damaged since.
+
+    Raises:
+        SurgeryError: if it holds what we never write.
+    """
+    if not path.is_file() or checksum_fault(path.read_bytes()) is not None:
+        return None
+    try:
+        found = read_json(path)
+        check_fields(found, _FIELDS.get(path.name, _ANSWERS_FIELDS))
+    except ValueError as error:
+        raise SurgeryError(f"{path} is no result of ours ({error}). Remove it and run this again.") from error
+    return found
 
 
 def _is_whole(folder: Path, samples: Mapping[str, Sequence]) -> bool:

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import rich.progress
 from blake3 import blake3
 
 from model_preparation.io.digests import blake3_of
 from model_preparation.io.known_digests import remembered
+from model_preparation.io.progress import bar
 
 Inputs = Mapping[str, Any]  # JSON's kinds of values
 
@@ -31,8 +31,12 @@ def digest_of(inputs: Inputs) -> str:
 def digests_of_files(paths: Iterable[Path]) -> dict[str, str]:
     """BLAKE3 of files by their names; a large file that has not changed since is not read again."""
     paths = sorted(paths)
-    tracked = rich.progress.track(paths, "Reading what has changed", transient=True, disable=len(paths) < 2)
-    return {path.name: remembered(path, "file", lambda path: {"": blake3_of(path)})[""] for path in tracked}
+    digests = {}
+    with bar("Reading what has changed", len(paths)) as advance:
+        for path in paths:
+            digests[path.name] = remembered(path, "file", lambda path: {"": blake3_of(path)})[""]
+            advance(1)
+    return digests
 
 
 def differences(recorded: Inputs, asked: Inputs, *, of_both: bool = False) -> list[str]:

@@ -2,6 +2,8 @@
 
 import codecs
 import contextlib
+import io
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -32,9 +34,10 @@ def read_text(path: Path) -> str:
     """The text in a file, each line ended by a newline alone.
 
     Raises:
-        ValueError: as `decode`.
+        ValueError: as `decode`, and for what would be waited for or never end (FIFOs, devices).
         OSError: if it cannot be read.
     """
+    _check_kind(path)
     return decode(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -43,16 +46,31 @@ def open_text(path: Path) -> Iterator[TextIO]:
     """Open a file that is too large to be read at once; what it gives is as from `read_text`.
 
     Raises:
-        ValueError: as `decode`, at the latest when that place is reached.
+        ValueError: as `read_text`, at the latest when that place is reached.
         OSError: if it cannot be read.
     """
-    with path.open("rb") as file:
-        _check_beginning(file.read(4))
+    _check_kind(path)
     try:
-        with path.open(encoding="utf-8-sig") as text:
-            yield text
+        with path.open("rb") as file:
+            _check_beginning(file.peek(4)[:4])
+            yield io.TextIOWrapper(file, encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+
+
+def kind_of(mode: int) -> str:
+    """What a path is that is no file, by its `st_mode`."""
+    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
+    return next((name for is_kind, name in kinds.items() if is_kind(mode)), "a device")
+
+
+def _check_kind(path: Path) -> None:
+    mode = path.stat().st_mode
+    is_open = stat.S_ISFIFO(mode) and str(path).startswith(
+        "/dev/"
+    )  # a shell's <(command) or /dev/stdin: it has a writer
+    if not is_open and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder says so itself
+        raise ValueError(f"it is {kind_of(mode)}; save the text in a file")
 
 
 def _check_beginning(beginning: bytes) -> None:

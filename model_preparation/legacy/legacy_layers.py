@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import rich.markup
-import rich.progress
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -40,12 +38,12 @@ from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import has_tokenizer, resolve
 from model_preparation.io.digests import describe_file
 from model_preparation.io.new_folder import check_space, check_target, new_folder
+from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import float_dtype
 from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange
 from model_preparation.io.untrusted.pickle_globals import globals_in
 from model_preparation.legacy.legacy_process import legacy_process
 from model_preparation.legacy.legacy_reader import is_usual
-from model_preparation.terminal import escaped
 
 # The number behind "layer", else the only one.
 _LAYER_NAME = re.compile(r"(?:.*layer\D*(\d+)(?:\D.*)?|\D*(\d+)\D*)\.(?:pt|pth|bin)", re.IGNORECASE)
@@ -124,9 +122,9 @@ def import_legacy(
         with (
             tempfile.TemporaryDirectory(dir=staging) as between,
             legacy_process(Path(between), allow_network) as process,
+            bar(f"Importing {folder}", len(chosen)) as advance,
         ):
-            title = rich.markup.escape(escaped(f"Importing {folder}"))
-            for index in rich.progress.track(chosen, title, disable=len(chosen) < 2):
+            for index in chosen:
                 ranges, said = process.read(paths[index].resolve())
                 not_run |= {*said["not_run"]}
                 config = _agreed_config(config, said, paths[index])
@@ -137,6 +135,7 @@ def import_legacy(
                     layer_bytes = sum(place.numel * (cast_to or place.dtype).itemsize for place in own.values())
                     check_space(target, len(chosen) * layer_bytes + 50_000_000)
                 described[str(index)] = write_layer(staging / layer_file(index), own, cast_to)
+                advance(1)
         assert config is not None
         tokenizers = [place for place in (folder / TOKENIZER, folder, donor) if place and has_tokenizer(place)]
         return complete_folder(

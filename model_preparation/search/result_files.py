@@ -137,7 +137,7 @@ def _is_ours(content: dict[str, Any]) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise SurgeryError(f"{path} is a folder. Give the result file in it, such as {path / RESULT}.")
-    if not path.is_file():
+    if not path.exists():
         raise SurgeryError(f"{path} is not there. Give the {RESULT} of a search, or an older program's result file.")
     try:
         data = regular_file(path).read_bytes()

@@ -165,17 +165,20 @@ def test_in_the_hf_format_every_file_that_is_not_listed_is_a_fault(checkpoint):
     unasked = {"modeling_llamba.py", "extra.safetensors", "adapter_config.json", "notes.txt", "lib/x.so", "evaluations"}
     unasked |= {"additional_chat_templates/default.jinja", "processor_config.json", "x/.git/config", "x/README.md"}
     harmless = {"configuration.json", "README.md", ".gitattributes", ".msc"}
+    killed = "checkpoint_info.json.partial-123"
+    unasked |= {f"{killed}.json", f"x/{killed}"}
     below = {".git/config", ".git/hooks/x", ".cache/huggingface/x"}
-    for name in unasked | harmless | below:
+    for name in unasked | harmless | below | {killed}:
         (checkpoint / name).parent.mkdir(exist_ok=True, parents=True)
         (checkpoint / name).write_text("{}")
     found = inspect(checkpoint, files_only=True)
-    assert {note.split()[0] for note in found.notes} == unasked | harmless | {".git/", ".cache/"}
+    assert {note.split()[0] for note in found.notes} == unasked | harmless | {".git/", ".cache/", killed}
+    assert f"{killed} was left by a run that was killed, and nothing reads it. Remove it." in found.notes
     assert ".git/ is not listed in checkpoint_info.json: a clone's, 2 files." in found.notes
     assert not found.faults
     write_checksum(checkpoint, format="both")
     found = inspect(checkpoint, files_only=True)
-    assert {note.split()[0] for note in found.notes} == harmless | {".git/", ".cache/"}
+    assert {note.split()[0] for note in found.notes} == harmless | {".git/", ".cache/", killed}
     assert {fault.where for fault in found.faults} == unasked | {"config.json"}  # which that format must have
 
 

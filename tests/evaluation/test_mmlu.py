@@ -199,7 +199,7 @@ def test_a_limit_takes_the_first_questions_of_every_subject_and_the_result_names
 def test_questions_are_looked_for_before_a_checkpoint_is_loaded_and_after_it_is_found(checkpoint_dir, tmp_path):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
-    with pytest.raises(SurgeryError, match=r"no checkpoint_info.json"):
+    with pytest.raises(SurgeryError, match=r"is an empty folder"):
         evaluate_checkpoint(folder, mmlu_data=tmp_path / "nowhere")
     shutil.copy(checkpoint_dir / "checkpoint_info.json", folder)
     (folder / "model_state_dict.pt").touch()  # which holds no weights

@@ -1,9 +1,13 @@
 """What a result was computed from: what differs is named, and a large file that has not changed is not read again."""
 
+import io
 import os
+import threading
 import time
 
 import pytest
+import rich
+from rich.console import Console
 
 from model_preparation.io import identity
 from model_preparation.io.identity import differences, digests_of_files
@@ -57,3 +61,17 @@ def test_a_damaged_record_is_none(large, tmp_path, damage):
     record.write_text(damage)
     assert digests_of_files([large]) == before
     assert record.read_text() != damage
+
+
+def test_a_failure_ends_the_bar_and_its_thread(tmp_path, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(rich, "_console", Console(file=shown, force_terminal=True))
+    (tmp_path / "a").touch()
+    before = threading.enumerate()
+    with pytest.raises(FileNotFoundError) as failure:  # whoever keeps it keeps all that was at work
+        digests_of_files([tmp_path / "a", tmp_path / "b"])
+    assert failure.value.filename == str(tmp_path / "b")
+    assert "Reading what has changed" in shown.getvalue()
+    for thread in set(threading.enumerate()) - set(before):
+        thread.join(10)
+        assert not thread.is_alive()

@@ -43,12 +43,12 @@ def write_in_place(models, target: Path, *, overwrite: bool) -> None:
 
 
 def broken(by: Callable[..., None], *names: str) -> Callable[..., None]:
-    """`write`, with `by` in the place of functions of model_preparation.files."""
+    """`write`, with `by` in the place of functions of model_preparation.io."""
 
     def write_broken(models, target: Path, *, overwrite: bool) -> None:
         with contextlib.ExitStack() as stack:
             for name in names:
-                stack.enter_context(patch(f"model_preparation.files.{name}", by))
+                stack.enter_context(patch(f"model_preparation.io.{name}", by))
             write(models, target, overwrite=overwrite)
 
     return write_broken

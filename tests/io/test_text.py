@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,28 @@ def test_a_mark_and_crlf_change_nothing_and_utf_16_is_named(reader, tmp_path):
         path.write_bytes(coded)
         with pytest.raises(SurgeryError, match=rf"{path.name}.* is UTF-(16|32) text, .*; save it as UTF-8"):
             read(path)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_would_be_waited_for_or_never_ends_is_named(reader, tmp_path):
+    name, _, read = READERS[reader]
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+        make(path)
+        with pytest.raises(SurgeryError, match=r"a FIFO|a device|is not there|has no anatomy"):
+            read(path)
+        path.unlink()
+
+
+def test_the_output_of_another_command_is_read_as_a_file(tmp_path):
+    lines = b"layers,description\n1 3,two\n"
+    (tmp_path / "l.csv").write_bytes(lines)
+    reading, writing = os.pipe()
+    os.write(writing, lines)
+    os.close(writing)
+    assert read_list(Path(f"/dev/fd/{reading}")) == read_list(tmp_path / "l.csv")
+    os.close(reading)
 
 
 def test_a_task_of_ones_own_is_found_and_read_with_the_mark(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from model_preparation.jobs.combinations import Combination
 from model_preparation.jobs.existing import differences, remarks
 
 PAIR = Combination((1, 3), "", "", "tiny_1_3")
-HUB = {"name": "unaligned_llamba", "hub": "huggingface", "id": "goombalab/Llamba-8B-untied-unaligned", "files": {}}
+HUB = {"hub": "huggingface", "id": "goombalab/Llamba-8B-untied-unaligned", "revision": "a" * 40, "files": {}}
 
 
 def flags(*given: object):

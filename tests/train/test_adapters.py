@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model_preparation import build_checkpoint, load_checkpoint, verify_checkpoint
+from model_preparation.checkpoint.model_digests import recorded_weights
 from model_preparation.errors import SurgeryError
 from model_preparation.train.heal.adapters import load_adapter, merge
 from tests.conftest import assert_refused, run_command
 from tests.train.cutting import outcome, run_until
+from tests.train.test_heal import with_score
 
 IDS = torch.arange(40).reshape(2, 20)
 LORA = ("--method", "lora", "--lora_rank", 4, "--lora_dropout", 0.1)
@@ -97,14 +99,22 @@ def test_merging_into_another_checkpoint_adds_scaled_b_times_a(lora, base_dir, l
     assert json.loads((tmp_path / "merged" / "checkpoint_info.json").read_text())["parent"]["id"] == "other"
 
 
-def test_training_goes_on_from_an_adapter(heal, lora, tmp_path):
-    result = heal(tmp_path / "out", *LORA, "--init_from", lora / "adapter", "--max_steps", 1)
+def test_training_goes_on_from_an_adapter(heal, lora, checkpoint_dir, tmp_path):
+    adapter = shutil.copytree(lora / "adapter", tmp_path / "adapter")
+    scored = with_score(checkpoint_dir, tmp_path / "scored", weights=recorded_weights(checkpoint_dir))
+    begun = ("--checkpoint", scored, *LORA, "--init_from", adapter)
+    result = heal(tmp_path / "out", *begun, "--max_steps", 1)
     assert result.returncode == 0, result.stderr
     scores = [
         json.loads((folder / "checkpoint_info.json").read_text())["healing"]["scores"]
         for folder in (lora, tmp_path / "out")
     ]
     assert scores[1]["before"]["eval_loss"] == pytest.approx(scores[0]["after"]["eval_loss"], abs=1e-5)
+    assert scores[1]["before"]["mmlu_score"] is None  # the parent's is not that of parent and adapter
+    path = adapter / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
+    stale = heal(tmp_path / "out", *begun, "--max_steps", 2, "--overwrite")
+    assert_refused(stale, "init_from: other contents", "start anew with another --output_dir")
     refused = heal(tmp_path / "full", "--init_from", lora / "adapter")
     assert_refused(refused, "is an adapter", "--merge_adapter")
 

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model_preparation import build_checkpoint, load_checkpoint, verify_checkpoint
 from model_preparation.checkpoint.checkpoint_info import formats_of
+from model_preparation.checkpoint.model_digests import recorded_weights
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation import generate_text
 from model_preparation.io.digests import describe_files
+from model_preparation.io.self_checksum import with_checksum
 from model_preparation.train.heal.arguments import TRACKER_VERSIONS, check_tracker
 from model_preparation.train.heal.heal_data import hold_out, load_sequences
 from model_preparation.train.heal.resume_state import list_states, load_plain
@@ -76,19 +78,34 @@ def test_scores_before_and_after_are_those_of_the_two_checkpoints(healed, checkp
     assert scores["after"]["eval_loss"] < scores["before"]["eval_loss"]
 
 
+def with_score(checkpoint: Path, target: Path, weights: str) -> Path:
+    """A copy of the checkpoint whose score was measured on weights of that digest."""
+    shutil.copytree(checkpoint, target)
+    measured = {"score": 0.5, "stderr": None, "questions": 9, "lm_eval_version": "0.4.9", "settings": {}}
+    entered = {"mmlu_score": 0.5, "mmlu_result": measured | {"model": {"weights": weights}}}
+    (target / "checkpoint_info.json").write_bytes(with_checksum(info_of(checkpoint) | entered))
+    return target
+
+
 def test_other_text_may_be_held_out_and_the_same_is_warned_of(heal, checkpoint_dir, text_file, tmp_path):
     warning = "The held-out text is the text trained on"
     other = write_text(tmp_path / "other.txt", words=200, seed=1)
-    result = heal(tmp_path / "other", "--max_steps", 1, "--eval_interval", 1, "--eval_data", other)
+    scored = with_score(checkpoint_dir, tmp_path / "scored", weights=recorded_weights(checkpoint_dir))
+    given = ("--checkpoint", scored, "--eval_data", other)
+    result = heal(tmp_path / "other", "--max_steps", 1, "--eval_interval", 1, *given)
     assert result.returncode == 0, result.stderr
     assert warning not in result.stdout
+    assert info_of(tmp_path / "other")["healing"]["scores"]["before"]["mmlu_score"] == 0.5
     model, tokenizer = load_checkpoint(checkpoint_dir)
     wanted = loss_on(model, load_sequences(str(other), tokenizer, 16))
     assert info_of(tmp_path / "other")["healing"]["scores"]["before"]["eval_loss"] == pytest.approx(wanted, abs=1e-5)
     same = shutil.copy(text_file, tmp_path / "copy.txt")
-    result = heal(tmp_path / "same", "--max_steps", 1, "--eval_interval", 1, "--eval_data", same)
+    scored = with_score(checkpoint_dir, tmp_path / "of_others", weights="0" * 64)
+    given = ("--checkpoint", scored, "--eval_data", same)
+    result = heal(tmp_path / "same", "--max_steps", 1, "--eval_interval", 1, *given)
     assert result.returncode == 0, result.stderr
     assert warning in result.stdout
+    assert info_of(tmp_path / "same")["healing"]["scores"]["before"]["mmlu_score"] is None
 
 
 def test_the_info_says_from_what_on_what_and_how(healed, checkpoint_dir, text_file):

@@ -96,7 +96,7 @@ def _answer(sample: dict[str, Any]) -> str:
         scores = np.array([float(pair[0]) for pair in answers or []])
         best = int(scores.argmax())
         return _cut(f"{options[best]} ({np.exp(scores[best] - np.logaddexp.reduce(scores)):.0%})", _ANSWER_CHARACTERS)
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, OverflowError):
         first = answers[0] if isinstance(answers, list) and answers else answers
         return _cut(str(first), _ANSWER_CHARACTERS)
 

@@ -6,25 +6,29 @@ EvaluationTracker (lm_eval/loggers/evaluation_tracker.py): `results_<date>.json`
 by side, perhaps in a subfolder named after the model. Of several dates the newest is taken that has all its files.
 """
 
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, EVALUATIONS_ASIDE, INFO, read_info
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.results_folder import SETTINGS
+from model_preparation.evaluation.results_folder import SETTINGS, read_sealed
 from model_preparation.evaluation.scored_model import find_model
 from model_preparation.io.identity import differences
-from model_preparation.io.untrusted.untrusted_files import read_json
+from model_preparation.io.untrusted.untrusted_files import check_fields
 
 # `--output_path FILE.json` makes FILE_<date>.json of it.
 _RESULTS = re.compile(r"(?!samples_).*_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)\.json")
 _DEPTHS = ("*", "*/*", "*/*/*")  # a --results_dir, in it <task>-<digest>/, in it the model's name
-# What is read by name of a results file, and the kinds of its entries; older versions of lm-eval lack some.
-_FIELDS = dict.fromkeys(("results", "configs", "n-samples", "higher_is_better"), dict) | {"group_subtasks": list}
+# What is read of a results file; older versions of lm-eval lack some. What is only shown may be anything.
+_NAMED: dict[str, Any] = {name: {"*": dict} for name in ("results", "configs", "n-samples", "higher_is_better")}
+_NAMED |= {"group_subtasks": {"*": [str]}}  # all of them by the name of a task or group
+_FIELDS = {f"{name}?": kind for name, kind in _NAMED.items()} | {"config?": dict, "max_length?": (int, NoneType)}
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def _check_weights(evaluation: EvaluationFiles) -> None:
     if evaluation.checkpoint is None or not settings.is_file():
         return
     checkpoint = evaluation.checkpoint
-    if odd := differences(read_json(settings).get("model", {}), find_model(checkpoint).inputs):
+    if odd := differences((read_sealed(settings) or {}).get("model", {}), find_model(checkpoint).inputs):
         raise SurgeryError(
             f"{settings.parent} holds results of another model than {checkpoint} is now ({'; '.join(odd)}). "
             "Evaluate it again: "
@@ -165,23 +169,21 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     try:
         results = json.loads(path.read_bytes())
-        for name, needed in _FIELDS.items():
-            if not isinstance(results.setdefault(name, {}), dict):
-                raise ValueError(f"its {name!r} is no object")
-            if wrong := [
-                key for key, value in results[name].items() if not _is_name(key) or not isinstance(value, needed)
-            ]:
-                raise ValueError(f"its {name!r} has a malformed entry {wrong[0]!r:.80}")
-        if not all(_is_name(child) for children in results["group_subtasks"].values() for child in children):
-            raise ValueError("its 'group_subtasks' holds more than names")
-    except (ValueError, AttributeError, RecursionError) as error:
+        if not isinstance(results, dict):
+            raise ValueError("it holds no JSON object")
+        check_fields(results, _FIELDS)
+        results = {name: {} for name in _NAMED} | results
+        names: Iterator[str] = itertools.chain(*(results[name] for name in _NAMED), *results["group_subtasks"].values())
+        if wrong := [name for name in names if not _is_name(name)]:
+            raise ValueError(f"{wrong[0]!r:.80} is no name of a task")
+    except (ValueError, RecursionError) as error:
         raise SurgeryError(f"{path} is no whole results file of lm-eval: {error}. Run the evaluation again.") from error
     return results
 
 
-def _is_name(name: object) -> bool:
+def _is_name(name: str) -> bool:
     """Whether it can be a task's or group's: it becomes part of file names, and is printed."""
-    return isinstance(name, str) and bool(name) and name.isprintable() and not set(name) & set("/\\")
+    return bool(name) and name.isprintable() and not set(name) & set("/\\")
 
 
 def _not_finished(given: Path, root: Path) -> SurgeryError:

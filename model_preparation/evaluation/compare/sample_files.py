@@ -7,6 +7,7 @@ value of the metric, how probable the right answer was to the model, and where i
 
 import json
 import math
+import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import numpy as np
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare.locate import EvaluationFiles
-from model_preparation.io.byte_progress import byte_progress
+from model_preparation.io.progress import bar
 
 _HASHES = ("doc_hash", "prompt_hash", "target_hash")
 _AGAIN = "Run the evaluation again, or copy the file again."
@@ -71,11 +72,8 @@ def read_answers(
             the number of questions.
     """
     answers, without = {}, {}
-    progress = byte_progress()
-    progress.disable = not progress.console.is_terminal  # elsewhere it would leave an empty line
-    with progress:
-        size_bytes = sum(evaluation.samples[task].stat().st_size for task in tasks)
-        bar = progress.add_task(f"Reading {evaluation.given.name}", total=size_bytes)
+    size_bytes = sum(evaluation.samples[task].stat().st_size for task in tasks)
+    with bar(f"Reading {evaluation.given.name}", size_bytes, in_bytes=True) as advance:
         for task in tasks:
             read = _read_task(evaluation.samples[task], *_split(metric))
             if isinstance(read, Answers):
@@ -83,7 +81,7 @@ def read_answers(
                 answers[task] = read
             else:
                 without[task] = read
-            progress.advance(bar, evaluation.samples[task].stat().st_size)
+            advance(evaluation.samples[task].stat().st_size)
     return answers, without
 
 
@@ -122,7 +120,7 @@ def _append(answers: Answers, sample: dict[str, Any], metric: str, offset: int, 
             raise SurgeryError(f"{where}, has no {name}, by which questions are matched. Evaluate with lm_eval 0.4.4+.")
         hashes.append(sample[name])
     value = sample[metric]
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise SurgeryError(
             f"{where}, has {value!r:.40} for {metric}, but only finite numbers can be compared. "
             "Name another metric by --metric, or run the evaluation again."
@@ -154,7 +152,7 @@ def _right_probability(sample: dict[str, Any]) -> float:
         scores = np.array([float(pair[0]) for pair in sample["filtered_resps"]])
         weights = np.exp(scores - scores.max())
         return float(weights[int(sample["target"])] / weights.sum()) if len(scores) > 1 else math.nan
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, OverflowError):
         return math.nan
 
 

@@ -3,6 +3,7 @@
 In: a folder. Out: transformers' tokenizer.
 """
 
+import codecs
 import contextlib
 import os
 from pathlib import Path
@@ -25,10 +26,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     AutoConfig.register("llamba", LlambaConfig, exist_ok=True)  # a tokenizer may lie beside a Llamba's config.json
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer("Layers 11 and 13.")  # some damage shows in use only
+        tokenizer.decode(tokenizer("Layers 11 and 13.")["input_ids"])  # some damage shows in use only
         return tokenizer
-    except Exception as error:  # the tokenizers library raises plain ones
-        reason = " ".join(str(error).split())[:200]
+    except (
+        BaseException
+    ) as error:  # the tokenizers library raises plain ones, and panics of Rust, which are no Exception
+        panics = type(error).__name__ == "PanicException"
+        if not panics and not isinstance(error, Exception):
+            raise
+        reason = ("tokenizer.json is damaged: " if panics else "") + " ".join(str(error).split())[:200]
         raise SurgeryError(
             f"No tokenizer can be loaded from {folder} ({reason}). Name one with --tokenizer."
         ) from error
@@ -40,6 +46,8 @@ def _check_files(folder: Path) -> None:
             with contextlib.suppress(FileNotFoundError):  # a link to nothing
                 # Whoever cloned no more than the text files still has a tokenizer.
                 own_file(path) if path.suffix in WEIGHTS else regular_file(path)
+                if path.suffix in (".json", ".jinja"):
+                    _check_beginning(path)
     path = folder / "tokenizer_config.json"
     if not path.exists():
         return
@@ -51,3 +59,12 @@ def _check_files(folder: Path) -> None:
         # transformers opens such a path; one that exists on its author's machine only does no harm
         if name.endswith("_file") and isinstance(value, str) and os.path.lexists(folder / value):
             inside(folder, value)
+
+
+def _check_beginning(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(3) == codecs.BOM_UTF8:
+            raise SurgeryError(
+                f"{path} begins with a byte-order mark, which transformers cannot read. "
+                "Save it as UTF-8 without the mark."
+            )

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.text import decode
+from model_preparation.io.text import decode, kind_of
 from model_preparation.io.untrusted.no_model import stand_in
 from model_preparation.terminal import STEERING
 
@@ -57,7 +57,7 @@ def own_file(path: Path) -> Path:
             raise
         raise SurgeryError(f"{path} is a link that leads to itself. Put the file itself there.") from error
     if not stat.S_ISREG(mode):
-        raise SurgeryError(f"{path} is {_kind(mode)}, not a file. Put the file itself there.")
+        raise SurgeryError(f"{path} is {kind_of(mode)}, not a file. Put the file itself there.")
     folder, real = path.parent.resolve(), path.resolve()
     if real.is_relative_to(folder):
         return path
@@ -205,11 +205,6 @@ def _limit_of(name: str) -> float:
 
 def _short(path: PurePosixPath) -> bool:
     return len(path.parts) <= MAX_DEPTH and all(len(part.encode()) <= 255 for part in path.parts)
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
-    return next((name for is_kind, name in kinds.items() if is_kind(mode)), "a device")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

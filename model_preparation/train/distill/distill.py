@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import rich.progress
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
@@ -21,6 +20,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve, tokenizer_files
 from model_preparation.io.identity import digests_of_files
 from model_preparation.io.new_folder import check_space, check_target, new_folder
+from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.timestamps import creation_time
@@ -164,10 +164,9 @@ def distill_llamba_base(
 
         held_out = taken.tokens[-taken.held_out :]
         print("Perplexity of donor, initial base and distilled base on held-out tokens ...", flush=True)
-        with rich.progress.Progress(transient=True) as progress:
-            bar = progress.add_task("Perplexity", total=donor_config.num_hidden_layers)
+        with bar("Perplexity", donor_config.num_hidden_layers) as advance:
             found = perplexities(
-                files, donor_config, held_out, layers_of, (DONOR, INITIAL, DISTILLED), lambda: progress.advance(bar)
+                files, donor_config, held_out, layers_of, (DONOR, INITIAL, DISTILLED), lambda: advance(1)
             )
         summary = {
             "donor": {name: value for name, value in source.as_dict().items() if name != "path"},

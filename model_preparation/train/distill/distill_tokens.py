@@ -4,17 +4,16 @@ In: what the caller gave as data, and the work folder. Out: `TokenData`, the sam
 """
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import rich.progress
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import has_tokenizer
+from model_preparation.io.progress import bar
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.train.distill.distill_data import TokenData, digest_of_text, text_files, tokens_of_text
 from model_preparation.train.distill.distill_defaults import SELF
@@ -22,7 +21,7 @@ from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, Sel
 from model_preparation.train.work_folder import WorkFolder
 
 Data = TokenData | str | Path
-Advance = Callable[[int], None]
+Advance = Callable[[float], None]
 
 
 def described(data: Data, tokens: int, sequence_length: int, seed: int) -> dict[str, Any]:
@@ -69,8 +68,7 @@ def take_tokens(data: Data, work: WorkFolder, donor_folder: Path, donor: LlamaCo
         if isinstance(data, TokenData):
             taken = data
         else:
-            with rich.progress.Progress(transient=True) as progress:
-                advance = partial(progress.advance, progress.add_task("Tokens", total=work.settings()["tokens"]))
+            with bar("Tokens", work.settings()["tokens"]) as advance:
                 if data == SELF:
                     taken = TokenData(_drawn(work, donor_folder, donor, device, advance))
                 else:

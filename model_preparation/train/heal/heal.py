@@ -30,6 +30,7 @@ from model_preparation.checkpoint.healed_folder import (
     bare_model,
     write_healed,
 )
+from model_preparation.checkpoint.model_digests import digest_of_checkpoint
 from model_preparation.checkpoint.trial import PROMPT
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation import generate_text
@@ -251,7 +252,8 @@ def merge_adapter(
     healed = bare_model(parent_info, merge(adapted).state_dict(), dtype or getattr(torch, parent_info["dtype"]))
     nothing = {"eval_loss": None, "perplexity": None, "mmlu_score": None}
     healing = {"method": "lora", "adapter": adapter.resolve().name, "steps": 0}
-    healing |= {"scores": {"before": nothing | {"mmlu_score": parent_info.get("mmlu_score")}, "after": nothing}}
+    score = current_score(parent_info, digest_of_checkpoint(parent))
+    healing |= {"scores": {"before": nothing | {"mmlu_score": score}, "after": nothing}}
     return write_healed(
         healed,
         parent,
@@ -333,6 +335,7 @@ def _healing(
     best = settings.load_best and trainer.state.best_model_checkpoint is not None
     after = trainer.state.best_metric if best else looks[-1]["eval_loss"] if looks else None
     config = LlambaConfig.from_dict(parent_info["config"])
+    score = parent_info["mmlu_score"] if settings.init_from == "checkpoint" else None
     said = settings.as_dict()
     for name in ("teacher", "eval_data", "init_from"):
         said[name] = said[name] and name_of(said[name])
@@ -349,7 +352,7 @@ def _healing(
         "passes": trainer.passes,
         "world_size": trainer.args.world_size,
         "scores": {
-            "before": _scores(looks[0]["eval_loss"] if looks else None, parent_info.get("mmlu_score")),
+            "before": _scores(looks[0]["eval_loss"] if looks else None, score),
             "after": _scores(after, None),
         },
         "texts": [

@@ -344,6 +344,7 @@ def test_damaged_samples_are_told_by_file_and_line(copy, tmp_path):
         (whole.replace("\n", "\n[]\n", 1), "line 2, is damaged: it is no sample"),
         (whole[: whole.rindex("\n", 0, -1) + 1], r"has 8 questions, but .* speaks of 9"),
         (whole * 2, "has 18 questions"),
+        (whole.replace('"acc": 0.0', f'"acc": {10**400}', 1), "for acc, but only finite numbers"),
         ("", "is empty"),
     ):
         assert damaged != whole
@@ -357,10 +358,13 @@ def test_damaged_samples_are_told_by_file_and_line(copy, tmp_path):
     [
         ("{", "no whole results file"),
         ("[]", "no whole results file"),
-        ('{"results": [], "configs": {}}', "'results' is no object"),
-        ('{"configs": {"../up": {}}}', r"'configs' has a malformed entry '../up'"),
-        ('{"configs": {"\\u001b[2J": {}}}', r"'configs' has a malformed entry '\\x1b\[2J'"),
-        ('{"configs": {"quiz_poems": {}}, "group_subtasks": {"quiz": [[]]}}', "'group_subtasks' holds more than names"),
+        ('{"results": [], "configs": {}}', r"results is \[\]"),
+        ('{"configs": {"../up": {}}}', "'../up' is no name of a task"),
+        ('{"configs": {"\\u001b[2J": {}}}', r"'\\x1b\[2J' is no name of a task"),
+        ('{"configs": {"quiz_poems": {}}, "group_subtasks": {"quiz": [[]]}}', r"an item is \[\]"),
+        ('{"configs": {"quiz_poems": []}}', r"configs: quiz_poems is \[\]"),
+        ('{"max_length": "4096"}', "max_length is '4096'"),
+        ('{"config": 5}', "config is 5"),
         ("{}", "lacks samples files"),
     ],
 )

@@ -1,6 +1,7 @@
 """Files made to do harm: refused with one clear sentence, without running, hanging, allocating or reading elsewhere."""
 
 import builtins
+import codecs
 import json
 import os
 import pickle
@@ -444,6 +445,36 @@ def test_a_tokenizer_leads_to_no_file_outside(layers, tmp_path):
         load_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"vocab_file": "/of/its/author/vocab.txt"}))
     assert load_tokenizer(folder)("a").input_ids
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_byte_order_mark_that_transformers_cannot_read_is_named(name, donor):
+    (donor / name).write_bytes(codecs.BOM_UTF8 + (donor / name).read_bytes())
+    assert read_config(donor).model_type == "llama"  # which we can
+    with pytest.raises(SurgeryError, match=rf"{donor / name} begins with a byte-order mark, .* without the mark"):
+        load_tokenizer(donor)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        (
+            "post_processor",
+            {
+                "type": "TemplateProcessing",
+                "pair": [],
+                "special_tokens": {},
+                "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}],
+            },
+        ),
+    ],
+)
+def test_a_tokenizer_that_makes_its_library_panic_is_named(part, value, layers):
+    path = layers / "tokenizer" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: value}))
+    with pytest.raises(SurgeryError, match=rf"{path.parent} \(tokenizer.json is damaged: .*--tokenizer"):
+        load_tokenizer(path.parent)
 
 
 # --- at random --------------------------------------------------------------------------------------------------------
