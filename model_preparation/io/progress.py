@@ -19,9 +19,10 @@ from model_preparation.terminal import escaped
 
 @contextlib.contextmanager
 def bar(title: str, total: float, *, in_bytes: bool = False) -> Iterator[Callable[[float], None]]:
-    """A bar that is shown on a terminal only, and goes when the work is done or fails. Gives what advances it."""
+    """On a terminal, a bar for more than one step; it ends where the work ends or fails. Gives what advances it."""
     counts = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=not rich.get_console().is_terminal) as progress:
+    is_shown = rich.get_console().is_terminal and total > 1
+    with Progress(*columns, transient=True, disable=not is_shown) as progress:
         task = progress.add_task(escaped(title), total=total)
         yield lambda count: progress.advance(task, count)

@@ -23,9 +23,10 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation import evaluate, results_folder, scored_model
 from model_preparation.evaluation.evaluate import evaluate_model
 from model_preparation.evaluation.questions import SUBJECTS
-from model_preparation.evaluation.results_folder import ResultsFolder
+from model_preparation.evaluation.results_folder import ResultsFolder, read_sealed
 from model_preparation.evaluation.tasks import load_tasks
 from model_preparation.io.partial_folder import take
+from model_preparation.io.self_checksum import with_checksum
 from tests.conftest import assert_refused, run_command
 from tests.evaluation.test_mmlu import question, write_questions
 
@@ -170,6 +171,23 @@ def test_results_of_something_else_under_the_right_name_are_refused(checkpoint, 
     other.rename(other.with_name(wanted))
     with pytest.raises(SurgeryError, match=rf"{wanted} holds results of other settings \(limit: 1 there"):
         evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("settings.json", {"settings": {}, "weights": 5}),
+        ("result.json", {"files": []}),
+        ("answers/loglikelihood.quiz.json", {"requests": "0", "answers": {}}),
+        ("answers/loglikelihood.quiz.json", {"requests": "0", "answers": [[None]]}),
+    ],
+)
+def test_a_sealed_file_of_what_we_never_write_is_refused(tmp_path, name, content):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(with_checksum(content))
+    with pytest.raises(SurgeryError, match=rf"{name} is no result of ours \(.*\)\. Remove it"):
+        read_sealed(path)
 
 
 def test_a_damaged_record_is_asked_anew(checkpoint, mmlu, part, monkeypatch):

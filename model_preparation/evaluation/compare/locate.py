@@ -20,7 +20,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.results_folder import SETTINGS, read_sealed
 from model_preparation.evaluation.scored_model import find_model
 from model_preparation.io.identity import differences
-from model_preparation.io.untrusted.untrusted_files import check_fields
+from model_preparation.io.untrusted.untrusted_files import bounded, check_fields
 
 # `--output_path FILE.json` makes FILE_<date>.json of it.
 _RESULTS = re.compile(r"(?!samples_).*_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)\.json")
@@ -168,7 +168,7 @@ def read_results(path: Path) -> dict[str, Any]:
         SurgeryError: if it is damaged, or no such file.
     """
     try:
-        results = json.loads(path.read_bytes())
+        results = json.loads(path.read_bytes(), parse_int=bounded)
         if not isinstance(results, dict):
             raise ValueError("it holds no JSON object")
         check_fields(results, _FIELDS)

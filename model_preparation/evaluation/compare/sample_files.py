@@ -7,7 +7,6 @@ value of the metric, how probable the right answer was to the model, and where i
 
 import json
 import math
-import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import numpy as np
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare.locate import EvaluationFiles
 from model_preparation.io.progress import bar
+from model_preparation.io.untrusted.untrusted_files import bounded
 
 _HASHES = ("doc_hash", "prompt_hash", "target_hash")
 _AGAIN = "Run the evaluation again, or copy the file again."
@@ -120,7 +120,7 @@ def _append(answers: Answers, sample: dict[str, Any], metric: str, offset: int, 
             raise SurgeryError(f"{where}, has no {name}, by which questions are matched. Evaluate with lm_eval 0.4.4+.")
         hashes.append(sample[name])
     value = sample[metric]
-    if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+    if not isinstance(value, int | float) or not math.isfinite(value):
         raise SurgeryError(
             f"{where}, has {value!r:.40} for {metric}, but only finite numbers can be compared. "
             "Name another metric by --metric, or run the evaluation again."
@@ -136,7 +136,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                sample = json.loads(line)
+                sample = json.loads(line, parse_int=bounded)
                 if not isinstance(sample, dict) or not isinstance(sample.get("metrics", []), list):
                     raise ValueError("it is no sample of lm-eval")
             except (ValueError, RecursionError) as error:

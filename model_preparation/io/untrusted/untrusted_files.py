@@ -127,7 +127,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
         value = json.loads(
             decode(data),
             object_pairs_hook=_unique,
-            parse_int=_bounded,
+            parse_int=bounded,
             parse_float=_finite,
             parse_constant=_finite,
         )
@@ -216,7 +216,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _bounded(digits: str) -> int:
+def bounded(digits: str) -> int:
+    """The integer, for json's `parse_int`; raises ValueError for one that no float holds."""
     if len(digits) > _MAX_DIGITS:
         raise ValueError(f"it has the number {digits[:24]}...")
     return int(digits)

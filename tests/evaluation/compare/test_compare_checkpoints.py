@@ -344,7 +344,7 @@ def test_damaged_samples_are_told_by_file_and_line(copy, tmp_path):
         (whole.replace("\n", "\n[]\n", 1), "line 2, is damaged: it is no sample"),
         (whole[: whole.rindex("\n", 0, -1) + 1], r"has 8 questions, but .* speaks of 9"),
         (whole * 2, "has 18 questions"),
-        (whole.replace('"acc": 0.0', f'"acc": {10**400}', 1), "for acc, but only finite numbers"),
+        (whole.replace('"acc": 0.0', f'"acc": {10**400}', 1), "line 1, is damaged: "),
         ("", "is empty"),
     ):
         assert damaged != whole
@@ -364,6 +364,7 @@ def test_damaged_samples_are_told_by_file_and_line(copy, tmp_path):
         ('{"configs": {"quiz_poems": {}}, "group_subtasks": {"quiz": [[]]}}', r"an item is \[\]"),
         ('{"configs": {"quiz_poems": []}}', r"configs: quiz_poems is \[\]"),
         ('{"max_length": "4096"}', "max_length is '4096'"),
+        ('{"results": {"quiz": {"acc,none": 1%s}}}' % ("0" * 400), "no whole results file"),
         ('{"config": 5}', "config is 5"),
         ("{}", "lacks samples files"),
     ],
