@@ -35,12 +35,11 @@ from model_preparation.checkpoint.store_folder import STORE
 from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
 from model_preparation.io.background_tasks import BackgroundTasks
+from model_preparation.io.complete_folder import check_space, check_target, new_folder
 from model_preparation.io.digests import describe_files, describe_source_file
-from model_preparation.io.new_folder import check_space, check_target, new_folder
 from model_preparation.io.progress import bar
 from model_preparation.io.self_checksum import with_checksum
-from model_preparation.io.timestamps import creation_time
-from model_preparation.versions import versions
+from model_preparation.versions import creation_time, versions
 
 if TYPE_CHECKING:
     import torch

@@ -32,17 +32,16 @@ from model_preparation.checkpoint.hf_folder import write_model
 from model_preparation.checkpoint.model_code import code_digests
 from model_preparation.checkpoint.model_digests import recorded_weights
 from model_preparation.checkpoint.tensor_digests import read_tensor_digests
+from model_preparation.io.complete_folder import new_folder
 from model_preparation.io.digests import describe_files
-from model_preparation.io.new_folder import new_folder
 from model_preparation.io.progress import bar
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.tensors.pt_writer import write_together
 from model_preparation.io.tensors.tensor_ranges import bytes_of
-from model_preparation.io.timestamps import creation_time
 from model_preparation.io.untrusted.untrusted_config import config_from, generation_config_from
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
-from model_preparation.versions import versions
+from model_preparation.versions import creation_time, versions
 
 _OF_THE_PARENT = (
     "replaced_layers",

@@ -29,18 +29,17 @@ from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import check_recorded, has_tokenizer, resolve
 from model_preparation.io.background_tasks import BackgroundTasks
 from model_preparation.io.block_io import Advance
+from model_preparation.io.complete_folder import check_space, check_target, new_folder
 from model_preparation.io.digests import FILE_FIELDS, describe_files, fault_of
-from model_preparation.io.new_folder import check_space, check_target, new_folder
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import DType, float_dtype
 from model_preparation.io.tensors.pt_dict import dict_ranges
 from model_preparation.io.tensors.pt_writer import write_dict, write_together
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import TensorRange
-from model_preparation.io.timestamps import creation_time
-from model_preparation.io.untrusted.no_model import what_it_is
+from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json, regular_file
-from model_preparation.versions import versions
+from model_preparation.versions import creation_time, versions
 
 # torch and transformers are imported where they are used: seconds that writing does not wait for.
 if TYPE_CHECKING:

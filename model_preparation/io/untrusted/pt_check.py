@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from model_preparation.io.untrusted.pickle_scan import MAX_PICKLE_BYTES, Allowed, PickleScan, scan
+from model_preparation.io.untrusted.pickle_check import MAX_PICKLE_BYTES, Allowed, PickleScan, scan
 from model_preparation.io.untrusted.untrusted_files import regular_file
 
 PICKLE = "data.pkl"

@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.sync import make_folder, sync
+from model_preparation.io.complete_file import make_folder, sync
 from model_preparation.io.untrusted.untrusted_files import read_json
 
 HELD_BY = ".held_by"
