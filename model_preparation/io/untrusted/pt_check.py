@@ -1,16 +1,17 @@
-"""The zip file that torch.save writes, checked before torch sees it.
+"""Checks the zip file that torch.save writes before torch sees it, so that no two readers find different things in it.
 
-In: a .pt file. Out: where each of its records lies, or the reason why it is refused. Only what torch writes passes:
-every entry stored as it is, none over another, nothing between them, the directory at the very end; so that no two
-readers can see different things in it, and nothing is unpacked to more than it is.
+Only what torch writes passes: every entry stored unchanged, none over another, nothing between them, the directory at
+the very end. Python's zipfile reads the directory. This file checks what zipfile lets pass, such as gaps, unknown
+fields, and two ends of the directory that differ; and it bounds what zipfile reads.
 
-Source of the layout: the zip format's APPNOTE, sections 4.3.7 (local header), 4.3.12 (central directory), 4.3.14 to
-4.3.16 (its end), 4.5.3 (zip64).
+Source of the layout: the zip format's APPNOTE, sections 4.3.7 (local header), 4.3.14 to 4.3.16 (the directory's end),
+4.5.3 (zip64).
 """
 
 import os
 import re
 import struct
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -24,16 +25,16 @@ _MAX_SMALL_BYTES = 1024  # of every record that is neither a tensor nor the pick
 _MAX_DIRECTORY_BYTES = 64_000_000
 
 _NAME = re.compile(
-    rb"([^/\\\0]{1,255})/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id"
-    rb"|data/\d{1,9})"
+    r"([^/\\\0]{1,255})/(data\.pkl|version|byteorder|\.format_version|\.storage_alignment|\.data/serialization_id"
+    r"|data/[0-9]{1,9})"
 )
 _LOCAL = struct.Struct("<4s5H3I2H")
-_ENTRY = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR = struct.Struct("<4sIQI")
-_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
-_FLAGS = 0x0808  # sizes follow the data; names are UTF-8
+_ENTRY_BYTES, _LENGTHS_AT = 46, 28  # of a directory entry, without its name and fields
+_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # in place of numbers that stand in a zip64 field
+_UTF8, _SIZES_FOLLOW = 0x0800, 0x0008  # flags
 _MAX_GAP_BYTES = 24  # the sizes that follow the data
 
 
@@ -49,7 +50,7 @@ def pt_records(path: Path) -> dict[str, PtRecord]:
     """The records of a file that torch.save wrote, by name without the archive's ("data.pkl", "data/0", ...).
 
     Raises:
-        ValueError: saying what is wrong with it.
+        ValueError: with what is wrong.
         SurgeryError, OSError: as from `untrusted_files.regular_file`.
     """
     with regular_file(path).open("rb") as file:
@@ -60,7 +61,7 @@ def check_pt(path: Path, allowed: Allowed) -> PickleScan:
     """Check a .pt file's structure, and its pickle against `allowed`; returns what the pickle refers to.
 
     Raises:
-        ValueError, SurgeryError, OSError: as from `pt_records` and `pickle_scan.scan`; also for a storage that is not
+        ValueError, SurgeryError, OSError: as from `pt_records` and `pickle_check.scan`; also for a storage that is not
             exactly one record.
     """
     with regular_file(path).open("rb") as file:
@@ -82,58 +83,42 @@ def check_archive(file: BinaryIO, file_bytes: int, allowed: Allowed) -> PickleSc
 
 
 def _records(file: BinaryIO, file_bytes: int) -> dict[str, PtRecord]:
-    directory, count, directory_start = _directory(file, file_bytes)
-    headers = []
-    archives = set()
-    position = 0
-    while position < len(directory):
-        if len(directory) - position < _ENTRY.size:
-            raise ValueError("its zip directory is damaged")
-        fields = _ENTRY.unpack_from(directory, position)
-        signature, flags, method, packed, size, header = (fields[i] for i in (0, 3, 4, 8, 9, 16))
-        lengths = fields[10:13]  # of name, extra field and comment
-        position += _ENTRY.size
-        raw_name = directory[position : position + lengths[0]]
-        extra = directory[position + lengths[0] : position + lengths[0] + lengths[1]]
-        position += sum(lengths)
-        if signature != b"PK\x01\x02" or position > len(directory) or lengths[2] or fields[13]:
-            raise ValueError("its zip directory is damaged")
-        match = _NAME.fullmatch(raw_name)
-        if match is None:
-            raise ValueError(f"its zip directory lists {raw_name!r:.100}, which torch.save never writes")
-        size, packed, header = _with_zip64(extra, size, packed, header)
-        if method or flags & ~_FLAGS or packed != size:
-            raise ValueError(f"its entry {raw_name.decode(errors='replace')!r:.100} is compressed or encrypted")
-        archives.add(match[1])
-        headers.append((header, raw_name, match[2].decode(), size))
-    if len(headers) != count:
-        raise ValueError(f"its zip directory lists {len(headers)} entries instead of {count}")
-    if len(archives) != 1:
+    count, directory_start, directory_end = _checked_end(file, file_bytes)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, struct.error) as error:
+        raise ValueError(f"its zip directory is damaged ({error})") from error
+    if len(entries) != count:
+        raise ValueError(f"its zip directory lists {len(entries)} entries instead of {count}")
+    if len({entry.orig_filename.partition("/")[0] for entry in entries}) != 1:
         raise ValueError("its entries lie in more than one folder")
-    return _placed(file, sorted(headers), directory_start)
-
-
-def _placed(file: BinaryIO, headers: list[tuple[int, bytes, str, int]], directory_start: int) -> dict[str, PtRecord]:
-    """The records in the file's order, each following the one before it."""
+    # zipfile cuts the last entry's name and fields off where the directory ends.
+    name_and_fields = _raw_name(entries[-1]) + entries[-1].extra
+    lengths = struct.pack("<3H", len(_raw_name(entries[-1])), len(entries[-1].extra), 0)
+    if _read(file, directory_end - len(name_and_fields) - _ENTRY_BYTES + _LENGTHS_AT, len(lengths)) != lengths:
+        raise ValueError("its zip directory is damaged")
     found: dict[str, PtRecord] = {}
     end = 0
-    for header, raw_name, name, size in headers:
-        gap = header - end
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        name = _checked_name(entry)
+        gap = entry.header_offset - end
         if not (0 <= gap <= _MAX_GAP_BYTES if found else gap == 0):
             raise ValueError(f"its entry {name} does not lie where the one before it ends")
-        local = _LOCAL.unpack(_read(file, header, _LOCAL.size))
-        start = header + _LOCAL.size + local[9] + local[10]
-        if local[0] != b"PK\x03\x04" or local[3] or _read(file, header + _LOCAL.size, local[9]) != raw_name:
+        local = _LOCAL.unpack(_read(file, entry.header_offset, _LOCAL.size))
+        start = entry.header_offset + _LOCAL.size + local[9] + local[10]
+        same_name = _read(file, entry.header_offset + _LOCAL.size, local[9]) == _raw_name(entry)
+        if local[0] != b"PK\x03\x04" or local[3] or not same_name:
             raise ValueError(f"its entry {name} differs from its zip directory")
-        end = start + size
+        end = start + entry.file_size
         if end > directory_start:
             raise ValueError(f"its entry {name} runs out of the file")
         limit = MAX_PICKLE_BYTES if name == PICKLE else _MAX_SMALL_BYTES
-        if not name.startswith("data/") and size > limit:
-            raise ValueError(f"its entry {name} has {size} bytes; at most {limit} are sensible")
+        if not name.startswith("data/") and entry.file_size > limit:
+            raise ValueError(f"its entry {name} has {entry.file_size} bytes; at most {limit} are sensible")
         if name in found:
             raise ValueError(f"its zip directory lists {name} twice")
-        found[name] = PtRecord(start, size)
+        found[name] = PtRecord(start, entry.file_size)
     if directory_start - end > _MAX_GAP_BYTES:
         raise ValueError("there is something between its last entry and its zip directory")
     if PICKLE not in found:
@@ -141,8 +126,27 @@ def _placed(file: BinaryIO, headers: list[tuple[int, bytes, str, int]], director
     return found
 
 
-def _directory(file: BinaryIO, file_bytes: int) -> tuple[bytes, int, int]:
-    """The central directory's bytes, the number of its entries, and where it starts."""
+def _raw_name(entry: zipfile.ZipInfo) -> bytes:
+    return entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
+
+
+def _checked_name(entry: zipfile.ZipInfo) -> str:
+    """The record's name without the archive's; raises ValueError for a directory entry that torch never writes."""
+    match = _NAME.fullmatch(entry.orig_filename)
+    if match is None:
+        raise ValueError(f"its zip directory lists {entry.orig_filename!a:.100}, which torch.save never writes")
+    stored = entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
+    if not stored or entry.flag_bits & ~(_UTF8 | _SIZES_FOLLOW):
+        raise ValueError(f"its entry {entry.orig_filename!a:.100} is compressed or encrypted")
+    wide = sum(number >= _FULL32 for number in (entry.file_size, entry.compress_size, entry.header_offset))
+    zip64 = struct.pack("<2H", 1, 8 * wide) if wide else b""
+    if entry.comment or entry.volume or entry.extra[:4] != zip64 or len(entry.extra) != len(zip64) + 8 * wide:
+        raise ValueError("its zip directory has fields torch.save never writes")
+    return match[2]
+
+
+def _checked_end(file: BinaryIO, file_bytes: int) -> tuple[int, int, int]:
+    """The number of entries in the directory, and where it starts and ends: at the file's end. It is not too large."""
     end_start = file_bytes - _END.size
     if end_start < 0 or _read(file, 0, 4) != b"PK\x03\x04":
         raise ValueError("it is not a zip file, as torch.save writes them since torch 1.6")
@@ -156,34 +160,17 @@ def _directory(file: BinaryIO, file_bytes: int) -> tuple[bytes, int, int]:
         locator = _LOCATOR.unpack(_read(file, locator_start, _LOCATOR.size))
         after = locator_start - _END64.size
         end64 = _END64.unpack(_read(file, after, _END64.size))
-        if locator[1:] != (0, after, 1) or end64[0] != b"PK\x06\x06" or end64[1] != 44 or end64[4:6] != (0, 0):
+        count, size, start = wide = end64[7:10]
+        if locator[1:] != (0, after, 1) or end64[0] != b"PK\x06\x06" or end64[1] != 44 or end64[4:7] != (0, 0, count):
             raise ValueError("the end of its zip directory is damaged")
-        wide = end64[7:10]
-        if any(short not in (value, full) for short, value, full in zip(end[4:7], wide, _FULLS, strict=True)):
+        fulls = (_FULL16, _FULL32, _FULL32)
+        if any(short not in (value, full) for short, value, full in zip(end[4:7], wide, fulls, strict=True)):
             raise ValueError("the two ends of its zip directory differ")
-        if end64[6] != wide[0]:
-            raise ValueError("its zip directory is on more than one disk")
-        count, size, start = wide
     if end[1:3] != (0, 0) or end[3] not in (count, _FULL16) or end[7]:
         raise ValueError("the end of its zip directory is damaged")
     if start + size != after or size > _MAX_DIRECTORY_BYTES or not 0 < count <= _MAX_RECORDS:
         raise ValueError(f"its zip directory has {count} entries in {size} bytes at {start}, which cannot be")
-    return _read(file, start, size), count, start
-
-
-_FULLS = (_FULL16, _FULL32, _FULL32)
-
-
-def _with_zip64(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
-    """The three numbers, from the zip64 field where they are too large for their own; no other field may be there."""
-    numbers = [size, packed, header]
-    wide = [i for i, number in enumerate(numbers) if number == _FULL32]
-    if extra or wide:
-        if len(extra) != 4 + 8 * len(wide) or struct.unpack_from("<2H", extra) != (1, 8 * len(wide)):
-            raise ValueError("its zip directory has fields torch.save never writes")
-        for i, number in zip(wide, struct.unpack_from(f"<{len(wide)}Q", extra, 4), strict=True):
-            numbers[i] = number
-    return numbers[0], numbers[1], numbers[2]
+    return count, start, after
 
 
 def _read(file: BinaryIO, start: int, size_bytes: int) -> bytes:

@@ -196,6 +196,14 @@ def test_numbers_in_the_directory_that_cannot_be(layers, field, value, words):
     refused(path) if words == "directory" else refused(path, words)
 
 
+def test_the_last_entry_of_the_directory_ends_where_that_does(layers):
+    path = layers / "layer_00.pt"
+    data, places = archive(path)
+    struct.pack_into("<H", data, max(entry for entry, _ in places.values()) + 32, 200)  # the length of its comment
+    path.write_bytes(data)
+    refused(path, "damaged")
+
+
 def test_overlapping_records_are_refused(layers):
     path = layers / "layer_00.pt"
     data, places = archive(path)
