@@ -34,7 +34,7 @@ def main() -> None:
 
     from model_preparation.checkpoint.store_folder import clean
     from model_preparation.errors import SurgeryError
-    from model_preparation.io.new_folder import remove_abandoned
+    from model_preparation.io.complete_folder import remove_abandoned
 
     folder = args.dir.expanduser()
     if not folder.is_dir():

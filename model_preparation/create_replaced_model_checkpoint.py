@@ -98,7 +98,7 @@ def main() -> None:
 
     from model_preparation.checkpoint import checkpoint
     from model_preparation.checkpoint.graft_parts import find_parts
-    from model_preparation.io.new_folder import check_target
+    from model_preparation.io.complete_folder import check_target
 
     target = Path(args.output_dir).expanduser()
     format = args.format or "pt"

@@ -82,7 +82,7 @@ def main() -> None:
     }
     metadata = None
     if args.from_legacy is not None:
-        from model_preparation.legacy.legacy_layers import import_legacy  # which needs the model's classes
+        from model_preparation.legacy.import_layers import import_legacy  # which needs the model's classes
 
         metadata = import_legacy(
             args.from_legacy,

@@ -65,7 +65,7 @@ def make_pair(output_dir: Path, work_dir: Path, *, seed: int) -> None:
 
     from model_preparation import distill_llamba_base
     from model_preparation.embedded.recall import training_texts
-    from model_preparation.io.new_folder import new_folder
+    from model_preparation.io.complete_folder import new_folder
 
     torch.set_num_threads(1)  # sums in another order would end in another model, and so small ones gain little by two
     donor, base, task = work_dir / "tiny_llama", work_dir / "tiny_llamba", work_dir / TASK
@@ -97,7 +97,7 @@ def make_pair(output_dir: Path, work_dir: Path, *, seed: int) -> None:
 
 def _name_donor(summary_file: Path) -> None:
     """Let the distillation's summary name the donor as others will find it, and not by its folder here."""
-    from model_preparation.io.new_file import write_file
+    from model_preparation.io.complete_file import write_file
 
     summary = json.loads(summary_file.read_text())
     summary["donor"] = {"hub": "embedded", "id": "tiny_llama", "revision": None}

@@ -39,7 +39,7 @@ def make_donor(output_dir: Path, *, overwrite: bool = False) -> None:
     Raises:
         SurgeryError: if a package is missing, the target is taken or not writable, or the disk too small.
     """
-    from model_preparation.io.new_folder import check_space, check_target, new_folder
+    from model_preparation.io.complete_folder import check_space, check_target, new_folder
 
     check_target(output_dir, overwrite=overwrite, marker_file="config.json")
     gguf = find_gguf()

@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import check_imports
 from model_preparation import SurgeryError, build_checkpoint, load_checkpoint
 from model_preparation.checkpoint.verify import inspect
 from model_preparation.io.digests import describe_file
-from model_preparation.io.partial_folder import take
+from model_preparation.io.folder_lock import take
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.llamba import LlambaForCausalLM, modeling_llamba
 from tests.conftest import PACKAGE, assert_refused, run_command, run_python, seeded, tiny_config

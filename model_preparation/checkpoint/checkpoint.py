@@ -35,12 +35,11 @@ from model_preparation.checkpoint.store_folder import STORE
 from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
 from model_preparation.io.background_tasks import BackgroundTasks
-from model_preparation.io.byte_progress import byte_progress
+from model_preparation.io.complete_folder import check_space, check_target, new_folder
 from model_preparation.io.digests import describe_files, describe_source_file
-from model_preparation.io.new_folder import check_space, check_target, new_folder
+from model_preparation.io.progress import bar
 from model_preparation.io.self_checksum import with_checksum
-from model_preparation.io.timestamps import creation_time
-from model_preparation.versions import versions
+from model_preparation.versions import creation_time, versions
 
 if TYPE_CHECKING:
     import torch
@@ -183,11 +182,10 @@ def write(
                 pt_folder.take_from_siblings(base_files)
             files: dict[str, dict] = {}
             digests: dict[str, str] = {}
-            with byte_progress() as progress:
-                task = progress.add_task("Writing", total=FORMATS[format] * graft.weight_bytes)
+            with bar("Writing", FORMATS[format] * graft.weight_bytes, in_bytes=True) as draw:
 
                 def advance(size_bytes: int) -> None:
-                    progress.advance(task, size_bytes)
+                    draw(size_bytes)
                     tasks.raise_failure()
 
                 if pt_folder is not None:

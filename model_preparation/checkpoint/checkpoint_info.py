@@ -12,7 +12,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import TABLE, check_recorded
 from model_preparation.io.digests import FILE_FIELDS
 from model_preparation.io.tensors.dtypes import MODEL_DTYPES
-from model_preparation.io.untrusted.no_model import what_it_is
+from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.io.untrusted.untrusted_files import check_fields, read_json
 
 FORMAT_VERSION = 1

@@ -7,7 +7,6 @@ others are marked as healed.
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,16 @@ from model_preparation.checkpoint.hf_folder import write_model
 from model_preparation.checkpoint.model_code import code_digests
 from model_preparation.checkpoint.model_digests import recorded_weights
 from model_preparation.checkpoint.tensor_digests import read_tensor_digests
-from model_preparation.io.byte_progress import byte_progress
+from model_preparation.io.complete_folder import new_folder
 from model_preparation.io.digests import describe_files
-from model_preparation.io.new_folder import new_folder
+from model_preparation.io.progress import bar
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.tensors.pt_writer import write_together
 from model_preparation.io.tensors.tensor_ranges import bytes_of
-from model_preparation.io.timestamps import creation_time
 from model_preparation.io.untrusted.untrusted_config import config_from, generation_config_from
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
-from model_preparation.versions import versions
+from model_preparation.versions import creation_time, versions
 
 _OF_THE_PARENT = (
     "replaced_layers",
@@ -102,9 +100,8 @@ def write_healed(
     dtype = str(model.dtype).removeprefix("torch.")
     with new_folder(output_dir, overwrite=overwrite, marker_file=INFO) as staging:
         files: dict[str, dict] = {}
-        with byte_progress() as progress:
-            task = progress.add_task("Writing", total=FORMATS[format] * sum(p.nbytes for p in model.parameters()))
-            advance = partial(progress.advance, task)
+        size_bytes = FORMATS[format] * sum(p.nbytes for p in model.parameters())
+        with bar("Writing", size_bytes, in_bytes=True) as advance:
             if format != "hf":
                 paths = [staging / MODULE, staging / STATE_DICT]
                 written = write_together(paths, {}, lambda _: [model, model.state_dict()], advance)

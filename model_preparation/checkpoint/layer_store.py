@@ -5,7 +5,6 @@ tokenizer; rotary_emb.pt; metadata.json with where all of it came from and every
 memory at a time, and the model is never built. `LayerStore` reads such a folder and trusts no byte it has not checked.
 """
 
-import contextlib
 import json
 import operator
 import shlex
@@ -16,9 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, SupportsIndex
-
-import rich.markup
-import rich.progress
 
 from model_preparation.checkpoint.llama_files import LlamaFiles
 from model_preparation.checkpoint.model_configs import (
@@ -33,18 +29,17 @@ from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import check_recorded, has_tokenizer, resolve
 from model_preparation.io.background_tasks import BackgroundTasks
 from model_preparation.io.block_io import Advance
+from model_preparation.io.complete_folder import check_space, check_target, new_folder
 from model_preparation.io.digests import FILE_FIELDS, describe_files, fault_of
-from model_preparation.io.new_folder import check_space, check_target, new_folder
+from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import DType, float_dtype
 from model_preparation.io.tensors.pt_dict import dict_ranges
 from model_preparation.io.tensors.pt_writer import write_dict, write_together
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import TensorRange
-from model_preparation.io.timestamps import creation_time
-from model_preparation.io.untrusted.no_model import what_it_is
+from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json, regular_file
-from model_preparation.terminal import escaped
-from model_preparation.versions import versions
+from model_preparation.versions import creation_time, versions
 
 # torch and transformers are imported where they are used: seconds that writing does not wait for.
 if TYPE_CHECKING:
@@ -125,10 +120,11 @@ def extract_layers(
                 if ranges:
                     path = staging / layer_file(index)
                     writing[str(index)] = tasks.start(write_layer, path, ranges, cast_to, go_on)
-            title = rich.markup.escape(escaped(f"Extracting {model_name}"))
-            steps = rich.progress.track(writing.items(), title, len(writing), disable=len(writing) < 2)
-            with contextlib.closing(steps):  # type: ignore[type-var]  # ends the bar's thread where a layer fails
-                described = {index: layer.result() for index, layer in steps}
+            described = {}
+            with bar(f"Extracting {model_name}", len(writing)) as advance:
+                for number, layer in writing.items():
+                    described[number] = layer.result()
+                    advance(1)
             parts = checking.result()
         return complete_folder(
             staging,
@@ -335,11 +331,11 @@ class LayerStore:
         """Check every file of the folder; one line per bad one, none if all are as they were written."""
         recorded = {entry["file"]: entry for entry in self.layers.values()} | self.metadata["files"]
         found = []
-        for name, entry in rich.progress.track(
-            recorded.items(), rich.markup.escape(escaped(f"Verifying {self.folder}"))
-        ):
-            if fault := fault_of(inside(self.folder, name), entry):
-                found.append(f"{self.folder / name} is {fault}.")
+        with bar(f"Verifying {self.folder}", len(recorded)) as advance:
+            for name, entry in recorded.items():
+                if fault := fault_of(inside(self.folder, name), entry):
+                    found.append(f"{self.folder / name} is {fault}.")
+                advance(1)
         return found
 
     def _again(self) -> str:

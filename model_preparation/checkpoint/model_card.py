@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.hub_snapshots import TITLES
+from model_preparation.hub.download import TITLES
 from model_preparation.hub.licences import LlamaTerms, terms_of
 from model_preparation.terminal import escaped
 

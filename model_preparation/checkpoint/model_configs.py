@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.tensors.quantised import CURE, method_in_config
+from model_preparation.io.tensors.dtypes import CURE, method_in_config
 from model_preparation.io.untrusted.untrusted_files import check_fields, check_sizes, read_json
 
 if TYPE_CHECKING:

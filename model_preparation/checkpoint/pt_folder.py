@@ -13,7 +13,7 @@ from model_preparation.checkpoint.checkpoint_info import MODULE, STATE_DICT
 from model_preparation.checkpoint.graft_parts import GraftParts
 from model_preparation.checkpoint.siblings import SiblingTensor, check_taken, sibling_folders, tensors_in_siblings
 from model_preparation.io.block_io import Advance
-from model_preparation.io.new_folder import existing_parent
+from model_preparation.io.complete_folder import existing_parent
 from model_preparation.io.shared_files import can_reflink
 from model_preparation.io.tensors.pt_writer import write_together
 

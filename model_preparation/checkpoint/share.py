@@ -25,14 +25,14 @@ from model_preparation.checkpoint.checkpoint_info import (
 )
 from model_preparation.checkpoint.model_card import MEASURED, card_text, read_card
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.hub_snapshots import first_line
-from model_preparation.hub.hub_uploads import HUBS
+from model_preparation.hub.download import first_line
 from model_preparation.hub.licences import check_name, licence_of, terms_of
+from model_preparation.hub.upload import HUBS
 from model_preparation.io.digests import fault_of
 from model_preparation.io.progress import bar
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.text import read_text
-from model_preparation.io.untrusted.no_model import stand_in, what_it_is
+from model_preparation.io.untrusted.not_a_model import stand_in, what_it_is
 
 CARD, NOTICE, README = "README.md", "NOTICE", "README.txt"
 # Files at the root that only transformers' from_pretrained reads; with them, the .pt files have no use for these.

@@ -5,12 +5,12 @@ and how that is made, base_store.py says.
 """
 
 import contextlib
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from model_preparation.errors import SurgeryError
 from model_preparation.io.known_digests import read_record
@@ -88,23 +88,13 @@ def locked(root: Path) -> Iterator[None]:
         SurgeryError: if there is a link in the store, or in its place.
         OSError: if the folder cannot be written to, or its file system has no locks.
     """
-    while True:
+    lock = FileLock(root / _LOCK, fallback_to_soft=False)
+    while not lock.is_locked:
         without_links(root)
         root.mkdir(exist_ok=True)
-        try:
-            file = (root / _LOCK).open("a")
-        except FileNotFoundError:  # `clean` removed the store just now
-            continue
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_at(file.fileno(), root / _LOCK):
-                yield
-                return
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`: `clean` may have removed it while we waited for the lock."""
+        with contextlib.suppress(FileNotFoundError):  # `clean` removed the store just now
+            lock.acquire()
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+        yield
+    finally:
+        lock.release()

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from model_preparation.checkpoint.layer_store import LayerStore
 from model_preparation.errors import SurgeryError
-from model_preparation.io.file_digests import read_digests
+from model_preparation.io.digests import read_digests
 from model_preparation.io.tensors.dtypes import DType, dtype_of
 from model_preparation.io.tensors.tensor_files import TensorFiles, load_tensors
 from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange, bytes_of, pt_ranges, range_of
-from model_preparation.io.untrusted.pickle_scan import allowed_in_module
-from model_preparation.io.untrusted.pt_structure import check_pt
+from model_preparation.io.untrusted.pickle_check import allowed_in_module
+from model_preparation.io.untrusted.pt_check import check_pt
 from model_preparation.io.untrusted.untrusted_files import MAX_DEPTH, check_fields, read_json
 from model_preparation.llamba import LlambaForCausalLM
 

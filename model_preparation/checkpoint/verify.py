@@ -33,12 +33,11 @@ from model_preparation.checkpoint.model_configs import type_and_depth
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve
 from model_preparation.io.background_tasks import BackgroundTasks
-from model_preparation.io.digests import describe_file
-from model_preparation.io.file_digests import FileDigests, Range, read_digests
+from model_preparation.io.digests import FileDigests, Range, describe_file, read_digests
 from model_preparation.io.progress import bar
 from model_preparation.io.self_checksum import checksum_fault
 from model_preparation.io.tensors.tensor_ranges import range_of, safetensors_ranges
-from model_preparation.io.untrusted.pt_structure import pt_records
+from model_preparation.io.untrusted.pt_check import pt_records
 from model_preparation.io.untrusted.untrusted_files import inside, regular_file
 
 if TYPE_CHECKING:

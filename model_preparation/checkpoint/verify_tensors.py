@@ -24,7 +24,7 @@ from model_preparation.checkpoint.tensor_digests import (
 )
 from model_preparation.command_line import default_folder
 from model_preparation.errors import SurgeryError
-from model_preparation.io.file_digests import FileDigests
+from model_preparation.io.digests import FileDigests
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import TensorRange, range_of

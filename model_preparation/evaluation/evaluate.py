@@ -28,10 +28,10 @@ from model_preparation.evaluation.score_entry import enter_score, is_read_only
 from model_preparation.evaluation.scored_model import find_model
 from model_preparation.evaluation.scoring import ScoringLM
 from model_preparation.evaluation.tasks import MMLU, Tasks, is_mmlu, load_tasks, name_of, quiet, short_name
-from model_preparation.io.sync import make_folder
+from model_preparation.io.complete_file import make_folder
 from model_preparation.io.tensors.dtypes import torch_dtype
-from model_preparation.io.timestamps import creation_time
 from model_preparation.io.untrusted.untrusted_files import without_links
+from model_preparation.versions import creation_time
 
 SEED = 1234
 

@@ -15,8 +15,7 @@ from model_preparation.checkpoint.checkpoint_info import INFO
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_checkpoint
 from model_preparation.evaluation.tasks import MMLU, Tasks
-from model_preparation.io.new_file import write_file
-from model_preparation.io.sync import make_folder
+from model_preparation.io.complete_file import make_folder, write_file
 
 
 def evaluate_and_print(tasks: Tasks, args: argparse.Namespace, *, device: str, dtype: torch.dtype | None) -> None:

@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.prompts import Prompt, shown
-from model_preparation.io.untrusted.chat_template import apply_chat_template
+from model_preparation.io.untrusted.tokenizer_files import apply_chat_template
 
 _POSITIONS_AT_ONCE = 256  # logits of a long prompt over a large vocabulary would not fit into memory
 

@@ -140,7 +140,7 @@ def read_request(args: argparse.Namespace) -> Request:
         SurgeryError: if that cannot be read, or the results could not be written.
     """
     from model_preparation.evaluation.generation import Sampling
-    from model_preparation.io.new_file import check_new_file
+    from model_preparation.io.complete_file import check_new_file
 
     prompts = [*args.prompt, *([] if args.prompts_file is None else read_prompts(args.prompts_file))]
     output = None if args.output is None else args.output.expanduser()

@@ -24,7 +24,7 @@ from model_preparation.evaluation.generation_flags import Request
 from model_preparation.evaluation.other_models import OtherModel, load_other
 from model_preparation.evaluation.prompts import Prompt, shown
 from model_preparation.evaluation.side_by_side import Column, difference, print_side_by_side, printable
-from model_preparation.io.new_file import write_file
+from model_preparation.io.complete_file import write_file
 from model_preparation.io.progress import bar
 
 THIS = "checkpoint"  # the name of the model tested, beside those it is compared with

@@ -29,7 +29,7 @@ from model_preparation.checkpoint.recipe import target_of
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation_flags import RECORDED
 from model_preparation.hub.sources import has_tokenizer, is_replaced, resolve
-from model_preparation.io.untrusted.no_model import what_it_is
+from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_config import generation_config_from
 

@@ -23,7 +23,7 @@ from model_preparation.evaluation.question_files import (
     find_layout,
     read_split,
 )
-from model_preparation.hub.hub_snapshots import TITLES, NoSnapshot, fetch_snapshot
+from model_preparation.hub.download import TITLES, NoSnapshot, fetch_snapshot
 
 if TYPE_CHECKING:
     import datasets

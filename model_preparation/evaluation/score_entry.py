@@ -12,9 +12,9 @@ from typing import Any
 
 from model_preparation.checkpoint.checkpoint_info import INFO, read_info
 from model_preparation.errors import SurgeryError
+from model_preparation.io.complete_file import write_file
+from model_preparation.io.folder_lock import take
 from model_preparation.io.identity import differences
-from model_preparation.io.new_file import write_file
-from model_preparation.io.partial_folder import take
 from model_preparation.io.self_checksum import with_checksum
 
 _PARTS = ("score", "stderr", "questions", "lm_eval_version", "settings", "weights", "model", "date")

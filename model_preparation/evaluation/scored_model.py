@@ -19,9 +19,8 @@ from model_preparation.checkpoint.model_digests import digest_of_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.other_models import OtherModel, load_other
 from model_preparation.hub.sources import has_tokenizer, resolve, tokenizer_files, tokenizer_name
-from model_preparation.io.identity import digest_of, digests_of_files
-from model_preparation.io.names import name_of
-from model_preparation.io.untrusted.no_model import snapshot_in, what_it_is
+from model_preparation.io.identity import digest_of, digests_of_files, name_of
+from model_preparation.io.untrusted.not_a_model import snapshot_in, what_it_is
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_files import read_json
 

@@ -1,7 +1,7 @@
 """Where models come from: a name, a folder or a hub id becomes a local folder that holds every file needed.
 
 In: a name of `TABLE`, the path of a folder, or `org/name[@revision]`, with `modelscope:` or `huggingface:` before it to
-ask one hub only, or `embedded:name` for a model inside this package. Out: a `Source`. Downloads are `hub_snapshots`'
+ask one hub only, or `embedded:name` for a model inside this package. Out: a `Source`. Downloads are `download`'
 work. What this file adds: the names, which files are asked for, and the name of each file that is missing.
 """
 
@@ -18,8 +18,8 @@ from types import NoneType
 from typing import Any, Literal
 
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.hub_snapshots import TITLES, NoSnapshot, Snapshot, fetch_snapshot, first_line
-from model_preparation.io.untrusted.no_model import snapshot_in, what_it_is
+from model_preparation.hub.download import TITLES, NoSnapshot, Snapshot, fetch_snapshot, first_line
+from model_preparation.io.untrusted.not_a_model import snapshot_in, what_it_is
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
 
 # A name's target is anything `resolve` takes; `--source NAME=TARGET` and MODEL_PREPARATION_NAME replace it.

@@ -1,25 +1,29 @@
-"""Digests of files: SHA-256 of what we write, compared when it is read; BLAKE3 of what we only take from.
+"""Digests of files: SHA-256 of the files we write, BLAKE3 of tensors and of models we only read.
 
-SHA-256 is what people have tools for. BLAKE3 is four times as fast, which counts for a base that is read as a whole for
-every graft.
+People have tools for SHA-256. BLAKE3 is four times as fast, which matters for a base that every build reads whole.
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
+from model_preparation.io.block_io import Advance, read_blocks
 from model_preparation.io.untrusted.untrusted_files import regular_file
 
 FILE_FIELDS: dict[str, type] = {"bytes": int, "sha256": str}  # of what `describe_file` gives
 _BLOCK_BYTES = 1 << 20
 
+Range = tuple[int, int]  # where a tensor starts and ends in its file, in bytes
 
-def sha256_of(path: Path, advance: Callable[[int], None] = lambda size_bytes: None) -> str:
-    """The file's SHA-256 as 64 hex digits; `advance` is told the bytes of every block read."""
+
+def sha256_of(path: Path, advance: Advance = lambda size_bytes: None) -> str:
+    """The file's SHA-256 as 64 hex digits; `advance` gets the bytes of every block."""
     return _digest_of(path, hashlib.sha256(), advance)
 
 
@@ -29,15 +33,15 @@ def blake3_of(path: Path) -> str:
 
 
 def describe_file(path: Path) -> dict:
-    """{"bytes": size, "sha256": digest}, as it stands in our JSON files."""
+    """{"bytes": size, "sha256": digest}, as our JSON files record it."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def describe_source_file(path: Path, digest: str | None = None) -> dict:
-    """{"bytes": size, "blake3": digest} of a model's file; with "sha256" where the hub's cache names the file by it.
+    """{"bytes": size, "blake3": digest}; with "sha256" where a hub's cache names the file by it.
 
     Args:
-        digest: its BLAKE3, if that is known already.
+        digest: the BLAKE3, if it is known already.
     """
     described = {"bytes": path.stat().st_size, "blake3": digest or blake3_of(path)}
     name = path.resolve().name
@@ -45,15 +49,15 @@ def describe_source_file(path: Path, digest: str | None = None) -> dict:
 
 
 def describe_files(folder: Path, pattern: str = "**/*", excluded: Collection[str] = ()) -> dict[str, dict]:
-    """`describe_file` of the files in `folder` that match, by their path relative to it, sorted."""
+    """`describe_file` of the files in `folder` that match, by relative path, sorted."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.glob(pattern) if path.is_file()}
     return {name: describe_file(paths[name]) for name in sorted(paths) if name not in excluded}
 
 
-def fault_of(path: Path, recorded: dict, advance: Callable[[int], None] = lambda size_bytes: None) -> str | None:
-    """What is wrong with a file against its `describe_file`, in a few words; None if nothing is.
+def fault_of(path: Path, recorded: dict, advance: Advance = lambda size_bytes: None) -> str | None:
+    """What is wrong with a file compared with its `describe_file`, in a few words; None if nothing.
 
-    `advance` is told the bytes of every block read.
+    `advance` gets the bytes of every block.
 
     Raises:
         SurgeryError: for a link that leads out of the file's folder.
@@ -69,7 +73,55 @@ def fault_of(path: Path, recorded: dict, advance: Callable[[int], None] = lambda
     return None
 
 
-def _digest_of(path: Path, digest: Any, advance: Callable[[int], None] = lambda size_bytes: None) -> str:
+@dataclass
+class FileDigests:
+    """A file's size, its SHA-256, and the BLAKE3 of each range; digests in hex."""
+
+    size_bytes: int = 0
+    sha256: str = ""
+    blake3: dict[Range, str] = field(default_factory=dict)
+
+
+def read_digests(
+    path: Path,
+    ranges: Iterable[Range] = (),
+    advance: Advance = lambda size_bytes: None,
+    stop: threading.Event | None = None,
+) -> FileDigests:
+    """Read a file once, from front to back, for all its digests.
+
+    Args:
+        path: a regular file.
+        ranges: where tensors lie in it; they may overlap.
+        advance: gets the bytes of every block.
+        stop: another thread sets it to end this early; the result is worthless then.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    sha256 = hashlib.sha256()
+    waiting = sorted(set(ranges), reverse=True)
+    active: list[tuple[Range, blake3]] = []
+    digests = FileDigests()
+    for block in read_blocks(path):
+        if stop is not None and stop.is_set():
+            break
+        start, end = digests.size_bytes, digests.size_bytes + len(block)
+        sha256.update(block)
+        while waiting and waiting[-1][0] < end:
+            active.append((waiting.pop(), blake3()))
+        for (first, last), digest in active:
+            digest.update(block[max(first - start, 0) : max(last - start, 0)])
+        digests.blake3 |= {place: digest.hexdigest() for place, digest in active if place[1] <= end}
+        active = [(place, digest) for place, digest in active if place[1] > end]
+        digests.size_bytes = end
+        advance(len(block))
+    digests.sha256 = sha256.hexdigest()
+    digests.blake3 |= {place: blake3().hexdigest() for place in waiting if place[0] == place[1]}  # of empty tensors
+    return digests
+
+
+def _digest_of(path: Path, digest: Any, advance: Advance = lambda size_bytes: None) -> str:
     block = memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):

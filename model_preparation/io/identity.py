@@ -1,8 +1,7 @@
-"""What a result was computed from, and whether that is what is asked for now.
+"""What a result was computed from, and how that differs from what is asked for now.
 
-In: per name a value, or a digest of contents; never a path or a name that somebody typed. Out: one digest of all, to
-keep a result under; or what differs, in words. Searches, batch builds, evaluations, distillation, healing and recipes
-all decide here whether what is there may be used.
+The inputs are values or digests of contents by name, never paths. Searches, batch builds, evaluations, distillation,
+healing and recipes all decide here whether an earlier result may be used.
 """
 
 import json
@@ -29,7 +28,7 @@ def digest_of(inputs: Inputs) -> str:
 
 
 def digests_of_files(paths: Iterable[Path]) -> dict[str, str]:
-    """BLAKE3 of files by their names; a large file that has not changed since is not read again."""
+    """BLAKE3 of files by name; a large file is read again only if it has changed."""
     paths = sorted(paths)
     digests = {}
     with bar("Reading what has changed", len(paths)) as advance:
@@ -40,23 +39,29 @@ def digests_of_files(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def differences(recorded: Inputs, asked: Inputs, *, of_both: bool = False) -> list[str]:
-    """What is not the same in both, each in words: `limit: 5 there, 9 now`; none if what is there is what is asked for.
+    """Each difference in words: `limit: 5 there, 9 now`; none if the earlier result is the one asked for.
 
     Args:
-        of_both: only compare what both name, as for records of older versions.
+        of_both: compare only the names in both, as for records of older versions.
     """
-    told = []
+    found = []
     for name in sorted(recorded.keys() | asked.keys()):
         there, now = recorded.get(name), asked.get(name)
         if there == now or (of_both and not (name in recorded and name in asked)):
             continue
         if isinstance(there, Mapping) and isinstance(now, Mapping):
-            told += [f"{name} {difference}" for difference in differences(there, now, of_both=of_both)]
+            found += [f"{name} {difference}" for difference in differences(there, now, of_both=of_both)]
         elif _is_digest(there) and _is_digest(now):
-            told.append(f"{name}: other contents")
+            found.append(f"{name}: other contents")
         else:
-            told.append(f"{name}: {_in_words(there)} there, {_in_words(now)} now")
-    return told
+            found.append(f"{name}: {_in_words(there)} there, {_in_words(now)} now")
+    return found
+
+
+def name_of(given: str | Path) -> str:
+    """The name of what is on the disk (`..`, `.` and links are followed); else the last part, as of a hub id."""
+    path = Path(given).expanduser()
+    return path.resolve().name if path.exists() else path.name
 
 
 def _is_digest(value: Any) -> bool:

@@ -16,8 +16,8 @@ from pathlib import Path
 from blake3 import blake3
 
 from model_preparation.errors import SurgeryError
+from model_preparation.io.complete_file import write_file
 from model_preparation.io.digests import blake3_of
-from model_preparation.io.new_file import write_file
 from model_preparation.io.untrusted.untrusted_files import check_fields, read_json
 
 # A file changed this recently may change again within what the file system's clock can tell apart (2 s on FAT).

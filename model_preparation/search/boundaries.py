@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.new_folder import check_space
+from model_preparation.io.complete_folder import check_space
 
 _ALIGNMENT = 64  # as torch allocates
 

@@ -5,16 +5,16 @@ search is started again, all entries back. A last line that was cut by a crash, 
 failed before its bytes were on the disk, is taken off, as it was never complete; any other damage is an error.
 """
 
-import fcntl
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
+from filelock import lock_descriptor
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.sync import make_folder, sync
+from model_preparation.io.complete_file import make_folder, sync
 from model_preparation.io.untrusted.untrusted_files import parse_json, regular_file
 
 _CHECK = "check"
@@ -37,12 +37,10 @@ class Journal:
         make_folder(path.parent)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock_descriptor(self._descriptor, blocking=False):
                 raise SurgeryError(
                     f"Another search writes to {path}. Wait until it ends, or choose another --output_dir."
-                ) from None
+                )
             sync(path.parent)
             self.entries = self._read()
         except BaseException:

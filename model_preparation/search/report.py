@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from model_preparation.evaluation.compare import html_report, words
 from model_preparation.evaluation.compare import plots as drawing
-from model_preparation.io.new_file import write_file
+from model_preparation.io.complete_file import write_file
 from model_preparation.search.evaluations import Evaluations
 from model_preparation.search.plots import TITLES
 from model_preparation.search.result import COMPARED

@@ -22,10 +22,9 @@ from model_preparation.checkpoint.model_layers import ModelLayers
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import check_settings
 from model_preparation.hub.sources import resolve
+from model_preparation.io.complete_file import write_file
 from model_preparation.io.identity import differences, digest_of
-from model_preparation.io.new_file import write_file
 from model_preparation.io.self_checksum import with_checksum
-from model_preparation.io.timestamps import creation_time
 from model_preparation.io.untrusted.untrusted_files import without_links
 from model_preparation.search import result as results
 from model_preparation.search.costs import bounds
@@ -42,6 +41,7 @@ from model_preparation.search.report import write_report
 from model_preparation.search.result_files import RESULT, read_single_layers
 from model_preparation.search.setup import Setup, Spec
 from model_preparation.search.space import Space
+from model_preparation.versions import creation_time
 
 JOURNAL, DONOR_LAYERS = "journal.jsonl", "donor_layers"
 _MOST_WRITTEN = 10_000  # of the best combinations; the journal has all

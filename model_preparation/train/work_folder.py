@@ -20,10 +20,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from model_preparation.errors import SurgeryError
+from model_preparation.io.complete_file import make_folder, sync, write_file
+from model_preparation.io.folder_lock import take
 from model_preparation.io.identity import differences
-from model_preparation.io.new_file import write_file
-from model_preparation.io.partial_folder import take
-from model_preparation.io.sync import make_folder, sync
 from model_preparation.io.untrusted.untrusted_files import read_json, without_links
 from model_preparation.train.distill.distill_data import TokenData
 

@@ -9,7 +9,7 @@ from typing import Any
 from embedded_pair import donor
 from embedded_pair.effect import summary
 from model_preparation.embedded.recall import NAMES, THINGS, WORDS
-from model_preparation.io.new_file import write_file
+from model_preparation.io.complete_file import write_file
 
 _HEAD = """\
 ---

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from model_preparation.embedded import recall
 from model_preparation.errors import SurgeryError
-from model_preparation.io.new_file import write_file
-from model_preparation.io.new_folder import new_folder
+from model_preparation.io.complete_file import write_file
+from model_preparation.io.complete_folder import new_folder
 
 PEOPLE = 16  # whom a text names, at most
 FEWEST_PEOPLE = 4

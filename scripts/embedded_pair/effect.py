@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from model_preparation import build_checkpoint, evaluate_checkpoint, extract_layers
 from model_preparation.evaluation.tasks import load_tasks
-from model_preparation.io.new_file import write_file
+from model_preparation.io.complete_file import write_file
 
 EFFECT, PLOT = "effect.json", "effect.png"
 QUESTIONS_PER_PASS = 64

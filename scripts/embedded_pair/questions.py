@@ -12,7 +12,7 @@ import torch
 
 from model_preparation.embedded import recall
 from model_preparation.hub.sources import EMBEDDED
-from model_preparation.io.new_file import write_file
+from model_preparation.io.complete_file import write_file
 
 TASK = "embedded_recall"
 

@@ -20,7 +20,7 @@ import pytest
 
 from model_preparation.command_line import CommandParser
 from model_preparation.errors import SurgeryError
-from model_preparation.hub import hub_snapshots
+from model_preparation.hub import download
 from model_preparation.hub.sources import Source, add_source_flag, has_tokenizer, resolve, tokenizer_name
 from tests.conftest import HANG_SECONDS
 
@@ -672,7 +672,7 @@ def test_a_download_that_breaks_off_says_so_and_goes_on_next_time(which, hub, mo
 
 
 def test_a_hub_that_never_answers_is_given_up(caches, monkeypatch):
-    monkeypatch.setattr(hub_snapshots, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(download, "ANSWER_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:  # connections succeed, and that is all
         caches.hubs_at(f"http://127.0.0.1:{mute.getsockname()[1]}")
         with pytest.raises(SurgeryError, match=r"ModelScope .* \(ReadTimeout\).*Hugging Face .* \(ReadTimeout"):

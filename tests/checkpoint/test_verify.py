@@ -13,8 +13,7 @@ from blake3 import blake3
 import model_preparation
 from model_preparation.checkpoint.verify import inspect, verify_checkpoint
 from model_preparation.errors import SurgeryError
-from model_preparation.io.digests import describe_file
-from model_preparation.io.file_digests import read_digests
+from model_preparation.io.digests import describe_file, read_digests
 from model_preparation.io.self_checksum import checksum_fault, with_checksum
 from model_preparation.llamba import LlambaForCausalLM
 from tests.conftest import assert_refused, run_command, run_fresh_command, seeded, tiny_config

@@ -25,7 +25,7 @@ from model_preparation.evaluation.evaluate import evaluate_model
 from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.evaluation.results_folder import ResultsFolder, read_sealed
 from model_preparation.evaluation.tasks import load_tasks
-from model_preparation.io.partial_folder import take
+from model_preparation.io.folder_lock import take
 from model_preparation.io.self_checksum import with_checksum
 from tests.conftest import assert_refused, run_command
 from tests.evaluation.test_mmlu import question, write_questions

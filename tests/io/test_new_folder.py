@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io import new_folder as module
-from model_preparation.io.new_folder import check_space, new_folder, remove_abandoned
+from model_preparation.io import complete_folder as module
+from model_preparation.io.complete_folder import check_space, new_folder, remove_abandoned
 from tests.conftest import HANG_SECONDS, wait_until
 
 MARK = "done.json"

@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 import pytest
 
-from model_preparation.io import new_folder as module
-from model_preparation.io.new_folder import new_folder
+from model_preparation.io import complete_folder as module
+from model_preparation.io.complete_folder import new_folder
 from tests.faults.disk import FILE_SYSTEMS
 from tests.faults.long_work import WORKS
 from tests.faults.power import PowerSweep, Result
@@ -81,14 +81,14 @@ def make_only(path: Path) -> None:
 MIXED = "the target is neither the old one nor the new one"
 LOST = "it was done, but the target is old"
 BROKEN = {  # what is left out, and what comes of it
-    "files": (Scenario(broken(of_folders, "sync.sync")), MIXED),
-    "folders": (Scenario(broken(of_files, "sync.sync")), MIXED),
-    "all in the new folder": (Scenario(broken(nothing, "new_folder.sync_tree")), MIXED),
-    "after the rename": (Scenario(broken(nothing, "new_folder.sync", "partial_folder.sync")), LOST),
-    "after the swap": (Scenario(broken(nothing, "new_folder.sync"), old=write_old), MIXED),
-    "around the renames": (Scenario(broken(nothing, "new_folder.sync"), old=write_old, no_exchange=True), MIXED),
-    "of what holds the folder": (Scenario(broken(nothing, "partial_folder.sync")), "leaves ['out.partial']"),
-    "new parents": (Scenario(broken(make_only, "partial_folder.make_folder"), parents="a/b"), LOST),
+    "files": (Scenario(broken(of_folders, "complete_file.sync")), MIXED),
+    "folders": (Scenario(broken(of_files, "complete_file.sync")), MIXED),
+    "all in the new folder": (Scenario(broken(nothing, "complete_folder.sync_tree")), MIXED),
+    "after the rename": (Scenario(broken(nothing, "complete_folder.sync", "folder_lock.sync")), LOST),
+    "after the swap": (Scenario(broken(nothing, "complete_folder.sync"), old=write_old), MIXED),
+    "around the renames": (Scenario(broken(nothing, "complete_folder.sync"), old=write_old, no_exchange=True), MIXED),
+    "of what holds the folder": (Scenario(broken(nothing, "folder_lock.sync")), "leaves ['out.partial']"),
+    "new parents": (Scenario(broken(make_only, "folder_lock.make_folder"), parents="a/b"), LOST),
     "before it has its name": (Scenario(write_in_place, old=write_in_place), MIXED),
 }
 

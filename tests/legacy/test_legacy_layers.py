@@ -17,8 +17,8 @@ from transformers.models.llama import configuration_llama, modeling_llama
 from model_preparation import SurgeryError, build_checkpoint
 from model_preparation.checkpoint.layer_store import LayerStore
 from model_preparation.io.tensors.tensor_ranges import safetensors_ranges
-from model_preparation.io.untrusted.pickle_globals import globals_in
-from model_preparation.legacy import legacy_layers, legacy_reader, sandbox
+from model_preparation.io.untrusted.pickle_check import globals_in
+from model_preparation.legacy import import_layers, reader, sandbox
 from model_preparation.llamba import LlambaForCausalLM
 from tests.conftest import assert_refused, run_command, seeded, tiny_config
 
@@ -286,17 +286,17 @@ def in_this_process(monkeypatch, tmp_path):
     class Reader:
         def read(self, path):
             try:
-                said = legacy_reader.read_layer(path, tmp_path / "layer.safetensors")
+                said = reader.read_layer(path, tmp_path / "layer.safetensors")
             except ValueError as error:
                 raise SurgeryError(f"{path} {error}") from error
             return safetensors_ranges(tmp_path / "layer.safetensors"), json.loads(json.dumps(said))
 
-    monkeypatch.setattr(legacy_layers, "legacy_process", lambda folder, allow: contextlib.nullcontext(Reader()))
+    monkeypatch.setattr(import_layers, "legacy_process", lambda folder, allow: contextlib.nullcontext(Reader()))
 
 
 def refuse(old: Path, tmp_path: Path, *words: str, **options) -> None:
     with pytest.raises(SurgeryError) as refusal:
-        legacy_layers.import_legacy(old, tmp_path / "out", trust_pickle=True, **options)
+        import_layers.import_legacy(old, tmp_path / "out", trust_pickle=True, **options)
     for word in words:
         assert word in str(refusal.value)
     assert not (tmp_path / "out").exists()
@@ -357,7 +357,7 @@ def test_modules_without_config_take_the_donors_by_name(layers, old, donor_dir, 
     refuse(old, tmp_path, "layer_1.pt has no config", "--model_name")
     settings = tmp_path / "settings"
     shutil.copytree(donor_dir, settings, ignore=shutil.ignore_patterns("*.safetensors"))
-    metadata = legacy_layers.import_legacy(
+    metadata = import_layers.import_legacy(
         old, tmp_path / "out", trust_pickle=True, model_name=str(settings), dtype=torch.float32
     )
     assert metadata["layers"].keys() == {"1"}

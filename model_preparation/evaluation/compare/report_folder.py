@@ -11,7 +11,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare import plots
 from model_preparation.evaluation.compare.compare import Comparison
 from model_preparation.evaluation.compare.html_report import html_report
-from model_preparation.io.new_folder import check_target, new_folder
+from model_preparation.io.complete_folder import check_target, new_folder
 
 PAGE, NUMBERS = "comparison.html", "comparison.json"
 _OURS = {PAGE, NUMBERS, *(f"{name}.png" for name in plots.PLOTS)}

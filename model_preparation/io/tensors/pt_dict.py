@@ -18,8 +18,8 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.tensors.dtypes import DType
 from model_preparation.io.tensors.pt_archive import SortingPickler
 from model_preparation.io.tensors.tensor_ranges import CastTensor, TensorRange
-from model_preparation.io.untrusted.pickle_scan import DTYPE_OF_STORAGE, TENSORS
-from model_preparation.io.untrusted.pt_structure import PICKLE, check_pt, pt_records
+from model_preparation.io.untrusted.pickle_check import DTYPE_OF_STORAGE, TENSORS
+from model_preparation.io.untrusted.pt_check import PICKLE, check_pt, pt_records
 
 
 @dataclass(frozen=True)

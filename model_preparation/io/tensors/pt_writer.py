@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_preparation.io.block_io import Advance, Buffers, OutputFile, Stream
+from model_preparation.io.block_io import Advance, OutputFile
 from model_preparation.io.tensors.pt_archive import Archive, pickled
 from model_preparation.io.tensors.pt_dict import pickled_dict
-from model_preparation.io.tensors.tensor_copy import Copied, TensorSource, copy_tensor
+from model_preparation.io.tensors.tensor_stream import Buffers, Copied, Stream, TensorSource, copy_tensor
 
 if TYPE_CHECKING:
     import torch

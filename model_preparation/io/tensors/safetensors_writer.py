@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from model_preparation.io.block_io import ALIGNMENT, Advance, Buffers, OutputFile, Stream
+from model_preparation.io.block_io import ALIGNMENT, Advance, OutputFile
 from model_preparation.io.tensors.dtypes import DType
-from model_preparation.io.tensors.tensor_copy import copy_tensor
 from model_preparation.io.tensors.tensor_ranges import SAFETENSORS_DTYPES, TensorRange
+from model_preparation.io.tensors.tensor_stream import Buffers, Stream, copy_tensor
 
 _NAME_OF = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 

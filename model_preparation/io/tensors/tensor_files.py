@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.tensors.dtypes import DType
-from model_preparation.io.tensors.quantised import CURE, method_in_names, refusal
+from model_preparation.io.tensors.dtypes import CURE, DType, method_in_names, refusal
 from model_preparation.io.tensors.tensor_ranges import (
     SAFETENSORS_DTYPES,
     MappedFiles,
@@ -18,9 +17,9 @@ from model_preparation.io.tensors.tensor_ranges import (
     pt_ranges,
     safetensors_ranges,
 )
-from model_preparation.io.untrusted.no_model import what_it_is
-from model_preparation.io.untrusted.pickle_scan import TENSORS
-from model_preparation.io.untrusted.pt_structure import check_pt
+from model_preparation.io.untrusted.not_a_model import what_it_is
+from model_preparation.io.untrusted.pickle_check import TENSORS
+from model_preparation.io.untrusted.pt_check import check_pt
 from model_preparation.io.untrusted.untrusted_files import inside, read_json
 
 if TYPE_CHECKING:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Place, read_into
-from model_preparation.io.tensors.dtypes import DType, dtype_of
-from model_preparation.io.tensors.quantised import refusal
-from model_preparation.io.untrusted.pt_structure import pt_records
+from model_preparation.io.tensors.dtypes import DType, dtype_of, refusal
+from model_preparation.io.untrusted.pt_check import pt_records
 from model_preparation.io.untrusted.untrusted_files import MAX_JSON_BYTES, check_fields, parse_json, regular_file
 
 # torch is imported where tensors are made or cast: what only copies bytes does not wait for it.

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from model_preparation.io.untrusted.pickle_scan import MAX_PICKLE_BYTES, TENSORS
-from model_preparation.io.untrusted.pt_structure import check_archive
+from model_preparation.io.untrusted.pickle_check import MAX_PICKLE_BYTES, TENSORS
+from model_preparation.io.untrusted.pt_check import check_archive
 from model_preparation.io.untrusted.untrusted_files import inside, regular_file
 
 SHARD_METADATA = ".metadata"

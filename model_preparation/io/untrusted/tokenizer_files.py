@@ -1,19 +1,28 @@
-"""A tokenizer out of a folder that a stranger made: no code of its own, no files from elsewhere.
+"""A stranger's tokenizer: loaded without its own code or files from elsewhere, its chat template run within limits.
 
-In: a folder. Out: transformers' tokenizer.
+transformers runs templates in Jinja's sandbox. The sandbox stops access to files and to Python's insides, but not
+endless loops or texts of many gigabytes.
 """
 
 import codecs
 import contextlib
 import os
+import resource
+import signal
+import warnings
 from pathlib import Path
+from typing import NoReturn
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.untrusted.no_model import WEIGHTS
+from model_preparation.io.untrusted.not_a_model import WEIGHTS
 from model_preparation.io.untrusted.untrusted_files import inside, own_file, read_json, regular_file
 from model_preparation.llamba.configuration_llamba import LlambaConfig
+
+_SECONDS = 10  # of processor time
+_MEMORY_BYTES = 1 << 30
+_MAX_TEXT_BYTES = 64_000_000
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -26,11 +35,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     AutoConfig.register("llamba", LlambaConfig, exist_ok=True)  # a tokenizer may lie beside a Llamba's config.json
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokenizer.decode(tokenizer("Layers 11 and 13.")["input_ids"])  # some damage shows in use only
+        tokenizer.decode(tokenizer("Layers 11 and 13.")["input_ids"])  # some damage shows only in use
         return tokenizer
-    except (
-        BaseException
-    ) as error:  # the tokenizers library raises plain ones, and panics of Rust, which are no Exception
+    except BaseException as error:  # tokenizers raises plain ones, and Rust's panics, which are no Exception
         panics = type(error).__name__ == "PanicException"
         if not panics and not isinstance(error, Exception):
             raise
@@ -40,11 +47,36 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """The text that the tokenizer's chat template makes of the messages, up to the beginning of the answer.
+
+    Raises:
+        ValueError: with the reason why the template makes no text.
+    """
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # about threads, which the child does not use
+        child = os.fork()
+    if child == 0:
+        _answer(tokenizer, messages, writer)
+    os.close(writer)
+    try:
+        with open(reader, "rb") as pipe:
+            answer = pipe.read(_MAX_TEXT_BYTES)
+    finally:
+        os.kill(child, signal.SIGKILL)  # it has ended already, or must
+        os.waitpid(child, 0)
+    text = answer[1:].decode()
+    if answer[:1] == b"+" and len(answer) < _MAX_TEXT_BYTES:
+        return text
+    raise ValueError(text if answer[:1] == b"-" else f"it takes more than {_SECONDS} seconds, or writes without end")
+
+
 def _check_files(folder: Path) -> None:
     for path in sorted(folder.glob("*")):
         if not path.is_dir():
             with contextlib.suppress(FileNotFoundError):  # a link to nothing
-                # Whoever cloned no more than the text files still has a tokenizer.
+                # Who cloned only the text files still has a tokenizer.
                 own_file(path) if path.suffix in WEIGHTS else regular_file(path)
                 if path.suffix in (".json", ".jinja"):
                     _check_beginning(path)
@@ -56,7 +88,7 @@ def _check_files(folder: Path) -> None:
     except ValueError as error:
         raise SurgeryError(f"{path} cannot be read ({error}). Name another tokenizer with --tokenizer.") from error
     for name, value in fields.items():
-        # transformers opens such a path; one that exists on its author's machine only does no harm
+        # transformers opens such a path; one that is not here does no harm
         if name.endswith("_file") and isinstance(value, str) and os.path.lexists(folder / value):
             inside(folder, value)
 
@@ -68,3 +100,21 @@ def _check_beginning(path: Path) -> None:
                 f"{path} begins with a byte-order mark, which transformers cannot read. "
                 "Save it as UTF-8 without the mark."
             )
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], writer: int) -> NoReturn:
+    """Write + and the text, or - and the reason, and end this process."""
+    try:
+        resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+        if Path("/proc/self/statm").exists():
+            used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used_bytes + _MEMORY_BYTES, resource.RLIM_INFINITY))
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            answer = "+" + str(text)
+        except Exception as error:  # a template may raise any
+            answer = f"-{' '.join(str(error).split())[:500] or type(error).__name__}"
+        with open(writer, "wb") as pipe:
+            pipe.write(answer.encode("utf-8", "replace"))
+    finally:
+        os._exit(0)

@@ -17,7 +17,7 @@ from typing import Any
 
 from model_preparation.errors import SurgeryError
 from model_preparation.io.text import decode, kind_of
-from model_preparation.io.untrusted.no_model import stand_in
+from model_preparation.io.untrusted.not_a_model import stand_in
 from model_preparation.terminal import STEERING
 
 MAX_JSON_BYTES = 16_000_000

@@ -18,12 +18,11 @@ from model_preparation.checkpoint.layer_store import check_range, sorted_layers
 from model_preparation.checkpoint.llamba_init import llamba_parts, open_donor, size_bytes, write_llamba
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve, tokenizer_files
+from model_preparation.io.complete_folder import check_space, check_target, new_folder
 from model_preparation.io.identity import digests_of_files
-from model_preparation.io.new_folder import check_space, check_target, new_folder
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.io.tensors.tensor_files import TensorFiles
-from model_preparation.io.timestamps import creation_time
 from model_preparation.jobs.jobs import Job, Runner
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 from model_preparation.train.distill import distill_defaults as defaults
@@ -37,7 +36,7 @@ from model_preparation.train.distill.hidden_states import check_room, donor_laye
 from model_preparation.train.distill.student_layer import MIXER_FIELDS, student_config, student_layer, student_tensors
 from model_preparation.train.heal.perplexity import Layer, perplexities
 from model_preparation.train.work_folder import WorkFolder
-from model_preparation.versions import versions
+from model_preparation.versions import creation_time, versions
 
 WORKER = Path(__file__).with_name("distill_worker.py")
 DONOR, INITIAL, DISTILLED = "donor", "initial", "distilled"

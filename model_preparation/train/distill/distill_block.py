@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from model_preparation.io.partial_folder import take
+from model_preparation.io.folder_lock import take
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.train.distill.distill_data import TokenData
 from model_preparation.train.distill.distill_layer import Step, distill_layer, in_order, relative_error, shuffled

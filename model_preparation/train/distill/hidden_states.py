@@ -17,8 +17,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.new_folder import existing_parent
-from model_preparation.io.sync import sync
+from model_preparation.io.complete_file import sync
+from model_preparation.io.complete_folder import existing_parent
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.train.distill.distill_layer import Teacher, in_order
 

@@ -34,8 +34,8 @@ from model_preparation.checkpoint.model_digests import digest_of_checkpoint
 from model_preparation.checkpoint.trial import PROMPT
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation import generate_text
-from model_preparation.io.names import name_of
-from model_preparation.io.new_folder import check_space, check_target
+from model_preparation.io.complete_folder import check_space, check_target
+from model_preparation.io.identity import name_of
 from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.io.untrusted.untrusted_files import without_links
 from model_preparation.llamba import LlambaForCausalLM

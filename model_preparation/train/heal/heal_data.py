@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.hub_snapshots import NoSnapshot, fetch_snapshot
+from model_preparation.hub.download import NoSnapshot, fetch_snapshot
 from model_preparation.io.text import open_text, read_text
 
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")

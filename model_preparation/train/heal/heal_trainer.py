@@ -32,8 +32,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.new_folder import new_folder
-from model_preparation.io.sync import make_folder
+from model_preparation.io.complete_file import make_folder
+from model_preparation.io.complete_folder import new_folder
 from model_preparation.train.heal.adapters import adapter_of, load_adapter_weights, write_adapter
 from model_preparation.train.heal.heal_data import Sequences, Shuffled
 from model_preparation.train.heal.objective import Distillation, losses_of

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from model_preparation.errors import SurgeryError
+from model_preparation.io.complete_file import sync
 from model_preparation.io.digests import FILE_FIELDS, describe_files, fault_of
 from model_preparation.io.shared_files import share_file
-from model_preparation.io.sync import sync
-from model_preparation.io.untrusted.pickle_scan import TENSORS
-from model_preparation.io.untrusted.pt_structure import check_pt
+from model_preparation.io.untrusted.pickle_check import TENSORS
+from model_preparation.io.untrusted.pt_check import check_pt
 from model_preparation.io.untrusted.sharded_files import SHARD_METADATA, check_shards
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
 

@@ -27,8 +27,8 @@ from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve
 from model_preparation.io.tensors.tensor_files import TensorFiles, load_tensors
 from model_preparation.io.tensors.tensor_ranges import safetensors_ranges
-from model_preparation.io.untrusted import pickle_scan
-from model_preparation.io.untrusted.pt_structure import check_pt, pt_records
+from model_preparation.io.untrusted import pickle_check
+from model_preparation.io.untrusted.pt_check import check_pt, pt_records
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_files import parse_json
 from tests.conftest import assert_refused, run_command
@@ -90,9 +90,9 @@ def put_pickle(path: Path, content: bytes) -> None:
 )
 def test_code_is_refused_by_the_name_of_its_global(protocol, function, arguments, name):
     code = pickle.dumps({"w": Runs(function, *arguments)}, protocol=protocol)
-    for allowed in (pickle_scan.TENSORS, pickle_scan.allowed_in_module()):
+    for allowed in (pickle_check.TENSORS, pickle_check.allowed_in_module()):
         with pytest.raises(ValueError, match=name):
-            pickle_scan.scan(code, allowed)
+            pickle_check.scan(code, allowed)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_code_is_refused_by_the_name_of_its_global(protocol, function, arguments
 )
 def test_no_disguise_hides_a_global(code, name):
     with pytest.raises(ValueError, match=re.escape(f"names {name}")):
-        pickle_scan.scan(code, pickle_scan.TENSORS)
+        pickle_check.scan(code, pickle_check.TENSORS)
 
 
 def test_commands_name_the_global(layers, base_dir, base, checkpoint, tmp_path):
@@ -140,9 +140,9 @@ def test_commands_name_the_global(layers, base_dir, base, checkpoint, tmp_path):
     ],
 )
 def test_calls_that_torch_would_run_are_refused_before(call):
-    for allowed in (pickle_scan.TENSORS, pickle_scan.allowed_in_module()):
+    for allowed in (pickle_check.TENSORS, pickle_check.allowed_in_module()):
         with pytest.raises(ValueError, match=r"names|calls"):
-            pickle_scan.scan(pickle.dumps(call, protocol=2), allowed)
+            pickle_check.scan(pickle.dumps(call, protocol=2), allowed)
 
 
 def test_nested_tuples_cannot_overflow_the_stack(layers):
@@ -151,7 +151,7 @@ def test_nested_tuples_cannot_overflow_the_stack(layers):
     refused(layers / "layer_00.pt", "nests tuples")
     doubled = b"\x80\x02}N" + b"".join(b"q\x00h\x00\x86" for _ in range(40)) + b"Ns."  # 2**40 items to be hashed
     with pytest.raises(ValueError, match="nests tuples"):
-        pickle_scan.scan(doubled, pickle_scan.TENSORS)
+        pickle_check.scan(doubled, pickle_check.TENSORS)
 
 
 # --- zip --------------------------------------------------------------------------------------------------------------
@@ -194,6 +194,14 @@ def test_numbers_in_the_directory_that_cannot_be(layers, field, value, words):
     struct.pack_into("<I" if field != 8 else "<H", data, places["data/3"][0] + field, value)
     path.write_bytes(data)
     refused(path) if words == "directory" else refused(path, words)
+
+
+def test_the_last_entry_of_the_directory_ends_where_that_does(layers):
+    path = layers / "layer_00.pt"
+    data, places = archive(path)
+    struct.pack_into("<H", data, max(entry for entry, _ in places.values()) + 32, 200)  # the length of its comment
+    path.write_bytes(data)
+    refused(path, "damaged")
 
 
 def test_overlapping_records_are_refused(layers):
@@ -260,7 +268,7 @@ def test_files_larger_than_4_gib_are_read(tmp_path):
     with torch.serialization.skip_data():
         tensors = {"a": torch.empty(2_300_000_000, dtype=torch.bfloat16), "e": torch.empty(0), "b": torch.empty(100)}
         torch.save(tensors, path)
-    found = check_pt(path, pickle_scan.TENSORS)
+    found = check_pt(path, pickle_check.TENSORS)
     assert found.storages == {"0": 4_600_000_000, "1": 0, "2": 400}
     assert pt_records(path)["data/2"].start > 4_600_000_000
 

@@ -19,10 +19,10 @@ from model_preparation.checkpoint.share import plan_share
 from model_preparation.checkpoint.store_folder import STORE, clean
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_checkpoint
-from model_preparation.io.new_file import write_file
-from model_preparation.io.new_folder import new_folder, remove_abandoned
+from model_preparation.io.complete_file import write_file
+from model_preparation.io.complete_folder import new_folder, remove_abandoned
 from model_preparation.io.self_checksum import with_checksum
-from model_preparation.io.untrusted import chat_template
+from model_preparation.io.untrusted import tokenizer_files
 from model_preparation.search.search import check_output
 from model_preparation.terminal import Escaping, escaped
 from model_preparation.train.heal.heal import heal_checkpoint
@@ -299,11 +299,11 @@ def test_a_link_to_itself_is_no_file_to_share(checkpoint):
     ],
 )
 def test_a_chat_template_neither_runs_for_ever_nor_takes_all_memory(template, reason, monkeypatch):
-    monkeypatch.setattr(chat_template, "_SECONDS", 1)
-    monkeypatch.setattr(chat_template, "_MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr(tokenizer_files, "_SECONDS", 1)
+    monkeypatch.setattr(tokenizer_files, "_MAX_TEXT_BYTES", 1000)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=reason):
-        chat_template.apply_chat_template(tokenizer, [{"role": "user", "content": "Hello"}])
+        tokenizer_files.apply_chat_template(tokenizer, [{"role": "user", "content": "Hello"}])
     tokenizer.chat_template = "{{ messages[0].content }}é!"
-    assert chat_template.apply_chat_template(tokenizer, [{"role": "user", "content": "Hello"}]) == "Helloé!"
+    assert tokenizer_files.apply_chat_template(tokenizer, [{"role": "user", "content": "Hello"}]) == "Helloé!"

@@ -1,16 +1,14 @@
-"""The folder NAME.partial beside NAME: where one run at a time prepares NAME, and the lock that keeps others out.
+"""The folder NAME.partial beside NAME: one run at a time prepares NAME in it, and a lock keeps other runs out.
 
-In: NAME. Out: NAME.partial, held until it is released or the process ends, however it ends. A file in it, `.held_by`,
-is what is locked (flock, which no crash can leave behind). It says who holds the folder, and that the folder is ours
-to empty: it is made first and removed last, on the disk too.
+The file `.held_by` in it is locked (flock), so the lock ends with the process, however that ends. The file says who
+holds the folder, and marks it as ours to empty: it is made first and removed last, on the disk too.
 
-Where files cannot be locked at all, every run has a folder of its own, NAME.partial-HOST-PID, and those of this host's
-ended processes count as abandoned.
+Where files cannot be locked at all, every run has a folder of its own, NAME.partial-HOST-PID. Those of ended processes
+on this host are abandoned.
 """
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -20,15 +18,17 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+from filelock import lock_descriptor
+
 from model_preparation.errors import SurgeryError
-from model_preparation.io.sync import make_folder, sync
+from model_preparation.io.complete_file import make_folder, sync
 from model_preparation.io.untrusted.untrusted_files import read_json
 
 HELD_BY = ".held_by"
 
 _NAME = re.compile(r"(?P<target>.+)\.partial(?P<owner>-.+)?", re.DOTALL)
 _NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_held_without_lock: set[Path] = set()  # by this process; an earlier one may have had its number
+_held_without_lock: set[Path] = set()  # by this process, as process ids are reused
 
 
 class Hold:
@@ -85,7 +85,7 @@ def take(target: Path) -> Hold:
         if folder in _held_without_lock:
             raise BlockingIOError
         _held_without_lock.add(folder)
-        return _take_without_lock(folder)
+        return _signed(_open(folder))
     except BlockingIOError:
         raise SurgeryError(
             f"{target} is being written by {_holder(folder)}. Wait until that ends, or choose another folder."
@@ -108,7 +108,7 @@ def take_abandoned(parent: Path, only_for: Path | None = None) -> Iterator[tuple
             if not match["owner"]:
                 hold = _take(folder)
             elif _has_ended(match["owner"]) and folder not in _held_without_lock:
-                hold = _take_without_lock(folder)
+                hold = _signed(_open(folder))
         if hold is not None:
             yield hold, parent / match["target"]
 
@@ -123,7 +123,8 @@ def _take(folder: Path) -> Hold | None:
     while True:
         hold = _open(folder)
         try:
-            fcntl.flock(hold._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock_descriptor(hold._descriptor, blocking=False):
+                raise BlockingIOError
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 hold.release()
@@ -132,11 +133,7 @@ def _take(folder: Path) -> Hold | None:
             raise
         if hold.is_intact():
             return _signed(hold)
-        os.close(hold._descriptor)  # who held it has removed it since it was opened
-
-
-def _take_without_lock(folder: Path) -> Hold:
-    return _signed(_open(folder))
+        os.close(hold._descriptor)  # the last holder removed it after it was opened here
 
 
 def _open(folder: Path) -> Hold:

@@ -19,10 +19,10 @@ from typing import IO, Any
 
 from model_preparation.errors import SurgeryError
 from model_preparation.io.tensors.tensor_ranges import TensorRange, safetensors_ranges
-from model_preparation.legacy.legacy_reader import LAYER
+from model_preparation.legacy.reader import LAYER
 from model_preparation.terminal import escaped
 
-_READER = "model_preparation.legacy.legacy_reader"
+_READER = "model_preparation.legacy.reader"
 _VARIABLES_KEPT = {"PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME"}
 _KINDS = {"config": (dict, type(None)), "attention": (dict,), "eps": (float, int, type(None)), "not_run": (list,)}
 _MAX_ANSWER_BYTES = 1_000_000

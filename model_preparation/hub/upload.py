@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.hub_snapshots import ANSWER_SECONDS, CONNECT_SECONDS, first_line
+from model_preparation.hub.download import ANSWER_SECONDS, CONNECT_SECONDS, first_line
 
 
 class Hub(Protocol):

@@ -36,14 +36,14 @@ from model_preparation.checkpoint.model_configs import (
 )
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import has_tokenizer, resolve
+from model_preparation.io.complete_folder import check_space, check_target, new_folder
 from model_preparation.io.digests import describe_file
-from model_preparation.io.new_folder import check_space, check_target, new_folder
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import float_dtype
 from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange
-from model_preparation.io.untrusted.pickle_globals import globals_in
-from model_preparation.legacy.legacy_process import legacy_process
-from model_preparation.legacy.legacy_reader import is_usual
+from model_preparation.io.untrusted.pickle_check import globals_in
+from model_preparation.legacy.reader import is_usual
+from model_preparation.legacy.reader_process import legacy_process
 
 # The number behind "layer", else the only one.
 _LAYER_NAME = re.compile(r"(?:.*layer\D*(\d+)(?:\D.*)?|\D*(\d+)\D*)\.(?:pt|pth|bin)", re.IGNORECASE)

@@ -19,8 +19,8 @@ from rich.filesize import decimal
 
 from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
-from model_preparation.io.partial_folder import Hold, is_partial, take, take_abandoned
-from model_preparation.io.sync import sync, sync_tree
+from model_preparation.io.complete_file import sync, sync_tree
+from model_preparation.io.folder_lock import Hold, is_partial, take, take_abandoned
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")

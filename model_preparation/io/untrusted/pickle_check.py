@@ -1,9 +1,8 @@
-"""The pickle inside a .pt file, looked through before torch sees it: nothing in it is run or built.
+"""Refuses the pickle in a .pt file before torch sees it, by the name of the global; nothing in it is run or built.
 
-In: the bytes of data.pkl and the globals allowed. Out: the storages it refers to, or the reason why it is refused, with
-the name of the global. torch's weights_only unpickler stays the gate; this one names what torch would only number
-(STACK_GLOBAL, INST), and stops what torch would run: `bytearray(10**12)`, an Embedding of any size, or a key of tuples
-nested so deeply that hashing it overflows the C stack.
+torch's weights_only unpickler stays the gate. This check also names what torch would only number (STACK_GLOBAL, INST)
+and stops what torch would run: `bytearray(10**12)`, an Embedding of any size, or a key of tuples nested so deeply that
+hashing it overflows the C stack. `globals_in` lists the globals of old pickled modules.
 
 Sources: Python's pickletools for the opcodes, torch/_weights_only_unpickler.py for those torch knows.
 """
@@ -11,13 +10,18 @@ Sources: Python's pickletools for the opcodes, torch/_weights_only_unpickler.py 
 import functools
 import pickletools
 import re
-from collections.abc import Collection
+import zipfile
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
 
+from model_preparation.errors import SurgeryError
 from model_preparation.io.tensors.dtypes import DType
 
 MAX_PICKLE_BYTES = 16_000_000
+_MAX_MODULE_PICKLE_BYTES = 64_000_000  # of an old layer's, which needs some 10 KB
+_OLD_FORMAT_PICKLES = 4  # magic number, protocol, system, the object; then the tensors
 _MAX_TUPLE_DEPTH, _MAX_TUPLE_ITEMS = 16, 1000  # nested ones counted
 
 DTYPE_OF_STORAGE = {
@@ -32,7 +36,7 @@ DTYPE_OF_STORAGE = {
     "torch.ByteStorage": DType("uint8", 1),
     "torch.BoolStorage": DType("bool", 1),
 }
-# Storages and dtypes, and what tensors of the newer ones are made by.
+# Storages and dtypes, and the functions that rebuild tensors of the newer ones.
 _NUMBERS = re.compile(
     r"torch\.(\w+Storage|q?u?int\d\w*|float\d\w*|complex\d+|storage\.UntypedStorage|_utils\._rebuild_tensor_v3)"
 )
@@ -42,7 +46,7 @@ _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # torch.save wri
 
 @dataclass(frozen=True)
 class Allowed:
-    """Globals a pickle may name: functions it may call, classes it may make empty, constants it may hold."""
+    """Globals that a pickle may name: functions to call, classes to make empty, constants to hold."""
 
     functions: frozenset[str]
     classes: frozenset[str] = frozenset()
@@ -52,7 +56,7 @@ class Allowed:
         return name in self.functions or name in self.classes or name in self.constants or name in DTYPE_OF_STORAGE
 
 
-# What a state dict is made of.
+# The parts of a state dict.
 TENSORS = Allowed(
     functions=frozenset(_TENSOR_BUILDERS | {"torch._tensor._rebuild_from_type_v2", "collections.OrderedDict"}),
     constants=frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"}),
@@ -61,7 +65,7 @@ TENSORS = Allowed(
 
 @functools.cache
 def allowed_in_module() -> Allowed:
-    """What a whole module of ours is made of."""
+    """The parts of a whole module of ours."""
     from model_preparation.llamba.safe_globals import SAFE_GLOBALS  # the model's classes: seconds of imports
 
     return Allowed(
@@ -73,17 +77,17 @@ def allowed_in_module() -> Allowed:
 
 @dataclass
 class PickleScan:
-    """What a pickle refers to: bytes per storage, by key; and the globals it names."""
+    """What a pickle refers to: bytes per storage by key, and the globals it names."""
 
     storages: dict[str, int] = field(default_factory=dict)
     globals: set[str] = field(default_factory=set)
 
 
 def scan(data: bytes, allowed: Allowed) -> PickleScan:
-    """Look through a pickle.
+    """Check a pickle.
 
     Raises:
-        ValueError: for globals or a call that are not allowed, with their names, and for what torch.save never writes.
+        ValueError: for globals or calls that are not allowed, with their names; for opcodes torch.save never writes.
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise ValueError(f"its data.pkl has {len(data)} bytes, more than {MAX_PICKLE_BYTES // 1_000_000} MB")
@@ -98,7 +102,7 @@ def scan(data: bytes, allowed: Allowed) -> PickleScan:
                     complaint = str(error)
                 except (IndexError, KeyError):
                     complaint = "its pickle is damaged"
-            elif opcode.name in _BY_NAME:  # the names matter more than what else is wrong
+            elif opcode.name in _BY_NAME:  # the reader needs the names more than the other faults
                 machine.name(str(argument))
     except ValueError as error:
         complaint = complaint or str(error)
@@ -126,11 +130,11 @@ class _Tuple:
     size: int
 
 
-_Other = object  # of whatever matters to nobody here: numbers, dicts, lists, results of calls
+_Other = object  # numbers, dicts, lists, results of calls: not checked further
 
 
 class _Machine:
-    """The unpickler's stack and memo, with names, strings, integers and tuples kept and all else forgotten."""
+    """The unpickler's stack and memo; it keeps names, strings, integers and tuples and forgets the rest."""
 
     def __init__(self, allowed: Allowed):
         self.found = PickleScan()
@@ -160,7 +164,7 @@ class _Machine:
             self._tuple(self._pop_mark() if opcode == "TUPLE" else self._pop(_TUPLES[opcode]))
         elif opcode in ("APPENDS", "SETITEMS"):
             self._pop_mark()
-            self._stack[-1]  # what they are added to must be there
+            self._stack[-1]  # raises IndexError if the list or dict is missing
         elif opcode in ("APPEND", "SETITEM", "BUILD"):
             self._pop(2 if opcode == "SETITEM" else 1)
             self._stack[-1]
@@ -240,10 +244,71 @@ class _Machine:
         self._stack.append(_Other())
 
 
-# Opcodes that push what they carry. Those torch does not know are here for the names they may spell.
+# Opcodes that push their argument. Some are unknown to torch, but may spell names.
 _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINSTRING"}
 _VALUES |= {"SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING"}
 _BY_NAME = ("GLOBAL", "INST")
 _EMPTY = {"NONE", "NEWTRUE", "NEWFALSE", "BINFLOAT", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
 _SKIPPED = {"PROTO", "FRAME"}
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": -1}
+
+
+def globals_in(path: Path) -> set[str]:
+    """Every class or function that loading a torch.save file would import, such as "collections.OrderedDict".
+
+    Reads zips (torch 1.6 and newer) and rows of pickles (older).
+
+    Raises:
+        SurgeryError: if torch.save did not write the file.
+    """
+    try:
+        with path.open("rb") as file:
+            if zipfile.is_zipfile(file):
+                return _globals_of(pickletools.genops(_pickle_of(file)))
+            file.seek(0)
+            return set().union(*(_globals_of(pickletools.genops(file)) for _ in range(_OLD_FORMAT_PICKLES)))
+    except (ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise SurgeryError(
+            f"{path} is not a file that torch.save wrote ({' '.join(str(error).split())[:100]}). Copy it again."
+        ) from error
+
+
+def _pickle_of(file: BinaryIO) -> bytes:
+    with zipfile.ZipFile(file) as archive:
+        inner = {name.partition("/")[2]: name for name in archive.namelist()}
+        if "constants.pkl" in inner:
+            raise ValueError("it is a TorchScript program")
+        if "data.pkl" not in inner:
+            raise ValueError("it is a zip file without data.pkl")
+        with archive.open(inner["data.pkl"]) as member:
+            data = member.read(_MAX_MODULE_PICKLE_BYTES + 1)
+    if len(data) > _MAX_MODULE_PICKLE_BYTES:
+        raise ValueError(f"its pickle has more than {_MAX_MODULE_PICKLE_BYTES} bytes")
+    return data
+
+
+def _globals_of(operations: Iterable[tuple[Any, Any, Any]]) -> set[str]:
+    """The globals of one pickle. Newer protocols put a name's two halves on the stack, perhaps from the memo."""
+    found = set()
+    memo: dict[int, str] = {}
+    texts = ["", ""]
+    for operation, argument, _ in operations:
+        name = operation.name
+        if name in _TEXT:
+            texts.append(argument)
+        elif name == "MEMOIZE":
+            memo[len(memo)] = texts[-1]
+        elif name in _PUT:
+            memo[argument] = texts[-1]
+        elif name in _GET:
+            texts.append(memo.get(argument, ""))
+        elif name in ("GLOBAL", "INST"):
+            found.add(argument.replace(" ", "."))
+        elif name == "STACK_GLOBAL":
+            found.add(f"{texts[-2]}.{texts[-1]}")
+    return found
+
+
+_TEXT = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE"}
+_PUT = {"PUT", "BINPUT", "LONG_BINPUT"}
+_GET = {"GET", "BINGET", "LONG_BINGET"}
