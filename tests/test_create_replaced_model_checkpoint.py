@@ -182,7 +182,7 @@ def test_bad_options(base_dir, layers_dir, tmp_path, args, code, words):
 @pytest.mark.parametrize("name", ["x.partial", "x.partial-host-7", "link"])
 def test_places_that_are_no_place_for_a_checkpoint(base_dir, layers_dir, tmp_path, name):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    words = "is a link to what is not there" if name == "link" else "is named as folders are while they are being made"
+    words = "is a link that leads nowhere" if name == "link" else "has the name of an unfinished folder"
     assert_refused(build(base_dir, layers_dir, tmp_path / name), name, words)
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
