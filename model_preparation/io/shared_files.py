@@ -1,7 +1,7 @@
 """A second file with the same bytes that needs no second room on the disk.
 
 It is a reflink where the file system can (both files share their bytes until one changes), else a hard link (one file
-with two names), else a copy. Source: FICLONE, ioctl_ficlone(2).
+with two names), else a copy.
 """
 
 import contextlib
@@ -9,10 +9,11 @@ import errno
 import fcntl
 import os
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 
-_FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
+_FICLONERANGE = 0x4020940D  # linux/fs.h
 _DISK_AT_FAULT = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
@@ -24,6 +25,23 @@ def share_file(source: Path, target: Path) -> None:
     """
     if not _reflink(source, target) and not _hard_link(source, target):
         shutil.copyfile(source, target)
+
+
+def share_range(source: int, target: int, start: int = 0, size_bytes: int = 0, position: int = 0) -> bool:
+    """Let bytes of two open files, in whole blocks, be the same on the disk; False where that is impossible.
+
+    0 bytes mean all up to the source's end. Source: ioctl_ficlonerange(2); XFS and Btrfs can, within a file system.
+
+    Raises:
+        OSError: from the file system: disk full, input/output error.
+    """
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, struct.pack("qQQQ", source, start, size_bytes, position))
+        return True
+    except OSError as error:
+        if error.errno in _DISK_AT_FAULT:
+            raise
+        return False
 
 
 def can_share(folder: Path) -> bool:
@@ -43,23 +61,20 @@ def can_reflink(folder: Path) -> bool:
             target = os.open(folder, os.O_TMPFILE | os.O_RDWR)
             stack.callback(os.close, target)
             os.write(source, bytes(4096))
-            fcntl.ioctl(target, _FICLONE, source)
-            return True
+            return share_range(source, target)
     except (OSError, AttributeError):  # a file system or a system without, or a full disk
         return False
 
 
 def _reflink(source: Path, target: Path) -> bool:
     with source.open("rb") as file, target.open("xb") as clone:
+        shared = False
         try:
-            fcntl.ioctl(clone, _FICLONE, file.fileno())
-            return True
-        except OSError as error:
-            with contextlib.suppress(FileNotFoundError):
-                target.unlink()
-            if error.errno in _DISK_AT_FAULT:
-                raise
-            return False
+            shared = share_range(file.fileno(), clone.fileno())
+        finally:
+            if not shared:
+                target.unlink(missing_ok=True)
+        return shared
 
 
 def _hard_link(source: Path, target: Path) -> bool:

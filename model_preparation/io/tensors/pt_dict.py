@@ -13,12 +13,11 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from model_preparation.errors import SurgeryError
 from model_preparation.io.tensors.dtypes import DType
 from model_preparation.io.tensors.pt_archive import SortingPickler
 from model_preparation.io.tensors.tensor_ranges import CastTensor, TensorRange
 from model_preparation.io.untrusted.pickle_check import DTYPE_OF_STORAGE, TENSORS
-from model_preparation.io.untrusted.pt_check import PICKLE, check_pt, pt_records
+from model_preparation.io.untrusted.pt_check import PICKLE, check_pt, pt_records, reading_tensors
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def dict_ranges(path: Path, cure: str) -> dict[str, TensorRange]:
     Raises:
         SurgeryError: if it holds anything else; the message ends with `cure`.
     """
-    try:
+    with reading_tensors(path, cure):
         check_pt(path, TENSORS)
         records = pt_records(path)
         with path.open("rb") as file:
@@ -103,11 +102,6 @@ def dict_ranges(path: Path, cure: str) -> dict[str, TensorRange]:
                 raise ValueError(f"{name:.100} is only a part or a view of its storage")
         if stored:
             raise ValueError("it holds numbers that no tensor uses")
-    except (SurgeryError, OSError):
-        raise
-    except Exception as error:  # a pickle that passes the checks may still raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SurgeryError(f"{path} cannot be read as tensors ({reason:.300}). {cure}") from error
     return found
 
 

@@ -18,7 +18,7 @@ from model_preparation.io.tensors.tensor_ranges import (
 )
 from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.io.untrusted.pickle_check import TENSORS
-from model_preparation.io.untrusted.pt_check import check_pt
+from model_preparation.io.untrusted.pt_check import check_pt, reading_tensors
 from model_preparation.io.untrusted.untrusted_files import inside, read_json
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def load_tensors(path: Path, cure: str = "Make or download it again.") -> "dict[
     """
     import torch  # here, because safetensors files do not need it
 
-    try:
+    with reading_tensors(path, cure):
         check_pt(path, TENSORS)
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(tensors, dict) or not all(
@@ -138,11 +138,6 @@ def load_tensors(path: Path, cure: str = "Make or download it again.") -> "dict[
             raise ValueError("it holds other things than tensors by name")
         for name, tensor in tensors.items():
             _check_view(name, tensor, torch.strided)
-    except (SurgeryError, OSError):
-        raise
-    except Exception as error:  # torch may still raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SurgeryError(f"{path} cannot be read as tensors ({reason:.300}). {cure}") from error
     return tensors
 
 

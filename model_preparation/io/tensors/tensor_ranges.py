@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Place, read_into
 from model_preparation.io.tensors.dtypes import DType, dtype_of, refusal
-from model_preparation.io.untrusted.pt_check import pt_records
+from model_preparation.io.untrusted.pt_check import pt_records, reading_tensors
 from model_preparation.io.untrusted.untrusted_files import MAX_JSON_BYTES, check_fields, parse_json, regular_file
 
 # torch is imported only where tensors are made or cast; copying bytes does not wait for it.
@@ -202,10 +202,8 @@ def pt_ranges(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, TensorRa
     Raises:
         SurgeryError: if a tensor is not contiguous, or a storage in memory is not one of the file.
     """
-    try:
+    with reading_tensors(path):
         records = pt_records(path)
-    except ValueError as error:
-        raise SurgeryError(f"{path} cannot be read as tensors ({error}). Make or download it again.") from error
     places = sorted(
         (record.start, record.size_bytes)
         for name, record in records.items()

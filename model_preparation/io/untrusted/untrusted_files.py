@@ -11,7 +11,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -237,15 +237,10 @@ def _check_depth_and_strings(value: object) -> None:
             if isinstance(item, str):
                 item.encode()  # refuses half a surrogate pair, which file names and terminals cannot take
             elif isinstance(item, dict):
-                below += _keys_and_values(item)
+                below += [*item, *item.values()]
             elif isinstance(item, list):
                 below += item
         if not below:
             return
         level = below
     raise ValueError("its JSON is nested too deeply")
-
-
-def _keys_and_values(item: dict) -> Iterable[object]:
-    yield from item
-    yield from item.values()
