@@ -212,7 +212,9 @@ def _look_up(name: str, overrides: Mapping[str, str]) -> tuple[list[str], str]:
     For a repository's folder in a hub's cache, the target is its snapshot.
     """
     for unknown in overrides.keys() - TABLE.keys():
-        raise SurgeryError(f"--source names {unknown!r}, which is none of {', '.join(TABLE)}. Use one of these names.")
+        raise SurgeryError(
+            f"--source gives {unknown!r}, which is none of the names {', '.join(TABLE)}. Use one of them."
+        )
     names: list[str] = []
     target = name
     while target in TABLE:
