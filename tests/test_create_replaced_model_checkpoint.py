@@ -193,7 +193,7 @@ def test_what_the_python_functions_are_given_is_checked_too(base_dir, layers_dir
         ([1], {"score": float("nan")}, "score nan is not between 0 and 1"),
         ([1], {"score": 57}, "score 57 is not between 0 and 1"),
         ([1], {"dtype": "int8"}, "No model can have the dtype 'int8'"),
-        ([1], {"dtype": "save"}, "dtype 'save' is none a model can be in"),
+        ([1], {"dtype": "save"}, "No model can have the dtype 'save'"),
         ([1], {"device": "meta"}, "it holds no numbers"),
         (["1"], {}, "are no indices of layers"),
         ([1.0], {}, "are no indices of layers"),
