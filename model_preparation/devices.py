@@ -1,4 +1,4 @@
-"""The device that a command runs on: chosen here for all of them, printed once, and tried before anything is loaded."""
+"""The device of every command: chosen here, printed once, and tried before anything is loaded."""
 
 import os
 from typing import TYPE_CHECKING
@@ -8,16 +8,16 @@ from model_preparation.errors import SurgeryError
 if TYPE_CHECKING:
     import torch
 
-OF_JOB = "MODEL_PREPARATION_DEVICE"  # variable: cuda or cpu, what a Ray job was given
+OF_JOB = "MODEL_PREPARATION_DEVICE"  # environment variable: cuda or cpu, as Ray gave the job
 
 
 def choose_device(gpu: int | None = None, device: str | None = None) -> str:
-    """The device to run on: `device`, else CUDA device `gpu`, else the first there is, else the CPU. Prints which.
+    """The device to run on: `device`, else CUDA device `gpu`, else the first one, else the CPU. Prints it.
 
-    A Ray job without either takes what Ray gave it, and each process of torchrun or accelerate the GPU of its rank.
+    Without both, a Ray job takes the device from Ray, and a process of torchrun or accelerate the GPU of its rank.
 
     Raises:
-        SurgeryError: if the device named does not exist on this machine.
+        SurgeryError: if this machine does not have the named device.
     """
     import torch
 
@@ -32,14 +32,15 @@ def choose_device(gpu: int | None = None, device: str | None = None) -> str:
     if device is None and not torch.cuda.is_available():
         device, note = "cpu", " (torch sees no CUDA device"
         if torch.accelerator.is_available():
-            note += f"; --device {torch.accelerator.current_accelerator()} takes the other one that it sees"
+            found = torch.accelerator.current_accelerator()
+            note += f", but {found}, which --device {found} uses"
         note += ")"
     elif device is None:
         index, count = rank if gpu is None else gpu, torch.cuda.device_count()
         if index >= count:
             raise SurgeryError(
                 f"GPU {index} does not exist: torch sees CUDA devices 0 to {count - 1} here. "
-                "Give one of those by --gpu, or --device cpu."
+                "Choose one of them by --gpu, or give --device cpu."
             )
         device = f"cuda:{index}"
     check_device(device)
@@ -48,14 +49,14 @@ def choose_device(gpu: int | None = None, device: str | None = None) -> str:
         place = torch.device("cuda", rank if place.index is None else place.index)
         note = f" ({torch.cuda.get_device_name(place)})"
     chosen = "cpu" if place.type == "cpu" else str(place)
-    if os.environ.get("RANK", "0") == "0":  # the first process of a launcher speaks for all
+    if os.environ.get("RANK", "0") == "0":  # only a launcher's first process prints
         shared = f", a GPU for each of {processes} processes" if place.type == "cuda" else f", {processes} processes"
         print(f"Device       {chosen}{note}{shared * (processes > 1)}", flush=True)
     return chosen
 
 
 def check_device(device: "str | torch.device") -> None:
-    """Raise SurgeryError unless torch knows the device, and tensors with numbers in them can be on it here."""
+    """Raise SurgeryError unless torch knows the device, and it can hold tensors with numbers here."""
     import torch
 
     place, reason = None, "torch knows no such device"

@@ -1,7 +1,7 @@
 """The one exception for a user's mistake or a broken input.
 
-Its message is two short sentences: what is wrong, with the value seen and the value needed, and what to run or change.
-Commands print it as one line and exit with 1; a bug is any other exception, and keeps its traceback.
+Its message has two short sentences: what is wrong, with the value seen and the value needed; and what to run or change.
+Commands print it as one line and exit with 1. Any other exception is a bug and keeps its traceback.
 """
 
 

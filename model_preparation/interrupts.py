@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM, remembered: Python drops an exception that a signal raises inside some object's __del__.
+"""Remembers Ctrl-C and SIGTERM, because Python drops an exception that a signal raises inside a `__del__`.
 
-A command calls `watch` once; whatever is about to make its result final calls `check` first.
+A command calls `watch` once. Code that makes a result final calls `check` first.
 """
 
 import signal
@@ -26,7 +26,7 @@ def watch() -> None:
 
 
 def check() -> None:
-    """Raise again what a signal raised before, if that was lost on the way."""
+    """Raise a signal's exception again, if it was lost."""
     if _received:
         _stop(_received[0])
 

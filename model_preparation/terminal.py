@@ -1,13 +1,13 @@
-"""What is shown of texts that strangers wrote: names in their files, what their models write, errors that quote them.
+"""Strangers' texts made safe to print: names in their files, their models' output, errors that quote them.
 
-In: text. Out: the same with every character spelled out that would steer a terminal (escape sequences, line ends, a
-change of direction) or that nobody sees. `Escaping` does that to all that is printed, whoever prints it.
+Characters that steer a terminal (escape sequences, line ends, changes of direction) or that nobody sees are spelled
+out. `Escaping` does so for everything that is printed.
 """
 
 import re
 from typing import Any, TextIO
 
-# Control characters, changes of direction, line separators, zero-width ones (but those that scripts and emoji join by).
+# Control characters, changes of direction, line separators, zero-width characters (except those that join letters).
 STEERING = re.compile(
     "[\0-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
@@ -15,16 +15,16 @@ _OF_A_BAR = re.compile(r"\r|(\n|\x1b\[A)*\Z")  # tqdm's: to the line's start bef
 
 
 def escaped(text: str, kept: str = "") -> str:
-    """The text with such characters as Python writes them (`\\x1b`), but for those `kept`."""
+    """The text with such characters as Python writes them (`\\x1b`), except those in `kept`."""
     return STEERING.sub(
         lambda match: match[0] if match[0] in kept else match[0].encode("unicode_escape").decode(), text
     )
 
 
 class Escaping:
-    """A stream to print to in the place of `stream`: line ends and tabs stay, all else that steers is spelled out.
+    """Takes the place of `stream`: line ends and tabs stay, other steering characters are spelled out.
 
-    rich writes past it: it makes escape sequences of its own, and is only given texts that are escaped.
+    rich writes past it, as it makes escape sequences of its own; it only gets escaped texts.
     """
 
     def __init__(self, stream: TextIO):

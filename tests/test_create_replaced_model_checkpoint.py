@@ -182,7 +182,7 @@ def test_bad_options(base_dir, layers_dir, tmp_path, args, code, words):
 @pytest.mark.parametrize("name", ["x.partial", "x.partial-host-7", "link"])
 def test_places_that_are_no_place_for_a_checkpoint(base_dir, layers_dir, tmp_path, name):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    words = "is a link to what is not there" if name == "link" else "is named as folders are while they are being made"
+    words = "is a link that leads nowhere" if name == "link" else "has the name of an unfinished folder"
     assert_refused(build(base_dir, layers_dir, tmp_path / name), name, words)
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
 
@@ -192,8 +192,8 @@ def test_what_the_python_functions_are_given_is_checked_too(base_dir, layers_dir
     for layers, options, words in (
         ([1], {"score": float("nan")}, "score nan is not between 0 and 1"),
         ([1], {"score": 57}, "score 57 is not between 0 and 1"),
-        ([1], {"dtype": "int8"}, "dtype 'int8' is none a model can be in"),
-        ([1], {"dtype": "save"}, "dtype 'save' is none a model can be in"),
+        ([1], {"dtype": "int8"}, "No model can have the dtype 'int8'"),
+        ([1], {"dtype": "save"}, "No model can have the dtype 'save'"),
         ([1], {"device": "meta"}, "it holds no numbers"),
         (["1"], {}, "are no indices of layers"),
         ([1.0], {}, "are no indices of layers"),

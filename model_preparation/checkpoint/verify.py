@@ -50,7 +50,7 @@ _ADDED_BY_HUBS = {
     *(".gitattributes", ".gitignore", "README.md", "LICENSE", "NOTICE"),
     *("configuration.json", ".mdl", ".msc", ".mv"),  # ModelScope's
 }
-_LEFT_BEHIND = re.compile(re.escape(INFO) + r"\.partial-\d+")  # by new_file.py, when a score is entered
+_LEFT_BEHIND = re.compile(re.escape(INFO) + r"\.partial-\d+")  # by write_file, when a score is entered
 _NOT_LOADED = {EVALUATIONS: "results, which come after the build", ".git": "a clone's", ".cache": "a download's"}
 
 

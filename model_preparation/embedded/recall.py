@@ -1,14 +1,13 @@
-"""The language of the embedded pair: who likes what, and having to look it up.
+"""The language of the embedded pair: who likes what, and looking it up.
 
-In: a seed. Out: token ids to train on, and questions. A text says of some people what each of them likes and goes on to
-say some of it again: `Ada likes plums . Ben likes figs . Ada likes` has to go on with `plums`. This is multi-query
-associative recall (Zoology, arXiv 2312.04927) in words. One in three pairs of a name and a thing is never trained on.
-Questions are about such pairs only, and each of the four choices would be one, so that whoever does not look it up is
-right in one of four.
+A text says of some people what each likes, and repeats some of it: `Ada likes plums . Ben likes figs . Ada likes` must
+continue with `plums`. This is multi-query associative recall (Zoology, arXiv 2312.04927) in words. One in three pairs
+of a name and a thing is never trained on. Questions use only such pairs, and each of the four choices would be such a
+pair. So a model that does not look the answer up is right in one of four.
 
-Recall alone is hard to learn from nothing: a model finds out first which things are named at all, and stays there. What
-starts it are names, or things, in an order without sense that repeats after 4 to 20 words, where copying pays off at
-every word (induction heads, arXiv 2209.11895).
+Recall alone is hard to learn from nothing: a model first learns which things occur, and stays there. It also trains on
+names, or things, in a random order that repeats after 4 to 20 words, where copying helps at every word (induction
+heads, arXiv 2209.11895).
 """
 
 from dataclasses import dataclass
@@ -35,12 +34,12 @@ FIRST_THING = WORDS.index(THINGS[0])
 MAX_WORDS = 512
 SENTENCE = 4  # words of `Ada likes plums .`
 
-IGNORED = -100  # a label without a loss, as torch has it
+IGNORED = -100  # torch's label without a loss
 
 
 @dataclass(frozen=True)
 class Question:
-    """A text that ends where a thing has to follow, four things that its context names, and which one it is."""
+    """A text after which a thing must follow, four things that the text names, and the index of the right one."""
 
     context: str
     choices: list[str]
@@ -65,8 +64,7 @@ def training_texts(batch: int, people: int, sentences: int, generator: torch.Gen
     """Sentences drawn from `people` pairs with replacement.
 
     Returns:
-        Token ids and labels, (batch, 1 + 4 * sentences) int64: a label where a thing is named whose sentence was there
-        before.
+        Token ids and labels, (batch, 1 + 4 * sentences) int64: a label at each thing whose sentence was there before.
     """
     names, things = _pairs(batch, people, generator, held_out=False)
     drawn = torch.randint(people, (batch, sentences), generator=generator)
@@ -79,9 +77,9 @@ def training_texts(batch: int, people: int, sentences: int, generator: torch.Gen
 
 
 def repeated_words(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Names or things in a random order that begins again after 4 to 20 of them, in each row another number.
+    """Names or things in a random order that repeats after 4 to 20 of them, a random number per row.
 
-    No row has both, so that no name stands beside a thing that it is asked about with.
+    No row has both, so these rows train no pair of a name and a thing.
 
     Returns:
         Token ids and labels, (batch, length) int64: a label from the second time on.
@@ -96,7 +94,7 @@ def repeated_words(batch: int, length: int, generator: torch.Generator) -> tuple
 
 
 def questions(count: int, people: int, generator: torch.Generator) -> list[Question]:
-    """Questions about pairs none of which is trained on."""
+    """Questions about pairs that are never trained on."""
     found: list[Question] = []
     while len(found) < count:
         names, things = (row[0] for row in _pairs(1, people, generator, held_out=True))
@@ -115,12 +113,12 @@ def questions(count: int, people: int, generator: torch.Generator) -> list[Quest
 
 
 def _pairs(batch: int, people: int, generator: torch.Generator, *, held_out: bool) -> tuple[Tensor, Tensor]:
-    """Names and what they like, no name and no thing twice in a row: indices, (batch, people) int64 each."""
+    """Names and what they like, without repeats within a row: indices, (batch, people) int64 each."""
     names = torch.rand(batch, len(NAMES), generator=generator).argsort(1)[:, :people]
     things = torch.full_like(names, -1)
     every_thing = torch.arange(len(THINGS))
     open_rows = torch.arange(batch)
-    while len(open_rows):  # a row in which nothing is left for the last ones is drawn again
+    while len(open_rows):  # a row with nothing left for its last names is drawn again
         free = torch.ones(len(open_rows), len(THINGS), dtype=torch.bool)
         complete = torch.ones(len(open_rows), dtype=torch.bool)
         for place in range(people):
@@ -134,7 +132,7 @@ def _pairs(batch: int, people: int, generator: torch.Generator, *, held_out: boo
 
 
 def _text(names: Tensor, things: Tensor) -> Tensor:
-    """`<s>` and a sentence for each pair: (batch, sentences) twice -> (batch, 1 + 4 * sentences)."""
+    """`<s>` and a sentence per pair: (batch, sentences) twice -> (batch, 1 + 4 * sentences)."""
     likes, stop = (torch.full_like(names, WORDS.index(word)) for word in (LIKES, STOP))
     sentences = torch.stack([names + FIRST_NAME, likes, things + FIRST_THING, stop], 2).flatten(1)
     return torch.cat([torch.full((len(names), 1), WORDS.index(BOS)), sentences], 1)

@@ -1,1 +1,1 @@
-"""Names and hub ids become local folders; checkpoints become uploads; licences."""
+"""Local folders for names and hub ids; uploads of checkpoints; licences."""

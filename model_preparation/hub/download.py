@@ -1,9 +1,8 @@
-"""Repositories of a hub, of a model or of data: the files asked for, in a local folder, within seconds or not at all.
+"""Downloads the wanted files of a hub's repository, a model or a data set, or finds them in the hub's cache.
 
-In: a hub, the id of a repository there, and patterns of file names. Out: a `Snapshot`. Downloads are the work of the
-hubs' own clients, so their caches, mirrors, offline modes and tokens work as documented there (MODELSCOPE_CACHE,
-MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN; HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). What this file adds: an
-answer within seconds where a hub cannot be reached, the copy downloaded before in that case, and why.
+The hubs' own clients download, so their caches, mirrors, offline modes and tokens work as documented there
+(MODELSCOPE_CACHE, MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN; HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). This file
+adds an answer within seconds if a hub cannot be reached, the earlier copy in that case, and the reason.
 """
 
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 TITLES = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}
-# Behind a firewall that drops packets, one client would wait for minutes and the other try again and again.
+# Behind a firewall that drops packets, one client waits for minutes and the other retries for ever.
 CONNECT_SECONDS, ANSWER_SECONDS = 4.0, 6.0
 
 RepoType = Literal["model", "dataset"]
@@ -22,11 +21,12 @@ RepoType = Literal["model", "dataset"]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a hub's client came up with.
+    """The folder that a hub's client gave.
 
-    `revision` is what the hub resolved to: Hugging Face's commit, ModelScope's branch or tag (its client tells no
-    commit), None where nothing tells. `trouble` is why the hub itself could not be asked or did not finish, and
-    `known_missing` the files that it is then known to have and the folder lacks.
+    Attributes:
+        revision: Hugging Face's commit, or ModelScope's branch or tag (its client gives no commit); None if unknown.
+        trouble: why the hub could not be asked, or did not finish.
+        known_missing: with `trouble`, files that the hub has and the folder lacks.
     """
 
     folder: Path
@@ -36,7 +36,7 @@ class Snapshot:
 
 
 class NoSnapshot(Exception):
-    """A hub has nothing for us, neither there nor in its cache; the message says why."""
+    """A hub and its cache do not have the files; the message says why."""
 
 
 def fetch_snapshot(
@@ -48,16 +48,16 @@ def fetch_snapshot(
     ignore_patterns: list[str],
     repo_type: RepoType = "model",
 ) -> Snapshot:
-    """The files of a repository that match, downloaded if need be; from the hub's cache where it is out of reach.
+    """The matching files of a repository, downloaded if necessary, or from the cache of a hub that does not answer.
 
     Args:
         hub: a key of `TITLES`.
         repo, revision: the repository's id and its branch, tag or commit; None means the hub's default branch.
-        allow_patterns, ignore_patterns: of paths in the repository, as `fnmatch` has them: `*` matches a `/` too.
-            ModelScope is asked for one listing per folder that they name literally.
+        allow_patterns, ignore_patterns: `fnmatch` patterns of paths in the repository; `*` matches `/` too. ModelScope
+            sends one listing per folder that they name literally.
 
     Raises:
-        NoSnapshot: if there is nothing, at the hub or in its cache.
+        NoSnapshot: if neither the hub nor its cache has the files.
     """
     return _CLIENTS[hub](repo, revision, allow_patterns, ignore_patterns, repo_type)
 
@@ -74,7 +74,7 @@ def _from_modelscope(
     download = partial(snapshot_download, repo, revision, repo_type=repo_type)
     trouble = None
     try:
-        # The client retries for some 20 s before it gives up, so ask first. Whoever prefers its other site has two.
+        # The client retries for some 20 s, so ask first. MODELSCOPE_PREFER_AI_SITE means that there are two sites.
         if not os.environ.get("MODELSCOPE_PREFER_AI_SITE"):
             timeout = (CONNECT_SECONDS, ANSWER_SECONDS)
             requests.get(endpoint, timeout=timeout, allow_redirects=False, stream=True).close()
@@ -88,7 +88,7 @@ def _from_modelscope(
     depth = len(revision.split("/")) if revision else 1
     if folder.parts[-depth - 1] == "snapshots":
         return Snapshot(folder, "/".join(folder.parts[-depth:]), trouble)
-    # Versions before 1.38 kept one folder per repository, which does not say what revision it holds.
+    # Versions before 1.38 kept one folder per repository, without its revision.
     if trouble and revision:
         raise NoSnapshot(f"{trouble}, and {folder} does not say whether it holds {revision}")
     return Snapshot(folder, revision, trouble)
@@ -98,7 +98,7 @@ def _modelscope_trouble(error: Exception) -> str:
     import requests
     from modelscope.hub.errors import AuthenticationError, NetworkError, NotExistError, PermissionDeniedError
 
-    cause = error.__cause__ or error  # its older interface wraps these in an HTTPError of requests
+    cause = error.__cause__ or error  # its older interface wraps these in requests' HTTPError
     if isinstance(cause, NotExistError):
         return "has no such repository or revision, or it is private (its token goes into MODELSCOPE_API_TOKEN)"
     if isinstance(cause, (AuthenticationError, PermissionDeniedError)):
@@ -140,7 +140,7 @@ def _from_huggingface(
 
 
 def _listed_but_absent(repo: str, folder: Path, asked_for: dict[str, Any]) -> tuple[str, ...]:
-    """Files of the hub's listing, which its client keeps beside a snapshot, that the snapshot lacks."""
+    """Files that the snapshot lacks, by the hub's listing that its client keeps with it."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.utils import filter_repo_objects
 

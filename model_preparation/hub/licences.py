@@ -1,8 +1,6 @@
-"""Which licence binds a grafted model, and what that licence asks of whoever shares the model.
+"""Which licence binds a grafted model, and what that licence asks of the person who shares it.
 
-In: where its base and its donor came from, as checkpoint_info.json has it, and the licence the user names. Out: a
-licence id as the hubs spell it, and the duties that a Llama licence adds. Nothing is guessed: for a source that is not
-in the table, or was a local folder, the user has to name it.
+Nothing is guessed: if a source is a local folder or not in the table, the user must name the licence.
 """
 
 import re
@@ -12,8 +10,8 @@ from typing import Any
 
 from model_preparation.errors import SurgeryError
 
-# Hub ids and the licence to keep. The Llambas are made of embeddings and MLPs of the Llama they were distilled from, so
-# that Llama's licence binds them too, whatever their publishers grant for their own part.
+# Hub ids and their licence. A Llamba contains embeddings and MLPs of its Llama, so the Llama's licence binds it too,
+# whatever its publisher grants.
 _LICENCES = [
     (r"(meta-llama|LLM-Research)/Meta-Llama-3-.+", "llama3"),
     (r"(meta-llama|LLM-Research)/(Meta-)?Llama-3\.1-.+", "llama3.1"),
@@ -29,10 +27,9 @@ _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 @dataclass(frozen=True)
 class LlamaTerms:
-    """What a Llama licence asks of a model that holds Llama's weights, besides its text.
+    """What a Llama licence asks of a model with Llama's weights, besides the licence's text.
 
-    `begins` is a pattern for the name's beginning, `beginning` an example of it; `notice` is the attribution that has
-    to stand in a text file beside the weights.
+    The model's name must match `begins`; `beginning` is an example. A text file with the weights must hold `notice`.
     """
 
     title: str
@@ -72,7 +69,7 @@ LLAMA_TERMS = {
 
 
 def known_licence(source: Mapping[str, Any]) -> str | None:
-    """The licence id of a source (its `hub` and `id`); None for local folders and ids that are not in the table."""
+    """The licence id of a source (its `hub` and `id`); None for local folders and unknown ids."""
     if source["hub"] == "local":
         return None
     if source["hub"] == "embedded":  # made by this project, from nothing
@@ -84,12 +81,12 @@ def licence_of(info: Mapping[str, Any], given: str | None = None) -> str:
     """The licence id of a checkpoint.
 
     Args:
-        info: its checkpoint_info.json; `base_model` and `replacement_source` are looked at.
-        given: the id that the user names; it has to be the one that a known source demands, or "other".
+        info: its checkpoint_info.json, with `base_model` and `replacement_source`.
+        given: the id that the user names; it must be the one that a known source demands, or "other".
 
     Raises:
-        SurgeryError: if a source's licence is not known and none is given, if the sources' licences differ, or if the
-            one given contradicts a source's.
+        SurgeryError: if a source's licence is unknown and none is given, if the sources' licences differ, or if the
+            given one contradicts a source's.
     """
     sources = {"base": info["base_model"], "donor": info["replacement_source"]}
     known = {role: known_licence(source) for role, source in sources.items()}
@@ -109,9 +106,13 @@ def licence_of(info: Mapping[str, Any], given: str | None = None) -> str:
         return given
     for role, source in sources.items():
         if known[role] is None:
-            what = "came from a local folder" if source["hub"] == "local" else "is not one whose licence is known here"
+            what = (
+                "came from a local folder"
+                if source["hub"] == "local"
+                else "has a licence that this program does not know"
+            )
             raise SurgeryError(
-                f"The {role} {source['id']} {what}, so the licence of this model has to come from you. "
+                f"The {role} {source['id']} {what}, so you must name the licence of this model. "
                 "Look at its publisher's page and give --licence ID, such as llama3.1 or apache-2.0."
             )
     candidates = sorted(demanded) or sorted({licence for licence in known.values() if licence})
@@ -123,13 +124,13 @@ def licence_of(info: Mapping[str, Any], given: str | None = None) -> str:
 
 
 def terms_of(info: Mapping[str, Any], licence: str) -> list[LlamaTerms]:
-    """The Llama terms a checkpoint is under: of `licence`, and of its sources' own licences where they are known."""
+    """The Llama terms that bind a checkpoint: of `licence`, and of its sources' licences if they are known."""
     ids = {licence, known_licence(info["base_model"]), known_licence(info["replacement_source"])}
     return [terms for name, terms in LLAMA_TERMS.items() if name in ids]
 
 
 def check_name(repo: str, terms: list[LlamaTerms]) -> None:
-    """Raise SurgeryError if the name of `repo` (org/name) lacks the beginning that one of `terms` asks for."""
+    """Raise SurgeryError if the name of `repo` (org/name) does not begin as `terms` demand."""
     owner, _, name = repo.partition("/")
     for term in terms:
         if not re.match(term.begins, name, re.IGNORECASE):

@@ -1,8 +1,8 @@
-"""Where models come from: a name, a folder or a hub id becomes a local folder that holds every file needed.
+"""Where models come from: a name, a folder or a hub id becomes a local folder with every file needed.
 
-In: a name of `TABLE`, the path of a folder, or `org/name[@revision]`, with `modelscope:` or `huggingface:` before it to
-ask one hub only, or `embedded:name` for a model inside this package. Out: a `Source`. Downloads are `download`'
-work. What this file adds: the names, which files are asked for, and the name of each file that is missing.
+`resolve` takes a name of `TABLE`, the path of a folder, or `org/name[@revision]`; `modelscope:` or `huggingface:`
+before the id asks only that hub, and `embedded:name` is a model in this package. `download` fetches the files. This
+file has the names, knows which files to ask for, and names each file that is missing.
 """
 
 import argparse
@@ -22,20 +22,20 @@ from model_preparation.hub.download import TITLES, NoSnapshot, Snapshot, fetch_s
 from model_preparation.io.untrusted.not_a_model import snapshot_in, what_it_is
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
 
-# A name's target is anything `resolve` takes; `--source NAME=TARGET` and MODEL_PREPARATION_NAME replace it.
+# A target is anything that `resolve` takes; `--source NAME=TARGET` and MODEL_PREPARATION_NAME replace it.
 TABLE = {
     "llama": "modelscope:LLM-Research/Meta-Llama-3.1-8B-Instruct",
-    "llama_tokenizer": "llama",  # so a folder given for llama serves as its tokenizer too
+    "llama_tokenizer": "llama",  # so a folder given for llama also gives its tokenizer
     "llamba": "huggingface:cartesia-ai/Llamba-8B-untied",
     "unaligned_llamba": "huggingface:goombalab/Llamba-8B-untied-unaligned",
     "tiny_llama": "embedded:tiny_llama",
     "tiny_llamba": "embedded:tiny_llamba",
 }
-# Both Llambas are published without the tokenizer they were trained with, which is Llama's.
+# Both Llambas are published without their tokenizer, which is Llama's.
 _TOKENIZER_OF = {"llamba": "llama_tokenizer", "unaligned_llamba": "llama_tokenizer"}
 _ENVIRONMENT_PREFIX = "MODEL_PREPARATION_"
 
-EMBEDDED = Path(__file__).parents[1] / "embedded"  # models that come with the package, a folder each
+EMBEDDED = Path(__file__).parents[1] / "embedded"  # the package's own models, a folder each
 _EMBEDDED_PREFIX = "embedded:"
 
 _HUB_ID = re.compile(r"(?:(modelscope|huggingface):)?(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
@@ -51,7 +51,7 @@ _TOKENIZER_PATTERNS = [
 ]
 _MODEL_PATTERNS = [*_TOKENIZER_PATTERNS, "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
 _PICKLE_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-# Files in subfolders (original/, onnx/) and consolidated.* repeat the weights in formats nobody here reads.
+# Files in subfolders (original/, onnx/) and consolidated.* repeat the weights in formats that are not read here.
 _IGNORED_PATTERNS = ["*/*", "consolidated*"]
 
 logger = logging.getLogger(__name__)
@@ -63,9 +63,10 @@ Need = Literal["model", "tokenizer"]
 class Source:
     """A local folder with a model's or a tokenizer's files, and where they came from.
 
-    `hub` is "local", "embedded", "modelscope" or "huggingface"; `id` the hub's id, or a local folder's name; `revision`
-    what the hub resolved to: Hugging Face's commit, ModelScope's branch or tag (its client tells no commit), None where
-    nothing tells.
+    Attributes:
+        hub: "local", "embedded", "modelscope" or "huggingface".
+        id: the hub's id, or a local folder's name.
+        revision: as in `Snapshot`.
     """
 
     folder: Path
@@ -74,23 +75,23 @@ class Source:
     revision: str | None
 
     def as_dict(self) -> dict[str, str | None]:
-        """The part written into metadata.json and checkpoint_info.json; `path` only for a local folder."""
+        """The fields for metadata.json and checkpoint_info.json; `path` only for a local folder."""
         origin = {"hub": self.hub, "id": self.id, "revision": self.revision}
         return origin | {"path": str(self.folder)} if self.hub == "local" else origin
 
 
 def resolve(name: str, *, need: Need = "model", overrides: Mapping[str, str] | None = None) -> Source:
-    """The folder that `name` stands for, downloaded if need be, with every file that `need` takes.
+    """The folder that `name` means, downloaded if necessary, with every file that `need` asks for.
 
     A name of `TABLE` is looked up in `overrides`, then in the environment (MODEL_PREPARATION_LLAMA, ...), then in
-    `TABLE`. Next, an existing folder comes before a hub id spelled alike; what starts with `./`, `../`, `/` or `~` is
-    never a hub id. A hub id without prefix asks ModelScope, then Hugging Face. A hub out of reach is replaced by the
-    copy it left in its cache, with a logged warning.
+    `TABLE`. An existing folder comes before a hub id of the same spelling; a target that starts with `./`, `../`, `/`
+    or `~` is never a hub id. A hub id without prefix asks ModelScope, then Hugging Face. If a hub cannot be reached,
+    its cached copy is used, with a logged warning.
 
     Args:
         name: a name of `TABLE`, a folder's path, or `[modelscope:|huggingface:]org/name[@revision]`.
-        need: "model" asks for config.json and all weights, and downloads the tokenizer where there is one; "tokenizer"
-            asks for a tokenizer only, as does the name `llama_tokenizer` by itself.
+        need: "model" asks for config.json and all weights, and downloads a tokenizer if there is one. "tokenizer", and
+            the name `llama_tokenizer`, ask only for a tokenizer.
         overrides: targets by name of `TABLE`, as `--source` collects them.
 
     Raises:
@@ -108,10 +109,10 @@ def resolve(name: str, *, need: Need = "model", overrides: Mapping[str, str] | N
 
 
 def donor_name(base: str, overrides: Mapping[str, str] | None = None) -> str | None:
-    """What `resolve` takes for the donor of a base, as its name or its distillation.json says; None if neither does.
+    """The donor of a base, for `resolve`, by the base's name or distillation.json; None if unknown. No hub is asked.
 
     Raises:
-        SurgeryError: for a base that means nothing, or a folder that is no model; no hub is asked.
+        SurgeryError: for a base that means nothing, or a folder that is no model.
     """
     target = target_named(base, overrides)
     source = _source_here(target, "model")
@@ -127,7 +128,7 @@ def donor_name(base: str, overrides: Mapping[str, str] | None = None) -> str | N
 
 
 def check_recorded(source: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `source` is as `Source.as_dict()` writes it: its id goes into cards and command lines."""
+    """Raise ValueError unless `source` is from `Source.as_dict()`: cards and command lines quote its id."""
     check_fields(source, {"hub": str, "id": str, "revision": (NoneType, str), "path?": str})
     hub, name, revision = source["hub"], source["id"], source["revision"]
     if hub in TITLES:
@@ -139,16 +140,16 @@ def check_recorded(source: Mapping[str, Any]) -> None:
 
 
 def target_named(name: str, overrides: Mapping[str, str] | None = None) -> str:
-    """What `resolve` would look for under `name`: a folder's path or a hub id. Nothing is opened or asked.
+    """The folder's path or hub id that `name` means. Nothing is opened, and no hub is asked.
 
     Raises:
-        SurgeryError: if the sources given lead round in a circle.
+        SurgeryError: if the sources point to each other in a circle.
     """
     return _look_up(name, overrides or {})[1]
 
 
 def folder_named(target: str) -> Path | None:
-    """The folder of a target that is on this disk by itself, or in this package; None for what a hub has."""
+    """The folder of a local or embedded target; None for a hub id."""
     if target.startswith(_EMBEDDED_PREFIX):
         return _embedded_source(target.removeprefix(_EMBEDDED_PREFIX)).folder
     folder = Path(os.path.expanduser(target))
@@ -156,12 +157,12 @@ def folder_named(target: str) -> Path | None:
 
 
 def names_behind(name: str, overrides: Mapping[str, str] | None = None) -> list[str]:
-    """The names of `TABLE` that `resolve` would look up on its way."""
+    """The names of `TABLE` that `resolve` looks up for `name`."""
     return _look_up(name, overrides or {})[0]
 
 
 def tokenizer_name(name: str) -> str | None:
-    """The name in `TABLE` of the tokenizer for a model that is published without one; None for every other name."""
+    """The name in `TABLE` of the tokenizer of a model published without one; else None."""
     return _TOKENIZER_OF.get(name)
 
 
@@ -176,12 +177,12 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer's files that the folder holds, and config.json, which says what a tokenizer leaves open; sorted."""
+    """The tokenizer's files in the folder, and config.json, which completes them; sorted."""
     return sorted({path for pattern in _TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()})
 
 
 def add_source_flag(parser: argparse.ArgumentParser) -> None:
-    """Add `--source NAME=TARGET`, which may be repeated; the parsed value is a dict for `resolve(overrides=...)`."""
+    """Add `--source NAME=TARGET`, which may be repeated; it gives a dict for `resolve(overrides=...)`."""
 
     class AddSource(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):
@@ -206,18 +207,20 @@ def add_source_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _look_up(name: str, overrides: Mapping[str, str]) -> tuple[list[str], str]:
-    """Follow `name` through overrides, environment and table: the names passed through, and the target at the end.
+    """Follow `name` through overrides, environment and table; returns the names on the way and the target.
 
-    Of a repository's folder in a hub's cache that is its snapshot.
+    For a repository's folder in a hub's cache, the target is its snapshot.
     """
     for unknown in overrides.keys() - TABLE.keys():
-        raise SurgeryError(f"A source is given for {unknown!r}, which is none of the names {', '.join(TABLE)}.")
+        raise SurgeryError(
+            f"--source gives {unknown!r}, which is none of the names {', '.join(TABLE)}. Use one of them."
+        )
     names: list[str] = []
     target = name
     while target in TABLE:
         if target in names:
             raise SurgeryError(
-                f"The sources given for {' and '.join(names)} lead round in a circle. "
+                f"The sources for {' and '.join(names)} point to each other in a circle. "
                 f"If {target} is meant to be a folder, write ./{target}."
             )
         names.append(target)
@@ -226,7 +229,7 @@ def _look_up(name: str, overrides: Mapping[str, str]) -> tuple[list[str], str]:
 
 
 def _source_here(target: str, need: Need) -> Source | None:
-    """The source of a target that is embedded or a folder; None for one that only a hub can have."""
+    """The source of an embedded target or a folder; None for a hub id."""
     if target.startswith(_EMBEDDED_PREFIX):
         return _embedded_source(target.removeprefix(_EMBEDDED_PREFIX))
     folder = Path(os.path.expanduser(target))
@@ -238,8 +241,8 @@ def _hub_id(target: str) -> tuple[str | None, str, str | None]:
     match = _HUB_ID.fullmatch(target)
     if match is None or ".." in target:
         raise SurgeryError(
-            f"{target!r} is neither one of the names {', '.join(TABLE)}, nor a folder that exists, nor a hub id such "
-            "as org/name or org/name@revision. Check its spelling, or give the path of a folder."
+            f"{target!r} is neither one of the names {', '.join(TABLE)}, nor a folder, nor a hub id such as "
+            "org/name or org/name@revision. Check its spelling, or give the path of a folder."
         )
     return match[1], match[2], match[3]
 
@@ -265,15 +268,15 @@ def _local_source(folder: Path, need: Need) -> Source:
             f"{folder} is a checkpoint that this program made, not a model's folder. "
             f"Give the folder or name of a model; the Llamba this checkpoint was built from is {base}."
         )
-    if missing and need == "model" and (told := what_it_is(folder)):
-        raise SurgeryError(told)
+    if missing and need == "model" and (what := what_it_is(folder)):
+        raise SurgeryError(what)
     if missing:
         raise SurgeryError(f"The folder {folder} lacks {', '.join(missing)}. Copy what is missing into it.")
     return Source(folder, "local", folder.name, None)
 
 
 def _base_of_checkpoint(folder: Path) -> str | None:
-    """The base named in a checkpoint's checkpoint_info.json; None if there is no such file, or it names none."""
+    """The base that a checkpoint's checkpoint_info.json names; None if it names none or is missing."""
     try:
         return str(read_json(folder / "checkpoint_info.json")["base_model"]["name"])
     except (OSError, ValueError, KeyError, TypeError, SurgeryError):
@@ -281,7 +284,7 @@ def _base_of_checkpoint(folder: Path) -> str | None:
 
 
 def _missing_files(folder: Path, need: Need) -> list[str]:
-    """The names of files `folder` lacks, an either/or in words; empty when it is complete."""
+    """The files that `folder` lacks, in words; empty if it is complete."""
     return _missing_tokenizer(folder) if need == "tokenizer" else _missing_model(folder)
 
 
@@ -310,7 +313,7 @@ def _missing_model(folder: Path) -> list[str]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The file names an index lists, sorted; none of them leads out of the index's folder."""
+    """The file names in an index, sorted; none leads out of its folder."""
     try:
         shards = sorted(set(read_json(index)["weight_map"].values()))
         if not shards or not all(isinstance(shard, str) for shard in shards):
@@ -338,7 +341,7 @@ def _embedded_source(name: str) -> Source:
 
 
 def _hub_source(hubs: list[str], repo: str, revision: str | None, need: Need, name: str) -> Source:
-    """Ask `hubs` in turn for `repo`; the first complete snapshot is it. `name` is what the user calls it."""
+    """The first complete snapshot of `repo` from `hubs`, asked in turn; `name` is the user's word for it."""
     failures = []
     advice = "Check the id and the network connection"
     for hub in hubs:
@@ -360,7 +363,7 @@ def _hub_source(hubs: list[str], repo: str, revision: str | None, need: Need, na
     instead = f"--source {name}=/path/to/folder" if name in TABLE else "its path in place of the id"
     wanted = ("The tokenizer of " if need == "tokenizer" else "") + repo + (f"@{revision}" if revision else "")
     raise SurgeryError(
-        f"{wanted} is not to be had: {'; '.join(failures)}. {advice}, or give a folder that holds the files: {instead}."
+        f"{wanted} is not available: {'; '.join(failures)}. {advice}, or give a folder that holds the files: {instead}."
     )
 
 
@@ -371,5 +374,5 @@ def _fetch(hub: str, repo: str, revision: str | None, need: Need) -> Snapshot:
     snapshot = fetch(_MODEL_PATTERNS)
     if any(snapshot.folder.glob("*.safetensors*")):
         return snapshot
-    # Only a repository without safetensors is asked for its pickles, which are as large again.
+    # Pickles are as large again, so they are fetched only without safetensors.
     return fetch([*_MODEL_PATTERNS, *_PICKLE_PATTERNS])

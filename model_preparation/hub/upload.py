@@ -1,9 +1,8 @@
-"""Uploading a folder to ModelScope or Hugging Face, through each hub's own client.
+"""Uploads a folder to ModelScope or Hugging Face, through each hub's own client.
 
-In: a folder, a repository's id, a branch. Out: the files at the hub, in as few commits as its client makes. Both
-clients stream, so memory does not grow with the files, and neither sends again what the hub has. Tokens, endpoints and
-stored logins are theirs (MODELSCOPE_API_TOKEN, MODELSCOPE_ENDPOINT; HF_TOKEN, HF_ENDPOINT). What this file adds: an
-answer within seconds where a hub cannot be reached, and two sentences for whatever a client may raise.
+Both clients stream, so memory does not grow with the files, and neither sends again what the hub has. Tokens, endpoints
+and stored logins are theirs (MODELSCOPE_API_TOKEN, MODELSCOPE_ENDPOINT; HF_TOKEN, HF_ENDPOINT). This file adds an
+answer within seconds if a hub cannot be reached, and two sentences for every error of a client.
 """
 
 import contextlib
@@ -18,26 +17,26 @@ from model_preparation.hub.download import ANSWER_SECONDS, CONNECT_SECONDS, firs
 
 
 class Hub(Protocol):
-    """A hub to upload to. Every method raises SurgeryError if the hub refuses, fails or cannot be reached."""
+    """A hub to upload to. Its methods raise SurgeryError if it refuses, fails or cannot be reached."""
 
     title: str
     endpoint: str
 
     def look_up(self, repo: str) -> bool | None:
-        """Sign in, and tell whether the repository is private; None if there is none that the token may see."""
+        """Sign in; returns whether the repository is private, None if the token can see no such repository."""
 
     def create(self, repo: str, *, private: bool, licence: str) -> None:
         """Make the repository."""
 
     def digests(self, repo: str, branch: str | None) -> dict[str, str]:
-        """SHA-256 of the files of a branch, by path, of those files for which the hub tells it."""
+        """SHA-256 by path of the branch's files, where the hub gives it."""
 
     def upload(self, folder: Path, repo: str, branch: str | None, message: str) -> None:
-        """Commit all files of `folder` to the root of the branch, links being followed; other files there stay."""
+        """Commit all files of `folder`, following links, to the root of the branch; other files there stay."""
 
 
 class ModelScopeHub:
-    """ModelScope. Its client has no call that makes a branch, so a branch has to be there."""
+    """ModelScope. Its client cannot make a branch, so the branch must exist."""
 
     title = "ModelScope"
 
@@ -80,7 +79,7 @@ class ModelScopeHub:
                 files = self._api.list_repo_files(repo, "model", revision=branch)
             except NotExistError as error:
                 if branch is None:
-                    return {}  # a repository in which nothing was committed yet
+                    return {}  # a repository without commits
                 raise SurgeryError(
                     f"{repo} on ModelScope has no branch {branch}, and its client cannot make one. "
                     "Make it on the repository's page, or leave --revision out."
@@ -95,7 +94,7 @@ class ModelScopeHub:
                 failures.append(record.getMessage())
             return record.levelno == logging.WARNING
 
-        # The client says why a file failed in its log only, and prints a report of its own.
+        # The client says only in its log why a file failed, and prints a report.
         log = logging.getLogger("modelscope_hub.upload")
         log.addFilter(sift)
         try:
@@ -106,7 +105,7 @@ class ModelScopeHub:
 
     @contextlib.contextmanager
     def _errors(self, repo: str, failures: Sequence[str] = ()) -> Iterator[None]:
-        """Turn what the client raises into SurgeryError; `failures` are reasons it logged meanwhile."""
+        """Turn the client's errors into SurgeryError; `failures` are reasons from its log."""
         import requests
         from modelscope_hub import AuthenticationError, HubError, NetworkError, PermissionDeniedError
 
@@ -153,12 +152,12 @@ class HuggingFaceHub:
         with self._errors(repo):
             private = None
             try:
-                # Of the client's questions, the one that takes a time limit.
+                # The only one of the client's questions that takes a time limit.
                 private = bool(self._api.model_info(repo, timeout=ANSWER_SECONDS).private)
             except GatedRepoError:
                 raise
             except RepositoryNotFoundError:
-                pass  # also what it makes of a token that the hub does not know, hence the next question
+                pass  # or the hub does not know the token, hence the next question
             self._api.whoami()
         return private
 
@@ -189,7 +188,7 @@ class HuggingFaceHub:
 
         try:
             yield
-        # The client wraps a failed upload in a RuntimeError and a card that the hub refuses in a ValueError.
+        # The client wraps a failed upload in RuntimeError, and a refused card in ValueError.
         except (HTTPError, OfflineModeIsEnabled, RuntimeError, ValueError) as error:
             place = f"Hugging Face ({self.endpoint})"
             cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error

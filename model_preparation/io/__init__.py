@@ -1,1 +1,1 @@
-"""Bytes: files and folders written whole or not at all, read and written in blocks, known by their digests."""
+"""Bytes on the disk: files and folders that appear whole or not at all, blocks, digests, locks, text, progress."""

@@ -1,4 +1,4 @@
-"""Work done beside other work, which one failure stops."""
+"""Calls that run in threads in the background; if one fails, the others stop."""
 
 import sys
 import threading
@@ -13,16 +13,16 @@ _TURN_SECONDS = 0.001
 
 
 class BackgroundTasks:
-    """A context in which calls run in threads of their own; leaving it waits for them, or stops them if it fails.
+    """A context whose calls run in threads; leaving it waits for them, or stops them after an exception.
 
-    Threads take turns more often meanwhile: beside an import, one that copies blocks would wait 5 ms before each.
+    Threads take turns more often meanwhile: during an import, a copying thread would wait 5 ms before each block.
 
     Args:
-        at_once: how many run at the same time; those started last wait.
+        at_once: how many run at the same time; further ones wait.
     """
 
     def __init__(self, at_once: int | None = None) -> None:
-        self._executor = ThreadPoolExecutor(at_once, "beside")
+        self._executor = ThreadPoolExecutor(at_once, "background")
         self._started: list[Future] = []
         self._stopped = threading.Event()
         self._turn_seconds = sys.getswitchinterval()
@@ -33,12 +33,12 @@ class BackgroundTasks:
         return self._started[-1]
 
     def check(self) -> None:
-        """To be called by long calls now and then: ends them, by an exception, when nobody wants the result."""
+        """Long calls call this now and then; it raises when nobody wants their result any more."""
         if self._stopped.is_set():
-            raise InterruptedError("stopped, as other work failed")
+            raise InterruptedError("stopped, because other work failed")
 
     def raise_failure(self) -> None:
-        """Raise what a call that has ended raised, if one did."""
+        """Raise the exception of a call that has failed, if one has."""
         for future in self._started:
             if future.done():
                 future.result()

@@ -4,23 +4,22 @@ import collections
 import contextlib
 import ctypes
 import errno
-import fcntl
 import functools
 import itertools
 import mmap
 import os
-import struct
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from model_preparation.io.shared_files import share_range
 
 BLOCK_BYTES = 4 << 20  # a multiple of every file system's block, as direct I/O asks for
 ALIGNMENT = 4096  # of places and lengths, for direct I/O and for sharing extents
 _BLOCKS_AHEAD = 4  # one is being used, the others are read ahead
 _BLOCKS_BEHIND = 4  # of a file, that may be in the page cache and not on the disk yet
 _RUN_BLOCKS, _TRIED_BLOCKS = 16, 128  # the first 512 MB go both ways by turns, 64 MB each time
-_FICLONERANGE = 0x4020940D  # linux/fs.h
 _START, _FINISH = 2, 1 | 2 | 4  # SYNC_FILE_RANGE_..., linux/fs.h
 _CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.ESPIPE)
 
@@ -156,19 +155,12 @@ class OutputFile:
         self._advance(len(data))
 
     def share(self, place: Place, position: int, size_bytes: int) -> bool:
-        """Share whole blocks at `position` with another file on the disk; False where that is impossible.
-
-        Source: ioctl_ficlonerange(2); XFS and Btrfs can, within one file system.
-        """
+        """Share whole blocks at `position` with another file on the disk; False where that is impossible."""
         descriptor = os.open(place[0], os.O_RDONLY)
-        wish = struct.pack("qQQQ", descriptor, place[1], size_bytes, position)
         try:
-            fcntl.ioctl(self._descriptor, _FICLONERANGE, wish)
-        except OSError as error:
-            if error.errno in _CANNOT:
-                return False
-            error.filename = str(self.path)
-            raise
+            with _naming(self.path):
+                if not share_range(descriptor, self._descriptor, place[1], size_bytes, position):
+                    return False
         finally:
             os.close(descriptor)
         self._advance(size_bytes)

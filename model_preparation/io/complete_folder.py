@@ -1,8 +1,8 @@
-"""A folder that appears whole or not at all.
+"""Folders that appear whole or not at all; `check_target` says whether a folder is complete.
 
-In: where it shall be. Out: a staging folder in `NAME.partial` beside that place to write into, put there by one rename
-when all is written and on disk. Killed or without power at any moment, the old folder or nothing is there, and perhaps
-`NAME.partial`, which the next run to the same place removes, or `remove_abandoned`.
+A new folder is written as `NAME.partial/new` beside its place, and one rename puts it there when all is on the disk. If
+the program is killed or the power fails, the old folder is there, or nothing. `NAME.partial` may be left; the next run
+to the same place removes it, or `remove_abandoned`.
 """
 
 import contextlib
@@ -32,14 +32,13 @@ def new_folder(target: Path, *, overwrite: bool, marker_file: str) -> Iterator[P
     """Stage a new `target`; it is put in place when the block ends without an exception.
 
     Args:
-        target: the final place. A folder there without `marker_file` and with at most a README.md counts as empty,
-            and keeps its README.md.
-        overwrite: whether a folder that is there is replaced. It stays whole until the new one is.
-        marker_file: the file whose presence makes such a folder complete.
+        target: the final place. A folder there counts as empty if it holds nothing or only a README.md, which stays.
+        overwrite: whether to replace a complete folder. It stays whole until the new one is.
+        marker_file: the file that only complete folders have.
 
     Raises:
         SurgeryError: if `target` is taken, another run is writing it, or no folder can be made beside it.
-        OSError: from the file system: disk full, input/output error; from whichever library it came in the block.
+        OSError: from the file system: disk full, input/output error; whichever library raised it in the block.
     """
     check = partial(check_target, target, overwrite=overwrite, marker_file=marker_file)
     check()
@@ -69,12 +68,11 @@ def new_folder(target: Path, *, overwrite: bool, marker_file: str) -> Iterator[P
 def remove_abandoned(parent: Path, *, only_for: Path | None = None, dry_run: bool = False) -> list[Path]:
     """Remove what killed runs left in the folder `parent`: every `NAME.partial` that is ours and not in use.
 
-    Where a run was killed while it replaced NAME on a system that cannot swap two folders in one step, the old NAME is
-    put back first.
+    An old NAME in it goes back to its place first: some systems cannot swap two folders in one step.
 
     Args:
         parent: the folder to look in.
-        only_for: remove those of this NAME alone.
+        only_for: remove only the one for this NAME.
         dry_run: remove nothing.
 
     Returns:
@@ -96,7 +94,7 @@ def remove_abandoned(parent: Path, *, only_for: Path | None = None, dry_run: boo
 def check_target(target: Path, *, overwrite: bool, marker_file: str) -> None:
     """The checks of `new_folder`, without writing anything; raises as it does."""
     if is_partial(target.name):
-        raise SurgeryError(f"{target} is named as folders are while they are being made. Choose another name.")
+        raise SurgeryError(f"{target} has the name of an unfinished folder (.partial). Choose another name.")
     if target.is_dir():
         entries = {entry.name for entry in target.iterdir()}
         if marker_file in entries and not overwrite:
@@ -105,7 +103,7 @@ def check_target(target: Path, *, overwrite: bool, marker_file: str) -> None:
             found = ", ".join(sorted(entries)[:3])
             raise SurgeryError(f"{target} holds other files ({found}) and no {marker_file}. Choose another folder.")
     elif target.is_symlink() and not target.exists():
-        raise SurgeryError(f"{target} is a link to what is not there. Choose another place, or remove the link.")
+        raise SurgeryError(f"{target} is a link that leads nowhere. Choose another place, or remove the link.")
     elif os.path.lexists(target):
         raise SurgeryError(f"{target} is a file, not a folder. Choose another place.")
     parent = existing_parent(target)
@@ -114,7 +112,7 @@ def check_target(target: Path, *, overwrite: bool, marker_file: str) -> None:
 
 
 def check_space(target: Path, needed_bytes: int) -> None:
-    """Raise SurgeryError if the disk `target` will be on has fewer than `needed_bytes` free."""
+    """Raise SurgeryError if fewer than `needed_bytes` are free on the disk for `target`."""
     free_bytes = shutil.disk_usage(existing_parent(target)).free
     abandoned = target.resolve().with_name(f"{target.resolve().name}.partial")  # removed before anything is written
     free_bytes += sum(path.lstat().st_blocks * 512 for path in abandoned.glob(f"{_NEW}/**/*"))
@@ -132,7 +130,7 @@ def existing_parent(target: Path) -> Path:
 
 @contextlib.contextmanager
 def _os_errors(target: Path) -> Iterator[None]:
-    """Tell the system's errors as OSError that tokenizers and safetensors tell in words: "... (os error 28)"."""
+    """Turn errors such as "... (os error 28)", as tokenizers and safetensors raise them, into OSError."""
     try:
         yield
     except Exception as error:
@@ -144,7 +142,7 @@ def _os_errors(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(target: Path) -> Iterator[Hold]:
-    """Hold `target`'s partial folder, empty at first, and empty it again in the end."""
+    """Hold `target`'s partial folder; it is empty at first, and is emptied at the end."""
     hold = take(target)
     try:
         _clear(hold, target)
@@ -164,7 +162,7 @@ def _clear_and_release(hold: Hold, target: Path) -> None:
 
 
 def _clear(hold: Hold, target: Path) -> None:
-    """Empty a partial folder; if the old `target` is in it and nothing in its place, that is put back first."""
+    """Empty a partial folder; an old `target` in it goes back first if nothing is in its place."""
     if not hold.is_intact():
         return
     if not target.exists() and (hold.folder / _OLD).is_dir() and not (hold.folder / _OLD).is_symlink():
@@ -189,7 +187,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
         sync(target.parent)
         sync(staging.parent)
     except OSError:
-        with contextlib.suppress(OSError):  # who is told that it failed finds what was there before
+        with contextlib.suppress(OSError):  # after an error, what was there before is there
             if staging.exists():
                 _exchange(staging, target)
             else:
@@ -198,7 +196,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Put `new` in the place of `old`: by one swap where the system can (Linux), else with `old` aside for a moment."""
+    """Put `new` in the place of `old`: by one swap on Linux, elsewhere with `old` moved aside for a moment."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
         if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
@@ -206,6 +204,6 @@ def _exchange(new: Path, old: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):  # a file system without exchange
             raise OSError(code, os.strerror(code), str(old))
-    sync(old.parent)  # so that NAME.partial is there whenever the old one is in it
+    sync(old.parent)  # NAME.partial must be on the disk before the old one is in it
     old.rename(new.with_name(_OLD))  # killed from here on, the next run puts it back
     new.rename(old)

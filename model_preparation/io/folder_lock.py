@@ -32,18 +32,14 @@ _held_without_lock: set[Path] = set()  # by this process, as process ids are reu
 
 
 class Hold:
-    """A folder that this process holds.
-
-    Attributes:
-        folder: NAME.partial.
-    """
+    """The folder `folder`, NAME.partial, which this process holds."""
 
     def __init__(self, folder: Path, descriptor: int):
         self.folder = folder
         self._descriptor = descriptor
 
     def is_intact(self) -> bool:
-        """Whether the folder is still the one taken: someone may have deleted it, and another run made it anew."""
+        """Whether the folder is still the one taken: someone may have deleted it, and another run made a new one."""
         ours = os.fstat(self._descriptor)
         try:
             there = (self.folder / HELD_BY).lstat()
@@ -52,11 +48,11 @@ class Hold:
         return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
     def entries(self) -> list[Path]:
-        """What is in the folder, `.held_by` excepted."""
+        """What is in the folder, except `.held_by`."""
         return [path for path in self.folder.iterdir() if path.name != HELD_BY]
 
     def release(self) -> None:
-        """Let others have the folder; it is removed if nothing is left in it."""
+        """Release the lock; the folder is removed if it is empty."""
         try:
             with contextlib.suppress(OSError):
                 if self.is_intact() and not self.entries():
@@ -65,17 +61,17 @@ class Hold:
         finally:
             os.close(self._descriptor)
             _held_without_lock.discard(self.folder)
-        with contextlib.suppress(OSError):  # something is left in it, or another run has it already
+        with contextlib.suppress(OSError):  # it is not empty, or another run has it already
             self.folder.rmdir()
 
 
 def take(target: Path) -> Hold:
-    """Hold the folder beside `target`; it is made, with `target`'s parents, where it is missing.
+    """Hold the folder beside `target`; it and its parents are made if they are missing.
 
-    What an earlier run left in it is still there.
+    What an earlier run left in it stays.
 
     Raises:
-        SurgeryError: if another process holds it, or it is not one of ours.
+        SurgeryError: if another process holds it, or this program did not make it.
     """
     folder = target.with_name(f"{target.name}.partial")
     try:
@@ -93,18 +89,18 @@ def take(target: Path) -> Hold:
 
 
 def take_abandoned(parent: Path, only_for: Path | None = None) -> Iterator[tuple[Hold, Path]]:
-    """Hold, one after the other, the folders in `parent` that killed runs left; gives each with its target.
+    """Hold the folders that killed runs left in `parent`, one by one; gives each with its target.
 
     Args:
         parent: the folder to look in.
-        only_for: give those for this target alone.
+        only_for: give only the folders for this target.
     """
     for folder in sorted(parent.iterdir()):
         match = _NAME.fullmatch(folder.name)
         if match is None or not _is_ours(folder) or only_for not in (None, parent / match["target"]):
             continue
         hold = None
-        with contextlib.suppress(BlockingIOError, SurgeryError):  # in use, or of another user
+        with contextlib.suppress(BlockingIOError, SurgeryError):  # in use, or another user's
             if not match["owner"]:
                 hold = _take(folder)
             elif _has_ended(match["owner"]) and folder not in _held_without_lock:
@@ -114,7 +110,7 @@ def take_abandoned(parent: Path, only_for: Path | None = None) -> Iterator[tuple
 
 
 def is_partial(name: str) -> bool:
-    """Whether a folder of this name would be taken for one that is being made."""
+    """Whether folders of this name count as unfinished."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -147,10 +143,10 @@ def _open(folder: Path) -> Hold:
         try:
             return Hold(folder, os.open(folder / HELD_BY, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
         except FileNotFoundError:
-            continue  # who held it is just removing it
+            continue  # its holder is just removing it
         except PermissionError:
             raise SurgeryError(
-                f"{folder} is that of another user ({_holder(folder)}). Choose another folder, or let them remove it."
+                f"{folder} belongs to another user ({_holder(folder)}). Choose another folder, or let them remove it."
             ) from None
 
 
@@ -173,14 +169,11 @@ def _holder(folder: Path) -> str:
         fields = read_json(folder / HELD_BY)
         return f"process {fields['pid']} on {fields['host']} since {fields['since']}"
     except (OSError, ValueError, KeyError, SurgeryError):
-        return "another process"  # it has not written its name yet, or is just ending
+        return "another process"  # it has not written its name yet, or is ending
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a run may have made it, and may empty it: it has a file `.held_by` in it, or nothing at all.
-
-    Of a folder that is gone, yes.
-    """
+    """Whether a run made it and may empty it: it holds a file `.held_by`, or nothing; also True if it is gone."""
     try:
         # One look: between two, another run may remove the folder and a third one make it again.
         if not stat.S_ISDIR(folder.lstat().st_mode):
@@ -188,12 +181,12 @@ def _is_ours(folder: Path) -> bool:
         files = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(folder)}
     except FileNotFoundError:
         return True
-    # NFS keeps a file that is deleted while open, under another name.
+    # NFS renames a file that is deleted while it is open.
     return files.get(HELD_BY) or all(name.startswith(".nfs") for name in files)
 
 
 def _has_ended(owner: str) -> bool:
-    """Whether the process named by "-HOST-PID" is one of this host's and has ended."""
+    """Whether the process in "-HOST-PID" ran on this host and has ended."""
     host, _, process_id = owner[1:].rpartition("-")
     if host != socket.gethostname() or not process_id.isdigit():
         return False

@@ -1,7 +1,6 @@
-"""JSON files with a checksum of themselves, so that every change of a byte is found.
+"""JSON files with a checksum of themselves, which shows every changed byte.
 
-In: the fields. Out: the file's bytes. The last field, `info_sha256`, is the SHA-256 of the same bytes with 64 zeros in
-the place of its own digits.
+The last field, `info_sha256`, is the SHA-256 of the same bytes with 64 zeros in place of its own digits.
 """
 
 import hashlib
@@ -17,14 +16,14 @@ _TAIL_BYTES = len(f'\n  "{FIELD}": "{_ZEROS}"\n}}\n')
 
 
 def with_checksum(info: Mapping[str, Any]) -> bytes:
-    """The bytes of a JSON file with the fields of `info`, and the checksum last; one that is in `info` is replaced."""
+    """The bytes of a JSON file with the fields of `info` and the checksum last; it replaces one in `info`."""
     fields = {name: value for name, value in info.items() if name != FIELD}
     data = (json.dumps({**fields, FIELD: _ZEROS}, indent=2, ensure_ascii=False) + "\n").encode()
     return _with_digits(data, _digest(data))
 
 
 def checksum_fault(data: bytes) -> str | None:
-    """What is wrong with the bytes of a file that `with_checksum` made, in a few words; None if no byte has changed."""
+    """What is wrong with bytes that `with_checksum` made, in a few words; None if no byte has changed."""
     match = _END.fullmatch(data[-_TAIL_BYTES:])
     if match is None:
         return f"does not end in a checksum of itself ({FIELD})"

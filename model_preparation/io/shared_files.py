@@ -1,8 +1,7 @@
-"""A second file with the bytes of a first one that takes no second room on the disk.
+"""A second file with the same bytes that needs no second room on the disk.
 
-In: a file, and another place on the same file system. Out: a reflink there (the two share their bytes until one is
-changed) where the file system can, else a hard link (one file with two names), else a copy.
-Source: FICLONE, ioctl_ficlone(2).
+It is a reflink where the file system can (both files share their bytes until one changes), else a hard link (one file
+with two names), else a copy.
 """
 
 import contextlib
@@ -10,15 +9,16 @@ import errno
 import fcntl
 import os
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 
-_FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
+_FICLONERANGE = 0x4020940D  # linux/fs.h
 _DISK_AT_FAULT = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def share_file(source: Path, target: Path) -> None:
-    """Make `target`, which must not be there yet, a reflink, hard link or copy of `source`.
+    """Make `target`, a new file, a reflink, hard link or copy of `source`.
 
     Raises:
         OSError: from the file system: disk full, input/output error.
@@ -27,8 +27,25 @@ def share_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+def share_range(source: int, target: int, start: int = 0, size_bytes: int = 0, position: int = 0) -> bool:
+    """Let bytes of two open files, in whole blocks, be the same on the disk; False where that is impossible.
+
+    0 bytes mean all up to the source's end. Source: ioctl_ficlonerange(2); XFS and Btrfs can, within a file system.
+
+    Raises:
+        OSError: from the file system: disk full, input/output error.
+    """
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, struct.pack("qQQQ", source, start, size_bytes, position))
+        return True
+    except OSError as error:
+        if error.errno in _DISK_AT_FAULT:
+            raise
+        return False
+
+
 def can_share(folder: Path) -> bool:
-    """Whether the file system that `folder` is on has reflinks or hard links; tried out with a file of a few bytes."""
+    """Whether the file system of `folder` has reflinks or hard links; tried with a small file."""
     with tempfile.TemporaryDirectory(prefix="probe.partial-", dir=folder) as probe:
         source, target = Path(probe, "source"), Path(probe, "target")
         source.write_bytes(bytes(4096))
@@ -36,7 +53,7 @@ def can_share(folder: Path) -> bool:
 
 
 def can_reflink(folder: Path) -> bool:
-    """Whether the file system that `folder` is on has reflinks; tried out with two files that never have a name."""
+    """Whether the file system of `folder` has reflinks; tried with two files without names."""
     try:
         with contextlib.ExitStack() as stack:
             source = os.open(folder, os.O_TMPFILE | os.O_RDWR)
@@ -44,30 +61,27 @@ def can_reflink(folder: Path) -> bool:
             target = os.open(folder, os.O_TMPFILE | os.O_RDWR)
             stack.callback(os.close, target)
             os.write(source, bytes(4096))
-            fcntl.ioctl(target, _FICLONE, source)
-            return True
-    except (OSError, AttributeError):  # a file system or a system without, or a disk too full to tell
+            return share_range(source, target)
+    except (OSError, AttributeError):  # a file system or a system without, or a full disk
         return False
 
 
 def _reflink(source: Path, target: Path) -> bool:
     with source.open("rb") as file, target.open("xb") as clone:
+        shared = False
         try:
-            fcntl.ioctl(clone, _FICLONE, file.fileno())
-            return True
-        except OSError as error:
-            with contextlib.suppress(FileNotFoundError):
-                target.unlink()
-            if error.errno in _DISK_AT_FAULT:
-                raise
-            return False
+            shared = share_range(file.fileno(), clone.fileno())
+        finally:
+            if not shared:
+                target.unlink(missing_ok=True)
+        return shared
 
 
 def _hard_link(source: Path, target: Path) -> bool:
     try:
         os.link(source, target)
         return True
-    except OSError as error:  # no such thing here, too many of them, or the source is somebody else's
+    except OSError as error:  # no hard links here, too many links, or another user's source
         if error.errno in _DISK_AT_FAULT:
             raise
         return False

@@ -1,4 +1,4 @@
-"""Text that people wrote, as editors save it on any system: UTF-8 with a byte-order mark or without, any line ends."""
+"""Text that people wrote, as editors on any system save it: UTF-8, a byte-order mark or none, any line ends."""
 
 import codecs
 import contextlib
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-_MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's does
+_MARKS = {  # longer ones first: UTF-32's mark begins like UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -20,7 +20,7 @@ def decode(data: bytes) -> str:
     """The text in `data`, without the mark.
 
     Raises:
-        ValueError: saying what it is instead of UTF-8, and what to do; the caller knows the file's name.
+        ValueError: with what it is instead of UTF-8, and what to do; the caller adds the file's name.
     """
     _check_beginning(data[:4])
     try:
@@ -31,10 +31,10 @@ def decode(data: bytes) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text in a file, each line ended by a newline alone.
+    """The text in a file, with newlines alone as line ends.
 
     Raises:
-        ValueError: as `decode`, and for what would be waited for or never end (FIFOs, devices).
+        ValueError: as `decode`, and for FIFOs and devices, which may never end.
         OSError: if it cannot be read.
     """
     _check_kind(path)
@@ -43,10 +43,10 @@ def read_text(path: Path) -> str:
 
 @contextlib.contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """Open a file that is too large to be read at once; what it gives is as from `read_text`.
+    """Open a file that is too large to read at once; its lines are those of `read_text`.
 
     Raises:
-        ValueError: as `read_text`, at the latest when that place is reached.
+        ValueError: as `read_text`, perhaps only when the reader reaches that place.
         OSError: if it cannot be read.
     """
     _check_kind(path)
@@ -59,17 +59,15 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def kind_of(mode: int) -> str:
-    """What a path is that is no file, by its `st_mode`."""
+    """What a path is if it is no file, by its `st_mode`."""
     kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
     return next((name for is_kind, name in kinds.items() if is_kind(mode)), "a device")
 
 
 def _check_kind(path: Path) -> None:
     mode = path.stat().st_mode
-    is_open = stat.S_ISFIFO(mode) and str(path).startswith(
-        "/dev/"
-    )  # a shell's <(command) or /dev/stdin: it has a writer
-    if not is_open and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder says so itself
+    is_open = stat.S_ISFIFO(mode) and str(path).startswith("/dev/")  # <(command) or /dev/stdin: it has a writer
+    if not is_open and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder raises OSError
         raise ValueError(f"it is {kind_of(mode)}; save the text in a file")
 
 

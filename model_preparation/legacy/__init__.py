@@ -1,1 +1,1 @@
-"""Layers that older programs pickled as whole modules, read by a process that can do no harm."""
+"""Layers that older programs pickled as whole modules, read by a separate process that can do no harm."""

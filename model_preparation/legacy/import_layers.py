@@ -1,10 +1,7 @@
-"""Old layer files -> today's: whole LlamaDecoderLayer modules, pickled one by one, into a folder as `extract_layers`
-writes it.
+"""Imports old layer files, whole LlamaDecoderLayer modules pickled one by one, as `extract_layers` would write them.
 
-In: a folder with layer_11.pt and the like, perhaps a tokenizer; from it or another place the donor's config. Out: the
-folder that extracting the same layers from the donor itself would have given. Without the user's trust the files are
-only looked at, not opened; with it, they are read in another process (`legacy_process`), and what comes from there is
-checked against the config like any stranger's model.
+Without the user's trust the files are only scanned for the names of their globals, never opened. With it, another
+process reads them (`reader_process`), and its results are checked against the donor's config like a stranger's model.
 """
 
 import re
@@ -45,11 +42,11 @@ from model_preparation.io.untrusted.pickle_check import globals_in
 from model_preparation.legacy.reader import is_usual
 from model_preparation.legacy.reader_process import legacy_process
 
-# The number behind "layer", else the only one.
+# The number after "layer", else the only one.
 _LAYER_NAME = re.compile(r"(?:.*layer\D*(\d+)(?:\D.*)?|\D*(\d+)\D*)\.(?:pt|pth|bin)", re.IGNORECASE)
 _ROTARY = "self_attn.rotary_emb."
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-# What two configs of one model have in common, and a graft computes with.
+# Fields that a graft computes with; equal in two configs of one model.
 _COMPARED = (
     "hidden_size",
     "num_hidden_layers",
@@ -84,20 +81,20 @@ def import_legacy(
         folder: has one file per layer, with the layer's index in its name.
         output_dir: the folder to make; it appears whole or not at all.
         trust_pickle: whether the files may be opened at all.
-        allow_network: open them even where the system cannot take the network from the process that does.
-        model_name: the donor, as `sources.resolve` takes it; asked for where the pickled modules have no config, and
-            for the tokenizer where `folder` has none. Only config.json and the tokenizer are fetched.
-        layers: indices to import; all there are by default.
+        allow_network: open them even if the system cannot take the network from the reading process.
+        model_name: the donor, for `sources.resolve`; needed if the pickled modules have no config, or `folder` has no
+            tokenizer. Only config.json and the tokenizer are fetched.
+        layers: indices to import; by default all.
         dtype: cast floating-point tensors to it; by default each keeps its own.
-        overwrite: replace a complete folder that is there.
-        sources: targets by name, as `resolve(overrides=...)` takes them.
+        overwrite: replace a complete folder.
+        sources: targets by name, for `resolve(overrides=...)`.
 
     Returns:
-        As `extract_layers`; "source" has "legacy": true, "files" with every old file's size and SHA-256, and "not_run":
-        what else than decoder layers' parts the files named.
+        As `extract_layers`. Its "source" also has "legacy": true, "files" with every old file's size and SHA-256, and
+        "not_run": the globals in the files that no decoder layer needs.
 
     Raises:
-        SurgeryError: without `trust_pickle`, naming what the files would run; for files that are not decoder layers of
+        SurgeryError: without `trust_pickle`, with what the files would run; for files that are not decoder layers of
             one Llama, or differ from the config in a name, a shape or a setting; and as `extract_layers` does.
     """
     folder, target = Path(folder).expanduser(), Path(output_dir).expanduser()
@@ -108,7 +105,7 @@ def import_legacy(
     if missing := [index for index in chosen if index not in paths]:
         raise SurgeryError(
             f"{folder} has no file for layer {', '.join(map(str, missing))}; it has {', '.join(map(str, paths))}. "
-            "Choose --layers among those."
+            "Choose --layers from these."
         )
     named = set().union(*(globals_in(paths[index]) for index in chosen))
     if not trust_pickle:
@@ -163,7 +160,7 @@ def legacy_files(folder: Path) -> dict[int, Path]:
         SurgeryError: if there are none, or two for one layer.
     """
     if not folder.is_dir():
-        raise SurgeryError(f"{folder} is not a folder. Give the one that the old layer files are in.")
+        raise SurgeryError(f"{folder} is not a folder. Give the folder of the old layer files.")
     if (folder / METADATA).is_file():
         raise SurgeryError(f"{folder} holds {METADATA}: its layers need no import. Give it as --llama_layers_dir.")
     found: dict[int, Path] = {}
@@ -176,17 +173,17 @@ def legacy_files(folder: Path) -> dict[int, Path]:
             raise SurgeryError(f"{found[index]} and {path} are both for layer {index}. Move one of them away.")
         found[index] = path
     if not found:
-        raise SurgeryError(f"{folder} has no layer files such as layer_11.pt. Give the folder that they are in.")
+        raise SurgeryError(f"{folder} has no layer files such as layer_11.pt. Give the folder of the old layer files.")
     return dict(sorted(found.items()))
 
 
 def _not_trusted(folder: Path, target: Path, named: set[str]) -> SurgeryError:
-    # What a layer hardly needs comes first: that is what whoever decides about trust must see.
+    # What a layer hardly needs comes first, as the user must see it to decide about trust.
     ordered = sorted(named, key=lambda name: (is_usual(name), "DecoderLayer" not in name, name))
     listed = ", ".join(ordered[:6]) + (f" and {len(ordered) - 6} more" if len(ordered) > 6 else "")
     return SurgeryError(
         f"The files in {folder} are pickled modules, and can run code when they are opened; they name {listed}. If you "
-        "trust who made them, import them in a process of their own, without network: "
+        "trust their maker, import them in a separate process without network: "
         f"python extract_layers.py --from_legacy {shlex.quote(str(folder))} --output_dir {shlex.quote(str(target))} "
         "--trust_pickle"
     )
@@ -207,13 +204,13 @@ def _llama_config(donor: Path) -> LlamaConfig:
 
 
 def _agreed_config(known: LlamaConfig | None, said: dict[str, Any], path: Path) -> LlamaConfig:
-    """The donor's config: what is known of it so far, or else what this file says; both must agree."""
+    """The donor's config, known so far or from this file; both must agree."""
     fields = said["config"]
     if fields is None:
         if known is None:
             raise SurgeryError(
-                f"{path} has no config in it. Name the model it was taken from with --model_name NAME|PATH, "
-                "of which only config.json and the tokenizer are read."
+                f"{path} has no config in it. Name its model with --model_name NAME|PATH; only config.json and the "
+                "tokenizer of that are read."
             )
         return known
     fields_known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling", "torch_dtype"}
@@ -234,7 +231,7 @@ def _agreed_config(known: LlamaConfig | None, said: dict[str, Any], path: Path) 
         ours, theirs = getattr(known, name), getattr(found, name)
         if ours != theirs:
             raise SurgeryError(
-                f"{path} is of a model with {name} {theirs!r}, not {ours!r} as the other files or --model_name say. "
+                f"{path} comes from a model with {name} {theirs!r}; the other files or --model_name say {ours!r}. "
                 "Import only the layers of one model."
             )
     return known
@@ -243,7 +240,7 @@ def _agreed_config(known: LlamaConfig | None, said: dict[str, Any], path: Path) 
 def _check(
     path: Path, index: int, config: LlamaConfig, ranges: Mapping[str, TensorRange], said: dict[str, Any]
 ) -> None:
-    """Compare names, shapes and the settings the module was computed with, with the config."""
+    """Compare names, shapes and the module's settings with the config."""
     wanted: dict[str, Any] = layer_shapes(config)
     found = {name: place.shape for name, place in ranges.items() if not name.startswith(_ROTARY)}
     for name in sorted(wanted.keys() | found.keys()):
@@ -271,7 +268,7 @@ def _check(
     if (place := ranges.get(f"{_ROTARY}inv_freq")) is not None:
         ours = LlamaRotaryEmbedding(config).inv_freq
         theirs = MappedFiles().tensor(place).float()
-        # Loosely, as whole models were cast to bfloat16, these with them.
+        # Loosely, because whole models were cast to bfloat16 with these numbers.
         if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0.02, atol=0):
             raise SurgeryError(
                 f"The layer in {path} turns positions at other frequencies than the donor's config asks for "

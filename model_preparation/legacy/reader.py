@@ -1,12 +1,12 @@
-"""Reads pickled decoder layers in a process of its own, which locks itself in first; `legacy_layers` starts it.
+"""Reads pickled decoder layers in a separate process, which first locks itself in; `reader_process` starts it.
 
-In: the folder to write to as the only argument, then a JSON line per file on stdin: its path. Out: a JSON line that
-says which locks hold; then per file layer.safetensors in that folder, under LlamaDecoderLayer's own names, and a JSON
-line with what the pickled objects say of themselves, or with {"fault": why the file is no layer}.
+The only argument is the folder to write to; each line on stdin is a file's path as JSON. It prints a JSON line with the
+locks that hold. For each file it writes layer.safetensors in that folder, with LlamaDecoderLayer's own names, and
+prints a JSON line with what the pickled objects say of themselves, or {"fault": why the file is no layer}.
 
-Nothing of the pickle's is run, whatever it names: tensors and containers are built by torch and Python, everything else
-becomes a `StandIn` that keeps the attributes it is given and does nothing. So it does not matter either that
-LlamaSdpaAttention and others are gone from transformers. The locks are for what may be wrong with this.
+Nothing in the pickle is run. torch and Python build tensors and containers; everything else becomes a `StandIn`, which
+keeps its attributes and does nothing. So classes that transformers no longer has (LlamaSdpaAttention) are no problem.
+The locks are there in case this has a mistake.
 """
 
 import json
@@ -23,7 +23,7 @@ from model_preparation.legacy import sandbox
 
 LAYER = "layer.safetensors"
 
-# What may be built as itself; torch's loader sees to the storages before it asks us.
+# Built as they are; torch's loader handles storages before it asks for these.
 _REAL = {
     "__builtin__.set",
     "builtins.set",
@@ -35,7 +35,7 @@ _REAL = {
     "torch.device",
     "torch.storage.UntypedStorage",
 }
-# Parameters are made from tensors by these, and the tensors will do.
+# They make parameters from tensors; the tensors are enough.
 _OF_PARAMETERS = {
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
@@ -46,12 +46,12 @@ _DTYPE = re.compile(r"torch\.(bool|u?int\d+|b?float\d+)")
 
 
 def is_usual(name: str) -> bool:
-    """Whether a global is of those that decoder layers name."""
+    """Whether decoder layers usually name this global."""
     return name in _REAL or _USUAL.match(name) is not None
 
 
 class StandIn:
-    """In place of an object of a class that is not to be run: its attributes, and no behaviour."""
+    """Takes the place of an object whose class must not run: it has the attributes and no behaviour."""
 
     path = ""
 
@@ -62,7 +62,7 @@ class StandIn:
         pass
 
     def __setstate__(self, state):
-        for part in state if isinstance(state, tuple) else (state,):  # a tuple where a class has __slots__
+        for part in state if isinstance(state, tuple) else (state,):  # a tuple if the class has __slots__
             if isinstance(part, dict):
                 self.__dict__.update(part)
 
@@ -83,7 +83,7 @@ class StandIn:
 
 
 class Unpickler(pickle.Unpickler):
-    """Builds tensors and containers, and a StandIn for everything else; `replaced` has the names."""
+    """Builds tensors and containers, and a StandIn for everything else; `replaced` collects the names."""
 
     replaced: ClassVar[set[str]] = set()
 
@@ -98,14 +98,14 @@ class Unpickler(pickle.Unpickler):
 
 
 def read_layer(path: Path, output: Path) -> dict[str, Any]:
-    """Write the layer's tensors into the safetensors file `output`; returns what else is known of it.
+    """Write the layer's tensors into the safetensors file `output`.
 
     Returns:
-        "config": the fields of its LlamaConfig, or None; "attention": its attention's own plain attributes; "eps": its
-        norms' epsilon, or None; "not_run": globals no layer needs.
+        "config": the fields of its LlamaConfig, or None; "attention": the plain attributes of its attention; "eps":
+        the epsilon of its norms, or None; "not_run": globals that no layer needs.
 
     Raises:
-        ValueError: saying what the file holds instead of a LlamaDecoderLayer.
+        ValueError: with what the file holds instead of a LlamaDecoderLayer.
     """
     import torch
     from safetensors.torch import save_file
@@ -148,7 +148,7 @@ def _tensors(layer: StandIn) -> dict[str, Any]:
         if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.layout != torch.strided:
             raise ValueError(f"its {name} is not a plain tensor with values")
         if own not in found:
-            # On its own, as safetensors takes no views of something larger.
+            # safetensors takes no views of something larger.
             whole = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
             found[own] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
         elif not _same(tensor, found[own]):
@@ -167,7 +167,7 @@ def _named(module: StandIn, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two tensors are equal bit for bit, so that NaN equals itself."""
+    """Whether two tensors have equal bits, so that NaN equals itself."""
     import torch
 
     if one.dtype != other.dtype or one.shape != other.shape:
@@ -178,7 +178,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold of a value: numbers, text, lists and dicts of them, dtypes by name; None for the rest."""
+    """The value as JSON: numbers, text, lists, dicts, and dtypes by name; None for all else."""
     import torch
 
     if isinstance(value, dict):
@@ -194,7 +194,7 @@ def _plain(value: Any) -> Any:
 def main() -> None:
     folder = Path(sys.argv[1])
     answers = sys.stdout
-    sys.stdout = sys.stderr  # whatever else is printed is no answer
+    sys.stdout = sys.stderr  # other output is no answer
     print(json.dumps(sandbox.enter(folder)), file=answers, flush=True)
     for line in sys.stdin:
         try:

@@ -1,8 +1,7 @@
-"""The other end of legacy_reader.py: starts it, asks it for one layer after another, and believes nothing it says.
+"""Starts the process of `reader`, asks it for one layer after another, and checks everything that it answers.
 
-In: the paths of pickled layers. Out: per file, where the tensors lie in a safetensors file whose every range was
-checked, and a dict of plain values. The process gets no variables of ours but those that Python needs to start, so no
-tokens and no proxies.
+The answer is a safetensors file, whose every range is checked, and a dict of plain values. The process gets only the
+environment variables that Python needs to start, so no tokens and no proxies.
 """
 
 import contextlib
@@ -34,7 +33,7 @@ def legacy_process(folder: Path, allow_network: bool) -> Iterator["LegacyProcess
     """A running reader, which ends with the block; it writes to `folder`, which must be empty.
 
     Raises:
-        SurgeryError: if the system did not take the network from it, and `allow_network` does not permit that.
+        SurgeryError: if the process still has the network, unless `allow_network`.
     """
     with (
         tempfile.TemporaryFile() as errors,
@@ -46,7 +45,7 @@ def legacy_process(folder: Path, allow_network: bool) -> Iterator["LegacyProcess
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            start_new_session=True,  # Ctrl-C ends it through us, without a traceback of its own
+            start_new_session=True,  # on Ctrl-C this process ends it, without a second traceback
         ) as process,
     ):
         try:
@@ -54,8 +53,8 @@ def legacy_process(folder: Path, allow_network: bool) -> Iterator["LegacyProcess
             locks = reader.answer("starting")
             if not (locks.get("namespace") or locks.get("sockets") or allow_network):
                 raise SurgeryError(
-                    "Nothing was opened, as this system lets no process give up the network (Linux does, by unshare or "
-                    "seccomp). Import the files on Linux, or add --allow_network to go on without this lock."
+                    "Nothing was opened, because no process on this system can give up the network (Linux has unshare "
+                    "and seccomp for it). Import the files on Linux, or add --allow_network to do without this lock."
                 )
             yield reader
         finally:
@@ -71,13 +70,13 @@ class LegacyProcess:
         self._folder = folder
 
     def read(self, path: Path) -> tuple[dict[str, TensorRange], dict[str, Any]]:
-        """One file's tensors, where they lie until the next `read`; and what `legacy_reader.read_layer` returns.
+        """Where one file's tensors lie until the next `read`; and the dict from `reader.read_layer`.
 
         Raises:
-            SurgeryError: if the file holds no decoder layer, or the process ended over it.
+            SurgeryError: if the file holds no decoder layer, or the process ended.
         """
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which the missing answer tells
+        with contextlib.suppress(BrokenPipeError):  # it has ended; the missing answer shows that
             self._process.stdin.write(json.dumps(str(path)).encode() + b"\n")
         answer = self.answer(f"reading {path}")
         if "fault" in answer:
@@ -85,7 +84,7 @@ class LegacyProcess:
                 f"{path} cannot be imported: {_printable(answer['fault'])}. Leave it out, or copy it again."
             )
         if not all(isinstance(answer.get(name, self), kinds) for name, kinds in _KINDS.items()):
-            raise SurgeryError(f"The separate process gave no answer we know for {path}. Do not use this file.")
+            raise SurgeryError(f"The separate process gave no valid answer for {path}. Do not use this file.")
         written = self._folder / LAYER
         if not (written.exists() and stat.S_ISREG(written.lstat().st_mode)):
             raise SurgeryError(f"The process reading {path} wrote no tensors. Do not use this file.")
@@ -93,7 +92,7 @@ class LegacyProcess:
         return safetensors_ranges(written), answer
 
     def answer(self, doing: str) -> dict[str, Any]:
-        """The next line it prints, as the dict it should be; raises SurgeryError if there is none."""
+        """The dict on the next line that it prints; raises SurgeryError if there is none."""
         assert self._process.stdout is not None
         timer = threading.Timer(_MAX_SECONDS_PER_LAYER, self._process.kill)
         timer.start()
@@ -113,7 +112,7 @@ class LegacyProcess:
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
-            raise SurgeryError(f"The separate process gave no answer we know while {doing}. Do not use this file.")
+            raise SurgeryError(f"The separate process gave no valid answer while {doing}. Do not use this file.")
         return answer
 
     def _last_words(self) -> str:
@@ -125,7 +124,7 @@ class LegacyProcess:
 
 def _environment(folder: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name in _VARIABLES_KEPT}
-    # It imports the package this process runs, wherever that was found.
+    # It imports the same package as this process.
     paths = [
         str(Path(__file__).resolve().parents[2]),
         *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)),

@@ -1,7 +1,7 @@
-"""Takes from this process, for good, what reading a stranger's file does not need: the network, and writing elsewhere.
+"""Takes the network and writing elsewhere from this process, for good: reading a stranger's file needs neither.
 
-In: the one folder that stays writable. Out: which of the locks hold. Each is tried, as what systems permit differs, and
-none can be opened again from inside. Call `enter` before anything starts a thread. Only the standard library is used.
+Systems differ, so each lock is tried, and none can be opened again from inside. Call `enter` before anything starts a
+thread. Only the standard library is used.
 
 Sources: Linux's man pages user_namespaces(7), seccomp(2), landlock(7); headers linux/filter.h, linux/seccomp.h,
 linux/audit.h, linux/landlock.h.
@@ -16,9 +16,9 @@ from pathlib import Path
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _PR_SET_NO_NEW_PRIVS = 22, 2, 38
 
-# Machine: its AUDIT_ARCH, and the numbers of the system calls that could open a connection: socket, io_uring_setup.
+# By machine: its AUDIT_ARCH, and the system calls that can open a connection: socket, io_uring_setup.
 _FORBIDDEN_CALLS = {"x86_64": (0xC000003E, (41, 425)), "aarch64": (0xC00000B7, (198, 425))}
-_X32_CALLS = 0x40000000  # x86_64 has a second set of numbers from here on
+_X32_CALLS = 0x40000000  # x86_64's second set of numbers starts here
 _LOAD, _JUMP_IF_EQUAL, _JUMP_IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | 13  # EACCES
 
@@ -33,27 +33,27 @@ def enter(writable: Path) -> dict[str, bool]:
     """Lock this process in; returns which locks hold.
 
     Args:
-        writable: the only folder in which files may still be made, changed or removed.
+        writable: the only folder where it may still make, change or remove files.
 
     Returns:
         "namespace": a network of its own, without any device. "sockets": making a socket of any kind is refused.
-        "files": writing outside `writable` is refused, but to /dev/null. All are False where the system is not Linux.
+        "files": writing outside `writable` is refused, except to /dev/null. All are False on other systems than Linux.
     """
     if platform.system() != "Linux":
         return {"namespace": False, "sockets": False, "files": False}
     libc = ctypes.CDLL(None, use_errno=True)
     namespace = libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0
-    # Without it only root may take the next two steps; with it, no program started from here can gain rights.
+    # The next two steps need this, except for root. No program started from here can then gain rights.
     libc.prctl(_PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0)))
     return {"namespace": namespace, "files": _refuse_writing(libc, writable), "sockets": _refuse_sockets(libc)}
 
 
 def _refuse_sockets(libc: ctypes.CDLL) -> bool:
-    """A system call filter; it also covers the sockets in the file system, which every network namespace shares."""
+    """A system call filter; it also refuses sockets in the file system, which network namespaces share."""
     if platform.machine() not in _FORBIDDEN_CALLS:
         return False
     architecture, calls = _FORBIDDEN_CALLS[platform.machine()]
-    # Jumps count the instructions to skip, here up to the last one, which refuses.
+    # A jump gives the number of instructions to skip; the last instruction refuses.
     checks = [(_JUMP_IF_EQUAL, call) for call in calls] + [(_JUMP_IF_AT_LEAST, _X32_CALLS)]
     program = [(_LOAD, 0, 0, 4), (_JUMP_IF_EQUAL, 0, len(checks) + 2, architecture), (_LOAD, 0, 0, 0)]
     program += [(check, len(checks) - position, 0, value) for position, (check, value) in enumerate(checks)]
@@ -64,7 +64,7 @@ def _refuse_sockets(libc: ctypes.CDLL) -> bool:
 
 
 def _refuse_writing(libc: ctypes.CDLL, writable: Path) -> bool:
-    """Landlock; where the kernel's is new enough, signals to other processes are refused too."""
+    """Landlock; a new enough kernel also refuses signals to other processes."""
     version = libc.syscall(ctypes.c_long(_LANDLOCK_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint(1))
     if version < 1:
         return False

@@ -155,7 +155,7 @@ def test_an_override_may_name_another_name_or_a_hub_id(caches):
 
 
 def test_overrides_that_lead_round_in_a_circle_are_refused():
-    with pytest.raises(SurgeryError, match=r"llamba and unaligned_llamba lead round in a circle.*\./llamba"):
+    with pytest.raises(SurgeryError, match=r"llamba and unaligned_llamba point to each other in a circle.*\./llamba"):
         resolve("llamba", overrides={"llamba": "unaligned_llamba", "unaligned_llamba": "llamba"})
     with pytest.raises(SurgeryError, match="none of the names"):
         resolve("llama", overrides={"lama": "x"})
@@ -345,7 +345,7 @@ def test_a_revision_picks_its_own_copy(caches):
     assert resolve("modelscope:org/name@try/this") == Source(nested, "modelscope", "org/name", "try/this")
     pull = huggingface_copy(caches.huggingface, "org/name", MODEL, ref="refs/pr/1")
     assert resolve("org/name@refs/pr/1") == Source(pull, "huggingface", "org/name", COMMIT)
-    with pytest.raises(SurgeryError, match=r"^org/name@v9 is not to be had: ModelScope .*; Hugging Face .*\."):
+    with pytest.raises(SurgeryError, match=r"^org/name@v9 is not available: ModelScope .*; Hugging Face .*\."):
         resolve("org/name@v9")
 
 
@@ -392,10 +392,10 @@ def test_a_tokenizer_copy_is_no_model(caches):
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("llama", r"^LLM-Research/Meta-Llama-3\.1-8B-Instruct is not to be had: ModelScope "),
+        ("llama", r"^LLM-Research/Meta-Llama-3\.1-8B-Instruct is not available: ModelScope "),
         ("llama_tokenizer", r"^The tokenizer of LLM-Research/Meta-Llama-3\.1-8B-Instruct is .*: ModelScope "),
-        ("llamba", r"^cartesia-ai/Llamba-8B-untied is not to be had: Hugging Face "),
-        ("unaligned_llamba", r"^goombalab/Llamba-8B-untied-unaligned is not to be had: Hugging Face "),
+        ("llamba", r"^cartesia-ai/Llamba-8B-untied is not available: Hugging Face "),
+        ("unaligned_llamba", r"^goombalab/Llamba-8B-untied-unaligned is not available: Hugging Face "),
     ],
 )
 def test_each_name_is_looked_for_at_its_hub(name, wanted, caches):
@@ -407,7 +407,7 @@ def test_no_hub_within_reach_says_what_was_looked_for_where(caches):
     with pytest.raises(SurgeryError) as error:
         resolve("org/name")
     message = str(error.value)
-    assert message.startswith("org/name is not to be had: ModelScope (http://127.0.0.1:9) cannot be reached")
+    assert message.startswith("org/name is not available: ModelScope (http://127.0.0.1:9) cannot be reached")
     assert f"Hugging Face ({NOBODY}) cannot be reached" in message
     assert str(caches.modelscope) in message
     assert str(caches.huggingface) in message

@@ -336,7 +336,7 @@ def test_layers_that_contradict_themselves_or_each_other_are_refused(layers, old
     torch.save(layers[1], old / "layer_1.pt")
     layers[3].self_attn.config = LlamaForCausalLM.config_class.from_pretrained(donor_dir, rms_norm_eps=0.5)
     torch.save(layers[3], old / "layer_3.pt")
-    refuse(old, tmp_path, "layer_3.pt", "rms_norm_eps 0.5, not 0.0001", layers=[1, 3])
+    refuse(old, tmp_path, "layer_3.pt", "rms_norm_eps 0.5; the other files or --model_name say 0.0001", layers=[1, 3])
     refuse(old, tmp_path, "no file for layer 0", "it has 1, 2, 3", layers=[0, 1])
     torch.save(layers[1], old / "1.pth")
     refuse(old, tmp_path, "1.pth and", "both for layer 1")

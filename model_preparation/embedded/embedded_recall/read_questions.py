@@ -1,4 +1,4 @@
-"""The questions of `embedded_recall`, from the file beside this one, wherever the package is installed."""
+"""The questions of `embedded_recall`, from the file next to this one, wherever the package is installed."""
 
 import json
 from pathlib import Path

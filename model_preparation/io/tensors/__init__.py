@@ -1,1 +1,1 @@
-"""Tensors in files: where they lie, and files of them written without loading them."""
+"""Where tensors lie in files, and .pt and safetensors files written without loading them."""

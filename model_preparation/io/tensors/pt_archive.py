@@ -1,10 +1,9 @@
-"""A .pt file without its tensors' bytes: the zip around them, byte by byte as torch.save lays it out, and the pickle.
+"""A .pt file without its tensors' bytes: the zip around them, laid out as torch.save does, and the pickle.
 
-In: sizes and CRCs of tensors, front to back, and at last the object to save. Out: the bytes between the tensors.
-Nothing but the pickle needs torch, so the tensors can be written while torch is imported. Compared with what torch.save
-writes, the tensors come first, those that several files share before all others: such files begin with the same bytes,
-which need to be hashed and, on some file systems, stored only once. Every tensor starts at a multiple of `ALIGNMENT`
-bytes, and sets are pickled sorted, so that the same object gives the same bytes in every process.
+Only the pickle needs torch, so the tensors can be written while torch is imported. Unlike in torch.save's files, the
+tensors come first, and those that several files share come before all others. Such files begin with the same bytes,
+which are hashed once and, on some file systems, stored once. Every tensor starts at a multiple of `ALIGNMENT` bytes.
+Sets are pickled sorted, so the same object gives the same bytes in every process.
 
 Sources: PyTorch's torch/serialization.py (`_save`: the records and the persistent ids) and
 caffe2/serialize/inline_container.cc (the records around them, the padding); the zip format's APPNOTE, sections 4.3.7
@@ -28,20 +27,16 @@ if TYPE_CHECKING:
 
     Storage = torch.UntypedStorage
 
-_FOLDER = "archive"  # that all records are in
-_FULL = 0xFFFFFFFF  # what a field of 32 bits says where the number is in a wide one
+_FOLDER = "archive"  # around all records
+_FULL = 0xFFFFFFFF  # in a field of 32 bits: the number is in a zip64 field
 _LOCAL = struct.Struct("<4s5H3I2H")
 _ENTRY = struct.Struct("<4s6H3I5H2I")
-_END = struct.Struct("<4sQ2H2I4Q4sIQI4s4H2IH")  # the wide one, what says where that is, and the short one
+_END = struct.Struct("<4sQ2H2I4Q4sIQI4s4H2IH")  # the zip64 one, its locator, and the short one
 _UTF8, _SIZES_FOLLOW = 0x0800, 0x0008  # flags
 
 
 class Archive:
-    """The zip file as far as it is written: `begin`, the tensor's bytes and `finish_tensor` by turns, then `end`.
-
-    Attributes:
-        position: the bytes so far.
-    """
+    """A zip file of `position` bytes so far. Per tensor `begin_tensor`, its bytes, `finish_tensor`; then `end`."""
 
     def __init__(self) -> None:
         self.position = 0
@@ -50,17 +45,17 @@ class Archive:
         self._begun: tuple[bytes, int, int] = (b"", 0, 0)  # name, start of the header, size
 
     def copy(self) -> "Archive":
-        """The same beginning, to go on differently."""
+        """A second archive with the same beginning."""
         other = Archive()
         other.position, other._directory, other._crcs = self.position, self._directory.copy(), self._crcs.copy()
         return other
 
     def begin_tensor(self, size_bytes: int) -> bytes:
-        """What comes before the next tensor."""
+        """The bytes before the next tensor."""
         return self._begin(f"data/{len(self._directory)}", size_bytes)
 
     def finish_tensor(self, crc: int) -> bytes:
-        """What comes behind the tensor begun, whose CRC-32 is known now."""
+        """The bytes after the tensor, with its CRC-32."""
         name, start, size_bytes = self._begun
         flags = _UTF8 | (_SIZES_FOLLOW if size_bytes else 0)
         wide = _wide(size_bytes, size_bytes, start)
@@ -77,7 +72,7 @@ class Archive:
         return descriptor
 
     def end(self, pickled: bytes) -> bytes:
-        """Everything behind the last tensor."""
+        """All bytes after the last tensor."""
         records = {
             "data.pkl": pickled,
             ".format_version": b"1",
@@ -110,17 +105,14 @@ class Archive:
 
 
 def _wide(size_bytes: int, packed_bytes: int, start: int) -> bytes:
-    """The zip64 field with those of the numbers that do not fit into 32 bits; empty if all do."""
+    """The zip64 field with the numbers that need more than 32 bits; empty if none does."""
     numbers = [size_bytes, packed_bytes] if size_bytes >= _FULL else []
     numbers += [start] if start >= _FULL else []
     return struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
 
 
 def pickled(content: Any, first: "Iterable[Storage]" = ()) -> "tuple[bytes, list[Storage]]":
-    """data.pkl, and the storages by the number it knows them under; `first` get the first numbers.
-
-    Without `first`, the storages are in the order in which `content` pickles them.
-    """
+    """data.pkl and the storages it numbers: `first` in their order, then the others as `content` pickles them."""
     import torch
 
     numbered: dict[int, tuple[int, Storage]] = {}
@@ -144,11 +136,11 @@ def pickled(content: Any, first: "Iterable[Storage]" = ()) -> "tuple[bytes, list
     return buffer.getvalue(), [storage for _, storage in numbered.values()]
 
 
-_Pickler: Any = pickle._Pickler  # type: ignore[attr-defined]  # the one in Python, whose `dispatch` can be changed
+_Pickler: Any = pickle._Pickler  # type: ignore[attr-defined]  # Python's own, whose `dispatch` can be changed
 
 
 class SortingPickler(_Pickler):
-    """Python's own pickler, but for sets: their order depends on the process, so theirs is sorted."""
+    """Python's own pickler, which also sorts sets: their order depends on the process."""
 
     dispatch = _Pickler.dispatch.copy()
 

@@ -1,7 +1,6 @@
-"""A dict of tensors as torch.save pickles it, written and read without torch.
+"""A dict of tensors in torch.save's format, written and read without torch.
 
-In: tensors' names, shapes and dtypes, or a .pt file. Out: the pickle; or where each tensor lies in the file. Source:
-PyTorch's torch/_tensor.py (`__reduce_ex__`) and torch/serialization.py (the persistent ids).
+Source: PyTorch's torch/_tensor.py (`__reduce_ex__`) and torch/serialization.py (the persistent ids).
 """
 
 import io
@@ -14,17 +13,16 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from model_preparation.errors import SurgeryError
 from model_preparation.io.tensors.dtypes import DType
 from model_preparation.io.tensors.pt_archive import SortingPickler
 from model_preparation.io.tensors.tensor_ranges import CastTensor, TensorRange
 from model_preparation.io.untrusted.pickle_check import DTYPE_OF_STORAGE, TENSORS
-from model_preparation.io.untrusted.pt_check import PICKLE, check_pt, pt_records
+from model_preparation.io.untrusted.pt_check import PICKLE, check_pt, pt_records, reading_tensors
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """What a persistent id says."""
+    """The fields of a persistent id."""
 
     dtype: DType
     key: str
@@ -33,7 +31,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """The arguments of torch's function of the name below."""
+    """The arguments of torch's `_rebuild_tensor_v2`."""
 
     storage: _Storage
     offset: int
@@ -45,7 +43,7 @@ def _rebuild_tensor_v2(storage, offset, shape, stride, requires_grad, hooks) -> 
     return _Tensor(storage, offset, shape, stride)
 
 
-# Stand-ins, which a pickle knows by these names.
+# Stand-ins under torch's names.
 _rebuild_tensor_v2.__module__ = "torch._utils"
 _STORAGES = {
     dtype: type(name.removeprefix("torch."), (), {"__module__": "torch"}) for name, dtype in DTYPE_OF_STORAGE.items()
@@ -74,12 +72,12 @@ def pickled_dict(tensors: Mapping[str, TensorRange | CastTensor]) -> bytes:
 
 
 def dict_ranges(path: Path, cure: str) -> dict[str, TensorRange]:
-    """Where the tensors of a file lie that holds a dict of whole tensors, each with a storage of its own.
+    """Where the tensors lie in a file with a dict of whole tensors, each with a storage of its own.
 
     Raises:
-        SurgeryError: if it holds anything else; `cure` is its last sentence.
+        SurgeryError: if it holds anything else; the message ends with `cure`.
     """
-    try:
+    with reading_tensors(path, cure):
         check_pt(path, TENSORS)
         records = pt_records(path)
         with path.open("rb") as file:
@@ -90,25 +88,20 @@ def dict_ranges(path: Path, cure: str) -> dict[str, TensorRange]:
 
             content = _DictUnpickler(io.BytesIO(read(PICKLE))).load()
             if "byteorder" in records and read("byteorder") != sys.byteorder.encode():
-                raise ValueError("its numbers are of the other byte order")
+                raise ValueError("its numbers have the other byte order")
         stored = {name for name in records if name.startswith("data/")}
         found = {}
         for name, tensor in content.items():
             record = f"data/{tensor.storage.key}"
             if not isinstance(name, str) or record not in stored:
-                raise ValueError("it holds something else than whole tensors by name, each stored once")
+                raise ValueError("it holds other things than whole tensors by name, each stored once")
             stored.remove(record)
             found[name] = TensorRange(path, records[record].start, tensor.shape, tensor.storage.dtype)
             whole = tensor.offset == 0 and tensor.stride == _strides(tensor.shape)
             if not whole or found[name].size_bytes != records[record].size_bytes:
-                raise ValueError(f"{name:.100} is a part or a view of what is stored")
+                raise ValueError(f"{name:.100} is only a part or a view of its storage")
         if stored:
             raise ValueError("it holds numbers that no tensor uses")
-    except (SurgeryError, OSError):
-        raise
-    except Exception as error:  # what passes the checks may still make a pickle raise anything at all
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SurgeryError(f"{path} cannot be read as tensors ({reason:.300}). {cure}") from error
     return found
 
 
@@ -145,7 +138,7 @@ class _DictUnpickler(pickle.Unpickler):
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a tensor whose numbers lie side by side."""
+    """The strides of a contiguous tensor."""
     strides = [1]
     for size in shape[:0:-1]:
         strides.insert(0, strides[0] * max(size, 1))

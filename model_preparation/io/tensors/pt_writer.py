@@ -1,10 +1,8 @@
-"""Files in the format of torch.save, without having the tensors in memory.
+"""Writes .pt files, as torch.save does, without having the tensors in memory.
 
-In: where tensors' bytes come from, and a function that makes objects of such tensors (placeholders). Out: files that
-torch.load reads, written at the speed of the disk: every source block is read once and goes into all files, while
-SHA-256, the zip's CRC-32 and each tensor's BLAKE3 are worked out on the way. A few blocks are in memory at a time,
-whatever the model's size. The objects, and torch itself, are needed only when the tensors are written. `pt_archive`
-says what the files look like.
+The files are written at the speed of the disk. Every source block is read once and goes into all files; its SHA-256,
+CRC-32 and BLAKE3 are computed on the way. Only a few blocks are in memory, whatever the model's size. torch, and the
+objects to save, are needed only after the tensors are written. `pt_archive` has the layout.
 """
 
 import contextlib
@@ -28,12 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_together` wrote.
-
-    Attributes:
-        files: {"bytes": size, "sha256": digest} per path.
-        blake3: of every tensor that came from a source, by its name.
-    """
+    """Written files: {"bytes": size, "sha256": digest} by path; and BLAKE3 of the tensors from sources, by name."""
 
     files: dict[Path, dict]
     blake3: dict[str, str]
@@ -49,10 +42,10 @@ def write_together(
 
     Args:
         paths: new files.
-        sources: where the tensors lie that are in all the objects, by any names, in the files' order.
-        contents: the objects, made once the sources are written: called with placeholders for the tensors by the same
-            names. Tensors of other origin in the objects are taken from memory.
-        advance: told the bytes of every piece written; may raise.
+        sources: where the tensors lie that all objects hold, by any names, in the files' order.
+        contents: makes the objects, after the sources are written. It gets placeholders for the tensors by the same
+            names. All other tensors in the objects come from memory.
+        advance: gets the bytes of every piece written; may raise.
 
     Raises:
         OSError: from the file system: disk full, input/output error.
@@ -80,7 +73,7 @@ def write_dict(
     sources: "Mapping[str, TensorRange | CastTensor]",
     advance: Advance = lambda size_bytes: None,
 ) -> Written:
-    """Write the dict of these tensors to `path`, as `write_together` would, without importing torch."""
+    """Write the dict of these tensors to `path`, as `write_together` does, without importing torch."""
     with _begun([path], sources, advance) as (beginning, blake3):
         return Written({path: beginning.finish(pickled_dict(sources))}, blake3)
 
@@ -89,7 +82,7 @@ def write_dict(
 def _begun(
     paths: Sequence[Path], sources: "Mapping[str, TensorRange | CastTensor]", advance: Advance
 ) -> "Iterator[tuple[_Beginning, dict[str, str]]]":
-    """Files that hold the sources so far, and the BLAKE3 of each."""
+    """Files with the sources in them, and the BLAKE3 of each source."""
     with contextlib.ExitStack() as stack:
         files = []
         for path in paths:
@@ -103,7 +96,7 @@ def _begun(
 
 @dataclass(frozen=True)
 class _Beginning:
-    """Files that are the same so far."""
+    """Files that begin alike."""
 
     archive: Archive
     stream: Stream
@@ -123,11 +116,11 @@ class _Beginning:
             self.copy(_InMemory(storage), storage.nbytes())
 
     def split(self) -> "list[_Beginning]":
-        """One per file, to go on differently."""
+        """One per file, each with this beginning."""
         return [_Beginning(self.archive.copy(), stream, self.buffers) for stream in self.stream.split()]
 
     def finish(self, pickled: bytes) -> dict:
-        """Append data.pkl and what comes behind it, and sync; returns {"bytes", "sha256"}."""
+        """Append data.pkl and the end, and sync; returns {"bytes", "sha256"}."""
         self.stream.append(self.archive.end(pickled))
         return self.stream.finish()
 
@@ -145,14 +138,14 @@ class _InMemory:
 
 
 def _placeholder(source: "TensorRange | CastTensor") -> "Tensor":
-    """A tensor with a storage of its own that is address space only: nothing may read or write it."""
+    """A tensor whose storage is address space only: nothing may read or write it."""
     import torch
 
     return torch.empty(source.shape, dtype=source.dtype.torch)
 
 
 def _in_all(lists: "Iterable[list[torch.UntypedStorage]]") -> "list[torch.UntypedStorage]":
-    """What is in all the lists, in the order of the first."""
+    """The storages in all lists, in the order of the first."""
     first, *others = lists
     keys = [{storage._cdata for storage in storages} for storages in others]
     return [storage for storage in first if all(storage._cdata in known for known in keys)]

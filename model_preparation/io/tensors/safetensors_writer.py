@@ -1,7 +1,6 @@
-"""A safetensors file, written from where its tensors lie and without loading them.
+"""Writes a safetensors file from where its tensors lie, without loading them; it is hashed on the way.
 
-In: per tensor a `TensorRange`, and the dtype all shall have. Out: a file whose bytes depend on the tensors alone,
-hashed while it is written. Source of the layout: github.com/huggingface/safetensors, README, "Format".
+Its bytes depend on the tensors alone. Source of the layout: github.com/huggingface/safetensors, README, "Format".
 """
 
 import contextlib
@@ -22,12 +21,12 @@ _NAME_OF = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file to be.
+    """A safetensors file to write.
 
     Attributes:
         file: its name.
         ranges: where its tensors come from, by name.
-        dtype: of every tensor in it; what has another is cast on the way.
+        dtype: of every tensor in it; others are cast on the way.
     """
 
     file: str
@@ -36,7 +35,7 @@ class Shard:
 
     @property
     def size_bytes(self) -> int:
-        """Of the whole file."""
+        """The size of the whole file."""
         return len(self.header) + sum(self._bytes_of(name) for name in self.ranges)
 
     @cached_property
@@ -57,7 +56,7 @@ class Shard:
         """Write the file to `path` and sync it; returns {"bytes": size, "sha256": digest}, and BLAKE3 by tensor name.
 
         Args:
-            advance: told the bytes of every piece written.
+            advance: gets the bytes of every piece written.
 
         Raises:
             OSError: from the file system: disk full, input/output error.
@@ -75,7 +74,7 @@ class Shard:
 
     @property
     def _order(self) -> list[str]:
-        """The names in the file's order: first those after which the next one is aligned for direct I/O."""
+        """The names in the file's order: first the tensors that keep the next one aligned for direct I/O."""
         return sorted(self.ranges, key=lambda name: (self._bytes_of(name) % ALIGNMENT != 0, name))
 
     def _bytes_of(self, name: str) -> int:

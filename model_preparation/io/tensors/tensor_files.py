@@ -1,7 +1,6 @@
-"""The weights in a Hugging Face model folder, one tensor at a time.
+"""The weights in a Hugging Face model folder, one tensor at a time, without building the model.
 
-In: a folder with model.safetensors or pytorch_model.bin, whole or in shards with an index. Out: names, where each
-tensor lies (`TensorRange`), and tensors mapped from there, without building the model. Nothing is unpickled as code.
+The folder has model.safetensors or pytorch_model.bin, whole or in shards with an index. No pickle is run.
 """
 
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from model_preparation.io.tensors.tensor_ranges import (
 )
 from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.io.untrusted.pickle_check import TENSORS
-from model_preparation.io.untrusted.pt_check import check_pt
+from model_preparation.io.untrusted.pt_check import check_pt, reading_tensors
 from model_preparation.io.untrusted.untrusted_files import inside, read_json
 
 if TYPE_CHECKING:
@@ -33,10 +32,7 @@ _SINGLE_AND_INDEX = (
 
 
 class TensorFiles:
-    """Tensors of the model in `folder`, by name.
-
-    Attributes:
-        ranges: where each tensor lies.
+    """The tensors of the model in `folder`; `ranges` says by name where each lies.
 
     Raises:
         SurgeryError: if there are no weights, a shard is missing, or a file cannot be read as tensors.
@@ -52,18 +48,18 @@ class TensorFiles:
         return list(self.ranges)
 
     def paths(self) -> list[Path]:
-        """The files the tensors are in, and their index where there is one."""
+        """The tensors' files, and their index if there is one."""
         return sorted({*(place.path for place in self.ranges.values()), *self.folder.glob("*.index.json")})
 
     def __contains__(self, name: str) -> bool:
         return name in self.ranges
 
     def __getitem__(self, name: str) -> "Tensor":
-        """One tensor, on the CPU, mapped from its file: nothing is read before it is used."""
+        """One tensor, on the CPU, mapped from its file: it is read when it is used."""
         return self._mapped.tensor(self.ranges[name])
 
     def with_prefix(self, prefix: str) -> "Iterator[tuple[str, Tensor]]":
-        """(name without the prefix, tensor) of every tensor whose name starts with `prefix`."""
+        """(name without `prefix`, tensor) for every name with that prefix."""
         for name in self.ranges:
             if name.startswith(prefix):
                 yield name[len(prefix) :], self[name]
@@ -84,7 +80,7 @@ class TensorFiles:
             )
 
     def dtype(self) -> DType:
-        """The dtype that most of the numbers have."""
+        """The dtype of most numbers."""
         counts: dict[DType, int] = {}
         for place in self.ranges.values():
             counts[place.dtype] = counts.get(place.dtype, 0) + place.numel
@@ -128,30 +124,25 @@ def load_tensors(path: Path, cure: str = "Make or download it again.") -> "dict[
     """The dict of tensors in a file that torch.save wrote, mapped from it.
 
     Raises:
-        SurgeryError: if the file is not one, names a global that could run code, or holds anything but tensors by name
-            that lie in its own records; `cure` is its second sentence.
+        SurgeryError: if torch.save did not write it, if it names a global that could run code, or if it holds anything
+            but tensors by name in its own records; the message ends with `cure`.
     """
-    import torch  # here: whoever reads safetensors files only does not wait for it
+    import torch  # here, because safetensors files do not need it
 
-    try:
+    with reading_tensors(path, cure):
         check_pt(path, TENSORS)
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(tensors, dict) or not all(
             isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
         ):
-            raise ValueError("it holds something else than tensors by name")
+            raise ValueError("it holds other things than tensors by name")
         for name, tensor in tensors.items():
             _check_view(name, tensor, torch.strided)
-    except (SurgeryError, OSError):
-        raise
-    except Exception as error:  # what passes the checks may still make torch raise anything at all
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SurgeryError(f"{path} cannot be read as tensors ({reason:.300}). {cure}") from error
     return tensors
 
 
 def _check_view(name: str, tensor: "Tensor", plain: object) -> None:
-    """Raise ValueError unless the tensor lies in its storage, and is no larger than that."""
+    """Raise ValueError unless the tensor lies within its storage and is no larger."""
     if tensor.layout != plain or tensor.device.type != "cpu":
         raise ValueError(f"{name:.100} is no plain tensor")
     stored_bytes = tensor.untyped_storage().nbytes()

@@ -1,7 +1,6 @@
-"""Where tensors lie in files: so that their bytes can be copied without being loaded.
+"""Where tensors lie in files, so that their bytes can be copied, or cast, piece by piece without loading them.
 
-In: a safetensors file, or one that torch.save wrote. Out: per tensor a `TensorRange`, which reads it piece
-by piece, cast if asked for. Source of the safetensors layout: github.com/huggingface/safetensors, README, "Format".
+Source of the safetensors layout: github.com/huggingface/safetensors, README, "Format".
 """
 
 import math
@@ -14,15 +13,15 @@ from typing import TYPE_CHECKING
 from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Place, read_into
 from model_preparation.io.tensors.dtypes import DType, dtype_of, refusal
-from model_preparation.io.untrusted.pt_check import pt_records
+from model_preparation.io.untrusted.pt_check import pt_records, reading_tensors
 from model_preparation.io.untrusted.untrusted_files import MAX_JSON_BYTES, check_fields, parse_json, regular_file
 
-# torch is imported where tensors are made or cast: what only copies bytes does not wait for it.
+# torch is imported only where tensors are made or cast; copying bytes does not wait for it.
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-# The safetensors header's names of the dtypes whose arithmetic a model can run in.
+# The safetensors names of the dtypes that a model can run in.
 SAFETENSORS_DTYPES = {
     "F64": DType("float64", 8),
     "F32": DType("float32", 4),
@@ -34,7 +33,7 @@ _MAX_DIMENSIONS = 8
 
 @dataclass(frozen=True)
 class TensorRange:
-    """A tensor's bytes: `size_bytes` of them from `start` on, in C order."""
+    """A tensor's bytes in a file: `size_bytes` from `start` on, in C order."""
 
     path: Path
     start: int
@@ -60,24 +59,24 @@ class TensorRange:
         read_into(self.path, self.start + start, view)
 
     def rows(self, start: int, end: int) -> "TensorRange":
-        """The part of the tensor that `tensor[start:end]` is."""
+        """`tensor[start:end]`."""
         count = max(0, min(end, self.shape[0]) - start)
         row_bytes = self.size_bytes // self.shape[0]
         return TensorRange(self.path, self.start + start * row_bytes, (count, *self.shape[1:]), self.dtype)
 
     def cast(self, dtype: "DType | torch.dtype | None") -> "TensorRange | CastTensor":
-        """The same numbers, as `dtype` if that is given and another one."""
+        """The same numbers as `dtype`; unchanged for None."""
         wanted = self.dtype if dtype is None else dtype_of(dtype)
         return self if wanted == self.dtype else CastTensor(self, wanted)
 
 
 @dataclass(frozen=True)
 class CastTensor:
-    """A tensor in a file that is cast to `dtype` piece by piece while it is read."""
+    """A tensor in a file that is cast to `dtype` while it is read."""
 
     stored: TensorRange
     dtype: DType
-    place = None  # nowhere are the bytes as they are read here
+    place = None  # these bytes are in no file
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,7 +96,7 @@ class CastTensor:
 
 
 class MappedFiles:
-    """Tensors that stay in their files: mapped, read when used, and let go of on request."""
+    """Tensors mapped from their files: read when used, and dropped from memory by `forget`."""
 
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
@@ -116,16 +115,16 @@ class MappedFiles:
         return flat.view(place.shape)
 
     def expect(self, place: TensorRange) -> None:
-        """Let the system read what lies at `place` ahead of its use: page by page would be slow."""
+        """Let the system read `place` ahead of its use, as reading page by page is slow."""
         if place.path in self._maps and hasattr(mmap, "MADV_WILLNEED"):
             first = place.start // mmap.PAGESIZE * mmap.PAGESIZE
             self._maps[place.path].madvise(mmap.MADV_WILLNEED, first, place.start + place.size_bytes - first)
 
     def forget(self, place: TensorRange) -> None:
-        """Let the system take back the memory behind `place`; it is read again when it is used again."""
+        """Free the memory of `place`; the next use reads it again."""
         if place.path not in self._maps or not hasattr(mmap, "MADV_DONTNEED"):
             return
-        first = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: their ends may be others'
+        first = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: other tensors may share the ends
         size_bytes = (place.start + place.size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
         if size_bytes > 0:
             self._maps[place.path].madvise(mmap.MADV_DONTNEED, first, size_bytes)
@@ -181,7 +180,7 @@ def safetensors_ranges(path: Path) -> dict[str, TensorRange]:
 
 
 def _check_entry(name: str, entry: object) -> None:
-    """Raise ValueError unless a header's entry has what one has, with numbers that a file can have."""
+    """Raise ValueError unless the header's entry has all fields, with numbers that a file can have."""
     if not isinstance(entry, dict):
         raise ValueError(f"{name:.100} is described by no JSON object")
     check_fields(entry, {"dtype": str, "shape": list, "data_offsets": list})
@@ -193,9 +192,9 @@ def _check_entry(name: str, entry: object) -> None:
 
 
 def pt_ranges(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, TensorRange]:
-    """Where the tensors that `torch.load(path, mmap=True)` gave lie in the file.
+    """Where the tensors lie that `torch.load(path, mmap=True)` gave.
 
-    The file is mapped as one piece, so storages are as far apart in memory as in the file, and the first is the first.
+    torch maps the file as one piece: storages are as far apart in memory as in the file, in the same order.
 
     Args:
         tensors: those of all storages in the file.
@@ -203,10 +202,8 @@ def pt_ranges(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, TensorRa
     Raises:
         SurgeryError: if a tensor is not contiguous, or a storage in memory is not one of the file.
     """
-    try:
+    with reading_tensors(path):
         records = pt_records(path)
-    except ValueError as error:
-        raise SurgeryError(f"{path} cannot be read as tensors ({error}). Make or download it again.") from error
     places = sorted(
         (record.start, record.size_bytes)
         for name, record in records.items()
@@ -217,7 +214,7 @@ def pt_ranges(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, TensorRa
     pointers = sorted(storages)
     mapped_at = pointers[0] - places[0][0] if pointers and places else 0
     if [(pointer - mapped_at, storages[pointer]) for pointer in pointers] != places:
-        raise SurgeryError(f"{path} holds storages that no tensor uses, or not all. Save it again with torch.save.")
+        raise SurgeryError(f"{path} does not hold exactly the storages of its tensors. Save it again with torch.save.")
     found: dict[str, TensorRange] = {}
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
@@ -228,7 +225,7 @@ def pt_ranges(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, TensorRa
         start = tensor.data_ptr() - mapped_at if tensor.numel() else 0
         found[name] = TensorRange(path, start, tuple(tensor.shape), dtype_of(tensor.dtype))
     with path.open("rb") as file:
-        for name, place in found.items():  # a file of the other byte order was turned round in memory
+        for name, place in found.items():  # torch swaps the bytes of a file of the other byte order
             file.seek(place.start)
             beginning = bytes_of(tensors[name].reshape(-1)[:8])
             if file.read(len(beginning)) != beginning:

@@ -1,1 +1,1 @@
-"""The gate for strangers' files: JSON, configs, pickles, zip files and tokenizers are checked before they are used."""
+"""The gate for strangers' files: JSON, configs, pickles, zip files and tokenizers are checked before use."""

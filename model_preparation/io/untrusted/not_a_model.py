@@ -1,7 +1,7 @@
-"""What people have in place of a model's file or folder: told by what it is, and what to do.
+"""What people give in place of a model's file or folder, such as a Git LFS pointer, an adapter or a training state.
 
-In: a path at which something is amiss. Out: a sentence or two, or None where it looks like what it should be. Only
-names and the first bytes of files are looked at. Also: the snapshot inside a hub's cache, which can be taken as it is.
+Each has a sentence or two that say what it is and what to do. Only names and the first bytes of files are read. Also
+finds the snapshot inside a hub's cache.
 """
 
 import os
@@ -10,11 +10,11 @@ from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")  # how the names of files of tensors end
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")  # endings of files of tensors
 
 _READ_BYTES = 512
-_MOST_FOLDERS = 5_000  # looked into: somebody may give /
-_TOLD_BY_BEGINNING = (*WEIGHTS, ".json", ".jsonl", ".model")  # of other files, such as texts, any beginning is fine
+_MOST_FOLDERS = 5_000  # to look into: somebody may give /
+_CHECKED = (*WEIGHTS, ".json", ".jsonl", ".model")  # other files, such as texts, may begin in any way
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".zst", ".7z")
 
@@ -24,7 +24,7 @@ _UNFINISHED = (
     *("*.incomplete", "*.aria2", "*.part", "*.crdownload", "*.download", "*.tmp"),
     *("._____temp", ".____temp", ".*.safetensors.??????"),
 )
-# Names in a folder: what it then holds, what to do. The first that fits counts.
+# Names in a folder: what the folder holds, what to do. The first that fits counts.
 _KINDS = (
     (
         ("adapter_config.json", "adapter_model.*"),
@@ -73,8 +73,8 @@ _OF_A_MODEL = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")
 
 
 def stand_in(path: Path) -> str | None:
-    """What a file is that has the name of a model's file, and what to do; None if nothing speaks against it."""
-    if path.suffix not in _TOLD_BY_BEGINNING:
+    """What a file with the name of a model's file really is, and what to do; None if it looks right."""
+    if path.suffix not in _CHECKED:
         return None
     if path.with_name(f"{path.name}.aria2").exists():
         return f"{path} is an unfinished download: {path.name}.aria2 is beside it. {_AGAIN}"
@@ -102,15 +102,14 @@ def stand_in(path: Path) -> str | None:
     if data.startswith(b"GGUF"):
         return _GGUF.format(path)
     if path.suffix in WEIGHTS and len(data) >= 64 and not any(data[:64]):
-        return f"{path} begins with zeros, as a download or copy does that was not finished. Download it again."
+        return f"{path} begins with zeros, like an unfinished download or copy. Download it again."
     return None
 
 
 def what_it_is(path: Path) -> str | None:
-    """What a path is that was given for the folder of a model or checkpoint and is none, or not a whole one.
+    """What a path is if it is not the folder of a whole model or checkpoint, and what to do.
 
-    Returns:
-        What it is and what to do; None if it looks like a model or checkpoint that merely lacks something.
+    None if it looks like a model or checkpoint that merely lacks something.
     """
     if path.is_symlink() and not path.exists():
         return _dangling(path)
@@ -126,13 +125,13 @@ def what_it_is(path: Path) -> str | None:
     if snapshot := snapshot_in(path):
         return f"{path} is a hub's cache. Give the snapshot in it: {snapshot}"
     for entry in entries:
-        told = None
+        reason = None
         if entry.is_file() and not entry.is_symlink():  # a link may lead out of the folder
-            told = stand_in(entry)
-        elif entry.suffix in _TOLD_BY_BEGINNING and not entry.exists():
-            told = _dangling(entry)
-        if told:
-            return told
+            reason = stand_in(entry)
+        elif entry.suffix in _CHECKED and not entry.exists():
+            reason = _dangling(entry)
+        if reason:
+            return reason
     if unfinished := next(_unfinished(path), None):
         return f"{path} holds an unfinished download ({unfinished.name}). {_AGAIN}"
     names = [entry.name for entry in entries]
@@ -147,7 +146,7 @@ def what_it_is(path: Path) -> str | None:
 
 
 def snapshot_in(folder: Path) -> Path | None:
-    """The snapshot of a repository's folder in a hub's cache: that of refs/main, of main or master, or the only one."""
+    """The snapshot in a repository's folder of a hub's cache: of refs/main, main or master, or the only one."""
     root = folder.parent if folder.name == "snapshots" else folder
     snapshots = root / "snapshots"
     if (root / "config.json").exists() or not snapshots.is_dir():
@@ -165,13 +164,13 @@ def snapshot_in(folder: Path) -> Path | None:
 
 def _dangling(path: Path) -> str:
     return (
-        f"{path} is a link to {os.readlink(path)}, which is not there. Copy what the link leads to (cp -rL copies "
-        "files in place of links), or download it again."
+        f"{path} is a link to {os.readlink(path)}, which is not there. Copy the files again with cp -rL, which copies "
+        "them in place of links, or download them again."
     )
 
 
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """What downloads leave that were not finished: in the folder, and where huggingface_hub keeps it."""
+    """What unfinished downloads left: in the folder, and where huggingface_hub keeps them."""
     places = [folder, *folder.glob(".cache/huggingface/download")]
     if folder.parent.name == "snapshots":
         places += folder.parent.parent.glob("blobs")
@@ -182,12 +181,12 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 
 
 def _fitting(names: list[str], patterns: tuple[str, ...]) -> str | None:
-    """The first of the names that fits a pattern, the patterns in their order."""
+    """The first name that fits a pattern; the patterns go first to last."""
     return next((name for pattern in patterns for name in names if fnmatch(name, pattern)), None)
 
 
 def _deeper(path: Path) -> str | None:
-    """Where the models and checkpoints are that lie one or two folders deeper."""
+    """The models and checkpoints one or two folders deeper."""
     for depth in ("*", "*/*"):
         first = sorted(islice(path.glob(depth), _MOST_FOLDERS))
         readable = (each for each in first if each.is_dir() and os.access(each, os.R_OK | os.X_OK))

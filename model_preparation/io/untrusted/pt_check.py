@@ -8,14 +8,17 @@ Source of the layout: the zip format's APPNOTE, sections 4.3.7 (local header), 4
 4.5.3 (zip64).
 """
 
+import contextlib
 import os
 import re
 import struct
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from model_preparation.errors import SurgeryError
 from model_preparation.io.untrusted.pickle_check import MAX_PICKLE_BYTES, Allowed, PickleScan, scan
 from model_preparation.io.untrusted.untrusted_files import regular_file
 
@@ -66,6 +69,18 @@ def check_pt(path: Path, allowed: Allowed) -> PickleScan:
     """
     with regular_file(path).open("rb") as file:
         return check_archive(file, os.fstat(file.fileno()).st_size, allowed)
+
+
+@contextlib.contextmanager
+def reading_tensors(path: Path, cure: str = "Make or download it again.") -> Iterator[None]:
+    """Turn errors while the file is read into a SurgeryError, which ends with `cure`; OSErrors stay."""
+    try:
+        yield
+    except (SurgeryError, OSError):
+        raise
+    except Exception as error:  # a file that passes the checks may still make pickle or torch raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SurgeryError(f"{path} cannot be read as tensors ({reason:.300}). {cure}") from error
 
 
 def check_archive(file: BinaryIO, file_bytes: int, allowed: Allowed) -> PickleScan:

@@ -1,7 +1,7 @@
-"""A folder that torch.distributed.checkpoint wrote, checked before torch unpickles what is in it.
+"""Checks a folder that torch.distributed.checkpoint wrote before torch unpickles it.
 
-In: a folder with `.metadata` and `.distcp` files. Out: nothing, or the reason why it is refused. torch reads tensors
-out of the shards with weights_only, but `.metadata` and whatever is no tensor (numbers of the optimizer) without.
+torch reads tensors in the `.distcp` shards with weights_only, but `.metadata` and all other values (numbers of the
+optimizer) without.
 
 Source of the format: torch/distributed/checkpoint/filesystem.py (FileSystemReader) and metadata.py.
 """
@@ -30,12 +30,12 @@ _ALLOWED = {
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
 }
-_MAX_ENTRY_BYTES = 1_000_000  # of what is no tensor
+_MAX_ENTRY_BYTES = 1_000_000  # of an entry that is no tensor
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:  # whole names only: none leads from an allowed class to elsewhere
+        if (module, name) not in _ALLOWED:  # whole names only, so none leads out of an allowed class
             raise ValueError(f"it names {ascii(f'{module}.{name}')[1:-1]:.100}, which could run code")
         return super().find_class(module, name)
 
@@ -44,7 +44,7 @@ def check_shards(folder: Path) -> None:
     """Check everything in a folder of shards that torch would unpickle.
 
     Raises:
-        ValueError: for a global that such a folder has no need of, with its name, or a damaged pickle.
+        ValueError: for a global that such a folder does not need, with its name, or a damaged pickle.
         SurgeryError, OSError: as from `untrusted_files.regular_file` and `inside`.
     """
     for name, (file_name, offset, size_bytes) in _entries(regular_file(folder / SHARD_METADATA)).items():
@@ -61,7 +61,7 @@ def check_shards(folder: Path) -> None:
 
 
 def _entries(path: Path) -> dict[str, tuple[str, int, int]]:
-    """Where everything lies that is no tensor: name of the file, offset and size in bytes, by the entry's name."""
+    """Where the entries that are no tensors lie: file name, offset and size in bytes, by the entry's name."""
     if path.stat().st_size > MAX_PICKLE_BYTES:
         raise ValueError(f"it has {path.stat().st_size} bytes, more than {MAX_PICKLE_BYTES // 1_000_000} MB")
     try:

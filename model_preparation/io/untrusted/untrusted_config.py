@@ -1,8 +1,7 @@
-"""Configs out of files that strangers made.
+"""transformers' configs made from a stranger's config.json or generation_config.json.
 
-In: the fields of a config.json or generation_config.json. Out: transformers' object for them, or a ValueError that says
-why not. Sizes no model has are refused before anything is made of them, and fields that would do more than describe the
-model (fetch code by name, replace a method) are left out.
+Sizes that no model has are refused before anything is made. Fields that do more than describe the model (fetch code by
+name, replace a method) are left out.
 """
 
 import contextlib
@@ -16,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from model_preparation.errors import SurgeryError
 from model_preparation.io.untrusted.untrusted_files import check_sizes
 
-# They name code to be fetched: of a model, of an attention kernel; and other files to read instead.
+# They name code to fetch (of a model, of an attention kernel), or other files to read.
 _NOT_DESCRIPTIONS = {"auto_map", "attn_implementation", "experts_implementation", "configuration_files"}
 
 
@@ -24,7 +23,7 @@ def config_from(fields: dict[str, Any], kind: type[PreTrainedConfig]) -> PreTrai
     """The config of class `kind` that `fields` describe.
 
     Raises:
-        ValueError: saying what is wrong with them.
+        ValueError: with what is wrong.
     """
     check_sizes(fields)
     try:
@@ -47,14 +46,14 @@ def generation_config_from(fields: dict[str, Any]) -> GenerationConfig:
 
 @contextlib.contextmanager
 def refusing_impossible_models() -> Iterator[None]:
-    """Around the making of an empty model: what its config makes that raise becomes a SurgeryError."""
+    """Turn errors while an empty model is made into a SurgeryError about its config."""
     try:
         yield
     except SurgeryError:
         raise
     except Exception as error:  # a division by zero, an unknown activation, a size torch cannot count, ...
         raise SurgeryError(
-            f"The config describes no model that can be made ({type(error).__name__}: {_one_line(error)}). "
+            f"No model can be made from this config ({type(error).__name__}: {_one_line(error)}). "
             "Download the model again."
         ) from error
 
@@ -69,5 +68,5 @@ def _plain(fields: dict[str, Any], kind: type) -> dict[str, Any]:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, StrictDataclassClassValidationError) and error.__cause__:
-        error = error.__cause__  # which says the same without the validator's name
+        error = error.__cause__  # the same without the validator's name
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,7 +1,7 @@
-"""Files that strangers made: opened only where they may lie, read only as far as they are sensible.
+"""Strangers' files: opened only if they lie in their folder, and JSON read only if it is sensible.
 
-In: paths and names out of such folders. Out: the path or the JSON object, or the reason why not: links that lead out of
-the folder, FIFOs and devices, names that climb, JSON that is too large, too deep, ambiguous or no object.
+Refused are links out of the folder, FIFOs and devices, names that climb, and JSON that is too large, too deep,
+ambiguous or no object.
 """
 
 import errno
@@ -11,7 +11,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,27 +31,27 @@ _OF_NUMBERS = re.compile(
 
 
 def regular_file(path: Path) -> Path:
-    """`own_file`, if it is none that only has the name of a model's file, such as a Git LFS pointer (no_model.py).
+    """`own_file`, unless it only has the name of a model's file, such as a Git LFS pointer.
 
     Raises:
-        SurgeryError, FileNotFoundError: as `own_file`; SurgeryError also for what is told by `no_model.stand_in`.
+        SurgeryError, FileNotFoundError: as `own_file`; SurgeryError also for a `not_a_model.stand_in`.
     """
-    if told := stand_in(own_file(path)):
-        raise SurgeryError(told)
+    if reason := stand_in(own_file(path)):
+        raise SurgeryError(reason)
     return path
 
 
 def own_file(path: Path) -> Path:
-    """`path`, if it is a file that lies in its folder; a link must stay inside, or be one of the Hugging Face cache.
+    """`path`, if it is a file in its folder; a link must stay inside, or be one of the Hugging Face cache.
 
-    There, `snapshots/<commit>/` links into the `blobs/` beside `snapshots/`.
+    In that cache, `snapshots/<commit>/` links into the `blobs/` beside `snapshots/`.
 
     Raises:
         FileNotFoundError: if nothing is there.
         SurgeryError: for a directory, FIFO, socket or device, and for a link that leads elsewhere.
     """
     try:
-        mode = os.stat(path).st_mode  # follows links, and opens nothing: a FIFO would block
+        mode = os.stat(path).st_mode  # follows links and opens nothing, as a FIFO would block
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
@@ -71,7 +71,7 @@ def own_file(path: Path) -> Path:
 
 
 def inside(folder: Path, name: object) -> Path:
-    """The path of the file that `name`, out of a folder's own listing, means: in the folder or below it.
+    """The path of `name`, from a folder's own listing: in the folder or below it.
 
     Raises:
         SurgeryError: for a name that is absolute, climbs, or means different files on different systems.
@@ -86,9 +86,9 @@ def inside(folder: Path, name: object) -> Path:
 
 
 def without_links(folder: Path) -> Path:
-    """`folder`, to write and delete in, if it is no link and has none in it, at any depth; it need not be there.
+    """`folder`, to write and delete in, if neither it nor anything in it is a link; it may be missing.
 
-    Whoever packed a folder may have put a link in it, and what is done through that is done elsewhere.
+    A stranger may have put a link in it, and writing through that changes files elsewhere.
 
     Raises:
         SurgeryError: naming the link.
@@ -97,7 +97,7 @@ def without_links(folder: Path) -> Path:
     for path in itertools.chain([folder], below):
         if path.is_symlink():
             raise SurgeryError(
-                f"{path} is a link to {os.readlink(path)}, and nothing is written or removed through it. "
+                f"{path} is a link to {os.readlink(path)}, and this program writes and removes nothing through links. "
                 "Remove the link, or choose another folder."
             )
     return folder
@@ -107,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: saying what is wrong with it; the caller knows the cure.
+        ValueError: with what is wrong; the caller adds the cure.
         SurgeryError, OSError: as from `regular_file`.
     """
     with regular_file(path).open("rb") as file:
@@ -119,7 +119,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
     """The JSON object in `data`, whose strings are UTF-8, keys unique, numbers finite and of sensible length.
 
     Raises:
-        ValueError: saying what is wrong with it.
+        ValueError: with what is wrong.
     """
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"it has more than {MAX_JSON_BYTES // 1_000_000} MB of JSON")
@@ -140,11 +140,11 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 
 def check_fields(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Raise ValueError unless each of the fields named is there and of its kind.
+    """Raise ValueError unless each named field is there and of its kind.
 
-    A name that ends in ? may be missing; * stands for every field there is. A kind is a class, or a tuple of kinds;
-    {...} is an object with such fields, [kind] a list of that kind. int alone takes no True, and str alone is a name,
-    with nothing in it that would steer a terminal; (str,) is any text.
+    A name that ends in ? may be missing; * means every field. A kind is a class, or a tuple of kinds; {...} is an
+    object with such fields, [kind] a list of that kind. int alone takes no True. str alone is a name, without
+    characters that steer a terminal; (str,) is any text.
     """
     if "*" in kinds:
         kinds = dict.fromkeys(fields, kinds["*"])
@@ -177,9 +177,9 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
 
 
 def check_sizes(config: object) -> None:
-    """Raise ValueError if a config, as a JSON value, asks for sizes that no model has, before any is made of it.
+    """Raise ValueError if a config asks for sizes that no model has, before a model is made.
 
-    Also for text where only a number makes sense, in the parts that transformers does not look at (rope_parameters).
+    Also for text in place of a number, in the parts that transformers does not check (rope_parameters).
     """
     waiting = [("", config)]
     while waiting:
@@ -236,17 +236,12 @@ def _check_depth_and_strings(value: object) -> None:
         below: list[object] = []
         for item in level:
             if isinstance(item, str):
-                item.encode()  # refuses half a surrogate pair, which no file name or terminal could take
+                item.encode()  # refuses half a surrogate pair, which file names and terminals cannot take
             elif isinstance(item, dict):
-                below += _keys_and_values(item)
+                below += [*item, *item.values()]
             elif isinstance(item, list):
                 below += item
         if not below:
             return
         level = below
     raise ValueError("its JSON is nested too deeply")
-
-
-def _keys_and_values(item: dict) -> Iterable[object]:
-    yield from item
-    yield from item.values()
