@@ -62,9 +62,9 @@ def test_weights_are_found_and_copied_without_torch(layers_dir, tmp_path):
 import sys
 sys.argv[0] = {str(PACKAGE / "extract_layers.py")!r}
 from pathlib import Path
-from model_preparation.checkpoint import checkpoint, graft_parts, hf_folder, layer_store, pt_folder
+from model_preparation.checkpoint import build, checkpoint_folder, extract, graft, layer_store, weights
 from model_preparation.io.tensors.pt_writer import write_dict
-parts = graft_parts.find_parts("tiny_llamba", [1, 3], {str(layers_dir)!r})
+parts = graft.find_parts("tiny_llamba", [1, 3], {str(layers_dir)!r})
 assert len(write_dict(Path("weights.pt"), parts.tensors).blake3) == len(parts.tensors) > 50
 print("imported:", *(name for name in ("torch", "transformers", "numpy") if name in sys.modules))
 """

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import ModelCard, constants
 from modelscope_hub import set_default_config
 
-from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
+from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.hub import hub_uploads
 from model_preparation.io.self_checksum import checksum_fault
 from tests.checkpoint.test_sources import NOBODY, Caches, FakeHub

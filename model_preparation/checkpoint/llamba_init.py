@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from model_preparation.checkpoint.llama_files import HEAD, LlamaFiles, without_head
+from model_preparation.checkpoint.layer_store import HEAD, LlamaFiles, without_head
 from model_preparation.checkpoint.model_configs import heads_of, read_config, read_generation_config
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import Source, has_tokenizer, resolve

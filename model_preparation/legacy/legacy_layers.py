@@ -18,16 +18,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from model_preparation.checkpoint.layer_store import (
-    METADATA,
-    TOKENIZER,
-    ModelParts,
-    check_range,
-    complete_folder,
-    layer_file,
-    sorted_layers,
-    write_layer,
-)
+from model_preparation.checkpoint.extract import ModelParts, complete_folder, write_layer
+from model_preparation.checkpoint.layer_store import METADATA, TOKENIZER, check_range, layer_file, sorted_layers
 from model_preparation.checkpoint.model_configs import (
     config_from_dict,
     layer_shapes,

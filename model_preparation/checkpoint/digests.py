@@ -1,31 +1,141 @@
 """What a model consists of, by digests of contents: its tensors, its config, its tokenizer.
 
-In: where its tensors lie, or its folder. Out: digests that are the same wherever the same model lies, under whatever
-name, in however many files. Large files that have not changed are not read again (io/known_digests.py).
+Digests are the same wherever the same model lies, under whatever name, in however many files. Large files that have not
+changed are not read again (io/known_digests.py). tensor_digests.json, and where the tensors of a checkpoint's files
+lie, are read here too.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from blake3 import blake3
+from torch import Tensor, nn
 
 from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, TENSOR_DIGESTS, read_info
 from model_preparation.checkpoint.layer_store import LayerStore
-from model_preparation.checkpoint.tensor_digests import read_tensor_digests, state_dict_ranges
 from model_preparation.errors import SurgeryError
 from model_preparation.io.digests import sha256_of
 from model_preparation.io.identity import digest_of, digests_of_files
 from model_preparation.io.known_digests import remembered
-from model_preparation.io.tensors.tensor_files import TensorFiles
-from model_preparation.io.tensors.tensor_ranges import TensorRange, range_of
+from model_preparation.io.tensors.dtypes import DType, dtype_of
+from model_preparation.io.tensors.tensor_files import TensorFiles, load_tensors
+from model_preparation.io.tensors.tensor_ranges import TensorRange, pt_ranges, range_of
+from model_preparation.io.untrusted.pickle_scan import allowed_in_module
+from model_preparation.io.untrusted.pt_structure import check_pt
+from model_preparation.io.untrusted.untrusted_files import MAX_DEPTH, check_fields, read_json
+from model_preparation.llamba import LlambaForCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BLOCK_BYTES = 1 << 20
+_MAX_MODULES = 100_000
+_MAX_NUMBERS = 1 << 48  # in a tensor
+
+
+@dataclass(frozen=True)
+class TensorDigest:
+    """A line of tensor_digests.json: what a tensor of the state dict is, and where it was taken from."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    blake3: str
+    origin: str  # "base", "donor" or "healed"
+    source_name: str
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_tensor_digests(path: Path) -> dict[str, TensorDigest]:
+    """tensor_digests.json, by the names of the state dict.
+
+    Raises:
+        SurgeryError: if it is missing or not one.
+    """
+    try:
+        fields = read_json(path)
+        check_fields(fields, {"format_version": int, "tensors": dict})
+        found = {}
+        for name, entry in fields["tensors"].items():
+            entry.setdefault("source_name", name)
+            check_fields(entry, {"dtype": str, "shape": list, "blake3": str, "from": str, "source_name": str})
+            dtype = getattr(torch, entry["dtype"], None)
+            if not isinstance(dtype, torch.dtype) or any(type(size) is not int or size < 0 for size in entry["shape"]):
+                raise ValueError(f"{name:.100} has no dtype or shape")
+            if math.prod(entry["shape"]) > _MAX_NUMBERS:
+                raise ValueError(f"{name:.100} has a shape no tensor has")
+            shape = tuple(entry["shape"])
+            found[name] = TensorDigest(dtype_of(dtype), shape, entry["blake3"], entry["from"], entry["source_name"])
+    except FileNotFoundError as error:
+        raise SurgeryError(f"{path} is missing. Build the checkpoint again.") from error
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise SurgeryError(f"{path} cannot be read ({error}). Build the checkpoint again.") from error
+    return found
+
+
+def state_dict_ranges(path: Path) -> dict[str, TensorRange]:
+    """Where the tensors of model_state_dict.pt lie; raises SurgeryError if it holds anything else."""
+    return pt_ranges(path, load_tensors(path, "Build the checkpoint again."))
+
+
+def module_ranges(path: Path, wanted: nn.Module) -> tuple[dict[str, TensorRange], int]:
+    """Where the tensors of model.pt lie, by their names in its state dict; and how many globals its pickle names.
+
+    The buffers that are in no state dict are compared with those of `wanted`, a model newly made.
+
+    Raises:
+        SurgeryError: if its pickle names a global that is not allowed, each by its name, or holds no such model.
+    """
+    try:
+        found = check_pt(path, allowed_in_module())
+        module = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if type(module) is not LlambaForCausalLM:
+            raise ValueError("it holds no LlambaForCausalLM")
+        tensors = dict(tensors_of(module))
+    except (SurgeryError, OSError):
+        raise
+    except Exception as error:  # what passes the checks may still make torch raise anything at all
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise SurgeryError(f"{path} cannot be read ({reason}). Build the checkpoint again.") from error
+    ranges = pt_ranges(path, tensors)
+    kept = wanted.state_dict().keys()
+    made = dict(wanted.named_buffers())
+    for name, tensor in tensors.items():
+        if name in kept:
+            continue
+        if (
+            name not in made
+            or made[name].shape != tensor.shape
+            or not torch.allclose(made[name], tensor.to(made[name].dtype))
+        ):
+            raise SurgeryError(f"{path} holds {name}, which its config does not give. Build the checkpoint again.")
+    return {name: place for name, place in ranges.items() if name in kept}, len(found.globals)
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every parameter and buffer, without calling anything that came with the module."""
+    waiting: list[tuple[str, object]] = [("", module)]
+    seen = 0
+    while waiting:
+        prefix, item = waiting.pop()
+        seen += 1
+        if not isinstance(item, nn.Module) or seen > _MAX_MODULES or prefix.count(".") > MAX_DEPTH:
+            raise ValueError("it holds something else than modules in modules")
+        fields = vars(item)
+        for name, tensor in (*fields["_parameters"].items(), *fields["_buffers"].items()):
+            if isinstance(tensor, Tensor):
+                yield prefix + name, tensor
+            elif tensor is not None:
+                raise ValueError(f"{prefix}{name} is no tensor")
+        waiting += [(f"{prefix}{name}.", inner) for name, inner in fields["_modules"].items() if inner is not None]
 
 
 def weights_digest(tensors: Mapping[str, tuple[Any, Any, str]]) -> str:
