@@ -41,7 +41,7 @@ _MAX_NUMBERS = 1 << 48  # in a tensor
 
 @dataclass(frozen=True)
 class TensorDigest:
-    """A line of tensor_digests.json: what a tensor of the state dict is, and where it was taken from."""
+    """An entry of tensor_digests.json: a tensor of the state dict and its origin."""
 
     dtype: DType
     shape: tuple[int, ...]
@@ -89,10 +89,10 @@ def state_dict_ranges(path: Path) -> dict[str, TensorRange]:
 def module_ranges(path: Path, wanted: nn.Module) -> tuple[dict[str, TensorRange], int]:
     """Where the tensors of model.pt lie, by their names in its state dict; and how many globals its pickle names.
 
-    The buffers that are in no state dict are compared with those of `wanted`, a model newly made.
+    Buffers that belong to no state dict are compared with those of `wanted`, a new model.
 
     Raises:
-        SurgeryError: if its pickle names a global that is not allowed, each by its name, or holds no such model.
+        SurgeryError: if its pickle names globals that are not allowed (the error names each), or holds no such model.
     """
     try:
         found = check_pt(path, allowed_in_module())
@@ -139,7 +139,7 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def weights_digest(tensors: Mapping[str, tuple[Any, Any, str]]) -> str:
-    """BLAKE3 over names, dtypes, shapes and the BLAKE3 of tensors; tensor_digests.json says the same of a checkpoint.
+    """BLAKE3 over the names, dtypes, shapes and BLAKE3 of tensors: the identity of a checkpoint's weights.
 
     Args:
         tensors: (dtype, shape, BLAKE3 in hex) by name.
@@ -189,7 +189,7 @@ def _read(path: Path, wanted: Mapping[str, tuple[int, int]]) -> dict[str, str]:
 
 
 def digest_of_layers(store: LayerStore, layers: Iterable[int]) -> dict[str, str]:
-    """By its index, what each layer of a donor is; of extracted layers, metadata.json has the BLAKE3 of tensors."""
+    """`weights_digest` of layers of a donor, by index. Extracted layers have their tensors' BLAKE3 in metadata.json."""
     found = {}
     for index in layers:
         ranges = store.ranges(index)
@@ -209,14 +209,14 @@ def digest_of_model(folder: Path) -> str:
 
 
 def digest_of_weights(path: Path) -> str:
-    """What is in a file of weights, a model's or an adapter's folder, or a checkpoint."""
+    """The digest of a file of weights, a model's or an adapter's folder, or a checkpoint."""
     if (path / "config.json").is_file() or (path / INFO).is_file():
         return digest_of_model(path)
     return digest_of(digests_of_files([path] if path.is_file() else filter(Path.is_file, path.iterdir())))
 
 
 def digest_of_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What decides on how text becomes tokens; the same after `save_pretrained`, which writes other files."""
+    """The digest of all that decides how text becomes tokens; `save_pretrained` does not change it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return digest_of(
         {
@@ -230,7 +230,7 @@ def digest_of_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def digest_of_checkpoint(folder: Path) -> str:
-    """`weights_digest` of the weights that a checkpoint has now, whatever checkpoint_info.json says of them.
+    """`weights_digest` of a checkpoint's weights, read from its files.
 
     Raises:
         OSError: if a file is missing or cannot be read.
@@ -249,15 +249,15 @@ def digest_of_checkpoint(folder: Path) -> str:
 
 
 def recorded_weights(folder: Path) -> str:
-    """The same of the weights that a checkpoint was built with, by its tensor_digests.json."""
+    """`weights_digest` of the weights that a checkpoint was built with, from its tensor_digests.json."""
     tensors = read_tensor_digests(folder / TENSOR_DIGESTS)
     return weights_digest({name: (entry.dtype, entry.shape, entry.blake3) for name, entry in tensors.items()})
 
 
 def digests_as_recorded(recorded: Mapping[str, Mapping[str, Any]], folder: Path) -> tuple[dict, dict]:
-    """Digests of a model's files by name, as a checkpoint_info.json records them and as they are in `folder` now.
+    """Digests of a model's files by name: (in a checkpoint_info.json, in `folder` now).
 
-    A file of another size is not read; before there were BLAKE3s, SHA-256s were recorded.
+    A file of another size is not read. The first versions recorded SHA-256 instead of BLAKE3.
     """
     there: dict[str, str] = {}
     now: dict[str, str | None] = {}
