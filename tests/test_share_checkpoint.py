@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, constants
 from modelscope_hub import set_default_config
 
 from model_preparation.checkpoint.load import load_checkpoint
+from model_preparation.checkpoint.share import share_checkpoint
 from model_preparation.hub import hub_uploads
 from model_preparation.io.self_checksum import checksum_fault
 from tests.checkpoint.test_sources import NOBODY, Caches, FakeHub
@@ -152,6 +153,10 @@ def test_every_recorded_file_arrives_and_a_second_time_nothing_is_sent(client, h
     second = share(llama_checkpoint, "--private", which=which)
     assert second.returncode == 0, second.stderr
     # ModelScope's client tries to make the repository at each upload; here there is none.
+    assert hub.sent()[sent:] == []
+    assert share_checkpoint(llama_checkpoint, repo=REPO, hub=which, private=True) == f"{hub.url}/{place}{REPO}"
+    with pytest.raises(TypeError, match="licenze"):
+        share_checkpoint(llama_checkpoint, repo=REPO, hub=which, licenze="llama3.1")
     assert hub.sent()[sent:] == []
     assert len(repository.messages) == 1
 

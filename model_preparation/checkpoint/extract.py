@@ -7,7 +7,6 @@ layer_store.py reads such a folder.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +95,7 @@ def extract_layers(
                 tasks.raise_failure()
 
             # Importing torch and transformers takes as long as writing some GB: the config is checked meanwhile.
-            checking = tasks.start(_checked_parts, source.folder, files, chosen, _LAYER_PREFIX[model_type])
+            checking = tasks.start(_check_and_load, source.folder, files, chosen, _LAYER_PREFIX[model_type])
             writing = {
                 str(index): tasks.start(write_layer, staging / layer_file(index), layer, cast_to, go_on)
                 for index, layer in ranges.items()
@@ -107,10 +106,11 @@ def extract_layers(
                 for name, layer_writing in writing.items():
                     described[name] = layer_writing.result()
                     advance(1)
-            parts = checking.result()
+            config, tokenizer = checking.result()
         return complete_folder(
             staging,
-            parts,
+            config,
+            tokenizer,
             described,
             model_name=model_name,
             source=source.as_dict(),
@@ -126,50 +126,24 @@ def _layer_ranges(files: TensorFiles, prefix: str) -> dict[str, TensorRange]:
     }
 
 
-def _checked_parts(folder: Path, files: TensorFiles, layers: Sequence[int], prefix: str) -> "ModelParts":
-    """What goes beside the layers; raises SurgeryError for an unusable config, or one that asks for other tensors."""
+def _check_and_load(
+    folder: Path, files: TensorFiles, layers: Sequence[int], prefix: str
+) -> "tuple[PreTrainedConfig, PreTrainedTokenizerBase | None]":
+    """The model's config, and its tokenizer if it has one; raises SurgeryError if the layers do not fit the config."""
+    from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+
     config = read_config(folder)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     for index in layers:
         for name, shape in layer_shapes(config, kinds[index]).items():
             files.require(f"{prefix}.{index}.{name}", shape)
-    return ModelParts.of(config, folder if has_tokenizer(folder) else None)
-
-
-@dataclass(frozen=True)
-class ModelParts:
-    """What a folder of layers has of their model besides the layers.
-
-    Attributes:
-        config: the model's.
-        tokenizer: the model's, if there is one.
-        rotary: the content of rotary_emb.pt, for a Llama.
-    """
-
-    config: "PreTrainedConfig"
-    tokenizer: "PreTrainedTokenizerBase | None"
-    rotary: dict[str, Any] | None
-
-    @classmethod
-    def of(cls, config: "PreTrainedConfig", tokenizer: Path | None) -> "ModelParts":
-        """Read the tokenizer from its folder, if there is one, and work out the rest."""
-        from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
-
-        loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-        if config.model_type != "llama":
-            return cls(config, loaded, None)
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-        from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
-
-        with refusing_impossible_models():
-            rotary = LlamaRotaryEmbedding(config)
-        return cls(config, loaded, {"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling})
+    return config, load_tokenizer(folder) if has_tokenizer(folder) else None
 
 
 def complete_folder(
     staging: Path,
-    parts: ModelParts,
+    config: "PreTrainedConfig",
+    tokenizer: "PreTrainedTokenizerBase | None",
     described: Mapping[str, dict[str, Any]],
     *,
     model_name: str,
@@ -179,17 +153,24 @@ def complete_folder(
     """Write what belongs beside the layers into `staging`, metadata.json last; returns the metadata.
 
     Args:
-        parts: of the model the layers come from.
+        config: of the model the layers come from.
+        tokenizer: that model's, if there is one.
         described: what `write_layer` returned, by the layer's index as text.
         model_name: what the user called the model.
         source: the model's `Source.as_dict()`.
         generation_config: the fields of its generation_config.json, if there is one.
     """
-    config = parts.config
-    if parts.rotary is not None:
-        write_together([staging / ROTARY], {}, lambda _: [parts.rotary])  # torch.save reports no full disk as OSError
-    if parts.tokenizer is not None:
-        parts.tokenizer.save_pretrained(staging / TOKENIZER)
+    if config.model_type == "llama":
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
+
+        with refusing_impossible_models():
+            rotary = LlamaRotaryEmbedding(config)
+        content = {"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling}
+        write_together([staging / ROTARY], {}, lambda _: [content])  # torch.save reports no full disk as OSError
+    if tokenizer is not None:
+        tokenizer.save_pretrained(staging / TOKENIZER)
     num_heads, head_dim = heads_of(config)
     metadata = {
         "format_version": FORMAT_VERSION,

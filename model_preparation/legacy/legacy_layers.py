@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from model_preparation.checkpoint.extract import ModelParts, complete_folder, write_layer
+from model_preparation.checkpoint.extract import complete_folder, write_layer
 from model_preparation.checkpoint.layer_store import METADATA, TOKENIZER, check_range, layer_file, sorted_layers
 from model_preparation.checkpoint.model_configs import (
     config_from_dict,
@@ -34,6 +34,7 @@ from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import float_dtype
 from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange
 from model_preparation.io.untrusted.pickle_globals import globals_in
+from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.legacy.legacy_process import legacy_process
 from model_preparation.legacy.legacy_reader import is_usual
 
@@ -132,7 +133,8 @@ def import_legacy(
         tokenizers = [place for place in (folder / TOKENIZER, folder, donor) if place and has_tokenizer(place)]
         return complete_folder(
             staging,
-            ModelParts.of(config, tokenizers[0] if tokenizers else None),
+            config,
+            load_tokenizer(tokenizers[0]) if tokenizers else None,
             described,
             model_name=model_name or str(folder),
             source={
