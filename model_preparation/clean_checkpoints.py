@@ -1,4 +1,4 @@
-"""Command: remove from a folder of checkpoints what none of them needs (see checkpoint/base_store.py)."""
+"""Command: remove what no checkpoint of a folder needs (see checkpoint/base_store.py)."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ from model_preparation.command_line import CommandParser, default_folder, run
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
-Remove from a folder of checkpoints what none of them needs: folders NAME.partial of killed builds, and shards of bases
-in .base_shards that no checkpoint of format hf shares any more. Checkpoints are never touched, and neither are the
-folders and files of a running build.
+Remove what no checkpoint of a folder needs: folders NAME.partial of killed builds, and shards of bases in .base_shards
+that no checkpoint of format hf shares any more. Checkpoints are never touched, and neither are the folders and files of
+a running build.
 """
 
 EXAMPLES = """\

@@ -197,7 +197,7 @@ def clean_checkpoints(checkpoints: str | Path, *, dry_run: bool = False) -> Clea
         return Cleaned(abandoned, [], 0)
     with locked(root):
         used = _digests_in_use(folder)
-        removed = sorted(path for path in root.rglob("*.partial-*") if path.is_file())  # with the lock, nobody writes
+        removed = sorted(path for path in root.rglob("*.partial-*") if path.is_file())  # no build holds the lock
         for path in sorted(root.glob("*/*.safetensors")):
             known = read_record(record_of(path))
             if path.stat().st_nlink == 1 and (known is None or known.digest not in used):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from model_preparation.checkpoint.checkpoint_folder import finish_folder
 from model_preparation.checkpoint.checkpoint_info import FORMATS, INFO, check_format
-from model_preparation.checkpoint.graft import GraftParts, GraftPlan, check, empty_model, find_parts
+from model_preparation.checkpoint.graft import GraftParts, GraftPlan, check_parts, empty_model, find_parts
 from model_preparation.checkpoint.layer_store import LayerStore
 from model_preparation.checkpoint.model_configs import heads_of, read_generation_config
 from model_preparation.checkpoint.weights import GraftWeights
@@ -90,7 +90,7 @@ def build_checkpoint(
     def check_all(parts: GraftParts, weights: GraftWeights) -> _Checked:
         chosen = device if isinstance(device, str) else device()
         check_device(chosen)
-        checked = _Checked.of(check(parts, tokenizer=tokenizer, sources=sources), chosen)
+        checked = _Checked.of(check_parts(parts, tokenizer=tokenizer, sources=sources), chosen)
         show([*checked.graft.describe(), weights.describe()])
         return checked
 

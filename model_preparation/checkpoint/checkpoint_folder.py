@@ -58,7 +58,7 @@ _TEXT = """\
 
 Files
 {files}
-  tensor_digests.json   whose each tensor is, and its digest
+  tensor_digests.json   per tensor its origin and its digest
   checkpoint_info.json  layers, sources, digests, config: also the recipe to build it again
 {shared}
 {needs} Run the lines below with
@@ -75,7 +75,7 @@ _PT_FILES = """\
 
 _HF_FILES = """\
   *.safetensors         the weights ({size}), a file per layer
-  *.json, tokenizer*    their index, the configs, the tokenizer: what transformers reads beside them
+  *.json, tokenizer*    the index of these files, the configs, the tokenizer
   *.py                  the model's code, for transformers without our package"""
 
 _SHARED = """
@@ -154,7 +154,7 @@ def finish_folder(
     Args:
         info: what only the caller knows of checkpoint_info.json.
         format: "pt", "hf" or "both".
-        files: {"bytes", "sha256"} by name of files whose digests are known; the others are read.
+        files: {"bytes", "sha256"} by name of files with known digests; the others are read.
         tensors: tensor_digests.json: dtype, shape, origin and BLAKE3 of every tensor of the state dict.
         config: the model's.
         generation_config: its fields.
@@ -305,10 +305,10 @@ def _healed_digests(model: "LlambaForCausalLM", parent: Path) -> dict[str, dict[
 
 
 def readme_text(info: dict[str, Any]) -> str:
-    """README.txt for a checkpoint; it depends on the recipe alone, not on the folder's name nor on later scores.
+    """README.txt of a checkpoint. It follows from the recipe, not from the folder's name or later scores.
 
     Args:
-        info: its checkpoint_info.json, as far as it is known when this file is written.
+        info: its checkpoint_info.json; it need not be complete yet.
     """
     from model_preparation.llamba.transformers_versions import TESTED  # which imports transformers
 

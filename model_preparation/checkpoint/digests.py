@@ -201,7 +201,7 @@ def digest_of_layers(store: LayerStore, layers: Iterable[int]) -> dict[str, str]
 
 
 def digest_of_model(folder: Path) -> str:
-    """What decides on a model's answers beside its tokenizer: its config and its tensors; of a checkpoint too."""
+    """The digest of a model's or a checkpoint's config and tensors."""
     if (folder / INFO).is_file():
         return digest_of({"config": read_info(folder)["config"], "weights": digest_of_checkpoint(folder)})
     config = digests_of_files([folder / "config.json"])

@@ -1,7 +1,7 @@
 """What a graft is made of, whether its parts fit together, and the empty model for its tensors.
 
-`find_parts` needs neither torch nor transformers, so a build writes weights while those are imported. `check` needs
-both: it compares configs and shapes, finds the tokenizer, and returns a `GraftPlan`.
+`find_parts` needs neither torch nor transformers, so a build writes weights while those are imported. `check_parts`
+needs both: it compares configs and shapes, finds the tokenizer, and returns a `GraftPlan`.
 """
 
 import dataclasses
@@ -131,9 +131,9 @@ def plan(
     dtype: "torch.dtype | str | None" = None,
     sources: Mapping[str, str] | None = None,
 ) -> GraftPlan:
-    """`find_parts`, then `check`; their arguments."""
+    """`find_parts`, then `check_parts`; their arguments."""
     parts = find_parts(base_name, layers, llama_layers_dir, dtype=dtype, sources=sources)
-    return check(parts, tokenizer=tokenizer, sources=sources)
+    return check_parts(parts, tokenizer=tokenizer, sources=sources)
 
 
 def find_parts(
@@ -176,7 +176,7 @@ def find_base(name: str, sources: Mapping[str, str] | None) -> tuple[Source, int
     return base, total
 
 
-def check(
+def check_parts(
     parts: GraftParts,
     *,
     tokenizer: str | None = None,
@@ -222,7 +222,7 @@ def grafted_config(base: "LlambaConfig", donor: LayerStore, layers: Sequence[int
 
     fields = base.file_fields()
     fields.pop("_name_or_path", None)  # a path of this machine
-    fields.pop("auto_map", None)  # names files beside the base's config.json
+    fields.pop("auto_map", None)  # names files in the base's folder
     fields["architectures"] = [LlambaForCausalLM.__name__]
     fields["llama_layers"] = list(layers)
     fields["llama_cfg"] = {name: getattr(donor.config, name) for name in LLAMA_DEFAULTS}

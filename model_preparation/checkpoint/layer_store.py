@@ -52,7 +52,7 @@ class LayerStore:
     """A folder written by `extract_layers`.
 
     Args:
-        hint: the model that an error advises to extract; None if nobody knows.
+        hint: the model that an error advises to extract; None if it is unknown.
 
     Attributes:
         metadata: its metadata.json.
@@ -151,7 +151,7 @@ class LayerStore:
         return found
 
     def _again(self) -> str:
-        # model_name is what the user typed; quoting a damaged file's content back would help nobody.
+        # model_name is what the user typed; a damaged file's content would not help.
         metadata = getattr(self, "metadata", None)
         origin = {"model_name": "llama"} | (metadata if isinstance(metadata, dict) else {})
         # Names may have come from a stranger, and people paste commands.

@@ -236,7 +236,7 @@ def llamba_parts(
     """The Llamba's tensors under their full names: embedding, layer after layer, final norm and head.
 
     Args:
-        layer_of: index and tensors of a Llama's layer -> those of the Llamba's; `mamba_layer` by default.
+        layer_of: makes the tensors of a Llamba's layer from an index and a Llama's tensors; by default `mamba_layer`.
     """
     yield {"backbone.embedding.weight": files["model.embed_tokens.weight"].to(dtype)}
     for index in range(donor.num_hidden_layers):

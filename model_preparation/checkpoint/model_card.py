@@ -223,7 +223,7 @@ def _scores(info: Mapping[str, Any]) -> str:
         return "MMLU was not measured."
     return (
         f"MMLU {info['mmlu_score']:.4f}, as given by the author when the checkpoint was built. It was not measured by "
-        "this software, which therefore knows none of its settings."
+        "this software, so its settings are not known."
     )
 
 

@@ -91,7 +91,7 @@ def remark_on_code(directory: Path, listed: Mapping[str, dict]) -> str | None:
         return None
     return (
         f"The model's code in {directory} is not that of this model_preparation ({', '.join(odd)}). "
-        f"To put that in: python update_checkpoint.py {directory}"
+        f"To put this package's in: python update_checkpoint.py {directory}"
     )
 
 
@@ -127,7 +127,7 @@ def update_code(directory: str | Path) -> list[str]:
         remove_abandoned(folder.parent, only_for=folder)  # of a run that was killed; it may hold the folder itself
     if has_code(directory) and not (directory / INFO).exists():
         raise SurgeryError(
-            f"{directory} has no {INFO} (save_pretrained writes none), so nobody can tell whether its files are whole. "
+            f"{directory} has no {INFO} (save_pretrained writes none), so its files cannot be checked. "
             "Import model_preparation, load it by from_pretrained, and save it into a new folder: that puts this "
             "package's code there."
         )
@@ -142,7 +142,7 @@ def update_code(directory: str | Path) -> list[str]:
         )
     if faults := verify(directory, files_only=True).faults:
         raise SurgeryError(
-            f"{directory} is left as it is, because it is not what was built: {faults[0]}. "
+            f"{directory} is not changed, because it is not what was built: {faults[0]}. "
             "Copy or download it again, or build it again."
         )
     with contextlib.ExitStack() as held:
@@ -154,7 +154,7 @@ def update_code(directory: str | Path) -> list[str]:
                 _write_anew(staging, info, changed)
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise SurgeryError(
-                    f"{directory} is left as it is, because its {INFO} or {_CONFIG} is not what a build writes "
+                    f"{directory} is not changed, because its {INFO} or {_CONFIG} is not what a build writes "
                     f"({error!r:.200}). Build it again."
                 ) from error
             if read_info(directory) != info:

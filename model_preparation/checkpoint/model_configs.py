@@ -133,7 +133,7 @@ def _mamba_shapes(config: "LlambaConfig") -> dict[str, Shape]:
 
 
 def _config_fields(folder: Path) -> dict[str, Any]:
-    """The fields of config.json; of a multimodal model those of its text part."""
+    """The fields of config.json; for a multimodal model, of its text part."""
     path = folder / "config.json"
     try:
         fields = read_json(path)

@@ -143,7 +143,7 @@ def _donor_layers(folder: Path, info: Mapping[str, Any], sources: Mapping[str, s
 
 
 def _sha256_of_old_file(store: LayerStore, index: int) -> str:
-    """The SHA-256 of the file that the first versions made of these tensors, by torch.save."""
+    """The SHA-256 of the file that the first versions wrote for these tensors, by torch.save."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:

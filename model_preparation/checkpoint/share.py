@@ -47,6 +47,7 @@ _HF_ONLY = [
     "added_tokens.json",
     "chat_template*",
 ]
+_WHAT = ("auto", "pt", "hf", "recipe")
 _LOCAL_PATH = re.compile(r"(~([A-Za-z_]\w*)?|\.\.?|[A-Za-z]:)?[/\\]|file:")  # on any system
 
 
@@ -123,6 +124,9 @@ def plan_upload(
         SurgeryError: if the checkpoint is not complete, a file is missing, has another size or leads out of the
             folder, the format is not there, the licence is unknown, or its terms forbid the repository's name.
     """
+    for choice, known in ((hub, HUBS), (what, _WHAT)):
+        if choice not in known:
+            raise SurgeryError(f"{choice!r} cannot be chosen. Choose one of {', '.join(known)}.")
     directory = Path(directory).expanduser()
     info = read_info(directory)
     try:

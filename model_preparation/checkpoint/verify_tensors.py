@@ -19,6 +19,7 @@ from model_preparation.checkpoint.layer_store import METADATA, LayerStore
 from model_preparation.checkpoint.verify import Verification
 from model_preparation.command_line import default_folder
 from model_preparation.errors import SurgeryError
+from model_preparation.io.block_io import Advance
 from model_preparation.io.file_digests import FileDigests, read_digests
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.tensor_files import TensorFiles
@@ -27,8 +28,6 @@ from model_preparation.io.untrusted.untrusted_config import config_from
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 
 _CAST_NUMBERS = 1 << 22  # at a time
-
-Advance = Callable[[int], None]
 
 
 class TensorChecks:
@@ -154,7 +153,7 @@ class TensorChecks:
             return
         for index in self._info["replaced_layers"]:
             try:
-                store.check([index])  # so that the digests in its metadata.json are those of its files
+                store.check([index])  # only then do its files have the digests in metadata.json
             except SurgeryError as error:
                 self._found.fault(f"layer {index} of the donor", f"cannot be compared: {error}")
         self._compare_with("donor", store.folder, wanted, lambda advance: _donor_digests(store, wanted, advance))

@@ -108,13 +108,13 @@ class GraftWeights:
         """Size of what needs room of its own on the disk; at most that, unless `read_base`."""
         if read_base:
             self.prepare()
-        base_shards, grafted_shards = self._shards
         size_bytes = 0
         if self._has_pt:
             once = self._graft.weight_bytes
             shared = sum(tensor.place.size_bytes for tensor in self._siblings.values())
             size_bytes += once - shared if self._shares_extents else 2 * once
         if self._has_hf:
+            base_shards, grafted_shards = self._shards
             size_bytes += sum(shard.size_bytes for shard in grafted_shards)
             size_bytes += self._store.bytes_missing(base_shards, read_base=read_base)
         return size_bytes
@@ -131,7 +131,7 @@ class GraftWeights:
         size = decimal(self._bytes_to_write())
         if not self._has_hf:
             return f"to write   {size} in {MODULE} and {STATE_DICT}"
-        return f"to write   {size}; shards of the base that {STORE} beside the checkpoint holds are shared"
+        return f"to write   {size}; shards of the base in {STORE} are shared"
 
     def write(
         self, folder: Path, model: "Callable[[dict[str, Tensor]], LlambaForCausalLM]", advance: Advance
@@ -214,7 +214,7 @@ def _sibling_folders(checkpoints: Path) -> Iterator[Path]:
 def _tensors_in_siblings(
     graft: GraftParts, checkpoints: Path, base_files: Mapping[str, dict]
 ) -> dict[str, SiblingTensor]:
-    """By name in the grafted model, tensors of the base that checkpoints of the very same base files hold."""
+    """Tensors of the base, by name in the grafted model, in checkpoints built from the same base files."""
     from model_preparation.checkpoint.digests import read_tensor_digests, state_dict_ranges  # imports torch
 
     found: dict[str, SiblingTensor] = {}
