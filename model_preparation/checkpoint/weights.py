@@ -74,7 +74,7 @@ class GraftWeights:
         shards = [Shard(file, ranges, self._graft.dtype) for file, ranges in by_file.items()]
         return [s for s in shards if s.file not in grafted], [s for s in shards if s.file in grafted]
 
-    @property
+    @cached_property
     def has_siblings(self) -> bool:
         """Whether other checkpoints may hold tensors to share; to look into them imports torch."""
         return self._shares_extents and any(_sibling_folders(self._checkpoints))
