@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import ModelCard, constants
 from modelscope_hub import set_default_config
 
+from model_preparation import SurgeryError
 from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.checkpoint.share import share_checkpoint
 from model_preparation.hub import hub_uploads
@@ -157,6 +158,9 @@ def test_every_recorded_file_arrives_and_a_second_time_nothing_is_sent(client, h
     assert share_checkpoint(llama_checkpoint, repo=REPO, hub=which, private=True) == f"{hub.url}/{place}{REPO}"
     with pytest.raises(TypeError, match="licenze"):
         share_checkpoint(llama_checkpoint, repo=REPO, hub=which, licenze="llama3.1")
+    for choice in ({"hub": "githug"}, {"hub": which, "what": "githug"}):
+        with pytest.raises(SurgeryError, match="'githug' cannot be chosen"):
+            share_checkpoint(llama_checkpoint, repo=REPO, **choice)
     assert hub.sent()[sent:] == []
     assert len(repository.messages) == 1
 

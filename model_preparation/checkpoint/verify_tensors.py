@@ -3,6 +3,7 @@
 No tensor is in memory as a whole unless its dtype must be cast.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -218,23 +219,18 @@ def _donor_digests(store: LayerStore, wanted: Mapping[str, TensorDigest], advanc
     """
     found: dict[str, str | None] = {}
     places: dict[str, TensorRange | None] = {}
-    ranges: dict[int, dict[str, TensorRange]] = {}
-    numbers = {str(number): number for number in store.layers}
+    ranges_of = functools.cache(store.ranges)
+    indices = {str(index): index for index in store.layers}
     for name, digest in wanted.items():
-        index, _, inner = name.removeprefix("backbone.layers.").partition(".")
-        entry = store.layers.get(numbers.get(index, -1))
-        if entry is None:
-            found[name] = None
-            continue
+        number, _, inner = name.removeprefix("backbone.layers.").partition(".")
+        index = indices.get(number)
+        entry = {} if index is None else store.layers[index]
         recorded = entry.get("tensors")
         stored_as = f"torch.{entry.get('dtype')}"
         if isinstance(recorded, dict) and inner in recorded and stored_as == str(digest.dtype):
             found[name] = str(recorded[inner])
         else:
-            number = numbers[index]
-            if number not in ranges:
-                ranges[number] = store.ranges(number)
-            places[name] = ranges[number].get(inner)
+            places[name] = None if index is None else ranges_of(index).get(inner)
     return found | _digests_of(places, wanted, advance)
 
 
