@@ -240,8 +240,6 @@ def digest_of_checkpoint(folder: Path) -> str:
             return digest_of_ranges(state_dict_ranges(folder / STATE_DICT))
         except SurgeryError:  # views, or what cannot be loaded at all
             return digest_of(digests_of_files([folder / STATE_DICT]))
-    from model_preparation.llamba import LlambaForCausalLM
-
     ranges = TensorFiles(folder).ranges
     for tied, name in LlambaForCausalLM._tied_weights_keys.items():
         ranges.setdefault(tied, ranges[name])
