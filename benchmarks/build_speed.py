@@ -18,7 +18,7 @@ from random_models import IN_MEMORY, SHAPES, prepared
 
 IMPORTS = {
     "import torch": "import torch",
-    "all imports": "import gc; gc.set_threshold(100_000)\nimport model_preparation.checkpoint.trial",
+    "all imports": "import gc; gc.set_threshold(100_000)\nimport model_preparation.checkpoint.smoke_test",
 }
 BUILD_IN_MEMORY = """
 torch.save(grafted, out + "/model.pt")

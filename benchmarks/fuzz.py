@@ -279,7 +279,7 @@ def read_layers(work: Path) -> None:
 
 
 def read_checkpoint(work: Path) -> None:
-    from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
+    from model_preparation.checkpoint.load import load_checkpoint
 
     model, _ = load_checkpoint(work / "checkpoint")
     for parameter in model.parameters():
@@ -298,9 +298,9 @@ def touch(tensor) -> None:
 
 
 def verify(work: Path) -> None:
-    from model_preparation.checkpoint.verify import inspect
+    from model_preparation.checkpoint.verify import verify
 
-    found = inspect(work / "checkpoint", str(work / "base"), work / "layers")
+    found = verify(work / "checkpoint", str(work / "base"), work / "layers")
     if not found.faults:
         raise AssertionError("no fault was found in a damaged checkpoint")
 

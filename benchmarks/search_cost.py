@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from model_preparation.checkpoint.extract import extract_layers
 from model_preparation.checkpoint.graft import empty_model, grafted_config
-from model_preparation.checkpoint.layer_store import extract_layers
 from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.methods import Options

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from model_preparation.versions import __version__ as __version__
 
 if TYPE_CHECKING:
-    from model_preparation.checkpoint.checkpoint import build_checkpoint
-    from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
-    from model_preparation.checkpoint.layer_store import extract_layers
+    from model_preparation.checkpoint.build import build_checkpoint
+    from model_preparation.checkpoint.extract import extract_layers
+    from model_preparation.checkpoint.load import load_checkpoint
     from model_preparation.checkpoint.verify import verify_checkpoint
     from model_preparation.errors import SurgeryError
     from model_preparation.evaluation.compare.compare import compare_evaluations
@@ -29,13 +29,13 @@ _MODULE_OF = {
     "LlambaConfig": "model_preparation.llamba",
     "LlambaForCausalLM": "model_preparation.llamba",
     "SurgeryError": "model_preparation.errors",
-    "build_checkpoint": "model_preparation.checkpoint.checkpoint",
+    "build_checkpoint": "model_preparation.checkpoint.build",
     "compare_evaluations": "model_preparation.evaluation.compare.compare",
     "distill_llamba_base": "model_preparation.train.distill.distill",
     "evaluate_checkpoint": "model_preparation.evaluation.evaluate",
-    "extract_layers": "model_preparation.checkpoint.layer_store",
+    "extract_layers": "model_preparation.checkpoint.extract",
     "heal_checkpoint": "model_preparation.train.heal.heal",
-    "load_checkpoint": "model_preparation.checkpoint.checkpoint_loading",
+    "load_checkpoint": "model_preparation.checkpoint.load",
     "verify_checkpoint": "model_preparation.checkpoint.verify",
 }
 __all__ = [

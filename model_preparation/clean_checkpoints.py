@@ -1,4 +1,4 @@
-"""Command: remove from a folder of checkpoints what none needs (see checkpoint/store_folder.py and new_folder.py)."""
+"""Command: remove what no checkpoint of a folder needs (see checkpoint/base_store.py)."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ from model_preparation.command_line import CommandParser, default_folder, run
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
-Remove from a folder of checkpoints what none of them needs: folders NAME.partial of builds that were killed, and shards
-of bases in .base_shards that no checkpoint of format hf shares any more. Checkpoints themselves are never touched, nor
-is what a running build works in.
+Remove what no checkpoint of a folder needs: folders NAME.partial of killed builds, and shards of bases in .base_shards
+that no checkpoint of format hf shares any more. Checkpoints are never touched, and neither are the folders and files of
+a running build.
 """
 
 EXAMPLES = """\
@@ -32,20 +32,15 @@ def main() -> None:
 
     from rich.filesize import decimal
 
-    from model_preparation.checkpoint.store_folder import clean
-    from model_preparation.errors import SurgeryError
-    from model_preparation.io.complete_folder import remove_abandoned
+    from model_preparation.checkpoint.base_store import clean_checkpoints
 
     folder = args.dir.expanduser()
-    if not folder.is_dir():
-        raise SurgeryError(f"{folder} is no folder. Give the one that holds the checkpoints' folders with --dir.")
-    abandoned = remove_abandoned(folder, dry_run=args.dry_run)
-    cleaned = clean(folder, dry_run=args.dry_run)
-    for path in [*abandoned, *cleaned.paths]:
+    cleaned = clean_checkpoints(folder, dry_run=args.dry_run)
+    for path in [*cleaned.abandoned, *cleaned.paths]:
         print(escaped(str(path)))
     verb = "would be removed from" if args.dry_run else "removed from"
     print(
-        f"{len(abandoned)} folders of killed builds and {len(cleaned.paths)} stored files of "
+        f"{len(cleaned.abandoned)} folders of killed builds and {len(cleaned.paths)} stored files of "
         f"{decimal(cleaned.size_bytes)} {verb} {folder}"
     )
 

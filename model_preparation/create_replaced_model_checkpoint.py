@@ -1,10 +1,7 @@
-"""Command: a base and extracted layers -> a checkpoint folder (checkpoint/graft.py and checkpoint/checkpoint.py)."""
+"""Command: a base and extracted layers -> a checkpoint folder (checkpoint/build.py and rebuild.py)."""
 
-import argparse
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from model_preparation.command_line import (
     CommandParser,
@@ -19,9 +16,6 @@ from model_preparation.devices import choose_device
 from model_preparation.hub.sources import add_source_flag
 from model_preparation.terminal import escaped
 
-if TYPE_CHECKING:
-    from model_preparation.checkpoint.graft import GraftPlan
-
 EXAMPLES = """\
 examples:
   python create_replaced_model_checkpoint.py --layers 11 13 17 21 \\
@@ -30,7 +24,6 @@ examples:
   python create_replaced_model_checkpoint.py --base /models/my-llamba --layers 3 --output_dir ./grafted --dry_run
   python create_replaced_model_checkpoint.py --from_info checkpoint_info.json --output_dir ../model_checkpoints/again
 """
-
 
 _OF_THE_RECIPE = ("tokenizer", "description", "score", "dtype", "format")
 
@@ -47,8 +40,8 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--from_info",
         metavar="FILE",
-        help="build the checkpoint that this checkpoint_info.json describes, and confirm its digests; of the flags "
-        "below, only where things are, --device, --overwrite and --source count",
+        help="build the checkpoint that this checkpoint_info.json describes, and compare its digests; only flags that "
+        "say where things are, --device, --overwrite and --source count then",
     )
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="the checkpoint folder to write")
     parser.add_argument(
@@ -76,7 +69,7 @@ def make_parser() -> CommandParser:
         "--format",
         choices=("pt", "hf", "both"),
         help="pt: model.pt and model_state_dict.pt; hf: a folder that transformers and lm-eval open without this "
-        "package, its untouched layers shared with the checkpoints beside it (default: pt)",
+        "package; checkpoints in the same folder share their untouched layers (default: pt)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, write nothing")
@@ -96,64 +89,36 @@ def main() -> None:
             args, _OF_THE_RECIPE, "is the recipe's to say: leave it out, or use --layers instead of --from_info"
         )
 
-    from model_preparation.checkpoint import checkpoint
-    from model_preparation.checkpoint.graft_parts import find_parts
-    from model_preparation.io.complete_folder import check_target
-
     target = Path(args.output_dir).expanduser()
-    format = args.format or "pt"
-    check_target(target, overwrite=args.overwrite, marker_file=checkpoint.INFO)
     device = partial(choose_device, args.gpu, args.device)
+    where = {"device": device, "overwrite": args.overwrite, "sources": args.source}
     if args.from_info is not None:
-        rebuild(args.from_info, target, args, device)
-        return
-    parts = find_parts(
-        args.base or "unaligned_llamba", args.layers, args.llama_layers_dir, dtype=args.dtype, sources=args.source
-    )
-    how = {"tokenizer": args.tokenizer, "sources": args.source}
+        from model_preparation.checkpoint.rebuild import rebuild_checkpoint
 
-    def show(planned: "GraftPlan") -> None:
-        print("\n".join(map(escaped, planned.describe())))
-        print(checkpoint.describe_writing(planned, target, format))
+        notes = rebuild_checkpoint(args.from_info, target, args.llama_layers_dir, base=args.base, **where)
+        print(f"Every tensor is as {args.from_info} says.")
+        print("\n".join(notes or ["So is every other byte, but for the time of creation."]))
+    else:
+        from model_preparation.checkpoint.build import build_checkpoint
 
+        build_checkpoint(
+            args.base or "unaligned_llamba",
+            args.layers,
+            args.llama_layers_dir,
+            target,
+            tokenizer=args.tokenizer,
+            description=args.description or "",
+            score=args.score,
+            dtype=args.dtype,
+            format=args.format or "pt",
+            dry_run=args.dry_run,
+            show=lambda lines: print("\n".join(map(escaped, lines))),
+            **where,
+        )
     if args.dry_run:
-        from model_preparation.checkpoint import graft
-
-        device()
-        show(graft.check(parts, **how))
-        checkpoint.check_room(parts, target, format)
         print(f"Everything fits; nothing was written to {target} (--dry_run).")
-        return
-    checkpoint.write(
-        parts,
-        target,
-        **how,
-        show=show,
-        description=args.description or "",
-        score=args.score,
-        device=device,
-        format=format,
-        overwrite=args.overwrite,
-    )
-    print(f"Checkpoint is in {target}")
-
-
-def rebuild(recipe: str, target: Path, args: argparse.Namespace, device: Callable[[], str]) -> None:
-    """What the command does with --from_info."""
-    from model_preparation.checkpoint import recipe as recipes
-
-    notes = recipes.rebuild(
-        recipe,
-        target,
-        args.llama_layers_dir,
-        base=args.base,
-        device=device,
-        overwrite=args.overwrite,
-        sources=args.source,
-    )
-    print(f"Every tensor is as {recipe} says.")
-    print("\n".join(notes or ["So is every other byte, but for the time of creation."]))
-    print(f"Checkpoint is in {target}")
+    else:
+        print(f"Checkpoint is in {target}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Command: a donor model, or old files of its layers -> a folder of them (checkpoint/layer_store.py, legacy/)."""
+"""Command: a donor model, or old files of its layers -> a folder of them (checkpoint/extract.py, legacy/)."""
 
 from model_preparation.command_line import (
     CommandParser,
@@ -22,8 +22,8 @@ examples:
 
 def main() -> None:
     parser = CommandParser(
-        description="Write a model's decoder layers into one file each, with its tokenizer and everything a graft\n"
-        "needs to know of it. Works layer by layer, so memory for one layer is enough.",
+        description="Write a model's decoder layers into one file each, with its tokenizer and everything else that a\n"
+        "graft needs. Works layer by layer, so memory for one layer is enough.",
         epilog=EXAMPLES,
     )
     parser.add_argument(
@@ -72,7 +72,8 @@ def main() -> None:
 
     from rich.filesize import decimal
 
-    from model_preparation.checkpoint.layer_store import LayerStore, extract_layers
+    from model_preparation.checkpoint.extract import extract_layers
+    from model_preparation.checkpoint.layer_store import LayerStore
 
     options = {
         "layers": args.layers,

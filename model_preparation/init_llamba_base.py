@@ -8,7 +8,7 @@ from model_preparation.hub.sources import add_source_flag
 DESCRIPTION = """\
 Make a Llamba from any Llama, for donors no Llamba is published for. Embeddings, norms, MLPs and head are the donor's;
 each mixer starts from the attention's projections, as in Mamba in the Llama (arXiv 2408.15237) and MOHAWK (arXiv
-2408.10189). Nothing is trained: left as they are, a few such layers cost little, all of them give no sensible text.
+2408.10189). Nothing is trained: a few such layers cost little, but only such layers give no sensible text.
 """
 
 EXAMPLES = """\

@@ -1,11 +1,9 @@
-"""Command: a look inside a checkpoint, a state, layers, or any file of tensors (see inspection/)."""
+"""Command: a look inside a checkpoint, a state, layers, or any file of tensors (see checkpoint/inspect.py)."""
 
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 
 from model_preparation.command_line import CommandParser, run
-from model_preparation.hub.sources import TABLE, add_source_flag, resolve
+from model_preparation.hub.sources import add_source_flag
 from model_preparation.terminal import escaped
 
 EXAMPLES = """\
@@ -38,25 +36,14 @@ def main() -> None:
     add_source_flag(parser)
     args = parser.parse_args()
 
-    from model_preparation.checkpoint.inspection_report import compare, describe
+    from model_preparation.checkpoint.inspect import inspect_checkpoint, place_of
     from model_preparation.checkpoint.model_code import code_in, remark_on_code
 
     path = place_of(args.path, args.source)
-    lines = describe(path, args.keys, as_json=args.json)
-    if args.diff is not None:
-        lines = compare(path, place_of(args.diff, args.source), args.keys)
-    for line in lines:
+    for line in inspect_checkpoint(path, args.keys, diff=args.diff, as_json=args.json, sources=args.source):
         print(escaped(line))
     if path.is_dir() and (remark := remark_on_code(path, code_in(path))):
         print(f"note: {remark}", file=sys.stderr)
-
-
-def place_of(given: str, sources: Mapping[str, str]) -> Path:
-    """The path that was given, or the folder of the model that has this name."""
-    path = Path(given).expanduser()
-    if path.exists() or (given not in TABLE and ":" not in given):
-        return path
-    return resolve(given, overrides=sources).folder
 
 
 if __name__ == "__main__":

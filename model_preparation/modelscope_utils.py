@@ -1,13 +1,11 @@
 """Load a base or donor by name, as the checkpoint guide does: `get_model_modelscope("unaligned_llamba")`.
 
-In: anything `surgery.sources.resolve` takes. Out: the model, its tokenizer, and how its layers divide the width into
-heads. Works as `from modelscope_utils import ...` inside this folder and as `from model_preparation.modelscope_utils`.
+Works as `from modelscope_utils import ...` inside this folder and as `from model_preparation.modelscope_utils`.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model_preparation.checkpoint.model_configs import type_and_depth
+from model_preparation.checkpoint.model_configs import heads_of, type_and_depth
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import Source, has_tokenizer, resolve, tokenizer_name
 
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 def get_model_modelscope(
     name: str, device: "str | torch.device" = "cpu", dtype: "torch.dtype | str | None" = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, int, int]":
-    """Load a Llama or a Llamba, with its own tokenizer or else the one `sources.TABLE` gives for its name.
+    """Load a Llama or a Llamba, with its own tokenizer, else with the one that `sources.TABLE` has for its name.
 
     Args:
         name: a name of `sources.TABLE`, a folder, or a hub id.
@@ -31,26 +29,21 @@ def get_model_modelscope(
         heads and their width; for a Llamba the mixer's value heads and their width.
 
     Raises:
-        SurgeryError: if the files cannot be had, the model is neither kind, or no tokenizer belongs to it.
+        SurgeryError: if the model is missing or neither kind, or no tokenizer belongs to it.
     """
     from model_preparation.evaluation.other_models import load_folder  # imports torch and transformers
 
     source = resolve(name)
-    _check_type(source.folder)
+    model_type, _ = type_and_depth(source.folder)
+    if model_type not in ("llama", "llamba"):
+        raise SurgeryError(
+            f"{source.folder / 'config.json'} says model_type {model_type!r}, and only llama and llamba can be loaded "
+            "here. Give a Llama or a Llamba."
+        )
     tokenizer = _tokenizer(name, source)
     model = load_folder(source.folder, dtype)
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method's own signature
-    num_heads, head_dim = _heads(model.config)
-    return model, tokenizer, num_heads, head_dim
-
-
-def _check_type(folder: Path) -> None:
-    model_type, _ = type_and_depth(folder)
-    if model_type not in ("llama", "llamba"):
-        raise SurgeryError(
-            f"{folder / 'config.json'} says model_type {model_type!r}, and only llama and llamba can be loaded here. "
-            "Give a Llama or a Llamba."
-        )
+    return model, tokenizer, *heads_of(model.config)
 
 
 def _tokenizer(name: str, source: Source) -> "PreTrainedTokenizerBase":
@@ -62,10 +55,3 @@ def _tokenizer(name: str, source: Source) -> "PreTrainedTokenizerBase":
     if published_apart is None:
         raise SurgeryError(f"{source.folder} holds no tokenizer, and none is known for {name}. Copy one into it.")
     return load_tokenizer(resolve(published_apart, need="tokenizer").folder)
-
-
-def _heads(config) -> tuple[int, int]:
-    if config.model_type == "llama":
-        return config.num_attention_heads, config.head_dim
-    num_heads = config.ssm_cfg["n_v_heads"]
-    return num_heads, config.d_model * config.ssm_cfg["expand"] // num_heads

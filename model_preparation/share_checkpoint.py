@@ -8,8 +8,8 @@ from model_preparation.command_line import CommandParser, run
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
-Upload a checkpoint to ModelScope or Hugging Face, with a card (README.md) that tells its recipe, scores, licence and
-how to load it. Its files are verified first. Run again, the command sends only what is missing there.
+Upload a checkpoint to ModelScope or Hugging Face, with a card (README.md): its recipe, scores, licence and how to load
+it. Its files are verified first. Run again, the command sends only the files that are missing there.
 """
 
 EPILOG = """\
@@ -30,9 +30,9 @@ def main() -> None:
 
     from rich.filesize import decimal
 
-    from model_preparation.checkpoint.share import CARD, plan_share, upload_share
+    from model_preparation.checkpoint.share import CARD, plan_upload, upload
 
-    share = plan_share(
+    plan = plan_upload(
         args.checkpoint,
         repo=args.repo,
         hub=args.hub,
@@ -41,17 +41,17 @@ def main() -> None:
         licence=args.licence,
         card=args.card,
     )
-    sizes = share.sizes()
+    sizes = plan.sizes()
     for name, size_bytes in sizes.items():
         print(f"{decimal(size_bytes):>12}  {escaped(name)}")
-    print(f"{decimal(sum(sizes.values())):>12}  in {len(sizes)} files, under {share.licence}")
-    if share.left_out:
-        print(escaped(f"Not uploaded: {', '.join(share.left_out)}"))
+    print(f"{decimal(sum(sizes.values())):>12}  in {len(sizes)} files, under {plan.licence}")
+    if plan.left_out:
+        print(escaped(f"Not uploaded: {', '.join(plan.left_out)}"))
     if args.dry_run:
-        print(f"\n{share.texts[CARD].decode()}")
+        print(f"\n{plan.texts[CARD].decode()}")
         print(f"Nothing was uploaded to {args.repo} (--dry_run).")
         return
-    page = upload_share(share, private=args.private, message=args.message, verify=args.verify)
+    page = upload(plan, private=args.private, message=args.message, verify=args.verify)
     print(f"Checkpoint is at {page}")
 
 
@@ -68,8 +68,8 @@ def _parser() -> CommandParser:
         "--what",
         choices=("auto", "pt", "hf", "recipe"),
         default="auto",
-        help="the .pt files, the Hugging Face files, or the recipe alone, a few KB from which the same bytes are built "
-        "(default: auto, all files the checkpoint has)",
+        help="the .pt files, the Hugging Face files, or only the recipe, a few KB from which the same bytes are built "
+        "(default: auto, all files of the checkpoint)",
     )
     parser.add_argument("--private", action="store_true", help="make the repository private; a public one is refused")
     parser.add_argument("--revision", "--branch", metavar="NAME", help="the branch (default: the hub's default branch)")
@@ -79,7 +79,7 @@ def _parser() -> CommandParser:
         "--licence",
         "--license",
         metavar="ID",
-        help="the model's licence, such as llama3.1 or apache-2.0; needed where base and donor do not tell it",
+        help="the model's licence, such as llama3.1 or apache-2.0; needed where it does not follow from base and donor",
     )
     licence.add_argument("--card", type=Path, metavar="FILE", help="upload this as README.md in place of the card made")
     parser.add_argument("--dry_run", action="store_true", help="print files and card; write nothing and ask no hub")

@@ -1,4 +1,4 @@
-"""Command: this package's model code into checkpoints of format hf (see checkpoint/code_update.py)."""
+"""Command: this package's model code into checkpoints of format hf (see checkpoint/model_code.py)."""
 
 import os
 import sys
@@ -7,9 +7,9 @@ from pathlib import Path
 from model_preparation.command_line import CommandParser, run
 
 DESCRIPTION = """\
-A checkpoint of format hf carries the model's own code, so that transformers opens it without this package. This puts
-this package's code into checkpoints that were written with other code. The weights stay untouched. README.txt and the
-digests are brought up to date, and checkpoint_info.json records the change. A damaged checkpoint is left as it is.
+A checkpoint of format hf carries the model's own code, so that transformers opens it without this package. The command
+puts this package's code into checkpoints that were written with other code. The weights stay untouched. README.txt and
+the digests are brought up to date, and checkpoint_info.json records the change. A damaged checkpoint is not changed.
 Whenever the command is stopped, each folder is the old or the new one, whole.
 """
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="DIR", type=Path, help="a checkpoint's folder")
     args = parser.parse_args()
 
-    from model_preparation.checkpoint.code_update import update_code
+    from model_preparation.checkpoint.model_code import update_code
     from model_preparation.errors import SurgeryError
 
     failures, updated = [], 0

@@ -1,4 +1,4 @@
-"""Command: whether a checkpoint folder is what was built (see checkpoint/verify.py)."""
+"""Command: is a checkpoint folder what was built? (see checkpoint/verify.py)"""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ examples:
 
 def main() -> None:
     parser = CommandParser(
-        description="Check every file of a checkpoint against its digest, every tensor against its own, and what the\n"
-        "model's pickle names against the list of what is allowed. Nothing is written, no code is run.",
+        description="Compare every file and every tensor of a checkpoint with its digest, and check that the model's\n"
+        "pickle names nothing but what is allowed. Nothing is written, no code is run.",
         epilog=EXAMPLES,
     )
     parser.add_argument("checkpoint", metavar="DIR", type=Path, help="the checkpoint's folder")
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--llama_layers_dir",
         metavar="DIR",
-        help="also compare the replaced layers with these (default: extracted_llama_layers, if of the same source)",
+        help="also compare the replaced layers with these (default: extracted_llama_layers, if from the same source)",
     )
     parser.add_argument("--files_only", action="store_true", help="the files' digests only; finds any changed byte")
     add_source_flag(parser)
@@ -35,9 +35,9 @@ def main() -> None:
     if args.base is None:
         parser.refuse(args, ("source",), "belongs to --base, which is not given")
 
-    from model_preparation.checkpoint.verify import inspect
+    from model_preparation.checkpoint.verify import verify
 
-    found = inspect(args.checkpoint, args.base, args.llama_layers_dir, files_only=args.files_only, sources=args.source)
+    found = verify(args.checkpoint, args.base, args.llama_layers_dir, files_only=args.files_only, sources=args.source)
     for line in [*found.checks, *(f"note       {note}" for note in found.notes)]:
         print(escaped(line))
     for fault in found.faults:

@@ -421,12 +421,12 @@ def test_an_interrupt_lost_inside_a_destructor_still_stops_the_build(base_dir, l
     """Python drops what a signal handler raises inside __del__; the build must not end as if nothing had come."""
     script = (
         "import os, runpy, signal, sys\n"
-        "from model_preparation.checkpoint import checkpoint\n"
+        "from model_preparation.checkpoint import checkpoint_folder\n"
         "class Destroyed:\n"
         "    def __del__(self):\n"
         "        signal.raise_signal(signal.SIGINT)\n"
-        "with_checksum = checkpoint.with_checksum\n"
-        "checkpoint.with_checksum = lambda info: (Destroyed(), with_checksum(info))[1]\n"
+        "with_checksum = checkpoint_folder.with_checksum\n"
+        "checkpoint_folder.with_checksum = lambda info: (Destroyed(), with_checksum(info))[1]\n"
         "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     )
     command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base_dir, "--llama_layers_dir", layers_dir]

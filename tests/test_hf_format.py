@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import check_imports
 
 from model_preparation import SurgeryError, build_checkpoint, load_checkpoint
-from model_preparation.checkpoint.verify import inspect
+from model_preparation.checkpoint.verify import verify
 from model_preparation.io.digests import describe_file
 from model_preparation.io.folder_lock import take
 from model_preparation.io.self_checksum import with_checksum
@@ -440,7 +440,7 @@ def test_a_folder_with_other_code_is_told_and_brought_up_to_date(old_code, hf_di
     assert update["to"] == {name: e["sha256"] for name, e in info["files"].items() if name.endswith(".py")}
     assert info["files"] == json.loads((hf_dir / "checkpoint_info.json").read_text())["files"]
     assert {**info, "files": 0, "info_sha256": 0} == {**before, "files": 0, "info_sha256": 0}
-    found = inspect(old_code)
+    found = verify(old_code)
     assert not found.faults
     assert not [note for note in found.notes if "code" in note]
     assert run_command("inspect_checkpoint", old_code).stderr == ""
@@ -459,11 +459,11 @@ def test_a_folder_with_other_code_is_told_and_brought_up_to_date(old_code, hf_di
 def test_code_that_was_put_in_by_hand_is_no_fault_and_the_update_records_it(old_code):
     for name in ("mixer.py", "ssd.py"):
         replace(old_code / name, (PACKAGE / "llamba" / name).read_text())
-    found = inspect(old_code)
+    found = verify(old_code)
     assert not found.faults
     assert any("update_checkpoint.py" in note for note in found.notes)
     assert run_command("update_checkpoint", ".", cwd=old_code).returncode == 0
-    assert not inspect(old_code).notes[:-2]  # README.md and evaluations/ are the last
+    assert not verify(old_code).notes[:-2]  # README.md and evaluations/ are the last
     assert len(json.loads((old_code / "checkpoint_info.json").read_text())["code_updates"]) == 1
 
 

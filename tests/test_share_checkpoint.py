@@ -17,8 +17,10 @@ import torch
 from huggingface_hub import ModelCard, constants
 from modelscope_hub import set_default_config
 
-from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
-from model_preparation.hub import upload
+from model_preparation import SurgeryError
+from model_preparation.checkpoint.load import load_checkpoint
+from model_preparation.checkpoint.share import share_checkpoint
+from model_preparation.hub import hub_uploads
 from model_preparation.io.self_checksum import checksum_fault
 from tests.checkpoint.test_sources import NOBODY, Caches, FakeHub
 from tests.conftest import assert_refused, run_command
@@ -152,6 +154,13 @@ def test_every_recorded_file_arrives_and_a_second_time_nothing_is_sent(client, h
     second = share(llama_checkpoint, "--private", which=which)
     assert second.returncode == 0, second.stderr
     # ModelScope's client tries to make the repository at each upload; here there is none.
+    assert hub.sent()[sent:] == []
+    assert share_checkpoint(llama_checkpoint, repo=REPO, hub=which, private=True) == f"{hub.url}/{place}{REPO}"
+    with pytest.raises(TypeError, match="licenze"):
+        share_checkpoint(llama_checkpoint, repo=REPO, hub=which, licenze="llama3.1")
+    for choice in ({"hub": "githug"}, {"hub": which, "what": "githug"}):
+        with pytest.raises(SurgeryError, match="'githug' cannot be chosen"):
+            share_checkpoint(llama_checkpoint, repo=REPO, **choice)
     assert hub.sent()[sent:] == []
     assert len(repository.messages) == 1
 
@@ -373,7 +382,7 @@ def test_a_hub_out_of_reach_is_given_up_within_seconds(which, caches, llama_chec
     variable = {"modelscope": "MODELSCOPE_ENDPOINT", "huggingface": "HF_ENDPOINT"}[which]
     use(NOBODY, caches, monkeypatch)
     assert_refused(share(llama_checkpoint, which=which), f"({NOBODY}) cannot be reached", variable)
-    monkeypatch.setattr(upload, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(hub_uploads, "ANSWER_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:  # connections succeed, and that is all
         use(f"http://127.0.0.1:{mute.getsockname()[1]}", caches, monkeypatch)
         assert_refused(share(llama_checkpoint, which=which), "cannot be reached", variable)

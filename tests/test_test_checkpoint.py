@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
+from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_model
 from model_preparation.evaluation.questions import SUBJECTS

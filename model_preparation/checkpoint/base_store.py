@@ -1,31 +1,39 @@
-"""Shards of a base, kept beside the checkpoints made from it, so that its untouched layers are on the disk once.
+"""Shards of a base, kept in the folder of its checkpoints, so that untouched layers are on the disk once.
 
-In: the base's files, and a folder of checkpoints. Out: FOLDER/.base_shards/DIGEST/ with one safetensors file per layer
-of the base that some checkpoint needed, and in each checkpoint a reflink or hard link of it. DIGEST is of the BLAKE3
-of all the base's files and of the dtype, so another base, or the same one changed, has another folder. A base that has
-not changed is not read again to learn that: see known_digests.py. A store can be deleted at any time; no checkpoint
-needs it.
+FOLDER/.base_shards/DIGEST/ holds one safetensors file per layer of the base that some checkpoint needed. Each
+checkpoint has a reflink or hard link of it. DIGEST is of the dtype and the BLAKE3 of all the base's files, so another
+base, or a changed one, has another folder. An unchanged base is not read again: see known_digests.py. A store can be
+deleted at any time; no checkpoint needs it.
 """
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from model_preparation.checkpoint.store_folder import STORE, locked, record_of
+from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Advance
 from model_preparation.io.digests import describe_source_file
-from model_preparation.io.known_digests import KnownFile, examine, recall, remember
+from model_preparation.io.known_digests import KnownFile, examine, read_record, recall, remember
+from model_preparation.io.new_folder import remove_abandoned
 from model_preparation.io.progress import bar
 from model_preparation.io.shared_files import can_share, share_file
 from model_preparation.io.tensors.dtypes import DType
 from model_preparation.io.tensors.safetensors_writer import Shard
+from model_preparation.io.untrusted.untrusted_files import read_json, without_links
 
-_LAYOUT = 1  # of a shard's bytes: count on when names, order or header of what is in a shard change
-_BASE_DIGESTS = "base_files"  # what is remembered of the bases' own files
+STORE = ".base_shards"
+
+_LOCK = "lock"
+_LAYOUT = 1  # of a shard's bytes: add one when names, order or header change
+_BASE_DIGESTS = "base_files"  # digests of the bases' own files
 _NO_STORE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -45,26 +53,26 @@ class BaseStore:
 
     @property
     def base_files(self) -> dict[str, dict]:
-        """{"bytes", "blake3"} of the base's files by name; those that have changed since the last time are read."""
+        """{"bytes", "blake3"} of the base's files by name."""
         return {path.name: describe_source_file(path, known.digest) for path, (known, _) in self._examined.items()}
 
     def examine_base(self) -> None:
-        """Read what of the base has changed since the last time, for its digests."""
+        """Work out the base's digests; a file that has not changed since the last time is not read."""
         _ = self._examined
 
     def bytes_missing(self, shards: Iterable[Shard], *, read_base: bool) -> int:
-        """Size of those of the `shards` that are not stored yet.
+        """Size of the `shards` that are not stored yet.
 
         Args:
-            read_base: read the base if its digests are not known; without it, a base not known has nothing stored.
+            read_base: read the base if its digests are not known; without it, an unknown base has nothing stored.
         """
         known = read_base or all(recall(path, self._base_record(path)) for path in self._base_paths)
         return sum(shard.size_bytes for shard in shards if not known or self._stored(shard) is None)
 
     def provide(self, shard: Shard, target: Path, advance: Advance) -> tuple[dict, dict[str, str]]:
-        """Make the file `target` from the store, after putting the shard there if it is not there yet.
+        """Make the file `target` from the store, which gets the shard first if it lacks it.
 
-        Where nothing can be shared (no links, no locks, or a store of somebody else's), `target` is simply written.
+        Where nothing can be shared (no links, no locks, or somebody else's store), `target` is simply written.
 
         Returns:
             What `Shard.write` does.
@@ -94,7 +102,7 @@ class BaseStore:
 
     @cached_property
     def _examined(self) -> dict[Path, tuple[KnownFile, bool]]:
-        """Per file of the base what is known of it, and whether that is new and may be remembered."""
+        """Per file of the base: its digest, and whether that is new and may be remembered."""
         recalled = {path: recall(path, self._base_record(path)) for path in self._base_paths}
         found = {path: (known, False) for path, known in recalled.items() if known is not None}
         unknown = [path for path in self._base_paths if path not in found]
@@ -106,7 +114,7 @@ class BaseStore:
 
     @cached_property
     def _usable(self) -> bool:
-        """Whether files can be shared from here; if so, what was learnt of the base's files is recorded."""
+        """Whether files can be shared from here; if so, new digests of the base's files are recorded."""
         try:
             with locked(self._root):
                 if not can_share(self._root):
@@ -126,9 +134,9 @@ class BaseStore:
         return self._root / _BASE_DIGESTS / f"{place}.json"
 
     def _stored(self, shard: Shard) -> KnownFile | None:
-        """The stored shard, or None if it is not there or not as it was made.
+        """The stored shard, or None if it is missing or changed.
 
-        One that looks different was changed, or came with the folder: a stranger's record would fit a stranger's shard.
+        A shard with another header was not made here: a stranger's record would fit a stranger's shard.
         """
         path = self._folder / shard.file
         known = recall(path, record_of(path))
@@ -138,7 +146,7 @@ class BaseStore:
             return known if file.read(len(shard.header)) == shard.header else None
 
     def _make(self, shard: Shard, advance: Advance) -> KnownFile:
-        """Write the shard into the store, read-only: it is one file with all checkpoints that hold a hard link."""
+        """Write the shard into the store, read-only: checkpoints with a hard link of it share its bytes."""
         self._folder.mkdir(exist_ok=True)
         path = self._folder / shard.file
         partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
@@ -149,3 +157,104 @@ class BaseStore:
         finally:
             partial.unlink(missing_ok=True)
         return KnownFile.of(path, described["sha256"], tensors)
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What `clean_checkpoints` removed, or would remove.
+
+    Attributes:
+        abandoned: folders of killed builds.
+        paths: stored files.
+        size_bytes: of those files together.
+    """
+
+    abandoned: list[Path]
+    paths: list[Path]
+    size_bytes: int
+
+
+def clean_checkpoints(checkpoints: str | Path, *, dry_run: bool = False) -> Cleaned:
+    """Remove what no checkpoint of a folder needs: NAME.partial of killed builds, and unused shards of bases.
+
+    A shard is unused if no file is a link to it and no checkpoint lists its SHA-256. Folders and files that a running
+    build works in stay.
+
+    Args:
+        checkpoints: the folder that holds the checkpoints' folders.
+        dry_run: remove nothing, only return what would be removed.
+
+    Raises:
+        SurgeryError: if there is no such folder, or there is a link in the store or in its place.
+        OSError: if the store is somebody else's.
+    """
+    folder = Path(checkpoints).expanduser()
+    if not folder.is_dir():
+        raise SurgeryError(f"{folder} is no folder. Give the one that holds the checkpoints' folders with --dir.")
+    abandoned = remove_abandoned(folder, dry_run=dry_run)
+    root = without_links(folder / STORE)
+    if not root.is_dir():
+        return Cleaned(abandoned, [], 0)
+    with locked(root):
+        used = _digests_in_use(folder)
+        removed = sorted(path for path in root.rglob("*.partial-*") if path.is_file())  # no build holds the lock
+        for path in sorted(root.glob("*/*.safetensors")):
+            known = read_record(record_of(path))
+            if path.stat().st_nlink == 1 and (known is None or known.digest not in used):
+                removed.append(path)
+        cleaned = Cleaned(abandoned, removed, sum(path.stat().st_size for path in removed))
+        if not dry_run:
+            for path in removed:
+                path.unlink()
+                record_of(path).unlink(missing_ok=True)
+            for shards in {path.parent for path in removed}:
+                with contextlib.suppress(OSError):  # other shards are in it
+                    shards.rmdir()
+            if not list(root.glob("*/*.safetensors")):
+                shutil.rmtree(root)
+    return cleaned
+
+
+def _digests_in_use(checkpoints: Path) -> set[str]:
+    """The SHA-256 of every file that the checkpoints list."""
+    found = set()
+    for path in checkpoints.glob("*/checkpoint_info.json"):
+        # An unreadable description protects nothing: its checkpoint has files of its own, linked or cloned.
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError, SurgeryError):
+            found |= {entry["sha256"] for entry in read_json(path)["files"].values()}
+    return found
+
+
+def record_of(shard: Path) -> Path:
+    """The file with the digest of a stored shard."""
+    return shard.with_suffix(".json")
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Hold the store's lock. However the process ends, its lock ends too.
+
+    Raises:
+        SurgeryError: if there is a link in the store, or in its place.
+        OSError: if the folder cannot be written to, or its file system has no locks.
+    """
+    while True:
+        without_links(root)
+        root.mkdir(exist_ok=True)
+        try:
+            file = (root / _LOCK).open("a")
+        except FileNotFoundError:  # `clean` removed the store just now
+            continue
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file.fileno(), root / _LOCK):
+                yield
+                return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one at `path`: `clean` may have removed it while we waited for the lock."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,7 +1,4 @@
-"""What is in a checkpoint's folder, and checkpoint_info.json, which says so.
-
-In: a folder. Out: the fields of its checkpoint_info.json, checked as far as reading them needs.
-"""
+"""The files of a checkpoint's folder, and checkpoint_info.json, which lists and describes them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,16 +13,16 @@ from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.io.untrusted.untrusted_files import check_fields, read_json
 
 FORMAT_VERSION = 1
-FORMATS = {"pt": 2, "hf": 1, "both": 3}  # how many times the weights are in each
+FORMATS = {"pt": 2, "hf": 1, "both": 3}  # how many copies of the weights each has
 INFO = "checkpoint_info.json"
 MODULE = "model.pt"
 STATE_DICT = "model_state_dict.pt"
 README = "README.txt"
 TENSOR_DIGESTS = "tensor_digests.json"
 TOKENIZER = "tokenizer"
-EVALUATIONS = "evaluations"  # results, which come later and are no part of what was built
-HEALED = "healed"  # the origin, in tensor_digests.json, of what neither base nor donor gave
-EVALUATIONS_ASIDE = ".of-weights-"  # in the names of those that are of weights the checkpoint had before
+EVALUATIONS = "evaluations"  # results, which come after the build
+HEALED = "healed"  # in tensor_digests.json, the origin of trained tensors
+EVALUATIONS_ASIDE = ".of-weights-"  # in names of results that belong to earlier weights of the checkpoint
 
 _SCORE = (int, float, NoneType)
 _INFO_FIELDS = {
@@ -67,12 +64,12 @@ _INFO_FIELDS = {
 
 
 def formats_of(info: Mapping[str, Any]) -> set[str]:
-    """What a checkpoint's weights are stored as: "pt", "hf", or both."""
+    """The formats of a checkpoint's weights: "pt", "hf", or both."""
     return {"pt", "hf"} if info.get("format") == "both" else {str(info.get("format", "pt"))}
 
 
 def current_score(info: Mapping[str, Any], weights: str) -> float | None:
-    """The MMLU score in a checkpoint_info.json, unless it was measured on other weights than these.
+    """The MMLU score in a checkpoint_info.json; None if it was measured on other weights than these.
 
     Args:
         weights: as `digest_of_checkpoint` or `recorded_weights` gives it.
@@ -82,7 +79,7 @@ def current_score(info: Mapping[str, Any], weights: str) -> float | None:
 
 
 def check_format(format: str) -> None:
-    """Raise SurgeryError for what is no format of checkpoints."""
+    """Raise SurgeryError if there is no such format of checkpoints."""
     if format not in FORMATS:
         raise SurgeryError(f"{format!r} is not a format of checkpoints. Choose one of {', '.join(FORMATS)}.")
 
@@ -91,7 +88,7 @@ def read_info(directory: str | Path) -> dict[str, Any]:
     """checkpoint_info.json of a checkpoint folder.
 
     Raises:
-        SurgeryError: if the folder is not there, not complete, or of a format this version does not know.
+        SurgeryError: if the folder is missing or not complete, or this version does not know its format.
     """
     directory = Path(directory).expanduser()
     path = directory / INFO
@@ -120,7 +117,7 @@ def read_info_file(path: Path) -> dict[str, Any]:
     """A checkpoint_info.json, which may be outside a checkpoint.
 
     Raises:
-        SurgeryError: if it cannot be read, or is of a format this version does not know.
+        SurgeryError: if it cannot be read, or this version does not know its format.
     """
     try:
         info = read_json(path)

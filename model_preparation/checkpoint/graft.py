@@ -1,41 +1,107 @@
-"""What a graft will be, checked before it is put in place, and the model it makes.
+"""What a graft is made of, whether its parts fit together, and the empty model for its tensors.
 
-In: `GraftParts`, or the names they are found by. Out: a `GraftPlan`: the parts, and the model that they are made into.
+`find_parts` needs neither torch nor transformers, so a build writes weights while those are imported. `check_parts`
+needs both: it compares configs and shapes, finds the tokenizer, and returns a `GraftPlan`.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.filesize import decimal
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from model_preparation.checkpoint.graft_parts import GraftParts, find_parts
-from model_preparation.checkpoint.layer_store import LayerStore
-from model_preparation.checkpoint.model_configs import heads_of, layer_shapes, read_config
+from model_preparation.checkpoint.layer_store import LayerStore, check_range, sorted_layers
+from model_preparation.checkpoint.model_configs import (
+    heads_of,
+    layer_shapes,
+    read_config,
+    ties_embeddings,
+    type_and_depth,
+)
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.sources import Source, has_tokenizer, resolve, tokenizer_name
-from model_preparation.io.tensors.dtypes import DType
-from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
-from model_preparation.llamba import LlambaForCausalLM
-from model_preparation.llamba.configuration_llamba import LLAMA_DEFAULTS, LlambaConfig
+from model_preparation.hub.sources import Source, donor_name, has_tokenizer, resolve, tokenizer_name
+from model_preparation.io.tensors.dtypes import DType, float_dtype
+from model_preparation.io.tensors.tensor_files import TensorFiles
+from model_preparation.io.tensors.tensor_ranges import TensorRange
+
+if TYPE_CHECKING:
+    import torch
+
+    from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
+
+
+@dataclass(frozen=True)
+class GraftParts:
+    """The parts of a graft.
+
+    Attributes:
+        base_name: what the user called the base.
+        base: where it is.
+        files: its weights.
+        donor: the extracted layers.
+        layers: the indices taken from the donor, sorted.
+        dtype: of every parameter.
+    """
+
+    base_name: str
+    base: Source
+    files: TensorFiles
+    donor: LayerStore
+    layers: list[int]
+    dtype: DType
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """What the names of the donor's tensors begin with, per layer."""
+        return tuple(f"backbone.layers.{index}." for index in self.layers)
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorRange]:
+        """Where every parameter of the grafted model lies, by its name there. Layer 2 comes before layer 10.
+
+        Raises:
+            SurgeryError: if a layer's file is missing or damaged.
+        """
+        found = {name: place for name, place in self.files.ranges.items() if not name.startswith(self.replaced)}
+        if ties_embeddings(self.base.folder):
+            found.pop("lm_head.weight", None)  # the embedding is the head
+        for prefix, index in zip(self.replaced, self.layers, strict=True):
+            found |= {prefix + name: place for name, place in self.donor.ranges(index).items()}
+        return {name: found[name] for name in sorted(found, key=_in_order)}
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the model; tied ones are counted once."""
+        return sum(place.numel for place in self.tensors.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weights, written once."""
+        return self.parameters * self.dtype.itemsize
+
+    @property
+    def base_paths(self) -> list[Path]:
+        """The files that determine the base: its config, its weights, their index."""
+        return [self.base.folder / "config.json", *self.files.paths()]
 
 
 @dataclass(frozen=True)
 class GraftPlan(GraftParts):
-    """A graft that can be done: all checks have passed.
+    """A graft that passed all checks.
 
     Attributes:
         config: the grafted model's.
-        casts: what changes its dtype on the way, in words; empty if nothing does.
+        casts: in words, which tensors change their dtype; empty if none does.
         tokenizer: the folder the tokenizer is taken from.
-        tokenizer_of: in words, whose it is.
-        tokenizer_source: its `Source.as_dict()`, if it is neither the base's nor the donor's.
+        tokenizer_of: in words, who the tokenizer comes from.
+        tokenizer_source: its `Source.as_dict()`, if it comes neither from the base nor from the donor.
     """
 
-    config: LlambaConfig
+    config: "LlambaConfig"
     casts: list[str]
     tokenizer: Path
     tokenizer_of: str
@@ -62,21 +128,61 @@ def plan(
     llama_layers_dir: str | Path | LayerStore,
     *,
     tokenizer: str | None = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: "torch.dtype | str | None" = None,
     sources: Mapping[str, str] | None = None,
 ) -> GraftPlan:
-    """`find_parts`, then `check`; their arguments."""
+    """`find_parts`, then `check_parts`; their arguments."""
     parts = find_parts(base_name, layers, llama_layers_dir, dtype=dtype, sources=sources)
-    return check(parts, tokenizer=tokenizer, sources=sources)
+    return check_parts(parts, tokenizer=tokenizer, sources=sources)
 
 
-def check(
+def find_parts(
+    base_name: str,
+    layers: Sequence[int],
+    llama_layers_dir: str | Path | LayerStore,
+    *,
+    dtype: "DType | torch.dtype | str | None" = None,
+    sources: Mapping[str, str] | None = None,
+) -> GraftParts:
+    """Find base and donor.
+
+    Args:
+        base_name: a name, folder or hub id of a Llamba, as `sources.resolve` takes it.
+        layers: indices, in any order, each once.
+        llama_layers_dir: a folder written by `extract_layers`, or an open store.
+        dtype: of the whole model; by default the base's.
+        sources: targets by name, as `resolve(overrides=...)` takes them.
+
+    Raises:
+        SurgeryError: if base or donor is missing or cannot be read, the base is no Llamba, or a layer is out of range.
+    """
+    layers = sorted_layers(layers)
+    wanted = float_dtype(dtype)
+    donor = llama_layers_dir
+    if not isinstance(donor, LayerStore):
+        donor = LayerStore(donor, hint=donor_name(base_name, sources))
+    base, total = find_base(base_name, sources)
+    check_range(layers, total, str(base.folder))
+    files = TensorFiles(base.folder)
+    return GraftParts(base_name, base, files, donor, layers, wanted or files.dtype())
+
+
+def find_base(name: str, sources: Mapping[str, str] | None) -> tuple[Source, int]:
+    """Where a base is, and how many layers it has; raises SurgeryError if it is missing or no Llamba."""
+    base = resolve(name, overrides=sources)
+    model_type, total = type_and_depth(base.folder)
+    if model_type != "llamba":
+        raise SurgeryError(f"{base.folder} is a {model_type} model. The base must be a Llamba.")
+    return base, total
+
+
+def check_parts(
     parts: GraftParts,
     *,
     tokenizer: str | None = None,
     sources: Mapping[str, str] | None = None,
 ) -> GraftPlan:
-    """Check that the donor's layers fit the base, file by file, and say what will be done.
+    """Check that the donor's layers fit the base, file by file.
 
     Args:
         parts: from `find_parts`.
@@ -86,17 +192,17 @@ def check(
     Raises:
         SurgeryError: for anything that would make the graft fail or be wrong.
     """
-    base, donor, layers = parts.base, parts.donor, parts.layers
-    base_config = read_config(base.folder)
+    from model_preparation.llamba import LlambaConfig
+
+    base_config = read_config(parts.base.folder)
     assert isinstance(base_config, LlambaConfig)  # by its model_type
     if base_config.llama_layers:
-        raise SurgeryError(f"{base.folder} has grafted layers already. Start from a base without any.")
-    _check_donor(base_config, donor)
-    donor.check(layers)
-
-    config = grafted_config(base_config, donor, layers)
+        raise SurgeryError(f"{parts.base.folder} has grafted layers already. Start from a base without any.")
+    _check_donor(base_config, parts.donor)
+    parts.donor.check(parts.layers)
+    config = grafted_config(base_config, parts.donor, parts.layers)
     casts = _check_tensors(parts, config)
-    tokenizer_folder, tokenizer_of, other = _find_tokenizer(tokenizer, parts.base_name, base, donor, sources)
+    tokenizer_folder, tokenizer_of, other = _find_tokenizer(parts, tokenizer, sources)
     config.dtype = parts.dtype.torch
     return GraftPlan(
         **{field.name: getattr(parts, field.name) for field in dataclasses.fields(GraftParts)},
@@ -108,11 +214,15 @@ def check(
     )
 
 
-def grafted_config(base: LlambaConfig, donor: LayerStore, layers: Sequence[int]) -> LlambaConfig:
+def grafted_config(base: "LlambaConfig", donor: LayerStore, layers: Sequence[int]) -> "LlambaConfig":
     """The base's config with `layers` marked as the donor's, and the settings of the donor's attention."""
+    from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
+    from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
+    from model_preparation.llamba.configuration_llamba import LLAMA_DEFAULTS
+
     fields = base.file_fields()
     fields.pop("_name_or_path", None)  # a path of this machine
-    fields.pop("auto_map", None)  # names files beside the base's config.json
+    fields.pop("auto_map", None)  # names files in the base's folder
     fields["architectures"] = [LlambaForCausalLM.__name__]
     fields["llama_layers"] = list(layers)
     fields["llama_cfg"] = {name: getattr(donor.config, name) for name in LLAMA_DEFAULTS}
@@ -122,8 +232,14 @@ def grafted_config(base: LlambaConfig, donor: LayerStore, layers: Sequence[int])
         return LlambaConfig.from_dict(fields)
 
 
-def empty_model(config: LlambaConfig) -> LlambaForCausalLM:
+def empty_model(config: "LlambaConfig") -> "LlambaForCausalLM":
     """The model without memory for its parameters (meta device); its few buffers are real, on the CPU."""
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
+    from model_preparation.llamba import LlambaForCausalLM
+
     # The device is of this thread only, unlike accelerate's init_empty_weights.
     with torch.device("meta"), refusing_impossible_models():
         model = LlambaForCausalLM(config)
@@ -133,11 +249,10 @@ def empty_model(config: LlambaConfig) -> LlambaForCausalLM:
     return model.eval()
 
 
-def _check_donor(base: LlambaConfig, donor: LayerStore) -> None:
-    """Compare the two configs: kind, depth, width, vocabulary. Heads and MLPs a grafted layer brings itself."""
+def _check_donor(base: "LlambaConfig", donor: LayerStore) -> None:
+    """Compare kind, depth, width and vocabulary. A grafted layer brings its own heads and MLP."""
+    donor.check_is_llama()
     config = donor.config
-    if config.model_type != "llama":
-        raise SurgeryError(f"{donor.folder} holds layers of a {config.model_type} model. The donor must be a Llama.")
     numbers = [
         ("layers", config.num_hidden_layers, (base.n_layer,)),
         ("width (hidden_size)", config.hidden_size, (base.d_model,)),
@@ -151,53 +266,51 @@ def _check_donor(base: LlambaConfig, donor: LayerStore) -> None:
             )
 
 
-def _check_tensors(parts: GraftParts, config: LlambaConfig) -> list[str]:
+def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
     """Compare every tensor's shape with what the grafted config asks for; returns the casts, in words."""
     files, donor = parts.files, parts.donor
     donor_dtypes: set[DType] = set()
-    wanted_of_donor = layer_shapes(donor.config)
+    wanted = layer_shapes(donor.config)
     for index in parts.layers:
         ranges = donor.ranges(index)
         donor_dtypes |= {place.dtype for place in ranges.values()}
         found = {name: place.shape for name, place in ranges.items()}
-        if found != wanted_of_donor:
-            odd = sorted(
-                name for name in found.keys() | wanted_of_donor if found.get(name) != wanted_of_donor.get(name)
-            )
+        if odd := sorted(name for name in found.keys() | wanted if found.get(name) != wanted.get(name)):
             raise SurgeryError(
                 f"{donor.path(index)} does not hold the layer its metadata.json describes ({', '.join(odd[:3])}). "
                 "Extract the layers again."
             )
     base_dtypes: set[DType] = set()
-    replaced = tuple(f"backbone.layers.{index}." for index in parts.layers)
     parameters = dict(empty_model(config).named_parameters())  # tied ones once
     for name in parts.tensors:
         if name not in parameters:
             raise SurgeryError(f"{files.folder} holds {name}, for which a Llamba of its config.json has no place.")
     for name, parameter in parameters.items():
-        if name.startswith(replaced):
-            continue
-        files.require(name, parameter.shape)
-        base_dtypes.add(files.ranges[name].dtype)
+        if not name.startswith(parts.replaced):
+            files.require(name, parameter.shape)
+            base_dtypes.add(files.ranges[name].dtype)
     casts = []
-    for whose, found_dtypes in (("the base", base_dtypes), ("the donor's layers", donor_dtypes)):
-        names = ", ".join(sorted(other.name for other in found_dtypes - {parts.dtype}))
-        if names:
-            casts.append(f"{whose} cast from {names}")
+    for which, found_dtypes in (("the base", base_dtypes), ("the donor's layers", donor_dtypes)):
+        if names := ", ".join(sorted(other.name for other in found_dtypes - {parts.dtype})):
+            casts.append(f"{which} cast from {names}")
     return casts
 
 
 def _find_tokenizer(
-    asked: str | None, base_name: str, base: Source, donor: LayerStore, sources: Mapping[str, str] | None
+    parts: GraftParts, asked: str | None, sources: Mapping[str, str] | None
 ) -> tuple[Path, str, Source | None]:
-    """(folder, whose it is in words, where it comes from if that is neither the base nor the donor)."""
-    if asked is None and has_tokenizer(base.folder):
-        return base.folder, "the base's", None
-    if asked is None and has_tokenizer(donor.tokenizer):
-        return donor.tokenizer, "the donor's", None
-    if name := asked or tokenizer_name(base_name):
+    """(folder, its owner in words, its source if that is neither the base nor the donor)."""
+    if asked is None and has_tokenizer(parts.base.folder):
+        return parts.base.folder, "the base's", None
+    if asked is None and has_tokenizer(parts.donor.tokenizer):
+        return parts.donor.tokenizer, "the donor's", None
+    if name := asked or tokenizer_name(parts.base_name):
         source = resolve(name, need="tokenizer", overrides=sources)
         return source.folder, "as asked" if asked else name, source
     raise SurgeryError(
-        f"Neither {base.folder} nor {donor.folder} has a tokenizer. Name one with --tokenizer NAME|PATH."
+        f"Neither {parts.base.folder} nor {parts.donor.folder} has a tokenizer. Name one with --tokenizer NAME|PATH."
     )
+
+
+def _in_order(name: str) -> str:
+    return re.sub(r"\d+", lambda number: number[0].zfill(9), name)

@@ -1,55 +1,38 @@
-"""Layers of a model in files of their own: extracted_llama_layers/.
+"""Layers of a donor: extracted into files of their own, or in the donor's own files.
 
-In: a Llama (the donor) or a Llamba, as a model folder. Out: layer_NN.pt, each a plain dict of tensors; the donor's
-tokenizer; rotary_emb.pt; metadata.json with where all of it came from and every file's SHA-256. A few blocks are in
-memory at a time, and the model is never built. `LayerStore` reads such a folder and trusts no byte it has not checked.
+`LayerStore` reads a folder that extract.py wrote and checks every byte before it is trusted. `ModelLayers` gives the
+same from a Llama's folder, for plans that write nothing. `LlamaFiles` gives a Llama's tensors the names they have in
+LlamaForCausalLM, whichever class they were saved from.
 """
 
-import json
 import operator
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from model_preparation.checkpoint.llama_files import LlamaFiles
-from model_preparation.checkpoint.model_configs import (
-    config_from_dict,
-    heads_of,
-    layer_shapes,
-    read_config,
-    read_generation_config,
-    type_and_depth,
-)
+from model_preparation.checkpoint.model_configs import config_from_dict, layer_shapes, read_config
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.sources import check_recorded, has_tokenizer, resolve
-from model_preparation.io.background_tasks import BackgroundTasks
-from model_preparation.io.block_io import Advance
-from model_preparation.io.complete_folder import check_space, check_target, new_folder
-from model_preparation.io.digests import FILE_FIELDS, describe_files, fault_of
+from model_preparation.hub.sources import Source, check_recorded
+from model_preparation.io.digests import FILE_FIELDS, fault_of
 from model_preparation.io.progress import bar
-from model_preparation.io.tensors.dtypes import DType, float_dtype
 from model_preparation.io.tensors.pt_dict import dict_ranges
-from model_preparation.io.tensors.pt_writer import write_dict, write_together
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import TensorRange
-from model_preparation.io.untrusted.not_a_model import what_it_is
+from model_preparation.io.untrusted.no_model import what_it_is
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json, regular_file
-from model_preparation.versions import creation_time, versions
 
-# torch and transformers are imported where they are used: seconds that writing does not wait for.
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig
 
 FORMAT_VERSION = 1
 METADATA = "metadata.json"
 ROTARY = "rotary_emb.pt"
 TOKENIZER = "tokenizer"
+HEAD = "lm_head.weight"
 
 _METADATA_FIELDS = {
     "model_name": str,
@@ -59,195 +42,17 @@ _METADATA_FIELDS = {
     "layers": dict,
     "files": dict,
 }
-_LAYERS_AT_ONCE = 2  # each is hashed by one core
-_LAYER_PREFIX = {"llama": "model.layers", "llamba": "backbone.layers"}
-
-
-def extract_layers(
-    model_name: str,
-    output_dir: str | Path,
-    *,
-    layers: Sequence[int] | None = None,
-    dtype: "torch.dtype | str | None" = None,
-    overwrite: bool = False,
-    sources: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """Write the layers of a model into `output_dir` and return its metadata.
-
-    Args:
-        model_name: a name, folder or hub id, as `sources.resolve` takes it; a Llama or a Llamba.
-        output_dir: the folder to make; it appears whole or not at all.
-        layers: indices to extract; all by default.
-        dtype: cast floating-point tensors to it; by default each keeps its own.
-        overwrite: replace a complete folder that is there.
-        sources: targets by name, as `resolve(overrides=...)` takes them.
-
-    Raises:
-        SurgeryError: for a model that cannot be had or is neither kind, a layer out of range or with tensors missing or
-            of the wrong shape, a target that is taken or not writable, too little space on the disk.
-    """
-    target = Path(output_dir).expanduser()
-    cast_to = float_dtype(dtype)
-    check_target(target, overwrite=overwrite, marker_file=METADATA)
-    source = resolve(model_name, overrides=sources)
-    model_type, total = type_and_depth(source.folder)
-    if model_type not in _LAYER_PREFIX:
-        raise SurgeryError(f"{source.folder} is a {model_type} model. Layers can be taken from a Llama or a Llamba.")
-    chosen = sorted_layers(range(total) if layers is None else layers)
-    check_range(chosen, total, str(source.folder))
-    files = LlamaFiles(source.folder) if model_type == "llama" else TensorFiles(source.folder)
-    prefixes = {index: f"{_LAYER_PREFIX[model_type]}.{index}." for index in chosen}
-    item_bytes = None if cast_to is None else cast_to.itemsize
-    check_space(target, _bytes_of(files, tuple(prefixes.values()), item_bytes) + 50_000_000)
-
-    with new_folder(target, overwrite=overwrite, marker_file=METADATA) as staging:
-        with BackgroundTasks(1 + _LAYERS_AT_ONCE) as tasks:
-
-            def go_on(_size_bytes: int) -> None:
-                tasks.check()
-                tasks.raise_failure()
-
-            # Importing torch and transformers takes as long as writing some GB: the config is checked meanwhile.
-            checking = tasks.start(_checked_parts, source.folder, files, prefixes)
-            writing = {}
-            for index, prefix in prefixes.items():
-                ranges = {
-                    name.removeprefix(prefix): place
-                    for name, place in files.ranges.items()
-                    # old Llama files repeat inv_freq in every layer
-                    if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")
-                }
-                if ranges:
-                    path = staging / layer_file(index)
-                    writing[str(index)] = tasks.start(write_layer, path, ranges, cast_to, go_on)
-            described = {}
-            with bar(f"Extracting {model_name}", len(writing)) as advance:
-                for number, layer in writing.items():
-                    described[number] = layer.result()
-                    advance(1)
-            parts = checking.result()
-        return complete_folder(
-            staging,
-            parts,
-            described,
-            model_name=model_name,
-            source=source.as_dict(),
-            generation_config=read_generation_config(source.folder),
-        )
-
-
-def _checked_parts(folder: Path, files: TensorFiles, prefixes: Mapping[int, str]) -> "ModelParts":
-    """What goes beside the layers; raises SurgeryError if the config is none, or asks for other tensors in a layer."""
-    config = read_config(folder)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    for index, prefix in prefixes.items():
-        for name, shape in layer_shapes(config, kinds[index]).items():
-            files.require(prefix + name, shape)
-    return ModelParts.of(config, folder if has_tokenizer(folder) else None)
-
-
-@dataclass(frozen=True)
-class ModelParts:
-    """What a folder of layers has of their model besides the layers.
-
-    Attributes:
-        config: the model's.
-        tokenizer: the model's, if there is one.
-        rotary: what rotary_emb.pt will hold, of a Llama.
-    """
-
-    config: "PreTrainedConfig"
-    tokenizer: "PreTrainedTokenizerBase | None"
-    rotary: dict[str, Any] | None
-
-    @classmethod
-    def of(cls, config: "PreTrainedConfig", tokenizer: Path | None) -> "ModelParts":
-        """Read the tokenizer from its folder, if there is one, and work out the rest."""
-        from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
-
-        loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-        if config.model_type != "llama":
-            return cls(config, loaded, None)
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-        from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
-
-        with refusing_impossible_models():
-            rotary = LlamaRotaryEmbedding(config)
-        return cls(config, loaded, {"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling})
-
-
-def complete_folder(
-    staging: Path,
-    parts: ModelParts,
-    described: Mapping[str, dict[str, Any]],
-    *,
-    model_name: str,
-    source: Mapping[str, Any],
-    generation_config: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Put what belongs beside the layers into `staging`, metadata.json last; returns the metadata.
-
-    Args:
-        parts: of the model the layers come from.
-        described: by the layers' indices, as text, what `write_layer` returned.
-        model_name: what the user called the model.
-        source: where it came from, as `Source.as_dict` says it.
-        generation_config: the fields of its generation_config.json, if there is one.
-    """
-    config = parts.config
-    if parts.rotary is not None:
-        write_together([staging / ROTARY], {}, lambda _: [parts.rotary])  # torch.save tells no full disk as OSError
-    if parts.tokenizer is not None:
-        parts.tokenizer.save_pretrained(staging / TOKENIZER)
-    num_heads, head_dim = heads_of(config)
-    metadata = {
-        "format_version": FORMAT_VERSION,
-        "model_name": model_name,
-        "source": source,
-        "config": config.to_dict(),
-        "generation_config": generation_config,
-        "total_layers": config.num_hidden_layers,
-        "num_heads": num_heads,
-        "head_dim": head_dim,
-        "dtype": next(iter(described.values()))["dtype"],
-        "layers": described,
-        "files": describe_files(staging, excluded={entry["file"] for entry in described.values()}),
-        "extraction_time": creation_time(),
-        "versions": versions(),
-    }
-    (staging / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
-    return metadata
-
-
-def write_layer(
-    path: Path,
-    ranges: Mapping[str, TensorRange],
-    dtype: DType | None,
-    advance: Advance = lambda size_bytes: None,
-) -> dict[str, Any]:
-    """Write one layer's tensors, cast to `dtype` if it is given; returns the layer's entry in metadata.json.
-
-    Args:
-        advance: told the bytes of every piece written; may raise.
-    """
-    written = write_dict(path, {name: place.cast(dtype) for name, place in ranges.items()}, advance)
-    largest = max(ranges.values(), key=lambda place: place.numel)
-    return {
-        "file": path.name,
-        "parameters": sum(place.numel for place in ranges.values()),
-        "dtype": (dtype or largest.dtype).name,
-        "keys": sorted(ranges),
-        **written.files[path],
-        "tensors": written.blake3,
-    }
+_PREFIX = "model."
+# Prefixes of other classes: LlamaModel, LLaVA as it is published, today's multimodal models, SmolVLM.
+_OTHER_PREFIXES = ("", "language_model.model.", "model.language_model.", "model.text_model.", "language_model.")
+_OTHER_HEAD = f"language_model.{HEAD}"
 
 
 class LayerStore:
     """A folder written by `extract_layers`.
 
     Args:
-        hint: the model that an error advises to extract; None if nobody knows.
+        hint: the model that an error advises to extract; None if it is unknown.
 
     Attributes:
         metadata: its metadata.json.
@@ -299,6 +104,13 @@ class LayerStore:
         """Where the donor's tokenizer is, if it has one."""
         return self.folder / TOKENIZER
 
+    def check_is_llama(self) -> None:
+        """Raise SurgeryError unless the layers are a Llama's."""
+        if self.config.model_type != "llama":
+            raise SurgeryError(
+                f"{self.folder} holds layers of a {self.config.model_type} model. The donor must be a Llama."
+            )
+
     def ranges(self, index: int) -> dict[str, TensorRange]:
         """Where the tensors of one layer lie in its file; call `check` before trusting them."""
         return dict_ranges(self.path(index), self._again())
@@ -339,7 +151,7 @@ class LayerStore:
         return found
 
     def _again(self) -> str:
-        # model_name is what the user typed; quoting a damaged file's content back would help nobody.
+        # model_name is what the user typed; a damaged file's content would not help.
         metadata = getattr(self, "metadata", None)
         origin = {"model_name": "llama"} | (metadata if isinstance(metadata, dict) else {})
         # Names may have come from a stranger, and people paste commands.
@@ -350,8 +162,78 @@ class LayerStore:
         return f"Extract it again: python extract_layers.py {flags} --output_dir {here} --overwrite"
 
 
+class ModelLayers(LayerStore):
+    """The layers of a Llama in its own files, by the methods that a plan uses.
+
+    Raises:
+        SurgeryError: as `read_config` and `LlamaFiles`.
+    """
+
+    def __init__(self, source: Source):
+        self.folder = source.folder
+        self.metadata = {"source": source.as_dict()}
+        self.layers = {}  # none is extracted
+        self.config = read_config(source.folder)
+        self._files = LlamaFiles(source.folder)
+
+    def ranges(self, index: int) -> dict[str, TensorRange]:
+        return {name: self._files.ranges[f"model.layers.{index}.{name}"] for name in layer_shapes(self.config)}
+
+    def path(self, index: int) -> Path:
+        return self.folder
+
+    def check(self, layers: Sequence[int]) -> None:
+        """Raise SurgeryError if a tensor is missing or has another shape than the config says; nothing is read."""
+        for index in layers:
+            for name, shape in layer_shapes(self.config).items():
+                self._files.require(f"model.layers.{index}.{name}", shape)
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder
+
+
+class LlamaFiles(TensorFiles):
+    """Tensors of the Llama in `folder`, by their names in LlamaForCausalLM.
+
+    Raises:
+        SurgeryError: as `TensorFiles`.
+    """
+
+    def _locate(self) -> dict[str, TensorRange]:
+        found = super()._locate()
+        prefixes = (_PREFIX, *_OTHER_PREFIXES)
+        prefix = next((each for each in prefixes if f"{each}layers.0.input_layernorm.weight" in found), _PREFIX)
+        if prefix == _PREFIX:
+            return found
+        renamed = {}
+        for name, place in found.items():
+            if name in (HEAD, _OTHER_HEAD):
+                renamed[HEAD] = place
+            elif name.startswith(prefix):
+                renamed[_PREFIX + name[len(prefix) :]] = place
+        return renamed
+
+
+def text_part(folder: Path) -> dict[str, Any]:
+    """The `config` and `state_dict` for `from_pretrained`, of the Llama in a multimodal model; empty for any other."""
+    text = read_json(folder / "config.json").get("text_config")
+    if not isinstance(text, dict) or text.get("model_type") != "llama":
+        return {}
+    config, files = read_config(folder), LlamaFiles(folder)
+    return {"config": config, "state_dict": {name: files[name] for name in files.names()}}
+
+
+def without_head(folder: Path) -> SurgeryError:
+    """The error for a model that must predict tokens but was saved from LlamaModel."""
+    return SurgeryError(
+        f"{folder} has no {HEAD}: it was saved without its head, as LlamaModel is. Its layers can be extracted, but it "
+        "predicts no tokens. Give the folder of the whole model, saved from LlamaForCausalLM."
+    )
+
+
 def _without_metadata(folder: Path, donor: str | None) -> str:
-    """What is wrong with a folder that was given for one of extracted layers, and what to run."""
+    """What is wrong with a folder that should hold extracted layers, and what to run."""
     path, here = folder / METADATA, shlex.quote(str(folder))
     if (folder / "config.json").is_file():
         layers = shlex.quote(f"{folder.absolute()}_layers")
@@ -380,10 +262,10 @@ def layer_file(index: int) -> str:
 
 
 def sorted_layers(layers: Iterable[SupportsIndex]) -> list[int]:
-    """Indices of layers in order, as plain integers; NumPy's and torch's are such too.
+    """Indices of layers in order, as plain integers; they may come as NumPy's or torch's.
 
     Raises:
-        SurgeryError: if there are none, one is there twice, or is no integer.
+        SurgeryError: if there are none, one is given twice, or one is no integer.
     """
     try:
         chosen = sorted(operator.index(index) for index in layers)
@@ -404,12 +286,3 @@ def check_range(layers: Sequence[int], total: int, model: str) -> None:
             f"Layer {', '.join(map(str, outside))} is out of range: {model} has layers 0 to {total - 1}. "
             "Choose --layers among those."
         )
-
-
-def _bytes_of(files: TensorFiles, prefixes: tuple[str, ...], item_bytes: int | None) -> int:
-    total = 0
-    for name in files.names():
-        if name.startswith(prefixes):
-            place = files.ranges[name]
-            total += place.numel * (item_bytes or place.dtype.itemsize)
-    return total

@@ -1,34 +1,34 @@
-"""A Llamba made from a Llama: a base for grafting where none of the donor's shape is published, untrained.
+"""An untrained Llamba made from a Llama: a base for donors that no Llamba is published for.
 
-In: any Llama. Out: a model folder in upstream's layout with the Llama's embeddings, norms, MLPs and head, and in each
-layer a Mamba mixer that starts as the attention's linear counterpart: C from the query, B from the key, x from the
-value, out_proj from the output projection (Mamba in the Llama, arXiv 2408.15237; MOHAWK, arXiv 2408.10189). One layer
-and at most one shard are in memory at a time.
+The folder has upstream's layout, and the Llama's embeddings, norms, MLPs and head. Each layer's Mamba mixer starts as
+the attention's linear counterpart: C from the query, B from the key, x from the value, out_proj from the output
+projection (Mamba in the Llama, arXiv 2408.15237; MOHAWK, arXiv 2408.10189). One layer and about one shard are in memory
+at a time.
 
-Softmax attention averages values with weights that sum to one; copied as it is, linear attention adds up all of them
-with weights of any size, and one such layer ruins the model. So C carries one factor that makes it an average again:
+Softmax attention averages values: its weights sum to one. Plain linear attention adds values up with weights of any
+size, and one such layer ruins the model. So C is scaled to make an average again, by
 1 / (sqrt(head_dim) * tokens in the decay's window * `TYPICAL_SCORE`). With Mamba layers 14 to 16, SmolLM2-135M has
-perplexity 2e10 (four English paragraphs) where C is the query as it is, 2e9 with the first part of the factor, 306 with
-two, 14.5 with all three; without Mamba layers 11.2.
+perplexity 2e10 (four English paragraphs) without the factor, 2e9 with its first part, 306 with two, 14.5 with all
+three; without Mamba layers 11.2.
 """
 
-import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from model_preparation.checkpoint.llama_files import HEAD, LlamaFiles, without_head
+from model_preparation.checkpoint.checkpoint_folder import write_json
+from model_preparation.checkpoint.layer_store import HEAD, LlamaFiles, without_head
 from model_preparation.checkpoint.model_configs import heads_of, read_config, read_generation_config
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import Source, has_tokenizer, resolve
-from model_preparation.io.complete_folder import check_space, check_target, new_folder
+from model_preparation.io.new_folder import check_space, new_folder
 from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
@@ -37,11 +37,10 @@ from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 
 DECAY = 15 / 16  # per token, so the state looks back over some 16 tokens
 TYPICAL_SCORE = 4.0  # size of q.k / sqrt(head_dim) before the softmax; 2 to 5 in most layers of SmolLM2
-OPEN_GATE = 1.2784645427610738  # z with silu(z) = 1
+OPEN_GATE = 1.2784645427610738  # silu of it is 1
 CONV_TAPS = 4
 SHARD_BYTES = 1_000_000_000
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _UPSTREAM_FIELDS = (
     "model_type",
     "vocab_size",
@@ -79,21 +78,19 @@ def init_llamba_base(
         sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Raises:
-        SurgeryError: for a donor that cannot be had, is no Llama, lacks tensors or has one of another shape than its
-            config says, a width no Llamba can have, a target that is taken or not writable, too little disk space.
+        SurgeryError: if the donor is missing, no Llama, or lacks tensors; no Llamba can have its width; the target is
+            taken or not writable; or the disk is too small.
     """
     target = Path(output_dir).expanduser()
-    check_target(target, overwrite=overwrite, marker_file="config.json")
-    source = resolve(donor, overrides=sources)
-    if target.resolve() == source.folder.resolve():
-        raise SurgeryError(f"{target} is the donor's own folder. Choose another --output_dir.")
-    files, donor_config = open_donor(source)
-    config = llamba_config(donor_config)
-    dtype = torch_dtype(dtype) or files.dtype().torch
-    config.dtype = dtype
-    check_space(target, size_bytes(config, dtype) + 50_000_000)
-
     with new_folder(target, overwrite=overwrite, marker_file="config.json") as staging:
+        source = resolve(donor, overrides=sources)
+        if target.resolve() == source.folder.resolve():
+            raise SurgeryError(f"{target} is the donor's own folder. Choose another --output_dir.")
+        files, donor_config = open_donor(source)
+        config = llamba_config(donor_config)
+        dtype = torch_dtype(dtype) or files.dtype().torch
+        config.dtype = dtype
+        check_space(target, size_bytes(config, dtype) + 50_000_000)
         write_llamba(staging, source.folder, config, llamba_parts(files, donor_config, dtype))
     return config
 
@@ -102,30 +99,26 @@ def write_llamba(folder: Path, donor_folder: Path, config: LlambaConfig, parts: 
     """Write a Llamba's folder: weights, config.json, and the donor's generation config and tokenizer.
 
     Args:
-        parts: the tensors under their full names, as `llamba_parts` gives them; none is kept once it is written.
+        parts: from `llamba_parts`. A tensor is dropped once it is written.
     """
-    _save_sharded(folder, parts)
-    _write_json(folder / "config.json", _config_fields(config))
+    _save_sharded(folder, config, parts)
+    write_json(folder / "config.json", _config_fields(config))
     if generation_config := read_generation_config(donor_folder):
-        _write_json(folder / "generation_config.json", generation_config)
+        write_json(folder / "generation_config.json", generation_config)
     if has_tokenizer(donor_folder):
         load_tokenizer(donor_folder).save_pretrained(folder)
 
 
 def open_donor(source: Source) -> tuple[LlamaFiles, LlamaConfig]:
-    """A Llama's weights and config.
-
-    Raises:
-        SurgeryError: if it is no Llama, lacks tensors or has one of another shape than its config says.
-    """
+    """A Llama's weights and config; raises SurgeryError if it is no Llama, or its tensors are not the config's."""
     config = read_config(source.folder)
     if not isinstance(config, LlamaConfig):
         raise SurgeryError(f"{source.folder} is a {config.model_type} model. A base can be made from a Llama only.")
     files = LlamaFiles(source.folder)
     if HEAD not in files and not config.tie_word_embeddings:
         raise without_head(source.folder)
-    for name, shape in _shapes(LlamaForCausalLM, config).items():
-        files.require(name, shape)
+    for name, tensor in _parameters(LlamaForCausalLM, config).items():
+        files.require(name, tensor.shape)
     return files, config
 
 
@@ -219,19 +212,19 @@ def mamba_layer(attention_layer: Mapping[str, Tensor], donor: LlamaConfig) -> di
 
 
 def score_scale(head_dim: int) -> float:
-    """What C's rows are the query's times: q.k becomes a weight of an average over the decay's window."""
+    """The factor from the query's rows to C's: it makes q.k a weight of an average over the decay's window."""
     return (1 - DECAY) / (TYPICAL_SCORE * math.sqrt(head_dim))
 
 
-def _shapes(kind: type[PreTrainedModel], config) -> dict[str, torch.Size]:
-    """Names and shapes of a whole model's parameters, tied ones once, worked out without memory for them."""
+def _parameters(kind: type[PreTrainedModel], config) -> dict[str, Tensor]:
+    """A whole model's parameters, tied ones once, without memory for them."""
     with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in kind(config).named_parameters()}
+        return dict(kind(config).named_parameters())
 
 
 def size_bytes(config: LlambaConfig, dtype: torch.dtype) -> int:
-    """Of a Llamba's weights in `dtype`."""
-    return sum(shape.numel() for shape in _shapes(LlambaForCausalLM, config).values()) * dtype.itemsize
+    """Size of a Llamba's weights in `dtype`."""
+    return sum(tensor.numel() for tensor in _parameters(LlambaForCausalLM, config).values()) * dtype.itemsize
 
 
 def llamba_parts(
@@ -243,7 +236,7 @@ def llamba_parts(
     """The Llamba's tensors under their full names: embedding, layer after layer, final norm and head.
 
     Args:
-        layer_of: index and tensors of a Llama's layer -> those of the Llamba's; `mamba_layer` by default.
+        layer_of: makes the tensors of a Llamba's layer from an index and a Llama's tensors; by default `mamba_layer`.
     """
     yield {"backbone.embedding.weight": files["model.embed_tokens.weight"].to(dtype)}
     for index in range(donor.num_hidden_layers):
@@ -255,42 +248,26 @@ def llamba_parts(
         yield {"lm_head.weight": files["lm_head.weight"].to(dtype)}
 
 
-def _save_sharded(folder: Path, parts: Iterable[dict[str, Tensor]]) -> None:
-    """Write `parts` in order as model.safetensors, or as an index and shards where they exceed `SHARD_BYTES`."""
-    shards: list[Path] = []
-    shard_of: dict[str, Path] = {}
-    total_bytes = 0
-    for shard in _shards(parts):
-        path = folder / f"{len(shards)}.part"
-        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, path, metadata={"format": "pt"})
-        path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files only their owner can read
-        shards.append(path)
-        shard_of |= dict.fromkeys(shard, path)
-        total_bytes += sum(tensor.nbytes for tensor in shard.values())
-    if len(shards) == 1:
-        shards[0].rename(folder / _WEIGHTS)
-        return
-    names = {path: f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number, path in enumerate(shards, 1)}
-    for path, name in names.items():
-        path.rename(folder / name)
-    weight_map = {tensor: names[path] for tensor, path in shard_of.items()}
-    _write_json(folder / _INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
-
-
-def _shards(parts: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Collect `parts` until the next would exceed `SHARD_BYTES`; a part that is larger is a shard of its own."""
-    shard: dict[str, Tensor] = {}
+def _save_sharded(folder: Path, config: LlambaConfig, parts: Iterable[dict[str, Tensor]]) -> None:
+    """Write `parts` as model.safetensors, or as shards of at most `SHARD_BYTES` and their index."""
+    empty = {name: tensor.to(config.dtype) for name, tensor in _parameters(LlambaForCausalLM, config).items()}
+    shards = split_torch_state_dict_into_shards(empty, max_shard_size=SHARD_BYTES)
+    waiting: dict[str, Tensor] = {}  # until its shard is complete
     for part in parts:
-        size_bytes = sum(tensor.nbytes for tensor in itertools.chain(shard.values(), part.values()))
-        if shard and size_bytes > SHARD_BYTES:
-            yield shard
-            shard = {}
-        shard |= part
-    yield shard
+        waiting |= {name: tensor.contiguous() for name, tensor in part.items()}
+        for file, names in shards.filename_to_tensors.items():
+            if waiting.keys() >= set(names):
+                save_file({name: waiting.pop(name) for name in names}, folder / file, metadata={"format": "pt"})
+                (folder / file).chmod(
+                    folder.stat().st_mode & 0o666
+                )  # safetensors makes files only their owner can read
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _config_fields(config: LlambaConfig) -> dict:
-    """config.json as upstream lays it out, defaults included, so that it reads the same in both."""
+    """config.json in upstream's layout, with all defaults, so that upstream reads the same model."""
     values = config.to_dict()
     return {
         "architectures": [LlambaForCausalLM.__name__],
@@ -298,7 +275,3 @@ def _config_fields(config: LlambaConfig) -> dict:
         "dtype": str(config.dtype).removeprefix("torch."),
         "transformers_version": transformers.__version__,
     }
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

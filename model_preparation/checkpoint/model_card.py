@@ -1,7 +1,7 @@
 """The card (README.md) of a shared checkpoint: recipe, scores, licence and how to load it.
 
-In: checkpoint_info.json and where the checkpoint will be. Out: Markdown with YAML front matter that both hubs read. The
-same info gives the same text, so that sharing a checkpoint again changes nothing.
+It is Markdown with YAML front matter that both hubs read. The same checkpoint_info.json gives the same text, so sharing
+a checkpoint again changes nothing.
 """
 
 import json
@@ -17,9 +17,9 @@ from model_preparation.hub.download import TITLES
 from model_preparation.hub.licences import LlamaTerms, terms_of
 from model_preparation.terminal import escaped
 
-# The result of `evaluate_model`, where it was measured here; `mmlu_score` alone is a number that somebody gave.
+# The result of `evaluate_model`. Where only `mmlu_score` is there, its author gave that number.
 MEASURED = "mmlu_result"
-# ModelScope's copies of models that Hugging Face has under another name.
+# By their names on ModelScope, models that Hugging Face has under another name.
 _ON_HUGGING_FACE = {"LLM-Research/Meta-Llama-3.1-8B-Instruct": "meta-llama/Llama-3.1-8B-Instruct"}
 _TAGS = ["llamba", "mamba2", "hybrid", "merge", "layer-surgery"]
 
@@ -31,11 +31,11 @@ def card_text(
 
     Args:
         info: its checkpoint_info.json.
-        repo: org/name, where it will be.
-        hub: "modelscope" or "huggingface", the hub it will be on.
+        repo: org/name.
+        hub: "modelscope" or "huggingface".
         what: which files go there: "pt", "hf", "both" or "recipe".
         licence: the id from `licences.licence_of`.
-        revision: the branch, where it is not the hub's default one.
+        revision: the branch, if it is not the hub's default one.
     """
     terms = terms_of(info, licence)
     sections = [
@@ -88,7 +88,7 @@ def _metadata(info: Mapping[str, Any], *, repo: str, hub: str, what: str, licenc
     return ModelCardData(
         license=licence,
         base_model=list(dict.fromkeys(sources)) or None,
-        # Where only .pt files are, the line the hub would offer for transformers would not run.
+        # For .pt files alone, the hub would show a line for transformers that does not run.
         library_name="transformers" if what in ("hf", "both") else None,
         pipeline_tag="text-generation",
         tags=_TAGS,
@@ -187,7 +187,7 @@ def _recipe(info: Mapping[str, Any]) -> str:
 
 
 def _healing_rows(info: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """How a checkpoint was trained after the graft; no recipe gives its weights."""
+    """How a checkpoint was trained after the graft."""
     healing = info["healing"]
     rows = [
         ("healed from", _code(info["parent"]["id"])),
@@ -223,7 +223,7 @@ def _scores(info: Mapping[str, Any]) -> str:
         return "MMLU was not measured."
     return (
         f"MMLU {info['mmlu_score']:.4f}, as given by the author when the checkpoint was built. It was not measured by "
-        "this software, which therefore knows none of its settings."
+        "this software, so its settings are not known."
     )
 
 
@@ -244,7 +244,7 @@ def _origin(source: Mapping[str, Any]) -> str:
 
 
 def _spec(source: Mapping[str, Any]) -> str:
-    """How a command line names the source."""
+    """The source's name on a command line."""
     if source["hub"] == "local":
         return shlex.quote(f"/path/to/{source['id']}")
     return f"{source['hub']}:{source['id']}" + (f"@{source['revision']}" if source["revision"] else "")
@@ -260,13 +260,13 @@ def _cell(value: Any) -> str:
 
 
 def _plain(text: Any) -> str:
-    """Text in one line that Markdown takes for nothing else: no heading, list, code, link or tag."""
+    """Text in one line, escaped: Markdown makes no heading, list, code, link or tag of it."""
     line = re.sub(r"([\\`<\[\]])", r"\\\1", escaped(" ".join(str(text).split())))
     return f"\\{line}" if re.match(r"[#>+*~=_-]", line) else line
 
 
 def _code(text: str) -> str:
-    """A code span, of which the text cannot break out: its fence is longer than any in the text."""
+    """A code span. Its fence is longer than any in the text, so the text stays inside."""
     line = escaped(" ".join(text.split()))
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"

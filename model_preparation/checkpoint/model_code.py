@@ -1,29 +1,37 @@
-"""The model's own source files, of which every checkpoint of format hf carries a copy.
+"""The model's own source files. Every checkpoint of format hf carries a copy of them, and `update_code` renews it.
 
-In: what a checkpoint's checkpoint_info.json lists. Out: this package's files, and whether those listed are the same.
 Imports neither torch nor transformers.
 """
 
+import contextlib
 import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from model_preparation.checkpoint.checkpoint_info import INFO, read_info
-from model_preparation.io.digests import describe_file, describe_files
+from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, INFO, README, formats_of, read_info
+from model_preparation.errors import SurgeryError
+from model_preparation.io.digests import describe_file, describe_files, sha256_of
+from model_preparation.io.new_folder import new_folder, remove_abandoned
+from model_preparation.io.partial_folder import is_partial, take
+from model_preparation.io.self_checksum import with_checksum
+from model_preparation.io.shared_files import share_file
+from model_preparation.io.timestamps import creation_time
+from model_preparation.io.untrusted.untrusted_files import read_json, regular_file
 from model_preparation.versions import __version__
 
 CODE_UPDATES = "code_updates"  # in checkpoint_info.json: when the code was changed after the build, and how
-AUTO_MAP = {  # in config.json: what transformers takes from the files
+AUTO_MAP = {  # in config.json: the classes that transformers takes from the files
     "AutoConfig": "configuration_llamba.LlambaConfig",
     "AutoModel": "modeling_llamba.LlambaModel",
     "AutoModelForCausalLM": "modeling_llamba.LlambaForCausalLM",
 }
 
-
+_CONFIG = "config.json"
 _MAIN = "modeling_llamba.py"
 _PACKAGE = Path(__file__).resolve().parents[1]
 _RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)  # as transformers finds them
@@ -42,15 +50,11 @@ def package_code() -> dict[str, Path]:
 
 
 def code_digests() -> dict[str, str]:
-    """SHA-256 of each source file that goes into checkpoints' folders, by name; and of the whole package's code."""
+    """SHA-256 by name of each source file that goes into checkpoints, and of the whole package's code."""
     whole = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
-        whole.update(f"{path.relative_to(_PACKAGE).as_posix()}\0{_sha256(path)}\n".encode())
-    return {"package": whole.hexdigest(), **{name: _sha256(path) for name, path in sorted(package_code().items())}}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        whole.update(f"{path.relative_to(_PACKAGE).as_posix()}\0{sha256_of(path)}\n".encode())
+    return {"package": whole.hexdigest(), **{name: sha256_of(path) for name, path in sorted(package_code().items())}}
 
 
 def describe_package_code() -> dict[str, dict]:
@@ -64,7 +68,7 @@ def listed_code(info: Mapping[str, Any]) -> dict[str, dict]:
 
 
 def code_in(directory: Path) -> dict[str, dict]:
-    """{"bytes", "sha256"} of the code in a folder, by name: as it lists them, or as they are where it lists nothing."""
+    """{"bytes", "sha256"} of the code in a folder, by name: as it lists them, else as the files are."""
     if (directory / INFO).is_file():
         return listed_code(read_info(directory))
     return describe_files(directory, "*.py")
@@ -82,12 +86,12 @@ def differing_code(listed: Mapping[str, dict]) -> list[str]:
 
 
 def remark_on_code(directory: Path, listed: Mapping[str, dict]) -> str | None:
-    """What to say of a folder whose code is not this package's; None if it is, or if it has no code of ours."""
+    """A remark if a folder has other code than this package; None if it has the same, or none of ours."""
     if not listed or not has_code(directory) or not (odd := differing_code(listed)):
         return None
     return (
         f"The model's code in {directory} is not that of this model_preparation ({', '.join(odd)}). "
-        f"To put that in: python update_checkpoint.py {directory}"
+        f"To put this package's in: python update_checkpoint.py {directory}"
     )
 
 
@@ -96,5 +100,112 @@ def is_newer(info: Mapping[str, Any]) -> bool:
     try:
         made_by = (info.get(CODE_UPDATES) or [info["versions"]])[-1]["model_preparation"]
         return Version(made_by) > Version(__version__)
-    except (LookupError, TypeError, InvalidVersion):  # not what we write, so it tells nothing
+    except (LookupError, TypeError, InvalidVersion):  # not what we write
         return False
+
+
+def update_code(directory: str | Path) -> list[str]:
+    """Put this package's model code into a checkpoint's folder; the weights stay the same files.
+
+    The new folder is made of links beside the old one, and replaces it in one step.
+
+    Args:
+        directory: a folder written by `build_checkpoint` with format "hf" or "both".
+
+    Returns:
+        The names of the code files that changed; none if the folder has this package's code already, or needs none.
+
+    Raises:
+        SurgeryError: if there is no checkpoint in `directory`, a file of it is not as it was written, its code is of a
+            newer version of this package, or another process is writing there.
+        OSError: from the file system; the folder is as it was then.
+    """
+    from model_preparation.checkpoint.verify import verify  # which imports this file
+
+    directory = Path(directory).expanduser()
+    if (folder := directory.resolve()).parent.is_dir():
+        remove_abandoned(folder.parent, only_for=folder)  # of a run that was killed; it may hold the folder itself
+    if has_code(directory) and not (directory / INFO).exists():
+        raise SurgeryError(
+            f"{directory} has no {INFO} (save_pretrained writes none), so its files cannot be checked. "
+            "Import model_preparation, load it by from_pretrained, and save it into a new folder: that puts this "
+            "package's code there."
+        )
+    info = read_info(directory)
+    changed = differing_code(listed_code(info))
+    if "hf" not in formats_of(info) or not changed:
+        return []
+    if is_newer(info):
+        raise SurgeryError(
+            f"{directory} has the model's code of a newer model_preparation than this one, which is "
+            f"{__version__}. Update model_preparation."
+        )
+    if faults := verify(directory, files_only=True).faults:
+        raise SurgeryError(
+            f"{directory} is not changed, because it is not what was built: {faults[0]}. "
+            "Copy or download it again, or build it again."
+        )
+    with contextlib.ExitStack() as held:
+        for path in _unfinished_evaluations(directory):
+            held.callback(take(path).release)
+        with new_folder(directory, overwrite=True, marker_file=INFO) as staging:
+            _share_tree(directory, staging)
+            try:
+                _write_anew(staging, info, changed)
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise SurgeryError(
+                    f"{directory} is not changed, because its {INFO} or {_CONFIG} is not what a build writes "
+                    f"({error!r:.200}). Build it again."
+                ) from error
+            if read_info(directory) != info:
+                raise SurgeryError(f"{directory / INFO} has changed meanwhile (a new score?). Run the command again.")
+    return changed
+
+
+def _unfinished_evaluations(directory: Path) -> Iterator[Path]:
+    evaluations = directory / EVALUATIONS
+    if not evaluations.is_symlink():
+        for path in evaluations.glob("*.partial"):
+            yield path.with_name(path.name.removesuffix(".partial"))
+
+
+def _share_tree(source: Path, target: Path) -> None:
+    """Fill the folder `target` with links to the files in `source`, except unfinished ones."""
+    for path in source.iterdir():
+        new = target / path.name
+        if path.is_symlink():
+            new.symlink_to(path.readlink())
+        elif path.is_dir():
+            if not is_partial(path.name):
+                new.mkdir()
+                _share_tree(path, new)
+        else:
+            share_file(regular_file(path), new)
+    target.chmod(source.stat().st_mode)
+
+
+def _write_anew(folder: Path, info: Mapping[str, Any], changed: list[str]) -> None:
+    """Write the files that change with the code: `changed`, config.json, README.txt, checkpoint_info.json."""
+    from model_preparation.checkpoint.checkpoint_folder import readme_text  # which imports this file
+
+    before, after = listed_code(info), describe_package_code()
+    files = {name: entry for name, entry in info["files"].items() if name not in before} | after
+    contents = {name: path.read_bytes() for name, path in package_code().items()}
+    config = read_json(folder / _CONFIG)
+    if config["auto_map"] != AUTO_MAP:
+        contents[_CONFIG] = (json.dumps({**config, "auto_map": AUTO_MAP}, indent=2, ensure_ascii=False) + "\n").encode()
+    if README in files:
+        contents[README] = readme_text({**info, "files": files}).encode()
+    for name in {*changed, *contents, INFO}:
+        (folder / name).unlink(missing_ok=True)  # it may be a link to the file in the old folder
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+        files[name] = describe_file(folder / name)
+    update = {
+        "time": creation_time(),
+        "model_preparation": __version__,
+        "from": {name: entry["sha256"] for name, entry in before.items()},
+        "to": {name: entry["sha256"] for name, entry in after.items()},
+    }
+    updates = [*info.get(CODE_UPDATES, []), update]
+    (folder / INFO).write_bytes(with_checksum({**info, "files": files, "code": code_digests(), CODE_UPDATES: updates}))

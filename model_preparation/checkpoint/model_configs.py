@@ -1,7 +1,6 @@
-"""Configs of the models that layers come from and go into, and what a config asks of a layer's tensors.
+"""Configs of bases and donors, and the names and shapes of tensors that follow from a config.
 
-In: a model's folder, or a config's fields out of a file. Out: transformers' config object; heads, names, shapes. What
-transformers takes longest to import, its models, is imported where it is needed.
+transformers' models take longest to import, so they are imported where they are used.
 """
 
 from pathlib import Path
@@ -22,7 +21,7 @@ _DEPTH_NAMES = ("n_layer", "num_hidden_layers")  # upstream's and Hugging Face's
 
 
 def type_and_depth(folder: Path) -> tuple[str, int]:
-    """(model_type, number of layers) of a model folder, without transformers if its config.json says them.
+    """(model_type, number of layers) of a model folder, without transformers if config.json has both.
 
     Raises:
         SurgeryError: as `read_config` does.
@@ -41,10 +40,10 @@ def ties_embeddings(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> "PreTrainedConfig":
-    """The config of a model folder, with its own errors as one sentence.
+    """The config of a model folder.
 
     Raises:
-        SurgeryError: if config.json is not one transformers or we can read.
+        SurgeryError: if neither transformers nor we can read config.json; the reason is one sentence.
     """
     from model_preparation.io.untrusted.untrusted_config import config_from
 
@@ -56,7 +55,7 @@ def read_config(folder: Path) -> "PreTrainedConfig":
 
 
 def config_from_dict(fields: dict[str, Any]) -> "PreTrainedConfig":
-    """The config that `config.to_dict()` gave; raises ValueError for one that is neither kind, or damaged."""
+    """The config with these fields; raises ValueError if it is damaged, or neither a Llama's nor a Llamba's."""
     from model_preparation.io.untrusted.untrusted_config import config_from
 
     check_fields(fields, {"model_type": str})
@@ -85,7 +84,7 @@ def heads_of(config: "PreTrainedConfig") -> tuple[int, int]:
 
 
 def layer_shapes(config: "PreTrainedConfig", kind: str = "full_attention") -> dict[str, Shape]:
-    """Names (relative to the layer) and shapes of a layer's parameters, worked out without memory for them.
+    """Names (relative to the layer) and shapes of a layer's parameters, without memory for them.
 
     Args:
         config: a Llama's or a Llamba's.
@@ -105,7 +104,7 @@ def layer_shapes(config: "PreTrainedConfig", kind: str = "full_attention") -> di
 
 
 def _mamba_shapes(config: "LlambaConfig") -> dict[str, Shape]:
-    """What a `LlambaDecoderLayer` has (llamba/modeling_llamba.py and mixer.py), without importing the model."""
+    """The parameters of a `LlambaDecoderLayer` (llamba/modeling_llamba.py and mixer.py), without importing it."""
     ssm, mlp = config.ssm_cfg, config.mlp_cfg
     width, d_inner, inner = config.d_model, config.d_inner, mlp["intermediate_size"]
     conv_dim = d_inner + 2 * ssm["n_qk_heads"] * ssm["d_state"]
@@ -134,7 +133,7 @@ def _mamba_shapes(config: "LlambaConfig") -> dict[str, Shape]:
 
 
 def _config_fields(folder: Path) -> dict[str, Any]:
-    """The fields of config.json; of a multimodal model those of its text part."""
+    """The fields of config.json; for a multimodal model, of its text part."""
     path = folder / "config.json"
     try:
         fields = read_json(path)
@@ -152,7 +151,7 @@ def _config_fields(folder: Path) -> dict[str, Any]:
 
 
 def _kind(model_type: str) -> "type[PreTrainedConfig]":
-    """The class of such configs; raises ValueError for a type that neither transformers nor we know."""
+    """The config's class for a model type; raises ValueError if neither transformers nor we know the type."""
     if model_type == "llamba":
         from model_preparation.llamba.configuration_llamba import LlambaConfig
 

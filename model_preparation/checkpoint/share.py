@@ -1,7 +1,7 @@
-"""Sharing a checkpoint: which files go to a hub, what is checked before, and their upload with a card.
+"""A checkpoint folder -> a repository on ModelScope or Hugging Face.
 
-In: a checkpoint folder. Out: a repository on ModelScope or Hugging Face with the recorded files, checkpoint_info.json
-without this machine's paths, and README.md, the card. The folder itself is only read.
+The repository gets the recorded files, checkpoint_info.json without this machine's paths, and README.md, the card. The
+folder itself is only read.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from model_preparation.io.text import read_text
 from model_preparation.io.untrusted.not_a_model import stand_in, what_it_is
 
 CARD, NOTICE, README = "README.md", "NOTICE", "README.txt"
-# Files at the root that only transformers' from_pretrained reads; with them, the .pt files have no use for these.
+# Files at the root that only transformers' from_pretrained reads; format pt does not need them.
 _HF_ONLY = [
     "*.safetensors",
     "*.safetensors.index.json",
@@ -47,12 +47,20 @@ _HF_ONLY = [
     "added_tokens.json",
     "chat_template*",
 ]
+_WHAT = ("auto", "pt", "hf", "recipe")
 _LOCAL_PATH = re.compile(r"(~([A-Za-z_]\w*)?|\.\.?|[A-Za-z]:)?[/\\]|file:")  # on any system
 
 
 @dataclass(frozen=True)
-class Share:
-    """What will be at the hub: `recorded` files of `directory`, by path, and `texts`, files made for the hub."""
+class UploadPlan:
+    """What goes to a hub.
+
+    Attributes:
+        licence: its id.
+        recorded: {"bytes", "sha256"} by path, of files in `directory`.
+        texts: contents by path, of files made for the hub.
+        left_out: files of `directory` that stay here.
+    """
 
     directory: Path
     repo: str
@@ -70,32 +78,55 @@ class Share:
         return dict(sorted(sizes.items()))
 
 
-def plan_share(
+def share_checkpoint(
     directory: str | Path,
     *,
     repo: str,
-    hub: str,
+    private: bool = False,
+    message: str | None = None,
+    verify: bool = True,
+    **choices: Any,
+) -> str:
+    """Upload a checkpoint with a card; returns the address of its page. Only files that the hub lacks are sent.
+
+    The arguments are those of `plan_upload` and `upload`.
+
+    Raises:
+        SurgeryError: as those do.
+    """
+    plan = plan_upload(directory, repo=repo, **choices)
+    return upload(plan, private=private, message=message, verify=verify)
+
+
+def plan_upload(
+    directory: str | Path,
+    *,
+    repo: str,
+    hub: str = "modelscope",
     what: str = "auto",
     revision: str | None = None,
     licence: str | None = None,
     card: str | Path | None = None,
-) -> Share:
-    """Decide what goes to a hub; reads the folder and asks nobody.
+) -> UploadPlan:
+    """Decide what goes to a hub, which is not asked.
 
     Args:
         directory: a complete checkpoint folder.
         repo: org/name.
         hub: "modelscope" or "huggingface".
-        what: "pt" or "hf" for one format's files, "auto" for all there are, "recipe" for checkpoint_info.json and the
-            texts alone.
-        revision: the branch; None is the hub's default one.
-        licence: the licence's id; needed where base and donor do not tell it.
-        card: a README.md to use in place of the one made from checkpoint_info.json; the licence is read from it.
+        what: "pt" or "hf" for one format's files, "auto" for all files, "recipe" for checkpoint_info.json and the
+            texts only.
+        revision: the branch; by default the hub's default one.
+        licence: the licence's id; needed where it does not follow from base and donor.
+        card: a README.md to upload in place of the one made from checkpoint_info.json. The licence is read from it.
 
     Raises:
-        SurgeryError: if the folder is no complete checkpoint, a file is missing or of another size than recorded or
-            leads out of the folder, the format is not there, the licence is not known, or the name breaks its rules.
+        SurgeryError: if the checkpoint is not complete, a file is missing, has another size or leads out of the
+            folder, the format is not there, the licence is unknown, or its terms forbid the repository's name.
     """
+    for choice, known in ((hub, HUBS), (what, _WHAT)):
+        if choice not in known:
+            raise SurgeryError(f"{choice!r} cannot be chosen. Choose one of {', '.join(known)}.")
     directory = Path(directory).expanduser()
     info = read_info(directory)
     try:
@@ -108,7 +139,7 @@ def plan_share(
         check_name(repo, terms)
         shared = _without_paths(info)
         if shared.get(MEASURED, {}).get("model"):  # since 0.2.0
-            from model_preparation.checkpoint.model_digests import recorded_weights  # imports torch
+            from model_preparation.checkpoint.digests import recorded_weights  # imports torch
 
             if current_score(shared, recorded_weights(directory)) is None:
                 del shared[MEASURED]  # measured on weights that were in the place of those recorded
@@ -126,7 +157,7 @@ def plan_share(
         texts[NOTICE] = "".join(f"{term.notice}\n" for term in terms)
     files = (path.relative_to(directory) for path in directory.rglob("*") if not path.is_dir())
     present = {f"{EVALUATIONS}/" if file.parts[0] == EVALUATIONS else file.as_posix() for file in files}
-    return Share(
+    return UploadPlan(
         directory=directory,
         repo=repo,
         hub=hub,
@@ -138,40 +169,40 @@ def plan_share(
     )
 
 
-def upload_share(share: Share, *, private: bool = False, message: str | None = None, verify: bool = True) -> str:
-    """Upload what `plan_share` decided; returns the address of the repository's page.
+def upload(plan: UploadPlan, *, private: bool = False, message: str | None = None, verify: bool = True) -> str:
+    """Upload what `plan_upload` decided; returns the address of the repository's page.
 
     Args:
-        private: whether the repository, if it has to be made, is private; one that is public is then refused.
+        private: make the repository private if it is not there; refuse a public one.
         message: of the commit.
-        verify: re-read every recorded file and compare it with its SHA-256 first.
+        verify: compare every recorded file with its SHA-256 first.
 
     Raises:
-        SurgeryError: without a token, if the hub cannot be reached or refuses, or if a file is not as it was written.
+        SurgeryError: if there is no token, the hub cannot be reached or refuses, or a file is changed.
     """
-    hub = HUBS[share.hub]()
-    is_private = hub.look_up(share.repo)
+    hub = HUBS[plan.hub]()
+    is_private = hub.look_up(plan.repo)
     if private and is_private is False:
         raise SurgeryError(
-            f"{share.repo} exists on {hub.title} and is public, so nothing was uploaded. Make it private on its page, "
+            f"{plan.repo} exists on {hub.title} and is public, so nothing was uploaded. Make it private on its page, "
             "or choose another --repo."
         )
     if verify:
-        verify_files(share.directory, share.recorded)
+        verify_files(plan.directory, plan.recorded)
     there: dict[str, str] = {}
     if is_private is None:
-        hub.create(share.repo, private=private, licence=share.licence)
+        hub.create(plan.repo, private=private, licence=plan.licence)
     else:
-        there = hub.digests(share.repo, share.revision)
-    digests = {name: entry["sha256"] for name, entry in share.recorded.items()}
-    digests |= {name: hashlib.sha256(content).hexdigest() for name, content in share.texts.items()}
+        there = hub.digests(plan.repo, plan.revision)
+    digests = {name: entry["sha256"] for name, entry in plan.recorded.items()}
+    digests |= {name: hashlib.sha256(content).hexdigest() for name, content in plan.texts.items()}
     missing = {name for name, digest in digests.items() if there.get(name) != digest}
     if missing:
         with tempfile.TemporaryDirectory(prefix="share-") as temporary:
-            _stage(share, missing, Path(temporary))
-            message = message or f"Upload {share.directory.resolve().name}"
-            hub.upload(Path(temporary), share.repo, share.revision, message)
-    return f"{hub.endpoint}/{'models/' if share.hub == 'modelscope' else ''}{share.repo}"
+            _stage(plan, missing, Path(temporary))
+            message = message or f"Upload {plan.directory.resolve().name}"
+            hub.upload(Path(temporary), plan.repo, plan.revision, message)
+    return f"{hub.endpoint}/{'models/' if plan.hub == 'modelscope' else ''}{plan.repo}"
 
 
 def verify_files(directory: Path, recorded: Mapping[str, dict]) -> None:
@@ -183,7 +214,7 @@ def verify_files(directory: Path, recorded: Mapping[str, dict]) -> None:
 
 
 def _select(info: dict[str, Any], what: str, directory: Path) -> tuple[dict[str, dict], str]:
-    """The recorded files that are meant, and which format they are: "pt", "hf", "both" or "recipe"."""
+    """The recorded files that `what` means, and their format: "pt", "hf", "both" or "recipe"."""
     held = info.get("format", "pt")
     if what == "recipe" and "healing" in info:
         raise SurgeryError(
@@ -233,7 +264,7 @@ def _read_card_file(path: Path) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """What checkpoint_info.json has, for strangers: paths of this machine, wherever, are named by their last part."""
+    """checkpoint_info.json for strangers: of a path of this machine, only the last part stays."""
     if isinstance(value, dict):
         named = {"name": value["id"]} if value.get("hub") == "local" and "name" in value else {}
         fields = {_without_paths(name): _without_paths(field) for name, field in value.items() if name != "path"}
@@ -245,12 +276,12 @@ def _without_paths(value: Any) -> Any:
     return value
 
 
-def _stage(share: Share, names: set[str], folder: Path) -> None:
-    """Fill `folder` with the files `names`: links to those of the checkpoint, and texts."""
+def _stage(plan: UploadPlan, names: set[str], folder: Path) -> None:
+    """Fill `folder` with the files `names`: links into the checkpoint, and texts."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if name in share.texts:
-            path.write_bytes(share.texts[name])
+        if name in plan.texts:
+            path.write_bytes(plan.texts[name])
         else:
-            path.symlink_to((share.directory / name).resolve())
+            path.symlink_to((plan.directory / name).resolve())

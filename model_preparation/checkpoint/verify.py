@@ -1,8 +1,7 @@
-"""Whether a checkpoint folder is, byte for byte, what was built: every file, every tensor, and what they claim to be.
+"""Is a checkpoint folder, byte for byte, what was built? Every file and every tensor is checked.
 
-In: the folder; to go further, the base and the extracted layers. Out: a `Verification`: a line per check with what was
-looked at, and every fault by the name of its file or tensor. Every byte is read once, and no code is unpickled. What
-must import the model to be checked is checked while the files are read.
+Every byte is read once, and no code is unpickled. Checks that must import the model run while the files are read. With
+the base and the donor's layers, the tensors are compared with theirs (verify_tensors.py).
 """
 
 import contextlib
@@ -12,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +27,10 @@ from model_preparation.checkpoint.checkpoint_info import (
     formats_of,
     read_info,
 )
-from model_preparation.checkpoint.findings import Fault, Verification
+from model_preparation.checkpoint.graft import find_base
+from model_preparation.checkpoint.layer_store import LayerStore
 from model_preparation.checkpoint.model_code import describe_package_code, listed_code, remark_on_code
-from model_preparation.checkpoint.model_configs import type_and_depth
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.sources import resolve
 from model_preparation.io.background_tasks import BackgroundTasks
 from model_preparation.io.digests import FileDigests, Range, describe_file, read_digests
 from model_preparation.io.progress import bar
@@ -41,11 +40,10 @@ from model_preparation.io.untrusted.pt_check import pt_records
 from model_preparation.io.untrusted.untrusted_files import inside, regular_file
 
 if TYPE_CHECKING:
-    from model_preparation.checkpoint.layer_store import LayerStore
     from model_preparation.checkpoint.verify_tensors import TensorChecks
 
 _FILES_AT_ONCE = 2  # each is hashed by one core
-# What hubs and their clients add, and share_checkpoint.py: no loader reads it. All else in a folder may be read.
+# Hubs, their clients and share_checkpoint.py add these: no loader reads them. Any other file may be read.
 _ADDED_BY_HUBS = {
     *(".gitattributes", ".gitignore", "README.md", "LICENSE", "NOTICE"),
     *("configuration.json", ".mdl", ".msc", ".mv"),  # ModelScope's
@@ -54,18 +52,65 @@ _LEFT_BEHIND = re.compile(re.escape(INFO) + r"\.partial-\d+")  # by write_file, 
 _NOT_LOADED = {EVALUATIONS: "results, which come after the build", ".git": "a clone's", ".cache": "a download's"}
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong, and where: the name of a file in the folder, or of a tensor."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.what}"
+
+
+@dataclass
+class Verification:
+    """What the checks found.
+
+    Attributes:
+        checks: a line per check: what was looked at.
+        notes: worth knowing, but no faults.
+        faults: each by the name of its file or tensor.
+        elsewhere: how many faults only say that the checkpoint was compared with another base or donor.
+    """
+
+    directory: Path
+    checks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    elsewhere: int = 0
+
+    def add(self, other: "Verification") -> None:
+        """Append what another one found."""
+        self.checks += other.checks
+        self.notes += other.notes
+        self.faults += other.faults
+
+    def check(self, what: str, looked_at: str) -> None:
+        self.checks.append(f"{what:<10} {looked_at}")
+
+    def fault(self, where: str, what: str) -> None:
+        self.faults.append(Fault(where, what))
+
+    def compared_with_another(self, what: str) -> None:
+        """Add the fault that the checkpoint was compared with what it was not made from."""
+        self.fault("comparison:", what)
+        self.elsewhere += 1
+
+
 def verify_checkpoint(
     directory: str | Path,
     base: str | None = None,
     llama_layers_dir: str | Path | None = None,
     *,
     files_only: bool = False,
+    sources: Mapping[str, str] | None = None,
 ) -> list[Fault]:
-    """The faults of a checkpoint folder; none if it is what was built. The arguments are those of `inspect`."""
-    return inspect(directory, base, llama_layers_dir, files_only=files_only).faults
+    """The faults of a checkpoint folder; none if it is what was built. The arguments are those of `verify`."""
+    return verify(directory, base, llama_layers_dir, files_only=files_only, sources=sources).faults
 
 
-def inspect(
+def verify(
     directory: str | Path,
     base: str | None = None,
     llama_layers_dir: str | Path | None = None,
@@ -77,19 +122,21 @@ def inspect(
 
     Args:
         directory: a folder written by `build_checkpoint`.
-        base: a name, folder or hub id of the base, to compare its tensors too.
-        llama_layers_dir: the donor's extracted layers, to compare theirs; by default those in extracted_llama_layers/,
-            if they are of the same source.
-        files_only: the files' digests only, which find any changed byte; nothing about tensors.
+        base: a name, folder or hub id of the base, to compare the kept tensors too.
+        llama_layers_dir: the donor's extracted layers, to compare the replaced ones too; by default those in
+            extracted_llama_layers/, if they are of the same source.
+        files_only: check the files' digests only, which finds any changed byte, and no tensors.
         sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Raises:
-        SurgeryError: if there is no checkpoint in `directory`, or no base or layers where they are said to be.
+        SurgeryError: if the checkpoint, the base or the layers are not there.
     """
     directory = Path(directory).expanduser()
     found = Verification(directory)
-    store = None if llama_layers_dir is None else _layer_store(llama_layers_dir)
-    base_folder = None if base is None else _base_folder(base, sources)
+    store = None if llama_layers_dir is None else LayerStore(llama_layers_dir)
+    if store is not None:
+        store.check_is_llama()
+    base_folder = None if base is None else find_base(base, sources)[0].folder
     info = _checked_info(found)
     if info is None:
         return found
@@ -117,27 +164,10 @@ def _tensor_checks(found: Verification, info: dict[str, Any], recorded: Mapping[
     return TensorChecks(found, info, recorded)
 
 
-def _base_folder(base: str, sources: Mapping[str, str] | None) -> Path:
-    folder = resolve(base, overrides=sources).folder
-    model_type, _ = type_and_depth(folder)
-    if model_type != "llamba":
-        raise SurgeryError(f"{folder} is a {model_type} model. The base must be a Llamba.")
-    return folder
-
-
-def _layer_store(folder: str | Path) -> "LayerStore":
-    from model_preparation.checkpoint.layer_store import LayerStore  # imports torch
-
-    store = LayerStore(folder)
-    if store.config.model_type != "llama":
-        raise SurgeryError(f"{folder} holds layers of a {store.config.model_type} model. The donor must be a Llama.")
-    return store
-
-
 def _tensor_places(directory: Path, recorded: Mapping[str, dict]) -> dict[str, set[Range]]:
     """By file, where tensors may lie in it: every record of a .pt file, every tensor of a safetensors file.
 
-    What such a file really holds, and what is wrong with one that has no places here, `TensorChecks` says.
+    `TensorChecks` finds out what such a file really holds, and what is wrong with one that has no places here.
     """
     places: dict[str, set[Range]] = {}
     for name in recorded:
@@ -169,7 +199,7 @@ def _checked_info(found: Verification) -> dict[str, Any] | None:
 
 
 def _recorded_files(found: Verification, info: dict[str, Any]) -> dict[str, dict]:
-    """What `files` lists, without entries that mean no file of the folder."""
+    """The entries of `files` that name a file of the folder; the others are faults."""
     recorded = {}
     for name, entry in info["files"].items():
         try:
@@ -186,7 +216,7 @@ def _recorded_files(found: Verification, info: dict[str, Any]) -> dict[str, dict
 
 
 def _look_at_code(found: Verification, info: dict[str, Any], recorded: dict[str, dict]) -> None:
-    """Say that the code is not this package's; a file of the package's is none of a stranger, whoever put it there."""
+    """Note code that is not this package's. A file with the package's bytes is trusted, listed or not."""
     if "hf" not in formats_of(info):
         return
     if remark := remark_on_code(found.directory, listed_code(info)):
@@ -204,9 +234,9 @@ def _weight_files(info: dict[str, Any]) -> set[str]:
 
 
 def _look_for_others(found: Verification, info: dict[str, Any], recorded: Mapping[str, dict]) -> None:
-    """Files nobody recorded: a fault where a loader may pick them up, be it by a name that it learns next year."""
+    """Files that are not recorded: a fault if a loader may read them, today or in a later version."""
     count = 0
-    below: Counter[str] = Counter()  # in folders of which nothing is recorded nor loaded
+    below: Counter[str] = Counter()  # files in folders that no loader reads
     read_by_others = "hf" in formats_of(info)
     for root, folders, files in os.walk(found.directory):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]

@@ -1,42 +1,41 @@
-"""The tensors of a checkpoint against what they should be: recorded digests, config, base and donor.
+"""The tensors of a checkpoint, compared with their recorded digests, the config, the base and the donor.
 
-In: the folder's checkpoint_info.json, and what reading its files gave. Out: checks and faults in a `Verification`.
+No tensor is in memory as a whole unless its dtype must be cast.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from rich.filesize import decimal
+from torch import Tensor
 
 from model_preparation.checkpoint.checkpoint_info import HEALED, INFO, MODULE, STATE_DICT, TENSOR_DIGESTS, formats_of
-from model_preparation.checkpoint.findings import Verification
+from model_preparation.checkpoint.digests import TensorDigest, module_ranges, read_tensor_digests, state_dict_ranges
 from model_preparation.checkpoint.graft import empty_model
 from model_preparation.checkpoint.layer_store import METADATA, LayerStore
-from model_preparation.checkpoint.tensor_digests import (
-    TensorDigest,
-    base_digests,
-    donor_digests,
-    module_ranges,
-    read_tensor_digests,
-    state_dict_ranges,
-)
+from model_preparation.checkpoint.verify import Verification
 from model_preparation.command_line import default_folder
 from model_preparation.errors import SurgeryError
-from model_preparation.io.digests import FileDigests
+from model_preparation.io.block_io import Advance
+from model_preparation.io.file_digests import FileDigests, read_digests
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.tensor_files import TensorFiles
-from model_preparation.io.tensors.tensor_ranges import TensorRange, range_of
+from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange, bytes_of, range_of
 from model_preparation.io.untrusted.untrusted_config import config_from
 from model_preparation.llamba.configuration_llamba import LlambaConfig
+
+_CAST_NUMBERS = 1 << 22  # at a time
 
 
 class TensorChecks:
     """The tensors in a checkpoint's files, and what they should be.
 
     Attributes:
-        ranges: by file, where its tensors lie, by their names in the state dict.
+        ranges: by file and name in the state dict, where a tensor lies.
     """
 
     def __init__(self, found: Verification, info: dict[str, Any], recorded: Mapping[str, dict]):
@@ -143,7 +142,7 @@ class TensorChecks:
         if folder is None:
             self._found.check("base", f"{len(wanted)} tensors not compared with it; --base NAME|PATH does that")
             return
-        self._compare_with("base", folder, wanted, lambda advance: base_digests(folder, wanted, advance))
+        self._compare_with("base", folder, wanted, lambda advance: _base_digests(folder, wanted, advance))
 
     def compare_donor(self, store: LayerStore | None) -> None:
         """The replaced layers' tensors against the donor's."""
@@ -155,10 +154,10 @@ class TensorChecks:
             return
         for index in self._info["replaced_layers"]:
             try:
-                store.check([index])  # so that the digests in its metadata.json are those of its files
+                store.check([index])  # only then do its files have the digests in metadata.json
             except SurgeryError as error:
                 self._found.fault(f"layer {index} of the donor", f"cannot be compared: {error}")
-        self._compare_with("donor", store.folder, wanted, lambda advance: donor_digests(store, wanted, advance))
+        self._compare_with("donor", store.folder, wanted, lambda advance: _donor_digests(store, wanted, advance))
 
     def _compare_with(
         self,
@@ -184,7 +183,7 @@ class TensorChecks:
         self._found.check(which, f"{len(wanted)} tensors, {decimal(sum(sizes.values()))}, with {folder}")
 
     def _recorded(self, which: str) -> str:
-        """What checkpoint_info.json says base or donor is."""
+        """The base or donor that checkpoint_info.json names."""
         source = self._info.get("base_model" if which == "base" else "replacement_source")
         if not isinstance(source, dict):
             return f"which {INFO} does not name"
@@ -197,10 +196,68 @@ class TensorChecks:
         try:
             store = LayerStore(folder)
         except SurgeryError:
-            return None  # nobody asked for that folder
+            return None  # the user did not ask for that folder
         origin = self._info.get("replacement_source")
         layers = origin.get("layers") if isinstance(origin, dict) else None
         if not isinstance(layers, dict):
             return None
         here = {str(index): entry["sha256"] for index, entry in store.layers.items()}
         return store if layers.items() <= here.items() else None
+
+
+def _base_digests(folder: Path, wanted: Mapping[str, TensorDigest], advance: Advance) -> dict[str, str | None]:
+    """The BLAKE3 in a base of each tensor in `wanted`, by name; None where the base has no such tensor."""
+    ranges = TensorFiles(folder).ranges
+    places = {name: ranges.get(digest.source_name) for name, digest in wanted.items()}
+    return _digests_of(places, wanted, advance)
+
+
+def _donor_digests(store: LayerStore, wanted: Mapping[str, TensorDigest], advance: Advance) -> dict[str, str | None]:
+    """The BLAKE3 in extracted layers of each tensor in `wanted`, by name; None where they have no such tensor.
+
+    metadata.json has the BLAKE3 of a tensor in its stored dtype; for another dtype it is read and cast.
+    """
+    found: dict[str, str | None] = {}
+    places: dict[str, TensorRange | None] = {}
+    ranges_of = functools.cache(store.ranges)
+    indices = {str(index): index for index in store.layers}
+    for name, digest in wanted.items():
+        number, _, inner = name.removeprefix("backbone.layers.").partition(".")
+        index = indices.get(number)
+        entry = {} if index is None else store.layers[index]
+        recorded = entry.get("tensors")
+        stored_as = f"torch.{entry.get('dtype')}"
+        if isinstance(recorded, dict) and inner in recorded and stored_as == str(digest.dtype):
+            found[name] = str(recorded[inner])
+        else:
+            places[name] = None if index is None else ranges_of(index).get(inner)
+    return found | _digests_of(places, wanted, advance)
+
+
+def _digests_of(
+    places: Mapping[str, TensorRange | None], wanted: Mapping[str, TensorDigest], advance: Advance
+) -> dict[str, str | None]:
+    """Each file is read once for the tensors that need no cast."""
+    found: dict[str, str | None] = {}
+    whole: dict[Path, dict[str, TensorRange]] = {}
+    mapped = MappedFiles()
+    for name, place in places.items():
+        if place is None or place.shape != wanted[name].shape:
+            found[name] = None
+        elif place.dtype == wanted[name].dtype:
+            whole.setdefault(place.path, {})[name] = place
+        else:
+            found[name] = _cast_digest(mapped.tensor(place), wanted[name].dtype.torch)
+            mapped.forget(place)
+            advance(place.size_bytes)
+    for path, inside in whole.items():
+        digests = read_digests(path, [range_of(place) for place in inside.values()], advance).blake3
+        found |= {name: digests.get(range_of(place)) for name, place in inside.items()}
+    return found
+
+
+def _cast_digest(tensor: Tensor, dtype: torch.dtype) -> str:
+    digest = blake3()
+    for piece in tensor.reshape(-1).split(_CAST_NUMBERS):
+        digest.update(bytes_of(piece.to(dtype)))
+    return digest.hexdigest()

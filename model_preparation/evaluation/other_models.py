@@ -22,10 +22,10 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from model_preparation.checkpoint.checkpoint_info import INFO, read_info
-from model_preparation.checkpoint.checkpoint_loading import load_checkpoint, spread
-from model_preparation.checkpoint.llama_files import HEAD, text_part, without_head
+from model_preparation.checkpoint.layer_store import HEAD, text_part, without_head
+from model_preparation.checkpoint.load import load_checkpoint, spread
 from model_preparation.checkpoint.model_configs import read_generation_config
-from model_preparation.checkpoint.recipe import target_of
+from model_preparation.checkpoint.rebuild import target_of
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation_flags import RECORDED
 from model_preparation.hub.sources import has_tokenizer, is_replaced, resolve

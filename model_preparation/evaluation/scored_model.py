@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, INFO, MODULE, STATE_DICT, TOKENIZER, read_info
-from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
-from model_preparation.checkpoint.model_digests import digest_of_checkpoint
+from model_preparation.checkpoint.digests import digest_of_checkpoint
+from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.other_models import OtherModel, load_other
 from model_preparation.hub.sources import has_tokenizer, resolve, tokenizer_files, tokenizer_name

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from model_preparation.checkpoint.layer_store import METADATA, LayerStore, extract_layers
+from model_preparation.checkpoint.digests import digest_of_layers
+from model_preparation.checkpoint.extract import extract_layers
+from model_preparation.checkpoint.layer_store import METADATA, LayerStore, ModelLayers
 from model_preparation.checkpoint.model_configs import type_and_depth
-from model_preparation.checkpoint.model_digests import digest_of_layers
-from model_preparation.checkpoint.model_layers import ModelLayers
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import check_settings
 from model_preparation.hub.sources import resolve

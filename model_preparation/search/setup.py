@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from model_preparation.checkpoint import graft
-from model_preparation.checkpoint.layer_store import LayerStore
-from model_preparation.checkpoint.model_digests import digest_of_layers, digest_of_model, digest_of_tokenizer
-from model_preparation.checkpoint.model_layers import ModelLayers
+from model_preparation.checkpoint.digests import digest_of_layers, digest_of_model, digest_of_tokenizer
+from model_preparation.checkpoint.layer_store import LayerStore, ModelLayers
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import SEED, settings_of
 from model_preparation.evaluation.other_models import OtherModel, load_other

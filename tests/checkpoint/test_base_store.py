@@ -1,7 +1,5 @@
 """BaseStore: what is shared, what is made again, who may interfere, and what `clean` takes away."""
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,8 +15,7 @@ from blake3 import blake3
 from safetensors.torch import load_file
 
 from model_preparation.checkpoint import base_store
-from model_preparation.checkpoint.base_store import BaseStore
-from model_preparation.checkpoint.store_folder import STORE, clean
+from model_preparation.checkpoint.base_store import STORE, BaseStore, clean_checkpoints
 from model_preparation.io import known_digests, shared_files
 from model_preparation.io.tensors.dtypes import DType
 from model_preparation.io.tensors.safetensors_writer import Shard
@@ -212,17 +209,16 @@ def test_where_nothing_can_be_shared_the_files_are_written(checkpoints, monkeypa
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    def no_locks(*args):
-        raise OSError(errno.ENOLCK, "No locks available")
-
     if reason == "no links":
         monkeypatch.setattr(os, "link", refuse)
         monkeypatch.setattr(shared_files, "_reflink", lambda source, target: False)
     elif reason == "no locks":
-        monkeypatch.setattr(fcntl, "flock", no_locks)
+        monkeypatch.setattr(base_store.fcntl, "flock", refuse)
     else:
-        opened = os.open
-        monkeypatch.setattr(os, "open", lambda p, *args: (refuse if str(p).endswith("/lock") else opened)(p, *args))
+        opened = Path.open
+        monkeypatch.setattr(
+            Path, "open", lambda p, *args, **kw: (refuse if p.name == "lock" else opened)(p, *args, **kw)
+        )
     for name in ("first", "second"):
         _, files = checkpoints.build(name)
         for file, described in files.items():
@@ -264,23 +260,23 @@ def test_clean_removes_what_nobody_uses(checkpoints):
     checkpoints.build("one", layers=[1])
     killed = checkpoints.stored()[0].with_name("layer_09.safetensors.partial-123")
     killed.write_bytes(bytes(10))
-    assert clean(checkpoints.folder, dry_run=True).paths == [killed]
+    assert clean_checkpoints(checkpoints.folder, dry_run=True).paths == [killed]
     assert killed.exists()
     shutil.rmtree(checkpoints.folder / "both")
     unused = checkpoints.stored()[0]
     assert unused.name == "layer_00.safetensors"
     size_bytes = unused.stat().st_size
-    cleaned = clean(checkpoints.folder)
+    cleaned = clean_checkpoints(checkpoints.folder)
     assert (cleaned.paths, cleaned.size_bytes) == ([killed, unused], size_bytes + 10)
     assert [path.name for path in checkpoints.stored()] == ["layer_01.safetensors"]
-    assert clean(checkpoints.folder).paths == []
+    assert clean_checkpoints(checkpoints.folder).paths == []
     shutil.rmtree(checkpoints.folder / "one")
-    assert [path.name for path in clean(checkpoints.folder).paths] == ["layer_01.safetensors"]
+    assert [path.name for path in clean_checkpoints(checkpoints.folder).paths] == ["layer_01.safetensors"]
     assert not (checkpoints.folder / STORE).exists()
-    assert clean(checkpoints.folder).paths == []
+    assert clean_checkpoints(checkpoints.folder).paths == []
     store, files = checkpoints.build("again")  # and after it all starts anew
     shutil.rmtree(checkpoints.folder / "again")
-    clean(checkpoints.folder)
+    clean_checkpoints(checkpoints.folder)
     (checkpoints.folder / "late").mkdir()  # also for a build that was under way
     shard = shards_of(checkpoints.base_paths)[0]
     described, _ = store.provide(shard, checkpoints.folder / "late" / shard.file, lambda size_bytes: None)
@@ -294,9 +290,9 @@ def test_clean_keeps_what_a_checkpoint_has_as_a_copy(checkpoints, monkeypatch):
     monkeypatch.setattr(base_store, "can_share", lambda folder: True)
     checkpoints.build("first")
     assert checkpoints.stored()[0].stat().st_nlink == 1
-    assert clean(checkpoints.folder).paths == []
+    assert clean_checkpoints(checkpoints.folder).paths == []
     (checkpoints.folder / "first" / "checkpoint_info.json").write_text("{")
-    assert len(clean(checkpoints.folder).paths) == 2
+    assert len(clean_checkpoints(checkpoints.folder).paths) == 2
 
 
 def test_reflinks_take_no_room_and_can_be_changed_alone(sharing_disk, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from blake3 import blake3
 
 import model_preparation
-from model_preparation.checkpoint.verify import inspect, verify_checkpoint
+from model_preparation.checkpoint.verify import verify, verify_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.io.digests import describe_file, read_digests
 from model_preparation.io.self_checksum import checksum_fault, with_checksum
@@ -82,7 +82,7 @@ def test_a_whole_checkpoint_passes_with_base_and_donor(checkpoint, base_dir, lay
 
 
 def test_what_was_not_compared_is_said_with_the_flag_that_does_it(checkpoint):
-    checks = "\n".join(inspect(checkpoint).checks)
+    checks = "\n".join(verify(checkpoint).checks)
     assert "--base NAME|PATH does that" in checks
     assert "--llama_layers_dir DIR does that" in checks
 
@@ -149,7 +149,7 @@ def test_missing_cut_and_added_files(checkpoint, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     (checkpoint / "tokenizer" / "tokenizer.json").unlink()
     (checkpoint / "tokenizer" / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
-    found = inspect(checkpoint)
+    found = verify(checkpoint)
     text = told(found.faults)
     assert "README.txt is missing" in text
     assert "model_state_dict.pt has 100000 bytes instead of" in text
@@ -170,13 +170,13 @@ def test_in_the_hf_format_every_file_that_is_not_listed_is_a_fault(checkpoint):
     for name in unasked | harmless | below | {killed}:
         (checkpoint / name).parent.mkdir(exist_ok=True, parents=True)
         (checkpoint / name).write_text("{}")
-    found = inspect(checkpoint, files_only=True)
+    found = verify(checkpoint, files_only=True)
     assert {note.split()[0] for note in found.notes} == unasked | harmless | {".git/", ".cache/", killed}
     assert f"{killed} was left by a run that was killed, and nothing reads it. Remove it." in found.notes
     assert ".git/ is not listed in checkpoint_info.json: a clone's, 2 files." in found.notes
     assert not found.faults
     write_checksum(checkpoint, format="both")
-    found = inspect(checkpoint, files_only=True)
+    found = verify(checkpoint, files_only=True)
     assert {note.split()[0] for note in found.notes} == harmless | {".git/", ".cache/", killed}
     assert {fault.where for fault in found.faults} == unasked | {"config.json"}  # which that format must have
 

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from model_preparation import load_checkpoint, verify_checkpoint
+from model_preparation.checkpoint.base_store import STORE, record_of
 from model_preparation.checkpoint.checkpoint_info import INFO
 from model_preparation.checkpoint.layer_store import METADATA, LayerStore
-from model_preparation.checkpoint.store_folder import STORE, record_of
 from model_preparation.errors import SurgeryError
 from model_preparation.io.digests import sha256_of
 from model_preparation.io.known_digests import read_record

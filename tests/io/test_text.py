@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from model_preparation.checkpoint.recipe import read_recipe
+from model_preparation.checkpoint.rebuild import read_recipe
 from model_preparation.checkpoint.share import _read_card_file
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.prompts import read_prompts

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
+from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.other_models import find_others, load_other
 from model_preparation.llamba import LlambaForCausalLM

@@ -12,8 +12,8 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from model_preparation.checkpoint.healed_folder import describe_parent
-from model_preparation.checkpoint.model_digests import digest_of_checkpoint, digest_of_model, digest_of_weights
+from model_preparation.checkpoint.checkpoint_folder import describe_parent
+from model_preparation.checkpoint.digests import digest_of_checkpoint, digest_of_model, digest_of_weights
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.other_models import find_others
 from model_preparation.io.complete_folder import remove_abandoned

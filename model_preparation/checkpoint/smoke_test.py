@@ -1,8 +1,6 @@
-"""One short forward pass of a grafted model while it is written, so that a broken one never is.
+"""One short forward pass of a grafted model, run while it is written: a model with broken logits is never finished.
 
-In: a `GraftPlan`, a tokenizer, a device. Out: nothing, or the error that says the logits are not finite. The weights
-stay in their files: of a matrix, some rows at a time are read, cast and moved to the device if need be, used, and let
-go of.
+The weights stay in their files. Some rows of a matrix at a time are read, cast, moved to the device, used and freed.
 """
 
 from collections.abc import Callable
@@ -20,13 +18,17 @@ _PIECE_BYTES = 8 << 20
 
 
 @torch.no_grad()
-def try_out(
+def smoke_test(
     graft: GraftPlan,
     tokenizer: PreTrainedTokenizerBase,
     device: str = "cpu",
     go_on: Callable[[], object] = lambda: None,
 ) -> None:
-    """Run the model on one sentence, on `device`; `go_on` is called now and then and may raise.
+    """Run the model on one sentence.
+
+    Args:
+        device: where to.
+        go_on: called now and then; may raise.
 
     Raises:
         SurgeryError: if a logit is not finite.
@@ -54,7 +56,7 @@ def try_out(
 
 
 class _Matrix:
-    """A weight, (rows, columns), that is read when it is used."""
+    """A weight of shape (rows, columns), which is read when it is used."""
 
     def __init__(self, place: TensorRange, dtype: torch.dtype, mapped: MappedFiles, go_on: Callable[[], object]):
         self._place = place
@@ -63,7 +65,7 @@ class _Matrix:
         self._go_on = go_on
 
     def of(self, module: nn.Linear | nn.Embedding) -> Callable[[Tensor], Tensor]:
-        """What stands in for the module's `forward`."""
+        """The replacement of the module's `forward`."""
         if isinstance(module, nn.Embedding):
             return self._embed
         return lambda inputs: self._multiply(inputs, module.bias)

@@ -1,4 +1,4 @@
-"""A checkpoint's folder as a model and a tokenizer: no code is unpickled, and nothing read before it is used."""
+"""A checkpoint's folder -> a model and a tokenizer. No code is unpickled, and weights are read when they are used."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_NAME
 
+from model_preparation.checkpoint.checkpoint_folder import INDEX
 from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, TOKENIZER, read_info
 from model_preparation.checkpoint.graft import empty_model
-from model_preparation.checkpoint.hf_folder import INDEX, read_state_dict
 from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
 from model_preparation.io.tensors.dtypes import torch_dtype
-from model_preparation.io.tensors.tensor_files import load_tensors
-from model_preparation.io.untrusted.not_a_model import what_it_is
+from model_preparation.io.tensors.tensor_files import TensorFiles, load_tensors
+from model_preparation.io.untrusted.no_model import what_it_is
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_config import config_from, generation_config_from
 from model_preparation.llamba import LlambaForCausalLM
@@ -33,17 +34,17 @@ def load_checkpoint(
 ) -> tuple[LlambaForCausalLM, PreTrainedTokenizerBase]:
     """Load a checkpoint folder: (model, tokenizer), the model in eval mode and ready to `generate`.
 
-    The architecture comes from checkpoint_info.json and the weights from model_state_dict.pt, or from the shards of a
-    folder of format "hf". They are mapped: on the CPU nothing is read before it is used, elsewhere one tensor at a time
-    is. No code is unpickled, and none that lies in the folder is run.
+    The architecture comes from checkpoint_info.json, the weights from model_state_dict.pt or from the shards of a
+    folder of format "hf". On the CPU they are read when they are used, elsewhere one tensor at a time. No code is
+    unpickled, and no code in the folder is run.
 
     Args:
-        directory: a folder written by `write`; its state dict may since have been saved from a model wrapped by
+        directory: a checkpoint's folder. Its state dict may have been saved again, from a model wrapped by
             DistributedDataParallel or torch.compile.
         device: where to put the model.
         dtype: cast the parameters to it; by default as stored.
-        parallelize: spread the layers over all GPUs instead, and over the CPU what does not fit there (accelerate's
-            device map). `device` is then of no effect.
+        parallelize: ignore `device`, and spread the layers over all GPUs. What does not fit goes to the CPU
+            (accelerate's device map).
 
     Raises:
         SurgeryError: if the folder is no complete checkpoint, or its weights do not fit its config.
@@ -61,7 +62,7 @@ def load_checkpoint(
     model = empty_model(config)
     is_hf = info.get("format") == "hf"
     path = directory / (INDEX if is_hf else STATE_DICT)
-    state_dict = read_state_dict(directory, model) if is_hf else without_wrapper_prefixes(_read_state_dict(path))
+    state_dict = _read_shards(directory, model) if is_hf else without_wrapper_prefixes(_read_state_dict(path))
     _check_fit(model, state_dict, path)
     model.load_state_dict(
         {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in state_dict.items()}, assign=True
@@ -74,8 +75,23 @@ def load_checkpoint(
     return model, load_tokenizer(directory if is_hf else directory / TOKENIZER)
 
 
+def bare_model(info: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> LlambaForCausalLM:
+    """A model of the architecture in `info`, with these weights: on the CPU, in eval mode, without any wrapper.
+
+    Args:
+        info: a checkpoint_info.json.
+        tensors: a whole state dict; cast to `dtype`.
+    """
+    config = config_from({**info["config"], "dtype": str(dtype).removeprefix("torch.")}, LlambaConfig)
+    model = empty_model(config)
+    model.load_state_dict({name: tensor.to("cpu", dtype) for name, tensor in tensors.items()}, strict=True, assign=True)
+    model.tie_weights()
+    model.generation_config = generation_config_from(info["generation_config"])
+    return model.requires_grad_(True)
+
+
 def spread(model: PreTrainedModel) -> Any:
-    """Spread a model over the devices there are, about as much on each, no layer over two."""
+    """Spread a model evenly over all devices; no layer is split."""
     from accelerate import dispatch_model, infer_auto_device_map  # slow to import, and needed here only
     from accelerate.utils import get_balanced_memory
 
@@ -85,7 +101,7 @@ def spread(model: PreTrainedModel) -> Any:
 
 
 def without_wrapper_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict with the names of the bare model: `module.` and `_orig_mod.` taken off, in any order."""
+    """The state dict by the bare model's names: without `module.` and `_orig_mod.`, in any order."""
     names = {}
     for name in state_dict:
         bare = name
@@ -99,6 +115,18 @@ def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
     if not path.exists():
         raise SurgeryError(what_it_is(path.parent) or f"{path} is missing. Build the checkpoint again.")
     return load_tensors(path, "Build the checkpoint again.")
+
+
+def _read_shards(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]:
+    """The state dict in the shards, mapped; they hold a tied tensor once."""
+    foreign = folder / SAFE_WEIGHTS_NAME
+    if foreign.exists():
+        raise SurgeryError(f"{foreign} is not of this checkpoint, and would be read in its place. Move it elsewhere.")
+    files = TensorFiles(folder)
+    state_dict = {name: files[name] for name in files.names()}
+    if model.config.tie_embeddings:
+        state_dict |= {tied: state_dict[name] for tied, name in model._tied_weights_keys.items() if name in state_dict}
+    return state_dict
 
 
 def _check_fit(model: LlambaForCausalLM, state_dict: Mapping[str, Tensor], path: Path) -> None:

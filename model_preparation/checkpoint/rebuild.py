@@ -1,8 +1,7 @@
-"""A checkpoint made again from its checkpoint_info.json, and shown to be the same.
+"""A checkpoint built again from its checkpoint_info.json, and compared with it.
 
-In: the recipe, a few kilobytes: which base, which donor, which layers, and the digests of every file. Out: the
-checkpoint's folder, or the error that names the first thing that is not what the recipe says. So whoever has base and
-donor can be handed a checkpoint by its recipe alone.
+The recipe, a few kilobytes, names base, donor and layers, and has the digests of every file. Whoever has base and donor
+needs nothing else to make the checkpoint.
 """
 
 import tempfile
@@ -10,18 +9,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from model_preparation.checkpoint.checkpoint import write
+from model_preparation.checkpoint.build import build_checkpoint
 from model_preparation.checkpoint.checkpoint_info import INFO, README, TENSOR_DIGESTS, read_info_file
-from model_preparation.checkpoint.graft_parts import find_parts
-from model_preparation.checkpoint.layer_store import METADATA, LayerStore, extract_layers
-from model_preparation.checkpoint.model_digests import digest_of_layers, digests_as_recorded
+from model_preparation.checkpoint.digests import digest_of_layers, digests_as_recorded
+from model_preparation.checkpoint.extract import extract_layers
+from model_preparation.checkpoint.graft import GraftPlan
+from model_preparation.checkpoint.layer_store import METADATA, LayerStore
 from model_preparation.errors import SurgeryError
 from model_preparation.io.digests import sha256_of
 from model_preparation.io.identity import differences
+from model_preparation.io.new_folder import check_target
 from model_preparation.io.tensors.tensor_ranges import MappedFiles
 
-_PROGRAMS = ("model_preparation", "torch", "transformers")  # what decides on bytes that are not tensors'
-# Of the config, what decides on what the model computes.
+_PROGRAMS = ("model_preparation", "torch", "transformers")  # they decide on all bytes but the tensors'
+# The fields of a config that decide on what the model computes.
 _CONFIG = (
     *("d_model", "n_layer", "vocab_size", "tie_embeddings", "norm_epsilon"),
     *("mlp_cfg", "ssm_cfg", "llama_layers", "llama_cfg"),
@@ -29,7 +30,7 @@ _CONFIG = (
 _OF_TOKENIZERS = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
 
 
-def rebuild(
+def rebuild_checkpoint(
     recipe: str | Path,
     output_dir: str | Path,
     llama_layers_dir: str | Path,
@@ -39,64 +40,68 @@ def rebuild(
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Build the checkpoint that a checkpoint_info.json describes, and confirm its digests.
+    """Build the checkpoint that a checkpoint_info.json describes, and compare its digests.
 
     Args:
         recipe: a checkpoint_info.json.
         output_dir: the folder to make; it appears whole or not at all.
-        llama_layers_dir: the donor's extracted layers. If there are none, they are extracted into it from the donor
-            that the recipe names.
+        llama_layers_dir: the donor's extracted layers. If there are none, they are extracted into it from the
+            recipe's donor.
         base: where the base is; by default where the recipe says.
-        device: where the trial forward pass runs.
+        device: where the smoke test runs, or a function that chooses it.
         overwrite: replace a checkpoint that is there.
         sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Returns:
-        Sentences on what is otherwise although model and tokenizer are the recipe's, and why; none as a rule.
+        Notes: what differs although model and tokenizer are the recipe's, and why. As a rule there are none.
 
     Raises:
-        SurgeryError: if the recipe cannot be read, base or donor cannot be had or are not those of the recipe, or the
-            files written differ from it for no such reason.
+        SurgeryError: if the recipe cannot be read, base or donor are missing or not the recipe's, or files differ for
+            another reason than other versions of programs.
     """
+    target = Path(output_dir).expanduser()
+    check_target(target, overwrite=overwrite, marker_file=INFO)  # before layers are extracted
     info = read_recipe(recipe)
     if "healing" in info:
         raise SurgeryError(
-            f"{recipe} is of a checkpoint that was healed, whose weights no recipe gives. Copy the checkpoint itself, "
-            f"or rebuild the one it was healed from, {info.get('parent', {}).get('id', 'its parent')}, and heal that."
+            f"{recipe} is of a healed checkpoint, and no recipe gives its weights. Copy the checkpoint itself, or "
+            f"rebuild the one it was healed from, {info.get('parent', {}).get('id', 'its parent')}, and heal that."
         )
     notes: list[str] = []
+
+    def review(found: dict[str, Any], graft: GraftPlan) -> None:
+        notes.extend(_programs_differing(found, info, graft.base.folder))
+        if measured := info.get("mmlu_result"):
+            if measured.get("model", {}).get("weights") == found["digests"]["weights"]:
+                found["mmlu_result"] = measured
+            else:
+                found["mmlu_score"] = None
+                notes.append("Its MMLU score is left out: it was measured on other weights. Evaluate the checkpoint.")
+
     try:
-        store = _donor_layers(Path(llama_layers_dir).expanduser(), info, sources)
         tokenizer = info.get("tokenizer_source")  # the first recipes have none
-        parts = find_parts(
+        build_checkpoint(
             base or target_of(info["base_model"], "--base"),
             info["replaced_layers"],
-            store,
-            dtype=info["dtype"],
-            sources=sources,
-        )
-        written = write(
-            parts,
-            output_dir,
+            _donor_layers(Path(llama_layers_dir).expanduser(), info, sources),
+            target,
             tokenizer=None if tokenizer is None else target_of(tokenizer, "--tokenizer"),
-            sources=sources,
             description=info["description"],
             score=info["mmlu_score"],
-            measured=info.get("mmlu_result"),
             device=device,
+            dtype=info["dtype"],
             format=info.get("format", "pt"),
             overwrite=overwrite,
-            confirm=lambda found: notes.extend(_programs_differing(found, info, parts.base.folder)),
+            sources=sources,
+            review=review,
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise SurgeryError(f"{recipe} lacks what a recipe needs ({error!r}). Copy it again.") from error
-    if written["mmlu_score"] != info["mmlu_score"]:
-        notes.append("Its MMLU score is left out: it was not measured on these weights. Evaluate the checkpoint.")
     return notes
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """A checkpoint_info.json that may lie anywhere.
+    """A checkpoint_info.json, wherever it lies.
 
     Raises:
         SurgeryError: if it is not there or not one.
@@ -138,7 +143,7 @@ def _donor_layers(folder: Path, info: Mapping[str, Any], sources: Mapping[str, s
 
 
 def _sha256_of_old_file(store: LayerStore, index: int) -> str:
-    """The SHA-256 of the file that the first versions made of these tensors, by torch.save."""
+    """The SHA-256 of the file that the first versions wrote for these tensors, by torch.save."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -149,10 +154,10 @@ def _sha256_of_old_file(store: LayerStore, index: int) -> str:
 
 
 def target_of(source: Mapping[str, Any], flag: str) -> str:
-    """What `resolve` takes for a source that a checkpoint_info.json records.
+    """The name by which `resolve` finds a source that a checkpoint_info.json records.
 
     Raises:
-        SurgeryError: if it is a local folder that is not here; the message says to name it by `flag`.
+        SurgeryError: if it is a local folder that is not here; the message names `flag`.
     """
     if source["hub"] != "local":
         return f"{source['hub']}:{source['id']}" + (f"@{source['revision']}" if source["revision"] else "")
@@ -167,7 +172,7 @@ def _name_of(source: Mapping[str, Any]) -> str:
 
 
 def _programs_differing(found: Mapping[str, Any], wanted: Mapping[str, Any], base: Path) -> list[str]:
-    """What was written against the recipe: a note where files differ because programs do; raises if the model does."""
+    """Compare with the recipe: a note if files differ because programs do; an error if the model differs."""
     odd = differences(*digests_as_recorded(wanted["base_model"]["files"], base))
     if odd:
         raise SurgeryError(
@@ -196,7 +201,7 @@ def _programs_differing(found: Mapping[str, Any], wanted: Mapping[str, Any], bas
 
 
 def _model_of(info: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model is, as far as a checkpoint_info.json says it; the first ones name base and layers only."""
+    """The model's identity in a checkpoint_info.json; the first versions recorded less."""
     config = {name: info["config"].get(name) for name in _CONFIG}
     tensors = info["files"].get(TENSOR_DIGESTS)
     older = {} if tensors is None else {TENSOR_DIGESTS: tensors["sha256"]}

@@ -1,0 +1,242 @@
+"""A base and extracted layers -> a checkpoint's folder, which appears whole or not at all.
+
+The weights are written while torch and transformers are imported. These then check the graft and run it once, while
+writing goes on. Where they find a fault, what was written is removed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model_preparation.checkpoint.checkpoint_folder import finish_folder
+from model_preparation.checkpoint.checkpoint_info import FORMATS, INFO, check_format
+from model_preparation.checkpoint.graft import GraftParts, GraftPlan, check_parts, empty_model, find_parts
+from model_preparation.checkpoint.layer_store import LayerStore
+from model_preparation.checkpoint.model_configs import heads_of, read_generation_config
+from model_preparation.checkpoint.weights import GraftWeights
+from model_preparation.devices import check_device
+from model_preparation.errors import SurgeryError
+from model_preparation.io.background_tasks import BackgroundTasks
+from model_preparation.io.new_folder import check_target, new_folder
+from model_preparation.io.progress import bar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from model_preparation.llamba import LlambaForCausalLM
+
+Review = Callable[[dict[str, Any], GraftPlan], None]
+
+
+def build_checkpoint(
+    base: str,
+    layers: Sequence[int],
+    llama_layers_dir: str | Path | LayerStore,
+    output_dir: str | Path,
+    *,
+    tokenizer: str | None = None,
+    description: str = "",
+    score: float | None = None,
+    device: str | Callable[[], str] = "cpu",
+    dtype: "torch.dtype | str | None" = None,
+    format: str = "pt",
+    overwrite: bool = False,
+    sources: Mapping[str, str] | None = None,
+    dry_run: bool = False,
+    show: Callable[[list[str]], None] = lambda lines: None,
+    review: Review = lambda info, graft: None,
+) -> dict[str, Any]:
+    """Replace `layers` of `base` by the donor's, run the model once, and write the checkpoint.
+
+    Args:
+        base: a name, folder or hub id of a Llamba, as `sources.resolve` takes it.
+        layers: indices, in any order, each once.
+        llama_layers_dir: the donor's layers: a folder written by `extract_layers`, or an open store.
+        output_dir: the checkpoint's folder; it appears whole or not at all.
+        tokenizer: name, folder or hub id to take it from; by default the base's own, else the donor's.
+        description: free text for people.
+        score: an MMLU score known beforehand, as a fraction of 1.
+        device: where the smoke test runs, or a function that chooses it; the checkpoint is always written on the CPU.
+        dtype: of the whole model; by default the base's.
+        format: "pt" for model.pt and model_state_dict.pt, "hf" for what transformers opens without this package, or
+            "both".
+        overwrite: replace a checkpoint that is there; it stays whole until the new one is.
+        sources: targets by name, as `resolve(overrides=...)` takes them.
+        dry_run: check and show the plan, write nothing.
+        show: called with the plan, in lines, once it is checked.
+        review: called with the new checkpoint_info.json and the plan before the folder is put in place; may change the
+            first or raise.
+
+    Returns:
+        The fields of checkpoint_info.json; none with `dry_run`.
+
+    Raises:
+        SurgeryError: for anything that makes the graft impossible or wrong; if the target is taken or not writable, the
+            disk too small, the device missing, or a logit not finite. Nothing is left on the disk then.
+    """
+    check_format(format)
+    if score is not None and not 0 <= score <= 1:
+        raise SurgeryError(f"The score {score} is not between 0 and 1. Give a fraction, such as 0.57.")
+    target = Path(output_dir).expanduser()
+
+    def find() -> tuple[GraftParts, GraftWeights]:
+        parts = find_parts(base, layers, llama_layers_dir, dtype=dtype, sources=sources)
+        return parts, GraftWeights(parts, target, format)
+
+    def check_all(parts: GraftParts, weights: GraftWeights) -> _Checked:
+        chosen = device if isinstance(device, str) else device()
+        check_device(chosen)
+        checked = _Checked.of(check_parts(parts, tokenizer=tokenizer, sources=sources), chosen)
+        show([*checked.graft.describe(), weights.describe()])
+        return checked
+
+    if dry_run:
+        check_target(target, overwrite=overwrite, marker_file=INFO)
+        parts, weights = find()
+        check_all(parts, weights)
+        weights.check_room()
+        return {}
+    with new_folder(target, overwrite=overwrite, marker_file=INFO) as staging:
+        parts, weights = find()
+        with BackgroundTasks() as tasks:
+            checking = tasks.start(check_all, parts, weights)
+            testing = tasks.start(_smoke_test, checking, tasks.check)
+            try:
+                if weights.has_siblings:
+                    checking.result()  # siblings are read with torch, which two threads cannot import at once
+                weights.check_room()
+            except SurgeryError:
+                checking.result()  # what that finds comes first
+                raise
+            weights.prepare(tasks.raise_failure)
+
+            def read_base() -> dict[str, dict]:
+                checking.result()  # imports come first: without them nothing can be finished
+                return weights.base_files(tasks.check)
+
+            reading = tasks.start(read_base)
+            with bar("Writing", FORMATS[format] * parts.weight_bytes, in_bytes=True) as progress:
+
+                def advance(size_bytes: int) -> None:
+                    progress(size_bytes)
+                    tasks.raise_failure()
+
+                files, digests = weights.write(staging, lambda tensors: checking.result().model(tensors), advance)
+            checked, base_files = checking.result(), reading.result()
+            testing.result()
+        from model_preparation.checkpoint.digests import digest_of_layers, digest_of_tokenizer  # which needs torch
+
+        graft = checked.graft
+        info = _info(graft, base_files) | {"description": description, "mmlu_score": score}
+        info["digests"] = {
+            "donor_layers": digest_of_layers(graft.donor, graft.layers),
+            "tokenizer": digest_of_tokenizer(checked.tokenizer),
+        }
+        return finish_folder(
+            staging,
+            info,
+            format=format,
+            files=files,
+            tensors=_tensor_digests(graft, digests),
+            config=graft.config,
+            generation_config=checked.generation_config,
+            tokenizer=checked.tokenizer,
+            review=lambda found: review(found, graft),
+        )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A graft that passed its checks, and what torch and transformers were needed for."""
+
+    graft: GraftPlan
+    tokenizer: "PreTrainedTokenizerBase"
+    generation_config: dict[str, Any]
+    device: str
+
+    @classmethod
+    def of(cls, graft: GraftPlan, device: str) -> "_Checked":
+        """Load the tokenizer, and raise SurgeryError if it makes ids that the model has no embedding for."""
+        from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+
+        tokenizer = load_tokenizer(graft.tokenizer)
+        if len(tokenizer) > graft.config.padded_vocab_size:
+            raise SurgeryError(
+                f"The tokenizer in {graft.tokenizer} has {len(tokenizer)} tokens, the model {graft.config.vocab_size}. "
+                "Name the model's own with --tokenizer."
+            )
+        return cls(graft, tokenizer, _generation_config(graft, tokenizer), device)
+
+    def model(self, tensors: "dict[str, Tensor]") -> "LlambaForCausalLM":
+        """The grafted model with these parameters."""
+        from transformers import GenerationConfig
+
+        model = empty_model(self.graft.config)
+        model.load_state_dict(tensors, strict=False, assign=True)
+        model.tie_weights()
+        model.generation_config = GenerationConfig(**self.generation_config)
+        return model
+
+
+def _smoke_test(checking: "Future[_Checked]", go_on: Callable[[], object]) -> None:
+    checked = checking.result()
+    from model_preparation.checkpoint.smoke_test import smoke_test
+
+    smoke_test(checked.graft, checked.tokenizer, checked.device, go_on)
+
+
+def _tensor_digests(graft: GraftPlan, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """tensor_digests.json: per tensor of the state dict its BLAKE3, and whether base or donor gave it."""
+    from model_preparation.llamba import LlambaForCausalLM
+
+    tied = LlambaForCausalLM._tied_weights_keys
+    return {
+        name: {
+            "dtype": graft.dtype.name,
+            "shape": list(tensor.shape),
+            "from": "donor" if name.startswith(graft.replaced) else "base",
+            "blake3": digests.get(name) or digests[tied[name]],
+        }
+        for name, tensor in empty_model(graft.config).state_dict().items()
+    }
+
+
+def _info(graft: GraftPlan, base_files: dict[str, dict]) -> dict[str, Any]:
+    """What checkpoint_info.json says of the graft."""
+    donor = graft.donor.metadata
+    num_heads, head_dim = heads_of(graft.donor.config)
+    return {
+        "replaced_layers": graft.layers,
+        "num_replaced_layers": len(graft.layers),
+        "total_layers": graft.config.n_layer,
+        "base_model": {"name": graft.base_name, **graft.base.as_dict(), "files": base_files},
+        "replacement_source": {
+            "name": donor["model_name"],
+            **donor["source"],
+            "layers": {str(index): graft.donor.layers[index]["sha256"] for index in graft.layers},
+        },
+        "tokenizer_source": graft.tokenizer_source,
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        "parameters": graft.parameters,
+        "dtype": graft.dtype.name,
+    }
+
+
+def _generation_config(graft: GraftPlan, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Special tokens of the base, else of the donor, else of the tokenizer; greedy decoding unless asked otherwise."""
+    given = read_generation_config(graft.base.folder) or graft.donor.metadata["generation_config"] or {}
+
+    def token(name: str):
+        value = given.get(name)
+        return getattr(tokenizer, name) if value is None else value
+
+    eos = token("eos_token_id")
+    pad = token("pad_token_id")
+    if pad is None:
+        pad = eos[0] if isinstance(eos, list) else eos
+    return {"bos_token_id": token("bos_token_id"), "eos_token_id": eos, "pad_token_id": pad, "use_cache": True}

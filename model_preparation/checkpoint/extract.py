@@ -1,0 +1,214 @@
+"""Layers of a Llama or a Llamba, written into files of their own: extracted_llama_layers/.
+
+The folder gets layer_NN.pt, each a plain dict of tensors, the donor's tokenizer, rotary_emb.pt, and metadata.json with
+the origin of all and every file's SHA-256. A few blocks are in memory at a time; the model is never built.
+layer_store.py reads such a folder.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model_preparation.checkpoint.layer_store import (
+    FORMAT_VERSION,
+    METADATA,
+    ROTARY,
+    TOKENIZER,
+    LlamaFiles,
+    check_range,
+    layer_file,
+    sorted_layers,
+)
+from model_preparation.checkpoint.model_configs import (
+    heads_of,
+    layer_shapes,
+    read_config,
+    read_generation_config,
+    type_and_depth,
+)
+from model_preparation.errors import SurgeryError
+from model_preparation.hub.sources import has_tokenizer, resolve
+from model_preparation.io.background_tasks import BackgroundTasks
+from model_preparation.io.block_io import Advance
+from model_preparation.io.digests import describe_files
+from model_preparation.io.new_folder import check_space, new_folder
+from model_preparation.io.progress import bar
+from model_preparation.io.tensors.dtypes import DType, float_dtype
+from model_preparation.io.tensors.pt_writer import write_dict, write_together
+from model_preparation.io.tensors.tensor_files import TensorFiles
+from model_preparation.io.tensors.tensor_ranges import TensorRange
+from model_preparation.io.timestamps import creation_time
+from model_preparation.versions import versions
+
+# torch and transformers take seconds to import, and writing does not wait for them.
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+_LAYERS_AT_ONCE = 2  # each is hashed by one core
+_LAYER_PREFIX = {"llama": "model.layers", "llamba": "backbone.layers"}
+
+
+def extract_layers(
+    model_name: str,
+    output_dir: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    dtype: "torch.dtype | str | None" = None,
+    overwrite: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write the layers of a model into `output_dir` and return its metadata.
+
+    Args:
+        model_name: a name, folder or hub id of a Llama or a Llamba, as `sources.resolve` takes it.
+        output_dir: the folder to make; it appears whole or not at all.
+        layers: indices to extract; all by default.
+        dtype: cast floating-point tensors to it; by default each keeps its own.
+        overwrite: replace a complete folder that is there.
+        sources: targets by name, as `resolve(overrides=...)` takes them.
+
+    Raises:
+        SurgeryError: if the model is missing or of another kind, a layer is out of range or has wrong tensors, the
+            target is taken or not writable, or the disk is too small.
+    """
+    cast_to = float_dtype(dtype)
+    target = Path(output_dir).expanduser()
+    with new_folder(target, overwrite=overwrite, marker_file=METADATA) as staging:
+        source = resolve(model_name, overrides=sources)
+        model_type, total = type_and_depth(source.folder)
+        if model_type not in _LAYER_PREFIX:
+            raise SurgeryError(
+                f"{source.folder} is a {model_type} model. Layers can be taken from a Llama or a Llamba."
+            )
+        chosen = sorted_layers(range(total) if layers is None else layers)
+        check_range(chosen, total, str(source.folder))
+        files = LlamaFiles(source.folder) if model_type == "llama" else TensorFiles(source.folder)
+        ranges = {index: _layer_ranges(files, f"{_LAYER_PREFIX[model_type]}.{index}.") for index in chosen}
+        places = [place for layer in ranges.values() for place in layer.values()]
+        check_space(target, sum(place.numel * (cast_to or place.dtype).itemsize for place in places) + 50_000_000)
+        with BackgroundTasks(1 + _LAYERS_AT_ONCE) as tasks:
+
+            def go_on(_size_bytes: int) -> None:
+                tasks.check()
+                tasks.raise_failure()
+
+            # Importing torch and transformers takes as long as writing some GB: the config is checked meanwhile.
+            checking = tasks.start(_check_and_load, source.folder, files, chosen, _LAYER_PREFIX[model_type])
+            writing = {
+                str(index): tasks.start(write_layer, staging / layer_file(index), layer, cast_to, go_on)
+                for index, layer in ranges.items()
+                if layer  # the check says what is missing
+            }
+            described = {}
+            with bar(f"Extracting {model_name}", len(writing)) as advance:
+                for name, layer_writing in writing.items():
+                    described[name] = layer_writing.result()
+                    advance(1)
+            config, tokenizer = checking.result()
+        return complete_folder(
+            staging,
+            config,
+            tokenizer,
+            described,
+            model_name=model_name,
+            source=source.as_dict(),
+            generation_config=read_generation_config(source.folder),
+        )
+
+
+def _layer_ranges(files: TensorFiles, prefix: str) -> dict[str, TensorRange]:
+    return {
+        name.removeprefix(prefix): place
+        for name, place in files.ranges.items()
+        if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")  # in every layer of old Llama files
+    }
+
+
+def _check_and_load(
+    folder: Path, files: TensorFiles, layers: Sequence[int], prefix: str
+) -> "tuple[PreTrainedConfig, PreTrainedTokenizerBase | None]":
+    """The model's config, and its tokenizer if it has one; raises SurgeryError if the layers do not fit the config."""
+    from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+
+    config = read_config(folder)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    for index in layers:
+        for name, shape in layer_shapes(config, kinds[index]).items():
+            files.require(f"{prefix}.{index}.{name}", shape)
+    return config, load_tokenizer(folder) if has_tokenizer(folder) else None
+
+
+def complete_folder(
+    staging: Path,
+    config: "PreTrainedConfig",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    described: Mapping[str, dict[str, Any]],
+    *,
+    model_name: str,
+    source: Mapping[str, Any],
+    generation_config: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Write what belongs beside the layers into `staging`, metadata.json last; returns the metadata.
+
+    Args:
+        config: of the model the layers come from.
+        tokenizer: that model's, if there is one.
+        described: what `write_layer` returned, by the layer's index as text.
+        model_name: what the user called the model.
+        source: the model's `Source.as_dict()`.
+        generation_config: the fields of its generation_config.json, if there is one.
+    """
+    if config.model_type == "llama":
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
+
+        with refusing_impossible_models():
+            rotary = LlamaRotaryEmbedding(config)
+        content = {"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling}
+        write_together([staging / ROTARY], {}, lambda _: [content])  # torch.save reports no full disk as OSError
+    if tokenizer is not None:
+        tokenizer.save_pretrained(staging / TOKENIZER)
+    num_heads, head_dim = heads_of(config)
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "model_name": model_name,
+        "source": source,
+        "config": config.to_dict(),
+        "generation_config": generation_config,
+        "total_layers": config.num_hidden_layers,
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+        "dtype": next(iter(described.values()))["dtype"],
+        "layers": described,
+        "files": describe_files(staging, excluded={entry["file"] for entry in described.values()}),
+        "extraction_time": creation_time(),
+        "versions": versions(),
+    }
+    (staging / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+    return metadata
+
+
+def write_layer(
+    path: Path,
+    ranges: Mapping[str, TensorRange],
+    dtype: DType | None,
+    advance: Advance = lambda size_bytes: None,
+) -> dict[str, Any]:
+    """Write one layer's tensors, cast to `dtype` if it is given; returns the layer's entry in metadata.json.
+
+    Args:
+        advance: called with the bytes of every piece written; may raise.
+    """
+    written = write_dict(path, {name: place.cast(dtype) for name, place in ranges.items()}, advance)
+    largest = max(ranges.values(), key=lambda place: place.numel)
+    return {
+        "file": path.name,
+        "parameters": sum(place.numel for place in ranges.values()),
+        "dtype": (dtype or largest.dtype).name,
+        "keys": sorted(ranges),
+        **written.files[path],
+        "tensors": written.blake3,
+    }

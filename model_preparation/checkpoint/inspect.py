@@ -1,0 +1,277 @@
+"""A look inside files and folders of tensors: names, numbers, digests, and how two of them differ.
+
+What can be read: a .safetensors file; a file of torch.save with tensors and plain values, however nested; a `model.pt`
+of ours; a checkpoint, a state of a healing run, extracted layers, an adapter, a Hugging Face folder. A few megabytes
+are in memory at a time. No code is run: a file that names any is refused.
+"""
+
+import fnmatch
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from rich.filesize import decimal
+from torch import Tensor, nn
+
+from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, read_info
+from model_preparation.checkpoint.digests import tensors_of
+from model_preparation.errors import SurgeryError
+from model_preparation.hub.sources import TABLE, resolve
+from model_preparation.io.tensors.tensor_files import TensorFiles
+from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange, bytes_of, pt_ranges, safetensors_ranges
+from model_preparation.io.untrusted.no_model import what_it_is
+from model_preparation.io.untrusted.pickle_scan import TENSORS, allowed_in_module
+from model_preparation.io.untrusted.pt_structure import check_pt
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+_SHOWN_DIGITS = 16  # of a digest
+_PIECE_NUMBERS = 1 << 20
+
+
+@dataclass
+class Contents:
+    """Tensors by name, and plain values (numbers, strings, None) by name."""
+
+    tensors: dict[str, TensorRange] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of a tensor's finite numbers; NaN where there are none.
+
+    Attributes:
+        std: around the mean, of all numbers (not of a sample).
+        not_finite: how many are infinite or no numbers.
+        blake3: of the bytes, as in tensor_digests.json.
+    """
+
+    mean: float
+    std: float
+    least: float
+    most: float
+    not_finite: int
+    blake3: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two tensors of one shape: the largest absolute difference, and the norm of all relative to the second's."""
+
+    largest: float
+    relative: float
+
+
+def inspect_checkpoint(
+    path: str | Path,
+    pattern: str = "*",
+    *,
+    diff: str | Path | None = None,
+    as_json: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """A line per tensor of a file or folder, then the plain values, then the sums.
+
+    Args:
+        path: a file or folder of tensors, or a model's name or hub id, as `sources.resolve` takes it.
+        pattern: of the names, such as "*.mlp.*"; or what they begin with, up to a dot.
+        diff: another such place; the lines then say which tensors differ, and how.
+        as_json: one JSON object per tensor, with its digest in full.
+        sources: targets by name, as `resolve(overrides=...)` takes them.
+
+    Raises:
+        SurgeryError: if nothing of the kind is there, no name fits, a file is damaged, or one names a global that could
+            run code.
+    """
+    place = place_of(path, sources)
+    if diff is not None:
+        return _differences(place, place_of(diff, sources), pattern)
+    return _lines(place, pattern, as_json)
+
+
+def place_of(given: str | Path, sources: Mapping[str, str] | None = None) -> Path:
+    """The path that was given, or the folder of the model with this name."""
+    path = Path(given).expanduser()
+    if path.exists() or (str(given) not in TABLE and ":" not in str(given)):
+        return path
+    return resolve(str(given), overrides=sources).folder
+
+
+def _lines(path: Path, pattern: str, as_json: bool) -> Iterator[str]:
+    everything = contents_of(path)
+    contents = _matching(everything, pattern)
+    if not (contents.tensors or contents.values) and everything.tensors:
+        known = ", ".join(list(everything.tensors)[:3])
+        raise SurgeryError(f"No name in {path} fits {pattern!r}. Among its names are {known}.")
+    width = max(map(len, contents.tensors), default=0)
+    for name, place in contents.tensors.items():
+        found = statistics_of(place)
+        if as_json:
+            fields: dict[str, Any] = {"name": name, "dtype": str(place.dtype).removeprefix("torch.")}
+            fields |= {"shape": list(place.shape), "bytes": place.size_bytes} | asdict(found)
+            # JSON has no NaN
+            yield json.dumps({what: None if value != value else value for what, value in fields.items()})
+            continue
+        numbers = f"mean {found.mean:+.3e}  std {found.std:.3e}  min {found.least:+.3e}  max {found.most:+.3e}"
+        odd = f"  NOT FINITE: {found.not_finite}" if found.not_finite else ""
+        size = decimal(place.size_bytes)
+        yield f"{name:<{width}}  {_kind(place)}  {size}  {numbers}  {found.blake3[:_SHOWN_DIGITS]}{odd}"
+    for name, value in contents.values.items():
+        yield json.dumps({"name": name, "value": repr(value)}) if as_json else f"{name} = {value!r:.100}"
+    if not as_json:
+        size_bytes = sum(place.size_bytes for place in contents.tensors.values())
+        numel = sum(place.numel for place in contents.tensors.values())
+        yield f"{len(contents.tensors)} tensors, {numel:,} numbers, {decimal(size_bytes)} in {path}"
+
+
+def _differences(path: Path, other: Path, pattern: str) -> Iterator[str]:
+    """A line per tensor that is not the same in both, then the counts."""
+    ours, theirs = (_matching(contents_of(one), pattern).tensors for one in (path, other))
+    if not (ours or theirs):
+        raise SurgeryError(f"No tensor in {path} or {other} fits {pattern!r}.")
+    equal = differing = 0
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        if name not in theirs or name not in ours:
+            yield f"{name}  only in {path if name in ours else other}: {_kind((ours | theirs)[name])}"
+        elif ours[name].shape != theirs[name].shape:
+            yield f"{name}  {_kind(ours[name])} against {_kind(theirs[name])}"
+        elif ours[name].dtype == theirs[name].dtype and (
+            statistics_of(ours[name]).blake3 == statistics_of(theirs[name]).blake3
+        ):
+            equal += 1
+            continue
+        else:
+            change = difference_of(ours[name], theirs[name])
+            same_dtype = ours[name].dtype == theirs[name].dtype
+            kinds = "" if same_dtype else f", {ours[name].dtype} against {theirs[name].dtype}"
+            yield f"{name}  differs: at most {change.largest:.3e}, relative {change.relative:.3e}{kinds}"
+        differing += 1
+    yield f"{equal} tensors are the same in {path} and {other}, {differing} are not"
+
+
+def _matching(contents: Contents, pattern: str) -> Contents:
+    """What fits a pattern such as "*.mlp.*", or begins with it and a dot."""
+
+    def fits(name: str) -> bool:
+        return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+
+    return Contents(
+        {name: place for name, place in contents.tensors.items() if fits(name)},
+        {name: value for name, value in contents.values.items() if fits(name)},
+    )
+
+
+def _kind(place: TensorRange) -> str:
+    return f"{str(place.dtype).removeprefix('torch.')} {list(place.shape)}"
+
+
+def contents_of(path: Path) -> Contents:
+    """The content of a file or folder.
+
+    In a folder with several files that are no shards of one model, every name begins with its file's name.
+
+    Raises:
+        SurgeryError: as `inspect_checkpoint`.
+    """
+    if path.is_file():
+        return _in_file(path)
+    if not path.is_dir():
+        raise SurgeryError(
+            what_it_is(path) or f"{path} is not there. Give a file of tensors or a folder with such files."
+        )
+    if (path / INFO).is_file() and read_info(path).get("format") != "hf":
+        return _in_file(path / STATE_DICT)
+    if (path / "config.json").is_file():
+        return Contents(TensorFiles(path).ranges)
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    if not files:
+        raise SurgeryError(
+            what_it_is(path)
+            or f"{path} holds no {', '.join(SUFFIXES)} files. Give a file of tensors or a folder of them."
+        )
+    if len(files) == 1:
+        return _in_file(files[0])
+    found = Contents()
+    for file in files:
+        inside = _in_file(file)
+        found.tensors |= {f"{file.name}:{name}": place for name, place in inside.tensors.items()}
+        found.values |= {f"{file.name}:{name}": value for name, value in inside.values.items()}
+    return found
+
+
+def _in_file(path: Path) -> Contents:
+    if path.suffix == ".safetensors":
+        return Contents(safetensors_ranges(path))
+    try:
+        try:
+            check_pt(path, TENSORS)
+        except ValueError:
+            check_pt(path, allowed_in_module())
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        found = dict(tensors_of(loaded)) if isinstance(loaded, nn.Module) else dict(_flat(loaded, ""))
+        tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        values = {name: value for name, value in found.items() if not isinstance(value, Tensor)}
+        return Contents(pt_ranges(path, tensors), values)
+    except (SurgeryError, OSError):
+        raise
+    except Exception as error:  # what passes the checks may still make torch raise anything at all
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise SurgeryError(f"{path} is refused: {reason}. Only tensors and plain values can be looked at.") from error
+
+
+def _flat(value: object, name: str) -> Iterator[tuple[str, Any]]:
+    """(name, tensor or plain value) of everything inside, names joined by dots; long rows of numbers count as one."""
+    if isinstance(value, dict):
+        pairs = list(value.items())
+    elif isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple | Tensor) for item in value):
+        pairs = list(enumerate(value))
+    else:
+        yield name, value
+        return
+    for key, item in pairs:
+        yield from _flat(item, f"{name}.{key}" if name else str(key))
+
+
+def statistics_of(place: TensorRange) -> Statistics:
+    """Read a tensor once."""
+    digest = blake3()
+    count, total, squares, least, most = 0, 0.0, 0.0, math.inf, -math.inf
+    for piece in _pieces(place):
+        digest.update(bytes_of(piece))
+        numbers = piece.double()
+        finite = numbers[torch.isfinite(numbers)]
+        if finite.numel():
+            count += finite.numel()
+            total += finite.sum().item()
+            squares += finite.square().sum().item()
+            least, most = min(least, finite.min().item()), max(most, finite.max().item())
+    if not count:
+        return Statistics(math.nan, math.nan, math.nan, math.nan, place.numel, digest.hexdigest())
+    mean = total / count
+    std = math.sqrt(max(0.0, squares / count - mean**2))
+    return Statistics(mean, std, least, most, place.numel - count, digest.hexdigest())
+
+
+def difference_of(ours: TensorRange, theirs: TensorRange) -> Difference:
+    """Read two tensors of one shape once; their dtypes may differ."""
+    largest = squares = norm = 0.0
+    for a, b in zip(_pieces(ours), _pieces(theirs), strict=True):
+        change = a.double() - b.double()
+        largest = max(largest, change.abs().max().item())
+        squares += change.square().sum().item()
+        norm += b.double().square().sum().item()
+    return Difference(largest, math.sqrt(squares / norm) if norm else math.nan)
+
+
+def _pieces(place: TensorRange) -> Iterator[Tensor]:
+    """The tensor's numbers in order, flat, some at a time."""
+    mapped = MappedFiles()
+    flat = mapped.tensor(place).reshape(-1)
+    yield from flat.split(_PIECE_NUMBERS) if flat.numel() else ()
+    mapped.forget(place)

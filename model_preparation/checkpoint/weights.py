@@ -1,0 +1,247 @@
+"""The weights of a checkpoint in their files, in either format.
+
+Format pt: model.pt, the whole module, and model_state_dict.pt, written together from one read. On file systems that
+share extents (XFS, Btrfs) they share tensors with each other, with the donor's extracted layers, and with checkpoints
+of the same base in the same folder: ten of those take the room of one, plus ten times the grafted layers.
+
+Format hf: one safetensors file per layer. base_store.py keeps those of untouched layers once for all checkpoints.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.filesize import decimal
+
+from model_preparation.checkpoint.base_store import STORE, BaseStore
+from model_preparation.checkpoint.checkpoint_info import INFO, MODULE, STATE_DICT, TENSOR_DIGESTS, read_info
+from model_preparation.checkpoint.graft import GraftParts
+from model_preparation.errors import SurgeryError
+from model_preparation.io.block_io import Advance
+from model_preparation.io.digests import describe_source_file
+from model_preparation.io.new_folder import check_space, existing_parent
+from model_preparation.io.shared_files import can_reflink
+from model_preparation.io.tensors.pt_writer import write_together
+from model_preparation.io.tensors.safetensors_writer import Shard
+from model_preparation.io.tensors.tensor_ranges import TensorRange
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from model_preparation.llamba import LlambaForCausalLM
+
+_SMALL_FILES_BYTES = 64_000_000  # tokenizer, JSON and README, generously
+
+
+@dataclass(frozen=True)
+class SiblingTensor:
+    """Where a tensor lies in another checkpoint of the same base, and what its BLAKE3 must be."""
+
+    place: TensorRange
+    blake3: str
+
+
+class GraftWeights:
+    """The files of a graft's weights, before they are written.
+
+    Args:
+        graft: its parts.
+        target: the checkpoint's folder.
+        format: "pt", "hf" or "both".
+    """
+
+    def __init__(self, graft: GraftParts, target: Path, format: str):
+        self._graft, self._target = graft, target
+        self._has_pt, self._has_hf = format != "hf", format != "pt"
+        self._checkpoints = target.resolve().parent
+        self._shares_extents = self._has_pt and can_reflink(existing_parent(target))
+        self._siblings: dict[str, SiblingTensor] = {}
+        self._base_files: dict[str, dict] = {}
+
+    @cached_property
+    def _store(self) -> BaseStore:
+        return BaseStore(self._checkpoints, self._graft.base_paths, self._graft.dtype)
+
+    @cached_property
+    def _shards(self) -> tuple[list[Shard], list[Shard]]:
+        """(the base's, the donor's), each in the model's order."""
+        by_file: dict[str, dict[str, TensorRange]] = {}
+        for name, place in self._graft.tensors.items():
+            by_file.setdefault(shard_file(name), {})[name] = place
+        grafted = {shard_file(prefix) for prefix in self._graft.replaced}
+        shards = [Shard(file, ranges, self._graft.dtype) for file, ranges in by_file.items()]
+        return [s for s in shards if s.file not in grafted], [s for s in shards if s.file in grafted]
+
+    @cached_property
+    def has_siblings(self) -> bool:
+        """Whether other checkpoints may hold tensors to share; to look into them imports torch."""
+        return self._shares_extents and any(_sibling_folders(self._checkpoints))
+
+    def base_files(self, go_on: Callable[[], None] = lambda: None) -> dict[str, dict]:
+        """{"bytes", "blake3"} of the base's files by name, which may take reading them.
+
+        Args:
+            go_on: called now and then; may raise.
+        """
+        if self._has_hf:
+            return self._store.base_files
+        for path in self._graft.base_paths:
+            go_on()
+            if path.name not in self._base_files:
+                self._base_files[path.name] = describe_source_file(path)
+        return self._base_files
+
+    def prepare(self, go_on: Callable[[], None] = lambda: None) -> None:
+        """Find what can be shared instead of written, which may take reading the base.
+
+        Args:
+            go_on: called now and then; may raise.
+        """
+        if self._has_hf:
+            self._store.examine_base()
+        if self.has_siblings:
+            self._siblings = _tensors_in_siblings(self._graft, self._checkpoints, self.base_files(go_on))
+
+    def _bytes_to_write(self, *, read_base: bool = False) -> int:
+        """Size of what needs room of its own on the disk; at most that, unless `read_base`."""
+        if read_base:
+            self.prepare()
+        size_bytes = 0
+        if self._has_pt:
+            once = self._graft.weight_bytes
+            shared = sum(tensor.place.size_bytes for tensor in self._siblings.values())
+            size_bytes += once - shared if self._shares_extents else 2 * once
+        if self._has_hf:
+            base_shards, grafted_shards = self._shards
+            size_bytes += sum(shard.size_bytes for shard in grafted_shards)
+            size_bytes += self._store.bytes_missing(base_shards, read_base=read_base)
+        return size_bytes
+
+    def check_room(self) -> None:
+        """Raise SurgeryError if the disk is too small for what will be written."""
+        try:
+            check_space(self._target, _SMALL_FILES_BYTES + self._bytes_to_write())
+        except SurgeryError:
+            check_space(self._target, _SMALL_FILES_BYTES + self._bytes_to_write(read_base=True))
+
+    def describe(self) -> str:
+        """What `write` will write, in a line to print."""
+        size = decimal(self._bytes_to_write())
+        if not self._has_hf:
+            return f"to write   {size} in {MODULE} and {STATE_DICT}"
+        return f"to write   {size}; shards of the base in {STORE} are shared"
+
+    def write(
+        self, folder: Path, model: "Callable[[dict[str, Tensor]], LlambaForCausalLM]", advance: Advance
+    ) -> tuple[dict[str, dict], dict[str, str]]:
+        """Write the files; returns {"bytes", "sha256"} of each by its name, and BLAKE3 by tensor name.
+
+        Args:
+            model: makes the grafted model of its parameters; called when all of them are written.
+            advance: called with the bytes of every piece written or shared; may raise.
+
+        Raises:
+            SurgeryError: if a checkpoint that shares tensors is damaged.
+            OSError: from the file system: disk full, input/output error.
+        """
+        files: dict[str, dict] = {}
+        digests: dict[str, str] = {}
+        if self._has_pt:
+            places = self._graft.tensors | {name: tensor.place for name, tensor in self._siblings.items()}
+            sources = {name: place.cast(self._graft.dtype) for name, place in places.items()}
+
+            def contents(tensors: "dict[str, Tensor]") -> list:
+                made = model(tensors)
+                return [made, made.state_dict()]
+
+            written = write_together([folder / MODULE, folder / STATE_DICT], sources, contents, advance)
+            _check_siblings(self._siblings, written.blake3)
+            files |= {path.name: described for path, described in written.files.items()}
+            digests |= written.blake3
+        if self._has_hf:
+            base_shards, grafted_shards = self._shards
+            for shard in base_shards:
+                files[shard.file], inside = self._store.provide(shard, folder / shard.file, advance)
+                digests |= inside
+            for shard in grafted_shards:
+                files[shard.file], inside = shard.write(folder / shard.file, advance)
+                digests |= inside
+        return files, digests
+
+
+def write_model(folder: Path, model: "LlambaForCausalLM", format: str, advance: Advance) -> dict[str, dict]:
+    """Write the weights of a model in memory; returns {"bytes", "sha256"} of the .pt files by name.
+
+    Args:
+        advance: called with the bytes of every piece or shard written.
+
+    Raises:
+        OSError, SafetensorError: from the file system: disk full, input/output error.
+    """
+    from safetensors.torch import save_file
+
+    files: dict[str, dict] = {}
+    if format != "hf":
+        paths = [folder / MODULE, folder / STATE_DICT]
+        written = write_together(paths, {}, lambda _: [model, model.state_dict()], advance)
+        files = {path.name: described for path, described in written.files.items()}
+    if format != "pt":
+        by_file: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in model.named_parameters():  # tied ones once
+            by_file.setdefault(shard_file(name), {})[name] = parameter.detach().contiguous()
+        for file, tensors in by_file.items():
+            save_file(tensors, folder / file, {"format": "pt"})
+            advance(sum(tensor.nbytes for tensor in tensors.values()))
+    return files
+
+
+def shard_file(name: str) -> str:
+    """The safetensors file that holds the tensor called `name`."""
+    if name.startswith("backbone.layers."):
+        return f"layer_{int(name.split('.')[2]):02d}.safetensors"
+    return "embedding.safetensors" if name.startswith("backbone.embedding.") else "head.safetensors"
+
+
+def _sibling_folders(checkpoints: Path) -> Iterator[Path]:
+    """The folders in `checkpoints` that hold a checkpoint with a model_state_dict.pt, in order."""
+    for info_path in sorted(checkpoints.glob(f"*/{INFO}")):
+        if (info_path.parent / STATE_DICT).is_file():
+            yield info_path.parent
+
+
+def _tensors_in_siblings(
+    graft: GraftParts, checkpoints: Path, base_files: Mapping[str, dict]
+) -> dict[str, SiblingTensor]:
+    """Tensors of the base, by name in the grafted model, in checkpoints built from the same base files."""
+    from model_preparation.checkpoint.digests import read_tensor_digests, state_dict_ranges  # imports torch
+
+    found: dict[str, SiblingTensor] = {}
+    for folder in _sibling_folders(checkpoints):
+        try:
+            info = read_info(folder)
+            if info["base_model"]["files"] != base_files or info["dtype"] != graft.dtype.name:
+                continue
+            recorded = read_tensor_digests(folder / TENSOR_DIGESTS)
+            for name, place in state_dict_ranges(folder / STATE_DICT).items():
+                if recorded[name].origin == "base" and not name.startswith(graft.replaced):
+                    found.setdefault(name, SiblingTensor(place, recorded[name].blake3))
+        except (SurgeryError, OSError, KeyError, TypeError):
+            continue  # an unreadable sibling only shares nothing
+    return found
+
+
+def _check_siblings(siblings: Mapping[str, SiblingTensor], digests: Mapping[str, str]) -> None:
+    """Raise SurgeryError if a shared tensor has changed since its checkpoint was built.
+
+    Args:
+        digests: BLAKE3 of the tensors as they were written now, by name.
+    """
+    for name, tensor in siblings.items():
+        if digests.get(name, tensor.blake3) != tensor.blake3:
+            folder = tensor.place.path.parent
+            raise SurgeryError(
+                f"{tensor.place.path} is damaged: {name} has changed since it was built, and the new checkpoint "
+                f"would have shared it. Remove {folder} or build it again (verify_checkpoint.py says what is wrong)."
+            )
