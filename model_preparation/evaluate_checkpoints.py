@@ -16,7 +16,7 @@ from model_preparation.command_line import (
     run,
 )
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.evaluation_flags import add_scoring_flags
+from model_preparation.evaluation.settings import add_scoring_flags
 from model_preparation.jobs import combinations, evaluations, ray_flags
 
 DESCRIPTION = f"""\

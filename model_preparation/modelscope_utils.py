@@ -33,7 +33,7 @@ def get_model_modelscope(
     Raises:
         SurgeryError: if the files cannot be had, the model is neither kind, or no tokenizer belongs to it.
     """
-    from model_preparation.evaluation.other_models import load_folder  # imports torch and transformers
+    from model_preparation.evaluation.models import load_folder  # imports torch and transformers
 
     source = resolve(name)
     _check_type(source.folder)

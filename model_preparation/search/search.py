@@ -20,7 +20,7 @@ from model_preparation.checkpoint.model_configs import type_and_depth
 from model_preparation.checkpoint.model_digests import digest_of_layers
 from model_preparation.checkpoint.model_layers import ModelLayers
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.evaluate import check_settings
+from model_preparation.evaluation.settings import check_settings
 from model_preparation.hub.sources import resolve
 from model_preparation.io.identity import differences, digest_of
 from model_preparation.io.new_file import write_file

@@ -22,8 +22,7 @@ from hypothesis import strategies as st
 from model_preparation import load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_model
-from model_preparation.evaluation.question_files import read_split
-from model_preparation.evaluation.questions import SUBJECTS, find_questions, read_subject
+from model_preparation.evaluation.questions import SUBJECTS, find_questions, read_split, read_subject
 from model_preparation.hub import hub_snapshots
 from tests.checkpoint.test_sources import COMMIT, NOBODY, caches, hub, huggingface_copy, modelscope_copy  # noqa: F401
 from tests.evaluation.test_mmlu import question, write_questions, write_rows

@@ -17,8 +17,8 @@ from typing import Any
 
 from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, EVALUATIONS_ASIDE, INFO, read_info
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.results_folder import SETTINGS, read_sealed
-from model_preparation.evaluation.scored_model import find_model
+from model_preparation.evaluation.models import find_model
+from model_preparation.evaluation.results_folder import SETTINGS, read_checked_json
 from model_preparation.io.identity import differences
 from model_preparation.io.untrusted.untrusted_files import check_fields
 
@@ -111,7 +111,7 @@ def _check_weights(evaluation: EvaluationFiles) -> None:
     if evaluation.checkpoint is None or not settings.is_file():
         return
     checkpoint = evaluation.checkpoint
-    if odd := differences((read_sealed(settings) or {}).get("model", {}), find_model(checkpoint).inputs):
+    if odd := differences((read_checked_json(settings) or {}).get("model", {}), find_model(checkpoint).inputs):
         raise SurgeryError(
             f"{settings.parent} holds results of another model than {checkpoint} is now ({'; '.join(odd)}). "
             "Evaluate it again: "

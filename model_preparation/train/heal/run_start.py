@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from model_preparation.checkpoint.healed_folder import describe_parent
 from model_preparation.checkpoint.model_digests import digest_of_checkpoint, digest_of_model, digest_of_weights
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.other_models import find_others
+from model_preparation.evaluation.models import find_others
 from model_preparation.io.identity import differences
 from model_preparation.io.names import name_of
 from model_preparation.io.new_folder import remove_abandoned
