@@ -7,13 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_preparation.command_line import (
-    CommandParser,
-    add_device_flags,
-    add_dtype_flag,
-    number,
-    run,
-)
+from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, number, run
 from model_preparation.devices import choose_device
 from model_preparation.evaluation.prompts import FORMS, read_prompts
 from model_preparation.evaluation.settings import (

@@ -169,11 +169,7 @@ def settings_of(loaded: Tasks, settings: EvaluationSettings) -> dict[str, Any]:
 
 
 def run_tasks(
-    lm: LM,
-    loaded: Tasks,
-    asked: Mapping[str, Any],
-    tracker: EvaluationTracker | None = None,
-    name: str | None = None,
+    lm: LM, loaded: Tasks, asked: Mapping[str, Any], tracker: EvaluationTracker | None = None, name: str | None = None
 ) -> dict[str, Any]:
     """Run lm-eval's own evaluation.
 

@@ -69,10 +69,7 @@ class GenerationReport:
         print(f"\nPeak memory  {_peak_memory(model.device)}", flush=True)
 
     def compare(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        others: Sequence[OtherModel],
-        load: Callable[[OtherModel], Loaded],
+        self, tokenizer: PreTrainedTokenizerBase, others: Sequence[OtherModel], load: Callable[[OtherModel], Loaded]
     ) -> None:
         """Let other models write, one in memory at a time, and print all texts side by side.
 

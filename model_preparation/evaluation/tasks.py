@@ -41,13 +41,7 @@ _STOCK_MMLU = _STOCK / "mmlu" / "default"
 _EMBEDDED = {name: EMBEDDED / name for name in ("embedded_recall",)}
 _MMLU_NAMES = {MMLU, *(f"mmlu_{name}" for name in (*GROUPS, *SUBJECTS))}
 _DECLARATION = re.compile(r"""^["']?(?:task|group|tag)["']?\s*:\s*["']?([\w.:+-]+)["']?\s*$""", re.MULTILINE)
-_OUT_OF_REACH = (
-    ConnectionError,
-    DatasetNotFoundError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+_OUT_OF_REACH = (ConnectionError, DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 
 
 @dataclass

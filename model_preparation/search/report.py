@@ -4,18 +4,15 @@ In: a search's result. Out: the files, each there whole or not at all. What come
 the page's own policy forbids every request and every script but its own.
 """
 
-import base64
-import hashlib
 import io
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from model_preparation.evaluation.compare import html_report, words
 from model_preparation.evaluation.compare import plots as drawing
+from model_preparation.evaluation.compare.report import render_page
 from model_preparation.io.new_file import write_file
 from model_preparation.search.evaluations import Evaluations
 from model_preparation.search.plots import TITLES
@@ -42,20 +39,11 @@ def write_report(found: dict[str, Any], evaluations: Evaluations, folder: Path) 
         drawing.save_png(plot, shown, picture)
         write_file(folder / f"{name}.png", picture.getvalue())
         plots.append((title, Markup(drawing.svg(plot, shown, name))))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.globals |= {name: getattr(words, name) for name in ("number", "score", "p_value")}
-    ours = resources.files(__package__)
-    shared = resources.files(html_report.__package__)
-    script, style = (
-        shared.joinpath(name).read_text(encoding="utf-8") for name in (html_report.SCRIPT, html_report.STYLE)
-    )
-    page = environment.from_string(ours.joinpath(PAGE).read_text(encoding="utf-8")).render(
+    page = render_page(
+        resources.files(__package__).joinpath(PAGE).read_text(encoding="utf-8"),
         title=f"Layers of {Path(found['base']).name}: {found['search']['method']} search",
         found=shown,
         compared=COMPARED,
         plots=plots,
-        script=Markup(script),
-        style=Markup(style),
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     write_file(folder / PAGE, page)

@@ -1,7 +1,7 @@
-"""Questions on which two models differ most, as texts.
+"""The questions on which two models differ most, as texts, with both answers.
 
-In: a comparison. Out: for a model and the baseline, questions that one answers right and the other wrong (or scores
-higher), those first on whose right answer their probabilities are furthest apart; with what each model answered.
+These are questions that one model answers right and the other wrong, or scores higher. First come those for which the
+models' probabilities of the right answer differ most.
 """
 
 from dataclasses import dataclass
@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from model_preparation.evaluation.compare.answers import CommonQuestions, read_sample
 from model_preparation.evaluation.compare.compare import Comparison
-from model_preparation.evaluation.compare.matching import CommonQuestions
-from model_preparation.evaluation.compare.sample_files import read_sample
 
-_TITLE_CHARACTERS, _TEXT_CHARACTERS, _ANSWER_CHARACTERS = 110, 1_500, 300  # at most, so that a report stays small
+_TITLE_CHARACTERS, _TEXT_CHARACTERS, _ANSWER_CHARACTERS = 110, 1_500, 300  # limits, so that a report stays small
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Example:
 
 
 def differing_questions(comparison: Comparison, model: int, count: int) -> tuple[list[Example], list[Example]]:
-    """`count` questions, or as many as there are, that model number `model` (from 1) scores higher; and lower."""
+    """At most `count` questions that model number `model` (from 1) scores higher than the baseline, and lower."""
     found: list[tuple[float, float, CommonQuestions, int]] = []
     for common in comparison.common:
         differences = common.values[model] - common.values[0]
@@ -67,7 +66,7 @@ def _example(common: CommonQuestions, index: int, model: int) -> Example:
 
 
 def _text(doc: Any, options: list[str]) -> str:
-    """The question as the data set has it: a line per field, a line per choice, named as the prompt names it."""
+    """The question: a line per field and per choice. Choices have the prompt's letters, else numbers."""
     if not isinstance(doc, dict):
         return _cut(str(doc), _TEXT_CHARACTERS)
     lines = []
@@ -90,7 +89,7 @@ def _options(sample: dict[str, Any]) -> list[str]:
 
 
 def _answer(sample: dict[str, Any]) -> str:
-    """What a model answered: the likeliest option with its probability among them, or the response as it is."""
+    """A model's answer: the likeliest option with its probability among the options, or the response itself."""
     answers, options = sample.get("filtered_resps"), _options(sample)
     try:
         scores = np.array([float(pair[0]) for pair in answers or []])

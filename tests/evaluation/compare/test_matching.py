@@ -6,8 +6,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_preparation.evaluation.compare.matching import match
-from model_preparation.evaluation.compare.sample_files import Answers
+from model_preparation.evaluation.compare.answers import Answers, match
 
 
 def answers(docs, prompts=None, targets=None):

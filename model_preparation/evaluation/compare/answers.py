@@ -1,24 +1,26 @@
-"""The answers of an evaluation, question by question, out of lm-eval's samples files.
+"""The answers in lm-eval's samples files, and the questions that several models have in common.
 
-In: an evaluation's files, a metric. Out: per task, for every question in the file's order: what it is known by, its
-value of the metric, how probable the right answer was to the model, and where its line begins. The texts stay on disk;
-`read_sample` fetches those that a report shows.
+Questions are matched by their content (lm-eval's doc_hash), not by their number: limits and orders may differ. A
+question that a task has twice (MMLU does) is matched by its first and its second occurrence. The texts stay on the
+disk; `read_sample` reads those that a report shows.
 """
 
 import json
 import math
 import sys
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.compare.locate import EvaluationFiles
+from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles
 from model_preparation.io.progress import bar
 
 _HASHES = ("doc_hash", "prompt_hash", "target_hash")
@@ -31,12 +33,12 @@ class Answers:
 
     Attributes:
         path: the samples file.
-        filter: lm-eval's name of what was done to the responses before they were scored ("none" for most tasks).
+        filter: lm-eval's name of the processing of responses before they were scored ("none" for most tasks).
         doc_hashes, prompt_hashes, target_hashes: n SHA-256 each, hexadecimal, of question, prompt and target.
         values: the metric, float64 (n,).
-        right_probability: of the right one among a multiple-choice question's options, float64 (n,); NaN elsewhere.
+        right_probability: of the right option of a multiple-choice question, float64 (n,); NaN for other questions.
         offsets: where the lines begin in the file, bytes, int64 (n,).
-        lines: how many the file has of this filter; more than n where some questions lack the metric.
+        lines: the number of the file's lines with this filter; more than n if some lack the metric.
     """
 
     path: Path
@@ -56,26 +58,26 @@ class Answers:
 def read_answers(
     evaluation: EvaluationFiles, tasks: list[str], metric: str
 ) -> tuple[dict[str, Answers], dict[str, list[str]]]:
-    """The answers to each of `tasks`, with a progress bar.
+    """Read the answers to each of `tasks`, with a progress bar.
 
     Args:
-        evaluation: whose.
-        tasks: names of tasks of it.
-        metric: a field of the samples that is a number, such as acc; "exact_match,strict-match" takes those of one
-            filter, where the samples of several are in the file. Without that it is the file's first.
+        evaluation: the files.
+        tasks: names of tasks in it.
+        metric: a field of the samples that is a number, such as acc. If a file has several filters, the first one that
+            has the metric counts; "exact_match,strict-match" names another.
 
     Returns:
-        {task: answers}, and {task: the metrics it has} for the tasks that have not the one asked for.
+        {task: answers}, and {task: the metrics it has} for tasks without the one asked for.
 
     Raises:
-        SurgeryError: naming file and line of what is damaged; or if a samples file and the results file disagree about
-            the number of questions.
+        SurgeryError: if a file is damaged, with file and line; or if a samples file and the results file have different
+            numbers of questions.
     """
     answers, without = {}, {}
     size_bytes = sum(evaluation.samples[task].stat().st_size for task in tasks)
     with bar(f"Reading {evaluation.given.name}", size_bytes, in_bytes=True) as advance:
         for task in tasks:
-            read = _read_task(evaluation.samples[task], *_split(metric))
+            read = _read_task(evaluation.samples[task], metric)
             if isinstance(read, Answers):
                 _check_count(read, evaluation, task)
                 answers[task] = read
@@ -86,19 +88,15 @@ def read_answers(
 
 
 def read_sample(answers: Answers, index: int) -> dict[str, Any]:
-    """All that lm-eval wrote of question `index`."""
+    """Everything that lm-eval wrote about question `index`."""
     with answers.path.open("rb") as file:
         file.seek(answers.offsets[index])
         return json.loads(file.readline())
 
 
-def _split(metric: str) -> tuple[str, str | None]:
-    name, _, filter_name = metric.partition(",")
-    return name, filter_name or None
-
-
-def _read_task(path: Path, metric: str, filter_name: str | None) -> Answers | list[str]:
-    """The file's answers; or the metrics there are, if its questions have not this one."""
+def _read_task(path: Path, metric: str) -> Answers | list[str]:
+    """The file's answers; or the metrics that it has, if this one is not among them."""
+    metric, _, filter_name = metric.partition(",")
     found: dict[str, Answers] = {}  # of each filter
     has: dict[str, None] = {}
     for number, offset, sample in _lines(path):
@@ -147,7 +145,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
 
 
 def _right_probability(sample: dict[str, Any]) -> float:
-    """Softmax of the options' log-likelihoods at the right one; NaN where there are none."""
+    """Softmax of the options' log-likelihoods, at the right option; NaN without options."""
     try:
         scores = np.array([float(pair[0]) for pair in sample["filtered_resps"]])
         weights = np.exp(scores - scores.max())
@@ -157,10 +155,75 @@ def _right_probability(sample: dict[str, Any]) -> float:
 
 
 def _check_count(answers: Answers, evaluation: EvaluationFiles, task: str) -> None:
-    """A file cut off between two lines, or written twice, cannot be told from a whole one otherwise."""
+    """Refuse a file that was cut off between two lines, or written twice."""
     expected = evaluation.results["n-samples"].get(task, {}).get("effective")
     if expected is not None and expected != answers.lines:
         raise SurgeryError(
             f"{answers.path} has {answers.lines} questions, but {evaluation.results_path.name} speaks of {expected}. "
             + _AGAIN
         )
+
+
+# --- The questions in common ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CommonQuestions:
+    """The n questions of a task that all m models answered.
+
+    Attributes:
+        task: its name.
+        answers: each model's, to all its questions.
+        indices: of the common questions in them, int64 (m, n), in the first model's order.
+        by_prompt: whether they were matched by prompt and target, because no content matched.
+    """
+
+    task: str
+    answers: tuple[Answers, ...]
+    indices: NDArray[np.int64]
+    by_prompt: bool
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """The metric, (m, n)."""
+        return self._gathered([answers.values for answers in self.answers])
+
+    @property
+    def right_probability(self) -> NDArray[np.float64]:
+        """(m, n); NaN where it is unknown."""
+        return self._gathered([answers.right_probability for answers in self.answers])
+
+    def differing(self, name: str) -> int:
+        """How many common questions differ between the models in `name`: `prompt_hashes` or `target_hashes`."""
+        texts = [getattr(answers, name) for answers in self.answers]
+        return sum(len({text[i] for text, i in zip(texts, row, strict=True)}) > 1 for row in self.indices.T.tolist())
+
+    def _gathered(self, columns: Sequence) -> NDArray[np.float64]:
+        return np.array([np.asarray(column)[rows] for column, rows in zip(columns, self.indices, strict=True)])
+
+
+def match(task: str, answers: Sequence[Answers]) -> CommonQuestions:
+    """The common questions of a task; there may be none."""
+    indices = _common([each.doc_hashes for each in answers])
+    by_prompt = not indices.size
+    if by_prompt:
+        # Copies of a data set with one column more or less have other hashes, but the same prompts.
+        indices = _common([list(zip(each.prompt_hashes, each.target_hashes, strict=True)) for each in answers])
+    return CommonQuestions(task, tuple(answers), indices, by_prompt)
+
+
+def _common(keys: Sequence[Sequence]) -> NDArray[np.int64]:
+    """Indices (m, n) of the keys that all m sequences have, each as often as all have it."""
+    places = [{key: index for index, key in enumerate(_numbered(sequence))} for sequence in keys]
+    shared = [key for key in places[0] if all(key in place for place in places)]
+    return np.array([[place[key] for key in shared] for place in places], dtype=np.int64)
+
+
+def _numbered(keys: Sequence) -> list[tuple]:
+    """Each key with the number of its earlier occurrences."""
+    seen: Counter = Counter()
+    numbered = []
+    for key in keys:
+        numbered.append((key, seen[key]))
+        seen[key] += 1
+    return numbered
