@@ -1,6 +1,6 @@
-"""The score of a model, as lm-eval computes it, and of a checkpoint, whose answers are kept as they come.
+"""Score a model or a checkpoint by lm-eval; keep a checkpoint's answers as they come.
 
-Prompts, weighting and standard errors are lm-eval's. What goes wrong is an error, never a score.
+Prompts, weighting and standard errors are lm-eval's. A fault is an error, never a score.
 """
 
 import errno
@@ -55,7 +55,7 @@ def evaluate_checkpoint(
     Args:
         directory: the checkpoint folder; or the name, folder or hub id of a model, to compare a checkpoint with.
         settings: how to score; by default `EvaluationSettings()`.
-        changes: fields of `EvaluationSettings` that replace those of `settings`.
+        changes: single fields of `EvaluationSettings`, in place of those in `settings`.
 
     Returns:
         As `evaluate_model`; and `model` (digests of weights, config and tokenizer), `weights` (one digest of all
@@ -94,10 +94,9 @@ def evaluate_checkpoint(
             digests = {name: _digest(rows) for name, rows in samples.items()}
             kept = result is not None and not lm.asked and result["asked"] == digests
             if not kept:
-                files = results.publish(tracker, found, samples)
                 model = {"weights": results.weights, "model": results.model}
                 result = {**_summary(found, loaded), "settings": asked, **model, "date": creation_time()}
-                results.finish({**result, "asked": digests}, files)
+                results.finish(tracker, found, samples, {**result, "asked": digests})
     assert result is not None
     result = {name: value for name, value in result.items() if name not in ("asked", "files", "info_sha256")}
     result |= {"results_dir": str(results.folder), "kept": kept, "entered": False}
@@ -120,18 +119,14 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Score a model on lm-eval's tasks, on its device and in its dtype. Nothing is kept on the disk.
 
-    Args:
-        model: on its device, in its dtype.
-        tokenizer: the model's.
-        settings: how to score; by default `EvaluationSettings()`.
-        changes: fields of `EvaluationSettings` that replace those of `settings`.
+    `settings` and `changes` are as in `evaluate_checkpoint`.
 
     Returns:
         `score` and `stderr` (fractions; stderr is None for a single question) and `metric`, if one task or group was
         named; `questions`; `tasks`, `groups`, `subjects`: {name: {"score", "stderr", "metric", "questions"}} of what
         was named, of the groups in it, and of its single tasks (MMLU's without `mmlu_`); `lm_eval_version`;
         `max_length` (tokens that a prompt may have); `mmlu_data` (where MMLU's questions came from); `settings`:
-        what decides on the scores beside the weights, with digests of questions and of your own task files.
+        everything but the weights that decides on the scores, with digests of questions and of your own task files.
 
     Raises:
         SurgeryError: for tasks or questions that are missing or malformed, a setting out of range or one that a loaded
@@ -152,7 +147,7 @@ def evaluate_model(
 
 
 def settings_of(loaded: Tasks, settings: EvaluationSettings) -> dict[str, Any]:
-    """What decides on a score beside the model, its device and its dtype."""
+    """Everything that decides on a score, except the model, its device and its dtype."""
     num_fewshot = settings.num_fewshot
     if num_fewshot is None and all(map(is_mmlu, loaded.names)):
         num_fewshot = 0  # MMLU's definitions do not say, and lm-eval takes none

@@ -66,11 +66,9 @@ def generate_texts(
     Each text is generated alone: its speed is that of one sequence, and it depends on its own seed only.
 
     Args:
-        model: on its device, in its dtype.
-        tokenizer: the model's.
         prompt: a text to continue, or messages to answer.
         settings: how the model writes; by default `GenerationSettings()`.
-        changes: fields of `GenerationSettings` that replace those of `settings`.
+        changes: single fields of `GenerationSettings`, in place of those in `settings`.
 
     Raises:
         SurgeryError: if the prompt has no tokens, or too many for the model's positions; if the tokenizer has no chat
@@ -119,7 +117,7 @@ def _encode(
         if tokenizer.chat_template is None:
             raise SurgeryError(
                 f"The tokenizer has no chat template for the prompt {shown(prompt)!r:.200}. "
-                "Leave out --chat and give plain texts, or put a chat_template.jinja beside the tokenizer's files."
+                "Leave out --chat and give plain texts, or put a chat_template.jinja into the tokenizer's folder."
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:

@@ -27,7 +27,7 @@ from model_preparation.io.new_file import write_file
 from model_preparation.io.progress import bar
 from model_preparation.terminal import escaped
 
-_CHECKPOINT = "checkpoint"  # the name of the model that is tested, beside those that it is compared with
+_CHECKPOINT = "checkpoint"  # the name of the tested model among the others
 _FAILURES = (SurgeryError, torch.OutOfMemoryError)
 _LABEL = 12  # width of the first column where lines are printed
 _KEPT = (

@@ -54,7 +54,7 @@ class OtherModel:
 def find_others(
     names: Sequence[str], checkpoint: str | Path, *, sources: Mapping[str, str] | None = None
 ) -> list[OtherModel]:
-    """Find the models to compare a checkpoint with. Download those that are not here.
+    """Find the models to compare a checkpoint with. Download what is not here.
 
     Args:
         names: "donor" and "base" of the checkpoint; a checkpoint's folder; anything that `resolve` takes.

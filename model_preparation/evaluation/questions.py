@@ -99,8 +99,8 @@ def find_questions(mmlu_data: str | Path | None = None, *, num_fewshot: int = 0)
 def read_subject(*, folder: str | Path, subject: str, **_task_metadata: Any) -> "dict[str, datasets.Dataset]":
     """The splits of one subject, {"dev": rows, "test": rows}. The task files name this function as `custom_dataset`.
 
-    Rows are {"question": str, "subject": str, "choices": [4 str], "answer": 0 to 3}: the hub's columns in its order, so
-    that lm-eval's digests of a question agree with those of other people's runs.
+    Rows are {"question": str, "subject": str, "choices": [4 str], "answer": 0 to 3}, the hub's columns in its order.
+    So lm-eval computes the same digest of a question as in other people's runs.
 
     Raises:
         SurgeryError: as `read_split`.

@@ -1,7 +1,7 @@
 """The folder of one evaluation, per checkpoint, tasks and settings: answers, lm-eval's files, result.
 
 `TASKS-DIGEST/` has the same name for the same settings, whatever the checkpoint. One run at a time holds it. In it:
-    settings.json            what was asked of which model
+    settings.json            the settings and the model
     answers/KIND.TASK.json   a record per finished task
     MODEL/                   lm-eval's own files: results_DATE.json, samples_TASK_DATE.jsonl
     result.json              the scores; written last, so its presence means that the evaluation is finished
@@ -24,7 +24,6 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.digests import FILE_FIELDS, describe_files, fault_of
 from model_preparation.io.identity import differences, digest_of
 from model_preparation.io.new_file import write_file
-from model_preparation.io.new_folder import check_space
 from model_preparation.io.partial_folder import Hold, take
 from model_preparation.io.self_checksum import checksum_fault, with_checksum
 from model_preparation.io.sync import make_folder, sync, sync_tree
@@ -48,7 +47,7 @@ class ResultsFolder:
 
     Args:
         root: the folder of all evaluations of a checkpoint.
-        settings: everything that decides on the scores beside the model, `tasks` among it.
+        settings: everything but the model that decides on the scores, `tasks` among it.
         model: digests of everything that decides on the model's answers; see `ScoredModel.inputs`.
 
     Attributes:
@@ -92,11 +91,8 @@ class ResultsFolder:
     def result(self) -> dict[str, Any] | None:
         """The result of a finished evaluation; None if there is none, or lm-eval's files have changed since."""
         result = read_checked_json(self.folder / RESULT)
-        if result is None:
-            return None
-        if any(fault_of(inside(self.folder, name), entry) for name, entry in result["files"].items()):
-            return None
-        return result
+        files = {} if result is None else result["files"]
+        return None if any(fault_of(inside(self.folder, name), entry) for name, entry in files.items()) else result
 
     def read_record(self, name: str) -> dict[str, Any] | None:
         """A record that `keep_record` wrote; None if there is none, or it is damaged."""
@@ -106,20 +102,20 @@ class ResultsFolder:
         """Keep a record. It is on the disk when this returns."""
         self._write(f"{ANSWERS}/{_SAFE.sub('_', name)}.json", record)
 
-    def check_space(self, needed_bytes: int) -> None:
-        """Raise SurgeryError if the disk has no room for files of this size."""
-        check_space(self.folder, needed_bytes)
-
     def tracker(self) -> "EvaluationTracker":
-        """What writes lm-eval's own files; `publish` calls it."""
+        """What writes lm-eval's own files; `finish` calls it."""
         from lm_eval.loggers import EvaluationTracker  # slow to import, and not needed to read results
 
         return EvaluationTracker(output_path=str(self._staging()))
 
-    def publish(
-        self, tracker: "EvaluationTracker", results: dict[str, Any], samples: Mapping[str, Sequence]
-    ) -> dict[str, dict]:
-        """Write lm-eval's results and samples files in place of older ones; return their sizes and digests.
+    def finish(
+        self,
+        tracker: "EvaluationTracker",
+        results: dict[str, Any],
+        samples: Mapping[str, Sequence],
+        result: Mapping[str, Any],
+    ) -> None:
+        """Write lm-eval's results and samples files in place of older ones, then `result`: the evaluation is finished.
 
         Raises:
             SurgeryError: if they were not written whole; lm-eval itself only logs that.
@@ -131,7 +127,7 @@ class ResultsFolder:
         if len(written) != 1 or not _is_whole(written[0], samples):
             free = shutil.disk_usage(self.folder).free
             raise SurgeryError(
-                f"lm-eval could not write its results whole in {self.folder}, whose disk has {free:,} bytes free. "
+                f"lm-eval could not write its results whole in {self.folder}. Its disk has {free:,} bytes free. "
                 "Make room and run the same command again: the answers are kept."
             )
         sync_tree(written[0], "")
@@ -139,11 +135,7 @@ class ResultsFolder:
         shutil.rmtree(target, ignore_errors=True)  # of a run killed before it wrote the result
         written[0].rename(target)
         sync(self.folder)  # before the result, which names these files
-        return describe_files(self.folder, f"{target.name}/*")
-
-    def finish(self, result: Mapping[str, Any], files: Mapping[str, dict]) -> None:
-        """Write the result, with what `publish` returned. Now the evaluation is finished."""
-        self._write(RESULT, {**result, "files": files})
+        self._write(RESULT, {**result, "files": describe_files(self.folder, f"{target.name}/*")})
 
     def _staging(self) -> Path:
         assert self._hold is not None
@@ -201,20 +193,14 @@ def read_checked_json(path: Path) -> dict[str, Any] | None:
 
 
 def _is_whole(folder: Path, samples: Mapping[str, Sequence]) -> bool:
-    results = list(folder.glob("results_*.json"))
-    files = {path.name.removeprefix("samples_").rsplit("_", 1)[0]: path for path in folder.glob("samples_*.jsonl")}
+    """Whether lm-eval's files are there: results that are JSON, and a line per sample of each task."""
+    lines = {}
+    for path in folder.glob("samples_*.jsonl"):
+        with path.open("rb") as file:
+            lines[path.name.removeprefix("samples_").rsplit("_", 1)[0]] = sum(line.endswith(b"\n") for line in file)
     try:
-        return (
-            len(results) == 1
-            and all(
-                (path := files.get(task)) is not None and _count_lines(path) == len(samples[task]) for task in samples
-            )
-            and bool(json.loads(results[0].read_text(encoding="utf-8")))
-        )
+        (results,) = folder.glob("results_*.json")
+        json.loads(results.read_text(encoding="utf-8"))
     except ValueError:
         return False
-
-
-def _count_lines(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(line.endswith(b"\n") for line in file)
+    return all(lines.get(task) == len(samples[task]) for task in samples)

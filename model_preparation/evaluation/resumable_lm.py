@@ -19,10 +19,11 @@ from lm_eval.api.model import LM
 from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.results_folder import ResultsFolder
+from model_preparation.io.new_folder import check_space
 
 
 class ResumableLM(LM):
-    """An lm-eval model whose answers are kept per task.
+    """An lm-eval model that keeps its answers per task.
 
     Args:
         load: makes the real model. Its argument is a function to call with the number of requests just answered.
@@ -84,7 +85,7 @@ class ResumableLM(LM):
         if self._results is not None:
             # A sample's line holds its requests and a little more.
             arguments = [argument for request in requests for argument in request.args if isinstance(argument, str)]
-            self._results.check_space(sum(len(argument.encode()) for argument in arguments))
+            check_space(self._results.folder, sum(len(argument.encode()) for argument in arguments))
         answers: list[Any] = [None] * len(requests)
         with self._progress:
             bar = self._progress.add_task("", total=len(requests))

@@ -106,7 +106,7 @@ def add_scoring_flags(parser: CommandParser) -> None:
         default=list(EvaluationSettings.tasks),  # type: ignore[arg-type]  # by default they are names
         metavar="TASK",
         help="tasks, groups or tags of lm-eval; embedded_recall, the task for tiny_llama and tiny_llamba; or folders "
-        "of task files, whose code is run (default: mmlu)",
+        "of task files, which may run code (default: mmlu)",
     )
     parser.add_argument(
         "--limit",

@@ -103,8 +103,8 @@ def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num
     """Load the tasks that are named.
 
     Args:
-        names: lm-eval's tasks, groups and tags; `embedded_recall`; folders of task definitions, of which all are
-            taken; single .yaml files. Your own definitions may run code, as with lm-eval.
+        names: lm-eval's tasks, groups and tags; `embedded_recall`; folders of task definitions, with all
+            tasks in them; single .yaml files. Your own definitions may run code, as with lm-eval.
         mmlu_data: where MMLU's questions are, as in `find_questions`.
         num_fewshot: solved examples that each of MMLU's subjects must have.
 
@@ -129,8 +129,8 @@ def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num
                     tasks.items += _load_stock(name)
             except _OUT_OF_REACH as error:
                 raise SurgeryError(
-                    f"The data of the task {name} cannot be had ({_reason(error)}). Check the network connection, or "
-                    "name a mirror of the Hugging Face hub in HF_ENDPOINT."
+                    f"The data of the task {name} cannot be reached ({_reason(error)}). Check the network connection, "
+                    "or name a mirror of the Hugging Face hub in HF_ENDPOINT."
                 ) from error
             except SurgeryError:
                 raise
@@ -164,7 +164,7 @@ def read_configs(names: Sequence[str]) -> list[TaskConfig]:
 
 
 class _Unread(ConfigurableTask):
-    """A task of which only the config is read."""
+    """A task with a config and no data."""
 
     def __init__(self, config: dict[str, Any]):
         self._config = TaskConfig(**config)
@@ -198,7 +198,7 @@ def _unknown(name: str, hint: str = ".") -> SurgeryError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence lm-eval: its warnings about what is intended here, and its bar per task, which no option turns off."""
+    """Silence lm-eval's warnings, and its bar per task, which no option turns off."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

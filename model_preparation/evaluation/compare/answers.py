@@ -79,7 +79,13 @@ def read_answers(
         for task in tasks:
             read = _read_task(evaluation.samples[task], metric)
             if isinstance(read, Answers):
-                _check_count(read, evaluation, task)
+                # A file that was cut off between two lines, or written twice, looks whole.
+                expected = evaluation.results["n-samples"].get(task, {}).get("effective")
+                if expected not in (None, read.lines):
+                    raise SurgeryError(
+                        f"{read.path} has {read.lines} questions, but {evaluation.results_path.name} speaks of "
+                        f"{expected}. {_AGAIN}"
+                    )
                 answers[task] = read
             else:
                 without[task] = read
@@ -152,16 +158,6 @@ def _right_probability(sample: dict[str, Any]) -> float:
         return float(weights[int(sample["target"])] / weights.sum()) if len(scores) > 1 else math.nan
     except (LookupError, TypeError, ValueError, OverflowError):
         return math.nan
-
-
-def _check_count(answers: Answers, evaluation: EvaluationFiles, task: str) -> None:
-    """Refuse a file that was cut off between two lines, or written twice."""
-    expected = evaluation.results["n-samples"].get(task, {}).get("effective")
-    if expected is not None and expected != answers.lines:
-        raise SurgeryError(
-            f"{answers.path} has {answers.lines} questions, but {evaluation.results_path.name} speaks of {expected}. "
-            + _AGAIN
-        )
 
 
 # --- The questions in common ------------------------------------------------------------------------------------------

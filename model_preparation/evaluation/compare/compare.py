@@ -157,8 +157,14 @@ def compare_evaluations(
 
     values = {each.task: each.values for each in common}
     binary = all(np.isin(each, (0, 1)).all() for each in values.values())
-    higher = _higher_is_better(evaluations[0], metric, tasks)
-    means = {name: _resampled(name, each, seed, resamples) for name, each in values.items()}
+    known = evaluations[0].results["higher_is_better"]
+    higher = all(known.get(name, {}).get(metric.partition(",")[0]) is not False for name in tasks)
+    means = {}  # per task, bootstrap means of the difference of each model but the first
+    for name, each in values.items():
+        key = [seed, zlib.crc32(name.encode())]
+        means[name] = [
+            paired.bootstrap_means(model - each[0], resamples, np.random.default_rng(key)) for model in each[1:]
+        ]
     rows = [_row(line, values, means, binary) for line in _lines(evaluations, tasks, task)]
     _judge(rows, higher)
     models = [
@@ -205,19 +211,6 @@ def _common_questions(
     if empty := [each.task for each in matched if not each.indices.size]:
         notes.append(f"Left out, as no question of it is common to all: {some(empty)}.")
     return common, notes
-
-
-def _higher_is_better(evaluation: EvaluationFiles, metric: str, tasks: Sequence[str]) -> bool:
-    known = evaluation.results["higher_is_better"]
-    return all(known.get(task, {}).get(metric.partition(",")[0]) is not False for task in tasks)
-
-
-def _resampled(task: str, values: NDArray[np.float64], seed: int, resamples: int) -> list[NDArray[np.float64] | None]:
-    """Bootstrap means of a task's differences to the first model, per other model; `values` are (models, questions)."""
-    key = zlib.crc32(task.encode())
-    return [
-        paired.bootstrap_means(model - values[0], resamples, np.random.default_rng([seed, key])) for model in values[1:]
-    ]
 
 
 def _row(

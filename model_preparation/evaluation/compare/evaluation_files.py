@@ -27,7 +27,7 @@ _RESULTS = re.compile(r"(?!samples_).*_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\
 _DEPTHS = ("*", "*/*", "*/*/*")  # a --results_dir, in it <task>-<digest>/, in it the model's name
 # The fields that are read from a results file; older versions of lm-eval lack some.
 _NAMED: dict[str, Any] = {name: {"*": dict} for name in ("results", "configs", "n-samples", "higher_is_better")}
-_NAMED |= {"group_subtasks": {"*": [str]}}  # the names are those of tasks and groups
+_NAMED |= {"group_subtasks": {"*": [str]}}  # tasks and groups give the names
 _FIELDS = {f"{name}?": kind for name, kind in _NAMED.items()} | {"config?": dict, "max_length?": (int, NoneType)}
 
 
@@ -97,7 +97,7 @@ def find_evaluations(folders: Sequence[str | Path], task: str | None = None) -> 
         if len(candidates) > 1:
             raise SurgeryError(
                 f"{folder} has {len(candidates)} evaluations: {_listed(candidates)}. "
-                "Say which by --task and its name, or give its folder in place of this one."
+                "Name one by --task, or give its folder instead of this one."
             )
     chosen = [candidates[0] for candidates in found]
     for evaluation in chosen:
@@ -196,11 +196,11 @@ def _not_finished(given: Path, root: Path) -> SurgeryError:
         which = ", ".join(begun) if checkpoint == given else given.name
         return SurgeryError(
             f"{given} has no finished evaluation: {which} has no results_<date>.json yet. "
-            f"Go on with it by {command} and the flags it was begun with."
+            f"Continue it by {command} and the flags it was begun with."
         )
     return SurgeryError(
-        f"{given} has no results_<date>.json, so no evaluation was finished in it. Go on by {command} and the flags it "
-        f"was begun with, or run lm_eval with --output_path {given} --log_samples."
+        f"{given} has no results_<date>.json, so no evaluation was finished in it. Continue it by {command} and the "
+        f"flags it was begun with, or run lm_eval with --output_path {given} --log_samples."
     )
 
 

@@ -19,7 +19,7 @@ def mcnemar_p(gained: int, lost: int) -> float:
 
     Args:
         gained: questions that the second model answers right and the first wrong.
-        lost: those the other way round.
+        lost: questions that the first model answers right and the second wrong.
 
     Returns:
         1.0 if there is no such question: nothing suggests a difference.

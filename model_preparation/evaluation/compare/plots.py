@@ -1,6 +1,6 @@
 """A comparison as plots: every model's score by subject, and its gain over the baseline.
 
-A plot is saved as PNG, or as SVG whose text takes the colour of the page around it.
+A plot is saved as PNG, or as SVG, in which text takes the colour of the page.
 """
 
 import io
