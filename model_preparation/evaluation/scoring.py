@@ -115,10 +115,9 @@ class ScoringLM(HFLM):
         if cut:
             yield cut, ()
         if whole:
+            # All rows share what the first and the last, in the order of tuples, share.
             first, last = min(row.tokens for row in whole), max(row.tokens for row in whole)
-            same = [
-                one == other for one, other in zip(first, last, strict=False)
-            ]  # all rows share what these two share
+            same = [one == other for one, other in zip(first, last, strict=False)]
             common = same.index(False) if False in same else len(same)
             # Every row keeps its scored positions.
             length = min(common, *(len(row.tokens) - row.scored for row in whole))

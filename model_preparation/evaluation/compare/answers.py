@@ -8,13 +8,11 @@ disk; `read_sample` reads those that a report shows.
 import json
 import math
 import sys
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,32 +25,45 @@ _HASHES = ("doc_hash", "prompt_hash", "target_hash")
 _AGAIN = "Run the evaluation again, or copy the file again."
 
 
+class Answer(NamedTuple):
+    """A model's answer to one question.
+
+    Attributes:
+        doc_hash, prompt_hash, target_hash: SHA-256 of question, prompt and target, hexadecimal.
+        value: the metric.
+        right_probability: of the right option of a multiple-choice question; NaN for other questions.
+        offset: where its line begins in the samples file, in bytes.
+    """
+
+    doc_hash: str
+    prompt_hash: str
+    target_hash: str
+    value: float
+    right_probability: float
+    offset: int
+
+
 @dataclass
 class Answers:
-    """A model's answers to a task's n questions, in the file's order.
+    """A model's answers to a task, in the samples file's order.
 
     Attributes:
         path: the samples file.
         filter: lm-eval's name of the processing of responses before they were scored ("none" for most tasks).
-        doc_hashes, prompt_hashes, target_hashes: n SHA-256 each, hexadecimal, of question, prompt and target.
-        values: the metric, float64 (n,).
-        right_probability: of the right option of a multiple-choice question, float64 (n,); NaN for other questions.
-        offsets: where the lines begin in the file, bytes, int64 (n,).
-        lines: the number of the file's lines with this filter; more than n if some lack the metric.
+        questions: the answers.
+        lines: the number of the file's lines with this filter; some may lack the metric, and so are not in `questions`.
     """
 
     path: Path
     filter: str
-    doc_hashes: list[str] = field(default_factory=list)
-    prompt_hashes: list[str] = field(default_factory=list)
-    target_hashes: list[str] = field(default_factory=list)
-    values: Any = field(default_factory=partial(array, "d"))
-    right_probability: Any = field(default_factory=partial(array, "d"))
-    offsets: Any = field(default_factory=partial(array, "q"))
+    questions: list[Answer] = field(default_factory=list)
     lines: int = 0
 
-    def __len__(self) -> int:
-        return len(self.doc_hashes)
+    def read_sample(self, answer: Answer) -> dict[str, Any]:
+        """Everything that lm-eval wrote about a question."""
+        with self.path.open("rb") as file:
+            file.seek(answer.offset)
+            return json.loads(file.readline())
 
 
 def read_answers(
@@ -93,13 +104,6 @@ def read_answers(
     return answers, without
 
 
-def read_sample(answers: Answers, index: int) -> dict[str, Any]:
-    """Everything that lm-eval wrote about question `index`."""
-    with answers.path.open("rb") as file:
-        file.seek(answers.offsets[index])
-        return json.loads(file.readline())
-
-
 def _read_task(path: Path, metric: str) -> Answers | list[str]:
     """The file's answers; or the metrics that it has, if this one is not among them."""
     metric, _, filter_name = metric.partition(",")
@@ -112,26 +116,24 @@ def _read_task(path: Path, metric: str) -> Answers | list[str]:
         named = sample.get("metrics", [metric])
         has |= {f"{name},{its_filter}".removesuffix(",none"): None for name in named}
         if metric in sample and metric in named and its_filter == (filter_name or its_filter):
-            _append(answers, sample, metric, offset, where=f"{path}, line {number}")
+            answers.questions.append(_answer(sample, metric, offset, where=f"{path}, line {number}"))
     if not found:
         raise SurgeryError(f"{path} is empty. {_AGAIN}")
-    return next((answers for answers in found.values() if len(answers)), list(has))
+    return next((answers for answers in found.values() if answers.questions), list(has))
 
 
-def _append(answers: Answers, sample: dict[str, Any], metric: str, offset: int, *, where: str) -> None:
-    for name, hashes in zip(_HASHES, (answers.doc_hashes, answers.prompt_hashes, answers.target_hashes), strict=True):
+def _answer(sample: dict[str, Any], metric: str, offset: int, *, where: str) -> Answer:
+    for name in _HASHES:
         if not isinstance(sample.get(name), str):
             raise SurgeryError(f"{where}, has no {name}, by which questions are matched. Evaluate with lm_eval 0.4.4+.")
-        hashes.append(sample[name])
     value = sample[metric]
     if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         raise SurgeryError(
             f"{where}, has {value!r:.40} for {metric}, but only finite numbers can be compared. "
             "Name another metric by --metric, or run the evaluation again."
         )
-    answers.values.append(float(value))
-    answers.right_probability.append(_right_probability(sample))
-    answers.offsets.append(offset)
+    hashes = {name: sample[name] for name in _HASHES}
+    return Answer(**hashes, value=float(value), right_probability=_right_probability(sample), offset=offset)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
@@ -170,56 +172,42 @@ class CommonQuestions:
     Attributes:
         task: its name.
         answers: each model's, to all its questions.
-        indices: of the common questions in them, int64 (m, n), in the first model's order.
+        rows: per common question, in the first model's order, the m answers.
         by_prompt: whether they were matched by prompt and target, because no content matched.
     """
 
     task: str
     answers: tuple[Answers, ...]
-    indices: NDArray[np.int64]
+    rows: list[tuple[Answer, ...]]
     by_prompt: bool
 
-    @property
-    def values(self) -> NDArray[np.float64]:
-        """The metric, (m, n)."""
-        return self._gathered([answers.values for answers in self.answers])
-
-    @property
-    def right_probability(self) -> NDArray[np.float64]:
-        """(m, n); NaN where it is unknown."""
-        return self._gathered([answers.right_probability for answers in self.answers])
+    def column(self, name: str) -> NDArray[np.float64]:
+        """`value` or `right_probability` (`name`) of all answers, (m, n)."""
+        return np.array([[getattr(row[model], name) for row in self.rows] for model in range(len(self.answers))])
 
     def differing(self, name: str) -> int:
-        """How many common questions differ between the models in `name`: `prompt_hashes` or `target_hashes`."""
-        texts = [getattr(answers, name) for answers in self.answers]
-        return sum(len({text[i] for text, i in zip(texts, row, strict=True)}) > 1 for row in self.indices.T.tolist())
-
-    def _gathered(self, columns: Sequence) -> NDArray[np.float64]:
-        return np.array([np.asarray(column)[rows] for column, rows in zip(columns, self.indices, strict=True)])
+        """How many common questions differ between the models in `name`: `prompt_hash` or `target_hash`."""
+        return sum(len({getattr(answer, name) for answer in row}) > 1 for row in self.rows)
 
 
 def match(task: str, answers: Sequence[Answers]) -> CommonQuestions:
     """The common questions of a task; there may be none."""
-    indices = _common([each.doc_hashes for each in answers])
-    by_prompt = not indices.size
+    rows = _common(answers, ("doc_hash",))
+    by_prompt = not rows
     if by_prompt:
         # Copies of a data set with one column more or less have other hashes, but the same prompts.
-        indices = _common([list(zip(each.prompt_hashes, each.target_hashes, strict=True)) for each in answers])
-    return CommonQuestions(task, tuple(answers), indices, by_prompt)
+        rows = _common(answers, ("prompt_hash", "target_hash"))
+    return CommonQuestions(task, tuple(answers), rows, by_prompt)
 
 
-def _common(keys: Sequence[Sequence]) -> NDArray[np.int64]:
-    """Indices (m, n) of the keys that all m sequences have, each as often as all have it."""
-    places = [{key: index for index, key in enumerate(_numbered(sequence))} for sequence in keys]
-    shared = [key for key in places[0] if all(key in place for place in places)]
-    return np.array([[place[key] for key in shared] for place in places], dtype=np.int64)
-
-
-def _numbered(keys: Sequence) -> list[tuple]:
-    """Each key with the number of its earlier occurrences."""
-    seen: Counter = Counter()
-    numbered = []
-    for key in keys:
-        numbered.append((key, seen[key]))
-        seen[key] += 1
-    return numbered
+def _common(answers: Sequence[Answers], names: Sequence[str]) -> list[tuple[Answer, ...]]:
+    """The questions that all models have by these hashes, each as often as all have it."""
+    found: list[dict[tuple, Answer]] = []
+    for each in answers:
+        seen: Counter = Counter()
+        found.append({})
+        for answer in each.questions:
+            key = tuple(getattr(answer, name) for name in names)
+            found[-1][(*key, seen[key])] = answer
+            seen[key] += 1
+    return [tuple(each[key] for each in found) for key in found[0] if all(key in each for each in found)]

@@ -155,7 +155,7 @@ def compare_evaluations(
     notes += question_notes(names, evaluations, common) + differing_settings(names, settings)
     notes += score_notes(metric, names, evaluations, common)
 
-    values = {each.task: each.values for each in common}
+    values = {each.task: each.column("value") for each in common}
     binary = all(np.isin(each, (0, 1)).all() for each in values.values())
     known = evaluations[0].results["higher_is_better"]
     higher = all(known.get(name, {}).get(metric.partition(",")[0]) is not False for name in tasks)
@@ -202,13 +202,13 @@ def _common_questions(
                 raise SurgeryError(f"{name} has no {metric} for any question: {listed}. Name a metric by --metric.")
             notes.append(f"Left out, as {name} has no {metric} for it: {listed}.")
     matched = [match(name, [each[name] for each in answers]) for name in tasks if all(name in each for each in answers)]
-    common = [each for each in matched if each.indices.size]
+    common = [each for each in matched if each.rows]
     if not common:
         raise SurgeryError(
             f"{' and '.join(names)} have not one question in common, though all of them have {some(tasks)}. "
             "Evaluate them on the same data."
         )
-    if empty := [each.task for each in matched if not each.indices.size]:
+    if empty := [each.task for each in matched if not each.rows]:
         notes.append(f"Left out, as no question of it is common to all: {some(empty)}.")
     return common, notes
 

@@ -172,7 +172,7 @@ def read_results(path: Path) -> dict[str, Any]:
         if not isinstance(results, dict):
             raise ValueError("it holds no JSON object")
         check_fields(results, _FIELDS)
-        results = {name: {} for name in _NAMED} | results
+        results = {name: {} for name in (*_NAMED, "config")} | results
         names: Iterator[str] = itertools.chain(*(results[name] for name in _NAMED), *results["group_subtasks"].values())
         if wrong := [name for name in names if not _is_name(name)]:
             raise ValueError(f"{wrong[0]!r:.80} is no name of a task")
@@ -234,6 +234,5 @@ def _settings(evaluation: EvaluationFiles) -> str:
     below = {child for children in evaluation.groups.values() for child in children}
     tops = [name for name in [*evaluation.groups, *evaluation.samples] if name not in below]
     shots = sorted({str(evaluation.results["configs"][task].get("num_fewshot")) for task in evaluation.samples})
-    config = evaluation.results.get("config")
-    limit = config.get("limit") if isinstance(config, dict) else None
+    limit = evaluation.results["config"].get("limit")
     return ", ".join([*tops[:3], f"{'/'.join(shots) or '?'}-shot", *([f"limit {limit}"] if limit else [])])
