@@ -6,7 +6,7 @@ A subject is one of lm-eval's tasks.
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Score:
-    """The mean of the metric over a row's questions, and its standard error; None if no subject has two questions."""
+    """The mean of the metric over a row's questions. Its standard error is None if no subject has two questions."""
 
     mean: float
     stderr: float | None
@@ -116,13 +116,9 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the questions, for JSON."""
-        fields = {name: getattr(self, name) for name in ("metric", "higher_is_better", "binary", "seed", "resamples")}
-        return {
-            **fields,
-            "models": [asdict(model) for model in self.models],
-            "rows": [asdict(row) for row in self.rows],
-            "notes": self.notes,
-        }
+        fields = asdict(replace(self, common=[]))
+        del fields["common"]
+        return fields
 
 
 def compare_evaluations(
