@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, number, run
+from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, run
 from model_preparation.devices import choose_device
 from model_preparation.evaluation.prompts import FORMS, read_prompts
 from model_preparation.evaluation.settings import (
     GENERATION_SETTINGS,
     EvaluationSettings,
     GenerationSettings,
-    add_scoring_flags,
+    add_flags,
 )
 from model_preparation.hub.sources import add_source_flag, names_behind, tokenizer_name
 
@@ -219,29 +219,6 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--tokenizer", metavar="NAME|DIR|ID", help="for a model that is published without one (llama_tokenizer, ...)"
     )
-    _add_generation_flags(parser)
-    add_source_flag(parser)
-    add_dtype_flag(parser, help="run in this dtype (default: the checkpoint's)")
-    add_device_flags(parser)
-    parser.add_argument(
-        "--parallelize",
-        action="store_true",
-        help="spread the model over all GPUs, and over the CPU if it does not fit there",
-    )
-    parser.add_argument(
-        "--full_eval", action="store_true", help="also run lm-eval (MMLU, 57 subjects); the flags below belong to it"
-    )
-    parser.add_argument("--skip_generation", action="store_true", help="evaluate only")
-    parser.add_argument(
-        "--result_json", type=Path, metavar="FILE", help="also write the scores to this file, for programs"
-    )
-    add_scoring_flags(parser)
-    return parser
-
-
-def _add_generation_flags(parser: CommandParser) -> None:
-    """Add the flags for prompts, decoding, comparison and results, and --seed, which the evaluation uses too."""
-    at_least_1 = number(int, least=1)
     parser.add_argument(
         "--prompt", nargs="+", default=[], metavar="TEXT", help="texts to continue (default: three of ours)"
     )
@@ -251,53 +228,7 @@ def _add_generation_flags(parser: CommandParser) -> None:
         metavar="FILE",
         help=f"more prompts: .txt, one per line; .jsonl, one per line, or .json, a list, of {FORMS}",
     )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="put every text into the tokenizer's chat template, as a user's message (default: texts are continued, "
-        "as base models do; messages always go through the template)",
-    )
-    parser.add_argument(
-        "--max_new_tokens",
-        type=at_least_1,
-        default=GenerationSettings.max_new_tokens,
-        metavar="N",
-        help="tokens to write per prompt (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--do_sample",
-        action="store_true",
-        help="draw tokens at random; each of the next three implies it (default: the likeliest token each time)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=number(float, above=0),
-        metavar="X",
-        help="below 1 likely tokens become likelier, above 1 less likely (default: 1)",
-    )
-    parser.add_argument(
-        "--top_p",
-        type=number(float, above=0, most=1),
-        metavar="P",
-        help="draw among the likeliest tokens of this joint probability (default: 1, all)",
-    )
-    parser.add_argument(
-        "--top_k", type=at_least_1, metavar="K", help="draw among the K likeliest tokens (default: all)"
-    )
-    parser.add_argument(
-        "--num_return_sequences",
-        type=at_least_1,
-        default=GenerationSettings.num_return_sequences,
-        metavar="N",
-        help="texts to draw per prompt, one after the other (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=number(int, least=0, most=2**32 - 1),  # NumPy's limit
-        default=GenerationSettings.seed,
-        metavar="N",
-        help="seed of everything random, here and in the evaluation (default: %(default)s)",
-    )
+    add_flags(parser, GenerationSettings)
     parser.add_argument(
         "--compare_with",
         nargs="+",
@@ -313,6 +244,23 @@ def _add_generation_flags(parser: CommandParser) -> None:
         metavar="FILE.jsonl",
         help="also write every text with its tokens, speeds and settings into this file",
     )
+    add_source_flag(parser)
+    add_dtype_flag(parser, help="run in this dtype (default: the checkpoint's)")
+    add_device_flags(parser)
+    parser.add_argument(
+        "--parallelize",
+        action="store_true",
+        help="spread the model over all GPUs, and over the CPU if it does not fit there",
+    )
+    parser.add_argument(
+        "--full_eval", action="store_true", help="also run lm-eval (MMLU, 57 subjects); the flags below belong to it"
+    )
+    parser.add_argument("--skip_generation", action="store_true", help="evaluate only")
+    parser.add_argument(
+        "--result_json", type=Path, metavar="FILE", help="also write the scores to this file, for programs"
+    )
+    add_flags(parser, EvaluationSettings)
+    return parser
 
 
 if __name__ == "__main__":

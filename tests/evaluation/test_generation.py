@@ -211,6 +211,12 @@ def test_the_narrowest_sampling_is_greedy(model, tokenizer, sampling):
     assert generate_text(model, tokenizer, "the cat", max_new_tokens=8, **sampling).new_ids == wanted
 
 
+@pytest.mark.parametrize(("name", "value"), [("temperature", 0), ("top_p", 1.5), ("top_k", 0), ("max_new_tokens", 2.5)])
+def test_a_setting_that_its_flag_refuses_is_refused(model, tokenizer, name, value):
+    with pytest.raises(SurgeryError, match=f"{name} is {value}"):
+        generate_text(model, tokenizer, "the cat", **{name: value})
+
+
 # --- Files of prompts -------------------------------------------------------------------------------------------------
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
