@@ -1,13 +1,13 @@
-"""Command: which of several checkpoints is better, and whether that can be told (see evaluate/compare/compare.py)."""
+"""Command: which of several checkpoints is better, and whether the difference is more than chance."""
 
 from pathlib import Path
 
 from model_preparation.command_line import CommandParser, number, run
 
 DESCRIPTION = """\
-Compare checkpoints by their evaluations, question by question: scores with standard errors, and for each group and
-subject the difference to the first one, with McNemar's exact test and a bootstrap interval, on the questions that all
-of them were asked. Writes a report (comparison.html), and plots as PNG.
+Compare checkpoints by their evaluations, question by question, on the questions that all of them were asked. For each
+group and subject, print scores with standard errors, and the difference to the first checkpoint with McNemar's exact
+test and a bootstrap interval. Write a report (comparison.html), and plots as PNG.
 """
 
 EPILOG = """\
@@ -30,13 +30,12 @@ def main() -> None:
         resolved = args.baseline.expanduser().resolve()
         folders = [args.baseline, *(each for each in folders if each.expanduser().resolve() != resolved)]
     if len(folders) < 2:
-        parser.error("at least two folders are needed, for a comparison")
+        parser.error("at least two folders are needed for a comparison")
 
     from rich.console import Console
 
     from model_preparation.evaluation.compare.compare import compare_evaluations
-    from model_preparation.evaluation.compare.report_folder import check_report_folder, write_report
-    from model_preparation.evaluation.compare.table import comparison_tables
+    from model_preparation.evaluation.compare.report import check_report_folder, comparison_tables, write_report
 
     output_dir = args.output_dir.expanduser()
     check_report_folder(output_dir, overwrite=args.overwrite)  # before anything is read
@@ -57,13 +56,13 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--task",
         metavar="NAME",
-        help="look at this task or group only; or the name of an evaluation's folder, where a checkpoint has several",
+        help="look at this task or group only; or the name of an evaluation's folder, if a checkpoint has several",
     )
     parser.add_argument(
         "--metric",
         default="acc",
         metavar="NAME",
-        help="any number that lm-eval gives each question, with ,FILTER if needed (default: acc)",
+        help="any number that lm-eval gives each question, with ,FILTER if needed (default: %(default)s)",
     )
     parser.add_argument("--subjects", action="store_true", help="print the subjects too; the report always has them")
     parser.add_argument(
@@ -71,7 +70,7 @@ def _parser() -> CommandParser:
         type=Path,
         default=Path("comparison_report"),
         metavar="DIR",
-        help="the folder to write (default: comparison_report, in the current folder)",
+        help="the folder to write (default: %(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a report that is there")
     parser.add_argument("--json", action="store_true", help="also write all numbers to comparison.json")
@@ -80,8 +79,8 @@ def _parser() -> CommandParser:
         type=number(int, least=0),
         default=10,
         metavar="N",
-        help="show in the report the N questions on which each model most surpasses the baseline, and the N on which "
-        "it falls most behind (default: 10)",
+        help="show in the report N questions that each model answers better than the baseline, and N that it answers "
+        "worse (default: %(default)s)",
     )
     parser.add_argument(
         "--bootstrap", type=number(int, least=100), default=10_000, metavar="N", help="resamples (default: 10000)"

@@ -31,7 +31,7 @@ def get_model_modelscope(
     Raises:
         SurgeryError: if the model is missing or neither kind, or no tokenizer belongs to it.
     """
-    from model_preparation.evaluation.other_models import load_folder  # imports torch and transformers
+    from model_preparation.evaluation.models import load_folder  # imports torch and transformers
 
     source = resolve(name)
     model_type, _ = type_and_depth(source.folder)

@@ -1,31 +1,33 @@
-"""Command: load a checkpoint, let it write, and on request score it on MMLU or other tasks of lm-eval.
+"""Command: load a checkpoint, let it write, and on request score it on MMLU or other tasks of lm-eval."""
 
-In: a checkpoint folder, or a model. Out, on the terminal: its size and layers, generated text, tokens per second, the
-scores; with --full_eval, results on the disk too.
-"""
-
+import argparse
+import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_preparation.command_line import (
-    CommandParser,
-    add_device_flags,
-    add_dtype_flag,
-    run,
-)
+from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, run
 from model_preparation.devices import choose_device
-from model_preparation.evaluation.evaluation_flags import add_evaluation_flags, check_evaluation_flags
-from model_preparation.evaluation.generation_flags import add_generation_flags, check_generation_flags, read_request
+from model_preparation.evaluation.prompts import FORMS, read_prompts
+from model_preparation.evaluation.settings import (
+    GENERATION_SETTINGS,
+    EvaluationSettings,
+    GenerationSettings,
+    add_flags,
+)
+from model_preparation.hub.sources import add_source_flag, names_behind, tokenizer_name
 
 if TYPE_CHECKING:
-    from model_preparation.evaluation.scored_model import ScoredModel
+    from model_preparation.evaluation.models import ScoredModel
+    from model_preparation.evaluation.tasks import Tasks
 
 DESCRIPTION = """\
-Load a checkpoint or any model, print its size and layers, the text it writes after each prompt, greedily unless asked
-otherwise, the speed of reading and of writing, and the peak memory; with --compare_with, what other models write too.
-With --full_eval, then score it by lm-eval, on the task group mmlu unless --tasks names others. Answers are kept task by
-task as they come: stopped anywhere, the same command goes on, and ends with the same score. Another setting, or other
+Load a checkpoint or any model. Print its size and layers, the text it writes after each prompt, the speed of reading
+and of writing, and the peak memory. The text is greedy unless a flag says otherwise. With --compare_with, print what
+other models write too.
+With --full_eval, score it by lm-eval afterwards, on the task group mmlu unless --tasks names others. Answers are kept
+task by task: after an interruption, the same command continues and ends with the same score. Another setting, or other
 weights, is another evaluation.
 """
 
@@ -42,34 +44,40 @@ examples:
   python test_checkpoint.py --checkpoint llama --prompt "Hello world"
   python test_checkpoint.py --checkpoint unaligned_llamba --full_eval --skip_generation --results_dir ../results
 
-The exit code is 1 if the checkpoint does not load, a logit is not finite, or an answer is empty;
-a model to compare with that is not there is refused at once; what goes wrong with one later is told in its place, and
-changes no exit code.
+The exit code is 1 if the checkpoint does not load, a logit is not finite, or a text is empty. A model to compare with
+that is not there is refused at once. If one fails later, its error is printed in place of its text, and the exit code
+does not change.
 """
+
+DEFAULT_PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a small village,",
+    "To make a good cup of tea, first",
+)
+_GENERATION_FLAGS = ("prompt", "prompts_file", *GENERATION_SETTINGS, "compare_with", "output")
+_EVALUATION_FLAGS = ("tasks", "limit", "mmlu_data", "num_fewshot", "batch_size", "results_dir", "result_json")
 
 
 def main() -> None:
     """Parse the command line, load, generate, and evaluate if asked to."""
     parser = _parser()
     args = parser.parse_args()
-    check_generation_flags(parser, args)
-    check_evaluation_flags(parser, args)
-    if args.parallelize and (args.gpu is not None or args.device is not None):
-        parser.error("--parallelize takes all GPUs: leave out --gpu and --device, or set CUDA_VISIBLE_DEVICES")
+    _check(parser, args)
 
-    from model_preparation.evaluation.generation_report import check_answers, compare_and_print, write_and_print
-    from model_preparation.evaluation.other_models import find_others
-    from model_preparation.evaluation.scored_model import find_model
+    from model_preparation.evaluation.models import find_model, find_others
+    from model_preparation.io.new_file import check_new_file
     from model_preparation.io.tensors.dtypes import torch_dtype
 
     args.checkpoint = args.checkpoint.expanduser()
-    request = read_request(args)
+    prompts = [*args.prompt, *([] if args.prompts_file is None else read_prompts(args.prompts_file))]
+    output = None if args.output is None else args.output.expanduser()
+    if output is not None:
+        check_new_file(output)
     model_found = find_model(args.checkpoint, args.tokenizer, sources=args.source)
     others = find_others(args.compare_with, args.checkpoint, sources=args.source)
     device = "cpu" if args.parallelize else choose_device(args.gpu, args.device)
     dtype = torch_dtype(args.dtype)
     if args.full_eval:
-        from model_preparation.evaluation.evaluation_report import evaluate_and_print
         from model_preparation.evaluation.tasks import is_mmlu, load_tasks
 
         model_found.results_root(args.results_dir)
@@ -77,44 +85,24 @@ def main() -> None:
         if args.mmlu_data is not None and not any(map(is_mmlu, args.tasks)):
             parser.error(f"--mmlu_data belongs to --tasks mmlu or parts of it, and the task is {' '.join(args.tasks)}")
 
-    written = None
     if not args.skip_generation:
+        from model_preparation.evaluation.generation_report import GenerationReport
+        from model_preparation.evaluation.models import load_other
+
+        settings = GenerationSettings(**{name: getattr(args, name) for name in GENERATION_SETTINGS})
+        report = GenerationReport(prompts or DEFAULT_PROMPTS, settings, output)
         model, tokenizer = _load(model_found, device, dtype, args.parallelize)
-        written = write_and_print(model, tokenizer, str(args.checkpoint), request)
-        del model  # one model in memory at a time; the evaluation loads it again, if there is anything to do
+        report.write(model, tokenizer, str(args.checkpoint))
+        del model  # one model in memory at a time; the evaluation loads it again if it must
         if others:
-            placed = {"device": device, "dtype": dtype, "parallelize": args.parallelize}
-            compare_and_print(written, tokenizer, others, request, **placed)
-        if request.output is not None:
-            print(f"Texts are in {request.output}")
+            load = partial(load_other, tokenizer=tokenizer, device=device, dtype=dtype, parallelize=args.parallelize)
+            report.compare(tokenizer, others, load)
+        if output is not None:
+            print(f"Texts are in {output}")
     if args.full_eval:
-        evaluate_and_print(tasks, args, device=device, dtype=dtype)
-    if written is not None:
-        check_answers(written)
-
-
-def _parser() -> CommandParser:
-    parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="DIR|NAME",
-        help="the checkpoint folder; or the name, folder or hub id of a model, such as its base or donor",
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="NAME|DIR|ID", help="of a model that is published without one (llama_tokenizer, ...)"
-    )
-    add_generation_flags(parser)
-    add_dtype_flag(parser, help="run in this dtype (default: the checkpoint's)")
-    add_device_flags(parser)
-    parser.add_argument(
-        "--parallelize",
-        action="store_true",
-        help="spread the model over all GPUs (and the CPU, if it does not fit) instead of on one",
-    )
-    add_evaluation_flags(parser)
-    return parser
+        _evaluate(tasks, args, device, dtype)
+    if not args.skip_generation:
+        report.check_texts()
 
 
 def _load(found: "ScoredModel", device: str, dtype: Any, parallelize: bool) -> tuple[Any, Any]:
@@ -138,6 +126,141 @@ def _load(found: "ScoredModel", device: str, dtype: Any, parallelize: bool) -> t
     places = sorted({str(parameter.device) for parameter in model.parameters()}) if parallelize else []
     print(f", spread over {', '.join(places)}" if places else "", flush=True)
     return model, tokenizer
+
+
+def _evaluate(tasks: "Tasks", args: argparse.Namespace, device: str, dtype: Any) -> None:
+    """Score the checkpoint. Print groups, scores and where the results are; write --result_json."""
+    from model_preparation.checkpoint.checkpoint_info import INFO
+    from model_preparation.errors import SurgeryError
+    from model_preparation.evaluation.evaluate import evaluate_checkpoint
+    from model_preparation.evaluation.tasks import MMLU
+    from model_preparation.io.new_file import write_file
+    from model_preparation.io.sync import make_folder
+
+    shots = "" if args.num_fewshot is None else f", {args.num_fewshot}-shot"
+    source = "" if tasks.questions is None else f", MMLU's questions from {tasks.questions.source}"
+    print(f"\nEvaluating   {' '.join(tasks.names)}{shots}{source}", flush=True)
+    result_json = None if args.result_json is None else args.result_json.expanduser()
+    if result_json is not None:  # checked now, not after an hour of work
+        if result_json.is_dir():
+            raise SurgeryError(f"--result_json {args.result_json} is a folder. Name a file.")
+        make_folder(result_json.parent)
+    started = time.perf_counter()
+    names = ("limit", "num_fewshot", "batch_size", "seed", "parallelize", "results_dir", "tokenizer")
+    settings = EvaluationSettings(
+        tasks=tasks, device=device, dtype=dtype, sources=args.source, **{name: getattr(args, name) for name in names}
+    )
+    result = evaluate_checkpoint(args.checkpoint, settings)
+    if result_json is not None:
+        write_file(result_json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    if "put_aside" in result:
+        print(f"Put aside    results of another model ({'; '.join(result['differing'])}), to {result['put_aside']}")
+    if result["kept"]:
+        print("Kept         all of it was evaluated before, with these settings and weights")
+    else:
+        print(f"Took         {time.perf_counter() - started:.0f} s, lm-eval {result['lm_eval_version']}")
+    for name, row in result["groups"].items():
+        print(f"{name:<16} {_score(row)}")
+    if args.limit:
+        print(
+            f"--limit {args.limit} is per subject: this score is of {result['questions']} questions only "
+            "and not comparable with the full one."
+        )
+    for name, row in result["tasks"].items():
+        print(f"{'MMLU' if name == MMLU else name} score   {_score(row)}")
+    if tasks.names == (MMLU,) and not result["entered"] and (args.checkpoint / INFO).is_file():
+        print("checkpoint_info.json is not changed: it has a score of more questions, or cannot be written.")
+    print(f"Results are in {result['results_dir']}", flush=True)
+
+
+def _score(row: dict[str, Any]) -> str:
+    if row["score"] is None:
+        return f"none ({row['questions']} questions)"
+    stderr = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+    metric = "" if row["metric"] == "acc,none" else f"{row['metric'].removesuffix(',none')} "
+    return f"{metric}{row['score']:.4f}{stderr} ({row['questions']} questions)"
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+def _check(parser: CommandParser, args: argparse.Namespace) -> None:
+    """End the command, as for wrong usage, where flags do not go together."""
+    if args.num_return_sequences > 1 and not (args.do_sample or args.temperature or args.top_p or args.top_k):
+        parser.error(
+            "--num_return_sequences needs --do_sample, --temperature, --top_p or --top_k; greedy texts are all the same"
+        )
+    repeated = {name for name in args.compare_with if args.compare_with.count(name) > 1}
+    if repeated:
+        parser.error(f"--compare_with has {sorted(repeated)[0]} more than once")
+    asked_for = [str(args.checkpoint), *args.compare_with, args.tokenizer or tokenizer_name(str(args.checkpoint)) or ""]
+    used = {name for given in asked_for for name in names_behind(given, args.source)}
+    idle = sorted(args.source.keys() - used)
+    if idle and not {"base", "donor"} & set(args.compare_with):
+        parser.error(f"--source {idle[0]}=... does nothing: no --checkpoint, --compare_with or --tokenizer names it")
+    if not args.full_eval:
+        parser.refuse(args, (*_EVALUATION_FLAGS, "skip_generation"), "belongs to --full_eval, which is not given")
+    if args.skip_generation:
+        unused = [name for name in _GENERATION_FLAGS if name != "seed"]  # the evaluation uses --seed
+        parser.refuse(args, unused, "has no effect with --skip_generation")
+    if args.parallelize and (args.gpu is not None or args.device is not None):
+        parser.error("--parallelize takes all GPUs: leave out --gpu and --device, or set CUDA_VISIBLE_DEVICES")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR|NAME",
+        help="the checkpoint folder; or the name, folder or hub id of a model, such as its base or donor",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="NAME|DIR|ID", help="for a model that is published without one (llama_tokenizer, ...)"
+    )
+    parser.add_argument(
+        "--prompt", nargs="+", default=[], metavar="TEXT", help="texts to continue (default: three of ours)"
+    )
+    parser.add_argument(
+        "--prompts_file",
+        type=Path,
+        metavar="FILE",
+        help=f"more prompts: .txt, one per line; .jsonl, one per line, or .json, a list, of {FORMS}",
+    )
+    add_flags(parser, GenerationSettings)
+    parser.add_argument(
+        "--compare_with",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MODEL",
+        help="let other models write too, and show the texts side by side: `donor` or `base` of this checkpoint, "
+        "another checkpoint's folder, or a model's folder, name or hub id; one is loaded after the other",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="also write every text with its tokens, speeds and settings into this file",
+    )
+    add_source_flag(parser)
+    add_dtype_flag(parser, help="run in this dtype (default: the checkpoint's)")
+    add_device_flags(parser)
+    parser.add_argument(
+        "--parallelize",
+        action="store_true",
+        help="spread the model over all GPUs, and over the CPU if it does not fit there",
+    )
+    parser.add_argument(
+        "--full_eval", action="store_true", help="also run lm-eval (MMLU, 57 subjects); the flags below belong to it"
+    )
+    parser.add_argument("--skip_generation", action="store_true", help="evaluate only")
+    parser.add_argument(
+        "--result_json", type=Path, metavar="FILE", help="also write the scores to this file, for programs"
+    )
+    add_flags(parser, EvaluationSettings)
+    return parser
 
 
 if __name__ == "__main__":

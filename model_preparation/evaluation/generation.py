@@ -1,13 +1,9 @@
-"""What a model writes after a prompt, and how fast.
-
-In: a model, its tokenizer, a prompt. Out: a `Generation` with the text, the tokens, and the seconds that the prompt and
-the new tokens took. Logits that are not finite are an error, in the prompt as in what follows.
-"""
+"""What a model writes after a prompt, and how fast. A logit that is not finite is an error, never a text."""
 
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,19 +12,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.prompts import Prompt, shown
-from model_preparation.io.untrusted.tokenizer_files import apply_chat_template
+from model_preparation.evaluation.settings import GenerationSettings
+from model_preparation.io.untrusted.chat_template import apply_chat_template
 
-_POSITIONS_AT_ONCE = 256  # logits of a long prompt over a large vocabulary would not fit into memory
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How new tokens are drawn; without it, the likeliest is taken each time."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0  # draw among the likeliest tokens that have this probability together
-    top_k: int = 0  # draw among this many of the likeliest; 0 for all
-    seed: int = 1234
+_POSITIONS_AT_ONCE = 256  # the logits of a whole long prompt may not fit into memory
 
 
 @dataclass(frozen=True)
@@ -52,7 +39,7 @@ class Generation:
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """Of the new tokens after the first, which is the prefill's; None where there is just that one."""
+        """Speed after the first new token, which belongs to the prefill; None if there is no other."""
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
 
 
@@ -60,86 +47,64 @@ def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
-    *,
-    max_new_tokens: int = 50,
-    sampling: Sampling | None = None,
-    chat: bool = False,
+    settings: GenerationSettings | None = None,
+    **changes: Any,
 ) -> Generation:
-    """`generate_texts` for a single text."""
-    generations = generate_texts(
-        model, tokenizer, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, count=1
-    )
-    return generations[0]
+    """Write one text: `generate_texts` with `num_return_sequences` 1."""
+    return generate_texts(model, tokenizer, prompt, settings, **changes, num_return_sequences=1)[0]
 
 
 def generate_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
-    *,
-    max_new_tokens: int = 50,
-    sampling: Sampling | None = None,
-    chat: bool = False,
-    count: int = 1,
+    settings: GenerationSettings | None = None,
+    **changes: Any,
 ) -> list[Generation]:
-    """Continue a prompt, `count` times, until the model's end-of-text token or `max_new_tokens`.
+    """Continue a prompt until the model's end-of-text token or `max_new_tokens`.
+
+    Each text is generated alone: its speed is that of one sequence, and it depends on its own seed only.
 
     Args:
-        prompt: a text to continue, or messages to answer; messages always go through the tokenizer's chat template.
-        max_new_tokens: tokens to write at most.
-        sampling: how tokens are drawn; None takes the likeliest each time, whatever the model's own settings.
-        chat: put a text into the chat template too, as a user's message.
-        count: continuations to make. Each is generated alone, so that its speed is that of one sequence; the n-th, from
-            0, is drawn with the seed `sampling.seed + n`, whatever else is generated.
+        prompt: a text to continue, or messages to answer.
+        settings: how the model writes; by default `GenerationSettings()`.
+        changes: single fields of `GenerationSettings`, in place of those in `settings`.
 
     Raises:
-        SurgeryError: if the prompt has no tokens, too many for the model's positions, or needs a chat template that the
-            tokenizer lacks or that refuses it; or if logits are not finite.
+        SurgeryError: if the prompt has no tokens, or too many for the model's positions; if the tokenizer has no chat
+            template, or its template refuses the prompt; if a logit is not finite.
     """
-    input_ids, attention_mask = _encode(tokenizer, prompt, chat, model.device)
-    _check_length(model, prompt, input_ids.shape[1], max_new_tokens)
+    settings = replace(settings or GenerationSettings(), **changes)
+    input_ids, attention_mask = _encode(tokenizer, prompt, settings.chat, model.device)
+    _check_length(model, prompt, input_ids.shape[1], settings.max_new_tokens)
     _check_prompt_logits(model, prompt, input_ids, attention_mask)
-    return [
-        _continue(model, tokenizer, prompt, input_ids, attention_mask, max_new_tokens, sampling, number)
-        for number in range(count)
-    ]
-
-
-def _continue(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    max_new_tokens: int,
-    sampling: Sampling | None,
-    number: int,
-) -> Generation:
-    prompt_tokens = input_ids.shape[1]
-    watch = _StepWatch(prompt)
-    settings: dict[str, Any] = {"do_sample": False}
-    if sampling is not None:
-        settings = {"do_sample": True, "temperature": sampling.temperature}
-        settings |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
-    with _seeded(model.device, None if sampling is None else sampling.seed + number):
-        # The check of the prompt has warmed its path up: its kernels are loaded and weights are in memory.
-        started = time.perf_counter()
-        sequence = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            logits_processor=LogitsProcessorList([watch]),
-            **settings,
-        )[0]
-    new_ids = sequence[prompt_tokens:]
-    return Generation(
-        prompt=prompt,
-        text=tokenizer.batch_decode(new_ids[None], skip_special_tokens=True)[0],
-        prompt_tokens=prompt_tokens,
-        new_ids=tuple(new_ids.tolist()),
-        prefill_seconds=watch.times[0] - started,
-        decode_seconds=watch.times[len(new_ids) - 1] - watch.times[0],
-    )
+    generations = []
+    for number in range(settings.num_return_sequences):
+        watch = _StepWatch(prompt)
+        sampling = dict(settings.sampling or {})
+        with _seeded(model.device, sampling.pop("seed") + number if sampling else None):
+            # The check of the prompt has loaded the kernels and read the weights.
+            started = time.perf_counter()
+            sequence = model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                max_new_tokens=settings.max_new_tokens,
+                logits_processor=LogitsProcessorList([watch]),
+                do_sample=bool(sampling),
+                **sampling,
+            )[0]
+        new_ids = sequence[input_ids.shape[1] :]
+        generations.append(
+            Generation(
+                prompt=prompt,
+                text=tokenizer.batch_decode(new_ids[None], skip_special_tokens=True)[0],
+                prompt_tokens=input_ids.shape[1],
+                new_ids=tuple(new_ids.tolist()),
+                prefill_seconds=watch.times[0] - started,
+                decode_seconds=watch.times[len(new_ids) - 1] - watch.times[0],
+            )
+        )
+    return generations
 
 
 def _encode(
@@ -152,7 +117,7 @@ def _encode(
         if tokenizer.chat_template is None:
             raise SurgeryError(
                 f"The tokenizer has no chat template for the prompt {shown(prompt)!r:.200}. "
-                "Leave out --chat and give plain texts, or put a chat_template.jinja beside the tokenizer's files."
+                "Leave out --chat and give plain texts, or put a chat_template.jinja into the tokenizer's folder."
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
@@ -189,7 +154,7 @@ def _check_prompt_logits(model: PreTrainedModel, prompt: Prompt, input_ids: Tens
 
 @contextlib.contextmanager
 def _seeded(device: torch.device, seed: int | None) -> Iterator[None]:
-    """Random numbers from `seed` within the block, and after it, on the CPU and CUDA, as if nothing had been drawn."""
+    """Draw random numbers from `seed` within the block. After it, the CPU's and CUDA's are as before."""
     if seed is None:
         yield
         return
@@ -199,15 +164,15 @@ def _seeded(device: torch.device, seed: int | None) -> Iterator[None]:
 
 
 class _StepWatch(LogitsProcessor):
-    """Sees the scores of every new token, (1, vocabulary), and passes them on: notes the time, refuses NaN and +inf."""
+    """Notes the time of every new token. Refuses scores, (1, vocabulary), with NaN or +inf; changes none."""
 
     def __init__(self, prompt: Prompt):
         self.prompt = prompt
         self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # The maximum is finite only if nothing is NaN or +inf; single tokens may be forbidden with -inf.
-        # Reading it waits for the device, so the time noted is that of work done.
+        # -inf forbids single tokens and is fine; NaN and +inf would be the maximum.
+        # Reading the maximum waits for the device, so the time is that of finished work.
         if not scores.max().isfinite().item():
             raise _not_finite(f"at new token {len(self.times) + 1} after the prompt {shown(self.prompt)!r}")
         self.times.append(time.perf_counter())

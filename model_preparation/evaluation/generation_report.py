@@ -1,222 +1,181 @@
-"""A checkpoint writes, other models beside it, and it is shown and kept.
-
-In: a loaded model and what it is asked for. Out, on the terminal: texts, speeds, peak memory, the others' texts side by
-side; in a file, if wanted, one JSON object per text.
-"""
+"""Models write after the same prompts. Their texts and speeds are printed and, if wanted, kept as JSON lines."""
 
 import contextlib
 import gc
+import itertools
 import json
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation import Generation, generate_text, generate_texts
-from model_preparation.evaluation.generation_flags import Request
-from model_preparation.evaluation.other_models import OtherModel, load_other
+from model_preparation.evaluation.models import Loaded, OtherModel
 from model_preparation.evaluation.prompts import Prompt, shown
-from model_preparation.evaluation.side_by_side import Column, difference, print_side_by_side, printable
-from model_preparation.io.complete_file import write_file
+from model_preparation.evaluation.settings import GenerationSettings
+from model_preparation.io.new_file import write_file
 from model_preparation.io.progress import bar
+from model_preparation.terminal import escaped
 
-THIS = "checkpoint"  # the name of the model tested, beside those it is compared with
-
-
-@dataclass
-class Written:
-    """What the checkpoint wrote, per prompt, and the rows of the results file so far."""
-
-    generations: list[list[Generation]] = field(default_factory=list)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-
-def write_and_print(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, request: Request
-) -> Written:
-    """Let the checkpoint write, print each text with its speed, and the peak memory at the end.
-
-    Raises:
-        SurgeryError: as `generate_texts`. The results file has the texts before that, and the error.
-    """
-    written = Written()
-    row = _row(THIS, source, model, request)
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
-    _warm_up(model, tokenizer, request)
-    try:
-        for prompt in request.prompts:
-            generations = _generate(model, tokenizer, prompt, request, written.rows, row)
-            _print(prompt, generations)
-            written.generations.append(generations)
-    finally:
-        _save(written.rows, request)
-    print(f"\nPeak memory  {_peak_memory(model.device)}", flush=True)
-    return written
+_CHECKPOINT = "checkpoint"  # the name of the tested model among the others
+_FAILURES = (SurgeryError, torch.OutOfMemoryError)
+_LABEL = 12  # width of the first column where lines are printed
+_KEPT = (
+    *("text", "new_ids", "prompt_tokens", "new_tokens"),
+    *("prefill_seconds", "prefill_tokens_per_second", "decode_seconds", "decode_tokens_per_second"),
+)
 
 
-def compare_and_print(
-    written: Written,
-    tokenizer: PreTrainedTokenizerBase,
-    others: Sequence[OtherModel],
-    request: Request,
-    *,
-    device: str,
-    dtype: torch.dtype | None,
-    parallelize: bool = False,
-) -> None:
-    """Let other models write after the same prompts, one model in memory at a time, and print all side by side.
-
-    The caller no longer holds the checkpoint's own model. What goes wrong with another model is told in its place.
+class GenerationReport:
+    """Lets a checkpoint write, then other models.
 
     Args:
-        written: what the checkpoint wrote; the others' rows are added to it.
-        tokenizer: the checkpoint's.
-        device, dtype, parallelize: as in `load_other`.
+        prompts: for all models.
+        settings: how they write.
+        output: the file of the results, one JSON object per text; None keeps nothing.
     """
-    columns = [Column(THIS, [[item.text for item in generations] for generations in written.generations])]
-    try:
-        for other in others:
-            gc.collect()  # the model before: what refers to itself is not freed at once
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            load = partial(load_other, other, tokenizer, device=device, dtype=dtype, parallelize=parallelize)
-            columns.append(_compare(written, tokenizer, other, request, load))
-            interrupts.check()
-    finally:
-        _save(written.rows, request)
-    print_side_by_side([shown(prompt) for prompt in request.prompts], columns)
 
+    def __init__(self, prompts: Sequence[Prompt], settings: GenerationSettings, output: Path | None):
+        self._prompts = prompts
+        self._settings = settings
+        self._output = output
+        self._rows: list[dict[str, Any]] = []
+        self._generations: list[list[Generation]] = []  # the checkpoint's, per prompt
 
-def check_answers(written: Written) -> None:
-    """Raise SurgeryError if the checkpoint wrote nothing after some prompt."""
-    for generations in written.generations:
-        for generation in generations:
+    def write(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+        """Let the checkpoint write. Print each text with its speed, and at the end the peak memory.
+
+        Raises:
+            SurgeryError: as `generate_texts`. The results file has the texts before that, and the error.
+        """
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+        self._warm_up(model, tokenizer)
+        row = self._row(_CHECKPOINT, source, model)
+        with self._saved():
+            for prompt in self._prompts:
+                self._generations.append(self._generate(model, tokenizer, prompt, row))
+                _print_texts(prompt, self._generations[-1])
+        print(f"\nPeak memory  {_peak_memory(model.device)}", flush=True)
+
+    def compare(
+        self, tokenizer: PreTrainedTokenizerBase, others: Sequence[OtherModel], load: Callable[[OtherModel], Loaded]
+    ) -> None:
+        """Let other models write, one in memory at a time, and print all texts side by side.
+
+        If another model fails, its error takes the place of its text. The caller must no longer hold the checkpoint's
+        model.
+
+        Args:
+            tokenizer: the checkpoint's.
+            others: the models.
+            load: loads one.
+        """
+        columns = [Column(_CHECKPOINT, [[each.text for each in texts] for texts in self._generations])]
+        with self._saved():
+            for other in others:
+                gc.collect()  # reference cycles keep the previous model in memory
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                columns.append(self._write_other(tokenizer, other, load))
+                interrupts.check()
+        print_side_by_side([shown(prompt) for prompt in self._prompts], columns)
+
+    def check_texts(self) -> None:
+        """Raise SurgeryError if the checkpoint wrote nothing after some prompt."""
+        for generation in itertools.chain(*self._generations):
             if not generation.text.strip():
                 raise SurgeryError(
-                    f"The model wrote nothing after {shown(generation.prompt)!r}. Give another --prompt; if it stays "
-                    "silent, the layers of a checkpoint do not fit its base."
+                    f"The model wrote nothing after {shown(generation.prompt)!r}. Give another --prompt. If it still "
+                    "writes nothing, the layers of the checkpoint do not fit its base."
                 )
 
-
-def _compare(
-    written: Written,
-    tokenizer: PreTrainedTokenizerBase,
-    other: OtherModel,
-    request: Request,
-    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
-) -> Column:
-    row = {"model": other.name, "source": str(other.folder)}
-    try:
-        model, its_tokenizer = load()
-        _warm_up(model, its_tokenizer, request)
-    except (SurgeryError, torch.OutOfMemoryError) as error:
-        print(f"\nCompared     {other.name}: {other.folder}, not loaded", flush=True)
-        written.rows.append({**row, "error": _reason(error)})
-        return Column(other.name, [[f"failed: {_reason(error)}"]] * len(request.prompts))
-    row = _row(other.name, str(other.folder), model, request)
-    size = f"{model.num_parameters():,} parameters, {row['dtype']}"
-    print(f"\nCompared     {other.name}: {other.folder}, {size}", flush=True)
-    same_tokenizer = its_tokenizer.get_vocab() == tokenizer.get_vocab()
-    column, start = Column(other.name, [], []), len(written.rows)
-    pairs = list(zip(request.prompts, written.generations, strict=True))
-    with bar(other.name, len(pairs)) as advance:
-        for prompt, own in pairs:
-            try:
-                generations = _generate(model, its_tokenizer, prompt, request, written.rows, row)
-            except (SurgeryError, torch.OutOfMemoryError) as error:
-                column.texts.append([f"failed: {_reason(error)}"])
-                column.remarks.append([])
-                continue
-            finally:
+    def _write_other(
+        self, tokenizer: PreTrainedTokenizerBase, other: OtherModel, load: Callable[[OtherModel], Loaded]
+    ) -> "Column":
+        try:
+            model, its_tokenizer = load(other)
+            self._warm_up(model, its_tokenizer)
+        except _FAILURES as error:
+            print(f"\nCompared     {other.name}: {other.folder}, not loaded", flush=True)
+            self._rows.append({"model": other.name, "source": str(other.folder), "error": _reason(error)})
+            return Column(other.name, [[f"failed: {_reason(error)}"]] * len(self._prompts))
+        row = self._row(other.name, str(other.folder), model)
+        size = f"{model.num_parameters():,} parameters, {row['dtype']}"
+        print(f"\nCompared     {other.name}: {other.folder}, {size}", flush=True)
+        same_tokenizer = its_tokenizer.get_vocab() == tokenizer.get_vocab()
+        column, start = Column(other.name), len(self._rows)
+        with bar(other.name, len(self._prompts)) as advance:
+            for prompt, own in zip(self._prompts, self._generations, strict=True):
+                remarks = []
+                try:
+                    generations = self._generate(model, its_tokenizer, prompt, row)
+                    texts = [each.text if each.text.strip() else "wrote nothing" for each in generations]
+                    if self._settings.sampling is None:  # texts drawn at random differ by chance
+                        remarks = [difference(own[0], generations[0], same_tokenizer)]
+                        self._rows[-1]["difference"] = remarks[0]
+                except _FAILURES as error:
+                    texts = [f"failed: {_reason(error)}"]
+                column.texts.append(texts)
+                column.remarks.append(remarks)
                 advance(1)
-            column.texts.append([item.text if item.text.strip() else "wrote nothing" for item in generations])
-            # Texts drawn at random differ by chance.
-            column.remarks.append([] if request.sampling else [difference(own[0], generations[0], same_tokenizer)])
-            if request.sampling is None:
-                written.rows[-1]["difference"] = column.remarks[-1][0]
-    done = [row for row in written.rows[start:] if "text" in row]
-    print(f"Prompts read {_rate(done, 'prompt_tokens', 'prefill_seconds', 0)}")
-    print(f"Written      {_rate(done, 'new_tokens', 'decode_seconds', 1)}", flush=True)
-    return column
+        done = [row for row in self._rows[start:] if "text" in row]
+        print(f"Prompts read {_rate(done, 'prompt_tokens', 'prefill_seconds', 0)}")
+        print(f"Written      {_rate(done, 'new_tokens', 'decode_seconds', 1)}", flush=True)
+        return column
+
+    def _warm_up(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Load kernels and read weights, so that the first text is as fast as the others."""
+        with contextlib.suppress(SurgeryError):  # the text itself fails again, and then it is reported
+            generate_text(model, tokenizer, self._prompts[0], max_new_tokens=2, chat=self._settings.chat)
+
+    def _generate(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, row: dict[str, Any]
+    ) -> list[Generation]:
+        """Generate, and add a row per text, or one with the error."""
+        row = row | ({"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt})
+        try:
+            generations = generate_texts(model, tokenizer, prompt, self._settings)
+        except _FAILURES as error:
+            self._rows.append({**row, "error": _reason(error)})
+            raise
+        for number, generation in enumerate(generations):
+            self._rows.append({**row, "number": number, **{name: getattr(generation, name) for name in _KEPT}})
+        return generations
+
+    def _row(self, name: str, source: str, model: PreTrainedModel) -> dict[str, Any]:
+        """The fields that all rows of a model share."""
+        return {
+            "model": name,
+            "source": source,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
+            "chat": self._settings.chat,
+            "max_new_tokens": self._settings.max_new_tokens,
+            "sampling": self._settings.sampling,
+        }
+
+    @contextlib.contextmanager
+    def _saved(self) -> Iterator[None]:
+        """Write the results file after the block, also if it fails."""
+        try:
+            yield
+        finally:
+            if self._output is not None:
+                write_file(self._output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows))
 
 
-def _warm_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: Request) -> None:
-    """Load kernels and read weights, so that the first text's speed is that of the others."""
-    with contextlib.suppress(SurgeryError):  # what is wrong is told when it counts
-        generate_text(model, tokenizer, request.prompts[0], max_new_tokens=2, chat=request.chat)
-
-
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    request: Request,
-    rows: list[dict[str, Any]],
-    row: dict[str, Any],
-) -> list[Generation]:
-    """Generate, and add what came of it to the rows."""
-    asked = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
-    try:
-        generations = generate_texts(
-            model,
-            tokenizer,
-            prompt,
-            max_new_tokens=request.max_new_tokens,
-            sampling=request.sampling,
-            chat=request.chat,
-            count=request.count,
-        )
-    except (SurgeryError, torch.OutOfMemoryError) as error:
-        rows.append({**row, **asked, "error": _reason(error)})
-        raise
-    for number, generation in enumerate(generations):
-        rows.append(
-            {
-                **row,
-                **asked,
-                "number": number,
-                "text": generation.text,
-                "new_ids": generation.new_ids,
-                "prompt_tokens": generation.prompt_tokens,
-                "new_tokens": generation.new_tokens,
-                "prefill_seconds": generation.prefill_seconds,
-                "prefill_tokens_per_second": generation.prefill_tokens_per_second,
-                "decode_seconds": generation.decode_seconds,
-                "decode_tokens_per_second": generation.decode_tokens_per_second,
-            }
-        )
-    return generations
-
-
-def _row(name: str, source: str, model: PreTrainedModel, request: Request) -> dict[str, Any]:
-    """What all rows of a model have in common."""
-    sampling = request.sampling
-    drawn = None if sampling is None else {name: getattr(sampling, name) for name in sampling.__dataclass_fields__}
-    return {
-        "model": name,
-        "source": source,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "chat": request.chat,
-        "max_new_tokens": request.max_new_tokens,
-        "sampling": drawn,
-    }
-
-
-def _save(rows: list[dict[str, Any]], request: Request) -> None:
-    if request.output is not None:
-        write_file(request.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _print(prompt: Prompt, generations: list[Generation]) -> None:
+def _print_texts(prompt: Prompt, generations: list[Generation]) -> None:
     print(f"\nPrompt       {printable(shown(prompt))}")
     for number, generation in enumerate(generations, start=1):
         label = "Text" if len(generations) == 1 else f"Text {number}"
@@ -230,7 +189,7 @@ def _speed(tokens: int, tokens_per_second: float | None) -> str:
 
 
 def _rate(rows: list[dict[str, Any]], tokens: str, seconds: str, untimed: int) -> str:
-    """Tokens of all rows, and how many per second; `untimed` of each row are not in its seconds."""
+    """Tokens of all rows, and how many per second. The seconds leave out `untimed` tokens of each row."""
     count, took = sum(row[tokens] for row in rows), sum(row[seconds] for row in rows)
     return _speed(count, (count - untimed * len(rows)) / took if took else None)
 
@@ -247,3 +206,66 @@ def _peak_memory(device: torch.device) -> str:
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+# --- Side by side: columns in a terminal, lines elsewhere -------------------------------------------------------------
+
+
+@dataclass
+class Column:
+    """One model: its texts per prompt, and remarks to print below them."""
+
+    name: str
+    texts: list[list[str]] = field(default_factory=list)
+    remarks: list[list[str]] = field(default_factory=list)
+
+    def cells(self, prompt: int, count: int) -> list[tuple[str, str]]:
+        """`count` texts after a prompt, each with its remark; "" where there is none."""
+        remarks = self.remarks[prompt] if self.remarks else []
+        columns = itertools.zip_longest(self.texts[prompt], remarks, range(count), fillvalue="")
+        return [(str(text), str(remark)) for text, remark, _ in columns]
+
+
+def difference(own: Generation, other: Generation, same_tokenizer: bool) -> str:
+    """Where another model's greedy text first differs, counted from 1: in tokens, or characters of other tokenizers."""
+    if same_tokenizer:
+        place = _first_difference(own.new_ids, other.new_ids)
+        return f"the same {own.new_tokens} tokens" if place is None else f"first differing token: {place}"
+    place = _first_difference(own.text, other.text)
+    return "other tokenizer; " + ("the same text" if place is None else f"first differing character: {place}")
+
+
+def _first_difference(one: Sequence, other: Sequence) -> int | None:
+    pairs = enumerate(itertools.zip_longest(one, other), start=1)
+    return next((place for place, (a, b) in pairs if a != b), None)
+
+
+def print_side_by_side(prompts: Sequence[str], columns: Sequence[Column], console: Console | None = None) -> None:
+    """Print every prompt with the texts that the models wrote after it."""
+    console = console or Console()
+    names = [escaped(column.name) for column in columns]
+    for index, prompt in enumerate(prompts):
+        count = max(len(column.texts[index]) for column in columns)
+        rows = zip(*(column.cells(index, count) for column in columns), strict=True)
+        if console.is_terminal:
+            table = Table(title=Text(printable(prompt)), title_justify="left", show_lines=True)
+            for name in names:
+                table.add_column(Text(name), ratio=1, overflow="fold")
+            for row in rows:
+                # As Text: rich must not take brackets in a model's text for markup.
+                table.add_row(*(Text(printable(text.strip())).append(f"\n{remark}", "dim") for text, remark in row))
+            console.print()
+            console.print(table)
+            continue
+        lines = [("Side by side", prompt)]
+        for row in rows:
+            for name, (text, remark) in zip(names, row, strict=True):
+                lines += [(name, text.strip())] * bool(text or remark) + [("", f"({remark})")] * bool(remark)
+        indented = "\n" + " " * (_LABEL + 1)
+        texts = [f"{label:<{_LABEL}} " + printable(text).replace("\n", indented) for label, text in lines]
+        print("\n" + "\n".join(texts), file=console.file)
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out: a broken model's text must not steer the terminal."""
+    return escaped(text, "\n\t")

@@ -1,8 +1,7 @@
-"""One cache of a prefix, read by any number of rows that begin with it.
+"""One cache of a prefix for any number of rows that begin with it.
 
-In: the cache a model filled with the prefix, batch 1. Out: a cache for a batch of continuations, which shares the
-prefix's tensors instead of repeating them and keeps nothing of what the continuations add: it is for scoring, where a
-row is read once. So it can serve one batch after another, and its memory does not grow with the batch.
+The rows share the prefix's tensors, and the cache keeps nothing that the rows add: in scoring, each row is read once.
+So one cache serves batch after batch, and its memory does not grow with the batch.
 """
 
 import copy
@@ -16,24 +15,24 @@ from model_preparation.llamba.cache_llamba import MambaStateLayer
 
 
 def can_share(cache: Cache | None) -> bool:
-    """Whether every layer of a filled cache is of a kind that `shared` knows."""
+    """Whether `shared` knows the kind of every layer of a filled cache."""
     return cache is not None and all(type(layer) in (DynamicLayer, MambaStateLayer) for layer in cache.layers)
 
 
 def shared(prefix: Cache, rows: int) -> Cache:
-    """A cache in which each of `rows` rows comes after the prefix.
+    """A cache for `rows` rows after the prefix.
 
     Args:
-        prefix: a filled cache of batch 1 for which `can_share` holds. It is not changed, nor by what is run after it.
-        rows: the batch of the continuations.
+        prefix: a filled cache of batch 1 for which `can_share` is true. It never changes.
+        rows: the size of the batch that continues it.
     """
-    fork = copy.copy(prefix)  # its count of tokens seen, if it has one, is then its own
+    fork = copy.copy(prefix)  # a count of tokens seen, if there is one, is copied
     fork.layers = [shared_layer(layer, rows) for layer in prefix.layers]
     return fork
 
 
 def shared_layer(layer: DynamicLayer | MambaStateLayer, rows: int) -> DynamicLayer | MambaStateLayer:
-    """`shared`, for the cache of a single layer."""
+    """`shared` for one layer."""
     return _SharedKeys(layer, rows) if isinstance(layer, DynamicLayer) else _SharedStates(layer, rows)
 
 
@@ -47,12 +46,12 @@ class _SharedKeys(DynamicLayer):
         self.values = layer.values.expand(rows, -1, -1, -1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """The prefix's K and V with the continuations' behind them, for this one use."""
+        """The prefix's K and V followed by the new ones; the cache does not keep them."""
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
 class _SharedStates(MambaStateLayer):
-    """The states of a mixer after the prefix; what comes after the continuations is dropped."""
+    """The states of a mixer after the prefix; later states are dropped."""
 
     def __init__(self, layer: MambaStateLayer, rows: int):
         super().__init__()
@@ -67,4 +66,4 @@ class _SharedStates(MambaStateLayer):
         return self._conv_state, self._state.clone()  # a step of one token writes into its state
 
     def remember(self, inputs: Tensor, state: Tensor) -> None:
-        """Nothing is."""
+        """Drop the state."""

@@ -1,7 +1,4 @@
-"""Prompts: texts to continue, or conversations to answer, and the files they come in.
-
-In: a .txt, .jsonl or .json file. Out: a list of prompts, each a text or a list of messages as chat templates take them.
-"""
+"""Prompts, and the files they come in. A prompt is a text to continue, or a conversation to answer."""
 
 import json
 from pathlib import Path
@@ -20,12 +17,11 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """The prompts in a file, in its order.
 
     Args:
-        path: .txt, one text per line, blank lines skipped; .jsonl, one JSON value per line, blank lines skipped; .json,
-            a list of JSON values. A value is a string, {"prompt": text} or {"messages": [...]}; further fields, such as
-            an id, are not looked at.
+        path: .txt has one text per line. .jsonl has one JSON value per line. .json is a list of JSON values. Blank
+            lines are skipped. A value is a string, {"prompt": text} or {"messages": [...]}; other fields are ignored.
 
     Raises:
-        SurgeryError: if the file cannot be read or has no prompts, naming the line or entry that is none.
+        SurgeryError: if the file cannot be read, has no prompts, or a line or entry is no prompt.
     """
     path = Path(path).expanduser()
     if path.suffix not in (".txt", ".jsonl", ".json"):
@@ -36,7 +32,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         raise SurgeryError(f"{path} cannot be read ({error.strerror}). Give a file of prompts.") from error
     except ValueError as error:
         raise SurgeryError(f"{path} cannot be read: {error}.") from error
-    # Not splitlines(): it would also break a line at characters that JSON strings may hold as they are.
+    # Not splitlines(): it also splits at characters that JSON strings may hold.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     prompts: list[Prompt]
     if path.suffix == ".txt":
@@ -46,10 +42,11 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             _prompt(_parse(line, f"line {number} of {path}"), f"Line {number} of {path}") for number, line in lines
         ]
     else:
-        values = _parse(text, str(path))
-        if not isinstance(values, list):
-            raise SurgeryError(f"{path} holds {_kind(values)}, not a list. Give a list of prompts: {FORMS}.")
-        prompts = [_prompt(value, f"Entry {number} of {path}") for number, value in enumerate(values, start=1)]
+        entries = _parse(text, str(path))
+        if not isinstance(entries, list):
+            kind = "an object" if isinstance(entries, dict) else repr(entries)[:80]
+            raise SurgeryError(f"{path} holds {kind}, not a list. Give a list of prompts: {FORMS}.")
+        prompts = [_prompt(value, f"Entry {number} of {path}") for number, value in enumerate(entries, start=1)]
     if not prompts:
         raise SurgeryError(f"{path} has no prompts. Write at least one into it.")
     return prompts
@@ -85,7 +82,3 @@ def _prompt(value: Any, where: str) -> Prompt:
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(field), str) for field in ("role", "content"))
-
-
-def _kind(value: Any) -> str:
-    return "an object" if isinstance(value, dict) else repr(value)[:80]

@@ -1,54 +1,63 @@
-"""The MMLU questions: where they come from, every one of them checked, and one digest for all.
+"""The MMLU questions: where they come from, how their files are read, and one digest of all.
 
-In: a folder in one of the layouts of `question_files`, or a hub's name. Out: `Questions`, and per subject the data sets
-that lm-eval's task files ask for.
+A folder may have them in four layouts. The same questions give the same rows in each: {"question": str, "choices":
+[4 str], "answer": 0 to 3}. Nothing is guessed or repaired: a choice that reads None or NA is that text. An error names
+the file and the line.
 """
 
+import csv
 import hashlib
+import io
 import json
 import logging
 import os
-from collections.abc import Mapping
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lm_eval
+
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.question_files import (
-    HUB_LAYOUT,
-    LAYOUTS,
-    SPLITS,
-    SUBJECTS,
-    Row,
-    find_layout,
-    read_split,
-)
-from model_preparation.hub.download import TITLES, NoSnapshot, fetch_snapshot
+from model_preparation.hub.hub_snapshots import TITLES, NoSnapshot, fetch_snapshot
+from model_preparation.io.text import decode
 
 if TYPE_CHECKING:
     import datasets
 
-MMLU_REPO = "cais/mmlu"  # under this id at both hubs, and with the same paths
-HUBS = {"hub": "huggingface", "modelscope": "modelscope"}  # what --mmlu_data calls them
-ENVIRONMENT = "MMLU_DATA"
-# They begin with a wildcard, so that ModelScope is asked for one listing, not one per subject. `all` has them again.
+STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
+SUBJECTS = tuple(sorted(path.stem.removeprefix("mmlu_") for path in STOCK_TASKS.glob("mmlu_*.yaml")))
+SPLITS = ("dev", "test")  # what the stock tasks read: the few-shot examples and the questions
+FIELDS = ("question", "choices", "answer")
+LETTERS = "ABCD"
+
+_REPO = "cais/mmlu"  # under this id at both hubs, and with the same paths
+_HUBS = {"hub": "huggingface", "modelscope": "modelscope"}  # what --mmlu_data calls them
+_ENVIRONMENT = "MMLU_DATA"
+_HOW_TO_GIVE = f"--mmlu_data (or the environment variable {_ENVIRONMENT})"
+# With a wildcard first, ModelScope is asked for one listing, not one per subject. `all` has the same questions again.
 _WANTED, _UNWANTED = [f"*/{split}-*.parquet" for split in SPLITS], ["all/*"]
 
-logger = logging.getLogger(__name__)
+_COMPLETE = "Give a complete copy with --mmlu_data."
+_PART = re.compile(r"-(\d+)-of-(\d+)(-\w+)?$")  # older datasets libraries added a digest
+_SURROGATE = re.compile("[\ud800-\udfff]")  # halves of a character, which JSON can spell and UTF-8 cannot
 
-_LAYOUTS_IN_WORDS = ", ".join(map(str, LAYOUTS))
-_HOW_TO_GIVE = f"--mmlu_data (or the environment variable {ENVIRONMENT})"
+Row = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions and examples that were all read and found in order.
+    """Questions and examples that were all read and are well-formed.
 
     Attributes:
         source: for people and for the record: "hub:cais/mmlu@<commit>", "modelscope:cais/mmlu@<branch>" (its client
             tells no commit), or the folder that was given.
         folder: where the files are.
-        digest: SHA-256, 64 hex digits, of what `digest_of` says: the same for the same questions in any layout.
+        digest: SHA-256, 64 hex digits, as `digest_of` computes it.
     """
 
     source: str
@@ -57,25 +66,25 @@ class Questions:
 
 
 def find_questions(mmlu_data: str | Path | None = None, *, num_fewshot: int = 0) -> Questions:
-    """The folder with the questions, after reading every one of them.
+    """Find the folder with the questions, and read every one of them.
 
     Args:
-        mmlu_data: a folder, all 57 subjects in it, each in one of these layouts:
+        mmlu_data: a folder with all 57 subjects, each in one of these layouts:
             - `<subject>/{dev,test}-*.parquet`, as cais/mmlu at the hubs: columns question, choices (4 str), answer;
             - `{dev,test}/<subject>_{dev,test}.csv`, the original: no header; question, A, B, C, D, the answer's letter;
             - `<subject>/{dev,test}.jsonl` or `{dev,test}/<subject>.jsonl`: an object with question, choices and answer
               per line, UTF-8.
-            Answers are 0 to 3 or A to D; further columns and fields are not looked at. Or one of the words `hub`
-            (Hugging Face's cais/mmlu) and `modelscope` (its copy), which are kept in the hubs' caches and found there
-            without a network. None takes the environment variable MMLU_DATA, and without that the hub.
+            Answers are 0 to 3 or A to D; other columns and fields are ignored. Or one of the words `hub` (cais/mmlu at
+            Hugging Face) and `modelscope` (its copy there). Those are kept in the hubs' caches, and found there without
+            a network. None takes the environment variable MMLU_DATA, and without that the hub.
         num_fewshot: examples needed per subject.
 
     Raises:
-        SurgeryError: if the folder or the hub is out of reach, a subject, file or column is missing, a row is
-            malformed, or a subject has too few examples.
+        SurgeryError: if the folder or hub cannot be reached, a subject, file or column is missing, a row is malformed,
+            or a subject has too few examples.
     """
-    given = mmlu_data or os.environ.get(ENVIRONMENT) or "hub"
-    source, folder = _from_hub(given) if given in HUBS else _from_folder(given)
+    given = mmlu_data or os.environ.get(_ENVIRONMENT) or "hub"
+    source, folder = _from_hub(given) if given in _HUBS else _from_folder(given)
     rows = {subject: {split: read_split(folder, subject, split) for split in SPLITS} for subject in SUBJECTS}
     for subject in SUBJECTS:
         examples = len(rows[subject]["dev"])
@@ -88,13 +97,13 @@ def find_questions(mmlu_data: str | Path | None = None, *, num_fewshot: int = 0)
 
 
 def read_subject(*, folder: str | Path, subject: str, **_task_metadata: Any) -> "dict[str, datasets.Dataset]":
-    """The splits of one subject, {"dev": rows, "test": rows}; the task files name this function as `custom_dataset`.
+    """The splits of one subject, {"dev": rows, "test": rows}. The task files name this function as `custom_dataset`.
 
-    Rows are {"question": str, "subject": str, "choices": [4 str], "answer": 0 to 3}: the hub's columns in its order, so
-    that lm-eval's digests of a question are those that anyone else's run of it has.
+    Rows are {"question": str, "subject": str, "choices": [4 str], "answer": 0 to 3}, the hub's columns in its order.
+    So lm-eval computes the same digest of a question as in other people's runs.
 
     Raises:
-        SurgeryError: as `question_files.read_split`.
+        SurgeryError: as `read_split`.
     """
     import datasets
 
@@ -123,55 +132,240 @@ def digest_of(rows: Mapping[str, Mapping[str, list[Row]]]) -> str:
 
 def _from_folder(given: str | Path) -> tuple[str, Path]:
     folder = Path(os.path.expanduser(given)).resolve()
+    layouts = ", ".join(map(str, LAYOUTS))
     if not folder.is_dir():
         raise SurgeryError(
             f"The MMLU folder {folder} {'is a file' if folder.exists() else 'does not exist'}. Give {_HOW_TO_GIVE} a "
-            f"folder with {_LAYOUTS_IN_WORDS}, or one of the words {' and '.join(HUBS)}."
+            f"folder with {layouts}, or one of the words {' and '.join(_HUBS)}."
         )
-    missing = [subject for subject in SUBJECTS if not find_layout(folder, subject)]
+    missing = [subject for subject in SUBJECTS if not _find_layout(folder, subject)]
     if len(missing) == len(SUBJECTS):
-        inner = [path.name for path in folder.iterdir() if path.is_dir() and find_layout(path, SUBJECTS[0])]
+        inner = [path.name for path in folder.iterdir() if path.is_dir() and _find_layout(path, SUBJECTS[0])]
         raise SurgeryError(
-            f"The MMLU folder {folder} holds no subject as {_LAYOUTS_IN_WORDS}. "
+            f"The MMLU folder {folder} holds no subject as {layouts}. "
             + (f"Its folder {inner[0]} does: give that one." if inner else f"Give {_HOW_TO_GIVE} another folder.")
         )
     if missing:
         raise SurgeryError(
-            f"The MMLU folder {folder} lacks {len(missing)} of {len(SUBJECTS)} subjects: {_some(missing)}. "
-            f"Give a complete copy of {MMLU_REPO} with --mmlu_data."
+            f"The MMLU folder {folder} lacks {len(missing)} of {len(SUBJECTS)} subjects: {some(missing)}. "
+            f"Give a complete copy of {_REPO} with --mmlu_data."
         )
     return str(folder), folder
 
 
 def _from_hub(word: str | Path) -> tuple[str, Path]:
-    hub = HUBS[str(word)]
-    others = " or ".join(repr(other) for other in HUBS if other != word)
-    instead = f"Give {_HOW_TO_GIVE} {others} to ask there, or a folder with {_LAYOUTS_IN_WORDS}."
+    hub = _HUBS[str(word)]
+    others = " or ".join(repr(other) for other in _HUBS if other != word)
+    instead = f"Give {_HOW_TO_GIVE} {others} to ask there, or a folder with {', '.join(map(str, LAYOUTS))}."
     try:
-        snapshot = fetch_snapshot(hub, MMLU_REPO, None, _WANTED, ignore_patterns=_UNWANTED, repo_type="dataset")
+        snapshot = fetch_snapshot(hub, _REPO, None, _WANTED, ignore_patterns=_UNWANTED, repo_type="dataset")
     except NoSnapshot as failure:
         raise SurgeryError(f"The MMLU questions cannot be fetched: {TITLES[hub]} {failure}. {instead}") from failure
     missing = [
-        HUB_LAYOUT.pattern.format(subject=subject, split=split)
+        _HUB_LAYOUT.pattern.format(subject=subject, split=split)
         for subject in SUBJECTS
         for split in SPLITS
-        if not HUB_LAYOUT.files(snapshot.folder, subject, split)
+        if not _HUB_LAYOUT.files(snapshot.folder, subject, split)
     ]
     if missing and snapshot.trouble:
         raise SurgeryError(
             f"The MMLU questions are not complete: {TITLES[hub]} {snapshot.trouble}, and the copy in {snapshot.folder} "
-            f"lacks {_some(missing)}. Run this again once the hub answers, which completes the copy. {instead}"
+            f"lacks {some(missing)}. Run this again once the hub answers; then the copy is completed. {instead}"
         )
     if missing:
         raise SurgeryError(
-            f"The MMLU questions are not complete: {TITLES[hub]}'s {MMLU_REPO}, now in {snapshot.folder}, lacks "
-            f"{_some(missing)}. {instead}"
+            f"The MMLU questions are not complete: {TITLES[hub]}'s {_REPO}, now in {snapshot.folder}, lacks "
+            f"{some(missing)}. {instead}"
         )
     if snapshot.trouble:
         logger.warning("%s %s; using %s", TITLES[hub], snapshot.trouble, snapshot.folder)
     revision = f"@{snapshot.revision}" if snapshot.revision else ""
-    return f"{word}:{MMLU_REPO}{revision}", snapshot.folder
+    return f"{word}:{_REPO}{revision}", snapshot.folder
 
 
-def _some(names: list[str], at_most: int = 5) -> str:
+def some(names: list[str], at_most: int = 5) -> str:
+    """The first few of many names."""
     return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
+
+
+# --- Layouts ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a subject's split is in the folder, and how to read one file of it.
+
+    `read` yields, per question, its place in the file, and its fields by name, unchecked.
+    """
+
+    pattern: str
+    read: Callable[[Path], Iterator[tuple[str, Any]]]
+
+    def files(self, folder: Path, subject: str, split: str) -> list[Path]:
+        """The split's files, sorted; there may be none."""
+        found = folder.glob(self.pattern.format(subject=subject, split=split))
+        return sorted(path for path in found if path.is_file())
+
+    def __str__(self) -> str:
+        return self.pattern.format(subject="<subject>", split="{dev,test}")
+
+
+def _find_layout(folder: Path, subject: str) -> Layout | None:
+    """The layout of a subject in `folder`; None if the folder has nothing of it."""
+    found = [layout for layout in LAYOUTS if any(layout.files(folder, subject, split) for split in SPLITS)]
+    if len(found) > 1:
+        raise SurgeryError(
+            f"The MMLU folder {folder} has {subject} in {len(found)} layouts, {' and '.join(map(str, found))}. "
+            "Move all but one elsewhere."
+        )
+    return found[0] if found else None
+
+
+def read_split(folder: Path, subject: str, split: str) -> list[Row]:
+    """The rows of one split, in order.
+
+    Raises:
+        SurgeryError: if there is no file or no row, the parts of a split do not belong together, a file cannot be read,
+            a column is missing, or a row is malformed. The message names file and row.
+    """
+    layout = _find_layout(folder, subject)
+    files = layout.files(folder, subject, split) if layout else []
+    if layout is None or not files:
+        wanted = (layout or _HUB_LAYOUT).pattern.format(subject=subject, split=split)
+        raise SurgeryError(f"The MMLU folder {folder} has no {wanted}. {_COMPLETE}")
+    matches = [_PART.search(file.stem) for file in files]
+    parts = [(int(match[1]), int(match[2])) if match else (0, 1) for match in matches]
+    # Parts of another download would repeat questions; a part that is missing would leave some out.
+    if parts != [(index, len(files)) for index in range(len(files))]:
+        raise SurgeryError(
+            f"{files[0].parent} has {', '.join(file.name for file in files)}, which are not the parts of one whole. "
+            f"{_COMPLETE}"
+        )
+    rows = [_checked(file, place, seen) for file in files for place, seen in layout.read(file)]
+    if not rows:
+        raise SurgeryError(f"{files[0]} has no rows. {_COMPLETE}")
+    return rows
+
+
+def _checked(file: Path, place: str, seen: Any) -> Row:
+    """The row that the fields make."""
+    missing = [field for field in FIELDS if field not in seen]
+    if missing:
+        raise _malformed(file, place, f"the fields {', '.join(seen) or '(none)'}", f"{', '.join(missing)} too")
+    question, choices, answer = (seen[field] for field in FIELDS)
+    if not _is_text(question):
+        raise _malformed(file, place, f"the question {reprlib.repr(question)}", "a text there")
+    if not (isinstance(choices, list) and len(choices) == 4 and all(map(_is_text, choices))):
+        raise _malformed(file, place, f"the choices {reprlib.repr(choices)}", "four texts there")
+    letter = answer.strip() if isinstance(answer, str) else None
+    index = LETTERS.find(letter) if letter and len(letter) == 1 else answer
+    if type(index) is not int or not 0 <= index < 4:  # True and 1.0 are refused
+        raise _malformed(file, place, f"the answer {reprlib.repr(answer)}", "0 to 3 or A to D there")
+    return {"question": question, "choices": choices, "answer": index}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not _SURROGATE.search(value)
+
+
+def _malformed(file: Path, place: str, seen: str, needed: str) -> SurgeryError:
+    return SurgeryError(f"{place} of {file} has {seen}, but needs {needed}. Correct the file, or copy it again.")
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow.parquet
+
+    content = _read_bytes(file)
+    if content.startswith(b"version https://git-lfs"):
+        raise SurgeryError(f"{file} is a pointer that git left in place of the file. Run git lfs pull there.")
+    try:
+        # In pyarrow's own memory and without its threads: a thread that frees a Python object at exit aborts Python.
+        owned = pyarrow.BufferOutputStream()
+        owned.write(content)
+        table = pyarrow.parquet.ParquetFile(owned.getvalue(), pre_buffer=False).read(use_threads=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise SurgeryError(f"{file} is not a readable parquet file: {error}. Copy it again.") from error
+    unclear = [field for field in FIELDS if table.column_names.count(field) != 1]
+    if unclear:
+        raise SurgeryError(
+            f"{file} has the columns {', '.join(table.column_names)}, but needs {', '.join(unclear)} once each. "
+            "Give files in the layout of cais/mmlu with --mmlu_data."
+        )
+    for index, row in enumerate(table.select(FIELDS).to_pylist()):
+        yield f"Row {index}", row
+
+
+def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
+    """The original files: no header; question, choices A to D, the answer's letter."""
+    lines = io.StringIO(_read_text(file), newline="").readlines()  # quoted fields keep their line ends
+    reader = csv.reader(lines)
+    start = 0
+    try:
+        for fields in reader:
+            place, start, record = f"Line {start + 1}", reader.line_num, lines[start : reader.line_num]
+            if not fields:  # an empty line
+                continue
+            if len(record) > 1:  # a quote that is never closed would swallow questions
+                next(csv.reader(record, strict=True))
+            if len(fields) != 6:
+                seen = f"{len(fields)} columns, {reprlib.repr(fields)}"
+                raise _malformed(file, place, seen, "six: question, A, B, C, D and the answer's letter")
+            question, *choices, letter = fields
+            if letter.strip() not in tuple(LETTERS):
+                needed = "A, B, C or D in the last column, in the first line too, as there is no header"
+                raise _malformed(file, place, f"the answer {reprlib.repr(letter)}", needed)
+            yield place, {"question": question, "choices": choices, "answer": letter}
+    except csv.Error as error:
+        raise SurgeryError(
+            f"The question that ends in line {reader.line_num} of {file} is not CSV: {error}. "
+            "Correct the file, or copy it again."
+        ) from error
+
+
+def _read_json_lines(file: Path) -> Iterator[tuple[str, Row]]:
+    # Not splitlines(): it also splits at characters that JSON strings may hold.
+    for number, line in enumerate(_read_text(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            seen = json.loads(line, object_pairs_hook=_without_repeats)
+        except (ValueError, RecursionError) as error:
+            why = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise SurgeryError(
+                f"Line {number} of {file} is not JSON: {why}. Correct the file; it needs one question per line."
+            ) from error
+        if not isinstance(seen, dict):
+            raise _malformed(file, f"Line {number}", reprlib.repr(seen), "an object with the fields of a question")
+        yield f"Line {number}", seen
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError(f"a field twice, of {', '.join(name for name, _ in pairs)}")
+    return fields
+
+
+def _read_text(file: Path) -> str:
+    """The file's text with its line ends unchanged: quoted fields may hold them."""
+    content = _read_bytes(file)
+    try:
+        return decode(content)
+    except ValueError as error:
+        raise SurgeryError(f"{file} cannot be read: {error}.") from error
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise SurgeryError(f"{file} cannot be read: {error.strerror}. Copy it again.") from error
+
+
+_HUB_LAYOUT = Layout("{subject}/{split}-*.parquet", _read_parquet)  # cais/mmlu's
+LAYOUTS = (
+    _HUB_LAYOUT,
+    Layout("{split}/{subject}_{split}.csv", _read_csv),  # the original, Hendrycks and others, 2021
+    Layout("{subject}/{split}.jsonl", _read_json_lines),
+    Layout("{split}/{subject}.jsonl", _read_json_lines),
+)

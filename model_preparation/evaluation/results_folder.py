@@ -1,14 +1,13 @@
-"""Where an evaluation's answers and results are: a folder per checkpoint, tasks and settings.
+"""The folder of one evaluation, per checkpoint, tasks and settings: answers, lm-eval's files, result.
 
-In: the settings. Out: `TASKS-DIGEST/`, the same name for the same settings whatever the checkpoint, held by one run at
-a time, with
-    settings.json            what was asked of which model
-    answers/KIND.TASK.json   a record per task, as it is finished
+`TASKS-DIGEST/` has the same name for the same settings, whatever the checkpoint. One run at a time holds it. In it:
+    settings.json            the settings and the model
+    answers/KIND.TASK.json   a record per finished task
     MODEL/                   lm-eval's own files: results_DATE.json, samples_TASK_DATE.jsonl
-    result.json              the scores; written last, so the evaluation is finished if it is there
+    result.json              the scores; written last, so its presence means that the evaluation is finished
 All but lm-eval's files are JSON with a checksum of itself (io/self_checksum.py). Each appears whole or not at all.
-Results of another model (weights, config, tokenizer) are kept as `TASKS-DIGEST.of-weights-DIGEST/`, and come back when
-that model does.
+Results of another model (weights, config, tokenizer) are moved to `TASKS-DIGEST.of-weights-DIGEST/`. They come back
+when that model does.
 """
 
 import contextlib
@@ -22,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from model_preparation.checkpoint.checkpoint_info import EVALUATIONS_ASIDE
 from model_preparation.errors import SurgeryError
-from model_preparation.io.complete_file import make_folder, sync, sync_tree, write_file
-from model_preparation.io.complete_folder import check_space
 from model_preparation.io.digests import FILE_FIELDS, describe_files, fault_of
-from model_preparation.io.folder_lock import Hold, take
 from model_preparation.io.identity import differences, digest_of
+from model_preparation.io.new_file import write_file
+from model_preparation.io.partial_folder import Hold, take
 from model_preparation.io.self_checksum import checksum_fault, with_checksum
+from model_preparation.io.sync import make_folder, sync, sync_tree
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
 
 if TYPE_CHECKING:
@@ -47,14 +46,14 @@ class ResultsFolder:
     """One evaluation's folder.
 
     Args:
-        root: the folder that the evaluations of a checkpoint are in.
-        settings: everything that decides on the scores beside the model; `tasks` is among it.
-        model: what decides on the model's answers, by digests; see `ScoredModel.inputs`.
+        root: the folder of all evaluations of a checkpoint.
+        settings: everything but the model that decides on the scores, `tasks` among it.
+        model: digests of everything that decides on the model's answers; see `ScoredModel.inputs`.
 
     Attributes:
         weights: one digest of `model`.
-        put_aside: where results of another model went that were in `folder`, once it is held.
-        differing: in what that model differs, in words.
+        put_aside: where results of another model are now that were in `folder`; known once it is held.
+        differing: how that model differs, in words.
     """
 
     def __init__(self, root: Path, settings: Mapping[str, Any], model: Mapping[str, Any]):
@@ -73,15 +72,15 @@ class ResultsFolder:
         """Keep other runs out, and put results of another model aside.
 
         Raises:
-            SurgeryError: if another run is at it, or the folder holds results of other settings.
+            SurgeryError: if another run holds the folder, or it has results of other settings.
             OSError: if nothing can be written there.
         """
         self._hold = take(self.folder)
         try:
-            self._empty_staging()  # a killed run left it
+            self._empty_staging()  # of a killed run
             self._change_weights()
             make_folder(self.folder / ANSWERS)
-            for unfinished in self.folder.rglob("*.partial-*"):  # of runs that were killed
+            for unfinished in self.folder.rglob("*.partial-*"):  # of killed runs
                 unfinished.unlink()
             self._write(SETTINGS, {"settings": self.settings, "weights": self.weights, "model": self.model})
             yield
@@ -90,36 +89,33 @@ class ResultsFolder:
             self._hold.release()
 
     def result(self) -> dict[str, Any] | None:
-        """The result of a finished evaluation, else None; also if lm-eval's files are not what they were then."""
-        result = read_sealed(self.folder / RESULT)
-        if result is None:
-            return None
-        if any(fault_of(inside(self.folder, name), entry) for name, entry in result["files"].items()):
-            return None
-        return result
+        """The result of a finished evaluation; None if there is none, or lm-eval's files have changed since."""
+        result = read_checked_json(self.folder / RESULT)
+        files = {} if result is None else result["files"]
+        return None if any(fault_of(inside(self.folder, name), entry) for name, entry in files.items()) else result
 
     def read_record(self, name: str) -> dict[str, Any] | None:
-        """A record that `keep_record` wrote; None if there is none, or it was damaged since."""
-        return read_sealed(self.folder / ANSWERS / f"{_SAFE.sub('_', name)}.json")
+        """A record that `keep_record` wrote; None if there is none, or it is damaged."""
+        return read_checked_json(self.folder / ANSWERS / f"{_SAFE.sub('_', name)}.json")
 
     def keep_record(self, name: str, record: Mapping[str, Any]) -> None:
-        """Keep a record, on the disk when this returns."""
+        """Keep a record. It is on the disk when this returns."""
         self._write(f"{ANSWERS}/{_SAFE.sub('_', name)}.json", record)
 
-    def check_space(self, needed_bytes: int) -> None:
-        """Raise SurgeryError if the disk has no room for files of this size."""
-        check_space(self.folder, needed_bytes)
-
     def tracker(self) -> "EvaluationTracker":
-        """lm-eval's writer of its own files, which `publish` calls and puts in place."""
+        """What writes lm-eval's own files; `finish` calls it."""
         from lm_eval.loggers import EvaluationTracker  # slow to import, and not needed to read results
 
         return EvaluationTracker(output_path=str(self._staging()))
 
-    def publish(
-        self, tracker: "EvaluationTracker", results: dict[str, Any], samples: Mapping[str, Sequence]
-    ) -> dict[str, dict]:
-        """Write lm-eval's results and samples files, in the place of any that are there; returns what to know them by.
+    def finish(
+        self,
+        tracker: "EvaluationTracker",
+        results: dict[str, Any],
+        samples: Mapping[str, Sequence],
+        result: Mapping[str, Any],
+    ) -> None:
+        """Write lm-eval's results and samples files in place of older ones, then `result`: the evaluation is finished.
 
         Raises:
             SurgeryError: if they were not written whole; lm-eval itself only logs that.
@@ -131,19 +127,15 @@ class ResultsFolder:
         if len(written) != 1 or not _is_whole(written[0], samples):
             free = shutil.disk_usage(self.folder).free
             raise SurgeryError(
-                f"lm-eval could not write its results whole in {self.folder}, whose disk has {free:,} bytes free. "
+                f"lm-eval could not write its results whole in {self.folder}. Its disk has {free:,} bytes free. "
                 "Make room and run the same command again: the answers are kept."
             )
         sync_tree(written[0], "")
         target = self.folder / written[0].name
-        shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before it wrote the result
+        shutil.rmtree(target, ignore_errors=True)  # of a run killed before it wrote the result
         written[0].rename(target)
         sync(self.folder)  # before the result, which names these files
-        return describe_files(self.folder, f"{target.name}/*")
-
-    def finish(self, result: Mapping[str, Any], files: Mapping[str, dict]) -> None:
-        """Write the result, with what `publish` returned, which makes the evaluation a finished one."""
-        self._write(RESULT, {**result, "files": files})
+        self._write(RESULT, {**result, "files": describe_files(self.folder, f"{target.name}/*")})
 
     def _staging(self) -> Path:
         assert self._hold is not None
@@ -157,15 +149,15 @@ class ResultsFolder:
             shutil.rmtree(entry, ignore_errors=True)
 
     def _change_weights(self) -> None:
-        found = read_sealed(self.folder / SETTINGS)
+        found = read_checked_json(self.folder / SETTINGS)
         if found is None:
             return
         if odd := differences(found["settings"], self.settings):
             raise SurgeryError(
-                f"{self.folder} holds results of other settings ({'; '.join(odd)}): somebody renamed it. "
+                f"{self.folder} holds results of other settings ({'; '.join(odd)}): it was renamed. "
                 "Move it elsewhere, or choose another --results_dir."
             )
-        # Before 0.2.0, what the model was is not told apart.
+        # Files of before 0.2.0 have one digest of the whole model.
         self.differing = differences(found.get("model", {"weights": found["weights"]}), self.model)
         if self.differing:
             self.put_aside = self._aside(found["weights"])
@@ -184,11 +176,11 @@ class ResultsFolder:
         write_file(self.folder / name, with_checksum(content))
 
 
-def read_sealed(path: Path) -> dict[str, Any] | None:
-    """One of our files of an evaluation; None if there is none, or it was damaged since.
+def read_checked_json(path: Path) -> dict[str, Any] | None:
+    """One of our JSON files of an evaluation; None if there is none, or its checksum does not match.
 
     Raises:
-        SurgeryError: if it holds what we never write.
+        SurgeryError: if it has other fields than we write.
     """
     if not path.is_file() or checksum_fault(path.read_bytes()) is not None:
         return None
@@ -201,20 +193,14 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 
 
 def _is_whole(folder: Path, samples: Mapping[str, Sequence]) -> bool:
-    results = list(folder.glob("results_*.json"))
-    files = {path.name.removeprefix("samples_").rsplit("_", 1)[0]: path for path in folder.glob("samples_*.jsonl")}
+    """Whether lm-eval's files are there: results that are JSON, and a line per sample of each task."""
+    lines = {}
+    for path in folder.glob("samples_*.jsonl"):
+        with path.open("rb") as file:
+            lines[path.name.removeprefix("samples_").rsplit("_", 1)[0]] = sum(line.endswith(b"\n") for line in file)
     try:
-        return (
-            len(results) == 1
-            and all(
-                (path := files.get(task)) is not None and _count_lines(path) == len(samples[task]) for task in samples
-            )
-            and bool(json.loads(results[0].read_text(encoding="utf-8")))
-        )
+        (results,) = folder.glob("results_*.json")
+        json.loads(results.read_text(encoding="utf-8"))
     except ValueError:
         return False
-
-
-def _count_lines(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(line.endswith(b"\n") for line in file)
+    return all(lines.get(task) == len(samples[task]) for task in samples)

@@ -1,10 +1,8 @@
-"""lm-eval's Hugging Face model, made fast where lm-eval asks for log-likelihoods; the answers are the same.
+"""lm-eval's Hugging Face model with faster log-likelihoods; the answers are the same.
 
-In: contexts and continuations, as tokens. Out: per pair the continuation's log-likelihood, and whether it is what
-greedy decoding would have written. What is faster: tokens that all questions of a task begin with (its description, its
-solved examples) run once, and only positions that are scored go through the head. Stock lm-eval runs every prompt whole
-and computes the logits of all its positions over the whole vocabulary.
-Source of what is computed: lm_eval/models/huggingface.py, HFLM._loglikelihood_tokens.
+Tokens that all questions of a task begin with (its description, its solved examples) run once, and only the positions
+that are scored go through the head. Stock lm-eval runs every prompt whole, and computes the logits of all positions.
+Source of the computation: lm_eval/models/huggingface.py, HFLM._loglikelihood_tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +21,7 @@ from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 
 Answer = tuple[float, bool]  # log-likelihood, whether greedy
 
-# A shorter common beginning saves less than attending to it as a cache costs.
+# A shorter common beginning saves less than a cache costs.
 MIN_PREFIX_TOKENS = 8
 # `batch_size="auto"`: at most so many rows, and so many tokens with padding, per forward pass.
 AUTO_ROWS = 64
@@ -32,10 +30,10 @@ AUTO_TOKENS = {"cpu": 512, "cuda": 32_768}
 
 @dataclass
 class Row:
-    """A sequence to run, and the requests that are answered by it."""
+    """A sequence to run, and the requests that it answers."""
 
-    tokens: tuple[int, ...]  # the context and the continuation but for its last token
-    scored: int = 1  # how many of the last positions are
+    tokens: tuple[int, ...]  # the context, and the continuation without its last token
+    scored: int = 1  # how many of the last positions are scored
     requests: list[int] = field(default_factory=list)
 
 
@@ -46,8 +44,8 @@ class ScoringLM(HFLM):
         model: on its device, in its dtype.
         tokenizer: the model's.
         batch_size: rows per forward pass; "auto" starts with `AUTO_ROWS` and halves them when memory runs out.
-        advance: told how many requests were answered.
-        batches_for: the kind of device that "auto" suits; by default the model's.
+        advance: called with the number of requests just answered.
+        batches_for: the kind of device that "auto" chooses sizes for; by default the model's.
     """
 
     def __init__(
@@ -67,7 +65,7 @@ class ScoringLM(HFLM):
         self._encoded: tuple[str, list[int]] = ("", [])
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Tokens of a text; that of the last one is remembered, as each choice of a question asks for the context's."""
+        """The tokens of a text. The last answer is kept: every choice of a question has the same context."""
         if add_special_tokens is not None or kwargs:
             return super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
         if string != self._encoded[0]:
@@ -75,7 +73,7 @@ class ScoringLM(HFLM):
         return list(self._encoded[1])
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As stock's for causal models, the context encoded last, so that `tok_encode` finds the next one's."""
+        """As stock does for causal models; the context comes last, so that `tok_encode` keeps its tokens."""
         stripped = context.rstrip()
         whole = super().tok_encode(context + continuation)
         context_tokens = self.tok_encode(stripped)
@@ -94,15 +92,15 @@ class ScoringLM(HFLM):
         return answers
 
     def groups(self, requests: Sequence[tuple]) -> Iterator[tuple[list[Row], tuple[int, ...]]]:
-        """The rows that answer requests, each group with the tokens that all its rows begin with."""
+        """The rows that answer requests, in groups; each group with the tokens that all its rows begin with."""
         rows: dict[tuple[int, ...], Row] = {}
         for index, (_texts, context, continuation) in enumerate(requests):
-            # As stock: what is too long loses tokens on the left, and choices of one token share a row.
-            # Unlike stock's, a row may also serve continuations of different lengths.
+            # As in stock: a long sequence loses tokens on the left, and choices of one token share a row.
+            # Unlike in stock, a row may also serve continuations of different lengths.
             tokens = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
             if len(continuation) > len(tokens):
                 raise SurgeryError(
-                    f"A continuation of {len(continuation)} tokens is to be scored, but the model takes sequences of "
+                    f"A continuation has {len(continuation)} tokens, but the model takes sequences of "
                     f"{self.max_length} at most. Choose other --tasks."
                 )
             row = rows.setdefault(tokens, Row(tokens))
@@ -111,16 +109,17 @@ class ScoringLM(HFLM):
         return self._with_prefixes(list(rows.values()))
 
     def _with_prefixes(self, rows: list[Row]) -> Iterator[tuple[list[Row], tuple[int, ...]]]:
-        """The rows with the tokens all of them begin with; rows cut on the left are a group of their own."""
+        """Split rows that lost tokens on the left from the others; find the tokens that all the others begin with."""
         cut = [row for row in rows if len(row.tokens) >= self.max_length]
         whole = [row for row in rows if len(row.tokens) < self.max_length]
         if cut:
             yield cut, ()
         if whole:
+            # All rows share what the first and the last, in the order of tuples, share.
             first, last = min(row.tokens for row in whole), max(row.tokens for row in whole)
-            same = [one == other for one, other in zip(first, last, strict=False)]  # what these two share, all do
+            same = [one == other for one, other in zip(first, last, strict=False)]
             common = same.index(False) if False in same else len(same)
-            # Each row keeps the positions that are scored.
+            # Every row keeps its scored positions.
             length = min(common, *(len(row.tokens) - row.scored for row in whole))
             long_enough = length >= MIN_PREFIX_TOKENS and len(whole) > 1
             yield whole, first[:length] if long_enough else ()
@@ -147,7 +146,7 @@ class ScoringLM(HFLM):
             start += len(batch)
 
     def next_batch(self, rows: list[Row], start: int, skipped: int, rows_at_once: int | None = None) -> list[Row]:
-        """The rows from `start` on that run at once, `skipped` tokens of each having run before."""
+        """The rows from `start` on that run at once, without their first `skipped` tokens, which ran before."""
         limit = rows_at_once or self._rows_at_once
         if self._auto:
             longest = len(rows[start].tokens) - skipped
@@ -155,14 +154,14 @@ class ScoringLM(HFLM):
         return rows[start : start + limit]
 
     def prefix_cache(self, prefix: Sequence[int]) -> Cache | None:
-        """The model's cache after the prefix; None if it is of a kind that rows cannot share."""
+        """The model's cache after the prefix; None if rows cannot share that kind of cache."""
         tokens = torch.tensor([prefix], device=self.device)
         with self._autocast():
             cache = self.model(tokens, use_cache=True, logits_to_keep=1)[CACHE_NAME]
         return cache if can_share(cache) else None
 
     def log_probabilities(self, batch: list[Row], skipped: int, prefix: Cache | None) -> list[Tensor]:
-        """Log-probabilities at the positions of each row that are scored, (scored, vocabulary), in stock's dtype."""
+        """Log-probabilities at each row's scored positions, (scored, vocabulary), in stock's dtype."""
         inputs, positions = padded(batch, skipped)
         inverse = None
         if not isinstance(self.model, LlambaForCausalLM):  # others compute the same positions for all rows
@@ -179,7 +178,12 @@ class ScoringLM(HFLM):
         return self.normalised(logits, batch)
 
     def normalised(self, logits: Tensor, batch: list[Row]) -> list[Tensor]:
-        """Log-probabilities of each row, (scored, vocabulary), from the logits at its last positions."""
+        """Log-probabilities at each row's scored positions, (scored, vocabulary).
+
+        Args:
+            logits: at the last positions of each row, (rows, kept, vocabulary).
+            batch: the rows.
+        """
         scores = F.log_softmax(logits, dim=-1, dtype=self.softmax_dtype)  # (rows, kept, vocabulary)
         return [scored[len(scored) - row.scored :] for scored, row in zip(scores, batch, strict=True)]
 
@@ -189,7 +193,7 @@ class ScoringLM(HFLM):
 
 
 def longest_first(rows: list[Row]) -> list[Row]:
-    """The rows in the order in which they are put into batches."""
+    """The rows in the order of the batches."""
     return sorted(rows, key=lambda row: -len(row.tokens))
 
 
@@ -200,7 +204,7 @@ def padded(batch: list[Row], skipped: int) -> tuple[Tensor, Tensor]:
     """
     tokens = [row.tokens[skipped:] for row in batch]
     lengths = [len(row) for row in tokens]
-    # Padding on the right, unmasked: nothing before it can see it.
+    # Padding on the right needs no mask: no earlier position sees it.
     inputs = torch.zeros(len(batch), max(lengths), dtype=torch.long)
     for index, row in enumerate(tokens):
         inputs[index, : len(row)] = torch.tensor(row)
@@ -209,7 +213,7 @@ def padded(batch: list[Row], skipped: int) -> tuple[Tensor, Tensor]:
 
 
 def answers_of(batch: list[Row], scores: list[Tensor], requests: Sequence[tuple]) -> list[tuple[int, Answer]]:
-    """(index of the request, its answer) for all requests of a batch, with one copy from the device."""
+    """(index of the request, its answer) for all requests of a batch. Copies from the device once."""
     indices, sums, greedy = [], [], []
     for row, score in zip(batch, scores, strict=True):
         best = score.argmax(dim=-1)  # (scored,)

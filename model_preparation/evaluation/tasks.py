@@ -1,9 +1,7 @@
-"""What `--tasks` names, as lm-eval's own task objects, with MMLU's questions from wherever they are.
+"""What `--tasks` names, as lm-eval's own task objects.
 
-In: names of lm-eval's tasks, groups or tags, `embedded_recall`, and folders or files of task definitions. Out: the
-objects that lm-eval evaluates, and what tells these questions from others. MMLU's are the stock definitions, each
-included by one of ours that says where its questions are. Reading all of lm-eval's fifteen thousand definitions takes
-20 s and more, so only those folders are read that mention a name.
+MMLU's definitions are the stock ones; ours include them and say where the questions are. Reading all of lm-eval's
+fifteen thousand definitions takes 20 s and more, so only folders that mention a name are read.
 """
 
 import difflib
@@ -43,25 +41,19 @@ _STOCK_MMLU = _STOCK / "mmlu" / "default"
 _EMBEDDED = {name: EMBEDDED / name for name in ("embedded_recall",)}
 _MMLU_NAMES = {MMLU, *(f"mmlu_{name}" for name in (*GROUPS, *SUBJECTS))}
 _DECLARATION = re.compile(r"""^["']?(?:task|group|tag)["']?\s*:\s*["']?([\w.:+-]+)["']?\s*$""", re.MULTILINE)
-_OUT_OF_REACH = (
-    ConnectionError,
-    DatasetNotFoundError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
+_OUT_OF_REACH = (ConnectionError, DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 
 
 @dataclass
 class Tasks:
-    """What is to be evaluated.
+    """Tasks to evaluate.
 
     Attributes:
-        names: as they were given.
+        names: as the user gave them.
         manager: lm-eval's, which evaluates the `items`.
         items: tasks and groups, one or several per name.
-        questions: MMLU's, if any of it is among them.
-        digests: of task definitions that are not lm-eval's own, by the last part of the path given.
+        questions: MMLU's, if a name is MMLU or part of it.
+        digests: of the user's own task definitions, by the last part of their path.
     """
 
     names: tuple[str, ...]
@@ -78,17 +70,17 @@ class Tasks:
 
     @property
     def leaves(self) -> list[str]:
-        """Names of all single tasks."""
+        """The names of all single tasks."""
         return [task.task_name for task in self.single]
 
 
 def is_mmlu(name: str) -> bool:
-    """Whether a name is the group mmlu or part of it, whose questions we find ourselves."""
+    """Whether a name is the group mmlu or part of it: its questions come from `find_questions`."""
     return name in _MMLU_NAMES
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise SurgeryError for a name that is neither one of lm-eval's nor a folder or file; takes seconds at most."""
+    """Raise SurgeryError for a name that lm-eval does not have and that is no folder or file. Takes seconds at most."""
     if isinstance(names, str):
         raise SurgeryError(f"tasks is the text {names!r}, but must be a list of names. Give [{names!r}].")
     if not names:
@@ -108,16 +100,16 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num_fewshot: int | None = None) -> Tasks:
-    """The tasks that are named.
+    """Load the tasks that are named.
 
     Args:
-        names: of lm-eval's tasks, groups and tags; `embedded_recall`; folders with task definitions (all that is
-            defined there), or single .yaml files. Definitions of your own may run code of theirs, as with lm-eval.
+        names: lm-eval's tasks, groups and tags; `embedded_recall`; folders of task definitions, with all
+            tasks in them; single .yaml files. Your own definitions may run code, as with lm-eval.
         mmlu_data: where MMLU's questions are, as in `find_questions`.
-        num_fewshot: solved examples that MMLU's subjects need to have.
+        num_fewshot: solved examples that each of MMLU's subjects must have.
 
     Raises:
-        SurgeryError: for a name that is not known, a definition that does not work, or questions out of reach.
+        SurgeryError: for an unknown name, a definition that does not work, or data that cannot be reached.
     """
     check_names(names)
     tasks = Tasks(tuple(names), TaskManager(include_defaults=False))
@@ -137,8 +129,8 @@ def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num
                     tasks.items += _load_stock(name)
             except _OUT_OF_REACH as error:
                 raise SurgeryError(
-                    f"The data of the task {name} cannot be had ({_reason(error)}). Check the network connection, or "
-                    "name a mirror of the Hugging Face hub in HF_ENDPOINT."
+                    f"The data of the task {name} cannot be reached ({_reason(error)}). Check the network connection, "
+                    "or name a mirror of the Hugging Face hub in HF_ENDPOINT."
                 ) from error
             except SurgeryError:
                 raise
@@ -146,7 +138,7 @@ def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num
                 if "is not a registered task" in str(error) and not _path_of(name).exists():
                     raise _unknown(name) from error
                 raise _broken(name, error) from error
-            except Exception as error:  # a definition is a program; whatever it raises, the definition is at fault
+            except Exception as error:  # a definition may run code; whatever it raises is its own fault
                 raise _broken(name, error) from error
     leaves = tasks.leaves
     for leaf in leaves:
@@ -156,9 +148,9 @@ def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num
 
 
 def read_configs(names: Sequence[str]) -> list[TaskConfig]:
-    """The configs of the single tasks that are named, MMLU's left out, before their data is read or downloaded.
+    """The configs of the single tasks that are named, without MMLU's. Their data is not read or downloaded.
 
-    Tasks that are classes of their own are loaded whole, as they may do anything.
+    A task that is a Python class is loaded whole.
 
     Raises:
         SurgeryError: as `load_tasks`.
@@ -172,25 +164,25 @@ def read_configs(names: Sequence[str]) -> list[TaskConfig]:
 
 
 class _Unread(ConfigurableTask):
-    """A task that has its config only."""
+    """A task with a config and no data."""
 
     def __init__(self, config: dict[str, Any]):
         self._config = TaskConfig(**config)
 
 
 def short_name(name: str) -> str:
-    """A task's name, or the last part of a path: the same tasks are the same wherever they lie."""
+    """A task's name, or the last part of its path: a folder may move and is still the same task."""
     return Path(name).resolve().name
 
 
 def _path_of(name: str) -> Path:
-    """The folder or file of definitions that a name of ours or a path stands for, if there is one."""
+    """The folder or file of definitions for a path or a name of ours; it may not exist."""
     return _EMBEDDED.get(name, Path(name))
 
 
 def _broken(name: str, error: BaseException) -> SurgeryError:
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__  # that says what is wrong with the data
+        error = error.__cause__  # the cause says what is wrong with the data
     return SurgeryError(
         f"The task {name} cannot be loaded ({type(error).__name__}: {_reason(error)}). "
         "Mend its definition or its data; paths in it count from the current folder."
@@ -200,13 +192,13 @@ def _broken(name: str, error: BaseException) -> SurgeryError:
 def _unknown(name: str, hint: str = ".") -> SurgeryError:
     return SurgeryError(
         f"lm-eval {lm_eval.__version__} has no task {name!r}, nor is that a folder or file{hint} "
-        "`lm_eval ls tasks` lists all; for tasks of your own give their folder."
+        "`lm_eval ls tasks` lists all. For your own tasks, give their folder."
     )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without lm-eval's warnings, one for each thing that is meant here, and its bar per task, which has no switch."""
+    """Silence lm-eval's warnings, and its bar per task, which no option turns off."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -237,7 +229,7 @@ def _load_path(path: Path) -> list[Task | Group]:
     if not defined:
         raise SurgeryError(f"{path} holds no task definition (*.yaml with `task:` or `group:`). Give another folder.")
     items: list[Task | Group] = []
-    for name in defined:  # groups first: what is in one is not loaded again
+    for name in defined:  # groups first: their members are not loaded again
         if not any(isinstance(item, Group) and name in _members(item) for item in items):
             items += _roots(manager.load(name))
     inner = {member for item in items if isinstance(item, Group) for member in _members(item)}
@@ -253,7 +245,7 @@ def _load_stock(name: str) -> list[Task | Group]:
 
 
 def _roots(loaded: Any) -> list[Task | Group]:
-    """The tasks and groups that were loaded, without those that are in a group that was."""
+    """The tasks and groups that were loaded, without the members of a loaded group."""
     groups = list(loaded["groups"].values())
     inner = {member for group in groups for member in _members(group)}
     return [item for item in [*groups, *loaded["tasks"].values()] if name_of(item) not in inner]
@@ -264,7 +256,7 @@ def _members(group: Group) -> set[str]:
 
 
 def name_of(item: Task | Group) -> str:
-    """What lm-eval's results call a task or group."""
+    """The name of a task or group in lm-eval's results."""
     return item.name if isinstance(item, Group) else item.task_name
 
 
@@ -273,13 +265,13 @@ def _definitions() -> Iterator[Path]:
 
 
 def _mentions(path: Path, name: str) -> bool:
-    """Whether a definition has the name in it, as a whole."""
+    """Whether a definition contains the name as a whole word."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return name in text and re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", text) is not None
 
 
 def _digest(path: Path) -> str:
-    """BLAKE3 over the files of a folder of task definitions; of one definition, it and what it may include or call."""
+    """BLAKE3 of a folder of task definitions; of a single one, with the files that it may include or call."""
     folder = path if path.is_dir() else path.parent
     found = path.rglob("*") if path.is_dir() else [path, *folder.glob("*.yaml"), *folder.glob("*.py")]
     digest = blake3()

@@ -20,7 +20,7 @@ from model_preparation.checkpoint.extract import extract_layers
 from model_preparation.checkpoint.layer_store import METADATA, LayerStore, ModelLayers
 from model_preparation.checkpoint.model_configs import type_and_depth
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.evaluate import check_settings
+from model_preparation.evaluation.settings import EvaluationSettings
 from model_preparation.hub.sources import resolve
 from model_preparation.io.complete_file import write_file
 from model_preparation.io.identity import differences, digest_of
@@ -152,7 +152,8 @@ def has_donor_layers(spec: Spec, *, overwrite: bool) -> bool:
 
 
 def _check(spec: Spec, search: Search) -> None:
-    check_settings(limit=spec.limit, num_fewshot=spec.num_fewshot, batch_size=spec.batch_size)
+    # It refuses numbers that are too small.
+    EvaluationSettings(limit=spec.limit, num_fewshot=spec.num_fewshot, batch_size=spec.batch_size)
     if search.method not in METHODS:
         raise SurgeryError(f"{search.method!r} is no method. Choose one of {', '.join(METHODS)}.")
     if search.method == "singles" and search.least > 1:

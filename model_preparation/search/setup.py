@@ -16,9 +16,10 @@ from model_preparation.checkpoint import graft
 from model_preparation.checkpoint.digests import digest_of_layers, digest_of_model, digest_of_tokenizer
 from model_preparation.checkpoint.layer_store import LayerStore, ModelLayers
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.evaluate import SEED, settings_of
-from model_preparation.evaluation.other_models import OtherModel, load_other
+from model_preparation.evaluation.evaluate import settings_of
+from model_preparation.evaluation.models import OtherModel, load_other
 from model_preparation.evaluation.scoring import Answer, ScoringLM, answers_of
+from model_preparation.evaluation.settings import EvaluationSettings
 from model_preparation.evaluation.tasks import load_tasks, quiet
 from model_preparation.hub.sources import donor_name, resolve
 from model_preparation.search.boundaries import BoundaryStore
@@ -80,8 +81,9 @@ class Setup:
         self.planned = _plan(spec)
         loaded = load_tasks(spec.tasks, mmlu_data=spec.mmlu_data, num_fewshot=spec.num_fewshot)
         dtype = None if spec.dtype is None else getattr(torch, spec.dtype)
+        asked = EvaluationSettings(limit=spec.limit, num_fewshot=spec.num_fewshot, batch_size=spec.batch_size)
         self.settings: dict[str, Any] = {
-            **settings_of(loaded, spec.limit, spec.num_fewshot, spec.batch_size, SEED),
+            **settings_of(loaded, asked),
             "device": torch.device(spec.device).type,
             "dtype": str(dtype or self.planned.dtype).removeprefix("torch."),
         }

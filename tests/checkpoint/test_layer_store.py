@@ -16,7 +16,7 @@ from model_preparation.checkpoint.digests import blake3_of_tensors
 from model_preparation.checkpoint.layer_store import LayerStore, ModelLayers
 from model_preparation.checkpoint.llamba_init import init_llamba_base
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.other_models import load_folder
+from model_preparation.evaluation.models import load_folder
 from model_preparation.hub.sources import resolve
 from model_preparation.modelscope_utils import get_model_modelscope
 from model_preparation.train.distill.self_sampling import SelfSampler

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from model_preparation import evaluate_checkpoint, load_checkpoint, verify_checkpoint
 from model_preparation.checkpoint.checkpoint_info import read_info
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation import evaluate, results_folder, scored_model
+from model_preparation.evaluation import evaluate, models, results_folder
 from model_preparation.evaluation.evaluate import evaluate_model
 from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.evaluation.results_folder import ResultsFolder, read_sealed
@@ -93,9 +93,9 @@ def killed_after(records: int, monkeypatch, checkpoint: Path, mmlu: Path) -> Non
 def answered_anew(monkeypatch) -> list[str]:
     """A list that names, from now on, every task the model itself is asked about."""
     asked = []
-    original = evaluate.RecordedLM._ask
+    original = evaluate.ResumableLM._ask
     monkeypatch.setattr(
-        evaluate.RecordedLM,
+        evaluate.ResumableLM,
         "_ask",
         lambda lm, kind, task, requests: (asked.append(task), original(lm, kind, task, requests))[1],
     )
@@ -118,7 +118,7 @@ def test_killed_it_goes_on_and_gives_the_score_of_an_uninterrupted_run(records, 
 
 def test_what_is_finished_is_given_again_without_the_model(evaluated, mmlu, monkeypatch):
     folder, result = evaluated
-    monkeypatch.setattr(scored_model, "load_checkpoint", None)
+    monkeypatch.setattr(models, "load_checkpoint", None)
     again = evaluate_checkpoint(folder, mmlu_data=mmlu)
     assert again == {**result, "kept": True}
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.generation import Sampling, generate_text, generate_texts
+from model_preparation.evaluation.generation import generate_text, generate_texts
 from model_preparation.evaluation.prompts import read_prompts
 from model_preparation.llamba import LlambaForCausalLM
 from tests.conftest import seeded, tiny_config, tiny_llama_cfg
@@ -181,8 +181,8 @@ def test_messages_that_the_template_refuses_are_an_error(model, tokenizer):
 
 def test_a_seed_gives_one_text_and_leaves_other_random_numbers_alone(model, tokenizer):
     def draw(seed, count=1):
-        sampling = Sampling(temperature=3.0, seed=seed)
-        return generate_texts(model, tokenizer, "the cat", max_new_tokens=12, sampling=sampling, count=count)
+        drawn = {"temperature": 3.0, "seed": seed, "num_return_sequences": count}
+        return generate_texts(model, tokenizer, "the cat", max_new_tokens=12, **drawn)
 
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -198,17 +198,23 @@ def test_sampling_takes_nothing_from_the_models_own_settings(model, tokenizer):
     model.generation_config.update(do_sample=True, temperature=0.01, top_k=1, top_p=0.01)
     with torch.no_grad():
         logits = model(torch.tensor([[WORDS.index("the")]])).logits[0, -1]
-    sampling, draws = Sampling(temperature=2.0), 200
-    drawn = generate_texts(model, tokenizer, "the", max_new_tokens=1, sampling=sampling, count=draws)
+    draws = 200
+    drawn = generate_texts(model, tokenizer, "the", max_new_tokens=1, temperature=2.0, num_return_sequences=draws)
     found = torch.bincount(torch.tensor([generation.new_ids[0] for generation in drawn]), minlength=len(WORDS)) / draws
     assert torch.allclose(found, (logits / 2.0).softmax(0), atol=0.1)
     assert (found > 0).sum() > 3
 
 
-@pytest.mark.parametrize("sampling", [Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=1e-3)])
+@pytest.mark.parametrize("sampling", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}])
 def test_the_narrowest_sampling_is_greedy(model, tokenizer, sampling):
     wanted = generate_text(model, tokenizer, "the cat", max_new_tokens=8).new_ids
-    assert generate_text(model, tokenizer, "the cat", max_new_tokens=8, sampling=sampling).new_ids == wanted
+    assert generate_text(model, tokenizer, "the cat", max_new_tokens=8, **sampling).new_ids == wanted
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", 0), ("top_p", 1.5), ("top_k", 0), ("max_new_tokens", 2.5)])
+def test_a_setting_that_its_flag_refuses_is_refused(model, tokenizer, name, value):
+    with pytest.raises(SurgeryError, match=f"{name} is {value}"):
+        generate_text(model, tokenizer, "the cat", **{name: value})
 
 
 # --- Files of prompts -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_checkpoint, evaluate_model
 from model_preparation.evaluation.questions import SUBJECTS
+from model_preparation.evaluation.settings import EvaluationSettings
 from model_preparation.evaluation.tasks import GROUPS
 from model_preparation.llamba import LlambaForCausalLM
 from tests.conftest import seeded, tiny_config, tiny_llama_cfg
@@ -218,3 +219,14 @@ def test_logits_that_are_not_finite_are_an_error_and_no_score(tokenizer, mmlu_da
 def test_a_setting_out_of_range_is_an_error(model, tokenizer, mmlu_data, name, value):
     with pytest.raises(SurgeryError, match=f"{name} is {value}"):
         evaluate_model(model, tokenizer, mmlu_data=mmlu_data, **{name: value})
+
+
+def test_settings_are_an_object_or_keywords_and_one_without_effect_is_refused(model, tokenizer, mmlu_data):
+    settings = EvaluationSettings(tasks=["mmlu_virology"], limit=2, mmlu_data=mmlu_data)
+    result = evaluate_model(model, tokenizer, settings, limit=1)
+    assert result == evaluate_model(model, tokenizer, tasks=["mmlu_virology"], limit=1, mmlu_data=mmlu_data)
+    assert (result["questions"], result["settings"]["limit"]) == (1, 1)
+    with pytest.raises(SurgeryError, match="results_dir has no effect on a model that is loaded"):
+        evaluate_model(model, tokenizer, settings, results_dir="here")
+    with pytest.raises(TypeError, match="limits"):
+        evaluate_model(model, tokenizer, limits=3)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from model_preparation.checkpoint import graft
-from model_preparation.evaluation.evaluate import SEED, settings_of
+from model_preparation.evaluation.evaluate import settings_of
 from model_preparation.evaluation.scoring import ScoringLM
+from model_preparation.evaluation.settings import EvaluationSettings
 from model_preparation.evaluation.tasks import load_tasks, quiet
 from model_preparation.search.pair import load_pair
 from model_preparation.search.question_set import QuestionSet
@@ -72,7 +73,7 @@ def loaded(planned, task_dir, tmp_path_factory):
         patched.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
         lm = ScoringLM(pair.model, pair.tokenizer, 3)
         tasks = load_tasks([str(task_dir)])
-        settings = {**settings_of(tasks, None, None, 3, SEED), "device": "cpu"}
+        settings = {**settings_of(tasks, EvaluationSettings(batch_size=3)), "device": "cpu"}
         questions = QuestionSet(lm, tasks, settings)
     assert torch.get_num_threads() == 1
     return pair, lm, questions

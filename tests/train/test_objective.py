@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from model_preparation import load_checkpoint
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.other_models import OtherModel, load_other
+from model_preparation.evaluation.models import OtherModel, load_other
 from model_preparation.train.heal.objective import Distillation, check_teacher
 from model_preparation.train.heal.settings import HealSettings
 from tests.conftest import tiny_config

@@ -1,1 +1,1 @@
-"""Evaluations compared question by question: what is more than chance, tables, plots, a report."""
+"""Compare evaluations question by question: statistics, tables, plots, a report."""

@@ -1,43 +1,37 @@
-"""Several models' evaluations, compared on the questions all were asked.
+"""Several models' evaluations, compared on the questions that all of them were asked.
 
-In: folders (see locate.py). Out: a `Comparison`: for everything together, each group and each subject, every model's
-score, and the difference of each to the baseline with what can be said of it. A subject is one of lm-eval's tasks.
+For all questions, each group and each subject: every model's score, and its difference to the baseline with a verdict.
+A subject is one of lm-eval's tasks.
 """
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare import paired
-from model_preparation.evaluation.compare.layout import GROUP, OVERALL, SUBJECT, Line, layout, short_names
-from model_preparation.evaluation.compare.locate import EvaluationFiles, locate, replaced_layers
-from model_preparation.evaluation.compare.matching import CommonQuestions, match
-from model_preparation.evaluation.compare.sample_files import Answers, read_answers
-from model_preparation.evaluation.compare.settings import (
-    differing_settings,
-    question_notes,
-    score_notes,
-    settings_of,
-    some,
-)
+from model_preparation.evaluation.compare.answers import Answers, CommonQuestions, match, read_answers
+from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles, find_evaluations, replaced_layers
+from model_preparation.evaluation.compare.notes import differing_settings, question_notes, score_notes, settings_of
+from model_preparation.evaluation.questions import some
 
+OVERALL, GROUP, SUBJECT = "overall", "group", "subject"
 BETTER, WORSE, UNCLEAR = "better", "worse", "not distinguishable"
 
 
 @dataclass(frozen=True)
 class Model:
-    """One of those compared.
+    """A model that is compared.
 
     Attributes:
         name: the end of its folder's path.
-        results_path: from that folder on; what lies above it is nobody's business but the user's.
-        layers: of a checkpoint, those that were replaced; None for another model.
+        results_path: relative to the folder above it, so that a report shows no private path.
+        layers: the replaced layers of a checkpoint; None for another model.
         settings: of its evaluation, {words: value}.
     """
 
@@ -49,7 +43,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Score:
-    """The mean of the metric over a row's questions, and its standard error (None for a single question each)."""
+    """The mean of the metric over a row's questions. Its standard error is None if no subject has two questions."""
 
     mean: float
     stderr: float | None
@@ -61,11 +55,12 @@ class Difference:
 
     Attributes:
         difference: of the means.
-        interval: 95%, bootstrap; None where a subject has a single question.
-        gained, lost: questions only the model answers right, and only the baseline; None unless the metric is 0 or 1.
+        interval: 95%, bootstrap; None if a subject has a single question.
+        gained, lost: questions that only the model answers right, and only the baseline; None unless the metric is 0
+            or 1.
         p_value: of McNemar's exact test; None unless the metric is 0 or 1.
-        p_adjusted: for all tests of rows of the same kind (Holm).
-        tests: how many these are.
+        p_adjusted: the p-value adjusted for all tests of rows of the same kind (Holm).
+        tests: the number of these tests.
         verdict: "better", "worse" or "not distinguishable": by `p_adjusted` < 0.05, without it by the interval.
     """
 
@@ -81,20 +76,30 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the tables. `scores` are of all models, `differences` of all but the first, the baseline."""
+    """A line of the tables. `scores` has all models, `differences` all but the first, which is the baseline."""
 
     kind: str  # OVERALL, GROUP or SUBJECT
     name: str  # lm-eval's
     label: str  # shorter, for people
-    group: str  # the label of the group a subject belongs to, or ""
+    group: str  # the label of the group that a subject belongs to, or ""
     questions: int
     scores: list[Score]
     differences: list[Difference]
 
 
+class _Line(NamedTuple):
+    """A row before it is filled; its fields are those of `Row`."""
+
+    kind: str
+    name: str
+    label: str
+    group: str
+    tasks: list[str]
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """What came out; `common` has the questions themselves, for a report. The first model is the baseline."""
+    """The result. The first model is the baseline; `common` has the questions for a report."""
 
     metric: str
     higher_is_better: bool
@@ -110,14 +115,10 @@ class Comparison:
         return [row for row in self.rows if row.kind in kinds]
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the questions, as JSON has it."""
-        fields = {name: getattr(self, name) for name in ("metric", "higher_is_better", "binary", "seed", "resamples")}
-        return {
-            **fields,
-            "models": [asdict(model) for model in self.models],
-            "rows": [asdict(row) for row in self.rows],
-            "notes": self.notes,
-        }
+        """Everything but the questions, for JSON."""
+        fields = asdict(replace(self, common=[]))
+        del fields["common"]
+        return fields
 
 
 def compare_evaluations(
@@ -128,33 +129,39 @@ def compare_evaluations(
     seed: int = 1234,
     resamples: int = 10_000,
 ) -> Comparison:
-    """Compare the models in `folders` with the first of them.
+    """Compare evaluations with the first of them, question by question.
 
     Args:
-        folders: two or more (see locate.py).
-        task: a task or group of lm-eval to look at alone, or the name of one of several evaluations' folders.
-        metric: a number lm-eval gives each question; with ",FILTER" where it has several filters.
-        seed: of the bootstrap. A subject's interval depends on nothing else but its own answers.
+        folders: two or more checkpoints, evaluations, or output folders of lm-eval (see evaluation_files.py).
+        task: a task or group of lm-eval to look at alone; or the name of an evaluation's folder, if there are several.
+        metric: a number that lm-eval gives each question; with ",FILTER" if it has several filters.
+        seed: of the bootstrap. A subject's interval depends on this and its own answers only.
         resamples: of the bootstrap.
 
     Raises:
         SurgeryError: for folders without a finished evaluation, damaged files, or nothing in common.
     """
-    evaluations = locate(folders, task)
+    evaluations = find_evaluations(folders, task)
     if len({evaluation.results_path for evaluation in evaluations}) < len(evaluations):
         raise SurgeryError("One evaluation is given twice. Give different ones.")
-    names = short_names(evaluations)
+    names = _short_names(evaluations)
     common, notes = _common_questions(evaluations, names, task, metric)
     tasks = [each.task for each in common]
     settings = [settings_of(evaluation, tasks) for evaluation in evaluations]
     notes += question_notes(names, evaluations, common) + differing_settings(names, settings)
     notes += score_notes(metric, names, evaluations, common)
 
-    values = {each.task: each.values for each in common}
+    values = {each.task: each.column("value") for each in common}
     binary = all(np.isin(each, (0, 1)).all() for each in values.values())
-    higher = _higher_is_better(evaluations[0], metric, tasks)
-    means = {name: _resampled(name, each, seed, resamples) for name, each in values.items()}
-    rows = [_row(line, values, means, binary) for line in layout(evaluations, tasks, task)]
+    known = evaluations[0].results["higher_is_better"]
+    higher = all(known.get(name, {}).get(metric.partition(",")[0]) is not False for name in tasks)
+    means = {}  # per task, bootstrap means of the difference of each model but the first
+    for name, each in values.items():
+        key = [seed, zlib.crc32(name.encode())]
+        means[name] = [
+            paired.bootstrap_means(model - each[0], resamples, np.random.default_rng(key)) for model in each[1:]
+        ]
+    rows = [_row(line, values, means, binary) for line in _lines(evaluations, tasks, task)]
     _judge(rows, higher)
     models = [
         Model(
@@ -168,8 +175,8 @@ def compare_evaluations(
 def _common_questions(
     evaluations: Sequence[EvaluationFiles], names: Sequence[str], task: str | None, metric: str
 ) -> tuple[list[CommonQuestions], list[str]]:
-    """Per task, in the baseline's order; and notes on the tasks that are left out."""
-    chosen = [each.tasks_of(task) if task else [] for each in evaluations]  # none by the name of a folder
+    """The common questions per task, in the baseline's order; and notes on tasks that are left out."""
+    chosen = [each.tasks_of(task) if task else [] for each in evaluations]  # none for the name of a folder
     wanted = [
         [name for name in each.samples if name in (only or each.samples)]
         for each, only in zip(evaluations, chosen, strict=True)
@@ -191,37 +198,24 @@ def _common_questions(
                 raise SurgeryError(f"{name} has no {metric} for any question: {listed}. Name a metric by --metric.")
             notes.append(f"Left out, as {name} has no {metric} for it: {listed}.")
     matched = [match(name, [each[name] for each in answers]) for name in tasks if all(name in each for each in answers)]
-    common = [each for each in matched if each.indices.size]
+    common = [each for each in matched if each.rows]
     if not common:
         raise SurgeryError(
-            f"{' and '.join(names)} have not one question in common, though {some(tasks)} is in all of them. "
+            f"{' and '.join(names)} have not one question in common, though all of them have {some(tasks)}. "
             "Evaluate them on the same data."
         )
-    if empty := [each.task for each in matched if not each.indices.size]:
+    if empty := [each.task for each in matched if not each.rows]:
         notes.append(f"Left out, as no question of it is common to all: {some(empty)}.")
     return common, notes
 
 
-def _higher_is_better(evaluation: EvaluationFiles, metric: str, tasks: Sequence[str]) -> bool:
-    known = evaluation.results["higher_is_better"]
-    return all(known.get(task, {}).get(metric.partition(",")[0]) is not False for task in tasks)
-
-
-def _resampled(task: str, values: NDArray[np.float64], seed: int, resamples: int) -> list[NDArray[np.float64] | None]:
-    """Bootstrap means of a task's differences, for each model but the first; `values` are (models, questions)."""
-    key = zlib.crc32(task.encode())
-    return [
-        paired.bootstrap_means(model - values[0], resamples, np.random.default_rng([seed, key])) for model in values[1:]
-    ]
-
-
 def _row(
-    line: Line,
+    line: _Line,
     values_of: Mapping[str, NDArray[np.float64]],
     means_of: Mapping[str, Sequence[NDArray[np.float64] | None]],
     binary: bool,
 ) -> Row:
-    """The row of a line's tasks, from every task's values (models, questions) and bootstrap means per model."""
+    """Fill a line, from every task's values (models, questions) and bootstrap means per model."""
     strata = [values_of[task] for task in line.tasks]
     means = [means_of[task] for task in line.tasks]
     values = np.concatenate(strata, axis=1)
@@ -247,7 +241,7 @@ def _row(
 
 
 def _judge(rows: Sequence[Row], higher_is_better: bool) -> None:
-    """Fill in what depends on how many tests are made: `p_adjusted`, `tests` and `verdict`."""
+    """Fill in `p_adjusted`, `tests` and `verdict`, which depend on the number of tests."""
     for kind in (OVERALL, GROUP, SUBJECT):
         together = [difference for row in rows if row.kind == kind for difference in row.differences]
         known = [each for each in together if each.p_value is not None]
@@ -261,3 +255,62 @@ def _judge(rows: Sequence[Row], higher_is_better: bool) -> None:
                 real = each.interval is not None and not each.interval[0] <= 0 <= each.interval[1]
             if real:
                 each.verdict = BETTER if (each.difference > 0) == higher_is_better else WORSE
+
+
+# --- Lines of the tables, and names -----------------------------------------------------------------------------------
+
+
+def _short_names(evaluations: Sequence[EvaluationFiles]) -> list[str]:
+    """The ends of the folders' paths, with as many parts as make them differ."""
+    places = [evaluation.place for evaluation in evaluations]
+    if len(set(places)) < len(places):  # evaluations of the same checkpoint
+        places = [evaluation.given for evaluation in evaluations]
+    if len(set(places)) < len(places):
+        places = [evaluation.results_path for evaluation in evaluations]
+    for parts in range(1, max(len(place.parts) for place in places) + 1):
+        names = ["/".join(place.parts[-parts:]) for place in places]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _lines(evaluations: Sequence[EvaluationFiles], tasks: Sequence[str], task: str | None) -> list[_Line]:
+    """The lines for the common tasks `tasks`: everything together, groups, subjects.
+
+    The label of a group says "(part)" if some of its tasks are not common. With `task`, groups that have tasks outside
+    it are left out.
+    """
+    if len(tasks) == 1:
+        return [_Line(OVERALL, tasks[0], _label(evaluations, tasks[0]), "", list(tasks))]
+    only = {name for each in evaluations for name in each.tasks_of(task or "")}
+    members: dict[str, list[str]] = {}
+    for evaluation in evaluations:
+        for group in evaluation.groups:
+            inside = evaluation.tasks_of(group)
+            if not only or only.issuperset(inside):
+                members[group] = list(dict.fromkeys(members.get(group, []) + inside))
+    common = {group: [name for name in tasks if name in inside] for group, inside in members.items()}
+    labels = {
+        group: _label(evaluations, group) + (" (part)" if len(common[group]) < len(inside) else "")
+        for group, inside in members.items()
+    }
+    # Of several groups with the same common tasks, the smallest describes them best.
+    order = sorted(members, key=lambda group: len(members[group]))
+    whole = next((group for group in order if len(common[group]) == len(tasks)), None)
+    groups = [group for group in members if 0 < len(common[group]) < len(tasks)]
+    lines = [_Line(OVERALL, whole or "", labels[whole] if whole else "all questions", "", list(tasks))]
+    lines += [_Line(GROUP, group, labels[group], "", common[group]) for group in groups]
+    for name in tasks:
+        innermost = next((labels[group] for group in order if group in groups and name in common[group]), "")
+        lines.append(_Line(SUBJECT, name, _label(evaluations, name), innermost, [name]))
+    return lines
+
+
+def _label(evaluations: Sequence[EvaluationFiles], name: str) -> str:
+    """lm-eval's alias, without the depth that its tables put before it (" - stem")."""
+    for evaluation in evaluations:
+        given = evaluation.results["configs"].get(name, {}).get("task_alias")
+        alias = given or evaluation.results["results"].get(name, {}).get("alias")
+        if isinstance(alias, str) and alias.strip(" -") and alias.isprintable():
+            return alias.strip(" -").replace("_", " ")
+    return name

@@ -1,19 +1,19 @@
-"""Questions on which two models differ most, as texts.
+"""The questions on which two models differ most, as texts, with both answers.
 
-In: a comparison. Out: for a model and the baseline, questions that one answers right and the other wrong (or scores
-higher), those first on whose right answer their probabilities are furthest apart; with what each model answered.
+These are questions that one model answers right and the other wrong, or scores higher. First come those for which the
+models' probabilities of the right answer differ most.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from model_preparation.evaluation.compare.answers import CommonQuestions
 from model_preparation.evaluation.compare.compare import Comparison
-from model_preparation.evaluation.compare.matching import CommonQuestions
-from model_preparation.evaluation.compare.sample_files import read_sample
 
-_TITLE_CHARACTERS, _TEXT_CHARACTERS, _ANSWER_CHARACTERS = 110, 1_500, 300  # at most, so that a report stays small
+_TITLE_CHARACTERS, _TEXT_CHARACTERS, _ANSWER_CHARACTERS = 110, 1_500, 300  # limits, so that a report stays small
 
 
 @dataclass(frozen=True)
@@ -29,31 +29,27 @@ class Example:
 
 
 def differing_questions(comparison: Comparison, model: int, count: int) -> tuple[list[Example], list[Example]]:
-    """`count` questions, or as many as there are, that model number `model` (from 1) scores higher; and lower."""
+    """At most `count` questions that model number `model` (from 1) scores higher than the baseline, and lower."""
     found: list[tuple[float, float, CommonQuestions, int]] = []
     for common in comparison.common:
-        differences = common.values[model] - common.values[0]
-        surprise = np.nan_to_num(np.abs(common.right_probability[model] - common.right_probability[0]))
-        found += [
-            (float(differences[index]), float(surprise[index]), common, int(index))
-            for index in np.flatnonzero(differences)
-        ]
+        for index, row in enumerate(common.rows):
+            difference = row[model].value - row[0].value
+            surprise = abs(row[model].right_probability - row[0].right_probability)
+            if difference:
+                found.append((difference, 0.0 if math.isnan(surprise) else surprise, common, index))
     found.sort(key=lambda each: (-abs(each[0]), -each[1]))
-    higher = [each for each in found if each[0] > 0][:count]
-    lower = [each for each in found if each[0] < 0][:count]
-    return (
-        [_example(common, index, model) for _, _, common, index in higher],
-        [_example(common, index, model) for _, _, common, index in lower],
-    )
+    chosen = ([each for each in found if sign * each[0] > 0][:count] for sign in (1, -1))
+    higher, lower = ([_example(common, index, model) for _, _, common, index in each] for each in chosen)
+    return higher, lower
 
 
 def _example(common: CommonQuestions, index: int, model: int) -> Example:
-    samples = [read_sample(common.answers[each], int(common.indices[each, index])) for each in (0, model)]
+    row = common.rows[index]
+    samples = [common.answers[each].read_sample(row[each]) for each in (0, model)]
     options = _options(samples[0])
     target = str(samples[0].get("target"))
     if options and target.isdigit() and int(target) < len(options):
         target = options[int(target)]
-    values = common.values[:, index]
     doc = samples[0].get("doc")
     texts = [value for value in doc.values() if isinstance(value, str)] if isinstance(doc, dict) else []
     return Example(
@@ -62,12 +58,12 @@ def _example(common: CommonQuestions, index: int, model: int) -> Example:
         text=_text(doc, options),
         target=_cut(target, _ANSWER_CHARACTERS),
         answers=(_answer(samples[0]), _answer(samples[1])),
-        values=(float(values[0]), float(values[model])),
+        values=(row[0].value, row[model].value),
     )
 
 
 def _text(doc: Any, options: list[str]) -> str:
-    """The question as the data set has it: a line per field, a line per choice, named as the prompt names it."""
+    """The question: a line per field and per choice. Choices have the prompt's letters, else numbers."""
     if not isinstance(doc, dict):
         return _cut(str(doc), _TEXT_CHARACTERS)
     lines = []
@@ -90,7 +86,7 @@ def _options(sample: dict[str, Any]) -> list[str]:
 
 
 def _answer(sample: dict[str, Any]) -> str:
-    """What a model answered: the likeliest option with its probability among them, or the response as it is."""
+    """A model's answer: the likeliest option with its probability among the options, or the response itself."""
     answers, options = sample.get("filtered_resps"), _options(sample)
     try:
         scores = np.array([float(pair[0]) for pair in answers or []])

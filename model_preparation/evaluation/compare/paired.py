@@ -1,8 +1,7 @@
 """The statistics of two models' answers to the same questions.
 
-In: per question the difference of a metric, in strata (the subjects of a group). Out: whether it can be told from
-chance (McNemar's exact test), how large it may be in truth (bootstrap interval), and what that is worth when many such
-tests are made (Holm).
+McNemar's exact test says whether a difference can be told from chance. A bootstrap interval says how large it may
+really be. Holm's method adjusts p-values when many tests are made. Strata are the subjects of a group.
 """
 
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 SIGNIFICANCE = 0.05
-_CHUNK = 1_000  # resamples at a time, to bound memory: that times the number of distinct differences, 8 bytes each
+_CHUNK = 1_000  # resamples at a time; memory is this times the number of distinct differences, 8 bytes each
 
 
 def mcnemar_p(gained: int, lost: int) -> float:
@@ -20,10 +19,10 @@ def mcnemar_p(gained: int, lost: int) -> float:
 
     Args:
         gained: questions that the second model answers right and the first wrong.
-        lost: those the other way round.
+        lost: questions that the first model answers right and the second wrong.
 
     Returns:
-        1.0 where there is no such question at all: nothing speaks for a difference.
+        1.0 if there is no such question: nothing suggests a difference.
     """
     return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
 
@@ -33,15 +32,15 @@ def bootstrap_means(
 ) -> NDArray[np.float64] | None:
     """Means of resamples of one stratum's n differences, (resamples,); None for a single question.
 
-    Each resample draws n - 1 of them with replacement: their mean then varies as s^2 / n, where n draws would vary by
-    (n - 1) / n of that, which many small strata add up to intervals too narrow (McCarthy and Snowden 1985; Rao and Wu
-    1988, J. Am. Stat. Assoc. 83, 231-241).
+    Each resample draws n - 1 of them with replacement, so that their mean varies as s^2 / n. With n draws it would vary
+    by (n - 1) / n of that, and many small strata together would get too narrow an interval (McCarthy and Snowden 1985;
+    Rao and Wu 1988, J. Am. Stat. Assoc. 83, 231-241).
     """
     values, counts = np.unique(differences, return_counts=True)
     draws = len(differences) - 1
     if draws < 1:
         return None
-    # How often each distinct value is drawn: for right and wrong three numbers, however many questions there are.
+    # Count the draws of each distinct value: right and wrong have three values, whatever the number of questions.
     chunks = [min(_CHUNK, resamples - start) for start in range(0, resamples, _CHUNK)]
     shares = counts / counts.sum()
     return np.concatenate([rng.multinomial(draws, shares, size=size) @ values for size in chunks]) / draws
@@ -54,10 +53,10 @@ def stratified_interval(
 
     Args:
         means: of each stratum, from `bootstrap_means`.
-        sizes: their numbers of questions, which they are weighted by, as lm-eval weights a group's tasks.
+        sizes: their numbers of questions. These are the weights, as in lm-eval's groups.
 
     Returns:
-        Its two ends; None if a stratum has a single question, which says nothing of how its answers vary.
+        Its two ends; None if a stratum has a single question, because one answer shows no variation.
     """
     known = [stratum for stratum in means if stratum is not None]
     if len(known) < len(means):
@@ -68,9 +67,9 @@ def stratified_interval(
 
 
 def standard_error(strata: Sequence[NDArray[np.float64]]) -> float | None:
-    """Of the mean over all questions of several strata: pooled within them, as lm-eval's `pooled_sample_stderr` does.
+    """Standard error of the mean over all questions of several strata, pooled as lm-eval's `pooled_sample_stderr`.
 
-    None where no stratum has two questions.
+    None if no stratum has two questions.
     """
     questions = sum(len(values) for values in strata)
     if questions == len(strata):

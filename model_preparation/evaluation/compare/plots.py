@@ -1,6 +1,6 @@
-"""A comparison as plots: every model's score by subject, and what each gains over the baseline.
+"""A comparison as plots: every model's score by subject, and its gain over the baseline.
 
-In: a comparison. Out: matplotlib figures, saved as PNG, or as SVG that takes its text's colour from the page around it.
+A plot is saved as PNG, or as SVG, in which text takes the colour of the page.
 """
 
 import io
@@ -16,13 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 
-from model_preparation.evaluation.compare.compare import UNCLEAR, Comparison, Row
-from model_preparation.evaluation.compare.layout import GROUP, OVERALL, SUBJECT
+from model_preparation.evaluation.compare.compare import GROUP, OVERALL, SUBJECT, UNCLEAR, Comparison, Row
 
 Plot = Callable[[Any], Figure]  # of a Comparison, or whatever else is drawn
 
-COLOURS = ("#3b82c4", "#e08a1e", "#2ba37a", "#c75a9a", "#8c6bd1", "#8a8f98")  # told apart on white and on black
-# Colours nothing else has, which in an SVG become those of the page around it.
+COLOURS = ("#3b82c4", "#e08a1e", "#2ba37a", "#c75a9a", "#8c6bd1", "#8a8f98")  # they differ on white and on black
+# Nothing else has these two colours; in an SVG they become those of the page.
 INK, PAPER = "#000102", "#fffefd"
 # Fonts with Chinese characters, in the order they are tried.
 _CHINESE = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
@@ -30,7 +29,7 @@ _LINE_INCHES, _WIDTH_INCHES = 0.15, 7.2
 
 
 def plot_scores(comparison: Comparison) -> Figure:
-    """A line per group and subject, in it a point per model with its standard error to both sides."""
+    """A line per group and subject, with a point per model and its standard error on both sides."""
     figure, axes, rows = _lines(comparison)
     models = len(comparison.models)
     for model, each in enumerate(comparison.models):
@@ -44,7 +43,7 @@ def plot_scores(comparison: Comparison) -> Figure:
 
 
 def plot_gains(comparison: Comparison) -> Figure:
-    """A line per group and subject, in it a point per model but the baseline: the difference and its 95% interval."""
+    """A line per group and subject, with a point per model but the baseline: its difference and the 95% interval."""
     figure, axes, rows = _lines(comparison)
     models = len(comparison.models) - 1
     axes.axvline(0, color=INK, linewidth=0.8)
@@ -66,26 +65,26 @@ def plot_gains(comparison: Comparison) -> Figure:
 
 
 def save_png(plot: Plot, shown: Any, path: Path | BinaryIO) -> None:
-    """Draw `plot` of what is shown into a PNG file, on white."""
+    """Draw `plot` of `shown` into a PNG file, on white."""
     with _drawing():
         plot(shown).savefig(path, format="png", dpi=150, facecolor="white")
 
 
 def svg(plot: Plot, shown: Any, name: str) -> str:
-    """Draw `plot` as an SVG element to stand within an HTML page; its ids begin with `name`."""
+    """Draw `plot` as an SVG element for an HTML page; its ids begin with `name`."""
     with _drawing(), io.StringIO() as file:
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         plot(shown).savefig(file, format="svg", transparent=True, metadata=no_metadata)
         text = file.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "var(--page)")
-    return re.sub(r'(\bid="|\burl\(#|href="#)', rf"\g<1>{name}-", text)  # ids are unique in a page
+    return re.sub(r'(\bid="|\burl\(#|href="#)', rf"\g<1>{name}-", text)  # ids must be unique in a page
 
 
 PLOTS: dict[str, Plot] = {"accuracy_by_subject": plot_scores, "gain_by_subject": plot_gains}
 
 
 def _lines(comparison: Comparison) -> tuple[Figure, Axes, list[Row]]:
-    """An empty plot with the rows' labels beside it, groups above and in bold, subjects by group."""
+    """An empty plot with the rows' labels: first groups, in bold, then subjects by group."""
     rows = comparison.of_kind(OVERALL, GROUP)
     groups = [row.label for row in comparison.of_kind(GROUP)]
     subjects = comparison.of_kind(SUBJECT)
@@ -121,7 +120,7 @@ def _lines(comparison: Comparison) -> tuple[Figure, Axes, list[Row]]:
 def _points(
     axes: Axes, x: list[float], y: list[float], errors: list, *, model: int, name: str, filled: list[bool] | None = None
 ) -> None:
-    """A model's points with error bars, all filled but for those that `filled` says not to."""
+    """A model's points with error bars; a point is hollow where `filled` is False."""
     colour = COLOURS[model % len(COLOURS)]
     axes.errorbar(x, y, xerr=errors, fmt="none", ecolor=colour, elinewidth=1.1)
     faces = [colour if full else PAPER for full in filled or [True] * len(x)]
@@ -130,7 +129,7 @@ def _points(
 
 
 def _offset(model: int, models: int) -> float:
-    """Where between two lines a model's points are, so that they do not cover each other."""
+    """How far a model's points are from their line, so that models do not cover each other."""
     return (model - (models - 1) / 2) * 0.7 / models
 
 
@@ -141,7 +140,7 @@ def _legend(axes: Axes) -> None:
 
 @contextmanager
 def _drawing() -> Iterator[None]:
-    """Names of strangers are no formulas and may be Chinese; an SVG's text stays text; equal plots have equal bytes."""
+    """Names are text, not formulas, and may be Chinese. An SVG keeps text as text. Equal plots have equal bytes."""
     installed = set(get_font_names())
     options: dict[Any, Any] = {
         "text.parse_math": False,
@@ -152,5 +151,5 @@ def _drawing() -> Iterator[None]:
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     }
     with matplotlib.rc_context(options), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a character no font here has is a box
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the missing character is drawn as a box
         yield

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.other_models import load_folder
+from model_preparation.evaluation.models import load_folder
 from model_preparation.llamba.cache_llamba import CACHE_NAME
 
 SEQUENCES_AT_ONCE = 64

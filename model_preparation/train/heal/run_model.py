@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.other_models import find_others, load_other
+from model_preparation.evaluation.models import find_others, load_other
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.train.heal.adapters import add_lora, is_adapter, load_adapter
 from model_preparation.train.heal.heal_data import Sequences, hold_out, load_sequences

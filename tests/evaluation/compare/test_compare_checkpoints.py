@@ -321,7 +321,7 @@ def test_an_evaluation_that_is_not_finished_names_the_command_that_goes_on(stock
     command = f"python test_checkpoint.py --checkpoint {begun} --full_eval"
     result = run_command("compare_checkpoints", begun, stock / "one", cwd=tmp_path)
     assert_refused(result, "mmlu-aa has no results_<date>.json yet", command, "flags it was begun with")
-    with pytest.raises(SurgeryError, match=f"Go on with it by {command}"):
+    with pytest.raises(SurgeryError, match=f"Continue it by {command}"):
         compare_evaluations([stock / "one", unfinished])
     with pytest.raises(SurgeryError, match=r"has not been evaluated\. Run python test_checkpoint\.py"):
         compare_evaluations([stock / "one", never])

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from model_preparation.evaluation.compare.compare import compare_evaluations
-from model_preparation.evaluation.compare.report_folder import write_report
+from model_preparation.evaluation.compare.report import write_report
 from tests.conftest import HANG_SECONDS
 from tests.evaluation.compare.stock import change_samples, evaluate, write_tasks
 

@@ -11,7 +11,7 @@ from model_preparation import build_checkpoint, extract_layers, load_checkpoint
 from model_preparation.checkpoint.checkpoint_info import read_info
 from model_preparation.checkpoint.layer_store import LayerStore
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.scored_model import find_model
+from model_preparation.evaluation.models import find_model
 from model_preparation.hub.sources import resolve, target_named
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from tests.conftest import assert_refused, run_command

@@ -1,9 +1,9 @@
-"""Which finished evaluation a user means by a folder.
+"""Find the finished evaluation that a user means by a folder.
 
-In: a checkpoint's folder (its `evaluations/<task>-<settings digest>/`), such an evaluation's folder, any output folder
-of `lm_eval --log_samples`, or one results file. Out: the results file and its samples files, in the layout of lm-eval's
-EvaluationTracker (lm_eval/loggers/evaluation_tracker.py): `results_<date>.json` and `samples_<task>_<date>.jsonl` side
-by side, perhaps in a subfolder named after the model. Of several dates the newest is taken that has all its files.
+A user gives a checkpoint's folder (with `evaluations/<task>-<settings digest>/`), such an evaluation's folder, any
+output folder of `lm_eval --log_samples`, or one results file. The files have the layout of lm-eval's EvaluationTracker
+(lm_eval/loggers/evaluation_tracker.py): `results_<date>.json` and `samples_<task>_<date>.jsonl` in one folder, which
+may be a subfolder with the model's name. The newest date that has all its files counts.
 """
 
 import itertools
@@ -17,17 +17,17 @@ from typing import Any
 
 from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, EVALUATIONS_ASIDE, INFO, read_info
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.results_folder import SETTINGS, read_sealed
-from model_preparation.evaluation.scored_model import find_model
+from model_preparation.evaluation.models import find_model
+from model_preparation.evaluation.results_folder import SETTINGS, read_checked_json
 from model_preparation.io.identity import differences
 from model_preparation.io.untrusted.untrusted_files import bounded, check_fields
 
 # `--output_path FILE.json` makes FILE_<date>.json of it.
 _RESULTS = re.compile(r"(?!samples_).*_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)\.json")
 _DEPTHS = ("*", "*/*", "*/*/*")  # a --results_dir, in it <task>-<digest>/, in it the model's name
-# What is read of a results file; older versions of lm-eval lack some. What is only shown may be anything.
+# The fields that are read from a results file; older versions of lm-eval lack some.
 _NAMED: dict[str, Any] = {name: {"*": dict} for name in ("results", "configs", "n-samples", "higher_is_better")}
-_NAMED |= {"group_subtasks": {"*": [str]}}  # all of them by the name of a task or group
+_NAMED |= {"group_subtasks": {"*": [str]}}  # tasks and groups give the names
 _FIELDS = {f"{name}?": kind for name, kind in _NAMED.items()} | {"config?": dict, "max_length?": (int, NoneType)}
 
 
@@ -36,12 +36,12 @@ class EvaluationFiles:
     """A finished evaluation.
 
     Attributes:
-        given: what the user gave, resolved.
-        name: of the evaluation's folder; in ours, task and digest of the settings.
+        given: the path that the user gave, resolved.
+        name: of the evaluation's folder; our names have the tasks and a digest of the settings.
         results_path: lm-eval's results file.
-        results: what is in it.
+        results: its contents.
         samples: {task: its samples file}.
-        checkpoint: the checkpoint's folder it lies in, or None.
+        checkpoint: the folder of the checkpoint that it is in, or None.
         passed_over: newer results files that lack samples files.
     """
 
@@ -55,16 +55,16 @@ class EvaluationFiles:
 
     @property
     def place(self) -> Path:
-        """The folder that people know the model by."""
+        """The folder that gives the model its name."""
         return self.checkpoint or self.given
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """{group: its groups and tasks}, without the tasks that older versions of lm-eval list as empty groups."""
+        """{group: its groups and tasks}. Older versions of lm-eval list tasks as empty groups; these are left out."""
         return {name: children for name, children in self.results["group_subtasks"].items() if children}
 
     def tasks_of(self, name: str) -> list[str]:
-        """The tasks in a group, its groups' included, each once; of a task, itself; of any other name, none."""
+        """The tasks in a group and in its groups, each once; for a task, itself; for any other name, none."""
         found, waiting, seen = [], [name], set()
         while waiting:
             name = waiting.pop(0)
@@ -78,18 +78,18 @@ class EvaluationFiles:
         return found
 
 
-def locate(folders: Sequence[str | Path], task: str | None = None) -> list[EvaluationFiles]:
-    """The evaluation that each of `folders` stands for.
+def find_evaluations(folders: Sequence[str | Path], task: str | None = None) -> list[EvaluationFiles]:
+    """Find one evaluation per folder.
 
     Args:
-        folders: as at the top of this file.
-        task: a task or group; only evaluations of it count. Or the name of an evaluation's folder.
+        folders: as the top of this file says.
+        task: a task or group, and only evaluations of it count; or the name of an evaluation's folder.
 
     Raises:
-        SurgeryError: where there is none, none that is finished, or several and `task` does not say which.
+        SurgeryError: if there is none, none is finished, or there are several and `task` does not say which.
     """
     found = [_candidates(Path(folder).expanduser(), task) for folder in folders]
-    # The names of our evaluations' folders are made of their settings: of several, the one that all have is meant.
+    # Our folders are named after their settings: if only one name is in all checkpoints, it is meant.
     shared = set.intersection(*({each.name for each in candidates} for candidates in found))
     if len(shared) == 1:
         found = [[each for each in candidates if each.name in shared] for candidates in found]
@@ -97,7 +97,7 @@ def locate(folders: Sequence[str | Path], task: str | None = None) -> list[Evalu
         if len(candidates) > 1:
             raise SurgeryError(
                 f"{folder} has {len(candidates)} evaluations: {_listed(candidates)}. "
-                "Say which by --task and its name, or give its folder in place of this one."
+                "Name one by --task, or give its folder instead of this one."
             )
     chosen = [candidates[0] for candidates in found]
     for evaluation in chosen:
@@ -106,12 +106,12 @@ def locate(folders: Sequence[str | Path], task: str | None = None) -> list[Evalu
 
 
 def _check_weights(evaluation: EvaluationFiles) -> None:
-    """Raise SurgeryError if an evaluation of ours is not of the weights that the checkpoint it lies in has now."""
+    """Raise SurgeryError if the checkpoint around an evaluation of ours has other weights now."""
     settings = evaluation.results_path.parents[1] / SETTINGS
     if evaluation.checkpoint is None or not settings.is_file():
         return
     checkpoint = evaluation.checkpoint
-    if odd := differences((read_sealed(settings) or {}).get("model", {}), find_model(checkpoint).inputs):
+    if odd := differences((read_checked_json(settings) or {}).get("model", {}), find_model(checkpoint).inputs):
         raise SurgeryError(
             f"{settings.parent} holds results of another model than {checkpoint} is now ({'; '.join(odd)}). "
             "Evaluate it again: "
@@ -120,7 +120,7 @@ def _check_weights(evaluation: EvaluationFiles) -> None:
 
 
 def _candidates(given: Path, task: str | None) -> list[EvaluationFiles]:
-    """The finished evaluations, one at least, in what a user gave; of `task`, if that is given."""
+    """The finished evaluations in a folder, at least one; only those of `task`, if it is given."""
     if given.is_file() and not _RESULTS.fullmatch(given.name):
         raise SurgeryError(f"{given} is no results file (results_<date>.json). Give the folder it is in.")
     if not given.exists():
@@ -129,7 +129,7 @@ def _candidates(given: Path, task: str | None) -> list[EvaluationFiles]:
     root = given / EVALUATIONS if (given / INFO).is_file() else given
     files = [given] if given.is_file() else [path for depth in _DEPTHS for path in root.glob(depth)]
     files = [path for path in files if path.is_file() and _RESULTS.fullmatch(path.name)]
-    if not given.is_file():  # what was put aside, being of weights the checkpoint had before, has to be named
+    if not given.is_file():  # results of earlier weights must be named
         files = [path for path in files if not any(EVALUATIONS_ASIDE in part for part in path.relative_to(root).parts)]
     if not files:
         raise _not_finished(given, root)
@@ -143,7 +143,7 @@ def _candidates(given: Path, task: str | None) -> list[EvaluationFiles]:
 
 
 def _newest_complete(given: Path, root: Path, folder: Path, files: list[Path]) -> EvaluationFiles:
-    """The evaluation in `folder`, where some of the results files `files` are."""
+    """The newest evaluation in `folder` that has all its files; `files` are all results files."""
     passed_over: list[Path] = []
     for path in sorted((path for path in files if path.parent == folder), key=_date, reverse=True):
         results = read_results(path)
@@ -157,22 +157,22 @@ def _newest_complete(given: Path, root: Path, folder: Path, files: list[Path]) -
     example = (missing or ["samples_<task>_<date>.jsonl"])[0]
     raise SurgeryError(
         f"{passed_over[-1]} lacks samples files beside it, such as {example}, "
-        "but questions are compared one by one. Run the evaluation again, lm_eval with --log_samples."
+        "but questions are compared one by one. Run the evaluation again; lm_eval needs --log_samples."
     )
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """lm-eval's results file.
+    """Read lm-eval's results file.
 
     Raises:
-        SurgeryError: if it is damaged, or no such file.
+        SurgeryError: if it is damaged, or another kind of file.
     """
     try:
         results = json.loads(path.read_bytes(), parse_int=bounded)
         if not isinstance(results, dict):
             raise ValueError("it holds no JSON object")
         check_fields(results, _FIELDS)
-        results = {name: {} for name in _NAMED} | results
+        results = {name: {} for name in (*_NAMED, "config")} | results
         names: Iterator[str] = itertools.chain(*(results[name] for name in _NAMED), *results["group_subtasks"].values())
         if wrong := [name for name in names if not _is_name(name)]:
             raise ValueError(f"{wrong[0]!r:.80} is no name of a task")
@@ -182,7 +182,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def _is_name(name: str) -> bool:
-    """Whether it can be a task's or group's: it becomes part of file names, and is printed."""
+    """Whether it can name a task or group: names become part of file names, and are printed."""
     return bool(name) and name.isprintable() and not set(name) & set("/\\")
 
 
@@ -196,16 +196,16 @@ def _not_finished(given: Path, root: Path) -> SurgeryError:
         which = ", ".join(begun) if checkpoint == given else given.name
         return SurgeryError(
             f"{given} has no finished evaluation: {which} has no results_<date>.json yet. "
-            f"Go on with it by {command} and the flags it was begun with."
+            f"Continue it by {command} and the flags it was begun with."
         )
     return SurgeryError(
-        f"{given} has no results_<date>.json, so no evaluation was finished in it. Go on by {command} and the flags it "
-        f"was begun with, or run lm_eval with --output_path {given} --log_samples."
+        f"{given} has no results_<date>.json, so no evaluation was finished in it. Continue it by {command} and the "
+        f"flags it was begun with, or run lm_eval with --output_path {given} --log_samples."
     )
 
 
 def _checkpoint_of(given: Path) -> Path | None:
-    """The checkpoint that `given` is, or in whose `evaluations` it lies."""
+    """The checkpoint that `given` is, or that has `given` in its `evaluations`."""
     if (given / INFO).is_file():
         return given
     above = next((parent for parent in given.parents if parent.name == EVALUATIONS), None)
@@ -213,7 +213,7 @@ def _checkpoint_of(given: Path) -> Path | None:
 
 
 def replaced_layers(evaluation: EvaluationFiles) -> list[int] | None:
-    """Of the checkpoint that was evaluated, as far as its folder tells; None for other models.
+    """The replaced layers of the checkpoint that was evaluated; None for other models.
 
     Raises:
         SurgeryError: if its checkpoint_info.json is damaged.
@@ -234,6 +234,5 @@ def _settings(evaluation: EvaluationFiles) -> str:
     below = {child for children in evaluation.groups.values() for child in children}
     tops = [name for name in [*evaluation.groups, *evaluation.samples] if name not in below]
     shots = sorted({str(evaluation.results["configs"][task].get("num_fewshot")) for task in evaluation.samples})
-    config = evaluation.results.get("config")
-    limit = config.get("limit") if isinstance(config, dict) else None
+    limit = evaluation.results["config"].get("limit")
     return ", ".join([*tops[:3], f"{'/'.join(shots) or '?'}-shot", *([f"limit {limit}"] if limit else [])])

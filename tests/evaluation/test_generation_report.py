@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from model_preparation.evaluation.generation import Generation
-from model_preparation.evaluation.side_by_side import Column, difference, print_side_by_side
+from model_preparation.evaluation.generation_report import Column, difference, print_side_by_side
 
 COLUMNS = [
     Column("checkpoint", [["[bold]one"], ["first\nsecond"]]),

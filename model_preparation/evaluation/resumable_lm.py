@@ -1,8 +1,7 @@
-"""A model between lm-eval and the real one, which keeps every task's answers on the disk as soon as it has them.
+"""A model for lm-eval that can be stopped: it keeps every task's answers on the disk as soon as it has them.
 
-In: lm-eval's requests. Out: their answers: from the records of an earlier run where they are of the same requests, else
-from the real model, which is loaded only if it is needed. A record appears whole or not at all, so a run may be killed
-anywhere: the next one answers what is missing.
+Answers come from an earlier run's records if these are of the same requests. Else the real model gives them; it is
+loaded only if it is needed.
 """
 
 import json
@@ -20,13 +19,14 @@ from lm_eval.api.model import LM
 from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.results_folder import ResultsFolder
+from model_preparation.io.new_folder import check_space
 
 
-class RecordedLM(LM):
-    """An lm-eval model whose answers are kept per task.
+class ResumableLM(LM):
+    """An lm-eval model that keeps its answers per task.
 
     Args:
-        load: makes the real model; it is given a function that is to be told how many requests were answered.
+        load: makes the real model. Its argument is a function to call with the number of requests just answered.
         results: where the records are; None keeps nothing.
 
     Attributes:
@@ -38,7 +38,15 @@ class RecordedLM(LM):
         self._load = load
         self._results = results
         self._lm: LM | None = None
-        self._progress = _question_progress()
+        self._progress = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}", markup=False),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeRemainingColumn(),
+            transient=True,
+            disable=not rich.get_console().is_terminal,  # a log gets a line per task instead
+        )
         self.asked: dict[str, int] = {}
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -51,7 +59,7 @@ class RecordedLM(LM):
         return self._answers("generate_until", requests)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else lm-eval asks of a model, the real one answers."""
+        """The real model answers whatever else lm-eval asks."""
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._real(), name)
@@ -73,28 +81,26 @@ class RecordedLM(LM):
         indices: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             indices.setdefault(str(request.task_name), []).append(index)
+        by_task = {task: [requests[index] for index in places] for task, places in indices.items()}
         if self._results is not None:
             # A sample's line holds its requests and a little more.
-            self._results.check_space(sum(_size_bytes(request) for request in requests))
+            arguments = [argument for request in requests for argument in request.args if isinstance(argument, str)]
+            check_space(self._results.folder, sum(len(argument.encode()) for argument in arguments))
         answers: list[Any] = [None] * len(requests)
         with self._progress:
             bar = self._progress.add_task("", total=len(requests))
-            kept = {
-                task: self._kept(kind, task, [requests[place] for place in places]) for task, places in indices.items()
-            }
-            count = sum(found is not None for found in kept.values())
-            if count:
-                self._progress.console.print(f"{count} of {len(indices)} tasks were answered before", highlight=False)
-            for number, (task, places) in enumerate(indices.items(), start=1):
-                self._progress.update(bar, description=f"{number}/{len(indices)} {task}")
-                asked = [requests[place] for place in places]
+            kept = {task: self._kept(kind, task, asked) for task, asked in by_task.items()}
+            if count := sum(found is not None for found in kept.values()):
+                self._progress.console.print(f"{count} of {len(kept)} tasks were answered before", highlight=False)
+            for number, (task, asked) in enumerate(by_task.items(), start=1):
+                self._progress.update(bar, description=f"{number}/{len(by_task)} {task}")
                 found = kept[task]
                 if found is None:
                     found = self._ask(kind, task, asked)
                     interrupts.check()
                 else:
                     self._progress.advance(bar, len(asked))
-                for place, answer in zip(places, found, strict=True):
+                for place, answer in zip(indices[task], found, strict=True):
                     answers[place] = answer
             self._progress.remove_task(bar)
         return answers
@@ -108,33 +114,17 @@ class RecordedLM(LM):
     def _ask(self, kind: str, task: str, requests: list[Instance]) -> list[Any]:
         started = time.monotonic()
         answers = getattr(self._real(), kind)(requests, disable_tqdm=True)
-        _check_finite(kind, task, requests, answers)
+        if kind != "generate_until":
+            _check_finite(task, requests, answers)
         self.asked[task] = self.asked.get(task, 0) + len(requests)
         seconds = time.monotonic() - started
         if self._results is not None:
             record = {"task": task, "requests": _digest(requests), "seconds": round(seconds, 3), "answers": answers}
             self._results.keep_record(f"{kind}.{task}", record)
         if not self._progress.console.is_terminal:  # a log shows no bar
-            self._progress.console.print(
-                f"{task}: {len(requests)} requests, {seconds:.1f} s", highlight=False, markup=False
-            )
+            line = f"{task}: {len(requests)} requests, {seconds:.1f} s"
+            self._progress.console.print(line, highlight=False, markup=False)
         return answers
-
-
-def _question_progress() -> rich.progress.Progress:
-    return rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}", markup=False),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(),
-        transient=True,
-        disable=not rich.get_console().is_terminal,  # a log gets a line per task instead
-    )
-
-
-def _size_bytes(request: Instance) -> int:
-    return sum(len(argument.encode()) for argument in request.args if isinstance(argument, str))
 
 
 def _digest(requests: Sequence[Instance]) -> str:
@@ -142,12 +132,10 @@ def _digest(requests: Sequence[Instance]) -> str:
     return blake3(json.dumps([request.args for request in requests], default=str).encode()).hexdigest()
 
 
-def _check_finite(kind: str, task: str, requests: Sequence[Instance], answers: Sequence[Any]) -> None:
-    """NaN compares as an answer like any other, so a broken model would get the score of guessing."""
-    if kind == "generate_until":
-        return
+def _check_finite(task: str, requests: Sequence[Instance], answers: Sequence[Any]) -> None:
+    """Refuse NaN: it would count as an answer, and a broken model would get the score of guessing."""
     for request, answer in zip(requests, answers, strict=True):
-        if not math.isfinite(answer if kind == "loglikelihood_rolling" else answer[0]):
+        if not math.isfinite(answer[0] if isinstance(answer, tuple | list) else answer):
             raise SurgeryError(
                 f"The model's logits for question {request.doc_id} of {task} are not finite, so it has no score. "
                 "Try --dtype float32; if that fails too, build the checkpoint again."

@@ -1,31 +1,29 @@
-"""What must be known of several evaluations before their scores are put beside each other.
-
-In: the evaluations and their common questions. Out: notes in plain words on every setting that differs, and the
-settings of each for a report.
-"""
+"""What a reader must know before comparing scores: settings that differ, and questions that are left out."""
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-from model_preparation.evaluation.compare.locate import EvaluationFiles
-from model_preparation.evaluation.compare.matching import CommonQuestions
+from model_preparation.evaluation.compare.answers import CommonQuestions
+from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles
+from model_preparation.evaluation.questions import some
 from model_preparation.terminal import escaped
 
-# What is shown of each evaluation, and compared; {words: of its results file, and the tasks}.
+# The settings that are shown and compared: {words: value of the results file and the tasks}.
 SETTINGS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
     "number of examples before each question": lambda results, tasks: _per_task(results.get("n-shot"), tasks),
-    "limit of questions per task": lambda results, _: _config(results).get("limit"),
+    "limit of questions per task": lambda results, _: results["config"].get("limit"),
     "chat template": lambda results, _: _short(results.get("chat_template_sha")),
     "system instruction": lambda results, _: _short(results.get("system_instruction_sha")),
-    "dtype": lambda results, _: str(_config(results).get("model_dtype")).removeprefix("torch."),
+    "dtype": lambda results, _: str(results["config"].get("model_dtype")).removeprefix("torch."),
     "longest prompt, in tokens": lambda results, _: _limit(results.get("max_length")),
-    "settings of the generation": lambda results, _: _config(results).get("gen_kwargs"),
-    "seed of the examples": lambda results, _: _config(results).get("fewshot_seed"),
+    "settings of the generation": lambda results, _: results["config"].get("gen_kwargs"),
+    "seed of the examples": lambda results, _: results["config"].get("fewshot_seed"),
     "version of the tasks": lambda results, tasks: _per_task(results.get("versions"), tasks),
     "version of lm-eval": lambda results, _: results.get("lm_eval_version"),
     "version of transformers": lambda results, _: results.get("transformers_version"),
 }
-_NO_LIMIT = 1_000_000_000  # tokens, by the config of a Llamba without grafts
+_NO_LIMIT = 1_000_000_000  # tokens; the config of a Llamba without grafts says so
 _SHOWN_CHARACTERS = 120
 _HARMLESS = ("version of transformers",)
 
@@ -35,12 +33,12 @@ def _limit(tokens: int | None) -> int | str | None:
 
 
 def settings_of(evaluation: EvaluationFiles, tasks: Sequence[str]) -> dict[str, str]:
-    """{words: value} of an evaluation, as far as its results file tells."""
+    """The settings in an evaluation's results file, {words: value}."""
     return {words: _shown(read(evaluation.results, tasks)) for words, read in SETTINGS.items()}
 
 
 def differing_settings(names: Sequence[str], settings: Sequence[Mapping[str, str]]) -> list[str]:
-    """A sentence for each setting that is not the same for all models called `names`."""
+    """A sentence for each setting that differs between the models called `names`."""
     notes = []
     for words in SETTINGS:
         values = [each[words] for each in settings]
@@ -53,10 +51,10 @@ def differing_settings(names: Sequence[str], settings: Sequence[Mapping[str, str
 def question_notes(
     names: Sequence[str], evaluations: Sequence[EvaluationFiles], common: Sequence[CommonQuestions]
 ) -> list[str]:
-    """Sentences on which questions were compared, and whether they were asked in the same words."""
+    """Sentences on questions that are left out, and on prompts and answers that differ."""
     notes = []
-    questions = sum(each.indices.shape[1] for each in common)
-    every = [sum(len(each.answers[model]) for each in common) for model in range(len(names))]
+    questions = sum(len(each.rows) for each in common)
+    every = [sum(len(each.answers[model].questions) for each in common) for model in range(len(names))]
     if set(every) != {questions}:
         listed = ", ".join(f"{count:,} of {name}" for name, count in zip(names, every, strict=True))
         notes.append(f"Only the {questions:,} questions that all were asked are compared: {listed} in these tasks.")
@@ -64,7 +62,7 @@ def question_notes(
         notes.append(
             f"In {some(by_prompt)} the data sets' rows differ, so questions were matched by their prompts and targets."
         )
-    for field, words in (("prompt_hashes", "prompts"), ("target_hashes", "right answers")):
+    for field, words in (("prompt_hash", "prompts"), ("target_hash", "right answers")):
         if differing := sum(each.differing(field) for each in common):
             notes.append(f"The {words} differ in {differing:,} of the {questions:,} common questions.")
     if filters := [each.task for each in common if len({answers.filter for answers in each.answers}) > 1]:
@@ -79,38 +77,25 @@ def question_notes(
 
 
 def score_notes(
-    metric: str,
-    names: Sequence[str],
-    evaluations: Sequence[EvaluationFiles],
-    common: Sequence[CommonQuestions],
+    metric: str, names: Sequence[str], evaluations: Sequence[EvaluationFiles], common: Sequence[CommonQuestions]
 ) -> list[str]:
-    """Sentences on scores of lm-eval's own that are no means over questions, such as groups weighted by task."""
+    """Sentences on scores of lm-eval that are no means over questions, such as groups weighted by task."""
     notes = []
-    means = {each.task: [(sum(answers.values), len(answers)) for answers in each.answers] for each in common}
     for model, (name, evaluation) in enumerate(zip(names, evaluations, strict=True)):
-        filters = {each.task: each.answers[model].filter for each in common}
-        for row in [*evaluation.groups, *means]:
+        answers = {each.task: each.answers[model] for each in common}
+        for row in [*evaluation.groups, *answers]:
             tasks = evaluation.tasks_of(row)
-            if not tasks or not all(task in means for task in tasks):
+            if not tasks or not all(task in answers for task in tasks):
                 continue
-            value = evaluation.results["results"].get(row, {}).get(f"{metric.partition(',')[0]},{filters[tasks[0]]}")
-            mean = sum(means[task][model][0] for task in tasks) / sum(means[task][model][1] for task in tasks)
+            key = f"{metric.partition(',')[0]},{answers[tasks[0]].filter}"
+            value = evaluation.results["results"].get(row, {}).get(key)
+            mean = fmean(question.value for task in tasks for question in answers[task].questions)
             if isinstance(value, int | float) and abs(value - mean) > 1e-6 * max(1, abs(mean)):
                 notes.append(
-                    f"{name}: lm-eval's own score of {row} is {value:.4f}, which is not the mean over its questions, "
-                    f"{mean:.4f}; here every question counts the same."
+                    f"{name}: lm-eval's own score of {row} is {value:.4f}, but the mean over its questions is "
+                    f"{mean:.4f}. Here every question counts the same."
                 )
     return notes
-
-
-def some(names: Sequence[str], at_most: int = 5) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
-
-
-def _config(results: dict[str, Any]) -> dict[str, Any]:
-    config = results.get("config")
-    return config if isinstance(config, dict) else {}
 
 
 def _per_task(values: Any, tasks: Sequence[str]) -> str | None:

@@ -1,0 +1,213 @@
+"""The answers in lm-eval's samples files, and the questions that several models have in common.
+
+Questions are matched by their content (lm-eval's doc_hash), not by their number: limits and orders may differ. A
+question that a task has twice (MMLU does) is matched by its first and its second occurrence. The texts stay on the
+disk; `read_sample` reads those that a report shows.
+"""
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles
+from model_preparation.io.progress import bar
+
+_HASHES = ("doc_hash", "prompt_hash", "target_hash")
+_AGAIN = "Run the evaluation again, or copy the file again."
+
+
+class Answer(NamedTuple):
+    """A model's answer to one question.
+
+    Attributes:
+        doc_hash, prompt_hash, target_hash: SHA-256 of question, prompt and target, hexadecimal.
+        value: the metric.
+        right_probability: of the right option of a multiple-choice question; NaN for other questions.
+        offset: where its line begins in the samples file, in bytes.
+    """
+
+    doc_hash: str
+    prompt_hash: str
+    target_hash: str
+    value: float
+    right_probability: float
+    offset: int
+
+
+@dataclass
+class Answers:
+    """A model's answers to a task, in the samples file's order.
+
+    Attributes:
+        path: the samples file.
+        filter: lm-eval's name of the processing of responses before they were scored ("none" for most tasks).
+        questions: the answers.
+        lines: the number of the file's lines with this filter; some may lack the metric, and so are not in `questions`.
+    """
+
+    path: Path
+    filter: str
+    questions: list[Answer] = field(default_factory=list)
+    lines: int = 0
+
+    def read_sample(self, answer: Answer) -> dict[str, Any]:
+        """Everything that lm-eval wrote about a question."""
+        with self.path.open("rb") as file:
+            file.seek(answer.offset)
+            return json.loads(file.readline())
+
+
+def read_answers(
+    evaluation: EvaluationFiles, tasks: list[str], metric: str
+) -> tuple[dict[str, Answers], dict[str, list[str]]]:
+    """Read the answers to each of `tasks`, with a progress bar.
+
+    Args:
+        evaluation: the files.
+        tasks: names of tasks in it.
+        metric: a field of the samples that is a number, such as acc. If a file has several filters, the first one that
+            has the metric counts; "exact_match,strict-match" names another.
+
+    Returns:
+        {task: answers}, and {task: the metrics it has} for tasks without the one asked for.
+
+    Raises:
+        SurgeryError: if a file is damaged, with file and line; or if a samples file and the results file have different
+            numbers of questions.
+    """
+    answers, without = {}, {}
+    size_bytes = sum(evaluation.samples[task].stat().st_size for task in tasks)
+    with bar(f"Reading {evaluation.given.name}", size_bytes, in_bytes=True) as advance:
+        for task in tasks:
+            read = _read_task(evaluation.samples[task], metric)
+            if isinstance(read, Answers):
+                # A file that was cut off between two lines, or written twice, looks whole.
+                expected = evaluation.results["n-samples"].get(task, {}).get("effective")
+                if expected not in (None, read.lines):
+                    raise SurgeryError(
+                        f"{read.path} has {read.lines} questions, but {evaluation.results_path.name} speaks of "
+                        f"{expected}. {_AGAIN}"
+                    )
+                answers[task] = read
+            else:
+                without[task] = read
+            advance(evaluation.samples[task].stat().st_size)
+    return answers, without
+
+
+def _read_task(path: Path, metric: str) -> Answers | list[str]:
+    """The file's answers; or the metrics that it has, if this one is not among them."""
+    metric, _, filter_name = metric.partition(",")
+    found: dict[str, Answers] = {}  # of each filter
+    has: dict[str, None] = {}
+    for number, offset, sample in _lines(path):
+        its_filter = str(sample.get("filter", "none"))
+        answers = found.setdefault(its_filter, Answers(path, its_filter))
+        answers.lines += 1
+        named = sample.get("metrics", [metric])
+        has |= {f"{name},{its_filter}".removesuffix(",none"): None for name in named}
+        if metric in sample and metric in named and its_filter == (filter_name or its_filter):
+            answers.questions.append(_answer(sample, metric, offset, where=f"{path}, line {number}"))
+    if not found:
+        raise SurgeryError(f"{path} is empty. {_AGAIN}")
+    return next((answers for answers in found.values() if answers.questions), list(has))
+
+
+def _answer(sample: dict[str, Any], metric: str, offset: int, *, where: str) -> Answer:
+    for name in _HASHES:
+        if not isinstance(sample.get(name), str):
+            raise SurgeryError(f"{where}, has no {name}, by which questions are matched. Evaluate with lm_eval 0.4.4+.")
+    value = sample[metric]
+    if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        raise SurgeryError(
+            f"{where}, has {value!r:.40} for {metric}, but only finite numbers can be compared. "
+            "Name another metric by --metric, or run the evaluation again."
+        )
+    hashes = {name: sample[name] for name in _HASHES}
+    return Answer(**hashes, value=float(value), right_probability=_right_probability(sample), offset=offset)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Number (from 1), offset in bytes, and content of each line."""
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                sample = json.loads(line)
+                if not isinstance(sample, dict) or not isinstance(sample.get("metrics", []), list):
+                    raise ValueError("it is no sample of lm-eval")
+            except (ValueError, RecursionError) as error:
+                cut = "cut off" if not line.endswith(b"\n") else "damaged"
+                raise SurgeryError(f"{path}, line {number}, is {cut}: {error}. {_AGAIN}") from error
+            yield number, offset, sample
+            offset += len(line)
+
+
+def _right_probability(sample: dict[str, Any]) -> float:
+    """Softmax of the options' log-likelihoods, at the right option; NaN without options."""
+    try:
+        scores = np.array([float(pair[0]) for pair in sample["filtered_resps"]])
+        weights = np.exp(scores - scores.max())
+        return float(weights[int(sample["target"])] / weights.sum()) if len(scores) > 1 else math.nan
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+# --- The questions in common ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CommonQuestions:
+    """The n questions of a task that all m models answered.
+
+    Attributes:
+        task: its name.
+        answers: each model's, to all its questions.
+        rows: per common question, in the first model's order, the m answers.
+        by_prompt: whether they were matched by prompt and target, because no content matched.
+    """
+
+    task: str
+    answers: tuple[Answers, ...]
+    rows: list[tuple[Answer, ...]]
+    by_prompt: bool
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        """`value` or `right_probability` (`name`) of all answers, (m, n)."""
+        return np.array([[getattr(row[model], name) for row in self.rows] for model in range(len(self.answers))])
+
+    def differing(self, name: str) -> int:
+        """How many common questions differ between the models in `name`: `prompt_hash` or `target_hash`."""
+        return sum(len({getattr(answer, name) for answer in row}) > 1 for row in self.rows)
+
+
+def match(task: str, answers: Sequence[Answers]) -> CommonQuestions:
+    """The common questions of a task; there may be none."""
+    rows = _common(answers, ("doc_hash",))
+    by_prompt = not rows
+    if by_prompt:
+        # Copies of a data set with one column more or less have other hashes, but the same prompts.
+        rows = _common(answers, ("prompt_hash", "target_hash"))
+    return CommonQuestions(task, tuple(answers), rows, by_prompt)
+
+
+def _common(answers: Sequence[Answers], names: Sequence[str]) -> list[tuple[Answer, ...]]:
+    """The questions that all models have by these hashes, each as often as all have it."""
+    found: list[dict[tuple, Answer]] = []
+    for each in answers:
+        seen: Counter = Counter()
+        found.append({})
+        for answer in each.questions:
+            key = tuple(getattr(answer, name) for name in names)
+            found[-1][(*key, seen[key])] = answer
+            seen[key] += 1
+    return [tuple(each[key] for each in found) for key in found[0] if all(key in each for each in found)]

@@ -1,0 +1,279 @@
+"""A comparison for people: sentences, tables in the terminal, and a folder with an HTML page and plots.
+
+The page needs nothing else: jinja2 escapes text from files, and the page's own policy forbids every request, and every
+script but its own.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.compare import plots
+from model_preparation.evaluation.compare.compare import (
+    BETTER,
+    GROUP,
+    OVERALL,
+    SUBJECT,
+    UNCLEAR,
+    Comparison,
+    Difference,
+    Model,
+    Row,
+)
+from model_preparation.evaluation.compare.examples import differing_questions
+from model_preparation.evaluation.compare.notes import SETTINGS
+from model_preparation.evaluation.compare.paired import SIGNIFICANCE
+from model_preparation.io.new_folder import check_target, new_folder
+from model_preparation.terminal import escaped
+
+PAGE, NUMBERS = "comparison.html", "comparison.json"
+_OURS = {PAGE, NUMBERS, *(f"{name}.png" for name in plots.PLOTS)}
+_STYLES = {"better": "green", "worse": "red", "unclear": ""}
+_SMALLEST_P = 0.001  # smaller ones read "< 0.001"
+
+
+# --- The folder -------------------------------------------------------------------------------------------------------
+
+
+def check_report_folder(target: Path, *, overwrite: bool) -> None:
+    """Raise SurgeryError if `target` cannot be written, has a report (without `overwrite`) or anything else."""
+    check_target(target, overwrite=overwrite, marker_file=PAGE)
+    if overwrite and target.is_dir() and (others := sorted({path.name for path in target.iterdir()} - _OURS)):
+        raise SurgeryError(
+            f"{target} holds files that are not of a report ({others[0]}), and --overwrite replaces the whole folder. "
+            "Choose another folder."
+        )
+
+
+def write_report(comparison: Comparison, target: Path, *, questions: int, as_json: bool, overwrite: bool) -> None:
+    """Write comparison.html and the plots as PNG, whole or not at all.
+
+    Args:
+        comparison: the numbers.
+        target: the folder.
+        questions: how many questions to show that each model scores higher than the baseline, and how many lower.
+        as_json: whether to write comparison.json too.
+        overwrite: whether to replace a report that is there.
+
+    Raises:
+        SurgeryError: as `check_report_folder`.
+        OSError: from the file system.
+    """
+    check_report_folder(target, overwrite=overwrite)
+    names = [model.name for model in comparison.models]
+    with new_folder(target, overwrite=overwrite, marker_file=PAGE) as folder:
+        page = _html_page(comparison, title=f"{', '.join(names[1:])} against {names[0]}", questions=questions)
+        (folder / PAGE).write_text(page, encoding="utf-8")
+        for name, plot in plots.PLOTS.items():
+            plots.save_png(plot, comparison, folder / f"{name}.png")
+        if as_json:
+            text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+            (folder / NUMBERS).write_text(text + "\n", encoding="utf-8")
+
+
+def render_page(template: str, **values: Any) -> str:
+    """An HTML page from a jinja2 template, with the style sheet and the script of our reports.
+
+    The template may use the functions `number`, `score`, `p_value` and `verdict_class`.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.globals |= {"number": number, "score": score, "p_value": p_value, "verdict_class": verdict_class}
+    script, style = (_file(f"report.{suffix}") for suffix in ("js", "css"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.from_string(template).render(
+        **values, script=Markup(script), style=Markup(style), script_digest=digest
+    )
+
+
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _html_page(comparison: Comparison, *, title: str, questions: int) -> str:
+    overall = comparison.of_kind(OVERALL)[0]
+    tables = [("Groups", "groups", (OVERALL, GROUP)), ("Subjects", "subjects", (SUBJECT,))]
+    return render_page(
+        _file("report.html"),
+        title=title,
+        comparison=comparison,
+        tables=[
+            {"heading": heading, "id": name, "rows": rows}
+            for heading, name, kinds in tables
+            if (rows := comparison.of_kind(*kinds))
+        ],
+        verdicts=[
+            {"class": verdict_class(difference), "text": verdict_sentence(comparison, overall, model)}
+            for model, difference in enumerate(overall.differences, start=1)
+        ],
+        tests=_tests_sentences(comparison),
+        plots=[Markup(plots.svg(plot, comparison, name)) for name, plot in plots.PLOTS.items()],
+        model_lines=[_model_line(model) for model in comparison.models],
+        examples=_examples(comparison, questions),
+        settings=list(SETTINGS),
+    )
+
+
+def _examples(comparison: Comparison, count: int) -> list[dict[str, Any]]:
+    """For each model but the baseline and each direction, a heading and its questions."""
+    labels = {row.name: row.label for row in comparison.rows}
+    names = [model.name for model in comparison.models]
+    found = []
+    for model in range(1, len(names)):
+        higher, lower = differing_questions(comparison, model, count)
+        what = ("answers right and {} wrong" if comparison.binary else "scores higher than {}").format
+        for better, other, examples in ((names[model], names[0], higher), (names[0], names[model], lower)):
+            if examples:
+                heading = f"{better} {what(other)}"
+                found.append({"heading": heading, "model": names[model], "questions": examples, "labels": labels})
+    return found
+
+
+# --- The terminal -----------------------------------------------------------------------------------------------------
+
+
+def comparison_tables(comparison: Comparison, *, subjects: bool) -> RenderableType:
+    """Notes on differing settings, the tables (that of the subjects on request), and the verdicts."""
+    overall = comparison.of_kind(OVERALL)
+    parts: list[RenderableType] = [Text(escaped(f"note: {note}")) for note in comparison.notes]
+    parts += [Text(escaped(f"{_letter(model)}  {_model_line(each)}")) for model, each in enumerate(comparison.models)]
+    parts.append(_table(comparison, [*overall, *comparison.of_kind(GROUP)], "group"))
+    if subjects and comparison.of_kind(SUBJECT):
+        parts.append(_table(comparison, comparison.of_kind(SUBJECT), "subject"))
+    parts += [Text(sentence) for sentence in _tests_sentences(comparison)]
+    parts += [
+        Text(escaped(verdict_sentence(comparison, overall[0], model)), "bold")
+        for model in range(1, len(comparison.models))
+    ]
+    return Group(*parts)
+
+
+def _table(comparison: Comparison, rows: Sequence[Row], title: str) -> Table:
+    """A row per group or subject, with a line per model in it: any number of models fits into 80 columns."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(title, overflow="fold")
+    table.add_column("questions", justify="right")
+    table.add_column("")
+    table.add_column(Text(f"{comparison.metric} ± stderr"), justify="right", no_wrap=True)
+    table.add_column("difference, 95%", justify="right", no_wrap=True)
+    table.add_column("adjusted p" if comparison.binary else "", justify="right", no_wrap=True)
+    for row in rows:
+        differences = [_difference_cells(difference) for difference in row.differences]
+        columns = (
+            [Text(_letter(model)) for model in range(len(row.scores))],
+            [Text(score(each.mean, each.stderr)) for each in row.scores],
+            [Text(), *(change for change, _ in differences)],
+            [Text(), *(adjusted for _, adjusted in differences)],
+        )
+        table.add_row(Text(row.label), f"{row.questions:,}", *(Text("\n").join(lines) for lines in columns))
+    return table
+
+
+def _difference_cells(difference: Difference) -> tuple[Text, Text]:
+    change = number(difference.difference, sign=True)
+    if difference.interval is not None:
+        change += " [{}, {}]".format(*(number(end, sign=True) for end in difference.interval))
+    style = _STYLES[verdict_class(difference)]
+    return Text(change, style), Text(p_value(difference.p_adjusted), style)
+
+
+def _letter(model: int) -> str:
+    """A for the baseline, then B, C, ...; after Z, numbers."""
+    return chr(ord("A") + model) if model < 26 else str(model + 1)
+
+
+# --- Words ------------------------------------------------------------------------------------------------------------
+
+
+def verdict_sentence(comparison: Comparison, row: Row, model: int) -> str:
+    """How model number `model` (from 1) compares with the baseline on a row's questions.
+
+    For example: "graft against base: 0.570 against 0.554 on 2,850 common questions: difference +0.016, 95% interval
+    [-0.006, +0.038], p = 0.17: not distinguishable".
+    """
+    difference = row.differences[model - 1]
+    new, old = row.scores[model].mean, row.scores[0].mean
+    names = [each.name for each in comparison.models]
+    interval = "no interval (a single question in a subject)"
+    if difference.interval is not None:
+        interval = "95% interval [{}, {}]".format(*(number(end, sign=True) for end in difference.interval))
+    return (
+        f"{names[model]} against {names[0]}: {number(new)} against {number(old)} on {row.questions:,} common "
+        f"question{'s' * (row.questions != 1)}: difference {number(difference.difference, sign=True)}, "
+        f"{interval}{_p_clause(difference)}: {difference.verdict}"
+    )
+
+
+def _p_clause(difference: Difference) -> str:
+    if difference.p_value is None:
+        return ""
+    equals = "" if difference.p_value < _SMALLEST_P else "= "
+    clause = f", p {equals}{p_value(difference.p_value)}"
+    if difference.tests > 1:
+        clause += f" ({p_value(difference.p_adjusted)} adjusted for {difference.tests} tests)"
+    return clause
+
+
+def _model_line(model: Model) -> str:
+    """Its name, with the replaced layers where they are known."""
+    if model.layers is None:
+        return model.name
+    return f"{model.name} (layers {' '.join(map(str, model.layers)) or 'none'} replaced)"
+
+
+def _tests_sentences(comparison: Comparison) -> list[str]:
+    """What many tests at once mean, per kind of rows with more than one test."""
+    sentences = []
+    for kind, what in ((OVERALL, "models"), (GROUP, "groups"), (SUBJECT, "subjects")):
+        differences = [difference for row in comparison.of_kind(kind) for difference in row.differences]
+        tests = len(differences)
+        if tests < 2:
+            continue
+        chance = f"{tests} differences ({what}) are tested at once"
+        if tests * SIGNIFICANCE >= 1:
+            chance = f"{tests} differences ({what}) are tested: about {tests * SIGNIFICANCE:.0f} would look real by "
+            chance += "chance alone"
+        real = sum(difference.verdict != UNCLEAR for difference in differences)
+        if comparison.binary:
+            chance += ", so each p-value is adjusted for all of them (Holm). "
+            sentences.append(f"{chance}After that {real} can be told from chance.")
+        else:
+            sentences.append(f"{chance}, and their intervals are not adjusted for that. {real} of them exclude 0.")
+    return sentences
+
+
+def number(value: float | None, *, sign: bool = False) -> str:
+    """Three decimals; fewer for large numbers."""
+    if value is None:
+        return "–"
+    decimals = 3 if abs(value) < 100 else 1
+    rounded = round(value, decimals) or 0.0  # never -0.000
+    return f"{rounded:+.{decimals}f}" if sign and rounded else f"{rounded:.{decimals}f}"
+
+
+def score(mean: float, stderr: float | None) -> str:
+    return number(mean) + ("" if stderr is None else f" ± {number(stderr)}")
+
+
+def p_value(value: float | None) -> str:
+    """As papers print it: 0.17, 0.032, < 0.001."""
+    if value is None:
+        return "–"
+    if value < _SMALLEST_P:
+        return f"< {_SMALLEST_P}"
+    return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+def verdict_class(difference: Difference) -> str:
+    """One word for style sheets and colours."""
+    return {UNCLEAR: "unclear", BETTER: "better"}.get(difference.verdict, "worse")

@@ -1,0 +1,278 @@
+"""The models that are tested, scored and compared: checkpoints, their bases and donors, any model in a folder.
+
+They are found before anything is loaded. No code that lies in a folder is run.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, INFO, MODULE, STATE_DICT, TOKENIZER, read_info
+from model_preparation.checkpoint.checkpoint_loading import load_checkpoint, spread
+from model_preparation.checkpoint.llama_files import HEAD, text_part, without_head
+from model_preparation.checkpoint.model_configs import read_generation_config
+from model_preparation.checkpoint.model_digests import digest_of_checkpoint
+from model_preparation.checkpoint.recipe import target_of
+from model_preparation.errors import SurgeryError
+from model_preparation.hub.sources import has_tokenizer, is_replaced, resolve, tokenizer_files, tokenizer_name
+from model_preparation.io.identity import digest_of, digests_of_files
+from model_preparation.io.names import name_of
+from model_preparation.io.untrusted.no_model import snapshot_in, what_it_is
+from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.io.untrusted.untrusted_config import generation_config_from
+from model_preparation.io.untrusted.untrusted_files import read_json
+
+# What --compare_with calls the two models of a checkpoint, and where checkpoint_info.json names them.
+RECORDED = {"donor": "replacement_source", "base": "base_model"}
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+@dataclass(frozen=True)
+class OtherModel:
+    """A model to compare a checkpoint with; `name` is what the user called it."""
+
+    name: str
+    folder: Path
+    is_checkpoint: bool
+
+
+def find_others(
+    names: Sequence[str], checkpoint: str | Path, *, sources: Mapping[str, str] | None = None
+) -> list[OtherModel]:
+    """Find the models to compare a checkpoint with. Download what is not here.
+
+    Args:
+        names: "donor" and "base" of the checkpoint; a checkpoint's folder; anything that `resolve` takes.
+        checkpoint: the checkpoint's folder.
+        sources: targets by name, as `resolve(overrides=...)` takes them. They count for donor and base too, if the
+            checkpoint records them by such a name.
+
+    Raises:
+        SurgeryError: if a folder is missing or not complete, or a model cannot be downloaded.
+    """
+    return [_find_other(name, Path(checkpoint).expanduser(), sources or {}) for name in names]
+
+
+def _find_other(name: str, checkpoint: Path, sources: Mapping[str, str]) -> OtherModel:
+    if name not in RECORDED:
+        folder = Path(name).expanduser()
+        if (folder / INFO).is_file():
+            read_info(folder)
+            return OtherModel(name, folder, is_checkpoint=True)
+        return OtherModel(name, resolve(name, overrides=sources).folder, is_checkpoint=False)
+    recorded = read_info(checkpoint).get(RECORDED[name])
+    try:
+        if not isinstance(recorded, dict):
+            raise TypeError(f"{RECORDED[name]} is {recorded!r}")
+        if recorded.get("legacy"):
+            raise SurgeryError(
+                f"The {name} of {checkpoint} was imported from old layer files, which are no model. "
+                "Give the folder of the model that they come from by --compare_with."
+            )
+        replaced = is_replaced(recorded["name"], sources)
+        target = recorded["name"] if replaced else target_of(recorded, "--compare_with DIR")
+    except (KeyError, TypeError) as error:
+        raise SurgeryError(
+            f"{checkpoint / INFO} does not say what its {name} is ({error!r}). Give that model's folder instead."
+        ) from error
+    return OtherModel(name, resolve(target, overrides=sources).folder, is_checkpoint=False)
+
+
+def load_other(
+    other: OtherModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    parallelize: bool = False,
+) -> Loaded:
+    """Load a model and its tokenizer. The model is in eval mode, without its own decoding settings.
+
+    Args:
+        other: the model.
+        tokenizer: the checkpoint's, for a model that is published without one, such as Llamba.
+        device, dtype, parallelize: as in `load_checkpoint`.
+
+    Raises:
+        SurgeryError: if it cannot be loaded, lacks weights, or has a smaller vocabulary than `tokenizer`.
+    """
+    if other.is_checkpoint:
+        return load_checkpoint(other.folder, device=device, dtype=dtype, parallelize=parallelize)
+    own = has_tokenizer(other.folder)
+    if own:
+        tokenizer = load_tokenizer(other.folder)
+    model = load_folder(other.folder, dtype)
+    if not own and model.config.vocab_size < len(tokenizer):
+        raise SurgeryError(
+            f"{other.folder} has no tokenizer. The checkpoint's has {len(tokenizer)} tokens, but the model only "
+            f"{model.config.vocab_size}. Copy the model's own tokenizer into the folder."
+        )
+    given = model.generation_config
+    eos = tokenizer.eos_token_id if given.eos_token_id is None else given.eos_token_id
+    pad = eos[0] if isinstance(eos, list) else eos
+    model.generation_config = GenerationConfig(bos_token_id=given.bos_token_id, eos_token_id=eos, pad_token_id=pad)
+    if parallelize:
+        return spread(model), tokenizer
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method's own signature
+    return model, tokenizer
+
+
+def load_folder(folder: Path, dtype: torch.dtype | str | None) -> PreTrainedModel:
+    """Load the model in a folder, in eval mode, on the CPU. Of a multimodal model, load the Llama in it.
+
+    Raises:
+        SurgeryError: if it cannot be loaded, or lacks weights.
+    """
+    loading: dict[str, Any]
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers' bar; in a log it is noise
+    try:
+        text = text_part(folder)
+        model_class = LlamaForCausalLM if text else AutoModelForCausalLM
+        model, loading = model_class.from_pretrained(
+            None if text else folder,
+            **text,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        if text and (fields := read_generation_config(folder)):
+            model.generation_config = generation_config_from(fields)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise SurgeryError(
+            what_it_is(folder) or f"No model can be loaded from {folder} ({reason}). Give another folder."
+        ) from error
+    if set(loading["missing_keys"]) == {HEAD}:
+        raise without_head(folder)
+    if loading["missing_keys"]:  # transformers would fill them with random numbers
+        missing = sorted(loading["missing_keys"])
+        raise SurgeryError(f"{folder} lacks {len(missing)} weights, {missing[0]} among them. Download the model again.")
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """A model that is tested or scored.
+
+    Attributes:
+        name: of the folder of its results.
+        config: the contents of its config file.
+        dtype: of the weights, as torch spells it.
+        weight_files: names of the files of its weights.
+        tokenizer: the folder of its tokenizer.
+        is_checkpoint: whether this package built it.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    dtype: str
+    weight_files: list[str]
+    tokenizer: Path
+    is_checkpoint: bool
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """Digests of everything that decides on its answers, from the files as they are now.
+
+        Raises:
+            OSError: if a file is missing or cannot be read.
+        """
+        if self.is_checkpoint:
+            inputs = {"weights": digest_of_checkpoint(self.folder)}
+            if (self.folder / MODULE).is_file():  # model.pt is not read here, but readers take the score for its score
+                inputs |= digests_of_files([self.folder / MODULE])
+        else:
+            inputs = {"weights": digest_of(digests_of_files(self.folder / name for name in self.weight_files))}
+        tokenizer = digest_of(digests_of_files(tokenizer_files(self.tokenizer)))
+        return {**inputs, "config": digest_of(self.config), "tokenizer": tokenizer}
+
+    def results_root(self, results_dir: str | Path | None) -> Path:
+        """The folder of all its evaluations: NAME in `results_dir`, by default `evaluations` in the checkpoint.
+
+        Raises:
+            SurgeryError: if `results_dir` is None and it is no checkpoint.
+        """
+        if results_dir is not None:
+            return Path(results_dir).expanduser() / self.name
+        if not self.is_checkpoint:
+            raise SurgeryError(
+                f"{self.folder} is a model and no checkpoint. Say where to keep its results by --results_dir."
+            )
+        return self.folder / EVALUATIONS
+
+    def load(self, device: str | torch.device, dtype: torch.dtype | None, parallelize: bool) -> Loaded:
+        """Load model and tokenizer; the arguments are those of `load_checkpoint`."""
+        if self.is_checkpoint:
+            return load_checkpoint(self.folder, device=device, dtype=dtype, parallelize=parallelize)
+        other = OtherModel(self.name, self.folder, is_checkpoint=False)
+        return load_other(other, load_tokenizer(self.tokenizer), device=device, dtype=dtype, parallelize=parallelize)
+
+
+def find_model(
+    given: str | Path, tokenizer: str | None = None, *, sources: Mapping[str, str] | None = None
+) -> ScoredModel:
+    """Find the model that a user wants to test or score.
+
+    Args:
+        given: a checkpoint's folder; else anything that `resolve` takes.
+        tokenizer: for a model that is published without one, such as Llamba: anything that `resolve` takes.
+        sources: targets by name, as `resolve(overrides=...)` takes them.
+
+    Raises:
+        SurgeryError: if there is no such model, it has no tokenizer and none is named, or it has one and another is
+            named.
+    """
+    folder = Path(given).expanduser()
+    model = snapshot_in(folder) or folder
+    is_plain_model = (model / "config.json").is_file() and not (model / INFO).is_file()
+    is_path = folder.exists() or folder.is_absolute() or ".." in folder.parts
+    is_path |= folder.name != str(folder) and folder.parent.is_dir()  # a missing checkpoint, not a hub id
+    if is_path and not is_plain_model:
+        info = read_info(folder)
+        is_hf = info.get("format") == "hf"
+        files = [name for name in info["files"] if name.endswith(".safetensors")] if is_hf else [STATE_DICT]
+        for name in files:
+            if not (folder / name).is_file():
+                raise SurgeryError(
+                    what_it_is(folder) or f"{folder / name} is missing. Copy it, or build the checkpoint again."
+                )
+        _refuse_tokenizer(tokenizer, folder)
+        own = folder if is_hf else folder / TOKENIZER
+        return ScoredModel(name_of(folder), folder, info["config"], info["dtype"], files, own, True)
+    name, folder = name_of(given), resolve(str(given), overrides=sources).folder
+    if has_tokenizer(folder):
+        _refuse_tokenizer(tokenizer, folder)
+        own = folder
+    elif chosen := tokenizer or tokenizer_name(str(given)):
+        own = resolve(chosen, need="tokenizer", overrides=sources).folder
+    else:
+        raise SurgeryError(f"{folder} has no tokenizer. Name one by --tokenizer, such as llama_tokenizer.")
+    config = read_json(folder / "config.json")
+    files = [path.name for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)]
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "as stored")
+    return ScoredModel(name, folder, config, dtype, files, own, False)
+
+
+def _refuse_tokenizer(tokenizer: str | None, folder: Path) -> None:
+    if tokenizer is not None:
+        raise SurgeryError(f"{folder} has a tokenizer of its own. Leave out --tokenizer {tokenizer}.")
