@@ -1,10 +1,9 @@
-"""Scores of many grafts of one pair, from hidden states that they share: to the bit those of each graft alone.
+"""Answers of many grafts that share hidden states. They equal those of each graft alone, to the bit.
 
-In: a `Pair` and a `QuestionSet`. Out: what each set of layers answers. A graft equals its base up to its lowest grafted
-layer, so it starts from the base's hidden states before that, which are computed once; grafts that are alike further on
-share those layers too (layer_sets.py). Every layer is run on the same batches, with the same arguments and the same
-cache of a common beginning, as when `ScoringLM` runs the graft as a whole. After the last layer's mixing of positions
-only those that are scored go on.
+A graft equals its base up to its lowest grafted layer. So it starts from the base's hidden states before that layer,
+which are computed once. Grafts that are alike further on share those layers too (layer_sets.py). Every layer runs as
+when `ScoringLM` runs the whole graft: on the same batches, with the same arguments, and with the same cache of a common
+prompt beginning. In the last layer, once positions are mixed, only the scored positions are computed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,46 +18,47 @@ from transformers.cache_utils import DynamicLayer
 from model_preparation.evaluation.prefix_cache import shared_layer
 from model_preparation.evaluation.scoring import ScoringLM, answers_of
 from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache, MambaStateLayer
-from model_preparation.search.boundaries import BoundaryStore
+from model_preparation.search.hidden_states import HiddenStates
 from model_preparation.search.layer_sets import LayerSet, walk
-from model_preparation.search.pair import Pair
+from model_preparation.search.model_pair import ModelPair
 from model_preparation.search.question_set import BatchResult, QuestionSet
 
 Results = dict[int, BatchResult]  # by batch
 References = Callable[[int], list[Tensor]]  # the donor's log-probabilities for a batch, (scored, vocabulary) per row
 
-# Fewer rows than this may be summed in another order than the same rows among many.
+# The sums of fewer rows may have another order than those of the same rows among many.
 _MIN_ROWS = 16
 _MAX_KEPT_ARGUMENTS = 256
 
 
 @dataclass
 class _Hidden:
-    """Hidden states of some batches between two layers: (1, tokens, d_model) per prefix, (rows, length, d_model)."""
+    """Hidden states between two layers: (1, tokens, d_model) per prefix, (rows, length, d_model) per batch."""
 
     prefixes: dict[int, Tensor]
     batches: dict[int, Tensor]
 
 
 class CachedScorer:
-    """What scores sets of layers.
+    """Gives the answers of sets of layers.
 
     Args:
         pair: base and donor.
-        lm: `ScoringLM` of `pair.model`, that `questions` were made with.
+        lm: `ScoringLM` of `pair.model`; `questions` were made with it.
         questions: what is asked.
-        chosen: the batches that are this scorer's, by index; all by default.
-        memory_bytes: for the base's hidden states; what is more goes into a file.
-        folder: for that file.
-        references: the donor's log-probabilities, where divergences are wanted.
+        chosen: indices of the batches that this scorer runs; by default all.
+        memory_bytes: memory for the base's hidden states; the rest goes into a file.
+        folder: where that file goes.
+        references: the donor's log-probabilities, for divergences.
+        donor_answers: gives the donor's own answers.
 
     Attributes:
-        layer_passes: how many layers were run so far, each over all questions; over some of them it counts as a part.
+        layer_passes: how many layers have run, each over all questions; a layer over some of them is a fraction.
     """
 
     def __init__(
         self,
-        pair: Pair,
+        pair: ModelPair,
         lm: ScoringLM,
         questions: QuestionSet,
         *,
@@ -76,7 +76,7 @@ class CachedScorer:
         self._references = references
         self._memory_bytes = memory_bytes
         self._folder = folder
-        self._store: BoundaryStore | None = None
+        self._store: HiddenStates | None = None
         self._arguments: dict[tuple[int, int, int], dict[str, dict]] = {}
         self._is_exact: dict[tuple[bool, torch.Size, torch.Size], bool] = {}
         self._all_tokens = count_tokens(questions)
@@ -88,12 +88,12 @@ class CachedScorer:
 
     @torch.inference_mode()
     def base(self) -> Results:
-        """The base's answers to all of `chosen`; its hidden states are kept from then on."""
-        size_bytes = boundary_bytes(self._pair, self._questions, self.chosen)
-        self._store = BoundaryStore(self._memory_bytes, size_bytes, self._folder)
+        """The base's answers to all of `chosen`. Its hidden states are kept for `score`."""
+        size_bytes = hidden_states_bytes(self._pair, self._questions, self.chosen)
+        self._store = HiddenStates(self._memory_bytes, size_bytes, self._folder)
         results: Results = {}
         for prefix, batches in self._by_prefix(self.chosen).items():
-            # One prefix after the other, so that little is held besides what is kept.
+            # One prefix after the other, to hold little more than what is kept.
             hidden: Any = self._embedded(prefix, batches)
             for layer in range(self._pair.layers):
                 for number, states in hidden.prefixes.items():
@@ -107,17 +107,19 @@ class CachedScorer:
     def score(
         self, sets: Iterable[LayerSet], batches: Sequence[int] | None = None
     ) -> Iterator[tuple[LayerSet, Results]]:
-        """Each set's answers, as soon as it has them; sets that share layers come one after the other.
+        """Gives each set with its answers, as soon as they are known. Sets that share layers follow each other.
+
+        `base` must have been called.
 
         Args:
             sets: distinct, none of them empty.
-            batches: of `chosen`, those to run; all by default. `base` must have been called.
+            batches: which batches of `chosen` to run; by default all.
         """
         assert self._store is not None
         wanted = self.chosen if batches is None else list(batches)
-        walked = walk(sets, self._pair.layers, lambda layer: self._boundary(layer, wanted), self._step)
+        walked = walk(sets, self._pair.layers, lambda layer: self._base_state(layer, wanted), self._step)
         while True:
-            with torch.inference_mode():  # not around a yield: it would hold for whoever takes what is given
+            with torch.inference_mode():  # not around the yield, where it would also hold for the caller
                 found: Any = next(walked, None)
             if found is None:
                 return
@@ -137,7 +139,7 @@ class CachedScorer:
         inputs = {number: self._questions.batches[number].inputs for number in batches}
         return _Hidden(prefixes, {number: embedding(each.to(device)) for number, each in inputs.items()})
 
-    def _boundary(self, layer: int, batches: Sequence[int]) -> _Hidden:
+    def _base_state(self, layer: int, batches: Sequence[int]) -> _Hidden:
         assert self._store is not None
         device = self._pair.model.device
         prefixes = [prefix for prefix in self._by_prefix(batches) if self._questions.prefixes[prefix]]
@@ -147,7 +149,7 @@ class CachedScorer:
         )
 
     def _step(self, index: int, grafted: bool, before: _Hidden) -> Any:
-        """The hidden states after a layer; after the last one the answers."""
+        """The hidden states after a layer; after the last layer the answers."""
         layer = self._pair.layer(index, grafted)
         is_last = index == self._pair.layers - 1
         after = _Hidden({}, {})
@@ -174,7 +176,7 @@ class CachedScorer:
     def _given(
         self, index: int, grafted: bool, states: Tensor, cache: DynamicLayer | MambaStateLayer | None, past: int
     ) -> dict[str, Any]:
-        """What a layer is given beside the hidden states of tokens that come after `past` others."""
+        """A layer's arguments other than the hidden states, for tokens that come after `past` others."""
         rows, length, _ = states.shape
         if (rows, length, past) not in self._arguments:
             if len(self._arguments) >= _MAX_KEPT_ARGUMENTS:
@@ -190,7 +192,7 @@ class CachedScorer:
         }
 
     def _last(self, number: int, layer: Any, grafted: bool, states: Tensor, given: dict[str, Any]) -> Tensor:
-        """Final hidden states at the positions that are scored, (rows, kept, d_model)."""
+        """Final hidden states at the scored positions, (rows, kept, d_model)."""
         positions = self._questions.batches[number].positions.to(states.device)
         rows = torch.arange(len(states), device=states.device)[:, None]
         norm = self._pair.model.backbone.final_layernorm
@@ -207,7 +209,7 @@ class CachedScorer:
                 return short
         whole = norm(layer(states, **given))[rows, positions]
         if exact is None:
-            # The order of the sums depends on the shapes alone, so trying each once tells.
+            # The order of the sums depends on the shapes only, so one trial of each shape is enough.
             self._is_exact[key] = torch.equal(short, whole)
         return whole
 
@@ -226,7 +228,7 @@ class CachedScorer:
         return BatchResult(answers, torch.stack(divergences).tolist())
 
 
-def boundary_bytes(pair: Pair, questions: QuestionSet, batches: Sequence[int] | None = None) -> int:
+def hidden_states_bytes(pair: ModelPair, questions: QuestionSet, batches: Sequence[int] | None = None) -> int:
     """Size of the base's hidden states before every layer, for all batches or some."""
     itemsize = pair.model.backbone.embedding.weight.element_size()
     return pair.layers * count_tokens(questions, batches) * pair.model.config.d_model * itemsize
@@ -240,7 +242,7 @@ def count_tokens(questions: QuestionSet, batches: Sequence[int] | None = None) -
 
 
 def _mix(layer: Any, grafted: bool, states: Tensor, given: dict[str, Any]) -> Tensor:
-    """The first half of a layer, where positions see each other, with its residual."""
+    """The first half of a layer, in which positions see each other, with its residual."""
     normed = layer.input_layernorm(states)
     if grafted:
         return states + layer.self_attn(hidden_states=normed, **given)[0]
@@ -248,7 +250,7 @@ def _mix(layer: Any, grafted: bool, states: Tensor, given: dict[str, Any]) -> Te
 
 
 class _Seen(LlambaCache):
-    """A cache after `tokens` tokens, as far as masks and positions depend on it."""
+    """Stands in for a cache after `tokens` tokens, where masks and positions are computed."""
 
     def __init__(self, config: Any, tokens: int):
         super().__init__(config)

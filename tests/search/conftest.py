@@ -11,7 +11,7 @@ from model_preparation.checkpoint import graft
 from model_preparation.evaluation.evaluate import SEED, settings_of
 from model_preparation.evaluation.scoring import ScoringLM
 from model_preparation.evaluation.tasks import load_tasks, quiet
-from model_preparation.search.pair import load_pair
+from model_preparation.search.model_pair import load_pair
 from model_preparation.search.question_set import QuestionSet
 
 WORDS = ["river", "cell", "law", "price", "atom", "poem", "king", "nerve", "field", "treaty"]

@@ -23,7 +23,7 @@ from model_preparation.io.new_file import write_file
 from model_preparation.io.new_folder import new_folder, remove_abandoned
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.untrusted import chat_template
-from model_preparation.search.search import check_output
+from model_preparation.search.checks import check_output
 from model_preparation.terminal import Escaping, escaped
 from model_preparation.train.heal.heal import heal_checkpoint
 from model_preparation.train.heal.resume_state import MARK

@@ -1,8 +1,8 @@
-"""Scoring spread over a Ray cluster: every worker holds base and donor, and a share of the questions.
+"""Scoring on a Ray cluster: every worker has base, donor, and a shard of the questions.
 
-In: sets of layers. Out: what `CachedScorer` gives, to the bit: a worker runs each batch as it would be run here. Each
-keeps the base's hidden states of its own share, which serve all candidates. When a worker is lost, a new one takes its
-share over and is asked for what is missing; an answer is taken once, whoever gives it.
+Answers equal those of `CachedScorer` to the bit: a worker runs each batch as this process would. It keeps the base's
+hidden states of its shard for all candidates. If a worker is lost, a new one takes the shard and gives the missing
+answers. Every answer is counted once.
 """
 
 import contextlib
@@ -15,30 +15,39 @@ from typing import Any
 
 from model_preparation.devices import choose_device
 from model_preparation.errors import SurgeryError
-from model_preparation.jobs.ray_jobs import VARIABLES, check_size, cluster, gpus_per_job
+from model_preparation.jobs.ray_cluster import cluster, gpus_per_job, job_variables
 from model_preparation.search.cached_scoring import CachedScorer, Results
 from model_preparation.search.layer_sets import LayerSet
-from model_preparation.search.setup import Setup, Spec
+from model_preparation.search.scoring_setup import ScoringSetup
+from model_preparation.search.settings import SearchSettings
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 _LOST = ("ActorDiedError", "ActorUnavailableError", "ObjectLostError", "WorkerCrashedError", "NodeDiedError")
-_MAX_RETRIES = 3  # of one share, without any answer in between
+_MAX_RETRIES = 3  # of one shard, without any answer in between
 
 
-class Share:
-    """A worker's part of the questions; made and called by Ray."""
+class QuestionShard:
+    """A worker's shard of the questions. Ray makes it and calls it.
 
-    def __init__(self, spec: Spec, folder: str, threads: int, batches: Sequence[int]):
+    Args:
+        settings: of the search. `device` is the type of the worker's device.
+        folder: where the search was started; relative paths start there.
+        threads: how many threads torch uses.
+        batches: indices of the shard's batches.
+    """
+
+    def __init__(self, settings: SearchSettings, folder: str, threads: int, batches: Sequence[int]):
         import torch
 
-        os.chdir(folder)  # paths count from where the search was started
+        os.chdir(folder)
         torch.set_num_threads(threads)
-        self._spec, self._batches = spec, batches
+        self._settings, self._batches = settings, batches
 
     @cached_property
     def _scorer(self) -> CachedScorer:
-        # Not before something is asked: Ray takes what goes wrong earlier for a worker that was lost.
-        return Setup(replace(self._spec, device_here=choose_device(device=self._spec.device))).scorer(self._batches)
+        # Only when something is asked: to Ray, an error in __init__ looks like a lost worker.
+        settings = replace(self._settings, device=choose_device(device=self._settings.device))
+        return ScoringSetup(settings).scorer(self._batches)
 
     def donor_answers(self) -> Results:
         """As `CachedScorer.donor_answers`."""
@@ -50,7 +59,7 @@ class Share:
         return results, self._scorer.layer_passes
 
     def score(self, sets: Sequence[LayerSet], batches: Sequence[int]) -> Iterator[tuple[LayerSet, Results, float]]:
-        """Each set's answers, and the layer passes since the one before."""
+        """Gives each set with its answers, and with the layer passes since the set before."""
         before = self._scorer.layer_passes
         for layers, results in self._scorer.score(sets, batches):
             yield layers, results, self._scorer.layer_passes - before
@@ -59,7 +68,7 @@ class Share:
 
 @dataclass
 class _Worker:
-    """Who holds a share now, and what it has still to say."""
+    """The worker that has a shard now. `left` are the sets whose answers it still has to give."""
 
     batches: list[int]
     actor: Any
@@ -68,28 +77,28 @@ class _Worker:
 
 
 class RemoteScorer:
-    """What scores sets of layers on a cluster, as `CachedScorer` does here.
+    """Scores sets of layers on a cluster, as `CachedScorer` does in one process.
 
     Args:
         ray: the module, part of a cluster.
-        setup: for the questions, which are shared out.
-        workers: how many there are to be at most.
-        make: makes a worker of a share.
-        say: told when a worker is lost.
+        setup: has the questions.
+        workers: how many workers there may be.
+        make: makes a worker for the batches of a shard.
+        say: gets a line when a worker is lost.
 
     Attributes:
-        layer_passes: as `CachedScorer`'s; what a lost worker had run without telling is not among them.
+        layer_passes: as in `CachedScorer`, without those of lost workers that gave no answer.
     """
 
     def __init__(
-        self, ray: Any, setup: Setup, workers: int, make: Callable[[list[int]], Any], say: Callable[[str], None]
+        self, ray: Any, setup: ScoringSetup, workers: int, make: Callable[[list[int]], Any], say: Callable[[str], None]
     ):
         self._ray = ray
         self._make = make
         self._say = say
         self._lost = tuple(getattr(ray.exceptions, name) for name in _LOST)
         self.layer_passes = 0.0
-        self._workers = [_Worker(batches, make(batches)) for batches in share_out(setup, workers)]
+        self._workers = [_Worker(batches, make(batches)) for batches in shards(setup, workers)]
 
     def base(self) -> Results:
         """As `CachedScorer.base`."""
@@ -122,7 +131,7 @@ class RemoteScorer:
                 missing = {layers: count + 1 for layers, count in missing.items()}
         try:
             while running:
-                # Now and then it returns with nothing, for a signal to be seen.
+                # It also returns after each second, so that Python can handle a signal.
                 for answers in self._ray.wait(list(running), num_returns=1, timeout=1)[0]:
                     worker = running[answers]
                     try:
@@ -152,7 +161,7 @@ class RemoteScorer:
         return worker.actor.score.options(num_returns="streaming").remote(list(worker.left), batches)
 
     def _ask_all(self, question: str) -> Iterator[Any]:
-        """What each worker gives for a method of `Share`; all are at it at the same time."""
+        """What each worker gives for a method of `QuestionShard`. All work at the same time."""
         asked = [getattr(worker.actor, question).remote() for worker in self._workers]
         for worker, answer in zip(self._workers, asked, strict=True):
             yield self._answer_of(worker, question, answer)
@@ -170,11 +179,11 @@ class RemoteScorer:
     def _get(self, answer: Any) -> Any:
         try:
             return self._ray.get(answer)
-        except SurgeryError as error:  # as Ray tells it, with the worker's traceback
+        except SurgeryError as error:  # Ray adds the worker's traceback
             raise SurgeryError(f"A worker of the search failed: {getattr(error, 'cause', error)}") from error
 
     def _replace(self, worker: _Worker) -> None:
-        """Have another worker take a share over, with the base's hidden states of it."""
+        """Give the shard to a new worker, and have it compute the base's hidden states."""
         self._renew(worker)
         _, passes = self._answer_of(worker, "base", worker.actor.base.remote())
         self.layer_passes += passes
@@ -184,55 +193,57 @@ class RemoteScorer:
         if worker.retries > _MAX_RETRIES:
             raise SurgeryError(
                 f"A worker of {len(worker.batches)} batches was lost {worker.retries} times in a row. See whether its "
-                "machine has memory enough, and run the same command again: what is known is kept."
+                "machine has memory enough, and run the same command again: finished evaluations are kept."
             )
         self._say(f"A worker was lost; another takes its questions over ({worker.retries} of {_MAX_RETRIES} retries)")
         worker.actor = self._make(worker.batches)
 
 
-def share_out(setup: Setup, workers: int) -> list[list[int]]:
-    """The batches in as many shares, none of them empty, of about as many tokens each."""
+def shards(setup: ScoringSetup, workers: int) -> list[list[int]]:
+    """The batches, split over at most `workers` shards of about as many tokens each. No shard is empty."""
     batches = setup.questions.batches
-    shares: list[list[int]] = [[] for _ in range(min(workers, len(batches)))]
-    tokens = [0] * len(shares)
-    # The largest first, each to who has least so far.
+    found: list[list[int]] = [[] for _ in range(min(workers, len(batches)))]
+    tokens = [0] * len(found)
+    # The largest batch first, each to the smallest shard.
     for number in sorted(range(len(batches)), key=lambda number: (-batches[number].inputs.numel(), number)):
         least = tokens.index(min(tokens))
-        shares[least].append(number)
+        found[least].append(number)
         tokens[least] += batches[number].inputs.numel()
-    return [sorted(share) for share in shares]
+    return [sorted(shard) for shard in found]
 
 
 @contextlib.contextmanager
 def remote_scorer(
     address: str, cpus: int, device: str | None, say: Callable[[str], None] = print
-) -> Iterator[tuple[Callable[[Setup], RemoteScorer], str]]:
-    """Be part of a cluster; gives what makes a scorer on it, and the kind of device that it scores on.
+) -> Iterator[tuple[Callable[[ScoringSetup], RemoteScorer], str]]:
+    """Be part of a cluster. Gives what makes a scorer on it, and the type of the workers' device.
 
     Args:
-        address: as `ray_jobs.cluster` takes it.
-        cpus: of each worker, also its number of threads.
-        device: as `RayRunner` has it.
-        say: told when a worker is lost.
+        address: as `cluster` takes it.
+        cpus: CPUs of each worker, and its number of threads.
+        device: as `gpus_per_job` takes it.
+        say: gets a line when a worker is lost.
 
     Raises:
-        SurgeryError: as `ray_jobs.cluster`, and if no machine is large enough for a worker.
+        SurgeryError: as `cluster` and `gpus_per_job`.
     """
     with cluster(address) as ray:
-        gpus = gpus_per_job(ray, device)
-        check_size(ray, cpus, gpus)
+        gpus = gpus_per_job(ray, device, cpus)
+        kind = "cuda" if gpus else "cpu"
         room = ray.cluster_resources()["GPU" if gpus else "CPU"] // (1 if gpus else cpus)
-        variables = {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)}
+        variables = job_variables()
         paths = [_PACKAGE_ROOT, *filter(None, [variables.get("PYTHONPATH")])]
         variables |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(cpus)}
-        worker = ray.remote(Share).options(
+        worker = ray.remote(QuestionShard).options(
             num_cpus=cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": variables}
         )
 
-        def make_scorer(setup: Setup) -> RemoteScorer:
+        def make_scorer(setup: ScoringSetup) -> RemoteScorer:
+            settings = replace(setup.settings, device=kind)
+
             def make(batches: list[int]) -> Any:
-                return worker.remote(setup.spec, os.getcwd(), cpus, batches)
+                return worker.remote(settings, os.getcwd(), cpus, batches)
 
             return RemoteScorer(ray, setup, max(1, int(room)), make, say)
 
-        yield make_scorer, "cuda" if gpus else "cpu"
+        yield make_scorer, kind

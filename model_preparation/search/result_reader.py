@@ -1,12 +1,9 @@
-"""Results of searches, ours and those of older programs.
+"""Reads the results of searches: our search_result.json, and JSON files of older programs in these shapes:
 
-In: a JSON file. Out: combinations with their scores, the best first; or what single layers are worth.
-
-Ours is search_result.json. Of others, these shapes are read, as they are or under the names given:
-    final_results, results, top_combinations   a list of objects, or one object per combination
-    an object's layers: layers, combination, layer_indices, individual; its score: fitness, score, accuracy, mmlu_score
-    best_layers or best_individual, with best_fitness or best_score   a single one
-    single_layer_results   {"11": 0.51}, {"11": {"score": 0.51}}, or a list of objects
+final_results, results, top_combinations   a list of objects, or one object per combination
+an object's layers: layers, combination, layer_indices, individual; its score: fitness, score, accuracy, mmlu_score
+best_layers or best_individual, with best_fitness or best_score   a single combination
+single_layer_results   {"11": 0.51}, {"11": {"score": 0.51}}, or a list of objects
 """
 
 import math
@@ -17,9 +14,9 @@ from typing import Any
 from model_preparation.errors import SurgeryError
 from model_preparation.io.untrusted.untrusted_files import parse_json, regular_file
 from model_preparation.search.layer_sets import LayerSet, normal
+from model_preparation.search.settings import ACCURACY
 
 RESULT = "search_result.json"
-ACCURACY, KL = "accuracy", "kl"  # objectives
 _LISTS = ("final_results", "results", "top_combinations")
 _LAYERS = ("layers", "combination", "layer_indices", "individual", "best_layers", "best_individual")
 _SCORES = ("fitness", "score", "accuracy", "mmlu_score", "best_fitness", "best_score")
@@ -29,7 +26,7 @@ _LAYER = ("layer", "layer_idx", "layer_index", *_LAYERS)
 
 @dataclass(frozen=True)
 class Found:
-    """A combination of a result file; `score` is None where the file has none."""
+    """A combination of a result file. `score` is None if the file has none."""
 
     layers: LayerSet
     score: float | None
@@ -40,11 +37,11 @@ class ReadResult:
     """A result file.
 
     Attributes:
-        entries: the best first, without repeats.
-        failures: how many entries were left out, as older programs entered 0 for a failed evaluation.
-        is_mmlu: whether the scores are those of all of MMLU; older programs asked nothing else.
+        entries: the combinations, the best first, without repeats.
+        failures: how many entries were left out. Older programs gave failed evaluations the score 0.
+        is_mmlu: whether the scores are of the whole MMLU, as in all older programs.
         objective: what the scores are, in a word.
-        base, donor, llama_layers_dir, tokenizer: where a search of ours had them.
+        base, donor, llama_layers_dir, tokenizer: what our search used.
     """
 
     entries: list[Found]
@@ -61,7 +58,7 @@ def read_result(path: Path) -> ReadResult:
     """The combinations in a result file.
 
     Raises:
-        SurgeryError: if there is no such file, or nothing that can be read as combinations; what is wrong is named.
+        SurgeryError: if there is no such file, or no combinations can be read from it.
     """
     content = _read(path)
     ours = _is_ours(content)
@@ -99,10 +96,10 @@ def read_result(path: Path) -> ReadResult:
 
 
 def read_single_layers(path: Path) -> tuple[dict[int, float], int]:
-    """What a result file says of single layers: scores by layer, and how many were left out as `read_result` does.
+    """Scores of single layers, by layer, and how many were left out because they failed.
 
     Raises:
-        SurgeryError: if there is no such file, or it says nothing of them.
+        SurgeryError: if there is no such file, or it has no single layers.
     """
     content = _read(path)
     ours = _is_ours(content)
@@ -151,14 +148,14 @@ def _rank(one: Found) -> float:
 
 
 def _as_list(given: Any) -> list[Any]:
-    """A list of entries; of an object, one entry per name in it, which is that of the layers."""
+    """A list of entries. An object gives an entry per name; the name is the layers."""
     if isinstance(given, dict):
         return [{"layers": key, **(each if isinstance(each, dict) else {"score": each})} for key, each in given.items()]
     return given if isinstance(given, list) else []
 
 
 def _entries(content: dict[str, Any], path: Path) -> list[Any]:
-    """The list of combinations, wherever it is."""
+    """The list of combinations, under any of its names."""
     for name in _LISTS:
         if entries := _as_list(content.get(name)):
             return entries
@@ -175,7 +172,7 @@ def _entries(content: dict[str, Any], path: Path) -> list[Any]:
 
 
 def _layers(entry: Any) -> LayerSet:
-    """An entry's layers; raises ValueError for what are none."""
+    """An entry's layers. Raises ValueError if it has none."""
     given = entry
     if isinstance(entry, dict):
         given = next((entry[name] for name in _LAYER if entry.get(name) is not None), None)
@@ -196,7 +193,7 @@ def _layers(entry: Any) -> LayerSet:
 
 
 def _score(entry: Any) -> float | None:
-    """An entry's score; None if it has none. Raises ValueError for what is no number."""
+    """An entry's score, or None. Raises ValueError if the score is no number."""
     if not isinstance(entry, dict):
         return None
     given = next((entry[name] for name in _SCORES if entry.get(name) is not None), None)
