@@ -49,14 +49,13 @@ class QuestionShard:
         settings = replace(self._settings, device=choose_device(device=self._settings.device))
         return ScoringSetup(settings).scorer(self._batches)
 
-    def donor_answers(self) -> Results:
-        """As `CachedScorer.donor_answers`."""
-        return self._scorer.donor_answers()
+    def base(self) -> Iterator[tuple[Results, float]]:
+        """Gives once the base's answers, and the layer passes they took."""
+        yield self._scorer.base(), self._scorer.layer_passes
 
-    def base(self) -> tuple[Results, float]:
-        """The base's answers, and the layer passes they took."""
-        results = self._scorer.base()
-        return results, self._scorer.layer_passes
+    def donor_answers(self) -> Iterator[tuple[Results, float]]:
+        """Gives once the donor's own answers, which take no layer passes of ours."""
+        yield self._scorer.donor_answers(), 0.0
 
     def score(self, sets: Sequence[LayerSet], batches: Sequence[int]) -> Iterator[tuple[LayerSet, Results, float]]:
         """Gives each set with its answers, and with the layer passes since the set before."""
@@ -68,10 +67,11 @@ class QuestionShard:
 
 @dataclass
 class _Worker:
-    """The worker that has a shard now. `left` are the sets whose answers it still has to give."""
+    """The worker that has a shard now. `left` are the sets whose answers to `chosen` batches it still has to give."""
 
     batches: list[int]
     actor: Any
+    chosen: list[int] = field(default_factory=list)
     left: dict[LayerSet, None] = field(default_factory=dict)
     retries: int = 0
 
@@ -102,93 +102,75 @@ class RemoteScorer:
 
     def base(self) -> Results:
         """As `CachedScorer.base`."""
-        results: Results = {}
-        for found, passes in self._ask_all("base"):
-            results |= found
-            self.layer_passes += passes
-        return results
+        return self._of_all("base")
 
     def donor_answers(self) -> Results:
         """As `CachedScorer.donor_answers`."""
-        results: Results = {}
-        for found in self._ask_all("donor_answers"):
-            results |= found
-        return results
+        return self._of_all("donor_answers")
 
     def score(
         self, sets: Iterable[LayerSet], batches: Sequence[int] | None = None
     ) -> Iterator[tuple[LayerSet, Results]]:
         """As `CachedScorer.score`."""
         wanted = list(sets)
-        gathered: dict[LayerSet, Results] = {layers: {} for layers in wanted}
-        running: dict[Any, _Worker] = {}
-        missing = dict.fromkeys(wanted, 0)
         for worker in self._workers:
-            chosen = [batch for batch in worker.batches if batches is None or batch in batches]
-            if chosen:
-                worker.left = dict.fromkeys(wanted)
-                running[self._ask(worker, chosen)] = worker
-                missing = {layers: count + 1 for layers, count in missing.items()}
+            worker.chosen = [batch for batch in worker.batches if batches is None or batch in batches]
+            worker.left = dict.fromkeys(wanted)
+        asked = [worker for worker in self._workers if worker.chosen]
+        gathered: dict[LayerSet, Results] = {layers: {} for layers in wanted}
+        missing = dict.fromkeys(wanted, len(asked))
+        answers = self._answers(asked, "score", lambda worker: (list(worker.left), worker.chosen))
+        for worker, (layers, found, passes) in answers:
+            self.layer_passes += passes
+            if layers in worker.left:
+                del worker.left[layers]
+                gathered[layers] |= found
+                missing[layers] -= 1
+                if not missing[layers]:
+                    yield layers, gathered.pop(layers)
+
+    def _of_all(self, question: str) -> Results:
+        results: Results = {}
+        for _, (found, passes) in self._answers(self._workers, question, lambda worker: ()):
+            results |= found
+            self.layer_passes += passes
+        return results
+
+    def _answers(
+        self, workers: Sequence[_Worker], question: str, arguments: Callable[[_Worker], tuple[Any, ...]]
+    ) -> Iterator[tuple[_Worker, Any]]:
+        """What a method of `QuestionShard` gives on all workers, as it comes. A new worker is asked for a lost one."""
+
+        def ask(worker: _Worker) -> Any:
+            return getattr(worker.actor, question).options(num_returns="streaming").remote(*arguments(worker))
+
+        running = {ask(worker): worker for worker in workers}
         try:
             while running:
                 # It also returns after each second, so that Python can handle a signal.
                 for answers in self._ray.wait(list(running), num_returns=1, timeout=1)[0]:
                     worker = running[answers]
                     try:
-                        layers, found, passes = self._get(next(answers))
+                        found = self._ray.get(next(answers))
                     except StopIteration:
                         del running[answers]
-                        continue
                     except self._lost:
                         del running[answers]
                         self._replace(worker)
-                        chosen = [batch for batch in worker.batches if batches is None or batch in batches]
-                        running[self._ask(worker, chosen)] = worker
-                        continue
-                    worker.retries = 0
-                    self.layer_passes += passes
-                    if layers in worker.left:
-                        del worker.left[layers]
-                        gathered[layers] |= found
-                        missing[layers] -= 1
-                        if not missing[layers]:
-                            yield layers, gathered.pop(layers)
+                        running[ask(worker)] = worker
+                    except SurgeryError as error:  # Ray adds the worker's traceback
+                        raise SurgeryError(
+                            f"A worker of the search failed: {getattr(error, 'cause', error)}"
+                        ) from error
+                    else:
+                        worker.retries = 0
+                        yield worker, found
         finally:
             for answers in running:
                 self._ray.cancel(answers)
 
-    def _ask(self, worker: _Worker, batches: list[int]) -> Any:
-        return worker.actor.score.options(num_returns="streaming").remote(list(worker.left), batches)
-
-    def _ask_all(self, question: str) -> Iterator[Any]:
-        """What each worker gives for a method of `QuestionShard`. All work at the same time."""
-        asked = [getattr(worker.actor, question).remote() for worker in self._workers]
-        for worker, answer in zip(self._workers, asked, strict=True):
-            yield self._answer_of(worker, question, answer)
-
-    def _answer_of(self, worker: _Worker, question: str, answer: Any) -> Any:
-        while True:
-            try:
-                while not self._ray.wait([answer], timeout=1)[0]:
-                    pass
-                return self._get(answer)
-            except self._lost:
-                self._renew(worker)
-                answer = getattr(worker.actor, question).remote()
-
-    def _get(self, answer: Any) -> Any:
-        try:
-            return self._ray.get(answer)
-        except SurgeryError as error:  # Ray adds the worker's traceback
-            raise SurgeryError(f"A worker of the search failed: {getattr(error, 'cause', error)}") from error
-
     def _replace(self, worker: _Worker) -> None:
-        """Give the shard to a new worker, and have it compute the base's hidden states."""
-        self._renew(worker)
-        _, passes = self._answer_of(worker, "base", worker.actor.base.remote())
-        self.layer_passes += passes
-
-    def _renew(self, worker: _Worker) -> None:
+        """Give the shard to a new worker."""
         worker.retries += 1
         if worker.retries > _MAX_RETRIES:
             raise SurgeryError(

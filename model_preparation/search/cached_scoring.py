@@ -109,13 +109,14 @@ class CachedScorer:
     ) -> Iterator[tuple[LayerSet, Results]]:
         """Gives each set with its answers, as soon as they are known. Sets that share layers follow each other.
 
-        `base` must have been called.
+        It runs the base first, unless that was done.
 
         Args:
             sets: distinct, none of them empty.
             batches: which batches of `chosen` to run; by default all.
         """
-        assert self._store is not None
+        if self._store is None:
+            self.base()
         wanted = self.chosen if batches is None else list(batches)
         walked = walk(sets, self._pair.layers, lambda layer: self._base_state(layer, wanted), self._step)
         while True:
