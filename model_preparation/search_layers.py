@@ -113,7 +113,8 @@ def _score(value: float, stderr: float | None) -> str:
 
 
 def _parser() -> CommandParser:
-    defaults, integer = SearchSettings, number(int, least=1)
+    """The flags. Those without a default here leave it to `SearchSettings`."""
+    defaults = SearchSettings
     parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument(
         "--base",
@@ -133,6 +134,9 @@ def _parser() -> CommandParser:
         help="the donor's layers, written by extract_layers.py (default: extracted from --donor into OUTPUT_DIR)",
     )
     parser.add_argument(
+        "--tokenizer", metavar="NAME|PATH", help="take the tokenizer from here (default: the base's own)"
+    )
+    parser.add_argument(
         "--task",
         nargs="+",
         dest="tasks",
@@ -140,7 +144,6 @@ def _parser() -> CommandParser:
         metavar="TASK",
         help="tasks, groups or tags of lm-eval, or folders of task files; their code is run (default: mmlu)",
     )
-    parser.add_argument("--limit", type=integer, metavar="N", help="the first N questions of every task")
     parser.add_argument("--mmlu_data", metavar="DIR|hub|modelscope", help="MMLU's questions, as for test_checkpoint.py")
     parser.add_argument(
         "--num_fewshot", type=number(int, least=0), metavar="K", help="solved examples before each question"
@@ -148,20 +151,17 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--batch_size",
         type=_batch_size,
-        default=defaults.batch_size,
         metavar="N",
-        help="questions at once; a race asks whole batches, so this may change what it drops (default: %(default)s)",
+        help="questions at once; a race asks whole batches, so this may change what it drops "
+        f"(default: {defaults.batch_size})",
     )
     parser.add_argument("--method", choices=METHODS, default=defaults.method, help="see above (default: %(default)s)")
-    parser.add_argument("--min_layers", type=integer, default=defaults.min_layers, metavar="N", help="(default: 1)")
-    parser.add_argument("--max_layers", type=integer, metavar="N", help="(default: 4; of singles: 1)")
     parser.add_argument(
         "--objective",
         choices=OBJECTIVES,
         default=defaults.objective,
         help="accuracy: right answers; kl: closeness to the donor's predictions, less noisy (default: %(default)s)",
     )
-    parser.add_argument("--budget_evaluations", type=integer, metavar="N", help="evaluate at most N combinations")
     parser.add_argument(
         "--budget_hours", type=number(float, above=0), metavar="H", help="evaluate for at most H hours in all"
     )
@@ -175,31 +175,22 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--prior", metavar="FILE", help="another search's result; its single_layer_results are taken as known"
     )
-    parser.add_argument("--seed", type=number(int, least=0), metavar="N", help=f"of ga (default: {defaults.seed})")
-    parser.add_argument("--beam_width", type=integer, metavar="N", help=f"of beam (default: {defaults.beam_width})")
-    parser.add_argument(
-        "--population",
-        type=number(int, least=4),
-        metavar="N",
-        help=f"of ga, per generation (default: {defaults.population})",
-    )
-    parser.add_argument(
-        "--generations", type=integer, metavar="N", help=f"of ga, at most (default: {defaults.generations})"
-    )
-    parser.add_argument(
-        "--patience",
-        type=integer,
-        metavar="N",
-        help=f"ga stops after N generations without a better combination (default: {defaults.patience})",
-    )
-    parser.add_argument(
-        "--top",
-        type=integer,
-        default=defaults.top,
-        metavar="N",
-        help="combinations to print; in a race of singles or exhaustive also those to score on all questions "
-        "(default: %(default)s)",
-    )
+    counts = {
+        "limit": "the first N questions of every task",
+        "min_layers": f"(default: {defaults.min_layers})",
+        "max_layers": "(default: 4; of singles: 1)",
+        "budget_evaluations": "evaluate at most N combinations",
+        "beam_width": f"of beam (default: {defaults.beam_width})",
+        "population": f"of ga, per generation, at least 4 (default: {defaults.population})",
+        "generations": f"of ga, at most (default: {defaults.generations})",
+        "patience": f"ga stops after N generations without a better combination (default: {defaults.patience})",
+        "seed": f"of ga, from 0 (default: {defaults.seed})",
+        "top": "combinations to print; in a race of singles or exhaustive also those to score on all questions "
+        f"(default: {defaults.top})",
+    }
+    for name, told in counts.items():
+        least = {"population": 4, "seed": 0}.get(name, 1)
+        parser.add_argument(f"--{name}", type=number(int, least=least), metavar="N", help=told)
     parser.add_argument(
         "--boundary_memory",
         type=number(float, least=0),
@@ -213,9 +204,6 @@ def _parser() -> CommandParser:
         default=default_folder("searches") / "search",
         metavar="DIR",
         help="journal and results (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="NAME|PATH", help="take the tokenizer from here (default: the base's own)"
     )
     add_device_flags(parser)
     add_dtype_flag(parser, help="dtype to run in (default: that of the checkpoints)")

@@ -21,7 +21,7 @@ from model_preparation.search.objective import Objective, Values
 from model_preparation.search.progress import SearchProgress
 from model_preparation.search.question_set import QuestionSet
 from model_preparation.search.race_rounds import race_rounds
-from model_preparation.search.settings import ACCURACY, SearchSettings
+from model_preparation.search.settings import KL, SearchSettings
 
 _FAILURES = (SurgeryError, RuntimeError, MemoryError)  # of an evaluation; other errors are bugs, or the disk's
 _SEQUENCE, _NUMBER = (list, tuple), (int, float)
@@ -268,7 +268,7 @@ class CandidateScores:
         left = dict.fromkeys(sets, "")
         answered = self._scorer.score(sets, batches)
         while True:
-            started, before = time.monotonic(), self._scorer.layer_passes
+            since = self._now()
             try:
                 layers, results = next(answered)
             except StopIteration:
@@ -277,56 +277,51 @@ class CandidateScores:
                 return {layers: _reason(error) for layers in left}
             interrupts.check()
             try:
-                found = self._values(results)
+                self._record(layers, rounds, results, since)
             except SurgeryError as error:
                 left[layers] = _reason(error)
                 continue
             del left[layers]
-            self._keep(layers, rounds, found, self._scorer.layer_passes - before, time.monotonic() - started)
             try:
                 self._use(layers, rounds)
             finally:
                 self._show_progress()
 
-    def _values(self, results: Results) -> tuple[dict[int, float], dict[int, float]]:
-        """(What is maximised, what is right), by question."""
-        right = self._questions.values(results)
-        if self.objective.name == ACCURACY:
-            return right, right
-        divergences = self._questions.divergences(results)
-        return {question: -divergence for question, divergence in divergences.items()}, right
-
     def _run_base(self) -> None:
         """Run the base, once: all other evaluations start from its hidden states."""
         if self._has_base_states:
             return
-        started, before = time.monotonic(), self._scorer.layer_passes
+        since = self._now()
         with self._progress.running_the_base():
             results = self._scorer.base()
         self._has_base_states = True
-        passes, seconds = self._scorer.layer_passes - before, time.monotonic() - started
         try:
-            found = self._values(results)
+            self._record(BASE, self._all_rounds, results, since)
         except SurgeryError as error:
             raise SurgeryError(f"The base cannot be scored: {error}. Try --dtype float32, or another base.") from error
-        self._keep(BASE, self._all_rounds, found, passes, seconds)
 
-    def _keep(
-        self,
-        layers: LayerSet,
-        rounds: tuple[int, ...],
-        found: tuple[dict[int, float], dict[int, float]],
-        passes: float,
-        seconds: float,
-    ) -> None:
+    def _now(self) -> Values:
+        return np.array([self._scorer.layer_passes, time.monotonic()])
+
+    def _record(self, layers: LayerSet, rounds: tuple[int, ...], results: Results, since: Values) -> None:
+        """Write an evaluation that began at `since` to the journal.
+
+        Raises:
+            SurgeryError: if an answer is not finite.
+        """
         asked = [question for number in rounds for question in self._rounds[number].questions]
-        values, right = found
+        right = self._questions.values(results)
+        values = {}
+        if self.objective.name == KL:
+            divergences = self._questions.divergences(results)
+            values = {"values": [-divergences[question] for question in asked]}
+        passes, seconds = (self._now() - since).tolist()
         entry = {
             "settings": self._digest,
             "layers": layers,
             "parts": rounds,
             "right": "".join("1" if right[question] else "0" for question in asked),
-            **({} if values is right else {"values": [values[question] for question in asked]}),
+            **values,
             "passes": round(passes, 4),
             "seconds": round(seconds, 4),
         }

@@ -100,6 +100,7 @@ class QuestionSet:
         by_name = {task.task_name: task for task in loaded.single}
         self.prefixes: list[tuple[int, ...]] = []
         self.batches: list[Batch] = []
+        self.questions: list[Question] = []
         self._tasks: list[_Task] = []
         recorder = _RequestRecorder()
         run_tasks(recorder, loaded, settings)
@@ -108,10 +109,30 @@ class QuestionSet:
             by_task.setdefault(str(instance.task_name), []).append(instance)
         for name, instances in by_task.items():
             _check_task(name, by_name[name], instances)
-            self._tasks.append(_Task(name, by_name[name], instances, _as_tokens(lm, instances)))
-            self._add_batches(lm)
-        self.questions = [question for index in range(len(self._tasks)) for question in self._questions(index)]
+            self._add(_Task(name, by_name[name], instances, _as_tokens(lm, instances)), lm)
         self.digest = blake3(repr([self._asked(question) for question in self.questions]).encode()).hexdigest()
+
+    def _add(self, task: _Task, lm: ScoringLM) -> None:
+        """Sort a task's requests into batches as `ScoringLM` does, and into questions."""
+        index = len(self._tasks)
+        self._tasks.append(task)
+        batch_of: dict[int, int] = {}
+        for rows, prefix in lm.groups(task.tokens):
+            rows = longest_first(rows)
+            start = 0
+            while start < len(rows):
+                batch = lm.next_batch(rows, start, len(prefix))
+                batch_of |= {request: len(self.batches) for row in batch for request in row.requests}
+                self.batches.append(Batch(index, len(self.prefixes), batch, *padded(batch, len(prefix))))
+                start += len(batch)
+            self.prefixes.append(prefix)
+        by_doc: dict[Any, list[int]] = {}
+        for request, instance in enumerate(task.instances):
+            by_doc.setdefault(instance.doc_id, []).append(request)
+        for requests in by_doc.values():
+            requests.sort(key=lambda request: task.instances[request].idx)
+            batches = frozenset(batch_of[request] for request in requests)
+            self.questions.append(Question(index, task.instances[requests[0]].doc, tuple(requests), batches))
 
     def tokens(self, task: int) -> list[tuple]:
         """A task's requests for `ScoringLM`: (texts, context tokens, continuation tokens)."""
@@ -157,37 +178,6 @@ class QuestionSet:
                 found[number] = sum(divergence for _, _, divergence in sorted(rows)) / len(rows)
                 if not math.isfinite(found[number]):
                     raise SurgeryError("the logits are not finite")
-        return found
-
-    def _add_batches(self, lm: ScoringLM) -> None:
-        """Sort the last task's requests into batches as `ScoringLM` does."""
-        for rows, tokens in lm.groups(self._tasks[-1].tokens):
-            self.prefixes.append(tokens)
-            rows = longest_first(rows)
-            start = 0
-            while start < len(rows):
-                batch = lm.next_batch(rows, start, len(tokens))
-                inputs, positions = padded(batch, len(tokens))
-                self.batches.append(Batch(len(self._tasks) - 1, len(self.prefixes) - 1, batch, inputs, positions))
-                start += len(batch)
-
-    def _questions(self, index: int) -> list[Question]:
-        task = self._tasks[index]
-        batch_of = {
-            request: number
-            for number, batch in enumerate(self.batches)
-            if batch.task == index
-            for row in batch.rows
-            for request in row.requests
-        }
-        by_doc: dict[Any, list[int]] = {}
-        for request, instance in enumerate(task.instances):
-            by_doc.setdefault(instance.doc_id, []).append(request)
-        found = []
-        for requests in by_doc.values():
-            requests.sort(key=lambda request: task.instances[request].idx)
-            batches = frozenset(batch_of[request] for request in requests)
-            found.append(Question(index, task.instances[requests[0]].doc, tuple(requests), batches))
         return found
 
     def _asked(self, question: Question) -> tuple:

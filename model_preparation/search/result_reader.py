@@ -61,23 +61,15 @@ def read_result(path: Path) -> ReadResult:
         SurgeryError: if there is no such file, or no combinations can be read from it.
     """
     content = _read(path)
-    ours = _is_ours(content)
-    entries = _entries(content, path)
     found: dict[LayerSet, Found] = {}
-    failures = 0
-    for number, entry in enumerate(entries, start=1):
-        try:
-            one = Found(_layers(entry), _score(entry))
-        except ValueError as error:
-            raise SurgeryError(f"{path}, entry {number}: {error}. Mend or remove that entry.") from error
-        if not ours and one.score == 0:
-            failures += 1
-        elif one.layers not in found or _rank(one) < _rank(found[one.layers]):
+    given, failures = _found(content, _entries(content, path), f"{path}, entry")
+    for one in given:
+        if one.layers not in found or _rank(one) < _rank(found[one.layers]):
             found[one.layers] = one
     if not found:
         raise SurgeryError(f"{path} has no combination with a score above 0. Give the result of another search.")
     ranked = sorted(found.values(), key=_rank)
-    if not ours:
+    if not _is_ours(content):
         return ReadResult(ranked, failures)
     settings = content["settings"]
     try:
@@ -102,29 +94,32 @@ def read_single_layers(path: Path) -> tuple[dict[int, float], int]:
         SurgeryError: if there is no such file, or it has no single layers.
     """
     content = _read(path)
-    ours = _is_ours(content)
     singles = _as_list(content.get(_SINGLES))
     if not singles:
         raise SurgeryError(
             f'{path} has no {_SINGLES}, such as {{"{_SINGLES}": {{"11": 0.51, ...}}}}. Give another file by --prior.'
         )
-    found: dict[int, float] = {}
-    left_out = 0
-    for number, entry in enumerate(singles, start=1):
-        try:
-            layers = _layers(entry)
-            score = _score(entry)
-            if len(layers) != 1 or score is None:
-                raise ValueError("it is not one layer with a score")
-        except ValueError as error:
-            raise SurgeryError(f"{path}, entry {number} of {_SINGLES}: {error}. Mend or remove that entry.") from error
-        if not ours and score == 0:
-            left_out += 1
-        else:
-            found[layers[0]] = score
+    found, left_out = _found(content, singles, f"{path}, {_SINGLES}, entry", are_single=True)
     if not found:
         raise SurgeryError(f"{path} has no single layer with a score above 0. Give another file by --prior.")
-    return found, left_out
+    return {one.layers[0]: one.score for one in found if one.score is not None}, left_out
+
+
+def _found(
+    content: dict[str, Any], entries: list[Any], place: str, *, are_single: bool = False
+) -> tuple[list[Found], int]:
+    """The combinations in entries, and how many were left out because they failed: older programs scored those 0."""
+    found = []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            one = Found(_layers(entry), _score(entry))
+            if are_single and (len(one.layers) != 1 or one.score is None):
+                raise ValueError("it is not one layer with a score")
+        except ValueError as error:
+            raise SurgeryError(f"{place} {number}: {error}. Mend or remove that entry.") from error
+        found.append(one)
+    kept = found if _is_ours(content) else [one for one in found if one.score != 0]
+    return kept, len(found) - len(kept)
 
 
 def _is_ours(content: dict[str, Any]) -> bool:

@@ -17,15 +17,9 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.identity import digest_of
 from model_preparation.io.new_file import write_file
 from model_preparation.io.self_checksum import with_checksum
+from model_preparation.search import checks
 from model_preparation.search.candidate_scores import BudgetSpent, CandidateScores, Scorer
-from model_preparation.search.checks import (
-    DONOR_LAYERS,
-    JOURNAL,
-    check_earlier,
-    check_first,
-    has_donor_layers,
-    known_gains,
-)
+from model_preparation.search.checks import DONOR_LAYERS, JOURNAL
 from model_preparation.search.journal import Journal
 from model_preparation.search.layer_sets import SearchSpace, names
 from model_preparation.search.methods import METHODS
@@ -76,45 +70,34 @@ def search_layers(
         TypeError: for a setting that does not exist.
     """
     settings = SearchSettings(**changes) if settings is None else replace(settings, **changes)
-    check_first(settings, overwrite=overwrite)
-    if workers is None or dry_run:
-        return _search(settings, ScoringSetup.scorer, None, say, dry_run=dry_run, overwrite=overwrite)
-    with workers as (make_scorer, scored_on):
-        return _search(settings, make_scorer, scored_on, say, dry_run=False, overwrite=overwrite)
-
-
-def _search(
-    settings: SearchSettings,
-    make_scorer: MakeScorer,
-    scored_on: str | None,
-    say: Callable[[str], None],
-    *,
-    dry_run: bool,
-    overwrite: bool,
-) -> dict[str, Any] | None:
-    folder = settings.folder
-    extracts = settings.llama_layers_dir is None and not dry_run
-    if extracts and has_donor_layers(settings, overwrite=overwrite):
-        settings, extracts = replace(settings, llama_layers_dir=folder / DONOR_LAYERS), False
-    setup = ScoringSetup(settings, scored_on)
-    total = setup.pair.layers
-    space = SearchSpace(total, settings.min_layers, settings.most_layers, known_gains(settings, total, say))
-    if not overwrite:  # a dry run reads no weights
-        check_earlier(folder, {"settings": setup.recorded, **({} if dry_run else {"inputs": setup.inputs})})
-    if extracts:  # only now, as the layers take as much disk as the donor
-        assert settings.donor is not None
-        extract_layers(settings.donor, folder / DONOR_LAYERS, sources=settings.sources, overwrite=overwrite)
-        setup.take_extracted(folder / DONOR_LAYERS)
-    with contextlib.nullcontext() if dry_run else contextlib.closing(Journal(folder / JOURNAL)) as journal:
-        for line in describe(setup, space):
-            say(line)
-        if journal is None:
-            return None
-        found, scores = _evaluate(setup, space, journal, make_scorer)
-        write_report(found, scores, folder)
-        found["final_results"] = found["final_results"][:_MOST_WRITTEN]
-        write_file(folder / RESULT, with_checksum(found))
-    return found
+    checks.check_first(settings, overwrite=overwrite)
+    here = contextlib.nullcontext((ScoringSetup.scorer, None))
+    with here if workers is None or dry_run else workers as (make_scorer, scored_on):
+        folder = settings.folder
+        extracts = settings.llama_layers_dir is None and not dry_run
+        if extracts and checks.has_donor_layers(settings, overwrite=overwrite):
+            settings, extracts = replace(settings, llama_layers_dir=folder / DONOR_LAYERS), False
+        setup = ScoringSetup(settings, scored_on)
+        total = setup.pair.layers
+        gains = checks.known_gains(settings, total, say)
+        space = SearchSpace(total, settings.min_layers, settings.most_layers, gains)
+        if not overwrite:  # a dry run reads no weights
+            asked = {"settings": setup.recorded, **({} if dry_run else {"inputs": setup.inputs})}
+            checks.check_earlier(folder, asked)
+        if extracts:  # only now, as the layers take as much disk as the donor
+            assert settings.donor is not None
+            extract_layers(settings.donor, folder / DONOR_LAYERS, sources=settings.sources, overwrite=overwrite)
+            setup.take_extracted(folder / DONOR_LAYERS)
+        with contextlib.nullcontext() if dry_run else contextlib.closing(Journal(folder / JOURNAL)) as journal:
+            for line in describe(setup, space):
+                say(line)
+            if journal is None:
+                return None
+            found, scores = _evaluate(setup, space, journal, make_scorer)
+            write_report(found, scores, folder)
+            found["final_results"] = found["final_results"][:_MOST_WRITTEN]
+            write_file(folder / RESULT, with_checksum(found))
+        return found
 
 
 def _evaluate(
@@ -128,14 +111,7 @@ def _evaluate(
     donor = _donor(setup, scorer, journal, digest, objective)
     with SearchProgress() as progress:
         scores = CandidateScores(
-            scorer,
-            setup.questions,
-            objective,
-            journal,
-            digest,
-            total=space.total,
-            settings=settings,
-            progress=progress,
+            scorer, setup.questions, objective, journal, digest, total=space.total, settings=settings, progress=progress
         )
         budget_spent = False
         try:
