@@ -188,9 +188,9 @@ def _parser() -> CommandParser:
         "top": "combinations to print; in a race of singles or exhaustive also those to score on all questions "
         f"(default: {defaults.top})",
     }
-    for name, told in counts.items():
+    for name, text in counts.items():
         least = {"population": 4, "seed": 0}.get(name, 1)
-        parser.add_argument(f"--{name}", type=number(int, least=least), metavar="N", help=told)
+        parser.add_argument(f"--{name}", type=number(int, least=least), metavar="N", help=text)
     parser.add_argument(
         "--boundary_memory",
         type=number(float, least=0),

@@ -101,7 +101,7 @@ def check_layers(path: Path) -> None:
     if found.llama_layers_dir is None or (Path(found.llama_layers_dir) / METADATA).is_file():
         return
     raise SurgeryError(
-        f"{path} was found with the donor's layers in {found.llama_layers_dir}, where they are no more. Extract them "
+        f"{path} was found with the donor's layers in {found.llama_layers_dir}, which are gone. Extract them "
         f"again: python extract_layers.py --model_name {found.donor or 'DONOR'} --output_dir {found.llama_layers_dir}; "
         "or give others by --llama_layers_dir DIR."
     )

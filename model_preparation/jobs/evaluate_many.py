@@ -141,7 +141,7 @@ def _layers(candidate: Candidate) -> tuple[int, ...]:
     if candidate.layers not in (None, layers):
         raise SurgeryError(
             f"The layers of {candidate.folder} are {' '.join(map(str, layers)) or 'none'}, not those of the list. "
-            "Build it anew with create_best_checkpoints.sh --overwrite, or name another --output_root."
+            "Build it again with create_best_checkpoints.sh --overwrite, or name another --output_root."
         )
     return layers
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 _BOOTSTRAP = str(Path(__file__).resolve().with_name("die_with_parent.py"))
 _KEPT_CHARACTERS = 64_000  # of the end of the output
 _SILENCE_SECONDS = 0.5  # between two looks at a process that prints nothing
-_CLEAN_UP_SECONDS = 60.0  # for a process that was told to end
+_CLEAN_UP_SECONDS = 60.0  # for a process to end after SIGTERM
 _SAYS_SECONDS = 1.0  # between two reports of a worker's last line
 _GONE_SECONDS = 120.0  # for the process of a lost worker to end
 

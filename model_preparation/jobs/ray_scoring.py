@@ -1,8 +1,8 @@
 """Scoring on a Ray cluster: every worker has base, donor, and a shard of the questions.
 
-Answers equal those of `CachedScorer` to the bit: a worker runs each batch as this process would. It keeps the base's
-hidden states of its shard for all candidates. If a worker is lost, a new one takes the shard and gives the missing
-answers. Every answer is counted once.
+The answers are equal to the bit to the answers of `CachedScorer`, as a worker runs each batch like this process would.
+A worker keeps the base's hidden states of its shard for all candidates. If a worker is lost, a new one takes the shard
+and gives the missing answers. Every answer is counted once.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ class QuestionShard:
 
 @dataclass
 class _Worker:
-    """The worker that has a shard now. `left` are the sets whose answers to `chosen` batches it still has to give."""
+    """The worker that has a shard now. It still has to answer `chosen` batches for the sets in `left`."""
 
     batches: list[int]
     actor: Any
@@ -87,7 +87,7 @@ class RemoteScorer:
         say: gets a line when a worker is lost.
 
     Attributes:
-        layer_passes: as in `CachedScorer`, without those of lost workers that gave no answer.
+        layer_passes: as in `CachedScorer`; what lost workers ran without an answer is not counted.
     """
 
     def __init__(

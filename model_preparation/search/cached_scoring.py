@@ -1,4 +1,4 @@
-"""Answers of many grafts that share hidden states. They equal those of each graft alone, to the bit.
+"""The answers of many grafts that share hidden states: equal to the bit to the answers of each graft alone.
 
 A graft equals its base up to its lowest grafted layer. So it starts from the base's hidden states before that layer,
 which are computed once. Grafts that are alike further on share those layers too (layer_sets.py). Every layer runs as
@@ -26,7 +26,7 @@ from model_preparation.search.question_set import BatchResult, QuestionSet
 Results = dict[int, BatchResult]  # by batch
 References = Callable[[int], list[Tensor]]  # the donor's log-probabilities for a batch, (scored, vocabulary) per row
 
-# The sums of fewer rows may have another order than those of the same rows among many.
+# With fewer rows, torch may add in another order than for the same rows among many.
 _MIN_ROWS = 16
 _MAX_KEPT_ARGUMENTS = 256
 

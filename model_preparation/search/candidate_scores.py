@@ -107,7 +107,7 @@ class CandidateScores:
         self.failed: dict[LayerSet, str] = {}
         self._entered: dict[LayerSet, None] = {}  # what the budget covers, evaluated or not yet
         self._journaled: dict[LayerSet, dict[int, _Answered]] = {}  # by combination and round
-        # The part of the journal that this run has asked for. It must know no more than a first run would.
+        # What this run has asked for, of the journal. So it decides as a first run would.
         self._known: dict[LayerSet, dict[int, _Answered]] = {}
         self._spent = np.zeros(2)  # (layer passes, seconds)
         self._best: LayerSet | None = None
@@ -263,7 +263,7 @@ class CandidateScores:
                     self._progress.failed(layers, reason)
 
     def _score(self, sets: Sequence[LayerSet], rounds: tuple[int, ...]) -> dict[LayerSet, str]:
-        """Evaluate and write to the journal. Gives the reasons of those that failed."""
+        """Evaluate and write to the journal. Gives why evaluations failed, by combination."""
         batches = sorted(batch for number in rounds for batch in self._rounds[number].batches)
         left = dict.fromkeys(sets, "")
         answered = self._scorer.score(sets, batches)

@@ -84,7 +84,7 @@ def count_passes(sets: Iterable[LayerSet], total: int) -> int:
 def most_passes(count: int, total: int, least: int, most: int) -> int:
     """How many layers `walk` runs at most for `count` sets of `least` to `most` layers. For all sets it is exact.
 
-    After each layer there are no more models than sets, nor than beginnings that a set can have.
+    After each layer there are at most as many models as sets, and as many as a set can have beginnings.
     """
     passes = 0
     for depth in range(1, total + 1):

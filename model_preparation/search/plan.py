@@ -31,7 +31,7 @@ class Bounds:
 
     Attributes:
         search: the whole search; or, if there is a `step`, what comes before refinement.
-        step: one step of refinement. Refinement goes on as long as it finds something better.
+        step: one step of refinement. Refinement ends when a step finds nothing better.
         evaluations: of the whole search.
         everything: what all combinations of the space take together.
         before: how many smaller sets are evaluated before the first set of the space, even if the budget is small.

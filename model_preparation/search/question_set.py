@@ -60,7 +60,7 @@ class BatchResult(NamedTuple):
 
 @dataclass
 class _Task:
-    """A task's requests: those of lm-eval, and the same as tokens."""
+    """A task's requests: as lm-eval makes them, and as tokens."""
 
     name: str
     task: Any
@@ -84,7 +84,7 @@ class QuestionSet:
     Args:
         lm: gives tokens and batches; its model does not run.
         loaded: the tasks.
-        settings: those of `settings_of`, with `device`.
+        settings: what `settings_of` gives, with `device`.
 
     Attributes:
         prefixes: the common first tokens of the rows of some batches. They run once; they are empty if too few.

@@ -35,7 +35,7 @@ class ScoringSetup:
 
     Attributes:
         planned: the graft of all layers.
-        recorded: what decides on the answers beside the weights, as results and journals record it.
+        recorded: what decides on the answers, except the weights. Results and journals record it.
 
     Raises:
         SurgeryError: as `graft.plan`, `load_tasks` and `QuestionSet`.

@@ -1,8 +1,11 @@
 """Evaluations: made once, kept, never mistaken for a score when they fail; racing drops what is surely worse only."""
 
+import numpy as np
 import pytest
 
 from model_preparation.search.candidate_scores import BudgetSpent
+from model_preparation.search.journal import Journal
+from model_preparation.search.race_rounds import race_rounds
 from tests.search.planted import PlantedQuestions, PlantedScorer, draw_sets, make_scores, worth
 
 SETS = draw_sets(12)
@@ -33,6 +36,23 @@ def test_evaluations_with_other_settings_do_not_count(tmp_path):
     other.evaluate(SETS[:4])
     assert len(other.scorer.run) == 4
     other.journal.close()
+
+
+def test_journals_keep_their_meaning(tmp_path):
+    """An entry has the answers of each part in the order of its questions, as version 0.2.0 wrote them."""
+    rounds = race_rounds(PlantedQuestions(16))
+    assert [each.questions for each in rounds] == [[10], [14], [1, 5], [2, 3, 9, 11], [0, 4, 6, 7, 8, 12, 13, 15]]
+    journal = Journal(tmp_path / "journal.jsonl")
+    for layers, right in (([], "0000" * 4), ([3], "0110" * 4)):
+        entry = {"settings": "d", "layers": layers, "parts": [0, 1, 2, 3, 4], "right": right}
+        journal.append({**entry, "passes": 12.0, "seconds": 1.0})
+    journal.close()
+    scores = make_scores(tmp_path, 16)
+    assert scores.evaluate([(3,)]) == [(3,)]
+    assert scores.scorer.run == []
+    assert np.flatnonzero(scores.right((3,))).tolist() == [1, 3, 4, 6, 9, 12, 13, 14]
+    assert scores.statistics()["layer_passes"] == 24
+    scores.journal.close()
 
 
 def test_a_failure_is_tried_again_and_is_no_score(tmp_path):
