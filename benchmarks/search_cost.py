@@ -68,9 +68,7 @@ def compare_with_alone(setup: ScoringSetup, args: argparse.Namespace) -> None:
     space = SearchSpace(setup.pair.layers, 1, args.max_layers)
     others = random.Random(0).sample([layers for layers in space.all() if len(layers) > 1], args.sample)
     for name, sets in (("single layers", space.singles), (f"{args.sample} others", others)):
-        scorer = CachedScorer(
-            setup.pair, setup.lm, setup.questions, memory_bytes=setup.settings.memory_bytes, folder=args.output_dir
-        )
+        scorer = CachedScorer(setup)
         started = time.perf_counter()
         scorer.base()
         shared = dict(scorer.score(sets))

@@ -98,8 +98,8 @@ def test_a_worker_of_a_search_computes_where_the_search_says(two_gpus, monkeypat
     monkeypatch.chdir(tmp_path)
     made = []
     scorer = SimpleNamespace(base=dict, layer_passes=0.0)
-    setup = SimpleNamespace(scorer=lambda chosen: scorer)
-    monkeypatch.setattr(ray_scoring, "ScoringSetup", lambda settings: made.append(settings) or setup)
+    monkeypatch.setattr(ray_scoring, "ScoringSetup", made.append)
+    monkeypatch.setattr(ray_scoring, "CachedScorer", lambda setup, chosen: scorer)
     next(ray_scoring.QuestionShard(SearchSettings(tmp_path, device=asked), str(tmp_path), 1, [0]).base())
     assert [each.device for each in made] == [found]
 

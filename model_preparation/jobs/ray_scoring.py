@@ -18,6 +18,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.jobs.ray_cluster import cluster, gpus_per_job, job_variables
 from model_preparation.search.cached_scoring import CachedScorer, Results
 from model_preparation.search.layer_sets import LayerSet
+from model_preparation.search.question_set import Batch
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.settings import SearchSettings
 
@@ -47,7 +48,7 @@ class QuestionShard:
     def _scorer(self) -> CachedScorer:
         # Only when something is asked: to Ray, an error in __init__ looks like a lost worker.
         settings = replace(self._settings, device=choose_device(device=self._settings.device))
-        return ScoringSetup(settings).scorer(self._batches)
+        return CachedScorer(ScoringSetup(settings), self._batches)
 
     def base(self) -> Iterator[tuple[Results, float]]:
         """Gives once the base's answers, and the layer passes they took."""
@@ -98,7 +99,7 @@ class RemoteScorer:
         self._say = say
         self._lost = tuple(getattr(ray.exceptions, name) for name in _LOST)
         self.layer_passes = 0.0
-        self._workers = [_Worker(batches, make(batches)) for batches in shards(setup, workers)]
+        self._workers = [_Worker(batches, make(batches)) for batches in shards(setup.questions.batches, workers)]
 
     def base(self) -> Results:
         """As `CachedScorer.base`."""
@@ -181,9 +182,8 @@ class RemoteScorer:
         worker.actor = self._make(worker.batches)
 
 
-def shards(setup: ScoringSetup, workers: int) -> list[list[int]]:
-    """The batches, split over at most `workers` shards of about as many tokens each. No shard is empty."""
-    batches = setup.questions.batches
+def shards(batches: Sequence[Batch], workers: int) -> list[list[int]]:
+    """The indices of batches, split over at most `workers` shards of about as many tokens each. No shard is empty."""
     found: list[list[int]] = [[] for _ in range(min(workers, len(batches)))]
     tokens = [0] * len(found)
     # The largest batch first, each to the smallest shard.

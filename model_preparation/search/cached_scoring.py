@@ -6,9 +6,8 @@ when `ScoringLM` runs the whole graft: on the same batches, with the same argume
 prompt beginning. In the last layer, once positions are mixed, only the scored positions are computed.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +15,15 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from model_preparation.evaluation.prefix_cache import shared_layer
-from model_preparation.evaluation.scoring import ScoringLM, answers_of
+from model_preparation.evaluation.scoring import answers_of
 from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache, MambaStateLayer
 from model_preparation.search.hidden_states import HiddenStates
 from model_preparation.search.layer_sets import LayerSet, walk
-from model_preparation.search.model_pair import ModelPair
 from model_preparation.search.question_set import BatchResult, QuestionSet
+from model_preparation.search.scoring_setup import ScoringSetup
+from model_preparation.search.settings import KL
 
 Results = dict[int, BatchResult]  # by batch
-References = Callable[[int], list[Tensor]]  # the donor's log-probabilities for a batch, (scored, vocabulary) per row
 
 # With fewer rows, torch may add in another order than for the same rows among many.
 _MIN_ROWS = 16
@@ -43,56 +42,41 @@ class CachedScorer:
     """Gives the answers of sets of layers.
 
     Args:
-        pair: base and donor.
-        lm: `ScoringLM` of `pair.model`; `questions` were made with it.
-        questions: what is asked.
+        setup: models, questions and settings.
         chosen: indices of the batches that this scorer runs; by default all.
-        memory_bytes: memory for the base's hidden states; the rest goes into a file.
-        folder: where that file goes.
-        references: the donor's log-probabilities, for divergences.
-        donor_answers: gives the donor's own answers.
 
     Attributes:
         layer_passes: how many layers have run, each over all questions; a layer over some of them is a fraction.
     """
 
-    def __init__(
-        self,
-        pair: ModelPair,
-        lm: ScoringLM,
-        questions: QuestionSet,
-        *,
-        chosen: Sequence[int] | None = None,
-        memory_bytes: int,
-        folder: Path,
-        references: References | None = None,
-        donor_answers: Callable[[], Results] = dict,
-    ):
-        self.donor_answers = donor_answers
-        self._pair = pair
-        self._lm = lm
-        self._questions = questions
-        self.chosen = list(range(len(questions.batches))) if chosen is None else list(chosen)
-        self._references = references
-        self._memory_bytes = memory_bytes
-        self._folder = folder
+    def __init__(self, setup: ScoringSetup, chosen: Sequence[int] | None = None):
+        self._setup = setup
+        self._pair = setup.pair
+        self._questions = setup.questions
+        self._chosen = list(range(len(setup.questions.batches))) if chosen is None else list(chosen)
+        self._references = setup.references(self._chosen) if setup.settings.objective == KL else None
         self._store: HiddenStates | None = None
         self._arguments: dict[tuple[int, int, int], dict[str, dict]] = {}
         self._is_exact: dict[tuple[bool, torch.Size, torch.Size], bool] = {}
-        self._all_tokens = count_tokens(questions)
+        self._all_tokens = count_tokens(setup.questions)
         self._tokens_run = 0
 
     @property
     def layer_passes(self) -> float:
         return self._tokens_run / self._all_tokens
 
+    def donor_answers(self) -> Results:
+        """The donor's own answers to all of `chosen`."""
+        return self._setup.donor_answers(self._chosen)
+
     @torch.inference_mode()
     def base(self) -> Results:
         """The base's answers to all of `chosen`. Its hidden states are kept for `score`."""
-        size_bytes = hidden_states_bytes(self._pair, self._questions, self.chosen)
-        self._store = HiddenStates(self._memory_bytes, size_bytes, self._folder)
+        settings = self._setup.settings
+        size_bytes = hidden_states_bytes(self._setup, self._chosen)
+        self._store = HiddenStates(settings.memory_bytes, size_bytes, settings.folder)
         results: Results = {}
-        for prefix, batches in self._by_prefix(self.chosen).items():
+        for prefix, batches in self._by_prefix(self._chosen).items():
             # One prefix after the other, to hold little more than what is kept.
             hidden: Any = self._embedded(prefix, batches)
             for layer in range(self._pair.layers):
@@ -117,7 +101,7 @@ class CachedScorer:
         """
         if self._store is None:
             self.base()
-        wanted = self.chosen if batches is None else list(batches)
+        wanted = self._chosen if batches is None else list(batches)
         walked = walk(sets, self._pair.layers, lambda layer: self._base_state(layer, wanted), self._step)
         while True:
             with torch.inference_mode():  # not around the yield, where it would also hold for the caller
@@ -218,7 +202,7 @@ class CachedScorer:
         batch = self._questions.batches[number]
         model = self._pair.model
         logits = model.lm_head(final)[..., : model.config.vocab_size]
-        scores = self._lm.normalised(logits, batch.rows)
+        scores = self._setup.lm.normalised(logits, batch.rows)
         answers = answers_of(batch.rows, scores, self._questions.tokens(batch.task))
         if self._references is None:
             return BatchResult(answers, None)
@@ -229,10 +213,11 @@ class CachedScorer:
         return BatchResult(answers, torch.stack(divergences).tolist())
 
 
-def hidden_states_bytes(pair: ModelPair, questions: QuestionSet, batches: Sequence[int] | None = None) -> int:
-    """Size of the base's hidden states before every layer, for all batches or some."""
-    itemsize = pair.model.backbone.embedding.weight.element_size()
-    return pair.layers * count_tokens(questions, batches) * pair.model.config.d_model * itemsize
+def hidden_states_bytes(setup: ScoringSetup, batches: Sequence[int] | None = None) -> int:
+    """The size of the base's hidden states before every layer, for all batches or some."""
+    model = setup.pair.model
+    itemsize = model.backbone.embedding.weight.element_size()
+    return setup.pair.layers * count_tokens(setup.questions, batches) * model.config.d_model * itemsize
 
 
 def count_tokens(questions: QuestionSet, batches: Sequence[int] | None = None) -> int:

@@ -103,7 +103,7 @@ def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
     """The plan."""
     settings, questions, donor = setup.settings, setup.questions, setup.planned.donor
     tokens = count_tokens(questions)
-    size = hidden_states_bytes(setup.pair, questions)
+    size = hidden_states_bytes(setup)
     in_file = max(0, size - settings.memory_bytes)
     return [
         f"base        {setup.planned.base.folder}",

@@ -1,6 +1,6 @@
 """Everything that scoring needs, made from the settings alone: a worker on another machine makes the same."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +19,16 @@ from model_preparation.evaluation.other_models import OtherModel, load_other
 from model_preparation.evaluation.scoring import ScoringLM, answers_of
 from model_preparation.evaluation.tasks import load_tasks, quiet
 from model_preparation.hub.sources import donor_name, resolve
-from model_preparation.search.cached_scoring import CachedScorer, References
 from model_preparation.search.hidden_states import HiddenStates
 from model_preparation.search.model_pair import load_pair
 from model_preparation.search.question_set import BatchResult, QuestionSet
 from model_preparation.search.settings import KL, SearchSettings
 
+References = Callable[[int], list[Tensor]]  # the donor's log-probabilities for a batch, (scored, vocabulary) per row
+
 
 class ScoringSetup:
-    """Base and donor in memory, the questions, and scorers for sets of layers.
+    """Base and donor in memory, the questions, and the donor's own answers.
 
     Args:
         settings: what is searched.
@@ -78,21 +79,7 @@ class ScoringSetup:
             "questions": self.questions.digest,
         }
 
-    def scorer(self, chosen: Sequence[int] | None = None) -> CachedScorer:
-        """A scorer for all batches, or for `chosen` ones."""
-        numbers = chosen or range(len(self.questions.batches))
-        return CachedScorer(
-            self.pair,
-            self.lm,
-            self.questions,
-            chosen=chosen,
-            memory_bytes=self.settings.memory_bytes,
-            folder=self.settings.folder,
-            references=self._references(numbers) if self.settings.objective == KL else None,
-            donor_answers=lambda: self.donor_answers(numbers),
-        )
-
-    def _references(self, numbers: Sequence[int]) -> References:
+    def references(self, numbers: Sequence[int]) -> References:
         """The donor's log-probabilities for a batch, kept like the base's hidden states."""
         if self._kept_references is not None and len(numbers) == len(self.questions.batches):
             return self._kept_references
@@ -109,7 +96,7 @@ class ScoringSetup:
     def donor_answers(self, chosen: Sequence[int]) -> dict[int, BatchResult]:
         """The donor's own answers to `chosen` batches, by batch."""
         if self.settings.objective == KL:  # which needs the log-probabilities anyway
-            references = self._references(chosen)
+            references = self.references(chosen)
             all_scores: Iterable[tuple[int, list[Tensor]]] = ((number, references(number)) for number in chosen)
         else:
             all_scores = self._donor_scores(chosen)

@@ -18,6 +18,7 @@ from model_preparation.io.identity import digest_of
 from model_preparation.io.new_file import write_file
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.search import checks
+from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.candidate_scores import BudgetSpent, CandidateScores, Scorer
 from model_preparation.search.checks import DONOR_LAYERS, JOURNAL
 from model_preparation.search.journal import Journal
@@ -71,7 +72,7 @@ def search_layers(
     """
     settings = SearchSettings(**changes) if settings is None else replace(settings, **changes)
     checks.check_first(settings, overwrite=overwrite)
-    here = contextlib.nullcontext((ScoringSetup.scorer, None))
+    here = contextlib.nullcontext((CachedScorer, None))
     with here if workers is None or dry_run else workers as (make_scorer, scored_on):
         folder = settings.folder
         extracts = settings.llama_layers_dir is None and not dry_run

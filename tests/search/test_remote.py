@@ -95,12 +95,9 @@ def is_shard(process: psutil.Process) -> bool:
 
 
 def test_the_shards_are_all_batches_once_and_about_alike(loaded):
-    class Holder:
-        questions = loaded[2]
-
-    batches = Holder.questions.batches
+    batches = loaded.questions.batches
     for workers in (1, 2, 5, len(batches) + 3):
-        found = shards(Holder, workers)
+        found = shards(batches, workers)
         assert sorted(number for shard in found for number in shard) == list(range(len(batches)))
         assert len(found) == min(workers, len(batches))
         sizes = [sum(batches[number].inputs.numel() for number in shard) for shard in found]
