@@ -20,10 +20,11 @@ from model_preparation.checkpoint.extract import extract_layers
 from model_preparation.checkpoint.graft import empty_model, grafted_config
 from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.search.cached_scoring import CachedScorer
-from model_preparation.search.methods import Options
-from model_preparation.search.search import DONOR_LAYERS, Search, search_layers
-from model_preparation.search.setup import Setup, Spec
-from model_preparation.search.space import Space
+from model_preparation.search.checks import DONOR_LAYERS
+from model_preparation.search.layer_sets import SearchSpace
+from model_preparation.search.scoring_setup import ScoringSetup
+from model_preparation.search.search import search_layers
+from model_preparation.search.settings import SearchSettings
 
 
 def main() -> None:
@@ -43,34 +44,31 @@ def main() -> None:
     layers_dir = args.output_dir / DONOR_LAYERS
     extract_layers(args.donor, layers_dir)
 
-    def spec(name: str) -> Spec:
-        folder = str(args.output_dir / name)
-        return Spec(args.base, str(layers_dir), (args.task,), folder, donor=args.donor, limit=args.limit)
+    def settings(name: str, method: str = "beam", **changes) -> SearchSettings:
+        given = {"base": args.base, "donor": args.donor, "llama_layers_dir": layers_dir, "tasks": (args.task,)}
+        return SearchSettings(args.output_dir / name, **given, limit=args.limit, method=method, **changes)
 
-    compare_with_alone(Setup(spec("alone")), args)
-    truth = search_layers(spec("exhaustive"), Search(method="exhaustive", most=args.max_layers))
+    compare_with_alone(ScoringSetup(settings("alone")), args)
+    truth = search_layers(settings("exhaustive", "exhaustive", max_layers=args.max_layers))
     assert truth is not None
     report("exhaustive", truth)
-    race = search_layers(spec("singles"), Search(method="singles", most=1, racing=True, options=Options(top=1)))
+    race = search_layers(settings("singles", "singles", race=True, top=1))
     report("singles, raced for the best one", race)
     budget = int(0.15 * truth["statistics"]["evaluations"])
     for method in ("beam", "ga"):
         for seed in range(args.seeds if method == "ga" else 1):
-            options = Options(seed=seed, beam_width=3, population=12)
-            search = Search(method=method, most=args.max_layers, budget_evaluations=budget, options=options)
-            found = search_layers(spec(f"{method}_{seed}"), search)
+            few = {"max_layers": args.max_layers, "budget_evaluations": budget, "beam_width": 3, "population": 12}
+            found = search_layers(settings(f"{method}_{seed}", method, seed=seed, **few))
             report(f"{method}, seed {seed}", found)
             against_truth(found, truth, args.max_layers)
 
 
-def compare_with_alone(setup: Setup, args: argparse.Namespace) -> None:
+def compare_with_alone(setup: ScoringSetup, args: argparse.Namespace) -> None:
     """Time the single layers and some others both ways, and compare every answer."""
-    space = Space(setup.pair.layers, 1, args.max_layers)
+    space = SearchSpace(setup.pair.layers, 1, args.max_layers)
     others = random.Random(0).sample([layers for layers in space.all() if len(layers) > 1], args.sample)
     for name, sets in (("single layers", space.singles), (f"{args.sample} others", others)):
-        scorer = CachedScorer(
-            setup.pair, setup.lm, setup.questions, memory_bytes=setup.spec.memory_bytes, folder=args.output_dir
-        )
+        scorer = CachedScorer(setup)
         started = time.perf_counter()
         scorer.base()
         shared = dict(scorer.score(sets))
@@ -94,7 +92,7 @@ def compare_with_alone(setup: Setup, args: argparse.Namespace) -> None:
 
 
 @torch.inference_mode()
-def run_alone(setup: Setup, layers: tuple[int, ...]) -> dict[int, list]:
+def run_alone(setup: ScoringSetup, layers: tuple[int, ...]) -> dict[int, list]:
     """The answers of a graft that is run as a whole, by task."""
     planned, pair = setup.planned, setup.pair
     model = empty_model(grafted_config(read_config(planned.base.folder), planned.donor, layers))

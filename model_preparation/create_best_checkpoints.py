@@ -1,8 +1,6 @@
-"""Command: a list of combinations -> one checkpoint each, by create_replaced_model_checkpoint.py.
+"""Command: a list of combinations, or a search's result -> one checkpoint each (jobs/build_many.py), and a table.
 
-In: a CSV or JSON file (jobs/combinations.py), or the result of a search (jobs/from_search.py). Out: a folder per
-combination, and a table at the end (jobs/builds.py).
-Usually started by create_best_checkpoints.sh, which finds the right Python.
+create_best_checkpoints.sh starts it with the right Python.
 """
 
 import argparse
@@ -11,19 +9,18 @@ from pathlib import Path
 from model_preparation import create_replaced_model_checkpoint
 from model_preparation.command_line import CommandParser, default_folder, number, run
 from model_preparation.errors import SurgeryError
-from model_preparation.jobs import builds, combinations, from_search, ray_flags
-from model_preparation.jobs.existing import is_complete
+from model_preparation.jobs import build_many, combinations, ray_flags
 
-ORIGIN = ("--base", "--llama_layers_dir")  # what a search was made on
+ORIGIN = ("--base", "--llama_layers_dir")  # what was searched
 HERE = Path(__file__).resolve().parent
 
 DESCRIPTION = f"""\
-Build a checkpoint for every combination of layers in a list. One that fails does not stop the others, one that is
-complete already is skipped (unless --overwrite is given; if its layers, base or format are others than asked for, it
-counts as failed), and a table ends it all. Exit code 1 if any failed.
---from takes the best of a search, search_layers.py's search_result.json or an older program's result file, and builds
-them from the base and the donor's layers that the search had, unless --base and --llama_layers_dir say otherwise.
-Flags not listed here go to create_replaced_model_checkpoint.py as they are: --base, --llama_layers_dir, --gpu, ...
+Build a checkpoint for every combination of layers in a list, and print a table. If one fails, the others are still
+built. A complete one is skipped, unless --overwrite is given; if its layers, base or format are not those asked for, it
+counts as failed. Exit code 1 if any failed.
+--from takes the best combinations of a search: the search_result.json of search_layers.py, or an older program's file.
+It builds them from the base and the donor's layers of that search, unless you give --base and --llama_layers_dir.
+Flags not listed here go to create_replaced_model_checkpoint.py: --base, --llama_layers_dir, --gpu, ...
 
 {ray_flags.HELP}"""
 
@@ -71,38 +68,38 @@ def main() -> None:
     flags = builder.parse_args(["--layers", "0", "--output_dir", "DIR", *passed_on])  # ends here if a flag is wrong
     run_jobs = ray_flags.chosen_runner(parser, argparse.Namespace(**{**vars(flags), **vars(args)}))
 
-    taken = ""
+    assumed = ""
     if args.search is not None:
-        listed, sources_found = from_search.best_of(args.search, args.top or 1)
+        listed, searched = combinations.best_of(args.search, args.top or 1)
         root = args.output_root.expanduser()
-        is_to_build = flags.overwrite or not all(is_complete(root / each.name) for each in listed)
-        if is_to_build and not is_given("--llama_layers_dir", passed_on):
-            from_search.check_layers(args.search)
-        for flag, value in sources_found.items():
+        builds_any = flags.overwrite or not all(build_many.is_complete(root / each.name) for each in listed)
+        if builds_any and not is_given("--llama_layers_dir", passed_on):
+            combinations.check_layers(args.search)
+        for flag, value in searched.items():
             if not is_given(flag, passed_on):
                 passed_on += [flag, value]
         flags = builder.parse_args(["--layers", "0", "--output_dir", "DIR", *passed_on])
-        if any(flag not in sources_found and not is_given(flag, passed_on) for flag in ORIGIN):
-            taken = (
-                f"{args.search} does not say what was searched. Taken are the base {flags.base or 'unaligned_llamba'} "
+        if any(flag not in searched and not is_given(flag, passed_on) for flag in ORIGIN):
+            assumed = (
+                f"{args.search} does not say what was searched. Used are the base {flags.base or 'unaligned_llamba'} "
                 f"and the donor's layers in {flags.llama_layers_dir}; name others by --base NAME|PATH and "
                 "--llama_layers_dir DIR (extract_layers.py --model_name DONOR --output_dir DIR writes them)."
             )
-            print(taken, flush=True)
+            print(assumed, flush=True)
     else:
         listed = combinations.read_list(args.list)
-    outcomes = builds.build_all(listed, args.output_root.expanduser(), passed_on, flags, run_jobs=run_jobs)
-    print("\n" + builds.describe(outcomes))
+    outcomes = build_many.build_all(listed, args.output_root.expanduser(), passed_on, flags, run_jobs=run_jobs)
+    print("\n" + build_many.describe(outcomes))
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     if failed:
         raise SurgeryError(
-            f"{failed} of {len(outcomes)} checkpoints failed; the reasons are above. "
-            f"Run this again when they are mended: what is complete will be skipped. {taken}".rstrip()
+            f"{failed} of {len(outcomes)} checkpoints failed; the reasons are above. Mend them and run this again: "
+            f"complete checkpoints will be skipped. {assumed}".rstrip()
         )
 
 
 def is_given(flag: str, arguments: list[str]) -> bool:
-    """Whether a flag is among arguments, in either spelling."""
+    """Whether the arguments have a flag, in either spelling."""
     return any(given.partition("=")[0].replace("-", "_") == flag.replace("-", "_") for given in arguments)
 
 

@@ -1,6 +1,6 @@
-"""Command: checkpoints -> the score of each, by test_checkpoint.py, and one table (jobs/evaluations.py).
+"""Command: checkpoints -> the score of each, by test_checkpoint.py, in one table (jobs/evaluate_many.py).
 
-Usually started by scripts/evaluate_all.sh, which finds the right Python.
+scripts/evaluate_all.sh starts it with the right Python.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from model_preparation.command_line import (
     run,
 )
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.settings import EvaluationSettings, add_flags
-from model_preparation.jobs import combinations, evaluations, ray_flags
+from model_preparation.evaluation.evaluation_flags import add_scoring_flags
+from model_preparation.jobs import combinations, evaluate_many, ray_flags
 
 DESCRIPTION = f"""\
-Evaluate many checkpoints, and print one table of their scores. One that fails does not stop the others; results are
-kept as they come, so the same command goes on after an interruption and does nothing anew. Exit code 1 if any failed.
+Evaluate many checkpoints, and print one table of their scores. One that fails does not stop the others. Each result is
+kept at once: after an interruption, run the same command again and it continues. Exit code 1 if any failed.
 
 {ray_flags.HELP}"""
 
@@ -35,9 +35,9 @@ examples:
 A score with --limit is not comparable with the full one: compare rows of one table.
 """
 
-# Flags of test_checkpoint.py that are handed on as they are.
+# Flags that go to test_checkpoint.py unchanged.
 _HANDED_ON = ("tasks", "limit", "num_fewshot", "batch_size", "mmlu_data", "seed", "dtype", "gpu", "device")
-_NO_FOLDERS = ("hub", "modelscope")  # what --mmlu_data may say instead of a path
+_NO_FOLDERS = ("hub", "modelscope")  # what --mmlu_data takes instead of a path
 
 
 def main() -> None:
@@ -55,26 +55,26 @@ def main() -> None:
     if args.tasks != parser.get_default("tasks"):
         from model_preparation.evaluation.tasks import check_names
 
-        check_names(args.tasks)  # once, and not for each checkpoint anew
+        check_names(args.tasks)  # once, and not for every checkpoint
     if args.list is None:
-        candidates = evaluations.find_checkpoints(args.checkpoints)
+        candidates = evaluate_many.find_checkpoints(args.checkpoints)
     else:
-        candidates = evaluations.listed_checkpoints(combinations.read_list(args.list), args.output_root.expanduser())
-    done = evaluations.evaluate_all(
+        candidates = evaluate_many.listed_checkpoints(combinations.read_list(args.list), args.output_root.expanduser())
+    done = evaluate_many.evaluate_all(
         candidates,
         list(_flags(args)),
         results_dir=None if args.results_dir is None else args.results_dir.expanduser(),
         needs=list(_needed_paths(args)),
         run_jobs=run_jobs,
     )
-    print("\n" + evaluations.describe(done))
+    print("\n" + evaluate_many.describe(done))
     if args.limit:
         print(f"--limit {args.limit} is per subject: these scores are not comparable with full ones.")
     failed = sum(evaluation.status == "failed" for evaluation in done)
     if failed:
         raise SurgeryError(
             f"{failed} of {len(done)} evaluations failed; the reasons are above. "
-            "Run this again when they are mended: results that are complete are kept."
+            "Mend them and run this again: complete results are kept."
         )
 
 
@@ -86,7 +86,7 @@ def make_parser() -> CommandParser:
         nargs="*",
         type=Path,
         metavar="DIR",
-        help="a checkpoint's folder, or a folder of them, of which all that are complete are evaluated",
+        help="a checkpoint's folder, or a folder that holds complete checkpoints",
     )
     parser.add_argument(
         "--list", type=Path, metavar="FILE", help="combinations, as create_best_checkpoints.sh takes them"
@@ -99,7 +99,7 @@ def make_parser() -> CommandParser:
         help="with --list: where the checkpoints' folders are (default: %(default)s)",
     )
     ray_flags.add_ray_flags(parser)
-    add_flags(parser, EvaluationSettings)
+    add_scoring_flags(parser)
     parser.add_argument(
         "--seed", type=number(int, least=0), metavar="N", help="of everything random (default: the evaluator's)"
     )
@@ -117,7 +117,7 @@ def _flags(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _needed_paths(args: argparse.Namespace) -> Iterator[Path]:
-    """What the evaluator's flags name on the disk."""
+    """The paths in the evaluator's flags."""
     if args.mmlu_data is not None and args.mmlu_data not in _NO_FOLDERS:
         yield Path(args.mmlu_data).expanduser()
     yield from (Path(task) for task in args.tasks if Path(task).exists())

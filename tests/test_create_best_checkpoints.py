@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from model_preparation import create_replaced_model_checkpoint
-from model_preparation.jobs.builds import BUILDER, build_all, describe
+from model_preparation.jobs.build_many import BUILDER, build_all, describe
 from model_preparation.jobs.combinations import Combination, read_list
 from model_preparation.jobs.jobs import Ended
 from tests.conftest import HANG_SECONDS, PACKAGE, assert_refused, run_command, run_fresh_command

@@ -12,9 +12,9 @@ from accelerate.state import AcceleratorState
 
 from model_preparation.devices import choose_device
 from model_preparation.errors import SurgeryError
-from model_preparation.jobs import ray_jobs, remote
+from model_preparation.jobs import ray_cluster, ray_jobs, ray_scoring
 from model_preparation.jobs.jobs import Job
-from model_preparation.search.setup import Spec
+from model_preparation.search.settings import SearchSettings
 from model_preparation.train.heal.arguments import training_arguments
 from model_preparation.train.heal.settings import HealSettings
 from model_preparation.train.heal.step_size import StepSize
@@ -98,12 +98,10 @@ def test_a_worker_of_a_search_computes_where_the_search_says(two_gpus, monkeypat
     monkeypatch.chdir(tmp_path)
     made = []
     scorer = SimpleNamespace(base=dict, layer_passes=0.0)
-    monkeypatch.setattr(
-        remote, "Setup", lambda spec: made.append(spec) or SimpleNamespace(scorer=lambda chosen: scorer)
-    )
-    spec = Spec(base="b", llama_layers_dir="l", tasks=("t",), folder=str(tmp_path), device=asked, device_here="cpu")
-    remote.Share(spec, str(tmp_path), 1, [0]).base()
-    assert [(each.device, each.device_here) for each in made] == [(asked, found)]
+    monkeypatch.setattr(ray_scoring, "ScoringSetup", made.append)
+    monkeypatch.setattr(ray_scoring, "CachedScorer", lambda setup, chosen: scorer)
+    next(ray_scoring.QuestionShard(SearchSettings(tmp_path, device=asked), str(tmp_path), 1, [0]).base())
+    assert [each.device for each in made] == [found]
 
 
 @pytest.mark.parametrize(
@@ -116,8 +114,10 @@ def test_a_worker_of_a_search_computes_where_the_search_says(two_gpus, monkeypat
     ],
 )
 def test_the_jobs_of_a_cluster_are_given_what_the_flag_says(capsys, tmp_path, gpus, device, found, told):
-    cluster = SimpleNamespace(cluster_resources=lambda: {"CPU": 4, **({"GPU": gpus} if gpus else {})})
-    assert ray_jobs.gpus_per_job(cluster, device) == found
+    resources = {"CPU": 4, **({"GPU": gpus} if gpus else {})}
+    machine = {"Alive": True, "Resources": resources}
+    cluster = SimpleNamespace(cluster_resources=lambda: resources, nodes=lambda: [machine])
+    assert ray_cluster.gpus_per_job(cluster, device, 1) == found
     assert capsys.readouterr().out == f"Device       {told}\n"
     order = ray_jobs._order(Job("name", tmp_path / "script.py", ()), {}, with_gpu=found > 0)
     assert order.launch.variables["MODEL_PREPARATION_DEVICE"] == ("cuda" if found else "cpu")
@@ -126,7 +126,14 @@ def test_the_jobs_of_a_cluster_are_given_what_the_flag_says(capsys, tmp_path, gp
 def test_a_gpu_that_the_cluster_lacks_is_refused():
     cluster = SimpleNamespace(cluster_resources=lambda: {"CPU": 4})
     with pytest.raises(SurgeryError, match="--device cuda is given, and the Ray cluster has no GPU"):
-        ray_jobs.gpus_per_job(cluster, "cuda")
+        ray_cluster.gpus_per_job(cluster, "cuda", 1)
+
+
+def test_jobs_that_no_machine_can_take_are_refused():
+    machine = {"Alive": True, "Resources": {"CPU": 4}}
+    cluster = SimpleNamespace(cluster_resources=lambda: {"CPU": 8}, nodes=lambda: [machine, machine])
+    with pytest.raises(SurgeryError, match=r"needs 5 CPUs and 0 GPUs of one machine.*Give a smaller --cpus_per_job"):
+        ray_cluster.gpus_per_job(cluster, None, 5)
 
 
 @pytest.fixture

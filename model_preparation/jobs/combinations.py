@@ -1,7 +1,6 @@
-"""A list of combinations of layers, as create_best_checkpoints.py builds it and evaluate_checkpoints.py scores it.
+"""Combinations of layers to build or to evaluate: from a CSV or JSON list, or the best of a search.
 
-In: a CSV or JSON file with, per combination, layers, and optionally score, description and name. Out: `Combination`s,
-each with the name of its folder: `llamba_replaced_11_13_17_21` unless the list names it.
+The folder of a combination is `llamba_replaced_11_13_17_21`, unless the list has a name for it.
 """
 
 import argparse
@@ -14,6 +13,7 @@ from typing import Any
 from model_preparation import command_line
 from model_preparation.errors import SurgeryError
 from model_preparation.io.text import read_text
+from model_preparation.search.result_reader import read_result
 from model_preparation.terminal import STEERING
 
 FIELDS = {"layers", "score", "description", "name"}
@@ -29,10 +29,10 @@ or as JSON:
 
 @dataclass(frozen=True)
 class Combination:
-    """One entry of a list."""
+    """One entry of a list. `score` is as --score takes it, "" if unknown."""
 
     layers: tuple[int, ...]  # sorted
-    score: str  # as --score takes it, "" if unknown
+    score: str
     description: str
     name: str  # of the folder
 
@@ -41,7 +41,7 @@ def read_list(path: Path) -> list[Combination]:
     """The combinations in a .csv or .json file, in its order.
 
     Raises:
-        SurgeryError: naming the file and the entry that cannot be used.
+        SurgeryError: for a file or an entry that cannot be used; it names both.
     """
     try:
         text = read_text(path)
@@ -68,6 +68,49 @@ def read_list(path: Path) -> list[Combination]:
     return combinations
 
 
+def best_of(path: Path, count: int) -> tuple[list[Combination], dict[str, str]]:
+    """The `count` best combinations of a search, and the builder's flags for what was searched, with their values.
+
+    Args:
+        path: search_result.json, or an older program's result file.
+        count: how many; fewer if the file has fewer.
+
+    Raises:
+        SurgeryError: if the file cannot be read.
+    """
+    path = path.expanduser()
+    found = read_result(path)
+    if found.failures:
+        print(f"{found.failures} entries of {path} have the score 0, which older programs gave what failed: left out")
+    combinations = []
+    for rank, each in enumerate(found.entries[:count], start=1):
+        is_mmlu = found.is_mmlu and each.score is not None and 0 <= each.score <= 1
+        score = f"{each.score:.6g}" if is_mmlu else ""
+        fitness = "" if each.score is None else f", {found.objective} {each.score:.4f}"
+        description = f"number {rank} of {path.name}{fitness}"
+        combinations.append(Combination(each.layers, score, description, _default_name(each.layers)))
+    flags = {"--base": found.base, "--llama_layers_dir": found.llama_layers_dir, "--tokenizer": found.tokenizer}
+    return combinations, {flag: value for flag, value in flags.items() if value is not None}
+
+
+def check_layers(path: Path) -> None:
+    """Raise SurgeryError if the donor's layers are no longer in the folder that a result file names."""
+    from model_preparation.checkpoint.layer_store import METADATA
+
+    found = read_result(path.expanduser())
+    if found.llama_layers_dir is None or (Path(found.llama_layers_dir) / METADATA).is_file():
+        return
+    raise SurgeryError(
+        f"{path} was found with the donor's layers in {found.llama_layers_dir}, which are gone. Extract them "
+        f"again: python extract_layers.py --model_name {found.donor or 'DONOR'} --output_dir {found.llama_layers_dir}; "
+        "or give others by --llama_layers_dir DIR."
+    )
+
+
+def _default_name(layers: tuple[int, ...]) -> str:
+    return "llamba_replaced_" + "_".join(map(str, layers))
+
+
 def _json_entries(text: str) -> list[dict[str, Any]]:
     entries = json.loads(text)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -76,7 +119,7 @@ def _json_entries(text: str) -> list[dict[str, Any]]:
 
 
 def _combination(entry: dict[Any, Any]) -> Combination:
-    """Check one entry as a file gives it; raises ValueError with what is wrong."""
+    """Read one entry of a file. Raises ValueError for what is wrong in it."""
     values = {key: value for key, value in entry.items() if value not in (None, "")}
     unknown = sorted(str(key or f"a value without a column ({SPACES})") for key in values.keys() - FIELDS)
     if unknown:
@@ -86,7 +129,7 @@ def _combination(entry: dict[Any, Any]) -> Combination:
     layers = tuple(sorted(_layer(word) for word in words))
     if not layers:
         raise ValueError("it has no layers")
-    name = str(values.get("name", "llamba_replaced_" + "_".join(map(str, layers))))
+    name = str(values.get("name", _default_name(layers)))
     if Path(name).name != name or name in (".", "..") or STEERING.search(name):
         raise ValueError(f"the name {name!r} is not that of a folder")
     score = str(values.get("score", "0"))

@@ -1,30 +1,31 @@
-"""What a batch runs: one of our commands for each checkpoint, here one after the other (ray_jobs.py: many at once).
-
-In: `Job`s. Out: per job, how its process ended, in the order in which they end. A job that fails stops no other.
-"""
+"""Jobs: runs of our commands, here one after the other. ray_jobs.py runs many at once."""
 
 import shlex
 import signal
 import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from model_preparation.jobs.process import Launch, Output, chunks, end, read_result, start
+from model_preparation.jobs.process import CommandProcess, Launch
 
 _REASON_CHARACTERS = 160
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True)
 class Job:
     """One run of a command.
 
-    `needs` are paths that whoever runs it must see, `writes_to` a folder that must be the same one for all of them.
-    With `result_flag`, the command is given a file by that flag, and what it writes there (JSON) is the result.
+    Attributes:
+        name: what people call it.
+        script, arguments: the Python file and its arguments.
+        needs: paths that the machine must see.
+        writes_to: a folder that must be the same one on all machines.
+        result_flag: as `Launch` has it.
     """
 
     name: str
@@ -37,48 +38,51 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended: `reason` says why it failed, in a line, and is "" if it did not."""
+    """How a job ended. `reason` says in one line why it failed; it is "" for success."""
 
     reason: str
     seconds: float
     result: dict[str, Any] | None = None
 
 
+# Runs jobs; gives the index of each with how it ended. A job that fails does not stop the others.
 Runner = Callable[[Sequence[Job]], Iterator[tuple[int, Ended]]]
 
 
 def run_in_turn(jobs: Sequence[Job]) -> Iterator[tuple[int, Ended]]:
-    """Run the jobs one after the other, in the terminal we have; gives the index of each with how it ended.
-
-    Whatever interrupts this ends the running one too, with time to clean up.
-    """
+    """Run jobs one after the other, in our terminal. An interruption also ends the running one, which can clean up."""
     for index, job in enumerate(jobs):
         started = time.monotonic()
         print(f"\n[{index + 1}/{len(jobs)}] {job.name}", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            result_file = Path(folder) / "result.json"
-            launch = Launch(str(job.script), arguments_of(job, result_file))
-            print("+ " + shlex.join([sys.executable, launch.script, *job.arguments]), flush=True)
-            process = start(launch, merge=False)
-            output = Output()
-            try:
-                for chunk in chunks(process):
-                    # Its stdout is ours already, with its bars; what it says of its failure is needed here too.
-                    sys.stderr.write(output.add(chunk))
-                    sys.stderr.flush()
-            finally:
-                end(process)
-            reason = failure(process.returncode, output.text)
-            yield index, Ended(reason, time.monotonic() - started, read_result(result_file))
+        print("+ " + shlex.join([sys.executable, str(job.script), *job.arguments]), flush=True)
+        with CommandProcess(Launch(str(job.script), job.arguments, job.result_flag), merge=False) as process:
+            for text in process.printed():
+                sys.stderr.write(text)
+                sys.stderr.flush()
+        assert process.code is not None
+        yield index, Ended(failure(process.code, process.output), time.monotonic() - started, process.result)
 
 
-def arguments_of(job: Job, result_file: Path) -> tuple[str, ...]:
-    """The job's arguments, with the flag for its result."""
-    return (*job.arguments, job.result_flag, str(result_file)) if job.result_flag else job.arguments
+def outcomes_of(
+    prepared: Sequence[Job | Outcome], run_jobs: Runner, finish: Callable[[int, Ended], Outcome]
+) -> list[Outcome]:
+    """The outcomes in the order of `prepared`.
+
+    Args:
+        prepared: jobs to run, and outcomes that are known already.
+        run_jobs: runs the jobs.
+        finish: makes an outcome of an index in `prepared` and how that job ended.
+    """
+    jobs = {index: each for index, each in enumerate(prepared) if isinstance(each, Job)}
+    outcomes = {index: each for index, each in enumerate(prepared) if not isinstance(each, Job)}
+    indices = list(jobs)
+    for number, ended in run_jobs(list(jobs.values())):
+        outcomes[indices[number]] = finish(indices[number], ended)
+    return [outcomes[index] for index in range(len(prepared))]
 
 
 def failure(code: int, output: str) -> str:
-    """Why a command failed, in a line: what it reports as its error, else the last it said. "" if it did not fail."""
+    """Why a command failed, in one line: its error, else the last line of its output. "" if it did not fail."""
     if code == 0:
         return ""
     lines = [line.strip() for line in output.replace("\r", "\n").split("\n") if line.strip()]

@@ -1,15 +1,13 @@
-"""Scores of many grafts of one pair, from hidden states that they share: to the bit those of each graft alone.
+"""The answers of many grafts that share hidden states: equal to the bit to the answers of each graft alone.
 
-In: a `Pair` and a `QuestionSet`. Out: what each set of layers answers. A graft equals its base up to its lowest grafted
-layer, so it starts from the base's hidden states before that, which are computed once; grafts that are alike further on
-share those layers too (layer_sets.py). Every layer is run on the same batches, with the same arguments and the same
-cache of a common beginning, as when `ScoringLM` runs the graft as a whole. After the last layer's mixing of positions
-only those that are scored go on.
+A graft equals its base up to its lowest grafted layer. So it starts from the base's hidden states before that layer,
+which are computed once. Grafts that are alike further on share those layers too (layer_sets.py). Every layer runs as
+when `ScoringLM` runs the whole graft: on the same batches, with the same arguments, and with the same cache of a common
+prompt beginning. In the last layer, once positions are mixed, only the scored positions are computed.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,83 +15,69 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from model_preparation.evaluation.prefix_cache import shared_layer
-from model_preparation.evaluation.scoring import ScoringLM, answers_of
+from model_preparation.evaluation.scoring import answers_of
 from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache, MambaStateLayer
-from model_preparation.search.boundaries import BoundaryStore
+from model_preparation.search.hidden_states import HiddenStates
 from model_preparation.search.layer_sets import LayerSet, walk
-from model_preparation.search.pair import Pair
 from model_preparation.search.question_set import BatchResult, QuestionSet
+from model_preparation.search.scoring_setup import ScoringSetup
+from model_preparation.search.settings import KL
 
 Results = dict[int, BatchResult]  # by batch
-References = Callable[[int], list[Tensor]]  # the donor's log-probabilities for a batch, (scored, vocabulary) per row
 
-# Fewer rows than this may be summed in another order than the same rows among many.
+# With fewer rows, torch may add in another order than for the same rows among many.
 _MIN_ROWS = 16
 _MAX_KEPT_ARGUMENTS = 256
 
 
 @dataclass
 class _Hidden:
-    """Hidden states of some batches between two layers: (1, tokens, d_model) per prefix, (rows, length, d_model)."""
+    """Hidden states between two layers: (1, tokens, d_model) per prefix, (rows, length, d_model) per batch."""
 
     prefixes: dict[int, Tensor]
     batches: dict[int, Tensor]
 
 
 class CachedScorer:
-    """What scores sets of layers.
+    """Gives the answers of sets of layers.
 
     Args:
-        pair: base and donor.
-        lm: `ScoringLM` of `pair.model`, that `questions` were made with.
-        questions: what is asked.
-        chosen: the batches that are this scorer's, by index; all by default.
-        memory_bytes: for the base's hidden states; what is more goes into a file.
-        folder: for that file.
-        references: the donor's log-probabilities, where divergences are wanted.
+        setup: models, questions and settings.
+        chosen: indices of the batches that this scorer runs; by default all.
 
     Attributes:
-        layer_passes: how many layers were run so far, each over all questions; over some of them it counts as a part.
+        layer_passes: how many layers have run, each over all questions; a layer over some of them is a fraction.
     """
 
-    def __init__(
-        self,
-        pair: Pair,
-        lm: ScoringLM,
-        questions: QuestionSet,
-        *,
-        chosen: Sequence[int] | None = None,
-        memory_bytes: int,
-        folder: Path,
-        references: References | None = None,
-        donor_answers: Callable[[], Results] = dict,
-    ):
-        self.donor_answers = donor_answers
-        self._pair = pair
-        self._lm = lm
-        self._questions = questions
-        self.chosen = list(range(len(questions.batches))) if chosen is None else list(chosen)
-        self._references = references
-        self._memory_bytes = memory_bytes
-        self._folder = folder
-        self._store: BoundaryStore | None = None
+    def __init__(self, setup: ScoringSetup, chosen: Sequence[int] | None = None):
+        self._setup = setup
+        self._pair = setup.pair
+        self._questions = setup.questions
+        self._chosen = list(range(len(setup.questions.batches))) if chosen is None else list(chosen)
+        self._references = setup.references(self._chosen) if setup.settings.objective == KL else None
+        self._store: HiddenStates | None = None
         self._arguments: dict[tuple[int, int, int], dict[str, dict]] = {}
         self._is_exact: dict[tuple[bool, torch.Size, torch.Size], bool] = {}
-        self._all_tokens = count_tokens(questions)
+        self._all_tokens = count_tokens(setup.questions)
         self._tokens_run = 0
 
     @property
     def layer_passes(self) -> float:
         return self._tokens_run / self._all_tokens
 
+    def donor_answers(self) -> Results:
+        """The donor's own answers to all of `chosen`."""
+        return self._setup.donor_answers(self._chosen)
+
     @torch.inference_mode()
     def base(self) -> Results:
-        """The base's answers to all of `chosen`; its hidden states are kept from then on."""
-        size_bytes = boundary_bytes(self._pair, self._questions, self.chosen)
-        self._store = BoundaryStore(self._memory_bytes, size_bytes, self._folder)
+        """The base's answers to all of `chosen`. Its hidden states are kept for `score`."""
+        settings = self._setup.settings
+        size_bytes = hidden_states_bytes(self._setup, self._chosen)
+        self._store = HiddenStates(settings.memory_bytes, size_bytes, settings.folder)
         results: Results = {}
-        for prefix, batches in self._by_prefix(self.chosen).items():
-            # One prefix after the other, so that little is held besides what is kept.
+        for prefix, batches in self._by_prefix(self._chosen).items():
+            # One prefix after the other, to hold little more than what is kept.
             hidden: Any = self._embedded(prefix, batches)
             for layer in range(self._pair.layers):
                 for number, states in hidden.prefixes.items():
@@ -107,17 +91,20 @@ class CachedScorer:
     def score(
         self, sets: Iterable[LayerSet], batches: Sequence[int] | None = None
     ) -> Iterator[tuple[LayerSet, Results]]:
-        """Each set's answers, as soon as it has them; sets that share layers come one after the other.
+        """Gives each set with its answers, as soon as they are known. Sets that share layers follow each other.
+
+        It runs the base first, unless that was done.
 
         Args:
             sets: distinct, none of them empty.
-            batches: of `chosen`, those to run; all by default. `base` must have been called.
+            batches: which batches of `chosen` to run; by default all.
         """
-        assert self._store is not None
-        wanted = self.chosen if batches is None else list(batches)
-        walked = walk(sets, self._pair.layers, lambda layer: self._boundary(layer, wanted), self._step)
+        if self._store is None:
+            self.base()
+        wanted = self._chosen if batches is None else list(batches)
+        walked = walk(sets, self._pair.layers, lambda layer: self._base_state(layer, wanted), self._step)
         while True:
-            with torch.inference_mode():  # not around a yield: it would hold for whoever takes what is given
+            with torch.inference_mode():  # not around the yield, where it would also hold for the caller
                 found: Any = next(walked, None)
             if found is None:
                 return
@@ -137,7 +124,7 @@ class CachedScorer:
         inputs = {number: self._questions.batches[number].inputs for number in batches}
         return _Hidden(prefixes, {number: embedding(each.to(device)) for number, each in inputs.items()})
 
-    def _boundary(self, layer: int, batches: Sequence[int]) -> _Hidden:
+    def _base_state(self, layer: int, batches: Sequence[int]) -> _Hidden:
         assert self._store is not None
         device = self._pair.model.device
         prefixes = [prefix for prefix in self._by_prefix(batches) if self._questions.prefixes[prefix]]
@@ -147,7 +134,7 @@ class CachedScorer:
         )
 
     def _step(self, index: int, grafted: bool, before: _Hidden) -> Any:
-        """The hidden states after a layer; after the last one the answers."""
+        """The hidden states after a layer; after the last layer the answers."""
         layer = self._pair.layer(index, grafted)
         is_last = index == self._pair.layers - 1
         after = _Hidden({}, {})
@@ -174,7 +161,7 @@ class CachedScorer:
     def _given(
         self, index: int, grafted: bool, states: Tensor, cache: DynamicLayer | MambaStateLayer | None, past: int
     ) -> dict[str, Any]:
-        """What a layer is given beside the hidden states of tokens that come after `past` others."""
+        """A layer's arguments other than the hidden states, for tokens that come after `past` others."""
         rows, length, _ = states.shape
         if (rows, length, past) not in self._arguments:
             if len(self._arguments) >= _MAX_KEPT_ARGUMENTS:
@@ -190,7 +177,7 @@ class CachedScorer:
         }
 
     def _last(self, number: int, layer: Any, grafted: bool, states: Tensor, given: dict[str, Any]) -> Tensor:
-        """Final hidden states at the positions that are scored, (rows, kept, d_model)."""
+        """Final hidden states at the scored positions, (rows, kept, d_model)."""
         positions = self._questions.batches[number].positions.to(states.device)
         rows = torch.arange(len(states), device=states.device)[:, None]
         norm = self._pair.model.backbone.final_layernorm
@@ -207,7 +194,7 @@ class CachedScorer:
                 return short
         whole = norm(layer(states, **given))[rows, positions]
         if exact is None:
-            # The order of the sums depends on the shapes alone, so trying each once tells.
+            # The order of the sums depends on the shapes only, so one trial of each shape is enough.
             self._is_exact[key] = torch.equal(short, whole)
         return whole
 
@@ -215,7 +202,7 @@ class CachedScorer:
         batch = self._questions.batches[number]
         model = self._pair.model
         logits = model.lm_head(final)[..., : model.config.vocab_size]
-        scores = self._lm.normalised(logits, batch.rows)
+        scores = self._setup.lm.normalised(logits, batch.rows)
         answers = answers_of(batch.rows, scores, self._questions.tokens(batch.task))
         if self._references is None:
             return BatchResult(answers, None)
@@ -226,10 +213,11 @@ class CachedScorer:
         return BatchResult(answers, torch.stack(divergences).tolist())
 
 
-def boundary_bytes(pair: Pair, questions: QuestionSet, batches: Sequence[int] | None = None) -> int:
-    """Size of the base's hidden states before every layer, for all batches or some."""
-    itemsize = pair.model.backbone.embedding.weight.element_size()
-    return pair.layers * count_tokens(questions, batches) * pair.model.config.d_model * itemsize
+def hidden_states_bytes(setup: ScoringSetup, batches: Sequence[int] | None = None) -> int:
+    """The size of the base's hidden states before every layer, for all batches or some."""
+    model = setup.pair.model
+    itemsize = model.backbone.embedding.weight.element_size()
+    return setup.pair.layers * count_tokens(setup.questions, batches) * model.config.d_model * itemsize
 
 
 def count_tokens(questions: QuestionSet, batches: Sequence[int] | None = None) -> int:
@@ -240,7 +228,7 @@ def count_tokens(questions: QuestionSet, batches: Sequence[int] | None = None) -
 
 
 def _mix(layer: Any, grafted: bool, states: Tensor, given: dict[str, Any]) -> Tensor:
-    """The first half of a layer, where positions see each other, with its residual."""
+    """The first half of a layer, in which positions see each other, with its residual."""
     normed = layer.input_layernorm(states)
     if grafted:
         return states + layer.self_attn(hidden_states=normed, **given)[0]
@@ -248,7 +236,7 @@ def _mix(layer: Any, grafted: bool, states: Tensor, given: dict[str, Any]) -> Te
 
 
 class _Seen(LlambaCache):
-    """A cache after `tokens` tokens, as far as masks and positions depend on it."""
+    """Stands in for a cache after `tokens` tokens, where masks and positions are computed."""
 
     def __init__(self, config: Any, tokens: int):
         super().__init__(config)

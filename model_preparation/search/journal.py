@@ -1,20 +1,19 @@
-"""Every evaluation of a search, in a file that is only ever added to.
+"""Every evaluation of a search, in a file that only grows: a JSON object with its own digest on each line.
 
-In: entries (JSON objects). Out: a line each, on the disk when `append` returns, with a digest of itself; and, when the
-search is started again, all entries back. A last line that was cut by a crash, or has zeros in it where the power
-failed before its bytes were on the disk, is taken off, as it was never complete; any other damage is an error.
+A line is on the disk when `append` returns. A crash may cut the last line, and a power cut may leave zeros in it; such
+a line was never complete, and is removed. Any other damage is an error.
 """
 
+import fcntl
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
-from filelock import lock_descriptor
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.complete_file import make_folder, sync
+from model_preparation.io.sync import make_folder, sync
 from model_preparation.io.untrusted.untrusted_files import parse_json, regular_file
 
 _CHECK = "check"
@@ -22,13 +21,13 @@ _CHECK_DIGITS = 16
 
 
 class Journal:
-    """A journal, held by this process until it is closed.
+    """A journal. Until it is closed, no other process can open it.
 
     Attributes:
-        entries: what is in it.
+        entries: all its entries.
 
     Raises:
-        SurgeryError: if another process holds it, or a line of it is damaged.
+        SurgeryError: if another process has it open, or a line is damaged.
         OSError: from the file system.
     """
 
@@ -37,10 +36,13 @@ class Journal:
         make_folder(path.parent)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            if not lock_descriptor(self._descriptor, blocking=False):
+            try:
+                # The lock is on the journal itself; the library filelock would empty it.
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 raise SurgeryError(
                     f"Another search writes to {path}. Wait until it ends, or choose another --output_dir."
-                )
+                ) from None
             sync(path.parent)
             self.entries = self._read()
         except BaseException:
@@ -57,7 +59,7 @@ class Journal:
                 raise OSError(28, "No space left on device", str(self.path))
             os.fsync(self._descriptor)
         except OSError:
-            os.ftruncate(self._descriptor, start)  # what comes next must not stand behind half a line
+            os.ftruncate(self._descriptor, start)  # the next entry must not follow half a line
             raise
         self.entries.append(entry)
 

@@ -1,37 +1,54 @@
-"""Combinations of layers, and the order in which many of them are run so that what they share runs once.
+"""Sets of layers: those that a search may choose, which look promising, and how many of them run together.
 
-In: sets of layers. Out: a walk over the tree of their models. Two models share what comes before the first layer in
-which they differ, so the models of many sets are the paths of a binary tree: at each layer the donor's or the base's.
-Walked depth first, the tree needs the hidden states of one more layer boundary than its largest set has layers.
+Two grafts of one base share all that comes before the first layer in which they differ. So the models of many sets are
+the paths of a binary tree (a trie): at each layer the donor's or the base's. `walk` goes through it depth first, runs
+each shared layer once, and holds one more hidden state than the largest set has layers.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
-LayerSet = tuple[int, ...]  # sorted, without repeats; () is the base
+if TYPE_CHECKING:
+    from model_preparation.search.candidate_scores import CandidateScores
+
+LayerSet = tuple[int, ...]  # sorted, without repeats
+BASE: LayerSet = ()
 State = TypeVar("State")
+
+
+def normal(layers: Iterable[int]) -> LayerSet:
+    """The set of these layers."""
+    return tuple(sorted(set(layers)))
+
+
+def names(layers: LayerSet) -> str:
+    """The layers as people write them."""
+    return " ".join(map(str, layers)) if layers else "base"
 
 
 def walk(
     sets: Iterable[LayerSet],
     total: int,
-    boundary: Callable[[int], State],
+    base_state: Callable[[int], State],
     step: Callable[[int, bool, State], State],
 ) -> Iterator[tuple[LayerSet, State]]:
-    """Run the model of every set, what several share once; gives each with the state after its last layer.
+    """Run the model of every set, shared layers once. Gives each set with the state after its last layer.
 
     Args:
-        sets: distinct, none of them empty.
-        total: layers of a model.
-        boundary: the base's state before a layer.
-        step: the state after a layer, given its index, whether it is the donor's, and the state before it.
+        sets: distinct sets, none of them empty.
+        total: how many layers a model has.
+        base_state: gives the base's state before a layer.
+        step: gives the state after a layer, from its index, whether it is the donor's, and the state before it.
     """
     by_lowest: dict[int, list[LayerSet]] = {}
     for layers in sorted(sets):
         by_lowest.setdefault(layers[0], []).append(layers)
     for lowest, members in by_lowest.items():
-        yield from _descend(members, lowest, total, boundary(lowest), step)
+        yield from _descend(members, lowest, total, base_state(lowest), step)
 
 
 def _descend(
@@ -41,7 +58,7 @@ def _descend(
     state: State,
     step: Callable[[int, bool, State], State],
 ) -> Iterator[tuple[LayerSet, State]]:
-    """`walk` for sets that are alike in all layers before `depth`, after which `state` is."""
+    """`walk` for sets that are alike in all layers before `depth`; `state` comes after those layers."""
     while depth < total:
         grafted = [layers for layers in members if depth in layers]
         others = [layers for layers in members if depth not in layers]
@@ -54,7 +71,7 @@ def _descend(
 
 
 def count_passes(sets: Iterable[LayerSet], total: int) -> int:
-    """How many layers `walk` runs, and those of the base once."""
+    """How many layers `walk` runs, and once all layers of the base."""
     prefixes = {
         (depth, tuple(layer for layer in layers if layer < depth))
         for layers in sets
@@ -65,9 +82,9 @@ def count_passes(sets: Iterable[LayerSet], total: int) -> int:
 
 
 def most_passes(count: int, total: int, least: int, most: int) -> int:
-    """How many layers `walk` runs at most for `count` sets of `least` to `most` layers; for all of them, just as many.
+    """How many layers `walk` runs at most for `count` sets of `least` to `most` layers. For all sets it is exact.
 
-    After each layer there are no more models than sets, nor than beginnings that a set can have.
+    After each layer there are at most as many models as sets, and as many as a set can have beginnings.
     """
     passes = 0
     for depth in range(1, total + 1):
@@ -76,6 +93,68 @@ def most_passes(count: int, total: int, least: int, most: int) -> int:
     return passes
 
 
-def normal(layers: Iterable[int]) -> LayerSet:
-    """The set of these layers."""
-    return tuple(sorted(set(layers)))
+@dataclass(frozen=True)
+class SearchSpace:
+    """All sets of `least` to `most` of `total` layers.
+
+    `prior` has the gains of single layers that are known before the search, by layer.
+    """
+
+    total: int
+    least: int
+    most: int
+    prior: Mapping[int, float] = field(default_factory=dict)
+
+    def __contains__(self, layers: LayerSet) -> bool:
+        return self.least <= len(layers) <= self.most
+
+    @property
+    def count(self) -> int:
+        return sum(math.comb(self.total, size) for size in range(self.least, self.most + 1))
+
+    @property
+    def singles(self) -> list[LayerSet]:
+        return [(layer,) for layer in range(self.total)]
+
+    def all(self) -> Iterator[LayerSet]:
+        """Every set, small ones first."""
+        for size in range(self.least, self.most + 1):
+            yield from itertools.combinations(range(self.total), size)
+
+    def draw(self, rng: random.Random) -> LayerSet:
+        """A random set: first its size is drawn, then its layers."""
+        return normal(rng.sample(range(self.total), rng.randint(self.least, self.most)))
+
+    def spread(self, size: int) -> LayerSet:
+        """Layers at equal distances."""
+        return normal([(2 * place + 1) * self.total // (2 * size) for place in range(size)])
+
+    def with_one_more(self, layers: LayerSet) -> list[LayerSet]:
+        return [normal([*layers, layer]) for layer in range(self.total) if layer not in layers]
+
+    def neighbours(self, layers: LayerSet) -> list[LayerSet]:
+        """The sets that differ by one layer added, dropped or swapped."""
+        dropped = [normal(set(layers) - {layer}) for layer in layers]
+        swapped = [new for fewer in dropped for new in self.with_one_more(fewer) if new != layers]
+        return [new for new in dict.fromkeys([*dropped, *self.with_one_more(layers), *swapped]) if new in self]
+
+    def gains(self, scores: "CandidateScores") -> dict[int, float]:
+        """What each single layer gains over the base, by layer: from its evaluation, else from `prior`."""
+        base = float(scores.base().mean())
+        known = (layer for layer in range(self.total) if scores.is_known((layer,)))
+        return {**self.prior, **{layer: scores.estimate((layer,)) - base for layer in known}}
+
+    def by_promise(self, sets: Iterable[LayerSet], scores: "CandidateScores") -> list[LayerSet]:
+        """The most promising sets first: by the scores of their known parts plus the single gains of the rest."""
+        gains = self.gains(scores)
+        base = scores.estimate(BASE)
+
+        def promise(layers: LayerSet) -> float:
+            sums = [base + sum(gains.get(layer, 0.0) for layer in layers)]
+            for layer in layers:
+                rest = tuple(other for other in layers if other != layer)
+                if scores.is_known(rest):
+                    sums.append(scores.estimate(rest) + gains.get(layer, 0.0))
+            return sum(sums) / len(sums)
+
+        return sorted(sets, key=lambda layers: (-promise(layers), layers))

@@ -1,55 +1,142 @@
-"""What a search is going to do, in lines to print: what will be run, what it costs and what it saves.
+"""What a search will do, in lines to print, and what it costs at most.
 
-In: a `Setup`, a `Search` and its `Space`. Out: the lines.
+Races, repeats and an early stop only make it cheaper. Trouble is not counted: a failed evaluation is tried again, and
+an interrupted search runs the base again.
 """
+
+import math
+from dataclasses import dataclass
 
 from rich.filesize import decimal
 
-from model_preparation.search.cached_scoring import boundary_bytes, count_tokens
-from model_preparation.search.costs import Bounds, bounds
-from model_preparation.search.methods import Search
-from model_preparation.search.setup import Setup
-from model_preparation.search.space import Space
+from model_preparation.search.cached_scoring import count_tokens, hidden_states_bytes
+from model_preparation.search.layer_sets import SearchSpace, most_passes
+from model_preparation.search.scoring_setup import ScoringSetup
+from model_preparation.search.settings import SearchSettings
+
+Batch = tuple[int, int]  # how many combinations are evaluated together, and how many layers the largest has
 
 
-def describe(setup: Setup, search: Search, space: Space) -> list[str]:
+@dataclass(frozen=True)
+class Cost:
+    """Combinations that are evaluated, and layers that are run."""
+
+    evaluations: int
+    passes: int
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a search takes at most.
+
+    Attributes:
+        search: the whole search; or, if there is a `step`, what comes before refinement.
+        step: one step of refinement. Refinement ends when a step finds nothing better.
+        evaluations: of the whole search.
+        everything: what all combinations of the space take together.
+        before: how many smaller sets are evaluated before the first set of the space, even if the budget is small.
+    """
+
+    search: Cost
+    step: Cost | None
+    evaluations: int
+    everything: Cost
+    before: int = 0
+
+
+def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
+    """What a search of a space takes at most."""
+    total = space.total
+    everything = Cost(space.count, total + most_passes(space.count, total, space.least, space.most))
+    budget = math.inf if settings.budget_evaluations is None else settings.budget_evaluations
+    if settings.method in ("singles", "exhaustive"):
+        count = int(min(budget, space.count))
+        found = Cost(count, total + most_passes(count, total, space.least, space.most))
+        return Bounds(found, None, count, everything)
+
+    is_genetic = settings.method == "ga"
+    width = settings.beam_width if settings.method == "beam" else 1
+    singles = 0 if len(space.prior) == total else total  # evaluated first
+    batches = [(singles, 1)]
+    if is_genetic:
+        batches += [(settings.population, space.most)] * settings.generations
+        before = singles if space.least > 1 else 0
+    else:
+        batches += [
+            (min(width * (total - size + 1), math.comb(total, size)), size) for size in range(2, space.most + 1)
+        ]
+        # Each smaller size is filled to the width, and leaves room for the sizes after it.
+        smaller = sum(min(width, math.comb(total, size)) for size in range(2, space.least))
+        before = singles + smaller if space.least > 1 else 0
+    # These methods go beyond the space: for what layers gain, and beam and greedy from each size to the next.
+    outside = range(1, min(2, space.least) if is_genetic else space.least)
+    limit = int(min(budget, space.count + sum(math.comb(total, size) for size in outside)))
+    asked = sum(count for count, _ in batches)
+    early = min(asked, limit)
+    passes = total + sum(most_passes(count, total, 1, size) for count, size in batches)
+    first = Cost(early, min(passes, _in_any_order(early, singles, total)))
+    if settings.method == "greedy":
+        return Bounds(first, None, early, everything, before)
+    if limit <= asked:  # this covers what refinement evaluates
+        return Bounds(Cost(limit, _in_any_order(limit, singles, total)), None, limit, everything, before)
+    return Bounds(first, _refinement(space), limit, everything, before)
+
+
+def _refinement(space: SearchSpace) -> Cost:
+    """One step, from the size that has the most neighbours."""
+
+    def neighbours(size: int) -> int:
+        free = space.total - size
+        return size * free + size * (size > space.least) + free * (size < space.most)
+
+    count = max(map(neighbours, range(space.least, space.most + 1)))
+    return Cost(count, most_passes(count, space.total, space.least, space.most))
+
+
+def _in_any_order(count: int, singles: int, total: int) -> int:
+    """Layer passes of `count` combinations, single layers first, if none shares a layer with another."""
+    first = min(count, singles)
+    return total + most_passes(first, total, 1, 1) + (count - first) * total
+
+
+def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
     """The plan."""
-    spec, questions, donor = setup.spec, setup.questions, setup.planned.donor
+    settings, questions, donor = setup.settings, setup.questions, setup.planned.donor
     tokens = count_tokens(questions)
-    size = boundary_bytes(setup.pair, questions)
-    in_file = max(0, size - spec.memory_bytes)
+    size = hidden_states_bytes(setup)
+    in_file = max(0, size - settings.memory_bytes)
     return [
         f"base        {setup.planned.base.folder}",
         f"donor       {donor.metadata['source']['id']} (layers in {donor.folder})",
-        f"questions   {len(questions.questions):,} of {', '.join(spec.tasks)}, {tokens:,} tokens with padding",
+        f"questions   {len(questions.questions):,} of {', '.join(settings.tasks)}, {tokens:,} tokens with padding",
         f"memory      {decimal(size)} for the base's hidden states before each of {space.total} layers"
-        + (f", of which up to {decimal(in_file)} in a file in {spec.folder}" if in_file else "")
-        + f"; at most {search.most + 1} more states of {decimal(size // space.total)}",
-        f"method      {search.method}, {search.least} to {search.most} of {space.total} layers"
-        + (", candidates race" if search.races else "")
-        + f"; maximises {spec.objective}",
-        *describe_cost(bounds(space, search), search, space.total),
+        + (f", of which up to {decimal(in_file)} in a file in {settings.folder}" if in_file else "")
+        + f"; at most {space.most + 1} more states of {decimal(size // space.total)}",
+        f"method      {settings.method}, {space.least} to {space.most} of {space.total} layers"
+        + (", candidates race" if settings.races else "")
+        + f"; maximises {settings.objective}",
+        *describe_cost(bounds(space, settings), settings, space.total),
     ]
 
 
-def describe_cost(found: Bounds, search: Search, total: int) -> list[str]:
+def describe_cost(found: Bounds, settings: SearchSettings, total: int) -> list[str]:
     """The lines on evaluations and layer passes."""
     evaluations, passes, step = found.search.evaluations, found.search.passes, found.step
     alone = evaluations * total
-    is_whole = search.method in ("singles", "exhaustive") and evaluations == found.everything.evaluations
-    most = "" if is_whole and not search.races else "at most "
+    is_whole = settings.method in ("singles", "exhaustive") and evaluations == found.everything.evaluations
+    most = "" if is_whole and not settings.races else "at most "
     later = f", then at most {step.evaluations:,} in each step of refinement" if step else ""
     count = f"{found.everything.evaluations:,}"
-    told = f", of which {most}{evaluations:,} {'is' if evaluations == 1 else 'are'} evaluated"
+    evaluated = f", of which {most}{evaluations:,} {'is' if evaluations == 1 else 'are'} evaluated"
     if found.before:
-        told = f"; {most}{evaluations:,} evaluations, smaller sets on the way included"
+        evaluated = f"; {most}{evaluations:,} evaluations, smaller sets on the way included"
     lines = [
-        f"candidates  {count}{told}{later}",
+        f"candidates  {count}{evaluated}{later}",
         f"cost        {most}{passes:,} layer passes"
         + (f", and {step.passes:,} in each step of refinement" if step else "")
         + f"; alone, {evaluations:,} combination{'s' * (evaluations != 1)} would take {alone:,}: "
         + f"{'at least ' if most else ''}{max(0.0, 1 - passes / alone):.0%} saved"
-        + (", and more by races" if search.races else ""),
+        + (", and more by races" if settings.races else ""),
     ]
     if not is_whole and passes + (step.passes if step else 0) >= found.everything.passes:
         together, left = f"all {count} combinations together take", " and leave none out"

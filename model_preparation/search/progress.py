@@ -1,38 +1,34 @@
-"""How a search is going: on a terminal a line that is redrawn, in a log a line now and then.
-
-In: what happens. Out: evaluations done, layer passes saved, the best so far, the time that is left.
-"""
+"""How a search is going: on a terminal a line that is redrawn, in a log a line now and then."""
 
 import contextlib
 import time
 from collections.abc import Iterator
 
 import rich
-import rich.progress
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from model_preparation.search.layer_sets import LayerSet
+from model_preparation.search.layer_sets import LayerSet, names
 from model_preparation.terminal import escaped
 
 _LOG_SECONDS = 10.0  # between two lines of a log
+_COUNT = "{task.completed:.0f}/{task.total:.0f} evaluations{task.fields[says]}"
 
 
 class SearchProgress:
-    """A context; outside of it nothing is shown."""
+    """A context manager; outside of it nothing is shown."""
 
     def __init__(self) -> None:
-        self._progress = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}", markup=False),
-            rich.progress.BarColumn(bar_width=20),
-            rich.progress.TextColumn(
-                "{task.completed:.0f}/{task.total:.0f} evaluations{task.fields[says]}", markup=False
-            ),
-            rich.progress.TimeElapsedColumn(),
-            rich.progress.TimeRemainingColumn(),
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            TextColumn(_COUNT, markup=False),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
             transient=True,
             disable=not rich.get_console().is_terminal,
         )
         self._row = self._progress.add_task("Searching", total=1, says="")
-        self._told_at = time.monotonic()
+        self._logged_at = time.monotonic()
 
     def __enter__(self) -> "SearchProgress":
         self._progress.start()
@@ -42,33 +38,27 @@ class SearchProgress:
         self._progress.stop()
 
     def expect(self, evaluations: int) -> None:
-        """So many there will be, as far as is known."""
+        """Set how many evaluations there will be, as far as that is known."""
         self._progress.update(self._row, total=evaluations)
 
     @contextlib.contextmanager
     def running_the_base(self) -> Iterator[None]:
-        """Around the base's own run."""
         self._progress.update(self._row, description="Running the base")
         yield
         self._progress.update(self._row, description="Searching")
 
     def evaluated(self, done: int, saved: float, best: tuple[LayerSet, float] | None) -> None:
-        """So many combinations are known; the share of layer passes saved, and the best of all with its fitness."""
+        """Show how many combinations are known, the share of layer passes saved, and the best with its fitness."""
         says = f", {saved:.0%} of the layer passes saved"
         if best is not None:
             says += f", best {best[1]:.4f} ({names(best[0])})"
         if not self._progress.disable:
             self._progress.update(self._row, completed=done, says=says)
-        elif time.monotonic() - self._told_at > _LOG_SECONDS:
-            self._told_at = time.monotonic()
+        elif time.monotonic() - self._logged_at > _LOG_SECONDS:
+            self._logged_at = time.monotonic()
             total = self._progress.tasks[0].total or done
             print(f"{done}/{total:.0f} evaluations{says}", flush=True)
 
     def failed(self, layers: LayerSet, reason: str) -> None:
-        """An evaluation failed for good."""
+        """An evaluation failed twice."""
         self._progress.console.print(f"{names(layers)}: failed: {escaped(reason)}", highlight=False, markup=False)
-
-
-def names(layers: LayerSet) -> str:
-    """The layers as people write them."""
-    return " ".join(map(str, layers)) if layers else "base"

@@ -1,16 +1,16 @@
-"""The questions that candidates are scored on, in the batches in which `ScoringLM` would answer them.
+"""The questions that candidates answer, in the same batches in which `ScoringLM` would answer them.
 
-In: lm-eval's tasks. Out: a `QuestionSet`. lm-eval itself puts the prompts together, by its own evaluation of a model
-that only takes note of what it is asked; so every setting has the effect it has there.
+lm-eval makes the prompts: it evaluates a model that only records the requests. So every setting works as in lm-eval.
 
-Taken are tasks whose questions are answered by log-likelihoods (`multiple_choice`, and `loglikelihood`), with options
-of one or several tokens, and whose metrics have `acc`. A question's value is its `acc`, 0 or 1.
+The search takes tasks that are answered by log-likelihoods (`multiple_choice`, `loglikelihood`), with options of one or
+several tokens, and that have the metric `acc`. A question's value is its `acc`, 0 or 1.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from blake3 import blake3
 from lm_eval.api.instance import Instance
@@ -30,14 +30,14 @@ _TAKEN = "The search takes tasks answered by log-likelihoods (multiple_choice, l
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that run at once.
+    """Rows that run together.
 
     Attributes:
-        task: whose they are, by index.
-        prefix: the tokens that come before them, by index.
-        rows: what answers which requests of the task.
+        task: the index of their task.
+        prefix: the index of the tokens that come before them.
+        rows: which row answers which requests of the task.
         inputs: tokens, (rows, length) int64.
-        positions: those to score, (rows, kept) int64.
+        positions: the positions to score, (rows, kept) int64.
     """
 
     task: int
@@ -48,10 +48,10 @@ class Batch:
 
 
 class BatchResult(NamedTuple):
-    """What a candidate says to a batch.
+    """A candidate's result for a batch.
 
-    `answers` are those to the task's requests, by their index; `divergences` the mean KL to the donor over each row's
-    scored positions, in nats, where that was asked for.
+    `answers` has (index of the task's request, answer). `divergences` has, for the objective `kl`, the mean KL to the
+    donor over each row's scored positions, in nats.
     """
 
     answers: list[tuple[int, Answer]]
@@ -60,17 +60,17 @@ class BatchResult(NamedTuple):
 
 @dataclass
 class _Task:
-    """A task's requests: as lm-eval has them, and as tokens."""
+    """A task's requests: as lm-eval makes them, and as tokens."""
 
     name: str
     task: Any
     instances: list[Instance]
-    tokens: list[tuple] = field(default_factory=list)
+    tokens: list[tuple]
 
 
 @dataclass(frozen=True)
 class Question:
-    """A task's document; `requests` are its options, in order, `batches` those in which they are answered."""
+    """A task's document. `requests` are its options, in order; `batches` answer them."""
 
     task: int
     doc: Any
@@ -79,58 +79,76 @@ class Question:
 
 
 class QuestionSet:
-    """Everything that is asked.
+    """All questions.
+
+    Args:
+        lm: gives tokens and batches; its model does not run.
+        loaded: the tasks.
+        settings: what `settings_of` gives, with `device`.
 
     Attributes:
-        prefixes: tokens that all rows of some batches begin with, and that run before them; none, if they are too few.
-        batches: what is run after them.
-        questions: in the tasks' order.
+        prefixes: the common first tokens of the rows of some batches. They run once; they are empty if too few.
+        batches: run after their prefixes.
+        questions: in the order of the tasks.
         digest: of all requests and right answers.
-        max_length: tokens that a prompt may have.
+
+    Raises:
+        SurgeryError: for tasks that the search does not take.
     """
 
     def __init__(self, lm: ScoringLM, loaded: Tasks, settings: Mapping[str, Any]):
-        """Have lm-eval ask everything.
-
-        Args:
-            lm: gives tokens and batches; its model is not run.
-            loaded: the tasks.
-            settings: as `settings_of` gives them, with `device`.
-
-        Raises:
-            SurgeryError: for tasks that cannot be taken.
-        """
         by_name = {task.task_name: task for task in loaded.single}
-        self.max_length = lm.max_length
         self.prefixes: list[tuple[int, ...]] = []
         self.batches: list[Batch] = []
+        self.questions: list[Question] = []
         self._tasks: list[_Task] = []
-        notes = _Notes()
-        run_tasks(notes, loaded, settings)
+        recorder = _RequestRecorder()
+        run_tasks(recorder, loaded, settings)
         by_task: dict[str, list[Instance]] = {}
-        for instance in notes.asked:
+        for instance in recorder.asked:
             by_task.setdefault(str(instance.task_name), []).append(instance)
         for name, instances in by_task.items():
             _check_task(name, by_name[name], instances)
-            self._tasks.append(_Task(name, by_name[name], instances))
-            self._add_batches(lm)
-        self.questions = [question for index in range(len(self._tasks)) for question in self._questions(index)]
+            self._add(_Task(name, by_name[name], instances, _as_tokens(lm, instances)), lm)
         self.digest = blake3(repr([self._asked(question) for question in self.questions]).encode()).hexdigest()
 
+    def _add(self, task: _Task, lm: ScoringLM) -> None:
+        """Sort a task's requests into batches as `ScoringLM` does, and into questions."""
+        index = len(self._tasks)
+        self._tasks.append(task)
+        batch_of: dict[int, int] = {}
+        for rows, prefix in lm.groups(task.tokens):
+            rows = longest_first(rows)
+            start = 0
+            while start < len(rows):
+                batch = lm.next_batch(rows, start, len(prefix))
+                batch_of |= {request: len(self.batches) for row in batch for request in row.requests}
+                self.batches.append(Batch(index, len(self.prefixes), batch, *padded(batch, len(prefix))))
+                start += len(batch)
+            self.prefixes.append(prefix)
+        by_doc: dict[Any, list[int]] = {}
+        for request, instance in enumerate(task.instances):
+            by_doc.setdefault(instance.doc_id, []).append(request)
+        for requests in by_doc.values():
+            requests.sort(key=lambda request: task.instances[request].idx)
+            batches = frozenset(batch_of[request] for request in requests)
+            self.questions.append(Question(index, task.instances[requests[0]].doc, tuple(requests), batches))
+
     def tokens(self, task: int) -> list[tuple]:
-        """A task's requests, as `ScoringLM` takes them: (texts, context tokens, continuation tokens)."""
+        """A task's requests for `ScoringLM`: (texts, context tokens, continuation tokens)."""
         return self._tasks[task].tokens
 
     def values(self, results: Mapping[int, BatchResult]) -> dict[int, float]:
-        """Right (1) or wrong (0), by question, for those that are answered whole.
-
-        Args:
-            results: by batch.
+        """Right (1) or wrong (0), by question, if all its batches are in `results`.
 
         Raises:
             SurgeryError: if a log-likelihood is not finite.
         """
-        answers = self._answers(results)
+        answers = {
+            (self.batches[batch].task, request): answer
+            for batch, result in results.items()
+            for request, answer in result.answers
+        }
         found = {}
         for index, question in enumerate(self.questions):
             if question.batches <= results.keys():
@@ -142,7 +160,11 @@ class QuestionSet:
         return found
 
     def divergences(self, results: Mapping[int, BatchResult]) -> dict[int, float]:
-        """The mean KL to the donor over a question's rows, in nats, by question, for those that are answered whole."""
+        """The mean KL to the donor over a question's rows, in nats, by question, if all its batches are in `results`.
+
+        Raises:
+            SurgeryError: if a divergence is not finite.
+        """
         of_request: dict[tuple[int, int], tuple[int, int, float]] = {}
         for index, result in results.items():
             assert result.divergences is not None
@@ -158,57 +180,14 @@ class QuestionSet:
                     raise SurgeryError("the logits are not finite")
         return found
 
-    def _answers(self, results: Mapping[int, BatchResult]) -> dict[tuple[int, int], Answer]:
-        return {
-            (self.batches[batch].task, request): answer
-            for batch, result in results.items()
-            for request, answer in result.answers
-        }
-
-    def _add_batches(self, lm: ScoringLM) -> None:
-        """Sort the last task's requests into batches as `ScoringLM` does."""
-        task = self._tasks[-1]
-        catcher = _Catcher(lm)
-        with catcher:
-            lm.loglikelihood(task.instances, disable_tqdm=True)
-        task.tokens = catcher.requests
-        for rows, tokens in lm.groups(task.tokens):
-            self.prefixes.append(tokens)
-            rows = longest_first(rows)
-            start = 0
-            while start < len(rows):
-                batch = lm.next_batch(rows, start, len(tokens))
-                inputs, positions = padded(batch, len(tokens))
-                self.batches.append(Batch(len(self._tasks) - 1, len(self.prefixes) - 1, batch, inputs, positions))
-                start += len(batch)
-
-    def _questions(self, index: int) -> list[Question]:
-        task = self._tasks[index]
-        batch_of = {
-            request: number
-            for number, batch in enumerate(self.batches)
-            if batch.task == index
-            for row in batch.rows
-            for request in row.requests
-        }
-        by_doc: dict[Any, list[int]] = {}
-        for request, instance in enumerate(task.instances):
-            by_doc.setdefault(instance.doc_id, []).append(request)
-        found = []
-        for requests in by_doc.values():
-            requests.sort(key=lambda request: task.instances[request].idx)
-            batches = frozenset(batch_of[request] for request in requests)
-            found.append(Question(index, task.instances[requests[0]].doc, tuple(requests), batches))
-        return found
-
     def _asked(self, question: Question) -> tuple:
         task = self._tasks[question.task]
         texts = [task.instances[request].args for request in question.requests]
         return task.name, texts, task.task.doc_to_target(question.doc)
 
 
-class _Notes(LM):
-    """A model that only takes note of what it is asked."""
+class _RequestRecorder(LM):
+    """A model that only records its requests."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,29 +204,24 @@ class _Notes(LM):
         raise _refusal_of(str(requests[0].task_name), "generate_until")
 
 
-class _Catcher:
-    """A context in which a `ScoringLM` hands over its requests as tokens instead of answering them."""
+def _as_tokens(lm: ScoringLM, instances: list[Instance]) -> list[tuple]:
+    """Requests as `ScoringLM` tokenizes them: it gets them without answering."""
+    found: list[tuple] = []
 
-    def __init__(self, lm: ScoringLM):
-        self._lm = lm
-        self.requests: list[tuple] = []
-
-    def __enter__(self) -> None:
-        self._lm._loglikelihood_tokens = self._catch  # type: ignore[method-assign, assignment]
-
-    def __exit__(self, *_: object) -> None:
-        del self._lm._loglikelihood_tokens  # the class's own again
-
-    def _catch(self, requests: Sequence[tuple], **_: Any) -> list[Answer]:
-        self.requests = list(requests)
+    def take(requests: Sequence[tuple], **_: Any) -> list[Answer]:
+        found.extend(requests)
         return [(0.0, False)] * len(requests)
+
+    with patch.object(lm, "_loglikelihood_tokens", take):
+        lm.loglikelihood(instances, disable_tqdm=True)
+    return found
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """Raise SurgeryError for tasks that cannot be taken, as far as that is known without their data.
+    """Refuse tasks that the search does not take, as far as their definitions show it.
 
     Raises:
-        SurgeryError: also as `load_tasks`.
+        SurgeryError: for such a task, and as `load_tasks`.
     """
     for config in read_configs(names):
         _check_config(config)
@@ -261,7 +235,7 @@ def _check_config(config: TaskConfig) -> None:
 
 
 def _check_task(name: str, task: Any, instances: Sequence[Instance]) -> None:
-    """Raise SurgeryError for a task whose score would not be the mean of its questions' acc."""
+    """Refuse a task if its score is not the mean of its questions' acc."""
     _check_config(task.config)
     if any(instance.repeats != 1 for instance in instances):
         raise _refusal(name, "asks each question several times (repeats)")

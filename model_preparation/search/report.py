@@ -1,7 +1,6 @@
-"""A search to look at: report.html, which needs nothing else, and its plots as PNG.
+"""The report of a search: report.html, which needs no other file, and its plots as PNG.
 
-In: a search's result. Out: the files, each there whole or not at all. What comes from files is escaped by jinja2, and
-the page's own policy forbids every request and every script but its own.
+jinja2 escapes what comes from files. The page's policy forbids every request, and every script but its own.
 """
 
 import base64
@@ -12,44 +11,49 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from model_preparation.evaluation.compare import html_report, words
 from model_preparation.evaluation.compare import plots as drawing
-from model_preparation.io.complete_file import write_file
-from model_preparation.search.evaluations import Evaluations
-from model_preparation.search.plots import TITLES
+from model_preparation.evaluation.compare.plots import COLOURS, INK, Plot
+from model_preparation.io.new_file import write_file
+from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.result import COMPARED
 
 PAGE = "report.html"
+_WIDTH_INCHES = 7.2
+_FITNESS = {"accuracy": "accuracy", "kl": "-KL to the donor (nats)"}
 
 
-def write_report(found: dict[str, Any], evaluations: Evaluations, folder: Path) -> None:
-    """Write report.html and the plots into `folder`.
+def write_report(found: dict[str, Any], scores: CandidateScores, folder: Path) -> None:
+    """Write report.html and the plots into `folder`, each file whole or not at all.
 
     Args:
-        found: what search_result.json has.
-        evaluations: for the order in which combinations were evaluated.
-        folder: where to.
+        found: the content of search_result.json.
+        scores: for the order in which combinations were evaluated.
+        folder: where the files go.
 
     Raises:
         OSError: from the file system.
     """
-    shown = {**found, "history": [(layers, evaluations.estimate(layers)) for layers in evaluations.order]}
+    shown = {**found, "history": [(layers, scores.estimate(layers)) for layers in scores.order]}
     plots = []
-    for name, (title, plot) in TITLES.items():
+    for name, (title, plot) in PLOTS.items():
         picture = io.BytesIO()
         drawing.save_png(plot, shown, picture)
         write_file(folder / f"{name}.png", picture.getvalue())
         plots.append((title, Markup(drawing.svg(plot, shown, name))))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.globals |= {name: getattr(words, name) for name in ("number", "score", "p_value")}
-    ours = resources.files(__package__)
     shared = resources.files(html_report.__package__)
     script, style = (
         shared.joinpath(name).read_text(encoding="utf-8") for name in (html_report.SCRIPT, html_report.STYLE)
     )
-    page = environment.from_string(ours.joinpath(PAGE).read_text(encoding="utf-8")).render(
+    template = resources.files(__package__).joinpath(PAGE).read_text(encoding="utf-8")
+    page = environment.from_string(template).render(
         title=f"Layers of {Path(found['base']).name}: {found['search']['method']} search",
         found=shown,
         compared=COMPARED,
@@ -59,3 +63,79 @@ def write_report(found: dict[str, Any], evaluations: Evaluations, folder: Path) 
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     write_file(folder / PAGE, page)
+
+
+def plot_singles(found: dict[str, Any]) -> Figure:
+    """A bar per layer: what it gains over the base by itself, with the standard error of its score."""
+    figure, axes = _axes(3.2, "layer grafted", f"gain in {_FITNESS[found['objective']]}")
+    singles = found["single_layer_results"]
+    layers = sorted(map(int, singles))
+    gains = [singles[str(layer)]["gain"] for layer in layers]
+    errors = [singles[str(layer)]["stderr"] or 0.0 for layer in layers]
+    axes.bar(layers, gains, yerr=errors, color=COLOURS[0], ecolor=INK, capsize=2)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    return figure
+
+
+def plot_pairs(found: dict[str, Any]) -> Figure:
+    """A square per pair of layers, coloured by fitness; single layers on the diagonal. Unknown pairs are white."""
+    total = found["total_layers"]
+    table = np.full((total, total), np.nan)
+    for row in found["final_results"]:
+        if row["num_layers"] <= 2:
+            first, last = row["layers"][0], row["layers"][-1]
+            table[first, last] = table[last, first] = row["fitness"]
+    for layer, single in found["single_layer_results"].items():
+        table[int(layer), int(layer)] = single["score"]
+    figure, axes = _axes(5.8, "layer", "layer")
+    image = axes.imshow(np.ma.masked_invalid(table), cmap="viridis", origin="lower")
+    figure.colorbar(image, ax=axes, label=_FITNESS[found["objective"]])
+    return figure
+
+
+def plot_history(found: dict[str, Any]) -> Figure:
+    """The best fitness so far, over the evaluations."""
+    figure, axes = _axes(3.2, "evaluations", _FITNESS[found["objective"]])
+    fitness = [fitness for _, fitness in found["history"]]
+    numbers = range(1, len(fitness) + 1)
+    axes.plot(numbers, fitness, ".", color=COLOURS[5], markersize=3, label="each combination")
+    axes.step(numbers, np.maximum.accumulate(fitness), where="post", color=COLOURS[0], label="best so far")
+    axes.axhline(found["base_score"], color=COLOURS[1], linestyle="--", label="base")
+    if found["donor_score"] is not None:
+        axes.axhline(found["donor_score"], color=COLOURS[2], linestyle="--", label="donor")
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_pareto(found: dict[str, Any]) -> Figure:
+    """Fitness against the bytes per token of the K/V cache: all combinations, and the Pareto front."""
+    figure, axes = _axes(3.6, "K/V cache, bytes per token", _FITNESS[found["objective"]])
+    (all_bytes, all_fitness), (front_bytes, front_fitness) = (
+        [[row[name] for row in found[rows]] for name in ("kv_bytes_per_token", "fitness")]
+        for rows in ("final_results", "pareto")
+    )
+    axes.plot(all_bytes, all_fitness, ".", color=COLOURS[5], markersize=3)
+    errors = [row["stderr"] or 0.0 for row in found["pareto"]]
+    axes.errorbar(front_bytes, front_fitness, yerr=errors, marker="o", color=COLOURS[0], capsize=2)
+    for row in found["pareto"]:
+        label = " ".join(map(str, row["layers"])) or "base"
+        place = (row["kv_bytes_per_token"], row["fitness"])
+        axes.annotate(label, place, textcoords="offset points", xytext=(6, -10), fontsize=8)
+    axes.margins(x=0.15)
+    return figure
+
+
+PLOTS: dict[str, tuple[str, Plot]] = {
+    "single_layers": ("What each layer gains by itself", plot_singles),
+    "pairs": ("Pairs of layers", plot_pairs),
+    "history": ("Best fitness over evaluations", plot_history),
+    "pareto": ("Fitness against K/V cache", plot_pareto),
+}
+
+
+def _axes(height_inches: float, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return figure, axes

@@ -1,21 +1,24 @@
 """What a search found, as search_result.json has it.
 
-In: the evaluations. Out: a dict of plain values.
-
-    final_results   all combinations that were evaluated on all questions, the best first: layers, fitness, stderr,
-                    num_layers, accuracy, kv_bytes_per_token; of the first `COMPARED` also whether the difference to the
-                    best, and to the base, is real (p-values of paired tests, Holm-adjusted, and a verdict)
-    pareto          those of them, and the base, that no other surpasses in fitness with as small a cache
-    base_score, donor_score, single_layer_results, statistics, dropped, failed, settings
+final_results   all combinations with answers to all questions, the best first: layers, fitness, stderr, num_layers,
+                accuracy, kv_bytes_per_token. The first `COMPARED` also have p-values of paired tests against the
+                best and the base (Holm-adjusted), each with a verdict.
+pareto          the best fitness for each size of the K/V cache: the base and the combinations that no other beats
+                with as small a cache
+base_score, donor_score, single_layer_results, statistics, dropped, failed, settings
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 from model_preparation.evaluation.compare.paired import SIGNIFICANCE
+from model_preparation.io.timestamps import creation_time
 from model_preparation.llamba.configuration_llamba import LlambaConfig
-from model_preparation.search.evaluations import BASE, Evaluations
-from model_preparation.search.layer_sets import LayerSet
-from model_preparation.search.objective import adjusted_p_values
+from model_preparation.search.candidate_scores import CandidateScores
+from model_preparation.search.layer_sets import BASE, LayerSet
+from model_preparation.search.scoring_setup import ScoringSetup
+from model_preparation.search.settings import ACCURACY
 
 COMPARED = 50
 BEST, SAME, WORSE = "the best", "not distinguishable from the best", "worse than the best"
@@ -26,22 +29,70 @@ BETTER_THAN_BASE, LIKE_BASE, WORSE_THAN_BASE = (
 )
 
 
+def search_result(
+    setup: ScoringSetup, scores: CandidateScores, donor: dict[str, Any] | None, *, budget_spent: bool
+) -> dict[str, Any]:
+    """The content of search_result.json, in JSON's kinds of values.
+
+    Args:
+        setup: what was searched.
+        scores: what was found.
+        donor: the donor's own `accuracy`, if it was scored.
+        budget_spent: whether the budget ended the search.
+    """
+    settings = setup.settings
+    rows = _final_results(scores, setup)
+    base = _row(scores, BASE, setup)
+    donor_score = None if donor is None else donor["accuracy"] if settings.objective == ACCURACY else 0.0
+    return {
+        "objective": settings.objective,
+        "final_results": rows,
+        "pareto": _pareto_front([base, *rows]),
+        "base_score": base["fitness"],
+        "base": _place(settings.base),
+        "base_stderr": base["stderr"],
+        "base_accuracy": base["accuracy"],
+        "donor_score": donor_score,
+        "donor_accuracy": None if donor is None else donor["accuracy"],
+        "donor": _place(settings.donor),
+        "llama_layers_dir": os.path.abspath(setup.planned.donor.folder),
+        "tokenizer": settings.tokenizer,
+        "questions": len(setup.questions.questions),
+        "total_layers": setup.pair.layers,
+        "single_layer_results": _single_layer_results(scores, setup.pair.layers),
+        "dropped": [
+            {
+                "layers": list(layers),
+                "estimate": scores.estimate(layers),  # from some of the questions
+                "questions": scores.questions_asked(layers),
+            }
+            for layers in scores.dropped
+        ],
+        "failed": [{"layers": list(layers), "reason": reason} for layers, reason in scores.failed.items()],
+        "statistics": {**scores.statistics(), "budget_spent": budget_spent},
+        "search": settings.described(),
+        "settings": setup.recorded,
+        "inputs": setup.inputs,
+        "date": creation_time(),
+    }
+
+
 def kv_bytes_per_token(config: LlambaConfig, layers: LayerSet, item_bytes: int) -> int:
-    """What each token adds to the K/V cache of a graft: keys and values of every grafted layer."""
+    """What each token adds to a graft's K/V cache: the keys and values of every grafted layer."""
     assert config.llama_cfg is not None
     return 2 * config.llama_cfg["num_key_value_heads"] * config.llama_cfg["head_dim"] * item_bytes * len(layers)
 
 
-def final_results(evaluations: Evaluations, config: LlambaConfig, item_bytes: int, least: int) -> list[dict[str, Any]]:
-    """All complete evaluations of at least `least` layers, the best first."""
-    ranked = [layers for layers in evaluations.complete if len(layers) >= least]
-    rows = [_row(evaluations, layers, config, item_bytes) for layers in ranked]
-    values = [evaluations.values(layers) for layers in ranked[:COMPARED]]
+def _final_results(scores: CandidateScores, setup: ScoringSetup) -> list[dict[str, Any]]:
+    """All complete evaluations of the sizes that were searched, the best first."""
+    ranked = [layers for layers in scores.complete if len(layers) >= setup.settings.min_layers]
+    rows = [_row(scores, layers, setup) for layers in ranked]
+    values = [scores.values(layers) for layers in ranked[:COMPARED]]
     if not values:
         return []
-    against_best = [1.0, *adjusted_p_values(evaluations.objective, values[0], values[1:])]
-    base = evaluations.values(BASE)
-    against_base = adjusted_p_values(evaluations.objective, base, values)
+    against_best = [1.0, *scores.objective.adjusted_p_values(values[0], values[1:])]
+    base = scores.values(BASE)
+    against_base = scores.objective.adjusted_p_values(base, values)
     for row, each, to_best, to_base in zip(rows, values, against_best, against_base, strict=False):
         differs, above = to_base < SIGNIFICANCE, each.mean() > base.mean()
         row |= {
@@ -53,54 +104,42 @@ def final_results(evaluations: Evaluations, config: LlambaConfig, item_bytes: in
     return rows
 
 
-def pareto_front(rows: list[dict[str, Any]], base: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that no other has more fitness than with as many bytes or fewer, by bytes."""
+def _pareto_front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that have more fitness than every other with as many bytes or fewer, by bytes."""
+    names = ("layers", "fitness", "stderr", "num_layers", "kv_bytes_per_token")
     front: list[dict[str, Any]] = []
-    for row in sorted([base, *rows], key=lambda row: (row["kv_bytes_per_token"], -row["fitness"])):
+    for row in sorted(rows, key=lambda row: (row["kv_bytes_per_token"], -row["fitness"])):
         if not front or row["fitness"] > front[-1]["fitness"]:
-            front.append(
-                {name: row[name] for name in ("layers", "fitness", "stderr", "num_layers", "kv_bytes_per_token")}
-            )
+            front.append({name: row[name] for name in names})
     return front
 
 
-def base_row(evaluations: Evaluations, config: LlambaConfig, item_bytes: int) -> dict[str, Any]:
-    return _row(evaluations, BASE, config, item_bytes)
-
-
-def single_layer_results(evaluations: Evaluations, total: int) -> dict[str, dict[str, Any]]:
-    """What each layer gains by itself, by its index as text, as far as that was evaluated on all questions."""
-    base = evaluations.estimate(BASE)
+def _single_layer_results(scores: CandidateScores, total: int) -> dict[str, dict[str, Any]]:
+    """What each layer gains by itself, by its index as text, if it has answers to all questions."""
+    base = scores.estimate(BASE)
     return {
         str(layer): {
-            "score": evaluations.estimate((layer,)),
-            "stderr": evaluations.objective.stderr(evaluations.values((layer,))),
-            "gain": evaluations.estimate((layer,)) - base,
+            "score": scores.estimate((layer,)),
+            "stderr": scores.objective.stderr(scores.values((layer,))),
+            "gain": scores.estimate((layer,)) - base,
         }
         for layer in range(total)
-        if evaluations.is_complete((layer,))
+        if scores.is_complete((layer,))
     }
 
 
-def dropped(evaluations: Evaluations) -> list[dict[str, Any]]:
-    """Combinations that were dropped as surely worse, with what was seen of them: no score of all questions."""
-    return [
-        {
-            "layers": list(layers),
-            "estimate": evaluations.estimate(layers),
-            "questions": evaluations.questions_asked(layers),
-        }
-        for layers in evaluations.dropped
-    ]
-
-
-def _row(evaluations: Evaluations, layers: LayerSet, config: LlambaConfig, item_bytes: int) -> dict[str, Any]:
-    values = evaluations.values(layers)
+def _row(scores: CandidateScores, layers: LayerSet, setup: ScoringSetup) -> dict[str, Any]:
+    values, model = scores.values(layers), setup.pair.model
     return {
         "layers": list(layers),
         "fitness": float(values.mean()),
-        "stderr": evaluations.objective.stderr(values),
+        "stderr": scores.objective.stderr(values),
         "num_layers": len(layers),
-        "accuracy": float(evaluations.right(layers).mean()),
-        "kv_bytes_per_token": kv_bytes_per_token(config, layers, item_bytes),
+        "accuracy": float(scores.right(layers).mean()),
+        "kv_bytes_per_token": kv_bytes_per_token(model.config, layers, model.dtype.itemsize),
     }
+
+
+def _place(name: str | None) -> str | None:
+    """The absolute path of what is on the disk; names and hub ids stay."""
+    return os.path.abspath(name) if name is not None and Path(name).exists() else name

@@ -17,9 +17,8 @@ from model_preparation.evaluation.prompts import read_prompts
 from model_preparation.evaluation.questions import read_split
 from model_preparation.evaluation.tasks import check_names, load_tasks
 from model_preparation.io.text import open_text
-from model_preparation.jobs.combinations import read_list
-from model_preparation.jobs.from_search import best_of
-from model_preparation.search.result_files import read_single_layers
+from model_preparation.jobs.combinations import best_of, read_list
+from model_preparation.search.result_reader import read_single_layers
 from model_preparation.train.distill.distill_data import tokens_of_text
 from model_preparation.train.heal.heal_data import load_sequences
 from tests.conftest import make_tokenizer

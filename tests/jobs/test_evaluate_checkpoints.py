@@ -10,7 +10,7 @@ import pytest
 
 from model_preparation import evaluate_checkpoints
 from model_preparation.errors import SurgeryError
-from model_preparation.jobs import evaluations
+from model_preparation.jobs import evaluate_many
 from tests.conftest import HANG_SECONDS, PACKAGE, assert_refused, run_command
 from tests.jobs.conftest import FAKE_EVALUATOR
 
@@ -20,7 +20,7 @@ def command(monkeypatch, capsys):
     """Run the command here, with the stand-in for the evaluator, and return what it prints."""
 
     def run(*args):
-        monkeypatch.setattr(evaluations.evaluate_all, "__kwdefaults__", DEFAULTS | {"evaluator": FAKE_EVALUATOR})
+        monkeypatch.setattr(evaluate_many.evaluate_all, "__kwdefaults__", DEFAULTS | {"evaluator": FAKE_EVALUATOR})
         monkeypatch.setattr(sys, "argv", ["evaluate_checkpoints.py", *map(str, args)])
         evaluate_checkpoints.main()
         return capsys.readouterr().out
@@ -28,7 +28,7 @@ def command(monkeypatch, capsys):
     return run
 
 
-DEFAULTS = dict(evaluations.evaluate_all.__kwdefaults__)
+DEFAULTS = dict(evaluate_many.evaluate_all.__kwdefaults__)
 
 
 def test_a_list_and_its_flags_are_evaluated(command, make_candidate, tmp_path):

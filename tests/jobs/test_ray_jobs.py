@@ -21,12 +21,12 @@ import pytest
 
 from model_preparation import evaluate_checkpoint
 from model_preparation.evaluation.questions import SUBJECTS as MMLU_SUBJECTS
-from model_preparation.jobs.evaluations import Candidate, evaluate_all
+from model_preparation.jobs.evaluate_many import Candidate, evaluate_all
 from tests.conftest import HANG_SECONDS, PACKAGE, assert_refused, wait_until
 from tests.evaluation.test_mmlu import question, write_questions
 from tests.jobs.conftest import FAKE_EVALUATOR
 from tests.jobs.fake_evaluator import SUBJECTS
-from tests.jobs.test_evaluations import is_alive, wait_for
+from tests.jobs.test_evaluate_many import is_alive, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
 
@@ -45,7 +45,7 @@ def address(tmp_path_factory) -> Iterator[str]:
 
 def running_cluster(folder: Path) -> Iterator[str]:
     def serve() -> None:
-        from model_preparation.jobs.ray_jobs import cluster
+        from model_preparation.jobs.ray_cluster import cluster
 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         with contextlib.suppress(SystemExit), cluster("local", 2) as ray:

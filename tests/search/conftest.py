@@ -1,19 +1,17 @@
 """What the tests of the search share: a small task, the tiny pair in memory, and its questions."""
 
+import copy
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from model_preparation.checkpoint import graft
-from model_preparation.evaluation.evaluate import settings_of
-from model_preparation.evaluation.scoring import ScoringLM
-from model_preparation.evaluation.settings import EvaluationSettings
-from model_preparation.evaluation.tasks import load_tasks, quiet
-from model_preparation.search.pair import load_pair
-from model_preparation.search.question_set import QuestionSet
+from model_preparation.search.cached_scoring import CachedScorer
+from model_preparation.search.scoring_setup import ScoringSetup
+from model_preparation.search.settings import SearchSettings
 
 WORDS = ["river", "cell", "law", "price", "atom", "poem", "king", "nerve", "field", "treaty"]
 
@@ -61,19 +59,24 @@ def task_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def planned(base_dir, layers_dir):
-    return graft.plan(str(base_dir), range(4), layers_dir)
-
-
-@pytest.fixture(scope="session")
-def loaded(planned, task_dir, tmp_path_factory):
-    """(pair, ScoringLM, questions) of the tiny pair."""
-    pair = load_pair(planned)
-    with pytest.MonkeyPatch.context() as patched, quiet():
-        patched.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        lm = ScoringLM(pair.model, pair.tokenizer, 3)
-        tasks = load_tasks([str(task_dir)])
-        settings = {**settings_of(tasks, EvaluationSettings(batch_size=3)), "device": "cpu"}
-        questions = QuestionSet(lm, tasks, settings)
+def loaded(base_dir, layers_dir, donor_dir, task_dir, tmp_path_factory) -> ScoringSetup:
+    """The tiny pair with its questions."""
+    folder = tmp_path_factory.mktemp("datasets")
+    names = {"base": str(base_dir), "donor": str(donor_dir), "llama_layers_dir": layers_dir}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HF_DATASETS_CACHE", str(folder))
+        setup = ScoringSetup(SearchSettings(folder, **names, tasks=(str(task_dir),), batch_size=3))
     assert torch.get_num_threads() == 1
-    return pair, lm, questions
+    return setup
+
+
+@pytest.fixture
+def make_scorer(loaded, tmp_path):
+    """Makes a scorer with other settings; its files go into `tmp_path`."""
+
+    def make(**changes) -> CachedScorer:
+        setup = copy.copy(loaded)
+        setup.settings = replace(loaded.settings, output_dir=tmp_path, **changes)
+        return CachedScorer(setup)
+
+    return make

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from model_preparation.search.evaluations import Evaluations
+from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.journal import Journal
 from model_preparation.search.layer_sets import count_passes
 from model_preparation.search.objective import Objective
-from model_preparation.search.parts import divide
 from model_preparation.search.progress import SearchProgress
+from model_preparation.search.settings import SearchSettings
 
 TOTAL = 12
 
@@ -71,14 +71,21 @@ class PlantedScorer:
             yield layers, self.answer(layers, batches)
 
 
-def make_evaluations(folder, count: int = 400, digest: str = "d", scorer=None, **options) -> Evaluations:
+def make_scores(folder, count: int = 400, digest: str = "d", scorer=None, **changes) -> CandidateScores:
     questions = PlantedQuestions(count)
     scorer = scorer or PlantedScorer(questions)
     objective = Objective("accuracy", np.zeros(count, dtype=np.int64))
     journal = Journal(folder / "journal.jsonl")
-    parts = divide(questions)
-    made = Evaluations(
-        scorer, questions, parts, objective, journal, digest, total=scorer.total, progress=SearchProgress(), **options
+    settings = SearchSettings(folder, **{"race": False, **changes})
+    made = CandidateScores(
+        scorer,
+        questions,
+        objective,
+        journal,
+        digest,
+        total=scorer.total,
+        settings=settings,
+        progress=SearchProgress(),
     )
     made.scorer, made.journal = scorer, journal
     return made

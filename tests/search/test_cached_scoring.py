@@ -8,7 +8,6 @@ import torch
 from transformers import LlamaForCausalLM
 
 from model_preparation import build_checkpoint, evaluate_checkpoint, load_checkpoint
-from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.layer_sets import count_passes
 
 ALL_SETS = [layers for size in (1, 2, 3, 4) for layers in itertools.combinations(range(4), size)]
@@ -34,9 +33,8 @@ def evaluated(base_dir, layers_dir, task_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize("memory_bytes", [1 << 30, 0, 5000])
-def test_every_answer_is_that_of_the_checkpoint_to_the_bit(loaded, evaluated, memory_bytes, tmp_path):
-    pair, lm, questions = loaded
-    scorer = CachedScorer(pair, lm, questions, memory_bytes=memory_bytes, folder=tmp_path)
+def test_every_answer_is_that_of_the_checkpoint_to_the_bit(loaded, make_scorer, evaluated, memory_bytes, tmp_path):
+    questions, scorer = loaded.questions, make_scorer(memory_bytes=memory_bytes)
     scorer.base()
     results = dict(scorer.score(ALL_SETS))
     assert sorted(results) == sorted(ALL_SETS)
@@ -58,9 +56,9 @@ def test_every_answer_is_that_of_the_checkpoint_to_the_bit(loaded, evaluated, me
     assert scorer.layer_passes == pytest.approx(count_passes(ALL_SETS, 4))
 
 
-def test_the_divergence_is_that_of_whole_forward_passes(loaded, base_dir, layers_dir, donor_dir, tmp_path):
+def test_the_divergence_is_that_of_whole_forward_passes(loaded, make_scorer, base_dir, layers_dir, donor_dir, tmp_path):
     """Each row's tokens run as a whole, in the built checkpoint and in the donor, each with its own embedding."""
-    pair, lm, questions = loaded
+    questions = loaded.questions
     build_checkpoint(str(base_dir), [1, 2], layers_dir, tmp_path / "graft")
     graft, _ = load_checkpoint(tmp_path / "graft")
     donor = LlamaForCausalLM.from_pretrained(donor_dir).eval()
@@ -69,12 +67,7 @@ def test_the_divergence_is_that_of_whole_forward_passes(loaded, base_dir, layers
     def log_probabilities(model, row):
         return model(torch.tensor([row.tokens])).logits[0, -row.scored :].double().log_softmax(-1)
 
-    references = {
-        number: [log_probabilities(donor, row).float() for row in batch.rows]
-        for number, batch in enumerate(questions.batches)
-    }
-    scorer = CachedScorer(pair, lm, questions, memory_bytes=1 << 30, folder=tmp_path, references=references.__getitem__)
-    scorer.base()
+    scorer = make_scorer(objective="kl")
     ((_, results),) = scorer.score([(1, 2)])
     for number, batch in enumerate(questions.batches):
         for row, found in zip(batch.rows, results[number].divergences, strict=True):
@@ -84,10 +77,8 @@ def test_the_divergence_is_that_of_whole_forward_passes(loaded, base_dir, layers
     assert len(questions.divergences(results)) == 20
 
 
-def test_after_the_last_mixing_only_scored_positions_go_on(loaded, tmp_path):
-    pair, lm, questions = loaded
-    scorer = CachedScorer(pair, lm, questions, memory_bytes=1 << 30, folder=tmp_path)
-    scorer.base()
+def test_after_the_last_mixing_only_scored_positions_go_on(loaded, make_scorer):
+    pair, questions, scorer = loaded.pair, loaded.questions, make_scorer()
     dict(scorer.score([(3,)]))  # tries each shape once
     rows = []
     hook = pair.layer(3, True).mlp.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:-1].numel()))

@@ -5,23 +5,24 @@ import random
 
 import pytest
 
-from model_preparation.search.evaluations import BudgetSpent
+from model_preparation.search.candidate_scores import BudgetSpent
 from model_preparation.search.genetic import genetic
-from model_preparation.search.methods import METHODS, Options
-from model_preparation.search.space import Space
-from tests.search.planted import TOTAL, PlantedQuestions, PlantedScorer, make_evaluations
+from model_preparation.search.layer_sets import SearchSpace
+from model_preparation.search.methods import METHODS
+from model_preparation.search.settings import SearchSettings
+from tests.search.planted import TOTAL, PlantedQuestions, PlantedScorer, make_scores
 
 COUNT = 298  # sets of 1 to 3 of 12 layers
 
 
 def search(folder, method, *, most=3, least=1, prior=None, budget=None, **options):
-    evaluations = make_evaluations(folder, most=budget, racing=method not in ("singles", "exhaustive"))
+    scores = make_scores(folder, method=method, race=None, budget_evaluations=budget)
     try:
-        METHODS[method](Space(TOTAL, least, most, prior or {}), evaluations, Options(**options))
+        METHODS[method](SearchSpace(TOTAL, least, most, prior or {}), scores, SearchSettings(folder, **options))
     except BudgetSpent:
         assert budget is not None
-    evaluations.journal.close()
-    return evaluations
+    scores.journal.close()
+    return scores
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,8 @@ def truth(tmp_path_factory):
     return found
 
 
-def best_of(evaluations, size):
-    return next(layers for layers in evaluations.complete if len(layers) == size)
+def best_of(scores, size):
+    return next(layers for layers in scores.complete if len(layers) == size)
 
 
 @pytest.mark.parametrize("method", ["beam", "ga"])
@@ -111,10 +112,10 @@ def test_memo_and_trie_save_a_third_and_more_in_a_genetic_algorithm_over_32_laye
         return 0.4 + sum(gains[layer] for layer in layers) + 0.1 * ({11, 17} <= set(layers))
 
     scorer = PlantedScorer(PlantedQuestions(64), total=32, worth=worth)
-    evaluations = make_evaluations(tmp_path, 64, scorer=scorer)
-    genetic(Space(32, 1, 4), evaluations, random.Random(0), population=40, generations=20, patience=20)
-    evaluations.journal.close()
-    statistics = evaluations.statistics()
+    scores = make_scores(tmp_path, 64, scorer=scorer)
+    genetic(SearchSpace(32, 1, 4), scores, random.Random(0), population=40, generations=20, patience=20)
+    scores.journal.close()
+    statistics = scores.statistics()
     assert statistics["asked_with_repeats"] > 780
     saved = 1 - statistics["layer_passes"] / statistics["layer_passes_alone_with_repeats"]
     assert 0.38 < saved < 0.5

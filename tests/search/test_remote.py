@@ -5,15 +5,15 @@ import os
 import signal
 import sys
 import tempfile
-from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 import pytest
 
-from model_preparation.jobs.remote import share_out
-from model_preparation.search.setup import Setup, Spec
+from model_preparation.jobs.ray_scoring import shards
+from model_preparation.search.scoring_setup import ScoringSetup
+from model_preparation.search.settings import SearchSettings
 from tests.conftest import HANG_SECONDS, assert_refused, run_command, start_command, wait_until
 from tests.search.conftest import make_questions, write_task
 
@@ -60,9 +60,9 @@ def test_a_gpu_that_torch_cannot_use_is_told_and_nothing_runs_on_the_cpu(base_di
 
 
 def test_batches_are_those_of_the_workers_device_whatever_is_here(base_dir, layers_dir, task_dir):
-    spec = Spec(str(base_dir), str(layers_dir), (str(task_dir),), ".", device="cuda", device_here="cpu")
-    here, there = Setup(replace(spec, device="cpu")), Setup(spec)
-    assert there.settings["device"] == "cuda"
+    settings = SearchSettings(".", str(base_dir), llama_layers_dir=layers_dir, tasks=(str(task_dir),))
+    here, there = ScoringSetup(settings), ScoringSetup(settings, scored_on="cuda")
+    assert there.recorded["device"] == "cuda"
     assert len(there.questions.batches) < len(here.questions.batches)  # a GPU takes more at once
     assert there.pair.model.device.type == "cpu"
 
@@ -72,7 +72,7 @@ def wait_for_a_worker(process: BaseProcess) -> int:
     workers: list[int] = []
 
     def are_there() -> bool:
-        workers[:] = [each.pid for each in psutil.Process(process.pid).children(recursive=True) if is_share(each)]
+        workers[:] = [each.pid for each in psutil.Process(process.pid).children(recursive=True) if is_shard(each)]
         return bool(workers)
 
     wait_until(are_there, alive=process.is_alive)
@@ -87,21 +87,18 @@ def lines_of(path: Path) -> int:
     return path.read_bytes().count(b"\n")
 
 
-def is_share(process: psutil.Process) -> bool:
+def is_shard(process: psutil.Process) -> bool:
     try:
-        return any(word.startswith("ray::Share") for word in process.cmdline())
+        return any(word.startswith("ray::QuestionShard") for word in process.cmdline())
     except psutil.Error:
         return False
 
 
-def test_the_shares_are_all_batches_once_and_about_alike(loaded):
-    class Holder:
-        questions = loaded[2]
-
-    batches = Holder.questions.batches
+def test_the_shards_are_all_batches_once_and_about_alike(loaded):
+    batches = loaded.questions.batches
     for workers in (1, 2, 5, len(batches) + 3):
-        shares = share_out(Holder, workers)
-        assert sorted(number for share in shares for number in share) == list(range(len(batches)))
-        assert len(shares) == min(workers, len(batches))
-        sizes = [sum(batches[number].inputs.numel() for number in share) for share in shares]
+        found = shards(batches, workers)
+        assert sorted(number for shard in found for number in shard) == list(range(len(batches)))
+        assert len(found) == min(workers, len(batches))
+        sizes = [sum(batches[number].inputs.numel() for number in shard) for shard in found]
         assert max(sizes) - min(sizes) <= max(batch.inputs.numel() for batch in batches)

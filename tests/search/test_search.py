@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,15 +21,15 @@ from model_preparation.search import report
 from model_preparation.search import search as search_module
 from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.journal import Journal
-from model_preparation.search.methods import Options
-from model_preparation.search.search import Search, search_layers
-from model_preparation.search.setup import Spec
+from model_preparation.search.search import search_layers
+from model_preparation.search.settings import SearchSettings
 from model_preparation.search_layers import _parser
 from tests.conftest import PACKAGE, assert_refused, run_command
 from tests.search.conftest import make_questions, write_task
 
 COMPARED = ("final_results", "base_score", "base_stderr", "pareto", "single_layer_results", "dropped", "failed")
-SMALL = Options(population=6, generations=2, patience=2, beam_width=2, top=3)
+SMALL = {"population": 6, "generations": 2, "patience": 2, "beam_width": 2, "top": 3}
+FEW = {"method": "singles", "max_layers": 1, "budget_evaluations": 1}
 
 
 def test_results_go_beside_the_package_by_default_wherever_one_is(tmp_path, monkeypatch):
@@ -47,15 +46,15 @@ def datasets_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def make_spec(base_dir, layers_dir, donor_dir, task_dir):
-    def make(folder: Path, **changes) -> Spec:
-        fields = {"base": str(base_dir), "llama_layers_dir": str(layers_dir), "tasks": (str(task_dir),)}
-        return Spec(**{**fields, "folder": str(folder), "donor": str(donor_dir), "batch_size": 3, **changes})
+def make_settings(base_dir, layers_dir, donor_dir, task_dir):
+    def make(folder: Path, **changes) -> SearchSettings:
+        fields = {"base": str(base_dir), "llama_layers_dir": layers_dir, "tasks": (str(task_dir),)}
+        return SearchSettings(folder, **{**fields, "donor": str(donor_dir), "batch_size": 3, **changes})
 
     return make
 
 
-def killed_after(lines: int, spec: Spec, search: Search) -> None:
+def killed_after(lines: int, settings: SearchSettings) -> None:
     """Search in a process that is killed when it has written `lines` lines, in the middle of the next one."""
     child = os.fork()
     if child == 0:
@@ -69,21 +68,21 @@ def killed_after(lines: int, spec: Spec, search: Search) -> None:
             append(journal, entry)
 
         Journal.append = append_or_die
-        search_layers(spec, search)
+        search_layers(settings)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(("method", "objective"), [("ga", "accuracy"), ("beam", "kl")])
-def test_killed_again_and_again_it_ends_like_an_uninterrupted_search(make_spec, tmp_path, method, objective):
-    search = Search(method=method, most=3, options=SMALL)
-    whole = search_layers(make_spec(tmp_path / "whole", objective=objective), search)
+def test_killed_again_and_again_it_ends_like_an_uninterrupted_search(make_settings, tmp_path, method, objective):
+    changes = {"method": method, "objective": objective, "max_layers": 3, **SMALL}
+    whole = search_layers(make_settings(tmp_path / "whole", **changes))
     lines = len((tmp_path / "whole" / "journal.jsonl").read_bytes().splitlines())
-    spec = make_spec(tmp_path / "cut", objective=objective)
+    settings = make_settings(tmp_path / "cut", **changes)
     for killed_at in (3, lines - 2):
-        killed_after(killed_at, spec, search)
+        killed_after(killed_at, settings)
         assert not (tmp_path / "cut" / "search_result.json").exists()
-    found = search_layers(spec, search)
+    found = search_layers(settings)
     assert {name: found[name] for name in COMPARED} == {name: whole[name] for name in COMPARED}
     assert found["statistics"]["evaluations"] == whole["statistics"]["evaluations"]
     assert found["statistics"]["layer_passes"] > whole["statistics"]["layer_passes"]  # the base ran again
@@ -93,10 +92,10 @@ def test_killed_again_and_again_it_ends_like_an_uninterrupted_search(make_spec, 
 
 
 @pytest.fixture(scope="module")
-def exhaustive(make_spec, tmp_path_factory):
+def exhaustive(make_settings, tmp_path_factory):
     """(folder, result) of all combinations of up to 3 layers."""
     folder = tmp_path_factory.mktemp("searches") / "all"
-    return folder, search_layers(make_spec(folder), Search(method="exhaustive", most=3))
+    return folder, search_layers(make_settings(folder, method="exhaustive", max_layers=3))
 
 
 def test_the_result_says_what_was_found(exhaustive):
@@ -155,41 +154,41 @@ def test_the_report_needs_nothing_else(exhaustive):
 @pytest.mark.parametrize(("p_value", "words"), [(0.0004, "(p &lt; 0.001)"), (0.032, "(p = 0.032)")])
 def test_the_report_says_how_small_a_p_value_is(exhaustive, tmp_path, monkeypatch, p_value, words):
     found = {**exhaustive[1], "final_results": [{**exhaustive[1]["final_results"][0], "p_against_base": p_value}]}
-    monkeypatch.setattr(report, "TITLES", {})
+    monkeypatch.setattr(report, "PLOTS", {})
     report.write_report(found, SimpleNamespace(order=[]), tmp_path)
     assert words in (tmp_path / "report.html").read_text()
 
 
-def test_a_finished_search_is_given_again_without_running_a_layer(exhaustive, make_spec, monkeypatch):
+def test_a_finished_search_is_given_again_without_running_a_layer(exhaustive, make_settings, monkeypatch):
     folder, found = exhaustive
     monkeypatch.setattr(CachedScorer, "_step", None)
-    again = search_layers(make_spec(folder), Search(method="exhaustive", most=3))
+    again = search_layers(make_settings(folder, method="exhaustive", max_layers=3))
     assert {name: again[name] for name in COMPARED} == {name: found[name] for name in COMPARED}
 
 
-def test_another_search_replaces_no_result_unless_it_is_told_to(exhaustive, make_spec, tmp_path, monkeypatch):
+def test_another_search_replaces_no_result_unless_it_is_told_to(exhaustive, make_settings, tmp_path, monkeypatch):
     folder = shutil.copytree(exhaustive[0], tmp_path / "search")
     files = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     monkeypatch.setattr(CachedScorer, "_step", None)
-    same = Search(method="exhaustive", most=3)
-    for spec, search, words in (
-        (make_spec(folder), Search(method="exhaustive", most=2), "max_layers: 3 there, 2 now"),
-        (make_spec(folder), replace(same, budget_evaluations=9), "budget_evaluations: not given there, 9 now"),
-        (make_spec(folder, limit=3), same, "limit: not given there, 3 now"),
-        (make_spec(folder, batch_size=2), same, "batch_size: 3 there, 2 now"),
-        (make_spec(folder, donor=None), same, "donor: given there, not given now"),
+    same = make_settings(folder, method="exhaustive", max_layers=3)
+    for change, words in (
+        ({"max_layers": 2}, "max_layers: 3 there, 2 now"),
+        ({"budget_evaluations": 9}, "budget_evaluations: not given there, 9 now"),
+        ({"limit": 3}, "limit: not given there, 3 now"),
+        ({"batch_size": 2}, "batch_size: 3 there, 2 now"),
+        ({"donor": None}, "donor: given there, not given now"),
     ):
         with pytest.raises(SurgeryError, match=words):
-            search_layers(spec, search, dry_run=spec.limit is not None)
+            search_layers(same, dry_run="limit" in change, **change)
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == files
-    search_layers(make_spec(folder), replace(same, options=Options(seed=5)))  # which has no part in this method
-    found = search_layers(make_spec(folder), Search(method="exhaustive", most=2), overwrite=True)  # runs nothing
+    search_layers(same, seed=5)  # which has no part in this method
+    found = search_layers(same, max_layers=2, overwrite=True)  # runs nothing
     assert len(found["final_results"]) == 10
     assert json.loads((folder / "search_result.json").read_text())["final_results"] == found["final_results"]
     assert (folder / "journal.jsonl").read_bytes() == files[folder / "journal.jsonl"]
     (folder / "search_result.json").write_text("[")
     with pytest.raises(SurgeryError, match="no search's result that can be read"):
-        search_layers(make_spec(folder), same)
+        search_layers(same)
 
 
 def another(folder: Path, target: Path) -> Path:
@@ -200,39 +199,38 @@ def another(folder: Path, target: Path) -> Path:
     return target
 
 
-def test_another_model_under_the_same_name_is_found_out(make_spec, base_dir, donor_dir, tmp_path):
+def test_another_model_under_the_same_name_is_found_out(make_settings, base_dir, donor_dir, tmp_path):
     """Layers and scores are those of what the names stand for now."""
     other = another(donor_dir, tmp_path / "other")
-    few = Search(method="singles", most=1, budget_evaluations=1)
 
-    def spec(donor: Path, folder: str = "search", **changes) -> Spec:
-        given = {"donor": "llama", "sources": {"llama": str(donor)}, "llama_layers_dir": None, **changes}
-        return make_spec(tmp_path / folder, **given)
+    def settings(donor: Path, folder: str = "search") -> SearchSettings:
+        given = {"donor": "llama", "sources": {"llama": str(donor)}, "llama_layers_dir": None}
+        return make_settings(tmp_path / folder, **given, **FEW)
 
-    first = search_layers(spec(donor_dir), few)
+    first = search_layers(settings(donor_dir))
     for remove_result in (False, True):
         if remove_result:
             (tmp_path / "search" / "search_result.json").unlink()
         with pytest.raises(SurgeryError, match=r"holds the layers of another donor than llama is now: layer 0: other"):
-            search_layers(spec(other), few)
-    found = search_layers(spec(other), few, overwrite=True)
-    alone = search_layers(spec(other, "alone"), few)
+            search_layers(settings(other))
+    found = search_layers(settings(other), overwrite=True)
+    alone = search_layers(settings(other, "alone"))
     assert {name: found[name] for name in COMPARED} == {name: alone[name] for name in COMPARED}
     assert found["donor_score"] == alone["donor_score"]
     assert found["inputs"] == alone["inputs"]
     assert found["inputs"]["base"] == first["inputs"]["base"]
-    again = search_layers(spec(shutil.copytree(other, tmp_path / "moved"), folder="alone"), few)
+    again = search_layers(settings(shutil.copytree(other, tmp_path / "moved"), folder="alone"))
     assert again["inputs"] == alone["inputs"]
 
 
 @pytest.mark.parametrize("what", ["base", "donor", "tokenizer"])
-def test_what_was_replaced_after_a_search_is_named(make_spec, base_dir, donor_dir, tmp_path, what):
-    few = Search(method="singles", most=1, budget_evaluations=1)
+def test_what_was_replaced_after_a_search_is_named(make_settings, base_dir, donor_dir, tmp_path, what):
     tokenizer = shutil.copytree(donor_dir, tmp_path / "tokenizer")
     donor = shutil.copytree(donor_dir, tmp_path / "donor")
     base = shutil.copytree(base_dir, tmp_path / "base")
-    spec = make_spec(tmp_path / "search", base=str(base), donor=str(donor), tokenizer=str(tokenizer))
-    first = search_layers(spec, few)
+    names = {"base": str(base), "donor": str(donor), "tokenizer": str(tokenizer)}
+    settings = make_settings(tmp_path / "search", **names, **FEW)
+    first = search_layers(settings)
     if what == "base":
         weights = torch.load(base / "pytorch_model.bin")
         torch.save({name: tensor.neg() for name, tensor in weights.items()}, base / "pytorch_model.bin")
@@ -241,8 +239,8 @@ def test_what_was_replaced_after_a_search_is_named(make_spec, base_dir, donor_di
         changed = {"padding_side": "left"} if what == "tokenizer" else {"rms_norm_eps": 0.1}
         path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
     with pytest.raises(SurgeryError, match=rf"has the result of another search.*: {what}: other contents\."):
-        search_layers(spec, few)
-    found = search_layers(spec, few, overwrite=True)
+        search_layers(settings)
+    found = search_layers(settings, overwrite=True)
     assert (found["donor_score"] == first["donor_score"]) is (what != "donor")
     assert (found["base_score"] == first["base_score"]) is (what != "base")
 
@@ -264,16 +262,14 @@ def test_the_best_are_built_by_one_command_and_score_what_was_said(exhaustive, t
         assert row["accuracy"] == pytest.approx(right / evaluated["questions"])
 
 
-def test_what_is_not_finite_is_a_failure_with_its_reason(make_spec, tmp_path, monkeypatch):
-    layer_of = search_module.Setup
-
-    class Broken(layer_of):
-        def __init__(self, spec):
-            super().__init__(spec)
+def test_what_is_not_finite_is_a_failure_with_its_reason(make_settings, tmp_path, monkeypatch):
+    class Broken(search_module.ScoringSetup):
+        def __init__(self, *given):
+            super().__init__(*given)
             self.pair.model.backbone.layers[2].mlp.down_proj.weight.data.fill_(float("nan"))
 
-    monkeypatch.setattr(search_module, "Setup", Broken)
-    found = search_layers(make_spec(tmp_path), Search(method="singles", most=1))
+    monkeypatch.setattr(search_module, "ScoringSetup", Broken)
+    found = search_layers(make_settings(tmp_path, method="singles"))
     assert [row["layers"] for row in found["final_results"] if row["layers"] == [2]] == []
     assert len(found["final_results"]) == 3
     assert [each["layers"] for each in found["failed"]] == [[2]]
@@ -289,7 +285,7 @@ FILTERED = {"filter_list": [{"name": "first", "filter": [{"function": "take_firs
     ("changes", "words"),
     [(GENERATING, "generated text"), (ROLLING, "of whole texts"), (FILTERED, "has filters"), ({}, "no metric acc")],
 )
-def test_tasks_that_cannot_be_taken_are_refused(make_spec, tmp_path, monkeypatch, changes, words):
+def test_tasks_that_cannot_be_taken_are_refused(make_settings, tmp_path, monkeypatch, changes, words):
     """Before their data is looked for, where the definition tells; also in a group, behind one that can be taken."""
     if not changes:
         folder = write_task(tmp_path / "task", "odd", make_questions(3), metric_list=[{"metric": "acc_norm"}])
@@ -300,7 +296,7 @@ def test_tasks_that_cannot_be_taken_are_refused(make_spec, tmp_path, monkeypatch
         write_task(folder, "good", make_questions(3))
         (folder / "both.yaml").write_text(json.dumps({"group": "both", "task": ["good", "odd"]}))
     with pytest.raises(SurgeryError, match=words) as refused:
-        search_layers(make_spec(tmp_path / "out", tasks=(str(folder),)), Search())
+        search_layers(make_settings(tmp_path / "out", tasks=(str(folder),)))
     assert "multiple_choice" in str(refused.value)
     assert not (tmp_path / "out").exists()
 

@@ -6,18 +6,21 @@ import itertools
 import pytest
 
 from model_preparation.search import methods
-from model_preparation.search.costs import bounds
-from model_preparation.search.evaluations import BudgetSpent
-from model_preparation.search.layer_sets import count_passes, most_passes
-from model_preparation.search.methods import METHODS, Options, Search
-from model_preparation.search.plan import describe_cost
-from model_preparation.search.space import Space
-from tests.search.planted import TOTAL, draw_sets, make_evaluations
+from model_preparation.search.candidate_scores import BudgetSpent
+from model_preparation.search.layer_sets import SearchSpace, count_passes, most_passes
+from model_preparation.search.methods import METHODS
+from model_preparation.search.plan import bounds, describe_cost
+from model_preparation.search.settings import SearchSettings
+from tests.search.planted import TOTAL, draw_sets, make_scores
 
 PRIOR = {layer: (0.1 if layer in (3, 7, 5) else 0.0) for layer in range(TOTAL)}
 SEARCHES = [("exhaustive", (1, 2, {}))]
 SEARCHES += itertools.product(("greedy", "beam", "ga"), [(1, 2, {}), (1, 3, PRIOR), (2, 4, {})])
-SMALL = Options(population=10, generations=3, patience=3, beam_width=3)
+SMALL = {"population": 10, "generations": 3, "patience": 3, "beam_width": 3}
+
+
+def space_of(settings, prior=None):
+    return SearchSpace(TOTAL, settings.min_layers, settings.most_layers, prior or {})
 
 
 @pytest.mark.parametrize(("least", "most"), [(1, 1), (1, 3), (2, 3), (3, 3), (2, TOTAL)])
@@ -35,24 +38,25 @@ def test_some_sets_take_no_more_passes_than_is_said(count):
     assert count_passes(first, TOTAL) <= TOTAL + most_passes(count, TOTAL, 4, 4)
 
 
-def taken(folder, search, prior, monkeypatch):
+def taken(folder, changes, prior, monkeypatch):
     """The statistics before refinement and at the end, and how many steps refinement had."""
-    evaluations = make_evaluations(folder, 32, most=search.budget_evaluations, racing=search.races)
+    scores = make_scores(folder, 32, **changes)
+    settings = SearchSettings(folder, **changes)
     before, steps = [], []
-    refine, evaluate = methods.refine, evaluations.evaluate
+    refine, evaluate = methods.refine, scores.evaluate
 
-    def noted(space, evaluations):
-        before.append(evaluations.statistics())
-        monkeypatch.setattr(evaluations, "evaluate", lambda *given: steps.append(given) or evaluate(*given))
-        refine(space, evaluations)
+    def noted(space, scores):
+        before.append(scores.statistics())
+        monkeypatch.setattr(scores, "evaluate", lambda *given: steps.append(given) or evaluate(*given))
+        refine(space, scores)
 
     monkeypatch.setattr(methods, "refine", noted)
     try:
-        METHODS[search.method](Space(TOTAL, search.least, search.most, prior), evaluations, search.options)
+        METHODS[settings.method](space_of(settings, prior), scores, settings)
     except BudgetSpent:
-        assert search.budget_evaluations is not None
-    evaluations.journal.close()
-    statistics = evaluations.statistics()
+        assert settings.budget_evaluations is not None
+    scores.journal.close()
+    statistics = scores.statistics()
     return (before or [statistics])[0], statistics, len(steps)
 
 
@@ -60,9 +64,11 @@ def taken(folder, search, prior, monkeypatch):
 @pytest.mark.parametrize(("method", "sizes"), SEARCHES)
 def test_a_search_takes_no_more_than_its_plan_says(method, sizes, budget, tmp_path, monkeypatch):
     least, most, prior = sizes
-    search = Search(method, least, most, budget, racing=False, options=SMALL)  # races only make it less
-    found = bounds(Space(TOTAL, least, most, prior), search)
-    before, whole, steps = taken(tmp_path, search, prior, monkeypatch)
+    sizes = {"min_layers": least, "max_layers": most}
+    changes = {"method": method, "budget_evaluations": budget, "race": False, **sizes, **SMALL}  # races make it less
+    settings = SearchSettings(tmp_path, **changes)
+    found = bounds(space_of(settings, prior), settings)
+    before, whole, steps = taken(tmp_path, changes, prior, monkeypatch)
     assert whole["evaluations"] <= found.evaluations
     if found.step is None:
         assert whole["evaluations"] <= found.search.evaluations
@@ -80,8 +86,8 @@ def test_a_search_takes_no_more_than_its_plan_says(method, sizes, budget, tmp_pa
 
 def test_the_plan_says_where_all_combinations_cost_no_more():
     def lines(method, most, budget=None):
-        search = Search(method, 1, most, budget)
-        return "\n".join(describe_cost(bounds(Space(TOTAL, 1, most), search), search, TOTAL))
+        settings = SearchSettings(".", method=method, max_layers=most, budget_evaluations=budget)
+        return "\n".join(describe_cost(bounds(space_of(settings), settings), settings, TOTAL))
 
     assert "all 78 combinations together take 376 layer passes" in lines("ga", 2)
     assert "at most 78 are evaluated" in lines("ga", 2)
@@ -94,8 +100,8 @@ def test_the_plan_says_where_all_combinations_cost_no_more():
 
 def test_the_plan_counts_smaller_sets_apart():
     def plan(method, least):
-        search = Search(method, least, TOTAL)
-        return "\n".join(describe_cost(bounds(Space(TOTAL, least, TOTAL), search), search, TOTAL))
+        settings = SearchSettings(".", method=method, min_layers=least, max_layers=TOTAL)
+        return "\n".join(describe_cost(bounds(space_of(settings), settings), settings, TOTAL))
 
     assert "candidates  1; at most 78 evaluations, smaller sets on the way included" in plan("greedy", TOTAL)
     assert "the only combination takes" in plan("greedy", TOTAL)
@@ -106,11 +112,12 @@ def test_the_plan_counts_smaller_sets_apart():
 @pytest.mark.parametrize("method", ["greedy", "beam", "ga"])
 @pytest.mark.parametrize("prior", [{}, PRIOR])
 def test_the_budget_that_is_asked_for_is_the_least_that_reaches_the_sizes_wanted(method, prior, tmp_path):
-    space = Space(TOTAL, 4, 4, prior)
-    needed = bounds(space, Search(method, 4, 4, options=SMALL)).before + 1
+    settings = SearchSettings(tmp_path, method=method, min_layers=4, max_layers=4, **SMALL)
+    space = space_of(settings, prior)
+    needed = bounds(space, settings).before + 1
     for budget in {max(1, needed - 1), needed}:
-        evaluations = make_evaluations(tmp_path / str(budget), 32, most=budget)
+        scores = make_scores(tmp_path / str(budget), 32, budget_evaluations=budget)
         with contextlib.suppress(BudgetSpent):
-            METHODS[method](space, evaluations, SMALL)
-        evaluations.journal.close()
-        assert any(layers in space for layers in evaluations.order) == (budget == needed)
+            METHODS[method](space, scores, settings)
+        scores.journal.close()
+        assert any(layers in space for layers in scores.order) == (budget == needed)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from model_preparation import create_replaced_model_checkpoint
+from model_preparation.jobs.build_many import differences, remarks
 from model_preparation.jobs.combinations import Combination
-from model_preparation.jobs.existing import differences, remarks
 
 PAIR = Combination((1, 3), "", "", "tiny_1_3")
 HUB = {"hub": "huggingface", "id": "goombalab/Llamba-8B-untied-unaligned", "revision": "a" * 40, "files": {}}

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from model_preparation.errors import SurgeryError
-from model_preparation.jobs import evaluations, jobs
+from model_preparation.jobs import evaluate_many, jobs
 from model_preparation.jobs.combinations import Combination
-from model_preparation.jobs.evaluations import Candidate, evaluate_all, find_checkpoints
+from model_preparation.jobs.evaluate_many import Candidate, evaluate_all, find_checkpoints
 from tests.conftest import HANG_SECONDS, wait_until
 from tests.jobs.conftest import FAKE_EVALUATOR
 from tests.jobs.fake_evaluator import SUBJECTS
@@ -41,7 +41,7 @@ def test_each_is_evaluated_kept_or_failed_and_none_stops_the_others(make_candida
     assert "unbuilt is not there" in done[3].note
     printed = capsys.readouterr()
     assert "error: the logits are not finite" in printed.err
-    heading, *rows = evaluations.describe(done).splitlines()
+    heading, *rows = evaluate_many.describe(done).splitlines()
     assert heading.split() == ["name", "layers", "score", "questions", "seconds", "status", "note"]
     assert rows[0].split()[:6] == ["good", "0", "2", f"{done[0].score:.4f}", "±", "0.0100"]
     assert rows[1].split()[:3] == ["bad", "1", "3"]
@@ -85,7 +85,7 @@ def test_a_folder_without_checkpoints_is_refused_before_anything_runs(name, tmp_
 
 def test_a_checkpoint_of_other_layers_than_listed_is_not_evaluated(make_candidate, tmp_path):
     make_candidate("mine", (1, 2))
-    listed = evaluations.listed_checkpoints([Combination((1, 3), "", "", "mine")], tmp_path / "checkpoints")
+    listed = evaluate_many.listed_checkpoints([Combination((1, 3), "", "", "mine")], tmp_path / "checkpoints")
     [done] = evaluate_all(listed, evaluator=FAKE_EVALUATOR)
     assert done.status == "failed"
     assert "are 1 2, not those of the list" in done.note
@@ -122,10 +122,10 @@ def fake_batch(folder) -> subprocess.Popen:
     code = (
         "import sys; sys.argv = [sys.argv[1]]\n"  # a command of ours, so that the package does not import torch
         "from pathlib import Path\n"
-        "from model_preparation.jobs.evaluations import Candidate, evaluate_all\n"
+        "from model_preparation.jobs.evaluate_many import Candidate, evaluate_all\n"
         f"evaluate_all([Candidate(Path({str(folder)!r}))], evaluator=Path({str(FAKE_EVALUATOR)!r}))\n"
     )
-    return subprocess.Popen([sys.executable, "-c", code, str(evaluations.EVALUATOR)], start_new_session=True)
+    return subprocess.Popen([sys.executable, "-c", code, str(evaluate_many.EVALUATOR)], start_new_session=True)
 
 
 def attempts(folder) -> list[int]:

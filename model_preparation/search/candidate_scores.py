@@ -1,7 +1,6 @@
-"""What is known of every combination: asked once, journaled, and never asked again.
+"""What is known of every combination: each is evaluated once, written to the journal, and never evaluated again.
 
-In: the combinations that a method wants to know of. Out: what each is worth. An evaluation that fails is tried once
-more by itself; if it fails again it is an error with its reason, and never a score.
+A failed evaluation is tried once more by itself. If it fails again it is an error with a reason, and never a score.
 """
 
 import time
@@ -17,26 +16,20 @@ from model_preparation.evaluation.compare.paired import SIGNIFICANCE
 from model_preparation.io.untrusted.untrusted_files import check_fields
 from model_preparation.search.cached_scoring import Results
 from model_preparation.search.journal import Journal
-from model_preparation.search.layer_sets import LayerSet
-from model_preparation.search.objective import ACCURACY, Objective, Values
-from model_preparation.search.parts import Part
+from model_preparation.search.layer_sets import BASE, LayerSet
+from model_preparation.search.objective import Objective, Values
 from model_preparation.search.progress import SearchProgress
 from model_preparation.search.question_set import QuestionSet
+from model_preparation.search.race_rounds import race_rounds
+from model_preparation.search.settings import KL, SearchSettings
 
-BASE: LayerSet = ()
-_FAILURES = (SurgeryError, RuntimeError, MemoryError)  # of an evaluation; anything else is ours, or the disk's
-
-_ENTRY = {
-    "layers": (list, tuple),
-    "parts": (list, tuple),
-    "right": str,
-    "passes": (int, float),
-    "seconds": (int, float),
-}
+_FAILURES = (SurgeryError, RuntimeError, MemoryError)  # of an evaluation; other errors are bugs, or the disk's
+_SEQUENCE, _NUMBER = (list, tuple), (int, float)
+_ENTRY = {"layers": _SEQUENCE, "parts": _SEQUENCE, "right": str, "passes": _NUMBER, "seconds": _NUMBER}
 
 
 class Scorer(Protocol):
-    """`CachedScorer`, or what spreads the same over machines."""
+    """A `CachedScorer`, or one that spreads the same work over machines."""
 
     @property
     def layer_passes(self) -> float: ...
@@ -52,7 +45,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class _Answered:
-    """Answers of a combination to a part of the questions: what is maximised, what is right (0 or 1), per question.
+    """A combination's answers to one round: per question what is maximised, and whether it is right (0 or 1).
 
     `cost` is (layer passes, seconds).
     """
@@ -63,62 +56,58 @@ class _Answered:
 
 
 class BudgetSpent(Exception):
-    """No more evaluations may be made."""
+    """No more evaluations are allowed."""
 
 
-class Evaluations:
+class CandidateScores:
     """All evaluations of a search.
 
+    An interrupted search that runs again ends like an uninterrupted one: budgets count the evaluations of all its runs.
+
     Args:
-        scorer: what answers.
-        questions: what it answers.
-        parts: of the questions, in the order in which they are asked when candidates race.
-        objective: what the answers are worth.
-        journal: where evaluations are kept.
-        digest: of all that decides on an evaluation; entries of another one are not looked at.
-        total: layers of the model.
-        most: how many combinations may be evaluated; None for any number. Those of an earlier, interrupted run of the
-            same search count too, so that going on ends like an uninterrupted run.
-        seconds: how long evaluations may take in all, those of an interrupted run included.
-        racing: whether candidates that are surely worse are dropped early.
-        progress: told what happens.
+        scorer: gives answers.
+        questions: what is asked.
+        objective: turns answers into values.
+        journal: keeps the evaluations.
+        digest: of everything that decides on an evaluation. Entries with another digest are ignored.
+        total: how many layers a model has.
+        settings: for the budgets, and for whether candidates race.
+        progress: shows how the search is going.
 
     Attributes:
-        asked: how often a combination was asked for, repeats included.
-        failed: why evaluations failed, by combination.
+        asked: how many combinations the method wanted, repeats included.
+        failed: the reasons of failed evaluations, by combination.
     """
 
     def __init__(
         self,
         scorer: Scorer,
         questions: QuestionSet,
-        parts: Sequence[Part],
         objective: Objective,
         journal: Journal,
         digest: str,
         *,
         total: int,
-        most: int | None = None,
-        seconds: float | None = None,
-        racing: bool = False,
+        settings: SearchSettings,
         progress: SearchProgress,
     ):
         self._scorer = scorer
         self._questions = questions
-        self._parts = parts
+        self._rounds = race_rounds(questions)
+        self._all_rounds = tuple(range(len(self._rounds)))
         self.objective = objective
         self._journal = journal
         self._digest = digest
         self._total = total
-        self._most = most
-        self._seconds = seconds
-        self._racing = racing
+        self._most = settings.budget_evaluations
+        self._seconds = None if settings.budget_hours is None else settings.budget_hours * 3600
+        self._races = settings.races
         self._progress = progress
         self.asked = 0
         self.failed: dict[LayerSet, str] = {}
-        self._entered: dict[LayerSet, None] = {}  # what this search may evaluate, whether it has been or not
-        self._journaled: dict[LayerSet, dict[int, _Answered]] = {}  # by combination and part
-        # Of those, what this search has come to. Run again after it was stopped, it must not know more than it did.
+        self._entered: dict[LayerSet, None] = {}  # what the budget covers, evaluated or not yet
+        self._journaled: dict[LayerSet, dict[int, _Answered]] = {}  # by combination and round
+        # What this run has asked for, of the journal. So it decides as a first run would.
         self._known: dict[LayerSet, dict[int, _Answered]] = {}
         self._spent = np.zeros(2)  # (layer passes, seconds)
         self._best: LayerSet | None = None
@@ -138,20 +127,20 @@ class Evaluations:
         """The base's values."""
         if not self.is_complete(BASE):
             if BASE not in self._journaled:
-                self._prepare()
-            self._come_to(BASE, range(len(self._parts)))
+                self._run_base()
+            self._use(BASE, self._all_rounds)
         return self.values(BASE)
 
     def evaluate(self, sets: Iterable[LayerSet], keep: int | None = None) -> list[LayerSet]:
-        """Evaluate combinations, the most promising first; gives those of which all is known, the best first.
+        """Evaluate combinations, the most promising first. Gives those with all answers, the best first.
 
         Args:
-            sets: what to evaluate; what is known already costs nothing.
-            keep: how many of the best have to be evaluated on all questions. With racing, others may be dropped as
-                soon as they are surely worse than the `keep`th best.
+            sets: what to evaluate. What is known already costs nothing.
+            keep: in a race, how many of the best need all answers. Others are dropped when they are surely worse than
+                the `keep`th best.
 
         Raises:
-            BudgetSpent: if no more evaluations may be made; those that could be, were.
+            BudgetSpent: if the budget does not cover all; what it covers is evaluated.
         """
         wanted = list(dict.fromkeys(sets))
         self.base()
@@ -161,50 +150,52 @@ class Evaluations:
         self._entered |= dict.fromkeys(new[:room])
         allowed = [layers for layers in wanted if layers in self._entered and layers not in self.failed]
         self._progress.expect(len(self._entered) if self._most is None else self._most)
-        if self._racing and keep is not None and len(allowed) > keep:
+        if self._races and keep is not None and len(allowed) > keep:
             self._race(allowed, keep)
         else:
-            self._run(allowed, range(len(self._parts)))
+            self._run(allowed, self._all_rounds)
         if len(new) > room:
             raise BudgetSpent
         return self.ranked(layers for layers in allowed if self.is_complete(layers))
 
     @property
     def room(self) -> int | None:
-        """How many more combinations may be evaluated; None for any number."""
+        """How many more combinations the budget covers; None if there is no limit."""
         return None if self._most is None else max(0, self._most - len(self._entered))
 
     def is_complete(self, layers: LayerSet) -> bool:
-        """Whether a combination was evaluated on all questions."""
-        return len(self._known.get(layers, ())) == len(self._parts)
+        """Whether a combination has answered all questions."""
+        return len(self._known.get(layers, ())) == len(self._rounds)
 
     def is_known(self, layers: LayerSet) -> bool:
-        """Whether a combination was evaluated on some questions at least."""
+        """Whether a combination has answered some questions at least."""
         return bool(self._known.get(layers))
 
     def ranked(self, sets: Iterable[LayerSet]) -> list[LayerSet]:
-        """The best first; of equals, the one with fewer layers."""
+        """The best first; of equal ones, the one with fewer layers."""
         return sorted(sets, key=lambda layers: (-self.estimate(layers), len(layers), layers))
 
     def estimate(self, layers: LayerSet) -> float:
-        """The fitness; where only a part is known, the base's with the difference on what both were asked."""
+        """The fitness. If only some rounds are known: the base's fitness plus the difference in those rounds."""
         if layers in self._fitness:
             return self._fitness[layers]
-        parts = sorted(self._known[layers])
-        ours, bases = (np.concatenate([self._known[each][part].values for part in parts]) for each in (layers, BASE))
+        rounds = sorted(self._known[layers])
+        ours, bases = (
+            np.concatenate([self._known[each][number].values for number in rounds]) for each in (layers, BASE)
+        )
         return self._fitness[BASE] + float((ours - bases).mean())
 
     def values(self, layers: LayerSet) -> Values:
         """What is maximised, by question, of a complete evaluation."""
-        return self._whole(layers, "values")
+        return self._of_all_questions(layers, "values")
 
     def right(self, layers: LayerSet) -> Values:
-        """Which questions are answered right (1) or wrong (0), of a complete evaluation."""
-        return self._whole(layers, "right")
+        """Which answers are right (1) or wrong (0), by question, of a complete evaluation."""
+        return self._of_all_questions(layers, "right")
 
     @property
     def order(self) -> list[LayerSet]:
-        """The combinations of this search in the order in which they were evaluated."""
+        """The combinations in the order of their evaluation."""
         return [layers for layers in self._known if layers != BASE]
 
     def questions_asked(self, layers: LayerSet) -> int:
@@ -212,16 +203,16 @@ class Evaluations:
 
     @property
     def complete(self) -> list[LayerSet]:
-        """All combinations of this search that were evaluated on all questions, the best first."""
+        """All combinations that have answered all questions, the best first."""
         return self.ranked(layers for layers in self._entered if self.is_complete(layers))
 
     @property
     def dropped(self) -> list[LayerSet]:
-        """Those of which only a part is known, as they were surely worse."""
+        """The combinations that were dropped in a race, the best first."""
         return self.ranked(layers for layers in self._entered if self.is_known(layers) and not self.is_complete(layers))
 
     def statistics(self) -> dict[str, Any]:
-        """What the search cost, and what it would have cost to evaluate each combination alone."""
+        """The cost of the search, and the cost of each combination alone."""
         done = len(self.order)
         return {
             "evaluations": done,
@@ -235,109 +226,102 @@ class Evaluations:
         }
 
     def _race(self, sets: Sequence[LayerSet], keep: int) -> None:
-        """Ask part after part, and drop what is surely worse than the `keep`th best; see README, and Maron and Moore
-        1997, The Racing Algorithm, for the idea; the test here is the paired one of `Objective`.
+        """Ask round after round, and drop what is surely worse than the `keep`th best.
+
+        The idea is that of Maron and Moore 1997, The Racing Algorithm; the test here is the paired one of `Objective`.
         """
         alive = list(sets)
-        for part in range(len(self._parts)):
-            self._run(alive, [part])
+        for number in self._all_rounds:
+            self._run(alive, [number])
             alive = [layers for layers in alive if layers not in self.failed]
-            if part == len(self._parts) - 1 or len(alive) <= keep:
+            if number == self._all_rounds[-1] or len(alive) <= keep:
                 continue
-            seen = {layers: self._seen(layers, part) for layers in alive}
+            seen = {
+                layers: np.concatenate([self._known[layers][before].values for before in range(number + 1)])
+                for layers in alive
+            }
             alive.sort(key=lambda layers: (-seen[layers].mean(), len(layers), layers))
             bar = seen[alive[keep - 1]]
-            # Bonferroni, over all that may be dropped in this race.
-            limit = SIGNIFICANCE / len(sets) / (len(self._parts) - 1)
+            # Bonferroni, over all tests that this race may make.
+            limit = SIGNIFICANCE / len(sets) / (len(self._rounds) - 1)
             alive[keep:] = [layers for layers in alive[keep:] if self.objective.p_value(bar, seen[layers]) >= limit]
 
-    def _seen(self, layers: LayerSet, last: int) -> Values:
-        return np.concatenate([self._known[layers][part].values for part in range(last + 1)])
-
-    def _run(self, sets: Iterable[LayerSet], parts: Sequence[int]) -> None:
-        """Have these parts of these combinations known, or why not."""
+    def _run(self, sets: Iterable[LayerSet], rounds: Sequence[int]) -> None:
+        """Evaluate these combinations in these rounds, unless the journal has them."""
         by_missing: dict[tuple[int, ...], list[LayerSet]] = {}
         for layers in sets:
             known = self._journaled.get(layers, {})
-            self._come_to(layers, [part for part in parts if part in known])
-            if missing := tuple(part for part in parts if part not in known):
+            self._use(layers, [number for number in rounds if number in known])
+            if missing := tuple(number for number in rounds if number not in known):
                 by_missing.setdefault(missing, []).append(layers)
         for missing, members in by_missing.items():
-            self._prepare()
-            again = self._score(members, missing)
-            for layers in again:
+            self._run_base()
+            for layers in self._score(members, missing):  # a second try, by itself
                 for reason in self._score([layers], missing).values():
                     self.failed[layers] = reason
                     self._journal.append({"settings": self._digest, "layers": layers, "error": reason})
                     self._progress.failed(layers, reason)
 
-    def _score(self, sets: Sequence[LayerSet], parts: tuple[int, ...]) -> dict[LayerSet, str]:
-        """Evaluate and journal; gives why those failed that did."""
-        batches = sorted(batch for part in parts for batch in self._parts[part].batches)
+    def _score(self, sets: Sequence[LayerSet], rounds: tuple[int, ...]) -> dict[LayerSet, str]:
+        """Evaluate and write to the journal. Gives why evaluations failed, by combination."""
+        batches = sorted(batch for number in rounds for batch in self._rounds[number].batches)
         left = dict.fromkeys(sets, "")
         answered = self._scorer.score(sets, batches)
         while True:
-            started, before = time.monotonic(), self._scorer.layer_passes
+            since = self._now()
             try:
                 layers, results = next(answered)
             except StopIteration:
-                break
-            except _FAILURES as error:  # what was not reached yet fails with it, and is tried by itself
+                return left
+            except _FAILURES as error:  # it fails all that have no answers yet; each of them gets its second try
                 return {layers: _reason(error) for layers in left}
             interrupts.check()
             try:
-                found = self._values(results)
+                self._record(layers, rounds, results, since)
             except SurgeryError as error:
                 left[layers] = _reason(error)
                 continue
             del left[layers]
-            passes, seconds = self._scorer.layer_passes - before, time.monotonic() - started
-            self._keep(layers, parts, found, passes, seconds)
             try:
-                self._come_to(layers, parts)
+                self._use(layers, rounds)
             finally:
-                self._tell()
-        return left
+                self._show_progress()
 
-    def _values(self, results: Results) -> tuple[dict[int, float], dict[int, float]]:
-        """(What is maximised, what is right), by question."""
-        right = self._questions.values(results)
-        if self.objective.name == ACCURACY:
-            return right, right
-        divergences = self._questions.divergences(results)
-        return {question: -divergence for question, divergence in divergences.items()}, right
-
-    def _prepare(self) -> None:
-        """Run the base, whose hidden states everything else starts from."""
+    def _run_base(self) -> None:
+        """Run the base, once: all other evaluations start from its hidden states."""
         if self._has_base_states:
             return
-        started, before = time.monotonic(), self._scorer.layer_passes
+        since = self._now()
         with self._progress.running_the_base():
             results = self._scorer.base()
         self._has_base_states = True
-        passes, seconds = self._scorer.layer_passes - before, time.monotonic() - started
         try:
-            found = self._values(results)
+            self._record(BASE, self._all_rounds, results, since)
         except SurgeryError as error:
             raise SurgeryError(f"The base cannot be scored: {error}. Try --dtype float32, or another base.") from error
-        self._keep(BASE, tuple(range(len(self._parts))), found, passes, seconds)
 
-    def _keep(
-        self,
-        layers: LayerSet,
-        parts: tuple[int, ...],
-        found: tuple[dict[int, float], dict[int, float]],
-        passes: float,
-        seconds: float,
-    ) -> None:
-        asked = [question for part in parts for question in self._parts[part].questions]
-        values, right = found
+    def _now(self) -> Values:
+        return np.array([self._scorer.layer_passes, time.monotonic()])
+
+    def _record(self, layers: LayerSet, rounds: tuple[int, ...], results: Results, since: Values) -> None:
+        """Write an evaluation that began at `since` to the journal.
+
+        Raises:
+            SurgeryError: if an answer is not finite.
+        """
+        asked = [question for number in rounds for question in self._rounds[number].questions]
+        right = self._questions.values(results)
+        values = {}
+        if self.objective.name == KL:
+            divergences = self._questions.divergences(results)
+            values = {"values": [-divergences[question] for question in asked]}
+        passes, seconds = (self._now() - since).tolist()
         entry = {
             "settings": self._digest,
             "layers": layers,
-            "parts": parts,
+            "parts": rounds,
             "right": "".join("1" if right[question] else "0" for question in asked),
-            **({} if values is right else {"values": [values[question] for question in asked]}),
+            **values,
             "passes": round(passes, 4),
             "seconds": round(seconds, 4),
         }
@@ -345,29 +329,29 @@ class Evaluations:
         self._take(entry)
 
     def _take(self, entry: dict[str, Any]) -> None:
-        """Know what an entry says."""
+        """Add an entry of the journal to what may be used."""
         if "error" in entry:
             return  # it is tried again
         check_fields(entry, _ENTRY)
         layers = tuple(entry["layers"])
-        if layers == BASE:  # each run of a search that was interrupted has run the base
+        if layers == BASE:  # every run of an interrupted search has run the base
             self._spent += (entry["passes"], entry["seconds"])
         cost = np.array([0.0, 0.0] if layers == BASE else [entry["passes"], entry["seconds"]]) / len(entry["parts"])
         right = np.array([float(digit) for digit in entry["right"]])
         values = np.array(entry.get("values", right), dtype=np.float64)
         start = 0
-        for part in entry["parts"]:
-            end = start + len(self._parts[part].questions)
-            self._journaled.setdefault(layers, {})[part] = _Answered(values[start:end], right[start:end], cost)
+        for number in entry["parts"]:
+            end = start + len(self._rounds[number].questions)
+            self._journaled.setdefault(layers, {})[number] = _Answered(values[start:end], right[start:end], cost)
             start = end
 
-    def _come_to(self, layers: LayerSet, parts: Iterable[int]) -> None:
-        """Know parts of a combination that are in the journal, count what they cost, and stop if time is up."""
+    def _use(self, layers: LayerSet, rounds: Iterable[int]) -> None:
+        """Know rounds that the journal has, count their cost, and stop if the time is over."""
         known = self._known.get(layers, {})
-        new = [part for part in parts if part not in known]
-        for part in new:
-            answered = self._journaled[layers][part]
-            self._known.setdefault(layers, {})[part] = answered
+        new = [number for number in rounds if number not in known]
+        for number in new:
+            answered = self._journaled[layers][number]
+            self._known.setdefault(layers, {})[number] = answered
             self._spent += answered.cost
         if self.is_complete(layers) and layers not in self._fitness:
             self._fitness[layers] = float(self.values(layers).mean())
@@ -376,18 +360,16 @@ class Evaluations:
         if new and layers != BASE and self._seconds is not None and self._spent[1] > self._seconds:
             raise BudgetSpent
 
-    def _tell(self) -> None:
-        """Show how far the search is."""
+    def _show_progress(self) -> None:
         done = len(self.order)
         saved = 1 - self._spent[0] / (done * self._total)
         best = None if self._best is None else (self._best, self._fitness[self._best])
         self._progress.evaluated(done, max(0.0, float(saved)), best)
 
-    def _whole(self, layers: LayerSet, which: str) -> Values:
-        known = self._known[layers]
+    def _of_all_questions(self, layers: LayerSet, which: str) -> Values:
         whole = np.empty(len(self._questions.questions))
-        for part, found in known.items():
-            whole[self._parts[part].questions] = getattr(found, which)
+        for number, found in self._known[layers].items():
+            whole[self._rounds[number].questions] = getattr(found, which)
         return whole
 
 

@@ -1,7 +1,6 @@
-"""Scores of many checkpoints, each evaluated by test_checkpoint.py in a process of its own.
+"""The scores of many checkpoints: test_checkpoint.py evaluates each in a process of its own.
 
-In: checkpoint folders and the evaluator's flags. Out: an `Evaluation` for each, in the same order. The evaluator keeps
-its results per subject, so what was cut short goes on where it stopped.
+The evaluator keeps its results per subject, so an interrupted evaluation continues where it stopped.
 """
 
 from collections.abc import Sequence
@@ -11,10 +10,10 @@ from typing import Any
 
 from model_preparation.checkpoint.checkpoint_info import INFO, read_info
 from model_preparation.errors import SurgeryError
-from model_preparation.io.untrusted.not_a_model import what_it_is
+from model_preparation.io.untrusted.no_model import what_it_is
+from model_preparation.jobs.build_many import is_complete
 from model_preparation.jobs.combinations import Combination
-from model_preparation.jobs.existing import is_complete
-from model_preparation.jobs.jobs import Ended, Job, Runner, run_in_turn, short
+from model_preparation.jobs.jobs import Ended, Job, Runner, outcomes_of, run_in_turn, short
 from model_preparation.jobs.table import table
 
 EVALUATOR = Path(__file__).resolve().parents[1] / "test_checkpoint.py"
@@ -22,7 +21,7 @@ EVALUATOR = Path(__file__).resolve().parents[1] / "test_checkpoint.py"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint to be evaluated, and the layers it should have; None if that is not known."""
+    """A checkpoint to evaluate, and the layers that it should have; None if they are not known."""
 
     folder: Path
     layers: tuple[int, ...] | None = None
@@ -30,10 +29,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What became of one: evaluated, kept (everything was there already) or failed, for the reason in `note`.
+    """What happened to a checkpoint.
 
-    `score` and `stderr` are fractions of 1; they and `questions` are None where it failed, `stderr` also where a
-    subject has one question only. Of several tasks `score` is None too, and `note` has each one's.
+    `status` is evaluated, kept (all results were there already) or failed; then `note` has the reason. `score` and
+    `stderr` are fractions of 1. They and `questions` are None if it failed; `stderr` also if a subject has only one
+    question. With several tasks `score` is None, and `note` has the score of each.
     """
 
     name: str
@@ -47,17 +47,17 @@ class Evaluation:
 
 
 def find_checkpoints(given: Sequence[Path]) -> list[Candidate]:
-    """The checkpoints among the folders given, and all complete ones directly in those that are none themselves.
+    """The given folders that are checkpoints. Any other folder stands for the complete checkpoints in it.
 
     Raises:
-        SurgeryError: for a folder that neither is a checkpoint nor holds one.
+        SurgeryError: for a folder that is no checkpoint and holds none.
     """
     found: dict[Path, Candidate] = {}
     for path in given:
         folder = path.expanduser()
         folders = [folder]
         if folder.is_dir() and not is_complete(folder):
-            # A build makes NAME.partial, and the mark in it just before it is renamed.
+            # A build makes NAME.partial, which looks complete just before it gets its name.
             inside = (entry for entry in sorted(folder.iterdir()) if ".partial" not in entry.name)
             folders = [entry for entry in inside if is_complete(entry)]
             if not folders:
@@ -73,7 +73,7 @@ def find_checkpoints(given: Sequence[Path]) -> list[Candidate]:
 
 
 def listed_checkpoints(combinations: Sequence[Combination], output_root: Path) -> list[Candidate]:
-    """The checkpoints that create_best_checkpoints.py makes of a list, built or not."""
+    """The checkpoints that create_best_checkpoints.py makes from a list, built or not."""
     return [Candidate(output_root / combination.name, combination.layers) for combination in combinations]
 
 
@@ -86,15 +86,14 @@ def evaluate_all(
     run_jobs: Runner = run_in_turn,
     evaluator: Path = EVALUATOR,
 ) -> list[Evaluation]:
-    """Evaluate each candidate; one that fails stops no other.
+    """Evaluate each candidate. One that fails does not stop the others.
 
     Args:
-        candidates: with different folders.
+        candidates: checkpoints in different folders.
         flags: of the evaluator, as typed: --limit 100, ...
-        results_dir: where the evaluator keeps the results of a checkpoint, in a folder of its name; by default in the
-            checkpoint.
-        needs: paths that the flags name, which every machine must see.
-        run_jobs: how the evaluations are run: `run_in_turn`, or a `ray_jobs.RayRunner`.
+        results_dir: for results, in a folder with the checkpoint's name; by default they go into the checkpoint.
+        needs: paths in the flags; every machine must see them.
+        run_jobs: how evaluations run: `run_in_turn` or a `RayRunner`.
         evaluator: the command that evaluates one.
 
     Raises:
@@ -107,29 +106,24 @@ def evaluate_all(
                 f"{names.count(name)} checkpoints are named {name}, and would share {results_dir}/{name}. "
                 "Evaluate them apart, or without --results_dir."
             )
-    evaluations: dict[int, Evaluation] = {}
-    jobs: dict[int, Job] = {}
     layers: dict[int, tuple[int, ...]] = {}
+    prepared: list[Job | Evaluation] = []
     for number, (name, candidate) in enumerate(zip(names, candidates, strict=True)):
         try:
             layers[number] = _layers(candidate)
         except SurgeryError as error:
             print(f"{name}: {error}", flush=True)
-            evaluations[number] = Evaluation(name, candidate.layers or (), "failed", 0.0, note=short(str(error)))
+            prepared.append(Evaluation(name, candidate.layers or (), "failed", 0.0, note=short(str(error))))
             continue
         arguments = ["--checkpoint", str(candidate.folder), "--full_eval", "--skip_generation", *flags]
         arguments += [] if results_dir is None else ["--results_dir", str(results_dir)]
-        mark = candidate.folder / INFO
-        jobs[number] = Job(name, evaluator, tuple(arguments), (mark, *needs), results_dir, "--result_json")
-    numbers = list(jobs)
-    for index, ended in run_jobs(list(jobs.values())):
-        number = numbers[index]
-        evaluations[number] = _evaluation(names[number], layers[number], ended)
-    return [evaluations[number] for number in range(len(candidates))]
+        needed = (candidate.folder / INFO, *needs)
+        prepared.append(Job(name, evaluator, tuple(arguments), needed, results_dir, "--result_json"))
+    return outcomes_of(prepared, run_jobs, lambda number, ended: _evaluation(names[number], layers[number], ended))
 
 
 def describe(evaluations: Sequence[Evaluation]) -> str:
-    """The table of scores."""
+    """A table with a row per evaluation."""
     rows = []
     for evaluation in evaluations:
         score = "" if evaluation.score is None else f"{evaluation.score:.4f}"
@@ -142,12 +136,12 @@ def describe(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _layers(candidate: Candidate) -> tuple[int, ...]:
-    """The checkpoint's layers; raises SurgeryError if it is not complete, or not of the layers it should have."""
+    """The checkpoint's layers. Raises SurgeryError if it is not complete, or has other layers than it should."""
     layers = tuple(read_info(candidate.folder)["replaced_layers"])
     if candidate.layers not in (None, layers):
         raise SurgeryError(
             f"The layers of {candidate.folder} are {' '.join(map(str, layers)) or 'none'}, not those of the list. "
-            "Build it anew with create_best_checkpoints.sh --overwrite, or name another --output_root."
+            "Build it again with create_best_checkpoints.sh --overwrite, or name another --output_root."
         )
     return layers
 
@@ -158,7 +152,7 @@ def _evaluation(name: str, layers: tuple[int, ...], ended: Ended) -> Evaluation:
     result: dict[str, Any] = ended.result or {}
     try:
         status = "kept" if result["kept"] else "evaluated"
-        # Of several tasks there is no one score.
+
         note = "" if result["score"] is not None else "; ".join(_task_score(*task) for task in result["tasks"].items())
         score, stderr = (None if result[key] is None else float(result[key]) for key in ("score", "stderr"))
         return Evaluation(name, layers, status, ended.seconds, score, stderr, int(result["questions"]), note)

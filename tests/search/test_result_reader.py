@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from model_preparation.errors import SurgeryError
-from model_preparation.jobs.from_search import best_of
-from model_preparation.search.result_files import read_result, read_single_layers
+from model_preparation.jobs.combinations import best_of
+from model_preparation.search.result_reader import read_result, read_single_layers
 from tests.conftest import assert_refused, run_command
 
 WANTED = [((11, 13, 17, 21), 0.57), ((13, 17), 0.5544), ((17,), 0.5144)]

@@ -1,7 +1,4 @@
-"""Base and donor in memory, layer by layer, so that any graft can be run without building it.
-
-In: a `GraftPlan` of all layers. Out: a `Pair`.
-"""
+"""Base and donor in memory, layer by layer, so that any graft can run without a checkpoint."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +13,17 @@ from model_preparation.io.tensors.tensor_ranges import MappedFiles
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.llamba import LlambaForCausalLM
 
-_ALIGNMENT = 64  # bytes, of what torch allocates: the sums of a matrix product may depend on it
+_ALIGNMENT = 64  # bytes, as torch allocates; the sums of a matrix product may depend on it
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModelPair:
     """All layers of both models.
 
     Attributes:
-        model: the base with every layer the donor's. Embedding, final norm and head are those of any graft.
+        model: the graft of every layer. Every other graft has the same embedding, final norm and head.
         base_layers: the base's own layers, by index.
-        tokenizer: that of any graft.
+        tokenizer: the tokenizer of every graft.
     """
 
     model: LlambaForCausalLM
@@ -42,13 +39,13 @@ class Pair:
         return self.model.backbone.layers[index] if grafted else self.base_layers[index]
 
 
-def load_pair(planned: GraftPlan, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Pair:
-    """Load both models; on the CPU their weights stay in their files until they are used.
+def load_pair(planned: GraftPlan, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> ModelPair:
+    """Load both models. On the CPU, weights stay in their files until they are used.
 
     Args:
-        planned: a graft of all layers, whose checks have passed.
-        device: where to put them.
-        dtype: cast the weights to it; by default to that of the checkpoints that are built from `planned`.
+        planned: the graft of all layers.
+        device: where the models go.
+        dtype: the dtype of the weights; by default that of a checkpoint built from `planned`.
     """
     mapped = MappedFiles()
 
@@ -59,7 +56,7 @@ def load_pair(planned: GraftPlan, device: str | torch.device = "cpu", dtype: tor
         model.load_state_dict(state, assign=True)
 
     model = empty_model(planned.config)
-    # where they are tied, the embedding is the head
+    # If they are tied, the embedding is the head.
     load(model, {"lm_head.weight": planned.tensors["backbone.embedding.weight"]} | planned.tensors)
     model.tie_weights()
     base = empty_model(read_config(planned.base.folder))
@@ -69,10 +66,10 @@ def load_pair(planned: GraftPlan, device: str | torch.device = "cpu", dtype: tor
     load(base_layers, {name[len(prefix) :]: place for name, place in own.items() if name.startswith(prefix)})
     if dtype is not None:
         model.config.dtype = dtype
-    return Pair(model.to(device), base_layers.to(device).eval(), load_tokenizer(planned.tokenizer))
+    return ModelPair(model.to(device), base_layers.to(device).eval(), load_tokenizer(planned.tokenizer))
 
 
 def _placed(tensor: Tensor, stored: torch.dtype, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
-    """As a checkpoint would store it, then as it is run."""
+    """Cast a tensor as a checkpoint stores it, then as it runs."""
     tensor = tensor.to(stored).to(device, dtype or stored)
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()

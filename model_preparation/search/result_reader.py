@@ -1,12 +1,9 @@
-"""Results of searches, ours and those of older programs.
+"""Reads the results of searches: our search_result.json, and JSON files of older programs in these shapes:
 
-In: a JSON file. Out: combinations with their scores, the best first; or what single layers are worth.
-
-Ours is search_result.json. Of others, these shapes are read, as they are or under the names given:
-    final_results, results, top_combinations   a list of objects, or one object per combination
-    an object's layers: layers, combination, layer_indices, individual; its score: fitness, score, accuracy, mmlu_score
-    best_layers or best_individual, with best_fitness or best_score   a single one
-    single_layer_results   {"11": 0.51}, {"11": {"score": 0.51}}, or a list of objects
+final_results, results, top_combinations   a list of objects, or one object per combination
+an object's layers: layers, combination, layer_indices, individual; its score: fitness, score, accuracy, mmlu_score
+best_layers or best_individual, with best_fitness or best_score   a single combination
+single_layer_results   {"11": 0.51}, {"11": {"score": 0.51}}, or a list of objects
 """
 
 import math
@@ -17,9 +14,9 @@ from typing import Any
 from model_preparation.errors import SurgeryError
 from model_preparation.io.untrusted.untrusted_files import parse_json, regular_file
 from model_preparation.search.layer_sets import LayerSet, normal
+from model_preparation.search.settings import ACCURACY
 
 RESULT = "search_result.json"
-ACCURACY, KL = "accuracy", "kl"  # objectives
 _LISTS = ("final_results", "results", "top_combinations")
 _LAYERS = ("layers", "combination", "layer_indices", "individual", "best_layers", "best_individual")
 _SCORES = ("fitness", "score", "accuracy", "mmlu_score", "best_fitness", "best_score")
@@ -29,7 +26,7 @@ _LAYER = ("layer", "layer_idx", "layer_index", *_LAYERS)
 
 @dataclass(frozen=True)
 class Found:
-    """A combination of a result file; `score` is None where the file has none."""
+    """A combination of a result file. `score` is None if the file has none."""
 
     layers: LayerSet
     score: float | None
@@ -40,11 +37,11 @@ class ReadResult:
     """A result file.
 
     Attributes:
-        entries: the best first, without repeats.
-        failures: how many entries were left out, as older programs entered 0 for a failed evaluation.
-        is_mmlu: whether the scores are those of all of MMLU; older programs asked nothing else.
+        entries: the combinations, the best first, without repeats.
+        failures: how many entries were left out. Older programs gave failed evaluations the score 0.
+        is_mmlu: whether the scores are of the whole MMLU, as in all older programs.
         objective: what the scores are, in a word.
-        base, donor, llama_layers_dir, tokenizer: where a search of ours had them.
+        base, donor, llama_layers_dir, tokenizer: what our search used.
     """
 
     entries: list[Found]
@@ -61,26 +58,18 @@ def read_result(path: Path) -> ReadResult:
     """The combinations in a result file.
 
     Raises:
-        SurgeryError: if there is no such file, or nothing that can be read as combinations; what is wrong is named.
+        SurgeryError: if there is no such file, or no combinations can be read from it.
     """
     content = _read(path)
-    ours = _is_ours(content)
-    entries = _entries(content, path)
     found: dict[LayerSet, Found] = {}
-    failures = 0
-    for number, entry in enumerate(entries, start=1):
-        try:
-            one = Found(_layers(entry), _score(entry))
-        except ValueError as error:
-            raise SurgeryError(f"{path}, entry {number}: {error}. Mend or remove that entry.") from error
-        if not ours and one.score == 0:
-            failures += 1
-        elif one.layers not in found or _rank(one) < _rank(found[one.layers]):
+    given, failures = _found(content, _entries(content, path), f"{path}, entry")
+    for one in given:
+        if one.layers not in found or _rank(one) < _rank(found[one.layers]):
             found[one.layers] = one
     if not found:
         raise SurgeryError(f"{path} has no combination with a score above 0. Give the result of another search.")
     ranked = sorted(found.values(), key=_rank)
-    if not ours:
+    if not _is_ours(content):
         return ReadResult(ranked, failures)
     settings = content["settings"]
     try:
@@ -99,35 +88,38 @@ def read_result(path: Path) -> ReadResult:
 
 
 def read_single_layers(path: Path) -> tuple[dict[int, float], int]:
-    """What a result file says of single layers: scores by layer, and how many were left out as `read_result` does.
+    """Scores of single layers, by layer, and how many were left out because they failed.
 
     Raises:
-        SurgeryError: if there is no such file, or it says nothing of them.
+        SurgeryError: if there is no such file, or it has no single layers.
     """
     content = _read(path)
-    ours = _is_ours(content)
     singles = _as_list(content.get(_SINGLES))
     if not singles:
         raise SurgeryError(
             f'{path} has no {_SINGLES}, such as {{"{_SINGLES}": {{"11": 0.51, ...}}}}. Give another file by --prior.'
         )
-    found: dict[int, float] = {}
-    left_out = 0
-    for number, entry in enumerate(singles, start=1):
-        try:
-            layers = _layers(entry)
-            score = _score(entry)
-            if len(layers) != 1 or score is None:
-                raise ValueError("it is not one layer with a score")
-        except ValueError as error:
-            raise SurgeryError(f"{path}, entry {number} of {_SINGLES}: {error}. Mend or remove that entry.") from error
-        if not ours and score == 0:
-            left_out += 1
-        else:
-            found[layers[0]] = score
+    found, left_out = _found(content, singles, f"{path}, {_SINGLES}, entry", are_single=True)
     if not found:
         raise SurgeryError(f"{path} has no single layer with a score above 0. Give another file by --prior.")
-    return found, left_out
+    return {one.layers[0]: one.score for one in found if one.score is not None}, left_out
+
+
+def _found(
+    content: dict[str, Any], entries: list[Any], place: str, *, are_single: bool = False
+) -> tuple[list[Found], int]:
+    """The combinations in entries, and how many were left out because they failed: older programs scored those 0."""
+    found = []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            one = Found(_layers(entry), _score(entry))
+            if are_single and (len(one.layers) != 1 or one.score is None):
+                raise ValueError("it is not one layer with a score")
+        except ValueError as error:
+            raise SurgeryError(f"{place} {number}: {error}. Mend or remove that entry.") from error
+        found.append(one)
+    kept = found if _is_ours(content) else [one for one in found if one.score != 0]
+    return kept, len(found) - len(kept)
 
 
 def _is_ours(content: dict[str, Any]) -> bool:
@@ -151,14 +143,14 @@ def _rank(one: Found) -> float:
 
 
 def _as_list(given: Any) -> list[Any]:
-    """A list of entries; of an object, one entry per name in it, which is that of the layers."""
+    """A list of entries. An object gives an entry per name; the name is the layers."""
     if isinstance(given, dict):
         return [{"layers": key, **(each if isinstance(each, dict) else {"score": each})} for key, each in given.items()]
     return given if isinstance(given, list) else []
 
 
 def _entries(content: dict[str, Any], path: Path) -> list[Any]:
-    """The list of combinations, wherever it is."""
+    """The list of combinations, under any of its names."""
     for name in _LISTS:
         if entries := _as_list(content.get(name)):
             return entries
@@ -175,7 +167,7 @@ def _entries(content: dict[str, Any], path: Path) -> list[Any]:
 
 
 def _layers(entry: Any) -> LayerSet:
-    """An entry's layers; raises ValueError for what are none."""
+    """An entry's layers. Raises ValueError if it has none."""
     given = entry
     if isinstance(entry, dict):
         given = next((entry[name] for name in _LAYER if entry.get(name) is not None), None)
@@ -196,7 +188,7 @@ def _layers(entry: Any) -> LayerSet:
 
 
 def _score(entry: Any) -> float | None:
-    """An entry's score; None if it has none. Raises ValueError for what is no number."""
+    """An entry's score, or None. Raises ValueError if the score is no number."""
     if not isinstance(entry, dict):
         return None
     given = next((entry[name] for name in _SCORES if entry.get(name) is not None), None)

@@ -1,0 +1,141 @@
+"""A Ray cluster: start or join one, and see what it has. The only file that imports Ray."""
+
+import contextlib
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+from model_preparation import interrupts
+from model_preparation.errors import SurgeryError
+from model_preparation.hub.sources import first_line
+from model_preparation.jobs import process
+
+_CONNECT_SECONDS = 5.0
+_LOOPBACK = "127.0.0.1"
+_OBJECT_STORE_BYTES = 100_000_000  # of our own cluster; nothing large goes through it
+# Variables of this shell that jobs need: places of models and questions, tokens, and Python's module path.
+_VARIABLES = ("MODEL_PREPARATION_", "MODELSCOPE_", "HF_", "MMLU_DATA", "SOURCE_DATE_EPOCH", "PYTHONPATH")
+
+
+@contextlib.contextmanager
+def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
+    """Be part of a cluster; gives the module `ray`.
+
+    Args:
+        address: "local" starts a cluster on this machine, which no other can reach, and ends it with the block. "auto"
+            joins the one that runs here. HOST:PORT joins that cluster; this machine must belong to it.
+        local_cpus: how many CPUs a "local" cluster has; by default all.
+
+    Raises:
+        SurgeryError: if Ray is not installed, or no cluster answers.
+    """
+    _check_address(address)
+    ray = _import_ray(address)
+    quiet = {"log_to_driver": False, "logging_level": "error"}
+    own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": _LOOPBACK}
+    own |= {"object_store_memory": _OBJECT_STORE_BYTES, "num_cpus": local_cpus}
+    try:
+        ray.init(address=address, **quiet, **(own if address == "local" else {}))
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        if _wants_token(ray, error):
+            raise SurgeryError(
+                f"The Ray cluster at {address} wants its token. Set RAY_AUTH_MODE=token, and have the token in "
+                "~/.ray/auth_token or RAY_AUTH_TOKEN, as on the machine that started the cluster."
+            ) from error
+        raise SurgeryError(
+            f"No Ray cluster could be {'started' if address == 'local' else f'joined at {address}'} "
+            f"({first_line(error)}). Use --ray local, or start one on this machine: ray start --head"
+        ) from error
+    if address == "local" and (listens := ray.util.get_node_ip_address()) != _LOOPBACK:
+        print(f"Ray, imported before, listens on {listens} and all other addresses of this machine.")
+    interrupts.watch()  # Ray has replaced our signal handler by its own
+    try:
+        yield ray
+    except SystemExit:
+        interrupts.check()  # Ray's calls turn what a signal raises inside them into exit code 1
+        raise
+    finally:
+        ray.shutdown()
+
+
+def _import_ray(address: str) -> Any:
+    if address == "local":
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # so that it listens on the loopback only
+        if "RAY_AUTH_MODE" not in os.environ:  # other users of this machine must not give it work
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; without it Ray warns
+    try:
+        import ray
+    except ImportError as error:
+        raise SurgeryError(
+            f"--ray needs Ray, which cannot be imported ({error}). "
+            "Install it (pip install 'ray>=2.50,<3'), or leave --ray out to run one after the other."
+        ) from error
+    ray.cloudpickle.register_pickle_by_value(process)
+    return ray
+
+
+def _wants_token(ray: Any, error: BaseException | None) -> bool:
+    """Whether a missing or wrong token caused Ray's error."""
+    # Sometimes Ray keeps the cause in the message only.
+    return error is not None and (
+        isinstance(error, ray.exceptions.AuthenticationError)
+        or "InvalidAuthToken" in str(error)
+        or _wants_token(ray, error.__cause__)
+    )
+
+
+def _check_address(address: str) -> None:
+    """Raise SurgeryError, within seconds, unless something answers at `address`."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise SurgeryError(
+            f"--ray {address} is none of auto, local and HOST:PORT. Give the address that ray start --head printed, "
+            "on a machine that is part of the cluster."
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise SurgeryError(
+            f"Nothing answers at --ray {address} ({first_line(error)}). "
+            "Give the address that ray start --head printed, or use --ray local."
+        ) from error
+
+
+def job_variables() -> dict[str, str]:
+    """The variables of this shell that jobs need."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
+
+
+def gpus_per_job(ray: Any, device: str | None, cpus: int) -> int:
+    """How many GPUs each job gets, 1 or 0; prints it.
+
+    Args:
+        ray: the module, part of a cluster.
+        device: "cuda" for a GPU, "cpu" for none; by default a GPU if the cluster has any.
+        cpus: how many CPUs each job gets.
+
+    Raises:
+        SurgeryError: if the cluster has no GPU and one is wanted, or if no machine is large enough for a job.
+    """
+    found = ray.cluster_resources().get("GPU", 0)
+    if device == "cuda" and not found:
+        raise SurgeryError("--device cuda is given, and the Ray cluster has no GPU. Leave it out for the CPU.")
+    gpus = 1 if found and device != "cpu" else 0
+    note = "" if found else " (the Ray cluster has no GPU)"
+    print(f"Device       {'a GPU from Ray' if gpus else 'the CPU'} for each job{note}", flush=True)
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(machine.get("CPU", 0) >= cpus and machine.get("GPU", 0) >= gpus for machine in machines):
+        sizes = ", ".join(
+            f"{machine.get('CPU', 0):.0f} CPUs and {machine.get('GPU', 0):.0f} GPUs" for machine in machines
+        )
+        raise SurgeryError(
+            f"A job needs {cpus} CPUs and {gpus} GPUs of one machine, but the cluster's have {sizes}. "
+            "Give a smaller --cpus_per_job, or another cluster."
+        )
+    return gpus

@@ -1,0 +1,231 @@
+"""Scoring on a Ray cluster: every worker has base, donor, and a shard of the questions.
+
+The answers are equal to the bit to the answers of `CachedScorer`, as a worker runs each batch like this process would.
+A worker keeps the base's hidden states of its shard for all candidates. If a worker is lost, a new one takes the shard
+and gives the missing answers. Every answer is counted once.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from model_preparation.devices import choose_device
+from model_preparation.errors import SurgeryError
+from model_preparation.jobs.ray_cluster import cluster, gpus_per_job, job_variables
+from model_preparation.search.cached_scoring import CachedScorer, Results
+from model_preparation.search.layer_sets import LayerSet
+from model_preparation.search.question_set import Batch
+from model_preparation.search.scoring_setup import ScoringSetup
+from model_preparation.search.settings import SearchSettings
+
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+_LOST = ("ActorDiedError", "ActorUnavailableError", "ObjectLostError", "WorkerCrashedError", "NodeDiedError")
+_MAX_RETRIES = 3  # of one shard, without any answer in between
+
+
+class QuestionShard:
+    """A worker's shard of the questions. Ray makes it and calls it.
+
+    Args:
+        settings: of the search. `device` is the type of the worker's device.
+        folder: where the search was started; relative paths start there.
+        threads: how many threads torch uses.
+        batches: indices of the shard's batches.
+    """
+
+    def __init__(self, settings: SearchSettings, folder: str, threads: int, batches: Sequence[int]):
+        import torch
+
+        os.chdir(folder)
+        torch.set_num_threads(threads)
+        self._settings, self._batches = settings, batches
+
+    @cached_property
+    def _scorer(self) -> CachedScorer:
+        # Only when something is asked: to Ray, an error in __init__ looks like a lost worker.
+        settings = replace(self._settings, device=choose_device(device=self._settings.device))
+        return CachedScorer(ScoringSetup(settings), self._batches)
+
+    def base(self) -> Iterator[tuple[Results, float]]:
+        """Gives once the base's answers, and the layer passes they took."""
+        yield self._scorer.base(), self._scorer.layer_passes
+
+    def donor_answers(self) -> Iterator[tuple[Results, float]]:
+        """Gives once the donor's own answers, which take no layer passes of ours."""
+        yield self._scorer.donor_answers(), 0.0
+
+    def score(self, sets: Sequence[LayerSet], batches: Sequence[int]) -> Iterator[tuple[LayerSet, Results, float]]:
+        """Gives each set with its answers, and with the layer passes since the set before."""
+        before = self._scorer.layer_passes
+        for layers, results in self._scorer.score(sets, batches):
+            yield layers, results, self._scorer.layer_passes - before
+            before = self._scorer.layer_passes
+
+
+@dataclass
+class _Worker:
+    """The worker that has a shard now. It still has to answer `chosen` batches for the sets in `left`."""
+
+    batches: list[int]
+    actor: Any
+    chosen: list[int] = field(default_factory=list)
+    left: dict[LayerSet, None] = field(default_factory=dict)
+    retries: int = 0
+
+
+class RemoteScorer:
+    """Scores sets of layers on a cluster, as `CachedScorer` does in one process.
+
+    Args:
+        ray: the module, part of a cluster.
+        setup: has the questions.
+        workers: how many workers there may be.
+        make: makes a worker for the batches of a shard.
+        say: gets a line when a worker is lost.
+
+    Attributes:
+        layer_passes: as in `CachedScorer`; what lost workers ran without an answer is not counted.
+    """
+
+    def __init__(
+        self, ray: Any, setup: ScoringSetup, workers: int, make: Callable[[list[int]], Any], say: Callable[[str], None]
+    ):
+        self._ray = ray
+        self._make = make
+        self._say = say
+        self._lost = tuple(getattr(ray.exceptions, name) for name in _LOST)
+        self.layer_passes = 0.0
+        self._workers = [_Worker(batches, make(batches)) for batches in shards(setup.questions.batches, workers)]
+
+    def base(self) -> Results:
+        """As `CachedScorer.base`."""
+        return self._of_all("base")
+
+    def donor_answers(self) -> Results:
+        """As `CachedScorer.donor_answers`."""
+        return self._of_all("donor_answers")
+
+    def score(
+        self, sets: Iterable[LayerSet], batches: Sequence[int] | None = None
+    ) -> Iterator[tuple[LayerSet, Results]]:
+        """As `CachedScorer.score`."""
+        wanted = list(sets)
+        for worker in self._workers:
+            worker.chosen = [batch for batch in worker.batches if batches is None or batch in batches]
+            worker.left = dict.fromkeys(wanted)
+        asked = [worker for worker in self._workers if worker.chosen]
+        gathered: dict[LayerSet, Results] = {layers: {} for layers in wanted}
+        missing = dict.fromkeys(wanted, len(asked))
+        answers = self._answers(asked, "score", lambda worker: (list(worker.left), worker.chosen))
+        for worker, (layers, found, passes) in answers:
+            self.layer_passes += passes
+            if layers in worker.left:
+                del worker.left[layers]
+                gathered[layers] |= found
+                missing[layers] -= 1
+                if not missing[layers]:
+                    yield layers, gathered.pop(layers)
+
+    def _of_all(self, question: str) -> Results:
+        results: Results = {}
+        for _, (found, passes) in self._answers(self._workers, question, lambda worker: ()):
+            results |= found
+            self.layer_passes += passes
+        return results
+
+    def _answers(
+        self, workers: Sequence[_Worker], question: str, arguments: Callable[[_Worker], tuple[Any, ...]]
+    ) -> Iterator[tuple[_Worker, Any]]:
+        """What a method of `QuestionShard` gives on all workers, as it comes. A new worker is asked for a lost one."""
+
+        def ask(worker: _Worker) -> Any:
+            return getattr(worker.actor, question).options(num_returns="streaming").remote(*arguments(worker))
+
+        running = {ask(worker): worker for worker in workers}
+        try:
+            while running:
+                # It also returns after each second, so that Python can handle a signal.
+                for answers in self._ray.wait(list(running), num_returns=1, timeout=1)[0]:
+                    worker = running[answers]
+                    try:
+                        found = self._ray.get(next(answers))
+                    except StopIteration:
+                        del running[answers]
+                    except self._lost:
+                        del running[answers]
+                        self._replace(worker)
+                        running[ask(worker)] = worker
+                    except SurgeryError as error:  # Ray adds the worker's traceback
+                        raise SurgeryError(
+                            f"A worker of the search failed: {getattr(error, 'cause', error)}"
+                        ) from error
+                    else:
+                        worker.retries = 0
+                        yield worker, found
+        finally:
+            for answers in running:
+                self._ray.cancel(answers)
+
+    def _replace(self, worker: _Worker) -> None:
+        """Give the shard to a new worker."""
+        worker.retries += 1
+        if worker.retries > _MAX_RETRIES:
+            raise SurgeryError(
+                f"A worker of {len(worker.batches)} batches was lost {worker.retries} times in a row. See whether its "
+                "machine has memory enough, and run the same command again: finished evaluations are kept."
+            )
+        self._say(f"A worker was lost; another takes its questions over ({worker.retries} of {_MAX_RETRIES} retries)")
+        worker.actor = self._make(worker.batches)
+
+
+def shards(batches: Sequence[Batch], workers: int) -> list[list[int]]:
+    """The indices of batches, split over at most `workers` shards of about as many tokens each. No shard is empty."""
+    found: list[list[int]] = [[] for _ in range(min(workers, len(batches)))]
+    tokens = [0] * len(found)
+    # The largest batch first, each to the smallest shard.
+    for number in sorted(range(len(batches)), key=lambda number: (-batches[number].inputs.numel(), number)):
+        least = tokens.index(min(tokens))
+        found[least].append(number)
+        tokens[least] += batches[number].inputs.numel()
+    return [sorted(shard) for shard in found]
+
+
+@contextlib.contextmanager
+def remote_scorer(
+    address: str, cpus: int, device: str | None, say: Callable[[str], None] = print
+) -> Iterator[tuple[Callable[[ScoringSetup], RemoteScorer], str]]:
+    """Be part of a cluster. Gives what makes a scorer on it, and the type of the workers' device.
+
+    Args:
+        address: as `cluster` takes it.
+        cpus: CPUs of each worker, and its number of threads.
+        device: as `gpus_per_job` takes it.
+        say: gets a line when a worker is lost.
+
+    Raises:
+        SurgeryError: as `cluster` and `gpus_per_job`.
+    """
+    with cluster(address) as ray:
+        gpus = gpus_per_job(ray, device, cpus)
+        kind = "cuda" if gpus else "cpu"
+        room = ray.cluster_resources()["GPU" if gpus else "CPU"] // (1 if gpus else cpus)
+        variables = job_variables()
+        paths = [_PACKAGE_ROOT, *filter(None, [variables.get("PYTHONPATH")])]
+        variables |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(cpus)}
+        worker = ray.remote(QuestionShard).options(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=0, runtime_env={"env_vars": variables}
+        )
+
+        def make_scorer(setup: ScoringSetup) -> RemoteScorer:
+            settings = replace(setup.settings, device=kind)
+
+            def make(batches: list[int]) -> Any:
+                return worker.remote(settings, os.getcwd(), cpus, batches)
+
+            return RemoteScorer(ray, setup, max(1, int(room)), make, say)
+
+        yield make_scorer, kind

@@ -1,0 +1,155 @@
+"""What a search refuses before it downloads the donor, extracts layers or loads a model."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from model_preparation.checkpoint.layer_store import METADATA, LayerStore
+from model_preparation.checkpoint.model_configs import type_and_depth
+from model_preparation.checkpoint.model_digests import digest_of_layers
+from model_preparation.checkpoint.model_layers import ModelLayers
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.evaluate import check_settings
+from model_preparation.hub.sources import resolve
+from model_preparation.io.identity import differences
+from model_preparation.io.untrusted.untrusted_files import read_json, without_links
+from model_preparation.search.layer_sets import SearchSpace
+from model_preparation.search.plan import bounds
+from model_preparation.search.question_set import check_tasks
+from model_preparation.search.result_reader import RESULT, read_single_layers
+from model_preparation.search.settings import KL, METHODS, OBJECTIVES, SearchSettings
+
+JOURNAL, DONOR_LAYERS = "journal.jsonl", "donor_layers"  # in the output folder, beside RESULT
+
+
+def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
+    """Refuse all that can be refused now.
+
+    Raises:
+        SurgeryError: for the first fault.
+    """
+    _check_settings(settings)
+    check_output(settings.folder)
+    if settings.prior is not None:
+        read_single_layers(Path(settings.prior))
+    if not overwrite:
+        check_earlier(settings.folder, {"search": settings.described()})
+    check_tasks(settings.tasks)
+    _, total = type_and_depth(resolve(settings.base, overrides=settings.sources).folder)
+    if settings.most_layers > total:
+        raise SurgeryError(
+            f"max_layers is {settings.most_layers}, but the base has {total} layers. Give --max_layers {total}."
+        )
+    space = SearchSpace(total, settings.min_layers, settings.most_layers, known_gains(settings, total))
+    before = bounds(space, settings).before
+    if settings.budget_evaluations is not None and settings.budget_evaluations <= before:
+        raise SurgeryError(
+            f"The method {settings.method} evaluates {before} smaller set{'s' * (before != 1)} before one of "
+            f"{settings.min_layers} layers, and budget_evaluations is {settings.budget_evaluations}. "
+            f"Give --budget_evaluations {before + 1} at least, or --method exhaustive."
+        )
+
+
+def _check_settings(settings: SearchSettings) -> None:
+    method, least, most = settings.method, settings.min_layers, settings.most_layers
+    check_settings(limit=settings.limit, num_fewshot=settings.num_fewshot, batch_size=settings.batch_size)
+    if method not in METHODS:
+        raise SurgeryError(f"{method!r} is no method. Choose one of {', '.join(METHODS)}.")
+    if method == "singles" and least > 1:
+        raise SurgeryError(
+            f"The method singles tries one layer at a time, and min_layers is {least}. Choose another --method."
+        )
+    if not 1 <= least <= most:
+        raise SurgeryError(f"min_layers {least} and max_layers {most} do not fit. Give 1 <= min <= max.")
+    if settings.objective not in OBJECTIVES:
+        raise SurgeryError(f"{settings.objective!r} is no objective. Choose one of {', '.join(OBJECTIVES)}.")
+    if settings.objective == KL and settings.donor is None:
+        raise SurgeryError("The objective kl compares with the donor itself, which is not named. Name it by --donor.")
+    if settings.donor is None and settings.llama_layers_dir is None:
+        raise SurgeryError("The donor is not named. Name it by --donor, or its extracted layers by --llama_layers_dir.")
+
+
+def check_output(folder: Path) -> None:
+    """Refuse an output folder unless it is new, empty or a search's, and without links."""
+    if folder.exists() and not folder.is_dir():
+        raise SurgeryError(f"{folder} is a file. Give a folder as --output_dir.")
+    inside = {path.name for path in without_links(folder.resolve()).iterdir()} if folder.is_dir() else set()
+    if inside and not inside & {JOURNAL, RESULT, DONOR_LAYERS}:
+        raise SurgeryError(
+            f"{folder} holds other files ({', '.join(sorted(inside)[:3])}) and no {JOURNAL} of a search. "
+            "Choose another --output_dir."
+        )
+
+
+def check_earlier(folder: Path, asked: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse to replace the result of another search.
+
+    Args:
+        folder: the output folder.
+        asked: what decides on the result, by the part of the result that records it.
+    """
+    path = folder / RESULT
+    if not path.is_file():
+        return
+    try:
+        found = read_json(path)
+        differing = [each for part in asked for each in differences(found.get(part, {}), asked[part])]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SurgeryError(
+            f"{path} is no search's result that can be read ({error}), and would be replaced. Choose another "
+            "--output_dir, or add --overwrite."
+        ) from error
+    if differing:
+        raise SurgeryError(
+            f"{folder} has the result of another search, which would be replaced: {'; '.join(differing)}. Choose "
+            "another --output_dir, or add --overwrite. (The journal keeps the evaluations of both searches; none is "
+            "made again.)"
+        )
+
+
+def has_donor_layers(settings: SearchSettings, *, overwrite: bool) -> bool:
+    """Whether the output folder has the donor's layers already.
+
+    Raises:
+        SurgeryError: if it has the layers of another donor, and `overwrite` is not given.
+    """
+    folder = settings.folder / DONOR_LAYERS
+    if not (folder / METADATA).is_file():
+        return False
+    assert settings.donor is not None
+    there, donor = LayerStore(folder), ModelLayers(resolve(settings.donor, overrides=settings.sources))
+    asked = digest_of_layers(donor, range(donor.config.num_hidden_layers))
+    odd = differences({"layer": digest_of_layers(there, there.layers)}, {"layer": asked})
+    if odd and not overwrite:
+        raise SurgeryError(
+            f"{folder} holds the layers of another donor than {settings.donor} is now: {'; '.join(odd[:3])}"
+            f"{', ...' * (len(odd) > 3)}. Choose another --output_dir, or add --overwrite."
+        )
+    return not odd
+
+
+def known_gains(
+    settings: SearchSettings, total: int, say: Callable[[str], None] = lambda line: None
+) -> dict[int, float]:
+    """The gains of single layers that the prior file has, by layer. `say` gets a line on what is left out.
+
+    Raises:
+        SurgeryError: if the file cannot be read, or is of a model with more layers.
+    """
+    if settings.prior is None:
+        return {}
+    scores, left_out = read_single_layers(Path(settings.prior))
+    if left_out:
+        say(
+            f"{left_out} of {left_out + len(scores)} single layers in {settings.prior} left out: "
+            "their score is 0, which older programs gave what failed"
+            + (", and single layers are evaluated" if len(scores) < total else "")
+        )
+    outside = [layer for layer in scores if layer >= total]
+    if outside:
+        raise SurgeryError(
+            f"{settings.prior} has a score for layer {outside[0]}, but the base has {total} layers. "
+            "It is of another model: give another --prior."
+        )
+    middle = sum(scores.values()) / len(scores)  # the base's score is not known; only the order of gains counts
+    return {layer: score - middle for layer, score in sorted(scores.items())}

@@ -1,0 +1,146 @@
+"""Everything that scoring needs, made from the settings alone: a worker on another machine makes the same."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model_preparation.checkpoint import graft
+from model_preparation.checkpoint.layer_store import LayerStore
+from model_preparation.checkpoint.model_digests import digest_of_layers, digest_of_model, digest_of_tokenizer
+from model_preparation.checkpoint.model_layers import ModelLayers
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.evaluate import SEED, settings_of
+from model_preparation.evaluation.other_models import OtherModel, load_other
+from model_preparation.evaluation.scoring import ScoringLM, answers_of
+from model_preparation.evaluation.tasks import load_tasks, quiet
+from model_preparation.hub.sources import donor_name, resolve
+from model_preparation.search.hidden_states import HiddenStates
+from model_preparation.search.model_pair import load_pair
+from model_preparation.search.question_set import BatchResult, QuestionSet
+from model_preparation.search.settings import KL, SearchSettings
+
+References = Callable[[int], list[Tensor]]  # the donor's log-probabilities for a batch, (scored, vocabulary) per row
+
+
+class ScoringSetup:
+    """Base and donor in memory, the questions, and the donor's own answers.
+
+    Args:
+        settings: what is searched.
+        scored_on: the type of the device on which candidates run, if that is not `settings.device`.
+
+    Attributes:
+        planned: the graft of all layers.
+        recorded: what decides on the answers, except the weights. Results and journals record it.
+
+    Raises:
+        SurgeryError: as `graft.plan`, `load_tasks` and `QuestionSet`.
+    """
+
+    def __init__(self, settings: SearchSettings, scored_on: str | None = None):
+        self.settings = settings
+        self._kept_references: References | None = None
+        self.planned = _plan(settings)
+        loaded = load_tasks(settings.tasks, mmlu_data=settings.mmlu_data, num_fewshot=settings.num_fewshot)
+        dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+        kind = scored_on or torch.device(settings.device).type
+        self.recorded: dict[str, Any] = {
+            **settings_of(loaded, settings.limit, settings.num_fewshot, settings.batch_size, SEED),
+            "device": kind,
+            "dtype": str(dtype or self.planned.dtype).removeprefix("torch."),
+        }
+        self.pair = load_pair(self.planned, settings.device, dtype)
+        with quiet():
+            # The same batches on every machine.
+            self.lm = ScoringLM(self.pair.model, self.pair.tokenizer, settings.batch_size, batches_for=kind)
+            self.questions = QuestionSet(self.lm, loaded, self.recorded)
+
+    def take_extracted(self, folder: Path) -> None:
+        """Use the donor's layers that were extracted into `folder`. Those in memory are equal, and stay."""
+        self.settings = replace(self.settings, llama_layers_dir=folder)
+        self.planned = _plan(self.settings)
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """Digests of everything that answers are computed from."""
+        donor = None
+        if self.settings.donor is not None:
+            donor = digest_of_model(resolve(self.settings.donor, overrides=self.settings.sources).folder)
+        return {
+            "base": digest_of_model(self.planned.base.folder),
+            "donor": donor,
+            "donor_layers": digest_of_layers(self.planned.donor, self.planned.layers),
+            "tokenizer": digest_of_tokenizer(self.pair.tokenizer),
+            "questions": self.questions.digest,
+        }
+
+    def references(self, numbers: Sequence[int]) -> References:
+        """The donor's log-probabilities for a batch, kept like the base's hidden states."""
+        if self._kept_references is not None and len(numbers) == len(self.questions.batches):
+            return self._kept_references
+        vocabulary = self.pair.model.config.vocab_size
+        scored = {number: [row.scored for row in self.questions.batches[number].rows] for number in numbers}
+        size_bytes = sum(map(sum, scored.values())) * vocabulary * 4
+        store = HiddenStates(self.settings.memory_bytes, size_bytes, self.settings.folder)
+        for number, scores in self._donor_scores(numbers):
+            store.put(0, number, torch.cat(scores).float())
+        cpu = torch.device("cpu")
+        self._kept_references = lambda number: list(store.get(0, number, cpu).split(scored[number]))
+        return self._kept_references
+
+    def donor_answers(self, chosen: Sequence[int]) -> dict[int, BatchResult]:
+        """The donor's own answers to `chosen` batches, by batch."""
+        if self.settings.objective == KL:  # which needs the log-probabilities anyway
+            references = self.references(chosen)
+            all_scores: Iterable[tuple[int, list[Tensor]]] = ((number, references(number)) for number in chosen)
+        else:
+            all_scores = self._donor_scores(chosen)
+        found = {}
+        for number, scores in all_scores:
+            batch = self.questions.batches[number]
+            answers = answers_of(batch.rows, scores, self.questions.tokens(batch.task))
+            found[number] = BatchResult(answers, [0.0] * len(batch.rows))
+        return found
+
+    @torch.inference_mode()
+    def _donor_scores(self, batches: Sequence[int]) -> Iterator[tuple[int, list[Tensor]]]:
+        """(batch, the donor's log-probabilities for it, (scored, vocabulary) per row)."""
+        assert self.settings.donor is not None
+        folder = resolve(self.settings.donor, overrides=self.settings.sources).folder
+        other = OtherModel("donor", folder, is_checkpoint=False)
+        tokenizer = self.pair.tokenizer
+        model, _ = load_other(other, tokenizer, device=self.settings.device, dtype=self.pair.model.dtype)
+        if model.config.model_type != "llama" or model.config.num_hidden_layers != self.pair.layers:
+            raise SurgeryError(
+                f"{folder} is a {model.config.model_type} of {model.config.num_hidden_layers} layers, the base has "
+                f"{self.pair.layers}. Give the donor that {self.planned.donor.folder} comes from by --donor."
+            )
+        with quiet():
+            lm = ScoringLM(model, tokenizer, self.settings.batch_size)
+        vocabulary = self.pair.model.config.vocab_size
+        cache, of_prefix = None, None
+        for number in batches:
+            batch = self.questions.batches[number]
+            prefix = self.questions.prefixes[batch.prefix]
+            if batch.prefix != of_prefix:
+                cache, of_prefix = (lm.prefix_cache(prefix) if prefix else None), batch.prefix
+            scores: list[Tensor] = lm.log_probabilities(batch.rows, len(prefix), cache)
+            yield number, [score[:, :vocabulary].cpu() for score in scores]
+
+
+def _plan(settings: SearchSettings) -> graft.GraftPlan:
+    """The graft of all layers."""
+    layers: LayerStore | ModelLayers
+    if settings.llama_layers_dir is not None:
+        hint = settings.donor or donor_name(settings.base, settings.sources)
+        layers = LayerStore(settings.llama_layers_dir, hint=hint)
+    else:
+        assert settings.donor is not None
+        layers = ModelLayers(resolve(settings.donor, overrides=settings.sources))
+    indices = range(layers.config.num_hidden_layers)
+    return graft.plan(settings.base, indices, layers, tokenizer=settings.tokenizer, sources=settings.sources)
