@@ -5,13 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.checkpoint.checkpoint_info import FORMATS
-from model_preparation.command_line import (
-    CommandParser,
-    add_device_flags,
-    add_dtype_flag,
-    number,
-    run,
-)
+from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, number, run
 from model_preparation.devices import choose_device
 from model_preparation.hub.sources import add_source_flag
 from model_preparation.train.heal.settings import METHODS, PRECISIONS, SCHEDULES, TRACKERS, HealSettings

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 from model_preparation import SurgeryError, build_checkpoint, distill_llamba_base, load_checkpoint
 from model_preparation.checkpoint.llamba_init import init_llamba_base
 from model_preparation.train.distill import distill, hidden_states
-from model_preparation.train.distill.distill_data import TokenData
 from model_preparation.train.distill.distill_layer import Teacher
-from model_preparation.train.distill.distill_report import describe, plot_losses
-from model_preparation.train.distill.distill_tokens import described
+from model_preparation.train.distill.report import describe, plot_losses
 from model_preparation.train.distill.self_sampling import SelfSampler
-from model_preparation.train.work_folder import WorkFolder
+from model_preparation.train.distill.settings import DistillSettings
+from model_preparation.train.distill.tokens import TokenData, described
+from model_preparation.train.distill.work_folder import WorkFolder
 from tests.conftest import assert_refused, run_command, run_fresh_command
 from tests.train.cutting import write_text
 
@@ -136,7 +136,7 @@ def killed(owner: object, name: str, call: int, *args: object, **kwargs: object)
 
 @pytest.mark.parametrize("memory_limit_gb", [1.0, 0.0])
 def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(donor_dir, tmp_path, monkeypatch, memory_limit_gb):
-    monkeypatch.setattr("model_preparation.train.distill.distill_tokens.SEQUENCES_AT_ONCE", 20)
+    monkeypatch.setattr("model_preparation.train.distill.tokens.SEQUENCES_AT_ONCE", 20)
     options = {**QUICK, "tokens": 34 * 12, "sequence_length": 12, "memory_limit_gb": memory_limit_gb}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     distill_llamba_base(str(donor_dir), whole, "self", **options)
@@ -262,7 +262,7 @@ def test_of_text_the_summary_has_one_digest(tmp_path):
     digests = []
     for name, content in (("a.txt", "one"), ("b.txt", "one"), ("a.txt", "two")):
         (tmp_path / name).write_text(content)
-        digests.append(described(tmp_path, 10, 5, seed=0)["data"])
+        digests.append(described(tmp_path, DistillSettings(tokens=10, sequence_length=5))["data"])
     assert len({digest for digest in digests if isinstance(digest, str)}) == 3
 
 
@@ -316,11 +316,11 @@ def test_positions_of_no_weight_do_not_count(donor_dir, tmp_path):
     [
         (["--data", "nowhere.txt"], ["nowhere.txt is not there", "self"]),
         (["--layers", 9], ["Layer 9 is out of range", "0 to 3"]),
-        (["--n_qk_heads", 3], ["No mixer can be made so: ssm_cfg: n_qk_heads 3 does not divide"]),
+        (["--n_qk_heads", 3], ["These mixer sizes do not fit: ssm_cfg: n_qk_heads 3 does not divide"]),
         (["--sequence_length", 513], ["513 tokens are longer", "512", "config.json"]),
         (["--tokens", 10**15], ["1,000,000,000,000,000 tokens, width 32", "256.0 PB", "fewer --tokens"]),
         (["--data", "short.txt"], ["has 4 tokens", "two sequences of 512"]),
-        (["--data", "bad.jsonl"], ["bad.jsonl", 'no JSON object with a string "text"']),
+        (["--data", "bad.jsonl"], ["bad.jsonl", 'line 2 has no string "text"']),
         (["--data", "."], ["bad.jsonl"]),
         (["--donor", "BASE"], ["is a llamba model"]),
     ],

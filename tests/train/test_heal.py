@@ -20,8 +20,8 @@ from model_preparation.evaluation.generation import generate_text
 from model_preparation.io.digests import describe_files
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.train.heal.arguments import TRACKER_VERSIONS, check_tracker
-from model_preparation.train.heal.heal_data import hold_out, load_sequences
 from model_preparation.train.heal.resume_state import list_states, load_plain
+from model_preparation.train.heal.sequences import hold_out, load_sequences
 from model_preparation.train.heal.settings import TRACKERS, HealSettings
 from model_preparation.train.heal.trainable import trained_layers
 from tests.conftest import PACKAGE, assert_refused, run_command
@@ -380,7 +380,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, check
     assert_refused(heal(tmp_path / "out", "--milestones", "2=a", "3=a"), "a name of its own", code=2)
     assert_refused(heal(tmp_path / "out", "--seed", 2**32), "too large", code=2)
     assert_refused(heal(tmp_path / "out", "--dropout", 1), "too large", code=2)
-    assert_refused(heal(tmp_path / "out", "--data", ""), "named by nothing")
+    assert_refused(heal(tmp_path / "out", "--data", ""), "name of the text is empty")
     held_out = ("--eval_data", short)
     assert_refused(heal(tmp_path / "out", *held_out, "--eval_interval", 0), "looks at no held-out text", code=2)
     assert_refused(heal(tmp_path / "out", *held_out, "--eval_fraction", 0.3), "leave one of them out", code=2)

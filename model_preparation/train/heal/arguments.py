@@ -39,14 +39,7 @@ class _Arguments(TrainingArguments):
 
 
 def training_arguments(
-    settings: HealSettings,
-    states: Path,
-    run_id: str,
-    size: StepSize,
-    world_size: int,
-    device: str,
-    *,
-    resumed: bool,
+    settings: HealSettings, states: Path, run_id: str, size: StepSize, world_size: int, device: str, *, resumed: bool
 ) -> TrainingArguments:
     if settings.precision == "float16" and device == "cpu":
         raise SurgeryError("float16 needs a GPU. Use --precision bfloat16 or float32 on the CPU.")

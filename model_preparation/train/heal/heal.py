@@ -23,13 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from model_preparation.checkpoint.checkpoint_info import FORMATS, INFO, check_format, current_score, read_info
 from model_preparation.checkpoint.checkpoint_loading import load_checkpoint, without_wrapper_prefixes
-from model_preparation.checkpoint.healed_folder import (
-    ADAPTER,
-    LOSS_CURVE,
-    TRAINING_LOG,
-    bare_model,
-    write_healed,
-)
+from model_preparation.checkpoint.healed_folder import ADAPTER, LOSS_CURVE, TRAINING_LOG, bare_model, write_healed
 from model_preparation.checkpoint.model_digests import digest_of_checkpoint
 from model_preparation.checkpoint.trial import PROMPT
 from model_preparation.errors import SurgeryError
@@ -43,14 +37,9 @@ from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.train.heal.adapters import adapter_of, load_adapter, merge, write_adapter
 from model_preparation.train.heal.arguments import check_tracker, milestones_here, training_arguments
 from model_preparation.train.heal.callbacks import Console, SaveMilestones, SaveWhenStopped
-from model_preparation.train.heal.heal_data import Sequences
 from model_preparation.train.heal.heal_trainer import HealTrainer
 from model_preparation.train.heal.loss_curve import plot_losses
-from model_preparation.train.heal.resume_state import (
-    PREFIX,
-    list_states,
-    remove_states,
-)
+from model_preparation.train.heal.resume_state import PREFIX, list_states, remove_states
 from model_preparation.train.heal.run_model import (
     Run,
     distillation_of,
@@ -60,6 +49,7 @@ from model_preparation.train.heal.run_model import (
     with_trained_weights_chosen,
 )
 from model_preparation.train.heal.run_start import check_data, settings_and_identity, state_to_go_on_from
+from model_preparation.train.heal.sequences import Sequences
 from model_preparation.train.heal.settings import HealSettings
 from model_preparation.train.heal.step_size import StepSize, step_size
 from model_preparation.train.heal.trainable import trained_layers
@@ -90,7 +80,7 @@ def heal_checkpoint(
 
     Args:
         checkpoint: a folder written by `build_checkpoint`, or by this.
-        data: text; see `heal_data.load_sequences`.
+        data: text; see `sequences.load_sequences`.
         output_dir: the new checkpoint's folder; it appears whole or not at all.
         resume: "auto" or True to go on from the newest complete state if there is one, "never" or False to start anew,
             or the folder of a state.
@@ -306,11 +296,7 @@ def _train(trainer: HealTrainer, states: Path) -> None:
 
 
 def _healed_model(
-    parent: Path,
-    parent_info: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-    run: "Run",
-    dtype: torch.dtype,
+    parent: Path, parent_info: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], run: "Run", dtype: torch.dtype
 ) -> tuple[LlambaForCausalLM, dict[str, Any]]:
     """The model to write, and what goes beside it."""
     tensors = without_wrapper_prefixes(tensors)
@@ -351,10 +337,7 @@ def _healing(
         "sequences_seen": trainer.sequences_seen,
         "passes": trainer.passes,
         "world_size": trainer.args.world_size,
-        "scores": {
-            "before": _scores(looks[0]["eval_loss"] if looks else None, score),
-            "after": _scores(after, None),
-        },
+        "scores": {"before": _scores(looks[0]["eval_loss"] if looks else None, score), "after": _scores(after, None)},
         "texts": [
             {"prompt": text["prompt"], "before": text["text"], "after": after}
             for text, after in zip(identity["texts"], texts_after, strict=True)

@@ -35,7 +35,6 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.new_folder import new_folder
 from model_preparation.io.sync import make_folder
 from model_preparation.train.heal.adapters import adapter_of, load_adapter_weights, write_adapter
-from model_preparation.train.heal.heal_data import Sequences, Shuffled
 from model_preparation.train.heal.objective import Distillation, losses_of
 from model_preparation.train.heal.resume_state import (
     MARK,
@@ -49,6 +48,7 @@ from model_preparation.train.heal.resume_state import (
     restoring,
     rotate,
 )
+from model_preparation.train.heal.sequences import Sequences, Shuffled
 from model_preparation.train.heal.settings import HealSettings
 
 _WEIGHTS = "model.safetensors"

@@ -17,11 +17,9 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.other_models import find_others, load_other
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.train.heal.adapters import add_lora, is_adapter, load_adapter
-from model_preparation.train.heal.heal_data import Sequences, hold_out, load_sequences
 from model_preparation.train.heal.objective import Distillation, check_teacher
-from model_preparation.train.heal.resume_state import (
-    ResumeState,
-)
+from model_preparation.train.heal.resume_state import ResumeState
+from model_preparation.train.heal.sequences import Sequences, hold_out, load_sequences
 from model_preparation.train.heal.settings import HealSettings
 from model_preparation.train.heal.trainable import freeze_others
 from model_preparation.train.heal.weights import load_weights

@@ -19,7 +19,6 @@ from model_preparation.evaluation.other_models import find_others
 from model_preparation.io.identity import differences
 from model_preparation.io.names import name_of
 from model_preparation.io.new_folder import remove_abandoned
-from model_preparation.train.heal.heal_data import Sequences
 from model_preparation.train.heal.resume_state import (
     ResumeState,
     check_state,
@@ -29,6 +28,7 @@ from model_preparation.train.heal.resume_state import (
     set_aside,
     set_aside_after,
 )
+from model_preparation.train.heal.sequences import Sequences
 from model_preparation.train.heal.settings import HealSettings, resumed_settings, saved_settings
 from model_preparation.train.heal.step_size import step_size
 

@@ -25,9 +25,9 @@ from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.untrusted import chat_template
 from model_preparation.search.search import check_output
 from model_preparation.terminal import Escaping, escaped
+from model_preparation.train.distill.work_folder import WorkFolder
 from model_preparation.train.heal.heal import heal_checkpoint
 from model_preparation.train.heal.resume_state import MARK
-from model_preparation.train.work_folder import WorkFolder
 from tests.conftest import assert_refused, make_tokenizer, run_command
 from tests.search.conftest import make_questions, write_task
 
