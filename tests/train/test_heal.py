@@ -21,9 +21,9 @@ from model_preparation.io.digests import describe_files
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.train.heal.arguments import TRACKER_VERSIONS, check_tracker
 from model_preparation.train.heal.resume_state import list_states, load_plain
+from model_preparation.train.heal.run import trained_layers
 from model_preparation.train.heal.sequences import hold_out, load_sequences
 from model_preparation.train.heal.settings import TRACKERS, HealSettings
-from model_preparation.train.heal.trainable import trained_layers
 from tests.conftest import PACKAGE, assert_refused, run_command
 from tests.train.cutting import write_text
 
@@ -382,8 +382,8 @@ def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, check
     assert_refused(heal(tmp_path / "out", "--dropout", 1), "too large", code=2)
     assert_refused(heal(tmp_path / "out", "--data", ""), "name of the text is empty")
     held_out = ("--eval_data", short)
-    assert_refused(heal(tmp_path / "out", *held_out, "--eval_interval", 0), "looks at no held-out text", code=2)
-    assert_refused(heal(tmp_path / "out", *held_out, "--eval_fraction", 0.3), "leave one of them out", code=2)
+    assert_refused(heal(tmp_path / "out", *held_out, "--eval_interval", 0), "measures no held-out loss", code=2)
+    assert_refused(heal(tmp_path / "out", *held_out, "--eval_fraction", 0.3), "leave out it or --eval_fraction", code=2)
     merge = ("--checkpoint", checkpoint_dir, "--output_dir", tmp_path / "out", "--merge_adapter")
     assert_refused(run_command("heal_checkpoint", *merge, healed), "has no adapter_config.json", "folder of an adapter")
     assert_refused(
