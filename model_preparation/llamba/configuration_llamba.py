@@ -1,6 +1,6 @@
 """The config of a Llamba: sizes, mixer, MLP, and which layers are a Llama's.
 
-It reads upstream's config.json (`d_model`, `n_layer`, `ssm_cfg`, `mlp_cfg`, ...) and Hugging Face's names of the fields.
+It reads upstream's config.json (`d_model`, `n_layer`, `ssm_cfg`, `mlp_cfg`, ...) and Hugging Face's names of them.
 Source of upstream's fields: cartesia-ai/edge, cartesia-pytorch/cartesia_pytorch/Llamba/configuration_llamba.py.
 """
 

@@ -33,9 +33,11 @@ FLAGS = ["--steps_per_layer", 6, "--batch_size", 4, "--learning_rate", 3e-3, "--
 
 @pytest.fixture(scope="module")
 def distilled(donor_dir, tmp_path_factory) -> tuple[Path, dict]:
-    """A base of the tiny donor, and what was told of it."""
+    """A base of the tiny donor, and its summary."""
     folder = tmp_path_factory.mktemp("distilled") / "base"
-    return folder, distill_llamba_base(str(donor_dir), folder, TOKENS, **QUICK | {"steps_per_layer": 40})
+    return folder, distill_llamba_base(
+        str(donor_dir), folder, TOKENS, DistillSettings(**QUICK | {"steps_per_layer": 40})
+    )
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -267,8 +269,8 @@ def test_of_text_the_summary_has_one_digest(tmp_path):
 
 
 def test_each_layer_of_the_donor_is_read_once_for_the_training(donor_dir, tmp_path, monkeypatch):
-    read, load = [], hidden_states.donor_layer
-    monkeypatch.setattr(hidden_states, "donor_layer", lambda *args: read.append(args[2]) or load(*args))
+    read, load = [], hidden_states.HiddenStates.layer
+    monkeypatch.setattr(hidden_states.HiddenStates, "layer", lambda self: read.append(self.index) or load(self))
     distill_llamba_base(str(donor_dir), tmp_path / "base", TOKENS, **QUICK, layers=[0, 2])
     assert read == [0, 1, 2]
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model_preparation import build_checkpoint, load_checkpoint, verify_checkpoint
+from model_preparation import build_checkpoint, heal_checkpoint, load_checkpoint, verify_checkpoint
 from model_preparation.checkpoint.checkpoint_info import formats_of
 from model_preparation.checkpoint.model_digests import recorded_weights
 from model_preparation.errors import SurgeryError
@@ -356,6 +356,11 @@ def test_a_tracker_that_is_not_installed_or_too_new_is_named(heal, tmp_path, mon
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.10.3")
     with pytest.raises(SurgeryError, match=r"swanlab 0\.10\.3 does not work here"):
         check_tracker(HealSettings(report_to="swanlab"))
+
+
+def test_a_setting_that_does_not_exist_is_refused_with_those_that_do(checkpoint_dir, text_file, tmp_path):
+    with pytest.raises(SurgeryError, match=r"HealSettings has no learningrate\. It has .*, learning_rate, "):
+        heal_checkpoint(checkpoint_dir, str(text_file), tmp_path / "out", HealSettings(), learningrate=1e-3)
 
 
 def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, checkpoint_dir, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model_preparation.checkpoint.layer_store import check_range, sorted_layers
-from model_preparation.checkpoint.llamba_init import llamba_parts, open_donor, size_bytes, write_llamba
+from model_preparation.checkpoint.llamba_init import llamba_parts, size_bytes, write_llamba
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve, tokenizer_files
 from model_preparation.io.identity import digests_of_files
@@ -24,7 +24,8 @@ from model_preparation.io.timestamps import creation_time
 from model_preparation.jobs.jobs import Job, Runner
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 from model_preparation.train.distill.distill_layer import Teacher
-from model_preparation.train.distill.hidden_states import check_room, donor_layer, states_bytes
+from model_preparation.train.distill.donor import Donor
+from model_preparation.train.distill.hidden_states import check_room, states_bytes
 from model_preparation.train.distill.perplexity import Layer, perplexities
 from model_preparation.train.distill.report import write_report
 from model_preparation.train.distill.settings import SELF, DistillSettings
@@ -83,7 +84,8 @@ def distill_llamba_base(
     source = resolve(donor, overrides=sources)
     if output.resolve() == source.folder.resolve():
         raise SurgeryError(f"{output} is the donor's own folder. Choose another --output_dir.")
-    files, donor_config = open_donor(source)
+    original = Donor.open(source, device)
+    files, donor_config = original.files, original.config
     config = student_config(donor_config, settings.mixer)
     config.dtype = torch_dtype(dtype) or files.dtype().torch
     chosen = sorted_layers(range(donor_config.num_hidden_layers) if layers is None else layers)
@@ -106,12 +108,11 @@ def distill_llamba_base(
     if states_bytes(most, donor_config) > settings.memory_limit_bytes:
         check_room(work.folder, most, donor_config, work.folder.glob("states_*/*"))
     with work.held(text, training, restart=restart):
-        taken = take_tokens(data, work, source.folder, donor_config, device)
+        taken = take_tokens(data, work, original)
         if run_jobs is None:
             if done := sum(map(work.has_layer, chosen)):
                 print(f"{done} of {len(chosen)} layers are there already", flush=True)
-            limit = settings.memory_limit_bytes
-            train_layers(work, files, donor_config, chosen, device=device, memory_limit_bytes=limit)
+            train_layers(work, original, chosen, settings.memory_limit_bytes)
         else:
             _train_by_jobs(work, source.folder, chosen, settings, run_jobs)
         records = [work.record(index) for index in chosen]
@@ -124,19 +125,17 @@ def distill_llamba_base(
 
         def layers_of(index: int) -> dict[str, Layer]:
             """The layer in each of the models that are compared."""
-            teacher = donor_layer(files, donor_config, index, device)
             tensors = dict(files.with_prefix(f"model.layers.{index}."))
             students = {INITIAL: layer_of(index, tensors, trained=False), DISTILLED: layer_of(index, tensors)}
-            return {DONOR: Teacher(teacher).output} | {
+            return {DONOR: Teacher(original.layer(index)).output} | {
                 name: _on_device(student_layer(tensors, config, device), device) for name, tensors in students.items()
             }
 
         held_out = taken.tokens[-taken.held_out :]
         print("Perplexity of donor, initial base and distilled base on held-out tokens ...", flush=True)
         with bar("Perplexity", donor_config.num_hidden_layers) as advance:
-            found = perplexities(
-                files, donor_config, held_out, layers_of, (DONOR, INITIAL, DISTILLED), lambda: advance(1)
-            )
+            names = (DONOR, INITIAL, DISTILLED)
+            found = perplexities(original, held_out, layers_of, names, lambda: advance(1))
         summary = {
             "donor": {name: value for name, value in source.as_dict().items() if name != "path"},
             "settings": text | training,

@@ -18,31 +18,26 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from model_preparation.errors import SurgeryError
 from model_preparation.io.new_folder import existing_parent
 from model_preparation.io.sync import sync
-from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.train.distill.distill_layer import Teacher, put_through
+from model_preparation.train.distill.donor import Donor
 
 
 class HiddenStates:
-    """The hidden states that enter layer `index` of a Llama.
+    """The hidden states that enter layer `index` of a donor.
 
     Args:
-        files: the Llama's.
-        config: its config.
         tokens: (sequences, length) int64.
         folder: for files of states, of one run at a time; None keeps the states in memory.
         wanted: the first layer wanted. A file for it, or for a layer before it, is used.
-        device: where the layers run.
 
     Attributes:
         values: (sequences, length, width) float32, on the CPU.
         index: the layer that they enter.
     """
 
-    def __init__(
-        self, files: TensorFiles, config: LlamaConfig, tokens: Tensor, folder: Path | None, wanted: int, device: str
-    ):
-        self._files, self._config, self._device, self._folder = files, config, device, folder
-        self._shape = (*tokens.shape, config.hidden_size)
+    def __init__(self, donor: Donor, tokens: Tensor, folder: Path | None, wanted: int):
+        self._donor, self._folder = donor, folder
+        self._shape = (*tokens.shape, donor.config.hidden_size)
         self.index = 0
         found = [] if folder is None else [i for i in range(wanted, -1, -1) if self._path(i).is_file()]
         if found:
@@ -50,14 +45,14 @@ class HiddenStates:
             self.values = self._open(self._path(self.index))
         else:
             self.values = self._new()
-            embedding = files["model.embed_tokens.weight"]
+            embedding = donor.files["model.embed_tokens.weight"]
             for row, sequence in enumerate(tokens):
                 self.values[row] = embedding[sequence]
             self._keep(0)
 
     def layer(self) -> LlamaDecoderLayer:
         """The donor's layer that the states enter, float32."""
-        return donor_layer(self._files, self._config, self.index, self._device)
+        return self._donor.layer(self.index)
 
     def advance(self, layer: LlamaDecoderLayer) -> None:
         """Put the states through `layer`, which `layer()` gave: now they enter the next layer."""
@@ -107,13 +102,7 @@ def states_bytes(tokens: int, config: LlamaConfig) -> int:
 
 
 def check_room(folder: Path, tokens: int, config: LlamaConfig, kept: Iterable[Path]) -> None:
-    """Raise SurgeryError if the disk of `folder` has no room for the states of two layers.
-
-    Args:
-        tokens: how many.
-        config: the Llama's.
-        kept: files of states that are there already.
-    """
+    """Raise SurgeryError if the disk of `folder` has no room for the states of two layers, beside `kept` files."""
     needed_bytes = 2 * states_bytes(tokens, config) - sum(path.stat().st_size for path in kept)
     free_bytes = shutil.disk_usage(existing_parent(folder)).free
     if needed_bytes > free_bytes:
@@ -122,16 +111,3 @@ def check_room(folder: Path, tokens: int, config: LlamaConfig, kept: Iterable[Pa
             f"{decimal(needed_bytes)} in {folder}, but only {decimal(free_bytes)} are free there. Give fewer --tokens, "
             "or an --output_dir on a larger disk. If half of that fits into memory, a larger --memory_limit also helps."
         )
-
-
-def donor_layer(files: TensorFiles, config: LlamaConfig, index: int, device: str) -> LlamaDecoderLayer:
-    """Layer `index` of a Llama, float32, for running it without a cache."""
-    with torch.device("meta"):
-        layer = LlamaDecoderLayer(config, 0)
-    tensors = {
-        name: tensor.to(device, torch.float32)
-        for name, tensor in files.with_prefix(f"model.layers.{index}.")
-        if not name.endswith("rotary_emb.inv_freq")  # old files repeat it in every layer
-    }
-    layer.load_state_dict(tensors, assign=True)
-    return layer.eval().requires_grad_(False)

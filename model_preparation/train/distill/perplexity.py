@@ -6,19 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.train.distill.distill_layer import put_through
+from model_preparation.train.distill.donor import Donor
 
 Layer = Callable[[Tensor], Tensor]  # hidden states (batch, length, width), in and out, on any device
 
 
 @torch.no_grad()
 def perplexities(
-    files: TensorFiles,
-    config: LlamaConfig,
+    donor: Donor,
     tokens: Tensor,
     layers_of: Callable[[int], Mapping[str, Layer]],
     names: Sequence[str],
@@ -26,15 +24,14 @@ def perplexities(
 ) -> dict[str, float]:
     """The perplexity of each model in `names`: exp of the mean cross-entropy of all tokens but a sequence's first.
 
-    All of them have the embedding, final norm and head of the Llama.
+    All of them have the embedding, final norm and head of the donor.
 
     Args:
-        files: the Llama's.
-        config: its config.
         tokens: (sequences, length) int64.
         layers_of: gives layer `index` of each model, by the model's name.
         advance: called after each layer.
     """
+    files, config = donor.files, donor.config
     embedded = files["model.embed_tokens.weight"][tokens].float()
     states = {name: embedded.clone() for name in names}
     for index in range(config.num_hidden_layers):

@@ -23,11 +23,6 @@ class SelfSampler:
 
     The model runs in bfloat16: the rounding is small compared with the chance of the draw. A sequence continues after
     an end-of-sequence token, as in the packed text that models are trained on.
-
-    Args:
-        folder: the Llama's.
-        config: its config.
-        device: where it runs, as a whole.
     """
 
     def __init__(self, folder: Path, config: PreTrainedConfig, device: str):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from blake3 import blake3
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import has_tokenizer
@@ -23,6 +23,7 @@ from model_preparation.io.digests import blake3_of
 from model_preparation.io.progress import bar
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.train import texts
+from model_preparation.train.distill.donor import Donor
 from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, SelfSampler
 from model_preparation.train.distill.settings import SELF, DistillSettings
 from model_preparation.train.distill.work_folder import WorkFolder
@@ -121,13 +122,8 @@ def text_files(data: str | Path) -> list[Path]:
     return texts.text_files(Path(data).expanduser(), _SUFFIXES, "self for text that the donor writes")
 
 
-def take_tokens(data: Data, work: WorkFolder, donor_folder: Path, donor: LlamaConfig, device: str) -> TokenData:
+def take_tokens(data: Data, work: WorkFolder, donor: Donor) -> TokenData:
     """Return the tokens that `work` keeps. If it has none yet, make and keep them.
-
-    Args:
-        donor_folder: the Llama's, for its tokenizer and its own text.
-        donor: its config.
-        device: where it writes its own text.
 
     Raises:
         SurgeryError: for text or tokens that cannot be used, or a donor that lacks what they need.
@@ -139,10 +135,10 @@ def take_tokens(data: Data, work: WorkFolder, donor_folder: Path, donor: LlamaCo
         if isinstance(data, TokenData):
             taken = data
         elif data == SELF:
-            taken = TokenData(_drawn(work, donor_folder, donor, device))
+            taken = TokenData(_drawn(work, donor))
         else:
-            taken = TokenData(_read(data, work, donor_folder))
-        taken.check_vocabulary(donor.vocab_size)
+            taken = TokenData(_read(data, work, donor.folder))
+        taken.check_vocabulary(donor.config.vocab_size)
         work.keep_tokens(taken.tokens, taken.weights)
     work.remove_drawn()
     return taken
@@ -197,7 +193,7 @@ def _read(data: str | Path, work: WorkFolder, donor_folder: Path) -> Tensor:
     return found
 
 
-def _drawn(work: WorkFolder, donor_folder: Path, donor: LlamaConfig, device: str) -> Tensor:
+def _drawn(work: WorkFolder, donor: Donor) -> Tensor:
     """The donor's own text, (sequences, length) int64. Each batch is kept as soon as it is drawn."""
     asked = work.settings()
     length = asked["sequence_length"]
@@ -209,7 +205,7 @@ def _drawn(work: WorkFolder, donor_folder: Path, donor: LlamaConfig, device: str
         for number, first in enumerate(range(0, sequences, SEQUENCES_AT_ONCE)):
             part = work.drawn(number)
             if part is None:
-                sampler = sampler or SelfSampler(donor_folder, donor, device)
+                sampler = sampler or SelfSampler(donor.folder, donor.config, donor.device)
                 # The factor keeps the batches of neighbouring seeds apart; torch takes no larger seeds.
                 seed = (asked["seed"] * 1_000_003 + number) % 2**63
                 part = sampler.draw(min(SEQUENCES_AT_ONCE, sequences - first), length, seed, advance)

@@ -10,12 +10,11 @@ from typing import Any
 
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from model_preparation.io.partial_folder import take
-from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.train.distill.distill_layer import Step, distill_layer, in_order, relative_error, shuffled
+from model_preparation.train.distill.donor import Donor
 from model_preparation.train.distill.hidden_states import HiddenStates, check_room, states_bytes
 from model_preparation.train.distill.student_layer import student_config, student_layer, student_tensors
 from model_preparation.train.distill.tokens import TokenData
@@ -25,21 +24,11 @@ LOGGED_STEPS = 100  # of each layer, evenly spread
 _SEEDS_PER_RUN = 1024  # more than a model has layers, so that runs with neighbouring seeds share none
 
 
-def train_layers(
-    work: WorkFolder,
-    files: TensorFiles,
-    donor: LlamaConfig,
-    layers: Sequence[int],
-    *,
-    device: str,
-    memory_limit_bytes: float,
-) -> None:
+def train_layers(work: WorkFolder, donor: Donor, layers: Sequence[int], memory_limit_bytes: float) -> None:
     """Train the layers that are not finished. Shows a bar, and prints a line per layer.
 
     Args:
         work: has its settings and tokens.
-        files: the donor's.
-        donor: its config.
         layers: sorted.
         memory_limit_bytes: larger hidden states are kept on the disk.
     """
@@ -49,22 +38,22 @@ def train_layers(
     kept = work.tokens()
     assert kept is not None
     data = TokenData(**kept)
-    size_bytes = states_bytes(data.tokens.numel(), donor)
+    size_bytes = states_bytes(data.tokens.numel(), donor.config)
     with ExitStack() as stack:
         folder = None
         if size_bytes > memory_limit_bytes:
             hold = take(work.folder / f"states_for_layer_{layers[0]:02d}")
             stack.callback(hold.release)
             folder = hold.folder
-            check_room(work.folder, data.tokens.numel(), donor, folder.glob("*"))
+            check_room(work.folder, data.tokens.numel(), donor.config, folder.glob("*"))
             print(f"Hidden states, {decimal(size_bytes)}, are kept in {folder}", flush=True)
         steps = work.settings()["steps_per_layer"]
         bar = stack.enter_context(_LayerBar(steps * len(layers), steps * (len(layers) - len(missing))))
-        states = HiddenStates(files, donor, data.tokens, folder, missing[0], device)
+        states = HiddenStates(donor, data.tokens, folder, missing[0])
         for index in range(states.index, missing[-1] + 1):
             layer = states.layer()
             if index in missing:
-                _print_result(_train(work, states, layer, donor, data, device, bar))
+                _print_result(_train(work, states, layer, donor, data, bar))
             if index < missing[-1]:
                 bar.show(f"Hidden states through layer {index}")
                 states.advance(layer)
@@ -82,9 +71,8 @@ def _train(
     work: WorkFolder,
     states: HiddenStates,
     teacher: LlamaDecoderLayer,
-    donor: LlamaConfig,
+    donor: Donor,
     data: TokenData,
-    device: str,
     bar: "_LayerBar",
 ) -> dict[str, Any]:
     """Train the counterpart of `teacher`, the layer that the states enter, and keep it. Returns its record."""
@@ -92,9 +80,9 @@ def _train(
     settings = work.settings()
     index, held_out = states.index, data.held_out
     seed = layer_seed(settings["seed"], index)
-    config = student_config(donor, settings["mixer"])
+    config = student_config(donor.config, settings["mixer"])
     tensors = {name: tensor.cpu() for name, tensor in teacher.state_dict().items()}
-    student = student_layer(student_tensors(tensors, donor, config, seed), config, device)
+    student = student_layer(student_tensors(tensors, donor.config, config, seed), config, donor.device)
     weights, held_out_weights = None, None
     if data.weights is not None:
         weights, held_out_weights = data.weights[:-held_out], data.weights[-held_out:]

@@ -15,14 +15,13 @@ def main() -> None:
     args = parser.parse_args()
     device = choose_device()
 
-    from model_preparation.checkpoint.llamba_init import open_donor
     from model_preparation.hub.sources import resolve
+    from model_preparation.train.distill.donor import Donor
     from model_preparation.train.distill.train_layers import train_layers
     from model_preparation.train.distill.work_folder import WorkFolder
 
-    files, config = open_donor(resolve(str(args.donor_folder)))
-    limit = args.memory_limit
-    train_layers(WorkFolder(args.work), files, config, args.layers, device=device, memory_limit_bytes=limit)
+    donor = Donor.open(resolve(str(args.donor_folder)), device)
+    train_layers(WorkFolder(args.work), donor, args.layers, args.memory_limit)
 
 
 if __name__ == "__main__":

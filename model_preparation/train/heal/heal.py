@@ -88,6 +88,10 @@ def heal_checkpoint(
         KeyboardInterrupt, SystemExit: if the run was asked to stop; its state is on the disk then.
     """
     given = ({} if settings is None else settings.as_dict()) | given
+    if unknown := sorted(given.keys() - HealSettings.__dataclass_fields__.keys()):
+        raise SurgeryError(
+            f"HealSettings has no {', '.join(unknown)}. It has {', '.join(HealSettings.__dataclass_fields__)}."
+        )
     parent, output_dir = Path(checkpoint).expanduser(), Path(output_dir).expanduser()
     dtype = torch_dtype(dtype)
     states = Path(resume_dir).expanduser() if resume_dir else Path(f"{os.path.abspath(output_dir)}_resume")
@@ -148,13 +152,11 @@ def heal_checkpoint(
     trainer = HealTrainer(
         run.choose_trained_weights(model),
         args,
-        settings=settings,
+        run,
         sequences_per_step=size.sequences,
         train=train,
         held_out=held_out,
         states=states,
-        identity=identity,
-        state=state,
         distillation=run.distillation(model, tokenizer, args.device),
         milestones=kept,
         callbacks=[Console(), SaveMilestones(kept), stopper],

@@ -38,7 +38,6 @@ from model_preparation.train.heal.objective import Distillation, losses_of
 from model_preparation.train.heal.resume_state import (
     STATE_FILE,
     TRAINER_STATE,
-    ResumeState,
     copy_state,
     finish_state,
     list_states,
@@ -47,8 +46,8 @@ from model_preparation.train.heal.resume_state import (
     restoring,
     rotate,
 )
+from model_preparation.train.heal.run import Run
 from model_preparation.train.heal.sequences import Sequences, Shuffled
-from model_preparation.train.heal.settings import HealSettings
 
 _WEIGHTS = "model.safetensors"
 _OPTIMIZER, _SCHEDULER, _SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
@@ -61,11 +60,8 @@ class HealTrainer(Trainer):
     Args:
         model: with `requires_grad` set, or a PeftModel.
         args: the Trainer's own; `max_steps` in steps of the present number of processes.
-        settings: of the run.
         sequences_per_step: of all processes together.
         states: the folder of the run's states.
-        identity: fields of every state; see `Run`.
-        state: the one to resume from, or None.
         distillation: the loss to a teacher, or None for the loss on the text.
         milestones: names of states to keep for good, by step.
 
@@ -77,31 +73,27 @@ class HealTrainer(Trainer):
         self,
         model: torch.nn.Module,
         args: TrainingArguments,
+        run: Run,
         *,
-        settings: HealSettings,
         sequences_per_step: int,
         train: Sequences,
         held_out: Sequences | None,
         states: Path,
-        identity: Mapping[str, Any],
-        state: ResumeState | None,
         distillation: Distillation | None,
         milestones: Mapping[int, str],
         callbacks: list[TrainerCallback],
     ):
-        self._settings = settings
+        self._settings, self._identity, self._resumed = run.settings, run.identity, run.state
         self._sequences = train
         self._states = states
-        self._identity = identity
-        self._resumed = state
         self._distillation = distillation
         self._milestones = milestones
         self._held_out_losses: list[torch.Tensor] = []  # (sequences,) each, of the evaluation that runs
         self._per_step = sequences_per_step
-        self.first_step = 0 if state is None else state.sequences_seen // self._per_step
-        # Sequences seen beyond whole steps, after a change of the number of processes.
-        self._offset = 0 if state is None else state.sequences_seen % self._per_step
-        shuffled = Shuffled(train, settings.seed, self._offset, args.max_steps * self._per_step)
+        # The offset is the sequences seen beyond whole steps, after the number of processes changed.
+        seen = 0 if run.state is None else run.state.sequences_seen
+        self.first_step, self._offset = divmod(seen, sequences_per_step)
+        shuffled = Shuffled(train, run.settings.seed, self._offset, args.max_steps * self._per_step)
         if args.should_save:
             make_folder(states)  # transformers makes it too, but a power cut could lose it
         super().__init__(
@@ -117,7 +109,12 @@ class HealTrainer(Trainer):
     @property
     def is_lora(self) -> bool:
         """Whether only an adapter is trained; then it is all that a state has of the weights."""
-        return isinstance(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), PeftModel)
+        return isinstance(self._bare_model, PeftModel)
+
+    @property
+    def _bare_model(self) -> Any:
+        """The model without the wrappers of accelerate and torch.compile."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @property
     def sequences_seen(self) -> int:
@@ -144,7 +141,7 @@ class HealTrainer(Trainer):
         Every process must call this, as shards are joined.
         """
         weights = {}
-        for name, tensor in self.accelerator.unwrap_model(self.model, keep_torch_compile=False).state_dict().items():
+        for name, tensor in self._bare_model.state_dict().items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.args.should_save:
                 weights[name] = whole.detach().to("cpu")
@@ -213,10 +210,9 @@ class HealTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         self.store_flos()
         step = self.state.global_step
-        states, _ = list_states(self._states)
-        ours = {state.folder.name for state in states if state.info["world_size"] == self.args.world_size}
-        kept = {state.folder.name for state in states} - ours
-        target = place_for(self._states, step, self.args.world_size, kept)
+        states, world_size = list_states(self._states)[0], self.args.world_size
+        of_others = {state.folder.name for state in states if state.info["world_size"] != world_size}
+        target = place_for(self._states, step, world_size, of_others)
         if self.state.best_global_step == step:
             self.state.best_model_checkpoint = str(target)
         unlogged = gather_object([self._tr_loss.item()])
@@ -267,11 +263,10 @@ class HealTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None) -> None:
         if not self.args.should_save or self.is_fsdp_enabled:  # shards are written with the optimizer's
             return
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.is_lora:
-            write_adapter(adapter_of(model), Path(output_dir))
+            write_adapter(adapter_of(self._bare_model), Path(output_dir))
         else:
-            save_model(model, str(Path(output_dir, _WEIGHTS)), metadata={"format": "pt"})
+            save_model(self._bare_model, str(Path(output_dir, _WEIGHTS)), metadata={"format": "pt"})
 
     def _save_optimizer_and_scheduler(self, output_dir) -> None:
         if self.is_fsdp_enabled:
@@ -329,12 +324,11 @@ class HealTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        bare = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.is_lora:
-            load_adapter_weights(bare, folder)
+            load_adapter_weights(self._bare_model, folder)
         else:
             with restoring(folder / _WEIGHTS):
-                load_model(bare, folder / _WEIGHTS, strict=True)
+                load_model(self._bare_model, folder / _WEIGHTS, strict=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if checkpoint is None:

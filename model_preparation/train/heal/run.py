@@ -187,10 +187,6 @@ def begin_or_resume(
     Raises:
         SurgeryError: if there is no such state, or it is damaged or of another run.
     """
-    if unknown := sorted(given.keys() - HealSettings.__dataclass_fields__.keys()):
-        raise SurgeryError(
-            f"HealSettings has no {', '.join(unknown)}. It has {', '.join(HealSettings.__dataclass_fields__)}."
-        )
     chosen = _from_main_process(processes, lambda: _choose_state(states, resume, overwrite, say))
     state = None if chosen is None else read_state(chosen)
     settings = HealSettings(**given) if state is None else saved_settings(state.info["settings"])
