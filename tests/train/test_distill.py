@@ -336,6 +336,15 @@ def test_what_cannot_be_is_one_sentence(donor_dir, base_dir, tmp_path, flags, wo
     assert not (tmp_path / "out").exists()
 
 
+def test_settings_that_cannot_be_are_refused_before_anything_is_read(tmp_path):
+    for given, words in (
+        ({"target": "norm"}, "target is 'norm'. Choose one of mixer, layer"),
+        ({"tokens": 0}, "tokens is 0"),
+    ):
+        with pytest.raises(SurgeryError, match=words):
+            distill_llamba_base("nowhere", tmp_path / "base", **given)
+
+
 @pytest.mark.parametrize("restart", [True, False])
 def test_a_folder_of_somebody_else_is_left_alone(donor_dir, tmp_path, restart):
     (tmp_path / "base.distilling").mkdir()

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from model_preparation.errors import SurgeryError
 
 SELF = "self"  # as data: the donor writes the text itself
 Target = Literal["mixer", "layer"]
@@ -37,6 +39,13 @@ class DistillSettings:
     mixer: Mapping[str, int] = field(default_factory=dict)
     memory_limit_gb: float = 4.0
     layers_per_job: int = 4
+
+    def __post_init__(self) -> None:
+        if self.target not in get_args(Target):
+            raise SurgeryError(f"target is {self.target!r}. Choose one of {', '.join(get_args(Target))}.")
+        for name in ("tokens", "sequence_length", "steps_per_layer", "batch_size", "layers_per_job"):
+            if getattr(self, name) < 1:
+                raise SurgeryError(f"{name} is {getattr(self, name)}. It must be at least 1.")
 
     @property
     def memory_limit_bytes(self) -> float:
