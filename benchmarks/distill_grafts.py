@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from model_preparation import load_checkpoint
 from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
-from model_preparation.train.distill.distill_data import tokens_of_text
 from model_preparation.train.distill.self_sampling import SelfSampler
+from model_preparation.train.distill.tokens import tokens_of_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH, SEQUENCES, SEED = 256, 4, 1_000_000

@@ -1,29 +1,24 @@
-"""Command: a Llama -> an unaligned Llamba, each mixer distilled from its layer (see train/distill/distill.py)."""
+"""Command: makes an unaligned Llamba from a Llama by distilling each layer (see train/distill/distill.py)."""
 
+from functools import partial
 from pathlib import Path
 
-from model_preparation.command_line import (
-    CommandParser,
-    add_device_flags,
-    add_dtype_flag,
-    add_layers_flag,
-    number,
-    run,
-)
+from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, add_layers_flag, number, run
 from model_preparation.devices import choose_device
 from model_preparation.hub.sources import add_source_flag
 from model_preparation.jobs import ray_flags
-from model_preparation.train.distill import distill_defaults as defaults
+from model_preparation.train.distill.settings import SELF, DistillSettings
+from model_preparation.train.setting_flags import add_setting
 
 DESCRIPTION = f"""\
-Make an unaligned Llamba from any Llama. It starts as init_llamba_base.py's; then each layer's mixer is trained to give
-what the donor's attention gives, on the donor's own inputs of that layer (MOHAWK's second stage, arXiv 2408.10189).
-Embeddings, norms, MLPs and head stay the donor's, and nothing is trained end to end.
+Make an unaligned Llamba from any Llama. It starts as init_llamba_base.py's. Then the mixer of each layer learns to give
+what the donor's attention gives on the same inputs (MOHAWK's second stage, arXiv 2408.10189). Embeddings, norms, MLPs
+and head stay the donor's, and no stage trains the whole model.
 
-Finished layers are kept in DIR.distilling, beside the folder to write: stopped anywhere, the same command goes on at
-the next layer. One layer of the donor and one of the base are in memory at a time, with --data self first the whole
-donor, in bfloat16; and the hidden states of all tokens, tokens x width x 4 bytes. Beyond --memory_limit these are on
-the disk instead, and take twice that there: 34 GB for a million tokens of an 8B model, whose width is 4096. The model's
+Finished layers are kept in DIR.distilling, beside the folder to write. If the command is stopped, run it again: it
+resumes at the next layer. In memory are one layer of the donor, one of the base, and the hidden states of all tokens
+(tokens x width x 4 bytes); with --data self, first the whole donor in bfloat16. Hidden states above --memory_limit are
+on the disk, and take twice that there: 34 GB for a million tokens of an 8B model, whose width is 4096. The model's
 folder also gets distillation.json (errors, perplexities, settings), distillation.jsonl (losses) and distillation.png.
 
 {ray_flags.HELP}"""
@@ -39,44 +34,40 @@ then:
   python create_replaced_model_checkpoint.py --base ../local_models/llamba --layers ... --output_dir ...
 """
 
-
-MIXER_FLAGS = ("d_state", "n_v_heads", "n_qk_heads", "d_conv")
+MIXER_FLAGS = {
+    "d_state": "of the mixers: width of the keys and so of the state (default: the donor's head_dim)",
+    "n_v_heads": "of the mixers: heads of the values (default: the donor's heads)",
+    "n_qk_heads": "of the mixers: heads of keys and queries, a divisor of --n_v_heads (default: the donor's heads)",
+    "d_conv": "of the mixers: tokens the convolution sees (default: 4)",
+}
 
 
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
-    if args.ray is None and args.layers_per_job is not None:
+    given = {name: value for name, value in vars(args).items() if name in DistillSettings.__dataclass_fields__}
+    if args.ray is None and "layers_per_job" in given:
         parser.error("--layers_per_job belongs to --ray, which is not given")
     run_jobs = ray_flags.chosen_runner(parser, args)
-    on_job_only = args.ray is not None and args.device == "cuda"  # this machine may be one without GPUs
+    on_job_only = args.ray is not None and args.device == "cuda"  # this machine may have no GPU
     device = choose_device(args.gpu, None if on_job_only else args.device)
 
     from model_preparation.train.distill.distill import distill_llamba_base
-    from model_preparation.train.distill.distill_report import describe
+    from model_preparation.train.distill.report import describe
 
     summary = distill_llamba_base(
         args.donor,
         args.output_dir,
         args.data,
-        tokens=args.tokens,
-        sequence_length=args.sequence_length,
-        steps_per_layer=args.steps_per_layer,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        seed=args.seed,
-        target=args.target,
-        mixer={name: getattr(args, name) for name in MIXER_FLAGS if getattr(args, name) is not None},
         layers=args.layers,
         dtype=args.dtype,
         device=device,
-        memory_limit_gb=args.memory_limit,
         overwrite=args.overwrite,
         restart=args.restart,
         sources=args.source,
         run_jobs=None if args.ray is None else run_jobs,
-        layers_per_job=args.layers_per_job or defaults.LAYERS_PER_JOB,
+        mixer={name: getattr(args, name) for name in MIXER_FLAGS if getattr(args, name) is not None},
+        **given,
     )
     print("\n" + describe(summary))
     print(f"The base is in {args.output_dir}")
@@ -85,6 +76,8 @@ def main() -> None:
 def make_parser() -> CommandParser:
     """The command's flags."""
     parser = CommandParser(description=DESCRIPTION, epilog=EXAMPLES)
+    setting = partial(add_setting, parser, DistillSettings)
+    counted = number(int, least=1)
     parser.add_argument(
         "--donor",
         required=True,
@@ -93,98 +86,55 @@ def make_parser() -> CommandParser:
     )
     parser.add_argument(
         "--data",
-        default=defaults.SELF,
+        default=SELF,
         metavar="FILE|DIR|self",
-        help="text: a .txt file, a .jsonl file with a text in every line, a folder of such files, or self: text that "
-        "the donor writes from its first token on (default: %(default)s)",
+        help="text: a .txt file, a .jsonl file with a text in every line, a folder of such files; or self: the donor "
+        "writes the text, from its first token on (default: %(default)s)",
     )
     parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="the model folder to write")
-
-    counted = number(int, least=1)
-    parser.add_argument(
-        "--tokens",
-        type=number(int, least=2),
-        default=defaults.TOKENS,
-        metavar="N",
-        help="tokens of text to take or to write, one in 16 of which is held out (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--sequence_length",
-        type=number(int, least=2),
-        default=defaults.SEQUENCE_LENGTH,
-        metavar="N",
-        help="tokens that are seen at once (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--steps_per_layer",
-        type=counted,
-        default=defaults.STEPS_PER_LAYER,
-        metavar="N",
-        help="steps of the optimizer for each layer (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=counted,
-        default=defaults.BATCH_SIZE,
-        metavar="N",
-        help="sequences per step (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--learning_rate",
+    at_least_two = number(int, least=2)
+    setting("tokens", type=at_least_two, metavar="N", help="tokens of text to read or write; one in 16 is held out")
+    setting("sequence_length", type=at_least_two, metavar="N", help="tokens per sequence")
+    setting("steps_per_layer", type=counted, metavar="N", help="steps of the optimizer for each layer")
+    setting("batch_size", type=counted, metavar="N", help="sequences per step")
+    setting(
+        "learning_rate",
         type=number(float, above=0),
-        default=defaults.LEARNING_RATE,
         metavar="X",
-        help="AdamW's, after a linear warm-up over a tenth of the steps; it falls as a cosine (default: %(default)s)",
+        help="AdamW's, after a linear warm-up over a tenth of the steps; it falls as a cosine",
     )
-    parser.add_argument(
-        "--weight_decay",
-        type=number(float, least=0),
-        default=defaults.WEIGHT_DECAY,
-        metavar="X",
-        help="AdamW's (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--target",
+    setting("weight_decay", type=number(float, least=0), metavar="X", help="AdamW's")
+    setting(
+        "target",
         choices=("mixer", "layer"),
-        default="mixer",
-        help="what is compared: the mixer's output with the attention's, or the layers' outputs (default: %(default)s)",
+        help="what is compared: the mixer's output with the attention's, or the layers' outputs",
     )
-    parser.add_argument(
-        "--seed", type=number(int, least=0), default=0, metavar="N", help="of everything random (default: %(default)s)"
-    )
+    setting("seed", type=number(int, least=0), metavar="N", help="of all random numbers")
     add_layers_flag(
-        parser, required=False, help="train these layers only; the others stay as they start (default: all)"
+        parser, required=False, help="train these layers only; the others keep their initial weights (default: all)"
     )
-
-    for name, meaning in {
-        "d_state": "of the mixers: width of the keys, so of the state (default: the donor's head_dim)",
-        "n_v_heads": "of the mixers: heads of the values (default: the donor's heads)",
-        "n_qk_heads": "of the mixers: heads of keys and queries, a divisor of --n_v_heads (default: the donor's heads)",
-        "d_conv": "of the mixers: tokens the convolution sees (default: 4)",
-    }.items():
+    for name, meaning in MIXER_FLAGS.items():
         parser.add_argument(f"--{name}", type=counted, metavar="N", help=meaning)
-
     add_dtype_flag(parser, help="dtype of the weights written (default: the donor's); training is in float32")
-    parser.add_argument(
-        "--memory_limit",
+    setting(
+        "memory_limit_gb",
+        flag="memory_limit",
         type=number(float, least=0),
-        default=defaults.MEMORY_LIMIT_GB,
         metavar="GB",
-        help="hidden states larger than this are kept on the disk, not in memory (default: %(default)s)",
+        help="larger hidden states are kept on the disk, not in memory",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="train all layers anew; a stopped run's tokens are kept if donor, text and their settings are the same",
+        help="train all layers anew; tokens of a stopped run are kept if donor, text and their settings are the same",
     )
     ray_flags.add_ray_flags(parser)
-    parser.add_argument(
-        "--layers_per_job",
+    setting(
+        "layers_per_job",
         type=counted,
         metavar="N",
-        help="with --ray: layers that a worker trains one after the other, after putting the tokens through all before "
-        f"them (default: {defaults.LAYERS_PER_JOB})",
+        help="with --ray: layers that one job trains in turn; it first puts the tokens through all layers before them",
     )
     add_device_flags(parser)
     add_source_flag(parser)

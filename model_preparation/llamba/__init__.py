@@ -1,8 +1,7 @@
-"""The model, in Hugging Face's shape: `LlambaConfig`, `LlambaForCausalLM`, and the cache they share.
+"""The model for Hugging Face's transformers: `LlambaConfig`, `LlambaForCausalLM`, `LlambaModel` and `LlambaCache`.
 
-The files the model is made of import each other relatively: checkpoints for Hugging Face carry copies of them. The
-classes are imported when they are first asked for here, and registered with transformers and torch then, so that a
-command can have the config without the model.
+The model's files import each other relatively, as checkpoints for Hugging Face have copies of them. The classes are
+imported and registered when they are first used from here, so that a command can have the config without the model.
 """
 
 import importlib

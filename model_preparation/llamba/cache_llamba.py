@@ -1,7 +1,7 @@
-"""One cache for both kinds of layer: conv and SSM state where a layer is Mamba's, K/V where it is a Llama's.
+"""One cache for both kinds of layer: convolution and SSM states of Mamba layers, K/V of Llama layers.
 
-It is transformers' DynamicCache, built from the config's `layer_types`; what is added is a count of the tokens seen, so
-that a model without any attention layer can continue a prompt too.
+It is transformers' DynamicCache, built from the config's `layer_types`. It also counts the tokens seen, so that a model
+without attention layers can continue a prompt.
 """
 
 import inspect
@@ -13,14 +13,14 @@ from transformers.masking_utils import create_causal_mask
 
 from .configuration_llamba import LlambaConfig
 
-# What the installed transformers calls a cache, in arguments and outputs: `past_key_values` until 5.23, then `cache`.
+# The installed transformers' name of the cache in arguments and outputs: `past_key_values` until 5.23, then `cache`.
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 class MambaStateLayer(LinearAttentionLayer):
     """States of one mixer: `conv_states[0]` (batch, conv_dim, d_conv) and `recurrent_states[0]` (batch, H, P, N)."""
 
-    # generate would otherwise build masks for torch.compile, which the mixers do not take.
+    # Otherwise generate would build masks for torch.compile, which the mixers do not take.
     is_compileable = False
 
     def states(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -28,9 +28,9 @@ class MambaStateLayer(LinearAttentionLayer):
         return (self.conv_states[0], self.recurrent_states[0]) if self.has_previous_state[0] else (None, None)
 
     def remember(self, inputs: torch.Tensor, state: torch.Tensor) -> None:
-        """Keep what `states` shall give next; either may be the tensor kept here, changed in place."""
+        """Keep the states that `states` gives next. They may be the tensors kept so far, changed in place."""
         if self.has_previous_state[0]:
-            # update_conv_state would first append to the old inputs: a quarter of a decode step.
+            # update_conv_state would append to the old inputs first, which takes a quarter of a decode step.
             self.conv_states[0].copy_(inputs)
         else:
             self.update_conv_state(inputs)
@@ -46,10 +46,10 @@ class MambaStateLayer(LinearAttentionLayer):
 
 
 class LlambaCache(DynamicCache):
-    """The cache of a [`LlambaForCausalLM`]; `past_key_values` or `cache` in every call that takes one.
+    """The cache of a [`LlambaForCausalLM`]: the argument `past_key_values` or `cache`.
 
     Args:
-        config: the model's; one cache layer is made per entry of `config.layer_types`.
+        config: the model's. Each entry of `config.layer_types` gets a cache layer.
     """
 
     layers: list
@@ -67,7 +67,7 @@ class LlambaCache(DynamicCache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """Per layer, whether it has a state and no K/V; never all True, as `generate` then reads no length."""
+        """Per layer, whether it has a state and no K/V. Never all True: `generate` would read no length then."""
         kinds = super().is_linear
         return kinds if not all(kinds) else [False] * len(kinds)
 

@@ -1,8 +1,7 @@
-"""What a Llamba is made of: sizes, mixer, MLP, and which layers were taken from a Llama.
+"""The config of a Llamba: sizes, mixer, MLP, and which layers are a Llama's.
 
-In: upstream's published config.json (`d_model`, `n_layer`, `ssm_cfg`, `mlp_cfg`, ...) or Hugging Face's names for the
-same fields. Out: everything `LlambaForCausalLM` needs to be built, grafted layers included, and nothing else.
-Source of the upstream fields: cartesia-ai/edge, cartesia-pytorch/cartesia_pytorch/Llamba/configuration_llamba.py.
+It reads upstream's config.json (`d_model`, `n_layer`, `ssm_cfg`, `mlp_cfg`, ...) and Hugging Face's names of them.
+Source of upstream's fields: cartesia-ai/edge, cartesia-pytorch/cartesia_pytorch/Llamba/configuration_llamba.py.
 """
 
 from dataclasses import field
@@ -14,7 +13,7 @@ from .transformers_versions import TESTED  # noqa: F401  before anything that an
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# Imported where one is made: transformers imports half of torch's compilers with it, a second that plain configs save.
+# Imported only where one is made: it imports half of torch's compilers, a second that other configs save.
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
@@ -32,7 +31,7 @@ SSM_DEFAULTS: dict[str, Any] = {
     "conv_bias": True,
 }
 
-# The donor's settings that shape a grafted layer's computation, with LlamaConfig's own defaults where it has one.
+# The donor's settings that a grafted layer's computation depends on, with LlamaConfig's defaults where it has them.
 LLAMA_DEFAULTS: dict[str, Any] = {
     "num_attention_heads": None,
     "num_key_value_heads": None,
@@ -48,7 +47,7 @@ LLAMA_DEFAULTS: dict[str, Any] = {
 }
 LLAMA_REQUIRED = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rope_parameters")
 
-# What other libraries read from a config; here they follow from `llama_cfg`, or from `ssm_cfg` and `mlp_cfg`.
+# Fields that other libraries read. They follow from `llama_cfg`, or from `ssm_cfg` and `mlp_cfg`.
 DERIVED = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 
 ACTIVATIONS = ("identity", "silu", "swish")
@@ -66,15 +65,14 @@ class LlambaConfig(PreTrainedConfig):
         tie_embeddings: whether the head is the embedding's weight.
         pad_vocab_size_multiple: see `vocab_size`.
         lm_head_bias: whether an untied head has a bias.
-        resid_dropout: upstream's field, kept so that its files round-trip; upstream never applies it, nor do we.
-        norm_epsilon: epsilon of the final norm. The norms inside a Mamba block always have 1e-5, as upstream.
+        resid_dropout: not used, neither here nor upstream; kept so that upstream's files round-trip.
+        norm_epsilon: epsilon of the final norm. The norms in Mamba blocks always have 1e-5, as upstream.
         mlp_cfg: `intermediate_size`, `bias`, `act_fn` of the Mamba blocks' MLPs; fields left out take the defaults.
         ssm_cfg: `d_state`, `n_v_heads`, `n_qk_heads`, `d_conv`, `expand`, `chunk_size`, `activation` ("identity" or
             "silu"), `bias`, `conv_bias` of the mixers; fields left out take the defaults.
-        max_position_embeddings: tokens a sequence may have: the donor's limit where layers are grafted; Mamba blocks
-            have none.
+        max_position_embeddings: tokens per sequence. Mamba blocks have no limit, grafted layers have the donor's.
         llama_layers: indices of the layers that are a Llama's, sorted, without repeats.
-        llama_cfg: what grafted layers need of their donor's config (see `LLAMA_DEFAULTS`), where there are any.
+        llama_cfg: the fields of the donor's config that grafted layers need (see `LLAMA_DEFAULTS`).
 
     Raises:
         ValueError: for a field of `mlp_cfg`, `ssm_cfg` or `llama_cfg` that does not exist, head counts that do not
@@ -158,19 +156,19 @@ class LlambaConfig(PreTrainedConfig):
         return ["full_attention" if i in grafted else "linear_attention" for i in range(self.n_layer)]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, and those of `DERIVED`, which some libraries read here."""
+        """All fields, and the `DERIVED` ones, which some libraries read here."""
         return {**self.file_fields(), **{name: getattr(self, name) for name in DERIVED}}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What `save_pretrained` writes: no field of `DERIVED`."""
+        """The fields that `save_pretrained` writes, without the `DERIVED` ones."""
         return {name: value for name, value in super().to_diff_dict().items() if name not in DERIVED}
 
     def file_fields(self) -> dict[str, Any]:
-        """What our files hold: every field, and nothing that follows from the others."""
+        """The fields in our files, without those that follow from others."""
         return super().to_dict()
 
     def mlp_config(self) -> "LlamaConfig":
-        """The config the Mamba blocks' MLPs are built from; transformers' LlamaMLP takes one."""
+        """The config of the Mamba blocks' MLPs, which are transformers' LlamaMLP."""
         from transformers import LlamaConfig
 
         mlp = self.mlp_cfg
@@ -183,13 +181,13 @@ class LlambaConfig(PreTrainedConfig):
         )
 
     def llama_config(self) -> "LlamaConfig":
-        """The config grafted layers are built from. Call only where `llama_layers` is not empty."""
+        """The config of the grafted layers. Call it only if `llama_layers` is not empty."""
         from transformers import LlamaConfig
 
         return LlamaConfig(vocab_size=self.vocab_size, hidden_size=self.d_model, **self.llama_cfg)
 
     def validate_architecture(self):
-        """Part of `@strict`'s validation: everything that would otherwise fail as a shape error in the model."""
+        """Part of `@strict`'s validation: finds what would be a shape error in the model otherwise."""
         ssm = self.ssm_cfg
         if self.d_inner % ssm["n_v_heads"]:
             raise ValueError(f"ssm_cfg: n_v_heads {ssm['n_v_heads']} does not divide expand * d_model = {self.d_inner}")

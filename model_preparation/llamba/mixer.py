@@ -1,7 +1,6 @@
-"""The mixer of a Mamba block: projections, causal convolution, scan, gate; and how it passes over padding.
+"""The mixer of a Mamba block: projections, causal convolution, scan, gate; and how it skips padding.
 
-In: hidden states, and the cache of what came before. Out: hidden states of the same shape, the cache brought forward.
-Source: cartesia-ai/edge, cartesia_pytorch/Llamba/mixers/discrete_mamba2.py, for what is computed and for the names.
+Source of the computation and the names: cartesia-ai/edge, cartesia_pytorch/Llamba/mixers/discrete_mamba2.py.
 """
 
 from typing import NamedTuple
@@ -14,14 +13,14 @@ from .cache_llamba import LlambaCache
 from .configuration_llamba import LlambaConfig
 from .ssd import NEVER, product_dtype, scan, step
 
-# Tokens that go through a mixer at once on a CPU: what is computed of them stays in its caches, and in memory that the
-# allocator keeps. 256 to 1,024 differ by less than 5%.
+# Tokens that go through a mixer at once on a CPU. Their intermediate values fit into its caches, and into memory that
+# the allocator reuses. 256 to 1,024 differ by less than 5%.
 BLOCK_TOKENS = 512
 SHORT = 8  # tokens up to which a sum of shifted products is faster than conv2d
 
 
 class PaddingLayout(NamedTuple):
-    """How to move each row's real tokens to the front, in order, and back. L is the length of the current segment."""
+    """How to move the real tokens of each row to the front, and back. L is the length of the current segment."""
 
     order: Tensor  # (batch, L) int64: position in the segment of the i-th token after moving
     inverse: Tensor  # (batch, L) int64: where a position of the segment moved to
@@ -30,7 +29,7 @@ class PaddingLayout(NamedTuple):
 
     @classmethod
     def of(cls, attention_mask: Tensor | None, length: int) -> "PaddingLayout | None":
-        """The layout of the last `length` columns of a 2-D mask; None where none of them is padding."""
+        """The layout of the last `length` columns of a 2-D mask; None if none of them is padding."""
         if attention_mask is None:
             return None
         if attention_mask.dim() != 2:
@@ -45,16 +44,16 @@ class PaddingLayout(NamedTuple):
 
 
 class CausalConv1d(nn.Conv1d):
-    """A depthwise convolution over tokens. Its weights are read in its own forward only: hooks may load them there."""
+    """A depthwise convolution over tokens. Only its own forward reads its weights, as hooks may load them there."""
 
     def forward(self, window: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Convolve the last tokens of a window; no activation.
 
-        In bfloat16 where the CPU multiplies it (the sums are float32), else in at least float32.
+        In bfloat16 if the CPU multiplies it (the sums are float32), else in at least float32.
 
         Args:
             window: (batch, kernel_size + length, channels): the inputs before the tokens, then theirs.
-            position_ids: (batch, length), each token's place in its document; tokens before that have no part.
+            position_ids: (batch, length), each token's place in its document; earlier documents do not count.
 
         Returns:
             (batch, length, channels).
@@ -63,8 +62,8 @@ class CausalConv1d(nn.Conv1d):
         length, dtype = window.shape[1] - taps, product_dtype(window)
         by_onednn = window.device.type == "cpu" and dtype != torch.float64 and torch.backends.mkldnn.is_available()
         if by_onednn and length > SHORT and position_ids is None:
-            # An image one pixel high, (batch, channels, 1, taps - 1 + length), with the channels last in memory: 2 to
-            # 25 times faster than conv1d, which would transpose.
+            # An image one pixel high, (batch, channels, 1, taps - 1 + length), with the channels last in memory. It
+            # is 2 to 25 times faster than conv1d, which would transpose.
             image = window[:, 1:].to(dtype).unsqueeze(1).permute(0, 3, 1, 2)
             bias = None if self.bias is None else self.bias.to(dtype)
             out = F.conv2d(image, self.weight.to(dtype).unsqueeze(2), bias, groups=self.groups)
@@ -101,7 +100,7 @@ class LlambaMixer(nn.Module):
         self.conv_dim = self.d_inner + 2 * self.n_qk_heads * self.d_state
 
         self.in_proj = nn.Linear(config.d_model, self.conv_dim + self.d_inner + self.n_v_heads, bias=ssm["bias"])
-        # With biases in_proj carries z's; upstream has no z_bias parameter then.
+        # With biases, in_proj has that of z, and upstream has no z_bias parameter.
         self.z_bias = None if ssm["bias"] else nn.Parameter(torch.zeros(self.d_inner))
         self.conv1d = CausalConv1d(
             self.conv_dim,
@@ -115,7 +114,7 @@ class LlambaMixer(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=ssm["bias"])
 
     def __setstate__(self, state: dict) -> None:
-        """From a pickle; those of version 0.1 have a plain convolution."""
+        """Load from a pickle. Pickles of version 0.1 have a plain convolution."""
         super().__setstate__(state)
         if type(self.conv1d) is nn.Conv1d:
             self.conv1d.__class__ = CausalConv1d
@@ -130,10 +129,10 @@ class LlambaMixer(nn.Module):
         """
         Args:
             hidden_states: (batch, length, d_model).
-            cache: read for what came before and updated in place.
-            padding: where this segment has padding; it then enters neither the convolution nor the state.
+            cache: of the earlier tokens; updated in place.
+            padding: where this segment has padding, which enters neither the convolution nor the state.
             position_ids: (batch or 1, length), each token's place in its document: state and convolution start again
-                where it is 0. None if no document begins in the row after its first token.
+                where it is 0. None if no document begins after the first token of a row.
 
         Returns:
             (batch, length, d_model) in the same dtype. At padding the values are finite and meaningless.
@@ -186,14 +185,14 @@ class LlambaMixer(nn.Module):
             hidden_states: (batch, length, d_model).
             inputs: the last d_conv inputs of the convolution before them, (batch, d_conv, conv_dim).
             state: the state before them, (batch, H, P, N), or None for zeros.
-            real: (batch,), how many of a row's tokens are none of padding, which are the first; None for all.
+            real: (batch,), how many of a row's tokens are real, which come first; None for all.
             position_ids: (batch, length), or None.
 
         Returns:
             (batch, length, d_model), and `inputs` and `state` for the tokens after them.
         """
         batch, length, _ = hidden_states.shape
-        # As a matrix: of a block of three dimensions torch would copy the weights once for each row.
+        # As a matrix: with three dimensions torch would copy the weights for each row.
         projected = self.in_proj(hidden_states.reshape(batch * length, -1)).view(batch, length, -1)
         xBC, z, a = projected.split([self.conv_dim, self.d_inner, self.n_v_heads], dim=-1)
         dtype = torch.promote_types(xBC.dtype, torch.float32)
@@ -229,7 +228,7 @@ class LlambaMixer(nn.Module):
 
 
 def _block_of(hidden_states: Tensor) -> tuple[int, int]:
-    """How many rows, and tokens of each, go through a mixer at once."""
+    """How many rows, and how many tokens of each, go through a mixer at once."""
     batch, length, _ = hidden_states.shape
     if hidden_states.device.type != "cpu":
         return batch, length

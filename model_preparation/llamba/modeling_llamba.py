@@ -1,8 +1,6 @@
-"""The hybrid model: Mamba-2 blocks under upstream's parameter names, Llama decoder layers where layers were grafted.
+"""The hybrid model: Mamba-2 blocks with upstream's parameter names, and transformers' Llama layers where grafted.
 
-In: token ids with an optional 2-D attention mask. Out: logits, and a `LlambaCache` that makes the next tokens cheap.
-Sources: cartesia-ai/edge, cartesia_pytorch/Llamba/llamba.py for what is computed and for the parameter names;
-transformers' LlamaDecoderLayer for grafted layers, used as it is.
+Source of the computation and the parameter names: cartesia-ai/edge, cartesia_pytorch/Llamba/llamba.py.
 """
 
 from .transformers_versions import TESTED
@@ -30,11 +28,11 @@ from .cache_llamba import CACHE_NAME, LlambaCache
 from .configuration_llamba import LlambaConfig
 from .mixer import LlambaMixer, PaddingLayout
 
-# Arguments beside our own that transformers passes to any model; they go on to the grafted layers.
+# Further arguments that transformers passes to any model. The grafted layers get them.
 TYPED_KWARGS = frozenset(TransformersKwargs.__annotations__)
-MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")  # implementations that take any mask
+MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")  # these implementations take any mask
 
-BLOCK_NORM_EPS = 1e-5  # upstream fixes it; `norm_epsilon` is the final norm's only
+BLOCK_NORM_EPS = 1e-5  # fixed, as upstream; `norm_epsilon` is for the final norm only
 
 
 class LlambaDecoderLayer(GradientCheckpointingLayer):
@@ -60,8 +58,8 @@ class LlambaDecoderLayer(GradientCheckpointingLayer):
         Args:
             hidden_states: (batch, length, d_model), in and out.
             attention_mask: where the segment has padding.
-            position_ids: (batch, length), each token's place in its document; None where no document begins.
-            use_cache: not read; transformers' gradient checkpointing looks for it.
+            position_ids: (batch, length), each token's place in its document; None if no document begins.
+            use_cache: not used; transformers' gradient checkpointing needs it in the signature.
             past_key_values, cache: the cache, under `CACHE_NAME`.
         """
         cache = past_key_values if cache is None else cache
@@ -136,7 +134,7 @@ class LlambaModel(LlambaPreTrainedModel):
             input_ids: (batch, length) int64; or `inputs_embeds`, (batch, length, d_model).
             attention_mask: (batch, past + length), 0 at padding, anywhere; it changes no real token's output.
             position_ids: (batch or 1, length), each token's place in its document, counted from 0. Where they start
-                again at 0, a document begins, and no layer sees what came before. By default each row is one document.
+                again at 0, a document begins: no layer sees earlier tokens then. By default each row is one document.
             past_key_values: a `LlambaCache`, updated in place; made here if `use_cache` and none is given.
             cache: another name of `past_key_values`, transformers' own from 5.24 on.
             kwargs: what `transformers.utils.TransformersKwargs` lists.
@@ -171,7 +169,7 @@ class LlambaModel(LlambaPreTrainedModel):
         position_ids: Tensor | None = None,
         cache: LlambaCache | None = None,
     ) -> dict[str, dict]:
-        """What every layer is given beside hidden states and cache, by its kind; the arguments are `forward`'s."""
+        """By kind of layer, the arguments it gets beside hidden states and cache, made from `forward`'s arguments."""
         length = hidden_states.shape[1]
         padding = PaddingLayout.of(attention_mask, length)
         places = _token_places(hidden_states, attention_mask, cache)  # (batch or 1, past + length)
@@ -188,7 +186,7 @@ class LlambaModel(LlambaPreTrainedModel):
                 same_document = _same_document(position_ids, places)
             elif is_packed and (padding is not None or cache is not None):
                 raise ValueError(
-                    f"several documents in a row, beside padding or a cache: {implementation} would mix them. "
+                    f"several documents in a row, with padding or a cache: {implementation} would mix them. "
                     'Call model.set_attn_implementation("sdpa")'
                 )
             causal_mask = create_causal_mask(
@@ -210,7 +208,7 @@ class LlambaModel(LlambaPreTrainedModel):
 
 
 def _token_places(hidden_states: Tensor, attention_mask: Tensor | None, cache: LlambaCache | None) -> Tensor:
-    """How many real tokens of the row come before each, (batch or 1, past + length) int64; 0 at padding before them."""
+    """How many real tokens come before each token of a row, (batch or 1, past + length) int64."""
     if attention_mask is not None:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     past = cache.get_seq_length() if cache is not None else 0
@@ -218,14 +216,14 @@ def _token_places(hidden_states: Tensor, attention_mask: Tensor | None, cache: L
 
 
 def _is_packed(position_ids: Tensor, places: Tensor, attention_mask: Tensor | None) -> bool:
-    """Whether a row's tokens belong to a document that begins after the row's first token.
+    """Whether a document begins after the first token of a row.
 
     Args:
         position_ids: (batch or 1, length).
         places: (batch or 1, length), of the same tokens.
 
     Raises:
-        ValueError: where positions neither count up by one nor start again at 0.
+        ValueError: if positions neither count up by one nor start again at 0.
     """
     real = torch.ones_like(places, dtype=torch.bool)
     if attention_mask is not None:
@@ -246,7 +244,7 @@ def _is_packed(position_ids: Tensor, places: Tensor, attention_mask: Tensor | No
 
 
 def _same_document(position_ids: Tensor, places: Tensor):
-    """A mask function of transformers': whether a key is not before the first token of the query's document."""
+    """A mask function for transformers: true for keys at or after the first token of the query's document."""
     past = places.shape[1] - position_ids.shape[1]
     first = places[:, past:] - position_ids  # (batch or 1, length): place of the document's first token
     rows = max(len(first), len(places))
@@ -260,7 +258,7 @@ def _same_document(position_ids: Tensor, places: Tensor):
 
 
 def _checked_cache(past_key_values: LlambaCache | None, cache: LlambaCache | None) -> LlambaCache | None:
-    """The cache, given under either of its names."""
+    """The cache, given under one of its two names."""
     if past_key_values is not None and cache is not None:
         raise TypeError("cache and past_key_values are two names of one argument; give one of them")
     cache = past_key_values if cache is None else cache
@@ -273,7 +271,7 @@ def _checked_cache(past_key_values: LlambaCache | None, cache: LlambaCache | Non
 
 
 def _check_kwargs(kwargs: dict, position_ids: Tensor | None) -> None:
-    """Refuse what no layer would heed."""
+    """Refuse arguments that no layer would use."""
     unknown = ", ".join(sorted(set(kwargs) - TYPED_KWARGS))
     if unknown:
         installed = transformers.__version__
@@ -285,7 +283,7 @@ def _check_kwargs(kwargs: dict, position_ids: Tensor | None) -> None:
 
 
 class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
-    """A Llamba with its head, Llama layers grafted where `config.llama_layers` says."""
+    """A Llamba with its head. The layers in `config.llama_layers` are a Llama's."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}  # noqa: RUF012
 
@@ -324,8 +322,8 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
         """
         Args:
             labels: (batch, length) int64, -100 where no loss is wanted; shifted inside.
-            logits_to_keep: compute logits for the last n positions only (0: all), or for these positions: (kept,) the
-                same in every row, or (batch, kept) each row's own.
+            logits_to_keep: compute logits for the last n positions only (0: all), or for these positions: (kept,) for
+                all rows, or (batch, kept) for each row.
             Others as in [`LlambaModel`].
 
         Returns:
@@ -349,7 +347,7 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
             hidden_states = hidden_states[rows[:, None], logits_to_keep.to(hidden_states.device)]
         else:
             hidden_states = hidden_states[:, logits_to_keep]
-        # The rows that only pad the vocabulary are cut off: no sampler can ever see them.
+        # Without the rows that only pad the vocabulary, so that no sampler can choose them.
         logits = self.lm_head(hidden_states)[..., : self.config.vocab_size]
         loss = None
         if labels is not None:
@@ -375,8 +373,8 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
         """`GenerationMixin.generate`, with prompts padded on either side.
 
-        Transformers reads the next token off the last column, which in a right-padded batch is padding. The prompts are
-        moved to the right for the run; the sequences returned start with them as they were given.
+        Transformers reads the next token from the last column, which is padding in a right-padded batch. So prompts are
+        moved to the right while it runs. The sequences returned begin with the prompts as they were given.
 
         Raises:
             ValueError: if a cache is continued and the last column of the mask is padding.

@@ -1,6 +1,6 @@
-"""What an import of this module does: transformers knows `model_type: llamba`, and torch the classes of a `model.pt`.
+"""Importing this module registers `model_type: llamba` with transformers, and the classes of a `model.pt` with torch.
 
-`import model_preparation` imports it; a command does not until it needs the model, as that takes two seconds.
+`import model_preparation` imports it. A command imports it only when it needs the model, as that takes two seconds.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""The classes a `model.pt` of ours is made of, for `torch.load`'s default `weights_only=True`.
+"""The classes in our `model.pt` files, for `torch.load`'s default `weights_only=True`.
 
-`torch.serialization.add_safe_globals(SAFE_GLOBALS)` lets the unpickler build these and nothing else; a file that names
-any other class or function is refused by torch with that name.
+`torch.serialization.add_safe_globals(SAFE_GLOBALS)` lets the unpickler build only these. torch refuses a file with any
+other class or function.
 """
 
 from torch import nn

@@ -2,9 +2,9 @@
 
 Per value head h of group g = h // (H / G), with log decay l_t = -softplus(a_t) <= 0:
     S_t = exp(l_t) S_{t-1} + x_t B_t^T        y_t = S_t C_t
-`scan` does a whole sequence in chunks, `step` one token. State and decay are at least float32 whatever the rest is; see
-`product_dtype` for the factors of `scan`'s matrix products. Both take exponentials only of sums of l, which are never
-positive: nothing can overflow and nothing is divided by softplus(a).
+`scan` computes a whole sequence in chunks, `step` one token. State and decay are at least float32; `product_dtype` is
+the dtype of the factors in `scan`'s matrix products. Both take exponentials only of sums of l, which are never
+positive: nothing can overflow, and nothing is divided by softplus(a).
 Source: Mamba-2, Dao and Gu 2024 (arXiv 2405.21060), section 6, the block decomposition of a semiseparable matrix.
 """
 
@@ -70,7 +70,7 @@ def scan(
 
     products = product_dtype(x)
     x, B, C = by_chunk(x, products), by_chunk(B, products), by_chunk(C, products)
-    # exp2, as exp takes 10 times as long on a CPU where its result is 0.
+    # exp2: exp takes 10 times as long on a CPU if its result is 0.
     log_decay = by_chunk(log_decay.clamp(min=NEVER).unsqueeze(-1), dtype) * LOG2_E  # (chunks * batch * H, Q, 1)
 
     # Within a chunk: attention with the decay between two tokens as its mask, and D on the diagonal.
@@ -80,12 +80,12 @@ def scan(
         scores.view(-1, H, Q, Q).diagonal(dim1=2, dim2=3).add_(D.to(dtype).unsqueeze(-1))
     y = torch.bmm(scores.to(products), x)
 
-    # What each chunk adds to the state: its inputs, decayed to the chunk's end.
+    # Each chunk adds its inputs to the state, decayed to the chunk's end.
     to_end = decay[:, -1].unsqueeze(-1)  # (chunks * batch * H, Q, 1)
     B, C = per_head(B), per_head(C)
     added = torch.bmm((x.to(dtype) * to_end).to(products).transpose(1, 2), B).to(dtype)  # (chunks * batch * H, P, N)
 
-    # Between chunks: carry the state, and let every token read what came before its chunk.
+    # Between chunks: carry the state, and let every token read the state before its chunk.
     from_start = log_decay.cumsum(1).exp2_()  # (chunks * batch * H, Q, 1)
     state = x.new_zeros((batch, H, P, N), dtype=dtype) if initial_state is None else initial_state.to(dtype)
     state = state.flatten(0, 1)
@@ -122,7 +122,7 @@ def step(
     decay = log_decay.exp()[..., None, None]
     state = state.to(dtype) * decay if torch.is_grad_enabled() else state.to(dtype).mul_(decay)
     state = state.addcmul_(x.unsqueeze(-1), B.unsqueeze(-2))
-    # C from the left: with C as a column bmm takes 7 times as long on a CPU.
+    # C is the left factor: as a column on the right, bmm takes 7 times as long on a CPU.
     y = torch.bmm(C.reshape(-1, 1, C.shape[-1]), state.flatten(0, 1).transpose(1, 2)).view_as(x)
     return y if D is None else y.addcmul_(D.to(dtype).unsqueeze(-1), x), state
 
@@ -130,8 +130,8 @@ def step(
 def segment_sum(values: Tensor) -> Tensor:
     """Sums over every span: out[:, i, j] = values[:, j+1] + ... + values[:, i], 0 on the diagonal, -inf above it.
 
-    Differences of running sums in float32 would lose the small spans after a large value. In float64 they do not; they
-    are taken in two parts of the values' dtype, of which the second is what the first rounds off.
+    Differences of running sums in float32 would lose small spans after a large value; those in float64 do not. A sum in
+    float64 is split into two parts of the values' dtype: the second is the rounding error of the first.
 
     Args:
         values: (n, Q, 1).
@@ -151,10 +151,10 @@ def segment_sum(values: Tensor) -> Tensor:
 
 
 def product_dtype(t: Tensor) -> torch.dtype:
-    """The dtype of the factors of matrix products: bfloat16 where a CPU multiplies it, else at least float32.
+    """The dtype of the factors in matrix products: bfloat16 if the CPU multiplies it, else at least float32.
 
-    Sums are float32 either way; of bfloat16 factors each product of matrices is rounded to bfloat16 once, as upstream's
-    kernels round the factors. What is carried from chunk to chunk is float32.
+    Sums are float32 either way. With bfloat16 factors, each matrix product is rounded to bfloat16 once, as upstream's
+    kernels round the factors. The state between chunks is float32.
     """
     if t.dtype == torch.bfloat16 and t.device.type == "cpu" and _cpu_has_bfloat16():
         return t.dtype
@@ -173,7 +173,7 @@ def _has_flash_linear_attention() -> bool:
 
 def _scan_flash_linear_attention(x, log_decay, B, C, initial_state):
     """`scan` by a Triton kernel of github.com/fla-org/flash-linear-attention (fla/ops/simple_gla)."""
-    # Not an import statement: transformers takes those of a checkpoint's own files for packages that must be installed.
+    # No import statement: transformers requires every package that a checkpoint's own files import.
     chunk_simple_gla = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
     repeats = x.shape[2] // B.shape[2]
     y, state = chunk_simple_gla(

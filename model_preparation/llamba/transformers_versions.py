@@ -1,6 +1,6 @@
 """The versions of transformers that this model was tested with; importing this module checks the installed one.
 
-Every file of the model imports it first. Folders carry a copy, which can meet a transformers of any age.
+The model's files import it first: checkpoint folders have copies of them, which may meet any version of transformers.
 """
 
 import transformers
@@ -15,7 +15,7 @@ if Version(transformers.__version__) < Version(OLDEST):
         f"This model needs {TESTED}; {transformers.__version__} is installed. Run: pip install 'transformers=={NEWEST}'"
     )
 if Version(transformers.__version__) > Version(NEWEST):
-    # transformers' own logger gives the same warning only once, however many folders are opened.
+    # transformers' own logger warns only once, even if many folders are opened.
     logging.get_logger().warning_once(
         f"This model was tested with {TESTED}; {transformers.__version__} is installed. "
         f"If its text looks wrong, run: pip install 'transformers=={NEWEST}'"

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 from model_preparation import SurgeryError, build_checkpoint, distill_llamba_base, load_checkpoint
 from model_preparation.checkpoint.llamba_init import init_llamba_base
 from model_preparation.train.distill import distill, hidden_states
-from model_preparation.train.distill.distill_data import TokenData
 from model_preparation.train.distill.distill_layer import Teacher
-from model_preparation.train.distill.distill_report import describe, plot_losses
-from model_preparation.train.distill.distill_tokens import described
+from model_preparation.train.distill.report import describe, plot_losses
 from model_preparation.train.distill.self_sampling import SelfSampler
-from model_preparation.train.work_folder import WorkFolder
+from model_preparation.train.distill.settings import DistillSettings
+from model_preparation.train.distill.tokens import TokenData, described
+from model_preparation.train.distill.work_folder import WorkFolder
 from tests.conftest import assert_refused, run_command, run_fresh_command
 from tests.train.cutting import write_text
 
@@ -33,9 +33,11 @@ FLAGS = ["--steps_per_layer", 6, "--batch_size", 4, "--learning_rate", 3e-3, "--
 
 @pytest.fixture(scope="module")
 def distilled(donor_dir, tmp_path_factory) -> tuple[Path, dict]:
-    """A base of the tiny donor, and what was told of it."""
+    """A base of the tiny donor, and its summary."""
     folder = tmp_path_factory.mktemp("distilled") / "base"
-    return folder, distill_llamba_base(str(donor_dir), folder, TOKENS, **QUICK | {"steps_per_layer": 40})
+    return folder, distill_llamba_base(
+        str(donor_dir), folder, TOKENS, DistillSettings(**QUICK | {"steps_per_layer": 40})
+    )
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -136,7 +138,7 @@ def killed(owner: object, name: str, call: int, *args: object, **kwargs: object)
 
 @pytest.mark.parametrize("memory_limit_gb", [1.0, 0.0])
 def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(donor_dir, tmp_path, monkeypatch, memory_limit_gb):
-    monkeypatch.setattr("model_preparation.train.distill.distill_tokens.SEQUENCES_AT_ONCE", 20)
+    monkeypatch.setattr("model_preparation.train.distill.tokens.SEQUENCES_AT_ONCE", 20)
     options = {**QUICK, "tokens": 34 * 12, "sequence_length": 12, "memory_limit_gb": memory_limit_gb}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     distill_llamba_base(str(donor_dir), whole, "self", **options)
@@ -262,13 +264,13 @@ def test_of_text_the_summary_has_one_digest(tmp_path):
     digests = []
     for name, content in (("a.txt", "one"), ("b.txt", "one"), ("a.txt", "two")):
         (tmp_path / name).write_text(content)
-        digests.append(described(tmp_path, 10, 5, seed=0)["data"])
+        digests.append(described(tmp_path, DistillSettings(tokens=10, sequence_length=5))["data"])
     assert len({digest for digest in digests if isinstance(digest, str)}) == 3
 
 
 def test_each_layer_of_the_donor_is_read_once_for_the_training(donor_dir, tmp_path, monkeypatch):
-    read, load = [], hidden_states.donor_layer
-    monkeypatch.setattr(hidden_states, "donor_layer", lambda *args: read.append(args[2]) or load(*args))
+    read, load = [], hidden_states.HiddenStates.layer
+    monkeypatch.setattr(hidden_states.HiddenStates, "layer", lambda self: read.append(self.index) or load(self))
     distill_llamba_base(str(donor_dir), tmp_path / "base", TOKENS, **QUICK, layers=[0, 2])
     assert read == [0, 1, 2]
 
@@ -316,11 +318,11 @@ def test_positions_of_no_weight_do_not_count(donor_dir, tmp_path):
     [
         (["--data", "nowhere.txt"], ["nowhere.txt is not there", "self"]),
         (["--layers", 9], ["Layer 9 is out of range", "0 to 3"]),
-        (["--n_qk_heads", 3], ["No mixer can be made so: ssm_cfg: n_qk_heads 3 does not divide"]),
+        (["--n_qk_heads", 3], ["These mixer sizes do not fit: ssm_cfg: n_qk_heads 3 does not divide"]),
         (["--sequence_length", 513], ["513 tokens are longer", "512", "config.json"]),
         (["--tokens", 10**15], ["1,000,000,000,000,000 tokens, width 32", "256.0 PB", "fewer --tokens"]),
         (["--data", "short.txt"], ["has 4 tokens", "two sequences of 512"]),
-        (["--data", "bad.jsonl"], ["bad.jsonl", 'no JSON object with a string "text"']),
+        (["--data", "bad.jsonl"], ["bad.jsonl", 'line 2 has no string "text"']),
         (["--data", "."], ["bad.jsonl"]),
         (["--donor", "BASE"], ["is a llamba model"]),
     ],
@@ -332,6 +334,15 @@ def test_what_cannot_be_is_one_sentence(donor_dir, base_dir, tmp_path, flags, wo
     flags = [base_dir if flag == "BASE" else flag for flag in flags]
     assert_refused(run_command("distill_llamba_base", *given, *flags, cwd=tmp_path), *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_cannot_be_are_refused_before_anything_is_read(tmp_path):
+    for given, words in (
+        ({"target": "norm"}, "target is 'norm'. Choose one of mixer, layer"),
+        ({"tokens": 0}, "tokens is 0"),
+    ):
+        with pytest.raises(SurgeryError, match=words):
+            distill_llamba_base("nowhere", tmp_path / "base", **given)
 
 
 @pytest.mark.parametrize("restart", [True, False])

@@ -10,8 +10,8 @@ from transformers.utils.logging import enable_progress_bar
 
 from model_preparation import SurgeryError
 from model_preparation.checkpoint.model_configs import read_config
-from model_preparation.train.distill.distill_data import TokenData, text_files, tokens_of_text
 from model_preparation.train.distill.self_sampling import SelfSampler, first_token
+from model_preparation.train.distill.tokens import TokenData, text_files, tokens_of_text
 from tests.conftest import make_tokenizer
 
 END = "</s>"
@@ -35,7 +35,7 @@ def test_texts_follow_each_other_with_the_end_between_them(tmp_path):
 
 
 def test_a_long_text_is_read_as_far_as_it_is_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr("model_preparation.train.distill.distill_data._PIECE_CHARACTERS", 64)
+    monkeypatch.setattr("model_preparation.train.distill.tokens._PIECE_CHARACTERS", 64)
     lines = [f"line {number} of a text\n" for number in range(40)]
     text, jsonl, endless = tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.txt"
     text.write_text("".join(lines) + "x" * 300 + " the end")
@@ -48,12 +48,12 @@ def test_a_long_text_is_read_as_far_as_it_is_needed(tmp_path, monkeypatch):
     counted = []
     assert tokens_of_text([endless], tokenizer, 5, 30, counted.append).flatten().tolist() == whole[:30]
     assert sum(counted) < 128
-    with pytest.raises(SurgeryError, match=r"c\.txt cannot be used"):
+    with pytest.raises(SurgeryError, match=r"c\.txt cannot be read as text"):
         tokens_of_text([endless], tokenizer, 5, 100_000, counted.append)
 
 
 def test_a_text_in_pieces_begins_and_ends_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("model_preparation.train.distill.distill_data._PIECE_CHARACTERS", 16)
+    monkeypatch.setattr("model_preparation.train.distill.tokens._PIECE_CHARACTERS", 16)
     tokenizer = make_tokenizer()
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

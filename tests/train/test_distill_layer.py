@@ -100,8 +100,7 @@ def test_it_starts_as_the_untrained_base_does(donor, states):
 
 
 @pytest.mark.parametrize(
-    "mixer",
-    [{"d_state": 24}, {"d_state": 5}, {"n_v_heads": 4}, {"n_v_heads": 4, "n_qk_heads": 1, "d_conv": 2}],
+    "mixer", [{"d_state": 24}, {"d_state": 5}, {"n_v_heads": 4}, {"n_v_heads": 4, "n_qk_heads": 1, "d_conv": 2}]
 )
 def test_another_size_starts_from_what_fits(donor, states, mixer):
     student = start(donor, mixer)

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model_preparation import build_checkpoint, load_checkpoint, verify_checkpoint
+from model_preparation import build_checkpoint, heal_checkpoint, load_checkpoint, verify_checkpoint
 from model_preparation.checkpoint.checkpoint_info import formats_of
 from model_preparation.checkpoint.digests import recorded_weights
 from model_preparation.errors import SurgeryError
@@ -20,10 +20,10 @@ from model_preparation.evaluation.generation import generate_text
 from model_preparation.io.digests import describe_files
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.train.heal.arguments import TRACKER_VERSIONS, check_tracker
-from model_preparation.train.heal.heal_data import hold_out, load_sequences
 from model_preparation.train.heal.resume_state import list_states, load_plain
+from model_preparation.train.heal.run import trained_layers
+from model_preparation.train.heal.sequences import hold_out, load_sequences
 from model_preparation.train.heal.settings import TRACKERS, HealSettings
-from model_preparation.train.heal.trainable import trained_layers
 from tests.conftest import PACKAGE, assert_refused, run_command
 from tests.train.cutting import write_text
 
@@ -358,6 +358,11 @@ def test_a_tracker_that_is_not_installed_or_too_new_is_named(heal, tmp_path, mon
         check_tracker(HealSettings(report_to="swanlab"))
 
 
+def test_a_setting_that_does_not_exist_is_refused_with_those_that_do(checkpoint_dir, text_file, tmp_path):
+    with pytest.raises(SurgeryError, match=r"HealSettings has no learningrate\. It has .*, learning_rate, "):
+        heal_checkpoint(checkpoint_dir, str(text_file), tmp_path / "out", HealSettings(), learningrate=1e-3)
+
+
 def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, checkpoint_dir, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("too short")
@@ -380,10 +385,10 @@ def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, check
     assert_refused(heal(tmp_path / "out", "--milestones", "2=a", "3=a"), "a name of its own", code=2)
     assert_refused(heal(tmp_path / "out", "--seed", 2**32), "too large", code=2)
     assert_refused(heal(tmp_path / "out", "--dropout", 1), "too large", code=2)
-    assert_refused(heal(tmp_path / "out", "--data", ""), "named by nothing")
+    assert_refused(heal(tmp_path / "out", "--data", ""), "name of the text is empty")
     held_out = ("--eval_data", short)
-    assert_refused(heal(tmp_path / "out", *held_out, "--eval_interval", 0), "looks at no held-out text", code=2)
-    assert_refused(heal(tmp_path / "out", *held_out, "--eval_fraction", 0.3), "leave one of them out", code=2)
+    assert_refused(heal(tmp_path / "out", *held_out, "--eval_interval", 0), "measures no held-out loss", code=2)
+    assert_refused(heal(tmp_path / "out", *held_out, "--eval_fraction", 0.3), "leave out it or --eval_fraction", code=2)
     merge = ("--checkpoint", checkpoint_dir, "--output_dir", tmp_path / "out", "--merge_adapter")
     assert_refused(run_command("heal_checkpoint", *merge, healed), "has no adapter_config.json", "folder of an adapter")
     assert_refused(

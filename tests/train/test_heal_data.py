@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from model_preparation.errors import SurgeryError
-from model_preparation.train.heal.heal_data import Sequences, Shuffled, hold_out, load_sequences
+from model_preparation.train.heal.sequences import Sequences, Shuffled, hold_out, load_sequences
 from tests.checkpoint.test_sources import NOBODY, Caches, FakeHub, caches, hub  # noqa: F401
 from tests.conftest import make_tokenizer
 
@@ -86,7 +86,9 @@ def test_tables_are_read_by_their_column_of_text(tmp_path):
     tokens = load_sequences(str(tmp_path), tokenizer, 5).tokens.reshape(-1).tolist()
     assert tokenizer.decode(tokens) == "ab</s>c</s>"
     pyarrow.parquet.write_table(table.rename_columns(["id", "words"]), tmp_path / "b.parquet")
-    with pytest.raises(SurgeryError, match=r'b\.parquet has no column "text"; it has id, words'):
+    with pytest.raises(
+        SurgeryError, match=r'b\.parquet cannot be read as text: it has no column "text", only id, words'
+    ):
         load_sequences(str(tmp_path), tokenizer, 5)
     (tmp_path / "b.parquet").write_bytes(b"PAR1 is all")
     with pytest.raises(SurgeryError, match=r"b\.parquet cannot be read as text"):
@@ -107,7 +109,7 @@ def test_a_data_set_of_the_hub_is_downloaded_once(hub: FakeHub, caches: Caches, 
     rows = {f"{name}.jsonl": json.dumps({"text": text}).encode() for name, text in (("a", "xyz"), ("b", "uvw"))}
     hub.huggingface["datasets/org/text"] = {"README.md": f"{card}---\n".encode(), **rows}
     at(hub.url, offline=False)
-    with pytest.raises(SurgeryError, match=r"no data set to be had .*'a', 'b'.*org/name:config"):
+    with pytest.raises(SurgeryError, match=r"no data set could be loaded .*'a', 'b'.*org/name:config"):
         load_sequences("org/text", tokenizer, 4)
     for offline in (False, True):
         at(NOBODY if offline else hub.url, offline=offline)
@@ -131,7 +133,9 @@ def test_a_data_set_of_modelscope_is_downloaded_once(hub: FakeHub, caches: Cache
     assert hub.sent.count("data/train.jsonl") == 1
     assert "model.bin" not in hub.sent
     caches.hubs_at(hub.url)
-    with pytest.raises(SurgeryError, match=r"modelscope:org/none .*no data set to be had \(ModelScope .* has no such"):
+    with pytest.raises(
+        SurgeryError, match=r"modelscope:org/none .*no data set could be loaded \(ModelScope .* has no such"
+    ):
         load_sequences("modelscope:org/none", tokenizer, 6)
     with pytest.raises(SurgeryError, match=r"modelscop:org/text is neither .* nor the name of a data set: org/name"):
         load_sequences("modelscop:org/text", tokenizer, 6)

@@ -15,7 +15,7 @@ from model_preparation import verify_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.io.digests import describe_files
 from model_preparation.llamba import LlambaForCausalLM
-from model_preparation.train.heal.resume_state import MARK, ResumeState, check_state, list_states, read_state
+from model_preparation.train.heal.resume_state import STATE_FILE, ResumeState, check_state, list_states, read_state
 from tests.conftest import PACKAGE
 from tests.train.cutting import outcome, run_until, write_text
 
@@ -161,9 +161,9 @@ def test_shards_with_code_in_them_are_refused_by_name(fsdp, tmp_path):
     check_state(read_state(tmp_path / "state"))
 
     def refused(by: str) -> None:
-        mark = tmp_path / "state" / MARK
+        mark = tmp_path / "state" / STATE_FILE
         info = json.loads(mark.read_text())
-        info["files"] = describe_files(tmp_path / "state", excluded=[MARK])
+        info["files"] = describe_files(tmp_path / "state", excluded=[STATE_FILE])
         mark.write_text(json.dumps(info))
         with pytest.raises(SurgeryError, match=by):
             check_state(read_state(tmp_path / "state"))

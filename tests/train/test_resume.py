@@ -16,7 +16,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.digests import describe_file
 from model_preparation.train.heal.heal_trainer import HealTrainer
 from model_preparation.train.heal.resume_state import (
-    MARK,
+    STATE_FILE,
     check_state,
     finish_state,
     list_states,
@@ -80,7 +80,7 @@ def test_asked_to_stop_a_run_saves_where_it_is_and_ends_with_the_same_bits(flags
     # The milestone was not rotated away, and a run can go on from it.
     assert read_state(tmp_path / "out_resume" / "early").steps == 1
     result = heal(out, *more, "--resume", tmp_path / "out_resume" / "early", "--overwrite")
-    assert "checkpoint-6 has seen more than early: it is put aside as checkpoint-6.aside" in result.stdout
+    assert "checkpoint-6 has seen more sequences than early: it is renamed to checkpoint-6.aside" in result.stdout
     assert outcome(out) == outcome(healed)
 
 
@@ -104,13 +104,13 @@ def test_a_state_has_everything_in_it(healed):
 
 def test_what_is_half_written_is_skipped_and_named(heal, healed, tmp_path):
     states = copy_states(healed, tmp_path / "out")
-    (states / "checkpoint-6" / MARK).unlink()
+    (states / "checkpoint-6" / STATE_FILE).unlink()
     (states / "checkpoint-8.partial").mkdir()
     (states / "checkpoint-8.partial" / ".held_by").write_text("{}")
     result = heal(tmp_path / "out")
     for name in ("checkpoint-6", "checkpoint-8.partial"):
-        assert f"{states / name} is half-written by a run that was killed, or damaged: it is skipped." in result.stdout
-    assert f"Going on from {states / 'checkpoint-4'}" in result.stdout
+        assert f"{states / name} is incomplete, as its run was killed, or damaged: it is skipped." in result.stdout
+    assert f"Resuming from {states / 'checkpoint-4'}" in result.stdout
     assert outcome(tmp_path / "out") == outcome(healed)
     names = sorted(path.name for path in states.iterdir())
     assert names == ["checkpoint-3", "checkpoint-4", "checkpoint-6", "checkpoint-6.aside"]
@@ -134,7 +134,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_offered(heal, healed, tm
     assert_refused(refused, str(other), f"--resume {states / 'checkpoint-3'}")
     assert sorted(folder.name for folder in states.iterdir()) == before
     other.write_bytes(weights)
-    mark = states / "checkpoint-6" / MARK
+    mark = states / "checkpoint-6" / STATE_FILE
     mark.write_text(mark.read_text()[:-50])
     assert_refused(heal(tmp_path / "out"), f"{mark} cannot be read", f"--resume {states / 'checkpoint-4'}")
     assert_refused(heal(tmp_path / "out", "--resume", states), "holds states, the newest checkpoint-4")
@@ -146,9 +146,9 @@ def test_a_state_with_code_in_it_is_refused_by_name(heal, healed, tmp_path):
     states = copy_states(healed, tmp_path / "out")
     folder = states / "checkpoint-6"
     torch.save({"python": os.system}, folder / "rng_state.pth")
-    info = json.loads((folder / MARK).read_text())
+    info = json.loads((folder / STATE_FILE).read_text())
     info["files"]["rng_state.pth"] = describe_file(folder / "rng_state.pth")
-    (folder / MARK).write_text(json.dumps(info))
+    (folder / STATE_FILE).write_text(json.dumps(info))
     assert_refused(heal(tmp_path / "out"), str(folder / "rng_state.pth"), "posix.system")
     with pytest.raises(SurgeryError, match=r"posix\.system"):
         load_plain(folder / "rng_state.pth")
@@ -157,14 +157,14 @@ def test_a_state_with_code_in_it_is_refused_by_name(heal, healed, tmp_path):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        (MARK, {"parent": {}}),
-        (MARK, {"data": {}}),
-        (MARK, {"unlogged": {}}),
-        (MARK, {"unlogged": {"losses": ["x"], "last_logged": 0}}),
-        (MARK, {"unlogged": {"losses": [], "last_logged": 0}}),
-        (MARK, {"run_id": 5}),
-        (MARK, {"texts": [{"prompt": 5}]}),
-        (MARK, {"files": {"optimizer.pt": 5}}),
+        (STATE_FILE, {"parent": {}}),
+        (STATE_FILE, {"data": {}}),
+        (STATE_FILE, {"unlogged": {}}),
+        (STATE_FILE, {"unlogged": {"losses": ["x"], "last_logged": 0}}),
+        (STATE_FILE, {"unlogged": {"losses": [], "last_logged": 0}}),
+        (STATE_FILE, {"run_id": 5}),
+        (STATE_FILE, {"texts": [{"prompt": 5}]}),
+        (STATE_FILE, {"files": {"optimizer.pt": 5}}),
         ("trainer_state.json", {"global_step": "x"}),
         ("trainer_state.json", {"log_history": "x"}),
         ("trainer_state.json", {"log_history": [{"step": 1, "loss": "x"}]}),
@@ -177,10 +177,10 @@ def test_a_state_that_no_run_can_have_written_is_refused(healed, tmp_path, name,
     folder = copy_states(healed, tmp_path / "out") / "checkpoint-6"
     content = json.loads((folder / name).read_text())
     (folder / name).write_text("[" * 100_000 if change is None else json.dumps(content | change))
-    if name != MARK:
-        info = json.loads((folder / MARK).read_text())
+    if name != STATE_FILE:
+        info = json.loads((folder / STATE_FILE).read_text())
         info["files"][name] = describe_file(folder / name)
-        (folder / MARK).write_text(json.dumps(info))
+        (folder / STATE_FILE).write_text(json.dumps(info))
     with pytest.raises(SurgeryError, match=rf"{name} (cannot be read|is refused) .*--resume .*checkpoint-4"):
         check_state(read_state(folder))
 
@@ -189,7 +189,7 @@ def test_a_state_that_no_run_can_have_written_is_refused(healed, tmp_path, name,
     ("name", "value"), [("max_steps", "x"), ("teacher", 5), ("exclude", [1]), ("batch_size", True)]
 )
 def test_settings_of_a_state_that_cannot_be(healed, name, value):
-    with pytest.raises(SurgeryError, match=f"settings are none: {name}"):
+    with pytest.raises(SurgeryError, match=f"settings are not valid: {name}"):
         saved_settings(HealSettings().as_dict() | {name: value})
     assert saved_settings(HealSettings().as_dict()) == HealSettings()
 
@@ -197,24 +197,24 @@ def test_settings_of_a_state_that_cannot_be(healed, name, value):
 def test_what_does_not_fit_into_a_run_is_told(heal, healed, tmp_path):
     folder = copy_states(healed, tmp_path / "out") / "checkpoint-4"
     shutil.rmtree(folder.with_name("checkpoint-6"))
-    info = json.loads((folder / MARK).read_text())
+    info = json.loads((folder / STATE_FILE).read_text())
     odd = {"rng_state.pth": {}, "scheduler.pt": 5, "optimizer.pt": {"state": {}, "param_groups": []}}
     for name, content in odd.items():
         torch.save(content, folder / name)
         info["files"][name] = describe_file(folder / name)
-        (folder / MARK).write_text(json.dumps(info))
+        (folder / STATE_FILE).write_text(json.dumps(info))
         refused = heal(tmp_path / "out")
         assert_refused(refused, f"{folder / name} does not fit this run", f"--resume {folder.parent / 'checkpoint-3'}")
 
 
 def test_a_run_that_goes_on_has_the_settings_it_was_started_with(heal, healed, tmp_path):
     states = copy_states(healed, tmp_path / "out")
-    (states / "checkpoint-6" / MARK).unlink()
+    (states / "checkpoint-6" / STATE_FILE).unlink()
     more = ("--init_from", "scratch", "--milestones", "3=past")
     result = heal(tmp_path / "out", "--learning_rate", 0.5, "--seed", 3, "--save_total_limit", 2, *more)
     assert "init_from stays 'checkpoint'" in result.stdout
-    assert "The milestone past is not made: its step 3 is behind" in result.stdout
-    assert "learning_rate stays 0.01, as the run was started with; 0.5 does not count" in result.stdout
+    assert "The milestone past is not saved: the run is past its step 3." in result.stdout
+    assert "learning_rate stays 0.01, as the run was started with; 0.5 is ignored" in result.stdout
     assert "seed stays 0" in result.stdout
     assert "--prompt" not in result.stdout
     assert outcome(tmp_path / "out") == outcome(healed)
@@ -224,7 +224,7 @@ def test_a_run_that_goes_on_has_the_settings_it_was_started_with(heal, healed, t
     assert "max_steps is now 7, was 6" in longer.stdout
     assert list_states(states)[0][-1].steps == 7
     again = heal(tmp_path / "out", "--max_steps", 7, "--overwrite", "--prompt", "another")
-    assert "The prompts stay those that the run began with: --prompt does not count." in again.stdout
+    assert "The prompts stay those that the run began with: --prompt is ignored." in again.stdout
     assert "checkpoint-7 has done all of these steps" in again.stdout
     refused = heal(tmp_path / "out", "--max_steps", 5, "--overwrite")
     assert_refused(refused, "has done 7 steps, more than --max_steps 5", "--resume DIR")

@@ -1,172 +1,141 @@
-"""An unaligned Llamba from any Llama: each mixer learns its layer's output on the donor's own inputs of that layer.
+"""Makes an unaligned Llamba from any Llama: each mixer learns what its layer's attention gives on the same inputs.
 
-In: a Llama, and text or tokens, or text that it writes itself. Out: a model folder as init_llamba_base.py writes it,
-with trained mixers, and distillation.json, .jsonl and .png beside the weights. Embeddings, norms, MLPs and head are the
-donor's; no stage trains the whole. One layer is in memory at a time, and finished layers outlive a killed run.
-Source: MOHAWK, arXiv 2408.10189, stage 2; the start is checkpoint/llamba_init.py's.
+Embeddings, norms, MLPs and head are the donor's, and no stage trains the whole model.
+Source: MOHAWK, arXiv 2408.10189, stage 2; training starts from checkpoint/llamba_init.py's weights.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 from model_preparation.checkpoint.layer_store import check_range, sorted_layers
-from model_preparation.checkpoint.llamba_init import llamba_parts, open_donor, size_bytes, write_llamba
+from model_preparation.checkpoint.llamba_init import llamba_parts, size_bytes, write_llamba
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve, tokenizer_files
-from model_preparation.io.complete_folder import check_space, check_target, new_folder
 from model_preparation.io.identity import digests_of_files
+from model_preparation.io.new_folder import check_space, check_target, new_folder
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import torch_dtype
-from model_preparation.io.tensors.tensor_files import TensorFiles
+from model_preparation.io.timestamps import creation_time
 from model_preparation.jobs.jobs import Job, Runner
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
-from model_preparation.train.distill import distill_defaults as defaults
-from model_preparation.train.distill.distill_block import layer_seed, train_layers
-from model_preparation.train.distill.distill_data import TokenData
-from model_preparation.train.distill.distill_layer import Target, Teacher
-from model_preparation.train.distill.distill_progress import LayerProgress
-from model_preparation.train.distill.distill_report import write_report
-from model_preparation.train.distill.distill_tokens import described, most_tokens, take_tokens
-from model_preparation.train.distill.hidden_states import check_room, donor_layer, states_bytes
+from model_preparation.train.distill.distill_layer import Teacher
+from model_preparation.train.distill.donor import Donor
+from model_preparation.train.distill.hidden_states import check_room, states_bytes
+from model_preparation.train.distill.perplexity import Layer, perplexities
+from model_preparation.train.distill.report import write_report
+from model_preparation.train.distill.settings import SELF, DistillSettings
 from model_preparation.train.distill.student_layer import MIXER_FIELDS, student_config, student_layer, student_tensors
-from model_preparation.train.heal.perplexity import Layer, perplexities
-from model_preparation.train.work_folder import WorkFolder
-from model_preparation.versions import creation_time, versions
+from model_preparation.train.distill.tokens import TokenData, described, most_tokens, take_tokens
+from model_preparation.train.distill.train_layers import layer_seed, train_layers
+from model_preparation.train.distill.work_folder import WorkFolder
+from model_preparation.versions import versions
 
-WORKER = Path(__file__).with_name("distill_worker.py")
+WORKER = Path(__file__).with_name("worker.py")
 DONOR, INITIAL, DISTILLED = "donor", "initial", "distilled"
 
 
 def distill_llamba_base(
     donor: str,
     output_dir: str | Path,
-    data: TokenData | Tensor | str | Path = defaults.SELF,
+    data: TokenData | Tensor | str | Path = SELF,
+    settings: DistillSettings | None = None,
     *,
-    tokens: int = defaults.TOKENS,
-    sequence_length: int = defaults.SEQUENCE_LENGTH,
-    steps_per_layer: int = defaults.STEPS_PER_LAYER,
-    batch_size: int = defaults.BATCH_SIZE,
-    learning_rate: float = defaults.LEARNING_RATE,
-    weight_decay: float = defaults.WEIGHT_DECAY,
-    seed: int = 0,
-    target: Target = "mixer",
-    mixer: Mapping[str, int] | None = None,
     layers: Sequence[int] | None = None,
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
-    memory_limit_gb: float = defaults.MEMORY_LIMIT_GB,
     overwrite: bool = False,
     restart: bool = False,
     sources: Mapping[str, str] | None = None,
     run_jobs: Runner | None = None,
-    layers_per_job: int = defaults.LAYERS_PER_JOB,
+    **given: Any,
 ) -> dict[str, Any]:
-    """Distil `donor` into a Llamba, write it into `output_dir` and return its summary, as distillation.json has it.
+    """Distil `donor` into a Llamba, write it into `output_dir`, and return the summary that distillation.json holds.
 
-    Started again with the same arguments after it was stopped anywhere, it goes on at the next unfinished layer, and
-    the weights come out with the same bytes (on the same kind of device, with as many threads).
+    A run that was stopped anywhere resumes at the next unfinished layer if it is called again with the same arguments.
+    The weights get the same bytes then, on the same kind of device with as many threads.
 
     Args:
         donor: a name, folder or hub id of a Llama, as `sources.resolve` takes it.
         output_dir: the folder to make; it appears whole or not at all.
         data: tokens (sequences, length) int64, with weights as `TokenData`; a .txt or .jsonl file or a folder of them;
             or "self" for text that the donor writes.
-        tokens: how many to train on and hold out; of a tensor all are taken.
-        sequence_length: of text; a tensor has its own.
-        steps_per_layer: of the optimizer.
-        batch_size: sequences per step.
-        learning_rate: its highest.
-        weight_decay: AdamW's.
-        seed: of everything random.
-        target: what is compared: see `distill_layer`.
-        mixer: `d_state`, `n_v_heads`, `n_qk_heads`, `d_conv` of the mixers where not what the donor's heads give.
-        layers: those to train, the others stay as they start; all by default.
-        dtype: of the weights written; the donor's by default. Training is in float32.
-        device: where layers run; Ray's workers have each their own GPU or the CPU.
-        memory_limit_gb: hidden states above it, in GB, are kept on the disk.
+        settings: by default `DistillSettings()`.
+        layers: those to train; the others keep their initial weights. By default all.
+        dtype: of the weights written; by default the donor's. Training is in float32.
+        device: where layers run. Each job on Ray has its own GPU or the CPU instead.
         overwrite: replace a model folder that is there.
-        restart: train all layers anew; tokens that an earlier run had are kept if what decides on them is the same.
+        restart: train all layers anew. The tokens of an earlier run are kept if their settings are the same.
         sources: targets by name, as `resolve(overrides=...)` takes them.
-        run_jobs: a `ray_jobs.RayRunner`, whose workers train some layers each; by default all are trained here.
-        layers_per_job: how many are a worker's job. It puts the tokens through all layers before those.
+        run_jobs: a `ray_jobs.RayRunner`, whose jobs train some layers each; by default all are trained here.
+        given: fields of `DistillSettings` that replace those of `settings`.
 
     Raises:
-        SurgeryError: for a donor that is none, text that cannot be used, a mixer or layers that cannot be, a target
-            that is taken, too little disk space, layers or tokens that an earlier run had by other settings, a
-            loss that is not finite.
+        SurgeryError: for a donor that is no Llama, text that cannot be used, sizes or layers that do not exist, a
+            target that is taken, too little disk space, an earlier run with other settings, a loss that is not finite.
     """
+    settings = replace(settings or DistillSettings(), **given)
     output = Path(output_dir).expanduser()
     check_target(output, overwrite=overwrite, marker_file="config.json")
     source = resolve(donor, overrides=sources)
     if output.resolve() == source.folder.resolve():
         raise SurgeryError(f"{output} is the donor's own folder. Choose another --output_dir.")
-    files, donor_config = open_donor(source)
-    config = student_config(donor_config, mixer)
+    original = Donor.open(source, device)
+    files, donor_config = original.files, original.config
+    config = student_config(donor_config, settings.mixer)
     config.dtype = torch_dtype(dtype) or files.dtype().torch
     chosen = sorted_layers(range(donor_config.num_hidden_layers) if layers is None else layers)
     check_range(chosen, donor_config.num_hidden_layers, str(source.folder))
     if isinstance(data, Tensor):
         data = TokenData(data)
-    length = data.tokens.shape[1] if isinstance(data, TokenData) else sequence_length
+    length = data.tokens.shape[1] if isinstance(data, TokenData) else settings.sequence_length
     if length > donor_config.max_position_embeddings:
         raise SurgeryError(
             f"Sequences of {length} tokens are longer than the donor takes, {donor_config.max_position_embeddings} "
             f"(max_position_embeddings in {source.folder / 'config.json'}). Give a --sequence_length up to that."
         )
-    text = {
-        "donor": digests_of_files({*files.paths(), *tokenizer_files(source.folder)}),
-        **described(data, tokens, sequence_length, seed),
-    }
-    training = {
-        "steps_per_layer": steps_per_layer,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-        "seed": seed,
-        "target": target,
-        "mixer": dict(mixer or {}),
-    }
-    # The trained mixers, float32 in the work folder, are less than the whole in float32.
+    text = {"donor": digests_of_files({*files.paths(), *tokenizer_files(source.folder)}), **described(data, settings)}
+    training = settings.of_training()
+    # The work folder keeps the trained mixers in float32. They are smaller than the whole model in float32.
     check_space(output, size_bytes(config, config.dtype) + size_bytes(config, torch.float32) + 50_000_000)
 
     work = WorkFolder.beside(output)
-    most = most_tokens(data, tokens, sequence_length)
-    if states_bytes(most, donor_config) > 1e9 * memory_limit_gb:
+    most = most_tokens(data, settings)
+    if states_bytes(most, donor_config) > settings.memory_limit_bytes:
         check_room(work.folder, most, donor_config, work.folder.glob("states_*/*"))
     with work.held(text, training, restart=restart):
-        taken = take_tokens(data, work, source.folder, donor_config, device)
+        taken = take_tokens(data, work, original)
         if run_jobs is None:
-            _train_here(work, files, donor_config, chosen, device, 1e9 * memory_limit_gb)
+            if done := sum(map(work.has_layer, chosen)):
+                print(f"{done} of {len(chosen)} layers are there already", flush=True)
+            train_layers(work, original, chosen, settings.memory_limit_bytes)
         else:
-            _train_by_jobs(work, source.folder, chosen, memory_limit_gb, run_jobs, layers_per_job)
+            _train_by_jobs(work, source.folder, chosen, settings, run_jobs)
         records = [work.record(index) for index in chosen]
 
         def layer_of(index: int, donor_tensors: dict[str, Tensor], *, trained: bool = True) -> dict[str, Tensor]:
             """The layer as it is written."""
-            made = student_tensors(donor_tensors, donor_config, config, layer_seed(seed, index))
+            made = student_tensors(donor_tensors, donor_config, config, layer_seed(settings.seed, index))
             made |= work.mixer(index) if trained and index in chosen else {}
             return {name: tensor.to(config.dtype) for name, tensor in made.items()}
 
         def layers_of(index: int) -> dict[str, Layer]:
             """The layer in each of the models that are compared."""
-            teacher = donor_layer(files, donor_config, index, device)
             tensors = dict(files.with_prefix(f"model.layers.{index}."))
             students = {INITIAL: layer_of(index, tensors, trained=False), DISTILLED: layer_of(index, tensors)}
-            return {DONOR: Teacher(teacher).output} | {
+            return {DONOR: Teacher(original.layer(index)).output} | {
                 name: _on_device(student_layer(tensors, config, device), device) for name, tensors in students.items()
             }
 
         held_out = taken.tokens[-taken.held_out :]
         print("Perplexity of donor, initial base and distilled base on held-out tokens ...", flush=True)
         with bar("Perplexity", donor_config.num_hidden_layers) as advance:
-            found = perplexities(
-                files, donor_config, held_out, layers_of, (DONOR, INITIAL, DISTILLED), lambda: advance(1)
-            )
+            names = (DONOR, INITIAL, DISTILLED)
+            found = perplexities(original, held_out, layers_of, names, lambda: advance(1))
         summary = {
             "donor": {name: value for name, value in source.as_dict().items() if name != "path"},
             "settings": text | training,
@@ -192,40 +161,16 @@ def distill_llamba_base(
     return summary
 
 
-def _train_here(
-    work: WorkFolder,
-    files: TensorFiles,
-    donor: LlamaConfig,
-    layers: Sequence[int],
-    device: str,
-    memory_limit_bytes: float,
-) -> None:
-    """Train in this process, with a bar and a line per layer."""
-    steps = work.settings()["steps_per_layer"]
-    done = [index for index in layers if work.has_layer(index)]
-    if done:
-        print(f"{len(done)} of {len(layers)} layers are there already", flush=True)
-    with LayerProgress(steps * len(layers), steps * len(done)) as progress:
-        train_layers(
-            work, files, donor, layers, device=device, memory_limit_bytes=memory_limit_bytes, progress=progress
-        )
-
-
 def _train_by_jobs(
-    work: WorkFolder,
-    donor_folder: Path,
-    layers: Sequence[int],
-    memory_limit_gb: float,
-    run_jobs: Runner,
-    layers_per_job: int,
+    work: WorkFolder, donor_folder: Path, layers: Sequence[int], settings: DistillSettings, run_jobs: Runner
 ) -> None:
-    """Let the runner's workers train, some layers each."""
+    """Train by jobs that have some layers each."""
     jobs = []
-    for first in range(0, len(layers), layers_per_job):
-        block = layers[first : first + layers_per_job]
-        if not all(work.has_layer(index) for index in block):
+    for first in range(0, len(layers), settings.layers_per_job):
+        block = layers[first : first + settings.layers_per_job]
+        if not all(map(work.has_layer, block)):
             places = ("--work", str(work.folder), "--donor_folder", str(donor_folder))
-            arguments = (*places, "--memory_limit", str(memory_limit_gb), "--layers", *map(str, block))
+            arguments = (*places, "--memory_limit", str(settings.memory_limit_bytes), "--layers", *map(str, block))
             name = f"layers {block[0]} to {block[-1]}"
             jobs.append(Job(name, WORKER, arguments, needs=(donor_folder,), writes_to=work.folder))
     failed = {jobs[index].name: ended.reason for index, ended in run_jobs(jobs) if ended.reason}
@@ -233,7 +178,7 @@ def _train_by_jobs(
         name, reason = next(iter(failed.items()))
         raise SurgeryError(
             f"{len(failed)} of {len(jobs)} jobs failed, {name} because: {reason} "
-            "Run the same command again when that is mended: finished layers are kept."
+            "Mend that and run the same command again: finished layers are kept."
         )
 
 

@@ -1,13 +1,11 @@
-"""One layer's training: a Llamba layer's mixer learns to do what a Llama's layer does, on that layer's own inputs.
+"""Trains the mixer of one Llamba layer to give what a Llama layer gives on the same inputs. Norms and MLP stay.
 
-In: the Llama's layer, a Llamba's layer that starts anywhere, and hidden states as they enter the Llama's layer. Out:
-the Llamba's layer with its mixer trained, and the loss of every step. Norms and MLP stay as they are.
 Source: MOHAWK, arXiv 2408.10189, stage 2, hidden-state alignment.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,24 +15,23 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 from model_preparation.llamba.ssd import HAVE_FLOAT64
+from model_preparation.train.distill.settings import Target
 
 WARM_UP = 0.1  # part of the steps in which the learning rate rises
 BETAS = (0.9, 0.95)
 MAX_GRADIENT_NORM = 1.0
 EVALUATED_TOKENS = 4096  # at once, where no gradients are kept
 
-Target = Literal["mixer", "layer"]
-
 
 class Batch(NamedTuple):
-    """Hidden states (batch, length, width), float32, as they enter the donor's layer; how much each position counts."""
+    """Hidden states that enter the donor's layer, and how much each position counts."""
 
-    hidden_states: Tensor
+    hidden_states: Tensor  # (batch, length, width) float32
     weights: Tensor | None = None  # (batch, length), at least 0; None: all alike
 
 
 class Step(NamedTuple):
-    """One step of training as it is logged; `loss` is that of its batch before the step, and is relative."""
+    """One step of training as it is logged; `loss` is the relative error on its batch before the step."""
 
     step: int
     loss: float
@@ -63,7 +60,7 @@ def distill_layer(
         student_layer: the same.
         batches: at least `steps` of them, such as `shuffled` gives; each is moved to the device.
         target: "mixer" compares what mixer and attention add to the hidden states, "layer" what both layers give.
-        log: told every step.
+        log: called after every step.
 
     Returns:
         The loss of every step.
@@ -89,7 +86,7 @@ def distill_layer(
         if not math.isfinite(losses[-1]):
             raise SurgeryError(
                 f"The loss is {losses[-1]} at step {step} of {steps}, with a learning rate of {learning_rate}. "
-                "Give a lower --learning_rate, and add --restart if layers are finished already: the tokens are kept."
+                "Give a lower --learning_rate. If layers are finished already, add --restart: the tokens are kept."
             )
         optimizer.zero_grad()
         loss.backward()
@@ -121,7 +118,7 @@ def relative_error(
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """What the learning rate is multiplied by at `step` of `steps`: a linear rise, then half a cosine down to 0."""
+    """The factor of the learning rate at `step` of `steps`: a linear rise, then half a cosine down to 0."""
     rise = max(1, round(steps * WARM_UP))
     if step < rise:
         return (step + 1) / rise
@@ -129,7 +126,7 @@ def rate_factor(step: int, steps: int) -> float:
 
 
 def shuffled(states: Tensor, weights: Tensor | None, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Batches of whole sequences without end: all in a new order, drawn from `seed`, before any comes again.
+    """Endless batches of whole sequences. Each pass has every sequence once, in an order drawn from `seed`.
 
     Args:
         states: (sequences, length, width).
@@ -144,15 +141,21 @@ def shuffled(states: Tensor, weights: Tensor | None, batch_size: int, seed: int)
 
 
 def in_order(states: Tensor, weights: Tensor | None = None) -> Iterator[Batch]:
-    """All sequences once, as many at a time as `EVALUATED_TOKENS` allow; shapes as in `shuffled`."""
+    """Views of all sequences once, as many at a time as `EVALUATED_TOKENS` allow; shapes as in `shuffled`."""
     at_once = max(1, EVALUATED_TOKENS // states.shape[1])
     for first in range(0, len(states), at_once):
         chosen = slice(first, first + at_once)
         yield Batch(states[chosen], None if weights is None else weights[chosen])
 
 
+def put_through(layer: Callable[[Tensor], Tensor], states: Tensor, outputs: Tensor) -> None:
+    """Write what `layer` gives for `states` into `outputs`, some sequences at a time. Both may be the same tensor."""
+    for batch, place in zip(in_order(states), in_order(outputs), strict=True):
+        place.hidden_states.copy_(layer(batch.hidden_states))
+
+
 class Moments(NamedTuple):
-    """Sums over positions of which a relative error is made; those of several batches add up."""
+    """Sums over positions that give a relative error. The sums of several batches can be added."""
 
     weight: Tensor  # () of all positions
     error: Tensor  # () squared, over the channels too
@@ -171,7 +174,7 @@ class Moments(NamedTuple):
 
 
 class Teacher:
-    """A donor's layer, and how far a student is from it."""
+    """A donor's layer, which measures how far a student is from it."""
 
     def __init__(self, layer: LlamaDecoderLayer, target: Target = "mixer"):
         if target not in ("mixer", "layer"):
@@ -186,7 +189,7 @@ class Teacher:
 
     @torch.no_grad()
     def output(self, hidden_states: Tensor) -> Tensor:
-        """What the layer gives: (batch, length, width), in and out, on any devices."""
+        """The layer's output, (batch, length, width) as the input, on the input's device."""
         states = hidden_states.to(self._device)
         return self._layer(states, position_embeddings=self._positions(states)).to(hidden_states.device)
 

@@ -1,7 +1,6 @@
-"""The donor's hidden states as they enter one layer after the other: in memory, or in a file that is mapped.
+"""The donor's hidden states as they enter one layer after the other: in memory, or in a mapped file.
 
-In: tokens and the donor's weights. Out: (sequences, length, width) float32 for one layer at a time. In a folder, each
-layer's file appears whole and the one before it goes, so that a run that was killed goes on from the last one.
+In a folder, each layer's file appears whole, then the file before it is removed. A killed run resumes from that file.
 """
 
 import math
@@ -17,33 +16,28 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.complete_file import sync
-from model_preparation.io.complete_folder import existing_parent
-from model_preparation.io.tensors.tensor_files import TensorFiles
-from model_preparation.train.distill.distill_layer import Teacher, in_order
+from model_preparation.io.new_folder import existing_parent
+from model_preparation.io.sync import sync
+from model_preparation.train.distill.distill_layer import Teacher, put_through
+from model_preparation.train.distill.donor import Donor
 
 
 class HiddenStates:
-    """What enters layer `index` of a Llama.
+    """The hidden states that enter layer `index` of a donor.
 
     Args:
-        files: the Llama's.
-        config: its config.
         tokens: (sequences, length) int64.
-        folder: where states are kept in files, of one run at a time; None keeps them in memory.
-        wanted: the layer that is wanted first; what a file has for it or a layer before it is taken.
-        device: where the layers run.
+        folder: for files of states, of one run at a time; None keeps the states in memory.
+        wanted: the first layer wanted. A file for it, or for a layer before it, is used.
 
     Attributes:
         values: (sequences, length, width) float32, on the CPU.
         index: the layer that they enter.
     """
 
-    def __init__(
-        self, files: TensorFiles, config: LlamaConfig, tokens: Tensor, folder: Path | None, wanted: int, device: str
-    ):
-        self._files, self._config, self._device, self._folder = files, config, device, folder
-        self._shape = (*tokens.shape, config.hidden_size)
+    def __init__(self, donor: Donor, tokens: Tensor, folder: Path | None, wanted: int):
+        self._donor, self._folder = donor, folder
+        self._shape = (*tokens.shape, donor.config.hidden_size)
         self.index = 0
         found = [] if folder is None else [i for i in range(wanted, -1, -1) if self._path(i).is_file()]
         if found:
@@ -51,25 +45,22 @@ class HiddenStates:
             self.values = self._open(self._path(self.index))
         else:
             self.values = self._new()
-            embedding = files["model.embed_tokens.weight"]
+            embedding = donor.files["model.embed_tokens.weight"]
             for row, sequence in enumerate(tokens):
                 self.values[row] = embedding[sequence]
             self._keep(0)
 
     def layer(self) -> LlamaDecoderLayer:
         """The donor's layer that the states enter, float32."""
-        return donor_layer(self._files, self._config, self.index, self._device)
+        return self._donor.layer(self.index)
 
     def advance(self, layer: LlamaDecoderLayer) -> None:
-        """Put the states through `layer`, that of `layer()`: then they are those that enter the next one."""
+        """Put the states through `layer`, which `layer()` gave: now they enter the next layer."""
         teacher = Teacher(layer)
         before = self.values
         if self._folder is not None:
             self.values = self._new()
-        first = 0
-        for batch in in_order(before):
-            self.values[first : first + len(batch.hidden_states)] = teacher.output(batch.hidden_states)
-            first += len(batch.hidden_states)
+        put_through(teacher.output, before, self.values)
         self._keep(self.index + 1)
 
     def remove(self) -> None:
@@ -82,7 +73,7 @@ class HiddenStates:
         path = self._folder / "new"
         path.unlink(missing_ok=True)
         with path.open("wb") as file:
-            # Now, as a mapping has no way to say later that the disk is full.
+            # Take the space now: a mapping cannot report later that the disk is full.
             os.posix_fallocate(file.fileno(), 0, math.prod(self._shape) * torch.float32.itemsize)
         return self._open(path)
 
@@ -91,7 +82,7 @@ class HiddenStates:
         return flat.view(self._shape)
 
     def _keep(self, index: int) -> None:
-        """The new states are complete: they have the name by which another run finds them, those before are removed."""
+        """Rename the complete new file so that another run finds it, then remove the old one."""
         old, self.index = self.index, index
         if self._folder is not None:
             sync(self._folder / "new")
@@ -106,36 +97,17 @@ class HiddenStates:
 
 
 def states_bytes(tokens: int, config: LlamaConfig) -> int:
-    """Of the hidden states that enter one layer."""
+    """Bytes of the hidden states that enter one layer."""
     return tokens * config.hidden_size * torch.float32.itemsize
 
 
 def check_room(folder: Path, tokens: int, config: LlamaConfig, kept: Iterable[Path]) -> None:
-    """Raise SurgeryError if the disk that `folder` will be on has no room for the states of two layers.
-
-    Args:
-        tokens: how many.
-        config: the Llama's.
-        kept: files of states that are there already.
-    """
+    """Raise SurgeryError if the disk of `folder` has no room for the states of two layers, beside `kept` files."""
     needed_bytes = 2 * states_bytes(tokens, config) - sum(path.stat().st_size for path in kept)
     free_bytes = shutil.disk_usage(existing_parent(folder)).free
     if needed_bytes > free_bytes:
         raise SurgeryError(
             f"The hidden states of {tokens:,} tokens, width {config.hidden_size}, are kept on the disk and need "
             f"{decimal(needed_bytes)} in {folder}, but only {decimal(free_bytes)} are free there. Give fewer --tokens, "
-            "or an --output_dir on a larger disk, or, if the memory holds half of that, a larger --memory_limit."
+            "or an --output_dir on a larger disk. If half of that fits into memory, a larger --memory_limit also helps."
         )
-
-
-def donor_layer(files: TensorFiles, config: LlamaConfig, index: int, device: str) -> LlamaDecoderLayer:
-    """Layer `index` of a Llama, float32, for running it without a cache."""
-    with torch.device("meta"):
-        layer = LlamaDecoderLayer(config, 0)
-    tensors = {
-        name: tensor.to(device, torch.float32)
-        for name, tensor in files.with_prefix(f"model.layers.{index}.")
-        if not name.endswith("rotary_emb.inv_freq")  # old files repeat it in every layer
-    }
-    layer.load_state_dict(tensors, assign=True)
-    return layer.eval().requires_grad_(False)

@@ -1,7 +1,6 @@
-"""Text that a Llama writes by itself, as token ids: what it is distilled on where there is no other text.
+"""Text that a Llama writes by itself, as token ids. A Llama is distilled on it where there is no other text.
 
-In: a Llama's folder. Out: sequences drawn from its own distribution, in batches that are the same whatever was drawn
-before them, so that a run that goes on draws no batch anew.
+A batch depends on its seed alone, so that a resumed run draws no batch again.
 """
 
 from collections.abc import Callable
@@ -20,25 +19,20 @@ SEQUENCES_AT_ONCE = 64
 
 
 class SelfSampler:
-    """Draws sequences from a Llama: from its beginning-of-sequence token on, at temperature 1, nothing cut off.
+    """Draws sequences from a Llama, from its first token on, at temperature 1, among all tokens.
 
-    The model runs in bfloat16: what that rounds is little beside the chance of the draw. It goes on after an
-    end-of-sequence token, as in the packed text that models are trained on.
-
-    Args:
-        folder: the Llama's.
-        config: its config.
-        device: where it runs, as a whole.
+    The model runs in bfloat16: the rounding is small compared with the chance of the draw. A sequence continues after
+    an end-of-sequence token, as in the packed text that models are trained on.
     """
 
     def __init__(self, folder: Path, config: PreTrainedConfig, device: str):
         self._start = first_token(config)
-        disable_progress_bar()  # transformers' own; it would run into the bar of the tokens
+        disable_progress_bar()  # transformers' own bar would disturb that of the tokens
         self._model = load_folder(folder, torch.bfloat16).to(device)
 
     @torch.inference_mode()
     def draw(self, sequences: int, length: int, seed: int, advance: Callable[[int], None]) -> Tensor:
-        """(sequences, length) int64, on the CPU; `advance` is told the tokens that each step adds."""
+        """(sequences, length) int64, on the CPU; each step calls `advance` with the number of its tokens."""
         device = self._model.device
         generator = torch.Generator(device).manual_seed(seed)
         drawn = torch.full((sequences, length), self._start, device=device)
@@ -60,6 +54,6 @@ def first_token(config: PreTrainedConfig) -> int:
         if value is not None:
             return value
     raise SurgeryError(
-        "The donor's config.json has neither bos_token_id nor eos_token_id, so nothing says what its texts begin with. "
+        "The donor's config.json has neither bos_token_id nor eos_token_id, so no token can begin its texts. "
         "Give text by --data FILE."
     )

@@ -1,8 +1,7 @@
-"""Where a distilled mixer starts: llamba_init's linear counterpart of the attention, in the size the mixer shall have.
+"""The initial weights of a mixer to distil: llamba_init's linear counterpart of the attention, in the mixer's size.
 
-In: a Llama layer's tensors, its config, the Llamba's config. Out: the Llamba layer's tensors. What of the counterpart
-fits is taken. Where the state is larger, the keys' further rows start random and the queries' at 0, so that they change
-nothing at first; where it is smaller, rows are left out.
+In a larger state, the additional rows of the keys start random and those of the queries at 0: at first they change
+nothing. A smaller state leaves rows out.
 """
 
 import math
@@ -24,7 +23,7 @@ MIXER_FIELDS = ("d_state", "n_v_heads", "n_qk_heads", "d_conv")
 
 
 def student_config(donor: LlamaConfig, mixer: Mapping[str, int] | None = None) -> LlambaConfig:
-    """The config of the Llamba that `donor` becomes, with fields of `MIXER_FIELDS` as `mixer` says.
+    """The config of the Llamba that `donor` becomes; `mixer` sets fields of `MIXER_FIELDS`.
 
     Raises:
         SurgeryError: for another field, or heads that do not divide.
@@ -38,22 +37,22 @@ def student_config(donor: LlamaConfig, mixer: Mapping[str, int] | None = None) -
         return config_from(fields, LlambaConfig)
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise SurgeryError(f"No mixer can be made so: {reason}. Choose heads that divide.") from error
+        raise SurgeryError(f"These mixer sizes do not fit: {reason}. Choose heads that divide.") from error
 
 
 def student_tensors(
     attention_layer: Mapping[str, Tensor], donor: LlamaConfig, config: LlambaConfig, seed: int
 ) -> dict[str, Tensor]:
-    """The Llamba layer's tensors to start from, by name relative to the layer.
+    """The Llamba layer's initial tensors, by name relative to the layer.
 
-    The same function as `mamba_layer`'s where the sizes are the donor's. But B and C share evenly the factor that is
-    C's there: with it in C alone, steps of one size for all weights make C many times larger at once.
+    With the donor's own sizes, they compute the same as `mamba_layer`'s. But B and C share the factor that C alone has
+    there: with all of it in C, optimizer steps of one size for all weights would make C many times larger at once.
 
     Args:
         attention_layer: the Llama layer's tensors.
         donor: its config.
-        config: as `student_config` makes it.
-        seed: of what is random.
+        config: from `student_config`.
+        seed: of the random rows.
     """
     tensors = dict(mamba_layer(attention_layer, donor))
     donor_heads, head_dim = heads_of(donor)
@@ -61,13 +60,13 @@ def student_tensors(
     ssm, width = config.ssm_cfg, donor_heads * head_dim
     states, groups, taps = ssm["d_state"], ssm["n_qk_heads"], ssm["d_conv"]
     generator = torch.Generator().manual_seed(seed)
-    # The donor's head for each of our value heads, and for each of our key heads: that of its first value head.
+    # The donor's head for each value head of ours; a key head has the donor's head of its first value head.
     head_of = torch.arange(heads) * donor_heads // heads
     group_of = head_of[:: heads // groups]
     balance = math.sqrt(score_scale(head_dim))
 
     def of_keys(rows: Tensor, factor: float, noise: float) -> Tensor:
-        """(donor heads * head_dim, ...) -> (groups * d_state, ...); further rows are `noise` times as large."""
+        """(donor heads * head_dim, ...) -> (groups * d_state, ...); additional rows are `noise` times as large."""
         by_head = rows.unflatten(0, (donor_heads, head_dim))[group_of] * factor
         missing = torch.randn((groups, max(0, states - head_dim), *rows.shape[1:]), generator=generator)
         missing = missing * noise * by_head.float().square().mean().sqrt()
@@ -89,9 +88,6 @@ def student_layer(tensors: Mapping[str, Tensor], config: LlambaConfig, device: s
     """A layer with copies of these tensors, float32, in eval mode."""
     with torch.device("meta"):
         layer = LlambaDecoderLayer(config, 0)
-    layer.load_state_dict({name: _copy(tensor, device) for name, tensor in tensors.items()}, assign=True)
+    copies = {name: tensor.to(device, torch.float32, copy=True) for name, tensor in tensors.items()}
+    layer.load_state_dict(copies, assign=True)
     return layer.eval().requires_grad_(False)
-
-
-def _copy(tensor: Tensor, device: str) -> Tensor:
-    return tensor.to(device, torch.float32, copy=True)

@@ -1,7 +1,6 @@
-"""LoRA adapters: put on, saved alone, loaded onto any checkpoint they fit, merged into its weights.
+"""LoRA adapters: added to a model, saved alone, loaded onto any checkpoint they fit, merged into its weights.
 
-In: a model. Out: peft's model around it, an adapter's folder in peft's own format (adapter_config.json,
-adapter_model.safetensors), or the model with the adapter in its weights. Source of the method: arXiv 2106.09685.
+An adapter's folder has peft's own format (adapter_config.json, adapter_model.safetensors). Source: arXiv 2106.09685.
 """
 
 import json
@@ -43,14 +42,14 @@ def add_lora(model: LlambaForCausalLM, settings: HealSettings) -> PeftModel:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter off its model: its tensors, float32 as they were trained, and its config's fields."""
+    """An adapter without its model: its tensors, float32, and the fields of its config."""
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
 
 
 def adapter_of(model: PeftModel) -> Adapter:
-    """The adapter on a model; the config names no folder of this machine."""
+    """The adapter of a model. The config names no folder of this machine."""
     tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in get_peft_model_state_dict(model).items()}
     fields = model.peft_config["default"].to_dict() | {"base_model_name_or_path": None, "inference_mode": True}
     return Adapter(
@@ -59,7 +58,7 @@ def adapter_of(model: PeftModel) -> Adapter:
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter alone into `folder`, made if it is not there."""
+    """Write an adapter alone into `folder`, which is made if needed."""
     folder.mkdir(exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in adapter.tensors.items()}, folder / ADAPTER_WEIGHTS)
     config = json.dumps(adapter.config, indent=2, default=str) + "\n"
@@ -67,10 +66,10 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
 
 
 def load_adapter(model: LlambaForCausalLM, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """Put the adapter in `folder` onto a model; names may begin with `module.` or `_orig_mod.`.
+    """Add the adapter in `folder` to a model. Names may begin with `module.` or `_orig_mod.`.
 
     Raises:
-        SurgeryError: if there is no adapter, or a tensor of it is missing, unexpected, or of another shape.
+        SurgeryError: if there is no adapter, or one of its tensors is missing, unexpected, or of another shape.
     """
     if not is_adapter(folder):
         raise SurgeryError(
@@ -80,7 +79,7 @@ def load_adapter(model: LlambaForCausalLM, folder: Path, *, trainable: bool = Fa
         fields = read_json(folder / ADAPTER_CONFIG)
         config = LoraConfig(**(fields | {"inference_mode": not trainable}))
     except (OSError, ValueError, TypeError) as error:
-        raise SurgeryError(f"{folder / ADAPTER_CONFIG} is not that of a LoRA adapter ({error}).") from error
+        raise SurgeryError(f"{folder / ADAPTER_CONFIG} is no config of a LoRA adapter ({error}).") from error
     try:
         adapted = _put_on(model, config)
     except ValueError as error:  # no module of the model has such a name
@@ -90,7 +89,7 @@ def load_adapter(model: LlambaForCausalLM, folder: Path, *, trainable: bool = Fa
 
 
 def load_adapter_weights(adapted: PeftModel, folder: Path) -> KeyReport:
-    """Fill a model's adapter from a folder; raises SurgeryError unless every tensor finds its place."""
+    """Load a model's adapter from a folder; raises SurgeryError unless all tensors fit."""
     names = (ADAPTER_WEIGHTS, *_PICKLED_WEIGHTS)
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:

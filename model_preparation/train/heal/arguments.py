@@ -1,7 +1,4 @@
-"""The settings of a healing run as the Trainer takes them.
-
-In: settings, and the number of processes. Out: TrainingArguments and milestones, in steps of this number of processes.
-"""
+"""The settings of a healing run as the Trainer takes them, in steps of the present number of processes."""
 
 import dataclasses
 import importlib.metadata
@@ -17,9 +14,8 @@ from transformers import TrainingArguments
 
 from model_preparation.errors import SurgeryError
 from model_preparation.train.heal.settings import HealSettings
-from model_preparation.train.heal.step_size import StepSize
 
-# What the installed transformers calls gradient checkpointing, the newer name first.
+# The installed transformers' name of gradient checkpointing; the newer name is first.
 _FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _FIELDS)
 
@@ -27,36 +23,56 @@ CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_che
 TRACKER_VERSIONS = {"trackio": "trackio>=0.15,<1", "wandb": "wandb>=0.22,<1", "swanlab": "swanlab>=0.7,<0.8"}
 
 
+@dataclasses.dataclass(frozen=True)
+class StepSize:
+    """A step of the optimizer, with the present number of processes.
+
+    Attributes:
+        accumulation: forward passes of each process.
+        sequences: of all processes together.
+        sequences_at_start: the same when the run was started.
+    """
+
+    accumulation: int
+    sequences: int
+    sequences_at_start: int
+
+    def steps_here(self, steps: int) -> int:
+        """How many steps of this size see as many sequences as `steps` steps of the first size."""
+        return math.ceil(steps * self.sequences_at_start / self.sequences)
+
+
+def step_size(settings: HealSettings, started_world_size: int, world_size: int) -> StepSize:
+    """The step of `world_size` processes: the same sequences as at the start, if they can be divided evenly."""
+    at_start = settings.batch_size * settings.accumulation * started_world_size
+    per_pass = settings.batch_size * world_size
+    accumulation = at_start // per_pass if at_start % per_pass == 0 else settings.accumulation
+    return StepSize(accumulation, accumulation * per_pass, at_start)
+
+
 class _Arguments(TrainingArguments):
-    """Arguments with the device that was chosen; the Trainer would take the first GPU of all."""
+    """Arguments with the chosen device; the Trainer itself would take the first GPU."""
 
     chosen: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
-        own = super().device  # sets up what else goes with it
+        own = super().device  # has side effects that the Trainer needs
         return self.chosen or own
 
 
 def training_arguments(
-    settings: HealSettings,
-    states: Path,
-    run_id: str,
-    size: StepSize,
-    world_size: int,
-    device: str,
-    *,
-    resumed: bool,
+    settings: HealSettings, states: Path, run_id: str, size: StepSize, world_size: int, device: str, *, resumed: bool
 ) -> TrainingArguments:
     if settings.precision == "float16" and device == "cpu":
         raise SurgeryError("float16 needs a GPU. Use --precision bfloat16 or float32 on the CPU.")
-    for tracker in ("WANDB", "SWANLAB"):  # trackio goes by the run's name
+    for tracker in ("WANDB", "SWANLAB"):  # trackio knows a run by its name
         os.environ.setdefault(f"{tracker}_RUN_ID", run_id)
         os.environ.setdefault(f"{tracker}_RESUME", "allow")
     max_steps = size.steps_here(settings.max_steps)
     rise = math.floor(settings.warmup * max_steps)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pinned memory and the like, on the CPU
+        warnings.simplefilter("ignore")  # about pinned memory and such, on the CPU
         args = _Arguments(
             output_dir=str(states),
             max_steps=max_steps,
@@ -65,7 +81,7 @@ def training_arguments(
             gradient_accumulation_steps=size.accumulation,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-            warmup_steps=rise if rise > 1 else 0,  # the first of them is at 0, and would be all of a short rise
+            warmup_steps=rise if rise > 1 else 0,  # the rate of the first one is 0: a rise of one step would do nothing
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             bf16=settings.precision == "bfloat16",
@@ -96,12 +112,12 @@ def training_arguments(
     if place.type == "cuda" and world_size == 1:
         torch.cuda.set_device(place)
         args.chosen = place
-        args._n_gpu = 1  # several GPUs are a launcher's business, never DataParallel's
+        args._n_gpu = 1  # several GPUs need a launcher; the Trainer would use DataParallel
     return args
 
 
 def milestones_here(milestones: Mapping[int, str], settings: HealSettings, size: StepSize) -> dict[int, str]:
-    """Names of states to be kept, by step of this number of processes.
+    """Names of states to keep, by step of the present number of processes.
 
     Raises:
         SurgeryError: if the run has no such step.
@@ -116,7 +132,7 @@ def milestones_here(milestones: Mapping[int, str], settings: HealSettings, size:
 
 
 def check_tracker(settings: HealSettings) -> None:
-    """Raise SurgeryError if the tracker asked for is not installed, or in a version that does not work."""
+    """Raise SurgeryError if the tracker is not installed, or only in a version that does not work."""
     if settings.report_to == "none":
         return
     wanted = Requirement(TRACKER_VERSIONS[settings.report_to])

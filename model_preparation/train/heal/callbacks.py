@@ -1,4 +1,4 @@
-"""What happens beside the training: a line per log on the console; a state at a milestone, and when asked to stop."""
+"""Callbacks of the training: lines on the console, states at milestones, a state when the run is asked to stop."""
 
 import signal
 import sys
@@ -46,7 +46,7 @@ class Console(ProgressCallback):
 
 
 class SaveMilestones(TrainerCallback):
-    """A state after each of these steps, whatever the interval of the others is."""
+    """Saves a state after each of these steps, beside the states at regular intervals."""
 
     def __init__(self, steps: Container[int]):
         self._steps = steps
@@ -56,7 +56,7 @@ class SaveMilestones(TrainerCallback):
 
 
 class SaveWhenStopped(TrainerCallback):
-    """Ctrl-C or SIGTERM ends the training after the step it is at, with a state; a second one ends it at once.
+    """Ctrl-C or SIGTERM saves a state after the present step and ends the training; a second one ends it at once.
 
     Attributes:
         received: the signal's number, or None.
@@ -71,7 +71,7 @@ class SaveWhenStopped(TrainerCallback):
             self._before[number] = signal.signal(number, self._remember)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1:  # all have to stop after the same step
+        if args.world_size > 1:  # all must stop after the same step
             told = torch.tensor([self.received or 0], device=args.device)
             torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
             self.received = int(told) or None

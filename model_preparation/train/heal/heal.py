@@ -1,12 +1,8 @@
-"""Healing: a grafted checkpoint trained a little more, into a new checkpoint.
+"""Healing: a grafted checkpoint is trained a little more, into a new checkpoint. The parent is only read.
 
-In: a checkpoint's folder, text, settings. Out: another checkpoint's folder, which says what it was healed from, on
-what, how, and the scores before and after; beside it, while and after it is made, a folder of states from which the run
-goes on wherever it was stopped. The parent is only read.
+Beside the new checkpoint is a folder of states, from which a stopped run resumes.
 """
 
-import json
-import math
 import os
 import signal
 import warnings
@@ -18,54 +14,40 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
-from model_preparation.checkpoint.checkpoint_folder import ADAPTER, LOSS_CURVE, TRAINING_LOG, write_healed
 from model_preparation.checkpoint.checkpoint_info import FORMATS, INFO, check_format, current_score, read_info
-from model_preparation.checkpoint.digests import digest_of_checkpoint
-from model_preparation.checkpoint.load import bare_model, load_checkpoint, without_wrapper_prefixes
-from model_preparation.checkpoint.smoke_test import PROMPT
+from model_preparation.checkpoint.checkpoint_loading import load_checkpoint, without_wrapper_prefixes
+from model_preparation.checkpoint.healed_folder import ADAPTER, bare_model, write_healed
+from model_preparation.checkpoint.model_digests import digest_of_checkpoint
+from model_preparation.checkpoint.trial import PROMPT
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.generation import generate_text
-from model_preparation.io.complete_folder import check_space, check_target
-from model_preparation.io.identity import name_of
+from model_preparation.io.new_folder import check_space, check_target
 from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.io.untrusted.untrusted_files import without_links
 from model_preparation.llamba import LlambaForCausalLM
-from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.train.heal.adapters import adapter_of, load_adapter, merge, write_adapter
-from model_preparation.train.heal.arguments import check_tracker, milestones_here, training_arguments
+from model_preparation.train.heal.arguments import (
+    StepSize,
+    check_tracker,
+    milestones_here,
+    step_size,
+    training_arguments,
+)
 from model_preparation.train.heal.callbacks import Console, SaveMilestones, SaveWhenStopped
-from model_preparation.train.heal.heal_data import Sequences
 from model_preparation.train.heal.heal_trainer import HealTrainer
-from model_preparation.train.heal.loss_curve import plot_losses
-from model_preparation.train.heal.resume_state import (
-    PREFIX,
-    list_states,
-    remove_states,
-)
-from model_preparation.train.heal.run_model import (
-    Run,
-    distillation_of,
-    in_memory,
-    load_data,
-    with_adapter,
-    with_trained_weights_chosen,
-)
-from model_preparation.train.heal.run_start import check_data, settings_and_identity, state_to_go_on_from
+from model_preparation.train.heal.result import healing_record, log_files, scores, texts_of
+from model_preparation.train.heal.resume_state import PREFIX, list_states, remove_states
+from model_preparation.train.heal.run import Run, begin_or_resume, in_memory
+from model_preparation.train.heal.sequences import Sequences
 from model_preparation.train.heal.settings import HealSettings
-from model_preparation.train.heal.step_size import StepSize, step_size
-from model_preparation.train.heal.trainable import trained_layers
-
-_NEW_TOKENS = 40  # of the texts before and after
-_LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch", "step")  # nothing that depends on the clock
 
 
 def heal_checkpoint(
     checkpoint: str | Path,
     data: str,
     output_dir: str | Path,
+    settings: HealSettings | None = None,
     *,
     resume: str | bool = "auto",
     resume_dir: str | Path | None = None,
@@ -80,30 +62,36 @@ def heal_checkpoint(
     sources: Mapping[str, str] | None = None,
     **given: Any,
 ) -> dict[str, Any]:
-    """Heal a checkpoint; returns the new one's checkpoint_info.json (of processes but the main one, an empty dict).
+    """Heal a checkpoint. Returns the new one's checkpoint_info.json, or an empty dict if this is not the main process.
 
     Args:
-        checkpoint: a folder written by `build_checkpoint`, or by this.
-        data: text; see `heal_data.load_sequences`.
+        checkpoint: a folder written by `build_checkpoint`, or by this function.
+        data: text; see `sequences.load_sequences`.
         output_dir: the new checkpoint's folder; it appears whole or not at all.
-        resume: "auto" or True to go on from the newest complete state if there is one, "never" or False to start anew,
+        settings: by default `HealSettings()`. A resumed run keeps its own settings; a line says what is ignored.
+        resume: "auto" or True to resume from the newest complete state if there is one, "never" or False to start anew,
             or the folder of a state.
         resume_dir: of the states; by default `output_dir` with `_resume` after it.
-        device: where to train, where no launcher has decided that.
-        dtype: of the new checkpoint; by default its parent's. Training has its weights in float32.
+        device: where to train, unless a launcher has decided that.
+        dtype: of the new checkpoint; by default its parent's. Weights are in float32 while they are trained.
         format: of the new checkpoint, as `build_checkpoint` takes it; by default its parent's.
-        overwrite: replace a checkpoint in `output_dir`, and with resume "never" the states of an earlier run.
+        overwrite: replace a checkpoint in `output_dir`; with resume "never", remove the states of an earlier run.
         description: free text for checkpoint_info.json.
-        prompts: texts to go on with before and after, greedily; by default one sentence.
-        milestones: by step, the name of a state that is never rotated away.
-        clean_up: remove the states once the checkpoint is there.
+        prompts: texts that the model continues greedily before and after; by default one sentence.
+        milestones: by step, the name of a state that is kept for good.
+        clean_up: remove the states once the checkpoint is written.
         sources: targets by name, as `resolve(overrides=...)` takes them; for the teacher and `init_from`.
-        given: fields of `HealSettings`; of a run that goes on the saved ones count.
+        given: fields of `HealSettings` that replace those of `settings`.
 
     Raises:
         SurgeryError: for anything the user can put right: a damaged state, other data than before, a full disk, ...
         KeyboardInterrupt, SystemExit: if the run was asked to stop; its state is on the disk then.
     """
+    given = ({} if settings is None else settings.as_dict()) | given
+    if unknown := sorted(given.keys() - HealSettings.__dataclass_fields__.keys()):
+        raise SurgeryError(
+            f"HealSettings has no {', '.join(unknown)}. It has {', '.join(HealSettings.__dataclass_fields__)}."
+        )
     parent, output_dir = Path(checkpoint).expanduser(), Path(output_dir).expanduser()
     dtype = torch_dtype(dtype)
     states = Path(resume_dir).expanduser() if resume_dir else Path(f"{os.path.abspath(output_dir)}_resume")
@@ -114,64 +102,68 @@ def heal_checkpoint(
     if output_dir.resolve() == states.resolve():
         raise SurgeryError(f"{states} cannot hold both the states and the checkpoint. Choose another --resume_dir.")
     if states.exists() and not states.is_dir():
-        raise SurgeryError(f"{states} is a file, and states are folders in it. Choose another --resume_dir.")
+        raise SurgeryError(f"{states} is a file, but states need a folder. Choose another --resume_dir.")
     if isinstance(resume, bool):
         resume = "auto" if resume else "never"
-    parent_info = read_info(parent)
-    format = format or parent_info.get("format", "pt")
-    check_format(format)
-    processes = PartialState(cpu=device == "cpu")
-    say = print if processes.is_main_process else _say_nothing
-    if processes.is_main_process:
-        check_target(output_dir, overwrite=overwrite, marker_file=INFO)
     if given.get("init_from") == "resume":
-        given = {name: value for name, value in given.items() if name != "init_from"}
+        del given["init_from"]
         resume = "must" if resume == "auto" else resume
-    state = state_to_go_on_from(states, resume, overwrite, processes, say)
-    settings, identity = settings_and_identity(state, given, parent, parent_info, processes, sources, say)
-    parent_info = {**parent_info, "mmlu_score": current_score(parent_info, identity["inputs"]["parent"])}
-    run = Run(parent, settings, state, sources, say)
+    parent_info, format, dtype = _parent_of(parent, format, dtype)
+    processes = PartialState(cpu=device == "cpu")
+    is_main = processes.is_main_process
+    say = print if is_main else _say_nothing
+    if is_main:
+        check_target(output_dir, overwrite=overwrite, marker_file=INFO)
+    run = begin_or_resume(
+        parent,
+        parent_info,
+        states,
+        given,
+        resume=resume,
+        overwrite=overwrite,
+        processes=processes,
+        sources=sources,
+        say=say,
+    )
+    settings, state, identity = run.settings, run.state, run.identity
+    parent_info["mmlu_score"] = current_score(parent_info, identity["inputs"]["parent"])
     check_tracker(settings)
 
     set_seed(settings.seed)
     model, tokenizer = run.load_model()
-    train, held_out = load_data(data, tokenizer, settings)
-    check_data(data, train, held_out, state, identity)
+    train, held_out = run.load_data(data, tokenizer)
     if held_out is not None and held_out.digest() == train.digest():
-        say("The held-out text is the text trained on: its loss says nothing about any other. Give other --eval_data.")
+        say("The held-out text is the text trained on, so its loss cannot show overfitting. Give other --eval_data.")
     if state is not None and prompts is not None and list(prompts) != [text["prompt"] for text in identity["texts"]]:
-        say("The prompts stay those that the run began with: --prompt does not count.")
+        say("The prompts stay those that the run began with: --prompt is ignored.")
     if state is None:
         prompts = (PROMPT,) if prompts is None else prompts
-        written = _texts(model, tokenizer, prompts) if processes.is_main_process else []
+        written = texts_of(model, tokenizer, prompts) if is_main else []
         identity["texts"] = [{"prompt": p, "text": text} for p, text in zip(prompts, written, strict=False)]
     size = step_size(settings, identity["started_world_size"], processes.num_processes)
-    resumed = state is not None
     args = training_arguments(
-        settings, states, identity["run_id"], size, processes.num_processes, device, resumed=resumed
+        settings, states, identity["run_id"], size, processes.num_processes, device, resumed=state is not None
     )
     kept = milestones_here(milestones or {}, settings, size)
     for step, name in kept.items():
         if state is not None and step <= state.sequences_seen // size.sequences and not (states / name).is_dir():
-            say(f"The milestone {name} is not made: its step {step} is behind.")
+            say(f"The milestone {name} is not saved: the run is past its step {step}.")
     stopper = SaveWhenStopped()
     trainer = HealTrainer(
-        with_trained_weights_chosen(model, run),
+        run.choose_trained_weights(model),
         args,
-        settings=settings,
+        run,
         sequences_per_step=size.sequences,
         train=train,
         held_out=held_out,
         states=states,
-        identity=identity,
-        state=state,
-        distillation=distillation_of(model, tokenizer, run, args.device),
+        distillation=run.distillation(model, tokenizer, args.device),
         milestones=kept,
         callbacks=[Console(), SaveMilestones(kept), stopper],
     )
     trainer.remove_callback(PrinterCallback)
-    if processes.is_main_process:
-        _check_room(trainer, states, output_dir, dtype or getattr(torch, parent_info["dtype"]), FORMATS[format])
+    if is_main:
+        _check_room(trainer, states, output_dir, dtype, FORMATS[format])
     say(_describe(trainer, settings, size, train, held_out))
     if state is not None and trainer.first_step > args.max_steps:
         raise SurgeryError(
@@ -179,10 +171,10 @@ def heal_checkpoint(
             "Give as many or more, or an earlier state by --resume DIR."
         )
     if state is not None and trainer.first_step == args.max_steps:
-        say(f"{state.folder.name} has done all of these steps. The checkpoint is made of it; nothing is trained.")
+        say(f"{state.folder.name} has done all of these steps. The checkpoint is made from it; nothing is trained.")
     _train(trainer, states)
     if stopper.received is not None and trainer.state.global_step < args.max_steps:
-        say(f"Stopped after step {trainer.state.global_step}. The same command goes on from {states}.")
+        say(f"Stopped after step {trainer.state.global_step}. The same command resumes from {states}.")
         raise KeyboardInterrupt if stopper.received == signal.SIGINT else SystemExit(128 + stopper.received)
     if settings.load_best:
         if settings.eval_interval and trainer.state.best_model_checkpoint is None:
@@ -190,24 +182,20 @@ def heal_checkpoint(
         trainer.load_best()
     tensors = trainer.weights()
     info: dict[str, Any] = {}
-    if processes.is_main_process:
-        wanted = dtype or getattr(torch, parent_info["dtype"])
-        healed, extras = _healed_model(parent, parent_info, tensors, run, wanted)
-        texts_after = _texts(healed, tokenizer, [text["prompt"] for text in identity["texts"]])
-        log = [{name: entry[name] for name in _LOGGED if name in entry} for entry in trainer.state.log_history]
-        log = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
-        extras |= {TRAINING_LOG: partial(_write_lines, log), LOSS_CURVE: partial(plot_losses, log)}
+    if is_main:
+        healed, extras = _healed_model(parent_info, tensors, run, dtype)
+        texts_after = texts_of(healed, tokenizer, [text["prompt"] for text in identity["texts"]])
         info = write_healed(
             healed,
             parent,
             parent_info,
             tokenizer,
             output_dir,
-            healing=_healing(trainer, run, identity, parent_info, texts_after),
+            healing=healing_record(trainer, run, parent_info, texts_after),
             format=format,
             description=description,
             overwrite=overwrite,
-            extras=extras,
+            extras=extras | log_files(trainer),
         )
         if clean_up:
             remove_states(state.folder for state in list_states(states)[0])
@@ -227,54 +215,59 @@ def merge_adapter(
     overwrite: bool = False,
     description: str = "",
 ) -> dict[str, Any]:
-    """Merge an adapter into a checkpoint that it fits, and write that as a new checkpoint; returns its info.
+    """Merge an adapter into a checkpoint that it fits, and write a new checkpoint; returns its info.
 
     Raises:
         SurgeryError: if there is no such checkpoint or adapter, or the two do not fit.
     """
     parent, adapter = Path(checkpoint).expanduser(), Path(adapter).expanduser()
-    dtype = torch_dtype(dtype)
     output_dir = Path(output_dir).expanduser()
-    parent_info = read_info(parent)
-    format = format or parent_info.get("format", "pt")
-    check_format(format)
+    parent_info, format, dtype = _parent_of(parent, format, torch_dtype(dtype))
     _check_apart(output_dir, parent, parent, adapter)
     check_target(output_dir, overwrite=overwrite, marker_file=INFO)
     model, tokenizer = load_checkpoint(parent, dtype=torch.float32)
-    adapted = load_adapter(in_memory(model), adapter)
-    tensors_and_config = adapter_of(adapted)
-    healed = bare_model(parent_info, merge(adapted).state_dict(), dtype or getattr(torch, parent_info["dtype"]))
-    nothing = {"eval_loss": None, "perplexity": None, "mmlu_score": None}
-    healing = {"method": "lora", "adapter": adapter.resolve().name, "steps": 0}
-    score = current_score(parent_info, digest_of_checkpoint(parent))
-    healing |= {"scores": {"before": nothing | {"mmlu_score": score}, "after": nothing}}
+    healed, extras = _merged(load_adapter(in_memory(model), adapter), parent_info, dtype)
+    mmlu_before = current_score(parent_info, digest_of_checkpoint(parent))
     return write_healed(
         healed,
         parent,
         parent_info,
         tokenizer,
         output_dir,
-        healing=healing,
+        healing={
+            "method": "lora",
+            "adapter": adapter.resolve().name,
+            "steps": 0,
+            "scores": {"before": scores(None, mmlu_before), "after": scores(None, None)},
+        },
         format=format,
         description=description,
         overwrite=overwrite,
-        extras={ADAPTER: partial(write_adapter, tensors_and_config)},
+        extras=extras,
     )
 
 
+def _parent_of(parent: Path, format: str | None, dtype: torch.dtype | None) -> tuple[dict[str, Any], str, torch.dtype]:
+    """The parent's info; format and dtype of the new checkpoint, which are the parent's unless they are given."""
+    info = dict(read_info(parent))
+    format = format or info.get("format", "pt")
+    check_format(format)
+    return info, format, dtype or getattr(torch, info["dtype"])
+
+
 def _check_apart(written: Path, parent: Path, *read: str | Path | None) -> None:
-    """Raise SurgeryError if a folder to write is one that is read or lies around it, or is in the parent."""
+    """Raise SurgeryError if a folder to write is in the parent, or is or contains something that is read."""
     place = written.resolve()
     if place.is_relative_to(parent.resolve()) and place != parent.resolve():
-        raise SurgeryError(f"{parent} is only read, and {written} is in it. Choose a folder outside.")
+        raise SurgeryError(f"{parent} is only read, but {written} is in it. Choose a folder outside.")
     for path in read:
         found = None if path is None else Path(path).expanduser().resolve()
         if found is not None and found.exists() and found.is_relative_to(place):
-            raise SurgeryError(f"{path} is only read, and {written} would replace it. Choose another folder.")
+            raise SurgeryError(f"{path} is only read, but {written} would replace it. Choose another folder.")
 
 
 def _check_room(trainer: HealTrainer, states: Path, output_dir: Path, dtype: torch.dtype, copies: int) -> None:
-    """Raise SurgeryError if one state, or the checkpoint, is too large for the disk it will be on."""
+    """Raise SurgeryError if one state, or the checkpoint, is too large for its disk."""
     count = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     weights = trained if trainer.is_lora else count
@@ -285,14 +278,14 @@ def _check_room(trainer: HealTrainer, states: Path, output_dir: Path, dtype: tor
 def _train(trainer: HealTrainer, states: Path) -> None:
     try:
         with warnings.catch_warnings():
-            # The convolution's gradient comes in another order of axes of length 1, which DDP thinks worth a word.
+            # DDP warns that the convolution's gradient has another order of axes, but those have length 1.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            # The logits are a view, without the rows that pad the vocabulary; nobody writes into them.
+            # The logits are a view, without the rows that pad the vocabulary; nothing writes into them.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-            trainer.go_on()
+            trainer.train_to_end()
     except OSError as error:
         newest = list_states(states)[0][-1:]
-        kept = f"{newest[0].folder} is complete: the same command goes on from there" if newest else "Start again"
+        kept = f"{newest[0].folder} is complete: the same command resumes from there" if newest else "Start again"
         raise SurgeryError(
             f"The state of step {trainer.state.global_step} could not be written ({error.strerror or error}). "
             f"Make room. {kept}."
@@ -300,71 +293,23 @@ def _train(trainer: HealTrainer, states: Path) -> None:
 
 
 def _healed_model(
-    parent: Path,
-    parent_info: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-    run: "Run",
-    dtype: torch.dtype,
+    parent_info: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], run: Run, dtype: torch.dtype
 ) -> tuple[LlambaForCausalLM, dict[str, Any]]:
-    """The model to write, and what goes beside it."""
+    """The model to write; by name, what else goes into the folder."""
     tensors = without_wrapper_prefixes(tensors)
     if run.settings.method != "lora":
         return bare_model(parent_info, tensors, dtype), {}
-    adapted = with_adapter(run.load_model()[0], run)  # anew: what was trained may lie in shards
+    adapted = run.with_adapter(run.load_model()[0])  # a new one: the trained model may be in shards
     adapted.load_state_dict(tensors)
+    return _merged(adapted, parent_info, dtype)
+
+
+def _merged(
+    adapted: Any, parent_info: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[LlambaForCausalLM, dict[str, Any]]:
+    """The model with its adapter merged; by name, the adapter for the folder."""
     adapter = adapter_of(adapted)
     return bare_model(parent_info, merge(adapted).state_dict(), dtype), {ADAPTER: partial(write_adapter, adapter)}
-
-
-def _healing(
-    trainer: HealTrainer,
-    run: "Run",
-    identity: Mapping[str, Any],
-    parent_info: Mapping[str, Any],
-    texts_after: Sequence[str],
-) -> dict[str, Any]:
-    """What was done, for checkpoint_info.json; folders of this machine are named by their last part only."""
-    settings, history = run.settings, trainer.state.log_history
-    looks = [entry for entry in history if "eval_loss" in entry]
-    best = settings.load_best and trainer.state.best_model_checkpoint is not None
-    after = trainer.state.best_metric if best else looks[-1]["eval_loss"] if looks else None
-    config = LlambaConfig.from_dict(parent_info["config"])
-    score = parent_info["mmlu_score"] if settings.init_from == "checkpoint" else None
-    said = settings.as_dict()
-    for name in ("teacher", "eval_data", "init_from"):
-        said[name] = said[name] and name_of(said[name])
-    return {
-        "method": settings.method,
-        "objective": "language modelling" if settings.teacher is None else "distillation",
-        "data": identity["data"],
-        "settings": said,
-        "layers": trained_layers(config, settings.method),
-        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "steps": trainer.state.global_step,
-        "best_step": trainer.state.best_global_step if best else None,
-        "sequences_seen": trainer.sequences_seen,
-        "passes": trainer.passes,
-        "world_size": trainer.args.world_size,
-        "scores": {
-            "before": _scores(looks[0]["eval_loss"] if looks else None, score),
-            "after": _scores(after, None),
-        },
-        "texts": [
-            {"prompt": text["prompt"], "before": text["text"], "after": after}
-            for text, after in zip(identity["texts"], texts_after, strict=True)
-        ],
-    }
-
-
-def _scores(eval_loss: float | None, mmlu_score: float | None) -> dict[str, float | None]:
-    """Held-out loss in nats per token, its exponential, and an MMLU score where one is known."""
-    perplexity = None if eval_loss is None or eval_loss > 700 else math.exp(eval_loss)
-    return {"eval_loss": eval_loss, "perplexity": perplexity, "mmlu_score": mmlu_score}
-
-
-def _texts(model: LlambaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
-    """What the model writes after each prompt, greedily."""
-    return [generate_text(model, tokenizer, prompt, max_new_tokens=_NEW_TOKENS).text for prompt in prompts]
 
 
 def _describe(
@@ -377,10 +322,6 @@ def _describe(
         f"Training {count:,} of {total:,} parameters (method {settings.method}) on {len(train)} sequences of "
         f"{settings.block_size} tokens, {held}; {trainer.args.max_steps} steps of {size.sequences} sequences."
     )
-
-
-def _write_lines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _say_nothing(*words: object) -> None:

@@ -1,9 +1,8 @@
 """transformers' Trainer for healing: exact states, data by position, the losses of healing.
 
-In: a model with its trainable weights chosen, sequences, and perhaps a state to go on from. Out: the trained model, and
-states on the disk. What is different from the Trainer's own ways: a state is staged, digested and renamed into place;
-it holds tensors and plain values only; it keeps the part of the loss that was not logged yet; and the data depend on
-the number of sequences seen, not on that of processes. Shards (FSDP) are torch.distributed.checkpoint's own files.
+It differs from the Trainer in four ways. A state is staged, digested and renamed into place. It holds tensors and plain
+values only. It keeps the part of the loss that was not logged yet. And the data depend on the number of sequences seen,
+not on the number of processes. Shards (FSDP) are files of torch.distributed.checkpoint.
 """
 
 import contextlib
@@ -35,12 +34,10 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import make_folder
 from model_preparation.io.complete_folder import new_folder
 from model_preparation.train.heal.adapters import adapter_of, load_adapter_weights, write_adapter
-from model_preparation.train.heal.heal_data import Sequences, Shuffled
 from model_preparation.train.heal.objective import Distillation, losses_of
 from model_preparation.train.heal.resume_state import (
-    MARK,
+    STATE_FILE,
     TRAINER_STATE,
-    ResumeState,
     copy_state,
     finish_state,
     list_states,
@@ -49,7 +46,8 @@ from model_preparation.train.heal.resume_state import (
     restoring,
     rotate,
 )
-from model_preparation.train.heal.settings import HealSettings
+from model_preparation.train.heal.run import Run
+from model_preparation.train.heal.sequences import Sequences, Shuffled
 
 _WEIGHTS = "model.safetensors"
 _OPTIMIZER, _SCHEDULER, _SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
@@ -57,55 +55,47 @@ _ARGUMENTS = "training_args.json"
 
 
 class HealTrainer(Trainer):
-    """A Trainer whose run can be cut anywhere.
+    """A Trainer whose run can be killed anywhere, and then resumes with the same result.
 
     Args:
-        model: with `requires_grad` as wanted, or a PeftModel.
-        args: the Trainer's own; `max_steps` in steps of this number of processes.
-        settings: of the run.
+        model: with `requires_grad` set, or a PeftModel.
+        args: the Trainer's own; `max_steps` in steps of the present number of processes.
         sequences_per_step: of all processes together.
-        train, held_out: sequences; `held_out` may be None.
         states: the folder of the run's states.
-        identity: fields of every state that say what is trained on what: `parent`, `data`, `model_args`, `run_id`.
-        state: where to go on, or None.
-        distillation: the loss, where it is not the text's own.
-        milestones: names of states to be kept for good, by step.
+        distillation: the loss to a teacher, or None for the loss on the text.
+        milestones: names of states to keep for good, by step.
 
     Attributes:
-        first_step: at which it begins or goes on.
+        first_step: where training begins or resumes.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
         args: TrainingArguments,
+        run: Run,
         *,
-        settings: HealSettings,
         sequences_per_step: int,
         train: Sequences,
         held_out: Sequences | None,
         states: Path,
-        identity: Mapping[str, Any],
-        state: ResumeState | None,
         distillation: Distillation | None,
         milestones: Mapping[int, str],
         callbacks: list[TrainerCallback],
     ):
-        self._settings = settings
+        self._settings, self._identity, self._resumed = run.settings, run.identity, run.state
         self._sequences = train
         self._states = states
-        self._identity = identity
-        self._resumed = state
         self._distillation = distillation
         self._milestones = milestones
         self._held_out_losses: list[torch.Tensor] = []  # (sequences,) each, of the evaluation that runs
         self._per_step = sequences_per_step
-        self.first_step = 0 if state is None else state.sequences_seen // self._per_step
-        # Sequences seen beyond whole steps, after a change of the number of processes.
-        self._offset = 0 if state is None else state.sequences_seen % self._per_step
-        shuffled = Shuffled(train, settings.seed, self._offset, args.max_steps * self._per_step)
+        # The offset is the sequences seen beyond whole steps, after the number of processes changed.
+        seen = 0 if run.state is None else run.state.sequences_seen
+        self.first_step, self._offset = divmod(seen, sequences_per_step)
+        shuffled = Shuffled(train, run.settings.seed, self._offset, args.max_steps * self._per_step)
         if args.should_save:
-            make_folder(states)  # transformers would too, but not so that it outlasts a power cut
+            make_folder(states)  # transformers makes it too, but a power cut could lose it
         super().__init__(
             model=model,
             args=args,
@@ -118,42 +108,47 @@ class HealTrainer(Trainer):
 
     @property
     def is_lora(self) -> bool:
-        """Whether an adapter is all that is trained, and all that a state holds of the weights."""
-        return isinstance(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), PeftModel)
+        """Whether only an adapter is trained; then it is all that a state has of the weights."""
+        return isinstance(self._bare_model, PeftModel)
+
+    @property
+    def _bare_model(self) -> Any:
+        """The model without the wrappers of accelerate and torch.compile."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @property
     def sequences_seen(self) -> int:
-        """By all processes together, since the run was started first."""
+        """Sequences seen by all processes together, since the run was first started."""
         return self.state.global_step * self._per_step + self._offset
 
     @property
     def passes(self) -> float:
-        """How often the whole of the training sequences was seen."""
+        """Passes over the training sequences so far."""
         return self.sequences_seen / len(self._sequences)
 
-    def go_on(self) -> None:
-        """Train to the end, from the state if there is one."""
+    def train_to_end(self) -> None:
+        """Train until `max_steps`, from the state if there is one."""
         self.train(resume_from_checkpoint=None if self._resumed is None else str(self._resumed.folder))
 
     def load_best(self) -> None:
-        """Take the weights of the lowest held-out loss, where a state holds them."""
+        """Load the weights of the lowest held-out loss, if a state has them."""
         if self.state.best_model_checkpoint is not None:
             self._load_from_checkpoint(self.state.best_model_checkpoint, self.model_wrapped)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The whole model's tensors on the CPU of the main process, without wrappers; of another process, nothing.
+        """In the main process, the whole model's tensors on the CPU, without wrappers; in others, an empty dict.
 
-        Every process has to ask: shards are put together.
+        Every process must call this, as shards are joined.
         """
         weights = {}
-        for name, tensor in self.accelerator.unwrap_model(self.model, keep_torch_compile=False).state_dict().items():
+        for name, tensor in self._bare_model.state_dict().items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.args.should_save:
                 weights[name] = whole.detach().to("cpu")
         return weights
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The Trainer's; and FSDP on the CPU, which accelerate leaves out though FSDP2 runs over gloo."""
+        """Also allow FSDP on the CPU. accelerate does not, although FSDP2 runs over gloo."""
         super().create_accelerator_and_postprocess()
         wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         state = self.accelerator.state
@@ -168,7 +163,7 @@ class HealTrainer(Trainer):
         return SequentialSampler(train_dataset or self.train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The text's loss, or the distance from the teacher."""
+        """The loss on the text, or the distance from the teacher."""
         if self._distillation is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(input_ids=inputs["input_ids"], output_hidden_states=self._distillation.wants_hidden_states)
@@ -176,7 +171,7 @@ class HealTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The Trainer's, which also keeps the loss of each held-out sequence."""
+        """Also keep the loss of each held-out sequence."""
         ids = self._prepare_inputs(inputs)["input_ids"]
         with torch.no_grad(), self.compute_loss_context_manager():
             losses = losses_of(model(input_ids=ids).logits, ids)
@@ -184,20 +179,20 @@ class HealTrainer(Trainer):
         return losses.mean(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """The Trainer's, with a mean in which each sequence counts once; its own has what fills up batches in it."""
+        """Take the mean over each sequence once. The Trainer's own mean includes repeats that fill up batches."""
         self._held_out_losses = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics[f"{metric_key_prefix}_loss"] = torch.cat(self._held_out_losses).double().mean().item()
         return output
 
     def log(self, logs, start_time=None):
-        """The Trainer's, with the epoch of the data instead of that of the run."""
+        """Log passes over the data as the epoch."""
         self._check_finite([logs[name] for name in ("loss", "eval_loss") if name in logs])
         self.state.epoch = self.passes
         super().log(logs, start_time)
 
     def _check_finite(self, losses: list[float]) -> None:
-        """Raise SurgeryError before a state is written from which nothing goes on."""
+        """Raise SurgeryError for a loss that is not finite, before a useless state is written."""
         for loss in losses:
             if not math.isfinite(loss):
                 raise SurgeryError(
@@ -215,10 +210,9 @@ class HealTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         self.store_flos()
         step = self.state.global_step
-        states, _ = list_states(self._states)
-        ours = {state.folder.name for state in states if state.info["world_size"] == self.args.world_size}
-        kept = {state.folder.name for state in states} - ours
-        target = place_for(self._states, step, self.args.world_size, kept)
+        states, world_size = list_states(self._states)[0], self.args.world_size
+        of_others = {state.folder.name for state in states if state.info["world_size"] != world_size}
+        target = place_for(self._states, step, world_size, of_others)
         if self.state.best_global_step == step:
             self.state.best_model_checkpoint = str(target)
         unlogged = gather_object([self._tr_loss.item()])
@@ -233,16 +227,17 @@ class HealTrainer(Trainer):
                 self.state.save_to_json(str(staging / TRAINER_STATE))
                 arguments = json.dumps(self.args.to_dict(), indent=2, default=str)
                 (staging / _ARGUMENTS).write_text(arguments + "\n", encoding="utf-8")
-                finish_state(staging, self._mark(unlogged))
+                finish_state(staging, self._state_info(unlogged))
         if self.args.should_save:
             if step in self._milestones:
-                with new_folder(self._states / self._milestones[step], overwrite=True, marker_file=MARK) as staging:
+                milestone = self._states / self._milestones[step]
+                with new_folder(milestone, overwrite=True, marker_file=STATE_FILE) as staging:
                     copy_state(target, staging)
             best = self.state.best_model_checkpoint
             rotate(self._states, self._settings.save_total_limit, None if best is None else Path(best).name)
         self.accelerator.wait_for_everyone()
 
-    def _mark(self, unlogged: list[float]) -> dict[str, Any]:
+    def _state_info(self, unlogged: list[float]) -> dict[str, Any]:
         return {
             "iter_num": self.state.global_step,
             "epoch": self.passes,
@@ -256,23 +251,22 @@ class HealTrainer(Trainer):
 
     @contextlib.contextmanager
     def _staged(self, target: Path) -> Iterator[Path]:
-        """A staging folder that all processes write into; the main one puts it in place when all have."""
+        """A staging folder that all processes write into. The main one renames it when all are done."""
         with contextlib.ExitStack() as stack:
             place: list[Any] = [None]
             if self.args.should_save:
-                place[0] = str(stack.enter_context(new_folder(target, overwrite=True, marker_file=MARK)))
+                place[0] = str(stack.enter_context(new_folder(target, overwrite=True, marker_file=STATE_FILE)))
             if self.args.world_size > 1:
                 broadcast_object_list(place)
             yield Path(place[0])
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        if not self.args.should_save or self.is_fsdp_enabled:  # shards are written beside the optimizer's
+        if not self.args.should_save or self.is_fsdp_enabled:  # shards are written with the optimizer's
             return
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.is_lora:
-            write_adapter(adapter_of(model), Path(output_dir))
+            write_adapter(adapter_of(self._bare_model), Path(output_dir))
         else:
-            save_model(model, str(Path(output_dir, _WEIGHTS)), metadata={"format": "pt"})
+            save_model(self._bare_model, str(Path(output_dir, _WEIGHTS)), metadata={"format": "pt"})
 
     def _save_optimizer_and_scheduler(self, output_dir) -> None:
         if self.is_fsdp_enabled:
@@ -296,13 +290,13 @@ class HealTrainer(Trainer):
     def _rng_file(self) -> str:
         return "rng_state.pth" if self.args.world_size == 1 else f"rng_state_{self.args.process_index}.pth"
 
-    # --- Going on from a state ----------------------------------------------------------------------------------------
+    # --- Resuming from a state ----------------------------------------------------------------------------------------
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
         verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it would warn of intervals that another number of processes has
+        logging.set_verbosity_error()  # it would warn that another number of processes has other intervals
         super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -311,15 +305,15 @@ class HealTrainer(Trainer):
             return 0, 0
         old, new = self._resumed.steps, self.first_step
         self.state.global_step = new
-        if old != new:  # steps of this number of processes from here on, in what is remembered too
+        if old != new:  # count earlier steps in steps of the present number of processes
             for entry in self.state.log_history:
                 entry["step"] = entry["step"] * new // old
             if self.state.best_global_step is not None:
                 self.state.best_global_step = self.state.best_global_step * new // old
         best = self.state.best_model_checkpoint
-        if best is not None:  # the run's folder may have moved, or the state be one of another folder
+        if best is not None:  # the run's folder may have moved, or the state is in another folder
             places = [folder / Path(best).name for folder in (self._states, self._resumed.folder.parent)]
-            here = next((str(place) for place in places if (place / MARK).is_file()), None)
+            here = next((str(place) for place in places if (place / STATE_FILE).is_file()), None)
             self.state.best_model_checkpoint = here
             if here is None:  # so that a later one can be the best
                 self.state.best_metric = self.state.best_global_step = None
@@ -330,12 +324,11 @@ class HealTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        bare = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.is_lora:
-            load_adapter_weights(bare, folder)
+            load_adapter_weights(self._bare_model, folder)
         else:
             with restoring(folder / _WEIGHTS):
-                load_model(bare, folder / _WEIGHTS, strict=True)
+                load_model(self._bare_model, folder / _WEIGHTS, strict=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if checkpoint is None:
@@ -350,7 +343,7 @@ class HealTrainer(Trainer):
         self._set_learning_rate()
 
     def _set_learning_rate(self) -> None:
-        """Put the schedule to the step that the run is at, as it counts now; mostly, it is there already."""
+        """Set the schedule to the run's step. It differs from the saved one if the number of processes changed."""
         scheduler, step = self.lr_scheduler, self.first_step
         rates = [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
         scheduler.last_epoch, scheduler._step_count, scheduler._last_lr = step, step + 1, rates
@@ -366,7 +359,8 @@ class HealTrainer(Trainer):
     def _load_rng_state(self, checkpoint) -> None:
         if checkpoint is None or self._resumed is None:
             return
-        if self._resumed.info["world_size"] != self.args.world_size:  # nobody's state is anybody's now
+        if self._resumed.info["world_size"] != self.args.world_size:
+            # The saved random states do not match these processes.
             set_seed((self._settings.seed + self.sequences_seen) % 2**31, device_specific=True)
             return
         path = Path(checkpoint, self._rng_file())
@@ -380,7 +374,7 @@ class HealTrainer(Trainer):
                 torch.cuda.set_rng_state_all(states["cuda"])
 
     def take_unlogged_loss(self) -> None:
-        """Take up the loss that the state's run had not logged yet; of another number of processes, their mean."""
+        """Add the loss that was not logged before the state was saved; with other processes, the mean of theirs."""
         if self._resumed is None:
             return
         unlogged = self._resumed.info["unlogged"]
@@ -391,7 +385,7 @@ class HealTrainer(Trainer):
 
 
 class _TakeUnloggedLoss(TrainerCallback):
-    """Calls the trainer at the one moment between its own reset of the loss and the first step."""
+    """Calls the trainer after it has reset the loss, and before the first step."""
 
     def __init__(self, trainer: HealTrainer):
         self._trainer = trainer
@@ -401,6 +395,6 @@ class _TakeUnloggedLoss(TrainerCallback):
 
 
 def _save_plain(content: Any, path: Path) -> None:
-    """torch.save into an open file, so that a full disk is an OSError and no error of torch's."""
+    """torch.save into an open file: then a full disk is an OSError, not an error of torch."""
     with path.open("wb") as file:
         torch.save(content, file)

@@ -1,7 +1,6 @@
-"""What a step of healing brings down: the text's own loss, or the distance from a teacher.
+"""The losses of healing: on the text, or to a teacher.
 
-In: what the student made of a batch, and what the teacher makes of it. Out: a scalar. Source: Hinton et al., arXiv
-1503.02531, section 2 (the soft targets' gradient is scaled by temperature squared).
+Source: Hinton et al., arXiv 1503.02531, section 2 (the gradient of soft targets is scaled by temperature squared).
 """
 
 import torch
@@ -28,14 +27,15 @@ class Distillation:
 
     @property
     def wants_hidden_states(self) -> bool:
-        """Whether the student has to hand out its hidden states."""
+        """Whether the loss needs the student's hidden states."""
         return self._settings.hidden_weight > 0
 
     def loss(self, student: CausalLMOutputWithPast, input_ids: Tensor) -> Tensor:
         """Mean over all positions that have a next token.
 
-        w T^2 KL(teacher || student) + (1 - w) cross-entropy + h MSE(hidden states), w, T and h from the settings; the
-        last is a mean over layers, each relative to its teacher's mean square, which grows a thousandfold with depth.
+        w T^2 KL(teacher || student) + (1 - w) cross-entropy + h MSE(hidden states), with w, T and h from the settings.
+        The MSE is a mean over layers. Each is relative to the teacher's mean square, which grows a thousandfold with
+        depth.
 
         Args:
             student: its logits (batch, length, vocab), and hidden states if wanted.

@@ -1,8 +1,7 @@
-"""The states from which a run goes on: `checkpoint-N` folders, each complete or not there.
+"""The states from which a run resumes: `checkpoint-N` folders, each complete or not there.
 
-In: the folder of a run's states. Out: which are complete, in the order of the data seen; which are not, by name; a
-place to write the next one; fewer of them. A state's `resume_state.json` is written last and holds every other file's
-digest: a folder without it is no state (transformers#35525 is what happens where there is no such mark).
+A state's `resume_state.json` is written last and has the digest of every other file. A folder without it is no state.
+Without such a file, half a state would be loaded (transformers#35525).
 """
 
 import contextlib
@@ -27,7 +26,7 @@ from model_preparation.io.untrusted.sharded_files import SHARD_METADATA, check_s
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
 
 FORMAT_VERSION = 1
-MARK, TRAINER_STATE = "resume_state.json", "trainer_state.json"
+STATE_FILE, TRAINER_STATE = "resume_state.json", "trainer_state.json"
 PREFIX = "checkpoint"
 _NAME = re.compile(rf"{PREFIX}-(\d+)(-world\d+)?")
 _PICKLES = (".pt", ".pth", ".bin")
@@ -57,7 +56,7 @@ _TRAINER_FIELDS = {
 
 @dataclass(frozen=True)
 class ResumeState:
-    """A complete state: its folder, and what its mark says.
+    """A complete state: its folder, and its resume_state.json.
 
     Attributes:
         info: the fields of resume_state.json: `iter_num` steps, `sequences_seen`, `best_val_loss`, `world_size`,
@@ -69,7 +68,7 @@ class ResumeState:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps done, with `world_size` processes."""
+        """Optimizer steps done, of `world_size` processes."""
         return self.info["iter_num"]
 
     @property
@@ -79,45 +78,45 @@ class ResumeState:
 
 
 def read_state(folder: Path) -> ResumeState:
-    """The state in a folder, its files not looked at.
+    """The state in a folder; its other files are not read.
 
     Raises:
-        SurgeryError: if it is not there, half-written, or of a version this program does not know.
+        SurgeryError: if it is not there, incomplete, or of a version this program does not know.
     """
     if not folder.is_dir():
         what = "a file" if folder.exists() else "not there"
         raise SurgeryError(f"{folder} is {what}. Give a {PREFIX}-N folder, or --resume auto.")
-    if not (folder / MARK).is_file():
+    if not (folder / STATE_FILE).is_file():
         inner = list_states(folder, damaged_too=True)[0]
-        what = f"holds states, the newest {inner[-1].folder.name}, and is none" if inner else f"has no {MARK}"
+        what = f"holds states, the newest {inner[-1].folder.name}, but is no state" if inner else f"has no {STATE_FILE}"
         raise SurgeryError(f"{folder} {what}. Give a complete {PREFIX}-N folder, or --resume auto.")
     try:
         return _read_mark(folder)
     except (OSError, ValueError) as error:
-        raise SurgeryError(f"{folder / MARK} cannot be read ({error}). {_the_one_before(folder)}") from error
+        raise SurgeryError(f"{folder / STATE_FILE} cannot be read ({error}). {_the_one_before(folder)}") from error
 
 
 def _read_mark(folder: Path) -> ResumeState:
-    info = read_json(folder / MARK)
+    info = read_json(folder / STATE_FILE)
     check_fields(info, _FIELDS)
     if info["format_version"] != FORMAT_VERSION:
         raise SurgeryError(
             f"{folder} has format version {info['format_version']}; this program knows {FORMAT_VERSION}."
         )
     if len(info["unlogged"]["losses"]) != info["world_size"]:
-        raise ValueError(f"unlogged has {len(info['unlogged']['losses'])} losses of {info['world_size']} processes")
+        raise ValueError(f"unlogged has {len(info['unlogged']['losses'])} losses for {info['world_size']} processes")
     return ResumeState(folder, info)
 
 
 def list_states(folder: Path, *, damaged_too: bool = False) -> tuple[list[ResumeState], list[str]]:
-    """(complete states, those that have seen least first; names of what is half-written) in a run's folder.
+    """(complete states, by the number of sequences seen; names of incomplete ones) in a run's folder.
 
-    A state whose mark cannot be read is an error, or with `damaged_too` counts as half-written.
+    A state with an unreadable resume_state.json is an error, or with `damaged_too` counts as incomplete.
     """
     states, incomplete = [], []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.is_dir() and _NAME.fullmatch(path.name.partition(".partial")[0]):
-            if not (_NAME.fullmatch(path.name) and (path / MARK).is_file()):
+            if not (_NAME.fullmatch(path.name) and (path / STATE_FILE).is_file()):
                 incomplete.append(path.name)
                 continue
             try:
@@ -130,10 +129,10 @@ def list_states(folder: Path, *, damaged_too: bool = False) -> tuple[list[Resume
 
 
 def check_state(state: ResumeState) -> None:
-    """Read every file of a state: its digest, and of pickles that they hold tensors and plain values only.
+    """Check the digest of every file of a state, and that its pickles hold tensors and plain values only.
 
     Raises:
-        SurgeryError: naming the file that is missing, changed, cut short or refused, and the state before it.
+        SurgeryError: if a file is missing, changed, cut short or refused. It names the file and the state before.
     """
     found = _fault_of_state(state)
     if found is not None:
@@ -142,7 +141,7 @@ def check_state(state: ResumeState) -> None:
 
 
 def _fault_of_state(state: ResumeState) -> tuple[str, str] | None:
-    """The first file that is not as it was written, and what is wrong with it."""
+    """The first file that is not as it was written, and its fault."""
     for name, entry in state.info["files"].items():
         try:
             path = inside(state.folder, name)
@@ -161,11 +160,11 @@ def _fault_of_state(state: ResumeState) -> tuple[str, str] | None:
 
 
 def _check_trainer_state(path: Path) -> None:
-    """Raise ValueError unless transformers can make its TrainerState of a file, and its numbers are numbers."""
+    """Raise ValueError unless transformers can make its TrainerState from the file, and its numbers are numbers."""
     from transformers import TrainerState
 
     try:
-        found = json.loads(path.read_bytes())  # in which a loss may be NaN
+        found = json.loads(path.read_bytes())  # not read_json: a loss may be NaN
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     if not isinstance(found, dict):
@@ -177,7 +176,7 @@ def _check_trainer_state(path: Path) -> None:
 
 @contextlib.contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """Around putting what is in a state's file where it was: what does not fit there becomes a SurgeryError."""
+    """While a state's file is loaded into the run: an error because it does not fit becomes a SurgeryError."""
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
@@ -188,10 +187,10 @@ def restoring(path: Path) -> Iterator[None]:
 
 
 def load_plain(path: Path) -> Any:
-    """What torch.save wrote of tensors and plain values (numbers, strings, lists, tuples, dicts).
+    """Load a file by torch.save with tensors and plain values (numbers, strings, lists, tuples, dicts).
 
     Raises:
-        SurgeryError: if the file holds anything else, which is named, or is damaged.
+        SurgeryError: if the file is damaged or holds anything else. It names that.
     """
     try:
         check_pt(path, TENSORS)
@@ -201,21 +200,21 @@ def load_plain(path: Path) -> Any:
 
 
 def finish_state(staging: Path, info: Mapping[str, Any]) -> None:
-    """Write the mark into a folder that has all other files, with their digests."""
-    content = {"format_version": FORMAT_VERSION, **info, "files": describe_files(staging, excluded=[MARK])}
-    (staging / MARK).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Write resume_state.json, with the digests of all other files, into a folder that has these."""
+    content = {"format_version": FORMAT_VERSION, **info, "files": describe_files(staging, excluded=[STATE_FILE])}
+    (staging / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def place_for(folder: Path, step: int, world_size: int, protected: Collection[str]) -> Path:
-    """Where the state of a step goes: `checkpoint-N`, unless a state to be kept, of other processes, is there."""
+    """The folder for the state of a step: `checkpoint-N`, or with another name if a protected state has that."""
     path = folder / f"{PREFIX}-{step}"
     return folder / f"{path.name}-world{world_size}" if path.name in protected else path
 
 
 def rotate(folder: Path, limit: int, best: str | None) -> list[str]:
-    """Remove the oldest states until `limit` are left, never the newest complete one nor `best`; returns their names.
+    """Remove the oldest states until `limit` are left, but never the newest nor `best`; returns their names.
 
-    What is half-written does not count, and is not touched.
+    Incomplete states do not count and stay.
     """
     states = [state.folder for state in list_states(folder)[0]]
     removable = [path for path in states[:-1] if path.name != best]
@@ -225,15 +224,15 @@ def rotate(folder: Path, limit: int, best: str | None) -> list[str]:
 
 
 def remove_states(folders: Iterable[Path]) -> None:
-    """Remove states; one that is half removed when this is killed has no mark, and so is none."""
+    """Remove states, resume_state.json first: if this is killed, the rest is no state."""
     for path in folders:
-        (path / MARK).unlink(missing_ok=True)
+        (path / STATE_FILE).unlink(missing_ok=True)
         sync(path)
         shutil.rmtree(path)
 
 
 def set_aside(folders: Iterable[Path]) -> None:
-    """Rename folders to NAME.aside, or NAME.aside-2 and so on, so that they are in nobody's way."""
+    """Rename folders to NAME.aside, or NAME.aside-2 and so on: then their names are free."""
     for path in folders:
         asides = (path.with_name(f"{path.name}.aside{end}") for end in ("", *(f"-{n}" for n in range(2, 1000))))
         path.rename(next(aside for aside in asides if not aside.exists()))
@@ -241,7 +240,7 @@ def set_aside(folders: Iterable[Path]) -> None:
 
 
 def set_aside_after(folder: Path, state: ResumeState) -> list[str]:
-    """Set aside the states in `folder` that have seen more than `state`; returns their names before."""
+    """Set aside the states in `folder` that have seen more sequences than `state`; returns their old names."""
     states = list_states(folder, damaged_too=True)[0]
     later = [other.folder for other in states if other.sequences_seen > state.sequences_seen]
     set_aside(later)
@@ -249,18 +248,18 @@ def set_aside_after(folder: Path, state: ResumeState) -> list[str]:
 
 
 def copy_state(source: Path, target: Path) -> None:
-    """Make `target`, an empty folder, hold what `source` holds, in no room of its own where that is possible."""
+    """Copy a state into `target`, an empty folder; without more disk space if the file system can do that."""
     for path in sorted(source.rglob("*")):
         place = target / path.relative_to(source)
         if path.is_dir():
             place.mkdir()
-        elif path.name != MARK:
+        elif path.name != STATE_FILE:
             share_file(path, place)
-    shutil.copyfile(source / MARK, target / MARK)
+    shutil.copyfile(source / STATE_FILE, target / STATE_FILE)
 
 
 def _the_one_before(folder: Path) -> str:
-    """A sentence that offers the newest state before `folder` that is whole."""
+    """A sentence that offers the newest whole state before `folder`."""
 
     def step_of(path: Path) -> int:
         match = _NAME.fullmatch(path.name)

@@ -1,8 +1,4 @@
-"""The settings of a healing run: what decides on its result, and what does not.
-
-In: the settings that a user gave, and for a run that goes on those it was started with. Out: a `HealSettings`, and in
-words what of the user's wishes did not count.
-"""
+"""The settings of a healing run, with their defaults; and which of them a resumed run may change."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,23 +11,25 @@ METHODS = ("full", "grafted", "neighbours", "lora")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant")
 TRACKERS = ("none", "trackio", "wandb", "swanlab")
+_CHOICES = {"method": METHODS, "precision": PRECISIONS, "schedule": SCHEDULES, "report_to": TRACKERS}
+_AT_LEAST_ONE = "max_steps batch_size accumulation block_size lora_rank logging_steps save_steps save_total_limit"
 
-# A run that goes on may change these: they decide on what is kept and shown, not on any weight ...
+# A resumed run may change these: they decide what is kept and shown, not the weights ...
 _FREE = ("save_steps", "save_total_limit", "report_to")
-# ... or on where the run ends, which is why it goes on.
-_TAKEN_WITH_A_WORD = ("max_steps",)
+# ... and this one, which decides where the run ends. The user gets a line about it.
+_FREE_WITH_A_LINE = ("max_steps",)
 
 
 @dataclass(frozen=True)
 class HealSettings:
-    """Everything that decides on the healed weights, beside the checkpoint and the text.
+    """All that decides the healed weights, apart from the checkpoint and the text.
 
     Attributes:
         method: which weights are trained: "full" all, "grafted" the donor's layers, "neighbours" these and the layers
-            beside them, "lora" low-rank updates of the linear layers.
-        init_from: "checkpoint" for the checkpoint's own weights, "scratch" for random ones, or weights from elsewhere.
+            next to them, "lora" low-rank updates of the linear layers.
+        init_from: "checkpoint" for the checkpoint's own weights, "scratch" for random ones, or other weights.
         exclude: patterns of names of tensors that are not taken from `init_from`.
-        max_steps: of the optimizer, with as many processes as the run was started with.
+        max_steps: of the optimizer, counted with the number of processes that the run was started with.
         batch_size: sequences per forward pass and process.
         accumulation: forward passes per step.
         block_size: tokens per sequence.
@@ -40,11 +38,11 @@ class HealSettings:
         dropout: of the attention weights in grafted layers.
         teacher: a model whose next-token distributions are the target; None for the text itself.
         temperature: of the two distributions.
-        teacher_weight: of the teacher's term in the loss; the text's term has the rest of 1.
-        hidden_weight: of the squared difference of the hidden states relative to the teacher's, added to that.
-        eval_interval: steps between two looks at the held-out loss; 0 for none.
-        eval_fraction: of the sequences, held out where no `eval_data` is given.
-        always_save: save at every look and every `save_steps`; else only where the held-out loss improved.
+        teacher_weight: weight of the teacher's term in the loss; the text's term has 1 minus that.
+        hidden_weight: weight of a third term, the squared error of the hidden states relative to the teacher's.
+        eval_interval: steps between two measurements of the held-out loss; 0 for none.
+        eval_fraction: fraction of the sequences that is held out if there is no `eval_data`.
+        always_save: save at every measurement and every `save_steps`; else only if the held-out loss improved.
         load_best: end with the weights of the lowest held-out loss, not with the last ones.
     """
 
@@ -84,24 +82,10 @@ class HealSettings:
 
     def __post_init__(self):
         object.__setattr__(self, "exclude", tuple(self.exclude))
-        for name, choices in (
-            ("method", METHODS),
-            ("precision", PRECISIONS),
-            ("schedule", SCHEDULES),
-            ("report_to", TRACKERS),
-        ):
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise SurgeryError(f"{name} is {getattr(self, name)!r}. Choose one of {', '.join(choices)}.")
-        for name in (
-            "max_steps",
-            "batch_size",
-            "accumulation",
-            "block_size",
-            "lora_rank",
-            "logging_steps",
-            "save_steps",
-            "save_total_limit",
-        ):
+        for name in _AT_LEAST_ONE.split():
             if getattr(self, name) < 1:
                 raise SurgeryError(f"{name} is {getattr(self, name)}. It must be at least 1.")
         for names, needed, is_given in (
@@ -112,7 +96,7 @@ class HealSettings:
             for name in names:
                 if not is_given and getattr(self, name) != getattr(type(self), name):
                     raise SurgeryError(
-                        f"{name} is given, and does nothing without {needed}. Leave it out, or give that."
+                        f"{name} is given, but has no effect without {needed}. Give that, or leave it out."
                     )
         if not self.always_save and not self.eval_interval:
             raise SurgeryError(
@@ -120,45 +104,44 @@ class HealSettings:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as they stand in JSON files."""
+        """The settings as JSON files have them."""
         return asdict(self) | {"exclude": list(self.exclude)}
 
 
 def saved_settings(saved: Mapping[str, Any]) -> HealSettings:
-    """Settings out of a state; those this version does not know are an error.
+    """The settings in a state.
 
     Raises:
-        SurgeryError: for a name that is no setting, or a value that cannot be.
+        SurgeryError: for a name that is no setting, or a value of another type.
     """
-    known = {field.name for field in fields(HealSettings)}
-    if unknown := sorted(saved.keys() - known):
+    if unknown := sorted(saved.keys() - {field.name for field in fields(HealSettings)}):
         raise SurgeryError(f"The state has settings this version does not know: {', '.join(unknown)}. Update it.")
     try:
-        check_fields(saved, {f"{field.name}?": _kind(field.type) for field in fields(HealSettings)})
+        check_fields(saved, {f"{field.name}?": _json_type(field.type) for field in fields(HealSettings)})
     except ValueError as error:
-        raise SurgeryError(f"The state's settings are none: {error}. Start anew with --resume never.") from error
+        raise SurgeryError(f"The state's settings are not valid: {error}. Start anew with --resume never.") from error
     return HealSettings(**saved)
 
 
-def _kind(annotation: Any) -> Any:
-    """A field's kind, as `check_fields` takes it, in JSON."""
+def _json_type(annotation: Any) -> Any:
+    """A field's type as JSON has it, for `check_fields`."""
     if annotation is float:
         return (int, float)
     return [str] if get_origin(annotation) is tuple else get_args(annotation) or annotation
 
 
 def resumed_settings(saved: HealSettings, given: Mapping[str, Any]) -> tuple[HealSettings, list[str]]:
-    """The settings of a run that goes on: the saved ones; and a line for every wish that differs from them."""
+    """The settings of a resumed run, which are mostly the saved ones; and a line for each one given that differs."""
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     differing = {name: value for name, value in given.items() if value != getattr(saved, name)}
-    taken = {name: value for name, value in differing.items() if name in _FREE + _TAKEN_WITH_A_WORD}
+    taken = {name: value for name, value in differing.items() if name in _FREE + _FREE_WITH_A_LINE}
     lines = []
     for name, value in differing.items():
-        if name in _TAKEN_WITH_A_WORD:
-            lines.append(f"{name} is now {value}, was {getattr(saved, name)}; the learning rate follows from here on")
+        if name in _FREE_WITH_A_LINE:
+            lines.append(f"{name} is now {value}, was {getattr(saved, name)}; the learning rate changes from here on")
         elif name not in _FREE:
             lines.append(
-                f"{name} stays {getattr(saved, name)!r}, as the run was started with; {value!r} does not count "
+                f"{name} stays {getattr(saved, name)!r}, as the run was started with; {value!r} is ignored "
                 "(to start anew, give --resume never)"
             )
     return replace(saved, **taken), lines

@@ -1,8 +1,4 @@
-"""Weights from anywhere into a model, with nothing hidden.
-
-In: a file or folder of tensors. Out: the model with those that fit, and a `KeyReport` of those that are missing,
-unexpected, of another shape, or left out as asked.
-"""
+"""Loads weights from any file or folder into a model, and reports every tensor that does not fit."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -28,9 +24,9 @@ class KeyReport:
     Attributes:
         loaded: those that fit.
         missing: wanted and not found.
-        unexpected: found, and nobody wants them.
+        unexpected: found, but not wanted.
         mismatched: of another shape: name, shape found, shape wanted.
-        excluded: not taken, as asked.
+        excluded: not taken, because the user excluded them.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -41,11 +37,11 @@ class KeyReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every name found its partner, in the same shape."""
+        """Whether all tensors were found in the right shape, and no others."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def lines(self) -> list[str]:
-        """What there is to say, a line per kind; how many were loaded comes first."""
+        """The report: the number of tensors loaded, then a line per kind of misfit."""
         shapes = [f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in self.mismatched]
         kinds = {
             "missing": self.missing,
@@ -61,7 +57,7 @@ class KeyReport:
 
 
 def compare_keys(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], exclude: Sequence[str] = ()) -> KeyReport:
-    """How `found` fits `wanted`; names that match a pattern of `exclude`, or begin with it and a dot, are left out."""
+    """How `found` fits `wanted`. Names that match a pattern of `exclude`, or begin with it and a dot, are excluded."""
     report = KeyReport()
     for name in wanted:
         if _matches(name, exclude):
@@ -78,12 +74,12 @@ def compare_keys(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], excl
 
 @torch.no_grad()
 def load_weights(model: nn.Module, path: Path, exclude: Sequence[str] = ()) -> KeyReport:
-    """Copy the tensors in `path` into a model, cast to its dtypes, as far as they fit; returns how far that was.
+    """Copy the tensors in `path` that fit into a model, cast to its dtypes.
 
-    Names may begin with `module.` or `_orig_mod.`. Of tied tensors one is enough.
+    Names may begin with `module.` or `_orig_mod.`. One of two tied tensors is enough.
 
     Raises:
-        SurgeryError: if `path` holds no tensors, or something else too, or none of them fits.
+        SurgeryError: if `path` holds no tensors, or other things too, or no tensor fits.
     """
     found = without_wrapper_prefixes(read_weights(path))
     wanted = model.state_dict()
@@ -100,10 +96,10 @@ def load_weights(model: nn.Module, path: Path, exclude: Sequence[str] = ()) -> K
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pt, .pth or .bin file, a checkpoint, or a model's folder, mapped from there.
+    """The tensors of a .safetensors, .pt, .pth or .bin file, a checkpoint, or a model's folder; mapped, not read.
 
     Raises:
-        SurgeryError: if there are none, or a file holds anything but tensors by name.
+        SurgeryError: if there are none, or a file holds other things.
     """
     if path.is_dir():
         if (path / INFO).is_file() and read_info(path).get("format") != "hf":

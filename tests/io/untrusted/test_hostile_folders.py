@@ -25,9 +25,9 @@ from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.untrusted import tokenizer_files
 from model_preparation.search.search import check_output
 from model_preparation.terminal import Escaping, escaped
+from model_preparation.train.distill.work_folder import WorkFolder
 from model_preparation.train.heal.heal import heal_checkpoint
-from model_preparation.train.heal.resume_state import MARK
-from model_preparation.train.work_folder import WorkFolder
+from model_preparation.train.heal.resume_state import STATE_FILE
 from tests.conftest import assert_refused, make_tokenizer, run_command
 from tests.search.conftest import make_questions, write_task
 
@@ -50,7 +50,7 @@ def elsewhere(tmp_path) -> Path:
     """A folder that nobody has named, with files in it such as each of our commands may remove or replace."""
     folder = tmp_path / "elsewhere"
     names = ["w.safetensors", "w.json", "lock", "models/w.safetensors", "models/w.json", "x.partial-1", "settings.json"]
-    names += ["layer_00.safetensors", "journal.jsonl", "metadata.json", MARK, ".held_by", "README.md"]
+    names += ["layer_00.safetensors", "journal.jsonl", "metadata.json", STATE_FILE, ".held_by", "README.md"]
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_text("{}")

@@ -1,8 +1,4 @@
-"""Perplexity of a Llama and of Llambas made of it, side by side, with one layer of each in memory at a time.
-
-In: the Llama's weights, for each model a function that gives its layers, tokens. Out: exp of the mean negative log
-likelihood of each token but a sequence's first, given those before it.
-"""
+"""Perplexity of a Llama and of Llambas made from it, with one layer of each in memory at a time."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,41 +6,37 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from model_preparation.io.tensors.tensor_files import TensorFiles
-from model_preparation.train.distill.distill_layer import in_order
+from model_preparation.train.distill.distill_layer import put_through
+from model_preparation.train.distill.donor import Donor
 
 Layer = Callable[[Tensor], Tensor]  # hidden states (batch, length, width), in and out, on any device
 
 
 @torch.no_grad()
 def perplexities(
-    files: TensorFiles,
-    config: LlamaConfig,
+    donor: Donor,
     tokens: Tensor,
     layers_of: Callable[[int], Mapping[str, Layer]],
     names: Sequence[str],
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The perplexity of each model of `names`; embedding, final norm and head are the Llama's for all of them.
+    """The perplexity of each model in `names`: exp of the mean cross-entropy of all tokens but a sequence's first.
+
+    All of them have the embedding, final norm and head of the donor.
 
     Args:
-        files: the Llama's.
-        config: its config.
         tokens: (sequences, length) int64.
-        layers_of: layer `index` of each model by the model's name.
+        layers_of: gives layer `index` of each model, by the model's name.
         advance: called after each layer.
     """
+    files, config = donor.files, donor.config
     embedded = files["model.embed_tokens.weight"][tokens].float()
     states = {name: embedded.clone() for name in names}
     for index in range(config.num_hidden_layers):
         for name, layer in layers_of(index).items():
-            first = 0
-            for batch in in_order(states[name]):
-                states[name][first : first + len(batch.hidden_states)] = layer(batch.hidden_states)
-                first += len(batch.hidden_states)
+            put_through(layer, states[name], states[name])
         advance()
     norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
     norm.weight.data = files["model.norm.weight"].float()
@@ -53,7 +45,7 @@ def perplexities(
 
 
 def _mean_loss(states: Tensor, head: Tensor, tokens: Tensor) -> float:
-    """Sequence by sequence, as logits of all of them would take more memory than everything else."""
+    """One sequence at a time: the logits of all would need more memory than everything else."""
     total = 0.0
     for values, sequence in zip(states, tokens, strict=True):
         total += F.cross_entropy(values[:-1] @ head.t(), sequence[1:], reduction="sum").item()

@@ -1,11 +1,11 @@
-"""NAME.distilling beside NAME: what a distillation has done so far, so that the same command goes on from there.
+"""The folder NAME.distilling beside NAME keeps the work of a distillation, so that the same command resumes it.
 
-In: the settings that decide on the tokens, and those of the training. Out: a folder held by one run at a time, with
-    settings.json           what is asked for, "text" and "training"
-    drawn_NNN.safetensors   a batch of text of the donor's own
-    tokens.safetensors      all tokens that are trained on and held out
+    settings.json           the settings of the run, "text" and "training"
+    drawn_NNN.safetensors   a batch of the donor's own text
+    tokens.safetensors      all tokens, trained on and held out
     layer_NN.safetensors    the mixer of a finished layer, float32, and its record
-Each file appears whole or not at all.
+
+One run at a time holds the folder. Each file appears whole or not at all.
 """
 
 import json
@@ -24,34 +24,33 @@ from model_preparation.io.complete_file import make_folder, sync, write_file
 from model_preparation.io.folder_lock import take
 from model_preparation.io.identity import differences
 from model_preparation.io.untrusted.untrusted_files import read_json, without_links
-from model_preparation.train.distill.distill_data import TokenData
 
 _SETTINGS, _TOKENS = "settings.json", "tokens.safetensors"
 
 
 class WorkFolder:
-    """The folder of one distillation; see above."""
+    """The work folder of one distillation."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     @classmethod
     def beside(cls, target: Path) -> "WorkFolder":
-        """That of the distillation that makes `target`."""
+        """The folder of the distillation that makes `target`."""
         target = target.resolve()
         return cls(target.with_name(f"{target.name}.distilling"))
 
     @contextmanager
     def held(self, text: Mapping[str, Any], training: Mapping[str, Any], *, restart: bool) -> Iterator[None]:
-        """Keep other runs out, and see that the tokens and layers that are there are of the same settings.
+        """Keep other runs out, and check that tokens and layers in the folder have these settings.
 
         Args:
-            text: JSON's kinds of values, all that decides on the tokens.
-            training: likewise, all else that decides on the weights.
-            restart: remove the layers first, and the tokens unless they are of the same settings.
+            text: the settings that change the tokens, as JSON's kinds of values.
+            training: all other settings that change the weights, likewise.
+            restart: remove the layers first, and tokens of other settings.
 
         Raises:
-            SurgeryError: if another run is at it, or it has tokens or layers of other settings, which are named.
+            SurgeryError: if another run holds the folder, or it has tokens or layers of other settings. It names them.
         """
         hold = take(without_links(self.folder))
         try:
@@ -67,36 +66,34 @@ class WorkFolder:
             hold.release()
 
     def settings(self) -> dict[str, Any]:
-        """Those of the distillation that is going on here."""
+        """The settings of the run, "text" and "training" together."""
         found = self._read_settings()
         return found["text"] | found["training"]
 
     def remove(self) -> None:
-        """Remove all of it; the settings last, as they tell what the rest is."""
+        """Remove the folder. The settings go last, as they say what the rest is."""
         if self.folder.is_dir():
             self._empty()
             (self.folder / _SETTINGS).unlink(missing_ok=True)
             self.folder.rmdir()
 
-    def tokens(self) -> TokenData | None:
-        """The tokens, if they were kept."""
-        path = self.folder / _TOKENS
-        return TokenData(**load_file(path)) if path.is_file() else None
+    def tokens(self) -> dict[str, Tensor] | None:
+        """The fields of `TokenData`, if they were kept."""
+        return self._load(_TOKENS)
 
-    def keep_tokens(self, data: TokenData) -> None:
-        tensors = {"tokens": data.tokens} if data.weights is None else vars(data)
-        self._write(_TOKENS, dict(tensors))
+    def keep_tokens(self, tokens: Tensor, weights: Tensor | None) -> None:
+        self._write(_TOKENS, {"tokens": tokens} | ({} if weights is None else {"weights": weights}))
 
     def drawn(self, number: int) -> Tensor | None:
         """Batch `number` of the donor's own text, (sequences, length) int64, if it was kept."""
-        path = self.folder / f"drawn_{number:03d}.safetensors"
-        return load_file(path)["tokens"] if path.is_file() else None
+        found = self._load(f"drawn_{number:03d}.safetensors")
+        return None if found is None else found["tokens"]
 
     def keep_drawn(self, number: int, tokens: Tensor) -> None:
         self._write(f"drawn_{number:03d}.safetensors", {"tokens": tokens})
 
-    def forget_drawn(self) -> None:
-        """Remove all batches."""
+    def remove_drawn(self) -> None:
+        """Remove all batches of the donor's own text."""
         for path in self.folder.glob("drawn_*.safetensors"):
             path.unlink()
 
@@ -109,7 +106,7 @@ class WorkFolder:
         return load_file(self._layer(index))
 
     def record(self, index: int) -> dict[str, Any]:
-        """What was told of a finished layer when it was kept."""
+        """The record that was kept with a finished layer."""
         with safe_open(self._layer(index), "pt") as file:
             return json.loads(file.metadata()["record"])
 
@@ -119,6 +116,10 @@ class WorkFolder:
 
     def _layer(self, index: int) -> Path:
         return self.folder / f"layer_{index:02d}.safetensors"
+
+    def _load(self, name: str) -> dict[str, Tensor] | None:
+        path = self.folder / name
+        return load_file(path) if path.is_file() else None
 
     def _write(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
         contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
@@ -138,16 +139,16 @@ class WorkFolder:
         write_file(self.folder / _SETTINGS, json.dumps(settings, indent=2) + "\n")
 
     def _check_ours(self) -> None:
-        """Raise SurgeryError if the folder has files in it and none of them says that a distillation made it."""
+        """Raise SurgeryError if the folder has files but no settings: then no distillation made it."""
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         if names and not any(name.startswith(_SETTINGS) for name in names):
             raise SurgeryError(
-                f"{self.folder} holds other files ({', '.join(sorted(names)[:3])}), and the work is to be kept there. "
+                f"{self.folder} holds other files ({', '.join(sorted(names)[:3])}), and this run needs that folder. "
                 "Move them elsewhere, or choose another --output_dir."
             )
 
     def _settle(self, asked: Mapping[str, Any], *, restart: bool) -> None:
-        """Let the settings there become those asked for, if no tokens or layers are of others, or these may go."""
+        """Write the settings asked for, if no tokens or layers have other settings, or `restart` removes these."""
         asked = json.loads(json.dumps(asked))
         try:
             found = self._read_settings()
@@ -181,4 +182,4 @@ class WorkFolder:
                 shutil.rmtree(path)
             elif path.name != _SETTINGS:
                 path.unlink()
-        sync(self.folder)  # before the settings tell of something else
+        sync(self.folder)  # before the settings change

@@ -1,72 +1,61 @@
-"""Some layers of a distillation, one after the other, in this process: a whole run, or one worker's part of it.
+"""Trains the mixers of some layers in this process, one after the other: for a whole run, or for one job of it.
 
-In: the work folder with settings and tokens, the donor, the layers. Out: each layer's file in the work folder. In
-memory are a donor's layer, a student's layer and the hidden states that enter them, or these on the disk beyond
-a limit.
+One donor layer, one Llamba layer and the hidden states that enter them are in memory. Large hidden states are on disk.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from rich.filesize import decimal
-from transformers import LlamaConfig
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from model_preparation.io.folder_lock import take
-from model_preparation.io.tensors.tensor_files import TensorFiles
-from model_preparation.train.distill.distill_data import TokenData
+from model_preparation.io.partial_folder import take
 from model_preparation.train.distill.distill_layer import Step, distill_layer, in_order, relative_error, shuffled
-from model_preparation.train.distill.distill_progress import LayerProgress
+from model_preparation.train.distill.donor import Donor
 from model_preparation.train.distill.hidden_states import HiddenStates, check_room, states_bytes
 from model_preparation.train.distill.student_layer import student_config, student_layer, student_tensors
-from model_preparation.train.work_folder import WorkFolder
+from model_preparation.train.distill.tokens import TokenData
+from model_preparation.train.distill.work_folder import WorkFolder
 
 LOGGED_STEPS = 100  # of each layer, evenly spread
-_SEEDS_PER_RUN = 1024  # more than a model has layers, so that runs with seeds side by side share none
+_SEEDS_PER_RUN = 1024  # more than a model has layers, so that runs with neighbouring seeds share none
 
 
-def train_layers(
-    work: WorkFolder,
-    files: TensorFiles,
-    donor: LlamaConfig,
-    layers: Sequence[int],
-    *,
-    device: str,
-    memory_limit_bytes: float,
-    progress: LayerProgress,
-) -> None:
-    """Train those of `layers`, which are sorted, that are not finished.
+def train_layers(work: WorkFolder, donor: Donor, layers: Sequence[int], memory_limit_bytes: float) -> None:
+    """Train the layers that are not finished. Shows a bar, and prints a line per layer.
 
     Args:
-        work: begun, with its tokens.
-        files: the donor's.
-        donor: its config.
-        memory_limit_bytes: up to which hidden states stay in memory.
-        progress: told what is done.
+        work: has its settings and tokens.
+        layers: sorted.
+        memory_limit_bytes: larger hidden states are kept on the disk.
     """
     missing = [index for index in layers if not work.has_layer(index)]
     if not missing:
         return
-    data = work.tokens()
-    assert data is not None
-    size_bytes = states_bytes(data.tokens.numel(), donor)
+    kept = work.tokens()
+    assert kept is not None
+    data = TokenData(**kept)
+    size_bytes = states_bytes(data.tokens.numel(), donor.config)
     with ExitStack() as stack:
         folder = None
         if size_bytes > memory_limit_bytes:
             hold = take(work.folder / f"states_for_layer_{layers[0]:02d}")
             stack.callback(hold.release)
             folder = hold.folder
-            check_room(work.folder, data.tokens.numel(), donor, folder.glob("*"))
+            check_room(work.folder, data.tokens.numel(), donor.config, folder.glob("*"))
             print(f"Hidden states, {decimal(size_bytes)}, are kept in {folder}", flush=True)
-        states = HiddenStates(files, donor, data.tokens, folder, missing[0], device)
+        steps = work.settings()["steps_per_layer"]
+        bar = stack.enter_context(_LayerBar(steps * len(layers), steps * (len(layers) - len(missing))))
+        states = HiddenStates(donor, data.tokens, folder, missing[0])
         for index in range(states.index, missing[-1] + 1):
             layer = states.layer()
             if index in missing:
-                progress.finished(_train(work, states, layer, donor, data, device, progress))
+                _print_result(_train(work, states, layer, donor, data, bar))
             if index < missing[-1]:
-                progress.passing(index)
+                bar.show(f"Hidden states through layer {index}")
                 states.advance(layer)
             del layer  # before the next one is read
         if folder is not None:
@@ -74,7 +63,7 @@ def train_layers(
 
 
 def layer_seed(seed: int, index: int) -> int:
-    """The seed of what is random in one layer of a run."""
+    """The seed of the random numbers of one layer."""
     return (seed * _SEEDS_PER_RUN + index) % 2**63  # torch takes no larger ones
 
 
@@ -82,19 +71,18 @@ def _train(
     work: WorkFolder,
     states: HiddenStates,
     teacher: LlamaDecoderLayer,
-    donor: LlamaConfig,
+    donor: Donor,
     data: TokenData,
-    device: str,
-    progress: LayerProgress,
+    bar: "_LayerBar",
 ) -> dict[str, Any]:
-    """Train the counterpart of `teacher`, which the states enter, and keep it; returns its record."""
+    """Train the counterpart of `teacher`, the layer that the states enter, and keep it. Returns its record."""
     started = time.monotonic()
     settings = work.settings()
     index, held_out = states.index, data.held_out
     seed = layer_seed(settings["seed"], index)
-    config = student_config(donor, settings["mixer"])
+    config = student_config(donor.config, settings["mixer"])
     tensors = {name: tensor.cpu() for name, tensor in teacher.state_dict().items()}
-    student = student_layer(student_tensors(tensors, donor, config, seed), config, device)
+    student = student_layer(student_tensors(tensors, donor.config, config, seed), config, donor.device)
     weights, held_out_weights = None, None
     if data.weights is not None:
         weights, held_out_weights = data.weights[:-held_out], data.weights[-held_out:]
@@ -108,7 +96,7 @@ def _train(
     log = []
 
     def note(step: Step) -> None:
-        progress.step(index, step)
+        bar.show(f"Layer {index}, loss {step.loss:.3f}", steps=1)
         if step.step % every == 0 or step.step == steps - 1:
             log.append(step._asdict())
 
@@ -127,3 +115,24 @@ def _train(
     mixer = {f"mixer.{name}": tensor.cpu() for name, tensor in student.mixer.state_dict().items()}
     work.keep_layer(index, mixer, record)
     return record
+
+
+def _print_result(record: Mapping[str, Any]) -> None:
+    print(
+        f"Layer {record['layer']}: error / variance on held-out tokens {record['initial']:.3f} -> "
+        f"{record['final']:.3f} ({record['seconds']:.0f} s)"
+        f"{', larger than before the training' if record['final'] > record['initial'] else ''}",
+        flush=True,
+    )
+
+
+class _LayerBar(Progress):
+    """A bar over the steps of all layers, which also says what runs now."""
+
+    def __init__(self, total: int, done: int):
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        super().__init__(*columns, transient=True)
+        self._task = self.add_task("Distilling", total=total, completed=done)
+
+    def show(self, what: str, steps: int = 0) -> None:
+        self.update(self._task, advance=steps, description=what)

@@ -1,7 +1,4 @@
-"""What a distillation leaves beside the model: the losses as lines and as a plot, and a summary.
-
-In: the layers' records. Out: distillation.jsonl, distillation.png and distillation.json in the model's folder.
-"""
+"""The report of a distillation, in the model's folder: distillation.jsonl (losses), .png (plot), .json (summary)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,12 +15,7 @@ LOG, PLOT, SUMMARY = "distillation.jsonl", "distillation.png", "distillation.jso
 
 
 def write_report(folder: Path, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-    """Write the three files.
-
-    Args:
-        records: of the layers, as `train_layers` keeps them, in order.
-        summary: what distillation.json shall say.
-    """
+    """Write the three files from the records of the layers, in order, as the work folder keeps them."""
     lines = [json.dumps({"layer": record["layer"], **step}) for record in records for step in record["log"]]
     (folder / LOG).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     plot_losses(records).savefig(folder / PLOT, dpi=150)
@@ -45,7 +37,7 @@ def describe(summary: Mapping[str, Any]) -> str:
 
 
 def plot_losses(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Left every layer's loss over its steps, right its error on held-out text before and after."""
+    """Left: every layer's loss over its steps. Right: its error on held-out text before and after."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     over_steps, by_layer = figure.subplots(1, 2)
     colours = matplotlib.colormaps["viridis"]

@@ -1,0 +1,216 @@
+"""The tokens that a distillation runs on: from text files, from the donor's own text, or the caller's tensor.
+
+They are made once and kept in the work folder. Texts follow each other without padding, with the end-of-sequence token
+between them.
+"""
+
+import json
+import math
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from model_preparation.errors import SurgeryError
+from model_preparation.hub.sources import has_tokenizer
+from model_preparation.io.digests import blake3_of
+from model_preparation.io.progress import bar
+from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.train import texts
+from model_preparation.train.distill.donor import Donor
+from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, SelfSampler
+from model_preparation.train.distill.settings import SELF, DistillSettings
+from model_preparation.train.distill.work_folder import WorkFolder
+
+HELD_OUT_PART = 1 / 16
+MAX_HELD_OUT_TOKENS = 65_536  # held-out tokens stay in memory
+_SUFFIXES = (".txt", ".jsonl")
+_PIECE_CHARACTERS = 1 << 20  # of a text, tokenised at once
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """Sequences to train on; the last ones are held out.
+
+    Attributes:
+        tokens: (sequences, length) int64.
+        weights: (sequences, length) float32, how much each position's error counts; None: all alike.
+
+    Raises:
+        SurgeryError: for other shapes or kinds of numbers, or fewer than two sequences.
+    """
+
+    tokens: Tensor
+    weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens.dim() != 2 or self.tokens.dtype != torch.int64 or len(self.tokens) < 2:
+            raise SurgeryError(
+                f"The tokens are {list(self.tokens.shape)} of {self.tokens.dtype}. Give (sequences, length) of "
+                "torch.int64, with at least two sequences: one is held out."
+            )
+        if self.weights is not None and self.weights.shape != self.tokens.shape:
+            raise SurgeryError(
+                f"The weights are {list(self.weights.shape)}, the tokens {list(self.tokens.shape)}. Give one weight "
+                "for each token."
+            )
+
+    @property
+    def held_out(self) -> int:
+        """How many sequences are held out: one in 16, at least one."""
+        sequences, length = self.tokens.shape
+        return max(1, min(int(sequences * HELD_OUT_PART), MAX_HELD_OUT_TOKENS // length))
+
+    def digest(self) -> str:
+        """BLAKE3 of shape and numbers, in hex."""
+        hasher = blake3(repr(tuple(self.tokens.shape)).encode())
+        for tensor in (self.tokens, self.weights):
+            if tensor is not None:
+                hasher.update(tensor.contiguous().numpy().tobytes())
+        return hasher.hexdigest()
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise SurgeryError for a token that the donor does not have."""
+        low, high = int(self.tokens.min()), int(self.tokens.max())
+        if low < 0 or high >= vocab_size:
+            raise SurgeryError(
+                f"The tokens go from {low} to {high}, and the donor has {vocab_size} of them. Use its own tokenizer."
+            )
+
+
+Data = TokenData | str | Path
+
+
+def described(data: Data, settings: DistillSettings) -> dict[str, Any]:
+    """The settings that change the tokens, as the work folder keeps them. Only drawn text depends on the seed.
+
+    Raises:
+        SurgeryError: if there is no text where `data` says.
+    """
+    if isinstance(data, TokenData):
+        return {"data": data.digest()}
+    asked = {"tokens": settings.tokens, "sequence_length": settings.sequence_length}
+    if data == SELF:
+        return {"data": SELF, **asked, "seed": settings.seed}
+    path = Path(data).expanduser()
+    folder = path if path.is_dir() else path.parent
+    named = {file.relative_to(folder).as_posix(): blake3_of(file) for file in text_files(data)}
+    return {"data": blake3(json.dumps(named).encode()).hexdigest(), **asked}
+
+
+def most_tokens(data: Data, settings: DistillSettings) -> int:
+    """How many tokens there will be at most: a text has no more of them than bytes.
+
+    Raises:
+        SurgeryError: if there is no text where `data` says.
+    """
+    if isinstance(data, TokenData):
+        return data.tokens.numel()
+    length = settings.sequence_length
+    most = -(-settings.tokens // length) * length
+    return most if data == SELF else min(most, sum(file.stat().st_size for file in text_files(data)))
+
+
+def text_files(data: str | Path) -> list[Path]:
+    """The .txt and .jsonl files in a folder and below it, or the one file; SurgeryError if there is none."""
+    return texts.text_files(Path(data).expanduser(), _SUFFIXES, "self for text that the donor writes")
+
+
+def take_tokens(data: Data, work: WorkFolder, donor: Donor) -> TokenData:
+    """Return the tokens that `work` keeps. If it has none yet, make and keep them.
+
+    Raises:
+        SurgeryError: for text or tokens that cannot be used, or a donor that lacks what they need.
+    """
+    kept = work.tokens()
+    if kept is not None:
+        taken = TokenData(**kept)
+    else:
+        if isinstance(data, TokenData):
+            taken = data
+        elif data == SELF:
+            taken = TokenData(_drawn(work, donor))
+        else:
+            taken = TokenData(_read(data, work, donor.folder))
+        taken.check_vocabulary(donor.config.vocab_size)
+        work.keep_tokens(taken.tokens, taken.weights)
+    work.remove_drawn()
+    return taken
+
+
+def tokens_of_text(
+    files: list[Path], tokenizer: PreTrainedTokenizerBase, length: int, tokens: int, advance: Callable[[int], None]
+) -> Tensor:
+    """The first `tokens` tokens of the texts, or all there are, as (sequences, length) int64.
+
+    Long texts are tokenised in pieces, as far as they are needed. The tokens can differ from those of the whole text
+    only where two pieces meet.
+
+    Args:
+        advance: called with the number of tokens of each piece.
+
+    Raises:
+        SurgeryError: if the texts fill fewer than two sequences, or a file cannot be read.
+    """
+    end = tokenizer.eos_token_id
+    wanted = math.ceil(tokens / length) * length
+    stream = array("i")
+    for piece in texts.read_texts(files, _PIECE_CHARACTERS):
+        # Not verbose: it would warn of long texts, which are cut below.
+        found = tokenizer(piece.text, add_special_tokens=piece.is_first, verbose=False)["input_ids"]
+        ended = end is None or found[-1:] == [end]
+        if piece.is_last and not ended:
+            found.append(end)
+        elif piece.is_first and not piece.is_last and end is not None and ended:
+            found.pop()  # the tokenizer ended the piece, but the text goes on
+        stream.extend(found)
+        advance(len(found))
+        if len(stream) >= wanted:
+            break
+    sequences = min(len(stream), wanted) // length
+    if sequences < 2:
+        raise SurgeryError(
+            f"The text in {files[0]}{' and others' if len(files) > 1 else ''} has {len(stream)} tokens; at least two "
+            f"sequences of {length} are needed. Give more text, or a smaller --sequence_length."
+        )
+    return torch.frombuffer(stream, dtype=torch.int32)[: sequences * length].long().view(sequences, length)
+
+
+def _read(data: str | Path, work: WorkFolder, donor_folder: Path) -> Tensor:
+    if not has_tokenizer(donor_folder):
+        raise SurgeryError(f"{donor_folder} has no tokenizer for the text. Copy it there, or use --data self.")
+    length, tokens = (work.settings()[name] for name in ("sequence_length", "tokens"))
+    with bar("Tokens", tokens) as advance:
+        found = tokens_of_text(text_files(data), load_tokenizer(donor_folder), length, tokens, advance)
+    if found.numel() < tokens:
+        print(f"The text has {found.numel():,} tokens, fewer than --tokens {tokens:,}: all are taken.", flush=True)
+    return found
+
+
+def _drawn(work: WorkFolder, donor: Donor) -> Tensor:
+    """The donor's own text, (sequences, length) int64. Each batch is kept as soon as it is drawn."""
+    asked = work.settings()
+    length = asked["sequence_length"]
+    sequences = max(2, -(-asked["tokens"] // length))
+    print(f"The donor writes {sequences * length:,} tokens ...", flush=True)
+    sampler = None
+    parts = []
+    with bar("Tokens", asked["tokens"]) as advance:
+        for number, first in enumerate(range(0, sequences, SEQUENCES_AT_ONCE)):
+            part = work.drawn(number)
+            if part is None:
+                sampler = sampler or SelfSampler(donor.folder, donor.config, donor.device)
+                # The factor keeps the batches of neighbouring seeds apart; torch takes no larger seeds.
+                seed = (asked["seed"] * 1_000_003 + number) % 2**63
+                part = sampler.draw(min(SEQUENCES_AT_ONCE, sequences - first), length, seed, advance)
+                work.keep_drawn(number, part)
+            else:
+                advance(part.numel())
+            parts.append(part)
+    return torch.cat(parts)

@@ -1,0 +1,289 @@
+"""A healing run: the state it resumes from, its settings, its model, text and teacher."""
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
+from model_preparation.checkpoint.healed_folder import describe_parent
+from model_preparation.checkpoint.model_digests import digest_of_checkpoint, digest_of_model, digest_of_weights
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.other_models import find_others, load_other
+from model_preparation.io.identity import differences
+from model_preparation.io.names import name_of
+from model_preparation.io.new_folder import remove_abandoned
+from model_preparation.llamba import LlambaForCausalLM
+from model_preparation.llamba.configuration_llamba import LlambaConfig
+from model_preparation.train.heal.adapters import add_lora, is_adapter, load_adapter
+from model_preparation.train.heal.arguments import step_size
+from model_preparation.train.heal.objective import Distillation, check_teacher
+from model_preparation.train.heal.resume_state import (
+    ResumeState,
+    check_state,
+    list_states,
+    read_state,
+    remove_states,
+    set_aside,
+    set_aside_after,
+)
+from model_preparation.train.heal.sequences import Sequences, hold_out, load_sequences
+from model_preparation.train.heal.settings import HealSettings, resumed_settings, saved_settings
+from model_preparation.train.heal.weights import load_weights
+
+Say = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What does not change while a run lasts.
+
+    Attributes:
+        parent: the checkpoint's folder.
+        state: the one to resume from, or None.
+        identity: fields of every state: `parent`, `data`, `model_args`, `run_id`, `inputs`, `texts` and
+            `started_world_size`.
+        sources: targets by name, as `resolve(overrides=...)` takes them.
+        say: prints, in the main process only.
+    """
+
+    parent: Path
+    settings: HealSettings
+    state: ResumeState | None
+    identity: dict[str, Any]
+    sources: Mapping[str, str] | None
+    say: Say
+
+    def load_model(self) -> tuple[LlambaForCausalLM, PreTrainedTokenizerBase]:
+        """The parent's model, float32 in its own memory, with the weights that the settings name."""
+        settings = self.settings
+        model, tokenizer = load_checkpoint(self.parent, dtype=torch.float32)
+        in_memory(model)
+        in_state = self.state is not None and settings.method != "lora"  # the state brings all weights later
+        if settings.init_from == "scratch" and not in_state:
+            model.load_state_dict(LlambaForCausalLM(model.config).state_dict())
+        elif settings.init_from != "checkpoint" and not in_state and self._initial_adapter() is None:
+            path = _init_path(self.parent, settings, self.sources)
+            self.say("\n".join([f"Weights from {path}:", *load_weights(model, path, settings.exclude).lines()]))
+        for module in model.modules():
+            if isinstance(module, LlamaAttention):
+                module.attention_dropout = settings.dropout
+        return model, tokenizer
+
+    def choose_trained_weights(self, model: LlambaForCausalLM) -> Any:
+        """The model, or with LoRA a PeftModel, in which the weights that the method trains have gradients."""
+        if self.settings.method == "lora":
+            return self.with_adapter(model)
+        layers = trained_layers(model.config, self.settings.method)
+        prefixes = tuple(f"backbone.layers.{index}." for index in layers)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.settings.method == "full" or name.startswith(prefixes))
+        return model
+
+    def with_adapter(self, model: LlambaForCausalLM) -> Any:
+        """A PeftModel with the adapter that the settings name, or a new one."""
+        folder = self._initial_adapter()
+        return add_lora(model, self.settings) if folder is None else load_adapter(model, folder, trainable=True)
+
+    def load_data(self, data: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Sequences, Sequences | None]:
+        """(for training, held out); enters them into `identity`. Raises SurgeryError if the state had other ones."""
+        settings = self.settings
+        train, held_out = load_sequences(data, tokenizer, settings.block_size), None
+        if settings.eval_interval and settings.eval_data is not None:
+            held_out = load_sequences(settings.eval_data, tokenizer, settings.block_size)
+        elif settings.eval_interval:
+            train, held_out = hold_out(train, settings.eval_fraction)
+        described = {
+            "name": name_of(data),
+            "blake3": train.digest(),
+            "sequences": len(train),
+            "tokens": train.tokens.size,
+            "held_out_sequences": 0 if held_out is None else len(held_out),
+            "held_out_blake3": None if held_out is None else held_out.digest(),
+        }
+        before = self.identity.get("data", described)
+        if any(before[name] != described[name] for name in ("blake3", "held_out_blake3")):
+            assert self.state is not None
+            raise SurgeryError(
+                f"{data} gives other sequences than {self.state.folder} was trained on ({described['sequences']} now, "
+                f"{before['sequences']} there). Give the same text, or start anew in another --output_dir."
+            )
+        self.identity["data"] = described
+        return train, held_out
+
+    def distillation(
+        self, model: LlambaForCausalLM, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    ) -> Distillation | None:
+        """The loss to the teacher, if the settings name one."""
+        if self.settings.teacher is None:
+            return None
+        other = find_others([self.settings.teacher], self.parent, sources=self.sources)[0]
+        teacher, _ = load_other(other, tokenizer, device=device, dtype=torch.float32)
+        check_teacher(teacher, model, self.settings)
+        return Distillation(teacher, self.settings)
+
+    def _initial_adapter(self) -> Path | None:
+        """The folder of the adapter to begin with, if there is one."""
+        folder = Path(self.settings.init_from).expanduser()
+        if not is_adapter(folder):
+            return None
+        if self.settings.method != "lora":
+            raise SurgeryError(
+                f"{folder} is an adapter. Train it with --method lora, or merge it with --merge_adapter."
+            )
+        return folder
+
+
+def in_memory(model: LlambaForCausalLM) -> LlambaForCausalLM:
+    """Copy the parameters into memory: they are mapped from the parent's file, which must not change."""
+    for parameter in model.parameters():  # gives tied ones once
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def trained_layers(config: LlambaConfig, method: str) -> list[int]:
+    """Indices of the layers that `method` trains, sorted.
+
+    Raises:
+        SurgeryError: for "grafted" and "neighbours" if no layer is grafted.
+    """
+    if method in ("full", "lora"):
+        return list(range(config.n_layer))
+    grafted = set(config.llama_layers)
+    if not grafted:
+        raise SurgeryError(f"No layers are grafted, so method {method} has nothing to train. Use --method full.")
+    if method == "neighbours":
+        grafted |= {index + step for index in grafted for step in (-1, 1)}
+    return sorted(grafted & set(range(config.n_layer)))
+
+
+def begin_or_resume(
+    parent: Path,
+    parent_info: Mapping[str, Any],
+    states: Path,
+    given: Mapping[str, Any],
+    *,
+    resume: str,
+    overwrite: bool,
+    processes: PartialState,
+    sources: Mapping[str, str] | None,
+    say: Say,
+) -> Run:
+    """A new run, or the one of the newest state.
+
+    Args:
+        states: the folder of the run's states.
+        given: fields of `HealSettings`. A resumed run keeps its saved settings, with few exceptions.
+        resume: "auto", "never", a state's folder, or "must" if there has to be a state.
+        overwrite: with "never", remove the states there.
+
+    Raises:
+        SurgeryError: if there is no such state, or it is damaged or of another run.
+    """
+    chosen = _from_main_process(processes, lambda: _choose_state(states, resume, overwrite, say))
+    state = None if chosen is None else read_state(chosen)
+    settings = HealSettings(**given) if state is None else saved_settings(state.info["settings"])
+    described = describe_parent(parent, parent_info)
+    del described["mmlu_score"]  # it may be measured while the run lasts
+    inputs = _from_main_process(processes, lambda: _input_digests(parent, settings, sources))
+    if state is None:
+        identity = {
+            "parent": described,
+            "started_world_size": processes.num_processes,
+            "run_id": uuid.uuid4().hex[:21],  # the longest that SwanLab takes
+            "inputs": inputs,
+            "model_args": parent_info["config"],
+        }
+        return Run(parent, settings, None, identity, sources, say)
+    names = ("parent", "data", "model_args", "run_id", "started_world_size", "texts")
+    identity = {name: state.info[name] for name in names} | {"inputs": inputs}
+    digests = "tensor_digests_sha256"  # states of versions before 0.2.0 have no others
+    differing = differences(
+        {**state.info.get("inputs", {}), digests: identity["parent"][digests]},
+        {**inputs, digests: described[digests]},
+        of_both=True,
+    )
+    if differing:
+        raise SurgeryError(
+            f"{state.folder} is of a run that heals {identity['parent']['id']}, but {parent} or another input has "
+            f"changed since ({'; '.join(differing)}). Give the inputs that the run began with, or start anew with "
+            "another --output_dir."
+        )
+    settings, lines = resumed_settings(settings, given)
+    for line in lines:
+        say(line)
+    _say_new_step_size(state, settings, identity["started_world_size"], processes.num_processes, say)
+    return Run(parent, settings, state, identity, sources, say)
+
+
+def _say_new_step_size(state: ResumeState, settings: HealSettings, started: int, now: int, say: Say) -> None:
+    before = state.info["world_size"]
+    if before != now:
+        size = step_size(settings, started, now)
+        say(
+            f"The number of processes is {now}, was {before}: step {state.steps} is now step "
+            f"{state.sequences_seen // size.sequences}, after the same {state.sequences_seen} sequences; a step is "
+            f"{size.sequences} sequences, in {size.accumulation} forward passes of each process, and the last one is "
+            f"step {size.steps_here(settings.max_steps)}."
+        )
+
+
+def _from_main_process(processes: PartialState, compute: Callable[[], Any]) -> Any:
+    """What `compute` returns in the main process, for all of them."""
+    found = [compute() if processes.is_main_process else None]
+    if processes.num_processes > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+def _choose_state(states: Path, resume: str, overwrite: bool, say: Say) -> Path | None:
+    is_named = resume not in ("auto", "must", "never")
+    found, incomplete = list_states(states, damaged_too=is_named or resume == "never")
+    for name in incomplete:
+        say(f"{states / name} is incomplete, as its run was killed, or damaged: it is skipped.")
+    if states.is_dir():
+        set_aside(states / name for name in incomplete if not name.endswith(".partial"))
+        remove_abandoned(states)
+    if resume == "never":
+        if found and not overwrite:
+            raise SurgeryError(
+                f"{states} holds states of a run, the newest {found[-1].folder.name}. Resume it with --resume auto, "
+                "remove them with --resume never --overwrite, or give another --resume_dir."
+            )
+        remove_states(state.folder for state in found)
+        return None
+    if not is_named and not found:
+        if resume == "must":
+            raise SurgeryError(f"{states} holds no complete state to resume from. Start with another --init_from.")
+        return None
+    state = read_state(Path(resume).expanduser()) if is_named else found[-1]
+    check_state(state)
+    if is_named:
+        for name in set_aside_after(states, state):
+            say(f"{name} has seen more sequences than {state.folder.name}: it is renamed to {name}.aside.")
+    say(f"Resuming from {state.folder}: step {state.steps}, {state.sequences_seen} sequences seen.")
+    return state.folder
+
+
+def _input_digests(parent: Path, settings: HealSettings, sources: Mapping[str, str] | None) -> dict[str, str]:
+    """Digests of all that decides the healed weights, apart from settings and text."""
+    digests = {"parent": digest_of_checkpoint(parent)}
+    if settings.teacher is not None:
+        digests["teacher"] = digest_of_model(find_others([settings.teacher], parent, sources=sources)[0].folder)
+    if settings.method == "lora" and settings.init_from not in ("checkpoint", "scratch"):
+        # A state of LoRA has the adapter only, so these weights are needed again. Other states have all weights.
+        digests["init_from"] = digest_of_weights(_init_path(parent, settings, sources))
+    return digests
+
+
+def _init_path(parent: Path, settings: HealSettings, sources: Mapping[str, str] | None) -> Path:
+    """The file or folder that `init_from` names."""
+    path = Path(settings.init_from).expanduser()
+    return path if path.exists() else find_others([settings.init_from], parent, sources=sources)[0].folder
