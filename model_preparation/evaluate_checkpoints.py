@@ -16,7 +16,7 @@ from model_preparation.command_line import (
     run,
 )
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.evaluation_flags import add_scoring_flags
+from model_preparation.evaluation.settings import EvaluationSettings, add_flags
 from model_preparation.jobs import combinations, evaluate_many, ray_flags
 
 DESCRIPTION = f"""\
@@ -99,7 +99,7 @@ def make_parser() -> CommandParser:
         help="with --list: where the checkpoints' folders are (default: %(default)s)",
     )
     ray_flags.add_ray_flags(parser)
-    add_scoring_flags(parser)
+    add_flags(parser, EvaluationSettings)
     parser.add_argument(
         "--seed", type=number(int, least=0), metavar="N", help="of everything random (default: the evaluator's)"
     )

@@ -65,7 +65,7 @@ def main() -> None:
     _check(parser, args)
 
     from model_preparation.evaluation.models import find_model, find_others
-    from model_preparation.io.new_file import check_new_file
+    from model_preparation.io.complete_file import check_new_file
     from model_preparation.io.tensors.dtypes import torch_dtype
 
     args.checkpoint = args.checkpoint.expanduser()
@@ -134,8 +134,7 @@ def _evaluate(tasks: "Tasks", args: argparse.Namespace, device: str, dtype: Any)
     from model_preparation.errors import SurgeryError
     from model_preparation.evaluation.evaluate import evaluate_checkpoint
     from model_preparation.evaluation.tasks import MMLU
-    from model_preparation.io.new_file import write_file
-    from model_preparation.io.sync import make_folder
+    from model_preparation.io.complete_file import make_folder, write_file
 
     shots = "" if args.num_fewshot is None else f", {args.num_fewshot}-shot"
     source = "" if tasks.questions is None else f", MMLU's questions from {tasks.questions.source}"

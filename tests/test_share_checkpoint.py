@@ -20,7 +20,7 @@ from modelscope_hub import set_default_config
 from model_preparation import SurgeryError
 from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.checkpoint.share import share_checkpoint
-from model_preparation.hub import hub_uploads
+from model_preparation.hub import upload
 from model_preparation.io.self_checksum import checksum_fault
 from tests.checkpoint.test_sources import NOBODY, Caches, FakeHub
 from tests.conftest import assert_refused, run_command
@@ -382,7 +382,7 @@ def test_a_hub_out_of_reach_is_given_up_within_seconds(which, caches, llama_chec
     variable = {"modelscope": "MODELSCOPE_ENDPOINT", "huggingface": "HF_ENDPOINT"}[which]
     use(NOBODY, caches, monkeypatch)
     assert_refused(share(llama_checkpoint, which=which), f"({NOBODY}) cannot be reached", variable)
-    monkeypatch.setattr(hub_uploads, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(upload, "ANSWER_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:  # connections succeed, and that is all
         use(f"http://127.0.0.1:{mute.getsockname()[1]}", caches, monkeypatch)
         assert_refused(share(llama_checkpoint, which=which), "cannot be reached", variable)

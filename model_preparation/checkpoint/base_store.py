@@ -20,9 +20,9 @@ from pathlib import Path
 
 from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Advance
+from model_preparation.io.complete_folder import remove_abandoned
 from model_preparation.io.digests import describe_source_file
 from model_preparation.io.known_digests import KnownFile, examine, read_record, recall, remember
-from model_preparation.io.new_folder import remove_abandoned
 from model_preparation.io.progress import bar
 from model_preparation.io.shared_files import can_share, share_file
 from model_preparation.io.tensors.dtypes import DType

@@ -19,7 +19,7 @@ from model_preparation.checkpoint.weights import GraftWeights
 from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
 from model_preparation.io.background_tasks import BackgroundTasks
-from model_preparation.io.new_folder import check_target, new_folder
+from model_preparation.io.complete_folder import check_target, new_folder
 from model_preparation.io.progress import bar
 
 if TYPE_CHECKING:

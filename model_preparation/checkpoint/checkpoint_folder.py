@@ -23,12 +23,11 @@ from model_preparation.checkpoint.checkpoint_info import (
 )
 from model_preparation.checkpoint.model_code import AUTO_MAP, code_digests, package_code
 from model_preparation.checkpoint.weights import shard_file, write_model
+from model_preparation.io.complete_folder import new_folder
 from model_preparation.io.digests import describe_file, describe_files
-from model_preparation.io.new_folder import new_folder
 from model_preparation.io.progress import bar
 from model_preparation.io.self_checksum import with_checksum
-from model_preparation.io.timestamps import creation_time
-from model_preparation.versions import versions
+from model_preparation.versions import creation_time, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

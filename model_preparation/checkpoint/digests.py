@@ -26,8 +26,8 @@ from model_preparation.io.known_digests import remembered
 from model_preparation.io.tensors.dtypes import DType, dtype_of
 from model_preparation.io.tensors.tensor_files import TensorFiles, load_tensors
 from model_preparation.io.tensors.tensor_ranges import TensorRange, pt_ranges, range_of
-from model_preparation.io.untrusted.pickle_scan import allowed_in_module
-from model_preparation.io.untrusted.pt_structure import check_pt
+from model_preparation.io.untrusted.pickle_check import allowed_in_module
+from model_preparation.io.untrusted.pt_check import check_pt
 from model_preparation.io.untrusted.untrusted_files import MAX_DEPTH, check_fields, read_json
 from model_preparation.llamba import LlambaForCausalLM
 

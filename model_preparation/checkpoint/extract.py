@@ -31,15 +31,14 @@ from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import has_tokenizer, resolve
 from model_preparation.io.background_tasks import BackgroundTasks
 from model_preparation.io.block_io import Advance
+from model_preparation.io.complete_folder import check_space, new_folder
 from model_preparation.io.digests import describe_files
-from model_preparation.io.new_folder import check_space, new_folder
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import DType, float_dtype
 from model_preparation.io.tensors.pt_writer import write_dict, write_together
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import TensorRange
-from model_preparation.io.timestamps import creation_time
-from model_preparation.versions import versions
+from model_preparation.versions import creation_time, versions
 
 # torch and transformers take seconds to import, and writing does not wait for them.
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import TABLE, resolve
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange, bytes_of, pt_ranges, safetensors_ranges
-from model_preparation.io.untrusted.no_model import what_it_is
-from model_preparation.io.untrusted.pickle_scan import TENSORS, allowed_in_module
-from model_preparation.io.untrusted.pt_structure import check_pt
+from model_preparation.io.untrusted.not_a_model import what_it_is
+from model_preparation.io.untrusted.pickle_check import TENSORS, allowed_in_module
+from model_preparation.io.untrusted.pt_check import check_pt
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 

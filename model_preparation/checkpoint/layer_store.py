@@ -22,7 +22,7 @@ from model_preparation.io.progress import bar
 from model_preparation.io.tensors.pt_dict import dict_ranges
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import TensorRange
-from model_preparation.io.untrusted.no_model import what_it_is
+from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json, regular_file
 
 if TYPE_CHECKING:

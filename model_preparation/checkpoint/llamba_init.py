@@ -28,7 +28,7 @@ from model_preparation.checkpoint.layer_store import HEAD, LlamaFiles, without_h
 from model_preparation.checkpoint.model_configs import heads_of, read_config, read_generation_config
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import Source, has_tokenizer, resolve
-from model_preparation.io.new_folder import check_space, new_folder
+from model_preparation.io.complete_folder import check_space, new_folder
 from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer

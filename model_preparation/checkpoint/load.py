@@ -16,7 +16,7 @@ from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
 from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.io.tensors.tensor_files import TensorFiles, load_tensors
-from model_preparation.io.untrusted.no_model import what_it_is
+from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_config import config_from, generation_config_from
 from model_preparation.llamba import LlambaForCausalLM

@@ -16,9 +16,9 @@ from model_preparation.checkpoint.extract import extract_layers
 from model_preparation.checkpoint.graft import GraftPlan
 from model_preparation.checkpoint.layer_store import METADATA, LayerStore
 from model_preparation.errors import SurgeryError
+from model_preparation.io.complete_folder import check_target
 from model_preparation.io.digests import sha256_of
 from model_preparation.io.identity import differences
-from model_preparation.io.new_folder import check_target
 from model_preparation.io.tensors.tensor_ranges import MappedFiles
 
 _PROGRAMS = ("model_preparation", "torch", "transformers")  # they decide on all bytes but the tensors'

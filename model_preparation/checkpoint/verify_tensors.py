@@ -21,7 +21,7 @@ from model_preparation.checkpoint.verify import Verification
 from model_preparation.command_line import default_folder
 from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Advance
-from model_preparation.io.file_digests import FileDigests, read_digests
+from model_preparation.io.digests import FileDigests, read_digests
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange, bytes_of, range_of

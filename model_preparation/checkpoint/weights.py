@@ -20,8 +20,8 @@ from model_preparation.checkpoint.checkpoint_info import INFO, MODULE, STATE_DIC
 from model_preparation.checkpoint.graft import GraftParts
 from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Advance
+from model_preparation.io.complete_folder import check_space, existing_parent
 from model_preparation.io.digests import describe_source_file
-from model_preparation.io.new_folder import check_space, existing_parent
 from model_preparation.io.shared_files import can_reflink
 from model_preparation.io.tensors.pt_writer import write_together
 from model_preparation.io.tensors.safetensors_writer import Shard

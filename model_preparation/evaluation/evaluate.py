@@ -29,14 +29,13 @@ from model_preparation.evaluation.resumable_lm import ResumableLM
 from model_preparation.evaluation.scoring import ScoringLM
 from model_preparation.evaluation.settings import EvaluationSettings
 from model_preparation.evaluation.tasks import MMLU, Tasks, is_mmlu, load_tasks, name_of, quiet, short_name
+from model_preparation.io.complete_file import make_folder, write_file
+from model_preparation.io.folder_lock import Hold, take
 from model_preparation.io.identity import differences
-from model_preparation.io.new_file import write_file
-from model_preparation.io.partial_folder import Hold, take
 from model_preparation.io.self_checksum import with_checksum
-from model_preparation.io.sync import make_folder
 from model_preparation.io.tensors.dtypes import torch_dtype
-from model_preparation.io.timestamps import creation_time
 from model_preparation.io.untrusted.untrusted_files import without_links
+from model_preparation.versions import creation_time
 
 _NOT_OF_A_LOADED_MODEL = ("device", "dtype", "parallelize", "results_dir", "tokenizer", "sources")
 _MEASURED = ("score", "stderr", "questions", "lm_eval_version", "settings", "weights", "model", "date")

@@ -23,7 +23,7 @@ from model_preparation.evaluation.generation import Generation, generate_text, g
 from model_preparation.evaluation.models import Loaded, OtherModel
 from model_preparation.evaluation.prompts import Prompt, shown
 from model_preparation.evaluation.settings import GenerationSettings
-from model_preparation.io.new_file import write_file
+from model_preparation.io.complete_file import write_file
 from model_preparation.io.progress import bar
 from model_preparation.terminal import escaped
 

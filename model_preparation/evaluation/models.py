@@ -22,16 +22,15 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, INFO, MODULE, STATE_DICT, TOKENIZER, read_info
-from model_preparation.checkpoint.checkpoint_loading import load_checkpoint, spread
-from model_preparation.checkpoint.llama_files import HEAD, text_part, without_head
+from model_preparation.checkpoint.digests import digest_of_checkpoint
+from model_preparation.checkpoint.layer_store import HEAD, text_part, without_head
+from model_preparation.checkpoint.load import load_checkpoint, spread
 from model_preparation.checkpoint.model_configs import read_generation_config
-from model_preparation.checkpoint.model_digests import digest_of_checkpoint
-from model_preparation.checkpoint.recipe import target_of
+from model_preparation.checkpoint.rebuild import target_of
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import has_tokenizer, is_replaced, resolve, tokenizer_files, tokenizer_name
-from model_preparation.io.identity import digest_of, digests_of_files
-from model_preparation.io.names import name_of
-from model_preparation.io.untrusted.no_model import snapshot_in, what_it_is
+from model_preparation.io.identity import digest_of, digests_of_files, name_of
+from model_preparation.io.untrusted.not_a_model import snapshot_in, what_it_is
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_config import generation_config_from
 from model_preparation.io.untrusted.untrusted_files import read_json

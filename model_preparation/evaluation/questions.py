@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import lm_eval
 
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.hub_snapshots import TITLES, NoSnapshot, fetch_snapshot
+from model_preparation.hub.download import TITLES, NoSnapshot, fetch_snapshot
 from model_preparation.io.text import decode
 
 if TYPE_CHECKING:

@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from model_preparation.checkpoint.checkpoint_info import EVALUATIONS_ASIDE
 from model_preparation.errors import SurgeryError
+from model_preparation.io.complete_file import make_folder, sync, sync_tree, write_file
 from model_preparation.io.digests import FILE_FIELDS, describe_files, fault_of
+from model_preparation.io.folder_lock import Hold, take
 from model_preparation.io.identity import differences, digest_of
-from model_preparation.io.new_file import write_file
-from model_preparation.io.partial_folder import Hold, take
 from model_preparation.io.self_checksum import checksum_fault, with_checksum
-from model_preparation.io.sync import make_folder, sync, sync_tree
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
 
 if TYPE_CHECKING:

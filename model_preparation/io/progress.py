@@ -19,9 +19,10 @@ from model_preparation.terminal import escaped
 
 @contextlib.contextmanager
 def bar(title: str, total: float, *, in_bytes: bool = False) -> Iterator[Callable[[float], None]]:
-    """Show a bar, on a terminal only, until the work ends or fails; gives the function that advances it."""
+    """Show a bar until the work ends or fails: on a terminal, for more than one step. Gives what advances it."""
     counts = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn())
-    with Progress(*columns, transient=True, disable=not rich.get_console().is_terminal) as progress:
+    is_shown = rich.get_console().is_terminal and total > 1
+    with Progress(*columns, transient=True, disable=not is_shown) as progress:
         task = progress.add_task(escaped(title), total=total)
         yield lambda count: progress.advance(task, count)

@@ -154,7 +154,7 @@ def _of_base(recorded: Any, target: str) -> list[str]:
     if not isinstance(recorded, dict):
         return ["not recorded"]
     if folder := folder_named(target):
-        from model_preparation.checkpoint.model_digests import digests_as_recorded
+        from model_preparation.checkpoint.digests import digests_as_recorded
 
         try:
             return [f"{each} in {folder}" for each in differences_of(*digests_as_recorded(recorded["files"], folder))]
@@ -176,8 +176,8 @@ def _of_donor(info: Mapping[str, Any], layers_dir: Path) -> list[str]:
         there = info["replacement_source"]["layers"]
         odd = differences_of(there, {index: entry["sha256"] for index, entry in extracted.items()}, of_both=True)
         if odd and "digests" in info:  # a file of other bytes may have the same tensors
+            from model_preparation.checkpoint.digests import digest_of_layers
             from model_preparation.checkpoint.layer_store import LayerStore
-            from model_preparation.checkpoint.model_digests import digest_of_layers
 
             there = info["digests"]["donor_layers"]
             odd = differences_of(there, digest_of_layers(LayerStore(layers_dir), map(int, there)))
@@ -190,7 +190,7 @@ def _of_tokenizer(
     info: Mapping[str, Any], names: Sequence[str | None], layers_dir: Path, sources: Mapping[str, str]
 ) -> list[str]:
     """Whether the tokenizer differs, if it was recorded (since 0.2.0) and the one asked for is on this disk."""
-    from model_preparation.checkpoint.model_digests import digest_of_tokenizer
+    from model_preparation.checkpoint.digests import digest_of_tokenizer
     from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 
     asked, base = (None if name is None else target_named(name, sources) for name in names)

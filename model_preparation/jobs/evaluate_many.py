@@ -10,7 +10,7 @@ from typing import Any
 
 from model_preparation.checkpoint.checkpoint_info import INFO, read_info
 from model_preparation.errors import SurgeryError
-from model_preparation.io.untrusted.no_model import what_it_is
+from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.jobs.build_many import is_complete
 from model_preparation.jobs.combinations import Combination
 from model_preparation.jobs.jobs import Ended, Job, Runner, outcomes_of, run_in_turn, short

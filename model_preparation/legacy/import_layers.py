@@ -15,15 +15,13 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from model_preparation.checkpoint.extract import complete_folder, write_layer
 from model_preparation.checkpoint.layer_store import (
     METADATA,
     TOKENIZER,
-    ModelParts,
     check_range,
-    complete_folder,
     layer_file,
     sorted_layers,
-    write_layer,
 )
 from model_preparation.checkpoint.model_configs import (
     config_from_dict,
@@ -39,6 +37,7 @@ from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import float_dtype
 from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange
 from model_preparation.io.untrusted.pickle_check import globals_in
+from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.legacy.reader import is_usual
 from model_preparation.legacy.reader_process import legacy_process
 
@@ -137,7 +136,8 @@ def import_legacy(
         tokenizers = [place for place in (folder / TOKENIZER, folder, donor) if place and has_tokenizer(place)]
         return complete_folder(
             staging,
-            ModelParts.of(config, tokenizers[0] if tokenizers else None),
+            config,
+            load_tokenizer(tokenizers[0]) if tokenizers else None,
             described,
             model_name=model_name or str(folder),
             source={

@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from model_preparation.checkpoint.layer_store import METADATA, LayerStore
+from model_preparation.checkpoint.digests import digest_of_layers
+from model_preparation.checkpoint.layer_store import METADATA, LayerStore, ModelLayers
 from model_preparation.checkpoint.model_configs import type_and_depth
-from model_preparation.checkpoint.model_digests import digest_of_layers
-from model_preparation.checkpoint.model_layers import ModelLayers
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.evaluate import check_settings
+from model_preparation.evaluation.settings import EvaluationSettings
 from model_preparation.hub.sources import resolve
 from model_preparation.io.identity import differences
 from model_preparation.io.untrusted.untrusted_files import read_json, without_links
@@ -52,7 +51,8 @@ def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
 
 def _check_settings(settings: SearchSettings) -> None:
     method, least, most = settings.method, settings.min_layers, settings.most_layers
-    check_settings(limit=settings.limit, num_fewshot=settings.num_fewshot, batch_size=settings.batch_size)
+    # It refuses numbers that are too small.
+    EvaluationSettings(limit=settings.limit, num_fewshot=settings.num_fewshot, batch_size=settings.batch_size)
     if method not in METHODS:
         raise SurgeryError(f"{method!r} is no method. Choose one of {', '.join(METHODS)}.")
     if method == "singles" and least > 1:

@@ -13,7 +13,7 @@ from typing import Any
 from blake3 import blake3
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.sync import make_folder, sync
+from model_preparation.io.complete_file import make_folder, sync
 from model_preparation.io.untrusted.untrusted_files import parse_json, regular_file
 
 _CHECK = "check"

@@ -3,23 +3,20 @@
 jinja2 escapes what comes from files. The page's policy forbids every request, and every script but its own.
 """
 
-import base64
-import hashlib
 import io
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from model_preparation.evaluation.compare import html_report, words
 from model_preparation.evaluation.compare import plots as drawing
 from model_preparation.evaluation.compare.plots import COLOURS, INK, Plot
-from model_preparation.io.new_file import write_file
+from model_preparation.evaluation.compare.report import render_page
+from model_preparation.io.complete_file import write_file
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.result import COMPARED
 
@@ -46,21 +43,12 @@ def write_report(found: dict[str, Any], scores: CandidateScores, folder: Path) -
         drawing.save_png(plot, shown, picture)
         write_file(folder / f"{name}.png", picture.getvalue())
         plots.append((title, Markup(drawing.svg(plot, shown, name))))
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.globals |= {name: getattr(words, name) for name in ("number", "score", "p_value")}
-    shared = resources.files(html_report.__package__)
-    script, style = (
-        shared.joinpath(name).read_text(encoding="utf-8") for name in (html_report.SCRIPT, html_report.STYLE)
-    )
-    template = resources.files(__package__).joinpath(PAGE).read_text(encoding="utf-8")
-    page = environment.from_string(template).render(
+    page = render_page(
+        resources.files(__package__).joinpath(PAGE).read_text(encoding="utf-8"),
         title=f"Layers of {Path(found['base']).name}: {found['search']['method']} search",
         found=shown,
         compared=COMPARED,
         plots=plots,
-        script=Markup(script),
-        style=Markup(style),
-        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     write_file(folder / PAGE, page)
 

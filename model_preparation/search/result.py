@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.evaluation.compare.paired import SIGNIFICANCE
-from model_preparation.io.timestamps import creation_time
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.layer_sets import BASE, LayerSet
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.settings import ACCURACY
+from model_preparation.versions import creation_time
 
 COMPARED = 50
 BEST, SAME, WORSE = "the best", "not distinguishable from the best", "worse than the best"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from model_preparation.checkpoint import graft
-from model_preparation.checkpoint.layer_store import LayerStore
-from model_preparation.checkpoint.model_digests import digest_of_layers, digest_of_model, digest_of_tokenizer
-from model_preparation.checkpoint.model_layers import ModelLayers
+from model_preparation.checkpoint.digests import digest_of_layers, digest_of_model, digest_of_tokenizer
+from model_preparation.checkpoint.layer_store import LayerStore, ModelLayers
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.evaluate import SEED, settings_of
-from model_preparation.evaluation.other_models import OtherModel, load_other
+from model_preparation.evaluation.evaluate import settings_of
+from model_preparation.evaluation.models import OtherModel, load_other
 from model_preparation.evaluation.scoring import ScoringLM, answers_of
+from model_preparation.evaluation.settings import EvaluationSettings
 from model_preparation.evaluation.tasks import load_tasks, quiet
 from model_preparation.hub.sources import donor_name, resolve
 from model_preparation.search.hidden_states import HiddenStates
@@ -49,8 +49,11 @@ class ScoringSetup:
         loaded = load_tasks(settings.tasks, mmlu_data=settings.mmlu_data, num_fewshot=settings.num_fewshot)
         dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
         kind = scored_on or torch.device(settings.device).type
+        asked = EvaluationSettings(
+            limit=settings.limit, num_fewshot=settings.num_fewshot, batch_size=settings.batch_size
+        )
         self.recorded: dict[str, Any] = {
-            **settings_of(loaded, settings.limit, settings.num_fewshot, settings.batch_size, SEED),
+            **settings_of(loaded, asked),
             "device": kind,
             "dtype": str(dtype or self.planned.dtype).removeprefix("torch."),
         }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.hub_snapshots import NoSnapshot, fetch_snapshot
+from model_preparation.hub.download import NoSnapshot, fetch_snapshot
 from model_preparation.io.text import open_text, read_text
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")

@@ -23,7 +23,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation import evaluate, models, results_folder
 from model_preparation.evaluation.evaluate import evaluate_model
 from model_preparation.evaluation.questions import SUBJECTS
-from model_preparation.evaluation.results_folder import ResultsFolder, read_sealed
+from model_preparation.evaluation.results_folder import ResultsFolder, read_checked_json
 from model_preparation.evaluation.tasks import load_tasks
 from model_preparation.io.folder_lock import take
 from model_preparation.io.self_checksum import with_checksum
@@ -182,12 +182,12 @@ def test_results_of_something_else_under_the_right_name_are_refused(checkpoint, 
         ("answers/loglikelihood.quiz.json", {"requests": "0", "answers": [[None]]}),
     ],
 )
-def test_a_sealed_file_of_what_we_never_write_is_refused(tmp_path, name, content):
+def test_a_checked_file_of_what_we_never_write_is_refused(tmp_path, name, content):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(with_checksum(content))
     with pytest.raises(SurgeryError, match=rf"{name} is no result of ours \(.*\)\. Remove it"):
-        read_sealed(path)
+        read_checked_json(path)
 
 
 def test_a_damaged_record_is_asked_anew(checkpoint, mmlu, part, monkeypatch):

@@ -23,7 +23,7 @@ from model_preparation import load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_model
 from model_preparation.evaluation.questions import SUBJECTS, find_questions, read_split, read_subject
-from model_preparation.hub import hub_snapshots
+from model_preparation.hub import download
 from tests.checkpoint.test_sources import COMMIT, NOBODY, caches, hub, huggingface_copy, modelscope_copy  # noqa: F401
 from tests.evaluation.test_mmlu import question, write_questions, write_rows
 
@@ -436,7 +436,7 @@ def test_a_hub_out_of_reach_is_an_error_that_names_the_other_ways(word, caches):
 
 
 def test_a_hub_that_never_answers_is_given_up(word, caches, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(hub_snapshots, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(download, "ANSWER_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:  # connections succeed, and that is all
         caches.hubs_at(f"http://127.0.0.1:{mute.getsockname()[1]}")
         refused(word, "ReadTimeout", "there is no copy")

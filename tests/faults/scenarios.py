@@ -14,8 +14,8 @@ import torch
 
 from model_preparation import build_checkpoint, extract_layers
 from model_preparation.checkpoint.llamba_init import init_llamba_base
-from model_preparation.io.complete_folder import remove_abandoned
 from model_preparation.checkpoint.model_code import update_code
+from model_preparation.io.complete_folder import remove_abandoned
 from model_preparation.io.digests import describe_file
 from model_preparation.io.self_checksum import with_checksum
 from tests.conftest import make_base, make_donor

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from model_preparation.checkpoint.store_folder import STORE
-from model_preparation.io.complete_folder import remove_abandoned
 from model_preparation.checkpoint.base_store import STORE
-from model_preparation.io.new_folder import remove_abandoned
+from model_preparation.io.complete_folder import remove_abandoned
 from model_preparation.io.self_checksum import FIELD as SEAL
 from tests.faults.injector import KINDS, WRITES_ONLY, Call, Fault, Injector, Outcome, load_shim
 from tests.faults.scenarios import SCENARIOS, Models, Scenario, Write, clean, make_models

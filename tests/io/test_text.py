@@ -19,8 +19,8 @@ from model_preparation.evaluation.tasks import check_names, load_tasks
 from model_preparation.io.text import open_text
 from model_preparation.jobs.combinations import best_of, read_list
 from model_preparation.search.result_reader import read_single_layers
-from model_preparation.train.distill.distill_data import tokens_of_text
-from model_preparation.train.heal.heal_data import load_sequences
+from model_preparation.train.distill.tokens import tokens_of_text
+from model_preparation.train.heal.sequences import load_sequences
 from tests.conftest import make_tokenizer
 
 ROWS = '{"text": "Noah likes melons, née ½."}\n\n{"text": "Mia likes dates."}\n'

@@ -7,7 +7,6 @@ disk; `read_sample` reads those that a report shows.
 
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles
 from model_preparation.io.progress import bar
+from model_preparation.io.untrusted.untrusted_files import bounded
 
 _HASHES = ("doc_hash", "prompt_hash", "target_hash")
 _AGAIN = "Run the evaluation again, or copy the file again."
@@ -127,7 +127,7 @@ def _answer(sample: dict[str, Any], metric: str, offset: int, *, where: str) -> 
         if not isinstance(sample.get(name), str):
             raise SurgeryError(f"{where}, has no {name}, by which questions are matched. Evaluate with lm_eval 0.4.4+.")
     value = sample[metric]
-    if not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+    if not isinstance(value, int | float) or not math.isfinite(value):
         raise SurgeryError(
             f"{where}, has {value!r:.40} for {metric}, but only finite numbers can be compared. "
             "Name another metric by --metric, or run the evaluation again."
@@ -142,7 +142,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                sample = json.loads(line)
+                sample = json.loads(line, parse_int=bounded)
                 if not isinstance(sample, dict) or not isinstance(sample.get("metrics", []), list):
                     raise ValueError("it is no sample of lm-eval")
             except (ValueError, RecursionError) as error:

@@ -34,7 +34,7 @@ from model_preparation.evaluation.compare.compare import (
 from model_preparation.evaluation.compare.examples import differing_questions
 from model_preparation.evaluation.compare.notes import SETTINGS
 from model_preparation.evaluation.compare.paired import SIGNIFICANCE
-from model_preparation.io.new_folder import check_target, new_folder
+from model_preparation.io.complete_folder import check_target, new_folder
 from model_preparation.terminal import escaped
 
 PAGE, NUMBERS = "comparison.html", "comparison.json"

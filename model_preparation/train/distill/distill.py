@@ -16,11 +16,10 @@ from model_preparation.checkpoint.layer_store import check_range, sorted_layers
 from model_preparation.checkpoint.llamba_init import llamba_parts, size_bytes, write_llamba
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve, tokenizer_files
+from model_preparation.io.complete_folder import check_space, check_target, new_folder
 from model_preparation.io.identity import digests_of_files
-from model_preparation.io.new_folder import check_space, check_target, new_folder
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import torch_dtype
-from model_preparation.io.timestamps import creation_time
 from model_preparation.jobs.jobs import Job, Runner
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 from model_preparation.train.distill.distill_layer import Teacher
@@ -33,7 +32,7 @@ from model_preparation.train.distill.student_layer import MIXER_FIELDS, student_
 from model_preparation.train.distill.tokens import TokenData, described, most_tokens, take_tokens
 from model_preparation.train.distill.train_layers import layer_seed, train_layers
 from model_preparation.train.distill.work_folder import WorkFolder
-from model_preparation.versions import versions
+from model_preparation.versions import creation_time, versions
 
 WORKER = Path(__file__).with_name("worker.py")
 DONOR, INITIAL, DISTILLED = "donor", "initial", "distilled"

@@ -16,8 +16,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.new_folder import existing_parent
-from model_preparation.io.sync import sync
+from model_preparation.io.complete_file import sync
+from model_preparation.io.complete_folder import existing_parent
 from model_preparation.train.distill.distill_layer import Teacher, put_through
 from model_preparation.train.distill.donor import Donor
 

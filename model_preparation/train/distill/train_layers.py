@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from model_preparation.io.partial_folder import take
+from model_preparation.io.folder_lock import take
 from model_preparation.train.distill.distill_layer import Step, distill_layer, in_order, relative_error, shuffled
 from model_preparation.train.distill.donor import Donor
 from model_preparation.train.distill.hidden_states import HiddenStates, check_room, states_bytes

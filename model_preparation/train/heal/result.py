@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from model_preparation.checkpoint.healed_folder import LOSS_CURVE, TRAINING_LOG
+from model_preparation.checkpoint.checkpoint_folder import LOSS_CURVE, TRAINING_LOG
 from model_preparation.evaluation.generation import generate_text
-from model_preparation.io.names import name_of
+from model_preparation.io.identity import name_of
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.train.heal.heal_trainer import HealTrainer

@@ -12,14 +12,13 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
-from model_preparation.checkpoint.healed_folder import describe_parent
-from model_preparation.checkpoint.model_digests import digest_of_checkpoint, digest_of_model, digest_of_weights
+from model_preparation.checkpoint.checkpoint_folder import describe_parent
+from model_preparation.checkpoint.digests import digest_of_checkpoint, digest_of_model, digest_of_weights
+from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.other_models import find_others, load_other
-from model_preparation.io.identity import differences
-from model_preparation.io.names import name_of
-from model_preparation.io.new_folder import remove_abandoned
+from model_preparation.evaluation.models import find_others, load_other
+from model_preparation.io.complete_folder import remove_abandoned
+from model_preparation.io.identity import differences, name_of
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.train.heal.adapters import add_lora, is_adapter, load_adapter

@@ -13,17 +13,17 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from model_preparation import build_checkpoint
+from model_preparation.checkpoint.base_store import STORE, clean_checkpoints
 from model_preparation.checkpoint.checkpoint_info import INFO, read_info
 from model_preparation.checkpoint.model_configs import read_config
-from model_preparation.checkpoint.share import plan_share
-from model_preparation.checkpoint.store_folder import STORE, clean
+from model_preparation.checkpoint.share import plan_upload
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_checkpoint
 from model_preparation.io.complete_file import write_file
-from model_preparation.io.complete_folder import new_folder, remove_abandoned
+from model_preparation.io.complete_folder import new_folder
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.untrusted import tokenizer_files
-from model_preparation.search.search import check_output
+from model_preparation.search.checks import check_output
 from model_preparation.terminal import Escaping, escaped
 from model_preparation.train.distill.work_folder import WorkFolder
 from model_preparation.train.heal.heal import heal_checkpoint
@@ -107,7 +107,7 @@ def test_nothing_is_written_or_removed_through_a_link(
             (staging / "mark").touch()
 
     act = {
-        "clean": lambda: (remove_abandoned(work), clean(work)),
+        "clean": lambda: clean_checkpoints(work),
         "build": lambda: build_checkpoint(str(base_dir), [1], layers_dir, work / "new", format="hf"),
         "evaluate": lambda: evaluate_checkpoint(work / "checkpoint", tasks=(str(task),)),
         "search": lambda: check_output(work),
@@ -193,7 +193,7 @@ def test_no_path_leaves_this_machine_in_whatever_field(checkpoint, path):
         mmlu_result=result,
         something={"new": [{"deep": path}]},
     )
-    texts = plan_share(checkpoint, repo="me/Llama-x", hub="huggingface", licence="mit").texts
+    texts = plan_upload(checkpoint, repo="me/Llama-x", hub="huggingface", licence="mit").texts
     assert not any(b"secret" in text for text in texts.values())
     shared = json.loads(texts[INFO])
     assert shared["tokenizer_source"] == {"hub": "local", "id": "x", "revision": None, "name": "x"}
@@ -216,7 +216,7 @@ def test_no_path_leaves_this_machine_in_whatever_field(checkpoint, path):
 def test_ids_that_no_hub_has_are_refused(checkpoint, source):
     change_info(checkpoint, replacement_source=read_info(checkpoint)["replacement_source"] | source)
     with pytest.raises(SurgeryError, match=r"checkpoint_info\.json cannot be read"):
-        plan_share(checkpoint, repo="me/Llama-x", hub="huggingface", licence="mit")
+        plan_upload(checkpoint, repo="me/Llama-x", hub="huggingface", licence="mit")
 
 
 def test_text_in_a_card_stays_text(checkpoint):
@@ -224,7 +224,7 @@ def test_text_in_a_card_stays_text(checkpoint):
     name = "a`b; curl evil $(x) #"
     source = read_info(checkpoint)["replacement_source"] | {"hub": "local", "id": name, "name": name}
     change_info(checkpoint, description=evil, replacement_source=source, versions={"torch": "<b>[x](y)"})
-    card = plan_share(checkpoint, repo="me/Llama-x", hub="huggingface", licence="mit").texts["README.md"].decode()
+    card = plan_upload(checkpoint, repo="me/Llama-x", hub="huggingface", licence="mit").texts["README.md"].decode()
     assert not [line for line in card.splitlines() if line.startswith(("# Injected", "curl evil"))]
     assert card.count("```") == 4  # python, and the recipe's
     assert "`` a`b; curl evil $(x) # ``" in card
@@ -279,7 +279,7 @@ def test_a_link_to_itself_is_no_file_to_share(checkpoint):
     (checkpoint / "README.txt").unlink()
     (checkpoint / "README.txt").symlink_to("README.txt")
     with pytest.raises(SurgeryError, match=r"README\.txt is a link to"):
-        plan_share(checkpoint, repo="me/Llama-x", hub="huggingface", licence="mit")
+        plan_upload(checkpoint, repo="me/Llama-x", hub="huggingface", licence="mit")
 
 
 # --- chat templates ---------------------------------------------------------------------------------------------------
