@@ -27,13 +27,13 @@ Writes OUTPUT_DIR/search_result.json (the combinations, the best first), report.
 written to OUTPUT_DIR/journal.jsonl at once. If the search is interrupted, run the same command again: it continues.
 
 methods:
-  singles      every layer by itself, on all questions: of n layers, (n + n (n + 1) / 2) / n^2 of the layer passes of
-               each alone, more than half; with --race on --top 1 only the best, for 0.32 of them on the embedded pair
-               with 250 questions (--limit 250)
+  singles      every layer by itself, on all questions. For n layers this takes (n + n (n + 1) / 2) / n^2 of the layer
+               passes that each alone would take: more than half. With --race on --top 1 only the best gets its score;
+               this took 0.32 of the passes on the embedded pair with 250 questions (--limit 250)
   exhaustive   every combination
   greedy       layer after layer, each time the one that adds most
-  beam         the same from the best few of each size; then what is one layer away from the best
-  ga           a genetic algorithm; then what is one layer away from the best
+  beam         the same from the best few of each size; then combinations that are one layer away from the best
+  ga           a genetic algorithm; then combinations that are one layer away from the best
 """
 
 EPILOG = """\
@@ -177,8 +177,8 @@ def _parser() -> CommandParser:
     )
     counts = {
         "limit": "the first N questions of every task",
-        "min_layers": f"(default: {defaults.min_layers})",
-        "max_layers": "(default: 4; of singles: 1)",
+        "min_layers": f"the fewest layers of a combination (default: {defaults.min_layers})",
+        "max_layers": "the most layers of a combination (default: 4; of singles: 1)",
         "budget_evaluations": "evaluate at most N combinations",
         "beam_width": f"of beam (default: {defaults.beam_width})",
         "population": f"of ga, per generation, at least 4 (default: {defaults.population})",

@@ -100,8 +100,8 @@ def _watch(
                         display.lost(job.index, host, job.retries, max_retries)
                         running[task.remote(orders[job.index]._replace(predecessor=job.place))] = job
                         continue
-                    times = f"{job.retries + 1} times, last on {host} ({type(error).__name__})"
-                    yield ended(job, f"its worker was lost {times}")
+                    lost_times, cause = job.retries + 1, type(error).__name__
+                    yield ended(job, f"its worker was lost {lost_times} times, last on {host} ({cause})")
                     continue
                 if kind == "started":
                     job.place, job.started = (event[0], event[1]), job.started or time.monotonic()

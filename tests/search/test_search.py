@@ -162,8 +162,13 @@ def test_the_report_says_how_small_a_p_value_is(exhaustive, tmp_path, monkeypatc
 def test_a_finished_search_is_given_again_without_running_a_layer(exhaustive, make_settings, monkeypatch):
     folder, found = exhaustive
     monkeypatch.setattr(CachedScorer, "_step", None)
-    again = search_layers(make_settings(folder, method="exhaustive", max_layers=3))
+    again = search_layers(**vars(make_settings(folder, method="exhaustive", max_layers=3)))
     assert {name: again[name] for name in COMPARED} == {name: found[name] for name in COMPARED}
+
+
+def test_a_setting_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="beam_widht"):
+        search_layers(output_dir=tmp_path, donor="tiny_llama", beam_widht=3)
 
 
 def test_another_search_replaces_no_result_unless_it_is_told_to(exhaustive, make_settings, tmp_path, monkeypatch):
