@@ -3,14 +3,14 @@
     from model_preparation import extract_layers, build_checkpoint, load_checkpoint, evaluate_checkpoint
 
 Importing the package makes `llamba` known to AutoConfig and AutoModelForCausalLM, and lets `torch.load("model.pt")`
-read our checkpoints under its default `weights_only=True`.
+read our checkpoints under its default `weights_only=True`. Both happen when transformers or torch is imported, before
+or after this package.
 """
 
 import importlib
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model_preparation.llamba.lazy_registration import register_when_needed
 from model_preparation.versions import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -59,14 +59,4 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _started_as_command() -> bool:
-    """Whether this process runs one of our commands, by path or with -m."""
-    program = Path(sys.argv[0] if sys.argv else "")
-    if str(program) == "-m":  # python is looking for the module to run
-        return any(argument.startswith(f"{__name__}.") for argument in sys.orig_argv)
-    return program.is_file() and program.resolve().parent == Path(__file__).resolve().parent
-
-
-# Our own commands answer --help before torch is imported; for everyone else the import must register the classes.
-if not _started_as_command():
-    importlib.import_module("model_preparation.llamba.registration")
+register_when_needed()

@@ -188,6 +188,7 @@ def make_parser() -> CommandParser:
     )
     add_device_flags(parser)
     add_source_flag(parser)
+    parser.add_config_flag()
     return parser
 
 

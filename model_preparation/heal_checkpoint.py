@@ -107,6 +107,7 @@ def _parser() -> CommandParser:
     add_dtype_flag(parser, help="of the healed checkpoint, float16 for half the size (default: its parent's)")
     parser.add_argument("--format", choices=FORMATS, help="of the healed checkpoint (default: its parent's)")
     add_source_flag(parser)
+    parser.add_config_flag()
     return parser
 
 

@@ -265,6 +265,7 @@ def _parser() -> CommandParser:
     )
     ray_flags.add_ray_flags(parser)
     add_source_flag(parser)
+    parser.add_config_flag()
     return parser
 
 

@@ -114,6 +114,7 @@ def _parser() -> CommandParser:
         help="spread the model over all GPUs (and the CPU, if it does not fit) instead of on one",
     )
     add_evaluation_flags(parser)
+    parser.add_config_flag()
     return parser
 
 
