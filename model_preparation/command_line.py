@@ -81,12 +81,12 @@ class CommandParser(argparse.ArgumentParser):
                 place = entries[both[1]].place
                 raise SurgeryError(f"{place}: {both[1]} does not go with {both[0]}. Remove one of them.")
         for key, entry in entries.items():
-            action = self.check_entry(key, entry, argparse.Namespace() if self._flag(key) in given else namespace)
+            action = self.check_entry(key, entry, argparse.Namespace() if self.flag_named(key) in given else namespace)
             action.required = False
             if action in given:
                 self._words.pop(action.dest, None)
 
-    def _flag(self, key: str) -> argparse.Action | None:
+    def flag_named(self, key: str) -> argparse.Action | None:
         """The flag that a key of a file stands for."""
         return None if key in ("help", "config") else self._option_string_actions.get(f"--{key}")
 
@@ -96,10 +96,10 @@ class CommandParser(argparse.ArgumentParser):
         Raises:
             SurgeryError: naming the place, the key and the value, if there is no such flag, or it takes no such value.
         """
-        action = self._flag(key)
+        action = self.flag_named(key)
         if action is None:
             flags = [flag.removeprefix("--") for flag in self._option_string_actions]
-            known = [flag for flag in flags if "-" not in flag and self._flag(flag)]
+            known = [flag for flag in flags if "-" not in flag and self.flag_named(flag)]
             raise SurgeryError(f"{entry.place}: there is no key {key!r}.{nearest(key, known)}")
         value, flag, what = entry.value, action.option_strings[0], f"{entry.place}: {key}"
         if isinstance(value, dict):
@@ -165,8 +165,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 _flags_used: tuple[str, Mapping[str, Any]] | None = None
 
 
-def save_config(folder: Path) -> None:
-    """Write the flags that were used to config.yaml in a folder, if the command line had --config.
+def save_config(path: Path) -> None:
+    """Write the flags that were used to a file, which --config reads, if the command line had --config.
 
     Raises:
         OSError: from the file system.
@@ -174,7 +174,7 @@ def save_config(folder: Path) -> None:
     if _flags_used is not None:
         command, flags = _flags_used
         note = f"# The flags of {command}, version {__version__}; the others had their defaults.\n"
-        write_file(folder / "config.yaml", note + flags_file.as_yaml(flags))
+        write_file(path, note + flags_file.as_yaml(flags))
 
 
 # What is typed for a script of ours, by its name without .py; `layer-surgery` fills it.

@@ -9,6 +9,7 @@ from model_preparation.command_line import (
     add_layers_flag,
     number,
     run,
+    save_config,
 )
 from model_preparation.devices import choose_device
 from model_preparation.hub.sources import add_source_flag
@@ -78,6 +79,7 @@ def main() -> None:
         run_jobs=None if args.ray is None else run_jobs,
         layers_per_job=args.layers_per_job or defaults.LAYERS_PER_JOB,
     )
+    save_config(args.output_dir.expanduser() / "config.yaml")
     print("\n" + describe(summary))
     print(f"The base is in {args.output_dir}")
 

@@ -11,6 +11,7 @@ from model_preparation.command_line import (
     add_dtype_flag,
     number,
     run,
+    save_config,
 )
 from model_preparation.devices import choose_device
 from model_preparation.hub.sources import add_source_flag
@@ -60,6 +61,7 @@ def main() -> None:
         from model_preparation.train.heal.heal import merge_adapter
 
         merge_adapter(adapter=adapter, **{name: args[name] for name in _OF_A_MERGE if name in args})
+        save_config(Path(f"{folder.expanduser()}.config.yaml"))
         print(f"Merged checkpoint: {folder}")
         return
 
@@ -71,6 +73,7 @@ def main() -> None:
 
     info = heal_checkpoint(data=data, device=choose_device(gpu, device), **args, **settings)
     if info:
+        save_config(Path(f"{folder.expanduser()}.config.yaml"))  # an unknown file within is a fault of the checkpoint
         _print_result(info)
         print(f"Healed checkpoint: {folder}")
 

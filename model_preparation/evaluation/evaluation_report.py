@@ -7,11 +7,13 @@ results are.
 import argparse
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from model_preparation.checkpoint.checkpoint_info import INFO
+from model_preparation.command_line import save_config
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_checkpoint
 from model_preparation.evaluation.tasks import MMLU, Tasks
@@ -49,6 +51,7 @@ def evaluate_and_print(tasks: Tasks, args: argparse.Namespace, *, device: str, d
     )
     if args.result_json is not None:
         write_file(args.result_json.expanduser(), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    save_config(Path(result["results_dir"]) / "config.yaml")
     if "put_aside" in result:
         print(f"Put aside    results of another model ({'; '.join(result['differing'])}), to {result['put_aside']}")
     if result["kept"]:
