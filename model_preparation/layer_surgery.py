@@ -44,7 +44,7 @@ def main() -> None:
     parser = _parser()
     given = sys.argv[1:2]
     if given and given[0] in SUBCOMMANDS:
-        command = importlib.import_module(f"{__package__}.{SUBCOMMANDS[given[0]].module}")
+        command = importlib.import_module(f"model_preparation.{SUBCOMMANDS[given[0]].module}")
         command_line.TYPED_FOR.update({each.module: f"{parser.prog} {name}" for name, each in SUBCOMMANDS.items()})
         sys.argv = [f"{parser.prog} {given[0]}", *sys.argv[2:]]
         command_line.run(command.main)
