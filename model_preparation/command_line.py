@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from model_preparation import flags_file, interrupts
+from model_preparation import chinese_help, flags_file, interrupts
 from model_preparation.errors import SurgeryError
 from model_preparation.io.new_file import write_file
 from model_preparation.io.tensors.dtypes import MODEL_DTYPES
@@ -136,6 +136,9 @@ class CommandParser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
     def format_help(self) -> str:
+        if chinese_help.is_wanted():
+            typed_for = {typed: module for module, typed in TYPED_FOR.items()}
+            chinese_help.translate(self, typed_for.get(self.prog, Path(self.prog).stem))
         return as_typed(super().format_help())
 
     def refuse(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:

@@ -3,7 +3,6 @@
 `layer-surgery build ...` is `python create_replaced_model_checkpoint.py ...`.
 """
 
-import argparse
 import importlib
 import sys
 from typing import NamedTuple
@@ -49,10 +48,12 @@ def main() -> None:
         sys.argv = [f"{parser.prog} {given[0]}", *sys.argv[2:]]
         command_line.run(command.main)
     else:
-        command_line.run(lambda: _without_subcommand(parser))
+        command_line.run(show_subcommands)
 
 
-def _without_subcommand(parser: argparse.ArgumentParser) -> None:
+def show_subcommands() -> None:
+    """What the command does without a subcommand: --help, --version, or the nearest of a misspelt one."""
+    parser = _parser()
     if sys.argv[1:2] and not sys.argv[1].startswith("-"):
         word = sys.argv[1].removesuffix(".py").removesuffix(".sh")
         same = [name for name, each in SUBCOMMANDS.items() if each.module == word]

@@ -1,13 +1,20 @@
 """What all commands share: `layer-surgery` and its subcommands, --help, --config."""
 
+import importlib
 import json
+import re
 import shutil
+import subprocess
+import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
 import yaml
 
 import model_preparation
+from model_preparation.chinese_help import CATALOGUE, translate
+from model_preparation.command_line import CommandParser
 from model_preparation.layer_surgery import SUBCOMMANDS
 from tests.conftest import PACKAGE, assert_refused, run_command, run_python
 
@@ -39,8 +46,8 @@ def test_every_help_is_quick_where_the_package_is_a_copy_elsewhere(tmp_path):
     copy = tmp_path / "site"
     shutil.copytree(PACKAGE, copy / "model_preparation", ignore=shutil.ignore_patterns("embedded", "__pycache__"))
     cli = str(PACKAGE / "layer_surgery.py")
-    lines = [[cli, name, "--help"] for name in SUBCOMMANDS]
-    lines += [[str(PACKAGE / f"{each.module}.py"), "--help"] for each in SUBCOMMANDS.values()]
+    lines = [[str(PACKAGE / f"{each.module}.py"), "--help"] for each in SUBCOMMANDS.values()]
+    lines += [[cli, name, "--help"] for name in SUBCOMMANDS]
     found = run_all(lines, tmp_path, PYTHONPATH=str(copy), LANG="C")
     assert found["place"] == str(copy / "model_preparation" / "__init__.py")
     assert SLOW.intersection(found["imported"]) == set()
@@ -169,3 +176,72 @@ def test_a_missing_file_of_flags_and_flags_that_win(tmp_path):
         "test_checkpoint", "--config", config, "--device", "cpu", "--full_eval", "--checkpoint", "gone"
     )
     assert_refused(result, "'gone' is neither")
+
+
+IN_CHINESE = (
+    *("extract_layers", "create_replaced_model_checkpoint", "test_checkpoint", "create_best_checkpoints"),
+    *("share_checkpoint", "layer_surgery"),
+)
+HAN = re.compile("[\u4e00-\u9fff]")
+# What a translation keeps as it is: flags, placeholders, names of variables.
+KEPT = re.compile(r"--\w+|%\(\w+\)s|\b[A-Z]+_[A-Z_]+")
+
+
+def parser_of(command: str, monkeypatch: pytest.MonkeyPatch) -> CommandParser:
+    """The parser that a command makes."""
+
+    class Parsed(Exception):
+        pass
+
+    def stop(parser: CommandParser, *_: object) -> None:
+        raise Parsed(parser)
+
+    monkeypatch.setattr(sys, "argv", [f"{command}.py"])
+    monkeypatch.setattr(CommandParser, "parse_known_args", stop)
+    module = importlib.import_module(f"model_preparation.{command}")
+    with pytest.raises(Parsed) as parsed:
+        module.show_subcommands() if command == "layer_surgery" else module.main()
+    return parsed.value.args[0]
+
+
+@pytest.mark.parametrize("command", IN_CHINESE)
+def test_every_help_text_has_a_chinese_translation(command, monkeypatch):
+    parser = parser_of(command, monkeypatch)
+    texts = yaml.safe_load(CATALOGUE.read_text())
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    assert texts[command].keys() - {"description", "epilog"} <= flags
+
+    actions = {action.option_strings[-1]: action.help for action in parser._actions}
+    english = {**actions, "description": parser.description, "epilog": parser.epilog}
+    translate(parser, command)
+    actions = {action.option_strings[-1]: action.help for action in parser._actions}
+    for name, text in {**actions, "description": parser.description, "epilog": parser.epilog}.items():
+        assert HAN.search(text), name
+        assert set(KEPT.findall(english[name])) <= set(KEPT.findall(text)), name
+    examples = re.findall("^  .*$", english["epilog"], re.MULTILINE)
+    shown = re.findall("^  .*$", parser.epilog, re.MULTILINE)
+    if command == "layer_surgery":
+        assert [line.split()[0] for line in shown] == list(SUBCOMMANDS)
+    else:
+        assert shown == examples
+
+
+@pytest.mark.parametrize(
+    ("env", "is_chinese"),
+    [
+        ({"LANG": "zh_CN.UTF-8"}, True),
+        ({"LANG": "en_US.UTF-8", "LC_MESSAGES": "zh_TW"}, True),
+        ({"LC_ALL": "C", "LANG": "zh_CN.UTF-8"}, False),
+        ({"LANG": "C"}, False),
+    ],
+)
+def test_help_follows_the_language_of_the_environment(env, is_chinese, tmp_path):
+    found = run_command("extract_layers", "--help", **{"LC_ALL": "", "LC_MESSAGES": "", "LANG": "", **env})
+    assert (found.returncode, bool(HAN.search(found.stdout))) == (0, is_chinese)
+    columns = max(sum(1 + (unicodedata.east_asian_width(each) in "WF") for each in line) for line in flag_lines(found))
+    assert columns <= 82  # a comma or full stop may stand beyond the edge
+
+
+def flag_lines(found: subprocess.CompletedProcess) -> list[str]:
+    """The lines that say what flags do."""
+    return [line for line in found.stdout.splitlines() if line.startswith(" " * 24)]
