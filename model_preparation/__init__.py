@@ -3,70 +3,62 @@
     from model_preparation import extract_layers, build_checkpoint, load_checkpoint, evaluate_checkpoint
 
 Importing the package makes `llamba` known to AutoConfig and AutoModelForCausalLM, and lets `torch.load("model.pt")`
-read our checkpoints under its default `weights_only=True`.
+read our checkpoints under its default `weights_only=True`. Both happen when transformers or torch is imported, before
+or after this package.
 """
 
 import importlib
 import sys
-from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
+from model_preparation.llamba.lazy_registration import register_when_needed
 from model_preparation.versions import __version__ as __version__
 
 if TYPE_CHECKING:
-    from model_preparation.checkpoint.build import build_checkpoint
-    from model_preparation.checkpoint.extract import extract_layers
-    from model_preparation.checkpoint.load import load_checkpoint
-    from model_preparation.checkpoint.verify import verify_checkpoint
-    from model_preparation.errors import SurgeryError
-    from model_preparation.evaluation.compare.compare import compare_evaluations
-    from model_preparation.evaluation.evaluate import evaluate_checkpoint
-    from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
-    from model_preparation.train.distill.distill import distill_llamba_base
-    from model_preparation.train.heal.heal import heal_checkpoint
+    from model_preparation.checkpoint.checkpoint import build_checkpoint as build_checkpoint
+    from model_preparation.checkpoint.checkpoint_loading import load_checkpoint as load_checkpoint
+    from model_preparation.checkpoint.layer_store import extract_layers as extract_layers
+    from model_preparation.checkpoint.verify import verify_checkpoint as verify_checkpoint
+    from model_preparation.errors import SurgeryError as SurgeryError
+    from model_preparation.evaluation.compare.compare import compare_evaluations as compare_evaluations
+    from model_preparation.evaluation.evaluate import evaluate_checkpoint as evaluate_checkpoint
+    from model_preparation.llamba import LlambaConfig as LlambaConfig
+    from model_preparation.llamba import LlambaForCausalLM as LlambaForCausalLM
+    from model_preparation.train.distill.distill import distill_llamba_base as distill_llamba_base
+    from model_preparation.train.heal.heal import heal_checkpoint as heal_checkpoint
 
 _MODULE_OF = {
-    "LlambaConfig": "model_preparation.llamba",
-    "LlambaForCausalLM": "model_preparation.llamba",
-    "SurgeryError": "model_preparation.errors",
-    "build_checkpoint": "model_preparation.checkpoint.build",
-    "compare_evaluations": "model_preparation.evaluation.compare.compare",
-    "distill_llamba_base": "model_preparation.train.distill.distill",
-    "evaluate_checkpoint": "model_preparation.evaluation.evaluate",
-    "extract_layers": "model_preparation.checkpoint.extract",
-    "heal_checkpoint": "model_preparation.train.heal.heal",
-    "load_checkpoint": "model_preparation.checkpoint.load",
-    "verify_checkpoint": "model_preparation.checkpoint.verify",
+    "LlambaConfig": "llamba",
+    "LlambaForCausalLM": "llamba",
+    "SurgeryError": "errors",
+    "build_checkpoint": "checkpoint.checkpoint",
+    "compare_evaluations": "evaluation.compare.compare",
+    "distill_llamba_base": "train.distill.distill",
+    "evaluate_checkpoint": "evaluation.evaluate",
+    "extract_layers": "checkpoint.layer_store",
+    "heal_checkpoint": "train.heal.heal",
+    "load_checkpoint": "checkpoint.checkpoint_loading",
+    "verify_checkpoint": "checkpoint.verify",
 }
-__all__ = [
-    "LlambaConfig",
-    "LlambaForCausalLM",
-    "SurgeryError",
-    "build_checkpoint",
-    "compare_evaluations",
-    "distill_llamba_base",
-    "evaluate_checkpoint",
-    "extract_layers",
-    "heal_checkpoint",
-    "load_checkpoint",
-    "verify_checkpoint",
-]
+__all__ = [*_MODULE_OF]
+
+
+class _Package(ModuleType):
+    """Keeps the functions where a command has the same name: importing the command does not hide the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str):
     if name in _MODULE_OF:
-        return getattr(importlib.import_module(_MODULE_OF[name]), name)
+        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _started_as_command() -> bool:
-    """Whether this process runs one of our commands, by path or with -m."""
-    program = Path(sys.argv[0] if sys.argv else "")
-    if str(program) == "-m":  # python is looking for the module to run
-        return any(argument.startswith(f"{__name__}.") for argument in sys.orig_argv)
-    return program.is_file() and program.resolve().parent == Path(__file__).resolve().parent
-
-
-# Our own commands answer --help before torch is imported; for everyone else the import must register the classes.
-if not _started_as_command():
-    importlib.import_module("model_preparation.llamba.registration")
+register_when_needed()

@@ -5,17 +5,23 @@ Exit codes: 0 done, 1 an input or the machine is at fault, 2 wrong usage, 130 in
 
 import argparse
 import contextlib
+import difflib
 import gc
 import io
 import math
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from model_preparation import interrupts
+from model_preparation import chinese_help, flags_file, interrupts
 from model_preparation.errors import SurgeryError
+from model_preparation.io.new_file import write_file
 from model_preparation.io.tensors.dtypes import MODEL_DTYPES
+from model_preparation.llamba.lazy_registration import register_never
 from model_preparation.terminal import Escaping, escaped
+from model_preparation.versions import __version__
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -24,13 +30,116 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
+        self._words: dict[str, Any] = {}  # by the flag's name, what was given for it
         super().__init__(**kwargs)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
-        for word in sys.argv[1:] if args is None else args:
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
             if not _is_text(word):
                 self.error(f"{word!r} is not UTF-8. Rename what it names, or call it by another path")
-        return super().parse_args(args, namespace)
+        if "--config" in self._option_string_actions:
+            return self._parse_with_config(words)
+        return super().parse_args(words, namespace)
+
+    def add_config_flag(self) -> None:
+        """Add `--config`: flags may then stand in a YAML file, and `save_config` keeps those that were used."""
+        self.add_argument(
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help="take flags from this YAML file: lines such as `batch_size: 8`, `tasks: [mmlu]`, `overwrite: true`. "
+            "Flags on the command line win. The flags used are saved with the result, in config.yaml",
+        )
+
+    def _parse_with_config(self, words: list[str]) -> argparse.Namespace:
+        global _flags_used
+        self._words.clear()
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        finder.add_argument("--config", type=Path)
+        namespace = argparse.Namespace()
+        with contextlib.suppress(argparse.ArgumentError):  # the parser itself reports it, below
+            config = finder.parse_known_args(words)[0].config
+            if config is not None:
+                self._read_config(flags_file.read_entries(config.expanduser()), words, namespace)
+        parsed = super().parse_args(words, namespace)
+        del parsed.config
+        _flags_used = None if self._words.pop("config", None) is None else (self.prog, self._words)
+        return parsed
+
+    def _read_config(
+        self, entries: Mapping[str, flags_file.Entry], words: list[str], namespace: argparse.Namespace
+    ) -> None:
+        """Put what a file says into `namespace`, but for what the command line says instead."""
+        actions = [self._option_string_actions.get(word.partition("=")[0]) for word in words]
+        given = {action for action in actions if action is not None}
+        for group in self._mutually_exclusive_groups:
+            if given.intersection(group._group_actions):
+                given.update(group._group_actions)
+            both = [action.dest for action in group._group_actions if action.dest in entries]
+            if len(both) > 1:
+                place = entries[both[1]].place
+                raise SurgeryError(f"{place}: {both[1]} does not go with {both[0]}. Remove one of them.")
+        for key, entry in entries.items():
+            action = self.check_entry(key, entry, argparse.Namespace() if self.flag_named(key) in given else namespace)
+            action.required = False
+            if action in given:
+                self._words.pop(action.dest, None)
+
+    def flag_named(self, key: str) -> argparse.Action | None:
+        """The flag that a key of a file stands for."""
+        return None if key in ("help", "config") else self._option_string_actions.get(f"--{key}")
+
+    def check_entry(self, key: str, entry: flags_file.Entry, namespace: argparse.Namespace) -> argparse.Action:
+        """Put the value of a key into `namespace`, as the flag of that name would; returns what stands for the flag.
+
+        Raises:
+            SurgeryError: naming the place, the key and the value, if there is no such flag, or it takes no such value.
+        """
+        action = self.flag_named(key)
+        if action is None:
+            flags = [flag.removeprefix("--") for flag in self._option_string_actions]
+            known = [flag for flag in flags if "-" not in flag and self.flag_named(flag)]
+            raise SurgeryError(f"{entry.place}: there is no key {key!r}.{nearest(key, known)}")
+        value, flag, what = entry.value, action.option_strings[0], f"{entry.place}: {key}"
+        if isinstance(value, dict):
+            raise SurgeryError(f"{what} has keys in it. Give a value, as {flag} takes it.")
+        if action.nargs == 0 and value not in ("true", "false"):
+            raise SurgeryError(f"{what} is {value!r}. Give true or false.")
+        if value == []:
+            raise SurgeryError(f"{what} is an empty list. Give a value, or remove the line.")
+        is_repeatable = action.nargs is None and not isinstance(action, argparse._StoreAction)
+        if isinstance(value, list) and action.nargs is None and not is_repeatable:
+            raise SurgeryError(f"{what} is a list. Give one value.")
+        texts = value if isinstance(value, list) else [value]
+        if not hasattr(namespace, action.dest) and action.default is not argparse.SUPPRESS:
+            setattr(namespace, action.dest, action.default)
+        parts = [[text] for text in texts] if is_repeatable else [texts]
+        if action.nargs == 0:
+            parts = [[]] if value == "true" else []
+        try:
+            for part in parts:
+                action(self, namespace, self._get_values(action, part), flag)
+        except argparse.ArgumentError as error:
+            raise SurgeryError(f"{what}: {error.message}. Give what {flag} takes.") from error
+        return action
+
+    def _get_values(self, action, arg_strings):
+        """Also note what was given, word by word, for `save_config`."""
+        if action.option_strings:
+            is_more = isinstance(action.default, list | dict) and not isinstance(action, argparse._StoreAction)
+            before = self._words.get(action.dest, []) if is_more else []
+            is_one = action.nargs is None and not is_more
+            self._words[action.dest] = (
+                True if action.nargs == 0 else arg_strings[0] if is_one else [*before, *arg_strings]
+            )
+        return super()._get_values(action, arg_strings)
+
+    def format_help(self) -> str:
+        if chinese_help.is_wanted():
+            typed_for = {typed: module for module, typed in TYPED_FOR.items()}
+            chinese_help.translate(self, typed_for.get(self.prog, Path(self.prog).stem))
+        return as_typed(super().format_help())
 
     def refuse(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
         """End the command, as for wrong usage, if one of these was given: `why` says that it does nothing here."""
@@ -47,6 +156,38 @@ class CommandParser(argparse.ArgumentParser):
             # --help shows the guide's spelling only; both are accepted.
             action.option_strings = list(flags)
         return action
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A sentence that says which of the known words was probably meant; "" if none is near."""
+    near = difflib.get_close_matches(word, known, 1, 0.5)
+    return f" The nearest is {near[0]}." if near else ""
+
+
+# With --config: what was typed for the command, and every flag that a file or the command line gave.
+_flags_used: tuple[str, Mapping[str, Any]] | None = None
+
+
+def save_config(path: Path) -> None:
+    """Write the flags that were used to a file, which --config reads, if the command line had --config.
+
+    Raises:
+        OSError: from the file system.
+    """
+    if _flags_used is not None:
+        command, flags = _flags_used
+        note = f"# The flags of {command}, version {__version__}; the others had their defaults.\n"
+        write_file(path, note + flags_file.as_yaml(flags))
+
+
+# What is typed for a script of ours, by its name without .py; `layer-surgery` fills it.
+TYPED_FOR: dict[str, str] = {}
+
+
+def as_typed(text: str) -> str:
+    """The text with `layer-surgery build` for `python create_replaced_model_checkpoint.py`, where that was typed."""
+    script = re.compile(r"(?<![\w./])(?:python |\./)?(\w+)\.(?:py|sh)\b(?!/)")
+    return script.sub(lambda match: TYPED_FOR.get(match[1], match[0]), text) if TYPED_FOR else text
 
 
 def _is_text(word: object) -> bool:
@@ -150,6 +291,7 @@ _COLLECT_AFTER = 100_000
 def run(main: Callable[[], None]) -> None:
     """Run a command's `main` and exit: errors the user can mend are one line on stderr, never a traceback."""
     gc.set_threshold(_COLLECT_AFTER)
+    register_never()
     streams = sys.stdout, sys.stderr
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
@@ -187,5 +329,5 @@ def _run(main: Callable[[], None]) -> None:
 
 
 def _report(message: str) -> int:
-    print(f"error: {escaped(message)}", file=sys.stderr, flush=True)
+    print(f"error: {escaped(as_typed(message))}", file=sys.stderr, flush=True)
     return 1

@@ -9,6 +9,7 @@ from model_preparation.command_line import (
     default_folder,
     number,
     run,
+    save_config,
 )
 from model_preparation.devices import choose_device
 from model_preparation.hub.sources import add_source_flag
@@ -90,6 +91,7 @@ def main() -> None:
     if found is None:
         print(f"Everything fits; nothing was evaluated (--dry_run). {settings.folder} would have the result.")
         return
+    save_config(output_dir / "config.yaml")
     statistics = found["statistics"]
     passes, alone = statistics["layer_passes"], statistics["layer_passes_alone"]
     print(
@@ -219,6 +221,7 @@ def _parser() -> CommandParser:
     )
     ray_flags.add_ray_flags(parser)
     add_source_flag(parser)
+    parser.add_config_flag()
     return parser
 
 

@@ -61,7 +61,6 @@ def test_weights_are_found_and_copied_without_torch(layers_dir, tmp_path):
     """So that they are written while torch and transformers are imported."""
     code = f"""
 import sys
-sys.argv[0] = {str(PACKAGE / "extract_layers.py")!r}
 from pathlib import Path
 from model_preparation.checkpoint import build, checkpoint_folder, extract, graft, layer_store, weights
 from model_preparation.io.tensors.pt_writer import write_dict
@@ -94,13 +93,31 @@ def test_shapes_said_without_the_model_are_the_model_s(changes):
         assert layer_shapes(config, config.layer_types[index]) == wanted
 
 
-def test_the_package_registers_its_classes():
+@pytest.mark.parametrize("other", ["torch", "transformers.generation.utils", "accelerate"])
+def test_the_package_registers_its_classes(other, checkpoint_dir):
+    """Once another package imports torch or transformers, be it in the middle of its own import."""
     code = (
-        "import model_preparation, torch, transformers\n"
+        "import sys, model_preparation\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+        f"import {other}, torch\n"
+        f"model = torch.load({str(checkpoint_dir / 'model.pt')!r})\n"
+        "import transformers\n"
         "assert type(transformers.AutoConfig.for_model('llamba')) is model_preparation.LlambaConfig\n"
-        "assert model_preparation.LlambaForCausalLM in torch.serialization.get_safe_globals()\n"
+        "assert type(transformers.AutoModelForCausalLM.from_config(model.config)) is type(model)\n"
     )
     result = run_python("-c", code, cwd=PACKAGE.parent)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_package_registers_its_classes_where_the_others_came_first(checkpoint_dir, quick_python):
+    code = (
+        "import torch, transformers, sys\n"
+        "assert 'model_preparation' not in sys.modules\n"
+        "import model_preparation\n"
+        f"model = torch.load({str(checkpoint_dir / 'model.pt')!r})\n"
+        "assert type(transformers.AutoModelForCausalLM.from_config(model.config)) is type(model)\n"
+    )
+    result = run_python("-c", code, cwd=PACKAGE.parent, python=quick_python)
     assert result.returncode == 0, result.stderr
 
 

@@ -1,0 +1,96 @@
+"""A YAML file of settings, as text: `--config FILE`, and the experiments of run_experiment.py.
+
+Every value is the text that is in the file, as on a command line, and the command's own flags judge it. So `on` stays
+`on`, and 010 stays 010.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from model_preparation.errors import SurgeryError
+from model_preparation.io.text import read_text
+
+if TYPE_CHECKING:
+    import yaml
+
+Value: TypeAlias = "str | list[str] | dict[str, Entry]"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a key stands for, and where: `place` is "FILE, line 3"."""
+
+    place: str
+    value: Value
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """The keys of a YAML file, hyphens in them as underscores, with their values.
+
+    Raises:
+        SurgeryError: naming file and line, if it cannot be read, has a key twice, or a value that no flag can have.
+    """
+    import yaml
+
+    try:
+        node = yaml.compose(read_text(path), Loader=yaml.BaseLoader)
+        return {} if node is None else _entries(node, path)
+    except OSError as error:
+        raise SurgeryError(f"{path} cannot be read ({error.strerror}). Give a YAML file.") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f", line {mark.line + 1}"
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise SurgeryError(f"{path}{where}: this is not YAML ({reason}). Write `key: value` in each line.") from error
+
+
+def _entries(node: "yaml.Node", path: Path) -> dict[str, Entry]:
+    place = _place(node, path)
+    if node.id != "mapping":
+        raise SurgeryError(f"{place}: keys with values are needed. Write `key: value` in each line.")
+    found: dict[str, Entry] = {}
+    for key_node, value_node in node.value:
+        place = _place(key_node, path)
+        if key_node.id != "scalar":
+            raise SurgeryError(f"{place}: a key must be a word. Write `key: value` in each line.")
+        key = key_node.value.replace("-", "_")
+        if key in found:
+            raise SurgeryError(f"{place}: {key} is there twice. Remove one of the two.")
+        found[key] = Entry(place, _value(value_node, path, f"{place}: {key}"))
+    return found
+
+
+def _value(node: "yaml.Node", path: Path, what: str) -> Value:
+    if node.id == "mapping":
+        return _entries(node, path)
+    if node.id == "sequence":
+        if not all(item.id == "scalar" for item in node.value):
+            raise SurgeryError(f"{what} has a list with lists or keys in it. Give single values, such as [11, 13].")
+        return [item.value for item in node.value]
+    if node.style is None and node.value in ("", "~", "null"):
+        raise SurgeryError(f"{what} has no value. Give one, or remove the line.")
+    return node.value
+
+
+def _place(node: "yaml.Node", path: Path) -> str:
+    return f"{path}, line {node.start_mark.line + 1}"
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """The YAML text that `read_entries` reads these values from."""
+    import yaml
+
+    return yaml.safe_dump(_typed(values), sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _typed(value: Any) -> Any:
+    """The same with numbers for texts that are numbers, which are then written without quotes."""
+    if isinstance(value, Mapping):
+        return {key: _typed(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_typed(each) for each in value]
+    is_integer = isinstance(value, str) and re.fullmatch(r"-?(0|[1-9]\d{0,18})", value)
+    return int(value) if is_integer else value

@@ -1,0 +1,84 @@
+"""The console command `layer-surgery`, whose subcommands are the other commands.
+
+`layer-surgery build ...` is `python create_replaced_model_checkpoint.py ...`.
+"""
+
+import importlib
+import sys
+from typing import NamedTuple
+
+from model_preparation import command_line
+from model_preparation.versions import __version__
+
+
+class Subcommand(NamedTuple):
+    """A command's module in this package, and what it does."""
+
+    module: str
+    summary: str
+
+
+SUBCOMMANDS = {
+    "build": Subcommand("create_replaced_model_checkpoint", "replace layers of a base by its donor's: a checkpoint"),
+    "extract": Subcommand("extract_layers", "write a donor's layers into one file each"),
+    "best": Subcommand("create_best_checkpoints", "build a checkpoint for every combination in a list"),
+    "test": Subcommand("test_checkpoint", "load a checkpoint or model, let it write, score it"),
+    "evaluate": Subcommand("evaluate_checkpoints", "score many checkpoints, and print one table"),
+    "compare": Subcommand("compare_checkpoints", "say which of several checkpoints is better, and how sure that is"),
+    "search": Subcommand("search_layers", "find the layers that are best replaced"),
+    "heal": Subcommand("heal_checkpoint", "train a checkpoint a little more on text"),
+    "distill": Subcommand("distill_llamba_base", "make a base from any Llama, and train its mixers layer by layer"),
+    "init-base": Subcommand("init_llamba_base", "make a base from any Llama, without training"),
+    "verify": Subcommand("verify_checkpoint", "check that a checkpoint is what was built"),
+    "inspect": Subcommand("inspect_checkpoint", "list the tensors of a file or folder, or how two differ"),
+    "update": Subcommand("update_checkpoint", "put this version's model code into checkpoints of format hf"),
+    "share": Subcommand("share_checkpoint", "upload a checkpoint to ModelScope or Hugging Face"),
+    "clean": Subcommand("clean_checkpoints", "remove what killed builds left behind"),
+    "run": Subcommand("run_experiment", "run an experiment that one YAML file describes, step by step"),
+}
+
+
+def main() -> None:
+    """Run the subcommand that the command line names, as if its script had been started."""
+    parser = _parser()
+    given = sys.argv[1:2]
+    if given and given[0] in SUBCOMMANDS:
+        command = importlib.import_module(f"model_preparation.{SUBCOMMANDS[given[0]].module}")
+        command_line.TYPED_FOR.update({each.module: f"{parser.prog} {name}" for name, each in SUBCOMMANDS.items()})
+        sys.argv = [f"{parser.prog} {given[0]}", *sys.argv[2:]]
+        command_line.run(command.main)
+    else:
+        command_line.run(show_subcommands)
+
+
+def show_subcommands() -> None:
+    """What the command does without a subcommand: --help, --version, or the nearest of a misspelt one."""
+    parser = _parser()
+    if sys.argv[1:2] and not sys.argv[1].startswith("-"):
+        word = sys.argv[1].removesuffix(".py").removesuffix(".sh")
+        same = [name for name, each in SUBCOMMANDS.items() if each.module == word]
+        hint = f" That is {same[0]}." if same else command_line.nearest(word, SUBCOMMANDS)
+        parser.error(f"there is no subcommand {sys.argv[1]!r}.{hint} {parser.prog} --help lists all.")
+    parser.parse_args()
+    parser.print_help()
+
+
+def _parser() -> command_line.CommandParser:
+    parser = command_line.CommandParser(
+        usage="%(prog)s SUBCOMMAND ...",
+        description="Replace layers of a language model by another's, and write checkpoints that load everywhere.",
+        epilog="\n".join(
+            [
+                "subcommands:",
+                *(f"  {name:<10} {each.summary}" for name, each in SUBCOMMANDS.items()),
+                "",
+                "%(prog)s SUBCOMMAND --help shows what a subcommand takes.",
+            ]
+        ),
+    )
+    parser.add_argument("--version", action="version", version=f"layer-surgery {__version__}")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""`import model_preparation` is quick, and yet transformers and torch know the model: they learn it when they come.
+
+Registering needs both, and their import takes seconds. So it waits until somebody else imports one of them.
+"""
+
+import functools
+import importlib
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+# transformers imports these, and some of them import torch: while one is half imported, nothing can be registered.
+_WATCHED = {"torch", "transformers", "accelerate", "safetensors", "peft", "torchvision", "kernels", "model_preparation"}
+
+
+class _Watch:
+    """A finder for `sys.meta_path` that finds nothing itself, but notices when the imports of these packages end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begun = 0  # imports that have not ended, of all threads
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name.partition(".")[0] not in _WATCHED:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            execute = functools.partial(self._execute, spec.loader.exec_module)
+            spec.loader.exec_module = execute  # type: ignore[method-assign]
+        return spec
+
+    def _execute(self, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        with self._lock:
+            self._begun += 1
+        try:
+            execute(module)
+        finally:
+            with self._lock:
+                self._begun -= 1
+                is_outermost = self._begun == 0
+        if is_outermost and self in sys.meta_path and _needed():
+            register_never()
+            _register()
+
+
+_watch = _Watch()
+
+
+def register_when_needed() -> None:
+    """Register the model with transformers and torch now if one of them is imported, else as soon as one is."""
+    if _needed():
+        _register()
+    elif _watch not in sys.meta_path:
+        sys.meta_path.insert(0, _watch)
+
+
+def register_never() -> None:
+    """Wait no longer. A command does this: it imports what it needs, and many need no model."""
+    if _watch in sys.meta_path:
+        sys.meta_path.remove(_watch)
+
+
+def _needed() -> bool:
+    return "torch" in sys.modules or "transformers" in sys.modules
+
+
+def _register() -> None:
+    importlib.import_module("model_preparation.llamba.registration")

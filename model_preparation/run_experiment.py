@@ -1,0 +1,424 @@
+"""Command: one YAML file -> a whole experiment: extract, search, build, heal, evaluate and compare, each if asked for.
+
+Each step is a command of ours in a process of its own, so its memory is free afterwards. OUTPUT_DIR/experiment.json
+keeps what each step was asked for: a step with a result of the same settings is not run again.
+"""
+
+import argparse
+import importlib
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from model_preparation.command_line import CommandParser, default_folder, nearest, run
+from model_preparation.errors import SurgeryError
+from model_preparation.flags_file import Entry, read_entries
+from model_preparation.io.identity import differences, digest_of
+from model_preparation.io.new_file import write_file
+from model_preparation.io.sync import make_folder
+from model_preparation.io.text import read_text
+from model_preparation.jobs.jobs import failure
+from model_preparation.jobs.process import Launch, Output, chunks, end, start
+from model_preparation.jobs.table import table
+from model_preparation.terminal import escaped
+
+DESCRIPTION = """\
+Run an experiment that one YAML file describes: extract the donor's layers, search for the best ones or take those
+given, build the checkpoint, heal it if asked to, evaluate all, and compare. The plan is printed first. What is done
+already is kept: stopped anywhere, the same command goes on. If the file has changed, the plan says what is made anew.
+"""
+
+EPILOG = """\
+an experiment:
+  output_dir: experiments/tiny      # default: experiments/NAME, for NAME.yaml
+  base: tiny_llamba
+  donor: tiny_llama
+  search: {task: [embedded_recall], limit: 100, method: greedy}   # or, for example, layers: [4, 10]
+  evaluate: {tasks: [embedded_recall], limit: 200}
+
+Steps are extract, search, build, heal, evaluate and compare. Each takes the flags of its command as keys: --help of
+search_layers.py shows those of search, --help of test_checkpoint.py those of evaluate. gpu, device and source may stand
+outside the steps, for all steps that have these flags. heal needs data, the text to train on. evaluate also takes
+models: which of base, donor, grafted and healed to evaluate (default: all). Without evaluate nothing is compared. Paths
+start at the current folder.
+
+examples:
+  python run_experiment.py experiment.yaml --dry_run
+  python run_experiment.py experiment.yaml
+"""
+
+RECORD = "experiment.json"
+# By step, the command that does it, and the flags that the experiment itself sets.
+_COMMANDS = {
+    "extract": ("extract_layers", {"model_name", "output_dir", "verify", "from_legacy"}),
+    "search": ("search_layers", {"base", "donor", "llama_layers_dir", "output_dir"}),
+    "build": (
+        "create_replaced_model_checkpoint",
+        {"base", "layers", "llama_layers_dir", "output_dir", "from_info"},
+    ),
+    "heal": ("heal_checkpoint", {"checkpoint", "output_dir", "resume", "resume_dir", "merge_adapter"}),
+    "evaluate": ("test_checkpoint", {"checkpoint", "full_eval", "skip_generation", "results_dir", "result_json"}),
+    "compare": ("compare_checkpoints", {"output_dir", "baseline"}),
+}
+_OF_A_RUN = {"overwrite", "dry_run"}  # the experiment decides on these too, in every step
+_FOR_ALL = ("gpu", "device", "source")
+_PLAIN_KEYS = ("output_dir", "base", "donor", "layers", *_FOR_ALL)
+_MODELS = ("base", "donor", "grafted", "healed")
+
+Flags = Mapping[str, Any]  # by name: text, a list of texts, or True
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a file describes, checked: `steps` has the flags of each step that is asked for."""
+
+    folder: Path
+    base: str
+    donor: str
+    layers: list[str] | None  # None: the search finds them
+    steps: dict[str, Flags]
+    models: list[str]  # to evaluate
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of a command; `result` is there once it has succeeded, and `after` are the steps it builds on.
+
+    `own` are flags that say where things are, and make no other result.
+    """
+
+    kind: str
+    name: str
+    flags: Flags
+    own: Flags
+    folders: tuple[Path, ...]  # positional arguments: what to compare
+    shown: Path
+    result: Path
+    after: tuple[str, ...] = ()
+
+    @property
+    def can_replace(self) -> bool:
+        """Whether it replaces an earlier result that took time, when run with other settings."""
+        return self.kind in ("extract", "search", "build", "heal")
+
+
+@dataclass(frozen=True)
+class State:
+    """What there is to do of a step: done, to do, or again, where a result of other settings is there; and why."""
+
+    word: str
+    reason: str = ""
+
+    @property
+    def is_again(self) -> bool:
+        return self.word == "again"
+
+    def __str__(self) -> str:
+        return f"{self.word} ({self.reason})" if self.reason else self.word
+
+
+def main() -> None:
+    parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("experiment", type=Path, metavar="FILE", help="the YAML file that describes the experiment")
+    parser.add_argument("--dry_run", action="store_true", help="print the plan, run nothing")
+    parser.add_argument(
+        "--redo", action="store_true", help="where the file has changed, replace the results that it changes"
+    )
+    args = parser.parse_args()
+    experiment = read_experiment(args.experiment.expanduser())
+    record = _read_record(experiment.folder)
+    steps = plan(experiment)
+    states = _states(steps, record)
+    _print_plan(steps, states)
+    if args.dry_run:
+        print(f"Nothing was run (--dry_run). The results would be in {experiment.folder}")
+        return
+    if (changed := [step.name for step in steps if step.can_replace and states[step.name].is_again]) and not args.redo:
+        raise SurgeryError(
+            f"{experiment.folder} has other results of {', '.join(changed)} than this file asks for. "
+            "Add --redo to replace them, or name another output_dir."
+        )
+    make_folder(experiment.folder)
+    write_file(experiment.folder / "experiment.yaml", read_text(args.experiment.expanduser()))
+    for number, name in enumerate(states, start=1):
+        steps = plan(experiment)  # anew: the search may have found the layers since
+        step = next(step for step in steps if step.name == name)
+        if states[name].word != "done":
+            print(f"\n[{number}/{len(steps)}] {name}", flush=True)
+            asked = _asked(step, {each.name: each for each in steps})
+            _run_step(step, asked, experiment.folder, record)
+        elif step.kind == "compare":
+            print("\n" + read_text(step.result))
+    print(f"Results are in {experiment.folder}")
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read and check an experiment.
+
+    Raises:
+        SurgeryError: naming the file, the line, the key and the value that cannot be used.
+    """
+    entries = read_entries(path)
+    for key, entry in entries.items():
+        known = [*_PLAIN_KEYS, *_COMMANDS]
+        if key not in known:
+            raise SurgeryError(f"{entry.place}: there is no key {key!r}.{nearest(key, known)}")
+        if key in _COMMANDS and not isinstance(entry.value, dict):
+            hint = "keys of its own, such as {limit: 100}, or {} for none"
+            raise SurgeryError(f"{entry.place}: {key} is {entry.value!r}. Give it {hint}.")
+    for key in ("base", "donor"):
+        if key not in entries:
+            raise SurgeryError(f"{path} has no key {key}. Add a line `{key}: NAME`, with a model's name or folder.")
+    if ("layers" in entries) == ("search" in entries):
+        raise SurgeryError(
+            f"{path} needs one of layers and search, and only one. Give layers: [...] or search: {{...}}."
+        )
+    if "compare" in entries and "evaluate" not in entries:
+        raise SurgeryError(f"{entries['compare'].place}: compare needs an evaluation. Add evaluate: {{...}}.")
+    parsers = {kind: _parser_of(kind) for kind in _COMMANDS}
+    if "gpu" in entries and "device" in entries:
+        raise SurgeryError(f"{entries['device'].place}: device does not go with gpu. Remove one of them.")
+    own_keys = {key: entries[key] for key in entries if key not in _COMMANDS}
+    for key, entry in own_keys.items():
+        parsers["search" if key == "donor" else "build"].check_entry(key, entry, argparse.Namespace())
+    wanted = {"extract", "build"} | (entries.keys() & _COMMANDS.keys())
+    wanted |= {"compare"} if "evaluate" in wanted else set()
+    steps, models = {}, list(_MODELS if "heal" in wanted else _MODELS[:3])
+    for kind in (kind for kind in _COMMANDS if kind in wanted):
+        given = dict(entries[kind].value) if kind in entries else {}  # type: ignore[arg-type]
+        if kind == "evaluate" and "models" in given:
+            models = _models(given.pop("models"), models)
+        for key in (key for key in _FOR_ALL if key in own_keys and parsers[kind].flag_named(key)):
+            if key == "source" or not given.keys() & {"gpu", "device"}:
+                given.setdefault(key, own_keys[key])
+        steps[kind] = _checked_flags(kind, given, parsers[kind])
+    if "heal" in steps and "data" not in steps["heal"]:
+        raise SurgeryError(f"{entries['heal'].place}: heal has no key data. Add the text to train on: data: FILE.")
+    output = entries["output_dir"].value if "output_dir" in entries else default_folder("experiments") / path.stem
+    layers = entries["layers"].value if "layers" in entries else None
+    return Experiment(
+        folder=Path(str(output)).expanduser(),
+        base=str(entries["base"].value),
+        donor=str(entries["donor"].value),
+        layers=[layers] if isinstance(layers, str) else layers,  # type: ignore[arg-type]
+        steps=steps,
+        models=models,
+    )
+
+
+def _parser_of(kind: str) -> CommandParser:
+    """The parser of a step's command: its `main` is run as far as there."""
+
+    class Parsed(Exception):
+        pass
+
+    def stop(parser: CommandParser, *_: object) -> None:
+        raise Parsed(parser)
+
+    command = importlib.import_module(f"model_preparation.{_COMMANDS[kind][0]}")
+    try:
+        with patch.object(CommandParser, "parse_args", stop):
+            command.main()
+    except Parsed as parsed:
+        return parsed.args[0]
+    raise AssertionError(f"{command.__name__} parses nothing")
+
+
+def _models(entry: Entry, known: list[str]) -> list[str]:
+    models = entry.value if isinstance(entry.value, list) else [str(entry.value)]
+    if unknown := [model for model in models if model not in known]:
+        hint = f"Choose from {', '.join(known)}."
+        raise SurgeryError(f"{entry.place}: models has {unknown[0]!r}.{nearest(unknown[0], known)} {hint}")
+    return [model for model in known if model in models]
+
+
+def _checked_flags(kind: str, given: Mapping[str, Entry], parser: CommandParser) -> Flags:
+    """What is given as flags; raises SurgeryError for a key that the command has no flag for, or a wrong value."""
+    flags: dict[str, Any] = {}
+    for key, entry in given.items():
+        if key in _COMMANDS[kind][1] | _OF_A_RUN:
+            raise SurgeryError(f"{entry.place}: {key} of {kind} is set by the experiment itself. Remove the line.")
+        action = parser.check_entry(key, entry, argparse.Namespace())
+        if action.nargs == 0:
+            flags |= {key: True} if entry.value == "true" else {}
+        else:
+            is_list = action.nargs is not None or not isinstance(action, argparse._StoreAction)
+            flags[key] = [entry.value] if is_list and isinstance(entry.value, str) else entry.value
+    return flags
+
+
+def plan(experiment: Experiment) -> list[Step]:
+    """The steps, in order; of layers that a search has yet to find, `layers` is missing in the build's flags."""
+    folder, steps = experiment.folder, experiment.steps
+    own: dict[str, Any]
+    after: tuple[str, ...]
+    layers_dir, search_dir = folder / "layers", folder / "search"
+    flags: dict[str, Any] = {"model_name": experiment.donor, **steps["extract"]}
+    planned = [
+        Step("extract", "extract", flags, {"output_dir": layers_dir}, (), layers_dir, layers_dir / "metadata.json")
+    ]
+    layers, source = experiment.layers, ("extract",)
+    if layers is None:
+        pair = {"base": experiment.base, "donor": experiment.donor}
+        own = {"llama_layers_dir": layers_dir, "output_dir": search_dir}
+        result = search_dir / "search_result.json"
+        planned.append(Step("search", "search", {**pair, **steps["search"]}, own, (), search_dir, result, source))
+        source = ("search",)
+        layers = _found_layers(result)
+    name = "grafted" if layers is None else "_".join(["grafted", *sorted(layers, key=int)])
+    grafted, healed = folder / "checkpoints" / name, folder / "checkpoints" / f"{name}_healed"
+    flags = {"base": experiment.base, **({} if layers is None else {"layers": layers}), **steps["build"]}
+    own = {"llama_layers_dir": layers_dir, "output_dir": grafted}
+    planned.append(Step("build", "build", flags, own, (), grafted, grafted / "checkpoint_info.json", source))
+    if "heal" in steps:
+        # States of other settings are left alone, so that a run that was stopped finds its own.
+        states = folder / "healing" / digest_of({**flags, **steps["heal"]})[:12]
+        own = {"checkpoint": grafted, "output_dir": healed, "resume_dir": states}
+        result = healed / "checkpoint_info.json"
+        planned.append(Step("heal", "heal", steps["heal"], own, (), healed, result, ("build",)))
+    if "evaluate" in steps:
+        results = {model: folder / "evaluations" / f"{model}.json" for model in experiment.models}
+        for model, result in results.items():
+            shown = result.with_suffix("")
+            own = {"full_eval": True, "skip_generation": True, "result_json": result, "results_dir": shown}
+            if model in ("base", "donor"):
+                place, after = {"checkpoint": experiment.base if model == "base" else experiment.donor}, ()
+            else:
+                own["checkpoint"] = grafted if model == "grafted" else healed
+                place, after = {}, ("build" if model == "grafted" else "heal",)
+            flags = {**place, **steps["evaluate"]}
+            planned.append(Step("evaluate", f"evaluate {model}", flags, own, (), shown, result, after))
+        if len(results) > 1:
+            folders = tuple(_results_of(result) for result in results.values() if result.is_file())
+            own = {"overwrite": True, "output_dir": folder / "comparison"}
+            after = tuple(f"evaluate {model}" for model in results)
+            result, shown = folder / "comparison.txt", folder / "comparison"
+            planned.append(Step("compare", "compare", steps["compare"], own, folders, shown, result, after))
+    return planned
+
+
+def _found_layers(result: Path) -> list[str] | None:
+    """The best layers in a search's result; None if there is none yet."""
+    if not result.is_file():
+        return None
+    try:
+        found = json.loads(result.read_text(encoding="utf-8"))
+        return [str(int(layer)) for layer in found["final_results"][0]["layers"]]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise SurgeryError(f"{result} is no result of a search ({error!r}). Remove it, and run this again.") from error
+
+
+def _results_of(result: Path) -> Path:
+    """Where an evaluation is: the folder of the model's name, if it has no other evaluation."""
+    try:
+        evaluation = Path(json.loads(result.read_text(encoding="utf-8"))["results_dir"])
+        return evaluation.parent if len(list(evaluation.parent.glob("*/result.json"))) == 1 else evaluation
+    except (ValueError, KeyError, TypeError) as error:
+        raise SurgeryError(f"{result} is no result of ours ({error!r}). Remove it, and run this again.") from error
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise SurgeryError(f"{path} is damaged ({error}). Remove it: steps that are done say so again.") from error
+
+
+def _asked(step: Step, steps: Mapping[str, Step]) -> dict[str, Any]:
+    """What decides on a step's result: its flags, and by digest what the steps were asked that it builds on."""
+    return {**step.flags, **{name: digest_of(_asked(steps[name], steps)) for name in step.after}}
+
+
+def _states(steps: list[Step], record: Mapping[str, Any]) -> dict[str, State]:
+    """By step, what there is to do. What is gone is not made again, if all that was made of it is there."""
+    by_name = {step.name: step for step in steps}
+    states: dict[str, State] = {}
+    for step in steps:
+        entry = record.get(step.name)
+        changed = [] if entry is None else differences(entry["asked"], _asked(step, by_name))
+        again = [name for name in step.after if states[name].is_again]
+        if not step.result.is_file():
+            states[step.name] = State("to do")
+        elif entry is None:
+            states[step.name] = State("again", "its settings are not recorded")
+        elif changed or again:
+            flags = [each for each in changed if each.partition(":")[0] not in step.after]
+            states[step.name] = State("again", "; ".join(flags or [f"{name} changes" for name in step.after]))
+        else:
+            states[step.name] = State("to do", "it was stopped") if entry["replaces"] else State("done")
+    for step in reversed(steps):
+        later = [states[each.name].word for each in steps if step.name in each.after]
+        if step.name in record and states[step.name].word == "to do" and later and set(later) == {"done"}:
+            states[step.name] = State("done", "removed since")
+    return states
+
+
+def _print_plan(steps: list[Step], states: Mapping[str, State]) -> None:
+    rows = []
+    for number, step in enumerate(steps, start=1):
+        told = [f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in step.flags.items()]
+        told += ["layers: the search's best"] if step.kind == "build" and "layers" not in step.flags else []
+        rows.append((f"{number} {step.name}", str(states[step.name]), str(step.shown), ", ".join(told)))
+    print(escaped(table(("step", "state", "folder", "settings"), rows), kept="\n"), flush=True)
+
+
+def _run_step(step: Step, asked: dict[str, Any], folder: Path, record: dict[str, Any]) -> None:
+    """Run a step, and record it.
+
+    Raises:
+        SurgeryError: if it fails.
+    """
+    replaces = step.result.is_file()
+    record[step.name] = {"asked": asked, "replaces": replaces}
+    write_file(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    flags = {**step.flags, **step.own, **({"overwrite": True} if replaces and step.can_replace else {})}
+    script = Path(__file__).resolve().with_name(f"{_COMMANDS[step.kind][0]}.py")
+    launch = Launch(str(script), (*map(str, step.folders), *_words(flags)), variables={"COLUMNS": _columns()})
+    print("+ " + shlex.join([sys.executable, launch.script, *launch.arguments]), flush=True)
+    is_shown_again = step.kind == "compare"  # its text is kept
+    process, output = start(launch, merge=is_shown_again), Output()
+    stream = sys.stdout if is_shown_again else sys.stderr
+    try:
+        for chunk in chunks(process):
+            stream.write(output.add(chunk))
+            stream.flush()
+    finally:
+        end(process)
+    reason = failure(process.returncode, output.text)
+    if not reason and is_shown_again:
+        write_file(step.result, output.text)
+    if reason or not step.result.is_file():
+        raise SurgeryError(
+            f"{step.name} failed: {reason or f'it ended without {step.result}'}. "
+            "When that is mended, run the same command again: what is done is kept."
+        )
+    record[step.name]["replaces"] = False
+    write_file(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _columns() -> str:
+    return str(shutil.get_terminal_size().columns)
+
+
+def _words(flags: Flags) -> list[str]:
+    """Flags as they are typed."""
+    words: list[str] = []
+    for key, value in flags.items():
+        if value is True:
+            words.append(f"--{key}")
+        elif isinstance(value, list) and key != "source":
+            words += [f"--{key}", *value]
+        else:
+            words += [f"--{key}={each}" for each in (value if isinstance(value, list) else [value])]
+    return words
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,132 @@
+"""`layer-surgery run`: one file, the whole chain; killed in the middle, changed, and run again."""
+
+import itertools
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import assert_refused, run_command, start_command, wait_until
+
+EXPERIMENT = """\
+base: tiny_llamba
+donor: tiny_llama
+output_dir: OUT
+device: cpu
+search: {task: [embedded_recall], limit: 8, method: singles, top: 1, budget_evaluations: 6, race: off}
+heal: {data: OUT.txt, max_steps: 2, block_size: 16, batch_size: 1, eval_interval: 0, save_steps: 1}
+evaluate: {tasks: embedded_recall, limit: 8, models: [base, grafted, healed]}
+"""
+
+
+def experiment_file(folder: Path, *changes: tuple[str, str]) -> Path:
+    text = EXPERIMENT.replace("OUT", str(folder / "out"))
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "experiment.yaml").write_text(text)
+    return folder / "experiment.yaml"
+
+
+def states(output: str) -> dict[str, str]:
+    """The plan that was printed: by step, its state."""
+    rows = [
+        re.split("  +", line) for line in itertools.takewhile(str.strip, output.splitlines()[1:]) if line[0].isdigit()
+    ]
+    return {row[0].partition(" ")[2]: "again" if row[1].startswith("again (") else row[1] for row in rows}
+
+
+def test_an_experiment_is_stopped_mended_changed_and_run_again(tmp_path, quick_python, monkeypatch):
+    file, out = experiment_file(tmp_path), tmp_path / "out"
+    journal = out / "search" / "journal.jsonl"
+    running = start_command("run_experiment", file, log=tmp_path / "log")
+    wait_until(lambda: journal.is_file() and journal.read_text().count("\n") >= 3, alive=running.is_alive)
+    running.kill()
+    running.join()
+    monkeypatch.setattr(sys, "executable", str(quick_python))  # what steps are started with
+
+    told = run_command("run_experiment", file, "--dry_run")
+    assert told.returncode == 0, told.stderr
+    names = ["extract", "search", "build", "heal", "evaluate base", "evaluate grafted", "evaluate healed", "compare"]
+    assert states(told.stdout) == dict.fromkeys(names, "to do") | {"extract": "done"}
+    evaluated = [line for line in journal.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    extracted = (out / "layers" / "metadata.json").stat()
+
+    failed = run_command("run_experiment", file)  # the text to heal with is missing
+    assert_refused(failed, "heal failed", "out.txt", "run the same command again")
+    assert journal.read_text().startswith("".join(evaluated))  # gone on with, not begun anew
+    assert (out / "layers" / "metadata.json").stat().st_mtime_ns == extracted.st_mtime_ns
+    (tmp_path / "out.txt").write_text("Mia likes quinces . Rosa likes eggs . Mia likes quinces . " * 60)
+    mended = run_command("run_experiment", file)
+    assert mended.returncode == 0, mended.stderr
+    begun = [line.partition("] ")[2] for line in mended.stdout.splitlines() if line.startswith("[")]
+    assert begun == names[3:]
+    assert mended.stdout.splitlines()[-1] == f"Results are in {out}"
+    found = json.loads((out / "search" / "search_result.json").read_text())["final_results"][0]["layers"]
+    [grafted, healed] = sorted((out / "checkpoints").iterdir())
+    assert grafted.name == "grafted_" + "_".join(map(str, found))
+    assert json.loads((grafted / "checkpoint_info.json").read_text())["replaced_layers"] == found
+    scores = {model: json.loads((out / "evaluations" / f"{model}.json").read_text())["score"] for model in SCORED}
+    lines = mended.stdout.splitlines()
+    for letter, name, score in zip("ABC", ("tiny_llamba", grafted.name, healed.name), scores.values(), strict=True):
+        assert f"{letter}  {name}" in lines
+        assert any(f"{letter}  {score:.3f} ±" in line for line in lines)
+
+    shutil.rmtree(out / "layers")  # what nothing is made of any more is not made again
+    again = run_command("run_experiment", file)
+    assert again.returncode == 0, again.stderr
+    assert states(again.stdout) == dict.fromkeys(names, "done") | {"extract": "done (removed since)"}
+    assert not [line for line in again.stdout.splitlines() if line.startswith(("[", "+"))]
+    assert f"A  tiny_llamba\nB  {grafted.name}\n" in again.stdout
+
+    experiment_file(tmp_path, ("limit: 8, models", "limit: 9, models"))  # other questions replace nothing
+    told = run_command("run_experiment", file, "--dry_run")
+    changed = [*names[4:7], "compare"]
+    assert states(told.stdout) == {name: "again" if name in changed else "done" for name in names} | {
+        "extract": "done (removed since)"
+    }
+    assert "again (limit: 8 there, 9 now)" in told.stdout
+
+    experiment_file(tmp_path, ("max_steps: 2", "max_steps: 3"))
+    before = (healed / "checkpoint_info.json").read_bytes()
+    assert_refused(run_command("run_experiment", file), "other results of heal than", "--redo", "output_dir")
+    assert (healed / "checkpoint_info.json").read_bytes() == before
+    redone = run_command("run_experiment", file, "--redo")
+    assert redone.returncode == 0, redone.stderr
+    begun = [line.partition("] ")[2] for line in redone.stdout.splitlines() if line.startswith("[")]
+    assert begun == ["heal", "evaluate healed", "compare"]
+    assert json.loads((healed / "checkpoint_info.json").read_text())["healing"]["settings"]["max_steps"] == 3
+    assert (out / "experiment.yaml").read_text() == file.read_text()
+
+
+SCORED = ("base", "grafted", "healed")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("search:", "serach:", ["line 5: there is no key 'serach'. The nearest is search."]),
+        ("limit: 8, method", "limits: 8, method", ["line 5: there is no key 'limits'. The nearest is limit."]),
+        ("method: singles", "method: single", ["line 5: method: invalid choice: 'single'", "singles"]),
+        ("limit: 8, models", "limit: many, models", ["line 7: limit: 'many' is not an integer"]),
+        ("[base, grafted", "[bass, grafted", ["models has 'bass'. The nearest is base."]),
+        ("evaluate: {", "evaluate: {overwrite: true, ", ["overwrite of evaluate is set by the experiment itself"]),
+        ("search: {", "search: {output_dir: x, ", ["output_dir of search is set by the experiment itself"]),
+        ("donor: tiny_llama\n", "", ["has no key donor"]),
+        ("device: cpu", "device: cpu\nlayers: [4, 10]", ["one of layers and search"]),
+        ("device: cpu", "device: cpu\ngpu: 0", ["line 4: device does not go with gpu"]),
+        ("data: ", "eval_data: ", ["line 6: heal has no key data"]),
+        ("evaluate: {", "compare: {", ["compare"]),
+        ("device: cpu", "device: cpu\nbuild: yes", ["build is 'yes'. Give it keys of its own"]),
+        ("device: cpu", "device: cpu\ndevice: cpu", ["line 5: device is there twice"]),
+        ("base: ", "- base: ", ["this is not YAML"]),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_with_line_and_key(old, new, words, tmp_path):
+    file = experiment_file(tmp_path, (old, new))
+    result = run_command("run_experiment", file)
+    assert_refused(result, str(file), *words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["experiment.yaml"]
