@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
-from tests.preloaded import preloaded_python
+from tests.preloaded import preloaded_python, skip_side_work
 
 # Two threads beside another busy process are many times slower than one.
 torch.set_num_threads(1)
@@ -52,6 +52,10 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish():
+    skip_side_work()
 
 
 def tiny_config(**changes) -> LlambaConfig:

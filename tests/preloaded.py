@@ -1,12 +1,13 @@
 """A `python` for shell scripts that has torch and transformers imported already, which takes longer than the commands.
 
 In: where it is to be. Out: programs there that take a script, `-c CODE` or `-m MODULE` with arguments, as python does.
-They hand them, their folder, environment and streams to a server, which forks a process to run them; nothing of this
-project is imported before. Whatever else they are asked they leave to the interpreter itself.
+They hand them, their folder, environment and streams to a server, which forks a process to run them, and SIGINT and
+SIGTERM too. Nothing of this project is imported before. Whatever else they get, they leave to the interpreter itself.
 """
 
 import atexit
 import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,12 +27,16 @@ _IMPORTED = (
     *("lm_eval.evaluator", "lm_eval.tasks", "datasets", "matplotlib.figure", "scipy.stats", "jinja2"),
 )
 _CLIENT = """\
-import json, os, socket, sys
+import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect(sys.argv[1])
-asked = json.dumps({"argv": sys.argv[2:], "cwd": os.getcwd(), "environ": dict(os.environ)}).encode()
+asked = {"python": sys.argv[2], "argv": sys.argv[3:], "cwd": os.getcwd(), "environ": dict(os.environ)}
+asked = json.dumps(asked).encode()
 socket.send_fds(server, [len(asked).to_bytes(4, "big")], [0, 1, 2])
 server.sendall(asked)
+child = int.from_bytes(server.recv(4), "big")
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda sent, _: os.kill(child, sent))
 sys.exit(server.recv(1)[0])
 """
 
@@ -49,9 +55,9 @@ def preloaded_python() -> Iterator[Callable[[Path], None]]:
 
     def put(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        quick = f'exec "{sys.executable}" -S -E "{client}" "{place}" "$0" "$@"'
         path.write_text(
-            f'#!/bin/sh\ncase "$1" in -c|-m|*.py) exec "{sys.executable}" -S -E "{client}" "{place}" "$@";; esac\n'
-            f'exec "{sys.executable}" "$@"\n'
+            f'#!/bin/sh\ncase "$1" in */ray/*) ;; -c|-m|*.py) {quick};; esac\nexec "{sys.executable}" "$@"\n'
         )
         path.chmod(0o755)
 
@@ -65,9 +71,19 @@ def preloaded_python() -> Iterator[Callable[[Path], None]]:
         shutil.rmtree(folder)
 
 
+def skip_side_work() -> None:
+    """Leave out what libraries do beside an evaluation of all subjects, for two seconds each time."""
+    if "torch.utils" in sys.modules:
+        importlib.import_module("torch.utils.collect_env").get_pretty_env_info = lambda: "a machine"  # it asks pip
+    if "datasets" in sys.modules:  # it pickles every table for a name that nothing is cached under
+        random_one = importlib.import_module("datasets.fingerprint").generate_random_fingerprint
+        importlib.import_module("datasets.arrow_dataset").generate_fingerprint = lambda dataset: random_one()
+
+
 def _serve(place: str) -> None:
     for name in _IMPORTED:
         __import__(name)
+    skip_side_work()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(place)
@@ -91,13 +107,21 @@ def _answer(connection: socket.socket) -> None:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
         _become(**asked)
+    connection.sendall(child.to_bytes(4, "big"))
+    threading.Thread(target=_end_with_the_client, args=(connection, child), daemon=True).start()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     connection.sendall(bytes([code % 256]))
     os._exit(0)
 
 
-def _become(argv: list[str], cwd: str, environ: dict[str, str]) -> None:
+def _end_with_the_client(connection: socket.socket, child: int) -> None:
+    if connection.recv(1) == b"":  # the client was killed
+        os.kill(child, signal.SIGKILL)
+
+
+def _become(python: str, argv: list[str], cwd: str, environ: dict[str, str]) -> None:
     os.chdir(cwd)
+    sys.executable = python  # what the command starts is quick too
     os.environ.clear()
     os.environ.update(environ)
     kind, arguments = (argv[0], argv[1:]) if argv[0] in ("-c", "-m") else ("", argv)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,8 +248,11 @@ def test_what_was_replaced_after_a_search_is_named(make_spec, base_dir, donor_di
     assert (found["base_score"] == first["base_score"]) is (what != "base")
 
 
-def test_the_best_are_built_by_one_command_and_score_what_was_said(exhaustive, task_dir, tmp_path):
+def test_the_best_are_built_by_one_command_and_score_what_was_said(
+    exhaustive, task_dir, quick_python, tmp_path, monkeypatch
+):
     folder, found = exhaustive
+    monkeypatch.setattr(sys, "executable", str(quick_python))  # which builds them
     result = run_command(
         "create_best_checkpoints", "--from", folder / "search_result.json", "--top", 2, "--output_root", tmp_path
     )
