@@ -19,7 +19,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.llamba import LlambaForCausalLM
-from tests.conftest import HANG_SECONDS, VOCABULARY, copy_repository, make_tokenizer, seeded, tiny_config
+from tests.conftest import (
+    HANG_SECONDS,
+    PACKAGE,
+    VOCABULARY,
+    copy_repository,
+    make_tokenizer,
+    run_command,
+    seeded,
+    tiny_config,
+)
 from tests.evaluation.test_mmlu import question, write_questions
 
 ROOT = Path(__file__).parents[1]
@@ -111,13 +120,35 @@ def run_blocks(blocks: list[tuple[str, str]], checkout: Path, variables: dict[st
 
 
 def test_every_block_of_the_pages_runs(checkout, stand_ins):
-    blocks = [block for page in PAGES for block in code_blocks(page) if block[0] != "text" and block[1] not in SET_UP]
-    assert {info for info, _ in blocks} == {"bash", "python"}
+    blocks = [block for page in PAGES for block in code_blocks(page) if block[1] not in SET_UP]
+    assert {info for info, _ in blocks} == {"bash", "python", "text", "yaml"}
+    blocks = [(info, code) for info, code in blocks if info in ("bash", "python")]
     assert len(set(blocks)) == len(blocks)  # a page refers to another one rather than repeat it
     run_blocks(blocks, checkout, stand_ins)
     made = {path.parent.name for path in (checkout / "repository" / "model_checkpoints").glob("*/checkpoint_info.json")}
     best = {"llamba_replaced_11_13_17_21", "llamba_replaced_11_13_17_21_v2_healed", "llamba_replaced_10_14_17_30"}
     assert made == {*best, "for_transformers", "rebuilt", "mine", "tiny_10"}
+
+
+def test_the_experiment_of_the_guide_can_be_run(tmp_path):
+    [experiment] = [code for info, code in code_blocks("docs/guide.md") if info == "yaml"]
+    (tmp_path / "experiment.yaml").write_text(experiment)
+    result = run_command("run_experiment", "experiment.yaml", "--dry_run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    steps = ["extract", "search", "build", "evaluate base", "evaluate donor", "evaluate grafted", "compare"]
+    assert re.findall(r"^\d (.+?)  +to do", result.stdout, re.MULTILINE) == steps
+
+
+def test_every_file_that_the_architecture_names_is_there():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    chains = re.findall(r"```text\n(.*?)```", text.partition("## Four chains")[2], re.DOTALL)
+    assert len(chains) == 4
+    for chain in chains:
+        files = re.findall(r"^ *(\S+\.py) ", chain, re.MULTILINE)
+        assert len(files) == len(chain.splitlines()) <= 8
+        assert [name for name in files if not (PACKAGE / name).is_file()] == []
+    for name in re.findall(r"`(\w+/[\w/]*(?:\.py)?)`", text):
+        assert (ROOT / name).exists() or (PACKAGE / name).exists(), name
 
 
 def test_every_block_of_the_set_up_page_runs_or_says_why_not(checkout, stand_ins):
