@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint, format, types and tests, in a .venv made for them on the first run. Arguments go to pytest.
+# Lint, format, types and tests, in a .venv made for them on the first run. Arguments go to pytest; --quick leaves out the
+# slow tests (CONTRIBUTING.md).
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
