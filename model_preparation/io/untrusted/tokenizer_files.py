@@ -27,7 +27,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.decode(tokenizer("Layers 11 and 13.")["input_ids"])  # some damage shows in use only
-        tokenizer.init_kwargs["local_files_only"] = False  # true under HF_HUB_OFFLINE, and would be saved
         return tokenizer
     except (
         BaseException
