@@ -47,7 +47,7 @@ VOCABULARY = 260  # 256 bytes and four special tokens
 LONGEST = ("test_readme.py", "test_real_model.py", "test_ray_jobs.py", "test_remote.py", "test_quickstart.py")
 
 
-# The test functions that take longer than this, all parameters together, one a line.
+# The test functions that take longer than this, all parameters together, one a line. So do all that need `put_python`.
 SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")
 SLOW_SECONDS = 0.5
 
@@ -63,8 +63,9 @@ def pytest_collection_modifyitems(config, items):
     """Tests marked gpu are skipped where there is no CUDA device."""
     if config.getoption("quick"):
         slow = set(SLOW_TESTS.read_text().split())
-        config.hook.pytest_deselected(items=[item for item in items if function_of(item) in slow])
-        items[:] = [item for item in items if function_of(item) not in slow]
+        left_out = [item for item in items if function_of(item) in slow or "put_python" in item.fixturenames]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if not torch.cuda.is_available():
         for item in items:

@@ -7,6 +7,7 @@ SIGTERM too. Nothing of this project is imported before. Whatever else they get,
 
 import atexit
 import contextlib
+import fcntl
 import importlib
 import json
 import os
@@ -43,15 +44,16 @@ sys.exit(server.recv(1)[0])
 
 @contextlib.contextmanager
 def preloaded_python() -> Iterator[Callable[[Path], None]]:
-    """Gives what puts the program at a path; it works as long as the context lasts."""
-    folder = Path(tempfile.mkdtemp(prefix="python-"))  # a socket's path may have 107 bytes, and pytest's are long
+    """Gives what puts the program at a path; it works as long as the context lasts.
+
+    All workers of a test run have one server. It ends when none of them holds the lock any more.
+    """
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    folder = Path(tempfile.gettempdir()) / f"python-{run[:16]}"  # a socket's path may have 107 bytes
+    folder.mkdir(mode=0o700, exist_ok=True)
     place, client = folder / "socket", folder / "client.py"
-    client.write_text(_CLIENT)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # read when libraries are imported
-    server = subprocess.Popen(
-        [sys.executable, __file__, str(place)], env=environment, cwd=folder, stdout=subprocess.PIPE
-    )
 
     def put(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,14 +63,16 @@ def preloaded_python() -> Iterator[Callable[[Path], None]]:
         )
         path.chmod(0o755)
 
-    try:
-        assert server.stdout is not None
-        assert server.stdout.readline() == b"ready\n"
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            folder.mkdir(mode=0o700, exist_ok=True)
+            client.write_text(_CLIENT)
+            with (folder / "log").open("w") as log:
+                command = [sys.executable, __file__, str(place), lock.name]
+                subprocess.run(command, env=environment, cwd=folder, check=True, stdout=log, stderr=log)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         yield put
-    finally:
-        server.kill()
-        server.communicate()
-        shutil.rmtree(folder)
 
 
 def skip_side_work() -> None:
@@ -80,21 +84,44 @@ def skip_side_work() -> None:
         importlib.import_module("datasets.arrow_dataset").generate_fingerprint = lambda dataset: random_one()
 
 
-def _serve(place: str) -> None:
+def _serve(place: str, lock: str) -> None:
+    """Answer in the background, as long as somebody holds the lock."""
     for name in _IMPORTED:
         __import__(name)
     skip_side_work()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(place)
         listening.listen()
-        print("ready", flush=True)
+        if os.fork() > 0:
+            return
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
+        listening.settimeout(1)
         while True:
-            connection, _ = listening.accept()
+            try:
+                connection, _ = listening.accept()
+            except TimeoutError:
+                if _is_free(lock):
+                    break
+                continue
+            connection.setblocking(True)
             if os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                listening.close()
                 _answer(connection)
             connection.close()
+    shutil.rmtree(Path(place).parent)
+
+
+def _is_free(lock: str) -> bool:
+    """Whether nobody holds the lock; then the file is gone, too."""
+    with open(lock) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        os.unlink(lock)
+        return True
 
 
 def _answer(connection: socket.socket) -> None:
@@ -116,7 +143,8 @@ def _answer(connection: socket.socket) -> None:
 
 def _end_with_the_client(connection: socket.socket, child: int) -> None:
     if connection.recv(1) == b"":  # the client was killed
-        os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 def _become(python: str, argv: list[str], cwd: str, environ: dict[str, str]) -> None:
@@ -153,4 +181,4 @@ def _become(python: str, argv: list[str], cwd: str, environ: dict[str, str]) -> 
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(*sys.argv[1:])
