@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint, format, types and tests, in a .venv made for them on the first run. Arguments go to pytest.
+# Lint, format, types and tests, in a .venv made for them on the first run. Arguments go to pytest; --quick leaves out the
+# slow tests (CONTRIBUTING.md).
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -11,5 +12,5 @@ export OMP_NUM_THREADS=1
 "$python" -m ruff check
 "$python" -m ruff format --check
 "$python" -m mypy
-# Two at a time, each file's tests in order: most of them wait for a process of their own.
-"$python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+# Three at a time, each file's tests in order: many wait for a process of their own, or for the disk.
+"$python" -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -3,6 +3,7 @@
 A donor (Llama) and a base (Llamba) of the same width, depth, heads and vocabulary, and a tokenizer for both.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
-from tests.preloaded import preloaded_python
+from tests.preloaded import preloaded_python, skip_side_work
 
 # Two threads beside another busy process are many times slower than one.
 torch.set_num_threads(1)
@@ -45,13 +47,50 @@ VOCABULARY = 260  # 256 bytes and four special tokens
 LONGEST = ("test_readme.py", "test_real_model.py", "test_ray_jobs.py", "test_remote.py", "test_quickstart.py")
 
 
-def pytest_collection_modifyitems(items):
+# The test functions that take longer than this, all parameters together, one a line. So do all that need `put_python`.
+SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")
+SLOW_SECONDS = 0.5
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help=f"leave out the tests that {SLOW_TESTS.name} names")
+    parser.addoption(
+        "--note_slow_tests", action="store_true", help=f"write {SLOW_TESTS.name} anew; with --quick, add to it"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
     """Tests marked gpu are skipped where there is no CUDA device."""
+    if config.getoption("quick"):
+        slow = set(SLOW_TESTS.read_text().split())
+        left_out = [item for item in items if function_of(item) in slow or "put_python" in item.fixturenames]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish():
+    skip_side_work()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("note_slow_tests"):
+        seconds: Counter = Counter()
+        for report in itertools.chain(*terminalreporter.stats.values()):
+            if isinstance(report, pytest.TestReport):
+                seconds[function_of(report)] += report.duration
+        slow = {name for name in seconds if seconds[name] > SLOW_SECONDS}
+        slow |= set(SLOW_TESTS.read_text().split()) if config.getoption("quick") else set()
+        SLOW_TESTS.write_text("\n".join(sorted(slow)) + "\n")
+
+
+def function_of(test: pytest.Item | pytest.TestReport) -> str:
+    """Its id without parameters."""
+    return test.nodeid.partition("[")[0]
 
 
 def tiny_config(**changes) -> LlambaConfig:

@@ -1,12 +1,14 @@
 """A `python` for shell scripts that has torch and transformers imported already, which takes longer than the commands.
 
 In: where it is to be. Out: programs there that take a script, `-c CODE` or `-m MODULE` with arguments, as python does.
-They hand them, their folder, environment and streams to a server, which forks a process to run them; nothing of this
-project is imported before. Whatever else they are asked they leave to the interpreter itself.
+They hand them, their folder, environment and streams to a server, which forks a process to run them, and SIGINT and
+SIGTERM too. Nothing of this project is imported before. Whatever else they get, they leave to the interpreter itself.
 """
 
 import atexit
 import contextlib
+import fcntl
+import importlib
 import json
 import os
 import runpy
@@ -16,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,60 +28,100 @@ _IMPORTED = (
     *("lm_eval.evaluator", "lm_eval.tasks", "datasets", "matplotlib.figure", "scipy.stats", "jinja2"),
 )
 _CLIENT = """\
-import json, os, socket, sys
+import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect(sys.argv[1])
-asked = json.dumps({"argv": sys.argv[2:], "cwd": os.getcwd(), "environ": dict(os.environ)}).encode()
+asked = {"python": sys.argv[2], "argv": sys.argv[3:], "cwd": os.getcwd(), "environ": dict(os.environ)}
+asked = json.dumps(asked).encode()
 socket.send_fds(server, [len(asked).to_bytes(4, "big")], [0, 1, 2])
 server.sendall(asked)
+child = int.from_bytes(server.recv(4), "big")
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda sent, _: os.kill(child, sent))
 sys.exit(server.recv(1)[0])
 """
 
 
 @contextlib.contextmanager
 def preloaded_python() -> Iterator[Callable[[Path], None]]:
-    """Gives what puts the program at a path; it works as long as the context lasts."""
-    folder = Path(tempfile.mkdtemp(prefix="python-"))  # a socket's path may have 107 bytes, and pytest's are long
+    """Gives what puts the program at a path; it works as long as the context lasts.
+
+    All workers of a test run have one server. It ends when none of them holds the lock any more.
+    """
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    folder = Path(tempfile.gettempdir()) / f"python-{run[:16]}"  # a socket's path may have 107 bytes
+    folder.mkdir(mode=0o700, exist_ok=True)
     place, client = folder / "socket", folder / "client.py"
-    client.write_text(_CLIENT)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # read when libraries are imported
-    server = subprocess.Popen(
-        [sys.executable, __file__, str(place)], env=environment, cwd=folder, stdout=subprocess.PIPE
-    )
 
     def put(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        quick = f'exec "{sys.executable}" -S -E "{client}" "{place}" "$0" "$@"'
         path.write_text(
-            f'#!/bin/sh\ncase "$1" in -c|-m|*.py) exec "{sys.executable}" -S -E "{client}" "{place}" "$@";; esac\n'
-            f'exec "{sys.executable}" "$@"\n'
+            f'#!/bin/sh\ncase "$1" in */ray/*) ;; -c|-m|*.py) {quick};; esac\nexec "{sys.executable}" "$@"\n'
         )
         path.chmod(0o755)
 
-    try:
-        assert server.stdout is not None
-        assert server.stdout.readline() == b"ready\n"
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            folder.mkdir(mode=0o700, exist_ok=True)
+            client.write_text(_CLIENT)
+            with (folder / "log").open("w") as log:
+                command = [sys.executable, __file__, str(place), lock.name]
+                subprocess.run(command, env=environment, cwd=folder, check=True, stdout=log, stderr=log)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         yield put
-    finally:
-        server.kill()
-        server.communicate()
-        shutil.rmtree(folder)
 
 
-def _serve(place: str) -> None:
+def skip_side_work() -> None:
+    """Leave out what libraries do beside an evaluation of all subjects, for two seconds each time."""
+    if "torch.utils" in sys.modules:
+        importlib.import_module("torch.utils.collect_env").get_pretty_env_info = lambda: "a machine"  # it asks pip
+    if "datasets" in sys.modules:  # it pickles every table for a name that nothing is cached under
+        random_one = importlib.import_module("datasets.fingerprint").generate_random_fingerprint
+        importlib.import_module("datasets.arrow_dataset").generate_fingerprint = lambda dataset: random_one()
+
+
+def _serve(place: str, lock: str) -> None:
+    """Answer in the background, as long as somebody holds the lock."""
     for name in _IMPORTED:
         __import__(name)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
+    skip_side_work()
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(place)
         listening.listen()
-        print("ready", flush=True)
+        if os.fork() > 0:
+            return
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that answer
+        listening.settimeout(1)
         while True:
-            connection, _ = listening.accept()
+            try:
+                connection, _ = listening.accept()
+            except TimeoutError:
+                if _is_free(lock):
+                    break
+                continue
+            connection.setblocking(True)
             if os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                listening.close()
                 _answer(connection)
             connection.close()
+    shutil.rmtree(Path(place).parent)
+
+
+def _is_free(lock: str) -> bool:
+    """Whether nobody holds the lock; then the file is gone, too."""
+    with open(lock) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        os.unlink(lock)
+        return True
 
 
 def _answer(connection: socket.socket) -> None:
@@ -91,13 +134,22 @@ def _answer(connection: socket.socket) -> None:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
         _become(**asked)
+    connection.sendall(child.to_bytes(4, "big"))
+    threading.Thread(target=_end_with_the_client, args=(connection, child), daemon=True).start()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     connection.sendall(bytes([code % 256]))
     os._exit(0)
 
 
-def _become(argv: list[str], cwd: str, environ: dict[str, str]) -> None:
+def _end_with_the_client(connection: socket.socket, child: int) -> None:
+    if connection.recv(1) == b"":  # the client was killed
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def _become(python: str, argv: list[str], cwd: str, environ: dict[str, str]) -> None:
     os.chdir(cwd)
+    sys.executable = python  # what the command starts is quick too
     os.environ.clear()
     os.environ.update(environ)
     kind, arguments = (argv[0], argv[1:]) if argv[0] in ("-c", "-m") else ("", argv)
@@ -129,4 +181,4 @@ def _become(argv: list[str], cwd: str, environ: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(*sys.argv[1:])

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -165,12 +164,12 @@ def test_the_command_it_runs_is_the_builder(tmp_path):
     assert BUILDER == PACKAGE / "create_replaced_model_checkpoint.py"
 
 
-def test_the_script_ends_with_1_if_a_checkpoint_is_not_the_one_listed(checkpoint_dir, tmp_path):
+def test_the_script_ends_with_1_if_a_checkpoint_is_not_the_one_listed(checkpoint_dir, quick_python, tmp_path):
     (tmp_path / "list.json").write_text(json.dumps([{"layers": [2], "name": checkpoint_dir.name}]))
     result = subprocess.run(
         ["bash", SCRIPT, "--list", "list.json", "--output_root", checkpoint_dir.parent],
         cwd=tmp_path,
-        env={**os.environ, "PYTHON": sys.executable},
+        env={**os.environ, "PYTHON": str(quick_python)},
         capture_output=True,
         text=True,
         timeout=HANG_SECONDS,

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -384,7 +383,7 @@ def test_disk_too_small(base_dir, layers_dir, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_disk_full_while_writing(base_dir, layers_dir, tmp_path):
+def test_disk_full_while_writing(base_dir, layers_dir, quick_python, tmp_path):
     """A limit on file sizes stands in for a disk that fills up in the middle."""
     script = (
         "import resource, runpy, signal, sys\n"
@@ -394,7 +393,7 @@ def test_disk_full_while_writing(base_dir, layers_dir, tmp_path):
     )
     command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base_dir, "--llama_layers_dir", layers_dir]
     result = subprocess.run(
-        [sys.executable, "-c", script, *command, "--layers", "1", "--output_dir", tmp_path / "new" / "out"],
+        [quick_python, "-c", script, *command, "--layers", "1", "--output_dir", tmp_path / "new" / "out"],
         capture_output=True,
         text=True,
         timeout=HANG_SECONDS,
@@ -404,11 +403,11 @@ def test_disk_full_while_writing(base_dir, layers_dir, tmp_path):
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_while_writing(base_dir, layers_dir, tmp_path, sent, code):
+def test_interrupted_while_writing(base_dir, layers_dir, quick_python, tmp_path, sent, code):
     old = tmp_path / "out"
     build_checkpoint(str(base_dir), [0], layers_dir, old)
     before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
-    process = start_slow_build(base_dir, layers_dir, old)
+    process = start_slow_build(quick_python, base_dir, layers_dir, old)
     wait_for_partial(process, old)
     process.send_signal(sent)
     _, stderr = process.communicate(timeout=HANG_SECONDS)
@@ -417,7 +416,7 @@ def test_interrupted_while_writing(base_dir, layers_dir, tmp_path, sent, code):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_an_interrupt_lost_inside_a_destructor_still_stops_the_build(base_dir, layers_dir, tmp_path):
+def test_an_interrupt_lost_inside_a_destructor_still_stops_the_build(base_dir, layers_dir, quick_python, tmp_path):
     """Python drops what a signal handler raises inside __del__; the build must not end as if nothing had come."""
     script = (
         "import os, runpy, signal, sys\n"
@@ -431,7 +430,7 @@ def test_an_interrupt_lost_inside_a_destructor_still_stops_the_build(base_dir, l
     )
     command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base_dir, "--llama_layers_dir", layers_dir]
     result = subprocess.run(
-        [sys.executable, "-c", script, *command, "--layers", "1", "--output_dir", tmp_path / "out"],
+        [quick_python, "-c", script, *command, "--layers", "1", "--output_dir", tmp_path / "out"],
         capture_output=True,
         text=True,
         timeout=HANG_SECONDS,
@@ -441,9 +440,9 @@ def test_an_interrupt_lost_inside_a_destructor_still_stops_the_build(base_dir, l
     assert not list(tmp_path.iterdir())
 
 
-def test_killed_while_writing(base_dir, layers_dir, tmp_path):
+def test_killed_while_writing(base_dir, layers_dir, quick_python, tmp_path):
     out = tmp_path / "out"
-    process = start_slow_build(base_dir, layers_dir, out)
+    process = start_slow_build(quick_python, base_dir, layers_dir, out)
     wait_for_partial(process, out)
     process.kill()
     process.communicate()
@@ -453,7 +452,7 @@ def test_killed_while_writing(base_dir, layers_dir, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def start_slow_build(base_dir, layers_dir, out) -> subprocess.Popen:
+def start_slow_build(python, base_dir, layers_dir, out) -> subprocess.Popen:
     """A build whose writing takes a while."""
     script = (
         "import os, runpy, sys, time\n"
@@ -467,7 +466,7 @@ def start_slow_build(base_dir, layers_dir, out) -> subprocess.Popen:
     )
     command = [PACKAGE / "create_replaced_model_checkpoint.py", "--base", base_dir, "--llama_layers_dir", layers_dir]
     return subprocess.Popen(
-        [sys.executable, "-c", script, *command, "--layers", "1", "--output_dir", out, "--overwrite"],
+        [python, "-c", script, *command, "--layers", "1", "--output_dir", out, "--overwrite"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -19,10 +19,22 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.llamba import LlambaForCausalLM
-from tests.conftest import HANG_SECONDS, VOCABULARY, copy_repository, make_tokenizer, seeded, tiny_config
+from tests.conftest import (
+    HANG_SECONDS,
+    PACKAGE,
+    VOCABULARY,
+    copy_repository,
+    make_tokenizer,
+    run_command,
+    seeded,
+    tiny_config,
+)
 from tests.evaluation.test_mmlu import question, write_questions
 
 ROOT = Path(__file__).parents[1]
+# Run in this order: the pages of docs/ need what README.md makes, and each other not.
+PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
+DOCUMENTS = (*PAGES, "README.zh-CN.md", "docs/zh/guide.md", "SETUP.md", "CONTRIBUTING.md", "benchmarks/README.md")
 SET_UP = ("bash scripts/quickstart.sh\n", "bash scripts/run_tests.sh\n")
 END = 257  # of the tiny tokenizer
 
@@ -107,29 +119,47 @@ def run_blocks(blocks: list[tuple[str, str]], checkout: Path, variables: dict[st
         assert result.returncode == 0, f"{command[-1]}\n{result.stdout}\n{result.stderr}"
 
 
-def test_every_block_of_the_readme_runs(checkout, stand_ins):
-    old_layers = str(Path(stand_ins["MODEL_PREPARATION_LLAMA"]).with_name("old_layers"))
-    blocks = [
-        (info, code.replace("/models/old_layers", old_layers))
-        for info, code in code_blocks("README.md")
-        if info != "text" and code not in SET_UP
-    ]
-    assert {info for info, _ in blocks} == {"bash", "python"}
+def test_every_block_of_the_pages_runs(checkout, stand_ins):
+    blocks = [block for page in PAGES for block in code_blocks(page) if block[1] not in SET_UP]
+    assert {info for info, _ in blocks} == {"bash", "python", "text", "yaml"}
+    blocks = [(info, code) for info, code in blocks if info in ("bash", "python")]
+    assert len(set(blocks)) == len(blocks)  # a page refers to another one rather than repeat it
     run_blocks(blocks, checkout, stand_ins)
     made = {path.parent.name for path in (checkout / "repository" / "model_checkpoints").glob("*/checkpoint_info.json")}
     best = {"llamba_replaced_11_13_17_21", "llamba_replaced_11_13_17_21_v2_healed", "llamba_replaced_10_14_17_30"}
     assert made == {*best, "for_transformers", "rebuilt", "mine", "tiny_10"}
 
 
+def test_the_experiment_of_the_guide_can_be_run(tmp_path):
+    [experiment] = [code for info, code in code_blocks("docs/guide.md") if info == "yaml"]
+    (tmp_path / "experiment.yaml").write_text(experiment)
+    result = run_command("run_experiment", "experiment.yaml", "--dry_run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    steps = ["extract", "search", "build", "evaluate base", "evaluate donor", "evaluate grafted", "compare"]
+    assert re.findall(r"^\d (.+?)  +to do", result.stdout, re.MULTILINE) == steps
+
+
+def test_every_file_that_the_architecture_names_is_there():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    chains = re.findall(r"```text\n(.*?)```", text.partition("## Four chains")[2], re.DOTALL)
+    assert len(chains) == 4
+    for chain in chains:
+        files = re.findall(r"^ *(\S+\.py) ", chain, re.MULTILINE)
+        assert len(files) == len(chain.splitlines()) <= 8
+        assert [name for name in files if not (PACKAGE / name).is_file()] == []
+    for name in re.findall(r"`(\w+/[\w/]*(?:\.py)?)`", text):
+        assert (ROOT / name).exists() or (PACKAGE / name).exists(), name
+
+
 def test_every_block_of_the_set_up_page_runs_or_says_why_not(checkout, stand_ins):
     blocks = code_blocks("SETUP.md")
     assert {info for info, _ in blocks} == {"bash", "bash no-test"}  # the latter installs from a package index
-    donor = stand_ins["MODEL_PREPARATION_LLAMA"]
-    run_blocks(
-        [(info, code.replace("/models/Llama-3.1-8B-Instruct", donor)) for info, code in blocks if info == "bash"],
-        checkout,
-        {},
-    )
+    donor = Path(stand_ins["MODEL_PREPARATION_LLAMA"])
+    places = {"/models/Llama-3.1-8B-Instruct": str(donor), "/models/old_layers": str(donor.with_name("old_layers"))}
+    for place, stand_in in places.items():
+        assert any(place in code for _, code in blocks)
+        blocks = [(info, code.replace(place, stand_in)) for info, code in blocks if info == "bash"]
+    run_blocks(blocks, checkout, {})
 
 
 def test_the_set_up_commands_exist_and_are_covered():
@@ -138,17 +168,34 @@ def test_the_set_up_commands_exist_and_are_covered():
     assert "scripts/quickstart.sh" in (ROOT / "tests" / "embedded" / "test_quickstart.py").read_text()
 
 
-def test_the_chinese_readme_has_the_same_code():
+@pytest.mark.parametrize(("page", "chinese"), [("README.md", "README.zh-CN.md"), ("docs/guide.md", "docs/zh/guide.md")])
+def test_a_chinese_page_has_the_same_code(page, chinese):
     def without_comments(document: str) -> list[tuple[str, str]]:
         return [(info, re.sub(r"^#.*\n", "", code, flags=re.MULTILINE)) for info, code in code_blocks(document)]
 
-    assert without_comments("README.zh-CN.md") == without_comments("README.md")
+    assert without_comments(chinese) == without_comments(page) != []
+
+
+def test_the_readme_is_short():
+    for document in ("README.md", "README.zh-CN.md"):
+        assert len((ROOT / document).read_text(encoding="utf-8").splitlines()) <= 200, document
 
 
 def test_links_between_the_documents_lead_somewhere():
-    for document in ("README.md", "README.zh-CN.md", "SETUP.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text(encoding="utf-8")):
-            assert (ROOT / target).exists(), f"{document} links to {target}"
+    """To a file or folder, and where a heading of one of these pages is named, to that heading."""
+    for document in DOCUMENTS:
+        for target, heading in re.findall(
+            r"\]\(([^)#:]*)(?:#([^)]+))?\)", (ROOT / document).read_text(encoding="utf-8")
+        ):
+            path = (ROOT / document).parent / target if target else ROOT / document
+            assert path.exists(), f"{document} links to {target}"
+            assert not heading or heading in anchors(path), f"{document} links to {target}#{heading}"
+
+
+def anchors(page: Path) -> list[str]:
+    """The names that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
 def test_the_messages_explained_are_messages_of_ours():
@@ -161,11 +208,9 @@ def test_the_messages_explained_are_messages_of_ours():
 
 
 def test_every_row_of_a_table_has_as_many_cells_as_its_header():
-    for document in ("README.md", "README.zh-CN.md", "SETUP.md"):
+    for document in DOCUMENTS:
         text = (ROOT / document).read_text(encoding="utf-8")
-        tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
-        assert tables, document
-        for table in tables:
+        for table in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
             header, *rows = table.splitlines()
             assert not [row for row in rows if cells_of(row) != cells_of(header)], header
 

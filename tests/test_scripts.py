@@ -89,7 +89,7 @@ def test_run_tests_makes_the_environment_and_checks_everything(checkout):
         "-m ruff check",
         "-m ruff format --check",
         "-m mypy",
-        "-m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -k something",
+        "-m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -k something",
     ]
 
 

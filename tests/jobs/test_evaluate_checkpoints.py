@@ -74,11 +74,11 @@ def test_wrong_usage_exits_with_2(flags, words):
     assert_refused(run_command("evaluate_checkpoints", *flags), words, code=2)
 
 
-def test_the_script_finds_its_python_and_names_a_folder_that_is_not_there(tmp_path):
+def test_the_script_finds_its_python_and_names_a_folder_that_is_not_there(quick_python, tmp_path):
     result = subprocess.run(
         ["bash", PACKAGE.parent / "scripts" / "evaluate_all.sh", "nowhere"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHON": sys.executable},
+        env={**os.environ, "PYTHON": str(quick_python)},
         capture_output=True,
         text=True,
         timeout=HANG_SECONDS,
@@ -101,7 +101,7 @@ def test_without_an_environment_the_scripts_say_what_makes_one(script, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["evaluate_checkpoints", "create_best_checkpoints"])
-def test_without_ray_installed_only_the_flag_fails(name, make_candidate, tmp_path):
+def test_without_ray_installed_only_the_flag_fails(name, make_candidate, quick_python, tmp_path):
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "__init__.py").write_text("raise ImportError('made impossible')\n")
     folder = make_candidate("mine")
@@ -113,7 +113,7 @@ def test_without_ray_installed_only_the_flag_fails(name, make_candidate, tmp_pat
     )
 
     def run(*args: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", code, str(tmp_path), str(PACKAGE / f"{name}.py"), *args]
+        command = [quick_python, "-c", code, str(tmp_path), str(PACKAGE / f"{name}.py"), *args]
         command += ["--output_root", str(folder.parent)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
 

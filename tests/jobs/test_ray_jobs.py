@@ -189,14 +189,14 @@ def test_a_signal_ends_what_runs_and_lets_it_clean_up(address, make_candidate, t
     assert not is_alive(int((results / "slow" / "attempts").read_text()))
 
 
-def test_the_script_builds_a_list_on_a_cluster(address, base_dir, layers_dir, checkpoint_dir, tmp_path):
+def test_the_script_builds_a_list_on_a_cluster(address, base_dir, layers_dir, checkpoint_dir, quick_python, tmp_path):
     (tmp_path / "list.csv").write_text("layers,description,name\n99,,\n2,,other\n1 3,a tiny pair,pair\n")
     shutil.copytree(checkpoint_dir, tmp_path / "out" / "other")
     command = ["bash", PACKAGE / "create_best_checkpoints.sh", "--list", "list.csv", "--output_root", "out"]
     result = subprocess.run(
         [*command, "--base", base_dir, "--llama_layers_dir", layers_dir, "--device", "cpu", "--ray", address],
         cwd=tmp_path,
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHON": str(quick_python), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=HANG_SECONDS,
