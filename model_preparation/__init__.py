@@ -16,9 +16,9 @@ from model_preparation.llamba.lazy_registration import register_when_needed
 from model_preparation.versions import __version__ as __version__
 
 if TYPE_CHECKING:
-    from model_preparation.checkpoint.checkpoint import build_checkpoint as build_checkpoint
-    from model_preparation.checkpoint.checkpoint_loading import load_checkpoint as load_checkpoint
-    from model_preparation.checkpoint.layer_store import extract_layers as extract_layers
+    from model_preparation.checkpoint.build import build_checkpoint as build_checkpoint
+    from model_preparation.checkpoint.extract import extract_layers as extract_layers
+    from model_preparation.checkpoint.load import load_checkpoint as load_checkpoint
     from model_preparation.checkpoint.verify import verify_checkpoint as verify_checkpoint
     from model_preparation.errors import SurgeryError as SurgeryError
     from model_preparation.evaluation.compare.compare import compare_evaluations as compare_evaluations

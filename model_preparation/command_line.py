@@ -17,7 +17,7 @@ from typing import Any
 
 from model_preparation import chinese_help, flags_file, interrupts
 from model_preparation.errors import SurgeryError
-from model_preparation.io.new_file import write_file
+from model_preparation.io.complete_file import write_file
 from model_preparation.io.tensors.dtypes import MODEL_DTYPES
 from model_preparation.llamba.lazy_registration import register_never
 from model_preparation.terminal import Escaping, escaped

@@ -3,7 +3,15 @@
 from functools import partial
 from pathlib import Path
 
-from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, add_layers_flag, number, run
+from model_preparation.command_line import (
+    CommandParser,
+    add_device_flags,
+    add_dtype_flag,
+    add_layers_flag,
+    number,
+    run,
+    save_config,
+)
 from model_preparation.devices import choose_device
 from model_preparation.hub.sources import add_source_flag
 from model_preparation.jobs import ray_flags
@@ -69,6 +77,7 @@ def main() -> None:
         mixer={name: getattr(args, name) for name in MIXER_FLAGS if getattr(args, name) is not None},
         **given,
     )
+    save_config(args.output_dir.expanduser() / "config.yaml")
     print("\n" + describe(summary))
     print(f"The base is in {args.output_dir}")
 
@@ -138,6 +147,7 @@ def make_parser() -> CommandParser:
     )
     add_device_flags(parser)
     add_source_flag(parser)
+    parser.add_config_flag()
     return parser
 
 

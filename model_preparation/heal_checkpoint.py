@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.checkpoint.checkpoint_info import FORMATS
-from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, number, run
+from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, number, run, save_config
 from model_preparation.devices import choose_device
 from model_preparation.hub.sources import add_source_flag
 from model_preparation.train.heal.settings import METHODS, PRECISIONS, SCHEDULES, TRACKERS, HealSettings
@@ -48,6 +48,7 @@ def main() -> None:
 
         of_merge = {name: value for name, value in args.items() if name in _OF_A_MERGE}
         merge_adapter(adapter=of_merge.pop("merge_adapter"), **of_merge)
+        save_config(Path(f"{given.output_dir.expanduser()}.config.yaml"))
         print(f"Merged checkpoint: {given.output_dir}")
         return
 
@@ -65,6 +66,8 @@ def main() -> None:
 
     info = heal_checkpoint(**args)
     if info:
+        # Beside the checkpoint: inside, a file that is not listed is a fault.
+        save_config(Path(f"{given.output_dir.expanduser()}.config.yaml"))
         _print_result(info)
         print(f"Healed checkpoint: {given.output_dir}")
 
@@ -101,6 +104,7 @@ def _parser() -> CommandParser:
     add_dtype_flag(parser, help="of the healed checkpoint; float16 halves the size (default: its parent's)")
     parser.add_argument("--format", choices=FORMATS, help="of the healed checkpoint (default: its parent's)")
     add_source_flag(parser)
+    parser.add_config_flag()
     return parser
 
 

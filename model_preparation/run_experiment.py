@@ -19,12 +19,11 @@ from unittest.mock import patch
 from model_preparation.command_line import CommandParser, default_folder, nearest, run
 from model_preparation.errors import SurgeryError
 from model_preparation.flags_file import Entry, read_entries
+from model_preparation.io.complete_file import make_folder, write_file
 from model_preparation.io.identity import differences, digest_of
-from model_preparation.io.new_file import write_file
-from model_preparation.io.sync import make_folder
 from model_preparation.io.text import read_text
 from model_preparation.jobs.jobs import failure
-from model_preparation.jobs.process import Launch, Output, chunks, end, start
+from model_preparation.jobs.process import CommandProcess, Launch
 from model_preparation.jobs.table import table
 from model_preparation.terminal import escaped
 
@@ -383,17 +382,15 @@ def _run_step(step: Step, asked: dict[str, Any], folder: Path, record: dict[str,
     launch = Launch(str(script), (*map(str, step.folders), *_words(flags)), variables={"COLUMNS": _columns()})
     print("+ " + shlex.join([sys.executable, launch.script, *launch.arguments]), flush=True)
     is_shown_again = step.kind == "compare"  # its text is kept
-    process, output = start(launch, merge=is_shown_again), Output()
     stream = sys.stdout if is_shown_again else sys.stderr
-    try:
-        for chunk in chunks(process):
-            stream.write(output.add(chunk))
+    with CommandProcess(launch, merge=is_shown_again) as process:
+        for text in process.printed():
+            stream.write(text)
             stream.flush()
-    finally:
-        end(process)
-    reason = failure(process.returncode, output.text)
+    assert process.code is not None
+    reason = failure(process.code, process.output)
     if not reason and is_shown_again:
-        write_file(step.result, output.text)
+        write_file(step.result, process.output)
     if reason or not step.result.is_file():
         raise SurgeryError(
             f"{step.name} failed: {reason or f'it ended without {step.result}'}. "

@@ -91,7 +91,7 @@ def main() -> None:
     if found is None:
         print(f"Everything fits; nothing was evaluated (--dry_run). {settings.folder} would have the result.")
         return
-    save_config(output_dir / "config.yaml")
+    save_config(settings.folder / "config.yaml")
     statistics = found["statistics"]
     passes, alone = statistics["layer_passes"], statistics["layer_passes_alone"]
     print(

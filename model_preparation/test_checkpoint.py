@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, run
+from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, run, save_config
 from model_preparation.devices import choose_device
 from model_preparation.evaluation.prompts import FORMS, read_prompts
 from model_preparation.evaluation.settings import (
@@ -152,6 +152,7 @@ def _evaluate(tasks: "Tasks", args: argparse.Namespace, device: str, dtype: Any)
     result = evaluate_checkpoint(args.checkpoint, settings)
     if result_json is not None:
         write_file(result_json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    save_config(Path(result["results_dir"]) / "config.yaml")
     if "put_aside" in result:
         print(f"Put aside    results of another model ({'; '.join(result['differing'])}), to {result['put_aside']}")
     if result["kept"]:
@@ -259,6 +260,7 @@ def _parser() -> CommandParser:
         "--result_json", type=Path, metavar="FILE", help="also write the scores to this file, for programs"
     )
     add_flags(parser, EvaluationSettings)
+    parser.add_config_flag()
     return parser
 
 
