@@ -4,13 +4,13 @@ A line is on the disk when `append` returns. A crash may cut the last line, and 
 a line was never complete, and is removed. Any other damage is an error.
 """
 
-import fcntl
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
+from filelock import lock_descriptor
 
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import make_folder, sync
@@ -36,13 +36,10 @@ class Journal:
         make_folder(path.parent)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            try:
-                # The lock is on the journal itself; the library filelock would empty it.
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock_descriptor(self._descriptor, blocking=False):
                 raise SurgeryError(
                     f"Another search writes to {path}. Wait until it ends, or choose another --output_dir."
-                ) from None
+                )
             sync(path.parent)
             self.entries = self._read()
         except BaseException:
