@@ -8,7 +8,6 @@ deleted at any time; no checkpoint needs it.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+from filelock import FileLock
 
 from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Advance
@@ -238,23 +239,13 @@ def locked(root: Path) -> Iterator[None]:
         SurgeryError: if there is a link in the store, or in its place.
         OSError: if the folder cannot be written to, or its file system has no locks.
     """
-    while True:
+    lock = FileLock(root / _LOCK, fallback_to_soft=False)
+    while not lock.is_locked:
         without_links(root)
         root.mkdir(exist_ok=True)
-        try:
-            file = (root / _LOCK).open("a")
-        except FileNotFoundError:  # `clean` removed the store just now
-            continue
-        with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_at(file.fileno(), root / _LOCK):
-                yield
-                return
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`: `clean` may have removed it while we waited for the lock."""
+        with contextlib.suppress(FileNotFoundError):  # `clean_checkpoints` removed the store just now
+            lock.acquire()
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+        yield
+    finally:
+        lock.release()

@@ -1,5 +1,7 @@
 """BaseStore: what is shared, what is made again, who may interfere, and what `clean` takes away."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -209,16 +211,17 @@ def test_where_nothing_can_be_shared_the_files_are_written(checkpoints, monkeypa
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
     if reason == "no links":
         monkeypatch.setattr(os, "link", refuse)
         monkeypatch.setattr(shared_files, "_reflink", lambda source, target: False)
     elif reason == "no locks":
-        monkeypatch.setattr(base_store.fcntl, "flock", refuse)
+        monkeypatch.setattr(fcntl, "flock", no_locks)
     else:
-        opened = Path.open
-        monkeypatch.setattr(
-            Path, "open", lambda p, *args, **kw: (refuse if p.name == "lock" else opened)(p, *args, **kw)
-        )
+        opened = os.open
+        monkeypatch.setattr(os, "open", lambda p, *args: (refuse if str(p).endswith("/lock") else opened)(p, *args))
     for name in ("first", "second"):
         _, files = checkpoints.build(name)
         for file, described in files.items():
