@@ -22,6 +22,7 @@ from model_preparation.flags_file import Entry, read_entries
 from model_preparation.io.complete_file import make_folder, write_file
 from model_preparation.io.identity import differences, digest_of
 from model_preparation.io.text import read_text
+from model_preparation.io.untrusted.untrusted_files import check_fields, parse_json
 from model_preparation.jobs.jobs import failure
 from model_preparation.jobs.process import CommandProcess, Launch
 from model_preparation.jobs.table import table
@@ -324,10 +325,16 @@ def _results_of(result: Path) -> Path:
 
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
+    if not path.is_file():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        record = parse_json(path.read_bytes())
+        check_fields(record, {"*": {"asked": dict, "replaces": bool}})
+        return record
     except ValueError as error:
-        raise SurgeryError(f"{path} is damaged ({error}). Remove it: steps that are done say so again.") from error
+        raise SurgeryError(
+            f"{path} is damaged ({error}). Remove it; with --redo the experiment then makes its results again."
+        ) from error
 
 
 def _asked(step: Step, steps: Mapping[str, Step]) -> dict[str, Any]:

@@ -130,3 +130,11 @@ def test_a_file_that_cannot_be_used_is_named_with_line_and_key(old, new, words, 
     result = run_command("run_experiment", file)
     assert_refused(result, str(file), *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["experiment.yaml"]
+
+
+@pytest.mark.parametrize("record", ["{", "[]", '{"build": {"asked": 1, "replaces": false}}', '{"build": {}}'])
+def test_a_damaged_record_is_named(record, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "experiment.json").write_text(record)
+    result = run_command("run_experiment", experiment_file(tmp_path), "--dry_run")
+    assert_refused(result, "experiment.json is damaged", "Remove it")
