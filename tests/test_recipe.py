@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from model_preparation import extract_layers
+from model_preparation import __version__, extract_layers
 from tests.conftest import assert_refused, run_command, run_fresh_command
 
 
@@ -189,7 +189,9 @@ def test_recipes_of_other_code_and_of_old_versions_give_the_model(base_dir, laye
         path = tmp_path / f"layer_{index:0>2}.pt"
         torch.save({name: tensor.clone() for name, tensor in torch.load(layers_dir / path.name).items()}, path)
         first["replacement_source"]["layers"][index] = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert "in model.pt, model_state_dict.pt (model_preparation: 0.1.0 there, 0.2.0 now)" in rebuilt(first, "first")
+    assert f"in model.pt, model_state_dict.pt (model_preparation: 0.1.0 there, {__version__} now)" in rebuilt(
+        first, "first"
+    )
     assert (tmp_path / "first" / "model.pt").read_bytes() == (checkpoint_dir / "model.pt").read_bytes()
     first["replacement_source"]["layers"]["3"] = "0" * 64
     (tmp_path / "first.json").write_text(json.dumps(first))

@@ -135,7 +135,7 @@ def _os_errors(target: Path) -> Iterator[None]:
         yield
     except Exception as error:
         told = _OS_ERROR.search(str(error))
-        if told is None or isinstance(error, OSError):
+        if told is None or isinstance(error, OSError | SurgeryError):
             raise
         raise OSError(int(told[1]), os.strerror(int(told[1])), str(target)) from error
 
