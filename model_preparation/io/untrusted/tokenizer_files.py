@@ -36,6 +36,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.decode(tokenizer("Layers 11 and 13.")["input_ids"])  # some damage shows only in use
+        tokenizer.init_kwargs["local_files_only"] = False  # true under HF_HUB_OFFLINE, and would be saved
         return tokenizer
     except BaseException as error:  # tokenizers raises plain ones, and Rust's panics, which are no Exception
         panics = type(error).__name__ == "PanicException"
