@@ -187,12 +187,12 @@ def _programs_differing(found: Mapping[str, Any], wanted: Mapping[str, Any], bas
     if any(found[source]["id"] != wanted[source]["id"] for source in ("base_model", "replacement_source")):
         files = [name for name in files if name != README]  # it names them as they are called here
     files = [name for name in files if name != TENSOR_DIGESTS]  # compared above, by what it says
-    if wanted.get("digests", {}).get("tokenizer") == found["digests"]["tokenizer"]:
-        # Before 0.3.0 this file also said whether HF_HUB_OFFLINE was set.
-        files = [name for name in files if not name.endswith("tokenizer_config.json")]
     programs = differences(_programs_of(wanted), _programs_of(found), of_both=True)
     is_same_library = wanted["versions"].get("transformers") == found["versions"]["transformers"]
     unexplained = [name for name in files if not programs or (is_same_library and name.startswith(_OF_TOKENIZERS))]
+    if wanted.get("digests", {}).get("tokenizer") == found["digests"]["tokenizer"]:
+        # Before 0.3.0 this file also said whether HF_HUB_OFFLINE was set.
+        unexplained = [name for name in unexplained if not name.endswith("tokenizer_config.json")]
     if unexplained:
         raise SurgeryError(
             f"What was built is not what the recipe says: {', '.join(unexplained[:5])} differ, and the programs that "
@@ -200,7 +200,8 @@ def _programs_differing(found: Mapping[str, Any], wanted: Mapping[str, Any], bas
         )
     if not files:
         return []
-    return [f"Other programs wrote other bytes around them, in {', '.join(files)} ({'; '.join(programs)})."]
+    why = "; ".join(programs) or "one of them with HF_HUB_OFFLINE"
+    return [f"Other programs wrote other bytes around them, in {', '.join(files)} ({why})."]
 
 
 def _model_of(info: Mapping[str, Any]) -> dict[str, Any]:
