@@ -76,7 +76,7 @@ class CommandParser(argparse.ArgumentParser):
         for group in self._mutually_exclusive_groups:
             if given.intersection(group._group_actions):
                 given.update(group._group_actions)
-            both = [action.dest for action in group._group_actions if action.dest in entries]
+            both = [_key(action) for action in group._group_actions if _key(action) in entries]
             if len(both) > 1:
                 place = entries[both[1]].place
                 raise SurgeryError(f"{place}: {both[1]} does not go with {both[0]}. Remove one of them.")
@@ -84,7 +84,7 @@ class CommandParser(argparse.ArgumentParser):
             action = self.check_entry(key, entry, argparse.Namespace() if self.flag_named(key) in given else namespace)
             action.required = False
             if action in given:
-                self._words.pop(action.dest, None)
+                self._words.pop(_key(action), None)
 
     def flag_named(self, key: str) -> argparse.Action | None:
         """The flag that a key of a file stands for."""
@@ -128,9 +128,9 @@ class CommandParser(argparse.ArgumentParser):
         """Also note what was given, word by word, for `save_config`."""
         if action.option_strings:
             is_more = isinstance(action.default, list | dict) and not isinstance(action, argparse._StoreAction)
-            before = self._words.get(action.dest, []) if is_more else []
+            before = self._words.get(_key(action), []) if is_more else []
             is_one = action.nargs is None and not is_more
-            self._words[action.dest] = (
+            self._words[_key(action)] = (
                 True if action.nargs == 0 else arg_strings[0] if is_one else [*before, *arg_strings]
             )
         return super()._get_values(action, arg_strings)
@@ -156,6 +156,11 @@ class CommandParser(argparse.ArgumentParser):
             # --help shows the guide's spelling only; both are accepted.
             action.option_strings = list(flags)
         return action
+
+
+def _key(action: argparse.Action) -> str:
+    """What stands for a flag in a file of --config."""
+    return action.option_strings[0].removeprefix("--") if action.option_strings else action.dest
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

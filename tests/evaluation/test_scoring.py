@@ -104,7 +104,7 @@ def test_prompts_longer_than_the_model_takes_are_cut_on_the_left(name):
 def test_a_continuation_longer_than_the_model_takes_is_refused():
     lm = ScoringLM(MODELS["llama"], make_tokenizer(), 1)
     lm._max_length = 8
-    with pytest.raises(SurgeryError, match="12 tokens is to be scored"):
+    with pytest.raises(SurgeryError, match="has 12 tokens, but the model"):
         lm.loglikelihood(requests([("a", "b" * 12)]), disable_tqdm=True)
 
 
