@@ -1,0 +1,45 @@
+"""A checkpoint of format pt as a folder that servers open, without a second copy of its weights.
+
+In: the checkpoint. Out: NAME-hf beside it: config.json, the tokenizer, and model_state_dict.pt under the name that
+transformers gives such a file, as a link (io/shared_files.py). It is made anew for every start, as links take no time.
+"""
+
+import json
+from pathlib import Path
+
+from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, TOKENIZER, formats_of, read_info
+from model_preparation.errors import SurgeryError
+from model_preparation.io.new_folder import new_folder
+from model_preparation.io.shared_files import share_file
+from model_preparation.io.untrusted.no_model import what_it_is
+
+_MARKER = "served_from.json"
+_WEIGHTS = "pytorch_model.bin"
+
+
+def hf_folder(checkpoint: Path) -> Path:
+    """The folder to serve: the checkpoint's own if it is of format hf or both, else one of links beside it.
+
+    Raises:
+        SurgeryError: if it is no complete checkpoint, or something else lies where the folder of links belongs.
+    """
+    info = read_info(checkpoint)
+    checkpoint = checkpoint.resolve()
+    if "hf" in formats_of(info):
+        return checkpoint
+    for needed in (checkpoint / STATE_DICT, checkpoint / TOKENIZER):
+        if not needed.exists():
+            raise SurgeryError(what_it_is(checkpoint) or f"{needed} is missing. Build the checkpoint again.")
+    target = checkpoint.with_name(f"{checkpoint.name}-hf")
+    with new_folder(target, overwrite=True, marker_file=_MARKER) as staging:
+        share_file((checkpoint / STATE_DICT).resolve(), staging / _WEIGHTS)
+        for path in (checkpoint / TOKENIZER).iterdir():
+            share_file(path.resolve(), staging / path.name)
+        _write_json(staging / "config.json", {**info["config"], "architectures": ["LlambaForCausalLM"]})
+        _write_json(staging / "generation_config.json", info["generation_config"])
+        _write_json(staging / _MARKER, {"checkpoint": checkpoint.name, "links_to": STATE_DICT, "info": INFO})
+    return target
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
