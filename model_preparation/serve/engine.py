@@ -19,7 +19,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.jobs import die_with_parent
 from model_preparation.serve.plugin import fault_of_vllm, installed_vllm
 
-# What `vllm serve` starts. In the build for CPUs that command itself fails: it asks for the version of a package `vllm`.
+# What `vllm serve` starts. That command itself fails in the build for CPUs: it asks for the version of `vllm`.
 _SERVER = "vllm.entrypoints.openai.api_server"
 _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 30  # from SIGTERM to SIGKILL
