@@ -17,10 +17,13 @@ from pathlib import Path
 
 from model_preparation.errors import SurgeryError
 from model_preparation.jobs import die_with_parent
-from model_preparation.serve.plugin import fault_of_vllm, installed_vllm
+from model_preparation.serve.plugin import fault_of_vllm, installed_vllm, is_for_cpus
 
 # What `vllm serve` starts. That command itself fails in the build for CPUs: it asks for the version of `vllm`.
 _SERVER = "vllm.entrypoints.openai.api_server"
+# For CPUs vLLM asks for 92% of the whole memory, and does not start where that is not free.
+_CPU_CACHE = ("--kv-cache-memory-bytes", "4G")
+_CACHE_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 30  # from SIGTERM to SIGKILL
 # What vLLM's processes say of each other's end; the reason is another line.
@@ -106,6 +109,8 @@ def serve_by_vllm(
     """
     own = {"model": folder, "served-model-name": name, "host": host, "port": port, "dtype": dtype}
     words = [word for flag, value in own.items() for word in (f"--{flag}", str(value))]
+    if is_for_cpus() and not any(flag.partition("=")[0] in _CACHE_FLAGS for flag in flags):
+        words += _CPU_CACHE
     with _running([sys.executable, "-m", _SERVER, *words, *flags], log, api_key) as process:
         while not _answers(f"{address(host, port)}/health"):
             _check_running(process, log)

