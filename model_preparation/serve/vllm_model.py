@@ -169,6 +169,13 @@ class ServedBackbone(nn.Module):
             for index, kind in enumerate(config.layer_types)
         )
         self.final_layernorm = RMSNorm(config.d_model, eps=config.norm_epsilon)
+        for index in config.llama_layers:
+            backend = self.layers[index].self_attn.attn.attn_backend
+            if not backend.supports_head_size(config.head_dim):  # vLLM itself would fail at the first request
+                raise ValueError(
+                    f"The grafted layers have heads of {config.head_dim}, and vLLM's attention here, "
+                    f"{backend.get_name()}, takes {', '.join(map(str, backend.get_supported_head_sizes()))}."
+                )
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Tensor:
         hidden_states = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds

@@ -197,7 +197,11 @@ def test_tied_head_padded_vocabulary_shared_heads_and_scaled_rope(tmp_path, graf
         **{"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0},
         **{"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
     }
-    changes = {"llama_layers": grafted, "llama_cfg": {**tiny_llama_cfg(), "rope_parameters": rope}} if grafted else {}
+    changes = (
+        {"llama_layers": grafted, "llama_cfg": {**tiny_llama_cfg(), "head_dim": 32, "rope_parameters": rope}}
+        if grafted
+        else {}
+    )
     ssm = {"d_state": 8, "n_v_heads": 4, "n_qk_heads": 2, "activation": "silu"}
     config = tiny_config(tie_embeddings=True, ssm_cfg=ssm, max_position_embeddings=512, **changes)
     assert config.padded_vocab_size > config.vocab_size
@@ -227,7 +231,7 @@ def run_vllm(tmp_path_factory):
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return [
             SimpleNamespace(token_ids=answer["ids"], logprobs=SimpleNamespace(token_logprobs=answer["logprobs"]))
             for answer in json.loads(given.with_suffix(".out").read_text())
