@@ -11,6 +11,7 @@ from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, TOKEN
 from model_preparation.errors import SurgeryError
 from model_preparation.io.new_folder import new_folder
 from model_preparation.io.shared_files import share_file
+from model_preparation.io.tensors.tensor_files import load_tensors
 from model_preparation.io.untrusted.no_model import what_it_is
 
 _MARKER = "served_from.json"
@@ -31,6 +32,18 @@ def hf_folder(checkpoint: Path) -> Path:
         if not needed.exists():
             raise SurgeryError(what_it_is(checkpoint) or f"{needed} is missing. Build the checkpoint again.")
     target = checkpoint.with_name(f"{checkpoint.name}-hf")
+    if target.exists() and not (target / _MARKER).is_file():
+        raise SurgeryError(
+            f"{target} is in the way: links to the weights belong there, to serve them. Move it elsewhere."
+        )
+    wrapped = [
+        name for name in load_tensors(checkpoint / STATE_DICT, "Build the checkpoint again.") if _is_wrapped(name)
+    ]
+    if wrapped:
+        raise SurgeryError(
+            f"{checkpoint / STATE_DICT} was saved from a wrapped model ({wrapped[0]}), which servers do not open. "
+            "Build the checkpoint again."
+        )
     with new_folder(target, overwrite=True, marker_file=_MARKER) as staging:
         share_file((checkpoint / STATE_DICT).resolve(), staging / _WEIGHTS)
         for path in (checkpoint / TOKENIZER).iterdir():
@@ -39,6 +52,10 @@ def hf_folder(checkpoint: Path) -> Path:
         _write_json(staging / "generation_config.json", info["generation_config"])
         _write_json(staging / _MARKER, {"checkpoint": checkpoint.name, "links_to": STATE_DICT, "info": INFO})
     return target
+
+
+def _is_wrapped(name: str) -> bool:
+    return not name.startswith(("backbone.", "lm_head."))
 
 
 def _write_json(path: Path, content: dict) -> None:
