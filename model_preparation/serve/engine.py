@@ -5,6 +5,7 @@ import ipaddress
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -79,7 +80,7 @@ def describe(url: str, name: str, api_key: str | None) -> list[str]:
     return [
         f"Address      {url}/v1",
         f"Model        {name}",
-        f"Try          curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d '{request}'",
+        f"Try          curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(request)}",
     ]
 
 

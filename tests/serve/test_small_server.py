@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import urllib.error
@@ -13,10 +14,17 @@ import torch
 from model_preparation.checkpoint.checkpoint_loading import load_checkpoint
 from tests.conftest import assert_refused, run_command
 
+TEMPLATE = """\
+{% if messages[0].role == "tool" %}{{ raise_exception("no tools here") }}{% endif %}\
+{{ bos_token }}{% for message in messages %}{{ message.content }} {% endfor %}"""
+
 
 @pytest.fixture(scope="module")
-def server(serve, served_dirs):
-    return serve(served_dirs["pt"], "--engine", "transformers", "--api_key", "secret", "--model_name", "graft")
+def server(serve, served_dirs, tmp_path_factory):
+    """A graft whose tokenizer has a chat template, which the embedded pair's has not."""
+    checkpoint = shutil.copytree(served_dirs["pt"], tmp_path_factory.mktemp("chats") / "graft")
+    (checkpoint / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
+    return serve(checkpoint, "--engine", "transformers", "--api_key", "secret")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +66,21 @@ def test_greedy_tokens_and_log_probabilities(server, model):
     }
 
 
+def test_chat_goes_through_the_template_with_one_bos(server):
+    text = "Ada likes jam . Ben likes tea . Ada likes"
+    body = {"model": "graft", "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 3}
+    answer = json.loads(send(server, "/v1/chat/completions", body)[1])
+    assert answer["usage"]["prompt_tokens"] == len(PROMPT)
+    message = answer["choices"][0]["message"]
+    assert (message["role"], message["content"]) == (
+        "assistant",
+        complete(server, prompt=PROMPT, max_tokens=3)["choices"][0]["text"],
+    )
+    pieces = send(server, "/v1/chat/completions", {**body, "stream": True})[1].split("\n\n")[:-2]
+    deltas = [json.loads(piece.removeprefix("data: "))["choices"][0]["delta"]["content"] for piece in pieces]
+    assert "".join(deltas) == message["content"]
+
+
 def test_several_prompts_and_answers_stop_words_and_streaming(server):
     text = "Ada likes jam . Ben likes tea . Ada likes"
     whole = complete(server, prompt=[text, "Ben"], max_tokens=8)["choices"]
@@ -86,7 +109,7 @@ def test_several_prompts_and_answers_stop_words_and_streaming(server):
         ("/v1/completions", {"prompt": "Ada", "model": "other"}, 404, "other"),
         ("/v1/completions", {}, 400, "prompt is missing"),
         ("/v1/completions", b"[", 400, "JSON"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Ada"}]}, 400, "chat template"),
+        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "Ada"}]}, 400, "no tools here"),
         ("/v1/embeddings", {}, 404, "embeddings"),
     ],
 )
@@ -162,3 +185,33 @@ def run_with_path(folder, *args):
     from tests.conftest import run_fresh_command
 
     return run_fresh_command("serve_checkpoint", *args, PYTHONPATH=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+            "  Value error, User-specified max_model_len (9) is too great [type=value_error, input_type=A]\n",
+            "User-specified max_model_len (9) is too great.",
+        ),
+        (
+            "(APIServer pid=7) WARNING [system.py:1] This can cause errors like `OSError: Too many open files`\n"
+            "(EngineCore pid=9) ERROR 11-30 08:04:11 [core.py:1510] ValueError: No available memory for the cache.\n"
+            "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n",
+            "No available memory for the cache.",
+        ),
+        (
+            "usage: api_server.py [--log-error-stack]\napi_server.py: error: unrecognized arguments: --nonsense\n",
+            "unrecognized arguments: --nonsense.",
+        ),
+        ("Killed\n", "Killed."),
+        ("", "it said nothing."),
+    ],
+)
+def test_the_reason_in_the_log_of_vllm(tmp_path, log, reason):
+    """The logs are shortened ones of vLLM 0.32."""
+    from model_preparation.serve.engine import reason_in
+
+    (tmp_path / "log").write_text(log)
+    assert reason_in(tmp_path / "log") == reason
