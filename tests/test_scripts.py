@@ -113,10 +113,12 @@ def test_the_second_run_installs_nothing_until_the_requirements_change(checkout)
 
 def test_ci_runs_the_tests_with_the_oldest_and_the_newest_versions(checkout):
     _, of_ci = run_script(checkout, ".ci/run")
-    for name in (".venv", ".venv-oldest"):
+    for name in (".venv", ".venv-oldest", ".venv-serve"):
         shutil.rmtree(checkout / name)
-    both = [run_script(checkout, f"scripts/{name}.sh")[1] for name in ("test_versions", "run_tests")]
-    assert of_ci == both[0] + both[1] != []
+    names = ("test_versions", "run_tests")
+    parts = [run_script(checkout, f"scripts/{name}.sh")[1] for name in names]
+    assert of_ci == [call for part in parts for call in part]
+    assert all(parts)
 
 
 def test_a_failing_check_fails_the_run(checkout):
@@ -245,6 +247,18 @@ def test_the_oldest_versions_are_tested_in_an_environment_of_their_own(checkout)
     assert run.endswith(" -k something")
     _, again = run_script(checkout, "scripts/test_versions.sh", "-k", "something")
     assert again == [run]
+
+
+def test_serving_is_tested_in_an_environment_of_its_own(checkout):
+    """Also after an installation that did not come to its end."""
+    run = "-m pytest tests/serve -k something"
+    for _ in range(2):
+        result, calls = run_script(checkout, "scripts/test_serving.sh", "-k", "something")
+        assert result.returncode == 0, result.stderr
+        assert any("--editable" in call and call.endswith("[serve] pytest>=9,<10") for call in calls)
+        assert calls[-1] == run
+        assert run_script(checkout, "scripts/test_serving.sh", "-k", "something")[1] == [run]
+        (checkout / ".venv-serve" / "installed").unlink()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,173 @@
+"""vLLM as a process of its own: started, waited for until it answers, ended with all that it started."""
+
+import contextlib
+import ipaddress
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from model_preparation.errors import SurgeryError
+from model_preparation.jobs import die_with_parent
+from model_preparation.serve.plugin import fault_of_vllm, installed_vllm, is_for_cpus
+
+# What `vllm serve` starts. That command itself fails in the build for CPUs: it asks for the version of `vllm`.
+_SERVER = "vllm.entrypoints.openai.api_server"
+# For CPUs vLLM asks for 92% of the whole memory, and does not start where that is not free.
+_CPU_CACHE = ("--kv-cache-memory-bytes", "4G")
+_CACHE_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
+_POLL_SECONDS = 0.2
+_PATIENCE_SECONDS = 30  # from SIGTERM to SIGKILL
+# What vLLM's processes say of each other's end; the reason is another line.
+_FOLLOWS = re.compile(r"(Engine core|WorkerProc) initialization failed|validation errors? for")
+_REASON = re.compile(r"(?:^|\s)(?:[\w.]+(?:Error|Exception)|Value error|.*: error)[:,] (?P<reason>\S.*)$")
+_ENDING = re.compile(r"\s*\[type=.*$")  # pydantic's
+
+
+def choose_engine(asked: str) -> str:
+    """ "vllm" or "transformers"; "auto" takes vLLM where it is installed.
+
+    Raises:
+        SurgeryError: if vLLM is asked for and missing, or installed in a version that cannot serve our models.
+    """
+    installed = installed_vllm()
+    if asked == "transformers" or (asked == "auto" and installed is None):
+        return "transformers"
+    if fault := fault_of_vllm(installed):
+        raise SurgeryError(f"{fault} Or take the engine that needs none: --engine transformers")
+    return "vllm"
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise SurgeryError unless a server can listen there."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: closed connections may linger
+            probe.bind(address)
+    except socket.gaierror as error:
+        raise SurgeryError(f"--host {host} is no address of this machine ({error.strerror}). Try 127.0.0.1.") from error
+    except OSError as error:
+        raise SurgeryError(
+            f"Nothing can listen on {host}, port {port} ({error.strerror}). Choose another by --port or --host."
+        ) from error
+
+
+def address(host: str, port: int) -> str:
+    """Where a client on this machine finds the server."""
+    try:
+        parsed = ipaddress.ip_address(host)
+    except ValueError:
+        return f"http://{host}:{port}"
+    if parsed.is_unspecified:  # it listens everywhere
+        parsed = ipaddress.ip_address("127.0.0.1" if parsed.version == 4 else "::1")
+    return f"http://[{parsed}]:{port}" if parsed.version == 6 else f"http://{parsed}:{port}"
+
+
+def describe(url: str, name: str, api_key: str | None) -> list[str]:
+    """What to tell who started the server: where it is, and how to ask it."""
+    request = json.dumps({"model": name, "prompt": "Hello", "max_tokens": 16, "temperature": 0})
+    key = " -H 'Authorization: Bearer API_KEY'" if api_key else ""
+    return [
+        f"Address      {url}/v1",
+        f"Model        {name}",
+        f"Try          curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(request)}",
+    ]
+
+
+def serve_by_vllm(
+    folder: Path,
+    *,
+    name: str,
+    host: str,
+    port: int,
+    dtype: str,
+    api_key: str | None,
+    flags: Sequence[str],
+    log: Path,
+    ready: Callable[[], None],
+) -> None:
+    """Run vLLM's server until it ends or this process is told to.
+
+    Args:
+        folder: a model's folder that transformers opens.
+        name: what clients call the model.
+        flags: further ones, of vLLM's own.
+        log: what vLLM prints goes there.
+        ready: called when it answers.
+
+    Raises:
+        SurgeryError: if vLLM ends by itself.
+    """
+    own = {"model": folder, "served-model-name": name, "host": host, "port": port, "dtype": dtype}
+    words = [word for flag, value in own.items() for word in (f"--{flag}", str(value))]
+    if is_for_cpus() and not any(flag.partition("=")[0] in _CACHE_FLAGS for flag in flags):
+        words += _CPU_CACHE
+    with _running([sys.executable, "-m", _SERVER, *words, *flags], log, api_key) as process:
+        while not _answers(f"{address(host, port)}/health"):
+            _check_running(process, log)
+            time.sleep(_POLL_SECONDS)
+        ready()
+        while True:
+            _check_running(process, log)
+            time.sleep(_POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _running(command: list[str], log: Path, api_key: str | None) -> Iterator[subprocess.Popen]:
+    """The process while the block runs; then it is ended, and what it has started too."""
+    variables = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
+    if api_key is not None:
+        variables["VLLM_API_KEY"] = api_key  # where no list of processes shows it
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", die_with_parent.__file__, str(os.getpid()), *command],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a group of its own, all of which is ended
+        )
+    try:
+        yield process
+    finally:
+        _signal_group(process, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE_SECONDS)
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
+
+
+def _signal_group(process: subprocess.Popen, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # all of it has ended
+        os.killpg(process.pid, number)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _check_running(process: subprocess.Popen, log: Path) -> None:
+    if (code := process.poll()) is not None:
+        raise SurgeryError(f"vLLM has ended (exit code {code}): {reason_in(log)} All that it said is in {log}")
+
+
+def reason_in(log: Path) -> str:
+    """The line of vLLM's log that says why it ended: the first error that does not follow from another."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    reasons = [match["reason"] for line in lines if not _FOLLOWS.search(line) and (match := _REASON.search(line))]
+    reason = _ENDING.sub("", reasons[0] if reasons else (lines or ["it said nothing"])[-1]).strip()
+    return reason if reason.endswith((".", "!", "?")) else f"{reason}."

@@ -1,0 +1,62 @@
+"""A checkpoint of format pt as a folder that servers open, without a second copy of its weights.
+
+In: the checkpoint. Out: NAME-hf beside it: config.json, the tokenizer, and model_state_dict.pt under the name that
+transformers gives such a file, as a link (io/shared_files.py). It is made anew for every start, as links take no time.
+"""
+
+import json
+from pathlib import Path
+
+from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, TOKENIZER, formats_of, read_info
+from model_preparation.errors import SurgeryError
+from model_preparation.io.complete_folder import new_folder
+from model_preparation.io.shared_files import share_file
+from model_preparation.io.tensors.tensor_files import load_tensors
+from model_preparation.io.untrusted.not_a_model import what_it_is
+
+_MARKER = "served_from.json"
+_WEIGHTS = "pytorch_model.bin"
+
+
+def hf_folder(checkpoint: Path) -> Path:
+    """The folder to serve: the checkpoint's own if it is of format hf or both, else one of links beside it.
+
+    Raises:
+        SurgeryError: if it is no complete checkpoint, or something else lies where the folder of links belongs.
+    """
+    info = read_info(checkpoint)
+    checkpoint = checkpoint.resolve()
+    if "hf" in formats_of(info):
+        return checkpoint
+    for needed in (checkpoint / STATE_DICT, checkpoint / TOKENIZER):
+        if not needed.exists():
+            raise SurgeryError(what_it_is(checkpoint) or f"{needed} is missing. Build the checkpoint again.")
+    target = checkpoint.with_name(f"{checkpoint.name}-hf")
+    if target.exists() and not (target / _MARKER).is_file():
+        raise SurgeryError(
+            f"{target} is in the way: links to the weights belong there, to serve them. Move it elsewhere."
+        )
+    wrapped = [
+        name for name in load_tensors(checkpoint / STATE_DICT, "Build the checkpoint again.") if _is_wrapped(name)
+    ]
+    if wrapped:
+        raise SurgeryError(
+            f"{checkpoint / STATE_DICT} was saved from a wrapped model ({wrapped[0]}), which servers do not open. "
+            "Build the checkpoint again."
+        )
+    with new_folder(target, overwrite=True, marker_file=_MARKER) as staging:
+        share_file((checkpoint / STATE_DICT).resolve(), staging / _WEIGHTS)
+        for path in (checkpoint / TOKENIZER).iterdir():
+            share_file(path.resolve(), staging / path.name)
+        _write_json(staging / "config.json", {**info["config"], "architectures": ["LlambaForCausalLM"]})
+        _write_json(staging / "generation_config.json", info["generation_config"])
+        _write_json(staging / _MARKER, {"checkpoint": checkpoint.name, "links_to": STATE_DICT, "info": INFO})
+    return target
+
+
+def _is_wrapped(name: str) -> bool:
+    return not name.startswith(("backbone.", "lm_head."))
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,65 @@
+"""How vLLM is set for a Llamba, before the model is made; and what it cannot do with one."""
+
+import math
+
+from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+
+logger = init_logger("vllm.model_preparation")  # below vLLM's own, so that it is printed as vLLM's messages are
+
+
+class LlambaArchitecture(ModelArchConfigConvertorBase):
+    """What vLLM reads off a Llamba's config."""
+
+    def derive_max_model_len_and_key(self) -> tuple[float, str | None]:
+        """How long a sequence may be. Without grafted layers there is no limit, and vLLM takes its default of 2,048.
+
+        vLLM reserves memory for every token of it, so that the billion in the config is none it could use.
+        `--max-model-len` sets any other.
+        """
+        if not self.hf_config.llama_layers:
+            return math.inf, None
+        return super().derive_max_model_len_and_key()
+
+
+class LlambaSettings(VerifyAndUpdateConfig):
+    """Called by vLLM with its whole configuration."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Set what follows from the model, and refuse what would give wrong tokens.
+
+        Raises:
+            ValueError: for a feature of vLLM that our layers do not have.
+        """
+        config, parallel, cache = (
+            vllm_config.model_config.hf_config,
+            vllm_config.parallel_config,
+            vllm_config.cache_config,
+        )
+        refused = {
+            "tensor parallelism": parallel.tensor_parallel_size > 1,
+            "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+            "speculative decoding": vllm_config.speculative_config is not None,
+            "quantization": vllm_config.quant_config is not None,
+            "LoRA": vllm_config.lora_config is not None,
+        }
+        for feature, is_asked in refused.items():
+            if is_asked:
+                raise ValueError(f"Llambas are served without {feature}: their Mamba layers lack it. Leave it out.")
+        activations = {config.mlp_cfg["act_fn"], *([config.llama_cfg["hidden_act"]] if config.llama_layers else [])}
+        if activations != {"silu"}:
+            raise ValueError(f"vLLM's MLPs have the activation silu, and this model has {', '.join(activations)}.")
+        if cache.mamba_ssm_cache_dtype == "auto":
+            cache.mamba_ssm_cache_dtype = "float32"  # as our own cache has it, whatever the weights' dtype
+        if cache.enable_prefix_caching:
+            cache.enable_prefix_caching = False
+            logger.info(
+                "Prefix caching is off for Llambas: it needs copies of Mamba states between the cache's blocks, which "
+                "were never tested with them, and of other hybrid models garbled text is reported."
+            )
+        # No graph of this model was ever captured, on any device; PyTorch runs it operation by operation.
+        vllm_config.compilation_config.mode = CompilationMode.NONE
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE

@@ -1,0 +1,97 @@
+"""Command: a checkpoint behind an OpenAI API, served by vLLM, or by transformers where there is none (serve/)."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from model_preparation.command_line import CommandParser, add_dtype_flag, number, run
+from model_preparation.errors import SurgeryError
+from model_preparation.terminal import escaped
+
+DESCRIPTION = """\
+Serve a checkpoint of any format behind an OpenAI API: start the engine, wait until it answers, print the address, the
+model's name and a line for curl. Ctrl-C or SIGTERM ends every process that was started.
+"""
+
+EPILOG = """\
+examples:
+  python serve_checkpoint.py --checkpoint ../model_checkpoints/best_4layer
+  python serve_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --port 8080 --dtype bfloat16 --api_key SECRET
+  python serve_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --engine vllm -- --max-num-seqs 16
+"""
+
+
+def main() -> None:
+    parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="the checkpoint's folder")
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "vllm", "transformers"),
+        default="auto",
+        help="auto: vLLM where it is installed, else transformers, one request at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen; 0.0.0.0 lets other machines in (default: %(default)s)",
+    )
+    parser.add_argument("--port", type=number(int, least=1, most=65535), default=8000, help="(default: %(default)s)")
+    add_dtype_flag(parser, help="run in this dtype (default: the checkpoint's)")
+    parser.add_argument("--api_key", metavar="KEY", help="clients must send it (default: $VLLM_API_KEY, else none)")
+    parser.add_argument("--model_name", metavar="NAME", help="what clients call it (default: the folder's name)")
+    parser.add_argument("--verify", action="store_true", help="first check every file against its digest")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="what vLLM prints goes there (default: a new file)")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags of vLLM's own, after --")
+    args = parser.parse_args()
+
+    from model_preparation.checkpoint.checkpoint_info import read_info
+    from model_preparation.io.identity import name_of
+    from model_preparation.serve.engine import address, check_port, choose_engine, describe, serve_by_vllm
+
+    checkpoint = args.checkpoint.expanduser()
+    info = read_info(checkpoint)
+    engine = choose_engine(args.engine)
+    if engine != "vllm" and (args.flags or args.log is not None):
+        parser.error("--log and flags after -- are vLLM's, and the engine is transformers")
+    check_port(args.host, args.port)
+    if args.verify:
+        _verify(checkpoint)
+    dtype = args.dtype or info["dtype"]
+    name = args.model_name or name_of(checkpoint)
+    api_key = args.api_key or os.environ.get("VLLM_API_KEY")
+
+    def ready() -> None:
+        for line in describe(address(args.host, args.port), name, api_key):
+            print(escaped(line))
+        print("Ready. Ctrl-C ends it.", flush=True)
+
+    served = {"name": name, "host": args.host, "port": args.port, "dtype": dtype, "api_key": api_key, "ready": ready}
+    print(escaped(f"Engine       {engine}, {dtype}"), flush=True)
+    if engine == "vllm":
+        from model_preparation.serve.hf_links import hf_folder
+
+        folder, log = hf_folder(checkpoint), args.log or _new_log()
+        print(escaped(f"Log          {log}"), flush=True)
+        serve_by_vllm(folder, flags=args.flags, log=log, **served)
+    else:
+        from model_preparation.serve.small_server import serve_by_transformers
+
+        serve_by_transformers(checkpoint, **served)
+
+
+def _verify(checkpoint: Path) -> None:
+    from model_preparation.checkpoint.verify import verify
+
+    if faults := verify(checkpoint, files_only=True).faults:
+        raise SurgeryError(f"{checkpoint} is not what was built: {faults[0]}. Copy it again, or build it again.")
+
+
+def _new_log() -> Path:
+    descriptor, path = tempfile.mkstemp(prefix="serve_checkpoint-", suffix=".log")
+    os.close(descriptor)
+    return Path(path)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,66 @@
+"""Checkpoints of the embedded pair, and servers of them."""
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from model_preparation import build_checkpoint, extract_layers
+from tests.conftest import PACKAGE, wait_until
+
+GRAFTED = [3, 7]
+
+
+@pytest.fixture(scope="session")
+def served_dirs(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints of the embedded pair by their format, the same layers grafted. Change nothing in them."""
+    folder = tmp_path_factory.mktemp("served")
+    extract_layers("tiny_llama", folder / "layers")
+    for form in ("pt", "hf"):
+        build_checkpoint("tiny_llamba", GRAFTED, folder / "layers", folder / f"graft_{form}", format=form)
+    return {form: folder / f"graft_{form}" for form in ("pt", "hf")}
+
+
+class Server(NamedTuple):
+    url: str
+    name: str
+    said: Path  # what the command printed
+    process: subprocess.Popen
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(120)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory) -> Iterator[Callable[..., Server]]:
+    """Runs serve_checkpoint.py until it says that it is ready; the server is ended with the tests."""
+    started = []
+
+    def start(checkpoint: Path, *flags: object) -> Server:
+        said, port = tmp_path_factory.mktemp("server") / "said.txt", free_port()
+        command = [str(PACKAGE / "serve_checkpoint.py"), "--checkpoint", str(checkpoint), "--port", str(port)]
+        with said.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, *command, *map(str, flags)], stdout=output, stderr=subprocess.STDOUT
+            )
+        started.append(process)
+        wait_until(lambda: "Ready." in said.read_text(), alive=lambda: process.poll() is None)
+        return Server(f"http://127.0.0.1:{port}", checkpoint.name, said, process)
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(120)

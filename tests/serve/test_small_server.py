@@ -1,0 +1,217 @@
+"""serve_checkpoint.py where vLLM is not installed: the same API, answered by `generate`; and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+
+from model_preparation.checkpoint.load import load_checkpoint
+from tests.conftest import assert_refused, run_command
+
+TEMPLATE = """\
+{% if messages[0].role == "tool" %}{{ raise_exception("no tools here") }}{% endif %}\
+{{ bos_token }}{% for message in messages %}{{ message.content }} {% endfor %}"""
+
+
+@pytest.fixture(scope="module")
+def server(serve, served_dirs, tmp_path_factory):
+    """A graft whose tokenizer has a chat template, which the embedded pair's has not."""
+    checkpoint = shutil.copytree(served_dirs["pt"], tmp_path_factory.mktemp("chats") / "graft")
+    (checkpoint / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
+    return serve(checkpoint, "--engine", "transformers", "--api_key", "secret")
+
+
+@pytest.fixture(scope="module")
+def model(served_dirs):
+    return load_checkpoint(served_dirs["pt"])[0]
+
+
+def send(server, path: str, body: dict | bytes | None = None, key: str = "secret") -> tuple[int, str]:
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, data, {"Authorization": f"Bearer {key}"})
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def complete(server, **body) -> dict:
+    status, answer = send(server, "/v1/completions", {"model": "graft", "temperature": 0, **body})
+    assert status == 200, answer
+    return json.loads(answer)
+
+
+PROMPT = [1, 6, 5, 38, 4, 7, 5, 48, 4, 6, 5]  # Ada likes jam . Ben likes tea . Ada likes
+
+
+def test_greedy_tokens_and_log_probabilities(server, model):
+    answer = complete(server, prompt=PROMPT, max_tokens=5, logprobs=1, echo=True)
+    ours = model.generate(torch.tensor([PROMPT]), max_new_tokens=5, do_sample=False)[0]
+    logprobs = model(ours[None]).logits[0, :-1].log_softmax(-1).gather(1, ours[1:, None])[:, 0]
+    described = answer["choices"][0]["logprobs"]
+    assert described["token_logprobs"][0] is None
+    torch.testing.assert_close(torch.tensor(described["token_logprobs"][1:]), logprobs, rtol=0, atol=1e-4)
+    assert len(described["tokens"]) == len(described["top_logprobs"]) == len(ours)
+    assert answer["usage"] == {
+        "prompt_tokens": len(PROMPT),
+        "completion_tokens": len(ours) - len(PROMPT),
+        "total_tokens": len(ours),
+    }
+
+
+def test_chat_goes_through_the_template_with_one_bos(server):
+    text = "Ada likes jam . Ben likes tea . Ada likes"
+    body = {"model": "graft", "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 3}
+    answer = json.loads(send(server, "/v1/chat/completions", body)[1])
+    assert answer["usage"]["prompt_tokens"] == len(PROMPT)
+    message = answer["choices"][0]["message"]
+    assert (message["role"], message["content"]) == (
+        "assistant",
+        complete(server, prompt=PROMPT, max_tokens=3)["choices"][0]["text"],
+    )
+    pieces = send(server, "/v1/chat/completions", {**body, "stream": True})[1].split("\n\n")[:-2]
+    deltas = [json.loads(piece.removeprefix("data: "))["choices"][0]["delta"]["content"] for piece in pieces]
+    assert "".join(deltas) == message["content"]
+
+
+def test_several_prompts_and_answers_stop_words_and_streaming(server):
+    text = "Ada likes jam . Ben likes tea . Ada likes"
+    whole = complete(server, prompt=[text, "Ben"], max_tokens=8)["choices"]
+    assert [choice["index"] for choice in whole] == [0, 1]
+    words = whole[0]["text"].split()
+    drawn = complete(server, prompt=text, max_tokens=8, n=2, temperature=1.5, seed=1)["choices"]
+    assert drawn[0]["text"] != drawn[1]["text"]
+    assert drawn == complete(server, prompt=text, max_tokens=8, n=2, temperature=1.5, seed=1)["choices"]
+    stopped = complete(server, prompt=text, max_tokens=8, stop=words[2])["choices"][0]
+    assert (stopped["text"].split(), stopped["finish_reason"]) == (words[:2], "stop")
+    for stop, shown in (([], words), ([words[2]], words[:2])):
+        body = {"model": "graft", "prompt": text, "temperature": 0, "max_tokens": 8, "stream": True, "stop": stop}
+        lines = send(server, "/v1/completions", body)[1].split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""]
+        pieces = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in lines[:-2]]
+        assert "".join(pieces).split() == shown
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/v1/completions", {"prompt": "Ada", "best_of": 3}, 400, "best_of"),
+        ("/v1/completions", {"prompt": [[1, 99]]}, 400, "between 0 and 53"),
+        ("/v1/completions", {"prompt": "Ada", "max_tokens": 600}, 400, "512"),
+        ("/v1/completions", {"prompt": "Ada", "temperature": "hot"}, 400, "temperature"),
+        ("/v1/completions", {"prompt": "Ada", "model": "other"}, 404, "other"),
+        ("/v1/completions", {}, 400, "prompt is missing"),
+        ("/v1/completions", b"[", 400, "JSON"),
+        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": "Ada"}]}, 400, "no tools here"),
+        ("/v1/embeddings", {}, 404, "embeddings"),
+    ],
+)
+def test_what_is_refused(server, path, body, status, words):
+    found, answer = send(server, path, body)
+    assert (found, words in json.loads(answer)["error"]["message"]) == (status, True), answer
+
+
+def test_the_key_is_needed_and_health_needs_none(server):
+    assert send(server, "/v1/models", key="wrong")[0] == 401
+    assert send(server, "/health", key="wrong")[0] == 200
+    status, answer = send(server, "/v1/models")
+    assert (status, json.loads(answer)["data"][0]["id"]) == (200, "graft")
+
+
+def test_a_client_that_goes_away_does_no_harm(server):
+    port = int(server.url.rpartition(":")[2])
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 400, "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.0\r\nAuthorization: Bearer secret\r\n")
+        client.sendall(f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        client.recv(100)
+    assert complete(server, prompt=PROMPT, max_tokens=1)["choices"]
+
+
+def test_ctrl_c_ends_it(server):
+    """The last test of this server."""
+    said = server.said.read_text()
+    assert "Address      http://127.0.0.1:" in said
+    assert "curl http://127.0.0.1:" in said
+    assert server.end(signal.SIGINT) == 130
+    assert "Traceback" not in server.said.read_text()
+
+
+def test_bad_input(served_dirs, tmp_path):
+    graft = served_dirs["pt"]
+    assert_refused(run_command("serve_checkpoint", "--checkpoint", tmp_path), "empty folder")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = run_command("serve_checkpoint", "--checkpoint", graft, "--engine", "transformers", "--port", port)
+    assert_refused(result, port, "--port")
+    result = run_command("serve_checkpoint", "--checkpoint", graft, "--engine", "transformers", "--host", "nowhere.x")
+    assert_refused(result, "nowhere.x")
+    assert_refused(run_command("serve_checkpoint", "--checkpoint", graft, "--port", 70000), "70000", code=2)
+
+
+def test_a_damaged_checkpoint_is_found_by_verify(served_dirs, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in served_dirs["hf"].iterdir():
+        os.link(path, damaged / path.name)
+    shard = damaged / "layer_03.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.unlink()
+    shard.write_bytes(data)
+    result = run_command("serve_checkpoint", "--checkpoint", damaged, "--engine", "transformers", "--verify")
+    assert_refused(result, "layer_03.safetensors")
+
+
+@pytest.mark.parametrize(("version", "words"), [(None, "not installed"), ("0.30.1", "0.30.1"), ("0.34.0", "0.34.0")])
+def test_a_missing_or_other_vllm(served_dirs, tmp_path, version, words):
+    """The package alone is played: what is installed is asked of Python's own metadata."""
+    if version is not None:
+        info = tmp_path / f"vllm-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    result = run_with_path(tmp_path, "--checkpoint", served_dirs["pt"], "--engine", "vllm")
+    assert_refused(result, words, "pip install", "--engine transformers")
+
+
+def run_with_path(folder, *args):
+    from tests.conftest import run_fresh_command
+
+    return run_fresh_command("serve_checkpoint", *args, PYTHONPATH=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+            "  Value error, User-specified max_model_len (9) is too great [type=value_error, input_type=A]\n",
+            "User-specified max_model_len (9) is too great.",
+        ),
+        (
+            "(APIServer pid=7) WARNING [system.py:1] This can cause errors like `OSError: Too many open files`\n"
+            "(EngineCore pid=9) ERROR 11-30 08:04:11 [core.py:1510] ValueError: No available memory for the cache.\n"
+            "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n",
+            "No available memory for the cache.",
+        ),
+        (
+            "usage: api_server.py [--log-error-stack]\napi_server.py: error: unrecognized arguments: --nonsense\n",
+            "unrecognized arguments: --nonsense.",
+        ),
+        ("Killed\n", "Killed."),
+        ("", "it said nothing."),
+    ],
+)
+def test_the_reason_in_the_log_of_vllm(tmp_path, log, reason):
+    """The logs are shortened ones of vLLM 0.32."""
+    from model_preparation.serve.engine import reason_in
+
+    (tmp_path / "log").write_text(log)
+    assert reason_in(tmp_path / "log") == reason
