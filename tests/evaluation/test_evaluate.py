@@ -449,7 +449,7 @@ def test_places_and_arguments_that_cannot_be_are_said_before_the_model_is_loaded
     (tmp_path / "file").touch()
     for words, arguments in (
         ("--results_dir", {"results_dir": tmp_path / "file"}),
-        ("dtype 'int8' is none", {"dtype": "int8"}),
+        ("No model can have the dtype 'int8'", {"dtype": "int8"}),
         ("must be a list of names", {"tasks": "mmlu_virology"}),
     ):
         with pytest.raises(SurgeryError, match=words):
