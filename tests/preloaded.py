@@ -46,11 +46,10 @@ sys.exit(server.recv(1)[0])
 def preloaded_python() -> Iterator[Callable[[Path], None]]:
     """Gives what puts the program at a path; it works as long as the context lasts.
 
-    All workers of a test run have one server. It ends when none of them holds the lock any more.
+    All workers of a test run have one server. It ends when none of them uses it any more.
     """
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
     folder = Path(tempfile.gettempdir()) / f"python-{run[:16]}"  # a socket's path may have 107 bytes
-    folder.mkdir(mode=0o700, exist_ok=True)
     place, client = folder / "socket", folder / "client.py"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # read when libraries are imported
@@ -63,15 +62,17 @@ def preloaded_python() -> Iterator[Callable[[Path], None]]:
         )
         path.chmod(0o755)
 
-    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not place.exists():
+    with contextlib.ExitStack() as stack:
+        with (folder.parent / f"{folder.name}.lock").open("w") as lock:  # one worker at a time, for a moment
+            fcntl.flock(lock, fcntl.LOCK_EX)
             folder.mkdir(mode=0o700, exist_ok=True)
-            client.write_text(_CLIENT)
-            with (folder / "log").open("w") as log:
-                command = [sys.executable, __file__, str(place), lock.name]
-                subprocess.run(command, env=environment, cwd=folder, check=True, stdout=log, stderr=log)
-        fcntl.flock(lock, fcntl.LOCK_SH)
+            used = stack.enter_context((folder / "used").open("w"))
+            fcntl.flock(used, fcntl.LOCK_SH)
+            if not place.exists():
+                client.write_text(_CLIENT)
+                with (folder / "log").open("w") as log:
+                    command = [sys.executable, __file__, str(place), lock.name]
+                    subprocess.run(command, env=environment, cwd=folder, check=True, stdout=log, stderr=log)
         yield put
 
 
@@ -85,7 +86,7 @@ def skip_side_work() -> None:
 
 
 def _serve(place: str, lock: str) -> None:
-    """Answer in the background, as long as somebody holds the lock."""
+    """Answer in the background, as long as somebody uses it."""
     for name in _IMPORTED:
         __import__(name)
     skip_side_work()
@@ -101,8 +102,8 @@ def _serve(place: str, lock: str) -> None:
             try:
                 connection, _ = listening.accept()
             except TimeoutError:
-                if _is_free(lock):
-                    break
+                if _ended(Path(place).parent, lock):
+                    return
                 continue
             connection.setblocking(True)
             if os.fork() == 0:
@@ -110,16 +111,17 @@ def _serve(place: str, lock: str) -> None:
                 listening.close()
                 _answer(connection)
             connection.close()
-    shutil.rmtree(Path(place).parent)
 
 
-def _is_free(lock: str) -> bool:
-    """Whether nobody holds the lock; then the file is gone, too."""
-    with open(lock) as file:
+def _ended(folder: Path, lock: str) -> bool:
+    """Remove the folder and the lock if nobody uses the server or is about to."""
+    with open(lock) as starting, (folder / "used").open() as used:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for file in (starting, used):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        shutil.rmtree(folder)
         os.unlink(lock)
         return True
 

@@ -113,7 +113,7 @@ def test_the_second_run_installs_nothing_until_the_requirements_change(checkout)
 
 def test_ci_runs_the_tests_with_the_oldest_and_the_newest_versions(checkout):
     _, of_ci = run_script(checkout, ".ci/run")
-    for name in (".venv", ".venv-oldest", ".venv-serve"):
+    for name in (".venv", ".venv-oldest"):
         shutil.rmtree(checkout / name)
     names = ("test_versions", "run_tests")
     parts = [run_script(checkout, f"scripts/{name}.sh")[1] for name in names]
