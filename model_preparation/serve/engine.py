@@ -1,6 +1,7 @@
 """vLLM as a process of its own: started, waited for until it answers, ended with all that it started."""
 
 import contextlib
+import ctypes
 import ipaddress
 import json
 import os
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from model_preparation.errors import SurgeryError
-from model_preparation.jobs import die_with_parent
+from model_preparation.jobs.die_with_parent import PR_SET_PDEATHSIG
 from model_preparation.serve.plugin import fault_of_vllm, installed_vllm, is_for_cpus
 
 # What `vllm serve` starts. That command itself fails in the build for CPUs: it asks for the version of `vllm`.
@@ -130,12 +131,13 @@ def _running(command: list[str], log: Path, api_key: str | None) -> Iterator[sub
         variables["VLLM_API_KEY"] = api_key  # where no list of processes shows it
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", die_with_parent.__file__, str(os.getpid()), *command],
+            command,
             env=variables,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a group of its own, all of which is ended
+            preexec_fn=_end_with_parent,
         )
     try:
         yield process
@@ -145,6 +147,12 @@ def _running(command: list[str], log: Path, api_key: str | None) -> Iterator[sub
             process.wait(_PATIENCE_SECONDS)
         _signal_group(process, signal.SIGKILL)
         process.wait()
+
+
+def _end_with_parent() -> None:
+    """Get SIGTERM when the parent is killed (on Linux). Killed outright, vLLM would leave its engine running."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _signal_group(process: subprocess.Popen, number: int) -> None:

@@ -7,6 +7,7 @@ import asyncio
 import json
 import random
 import re
+import signal
 import urllib.request
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def server(serve, served_dirs, tmp_path_factory):
     template = tmp_path_factory.mktemp("template") / "chat.jinja"
     template.write_text(BOS_TWICE)
     return serve(served_dirs["pt"], "--", *CACHE, "--chat-template", template)
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +124,7 @@ def test_several_answers_to_one_prompt(server, model, prompts):
     assert any(answer.choices[0].token_ids != answer.choices[1].token_ids for answer in answers)
 
 
-def test_streaming_and_stop_words(server, prompts):
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+def test_streaming_and_stop_words(server, client, prompts):
     whole = ask(server, prompts[4:5])[0].choices[0].text
     settings = {"model": server.name, "prompt": prompts[4], "max_tokens": NEW_TOKENS, "temperature": 0}
     chunks = client.completions.create(**settings, stream=True, extra_body={"ignore_eos": True})
@@ -129,8 +135,7 @@ def test_streaming_and_stop_words(server, prompts):
     assert stopped.finish_reason == "stop"
 
 
-def test_chat_goes_through_the_template_with_one_bos(server, model):
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+def test_chat_goes_through_the_template_with_one_bos(server, client, model):
     answer = client.chat.completions.create(
         model=server.name,
         messages=[{"role": "user", "content": "Ada likes jam . Ben likes tea . Ada likes"}],
@@ -150,8 +155,7 @@ def load_tokens(text: str) -> list[int]:
     return [WORDS.index(BOS), *map(WORDS.index, text.split())]
 
 
-def test_a_cancelled_request_leaves_nothing_behind(server, model, prompts):
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+def test_a_cancelled_request_leaves_nothing_behind(server, client, model, prompts):
     for prompt in prompts[4:12]:
         stream = client.completions.create(
             model=server.name, prompt=prompt, max_tokens=100, stream=True, extra_body={"ignore_eos": True}
@@ -162,10 +166,14 @@ def test_a_cancelled_request_leaves_nothing_behind(server, model, prompts):
     assert_all_ours(model, server, prompts[12:28])
 
 
-def test_a_prompt_too_long_is_refused(server):
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+def test_a_prompt_too_long_is_refused(client, server):
     with pytest.raises(openai.BadRequestError, match="512"):
         client.completions.create(model=server.name, prompt=[5] * 600, max_tokens=1)
+
+
+def test_killed_outright_it_leaves_no_process(server):
+    """The last test of this server."""
+    assert_ends_all(server, signal.SIGKILL, -signal.SIGKILL)
 
 
 def test_prompts_cut_into_pieces_and_preempted(tight_server, model, prompts):
@@ -186,9 +194,13 @@ def test_prefix_caching_is_off_and_says_so(tight_server, model):
 
 def test_sigterm_ends_all_processes(tight_server):
     """The last test of this server."""
-    engine = psutil.Process(tight_server.process.pid).children(recursive=True)
+    assert_ends_all(tight_server, signal.SIGTERM, 143)
+
+
+def assert_ends_all(server, number: int, code: int) -> None:
+    engine = psutil.Process(server.process.pid).children(recursive=True)
     assert len(engine) >= 2, "vLLM runs in processes of its own"
-    assert tight_server.end() == 143
+    assert server.end(number) == code
     wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in engine))
 
 
