@@ -33,6 +33,7 @@ SUBCOMMANDS = {
     "inspect": Subcommand("inspect_checkpoint", "list the tensors of a file or folder, or how two differ"),
     "update": Subcommand("update_checkpoint", "put this version's model code into checkpoints of format hf"),
     "share": Subcommand("share_checkpoint", "upload a checkpoint to ModelScope or Hugging Face"),
+    "serve": Subcommand("serve_checkpoint", "let a checkpoint answer OpenAI's clients"),
     "clean": Subcommand("clean_checkpoints", "remove what killed builds left behind"),
     "run": Subcommand("run_experiment", "run an experiment that one YAML file describes, step by step"),
 }
