@@ -138,7 +138,7 @@ class CommandParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         if chinese_help.is_wanted():
             typed_for = {typed: module for module, typed in TYPED_FOR.items()}
-            chinese_help.translate(self, typed_for.get(self.prog, Path(self.prog).stem))
+            chinese_help.translate(self, typed_for.get(self.prog, Path(self.prog).stem.replace("-", "_")))
         return as_typed(super().format_help())
 
     def refuse(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:

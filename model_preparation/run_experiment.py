@@ -400,7 +400,7 @@ def _run_step(step: Step, asked: dict[str, Any], folder: Path, record: dict[str,
         write_file(step.result, process.output)
     if reason or not step.result.is_file():
         raise SurgeryError(
-            f"{step.name} failed: {reason or f'it ended without {step.result}'}. "
+            f"{step.name} failed: {reason.rstrip('.') or f'it ended without {step.result}'}. "
             "When that is mended, run the same command again: what is done is kept."
         )
     record[step.name]["replaces"] = False

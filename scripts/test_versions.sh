@@ -17,4 +17,4 @@ fi
 cd "$repository"
 export OMP_NUM_THREADS=1 OTHER_PYTHON=$python
 "$oldest/bin/python" -m pytest --numprocesses 2 --dist loadfile \
-    tests/{llamba,test_hf_format.py,test_loading.py,test_versions.py,surgery/test_sources.py,training/test_adapters.py} "$@"
+    tests/{llamba,test_hf_format.py,test_loading.py,test_versions.py,checkpoint/test_sources.py,train/test_adapters.py} "$@"

@@ -286,3 +286,10 @@ def test_the_donors_tokenizer_splits_as_smollm2s(donor_script):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n")
+
+
+def test_the_tests_that_scripts_name_are_there():
+    text = (REPOSITORY / "scripts" / "test_versions.sh").read_text()
+    names = re.search(r"tests/\{(.*)\}", text)[1].split(",")
+    assert len(names) > 4
+    assert [name for name in names if not (REPOSITORY / "tests" / name).exists()] == []

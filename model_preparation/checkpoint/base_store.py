@@ -1,9 +1,8 @@
 """Shards of a base, kept in the folder of its checkpoints, so that untouched layers are on the disk once.
 
 FOLDER/.base_shards/DIGEST/ holds one safetensors file per layer of the base that some checkpoint needed. Each
-checkpoint has a reflink or hard link of it. DIGEST is of the dtype and the BLAKE3 of all the base's files, so another
-base, or a changed one, has another folder. An unchanged base is not read again: see known_digests.py. A store can be
-deleted at any time; no checkpoint needs it.
+checkpoint has a reflink or hard link of it. DIGEST changes with the base's files and with the dtype. An unchanged base
+is not read again: see known_digests.py. A store can be deleted at any time; no checkpoint needs it.
 """
 
 import contextlib

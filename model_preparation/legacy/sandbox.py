@@ -1,6 +1,6 @@
-"""Takes the network and writing elsewhere from this process, for good: reading a stranger's file needs neither.
+"""Locks this process: no network, and no writing outside one folder. Reading a stranger's file needs neither.
 
-Systems differ, so each lock is tried, and none can be opened again from inside. Call `enter` before anything starts a
+Systems differ, so each lock is tried, and the process cannot undo them. Call `enter` before anything starts a
 thread. Only the standard library is used.
 
 Sources: Linux's man pages user_namespaces(7), seccomp(2), landlock(7); headers linux/filter.h, linux/seccomp.h,

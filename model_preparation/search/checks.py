@@ -96,7 +96,7 @@ def check_earlier(folder: Path, asked: Mapping[str, Mapping[str, Any]]) -> None:
         differing = [each for part in asked for each in differences(found.get(part, {}), asked[part])]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SurgeryError(
-            f"{path} is no search's result that can be read ({error}), and would be replaced. Choose another "
+            f"{path} cannot be read as a search's result ({error}), and would be replaced. Choose another "
             "--output_dir, or add --overwrite."
         ) from error
     if differing:
@@ -142,7 +142,7 @@ def known_gains(
     if left_out:
         say(
             f"{left_out} of {left_out + len(scores)} single layers in {settings.prior} left out: "
-            "their score is 0, which older programs gave what failed"
+            "their score is 0, which older programs gave to what failed"
             + (", and single layers are evaluated" if len(scores) < total else "")
         )
     outside = [layer for layer in scores if layer >= total]
