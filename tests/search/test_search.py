@@ -192,7 +192,7 @@ def test_another_search_replaces_no_result_unless_it_is_told_to(exhaustive, make
     assert json.loads((folder / "search_result.json").read_text())["final_results"] == found["final_results"]
     assert (folder / "journal.jsonl").read_bytes() == files[folder / "journal.jsonl"]
     (folder / "search_result.json").write_text("[")
-    with pytest.raises(SurgeryError, match="no search's result that can be read"):
+    with pytest.raises(SurgeryError, match="cannot be read as a search's result"):
         search_layers(same)
 
 
