@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
-from tests.preloaded import preloaded_python, skip_side_work
+from tests.preloaded import preloaded_python, renew_threads, skip_side_work
 
 # Two threads beside another busy process are many times slower than one.
 torch.set_num_threads(1)
@@ -216,6 +216,7 @@ def _become_command(name: str, args: tuple, cwd: Path, env: dict[str, str]) -> N
     code: Any = 1
     try:
         signal.alarm(HANG_SECONDS)
+        renew_threads()
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         os.environ |= {"HF_HUB_OFFLINE": "1", **env}
         os.chdir(cwd)

@@ -149,7 +149,15 @@ def _end_with_the_client(connection: socket.socket, child: int) -> None:
             os.kill(child, signal.SIGKILL)
 
 
+def renew_threads() -> None:
+    """Make torch's thread pool anew in a forked process, before two threads of it would both do so and one fail."""
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        torch.set_num_threads(torch.get_num_threads())
+
+
 def _become(python: str, argv: list[str], cwd: str, environ: dict[str, str]) -> None:
+    renew_threads()
     os.chdir(cwd)
     sys.executable = python  # what the command starts is quick too
     os.environ.clear()
