@@ -1,10 +1,10 @@
 """Building a checkpoint, and extracting layers, against cp and dd of the same bytes and against doing it with torch.
 
-Prints seconds, peak resident memory and ratios, medians over --runs; every ratio is of two figures of one run. The base
-and the donor's layers hold random numbers in bfloat16; all that is written is synced. Extracted are all layers of the
-base. What the disk can do is seen by dd, which writes as many zeros directly, both files at once. What of a command is
-imports is seen by importing alone what it imports. With --cache warm, what each side reads was read just before, as far
-as memory holds it; with cold, the page cache has let go of it.
+Prints seconds, peak resident memory and ratios, medians over --runs. Each ratio compares two figures of one run. Base
+and layers hold random numbers in bfloat16. All files are synced. The script extracts all layers of the base. dd shows
+what the disk can do: it writes as many zeros directly, both files at once. A process that only imports shows how long
+the imports take. With --cache warm, each side reads files that are in the page cache, as far as memory holds them. With
+cold, the script first drops them from the page cache.
 
     python benchmarks/build_speed.py --folder /mnt/scratch --shape half
 """

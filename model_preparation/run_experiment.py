@@ -30,8 +30,8 @@ from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
 Run an experiment that one YAML file describes: extract the donor's layers, search for the best ones or take those
-given, build the checkpoint, heal it if asked to, evaluate all, and compare. The plan is printed first. What is done
-already is kept: stopped anywhere, the same command goes on. If the file has changed, the plan says what is made anew.
+given, build the checkpoint, heal it if asked to, evaluate all, and compare. The command prints the plan first. If it is
+stopped, run it again: it keeps what is done. If the file has changed, the plan says what will be made again.
 """
 
 EPILOG = """\
@@ -42,10 +42,10 @@ an experiment:
   search: {task: [embedded_recall], limit: 100, method: greedy}   # or, for example, layers: [4, 10]
   evaluate: {tasks: [embedded_recall], limit: 200}
 
-Steps are extract, search, build, heal, evaluate and compare. Each takes the flags of its command as keys: --help of
-search_layers.py shows those of search, --help of test_checkpoint.py those of evaluate. gpu, device and source may stand
-outside the steps, for all steps that have these flags. heal needs data, the text to train on. evaluate also takes
-models: which of base, donor, grafted and healed to evaluate (default: all). Without evaluate nothing is compared. Paths
+The steps are extract, search, build, heal, evaluate and compare. Each step takes the flags of its command as keys. To
+see the keys of search, run search_layers.py --help; those of evaluate, test_checkpoint.py --help. Write gpu, device and
+source outside the steps: all steps that have these flags use them. heal needs data, the text to train on. evaluate also
+takes models, a list out of base, donor, grafted and healed (default: all). Without evaluate, nothing is compared. Paths
 start at the current folder.
 
 examples:

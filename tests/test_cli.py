@@ -15,7 +15,7 @@ import yaml
 import model_preparation
 from model_preparation.chinese_help import CATALOGUE, translate
 from model_preparation.command_line import CommandParser
-from model_preparation.layer_surgery import SUBCOMMANDS
+from model_preparation.layer_surgery import SUBCOMMANDS, show_subcommands
 from tests.conftest import PACKAGE, assert_refused, run_command, run_python
 
 # Runs command lines one after the other, and prints what each printed, and what was imported by then.
@@ -240,6 +240,14 @@ def test_help_follows_the_language_of_the_environment(env, is_chinese, tmp_path)
     assert (found.returncode, bool(HAN.search(found.stdout))) == (0, is_chinese)
     columns = max(sum(1 + (unicodedata.east_asian_width(each) in "WF") for each in line) for line in flag_lines(found))
     assert columns <= 82  # a comma or full stop may stand beyond the edge
+
+
+def test_the_installed_command_s_help_is_chinese_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/layer-surgery", "--help"])
+    monkeypatch.setenv("LC_ALL", "zh_CN.UTF-8")
+    with pytest.raises(SystemExit):
+        show_subcommands()
+    assert HAN.search(capsys.readouterr().out)
 
 
 def flag_lines(found: subprocess.CompletedProcess) -> list[str]:

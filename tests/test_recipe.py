@@ -110,6 +110,9 @@ def test_what_is_not_as_the_recipe_says_is_named(recipe, base_dir, layers_dir, t
     of_tokenizer = changed("files", "tokenizer/tokenizer.json", "sha256", to=digest)
     of_tokenizer["code"]["package"] = digest
     assert_refused(rebuilt(of_tokenizer), "tokenizer/tokenizer.json differ")
+    of_vocabulary = changed("files", "tokenizer/tokenizer_config.json", "sha256", to=digest)
+    of_vocabulary["digests"]["tokenizer"] = digest
+    assert_refused(rebuilt(of_vocabulary), "tokenizer/tokenizer_config.json differ")
     elsewhere = changed("base_model", "path", to="relative")
     assert_refused(rebuilt(elsewhere), "which is not here. Say where it is by --base")
     short = {key: value for key, value in recipe.items() if key != "replacement_source"}
@@ -136,6 +139,15 @@ def test_layers_imported_from_old_files_are_asked_for(recipe, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     flags = ["--from_info", tmp_path / "recipe.json", "--llama_layers_dir", tmp_path / "none"]
     assert_refused(build(*flags, "--output_dir", tmp_path / "out"), "--from_legacy DIR --trust_pickle")
+
+
+def test_what_the_same_programs_wrote_with_and_without_hf_hub_offline_is_no_fault(recipe, layers_dir, tmp_path):
+    recipe["files"]["tokenizer/tokenizer_config.json"]["sha256"] = "0" * 64
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    flags = ["--from_info", tmp_path / "recipe.json", "--llama_layers_dir", layers_dir]
+    result = build(*flags, "--output_dir", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "in tokenizer/tokenizer_config.json (one of them with HF_HUB_OFFLINE)" in result.stdout
 
 
 def test_other_versions_of_the_programs_are_no_fault(recipe, layers_dir, tmp_path):

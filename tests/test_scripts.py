@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tomllib
 from pathlib import Path
@@ -19,6 +20,7 @@ from packaging.version import Version
 from model_preparation import SurgeryError
 from model_preparation.llamba.transformers_versions import NEWEST, OLDEST
 from tests.conftest import HANG_SECONDS
+from tests.preloaded import preloaded_python
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -293,3 +295,15 @@ def test_the_tests_that_scripts_name_are_there():
     names = re.search(r"tests/\{(.*)\}", text)[1].split(",")
     assert len(names) > 4
     assert [name for name in names if not (REPOSITORY / "tests" / name).exists()] == []
+
+
+def test_workers_of_a_test_run_do_not_wait_for_each_other(put_python, tmp_path):
+    """A worker holds the server for its whole session, and others must get it meanwhile."""
+    signal.alarm(HANG_SECONDS)
+    try:
+        with preloaded_python() as put:
+            put(tmp_path / "python")
+    finally:
+        signal.alarm(0)
+    ran = subprocess.run([tmp_path / "python", "-c", "import sys; print('torch' in sys.modules)"], capture_output=True)
+    assert ran.stdout == b"True\n"

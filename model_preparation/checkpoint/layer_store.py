@@ -43,7 +43,7 @@ _METADATA_FIELDS = {
     "files": dict,
 }
 _PREFIX = "model."
-# Prefixes of other classes: LlamaModel, LLaVA as it is published, today's multimodal models, SmolVLM.
+# How other classes begin their names: LlamaModel, LLaVA's published files, newer multimodal models, SmolVLM.
 _OTHER_PREFIXES = ("", "language_model.model.", "model.language_model.", "model.text_model.", "language_model.")
 _OTHER_HEAD = f"language_model.{HEAD}"
 

@@ -187,7 +187,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
         sync(target.parent)
         sync(staging.parent)
     except OSError:
-        with contextlib.suppress(OSError):  # after an error, what was there before is there
+        with contextlib.suppress(OSError):  # put the old folder back
             if staging.exists():
                 _exchange(staging, target)
             else:

@@ -35,7 +35,7 @@ class KnownFile:
 
     @classmethod
     def of(cls, path: Path, digest: str, tensors: dict[str, str]) -> "KnownFile":
-        """The record of a file as it is now, with digests that are known already."""
+        """Describe the file that is there now; its digests are given."""
         stat = path.stat()
         return cls(stat.st_size, digest, stat.st_mtime_ns, stat.st_ino, tensors)
 

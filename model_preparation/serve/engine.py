@@ -97,7 +97,7 @@ def serve_by_vllm(
     log: Path,
     ready: Callable[[], None],
 ) -> None:
-    """Run vLLM's server until it ends or this process is told to.
+    """Run vLLM's server until it ends, or until this process gets SIGINT or SIGTERM.
 
     Args:
         folder: a model's folder that transformers opens.

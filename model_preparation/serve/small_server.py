@@ -61,7 +61,7 @@ def serve_by_transformers(
     api_key: str | None,
     ready: Callable[[], None],
 ) -> None:
-    """Answer requests until this process is told to end; the arguments are those of `serve_by_vllm`."""
+    """Answer requests until this process gets SIGINT or SIGTERM. The arguments are those of `serve_by_vllm`."""
     model, tokenizer = load_checkpoint(checkpoint, dtype=dtype)
     answering = Answering(model, tokenizer, name)
 

@@ -216,3 +216,10 @@ def test_without_locks_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
     write(target, "outer", pause=write_again)
     assert read(target) == {"outer"}
     assert set(tmp_path.iterdir()) == {target, running, elsewhere}
+
+
+@pytest.mark.parametrize(("error", "kind"), [(ValueError, OSError), (SurgeryError, SurgeryError)])
+def test_a_library_s_error_of_the_disk_becomes_one_and_a_sentence_of_ours_stays(tmp_path, error, kind):
+    with pytest.raises(kind) as raised, new_folder(tmp_path / "new", overwrite=False, marker_file="mark"):
+        raise error("No tokenizer can be loaded (os error 28).")
+    assert type(raised.value) is kind

@@ -11,6 +11,7 @@ from model_preparation import build_checkpoint, load_checkpoint, verify_checkpoi
 from model_preparation.checkpoint.digests import recorded_weights
 from model_preparation.errors import SurgeryError
 from model_preparation.train.heal.adapters import load_adapter, merge
+from model_preparation.train.heal.heal import merge_adapter
 from tests.conftest import assert_refused, run_command
 from tests.train.cutting import outcome, run_until
 from tests.train.test_heal import with_score
@@ -97,6 +98,16 @@ def test_merging_into_another_checkpoint_adds_scaled_b_times_a(lora, base_dir, l
     torch.testing.assert_close(merged[f"{place}.weight"], weights[f"{place}.weight"] + change)
     assert torch.equal(merged["lm_head.weight"], weights["lm_head.weight"])
     assert json.loads((tmp_path / "merged" / "checkpoint_info.json").read_text())["parent"]["id"] == "other"
+
+
+@pytest.mark.parametrize("of_these", [True, False])
+def test_merging_takes_the_score_before_only_if_it_is_of_these_weights(lora, checkpoint_dir, tmp_path, of_these):
+    weights = recorded_weights(checkpoint_dir) if of_these else "0" * 64
+    scored = with_score(checkpoint_dir, tmp_path / "scored", weights=weights)
+    merge_adapter(scored, lora / "adapter", tmp_path / "merged")
+    info = json.loads((tmp_path / "merged" / "checkpoint_info.json").read_text())
+    before = json.loads((scored / "checkpoint_info.json").read_text())["mmlu_score"]
+    assert info["healing"]["scores"]["before"]["mmlu_score"] == (before if of_these else None)
 
 
 def test_training_goes_on_from_an_adapter(heal, lora, checkpoint_dir, tmp_path):

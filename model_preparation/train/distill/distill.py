@@ -117,7 +117,7 @@ def distill_llamba_base(
         records = [work.record(index) for index in chosen]
 
         def layer_of(index: int, donor_tensors: dict[str, Tensor], *, trained: bool = True) -> dict[str, Tensor]:
-            """The layer as it is written."""
+            """The tensors of a layer, as the new base will hold them."""
             made = student_tensors(donor_tensors, donor_config, config, layer_seed(settings.seed, index))
             made |= work.mixer(index) if trained and index in chosen else {}
             return {name: tensor.to(config.dtype) for name, tensor in made.items()}
