@@ -83,11 +83,12 @@ def write_report(comparison: Comparison, target: Path, *, questions: int, as_jso
 
 
 def render_page(template: str, **values: Any) -> str:
-    """An HTML page from a jinja2 template, with the style sheet and the script of our reports.
+    """An HTML page: a jinja2 template that fills the blocks of page.html, the frame of our reports.
 
     The template may use the functions `number`, `score`, `p_value` and `verdict_class`.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    frame = jinja2.DictLoader({"page.html": _file("page.html")})
+    environment = jinja2.Environment(loader=frame, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.globals |= {"number": number, "score": score, "p_value": p_value, "verdict_class": verdict_class}
     script, style = (_file(f"report.{suffix}") for suffix in ("js", "css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
