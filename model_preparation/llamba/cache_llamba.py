@@ -17,6 +17,12 @@ from .configuration_llamba import LlambaConfig
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
+def kv_bytes_per_token(config: LlambaConfig, layers: int, dtype: torch.dtype) -> int:
+    """What each token adds to the cache: keys and values of so many Llama layers. Mamba layers add nothing."""
+    assert config.llama_cfg is not None
+    return 2 * config.llama_cfg["num_key_value_heads"] * config.llama_cfg["head_dim"] * dtype.itemsize * layers
+
+
 class MambaStateLayer(LinearAttentionLayer):
     """States of one mixer: `conv_states[0]` (batch, conv_dim, d_conv) and `recurrent_states[0]` (batch, H, P, N)."""
 
