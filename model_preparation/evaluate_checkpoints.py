@@ -15,7 +15,7 @@ from model_preparation.command_line import (
     run,
 )
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.settings import EvaluationSettings
+from model_preparation.evaluation.settings import EvaluationSettings, limit_note
 from model_preparation.jobs import combinations, evaluate_many, ray_flags
 from model_preparation.setting_flags import add_flags
 
@@ -69,7 +69,7 @@ def main() -> None:
     )
     print("\n" + evaluate_many.describe(done))
     if args.limit:
-        print(f"--limit {args.limit} is per subject: these scores are not comparable with full ones.")
+        print(f"{limit_note(args.limit, args.tasks)}: these scores are not comparable with full ones.")
     failed = sum(evaluation.status == "failed" for evaluation in done)
     if failed:
         raise SurgeryError(

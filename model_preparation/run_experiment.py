@@ -350,10 +350,9 @@ def _found_layers(result: Path) -> list[str] | None:
 
 
 def _results_of(result: Path) -> Path:
-    """Where an evaluation is: the folder of the model's name, if it has no other evaluation."""
+    """Where an evaluation is."""
     try:
-        evaluation = Path(json.loads(result.read_text(encoding="utf-8"))["results_dir"])
-        return evaluation.parent if len(list(evaluation.parent.glob("*/result.json"))) == 1 else evaluation
+        return Path(json.loads(result.read_text(encoding="utf-8"))["results_dir"])
     except (ValueError, KeyError, TypeError) as error:
         raise SurgeryError(f"{result} is no result of ours ({error!r}). Remove it, and run this again.") from error
 

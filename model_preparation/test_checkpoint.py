@@ -14,6 +14,7 @@ from model_preparation.evaluation.settings import (
     GENERATION_SETTINGS,
     EvaluationSettings,
     GenerationSettings,
+    limit_note,
 )
 from model_preparation.hub.sources import add_source_flag, names_behind, tokenizer_name
 from model_preparation.setting_flags import add_flags, as_flags, from_flags
@@ -159,7 +160,7 @@ def _evaluate(tasks: "Tasks", args: argparse.Namespace, device: str, dtype: Any)
         print(f"{name:<16} {_score(row)}")
     if args.limit:
         print(
-            f"--limit {args.limit} is per subject: this score is of {result['questions']} questions only "
+            f"{limit_note(args.limit, tasks.names)}: this score is of {result['questions']} questions only "
             "and not comparable with the full one."
         )
     for name, row in result["tasks"].items():

@@ -124,6 +124,7 @@ def test_an_evaluation_from_a_file_is_that_of_the_flags(checkpoint_dir, tmp_path
     assert yaml.safe_load(used.read_text()).items() >= {**values, "seed": 1234, "parallelize": False}.items()
     again = run_command("test_checkpoint", "--config", used, cwd=tmp_path)  # what is saved gives the same
     assert again.returncode == 0, again.stderr
+    assert "--limit 2 is per task" in again.stdout
     assert json.loads((tmp_path / "result.json").read_text()) == {**result, "kept": True}
 
 

@@ -99,14 +99,16 @@ def test_an_experiment_is_stopped_mended_changed_and_run_again(tmp_path, quick_p
     }
     assert "again (limit: 8 there, 9 now)" in told.stdout
 
-    experiment_file(tmp_path, ("max_steps: 2", "max_steps: 3"))
+    changes = [("max_steps: 2", "max_steps: 3"), ("limit: 8, models", "limit: 9, models")]
+    experiment_file(tmp_path, *changes)
     before = (healed / "checkpoint_info.json").read_bytes()
     assert_refused(run_command("run_experiment", file), "other results of heal than", "--redo", "output_dir")
     assert (healed / "checkpoint_info.json").read_bytes() == before
     redone = run_command("run_experiment", file, "--redo")
     assert redone.returncode == 0, redone.stderr
     begun = [line.partition("] ")[2] for line in redone.stdout.splitlines() if line.startswith("[")]
-    assert begun == ["heal", "evaluate healed", "compare"]
+    assert begun == ["heal", *changed]
+    assert f"A  tiny_llamba\nB  {grafted.name}\n" in redone.stdout
     assert json.loads((healed / "checkpoint_info.json").read_text())["healing"]["settings"]["max_steps"] == 3
     assert (out / "experiment.yaml").read_text() == file.read_text()
 

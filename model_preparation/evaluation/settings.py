@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from model_preparation.evaluation.tasks import Tasks
 
 
+def limit_note(limit: int, tasks: Sequence[str]) -> str:
+    """What --limit counts."""
+    return f"--limit {limit} is per {'subject' if any(name.startswith('mmlu') for name in tasks) else 'task'}"
+
+
 def auto_or_count(text: str) -> int | str:
     """Read --batch_size."""
     return text if text == "auto" else int(number(int, least=1)(text))
@@ -57,7 +62,12 @@ class EvaluationSettings(CheckedSettings):
         ),
     ] = ("mmlu",)
     limit: Annotated[
-        int | None, Flag("N", "ask only the first N questions of every subject: quick and rough", number(int, least=1))
+        int | None,
+        Flag(
+            "N",
+            "ask only the first N questions of every task, and of MMLU's every subject: quick and rough",
+            number(int, least=1),
+        ),
     ] = None
     mmlu_data: Annotated[
         str | Path | None,

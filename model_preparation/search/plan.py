@@ -106,13 +106,13 @@ def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
     size = hidden_states_bytes(setup)
     in_file = max(0, size - settings.memory_bytes)
     return [
-        f"base        {setup.planned.base.folder}",
-        f"donor       {donor.metadata['source']['id']} (layers in {donor.folder})",
-        f"questions   {len(questions.questions):,} of {', '.join(settings.tasks)}, {tokens:,} tokens with padding",
-        f"memory      {decimal(size)} for the base's hidden states before each of {space.total} layers"
+        f"Base         {setup.planned.base.folder}",
+        f"Donor        {donor.metadata['source']['id']} (layers in {donor.folder})",
+        f"Questions    {len(questions.questions):,} of {', '.join(settings.tasks)}, {tokens:,} tokens with padding",
+        f"Memory       {decimal(size)} for the base's hidden states before each of {space.total} layers"
         + (f", of which up to {decimal(in_file)} in a file in {settings.folder}" if in_file else "")
         + f"; at most {space.most + 1} more states of {decimal(size // space.total)}",
-        f"method      {settings.method}, {space.least} to {space.most} of {space.total} layers"
+        f"Method       {settings.method}, {space.least} to {space.most} of {space.total} layers"
         + (", candidates race" if settings.races else "")
         + f"; maximises {settings.objective}",
         *describe_cost(bounds(space, settings), settings, space.total),
@@ -131,8 +131,8 @@ def describe_cost(found: Bounds, settings: SearchSettings, total: int) -> list[s
     if found.before:
         evaluated = f"; {most}{evaluations:,} evaluations, smaller sets on the way included"
     lines = [
-        f"candidates  {count}{evaluated}{later}",
-        f"cost        {most}{passes:,} layer passes"
+        f"Candidates   {count}{evaluated}{later}",
+        f"Cost         {most}{passes:,} layer passes"
         + (f", and {step.passes:,} in each step of refinement" if step else "")
         + f"; alone, {evaluations:,} combination{'s' * (evaluations != 1)} would take {alone:,}: "
         + f"{'at least ' if most else ''}{max(0.0, 1 - passes / alone):.0%} saved"
@@ -143,7 +143,7 @@ def describe_cost(found: Bounds, settings: SearchSettings, total: int) -> list[s
         if count == "1":
             together, left = "the only combination takes", ""
         lines.append(
-            f"advice      {together} {found.everything.passes:,} layer passes{left}: "
+            f"Advice       {together} {found.everything.passes:,} layer passes{left}: "
             "use --method exhaustive, or a --budget_evaluations"
         )
     return lines
