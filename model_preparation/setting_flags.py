@@ -60,9 +60,10 @@ class CheckedSettings:
             if read in (str, Path) or value is default is None:
                 continue
             try:
-                found = read(getattr(read, "text", str)(value))
-                if isinstance(value, str) and not isinstance(found, str):
-                    raise SurgeryError(f"{name} is the text {value!r}. Give {found!r}.")
+                for each in value if flag.nargs else [value]:
+                    found = read(getattr(read, "text", str)(each))
+                    if isinstance(each, str) and not isinstance(found, str):
+                        raise SurgeryError(f"{name} is the text {each!r}. Give {found!r}.")
             except argparse.ArgumentTypeError as error:
                 if isinstance(read, OneOf):
                     raise SurgeryError(f"{name} is {value!r}. Choose one of {', '.join(read.values)}.") from None
