@@ -103,9 +103,9 @@ def test_the_plan_counts_smaller_sets_apart():
         settings = SearchSettings(".", method=method, min_layers=least, max_layers=TOTAL)
         return "\n".join(describe_cost(bounds(space_of(settings), settings), settings, TOTAL))
 
-    assert "candidates  1; at most 78 evaluations, smaller sets on the way included" in plan("greedy", TOTAL)
+    assert "Candidates   1; at most 78 evaluations, smaller sets on the way included" in plan("greedy", TOTAL)
     assert "the only combination takes" in plan("greedy", TOTAL)
-    assert "candidates  1, of which 1 is evaluated" in plan("exhaustive", TOTAL)
+    assert "Candidates   1, of which 1 is evaluated" in plan("exhaustive", TOTAL)
     assert "alone, 1 combination would take" in plan("exhaustive", TOTAL)
 
 
