@@ -59,6 +59,11 @@ class EvaluationFiles:
         return self.checkpoint or self.given
 
     @property
+    def date(self) -> str:
+        """The day on which it was finished."""
+        return _date(self.results_path)[:10]
+
+    @property
     def groups(self) -> dict[str, list[str]]:
         """{group: its groups and tasks}. Older versions of lm-eval list tasks as empty groups; these are left out."""
         return {name: children for name, children in self.results["group_subtasks"].items() if children}

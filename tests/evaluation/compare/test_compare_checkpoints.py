@@ -11,6 +11,7 @@ from PIL import Image
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare.compare import compare_evaluations
 from model_preparation.evaluation.compare.examples import differing_questions
+from model_preparation.evaluation.compare.report import write_report
 from tests.conftest import assert_refused, run_command
 from tests.evaluation.compare.stock import (
     GROUPS,
@@ -114,6 +115,22 @@ def test_the_numbers_are_lm_evals_and_those_counted_by_hand(stock, report):
         assert low <= difference["difference"] <= high
     assert [rows[name]["differences"][0]["tests"] for name in ("quiz", "quiz_nature", "quiz_poems")] == [1, 2, 4]
     assert numbers["notes"] == []
+
+
+def test_one_line_says_what_was_asked_and_a_longer_limit_of_prompts_is_no_remark(copy):
+    for name, limit in (("one", 1 << 60), ("two", 512)):
+        path = the_only(copy, f"{name}/**/results_*.json")
+        found = json.loads(path.read_text()) | {"lm_eval_version": "0.4.13", "max_length": limit}
+        path.rename(path.with_name("results_2026-03-04T05-06-07.8.json")).write_text(json.dumps(found))
+        for samples in copy.glob(f"{name}/**/samples_*.jsonl"):
+            samples.rename(samples.with_name(f"{samples.name.rpartition('_')[0]}_2026-03-04T05-06-07.8.jsonl"))
+    comparison = compare(copy)
+    assert comparison.notes == []
+    write_report(comparison, copy / "report", questions=0, as_json=False, overwrite=False)
+    page = (copy / "report" / "comparison.html").read_text()
+    assert "<p>quiz · acc · 34 questions · 0-shot · no limit · lm-eval 0.4.13 · 2026-03-04</p>" in page
+    scores = Counter(f"{each.mean:.3f} ± {each.stderr:.3f}" for row in comparison.rows for each in row.scores)
+    assert {text: page.count(text) for text in scores} == scores  # each is there once
 
 
 def test_the_verdict_is_a_sentence(stock, report):
