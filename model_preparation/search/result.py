@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.evaluation.compare.paired import SIGNIFICANCE
-from model_preparation.llamba.configuration_llamba import LlambaConfig
+from model_preparation.llamba.cache_llamba import kv_bytes_per_token
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.layer_sets import BASE, LayerSet
 from model_preparation.search.scoring_setup import ScoringSetup
@@ -77,12 +77,6 @@ def search_result(
     }
 
 
-def kv_bytes_per_token(config: LlambaConfig, layers: LayerSet, item_bytes: int) -> int:
-    """What each token adds to a graft's K/V cache: the keys and values of every grafted layer."""
-    assert config.llama_cfg is not None
-    return 2 * config.llama_cfg["num_key_value_heads"] * config.llama_cfg["head_dim"] * item_bytes * len(layers)
-
-
 def _final_results(scores: CandidateScores, setup: ScoringSetup) -> list[dict[str, Any]]:
     """All complete evaluations of the sizes that were searched, the best first."""
     ranked = [layers for layers in scores.complete if len(layers) >= setup.settings.min_layers]
@@ -136,7 +130,7 @@ def _row(scores: CandidateScores, layers: LayerSet, setup: ScoringSetup) -> dict
         "stderr": scores.objective.stderr(values),
         "num_layers": len(layers),
         "accuracy": float(scores.right(layers).mean()),
-        "kv_bytes_per_token": kv_bytes_per_token(model.config, layers, model.dtype.itemsize),
+        "kv_bytes_per_token": kv_bytes_per_token(model.config, len(layers), model.dtype.itemsize),
     }
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 
 from model_preparation.evaluation.compare.compare import GROUP, OVERALL, SUBJECT, UNCLEAR, Comparison, Row
+from model_preparation.evaluation.efficiency import MEASURED
 
 Plot = Callable[[Any], Figure]  # of a Comparison, or whatever else is drawn
 
@@ -60,6 +61,23 @@ def plot_gains(comparison: Comparison) -> Figure:
         f"{comparison.metric}: difference to {comparison.models[0].name}, 95% interval\n"
         "filled: can be told from chance; hollow: cannot"
     )
+    _legend(axes)
+    return figure
+
+
+def plot_efficiency(found: dict[str, Any]) -> Figure:
+    """A panel per measured field: every model's values, by the tokens of the context."""
+    figure = Figure(figsize=(_WIDTH_INCHES, 5.0), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    for axes, (field, (words, unit, one)) in zip(panels, MEASURED.items(), strict=True):
+        for model, each in enumerate(found["models"]):
+            values = [row[field] / one for row in each["contexts"]]
+            x = [row["context"] for row in each["contexts"]]
+            axes.plot(x, values, "o-", color=COLOURS[model % len(COLOURS)], markersize=4, label=each["name"])
+        axes.set_xlabel("context, tokens")
+        axes.set_ylabel(f"{words}, {unit}")
+        axes.set_ylim(bottom=0)
+        axes.grid(linewidth=0.4, alpha=0.4)
     _legend(axes)
     return figure
 
