@@ -196,8 +196,7 @@ def _measure(args: argparse.Namespace, device: str, dtype: Any) -> None:
         for model in result["models"]
         for row in model["contexts"]
     ]
-    threads = f", {result['threads']} threads" if result["device"] == "cpu" else ""
-    print(f"\nMeasured     on {result['device_name']}{threads}, {result['models'][0]['dtype']}, one sequence; medians")
+    print(f"\nMeasured     on {result['measured_on']}, {result['models'][0]['dtype']}, one sequence; medians")
     print(table(heading, rows))
     print(f"Efficiency is in {result['results_dir']}", flush=True)
 

@@ -64,7 +64,7 @@ def measure_efficiency(
     Returns:
         The content of efficiency.json: `models`, each with `name`, `source`, `weights` (their digest), `dtype`,
         `parameters` and `contexts`: rows of `context` (tokens) and the fields of `MEASURED`, medians of `rounds`; what
-        it was measured with (`device`, `threads`, `versions`, `date`, ...); and `results_dir`.
+        it was measured with (`measured_on`, `threads`, `versions`, `date`, ...); and `results_dir`.
 
     Raises:
         SurgeryError: for models that are not there or too short, for a cache that does not hold what the config says,
@@ -103,8 +103,8 @@ def measure_efficiency(
         result = {
             "models": found,
             "device": device.type,
-            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-            "threads": request["threads"],
+            "measured_on": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            "threads": torch.get_num_threads(),
             "rounds": ROUNDS,
             "tokens": TOKENS,
             "versions": versions(),
@@ -141,11 +141,12 @@ def resident_peak_bytes() -> int:
 
 
 def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return os.uname().machine
+    """The processor's name, where Linux tells it, and how many threads torch uses."""
+    name, threads = os.uname().machine, torch.get_num_threads()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{name}, {threads} thread{'s' * (threads != 1)}"
 
 
 def _in_a_process(model: OtherModel, request: dict[str, Any]) -> dict[str, Any]:

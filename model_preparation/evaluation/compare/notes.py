@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from model_preparation.evaluation.compare.answers import CommonQuestions
+from model_preparation.evaluation.compare.costs import Cost
 from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles
 from model_preparation.evaluation.questions import some
 from model_preparation.terminal import escaped
@@ -62,10 +63,10 @@ def head_line(task: str, metric: str, questions: int, settings: Sequence[Mapping
 
 
 def shared_and_differing(settings: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], list[str]]:
-    """The settings that all models have, {words: value}; and the words of the others."""
-    first = settings[0]
-    shared = {words: value for words, value in first.items() if all(each[words] == value for each in settings)}
-    return shared, [words for words in first if words not in shared]
+    """The settings that all models have, {words: value}; and the words of those that differ."""
+    differing = [words for words in settings[0] if len({each[words] for each in settings}) > 1]
+    shared = {words: value for words, value in settings[0].items() if words not in differing and value != _NONE}
+    return shared, differing
 
 
 def differing_settings(names: Sequence[str], settings: Sequence[Mapping[str, str]]) -> list[str]:
@@ -127,6 +128,15 @@ def score_notes(
                     f"{mean:.4f}. Here every question counts the same."
                 )
     return notes
+
+
+def cost_notes(names: Sequence[str], costs: Sequence[Cost | None]) -> list[str]:
+    """A sentence if costs were measured on different machines or in different ways."""
+    places = {name: cost.measured_on for name, cost in zip(names, costs, strict=True) if cost is not None}
+    if len(set(places.values())) < 2:
+        return []
+    listed = "; ".join(f"{name} on {place}" for name, place in places.items())
+    return [f"Costs were not measured alike: {listed}."]
 
 
 def _per_task(values: Any, tasks: Sequence[str]) -> str | None:

@@ -31,9 +31,11 @@ from model_preparation.evaluation.compare.compare import (
     Model,
     Row,
 )
+from model_preparation.evaluation.compare.costs import Cost
 from model_preparation.evaluation.compare.examples import differing_questions
 from model_preparation.evaluation.compare.notes import head_line, shared_and_differing
 from model_preparation.evaluation.compare.paired import SIGNIFICANCE
+from model_preparation.evaluation.efficiency import MEASURED
 from model_preparation.evaluation.questions import some
 from model_preparation.io.complete_folder import check_target, new_folder
 from model_preparation.terminal import escaped
@@ -78,7 +80,7 @@ def write_report(comparison: Comparison, target: Path, *, questions: int, as_jso
         others = names[1] if len(names) == 2 else f"{len(names) - 1} models"
         page = _html_page(comparison, title=f"{others} against {names[0]}", questions=questions)
         (folder / PAGE).write_text(page, encoding="utf-8")
-        for name, plot in plots.PLOTS.items():
+        for name, (_, plot) in plots.plots_of(comparison).items():
             plots.save_png(plot, comparison, folder / f"{name}.png")
         if as_json:
             text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
@@ -128,7 +130,12 @@ def _html_page(comparison: Comparison, *, title: str, questions: int) -> str:
             for heading, (name, kind) in tables.items()
             if (rows := comparison.of_kind(kind))
         ],
-        plots=[Markup(plots.svg(plot, comparison, name)) for name, plot in plots.PLOTS.items()],
+        plots=[
+            (heading, Markup(plots.svg(plot, comparison, name)))
+            for name, (heading, plot) in plots.plots_of(comparison).items()
+        ],
+        costs=_costs_sentence(comparison),
+        measured=MEASURED,
         model_lines=[_model_line(model) for model in comparison.models],
         examples=_examples(comparison, questions),
         shared=shared,
@@ -158,7 +165,9 @@ def comparison_tables(comparison: Comparison, *, subjects: bool) -> RenderableTy
     """Notes on differing settings, the tables (that of the subjects on request), and the verdicts."""
     overall = comparison.of_kind(OVERALL)
     parts: list[RenderableType] = [Text(escaped(f"note: {note}")) for note in comparison.notes]
-    parts += [Text(escaped(f"{_letter(model)}  {_model_line(each)}")) for model, each in enumerate(comparison.models)]
+    for model, each in enumerate(comparison.models):
+        cost = "" if each.cost is None else f": {_cost_words(each.cost)}"
+        parts.append(Text(escaped(f"{_letter(model)}  {_model_line(each)}{cost}")))
     parts.append(_table(comparison, [*overall, *comparison.of_kind(GROUP)], "group"))
     if subjects and comparison.of_kind(SUBJECT):
         parts.append(_table(comparison, comparison.of_kind(SUBJECT), "subject"))
@@ -241,6 +250,18 @@ def _model_line(model: Model) -> str:
     if model.layers is None:
         return model.name
     return f"{model.name} (layers {' '.join(map(str, model.layers)) or 'none'} replaced)"
+
+
+def _costs_sentence(comparison: Comparison) -> str:
+    cost = next((model.cost for model in comparison.models if model.cost), None)
+    if cost is None:
+        return ""
+    return f"Costs are of one sequence after {cost.context:,} tokens, measured on {cost.measured_on}."
+
+
+def _cost_words(cost: Cost) -> str:
+    shown = (f"{words} {cost.values[field] / one:,.2f} {unit}" for field, (words, unit, one) in MEASURED.items())
+    return f"{', '.join(shown)} after {cost.context:,} tokens"
 
 
 def _tests_sentence(comparison: Comparison, kind: str) -> str:

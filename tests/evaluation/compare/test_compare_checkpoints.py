@@ -128,7 +128,7 @@ def test_one_line_says_what_was_asked_and_a_longer_limit_of_prompts_is_no_remark
     assert comparison.notes == []
     write_report(comparison, copy / "report", questions=0, as_json=False, overwrite=False)
     page = (copy / "report" / "comparison.html").read_text()
-    assert "<p>quiz · acc · 34 questions · 0-shot · no limit · lm-eval 0.4.13 · 2026-03-04</p>" in page
+    assert '<p class="head">quiz · acc · 34 questions · 0-shot · no limit · lm-eval 0.4.13 · 2026-03-04</p>' in page
     scores = Counter(f"{each.mean:.3f} ± {each.stderr:.3f}" for row in comparison.rows for each in row.scores)
     assert {text: page.count(text) for text in scores} == scores  # each is there once
 
