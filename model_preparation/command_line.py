@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from model_preparation import chinese_help, flags_file, interrupts
@@ -30,7 +31,7 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
-        self._words: dict[str, Any] = {}  # by the flag's name, what was given for it
+        self._words: dict[str, Any] = {}  # by dest, what was given for a flag
         super().__init__(**kwargs)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
@@ -43,17 +44,17 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_args(words, namespace)
 
     def add_config_flag(self) -> None:
-        """Add `--config`: flags may then stand in a YAML file, and `save_config` keeps those that were used."""
+        """Add `--config`: flags may then stand in a YAML file, and `save_config` keeps all that were used."""
         self.add_argument(
             "--config",
             type=Path,
             metavar="FILE",
             help="take flags from this YAML file: lines such as `batch_size: 8`, `tasks: [mmlu]`, `overwrite: true`. "
-            "Flags on the command line win. The flags used are saved with the result, in config.yaml",
+            "Flags on the command line win. All settings used are saved with the result, in config.yaml",
         )
 
     def _parse_with_config(self, words: list[str]) -> argparse.Namespace:
-        global _flags_used
+        global _parser_used
         self._words.clear()
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         finder.add_argument("--config", type=Path)
@@ -64,7 +65,7 @@ class CommandParser(argparse.ArgumentParser):
                 self._read_config(flags_file.read_entries(config.expanduser()), words, namespace)
         parsed = super().parse_args(words, namespace)
         del parsed.config
-        _flags_used = None if self._words.pop("config", None) is None else (self.prog, self._words)
+        _parser_used = None if self._words.pop("config", None) is None else self
         return parsed
 
     def _read_config(
@@ -84,7 +85,7 @@ class CommandParser(argparse.ArgumentParser):
             action = self.check_entry(key, entry, argparse.Namespace() if self.flag_named(key) in given else namespace)
             action.required = False
             if action in given:
-                self._words.pop(_key(action), None)
+                self._words.pop(action.dest, None)
 
     def flag_named(self, key: str) -> argparse.Action | None:
         """The flag that a key of a file stands for."""
@@ -128,12 +129,22 @@ class CommandParser(argparse.ArgumentParser):
         """Also note what was given, word by word, for `save_config`."""
         if action.option_strings:
             is_more = isinstance(action.default, list | dict) and not isinstance(action, argparse._StoreAction)
-            before = self._words.get(_key(action), []) if is_more else []
+            before = self._words.get(action.dest, []) if is_more else []
             is_one = action.nargs is None and not is_more
-            self._words[_key(action)] = (
+            self._words[action.dest] = (
                 True if action.nargs == 0 else arg_strings[0] if is_one else [*before, *arg_strings]
             )
         return super()._get_values(action, arg_strings)
+
+    def is_given(self, dest: str) -> bool:
+        """Whether the command line or the file of --config has this flag."""
+        return dest in self._words
+
+    def flags_used(self) -> dict[str, Any]:
+        """Every flag with what was given for it, or else its default, as a file of --config has it."""
+        actions = [action for action in self._actions if action.default is not argparse.SUPPRESS]
+        flags = {_key(action): self._words.get(action.dest, action.default) for action in actions}
+        return {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
 
     def format_help(self) -> str:
         if chinese_help.is_wanted():
@@ -143,11 +154,12 @@ class CommandParser(argparse.ArgumentParser):
 
     def refuse(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
         """End the command, as for wrong usage, if one of these was given: `why` says that it does nothing here."""
-        flags = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+        flags = {action.dest: action for action in self._actions if action.option_strings}
         for name in names:
-            default = self.get_default(name)
-            if getattr(args, name, default) != default:
-                self.error(f"{flags[name]} {why}")
+            default = flags[name].default
+            default = self._get_value(flags[name], default) if isinstance(default, str) else default
+            if getattr(args, name) != default:
+                self.error(f"{flags[name].option_strings[0]} {why}")
 
     def add_argument(self, *flags: str, **kwargs):
         hyphenated = [flag.replace("_", "-") for flag in flags if flag.startswith("--") and "_" in flag]
@@ -169,20 +181,24 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" The nearest is {near[0]}." if near else ""
 
 
-# With --config: what was typed for the command, and every flag that a file or the command line gave.
-_flags_used: tuple[str, Mapping[str, Any]] | None = None
+# With --config: the parser of the command.
+_parser_used: CommandParser | None = None
 
 
-def save_config(path: Path) -> None:
-    """Write the flags that were used to a file, which --config reads, if the command line had --config.
+def save_config(path: Path, used: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Write all flags with their values to a file, which --config reads, if the command line had --config.
+
+    Args:
+        used: by the flag's name, what the command took in place of what was given, or of the default.
 
     Raises:
         OSError: from the file system.
     """
-    if _flags_used is not None:
-        command, flags = _flags_used
-        note = f"# The flags of {command}, version {__version__}; the others had their defaults.\n"
-        write_file(path, note + flags_file.as_yaml(flags))
+    if _parser_used is not None:
+        note = f"# All settings of {_parser_used.prog}, version {__version__}.\n"
+        flags = {**_parser_used.flags_used(), **used}
+        given = {key: value for key, value in flags.items() if value not in (None, "", [], {})}
+        write_file(path, note + flags_file.as_yaml(given))
 
 
 # What is typed for a script of ours, by its name without .py; `layer-surgery` fills it.

@@ -1,6 +1,5 @@
 """Command: makes an unaligned Llamba from a Llama by distilling each layer (see train/distill/distill.py)."""
 
-from functools import partial
 from pathlib import Path
 
 from model_preparation.command_line import (
@@ -15,8 +14,8 @@ from model_preparation.command_line import (
 from model_preparation.devices import choose_device
 from model_preparation.hub.sources import add_source_flag
 from model_preparation.jobs import ray_flags
+from model_preparation.setting_flags import add_flags, as_flags, from_flags
 from model_preparation.train.distill.settings import SELF, DistillSettings
-from model_preparation.train.setting_flags import add_setting
 
 DESCRIPTION = f"""\
 Make an unaligned Llamba from any Llama. It starts as init_llamba_base.py makes it. Then the mixer of each layer learns
@@ -53,9 +52,8 @@ MIXER_FLAGS = {
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
-    given = {name: value for name, value in vars(args).items() if name in DistillSettings.__dataclass_fields__}
-    if args.ray is None and "layers_per_job" in given:
-        parser.error("--layers_per_job belongs to --ray, which is not given")
+    if args.ray is None:
+        parser.refuse(args, ("layers_per_job",), "belongs to --ray, which is not given")
     run_jobs = ray_flags.chosen_runner(parser, args)
     on_job_only = args.ray is not None and args.device == "cuda"  # this machine may have no GPU
     device = choose_device(args.gpu, None if on_job_only else args.device)
@@ -63,10 +61,13 @@ def main() -> None:
     from model_preparation.train.distill.distill import distill_llamba_base
     from model_preparation.train.distill.report import describe
 
+    mixer = {name: getattr(args, name) for name in MIXER_FLAGS if getattr(args, name) is not None}
+    settings = from_flags(DistillSettings, args, mixer=mixer)
     summary = distill_llamba_base(
         args.donor,
         args.output_dir,
         args.data,
+        settings,
         layers=args.layers,
         dtype=args.dtype,
         device=device,
@@ -74,10 +75,8 @@ def main() -> None:
         restart=args.restart,
         sources=args.source,
         run_jobs=None if args.ray is None else run_jobs,
-        mixer={name: getattr(args, name) for name in MIXER_FLAGS if getattr(args, name) is not None},
-        **given,
     )
-    save_config(args.output_dir.expanduser() / "config.yaml")
+    save_config(args.output_dir.expanduser() / "config.yaml", as_flags(settings))
     print("\n" + describe(summary))
     print(f"The base is in {args.output_dir}")
 
@@ -85,8 +84,6 @@ def main() -> None:
 def make_parser() -> CommandParser:
     """The command's flags."""
     parser = CommandParser(description=DESCRIPTION, epilog=EXAMPLES)
-    setting = partial(add_setting, parser, DistillSettings)
-    counted = number(int, least=1)
     parser.add_argument(
         "--donor",
         required=True,
@@ -101,37 +98,13 @@ def make_parser() -> CommandParser:
         "writes the text, from its first token on (default: %(default)s)",
     )
     parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="the model folder to write")
-    at_least_two = number(int, least=2)
-    setting("tokens", type=at_least_two, metavar="N", help="tokens of text to read or write; one in 16 is held out")
-    setting("sequence_length", type=at_least_two, metavar="N", help="tokens per sequence")
-    setting("steps_per_layer", type=counted, metavar="N", help="steps of the optimizer for each layer")
-    setting("batch_size", type=counted, metavar="N", help="sequences per step")
-    setting(
-        "learning_rate",
-        type=number(float, above=0),
-        metavar="X",
-        help="AdamW's, after a linear warm-up over a tenth of the steps; it falls as a cosine",
-    )
-    setting("weight_decay", type=number(float, least=0), metavar="X", help="AdamW's")
-    setting(
-        "target",
-        choices=("mixer", "layer"),
-        help="what is compared: the mixer's output with the attention's, or the layers' outputs",
-    )
-    setting("seed", type=number(int, least=0), metavar="N", help="of all random numbers")
+    add_flags(parser, DistillSettings)
     add_layers_flag(
         parser, required=False, help="train these layers only; the others keep their initial weights (default: all)"
     )
     for name, meaning in MIXER_FLAGS.items():
-        parser.add_argument(f"--{name}", type=counted, metavar="N", help=meaning)
+        parser.add_argument(f"--{name}", type=number(int, least=1), metavar="N", help=meaning)
     add_dtype_flag(parser, help="dtype of the weights written (default: the donor's); training is in float32")
-    setting(
-        "memory_limit_gb",
-        flag="memory_limit",
-        type=number(float, least=0),
-        metavar="GB",
-        help="larger hidden states are kept on the disk, not in memory",
-    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
     parser.add_argument(
         "--restart",
@@ -139,12 +112,6 @@ def make_parser() -> CommandParser:
         help="train all layers anew; tokens of a stopped run are kept if donor, text and their settings are the same",
     )
     ray_flags.add_ray_flags(parser)
-    setting(
-        "layers_per_job",
-        type=counted,
-        metavar="N",
-        help="with --ray: layers that one job trains in turn; it first puts the tokens through all layers before them",
-    )
     add_device_flags(parser)
     add_source_flag(parser)
     parser.add_config_flag()

@@ -12,12 +12,12 @@ from model_preparation.command_line import (
     add_device_flags,
     add_dtype_flag,
     default_folder,
-    number,
     run,
 )
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.settings import EvaluationSettings, add_flags
+from model_preparation.evaluation.settings import EvaluationSettings, limit_note
 from model_preparation.jobs import combinations, evaluate_many, ray_flags
+from model_preparation.setting_flags import add_flags
 
 DESCRIPTION = f"""\
 Evaluate many checkpoints, and print one table of their scores. One that fails does not stop the others. Each result is
@@ -52,7 +52,7 @@ def main() -> None:
         parser.refuse(args, ("output_root",), "belongs to --list, which is not given")
     run_jobs = ray_flags.chosen_runner(parser, args)
 
-    if args.tasks != parser.get_default("tasks"):
+    if parser.is_given("tasks"):
         from model_preparation.evaluation.tasks import check_names
 
         check_names(args.tasks)  # once, and not for every checkpoint
@@ -62,14 +62,14 @@ def main() -> None:
         candidates = evaluate_many.listed_checkpoints(combinations.read_list(args.list), args.output_root.expanduser())
     done = evaluate_many.evaluate_all(
         candidates,
-        list(_flags(args)),
+        list(_flags(parser, args)),
         results_dir=None if args.results_dir is None else args.results_dir.expanduser(),
         needs=list(_needed_paths(args)),
         run_jobs=run_jobs,
     )
     print("\n" + evaluate_many.describe(done))
     if args.limit:
-        print(f"--limit {args.limit} is per subject: these scores are not comparable with full ones.")
+        print(f"{limit_note(args.limit, args.tasks)}: these scores are not comparable with full ones.")
     failed = sum(evaluation.status == "failed" for evaluation in done)
     if failed:
         raise SurgeryError(
@@ -100,20 +100,16 @@ def make_parser() -> CommandParser:
     )
     ray_flags.add_ray_flags(parser)
     add_flags(parser, EvaluationSettings)
-    parser.add_argument(
-        "--seed", type=number(int, least=0), metavar="N", help="of everything random (default: the evaluator's)"
-    )
     add_dtype_flag(parser, help="run in this dtype (default: the checkpoint's)")
     add_device_flags(parser)
     return parser
 
 
-def _flags(args: argparse.Namespace) -> Iterator[str]:
-    """The evaluator's flags."""
-    for name in _HANDED_ON:
+def _flags(parser: CommandParser, args: argparse.Namespace) -> Iterator[str]:
+    """The evaluator's flags that were given."""
+    for name in filter(parser.is_given, _HANDED_ON):
         value = getattr(args, name)
-        if value is not None:
-            yield from (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+        yield from (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
 
 
 def _needed_paths(args: argparse.Namespace) -> Iterator[Path]:

@@ -103,6 +103,8 @@ def main() -> None:
             f"{len(metadata['layers'])} of {metadata['total_layers']} layers, {metadata['dtype']}, "
             f"{decimal(size_bytes)}, {metadata['num_heads']} heads of {metadata['head_dim']}"
         )
+        if metadata["config"]["model_type"] == "llamba":
+            print("These are a Llamba's layers, to look at. To graft layers, extract those of the donor.")
     if args.verify:
         store = LayerStore(args.output_dir)
         faults = store.faults()

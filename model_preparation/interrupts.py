@@ -1,6 +1,7 @@
 """Remembers Ctrl-C and SIGTERM, because Python drops an exception that a signal raises inside a `__del__`.
 
-A command calls `watch` once. Code that makes a result final calls `check` first.
+A command calls `watch` once. Code that makes a result final calls `check` first. Where Ctrl-C is the usual end, it is
+forgotten.
 """
 
 import signal
@@ -29,6 +30,11 @@ def check() -> None:
     """Raise a signal's exception again, if it was lost."""
     if _received:
         _stop(_received[0])
+
+
+def forget() -> None:
+    """The signals that came have done what they should: the command ends as it does without them."""
+    _received.clear()
 
 
 def _stop(number: int) -> None:

@@ -10,7 +10,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from unittest.mock import patch
 from model_preparation.command_line import CommandParser, default_folder, nearest, run
 from model_preparation.errors import SurgeryError
 from model_preparation.flags_file import Entry, read_entries
+from model_preparation.hub.sources import source_here
 from model_preparation.io.complete_file import make_folder, write_file
 from model_preparation.io.identity import differences, digest_of
 from model_preparation.io.text import read_text
@@ -136,6 +137,7 @@ def main() -> None:
     steps = plan(experiment)
     states = _states(steps, record)
     _print_plan(steps, states)
+    _check_inputs(experiment, [step for step in steps if states[step.name].word != "done"])
     if args.dry_run:
         print(f"Nothing was run (--dry_run). The results would be in {experiment.folder}")
         return
@@ -303,6 +305,39 @@ def plan(experiment: Experiment) -> list[Step]:
     return planned
 
 
+def _check_inputs(experiment: Experiment, steps: list[Step]) -> None:
+    """Refuse models, tasks and texts that are not there, before hours of work. Nothing is downloaded.
+
+    Raises:
+        SurgeryError: naming all that is missing, and the step that needs it.
+    """
+    from model_preparation.evaluation.tasks import check_names
+    from model_preparation.train.texts import files_of_text
+
+    sources = dict(each.split("=", 1) for each in experiment.steps["build"].get("source", []))
+    missing: dict[str, str] = {}  # by reason, what needs it
+
+    def check(what: str, look: Callable[..., object], *given: Any) -> None:
+        try:
+            look(*given)
+        except SurgeryError as error:
+            missing.setdefault(str(error), what)
+
+    for step in steps:
+        if step.kind in ("search", "build"):
+            check("base", source_here, experiment.base, sources)
+        if step.kind == "extract" or step.name == "evaluate donor":
+            check("donor", source_here, experiment.donor, sources)
+        for key in ("data", "eval_data") if step.kind == "heal" else ():
+            if key in step.flags:
+                check(f"{key} of heal", files_of_text, step.flags[key])
+        for key in ("task", "tasks"):
+            if key in step.flags:
+                check(f"{key} of {step.kind}", check_names, step.flags[key])
+    if missing:
+        raise SurgeryError("; ".join(f"{what}: {reason}" for reason, what in missing.items()))
+
+
 def _found_layers(result: Path) -> list[str] | None:
     """The best layers in a search's result; None if there is none yet."""
     if not result.is_file():
@@ -315,10 +350,9 @@ def _found_layers(result: Path) -> list[str] | None:
 
 
 def _results_of(result: Path) -> Path:
-    """Where an evaluation is: the folder of the model's name, if it has no other evaluation."""
+    """Where an evaluation is."""
     try:
-        evaluation = Path(json.loads(result.read_text(encoding="utf-8"))["results_dir"])
-        return evaluation.parent if len(list(evaluation.parent.glob("*/result.json"))) == 1 else evaluation
+        return Path(json.loads(result.read_text(encoding="utf-8"))["results_dir"])
     except (ValueError, KeyError, TypeError) as error:
         raise SurgeryError(f"{result} is no result of ours ({error!r}). Remove it, and run this again.") from error
 

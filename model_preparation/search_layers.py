@@ -7,7 +7,6 @@ from model_preparation.command_line import (
     add_device_flags,
     add_dtype_flag,
     default_folder,
-    number,
     run,
     save_config,
 )
@@ -15,7 +14,8 @@ from model_preparation.devices import choose_device
 from model_preparation.hub.sources import add_source_flag
 from model_preparation.jobs import ray_flags
 from model_preparation.jobs.table import table
-from model_preparation.search.settings import METHODS, OBJECTIVES, OPTIONS_OF, SearchSettings
+from model_preparation.search.settings import OPTIONS_OF, SearchSettings
+from model_preparation.setting_flags import add_flags, as_flags, from_flags
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
@@ -57,10 +57,10 @@ def main() -> None:
     if args.donor is None and args.llama_layers_dir is None:
         parser.error("one of --donor and --llama_layers_dir is needed")
     uses_ray = ray_flags.uses_ray(parser, args)
-    for method, flags in OPTIONS_OF.items():
-        for flag in flags:
-            if flag != "seed" and getattr(args, flag) is not None and method != args.method:  # a seed harms nothing
-                parser.error(f"--{flag} belongs to --method {method}, and the method is {args.method}")
+    for method, names_of_flags in OPTIONS_OF.items():
+        if method != args.method:  # a seed harms nothing
+            of_method = [name for name in names_of_flags if name != "seed"]
+            parser.refuse(args, of_method, f"belongs to --method {method}, and the method is {args.method}")
     if args.method == "singles" and args.max_layers not in (None, 1):
         parser.error(f"--method singles takes layers one by one: leave out --max_layers {args.max_layers}")
 
@@ -72,16 +72,9 @@ def main() -> None:
 
     if args.mmlu_data is not None and not any(map(is_mmlu, args.tasks)):
         parser.error(f"--mmlu_data belongs to --task mmlu or parts of it, and the task is {' '.join(args.tasks)}")
-    given = {name: getattr(args, name) for name in vars(args).keys() & SearchSettings.__dataclass_fields__.keys()}
-    given |= {
-        "output_dir": args.output_dir.expanduser(),
-        "device": "cpu" if uses_ray else choose_device(args.gpu, args.device),
-        "tasks": tuple(args.tasks),
-        "sources": args.source,
-        "race": None if args.race == "auto" else args.race == "on",
-        "memory_bytes": int(args.boundary_memory * 1e9),
-    }
-    settings = SearchSettings(**{name: value for name, value in given.items() if value is not None})
+    device = "cpu" if uses_ray else choose_device(args.gpu, args.device)
+    output = args.output_dir.expanduser()
+    settings = from_flags(SearchSettings, args, output_dir=output, device=device, sources=args.source)
     workers = remote_scorer(args.ray, args.cpus_per_job or 1, args.device) if uses_ray else None
 
     def say(line: str) -> None:
@@ -91,7 +84,7 @@ def main() -> None:
     if found is None:
         print(f"Everything fits; nothing was evaluated (--dry_run). {settings.folder} would have the result.")
         return
-    save_config(settings.folder / "config.yaml")
+    save_config(settings.folder / "config.yaml", as_flags(settings))
     statistics = found["statistics"]
     passes, alone = statistics["layer_passes"], statistics["layer_passes_alone"]
     print(
@@ -115,91 +108,8 @@ def _score(value: float, stderr: float | None) -> str:
 
 
 def _parser() -> CommandParser:
-    """The flags. Those without a default here leave it to `SearchSettings`."""
-    defaults = SearchSettings
     parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument(
-        "--base",
-        default=defaults.base,
-        metavar="NAME|PATH",
-        help="the Llamba to graft into: a name, a model folder or a hub id (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--donor",
-        metavar="NAME|PATH",
-        help="the Llama that gives the layers; its own score is shown too, and --objective kl needs it",
-    )
-    parser.add_argument(
-        "--llama_layers_dir",
-        type=Path,
-        metavar="DIR",
-        help="the donor's layers, written by extract_layers.py (default: extracted from --donor into OUTPUT_DIR)",
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="NAME|PATH", help="take the tokenizer from here (default: the base's own)"
-    )
-    parser.add_argument(
-        "--task",
-        nargs="+",
-        dest="tasks",
-        default=list(defaults.tasks),
-        metavar="TASK",
-        help="tasks, groups or tags of lm-eval, or folders of task files; their code is run (default: mmlu)",
-    )
-    parser.add_argument("--mmlu_data", metavar="DIR|hub|modelscope", help="MMLU's questions, as for test_checkpoint.py")
-    parser.add_argument(
-        "--num_fewshot", type=number(int, least=0), metavar="K", help="solved examples before each question"
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=_batch_size,
-        metavar="N",
-        help="questions at once; a race asks whole batches, so this may change what it drops "
-        f"(default: {defaults.batch_size})",
-    )
-    parser.add_argument("--method", choices=METHODS, default=defaults.method, help="see above (default: %(default)s)")
-    parser.add_argument(
-        "--objective",
-        choices=OBJECTIVES,
-        default=defaults.objective,
-        help="accuracy: right answers; kl: closeness to the donor's predictions, less noisy (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--budget_hours", type=number(float, above=0), metavar="H", help="evaluate for at most H hours in all"
-    )
-    parser.add_argument(
-        "--race",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="ask the questions in rounds; after each, drop candidates that a paired test shows to be surely worse "
-        "(default: on for greedy, beam and ga; off for singles and exhaustive, where all get their score)",
-    )
-    parser.add_argument(
-        "--prior", metavar="FILE", help="another search's result; its single_layer_results are taken as known"
-    )
-    counts = {
-        "limit": "the first N questions of every task",
-        "min_layers": f"the fewest layers of a combination (default: {defaults.min_layers})",
-        "max_layers": "the most layers of a combination (default: 4; of singles: 1)",
-        "budget_evaluations": "evaluate at most N combinations",
-        "beam_width": f"of beam (default: {defaults.beam_width})",
-        "population": f"of ga, per generation, at least 4 (default: {defaults.population})",
-        "generations": f"of ga, at most (default: {defaults.generations})",
-        "patience": f"ga stops after N generations without a better combination (default: {defaults.patience})",
-        "seed": f"of ga, from 0 (default: {defaults.seed})",
-        "top": "combinations to print; in a race of singles or exhaustive also those to score on all questions "
-        f"(default: {defaults.top})",
-    }
-    for name, text in counts.items():
-        least = {"population": 4, "seed": 0}.get(name, 1)
-        parser.add_argument(f"--{name}", type=number(int, least=least), metavar="N", help=text)
-    parser.add_argument(
-        "--boundary_memory",
-        type=number(float, least=0),
-        default=defaults.memory_bytes / 1e9,
-        metavar="GB",
-        help="memory for the base's hidden states; the rest goes into a file in OUTPUT_DIR (default: %(default)s)",
-    )
+    add_flags(parser, SearchSettings)
     parser.add_argument(
         "--output_dir",
         type=Path,
@@ -223,10 +133,6 @@ def _parser() -> CommandParser:
     add_source_flag(parser)
     parser.add_config_flag()
     return parser
-
-
-def _batch_size(text: str) -> int | str:
-    return text if text == "auto" else int(number(int, least=1)(text))
 
 
 if __name__ == "__main__":

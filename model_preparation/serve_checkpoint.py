@@ -4,6 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from model_preparation import interrupts
 from model_preparation.command_line import CommandParser, add_dtype_flag, number, run
 from model_preparation.errors import SurgeryError
 from model_preparation.terminal import escaped
@@ -61,23 +62,33 @@ def main() -> None:
     name = args.model_name or name_of(checkpoint)
     api_key = args.api_key or os.environ.get("VLLM_API_KEY")
 
+    is_ready = False
+
     def ready() -> None:
+        nonlocal is_ready
+        is_ready = True
         for line in describe(address(args.host, args.port), name, api_key):
             print(escaped(line))
         print("Ready. Ctrl-C ends it.", flush=True)
 
     served = {"name": name, "host": args.host, "port": args.port, "dtype": dtype, "api_key": api_key, "ready": ready}
     print(escaped(f"Engine       {engine}, {dtype}"), flush=True)
-    if engine == "vllm":
-        from model_preparation.serve.hf_links import hf_folder
+    try:
+        if engine == "vllm":
+            from model_preparation.serve.hf_links import hf_folder
 
-        folder, log = hf_folder(checkpoint), args.log or _new_log()
-        print(escaped(f"Log          {log}"), flush=True)
-        serve_by_vllm(folder, flags=args.flags, log=log, **served)
-    else:
-        from model_preparation.serve.small_server import serve_by_transformers
+            folder, log = hf_folder(checkpoint), args.log or _new_log()
+            print(escaped(f"Log          {log}"), flush=True)
+            serve_by_vllm(folder, flags=args.flags, log=log, **served)
+        else:
+            from model_preparation.serve.small_server import serve_by_transformers
 
-        serve_by_transformers(checkpoint, **served)
+            serve_by_transformers(checkpoint, **served)
+    except KeyboardInterrupt:
+        if not is_ready:
+            raise
+        interrupts.forget()  # this is how a server is ended
+        print("\nStopped.", flush=True)
 
 
 def _verify(checkpoint: Path) -> None:

@@ -15,9 +15,10 @@ from model_preparation.evaluation.settings import (
     EfficiencySettings,
     EvaluationSettings,
     GenerationSettings,
-    add_flags,
+    limit_note,
 )
 from model_preparation.hub.sources import add_source_flag, names_behind, tokenizer_name
+from model_preparation.setting_flags import add_flags, as_flags, from_flags
 
 if TYPE_CHECKING:
     from model_preparation.evaluation.models import ScoredModel
@@ -93,8 +94,7 @@ def main() -> None:
         from model_preparation.evaluation.generation_report import GenerationReport
         from model_preparation.evaluation.models import load_other
 
-        settings = GenerationSettings(**{name: getattr(args, name) for name in GENERATION_SETTINGS})
-        report = GenerationReport(prompts or DEFAULT_PROMPTS, settings, output)
+        report = GenerationReport(prompts or DEFAULT_PROMPTS, from_flags(GenerationSettings, args), output)
         model, tokenizer = _load(model_found, device, dtype, args.parallelize)
         report.write(model, tokenizer, str(args.checkpoint))
         del model  # one model in memory at a time; the evaluation loads it again if it must
@@ -151,14 +151,11 @@ def _evaluate(tasks: "Tasks", args: argparse.Namespace, device: str, dtype: Any)
             raise SurgeryError(f"--result_json {args.result_json} is a folder. Name a file.")
         make_folder(result_json.parent)
     started = time.perf_counter()
-    names = ("limit", "num_fewshot", "batch_size", "seed", "parallelize", "results_dir", "tokenizer")
-    settings = EvaluationSettings(
-        tasks=tasks, device=device, dtype=dtype, sources=args.source, **{name: getattr(args, name) for name in names}
-    )
-    result = evaluate_checkpoint(args.checkpoint, settings)
+    settings = from_flags(EvaluationSettings, args, device=device, dtype=dtype, sources=args.source)
+    result = evaluate_checkpoint(args.checkpoint, settings, tasks=tasks)
     if result_json is not None:
         write_file(result_json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    save_config(Path(result["results_dir"]) / "config.yaml")
+    save_config(Path(result["results_dir"]) / "config.yaml", as_flags(settings))
     if "put_aside" in result:
         print(f"Put aside    results of another model ({'; '.join(result['differing'])}), to {result['put_aside']}")
     if result["kept"]:
@@ -169,7 +166,7 @@ def _evaluate(tasks: "Tasks", args: argparse.Namespace, device: str, dtype: Any)
         print(f"{name:<16} {_score(row)}")
     if args.limit:
         print(
-            f"--limit {args.limit} is per subject: this score is of {result['questions']} questions only "
+            f"{limit_note(args.limit, tasks.names)}: this score is of {result['questions']} questions only "
             "and not comparable with the full one."
         )
     for name, row in result["tasks"].items():
@@ -184,10 +181,7 @@ def _measure(args: argparse.Namespace, device: str, dtype: Any) -> None:
     from model_preparation.evaluation.efficiency import MEASURED, measure_efficiency
     from model_preparation.jobs.table import table
 
-    settings = EfficiencySettings(
-        **{name: getattr(args, name) for name in ("contexts", "compare_with", "results_dir", "tokenizer")},
-        **{"device": device, "dtype": dtype, "sources": args.source},
-    )
+    settings = from_flags(EfficiencySettings, args, device=device, dtype=dtype, sources=args.source)
     result = measure_efficiency(args.checkpoint, settings)
     heading = ["model", "context", *(f"{words}, {unit}" for words, unit, _ in MEASURED.values())]
     rows = [
@@ -302,7 +296,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--result_json", type=Path, metavar="FILE", help="also write the scores to this file, for programs"
     )
-    add_flags(parser, EvaluationSettings)
+    add_flags(parser, EvaluationSettings, without=("seed",))  # it is among those above
     parser.add_config_flag()
     return parser
 

@@ -20,7 +20,9 @@ def main() -> None:
         "pickle names nothing but what is allowed. Nothing is written, no code is run.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("checkpoint", metavar="DIR", type=Path, help="the checkpoint's folder")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("directory", nargs="?", metavar="DIR", type=Path, help="the checkpoint's folder")
+    place.add_argument("--checkpoint", metavar="DIR", type=Path, help="the same, as other commands take it")
     parser.add_argument("--base", metavar="NAME|PATH", help="also compare the kept tensors with this base's")
     parser.add_argument(
         "--llama_layers_dir",
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--files_only", action="store_true", help="the files' digests only; finds any changed byte")
     add_source_flag(parser)
     args = parser.parse_args()
+    checkpoint = args.directory or args.checkpoint
     if args.files_only:
         parser.refuse(args, ("base", "llama_layers_dir"), "goes with tensors, and --files_only looks at none")
     if args.base is None:
@@ -37,22 +40,22 @@ def main() -> None:
 
     from model_preparation.checkpoint.verify import verify
 
-    found = verify(args.checkpoint, args.base, args.llama_layers_dir, files_only=args.files_only, sources=args.source)
-    for line in [*found.checks, *(f"note       {note}" for note in found.notes)]:
+    found = verify(checkpoint, args.base, args.llama_layers_dir, files_only=args.files_only, sources=args.source)
+    for line in [*found.checks, *(f"Note         {note}" for note in found.notes)]:
         print(escaped(line))
     for fault in found.faults:
-        print(escaped(f"FAULT      {fault}"))
+        print(escaped(f"FAULT        {fault}"))
     if found.faults and len(found.faults) == found.elsewhere:
         raise SurgeryError(
-            f"{args.checkpoint} is what it says it is, but was not built from what it was compared with. "
+            f"{checkpoint} is what it says it is, but was not built from what it was compared with. "
             "Name what it was built from by --base and --llama_layers_dir."
         )
     if found.faults:
         count = len(found.faults)
         raise SurgeryError(
-            f"{count} fault{'s' * (count > 1)} in {args.checkpoint}. Copy or download it again, or build it again."
+            f"{count} fault{'s' * (count > 1)} in {checkpoint}. Copy or download it again, or build it again."
         )
-    print(escaped(f"Checkpoint {args.checkpoint} is what was built."))
+    print(escaped(f"Checkpoint {checkpoint} is what was built."))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,12 @@ import yaml
 import model_preparation
 from model_preparation.chinese_help import CATALOGUE, translate
 from model_preparation.command_line import CommandParser
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.settings import EvaluationSettings, GenerationSettings
 from model_preparation.layer_surgery import SUBCOMMANDS, show_subcommands
+from model_preparation.search.settings import SearchSettings
+from model_preparation.train.distill.settings import DistillSettings
+from model_preparation.train.heal.settings import HealSettings
 from tests.conftest import PACKAGE, assert_refused, run_command, run_python
 
 # Runs command lines one after the other, and prints what each printed, and what was imported by then.
@@ -115,28 +120,75 @@ def test_an_evaluation_from_a_file_is_that_of_the_flags(checkpoint_dir, tmp_path
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["questions"], result["settings"]["batch_size"], result["kept"]) == (2, 2, False)
     used = tmp_path / result["results_dir"] / "config.yaml"
-    assert yaml.safe_load(used.read_text())["limit"] == 2
+    values |= {"limit": 2, "skip_generation": values.pop("skip-generation"), "tasks": ["embedded_recall"]}
+    assert yaml.safe_load(used.read_text()).items() >= {**values, "seed": 1234, "parallelize": False}.items()
     again = run_command("test_checkpoint", "--config", used, cwd=tmp_path)  # what is saved gives the same
     assert again.returncode == 0, again.stderr
+    assert "--limit 2 is per task" in again.stdout
     assert json.loads((tmp_path / "result.json").read_text()) == {**result, "kept": True}
 
 
-def test_a_search_a_healing_and_a_distillation_take_files_and_keep_what_was_used(base_dir, checkpoint_dir, tmp_path):
+def test_a_search_a_healing_and_a_distillation_take_files_and_keep_all_that_was_used(checkpoint_dir, tmp_path):
+    def kept(place: str, *, given: dict, **others: object) -> None:
+        """The file has what was given, and the defaults too."""
+        assert yaml.safe_load((tmp_path / place).read_text()).items() >= {**given, **others}.items()
+
     (tmp_path / "text.txt").write_text("Mia likes quinces . Rosa likes eggs . " * 50)
     search = {"base": "tiny_llamba", "donor": "tiny_llama", "task": ["embedded_recall"], "limit": 2, "race": "off"}
     search |= {"method": "singles", "budget_evaluations": 1, "output_dir": "found", "device": "cpu"}
     run_with_config("search_layers", tmp_path, **search)
-    assert yaml.safe_load((tmp_path / "found" / "config.yaml").read_text()) == {**search, "race": "off"}
+    kept("found/config.yaml", given=search, objective="accuracy", beam_width=4, boundary_memory="4.0")
+    first = json.loads((tmp_path / "found" / "search_result.json").read_text())
+    again = run_command("search_layers", "--config", "found/config.yaml", "--output_dir", "again", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    found = json.loads((tmp_path / "again" / "search_result.json").read_text())
+    assert (found["search"], found["final_results"]) == (first["search"], first["final_results"])
+
     heal = {"checkpoint": str(checkpoint_dir), "data": "text.txt", "max_steps": 2, "block_size": 16, "device": "cpu"}
     heal |= {"eval_interval": 1, "always_save": "no", "milestones": ["1=first"], "learning_rate": "1e-4"}
     run_with_config("heal_checkpoint", tmp_path, "--output_dir", "healed", **heal)
-    assert yaml.safe_load((tmp_path / "healed.config.yaml").read_text()) == {**heal, "output_dir": "healed"}
+    heal["learning_rate"] = "0.0001"
+    kept("healed.config.yaml", given=heal, output_dir="healed", batch_size=4, load_best="yes", compile=False)
     assert (tmp_path / "healed_resume" / "first").is_dir()
+    # A resumed run has the settings of its start. Its file has those, and gives the same bytes.
+    resumed = {"checkpoint": str(checkpoint_dir), "data": "text.txt", "device": "cpu", "output_dir": "resumed"}
+    run_with_config("heal_checkpoint", tmp_path, "--resume", "healed_resume/first", **resumed)
+    kept("resumed.config.yaml", given=resumed, max_steps=2, block_size=16, always_save="no")
+    again = run_command("heal_checkpoint", "--config", "resumed.config.yaml", "--output_dir", "anew", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    weights = [(tmp_path / name / "model_state_dict.pt").read_bytes() for name in ("healed", "resumed", "anew")]
+    assert weights[0] == weights[1] == weights[2]
+
     distill = {"donor": "tiny_llama", "data": "text.txt", "tokens": 64, "sequence_length": 16, "steps_per_layer": 1}
     distill |= {"layers": [3, 1], "batch_size": 1, "output_dir": "base", "device": "cpu"}
     run_with_config("distill_llamba_base", tmp_path, **distill)
-    assert yaml.safe_load((tmp_path / "base" / "config.yaml").read_text()) == distill
+    kept("base/config.yaml", given=distill, target="mixer", memory_limit="4.0", restart=False)
     assert json.loads((tmp_path / "base" / "distillation.json").read_text())["settings"]["tokens"] == 64
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "words"),
+    [
+        (EvaluationSettings, {"limit": 0}, "limit is 0: 0 is too small; it must be at least 1"),
+        (EvaluationSettings, {"batch_size": "many"}, "batch_size is 'many': 'many' is not an integer"),
+        (EvaluationSettings, {"batch_size": None}, "batch_size is None: 'None' is not an integer"),
+        (GenerationSettings, {"top_p": 1.5}, "top_p is 1.5: 1.5 is too large; it must be at most 1"),
+        (SearchSettings, {"population": 3}, "population is 3: 3 is too small; it must be at least 4"),
+        (SearchSettings, {"method": "best"}, "method is 'best'. Choose one of singles, exhaustive, greedy, beam, ga"),
+        (SearchSettings, {"race": "on"}, "race is the text 'on'. Give True"),
+        (SearchSettings, {"memory_bytes": -1}, "memory_bytes is -1: -1e-09 is too small"),
+        (HealSettings, {"warmup": 2.0}, "warmup is 2.0: 2.0 is too large; it must be at most 1"),
+        (HealSettings, {"max_steps": "5"}, "max_steps is the text '5'. Give 5"),
+        (HealSettings, {"compile": "no"}, "compile is the text 'no'. Give False"),
+        (HealSettings, {"load_best": 3}, "load_best is 3. Choose one of yes, no"),
+        (DistillSettings, {"tokens": 1}, "tokens is 1: 1 is too small; it must be at least 2"),
+        (DistillSettings, {"learning_rate": float("nan")}, "learning_rate is nan: nan is not finite"),
+    ],
+)
+def test_python_refuses_what_flags_refuse(settings, given, words):
+    place = {"output_dir": "."} if settings is SearchSettings else {}
+    with pytest.raises(SurgeryError, match=re.escape(words)):
+        settings(**place, **given)
 
 
 @pytest.mark.parametrize(

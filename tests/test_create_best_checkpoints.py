@@ -78,12 +78,13 @@ def test_a_list_may_be_csv_or_json(tmp_path):
         ("list.csv", "layers\n1 -2\n", ["entry 1", "'-2'"]),
         ("list.csv", "layers,score\n,0.5\n", ["entry 1", "no layers"]),
         ("list.csv", "layers,mmlu\n1,0.5\n", ["mmlu", "known are"]),
-        ("list.csv", "layers\n1,2\n", ["entry 1", "a value without a column", "separated by spaces, not commas"]),
+        ("list.csv", "layers\n1,2\n", ["entry 1", "more values than columns", "separated by spaces, not commas"]),
         ("list.csv", 'layers,score\n"1,2,3",0.5\n', ["entry 1", "'1,2,3'", "separated by spaces, not commas"]),
         ("list.csv", "layers,score,name\n11,13,17\n", ["entry 1", "score 13 ", "separated by spaces, not commas"]),
         ("list.csv", "layers,name\n1,../out\n", ["'../out'"]),
         ("list.csv", "layers\n1 2\n2 1\n", ["2 entries", "llamba_replaced_1_2"]),
         ("list.csv", "layers\n", ["no combinations"]),
+        ("list.csv", "11 13\n4 5\n", ["first line must name the columns, layers among them, and is '11 13'"]),
         ("list.json", "[{", ["cannot be read"]),
         ("list.json", '{"layers": [1]}', ["not a list of objects"]),
         ("list.json", '[{"layers": [true]}]', ["entry 1", "True"]),
@@ -97,7 +98,9 @@ def test_a_list_that_cannot_be_used_is_refused_by_name(name, text, words, tmp_pa
 
 def test_a_missing_list_is_named(tmp_path):
     result = run_command("create_best_checkpoints", "--list", "none.csv", cwd=tmp_path)
-    assert_refused(result, "none.csv cannot be read", "No such file", ".csv or .json", "--help")
+    assert_refused(
+        result, "none.csv cannot be read", "No such file", ".csv or .json", "create_best_checkpoints.sh --help"
+    )
 
 
 @pytest.mark.parametrize("flags", [["--bse", "x"], ["--gpu", "first"], ["--device", "cpu", "--gpu", "0"], ["17"]])

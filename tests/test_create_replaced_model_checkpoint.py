@@ -266,7 +266,7 @@ def test_a_grafted_layer_brings_its_own_heads(base_dir, tmp_path):
     layers = layers_of_another_donor(tmp_path, num_attention_heads=4, num_key_value_heads=2)
     result = build(base_dir, layers, tmp_path / "out")
     assert result.returncode == 0, result.stderr
-    assert "heads      4 of 8 in the layers taken, 2 of 16 in those kept" in result.stdout
+    assert "Heads        4 of width 8 in grafted layers, 2 of width 16 in kept ones" in result.stdout
     model, _ = load_checkpoint(tmp_path / "out")
     donor = LlamaForCausalLM.from_pretrained(tmp_path / "donor")
     hidden = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0))

@@ -42,6 +42,15 @@ def states(output: str) -> dict[str, str]:
 def test_an_experiment_is_stopped_mended_changed_and_run_again(tmp_path, quick_python, monkeypatch):
     file, out = experiment_file(tmp_path), tmp_path / "out"
     journal = out / "search" / "journal.jsonl"
+    wrong = experiment_file(tmp_path, ("base: tiny_llamba", "base: ./gone"), ("tasks: embedded_", "tasks: embeded_"))
+    for more in ([], ["--dry_run"]):  # before hours of work, all that is missing is named
+        refused = run_command("run_experiment", wrong, *more)
+        assert_refused(
+            refused, "base: ", "gone is not there", "data of heal: ", "out.txt is not there", "embeded_recall"
+        )
+    assert not out.exists()
+    file = experiment_file(tmp_path)
+    (tmp_path / "out.txt").write_text("Mia likes quinces .")
     running = start_command("run_experiment", file, log=tmp_path / "log")
     wait_until(lambda: journal.is_file() and journal.read_text().count("\n") >= 3, alive=running.is_alive)
     running.kill()
@@ -55,8 +64,8 @@ def test_an_experiment_is_stopped_mended_changed_and_run_again(tmp_path, quick_p
     evaluated = [line for line in journal.read_text().splitlines(keepends=True) if line.endswith("\n")]
     extracted = (out / "layers" / "metadata.json").stat()
 
-    failed = run_command("run_experiment", file)  # the text to heal with is missing
-    assert_refused(failed, "heal failed", "out.txt", "run the same command again")
+    failed = run_command("run_experiment", file)
+    assert_refused(failed, "heal failed", "out.txt", "shorter than one sequence", "run the same command again")
     assert journal.read_text().startswith("".join(evaluated))  # gone on with, not begun anew
     assert (out / "layers" / "metadata.json").stat().st_mtime_ns == extracted.st_mtime_ns
     (tmp_path / "out.txt").write_text("Mia likes quinces . Rosa likes eggs . Mia likes quinces . " * 60)
@@ -90,14 +99,16 @@ def test_an_experiment_is_stopped_mended_changed_and_run_again(tmp_path, quick_p
     }
     assert "again (limit: 8 there, 9 now)" in told.stdout
 
-    experiment_file(tmp_path, ("max_steps: 2", "max_steps: 3"))
+    changes = [("max_steps: 2", "max_steps: 3"), ("limit: 8, models", "limit: 9, models")]
+    experiment_file(tmp_path, *changes)
     before = (healed / "checkpoint_info.json").read_bytes()
     assert_refused(run_command("run_experiment", file), "other results of heal than", "--redo", "output_dir")
     assert (healed / "checkpoint_info.json").read_bytes() == before
     redone = run_command("run_experiment", file, "--redo")
     assert redone.returncode == 0, redone.stderr
     begun = [line.partition("] ")[2] for line in redone.stdout.splitlines() if line.startswith("[")]
-    assert begun == ["heal", "evaluate healed", "compare"]
+    assert begun == ["heal", *changed]
+    assert f"A  tiny_llamba\nB  {grafted.name}\n" in redone.stdout
     assert json.loads((healed / "checkpoint_info.json").read_text())["healing"]["settings"]["max_steps"] == 3
     assert (out / "experiment.yaml").read_text() == file.read_text()
 

@@ -165,6 +165,9 @@ def test_questions_are_looked_for_before_the_model_is_loaded(command, copy, tmp_
     (copy / "model_state_dict.pt").write_bytes(b"none")
     with pytest.raises(SurgeryError, match="nowhere does not exist"):
         command("--checkpoint", copy, "--full_eval", "--mmlu_data", tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(SurgeryError, match=r"Results cannot be kept in .* is a file\)"):
+        command("--checkpoint", copy, "--full_eval", "--results_dir", tmp_path / "file" / "results")
 
 
 def test_logits_that_are_not_finite_are_a_failure(command, copy):

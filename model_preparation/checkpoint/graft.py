@@ -110,15 +110,16 @@ class GraftPlan(GraftParts):
     def describe(self) -> list[str]:
         """The plan in lines to print."""
         (heads, size), (kept_heads, kept_size) = heads_of(self.donor.config), heads_of(self.config)
+        total = self.config.n_layer
         return [
-            f"base       {self.base.id if self.base.hub == 'embedded' else self.base.folder}",
-            f"donor      {self.donor.metadata['source']['id']} (layers in {self.donor.folder})",
-            *(f"layer {index:>3}  <- {self.donor.path(index)}" for index in self.layers),
-            f"kept       {self.config.n_layer - len(self.layers)} of {self.config.n_layer} layers, and all around them",
-            f"heads      {heads} of {size} in the layers taken, {kept_heads} of {kept_size} in those kept",
-            f"dtype      {self.dtype.name}" + "".join(f"; {cast}" for cast in self.casts),
-            f"tokenizer  {self.tokenizer_of} ({self.tokenizer})",
-            f"weights    {decimal(self.weight_bytes)} ({self.parameters:,} parameters)",
+            f"Base         {self.base.id if self.base.hub == 'embedded' else self.base.folder}",
+            f"Donor        {self.donor.metadata['source']['id']} (layers in {self.donor.folder})",
+            *(f"Layer {index:>3}    <- {self.donor.path(index)}" for index in self.layers),
+            f"Kept         {total - len(self.layers)} of {total} layers, and all around them",
+            f"Heads        {heads} of width {size} in grafted layers, {kept_heads} of width {kept_size} in kept ones",
+            f"Dtype        {self.dtype.name}" + "".join(f"; {cast}" for cast in self.casts),
+            f"Tokenizer    {self.tokenizer_of} ({self.tokenizer})",
+            f"Weights      {decimal(self.weight_bytes)} ({self.parameters:,} parameters)",
         ]
 
 

@@ -87,7 +87,7 @@ class Verification:
         self.faults += other.faults
 
     def check(self, what: str, looked_at: str) -> None:
-        self.checks.append(f"{what:<10} {looked_at}")
+        self.checks.append(f"{what:<12} {looked_at}")
 
     def fault(self, where: str, what: str) -> None:
         self.faults.append(Fault(where, what))
@@ -188,7 +188,7 @@ def _checked_info(found: Verification) -> dict[str, Any] | None:
     trouble = checksum_fault(data)
     if trouble:
         found.fault(INFO, trouble)
-    found.check("checksum of itself", f"{INFO}, {decimal(len(data))}")
+    found.check("Recipe", f"{INFO} against the checksum in it, {decimal(len(data))}")
     try:
         return read_info(found.directory)
     except SurgeryError as error:
@@ -255,7 +255,7 @@ def _look_for_others(found: Verification, info: dict[str, Any], recorded: Mappin
             else:
                 found.notes.append(f"{shown} is not listed in {INFO}.")
     found.notes += [f"{top}/ is not listed in {INFO}: {_NOT_LOADED[top]}, {below[top]} files." for top in below]
-    found.check("folder", f"{count} files, {len(recorded)} of them listed with their digests")
+    found.check("Folder", f"{count} files, {len(recorded)} of them listed with their digests")
 
 
 def _read_files(
@@ -291,5 +291,5 @@ def _read_files(
         elif digests[name].sha256 != recorded[name]["sha256"]:
             found.fault(name, "is changed (its SHA-256 differs from the recorded one)")
     read_bytes = sum(digest.size_bytes for digest in digests.values())
-    found.check("files", f"{len(digests)} of {len(recorded)} against their SHA-256, {decimal(read_bytes)}")
+    found.check("Files", f"{len(digests)} of {len(recorded)} against their SHA-256, {decimal(read_bytes)}")
     return digests

@@ -77,7 +77,7 @@ class TensorChecks:
 
     def _module(self, path: Path, model: torch.nn.Module) -> dict[str, TensorRange]:
         ranges, count = module_ranges(path, model)
-        self._found.check("pickle", f"{count} globals of {MODULE}, all on the list of those allowed")
+        self._found.check("Pickle", f"{count} globals of {MODULE}, all on the list of those allowed")
         return ranges
 
     def _check_shapes(self, model: torch.nn.Module, config: LlambaConfig) -> None:
@@ -98,10 +98,10 @@ class TensorChecks:
             if digest.origin not in origins:
                 self._found.fault(name, f"is the {digest.origin}'s, and the config says otherwise")
         if count := sum(digest.origin == HEALED for digest in self._wanted.values()):
-            self._found.check("healed", f"{count} tensors are neither the base's nor the donor's: they were trained")
+            self._found.check("Healed", f"{count} tensors are neither the base's nor the donor's: they were trained")
         if config.llama_layers != self._info["replaced_layers"]:
             self._found.fault(INFO, f"lists other layers than its config, {config.llama_layers}")
-        self._found.check("config", f"{len(self._wanted)} names, shapes and dtypes")
+        self._found.check("Config", f"{len(self._wanted)} names, shapes and dtypes")
 
     def compare(self, digests: Mapping[str, FileDigests]) -> None:
         """Every tensor in the files against tensor_digests.json."""
@@ -119,7 +119,7 @@ class TensorChecks:
                 self._report_missing(file, ranges.keys())
         if shards:
             self._report_missing("the safetensors files", seen | self._tied)
-        self._found.check("tensors", f"{count} against their BLAKE3, {decimal(size_bytes)}")
+        self._found.check("Tensors", f"{count} against their BLAKE3, {decimal(size_bytes)}")
 
     def _compare_one(self, file: str, name: str, place: TensorRange, digests: Mapping[str, FileDigests]) -> None:
         wanted = self._wanted.get(name)
@@ -140,7 +140,7 @@ class TensorChecks:
         """The kept tensors against the base's."""
         wanted = {name: digest for name, digest in self._wanted.items() if digest.origin == "base"}
         if folder is None:
-            self._found.check("base", f"{len(wanted)} tensors not compared with it; --base NAME|PATH does that")
+            self._found.check("Base", f"{len(wanted)} tensors not compared with it; --base NAME|PATH does that")
             return
         self._compare_with("base", folder, wanted, lambda advance: _base_digests(folder, wanted, advance))
 
@@ -150,7 +150,7 @@ class TensorChecks:
         if store is None:
             store = self._store_of_same_source()
         if store is None:
-            self._found.check("donor", f"{len(wanted)} tensors not compared with it; --llama_layers_dir DIR does that")
+            self._found.check("Donor", f"{len(wanted)} tensors not compared with it; --llama_layers_dir DIR does that")
             return
         for index in self._info["replaced_layers"]:
             try:
@@ -180,7 +180,7 @@ class TensorChecks:
             for name in odd:
                 what = f"in the {which}, {folder}, in that shape" if name in missing else f"the {which}'s, in {folder}"
                 self._found.fault(name, f"is not {what}")
-        self._found.check(which, f"{len(wanted)} tensors, {decimal(sum(sizes.values()))}, with {folder}")
+        self._found.check(which.capitalize(), f"{len(wanted)} tensors, {decimal(sum(sizes.values()))}, with {folder}")
 
     def _recorded(self, which: str) -> str:
         """The base or donor that checkpoint_info.json names."""

@@ -130,8 +130,8 @@ class GraftWeights:
         """What `write` will write, in a line to print."""
         size = decimal(self._bytes_to_write())
         if not self._has_hf:
-            return f"to write   {size} in {MODULE} and {STATE_DICT}"
-        return f"to write   {size}; shards of the base in {STORE} are shared"
+            return f"To write     {size} in {MODULE} and {STATE_DICT}"
+        return f"To write     {size}; shards of the base in {STORE} are shared"
 
     def write(
         self, folder: Path, model: "Callable[[dict[str, Tensor]], LlambaForCausalLM]", advance: Advance

@@ -200,7 +200,7 @@ def _measure(model: PreTrainedModel, context: int, name: str) -> dict[str, Any]:
             Path("/proc/self/clear_refs").write_text("5")
     rounds = [_read_and_write(model, context) for _ in range(ROUNDS)]
     held = rounds[0][2]
-    expected = _computed_bytes(model.config, context, model.dtype.itemsize)
+    expected = _computed_bytes(model.config, context, model.dtype)
     if expected not in (None, held):
         raise SurgeryError(
             f"The cache of {name} holds {held:,} bytes after {context} tokens, but its config makes it {expected:,}. "
@@ -240,12 +240,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def _computed_bytes(config: PreTrainedConfig, tokens: int, item_bytes: int) -> int | None:
+def _computed_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int | None:
     """What the cache must hold by the config; None for a model of another kind."""
     if config.model_type not in _KNOWN:
         return None
     layers = len(config.llama_layers) if config.model_type == "llamba" else config.num_hidden_layers
-    return cache_bytes(config, layers, tokens, item_bytes)
+    return cache_bytes(config, layers, tokens, dtype)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Prompts, weighting and standard errors are lm-eval's. A fault is an error, never
 """
 
 import errno
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -34,7 +33,6 @@ from model_preparation.io.folder_lock import Hold, take
 from model_preparation.io.identity import differences
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.tensors.dtypes import torch_dtype
-from model_preparation.io.untrusted.untrusted_files import without_links
 from model_preparation.versions import creation_time
 
 _NOT_OF_A_LOADED_MODEL = ("device", "dtype", "parallelize", "results_dir", "tokenizer", "sources")
@@ -71,7 +69,7 @@ def evaluate_checkpoint(
     root = scored.results_root(settings.results_dir)
     dtype = torch_dtype(settings.dtype)
     loaded = _load_tasks(settings)
-    _make_root(root)
+    make_folder(root)
     asked = {
         **settings_of(loaded, settings),
         "device": "parallelize" if settings.parallelize else torch.device(settings.device).type,
@@ -197,16 +195,6 @@ def _load_tasks(settings: EvaluationSettings) -> Tasks:
     if isinstance(settings.tasks, Tasks):
         return settings.tasks
     return load_tasks(settings.tasks, mmlu_data=settings.mmlu_data, num_fewshot=settings.num_fewshot)
-
-
-def _make_root(root: Path) -> None:
-    try:
-        make_folder(without_links(root))
-        reason = "" if os.access(root, os.W_OK | os.X_OK) else "it is read-only"
-    except OSError as error:
-        reason = str(error.strerror)
-    if reason:
-        raise SurgeryError(f"Results cannot be kept in {root} ({reason}). Name another folder with --results_dir.")
 
 
 def _scoring(

@@ -3,6 +3,7 @@
 They are found before anything is loaded. No code that lies in a folder is run.
 """
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,11 +30,12 @@ from model_preparation.checkpoint.model_configs import read_generation_config
 from model_preparation.checkpoint.rebuild import target_of
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import has_tokenizer, is_replaced, resolve, tokenizer_files, tokenizer_name
+from model_preparation.io.complete_folder import existing_parent
 from model_preparation.io.identity import digest_of, digests_of_files, name_of
 from model_preparation.io.untrusted.not_a_model import snapshot_in, what_it_is
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_config import generation_config_from
-from model_preparation.io.untrusted.untrusted_files import read_json
+from model_preparation.io.untrusted.untrusted_files import read_json, without_links
 
 # What --compare_with calls the two models of a checkpoint, and where checkpoint_info.json names them.
 RECORDED = {"donor": "replacement_source", "base": "base_model"}
@@ -222,15 +224,18 @@ class ScoredModel:
         """The folder of all its evaluations: NAME in `results_dir`, by default `evaluations` in the checkpoint.
 
         Raises:
-            SurgeryError: if `results_dir` is None and it is no checkpoint.
+            SurgeryError: if `results_dir` is None and it is no checkpoint, or if nothing can be written there.
         """
-        if results_dir is not None:
-            return Path(results_dir).expanduser() / self.name
-        if not self.is_checkpoint:
+        if results_dir is None and not self.is_checkpoint:
             raise SurgeryError(
                 f"{self.folder} is a model and no checkpoint. Say where to keep its results by --results_dir."
             )
-        return self.folder / EVALUATIONS
+        root = self.folder / EVALUATIONS if results_dir is None else Path(results_dir).expanduser() / self.name
+        there = without_links(root) if root.exists() else existing_parent(root)
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            reason = f"{there} is {'read-only' if there.is_dir() else 'a file'}"
+            raise SurgeryError(f"Results cannot be kept in {root} ({reason}). Name another folder with --results_dir.")
+        return root
 
     def load(self, device: str | torch.device, dtype: torch.dtype | None, parallelize: bool) -> Loaded:
         """Load model and tokenizer; the arguments are those of `load_checkpoint`."""

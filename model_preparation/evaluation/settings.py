@@ -3,14 +3,13 @@
 Nothing heavy is imported here.
 """
 
-import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
-from model_preparation.command_line import CommandParser, number
-from model_preparation.errors import SurgeryError
+from model_preparation.command_line import number
+from model_preparation.setting_flags import CheckedSettings, Flag
 
 if TYPE_CHECKING:
     import torch
@@ -18,52 +17,28 @@ if TYPE_CHECKING:
     from model_preparation.evaluation.tasks import Tasks
 
 
-class Flag(NamedTuple):
-    """Makes a field a flag of a command too; `read` is what argparse calls `type`."""
-
-    metavar: str | None
-    help: str
-    read: Callable[[str], Any] = str
-    nargs: str | None = None
+def limit_note(limit: int, tasks: Sequence[str]) -> str:
+    """What --limit counts."""
+    return f"--limit {limit} is per {'subject' if any(name.startswith('mmlu') for name in tasks) else 'task'}"
 
 
-def add_flags(parser: CommandParser, settings: type) -> None:
-    """Add a flag for each field of a settings class that is annotated with one."""
-    for name, default, flag in _flags(settings):
-        if default is False:
-            parser.add_argument(f"--{name}", action="store_true", help=flag.help)
-        else:
-            default = list(default) if isinstance(default, tuple) else default
-            more = {"metavar": flag.metavar, "help": flag.help, "type": flag.read, "nargs": flag.nargs}
-            parser.add_argument(f"--{name}", default=default, **more)
-
-
-def _flags(settings: Any) -> list[tuple[str, Any, Flag]]:
-    """(name, default, flag) of the fields of a settings class, or of an object of it."""
-    found = [(each, getattr(each.type, "__metadata__", (None,))[0]) for each in fields(settings)]
-    return [(each.name, each.default, flag) for each, flag in found if flag is not None]
-
-
-class _Checked:
-    """Settings that refuse what their flags refuse."""
-
-    def __post_init__(self) -> None:
-        for name, default, flag in _flags(self):
-            value = getattr(self, name)
-            if value is None or default is False or flag.read in (str, Path):
-                continue
-            try:
-                flag.read(str(value))
-            except argparse.ArgumentTypeError as error:
-                raise SurgeryError(f"{name} is {value!r}: {error}. Give another value.") from None
-
-
-def _batch_size(text: str) -> int | str:
+def auto_or_count(text: str) -> int | str:
+    """Read --batch_size."""
     return text if text == "auto" else int(number(int, least=1)(text))
 
 
+Seed = Annotated[
+    int,
+    Flag(
+        "N",
+        "seed of everything random, of texts and of evaluations",
+        number(int, least=0, most=2**32 - 1),  # NumPy's limit
+    ),
+]
+
+
 @dataclass(frozen=True)
-class EvaluationSettings(_Checked):
+class EvaluationSettings(CheckedSettings):
     """How a model is scored. The flags' help explains the first six.
 
     Attributes:
@@ -87,7 +62,12 @@ class EvaluationSettings(_Checked):
         ),
     ] = ("mmlu",)
     limit: Annotated[
-        int | None, Flag("N", "ask only the first N questions of every subject: quick and rough", number(int, least=1))
+        int | None,
+        Flag(
+            "N",
+            "ask only the first N questions of every task, and of MMLU's every subject: quick and rough",
+            number(int, least=1),
+        ),
     ] = None
     mmlu_data: Annotated[
         str | Path | None,
@@ -104,7 +84,7 @@ class EvaluationSettings(_Checked):
     ] = None
     batch_size: Annotated[
         int | str,
-        Flag("N", "questions per forward pass; auto finds a number that fits (default: %(default)s)", _batch_size),
+        Flag("N", "questions per forward pass; auto finds a number that fits", auto_or_count),
     ] = "auto"
     results_dir: Annotated[
         str | Path | None,
@@ -115,7 +95,7 @@ class EvaluationSettings(_Checked):
             Path,
         ),
     ] = None
-    seed: int = 1234
+    seed: Seed = 1234
     device: "str | torch.device" = "cpu"
     dtype: "torch.dtype | str | None" = None
     parallelize: bool = False
@@ -124,7 +104,7 @@ class EvaluationSettings(_Checked):
 
 
 @dataclass(frozen=True)
-class EfficiencySettings:
+class EfficiencySettings(CheckedSettings):
     """What is measured of a model's cost.
 
     Attributes:
@@ -152,7 +132,7 @@ class EfficiencySettings:
 
 
 @dataclass(frozen=True)
-class GenerationSettings(_Checked):
+class GenerationSettings(CheckedSettings):
     """How a model writes after a prompt. The flags' help explains the fields.
 
     Without `do_sample`, `temperature`, `top_p` and `top_k`, the likeliest token is taken each time. The model's own
@@ -170,9 +150,7 @@ class GenerationSettings(_Checked):
             "base models do; messages always go through the template)",
         ),
     ] = False
-    max_new_tokens: Annotated[
-        int, Flag("N", "tokens to write per prompt (default: %(default)s)", number(int, least=1))
-    ] = 50
+    max_new_tokens: Annotated[int, Flag("N", "tokens to write per prompt", number(int, least=1))] = 50
     do_sample: Annotated[
         bool,
         Flag(None, "draw tokens at random; each of the next three implies it (default: the likeliest token each time)"),
@@ -193,16 +171,9 @@ class GenerationSettings(_Checked):
         int | None, Flag("K", "draw among the K likeliest tokens (default: all)", number(int, least=1))
     ] = None
     num_return_sequences: Annotated[
-        int, Flag("N", "texts to draw per prompt, one after the other (default: %(default)s)", number(int, least=1))
+        int, Flag("N", "texts to draw per prompt, one after the other", number(int, least=1))
     ] = 1
-    seed: Annotated[
-        int,
-        Flag(
-            "N",
-            "seed of everything random, here and in the evaluation (default: %(default)s)",
-            number(int, least=0, most=2**32 - 1),  # NumPy's limit
-        ),
-    ] = 1234
+    seed: Seed = 1234
 
     @property
     def sampling(self) -> dict[str, Any] | None:

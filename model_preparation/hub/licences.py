@@ -3,10 +3,13 @@
 Nothing is guessed: if a source is a local folder or not in the table, the user must name the licence.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
 from model_preparation.errors import SurgeryError
 
@@ -22,7 +25,11 @@ _LICENCES = [
     (r"HuggingFaceTB/SmolLM2-.+", "apache-2.0"),
 ]
 _PERMISSIVE = {"apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "cc0-1.0", "unlicense"}
+# Ids that hubs know, and that are not in the list of SPDX.
+_OF_HUBS = {"gemma", "llama2", "llama4", "openrail", "creativeml-openrail-m", "bigcode-openrail-m", "unknown", "other"}
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,8 @@ def licence_of(info: Mapping[str, Any], given: str | None = None) -> str:
                 f"The {role} {sources[role]['id']} is under {licence}, so this model cannot be under {given}. "
                 f"Give --licence {licence}, or none."
             )
+        if not _is_known(given):
+            logger.warning("%r is no licence that the hubs or SPDX list. If it is misspelt, give another.", given)
         return given
     for role, source in sources.items():
         if known[role] is None:
@@ -121,6 +130,13 @@ def licence_of(info: Mapping[str, Any], given: str | None = None) -> str:
             f"The base is under {known['base']}, the donor under {known['donor']}. Read both, then give --licence ID."
         )
     return candidates[0]
+
+
+def _is_known(licence: str) -> bool:
+    try:
+        return licence in {*LLAMA_TERMS, *_OF_HUBS} or bool(canonicalize_license_expression(licence))
+    except InvalidLicenseExpression:
+        return False
 
 
 def terms_of(info: Mapping[str, Any], licence: str) -> list[LlamaTerms]:

@@ -114,17 +114,27 @@ def donor_name(base: str, overrides: Mapping[str, str] | None = None) -> str | N
     Raises:
         SurgeryError: for a base that means nothing, or a folder that is no model.
     """
-    target = target_named(base, overrides)
-    source = _source_here(target, "model")
-    if source is None:
-        _hub_id(target)
-    else:
+    source = source_here(base, overrides)
+    if source is not None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SurgeryError):
             donor = read_json(source.folder / "distillation.json")["donor"]
             named = f"{donor['hub']}:{donor['id']}" + (f"@{donor['revision']}" if donor["revision"] else "")
             if donor["hub"] != "local":
                 return next((name for name in TABLE if TABLE[name] == named), named)
     return "llama" if base in _TOKENIZER_OF else None
+
+
+def source_here(name: str, overrides: Mapping[str, str] | None = None) -> Source | None:
+    """The model that `name` means, if it is on this machine; None for a hub id. No hub is asked.
+
+    Raises:
+        SurgeryError: for a name that means nothing, or a folder that lacks files.
+    """
+    target = target_named(name, overrides)
+    source = _source_here(target, "model")
+    if source is None:
+        _hub_id(target)
+    return source
 
 
 def check_recorded(source: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from model_preparation.terminal import STEERING
 
 FIELDS = {"layers", "score", "description", "name"}
 SPACES = "layers are separated by spaces, not commas"
+_HINT = "create_best_checkpoints.sh --help shows what a list looks like."
 EXAMPLE = """\
 a list, as CSV (score, description and name may be left out):
   layers,score,description,name
@@ -45,26 +46,25 @@ def read_list(path: Path) -> list[Combination]:
     """
     try:
         text = read_text(path)
-        entries = _json_entries(text) if path.suffix == ".json" else list(csv.DictReader(text.splitlines()))
+        entries = _json_entries(text) if path.suffix == ".json" else _csv_entries(text)
     except OSError as error:
         raise SurgeryError(
-            f"{path} cannot be read ({error.strerror}). "
-            "--list takes a .csv or .json file of combinations; --help shows what a list looks like."
+            f"{path} cannot be read ({error.strerror}). Give a .csv or .json file of combinations: {_HINT}"
         ) from error
     except (ValueError, csv.Error, RecursionError) as error:
-        raise SurgeryError(f"{path} cannot be read: {error}. --help shows what a list looks like.") from error
+        raise SurgeryError(f"{path} cannot be read: {error}. {_HINT}") from error
     combinations = []
     for number, entry in enumerate(entries, start=1):
         try:
             combinations.append(_combination(entry))
         except ValueError as error:
-            raise SurgeryError(f"{path}, entry {number}: {error}. --help shows what a list looks like.") from error
+            raise SurgeryError(f"{path}, entry {number}: {error}. {_HINT}") from error
     names = [combination.name for combination in combinations]
     for name in names:
         if names.count(name) > 1:
             raise SurgeryError(f"{path} has {names.count(name)} entries for the folder {name}. Name each differently.")
     if not combinations:
-        raise SurgeryError(f"{path} lists no combinations. --help shows what a list looks like.")
+        raise SurgeryError(f"{path} lists no combinations. {_HINT}")
     return combinations
 
 
@@ -114,14 +114,21 @@ def _default_name(layers: tuple[int, ...]) -> str:
 def _json_entries(text: str) -> list[dict[str, Any]]:
     entries = json.loads(text)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError("it is not a list of objects")
+        raise ValueError("it is not a list of objects in [ ]")
     return entries
+
+
+def _csv_entries(text: str) -> list[dict[Any, Any]]:
+    reader = csv.DictReader(text.splitlines())
+    if "layers" not in (columns := reader.fieldnames or []):
+        raise ValueError(f"its first line must name the columns, layers among them, and is {','.join(columns)!r:.80}")
+    return list(reader)
 
 
 def _combination(entry: dict[Any, Any]) -> Combination:
     """Read one entry of a file. Raises ValueError for what is wrong in it."""
     values = {key: value for key, value in entry.items() if value not in (None, "")}
-    unknown = sorted(str(key or f"a value without a column ({SPACES})") for key in values.keys() - FIELDS)
+    unknown = sorted(str(key or f"more values than columns ({SPACES})") for key in values.keys() - FIELDS)
     if unknown:
         raise ValueError(f"it has {', '.join(unknown)}; known are {', '.join(sorted(FIELDS))}")
     given = values.get("layers", [])

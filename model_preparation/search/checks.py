@@ -8,7 +8,6 @@ from model_preparation.checkpoint.digests import digest_of_layers
 from model_preparation.checkpoint.layer_store import METADATA, LayerStore, ModelLayers
 from model_preparation.checkpoint.model_configs import type_and_depth
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.settings import EvaluationSettings
 from model_preparation.hub.sources import resolve
 from model_preparation.io.identity import differences
 from model_preparation.io.untrusted.untrusted_files import read_json, without_links
@@ -16,7 +15,7 @@ from model_preparation.search.layer_sets import SearchSpace
 from model_preparation.search.plan import bounds
 from model_preparation.search.question_set import check_tasks
 from model_preparation.search.result_reader import RESULT, read_single_layers
-from model_preparation.search.settings import KL, METHODS, OBJECTIVES, SearchSettings
+from model_preparation.search.settings import KL, SearchSettings
 
 JOURNAL, DONOR_LAYERS = "journal.jsonl", "donor_layers"  # in the output folder, beside RESULT
 
@@ -51,18 +50,17 @@ def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
 
 def _check_settings(settings: SearchSettings) -> None:
     method, least, most = settings.method, settings.min_layers, settings.most_layers
-    # It refuses numbers that are too small.
-    EvaluationSettings(limit=settings.limit, num_fewshot=settings.num_fewshot, batch_size=settings.batch_size)
-    if method not in METHODS:
-        raise SurgeryError(f"{method!r} is no method. Choose one of {', '.join(METHODS)}.")
     if method == "singles" and least > 1:
         raise SurgeryError(
             f"The method singles tries one layer at a time, and min_layers is {least}. Choose another --method."
         )
-    if not 1 <= least <= most:
-        raise SurgeryError(f"min_layers {least} and max_layers {most} do not fit. Give 1 <= min <= max.")
-    if settings.objective not in OBJECTIVES:
-        raise SurgeryError(f"{settings.objective!r} is no objective. Choose one of {', '.join(OBJECTIVES)}.")
+    if least > most:
+        raise SurgeryError(f"min_layers {least} and max_layers {most} do not fit. Give min <= max.")
+    if (settings.max_cache_bytes is None) != (settings.at_tokens is None):
+        raise SurgeryError(
+            f"max_cache_bytes is {settings.max_cache_bytes} and at_tokens {settings.at_tokens}: a cache grows with the "
+            "tokens. Give both, --max_cache_bytes and --at_tokens."
+        )
     if settings.objective == KL and settings.donor is None:
         raise SurgeryError("The objective kl compares with the donor itself, which is not named. Name it by --donor.")
     if settings.donor is None and settings.llama_layers_dir is None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from rich.filesize import decimal
 
+from model_preparation.errors import SurgeryError
+from model_preparation.llamba.cache_llamba import cache_bytes
 from model_preparation.search.cached_scoring import count_tokens, hidden_states_bytes
 from model_preparation.search.layer_sets import SearchSpace, most_passes
 from model_preparation.search.scoring_setup import ScoringSetup
@@ -99,6 +101,27 @@ def _in_any_order(count: int, singles: int, total: int) -> int:
     return total + most_passes(first, total, 1, 1) + (count - first) * total
 
 
+def sizes_in_budget(setup: ScoringSetup) -> tuple[int, int]:
+    """The fewest and the most layers of a combination whose cache is within the budget.
+
+    Raises:
+        SurgeryError: if no size is.
+    """
+    settings, model = setup.settings, setup.pair.model
+    least, most = settings.min_layers, settings.most_layers
+    if settings.max_cache_bytes is None or settings.at_tokens is None:
+        return least, most
+    needs = {size: cache_bytes(model.config, size, settings.at_tokens, model.dtype) for size in range(least, most + 1)}
+    fits = [size for size, size_bytes in needs.items() if size_bytes <= settings.max_cache_bytes]
+    if not fits:
+        raise SurgeryError(
+            f"A combination of {least} to {most} layers has a cache of at least {min(needs.values()):,} bytes after "
+            f"{settings.at_tokens:,} tokens, and max_cache_bytes is {settings.max_cache_bytes:,}. "
+            "Give more --max_cache_bytes, or other numbers of layers."
+        )
+    return fits[0], fits[-1]  # each layer changes the cache alike, so all sizes between them fit too
+
+
 def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
     """The plan."""
     settings, questions, donor = setup.settings, setup.questions, setup.planned.donor
@@ -106,16 +129,34 @@ def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
     size = hidden_states_bytes(setup)
     in_file = max(0, size - settings.memory_bytes)
     return [
-        f"base        {setup.planned.base.folder}",
-        f"donor       {donor.metadata['source']['id']} (layers in {donor.folder})",
-        f"questions   {len(questions.questions):,} of {', '.join(settings.tasks)}, {tokens:,} tokens with padding",
-        f"memory      {decimal(size)} for the base's hidden states before each of {space.total} layers"
+        f"Base         {setup.planned.base.folder}",
+        f"Donor        {donor.metadata['source']['id']} (layers in {donor.folder})",
+        f"Questions    {len(questions.questions):,} of {', '.join(settings.tasks)}, {tokens:,} tokens with padding",
+        f"Memory       {decimal(size)} for the base's hidden states before each of {space.total} layers"
         + (f", of which up to {decimal(in_file)} in a file in {settings.folder}" if in_file else "")
         + f"; at most {space.most + 1} more states of {decimal(size // space.total)}",
-        f"method      {settings.method}, {space.least} to {space.most} of {space.total} layers"
+        f"Method       {settings.method}, {space.least} to {space.most} of {space.total} layers"
         + (", candidates race" if settings.races else "")
         + f"; maximises {settings.objective}",
+        *_describe_cache(setup, space),
         *describe_cost(bounds(space, settings), settings, space.total),
+    ]
+
+
+def _describe_cache(setup: ScoringSetup, space: SearchSpace) -> list[str]:
+    """What the budget of the cache leaves of the space."""
+    settings, model = setup.settings, setup.pair.model
+    if settings.max_cache_bytes is None or settings.at_tokens is None:
+        return []
+    asked = range(settings.min_layers, settings.most_layers + 1)
+    left_out = [size for size in asked if not space.least <= size <= space.most]
+    layers = f"; left out: {', '.join(map(str, left_out))} layers" if left_out else "; all sizes fit"
+    largest = max(
+        cache_bytes(model.config, size, settings.at_tokens, model.dtype) for size in (space.least, space.most)
+    )
+    return [
+        f"Cache        at most {settings.max_cache_bytes:,} bytes after {settings.at_tokens:,} tokens; "
+        f"the largest candidate has {largest:,}{layers}"
     ]
 
 
@@ -131,8 +172,8 @@ def describe_cost(found: Bounds, settings: SearchSettings, total: int) -> list[s
     if found.before:
         evaluated = f"; {most}{evaluations:,} evaluations, smaller sets on the way included"
     lines = [
-        f"candidates  {count}{evaluated}{later}",
-        f"cost        {most}{passes:,} layer passes"
+        f"Candidates   {count}{evaluated}{later}",
+        f"Cost         {most}{passes:,} layer passes"
         + (f", and {step.passes:,} in each step of refinement" if step else "")
         + f"; alone, {evaluations:,} combination{'s' * (evaluations != 1)} would take {alone:,}: "
         + f"{'at least ' if most else ''}{max(0.0, 1 - passes / alone):.0%} saved"
@@ -143,7 +184,7 @@ def describe_cost(found: Bounds, settings: SearchSettings, total: int) -> list[s
         if count == "1":
             together, left = "the only combination takes", ""
         lines.append(
-            f"advice      {together} {found.everything.passes:,} layer passes{left}: "
+            f"Advice       {together} {found.everything.passes:,} layer passes{left}: "
             "use --method exhaustive, or a --budget_evaluations"
         )
     return lines

@@ -3,7 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from model_preparation.command_line import number
+from model_preparation.evaluation.settings import auto_or_count
+from model_preparation.setting_flags import CheckedSettings, Flag, OneOf
 
 METHODS = ("singles", "exhaustive", "greedy", "beam", "ga")
 RACING_METHODS = ("greedy", "beam", "ga")  # candidates race here by default
@@ -12,60 +16,131 @@ OPTIONS_OF = {"beam": ("beam_width",), "ga": ("seed", "population", "generations
 ACCURACY, KL = OBJECTIVES = ("accuracy", "kl")
 
 
+class _Gigabytes:
+    """Reads GB as bytes."""
+
+    def __call__(self, text: str) -> int:
+        return int(number(float, least=0)(text) * 1e9)
+
+    def text(self, size_bytes: float) -> str:
+        return str(size_bytes / 1e9)
+
+
+_COUNT = number(int, least=1)
+
+
 @dataclass(frozen=True)
-class SearchSettings:
-    """What is searched, on which questions, and how.
+class SearchSettings(CheckedSettings):
+    """What is searched, on which questions, and how. The flags' help explains the fields.
 
     Attributes:
         output_dir: the folder of the journal and the results.
-        base, tokenizer, sources: as `build_checkpoint` takes them.
-        donor: the donor's name, folder or hub id. The objective `kl` needs it, and so does the donor's own score.
-        llama_layers_dir: a folder that `extract_layers` wrote. By default the layers are extracted from `donor`.
-        tasks, limit, mmlu_data, num_fewshot, batch_size: as `evaluate_checkpoint` takes them.
+        sources: targets by name, as `resolve(overrides=...)` takes them.
         device: where this process computes.
         dtype: torch's name of the dtype to run in; by default that of the checkpoints.
-        objective: one of `OBJECTIVES`.
-        method: one of `METHODS`.
-        min_layers, max_layers: the size of a combination. `max_layers` is 4 by default, and 1 for singles.
-        budget_evaluations: evaluate at most so many combinations; None sets no limit.
-        budget_hours: evaluate for at most so many hours, all runs of this search together.
-        race: whether to drop candidates early that are surely worse; None leaves it to the method.
-        prior: a result file; its `single_layer_results` are taken as known.
-        beam_width: how many combinations of each size beam search extends.
-        seed, population, generations, patience: of the genetic algorithm. It stops after `patience` generations
-            without a better combination.
-        top: in a race, how many combinations singles and exhaustive score on all questions.
-        memory_bytes: memory for the base's hidden states; the rest goes into a file in `output_dir`.
+        race: None leaves it to the method.
+
+    Raises:
+        SurgeryError: for a value that its flag does not take.
     """
 
     output_dir: str | Path
-    base: str = "unaligned_llamba"
-    donor: str | None = None
-    llama_layers_dir: str | Path | None = None
-    tokenizer: str | None = None
+    base: Annotated[str, Flag("NAME|PATH", "the Llamba to graft into: a name, a model folder or a hub id")] = (
+        "unaligned_llamba"
+    )
+    donor: Annotated[
+        str | None,
+        Flag(
+            "NAME|PATH",
+            "the Llama that gives the layers; its own score is shown too, and --objective kl needs it",
+        ),
+    ] = None
+    llama_layers_dir: Annotated[
+        str | Path | None,
+        Flag(
+            "DIR",
+            "the donor's layers, written by extract_layers.py (default: extracted from --donor into OUTPUT_DIR)",
+            Path,
+        ),
+    ] = None
+    tokenizer: Annotated[str | None, Flag("NAME|PATH", "take the tokenizer from here (default: the base's own)")] = None
     sources: Mapping[str, str] = field(default_factory=dict)
-    tasks: tuple[str, ...] = ("mmlu",)
-    limit: int | None = None
-    mmlu_data: str | None = None
-    num_fewshot: int | None = None
-    batch_size: int | str = "auto"
+    tasks: Annotated[
+        tuple[str, ...],
+        Flag(
+            "TASK",
+            "tasks, groups or tags of lm-eval, or folders of task files; their code is run (default: mmlu)",
+            nargs="+",
+            name="task",
+        ),
+    ] = ("mmlu",)
+    limit: Annotated[int | None, Flag("N", "the first N questions of every task", _COUNT)] = None
+    mmlu_data: Annotated[str | None, Flag("DIR|hub|modelscope", "MMLU's questions, as for test_checkpoint.py")] = None
+    num_fewshot: Annotated[int | None, Flag("K", "solved examples before each question", number(int, least=0))] = None
+    batch_size: Annotated[
+        int | str,
+        Flag("N", "questions at once; a race asks whole batches, so this may change what it drops", auto_or_count),
+    ] = "auto"
     device: str = "cpu"
     dtype: str | None = None
-    objective: str = ACCURACY
-    method: str = "beam"
-    min_layers: int = 1
-    max_layers: int | None = None
-    budget_evaluations: int | None = None
-    budget_hours: float | None = None
-    race: bool | None = None
-    prior: str | Path | None = None
-    beam_width: int = 4
-    seed: int = 0
-    population: int = 40
-    generations: int = 20
-    patience: int = 4
-    top: int = 10
-    memory_bytes: int = 4_000_000_000
+    objective: Annotated[
+        str,
+        Flag(
+            None,
+            "accuracy: right answers; kl: closeness to the donor's predictions, less noisy",
+            OneOf(*OBJECTIVES),
+        ),
+    ] = ACCURACY
+    method: Annotated[str, Flag(None, "see above", OneOf(*METHODS))] = "beam"
+    min_layers: Annotated[int, Flag("N", "the fewest layers of a combination", _COUNT)] = 1
+    max_layers: Annotated[
+        int | None, Flag("N", "the most layers of a combination (default: 4; of singles: 1)", _COUNT)
+    ] = None
+    budget_evaluations: Annotated[int | None, Flag("N", "evaluate at most N combinations", _COUNT)] = None
+    budget_hours: Annotated[
+        float | None,
+        Flag("H", "evaluate for at most H hours, all runs of this search together", number(float, above=0)),
+    ] = None
+    max_cache_bytes: Annotated[
+        int | None,
+        Flag("N", "only combinations whose cache has at most N bytes after --at_tokens tokens of one sequence", _COUNT),
+    ] = None
+    at_tokens: Annotated[int | None, Flag("N", "of --max_cache_bytes", _COUNT)] = None
+    race: Annotated[
+        bool | None,
+        Flag(
+            None,
+            "ask the questions in rounds; after each, drop candidates that a paired test shows to be surely worse "
+            "(default: on for greedy, beam and ga; off for singles and exhaustive, where all get their score)",
+            OneOf(auto=None, on=True, off=False),
+        ),
+    ] = None
+    prior: Annotated[
+        str | Path | None,
+        Flag("FILE", "another search's result; its single_layer_results are taken as known"),
+    ] = None
+    beam_width: Annotated[int, Flag("N", "of beam: combinations of each size that it extends", _COUNT)] = 4
+    seed: Annotated[int, Flag("N", "of ga, from 0", number(int, least=0))] = 0
+    population: Annotated[int, Flag("N", "of ga, per generation, at least 4", number(int, least=4))] = 40
+    generations: Annotated[int, Flag("N", "of ga, at most", _COUNT)] = 20
+    patience: Annotated[int, Flag("N", "ga stops after N generations without a better combination", _COUNT)] = 4
+    top: Annotated[
+        int,
+        Flag(
+            "N",
+            "combinations to print; in a race of singles or exhaustive also those to score on all questions",
+            _COUNT,
+        ),
+    ] = 10
+    memory_bytes: Annotated[
+        int,
+        Flag(
+            "GB",
+            "memory for the base's hidden states; the rest goes into a file in OUTPUT_DIR",
+            _Gigabytes(),
+            name="boundary_memory",
+        ),
+    ] = 4_000_000_000
 
     @property
     def folder(self) -> Path:
@@ -94,6 +169,8 @@ class SearchSettings:
             "max_layers": self.most_layers,
             "budget_evaluations": self.budget_evaluations,
             "budget_hours": self.budget_hours,
+            "max_cache_bytes": self.max_cache_bytes,
+            "at_tokens": self.at_tokens,
             "race": self.races,
             "prior": None if prior is None else f"{prior.name} ({blake3_of(prior)[:16]})",
             **{name: getattr(self, name) for name in options},

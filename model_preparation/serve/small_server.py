@@ -102,6 +102,8 @@ class Answering:
         request = {**self._read(body, _CHAT, "messages"), "logprobs": None, "echo": False}
         if request["max_completion_tokens"] is not None:
             request["max_tokens"] = request["max_completion_tokens"]
+        if self._tokenizer.chat_template is None:
+            raise Refused("This checkpoint's tokenizer has no chat template. Send a prompt to /v1/completions instead.")
         try:
             text = apply_chat_template(self._tokenizer, request["messages"])
         except ValueError as error:

@@ -28,6 +28,24 @@ class Piece(NamedTuple):
     is_last: bool
 
 
+def files_of_text(data: str) -> list[Path] | None:
+    """The files that hold the text; None for the name of a hub's data set. No hub is asked.
+
+    Args:
+        data: a file or folder as `text_files` takes it, or a name as `read_data_set` takes it.
+
+    Raises:
+        SurgeryError: if it can be neither.
+    """
+    if not data:
+        raise SurgeryError("The name of the text is empty. Give a file, a folder, or the name of a data set.")
+    path = Path(data).expanduser()
+    if path.exists() or path.is_absolute() or data.startswith(".") or path.suffix in SUFFIXES:
+        return text_files(path, SUFFIXES, "the name of a data set")
+    _data_set_named(data)
+    return None
+
+
 def text_files(path: Path, suffixes: tuple[str, ...], otherwise: str) -> list[Path]:
     """The file, or all files in the folder and below it that end in one of `suffixes`; sorted by path.
 
@@ -82,10 +100,7 @@ def read_data_set(name: str) -> Iterator[str]:
     """
     import datasets  # takes a second, and only names need it
 
-    given = _DATA_SET.fullmatch(name)
-    if given is None:
-        raise SurgeryError(f"{name} is neither a file nor a folder, nor the name of a data set: {_NAMES}.")
-    hub, repo, config = given.groups()
+    hub, repo, config = _data_set_named(name)
     try:
         place = _from_modelscope(repo) if hub == "modelscope" else repo
         rows: Iterable[Any] = datasets.load_dataset(place, config, split="train")
@@ -100,6 +115,14 @@ def read_data_set(name: str) -> Iterator[str]:
             yield _text_of(row, f"row {number}")
     except ValueError as error:
         raise SurgeryError(f"{name}: {error}. Every row needs that field.") from error
+
+
+def _data_set_named(name: str) -> tuple[str | None, str, str | None]:
+    """(hub, repository, configuration) of a data set's name."""
+    given = _DATA_SET.fullmatch(name)
+    if given is None:
+        raise SurgeryError(f"{name} is neither a file nor a folder, nor the name of a data set: {_NAMES}.")
+    return given[1], given[2], given[3]
 
 
 def _texts_in(path: Path, *, is_whole: bool) -> Iterator[AbstractContextManager[TextIO]]:

@@ -235,6 +235,7 @@ def test_a_llamba_s_layers_can_be_extracted(base_dir, tmp_path):
     layer = torch.load(tmp_path / "out" / "layer_02.pt", weights_only=True)
     assert torch.equal(layer["mixer.in_proj.weight"], base["backbone.layers.2.mixer.in_proj.weight"])
     assert LayerStore(tmp_path / "out").metadata["num_heads"] == 2
+    assert "extract those of the donor" in result.stdout
 
 
 def test_an_existing_folder_is_replaced_only_when_asked(damaged, donor_dir):

@@ -160,6 +160,12 @@ def test_the_stricter_licence_binds():
             licence_of(pair(base, donor), given)
 
 
+def test_a_licence_that_nobody_lists_is_warned_of(caplog):
+    for given in ("cc-by-4.0", "gemma", "openrail", "other", "apach-2.0"):
+        assert licence_of(pair(LOCAL, LOCAL), given) == given
+    assert caplog.messages == ["'apach-2.0' is no licence that the hubs or SPDX list. If it is misspelt, give another."]
+
+
 def test_llamas_rules_hold_whatever_licence_is_named():
     terms = terms_of(pair(LOCAL, LLAMA), "other")
     assert [term.title for term in terms] == ["Llama 3.1 Community License"]

@@ -107,7 +107,7 @@ def test_each_of_a_thousand_flipped_bytes_is_found(checkpoint):
 def test_a_flipped_byte_is_told_by_the_tensor_it_is_in(checkpoint, name):
     weights = torch.load(checkpoint / "model_state_dict.pt", weights_only=True)[Q_PROJ].numpy().tobytes()
     flip(checkpoint / name, (checkpoint / name).read_bytes().index(weights) + 7, 3)
-    result = run_command("verify_checkpoint", checkpoint)
+    result = run_command("verify_checkpoint", "--checkpoint", checkpoint)
     assert_refused(result, "2 faults in", str(checkpoint))
     faults = [line.split(maxsplit=1)[1] for line in result.stdout.splitlines() if line.startswith("FAULT")]
     assert [fault.split()[0] for fault in faults] == [name, Q_PROJ]

@@ -49,8 +49,9 @@ def test_a_failure_is_told_at_the_end(command, make_candidate, tmp_path):
 
 def test_flags_are_handed_on_as_they_are():
     given = ["x", "--tasks", "arc", "--batch-size", "auto", "--num_fewshot", "5", "--dtype", "float32", "--seed", "3"]
-    args = evaluate_checkpoints.make_parser().parse_args([*given, "--mmlu_data", "hub", "--device", "cpu"])
-    assert " ".join(evaluate_checkpoints._flags(args)) == (
+    parser = evaluate_checkpoints.make_parser()
+    args = parser.parse_args([*given, "--mmlu_data", "hub", "--device", "cpu"])
+    assert " ".join(evaluate_checkpoints._flags(parser, args)) == (
         "--tasks arc --num_fewshot 5 --batch_size auto --mmlu_data hub --seed 3 --dtype float32 --device cpu"
     )
     assert list(evaluate_checkpoints._needed_paths(args)) == []

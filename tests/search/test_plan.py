@@ -95,7 +95,7 @@ def test_the_plan_says_where_all_combinations_cost_no_more():
     for plan in (lines("ga", 2, 20), lines("beam", 4), lines("exhaustive", 2)):
         assert "--method exhaustive" not in plan
     assert "of which at most 20 are evaluated" in lines("ga", 2, 20)
-    assert "cost        376 layer passes; alone, 78 combinations would take 936: 60% saved" in lines("exhaustive", 2)
+    assert "Cost         376 layer passes; alone, 78 combinations would take 936: 60% saved" in lines("exhaustive", 2)
 
 
 def test_the_plan_counts_smaller_sets_apart():

@@ -13,6 +13,7 @@ import torch
 
 from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.serve.plugin import installed_vllm
+from model_preparation.serve.small_server import Answering, Refused
 from tests.conftest import assert_refused, run_command
 
 TEMPLATE = """\
@@ -126,6 +127,12 @@ def test_the_key_is_needed_and_health_needs_none(server):
     assert (status, json.loads(answer)["data"][0]["id"]) == (200, "graft")
 
 
+def test_a_tokenizer_without_a_chat_template_is_named(model, served_dirs):
+    answering = Answering(model, load_checkpoint(served_dirs["pt"])[1], "graft")
+    with pytest.raises(Refused, match=r"has no chat template\. Send a prompt to /v1/completions"):
+        answering.chat({"messages": [{"role": "user", "content": "Hi"}]}, print)
+
+
 def test_a_client_that_goes_away_does_no_harm(server):
     port = int(server.url.rpartition(":")[2])
     body = json.dumps({"prompt": PROMPT, "max_tokens": 400, "stream": True}).encode()
@@ -141,8 +148,11 @@ def test_ctrl_c_ends_it(server):
     said = server.said.read_text()
     assert "Address      http://127.0.0.1:" in said
     assert "curl http://127.0.0.1:" in said
-    assert server.end(signal.SIGINT) == 130
-    assert "Traceback" not in server.said.read_text()
+    assert server.end(signal.SIGINT) == 0
+    said = server.said.read_text()
+    assert said.endswith("\nStopped.\n")
+    assert "Traceback" not in said
+    assert "error" not in said
 
 
 def test_bad_input(served_dirs, tmp_path):

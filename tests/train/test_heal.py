@@ -374,7 +374,9 @@ def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, check
     assert_refused(heal(tmp_path / "out", "--milestones", "9=late"), "late is at step 9", "steps 1 to 6")
     for read in ("--checkpoint", "--teacher", "--init_from"):
         refused = heal(healed, "--overwrite", read, healed)
-        assert_refused(refused, f"{healed} is only read", "another folder")
+        assert_refused(
+            refused, f"{healed} is only read here, and --output_dir is that folder too", "another --output_dir"
+        )
     for place in (("--output_dir", checkpoint_dir / "in"), ("--resume_dir", checkpoint_dir)):
         assert_refused(heal(tmp_path / "out", *place), f"{checkpoint_dir} is only read", "Choose a")
     assert_refused(heal(tmp_path / "out", "--resume_dir", tmp_path / "out"), "cannot hold both")

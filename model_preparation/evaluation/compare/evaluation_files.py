@@ -56,8 +56,8 @@ class EvaluationFiles:
 
     @property
     def place(self) -> Path:
-        """The folder that gives the model its name."""
-        return self.checkpoint or self.given
+        """The folder that gives the model its name: of an evaluation in a --results_dir, the one above it."""
+        return self.checkpoint or (self.given.parent if (self.given / SETTINGS).is_file() else self.given)
 
     @property
     def date(self) -> str:

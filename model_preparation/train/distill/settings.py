@@ -2,50 +2,73 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from model_preparation.errors import SurgeryError
+from model_preparation.command_line import number
+from model_preparation.setting_flags import CheckedSettings, Flag, OneOf
 
 SELF = "self"  # as data: the donor writes the text itself
 Target = Literal["mixer", "layer"]
 
 
+_COUNT, _AT_LEAST_TWO = number(int, least=1), number(int, least=2)
+
+
 @dataclass(frozen=True)
-class DistillSettings:
-    """How a donor is distilled.
+class DistillSettings(CheckedSettings):
+    """How a donor is distilled. The flags' help explains the fields.
 
     Attributes:
-        tokens: to train on and hold out, together; all tokens of a tensor are taken.
-        sequence_length: tokens per sequence of text; a tensor has its own.
-        steps_per_layer: steps of the optimizer for each layer.
-        batch_size: sequences per step.
-        learning_rate: the highest one, of AdamW.
-        weight_decay: of AdamW.
-        seed: of all random numbers.
-        target: "mixer" compares what mixer and attention give, "layer" what the two whole layers give.
+        tokens: all tokens of a tensor are taken.
+        sequence_length: a tensor has its own.
         mixer: sizes of the mixers, `d_state`, `n_v_heads`, `n_qk_heads`, `d_conv`; the others follow from the donor.
-        memory_limit_gb: larger hidden states are kept on the disk, in GB.
-        layers_per_job: layers that a job on Ray trains. It first puts the tokens through all layers before them.
+
+    Raises:
+        SurgeryError: for a value that its flag does not take.
     """
 
-    tokens: int = 1_048_576
-    sequence_length: int = 512
-    steps_per_layer: int = 500
-    batch_size: int = 8
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.0
-    seed: int = 0
-    target: Target = "mixer"
+    tokens: Annotated[int, Flag("N", "tokens of text to read or write; one in 16 is held out", _AT_LEAST_TWO)] = (
+        1_048_576
+    )
+    sequence_length: Annotated[int, Flag("N", "tokens per sequence", _AT_LEAST_TWO)] = 512
+    steps_per_layer: Annotated[int, Flag("N", "steps of the optimizer for each layer", _COUNT)] = 500
+    batch_size: Annotated[int, Flag("N", "sequences per step", _COUNT)] = 8
+    learning_rate: Annotated[
+        float,
+        Flag(
+            "X",
+            "AdamW's, after a linear warm-up over a tenth of the steps; it falls as a cosine",
+            number(float, above=0),
+        ),
+    ] = 2e-3
+    weight_decay: Annotated[float, Flag("X", "AdamW's", number(float, least=0))] = 0.0
+    seed: Annotated[int, Flag("N", "of all random numbers", number(int, least=0))] = 0
+    target: Annotated[
+        Target,
+        Flag(
+            None,
+            "what is compared: the mixer's output with the attention's, or the layers' outputs",
+            OneOf(*get_args(Target)),
+        ),
+    ] = "mixer"
     mixer: Mapping[str, int] = field(default_factory=dict)
-    memory_limit_gb: float = 4.0
-    layers_per_job: int = 4
-
-    def __post_init__(self) -> None:
-        if self.target not in get_args(Target):
-            raise SurgeryError(f"target is {self.target!r}. Choose one of {', '.join(get_args(Target))}.")
-        for name in ("tokens", "sequence_length", "steps_per_layer", "batch_size", "layers_per_job"):
-            if getattr(self, name) < 1:
-                raise SurgeryError(f"{name} is {getattr(self, name)}. It must be at least 1.")
+    memory_limit_gb: Annotated[
+        float,
+        Flag(
+            "GB",
+            "larger hidden states are kept on the disk, not in memory",
+            number(float, least=0),
+            name="memory_limit",
+        ),
+    ] = 4.0
+    layers_per_job: Annotated[
+        int,
+        Flag(
+            "N",
+            "with --ray: layers that one job trains in turn; it first puts the tokens through all layers before them",
+            _COUNT,
+        ),
+    ] = 4
 
     @property
     def memory_limit_bytes(self) -> float:

@@ -97,8 +97,8 @@ def heal_checkpoint(
     states = Path(resume_dir).expanduser() if resume_dir else Path(f"{os.path.abspath(output_dir)}_resume")
     without_links(states.resolve() if resume_dir else states)
     only_read = [parent, data, *(given.get(name) for name in ("teacher", "init_from", "eval_data"))]
-    for place in (output_dir, states):
-        _check_apart(place, parent, *only_read)
+    for flag, place in (("--output_dir", output_dir), ("--resume_dir", states)):
+        _check_apart(flag, place, parent, *only_read)
     if output_dir.resolve() == states.resolve():
         raise SurgeryError(f"{states} cannot hold both the states and the checkpoint. Choose another --resume_dir.")
     if states.exists() and not states.is_dir():
@@ -223,7 +223,7 @@ def merge_adapter(
     parent, adapter = Path(checkpoint).expanduser(), Path(adapter).expanduser()
     output_dir = Path(output_dir).expanduser()
     parent_info, format, dtype = _parent_of(parent, format, torch_dtype(dtype))
-    _check_apart(output_dir, parent, parent, adapter)
+    _check_apart("--output_dir", output_dir, parent, parent, adapter)
     check_target(output_dir, overwrite=overwrite, marker_file=INFO)
     model, tokenizer = load_checkpoint(parent, dtype=torch.float32)
     healed, extras = _merged(load_adapter(in_memory(model), adapter), parent_info, dtype)
@@ -255,15 +255,16 @@ def _parent_of(parent: Path, format: str | None, dtype: torch.dtype | None) -> t
     return info, format, dtype or getattr(torch, info["dtype"])
 
 
-def _check_apart(written: Path, parent: Path, *read: str | Path | None) -> None:
+def _check_apart(flag: str, written: Path, parent: Path, *read: str | Path | None) -> None:
     """Raise SurgeryError if a folder to write is in the parent, or is or contains something that is read."""
     place = written.resolve()
     if place.is_relative_to(parent.resolve()) and place != parent.resolve():
-        raise SurgeryError(f"{parent} is only read, but {written} is in it. Choose a folder outside.")
+        raise SurgeryError(f"{parent} is only read, but {written} is in it. Choose a {flag} outside.")
     for path in read:
         found = None if path is None else Path(path).expanduser().resolve()
         if found is not None and found.exists() and found.is_relative_to(place):
-            raise SurgeryError(f"{path} is only read, but {written} would replace it. Choose another folder.")
+            where = f"{flag} is that folder too" if found == place else f"{flag} {written} holds it"
+            raise SurgeryError(f"{path} is only read here, and {where}. Choose another {flag}.")
 
 
 def _check_room(trainer: HealTrainer, states: Path, output_dir: Path, dtype: torch.dtype, copies: int) -> None:

@@ -5,7 +5,6 @@ The order depends on the seed and the position alone: not on the number of proce
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
-from model_preparation.train.texts import SUFFIXES, read_data_set, read_texts, text_files
+from model_preparation.train.texts import files_of_text, read_data_set, read_texts
 
 _DOCUMENTS_AT_ONCE = 256
 
@@ -68,7 +67,7 @@ def load_sequences(data: str, tokenizer: PreTrainedTokenizerBase, block_size: in
     """Join all texts, the end-of-text token after each, and cut them into blocks. The rest is dropped.
 
     Args:
-        data: a file or folder as `text_files` takes it, or the name of a data set as `read_data_set` takes it.
+        data: as `files_of_text` takes it.
 
     Raises:
         SurgeryError: if there is no such text, or it has fewer tokens than one block.
@@ -90,13 +89,8 @@ def load_sequences(data: str, tokenizer: PreTrainedTokenizerBase, block_size: in
 
 
 def _documents(data: str) -> Iterator[str]:
-    if not data:
-        raise SurgeryError("The name of the text is empty. Give a file, a folder, or the name of a data set.")
-    path = Path(data).expanduser()
-    is_name = not path.exists() and not (path.is_absolute() or data.startswith(".") or path.suffix in SUFFIXES)
-    if is_name:
-        return read_data_set(data)
-    return (piece.text for piece in read_texts(text_files(path, SUFFIXES, "the name of a data set")))
+    files = files_of_text(data)
+    return read_data_set(data) if files is None else (piece.text for piece in read_texts(files))
 
 
 def hold_out(sequences: Sequences, fraction: float) -> tuple[Sequences, Sequences]:

@@ -2,92 +2,110 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+from model_preparation.command_line import number
 from model_preparation.errors import SurgeryError
 from model_preparation.io.untrusted.untrusted_files import check_fields
+from model_preparation.setting_flags import YES_OR_NO, CheckedSettings, Flag, OneOf
 
 METHODS = ("full", "grafted", "neighbours", "lora")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant")
 TRACKERS = ("none", "trackio", "wandb", "swanlab")
-_CHOICES = {"method": METHODS, "precision": PRECISIONS, "schedule": SCHEDULES, "report_to": TRACKERS}
-_AT_LEAST_ONE = "max_steps batch_size accumulation block_size lora_rank logging_steps save_steps save_total_limit"
-
 # A resumed run may change these: they decide what is kept and shown, not the weights ...
 _FREE = ("save_steps", "save_total_limit", "report_to")
 # ... and this one, which decides where the run ends. The user gets a line about it.
 _FREE_WITH_A_LINE = ("max_steps",)
 
 
-@dataclass(frozen=True)
-class HealSettings:
-    """All that decides the healed weights, apart from the checkpoint and the text.
+_COUNT = number(int, least=1)
+_AT_LEAST_0, _ABOVE_0, _FRACTION = number(float, least=0), number(float, above=0), number(float, least=0, most=1)
+_DROPPED = number(float, least=0, most=0.99)  # dropping everything would train nothing
 
-    Attributes:
-        method: which weights are trained: "full" all, "grafted" the donor's layers, "neighbours" these and the layers
-            next to them, "lora" low-rank updates of the linear layers.
-        init_from: "checkpoint" for the checkpoint's own weights, "scratch" for random ones, or other weights.
-        exclude: patterns of names of tensors that are not taken from `init_from`.
-        max_steps: of the optimizer, counted with the number of processes that the run was started with.
-        batch_size: sequences per forward pass and process.
-        accumulation: forward passes per step.
-        block_size: tokens per sequence.
-        warmup: fraction of the steps in which the learning rate rises.
-        precision: of the forward pass, by autocast; weights, gradients and optimizer state stay in float32.
-        dropout: of the attention weights in grafted layers.
-        teacher: a model whose next-token distributions are the target; None for the text itself.
-        temperature: of the two distributions.
-        teacher_weight: weight of the teacher's term in the loss; the text's term has 1 minus that.
-        hidden_weight: weight of a third term, the squared error of the hidden states relative to the teacher's.
-        eval_interval: steps between two measurements of the held-out loss; 0 for none.
-        eval_fraction: fraction of the sequences that is held out if there is no `eval_data`.
-        always_save: save at every measurement and every `save_steps`; else only if the held-out loss improved.
-        load_best: end with the weights of the lowest held-out loss, not with the last ones.
+
+@dataclass(frozen=True)
+class HealSettings(CheckedSettings):
+    """All that decides the healed weights, apart from the checkpoint and the text. The flags' help explains the fields.
+
+    `max_steps` is counted with the number of processes that the run was started with.
+
+    Raises:
+        SurgeryError: for a value that its flag does not take, or settings that do not go together.
     """
 
-    method: str = "full"
-    init_from: str = "checkpoint"
-    exclude: tuple[str, ...] = ()
-    seed: int = 0
-    max_steps: int = 200
-    batch_size: int = 4
-    accumulation: int = 1
-    block_size: int = 512
-    learning_rate: float = 1e-4
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    precision: str = "float32"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    dropout: float = 0.0
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    teacher: str | None = None
-    temperature: float = 1.0
-    teacher_weight: float = 1.0
-    hidden_weight: float = 0.0
-    eval_data: str | None = None
-    eval_interval: int = 50
-    eval_fraction: float = 0.05
-    always_save: bool = True
-    load_best: bool = True
-    logging_steps: int = 10
-    save_steps: int = 50
-    save_total_limit: int = 3
-    report_to: str = "none"
+    method: Annotated[
+        str,
+        Flag(
+            None,
+            "what is trained: all weights, the grafted layers, these and their neighbours, or low-rank updates",
+            OneOf(*METHODS),
+        ),
+    ] = "full"
+    init_from: Annotated[
+        str,
+        Flag(
+            "checkpoint|scratch|resume|PATH|NAME",
+            "weights to begin with: the checkpoint's own, random ones, those of a state that must be there, or a "
+            "file, folder or model of tensors with the same names; tensors that do not fit are listed",
+        ),
+    ] = "checkpoint"
+    exclude: Annotated[
+        tuple[str, ...],
+        Flag("PATTERN", "tensors not to take from --init_from, such as lm_head (default: none)", nargs="+"),
+    ] = ()
+    seed: Annotated[int, Flag("N", "of data order, dropout and new weights", number(int, least=0, most=2**32 - 1))] = 0
+    max_steps: Annotated[int, Flag("N", "steps of the optimizer", _COUNT)] = 200
+    batch_size: Annotated[int, Flag("N", "sequences per forward pass and process", _COUNT)] = 4
+    accumulation: Annotated[int, Flag("N", "forward passes per step", _COUNT)] = 1
+    block_size: Annotated[int, Flag("N", "tokens per sequence", number(int, least=2))] = 512
+    learning_rate: Annotated[float, Flag("X", "the highest one, of AdamW", _ABOVE_0)] = 1e-4
+    schedule: Annotated[str, Flag(None, "of the learning rate after its rise", OneOf(*SCHEDULES))] = "cosine"
+    warmup: Annotated[float, Flag("X", "fraction of the steps in which the learning rate rises", _FRACTION)] = 0.05
+    weight_decay: Annotated[float, Flag("X", "of AdamW", _AT_LEAST_0)] = 0.0
+    max_grad_norm: Annotated[float, Flag("X", "longer gradients are clipped; 0: none is", _AT_LEAST_0)] = 1.0
+    precision: Annotated[
+        str,
+        Flag(None, "of the forward pass, by autocast; weights are float32 while they are trained", OneOf(*PRECISIONS)),
+    ] = "float32"
+    gradient_checkpointing: Annotated[bool, Flag(None, "less memory, more time")] = False
+    compile: Annotated[bool, Flag(None, "torch.compile the model")] = False
+    dropout: Annotated[float, Flag("X", "of attention weights in grafted layers", _DROPPED)] = 0.0
+    lora_rank: Annotated[int, Flag("N", "of the updates, with --method lora", _COUNT)] = 16
+    lora_alpha: Annotated[float, Flag("X", "their scale is alpha / rank", _ABOVE_0)] = 32.0
+    lora_dropout: Annotated[float, Flag("X", "of their inputs", _DROPPED)] = 0.0
+    teacher: Annotated[
+        str | None,
+        Flag(
+            "NAME|PATH",
+            "learn from this model's distributions, not from the text alone: donor, base, a checkpoint's folder, a "
+            "model's folder or hub id (default: none)",
+        ),
+    ] = None
+    temperature: Annotated[float, Flag("X", "of both distributions", _ABOVE_0)] = 1.0
+    teacher_weight: Annotated[float, Flag("X", "of the teacher's loss; the text's has the rest of 1", _FRACTION)] = 1.0
+    hidden_weight: Annotated[float, Flag("X", "of the relative squared error of the hidden states", _AT_LEAST_0)] = 0.0
+    eval_data: Annotated[str | None, Flag("FILE|DIR|NAME", "held-out text; without it some of --data is")] = None
+    eval_interval: Annotated[int, Flag("N", "steps between held-out losses; 0: none", number(int, least=0))] = 50
+    eval_fraction: Annotated[float, Flag("X", "of --data, held out", number(float, above=0, most=0.5))] = 0.05
+    always_save: Annotated[
+        bool,
+        Flag(
+            "yes|no",
+            "save at every held-out loss and every --save_steps; no: only where the held-out loss improved",
+            YES_OR_NO,
+        ),
+    ] = True
+    load_best: Annotated[
+        bool, Flag("yes|no", "end with the weights of the lowest held-out loss, not with the last ones", YES_OR_NO)
+    ] = True
+    logging_steps: Annotated[int, Flag("N", "steps between two lines of loss and learning rate", _COUNT)] = 10
+    save_steps: Annotated[int, Flag("N", "steps between two states", _COUNT)] = 50
+    save_total_limit: Annotated[int, Flag("N", "states kept; the best and the newest always are", _COUNT)] = 3
+    report_to: Annotated[str, Flag(None, "tracker that also gets them", OneOf(*TRACKERS))] = "none"
 
-    def __post_init__(self):
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise SurgeryError(f"{name} is {getattr(self, name)!r}. Choose one of {', '.join(choices)}.")
-        for name in _AT_LEAST_ONE.split():
-            if getattr(self, name) < 1:
-                raise SurgeryError(f"{name} is {getattr(self, name)}. It must be at least 1.")
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for names, needed, is_given in (
             (("temperature", "teacher_weight", "hidden_weight"), "teacher", self.teacher is not None),
             (("exclude",), "init_from with weights to take", self.init_from not in ("checkpoint", "scratch")),
@@ -116,8 +134,9 @@ def saved_settings(saved: Mapping[str, Any]) -> HealSettings:
     """
     if unknown := sorted(saved.keys() - {field.name for field in fields(HealSettings)}):
         raise SurgeryError(f"The state has settings this version does not know: {', '.join(unknown)}. Update it.")
+    types = get_type_hints(HealSettings)
     try:
-        check_fields(saved, {f"{field.name}?": _json_type(field.type) for field in fields(HealSettings)})
+        check_fields(saved, {f"{name}?": _json_type(annotation) for name, annotation in types.items()})
     except ValueError as error:
         raise SurgeryError(f"The state's settings are not valid: {error}. Start anew with --resume never.") from error
     return HealSettings(**saved)
