@@ -1,19 +1,13 @@
 """The report in a browser: it sorts, it draws, it asks the network for nothing, and it runs no text as code."""
 
-import base64
-import hashlib
-import html
-import json
 import re
-import shutil
-import subprocess
 
 import pytest
 from PIL import Image
 
 from model_preparation.evaluation.compare.compare import compare_evaluations
 from model_preparation.evaluation.compare.report import write_report
-from tests.conftest import HANG_SECONDS
+from tests.browser import WIDTHS, look_at, needs_chromium
 from tests.evaluation.compare.stock import change_samples, evaluate, write_tasks
 
 HOSTILE = "<img src=x onerror=alert(1)>$x$ 模型"
@@ -35,19 +29,8 @@ seen.images = document.images.length;
 seen.drawn = [...document.querySelectorAll("svg")].map((svg) => svg.getBoundingClientRect().height);
 seen.ids = [...document.querySelectorAll("[id]")].map((element) => element.id);
 seen.open = document.querySelectorAll("details[open]").length;
-const pre = document.createElement("pre"); pre.id = "seen"; pre.textContent = JSON.stringify(seen);
-document.querySelector("h1").after(pre); pre.hidden = true;
+window.seen = seen;
 """
-# The page in a narrow window, in which the driver runs, and in a wide one.
-WIDTHS = (420, 1280)
-WINDOWS = """<!DOCTYPE html><body>{frames}<pre id="seen"></pre><script>
-onload = () => {{
-  const pages = [...document.querySelectorAll("iframe")].map((frame) => frame.contentDocument);
-  const seen = JSON.parse(pages[0].querySelector("#seen").textContent);
-  seen.widths = pages.map((page) => page.documentElement.scrollWidth);
-  document.querySelector("#seen").textContent = JSON.stringify(seen);
-}};
-</script>"""
 
 
 @pytest.fixture(scope="module")
@@ -75,31 +58,10 @@ def test_names_and_questions_are_text_and_nothing_comes_from_elsewhere(page):
     assert len(text) < 500_000
 
 
-def find_chromium():
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    return next(filter(None, map(shutil.which, names)), None)
-
-
-@pytest.mark.skipif(find_chromium() is None, reason="needs Chromium")
+@needs_chromium
 def test_in_a_browser_the_tables_sort_and_the_plots_are_drawn(page, tmp_path):
     comparison, path = page
-    digest = base64.b64encode(hashlib.sha256(DRIVER.encode()).digest()).decode()
-    text = path.read_text(encoding="utf-8")
-    # The page's policy has to allow the test's script; its own script runs only if its digest is right.
-    text = re.sub(r"(script-src '[^']+')", rf"\1 'sha256-{digest}'", text, count=1)
-    text = html.escape(text.replace("</body>", f"<script>{DRIVER}</script></body>"))
-    frames = "".join(
-        f'<iframe width="{width}" height="2400" frameborder="0" srcdoc="{text}"></iframe>' for width in WIDTHS
-    )
-    (tmp_path / "page.html").write_text(WINDOWS.format(frames=frames), encoding="utf-8")
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking hide-scrollbars"
-    flags = [f"--{flag}" for flag in f"{flags} disable-component-update disable-sync dump-dom".split()]
-    places = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}"]
-    command = [find_chromium(), *flags, *places, "--window-size=1800,2400", f"file://{tmp_path}/page.html"]
-    dumped = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, cwd=tmp_path)
-    found = re.search(r'<pre id="seen"[^>]*>(.*?)</pre>', dumped.stdout, re.DOTALL)
-    assert found, dumped.stderr
-    seen = json.loads(html.unescape(found[1]))
+    seen = look_at(path, tmp_path, DRIVER)
 
     # A row per subject and model: the subject comes first, then its group, questions, model, score and difference.
     rows = comparison.of_kind("subject")
