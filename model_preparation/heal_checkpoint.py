@@ -75,10 +75,14 @@ def main() -> None:
 
 
 def _flags_used(healing: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The flags that give the same run. Of paths, the record has the last parts only."""
-    paths = {name: given[name] for name in ("teacher", "eval_data", "init_from") if name in given}
-    used = as_flags(HealSettings(**healing["settings"] | paths))
-    return {**used, "prompt": [text["prompt"] for text in healing["texts"]]}
+    """The flags that give the same run. Of a path, the record has the last part: what was given is taken if it fits."""
+    from model_preparation.io.identity import name_of
+
+    settings = dict(healing["settings"])
+    for name in ("teacher", "eval_data", "init_from"):
+        if given.get(name) is not None and name_of(given[name]) == settings[name]:
+            settings[name] = given[name]
+    return {**as_flags(HealSettings(**settings)), "prompt": [text["prompt"] for text in healing["texts"]]}
 
 
 def _print_result(info: dict[str, Any]) -> None:

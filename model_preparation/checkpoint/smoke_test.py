@@ -1,6 +1,6 @@
-"""One short forward pass of a grafted model, run while it is written: a model with broken logits is never finished.
+"""One short forward pass of a grafted model, while its files are written. If its logits are broken, the build ends.
 
-The weights stay in their files. Some rows of a matrix at a time are read, cast, moved to the device, used and freed.
+The weights stay in their files. A few rows of a matrix at a time are read, cast, moved to the device, used and freed.
 """
 
 from collections.abc import Callable
@@ -27,15 +27,15 @@ def smoke_test(
     """Run the model on one sentence.
 
     Args:
-        device: where to.
-        go_on: called now and then; may raise.
+        device: where the model runs.
+        go_on: called before each piece of a matrix; it may raise an exception, which ends the test.
 
     Raises:
         SurgeryError: if a logit is not finite.
     """
-    torch.set_num_threads(1)  # of this thread; more would wait for each other while others write and hash
+    torch.set_num_threads(1)  # of this thread. Other threads write and hash meanwhile, and would be waited for
     mapped = MappedFiles()
-    places = {"lm_head.weight": graft.tensors["backbone.embedding.weight"]} | graft.tensors  # where they are tied
+    places = {"lm_head.weight": graft.tensors["backbone.embedding.weight"]} | graft.tensors  # a tied head has no tensor
     dtype = graft.dtype.torch
     model = empty_model(graft.config)
     for name, module in list(model.named_modules()):
@@ -56,7 +56,7 @@ def smoke_test(
 
 
 class _Matrix:
-    """A weight of shape (rows, columns), which is read when it is used."""
+    """A weight of shape (rows, columns). It is read from its file each time it is used."""
 
     def __init__(self, place: TensorRange, dtype: torch.dtype, mapped: MappedFiles, go_on: Callable[[], object]):
         self._place = place

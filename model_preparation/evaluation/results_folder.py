@@ -51,7 +51,7 @@ class ResultsFolder:
 
     Attributes:
         weights: one digest of `model`.
-        put_aside: where results of another model are now that were in `folder`; known once it is held.
+        put_aside: where `held` has moved results of another model that were in `folder`.
         differing: how that model differs, in words.
     """
 

@@ -15,7 +15,8 @@ _TURN_SECONDS = 0.001
 class BackgroundTasks:
     """A context whose calls run in threads; leaving it waits for them, or stops them after an exception.
 
-    Threads take turns more often meanwhile: during an import, a copying thread would wait 5 ms before each block.
+    Inside it, threads take turns more often. Else a thread that copies would wait 5 ms for each block while another
+    thread imports.
 
     Args:
         at_once: how many run at the same time; further ones wait.
@@ -33,7 +34,7 @@ class BackgroundTasks:
         return self._started[-1]
 
     def check(self) -> None:
-        """Long calls call this now and then; it raises when nobody wants their result any more."""
+        """Long calls call this now and then. It raises an exception after another call has failed."""
         if self._stopped.is_set():
             raise InterruptedError("stopped, because other work failed")
 

@@ -1,10 +1,10 @@
 """The folder NAME.partial beside NAME: one run at a time prepares NAME in it, and a lock keeps other runs out.
 
-The file `.held_by` in it is locked (flock), so the lock ends with the process, however that ends. The file says who
-holds the folder, and marks it as ours to empty: it is made first and removed last, on the disk too.
+The file `.held_by` in it is locked (flock), so the lock is gone when the process ends, whatever ends it. The file names
+the process. It also says that this program made the folder and may empty it, so it is made first and removed last.
 
-Where files cannot be locked at all, every run has a folder of its own, NAME.partial-HOST-PID. Those of ended processes
-on this host are abandoned.
+Where files cannot be locked at all, every run has a folder of its own, NAME.partial-HOST-PID. If that process has ended
+and was on this host, the folder is abandoned.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ HELD_BY = ".held_by"
 
 _NAME = re.compile(r"(?P<target>.+)\.partial(?P<owner>-.+)?", re.DOTALL)
 _NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_held_without_lock: set[Path] = set()  # by this process, as process ids are reused
+_held_without_lock: set[Path] = set()  # what this process holds: an earlier one may have had the same id
 
 
 class Hold:
@@ -175,7 +175,7 @@ def _holder(folder: Path) -> str:
 def _is_ours(folder: Path) -> bool:
     """Whether a run made it and may empty it: it holds a file `.held_by`, or nothing; also True if it is gone."""
     try:
-        # One look: between two, another run may remove the folder and a third one make it again.
+        # Only one look: between two, one run may remove the folder and another make it again.
         if not stat.S_ISDIR(folder.lstat().st_mode):
             return False
         files = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(folder)}

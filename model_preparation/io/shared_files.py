@@ -1,7 +1,7 @@
-"""A second file with the same bytes that needs no second room on the disk.
+"""Makes a second file with the same bytes that takes no more space on the disk, where that is possible.
 
-It is a reflink where the file system can (both files share their bytes until one changes), else a hard link (one file
-with two names), else a copy.
+It is a reflink where the file system has them (both files share their bytes until one changes). Else it is a hard link
+(one file with two names), else a copy.
 """
 
 import contextlib
@@ -28,9 +28,10 @@ def share_file(source: Path, target: Path) -> None:
 
 
 def share_range(source: int, target: int, start: int = 0, size_bytes: int = 0, position: int = 0) -> bool:
-    """Let bytes of two open files, in whole blocks, be the same on the disk; False where that is impossible.
+    """Let two open files share whole blocks on the disk. Return False where that is impossible.
 
-    0 bytes mean all up to the source's end. Source: ioctl_ficlonerange(2); XFS and Btrfs can, within a file system.
+    `size_bytes` 0 means all up to the source's end. XFS and Btrfs can do it within a file system.
+    Source: ioctl_ficlonerange(2).
 
     Raises:
         OSError: from the file system: disk full, input/output error.
@@ -45,7 +46,7 @@ def share_range(source: int, target: int, start: int = 0, size_bytes: int = 0, p
 
 
 def can_share(folder: Path) -> bool:
-    """Whether the file system of `folder` has reflinks or hard links; tried with a small file."""
+    """Whether the file system of `folder` has reflinks or hard links. A small file is tried."""
     with tempfile.TemporaryDirectory(prefix="probe.partial-", dir=folder) as probe:
         source, target = Path(probe, "source"), Path(probe, "target")
         source.write_bytes(bytes(4096))
@@ -53,7 +54,7 @@ def can_share(folder: Path) -> bool:
 
 
 def can_reflink(folder: Path) -> bool:
-    """Whether the file system of `folder` has reflinks; tried with two files without names."""
+    """Whether the file system of `folder` has reflinks. Two files without names are tried."""
     try:
         with contextlib.ExitStack() as stack:
             source = os.open(folder, os.O_TMPFILE | os.O_RDWR)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from model_preparation.jobs.process import CommandProcess, Launch
 
 _REASON_CHARACTERS = 160
-Outcome = TypeVar("Outcome")
+Outcome = TypeVar("Outcome")  # what a command keeps of a job: the row of its table
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,19 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended. `reason` says in one line why it failed; it is "" for success."""
+    """How a job ended. `reason` says in one line why it failed; "" means success."""
 
     reason: str
     seconds: float
     result: dict[str, Any] | None = None
 
 
-# Runs jobs; gives the index of each with how it ended. A job that fails does not stop the others.
+# Runs jobs. For each that ends, it yields the job's index and how it ended. A failed job does not stop the others.
 Runner = Callable[[Sequence[Job]], Iterator[tuple[int, Ended]]]
 
 
 def run_in_turn(jobs: Sequence[Job]) -> Iterator[tuple[int, Ended]]:
-    """Run jobs one after the other, in our terminal. An interruption also ends the running one, which can clean up."""
+    """Run jobs one after the other, in this terminal. Ctrl-C also ends the running job, which has time to clean up."""
     for index, job in enumerate(jobs):
         started = time.monotonic()
         print(f"\n[{index + 1}/{len(jobs)}] {job.name}", flush=True)
@@ -66,17 +66,16 @@ def run_in_turn(jobs: Sequence[Job]) -> Iterator[tuple[int, Ended]]:
 def outcomes_of(
     prepared: Sequence[Job | Outcome], run_jobs: Runner, finish: Callable[[int, Ended], Outcome]
 ) -> list[Outcome]:
-    """The outcomes in the order of `prepared`.
+    """Run the jobs. Return an outcome for each entry of `prepared`, in its order.
 
     Args:
-        prepared: jobs to run, and outcomes that are known already.
+        prepared: jobs; and outcomes of what needs no job, as it is done or has failed already.
         run_jobs: runs the jobs.
-        finish: makes an outcome of an index in `prepared` and how that job ended.
+        finish: makes the outcome of a job, from its index in `prepared` and how it ended.
     """
-    jobs = {index: each for index, each in enumerate(prepared) if isinstance(each, Job)}
     outcomes = {index: each for index, each in enumerate(prepared) if not isinstance(each, Job)}
-    indices = list(jobs)
-    for number, ended in run_jobs(list(jobs.values())):
+    indices = [index for index in range(len(prepared)) if index not in outcomes]
+    for number, ended in run_jobs([each for each in prepared if isinstance(each, Job)]):
         outcomes[indices[number]] = finish(indices[number], ended)
     return [outcomes[index] for index in range(len(prepared))]
 

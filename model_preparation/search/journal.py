@@ -1,7 +1,7 @@
 """Every evaluation of a search, in a file that only grows: a JSON object with its own digest on each line.
 
-A line is on the disk when `append` returns. A crash may cut the last line, and a power cut may leave zeros in it; such
-a line was never complete, and is removed. Any other damage is an error.
+A line is on the disk when `append` returns. A crash may cut the last line, and a power cut may leave zeros in it. Such
+a line was never complete, so it is removed. Any other damage is an error.
 """
 
 import json

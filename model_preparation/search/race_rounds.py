@@ -32,7 +32,7 @@ def race_rounds(questions: QuestionSet, shares: Sequence[float] = SHARES) -> lis
     random.Random(_SEED).shuffle(groups)
     tokens = [sum(questions.batches[batch].inputs.numel() for batch in batches) for batches in groups]
     ends = [sum(shares[: number + 1]) * sum(tokens) for number in range(len(shares))]
-    ends[-1] = float("inf")  # rounding leaves no batch out
+    ends[-1] = float("inf")  # so that rounding leaves no batch out
     drawn: list[list[int]] = [[] for _ in shares]
     seen = 0.0
     for batches, size in zip(groups, tokens, strict=True):
@@ -46,7 +46,7 @@ def race_rounds(questions: QuestionSet, shares: Sequence[float] = SHARES) -> lis
 
 
 def _answered_together(questions: QuestionSet) -> list[list[int]]:
-    """Groups of batches, such that one group answers every question."""
+    """Groups of batches: all batches that answer the same question are in one group."""
     links = [(min(question.batches), batch) for question in questions.questions for batch in question.batches]
     rows, columns = np.array(links).T
     count = len(questions.batches)

@@ -350,7 +350,7 @@ def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
     assert not (tmp_path / "out").exists()  # not even the donor's layers
     assert f"1 of 4 single layers in {prior} left out" in plan.stdout
     assert "20 of" in plan.stdout
-    assert "candidates  10" in plan.stdout
+    assert "Candidates   10" in plan.stdout
     assert "% saved" in plan.stdout
     result = run_command("search_layers", *flags, "--method", "greedy", "--max-layers", 2, "--device", "cpu")
     assert result.returncode == 0, result.stderr

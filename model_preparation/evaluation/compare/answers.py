@@ -49,9 +49,9 @@ class Answers:
 
     Attributes:
         path: the samples file.
-        filter: lm-eval's name of the processing of responses before they were scored ("none" for most tasks).
+        filter: lm-eval's name for how responses were processed before they were scored ("none" for most tasks).
         questions: the answers.
-        lines: the number of the file's lines with this filter; some may lack the metric, and so are not in `questions`.
+        lines: how many of the file's lines have this filter. Lines without the metric are not in `questions`.
     """
 
     path: Path

@@ -1,6 +1,6 @@
-"""Writes a safetensors file from where its tensors lie, without loading them; it is hashed on the way.
+"""Copies tensors from their files into a safetensors file, a few blocks at a time, and computes its digests.
 
-Its bytes depend on the tensors alone. Source of the layout: github.com/huggingface/safetensors, README, "Format".
+The same tensors give the same bytes. Source of the layout: github.com/huggingface/safetensors, README, "Format".
 """
 
 import contextlib
@@ -26,7 +26,7 @@ class Shard:
     Attributes:
         file: its name.
         ranges: where its tensors come from, by name.
-        dtype: of every tensor in it; others are cast on the way.
+        dtype: of every tensor in it. Tensors of another dtype are cast.
     """
 
     file: str
@@ -53,10 +53,10 @@ class Shard:
         return padded_bytes.to_bytes(8, "little") + text.ljust(padded_bytes)
 
     def write(self, path: Path, advance: Advance = lambda size_bytes: None) -> tuple[dict, dict[str, str]]:
-        """Write the file to `path` and sync it; returns {"bytes": size, "sha256": digest}, and BLAKE3 by tensor name.
+        """Write the file to `path` and sync it. Return {"bytes": size, "sha256": digest}, and BLAKE3 by tensor name.
 
         Args:
-            advance: gets the bytes of every piece written.
+            advance: called with the number of bytes of each piece, when it is written.
 
         Raises:
             OSError: from the file system: disk full, input/output error.
@@ -74,7 +74,7 @@ class Shard:
 
     @property
     def _order(self) -> list[str]:
-        """The names in the file's order: first the tensors that keep the next one aligned for direct I/O."""
+        """The names in the file's order: tensors of whole blocks first, so that each begins at a block."""
         return sorted(self.ranges, key=lambda name: (self._bytes_of(name) % ALIGNMENT != 0, name))
 
     def _bytes_of(self, name: str) -> int:

@@ -55,7 +55,7 @@ class TensorFiles:
         return name in self.ranges
 
     def __getitem__(self, name: str) -> "Tensor":
-        """One tensor, on the CPU, mapped from its file: it is read when it is used."""
+        """One tensor, on the CPU. It is read from its file when it is used."""
         return self._mapped.tensor(self.ranges[name])
 
     def with_prefix(self, prefix: str) -> "Iterator[tuple[str, Tensor]]":
@@ -80,7 +80,7 @@ class TensorFiles:
             )
 
     def dtype(self) -> DType:
-        """The dtype of most numbers."""
+        """The dtype that most numbers have."""
         counts: dict[DType, int] = {}
         for place in self.ranges.values():
             counts[place.dtype] = counts.get(place.dtype, 0) + place.numel
@@ -121,11 +121,14 @@ def _ranges_in(path: Path) -> dict[str, TensorRange]:
 
 
 def load_tensors(path: Path, cure: str = "Make or download it again.") -> "dict[str, Tensor]":
-    """The dict of tensors in a file that torch.save wrote, mapped from it.
+    """The dict of tensors in a file that torch.save wrote. A tensor is read from the file when it is used.
+
+    Args:
+        cure: how the error's message ends.
 
     Raises:
-        SurgeryError: if torch.save did not write it, if it names a global that could run code, or if it holds anything
-            but tensors by name in its own records; the message ends with `cure`.
+        SurgeryError: if torch.save did not write the file, if it names a global that could run code, or if it holds
+            anything but tensors by name in its own records.
     """
     import torch  # here, because safetensors files do not need it
 
@@ -137,13 +140,15 @@ def load_tensors(path: Path, cure: str = "Make or download it again.") -> "dict[
         ):
             raise ValueError("it holds other things than tensors by name")
         for name, tensor in tensors.items():
-            _check_view(name, tensor, torch.strided)
+            _check_view(name, tensor)
     return tensors
 
 
-def _check_view(name: str, tensor: "Tensor", plain: object) -> None:
+def _check_view(name: str, tensor: "Tensor") -> None:
     """Raise ValueError unless the tensor lies within its storage and is no larger."""
-    if tensor.layout != plain or tensor.device.type != "cpu":
+    import torch
+
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise ValueError(f"{name:.100} is no plain tensor")
     stored_bytes = tensor.untyped_storage().nbytes()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -85,7 +85,8 @@ def load_weights(model: nn.Module, path: Path, exclude: Sequence[str] = ()) -> K
     wanted = model.state_dict()
     for tied, name in (getattr(model, "_tied_weights_keys", None) or {}).items():
         if tied in wanted and wanted[tied].data_ptr() == wanted[name].data_ptr():
-            found.pop(tied, None) if name in found else None
+            if name in found:
+                found.pop(tied, None)
             wanted.pop(tied)
     report = compare_keys(wanted, found, exclude)
     if not report.loaded:
