@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from model_preparation.checkpoint.checkpoint_info import read_info
 from model_preparation.checkpoint.load import load_checkpoint
+from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.command_line import run
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import OtherModel, digest_of_weights, find_model, find_others, load_folder
@@ -30,7 +32,6 @@ from model_preparation.evaluation.settings import EfficiencySettings
 from model_preparation.io.complete_folder import new_folder
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import torch_dtype
-from model_preparation.io.untrusted.untrusted_files import read_json
 from model_preparation.llamba.cache_llamba import CACHE_NAME, cache_bytes
 from model_preparation.versions import creation_time, versions
 
@@ -79,8 +80,7 @@ def measure_efficiency(
         OtherModel(name, scored.folder, scored.is_checkpoint),
         *find_others(others, scored.folder, sources=settings.sources),
     ]
-    limits = [scored.config, *(read_json(each.folder / "config.json") for each in models[1:] if not each.is_checkpoint)]
-    contexts = _contexts(settings.contexts, [each.get("max_position_embeddings") for each in limits])
+    contexts = _contexts(settings.contexts, list(map(_positions, models)))
     target = scored.results_root(settings.results_dir) / FOLDER
     with new_folder(target, overwrite=True, marker_file=NUMBERS) as folder:
         device, dtype = torch.device(settings.device), torch_dtype(settings.dtype)
@@ -115,6 +115,13 @@ def measure_efficiency(
         save_png(plot_efficiency, result, folder / PLOT)
         (folder / NUMBERS).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return {**result, "results_dir": str(target)}
+
+
+def _positions(model: OtherModel) -> int | None:
+    """The most tokens that a sequence may have; None for a model without a limit."""
+    if model.is_checkpoint:
+        return read_info(model.folder)["config"].get("max_position_embeddings")
+    return getattr(read_config(model.folder).get_text_config(), "max_position_embeddings", None)
 
 
 def _contexts(wanted: Sequence[int] | None, limits: Sequence[int | None]) -> list[int]:

@@ -72,7 +72,7 @@ def test_a_model_that_does_not_load_is_named_and_an_earlier_result_stays(donor_d
     assert [path.name for path in results.parent.iterdir()] == ["efficiency"]
 
 
-def test_what_cannot_be_measured_is_refused_first(checkpoint_dir, donor_dir):
+def test_what_cannot_be_measured_is_refused_first(checkpoint_dir, donor_dir, tmp_path):
     run = ("test_checkpoint", "--checkpoint", checkpoint_dir)
     skip = ("--efficiency", "--skip_generation")
     assert_refused(run_command(*run, *skip, "--contexts", 500), "500 tokens", "512 positions", "up to 496")
@@ -80,3 +80,7 @@ def test_what_cannot_be_measured_is_refused_first(checkpoint_dir, donor_dir):
     assert_refused(run_command(*run, *skip, "--parallelize"), "leave out --parallelize", code=2)
     assert_refused(run_command(*run, *skip, "--compare_with", "nowhere"), "nowhere")
     assert_refused(run_command(*run[:2], donor_dir, *skip), "--results_dir")
+    damaged = shutil.copytree(donor_dir, tmp_path / "damaged")
+    for text in ("{", '{"model_type": "llama", "max_position_embeddings": "512"}'):
+        (damaged / "config.json").write_text(text)
+        assert_refused(run_command(*run, *skip, "--compare_with", damaged), str(damaged / "config.json"))
