@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from model_preparation.checkpoint.verify import verify_checkpoint as verify_checkpoint
     from model_preparation.errors import SurgeryError as SurgeryError
     from model_preparation.evaluation.compare.compare import compare_evaluations as compare_evaluations
+    from model_preparation.evaluation.efficiency import measure_efficiency as measure_efficiency
     from model_preparation.evaluation.evaluate import evaluate_checkpoint as evaluate_checkpoint
     from model_preparation.evaluation.generation import generate_text as generate_text
     from model_preparation.llamba import LlambaConfig as LlambaConfig
@@ -49,6 +50,7 @@ _MODULE_OF = {
     "heal_checkpoint": "train.heal.heal",
     "inspect_checkpoint": "checkpoint.inspect",
     "load_checkpoint": "checkpoint.load",
+    "measure_efficiency": "evaluation.efficiency",
     "rebuild_checkpoint": "checkpoint.rebuild",
     "search_layers": "search.search",
     "share_checkpoint": "checkpoint.share",

@@ -12,6 +12,7 @@ from model_preparation.devices import choose_device
 from model_preparation.evaluation.prompts import FORMS, read_prompts
 from model_preparation.evaluation.settings import (
     GENERATION_SETTINGS,
+    EfficiencySettings,
     EvaluationSettings,
     GenerationSettings,
     limit_note,
@@ -30,6 +31,7 @@ other models write too.
 With --full_eval, score it by lm-eval afterwards, on the task group mmlu unless --tasks names others. Answers are kept
 task by task: after an interruption, the same command continues and ends with the same score. Another setting, or other
 weights, is another evaluation.
+With --efficiency, measure its speed, cache and memory beside those of its base and donor, each in its own process.
 """
 
 EPILOG = """\
@@ -44,6 +46,8 @@ examples:
       --tasks arc_easy hellaswag --num_fewshot 5
   python test_checkpoint.py --checkpoint llama --prompt "Hello world"
   python test_checkpoint.py --checkpoint unaligned_llamba --full_eval --skip_generation --results_dir ../results
+  python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --efficiency --skip_generation \\
+      --contexts 512 2048 8192
 
 The exit code is 1 if the checkpoint does not load, a logit is not finite, or a text is empty. A model to compare with
 that is not there is refused at once. If one fails later, its error is printed in place of its text, and the exit code
@@ -56,7 +60,7 @@ DEFAULT_PROMPTS = (
     "To make a good cup of tea, first",
 )
 _GENERATION_FLAGS = ("prompt", "prompts_file", *GENERATION_SETTINGS, "compare_with", "output")
-_EVALUATION_FLAGS = ("tasks", "limit", "mmlu_data", "num_fewshot", "batch_size", "results_dir", "result_json")
+_EVALUATION_FLAGS = ("tasks", "limit", "mmlu_data", "num_fewshot", "batch_size", "result_json")
 
 
 def main() -> None:
@@ -101,6 +105,8 @@ def main() -> None:
             print(f"Texts are in {output}")
     if args.full_eval:
         _evaluate(tasks, args, device, dtype)
+    if args.efficiency:
+        _measure(args, device, dtype)
     if not args.skip_generation:
         report.check_texts()
 
@@ -170,6 +176,25 @@ def _evaluate(tasks: "Tasks", args: argparse.Namespace, device: str, dtype: Any)
     print(f"Results are in {result['results_dir']}", flush=True)
 
 
+def _measure(args: argparse.Namespace, device: str, dtype: Any) -> None:
+    """Measure the checkpoint's cost beside that of its base and donor, and print a table."""
+    from model_preparation.evaluation.efficiency import MEASURED, measure_efficiency
+    from model_preparation.jobs.table import table
+
+    settings = from_flags(EfficiencySettings, args, device=device, dtype=dtype, sources=args.source)
+    result = measure_efficiency(args.checkpoint, settings)
+    heading = ["model", "context", *(f"{words}, {unit}" for words, unit, _ in MEASURED.values())]
+    rows = [
+        [model["name"], f"{row['context']:,}"]
+        + [f"{row[field] / one:,.{1 if one < 1 else 2}f}" for field, (_, _, one) in MEASURED.items()]
+        for model in result["models"]
+        for row in model["contexts"]
+    ]
+    print(f"\nMeasured     on {result['measured_on']}, {result['models'][0]['dtype']}, one sequence; medians")
+    print(table(heading, rows))
+    print(f"Efficiency is in {result['results_dir']}", flush=True)
+
+
 def _score(row: dict[str, Any]) -> str:
     if row["score"] is None:
         return f"none ({row['questions']} questions)"
@@ -196,9 +221,17 @@ def _check(parser: CommandParser, args: argparse.Namespace) -> None:
     if idle and not {"base", "donor"} & set(args.compare_with):
         parser.error(f"--source {idle[0]}=... does nothing: no --checkpoint, --compare_with or --tokenizer names it")
     if not args.full_eval:
-        parser.refuse(args, (*_EVALUATION_FLAGS, "skip_generation"), "belongs to --full_eval, which is not given")
+        parser.refuse(args, _EVALUATION_FLAGS, "belongs to --full_eval, which is not given")
+    if not args.efficiency:
+        parser.refuse(args, ("contexts",), "belongs to --efficiency, which is not given")
+    if not (args.full_eval or args.efficiency):
+        both = "belongs to --full_eval and --efficiency, and neither is given"
+        parser.refuse(args, ("results_dir", "skip_generation"), both)
+    if args.efficiency and args.parallelize:
+        parser.error("--efficiency measures on one device: leave out --parallelize")
     if args.skip_generation:
-        unused = [name for name in _GENERATION_FLAGS if name != "seed"]  # the evaluation uses --seed
+        used_elsewhere = ("seed", *(["compare_with"] if args.efficiency else []))  # "seed" by the evaluation
+        unused = [name for name in _GENERATION_FLAGS if name not in used_elsewhere]
         parser.refuse(args, unused, "has no effect with --skip_generation")
     if args.parallelize and (args.gpu is not None or args.device is not None):
         parser.error("--parallelize takes all GPUs: leave out --gpu and --device, or set CUDA_VISIBLE_DEVICES")
@@ -250,9 +283,16 @@ def _parser() -> CommandParser:
         help="spread the model over all GPUs, and over the CPU if it does not fit there",
     )
     parser.add_argument(
+        "--efficiency",
+        action="store_true",
+        help="also measure time to the first token, time per token, bytes of the cache and peak memory, of the "
+        "checkpoint, its base and its donor, or the models of --compare_with",
+    )
+    add_flags(parser, EfficiencySettings)
+    parser.add_argument(
         "--full_eval", action="store_true", help="also run lm-eval (MMLU, 57 subjects); the flags below belong to it"
     )
-    parser.add_argument("--skip_generation", action="store_true", help="evaluate only")
+    parser.add_argument("--skip_generation", action="store_true", help="evaluate or measure only")
     parser.add_argument(
         "--result_json", type=Path, metavar="FILE", help="also write the scores to this file, for programs"
     )

@@ -4,8 +4,6 @@ import contextlib
 import gc
 import itertools
 import json
-import resource
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.efficiency import resident_peak_bytes
 from model_preparation.evaluation.generation import Generation, generate_text, generate_texts
 from model_preparation.evaluation.models import Loaded, OtherModel
 from model_preparation.evaluation.prompts import Prompt, shown
@@ -199,9 +198,7 @@ def _peak_memory(device: torch.device) -> str:
         used = {index: torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())}
         places = [f"{used_bytes / 1e9:.2f} GB on cuda:{index}" for index, used_bytes in used.items() if used_bytes]
         return f"{', '.join(places)}, allocated by torch while writing"
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"{peak_bytes / 1e9:.2f} GB resident, the whole process since its start"
+    return f"{resident_peak_bytes() / 1e9:.2f} GB resident, the whole process since its start"
 
 
 def _reason(error: Exception) -> str:

@@ -170,6 +170,19 @@ def load_folder(folder: Path, dtype: torch.dtype | str | None) -> PreTrainedMode
     return model.eval()
 
 
+def digest_of_weights(folder: Path, is_checkpoint: bool) -> str:
+    """The digest by which results know a model's weights.
+
+    Raises:
+        OSError: if a file is missing or cannot be read.
+    """
+    return digest_of_checkpoint(folder) if is_checkpoint else digest_of(digests_of_files(_weight_files(folder)))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)]
+
+
 @dataclass(frozen=True)
 class ScoredModel:
     """A model that is tested or scored.
@@ -199,11 +212,11 @@ class ScoredModel:
             OSError: if a file is missing or cannot be read.
         """
         if self.is_checkpoint:
-            inputs = {"weights": digest_of_checkpoint(self.folder)}
+            inputs = {"weights": digest_of_weights(self.folder, is_checkpoint=True)}
             if (self.folder / MODULE).is_file():  # model.pt is not read here, but readers take the score for its score
                 inputs |= digests_of_files([self.folder / MODULE])
         else:
-            inputs = {"weights": digest_of(digests_of_files(self.folder / name for name in self.weight_files))}
+            inputs = {"weights": digest_of_weights(self.folder, is_checkpoint=False)}
         tokenizer = digest_of(digests_of_files(tokenizer_files(self.tokenizer)))
         return {**inputs, "config": digest_of(self.config), "tokenizer": tokenizer}
 
@@ -272,7 +285,7 @@ def find_model(
     else:
         raise SurgeryError(f"{folder} has no tokenizer. Name one by --tokenizer, such as llama_tokenizer.")
     config = read_json(folder / "config.json")
-    files = [path.name for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)]
+    files = [path.name for path in _weight_files(folder)]
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "as stored")
     return ScoredModel(name, folder, config, dtype, files, own, False)
 

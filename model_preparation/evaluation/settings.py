@@ -104,6 +104,34 @@ class EvaluationSettings(CheckedSettings):
 
 
 @dataclass(frozen=True)
+class EfficiencySettings(CheckedSettings):
+    """What is measured of a model's cost.
+
+    Attributes:
+        compare_with: the models beside it, as `find_others` takes them; by default a checkpoint's base and donor.
+        results_dir, device, dtype, tokenizer, sources: as in `EvaluationSettings`. Without `dtype`, all models run in
+            that of the first.
+    """
+
+    contexts: Annotated[
+        Sequence[int] | None,
+        Flag(
+            "N",
+            "with --efficiency: measure after prompts of so many tokens (default: those of 128, 512 and 2048 that the "
+            "models have positions for)",
+            number(int, least=1),
+            nargs="+",
+        ),
+    ] = None
+    compare_with: Sequence[str] = ()
+    results_dir: str | Path | None = None
+    device: "str | torch.device" = "cpu"
+    dtype: "torch.dtype | str | None" = None
+    tokenizer: str | None = None
+    sources: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class GenerationSettings(CheckedSettings):
     """How a model writes after a prompt. The flags' help explains the fields.
 

@@ -7,7 +7,7 @@ without attention layers can continue a prompt.
 import inspect
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.masking_utils import create_causal_mask
 
@@ -17,10 +17,20 @@ from .configuration_llamba import LlambaConfig
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
-def kv_bytes_per_token(config: LlambaConfig, layers: int, dtype: torch.dtype) -> int:
-    """What each token adds to the cache: keys and values of so many Llama layers. Mamba layers add nothing."""
-    assert config.llama_cfg is not None
-    return 2 * config.llama_cfg["num_key_value_heads"] * config.llama_cfg["head_dim"] * dtype.itemsize * layers
+def kv_bytes_per_token(config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> int:
+    """What each token adds to the cache of a Llama, or of a graft with `layers` of its layers: keys and values."""
+    return 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize * layers
+
+
+def cache_bytes(config: PreTrainedConfig, layers: int, tokens: int, dtype: torch.dtype) -> int:
+    """What the cache holds after one sequence of `tokens`: K/V of `layers` layers, and the states of the others."""
+    held = tokens * kv_bytes_per_token(config, layers, dtype)
+    if others := config.num_hidden_layers - layers:
+        ssm = config.ssm_cfg
+        inputs = ssm["d_conv"] * (config.d_inner + 2 * ssm["n_qk_heads"] * ssm["d_state"])
+        state = config.d_inner * ssm["d_state"]
+        held += others * (inputs * dtype.itemsize + state * max(dtype.itemsize, 4))  # the state is at least float32
+    return held
 
 
 class MambaStateLayer(LinearAttentionLayer):

@@ -56,6 +56,11 @@ def _check_settings(settings: SearchSettings) -> None:
         )
     if least > most:
         raise SurgeryError(f"min_layers {least} and max_layers {most} do not fit. Give min <= max.")
+    if (settings.max_cache_bytes is None) != (settings.at_tokens is None):
+        raise SurgeryError(
+            f"max_cache_bytes is {settings.max_cache_bytes} and at_tokens {settings.at_tokens}: a cache grows with the "
+            "tokens. Give both, --max_cache_bytes and --at_tokens."
+        )
     if settings.objective == KL and settings.donor is None:
         raise SurgeryError("The objective kl compares with the donor itself, which is not named. Name it by --donor.")
     if settings.donor is None and settings.llama_layers_dir is None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from rich.filesize import decimal
 
+from model_preparation.errors import SurgeryError
+from model_preparation.llamba.cache_llamba import cache_bytes
 from model_preparation.search.cached_scoring import count_tokens, hidden_states_bytes
 from model_preparation.search.layer_sets import SearchSpace, most_passes
 from model_preparation.search.scoring_setup import ScoringSetup
@@ -99,6 +101,27 @@ def _in_any_order(count: int, singles: int, total: int) -> int:
     return total + most_passes(first, total, 1, 1) + (count - first) * total
 
 
+def sizes_in_budget(setup: ScoringSetup) -> tuple[int, int]:
+    """The fewest and the most layers of a combination whose cache is within the budget.
+
+    Raises:
+        SurgeryError: if no size is.
+    """
+    settings, model = setup.settings, setup.pair.model
+    least, most = settings.min_layers, settings.most_layers
+    if settings.max_cache_bytes is None or settings.at_tokens is None:
+        return least, most
+    needs = {size: cache_bytes(model.config, size, settings.at_tokens, model.dtype) for size in range(least, most + 1)}
+    fits = [size for size, size_bytes in needs.items() if size_bytes <= settings.max_cache_bytes]
+    if not fits:
+        raise SurgeryError(
+            f"A combination of {least} to {most} layers has a cache of at least {min(needs.values()):,} bytes after "
+            f"{settings.at_tokens:,} tokens, and max_cache_bytes is {settings.max_cache_bytes:,}. "
+            "Give more --max_cache_bytes, or other numbers of layers."
+        )
+    return fits[0], fits[-1]  # each layer changes the cache alike, so all sizes between them fit too
+
+
 def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
     """The plan."""
     settings, questions, donor = setup.settings, setup.questions, setup.planned.donor
@@ -115,7 +138,25 @@ def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
         f"Method       {settings.method}, {space.least} to {space.most} of {space.total} layers"
         + (", candidates race" if settings.races else "")
         + f"; maximises {settings.objective}",
+        *_describe_cache(setup, space),
         *describe_cost(bounds(space, settings), settings, space.total),
+    ]
+
+
+def _describe_cache(setup: ScoringSetup, space: SearchSpace) -> list[str]:
+    """What the budget of the cache leaves of the space."""
+    settings, model = setup.settings, setup.pair.model
+    if settings.max_cache_bytes is None or settings.at_tokens is None:
+        return []
+    asked = range(settings.min_layers, settings.most_layers + 1)
+    left_out = [size for size in asked if not space.least <= size <= space.most]
+    layers = f"; left out: {', '.join(map(str, left_out))} layers" if left_out else "; all sizes fit"
+    largest = max(
+        cache_bytes(model.config, size, settings.at_tokens, model.dtype) for size in (space.least, space.most)
+    )
+    return [
+        f"Cache        at most {settings.max_cache_bytes:,} bytes after {settings.at_tokens:,} tokens; "
+        f"the largest candidate has {largest:,}{layers}"
     ]
 
 

@@ -61,7 +61,7 @@ def plot_singles(found: dict[str, Any]) -> Figure:
     gains = [singles[str(layer)]["gain"] for layer in layers]
     errors = [singles[str(layer)]["stderr"] or 0.0 for layer in layers]
     axes.bar(layers, gains, yerr=errors, color=COLOURS[0], ecolor=INK, capsize=2)
-    axes.axhline(0, color=INK, linewidth=0.8)
+    _reference_lines(axes, found, found["base_score"])
     return figure
 
 
@@ -88,10 +88,7 @@ def plot_history(found: dict[str, Any]) -> Figure:
     numbers = range(1, len(fitness) + 1)
     axes.plot(numbers, fitness, ".", color=COLOURS[5], markersize=3, label="each combination")
     axes.step(numbers, np.maximum.accumulate(fitness), where="post", color=COLOURS[0], label="best so far")
-    axes.axhline(found["base_score"], color=COLOURS[1], linestyle="--", label="base")
-    if found["donor_score"] is not None:
-        axes.axhline(found["donor_score"], color=COLOURS[2], linestyle="--", label="donor")
-    axes.legend(frameon=False)
+    _reference_lines(axes, found)
     return figure
 
 
@@ -110,6 +107,7 @@ def plot_pareto(found: dict[str, Any]) -> Figure:
         place = (row["kv_bytes_per_token"], row["fitness"])
         axes.annotate(label, place, textcoords="offset points", xytext=(6, -10), fontsize=8)
     axes.margins(x=0.15)
+    _reference_lines(axes, found)
     return figure
 
 
@@ -119,6 +117,14 @@ PLOTS: dict[str, tuple[str, Plot]] = {
     "history": ("Best fitness over evaluations", plot_history),
     "pareto": ("Fitness against K/V cache", plot_pareto),
 }
+
+
+def _reference_lines(axes: Axes, found: dict[str, Any], subtracted: float = 0.0) -> None:
+    """Lines at the base's score and, if it is known, the donor's, each minus `subtracted`; and the legend."""
+    for name, colour in (("base", COLOURS[1]), ("donor", COLOURS[2])):
+        if (score := found[f"{name}_score"]) is not None:
+            axes.axhline(score - subtracted, color=colour, linestyle="--", linewidth=0.9, label=name)
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
 
 
 def _axes(height_inches: float, x_label: str, y_label: str) -> tuple[Figure, Axes]:

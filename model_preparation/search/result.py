@@ -15,7 +15,7 @@ from typing import Any
 from model_preparation.evaluation.compare.paired import SIGNIFICANCE
 from model_preparation.llamba.cache_llamba import kv_bytes_per_token
 from model_preparation.search.candidate_scores import CandidateScores
-from model_preparation.search.layer_sets import BASE, LayerSet
+from model_preparation.search.layer_sets import BASE, LayerSet, SearchSpace
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.settings import ACCURACY
 from model_preparation.versions import creation_time
@@ -30,18 +30,23 @@ BETTER_THAN_BASE, LIKE_BASE, WORSE_THAN_BASE = (
 
 
 def search_result(
-    setup: ScoringSetup, scores: CandidateScores, donor: dict[str, Any] | None, *, budget_spent: bool
+    setup: ScoringSetup,
+    space: SearchSpace,
+    scores: CandidateScores,
+    donor: dict[str, Any] | None,
+    *,
+    budget_spent: bool,
 ) -> dict[str, Any]:
     """The content of search_result.json, in JSON's kinds of values.
 
     Args:
-        setup: what was searched.
+        setup, space: what was searched.
         scores: what was found.
         donor: the donor's own `accuracy`, if it was scored.
         budget_spent: whether the budget ended the search.
     """
     settings = setup.settings
-    rows = _final_results(scores, setup)
+    rows = _final_results(scores, space, setup)
     base = _row(scores, BASE, setup)
     donor_score = None if donor is None else donor["accuracy"] if settings.objective == ACCURACY else 0.0
     return {
@@ -77,9 +82,9 @@ def search_result(
     }
 
 
-def _final_results(scores: CandidateScores, setup: ScoringSetup) -> list[dict[str, Any]]:
+def _final_results(scores: CandidateScores, space: SearchSpace, setup: ScoringSetup) -> list[dict[str, Any]]:
     """All complete evaluations of the sizes that were searched, the best first."""
-    ranked = [layers for layers in scores.complete if len(layers) >= setup.settings.min_layers]
+    ranked = [layers for layers in scores.complete if layers in space]
     rows = [_row(scores, layers, setup) for layers in ranked]
     values = [scores.values(layers) for layers in ranked[:COMPARED]]
     if not values:

@@ -25,7 +25,7 @@ from model_preparation.search.journal import Journal
 from model_preparation.search.layer_sets import SearchSpace, names
 from model_preparation.search.methods import METHODS
 from model_preparation.search.objective import Objective
-from model_preparation.search.plan import describe
+from model_preparation.search.plan import describe, sizes_in_budget
 from model_preparation.search.progress import SearchProgress
 from model_preparation.search.report import write_report
 from model_preparation.search.result import search_result
@@ -81,7 +81,7 @@ def search_layers(
         setup = ScoringSetup(settings, scored_on)
         total = setup.pair.layers
         gains = checks.known_gains(settings, total, say)
-        space = SearchSpace(total, settings.min_layers, settings.most_layers, gains)
+        space = SearchSpace(total, *sizes_in_budget(setup), gains)
         if not overwrite:  # a dry run reads no weights
             asked = {"settings": setup.recorded, **({} if dry_run else {"inputs": setup.inputs})}
             checks.check_earlier(folder, asked)
@@ -119,7 +119,7 @@ def _evaluate(
             METHODS[settings.method](space, scores, settings)
         except BudgetSpent:
             budget_spent = True
-    found = search_result(setup, scores, donor, budget_spent=budget_spent)
+    found = search_result(setup, space, scores, donor, budget_spent=budget_spent)
     if not found["final_results"]:
         reasons = "; ".join(f"{names(layers)}: {reason}" for layers, reason in list(scores.failed.items())[:3])
         raise SurgeryError(

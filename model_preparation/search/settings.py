@@ -94,6 +94,11 @@ class SearchSettings(CheckedSettings):
         float | None,
         Flag("H", "evaluate for at most H hours, all runs of this search together", number(float, above=0)),
     ] = None
+    max_cache_bytes: Annotated[
+        int | None,
+        Flag("N", "only combinations whose cache has at most N bytes after --at_tokens tokens of one sequence", _COUNT),
+    ] = None
+    at_tokens: Annotated[int | None, Flag("N", "of --max_cache_bytes", _COUNT)] = None
     race: Annotated[
         bool | None,
         Flag(
@@ -156,6 +161,8 @@ class SearchSettings(CheckedSettings):
             "max_layers": self.most_layers,
             "budget_evaluations": self.budget_evaluations,
             "budget_hours": self.budget_hours,
+            "max_cache_bytes": self.max_cache_bytes,
+            "at_tokens": self.at_tokens,
             "race": self.races,
             "prior": None if prior is None else f"{prior.name} ({blake3_of(prior)[:16]})",
             **{name: getattr(self, name) for name in options},

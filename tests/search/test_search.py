@@ -24,6 +24,7 @@ from model_preparation.search.journal import Journal
 from model_preparation.search.search import search_layers
 from model_preparation.search.settings import SearchSettings
 from model_preparation.search_layers import _parser
+from tests.browser import WIDTHS, look_at, needs_chromium
 from tests.conftest import PACKAGE, assert_refused, run_command
 from tests.search.conftest import make_questions, write_task
 
@@ -149,6 +150,39 @@ def test_the_report_needs_nothing_else(exhaustive):
     assert "http://" not in page.replace("http://www.w3.org", "")
     for name in ("single_layers", "pairs", "history", "pareto"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_chromium
+def test_nothing_in_the_report_is_wider_than_the_window(exhaustive, tmp_path):
+    seen = look_at(
+        exhaustive[0] / "report.html", tmp_path, "window.seen = {drawn: document.querySelectorAll('svg').length};"
+    )
+    assert seen == {"widths": list(WIDTHS), "drawn": 4}
+
+
+def test_a_budget_of_bytes_leaves_out_larger_combinations(exhaustive, make_settings, tmp_path):
+    # A grafted layer takes 128 bytes per token, another one 2048 whatever the length.
+    lines = []
+    few = {"method": "exhaustive", "max_layers": 3, "max_cache_bytes": 2 * 128 * 32 + 2 * 2048, "at_tokens": 32}
+    found = search_layers(make_settings(tmp_path / "few", **few), say=lines.append)
+    assert found["final_results"] != []
+    assert [row["layers"] for row in found["final_results"]] == [
+        row["layers"] for row in exhaustive[1]["final_results"] if row["num_layers"] <= 2
+    ]
+    (line,) = (line for line in lines if line.startswith("Cache "))
+    assert line.split(maxsplit=1)[1] == (
+        "at most 12,288 bytes after 32 tokens; the largest candidate has 12,288; left out: 3 layers"
+    )
+    # After one token a grafted layer is the smaller one.
+    lines.clear()
+    search_layers(
+        make_settings(tmp_path / "x", **few | {"at_tokens": 1, "max_cache_bytes": 3000}), say=lines.append, dry_run=True
+    )
+    assert any("left out: 1, 2 layers" in line for line in lines)
+    with pytest.raises(SurgeryError, match=r"1 to 3 layers has a cache of at least 10,240 bytes .* is 5\. Give more"):
+        search_layers(make_settings(tmp_path / "x", **few | {"max_cache_bytes": 5}), dry_run=True)
+    with pytest.raises(SurgeryError, match="max_cache_bytes is None and at_tokens 32"):
+        search_layers(make_settings(tmp_path / "x", **few | {"max_cache_bytes": None}), dry_run=True)
 
 
 @pytest.mark.parametrize(("p_value", "words"), [(0.0004, "(p &lt; 0.001)"), (0.032, "(p = 0.032)")])

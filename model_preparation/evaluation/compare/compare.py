@@ -16,8 +16,15 @@ from numpy.typing import NDArray
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare import paired
 from model_preparation.evaluation.compare.answers import Answers, CommonQuestions, match, read_answers
+from model_preparation.evaluation.compare.costs import Cost, costs_of
 from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles, find_evaluations, replaced_layers
-from model_preparation.evaluation.compare.notes import differing_settings, question_notes, score_notes, settings_of
+from model_preparation.evaluation.compare.notes import (
+    cost_notes,
+    differing_settings,
+    question_notes,
+    score_notes,
+    settings_of,
+)
 from model_preparation.evaluation.questions import some
 
 OVERALL, GROUP, SUBJECT = "overall", "group", "subject"
@@ -33,12 +40,14 @@ class Model:
         results_path: relative to the folder above it, so that a report shows no private path.
         layers: the replaced layers of a checkpoint; None for another model.
         settings: of its evaluation, {words: value}.
+        cost: in time and memory, if it was measured.
     """
 
     name: str
     results_path: str
     layers: list[int] | None
     settings: dict[str, str]
+    cost: Cost | None
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,9 @@ def compare_evaluations(
     notes += question_notes(names, evaluations, common) + differing_settings(names, settings)
     notes += score_notes(metric, names, evaluations, common)
 
+    costs = costs_of(evaluations)
+    notes += cost_notes(names, costs)
+
     values = {each.task: each.column("value") for each in common}
     binary = all(np.isin(each, (0, 1)).all() for each in values.values())
     known = evaluations[0].results["higher_is_better"]
@@ -165,9 +177,12 @@ def compare_evaluations(
     _judge(rows, higher)
     models = [
         Model(
-            name, str(evaluation.results_path.relative_to(evaluation.place.parent)), replaced_layers(evaluation), each
+            name,
+            str(evaluation.results_path.relative_to(evaluation.place.parent)),
+            replaced_layers(evaluation),
+            *(each, cost),
         )
-        for name, evaluation, each in zip(names, evaluations, settings, strict=True)
+        for name, evaluation, each, cost in zip(names, evaluations, settings, costs, strict=True)
     ]
     return Comparison(metric, higher, binary, seed, resamples, models, rows, notes, common)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, EVALUATIONS_ASIDE, INFO, read_info
 from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.efficiency import FOLDER as EFFICIENCY
 from model_preparation.evaluation.models import find_model
 from model_preparation.evaluation.results_folder import SETTINGS, read_checked_json
 from model_preparation.io.identity import differences
@@ -57,6 +58,11 @@ class EvaluationFiles:
     def place(self) -> Path:
         """The folder that gives the model its name: of an evaluation in a --results_dir, the one above it."""
         return self.checkpoint or (self.given.parent if (self.given / SETTINGS).is_file() else self.given)
+
+    @property
+    def date(self) -> str:
+        """The day on which it was finished."""
+        return _date(self.results_path)[:10]
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -190,6 +196,7 @@ def _not_finished(given: Path, root: Path) -> SurgeryError:
     checkpoint = _checkpoint_of(given)
     command = f"python test_checkpoint.py --checkpoint {checkpoint or 'CHECKPOINT'} --full_eval"
     begun = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    begun = [name for name in begun if name != EFFICIENCY]
     if checkpoint == given and not begun:
         return SurgeryError(f"{given} has not been evaluated. Run {command}.")
     if checkpoint is not None:

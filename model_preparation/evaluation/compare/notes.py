@@ -5,14 +5,16 @@ from statistics import fmean
 from typing import Any
 
 from model_preparation.evaluation.compare.answers import CommonQuestions
+from model_preparation.evaluation.compare.costs import Cost
 from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles
 from model_preparation.evaluation.questions import some
 from model_preparation.terminal import escaped
 
+_DATE, _LIMIT, _NONE = "date", "limit of questions per task", "none"
 # The settings that are shown and compared: {words: value of the results file and the tasks}.
 SETTINGS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
     "number of examples before each question": lambda results, tasks: _per_task(results.get("n-shot"), tasks),
-    "limit of questions per task": lambda results, _: results["config"].get("limit"),
+    _LIMIT: lambda results, _: results["config"].get("limit"),
     "chat template": lambda results, _: _short(results.get("chat_template_sha")),
     "system instruction": lambda results, _: _short(results.get("system_instruction_sha")),
     "dtype": lambda results, _: str(results["config"].get("model_dtype")).removeprefix("torch."),
@@ -25,7 +27,17 @@ SETTINGS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
 }
 _NO_LIMIT = 1_000_000_000  # tokens; the config of a Llamba without grafts says so
 _SHOWN_CHARACTERS = 120
-_HARMLESS = ("version of transformers",)
+_DATE = "date"
+# Scores can be compared although these differ. The longest prompt that a model takes changes no shorter prompt.
+_HARMLESS = ("version of transformers", "longest prompt, in tokens", _DATE)
+# What a reader has to know before the first score, and the words for it there.
+_HEAD = {
+    "number of examples before each question": "{}-shot",
+    _LIMIT: "the first {} of each task",
+    "version of lm-eval": "lm-eval {}",
+    "version of transformers": "transformers {}",
+    _DATE: "{}",
+}
 
 
 def _limit(tokens: int | None) -> int | str | None:
@@ -34,7 +46,27 @@ def _limit(tokens: int | None) -> int | str | None:
 
 def settings_of(evaluation: EvaluationFiles, tasks: Sequence[str]) -> dict[str, str]:
     """The settings in an evaluation's results file, {words: value}."""
-    return {words: _shown(read(evaluation.results, tasks)) for words, read in SETTINGS.items()}
+    read = {words: _shown(read(evaluation.results, tasks)) for words, read in SETTINGS.items()}
+    return read | {_DATE: evaluation.date}
+
+
+def head_line(task: str, metric: str, questions: int, settings: Sequence[Mapping[str, str]]) -> str:
+    """Task, metric, questions, shots, limit, versions and date, where known. Values that differ are all there."""
+    parts = [task, metric, f"{questions:,} question{'s' * (questions != 1)}"]
+    for words, text in _HEAD.items():
+        values = list(dict.fromkeys(each[words] for each in settings))
+        if values != [_NONE]:
+            parts.append(text.format(" or ".join(values)))
+        elif words == _LIMIT:
+            parts.append("no limit")
+    return " · ".join(parts)
+
+
+def shared_and_differing(settings: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], list[str]]:
+    """The settings that all models have, {words: value}; and the words of those that differ."""
+    differing = [words for words in settings[0] if len({each[words] for each in settings}) > 1]
+    shared = {words: value for words, value in settings[0].items() if words not in differing and value != _NONE}
+    return shared, differing
 
 
 def differing_settings(names: Sequence[str], settings: Sequence[Mapping[str, str]]) -> list[str]:
@@ -98,6 +130,15 @@ def score_notes(
     return notes
 
 
+def cost_notes(names: Sequence[str], costs: Sequence[Cost | None]) -> list[str]:
+    """A sentence if costs were measured on different machines or in different ways."""
+    places = {name: cost.measured_on for name, cost in zip(names, costs, strict=True) if cost is not None}
+    if len(set(places.values())) < 2:
+        return []
+    listed = "; ".join(f"{name} on {place}" for name, place in places.items())
+    return [f"Costs were not measured alike: {listed}."]
+
+
 def _per_task(values: Any, tasks: Sequence[str]) -> str | None:
     found = sorted({str(values[task]) for task in tasks if task in values}) if isinstance(values, dict) else []
     return ", ".join(found) or None
@@ -108,6 +149,6 @@ def _short(digest: Any) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    text = "none" if value in (None, "None", "", {}) else str(value)
+    text = _NONE if value in (None, "None", "", {}) else str(value)
     text = escaped(text)
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " …"

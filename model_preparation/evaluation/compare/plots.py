@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 
 from model_preparation.evaluation.compare.compare import GROUP, OVERALL, SUBJECT, UNCLEAR, Comparison, Row
+from model_preparation.evaluation.efficiency import MEASURED
 
 Plot = Callable[[Any], Figure]  # of a Comparison, or whatever else is drawn
 
@@ -64,6 +65,42 @@ def plot_gains(comparison: Comparison) -> Figure:
     return figure
 
 
+def plot_efficiency(found: dict[str, Any]) -> Figure:
+    """A panel per measured field: every model's values, by the tokens of the context."""
+    figure = Figure(figsize=(_WIDTH_INCHES, 5.0), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    for axes, (field, (words, unit, one)) in zip(panels, MEASURED.items(), strict=True):
+        for model, each in enumerate(found["models"]):
+            values = [row[field] / one for row in each["contexts"]]
+            x = [row["context"] for row in each["contexts"]]
+            axes.plot(x, values, "o-", color=COLOURS[model % len(COLOURS)], markersize=4, label=each["name"])
+        axes.set_xlabel("context, tokens")
+        axes.set_ylabel(f"{words}, {unit}")
+        axes.set_ylim(bottom=0)
+        axes.grid(linewidth=0.4, alpha=0.4)
+    _legend(axes)
+    return figure
+
+
+def plot_costs(comparison: Comparison) -> Figure:
+    """Score against time per token and against the cache, with a point per model whose cost is known."""
+    figure = Figure(figsize=(_WIDTH_INCHES, 3.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    scores = comparison.of_kind(OVERALL)[0].scores
+    for axes, field in zip(panels, ("token_seconds", "cache_bytes"), strict=True):
+        words, unit, one = MEASURED[field]
+        for model, each in enumerate(comparison.models):
+            if each.cost is not None:
+                place = [each.cost.values[field] / one], [scores[model].mean]
+                _points(axes, *place, [scores[model].stderr or 0.0], model=model, name=each.name, upright=True)
+        axes.set_xlabel(f"{words}, {unit}")
+        axes.margins(x=0.15)
+        axes.grid(linewidth=0.4, alpha=0.4)
+    panels[0].set_ylabel(f"{comparison.metric}, ± standard error")
+    _legend(panels[0])
+    return figure
+
+
 def save_png(plot: Plot, shown: Any, path: Path | BinaryIO) -> None:
     """Draw `plot` of `shown` into a PNG file, on white."""
     with _drawing():
@@ -80,7 +117,18 @@ def svg(plot: Plot, shown: Any, name: str) -> str:
     return re.sub(r'(\bid="|\burl\(#|href="#)', rf"\g<1>{name}-", text)  # ids must be unique in a page
 
 
-PLOTS: dict[str, Plot] = {"accuracy_by_subject": plot_scores, "gain_by_subject": plot_gains}
+# {name of the file: (heading, plot)}.
+PLOTS: dict[str, tuple[str, Plot]] = {
+    "accuracy_by_subject": ("Score by subject", plot_scores),
+    "gain_by_subject": ("Gain over the baseline", plot_gains),
+    "score_by_cost": ("Score against cost", plot_costs),
+}
+
+
+def plots_of(comparison: Comparison) -> dict[str, tuple[str, Plot]]:
+    """Those of `PLOTS` for which there are numbers."""
+    has_costs = any(model.cost for model in comparison.models)
+    return {name: each for name, each in PLOTS.items() if has_costs or each[1] is not plot_costs}
 
 
 def _lines(comparison: Comparison) -> tuple[Figure, Axes, list[Row]]:
@@ -118,11 +166,27 @@ def _lines(comparison: Comparison) -> tuple[Figure, Axes, list[Row]]:
 
 
 def _points(
-    axes: Axes, x: list[float], y: list[float], errors: list, *, model: int, name: str, filled: list[bool] | None = None
+    axes: Axes,
+    x: list[float],
+    y: list[float],
+    errors: list,
+    *,
+    model: int,
+    name: str,
+    filled: list[bool] | None = None,
+    upright: bool = False,
 ) -> None:
     """A model's points with error bars; a point is hollow where `filled` is False."""
     colour = COLOURS[model % len(COLOURS)]
-    axes.errorbar(x, y, xerr=errors, fmt="none", ecolor=colour, elinewidth=1.1)
+    axes.errorbar(
+        x,
+        y,
+        xerr=None if upright else errors,
+        yerr=errors if upright else None,
+        fmt="none",
+        ecolor=colour,
+        elinewidth=1.1,
+    )
     faces = [colour if full else PAPER for full in filled or [True] * len(x)]
     axes.scatter(x, y, s=14, c=faces, edgecolors=colour, linewidths=1.1, zorder=3)
     axes.plot([], [], "o-", color=colour, markersize=4, linewidth=1.1, label=name)  # for the legend

@@ -31,14 +31,18 @@ from model_preparation.evaluation.compare.compare import (
     Model,
     Row,
 )
+from model_preparation.evaluation.compare.costs import Cost
 from model_preparation.evaluation.compare.examples import differing_questions
-from model_preparation.evaluation.compare.notes import SETTINGS
+from model_preparation.evaluation.compare.notes import head_line, shared_and_differing
 from model_preparation.evaluation.compare.paired import SIGNIFICANCE
+from model_preparation.evaluation.efficiency import MEASURED
+from model_preparation.evaluation.questions import some
 from model_preparation.io.complete_folder import check_target, new_folder
 from model_preparation.terminal import escaped
 
 PAGE, NUMBERS = "comparison.html", "comparison.json"
 _OURS = {PAGE, NUMBERS, *(f"{name}.png" for name in plots.PLOTS)}
+_PLURAL = {OVERALL: "models", GROUP: "groups", SUBJECT: "subjects"}
 _STYLES = {"better": "green", "worse": "red", "unclear": ""}
 _SMALLEST_P = 0.001  # smaller ones read "< 0.001"
 
@@ -73,9 +77,10 @@ def write_report(comparison: Comparison, target: Path, *, questions: int, as_jso
     check_report_folder(target, overwrite=overwrite)
     names = [model.name for model in comparison.models]
     with new_folder(target, overwrite=overwrite, marker_file=PAGE) as folder:
-        page = _html_page(comparison, title=f"{', '.join(names[1:])} against {names[0]}", questions=questions)
+        others = names[1] if len(names) == 2 else f"{len(names) - 1} models"
+        page = _html_page(comparison, title=f"{others} against {names[0]}", questions=questions)
         (folder / PAGE).write_text(page, encoding="utf-8")
-        for name, plot in plots.PLOTS.items():
+        for name, (_, plot) in plots.plots_of(comparison).items():
             plots.save_png(plot, comparison, folder / f"{name}.png")
         if as_json:
             text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
@@ -85,11 +90,11 @@ def write_report(comparison: Comparison, target: Path, *, questions: int, as_jso
 def render_page(template: str, **values: Any) -> str:
     """An HTML page: a jinja2 template that fills the blocks of page.html, the frame of our reports.
 
-    The template may use the functions `number`, `score`, `p_value` and `verdict_class`.
+    The template may use the functions `number`, `score`, `p_value`, `verdict_class` and `sortable`.
     """
     frame = jinja2.DictLoader({"page.html": _file("page.html")})
     environment = jinja2.Environment(loader=frame, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.globals |= {"number": number, "score": score, "p_value": p_value, "verdict_class": verdict_class}
+    environment.globals |= {each.__name__: each for each in (number, score, p_value, verdict_class, sortable)}
     script, style = (_file(f"report.{suffix}") for suffix in ("js", "css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.from_string(template).render(
@@ -101,27 +106,40 @@ def _file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
+def sortable(words: str, kind: str = "number") -> Markup:
+    """The header of a column of numbers or of text, by which the table can be sorted."""
+    header = '<th scope="col" class="{}" data-kind="{}"><button type="button">{}</button></th>'
+    return Markup(header).format("text" if kind == "text" else "", kind, words)
+
+
 def _html_page(comparison: Comparison, *, title: str, questions: int) -> str:
     overall = comparison.of_kind(OVERALL)[0]
-    tables = [("Groups", "groups", (OVERALL, GROUP)), ("Subjects", "subjects", (SUBJECT,))]
+    settings = [model.settings for model in comparison.models]
+    shared, differing = shared_and_differing(settings)
+    tables = {"Models": ("models", OVERALL), "Groups": ("groups", GROUP), "Subjects": ("subjects", SUBJECT)}
     return render_page(
         _file("report.html"),
         title=title,
+        head=head_line(
+            overall.label if overall.name else some([row.label for row in comparison.of_kind(SUBJECT)]),
+            *(comparison.metric, overall.questions, settings),
+        ),
         comparison=comparison,
         tables=[
-            {"heading": heading, "id": name, "rows": rows}
-            for heading, name, kinds in tables
-            if (rows := comparison.of_kind(*kinds))
+            {"heading": heading, "id": name, "rows": rows, "tests": _tests_sentence(comparison, kind)}
+            for heading, (name, kind) in tables.items()
+            if (rows := comparison.of_kind(kind))
         ],
-        verdicts=[
-            {"class": verdict_class(difference), "text": verdict_sentence(comparison, overall, model)}
-            for model, difference in enumerate(overall.differences, start=1)
+        plots=[
+            (heading, Markup(plots.svg(plot, comparison, name)))
+            for name, (heading, plot) in plots.plots_of(comparison).items()
         ],
-        tests=_tests_sentences(comparison),
-        plots=[Markup(plots.svg(plot, comparison, name)) for name, plot in plots.PLOTS.items()],
+        costs=_costs_sentence(comparison),
+        measured=MEASURED,
         model_lines=[_model_line(model) for model in comparison.models],
         examples=_examples(comparison, questions),
-        settings=list(SETTINGS),
+        shared=shared,
+        differing=differing,
     )
 
 
@@ -147,11 +165,13 @@ def comparison_tables(comparison: Comparison, *, subjects: bool) -> RenderableTy
     """Notes on differing settings, the tables (that of the subjects on request), and the verdicts."""
     overall = comparison.of_kind(OVERALL)
     parts: list[RenderableType] = [Text(escaped(f"note: {note}")) for note in comparison.notes]
-    parts += [Text(escaped(f"{_letter(model)}  {_model_line(each)}")) for model, each in enumerate(comparison.models)]
+    for model, each in enumerate(comparison.models):
+        cost = "" if each.cost is None else f": {_cost_words(each.cost)}"
+        parts.append(Text(escaped(f"{_letter(model)}  {_model_line(each)}{cost}")))
     parts.append(_table(comparison, [*overall, *comparison.of_kind(GROUP)], "group"))
     if subjects and comparison.of_kind(SUBJECT):
         parts.append(_table(comparison, comparison.of_kind(SUBJECT), "subject"))
-    parts += [Text(sentence) for sentence in _tests_sentences(comparison)]
+    parts += [Text(sentence) for kind in _PLURAL if (sentence := _tests_sentence(comparison, kind))]
     parts += [
         Text(escaped(verdict_sentence(comparison, overall[0], model)), "bold")
         for model in range(1, len(comparison.models))
@@ -232,25 +252,33 @@ def _model_line(model: Model) -> str:
     return f"{model.name} (layers {' '.join(map(str, model.layers)) or 'none'} replaced)"
 
 
-def _tests_sentences(comparison: Comparison) -> list[str]:
-    """What many tests at once mean, per kind of rows with more than one test."""
-    sentences = []
-    for kind, what in ((OVERALL, "models"), (GROUP, "groups"), (SUBJECT, "subjects")):
-        differences = [difference for row in comparison.of_kind(kind) for difference in row.differences]
-        tests = len(differences)
-        if tests < 2:
-            continue
-        chance = f"{tests} differences ({what}) are tested at once"
-        if tests * SIGNIFICANCE >= 1:
-            chance = f"{tests} differences ({what}) are tested: about {tests * SIGNIFICANCE:.0f} would look real by "
-            chance += "chance alone"
-        real = sum(difference.verdict != UNCLEAR for difference in differences)
-        if comparison.binary:
-            chance += ", so each p-value is adjusted for all of them (Holm). "
-            sentences.append(f"{chance}After that {real} can be told from chance.")
-        else:
-            sentences.append(f"{chance}, and their intervals are not adjusted for that. {real} of them exclude 0.")
-    return sentences
+def _costs_sentence(comparison: Comparison) -> str:
+    cost = next((model.cost for model in comparison.models if model.cost), None)
+    if cost is None:
+        return ""
+    return f"Costs are of one sequence after {cost.context:,} tokens, measured on {cost.measured_on}."
+
+
+def _cost_words(cost: Cost) -> str:
+    shown = (f"{words} {cost.values[field] / one:,.2f} {unit}" for field, (words, unit, one) in MEASURED.items())
+    return f"{', '.join(shown)} after {cost.context:,} tokens"
+
+
+def _tests_sentence(comparison: Comparison, kind: str) -> str:
+    """What many tests at once mean; nothing for a single test."""
+    differences = [difference for row in comparison.of_kind(kind) for difference in row.differences]
+    tests = len(differences)
+    if tests < 2:
+        return ""
+    chance = f"{tests} differences ({_PLURAL[kind]}) are tested at once"
+    if tests * SIGNIFICANCE >= 1:
+        chance = f"{tests} differences ({_PLURAL[kind]}) are tested: about {tests * SIGNIFICANCE:.0f} would look real "
+        chance += "by chance alone"
+    real = sum(difference.verdict != UNCLEAR for difference in differences)
+    if comparison.binary:
+        chance += ", so each p-value is adjusted for all of them (Holm). "
+        return f"{chance}After that {real} can be told from chance."
+    return f"{chance}, and their intervals are not adjusted for that. {real} of them exclude 0."
 
 
 def number(value: float | None, *, sign: bool = False) -> str:

@@ -11,6 +11,8 @@ from PIL import Image
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare.compare import compare_evaluations
 from model_preparation.evaluation.compare.examples import differing_questions
+from model_preparation.evaluation.compare.report import write_report
+from model_preparation.io.self_checksum import with_checksum
 from tests.conftest import assert_refused, run_command
 from tests.evaluation.compare.stock import (
     GROUPS,
@@ -114,6 +116,61 @@ def test_the_numbers_are_lm_evals_and_those_counted_by_hand(stock, report):
         assert low <= difference["difference"] <= high
     assert [rows[name]["differences"][0]["tests"] for name in ("quiz", "quiz_nature", "quiz_poems")] == [1, 2, 4]
     assert numbers["notes"] == []
+
+
+def test_one_line_says_what_was_asked_and_a_longer_limit_of_prompts_is_no_remark(copy):
+    for name, limit in (("one", 1 << 60), ("two", 512)):
+        path = the_only(copy, f"{name}/**/results_*.json")
+        found = json.loads(path.read_text()) | {"lm_eval_version": "0.4.13", "max_length": limit}
+        path.rename(path.with_name("results_2026-03-04T05-06-07.8.json")).write_text(json.dumps(found))
+        for samples in copy.glob(f"{name}/**/samples_*.jsonl"):
+            samples.rename(samples.with_name(f"{samples.name.rpartition('_')[0]}_2026-03-04T05-06-07.8.jsonl"))
+    comparison = compare(copy)
+    assert comparison.notes == []
+    write_report(comparison, copy / "report", questions=0, as_json=False, overwrite=False)
+    page = (copy / "report" / "comparison.html").read_text()
+    assert '<p class="head">quiz · acc · 34 questions · 0-shot · no limit · lm-eval 0.4.13 · 2026-03-04</p>' in page
+    scores = Counter(f"{each.mean:.3f} ± {each.stderr:.3f}" for row in comparison.rows for each in row.scores)
+    assert {text: page.count(text) for text in scores} == scores  # each is there once
+
+
+def write_cost(root, weights, *, contexts, on="a chip, 1 thread"):
+    """What --efficiency leaves in the folder of a model's results."""
+    row = {"first_token_seconds": 0.5, "token_seconds": 0.025, "peak_memory_bytes": 9e8}
+    rows = [{**row, "context": context, "cache_bytes": 1000 * context} for context in contexts]
+    models = [{"weights": each, "dtype": "float32", "contexts": rows} for each in weights]
+    (root / "efficiency").mkdir()
+    found = {"models": models, "measured_on": on, "date": "2026-01-01"}
+    (root / "efficiency" / "efficiency.json").write_text(json.dumps(found))
+
+
+def test_scores_stand_against_costs_of_the_same_weights(copy, tmp_path):
+    for name in ("one", "two", "nature"):  # as in a --results_dir
+        model = with_checksum({"settings": {}, "weights": "of all", "model": {"weights": name}})
+        the_only(copy, f"{name}/**/results_*.json").parents[1].joinpath("settings.json").write_bytes(model)
+    write_cost(copy / "one", ["one", "elsewhere"], contexts=(512, 2048, 4096))
+    write_cost(copy / "two", ["two"], contexts=(512, 2048))
+    result = run_command("compare_checkpoints", copy / "one", copy / "two", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    words = "time per token 25.00 ms, cache 2.05 MB, peak memory 900.00 MB after 2,048 tokens"
+    assert " ".join(result.stdout.split()).count(words) == 2
+    folder = tmp_path / "comparison_report"
+    page = (folder / "comparison.html").read_text()
+    assert "Costs are of one sequence after 2,048 tokens, measured on a chip, 1 thread, float32." in page
+    assert page.count('<td data-value="2048000">2.05</td>') == 2
+    assert len(Image.open(folder / "score_by_cost.png").convert("RGB").getcolors(1 << 20)) > 10
+    models = json.loads((folder / "comparison.json").read_text())["models"]
+    assert [model["cost"]["values"]["cache_bytes"] for model in models] == [2_048_000] * 2
+
+    path = copy / "two" / "efficiency" / "efficiency.json"
+    path.write_text(path.read_text().replace("a chip", "another"))
+    (note,) = compare(copy).notes
+    assert note.startswith("Costs were not measured alike: one on a chip, 1 thread, float32; two on another")
+    path.write_text(path.read_text().replace("two", "other weights"))
+    assert [model.cost is None for model in compare(copy).models] == [False, True]
+    path.write_text("{}")
+    with pytest.raises(SurgeryError, match=f"{path} is no measurement of ours .*measure again"):
+        compare(copy)
 
 
 def test_the_verdict_is_a_sentence(stock, report):

@@ -1,25 +1,21 @@
 """The report in a browser: it sorts, it draws, it asks the network for nothing, and it runs no text as code."""
 
-import base64
-import hashlib
-import json
 import re
-import shutil
-import subprocess
 
 import pytest
 from PIL import Image
 
 from model_preparation.evaluation.compare.compare import compare_evaluations
 from model_preparation.evaluation.compare.report import write_report
-from tests.conftest import HANG_SECONDS
+from tests.browser import WIDTHS, look_at, needs_chromium
 from tests.evaluation.compare.stock import change_samples, evaluate, write_tasks
 
 HOSTILE = "<img src=x onerror=alert(1)>$x$ 模型"
 
 # Clicks headers, and notes the order of the rows after each click, the requests made and errors met.
 DRIVER = """
-const order = (id) => [...document.querySelectorAll(`#${id} tbody tr`)].map((row) => row.cells[0].textContent);
+const order = (id) => [...document.querySelectorAll(`#${id} tbody tr`)]
+  .map((row) => [...row.cells].map((cell) => cell.textContent.trim()));
 const click = (id, name) => [...document.querySelectorAll(`#${id} th button`)]
   .find((button) => button.textContent === name).click();
 const seen = {start: order("subjects")};
@@ -32,9 +28,8 @@ seen.requests = performance.getEntriesByType("resource").map((entry) => entry.na
 seen.images = document.images.length;
 seen.drawn = [...document.querySelectorAll("svg")].map((svg) => svg.getBoundingClientRect().height);
 seen.ids = [...document.querySelectorAll("[id]")].map((element) => element.id);
-seen.wide = document.documentElement.scrollWidth > window.innerWidth;
-const pre = document.createElement("pre"); pre.id = "seen"; pre.textContent = JSON.stringify(seen);
-document.querySelector("h1").after(pre); pre.hidden = true;
+seen.open = document.querySelectorAll("details[open]").length;
+window.seen = seen;
 """
 
 
@@ -63,45 +58,35 @@ def test_names_and_questions_are_text_and_nothing_comes_from_elsewhere(page):
     assert len(text) < 500_000
 
 
-def find_chromium():
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    return next(filter(None, map(shutil.which, names)), None)
-
-
-@pytest.mark.skipif(find_chromium() is None, reason="needs Chromium")
+@needs_chromium
 def test_in_a_browser_the_tables_sort_and_the_plots_are_drawn(page, tmp_path):
     comparison, path = page
-    digest = base64.b64encode(hashlib.sha256(DRIVER.encode()).digest()).decode()
-    text = path.read_text(encoding="utf-8")
-    # The page's policy has to allow the test's script; its own script runs only if its digest is right.
-    text = re.sub(r"(script-src '[^']+')", rf"\1 'sha256-{digest}'", text, count=1)
-    (tmp_path / "page.html").write_text(text.replace("</body>", f"<script>{DRIVER}</script></body>"), encoding="utf-8")
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking hide-scrollbars"
-    flags = [f"--{flag}" for flag in f"{flags} disable-component-update disable-sync dump-dom".split()]
-    places = [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}"]
-    command = [find_chromium(), *flags, *places, "--window-size=500,2400", f"file://{tmp_path}/page.html"]
-    dumped = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, cwd=tmp_path)
-    found = re.search(r'<pre id="seen"[^>]*>(.*?)</pre>', dumped.stdout, re.DOTALL)
-    assert found, dumped.stderr
-    seen = json.loads(found[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+    seen = look_at(path, tmp_path, DRIVER)
 
+    # A row per subject and model: the subject comes first, then its group, questions, model, score and difference.
     rows = comparison.of_kind("subject")
-    assert seen["start"] == [row.label for row in rows] == ["animals", "grammar", "plants", "poems"]
+    start = [(row.label, model.name) for row in rows for model in comparison.models]
+    assert [(row[0], row[3]) for row in seen["start"]] == start
     by_size = ["plants", "poems", "animals", "grammar"]
-    assert (seen["questions"], seen["questions again"]) == (by_size, by_size[::-1])
-    gains = [row.differences[0].difference for row in rows]
-    assert len(set(gains)) > 2
-    value = dict(zip(seen["start"], gains, strict=True))
-    assert [value[label] for label in seen["difference"]] == sorted(gains, reverse=True)
-    assert [value[label] for label in seen["difference again"]] == sorted(gains)
-    assert (seen["subject"], seen["subject again"]) == (sorted(by_size), sorted(by_size, reverse=True))
-    assert seen["groups"] == ["letters", "nature", "quiz"]
+    twice = [label for label in by_size for _ in comparison.models]
+    assert [[row[0] for row in seen[order]] for order in ("questions", "questions again")] == [twice, twice[::-1]]
+    differences = [(row.differences[0].difference, row.label) for row in rows]
+    assert len(set(differences)) > 2
+    for order, sign in (("difference", -1), ("difference again", 1)):
+        wanted = [difference for difference, _ in sorted(differences, key=lambda each: sign * each[0])]
+        value = {label: difference for difference, label in differences}
+        assert [value[row[0]] for row in seen[order] if row[5]] == wanted
+        assert [row[3] for row in seen[order]] == [HOSTILE] * 4 + ["one"] * 4  # the baseline has none, so it is last
+    assert [row[0] for row in seen["subject"]] == sorted(twice)
+    assert [row[0] for row in seen["subject again"]] == sorted(twice, reverse=True)
+    assert [row[0] for row in seen["groups"]] == ["letters", "letters", "nature", "nature"]
     assert seen["requests"] == []
     assert seen["images"] == 0
     assert len(seen["drawn"]) == 2
     assert min(seen["drawn"]) > 100
     assert len(seen["ids"]) == len(set(seen["ids"]))
-    assert not seen["wide"]  # on a screen of 500 points only the tables scroll sideways
+    assert seen["widths"] == list(WIDTHS)  # only tables and plots scroll sideways, each by itself
+    assert seen["open"] == 0
 
     picture = Image.open(tmp_path / "page.png").convert("RGB")
     colours = {colour for _, colour in picture.getcolors(1 << 22)}

@@ -1,0 +1,76 @@
+"""What the compared models cost, as `test_checkpoint.py --efficiency` measured them. Weights are matched by digest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model_preparation.checkpoint.checkpoint_info import EVALUATIONS
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles
+from model_preparation.evaluation.efficiency import FOLDER, MEASURED, NUMBERS
+from model_preparation.evaluation.results_folder import SETTINGS, read_checked_json
+from model_preparation.io.untrusted.untrusted_files import check_fields, read_json
+
+_ROW = {"context": int, **dict.fromkeys(MEASURED, (int, float))}
+_FIELDS = {
+    "models": [{"weights": str, "dtype": str, "contexts": [_ROW]}],
+    **{"measured_on": str, "date": str},
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A model's cost after a prompt of `context` tokens: the fields of `MEASURED`, and on what they were measured."""
+
+    context: int
+    measured_on: str
+    values: dict[str, float]
+
+
+def costs_of(evaluations: Sequence[EvaluationFiles]) -> list[Cost | None]:
+    """Each model's cost, at the longest context that all have for which one is known; None where none is known.
+
+    Raises:
+        SurgeryError: if a file of measurements is damaged.
+    """
+    roots = {root: None for each in evaluations for root in _roots(each)}  # in order, each once
+    measured: dict[str, tuple[str, dict[int, dict[str, Any]]]] = {}
+    for found in sorted(filter(None, map(_read, roots)), key=lambda each: each["date"]):
+        for model in found["models"]:
+            rows = {row["context"]: row for row in model["contexts"]}
+            measured[model["weights"]] = f"{found['measured_on']}, {model['dtype']}", rows
+    known = [measured.get(_weights(each)) for each in evaluations]
+    shared = set.intersection(*(set(each[1]) for each in known if each)) if any(known) else set()
+    if not shared:
+        return [None] * len(evaluations)
+    context = max(shared)
+    return [
+        None if each is None else Cost(context, each[0], {name: each[1][context][name] for name in MEASURED})
+        for each in known
+    ]
+
+
+def _roots(evaluation: EvaluationFiles) -> list[Path]:
+    """The folders that may have measurements of it."""
+    if evaluation.checkpoint is not None:
+        return [evaluation.checkpoint / EVALUATIONS]
+    return [evaluation.given, evaluation.given.parent]
+
+
+def _read(root: Path) -> dict[str, Any] | None:
+    path = root / FOLDER / NUMBERS
+    if not path.is_file():
+        return None
+    try:
+        found = read_json(path)
+        check_fields(found, _FIELDS)
+    except ValueError as error:
+        raise SurgeryError(f"{path} is no measurement of ours ({error}). Remove it, or measure again.") from error
+    return found
+
+
+def _weights(evaluation: EvaluationFiles) -> str:
+    """The digest of its weights, or "" for an evaluation that is not ours."""
+    settings = read_checked_json(evaluation.results_path.parents[1] / SETTINGS) or {}
+    return str(settings.get("model", {}).get("weights", ""))

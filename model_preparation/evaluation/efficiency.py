@@ -1,0 +1,259 @@
+"""What a model costs: time to the first token, time per token after it, bytes of its cache, peak memory.
+
+Models are measured one after the other, each in a process of its own, as a peak of memory is that of a process. This
+file is the process's program too: it reads a request as JSON, and prints the rows as JSON.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from model_preparation.checkpoint.checkpoint_info import read_info
+from model_preparation.checkpoint.load import load_checkpoint
+from model_preparation.checkpoint.model_configs import read_config
+from model_preparation.command_line import run
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.models import OtherModel, digest_of_weights, find_model, find_others, load_folder
+from model_preparation.evaluation.settings import EfficiencySettings
+from model_preparation.io.complete_folder import new_folder
+from model_preparation.io.progress import bar
+from model_preparation.io.tensors.dtypes import torch_dtype
+from model_preparation.llamba.cache_llamba import CACHE_NAME, cache_bytes
+from model_preparation.versions import creation_time, versions
+
+FOLDER, NUMBERS, PLOT = "efficiency", "efficiency.json", "efficiency.png"
+# What is measured, and how people read it: {field: (words, unit, how many of it are one unit)}.
+MEASURED = {
+    "first_token_seconds": ("time to first token", "ms", 1e-3),
+    "token_seconds": ("time per token", "ms", 1e-3),
+    "cache_bytes": ("cache", "MB", 1e6),
+    "peak_memory_bytes": ("peak memory", "MB", 1e6),
+}
+TOKENS = 16  # written after each context
+ROUNDS = 3
+_CONTEXTS = (128, 512, 2048)  # by default those that the models have positions for
+_WARM_UP_TOKENS = 32
+_KNOWN = ("llama", "llamba")  # model types whose cache can be computed
+
+
+def measure_efficiency(
+    directory: str | Path, settings: EfficiencySettings | None = None, **changes: Any
+) -> dict[str, Any]:
+    """Measure a checkpoint, its base and its donor; write efficiency.json and a plot into the folder of its results.
+
+    An earlier measurement there is replaced.
+
+    Args:
+        directory: as in `evaluate_checkpoint`.
+        settings: what to measure; by default `EfficiencySettings()`.
+        changes: single fields of `EfficiencySettings`, in place of those in `settings`.
+
+    Returns:
+        The content of efficiency.json: `models`, each with `name`, `source`, `weights` (their digest), `dtype`,
+        `parameters` and `contexts`: rows of `context` (tokens) and the fields of `MEASURED`, medians of `rounds`; what
+        it was measured with (`measured_on`, `threads`, `versions`, `date`, ...); and `results_dir`.
+
+    Raises:
+        SurgeryError: for models that are not there or too short, for a cache that does not hold what the config says,
+            or if a process fails.
+        OSError: if the results cannot be written.
+    """
+    settings = replace(settings or EfficiencySettings(), **changes)
+    scored = find_model(directory, settings.tokenizer, sources=settings.sources)
+    others = settings.compare_with or (("base", "donor") if scored.is_checkpoint else ())
+    name = "checkpoint" if scored.is_checkpoint else scored.name
+    models = [
+        OtherModel(name, scored.folder, scored.is_checkpoint),
+        *find_others(others, scored.folder, sources=settings.sources),
+    ]
+    contexts = _contexts(settings.contexts, list(map(_positions, models)))
+    target = scored.results_root(settings.results_dir) / FOLDER
+    with new_folder(target, overwrite=True, marker_file=NUMBERS) as folder:
+        device, dtype = torch.device(settings.device), torch_dtype(settings.dtype)
+        request = {"device": str(device), "threads": torch.get_num_threads(), "contexts": contexts}
+        request["dtype"] = None if dtype is None else str(dtype).removeprefix("torch.")
+        found = []
+        with bar("Measuring", len(models)) as advance:
+            for model in models:
+                measured = _in_a_process(model, request)
+                request["dtype"] = measured["dtype"]  # the others run in that of the first
+                found.append(
+                    {
+                        "name": model.name,
+                        "source": model.folder.name,
+                        "weights": digest_of_weights(model.folder, model.is_checkpoint),
+                        **measured,
+                    }
+                )
+                advance(1)
+        result = {
+            "models": found,
+            "device": device.type,
+            "measured_on": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            "threads": torch.get_num_threads(),
+            "rounds": ROUNDS,
+            "tokens": TOKENS,
+            "versions": versions(),
+            "date": creation_time(),
+        }
+        from model_preparation.evaluation.compare.plots import plot_efficiency, save_png  # slow to import
+
+        save_png(plot_efficiency, result, folder / PLOT)
+        (folder / NUMBERS).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return {**result, "results_dir": str(target)}
+
+
+def _positions(model: OtherModel) -> int | None:
+    """The most tokens that a sequence may have; None for a model without a limit."""
+    if model.is_checkpoint:
+        return read_info(model.folder)["config"].get("max_position_embeddings")
+    return getattr(read_config(model.folder).get_text_config(), "max_position_embeddings", None)
+
+
+def _contexts(wanted: Sequence[int] | None, limits: Sequence[int | None]) -> list[int]:
+    most = min((limit for limit in limits if limit is not None), default=None)
+    if most is None:
+        return sorted(set(wanted or _CONTEXTS))
+    fits = [context for context in sorted(set(wanted or _CONTEXTS)) if context + TOKENS <= most]
+    if wanted is not None and len(fits) < len(set(wanted)):
+        raise SurgeryError(
+            f"A context of {max(wanted)} tokens and {TOKENS} new ones are longer than the {most} positions of the "
+            f"models. Give --contexts up to {most - TOKENS}."
+        )
+    return fits or [most - TOKENS]
+
+
+def resident_peak_bytes() -> int:
+    """The most memory that this process has had, in bytes."""
+    with contextlib.suppress(OSError):
+        # getrusage would count the process that this one was forked from.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _processor() -> str:
+    """The processor's name, where Linux tells it, and how many threads torch uses."""
+    name, threads = os.uname().machine, torch.get_num_threads()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{name}, {threads} thread{'s' * (threads != 1)}"
+
+
+def _in_a_process(model: OtherModel, request: dict[str, Any]) -> dict[str, Any]:
+    request = {**request, "name": model.name, "folder": str(model.folder.resolve()), "checkpoint": model.is_checkpoint}
+    root = str(Path(__file__).resolve().parents[2])
+    paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.run(
+        [sys.executable, "-m", __spec__.name],
+        env={**os.environ, "PYTHONPATH": paths},  # it imports the same package
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+    )
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"ended by signal {-process.returncode}"]
+        if process.returncode != 1 or not lines[-1].startswith("error: "):
+            print(process.stderr, file=sys.stderr, end="")
+        reason = lines[-1].removeprefix("error: ").rstrip(".")
+        raise SurgeryError(
+            f"{model.name} ({model.folder}) could not be measured: {reason}. "
+            "If the memory was too small, give shorter --contexts."
+        )
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+# --- The process of one model -----------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    request = json.loads(sys.stdin.read())
+    torch.set_num_threads(request["threads"])
+    device, dtype, folder = torch.device(request["device"]), torch_dtype(request["dtype"]), Path(request["folder"])
+    if request["checkpoint"]:
+        model = load_checkpoint(folder, device=device, dtype=dtype)[0]
+    else:
+        model = load_folder(folder, dtype)
+        model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method's own signature
+    with torch.inference_mode():
+        _read_and_write(model, _WARM_UP_TOKENS)
+        rows = [{"context": context, **_measure(model, context, request["name"])} for context in request["contexts"]]
+    ran_in = str(model.dtype).removeprefix("torch.")
+    print(json.dumps({"dtype": ran_in, "parameters": model.num_parameters(), "contexts": rows}))
+
+
+def _measure(model: PreTrainedModel, context: int, name: str) -> dict[str, Any]:
+    """The fields of `MEASURED` after a prompt of `context` tokens."""
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+    else:
+        with contextlib.suppress(OSError):  # then it is the peak since the start, with what loading took
+            Path("/proc/self/clear_refs").write_text("5")
+    rounds = [_read_and_write(model, context) for _ in range(ROUNDS)]
+    held = rounds[0][2]
+    expected = _computed_bytes(model.config, context, model.dtype)
+    if expected not in (None, held):
+        raise SurgeryError(
+            f"The cache of {name} holds {held:,} bytes after {context} tokens, but its config makes it {expected:,}. "
+            "The figures of memory would be wrong; report this with the model's config.json."
+        )
+    on_gpu = model.device.type == "cuda"
+    return {
+        "first_token_seconds": statistics.median(first for first, _, _ in rounds),
+        "token_seconds": statistics.median(seconds for _, each, _ in rounds for seconds in each),
+        "cache_bytes": held,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(model.device) if on_gpu else resident_peak_bytes(),
+    }
+
+
+def _read_and_write(model: PreTrainedModel, context: int) -> tuple[float, list[float], int]:
+    """Seconds to the first token, seconds of each token after it, bytes of the cache after the prompt."""
+    generator = torch.Generator().manual_seed(context)
+    ids = torch.randint(model.config.vocab_size, (1, context), generator=generator).to(model.device)
+    times, cache, held = [time.perf_counter()], None, 0
+    for _ in range(TOKENS + 1):
+        out = model(input_ids=ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
+        ids, cache = out.logits[:, -1:].argmax(-1), out[CACHE_NAME]
+        ids[0, 0].item()  # waits for the device
+        if len(times) == 1:
+            storages = {each.untyped_storage() for layer in cache.layers for each in _tensors(vars(layer))}
+            held = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+        times.append(time.perf_counter())
+    seconds = [after - before for before, after in itertools.pairwise(times)]
+    return seconds[0], seconds[1:], held
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
+
+
+def _computed_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int | None:
+    """What the cache must hold by the config; None for a model of another kind."""
+    if config.model_type not in _KNOWN:
+        return None
+    layers = len(config.llama_layers) if config.model_type == "llamba" else config.num_hidden_layers
+    return cache_bytes(config, layers, tokens, dtype)
+
+
+if __name__ == "__main__":
+    run(main)
