@@ -11,8 +11,8 @@ size, and one such layer ruins the model. So C is scaled to make an average agai
 perplexity 2e10 (four English paragraphs) without the factor, 2e9 with its first part, 306 with two, 14.5 with all
 three; without Mamba layers 11.2.
 
-A mixer has the place for biases, but none for norms of queries and keys (Qwen3). Such a norm divides by the size of what
-it gets. The mixer's rows are divided by the size to expect, if the inputs' channels are independent.
+A mixer has a place for biases, but none for norms of queries and keys (Qwen3). Such a norm divides by the size of what
+comes in. The mixer's rows are divided by the size to expect, if the inputs' channels are independent.
 """
 
 import math

@@ -69,9 +69,7 @@ def check_kind(model_type: str, what_has: str) -> None:
     """Raise SurgeryError unless it is a kind of donor; `what_has` begins the sentence, such as "FOLDER is"."""
     if model_type not in KINDS:
         *others, last = KINDS
-        raise SurgeryError(
-            f"{what_has} a {model_type} model. A donor is one of the kinds {', '.join(others)} and {last}."
-        )
+        raise SurgeryError(f"{what_has} a {model_type} model, and a donor must be {', '.join(others)} or {last}.")
 
 
 def read_generation_config(folder: Path) -> dict[str, Any] | None:

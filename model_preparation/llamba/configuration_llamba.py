@@ -142,11 +142,10 @@ class LlambaConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """Per layer, transformers' name of its kind: "linear_attention", or the mask of a grafted layer."""
-        kinds = ["linear_attention"] * self.n_layer
-        masks = mask_kinds(self.llama_cfg, self.n_layer) if self.llama_layers else []
-        for index in self.llama_layers:
-            kinds[index] = masks[index]
-        return kinds
+        grafted = set(self.llama_layers)
+        masks = dict(enumerate(mask_kinds(self.llama_cfg, self.n_layer))) if grafted else {}
+        # Validation reads this first, so there may be too few.
+        return [masks.get(i, "full_attention") if i in grafted else "linear_attention" for i in range(self.n_layer)]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, and the `DERIVED` ones, which some libraries read here."""

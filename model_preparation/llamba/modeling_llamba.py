@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, initialization
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -189,10 +189,13 @@ class LlambaModel(LlambaPreTrainedModel):
                 )
             position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
             for kind in set(self.config.layer_types) - {"linear_attention"}:
-                window = self.llama_config.sliding_window if kind == "sliding_attention" else None
-                if window is not None and places.shape[1] < window:
-                    window = None  # nothing lies beyond it
-                causal_mask = create_causal_mask(
+                make_mask, window = create_causal_mask, None
+                if kind == "sliding_attention":
+                    if is_packed or (attention_mask is not None and not bool(attention_mask.all())):
+                        window = self.llama_config.sliding_window  # transformers' would count padding too
+                    else:
+                        make_mask = create_sliding_window_causal_mask
+                causal_mask = make_mask(
                     config=self.llama_config,
                     inputs_embeds=hidden_states,
                     attention_mask=attention_mask,
