@@ -164,7 +164,7 @@ class ModelLayers(LayerStore):
     """The layers of a donor in its own files, by the methods that a plan uses.
 
     Raises:
-        SurgeryError: as `read_config` and `LlamaFiles`.
+        SurgeryError: as `read_config`, `check_kind` and `LlamaFiles`.
     """
 
     def __init__(self, source: Source):
@@ -172,6 +172,7 @@ class ModelLayers(LayerStore):
         self.metadata = {"source": source.as_dict()}
         self.layers = {}  # none is extracted
         self.config = read_config(source.folder)
+        check_kind(self.config.model_type, f"{source.folder} is")
         self._files = LlamaFiles(source.folder)
 
     def ranges(self, index: int) -> dict[str, TensorRange]:

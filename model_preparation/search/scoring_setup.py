@@ -133,7 +133,7 @@ class ScoringSetup:
             prefix = self.questions.prefixes[batch.prefix]
             if batch.prefix != of_prefix:
                 cache, of_prefix = (lm.prefix_cache(prefix) if prefix else None), batch.prefix
-            scores: list[Tensor] = lm.log_probabilities(batch.rows, len(prefix) if cache else 0, cache)
+            scores: list[Tensor] = lm.log_probabilities(batch.rows, len(prefix) if cache is not None else 0, cache)
             yield number, [score[:, :vocabulary].cpu() for score in scores]
 
 
