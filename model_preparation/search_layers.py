@@ -127,7 +127,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--donor",
         metavar="NAME|PATH",
-        help="the Llama that gives the layers; its own score is shown too, and --objective kl needs it",
+        help="the model that gives the layers; its own score is shown too, and --objective kl needs it",
     )
     parser.add_argument(
         "--llama_layers_dir",

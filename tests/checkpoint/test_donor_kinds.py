@@ -9,7 +9,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from model_preparation import build_checkpoint, distill_llamba_base, evaluate_checkpoint, extract_layers
+from model_preparation import (
+    build_checkpoint,
+    distill_llamba_base,
+    evaluate_checkpoint,
+    extract_layers,
+    verify_checkpoint,
+)
 from model_preparation.checkpoint.graft import empty_model
 from model_preparation.checkpoint.llamba_init import init_llamba_base, llamba_config
 from model_preparation.checkpoint.model_configs import read_config
@@ -115,10 +121,11 @@ def test_all_layers_grafted_are_the_donor_in_a_fresh_process(made, how, tmp_path
             assert torch.equal(given_tokens, tokens), name
 
 
-def test_the_checkpoint_says_its_donor(made):
+def test_the_checkpoint_says_its_donor_and_is_whole(made):
     for name in KINDS:
         info = json.loads((made / name / "pt" / "checkpoint_info.json").read_text())
         assert info["config"].get("donor_type", "llama") == name
+        assert verify_checkpoint(made / name / "pt") == verify_checkpoint(made / name / "hf") == []
         kept = json.loads((made / name / "layers" / "metadata.json").read_text())["config"]
         assert kept["model_type"] == name
 

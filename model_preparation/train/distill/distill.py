@@ -1,4 +1,4 @@
-"""Makes an unaligned Llamba from any Llama: each mixer learns what its layer's attention gives on the same inputs.
+"""Makes an unaligned Llamba from any donor: each mixer learns what its layer's attention gives on the same inputs.
 
 Embeddings, norms, MLPs and head are the donor's, and no stage trains the whole model.
 Source: MOHAWK, arXiv 2408.10189, stage 2; training starts from checkpoint/llamba_init.py's weights.
