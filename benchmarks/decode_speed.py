@@ -21,7 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from model_preparation.checkpoint.llamba_init import llamba_config
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache
-from model_preparation.llamba.configuration_llamba import LLAMA_DEFAULTS
+from model_preparation.llamba.donor_kinds import KINDS
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -121,7 +121,7 @@ def make_llamba(donor: LlamaForCausalLM, layers: list[int]) -> LlambaForCausalLM
     fields = llamba_config(donor.config).file_fields()
     if layers:
         fields["llama_layers"] = sorted(layers)
-        fields["llama_cfg"] = {name: getattr(donor.config, name) for name in LLAMA_DEFAULTS}
+        fields["llama_cfg"] = KINDS["llama"].settings(donor.config)
     torch.manual_seed(0)
     model = LlambaForCausalLM(LlambaConfig.from_dict(fields)).to(donor.dtype)
     model.backbone.embedding.weight.copy_(donor.model.embed_tokens.weight)

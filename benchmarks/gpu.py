@@ -30,7 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache
-from model_preparation.llamba.configuration_llamba import LLAMA_DEFAULTS
+from model_preparation.llamba.donor_kinds import KINDS
 from model_preparation.llamba.ssd import scan
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -77,7 +77,7 @@ def configs(shape: str, grafted: bool) -> tuple[LlamaConfig, LlambaConfig]:
         mlp_cfg={"intermediate_size": s["mlp"]},
         ssm_cfg={"n_v_heads": s["heads"], "n_qk_heads": s["heads"], "d_state": 64},
         llama_layers=layers,
-        llama_cfg={name: getattr(donor, name) for name in LLAMA_DEFAULTS} if layers else None,
+        llama_cfg=KINDS["llama"].settings(donor) if layers else None,
     )
     return donor, llamba
 

@@ -31,7 +31,7 @@ _OF_THE_RECIPE = ("tokenizer", "description", "score", "dtype", "format")
 def make_parser() -> CommandParser:
     """The command's flags; create_best_checkpoints.py checks with them what it passes on."""
     parser = CommandParser(
-        description="Replace layers of a Llamba by a Llama's layers of the same indices, and write a checkpoint\n"
+        description="Replace layers of a Llamba by a donor's layers of the same indices, and write a checkpoint\n"
         "that loads with torch.load, from its state dict, with model_preparation.load_checkpoint, or (--format hf)\n"
         "with transformers alone.",
         epilog=EXAMPLES,

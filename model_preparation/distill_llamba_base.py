@@ -1,4 +1,4 @@
-"""Command: makes an unaligned Llamba from a Llama by distilling each layer (see train/distill/distill.py)."""
+"""Command: makes an unaligned Llamba from a donor by distilling each layer (see train/distill/distill.py)."""
 
 from pathlib import Path
 
@@ -18,9 +18,9 @@ from model_preparation.setting_flags import add_flags, as_flags, from_flags
 from model_preparation.train.distill.settings import SELF, DistillSettings
 
 DESCRIPTION = f"""\
-Make an unaligned Llamba from any Llama. It starts as init_llamba_base.py makes it. Then the mixer of each layer learns
-to give what the donor's attention gives on the same inputs (MOHAWK's second stage, arXiv 2408.10189). Embeddings,
-norms, MLPs and head stay the donor's, and no stage trains the whole model.
+Make an unaligned Llamba from a donor (Llama, Mistral, Qwen2 or Qwen3). It starts as init_llamba_base.py makes it. Then
+the mixer of each layer learns to give what the donor's attention gives on the same inputs (MOHAWK's second stage, arXiv
+2408.10189). Embeddings, norms, MLPs and head stay the donor's, and no stage trains the whole model.
 
 Finished layers are kept in DIR.distilling, beside the folder to write. If the command is stopped, run it again: it
 resumes at the next layer. In memory are one layer of the donor, one of the base, and the hidden states of all tokens
@@ -88,7 +88,7 @@ def make_parser() -> CommandParser:
         "--donor",
         required=True,
         metavar="NAME|PATH",
-        help="llama, tiny_llama, a model folder, or a hub id such as org/name@revision",
+        help="llama, qwen3, tiny_llama, a model folder, or a hub id such as org/name@revision",
     )
     parser.add_argument(
         "--data",

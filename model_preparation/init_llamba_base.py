@@ -1,4 +1,4 @@
-"""Command: a Llama -> a Llamba of the same shape, untrained (see checkpoint/llamba_init.py)."""
+"""Command: a donor -> a Llamba of the same shape, untrained (see checkpoint/llamba_init.py)."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ from model_preparation.command_line import CommandParser, add_dtype_flag, run
 from model_preparation.hub.sources import add_source_flag
 
 DESCRIPTION = """\
-Make a Llamba from any Llama, for donors no Llamba is published for. Embeddings, norms, MLPs and head are the donor's;
-each mixer starts from the attention's projections, as in Mamba in the Llama (arXiv 2408.15237) and MOHAWK (arXiv
-2408.10189). Nothing is trained: a few such layers cost little, but only such layers give no sensible text.
+Make a Llamba from a donor (Llama, Mistral, Qwen2 or Qwen3) that no Llamba is published for. Embeddings, norms, MLPs and
+head are the donor's; each mixer starts from the attention's projections, as in Mamba in the Llama (arXiv 2408.15237) and
+MOHAWK (arXiv 2408.10189). Nothing is trained: a few such layers cost little, but only such layers give no sensible text.
 """
 
 EXAMPLES = """\
@@ -26,7 +26,7 @@ def main() -> None:
         "--donor",
         required=True,
         metavar="NAME|PATH",
-        help="llama, tiny_llama, a model folder, or a hub id such as org/name@revision",
+        help="llama, qwen3, tiny_llama, a model folder, or a hub id such as org/name@revision",
     )
     parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="the model folder to write")
     add_dtype_flag(parser, help="dtype of the weights written (default: the donor's)")

@@ -52,7 +52,7 @@ def main() -> None:
 
     checkpoint = args.checkpoint.expanduser()
     info = read_info(checkpoint)
-    engine = choose_engine(args.engine)
+    engine = choose_engine(args.engine, info["config"].get("donor_type", "llama"))
     if engine != "vllm" and (args.flags or args.log is not None):
         parser.error("--log and flags after -- are vLLM's, and the engine is transformers")
     check_port(args.host, args.port)

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
+from model_preparation.llamba.donor_kinds import DonorKind
 from tests.preloaded import preloaded_python, renew_threads, skip_side_work
 
 # Two threads beside another busy process are many times slower than one.
@@ -114,6 +115,39 @@ def tiny_llama_cfg() -> dict:
         "intermediate_size": 40,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     }
+
+
+def donor_fields(kind: DonorKind, **changes) -> dict:
+    """Fields of a tiny donor's config: the shape of `make_donor`'s, of any kind, without windows."""
+    fields = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 40,
+        "rms_norm_eps": 1e-4,
+        "max_position_embeddings": 512,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+    }
+    if "sliding_window" in kind.fields:
+        fields["sliding_window"] = None
+    if kind.model_type != "qwen2":  # whose config has none of its own
+        fields["head_dim"] = 16
+    return fields | changes
+
+
+def old_spelling(fields: dict) -> dict:
+    """A config.json as it was written before transformers 5."""
+    fields = dict(fields)
+    rope = fields.pop("rope_parameters")
+    fields["rope_theta"] = rope.pop("rope_theta")
+    fields["rope_scaling"] = {"type": rope.pop("rope_type"), **rope} if len(rope) > 1 else None
+    for name in ("layer_types", "dtype"):
+        if (value := fields.pop(name, None)) is not None and name == "dtype":
+            fields["torch_dtype"] = value
+    return fields
 
 
 def seeded(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> torch.nn.Module:

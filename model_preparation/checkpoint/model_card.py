@@ -20,7 +20,10 @@ from model_preparation.terminal import escaped
 # The result of `evaluate_model`. Where only `mmlu_score` is there, its author gave that number.
 MEASURED = "mmlu_result"
 # By their names on ModelScope, models that Hugging Face has under another name.
-_ON_HUGGING_FACE = {"LLM-Research/Meta-Llama-3.1-8B-Instruct": "meta-llama/Llama-3.1-8B-Instruct"}
+_ON_HUGGING_FACE = {
+    "LLM-Research/Meta-Llama-3.1-8B-Instruct": "meta-llama/Llama-3.1-8B-Instruct",
+    "LLM-Research/Mistral-7B-Instruct-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
+}
 _TAGS = ["llamba", "mamba2", "hybrid", "merge", "layer-surgery"]
 
 

@@ -23,6 +23,9 @@ _LICENCES = [
     (r"(cartesia-ai|goombalab)/Llamba-8B.*", "llama3.1"),
     (r"cartesia-ai/Llamba-[13]B.*", "llama3.2"),
     (r"HuggingFaceTB/SmolLM2-.+", "apache-2.0"),
+    (r"Qwen/Qwen3-[\d.]+B(-Base)?", "apache-2.0"),
+    (r"Qwen/Qwen2\.5-(0\.5|1\.5|7|14|32)B(-Instruct)?", "apache-2.0"),  # those of 3B and 72B have others
+    (r"(mistralai|LLM-Research)/Mistral-7B-(Instruct-)?v0\.[123]", "apache-2.0"),
 ]
 _PERMISSIVE = {"apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "cc0-1.0", "unlicense"}
 # Ids that hubs know, and that are not in the list of SPDX.

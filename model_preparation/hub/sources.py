@@ -28,12 +28,15 @@ TABLE = {
     "llama_tokenizer": "llama",  # so a folder given for llama also gives its tokenizer
     "llamba": "huggingface:cartesia-ai/Llamba-8B-untied",
     "unaligned_llamba": "huggingface:goombalab/Llamba-8B-untied-unaligned",
+    "qwen3": "modelscope:Qwen/Qwen3-8B",
+    "qwen2.5": "modelscope:Qwen/Qwen2.5-7B-Instruct",
+    "mistral": "modelscope:LLM-Research/Mistral-7B-Instruct-v0.3",
     "tiny_llama": "embedded:tiny_llama",
     "tiny_llamba": "embedded:tiny_llamba",
 }
 # Both Llambas are published without their tokenizer, which is Llama's.
 _TOKENIZER_OF = {"llamba": "llama_tokenizer", "unaligned_llamba": "llama_tokenizer"}
-_ENVIRONMENT_PREFIX = "MODEL_PREPARATION_"
+_ENVIRONMENT_PREFIX = "MODEL_PREPARATION_"  # then the name in capitals, with _ for a dot
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"  # the package's own models, a folder each
 _EMBEDDED_PREFIX = "embedded:"
@@ -178,7 +181,7 @@ def tokenizer_name(name: str) -> str | None:
 
 def is_replaced(name: str, overrides: Mapping[str, str]) -> bool:
     """Whether `overrides` or the environment give another target for a name of `TABLE`."""
-    return name in TABLE and (name in overrides or bool(os.environ.get(_ENVIRONMENT_PREFIX + name.upper())))
+    return name in TABLE and (name in overrides or bool(_in_environment(name)))
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -234,8 +237,12 @@ def _look_up(name: str, overrides: Mapping[str, str]) -> tuple[list[str], str]:
                 f"If {target} is meant to be a folder, write ./{target}."
             )
         names.append(target)
-        target = overrides.get(target) or os.environ.get(_ENVIRONMENT_PREFIX + target.upper()) or TABLE[target]
+        target = overrides.get(target) or _in_environment(target) or TABLE[target]
     return names, str((target and snapshot_in(Path(os.path.expanduser(target)))) or target)
+
+
+def _in_environment(name: str) -> str | None:
+    return os.environ.get(_ENVIRONMENT_PREFIX + name.upper().replace(".", "_"))
 
 
 def _source_here(target: str, need: Need) -> Source | None:

@@ -50,7 +50,7 @@ class SearchSettings(CheckedSettings):
     )
     donor: Annotated[
         str | None,
-        Flag("NAME|PATH", "the Llama that gives the layers; its own score is shown too, and --objective kl needs it"),
+        Flag("NAME|PATH", "the model that gives the layers; its own score is shown too, and --objective kl needs it"),
     ] = None
     llama_layers_dir: Annotated[
         str | Path | None,

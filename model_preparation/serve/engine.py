@@ -19,7 +19,7 @@ from pathlib import Path
 
 from model_preparation.errors import SurgeryError
 from model_preparation.jobs.die_with_parent import PR_SET_PDEATHSIG
-from model_preparation.serve.plugin import fault_of_vllm, installed_vllm, is_for_cpus
+from model_preparation.serve.plugin import fault_of_donor, fault_of_vllm, installed_vllm, is_for_cpus
 
 # What `vllm serve` starts. That command itself fails in the build for CPUs: it asks for the version of `vllm`.
 _SERVER = "vllm.entrypoints.openai.api_server"
@@ -34,15 +34,18 @@ _REASON = re.compile(r"(?:^|\s)(?:[\w.]+(?:Error|Exception)|Value error|.*: erro
 _ENDING = re.compile(r"\s*\[type=.*$")  # pydantic's
 
 
-def choose_engine(asked: str) -> str:
-    """ "vllm" or "transformers"; "auto" takes vLLM where it is installed.
+def choose_engine(asked: str, donor_type: str = "llama") -> str:
+    """ "vllm" or "transformers"; "auto" takes vLLM where it is installed, and the donor of a kind that it serves.
 
     Raises:
-        SurgeryError: if vLLM is asked for and missing, or installed in a version that cannot serve our models.
+        SurgeryError: if vLLM is asked for and missing, or installed in a version that cannot serve our models; or if
+            the donor is of another kind.
     """
-    installed = installed_vllm()
-    if asked == "transformers" or (asked == "auto" and installed is None):
+    installed, unserved = installed_vllm(), fault_of_donor(donor_type)
+    if asked == "transformers" or (asked == "auto" and (installed is None or unserved)):
         return "transformers"
+    if unserved:
+        raise SurgeryError(unserved)
     if fault := fault_of_vllm(installed):
         raise SurgeryError(f"{fault} Or take the engine that needs none: --engine transformers")
     return "vllm"

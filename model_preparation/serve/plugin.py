@@ -42,6 +42,16 @@ def fault_of_vllm(installed: str | None) -> str | None:
     return None
 
 
+def fault_of_donor(donor_type: str) -> str | None:
+    """Why vLLM is not used for grafts of this kind of donor, and what to do; None if it is."""
+    if donor_type == "llama":
+        return None
+    return (
+        f"The grafted layers are of a {donor_type} model, and by vLLM only those of a Llama are served here. "
+        "Take the other engine: serve_checkpoint.py --engine transformers"
+    )
+
+
 def register() -> None:
     """Make vLLM know `model_type: llamba`. Does nothing but warn where vLLM is of another version."""
     if fault := fault_of_vllm(installed_vllm()):

@@ -7,6 +7,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
+from model_preparation.serve.plugin import fault_of_donor
+
 logger = init_logger("vllm.model_preparation")  # below vLLM's own, so that it is printed as vLLM's messages are
 
 
@@ -39,6 +41,8 @@ class LlambaSettings(VerifyAndUpdateConfig):
             vllm_config.parallel_config,
             vllm_config.cache_config,
         )
+        if fault := fault_of_donor(config.donor_type):
+            raise ValueError(fault)
         refused = {
             "tensor parallelism": parallel.tensor_parallel_size > 1,
             "pipeline parallelism": parallel.pipeline_parallel_size > 1,

@@ -102,7 +102,7 @@ def test_a_model_without_a_tokenizer_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        ('{"model_type": "mamba2"}', "model_type 'mamba2', and only llama and llamba"),
+        ('{"model_type": "mamba2"}', "is a mamba2 model, and a donor must be llama"),
         ("{}", "model_type is missing"),
         ("[]", "config.json cannot be used"),
         ("{", "config.json cannot be used"),

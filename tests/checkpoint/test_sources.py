@@ -148,6 +148,23 @@ def test_flag_beats_environment_beats_table(tmp_path, monkeypatch, caches):
     assert resolve("llama").folder == table
 
 
+@pytest.mark.parametrize(
+    ("name", "repo", "variable"),
+    [
+        ("qwen3", "Qwen/Qwen3-8B", "QWEN3"),
+        ("qwen2.5", "Qwen/Qwen2.5-7B-Instruct", "QWEN2_5"),
+        ("mistral", "LLM-Research/Mistral-7B-Instruct-v0.3", "MISTRAL"),
+    ],
+)
+def test_other_donors_have_short_names_too(name, repo, variable, tmp_path, monkeypatch, caches):
+    """No shell takes a dot in the name of a variable."""
+    snapshot = modelscope_copy(caches.modelscope, repo, MODEL)
+    found = resolve(name)
+    assert (found.folder, found.hub, found.id) == (snapshot, "modelscope", repo)
+    monkeypatch.setenv(f"MODEL_PREPARATION_{variable}", str(write(tmp_path / "variable", MODEL)))
+    assert resolve(name).folder == tmp_path / "variable"
+
+
 def test_an_override_may_name_another_name_or_a_hub_id(caches):
     snapshot = huggingface_copy(caches.huggingface, "org/other", MODEL)
     overrides = {"llamba": "unaligned_llamba", "unaligned_llamba": "huggingface:org/other@main"}

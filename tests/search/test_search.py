@@ -405,7 +405,7 @@ def test_what_cannot_be_is_said_before_the_donor_is_extracted(base_dir, donor_di
     assert_refused(refused, f"{prior} has a score for layer 11, but the base has 4 layers")
     assert "candidates" not in refused.stdout
     assert_refused(search(*out, base=donor_dir), "is a llama model. The base must be a Llamba")
-    assert_refused(search(*out, "--donor", base_dir), "The donor must be a Llama")
+    assert_refused(search(*out, "--donor", base_dir), "a donor must be llama")
     assert_refused(search(*out, "--tokenizer", "nope"), "'nope' is neither")
     broken = write_task(tmp_path / "broken", "broken", make_questions(2))
     (broken / "broken.jsonl").unlink()

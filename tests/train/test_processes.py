@@ -16,7 +16,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.digests import describe_files
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.train.heal.resume_state import STATE_FILE, ResumeState, check_state, list_states, read_state
-from tests.conftest import PACKAGE
+from tests.conftest import PACKAGE, tiny_config, tiny_llama_cfg
 from tests.train.cutting import outcome, run_until, write_text
 
 CONFIGS = PACKAGE.parent / "scripts" / "accelerate"
@@ -187,5 +187,8 @@ def test_shards_with_code_in_them_are_refused_by_name(fsdp, tmp_path):
 
 def test_the_shipped_config_shards_by_the_hybrids_layers():
     told = environment_of("fsdp.yaml")
-    assert told["FSDP_TRANSFORMER_CLS_TO_WRAP"].split(",") == LlambaForCausalLM._no_split_modules
+    assert "FSDP_TRANSFORMER_CLS_TO_WRAP" not in told  # accelerate asks the model then
+    names = LlambaForCausalLM(tiny_config(llama_layers=[1], llama_cfg=tiny_llama_cfg()))._no_split_modules
+    assert names == {"LlambaDecoderLayer", "LlamaDecoderLayer"}
+    assert LlambaForCausalLM(tiny_config())._no_split_modules == {"LlambaDecoderLayer"}
     assert told["FSDP_STATE_DICT_TYPE"] == "SHARDED_STATE_DICT"

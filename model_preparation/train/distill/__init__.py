@@ -1,1 +1,1 @@
-"""Distilling: a Llamba base is made from any Llama."""
+"""Distilling: a Llamba base is made from any donor."""
