@@ -21,7 +21,8 @@ from model_preparation.checkpoint.graft import GraftParts
 from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Advance
 from model_preparation.io.complete_folder import check_space, existing_parent
-from model_preparation.io.digests import describe_source_file
+from model_preparation.io.known_digests import describe_source_file, is_known
+from model_preparation.io.progress import bar
 from model_preparation.io.shared_files import can_reflink
 from model_preparation.io.tensors.pt_writer import write_together
 from model_preparation.io.tensors.safetensors_writer import Shard
@@ -62,7 +63,7 @@ class GraftWeights:
 
     @cached_property
     def _store(self) -> BaseStore:
-        return BaseStore(self._checkpoints, self._graft.base_paths, self._graft.dtype)
+        return BaseStore(self._checkpoints, self.base_files(), self._graft.dtype)
 
     @cached_property
     def _shards(self) -> tuple[list[Shard], list[Shard]]:
@@ -80,13 +81,11 @@ class GraftWeights:
         return self._shares_extents and any(_sibling_folders(self._checkpoints))
 
     def base_files(self, go_on: Callable[[], None] = lambda: None) -> dict[str, dict]:
-        """{"bytes", "blake3"} of the base's files by name, which may take reading them.
+        """{"bytes", "blake3"} of the base's files by name. Those that have changed since the last time are read.
 
         Args:
-            go_on: called now and then; may raise.
+            go_on: called before each file; may raise.
         """
-        if self._has_hf:
-            return self._store.base_files
         for path in self._graft.base_paths:
             go_on()
             if path.name not in self._base_files:
@@ -97,12 +96,19 @@ class GraftWeights:
         """Find what can be shared instead of written, which may take reading the base.
 
         Args:
-            go_on: called now and then; may raise.
+            go_on: called before each of its files; may raise.
         """
-        if self._has_hf:
-            self._store.examine_base()
+        if not (self._has_hf or self.has_siblings):
+            return
+        with bar("Reading the base", len(self._graft.base_paths)) as advance:
+
+            def next_file() -> None:
+                go_on()
+                advance(1)
+
+            base_files = self.base_files(next_file)
         if self.has_siblings:
-            self._siblings = _tensors_in_siblings(self._graft, self._checkpoints, self.base_files(go_on))
+            self._siblings = _tensors_in_siblings(self._graft, self._checkpoints, base_files)
 
     def _bytes_to_write(self, *, read_base: bool = False) -> int:
         """Size of what needs room of its own on the disk; at most that, unless `read_base`."""
@@ -116,7 +122,9 @@ class GraftWeights:
         if self._has_hf:
             base_shards, grafted_shards = self._shards
             size_bytes += sum(shard.size_bytes for shard in grafted_shards)
-            size_bytes += self._store.bytes_missing(base_shards, read_base=read_base)
+            if read_base or all(map(is_known, self._graft.base_paths)):
+                base_shards = self._store.missing(base_shards)
+            size_bytes += sum(shard.size_bytes for shard in base_shards)
         return size_bytes
 
     def check_room(self) -> None:

@@ -4,7 +4,6 @@ People have tools for SHA-256. BLAKE3 is four times as fast, which matters for a
 """
 
 import hashlib
-import re
 import threading
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -35,17 +34,6 @@ def blake3_of(path: Path) -> str:
 def describe_file(path: Path) -> dict:
     """{"bytes": size, "sha256": digest}, as our JSON files record it."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def describe_source_file(path: Path, digest: str | None = None) -> dict:
-    """{"bytes": size, "blake3": digest}; with "sha256" where a hub's cache names the file by it.
-
-    Args:
-        digest: the BLAKE3, if it is known already.
-    """
-    described = {"bytes": path.stat().st_size, "blake3": digest or blake3_of(path)}
-    name = path.resolve().name
-    return described | {"sha256": name} if re.fullmatch("[0-9a-f]{64}", name) else described
 
 
 def describe_files(folder: Path, pattern: str = "**/*", excluded: Collection[str] = ()) -> dict[str, dict]:
