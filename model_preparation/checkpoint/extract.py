@@ -201,13 +201,13 @@ def write_layer(
     Args:
         advance: called with the bytes of every piece written; may raise.
     """
-    written = write_dict(path, {name: place.cast(dtype) for name, place in ranges.items()}, advance)
+    described, blake3 = write_dict(path, {name: place.cast(dtype) for name, place in ranges.items()}, advance)
     largest = max(ranges.values(), key=lambda place: place.numel)
     return {
         "file": path.name,
         "parameters": sum(place.numel for place in ranges.values()),
         "dtype": (dtype or largest.dtype).name,
         "keys": sorted(ranges),
-        **written.files[path],
-        "tensors": written.blake3,
+        **described,
+        "tensors": blake3,
     }

@@ -26,7 +26,7 @@ from model_preparation.io.progress import bar
 from model_preparation.io.shared_files import can_reflink
 from model_preparation.io.tensors.pt_writer import write_together
 from model_preparation.io.tensors.safetensors_writer import Shard
-from model_preparation.io.tensors.tensor_ranges import TensorRange
+from model_preparation.io.tensors.tensor_ranges import CastTensor, TensorRange
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,14 +160,8 @@ class GraftWeights:
             places = self._graft.tensors | {name: tensor.place for name, tensor in self._siblings.items()}
             sources = {name: place.cast(self._graft.dtype) for name, place in places.items()}
 
-            def contents(tensors: "dict[str, Tensor]") -> list:
-                made = model(tensors)
-                return [made, made.state_dict()]
-
-            written = write_together([folder / MODULE, folder / STATE_DICT], sources, contents, advance)
-            _check_siblings(self._siblings, written.blake3)
-            files |= {path.name: described for path, described in written.files.items()}
-            digests |= written.blake3
+            files, digests = _write_pt(folder, sources, model, advance)
+            _check_siblings(self._siblings, digests)
         if self._has_hf:
             base_shards, grafted_shards = self._shards
             for shard in base_shards:
@@ -192,9 +186,7 @@ def write_model(folder: Path, model: "LlambaForCausalLM", format: str, advance: 
 
     files: dict[str, dict] = {}
     if format != "hf":
-        paths = [folder / MODULE, folder / STATE_DICT]
-        written = write_together(paths, {}, lambda _: [model, model.state_dict()], advance)
-        files = {path.name: described for path, described in written.files.items()}
+        files, _ = _write_pt(folder, {}, lambda _: model, advance)
     if format != "pt":
         by_file: dict[str, dict[str, Tensor]] = {}
         for name, parameter in model.named_parameters():  # tied ones once
@@ -203,6 +195,19 @@ def write_model(folder: Path, model: "LlambaForCausalLM", format: str, advance: 
             save_file(tensors, folder / file, {"format": "pt"})
             advance(sum(tensor.nbytes for tensor in tensors.values()))
     return files
+
+
+def _write_pt(
+    folder: Path,
+    sources: "Mapping[str, TensorRange | CastTensor]",
+    model: "Callable[[dict[str, Tensor]], LlambaForCausalLM]",
+    advance: Advance,
+) -> tuple[dict[str, dict], dict[str, str]]:
+    def contents(tensors: "dict[str, Tensor]") -> list:
+        made = model(tensors)
+        return [made, made.state_dict()]
+
+    return write_together([folder / MODULE, folder / STATE_DICT], sources, contents, advance)
 
 
 def shard_file(name: str) -> str:

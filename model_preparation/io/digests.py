@@ -4,7 +4,6 @@ People have tools for SHA-256. BLAKE3 is four times as fast, which matters for a
 """
 
 import hashlib
-import threading
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,19 +69,13 @@ class FileDigests:
     blake3: dict[Range, str] = field(default_factory=dict)
 
 
-def read_digests(
-    path: Path,
-    ranges: Iterable[Range] = (),
-    advance: Advance = lambda size_bytes: None,
-    stop: threading.Event | None = None,
-) -> FileDigests:
+def read_digests(path: Path, ranges: Iterable[Range] = (), advance: Advance = lambda size_bytes: None) -> FileDigests:
     """Read a file once, from front to back, for all its digests.
 
     Args:
         path: a regular file.
         ranges: where tensors lie in it; they may overlap.
-        advance: gets the bytes of every block.
-        stop: another thread sets it to end this early; the result is worthless then.
+        advance: gets the bytes of every block; may raise.
 
     Raises:
         OSError: if the file cannot be read.
@@ -92,8 +85,6 @@ def read_digests(
     active: list[tuple[Range, blake3]] = []
     digests = FileDigests()
     for block in read_blocks(path):
-        if stop is not None and stop.is_set():
-            break
         start, end = digests.size_bytes, digests.size_bytes + len(block)
         sha256.update(block)
         while waiting and waiting[-1][0] < end:
