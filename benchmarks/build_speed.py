@@ -4,8 +4,8 @@ Prints seconds, peak resident memory and ratios, medians over --runs. Each ratio
 and layers hold random numbers in bfloat16. All files are synced. The script extracts all layers of the base. dd shows
 what the disk can do: it writes as many zeros directly, both files at once. A process that only imports shows how long
 the imports take. With --cache warm, each side reads files that are in the page cache, as far as memory holds them. With
-cold, the script first drops them from the page cache. The first run reads the base for its digests, the others know them
-from the user's cache. Processor seconds are those of all threads; they hardly depend on what else the machine does.
+cold, the script first drops them from the page cache. The first run reads the base for its digests. The others know
+them from the user's cache. Processor seconds are those of all threads. Other work on the machine hardly changes them.
 
     python benchmarks/build_speed.py --folder /mnt/scratch --shape half
 """

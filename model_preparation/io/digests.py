@@ -1,6 +1,6 @@
 """Digests of files: SHA-256 of the files we write, BLAKE3 of tensors and of models we only read.
 
-People have tools for SHA-256. BLAKE3 is four times as fast, which matters for a base that every build reads whole.
+People have tools for SHA-256. BLAKE3 is four times as fast, which matters for a base, which is read whole.
 """
 
 import hashlib
