@@ -88,15 +88,12 @@ def extract_layers(
         places = [place for layer in ranges.values() for place in layer.values()]
         check_space(target, sum(place.numel * (cast_to or place.dtype).itemsize for place in places) + 50_000_000)
         with BackgroundTasks(1 + _LAYERS_AT_ONCE) as tasks:
-
-            def go_on(_size_bytes: int) -> None:
-                tasks.check()
-                tasks.raise_failure()
-
             # Importing torch and transformers takes as long as writing some GB: the config is checked meanwhile.
             checking = tasks.start(_check_and_load, source.folder, files, chosen, _LAYER_PREFIX[model_type])
             writing = {
-                str(index): tasks.start(write_layer, staging / layer_file(index), layer, cast_to, go_on)
+                str(index): tasks.start(
+                    write_layer, staging / layer_file(index), layer, cast_to, lambda _: tasks.check()
+                )
                 for index, layer in ranges.items()
                 if layer  # the check says what is missing
             }

@@ -33,12 +33,9 @@ class BackgroundTasks:
         return self._started[-1]
 
     def check(self) -> None:
-        """Long calls call this now and then; it raises when nobody wants their result any more."""
+        """Long work calls this now and then: it raises what a call raised, and when nobody wants a result any more."""
         if self._stopped.is_set():
             raise InterruptedError("stopped, because other work failed")
-
-    def raise_failure(self) -> None:
-        """Raise the exception of a call that has failed, if one has."""
         for future in self._started:
             if future.done():
                 future.result()
