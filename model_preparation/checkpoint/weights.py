@@ -26,7 +26,7 @@ from model_preparation.io.progress import bar
 from model_preparation.io.shared_files import can_reflink
 from model_preparation.io.tensors.pt_writer import write_together
 from model_preparation.io.tensors.safetensors_writer import Shard
-from model_preparation.io.tensors.tensor_ranges import CastTensor, TensorRange
+from model_preparation.io.tensors.tensor_ranges import TensorRange
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,7 @@ class GraftWeights:
         """Whether other checkpoints may hold tensors to share; to look into them imports torch."""
         return self._shares_extents and any(_sibling_folders(self._checkpoints))
 
-    def base_files(self, go_on: Callable[[], None] = lambda: None) -> dict[str, dict]:
+    def base_files(self, go_on: Callable[[], object] = lambda: None) -> dict[str, dict]:
         """{"bytes", "blake3"} of the base's files by name. Those that have changed since the last time are read.
 
         Args:
@@ -92,7 +92,7 @@ class GraftWeights:
                 self._base_files[path.name] = describe_source_file(path)
         return self._base_files
 
-    def prepare(self, go_on: Callable[[], None] = lambda: None) -> None:
+    def prepare(self, go_on: Callable[[], object] = lambda: None) -> None:
         """Find what can be shared instead of written, which may take reading the base.
 
         Args:
@@ -101,12 +101,7 @@ class GraftWeights:
         if not (self._has_hf or self.has_siblings):
             return
         with bar("Reading the base", len(self._graft.base_paths)) as advance:
-
-            def next_file() -> None:
-                go_on()
-                advance(1)
-
-            base_files = self.base_files(next_file)
+            base_files = self.base_files(lambda: (go_on(), advance(1)))
         if self.has_siblings:
             self._siblings = _tensors_in_siblings(self._graft, self._checkpoints, base_files)
 
@@ -160,7 +155,8 @@ class GraftWeights:
             places = self._graft.tensors | {name: tensor.place for name, tensor in self._siblings.items()}
             sources = {name: place.cast(self._graft.dtype) for name, place in places.items()}
 
-            files, digests = _write_pt(folder, sources, model, advance)
+            paths = [folder / MODULE, folder / STATE_DICT]
+            files, digests = write_together(paths, sources, lambda tensors: _pt_contents(model(tensors)), advance)
             _check_siblings(self._siblings, digests)
         if self._has_hf:
             base_shards, grafted_shards = self._shards
@@ -186,7 +182,8 @@ def write_model(folder: Path, model: "LlambaForCausalLM", format: str, advance: 
 
     files: dict[str, dict] = {}
     if format != "hf":
-        files, _ = _write_pt(folder, {}, lambda _: model, advance)
+        paths = [folder / MODULE, folder / STATE_DICT]
+        files, _ = write_together(paths, {}, lambda _: _pt_contents(model), advance)
     if format != "pt":
         by_file: dict[str, dict[str, Tensor]] = {}
         for name, parameter in model.named_parameters():  # tied ones once
@@ -197,17 +194,8 @@ def write_model(folder: Path, model: "LlambaForCausalLM", format: str, advance: 
     return files
 
 
-def _write_pt(
-    folder: Path,
-    sources: "Mapping[str, TensorRange | CastTensor]",
-    model: "Callable[[dict[str, Tensor]], LlambaForCausalLM]",
-    advance: Advance,
-) -> tuple[dict[str, dict], dict[str, str]]:
-    def contents(tensors: "dict[str, Tensor]") -> list:
-        made = model(tensors)
-        return [made, made.state_dict()]
-
-    return write_together([folder / MODULE, folder / STATE_DICT], sources, contents, advance)
+def _pt_contents(model: "LlambaForCausalLM") -> list:
+    return [model, model.state_dict()]
 
 
 def shard_file(name: str) -> str:
