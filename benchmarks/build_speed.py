@@ -4,12 +4,14 @@ Prints seconds, peak resident memory and ratios, medians over --runs. Each ratio
 and layers hold random numbers in bfloat16. All files are synced. The script extracts all layers of the base. dd shows
 what the disk can do: it writes as many zeros directly, both files at once. A process that only imports shows how long
 the imports take. With --cache warm, each side reads files that are in the page cache, as far as memory holds them. With
-cold, the script first drops them from the page cache.
+cold, the script first drops them from the page cache. The first run reads the base for its digests. The others know
+them from the user's cache. Processor seconds are those of all threads. Other work on the machine hardly changes them.
 
     python benchmarks/build_speed.py --folder /mnt/scratch --shape half
 """
 
 import argparse
+import resource
 import statistics
 from pathlib import Path
 
@@ -74,7 +76,9 @@ def main() -> None:
         if sync:
             out.mkdir()
         prepare(sources)
+        before = processor_seconds()
         runs[-1][name], peak = timed(command, sync=out if sync else None)
+        runs[-1][f"{name}, processor"] = processor_seconds() - before
         peaks[name] = max(peak, peaks.get(name, 0.0))
 
     def copied(name: str, pattern: str) -> list[int]:
@@ -106,11 +110,17 @@ def main() -> None:
     print(f"medians of {args.runs}:")
     for name in runs[0]:
         peak = f"{peaks[name]:6.2f} GB resident" if name in peaks else ""
-        print(f"  {name:<20} {statistics.median(run[name] for run in runs):7.1f} s {peak}")
+        print(f"  {name:<30} {statistics.median(run[name] for run in runs):7.1f} s {peak}")
     for name, ratio in RATIOS.items():
         if not args.no_naive or "save" not in name:
             values = [ratio(run) for run in runs]
             print(f"  {statistics.median(values):5.2f} ({min(values):.2f} to {max(values):.2f})  {name}")
+
+
+def processor_seconds() -> float:
+    """Of all processes that this one started and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":

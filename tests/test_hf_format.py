@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.dynamic_module_utils import check_imports
 
 from model_preparation import SurgeryError, build_checkpoint, load_checkpoint
+from model_preparation.checkpoint.checkpoint_info import FORMATS
 from model_preparation.checkpoint.verify import verify
+from model_preparation.io import known_digests
 from model_preparation.io.digests import describe_file
 from model_preparation.io.folder_lock import take
 from model_preparation.io.self_checksum import with_checksum
@@ -343,14 +345,13 @@ def test_the_plan_counts_what_will_be_written(base_dir, layers_dir, hf_dir, tmp_
         sum((hf_dir / name).stat().st_size for name in names)
         for names in (["layer_01.safetensors", "layer_03.safetensors"], SHARDS)
     )
-    base = Path(shutil.copytree(base_dir, tmp_path / "base"))
-    for path in base.iterdir():
-        os.utime(path, (1e9, 1e9))  # long ago, so that the first build remembers the digests
-    base_dir = base
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(known_digests, "_WORTH_BYTES", 0)
+    monkeypatch.setattr(known_digests, "_SETTLED_SECONDS", -1)
     parent = tmp_path / "checkpoints"
     assert f" {whole / 1000:.1f} kB;" in to_write(parent, "first", "hf")
     assert not parent.exists()
-    assert build(base, layers_dir, parent / "first", "--format", "hf").returncode == 0
+    assert build(base_dir, layers_dir, parent / "first", "--format", "hf").returncode == 0
     assert f" {grafted / 1000:.1f} kB;" in to_write(parent, "second", "hf")
     weights = int(json.loads((hf_dir / "model.safetensors.index.json").read_text())["metadata"]["total_size"])
     assert f" {(grafted + 2 * weights) / 1000:.1f} kB;" in to_write(parent, "second", "both")
@@ -358,9 +359,30 @@ def test_the_plan_counts_what_will_be_written(base_dir, layers_dir, hf_dir, tmp_
     # With room for the grafted layers only, also where the base must be read to know that the rest is there.
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=64_000_000 + grafted + 1000))
-    assert_refused(build(base, layers_dir, tmp_path / "elsewhere", "--format", "hf"), "are free on its disk")
-    shutil.rmtree(parent / ".base_shards" / "base_files")
-    assert build(base, layers_dir, parent / "second", "--format", "hf").returncode == 0
+    assert_refused(build(base_dir, layers_dir, tmp_path / "elsewhere", "--format", "hf"), "are free on its disk")
+    shutil.rmtree(tmp_path / "cache")
+    assert build(base_dir, layers_dir, parent / "second", "--format", "hf").returncode == 0
+
+
+def test_an_unchanged_base_is_read_for_its_digests_once(base_dir, layers_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(known_digests, "_WORTH_BYTES", 0)
+    monkeypatch.setattr(known_digests, "_SETTLED_SECONDS", -1)
+    read, blake3_of = [], known_digests.blake3_of
+    monkeypatch.setattr(known_digests, "blake3_of", lambda path: read.append(path) or blake3_of(path))
+    base = Path(shutil.copytree(base_dir, tmp_path / "base"))
+    infos = [build_checkpoint(str(base), [1], layers_dir, tmp_path / "out" / form, format=form) for form in FORMATS]
+    weights = base / "pytorch_model.bin"
+    assert sorted(read) == [base / "config.json", weights]
+    assert infos[0]["base_model"]["files"] == infos[1]["base_model"]["files"] == infos[2]["base_model"]["files"]
+    before, state = weights.stat(), torch.load(weights)
+    state["backbone.final_layernorm.weight"][0] += 1
+    torch.save(state, weights)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # set back
+    assert (weights.stat().st_size, weights.stat().st_ino) == (before.st_size, before.st_ino)
+    changed = build_checkpoint(str(base), [1], layers_dir, tmp_path / "out" / "changed", format="hf")
+    assert changed["base_model"]["files"] != infos[0]["base_model"]["files"]
+    assert changed["digests"]["weights"] != infos[0]["digests"]["weights"]
 
 
 def test_a_format_that_does_not_exist(base_dir, layers_dir, tmp_path):

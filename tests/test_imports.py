@@ -65,7 +65,7 @@ from pathlib import Path
 from model_preparation.checkpoint import build, checkpoint_folder, extract, graft, layer_store, weights
 from model_preparation.io.tensors.pt_writer import write_dict
 parts = graft.find_parts("tiny_llamba", [1, 3], {str(layers_dir)!r})
-assert len(write_dict(Path("weights.pt"), parts.tensors).blake3) == len(parts.tensors) > 50
+assert len(write_dict(Path("weights.pt"), parts.tensors)[1]) == len(parts.tensors) > 50
 print("imported:", *(name for name in ("torch", "transformers", "numpy") if name in sys.modules))
 """
     result = run_python("-c", code, cwd=tmp_path)

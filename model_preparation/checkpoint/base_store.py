@@ -1,8 +1,8 @@
 """Shards of a base, kept in the folder of its checkpoints, so that untouched layers are on the disk once.
 
 FOLDER/.base_shards/DIGEST/ holds one safetensors file per layer of the base that some checkpoint needed. Each
-checkpoint has a reflink or hard link of it. DIGEST changes with the base's files and with the dtype. An unchanged base
-is not read again: see known_digests.py. A store can be deleted at any time; no checkpoint needs it.
+checkpoint has a reflink or hard link of it. DIGEST changes with the base's files and with the dtype. A store can be
+deleted at any time; no checkpoint needs it.
 """
 
 import contextlib
@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -20,21 +20,48 @@ from filelock import FileLock
 
 from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Advance
+from model_preparation.io.complete_file import write_file
 from model_preparation.io.complete_folder import remove_abandoned
-from model_preparation.io.digests import describe_source_file
-from model_preparation.io.known_digests import KnownFile, examine, read_record, recall, remember
-from model_preparation.io.progress import bar
 from model_preparation.io.shared_files import can_share, share_file
 from model_preparation.io.tensors.dtypes import DType
 from model_preparation.io.tensors.safetensors_writer import Shard
-from model_preparation.io.untrusted.untrusted_files import read_json, without_links
+from model_preparation.io.untrusted.untrusted_files import check_fields, read_json, without_links
 
 STORE = ".base_shards"
 
 _LOCK = "lock"
 _LAYOUT = 1  # of a shard's bytes: add one when names, order or header change
-_BASE_DIGESTS = "base_files"  # digests of the bases' own files
 _NO_STORE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A shard's SHA-256, the BLAKE3 of its tensors, and its size, time and inode when it was made; digests in hex.
+
+    Someone who sets the time back after a change can deceive this; it saves work and proves nothing.
+    """
+
+    bytes: int
+    digest: str
+    mtime_ns: int
+    inode: int
+    tensors: dict[str, str]
+
+    @classmethod
+    def of(cls, path: Path, digest: str, tensors: dict[str, str]) -> "StoredShard":
+        """Describe the file that is there now; its digests are given."""
+        stat = path.stat()
+        return cls(stat.st_size, digest, stat.st_mtime_ns, stat.st_ino, tensors)
+
+    @classmethod
+    def recorded(cls, path: Path) -> "StoredShard | None":
+        """What the record of the shard says, whatever the shard is now; None if there is no such record."""
+        try:
+            fields = read_json(record_of(path))
+            check_fields(fields, {"bytes": int, "digest": str, "mtime_ns": int, "inode": int, "tensors": dict})
+            return cls(**fields)
+        except (OSError, ValueError, TypeError, SurgeryError):
+            return None
 
 
 class BaseStore:
@@ -42,32 +69,19 @@ class BaseStore:
 
     Args:
         checkpoints: the folder that holds the checkpoints' folders.
-        base_paths: every file that determines the base: config, weights, their index.
+        base_files: {"blake3"} of every file that determines the base (config, weights, their index), by name.
         dtype: of the shards' tensors.
     """
 
-    def __init__(self, checkpoints: Path, base_paths: Iterable[Path], dtype: DType):
+    def __init__(self, checkpoints: Path, base_files: Mapping[str, dict], dtype: DType):
         self._root = checkpoints / STORE
-        self._base_paths = list(base_paths)
-        self._dtype = dtype
+        digests = {name: described["blake3"] for name, described in base_files.items()}
+        identity = {"layout": _LAYOUT, "dtype": str(dtype), "files": digests}
+        self._folder = self._root / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
-    @property
-    def base_files(self) -> dict[str, dict]:
-        """{"bytes", "blake3"} of the base's files by name."""
-        return {path.name: describe_source_file(path, known.digest) for path, (known, _) in self._examined.items()}
-
-    def examine_base(self) -> None:
-        """Work out the base's digests; a file that has not changed since the last time is not read."""
-        _ = self._examined
-
-    def bytes_missing(self, shards: Iterable[Shard], *, read_base: bool) -> int:
-        """Size of the `shards` that are not stored yet.
-
-        Args:
-            read_base: read the base if its digests are not known; without it, an unknown base has nothing stored.
-        """
-        known = read_base or all(recall(path, self._base_record(path)) for path in self._base_paths)
-        return sum(shard.size_bytes for shard in shards if not known or self._stored(shard) is None)
+    def missing(self, shards: Sequence[Shard]) -> list[Shard]:
+        """The `shards` that are not stored yet."""
+        return [shard for shard in shards if self._stored(shard) is None]
 
     def provide(self, shard: Shard, target: Path, advance: Advance) -> tuple[dict, dict[str, str]]:
         """Make the file `target` from the store, which gets the shard first if it lacks it.
@@ -89,63 +103,34 @@ class BaseStore:
                 known = self._make(shard, advance)
             else:
                 advance(known.bytes)
-            if recall(path, record_of(path)) is None:
-                remember(known, record_of(path))
             share_file(path, target)
         return {"bytes": known.bytes, "sha256": known.digest}, known.tensors
 
     @cached_property
-    def _folder(self) -> Path:
-        digests = {name: described["blake3"] for name, described in self.base_files.items()}
-        identity = {"layout": _LAYOUT, "dtype": str(self._dtype), "files": digests}
-        return self._root / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-    @cached_property
-    def _examined(self) -> dict[Path, tuple[KnownFile, bool]]:
-        """Per file of the base: its digest, and whether that is new and may be remembered."""
-        recalled = {path: recall(path, self._base_record(path)) for path in self._base_paths}
-        found = {path: (known, False) for path, known in recalled.items() if known is not None}
-        unknown = [path for path in self._base_paths if path not in found]
-        with bar("Reading the base", sum(path.stat().st_size for path in unknown), in_bytes=True) as advance:
-            for path in unknown:
-                found[path] = examine(path)
-                advance(path.stat().st_size)
-        return {path: found[path] for path in self._base_paths}
-
-    @cached_property
     def _usable(self) -> bool:
-        """Whether files can be shared from here; if so, new digests of the base's files are recorded."""
+        """Whether files can be shared from here."""
         try:
             with locked(self._root):
-                if not can_share(self._root):
-                    return False
-                (self._root / _BASE_DIGESTS).mkdir(exist_ok=True)
-                for path, (known, is_new) in self._examined.items():
-                    if is_new:
-                        remember(known, self._base_record(path))
+                return can_share(self._root)
         except OSError as error:
             if error.errno in _NO_STORE:
                 return False
             raise
-        return True
 
-    def _base_record(self, base_path: Path) -> Path:
-        place = hashlib.sha256(os.fsencode(base_path.resolve())).hexdigest()[:16]
-        return self._root / _BASE_DIGESTS / f"{place}.json"
-
-    def _stored(self, shard: Shard) -> KnownFile | None:
+    def _stored(self, shard: Shard) -> StoredShard | None:
         """The stored shard, or None if it is missing or changed.
 
         A shard with another header was not made here: a stranger's record would fit a stranger's shard.
         """
         path = self._folder / shard.file
-        known = recall(path, record_of(path))
-        if known is None or known.bytes != shard.size_bytes:
+        known = StoredShard.recorded(path)
+        if known is None or not path.is_file() or known != StoredShard.of(path, known.digest, known.tensors):
             return None
         with path.open("rb") as file:
-            return known if file.read(len(shard.header)) == shard.header else None
+            fits = known.bytes == shard.size_bytes and file.read(len(shard.header)) == shard.header
+        return known if fits else None
 
-    def _make(self, shard: Shard, advance: Advance) -> KnownFile:
+    def _make(self, shard: Shard, advance: Advance) -> StoredShard:
         """Write the shard into the store, read-only: checkpoints with a hard link of it share its bytes."""
         self._folder.mkdir(exist_ok=True)
         path = self._folder / shard.file
@@ -156,7 +141,9 @@ class BaseStore:
             partial.rename(path)
         finally:
             partial.unlink(missing_ok=True)
-        return KnownFile.of(path, described["sha256"], tensors)
+        known = StoredShard.of(path, described["sha256"], tensors)
+        write_file(record_of(path), json.dumps(asdict(known)))
+        return known
 
 
 @dataclass(frozen=True)
@@ -199,7 +186,7 @@ def clean_checkpoints(checkpoints: str | Path, *, dry_run: bool = False) -> Clea
         used = _digests_in_use(folder)
         removed = sorted(path for path in root.rglob("*.partial-*") if path.is_file())  # no build holds the lock
         for path in sorted(root.glob("*/*.safetensors")):
-            known = read_record(record_of(path))
+            known = StoredShard.recorded(path)
             if path.stat().st_nlink == 1 and (known is None or known.digest not in used):
                 removed.append(path)
         cleaned = Cleaned(abandoned, removed, sum(path.stat().st_size for path in removed))

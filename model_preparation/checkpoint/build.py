@@ -112,7 +112,7 @@ def build_checkpoint(
             except SurgeryError:
                 checking.result()  # what that finds comes first
                 raise
-            weights.prepare(tasks.raise_failure)
+            weights.prepare(tasks.check)
 
             def read_base() -> dict[str, dict]:
                 checking.result()  # imports come first: without them nothing can be finished
@@ -123,7 +123,7 @@ def build_checkpoint(
 
                 def advance(size_bytes: int) -> None:
                     progress(size_bytes)
-                    tasks.raise_failure()
+                    tasks.check()
 
                 files, digests = weights.write(staging, lambda tensors: checking.result().model(tensors), advance)
             checked, base_files = checking.result(), reading.result()

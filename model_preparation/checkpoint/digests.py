@@ -27,7 +27,7 @@ from model_preparation.io.tensors.dtypes import DType, dtype_of
 from model_preparation.io.tensors.tensor_files import TensorFiles, load_tensors
 from model_preparation.io.tensors.tensor_ranges import TensorRange, pt_ranges, range_of
 from model_preparation.io.untrusted.pickle_check import allowed_in_module
-from model_preparation.io.untrusted.pt_check import check_pt
+from model_preparation.io.untrusted.pt_check import check_pt, reading_tensors
 from model_preparation.io.untrusted.untrusted_files import MAX_DEPTH, check_fields, read_json
 from model_preparation.llamba import LlambaForCausalLM
 
@@ -94,17 +94,12 @@ def module_ranges(path: Path, wanted: nn.Module) -> tuple[dict[str, TensorRange]
     Raises:
         SurgeryError: if its pickle names globals that are not allowed (the error names each), or holds no such model.
     """
-    try:
+    with reading_tensors(path, "Build the checkpoint again."):
         found = check_pt(path, allowed_in_module())
         module = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if type(module) is not LlambaForCausalLM:
             raise ValueError("it holds no LlambaForCausalLM")
         tensors = dict(tensors_of(module))
-    except (SurgeryError, OSError):
-        raise
-    except Exception as error:  # what passes the checks may still make torch raise anything at all
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise SurgeryError(f"{path} cannot be read ({reason}). Build the checkpoint again.") from error
     ranges = pt_ranges(path, tensors)
     kept = wanted.state_dict().keys()
     made = dict(wanted.named_buffers())

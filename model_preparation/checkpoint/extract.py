@@ -88,15 +88,12 @@ def extract_layers(
         places = [place for layer in ranges.values() for place in layer.values()]
         check_space(target, sum(place.numel * (cast_to or place.dtype).itemsize for place in places) + 50_000_000)
         with BackgroundTasks(1 + _LAYERS_AT_ONCE) as tasks:
-
-            def go_on(_size_bytes: int) -> None:
-                tasks.check()
-                tasks.raise_failure()
-
             # Importing torch and transformers takes as long as writing some GB: the config is checked meanwhile.
             checking = tasks.start(_check_and_load, source.folder, files, chosen, prefix)
             writing = {
-                str(index): tasks.start(write_layer, staging / layer_file(index), layer, cast_to, go_on)
+                str(index): tasks.start(
+                    write_layer, staging / layer_file(index), layer, cast_to, lambda _: tasks.check()
+                )
                 for index, layer in ranges.items()
                 if layer  # the check says what is missing
             }
@@ -199,13 +196,13 @@ def write_layer(
     Args:
         advance: called with the bytes of every piece written; may raise.
     """
-    written = write_dict(path, {name: place.cast(dtype) for name, place in ranges.items()}, advance)
+    described, blake3 = write_dict(path, {name: place.cast(dtype) for name, place in ranges.items()}, advance)
     largest = max(ranges.values(), key=lambda place: place.numel)
     return {
         "file": path.name,
         "parameters": sum(place.numel for place in ranges.values()),
         "dtype": (dtype or largest.dtype).name,
         "keys": sorted(ranges),
-        **written.files[path],
-        "tensors": written.blake3,
+        **described,
+        "tensors": blake3,
     }

@@ -7,10 +7,8 @@ the base and the donor's layers, the tensors are compared with theirs (verify_te
 import contextlib
 import os
 import re
-import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,27 +262,25 @@ def _read_files(
     """Read every file once, large ones first; compare size and SHA-256, and return the digests."""
     names = sorted(recorded, key=lambda name: -recorded[name]["bytes"])
     total = sum(entry["bytes"] for entry in recorded.values())
-    stop = threading.Event()
     digests: dict[str, FileDigests] = {}
+    with bar("Verifying", total, in_bytes=True) as advance, BackgroundTasks(_FILES_AT_ONCE) as tasks:
 
-    def read(name: str, advance: Callable[[int], None]) -> None:
-        path = found.directory / name
-        try:
-            regular_file(path)
-            digests[name] = read_digests(path, (places or {}).get(name, ()), advance, stop)
-        except FileNotFoundError:
-            found.fault(name, "is missing")
-        except (SurgeryError, OSError) as error:
-            found.fault(name, f"cannot be read ({error})")
+        def go_on(size_bytes: int) -> None:
+            tasks.check()
+            advance(size_bytes)
 
-    with bar("Verifying", total, in_bytes=True) as advance, ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        try:
-            for future in [pool.submit(read, name, advance) for name in names]:
-                future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+        def read(name: str) -> None:
+            path = found.directory / name
+            try:
+                regular_file(path)
+                digests[name] = read_digests(path, (places or {}).get(name, ()), go_on)
+            except FileNotFoundError:
+                found.fault(name, "is missing")
+            except (SurgeryError, OSError) as error:
+                found.fault(name, f"cannot be read ({error})")
+
+        for reading in [tasks.start(read, name) for name in names]:
+            reading.result()
     for name in sorted(digests):
         if digests[name].size_bytes != recorded[name]["bytes"]:
             found.fault(name, f"has {digests[name].size_bytes} bytes instead of {recorded[name]['bytes']}")

@@ -21,7 +21,8 @@ from model_preparation.checkpoint.graft import GraftParts
 from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Advance
 from model_preparation.io.complete_folder import check_space, existing_parent
-from model_preparation.io.digests import describe_source_file
+from model_preparation.io.known_digests import describe_source_file, is_known
+from model_preparation.io.progress import bar
 from model_preparation.io.shared_files import can_reflink
 from model_preparation.io.tensors.pt_writer import write_together
 from model_preparation.io.tensors.safetensors_writer import Shard
@@ -62,7 +63,7 @@ class GraftWeights:
 
     @cached_property
     def _store(self) -> BaseStore:
-        return BaseStore(self._checkpoints, self._graft.base_paths, self._graft.dtype)
+        return BaseStore(self._checkpoints, self.base_files(), self._graft.dtype)
 
     @cached_property
     def _shards(self) -> tuple[list[Shard], list[Shard]]:
@@ -79,30 +80,30 @@ class GraftWeights:
         """Whether other checkpoints may hold tensors to share; to look into them imports torch."""
         return self._shares_extents and any(_sibling_folders(self._checkpoints))
 
-    def base_files(self, go_on: Callable[[], None] = lambda: None) -> dict[str, dict]:
-        """{"bytes", "blake3"} of the base's files by name, which may take reading them.
+    def base_files(self, go_on: Callable[[], object] = lambda: None) -> dict[str, dict]:
+        """{"bytes", "blake3"} of the base's files by name. Those that have changed since the last time are read.
 
         Args:
-            go_on: called now and then; may raise.
+            go_on: called before each file; may raise.
         """
-        if self._has_hf:
-            return self._store.base_files
         for path in self._graft.base_paths:
             go_on()
             if path.name not in self._base_files:
                 self._base_files[path.name] = describe_source_file(path)
         return self._base_files
 
-    def prepare(self, go_on: Callable[[], None] = lambda: None) -> None:
+    def prepare(self, go_on: Callable[[], object] = lambda: None) -> None:
         """Find what can be shared instead of written, which may take reading the base.
 
         Args:
-            go_on: called now and then; may raise.
+            go_on: called before each of its files; may raise.
         """
-        if self._has_hf:
-            self._store.examine_base()
+        if not (self._has_hf or self.has_siblings):
+            return
+        with bar("Reading the base", len(self._graft.base_paths)) as advance:
+            base_files = self.base_files(lambda: (go_on(), advance(1)))
         if self.has_siblings:
-            self._siblings = _tensors_in_siblings(self._graft, self._checkpoints, self.base_files(go_on))
+            self._siblings = _tensors_in_siblings(self._graft, self._checkpoints, base_files)
 
     def _bytes_to_write(self, *, read_base: bool = False) -> int:
         """Size of what needs room of its own on the disk; at most that, unless `read_base`."""
@@ -116,7 +117,9 @@ class GraftWeights:
         if self._has_hf:
             base_shards, grafted_shards = self._shards
             size_bytes += sum(shard.size_bytes for shard in grafted_shards)
-            size_bytes += self._store.bytes_missing(base_shards, read_base=read_base)
+            if read_base or all(map(is_known, self._graft.base_paths)):
+                base_shards = self._store.missing(base_shards)
+            size_bytes += sum(shard.size_bytes for shard in base_shards)
         return size_bytes
 
     def check_room(self) -> None:
@@ -152,14 +155,9 @@ class GraftWeights:
             places = self._graft.tensors | {name: tensor.place for name, tensor in self._siblings.items()}
             sources = {name: place.cast(self._graft.dtype) for name, place in places.items()}
 
-            def contents(tensors: "dict[str, Tensor]") -> list:
-                made = model(tensors)
-                return [made, made.state_dict()]
-
-            written = write_together([folder / MODULE, folder / STATE_DICT], sources, contents, advance)
-            _check_siblings(self._siblings, written.blake3)
-            files |= {path.name: described for path, described in written.files.items()}
-            digests |= written.blake3
+            paths = [folder / MODULE, folder / STATE_DICT]
+            files, digests = write_together(paths, sources, lambda tensors: _pt_contents(model(tensors)), advance)
+            _check_siblings(self._siblings, digests)
         if self._has_hf:
             base_shards, grafted_shards = self._shards
             for shard in base_shards:
@@ -185,8 +183,7 @@ def write_model(folder: Path, model: "LlambaForCausalLM", format: str, advance: 
     files: dict[str, dict] = {}
     if format != "hf":
         paths = [folder / MODULE, folder / STATE_DICT]
-        written = write_together(paths, {}, lambda _: [model, model.state_dict()], advance)
-        files = {path.name: described for path, described in written.files.items()}
+        files, _ = write_together(paths, {}, lambda _: _pt_contents(model), advance)
     if format != "pt":
         by_file: dict[str, dict[str, Tensor]] = {}
         for name, parameter in model.named_parameters():  # tied ones once
@@ -195,6 +192,10 @@ def write_model(folder: Path, model: "LlambaForCausalLM", format: str, advance: 
             save_file(tensors, folder / file, {"format": "pt"})
             advance(sum(tensor.nbytes for tensor in tensors.values()))
     return files
+
+
+def _pt_contents(model: "LlambaForCausalLM") -> list:
+    return [model, model.state_dict()]
 
 
 def shard_file(name: str) -> str:

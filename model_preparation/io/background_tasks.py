@@ -34,12 +34,9 @@ class BackgroundTasks:
         return self._started[-1]
 
     def check(self) -> None:
-        """Long calls call this now and then. It raises an exception after another call has failed."""
+        """Long work calls this now and then. It raises what another call raised, and stops work that nobody needs."""
         if self._stopped.is_set():
             raise InterruptedError("stopped, because other work failed")
-
-    def raise_failure(self) -> None:
-        """Raise the exception of a call that has failed, if one has."""
         for future in self._started:
             if future.done():
                 future.result()

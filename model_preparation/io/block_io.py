@@ -103,11 +103,8 @@ class _Disk:
     @contextlib.contextmanager
     def next_is_direct(self, size_bytes: int) -> Iterator[bool]:
         """Whether to write the next piece directly; it is written inside the context."""
-        if self._tried >= _TRIED_BLOCKS:
+        if self._tried >= _TRIED_BLOCKS or size_bytes < BLOCK_BYTES:
             yield self._seconds[True] <= self._seconds[False]
-            return
-        if size_bytes < BLOCK_BYTES:
-            yield True
             return
         direct = self._tried // _RUN_BLOCKS % 2 == 0
         self._tried += 1  # two threads may count one block: no matter

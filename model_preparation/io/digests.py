@@ -1,11 +1,9 @@
 """Digests of files: SHA-256 of the files we write, BLAKE3 of tensors and of models we only read.
 
-People have tools for SHA-256. BLAKE3 is four times as fast, which matters for a base that every build reads whole.
+People have tools for SHA-256. BLAKE3 is four times as fast, which matters for a base, which is read whole.
 """
 
 import hashlib
-import re
-import threading
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,17 +33,6 @@ def blake3_of(path: Path) -> str:
 def describe_file(path: Path) -> dict:
     """{"bytes": size, "sha256": digest}, as our JSON files record it."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def describe_source_file(path: Path, digest: str | None = None) -> dict:
-    """{"bytes": size, "blake3": digest}; with "sha256" where a hub's cache names the file by it.
-
-    Args:
-        digest: the BLAKE3, if it is known already.
-    """
-    described = {"bytes": path.stat().st_size, "blake3": digest or blake3_of(path)}
-    name = path.resolve().name
-    return described | {"sha256": name} if re.fullmatch("[0-9a-f]{64}", name) else described
 
 
 def describe_files(folder: Path, pattern: str = "**/*", excluded: Collection[str] = ()) -> dict[str, dict]:
@@ -82,19 +69,13 @@ class FileDigests:
     blake3: dict[Range, str] = field(default_factory=dict)
 
 
-def read_digests(
-    path: Path,
-    ranges: Iterable[Range] = (),
-    advance: Advance = lambda size_bytes: None,
-    stop: threading.Event | None = None,
-) -> FileDigests:
+def read_digests(path: Path, ranges: Iterable[Range] = (), advance: Advance = lambda size_bytes: None) -> FileDigests:
     """Read a file once, from front to back, for all its digests.
 
     Args:
         path: a regular file.
         ranges: where tensors lie in it; they may overlap.
-        advance: gets the bytes of every block.
-        stop: another thread sets it to end this early; the result is worthless then.
+        advance: gets the bytes of every block; may raise.
 
     Raises:
         OSError: if the file cannot be read.
@@ -104,8 +85,6 @@ def read_digests(
     active: list[tuple[Range, blake3]] = []
     digests = FileDigests()
     for block in read_blocks(path):
-        if stop is not None and stop.is_set():
-            break
         start, end = digests.size_bytes, digests.size_bytes + len(block)
         sha256.update(block)
         while waiting and waiting[-1][0] < end:

@@ -12,8 +12,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from model_preparation.io.digests import blake3_of
-from model_preparation.io.known_digests import remembered
+from model_preparation.io.known_digests import known_blake3
 from model_preparation.io.progress import bar
 
 Inputs = Mapping[str, Any]  # JSON's kinds of values
@@ -33,7 +32,7 @@ def digests_of_files(paths: Iterable[Path]) -> dict[str, str]:
     digests = {}
     with bar("Reading what has changed", len(paths)) as advance:
         for path in paths:
-            digests[path.name] = remembered(path, "file", lambda path: {"": blake3_of(path)})[""]
+            digests[path.name] = known_blake3(path)
             advance(1)
     return digests
 

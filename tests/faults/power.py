@@ -13,12 +13,11 @@ from functools import partial
 from pathlib import Path
 
 from model_preparation import load_checkpoint, verify_checkpoint
-from model_preparation.checkpoint.base_store import STORE, record_of
+from model_preparation.checkpoint.base_store import STORE, StoredShard
 from model_preparation.checkpoint.checkpoint_info import INFO
 from model_preparation.checkpoint.layer_store import METADATA, LayerStore
 from model_preparation.errors import SurgeryError
 from model_preparation.io.digests import sha256_of
-from model_preparation.io.known_digests import read_record
 from tests.faults.disk import FILE_SYSTEMS, Cut, Disk, Tree, digest_of, put
 from tests.faults.injector import Injector, Outcome
 from tests.faults.long_work import WORKS, Work
@@ -200,7 +199,7 @@ class FolderPlace(Place):
     def _wrong_in_store(self) -> Iterator[str]:
         """A shard of the right size is taken unread if its record is there."""
         for shard in (self._target.parent / STORE).glob("*/*.safetensors"):
-            known = read_record(record_of(shard))
+            known = StoredShard.recorded(shard)
             if known is not None and shard.stat().st_size == known.bytes and sha256_of(shard) != known.digest:
                 yield f"{shard} is not as its record says"
 

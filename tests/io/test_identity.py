@@ -9,7 +9,7 @@ import pytest
 import rich
 from rich.console import Console
 
-from model_preparation.io import identity
+from model_preparation.io import known_digests
 from model_preparation.io.identity import differences, digests_of_files
 
 
@@ -39,8 +39,8 @@ def large(tmp_path, monkeypatch):
 
 
 def test_a_large_file_is_read_again_only_when_it_has_changed(large, monkeypatch):
-    read, blake3_of = [], identity.blake3_of
-    monkeypatch.setattr(identity, "blake3_of", lambda path: read.append(path) or blake3_of(path))
+    read, blake3_of = [], known_digests.blake3_of
+    monkeypatch.setattr(known_digests, "blake3_of", lambda path: read.append(path) or blake3_of(path))
     before = digests_of_files([large])
     assert digests_of_files([large]) == before
     assert read == [large]

@@ -8,10 +8,8 @@ import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from model_preparation.io.tensors.dtypes import DType
 from model_preparation.io.tensors.pt_archive import SortingPickler
@@ -20,8 +18,7 @@ from model_preparation.io.untrusted.pickle_check import DTYPE_OF_STORAGE, TENSOR
 from model_preparation.io.untrusted.pt_check import PICKLE, check_pt, pt_records, reading_tensors
 
 
-@dataclass(frozen=True)
-class _Storage:
+class _Storage(NamedTuple):
     """The fields of a persistent id."""
 
     dtype: DType
@@ -29,43 +26,35 @@ class _Storage:
     numel: int
 
 
-@dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NamedTuple):
     """The arguments of torch's `_rebuild_tensor_v2`."""
 
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    requires_grad: bool
+    hooks: OrderedDict
 
 
-def _rebuild_tensor_v2(storage, offset, shape, stride, requires_grad, hooks) -> _Tensor:
-    return _Tensor(storage, offset, shape, stride)
+def _stand_in(name: str) -> type:
+    """A class that is pickled as the global with this name."""
+    module, _, own_name = name.rpartition(".")
+    return type(own_name, (), {"__module__": module})
 
 
-# Stand-ins under torch's names.
-_rebuild_tensor_v2.__module__ = "torch._utils"
-_STORAGES = {
-    dtype: type(name.removeprefix("torch."), (), {"__module__": "torch"}) for name, dtype in DTYPE_OF_STORAGE.items()
-}
-_GLOBALS: dict[str, Any] = {
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
-    "collections.OrderedDict": OrderedDict,
-    **DTYPE_OF_STORAGE,
-}
+_REBUILD = "torch._utils._rebuild_tensor_v2"
+_REBUILDER = _stand_in(_REBUILD)
+_STORAGES = {dtype: _stand_in(name) for name, dtype in DTYPE_OF_STORAGE.items()}
+_GLOBALS: dict[str, Any] = {_REBUILD: _Tensor, "collections.OrderedDict": OrderedDict, **DTYPE_OF_STORAGE}
 
 
 def pickled_dict(tensors: Mapping[str, TensorRange | CastTensor]) -> bytes:
     """data.pkl of the dict; the tensors' storages are numbered in its order."""
-    content = {
-        name: _Tensor(
-            _Storage(tensor.dtype, str(number), tensor.size_bytes // tensor.dtype.itemsize),
-            0,
-            tuple(tensor.shape),
-            _strides(tensor.shape),
-        )
-        for number, (name, tensor) in enumerate(tensors.items())
-    }
+    content = {}
+    for number, (name, tensor) in enumerate(tensors.items()):
+        storage = _Storage(tensor.dtype, str(number), tensor.size_bytes // tensor.dtype.itemsize)
+        content[name] = _Tensor(storage, 0, tuple(tensor.shape), _strides(tensor.shape), False, OrderedDict())
     buffer = io.BytesIO()
     _DictPickler(buffer, protocol=2).dump(content)
     return buffer.getvalue()
@@ -114,15 +103,14 @@ class _DictPickler(SortingPickler):
         return None
 
     def _save_tensor(self, obj: _Tensor) -> None:
-        hooks: OrderedDict = OrderedDict()
-        self.save_reduce(_rebuild_tensor_v2, (obj.storage, obj.offset, obj.shape, obj.stride, False, hooks), obj=obj)
+        self.save_reduce(_REBUILDER, tuple(obj), obj=obj)
 
-    def _save_name(self, obj: type | FunctionType) -> None:
+    def _save_name(self, obj: type) -> None:
         self.write(pickle.GLOBAL + f"{obj.__module__}\n{obj.__name__}\n".encode())
         self.memoize(obj)
 
     dispatch[_Tensor] = _save_tensor
-    dispatch[FunctionType] = dispatch[type] = _save_name
+    dispatch[type] = _save_name
 
 
 class _DictUnpickler(pickle.Unpickler):

@@ -7,15 +7,14 @@ objects to save, are needed only after the tensors are written. `pt_archive` has
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_preparation.io.block_io import Advance, OutputFile
+from model_preparation.io.block_io import Advance
 from model_preparation.io.tensors.pt_archive import Archive, pickled
 from model_preparation.io.tensors.pt_dict import pickled_dict
-from model_preparation.io.tensors.tensor_stream import Buffers, Copied, Stream, TensorSource, copy_tensor
+from model_preparation.io.tensors.tensor_stream import Stream, TensorSource, streaming
 
 if TYPE_CHECKING:
     import torch
@@ -24,20 +23,12 @@ if TYPE_CHECKING:
     from model_preparation.io.tensors.tensor_ranges import CastTensor, TensorRange
 
 
-@dataclass(frozen=True)
-class Written:
-    """Written files: {"bytes": size, "sha256": digest} by path; and BLAKE3 of the tensors from sources, by name."""
-
-    files: dict[Path, dict]
-    blake3: dict[str, str]
-
-
 def write_together(
     paths: Sequence[Path],
     sources: "Mapping[str, TensorRange | CastTensor]",
     contents: "Callable[[dict[str, Tensor]], Sequence[Any]]",
     advance: Advance = lambda size_bytes: None,
-) -> Written:
+) -> tuple[dict[str, dict], dict[str, str]]:
     """Write an object to each path, for `torch.load`, and sync it.
 
     Args:
@@ -46,6 +37,9 @@ def write_together(
         contents: makes the objects, after the sources are written. It gets placeholders for the tensors by the same
             names. All other tensors in the objects come from memory.
         advance: gets the bytes of every piece written; may raise.
+
+    Returns:
+        {"bytes", "sha256"} of the files by name, and the sources' BLAKE3 by name.
 
     Raises:
         OSError: from the file system: disk full, input/output error.
@@ -64,18 +58,18 @@ def write_together(
         for path, content, own in zip(paths, objects, beginning.split(), strict=True):
             data, storages = pickled(content, first)
             own.copy_from_memory(storages[len(first) :])
-            files[path] = own.finish(data)
-    return Written(files, blake3)
+            files[path.name] = own.finish(data)
+        return files, blake3
 
 
 def write_dict(
     path: Path,
     sources: "Mapping[str, TensorRange | CastTensor]",
     advance: Advance = lambda size_bytes: None,
-) -> Written:
-    """Write the dict of these tensors to `path`, as `write_together` does, without importing torch."""
+) -> tuple[dict, dict[str, str]]:
+    """Write the dict of these tensors, as `write_together` does, without torch; returns the same for the one file."""
     with _begun([path], sources, advance) as (beginning, blake3):
-        return Written({path: beginning.finish(pickled_dict(sources))}, blake3)
+        return beginning.finish(pickled_dict(sources)), blake3
 
 
 @contextlib.contextmanager
@@ -83,15 +77,9 @@ def _begun(
     paths: Sequence[Path], sources: "Mapping[str, TensorRange | CastTensor]", advance: Advance
 ) -> "Iterator[tuple[_Beginning, dict[str, str]]]":
     """Files with the sources in them, and the BLAKE3 of each source."""
-    with contextlib.ExitStack() as stack:
-        files = []
-        for path in paths:
-            files.append(OutputFile(path, advance))
-            stack.callback(files[-1].close)
-        writers = stack.enter_context(ThreadPoolExecutor(len(files) + 1, "writing"))
-        beginning = _Beginning(Archive(), Stream(files, writers), Buffers())
-        beginning.stream.reserve(sum(source.size_bytes for source in sources.values()))
-        yield beginning, {name: beginning.copy(source, source.size_bytes).blake3 for name, source in sources.items()}
+    with streaming(paths, sum(source.size_bytes for source in sources.values()), advance) as stream:
+        beginning = _Beginning(Archive(), stream)
+        yield beginning, {name: beginning.copy(source, source.size_bytes) for name, source in sources.items()}
 
 
 @dataclass(frozen=True)
@@ -100,14 +88,13 @@ class _Beginning:
 
     archive: Archive
     stream: Stream
-    buffers: Buffers
 
-    def copy(self, source: TensorSource, size_bytes: int) -> Copied:
-        """Append a tensor."""
+    def copy(self, source: TensorSource, size_bytes: int) -> str:
+        """Append a tensor; returns its BLAKE3."""
         self.stream.append(self.archive.begin_tensor(size_bytes))
-        copied = copy_tensor(source, size_bytes, self.stream, self.buffers)
-        self.stream.append(self.archive.finish_tensor(copied.crc))
-        return copied
+        crc, blake3 = self.stream.copy(source, size_bytes)
+        self.stream.append(self.archive.finish_tensor(crc))
+        return blake3
 
     def copy_from_memory(self, storages: "Sequence[torch.UntypedStorage]") -> None:
         """Append tensors that are in memory."""
@@ -117,7 +104,7 @@ class _Beginning:
 
     def split(self) -> "list[_Beginning]":
         """One per file, each with this beginning."""
-        return [_Beginning(self.archive.copy(), stream, self.buffers) for stream in self.stream.split()]
+        return [_Beginning(self.archive.copy(), stream) for stream in self.stream.split()]
 
     def finish(self, pickled: bytes) -> dict:
         """Append data.pkl and the end, and sync; returns {"bytes", "sha256"}."""

@@ -3,18 +3,16 @@
 The same tensors give the same bytes. Source of the layout: github.com/huggingface/safetensors, README, "Format".
 """
 
-import contextlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from model_preparation.io.block_io import ALIGNMENT, Advance, OutputFile
+from model_preparation.io.block_io import ALIGNMENT, Advance
 from model_preparation.io.tensors.dtypes import DType
 from model_preparation.io.tensors.tensor_ranges import SAFETENSORS_DTYPES, TensorRange
-from model_preparation.io.tensors.tensor_stream import Buffers, Stream, copy_tensor
+from model_preparation.io.tensors.tensor_stream import streaming
 
 _NAME_OF = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -61,15 +59,11 @@ class Shard:
         Raises:
             OSError: from the file system: disk full, input/output error.
         """
-        buffers = Buffers()
         digests = {}
-        with contextlib.closing(OutputFile(path, advance)) as file, ThreadPoolExecutor(2) as writers:
-            stream = Stream([file], writers)
-            stream.reserve(self.size_bytes)
+        with streaming([path], self.size_bytes, advance) as stream:
             stream.append(self.header)
             for name in self._order:
-                source = self.ranges[name].cast(self.dtype)
-                digests[name] = copy_tensor(source, self._bytes_of(name), stream, buffers).blake3
+                _, digests[name] = stream.copy(self.ranges[name].cast(self.dtype), self._bytes_of(name))
             return stream.finish(), digests
 
     @property

@@ -7,38 +7,41 @@ import hashlib
 import mmap
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from blake3 import blake3
 from zlib_ng.zlib_ng import crc32
 
 from model_preparation.io import block_io
-from model_preparation.io.block_io import ALIGNMENT, OutputFile, Place
+from model_preparation.io.block_io import ALIGNMENT, Advance, OutputFile, Place
 
 _BUFFERS = 4  # one being filled, some being hashed, some being written; 8 are 16 MB more and hardly faster
 
+# Page-aligned blocks of memory in rotation, and who still uses each.
+Buffers = collections.deque[tuple[mmap.mmap, list[Future]]]
 
-class Buffers:
-    """Page-aligned blocks of memory in rotation: each is used again when all its users are done."""
 
-    def __init__(self) -> None:
-        self._ready: collections.deque[tuple[mmap.mmap, list[Future]]] = collections.deque(
-            (mmap.mmap(-1, block_io.BLOCK_BYTES), []) for _ in range(_BUFFERS)
-        )
+class TensorSource(Protocol):
+    """Where a tensor's bytes, in C order, come from; `place` if they lie in a file unchanged."""
 
-    @contextlib.contextmanager
-    def take(self, size_bytes: int) -> Iterator[tuple[memoryview, list[Future]]]:
-        """A view of `size_bytes`, and a list to add the futures to that still use it after the context.
+    @property
+    def place(self) -> Place | None: ...
 
-        Raises:
-            BaseException: what an earlier user of the same memory raised.
-        """
-        buffer, users = self._ready.popleft()
-        _wait_for(users)
-        users = []
-        yield memoryview(buffer)[:size_bytes], users
-        self._ready.append((buffer, users))
+    def read_into(self, view: memoryview, start: int) -> None:
+        """Fill `view` with the tensor's bytes from `start` on."""
+
+
+@contextlib.contextmanager
+def streaming(paths: Sequence[Path], size_bytes: int, advance: Advance) -> Iterator["Stream"]:
+    """A stream to new files, of at least `size_bytes` each; `advance` gets the bytes of every piece, and may raise."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(contextlib.closing(OutputFile(path, advance))) for path in paths]
+        writers = stack.enter_context(ThreadPoolExecutor(len(files) + 1, "writing"))
+        blocks = (mmap.mmap(-1, block_io.BLOCK_BYTES) for _ in range(_BUFFERS))
+        stream = Stream(files, writers, Buffers((block, []) for block in blocks))
+        stream.reserve(size_bytes)
+        yield stream
 
 
 def _wait_for(futures: Sequence[Future]) -> None:
@@ -53,10 +56,11 @@ class Stream:
     The methods raise the file system's errors (OSError), perhaps a few calls late.
     """
 
-    def __init__(self, files: Sequence[OutputFile], writers: ThreadPoolExecutor):
+    def __init__(self, files: Sequence[OutputFile], writers: ThreadPoolExecutor, buffers: Buffers):
         self.files = files
         self.position = 0
         self._writers = writers
+        self._buffers = buffers
         self._hasher = ThreadPoolExecutor(1, "hashing")
         self._digest = hashlib.sha256()
         self._tail = bytearray()  # what does not fill a multiple of ALIGNMENT yet
@@ -75,22 +79,31 @@ class Stream:
         self._pending.append(self._hasher.submit(self._digest.update, copy))
         self._add_to_tail(copy)
 
-    def append_block(self, view: memoryview, *, shared: bool = False) -> list[Future]:
-        """Add page-aligned memory, which must not change until the returned futures are done.
+    def copy(self, source: TensorSource, size_bytes: int) -> tuple[int, str]:
+        """Add a tensor; returns its CRC-32, and its BLAKE3 in hex.
 
-        Args:
-            shared: `share` has put its whole blocks into the files already.
+        What its file can share with the stream's files is read for the digests only.
         """
-        users = [self._hasher.submit(self._digest.update, view)]
-        whole_bytes = 0 if self._tail else len(view) - len(view) % ALIGNMENT
-        if whole_bytes:
-            users += [] if shared else self._write(view[:whole_bytes])
-            self.position += whole_bytes
-        self._add_to_tail(view[whole_bytes:])
-        self._pending += users
-        return users
+        shared = source.place is not None and self._share(source.place, size_bytes)
+        crc, digest = 0, blake3()
+        for start in range(0, size_bytes, block_io.BLOCK_BYTES):
+            buffer, users = self._buffers.popleft()
+            _wait_for(users)
+            view = memoryview(buffer)[: size_bytes - start]
+            source.read_into(view, start)
+            users = [self._hasher.submit(self._digest.update, view)]
+            whole_bytes = 0 if self._tail else len(view) - len(view) % ALIGNMENT
+            if whole_bytes:
+                users += [] if shared else self._write(view[:whole_bytes])
+                self.position += whole_bytes
+            self._add_to_tail(view[whole_bytes:])
+            self._pending += users
+            self._buffers.append((buffer, users))
+            crc = crc32(view, crc)
+            digest.update(view)
+        return crc, digest.hexdigest()
 
-    def share(self, place: Place, size_bytes: int) -> bool:
+    def _share(self, place: Place, size_bytes: int) -> bool:
         """Share the whole blocks of the next `size_bytes` with `place`; False where that is impossible."""
         whole_bytes = size_bytes - size_bytes % ALIGNMENT
         if self._tail or not whole_bytes or place[1] % ALIGNMENT:
@@ -106,7 +119,7 @@ class Stream:
                 raise OSError(errno.EIO, "The file system shares a block, but not many", str(file.path))
         streams = []
         for file in self.files:
-            stream = Stream([file], self._writers)
+            stream = Stream([file], self._writers, self._buffers)
             stream.position, stream._tail, stream._digest = self.position, self._tail.copy(), self._digest.copy()
             streams.append(stream)
         return streams
@@ -148,38 +161,3 @@ def _can_share(files: Sequence[OutputFile]) -> bool:
     block = mmap.mmap(-1, ALIGNMENT)
     files[0].write(memoryview(block), 0)
     return all(file.share((files[0].path, 0), 0, ALIGNMENT) for file in files[1:])
-
-
-class TensorSource(Protocol):
-    """Where a tensor's bytes, in C order, come from; `place` if they lie in a file unchanged."""
-
-    @property
-    def place(self) -> Place | None: ...
-
-    def read_into(self, view: memoryview, start: int) -> None:
-        """Fill `view` with the tensor's bytes from `start` on."""
-
-
-@dataclass(frozen=True)
-class Copied:
-    """CRC-32 and BLAKE3 (in hex) of a tensor's bytes."""
-
-    crc: int
-    blake3: str
-
-
-def copy_tensor(source: TensorSource, size_bytes: int, stream: Stream, buffers: Buffers) -> Copied:
-    """Append the tensor. What its file can share with the stream's files is read for the digests only.
-
-    Raises:
-        OSError: from the file system: disk full, input/output error, a source that ends early.
-    """
-    shared = source.place is not None and stream.share(source.place, size_bytes)
-    crc, digest = 0, blake3()
-    for start in range(0, size_bytes, block_io.BLOCK_BYTES):
-        with buffers.take(min(block_io.BLOCK_BYTES, size_bytes - start)) as (view, users):
-            source.read_into(view, start)
-            users += stream.append_block(view, shared=shared)
-            crc = crc32(view, crc)
-            digest.update(view)
-    return Copied(crc, digest.hexdigest())

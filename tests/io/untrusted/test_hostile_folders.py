@@ -71,7 +71,6 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("x.partial/.held_by", "clean"),
         ("x.partial/old", "clean"),
         (STORE, "build"),
-        (f"{STORE}/base_files", "build"),
         (f"{STORE}/lock", "build"),
         ("new.partial", "build"),
         ("checkpoint/evaluations", "evaluate"),
