@@ -222,8 +222,7 @@ def part_correct(args: argparse.Namespace) -> Iterator[Row]:
                 "relative",
                 at_most=2 * lost["donor", dtype],
             )
-            on_device.load_state_dict(on_cpu.state_dict())
-        on_device = on_device.float()
+            on_device.float().load_state_dict(on_cpu.state_dict())
         yield from _ways_to_run(name, on_device)
     yield from _kernels(args.device)
 
@@ -298,6 +297,9 @@ def part_decode(args: argparse.Namespace) -> Iterator[Row]:
                 yield row(f"{name}: prompt of {context}, scan by PyTorch", context / taken, "tokens/s")
             for batch in (1, 32):
                 needed = batch * context * _bytes_per_token(model)
+                cache = None
+                if on_cuda:
+                    torch.cuda.empty_cache()  # what is kept for later counts as used
                 if on_cuda and needed > 0.4 * torch.cuda.mem_get_info()[0]:
                     yield row(f"{name}, batch {batch}, context {context}: left out", needed / 1e9, "GB of K/V")
                     continue
@@ -311,7 +313,7 @@ def part_decode(args: argparse.Namespace) -> Iterator[Row]:
         if on_cuda:
             yield row(f"{name}: peak memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
             torch.cuda.reset_peak_memory_stats()
-        del model
+        del model, cache
 
 
 def _token_rows(where: str, took: float, model: Any, cache: Any, bandwidth: float, **goal: float) -> Iterator[Row]:
@@ -414,7 +416,9 @@ def compiled(backend: str) -> Iterator[None]:
     """Within it, the parts of a layer that know no cache are compiled once, for all layers alike."""
     with ExitStack() as stack:
         for kind, method in ((LlambaMixer, "_mix"), (LlamaMLP, "forward"), (LlamaRMSNorm, "forward")):
-            stack.enter_context(patch.object(kind, method, torch.compile(getattr(kind, method), backend=backend)))
+            stack.enter_context(
+                patch.object(kind, method, torch.compile(getattr(kind, method), backend=backend, dynamic=False))
+            )
         yield
 
 
@@ -508,10 +512,11 @@ def part_scores(args: argparse.Namespace) -> Iterator[Row]:
         for shots in (0, 5):
             values, per_second = {}, {}
             sides = {"ours": ScoringLM(model, tokenizer, 32), "stock": HFLM(model, tokenizer=tokenizer, batch_size=32)}
+            questions = question_set(sides["ours"], folder, names, limit, shots)
+            count = len(questions.questions)
             for side, lm in sides.items():
-                questions = question_set(sides["ours"], folder, names, limit, shots)
-                count = len(questions.questions)
-                answer_all(lm, questions) if shots == 0 else None  # the first run of a shape also compiles kernels
+                if shots == 0:
+                    answer_all(lm, questions)  # the first run of a shape also compiles kernels
                 values[side], took = answer_all(lm, questions)
                 per_second[side] = count / took
                 yield row(f"{shots}-shot, {side}", per_second[side], "questions/s", note=f"{count} questions, {kind}")
@@ -728,25 +733,29 @@ def main() -> None:
         parser.error(f"torch sees no CUDA device here. Try --shape tiny --device cpu; torch is {torch.__version__}")
     results = {"machine": machine(args), "parts": {}}
     until = time.monotonic() + 60 * args.minutes
-    failed = []
-    for name in args.parts:
-        limit = min(PARTS[name][1], until - time.monotonic())
-        if limit > 5:
-            results["parts"][name] = run_part(name, limit)
-            failed += [f"{name}: {row['what']}" for row in results["parts"][name]["rows"] if not is_right(row)]
-            failed += [f"{name}: {results['parts'][name]['ended']}"] * (results["parts"][name]["ended"] != "done")
-        else:
-            results["parts"][name] = {"rows": [], "seconds": 0, "ended": "no time was left"}
+
+    def save() -> None:
         (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         (args.output_dir / "results.md").write_text(table(results))
+
+    for name in args.parts:
+        part = results["parts"][name] = {"rows": [], "seconds": 0, "ended": "no time was left"}
+        limit = min(PARTS[name][1], until - time.monotonic())
+        if limit > 5:
+            run_part(name, limit, part, save)
+        save()
     print(table(results))
     print(f"Results: {args.output_dir / 'results.md'}")
+    failed = [f"{name}: {part['ended']}" for name, part in results["parts"].items() if part["ended"] != "done"]
+    failed += [
+        f"{name}: {row['what']}" for name, part in results["parts"].items() for row in part["rows"] if not is_right(row)
+    ]
     if failed:
         sys.exit("Not as it should be:\n" + "\n".join(failed))
 
 
-def run_part(name: str, limit: float) -> dict[str, Any]:
-    """Run a part for at most `limit` seconds; its rows, also those of one that was stopped."""
+def run_part(name: str, limit: float, part: dict[str, Any], save: Callable[[], None]) -> None:
+    """Run a part for at most `limit` seconds. Each of its rows is saved at once."""
     print(f"{name} (at most {limit:.0f} s)", flush=True)
     started = time.monotonic()
     command = [sys.executable, __file__, *sys.argv[1:], "--part", name]
@@ -755,21 +764,36 @@ def run_part(name: str, limit: float) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    process = subprocess.Popen(command, env=environment, process_group=0, **pipes)
     assert process.stdout
-    timer = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))  # the tests it started, too
+
+    def stop() -> None:
+        os.killpg(process.pid, signal.SIGKILL)  # the tests that it started, too
+
+    timer = threading.Timer(limit, stop)
     timer.start()
     complaints: list[str] = []
     reader = threading.Thread(target=lambda: complaints.extend(process.stderr), daemon=True)
     reader.start()
-    rows = [json.loads(line) for line in process.stdout if line.startswith("{")]
-    code = process.wait()
+    part["ended"] = "running"
+    try:
+        for line in process.stdout:
+            if line.startswith("{"):
+                part["rows"].append(json.loads(line))
+                part["seconds"] = time.monotonic() - started
+                save()
+        code = process.wait()
+    finally:  # Ctrl-C does not reach it
+        was_stopped = not timer.is_alive()
+        timer.cancel()
+        if process.poll() is None:
+            stop()
     reader.join(5)
-    ended = "done" if code == 0 else f"stopped after {limit:.0f} s" if not timer.is_alive() else "failed"
-    timer.cancel()
-    taken = time.monotonic() - started
-    print(f"   {ended}, {len(rows)} rows, {taken:.0f} s", *complaints[-8:] if ended == "failed" else (), flush=True)
-    return {"rows": rows, "seconds": taken, "ended": ended, "stderr": "".join(complaints[-40:]) if code else ""}
+    part["seconds"] = time.monotonic() - started
+    part["ended"] = "done" if code == 0 else f"stopped after {limit:.0f} s" if was_stopped else "failed"
+    part["stderr"] = "".join(complaints[-40:]) if code else ""
+    said = complaints[-8:] if part["ended"] == "failed" else ()
+    print(f"   {part['ended']}, {len(part['rows'])} rows, {part['seconds']:.0f} s", *said, flush=True)
 
 
 def is_right(found: Row) -> bool:

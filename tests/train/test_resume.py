@@ -310,12 +310,14 @@ def test_the_scaler_of_float16_is_written_and_taken_up(tmp_path):
 
 
 @on_devices
-def test_one_process_of_a_launcher_stops_and_goes_on_without_it(flags, heal, healed, device, tmp_path):
+def test_one_process_of_a_launcher_stops_and_goes_on_without_it(flags, heal, device, tmp_path, request):
     """On a GPU in float16. There sums come in no fixed order, so the weights are close, not the same to the bit."""
-    out, whole, more = tmp_path / "out", healed, ["--device", device]
+    out, whole, more = tmp_path / "out", tmp_path / "whole", ["--device", device]
     if device == "cuda":
-        whole, more = tmp_path / "whole", [*more, "--precision", "float16"]
+        more += ["--precision", "float16"]
         assert heal(whole, *more).returncode == 0
+    else:
+        whole = request.getfixturevalue("healed")
     assert run_until([*flags, *more, "--output_dir", out], 3, 0, signal.SIGTERM, processes=1)[0] == 143
     result = heal(out, *more)
     assert result.returncode == 0, result.stderr
