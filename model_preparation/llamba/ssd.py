@@ -169,8 +169,9 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def _is_for_kernel(t: Tensor) -> bool:
-    """Whether the optional kernel takes a tensor. It would round float32 to TF32: 10 bits of the fraction are left."""
-    return t.is_cuda and t.dtype in (torch.bfloat16, torch.float16) and _has_flash_linear_attention()
+    """Whether the optional kernel takes a tensor. It rounds float32 to TF32, so only autocast may send it float32."""
+    is_half = t.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda")
+    return t.is_cuda and is_half and _has_flash_linear_attention()
 
 
 @functools.cache
