@@ -731,6 +731,7 @@ def main() -> None:
         return
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"torch sees no CUDA device here. Try --shape tiny --device cpu; torch is {torch.__version__}")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the part, too
     results = {"machine": machine(args), "parts": {}}
     until = time.monotonic() + 60 * args.minutes
 
