@@ -4,7 +4,10 @@ Each part is a process of its own with a time limit. After each, results.json an
 that was measured, also by a part that was stopped. Weights are random, made on the device from a seed: no model is
 needed. What a part needs and is not installed is named in its row. On a CPU with --shape tiny it shows that it works.
 
-    python benchmarks/gpu.py --output_dir results
+Questions are MMLU's, from --mmlu_data; without it, made-up ones of about the same length. They are cut into tokens by
+the pattern that splits Llama 3's words: no model's tokenizer is needed either.
+
+    python benchmarks/gpu.py --output_dir results --mmlu_data MMLU
     python benchmarks/gpu.py --output_dir results --shape tiny --device cpu
 """
 
@@ -15,35 +18,45 @@ import itertools
 import json
 import os
 import platform
+import random
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, StaticCache
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
-from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
+from model_preparation.llamba import LlambaConfig, LlambaForCausalLM, ssd
 from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache
 from model_preparation.llamba.donor_kinds import KINDS
-from model_preparation.llamba.ssd import scan
+from model_preparation.llamba.mixer import LlambaMixer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"width": 128, "layers": 4, "mlp": 256, "heads": 4, "kv_heads": 2, "vocabulary": 512, "grafts": [1, 3]},
+    "tiny": {"width": 128, "layers": 4, "mlp": 256, "heads": 4, "kv_heads": 2, "vocabulary": 512},
     "1b": {"width": 2048, "layers": 16, "mlp": 8192, "heads": 32, "kv_heads": 8, "vocabulary": 128256},
     "8b": {"width": 4096, "layers": 32, "mlp": 14336, "heads": 32, "kv_heads": 8, "vocabulary": 128256},
 }
-GRAFTS = {"1b": [3, 6, 8, 10], "8b": [11, 13, 17, 21]}
+GRAFTS = {"tiny": [1, 3], "1b": [3, 6, 8, 10], "8b": [11, 13, 17, 21]}
 CONTEXTS = {"tiny": [64, 256], "1b": [1024, 8192, 32768], "8b": [1024, 8192, 32768]}
-SEGMENT = 4096  # tokens of a prompt that run at once
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "lm_eval", "flash-linear-attention", "triton")
-CANDIDATES, QUESTIONS = 40 * 20, 1000  # of the genetic search that the cost is told for
+POPULATION, GENERATIONS, QUESTIONS = 40, 20, 1000  # of the genetic search that the cost is told for
+# What Llama 3's tokenizer splits a text into before it joins letters: nearly all common words are one token.
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+
+WARM_UP = 3  # steps before a CUDA graph is captured
 
 Row = dict[str, Any]
 
@@ -56,7 +69,8 @@ def row(what: str, value: float, unit: str, **more: Any) -> Row:
 # The models.
 
 
-def configs(shape: str, grafted: bool) -> tuple[LlamaConfig, LlambaConfig]:
+def configs(shape: str, layers: Sequence[int] = ()) -> tuple[LlamaConfig, LlambaConfig]:
+    """The donor's, and the Llamba's with these layers grafted."""
     s = SHAPES[shape]
     donor = LlamaConfig(
         vocab_size=s["vocabulary"],
@@ -69,24 +83,24 @@ def configs(shape: str, grafted: bool) -> tuple[LlamaConfig, LlambaConfig]:
         max_position_embeddings=131072,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )
-    layers = s.get("grafts", GRAFTS.get(shape)) if grafted else []
     llamba = LlambaConfig(
         vocab_size=s["vocabulary"],
         d_model=s["width"],
         n_layer=s["layers"],
         mlp_cfg={"intermediate_size": s["mlp"]},
         ssm_cfg={"n_v_heads": s["heads"], "n_qk_heads": s["heads"], "d_state": 64},
-        llama_layers=layers,
+        llama_layers=list(layers),
         llama_cfg=KINDS["llama"].settings(donor) if layers else None,
     )
     return donor, llamba
 
 
 def make(name: str, shape: str, device: str, dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
-    """The "base", the "graft" or the "donor" of a shape, its weights drawn on the device."""
-    donor, llamba = configs(shape, grafted=name == "graft")
+    """The "base", a "graft", the graft of "all" layers, or the "donor" of a shape, its weights drawn on the device."""
+    grafts = {"graft": GRAFTS[shape], "all": range(SHAPES[shape]["layers"])}
+    donor, llamba = configs(shape, grafts.get(name, ()))
     with torch.device("meta"):
-        model = LlamaForCausalLM(donor) if name == "donor" else LlambaForCausalLM(llamba)
+        model = (LlamaForCausalLM(donor) if name == "donor" else LlambaForCausalLM(llamba)).to(dtype)
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     for module in list(model.modules()):
@@ -98,9 +112,8 @@ def make(name: str, shape: str, device: str, dtype: torch.dtype, seed: int = 0) 
             parameter.normal_(0, 0.02, generator=generator)
             if "norm" in parameter_name:
                 parameter.add_(1)
-    model = model.to(dtype).eval()
     model.tie_weights()
-    return model
+    return model.eval()
 
 
 def cache_of(model: torch.nn.Module) -> Any:
@@ -125,9 +138,12 @@ def tokens(batch: int, length: int, model: torch.nn.Module, seed: int = 1) -> to
 
 def read(model: torch.nn.Module, ids: torch.Tensor, cache: Any) -> torch.Tensor:
     """Run a prompt into the cache; the next token, (batch, 1)."""
-    for part in ids.split(SEGMENT, dim=1):
-        logits = model(part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1).logits
-    return logits[:, -1:].argmax(-1)
+    return model(ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+
+
+def next_token(model: Any, last: torch.Tensor, cache: Any) -> torch.Tensor:
+    """One greedy step, (batch, 1) -> (batch, 1)."""
+    return model(last, **{CACHE_NAME: cache}, use_cache=True).logits.argmax(-1)
 
 
 def wait(device: str) -> None:
@@ -164,14 +180,21 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def part_tests(args: argparse.Namespace) -> Iterator[Row]:
-    """The project's own tests that need a GPU."""
+    """The project's own tests that need a GPU; on a CPU those of them that take either."""
     if importlib.util.find_spec("pytest") is None:
         yield row("pytest is not installed", 0, "")
         return
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    chosen = ["-m", "gpu"] if args.device.startswith("cuda") else ["-k", "on_cpu"]
+    # Other files import what may not be installed.
+    files = sorted(path for path in (REPOSITORY / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
+    files += sorted(path for path in (REPOSITORY / "tests").rglob("test_*.py") if "on_device" in path.read_text())
+    command = [sys.executable, "-m", "pytest", "-q", *chosen, "-p", "no:cacheprovider", *map(str, dict.fromkeys(files))]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]])[-1]
-    yield row("pytest -m gpu, exit code", done.returncode, "", at_most=0, note=last.strip("= "))
+    said = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["nothing was printed"]
+    yield row(f"pytest {' '.join(chosen)}: exit code", done.returncode, "", at_most=0, note=said[-1].strip("= "))
+    for line in said:
+        if line.startswith(("FAILED", "ERROR")):
+            yield row(line[:200], 1, "", at_most=0)
 
 
 @torch.no_grad()
@@ -199,8 +222,7 @@ def part_correct(args: argparse.Namespace) -> Iterator[Row]:
                 "relative",
                 at_most=2 * lost["donor", dtype],
             )
-            on_device.load_state_dict(on_cpu.state_dict())
-        on_device = on_device.float()
+            on_device.float().load_state_dict(on_cpu.state_dict())
         yield from _ways_to_run(name, on_device)
     yield from _kernels(args.device)
 
@@ -232,67 +254,73 @@ def _ways_to_run(name: str, model: torch.nn.Module) -> Iterator[Row]:
 
 
 def _kernels(device: str) -> Iterator[Row]:
-    """The optional kernel against our scan in float64, forward and backward."""
-    if importlib.util.find_spec("fla") is None or not device.startswith("cuda"):
-        yield row("flash-linear-attention is not installed, or there is no CUDA device", 0, "")
-        return
+    """Our scan in float32, and the optional kernel in bfloat16, against our scan in float64, forward and backward."""
     generator = torch.Generator().manual_seed(0)
-    x, B, C = (torch.randn(2, 300, 4, 64, generator=generator) for _ in range(3))
-    decay = -torch.nn.functional.softplus(torch.randn(2, 300, 4, generator=generator))
+    x, B, C, decay = (torch.randn(2, 300, 4, width, generator=generator).bfloat16() for width in (64, 64, 64, 1))
+    decay = -torch.nn.functional.softplus(decay.squeeze(-1).float())
+    names = ("output", "state", "gradient of x", "of B", "of C", "of the decay")
 
-    def run(to: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-        inputs = [to(t).requires_grad_() for t in (x, decay, B, C)]
+    def run(device: str, dtype: torch.dtype, of_decay: torch.dtype) -> list[torch.Tensor]:
+        x_, B_, C_ = (t.to(device, dtype).requires_grad_() for t in (x, B, C))
+        decay_ = decay.to(device, of_decay).requires_grad_()
         with torch.enable_grad():
-            y, state = scan(*inputs, 64)
-            return [y, state, *torch.autograd.grad(y.square().sum() + state.square().sum(), inputs)]
+            y, state = ssd.scan(x_, decay_, B_, C_, 64)
+            return [y, state, *torch.autograd.grad(y.square().sum() + state.square().sum(), [x_, B_, C_, decay_])]
 
-    names = ("output", "state", "gradient of x", "of the decay", "of B", "of C")
-    for name, found, wanted in zip(names, run(lambda t: t.cuda()), run(lambda t: t.double()), strict=True):
-        yield row(f"flash-linear-attention, {name}", error(found.detach(), wanted.detach()), "relative", at_most=1e-2)
+    wanted = run("cpu", torch.float64, torch.float64)
+    kernels = [("PyTorch in float32", torch.float32, 1e-4)]
+    if device.startswith("cuda") and ssd._has_flash_linear_attention():
+        kernels.append(("flash-linear-attention in bfloat16", torch.bfloat16, 2e-2))
+    else:
+        yield row("flash-linear-attention is not installed, or there is no CUDA device", 0, "")
+    for kernel, dtype, limit in kernels:
+        for name, ours, exact in zip(names, run(device, dtype, torch.float32), wanted, strict=True):
+            yield row(f"scan by {kernel}, {name}", error(ours.detach(), exact.detach()), "relative", at_most=limit)
 
 
 @torch.inference_mode()
 def part_decode(args: argparse.Namespace) -> Iterator[Row]:
     """Prompts and single tokens of base, graft and donor, in bfloat16, and the share of the bandwidth's limit."""
-    dtype = torch.bfloat16
     bandwidth = copy_bandwidth(args.device)
+    on_cuda = args.device.startswith("cuda")
     yield row("copy on the device", bandwidth / 1e9, "GB/s")
-    for name in ("base", "graft", "donor"):
-        model = make(name, args.shape, args.device, dtype)
-        if args.compile:
-            for layer in (model.model if name == "donor" else model.backbone).layers:
-                layer.compile()
-        head = (model.model.embed_tokens if name == "donor" else model.backbone.embedding).weight
-        weights = sum(parameter.nbytes for parameter in model.parameters()) - head.nbytes  # one row of it is read
-        for batch, context in itertools.product((1, 32), CONTEXTS[args.shape]):
-            needed = batch * context * _bytes_per_token(model)
-            if args.device.startswith("cuda") and needed > 0.4 * torch.cuda.mem_get_info()[0]:
-                yield row(f"{name}, batch {batch}, context {context}: left out", needed / 1e9, "GB of K/V")
-                continue
-            ids = tokens(batch, context, model)
-            cache = cache_of(model)
-            wait(args.device)
-            started = time.perf_counter()
-            following = read(model, ids, cache)
-            wait(args.device)
-            taken = time.perf_counter() - started
-            if batch == 1:  # the first run of a shape also compiles kernels
-                taken = seconds(args.device, lambda ids=ids, model=model: read(model, ids, cache_of(model)), repeats=3)
-                yield row(f"{name}: prompt of {context}", batch * context / taken, "tokens/s")
-
-            def step(model: Any = model, following: Any = following, cache: Any = cache) -> None:
-                model(following, **{CACHE_NAME: cache}, use_cache=True)
-
-            took = seconds(args.device, step, repeats=20)
-            limit = (weights + cache_bytes(cache)) / bandwidth  # seconds, if nothing but memory set the pace
-            goal = {"at_least": 0.8} if batch == 1 and name != "graft" and args.shape == "8b" else {}
-            where = f"{name}, batch {batch}, context {context}"
-            yield row(f"{where}: token", 1000 * took, "ms")
-            yield row(f"{where}: share of the limit by bandwidth", limit / took, "", **goal)
-        if args.device.startswith("cuda"):
+    for name in ("base", "donor", "graft"):
+        model = make(name, args.shape, args.device, torch.bfloat16)
+        for context in CONTEXTS[args.shape]:
+            ids = tokens(1, context, model)
+            first = read(model, ids, cache_of(model))  # the first run of a shape also compiles kernels
+            taken = seconds(args.device, lambda ids=ids, model=model: read(model, ids, cache_of(model)), repeats=2)
+            yield row(f"{name}: prompt of {context}", context / taken, "tokens/s")
+            if name == "base" and on_cuda and ssd._has_flash_linear_attention():
+                with patch.object(ssd, "_has_flash_linear_attention", lambda: False):
+                    taken = seconds(args.device, lambda ids=ids, model=model: read(model, ids, cache_of(model)), 1)
+                yield row(f"{name}: prompt of {context}, scan by PyTorch", context / taken, "tokens/s")
+            for batch in (1, 32):
+                needed = batch * context * _bytes_per_token(model)
+                cache = None
+                if on_cuda:
+                    torch.cuda.empty_cache()  # what is kept for later counts as used
+                if on_cuda and needed > 0.4 * torch.cuda.mem_get_info()[0]:
+                    yield row(f"{name}, batch {batch}, context {context}: left out", needed / 1e9, "GB of K/V")
+                    continue
+                cache = cache_of(model)
+                read(model, ids, cache)
+                cache.batch_repeat_interleave(batch)
+                last = first.expand(batch, 1)
+                took = seconds(args.device, lambda m=model, t=last, c=cache: next_token(m, t, c), repeats=20)
+                where = f"{name}, batch {batch}, context {context}: token"
+                yield from _token_rows(where, took, model, cache, bandwidth)
+        if on_cuda:
             yield row(f"{name}: peak memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
             torch.cuda.reset_peak_memory_stats()
-        del model
+        del model, cache
+
+
+def _token_rows(where: str, took: float, model: Any, cache: Any, bandwidth: float, **goal: float) -> Iterator[Row]:
+    head = model.get_input_embeddings().weight  # one row of it is read
+    needed = sum(parameter.nbytes for parameter in model.parameters()) - head.nbytes + cache_bytes(cache)
+    yield row(where, 1000 * took, "ms")
+    yield row(f"{where}, share of the limit by bandwidth", needed / bandwidth / took, "", **goal)
 
 
 def _bytes_per_token(model: torch.nn.Module) -> int:
@@ -302,63 +330,278 @@ def _bytes_per_token(model: torch.nn.Module) -> int:
 
 
 @torch.inference_mode()
+def part_compile(args: argparse.Namespace) -> Iterator[Row]:
+    """A step through torch.compile, then as one CUDA graph: first whether the tokens are the same, then its time.
+
+    In a graph no kernel waits for Python. A graft's step is in none: its K/V are new tensors at each token. On a CPU
+    there is no graph, but the same code runs with the cache that a graph needs.
+    """
+    bandwidth = copy_bandwidth(args.device)
+    graph = "in a CUDA graph" if args.device.startswith("cuda") else "fixed cache"
+    for in_graph, names in ((False, ("base", "donor", "graft")), (True, ("base", "donor"))):
+        for name in names:
+            model = make(name, "tiny", args.device, torch.float32)
+            plain = _greedy(model, False)
+            with compiled(args.compile):
+                differing = int((_greedy(model, in_graph) != plain).sum())
+            how = f"compiled, {graph}" if in_graph else "compiled"
+            yield row(f"{name}: tokens that differ, {how}", differing, "", at_most=0)
+        for name in names:
+            model = make(name, args.shape, args.device, torch.bfloat16)
+            for context in CONTEXTS[args.shape]:
+                ids = tokens(1, context, model)
+                for compiling in (False, True) if in_graph else (True,):
+                    cache = fixed_cache(model, context + 64) if in_graph else cache_of(model)
+                    last = read(model, ids, cache)
+                    where = f"{name}, batch 1, context {context}: token" + ", compiled" * compiling
+                    with compiled(args.compile) if compiling else nullcontext():
+                        run, goal = partial(next_token, model, last, cache), {}
+                        if in_graph:
+                            run, where = captured(model, last, cache)[0], f"{where}, {graph}"
+                            goal = {"at_least": 0.8} if compiling and args.shape == "8b" else {}
+                        yield from _token_rows(where, seconds(args.device, run, 20), model, cache, bandwidth, **goal)
+            del model
+
+
+def _greedy(model: Any, fixed: bool, count: int = 16) -> torch.Tensor:
+    """The tokens after two prompts from the fourth on, (2, count); in a graph if the cache is fixed."""
+    ids = tokens(2, 64, model)
+    cache = fixed_cache(model, 128) if fixed else cache_of(model)
+    last = read(model, ids, cache)
+    if fixed:
+        run, last = captured(model, last, cache)
+    else:
+        last = last.clone()
+        run = lambda: last.copy_(next_token(model, last, cache))  # noqa: E731
+        for _ in range(WARM_UP):
+            run()
+    found = []
+    for _ in range(count):
+        run()
+        found.append(last.clone())
+    return torch.cat(found, 1)
+
+
+def fixed_cache(model: Any, longest: int) -> Any:
+    """A cache whose tensors stay where they are, as a CUDA graph needs them."""
+    is_llama = isinstance(model, LlamaForCausalLM)
+    return StaticCache(config=model.config, max_cache_len=longest) if is_llama else LlambaCache(model.config)
+
+
+def captured(model: Any, first: torch.Tensor, cache: Any) -> tuple[Callable[[], object], torch.Tensor]:
+    """A greedy step as a CUDA graph, and the token that it reads and writes. Without CUDA it is no graph."""
+    last = first.clone()
+
+    def step() -> None:
+        last.copy_(next_token(model, last, cache))
+
+    if not last.is_cuda:
+        for _ in range(WARM_UP):
+            step()
+        return step, last
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay, last
+
+
+@contextmanager
+def compiled(backend: str) -> Iterator[None]:
+    """Within it, the parts of a layer that know no cache are compiled once, for all layers alike."""
+    with ExitStack() as stack:
+        for kind, method in ((LlambaMixer, "_mix"), (LlamaMLP, "forward"), (LlamaRMSNorm, "forward")):
+            stack.enter_context(
+                patch.object(kind, method, torch.compile(getattr(kind, method), backend=backend, dynamic=False))
+            )
+        yield
+
+
+@contextmanager
+def asked(args: argparse.Namespace) -> Iterator[tuple[Path, list[str], int, str]]:
+    """MMLU's folder, its tasks, questions of each, and what they are; what is not there is made up."""
+    from model_preparation.evaluation.questions import SUBJECTS
+
+    subjects, limit = (12, 20) if args.shape != "tiny" else (2, 4)
+    names = [f"mmlu_{SUBJECTS[len(SUBJECTS) * number // subjects]}" for number in range(subjects)]
+    if args.mmlu_data:
+        yield args.mmlu_data, names, limit, "MMLU's"
+        return
+    draw = random.Random(3)
+
+    def some(least: int, most: int) -> str:
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        return " ".join("".join(draw.choices(letters, k=draw.randint(2, 3))) for _ in range(draw.randint(least, most)))
+
+    with tempfile.TemporaryDirectory() as folder:
+        for subject, (split, count) in itertools.product(SUBJECTS, (("dev", 5), ("test", limit))):
+            path = Path(folder, subject, f"{split}.jsonl")
+            path.parent.mkdir(exist_ok=True)
+            rows = [
+                {"question": some(20, 110), "choices": [some(2, 18) for _ in "ABCD"], "answer": draw.randrange(4)}
+                for _ in range(count)
+            ]
+            path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+        yield Path(folder), names, limit, "made up"
+
+
+def word_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A token for each piece that Llama 3's tokenizer would split the questions into first."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    from model_preparation.evaluation.questions import read_split
+
+    split = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    pieces = dict.fromkeys([" A", " B", " C", " D"])
+    for name, part in itertools.product(names, ("dev", "test")):
+        for each in read_split(folder, name.removeprefix("mmlu_"), part):
+            for text in (each["question"], *each["choices"]):
+                pieces |= dict.fromkeys(piece for piece, _ in split.pre_tokenize_str(" " + text))
+    # The first are the letters: each has an id of its own, whatever the size of the vocabulary.
+    ids = {piece: 1 + (number if number < 4 else 4 + number % (vocabulary - 5)) for number, piece in enumerate(pieces)}
+    words = Tokenizer(models.WordLevel({"<unk>": 0, **ids}, unk_token="<unk>"))
+    words.pre_tokenizer = split
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<unk>", pad_token="<unk>")
+
+
+def question_set(lm: Any, folder: Path, names: Sequence[str], limit: int, shots: int) -> Any:
+    from model_preparation.evaluation.evaluate import settings_of
+    from model_preparation.evaluation.settings import EvaluationSettings
+    from model_preparation.evaluation.tasks import load_tasks, quiet
+    from model_preparation.search.question_set import QuestionSet
+
+    loaded = load_tasks(names, mmlu_data=folder, num_fewshot=shots)
+    wanted = settings_of(loaded, EvaluationSettings(limit=limit, num_fewshot=shots))
+    with quiet():
+        return QuestionSet(lm, loaded, {**wanted, "device": lm.device.type})
+
+
+def answer_all(lm: Any, questions: Any) -> tuple[list[float], float]:
+    """The likelihoods of all choices, asked task by task, and the seconds that it took."""
+    wait(lm.device.type)
+    started = time.perf_counter()
+    answers = []
+    for task in range(len({batch.task for batch in questions.batches})):
+        answers += lm._loglikelihood_tokens(questions.tokens(task), disable_tqdm=True)
+    wait(lm.device.type)
+    return [value for value, _ in answers], time.perf_counter() - started
+
+
+def choices(values: Sequence[float]) -> list[int]:
+    return [max(range(4), key=values[start : start + 4].__getitem__) for start in range(0, len(values), 4)]
+
+
+@torch.inference_mode()
 def part_scores(args: argparse.Namespace) -> Iterator[Row]:
-    """Questions per second, ours against lm-eval's own model, on requests as long as MMLU's; the cost of a search."""
+    """Questions of MMLU per second, ours against lm-eval's own model."""
     if importlib.util.find_spec("lm_eval") is None:
         yield row("lm_eval is not installed", 0, "")
         return
     from lm_eval.models.huggingface import HFLM
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
 
     from model_preparation.evaluation.scoring import ScoringLM
 
-    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<unk>", pad_token="<unk>")
     model = make("graft", args.shape, args.device, torch.bfloat16)
-    count = 200 if args.shape != "tiny" else 8
-    for shots, shared_length in ((0, 20), (5, 550)):
-        requests = mmlu_like(count, shared_length, model.config.vocab_size)
-        answers, per_second = {}, {}
-        sides = {
-            "ours": ScoringLM(model, tokenizer, 32),
-            "stock": HFLM(pretrained=model, tokenizer=tokenizer, batch_size=32),
-        }
-        for side, lm in sides.items():
-            wait(args.device)
-            started = time.perf_counter()
-            answers[side] = lm._loglikelihood_tokens(requests, disable_tqdm=True)
-            wait(args.device)
-            per_second[side] = count / (time.perf_counter() - started)
-            yield row(f"{shots}-shot, {side}", per_second[side], "questions/s")
-        goal = {"at_least": 4} if shots == 5 and args.shape == "8b" else {}
-        yield row(f"{shots}-shot, ours / stock", per_second["ours"] / per_second["stock"], "times", **goal)
-        differing = sum(_choice(answers["ours"], n) != _choice(answers["stock"], n) for n in range(count))
-        yield row(f"{shots}-shot, choices that differ", differing, f"of {count}")
-        if shots == 0:
-            hours = CANDIDATES * QUESTIONS / per_second["ours"] / 3600
-            note = "with every candidate run alone; a search runs what candidates share once"
-            yield row(f"search of {CANDIDATES} sets, {QUESTIONS} questions", hours, "hours", note=note)
+    with asked(args) as (folder, names, limit, kind):
+        tokenizer = word_tokenizer(folder, names, model.config.vocab_size)
+        for shots in (0, 5):
+            values, per_second = {}, {}
+            sides = {"ours": ScoringLM(model, tokenizer, 32), "stock": HFLM(model, tokenizer=tokenizer, batch_size=32)}
+            questions = question_set(sides["ours"], folder, names, limit, shots)
+            count = len(questions.questions)
+            for side, lm in sides.items():
+                if shots == 0:
+                    answer_all(lm, questions)  # the first run of a shape also compiles kernels
+                values[side], took = answer_all(lm, questions)
+                per_second[side] = count / took
+                yield row(f"{shots}-shot, {side}", per_second[side], "questions/s", note=f"{count} questions, {kind}")
+            goal = {"at_least": 4} if shots == 5 and args.shape == "8b" else {}
+            yield row(f"{shots}-shot, ours / stock", per_second["ours"] / per_second["stock"], "times", **goal)
+            differing = sum(map(int.__ne__, choices(values["ours"]), choices(values["stock"])))
+            yield row(f"{shots}-shot, choices that differ", differing, f"of {count}")
 
 
-def mmlu_like(count: int, shared_length: int, vocabulary: int) -> list[tuple[Any, list[int], list[int]]]:
-    """Requests of `count` questions with four choices of one token; 20 questions share a beginning."""
-    generator = torch.Generator().manual_seed(3)
+@torch.inference_mode()
+def part_search(args: argparse.Namespace) -> Iterator[Row]:
+    """What a search's candidate costs, with what candidates share run once, and alone; and a genetic search's hours."""
+    if importlib.util.find_spec("lm_eval") is None:
+        yield row("lm_eval is not installed", 0, "")
+        return
+    from model_preparation.evaluation.scoring import ScoringLM
+    from model_preparation.search.cached_scoring import CachedScorer
+    from model_preparation.search.layer_sets import SearchSpace, count_passes
+    from model_preparation.search.model_pair import ModelPair
+    from model_preparation.search.settings import SearchSettings
 
-    def draw(length: int) -> list[int]:
-        return torch.randint(1, vocabulary, (length,), generator=generator).tolist()
+    whole = make("all", args.shape, args.device, torch.bfloat16)
+    base = make("base", args.shape, args.device, torch.bfloat16, seed=1).backbone.layers
+    draw, space = random.Random(0), SearchSpace(len(base), 1, 4)
+    sets = sorted({space.draw(draw) for _ in range(2 * POPULATION)})
+    sets = sorted(draw.sample(sets, min(POPULATION, len(sets))))
+    with asked(args) as (folder, names, limit, kind):
+        pair = ModelPair(whole, base, word_tokenizer(folder, names, whole.config.vocab_size))
+        lm = ScoringLM(whole, pair.tokenizer)
+        questions = question_set(lm, folder, names, limit, 0)
+        settings = SearchSettings(args.output_dir, memory_bytes=64_000_000_000)
+        share = QUESTIONS / len(questions.questions)
+        scorer: Any = CachedScorer(SimpleNamespace(pair=pair, lm=lm, questions=questions, settings=settings))
+        scorer.base()
+        wait(args.device)
+        until = time.perf_counter() + 0.6 * PARTS["search"][1]
+        before, started = scorer.layer_passes, time.perf_counter()
+        found = {}
+        for layers, results in scorer.score(sets):
+            found[layers] = results
+            if time.perf_counter() > until:
+                break
+        wait(args.device)
+        per_pass = (time.perf_counter() - started) / (scorer.layer_passes - before)
+        passes = count_passes(sets, len(base)) - len(base)
+        note = f"{len(found)} sets, {len(questions.questions)} questions, {kind}"
+        yield row(
+            "layers run, of those of all sets alone", passes / len(sets) / len(base), "", note=f"{len(sets)} sets"
+        )
+        together = per_pass * passes / len(sets) * share
+        yield row(f"candidate, {QUESTIONS} questions, shared", together, "s", note=note)
+        alone, differing = [], 0
+        for layers in list(found)[:: max(1, len(found) // 3)]:
+            lm._model = _graft_of(pair, layers, args.shape)
+            values, took = answer_all(lm, questions)
+            alone.append(took * share)
+            answers = [
+                dict(
+                    answer
+                    for number, result in found[layers].items()
+                    for answer in result.answers
+                    if questions.batches[number].task == task
+                )
+                for task in range(len(names))
+            ]
+            ours = [answers[task][request][0] for task in range(len(names)) for request in sorted(answers[task])]
+            differing += sum(map(int.__ne__, choices(ours), choices(values)))
+        yield row(f"candidate, {QUESTIONS} questions, alone", statistics.median(alone), "s", note=f"{len(alone)} sets")
+        yield row("choices that differ", differing, "", at_most=0)
+        for name, cost in (("shared", together), ("alone", statistics.median(alone))):
+            hours = POPULATION * GENERATIONS * cost / 3600
+            goal = {"at_most": 10} if name == "shared" and args.shape == "8b" else {}
+            what = f"genetic search, {POPULATION} x {GENERATIONS}, {QUESTIONS} questions, {name}"
+            yield row(what, hours, "hours", note="no race, no set twice", **goal)
 
-    requests, shared, choices = [], [], [1, 2, 3, 4]
-    for number in range(count):
-        shared = draw(shared_length) if number % 20 == 0 else shared
-        context = shared + draw(int(torch.randint(40, 200, (1,), generator=generator)))
-        requests += [((f"question {number}", f"choice {choice}"), context, [choice]) for choice in choices]
-    return requests
 
-
-def _choice(answers: list[tuple[float, bool]], number: int) -> int:
-    values = [value for value, _ in answers[4 * number : 4 * number + 4]]
-    return max(range(4), key=values.__getitem__)
+def _graft_of(pair: Any, layers: Sequence[int], shape: str) -> LlambaForCausalLM:
+    """A graft made of the modules of both models."""
+    with torch.device("meta"):
+        model = LlambaForCausalLM(configs(shape, layers)[1])
+    model.lm_head, whole = pair.model.lm_head, pair.model.backbone
+    model.backbone.embedding, model.backbone.final_layernorm = whole.embedding, whole.final_layernorm
+    model.backbone.rotary_emb = whole.rotary_emb
+    model.backbone.layers = torch.nn.ModuleList(pair.layer(index, index in layers) for index in range(pair.layers))
+    return model.eval()
 
 
 def part_heal(args: argparse.Namespace) -> Iterator[Row]:
@@ -396,26 +639,32 @@ def part_heal(args: argparse.Namespace) -> Iterator[Row]:
 
 @torch.no_grad()
 def part_load(args: argparse.Namespace) -> Iterator[Row]:
-    """From the disk to the device: a folder of format hf, against reading the files and copying the bytes."""
-    import tempfile
+    """A checkpoint from the disk to the device, against reading its file and copying the bytes."""
+    from tokenizers import Tokenizer, models
 
-    from transformers import AutoModelForCausalLM
+    from model_preparation import build_checkpoint, extract_layers, load_checkpoint
 
     shape = "1b" if args.shape == "8b" else args.shape
-    with tempfile.TemporaryDirectory(dir=args.output_dir) as folder:
-        make("graft", shape, args.device, torch.bfloat16).save_pretrained(folder)
-        files = list(Path(folder).glob("*.safetensors"))
-        size_bytes = sum(path.stat().st_size for path in files)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for side in ("base", "donor"):
+            make(side, shape, args.device, torch.bfloat16).save_pretrained(folder / side)
+        words = Tokenizer(models.WordLevel({"<unk>": 0, "A": 1}, unk_token="<unk>"))
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder / "donor")
+        extract_layers(str(folder / "donor"), folder / "layers")
+        build_checkpoint(str(folder / "base"), GRAFTS[shape], folder / "layers", folder / "checkpoint")
+        weights = folder / "checkpoint" / "model_state_dict.pt"
+        size_bytes = weights.stat().st_size
 
         def plain() -> None:
-            for path in files:
-                torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).to(args.device)
+            torch.frombuffer(bytearray(weights.read_bytes()), dtype=torch.uint8).to(args.device)
 
         def load() -> None:
-            AutoModelForCausalLM.from_pretrained(folder, device_map=args.device, dtype=torch.bfloat16)
+            load_checkpoint(folder / "checkpoint", device=args.device)
 
-        for name, run in (("reading and copying", plain), ("loading the model", load)):
-            yield row(f"{name}, {size_bytes / 1e9:.1f} GB", size_bytes / seconds(args.device, run, 3) / 1e9, "GB/s")
+        for what, run in (("reading and copying", plain), ("load_checkpoint", load)):
+            taken = seconds(args.device, run, 3)
+            yield row(f"{what}, {size_bytes / 1e9:.1f} GB", size_bytes / taken / 1e9, "GB/s")
 
 
 @torch.inference_mode()
@@ -445,13 +694,15 @@ def part_profile(args: argparse.Namespace) -> Iterator[Row]:
             yield row(f"{name}: {event.key[:60]}", 100 * share, "% of the time", note=f"{event.count} calls")
 
 
-# Name, seconds at the most.
+# Name, seconds at the most on a GPU.
 PARTS: dict[str, tuple[Callable[[argparse.Namespace], Iterator[Row]], int]] = {
-    "tests": (part_tests, 150),
-    "correct": (part_correct, 90),
-    "decode": (part_decode, 240),
-    "scores": (part_scores, 180),
-    "heal": (part_heal, 90),
+    "tests": (part_tests, 110),
+    "correct": (part_correct, 60),
+    "decode": (part_decode, 90),
+    "scores": (part_scores, 90),
+    "compile": (part_compile, 110),
+    "search": (part_search, 70),
+    "heal": (part_heal, 60),
     "load": (part_load, 60),
     "profile": (part_profile, 60),
 }
@@ -462,11 +713,15 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="results.json and results.md go here")
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--minutes", type=float, default=13, help="for all parts together")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for all parts together")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--compile", action="store_true", help="decode with torch.compile on every layer")
+    parser.add_argument("--mmlu_data", type=Path, help="MMLU's folder; without it, questions are made up")
+    parser.add_argument("--compile", metavar="BACKEND", help="torch.compile's; by default inductor, on a CPU aot_eager")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in this process, a row a line
     args = parser.parse_args()
+    args.compile = args.compile or ("inductor" if args.device.startswith("cuda") else "aot_eager")
+    if args.mmlu_data and not args.mmlu_data.is_dir():
+        parser.error(f"--mmlu_data {args.mmlu_data} is no folder. Give MMLU's folder, or leave it out")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.part:
         if args.device == "cpu":
@@ -476,27 +731,32 @@ def main() -> None:
         return
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"torch sees no CUDA device here. Try --shape tiny --device cpu; torch is {torch.__version__}")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the part, too
     results = {"machine": machine(args), "parts": {}}
     until = time.monotonic() + 60 * args.minutes
-    failed = []
-    for name in args.parts:
-        limit = min(PARTS[name][1], until - time.monotonic())
-        if limit > 5:
-            results["parts"][name] = run_part(name, limit)
-            failed += [f"{name}: {row['what']}" for row in results["parts"][name]["rows"] if not is_right(row)]
-            failed += [f"{name}: {results['parts'][name]['ended']}"] * (results["parts"][name]["ended"] != "done")
-        else:
-            results["parts"][name] = {"rows": [], "seconds": 0, "ended": "no time was left"}
+
+    def save() -> None:
         (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         (args.output_dir / "results.md").write_text(table(results))
+
+    for name in args.parts:
+        part = results["parts"][name] = {"rows": [], "seconds": 0, "ended": "no time was left"}
+        limit = min(PARTS[name][1] * (4 if args.device == "cpu" else 1), until - time.monotonic())
+        if limit > 5:
+            run_part(name, limit, part, save)
+        save()
     print(table(results))
     print(f"Results: {args.output_dir / 'results.md'}")
+    failed = [f"{name}: {part['ended']}" for name, part in results["parts"].items() if part["ended"] != "done"]
+    failed += [
+        f"{name}: {row['what']}" for name, part in results["parts"].items() for row in part["rows"] if not is_right(row)
+    ]
     if failed:
         sys.exit("Not as it should be:\n" + "\n".join(failed))
 
 
-def run_part(name: str, limit: float) -> dict[str, Any]:
-    """Run a part for at most `limit` seconds; its rows, also those of one that was stopped."""
+def run_part(name: str, limit: float, part: dict[str, Any], save: Callable[[], None]) -> None:
+    """Run a part for at most `limit` seconds. Each of its rows is saved at once."""
     print(f"{name} (at most {limit:.0f} s)", flush=True)
     started = time.monotonic()
     command = [sys.executable, __file__, *sys.argv[1:], "--part", name]
@@ -504,21 +764,37 @@ def run_part(name: str, limit: float) -> dict[str, Any]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
     }
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, process_group=0, **pipes)
     assert process.stdout
-    timer = threading.Timer(limit, process.kill)
+
+    def stop() -> None:
+        os.killpg(process.pid, signal.SIGKILL)  # the tests that it started, too
+
+    timer = threading.Timer(limit, stop)
     timer.start()
     complaints: list[str] = []
     reader = threading.Thread(target=lambda: complaints.extend(process.stderr), daemon=True)
     reader.start()
-    rows = [json.loads(line) for line in process.stdout if line.startswith("{")]
-    code = process.wait()
+    part["ended"] = "running"
+    try:
+        for line in process.stdout:
+            if line.startswith("{"):
+                part["rows"].append(json.loads(line))
+                part["seconds"] = time.monotonic() - started
+                save()
+        code = process.wait()
+    finally:  # Ctrl-C does not reach it
+        was_stopped = not timer.is_alive()
+        timer.cancel()
+        if process.poll() is None:
+            stop()
     reader.join(5)
-    ended = "done" if code == 0 else f"stopped after {limit:.0f} s" if not timer.is_alive() else "failed"
-    timer.cancel()
-    taken = time.monotonic() - started
-    print(f"   {ended}, {len(rows)} rows, {taken:.0f} s", *complaints[-8:] if ended == "failed" else (), flush=True)
-    return {"rows": rows, "seconds": taken, "ended": ended, "stderr": "".join(complaints[-40:]) if code else ""}
+    part["seconds"] = time.monotonic() - started
+    part["ended"] = "done" if code == 0 else f"stopped after {limit:.0f} s" if was_stopped else "failed"
+    part["stderr"] = "".join(complaints[-40:]) if code else ""
+    said = complaints[-8:] if part["ended"] == "failed" else ()
+    print(f"   {part['ended']}, {len(part['rows'])} rows, {part['seconds']:.0f} s", *said, flush=True)
 
 
 def is_right(found: Row) -> bool:
@@ -533,23 +809,23 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
+    noted = REPOSITORY / ".whl" / "commit"  # by gpu_wheels.sh, for a copy that git does not know
     has_cuda = args.device.startswith("cuda")
     return {
         "device": torch.cuda.get_device_name() if has_cuda else platform.processor() or "cpu",
-        "driver": _driver() if has_cuda else None,
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if has_cuda else None,
         "python": platform.python_version(),
         "versions": versions,
-        "commit": git.stdout.strip() or None,
+        "commit": _said("git", "-C", str(REPOSITORY), "describe", "--always", "--dirty")
+        or (noted.read_text().strip() if noted.exists() else None),
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python benchmarks/gpu.py", *sys.argv[1:]]),
     }
 
 
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def _said(*command: str) -> str | None:
     try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip() or None
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Collects into .whl/ what gpu.py needs and a GPU machine without a network may lack, for Python 3.12 on x86-64 Linux.
-# That machine is expected to have torch, transformers, accelerate, peft, pyarrow, pandas and pytest. There, run:
-#   python3 -m pip install --no-index --no-deps --target /tmp/site .whl/*.whl && export PYTHONPATH=/tmp/site
+# That machine is expected to have torch, transformers, accelerate, peft, pyarrow, pandas and pytest. benchmarks/README.md
+# has the command that installs them there. An argument names MMLU's folder, which is copied to .whl/mmlu.
 set -euo pipefail
+mmlu=${1:+$(realpath -- "$1")}
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
 
@@ -18,4 +19,6 @@ done
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --constraint constraints.txt --python-version 3.12 \
     --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 --dest .whl "${versioned[@]}"
 "$python" -m pip wheel --quiet --no-deps --constraint constraints.txt --wheel-dir .whl "${pure[@]}"
+if [ $# -gt 0 ]; then cp -r -- "$mmlu" .whl/mmlu; fi
+git describe --always --dirty >.whl/commit
 du -sh .whl

@@ -3,6 +3,7 @@
 A donor (Llama) and a base (Llamba) of the same width, depth, heads and vocabulary, and a tokenizer for both.
 """
 
+import copy
 import itertools
 import json
 import multiprocessing
@@ -40,8 +41,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What guards against hanging: no event takes so long, however busy the machine is. Nothing is measured by it.
 HANG_SECONDS = 900
+HAS_CUDA = torch.cuda.is_available()
 PACKAGE = Path(__file__).parents[1] / "model_preparation"
 VOCABULARY = 260  # 256 bytes and four special tokens
+
+
+# For a test that runs the same code on the CPU and on a GPU: its argument `device`.
+on_devices = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", id="on_cpu"), pytest.param("cuda", id="on_gpu", marks=pytest.mark.gpu)]
+)
 
 
 # Begun first, so that no process is left alone with them.
@@ -68,7 +76,7 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-    if not torch.cuda.is_available():
+    if not HAS_CUDA:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -158,6 +166,11 @@ def seeded(model: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> torch.n
             noise = torch.randn(parameter.shape, generator=generator) * scale
             parameter.copy_(1 + noise if "norm" in name else noise)
     return model.eval()
+
+
+def on(device: str, model: torch.nn.Module) -> torch.nn.Module:
+    """`model` on a device: itself, or a copy."""
+    return model if device == "cpu" else copy.deepcopy(model).to(device)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -256,6 +269,8 @@ def _become_command(name: str, args: tuple, cwd: Path, env: dict[str, str]) -> N
         os.chdir(cwd)
         path = PACKAGE / f"{name}.py"
         sys.argv = [str(path), *map(str, args)]
+        if HAS_CUDA:  # which no forked process can use
+            os.execv(sys.executable, [sys.executable, *sys.argv])
         runpy.run_path(str(path), run_name="__main__")
         code = 0
     except SystemExit as end:

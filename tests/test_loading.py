@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model_preparation import SurgeryError, load_checkpoint
-from tests.conftest import PACKAGE, run_python
+from tests.conftest import PACKAGE, on_devices, run_python
 
 IDS = [[5, 17, 99, 3, 42, 8]]
 
@@ -204,11 +204,13 @@ def test_damage_is_named(copied, what, words):
         load_checkpoint(copied)
 
 
-@pytest.mark.gpu
-def test_straight_to_the_gpu(checkpoint_dir, expected):
-    model, _ = load_checkpoint(checkpoint_dir, device="cuda")
-    logits = model(torch.tensor(IDS).cuda()).logits.cpu()
-    torch.testing.assert_close(logits, expected["logits"], rtol=1e-3, atol=1e-3)
+@on_devices
+def test_straight_to_a_device(checkpoint_dir, expected, device):
+    pickled = torch.load(checkpoint_dir / "model.pt", map_location=device)
+    for model in (load_checkpoint(checkpoint_dir, device=device)[0], pickled):
+        assert {parameter.device.type for parameter in model.parameters()} == {device}
+        logits = model(torch.tensor(IDS).to(device)).logits.cpu()
+        torch.testing.assert_close(logits, expected["logits"], rtol=1e-3, atol=1e-3)
 
 
 def test_the_import_registers_the_classes_from_any_folder(checkpoint_dir):

@@ -20,7 +20,7 @@ from model_preparation.evaluation.questions import SUBJECTS
 from model_preparation.hub.sources import EMBEDDED
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.test_checkpoint import main
-from tests.conftest import assert_refused, run_command
+from tests.conftest import assert_refused, on_devices, run_command
 from tests.evaluation.test_mmlu import question, write_questions
 
 END = 257  # of the tiny tokenizer
@@ -347,15 +347,16 @@ def test_what_was_written_before_a_failure_is_in_the_results(command, copy, tmp_
     assert "not finite in the prompt 'X'" in failed["error"]
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_the_seed_repeats_and_the_memory_is_torchs(command, checkpoint_dir, tmp_path):
-    torch.cuda.manual_seed_all(7)
-    expected = torch.rand(3, device="cuda")
-    torch.cuda.manual_seed_all(7)
-    flags = ("--gpu", 0, "--prompt", "Hello", "--temperature", 2, "--compare_with", "donor")
+@on_devices
+def test_the_seed_repeats_and_the_memory_is_told(command, checkpoint_dir, tmp_path, device):
+    torch.manual_seed(7)
+    expected = torch.rand(3, device=device)
+    torch.manual_seed(7)
+    flags = ("--device", device, "--prompt", "Hello", "--temperature", 2, "--compare_with", "donor")
     outs = [command("--checkpoint", checkpoint_dir, *flags, "--output", tmp_path / f"{i}.jsonl") for i in range(2)]
-    assert torch.equal(torch.rand(3, device="cuda"), expected)
-    assert re.search(r"^Peak memory  \d+\.\d\d GB on cuda:0, allocated by torch while writing$", outs[0], re.MULTILINE)
+    assert torch.equal(torch.rand(3, device=device), expected)
+    where = {"cpu": "resident, the whole process since its start", "cuda": "on cuda:0, allocated by torch"}
+    assert re.search(rf"^Peak memory  \d+\.\d\d GB {where[device]}", outs[0], re.MULTILINE)
     ids = [
         [json.loads(line)["new_ids"] for line in (tmp_path / f"{i}.jsonl").read_text().splitlines()] for i in range(2)
     ]

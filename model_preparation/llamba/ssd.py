@@ -47,7 +47,7 @@ def scan(
     Returns:
         y (batch, length, H, P) and the final state (batch, H, P, N), in `log_decay`'s dtype.
     """
-    if x.is_cuda and _has_flash_linear_attention():
+    if _is_for_kernel(x):
         y, state = _scan_flash_linear_attention(x, log_decay, B, C, initial_state)
         return y if D is None else y + D.to(y.dtype).unsqueeze(-1) * x, state
     dtype = log_decay.dtype
@@ -151,11 +151,13 @@ def segment_sum(values: Tensor) -> Tensor:
 
 
 def product_dtype(t: Tensor) -> torch.dtype:
-    """The dtype of the factors in matrix products: bfloat16 if the CPU multiplies it, else at least float32.
+    """The dtype of the factors in matrix products: half precision where that is multiplied, else float32 at least.
 
     Sums are float32 either way. With bfloat16 factors, each matrix product is rounded to bfloat16 once, as upstream's
     kernels round the factors. The state between chunks is float32.
     """
+    if _is_for_kernel(t):
+        return t.dtype
     if t.dtype == torch.bfloat16 and t.device.type == "cpu" and _cpu_has_bfloat16():
         return t.dtype
     return torch.promote_types(t.dtype, torch.float32)
@@ -164,6 +166,12 @@ def product_dtype(t: Tensor) -> torch.dtype:
 @functools.cache
 def _cpu_has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported()
+
+
+def _is_for_kernel(t: Tensor) -> bool:
+    """Whether the optional kernel takes a tensor. It rounds float32 to TF32, so only autocast may send it float32."""
+    is_half = t.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda")
+    return t.is_cuda and is_half and _has_flash_linear_attention()
 
 
 @functools.cache

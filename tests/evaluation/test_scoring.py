@@ -15,7 +15,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.prefix_cache import can_share, shared
 from model_preparation.evaluation.scoring import ScoringLM
 from model_preparation.llamba import LlambaCache, LlambaForCausalLM
-from tests.conftest import VOCABULARY, make_tokenizer, seeded, tiny_config, tiny_llama_cfg
+from tests.conftest import VOCABULARY, make_tokenizer, on, on_devices, seeded, tiny_config, tiny_llama_cfg
 
 WORDS = ["river", "cell", "law", "price", " ", "\n", "Answer:", " A", " B", "é", "Ω"]
 
@@ -178,11 +178,8 @@ def test_a_shared_cache_is_not_changed_by_what_comes_after(rows, length):
     torch.testing.assert_close(first, whole, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.gpu
+@on_devices
 @pytest.mark.parametrize("name", MODELS)
-def test_on_a_gpu(name):
-    model = MODELS[name].cuda()
-    try:
-        assert_same_answers(model, questions("A description that all questions begin with.", 9), atol=1e-3)
-    finally:
-        model.cpu()
+def test_on_a_device(name, device):
+    pairs = questions("A description that all questions begin with.", 9)
+    assert_same_answers(on(device, MODELS[name]), pairs, atol=2e-5 if device == "cpu" else 1e-3)

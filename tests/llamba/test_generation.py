@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from model_preparation.llamba import LlambaCache, LlambaForCausalLM
 from model_preparation.llamba.cache_llamba import CACHE_NAME
-from tests.conftest import VOCABULARY, seeded, tiny_config, tiny_llama_cfg
+from tests.conftest import VOCABULARY, on, on_devices, seeded, tiny_config, tiny_llama_cfg
 
 NEW_TOKENS = 10
 GRAFTS = {"base": [], "first": [0], "middle": [1, 3], "all": [0, 1, 2, 3]}
@@ -48,9 +48,10 @@ def padded_batch(lengths: list[int], side: str) -> tuple[torch.Tensor, torch.Ten
     return ids, mask
 
 
+@on_devices
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 9, 30])
-def test_greedy(model, length):
-    ids = prompt(length)
+def test_greedy(model, length, device):
+    model, ids = on(device, model), prompt(length).to(device)
     assert torch.equal(generate(model, ids, attention_mask=torch.ones_like(ids)), greedy_without_cache(model, ids))
 
 
@@ -87,17 +88,20 @@ def test_padded_batches_of_embeddings(model, side):
         assert torch.equal(out[row], greedy_without_cache(model, prompt(length))[0, length:]), (side, length)
 
 
+@on_devices
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_padding_changes_no_real_logits(model, side):
+def test_padding_changes_no_real_logits(model, side, device):
     lengths = [7, 1, 4, 2]
-    ids, mask = padded_batch(lengths, side)
+    model = on(device, model)
+    ids, mask = (each.to(device) for each in padded_batch(lengths, side))
     logits = model(ids, attention_mask=mask).logits
     other = model(ids.where(mask.bool(), 3), attention_mask=mask).logits
     for row, length in enumerate(lengths):
         place = mask[row].bool()
         assert torch.equal(logits[row, place], other[row, place])  # whatever stands at the padding
-        torch.testing.assert_close(logits[row, place], model(prompt(length)).logits[0], rtol=1e-4, atol=1e-4)
+        alone = model(prompt(length).to(device)).logits[0]
+        torch.testing.assert_close(logits[row, place], alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -144,10 +148,12 @@ def test_padding_inside_a_continuation(model):
             torch.testing.assert_close(found, model(whole).logits[0, -length:], rtol=1e-4, atol=1e-4)
 
 
+@on_devices
 @pytest.mark.parametrize("chunk", [1, 3, 20])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_prompts_in_chunks(model, chunk, side):
-    ids, mask = padded_batch([7, 4], side)
+def test_prompts_in_chunks(model, chunk, side, device):
+    model = on(device, model)
+    ids, mask = (each.to(device) for each in padded_batch([7, 4], side))
     out = generate(model, ids, attention_mask=mask, prefill_chunk_size=chunk)
     assert torch.equal(out, generate(model, ids, attention_mask=mask))
 

@@ -11,7 +11,7 @@ from model_preparation.llamba import mixer as mixer_module
 from model_preparation.llamba import ssd
 from model_preparation.llamba.cache_llamba import LlambaCache
 from model_preparation.llamba.mixer import LlambaMixer, PaddingLayout
-from tests.conftest import seeded, tiny_config
+from tests.conftest import on_devices, seeded, tiny_config
 
 
 def recurrence(mixer: LlambaMixer, ssm: dict, hidden: Tensor) -> Tensor:
@@ -270,15 +270,16 @@ def test_optional_kernels_compute_the_same(kernel, dtype):
     else:
         pytest.importorskip("fla")
         found = ssd.scan(x, -rate, B, C, 64, state, D)
+    exact = kernel == "flash-linear-attention" and dtype == torch.float32  # computed by our own scan
     for left, right in zip(found, wanted, strict=True):
-        assert relative_error(left.cpu(), right) < {torch.float32: 1e-2, torch.bfloat16: 8e-2}[dtype]
+        assert relative_error(left.cpu(), right) < (1e-4 if exact else 8e-2)
 
 
-@pytest.mark.gpu
+@on_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cuda_agrees_with_the_cpu(dtype):
+def test_a_device_computes_the_recurrence(dtype, device):
     mixer, cfg = make_mixer(d_model=64)
     hidden = torch.randn(2, 150, 64, generator=torch.Generator().manual_seed(9)).to(dtype)
     wanted = recurrence(mixer.to(dtype), cfg, hidden)
-    found = mixer.cuda()(hidden.cuda()).cpu()
-    assert relative_error(found, wanted) < {torch.float32: 1e-3, torch.bfloat16: 4e-2}[dtype]
+    found = mixer.to(device)(hidden.to(device)).cpu()
+    assert relative_error(found, wanted) < {torch.float32: 1e-4, torch.bfloat16: 8e-2}[dtype]

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from model_preparation.checkpoint.graft import empty_model
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 from model_preparation.llamba.mixer import CausalConv1d
-from tests.conftest import VOCABULARY, seeded, tiny_config, tiny_llama_cfg
+from tests.conftest import VOCABULARY, on_devices, seeded, tiny_config, tiny_llama_cfg
 
 IDS = torch.arange(14).view(2, 7) * 11 % VOCABULARY
 
@@ -170,14 +170,17 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert torch.equal(*gradients)
 
 
+@on_devices
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype):
-    model = hybrid()
+def test_half_precision(dtype, device):
+    model, ids = hybrid(), IDS.to(device)
     wanted = model(IDS).logits
-    found = model.to(dtype)(IDS).logits
+    model = model.to(device)
+    torch.testing.assert_close(model(ids).logits.cpu(), wanted, rtol=1e-4, atol=1e-4)
+    found = model.to(dtype)(ids).logits
     assert found.dtype == dtype
-    assert ((found.float() - wanted).abs().max() / wanted.std()).item() < 0.2
-    assert model.generate(IDS, max_new_tokens=3, eos_token_id=None, pad_token_id=0).shape == (2, 10)
+    assert ((found.float().cpu() - wanted).abs().max() / wanted.std()).item() < 0.2
+    assert model.generate(ids, max_new_tokens=3, eos_token_id=None, pad_token_id=0).shape == (2, 10)
 
 
 def test_logits_to_keep_and_hidden_states():
@@ -207,11 +210,21 @@ def test_a_device_map_never_splits_a_layer():
     assert len(set(placed.values())) > 1
 
 
-def test_device_map_auto_loads(tmp_path):
+@on_devices
+@pytest.mark.parametrize("room", ["for all", "for half"])
+def test_device_map_auto_loads(tmp_path, device, room):
+    """What the device has no room for is on the disk until it runs."""
     model = hybrid()
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
-    assert torch.equal(again(IDS.to(again.device)).logits.cpu(), model(IDS).logits)
+    size_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    limit = {0 if device == "cuda" else device: size_bytes * 2 if room == "for all" else size_bytes // 2}
+    options = {"device_map": "auto", "max_memory": limit, "offload_folder": tmp_path / "offloaded"}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    assert (torch.device("meta") in {parameter.device for parameter in again.parameters()}) == (room == "for half")
+    ids = IDS.to(device)
+    torch.testing.assert_close(again(ids).logits.cpu(), model(IDS).logits, rtol=1e-4, atol=1e-4)
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(again.generate(ids, **options).cpu(), model.generate(IDS, **options))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers import DataCollatorWithFlattening
 from model_preparation.llamba import LlambaCache, LlambaForCausalLM
 from model_preparation.llamba import mixer as mixer_module
 from model_preparation.llamba.cache_llamba import CACHE_NAME
-from tests.conftest import seeded, tiny_config, tiny_llama_cfg
+from tests.conftest import on_devices, seeded, tiny_config, tiny_llama_cfg
 
 
 def make(layers: list[int], implementation: str = "sdpa") -> LlambaForCausalLM:
@@ -73,14 +73,15 @@ def test_each_document_is_as_if_alone(name, lengths, data):
         torch.testing.assert_close(found[mask[row].bool()], wanted[row], rtol=tolerance, atol=tolerance)
 
 
+@on_devices
 @pytest.mark.parametrize("name", MODELS)
-def test_float32_and_gradients(name, monkeypatch):
+def test_float32_and_gradients(name, device, monkeypatch):
     """Over the borders of chunks, and of the blocks that a mixer computes at once."""
     monkeypatch.setattr(mixer_module, "BLOCK_TOKENS", 32)
-    texts = documents([5, 70, 1, 2, 41])
-    ids, positions = packed(texts)
+    texts = [text.to(device) for text in documents([5, 70, 1, 2, 41])]
+    ids, positions = (each.to(device) for each in packed(texts))
     found, wanted = [], []
-    model = copy.deepcopy(MODELS[name]).float().train()
+    model = copy.deepcopy(MODELS[name]).float().train().to(device)
     for values, into in (
         (model(ids, position_ids=positions).logits[0], found),
         (alone(model, texts), wanted),

@@ -32,25 +32,24 @@ def run_until(
     delay: float = 0.0,
     number: int = signal.SIGKILL,
     *,
-    processes: int = 1,
+    processes: int | None = None,
     env: Mapping[str, str] | None = None,
 ) -> tuple[int, str]:
     """Run heal_checkpoint and signal it `delay` seconds after it logged `step`; (exit code, standard output).
 
-    It has to be asked for `--logging_steps 1`. It is forked from this process, so that nothing is imported anew; of
-    more processes than one, each is told its place as torchrun tells it, all get the signal, and the first one's end
-    counts.
+    It has to be asked for `--logging_steps 1`. It is forked from this process, so that nothing is imported anew. With
+    `processes`, each is told its place as torchrun tells it, all get the signal, and the first one's end counts.
     """
     reading, writing = os.pipe()
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), **(env or {})} if processes > 1 else {}
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), **(env or {})} if processes else {}
     children = []
-    for rank in range(processes):
+    for rank in range(processes or 1):
         child = os.fork()
         if child == 0:
             os.close(reading)
             os.dup2(writing, 1)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            if processes > 1:
+            if processes:
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             _become_command("heal_checkpoint", tuple(args), PACKAGE, env)
         children.append(child)
