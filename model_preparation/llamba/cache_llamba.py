@@ -8,7 +8,7 @@ import inspect
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_llamba import LlambaConfig
@@ -45,6 +45,13 @@ class MambaStateLayer(LinearAttentionLayer):
         self.reorder_cache(indices)
 
 
+class HybridStateLayer(MambaStateLayer, LinearAttentionAndFullAttentionLayer):
+    """The states of a Mamba block with grafted heads, and the K/V that these need."""
+
+
+_STATE_LAYERS = {"linear_attention": MambaStateLayer, "hybrid": HybridStateLayer}
+
+
 class LlambaCache(DynamicCache):
     """The cache of a [`LlambaForCausalLM`]: the argument `past_key_values` or `cache`.
 
@@ -57,8 +64,8 @@ class LlambaCache(DynamicCache):
     def __init__(self, config: LlambaConfig):
         super().__init__(config=config)
         for index, kind in enumerate(config.layer_types):
-            if kind == "linear_attention":
-                self.layers[index] = MambaStateLayer()
+            if kind in _STATE_LAYERS:
+                self.layers[index] = _STATE_LAYERS[kind]()
         self.seen_tokens = 0  # the model adds each segment's length, padding included
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -72,7 +72,11 @@ class LlambaConfig(PreTrainedConfig):
             "silu"), `bias`, `conv_bias` of the mixers; fields left out take the defaults.
         max_position_embeddings: tokens per sequence. Mamba blocks have no limit, grafted layers have the donor's.
         llama_layers: indices of the layers that are a Llama's, sorted, without repeats.
-        llama_cfg: the fields of the donor's config that grafted layers need (see `LLAMA_DEFAULTS`).
+        llama_cfg: the fields of the donor's config that grafted layers and heads need (see `LLAMA_DEFAULTS`).
+        llama_heads: by layer, as text, the donor's query heads that are added to its mixer, sorted. Not in files of
+            models without.
+        keep_mixer_heads: whether the mixer's heads of the same place stay beside them. By default the same share of
+            the mixer's channels is set to zero before `out_proj`. Not in files where it is false.
 
     Raises:
         ValueError: for a field of `mlp_cfg`, `ssm_cfg` or `llama_cfg` that does not exist, head counts that do not
@@ -101,6 +105,8 @@ class LlambaConfig(PreTrainedConfig):
     ssm_cfg: Any = None
     llama_layers: list[int] = field(default_factory=list)
     llama_cfg: Any = None
+    llama_heads: Any = None
+    keep_mixer_heads: bool = False
     max_position_embeddings: int = 1_000_000_000
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -111,7 +117,8 @@ class LlambaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.mlp_cfg = _with_defaults("mlp_cfg", self.mlp_cfg, MLP_DEFAULTS)
         self.ssm_cfg = _with_defaults("ssm_cfg", self.ssm_cfg, SSM_DEFAULTS)
-        if self.llama_layers:
+        self.llama_heads = self.llama_heads or {}
+        if self.has_attention:
             self.llama_cfg = _with_defaults("llama_cfg", self.llama_cfg, LLAMA_DEFAULTS)
         derived = {name: kwargs.pop(name) for name in DERIVED if name in kwargs}
         super().__post_init__(**kwargs)  # also sets what came under Hugging Face's names
@@ -130,19 +137,24 @@ class LlambaConfig(PreTrainedConfig):
         return self.ssm_cfg["expand"] * self.d_model
 
     @property
+    def has_attention(self) -> bool:
+        """Whether any layer or head is grafted."""
+        return bool(self.llama_layers or self.llama_heads)
+
+    @property
     def num_attention_heads(self) -> int:
         """Query heads of the grafted layers; value heads of the mixers where no layer is grafted."""
-        return self.llama_cfg["num_attention_heads"] if self.llama_layers else self.ssm_cfg["n_v_heads"]
+        return self.llama_cfg["num_attention_heads"] if self.has_attention else self.ssm_cfg["n_v_heads"]
 
     @property
     def num_key_value_heads(self) -> int:
         """Key and value heads of the grafted layers; heads of B and C in the mixers where no layer is grafted."""
-        return self.llama_cfg["num_key_value_heads"] if self.llama_layers else self.ssm_cfg["n_qk_heads"]
+        return self.llama_cfg["num_key_value_heads"] if self.has_attention else self.ssm_cfg["n_qk_heads"]
 
     @property
     def head_dim(self) -> int:
         """Width of one of `num_attention_heads`."""
-        return self.llama_cfg["head_dim"] if self.llama_layers else self.d_inner // self.ssm_cfg["n_v_heads"]
+        return self.llama_cfg["head_dim"] if self.has_attention else self.d_inner // self.ssm_cfg["n_v_heads"]
 
     @property
     def intermediate_size(self) -> int:
@@ -153,7 +165,24 @@ class LlambaConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """Per layer, transformers' name of its kind; the hybrid cache is built from it."""
         grafted = set(self.llama_layers)
-        return ["full_attention" if i in grafted else "linear_attention" for i in range(self.n_layer)]
+        mixed = {int(layer) for layer in self.llama_heads}
+        return [
+            "full_attention" if i in grafted else "hybrid" if i in mixed else "linear_attention"
+            for i in range(self.n_layer)
+        ]
+
+    def heads_of_layer(self, layer: int) -> list[int]:
+        """The donor's heads that are grafted beside the mixer of a layer."""
+        return self.llama_heads.get(str(layer), [])
+
+    def replaced_channels(self, layer: int) -> list[tuple[int, int]]:
+        """(start, end) of the mixer's channels that grafted heads replace: the same share of all, at the same place.
+
+        With as many heads in mixer and attention, these are the mixer's heads of the same numbers.
+        """
+        heads = [] if self.keep_mixer_heads else self.heads_of_layer(layer)
+        size = self.d_inner // self.num_attention_heads
+        return [(head * size, (head + 1) * size) for head in heads]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, and the `DERIVED` ones, which some libraries read here."""
@@ -165,7 +194,8 @@ class LlambaConfig(PreTrainedConfig):
 
     def file_fields(self) -> dict[str, Any]:
         """The fields in our files, without those that follow from others."""
-        return super().to_dict()
+        optional = ("llama_heads", "keep_mixer_heads")
+        return {name: value for name, value in super().to_dict().items() if value or name not in optional}
 
     def mlp_config(self) -> "LlamaConfig":
         """The config of the Mamba blocks' MLPs, which are transformers' LlamaMLP."""
@@ -200,10 +230,26 @@ class LlambaConfig(PreTrainedConfig):
             raise ValueError(f"llama_layers {layers} must be sorted and without repeats")
         if layers and not 0 <= layers[0] <= layers[-1] < self.n_layer:
             raise ValueError(f"llama_layers {layers} must lie between 0 and {self.n_layer - 1}")
-        if layers:
+        self._check_heads()
+        if self.has_attention:
             missing = [field for field in LLAMA_REQUIRED if self.llama_cfg[field] is None]
             if missing:
                 raise ValueError(f"llama_cfg lacks {', '.join(missing)}, which grafted layers need")
+
+    def _check_heads(self) -> None:
+        """Part of `validate_architecture`: the grafted heads exist, in layers that are Mamba blocks."""
+        if not isinstance(self.llama_heads, dict):
+            raise ValueError(f'llama_heads must be like {{"13": [16, 17]}}, not {self.llama_heads!r}')
+        total = (self.llama_cfg or {}).get("num_attention_heads") or 0
+        for layer, heads in self.llama_heads.items():
+            if not str(layer).isdecimal() or not int(layer) < self.n_layer or int(layer) in self.llama_layers:
+                raise ValueError(f"llama_heads: layer {layer!r} is not a Mamba block of this model, by its number")
+            if not heads or heads != sorted(set(heads)) or not 0 <= heads[0] <= heads[-1] < total:
+                raise ValueError(
+                    f"llama_heads: heads {heads} of layer {layer} must be sorted, without repeats, below {total}"
+                )
+        if self.llama_heads and not self.keep_mixer_heads and self.d_inner % total:
+            raise ValueError(f"llama_heads: the donor's {total} heads do not divide the mixer's width {self.d_inner}")
 
 
 def _with_defaults(name: str, given: Any, defaults: dict[str, Any]) -> dict[str, Any]:
