@@ -165,9 +165,8 @@ class LlambaConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """Per layer, transformers' name of its kind; the hybrid cache is built from it."""
         grafted = set(self.llama_layers)
-        mixed = {int(layer) for layer in self.llama_heads}
         return [
-            "full_attention" if i in grafted else "hybrid" if i in mixed else "linear_attention"
+            "full_attention" if i in grafted else "hybrid" if str(i) in self.llama_heads else "linear_attention"
             for i in range(self.n_layer)
         ]
 
@@ -230,11 +229,11 @@ class LlambaConfig(PreTrainedConfig):
             raise ValueError(f"llama_layers {layers} must be sorted and without repeats")
         if layers and not 0 <= layers[0] <= layers[-1] < self.n_layer:
             raise ValueError(f"llama_layers {layers} must lie between 0 and {self.n_layer - 1}")
-        self._check_heads()
         if self.has_attention:
             missing = [field for field in LLAMA_REQUIRED if self.llama_cfg[field] is None]
             if missing:
                 raise ValueError(f"llama_cfg lacks {', '.join(missing)}, which grafted layers need")
+        self._check_heads()
 
     def _check_heads(self) -> None:
         """Part of `validate_architecture`: the grafted heads exist, in layers that are Mamba blocks."""
@@ -248,6 +247,8 @@ class LlambaConfig(PreTrainedConfig):
                 raise ValueError(
                     f"llama_heads: heads {heads} of layer {layer} must be sorted, without repeats, below {total}"
                 )
+        if self.llama_heads and self.llama_cfg["attention_bias"]:
+            raise ValueError("llama_heads: the donor's attention has biases, which belong to no head; graft its layers")
         if self.llama_heads and not self.keep_mixer_heads and self.d_inner % total:
             raise ValueError(f"llama_heads: the donor's {total} heads do not divide the mixer's width {self.d_inner}")
 
