@@ -5,7 +5,7 @@ Works as `from modelscope_utils import ...` inside this folder and as `from mode
 
 from typing import TYPE_CHECKING
 
-from model_preparation.checkpoint.model_configs import heads_of, type_and_depth
+from model_preparation.checkpoint.model_configs import check_kind, heads_of, type_and_depth
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import Source, has_tokenizer, resolve, tokenizer_name
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def get_model_modelscope(
     name: str, device: "str | torch.device" = "cpu", dtype: "torch.dtype | str | None" = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, int, int]":
-    """Load a Llama or a Llamba, with its own tokenizer, else with the one that `sources.TABLE` has for its name.
+    """Load a donor or a Llamba, with its own tokenizer, else with the one that `sources.TABLE` has for its name.
 
     Args:
         name: a name of `sources.TABLE`, a folder, or a hub id.
@@ -25,7 +25,7 @@ def get_model_modelscope(
         dtype: of the weights; None keeps the one they are stored in.
 
     Returns:
-        `(model, tokenizer, num_heads, head_dim)`, the model in eval mode. For a Llama these are the attention's query
+        `(model, tokenizer, num_heads, head_dim)`, the model in eval mode. For a donor these are the attention's query
         heads and their width; for a Llamba the mixer's value heads and their width.
 
     Raises:
@@ -35,11 +35,8 @@ def get_model_modelscope(
 
     source = resolve(name)
     model_type, _ = type_and_depth(source.folder)
-    if model_type not in ("llama", "llamba"):
-        raise SurgeryError(
-            f"{source.folder / 'config.json'} says model_type {model_type!r}, and only llama and llamba can be loaded "
-            "here. Give a Llama or a Llamba."
-        )
+    if model_type != "llamba":
+        check_kind(model_type, f"{source.folder} is")
     tokenizer = _tokenizer(name, source)
     model = load_folder(source.folder, dtype)
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method's own signature

@@ -1,4 +1,4 @@
-"""Layers of a Llama or a Llamba, written into files of their own: extracted_llama_layers/.
+"""Layers of a donor or a Llamba, written into files of their own: extracted_llama_layers/.
 
 The folder gets layer_NN.pt, each a plain dict of tensors, the donor's tokenizer, rotary_emb.pt, and metadata.json with
 the origin of all and every file's SHA-256. A few blocks are in memory at a time; the model is never built.
@@ -21,13 +21,13 @@ from model_preparation.checkpoint.layer_store import (
     sorted_layers,
 )
 from model_preparation.checkpoint.model_configs import (
+    check_kind,
     heads_of,
     layer_shapes,
     read_config,
     read_generation_config,
     type_and_depth,
 )
-from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import has_tokenizer, resolve
 from model_preparation.io.background_tasks import BackgroundTasks
 from model_preparation.io.block_io import Advance
@@ -38,6 +38,7 @@ from model_preparation.io.tensors.dtypes import DType, float_dtype
 from model_preparation.io.tensors.pt_writer import write_dict, write_together
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import TensorRange
+from model_preparation.llamba.donor_kinds import KINDS
 from model_preparation.versions import creation_time, versions
 
 # torch and transformers take seconds to import, and writing does not wait for them.
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 _LAYERS_AT_ONCE = 2  # each is hashed by one core
-_LAYER_PREFIX = {"llama": "model.layers", "llamba": "backbone.layers"}
 
 
 def extract_layers(
@@ -61,7 +61,7 @@ def extract_layers(
     """Write the layers of a model into `output_dir` and return its metadata.
 
     Args:
-        model_name: a name, folder or hub id of a Llama or a Llamba, as `sources.resolve` takes it.
+        model_name: a name, folder or hub id of a donor or a Llamba, as `sources.resolve` takes it.
         output_dir: the folder to make; it appears whole or not at all.
         layers: indices to extract; all by default.
         dtype: cast floating-point tensors to it; by default each keeps its own.
@@ -77,14 +77,14 @@ def extract_layers(
     with new_folder(target, overwrite=overwrite, marker_file=METADATA) as staging:
         source = resolve(model_name, overrides=sources)
         model_type, total = type_and_depth(source.folder)
-        if model_type not in _LAYER_PREFIX:
-            raise SurgeryError(
-                f"{source.folder} is a {model_type} model. Layers can be taken from a Llama or a Llamba."
-            )
+        is_llamba = model_type == "llamba"
+        if not is_llamba:
+            check_kind(model_type, f"{source.folder} is")
         chosen = sorted_layers(range(total) if layers is None else layers)
         check_range(chosen, total, str(source.folder))
-        files = LlamaFiles(source.folder) if model_type == "llama" else TensorFiles(source.folder)
-        ranges = {index: _layer_ranges(files, f"{_LAYER_PREFIX[model_type]}.{index}.") for index in chosen}
+        files = TensorFiles(source.folder) if is_llamba else LlamaFiles(source.folder)
+        prefix = "backbone.layers" if is_llamba else "model.layers"
+        ranges = {index: _layer_ranges(files, f"{prefix}.{index}.") for index in chosen}
         places = [place for layer in ranges.values() for place in layer.values()]
         check_space(target, sum(place.numel * (cast_to or place.dtype).itemsize for place in places) + 50_000_000)
         with BackgroundTasks(1 + _LAYERS_AT_ONCE) as tasks:
@@ -94,7 +94,7 @@ def extract_layers(
                 tasks.raise_failure()
 
             # Importing torch and transformers takes as long as writing some GB: the config is checked meanwhile.
-            checking = tasks.start(_check_and_load, source.folder, files, chosen, _LAYER_PREFIX[model_type])
+            checking = tasks.start(_check_and_load, source.folder, files, chosen, prefix)
             writing = {
                 str(index): tasks.start(write_layer, staging / layer_file(index), layer, cast_to, go_on)
                 for index, layer in ranges.items()
@@ -159,13 +159,11 @@ def complete_folder(
         source: the model's `Source.as_dict()`.
         generation_config: the fields of its generation_config.json, if there is one.
     """
-    if config.model_type == "llama":
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
+    if config.model_type in KINDS:
         from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
 
         with refusing_impossible_models():
-            rotary = LlamaRotaryEmbedding(config)
+            rotary = KINDS[config.model_type].transformers_class("RotaryEmbedding")(config)
         content = {"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling}
         write_together([staging / ROTARY], {}, lambda _: [content])  # torch.save reports no full disk as OSError
     if tokenizer is not None:

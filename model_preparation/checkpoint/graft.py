@@ -27,6 +27,7 @@ from model_preparation.hub.sources import Source, donor_name, has_tokenizer, res
 from model_preparation.io.tensors.dtypes import DType, float_dtype
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import TensorRange
+from model_preparation.llamba.donor_kinds import KINDS
 
 if TYPE_CHECKING:
     import torch
@@ -218,14 +219,14 @@ def grafted_config(base: "LlambaConfig", donor: LayerStore, layers: Sequence[int
     """The base's config with `layers` marked as the donor's, and the settings of the donor's attention."""
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
-    from model_preparation.llamba.configuration_llamba import LLAMA_DEFAULTS
 
     fields = base.file_fields()
     fields.pop("_name_or_path", None)  # a path of this machine
     fields.pop("auto_map", None)  # names files in the base's folder
     fields["architectures"] = [LlambaForCausalLM.__name__]
     fields["llama_layers"] = list(layers)
-    fields["llama_cfg"] = {name: getattr(donor.config, name) for name in LLAMA_DEFAULTS}
+    fields["donor_type"] = donor.config.model_type
+    fields["llama_cfg"] = KINDS[donor.config.model_type].settings(donor.config)
     fields["max_position_embeddings"] = donor.config.max_position_embeddings
     fields["use_cache"] = False  # plain forward passes need none; `generate` asks for it by itself
     with refusing_impossible_models():
@@ -235,7 +236,6 @@ def grafted_config(base: "LlambaConfig", donor: LayerStore, layers: Sequence[int
 def empty_model(config: "LlambaConfig") -> "LlambaForCausalLM":
     """The model without memory for its parameters (meta device); its few buffers are real, on the CPU."""
     import torch
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
     from model_preparation.llamba import LlambaForCausalLM
@@ -244,14 +244,16 @@ def empty_model(config: "LlambaConfig") -> "LlambaForCausalLM":
     with torch.device("meta"), refusing_impossible_models():
         model = LlambaForCausalLM(config)
     if config.llama_layers:
-        model.backbone.rotary_emb = LlamaRotaryEmbedding(config.llama_config())
+        model.backbone.rotary_emb = KINDS[config.donor_type].transformers_class("RotaryEmbedding")(
+            config.llama_config()
+        )
     model.tie_weights()
     return model.eval()
 
 
 def _check_donor(base: "LlambaConfig", donor: LayerStore) -> None:
     """Compare kind, depth, width and vocabulary. A grafted layer brings its own heads and MLP."""
-    donor.check_is_llama()
+    donor.check_is_donor()
     config = donor.config
     numbers = [
         ("layers", config.num_hidden_layers, (base.n_layer,)),

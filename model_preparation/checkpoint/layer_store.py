@@ -2,7 +2,7 @@
 
 `LayerStore` reads a folder that extract.py wrote and checks every byte before it is trusted. `ModelLayers` gives the
 same from a Llama's folder, for plans that write nothing. `LlamaFiles` gives a Llama's tensors the names they have in
-LlamaForCausalLM, whichever class they were saved from.
+LlamaForCausalLM, whichever class they were saved from. The other kinds of donor have the same names.
 """
 
 import operator
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from model_preparation.checkpoint.model_configs import config_from_dict, layer_shapes, read_config
+from model_preparation.checkpoint.model_configs import check_kind, config_from_dict, layer_shapes, read_config
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import Source, check_recorded
 from model_preparation.io.digests import FILE_FIELDS, fault_of
@@ -24,6 +24,7 @@ from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import TensorRange
 from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json, regular_file
+from model_preparation.llamba.donor_kinds import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -92,7 +93,7 @@ class LayerStore:
         """The config of the model the layers come from.
 
         Raises:
-            SurgeryError: if it describes no Llama or Llamba.
+            SurgeryError: if it describes neither a donor nor a Llamba.
         """
         try:
             return config_from_dict(self.metadata["config"])
@@ -104,12 +105,9 @@ class LayerStore:
         """Where the donor's tokenizer is, if it has one."""
         return self.folder / TOKENIZER
 
-    def check_is_llama(self) -> None:
-        """Raise SurgeryError unless the layers are a Llama's."""
-        if self.config.model_type != "llama":
-            raise SurgeryError(
-                f"{self.folder} holds layers of a {self.config.model_type} model. The donor must be a Llama."
-            )
+    def check_is_donor(self) -> None:
+        """Raise SurgeryError unless the layers are a donor's."""
+        check_kind(self.config.model_type, f"{self.folder} holds layers of")
 
     def ranges(self, index: int) -> dict[str, TensorRange]:
         """Where the tensors of one layer lie in its file; call `check` before trusting them."""
@@ -163,7 +161,7 @@ class LayerStore:
 
 
 class ModelLayers(LayerStore):
-    """The layers of a Llama in its own files, by the methods that a plan uses.
+    """The layers of a donor in its own files, by the methods that a plan uses.
 
     Raises:
         SurgeryError: as `read_config` and `LlamaFiles`.
@@ -194,7 +192,7 @@ class ModelLayers(LayerStore):
 
 
 class LlamaFiles(TensorFiles):
-    """Tensors of the Llama in `folder`, by their names in LlamaForCausalLM.
+    """Tensors of the donor in `folder`, by their names in LlamaForCausalLM.
 
     Raises:
         SurgeryError: as `TensorFiles`.
@@ -216,9 +214,9 @@ class LlamaFiles(TensorFiles):
 
 
 def text_part(folder: Path) -> dict[str, Any]:
-    """The `config` and `state_dict` for `from_pretrained`, of the Llama in a multimodal model; empty for any other."""
+    """The `config` and `state_dict` for `from_pretrained`, of the donor in a multimodal model; empty for any other."""
     text = read_json(folder / "config.json").get("text_config")
-    if not isinstance(text, dict) or text.get("model_type") != "llama":
+    if not isinstance(text, dict) or text.get("model_type") not in KINDS:
         return {}
     config, files = read_config(folder), LlamaFiles(folder)
     return {"config": config, "state_dict": {name: files[name] for name in files.names()}}

@@ -1,6 +1,6 @@
-"""An untrained Llamba made from a Llama: a base for donors that no Llamba is published for.
+"""An untrained Llamba made from a donor: a base for donors that no Llamba is published for.
 
-The folder has upstream's layout, and the Llama's embeddings, norms, MLPs and head. Each layer's Mamba mixer starts as
+The folder has upstream's layout, and the donor's embeddings, norms, MLPs and head. Each layer's Mamba mixer starts as
 the attention's linear counterpart: C from the query, B from the key, x from the value, out_proj from the output
 projection (Mamba in the Llama, arXiv 2408.15237; MOHAWK, arXiv 2408.10189). One layer and about one shard are in memory
 at a time.
@@ -10,6 +10,9 @@ size, and one such layer ruins the model. So C is scaled to make an average agai
 1 / (sqrt(head_dim) * tokens in the decay's window * `TYPICAL_SCORE`). With Mamba layers 14 to 16, SmolLM2-135M has
 perplexity 2e10 (four English paragraphs) without the factor, 2e9 with its first part, 306 with two, 14.5 with all
 three; without Mamba layers 11.2.
+
+A mixer has the place for biases, but none for norms of queries and keys (Qwen3). Such a norm divides by the size of what
+it gets. The mixer's rows are divided by the size to expect, if the inputs' channels are independent.
 """
 
 import math
@@ -21,11 +24,11 @@ import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from model_preparation.checkpoint.checkpoint_folder import write_json
 from model_preparation.checkpoint.layer_store import HEAD, LlamaFiles, without_head
-from model_preparation.checkpoint.model_configs import heads_of, read_config, read_generation_config
+from model_preparation.checkpoint.model_configs import check_kind, heads_of, read_config, read_generation_config
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import Source, has_tokenizer, resolve
 from model_preparation.io.complete_folder import check_space, new_folder
@@ -33,6 +36,7 @@ from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.llamba.configuration_llamba import LlambaConfig
+from model_preparation.llamba.donor_kinds import KINDS
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 
 DECAY = 15 / 16  # per token, so the state looks back over some 16 tokens
@@ -71,15 +75,15 @@ def init_llamba_base(
     """Write a Llamba initialised from `donor` into `output_dir` and return its config.
 
     Args:
-        donor: a name, folder or hub id of a Llama, as `sources.resolve` takes it.
+        donor: a name, folder or hub id of a donor, as `sources.resolve` takes it.
         output_dir: the folder to make; it appears whole or not at all.
         dtype: of the weights written; the donor's by default.
         overwrite: replace a model folder that is there.
         sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Raises:
-        SurgeryError: if the donor is missing, no Llama, or lacks tensors; no Llamba can have its width; the target is
-            taken or not writable; or the disk is too small.
+        SurgeryError: if the donor is missing, of another kind, or lacks tensors; no Llamba can have its width; the
+            target is taken or not writable; or the disk is too small.
     """
     target = Path(output_dir).expanduser()
     with new_folder(target, overwrite=overwrite, marker_file="config.json") as staging:
@@ -109,20 +113,19 @@ def write_llamba(folder: Path, donor_folder: Path, config: LlambaConfig, parts: 
         load_tokenizer(donor_folder).save_pretrained(folder)
 
 
-def open_donor(source: Source) -> tuple[LlamaFiles, LlamaConfig]:
-    """A Llama's weights and config; raises SurgeryError if it is no Llama, or its tensors are not the config's."""
+def open_donor(source: Source) -> tuple[LlamaFiles, PreTrainedConfig]:
+    """A donor's weights and config; raises SurgeryError if it is of no kind we know, or its tensors do not fit."""
     config = read_config(source.folder)
-    if not isinstance(config, LlamaConfig):
-        raise SurgeryError(f"{source.folder} is a {config.model_type} model. A base can be made from a Llama only.")
+    check_kind(config.model_type, f"{source.folder} is")
     files = LlamaFiles(source.folder)
     if HEAD not in files and not config.tie_word_embeddings:
         raise without_head(source.folder)
-    for name, tensor in _parameters(LlamaForCausalLM, config).items():
+    for name, tensor in _parameters(KINDS[config.model_type].transformers_class("ForCausalLM"), config).items():
         files.require(name, tensor.shape)
     return files, config
 
 
-def llamba_config(donor: LlamaConfig) -> LlambaConfig:
+def llamba_config(donor: PreTrainedConfig) -> LlambaConfig:
     """The config of the Llamba that `donor` becomes: one value head and one key head per query head.
 
     Raises:
@@ -142,7 +145,11 @@ def llamba_config(donor: LlamaConfig) -> LlambaConfig:
         d_model=donor.hidden_size,
         n_layer=donor.num_hidden_layers,
         norm_epsilon=donor.rms_norm_eps,
-        mlp_cfg={"intermediate_size": donor.intermediate_size, "bias": donor.mlp_bias, "act_fn": donor.hidden_act},
+        mlp_cfg={
+            "intermediate_size": donor.intermediate_size,
+            "bias": getattr(donor, "mlp_bias", False),  # no other kind than Llama has it
+            "act_fn": donor.hidden_act,
+        },
         ssm_cfg={
             "d_state": head_dim,
             "n_v_heads": heads,
@@ -157,11 +164,11 @@ def llamba_config(donor: LlamaConfig) -> LlambaConfig:
     )
 
 
-def mamba_layer(attention_layer: Mapping[str, Tensor], donor: LlamaConfig) -> dict[str, Tensor]:
-    """One layer of a Llama as a layer of a Llamba.
+def mamba_layer(attention_layer: Mapping[str, Tensor], donor: PreTrainedConfig) -> dict[str, Tensor]:
+    """One layer of a donor as a layer of a Llamba.
 
     Args:
-        attention_layer: the Llama layer's tensors by name relative to the layer ("self_attn.q_proj.weight").
+        attention_layer: the donor layer's tensors by name relative to the layer ("self_attn.q_proj.weight").
         donor: its config.
 
     Returns:
@@ -176,13 +183,24 @@ def mamba_layer(attention_layer: Mapping[str, Tensor], donor: LlamaConfig) -> di
         bias = attention_layer.get(f"self_attn.{name}.bias")
         return weight, weight.new_zeros(len(weight)) if bias is None else bias
 
+    def normed(name: str, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """A mixer has no norms of queries and keys: such a norm becomes a factor per row, for inputs of usual size."""
+        norm = attention_layer.get(f"self_attn.{name}_norm.weight")
+        if norm is None:
+            return weight, bias
+        gain = attention_layer["input_layernorm.weight"].float()
+        squares = (weight.float() * gain).square().sum(1) + bias.float().square()  # expected, per row
+        sizes = squares.unflatten(0, (-1, head_dim)).mean(1, keepdim=True).sqrt()  # (heads, 1)
+        factor = (norm.float() / sizes).flatten()
+        return (weight * factor[:, None]).to(weight), (bias * factor).to(bias)
+
     def per_query_head(rows: Tensor) -> Tensor:
         """A key or value head for every query head: (kv heads * head_dim, ...) -> (width, ...)."""
         by_head = rows.unflatten(0, (-1, head_dim))
         return by_head.repeat_interleave(heads // len(by_head), dim=0).flatten(0, 1)
 
-    query, query_bias = projection("q_proj")
-    key, key_bias = projection("k_proj")
+    query, query_bias = normed("q", *projection("q_proj"))
+    key, key_bias = normed("k", *projection("k_proj"))
     value, value_bias = projection("v_proj")
     output, output_bias = projection("o_proj")
     scale = score_scale(head_dim)
@@ -229,14 +247,14 @@ def size_bytes(config: LlambaConfig, dtype: torch.dtype) -> int:
 
 def llamba_parts(
     files: TensorFiles,
-    donor: LlamaConfig,
+    donor: PreTrainedConfig,
     dtype: torch.dtype,
     layer_of: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """The Llamba's tensors under their full names: embedding, layer after layer, final norm and head.
 
     Args:
-        layer_of: makes the tensors of a Llamba's layer from an index and a Llama's tensors; by default `mamba_layer`.
+        layer_of: makes the tensors of a Llamba's layer from an index and a donor's tensors; by default `mamba_layer`.
     """
     yield {"backbone.embedding.weight": files["model.embed_tokens.weight"].to(dtype)}
     for index in range(donor.num_hidden_layers):

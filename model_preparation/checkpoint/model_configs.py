@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from model_preparation.errors import SurgeryError
 from model_preparation.io.tensors.dtypes import CURE, method_in_config
 from model_preparation.io.untrusted.untrusted_files import check_fields, check_sizes, read_json
+from model_preparation.llamba.donor_kinds import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,13 +56,22 @@ def read_config(folder: Path) -> "PreTrainedConfig":
 
 
 def config_from_dict(fields: dict[str, Any]) -> "PreTrainedConfig":
-    """The config with these fields; raises ValueError if it is damaged, or neither a Llama's nor a Llamba's."""
+    """The config with these fields; raises ValueError if it is damaged, or neither a donor's nor a Llamba's."""
     from model_preparation.io.untrusted.untrusted_config import config_from
 
     check_fields(fields, {"model_type": str})
-    if fields["model_type"] not in ("llama", "llamba"):
-        raise ValueError(f"model_type {fields['model_type']!r:.80} is neither llama nor llamba")
+    if fields["model_type"] not in (*KINDS, "llamba"):
+        raise ValueError(f"model_type {fields['model_type']!r:.80} is none of {', '.join(KINDS)}, llamba")
     return config_from(fields, _kind(fields["model_type"]))
+
+
+def check_kind(model_type: str, what_has: str) -> None:
+    """Raise SurgeryError unless it is a kind of donor; `what_has` begins the sentence, such as "FOLDER is"."""
+    if model_type not in KINDS:
+        *others, last = KINDS
+        raise SurgeryError(
+            f"{what_has} a {model_type} model. A donor is one of the kinds {', '.join(others)} and {last}."
+        )
 
 
 def read_generation_config(folder: Path) -> dict[str, Any] | None:
@@ -76,30 +86,31 @@ def read_generation_config(folder: Path) -> dict[str, Any] | None:
 
 
 def heads_of(config: "PreTrainedConfig") -> tuple[int, int]:
-    """(number of heads, head size): of a Llama's attention, or of a Llamba's values."""
+    """(number of heads, head size): of a donor's attention, or of a Llamba's values."""
     if config.model_type == "llamba":
         num_heads = config.ssm_cfg["n_v_heads"]
         return num_heads, config.d_inner // num_heads
-    return config.num_attention_heads, config.head_dim
+    return config.num_attention_heads, KINDS[config.model_type].settings(config)["head_dim"]
 
 
 def layer_shapes(config: "PreTrainedConfig", kind: str = "full_attention") -> dict[str, Shape]:
     """Names (relative to the layer) and shapes of a layer's parameters, without memory for them.
 
     Args:
-        config: a Llama's or a Llamba's.
-        kind: one of a Llamba's `layer_types`; a Llama's layers are all alike.
+        config: a donor's or a Llamba's.
+        kind: one of a Llamba's `layer_types`; a donor's layers have the same names and shapes.
     """
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
 
     with refusing_impossible_models():
-        if config.model_type == "llamba" and kind != "full_attention":
-            return _mamba_shapes(config)
+        if config.model_type == "llamba":
+            if kind == "linear_attention":
+                return _mamba_shapes(config)
+            config = config.llama_config()
         import torch
-        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
         with torch.device("meta"):
-            layer = LlamaDecoderLayer(config.llama_config() if config.model_type == "llamba" else config, 0)
+            layer = KINDS[config.model_type].transformers_class("DecoderLayer")(config, 0)
         return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
 
 

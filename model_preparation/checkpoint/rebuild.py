@@ -25,7 +25,7 @@ _PROGRAMS = ("model_preparation", "torch", "transformers")  # they decide on all
 # The fields of a config that decide on what the model computes.
 _CONFIG = (
     *("d_model", "n_layer", "vocab_size", "tie_embeddings", "norm_epsilon"),
-    *("mlp_cfg", "ssm_cfg", "llama_layers", "llama_cfg"),
+    *("mlp_cfg", "ssm_cfg", "llama_layers", "llama_cfg", "donor_type"),
 )
 _OF_TOKENIZERS = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
 

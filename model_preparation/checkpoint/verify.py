@@ -135,7 +135,7 @@ def verify(
     found = Verification(directory)
     store = None if llama_layers_dir is None else LayerStore(llama_layers_dir)
     if store is not None:
-        store.check_is_llama()
+        store.check_is_donor()
     base_folder = None if base is None else find_base(base, sources)[0].folder
     info = _checked_info(found)
     if info is None:

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -34,6 +33,7 @@ from model_preparation.io.untrusted.not_a_model import snapshot_in, what_it_is
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_config import generation_config_from
 from model_preparation.io.untrusted.untrusted_files import read_json
+from model_preparation.llamba.donor_kinds import KINDS
 
 # What --compare_with calls the two models of a checkpoint, and where checkpoint_info.json names them.
 RECORDED = {"donor": "replacement_source", "base": "base_model"}
@@ -132,7 +132,7 @@ def load_other(
 
 
 def load_folder(folder: Path, dtype: torch.dtype | str | None) -> PreTrainedModel:
-    """Load the model in a folder, in eval mode, on the CPU. Of a multimodal model, load the Llama in it.
+    """Load the model in a folder, in eval mode, on the CPU. Of a multimodal model, load the donor in it.
 
     Raises:
         SurgeryError: if it cannot be loaded, or lacks weights.
@@ -142,7 +142,8 @@ def load_folder(folder: Path, dtype: torch.dtype | str | None) -> PreTrainedMode
         disable_progress_bar()  # transformers' bar; in a log it is noise
     try:
         text = text_part(folder)
-        model_class = LlamaForCausalLM if text else AutoModelForCausalLM
+        kind = KINDS[text["config"].model_type] if text else None
+        model_class = kind.transformers_class("ForCausalLM") if kind else AutoModelForCausalLM
         model, loading = model_class.from_pretrained(
             None if text else folder,
             **text,

@@ -1,14 +1,15 @@
-"""One cache for both kinds of layer: convolution and SSM states of Mamba layers, K/V of Llama layers.
+"""One cache for both kinds of layer: convolution and SSM states of Mamba layers, K/V of grafted layers.
 
 It is transformers' DynamicCache, built from the config's `layer_types`. It also counts the tokens seen, so that a model
-without attention layers can continue a prompt.
+without attention layers can continue a prompt. Layers with a sliding window keep all K/V too: with padding between
+tokens, transformers' own sliding caches would drop tokens that the window still holds.
 """
 
 import inspect
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_llamba import LlambaConfig
@@ -49,7 +50,7 @@ class HybridStateLayer(MambaStateLayer, LinearAttentionAndFullAttentionLayer):
     """The states of a Mamba block with grafted heads, and the K/V that these need."""
 
 
-_STATE_LAYERS = {"linear_attention": MambaStateLayer, "hybrid": HybridStateLayer}
+_CACHE_LAYERS = {"linear_attention": MambaStateLayer, "hybrid": HybridStateLayer}
 
 
 class LlambaCache(DynamicCache):
@@ -62,10 +63,8 @@ class LlambaCache(DynamicCache):
     layers: list
 
     def __init__(self, config: LlambaConfig):
-        super().__init__(config=config)
-        for index, kind in enumerate(config.layer_types):
-            if kind in _STATE_LAYERS:
-                self.layers[index] = _STATE_LAYERS[kind]()
+        super().__init__()
+        self.layers = [_CACHE_LAYERS.get(kind, DynamicLayer)() for kind in config.layer_types]
         self.seen_tokens = 0  # the model adds each segment's length, padding included
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

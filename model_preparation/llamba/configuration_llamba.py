@@ -1,4 +1,4 @@
-"""The config of a Llamba: sizes, mixer, MLP, and which layers are a Llama's.
+"""The config of a Llamba: sizes, mixer, MLP, and which layers are a donor's.
 
 It reads upstream's config.json (`d_model`, `n_layer`, `ssm_cfg`, `mlp_cfg`, ...) and Hugging Face's names of them.
 Source of upstream's fields: cartesia-ai/edge, cartesia-pytorch/cartesia_pytorch/Llamba/configuration_llamba.py.
@@ -12,6 +12,8 @@ from .transformers_versions import TESTED  # noqa: F401  before anything that an
 # isort: split
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .donor_kinds import KINDS, REQUIRED, mask_kinds
 
 # Imported only where one is made: it imports half of torch's compilers, a second that other configs save.
 if TYPE_CHECKING:
@@ -30,22 +32,6 @@ SSM_DEFAULTS: dict[str, Any] = {
     "bias": False,
     "conv_bias": True,
 }
-
-# The donor's settings that a grafted layer's computation depends on, with LlamaConfig's defaults where it has them.
-LLAMA_DEFAULTS: dict[str, Any] = {
-    "num_attention_heads": None,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "intermediate_size": None,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": None,
-    "max_position_embeddings": 2048,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
-}
-LLAMA_REQUIRED = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rope_parameters")
 
 # Fields that other libraries read. They follow from `llama_cfg`, or from `ssm_cfg` and `mlp_cfg`.
 DERIVED = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
@@ -71,17 +57,18 @@ class LlambaConfig(PreTrainedConfig):
         ssm_cfg: `d_state`, `n_v_heads`, `n_qk_heads`, `d_conv`, `expand`, `chunk_size`, `activation` ("identity" or
             "silu"), `bias`, `conv_bias` of the mixers; fields left out take the defaults.
         max_position_embeddings: tokens per sequence. Mamba blocks have no limit, grafted layers have the donor's.
-        llama_layers: indices of the layers that are a Llama's, sorted, without repeats.
-        llama_cfg: the fields of the donor's config that grafted layers and heads need (see `LLAMA_DEFAULTS`).
-        llama_heads: by layer, as text, the donor's query heads that are added to its mixer, sorted. Not in files of
-            models without.
+        llama_layers: indices of the layers that are the donor's, sorted, without repeats.
+        llama_cfg: the fields of the donor's config that grafted layers and heads need (`KINDS[donor_type].fields`).
+        donor_type: the donor's kind, one of `KINDS`. It is written only where it is not "llama".
+        llama_heads: by layer, as text, the donor's query heads that are added to its mixer, sorted. It is written only
+            where there are any.
         keep_mixer_heads: whether the mixer's heads of the same place stay beside them. By default the same share of
-            the mixer's channels is set to zero before `out_proj`. Not in files where it is false.
+            the mixer's channels is set to zero before `out_proj`. It is written only where it is true.
 
     Raises:
-        ValueError: for a field of `mlp_cfg`, `ssm_cfg` or `llama_cfg` that does not exist, head counts that do not
-            divide, a layer index that is out of range or repeated, or a value of `DERIVED` that the others
-            contradict; the message names it.
+        ValueError: for a field of `mlp_cfg`, `ssm_cfg` or `llama_cfg` that does not exist, an unknown `donor_type`,
+            head counts that do not divide, a layer index that is out of range or repeated, or a value of `DERIVED`
+            that the others contradict; the message names it.
     """
 
     model_type = "llamba"
@@ -105,6 +92,7 @@ class LlambaConfig(PreTrainedConfig):
     ssm_cfg: Any = None
     llama_layers: list[int] = field(default_factory=list)
     llama_cfg: Any = None
+    donor_type: str = "llama"
     llama_heads: Any = None
     keep_mixer_heads: bool = False
     max_position_embeddings: int = 1_000_000_000
@@ -118,8 +106,10 @@ class LlambaConfig(PreTrainedConfig):
         self.mlp_cfg = _with_defaults("mlp_cfg", self.mlp_cfg, MLP_DEFAULTS)
         self.ssm_cfg = _with_defaults("ssm_cfg", self.ssm_cfg, SSM_DEFAULTS)
         self.llama_heads = self.llama_heads or {}
+        if self.donor_type not in KINDS:
+            raise ValueError(f"donor_type is {self.donor_type!r:.80}; this version knows {', '.join(KINDS)}")
         if self.has_attention:
-            self.llama_cfg = _with_defaults("llama_cfg", self.llama_cfg, LLAMA_DEFAULTS)
+            self.llama_cfg = _with_defaults("llama_cfg", self.llama_cfg, KINDS[self.donor_type].fields)
         derived = {name: kwargs.pop(name) for name in DERIVED if name in kwargs}
         super().__post_init__(**kwargs)  # also sets what came under Hugging Face's names
         for name, value in derived.items():
@@ -163,12 +153,12 @@ class LlambaConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Per layer, transformers' name of its kind; the hybrid cache is built from it."""
-        grafted = set(self.llama_layers)
-        return [
-            "full_attention" if i in grafted else "hybrid" if str(i) in self.llama_heads else "linear_attention"
-            for i in range(self.n_layer)
-        ]
+        """Per layer, transformers' name of its kind: "linear_attention", "hybrid", or the mask of a grafted layer."""
+        kinds = ["hybrid" if str(index) in self.llama_heads else "linear_attention" for index in range(self.n_layer)]
+        masks = mask_kinds(self.llama_cfg, self.n_layer) if self.llama_layers else []
+        for index in self.llama_layers:
+            kinds[index] = masks[index]
+        return kinds
 
     def heads_of_layer(self, layer: int) -> list[int]:
         """The donor's heads that are grafted beside the mixer of a layer."""
@@ -189,12 +179,16 @@ class LlambaConfig(PreTrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The fields that `save_pretrained` writes, without the `DERIVED` ones."""
-        return {name: value for name, value in super().to_diff_dict().items() if name not in DERIVED}
+        return self._written({name: value for name, value in super().to_diff_dict().items() if name not in DERIVED})
 
     def file_fields(self) -> dict[str, Any]:
         """The fields in our files, without those that follow from others."""
-        optional = ("llama_heads", "keep_mixer_heads")
-        return {name: value for name, value in super().to_dict().items() if value or name not in optional}
+        return self._written(super().to_dict())
+
+    def _written(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """`fields` as files have them; fields that came later are written only where they say something."""
+        silent = {"donor_type": "llama", "llama_heads": {}, "keep_mixer_heads": False}
+        return {name: value for name, value in fields.items() if name not in silent or value != silent[name]}
 
     def mlp_config(self) -> "LlamaConfig":
         """The config of the Mamba blocks' MLPs, which are transformers' LlamaMLP."""
@@ -209,11 +203,11 @@ class LlambaConfig(PreTrainedConfig):
             hidden_act=mlp["act_fn"],
         )
 
-    def llama_config(self) -> "LlamaConfig":
+    def llama_config(self) -> PreTrainedConfig:
         """The config of the grafted layers. Call it only if `llama_layers` is not empty."""
-        from transformers import LlamaConfig
-
-        return LlamaConfig(vocab_size=self.vocab_size, hidden_size=self.d_model, **self.llama_cfg)
+        kind = KINDS[self.donor_type].transformers_class("Config")
+        sizes = {"vocab_size": self.vocab_size, "hidden_size": self.d_model, "num_hidden_layers": self.n_layer}
+        return kind(**sizes, **self.llama_cfg)
 
     def validate_architecture(self):
         """Part of `@strict`'s validation: finds what would be a shape error in the model otherwise."""
@@ -230,10 +224,20 @@ class LlambaConfig(PreTrainedConfig):
         if layers and not 0 <= layers[0] <= layers[-1] < self.n_layer:
             raise ValueError(f"llama_layers {layers} must lie between 0 and {self.n_layer - 1}")
         if self.has_attention:
-            missing = [field for field in LLAMA_REQUIRED if self.llama_cfg[field] is None]
+            missing = [field for field in REQUIRED if self.llama_cfg[field] is None]
             if missing:
                 raise ValueError(f"llama_cfg lacks {', '.join(missing)}, which grafted layers need")
         self._check_heads()
+        if layers:
+            masks = mask_kinds(self.llama_cfg, self.n_layer)
+            if len(masks) != self.n_layer or not set(masks) <= {"full_attention", "sliding_attention"}:
+                raise ValueError(
+                    f"llama_cfg: layer_types must be full_attention or sliding_attention, {self.n_layer} in all, not "
+                    f"{len(masks)} of {', '.join(sorted(set(map(str, masks))))}"
+                )
+            window = self.llama_cfg.get("sliding_window")
+            if "sliding_attention" in masks and not (isinstance(window, int) and window > 0):
+                raise ValueError(f"llama_cfg: sliding_window is {window!r}, and sliding layers need how many tokens")
 
     def _check_heads(self) -> None:
         """Part of `validate_architecture`: the grafted heads exist, in layers that are Mamba blocks."""
@@ -247,6 +251,10 @@ class LlambaConfig(PreTrainedConfig):
                 raise ValueError(
                     f"llama_heads: heads {heads} of layer {layer} must be sorted, without repeats, below {total}"
                 )
+        if self.llama_heads and self.donor_type != "llama":
+            raise ValueError(
+                f"llama_heads: heads of a {self.donor_type} are not supported, only a llama's; graft layers"
+            )
         if self.llama_heads and self.llama_cfg["attention_bias"]:
             raise ValueError("llama_heads: the donor's attention has biases, which belong to no head; graft its layers")
         if self.llama_heads and not self.keep_mixer_heads and self.d_inner % total:

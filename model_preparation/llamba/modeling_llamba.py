@@ -1,4 +1,4 @@
-"""The hybrid model: Mamba-2 blocks with upstream's parameter names, and transformers' Llama layers where grafted.
+"""The hybrid model: Mamba-2 blocks with upstream's parameter names, and transformers' own layers where grafted.
 
 Source of the computation and the parameter names: cartesia-ai/edge, cartesia_pytorch/Llamba/llamba.py.
 """
@@ -13,19 +13,14 @@ from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, initiali
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_llamba import CACHE_NAME, LlambaCache
 from .configuration_llamba import LlambaConfig
+from .donor_kinds import KINDS
 from .head_attention import HeadAttention
 from .mixer import LlambaMixer, PaddingLayout
 
@@ -88,15 +83,14 @@ class LlambaPreTrainedModel(PreTrainedModel):
     config_class = LlambaConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlambaDecoderLayer", "LlamaDecoderLayer"]  # noqa: RUF012 (transformers' own declaration)
-    _skip_keys_device_placement = [CACHE_NAME]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE_NAME]  # noqa: RUF012 (transformers' own declaration)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _is_stateful = True  # a state cannot be rolled back, so no assisted generation
     _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": [LlambaDecoderLayer, LlamaDecoderLayer],
-        "attentions": LlamaAttention,
+        "hidden_states": GradientCheckpointingLayer,  # every layer, of whatever kind
+        "attentions": "self_attn",
     }
 
     @torch.no_grad()
@@ -114,15 +108,19 @@ class LlambaModel(LlambaPreTrainedModel):
     def __init__(self, config: LlambaConfig):
         super().__init__(config)
         self.llama_config = config.llama_config() if config.has_attention else None
+        donor = KINDS[config.donor_type]
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(
-            LlamaDecoderLayer(self.llama_config, layer_idx)
-            if kind == "full_attention"
-            else LlambaDecoderLayer(config, layer_idx, self.llama_config)
+            LlambaDecoderLayer(config, layer_idx, self.llama_config)
+            if kind in ("linear_attention", "hybrid")
+            else donor.transformers_class("DecoderLayer")(self.llama_config, layer_idx)
             for layer_idx, kind in enumerate(config.layer_types)
         )
+        self._no_split_modules = {type(layer).__name__ for layer in self.layers}  # FSDP takes no name beyond them
         self.final_layernorm = LlamaRMSNorm(config.d_model, eps=config.norm_epsilon)
-        self.rotary_emb = LlamaRotaryEmbedding(self.llama_config) if self.llama_config is not None else None
+        self.rotary_emb = None
+        if self.llama_config is not None:
+            self.rotary_emb = donor.transformers_class("RotaryEmbedding")(self.llama_config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -170,9 +168,7 @@ class LlambaModel(LlambaPreTrainedModel):
         if use_cache and cache is None:
             cache = LlambaCache(self.config)
 
-        arguments = self.layer_arguments(hidden_states, attention_mask, position_ids, cache)
-        arguments["full_attention"] |= kwargs
-        arguments["hybrid"]["of_heads"] |= kwargs
+        arguments = self.layer_arguments(hidden_states, attention_mask, position_ids, cache, **kwargs)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states = layer(hidden_states, **{CACHE_NAME: cache}, use_cache=use_cache, **arguments[kind])
         if cache is not None:
@@ -185,8 +181,9 @@ class LlambaModel(LlambaPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: LlambaCache | None = None,
+        **kwargs,
     ) -> dict[str, dict]:
-        """By kind of layer, the arguments it gets beside hidden states and cache, made from `forward`'s arguments."""
+        """By entry of `layer_types`, what a layer gets beside hidden states and cache, made from `forward`'s."""
         length = hidden_states.shape[1]
         padding = PaddingLayout.of(attention_mask, length)
         places = _token_places(hidden_states, attention_mask, cache)  # (batch or 1, past + length)
@@ -194,37 +191,38 @@ class LlambaModel(LlambaPreTrainedModel):
         is_packed = position_ids is not None and _is_packed(position_ids, own_places, attention_mask)
         if position_ids is None:
             position_ids = own_places
-        causal_mask = position_embeddings = None
+        arguments: dict[str, dict] = {
+            "linear_attention": {"attention_mask": padding, "position_ids": position_ids if is_packed else None}
+        }
         if self.llama_config is not None and self.rotary_emb is not None:
             # set_attn_implementation() changes the model's config only.
             implementation = self.llama_config._attn_implementation = self.config._attn_implementation
-            same_document = None
-            if is_packed and implementation in MASKED_ATTENTION:
-                same_document = _same_document(position_ids, places)
-            elif is_packed and (padding is not None or cache is not None):
+            if is_packed and implementation not in MASKED_ATTENTION and (padding is not None or cache is not None):
                 raise ValueError(
                     f"several documents in a row, with padding or a cache: {implementation} would mix them. "
                     'Call model.set_attn_implementation("sdpa")'
                 )
-            causal_mask = create_causal_mask(
-                config=self.llama_config,
-                inputs_embeds=hidden_states,
-                attention_mask=attention_mask,
-                **{CACHE_NAME: cache},
-                and_mask_function=same_document,
-            )
             position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        of_mixer = {"attention_mask": padding, "position_ids": position_ids if is_packed else None}
-        of_attention = {
-            "attention_mask": causal_mask,
-            "position_ids": position_ids,
-            "position_embeddings": position_embeddings,
-        }
-        return {
-            "linear_attention": of_mixer,
-            "full_attention": of_attention,
-            "hybrid": {**of_mixer, "of_heads": dict(of_attention)},
-        }
+            for kind in set(self.config.layer_types) - {"linear_attention"}:
+                window = self.llama_config.sliding_window if kind == "sliding_attention" else None
+                if window is not None and places.shape[1] < window:
+                    window = None  # nothing lies beyond it
+                causal_mask = create_causal_mask(
+                    config=self.llama_config,
+                    inputs_embeds=hidden_states,
+                    attention_mask=attention_mask,
+                    **{CACHE_NAME: cache},
+                    and_mask_function=_visible(position_ids, places, is_packed, window),
+                )
+                arguments[kind] = {
+                    "attention_mask": causal_mask,
+                    "position_ids": position_ids,
+                    "position_embeddings": position_embeddings,
+                    **kwargs,
+                }
+            if "hybrid" in arguments:
+                arguments["hybrid"] = {**arguments["linear_attention"], "of_heads": arguments["hybrid"]}
+        return arguments
 
 
 def _token_places(hidden_states: Tensor, attention_mask: Tensor | None, cache: LlambaCache | None) -> Tensor:
@@ -263,10 +261,19 @@ def _is_packed(position_ids: Tensor, places: Tensor, attention_mask: Tensor | No
     return True
 
 
-def _same_document(position_ids: Tensor, places: Tensor):
-    """A mask function for transformers: true for keys at or after the first token of the query's document."""
+def _visible(position_ids: Tensor, places: Tensor, is_packed: bool, window: int | None):
+    """A mask function for transformers: true for keys in the query's document and among its last `window` tokens.
+
+    It counts real tokens, so padding between them changes nothing. None if every key before the query is visible.
+    """
+    if not is_packed and window is None:
+        return None
     past = places.shape[1] - position_ids.shape[1]
-    first = places[:, past:] - position_ids  # (batch or 1, length): place of the document's first token
+    own_places = places[:, past:]
+    # (batch or 1, length): the place of the first token that is visible
+    first = own_places - position_ids if is_packed else torch.zeros_like(own_places)
+    if window is not None:
+        first = first.maximum(own_places - window + 1)
     rows = max(len(first), len(places))
     first, places = first.expand(rows, -1), places.expand(rows, -1)
 
@@ -303,7 +310,7 @@ def _check_kwargs(kwargs: dict, position_ids: Tensor | None) -> None:
 
 
 class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
-    """A Llamba with its head. The layers in `config.llama_layers` are a Llama's."""
+    """A Llamba with its head. The layers in `config.llama_layers` are the donor's."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}  # noqa: RUF012
 

@@ -5,14 +5,16 @@ other class or function.
 """
 
 from torch import nn
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig
 from transformers.activations import ACT2CLS
-from transformers.models.llama import modeling_llama
 
 from model_preparation.llamba import modeling_llamba
 from model_preparation.llamba.configuration_llamba import LlambaConfig
+from model_preparation.llamba.donor_kinds import KINDS
+from model_preparation.llamba.head_attention import HeadAttention
 from model_preparation.llamba.mixer import CausalConv1d, LlambaMixer
 
+_OF_DONORS = ("Config", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 _ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 
 SAFE_GLOBALS = [
@@ -22,13 +24,9 @@ SAFE_GLOBALS = [
     modeling_llamba.LlambaDecoderLayer,
     LlambaMixer,
     CausalConv1d,
-    LlamaConfig,
+    HeadAttention,
     GenerationConfig,
-    modeling_llama.LlamaDecoderLayer,
-    modeling_llama.LlamaAttention,
-    modeling_llama.LlamaMLP,
-    modeling_llama.LlamaRMSNorm,
-    modeling_llama.LlamaRotaryEmbedding,
+    *(kind.transformers_class(name) for kind in KINDS.values() for name in _OF_DONORS),
     nn.Conv1d,  # in files of version 0.1
     nn.Embedding,
     nn.Linear,

@@ -169,7 +169,7 @@ class CachedScorer:
             backbone = self._pair.model.backbone
             seen = None if cache is None else _Seen(backbone.config, past)
             self._arguments[rows, length, past] = backbone.layer_arguments(states, cache=seen)
-        kind = "full_attention" if grafted else "linear_attention"
+        kind = self._pair.model.config.layer_types[index] if grafted else "linear_attention"
         return {
             CACHE_NAME: None if cache is None else _OneLayer(index, cache),
             "use_cache": cache is not None,

@@ -118,7 +118,8 @@ class ScoringSetup:
         other = OtherModel("donor", folder, is_checkpoint=False)
         tokenizer = self.pair.tokenizer
         model, _ = load_other(other, tokenizer, device=self.settings.device, dtype=self.pair.model.dtype)
-        if model.config.model_type != "llama" or model.config.num_hidden_layers != self.pair.layers:
+        kind = self.planned.donor.config.model_type
+        if model.config.model_type != kind or model.config.num_hidden_layers != self.pair.layers:
             raise SurgeryError(
                 f"{folder} is a {model.config.model_type} of {model.config.num_hidden_layers} layers, the base has "
                 f"{self.pair.layers}. Give the donor that {self.planned.donor.folder} comes from by --donor."
@@ -132,7 +133,7 @@ class ScoringSetup:
             prefix = self.questions.prefixes[batch.prefix]
             if batch.prefix != of_prefix:
                 cache, of_prefix = (lm.prefix_cache(prefix) if prefix else None), batch.prefix
-            scores: list[Tensor] = lm.log_probabilities(batch.rows, len(prefix), cache)
+            scores: list[Tensor] = lm.log_probabilities(batch.rows, len(prefix) if cache else 0, cache)
             yield number, [score[:, :vocabulary].cpu() for score in scores]
 
 

@@ -59,7 +59,7 @@ def distill_llamba_base(
     The weights get the same bytes then, on the same kind of device with as many threads.
 
     Args:
-        donor: a name, folder or hub id of a Llama, as `sources.resolve` takes it.
+        donor: a name, folder or hub id of a donor, as `sources.resolve` takes it.
         output_dir: the folder to make; it appears whole or not at all.
         data: tokens (sequences, length) int64, with weights as `TokenData`; a .txt or .jsonl file or a folder of them;
             or "self" for text that the donor writes.
@@ -74,7 +74,7 @@ def distill_llamba_base(
         given: fields of `DistillSettings` that replace those of `settings`.
 
     Raises:
-        SurgeryError: for a donor that is no Llama, text that cannot be used, sizes or layers that do not exist, a
+        SurgeryError: for a donor of another kind, text that cannot be used, sizes or layers that do not exist, a
             target that is taken, too little disk space, an earlier run with other settings, a loss that is not finite.
     """
     settings = replace(settings or DistillSettings(), **given)

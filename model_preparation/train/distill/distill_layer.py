@@ -1,18 +1,19 @@
-"""Trains the mixer of one Llamba layer to give what a Llama layer gives on the same inputs. Norms and MLP stay.
+"""Trains the mixer of one Llamba layer to give what a donor's layer gives on the same inputs. Norms and MLP stay.
 
 Source: MOHAWK, arXiv 2408.10189, stage 2, hidden-state alignment.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from torch import Tensor, nn
+from transformers.masking_utils import create_sliding_window_causal_mask
 
 from model_preparation.errors import SurgeryError
+from model_preparation.llamba.cache_llamba import CACHE_NAME
+from model_preparation.llamba.donor_kinds import KINDS, mask_kinds
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 from model_preparation.llamba.ssd import HAVE_FLOAT64
 from model_preparation.train.distill.settings import Target
@@ -40,7 +41,7 @@ class Step(NamedTuple):
 
 
 def distill_layer(
-    donor_layer: LlamaDecoderLayer,
+    donor_layer: nn.Module,
     student_layer: LlambaDecoderLayer,
     batches: Iterable[Batch],
     *,
@@ -100,7 +101,7 @@ def distill_layer(
 
 @torch.no_grad()
 def relative_error(
-    donor_layer: LlamaDecoderLayer,
+    donor_layer: nn.Module,
     student_layer: LlambaDecoderLayer,
     batches: Iterable[Batch],
     target: Target = "mixer",
@@ -176,22 +177,26 @@ class Moments(NamedTuple):
 class Teacher:
     """A donor's layer, which measures how far a student is from it."""
 
-    def __init__(self, layer: LlamaDecoderLayer, target: Target = "mixer"):
+    def __init__(self, layer: nn.Module, target: Target = "mixer"):
         if target not in ("mixer", "layer"):
             raise ValueError(f"target {target!r} is neither 'mixer' nor 'layer'")
-        self._layer = layer.eval().requires_grad_(False)
+        attention: Any = layer.self_attn
+        self._layer: Any = layer.eval().requires_grad_(False)
         self._target = target
-        self._device = layer.self_attn.q_proj.weight.device
-        config: LlamaConfig = layer.self_attn.config
+        self._device = attention.q_proj.weight.device
+        self._config = config = attention.config
         if config._attn_implementation is None:
             config._attn_implementation = "sdpa"
-        self._rotary = LlamaRotaryEmbedding(config).to(self._device)
+        kind = KINDS[config.model_type]
+        masks = mask_kinds(kind.settings(config), config.num_hidden_layers)
+        self._is_sliding = masks[attention.layer_idx] == "sliding_attention"
+        self._rotary = kind.transformers_class("RotaryEmbedding")(config).to(self._device)
 
     @torch.no_grad()
     def output(self, hidden_states: Tensor) -> Tensor:
         """The layer's output, (batch, length, width) as the input, on the input's device."""
         states = hidden_states.to(self._device)
-        return self._layer(states, position_embeddings=self._positions(states)).to(hidden_states.device)
+        return self._layer(states, **self._arguments(states)).to(hidden_states.device)
 
     def compare(self, student: LlambaDecoderLayer, batch: Batch) -> Moments:
         """The sums over a batch, on the layer's device; gradients flow to the student's parameters."""
@@ -212,10 +217,15 @@ class Teacher:
     @torch.no_grad()
     def _added(self, states: Tensor) -> Tensor:
         """What the layer, or its attention block alone, adds to the hidden states."""
-        positions = self._positions(states)
+        arguments = self._arguments(states)
         if self._target == "layer":
-            return self._layer(states, position_embeddings=positions) - states
-        return self._layer.self_attn(self._layer.input_layernorm(states), position_embeddings=positions)[0]
+            return self._layer(states, **arguments) - states
+        return self._layer.self_attn(self._layer.input_layernorm(states), **arguments)[0]
 
-    def _positions(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        return self._rotary(states, position_ids=torch.arange(states.shape[1], device=states.device).unsqueeze(0))
+    def _arguments(self, states: Tensor) -> dict[str, Any]:
+        """What the layer needs beside the hidden states of whole sequences."""
+        mask = None  # transformers' attention is causal without one
+        if self._is_sliding:
+            mask = create_sliding_window_causal_mask(self._config, states, None, **{CACHE_NAME: None})
+        positions = torch.arange(states.shape[1], device=states.device).unsqueeze(0)
+        return {"attention_mask": mask, "position_embeddings": self._rotary(states, position_ids=positions)}

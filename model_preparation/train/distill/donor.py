@@ -1,35 +1,36 @@
-"""The Llama that is distilled, read layer by layer."""
+"""The donor that is distilled, read layer by layer."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from torch import nn
+from transformers import PreTrainedConfig
 
 from model_preparation.checkpoint.llamba_init import open_donor
 from model_preparation.hub.sources import Source
 from model_preparation.io.tensors.tensor_files import TensorFiles
+from model_preparation.llamba.donor_kinds import KINDS
 
 
 @dataclass(frozen=True)
 class Donor:
-    """A Llama in a folder, and the device that its layers run on."""
+    """A donor in a folder, and the device that its layers run on."""
 
     folder: Path
     files: TensorFiles
-    config: LlamaConfig
+    config: PreTrainedConfig
     device: str
 
     @classmethod
     def open(cls, source: Source, device: str) -> "Donor":
-        """Raises SurgeryError if the source is no Llama."""
+        """Raises SurgeryError if the source is no donor."""
         return cls(source.folder, *open_donor(source), device)
 
-    def layer(self, index: int) -> LlamaDecoderLayer:
+    def layer(self, index: int) -> nn.Module:
         """A layer in float32, for running it without a cache."""
         with torch.device("meta"):
-            layer = LlamaDecoderLayer(self.config, 0)
+            layer = KINDS[self.config.model_type].transformers_class("DecoderLayer")(self.config, index)
         tensors = {
             name: tensor.to(self.device, torch.float32)
             for name, tensor in self.files.with_prefix(f"model.layers.{index}.")

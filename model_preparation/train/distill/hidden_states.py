@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 from rich.filesize import decimal
-from torch import Tensor
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import sync
@@ -50,11 +49,11 @@ class HiddenStates:
                 self.values[row] = embedding[sequence]
             self._keep(0)
 
-    def layer(self) -> LlamaDecoderLayer:
+    def layer(self) -> nn.Module:
         """The donor's layer that the states enter, float32."""
         return self._donor.layer(self.index)
 
-    def advance(self, layer: LlamaDecoderLayer) -> None:
+    def advance(self, layer: nn.Module) -> None:
         """Put the states through `layer`, which `layer()` gave: now they enter the next layer."""
         teacher = Teacher(layer)
         before = self.values
@@ -96,12 +95,12 @@ class HiddenStates:
         return self._folder / f"into_layer_{index:02d}.float32"
 
 
-def states_bytes(tokens: int, config: LlamaConfig) -> int:
+def states_bytes(tokens: int, config: PreTrainedConfig) -> int:
     """Bytes of the hidden states that enter one layer."""
     return tokens * config.hidden_size * torch.float32.itemsize
 
 
-def check_room(folder: Path, tokens: int, config: LlamaConfig, kept: Iterable[Path]) -> None:
+def check_room(folder: Path, tokens: int, config: PreTrainedConfig, kept: Iterable[Path]) -> None:
     """Raise SurgeryError if the disk of `folder` has no room for the states of two layers, beside `kept` files."""
     needed_bytes = 2 * states_bytes(tokens, config) - sum(path.stat().st_size for path in kept)
     free_bytes = shutil.disk_usage(existing_parent(folder)).free

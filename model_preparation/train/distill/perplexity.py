@@ -1,4 +1,4 @@
-"""Perplexity of a Llama and of Llambas made from it, with one layer of each in memory at a time."""
+"""Perplexity of a donor and of Llambas made from it, with one layer of each in memory at a time."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

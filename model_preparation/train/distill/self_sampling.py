@@ -1,4 +1,4 @@
-"""Text that a Llama writes by itself, as token ids. A Llama is distilled on it where there is no other text.
+"""Text that a donor writes by itself, as token ids. It is distilled on it where there is no other text.
 
 A batch depends on its seed alone, so that a resumed run draws no batch again.
 """
@@ -19,7 +19,7 @@ SEQUENCES_AT_ONCE = 64
 
 
 class SelfSampler:
-    """Draws sequences from a Llama, from its first token on, at temperature 1, among all tokens.
+    """Draws sequences from a donor, from its first token on, at temperature 1, among all tokens.
 
     The model runs in bfloat16: the rounding is small compared with the chance of the draw. A sequence continues after
     an end-of-sequence token, as in the packed text that models are trained on.

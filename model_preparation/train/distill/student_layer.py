@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from model_preparation.checkpoint.llamba_init import llamba_config, mamba_layer, score_scale
 from model_preparation.checkpoint.model_configs import heads_of
@@ -22,7 +22,7 @@ from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 MIXER_FIELDS = ("d_state", "n_v_heads", "n_qk_heads", "d_conv")
 
 
-def student_config(donor: LlamaConfig, mixer: Mapping[str, int] | None = None) -> LlambaConfig:
+def student_config(donor: PreTrainedConfig, mixer: Mapping[str, int] | None = None) -> LlambaConfig:
     """The config of the Llamba that `donor` becomes; `mixer` sets fields of `MIXER_FIELDS`.
 
     Raises:
@@ -41,7 +41,7 @@ def student_config(donor: LlamaConfig, mixer: Mapping[str, int] | None = None) -
 
 
 def student_tensors(
-    attention_layer: Mapping[str, Tensor], donor: LlamaConfig, config: LlambaConfig, seed: int
+    attention_layer: Mapping[str, Tensor], donor: PreTrainedConfig, config: LlambaConfig, seed: int
 ) -> dict[str, Tensor]:
     """The Llamba layer's initial tensors, by name relative to the layer.
 
@@ -49,7 +49,7 @@ def student_tensors(
     there: with all of it in C, optimizer steps of one size for all weights would make C many times larger at once.
 
     Args:
-        attention_layer: the Llama layer's tensors.
+        attention_layer: the donor layer's tensors.
         donor: its config.
         config: from `student_config`.
         seed: of the random rows.

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from torch import nn
 
 from model_preparation.io.folder_lock import take
 from model_preparation.train.distill.distill_layer import Step, distill_layer, in_order, relative_error, shuffled
@@ -70,7 +70,7 @@ def layer_seed(seed: int, index: int) -> int:
 def _train(
     work: WorkFolder,
     states: HiddenStates,
-    teacher: LlamaDecoderLayer,
+    teacher: nn.Module,
     donor: Donor,
     data: TokenData,
     bar: "_LayerBar",

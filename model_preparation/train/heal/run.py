@@ -10,7 +10,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
-from transformers.models.llama.modeling_llama import LlamaAttention
 
 from model_preparation.checkpoint.checkpoint_folder import describe_parent
 from model_preparation.checkpoint.digests import digest_of_checkpoint, digest_of_model, digest_of_weights
@@ -71,9 +70,8 @@ class Run:
         elif settings.init_from != "checkpoint" and not in_state and self._initial_adapter() is None:
             path = _init_path(self.parent, settings, self.sources)
             self.say("\n".join([f"Weights from {path}:", *load_weights(model, path, settings.exclude).lines()]))
-        for module in model.modules():
-            if isinstance(module, LlamaAttention):
-                module.attention_dropout = settings.dropout
+        for index in model.config.llama_layers:
+            model.backbone.layers[index].self_attn.attention_dropout = settings.dropout
         return model, tokenizer
 
     def choose_trained_weights(self, model: LlambaForCausalLM) -> Any:

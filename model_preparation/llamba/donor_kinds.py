@@ -1,0 +1,69 @@
+"""The kinds of donor whose layers can be grafted. A new kind is an entry in `KINDS`; it needs no other code.
+
+A grafted layer is transformers' own layer of that kind. Importing this file imports neither torch nor transformers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+# The settings that a layer's computation depends on, by their names in transformers' configs. Values are defaults.
+_COMMON: dict[str, Any] = {
+    "num_attention_heads": None,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "intermediate_size": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": None,
+    "max_position_embeddings": 2048,
+}
+REQUIRED = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rope_parameters")
+# The windows of Qwen's layers: `layer_types` says which layers have one.
+_WINDOWS: dict[str, Any] = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
+
+
+@dataclass(frozen=True)
+class DonorKind:
+    """One kind of donor.
+
+    Attributes:
+        model_type: as config.json has it. It is also the name of the folder in `transformers.models`.
+        classes: what the names of the classes there begin with, such as "Qwen3" in `Qwen3DecoderLayer`.
+        fields: the settings that a layer's computation depends on, with defaults.
+    """
+
+    model_type: str
+    classes: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def transformers_class(self, name: str) -> Any:
+        """The class of this kind: "Config", "DecoderLayer", "RotaryEmbedding", "ForCausalLM", ..."""
+        file = "configuration" if name == "Config" else "modeling"
+        module = import_module(f"transformers.models.{self.model_type}.{file}_{self.model_type}")
+        return getattr(module, self.classes + name)
+
+    def settings(self, config: Any) -> dict[str, Any]:
+        """The values of `fields` in a donor's config: the `llama_cfg` of its layers."""
+        found = {name: getattr(config, name, default) for name, default in self.fields.items()}
+        # Qwen2's config has no head_dim of its own.
+        found["head_dim"] = found["head_dim"] or config.hidden_size // config.num_attention_heads
+        return found
+
+
+KINDS = {
+    kind.model_type: kind
+    for kind in (
+        DonorKind("llama", "Llama", _COMMON | {"attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False}),
+        DonorKind("mistral", "Mistral", _COMMON | {"attention_dropout": 0.0, "sliding_window": None}),
+        DonorKind("qwen2", "Qwen2", _COMMON | {"attention_dropout": 0.0} | _WINDOWS),
+        DonorKind("qwen3", "Qwen3", _COMMON | {"attention_bias": False, "attention_dropout": 0.0} | _WINDOWS),
+    )
+}
+
+
+def mask_kinds(settings: Mapping[str, Any], layers: int) -> list[str]:
+    """Per layer of a donor with these `settings`, the mask it wants: "full_attention" or "sliding_attention"."""
+    kind = "full_attention" if settings.get("sliding_window") is None else "sliding_attention"
+    return settings.get("layer_types") or [kind] * layers
