@@ -6,13 +6,13 @@ number of heads. That few heads do the looking up: arXiv 2504.18574, arXiv 2602.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
 
 from .cache_llamba import LlambaCache
+from .donor_kinds import kv_heads
 
 
 class HeadAttention(nn.Module):
@@ -30,11 +30,11 @@ class HeadAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        groups = kv_heads(config, heads)
+        group_size = config.num_attention_heads // config.num_key_value_heads
+        groups = kv_heads(heads, group_size)
         per_group = len(heads) // len(groups)
-        place = {group: index for index, group in enumerate(groups)}
         # Per query head, its place among the K/V heads kept; as many heads in each group need no such list.
-        self.kv_place = [place[head // _group_size(config)] for head in heads]
+        self.kv_place = [groups.index(head // group_size) for head in heads]
         if self.kv_place == [index // per_group for index in range(len(heads))]:
             self.kv_place, self.num_key_value_groups = [], per_group
         else:
@@ -78,35 +78,3 @@ class HeadAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         out, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(*normed.shape[:-1], -1))
-
-
-def kv_heads(config: LlamaConfig, heads: Sequence[int]) -> list[int]:
-    """The key/value heads that query heads need, sorted."""
-    return sorted({head // _group_size(config) for head in heads})
-
-
-def head_tensors(config: LlamaConfig, heads: Sequence[int], donor_layer: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of a `HeadAttention`, cut from those of the donor's whole layer.
-
-    Args:
-        donor_layer: by name in a LlamaDecoderLayer; each of its projections (out, in).
-    """
-
-    def part(name: str, picked: Sequence[int], dimension: int) -> Tensor:
-        weight = donor_layer[f"self_attn.{name}.weight"]
-        rows = [head * config.head_dim + offset for head in picked for offset in range(config.head_dim)]
-        return weight.index_select(dimension, torch.tensor(rows))
-
-    groups = kv_heads(config, heads)
-    return {
-        "input_layernorm.weight": donor_layer["input_layernorm.weight"],
-        "q_proj.weight": part("q_proj", heads, 0),
-        "k_proj.weight": part("k_proj", groups, 0),
-        "v_proj.weight": part("v_proj", groups, 0),
-        "o_proj.weight": part("o_proj", heads, 1),
-    }
-
-
-def _group_size(config: LlamaConfig) -> int:
-    """Query heads that share a key/value head."""
-    return config.num_attention_heads // config.num_key_value_heads

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
-from model_preparation.llamba.head_attention import head_tensors
+from model_preparation.llamba.donor_kinds import picked_heads
 from tests.conftest import seeded, tiny_config
 
 LAYERS, HEADS, HEAD_DIM = 3, 6, 8
@@ -60,8 +60,11 @@ def graft(donor: LlamaForCausalLM, cfg: dict, heads: dict[int, list[int]], layer
     model = LlambaForCausalLM(config).double().eval()
     state = dict(BASE.state_dict())
     for layer, of_layer in heads.items():
-        cut = head_tensors(donor.config, of_layer, donor.model.layers[layer].state_dict())
-        state |= {f"backbone.layers.{layer}.attention.{name}": tensor for name, tensor in cut.items()}
+        theirs = donor.model.layers[layer].state_dict()
+        for name, picked in picked_heads(of_layer, HEADS, cfg["num_key_value_heads"], HEAD_DIM).items():
+            whole = theirs[name] if picked is None else theirs[f"self_attn.{name}"]
+            part = whole if picked is None else whole.index_select(picked[0], torch.tensor(picked[1]))
+            state[f"backbone.layers.{layer}.attention.{name}"] = part
     for layer in layers:
         prefix = f"backbone.layers.{layer}."
         state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}

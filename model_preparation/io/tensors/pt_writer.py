@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from model_preparation.io.tensors.tensor_ranges import CastTensor, TensorRange
+    from model_preparation.io.tensors.tensor_ranges import CastTensor, StoredTensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Written:
 
 def write_together(
     paths: Sequence[Path],
-    sources: "Mapping[str, TensorRange | CastTensor]",
+    sources: "Mapping[str, StoredTensor | CastTensor]",
     contents: "Callable[[dict[str, Tensor]], Sequence[Any]]",
     advance: Advance = lambda size_bytes: None,
 ) -> Written:
@@ -70,7 +70,7 @@ def write_together(
 
 def write_dict(
     path: Path,
-    sources: "Mapping[str, TensorRange | CastTensor]",
+    sources: "Mapping[str, StoredTensor | CastTensor]",
     advance: Advance = lambda size_bytes: None,
 ) -> Written:
     """Write the dict of these tensors to `path`, as `write_together` does, without importing torch."""
@@ -80,7 +80,7 @@ def write_dict(
 
 @contextlib.contextmanager
 def _begun(
-    paths: Sequence[Path], sources: "Mapping[str, TensorRange | CastTensor]", advance: Advance
+    paths: Sequence[Path], sources: "Mapping[str, StoredTensor | CastTensor]", advance: Advance
 ) -> "Iterator[tuple[_Beginning, dict[str, str]]]":
     """Files with the sources in them, and the BLAKE3 of each source."""
     with contextlib.ExitStack() as stack:
@@ -137,7 +137,7 @@ class _InMemory:
         view[:] = self._bytes[start : start + len(view)]
 
 
-def _placeholder(source: "TensorRange | CastTensor") -> "Tensor":
+def _placeholder(source: "StoredTensor | CastTensor") -> "Tensor":
     """A tensor whose storage is address space only: nothing may read or write it."""
     import torch
 
