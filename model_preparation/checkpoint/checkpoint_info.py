@@ -79,6 +79,11 @@ def grafted_heads(info: Mapping[str, Any]) -> dict[int, list[int]]:
     return {int(index): heads for index, heads in info.get("grafted_heads", {}).items()}
 
 
+def head_spec(info: Mapping[str, Any]) -> str:
+    """The heads in a checkpoint_info.json as --heads takes them, such as 13:16,17 15:11; empty if there are none."""
+    return " ".join(f"{index}:{','.join(map(str, heads))}" for index, heads in grafted_heads(info).items())
+
+
 def current_score(info: Mapping[str, Any], weights: str) -> float | None:
     """The MMLU score in a checkpoint_info.json; None if it was measured on other weights than these.
 

@@ -182,7 +182,7 @@ def find_parts(
         SurgeryError: if base or donor is missing or cannot be read, the base is no Llamba, or a layer is out of range.
     """
     added = {index: sorted_layers(heads[index], "head") for index in sorted(heads)} if heads else {}
-    layers = sorted_layers(layers) if layers or not added else []
+    layers = sorted_layers(layers) if not added or len(layers) else []
     if both := sorted(added.keys() & set(layers)):
         raise SurgeryError(
             f"Layer {both[0]} is named in --layers and in --heads. A whole layer has all heads: name it once."
