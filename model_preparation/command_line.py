@@ -231,6 +231,24 @@ def layer_index(text: str) -> int:
     return index
 
 
+def heads_of_layer(text: str) -> tuple[int, list[int]]:
+    """Read a part of --heads, such as 13:16,17 -> (13, [16, 17]).
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not like that, or names a head twice.
+    """
+    layer, colon, heads = text.partition(":")
+    try:
+        found = [int(head) for head in heads.split(",")]
+        if not colon or min(found) < 0:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LAYER:HEAD[,HEAD...], such as 13:16,17,18") from None
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} names a head more than once")
+    return layer_index(layer), sorted(found)
+
+
 def score(text: str) -> float:
     """Read --score, a fraction of 1.
 

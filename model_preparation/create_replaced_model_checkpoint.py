@@ -9,6 +9,7 @@ from model_preparation.command_line import (
     add_dtype_flag,
     add_layers_flag,
     default_folder,
+    heads_of_layer,
     run,
     score,
 )
@@ -21,11 +22,12 @@ examples:
   python create_replaced_model_checkpoint.py --layers 11 13 17 21 \\
       --output_dir ../model_checkpoints/llamba_replaced_11_13_17_21 --description "best four" --score 0.5700
   python create_replaced_model_checkpoint.py --layers 13 17 --output_dir ../model_checkpoints/for_lm_eval --format hf
+  python create_replaced_model_checkpoint.py --layers 17 --heads 13:16,17 15:11 --output_dir ../model_checkpoints/heads
   python create_replaced_model_checkpoint.py --base /models/my-llamba --layers 3 --output_dir ./grafted --dry_run
   python create_replaced_model_checkpoint.py --from_info checkpoint_info.json --output_dir ../model_checkpoints/again
 """
 
-_OF_THE_RECIPE = ("tokenizer", "description", "score", "dtype", "format")
+_OF_THE_RECIPE = ("heads", "keep_mixer_heads", "tokenizer", "description", "score", "dtype", "format")
 
 
 def make_parser() -> CommandParser:
@@ -37,6 +39,19 @@ def make_parser() -> CommandParser:
         epilog=EXAMPLES,
     )
     add_layers_flag(parser, required=False, help="indices of the layers to replace, in any order")
+    parser.add_argument(
+        "--heads",
+        nargs="+",
+        type=heads_of_layer,
+        metavar="LAYER:HEAD[,HEAD...]",
+        help="query heads of the donor to add to the mixers of layers that stay, such as 13:16,17,18 15:11; they need "
+        "less cache than whole layers",
+    )
+    parser.add_argument(
+        "--keep_mixer_heads",
+        action="store_true",
+        help="with --heads: leave the mixers whole (default: their heads of the same place are switched off)",
+    )
     parser.add_argument(
         "--from_info",
         metavar="FILE",
@@ -80,8 +95,13 @@ def make_parser() -> CommandParser:
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
-    if (args.layers is None) == (args.from_info is None):
-        parser.error("one of --layers and --from_info is needed, and only one")
+    if (args.layers is None and args.heads is None) == (args.from_info is None):
+        parser.error("--layers, --heads or both are needed; or else --from_info alone")
+    if args.keep_mixer_heads and args.heads is None:
+        parser.error("--keep_mixer_heads belongs to --heads")
+    heads = dict(args.heads or [])
+    if len(heads) < len(args.heads or []):
+        parser.error("--heads names a layer twice: give all its heads together, such as 13:16,17")
     if args.from_info is not None and args.dry_run:
         parser.error("--dry_run has nothing to show for --from_info: the recipe is the plan")
     if args.from_info is not None:
@@ -103,7 +123,7 @@ def main() -> None:
 
         build_checkpoint(
             args.base or "unaligned_llamba",
-            args.layers,
+            args.layers or [],
             args.llama_layers_dir,
             target,
             tokenizer=args.tokenizer,
@@ -112,6 +132,8 @@ def main() -> None:
             dtype=args.dtype,
             format=args.format or "pt",
             dry_run=args.dry_run,
+            heads=heads,
+            keep_mixer_heads=args.keep_mixer_heads,
             show=lambda lines: print("\n".join(map(escaped, lines))),
             **where,
         )

@@ -115,7 +115,7 @@ def _load(found: "ScoredModel", device: str, dtype: Any, parallelize: bool) -> t
     """Load the checkpoint or model, and print what it is."""
     from rich.filesize import decimal
 
-    from model_preparation.checkpoint.checkpoint_info import read_info
+    from model_preparation.checkpoint.checkpoint_info import head_spec, read_info
 
     started = time.perf_counter()
     model, tokenizer = found.load(device, dtype, parallelize)
@@ -128,6 +128,8 @@ def _load(found: "ScoredModel", device: str, dtype: Any, parallelize: bool) -> t
     if info is not None:
         layers = info["replaced_layers"]
         print(f"Grafted      {len(layers)} of {info['total_layers']} layers: {' '.join(map(str, layers)) or 'none'}")
+        if heads := head_spec(info):
+            print(f"Heads        {heads}")
     print(f"Loaded       in {seconds:.1f} s, {str(model.dtype).removeprefix('torch.')}", end="")
     places = sorted({str(parameter.device) for parameter in model.parameters()}) if parallelize else []
     print(f", spread over {', '.join(places)}" if places else "", flush=True)

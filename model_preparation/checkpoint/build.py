@@ -47,14 +47,16 @@ def build_checkpoint(
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
     dry_run: bool = False,
+    heads: Mapping[int, Sequence[int]] | None = None,
+    keep_mixer_heads: bool = False,
     show: Callable[[list[str]], None] = lambda lines: None,
     review: Review = lambda info, graft: None,
 ) -> dict[str, Any]:
-    """Replace `layers` of `base` by the donor's, run the model once, and write the checkpoint.
+    """Replace `layers` of `base` by the donor's, add `heads`, run the model once, and write the checkpoint.
 
     Args:
         base: a name, folder or hub id of a Llamba, as `sources.resolve` takes it.
-        layers: indices, in any order, each once.
+        layers: indices, in any order, each once; may be empty where there are heads.
         llama_layers_dir: the donor's layers: a folder written by `extract_layers`, or an open store.
         output_dir: the checkpoint's folder; it appears whole or not at all.
         tokenizer: name, folder or hub id to take it from; by default the base's own, else the donor's.
@@ -67,6 +69,8 @@ def build_checkpoint(
         overwrite: replace a checkpoint that is there; it stays whole until the new one is.
         sources: targets by name, as `resolve(overrides=...)` takes them.
         dry_run: check and show the plan, write nothing.
+        heads: by layer, the donor's query heads that are added to the mixer, such as {13: [16, 17]}.
+        keep_mixer_heads: leave the mixer whole; by default its heads of the same place are switched off.
         show: called with the plan, in lines, once it is checked.
         review: called with the new checkpoint_info.json and the plan before the folder is put in place; may change the
             first or raise.
@@ -84,7 +88,8 @@ def build_checkpoint(
     target = Path(output_dir).expanduser()
 
     def find() -> tuple[GraftParts, GraftWeights]:
-        parts = find_parts(base, layers, llama_layers_dir, dtype=dtype, sources=sources)
+        of_heads: dict[str, Any] = {"heads": heads, "keep_mixer_heads": keep_mixer_heads}
+        parts = find_parts(base, layers, llama_layers_dir, dtype=dtype, sources=sources, **of_heads)
         return parts, GraftWeights(parts, target, format)
 
     def check_all(parts: GraftParts, weights: GraftWeights) -> _Checked:
@@ -133,7 +138,7 @@ def build_checkpoint(
         graft = checked.graft
         info = _info(graft, base_files) | {"description": description, "mmlu_score": score}
         info["digests"] = {
-            "donor_layers": digest_of_layers(graft.donor, graft.layers),
+            "donor_layers": digest_of_layers(graft.donor, graft.donor_layers),
             "tokenizer": digest_of_tokenizer(checked.tokenizer),
         }
         return finish_folder(
@@ -212,18 +217,29 @@ def _info(graft: GraftPlan, base_files: dict[str, dict]) -> dict[str, Any]:
     return {
         "replaced_layers": graft.layers,
         "num_replaced_layers": len(graft.layers),
+        **_head_fields(graft),
         "total_layers": graft.config.n_layer,
         "base_model": {"name": graft.base_name, **graft.base.as_dict(), "files": base_files},
         "replacement_source": {
             "name": donor["model_name"],
             **donor["source"],
-            "layers": {str(index): graft.donor.layers[index]["sha256"] for index in graft.layers},
+            "layers": {str(index): graft.donor.layers[index]["sha256"] for index in graft.donor_layers},
         },
         "tokenizer_source": graft.tokenizer_source,
         "num_heads": num_heads,
         "head_dim": head_dim,
         "parameters": graft.parameters,
         "dtype": graft.dtype.name,
+    }
+
+
+def _head_fields(graft: GraftPlan) -> dict[str, Any]:
+    """The fields that only checkpoints with grafted heads have."""
+    if not graft.heads:
+        return {}
+    return {
+        "grafted_heads": {str(index): heads for index, heads in graft.heads.items()},
+        "keep_mixer_heads": graft.keep_mixer_heads,
     }
 
 

@@ -20,6 +20,7 @@ from model_preparation.checkpoint.checkpoint_info import (
     README,
     TENSOR_DIGESTS,
     TOKENIZER,
+    head_spec,
 )
 from model_preparation.checkpoint.model_code import AUTO_MAP, code_digests, package_code
 from model_preparation.checkpoint.weights import shard_file, write_model
@@ -40,6 +41,8 @@ ADAPTER, TRAINING_LOG, LOSS_CURVE = "adapter", "training_log.jsonl", "loss_curve
 _OF_THE_PARENT = (
     "replaced_layers",
     "num_replaced_layers",
+    "grafted_heads",
+    "keep_mixer_heads",
     "total_layers",
     "base_model",
     "replacement_source",
@@ -311,8 +314,9 @@ def readme_text(info: dict[str, Any]) -> str:
     """
     from model_preparation.llamba.transformers_versions import TESTED  # which imports transformers
 
-    layers = ", ".join(map(str, info["replaced_layers"]))
-    title = f"{info['base_model']['id']} with layers {layers} of {info['replacement_source']['id']}"
+    grafted = [f"layers {', '.join(map(str, info['replaced_layers']))}"] if info["replaced_layers"] else []
+    grafted += [f"heads {heads} (layer:heads)"] if (heads := head_spec(info)) else []
+    title = f"{info['base_model']['id']} with {' and '.join(grafted)} of {info['replacement_source']['id']}"
     summary = [
         f"{info['num_replaced_layers']} of {info['total_layers']} layers are replaced; weights in {info['dtype']}. "
         "Scores are in checkpoint_info.json.",

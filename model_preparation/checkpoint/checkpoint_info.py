@@ -36,6 +36,8 @@ _INFO_FIELDS = {
     "tokenizer_source?": (NoneType, dict),
     "parameters?": int,
     "num_replaced_layers?": int,
+    "grafted_heads?": {"*": [int]},
+    "keep_mixer_heads?": bool,
     "num_heads?": int,
     "head_dim?": int,
     "dtype?": str,
@@ -66,6 +68,20 @@ _INFO_FIELDS = {
 def formats_of(info: Mapping[str, Any]) -> set[str]:
     """The formats of a checkpoint's weights: "pt", "hf", or both."""
     return {"pt", "hf"} if info.get("format") == "both" else {str(info.get("format", "pt"))}
+
+
+def grafted_heads(info: Mapping[str, Any]) -> dict[int, list[int]]:
+    """The heads in a checkpoint_info.json, by layer.
+
+    Raises:
+        ValueError: if a layer is no number.
+    """
+    return {int(index): heads for index, heads in info.get("grafted_heads", {}).items()}
+
+
+def head_spec(info: Mapping[str, Any]) -> str:
+    """The heads in a checkpoint_info.json as --heads takes them, such as 13:16,17 15:11; empty if there are none."""
+    return " ".join(f"{index}:{','.join(map(str, heads))}" for index, heads in grafted_heads(info).items())
 
 
 def current_score(info: Mapping[str, Any], weights: str) -> float | None:

@@ -6,11 +6,11 @@ needs both: it compares configs and shapes, finds the tokenizer, and returns a `
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 
@@ -26,7 +26,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import Source, donor_name, has_tokenizer, resolve, tokenizer_name
 from model_preparation.io.tensors.dtypes import DType, float_dtype
 from model_preparation.io.tensors.tensor_files import TensorFiles
-from model_preparation.io.tensors.tensor_ranges import TensorRange
+from model_preparation.io.tensors.tensor_ranges import StoredTensor
 from model_preparation.llamba.donor_kinds import KINDS
 
 if TYPE_CHECKING:
@@ -44,8 +44,10 @@ class GraftParts:
         base: where it is.
         files: its weights.
         donor: the extracted layers.
-        layers: the indices taken from the donor, sorted.
+        layers: the indices of the layers that are the donor's, sorted.
         dtype: of every parameter.
+        heads: by layer, the donor's heads that are added to the base's mixer, sorted.
+        keep_mixer_heads: whether the mixer's heads of the same place stay beside them.
     """
 
     base_name: str
@@ -54,24 +56,36 @@ class GraftParts:
     donor: LayerStore
     layers: list[int]
     dtype: DType
+    heads: dict[int, list[int]]
+    keep_mixer_heads: bool
+
+    @property
+    def donor_layers(self) -> list[int]:
+        """The layers of the donor that tensors are taken from, sorted."""
+        return sorted([*self.layers, *self.heads])
 
     @property
     def replaced(self) -> tuple[str, ...]:
         """What the names of the donor's tensors begin with, per layer."""
-        return tuple(f"backbone.layers.{index}." for index in self.layers)
+        return donor_prefixes(self.layers, self.heads)
 
     @cached_property
-    def tensors(self) -> dict[str, TensorRange]:
+    def tensors(self) -> dict[str, StoredTensor]:
         """Where every parameter of the grafted model lies, by its name there. Layer 2 comes before layer 10.
 
         Raises:
             SurgeryError: if a layer's file is missing or damaged.
         """
-        found = {name: place for name, place in self.files.ranges.items() if not name.startswith(self.replaced)}
+        found: dict[str, StoredTensor] = {
+            name: place for name, place in self.files.ranges.items() if not name.startswith(self.replaced)
+        }
         if ties_embeddings(self.base.folder):
             found.pop("lm_head.weight", None)  # the embedding is the head
-        for prefix, index in zip(self.replaced, self.layers, strict=True):
-            found |= {prefix + name: place for name, place in self.donor.ranges(index).items()}
+        for index in self.layers:
+            found |= {f"backbone.layers.{index}.{name}": at for name, at in self.donor.ranges(index).items()}
+        for index, heads in self.heads.items():
+            taken = self.donor.head_ranges(index, heads)
+            found |= {f"backbone.layers.{index}.attention.{name}": at for name, at in taken.items()}
         return {name: found[name] for name in sorted(found, key=_in_order)}
 
     @property
@@ -110,14 +124,24 @@ class GraftPlan(GraftParts):
 
     def describe(self) -> list[str]:
         """The plan in lines to print."""
+        from model_preparation.llamba.cache_llamba import kv_bytes_per_token  # imports torch
+
+        ours = kv_bytes_per_token(self.config, len(self.layers), self.dtype.torch)
+        theirs = kv_bytes_per_token(self.donor.config, self.config.n_layer, self.dtype.torch)
         (heads, size), (kept_heads, kept_size) = heads_of(self.donor.config), heads_of(self.config)
         total = self.config.n_layer
         return [
             f"Base         {self.base.id if self.base.hub == 'embedded' else self.base.folder}",
             f"Donor        {self.donor.metadata['source']['id']} (layers in {self.donor.folder})",
             *(f"Layer {index:>3}    <- {self.donor.path(index)}" for index in self.layers),
+            *(
+                f"Layer {index:>3}    <- head{'s' * (len(of_layer) > 1)} {', '.join(map(str, of_layer))} of "
+                f"{self.donor.path(index)}" + (", the mixer stays whole" if self.keep_mixer_heads else "")
+                for index, of_layer in self.heads.items()
+            ),
             f"Kept         {total - len(self.layers)} of {total} layers, and all around them",
             f"Heads        {heads} of width {size} in grafted layers, {kept_heads} of width {kept_size} in kept ones",
+            f"K/V cache    {ours:,} bytes per token; the donor's has {theirs:,}",
             f"Dtype        {self.dtype.name}" + "".join(f"; {cast}" for cast in self.casts),
             f"Tokenizer    {self.tokenizer_of} ({self.tokenizer})",
             f"Weights      {decimal(self.weight_bytes)} ({self.parameters:,} parameters)",
@@ -132,9 +156,10 @@ def plan(
     tokenizer: str | None = None,
     dtype: "torch.dtype | str | None" = None,
     sources: Mapping[str, str] | None = None,
+    **of_heads: Any,
 ) -> GraftPlan:
     """`find_parts`, then `check_parts`; their arguments."""
-    parts = find_parts(base_name, layers, llama_layers_dir, dtype=dtype, sources=sources)
+    parts = find_parts(base_name, layers, llama_layers_dir, dtype=dtype, sources=sources, **of_heads)
     return check_parts(parts, tokenizer=tokenizer, sources=sources)
 
 
@@ -145,6 +170,8 @@ def find_parts(
     *,
     dtype: "DType | torch.dtype | str | None" = None,
     sources: Mapping[str, str] | None = None,
+    heads: Mapping[int, Sequence[int]] | None = None,
+    keep_mixer_heads: bool = False,
 ) -> GraftParts:
     """Find base and donor.
 
@@ -154,19 +181,26 @@ def find_parts(
         llama_layers_dir: a folder written by `extract_layers`, or an open store.
         dtype: of the whole model; by default the base's.
         sources: targets by name, as `resolve(overrides=...)` takes them.
+        heads: by layer, the donor's heads to add to the base's mixer.
+        keep_mixer_heads: whether the mixer's heads of the same place stay beside them.
 
     Raises:
         SurgeryError: if base or donor is missing or cannot be read, the base is no Llamba, or a layer is out of range.
     """
-    layers = sorted_layers(layers)
+    added = {index: sorted_layers(heads[index], "head") for index in sorted(heads)} if heads else {}
+    layers = sorted_layers(layers) if not added or len(layers) else []
+    if both := sorted(added.keys() & set(layers)):
+        raise SurgeryError(
+            f"Layer {both[0]} is named in --layers and in --heads. A whole layer has all heads: name it once."
+        )
     wanted = float_dtype(dtype)
     donor = llama_layers_dir
     if not isinstance(donor, LayerStore):
         donor = LayerStore(donor, hint=donor_name(base_name, sources))
     base, total = find_base(base_name, sources)
-    check_range(layers, total, str(base.folder))
+    check_range([*layers, *added], total, str(base.folder))
     files = TensorFiles(base.folder)
-    return GraftParts(base_name, base, files, donor, layers, wanted or files.dtype())
+    return GraftParts(base_name, base, files, donor, layers, wanted or files.dtype(), added, keep_mixer_heads)
 
 
 def find_base(name: str, sources: Mapping[str, str] | None) -> tuple[Source, int]:
@@ -198,11 +232,11 @@ def check_parts(
 
     base_config = read_config(parts.base.folder)
     assert isinstance(base_config, LlambaConfig)  # by its model_type
-    if base_config.llama_layers:
+    if base_config.has_attention:
         raise SurgeryError(f"{parts.base.folder} has grafted layers already. Start from a base without any.")
     _check_donor(base_config, parts.donor)
-    parts.donor.check(parts.layers)
-    config = grafted_config(base_config, parts.donor, parts.layers)
+    parts.donor.check(parts.donor_layers)
+    config = grafted_config(base_config, parts.donor, parts.layers, parts.heads, parts.keep_mixer_heads)
     casts = _check_tensors(parts, config)
     tokenizer_folder, tokenizer_of, other = _find_tokenizer(parts, tokenizer, sources)
     config.dtype = parts.dtype.torch
@@ -216,8 +250,14 @@ def check_parts(
     )
 
 
-def grafted_config(base: "LlambaConfig", donor: LayerStore, layers: Sequence[int]) -> "LlambaConfig":
-    """The base's config with `layers` marked as the donor's, and the settings of the donor's attention."""
+def grafted_config(
+    base: "LlambaConfig",
+    donor: LayerStore,
+    layers: Sequence[int],
+    heads: Mapping[int, Sequence[int]],
+    keep_mixer_heads: bool,
+) -> "LlambaConfig":
+    """The base's config with the settings of the donor's attention; it names the donor's layers and heads."""
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 
@@ -226,6 +266,8 @@ def grafted_config(base: "LlambaConfig", donor: LayerStore, layers: Sequence[int
     fields.pop("auto_map", None)  # names files in the base's folder
     fields["architectures"] = [LlambaForCausalLM.__name__]
     fields["llama_layers"] = list(layers)
+    fields["llama_heads"] = {str(index): list(of_layer) for index, of_layer in heads.items()}
+    fields["keep_mixer_heads"] = keep_mixer_heads and bool(heads)
     fields["donor_type"] = donor.config.model_type
     fields["llama_cfg"] = KINDS[donor.config.model_type].settings(donor.config)
     fields["max_position_embeddings"] = donor.config.max_position_embeddings
@@ -244,7 +286,7 @@ def empty_model(config: "LlambaConfig") -> "LlambaForCausalLM":
     # The device is of this thread only, unlike accelerate's init_empty_weights.
     with torch.device("meta"), refusing_impossible_models():
         model = LlambaForCausalLM(config)
-    if config.llama_layers:
+    if config.has_attention:
         model.backbone.rotary_emb = KINDS[config.donor_type].transformers_class("RotaryEmbedding")(
             config.llama_config()
         )
@@ -274,7 +316,7 @@ def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
     files, donor = parts.files, parts.donor
     donor_dtypes: set[DType] = set()
     wanted = layer_shapes(donor.config)
-    for index in parts.layers:
+    for index in parts.donor_layers:
         ranges = donor.ranges(index)
         donor_dtypes |= {place.dtype for place in ranges.values()}
         found = {name: place.shape for name, place in ranges.items()}
@@ -312,6 +354,14 @@ def _find_tokenizer(
         return source.folder, "as asked" if asked else name, source
     raise SurgeryError(
         f"Neither {parts.base.folder} nor {parts.donor.folder} has a tokenizer. Name one with --tokenizer NAME|PATH."
+    )
+
+
+def donor_prefixes(layers: Iterable[int], heads: Iterable[int | str]) -> tuple[str, ...]:
+    """What the names of the donor's tensors begin with, by grafted layers and by layers with grafted heads."""
+    return (
+        *(f"backbone.layers.{index}." for index in layers),
+        *(f"backbone.layers.{index}.attention." for index in heads),
     )
 
 

@@ -21,10 +21,10 @@ from model_preparation.io.digests import FILE_FIELDS, fault_of
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.pt_dict import dict_ranges
 from model_preparation.io.tensors.tensor_files import TensorFiles
-from model_preparation.io.tensors.tensor_ranges import TensorRange
+from model_preparation.io.tensors.tensor_ranges import PickedTensor, StoredTensor, TensorRange
 from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json, regular_file
-from model_preparation.llamba.donor_kinds import KINDS
+from model_preparation.llamba.donor_kinds import KINDS, picked_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -113,6 +113,17 @@ class LayerStore:
         """Where the tensors of one layer lie in its file; call `check` before trusting them."""
         return dict_ranges(self.path(index), self._again())
 
+    def head_ranges(self, index: int, heads: Sequence[int]) -> dict[str, StoredTensor]:
+        """Where the tensors of a `HeadAttention` over some heads of a layer lie; neither torch nor transformers."""
+        config, stored = self.metadata["config"], self.ranges(index)
+        num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
+        found: dict[str, StoredTensor] = {}
+        for name, picked in picked_heads(heads, num_heads, num_kv_heads, head_dim).items():
+            place = stored[name if picked is None else f"self_attn.{name}"]
+            found[name] = place if picked is None else PickedTensor(place, tuple(picked[1]), picked[0])
+        return found
+
     def path(self, index: int) -> Path:
         """Where a layer's file is.
 
@@ -169,10 +180,10 @@ class ModelLayers(LayerStore):
 
     def __init__(self, source: Source):
         self.folder = source.folder
-        self.metadata = {"source": source.as_dict()}
         self.layers = {}  # none is extracted
         self.config = read_config(source.folder)
         check_kind(self.config.model_type, f"{source.folder} is")
+        self.metadata = {"source": source.as_dict(), "config": self.config.to_dict()}
         self._files = LlamaFiles(source.folder)
 
     def ranges(self, index: int) -> dict[str, TensorRange]:
@@ -260,8 +271,8 @@ def layer_file(index: int) -> str:
     return f"layer_{index:02d}.pt"
 
 
-def sorted_layers(layers: Iterable[SupportsIndex]) -> list[int]:
-    """Indices of layers in order, as plain integers; they may come as NumPy's or torch's.
+def sorted_layers(layers: Iterable[SupportsIndex], what: str = "layer") -> list[int]:
+    """Indices of layers (or heads: `what`) in order, as plain integers; they may come as NumPy's or torch's.
 
     Raises:
         SurgeryError: if there are none, one is given twice, or one is no integer.
@@ -269,11 +280,11 @@ def sorted_layers(layers: Iterable[SupportsIndex]) -> list[int]:
     try:
         chosen = sorted(operator.index(index) for index in layers)
     except TypeError as error:
-        raise SurgeryError(f"{layers!r:.80} are no indices of layers. Give integers, such as [11, 13].") from error
+        raise SurgeryError(f"{layers!r:.80} are no indices of {what}s. Give integers, such as [11, 13].") from error
     if not chosen:
-        raise SurgeryError("No layer is given. Name them, for example --layers 11 13 17 21.")
+        raise SurgeryError(f"No {what} is given. Name them, for example --layers 11 13 17 21, or --heads 13:16,17,18.")
     if len(set(chosen)) != len(chosen):
-        raise SurgeryError(f"A layer is given more than once in {chosen}. Name each layer once.")
+        raise SurgeryError(f"A {what} is given more than once in {chosen}. Name each {what} once.")
     return chosen
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from model_preparation.checkpoint.checkpoint_info import grafted_heads, head_spec
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.download import TITLES
 from model_preparation.hub.licences import LlamaTerms, terms_of
@@ -47,7 +48,8 @@ def card_text(
         *([_plain(info["description"])] if info["description"] else []),
         f"{_code(info['base_model']['id'])}, a Llamba (Mamba-2), in which {len(info['replaced_layers'])} of "
         f"{info['total_layers']} layers are replaced by the layers of the same index of "
-        f"{_code(info['replacement_source']['id'])}.",
+        f"{_code(info['replacement_source']['id'])}."
+        + (f" Heads of the donor are added to other layers, {_code(head_spec(info))}." if head_spec(info) else ""),
         "## Loading it\n\n" + _loading(repo, hub, what, revision),
         "## Recipe\n\n" + _recipe(info),
         "## Scores\n\n" + _scores(info),
@@ -153,9 +155,11 @@ def _loading(repo: str, hub: str, what: str, revision: str | None) -> str:
 def _recipe(info: Mapping[str, Any]) -> str:
     base, donor = info["base_model"], info["replacement_source"]
     layers = " ".join(map(str, info["replaced_layers"]))
+    needed = " ".join(map(str, sorted([*info["replaced_layers"], *grafted_heads(info)])))
     versions = ", ".join(f"{name} {text}" for name, text in info["versions"].items())
     rows = [
-        ("layers replaced, counted from 0", layers),
+        ("layers replaced, counted from 0", layers or "none"),
+        *([("heads added, layer:heads", head_spec(info))] if head_spec(info) else []),
         ("base", _origin(base)),
         ("donor", _origin(donor)),
         ("parameters", f"{info['parameters']:,}"),
@@ -181,7 +185,7 @@ def _recipe(info: Mapping[str, Any]) -> str:
             "`checkpoint_info.json` is the whole recipe. With `model_preparation`, the same base and the same donor, "
             "it gives the same bytes, which the second command confirms:",
             "```bash\n"
-            f"python extract_layers.py --model_name {_spec(donor)} --layers {layers} --output_dir donor_layers\n"
+            f"python extract_layers.py --model_name {_spec(donor)} --layers {needed} --output_dir donor_layers\n"
             "python create_replaced_model_checkpoint.py --from_info checkpoint_info.json \\\n"
             f"    --llama_layers_dir donor_layers{where} --output_dir rebuilt\n"
             "```",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.checkpoint.build import build_checkpoint
-from model_preparation.checkpoint.checkpoint_info import INFO, README, TENSOR_DIGESTS, read_info_file
+from model_preparation.checkpoint.checkpoint_info import INFO, README, TENSOR_DIGESTS, grafted_heads, read_info_file
 from model_preparation.checkpoint.digests import digest_of_layers, digests_as_recorded
 from model_preparation.checkpoint.extract import extract_layers
 from model_preparation.checkpoint.graft import GraftPlan
@@ -25,7 +25,7 @@ _PROGRAMS = ("model_preparation", "torch", "transformers")  # they decide on all
 # The fields of a config that decide on what the model computes.
 _CONFIG = (
     *("d_model", "n_layer", "vocab_size", "tie_embeddings", "norm_epsilon"),
-    *("mlp_cfg", "ssm_cfg", "llama_layers", "llama_cfg", "donor_type"),
+    *("mlp_cfg", "ssm_cfg", "llama_layers", "llama_cfg", "donor_type", "llama_heads", "keep_mixer_heads"),
 )
 _OF_TOKENIZERS = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
 
@@ -94,8 +94,10 @@ def rebuild_checkpoint(
             overwrite=overwrite,
             sources=sources,
             review=review,
+            heads=grafted_heads(info),
+            keep_mixer_heads=info.get("keep_mixer_heads", False),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise SurgeryError(f"{recipe} lacks what a recipe needs ({error!r}). Copy it again.") from error
     return notes
 
@@ -118,7 +120,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def _donor_layers(folder: Path, info: Mapping[str, Any], sources: Mapping[str, str] | None) -> LayerStore:
-    donor, layers = info["replacement_source"], info["replaced_layers"]
+    donor, layers = info["replacement_source"], sorted([*info["replaced_layers"], *grafted_heads(info)])
     if not (folder / METADATA).is_file() and donor.get("legacy"):
         raise SurgeryError(
             f"The recipe's donor, {donor['id']}, was imported from old layer files, and {folder} holds no layers. "

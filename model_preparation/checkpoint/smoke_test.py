@@ -39,9 +39,10 @@ def smoke_test(
     dtype = graft.dtype.torch
     model = empty_model(graft.config)
     for name, module in list(model.named_modules()):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        place = places.get(f"{name}.weight")
+        if isinstance(module, (nn.Linear, nn.Embedding)) and isinstance(place, TensorRange):
             module.weight = None  # type: ignore[assignment]
-            matrix = _Matrix(places[f"{name}.weight"], dtype, mapped, go_on)
+            matrix = _Matrix(place, dtype, mapped, go_on)
             module.forward = matrix.of(module)  # type: ignore[method-assign, assignment]
         for key, _ in list(module.named_parameters(recurse=False)):
             tensor = mapped.tensor(places[f"{name}.{key}"]).to(device, dtype)

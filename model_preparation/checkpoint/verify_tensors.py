@@ -13,9 +13,17 @@ from blake3 import blake3
 from rich.filesize import decimal
 from torch import Tensor
 
-from model_preparation.checkpoint.checkpoint_info import HEALED, INFO, MODULE, STATE_DICT, TENSOR_DIGESTS, formats_of
+from model_preparation.checkpoint.checkpoint_info import (
+    HEALED,
+    INFO,
+    MODULE,
+    STATE_DICT,
+    TENSOR_DIGESTS,
+    formats_of,
+    grafted_heads,
+)
 from model_preparation.checkpoint.digests import TensorDigest, module_ranges, read_tensor_digests, state_dict_ranges
-from model_preparation.checkpoint.graft import empty_model
+from model_preparation.checkpoint.graft import donor_prefixes, empty_model
 from model_preparation.checkpoint.layer_store import METADATA, LayerStore
 from model_preparation.checkpoint.verify import Verification
 from model_preparation.command_line import default_folder
@@ -24,7 +32,7 @@ from model_preparation.io.block_io import Advance
 from model_preparation.io.digests import FileDigests, read_digests
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.tensor_files import TensorFiles
-from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange, bytes_of, range_of
+from model_preparation.io.tensors.tensor_ranges import MappedFiles, StoredTensor, TensorRange, bytes_of, range_of
 from model_preparation.io.untrusted.untrusted_config import config_from
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 
@@ -85,7 +93,7 @@ class TensorChecks:
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         for name in sorted(shapes.keys() - self._wanted.keys() - self._tied):
             self._found.fault(name, f"is not listed in {TENSOR_DIGESTS}, and the config asks for it")
-        replaced = tuple(f"backbone.layers.{index}." for index in config.llama_layers)
+        replaced = donor_prefixes(config.llama_layers, config.llama_heads)
         for name, digest in self._wanted.items():
             if digest.shape != shapes.get(name):
                 wanted = list(shapes[name]) if name in shapes else "none"
@@ -101,6 +109,8 @@ class TensorChecks:
             self._found.check("Healed", f"{count} tensors are neither the base's nor the donor's: they were trained")
         if config.llama_layers != self._info["replaced_layers"]:
             self._found.fault(INFO, f"lists other layers than its config, {config.llama_layers}")
+        if config.llama_heads != self._info.get("grafted_heads", {}):
+            self._found.fault(INFO, f"lists other heads than its config, {config.llama_heads}")
         self._found.check("Config", f"{len(self._wanted)} names, shapes and dtypes")
 
     def compare(self, digests: Mapping[str, FileDigests]) -> None:
@@ -152,12 +162,13 @@ class TensorChecks:
         if store is None:
             self._found.check("Donor", f"{len(wanted)} tensors not compared with it; --llama_layers_dir DIR does that")
             return
-        for index in self._info["replaced_layers"]:
+        for index in [*self._info["replaced_layers"], *grafted_heads(self._info)]:
             try:
                 store.check([index])  # only then do its files have the digests in metadata.json
             except SurgeryError as error:
                 self._found.fault(f"layer {index} of the donor", f"cannot be compared: {error}")
-        self._compare_with("donor", store.folder, wanted, lambda advance: _donor_digests(store, wanted, advance))
+        heads = grafted_heads(self._info)
+        self._compare_with("donor", store.folder, wanted, lambda advance: _donor_digests(store, wanted, heads, advance))
 
     def _compare_with(
         self,
@@ -212,19 +223,24 @@ def _base_digests(folder: Path, wanted: Mapping[str, TensorDigest], advance: Adv
     return _digests_of(places, wanted, advance)
 
 
-def _donor_digests(store: LayerStore, wanted: Mapping[str, TensorDigest], advance: Advance) -> dict[str, str | None]:
+def _donor_digests(
+    store: LayerStore, wanted: Mapping[str, TensorDigest], heads: Mapping[int, list[int]], advance: Advance
+) -> dict[str, str | None]:
     """The BLAKE3 in extracted layers of each tensor in `wanted`, by name; None where they have no such tensor.
 
     metadata.json has the BLAKE3 of a tensor in its stored dtype; for another dtype it is read and cast.
     """
     found: dict[str, str | None] = {}
-    places: dict[str, TensorRange | None] = {}
+    places: dict[str, StoredTensor | None] = {}
     ranges_of = functools.cache(store.ranges)
     indices = {str(index): index for index in store.layers}
     for name, digest in wanted.items():
         number, _, inner = name.removeprefix("backbone.layers.").partition(".")
         index = indices.get(number)
         entry = {} if index is None else store.layers[index]
+        if index is not None and index in heads:
+            places[name] = store.head_ranges(index, heads[index]).get(inner.removeprefix("attention."))
+            continue
         recorded = entry.get("tensors")
         stored_as = f"torch.{entry.get('dtype')}"
         if isinstance(recorded, dict) and inner in recorded and stored_as == str(digest.dtype):
@@ -235,7 +251,7 @@ def _donor_digests(store: LayerStore, wanted: Mapping[str, TensorDigest], advanc
 
 
 def _digests_of(
-    places: Mapping[str, TensorRange | None], wanted: Mapping[str, TensorDigest], advance: Advance
+    places: Mapping[str, StoredTensor | None], wanted: Mapping[str, TensorDigest], advance: Advance
 ) -> dict[str, str | None]:
     """Each file is read once for the tensors that need no cast."""
     found: dict[str, str | None] = {}
@@ -244,11 +260,12 @@ def _digests_of(
     for name, place in places.items():
         if place is None or place.shape != wanted[name].shape:
             found[name] = None
-        elif place.dtype == wanted[name].dtype:
+        elif isinstance(place, TensorRange) and place.dtype == wanted[name].dtype:
             whole.setdefault(place.path, {})[name] = place
         else:
             found[name] = _cast_digest(mapped.tensor(place), wanted[name].dtype.torch)
-            mapped.forget(place)
+            if isinstance(place, TensorRange):
+                mapped.forget(place)
             advance(place.size_bytes)
     for path, inside in whole.items():
         digests = read_digests(path, [range_of(place) for place in inside.values()], advance).blake3

@@ -26,7 +26,7 @@ from model_preparation.io.progress import bar
 from model_preparation.io.shared_files import can_reflink
 from model_preparation.io.tensors.pt_writer import write_together
 from model_preparation.io.tensors.safetensors_writer import Shard
-from model_preparation.io.tensors.tensor_ranges import TensorRange
+from model_preparation.io.tensors.tensor_ranges import StoredTensor, TensorRange
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +68,7 @@ class GraftWeights:
     @cached_property
     def _shards(self) -> tuple[list[Shard], list[Shard]]:
         """(the base's, the donor's), each in the model's order."""
-        by_file: dict[str, dict[str, TensorRange]] = {}
+        by_file: dict[str, dict[str, StoredTensor]] = {}
         for name, place in self._graft.tensors.items():
             by_file.setdefault(shard_file(name), {})[name] = place
         grafted = {shard_file(prefix) for prefix in self._graft.replaced}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model_preparation.checkpoint.checkpoint_info import INFO, TOKENIZER, read_info
+from model_preparation.checkpoint.checkpoint_info import INFO, TOKENIZER, grafted_heads, read_info
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import folder_named, has_tokenizer, target_named
 from model_preparation.io.identity import differences as differences_of
@@ -126,8 +126,18 @@ def differences(folder: Path, combination: Combination, flags: argparse.Namespac
         SurgeryError: if its checkpoint_info.json cannot be read.
     """
     info = read_info(folder)
-    recorded = {"layers": info["replaced_layers"], "format": info.get("format", "pt"), "dtype": info.get("dtype")}
-    asked = {**recorded, "layers": list(combination.layers), "dtype": flags.dtype or recorded["dtype"]}
+    recorded = {
+        "layers": info["replaced_layers"],
+        "heads": grafted_heads(info),
+        "format": info.get("format", "pt"),
+        "dtype": info.get("dtype"),
+    }
+    asked = {
+        **recorded,
+        "layers": list(combination.layers),
+        "heads": dict(flags.heads or []),
+        "dtype": flags.dtype or recorded["dtype"],
+    }
     if recorded["format"] != "both":
         asked["format"] = flags.format or "pt"
     found = differences_of(recorded, asked)

@@ -9,18 +9,23 @@ import inspect
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_llamba import LlambaConfig
+from .donor_kinds import kv_heads
 
 # The installed transformers' name of the cache in arguments and outputs: `past_key_values` until 5.23, then `cache`.
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> int:
-    """What each token adds to the cache of a Llama, or of a graft with `layers` of its layers: keys and values."""
-    return 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize * layers
+    """What each token adds to the cache: keys and values of `layers` whole layers, and of the grafted heads."""
+    group_size = config.num_attention_heads // config.num_key_value_heads
+    grafted = getattr(config, "llama_heads", {}).values()
+    kept = layers * config.num_key_value_heads + sum(len(kv_heads(heads, group_size)) for heads in grafted)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # Qwen2 has none
+    return 2 * kept * head_dim * dtype.itemsize
 
 
 def cache_bytes(config: PreTrainedConfig, layers: int, tokens: int, dtype: torch.dtype) -> int:
@@ -62,6 +67,13 @@ class MambaStateLayer(LinearAttentionLayer):
         self.reorder_cache(indices)
 
 
+class HybridStateLayer(MambaStateLayer, LinearAttentionAndFullAttentionLayer):
+    """The states of a Mamba block with grafted heads, and the K/V that these need."""
+
+
+_CACHE_LAYERS = {"linear_attention": MambaStateLayer, "hybrid": HybridStateLayer}
+
+
 class LlambaCache(DynamicCache):
     """The cache of a [`LlambaForCausalLM`]: the argument `past_key_values` or `cache`.
 
@@ -73,8 +85,7 @@ class LlambaCache(DynamicCache):
 
     def __init__(self, config: LlambaConfig):
         super().__init__()
-        kinds = config.layer_types
-        self.layers = [MambaStateLayer() if kind == "linear_attention" else DynamicLayer() for kind in kinds]
+        self.layers = [_CACHE_LAYERS.get(kind, DynamicLayer)() for kind in config.layer_types]
         self.seen_tokens = 0  # the model adds each segment's length, padding included
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

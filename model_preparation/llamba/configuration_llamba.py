@@ -58,8 +58,12 @@ class LlambaConfig(PreTrainedConfig):
             "silu"), `bias`, `conv_bias` of the mixers; fields left out take the defaults.
         max_position_embeddings: tokens per sequence. Mamba blocks have no limit, grafted layers have the donor's.
         llama_layers: indices of the layers that are the donor's, sorted, without repeats.
-        llama_cfg: the fields of the donor's config that grafted layers need (`KINDS[donor_type].fields`).
+        llama_cfg: the fields of the donor's config that grafted layers and heads need (`KINDS[donor_type].fields`).
         donor_type: the donor's kind, one of `KINDS`. It is written only where it is not "llama".
+        llama_heads: by layer, as text, the donor's query heads that are added to its mixer, sorted. It is written only
+            where there are any.
+        keep_mixer_heads: whether the mixer's heads of the same place stay beside them. By default the same share of
+            the mixer's channels is set to zero before `out_proj`. It is written only where it is true.
 
     Raises:
         ValueError: for a field of `mlp_cfg`, `ssm_cfg` or `llama_cfg` that does not exist, an unknown `donor_type`,
@@ -89,6 +93,8 @@ class LlambaConfig(PreTrainedConfig):
     llama_layers: list[int] = field(default_factory=list)
     llama_cfg: Any = None
     donor_type: str = "llama"
+    llama_heads: Any = None
+    keep_mixer_heads: bool = False
     max_position_embeddings: int = 1_000_000_000
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -99,9 +105,10 @@ class LlambaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.mlp_cfg = _with_defaults("mlp_cfg", self.mlp_cfg, MLP_DEFAULTS)
         self.ssm_cfg = _with_defaults("ssm_cfg", self.ssm_cfg, SSM_DEFAULTS)
+        self.llama_heads = self.llama_heads or {}
         if self.donor_type not in KINDS:
             raise ValueError(f"donor_type is {self.donor_type!r:.80}; this version knows {', '.join(KINDS)}")
-        if self.llama_layers:
+        if self.has_attention:
             self.llama_cfg = _with_defaults("llama_cfg", self.llama_cfg, KINDS[self.donor_type].fields)
         derived = {name: kwargs.pop(name) for name in DERIVED if name in kwargs}
         super().__post_init__(**kwargs)  # also sets what came under Hugging Face's names
@@ -120,19 +127,24 @@ class LlambaConfig(PreTrainedConfig):
         return self.ssm_cfg["expand"] * self.d_model
 
     @property
+    def has_attention(self) -> bool:
+        """Whether any layer or head is grafted."""
+        return bool(self.llama_layers or self.llama_heads)
+
+    @property
     def num_attention_heads(self) -> int:
         """Query heads of the grafted layers; value heads of the mixers where no layer is grafted."""
-        return self.llama_cfg["num_attention_heads"] if self.llama_layers else self.ssm_cfg["n_v_heads"]
+        return self.llama_cfg["num_attention_heads"] if self.has_attention else self.ssm_cfg["n_v_heads"]
 
     @property
     def num_key_value_heads(self) -> int:
         """Key and value heads of the grafted layers; heads of B and C in the mixers where no layer is grafted."""
-        return self.llama_cfg["num_key_value_heads"] if self.llama_layers else self.ssm_cfg["n_qk_heads"]
+        return self.llama_cfg["num_key_value_heads"] if self.has_attention else self.ssm_cfg["n_qk_heads"]
 
     @property
     def head_dim(self) -> int:
         """Width of one of `num_attention_heads`."""
-        return self.llama_cfg["head_dim"] if self.llama_layers else self.d_inner // self.ssm_cfg["n_v_heads"]
+        return self.llama_cfg["head_dim"] if self.has_attention else self.d_inner // self.ssm_cfg["n_v_heads"]
 
     @property
     def intermediate_size(self) -> int:
@@ -141,11 +153,25 @@ class LlambaConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Per layer, transformers' name of its kind: "linear_attention", or the mask of a grafted layer."""
-        grafted = set(self.llama_layers)
-        masks = dict(enumerate(mask_kinds(self.llama_cfg, self.n_layer))) if grafted else {}
-        # Validation reads this first, so there may be too few.
-        return [masks.get(i, "full_attention") if i in grafted else "linear_attention" for i in range(self.n_layer)]
+        """Per layer, transformers' name of its kind: "linear_attention", "hybrid", or the mask of a grafted layer."""
+        kinds = ["hybrid" if str(index) in self.llama_heads else "linear_attention" for index in range(self.n_layer)]
+        if grafted := set(self.llama_layers):
+            masks = dict(enumerate(mask_kinds(self.llama_cfg, self.n_layer)))  # before validation maybe too few
+            kinds = [masks.get(i, "full_attention") if i in grafted else kind for i, kind in enumerate(kinds)]
+        return kinds
+
+    def heads_of_layer(self, layer: int) -> list[int]:
+        """The donor's heads that are grafted beside the mixer of a layer."""
+        return self.llama_heads.get(str(layer), [])
+
+    def replaced_channels(self, layer: int) -> list[tuple[int, int]]:
+        """(start, end) of the mixer's channels that grafted heads replace: the same share of all, at the same place.
+
+        With as many heads in mixer and attention, these are the mixer's heads of the same numbers.
+        """
+        heads = [] if self.keep_mixer_heads else self.heads_of_layer(layer)
+        size = self.d_inner // self.num_attention_heads
+        return [(head * size, (head + 1) * size) for head in heads]
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, and the `DERIVED` ones, which some libraries read here."""
@@ -160,8 +186,9 @@ class LlambaConfig(PreTrainedConfig):
         return self._written(super().to_dict())
 
     def _written(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """`fields` as files have them; those of a Llama's graft are the same as before other donors were known."""
-        return {name: value for name, value in fields.items() if name != "donor_type" or value != "llama"}
+        """`fields` as files have them; fields that came later are written only where they say something."""
+        silent = {"donor_type": "llama", "llama_heads": {}, "keep_mixer_heads": False}
+        return {name: value for name, value in fields.items() if name not in silent or value != silent[name]}
 
     def mlp_config(self) -> "LlamaConfig":
         """The config of the Mamba blocks' MLPs, which are transformers' LlamaMLP."""
@@ -196,10 +223,12 @@ class LlambaConfig(PreTrainedConfig):
             raise ValueError(f"llama_layers {layers} must be sorted and without repeats")
         if layers and not 0 <= layers[0] <= layers[-1] < self.n_layer:
             raise ValueError(f"llama_layers {layers} must lie between 0 and {self.n_layer - 1}")
-        if layers:
+        if self.has_attention:
             missing = [field for field in REQUIRED if self.llama_cfg[field] is None]
             if missing:
                 raise ValueError(f"llama_cfg lacks {', '.join(missing)}, which grafted layers need")
+        self._check_heads()
+        if layers:
             masks = mask_kinds(self.llama_cfg, self.n_layer)
             if len(masks) != self.n_layer or not set(masks) <= {"full_attention", "sliding_attention"}:
                 raise ValueError(
@@ -209,6 +238,27 @@ class LlambaConfig(PreTrainedConfig):
             window = self.llama_cfg.get("sliding_window")
             if "sliding_attention" in masks and not (isinstance(window, int) and window > 0):
                 raise ValueError(f"llama_cfg: sliding_window is {window!r}, and sliding layers need how many tokens")
+
+    def _check_heads(self) -> None:
+        """Part of `validate_architecture`: the grafted heads exist, in layers that are Mamba blocks."""
+        if not isinstance(self.llama_heads, dict):
+            raise ValueError(f'llama_heads must be like {{"13": [16, 17]}}, not {self.llama_heads!r}')
+        total = (self.llama_cfg or {}).get("num_attention_heads") or 0
+        for layer, heads in self.llama_heads.items():
+            if not str(layer).isdecimal() or not int(layer) < self.n_layer or int(layer) in self.llama_layers:
+                raise ValueError(f"llama_heads: layer {layer!r} is not a Mamba block of this model, by its number")
+            if not heads or heads != sorted(set(heads)) or not 0 <= heads[0] <= heads[-1] < total:
+                raise ValueError(
+                    f"llama_heads: heads {heads} of layer {layer} must be sorted, without repeats, below {total}"
+                )
+        if self.llama_heads and self.donor_type != "llama":
+            raise ValueError(
+                f"llama_heads: heads of a {self.donor_type} are not supported, only a llama's; graft layers"
+            )
+        if self.llama_heads and self.llama_cfg["attention_bias"]:
+            raise ValueError("llama_heads: the donor's attention has biases, which belong to no head; graft its layers")
+        if self.llama_heads and not self.keep_mixer_heads and self.d_inner % total:
+            raise ValueError(f"llama_heads: the donor's {total} heads do not divide the mixer's width {self.d_inner}")
 
 
 def _with_defaults(name: str, given: Any, defaults: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 A grafted layer is transformers' own layer of that kind. Importing this file imports neither torch nor transformers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -67,3 +67,31 @@ def mask_kinds(settings: Mapping[str, Any], layers: int) -> list[str]:
     """Per layer of a donor with these `settings`, the mask it wants: "full_attention" or "sliding_attention"."""
     kind = "full_attention" if settings.get("sliding_window") is None else "sliding_attention"
     return settings.get("layer_types") or [kind] * layers
+
+
+def kv_heads(heads: Sequence[int], group_size: int) -> list[int]:
+    """The key/value heads that query heads need, sorted; `group_size` query heads share one."""
+    return sorted({head // group_size for head in heads})
+
+
+def picked_heads(
+    heads: Sequence[int], num_heads: int, num_kv_heads: int, head_dim: int
+) -> dict[str, tuple[int, list[int]] | None]:
+    """What of a donor's layer a `HeadAttention` needs.
+
+    Returns:
+        By the parameter's name, the name of the donor's with `self_attn.` left out: (dimension, indices to pick), or
+        None for all of it.
+    """
+
+    def numbers(picked: Sequence[int]) -> list[int]:
+        return [head * head_dim + offset for head in picked for offset in range(head_dim)]
+
+    groups = numbers(kv_heads(heads, num_heads // num_kv_heads))
+    return {
+        "input_layernorm.weight": None,
+        "q_proj.weight": (0, numbers(heads)),
+        "k_proj.weight": (0, groups),
+        "v_proj.weight": (0, groups),
+        "o_proj.weight": (1, numbers(heads)),
+    }

@@ -98,6 +98,7 @@ class LlambaMixer(nn.Module):
         self.n_v_heads, self.n_qk_heads = ssm["n_v_heads"], ssm["n_qk_heads"]
         self.has_activation = ssm["activation"] != "identity"
         self.conv_dim = self.d_inner + 2 * self.n_qk_heads * self.d_state
+        self.replaced_channels = config.replaced_channels(layer_idx)
 
         self.in_proj = nn.Linear(config.d_model, self.conv_dim + self.d_inner + self.n_v_heads, bias=ssm["bias"])
         # With biases, in_proj has that of z, and upstream has no z_bias parameter.
@@ -118,6 +119,7 @@ class LlambaMixer(nn.Module):
         super().__setstate__(state)
         if type(self.conv1d) is nn.Conv1d:
             self.conv1d.__class__ = CausalConv1d
+        self.__dict__.setdefault("replaced_channels", [])  # grafted heads came with 0.4
 
     def forward(
         self,
@@ -224,6 +226,8 @@ class LlambaMixer(nn.Module):
             y, state = scan(x, log_decay, B, C, self.chunk_size, state, self.D)
         gate = F.silu((z if self.z_bias is None else z + self.z_bias).to(dtype))
         y = y.reshape(batch, length, self.d_inner) * gate
+        for start, end in self.replaced_channels:
+            y[..., start:end] = 0
         return self.out_proj(y.to(hidden_states.dtype)), inputs, state
 
 

@@ -9,7 +9,7 @@ from .transformers_versions import TESTED
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_llamba import CACHE_NAME, LlambaCache
 from .configuration_llamba import LlambaConfig
 from .donor_kinds import KINDS
+from .head_attention import HeadAttention
 from .mixer import LlambaMixer, PaddingLayout
 
 # Further arguments that transformers passes to any model. The grafted layers get them.
@@ -31,14 +32,25 @@ BLOCK_NORM_EPS = 1e-5  # fixed, as upstream; `norm_epsilon` is for the final nor
 
 
 class LlambaDecoderLayer(GradientCheckpointingLayer):
-    """A Mamba block of a Llamba: norm, mixer, residual; norm, gated MLP, residual."""
+    """A Mamba block of a Llamba: norm, mixer, residual; norm, gated MLP, residual.
 
-    def __init__(self, config: LlambaConfig, layer_idx: int):
+    Grafted heads add their output to the mixer's.
+    """
+
+    def __init__(self, config: LlambaConfig, layer_idx: int, llama_config: LlamaConfig | None = None):
         super().__init__()
         self.mixer = LlambaMixer(config, layer_idx)
         self.input_layernorm = LlamaRMSNorm(config.d_model, eps=BLOCK_NORM_EPS)
         self.post_attention_layernorm = LlamaRMSNorm(config.d_model, eps=BLOCK_NORM_EPS)
         self.mlp = LlamaMLP(config.mlp_config())
+        heads = config.heads_of_layer(layer_idx)
+        self.attention = HeadAttention(llama_config, heads, layer_idx) if heads and llama_config else None
+
+    def __setstate__(self, state: dict) -> None:
+        """Load from a pickle. Pickles of versions before 0.4 know no grafted heads."""
+        super().__setstate__(state)
+        if "attention" not in self._modules:
+            self.__dict__.setdefault("attention", None)
 
     def forward(
         self,
@@ -48,6 +60,7 @@ class LlambaDecoderLayer(GradientCheckpointingLayer):
         use_cache: bool | None = None,
         past_key_values: LlambaCache | None = None,
         cache: LlambaCache | None = None,
+        of_heads: dict | None = None,
     ) -> Tensor:
         """
         Args:
@@ -56,10 +69,13 @@ class LlambaDecoderLayer(GradientCheckpointingLayer):
             position_ids: (batch, length), each token's place in its document; None if no document begins.
             use_cache: not used; transformers' gradient checkpointing needs it in the signature.
             past_key_values, cache: the cache, under `CACHE_NAME`.
+            of_heads: the arguments of grafted heads.
         """
         cache = past_key_values if cache is None else cache
-        normed = self.input_layernorm(hidden_states)
-        hidden_states = hidden_states + self.mixer(normed, cache, attention_mask, position_ids)
+        mixed = self.mixer(self.input_layernorm(hidden_states), cache, attention_mask, position_ids)
+        if self.attention is not None and of_heads is not None:
+            mixed = mixed + self.attention(hidden_states, cache=cache, **of_heads)
+        hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -91,12 +107,12 @@ class LlambaModel(LlambaPreTrainedModel):
 
     def __init__(self, config: LlambaConfig):
         super().__init__(config)
-        self.llama_config = config.llama_config() if config.llama_layers else None
+        self.llama_config = config.llama_config() if config.has_attention else None
         donor = KINDS[config.donor_type]
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(
-            LlambaDecoderLayer(config, layer_idx)
-            if kind == "linear_attention"
+            LlambaDecoderLayer(config, layer_idx, self.llama_config)
+            if kind in ("linear_attention", "hybrid")
             else donor.transformers_class("DecoderLayer")(self.llama_config, layer_idx)
             for layer_idx, kind in enumerate(config.layer_types)
         )
@@ -152,9 +168,7 @@ class LlambaModel(LlambaPreTrainedModel):
         if use_cache and cache is None:
             cache = LlambaCache(self.config)
 
-        arguments = self.layer_arguments(hidden_states, attention_mask, position_ids, cache)
-        for kind in arguments.keys() - {"linear_attention"}:
-            arguments[kind] |= kwargs
+        arguments = self.layer_arguments(hidden_states, attention_mask, position_ids, cache, **kwargs)
         for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states = layer(hidden_states, **{CACHE_NAME: cache}, use_cache=use_cache, **arguments[kind])
         if cache is not None:
@@ -167,6 +181,7 @@ class LlambaModel(LlambaPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: LlambaCache | None = None,
+        **kwargs,
     ) -> dict[str, dict]:
         """By entry of `layer_types`, what a layer gets beside hidden states and cache, made from `forward`'s."""
         length = hidden_states.shape[1]
@@ -206,7 +221,10 @@ class LlambaModel(LlambaPreTrainedModel):
                     "attention_mask": causal_mask,
                     "position_ids": position_ids,
                     "position_embeddings": position_embeddings,
+                    **kwargs,
                 }
+            if "hybrid" in arguments:
+                arguments["hybrid"] = {**arguments["linear_attention"], "of_heads": arguments["hybrid"]}
         return arguments
 
 

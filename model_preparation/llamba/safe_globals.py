@@ -11,6 +11,7 @@ from transformers.activations import ACT2CLS
 from model_preparation.llamba import modeling_llamba
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.donor_kinds import KINDS
+from model_preparation.llamba.head_attention import HeadAttention
 from model_preparation.llamba.mixer import CausalConv1d, LlambaMixer
 
 _OF_DONORS = ("Config", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
@@ -23,6 +24,7 @@ SAFE_GLOBALS = [
     modeling_llamba.LlambaDecoderLayer,
     LlambaMixer,
     CausalConv1d,
+    HeadAttention,
     GenerationConfig,
     *(kind.transformers_class(name) for kind in KINDS.values() for name in _OF_DONORS),
     nn.Conv1d,  # in files of version 0.1

@@ -53,6 +53,11 @@ class LlambaSettings(VerifyAndUpdateConfig):
         for feature, is_asked in refused.items():
             if is_asked:
                 raise ValueError(f"Llambas are served without {feature}: their Mamba layers lack it. Leave it out.")
+        if config.llama_heads:
+            raise ValueError(
+                "This checkpoint has grafted heads. vLLM gives a layer one kind of cache, and these layers need two. "
+                "Serve it with --engine transformers."
+            )
         activations = {config.mlp_cfg["act_fn"], *([config.llama_cfg["hidden_act"]] if config.llama_layers else [])}
         if activations != {"silu"}:
             raise ValueError(f"vLLM's MLPs have the activation silu, and this model has {', '.join(activations)}.")

@@ -11,13 +11,14 @@ from model_preparation.llamba.cache_llamba import CACHE_NAME
 from tests.conftest import VOCABULARY, on, on_devices, seeded, tiny_config, tiny_llama_cfg
 
 NEW_TOKENS = 10
-GRAFTS = {"base": [], "first": [0], "middle": [1, 3], "all": [0, 1, 2, 3]}
+GRAFTS = {"base": [], "first": [0], "middle": [1, 3], "all": [0, 1, 2, 3], "heads": [3]}
 
 
 @pytest.fixture(scope="module", params=GRAFTS, ids=list(GRAFTS))
 def model(request) -> LlambaForCausalLM:
     layers = GRAFTS[request.param]
-    config = tiny_config(llama_layers=layers, llama_cfg=tiny_llama_cfg() if layers else None)
+    heads = {"0": [1], "2": [0, 1]} if request.param == "heads" else None
+    config = tiny_config(llama_layers=layers, llama_heads=heads, llama_cfg=tiny_llama_cfg() if layers else None)
     return seeded(LlambaForCausalLM(config), seed=11)
 
 
@@ -60,9 +61,9 @@ def test_a_cache_is_used_and_grows_only_with_attention_layers(model):
     cache = out[CACHE_NAME]
     assert cache.get_seq_length() == 5 + NEW_TOKENS - 1
     for kind, layer in zip(model.config.layer_types, cache.layers, strict=True):
-        if kind == "full_attention":
+        if kind != "linear_attention":
             assert layer.keys.shape == (1, 1, 5 + NEW_TOKENS - 1, 16)
-        else:
+        if kind != "full_attention":
             assert layer.recurrent_states[0].shape == (1, 2, 16, 8)
             assert layer.recurrent_states[0].dtype == torch.float32
             assert layer.conv_states[0].shape == (1, 64, 4)

@@ -15,14 +15,16 @@ from model_preparation.llamba.cache_llamba import CACHE_NAME
 from tests.conftest import on_devices, seeded, tiny_config, tiny_llama_cfg
 
 
-def make(layers: list[int], implementation: str = "sdpa") -> LlambaForCausalLM:
-    config = tiny_config(llama_layers=layers, llama_cfg=tiny_llama_cfg() if layers else None)
+def make(layers: list[int], implementation: str = "sdpa", heads: dict | None = None) -> LlambaForCausalLM:
+    cfg = tiny_llama_cfg() if layers or heads else None
+    config = tiny_config(llama_layers=layers, llama_heads=heads, llama_cfg=cfg)
     model = seeded(LlambaForCausalLM(config), seed=17).double()
     model.set_attn_implementation(implementation)
     return model
 
 
 MODELS = {"base": make([]), "grafted": make([1, 3]), "eager": make([0], "eager").float()}
+MODELS["heads"] = make([3], heads={"0": [1], "2": [0, 1]})
 
 
 def documents(lengths: list[int], seed: int = 0) -> list[Tensor]:

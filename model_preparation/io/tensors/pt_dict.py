@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from model_preparation.io.tensors.dtypes import DType
 from model_preparation.io.tensors.pt_archive import SortingPickler
-from model_preparation.io.tensors.tensor_ranges import CastTensor, TensorRange
+from model_preparation.io.tensors.tensor_ranges import CastTensor, StoredTensor, TensorRange
 from model_preparation.io.untrusted.pickle_check import DTYPE_OF_STORAGE, TENSORS
 from model_preparation.io.untrusted.pt_check import PICKLE, check_pt, pt_records, reading_tensors
 
@@ -49,7 +49,7 @@ _STORAGES = {dtype: _stand_in(name) for name, dtype in DTYPE_OF_STORAGE.items()}
 _GLOBALS: dict[str, Any] = {_REBUILD: _Tensor, "collections.OrderedDict": OrderedDict, **DTYPE_OF_STORAGE}
 
 
-def pickled_dict(tensors: Mapping[str, TensorRange | CastTensor]) -> bytes:
+def pickled_dict(tensors: Mapping[str, StoredTensor | CastTensor]) -> bytes:
     """data.pkl of the dict; the tensors' storages are numbered in its order."""
     content = {}
     for number, (name, tensor) in enumerate(tensors.items()):

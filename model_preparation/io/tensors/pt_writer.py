@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from model_preparation.io.tensors.tensor_ranges import CastTensor, TensorRange
+    from model_preparation.io.tensors.tensor_ranges import CastTensor, StoredTensor
 
 
 def write_together(
     paths: Sequence[Path],
-    sources: "Mapping[str, TensorRange | CastTensor]",
+    sources: "Mapping[str, StoredTensor | CastTensor]",
     contents: "Callable[[dict[str, Tensor]], Sequence[Any]]",
     advance: Advance = lambda size_bytes: None,
 ) -> tuple[dict[str, dict], dict[str, str]]:
@@ -64,7 +64,7 @@ def write_together(
 
 def write_dict(
     path: Path,
-    sources: "Mapping[str, TensorRange | CastTensor]",
+    sources: "Mapping[str, StoredTensor | CastTensor]",
     advance: Advance = lambda size_bytes: None,
 ) -> tuple[dict, dict[str, str]]:
     """Write the dict of these tensors, as `write_together` does, without torch; returns the same for the one file."""
@@ -74,7 +74,7 @@ def write_dict(
 
 @contextlib.contextmanager
 def _begun(
-    paths: Sequence[Path], sources: "Mapping[str, TensorRange | CastTensor]", advance: Advance
+    paths: Sequence[Path], sources: "Mapping[str, StoredTensor | CastTensor]", advance: Advance
 ) -> "Iterator[tuple[_Beginning, dict[str, str]]]":
     """Files with the sources in them, and the BLAKE3 of each source."""
     with streaming(paths, sum(source.size_bytes for source in sources.values()), advance) as stream:
@@ -124,7 +124,7 @@ class _InMemory:
         view[:] = self._bytes[start : start + len(view)]
 
 
-def _placeholder(source: "TensorRange | CastTensor") -> "Tensor":
+def _placeholder(source: "StoredTensor | CastTensor") -> "Tensor":
     """A tensor whose storage is address space only: nothing may read or write it."""
     import torch
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from model_preparation.io.block_io import ALIGNMENT, Advance
 from model_preparation.io.tensors.dtypes import DType
-from model_preparation.io.tensors.tensor_ranges import SAFETENSORS_DTYPES, TensorRange
+from model_preparation.io.tensors.tensor_ranges import SAFETENSORS_DTYPES, StoredTensor
 from model_preparation.io.tensors.tensor_stream import streaming
 
 _NAME_OF = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -28,7 +28,7 @@ class Shard:
     """
 
     file: str
-    ranges: Mapping[str, TensorRange]
+    ranges: Mapping[str, StoredTensor]
     dtype: DType
 
     @property

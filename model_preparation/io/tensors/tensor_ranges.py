@@ -7,8 +7,11 @@ import math
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Place, read_into
@@ -74,7 +77,7 @@ class TensorRange:
 class CastTensor:
     """A tensor in a file that is cast to `dtype` while it is read."""
 
-    stored: TensorRange
+    stored: "StoredTensor"
     dtype: DType
     place = None  # these bytes are in no file
 
@@ -95,19 +98,75 @@ class CastTensor:
         view[:] = bytes_of(torch.frombuffer(raw, dtype=self.stored.dtype.torch).to(self.dtype.torch))
 
 
+@dataclass(frozen=True)
+class PickedTensor:
+    """Some rows (dimension 0) or columns (dimension 1) of a matrix in a file, in C order.
+
+    Meant for small parts: all of the matrix is read once, and what was picked stays in memory.
+    """
+
+    stored: TensorRange
+    picked: tuple[int, ...]
+    dimension: int
+    place = None  # these bytes lie in no file as they are
+
+    @property
+    def path(self) -> Path:
+        return self.stored.path
+
+    @property
+    def dtype(self) -> DType:
+        return self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.stored.shape
+        return (len(self.picked), columns) if self.dimension == 0 else (rows, len(self.picked))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @cached_property
+    def contents(self) -> bytes:
+        """All bytes; raises OSError if the file cannot be read."""
+        whole = bytearray(self.stored.size_bytes)
+        self.stored.read_into(memoryview(whole), 0)
+        matrix = np.frombuffer(whole, np.uint8).reshape(*self.stored.shape, self.dtype.itemsize)
+        return matrix.take(self.picked, self.dimension).tobytes()
+
+    def read_into(self, view: memoryview, start: int) -> None:
+        """As `TensorRange.read_into`."""
+        view[:] = self.contents[start : start + len(view)]
+
+    def cast(self, dtype: "DType | torch.dtype | None") -> "PickedTensor | CastTensor":
+        """The same numbers as `dtype`; unchanged for None."""
+        wanted = self.dtype if dtype is None else dtype_of(dtype)
+        return self if wanted == self.dtype else CastTensor(self, wanted)
+
+
+StoredTensor = TensorRange | PickedTensor
+
+
 class MappedFiles:
     """Tensors mapped from their files: read when used, and dropped from memory by `forget`."""
 
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
 
-    def tensor(self, place: TensorRange) -> "Tensor":
+    def tensor(self, place: "StoredTensor") -> "Tensor":
         """The tensor at `place`, on the CPU; writing to it changes no file."""
         import torch
 
         dtype = place.dtype.torch
         if not place.size_bytes:
             return torch.empty(place.shape, dtype=dtype)
+        if isinstance(place, PickedTensor):
+            return torch.frombuffer(bytearray(place.contents), dtype=dtype).view(place.shape)
         if place.path not in self._maps:
             with place.path.open("rb") as file:
                 self._maps[place.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

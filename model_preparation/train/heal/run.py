@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model_preparation.checkpoint.checkpoint_folder import describe_parent
 from model_preparation.checkpoint.digests import digest_of_checkpoint, digest_of_model, digest_of_weights
+from model_preparation.checkpoint.graft import donor_prefixes
 from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import find_others, load_other
@@ -70,18 +71,21 @@ class Run:
         elif settings.init_from != "checkpoint" and not in_state and self._initial_adapter() is None:
             path = _init_path(self.parent, settings, self.sources)
             self.say("\n".join([f"Weights from {path}:", *load_weights(model, path, settings.exclude).lines()]))
-        for index in model.config.llama_layers:
-            model.backbone.layers[index].self_attn.attention_dropout = settings.dropout
+        for name, module in model.named_modules():
+            if name.endswith((".self_attn", ".attention")):  # of grafted layers, and of grafted heads
+                module.attention_dropout = settings.dropout
         return model, tokenizer
 
     def choose_trained_weights(self, model: LlambaForCausalLM) -> Any:
         """The model, or with LoRA a PeftModel, in which the weights that the method trains have gradients."""
         if self.settings.method == "lora":
             return self.with_adapter(model)
-        layers = trained_layers(model.config, self.settings.method)
-        prefixes = tuple(f"backbone.layers.{index}." for index in layers)
+        config, method = model.config, self.settings.method
+        prefixes = tuple(f"backbone.layers.{index}." for index in trained_layers(config, method))
+        if method == "grafted":  # beside grafted heads, the mixer stays as it is
+            prefixes = donor_prefixes(config.llama_layers, config.llama_heads)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.settings.method == "full" or name.startswith(prefixes))
+            parameter.requires_grad_(method == "full" or name.startswith(prefixes))
         return model
 
     def with_adapter(self, model: LlambaForCausalLM) -> Any:
@@ -149,11 +153,11 @@ def trained_layers(config: LlambaConfig, method: str) -> list[int]:
     """Indices of the layers that `method` trains, sorted.
 
     Raises:
-        SurgeryError: for "grafted" and "neighbours" if no layer is grafted.
+        SurgeryError: for "grafted" and "neighbours" if no layer and no head is grafted.
     """
     if method in ("full", "lora"):
         return list(range(config.n_layer))
-    grafted = set(config.llama_layers)
+    grafted = {*config.llama_layers, *map(int, config.llama_heads)}
     if not grafted:
         raise SurgeryError(f"No layers are grafted, so method {method} has nothing to train. Use --method full.")
     if method == "neighbours":

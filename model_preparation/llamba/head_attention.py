@@ -1,0 +1,80 @@
+"""Grafted heads: the donor's attention over some of its query heads, added to a Mamba block's mixer.
+
+Only the rows of q, k and v and the columns of o that these heads need are parameters, so cost and cache follow the
+number of heads. That few heads do the looking up: arXiv 2504.18574, arXiv 2602.11374.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
+
+from .cache_llamba import LlambaCache
+from .donor_kinds import kv_heads
+
+
+class HeadAttention(nn.Module):
+    """out = sum over the heads h of softmax(q_h k_g(h)^T / sqrt(head_dim)) v_g(h) o_h^T, on the donor's input norm.
+
+    Args:
+        config: the donor's.
+        heads: the query heads, sorted.
+        layer_idx: of the layer.
+    """
+
+    def __init__(self, config: LlamaConfig, heads: Sequence[int], layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        group_size = config.num_attention_heads // config.num_key_value_heads
+        groups = kv_heads(heads, group_size)
+        per_group = len(heads) // len(groups)
+        # Per query head, its place among the K/V heads kept; as many heads in each group need no such list.
+        self.kv_place = [groups.index(head // group_size) for head in heads]
+        if self.kv_place == [index // per_group for index in range(len(heads))]:
+            self.kv_place, self.num_key_value_groups = [], per_group
+        else:
+            self.num_key_value_groups = 1
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.q_proj = nn.Linear(config.hidden_size, len(heads) * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, len(groups) * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, len(groups) * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(len(heads) * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        cache: LlambaCache | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """
+        Args:
+            hidden_states: (batch, length, d_model), before any norm.
+            attention_mask: as transformers makes it for the implementation in use.
+            position_embeddings: (cos, sin), each (batch, length, head_dim).
+            cache: of the earlier tokens; updated in place.
+            kwargs: for the implementation.
+
+        Returns:
+            (batch, length, d_model), what is added to the residual.
+        """
+        normed = self.input_layernorm(hidden_states)
+        shape = (*normed.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            project(normed).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        if self.kv_place:
+            key, value = key[:, self.kv_place], value[:, self.kv_place]
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        out, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.reshape(*normed.shape[:-1], -1))

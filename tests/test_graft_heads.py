@@ -1,0 +1,142 @@
+"""Checkpoints with grafted heads: what --heads writes, that every way of opening it gives the same, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from model_preparation import load_checkpoint
+from tests.conftest import assert_refused, run_command, run_python
+from tests.test_hf_format import WITHOUT_OUR_PACKAGE
+
+IDS = [[7, 81, 200, 34, 5, 6, 99, 100, 101]]
+
+
+def build(base_dir, layers_dir, out, *args):
+    where = ("--base", base_dir, "--llama_layers_dir", layers_dir, "--output_dir", out)
+    return run_command("create_replaced_model_checkpoint", *where, *args)
+
+
+@pytest.fixture(scope="module")
+def heads_dir(base_dir, layers_dir, tmp_path_factory) -> Path:
+    """Layer 3 grafted, head 1 of layer 0, and both heads of layer 2, in both formats."""
+    out = tmp_path_factory.mktemp("heads") / "heads"
+    result = build(base_dir, layers_dir, out, "--layers", 3, "--heads", "2:1,0", "0:1", "--format", "both")
+    assert result.returncode == 0, result.stderr
+    assert "layer   2  <- heads 0, 1 of" in result.stdout
+    return out
+
+
+def test_the_tensors_are_those_rows_and_columns_of_the_donors(heads_dir, donor_dir, base_dir):
+    """The donor has two query heads of 16 and one key/value head."""
+    state = torch.load(heads_dir / "model_state_dict.pt")
+    donor = AutoModelForCausalLM.from_pretrained(donor_dir).model.layers
+    for layer, rows in ((0, slice(16, 32)), (2, slice(0, 32))):
+        theirs, prefix = donor[layer], f"backbone.layers.{layer}.attention."
+        wanted = {
+            "input_layernorm.weight": theirs.input_layernorm.weight,
+            "q_proj.weight": theirs.self_attn.q_proj.weight[rows],
+            "k_proj.weight": theirs.self_attn.k_proj.weight,
+            "v_proj.weight": theirs.self_attn.v_proj.weight,
+            "o_proj.weight": theirs.self_attn.o_proj.weight[:, rows],
+        }
+        found = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    base = torch.load(base_dir / "pytorch_model.bin")
+    own = {name: tensor for name, tensor in state.items() if not name.startswith("backbone.layers.3.")}
+    assert all(torch.equal(tensor, base[name]) for name, tensor in own.items())
+    origins = {
+        name: entry["from"]
+        for name, entry in json.loads((heads_dir / "tensor_digests.json").read_text())["tensors"].items()
+    }
+    assert origins["backbone.layers.0.attention.q_proj.weight"] == "donor"
+    assert origins["backbone.layers.0.mixer.in_proj.weight"] == "base"
+
+
+def test_every_way_of_opening_it_gives_the_same(heads_dir, tmp_path):
+    """model.pt, the state dict, load_checkpoint, and transformers in a process that has not this package."""
+    model = load_checkpoint(heads_dir)[0]
+    assert model.config.llama_heads == {"0": [1], "2": [0, 1]}
+    with torch.no_grad():
+        logits = model(torch.tensor(IDS)).logits
+        whole = torch.load(heads_dir / "model.pt", weights_only=True)
+        assert torch.equal(whole(torch.tensor(IDS)).logits, logits)
+        tokens = whole.generate(torch.tensor(IDS), max_new_tokens=8, do_sample=False)
+        assert torch.equal(
+            whole.generate(torch.tensor(IDS), max_new_tokens=8, do_sample=False, use_cache=False), tokens
+        )
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_OUR_PACKAGE)
+    script = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        f"ids = torch.tensor({IDS})\n"
+        "with torch.no_grad():\n    logits = model(ids).logits\n"
+        "torch.save([logits, model.generate(ids, max_new_tokens=8, do_sample=False)], 'found.pt')\n"
+    )
+    homes = {name: str(tmp_path / name) for name in ("HF_HOME", "HF_MODULES_CACHE")}
+    result = run_python("-c", script, str(heads_dir), cwd=tmp_path, PYTHONPATH=str(tmp_path), **homes)
+    assert result.returncode == 0, result.stderr
+    found = torch.load(tmp_path / "found.pt")
+    assert torch.equal(found[0], logits)
+    assert torch.equal(found[1], tokens)
+
+
+def test_it_verifies_and_its_recipe_gives_the_same_bytes(heads_dir, base_dir, layers_dir, tmp_path):
+    compared = ("--base", base_dir, "--llama_layers_dir", layers_dir)
+    result = run_command("verify_checkpoint", heads_dir, *compared)
+    assert result.returncode == 0, result.stderr + result.stdout
+    again = build(base_dir, layers_dir, tmp_path / "again", "--from_info", heads_dir)
+    assert again.returncode == 0, again.stderr
+    assert "So is every other byte" in again.stdout
+    info = json.loads((heads_dir / "checkpoint_info.json").read_text())
+    assert info["grafted_heads"] == {"0": [1], "2": [0, 1]}
+    assert info["replacement_source"]["layers"].keys() == {"0", "2", "3"}
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (("--heads", "1:2"), 1, ["heads [2] of layer 1", "below 2"]),
+        (("--heads", "4:0"), 1, ["Layer 4 is out of range"]),
+        (("--heads", "1:0", "--layers", "1"), 1, ["Layer 1 is named in --layers and in --heads"]),
+        (("--heads", "1:0", "1:1"), 2, ["--heads names a layer twice"]),
+        (("--heads", "1:0,0"), 2, ["names a head more than once"]),
+        (("--heads", "1"), 2, ["LAYER:HEAD"]),
+        (("--heads", "1:-1"), 2, ["LAYER:HEAD"]),
+        (("--layers", "1", "--keep_mixer_heads"), 2, ["--keep_mixer_heads belongs to --heads"]),
+        ((), 2, ["--layers, --heads or both are needed"]),
+    ],
+)
+def test_what_cannot_be_is_refused(base_dir, layers_dir, tmp_path, args, code, words):
+    assert_refused(build(base_dir, layers_dir, tmp_path / "out", *args), *words, code=code)
+    assert not (tmp_path / "out").exists()
+
+
+def test_healing_trains_the_grafted_heads_and_leaves_the_mixers(heads_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    out = tmp_path / "healed"
+    settings = ("--block_size", 16, "--batch_size", 2, "--max_steps", 2, "--learning_rate", "1e-2")
+    result = run_command(
+        "heal_checkpoint",
+        "--checkpoint",
+        heads_dir,
+        "--data",
+        text,
+        "--output_dir",
+        out,
+        "--method",
+        "grafted",
+        *settings,
+    )
+    assert result.returncode == 0, result.stderr
+    before, after = (load_checkpoint(folder)[0].state_dict() for folder in (heads_dir, out))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    prefixes = ("backbone.layers.3.", "backbone.layers.0.attention.", "backbone.layers.2.attention.")
+    assert changed
+    assert all(name.startswith(prefixes) for name in changed)
+    assert {name.split(".")[2] for name in changed} == {"0", "2", "3"}
+    assert run_command("verify_checkpoint", out).returncode == 0
