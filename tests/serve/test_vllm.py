@@ -18,6 +18,7 @@ import torch
 from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.llamba import LlambaForCausalLM
 from tests.conftest import make_tokenizer, seeded, tiny_config, tiny_llama_cfg, wait_until
+from tests.serve.conftest import assert_scores_are_ours
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/test_serving.sh makes an environment with it")
 openai = pytest.importorskip("openai", reason="the client is installed with vLLM")
@@ -164,6 +165,10 @@ def test_a_cancelled_request_leaves_nothing_behind(server, client, model, prompt
         stream.close()
     wait_until(lambda: metric(server, "vllm:num_requests_running") == 0)
     assert_all_ours(model, server, prompts[12:28])
+
+
+def test_a_task_is_scored_through_the_server(server, served_dirs, tmp_path):
+    assert_scores_are_ours(served_dirs["pt"], server, tmp_path / "results")
 
 
 def test_a_prompt_too_long_is_refused(client, server):
