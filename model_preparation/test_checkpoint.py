@@ -32,6 +32,7 @@ With --full_eval, score it by lm-eval afterwards, on the task group mmlu unless 
 task by task: after an interruption, the same command continues and ends with the same score. Another setting, or other
 weights, is another evaluation.
 With --efficiency, measure its speed, cache and memory beside those of its base and donor, each in its own process.
+With --server, score the model that a server runs in the same way. Nothing is loaded here.
 """
 
 EPILOG = """\
@@ -48,6 +49,7 @@ examples:
   python test_checkpoint.py --checkpoint unaligned_llamba --full_eval --skip_generation --results_dir ../results
   python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --efficiency --skip_generation \\
       --contexts 512 2048 8192
+  python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --server http://127.0.0.1:8000 --limit 100
 
 The exit code is 1 if the checkpoint does not load, a logit is not finite, or a text is empty. A model to compare with
 that is not there is refused at once. If one fails later, its error is printed in place of its text, and the exit code
@@ -73,24 +75,27 @@ def main() -> None:
     from model_preparation.io.complete_file import check_new_file
     from model_preparation.io.tensors.dtypes import torch_dtype
 
-    args.checkpoint = args.checkpoint.expanduser()
     prompts = [*args.prompt, *([] if args.prompts_file is None else read_prompts(args.prompts_file))]
     output = None if args.output is None else args.output.expanduser()
     if output is not None:
         check_new_file(output)
-    model_found = find_model(args.checkpoint, args.tokenizer, sources=args.source)
-    others = find_others(args.compare_with, args.checkpoint, sources=args.source)
-    device = "cpu" if args.parallelize else choose_device(args.gpu, args.device)
+    model_found, others = None, []
+    if args.checkpoint is not None:
+        args.checkpoint = args.checkpoint.expanduser()
+        model_found = find_model(args.checkpoint, args.tokenizer, sources=args.source)
+        others = find_others(args.compare_with, args.checkpoint, sources=args.source)
+    device = "cpu" if args.parallelize or args.server else choose_device(args.gpu, args.device)
     dtype = torch_dtype(args.dtype)
     if args.full_eval:
         from model_preparation.evaluation.tasks import is_mmlu, load_tasks
 
-        model_found.results_root(args.results_dir)
+        if model_found is not None:
+            model_found.results_root(args.results_dir)
         tasks = load_tasks(args.tasks, mmlu_data=args.mmlu_data, num_fewshot=args.num_fewshot)
         if args.mmlu_data is not None and not any(map(is_mmlu, args.tasks)):
             parser.error(f"--mmlu_data belongs to --tasks mmlu or parts of it, and the task is {' '.join(args.tasks)}")
 
-    if not args.skip_generation:
+    if model_found is not None and not args.skip_generation:
         from model_preparation.evaluation.generation_report import GenerationReport
         from model_preparation.evaluation.models import load_other
 
@@ -146,6 +151,8 @@ def _evaluate(tasks: "Tasks", args: argparse.Namespace, device: str, dtype: Any)
 
     shots = "" if args.num_fewshot is None else f", {args.num_fewshot}-shot"
     source = "" if tasks.questions is None else f", MMLU's questions from {tasks.questions.source}"
+    if args.server is not None:
+        print(f"Server       {args.server}")
     print(f"\nEvaluating   {' '.join(tasks.names)}{shots}{source}", flush=True)
     result_json = None if args.result_json is None else args.result_json.expanduser()
     if result_json is not None:  # checked now, not after an hour of work
@@ -173,7 +180,7 @@ def _evaluate(tasks: "Tasks", args: argparse.Namespace, device: str, dtype: Any)
         )
     for name, row in result["tasks"].items():
         print(f"{'MMLU' if name == MMLU else name} score   {_score(row)}")
-    if tasks.names == (MMLU,) and not result["entered"] and (args.checkpoint / INFO).is_file():
+    if tasks.names == (MMLU,) and not (result["entered"] or args.server) and (args.checkpoint / INFO).is_file():
         print("checkpoint_info.json is not changed: it has a score of more questions, or cannot be written.")
     print(f"Results are in {result['results_dir']}", flush=True)
 
@@ -210,6 +217,14 @@ def _score(row: dict[str, Any]) -> str:
 
 def _check(parser: CommandParser, args: argparse.Namespace) -> None:
     """End the command, as for wrong usage, where flags do not go together."""
+    if args.server is not None:
+        args.full_eval = args.skip_generation = True
+        parser.refuse(args, ("dtype", "gpu", "device", "parallelize"), "has no effect with --server")
+        if args.checkpoint is None and (args.tokenizer is None or args.results_dir is None):
+            parser.error("--server without --checkpoint needs --tokenizer and --results_dir")
+    elif args.checkpoint is None:
+        parser.error("the following arguments are required: --checkpoint")
+    parser.refuse(args, () if args.server else ("model",), "belongs to --server, which is not given")
     if args.num_return_sequences > 1 and not (args.do_sample or args.temperature or args.top_p or args.top_k):
         parser.error(
             "--num_return_sequences needs --do_sample, --temperature, --top_p or --top_k; greedy texts are all the same"
@@ -244,10 +259,16 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--checkpoint",
         type=Path,
-        required=True,
         metavar="DIR|NAME",
         help="the checkpoint folder; or the name, folder or hub id of a model, such as its base or donor",
     )
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="score the model of this OpenAI API, as layer-surgery serve starts one, --batch_size prompts per request; "
+        "--checkpoint is what it runs: else give --tokenizer and --results_dir; $OPENAI_API_KEY is sent",
+    )
+    parser.add_argument("--model", metavar="NAME", help="what the server calls the model, if it has several")
     parser.add_argument(
         "--tokenizer", metavar="NAME|DIR|ID", help="for a model that is published without one (llama_tokenizer, ...)"
     )

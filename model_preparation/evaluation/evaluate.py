@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.checkpoint.checkpoint_info import INFO, read_info
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.models import find_model
+from model_preparation.evaluation.models import find_model, served_model
 from model_preparation.evaluation.results_folder import ResultsFolder
 from model_preparation.evaluation.resumable_lm import ResumableLM
 from model_preparation.evaluation.scoring import ScoringLM
@@ -33,16 +33,17 @@ from model_preparation.io.folder_lock import Hold, take
 from model_preparation.io.identity import differences
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.tensors.dtypes import torch_dtype
+from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.versions import creation_time
 
-_NOT_OF_A_LOADED_MODEL = ("device", "dtype", "parallelize", "results_dir", "tokenizer", "sources")
+_NOT_OF_A_LOADED_MODEL = ("device", "dtype", "parallelize", "results_dir", "tokenizer", "sources", "server", "model")
 _MEASURED = ("score", "stderr", "questions", "lm_eval_version", "settings", "weights", "model", "date")
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _WAIT_SECONDS = 10  # for another evaluation of the same checkpoint that is entering its score
 
 
 def evaluate_checkpoint(
-    directory: str | Path, settings: EvaluationSettings | None = None, **changes: Any
+    directory: str | Path | None, settings: EvaluationSettings | None = None, **changes: Any
 ) -> dict[str, Any]:
     """Score a checkpoint, or its base or donor, and keep every task's answers as they come.
 
@@ -50,7 +51,8 @@ def evaluate_checkpoint(
     without a model. A score of the whole task group mmlu is entered into the checkpoint's checkpoint_info.json.
 
     Args:
-        directory: the checkpoint folder; or the name, folder or hub id of a model, to compare a checkpoint with.
+        directory: the checkpoint folder; or the name, folder or hub id of a model, to compare a checkpoint with. With
+            `server` it is what the server runs, or None: then name its tokenizer, and a `results_dir`.
         settings: how to score; by default `EvaluationSettings()`.
         changes: single fields of `EvaluationSettings`, in place of those in `settings`.
 
@@ -65,7 +67,17 @@ def evaluate_checkpoint(
         OSError: if results cannot be written.
     """
     settings = replace(settings or EvaluationSettings(), **changes)
-    scored = find_model(directory, settings.tokenizer, sources=settings.sources)
+    server = None
+    if settings.server is not None:
+        from model_preparation.evaluation.server import Server, ServerLM  # slow to import
+
+        server = Server.find(settings.server, settings.model)
+    if directory is None:
+        if server is None or settings.tokenizer is None:
+            raise SurgeryError("Without a checkpoint, name a server's model by server and tokenizer.")
+        scored = served_model(server.about["model"], settings.tokenizer, sources=settings.sources)
+    else:
+        scored = find_model(directory, settings.tokenizer, sources=settings.sources)
     root = scored.results_root(settings.results_dir)
     dtype = torch_dtype(settings.dtype)
     loaded = _load_tasks(settings)
@@ -74,13 +86,18 @@ def evaluate_checkpoint(
         **settings_of(loaded, settings),
         "device": "parallelize" if settings.parallelize else torch.device(settings.device).type,
         "dtype": scored.dtype if dtype is None else str(dtype).removeprefix("torch."),
+        **({} if server is None else {"device": "server", "dtype": "as served", "server": dict(server.about)}),
     }
     results = ResultsFolder(root, asked, scored.inputs)
 
-    def load(advance: Callable[[int], None]) -> ScoringLM:
+    def load(advance: Callable[[int], None]) -> LM:
+        if server is not None:
+            return ServerLM(server, scored.tokenizer, settings.batch_size, settings.seed, advance)
         return _scoring(*scored.load(settings.device, dtype, settings.parallelize), settings.batch_size, advance)
 
     with results.held():
+        if server is not None:
+            server.check_same(load_tokenizer(scored.tokenizer), results)
         result = results.result()
         # The data of other tasks has no digest. So their questions are put together again, and compared.
         kept = result is not None and all(map(is_mmlu, loaded.names))
@@ -99,7 +116,7 @@ def evaluate_checkpoint(
     result |= {"results_dir": str(results.folder), "kept": kept, "entered": False}
     if results.put_aside is not None:
         result |= {"put_aside": str(results.put_aside), "differing": results.differing}
-    if scored.is_checkpoint:
+    if scored.is_checkpoint and server is None:
         try:
             result["entered"] = _enter_score(scored.folder, result, is_mmlu=loaded.names == (MMLU,))
         except OSError as error:

@@ -291,6 +291,12 @@ def find_model(
     return ScoredModel(name, folder, config, dtype, files, own, False)
 
 
+def served_model(name: str, tokenizer: str, *, sources: Mapping[str, str] | None = None) -> ScoredModel:
+    """A model that a server runs and of which only the tokenizer is here."""
+    folder = resolve(tokenizer, need="tokenizer", overrides=sources).folder
+    return ScoredModel(name_of(name), folder, {}, "as served", [], folder, False)
+
+
 def _refuse_tokenizer(tokenizer: str | None, folder: Path) -> None:
     if tokenizer is not None:
         raise SurgeryError(f"{folder} has a tokenizer of its own. Leave out --tokenizer {tokenizer}.")

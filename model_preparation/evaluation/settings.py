@@ -47,6 +47,8 @@ class EvaluationSettings(CheckedSettings):
         device, dtype, parallelize: where and in what dtype the model runs, as `load_checkpoint` takes them.
         tokenizer: for a model that is published without one, such as Llamba: a name, folder or hub id.
         sources: targets by name, as `resolve(overrides=...)` takes them.
+        server: the address of an OpenAI API whose model is scored; nothing is loaded here then.
+        model: what that server calls the model; needed if it has several.
 
     Raises:
         SurgeryError: if a number is too small.
@@ -101,6 +103,8 @@ class EvaluationSettings(CheckedSettings):
     parallelize: bool = False
     tokenizer: str | None = None
     sources: Mapping[str, str] | None = None
+    server: str | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,20 @@ class LlambaMixer(nn.Module):
         # As a matrix: with three dimensions torch would copy the weights for each row.
         projected = self.in_proj(hidden_states.reshape(batch * length, -1)).view(batch, length, -1)
         xBC, z, a = projected.split([self.conv_dim, self.d_inner, self.n_v_heads], dim=-1)
+        y, inputs, state = self._recur(xBC, a, inputs, state, real, position_ids)
+        return self._gated(y, z, hidden_states.dtype), inputs, state
+
+    def _recur(
+        self,
+        xBC: Tensor,
+        a: Tensor,
+        inputs: Tensor,
+        state: Tensor | None,
+        real: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Convolution and recurrence; as `_mix`, but from parts of the projection to y, (batch, length, d_inner)."""
+        batch, length, _ = xBC.shape
         dtype = torch.promote_types(xBC.dtype, torch.float32)
         window = torch.cat([inputs, xBC], dim=1)  # (batch, d_conv + length, conv_dim)
         convolved = self.conv1d(window, position_ids)
@@ -224,11 +238,15 @@ class LlambaMixer(nn.Module):
             y, state = step(x[:, 0], log_decay[:, 0], B[:, 0], C[:, 0], state, self.D)
         else:
             y, state = scan(x, log_decay, B, C, self.chunk_size, state, self.D)
-        gate = F.silu((z if self.z_bias is None else z + self.z_bias).to(dtype))
-        y = y.reshape(batch, length, self.d_inner) * gate
+        return y.reshape(batch, length, self.d_inner), inputs, state
+
+    def _gated(self, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+        """y (..., d_inner) through gate and output projection: (..., d_model) in `dtype`."""
+        gate = F.silu((z if self.z_bias is None else z + self.z_bias).to(y.dtype))
+        y = y * gate
         for start, end in self.replaced_channels:
             y[..., start:end] = 0
-        return self.out_proj(y.to(hidden_states.dtype)), inputs, state
+        return self.out_proj(y.to(dtype))
 
 
 def _block_of(hidden_states: Tensor) -> tuple[int, int]:

@@ -83,6 +83,7 @@ class Answering:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str):
         self._model, self._tokenizer, self.name = model, tokenizer, name
+        self.max_length = model.config.max_position_embeddings
 
     def complete(self, body: dict[str, Any], emit: Emit) -> dict[str, Any] | None:
         """The answer to a request for completions; None where it was asked for in pieces.
@@ -159,12 +160,11 @@ class Answering:
     def _answer(
         self, request: dict, prompts: list[list[int]], kind: str, part: Callable, emit: Emit
     ) -> dict[str, Any] | None:
-        positions = self._model.config.max_position_embeddings
         for prompt in prompts:
-            if len(prompt) + request["max_tokens"] > positions:
+            if len(prompt) + request["max_tokens"] > self.max_length:
                 raise Refused(
                     f"The prompt has {len(prompt)} tokens and max_tokens is {request['max_tokens']}; "
-                    f"together they may be {positions}."
+                    f"together they may be {self.max_length}."
                 )
         if request["stream"] and (len(prompts) > 1 or request["echo"] or request["logprobs"] is not None):
             raise Refused("stream goes with one prompt, and neither with echo nor with logprobs.")
@@ -331,6 +331,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/models":
             raise Refused(f"There is no {self.path!r:.80} here.", 404)
         model = {"id": self.answers.name, "object": "model", "created": 0, "owned_by": "model_preparation"}
+        model["max_model_len"] = self.answers.max_length  # as vLLM says it
         return self._send(200, {"object": "list", "data": [model]})
 
     def _post(self) -> None:

@@ -26,7 +26,6 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.mixer import LlambaMixer
 from model_preparation.llamba.modeling_llamba import BLOCK_NORM_EPS
-from model_preparation.llamba.ssd import scan, step
 
 
 def state_shapes(config: LlambaConfig) -> tuple[tuple[int, int], tuple[int, int, int]]:
@@ -84,19 +83,19 @@ class ServedMixer(LlambaMixer, MambaBase):
         decoded = row.num_decode_tokens
         if decoded:  # a request each
             slots = row.state_indices_tensor_d[:, 0].long()
-            parts.append(self._recur(xBC[:decoded].unsqueeze(1), a[:decoded].unsqueeze(1), slots, True))
+            parts.append(self._continue(xBC[:decoded].unsqueeze(1), a[:decoded].unsqueeze(1), slots, True))
         if row.num_prefills:
             slots = row.state_indices_tensor_p.long()
             bounds = (row.query_start_loc_p + decoded).tolist()
             for i, continues in enumerate(row.has_initial_states_p.tolist()):
                 tokens = slice(bounds[i], bounds[i + 1])
-                parts.append(self._recur(xBC[tokens].unsqueeze(0), a[tokens].unsqueeze(0), slots[i : i + 1], continues))
+                of_one = xBC[tokens].unsqueeze(0), a[tokens].unsqueeze(0)
+                parts.append(self._continue(*of_one, slots[i : i + 1], continues))
         y = torch.cat([part.flatten(0, 1) for part in parts])
-        gate = F.silu((z if self.z_bias is None else z + self.z_bias).to(y.dtype))
-        out = F.pad(y, (0, 0, 0, len(z) - len(y))) * gate  # a row may end in tokens of no request
-        return self.out_proj(out.to(hidden_states.dtype))
+        y = F.pad(y, (0, 0, 0, len(z) - len(y)))  # a row may end in tokens of no request
+        return self._gated(y, z, hidden_states.dtype)
 
-    def _recur(self, xBC: Tensor, a: Tensor, slots: Tensor, continues: bool) -> Tensor:
+    def _continue(self, xBC: Tensor, a: Tensor, slots: Tensor, continues: bool) -> Tensor:
         """Convolution and recurrence over the next tokens of requests, whose states in the cache they bring forward.
 
         Args:
@@ -108,26 +107,15 @@ class ServedMixer(LlambaMixer, MambaBase):
         Returns:
             (requests, length, d_inner), float32 or wider.
         """
-        requests, length, _ = xBC.shape
         inputs, states = self.kv_cache
-        before = inputs[slots].to(xBC.dtype) if continues else xBC.new_zeros(requests, self.d_conv - 1, self.conv_dim)
-        window = torch.cat([xBC.new_zeros(requests, 1, self.conv_dim), before, xBC], dim=1)  # its first is never read
-        inputs[slots] = window[:, length + 1 :].to(inputs.dtype)
-        convolved = self.conv1d(window)
-        if self.has_activation:
-            convolved = F.silu(convolved)
-        keys = self.n_qk_heads * self.d_state
-        x, B, C = convolved.split([self.d_inner, keys, keys], dim=-1)
-        x = x.unflatten(-1, (self.n_v_heads, -1))
-        B, C = (t.unflatten(-1, (self.n_qk_heads, self.d_state)) for t in (B, C))
-        log_decay = F.softplus(a.to(torch.promote_types(a.dtype, torch.float32))).neg()
-        state = states[slots].to(log_decay.dtype) if continues else None
-        if length == 1 and state is not None:
-            y, state = step(x[:, 0], log_decay[:, 0], B[:, 0], C[:, 0], state, self.D)
+        if continues:
+            # vLLM keeps d_conv - 1 inputs; our own cache has one more, which is never read.
+            before, state = F.pad(inputs[slots].to(xBC.dtype), (0, 0, 1, 0)), states[slots]
         else:
-            y, state = scan(x, log_decay, B, C, self.chunk_size, state, self.D)
-        states[slots] = state.to(states.dtype)
-        return y.reshape(requests, length, self.d_inner)
+            before, state = self._nothing_before(xBC), None
+        y, before, state = self._recur(xBC, a, before, state)
+        inputs[slots], states[slots] = before[:, 1:].to(inputs.dtype), state.to(states.dtype)
+        return y
 
 
 class ServedMambaLayer(nn.Module):

@@ -1,5 +1,6 @@
 """Checkpoints of the embedded pair, and servers of them."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -10,8 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
-from model_preparation import build_checkpoint, extract_layers
-from tests.conftest import PACKAGE, wait_until
+from model_preparation import build_checkpoint, evaluate_checkpoint, extract_layers
+from tests.conftest import PACKAGE, run_command, wait_until
 
 GRAFTED = [3, 7]
 
@@ -35,6 +36,21 @@ class Server(NamedTuple):
     def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         return self.process.wait(120)
+
+
+def assert_scores_are_ours(checkpoint: Path, server: Server, results_dir: Path, **env: str) -> Path:
+    """A task scored through the server has our own answers; the folder of its results."""
+    flags = ("--checkpoint", checkpoint, "--tasks", "embedded_recall", "--limit", 12, "--results_dir", results_dir)
+    asked = run_command("test_checkpoint", *flags, "--server", server.url, "--model", server.name, **env)
+    assert asked.returncode == 0, asked.stderr
+    ours = evaluate_checkpoint(checkpoint, tasks=["embedded_recall"], limit=12, results_dir=results_dir.parent / "ours")
+    folders = [Path(asked.stdout.rpartition("Results are in ")[2].strip()), Path(ours["results_dir"])]
+    names = "answers/loglikelihood.embedded_recall.json"
+    answers = [json.loads((folder / names).read_text())["answers"] for folder in folders]
+    assert [greedy for _, greedy in answers[0]] == [greedy for _, greedy in answers[1]]
+    for (served, _), (own, _) in zip(*answers, strict=True):
+        assert served == pytest.approx(own, abs=1e-4)
+    return folders[0]
 
 
 def free_port() -> int:

@@ -1,22 +1,48 @@
-"""`python generate_by_vllm.py FILE.json`: vLLM's greedy answers to the prompts in the file go into FILE.out.
+"""`python generate_by_vllm.py FILE.json`: vLLM's greedy answers to the cases in the file go into FILE.out.
 
-A file of its own, as vLLM starts processes that import it.
+A case is a model's folder, options for vLLM, and prompts. What comes back are answers, or the error that refused it.
+One process runs all cases, engine and all, as most of a start is imports.
 """
 
+import gc
 import json
+import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no second process, which would import everything again
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    found = []
+    for case in json.loads(path.read_text()):
+        found.append(run(case))
+        gc.collect()  # one model in memory at a time
+    path.with_suffix(".out").write_text(json.dumps(found))
+
+
+def run(case: dict) -> dict:
     from vllm import LLM, SamplingParams
 
-    path = Path(sys.argv[1])
-    given = json.loads(path.read_text())
-    llm = LLM(given["folder"], dtype="float32", kv_cache_memory_bytes=64 << 20, max_num_seqs=8)
-    settings = SamplingParams(temperature=0, max_tokens=given["new_tokens"], logprobs=0, ignore_eos=True)
+    options = {"dtype": "float32", "kv_cache_memory_bytes": 256 << 20, "disable_log_stats": False, **case["options"]}
+    try:
+        llm = LLM(case["folder"], **options)
+    except ValueError as error:
+        return {"error": str(error)}
+    settings = SamplingParams(temperature=0, max_tokens=case["new_tokens"], logprobs=0, ignore_eos=True)
+    before = preemptions(llm)
     answers = []
-    for request in llm.generate([{"prompt_token_ids": ids} for ids in given["prompts"]], settings, use_tqdm=False):
+    for request in llm.generate([{"prompt_token_ids": ids} for ids in case["prompts"]], settings, use_tqdm=False):
         ids = list(request.outputs[0].token_ids)
         pairs = zip(ids, request.outputs[0].logprobs, strict=True)
         answers.append({"ids": ids, "logprobs": [by_token[token].logprob for token, by_token in pairs]})
-    path.with_suffix(".out").write_text(json.dumps(answers))
+    return {"answers": answers, "preemptions": preemptions(llm) - before}
+
+
+def preemptions(llm) -> int:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,16 +5,22 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
 
+from model_preparation import SurgeryError, evaluate_checkpoint
 from model_preparation.checkpoint.load import load_checkpoint
+from model_preparation.io.complete_file import write_file
+from model_preparation.io.self_checksum import with_checksum
 from model_preparation.serve.plugin import installed_vllm
 from model_preparation.serve.small_server import Answering, Refused
 from tests.conftest import assert_refused, run_command
+from tests.serve.conftest import assert_scores_are_ours
 
 TEMPLATE = """\
 {% if messages[0].role == "tool" %}{{ raise_exception("no tools here") }}{% endif %}\
@@ -141,6 +147,61 @@ def test_a_client_that_goes_away_does_no_harm(server):
         client.sendall(f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
         client.recv(100)
     assert complete(server, prompt=PROMPT, max_tokens=1)["choices"]
+
+
+def test_a_task_is_scored_through_the_server(server, served_dirs, tmp_path, monkeypatch):
+    pytest.importorskip("tenacity", reason="lm-eval's client of an API needs it")
+    folder = assert_scores_are_ours(served_dirs["pt"], server, tmp_path / "results", OPENAI_API_KEY="secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+
+    def again(**changes) -> dict:
+        settings = {
+            "tasks": ["embedded_recall"],
+            "limit": 12,
+            "server": server.url,
+            "results_dir": tmp_path / "results",
+        }
+        return evaluate_checkpoint(served_dirs["pt"], **{**settings, **changes})
+
+    result = again()
+    assert (result["kept"], result["results_dir"]) == (True, str(folder))
+    assert result["settings"]["server"] == {"model": "graft", "max_length": 512}
+    assert json.loads((served_dirs["pt"] / "checkpoint_info.json").read_text())["mmlu_score"] is None
+    record = json.loads((folder / "answers" / "server.json").read_text())
+    record["answers"][3] += 0.1
+    write_file(folder / "answers" / "server.json", with_checksum(record))
+    with pytest.raises(SurgeryError, match="is not the one whose answers are in"):
+        again()
+    with pytest.raises(SurgeryError, match=r"no model 'other'.*--model: graft"):
+        again(model="other")
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+    with pytest.raises(SurgeryError, match="OPENAI_API_KEY"):
+        again()
+
+
+def test_servers_that_cannot_score(served_dirs, tmp_path):
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer({"data": [{"id": "a"}]})
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer({"choices": [{"index": 0, "text": " Ada", "logprobs": None}]})
+
+        def answer(self, content):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+    flags = ("--checkpoint", served_dirs["pt"], "--tasks", "embedded_recall", "--results_dir", tmp_path)
+    with HTTPServer(("127.0.0.1", 0), Answers) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{http.server_port}/v1"
+        assert_refused(run_command("test_checkpoint", *flags, "--server", url), "no log-probabilities", "--server")
+        http.shutdown()
+    assert_refused(run_command("test_checkpoint", *flags, "--server", url), url, "refused", "--server")
+    assert_refused(run_command("test_checkpoint", "--server", url), "--tokenizer", "--results_dir", code=2)
+    assert_refused(run_command("test_checkpoint", *flags, "--model", "a"), "--server", code=2)
 
 
 def test_ctrl_c_ends_it(server):

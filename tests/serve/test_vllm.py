@@ -5,9 +5,11 @@ The truth is one forward pass of our own model over each prompt with the answer 
 
 import asyncio
 import json
+import os
 import random
-import re
 import signal
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -17,12 +19,15 @@ import torch
 
 from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.llamba import LlambaForCausalLM
-from tests.conftest import make_tokenizer, seeded, tiny_config, tiny_llama_cfg, wait_until
+from tests.conftest import PACKAGE, make_tokenizer, seeded, tiny_config, tiny_llama_cfg, wait_until
+from tests.serve.conftest import assert_scores_are_ours, free_port
 
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/test_serving.sh makes an environment with it")
 openai = pytest.importorskip("openai", reason="the client is installed with vLLM")
 
 NEW_TOKENS = 16
+KEY = "secret"
+EMBEDDED = PACKAGE / "embedded" / "tiny_llamba"
 CACHE = ("--kv-cache-memory-bytes", "256M")
 BOS_TWICE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
@@ -32,23 +37,13 @@ def server(serve, served_dirs, tmp_path_factory):
     """A graft of format pt, served with vLLM's own settings."""
     template = tmp_path_factory.mktemp("template") / "chat.jinja"
     template.write_text(BOS_TWICE)
-    return serve(served_dirs["pt"], "--", *CACHE, "--chat-template", template)
+    return serve(served_dirs["pt"], "--api_key", KEY, "--", *CACHE, "--chat-template", template)
 
 
 @pytest.fixture
 def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def tight_server(serve, served_dirs):
-    """The same graft where prompts are cut into pieces, and the cache is too small for the requests that run."""
-    return serve(
-        served_dirs["hf"],
-        *("--model_name", "tight", "--", "--max-num-batched-tokens", 48, "--num-gpu-blocks-override", 20),
-        *("--max-num-seqs", 16, "--enable-prefix-caching", *CACHE),
-    )._replace(name="tight")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +64,7 @@ def prompts() -> list[list[int]]:
 
 def ask(server, prompts: list[list[int]], **settings) -> list:
     """The answers to all prompts, sent at once."""
-    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, timeout=600, max_retries=0)
     known = {"max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 0, **settings}
     extra = {"ignore_eos": True, "return_token_ids": True}
 
@@ -86,23 +81,23 @@ def ask(server, prompts: list[list[int]], **settings) -> list:
 
 
 @torch.no_grad()
-def assert_is_ours(model, prompt: list[int], choice, *, greedy: bool = True) -> None:
+def assert_is_ours(model, prompt: list[int], answer: list[int], logprobs: list[float], *, greedy: bool = True) -> None:
     """The answer is what our model takes for likeliest at each place, with the same log-probabilities.
 
     Args:
         greedy: False where tokens were drawn, and the log-probabilities alone can be the same.
     """
-    answer = choice.token_ids
     assert len(answer) == NEW_TOKENS
     logits = model(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :].float()
     assert not greedy or logits.argmax(-1).tolist() == answer, f"of a prompt of {len(prompt)} tokens"
     ours = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(choice.logprobs.token_logprobs), ours, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(logprobs), ours, rtol=0, atol=1e-4)
 
 
 def assert_all_ours(model, server, prompts: list[list[int]]) -> None:
     for prompt, answer in zip(prompts, ask(server, prompts), strict=True):
-        assert_is_ours(model, prompt, answer.choices[0])
+        choice = answer.choices[0]
+        assert_is_ours(model, prompt, choice.token_ids, choice.logprobs.token_logprobs)
 
 
 def metric(server, name: str) -> float:
@@ -120,7 +115,7 @@ def test_several_answers_to_one_prompt(server, model, prompts):
     for prompt, answer in zip(prompts, answers, strict=False):
         assert [choice.index for choice in answer.choices] == [0, 1]
         for choice in answer.choices:
-            assert_is_ours(model, prompt, choice, greedy=False)
+            assert_is_ours(model, prompt, choice.token_ids, choice.logprobs.token_logprobs, greedy=False)
     assert any(answer.choices[0].token_ids != answer.choices[1].token_ids for answer in answers)
 
 
@@ -166,6 +161,15 @@ def test_a_cancelled_request_leaves_nothing_behind(server, client, model, prompt
     assert_all_ours(model, server, prompts[12:28])
 
 
+def test_a_task_is_scored_through_the_server(server, served_dirs, tmp_path):
+    assert_scores_are_ours(served_dirs["pt"], server, tmp_path / "results", OPENAI_API_KEY=KEY)
+
+
+def test_the_key_is_needed(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client, pytest.raises(openai.AuthenticationError):
+        client.models.list()
+
+
 def test_a_prompt_too_long_is_refused(client, server):
     with pytest.raises(openai.BadRequestError, match="512"):
         client.completions.create(model=server.name, prompt=[5] * 600, max_tokens=1)
@@ -173,81 +177,158 @@ def test_a_prompt_too_long_is_refused(client, server):
 
 def test_killed_outright_it_leaves_no_process(server):
     """The last test of this server."""
-    assert_ends_all(server, signal.SIGKILL, -signal.SIGKILL)
+    assert_ends_all(server.process, signal.SIGKILL, -signal.SIGKILL)
 
 
-def test_prompts_cut_into_pieces_and_preempted(tight_server, model, prompts):
-    assert_all_ours(model, tight_server, prompts)
-    # Each answer outgrows its first block of 128 tokens, and of the 20 blocks three requests have 18 by then.
-    assert_all_ours(model, tight_server, prompts_of(range(3, 54), [120] * 16, seed=2))
-    assert metric(tight_server, "vllm:num_preemptions_total") > 0
+def test_sigterm_ends_all_processes_even_before_it_is_ready(served_dirs, tmp_path):
+    with (tmp_path / "said.txt").open("wb") as output:
+        command = [sys.executable, str(PACKAGE / "serve_checkpoint.py"), "--checkpoint", str(served_dirs["hf"])]
+        process = subprocess.Popen([*command, "--port", str(free_port())], stdout=output, stderr=subprocess.STDOUT)
+    started = psutil.Process(process.pid)
+    wait_until(lambda: len(started.children(recursive=True)) >= 2, alive=lambda: process.poll() is None)
+    assert_ends_all(process, signal.SIGTERM, 143)
 
 
-def test_prefix_caching_is_off_and_says_so(tight_server, model):
-    shared = prompts_of(range(3, 54), [300])[0]
-    asked = [shared + ending for ending in prompts_of(range(3, 54), [1, 7, 40, 90], seed=5)]
-    assert_all_ours(model, tight_server, asked)
-    assert_all_ours(model, tight_server, asked)
-    log = Path(re.search(r"^Log +(.*)$", tight_server.said.read_text(), re.MULTILINE)[1])
-    assert "Prefix caching is off for Llambas" in log.read_text()
-
-
-def test_sigterm_ends_all_processes(tight_server):
-    """The last test of this server."""
-    assert_ends_all(tight_server, signal.SIGTERM, 143)
-
-
-def assert_ends_all(server, number: int, code: int) -> None:
-    engine = psutil.Process(server.process.pid).children(recursive=True)
+def assert_ends_all(process: subprocess.Popen, number: int, code: int) -> None:
+    engine = psutil.Process(process.pid).children(recursive=True)
     assert len(engine) >= 2, "vLLM runs in processes of its own"
-    assert server.end(number) == code
+    process.send_signal(number)
+    assert process.wait(120) == code
     wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in engine))
 
 
-@pytest.mark.parametrize("grafted", [[], [1, 2]], ids=["pure", "grafted"])
-def test_tied_head_padded_vocabulary_shared_heads_and_scaled_rope(tmp_path, grafted, run_vllm):
-    rope = {
-        **{"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0},
-        **{"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
-    }
-    changes = (
-        {"llama_layers": grafted, "llama_cfg": {**tiny_llama_cfg(), "head_dim": 32, "rope_parameters": rope}}
-        if grafted
-        else {}
+# Prompts are cut into pieces, and the cache is too small for the requests that run.
+TIGHT = {
+    "max_num_batched_tokens": 48,
+    "num_gpu_blocks_override": 20,
+    "max_num_seqs": 16,
+    "enable_prefix_caching": True,
+}
+
+
+def tight_prompts(prompts: list[list[int]], vocabulary: range) -> list[list[int]]:
+    """`prompts`; some that begin alike, twice; and some of which each outgrows its first block of 128 tokens.
+
+    Of the 20 blocks three requests have 18 by then.
+    """
+    (shared,) = prompts_of(vocabulary, [300])
+    alike = [shared + ending for ending in prompts_of(vocabulary, [1, 7, 40, 90], seed=5)]
+    return [*prompts, *alike, *alike, *prompts_of(vocabulary, [120] * 16, seed=2)]
+
+
+ROPES = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 128},
+    "llama3": {
+        **{"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+def make_odd_model(folder: Path, rope: str | None) -> LlambaForCausalLM:
+    """Its head is tied, its vocabulary padded, and heads share keys. With a kind of rope it has grafted layers."""
+    rope_parameters = {"rope_type": rope, "rope_theta": 10000.0, **ROPES.get(rope, {})}
+    llama_cfg = {**tiny_llama_cfg(), "head_dim": 32, "rope_parameters": rope_parameters}
+    config = tiny_config(
+        tie_embeddings=True,
+        ssm_cfg={"d_state": 8, "n_v_heads": 4, "n_qk_heads": 2, "activation": "silu"},
+        max_position_embeddings=512,
+        **({} if rope is None else {"llama_layers": [1, 2], "llama_cfg": llama_cfg}),
     )
-    ssm = {"d_state": 8, "n_v_heads": 4, "n_qk_heads": 2, "activation": "silu"}
-    config = tiny_config(tie_embeddings=True, ssm_cfg=ssm, max_position_embeddings=512, **changes)
     assert config.padded_vocab_size > config.vocab_size
     model = seeded(LlambaForCausalLM(config), scale=0.3)
-    model.save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
-    prompts = prompts_of(range(256), [1, 2, 5, 17, 64, 130, 250])
-    for prompt, choice in zip(prompts, run_vllm(tmp_path, prompts), strict=True):
-        assert_is_ours(model, prompt, choice)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return model
 
 
-@pytest.fixture
-def run_vllm(tmp_path_factory):
-    """vLLM without a server, on a model's folder: the answers to prompts, in a process of its own."""
-    import os
-    import subprocess
-    import sys
-    from types import SimpleNamespace
+@pytest.fixture(scope="module")
+def odd_models(tmp_path_factory) -> dict[str, tuple[Path, LlambaForCausalLM]]:
+    """(folder, model) by name."""
+    found = {"embedded": (EMBEDDED, LlambaForCausalLM.from_pretrained(EMBEDDED))}
+    for name in ("pure", *ROPES):
+        folder = tmp_path_factory.mktemp(name)
+        found[name] = folder, make_odd_model(folder, None if name == "pure" else name)
+    return found
 
-    def run(folder: Path, prompts: list[list[int]]) -> list:
-        given = tmp_path_factory.mktemp("prompts") / "prompts.json"
-        given.write_text(json.dumps({"folder": str(folder), "prompts": prompts, "new_tokens": NEW_TOKENS}))
-        script = Path(__file__).with_name("generate_by_vllm.py")
-        done = subprocess.run(
-            [sys.executable, str(script), str(given)],
-            env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return [
-            SimpleNamespace(token_ids=answer["ids"], logprobs=SimpleNamespace(token_logprobs=answer["logprobs"]))
-            for answer in json.loads(given.with_suffix(".out").read_text())
-        ]
 
-    return run
+@pytest.fixture(scope="module")
+def by_vllm(served_dirs, odd_models, prompts, tmp_path_factory) -> tuple[list[dict], list[dict], str]:
+    """(cases, what vLLM gave for each, all that it printed); see generate_by_vllm.py. A process without a server."""
+    graft = {"folder": str(served_dirs["hf"]), "prompts": prompts}
+    cases = [
+        {**graft, "options": TIGHT, "prompts": tight_prompts(prompts, range(3, 54))},
+        {**graft, "options": {"tensor_parallel_size": 2}},
+        {**graft, "options": {"kv_cache_memory_bytes": 4096}},
+        *(
+            {"folder": str(folder), "prompts": prompts_of(range(model.config.vocab_size), [1, 2, 5, 17, 64, 130, 250])}
+            for folder, model in odd_models.values()
+        ),
+    ]
+    return run_vllm(cases, tmp_path_factory.mktemp("cases"))
+
+
+def run_vllm(cases: list[dict], folder: Path) -> tuple[list[dict], list[dict], str]:
+    (folder / "cases.json").write_text(
+        json.dumps([{"options": {}, "new_tokens": NEW_TOKENS, **case} for case in cases])
+    )
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("generate_by_vllm.py")), str(folder / "cases.json")],
+        env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return cases, json.loads((folder / "cases.out").read_text()), done.stdout
+
+
+def assert_case_is_ours(model, case: dict, found: dict) -> None:
+    for prompt, answer in zip(case["prompts"], found["answers"], strict=True):
+        assert_is_ours(model, prompt, answer["ids"], answer["logprobs"])
+
+
+def test_prompts_cut_into_pieces_begun_alike_and_preempted(by_vllm, model):
+    cases, found, said = by_vllm
+    assert_case_is_ours(model, cases[0], found[0])
+    assert found[0]["preemptions"] > 0
+    assert "Prefix caching is off for Llambas" in said
+
+
+def test_what_vllm_refuses(by_vllm):
+    _, found, _ = by_vllm
+    assert "Llambas are served without tensor parallelism" in found[1]["error"]
+    assert "No available memory for the cache" in found[2]["error"]
+
+
+@pytest.mark.parametrize("name", ["embedded", "pure", *ROPES])
+def test_tied_heads_padded_vocabularies_shared_heads_and_kinds_of_rope(by_vllm, odd_models, name):
+    cases, found, _ = by_vllm
+    number = [case["folder"] for case in cases].index(str(odd_models[name][0]))
+    assert_case_is_ours(odd_models[name][1], cases[number], found[number])
+
+
+@pytest.mark.skipif("SERVED_CHECKPOINT" not in os.environ, reason="SERVED_CHECKPOINT names no checkpoint of format hf")
+def test_a_checkpoint_of_yours(tmp_path):
+    """64 prompts at once, then cut into pieces and preempted, on a real model: minutes."""
+    folder = os.environ["SERVED_CHECKPOINT"]
+    model, tokenizer = load_checkpoint(folder, dtype="float32")
+    words = range(100, len(tokenizer))
+    lengths = [1, 2, 3, 400, *random.Random(1).choices(range(1, 401), k=60)]
+    prompts = prompts_of(words, lengths)
+    cases, found, _ = run_vllm(
+        [
+            {"folder": folder, "prompts": prompts, "options": {"max_model_len": 512}},
+            {
+                "folder": folder,
+                "prompts": tight_prompts(prompts[:8], words),
+                "options": {**TIGHT, "max_model_len": 512},
+            },
+        ],
+        tmp_path,
+    )
+    for case, one in zip(cases, found, strict=True):
+        assert_case_is_ours(model, case, one)
+    assert found[1]["preemptions"] > 0

@@ -1,0 +1,193 @@
+"""A model behind an OpenAI API, such as `layer-surgery serve` starts, as a model for lm-eval.
+
+lm-eval's own client makes the requests and reads the answers. Texts become the tokens that lm-eval makes of them for a
+model in its own process: that client would leave out the token that texts begin with.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import requests
+from lm_eval.models import api_models
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.results_folder import ResultsFolder
+from model_preparation.io.identity import digest_of
+from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.io.untrusted.untrusted_files import check_fields
+
+_ADDRESS = "such as http://127.0.0.1:8000"
+_PATIENCE_SECONDS = 3600  # a CPU takes minutes for many long prompts
+_AUTO_PROMPTS = 32  # in a request
+_MAX_LENGTH = 2048  # where a server does not say it; lm-eval's own default
+_PROBE = "Ada likes jam. In 1837, 22/7 was near enough; naïve café, 你好!\n\tdef f(x): return x ** 2"
+_SAME = 0.05  # largest difference of a log-probability that rounding makes
+_NUMBER = (float, int, type(None))
+_MODELS = {"data": [{"id": str, "root?": (str, type(None)), "max_model_len?": (int, type(None))}]}
+_TEXTS = {"choices": [{"index": int, "text": (str,)}]}
+_SCORES = {"choices": [{"index": int, "logprobs": {"token_logprobs": [_NUMBER], "top_logprobs": list}}]}
+
+
+class Server(NamedTuple):
+    """A model that a server has.
+
+    Attributes:
+        url: of the API, with its /v1.
+        about: what the server says of the model: its name, the folder that it was loaded from, its longest sequence.
+    """
+
+    url: str
+    about: Mapping[str, Any]
+
+    @classmethod
+    def find(cls, url: str, name: str | None = None) -> "Server":
+        """Ask a server for its models, and choose one.
+
+        Raises:
+            SurgeryError: if no server answers there, or it has no such model, or several and no name is given.
+        """
+        url = url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1"
+        models = {each["id"]: each for each in _ask(url, "models", _MODELS)["data"]}
+        if name is None and len(models) == 1:
+            name = next(iter(models))
+        if name not in models:
+            fault = "several models" if name is None else f"no model {name!r}"
+            raise SurgeryError(
+                f"The server at {url} has {fault}. Name one of its models by --model: {', '.join(models)}."
+            )
+        known = {"model": name, "folder": models[name].get("root"), "max_length": models[name].get("max_model_len")}
+        return cls(url, {field: value for field, value in known.items() if value is not None})
+
+    def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a request for completions, which has what was asked for."""
+        return _ask(self.url, "completions", _SCORES if body.get("echo") else _TEXTS, body)
+
+    def check_same(self, tokenizer: PreTrainedTokenizerBase, results: ResultsFolder) -> None:
+        """Ask for the log-probabilities of a text; they tell whether kept answers are of the same model.
+
+        Raises:
+            SurgeryError: if they are of another, if the server gives no log-probabilities, or cuts texts into other
+                tokens.
+        """
+        body = {"model": self.about["model"], "prompt": _PROBE, "max_tokens": 1, "temperature": 0}
+        answer = self.complete({**body, "logprobs": 1, "echo": True})
+        found = answer["choices"][0]["logprobs"]["token_logprobs"][:-1]  # the last is of the new token
+        if len(found) != len(tokenizer(_PROBE).input_ids):
+            raise SurgeryError(
+                f"The server at {self.url} makes {len(found)} tokens of a text, and the tokenizer in "
+                f"{tokenizer.name_or_path} makes {len(tokenizer(_PROBE).input_ids)}. Name the served model's by "
+                "--checkpoint or --tokenizer."
+            )
+        asked, kept = digest_of(body), results.read_record("server")
+        if kept is None or kept["requests"] != asked:
+            results.keep_record("server", {"requests": asked, "answers": found[1:]})
+        elif max(abs(one - other) for one, other in zip(found[1:], kept["answers"], strict=True)) > _SAME:
+            raise SurgeryError(
+                f"The model {self.about['model']} at {self.url} is not the one whose answers are in {results.folder}. "
+                "Move that folder elsewhere, or name another --results_dir."
+            )
+
+
+def _ask(url: str, path: str, fields: Mapping[str, Any], body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A server's answer, checked for its fields."""
+    key = os.environ.get("OPENAI_API_KEY")
+    try:
+        response = requests.request(
+            "GET" if body is None else "POST",
+            f"{url}/{path}",
+            json=body,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=_PATIENCE_SECONDS,
+        )
+    except (requests.RequestException, ValueError) as error:  # ValueError: an address that is none
+        reason = getattr(error.args[0], "reason", error) if error.args else error  # requests wraps urllib3's
+        raise SurgeryError(
+            f"No server answers at {url} ({reason}). Start one by layer-surgery serve, or give another --server, "
+            f"{_ADDRESS}."
+        ) from error
+    if response.status_code == 401:
+        raise SurgeryError(f"The server at {url} asks for a key. Put it into the environment variable OPENAI_API_KEY.")
+    if not response.ok:
+        said = " ".join(response.text.split())[:300]
+        raise SurgeryError(
+            f"The server at {url} refuses a request for {path}: HTTP status {response.status_code}, {said!r}. "
+            f"Give an OpenAI API by --server, {_ADDRESS}, that takes such requests."
+        )
+    try:
+        answer = response.json()
+        check_fields({"answer": answer}, {"answer": fields})
+    except ValueError as error:
+        missing = "no log-probabilities of prompts" if fields is _SCORES else f"no {path} as OpenAI's API does"
+        raise SurgeryError(
+            f"The server at {url} gives {missing} ({error}). Name one that does by --server: vLLM, or "
+            "layer-surgery serve."
+        ) from error
+    return answer
+
+
+class ServerLM(LocalCompletionsAPI):
+    """A server's model that lm-eval asks.
+
+    Args:
+        server: where the model is.
+        tokenizer: the folder of the model's tokenizer.
+        batch_size: prompts per request.
+        advance: called with the number of requests just answered.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        tokenizer: Path,
+        batch_size: int | str = "auto",
+        seed: int = 1234,
+        advance: Callable[[int], None] = lambda count: None,
+    ):
+        super().__init__(
+            model=server.about["model"],
+            base_url=server.url,
+            tokenizer_backend="huggingface",
+            tokenizer=str(tokenizer),
+            batch_size=_AUTO_PROMPTS if batch_size == "auto" else batch_size,
+            max_length=server.about.get("max_length", _MAX_LENGTH),
+            add_bos_token=None,  # as the tokenizer does by itself
+            seed=seed,
+        )
+        self.tokenizer = load_tokenizer(tokenizer)
+        self._server = server
+        self._advance = advance
+
+    def tok_encode(self, string: Any, add_special_tokens: bool | None = None, **kwargs) -> Any:
+        """The tokens of a text, or of several, as lm-eval's Hugging Face model makes them."""
+        if not isinstance(string, str):
+            return [self.tok_encode(each, add_special_tokens, **kwargs) for each in string]
+        return HFLM.tok_encode(self, string, add_special_tokens, **kwargs)
+
+    def model_call(self, messages: Any, *, generate: bool = True, gen_kwargs: dict | None = None, **kwargs) -> dict:
+        gen_kwargs = copy.deepcopy(gen_kwargs)  # the payload takes fields out of it
+        payload = self._create_payload(messages, generate, gen_kwargs, self._seed, self.eos_string, **kwargs)
+        answer = self._server.complete(payload)
+        self._advance(len(messages))
+        return answer
+
+    def _loglikelihood_tokens(self, requests: Any, **kwargs) -> list[tuple[float, bool]]:
+        with _without_bar():
+            return super()._loglikelihood_tokens(requests, **kwargs)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        with _without_bar():
+            return super().generate_until(requests, disable_tqdm)
+
+
+def _without_bar() -> Any:
+    """Without lm-eval's bar, which no option turns off."""
+    return patch.object(api_models, "tqdm", partial(tqdm, disable=True))
