@@ -16,7 +16,7 @@ from model_preparation.command_line import (
     run,
 )
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.settings import EvaluationSettings, add_flags
+from model_preparation.evaluation.settings import EVALUATION_SETTINGS, EvaluationSettings, add_flags
 from model_preparation.jobs import combinations, evaluate_many, ray_flags
 
 DESCRIPTION = f"""\
@@ -36,7 +36,7 @@ A score with --limit is not comparable with the full one: compare rows of one ta
 """
 
 # Flags that go to test_checkpoint.py unchanged.
-_HANDED_ON = ("tasks", "limit", "num_fewshot", "batch_size", "mmlu_data", "seed", "dtype", "gpu", "device")
+_HANDED_ON = (*EVALUATION_SETTINGS, "seed", "dtype", "gpu", "device")
 _NO_FOLDERS = ("hub", "modelscope")  # what --mmlu_data takes instead of a path
 
 
@@ -112,7 +112,9 @@ def _flags(args: argparse.Namespace) -> Iterator[str]:
     """The evaluator's flags."""
     for name in _HANDED_ON:
         value = getattr(args, name)
-        if value is not None:
+        if value is True:
+            yield f"--{name}"
+        elif value not in (None, False) and name != "results_dir":
             yield from (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
 
 
@@ -121,6 +123,8 @@ def _needed_paths(args: argparse.Namespace) -> Iterator[Path]:
     if args.mmlu_data is not None and args.mmlu_data not in _NO_FOLDERS:
         yield Path(args.mmlu_data).expanduser()
     yield from (Path(task) for task in args.tasks if Path(task).exists())
+    yield from (Path(each.partition("=")[2]).expanduser() for each in args.task_data or ())
+    yield from [] if args.haystack is None else [args.haystack.expanduser()]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from model_preparation.command_line import CommandParser, add_device_flags, add_
 from model_preparation.devices import choose_device
 from model_preparation.evaluation.prompts import FORMS, read_prompts
 from model_preparation.evaluation.settings import (
+    EVALUATION_SETTINGS,
     GENERATION_SETTINGS,
     EvaluationSettings,
     GenerationSettings,
@@ -20,7 +22,6 @@ from model_preparation.hub.sources import add_source_flag, names_behind, tokeniz
 
 if TYPE_CHECKING:
     from model_preparation.evaluation.models import ScoredModel
-    from model_preparation.evaluation.tasks import Tasks
 
 DESCRIPTION = """\
 Load a checkpoint or any model. Print its size and layers, the text it writes after each prompt, the speed of reading
@@ -55,7 +56,7 @@ DEFAULT_PROMPTS = (
     "To make a good cup of tea, first",
 )
 _GENERATION_FLAGS = ("prompt", "prompts_file", *GENERATION_SETTINGS, "compare_with", "output")
-_EVALUATION_FLAGS = ("tasks", "limit", "mmlu_data", "num_fewshot", "batch_size", "results_dir", "result_json")
+_EVALUATION_FLAGS = (*EVALUATION_SETTINGS, "result_json")
 
 
 def main() -> None:
@@ -78,12 +79,17 @@ def main() -> None:
     device = "cpu" if args.parallelize else choose_device(args.gpu, args.device)
     dtype = torch_dtype(args.dtype)
     if args.full_eval:
-        from model_preparation.evaluation.tasks import is_mmlu, load_tasks
+        from model_preparation.evaluation.evaluate import tasks_for
 
         model_found.results_root(args.results_dir)
-        tasks = load_tasks(args.tasks, mmlu_data=args.mmlu_data, num_fewshot=args.num_fewshot)
-        if args.mmlu_data is not None and not any(map(is_mmlu, args.tasks)):
-            parser.error(f"--mmlu_data belongs to --tasks mmlu or parts of it, and the task is {' '.join(args.tasks)}")
+        names = (*EVALUATION_SETTINGS, "seed", "parallelize", "tokenizer")
+        evaluation = EvaluationSettings(
+            device=device, dtype=dtype, sources=args.source, **{name: getattr(args, name) for name in names}
+        )
+        tasks = tasks_for(model_found, evaluation)
+        evaluation = replace(evaluation, tasks=tasks)
+        if args.mmlu_data is not None and tasks.questions is None:
+            parser.error(f"--mmlu_data belongs to --tasks mmlu or parts of it, and the task is {' '.join(tasks.names)}")
 
     if not args.skip_generation:
         from model_preparation.evaluation.generation_report import GenerationReport
@@ -100,7 +106,7 @@ def main() -> None:
         if output is not None:
             print(f"Texts are in {output}")
     if args.full_eval:
-        _evaluate(tasks, args, device, dtype)
+        _evaluate(evaluation, args)
     if not args.skip_generation:
         report.check_texts()
 
@@ -128,14 +134,16 @@ def _load(found: "ScoredModel", device: str, dtype: Any, parallelize: bool) -> t
     return model, tokenizer
 
 
-def _evaluate(tasks: "Tasks", args: argparse.Namespace, device: str, dtype: Any) -> None:
+def _evaluate(settings: EvaluationSettings, args: argparse.Namespace) -> None:
     """Score the checkpoint. Print groups, scores and where the results are; write --result_json."""
     from model_preparation.checkpoint.checkpoint_info import INFO
     from model_preparation.errors import SurgeryError
     from model_preparation.evaluation.evaluate import evaluate_checkpoint
-    from model_preparation.evaluation.tasks import MMLU
+    from model_preparation.evaluation.tasks import MMLU, Tasks
     from model_preparation.io.complete_file import make_folder, write_file
 
+    tasks = settings.tasks
+    assert isinstance(tasks, Tasks)
     shots = "" if args.num_fewshot is None else f", {args.num_fewshot}-shot"
     source = "" if tasks.questions is None else f", MMLU's questions from {tasks.questions.source}"
     print(f"\nEvaluating   {' '.join(tasks.names)}{shots}{source}", flush=True)
@@ -145,10 +153,6 @@ def _evaluate(tasks: "Tasks", args: argparse.Namespace, device: str, dtype: Any)
             raise SurgeryError(f"--result_json {args.result_json} is a folder. Name a file.")
         make_folder(result_json.parent)
     started = time.perf_counter()
-    names = ("limit", "num_fewshot", "batch_size", "seed", "parallelize", "results_dir", "tokenizer")
-    settings = EvaluationSettings(
-        tasks=tasks, device=device, dtype=dtype, sources=args.source, **{name: getattr(args, name) for name in names}
-    )
     result = evaluate_checkpoint(args.checkpoint, settings)
     if result_json is not None:
         write_file(result_json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -168,6 +172,8 @@ def _evaluate(tasks: "Tasks", args: argparse.Namespace, device: str, dtype: Any)
         )
     for name, row in result["tasks"].items():
         print(f"{'MMLU' if name == MMLU else name} score   {_score(row)}")
+    for name, count in result.get("truncated", {}).items():
+        print(f"Cut          {count} prompts of {name} on their left, as they are too long for the model")
     if tasks.names == (MMLU,) and not result["entered"] and (args.checkpoint / INFO).is_file():
         print("checkpoint_info.json is not changed: it has a score of more questions, or cannot be written.")
     print(f"Results are in {result['results_dir']}", flush=True)
@@ -178,7 +184,19 @@ def _score(row: dict[str, Any]) -> str:
         return f"none ({row['questions']} questions)"
     stderr = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
     metric = "" if row["metric"] == "acc,none" else f"{row['metric'].removesuffix(',none')} "
-    return f"{metric}{row['score']:.4f}{stderr} ({row['questions']} questions)"
+    return f"{metric}{row['score']:.4f}{stderr} ({row['questions']} questions){_protocol(row.get('protocol'))}"
+
+
+def _protocol(protocol: dict[str, Any] | None) -> str:
+    """How the task was asked; results of older versions do not say it."""
+    if protocol is None:
+        return ""
+    answer = {"generate_until": "generated", "multiple_choice": "likeliest choice"}.get(
+        protocol["output"], protocol["output"]
+    )
+    length = f", {protocol['length']} tokens" if "length" in protocol else ""
+    template = " ".join(protocol["template"].split())
+    return f"; {protocol['shots']}-shot, {answer}{length}, {template if len(template) <= 60 else template[:59] + '…'!r}"
 
 
 # --- The command line -------------------------------------------------------------------------------------------------

@@ -4,13 +4,15 @@ Nothing heavy is imported here.
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from model_preparation.command_line import CommandParser, number
 from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.recall_texts import LANGUAGES
+from model_preparation.evaluation.suites import SUITES
 
 if TYPE_CHECKING:
     import torch
@@ -52,22 +54,39 @@ class _Checked:
             value = getattr(self, name)
             if value is None or default is False or flag.read in (str, Path):
                 continue
-            try:
-                flag.read(str(value))
-            except argparse.ArgumentTypeError as error:
-                raise SurgeryError(f"{name} is {value!r}: {error}. Give another value.") from None
+            for each in value if flag.nargs else [value]:
+                try:
+                    flag.read(str(each))
+                except argparse.ArgumentTypeError as error:
+                    raise SurgeryError(f"{name} is {each!r}: {error}. Give another value.") from None
 
 
 def _batch_size(text: str) -> int | str:
     return text if text == "auto" else int(number(int, least=1)(text))
 
 
+def _one_of(names: Iterable[str]) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+        return text
+
+    return read
+
+
+def _task_and_folder(text: str) -> str:
+    task, equals, folder = text.partition("=")
+    if not (task and equals and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=DIR, such as gsm8k=/path/to/folder")
+    return text
+
+
 @dataclass(frozen=True)
 class EvaluationSettings(_Checked):
-    """How a model is scored. The flags' help explains the first six.
+    """How a model is scored. The flags' help explains the first fields.
 
     Attributes:
-        tasks: also the result of `load_tasks`, for which `mmlu_data` is not used.
+        tasks: also the result of `load_tasks`; then what says how tasks are made is not used.
         seed: of Python, NumPy, torch and the choice of examples.
         device, dtype, parallelize: where and in what dtype the model runs, as `load_checkpoint` takes them.
         tokenizer: for a model that is published without one, such as Llamba: a name, folder or hub id.
@@ -81,11 +100,38 @@ class EvaluationSettings(_Checked):
         "Sequence[str] | Tasks",
         Flag(
             "TASK",
-            "tasks, groups or tags of lm-eval; embedded_recall, the task for tiny_llama and tiny_llamba; or folders of "
-            "task files, which may run code (default: mmlu)",
+            "tasks, groups or tags of lm-eval; embedded_recall, the task for tiny_llama and tiny_llamba; recall tasks "
+            "that are made here, such as kv_retrieval; or folders of task files, which may run code (default: mmlu)",
             nargs="+",
         ),
     ] = ("mmlu",)
+    suite: Annotated[
+        str | None,
+        Flag(
+            "|".join(SUITES),
+            "a set of tasks that papers report, in place of --tasks; it says the number of solved examples and the "
+            "metric of each",
+            _one_of(SUITES),
+        ),
+    ] = None
+    lengths: Annotated[
+        Sequence[int] | None,
+        Flag(
+            "TOKENS",
+            "recall tasks: tokens of a document, with room for the answer (default: 512, doubled up to what the model "
+            "takes)",
+            number(int, least=32),
+            nargs="+",
+        ),
+    ] = None
+    language: Annotated[
+        str,
+        Flag("|".join(LANGUAGES), "recall tasks: language of the documents (default: %(default)s)", _one_of(LANGUAGES)),
+    ] = "en"
+    haystack: Annotated[
+        str | Path | None,
+        Flag("FILE", "recall tasks: a text to hide things in (default: sentences of ours)", Path),
+    ] = None
     limit: Annotated[
         int | None, Flag("N", "ask only the first N questions of every subject: quick and rough", number(int, least=1))
     ] = None
@@ -98,6 +144,23 @@ class EvaluationSettings(_Checked):
             "variable MMLU_DATA, else hub)",
         ),
     ] = None
+    task_data: Annotated[
+        Sequence[str] | None,
+        Flag(
+            "TASK=DIR",
+            "take a task's questions from a folder and not from a hub: parquet, csv or jsonl files that are named "
+            "after their split, such as validation.jsonl",
+            _task_and_folder,
+            nargs="+",
+        ),
+    ] = None
+    allow_truncation: Annotated[
+        bool,
+        Flag(
+            None,
+            "cut prompts that are too long for the model on their left, and count them (default: they are an error)",
+        ),
+    ] = False
     num_fewshot: Annotated[
         int | None,
         Flag("K", "solved examples before each question (default: what the task says; MMLU: 0)", number(int, least=0)),
@@ -184,4 +247,5 @@ class GenerationSettings(_Checked):
         return {**defaults, **given, "seed": self.seed} if given or self.do_sample else None
 
 
+EVALUATION_SETTINGS = tuple(name for name, _, _ in _flags(EvaluationSettings))
 GENERATION_SETTINGS = tuple(each.name for each in fields(GenerationSettings))

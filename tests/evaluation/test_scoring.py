@@ -52,7 +52,7 @@ def requests(pairs: list[tuple[str, str]]) -> list[Instance]:
 def assert_same_answers(model, pairs, *, batch_size=3, atol=2e-5, max_length=None):
     # With its cache stock reads wrong positions where one text is asked for twice, divided at different places.
     stock = HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=2, max_length=max_length, logits_cache=False)
-    ours = ScoringLM(model, make_tokenizer(), batch_size)
+    ours = ScoringLM(model, make_tokenizer(), batch_size, allow_truncation=max_length is not None)
     ours._max_length = max_length
     wanted = stock.loglikelihood(requests(pairs), disable_tqdm=True)
     found = ours.loglikelihood(requests(pairs), disable_tqdm=True)
@@ -102,7 +102,7 @@ def test_prompts_longer_than_the_model_takes_are_cut_on_the_left(name):
 
 
 def test_a_continuation_longer_than_the_model_takes_is_refused():
-    lm = ScoringLM(MODELS["llama"], make_tokenizer(), 1)
+    lm = ScoringLM(MODELS["llama"], make_tokenizer(), 1, allow_truncation=True)
     lm._max_length = 8
     with pytest.raises(SurgeryError, match="has 12 tokens, but the model"):
         lm.loglikelihood(requests([("a", "b" * 12)]), disable_tqdm=True)
