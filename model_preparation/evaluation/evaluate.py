@@ -34,7 +34,7 @@ from model_preparation.evaluation.recall import (
     is_recall,
     longest_document,
 )
-from model_preparation.evaluation.results_folder import ResultsFolder
+from model_preparation.evaluation.results_folder import ResultsFolder, chosen_metric
 from model_preparation.evaluation.resumable_lm import ResumableLM
 from model_preparation.evaluation.scoring import ScoringLM
 from model_preparation.evaluation.settings import EvaluationSettings
@@ -316,11 +316,7 @@ def _summary(found: Mapping[str, Any], loaded: Tasks) -> dict[str, Any]:
 def _row(found: Mapping[str, Any], name: str, loaded: Tasks) -> dict[str, Any]:
     """Score, standard error, metric and number of questions of a task or group; None where it has none."""
     row = found["results"][name]
-    metrics = [key for key in row if "," in key and "_stderr," not in key]
-    wanted = loaded.metrics.get(name, "acc") + ",none"
-    metric = min(
-        metrics, key=lambda key: key != wanted, default=None
-    )  # what the suite says or accuracy, else the first
+    metric = chosen_metric(row, loaded.metrics.get(name, "acc"))
     stderr = None if metric is None else row.get(metric.replace(",", "_stderr,"), "N/A")
     return {
         "score": None if metric is None else float(row[metric]),

@@ -182,6 +182,12 @@ class ResultsFolder:
         write_file(self.folder / name, with_checksum(content))
 
 
+def chosen_metric(row: Mapping[str, Any], wanted: str = "acc") -> str | None:
+    """lm-eval's name of the score that counts, "acc,none", in a row of its results: `wanted`, else the first."""
+    metrics = [key for key in row if "," in key and "_stderr," not in key]
+    return min(metrics, key=lambda key: key != f"{wanted},none", default=None)
+
+
 def read_checked_json(path: Path) -> dict[str, Any] | None:
     """One of our JSON files of an evaluation; None if there is none, or its checksum does not match.
 

@@ -5,8 +5,10 @@ Models: the embedded pair, and the tiny pair, whose tokens are bytes.
 
 import itertools
 import json
+import os
 import random
 import re
+import signal
 import sys
 import types
 from functools import partial
@@ -24,11 +26,13 @@ from lm_eval.tasks.ruler import common_utils
 from transformers import AutoTokenizer
 
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.evaluate import evaluate_model
+from model_preparation.evaluation.compare.both_ways import asked_both_ways
+from model_preparation.evaluation.evaluate import evaluate_checkpoint, evaluate_model
 from model_preparation.evaluation.models import load_folder
 from model_preparation.evaluation.recall import RecallRecipe, recall_names
+from model_preparation.evaluation.results_folder import ResultsFolder
 from model_preparation.evaluation.scoring import ScoringLM
-from model_preparation.evaluation.tasks import load_tasks
+from model_preparation.evaluation.tasks import load_tasks, read_configs
 from model_preparation.hub.sources import EMBEDDED
 from tests.conftest import make_tokenizer, run_command
 
@@ -172,25 +176,31 @@ def tiny_llamba():
 
 def test_the_embedded_pair_has_its_own_task_in_the_suite(tmp_path):
     flags = ["--full_eval", "--skip_generation", "--results_dir", tmp_path, "--device", "cpu", "--limit", 8]
-    done = run_command(
-        "test_checkpoint", "--checkpoint", "tiny_llama", *flags, "--suite", "recall", "--lengths", 40, 200
-    )
-    assert done.returncode == 0, done.stderr
-    for line in (
-        r"embedded_recall_40 score   1\.0000 .*\(8 questions\); 0-shot, likeliest choice, 40 tokens",
-        r"embedded_recall_generated_200 score   200 [\d.]+ .*\(8 questions\); 0-shot, generated, 200 tokens",
-    ):
-        assert re.search(line, done.stdout), done.stdout
+    flags += ["--suite", "recall", "--lengths", 40, 200]
+    for name in ("tiny_llama", "tiny_llamba"):
+        done = run_command("test_checkpoint", "--checkpoint", name, *flags)
+        assert done.returncode == 0, done.stderr
+        for line in (
+            r"embedded_recall_40 score   [\d.]+ .*\(8 questions\); 0-shot, likeliest choice, 40 tokens",
+            r"embedded_recall_generated_200 score   200 [\d.]+ .*\(8 questions\); 0-shot, generated, 200 tokens",
+        ):
+            assert re.search(line, done.stdout), done.stdout
     (result,) = tmp_path.glob("tiny_llama/*/result.json")
     kept = json.loads(result.read_text())
     assert kept["settings"]["suite"] == "recall"
     assert kept["settings"]["recall"] == {"lengths": [40, 200], "language": "en"}
-    protocol = kept["subjects"]["embedded_recall_generated_40"]["protocol"]
-    assert protocol == {
-        "shots": 0, "output": "generate_until", "metric": "40,none", "length": 40, "template": "{context}{query}"
-    }  # fmt: skip
+    protocol = kept["subjects"]["embedded_recall_generated_40"].pop("protocol")
+    asked = {"shots": 0, "output": "generate_until", "metric": "40,none", "length": 40}
+    assert protocol == {**asked, "template": "{context}{query}"}
     (samples,) = tmp_path.glob("tiny_llama/*/*/samples_embedded_recall_generated_40_*.jsonl")
     assert len(samples.read_text().splitlines()) == 8
+
+    folders = [tmp_path / "tiny_llamba", tmp_path / "tiny_llama"]
+    compared = run_command("compare_checkpoints", *folders, "--subjects", "--output_dir", tmp_path / "report")
+    assert compared.returncode == 0, compared.stderr
+    assert "on 32 common questions" in compared.stdout
+    assert re.search(r"embedded_recall_40 .*tiny_llamba .*0\.\d+ .*0\.\d+", compared.stdout)
+    assert "By log-likelihood and by generated answers" in (tmp_path / "report" / "comparison.html").read_text()
 
 
 def test_lengths_beyond_24_people_ask_about_one_who_is_named_once():
@@ -260,14 +270,13 @@ def test_prompts_that_do_not_fit_are_an_error_or_counted(name, tiny_llamba):
 
 
 def test_57_generated_answers_are_those_of_stock_lm_eval(tiny_llamba):
-    """Of unequal lengths, with stop sequences, in batches of several sizes; no two runs have the same padding."""
+    """Of unequal lengths, with stop sequences, in batches of two sizes; no two runs have the same padding."""
     model, tokenizer = tiny_llamba
-    recipe = RecallRecipe(tokenizer, 512, lengths=(40, 100, 300), documents=19)
-    (*tasks,) = recipe.tasks("embedded_recall_generated")
-    prompts = [row["input"] for task in tasks for row in task.dataset["test"]]
+    recipe = RecallRecipe(tokenizer, 512, lengths=(40, 80, 120), documents=19)
+    prompts = [row["input"] for task in recipe.tasks("embedded_recall_generated") for row in task.dataset["test"]]
     assert len(prompts) == 57
-    for until, most in ([["."], 6], [["apples", "tea"], 24], [[], 9]):
-        settings = {"until": until, "max_gen_toks": most, "do_sample": False, "temperature": 0.0}
+    for until, most in ((["."], 4), (["apples", "tea"], 12)):
+        settings = {"max_gen_toks": most, "do_sample": False, "temperature": 0.0}
         asked = [
             Instance("generate_until", {}, (prompt, {**settings, "until": list(until)}), 0, ("task", index, 1))
             for index, prompt in enumerate(prompts)
@@ -276,3 +285,59 @@ def test_57_generated_answers_are_those_of_stock_lm_eval(tiny_llamba):
         assert len(set(wanted)) > 5
         for batch_size in ("auto", 7):
             assert ScoringLM(model, tokenizer, batch_size).generate_until(asked, disable_tqdm=True) == wanted
+
+
+def test_killed_while_it_writes_it_goes_on_after_the_last_batch(tmp_path):
+    settings = {"tasks": ["embedded_recall_generated"], "lengths": [40], "limit": 20, "batch_size": 6}
+    whole = evaluate_checkpoint("tiny_llamba", **settings, results_dir=tmp_path / "whole")
+    child = os.fork()
+    if child == 0:
+        keep = ResultsFolder.keep_record
+        kept = []
+
+        def keep_and_die(folder, name, record):
+            keep(folder, name, record)
+            kept.append(name)
+            if len(kept) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with patch.object(ResultsFolder, "keep_record", keep_and_die):
+            evaluate_checkpoint("tiny_llamba", **settings, results_dir=tmp_path / "killed")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (record,) = tmp_path.glob("killed/*/*/answers/*.json")
+    answers = json.loads(record.read_text())["answers"]
+    assert len(answers) - answers.count(None) == 12
+
+    asked = []
+    texts = ScoringLM.texts
+    with patch.object(ScoringLM, "texts", lambda lm, requests: asked.extend(requests) or texts(lm, requests)):
+        result = evaluate_checkpoint("tiny_llamba", **settings, results_dir=tmp_path / "killed")
+    assert len(asked) == 8
+    assert result["tasks"] == whole["tasks"]
+    first, second = (
+        json.loads(next(tmp_path.glob(f"{name}/*/*/answers/*")).read_text()) for name in ("whole", "killed")
+    )
+    assert first["answers"] == second["answers"]
+
+
+def test_log_likelihood_and_generated_answers_are_compared():
+    scores = {
+        "kv_retrieval_512": [0.2, 0.9, 0.9],
+        "kv_retrieval_choice_512": [0.8, 0.7, 0.9],
+        "kv_retrieval_1024": [0.1, 0.2, 0.3],
+        "embedded_recall_64": [0.5, 0.6, 0.7],
+        "embedded_recall_generated_64": [0.5, 0.6, 0.7],
+        "arc_easy": [0.1, 0.2, 0.3],
+    }
+    first, second = asked_both_ways(scores, ["A", "B", "C"])
+    assert (first.task, first.by_likelihood, first.generated) == ("kv_retrieval_512", [0.8, 0.7, 0.9], [0.2, 0.9, 0.9])
+    assert first.changing == ["A", "B"]
+    assert (second.task, second.changing) == ("embedded_recall_64", [])
+
+
+@pytest.mark.parametrize("task", ["embedded_recall", "kv_retrieval", "niah_multivalue"])
+def test_a_search_is_told_what_a_recall_task_is(task):
+    """It takes those with choices."""
+    (config,) = read_configs([task])
+    assert config.output_type == ("multiple_choice" if task == "embedded_recall" else "generate_until")
