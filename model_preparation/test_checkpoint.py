@@ -42,6 +42,8 @@ examples:
   python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --full_eval --limit 100 --mmlu_data ./mmlu
   python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --full_eval --skip_generation \\
       --tasks arc_easy hellaswag --num_fewshot 5
+  python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --full_eval --skip_generation \\
+      --suite recall --lengths 512 1024 2048 --limit 50
   python test_checkpoint.py --checkpoint llama --prompt "Hello world"
   python test_checkpoint.py --checkpoint unaligned_llamba --full_eval --skip_generation --results_dir ../results
 
