@@ -139,7 +139,8 @@ class ScoringLM(HFLM):
             batch = order[:rows]
             try:
                 with self._autocast():
-                    texts = write(self.model, self.tokenizer, [prompts[place] for place in batch], settings)
+                    chosen = [prompts[place] for place in batch]
+                    texts = write(self.model, self.tokenizer, chosen, settings, self._tokens_at_once)
             except torch.OutOfMemoryError:
                 if not self._auto or len(batch) == 1:
                     raise
