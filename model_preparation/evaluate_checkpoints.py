@@ -110,11 +110,14 @@ def make_parser() -> CommandParser:
 
 def _flags(args: argparse.Namespace) -> Iterator[str]:
     """The evaluator's flags."""
+    defaults = EvaluationSettings(tasks=["mmlu"])  # a flag's list
     for name in _HANDED_ON:
         value = getattr(args, name)
+        if name == "results_dir" or value in (None, False, getattr(defaults, name, None)):
+            continue
         if value is True:
             yield f"--{name}"
-        elif value not in (None, False) and name != "results_dir":
+        else:
             yield from (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
 
 

@@ -173,7 +173,7 @@ def _evaluate(settings: EvaluationSettings, args: argparse.Namespace) -> None:
             "and not comparable with the full one."
         )
     for name, row in result["tasks"].items():
-        print(f"{'MMLU' if name == MMLU else name} score   {_score(row)}")
+        print(f"{'MMLU' if name == MMLU else name} score   {_score(row)}{_protocol(row.get('protocol'))}")
     for name, count in result.get("truncated", {}).items():
         print(f"Cut          {count} prompts of {name} on their left, as they are too long for the model")
     if tasks.names == (MMLU,) and not result["entered"] and (args.checkpoint / INFO).is_file():
@@ -186,7 +186,7 @@ def _score(row: dict[str, Any]) -> str:
         return f"none ({row['questions']} questions)"
     stderr = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
     metric = "" if row["metric"] == "acc,none" else f"{row['metric'].removesuffix(',none')} "
-    return f"{metric}{row['score']:.4f}{stderr} ({row['questions']} questions){_protocol(row.get('protocol'))}"
+    return f"{metric}{row['score']:.4f}{stderr} ({row['questions']} questions)"
 
 
 def _protocol(protocol: dict[str, Any] | None) -> str:
