@@ -113,7 +113,8 @@ def _flags(args: argparse.Namespace) -> Iterator[str]:
     defaults = EvaluationSettings(tasks=["mmlu"])  # a flag's list
     for name in _HANDED_ON:
         value = getattr(args, name)
-        if name == "results_dir" or value in (None, False, getattr(defaults, name, None)):
+        default = getattr(defaults, name) if name in EVALUATION_SETTINGS else None
+        if name == "results_dir" or value in (None, False, default):
             continue
         if value is True:
             yield f"--{name}"
