@@ -45,8 +45,11 @@ PACKAGE = Path(__file__).parents[1] / "model_preparation"
 VOCABULARY = 260  # 256 bytes and four special tokens
 
 
-# Begun first, so that no process is left alone with them.
-LONGEST = ("test_readme.py", "test_real_model.py", "test_ray_jobs.py", "test_remote.py", "test_quickstart.py")
+# Begun first, in this order, so that no process is left alone with them.
+LONGEST = (
+    *("test_real_model.py", "test_readme.py", "test_remote.py", "test_ray_jobs.py", "test_evaluate.py"),
+    *("test_distill.py", "test_quickstart.py", "test_heal.py", "test_processes.py", "test_legacy_layers.py"),
+)
 
 
 # The test functions that take longer than this, all parameters together, one a line. So do all that need `put_python`.

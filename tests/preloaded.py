@@ -71,7 +71,7 @@ def preloaded_python(start: Callable[[str, str], None] = _start_server) -> Itera
         quick = f'exec "{sys.executable}" -S -E "{client}" "{place}" "$0" "$@"'
         path.write_text(
             f'#!/bin/sh\n[ "$1$2" = -u-c ] && shift\n'  # execnet says so, and needs no -u
-            f'case "$1" in */default_worker.py) {quick};; */ray/*) ;; -c|-m|*.py) {quick};; esac\n'
+            f'case "$1$QUICK_RAY_WORKERS" in */default_worker.pyyes) {quick};; */ray/*) ;; -c|-m|*.py) {quick};; esac\n'
             f'exec "{sys.executable}" "$@"\n'
         )
         path.chmod(0o755)

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for the w
 def quick_workers(quick_python, monkeypatch):
     """What Ray starts is forked from a process that has imported torch."""
     monkeypatch.setattr(sys, "executable", str(quick_python))
+    monkeypatch.setenv("QUICK_RAY_WORKERS", "yes")
 
 
 def test_a_killed_worker_is_replaced_and_the_result_is_that_of_one_process(base_dir, layers_dir, tmp_path, monkeypatch):
