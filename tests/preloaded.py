@@ -62,7 +62,8 @@ def preloaded_python(start: Callable[[str, str], None] = _start_server) -> Itera
     Args:
         start: `serve` forks the server from this process, which has the imports then too.
     """
-    run = os.environ.setdefault("PRELOADED_BY", str(os.getpid()))
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    run = os.environ.setdefault("PRELOADED_BY", run[:16])  # as a socket's path may have 107 bytes
     folder = Path(tempfile.gettempdir()) / f"python-{run}"
     place, client = folder / "socket", folder / "client.py"
 
