@@ -174,10 +174,8 @@ def run_tasks(
         tracker, name: for lm-eval's files: what writes them, and the model's name in them.
     """
     seed = asked["seed"]
-    unwanted: dict[str, Any] = {"get_git_commit_hash": lambda: None}  # of the current folder
-    if tracker is None:  # nobody reads what pip, nvcc and others say of this machine
-        unwanted["add_env_info"] = lambda results: None
-    with quiet(), patch.multiple(lm_eval.evaluator, **unwanted):
+    # lm-eval would record the commit of the current folder.
+    with quiet(), patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None):
         return lm_eval.simple_evaluate(
             model=lm,
             model_args=None if name is None else {"pretrained": name},
