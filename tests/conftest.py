@@ -251,7 +251,7 @@ def wait_until(happened: Callable[[], object], *, alive: Callable[[], object] = 
         assert alive() or happened(), "what was waited for cannot happen any more"
         assert time.monotonic() < deadline, "what was waited for did not happen"
         # Whoever looks all the time takes the core on which it would happen.
-        time.sleep(max(0.005, 30 * (time.process_time() - began)))
+        time.sleep(max(0.005, 10 * (time.process_time() - began)))
 
 
 def run_fresh_command(
