@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +21,7 @@ import datasets
 import lm_eval.api.task
 import lm_eval.tasks
 import lm_eval.tasks._factory
+import lm_eval.utils
 from blake3 import blake3
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -44,6 +45,8 @@ _STOCK_MMLU = _STOCK / "mmlu" / "default"
 _EMBEDDED = {name: EMBEDDED / name for name in ("embedded_recall",)}
 _MMLU_NAMES = {MMLU, *(f"mmlu_{name}" for name in (*GROUPS, *SUBJECTS))}
 _DECLARATION = re.compile(r"""^["']?(?:task|group|tag)["']?\s*:\s*["']?([\w.:+-]+)["']?\s*$""", re.MULTILINE)
+# It compiles its templates anew for every question, which takes longer than the rest of preparing them.
+lm_eval.utils.env.from_string = lru_cache(lm_eval.utils.env.from_string)  # type: ignore[method-assign]
 _OUT_OF_REACH = (ConnectionError, DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 
 
