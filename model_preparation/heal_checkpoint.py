@@ -60,7 +60,7 @@ def main() -> None:
         why = "has no effect with --eval_interval 0, which measures no held-out loss"
         parser.refuse(given, ("eval_data", "eval_fraction"), why)
     if given.eval_data is not None:
-        parser.refuse(given, ("eval_fraction",), "is of --data, and --eval_data is held out in place of it")
+        parser.refuse(given, ("eval_fraction",), "has no effect with --eval_data: leave out it or --eval_data")
     for name in ("merge_adapter", "gpu", "source"):
         del args[name]
     args |= {"milestones": milestones, "sources": given.source, "device": choose_device(given.gpu, given.device)}

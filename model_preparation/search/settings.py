@@ -50,10 +50,7 @@ class SearchSettings(CheckedSettings):
     )
     donor: Annotated[
         str | None,
-        Flag(
-            "NAME|PATH",
-            "the Llama that gives the layers; its own score is shown too, and --objective kl needs it",
-        ),
+        Flag("NAME|PATH", "the Llama that gives the layers; its own score is shown too, and --objective kl needs it"),
     ] = None
     llama_layers_dir: Annotated[
         str | Path | None,
@@ -85,11 +82,7 @@ class SearchSettings(CheckedSettings):
     dtype: str | None = None
     objective: Annotated[
         str,
-        Flag(
-            None,
-            "accuracy: right answers; kl: closeness to the donor's predictions, less noisy",
-            OneOf(*OBJECTIVES),
-        ),
+        Flag(None, "accuracy: right answers; kl: closeness to the donor's predictions, less noisy", OneOf(*OBJECTIVES)),
     ] = ACCURACY
     method: Annotated[str, Flag(None, "see above", OneOf(*METHODS))] = "beam"
     min_layers: Annotated[int, Flag("N", "the fewest layers of a combination", _COUNT)] = 1
@@ -116,8 +109,7 @@ class SearchSettings(CheckedSettings):
         ),
     ] = None
     prior: Annotated[
-        str | Path | None,
-        Flag("FILE", "another search's result; its single_layer_results are taken as known"),
+        str | Path | None, Flag("FILE", "another search's result; its single_layer_results are taken as known")
     ] = None
     beam_width: Annotated[int, Flag("N", "of beam: combinations of each size that it extends", _COUNT)] = 4
     seed: Annotated[int, Flag("N", "of ga, from 0", number(int, least=0))] = 0

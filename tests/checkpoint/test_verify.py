@@ -73,11 +73,11 @@ def test_a_whole_checkpoint_passes_with_base_and_donor(checkpoint, base_dir, lay
     lines = result.stdout.strip().splitlines()
     assert lines[-1] == f"Checkpoint {checkpoint} is what was built."
     checks = {line.split()[0]: line for line in lines if line}
-    assert "6 of 6 against their SHA-256" in checks["files"]
-    assert "86 against their BLAKE3" in checks["tensors"]  # 43 in either file
-    assert "25 tensors" in checks["base"]
-    assert "18 tensors" in checks["donor"]
-    assert "globals of model.pt" in checks["pickle"]
+    assert "6 of 6 against their SHA-256" in checks["Files"]
+    assert "86 against their BLAKE3" in checks["Tensors"]  # 43 in either file
+    assert "25 tensors" in checks["Base"]
+    assert "18 tensors" in checks["Donor"]
+    assert "globals of model.pt" in checks["Pickle"]
     assert "FAULT" not in result.stdout
 
 

@@ -390,7 +390,11 @@ def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, check
     assert_refused(heal(tmp_path / "out", "--data", ""), "name of the text is empty")
     held_out = ("--eval_data", short)
     assert_refused(heal(tmp_path / "out", *held_out, "--eval_interval", 0), "measures no held-out loss", code=2)
-    assert_refused(heal(tmp_path / "out", *held_out, "--eval_fraction", 0.3), "leave out it or --eval_fraction", code=2)
+    assert_refused(
+        heal(tmp_path / "out", *held_out, "--eval_fraction", 0.3),
+        "--eval_fraction has no effect with --eval_data",
+        code=2,
+    )
     merge = ("--checkpoint", checkpoint_dir, "--output_dir", tmp_path / "out", "--merge_adapter")
     assert_refused(run_command("heal_checkpoint", *merge, healed), "has no adapter_config.json", "folder of an adapter")
     assert_refused(
