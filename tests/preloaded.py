@@ -152,10 +152,11 @@ def _answer(connection: socket.socket) -> None:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
         _become(**asked)
-    connection.sendall(child.to_bytes(4, "big"))
-    threading.Thread(target=_end_with_the_client, args=(connection, child), daemon=True).start()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    connection.sendall(bytes([code % 256]))
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # of a client that was killed
+        connection.sendall(child.to_bytes(4, "big"))
+        threading.Thread(target=_end_with_the_client, args=(connection, child), daemon=True).start()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        connection.sendall(bytes([code % 256]))
     os._exit(0)
 
 
