@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.genetic import genetic
-from model_preparation.search.layer_sets import BASE, LayerSet, SearchSpace
+from model_preparation.search.layer_sets import BASE, LayerSet, SearchSpace, normal
 from model_preparation.search.settings import SearchSettings
 
 
@@ -41,8 +41,20 @@ def ga(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) ->
     refine(space, scores)
 
 
+def removal(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
+    """All layers at first; each time, the one whose loss costs least goes (arXiv 2601.11667)."""
+    kept: LayerSet = tuple(range(space.total))
+    if kept in space:
+        scores.evaluate([kept])
+    while len(kept) > space.least:
+        found = scores.evaluate([normal({*kept} - {layer}) for layer in kept], 1)
+        if not found:  # all failed
+            return
+        kept = found[0]
+
+
 METHODS: dict[str, Callable[[SearchSpace, CandidateScores, SearchSettings], None]] = {
-    method.__name__: method for method in (singles, exhaustive, greedy, beam, ga)
+    method.__name__: method for method in (singles, exhaustive, greedy, beam, ga, removal)
 }
 
 

@@ -36,7 +36,8 @@ class Bounds:
         step: one step of refinement. Refinement ends when a step finds nothing better.
         evaluations: of the whole search.
         everything: what all combinations of the space take together.
-        before: how many smaller sets are evaluated before the first set of the space, even if the budget is small.
+        before: how many smaller sets (larger ones by removal) are evaluated before the first set of the space, even if
+            the budget is small.
     """
 
     search: Cost
@@ -55,6 +56,15 @@ def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
         count = int(min(budget, space.count))
         found = Cost(count, total + most_passes(count, total, space.least, space.most))
         return Bounds(found, None, count, everything)
+
+    if settings.method == "removal":
+        steps = range(space.least + 1, total + 1)  # layers before each step
+        asked = sum(steps) + (space.most == total)
+        count = int(min(budget, asked))
+        # The sets of a step are alike up to the layer that goes.
+        passes = 2 * total + sum(sum(min(size, depth + 1) for depth in range(1, total + 1)) for size in steps)
+        found = Cost(count, min(passes, total + count * total))
+        return Bounds(found, None, count, everything, before=sum(range(space.most + 2, total + 1)))
 
     is_genetic = settings.method == "ga"
     width = settings.beam_width if settings.method == "beam" else 1
@@ -170,7 +180,8 @@ def describe_cost(found: Bounds, settings: SearchSettings, total: int) -> list[s
     count = f"{found.everything.evaluations:,}"
     evaluated = f", of which {most}{evaluations:,} {'is' if evaluations == 1 else 'are'} evaluated"
     if found.before:
-        evaluated = f"; {most}{evaluations:,} evaluations, smaller sets on the way included"
+        other = "larger" if settings.method == "removal" else "smaller"
+        evaluated = f"; {most}{evaluations:,} evaluations, {other} sets on the way included"
     lines = [
         f"Candidates   {count}{evaluated}{later}",
         f"Cost         {most}{passes:,} layer passes"

@@ -59,6 +59,20 @@ def test_greedy_takes_the_best_single_and_goes_on_from_it(truth, tmp_path):
     assert len(found.order) == 12 + 11 + 10
 
 
+def test_removal_takes_away_the_layer_that_is_missed_least(tmp_path):
+    scores = make_scores(tmp_path)
+    METHODS["removal"](SearchSpace(TOTAL, 2, TOTAL), scores, SearchSettings(tmp_path))
+    scores.journal.close()
+    kept = set(range(TOTAL))
+    for size in range(TOTAL, 1, -1):
+        best = best_of(scores, size)
+        assert set(best) <= kept
+        kept = set(best)
+    assert len(scores.order) == 1 + sum(range(3, TOTAL + 1))
+    assert kept == {3, 7}
+    assert best_of(search(tmp_path / "race", "removal", least=2), 2) == (3, 7)  # it races, and ends at the same
+
+
 def test_singles_are_all_singles(truth, tmp_path):
     found = search(tmp_path, "singles", most=1)
     assert sorted(found.complete) == [(layer,) for layer in range(TOTAL)]
