@@ -3,7 +3,7 @@
 All sets of up to three layers are scored; their best is the truth. Regret is its score minus that of the set that a
 method found. The genetic algorithm runs with five seeds; the other methods draw nothing. `beam` and `ga` get a budget
 of 15% of the sets; `beam` runs without one too. Then sets are chosen by recall at lengths beyond the pair's training,
-and by text in which nothing can be looked up. Each is scored on all of these.
+by text in which nothing can be looked up, and by the ratio of both. Each is scored on all of these.
 
     OMP_NUM_THREADS=1 python benchmarks/search_regret.py --output_dir DIR
 """
@@ -99,6 +99,8 @@ def compare_materials(settings: Settings, limit: int, text: Path) -> None:
     materials["text"] = {"tasks": (str(text),)}
     given = {"limit": limit, "method": "beam", "beam_width": 3, "budget_evaluations": 44}
     found = {name: search(settings(name.replace(" ", "_"), **given, **each)) for name, each in materials.items()}
+    first = {"limit": limit, "method": "ratio", **next(iter(materials.values()))}
+    found["ratio of both"] = search(settings("ratio", **first, second_task=str(text)))
     chosen = {name: tuple(each["final_results"][0]["layers"]) for name, each in found.items()}
     scores: dict[str, list[str]] = {name: [] for name in ("base", "donor", *chosen)}
     for name, each in materials.items():

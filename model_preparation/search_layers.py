@@ -37,6 +37,10 @@ methods:
   ga           a genetic algorithm; then combinations that are one layer away from the best
   removal      all layers at first; each time, the one whose loss costs least is taken away (as in arXiv 2601.11667).
                For n layers this takes about n^2 / 2 combinations, most of them larger than those wanted
+  ratio        all layers but one, for each of n layers, on --task and --second_task. Layers are ordered by what the
+               first task loses without them over what the second loses; then the first 1, 2, ... of them are evaluated
+               together. For recall and common knowledge this is the idea of HALO (arXiv 2601.22156). It takes n + 1
+               combinations and one of each size
 """
 
 EPILOG = """\
@@ -73,7 +77,7 @@ def main() -> None:
     from model_preparation.search.result_reader import RESULT
     from model_preparation.search.search import search_layers
 
-    if args.mmlu_data is not None and not any(map(is_mmlu, args.tasks)):
+    if args.mmlu_data is not None and not any(map(is_mmlu, [*args.tasks, args.second_task])):
         parser.error(f"--mmlu_data belongs to --task mmlu or parts of it, and the task is {' '.join(args.tasks)}")
     device = "cpu" if uses_ray else choose_device(args.gpu, args.device)
     output = args.output_dir.expanduser()

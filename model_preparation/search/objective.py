@@ -26,10 +26,12 @@ class Objective:
     Args:
         name: one of `OBJECTIVES`.
         strata: the task of every question, by index.
+        second: which questions are of `second_task`.
     """
 
     name: str
     strata: NDArray[np.int64]
+    second: NDArray[np.bool_] | None = None
 
     def stderr(self, values: Values) -> float | None:
         """Standard error of the mean over all questions, pooled within tasks; None if no task has two questions."""

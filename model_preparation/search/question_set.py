@@ -148,6 +148,10 @@ class QuestionSet:
             right = requests[_right_option(task.task, doc)] if self._objective == NLL else None
             self.questions.append(Question(index, doc, tuple(requests), batches, right))
 
+    def of_tasks(self, names: Sequence[str]) -> list[bool]:
+        """Which questions are of one of these single tasks."""
+        return [self._tasks[question.task].name in names for question in self.questions]
+
     def tokens(self, task: int) -> list[tuple]:
         """A task's requests for `ScoringLM`: (texts, context tokens, continuation tokens)."""
         return self._tasks[task].tokens

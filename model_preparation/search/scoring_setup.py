@@ -26,7 +26,7 @@ from model_preparation.search.question_set import BatchResult, QuestionSet
 from model_preparation.search.settings import KL, SearchSettings
 
 # What the settings of a search and of an evaluation both have.
-_OF_QUESTIONS = ("tasks", "lengths", "language", "haystack", "limit", "mmlu_data", "num_fewshot", "batch_size")
+_OF_QUESTIONS = ("lengths", "language", "haystack", "limit", "mmlu_data", "num_fewshot", "batch_size")
 References = Callable[[int], list[Tensor]]  # the donor's log-probabilities for a batch, (scored, vocabulary) per row
 
 
@@ -39,6 +39,7 @@ class ScoringSetup:
 
     Attributes:
         planned: the graft of all layers.
+        second_leaves: the single tasks of `second_task`.
         recorded: what decides on the answers, except the weights. Results and journals record it.
 
     Raises:
@@ -51,7 +52,7 @@ class ScoringSetup:
         self.planned = _plan(settings)
         dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
         kind = scored_on or torch.device(settings.device).type
-        asked = EvaluationSettings(**{name: getattr(settings, name) for name in _OF_QUESTIONS})
+        asked = EvaluationSettings(settings.all_tasks, **{name: getattr(settings, name) for name in _OF_QUESTIONS})
         tokenizer = self.planned.tokenizer
         loaded = load_asked(asked, lambda: load_tokenizer(tokenizer), self.planned.config.max_position_embeddings)
         self.recorded: dict[str, Any] = {
@@ -64,6 +65,7 @@ class ScoringSetup:
             # The same batches on every machine.
             self.lm = ScoringLM(self.pair.model, self.pair.tokenizer, settings.batch_size, batches_for=kind)
             self.questions = QuestionSet(self.lm, loaded, self.recorded, settings.objective)
+        self.second_leaves = [] if settings.second_task is None else loaded.leaves_of[settings.second_task]
 
     def take_extracted(self, folder: Path) -> None:
         """Use the donor's layers that were extracted into `folder`. Those in memory are equal, and stay."""

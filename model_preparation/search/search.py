@@ -107,7 +107,8 @@ def _evaluate(
     """Run the method. Gives the content of search_result.json, and all scores."""
     settings = setup.settings
     digest = _digest(setup)
-    objective = Objective(settings.objective, np.array([question.task for question in setup.questions.questions]))
+    tasks = np.array([question.task for question in setup.questions.questions])
+    objective = Objective(settings.objective, tasks, np.array(setup.questions.of_tasks(setup.second_leaves)))
     scorer = make_scorer(setup)
     donor = _donor(setup, scorer, journal, digest, objective)
     with SearchProgress() as progress:

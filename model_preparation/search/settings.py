@@ -9,12 +9,13 @@ from model_preparation.command_line import number
 from model_preparation.evaluation.settings import Haystack, Language, Lengths, auto_or_count
 from model_preparation.setting_flags import CheckedSettings, Flag, OneOf
 
-METHODS = ("singles", "exhaustive", "greedy", "beam", "ga", "removal")
+METHODS = ("singles", "exhaustive", "greedy", "beam", "ga", "removal", "ratio")
 RACING_METHODS = ("greedy", "beam", "ga", "removal")  # candidates race here by default
 # The settings that belong to one method; `top` belongs to all, and decides in a race of the methods that are not here.
 OPTIONS_OF = {
     "greedy": (),
     "removal": (),
+    "ratio": ("second_task",),
     "beam": ("beam_width",),
     "ga": ("seed", "population", "generations", "patience"),
 }
@@ -77,6 +78,9 @@ class SearchSettings(CheckedSettings):
             name="task",
         ),
     ] = ("mmlu",)
+    second_task: Annotated[
+        str | None, Flag("TASK", "of ratio: a task that asks for common knowledge, while --task asks for recall")
+    ] = None
     lengths: Lengths = None
     language: Language = "en"
     haystack: Haystack = None
@@ -118,7 +122,7 @@ class SearchSettings(CheckedSettings):
         Flag(
             None,
             "ask the questions in rounds; after each, drop candidates that a paired test shows to be surely worse "
-            "(default: off for singles and exhaustive, where all get their score; else on)",
+            "(default: off for singles, exhaustive and ratio, where all get their score; else on)",
             OneOf(auto=None, on=True, off=False),
         ),
     ] = None
@@ -152,6 +156,11 @@ class SearchSettings(CheckedSettings):
     def folder(self) -> Path:
         """`output_dir`, as a path."""
         return Path(self.output_dir)
+
+    @property
+    def all_tasks(self) -> tuple[str, ...]:
+        """`tasks` and `second_task`."""
+        return self.tasks if self.second_task is None else (*self.tasks, self.second_task)
 
     @property
     def most_layers(self) -> int:

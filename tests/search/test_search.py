@@ -397,6 +397,12 @@ def test_a_task_that_generates_is_searched_by_its_right_answers(tmp_path):
         accuracy[task] = rows[10,]["accuracy"]
         assert result["settings"]["recall"] == {"lengths": [64, 128], "language": "en"}
     assert found["embedded_recall"] == found["embedded_recall_generated"]
+    ratio = {**common, "tasks": ("embedded_recall_generated",), "limit": 3, "lengths": (64,), "method": "ratio"}
+    with pytest.raises(SurgeryError, match="The method is ratio, and second_task is None"):
+        search_layers(output_dir=tmp_path / "ratio", **ratio)
+    both = search_layers(output_dir=tmp_path / "ratio", **ratio, second_task="embedded_recall", max_layers=2)
+    assert both["questions"] == 6
+    assert sorted(row["num_layers"] for row in both["final_results"]) == [1, 2]
     build_checkpoint("tiny_llamba", [10], tmp_path / "embedded_recall" / "donor_layers", tmp_path / "graft")
     written = evaluate_checkpoint(tmp_path / "graft", tasks=["embedded_recall_generated"], lengths=(64, 128), limit=6)
     scores = [row["score"] for row in written["tasks"].values()]
@@ -433,6 +439,7 @@ def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
     for given, words in (
         (("--method", "ga", "--beam_width", 4), "--beam_width belongs to --method beam, and the method is ga"),
         (("--method", "beam", "--patience", 4), "--patience belongs to --method ga, and the method is beam"),
+        (("--second_task", "mmlu"), "--second_task belongs to --method ratio"),
         (("--mmlu-data", tmp_path), "--mmlu_data belongs to --task mmlu"),
     ):
         assert_refused(run_command("search_layers", *flags, *given), words, code=2)
