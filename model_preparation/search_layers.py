@@ -21,8 +21,8 @@ from model_preparation.terminal import escaped
 DESCRIPTION = """\
 Search for the layers of a Llamba that are best replaced by its donor's. Candidates share their work: the base's hidden
 states before each layer are computed once, a candidate starts at its lowest grafted layer, and candidates that are
-alike further on share those layers too. The scores are exactly those that test_checkpoint.py --full_eval gives the
-built checkpoint with the same settings.
+alike further on share those layers too. The accuracy is exactly what test_checkpoint.py --full_eval gives the
+built checkpoint with the same settings, for tasks that are answered by log-likelihoods.
 
 Writes OUTPUT_DIR/search_result.json (the combinations, the best first), report.html and plots. Every evaluation is
 written to OUTPUT_DIR/journal.jsonl at once. If the search is interrupted, run the same command again: it continues.
@@ -35,11 +35,18 @@ methods:
   greedy       layer after layer, each time the one that adds most
   beam         the same from the best few of each size; then combinations that are one layer away from the best
   ga           a genetic algorithm; then combinations that are one layer away from the best
+  removal      all layers at first; each time, the one whose loss costs least is taken away (as in arXiv 2601.11667).
+               For n layers this takes about n^2 / 2 combinations, most of them larger than those wanted
+  ratio        all layers but one, for each of n layers, on --task and --second_task. Layers are ordered by what the
+               first task loses without them over what the second loses; then the first 1, 2, ... of them are evaluated
+               together. For recall and common knowledge this is the idea of HALO (arXiv 2601.22156). It takes n + 1
+               combinations and one of each size
 """
 
 EPILOG = """\
 The search takes tasks that lm-eval answers by log-likelihoods: multiple_choice and loglikelihood, with options of one
-or several tokens, and the metric acc. It refuses tasks that generate text or have filters.
+or several tokens, and the metric acc. With --objective nll it also takes tasks that generate text, such as
+kv_retrieval: it scores their right answers and generates nothing.
 
 examples:
   python search_layers.py --base unaligned_llamba --donor llama --task mmlu --limit 10 --method ga \\
@@ -70,7 +77,7 @@ def main() -> None:
     from model_preparation.search.result_reader import RESULT
     from model_preparation.search.search import search_layers
 
-    if args.mmlu_data is not None and not any(map(is_mmlu, args.tasks)):
+    if args.mmlu_data is not None and not any(map(is_mmlu, [*args.tasks, args.second_task])):
         parser.error(f"--mmlu_data belongs to --task mmlu or parts of it, and the task is {' '.join(args.tasks)}")
     device = "cpu" if uses_ray else choose_device(args.gpu, args.device)
     output = args.output_dir.expanduser()

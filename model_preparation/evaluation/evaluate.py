@@ -162,7 +162,7 @@ def evaluate_model(
     for name in _NOT_OF_A_LOADED_MODEL:
         if getattr(settings, name) != getattr(EvaluationSettings(), name):
             raise SurgeryError(f"{name} has no effect on a model that is loaded. Leave it out.")
-    loaded = _load_tasks(settings, lambda: tokenizer, getattr(model.config, "max_position_embeddings", None))
+    loaded = load_asked(settings, lambda: tokenizer, getattr(model.config, "max_position_embeddings", None))
     asked = {
         **settings_of(loaded, settings),
         "device": str(model.device),
@@ -230,10 +230,10 @@ def tasks_for(scored: ScoredModel, settings: EvaluationSettings) -> Tasks:
     Raises:
         SurgeryError: as `load_tasks` and `RecallRecipe`, and for settings that do not go together.
     """
-    return _load_tasks(settings, lambda: load_tokenizer(scored.tokenizer), scored.config.get("max_position_embeddings"))
+    return load_asked(settings, lambda: load_tokenizer(scored.tokenizer), scored.config.get("max_position_embeddings"))
 
 
-def _load_tasks(
+def load_asked(
     settings: EvaluationSettings, load: Callable[[], PreTrainedTokenizerBase], max_positions: int | None
 ) -> Tasks:
     """As `tasks_for`; `load` gives the model's tokenizer."""

@@ -252,7 +252,7 @@ class RecallTask(ConfigurableTask):
 
 def task_config(name: str) -> TaskConfig:
     """The config of a task, whatever its length."""
-    return TaskConfig(**_config(name, 0, LANGUAGES["en"]))
+    return TaskConfig(**{**_config(name, 0, LANGUAGES["en"]), "task": name})
 
 
 def _config(name: str, length: int, texts: Texts) -> dict[str, Any]:

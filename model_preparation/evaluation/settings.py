@@ -45,6 +45,24 @@ Seed = Annotated[
         number(int, least=0, most=2**32 - 1),  # NumPy's limit
     ),
 ]
+Lengths = Annotated[
+    Sequence[int] | None,
+    Flag(
+        "TOKENS",
+        "recall tasks: tokens of a document, with room for the answer (default: 512, doubled up to what the model "
+        "takes)",
+        number(int, least=32),
+        nargs="+",
+    ),
+]
+Language = Annotated[
+    str,
+    Flag("|".join(LANGUAGES), "recall tasks: language of the documents (default: %(default)s)", OneOf(*LANGUAGES)),
+]
+Haystack = Annotated[
+    str | Path | None,
+    Flag("FILE", "recall tasks: a text to hide things in (default: sentences of ours)", Path),
+]
 
 
 @dataclass(frozen=True)
@@ -82,24 +100,9 @@ class EvaluationSettings(CheckedSettings):
             OneOf(*SUITES),
         ),
     ] = None
-    lengths: Annotated[
-        Sequence[int] | None,
-        Flag(
-            "TOKENS",
-            "recall tasks: tokens of a document, with room for the answer (default: 512, doubled up to what the model "
-            "takes)",
-            number(int, least=32),
-            nargs="+",
-        ),
-    ] = None
-    language: Annotated[
-        str,
-        Flag("|".join(LANGUAGES), "recall tasks: language of the documents (default: %(default)s)", OneOf(*LANGUAGES)),
-    ] = "en"
-    haystack: Annotated[
-        str | Path | None,
-        Flag("FILE", "recall tasks: a text to hide things in (default: sentences of ours)", Path),
-    ] = None
+    lengths: Lengths = None
+    language: Language = "en"
+    haystack: Haystack = None
     limit: Annotated[
         int | None,
         Flag(

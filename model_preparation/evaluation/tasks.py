@@ -63,6 +63,7 @@ class Tasks:
         made: what decides on the documents of the recall tasks among them.
         suite: the name of the suite that they are.
         metrics: the metric that counts, by task, where the suite says it.
+        leaves_of: the names of the single tasks, by name.
     """
 
     names: tuple[str, ...]
@@ -73,17 +74,22 @@ class Tasks:
     made: dict[str, Any] = field(default_factory=dict)
     suite: str | None = None
     metrics: dict[str, str] = field(default_factory=dict)
+    leaves_of: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def single(self) -> list[Task]:
         """All single tasks."""
-        found = [item.get_all_tasks() if isinstance(item, Group) else [item] for item in self.items]
-        return [task for tasks in found for task in tasks]
+        return _single(self.items)
 
     @property
     def leaves(self) -> list[str]:
         """The names of all single tasks."""
         return [task.task_name for task in self.single]
+
+
+def _single(items: Sequence[Task | Group]) -> list[Task]:
+    found = [item.get_all_tasks() if isinstance(item, Group) else [item] for item in items]
+    return [task for tasks in found for task in tasks]
 
 
 def is_mmlu(name: str) -> bool:
@@ -179,6 +185,7 @@ def load_tasks(
                 raise _broken(name, error) from error
             except Exception as error:  # a definition may run code; whatever it raises is its own fault
                 raise _broken(name, error) from error
+            tasks.leaves_of[name] = [task.task_name for task in _single(tasks.items[loaded_before:])]
             if protocol := (protocols or {}).get(name):
                 for item in tasks.items[loaded_before:]:
                     tasks.metrics |= _ask_by(item, protocol)
@@ -198,7 +205,7 @@ def _fixed(recall: RecallRecipe | None) -> bool:
 
 def _ask_by(item: Task | Group, protocol: Protocol) -> dict[str, str]:
     """Let a task or group be asked as a protocol says; return the metric that counts, by name."""
-    single = item.get_all_tasks() if isinstance(item, Group) else [item]
+    single = _single([item])
     for task in single:
         task.set_config("num_fewshot", protocol.shots)
     metric = protocol.metric

@@ -21,7 +21,7 @@ from model_preparation.search.objective import Objective, Values
 from model_preparation.search.progress import SearchProgress
 from model_preparation.search.question_set import QuestionSet
 from model_preparation.search.race_rounds import race_rounds
-from model_preparation.search.settings import KL, SearchSettings
+from model_preparation.search.settings import ACCURACY, SearchSettings
 
 _FAILURES = (SurgeryError, RuntimeError, MemoryError)  # of an evaluation; other errors are bugs, or the disk's
 _SEQUENCE, _NUMBER = (list, tuple), (int, float)
@@ -312,9 +312,9 @@ class CandidateScores:
         asked = [question for number in rounds for question in self._rounds[number].questions]
         right = self._questions.values(results)
         values = {}
-        if self.objective.name == KL:
-            divergences = self._questions.divergences(results)
-            values = {"values": [-divergences[question] for question in asked]}
+        if self.objective.name != ACCURACY:
+            maximised = self._questions.maximised(results)
+            values = {"values": [maximised[question] for question in asked]}
         passes, seconds = (self._now() - since).tolist()
         entry = {
             "settings": self._digest,

@@ -32,7 +32,7 @@ def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
         read_single_layers(Path(settings.prior))
     if not overwrite:
         check_earlier(settings.folder, {"search": settings.described()})
-    check_tasks(settings.tasks)
+    check_tasks(settings.all_tasks, settings.objective)
     _, total = type_and_depth(resolve(settings.base, overrides=settings.sources).folder)
     if settings.most_layers > total:
         raise SurgeryError(
@@ -41,9 +41,10 @@ def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
     space = SearchSpace(total, settings.min_layers, settings.most_layers, known_gains(settings, total))
     before = bounds(space, settings).before
     if settings.budget_evaluations is not None and settings.budget_evaluations <= before:
+        other, first = ("larger", space.most) if settings.method in ("removal", "ratio") else ("smaller", space.least)
         raise SurgeryError(
-            f"The method {settings.method} evaluates {before} smaller set{'s' * (before != 1)} before one of "
-            f"{settings.min_layers} layers, and budget_evaluations is {settings.budget_evaluations}. "
+            f"The method {settings.method} evaluates {before} {other} set{'s' * (before != 1)} before one of {first} "
+            f"layers, and budget_evaluations is {settings.budget_evaluations}. "
             f"Give --budget_evaluations {before + 1} at least, or --method exhaustive."
         )
 
@@ -53,6 +54,11 @@ def _check_settings(settings: SearchSettings) -> None:
     if method == "singles" and least > 1:
         raise SurgeryError(
             f"The method singles tries one layer at a time, and min_layers is {least}. Choose another --method."
+        )
+    if (method == "ratio") != (settings.second_task is not None):
+        raise SurgeryError(
+            f"The method is {method}, and second_task is {settings.second_task}: only ratio compares two tasks. "
+            "Give --method ratio with --task RECALL --second_task COMMON, or leave out --second_task."
         )
     if least > most:
         raise SurgeryError(f"min_layers {least} and max_layers {most} do not fit. Give min <= max.")

@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.genetic import genetic
-from model_preparation.search.layer_sets import BASE, LayerSet, SearchSpace
+from model_preparation.search.layer_sets import BASE, LayerSet, SearchSpace, normal
 from model_preparation.search.settings import SearchSettings
+
+_LEAST_SHARE = 0.1  # of the largest loss in the second task: a smaller one counts as that
 
 
 def singles(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
@@ -41,8 +43,37 @@ def ga(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) ->
     refine(space, scores)
 
 
+def removal(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
+    """All layers at first; each time, the one whose loss costs least goes (arXiv 2601.11667)."""
+    kept: LayerSet = tuple(range(space.total))
+    if kept in space:
+        scores.evaluate([kept])
+    while len(kept) > space.least:
+        found = scores.evaluate([normal({*kept} - {layer}) for layer in kept], 1)
+        if not found:  # all failed
+            return
+        kept = found[0]
+
+
+def ratio(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
+    """The layers without which a graft of all others loses most recall for each loss in the second task."""
+    whole: LayerSet = tuple(range(space.total))
+    without = {layer: normal({*whole} - {layer}) for layer in whole}
+    found = scores.evaluate([whole, *without.values()])
+    if whole not in found:
+        return
+    second = scores.objective.second
+    assert second is not None  # checks.py wants the second task
+    lost = {layer: scores.values(whole) - scores.values(each) for layer, each in without.items() if each in found}
+    recall = {layer: float(each[~second].mean()) for layer, each in lost.items()}
+    common = {layer: float(each[second].mean()) for layer, each in lost.items()}
+    floor = max(max(common.values()) * _LEAST_SHARE, 1e-9)  # noise around no loss must not decide
+    order = sorted(lost, key=lambda layer: (-recall[layer] / max(common[layer], floor), layer))
+    scores.evaluate([normal(order[:size]) for size in range(space.least, min(space.most, len(order)) + 1)])
+
+
 METHODS: dict[str, Callable[[SearchSpace, CandidateScores, SearchSettings], None]] = {
-    method.__name__: method for method in (singles, exhaustive, greedy, beam, ga)
+    method.__name__: method for method in (singles, exhaustive, greedy, beam, ga, removal, ratio)
 }
 
 

@@ -2,7 +2,8 @@
 
 `accuracy` is the share of right answers. `kl` is minus the mean Kullback-Leibler divergence of the candidate's
 predictions from the donor's, KL(donor || candidate), in nats, over the whole vocabulary at the scored positions. With
-`kl` every question gives a distance instead of right or wrong, so fewer questions are enough.
+`kl` every question gives a distance instead of right or wrong, so fewer questions are enough. `nll` is minus the
+loss of the right answer, in nats per token of it.
 """
 
 from collections.abc import Sequence
@@ -25,17 +26,19 @@ class Objective:
     Args:
         name: one of `OBJECTIVES`.
         strata: the task of every question, by index.
+        second: which questions are of `second_task`.
     """
 
     name: str
     strata: NDArray[np.int64]
+    second: NDArray[np.bool_] | None = None
 
     def stderr(self, values: Values) -> float | None:
         """Standard error of the mean over all questions, pooled within tasks; None if no task has two questions."""
         return standard_error([values[self.strata == task] for task in np.unique(self.strata)])
 
     def p_value(self, values: Values, others: Values) -> float:
-        """Two-sided p-value for the same questions: McNemar's exact test, or for `kl` the paired t-test."""
+        """Two-sided p-value for the same questions: McNemar's exact test; the paired t-test unless `accuracy`."""
         differences = values - others
         if self.name == ACCURACY:
             return mcnemar_p(int((differences > 0).sum()), int((differences < 0).sum()))

@@ -36,7 +36,8 @@ class Bounds:
         step: one step of refinement. Refinement ends when a step finds nothing better.
         evaluations: of the whole search.
         everything: what all combinations of the space take together.
-        before: how many smaller sets are evaluated before the first set of the space, even if the budget is small.
+        before: how many smaller sets (larger ones by removal) are evaluated before the first set of the space, even if
+            the budget is small.
     """
 
     search: Cost
@@ -55,6 +56,21 @@ def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
         count = int(min(budget, space.count))
         found = Cost(count, total + most_passes(count, total, space.least, space.most))
         return Bounds(found, None, count, everything)
+
+    # The sets that lack one layer each of a larger set are alike up to that layer.
+    each_without = {size: sum(min(size, depth + 1) for depth in range(1, total + 1)) for size in range(total + 1)}
+    if settings.method == "removal":
+        steps = range(space.least + 1, total + 1)
+        count = int(min(budget, sum(steps) + (space.most == total)))
+        passes = 2 * total + sum(each_without[size] for size in steps)
+        found = Cost(count, min(passes, total + count * total))
+        return Bounds(found, None, count, everything, before=sum(range(space.most + 2, total + 1)))
+    if settings.method == "ratio":
+        sizes = space.most - space.least + 1
+        count = int(min(budget, 1 + total + sizes))
+        passes = (2 + sizes) * total + each_without[total]
+        found = Cost(count, min(passes, total + count * total))
+        return Bounds(found, None, count, everything, before=(0, 1, total + 1)[min(total - space.most, 2)])
 
     is_genetic = settings.method == "ga"
     width = settings.beam_width if settings.method == "beam" else 1
@@ -131,7 +147,7 @@ def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
     return [
         f"Base         {setup.planned.base.folder}",
         f"Donor        {donor.metadata['source']['id']} (layers in {donor.folder})",
-        f"Questions    {len(questions.questions):,} of {', '.join(settings.tasks)}, {tokens:,} tokens with padding",
+        f"Questions    {len(questions.questions):,} of {', '.join(settings.all_tasks)}, {tokens:,} tokens with padding",
         f"Memory       {decimal(size)} for the base's hidden states before each of {space.total} layers"
         + (f", of which up to {decimal(in_file)} in a file in {settings.folder}" if in_file else "")
         + f"; at most {space.most + 1} more states of {decimal(size // space.total)}",
@@ -170,7 +186,8 @@ def describe_cost(found: Bounds, settings: SearchSettings, total: int) -> list[s
     count = f"{found.everything.evaluations:,}"
     evaluated = f", of which {most}{evaluations:,} {'is' if evaluations == 1 else 'are'} evaluated"
     if found.before:
-        evaluated = f"; {most}{evaluations:,} evaluations, smaller sets on the way included"
+        other = "larger" if settings.method in ("removal", "ratio") else "smaller"
+        evaluated = f"; {most}{evaluations:,} evaluations, {other} sets on the way included"
     lines = [
         f"Candidates   {count}{evaluated}{later}",
         f"Cost         {most}{passes:,} layer passes"

@@ -3,12 +3,14 @@
 lm-eval makes the prompts: it evaluates a model that only records the requests. So every setting works as in lm-eval.
 
 The search takes tasks that are answered by log-likelihoods (`multiple_choice`, `loglikelihood`), with options of one or
-several tokens, and that have the metric `acc`. A question's value is its `acc`, 0 or 1.
+several tokens, and that have the metric `acc`. A question's value is its `acc`, 0 or 1. For the objective `nll` it also
+takes tasks that generate text (`generate_until`): they ask for the likelihood of the right answer after the prompt, and
+`acc` is whether greedy decoding would write it.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -20,11 +22,14 @@ from torch import Tensor
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import run_tasks
+from model_preparation.evaluation.recall import RecallTask
 from model_preparation.evaluation.scoring import Answer, Row, ScoringLM, longest_first, padded
 from model_preparation.evaluation.tasks import Tasks, read_configs
+from model_preparation.search.settings import ACCURACY, KL, NLL
 
 METRIC = "acc"
-_OTHERS = {"generate_until": "generated text", "loglikelihood_rolling": "the likelihood of whole texts"}
+GENERATES = "generate_until"
+_OTHERS = {GENERATES: "generated text", "loglikelihood_rolling": "the likelihood of whole texts"}
 _TAKEN = "The search takes tasks answered by log-likelihoods (multiple_choice, loglikelihood) and scored by acc"
 
 
@@ -70,12 +75,13 @@ class _Task:
 
 @dataclass(frozen=True)
 class Question:
-    """A task's document. `requests` are its options, in order; `batches` answer them."""
+    """A task's document. `requests` are its options, in order; `batches` answer them; `right` is the right option."""
 
     task: int
     doc: Any
     requests: tuple[int, ...]
     batches: frozenset[int]
+    right: int | None = None
 
 
 class QuestionSet:
@@ -85,6 +91,7 @@ class QuestionSet:
         lm: gives tokens and batches; its model does not run.
         loaded: the tasks.
         settings: what `settings_of` gives, with `device`.
+        objective: of the search; `nll` needs the right answers.
 
     Attributes:
         prefixes: the common first tokens of the rows of some batches. They run once; they are empty if too few.
@@ -96,13 +103,14 @@ class QuestionSet:
         SurgeryError: for tasks that the search does not take.
     """
 
-    def __init__(self, lm: ScoringLM, loaded: Tasks, settings: Mapping[str, Any]):
+    def __init__(self, lm: ScoringLM, loaded: Tasks, settings: Mapping[str, Any], objective: str = ACCURACY):
         by_name = {task.task_name: task for task in loaded.single}
         self.prefixes: list[tuple[int, ...]] = []
         self.batches: list[Batch] = []
         self.questions: list[Question] = []
         self._tasks: list[_Task] = []
-        recorder = _RequestRecorder()
+        self._objective = objective
+        recorder = _RequestRecorder(objective)
         # lm-eval would ask pip, nvcc and others about this machine, which takes a second, and nobody reads it.
         with patch("lm_eval.evaluator.add_env_info"):
             run_tasks(recorder, loaded, settings)
@@ -110,7 +118,9 @@ class QuestionSet:
         for instance in recorder.asked:
             by_task.setdefault(str(instance.task_name), []).append(instance)
         for name, instances in by_task.items():
-            _check_task(name, by_name[name], instances)
+            _check_task(name, by_name[name], instances, objective)
+            if by_name[name].OUTPUT_TYPE == GENERATES:
+                instances = [_of_right_answer(by_name[name], instance) for instance in instances]
             self._add(_Task(name, by_name[name], instances, _as_tokens(lm, instances)), lm)
         self.digest = blake3(repr([self._asked(question) for question in self.questions]).encode()).hexdigest()
 
@@ -134,7 +144,13 @@ class QuestionSet:
         for requests in by_doc.values():
             requests.sort(key=lambda request: task.instances[request].idx)
             batches = frozenset(batch_of[request] for request in requests)
-            self.questions.append(Question(index, task.instances[requests[0]].doc, tuple(requests), batches))
+            doc = task.instances[requests[0]].doc
+            right = requests[_right_option(task.task, doc)] if self._objective == NLL else None
+            self.questions.append(Question(index, doc, tuple(requests), batches, right))
+
+    def of_tasks(self, names: Sequence[str]) -> list[bool]:
+        """Which questions are of one of these single tasks."""
+        return [self._tasks[question.task].name in names for question in self.questions]
 
     def tokens(self, task: int) -> list[tuple]:
         """A task's requests for `ScoringLM`: (texts, context tokens, continuation tokens)."""
@@ -146,6 +162,34 @@ class QuestionSet:
         Raises:
             SurgeryError: if a log-likelihood is not finite.
         """
+        found = {}
+        for index, given in self._answers(results).items():
+            question = self.questions[index]
+            task = self._tasks[question.task].task
+            generates = task.OUTPUT_TYPE == GENERATES
+            found[index] = float(given[0][1] if generates else task.process_results(question.doc, given)[METRIC])
+        return found
+
+    def maximised(self, results: Mapping[int, BatchResult]) -> dict[int, float]:
+        """What the search maximises, by question, if all its batches are in `results`.
+
+        Raises:
+            SurgeryError: if a number is not finite.
+        """
+        if self._objective == KL:
+            return {index: 0.0 - divergence for index, divergence in self.divergences(results).items()}
+        if self._objective == ACCURACY:
+            return self.values(results)
+        found = {}
+        for index, given in self._answers(results).items():
+            question = self.questions[index]
+            assert question.right is not None
+            likelihood, _ = given[question.requests.index(question.right)]
+            found[index] = likelihood / len(self.tokens(question.task)[question.right][2])
+        return found
+
+    def _answers(self, results: Mapping[int, BatchResult]) -> dict[int, list[Answer]]:
+        """The answers to all options, by question, if all its batches are in `results`."""
         answers = {
             (self.batches[batch].task, request): answer
             for batch, result in results.items()
@@ -154,11 +198,9 @@ class QuestionSet:
         found = {}
         for index, question in enumerate(self.questions):
             if question.batches <= results.keys():
-                task = self._tasks[question.task]
-                given = [answers[question.task, request] for request in question.requests]
-                if not all(math.isfinite(likelihood) for likelihood, _ in given):
-                    raise SurgeryError(f"the logits for a question of {task.name} are not finite")
-                found[index] = float(task.task.process_results(question.doc, given)[METRIC])
+                found[index] = [answers[question.task, request] for request in question.requests]
+                if not all(math.isfinite(likelihood) for likelihood, _ in found[index]):
+                    raise SurgeryError(f"the logits for a question of {self._tasks[question.task].name} are not finite")
         return found
 
     def divergences(self, results: Mapping[int, BatchResult]) -> dict[int, float]:
@@ -191,8 +233,9 @@ class QuestionSet:
 class _RequestRecorder(LM):
     """A model that only records its requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, objective: str) -> None:
         super().__init__()
+        self._objective = objective
         self.asked: list[Instance] = []
 
     def loglikelihood(self, requests: list[Instance]) -> list[Answer]:
@@ -203,7 +246,43 @@ class _RequestRecorder(LM):
         raise _refusal_of(str(requests[0].task_name), "loglikelihood_rolling")
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        raise _refusal_of(str(requests[0].task_name), "generate_until")
+        if self._objective != NLL:
+            raise _refusal_of(str(requests[0].task_name), GENERATES)
+        self.asked += requests
+        return [""] * len(requests)
+
+
+def _of_right_answer(task: Any, instance: Instance) -> Instance:
+    """Ask for the likelihood of the right answer where the task asks for a text."""
+    targets = task.doc_to_target(instance.doc)
+    if isinstance(targets, list):  # a recall task wants all of them; others take each, and lm-eval shows the first
+        targets = " ".join(map(str, targets)) if isinstance(task, RecallTask) else next(iter(targets), "")
+    if targets in (None, ""):
+        raise _without_answer(task, instance.doc)
+    answer = f"{task.config.target_delimiter}{targets}"
+    return replace(instance, request_type="loglikelihood", arguments=(instance.args[0], answer))
+
+
+def _right_option(task: Any, doc: Any) -> int:
+    """Which option of a question is right; the first one, if there are several."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return 0
+    options = task.doc_to_choice(doc)
+    target = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    if isinstance(target, list):
+        target = next(iter(target), None)
+    if isinstance(target, str) and target in options:
+        target = options.index(target)
+    if not isinstance(target, int) or not 0 <= target < len(options):
+        raise _without_answer(task, doc)
+    return target
+
+
+def _without_answer(task: Any, doc: Any) -> SurgeryError:
+    return SurgeryError(
+        f"The task {task.task_name} has no right answer for {str(doc)!r:.80}, and --objective nll scores it. "
+        "Choose another --task or --objective."
+    )
 
 
 def _as_tokens(lm: ScoringLM, instances: list[Instance]) -> list[tuple]:
@@ -219,35 +298,41 @@ def _as_tokens(lm: ScoringLM, instances: list[Instance]) -> list[tuple]:
     return found
 
 
-def check_tasks(names: Sequence[str]) -> None:
-    """Refuse tasks that the search does not take, as far as their definitions show it.
+def check_tasks(names: Sequence[str], objective: str) -> None:
+    """Refuse tasks that the search does not take for an objective, as far as their definitions show it.
 
     Raises:
         SurgeryError: for such a task, and as `load_tasks`.
     """
     for config in read_configs(names):
-        _check_config(config)
+        _check_config(config, objective)
 
 
-def _check_config(config: TaskConfig) -> None:
+def _check_config(config: TaskConfig, objective: str) -> None:
+    if config.output_type == GENERATES and objective == NLL:
+        return  # its texts and their filters are not used
     if config.output_type in _OTHERS:
         raise _refusal_of(str(config.task), config.output_type)
     if config.filter_list is not None:
         raise _refusal(str(config.task), "has filters (filter_list)")
 
 
-def _check_task(name: str, task: Any, instances: Sequence[Instance]) -> None:
+def _check_task(name: str, task: Any, instances: Sequence[Instance], objective: str) -> None:
     """Refuse a task if its score is not the mean of its questions' acc."""
-    _check_config(task.config)
+    _check_config(task.config, objective)
     if any(instance.repeats != 1 for instance in instances):
         raise _refusal(name, "asks each question several times (repeats)")
-    if METRIC not in task.aggregation():
+    if task.OUTPUT_TYPE != GENERATES and METRIC not in task.aggregation():
         raise _refusal(name, f"has no metric {METRIC} (only {', '.join(task.aggregation()) or 'none'})")
 
 
 def _refusal_of(name: str, output_type: str) -> SurgeryError:
-    return _refusal(name, f"asks for {_OTHERS[output_type]} ({output_type})")
+    return _refusal(
+        name,
+        f"asks for {_OTHERS[output_type]} ({output_type})",
+        ", or give --objective nll" if output_type == GENERATES else "",
+    )
 
 
-def _refusal(name: str, what: str) -> SurgeryError:
-    return SurgeryError(f"The task {name} {what}. {_TAKEN}. Choose another --task.")
+def _refusal(name: str, what: str, remedy: str = "") -> SurgeryError:
+    return SurgeryError(f"The task {name} {what}. {_TAKEN}. Choose another --task{remedy}.")

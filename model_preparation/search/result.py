@@ -17,7 +17,6 @@ from model_preparation.llamba.cache_llamba import kv_bytes_per_token
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.layer_sets import BASE, LayerSet, SearchSpace
 from model_preparation.search.scoring_setup import ScoringSetup
-from model_preparation.search.settings import ACCURACY
 from model_preparation.versions import creation_time
 
 COMPARED = 50
@@ -42,13 +41,12 @@ def search_result(
     Args:
         setup, space: what was searched.
         scores: what was found.
-        donor: the donor's own `accuracy`, if it was scored.
+        donor: the donor's own `accuracy` and `fitness`, if it was scored.
         budget_spent: whether the budget ended the search.
     """
     settings = setup.settings
     rows = _final_results(scores, space, setup)
     base = _row(scores, BASE, setup)
-    donor_score = None if donor is None else donor["accuracy"] if settings.objective == ACCURACY else 0.0
     return {
         "objective": settings.objective,
         "final_results": rows,
@@ -57,7 +55,7 @@ def search_result(
         "base": _place(settings.base),
         "base_stderr": base["stderr"],
         "base_accuracy": base["accuracy"],
-        "donor_score": donor_score,
+        "donor_score": None if donor is None else donor["fitness"],
         "donor_accuracy": None if donor is None else donor["accuracy"],
         "donor": _place(settings.donor),
         "llama_layers_dir": os.path.abspath(setup.planned.donor.folder),

@@ -13,17 +13,20 @@ from model_preparation.checkpoint import graft
 from model_preparation.checkpoint.digests import digest_of_layers, digest_of_model, digest_of_tokenizer
 from model_preparation.checkpoint.layer_store import LayerStore, ModelLayers
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.evaluate import settings_of
+from model_preparation.evaluation.evaluate import load_asked, settings_of
 from model_preparation.evaluation.models import OtherModel, load_other
 from model_preparation.evaluation.scoring import ScoringLM, answers_of
 from model_preparation.evaluation.settings import EvaluationSettings
-from model_preparation.evaluation.tasks import load_tasks, quiet
+from model_preparation.evaluation.tasks import quiet
 from model_preparation.hub.sources import donor_name, resolve
+from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.search.hidden_states import HiddenStates
 from model_preparation.search.model_pair import load_pair
 from model_preparation.search.question_set import BatchResult, QuestionSet
 from model_preparation.search.settings import KL, SearchSettings
 
+# What the settings of a search and of an evaluation both have.
+_OF_QUESTIONS = ("lengths", "language", "haystack", "limit", "mmlu_data", "num_fewshot", "batch_size")
 References = Callable[[int], list[Tensor]]  # the donor's log-probabilities for a batch, (scored, vocabulary) per row
 
 
@@ -36,6 +39,7 @@ class ScoringSetup:
 
     Attributes:
         planned: the graft of all layers.
+        second_leaves: the single tasks of `second_task`.
         recorded: what decides on the answers, except the weights. Results and journals record it.
 
     Raises:
@@ -46,12 +50,11 @@ class ScoringSetup:
         self.settings = settings
         self._kept_references: References | None = None
         self.planned = _plan(settings)
-        loaded = load_tasks(settings.tasks, mmlu_data=settings.mmlu_data, num_fewshot=settings.num_fewshot)
         dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
         kind = scored_on or torch.device(settings.device).type
-        asked = EvaluationSettings(
-            limit=settings.limit, num_fewshot=settings.num_fewshot, batch_size=settings.batch_size
-        )
+        asked = EvaluationSettings(settings.all_tasks, **{name: getattr(settings, name) for name in _OF_QUESTIONS})
+        tokenizer = self.planned.tokenizer
+        loaded = load_asked(asked, lambda: load_tokenizer(tokenizer), self.planned.config.max_position_embeddings)
         self.recorded: dict[str, Any] = {
             **settings_of(loaded, asked),
             "device": kind,
@@ -61,7 +64,8 @@ class ScoringSetup:
         with quiet():
             # The same batches on every machine.
             self.lm = ScoringLM(self.pair.model, self.pair.tokenizer, settings.batch_size, batches_for=kind)
-            self.questions = QuestionSet(self.lm, loaded, self.recorded)
+            self.questions = QuestionSet(self.lm, loaded, self.recorded, settings.objective)
+        self.second_leaves = [] if settings.second_task is None else loaded.leaves_of[settings.second_task]
 
     def take_extracted(self, folder: Path) -> None:
         """Use the donor's layers that were extracted into `folder`. Those in memory are equal, and stay."""

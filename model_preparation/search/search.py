@@ -107,7 +107,8 @@ def _evaluate(
     """Run the method. Gives the content of search_result.json, and all scores."""
     settings = setup.settings
     digest = _digest(setup)
-    objective = Objective(settings.objective, np.array([question.task for question in setup.questions.questions]))
+    tasks = np.array([question.task for question in setup.questions.questions])
+    objective = Objective(settings.objective, tasks, np.array(setup.questions.of_tasks(setup.second_leaves)))
     scorer = make_scorer(setup)
     donor = _donor(setup, scorer, journal, digest, objective)
     with SearchProgress() as progress:
@@ -147,10 +148,16 @@ def _donor(
         return None
     kept_as = f"{digest} donor {setup.inputs['donor']}"
     for entry in journal.entries:
-        if entry.get("settings") == kept_as:
+        if entry.get("settings") == kept_as and "fitness" in entry["donor"]:
             return entry["donor"]
-    values = np.array(list(setup.questions.values(scorer.donor_answers()).values()))
-    stderr = Objective(ACCURACY, objective.strata).stderr(values)
-    donor = {"accuracy": float(values.mean()), "stderr": stderr}
+    answers = scorer.donor_answers()
+    right, fitness = (
+        np.array(list(found(answers).values())) for found in (setup.questions.values, setup.questions.maximised)
+    )
+    donor = {
+        "accuracy": float(right.mean()),
+        "stderr": Objective(ACCURACY, objective.strata).stderr(right),
+        "fitness": float(fitness.mean()),
+    }
     journal.append({"settings": kept_as, "donor": donor})
     return donor

@@ -6,14 +6,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from model_preparation.command_line import number
-from model_preparation.evaluation.settings import auto_or_count
+from model_preparation.evaluation.settings import Haystack, Language, Lengths, auto_or_count
 from model_preparation.setting_flags import CheckedSettings, Flag, OneOf
 
-METHODS = ("singles", "exhaustive", "greedy", "beam", "ga")
-RACING_METHODS = ("greedy", "beam", "ga")  # candidates race here by default
-# The settings that belong to one method; `top` belongs to all.
-OPTIONS_OF = {"beam": ("beam_width",), "ga": ("seed", "population", "generations", "patience")}
-ACCURACY, KL = OBJECTIVES = ("accuracy", "kl")
+METHODS = ("singles", "exhaustive", "greedy", "beam", "ga", "removal", "ratio")
+RACING_METHODS = ("greedy", "beam", "ga", "removal")  # candidates race here by default
+# The settings that belong to one method; `top` belongs to all, and decides in a race of the methods that are not here.
+OPTIONS_OF = {
+    "greedy": (),
+    "removal": (),
+    "ratio": ("second_task",),
+    "beam": ("beam_width",),
+    "ga": ("seed", "population", "generations", "patience"),
+}
+ACCURACY, KL, NLL = OBJECTIVES = ("accuracy", "kl", "nll")
 
 
 class _Gigabytes:
@@ -66,11 +72,18 @@ class SearchSettings(CheckedSettings):
         tuple[str, ...],
         Flag(
             "TASK",
-            "tasks, groups or tags of lm-eval, or folders of task files; their code is run (default: mmlu)",
+            "tasks, groups or tags of lm-eval, folders of task files, whose code is run, or recall tasks, such as "
+            "kv_retrieval (default: mmlu)",
             nargs="+",
             name="task",
         ),
     ] = ("mmlu",)
+    second_task: Annotated[
+        str | None, Flag("TASK", "of ratio: a task that asks for common knowledge, while --task asks for recall")
+    ] = None
+    lengths: Lengths = None
+    language: Language = "en"
+    haystack: Haystack = None
     limit: Annotated[int | None, Flag("N", "the first N questions of every task", _COUNT)] = None
     mmlu_data: Annotated[str | None, Flag("DIR|hub|modelscope", "MMLU's questions, as for test_checkpoint.py")] = None
     num_fewshot: Annotated[int | None, Flag("K", "solved examples before each question", number(int, least=0))] = None
@@ -82,7 +95,12 @@ class SearchSettings(CheckedSettings):
     dtype: str | None = None
     objective: Annotated[
         str,
-        Flag(None, "accuracy: right answers; kl: closeness to the donor's predictions, less noisy", OneOf(*OBJECTIVES)),
+        Flag(
+            None,
+            "accuracy: right answers; kl: closeness to the donor's predictions, less noisy; nll: minus the loss per "
+            "token of the right answer, also for tasks whose answers are generated",
+            OneOf(*OBJECTIVES),
+        ),
     ] = ACCURACY
     method: Annotated[str, Flag(None, "see above", OneOf(*METHODS))] = "beam"
     min_layers: Annotated[int, Flag("N", "the fewest layers of a combination", _COUNT)] = 1
@@ -104,7 +122,7 @@ class SearchSettings(CheckedSettings):
         Flag(
             None,
             "ask the questions in rounds; after each, drop candidates that a paired test shows to be surely worse "
-            "(default: on for greedy, beam and ga; off for singles and exhaustive, where all get their score)",
+            "(default: off for singles, exhaustive and ratio, where all get their score; else on)",
             OneOf(auto=None, on=True, off=False),
         ),
     ] = None
@@ -140,6 +158,11 @@ class SearchSettings(CheckedSettings):
         return Path(self.output_dir)
 
     @property
+    def all_tasks(self) -> tuple[str, ...]:
+        """`tasks` and `second_task`."""
+        return self.tasks if self.second_task is None else (*self.tasks, self.second_task)
+
+    @property
     def most_layers(self) -> int:
         """`max_layers`, or its default."""
         return self.max_layers or (1 if self.method == "singles" else 4)
@@ -154,7 +177,7 @@ class SearchSettings(CheckedSettings):
         from model_preparation.io.digests import blake3_of
 
         prior = None if self.prior is None else Path(self.prior)
-        options = OPTIONS_OF.get(self.method, ("top",) if self.races and self.method != "greedy" else ())
+        options = OPTIONS_OF.get(self.method, ("top",) if self.races else ())
         return {
             "method": self.method,
             "min_layers": self.min_layers,

@@ -84,7 +84,7 @@ class PlantedScorer:
 def make_scores(folder, count: int = 400, digest: str = "d", scorer=None, **changes) -> CandidateScores:
     questions = PlantedQuestions(count)
     scorer = scorer or PlantedScorer(questions)
-    objective = Objective("accuracy", np.zeros(count, dtype=np.int64))
+    objective = Objective("accuracy", np.zeros(count, dtype=np.int64), np.arange(count) % 2 == 1)
     journal = Journal(folder / "journal.jsonl")
     settings = SearchSettings(folder, **{"race": False, **changes})
     made = CandidateScores(

@@ -59,6 +59,37 @@ def test_greedy_takes_the_best_single_and_goes_on_from_it(truth, tmp_path):
     assert len(found.order) == 12 + 11 + 10
 
 
+def test_removal_takes_away_the_layer_that_is_missed_least(tmp_path):
+    scores = make_scores(tmp_path)
+    METHODS["removal"](SearchSpace(TOTAL, 2, TOTAL), scores, SearchSettings(tmp_path))
+    scores.journal.close()
+    kept = set(range(TOTAL))
+    for size in range(TOTAL, 1, -1):
+        best = best_of(scores, size)
+        assert set(best) <= kept
+        kept = set(best)
+    assert len(scores.order) == 1 + sum(range(3, TOTAL + 1))
+    assert kept == {3, 7}
+    assert best_of(search(tmp_path / "race", "removal", least=2), 2) == (3, 7)  # it races, and ends at the same
+
+
+def test_ratio_takes_the_layers_without_which_recall_loses_most_for_each_loss_elsewhere(tmp_path):
+    """Questions of even numbers ask for recall; layers 2 and 9 matter to it alone, 4 and 5 to both, 7 to the others."""
+
+    class Scorer(PlantedScorer):
+        def answer(self, layers, batches):
+            recall = 0.1 + 0.2 * len({2, 9} & {*layers}) + 0.25 * len({4, 5} & {*layers})
+            others = 0.1 + 0.2 * len({4, 5, 7} & {*layers})
+            count = len(self.questions.batches)
+            return {batch: float(batch / count < (others if batch % 2 else recall)) for batch in batches}
+
+    scores = make_scores(tmp_path, scorer=Scorer(PlantedQuestions(400)))
+    METHODS["ratio"](SearchSpace(TOTAL, 1, 4), scores, SearchSettings(tmp_path))
+    scores.journal.close()
+    assert sorted(scores.order[-4:], key=len) == [(2,), (2, 9), (2, 4, 9), (2, 4, 5, 9)]
+    assert len(scores.order) == 1 + TOTAL + 4
+
+
 def test_singles_are_all_singles(truth, tmp_path):
     found = search(tmp_path, "singles", most=1)
     assert sorted(found.complete) == [(layer,) for layer in range(TOTAL)]

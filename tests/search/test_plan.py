@@ -15,7 +15,7 @@ from tests.search.planted import TOTAL, count_passes, draw_sets, make_scores
 
 PRIOR = {layer: (0.1 if layer in (3, 7, 5) else 0.0) for layer in range(TOTAL)}
 SEARCHES = [("exhaustive", (1, 2, {}))]
-SEARCHES += itertools.product(("greedy", "beam", "ga"), [(1, 2, {}), (1, 3, PRIOR), (2, 4, {})])
+SEARCHES += itertools.product(("greedy", "beam", "ga", "removal", "ratio"), [(1, 2, {}), (1, 3, PRIOR), (2, 4, {})])
 SMALL = {"population": 10, "generations": 3, "patience": 3, "beam_width": 3}
 
 
@@ -105,11 +105,14 @@ def test_the_plan_counts_smaller_sets_apart():
 
     assert "Candidates   1; at most 78 evaluations, smaller sets on the way included" in plan("greedy", TOTAL)
     assert "the only combination takes" in plan("greedy", TOTAL)
+    settings = SearchSettings(".", method="removal", max_layers=3)
+    larger = "\n".join(describe_cost(bounds(space_of(settings), settings), settings, TOTAL))
+    assert "Candidates   298; at most 77 evaluations, larger sets on the way included" in larger
     assert "Candidates   1, of which 1 is evaluated" in plan("exhaustive", TOTAL)
     assert "alone, 1 combination would take" in plan("exhaustive", TOTAL)
 
 
-@pytest.mark.parametrize("method", ["greedy", "beam", "ga"])
+@pytest.mark.parametrize("method", ["greedy", "beam", "ga", "removal", "ratio"])
 @pytest.mark.parametrize("prior", [{}, PRIOR])
 def test_the_budget_that_is_asked_for_is_the_least_that_reaches_the_sizes_wanted(method, prior, tmp_path):
     settings = SearchSettings(tmp_path, method=method, min_layers=4, max_layers=4, **SMALL)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model_preparation import evaluate_checkpoint
+from model_preparation import build_checkpoint, evaluate_checkpoint, load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare.paired import holm, mcnemar_p
 from model_preparation.io.self_checksum import checksum_fault
@@ -74,7 +74,7 @@ def killed_after(lines: int, settings: SearchSettings) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize(("method", "objective"), [("ga", "accuracy"), ("beam", "kl")])
+@pytest.mark.parametrize(("method", "objective"), [("ga", "accuracy"), ("beam", "kl"), ("removal", "nll")])
 def test_killed_again_and_again_it_ends_like_an_uninterrupted_search(make_settings, tmp_path, method, objective):
     changes = {"method": method, "objective": objective, "max_layers": 3, **SMALL}
     whole = search_layers(make_settings(tmp_path / "whole", **changes))
@@ -337,7 +337,76 @@ def test_tasks_that_cannot_be_taken_are_refused(make_settings, tmp_path, monkeyp
     with pytest.raises(SurgeryError, match=words) as refused:
         search_layers(make_settings(tmp_path / "out", tasks=(str(folder),)))
     assert "multiple_choice" in str(refused.value)
+    assert ("--objective nll" in str(refused.value)) == (changes.get("output_type") == "generate_until")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes", [{"doc_to_target": -1}, {"doc_to_target": "None of them"}, GENERATING])
+def test_nll_needs_the_right_answer(make_settings, tmp_path, changes):
+    unanswered = (
+        {"doc_to_choice": None, "doc_to_target": "", "metric_list": [{"metric": "bypass"}], **changes}
+        if changes is GENERATING
+        else changes
+    )
+    folder = write_task(tmp_path / "task", "unanswered", make_questions(3), **unanswered)
+    with pytest.raises(SurgeryError, match=r"The task unanswered has no right answer for .*'context'.* Choose another"):
+        search_layers(make_settings(tmp_path / "out", tasks=(str(folder),), objective="nll"))
+
+
+def journaled(folder: Path, name: str) -> dict[tuple[int, ...], list]:
+    """What the journal has of each set's questions, in their order; nothing raced, and no set was asked in parts."""
+    entries = map(json.loads, (folder / "journal.jsonl").read_text().splitlines())
+    questions = {}
+    for entry in entries:
+        if name in entry:
+            questions[tuple(entry["layers"])] = entry[name]
+    return questions
+
+
+def test_nll_is_the_loss_of_the_right_answer_in_the_built_checkpoint(make_settings, layers_dir, base_dir, tmp_path):
+    """To the bit, per token; options have several tokens."""
+    folder = write_task(tmp_path / "task", "words", make_questions(6))
+    changes = {"tasks": (str(folder),), "method": "singles", "objective": "nll"}
+    found = search_layers(make_settings(tmp_path / "out", **changes))
+    best = found["final_results"][0]
+    build_checkpoint(str(base_dir), best["layers"], layers_dir, tmp_path / "graft")
+    evaluated = evaluate_checkpoint(tmp_path / "graft", tasks=[str(folder)], batch_size=3)
+    (path,) = (tmp_path / "graft" / "evaluations").glob("*/answers/*.json")
+    answers = iter(json.loads(path.read_text())["answers"])
+    _, tokenizer = load_checkpoint(tmp_path / "graft")
+    losses = []
+    for row in make_questions(6):
+        likelihoods = [next(answers)[0] for _ in row["choices"]]
+        option = " " + row["choices"][row["answer"]]  # lm-eval puts a space before it
+        losses.append(likelihoods[row["answer"]] / len(tokenizer(option, add_special_tokens=False)["input_ids"]))
+    assert sorted(journaled(tmp_path / "out", "values")[tuple(best["layers"])]) == sorted(losses)
+    assert best["fitness"] == pytest.approx(sum(losses) / 6)
+    assert best["accuracy"] == pytest.approx(evaluated["score"])
+    assert found["donor_score"] < 0
+    assert "loss of the right answer" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_task_that_generates_is_searched_by_its_right_answers(tmp_path):
+    """The right answers of embedded_recall's two forms are the same, and so are their losses, to the bit."""
+    found, accuracy = {}, {}
+    for task in ("embedded_recall", "embedded_recall_generated"):
+        common = {"base": "tiny_llamba", "donor": "tiny_llama", "lengths": (64, 128), "limit": 6, "objective": "nll"}
+        result = search_layers(output_dir=tmp_path / task, tasks=(task,), method="singles", **common)
+        rows = {tuple(row["layers"]): row for row in result["final_results"]}
+        found[task] = [result["base_score"], result["donor_score"], *(rows[layer,]["fitness"] for layer in range(12))]
+        accuracy[task] = rows[10,]["accuracy"]
+        assert result["settings"]["recall"] == {"lengths": [64, 128], "language": "en"}
+    assert found["embedded_recall"] == found["embedded_recall_generated"]
+    ratio = {**common, "tasks": ("embedded_recall_generated",), "limit": 3, "lengths": (64,), "method": "ratio"}
+    with pytest.raises(SurgeryError, match="The method is ratio, and second_task is None"):
+        search_layers(output_dir=tmp_path / "ratio", **ratio)
+    both = search_layers(output_dir=tmp_path / "ratio", **ratio, second_task="embedded_recall", max_layers=2)
+    assert both["questions"] == 6
+    assert sorted(row["num_layers"] for row in both["final_results"]) == [1, 2]
+    build_checkpoint("tiny_llamba", [10], tmp_path / "embedded_recall" / "donor_layers", tmp_path / "graft")
+    written = evaluate_checkpoint(tmp_path / "graft", tasks=["embedded_recall_generated"], lengths=(64, 128), limit=6)
+    scores = [row["score"] for row in written["tasks"].values()]
+    assert accuracy["embedded_recall_generated"] == pytest.approx(sum(scores) / 2)  # greedy decoding writes it
 
 
 def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
@@ -370,6 +439,7 @@ def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
     for given, words in (
         (("--method", "ga", "--beam_width", 4), "--beam_width belongs to --method beam, and the method is ga"),
         (("--method", "beam", "--patience", 4), "--patience belongs to --method ga, and the method is beam"),
+        (("--second_task", "mmlu"), "--second_task belongs to --method ratio"),
         (("--mmlu-data", tmp_path), "--mmlu_data belongs to --task mmlu"),
     ):
         assert_refused(run_command("search_layers", *flags, *given), words, code=2)

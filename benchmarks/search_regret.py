@@ -1,0 +1,164 @@
+"""What each search method finds, against the truth: regret and layer passes, on the embedded pair.
+
+All sets of up to three layers are scored; their best is the truth. Regret is its score minus that of the set that a
+method found. The genetic algorithm runs with five seeds; the other methods draw nothing. `beam` and `ga` get a budget
+of 15% of the sets; `beam` runs without one too. Then sets are chosen by recall at lengths beyond the pair's training,
+by text in which nothing can be looked up, and by the ratio of both. Each is scored on all of these.
+
+    OMP_NUM_THREADS=1 python benchmarks/search_regret.py --output_dir DIR
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from model_preparation.checkpoint.extract import extract_layers
+from model_preparation.embedded import recall
+from model_preparation.jobs.table import table
+from model_preparation.search.cached_scoring import CachedScorer
+from model_preparation.search.layer_sets import names
+from model_preparation.search.scoring_setup import ScoringSetup
+from model_preparation.search.search import search_layers
+from model_preparation.search.settings import OBJECTIVES, SearchSettings
+
+LENGTHS = (64, 128, 256, 512)  # tokens; a sentence about one person has four
+SEEDS = 5
+
+Settings = Callable[..., SearchSettings]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, default=100, help="questions")
+    parser.add_argument("--long_limit", type=int, default=30, help="questions of each length")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="nll")
+    parser.add_argument("--output_dir", type=Path, required=True, help="a new folder; nothing in it is used again")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True)
+    torch.set_num_threads(1)
+    layers = args.output_dir / "donor_layers"
+    extract_layers("tiny_llama", layers)
+
+    def settings(name: str, **changes: Any) -> SearchSettings:
+        common = {"base": "tiny_llamba", "donor": "tiny_llama", "llama_layers_dir": layers, "max_layers": 3}
+        return SearchSettings(args.output_dir / name, **{**common, "objective": args.objective, **changes})
+
+    compare_methods(settings, args.limit, args.output_dir / "search_regret.png")
+    compare_materials(settings, args.long_limit, write_text_task(args.output_dir / "text_task", args.long_limit))
+
+
+def search(settings: SearchSettings) -> dict[str, Any]:
+    found = search_layers(settings)
+    assert found is not None
+    return found
+
+
+def compare_methods(settings: Settings, limit: int, picture: Path) -> None:
+    """Regret and layer passes of every method."""
+    given = {"tasks": ("embedded_recall",), "limit": limit}
+    truth = search(settings("exhaustive", method="exhaustive", **given))
+    budget = round(0.15 * truth["statistics"]["evaluations"])
+    few = {"budget_evaluations": budget, "population": 12, "beam_width": 3}
+    runs = {
+        "exhaustive": [truth],
+        **{name: [search(settings(name, method=name, **given))] for name in ("greedy", "beam", "removal")},
+        f"beam, {budget} sets": [search(settings("few_beam", method="beam", **given, **few))],
+        f"ga, {budget} sets": [
+            search(settings(f"ga_{seed}", method="ga", seed=seed, **given, **few)) for seed in range(SEEDS)
+        ],
+    }
+    best = truth["final_results"][0]
+    rows, points = [], {}
+    for name, found in runs.items():
+        statistics = [each["statistics"] for each in found]
+        regrets = [best["fitness"] - each["final_results"][0]["fitness"] for each in found]
+        points[name] = [(each["layer_passes"], regret) for each, regret in zip(statistics, regrets, strict=True)]
+        rows.append(
+            (
+                name,
+                span([each["evaluations"] for each in statistics], "{:.0f}"),
+                span([each["layer_passes"] for each in statistics], "{:.0f}"),
+                span(regrets, "{:.4f}"),
+                " / ".join(dict.fromkeys(names(each["final_results"][0]["layers"]) for each in found)),
+            )
+        )
+    print(f"base {truth['base_score']:.4f}, donor {truth['donor_score']:.4f}, best {best['fitness']:.4f}", flush=True)
+    print(table(("method", "sets", "layer passes", "regret", "found"), rows), flush=True)
+    draw(points, truth["objective"], picture)
+
+
+def compare_materials(settings: Settings, limit: int, text: Path) -> None:
+    """The sets that a beam search finds by recall at several lengths, and by text; each scored on all of these."""
+    materials = {f"{length} tokens": {"tasks": ("embedded_recall",), "lengths": (length,)} for length in LENGTHS}
+    materials["text"] = {"tasks": (str(text),)}
+    given = {"limit": limit, "method": "beam", "beam_width": 3, "budget_evaluations": 44}
+    found = {name: search(settings(name.replace(" ", "_"), **given, **each)) for name, each in materials.items()}
+    first = {"limit": limit, "method": "ratio", **next(iter(materials.values()))}
+    found["ratio of both"] = search(settings("ratio", **first, second_task=str(text)))
+    chosen = {name: tuple(each["final_results"][0]["layers"]) for name, each in found.items()}
+    scores: dict[str, list[str]] = {name: [] for name in ("base", "donor", *chosen)}
+    for name, each in materials.items():
+        setup = ScoringSetup(settings(f"score_{name}", **given, **each))
+        scorer = CachedScorer(setup)
+        results = {"base": scorer.base(), "donor": scorer.donor_answers()}
+        of_sets = dict(scorer.score(set(chosen.values())))
+        for which in scores:
+            answers = results[which] if which in results else of_sets[chosen[which]]
+            fitness, right = (
+                float(np.mean(list(values(answers).values())))
+                for values in (setup.questions.maximised, setup.questions.values)
+            )
+            scores[which].append(f"{fitness:.3f}" + ("" if name == "text" else f" ({right:.2f})"))
+    rows = [(which, names(chosen.get(which, ())) if which in chosen else "", *cells) for which, cells in scores.items()]
+    print(table(("chosen by", "layers", *(f"on {name}" for name in materials)), rows), flush=True)
+
+
+def write_text_task(folder: Path, count: int) -> Path:
+    """Sentences of the pair's training in which no person comes twice: nothing of them can be looked up."""
+    folder.mkdir()
+    people = 12
+    names, things = recall._pairs(count, people, torch.Generator().manual_seed(0), held_out=False)
+    texts = recall._text(names, things)[:, 1:]
+    rows = []
+    for ids in texts.tolist():
+        words = [recall.WORDS[index] for index in ids]
+        rows.append({"context": words[0], "rest": " ".join(words[1:])})
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    definition = {
+        "task": "pair_text",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "text.jsonl")}},
+        "output_type": "loglikelihood",
+        "test_split": "test",
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "{{rest}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "text.yaml").write_text(json.dumps(definition))
+    return folder
+
+
+def span(values: list[float], form: str) -> str:
+    """One number, or the least and the largest."""
+    texts = list(dict.fromkeys(form.format(value) for value in (min(values), max(values))))
+    return " to ".join(texts)
+
+
+def draw(points: dict[str, list[tuple[float, float]]], objective: str, path: Path) -> None:
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for (name, each), marker in zip(points.items(), "osv^DP", strict=True):
+        axes.plot(*zip(*each, strict=True), marker, linestyle="", label=name, alpha=0.7)
+    axes.set(xlabel="layer passes", ylabel=f"regret ({objective})")
+    figure.legend(loc="outside upper center", ncols=len(points), frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
