@@ -25,7 +25,7 @@ def heads_dir(base_dir, layers_dir, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("heads") / "heads"
     result = build(base_dir, layers_dir, out, "--layers", 3, "--heads", "2:1,0", "0:1", "--format", "both")
     assert result.returncode == 0, result.stderr
-    assert "layer   2  <- heads 0, 1 of" in result.stdout
+    assert "Layer   2    <- heads 0, 1 of" in result.stdout
     return out
 
 

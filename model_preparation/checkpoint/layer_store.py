@@ -18,6 +18,7 @@ from model_preparation.checkpoint.model_configs import check_kind, config_from_d
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import Source, check_recorded
 from model_preparation.io.digests import FILE_FIELDS, fault_of
+from model_preparation.io.identity import differences
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.pt_dict import dict_ranges
 from model_preparation.io.tensors.tensor_files import TensorFiles
@@ -124,6 +125,11 @@ class LayerStore:
             found[name] = place if picked is None else PickedTensor(place, tuple(picked[1]), picked[0])
         return found
 
+    def records(self, layers: Sequence[int]) -> list[dict[str, Any]]:
+        """What checkpoint_info.json says of the donor that gave these layers; of several donors, of each."""
+        digests = {str(index): self.layers[index]["sha256"] for index in layers}
+        return [{"name": self.metadata["model_name"], **self.metadata["source"], "layers": digests}]
+
     def path(self, index: int) -> Path:
         """Where a layer's file is.
 
@@ -169,6 +175,57 @@ class LayerStore:
             flags = f"--from_legacy {shlex.quote(str(source.get('path')))} --trust_pickle"
         here = shlex.quote(str(self.folder))
         return f"Extract it again: python extract_layers.py {flags} --output_dir {here} --overwrite"
+
+
+class LayersOfSeveral(LayerStore):
+    """Layers of several donors with the same settings; or of none, where layers are only put back.
+
+    Args:
+        layers: for each donor, its extracted layers and the indices that are taken from it.
+
+    Raises:
+        SurgeryError: if the donors' settings differ: a model has one set of settings for all its grafted layers.
+    """
+
+    def __init__(self, layers: Sequence[tuple[LayerStore, Sequence[int]]]):
+        self._stores = layers
+        self._of = {index: store for store, indices in layers for index in indices}
+        self.layers = {index: store.layers[index] for index, store in self._of.items() if index in store.layers}
+        if not layers:
+            return
+        first = layers[0][0]
+        self.folder, self.metadata, self.config = first.folder, first.metadata, first.config
+        for store, _ in layers[1:]:
+            if odd := differences(attention_settings(first.config), attention_settings(store.config)):
+                raise SurgeryError(
+                    f"The donors in {first.folder} and {store.folder} have different settings ({'; '.join(odd)}). "
+                    "Take layers of donors with the same settings."
+                )
+
+    def ranges(self, index: int) -> dict[str, TensorRange]:
+        return self._of[index].ranges(index)
+
+    def head_ranges(self, index: int, heads: Sequence[int]) -> dict[str, StoredTensor]:
+        return self._of[index].head_ranges(index, heads)
+
+    def records(self, layers: Sequence[int]) -> list[dict[str, Any]]:
+        return [record for store, own in self._stores for record in store.records([i for i in own if i in layers])]
+
+    def path(self, index: int) -> Path:
+        return self._of[index].path(index)
+
+    def check(self, layers: Sequence[int]) -> None:
+        for store, own in self._stores:
+            store.check([index for index in own if index in layers])
+
+
+def attention_settings(config: "PreTrainedConfig") -> dict[str, Any]:
+    """All that grafted layers depend on, of a donor or of a Llamba with grafts."""
+    if config.model_type == "llamba":
+        kind, settings = config.donor_type, config.llama_cfg
+    else:
+        kind, settings = config.model_type, KINDS[config.model_type].settings(config)
+    return {"model_type": kind, "max_position_embeddings": config.max_position_embeddings, **settings}
 
 
 class ModelLayers(LayerStore):
