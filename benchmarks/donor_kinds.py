@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--donor_steps", type=int, default=300)
     parser.add_argument("--steps_per_layer", type=int, default=100)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     args = parser.parse_args()
     torch.set_num_threads(1)
     documents = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,7 +51,7 @@ def main() -> None:
     print(f"{len(tokens) - HELD_OUT} sequences of {LENGTH} bytes, {HELD_OUT} held out\n")
     print(f"| donor | its loss | {' | '.join(f'layer {i}' for i in range(SHAPE['num_hidden_layers']))} |")
     print("|---|---|" + "---|" * SHAPE["num_hidden_layers"])
-    for kind in KINDS.values():
+    for kind in map(KINDS.__getitem__, args.kinds):
         donor, loss = trained_donor(kind, tokens, args.donor_steps)
         variants = {kind.model_type: ()}
         if any(name.endswith(BEYOND) and ".self_attn." in name for name, _ in donor.named_parameters()):

@@ -61,9 +61,9 @@ def _parser() -> CommandParser:
     )
     parser.add_argument(
         "--metric",
-        default="acc",
         metavar="NAME",
-        help="any number that lm-eval gives each question, with ,FILTER if needed (default: %(default)s)",
+        help="any number that lm-eval gives each question, with ,FILTER if needed (default: each task's score: acc, or "
+        "the first that lm-eval names)",
     )
     parser.add_argument("--subjects", action="store_true", help="print the subjects too; the report always has them")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Modules under their paths of version 0.2, for programs that import them. They warn, and go with version 0.4."""
+"""Modules under their paths of version 0.2, for programs that import them. They warn, and go with version 0.5."""
 
 import importlib
 import warnings
@@ -46,7 +46,7 @@ class EarlierNames:
     def exec_module(self, module: ModuleType) -> None:
         if module.__name__.removeprefix(_PACKAGE) in _NOW:
             path, names = _NOW[module.__name__.removeprefix(_PACKAGE)]
-            message = f"{module.__name__} is {_PACKAGE}{path} since version 0.3; the old path goes with 0.4."
+            message = f"{module.__name__} is {_PACKAGE}{path} since version 0.3; the old path goes with 0.5."
             warnings.warn(message, FutureWarning, stacklevel=2)
             now = importlib.import_module(_PACKAGE + path)
             module.__dict__["__getattr__"] = lambda name: getattr(now, names.get(name) or name)

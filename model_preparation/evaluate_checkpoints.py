@@ -15,7 +15,7 @@ from model_preparation.command_line import (
     run,
 )
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.settings import EvaluationSettings, limit_note
+from model_preparation.evaluation.settings import EVALUATION_SETTINGS, EvaluationSettings, limit_note
 from model_preparation.jobs import combinations, evaluate_many, ray_flags
 from model_preparation.setting_flags import add_flags
 
@@ -36,7 +36,7 @@ A score with --limit is not comparable with the full one: compare rows of one ta
 """
 
 # Flags that go to test_checkpoint.py unchanged.
-_HANDED_ON = ("tasks", "limit", "num_fewshot", "batch_size", "mmlu_data", "seed", "dtype", "gpu", "device")
+_HANDED_ON = (*(name for name in EVALUATION_SETTINGS if name != "results_dir"), "seed", "dtype", "gpu", "device")
 _NO_FOLDERS = ("hub", "modelscope")  # what --mmlu_data takes instead of a path
 
 
@@ -109,7 +109,10 @@ def _flags(parser: CommandParser, args: argparse.Namespace) -> Iterator[str]:
     """The evaluator's flags that were given."""
     for name in filter(parser.is_given, _HANDED_ON):
         value = getattr(args, name)
-        yield from (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+        if value is True:
+            yield f"--{name}"
+        elif value is not False:
+            yield from (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
 
 
 def _needed_paths(args: argparse.Namespace) -> Iterator[Path]:
@@ -117,6 +120,8 @@ def _needed_paths(args: argparse.Namespace) -> Iterator[Path]:
     if args.mmlu_data is not None and args.mmlu_data not in _NO_FOLDERS:
         yield Path(args.mmlu_data).expanduser()
     yield from (Path(task) for task in args.tasks if Path(task).exists())
+    yield from (Path(each.partition("=")[2]).expanduser() for each in args.task_data or ())
+    yield from [] if args.haystack is None else [args.haystack.expanduser()]
 
 
 if __name__ == "__main__":

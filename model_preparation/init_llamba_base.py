@@ -7,9 +7,9 @@ from model_preparation.hub.sources import add_source_flag
 
 DESCRIPTION = """\
 Make a Llamba from a donor (Llama, Mistral, Qwen2 or Qwen3) that no Llamba is published for. Embeddings, norms, MLPs
-and head are the donor's. Each mixer starts from the attention's projections, as in Mamba in the Llama (arXiv
-2408.15237) and MOHAWK (arXiv 2408.10189). Nothing is trained: a few such layers cost little, but a model of only such
-layers gives no sensible text.
+and head are the donor's; each mixer starts from the attention's projections, as in Mamba in the Llama (arXiv
+2408.15237) and MOHAWK (arXiv 2408.10189). Nothing is trained: a few such layers cost little, but only such layers give
+no sensible text.
 """
 
 EXAMPLES = """\

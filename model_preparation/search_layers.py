@@ -57,10 +57,10 @@ def main() -> None:
     if args.donor is None and args.llama_layers_dir is None:
         parser.error("one of --donor and --llama_layers_dir is needed")
     uses_ray = ray_flags.uses_ray(parser, args)
-    for method, names_of_flags in OPTIONS_OF.items():
-        if method != args.method:  # a seed harms nothing
-            of_method = [name for name in names_of_flags if name != "seed"]
-            parser.refuse(args, of_method, f"belongs to --method {method}, and the method is {args.method}")
+    idle = {name: method for method, options in OPTIONS_OF.items() if method != args.method for name in options}
+    for name in filter(parser.is_given, idle):
+        if name != "seed":  # which harms nothing
+            parser.error(f"--{name} belongs to --method {idle[name]}, and the method is {args.method}")
     if args.method == "singles" and args.max_layers not in (None, 1):
         parser.error(f"--method singles takes layers one by one: leave out --max_layers {args.max_layers}")
 
@@ -84,7 +84,7 @@ def main() -> None:
     if found is None:
         print(f"Everything fits; nothing was evaluated (--dry_run). {settings.folder} would have the result.")
         return
-    save_config(settings.folder / "config.yaml", as_flags(settings))
+    save_config(settings.folder / "config.yaml", {**as_flags(settings), **dict.fromkeys(idle)})
     statistics = found["statistics"]
     passes, alone = statistics["layer_passes"], statistics["layer_passes_alone"]
     print(

@@ -52,7 +52,7 @@ class CheckedSettings:
     """Settings that refuse what their flags refuse."""
 
     def __post_init__(self) -> None:
-        for name, default, flag in _flags(self):
+        for name, default, flag in flags_of(self):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
@@ -72,7 +72,7 @@ class CheckedSettings:
 
 def add_flags(parser: CommandParser, settings: type, *, without: tuple[str, ...] = ()) -> None:
     """Add a flag for each field of a settings class that is annotated with one."""
-    for name, default, flag in _flags(settings):
+    for name, default, flag in flags_of(settings):
         word = f"--{flag.name or name}"
         if name in without:
             continue
@@ -95,13 +95,13 @@ def from_flags(settings: type[T], args: argparse.Namespace, **more: Any) -> T:
 def as_flags(settings: Any) -> Mapping[str, Any]:
     """The settings by the names of their flags, as a file of --config has them."""
     found = {}
-    for name, default, flag in _flags(settings):
+    for name, default, flag in flags_of(settings):
         value = getattr(settings, name)
         found[flag.name or name] = value if value is None or default is False else flag.text(value)
     return found
 
 
-def _flags(settings: Any) -> list[tuple[str, Any, Flag]]:
+def flags_of(settings: Any) -> list[tuple[str, Any, Flag]]:
     """(name, default, flag) of the fields of a settings class, or of an object of it."""
     found = [(each, getattr(each.type, "__metadata__", (None,))[0]) for each in fields(settings)]
     return [(each.name, each.default, flag) for each, flag in found if flag is not None]

@@ -11,6 +11,7 @@ from model_preparation.command_line import CommandParser, add_device_flags, add_
 from model_preparation.devices import choose_device
 from model_preparation.evaluation.prompts import FORMS, read_prompts
 from model_preparation.evaluation.settings import (
+    EVALUATION_SETTINGS,
     GENERATION_SETTINGS,
     EfficiencySettings,
     EvaluationSettings,
@@ -45,6 +46,8 @@ examples:
   python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --full_eval --limit 100 --mmlu_data ./mmlu
   python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --full_eval --skip_generation \\
       --tasks arc_easy hellaswag --num_fewshot 5
+  python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --full_eval --skip_generation \\
+      --suite recall --lengths 512 1024 2048 --limit 50
   python test_checkpoint.py --checkpoint llama --prompt "Hello world"
   python test_checkpoint.py --checkpoint unaligned_llamba --full_eval --skip_generation --results_dir ../results
   python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --efficiency --skip_generation \\
@@ -62,7 +65,7 @@ DEFAULT_PROMPTS = (
     "To make a good cup of tea, first",
 )
 _GENERATION_FLAGS = ("prompt", "prompts_file", *GENERATION_SETTINGS, "compare_with", "output")
-_EVALUATION_FLAGS = ("tasks", "limit", "mmlu_data", "num_fewshot", "batch_size", "result_json")
+_EVALUATION_FLAGS = (*(name for name in EVALUATION_SETTINGS if name != "results_dir"), "result_json")
 
 
 def main() -> None:
@@ -71,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     _check(parser, args)
 
-    from model_preparation.evaluation.models import find_model, find_others
+    from model_preparation.evaluation.models import find_model, find_others, served_model
     from model_preparation.io.complete_file import check_new_file
     from model_preparation.io.tensors.dtypes import torch_dtype
 
@@ -87,13 +90,15 @@ def main() -> None:
     device = "cpu" if args.parallelize or args.server else choose_device(args.gpu, args.device)
     dtype = torch_dtype(args.dtype)
     if args.full_eval:
-        from model_preparation.evaluation.tasks import is_mmlu, load_tasks
+        from model_preparation.evaluation.evaluate import tasks_for
 
         if model_found is not None:
             model_found.results_root(args.results_dir)
-        tasks = load_tasks(args.tasks, mmlu_data=args.mmlu_data, num_fewshot=args.num_fewshot)
-        if args.mmlu_data is not None and not any(map(is_mmlu, args.tasks)):
-            parser.error(f"--mmlu_data belongs to --tasks mmlu or parts of it, and the task is {' '.join(args.tasks)}")
+        settings = from_flags(EvaluationSettings, args, device=device, dtype=dtype, sources=args.source)
+        scored = model_found or served_model(args.model or "served", args.tokenizer, sources=args.source)
+        tasks = tasks_for(scored, settings)
+        if args.mmlu_data is not None and tasks.questions is None:
+            parser.error(f"--mmlu_data belongs to --tasks mmlu or parts of it, and the task is {' '.join(tasks.names)}")
 
     if model_found is not None and not args.skip_generation:
         from model_preparation.evaluation.generation_report import GenerationReport
@@ -109,7 +114,7 @@ def main() -> None:
         if output is not None:
             print(f"Texts are in {output}")
     if args.full_eval:
-        _evaluate(tasks, args, device, dtype)
+        _evaluate(settings, tasks, args)
     if args.efficiency:
         _measure(args, device, dtype)
     if not args.skip_generation:
@@ -141,7 +146,7 @@ def _load(found: "ScoredModel", device: str, dtype: Any, parallelize: bool) -> t
     return model, tokenizer
 
 
-def _evaluate(tasks: "Tasks", args: argparse.Namespace, device: str, dtype: Any) -> None:
+def _evaluate(settings: EvaluationSettings, tasks: "Tasks", args: argparse.Namespace) -> None:
     """Score the checkpoint. Print groups, scores and where the results are; write --result_json."""
     from model_preparation.checkpoint.checkpoint_info import INFO
     from model_preparation.errors import SurgeryError
@@ -160,7 +165,6 @@ def _evaluate(tasks: "Tasks", args: argparse.Namespace, device: str, dtype: Any)
             raise SurgeryError(f"--result_json {args.result_json} is a folder. Name a file.")
         make_folder(result_json.parent)
     started = time.perf_counter()
-    settings = from_flags(EvaluationSettings, args, device=device, dtype=dtype, sources=args.source)
     result = evaluate_checkpoint(args.checkpoint, settings, tasks=tasks)
     if result_json is not None:
         write_file(result_json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -179,7 +183,9 @@ def _evaluate(tasks: "Tasks", args: argparse.Namespace, device: str, dtype: Any)
             "and not comparable with the full one."
         )
     for name, row in result["tasks"].items():
-        print(f"{'MMLU' if name == MMLU else name} score   {_score(row)}")
+        print(f"{'MMLU' if name == MMLU else name} score   {_score(row)}{_protocol(row.get('protocol'))}")
+    for name, count in result.get("truncated", {}).items():
+        print(f"Cut          {count} prompts of {name} on their left, as they are too long for the model")
     if tasks.names == (MMLU,) and not (result["entered"] or args.server) and (args.checkpoint / INFO).is_file():
         print("checkpoint_info.json is not changed: it has a score of more questions, or cannot be written.")
     print(f"Results are in {result['results_dir']}", flush=True)
@@ -210,6 +216,18 @@ def _score(row: dict[str, Any]) -> str:
     stderr = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
     metric = "" if row["metric"] == "acc,none" else f"{row['metric'].removesuffix(',none')} "
     return f"{metric}{row['score']:.4f}{stderr} ({row['questions']} questions)"
+
+
+def _protocol(protocol: dict[str, Any] | None) -> str:
+    """How the task was asked; results of older versions do not say it."""
+    if protocol is None:
+        return ""
+    answer = {"generate_until": "generated", "multiple_choice": "likeliest choice"}.get(
+        protocol["output"], protocol["output"]
+    )
+    length = f", {protocol['length']} tokens" if "length" in protocol else ""
+    template = " ".join(protocol["template"].split())
+    return f"; {protocol['shots']}-shot, {answer}{length}, {template if len(template) <= 60 else template[:59] + '…'!r}"
 
 
 # --- The command line -------------------------------------------------------------------------------------------------

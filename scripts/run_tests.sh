@@ -11,6 +11,13 @@ export OMP_NUM_THREADS=1
 
 "$python" -m ruff check
 "$python" -m ruff format --check
-"$python" -m mypy
+# The types are checked beside the tests, and what is wrong with them is said last.
+said=$(mktemp)
+"$python" -m mypy &>"$said" & types=$!
+trap 'kill $types 2>/dev/null || true; rm -f "$said"' EXIT
+result=0
 # Three at a time, each file's tests in order: many wait for a process of their own, or for the disk.
-"$python" -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"
+"$python" -m tests --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@" || result=$?
+wait $types || result=$?
+cat "$said"
+exit $result

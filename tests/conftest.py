@@ -4,6 +4,7 @@ A donor (Llama) and a base (Llamba) of the same width, depth, heads and vocabula
 """
 
 import copy
+import gc
 import itertools
 import json
 import multiprocessing
@@ -38,6 +39,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive 
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # nor can a forked process always load weights in threads
 # A shell's background jobs ignore it, and so would their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.executable = str(Path(sys.prefix, "bin", "python3"))  # a forked worker's is not the interpreter itself
 
 # What guards against hanging: no event takes so long, however busy the machine is. Nothing is measured by it.
 HANG_SECONDS = 900
@@ -52,8 +54,11 @@ on_devices = pytest.mark.parametrize(
 )
 
 
-# Begun first, so that no process is left alone with them.
-LONGEST = ("test_readme.py", "test_real_model.py", "test_ray_jobs.py", "test_remote.py", "test_quickstart.py")
+# Begun first, in this order, so that no process is left alone with them.
+LONGEST = (
+    *("test_real_model.py", "test_readme.py", "test_remote.py", "test_ray_jobs.py", "test_evaluate.py"),
+    *("test_distill.py", "test_quickstart.py", "test_heal.py", "test_processes.py", "test_legacy_layers.py"),
+)
 
 
 # The test functions that take longer than this, all parameters together, one a line. So do all that need `put_python`.
@@ -84,6 +89,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish():
     skip_side_work()
+    gc.collect()
+    gc.freeze()  # what is here stays, so neither we nor the commands forked from here look through it for garbage
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -286,10 +293,14 @@ def _become_command(name: str, args: tuple, cwd: Path, env: dict[str, str]) -> N
 def wait_until(happened: Callable[[], object], *, alive: Callable[[], object] = lambda: True) -> None:
     """Wait for an event; fails when what brings it about is not alive any more."""
     deadline = time.monotonic() + HANG_SECONDS
-    while not happened():
+    while True:
+        began = time.process_time()
+        if happened():
+            return
         assert alive() or happened(), "what was waited for cannot happen any more"
         assert time.monotonic() < deadline, "what was waited for did not happen"
-        time.sleep(0.005)
+        # Whoever looks all the time takes the core on which it would happen.
+        time.sleep(max(0.005, 10 * (time.process_time() - began)))
 
 
 def run_fresh_command(

@@ -8,6 +8,7 @@ SIGTERM too. Nothing of this project is imported before. Whatever else they get,
 import atexit
 import contextlib
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -42,23 +43,37 @@ sys.exit(server.recv(1)[0])
 """
 
 
+def _start_server(place: str, lock: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1"}  # read when libraries are imported
+    folder = Path(place).parent
+    with (folder / "log").open("w") as log:
+        subprocess.run(
+            [sys.executable, __file__, place, lock], env=environment, cwd=folder, check=True, stdout=log, stderr=log
+        )
+
+
 @contextlib.contextmanager
-def preloaded_python() -> Iterator[Callable[[Path], None]]:
+def preloaded_python(start: Callable[[str, str], None] = _start_server) -> Iterator[Callable[[Path], None]]:
     """Gives what puts the program at a path; it works as long as the context lasts.
 
-    All workers of a test run have one server. It ends when none of them uses it any more.
+    All processes of a test run have one server. It ends when none of them uses it any more.
+
+    Args:
+        start: `serve` forks the server from this process, which has the imports then too.
     """
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    folder = Path(tempfile.gettempdir()) / f"python-{run[:16]}"  # a socket's path may have 107 bytes
+    run = os.environ.setdefault("PRELOADED_BY", run[:16])  # as a socket's path may have 107 bytes
+    folder = Path(tempfile.gettempdir()) / f"python-{run}"
     place, client = folder / "socket", folder / "client.py"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # read when libraries are imported
 
     def put(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         quick = f'exec "{sys.executable}" -S -E "{client}" "{place}" "$0" "$@"'
         path.write_text(
-            f'#!/bin/sh\ncase "$1" in */ray/*) ;; -c|-m|*.py) {quick};; esac\nexec "{sys.executable}" "$@"\n'
+            f'#!/bin/sh\n[ "$1$2" = -u-c ] && shift\n'  # execnet says so, and needs no -u
+            f'case "$1$QUICK_RAY_WORKERS" in */default_worker.pyyes) {quick};; */ray/*) ;; -c|-m|*.py) {quick};; esac\n'
+            f'exec "{sys.executable}" "$@"\n'
         )
         path.chmod(0o755)
 
@@ -66,13 +81,13 @@ def preloaded_python() -> Iterator[Callable[[Path], None]]:
         with (folder.parent / f"{folder.name}.lock").open("w") as lock:  # one worker at a time, for a moment
             fcntl.flock(lock, fcntl.LOCK_EX)
             folder.mkdir(mode=0o700, exist_ok=True)
-            used = stack.enter_context((folder / "used").open("w"))
-            fcntl.flock(used, fcntl.LOCK_SH)
             if not place.exists():
                 client.write_text(_CLIENT)
-                with (folder / "log").open("w") as log:
-                    command = [sys.executable, __file__, str(place), lock.name]
-                    subprocess.run(command, env=environment, cwd=folder, check=True, stdout=log, stderr=log)
+                (folder / "used").touch()
+                start(str(place), lock.name)
+            used = stack.enter_context((folder / "used").open("w"))
+            fcntl.flock(used, fcntl.LOCK_SH)
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a server forked from here has the file open too
         yield put
 
 
@@ -85,11 +100,12 @@ def skip_side_work() -> None:
         importlib.import_module("datasets.arrow_dataset").generate_fingerprint = lambda dataset: random_one()
 
 
-def _serve(place: str, lock: str) -> None:
+def serve(place: str, lock: str) -> None:
     """Answer in the background, as long as somebody uses it."""
     for name in _IMPORTED:
         __import__(name)
     skip_side_work()
+    gc.freeze()  # what is here stays, so no process forked from here looks through it for garbage
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(place)
         listening.listen()
@@ -103,7 +119,7 @@ def _serve(place: str, lock: str) -> None:
                 connection, _ = listening.accept()
             except TimeoutError:
                 if _ended(Path(place).parent, lock):
-                    return
+                    os._exit(0)
                 continue
             connection.setblocking(True)
             if os.fork() == 0:
@@ -136,10 +152,11 @@ def _answer(connection: socket.socket) -> None:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
         _become(**asked)
-    connection.sendall(child.to_bytes(4, "big"))
-    threading.Thread(target=_end_with_the_client, args=(connection, child), daemon=True).start()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    connection.sendall(bytes([code % 256]))
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # of a client that was killed
+        connection.sendall(child.to_bytes(4, "big"))
+        threading.Thread(target=_end_with_the_client, args=(connection, child), daemon=True).start()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        connection.sendall(bytes([code % 256]))
     os._exit(0)
 
 
@@ -158,6 +175,10 @@ def renew_threads() -> None:
 
 def _become(python: str, argv: list[str], cwd: str, environ: dict[str, str]) -> None:
     renew_threads()
+    os.setpgid(0, 0)  # Ray kills a lost worker's process group
+    offline = environ.get("HF_HUB_OFFLINE") == "1"  # what is read when libraries are imported
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        sys.modules[name].HF_HUB_OFFLINE = offline  # type: ignore[attr-defined]
     os.chdir(cwd)
     sys.executable = python  # what the command starts is quick too
     os.environ.clear()
@@ -191,4 +212,4 @@ def _become(python: str, argv: list[str], cwd: str, environ: dict[str, str]) -> 
 
 
 if __name__ == "__main__":
-    _serve(*sys.argv[1:])
+    serve(*sys.argv[1:])

@@ -137,7 +137,7 @@ def test_a_search_a_healing_and_a_distillation_take_files_and_keep_all_that_was_
     search = {"base": "tiny_llamba", "donor": "tiny_llama", "task": ["embedded_recall"], "limit": 2, "race": "off"}
     search |= {"method": "singles", "budget_evaluations": 1, "output_dir": "found", "device": "cpu"}
     run_with_config("search_layers", tmp_path, **search)
-    kept("found/config.yaml", given=search, objective="accuracy", beam_width=4, boundary_memory="4.0")
+    kept("found/config.yaml", given=search, objective="accuracy", top=10, boundary_memory="4.0")
     first = json.loads((tmp_path / "found" / "search_result.json").read_text())
     again = run_command("search_layers", "--config", "found/config.yaml", "--output_dir", "again", cwd=tmp_path)
     assert again.returncode == 0, again.stderr

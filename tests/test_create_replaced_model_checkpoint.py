@@ -135,7 +135,7 @@ def test_special_tokens_come_from_the_donor_where_the_base_names_none(checkpoint
 def test_dry_run_writes_nothing(base_dir, layers_dir, tmp_path):
     result = build(base_dir, layers_dir, tmp_path / "out", "--dry_run")
     assert result.returncode == 0, result.stderr
-    assert "to write" in result.stdout
+    assert "To write" in result.stdout
     assert not list(tmp_path.iterdir())
 
 

@@ -1,5 +1,6 @@
 """`layer-surgery run`: one file, the whole chain; killed in the middle, changed, and run again."""
 
+import contextlib
 import itertools
 import json
 import re
@@ -40,6 +41,7 @@ def states(output: str) -> dict[str, str]:
 
 
 def test_an_experiment_is_stopped_mended_changed_and_run_again(tmp_path, quick_python, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(quick_python))  # what steps are started with
     file, out = experiment_file(tmp_path), tmp_path / "out"
     journal = out / "search" / "journal.jsonl"
     wrong = experiment_file(tmp_path, ("base: tiny_llamba", "base: ./gone"), ("tasks: embedded_", "tasks: embeded_"))
@@ -55,7 +57,7 @@ def test_an_experiment_is_stopped_mended_changed_and_run_again(tmp_path, quick_p
     wait_until(lambda: journal.is_file() and journal.read_text().count("\n") >= 3, alive=running.is_alive)
     running.kill()
     running.join()
-    monkeypatch.setattr(sys, "executable", str(quick_python))  # what steps are started with
+    wait_until(lambda: not is_open(journal))  # its child has ended too
 
     told = run_command("run_experiment", file, "--dry_run")
     assert told.returncode == 0, told.stderr
@@ -111,6 +113,15 @@ def test_an_experiment_is_stopped_mended_changed_and_run_again(tmp_path, quick_p
     assert f"A  tiny_llamba\nB  {grafted.name}\n" in redone.stdout
     assert json.loads((healed / "checkpoint_info.json").read_text())["healing"]["settings"]["max_steps"] == 3
     assert (out / "experiment.yaml").read_text() == file.read_text()
+
+
+def is_open(path: Path) -> bool:
+    """Whether any process has the file open."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if descriptor.readlink() == path:
+                return True
+    return False
 
 
 SCORED = ("base", "grafted", "healed")

@@ -339,7 +339,7 @@ def test_the_plan_counts_what_will_be_written(base_dir, layers_dir, hf_dir, tmp_
     def to_write(parent: Path, name: str, format: str) -> str:
         result = build(base_dir, layers_dir, parent / name, "--format", format, "--dry_run")
         assert result.returncode == 0, result.stderr
-        return next(line for line in result.stdout.splitlines() if line.startswith("to write"))
+        return next(line for line in result.stdout.splitlines() if line.startswith("To write"))
 
     grafted, whole = (
         sum((hf_dir / name).stat().st_size for name in names)

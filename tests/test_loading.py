@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model_preparation import SurgeryError, load_checkpoint
-from tests.conftest import PACKAGE, on_devices, run_python
+from tests.conftest import on_devices, run_python
 
 IDS = [[5, 17, 99, 3, 42, 8]]
 
@@ -211,10 +211,3 @@ def test_straight_to_a_device(checkpoint_dir, expected, device):
         assert {parameter.device.type for parameter in model.parameters()} == {device}
         logits = model(torch.tensor(IDS).to(device)).logits.cpu()
         torch.testing.assert_close(logits, expected["logits"], rtol=1e-3, atol=1e-3)
-
-
-def test_the_import_registers_the_classes_from_any_folder(checkpoint_dir):
-    """Also with the package's own folder as the current one, where its commands are run from."""
-    script = f"import model_preparation, torch; torch.load({str(checkpoint_dir / 'model.pt')!r})"
-    result = run_python("-c", script, cwd=PACKAGE)
-    assert result.returncode == 0, result.stderr

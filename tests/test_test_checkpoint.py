@@ -103,7 +103,7 @@ def test_full_eval_prints_the_score_of_lm_evals_mmlu_and_enters_it(command, chec
     def score(row):
         return f"{row['score']:.4f} ± {row['stderr']:.4f} ({row['questions']} questions)"
 
-    assert f"\nMMLU score   {score(expected)}\n" in out
+    assert f"\nMMLU score   {score(expected)}; 1-shot, likeliest choice, " in out
     assert expected["questions"] == 2 * 57
     for name, group in expected["groups"].items():
         assert f"{name:<16} {score(group)}\n" in out

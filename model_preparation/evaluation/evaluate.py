@@ -17,16 +17,27 @@ import torch
 from blake3 import blake3
 from lm_eval.api.group import Group
 from lm_eval.api.model import LM
+from lm_eval.api.task import Task
 from lm_eval.loggers import EvaluationTracker
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.checkpoint.checkpoint_info import INFO, read_info
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.models import find_model, served_model
-from model_preparation.evaluation.results_folder import ResultsFolder
+from model_preparation.evaluation.models import ScoredModel, find_model, served_model
+from model_preparation.evaluation.recall import (
+    DOCUMENTS,
+    EMBEDDED_RECALL,
+    RecallRecipe,
+    RecallTask,
+    is_embedded,
+    is_recall,
+    longest_document,
+)
+from model_preparation.evaluation.results_folder import ResultsFolder, chosen_metric
 from model_preparation.evaluation.resumable_lm import ResumableLM
 from model_preparation.evaluation.scoring import ScoringLM
 from model_preparation.evaluation.settings import EvaluationSettings
+from model_preparation.evaluation.suites import tasks_of_suite
 from model_preparation.evaluation.tasks import MMLU, Tasks, is_mmlu, load_tasks, name_of, quiet, short_name
 from model_preparation.io.complete_file import make_folder, write_file
 from model_preparation.io.folder_lock import Hold, take
@@ -80,7 +91,7 @@ def evaluate_checkpoint(
         scored = find_model(directory, settings.tokenizer, sources=settings.sources)
     root = scored.results_root(settings.results_dir)
     dtype = torch_dtype(settings.dtype)
-    loaded = _load_tasks(settings)
+    loaded = tasks_for(scored, settings)
     make_folder(root)
     asked = {
         **settings_of(loaded, settings),
@@ -93,7 +104,7 @@ def evaluate_checkpoint(
     def load(advance: Callable[[int], None]) -> LM:
         if server is not None:
             return ServerLM(server, scored.tokenizer, settings.batch_size, settings.seed, advance)
-        return _scoring(*scored.load(settings.device, dtype, settings.parallelize), settings.batch_size, advance)
+        return _scoring(*scored.load(settings.device, dtype, settings.parallelize), settings, advance)
 
     with results.held():
         if server is not None:
@@ -109,7 +120,8 @@ def evaluate_checkpoint(
             kept = result is not None and not lm.asked and result["asked"] == digests
             if not kept:
                 model = {"weights": results.weights, "model": results.model}
-                result = {**_summary(found, loaded), "settings": asked, **model, "date": creation_time()}
+                cut = {"truncated": lm.truncated} if lm.truncated else {}
+                result = {**_summary(found, loaded), **cut, "settings": asked, **model, "date": creation_time()}
                 results.finish(tracker, found, samples, {**result, "asked": digests})
     assert result is not None
     result = {name: value for name, value in result.items() if name not in ("asked", "files", "info_sha256")}
@@ -150,20 +162,21 @@ def evaluate_model(
     for name in _NOT_OF_A_LOADED_MODEL:
         if getattr(settings, name) != getattr(EvaluationSettings(), name):
             raise SurgeryError(f"{name} has no effect on a model that is loaded. Leave it out.")
-    loaded = _load_tasks(settings)
+    loaded = _load_tasks(settings, lambda: tokenizer, getattr(model.config, "max_position_embeddings", None))
     asked = {
         **settings_of(loaded, settings),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    lm = ResumableLM(lambda advance: _scoring(model, tokenizer, settings.batch_size, advance))
-    return {**_summary(run_tasks(lm, loaded, asked), loaded), "settings": asked}
+    lm = ResumableLM(lambda advance: _scoring(model, tokenizer, settings, advance))
+    found = _summary(run_tasks(lm, loaded, asked), loaded)
+    return {**found, **({"truncated": lm.truncated} if lm.truncated else {}), "settings": asked}
 
 
 def settings_of(loaded: Tasks, settings: EvaluationSettings) -> dict[str, Any]:
     """Everything that decides on a score, except the model, its device and its dtype."""
     num_fewshot = settings.num_fewshot
-    if num_fewshot is None and all(map(is_mmlu, loaded.names)):
+    if num_fewshot is None and loaded.suite is None and all(map(is_mmlu, loaded.names)):
         num_fewshot = 0  # MMLU's definitions do not say, and lm-eval takes none
     return {
         "tasks": [short_name(name) for name in loaded.names],
@@ -173,6 +186,9 @@ def settings_of(loaded: Tasks, settings: EvaluationSettings) -> dict[str, Any]:
         "seed": settings.seed,
         **({"questions": loaded.questions.digest} if loaded.questions else {}),
         **({"task_files": loaded.digests} if loaded.digests else {}),
+        **({"suite": loaded.suite} if loaded.suite else {}),
+        **({"recall": loaded.made} if loaded.made else {}),
+        **({"allow_truncation": True} if settings.allow_truncation else {}),
         "lm_eval": lm_eval.__version__,
     }
 
@@ -208,17 +224,67 @@ def run_tasks(
         )
 
 
-def _load_tasks(settings: EvaluationSettings) -> Tasks:
+def tasks_for(scored: ScoredModel, settings: EvaluationSettings) -> Tasks:
+    """The tasks that the settings name, loaded; documents of recall tasks are made for this model.
+
+    Raises:
+        SurgeryError: as `load_tasks` and `RecallRecipe`, and for settings that do not go together.
+    """
+    return _load_tasks(settings, lambda: load_tokenizer(scored.tokenizer), scored.config.get("max_position_embeddings"))
+
+
+def _load_tasks(
+    settings: EvaluationSettings, load: Callable[[], PreTrainedTokenizerBase], max_positions: int | None
+) -> Tasks:
+    """As `tasks_for`; `load` gives the model's tokenizer."""
     if isinstance(settings.tasks, Tasks):
         return settings.tasks
-    return load_tasks(settings.tasks, mmlu_data=settings.mmlu_data, num_fewshot=settings.num_fewshot)
+    names: Sequence[str] = settings.tasks
+    protocols, embedded, recall = None, False, None
+    task_data = dict(each.split("=", 1) for each in settings.task_data or ())
+    if settings.suite is not None:
+        if tuple(names) != EvaluationSettings().tasks or settings.num_fewshot is not None:
+            raise SurgeryError("--suite says the tasks and their examples. Leave out --tasks and --num_fewshot.")
+        embedded = is_embedded(load())
+        protocols = tasks_of_suite(settings.suite, embedded=embedded, with_data=task_data)
+        names = tuple(protocols)
+    if any(map(is_recall, names)):
+        tokenizer = load()
+        recall = RecallRecipe(
+            tokenizer,
+            longest_document(tokenizer, max_positions),
+            lengths=settings.lengths,
+            language=settings.language,
+            haystack=settings.haystack,
+            documents=settings.limit or DOCUMENTS,
+            seed=settings.seed,
+        )
+        if embedded:
+            recall = replace(recall, lengths=recall.lengths_of(EMBEDDED_RECALL))
+    for name in ("lengths", "language", "haystack"):
+        if recall is None and getattr(settings, name) != getattr(EvaluationSettings(), name):
+            raise SurgeryError(f"--{name} belongs to recall tasks, and {' '.join(names)} has none. Leave it out.")
+    shots = settings.num_fewshot if protocols is None or MMLU not in protocols else protocols[MMLU].shots
+    loaded = load_tasks(
+        names,
+        mmlu_data=settings.mmlu_data,
+        num_fewshot=shots,
+        task_data=task_data,
+        recall=recall,
+        protocols=protocols,
+    )
+    loaded.suite = settings.suite
+    return loaded
 
 
 def _scoring(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | str, advance: Callable[[int], None]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvaluationSettings,
+    advance: Callable[[int], None],
 ) -> ScoringLM:
     with quiet():
-        return ScoringLM(model, tokenizer, batch_size, advance)
+        return ScoringLM(model, tokenizer, settings.batch_size, advance, allow_truncation=settings.allow_truncation)
 
 
 def _digest(samples: Sequence[Mapping[str, Any]]) -> str:
@@ -229,26 +295,32 @@ def _digest(samples: Sequence[Mapping[str, Any]]) -> str:
 
 def _summary(found: Mapping[str, Any], loaded: Tasks) -> dict[str, Any]:
     """The part of lm-eval's results that people read."""
-    items = {name_of(item): _row(found, name_of(item)) for item in loaded.items}
+    protocols = {task.task_name: _protocol(task, found, loaded) for task in loaded.single}
+    rows = {}
+    for item in loaded.items:
+        inside = [*item.get_all_groups(), *item.get_all_tasks()] if isinstance(item, Group) else []
+        for each in (item, *inside):
+            first = next(iter(each.get_all_tasks())) if isinstance(each, Group) else each
+            rows[name_of(each)] = _row(found, name_of(each), loaded) | {"protocol": protocols[first.task_name]}
+    items = {name_of(item): rows[name_of(item)] for item in loaded.items}
     groups = [group for item in loaded.items if isinstance(item, Group) for group in item.get_all_groups()]
     only = next(iter(items.values())) if len(items) == 1 else dict.fromkeys(("score", "stderr", "metric"))
     return {
         **only,
         "questions": sum(row["questions"] for row in items.values()),
         "tasks": items,
-        "groups": {_short(group.name): _row(found, group.name) for group in groups},
-        "subjects": {_short(name): _row(found, name) for name in loaded.leaves},
+        "groups": {_short(group.name): rows[group.name] for group in groups},
+        "subjects": {_short(name): rows[name] for name in loaded.leaves},
         "lm_eval_version": found["lm_eval_version"],
         "max_length": found["max_length"],
         **({"mmlu_data": loaded.questions.source} if loaded.questions else {}),
     }
 
 
-def _row(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _row(found: Mapping[str, Any], name: str, loaded: Tasks) -> dict[str, Any]:
     """Score, standard error, metric and number of questions of a task or group; None where it has none."""
     row = found["results"][name]
-    metrics = [key for key in row if "," in key and "_stderr," not in key]
-    metric = min(metrics, key=lambda key: key != "acc,none", default=None)  # accuracy, else the first
+    metric = chosen_metric(row, loaded.metrics.get(name, "acc"))
     stderr = None if metric is None else row.get(metric.replace(",", "_stderr,"), "N/A")
     return {
         "score": None if metric is None else float(row[metric]),
@@ -256,6 +328,18 @@ def _row(found: Mapping[str, Any], name: str) -> dict[str, Any]:
         "metric": metric,
         "questions": row.get("sample_count", {}).get(metric, row.get("sample_len") or 0),
     }
+
+
+def _protocol(task: Task, found: Mapping[str, Any], loaded: Tasks) -> dict[str, Any]:
+    """How a task was asked: `shots`, `output` (lm-eval's word), `metric`, `template`; `length` if made here."""
+    metadata = task.config.metadata or {}
+    template = metadata.get("template", task.config.doc_to_text)
+    if not isinstance(template, str):
+        template = getattr(template, "__qualname__", f"{type(task).__qualname__}.doc_to_text")
+    metric = _row(found, task.task_name, loaded)["metric"]
+    length = {"length": metadata["length"]} if isinstance(task, RecallTask) else {}
+    shots = found["n-shot"].get(task.task_name, 0)
+    return {"shots": shots, "output": task.OUTPUT_TYPE, "metric": metric, **length, "template": template}
 
 
 def _short(name: str) -> str:

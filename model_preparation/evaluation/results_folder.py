@@ -2,7 +2,7 @@
 
 `TASKS-DIGEST/` has the same name for the same settings, whatever the checkpoint. One run at a time holds it. In it:
     settings.json            the settings and the model
-    answers/KIND.TASK.json   a record per finished task
+    answers/KIND.TASK.json   a record per task, with null for a text that is not written yet
     MODEL/                   lm-eval's own files: results_DATE.json, samples_TASK_DATE.jsonl
     result.json              the scores; written last, so its presence means that the evaluation is finished
 All but lm-eval's files are JSON with a checksum of itself (io/self_checksum.py). Each appears whole or not at all.
@@ -32,12 +32,19 @@ if TYPE_CHECKING:
     from lm_eval.loggers import EvaluationTracker
 
 SETTINGS, RESULT, ANSWERS = "settings.json", "result.json", "answers"
-_ROW = {"score": (int, float), "stderr": (int, float, NoneType), "metric": str, "questions": int}
+_ROW = {"score": (int, float), "stderr": (int, float, NoneType), "metric": str, "questions": int, "protocol?": dict}
 _ROWS = {"*": _ROW}
 _RESULT_FIELDS = {"tasks": _ROWS, "groups": _ROWS, "subjects": _ROWS, "lm_eval_version": str, "asked": {"*": str}}
-_RESULT_FIELDS |= {"files": {"*": FILE_FIELDS}, "score?": _ROW["stderr"], "stderr?": _ROW["stderr"], "questions": int}
+_RESULT_FIELDS |= {
+    "files": {"*": FILE_FIELDS},
+    "score?": _ROW["stderr"],
+    "stderr?": _ROW["stderr"],
+    "questions": int,
+    "truncated?": {"*": int},
+}
 _FIELDS: dict[str, Any] = {RESULT: _RESULT_FIELDS, SETTINGS: {"settings": dict, "weights": str, "model?": dict}}
-_ANSWERS_FIELDS: dict[str, Any] = {"requests": str, "answers": [(str, int, float, [(int, float, bool)])]}
+_ANSWERS_FIELDS: dict[str, Any] = {"requests": str, "answers": [(str, int, float, NoneType, [(int, float, bool)])]}
+_ANSWERS_FIELDS |= {"seconds?": (int, float), "truncated?": int}
 _SAFE = re.compile(r"[^\w.+-]+")
 
 
@@ -173,6 +180,12 @@ class ResultsFolder:
         if not self._hold.is_intact():
             raise SurgeryError(f"{self._hold.folder} was deleted while it was in use. Run the command again.")
         write_file(self.folder / name, with_checksum(content))
+
+
+def chosen_metric(row: Mapping[str, Any], wanted: str = "acc") -> str | None:
+    """lm-eval's name of the score that counts, "acc,none", in a row of its results: `wanted`, else the first."""
+    metrics = [key for key in row if "," in key and "_stderr," not in key]
+    return min(metrics, key=lambda key: key != f"{wanted},none", default=None)
 
 
 def read_checked_json(path: Path) -> dict[str, Any] | None:

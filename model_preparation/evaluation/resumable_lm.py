@@ -1,5 +1,7 @@
 """A model for lm-eval that can be stopped: it keeps every task's answers on the disk as soon as it has them.
 
+Log-likelihoods are kept per task, texts per batch.
+
 Answers come from an earlier run's records if these are of the same requests. Else the real model gives them; it is
 loaded only if it is needed.
 """
@@ -19,6 +21,7 @@ from lm_eval.api.model import LM
 from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.results_folder import ResultsFolder
+from model_preparation.evaluation.scoring import ScoringLM
 from model_preparation.io.complete_folder import check_space
 
 
@@ -31,13 +34,14 @@ class ResumableLM(LM):
 
     Attributes:
         asked: how many requests the real model answered, by task.
+        truncated: how many prompts were cut, by task, where some were.
     """
 
-    def __init__(self, load: Callable[[Callable[[int], None]], LM], results: ResultsFolder | None = None):
+    def __init__(self, load: Callable[[Callable[[int], None]], ScoringLM], results: ResultsFolder | None = None):
         super().__init__()
         self._load = load
         self._results = results
-        self._lm: LM | None = None
+        self._lm: ScoringLM | None = None
         self._progress = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.BarColumn(),
@@ -48,6 +52,7 @@ class ResumableLM(LM):
             disable=not rich.get_console().is_terminal,  # a log gets a line per task instead
         )
         self.asked: dict[str, int] = {}
+        self.truncated: dict[str, int] = {}
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return [(value, bool(greedy)) for value, greedy in self._answers("loglikelihood", requests)]
@@ -71,7 +76,7 @@ class ResumableLM(LM):
     def apply_chat_template(self, *args, **kwargs) -> str:
         return self._real().apply_chat_template(*args, **kwargs)
 
-    def _real(self) -> LM:
+    def _real(self) -> ScoringLM:
         if self._lm is None:
             self._lm = self._load(lambda count: self._progress.advance(self._progress.task_ids[0], count))
         return self._lm
@@ -90,41 +95,57 @@ class ResumableLM(LM):
         with self._progress:
             bar = self._progress.add_task("", total=len(requests))
             kept = {task: self._kept(kind, task, asked) for task, asked in by_task.items()}
-            if count := sum(found is not None for found in kept.values()):
+            if count := sum(None not in record["answers"] for record in kept.values()):
                 self._progress.console.print(f"{count} of {len(kept)} tasks were answered before", highlight=False)
             for number, (task, asked) in enumerate(by_task.items(), start=1):
                 self._progress.update(bar, description=f"{number}/{len(by_task)} {task}")
-                found = kept[task]
-                if found is None:
-                    found = self._ask(kind, task, asked)
+                record = kept[task]
+                self._progress.advance(bar, sum(answer is not None for answer in record["answers"]))
+                if None in record["answers"]:
+                    self._ask(kind, task, asked, record)
                     interrupts.check()
-                else:
-                    self._progress.advance(bar, len(asked))
-                for place, answer in zip(indices[task], found, strict=True):
+                if record["truncated"]:
+                    self.truncated[task] = self.truncated.get(task, 0) + record["truncated"]
+                for place, answer in zip(indices[task], record["answers"], strict=True):
                     answers[place] = answer
             self._progress.remove_task(bar)
         return answers
 
-    def _kept(self, kind: str, task: str, requests: list[Instance]) -> list[Any] | None:
+    def _kept(self, kind: str, task: str, requests: list[Instance]) -> dict[str, Any]:
+        """The record of a task; in a new one, and where a run was killed, some answers are None."""
+        new = {"task": task, "requests": _digest(requests), "seconds": 0.0, "truncated": 0}
         record = None if self._results is None else self._results.read_record(f"{kind}.{task}")
-        if record is None or record.get("requests") != _digest(requests) or len(record["answers"]) != len(requests):
-            return None
-        return record["answers"]
+        if record is None or record["requests"] != new["requests"] or len(record["answers"]) != len(requests):
+            return {**new, "answers": [None] * len(requests)}
+        return {**new, **record}
 
-    def _ask(self, kind: str, task: str, requests: list[Instance]) -> list[Any]:
-        started = time.monotonic()
-        answers = getattr(self._real(), kind)(requests, disable_tqdm=True)
-        if kind != "generate_until":
-            _check_finite(task, requests, answers)
-        self.asked[task] = self.asked.get(task, 0) + len(requests)
-        seconds = time.monotonic() - started
-        if self._results is not None:
-            record = {"task": task, "requests": _digest(requests), "seconds": round(seconds, 3), "answers": answers}
-            self._results.keep_record(f"{kind}.{task}", record)
+    def _ask(self, kind: str, task: str, requests: list[Instance], record: dict[str, Any]) -> None:
+        """Put the answers that are missing into the record, and keep it."""
+        missing = [place for place, answer in enumerate(record["answers"]) if answer is None]
+        asked, lm = [requests[place] for place in missing], self._real()
+        before, seconds, cut = time.monotonic(), record["seconds"], record["truncated"]
+        cut_before = lm.truncated
+
+        def keep(answers: Sequence[tuple[int, Any]]) -> None:
+            for index, answer in answers:
+                record["answers"][missing[index]] = answer
+            record["seconds"] = round(seconds + time.monotonic() - before, 3)
+            record["truncated"] = cut + lm.truncated - cut_before
+            if self._results is not None:
+                self._results.keep_record(f"{kind}.{task}", record)
+
+        if kind == "generate_until":
+            for batch in lm.texts(asked):
+                keep(batch)
+                interrupts.check()
+        else:
+            answers = getattr(lm, kind)(asked, disable_tqdm=True)
+            _check_finite(task, asked, answers)
+            keep(list(enumerate(answers)))
+        self.asked[task] = self.asked.get(task, 0) + len(asked)
         if not self._progress.console.is_terminal:  # a log shows no bar
-            line = f"{task}: {len(requests)} requests, {seconds:.1f} s"
+            line = f"{task}: {len(asked)} requests, {time.monotonic() - before:.1f} s"
             self._progress.console.print(line, highlight=False, markup=False)
-        return answers
 
 
 def _digest(requests: Sequence[Instance]) -> str:

@@ -1,7 +1,8 @@
-"""lm-eval's Hugging Face model with faster log-likelihoods; the answers are the same.
+"""lm-eval's Hugging Face model with faster log-likelihoods and texts; the answers are the same.
 
 Tokens that all questions of a task begin with (its description, its solved examples) run once, and only the positions
 that are scored go through the head. Stock lm-eval runs every prompt whole, and computes the logits of all positions.
+Texts are written as texts.py says. A prompt that is too long is an error unless it may be cut.
 Source of the computation: lm_eval/models/huggingface.py, HFLM._loglikelihood_tokens.
 """
 
@@ -10,12 +11,15 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.prefix_cache import can_share, shared
+from model_preparation.evaluation.texts import can_write, write
 from model_preparation.llamba.cache_llamba import CACHE_NAME
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 
@@ -26,6 +30,8 @@ MIN_PREFIX_TOKENS = 8
 # `batch_size="auto"`: at most so many rows, and so many tokens with padding, per forward pass.
 AUTO_ROWS = 64
 AUTO_TOKENS = {"cpu": 512, "cuda": 32_768}
+# The same for writing: more rows share the reading of the weights.
+WRITING_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 
 
 @dataclass
@@ -46,6 +52,10 @@ class ScoringLM(HFLM):
         batch_size: rows per forward pass; "auto" starts with `AUTO_ROWS` and halves them when memory runs out.
         advance: called with the number of requests just answered.
         batches_for: the kind of device that "auto" chooses sizes for; by default the model's.
+        allow_truncation: cut prompts that are too long on their left, as stock does; else they are an error.
+
+    Attributes:
+        truncated: how many prompts were cut.
     """
 
     def __init__(
@@ -55,12 +65,16 @@ class ScoringLM(HFLM):
         batch_size: int | str = "auto",
         advance: Callable[[int], None] = lambda count: None,
         batches_for: str | None = None,
+        allow_truncation: bool = False,
     ):
         self._auto = batch_size == "auto"
         # Stock's own search for a size runs the longest possible sequence with all its logits.
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8 if self._auto else batch_size)
         self._rows_at_once = AUTO_ROWS if self._auto else int(batch_size)
         self._advance = advance
+        self._allow_truncation = allow_truncation
+        self.truncated = 0
+        self._task = ""  # whose requests are answered
         self._tokens_at_once = AUTO_TOKENS.get(batches_for or self.device.type, AUTO_TOKENS["cuda"])
         self._encoded: tuple[str, list[int]] = ("", [])
 
@@ -79,6 +93,74 @@ class ScoringLM(HFLM):
         context_tokens = self.tok_encode(stripped)
         return context_tokens, whole[len(context_tokens) :]
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
+        self._task = str(requests[0].task_name)
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        texts = dict(answer for batch in self.texts(requests) for answer in batch)
+        return [texts[index] for index in range(len(requests))]
+
+    def texts(self, requests: Sequence[Instance]) -> Iterator[list[tuple[int, str]]]:
+        """Answer `generate_until` requests, batch by batch: (index of the request, its text)."""
+        self._task = str(requests[0].task_name)
+        by_settings: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_settings.setdefault(repr(request.args[1]), []).append(index)
+        for indices in by_settings.values():
+            prompts = [self.tok_encode(requests[index].args[0]) for index in indices]
+            settings = normalize_gen_kwargs(dict(requests[indices[0]].args[1]), self.max_gen_toks)
+            room = self.max_length - settings["max_gen_toks"]
+            if room <= 0:
+                raise SurgeryError(
+                    f"{self._task} asks for {settings['max_gen_toks']} new tokens, and the model takes sequences of "
+                    f"{self.max_length}. Choose other --tasks."
+                )
+            self._count_too_long([len(prompt) for prompt in prompts], room)
+            if not can_write(self.model, settings):
+                chosen = [requests[index] for index in indices]
+                yield list(zip(indices, super().generate_until(chosen, disable_tqdm=True), strict=True))
+                self._advance(len(indices))
+                continue
+            for batch, texts in self._written([prompt[-room:] for prompt in prompts], settings):
+                yield [(indices[place], text) for place, text in zip(batch, texts, strict=True)]
+                self._advance(len(batch))
+
+    @torch.inference_mode()
+    def _written(self, prompts: list[list[int]], settings: dict) -> Iterator[tuple[list[int], list[str]]]:
+        """Batches of prompts of similar lengths, the longest first: their places, and the texts after them."""
+        order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+        tokens_at_once = WRITING_TOKENS.get(self.device.type, WRITING_TOKENS["cuda"])
+        limit = self._rows_at_once
+        while order:
+            rows = limit
+            if self._auto:
+                rows = max(1, min(limit, tokens_at_once // (len(prompts[order[0]]) + settings["max_gen_toks"])))
+            batch = order[:rows]
+            try:
+                with self._autocast():
+                    chosen = [prompts[place] for place in batch]
+                    texts = write(self.model, self.tokenizer, chosen, settings, self._tokens_at_once)
+            except torch.OutOfMemoryError:
+                if not self._auto or len(batch) == 1:
+                    raise
+                limit = len(batch) // 2
+                torch.cuda.empty_cache()
+                continue
+            order = order[rows:]
+            yield batch, texts
+
+    def _count_too_long(self, lengths: Sequence[int], most: int) -> None:
+        """Count the prompts that will be cut; refuse them unless they may be."""
+        too_long = [length for length in lengths if length > most]
+        if too_long and not self._allow_truncation:
+            raise SurgeryError(
+                f"{len(too_long)} of {len(lengths)} prompts of {self._task} are too long for the model: the longest "
+                f"has {max(too_long)} tokens, and {most} fit. Choose other --tasks, fewer --num_fewshot or shorter "
+                "--lengths; --allow_truncation of test_checkpoint.py cuts them on the left."
+            )
+        self.truncated += len(too_long)
+
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         """Answer requests ((context, continuation), context tokens, continuation tokens), in their order."""
@@ -93,6 +175,8 @@ class ScoringLM(HFLM):
 
     def groups(self, requests: Sequence[tuple]) -> Iterator[tuple[list[Row], tuple[int, ...]]]:
         """The rows that answer requests, in groups; each group with the tokens that all its rows begin with."""
+        lengths = [len(context) + len(continuation) for _texts, context, continuation in requests]
+        self._count_too_long(lengths, self.max_length + 1)  # the last token is not read
         rows: dict[tuple[int, ...], Row] = {}
         for index, (_texts, context, continuation) in enumerate(requests):
             # As in stock: a long sequence loses tokens on the left, and choices of one token share a row.

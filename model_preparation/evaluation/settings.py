@@ -3,13 +3,16 @@
 Nothing heavy is imported here.
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from model_preparation.command_line import number
-from model_preparation.setting_flags import CheckedSettings, Flag
+from model_preparation.evaluation.recall_texts import LANGUAGES
+from model_preparation.evaluation.suites import SUITES
+from model_preparation.setting_flags import CheckedSettings, Flag, OneOf, flags_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +30,13 @@ def auto_or_count(text: str) -> int | str:
     return text if text == "auto" else int(number(int, least=1)(text))
 
 
+def _task_and_folder(text: str) -> str:
+    task, equals, folder = text.partition("=")
+    if not (task and equals and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=DIR, such as gsm8k=/path/to/folder")
+    return text
+
+
 Seed = Annotated[
     int,
     Flag(
@@ -39,10 +49,10 @@ Seed = Annotated[
 
 @dataclass(frozen=True)
 class EvaluationSettings(CheckedSettings):
-    """How a model is scored. The flags' help explains the first six.
+    """How a model is scored. The flags' help explains the first fields.
 
     Attributes:
-        tasks: also the result of `load_tasks`, for which `mmlu_data` is not used.
+        tasks: also the result of `load_tasks`; then what says how tasks are made is not used.
         seed: of Python, NumPy, torch and the choice of examples.
         device, dtype, parallelize: where and in what dtype the model runs, as `load_checkpoint` takes them.
         tokenizer: for a model that is published without one, such as Llamba: a name, folder or hub id.
@@ -58,11 +68,38 @@ class EvaluationSettings(CheckedSettings):
         "Sequence[str] | Tasks",
         Flag(
             "TASK",
-            "tasks, groups or tags of lm-eval; embedded_recall, the task for tiny_llama and tiny_llamba; or folders of "
-            "task files, which may run code (default: mmlu)",
+            "tasks, groups or tags of lm-eval; embedded_recall, the task for tiny_llama and tiny_llamba; recall tasks "
+            "that are made here, such as kv_retrieval; or folders of task files, which may run code (default: mmlu)",
             nargs="+",
         ),
     ] = ("mmlu",)
+    suite: Annotated[
+        str | None,
+        Flag(
+            "|".join(SUITES),
+            "a set of tasks that papers report, in place of --tasks; it says the number of solved examples and the "
+            "metric of each",
+            OneOf(*SUITES),
+        ),
+    ] = None
+    lengths: Annotated[
+        Sequence[int] | None,
+        Flag(
+            "TOKENS",
+            "recall tasks: tokens of a document, with room for the answer (default: 512, doubled up to what the model "
+            "takes)",
+            number(int, least=32),
+            nargs="+",
+        ),
+    ] = None
+    language: Annotated[
+        str,
+        Flag("|".join(LANGUAGES), "recall tasks: language of the documents (default: %(default)s)", OneOf(*LANGUAGES)),
+    ] = "en"
+    haystack: Annotated[
+        str | Path | None,
+        Flag("FILE", "recall tasks: a text to hide things in (default: sentences of ours)", Path),
+    ] = None
     limit: Annotated[
         int | None,
         Flag(
@@ -80,6 +117,23 @@ class EvaluationSettings(CheckedSettings):
             "variable MMLU_DATA, else hub)",
         ),
     ] = None
+    task_data: Annotated[
+        Sequence[str] | None,
+        Flag(
+            "TASK=DIR",
+            "take a task's questions from a folder and not from a hub: parquet, csv or jsonl files that are named "
+            "after their split, such as validation.jsonl",
+            _task_and_folder,
+            nargs="+",
+        ),
+    ] = None
+    allow_truncation: Annotated[
+        bool,
+        Flag(
+            None,
+            "cut prompts that are too long for the model on their left, and count them (default: they are an error)",
+        ),
+    ] = False
     num_fewshot: Annotated[
         int | None,
         Flag("K", "solved examples before each question (default: what the task says; MMLU: 0)", number(int, least=0)),
@@ -187,4 +241,5 @@ class GenerationSettings(CheckedSettings):
         return {**defaults, **given, "seed": self.seed} if given or self.do_sample else None
 
 
+EVALUATION_SETTINGS = tuple(name for name, _, _ in flags_of(EvaluationSettings) if name != "seed")
 GENERATION_SETTINGS = tuple(each.name for each in fields(GenerationSettings))

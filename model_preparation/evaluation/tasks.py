@@ -9,17 +9,19 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import datasets
 import lm_eval.api.task
 import lm_eval.tasks
 import lm_eval.tasks._factory
+import lm_eval.utils
 from blake3 import blake3
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -31,6 +33,8 @@ from tqdm import tqdm
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.questions import SUBJECTS, Questions, find_questions, read_subject
+from model_preparation.evaluation.recall import RecallRecipe, is_recall, recall_names, task_config
+from model_preparation.evaluation.suites import Protocol
 from model_preparation.hub.sources import EMBEDDED
 
 MMLU = "mmlu"
@@ -41,6 +45,8 @@ _STOCK_MMLU = _STOCK / "mmlu" / "default"
 _EMBEDDED = {name: EMBEDDED / name for name in ("embedded_recall",)}
 _MMLU_NAMES = {MMLU, *(f"mmlu_{name}" for name in (*GROUPS, *SUBJECTS))}
 _DECLARATION = re.compile(r"""^["']?(?:task|group|tag)["']?\s*:\s*["']?([\w.:+-]+)["']?\s*$""", re.MULTILINE)
+# It compiles its templates anew for every question, which takes longer than the rest of preparing them.
+lm_eval.utils.env.from_string = lru_cache(lm_eval.utils.env.from_string)  # type: ignore[method-assign]
 _OUT_OF_REACH = (ConnectionError, DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 
 
@@ -54,6 +60,9 @@ class Tasks:
         items: tasks and groups, one or several per name.
         questions: MMLU's, if a name is MMLU or part of it.
         digests: of the user's own task definitions, by the last part of their path.
+        made: what decides on the documents of the recall tasks among them.
+        suite: the name of the suite that they are.
+        metrics: the metric that counts, by task, where the suite says it.
     """
 
     names: tuple[str, ...]
@@ -61,6 +70,9 @@ class Tasks:
     items: list[Task | Group] = field(default_factory=list)
     questions: Questions | None = None
     digests: dict[str, str] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
+    suite: str | None = None
+    metrics: dict[str, str] = field(default_factory=dict)
 
     @property
     def single(self) -> list[Task]:
@@ -88,18 +100,26 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise SurgeryError(f"The task {name} is given {names.count(name)} times. Give it once.")
-    unknown = [name for name in names if not is_mmlu(name) and not _path_of(name).exists()]
+    unknown = [name for name in names if not (is_mmlu(name) or is_recall(name) or _path_of(name).exists())]
     if not unknown:
         return
     declared = {name for path in _definitions() for name in _DECLARATION.findall(path.read_text(encoding="utf-8"))}
     for name in unknown:
         if name not in declared and not any(_mentions(path, name) for path in _definitions()):
-            close = difflib.get_close_matches(name, {*declared, *_MMLU_NAMES, *_EMBEDDED}, n=3)
+            close = difflib.get_close_matches(name, {*declared, *_MMLU_NAMES, *_EMBEDDED, *recall_names()}, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else "."
             raise _unknown(name, hint)
 
 
-def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num_fewshot: int | None = None) -> Tasks:
+def load_tasks(
+    names: Sequence[str],
+    *,
+    mmlu_data: str | Path | None = None,
+    num_fewshot: int | None = None,
+    task_data: Mapping[str, str] | None = None,
+    recall: RecallRecipe | None = None,
+    protocols: Mapping[str, Protocol] | None = None,
+) -> Tasks:
     """Load the tasks that are named.
 
     Args:
@@ -107,30 +127,49 @@ def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num
             tasks in them; single .yaml files. Your own definitions may run code, as with lm-eval.
         mmlu_data: where MMLU's questions are, as in `find_questions`.
         num_fewshot: solved examples that each of MMLU's subjects must have.
+        task_data: folders with the questions of tasks, by the tasks' names in `names`.
+        recall: how the documents of recall tasks are made. embedded_recall is made if `recall` says its lengths; else
+            it has the package's questions.
+        protocols: how tasks are asked, by their names in `names`; else as they say themselves.
 
     Raises:
         SurgeryError: for an unknown name, a definition that does not work, or data that cannot be reached.
     """
     check_names(names)
     tasks = Tasks(tuple(names), TaskManager(include_defaults=False))
+    for name, folder in (task_data or {}).items():
+        if name not in names or is_mmlu(name) or is_recall(name):
+            raise SurgeryError(f"--task_data has {name}, which is no task of lm-eval's among {' '.join(names)}.")
+        if not Path(folder).expanduser().is_dir():
+            raise SurgeryError(f"The data of {name}, {folder}, is no folder. Give another one with --task_data.")
+    made = [name for name in names if is_recall(name) and not (_path_of(name).exists() and _fixed(recall))]
+    if made and recall is None:
+        raise SurgeryError(f"The documents of {made[0]} are made for a model's tokenizer, and no model is given here.")
     if any(is_mmlu(name) for name in names):
         tasks.questions = find_questions(mmlu_data, num_fewshot=num_fewshot or 0)
     with quiet():
         for name in names:
+            loaded_before = len(tasks.items)
             try:
                 if is_mmlu(name):
                     assert tasks.questions is not None
                     tasks.items += _load_mmlu(name, tasks.questions)
+                elif name in made:
+                    assert recall is not None
+                    tasks.items += recall.tasks(name)
                 elif _path_of(name).exists():
                     tasks.items += _load_path(_path_of(name))
                     short = short_name(name)
                     tasks.digests[name if short in tasks.digests else short] = _digest(_path_of(name))
                 else:
-                    tasks.items += _load_stock(name)
+                    given = (task_data or {}).get(name)
+                    with nullcontext() if given is None else _questions_from(Path(given).expanduser()):
+                        tasks.items += _load_stock(name)
             except _OUT_OF_REACH as error:
                 raise SurgeryError(
                     f"The data of the task {name} cannot be reached ({_reason(error)}). Check the network connection, "
-                    "or name a mirror of the Hugging Face hub in HF_ENDPOINT."
+                    "name a mirror of the Hugging Face hub in HF_ENDPOINT, or give a folder: "
+                    f"--task_data {name}=DIR."
                 ) from error
             except SurgeryError:
                 raise
@@ -140,11 +179,30 @@ def load_tasks(names: Sequence[str], *, mmlu_data: str | Path | None = None, num
                 raise _broken(name, error) from error
             except Exception as error:  # a definition may run code; whatever it raises is its own fault
                 raise _broken(name, error) from error
+            if protocol := (protocols or {}).get(name):
+                for item in tasks.items[loaded_before:]:
+                    tasks.metrics |= _ask_by(item, protocol)
     leaves = tasks.leaves
     for leaf in leaves:
         if leaves.count(leaf) > 1:
             raise SurgeryError(f"--tasks names {leaf} more than once, in several groups. Leave one of them out.")
+    if made and recall is not None:
+        tasks.made = recall.recorded(made)
     return tasks
+
+
+def _fixed(recall: RecallRecipe | None) -> bool:
+    """Whether embedded_recall has the package's questions."""
+    return recall is None or recall.lengths is None
+
+
+def _ask_by(item: Task | Group, protocol: Protocol) -> dict[str, str]:
+    """Let a task or group be asked as a protocol says; return the metric that counts, by name."""
+    single = item.get_all_tasks() if isinstance(item, Group) else [item]
+    for task in single:
+        task.set_config("num_fewshot", protocol.shots)
+    metric = protocol.metric
+    return {} if metric is None else {name_of(each): metric for each in (item, *single)}
 
 
 def read_configs(names: Sequence[str]) -> list[TaskConfig]:
@@ -156,11 +214,13 @@ def read_configs(names: Sequence[str]) -> list[TaskConfig]:
         SurgeryError: as `load_tasks`.
     """
     check_names(names)
-    others = [name for name in names if not is_mmlu(name)]
-    if not others:
-        return []
-    with patch.object(lm_eval.tasks._factory, "ConfigurableTask", _Unread):
-        return [task.config for task in load_tasks(others).single]
+    made = [name for name in names if is_recall(name) and not _path_of(name).exists()]
+    found = [task_config(name) for name in made]
+    others = [name for name in names if not is_mmlu(name) and name not in made]
+    if others:
+        with patch.object(lm_eval.tasks._factory, "ConfigurableTask", _Unread):
+            found += [task.config for task in load_tasks(others).single]
+    return found
 
 
 class _Unread(ConfigurableTask):
@@ -219,6 +279,25 @@ def _load_mmlu(name: str, questions: Questions) -> list[Task | Group]:
                 lines += [f"custom_dataset: !function {reader}", f"dataset_kwargs: {json.dumps(source)}"]
             (Path(scratch) / stock.name).write_text("\n".join(lines), encoding="utf-8")
         return _roots(TaskManager(include_defaults=False, include_path=scratch).load(name))
+
+
+@contextmanager
+def _questions_from(folder: Path) -> Iterator[None]:
+    """Let lm-eval read a task's questions from a folder, whatever hub its definition names."""
+    read = datasets.load_dataset
+
+    def read_here(path: str, name: str | None = None, **_of_the_hub: Any) -> Any:
+        known = datasets.get_dataset_config_names(str(folder))
+        return read(str(folder), name if name in known else None)
+
+    with patch.object(datasets, "load_dataset", read_here):
+        try:
+            yield
+        except KeyError as error:
+            raise SurgeryError(
+                f"The folder {folder} has no split {error}. Name a file in it after the split, such as "
+                f"{error.args[0]}.jsonl."
+            ) from error
 
 
 def _load_path(path: Path) -> list[Task | Group]:

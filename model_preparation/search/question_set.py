@@ -103,7 +103,9 @@ class QuestionSet:
         self.questions: list[Question] = []
         self._tasks: list[_Task] = []
         recorder = _RequestRecorder()
-        run_tasks(recorder, loaded, settings)
+        # lm-eval would ask pip, nvcc and others about this machine, which takes a second, and nobody reads it.
+        with patch("lm_eval.evaluator.add_env_info"):
+            run_tasks(recorder, loaded, settings)
         by_task: dict[str, list[Instance]] = {}
         for instance in recorder.asked:
             by_task.setdefault(str(instance.task_name), []).append(instance)

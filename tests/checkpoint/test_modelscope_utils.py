@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -126,11 +125,11 @@ print(json.dumps(sorted(state_dict) == sorted(model.state_dict())))
 """
 
 
-def test_the_guides_second_way_of_loading_runs_inside_the_package_folder(tmp_path):
+def test_the_guides_second_way_of_loading_runs_inside_the_package_folder(tmp_path, quick_python):
     llamba = write_tokenizer(write_llamba(tmp_path / "llamba"))
     torch.save(LlambaForCausalLM.from_pretrained(llamba).state_dict(), tmp_path / "weights.pt")
     process = subprocess.run(
-        [sys.executable, "-c", GUIDE_METHOD_2.replace("..", str(tmp_path))],
+        [quick_python, "-c", GUIDE_METHOD_2.replace("..", str(tmp_path))],
         cwd=Path(model_preparation.__file__).parent,
         env=os.environ | {"MODEL_PREPARATION_UNALIGNED_LLAMBA": str(llamba)},
         capture_output=True,

@@ -97,7 +97,7 @@ def answered_anew(monkeypatch) -> list[str]:
     monkeypatch.setattr(
         evaluate.ResumableLM,
         "_ask",
-        lambda lm, kind, task, requests: (asked.append(task), original(lm, kind, task, requests))[1],
+        lambda lm, kind, task, *rest: (asked.append(task), original(lm, kind, task, *rest))[1],
     )
     return asked
 

@@ -52,7 +52,7 @@ def requests(pairs: list[tuple[str, str]]) -> list[Instance]:
 def assert_same_answers(model, pairs, *, batch_size=3, atol=2e-5, max_length=None):
     # With its cache stock reads wrong positions where one text is asked for twice, divided at different places.
     stock = HFLM(pretrained=model, tokenizer=make_tokenizer(), batch_size=2, max_length=max_length, logits_cache=False)
-    ours = ScoringLM(model, make_tokenizer(), batch_size)
+    ours = ScoringLM(model, make_tokenizer(), batch_size, allow_truncation=max_length is not None)
     ours._max_length = max_length
     wanted = stock.loglikelihood(requests(pairs), disable_tqdm=True)
     found = ours.loglikelihood(requests(pairs), disable_tqdm=True)
@@ -102,7 +102,7 @@ def test_prompts_longer_than_the_model_takes_are_cut_on_the_left(name):
 
 
 def test_a_continuation_longer_than_the_model_takes_is_refused():
-    lm = ScoringLM(MODELS["llama"], make_tokenizer(), 1)
+    lm = ScoringLM(MODELS["llama"], make_tokenizer(), 1, allow_truncation=True)
     lm._max_length = 8
     with pytest.raises(SurgeryError, match="has 12 tokens, but the model"):
         lm.loglikelihood(requests([("a", "b" * 12)]), disable_tqdm=True)
@@ -114,9 +114,20 @@ def test_rolling_and_generated_answers_are_stock_s():
     rolling = [Instance("loglikelihood_rolling", {}, ("a long text " * 9,), 0, ("task", 0, 1))]
     wanted = stock.loglikelihood_rolling(rolling, disable_tqdm=True)
     assert ours.loglikelihood_rolling(rolling, disable_tqdm=True) == pytest.approx(wanted, rel=1e-5)
-    generated = [Instance("generate_until", {}, ("A text", {"until": ["x"], "max_gen_toks": 8}), 0, ("task", 0, 1))]
-    wanted_texts = stock.generate_until(generated, disable_tqdm=True)
-    assert ours.generate_until(generated, disable_tqdm=True) == wanted_texts
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generated_answers_are_stock_s(name):
+    """Of prompts of unequal lengths, some equal; with one stop sequence, several and none."""
+    model = MODELS[name]
+    stock, ours = HFLM(pretrained=model, tokenizer=make_tokenizer()), ScoringLM(model, make_tokenizer(), "auto")
+    prompts = ["A text", "A text", *(context for context, _ in questions("Once ", 3)), "x" * 40]
+    generated = [
+        Instance("generate_until", {}, (prompt, {"until": until, "max_gen_toks": most}), 0, ("task", index, 1))
+        for until, most in ((["x"], 8), (["e", "o", "\n"], 20), ([], 5))
+        for index, prompt in enumerate(prompts)
+    ]
+    assert ours.generate_until(generated, disable_tqdm=True) == stock.generate_until(generated, disable_tqdm=True)
 
 
 def test_every_request_is_told_once():

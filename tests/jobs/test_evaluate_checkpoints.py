@@ -52,9 +52,16 @@ def test_flags_are_handed_on_as_they_are():
     parser = evaluate_checkpoints.make_parser()
     args = parser.parse_args([*given, "--mmlu_data", "hub", "--device", "cpu"])
     assert " ".join(evaluate_checkpoints._flags(parser, args)) == (
-        "--tasks arc --num_fewshot 5 --batch_size auto --mmlu_data hub --seed 3 --dtype float32 --device cpu"
+        "--tasks arc --mmlu_data hub --num_fewshot 5 --batch_size auto --seed 3 --dtype float32 --device cpu"
     )
     assert list(evaluate_checkpoints._needed_paths(args)) == []
+    given = ["x", "--suite", "recall", "--lengths", "64", "128", "--allow_truncation"]
+    given += ["--haystack", "/book", "--task_data", "fda=/fda", "swde=/swde"]
+    args = evaluate_checkpoints.make_parser().parse_args(given)
+    assert " ".join(evaluate_checkpoints._flags(args)) == (
+        "--suite recall --lengths 64 128 --haystack /book --task_data fda=/fda swde=/swde --allow_truncation"
+    )
+    assert list(map(str, evaluate_checkpoints._needed_paths(args))) == ["/fda", "/swde", "/book"]
 
 
 @pytest.mark.parametrize(

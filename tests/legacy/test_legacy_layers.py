@@ -104,6 +104,13 @@ def import_by_command(folder: Path, out: Path, *args, **env):
     return run_command("extract_layers", "--from_legacy", folder, "--output_dir", out, *args, **env)
 
 
+@pytest.fixture
+def quick_reader(quick_python, monkeypatch):
+    """The process that reads is forked from one that has imported torch."""
+    monkeypatch.setattr(sys, "executable", str(quick_python))
+
+
+@pytest.mark.usefixtures("quick_reader")
 def test_a_graft_of_imported_layers_is_that_of_extracted_ones(layers, old, layers_dir, base_dir, donor_dir, tmp_path):
     save_all(layers, old)
     shutil.copytree(layers_dir / "tokenizer", old / "tokenizer")
@@ -135,7 +142,7 @@ def test_a_graft_of_imported_layers_is_that_of_extracted_ones(layers, old, layer
 
 
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")  # torch.save would store it in the old format
-def test_layers_of_an_old_transformers_in_an_old_file_format(layers, old, layers_dir, tmp_path, monkeypatch):
+def test_layers_of_an_old_transformers_in_an_old_file_format(layers, old, layers_dir, tmp_path, monkeypatch, request):
     for index, name in ((1, "llama3_layer_01.pth"), (3, "llama3_layer_03.pth")):
         layer = make_old(layers[index], monkeypatch)
         layer.hook = Runs(os.mkdir, str(tmp_path / f"ran-{index}"))
@@ -143,6 +150,7 @@ def test_layers_of_an_old_transformers_in_an_old_file_format(layers, old, layers
         torch.save(layer, old / name, _use_new_zipfile_serialization=index == 1)
         layer.self_attn = torch.nn.Identity()
     monkeypatch.undo()
+    request.getfixturevalue("quick_reader")
     assert {"posix.mkdir", "transformers.models.llama.modeling_llama.LlamaSdpaAttention"} <= globals_in(old / name)
     result = import_by_command(old, tmp_path / "out", "--trust_pickle", "--layers", 1, 3)
     assert result.returncode == 0, result.stderr

@@ -87,7 +87,7 @@ def test_a_budget_of_evaluations_is_kept_to_and_counts_those_of_before(tmp_path)
 
 
 def test_a_budget_of_time_ends_the_search(tmp_path):
-    scores = make_scores(tmp_path, budget_hours=0.0)
+    scores = make_scores(tmp_path, budget_hours=1e-12)
     with pytest.raises(BudgetSpent):
         scores.evaluate(SETS)
     assert len(scores.order) == 1

@@ -20,6 +20,13 @@ from tests.search.conftest import make_questions, write_task
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
 
 
+@pytest.fixture(autouse=True)
+def quick_workers(quick_python, monkeypatch):
+    """What Ray starts is forked from a process that has imported torch."""
+    monkeypatch.setattr(sys, "executable", str(quick_python))
+    monkeypatch.setenv("QUICK_RAY_WORKERS", "yes")
+
+
 def test_a_killed_worker_is_replaced_and_the_result_is_that_of_one_process(base_dir, layers_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     task = write_task(tmp_path / "task", "tiny_words", make_questions(60))
@@ -31,10 +38,10 @@ def test_a_killed_worker_is_replaced_and_the_result_is_that_of_one_process(base_
         environment = {"RAY_TMPDIR": ray_files}
         args = (*flags, "--output_dir", tmp_path / "ray", "--ray", "local")
         process = start_command("search_layers", *args, log=tmp_path / "log", **environment)
-        os.kill(wait_for_a_worker(process), signal.SIGKILL)  # before it has told anything
+        os.kill(wait_for_a_worker(process, ray_files), signal.SIGKILL)  # before it has told anything
         journal = tmp_path / "ray" / "journal.jsonl"
         wait_for_lines(process, journal, 3)  # the base, and two combinations
-        os.kill(wait_for_a_worker(process), signal.SIGKILL)
+        os.kill(wait_for_a_worker(process, ray_files), signal.SIGKILL)
         told = lines_of(journal)
         process.join(HANG_SECONDS)
         assert process.exitcode == 0, (tmp_path / "log").read_text()
@@ -67,12 +74,12 @@ def test_batches_are_those_of_the_workers_device_whatever_is_here(base_dir, laye
     assert there.pair.model.device.type == "cpu"
 
 
-def wait_for_a_worker(process: BaseProcess) -> int:
+def wait_for_a_worker(process: BaseProcess, ray_files: str) -> int:
     """The process of a worker, as soon as there is one."""
     workers: list[int] = []
 
     def are_there() -> bool:
-        workers[:] = [each.pid for each in psutil.Process(process.pid).children(recursive=True) if is_shard(each)]
+        workers[:] = [each.pid for each in psutil.process_iter() if is_shard(each, ray_files)]
         return bool(workers)
 
     wait_until(are_there, alive=process.is_alive)
@@ -87,9 +94,11 @@ def lines_of(path: Path) -> int:
     return path.read_bytes().count(b"\n")
 
 
-def is_shard(process: psutil.Process) -> bool:
+def is_shard(process: psutil.Process, ray_files: str) -> bool:
+    """A worker's log is among the files of its cluster."""
     try:
-        return any(word.startswith("ray::QuestionShard") for word in process.cmdline())
+        ours = process.name().startswith("ray::QuestionSh")
+        return ours and any(file.path.startswith(ray_files) for file in process.open_files())
     except psutil.Error:
         return False
 

@@ -403,7 +403,7 @@ def test_what_cannot_be_is_said_before_the_donor_is_extracted(base_dir, donor_di
     prior.write_text('{"single_layer_results": {"3": 0.5, "11": 0.51}}')
     refused = search(*out, "--prior", prior)
     assert_refused(refused, f"{prior} has a score for layer 11, but the base has 4 layers")
-    assert "candidates" not in refused.stdout
+    assert "Candidates" not in refused.stdout
     assert_refused(search(*out, base=donor_dir), "is a llama model. The base must be a Llamba")
     assert_refused(search(*out, "--donor", base_dir), "a donor must be llama")
     assert_refused(search(*out, "--tokenizer", "nope"), "'nope' is neither")

@@ -150,7 +150,6 @@ def test_a_client_that_goes_away_does_no_harm(server):
 
 
 def test_a_task_is_scored_through_the_server(server, served_dirs, tmp_path, monkeypatch):
-    pytest.importorskip("tenacity", reason="lm-eval's client of an API needs it")
     folder = assert_scores_are_ours(served_dirs["pt"], server, tmp_path / "results", OPENAI_API_KEY="secret")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
 

@@ -81,17 +81,20 @@ def ask(server, prompts: list[list[int]], **settings) -> list:
 
 
 @torch.no_grad()
-def assert_is_ours(model, prompt: list[int], answer: list[int], logprobs: list[float], *, greedy: bool = True) -> None:
+def assert_is_ours(
+    model, prompt: list[int], answer: list[int], logprobs: list[float], *, greedy: bool = True, rounding: float = 1e-4
+) -> None:
     """The answer is what our model takes for likeliest at each place, with the same log-probabilities.
 
     Args:
         greedy: False where tokens were drawn, and the log-probabilities alone can be the same.
+        rounding: how far two log-probabilities may be apart.
     """
     assert len(answer) == NEW_TOKENS
     logits = model(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :].float()
     assert not greedy or logits.argmax(-1).tolist() == answer, f"of a prompt of {len(prompt)} tokens"
     ours = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(logprobs), ours, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(logprobs), ours, rtol=0, atol=rounding)
 
 
 def assert_all_ours(model, server, prompts: list[list[int]]) -> None:
@@ -285,9 +288,9 @@ def run_vllm(cases: list[dict], folder: Path) -> tuple[list[dict], list[dict], s
     return cases, json.loads((folder / "cases.out").read_text()), done.stdout
 
 
-def assert_case_is_ours(model, case: dict, found: dict) -> None:
+def assert_case_is_ours(model, case: dict, found: dict, rounding: float = 1e-4) -> None:
     for prompt, answer in zip(case["prompts"], found["answers"], strict=True):
-        assert_is_ours(model, prompt, answer["ids"], answer["logprobs"])
+        assert_is_ours(model, prompt, answer["ids"], answer["logprobs"], rounding=rounding)
 
 
 def test_prompts_cut_into_pieces_begun_alike_and_preempted(by_vllm, model):
@@ -330,5 +333,6 @@ def test_a_checkpoint_of_yours(tmp_path):
         tmp_path,
     )
     for case, one in zip(cases, found, strict=True):
-        assert_case_is_ours(model, case, one)
+        # Of a graft of SmolLM2 on random tokens, our own float32 is up to 6e-4 from our float64, and vLLM's 1.1e-3.
+        assert_case_is_ours(model, case, one, rounding=5e-3)
     assert found[1]["preemptions"] > 0

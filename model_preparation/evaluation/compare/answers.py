@@ -8,7 +8,7 @@ disk; `read_sample` reads those that a report shows.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,15 +67,14 @@ class Answers:
 
 
 def read_answers(
-    evaluation: EvaluationFiles, tasks: list[str], metric: str
+    evaluation: EvaluationFiles, metrics: Mapping[str, str]
 ) -> tuple[dict[str, Answers], dict[str, list[str]]]:
-    """Read the answers to each of `tasks`, with a progress bar.
+    """Read the answers to some tasks, with a progress bar.
 
     Args:
         evaluation: the files.
-        tasks: names of tasks in it.
-        metric: a field of the samples that is a number, such as acc. If a file has several filters, the first one that
-            has the metric counts; "exact_match,strict-match" names another.
+        metrics: by task, a field of its samples that is a number, such as acc. If a file has several filters, the
+            first one that has the metric counts; "exact_match,strict-match" names another.
 
     Returns:
         {task: answers}, and {task: the metrics it has} for tasks without the one asked for.
@@ -85,9 +84,9 @@ def read_answers(
             numbers of questions.
     """
     answers, without = {}, {}
-    size_bytes = sum(evaluation.samples[task].stat().st_size for task in tasks)
+    size_bytes = sum(evaluation.samples[task].stat().st_size for task in metrics)
     with bar(f"Reading {evaluation.given.name}", size_bytes, in_bytes=True) as advance:
-        for task in tasks:
+        for task, metric in metrics.items():
             read = _read_task(evaluation.samples[task], metric)
             if isinstance(read, Answers):
                 # A file that was cut off between two lines, or written twice, looks whole.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare import paired
 from model_preparation.evaluation.compare.answers import Answers, CommonQuestions, match, read_answers
+from model_preparation.evaluation.compare.both_ways import BothWays, asked_both_ways
 from model_preparation.evaluation.compare.costs import Cost, costs_of
 from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles, find_evaluations, replaced_layers
 from model_preparation.evaluation.compare.notes import (
@@ -26,6 +27,7 @@ from model_preparation.evaluation.compare.notes import (
     settings_of,
 )
 from model_preparation.evaluation.questions import some
+from model_preparation.evaluation.results_folder import chosen_metric
 
 OVERALL, GROUP, SUBJECT = "overall", "group", "subject"
 BETTER, WORSE, UNCLEAR = "better", "worse", "not distinguishable"
@@ -119,6 +121,7 @@ class Comparison:
     rows: list[Row]  # everything together first, then groups, then subjects
     notes: list[str]
     common: list[CommonQuestions]
+    both_ways: list[BothWays]
 
     def of_kind(self, *kinds: str) -> list[Row]:
         return [row for row in self.rows if row.kind in kinds]
@@ -134,7 +137,7 @@ def compare_evaluations(
     folders: Sequence[str | Path],
     *,
     task: str | None = None,
-    metric: str = "acc",
+    metric: str | None = None,
     seed: int = 1234,
     resamples: int = 10_000,
 ) -> Comparison:
@@ -143,7 +146,8 @@ def compare_evaluations(
     Args:
         folders: two or more checkpoints, evaluations, or output folders of lm-eval (see evaluation_files.py).
         task: a task or group of lm-eval to look at alone; or the name of an evaluation's folder, if there are several.
-        metric: a number that lm-eval gives each question; with ",FILTER" if it has several filters.
+        metric: a number that lm-eval gives each question; with ",FILTER" if it has several filters. By default each
+            task's score: acc, else the first that lm-eval names.
         seed: of the bootstrap. A subject's interval depends on this and its own answers only.
         resamples: of the bootstrap.
 
@@ -154,11 +158,16 @@ def compare_evaluations(
     if len({evaluation.results_path for evaluation in evaluations}) < len(evaluations):
         raise SurgeryError("One evaluation is given twice. Give different ones.")
     names = _short_names(evaluations)
-    common, notes = _common_questions(evaluations, names, task, metric)
+    metrics = {
+        name: metric or (chosen_metric(row) or "acc").removesuffix(",none")
+        for evaluation in reversed(evaluations)
+        for name, row in evaluation.results["results"].items()
+    }
+    common, notes = _common_questions(evaluations, names, task, metrics)
     tasks = [each.task for each in common]
     settings = [settings_of(evaluation, tasks) for evaluation in evaluations]
     notes += question_notes(names, evaluations, common) + differing_settings(names, settings)
-    notes += score_notes(metric, names, evaluations, common)
+    notes += score_notes(metrics, names, evaluations, common)
 
     costs = costs_of(evaluations)
     notes += cost_notes(names, costs)
@@ -166,7 +175,7 @@ def compare_evaluations(
     values = {each.task: each.column("value") for each in common}
     binary = all(np.isin(each, (0, 1)).all() for each in values.values())
     known = evaluations[0].results["higher_is_better"]
-    higher = all(known.get(name, {}).get(metric.partition(",")[0]) is not False for name in tasks)
+    higher = all(known.get(name, {}).get(metrics[name].partition(",")[0]) is not False for name in tasks)
     means = {}  # per task, bootstrap means of the difference of each model but the first
     for name, each in values.items():
         key = [seed, zlib.crc32(name.encode())]
@@ -184,11 +193,14 @@ def compare_evaluations(
         )
         for name, evaluation, each, cost in zip(names, evaluations, settings, costs, strict=True)
     ]
-    return Comparison(metric, higher, binary, seed, resamples, models, rows, notes, common)
+    used = list(dict.fromkeys(metrics[name] for name in tasks))
+    shown = used[0] if len(used) == 1 else "score"
+    both_ways = asked_both_ways({each.task: each.column("value").mean(axis=1).tolist() for each in common}, names)
+    return Comparison(shown, higher, binary, seed, resamples, models, rows, notes, common, both_ways)
 
 
 def _common_questions(
-    evaluations: Sequence[EvaluationFiles], names: Sequence[str], task: str | None, metric: str
+    evaluations: Sequence[EvaluationFiles], names: Sequence[str], task: str | None, metrics: Mapping[str, str]
 ) -> tuple[list[CommonQuestions], list[str]]:
     """The common questions per task, in the baseline's order; and notes on tasks that are left out."""
     chosen = [each.tasks_of(task) if task else [] for each in evaluations]  # none for the name of a folder
@@ -205,10 +217,11 @@ def _common_questions(
 
     answers: list[dict[str, Answers]] = []
     for name, evaluation in zip(names, evaluations, strict=True):
-        found, without = read_answers(evaluation, tasks, metric)
+        found, without = read_answers(evaluation, {task: metrics[task] for task in tasks})
         answers.append(found)
         if without:
             listed = "; ".join(f"{task} has {some(metrics) or 'none'}" for task, metrics in list(without.items())[:3])
+            metric = " or ".join(dict.fromkeys(metrics[task] for task in without))
             if not found:
                 raise SurgeryError(f"{name} has no {metric} for any question: {listed}. Name a metric by --metric.")
             notes.append(f"Left out, as {name} has no {metric} for it: {listed}.")

@@ -109,7 +109,10 @@ def question_notes(
 
 
 def score_notes(
-    metric: str, names: Sequence[str], evaluations: Sequence[EvaluationFiles], common: Sequence[CommonQuestions]
+    metrics: Mapping[str, str],
+    names: Sequence[str],
+    evaluations: Sequence[EvaluationFiles],
+    common: Sequence[CommonQuestions],
 ) -> list[str]:
     """Sentences on scores of lm-eval that are no means over questions, such as groups weighted by task."""
     notes = []
@@ -119,7 +122,7 @@ def score_notes(
             tasks = evaluation.tasks_of(row)
             if not tasks or not all(task in answers for task in tasks):
                 continue
-            key = f"{metric.partition(',')[0]},{answers[tasks[0]].filter}"
+            key = f"{metrics[tasks[0]].partition(',')[0]},{answers[tasks[0]].filter}"
             value = evaluation.results["results"].get(row, {}).get(key)
             mean = fmean(question.value for task in tasks for question in answers[task].questions)
             if isinstance(value, int | float) and abs(value - mean) > 1e-6 * max(1, abs(mean)):

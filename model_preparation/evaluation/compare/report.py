@@ -60,6 +60,22 @@ def check_report_folder(target: Path, *, overwrite: bool) -> None:
         )
 
 
+def both_ways_table(comparison: Comparison) -> Table | None:
+    """Scores by log-likelihood beside those of generated answers; None if no task has both."""
+    if not comparison.both_ways:
+        return None
+    table = Table("task", "model", title="By log-likelihood and by generated answers")
+    for words in ("log-likelihood", "generated"):
+        table.add_column(words, justify="right", no_wrap=True)
+    table.add_column("order")
+    for each in comparison.both_ways:
+        for model, name in enumerate(each.models):
+            scores = (f"{each.by_likelihood[model]:.3f}", f"{each.generated[model]:.3f}")
+            task = escaped(each.task) if model == 0 else ""
+            table.add_row(Text(task), Text(escaped(name)), *scores, "changes" if name in each.changing else "")
+    return table
+
+
 def write_report(comparison: Comparison, target: Path, *, questions: int, as_json: bool, overwrite: bool) -> None:
     """Write comparison.html and the plots as PNG, whole or not at all.
 
@@ -171,6 +187,8 @@ def comparison_tables(comparison: Comparison, *, subjects: bool) -> RenderableTy
     parts.append(_table(comparison, [*overall, *comparison.of_kind(GROUP)], "group"))
     if subjects and comparison.of_kind(SUBJECT):
         parts.append(_table(comparison, comparison.of_kind(SUBJECT), "subject"))
+    if table := both_ways_table(comparison):
+        parts.append(table)
     parts += [Text(sentence) for kind in _PLURAL if (sentence := _tests_sentence(comparison, kind))]
     parts += [
         Text(escaped(verdict_sentence(comparison, overall[0], model)), "bold")

@@ -1,0 +1,57 @@
+"""Tasks that were answered both by log-likelihood and in words: do the models come in the same order?
+
+A distilled hybrid may look as good as its teacher by log-likelihood, and be far behind when it writes.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from model_preparation.evaluation.recall import CHOICE, GENERATED, root_of
+
+_GENERATIVE = "_generative"  # of lm-eval's MMLU
+_LENGTH = re.compile(r"_(\d+)$")
+
+
+@dataclass(frozen=True)
+class BothWays:
+    """A task's scores in both ways, per model.
+
+    Attributes:
+        changing: the models that another one is better than in one way, and worse than in the other.
+    """
+
+    task: str
+    models: list[str]
+    by_likelihood: list[float]
+    generated: list[float]
+    changing: list[str]
+
+
+def asked_both_ways(scores: Mapping[str, Sequence[float]], models: Sequence[str]) -> list[BothWays]:
+    """The tasks among `scores` ({task: the score of each model}) that were answered in both ways."""
+    found = []
+    for generated in scores:
+        by_likelihood = _counterpart(generated, scores)
+        if by_likelihood is not None:
+            one, other = list(scores[by_likelihood]), list(scores[generated])
+            changing = [name for place, name in enumerate(models) if _changes(place, one, other)]
+            found.append(BothWays(_name(generated), list(models), one, other, changing))
+    return found
+
+
+def _counterpart(generated: str, tasks: Mapping[str, Sequence[float]]) -> str | None:
+    """The task that has the same questions and is answered by log-likelihood."""
+    length = _LENGTH.search(generated)
+    name, end = (generated[: length.start()], length[0]) if length else (generated, "")
+    root = root_of(name).removesuffix(_GENERATIVE)
+    others = (f"{root}{CHOICE}{end}", *([f"{root}{end}"] if name.endswith((GENERATED, _GENERATIVE)) else []))
+    return next((other for other in others if other in tasks and other != generated), None)
+
+
+def _name(generated: str) -> str:
+    return generated.replace(GENERATED, "").replace(_GENERATIVE, "")
+
+
+def _changes(model: int, one: Sequence[float], other: Sequence[float]) -> bool:
+    return any((one[model] - a) * (other[model] - b) < 0 for a, b in zip(one, other, strict=True))

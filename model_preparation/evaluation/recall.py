@@ -1,0 +1,456 @@
+"""Recall tasks: documents of a chosen length, made from a seed, and what of them the model must look up.
+
+Each is a task of lm-eval with RULER's fields, prompts and metric (arXiv 2404.06654), where RULER has it; `mqar` follows
+Zoology (arXiv 2312.04927). A length counts the tokens of the model's own tokenizer, the answer's included. NAME is
+answered in words. NAME_choice has the same documents: the likeliest of four values that the text names counts.
+"""
+
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+from blake3 import blake3
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.config.task import TaskConfig
+from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
+from transformers import PreTrainedTokenizerBase
+
+from model_preparation.embedded import recall as people
+from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.recall_texts import LANGUAGES, Texts
+from model_preparation.io.text import read_text
+
+CHOICE, GENERATED = "_choice", "_generated"
+EMBEDDED_RECALL = "embedded_recall"
+DOCUMENTS = 100  # of each task and length, unless --limit says another number
+_FIRST_LENGTH, _FIRST_EMBEDDED_LENGTH = 512, 64  # of the default lengths, which double
+_CHOICES = 4
+_NEEDLES = 4  # of niah_multi*, as in RULER
+_HOPS = 4  # of variable_tracking, as in RULER
+_QUERIES = 4  # of mqar, about the same pairs; all but the last are answered in the prompt
+_LEAST_PEOPLE = 6  # fewer seldom like four things that fit the person who is asked about
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """How the documents of a task are made.
+
+    Attributes:
+        make: (random numbers, how many pairs or sentences, the recipe, the document's number) -> `input`, `outputs`,
+            and perhaps `gen_prefix`, with which the answer begins, and `choices`, the right one first.
+        answer_tokens: room for the answer; RULER's number where RULER has the task.
+        until: where the answer ends; RULER's tasks run on.
+        has_choices: whether NAME_choice exists.
+        least: the smallest number of pairs or sentences.
+        has_filler: whether --haystack is used.
+        sharing: how many documents one after the other share their pairs; the last is the longest.
+        prompt: the name of question and beginning of the answer in `Texts`; "" if there are no words around the pairs.
+    """
+
+    make: "Callable[[random.Random, int, RecallRecipe, int], Document]"
+    answer_tokens: int
+    until: tuple[str, ...] = ()
+    has_choices: bool = False
+    least: int = 1
+    has_filler: bool = False
+    sharing: int = 1
+    prompt: str = ""
+
+    def template(self, texts: Texts) -> str:
+        """The prompt, for the record."""
+        return texts.space.join(getattr(texts, self.prompt)) if self.prompt else "{context}{query}"
+
+
+def is_recall(name: str) -> bool:
+    """Whether a name is a task that is made here; embedded_recall also has fixed questions in the package."""
+    return name in _MAKERS or (name.endswith(CHOICE) and root_of(name) in _MAKERS and _maker(name).has_choices)
+
+
+def root_of(name: str) -> str:
+    """What the two forms of a task share, the generated one and the one with choices: their documents are the same."""
+    return name.removesuffix(CHOICE).removesuffix(GENERATED)
+
+
+def recall_names() -> list[str]:
+    """All tasks that are made here."""
+    return [each for name in _MAKERS for each in (name, name + CHOICE) if is_recall(each)]
+
+
+@dataclass(frozen=True)
+class RecallRecipe:
+    """Everything that decides on the documents.
+
+    Attributes:
+        tokenizer: the model's.
+        max_length: tokens that the model takes at most.
+        lengths: tokens of a document and its answer; None for 512, 1024 and so on up to `max_length`.
+        language: a key of `LANGUAGES`.
+        haystack: a file whose sentences are the filler, in place of ours.
+        documents: how many of each length.
+        seed: of everything random.
+
+    Raises:
+        SurgeryError: for a language that we do not have, or a haystack that cannot be read.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    lengths: Sequence[int] | None = None
+    language: str = "en"
+    haystack: str | Path | None = None
+    documents: int = DOCUMENTS
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        if self.language not in LANGUAGES:
+            raise SurgeryError(f"{self.language!r} is no language of ours. Choose one of {', '.join(LANGUAGES)}.")
+        if too_long := [length for length in self.lengths or () if length > self.max_length]:
+            raise SurgeryError(
+                f"The model takes {self.max_length} tokens, and --lengths has {too_long[0]}. "
+                f"Give lengths up to {self.max_length}."
+            )
+        _ = self.filler
+
+    @property
+    def texts(self) -> Texts:
+        return LANGUAGES[self.language]
+
+    @cached_property
+    def filler(self) -> list[str] | None:
+        """The haystack's sentences."""
+        if self.haystack is None:
+            return None
+        try:
+            text = read_text(Path(self.haystack).expanduser())
+        except (OSError, ValueError) as error:
+            raise SurgeryError(f"The haystack {self.haystack} cannot be read ({error}). Give a text file.") from error
+        return re.findall(r"\S[^.!?。！？]*(?:[.!?。！？]+[\"'”’)]*|$)", " ".join(text.split()))
+
+    def recorded(self, names: Sequence[str]) -> dict[str, Any]:
+        """What decides on the documents of some tasks, for the record of the settings."""
+        lengths = sorted({length for name in names for length in self.lengths_of(name)})
+        digest = {} if self.filler is None else {"haystack": blake3(repr(self.filler).encode()).hexdigest()}
+        return {"lengths": lengths, "language": self.language, **digest}
+
+    def lengths_of(self, name: str) -> list[int]:
+        """The lengths of a task's documents."""
+        if self.lengths is not None:
+            return sorted(set(self.lengths))
+        length = _FIRST_EMBEDDED_LENGTH if name.startswith(EMBEDDED_RECALL) else _FIRST_LENGTH
+        found = []
+        while length <= self.max_length:
+            found.append(length)
+            length *= 2
+        return found or [self.max_length]
+
+    def tasks(self, name: str) -> list[ConfigurableTask]:
+        """The tasks of a name: one for each length.
+
+        Raises:
+            SurgeryError: if a length is too short for the task, the haystack is too short, or the tokenizer does not
+                know the language's letters.
+        """
+        return [
+            RecallTask(name, length, list(self._documents(name, length)), self.texts)
+            for length in self.lengths_of(name)
+        ]
+
+    def _documents(self, name: str, length: int) -> Iterator[Document]:
+        maker = _maker(name)
+        largest = self._largest_that_fits(name, length)
+        for index in range(self.documents):
+            size = largest
+            longest = index - index % maker.sharing + maker.sharing - 1
+            while not self._fits(self._document(name, length, longest, size), maker, length):
+                if size == maker.least:
+                    raise self._too_short(name, length)
+                size = max(maker.least, size - max(1, size // 50))
+            yield self._document(name, length, index, size)
+
+    def _largest_that_fits(self, name: str, length: int) -> int:
+        """How many pairs or sentences the first document may have, by bisection."""
+        maker = _maker(name)
+        index = maker.sharing - 1
+        first = self._document(name, length, index, maker.least)
+        if not self._fits(first, maker, length):
+            raise self._too_short(name, length)
+        unknown = self.tokenizer.unk_token_id
+        if unknown is not None and unknown in self._tokens(first["input"]):
+            raise SurgeryError(
+                f"The model's tokenizer does not know the words of {name}. Choose another --tasks or --language; for "
+                f"tiny_llama and tiny_llamba there is {EMBEDDED_RECALL}."
+            )
+        sentences = self.filler if maker.has_filler else None
+
+        def fits(size: int) -> bool:
+            available = size if sentences is None else min(size, len(sentences))
+            if not self._fits(self._document(name, length, index, available), maker, length):
+                return False
+            if available < size:
+                raise SurgeryError(
+                    f"The haystack {self.haystack} has {available} sentences, too few for {length} tokens of {name}. "
+                    "Give a longer text, or shorter --lengths."
+                )
+            return True
+
+        fitting, too_large = maker.least, 2 * maker.least
+        while fits(too_large):
+            fitting, too_large = too_large, 2 * too_large
+        while too_large - fitting > 1:
+            middle = (fitting + too_large) // 2
+            fitting, too_large = (middle, too_large) if fits(middle) else (fitting, middle)
+        return fitting
+
+    def _document(self, name: str, length: int, index: int, size: int) -> Document:
+        numbers = self.random(root_of(name), length, index)
+        document = _maker(name).make(numbers, size, self, index)
+        if "choices" in document:
+            right = document["choices"][0]
+            numbers.shuffle(document["choices"])
+            document["answer"] = document["choices"].index(right)
+        return {"index": index, **document, "max_length": length}
+
+    def random(self, *what: str | int) -> random.Random:
+        """Random numbers that belong to this seed and to `what` alone."""
+        return random.Random(repr((self.seed, *what)))
+
+    def _fits(self, document: Document, maker: _Maker, length: int) -> bool:
+        prompt = document["input"]
+        if document.get("gen_prefix"):
+            prompt += self.texts.space + document["gen_prefix"]
+        return len(self._tokens(prompt)) + maker.answer_tokens <= length
+
+    def _tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, verbose=False)["input_ids"]  # no warning that a text is too long: it is shortened
+
+    def _too_short(self, name: str, length: int) -> SurgeryError:
+        return SurgeryError(f"{length} tokens are too few for a document of {name}. Give larger --lengths.")
+
+
+class RecallTask(ConfigurableTask):
+    """A task of one length, whose documents are made already."""
+
+    def __init__(self, name: str, length: int, documents: list[Document], texts: Texts):
+        self._documents = documents
+        has_prefix = "gen_prefix" in documents[0]
+        delimiter = "" if documents[0]["input"][-1] in "？。" else " "
+        prefix = {"gen_prefix": "{{gen_prefix}}"} if has_prefix else {}
+        super().__init__(config={**_config(name, length, texts), "target_delimiter": delimiter, **prefix})
+
+    def download(self, *_args: Any, **_kwargs: Any) -> None:
+        self.dataset = {"test": datasets.Dataset.from_list(self._documents)}
+
+
+def task_config(name: str) -> TaskConfig:
+    """The config of a task, whatever its length."""
+    return TaskConfig(**_config(name, 0, LANGUAGES["en"]))
+
+
+def _config(name: str, length: int, texts: Texts) -> dict[str, Any]:
+    maker = _maker(name)
+    common = {
+        "task": f"{name}_{length}",
+        "test_split": "test",
+        "doc_to_text": "{{input}}",
+        "num_fewshot": 0,
+        "metadata": {"version": 1, "length": length, "template": maker.template(texts)},
+    }
+    if name.endswith(CHOICE) or name == EMBEDDED_RECALL:
+        chosen = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
+        return {**common, **chosen, "metric_list": [_metric("acc")]}
+    return {
+        **common,
+        "output_type": "generate_until",
+        "doc_to_target": "{{outputs}}",
+        "process_results": process_results,
+        "metric_list": [_metric(str(length))],  # RULER's tasks in lm-eval name it so
+        "generation_kwargs": {
+            "do_sample": False,
+            "temperature": 0.0,
+            "max_gen_toks": maker.answer_tokens,
+            "until": list(maker.until),
+        },
+    }
+
+
+def _metric(name: str) -> dict[str, Any]:
+    return {"metric": name, "aggregation": "mean", "higher_is_better": True}
+
+
+def process_results(document: Document, results: list[str]) -> dict[str, float]:
+    """The part of the values that the answer has, by lm-eval's own RULER functions."""
+    return {str(document["max_length"]): string_match_all(postprocess_pred(results), [document["outputs"]])}
+
+
+def longest_document(tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> int:
+    """Tokens that a document may have: the positions of the model, or of its tokenizer where a model has no limit."""
+    return min(max_positions or tokenizer.model_max_length, tokenizer.model_max_length)
+
+
+def is_embedded(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it is the embedded pair's, whose 54 words can say embedded_recall only."""
+    return set(tokenizer.get_vocab()) == set(people.WORDS)
+
+
+# --- Documents --------------------------------------------------------------------------------------------------------
+
+
+def _kv_retrieval(numbers: random.Random, size: int, recipe: RecallRecipe, _index: int) -> Document:
+    """A JSON dictionary, and the key whose value is asked for (arXiv 2307.03172)."""
+    texts = recipe.texts
+    pairs = dict(zip(_keys(numbers, size, texts, texts.key_length), _values(numbers, size), strict=True))
+    asked = numbers.choice(list(pairs))
+    return {
+        **_asked(
+            texts.kv,
+            context=json.dumps({key: int(value) for key, value in pairs.items()}, ensure_ascii=False),
+            query=asked,
+        ),
+        "outputs": [pairs[asked]],
+        "choices": _four(numbers, pairs[asked], pairs.values()),
+    }
+
+
+def _mqar(_numbers: random.Random, size: int, recipe: RecallRecipe, index: int) -> Document:
+    """Keys with their values, then some of the keys again; four documents ask one after the other of four keys."""
+    group, query = divmod(index, _QUERIES)
+    numbers, texts = recipe.random("mqar", size, group), recipe.texts
+    pairs = dict(zip(_keys(numbers, size, texts, texts.key_length), _values(numbers, size, digits=2), strict=True))
+    keys = numbers.sample(list(pairs), _QUERIES)
+    lines = [f"{key} {value}" for key, value in pairs.items()]
+    lines += [f"{key} {pairs[key]}" for key in keys[:query]]
+    asked = keys[query]
+    return {
+        "input": "\n".join([*lines, asked]),
+        "outputs": [pairs[asked]],
+        "choices": _four(numbers, pairs[asked], pairs.values()),
+    }
+
+
+def _needles(keys: int = 1, values: int = 1, queries: int = 1) -> Callable[..., Document]:
+    """RULER's needles in a haystack: so many keys, values for each key, and keys that are asked for."""
+
+    def make(numbers: random.Random, size: int, recipe: RecallRecipe, _index: int) -> Document:
+        texts = recipe.texts
+        names = numbers.sample([adjective + noun for adjective, noun in _pairs(texts)], keys)
+        found = {name: _values(numbers, values) for name in names}
+        needles = [texts.needle.format(key=name, value=value) for name in names for value in found[name]]
+        numbers.shuffle(needles)
+        sentences = _filler(numbers, size, recipe)
+        depths = sorted(numbers.sample(range(len(sentences) + 1), len(needles)), reverse=True)
+        for depth, needle in zip(depths, needles, strict=True):
+            sentences.insert(depth, needle)
+        asked = numbers.sample(names, queries)
+        outputs = [value for name in asked for value in found[name]]
+        between, last = texts.joined
+        query = asked[0] if queries == 1 else between.join(asked[:-1]) + last + asked[-1]
+        several = queries * values > 1
+        template = texts.needles if several else texts.one_needle
+        document = {**_asked(template, context=texts.space.join(sentences), query=query), "outputs": outputs}
+        if not several and keys >= _CHOICES:
+            document["choices"] = _four(numbers, outputs[0], [value for each in found.values() for value in each])
+        return document
+
+    return make
+
+
+def _variable_tracking(numbers: random.Random, size: int, recipe: RecallRecipe, _index: int) -> Document:
+    """RULER's chain of assignments in filler, with a solved example before it."""
+    texts = recipe.texts
+    example, solved = _chain(numbers, 1, recipe)
+    document, outputs = _chain(numbers, size, recipe)
+    shown = texts.space.join([example["input"], example["gen_prefix"], " ".join(solved)])
+    return {**document, "input": f"{shown}\n\n{document['input']}", "outputs": outputs}
+
+
+def _chain(numbers: random.Random, size: int, recipe: RecallRecipe) -> tuple[Document, list[str]]:
+    texts = recipe.texts
+    names = [name.upper() for name in _keys(numbers, _HOPS + 1, texts, texts.variable_length)]
+    value = str(numbers.randint(10000, 99999))
+    links = [texts.chain[0].format(names[0], value)]
+    links += [texts.chain[1].format(name, before) for before, name in itertools.pairwise(names)]
+    sentences = [texts.noise] * size if recipe.filler is None else _filler(numbers, size, recipe)
+    for offset, place in enumerate(sorted(numbers.choices(range(len(sentences) + 1), k=len(links)))):
+        sentences.insert(place + offset, links[offset])
+    return _asked(texts.variables, context="\n".join(sentences), query=value, count=len(names)), names
+
+
+def _who_likes_what(numbers: random.Random, size: int, _recipe: RecallRecipe, _index: int) -> Document:
+    """The embedded pair's question; beyond its 24 people, sentences about those who are not asked for come again."""
+    import torch
+
+    generator = torch.Generator().manual_seed(numbers.getrandbits(62))
+    (question,) = people.questions(1, min(size, len(people.NAMES)), generator)
+    *sentences, asked = question.context.split(f" {people.STOP} ")
+    others = [sentence for sentence in sentences if not sentence.startswith(asked)]
+    sentences += numbers.choices(others, k=size - len(sentences))
+    if size > len(people.NAMES):
+        numbers.shuffle(sentences)
+    right = question.choices[question.answer]
+    wrong = [choice for choice in question.choices if choice != right]
+    text = f" {people.STOP} ".join([*sentences, asked])
+    return {"input": text, "outputs": [right], "choices": [right, *wrong]}
+
+
+def _asked(template: tuple[str, str], **fields: Any) -> Document:
+    question, beginning = template
+    return {"input": question.format(**fields), "gen_prefix": beginning.format(**fields)}
+
+
+def _filler(numbers: random.Random, size: int, recipe: RecallRecipe) -> list[str]:
+    if recipe.filler is not None:
+        return recipe.filler[:size]
+    texts = recipe.texts
+    return [numbers.choice(texts.filler).format(*numbers.sample(texts.nouns, 2)) for _ in range(size)]
+
+
+def _pairs(texts: Texts) -> Iterator[tuple[str, str]]:
+    joint = "-" if texts.space else "的"
+    return ((f"{adjective}{joint}", noun) for adjective in texts.adjectives for noun in texts.nouns)
+
+
+def _keys(numbers: random.Random, count: int, texts: Texts, length: int) -> list[str]:
+    """Different words of random letters."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found["".join(numbers.choices(texts.letters, k=length))] = None
+    return list(found)
+
+
+def _values(numbers: random.Random, count: int, digits: int = 7) -> list[str]:
+    return [str(numbers.randint(10 ** (digits - 1), 10**digits - 1)) for _ in range(count)]
+
+
+def _four(numbers: random.Random, right: str, values: Any) -> list[str]:
+    """The right value, and three others of the text."""
+    others = sorted({value for value in values if value != right})
+    return [right, *numbers.sample(others, min(_CHOICES - 1, len(others)))]
+
+
+def _maker(name: str) -> _Maker:
+    return _MAKERS.get(name) or _MAKERS[root_of(name)]
+
+
+_PEOPLE = _Maker(_who_likes_what, 2, until=(people.STOP,), least=_LEAST_PEOPLE)
+_NEEDLE = _Maker(_needles(), 128, has_filler=True, prompt="one_needle")
+_SOME = replace(_NEEDLE, least=_NEEDLES, prompt="needles")
+_MAKERS = {
+    "kv_retrieval": _Maker(_kv_retrieval, 16, until=("\n",), has_choices=True, least=_CHOICES, prompt="kv"),
+    "niah_single": _NEEDLE,
+    "niah_multikey": replace(_NEEDLE, make=_needles(keys=_NEEDLES), has_choices=True, least=_NEEDLES),
+    "niah_multivalue": replace(_SOME, make=_needles(values=_NEEDLES)),
+    "niah_multiquery": replace(_SOME, make=_needles(keys=_NEEDLES, queries=_NEEDLES)),
+    "variable_tracking": _Maker(_variable_tracking, 30, has_filler=True, prompt="variables"),
+    "mqar": _Maker(_mqar, 8, until=("\n",), has_choices=True, least=2 * _QUERIES, sharing=_QUERIES),
+    EMBEDDED_RECALL: _PEOPLE,
+    EMBEDDED_RECALL + GENERATED: _PEOPLE,
+}

@@ -1,0 +1,20 @@
+"""`python -m tests ARGUMENTS` is `pytest ARGUMENTS`, but only it imports torch: its workers are forked from here."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.preloaded import preloaded_python, serve
+
+with preloaded_python(serve) as put, tempfile.TemporaryDirectory() as folder:
+    import pytest
+
+    put(Path(folder, "python"))
+
+    class ForkedWorkers:
+        def pytest_xdist_setupnodes(self, specs):
+            for spec in specs:
+                spec.python = str(Path(folder, "python"))
+
+    already_imported = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # anyio, whose asserts are not ours
+    sys.exit(pytest.main([*sys.argv[1:], *already_imported], plugins=[ForkedWorkers()]))
