@@ -27,6 +27,8 @@ examples:
   python create_replaced_model_checkpoint.py --base /models/my-llamba --layers 3 --output_dir ./grafted --dry_run
   python create_replaced_model_checkpoint.py --base ../model_checkpoints/for_lm_eval --layers 11 --ungraft 13 \\
       --output_dir ../model_checkpoints/next
+  python create_replaced_model_checkpoint.py --layers A:11,13 B:17 --llama_layers_dir A=./instruct B=./plain \\
+      --output_dir ../model_checkpoints/two_donors
   python create_replaced_model_checkpoint.py --from_info checkpoint_info.json --output_dir ../model_checkpoints/again
 """
 
@@ -41,7 +43,13 @@ def make_parser() -> CommandParser:
         "with transformers alone.",
         epilog=EXAMPLES,
     )
-    add_layers_flag(parser, required=False, help="indices of the layers to replace, in any order")
+    add_layers_flag(
+        parser,
+        required=False,
+        names=True,
+        help="indices of the layers to replace, in any order; from several donors, with the names that "
+        "--llama_layers_dir gives them, such as A:11,13 B:17",
+    )
     parser.add_argument(
         "--heads",
         nargs="+",
@@ -74,8 +82,8 @@ def make_parser() -> CommandParser:
         nargs="+",
         default=[default_folder("extracted_llama_layers")],
         metavar="DIR",
-        help="layers written by extract_layers.py (default: extracted_llama_layers); several only with --from_info, "
-        "one for each donor of the recipe",
+        help="layers written by extract_layers.py (default: extracted_llama_layers); from several donors A=DIR B=DIR; "
+        "with --from_info, a DIR for each donor of the recipe",
     )
     parser.add_argument(
         "--base",
@@ -109,8 +117,9 @@ def main() -> None:
     args = parser.parse_args()
     if (args.layers is None and args.heads is None and args.ungraft is None) == (args.from_info is None):
         parser.error("--layers, --heads or both are needed, or --ungraft; or else --from_info alone")
-    if args.from_info is None and len(args.llama_layers_dir) > 1:
-        parser.error("--llama_layers_dir takes several folders only with --from_info")
+    layers, layers_dir = args.layers or [], args.llama_layers_dir[0]
+    if isinstance(layers, dict) or (args.from_info is None and len(args.llama_layers_dir) > 1):
+        layers_dir = {name: folder for name, _, folder in (str(each).partition("=") for each in args.llama_layers_dir)}
     if args.keep_mixer_heads and args.heads is None:
         parser.error("--keep_mixer_heads belongs to --heads")
     heads = dict(args.heads or [])
@@ -137,8 +146,8 @@ def main() -> None:
 
         build_checkpoint(
             args.base or "unaligned_llamba",
-            args.layers or [],
-            args.llama_layers_dir[0],
+            layers,
+            layers_dir,
             target,
             tokenizer=args.tokenizer,
             description=args.description or "",

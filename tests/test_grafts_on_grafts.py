@@ -72,7 +72,7 @@ def test_it_tells_its_descent_verifies_and_is_rebuilt_without_its_parent(
 ):
     parent = info_of(checkpoint_dir)["files"]["tensor_digests.json"]["sha256"]
     first, second = info_of(second_dir)["descent"]
-    assert first == {"from": {"id": base_dir.name}, "grafted": [1, 3]}
+    assert first == {"from": {"id": base_dir.name}, "grafted": [1, 3], "donors": ["tiny-llama"]}
     assert second["from"] == {"id": checkpoint_dir.name, "tensor_digests_sha256": parent, "mmlu_score": None}
     assert (second["grafted"], second["grafted_heads"], second["ungrafted"]) == ([], {"2": [1]}, [1])
     assert info_of(second_dir)["base_model"] == info_of(checkpoint_dir)["base_model"]
@@ -114,6 +114,57 @@ def test_another_donor_replaces_a_layer_and_both_are_recorded(
     assert "So is every other byte" in again.stdout
 
 
+def test_two_donors_in_one_command_are_the_two_steps(base_dir, layers_dir, other_layers_dir, tmp_path):
+    named = (f"A={layers_dir}", f"B={other_layers_dir}")
+    layers = ("--layers", "A:1", "B:3,0")
+    build_checkpoint(str(base_dir), [1], layers_dir, tmp_path / "first")
+    build_checkpoint(str(tmp_path / "first"), [0, 3], other_layers_dir, tmp_path / "second")
+    where = ("--base", base_dir, "--output_dir", tmp_path / "one")
+    result = run_command("create_replaced_model_checkpoint", *where, *layers, "--llama_layers_dir", *named)
+    assert result.returncode == 0, result.stderr
+    assert f"Donor        other-llama (layers in {other_layers_dir})" in result.stdout
+    one, second = info_of(tmp_path / "one"), info_of(tmp_path / "second")
+    assert (one["files"], one["digests"], one["other_donors"]) == (
+        second["files"],
+        second["digests"],
+        second["other_donors"],
+    )
+    where = ("--base", base_dir, "--output_dir", tmp_path / "out")
+    for given, words in (
+        ((*layers, "--llama_layers_dir", named[0]), "the same names for their folders"),
+        (("--layers", 1, "--llama_layers_dir", *named), "need a name for each"),
+        ((*layers, "--heads", "2:0", "--llama_layers_dir", *named), "Heads come from one donor"),
+    ):
+        assert_refused(run_command("create_replaced_model_checkpoint", *where, *given), words)
+    mixed = run_command("create_replaced_model_checkpoint", *where, "--layers", "A:1", "3")
+    assert_refused(mixed, "layer 3 has no name", code=2)
+
+
+def test_where_nothing_is_left_of_the_first_donor_its_checkpoint_is_needed(
+    checkpoint_dir, layers_dir, other_layers_dir, tmp_path
+):
+    out = tmp_path / "out"
+    assert build(checkpoint_dir, other_layers_dir, out, "--layers", 1, 3).returncode == 0
+    rebuild = ("create_replaced_model_checkpoint", "--from_info", out, "--output_dir", tmp_path / "again")
+    where = ("--llama_layers_dir", other_layers_dir)
+    assert_refused(run_command(*rebuild, *where), "which base and donors alone do not give")
+    again = run_command(*rebuild, *where, "--base", checkpoint_dir)
+    assert again.returncode == 0, again.stderr
+    assert "So is every other byte" in again.stdout
+
+
+def test_donors_with_other_settings_are_refused(checkpoint_dir, base_dir, layers_dir, tmp_path):
+    config = LlamaConfig.from_dict(json.loads((layers_dir / "metadata.json").read_text())["config"])
+    config.rms_norm_eps = 1e-3
+    seeded(LlamaForCausalLM(config), seed=8).save_pretrained(tmp_path / "odd-llama")
+    extract_layers(str(tmp_path / "odd-llama"), tmp_path / "odd")
+    out = tmp_path / "out"
+    assert_refused(build(checkpoint_dir, tmp_path / "odd", out, "--layers", 0), "other settings", "rms_norm_eps")
+    named = ("--layers", "A:1", "B:3", "--llama_layers_dir", f"A={layers_dir}", f"B={tmp_path / 'odd'}")
+    result = run_command("create_replaced_model_checkpoint", "--base", base_dir, *named, "--output_dir", out)
+    assert_refused(result, "have different settings", "rms_norm_eps")
+
+
 def test_a_graft_on_a_healed_checkpoint_keeps_what_was_trained(checkpoint_dir, base_dir, layers_dir, tmp_path):
     text, healed, out = tmp_path / "text.txt", tmp_path / "healed", tmp_path / "out"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
@@ -139,7 +190,7 @@ def test_a_graft_on_a_healed_checkpoint_keeps_what_was_trained(checkpoint_dir, b
     assert "Built on healed, which was healed" in (out / "README.txt").read_text()
     rebuild = ("create_replaced_model_checkpoint", "--from_info", out, "--output_dir", tmp_path / "again")
     where = ("--llama_layers_dir", layers_dir)
-    assert_refused(run_command(*rebuild, *where), "is of a graft on healed", "Say where that checkpoint is by --base")
+    assert_refused(run_command(*rebuild, *where), "is of a graft on healed", "checkpoint is by --base")
     assert_refused(run_command(*rebuild, *where, "--base", checkpoint_dir), "is not the checkpoint healed")
     again = run_command(*rebuild, *where, "--base", healed)
     assert again.returncode == 0, again.stderr

@@ -35,8 +35,8 @@ Review = Callable[[dict[str, Any], GraftPlan], None]
 
 def build_checkpoint(
     base: str,
-    layers: Sequence[int],
-    llama_layers_dir: str | Path | LayerStore,
+    layers: Sequence[int] | Mapping[str, Sequence[int]],
+    llama_layers_dir: str | Path | LayerStore | Mapping[str, str | Path],
     output_dir: str | Path,
     *,
     tokenizer: str | None = None,
@@ -59,8 +59,10 @@ def build_checkpoint(
     Args:
         base: a name, folder or hub id of a Llamba, as `sources.resolve` takes it. Or a checkpoint's folder: its grafts
             stay, and these are added.
-        layers: indices, in any order, each once; may be empty where there are heads, or layers to put back.
-        llama_layers_dir: the donor's layers: a folder written by `extract_layers`, or an open store.
+        layers: indices, in any order, each once; may be empty where there are heads, or layers to put back. Of several
+            donors: by a name for each, such as {"a": [11, 13], "b": [17]}.
+        llama_layers_dir: the donor's layers: a folder written by `extract_layers`, or an open store. Of several
+            donors: a folder by name. Their settings must be the same.
         output_dir: the checkpoint's folder; it appears whole or not at all.
         tokenizer: name, folder or hub id to take it from; by default the base's own, else the donor's.
         description: free text for people.
@@ -266,6 +268,7 @@ def _step(graft: GraftPlan, parent: Parent) -> dict[str, Any]:
         "grafted": graft.new_layers,
         **({"grafted_heads": heads} if heads else {}),
         "ungrafted": parent.ungrafted,
+        "donors": [record["id"] for record in graft.donor.records(graft.donor_layers)],
     }
 
 

@@ -6,7 +6,7 @@ from types import NoneType
 from typing import Any
 
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.sources import TABLE, check_recorded
+from model_preparation.hub.sources import TABLE, check_recorded, donors_of
 from model_preparation.io.digests import FILE_FIELDS
 from model_preparation.io.tensors.dtypes import MODEL_DTYPES
 from model_preparation.io.untrusted.not_a_model import what_it_is
@@ -62,6 +62,7 @@ _INFO_FIELDS = {
             "grafted?": [int],
             "grafted_heads?": {"*": [int]},
             "ungrafted?": [int],
+            "donors?": [str],
             "healed?": str,
         }
     ],
@@ -95,7 +96,12 @@ def descent_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
         return list(info["descent"])
     heads = {name: info[name] for name in ("grafted_heads",) if name in info}
     steps: list[dict[str, Any]] = [
-        {"from": {"id": info["base_model"]["id"]}, "grafted": info["replaced_layers"], **heads}
+        {
+            "from": {"id": info["base_model"]["id"]},
+            "grafted": info["replaced_layers"],
+            **heads,
+            "donors": [donor["id"] for donor in donors_of(info)],
+        }
     ]
     if "healing" in info:
         steps.append({"from": info["parent"], "healed": info["healing"]["method"]})
@@ -105,6 +111,15 @@ def descent_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
 def is_healed(info: Mapping[str, Any]) -> bool:
     """Whether a checkpoint, or one that it was built from, was healed: then no recipe gives all its tensors."""
     return "healing" in info or any("healed" in step for step in info.get("descent", []))
+
+
+def needs_parent(info: Mapping[str, Any]) -> bool:
+    """Whether base and donors alone do not give a checkpoint: what it was built on is needed.
+
+    That is so after healing, and where nothing is left of the first donor, who may have given the tokenizer.
+    """
+    steps = info.get("descent", [])
+    return is_healed(info) or (bool(steps) and steps[0].get("donors", [])[:1] != [donors_of(info)[0]["id"]])
 
 
 def head_spec(info: Mapping[str, Any]) -> str:

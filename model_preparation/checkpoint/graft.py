@@ -206,7 +206,7 @@ class GraftPlan(GraftParts):
         instead = {index: f", instead of {owner}" for index, owner in before.items()}
         whole = ", the mixer stays whole" if self.keep_mixer_heads else ""
         return [
-            *(f"Donor        {record['id']} (layers in {donor.folder})" for record in donor.records(self.donor_layers)),
+            *donor.describe(),
             *(f"Layer {index:>3}    <- {donor.path(index)}{instead.get(index, '')}" for index in self.new_layers),
             *(
                 f"Layer {index:>3}    <- head{'s' * (len(of_layer) > 1)} {', '.join(map(str, of_layer))} of "
@@ -247,8 +247,8 @@ def plan(
 
 def find_parts(
     base_name: str,
-    layers: Sequence[int],
-    llama_layers_dir: str | Path | LayerStore,
+    layers: Sequence[int] | Mapping[str, Sequence[int]],
+    llama_layers_dir: str | Path | LayerStore | Mapping[str, str | Path],
     *,
     dtype: "DType | torch.dtype | str | None" = None,
     sources: Mapping[str, str] | None = None,
@@ -260,8 +260,8 @@ def find_parts(
 
     Args:
         base_name: a name, folder or hub id of a Llamba, as `sources.resolve` takes it; or a checkpoint's folder.
-        layers: indices, in any order, each once.
-        llama_layers_dir: a folder written by `extract_layers`, or an open store.
+        layers: indices, in any order, each once; of several donors, by a name for each.
+        llama_layers_dir: a folder written by `extract_layers`, or an open store; of several donors, folders by name.
         dtype: of the whole model; by default the base's.
         sources: targets by name, as `resolve(overrides=...)` takes them.
         heads: by layer, the donor's heads to add to the base's mixer.
@@ -273,6 +273,8 @@ def find_parts(
     """
     added = {index: sorted_layers(heads[index], "head") for index in sorted(heads)} if heads else {}
     ungraft = sorted_layers(ungraft) if len(ungraft) else []
+    if isinstance(layers, Mapping) or isinstance(llama_layers_dir, Mapping):
+        layers, llama_layers_dir = _of_several(layers, llama_layers_dir, added)
     layers = sorted_layers(layers) if len(layers) or not (added or ungraft) else []
     if both := sorted(added.keys() & set(layers)):
         raise SurgeryError(
@@ -295,6 +297,19 @@ def find_parts(
     kept: frozenset[int] = frozenset()
     dtype = wanted or files.dtype()
     return GraftParts(base_name, base, files, donor, layers, dtype, added, keep_mixer_heads, None, kept)
+
+
+def _of_several(layers: Any, folders: Any, heads: Mapping[int, Any]) -> tuple[list[int], LayersOfSeveral]:
+    """The layers of several donors, and where they are; from a dict of each, by name."""
+    if not isinstance(layers, Mapping) or not isinstance(folders, Mapping) or layers.keys() != folders.keys():
+        raise SurgeryError(
+            "Layers of several donors need a name for each, and the same names for their folders, such as "
+            "--layers A:11,13 B:17 --llama_layers_dir A=DIR B=DIR."
+        )
+    if heads:
+        raise SurgeryError("Heads come from one donor. Add them in a second step, with the new checkpoint as --base.")
+    stores = [(LayerStore(folder, hint=None), sorted_layers(layers[name])) for name, folder in folders.items()]
+    return [index for _, own in stores for index in own], LayersOfSeveral(stores)
 
 
 def _on_parent(

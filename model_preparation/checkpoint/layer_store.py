@@ -125,6 +125,10 @@ class LayerStore:
             found[name] = place if picked is None else PickedTensor(place, tuple(picked[1]), picked[0])
         return found
 
+    def describe(self) -> list[str]:
+        """A line for the plan; of several donors, one for each."""
+        return [f"Donor        {self.metadata['source']['id']} (layers in {self.folder})"]
+
     def records(self, layers: Sequence[int]) -> list[dict[str, Any]]:
         """What checkpoint_info.json says of the donor that gave these layers; of several donors, of each."""
         digests = {str(index): self.layers[index]["sha256"] for index in layers}
@@ -207,6 +211,9 @@ class LayersOfSeveral(LayerStore):
 
     def head_ranges(self, index: int, heads: Sequence[int]) -> dict[str, StoredTensor]:
         return self._of[index].head_ranges(index, heads)
+
+    def describe(self) -> list[str]:
+        return [line for store, _ in self._stores for line in store.describe()]
 
     def records(self, layers: Sequence[int]) -> list[dict[str, Any]]:
         return [record for store, own in self._stores for record in store.records([i for i in own if i in layers])]

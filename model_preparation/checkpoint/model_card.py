@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from model_preparation.checkpoint.checkpoint_info import head_spec, is_healed
+from model_preparation.checkpoint.checkpoint_info import head_spec, needs_parent
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.download import TITLES
 from model_preparation.hub.licences import LlamaTerms, terms_of
@@ -179,7 +179,7 @@ def _recipe(info: Mapping[str, Any]) -> str:
         for donor in donors
         for index, digest in donor["layers"].items()
     ]
-    if is_healed(info):
+    if needs_parent(info):
         return "\n\n".join([_table(("", ""), rows + _healing_rows(info)), _table(("file", "digest"), digests)])
     where = f" --base {_spec(base)}" if base["hub"] == "local" else ""
     return "\n\n".join(
@@ -205,7 +205,7 @@ def _recipe(info: Mapping[str, Any]) -> str:
 def _healing_rows(info: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """How a checkpoint was trained after the graft."""
     if "healing" not in info:
-        return [("built on", f"{_code(info['descent'][-1]['from']['id'])}, healed or built on a healed one")]
+        return [("built on", f"{_code(info['descent'][-1]['from']['id'])}, which the recipe needs too")]
     healing = info["healing"]
     rows = [
         ("healed from", _code(info["parent"]["id"])),

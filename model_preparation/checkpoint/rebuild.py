@@ -15,7 +15,7 @@ from model_preparation.checkpoint.checkpoint_info import (
     README,
     TENSOR_DIGESTS,
     grafted_heads,
-    is_healed,
+    needs_parent,
     read_info,
     read_info_file,
 )
@@ -79,7 +79,7 @@ def rebuild_checkpoint(
             f"rebuild the one it was healed from, {info.get('parent', {}).get('id', 'its parent')}, and heal that."
         )
     step: dict[str, Any] = {"grafted": info["replaced_layers"], "grafted_heads": info.get("grafted_heads", {})}
-    if is_healed(info):  # what it was built on cannot be built from a base
+    if needs_parent(info):
         step = info["descent"][-1]
         _check_parent(recipe, base, step["from"])
     heads = grafted_heads(step)
@@ -142,11 +142,11 @@ def _check_parent(recipe: str | Path, base: str | None, recorded: Mapping[str, A
     """Raise SurgeryError unless `base` is the checkpoint that the recipe's was built on."""
     if base is None:
         raise SurgeryError(
-            f"{recipe} is of a graft on {recorded['id']}, which was healed or built on a healed checkpoint, and no "
-            "recipe gives its weights. Say where that checkpoint is by --base."
+            f"{recipe} is of a graft on {recorded['id']}, which base and donors alone do not give. Say where that "
+            "checkpoint is by --base."
         )
     there = read_info(base)["files"][TENSOR_DIGESTS]["sha256"]
-    if there != recorded["tensor_digests_sha256"]:
+    if there != recorded.get("tensor_digests_sha256"):
         raise SurgeryError(f"{base} is not the checkpoint {recorded['id']} of the recipe. Give that one by --base.")
 
 
