@@ -135,6 +135,7 @@ class CachedScorer:
 
     def _step(self, index: int, grafted: bool, before: _Hidden) -> Any:
         """The hidden states after a layer; after the last layer the answers."""
+        grafted = grafted or index in self._pair.fixed
         layer = self._pair.layer(index, grafted)
         is_last = index == self._pair.layers - 1
         after = _Hidden({}, {})

@@ -58,7 +58,7 @@ def refine(space: SearchSpace, scores: CandidateScores) -> None:
 def _grow(space: SearchSpace, scores: CandidateScores, width: int) -> None:
     kept: list[LayerSet] = [BASE]
     for size in range(1, space.most + 1):
-        if size == 1 and len(space.prior) == space.total:  # all single layers are known before the search
+        if size == 1 and len(space.prior) == len(space.free):  # all single layers are known before the search
             kept = sorted(space.singles, key=lambda layers: (-space.prior[layers[0]], layers))[:width]
             continue
         more = dict.fromkeys(new for layers in kept for new in space.with_one_more(layers))
