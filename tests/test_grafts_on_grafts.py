@@ -231,3 +231,25 @@ def test_a_parent_that_is_not_as_it_was_built_is_refused(checkpoint_dir, base_di
     (tmp_path / "gone" / "config.json").write_text(json.dumps(config | {"use_cache": True}))
     assert_refused(build(parent, layers_dir, out, "--ungraft", 1), "is not the base that", "config.json")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda info: info.pop("dtype"),
+        lambda info: info.pop("replacement_source"),
+        lambda info: info["replacement_source"]["layers"].pop("3"),
+        lambda info: info["files"].pop("tensor_digests.json"),
+        lambda info: info["config"].update(llama_layers=[3]),
+        lambda info: info["config"].update(n_layer=0),
+        lambda info: info.update(digests=[]),
+    ],
+)
+def test_a_parent_whose_description_is_damaged_is_refused(checkpoint_dir, layers_dir, tmp_path, damage):
+    parent = Path(shutil.copytree(checkpoint_dir, tmp_path / "parent"))
+    info = info_of(parent)
+    damage(info)
+    (parent / "checkpoint_info.json").write_text(json.dumps(info))
+    assert_refused(
+        build(parent, layers_dir, tmp_path / "out", "--layers", 0), "checkpoint_info.json", "Build the checkpoint again"
+    )

@@ -31,6 +31,7 @@ _INFO_FIELDS = {
     "config": dict,
     "generation_config": dict,
     "files": {"*": FILE_FIELDS},
+    "digests?": {"weights?": str, "tokenizer?": str, "donor_layers?": {"*": str}},
     "base_model?": {"name?": str, "files": {"*": {"*": (str, int)}}},
     "replacement_source?": {"name?": str, "layers": {"*": str}},
     "other_donors?": [{"name?": str, "layers": {"*": str}}],

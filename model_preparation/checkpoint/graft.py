@@ -24,7 +24,6 @@ from model_preparation.checkpoint.layer_store import (
     sorted_layers,
 )
 from model_preparation.checkpoint.model_configs import (
-    config_from_dict,
     heads_of,
     layer_shapes,
     read_config,
@@ -107,8 +106,9 @@ class GraftParts:
     @property
     def base_config(self) -> "LlambaConfig":
         """The config of the base, or of the checkpoint that the graft starts from."""
-        config = read_config(self.base.folder) if self.parent is None else config_from_dict(self.parent.info["config"])
-        return config  # type: ignore[return-value]  # by its model_type
+        if self.parent is not None:
+            return self.parent.config
+        return read_config(self.base.folder)  # type: ignore[return-value]  # by its model_type
 
     @property
     def has_the_bases_tensors(self) -> bool:
@@ -133,7 +133,7 @@ class GraftParts:
             for name, place in self.files.ranges.items()
             if not name.startswith((*self.new, *self.ungrafted))
         }
-        if self.base_config.tie_embeddings if self.parent else ties_embeddings(self.base.folder):
+        if ties_embeddings(self.base.folder) if self.parent is None else self.parent.config.tie_embeddings:
             found.pop("lm_head.weight", None)  # the embedding is the head
         if self.parent is not None and self.parent.own is not None:
             own = self.parent.own.ranges.items()

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model_preparation.checkpoint.checkpoint_info import (
     INFO,
@@ -19,6 +19,9 @@ from model_preparation.hub.sources import donors_of, folder_named, resolve, targ
 from model_preparation.io.identity import differences
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import TensorRange
+
+if TYPE_CHECKING:
+    from model_preparation.llamba.configuration_llamba import LlambaConfig
 
 _NOT_OF_THE_ORIGIN = ("name", "layers")  # in the record of a donor
 
@@ -44,6 +47,7 @@ class Parent:
 
     Attributes:
         info: its checkpoint_info.json.
+        config: its model's.
         files: its tensors.
         ungrafted: the layers that get back what its recipe's base has there.
         own: the tensors of that base; None if no layer is put back.
@@ -51,6 +55,7 @@ class Parent:
 
     folder: Path
     info: dict[str, Any]
+    config: "LlambaConfig"
     files: CheckpointFiles
     ungrafted: list[int]
     own: TensorFiles | None
@@ -67,15 +72,21 @@ class Parent:
             if ungrafted:
                 raise SurgeryError(f"{name} is no checkpoint, so nothing in it is grafted. Leave --ungraft out.")
             return None
+        from model_preparation.io.untrusted.untrusted_config import config_from  # which imports transformers
+        from model_preparation.llamba.configuration_llamba import LlambaConfig
+
         folder = folder.absolute()
         info = read_info(folder)
-        recorded = (info.get("base_model") or {}).get("files", {}).values()
-        if not recorded or any("blake3" not in entry for entry in recorded) or "digests" not in info:
+        try:
+            config = config_from(info["config"], LlambaConfig)
+        except ValueError as error:
+            raise SurgeryError(f"{folder / INFO} describes no model ({error}). Build the checkpoint again.") from error
+        grafted = {*config.llama_layers, *map(int, config.llama_heads)}
+        if not grafted or not _records_enough(info, config, grafted):
             raise SurgeryError(
-                f"{folder} was made by an early version, which recorded less than a further graft needs. "
-                f"Build it again first: create_replaced_model_checkpoint.py --from_info {folder / INFO}"
+                f"{folder / INFO} is damaged, or of an early version, which recorded less than a further graft needs. "
+                f"Build the checkpoint again: create_replaced_model_checkpoint.py --from_info {folder / INFO}"
             )
-        grafted = {*info["replaced_layers"], *map(int, info.get("grafted_heads", {}))}
         if not_there := sorted(set(ungrafted) - grafted):
             raise SurgeryError(
                 f"Layer {', '.join(map(str, not_there))} of {folder} is not grafted; grafted are "
@@ -85,7 +96,7 @@ class Parent:
         if ungrafted:
             cure = f"Put it back there, or build from a base instead of {folder}."
             own = TensorFiles(resolve(target_of(info["base_model"], cure), overrides=sources).folder)
-        return cls(folder, info, CheckpointFiles(folder, info), sorted(ungrafted), own)
+        return cls(folder, info, config, CheckpointFiles(folder, info), sorted(ungrafted), own)
 
     @property
     def tokenizer(self) -> Path:
@@ -139,6 +150,21 @@ class Parent:
             elif layers:
                 found.append({**donor, "layers": layers})
         return found
+
+
+def _records_enough(info: Mapping[str, Any], config: "LlambaConfig", grafted: Collection[int]) -> bool:
+    """Whether a checkpoint_info.json agrees with its config, and has all that the next one takes from it."""
+    if (
+        not {"base_model", "replacement_source", "digests", "dtype"} <= info.keys()
+        or TENSOR_DIGESTS not in info["files"]
+    ):
+        return False
+    named = {index for donor in donors_of(info) for index in donor["layers"]}
+    return (
+        (config.llama_layers, config.llama_heads) == (info["replaced_layers"], info.get("grafted_heads", {}))
+        and named == {str(index) for index in grafted}
+        and all("blake3" in entry for entry in info["base_model"]["files"].values())
+    )
 
 
 def _origin(donor: Mapping[str, Any]) -> dict[str, Any]:
