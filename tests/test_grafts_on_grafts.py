@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from model_preparation import build_checkpoint, extract_layers, load_checkpoint
-from tests.conftest import assert_refused, make_tokenizer, run_command, seeded
+from tests.conftest import assert_refused, make_tokenizer, run_command, run_python, seeded
+from tests.test_hf_format import WITHOUT_OUR_PACKAGE
 
 
 def build(base, layers_dir, out, *args):
@@ -153,16 +154,68 @@ def test_where_nothing_is_left_of_the_first_donor_its_checkpoint_is_needed(
     assert "So is every other byte" in again.stdout
 
 
-def test_donors_with_other_settings_are_refused(checkpoint_dir, base_dir, layers_dir, tmp_path):
-    config = LlamaConfig.from_dict(json.loads((layers_dir / "metadata.json").read_text())["config"])
-    config.rms_norm_eps = 1e-3
-    seeded(LlamaForCausalLM(config), seed=8).save_pretrained(tmp_path / "odd-llama")
-    extract_layers(str(tmp_path / "odd-llama"), tmp_path / "odd")
+def other_donor(layers_dir: Path, folder: Path, **changes) -> Path:
+    """The layers of a donor with these settings changed; the model is in `folder`/model."""
+    config = LlamaConfig.from_dict(json.loads((layers_dir / "metadata.json").read_text())["config"] | changes)
+    seeded(LlamaForCausalLM(config), seed=8).save_pretrained(folder / "model")
+    extract_layers(str(folder / "model"), folder / "layers")
+    return folder / "layers"
+
+
+def test_each_donor_has_its_own_norms_and_positions(base_dir, donor_dir, layers_dir, tmp_path):
+    """In one command or in two steps; in every way of opening it; compared with the layers run by hand."""
+    rope = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+    other = other_donor(layers_dir, tmp_path, rms_norm_eps=1e-2, rope_parameters=rope)
+    out = tmp_path / "one"
+    named = ("--layers", "A:0,2", "B:1,3", "--llama_layers_dir", f"A={layers_dir}", f"B={other}")
+    where = ("--base", base_dir, "--output_dir", out, "--format", "both")
+    result = run_command("create_replaced_model_checkpoint", *where, *named)
+    assert result.returncode == 0, result.stderr
+    build_checkpoint(str(base_dir), [0, 2], layers_dir, tmp_path / "first")
+    build_checkpoint(str(tmp_path / "first"), [1, 3], other, tmp_path / "two", format="both")
+    assert info_of(tmp_path / "two")["files"] == info_of(out)["files"]
+    again = ("create_replaced_model_checkpoint", "--from_info", tmp_path / "two", "--output_dir", tmp_path / "again")
+    again = run_command(*again, "--llama_layers_dir", layers_dir, other)
+    assert again.returncode == 0, again.stderr
+    assert "So is every other byte" in again.stdout
+
+    ids = torch.tensor([[7, 81, 200, 34, 5, 6, 99, 100, 101]])
+    model = load_checkpoint(out)[0]
+    donors = [AutoModelForCausalLM.from_pretrained(folder).model for folder in (donor_dir, tmp_path / "model")]
+    positions = torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        hidden = model.backbone.embedding(ids)
+        for index in range(4):
+            donor = donors[index % 2]
+            hidden = donor.layers[index](hidden, position_embeddings=donor.rotary_emb(hidden, positions))
+        wanted = model.lm_head(model.backbone.final_layernorm(hidden))[..., : model.config.vocab_size]
+        assert torch.allclose(model(ids).logits, wanted, atol=1e-5)
+        whole = torch.load(out / "model.pt")
+        assert torch.equal(whole(ids).logits, model(ids).logits)
+        cached, anew = (whole.generate(ids, max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False))
+        assert torch.equal(cached, anew)
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_OUR_PACKAGE)
+    script = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        f"with torch.no_grad():\n    torch.save(model(torch.tensor({ids.tolist()})).logits, 'found.pt')\n"
+    )
+    homes = {name: str(tmp_path / name) for name in ("HF_HOME", "HF_MODULES_CACHE")}
+    result = run_python("-c", script, str(out), cwd=tmp_path, PYTHONPATH=str(tmp_path), **homes)
+    assert result.returncode == 0, result.stderr
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "found.pt"), model(ids).logits)
+
+
+def test_donors_that_differ_in_more_are_refused(checkpoint_dir, base_dir, layers_dir, tmp_path):
+    other = other_donor(layers_dir, tmp_path, intermediate_size=44)
     out = tmp_path / "out"
-    assert_refused(build(checkpoint_dir, tmp_path / "odd", out, "--layers", 0), "other settings", "rms_norm_eps")
-    named = ("--layers", "A:1", "B:3", "--llama_layers_dir", f"A={layers_dir}", f"B={tmp_path / 'odd'}")
+    words = "other settings than the first's: intermediate_size"
+    assert_refused(build(checkpoint_dir, other, out, "--layers", 0), words)
+    named = ("--layers", "A:1", "B:3", "--llama_layers_dir", f"A={layers_dir}", f"B={other}")
     result = run_command("create_replaced_model_checkpoint", "--base", base_dir, *named, "--output_dir", out)
-    assert_refused(result, "have different settings", "rms_norm_eps")
+    assert_refused(result, "Layer 3 is of a donor", words)
+    assert not out.exists()
 
 
 def test_a_graft_on_a_healed_checkpoint_keeps_what_was_trained(checkpoint_dir, base_dir, layers_dir, tmp_path):

@@ -62,7 +62,7 @@ def build_checkpoint(
         layers: indices, in any order, each once; may be empty where there are heads, or layers to put back. Of several
             donors: by a name for each, such as {"a": [11, 13], "b": [17]}.
         llama_layers_dir: the donor's layers: a folder written by `extract_layers`, or an open store. Of several
-            donors: a folder by name. Their settings must be the same.
+            donors: a folder by name.
         output_dir: the checkpoint's folder; it appears whole or not at all.
         tokenizer: name, folder or hub id to take it from; by default the base's own, else the donor's.
         description: free text for people.

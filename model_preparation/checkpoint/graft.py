@@ -6,7 +6,7 @@ needs both: it compares configs and shapes, finds the tokenizer, and returns a `
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,6 @@ from model_preparation.checkpoint.checkpoint_info import INFO, grafted_heads
 from model_preparation.checkpoint.layer_store import (
     LayersOfSeveral,
     LayerStore,
-    attention_settings,
     check_range,
     sorted_layers,
 )
@@ -33,11 +32,10 @@ from model_preparation.checkpoint.model_configs import (
 from model_preparation.checkpoint.parent import Parent
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import Source, donor_name, has_tokenizer, resolve, tokenizer_name
-from model_preparation.io.identity import differences
 from model_preparation.io.tensors.dtypes import DType, float_dtype
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import StoredTensor
-from model_preparation.llamba.donor_kinds import KINDS
+from model_preparation.llamba.donor_kinds import KINDS, OF_EACH_DONOR
 
 if TYPE_CHECKING:
     import torch
@@ -398,17 +396,11 @@ def check_parts(
         )
     if parts.parent is not None:
         parts.parent.check_own()
-    if parts.donor_layers:
-        _check_donor(base_config, parts.donor)
-        parts.donor.check(parts.donor_layers)
+    for store in parts.donor.stores:
+        _check_donor(base_config, store)
+    parts.donor.check(parts.donor_layers)
     donor = parts.donor if parts.donor_layers else None
-    config = grafted_config(base_config, donor, parts.layers, parts.heads, parts.keep_mixer_heads)
-    if parts.kept and (odd := differences(attention_settings(base_config), attention_settings(config))):
-        raise SurgeryError(
-            f"{parts.donor.folder} is of a donor with other settings than that of the layers "
-            f"which stay grafted in {parts.base.folder} ({'; '.join(odd)}). Put those back by --ungraft, or give "
-            "layers of a donor with the same settings."
-        )
+    config = grafted_config(base_config, donor, parts.layers, parts.heads, parts.keep_mixer_heads, kept=parts.kept)
     casts = _check_tensors(parts, config)
     tokenizer_folder, tokenizer_of, other = _find_tokenizer(parts, tokenizer, sources)
     config.dtype = parts.dtype.torch
@@ -428,10 +420,15 @@ def grafted_config(
     layers: Sequence[int],
     heads: Mapping[int, Sequence[int]] = MappingProxyType({}),
     keep_mixer_heads: bool = False,
+    *,
+    kept: Collection[int] = (),
 ) -> "LlambaConfig":
     """The base's config with the settings of the donor's attention; it names the donor's layers and heads.
 
-    Without a donor, the settings are those of a base that has grafts already.
+    Layers in `kept` are grafted in the base already, and keep their settings.
+
+    Raises:
+        SurgeryError: if donors differ in more than each layer can have for itself.
     """
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
@@ -445,10 +442,27 @@ def grafted_config(
     fields["llama_layers"] = list(layers)
     fields["llama_heads"] = {str(index): list(of_layer) for index, of_layer in heads.items()}
     fields["keep_mixer_heads"] = keep_mixer_heads and bool(heads)
-    if donor is not None:
+    if donor is not None and not kept:
         fields["donor_type"] = donor.config.model_type
         fields["llama_cfg"] = KINDS[donor.config.model_type].settings(donor.config)
         fields["max_position_embeddings"] = donor.config.max_position_embeddings
+    others = fields.get("other_llama_cfgs", {})
+    fields["other_llama_cfgs"] = {index: others[index] for index in others if int(index) in kept}
+    for index in sorted({*layers, *heads} - {*kept}):
+        assert donor is not None  # who gives what is not kept
+        config = donor.config_of(index)
+        own = KINDS[config.model_type].settings(config)
+        if odd := {name: value for name, value in own.items() if value != fields["llama_cfg"].get(name)}:
+            if (
+                config.model_type != fields.get("donor_type", "llama")
+                or index in heads
+                or not odd.keys() <= {*OF_EACH_DONOR}
+            ):
+                raise SurgeryError(
+                    f"Layer {index} is of a donor with other settings than the first's: {', '.join(odd)}. "
+                    f"Whole layers of one model may differ in {', '.join(OF_EACH_DONOR)} only: give another donor."
+                )
+            fields["other_llama_cfgs"][str(index)] = odd
     fields["use_cache"] = False  # plain forward passes need none; `generate` asks for it by itself
     with refusing_impossible_models():
         return LlambaConfig.from_dict(fields)
@@ -464,10 +478,7 @@ def empty_model(config: "LlambaConfig") -> "LlambaForCausalLM":
     # The device is of this thread only, unlike accelerate's init_empty_weights.
     with torch.device("meta"), refusing_impossible_models():
         model = LlambaForCausalLM(config)
-    if config.has_attention:
-        model.backbone.rotary_emb = KINDS[config.donor_type].transformers_class("RotaryEmbedding")(
-            config.llama_config()
-        )
+    model.backbone.make_rotary_embeddings()
     model.tie_weights()
     return model.eval()
 
@@ -493,8 +504,8 @@ def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
     """Compare every tensor's shape with what the grafted config asks for; returns the casts, in words."""
     donor_dtypes: set[DType] = set()
     donor = parts.donor
-    wanted = layer_shapes(donor.config) if parts.donor_layers else {}
     for index in parts.donor_layers:
+        wanted = layer_shapes(donor.config_of(index))
         ranges = donor.ranges(index)
         donor_dtypes |= {place.dtype for place in ranges.values()}
         found = {name: place.shape for name, place in ranges.items()}

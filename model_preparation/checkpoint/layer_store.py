@@ -18,7 +18,6 @@ from model_preparation.checkpoint.model_configs import check_kind, config_from_d
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import Source, check_recorded
 from model_preparation.io.digests import FILE_FIELDS, fault_of
-from model_preparation.io.identity import differences
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.pt_dict import dict_ranges
 from model_preparation.io.tensors.tensor_files import TensorFiles
@@ -102,6 +101,15 @@ class LayerStore:
             raise SurgeryError(f"{self.folder / METADATA} is damaged ({error}). {self._again()}") from error
 
     @property
+    def stores(self) -> list["LayerStore"]:
+        """The folders of single donors."""
+        return [self]
+
+    def config_of(self, index: int) -> "PreTrainedConfig":
+        """The config of the donor that gave a layer."""
+        return self.config
+
+    @property
     def tokenizer(self) -> Path:
         """Where the donor's tokenizer is, if it has one."""
         return self.folder / TOKENIZER
@@ -182,13 +190,10 @@ class LayerStore:
 
 
 class LayersOfSeveral(LayerStore):
-    """Layers of several donors with the same settings; or of none, where layers are only put back.
+    """Layers of several donors, the first of which gives the config; or of none, where layers are only put back.
 
     Args:
         layers: for each donor, its extracted layers and the indices that are taken from it.
-
-    Raises:
-        SurgeryError: if the donors' settings differ: a model has one set of settings for all its grafted layers.
     """
 
     def __init__(self, layers: Sequence[tuple[LayerStore, Sequence[int]]]):
@@ -199,12 +204,13 @@ class LayersOfSeveral(LayerStore):
             return
         first = layers[0][0]
         self.folder, self.metadata, self.config = first.folder, first.metadata, first.config
-        for store, _ in layers[1:]:
-            if odd := differences(attention_settings(first.config), attention_settings(store.config)):
-                raise SurgeryError(
-                    f"The donors in {first.folder} and {store.folder} have different settings ({'; '.join(odd)}). "
-                    "Take layers of donors with the same settings."
-                )
+
+    @property
+    def stores(self) -> list[LayerStore]:
+        return [store for store, _ in self._stores]
+
+    def config_of(self, index: int) -> "PreTrainedConfig":
+        return self._of[index].config
 
     def ranges(self, index: int) -> dict[str, TensorRange]:
         return self._of[index].ranges(index)
@@ -224,15 +230,6 @@ class LayersOfSeveral(LayerStore):
     def check(self, layers: Sequence[int]) -> None:
         for store, own in self._stores:
             store.check([index for index in own if index in layers])
-
-
-def attention_settings(config: "PreTrainedConfig") -> dict[str, Any]:
-    """All that grafted layers depend on, of a donor or of a Llamba with grafts."""
-    if config.model_type == "llamba":
-        kind, settings = config.donor_type, config.llama_cfg
-    else:
-        kind, settings = config.model_type, KINDS[config.model_type].settings(config)
-    return {"model_type": kind, "max_position_embeddings": config.max_position_embeddings, **settings}
 
 
 class ModelLayers(LayerStore):

@@ -34,7 +34,8 @@ _PROGRAMS = ("model_preparation", "torch", "transformers")  # they decide on all
 # The fields of a config that decide on what the model computes.
 _CONFIG = (
     *("d_model", "n_layer", "vocab_size", "tie_embeddings", "norm_epsilon"),
-    *("mlp_cfg", "ssm_cfg", "llama_layers", "llama_cfg", "donor_type", "llama_heads", "keep_mixer_heads"),
+    *("mlp_cfg", "ssm_cfg", "llama_layers", "llama_cfg", "other_llama_cfgs", "donor_type", "llama_heads"),
+    "keep_mixer_heads",
 )
 _OF_TOKENIZERS = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
 
