@@ -144,6 +144,8 @@ class ServerLM(LocalCompletionsAPI):
         advance: called with the number of requests just answered.
     """
 
+    truncated = 0  # a server refuses what is too long
+
     def __init__(
         self,
         server: Server,

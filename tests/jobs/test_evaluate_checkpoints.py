@@ -57,8 +57,9 @@ def test_flags_are_handed_on_as_they_are():
     assert list(evaluate_checkpoints._needed_paths(args)) == []
     given = ["x", "--suite", "recall", "--lengths", "64", "128", "--allow_truncation"]
     given += ["--haystack", "/book", "--task_data", "fda=/fda", "swde=/swde"]
-    args = evaluate_checkpoints.make_parser().parse_args(given)
-    assert " ".join(evaluate_checkpoints._flags(args)) == (
+    parser = evaluate_checkpoints.make_parser()
+    args = parser.parse_args(given)
+    assert " ".join(evaluate_checkpoints._flags(parser, args)) == (
         "--suite recall --lengths 64 128 --haystack /book --task_data fda=/fda swde=/swde --allow_truncation"
     )
     assert list(map(str, evaluate_checkpoints._needed_paths(args))) == ["/fda", "/swde", "/book"]

