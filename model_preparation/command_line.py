@@ -284,18 +284,32 @@ def number(
     return read
 
 
-def add_layers_flag(parser: CommandParser, *, required: bool, help: str) -> None:
-    """Add `--layers`: distinct indices from 0, in any order; the command gets them sorted."""
+def add_layers_flag(parser: CommandParser, *, required: bool, help: str, names: bool = False) -> None:
+    """Add `--layers`: distinct indices from 0, in any order; the command gets them sorted.
+
+    With `names`, NAME:N[,N...] is allowed too. The command then gets a dict: sorted indices by name.
+    """
+
+    def named(text: str) -> tuple[str, list[int]]:
+        name, _, indices = text.rpartition(":") if names else ("", "", text)
+        return name, [layer_index(index) for index in (indices.split(",") if name else [indices])]
 
     class SortedDistinct(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):
-            repeated = sorted({index for index in values if values.count(index) > 1})
+            given = [index for _, indices in values for index in indices]
+            repeated = sorted({index for index in given if given.count(index) > 1})
             if repeated:
                 raise argparse.ArgumentError(self, f"layer {', '.join(map(str, repeated))} is given more than once")
-            setattr(namespace, self.dest, sorted(values))
+            by_name: dict[str, list[int]] = {}
+            for name, indices in values:
+                by_name[name] = sorted([*by_name.get(name, []), *indices])
+            if "" in by_name and len(by_name) > 1:
+                raise argparse.ArgumentError(self, f"layer {by_name[''][0]} has no name, and others have one")
+            setattr(namespace, self.dest, by_name.get("", by_name))
 
+    metavar = "N|NAME:N[,N...]" if names else "N"
     parser.add_argument(
-        "--layers", nargs="+", type=layer_index, metavar="N", required=required, action=SortedDistinct, help=help
+        "--layers", nargs="+", type=named, metavar=metavar, required=required, action=SortedDistinct, help=help
     )
 
 

@@ -82,7 +82,7 @@ def main() -> None:
         if any(flag not in searched and not is_given(flag, passed_on) for flag in ORIGIN):
             assumed = (
                 f"{args.search} does not say what was searched. Used are the base {flags.base or 'unaligned_llamba'} "
-                f"and the donor's layers in {flags.llama_layers_dir}; name others by --base NAME|PATH and "
+                f"and the donor's layers in {flags.llama_layers_dir[0]}; name others by --base NAME|PATH and "
                 "--llama_layers_dir DIR (extract_layers.py --model_name DONOR --output_dir DIR writes them)."
             )
             print(assumed, flush=True)

@@ -10,6 +10,7 @@ from model_preparation.command_line import (
     add_layers_flag,
     default_folder,
     heads_of_layer,
+    layer_index,
     run,
     score,
 )
@@ -24,10 +25,14 @@ examples:
   python create_replaced_model_checkpoint.py --layers 13 17 --output_dir ../model_checkpoints/for_lm_eval --format hf
   python create_replaced_model_checkpoint.py --layers 17 --heads 13:16,17 15:11 --output_dir ../model_checkpoints/heads
   python create_replaced_model_checkpoint.py --base /models/my-llamba --layers 3 --output_dir ./grafted --dry_run
+  python create_replaced_model_checkpoint.py --base ../model_checkpoints/for_lm_eval --layers 11 --ungraft 13 \\
+      --output_dir ../model_checkpoints/next
+  python create_replaced_model_checkpoint.py --layers A:11,13 B:17 --llama_layers_dir A=./instruct B=./plain \\
+      --output_dir ../model_checkpoints/two_donors
   python create_replaced_model_checkpoint.py --from_info checkpoint_info.json --output_dir ../model_checkpoints/again
 """
 
-_OF_THE_RECIPE = ("heads", "keep_mixer_heads", "tokenizer", "description", "score", "dtype", "format")
+_OF_THE_RECIPE = ("heads", "ungraft", "keep_mixer_heads", "tokenizer", "description", "score", "dtype", "format")
 
 
 def make_parser() -> CommandParser:
@@ -38,7 +43,13 @@ def make_parser() -> CommandParser:
         "with transformers alone.",
         epilog=EXAMPLES,
     )
-    add_layers_flag(parser, required=False, help="indices of the layers to replace, in any order")
+    add_layers_flag(
+        parser,
+        required=False,
+        names=True,
+        help="indices of the layers to replace, in any order; from several donors, with the names that "
+        "--llama_layers_dir gives them, such as A:11,13 B:17",
+    )
     parser.add_argument(
         "--heads",
         nargs="+",
@@ -46,6 +57,13 @@ def make_parser() -> CommandParser:
         metavar="LAYER:HEAD[,HEAD...]",
         help="query heads of the donor to add to the mixers of layers that stay, such as 13:16,17,18 15:11; they need "
         "less cache than whole layers",
+    )
+    parser.add_argument(
+        "--ungraft",
+        nargs="+",
+        type=layer_index,
+        metavar="N",
+        help="with a checkpoint as --base: grafted layers that get back what its own base has there, heads too",
     )
     parser.add_argument(
         "--keep_mixer_heads",
@@ -61,15 +79,17 @@ def make_parser() -> CommandParser:
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="the checkpoint folder to write")
     parser.add_argument(
         "--llama_layers_dir",
-        default=default_folder("extracted_llama_layers"),
+        nargs="+",
+        default=[default_folder("extracted_llama_layers")],
         metavar="DIR",
-        help="layers written by extract_layers.py (default: %(default)s)",
+        help="layers written by extract_layers.py (default: extracted_llama_layers); from several donors A=DIR B=DIR; "
+        "with --from_info, a DIR for each donor of the recipe",
     )
     parser.add_argument(
         "--base",
         metavar="NAME|PATH",
-        help="the Llamba operated on: a name, a model folder or a hub id (default: unaligned_llamba, or what "
-        "--from_info says)",
+        help="the Llamba operated on: a name, a model folder or a hub id; or a checkpoint's folder, to add to its "
+        "grafts (default: unaligned_llamba, or what --from_info says)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -95,8 +115,11 @@ def make_parser() -> CommandParser:
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
-    if (args.layers is None and args.heads is None) == (args.from_info is None):
-        parser.error("--layers, --heads or both are needed; or else --from_info alone")
+    if (args.layers is None and args.heads is None and args.ungraft is None) == (args.from_info is None):
+        parser.error("--layers, --heads or both are needed, or --ungraft; or else --from_info alone")
+    layers, layers_dir = args.layers or [], args.llama_layers_dir[0]
+    if isinstance(layers, dict) or (args.from_info is None and len(args.llama_layers_dir) > 1):
+        layers_dir = {name: folder for name, _, folder in (str(each).partition("=") for each in args.llama_layers_dir)}
     if args.keep_mixer_heads and args.heads is None:
         parser.error("--keep_mixer_heads belongs to --heads")
     heads = dict(args.heads or [])
@@ -123,8 +146,8 @@ def main() -> None:
 
         build_checkpoint(
             args.base or "unaligned_llamba",
-            args.layers or [],
-            args.llama_layers_dir,
+            layers,
+            layers_dir,
             target,
             tokenizer=args.tokenizer,
             description=args.description or "",
@@ -134,6 +157,7 @@ def main() -> None:
             dry_run=args.dry_run,
             heads=heads,
             keep_mixer_heads=args.keep_mixer_heads,
+            ungraft=args.ungraft or [],
             show=lambda lines: print("\n".join(map(escaped, lines))),
             **where,
         )

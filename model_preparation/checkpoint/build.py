@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_preparation.checkpoint.checkpoint_folder import finish_folder
-from model_preparation.checkpoint.checkpoint_info import FORMATS, INFO, check_format
+from model_preparation.checkpoint.checkpoint_folder import describe_parent, finish_folder
+from model_preparation.checkpoint.checkpoint_info import FORMATS, INFO, check_format, descent_of
 from model_preparation.checkpoint.graft import GraftParts, GraftPlan, check_parts, empty_model, find_parts
 from model_preparation.checkpoint.layer_store import LayerStore
-from model_preparation.checkpoint.model_configs import heads_of, read_generation_config
+from model_preparation.checkpoint.model_configs import read_generation_config
+from model_preparation.checkpoint.parent import Parent
 from model_preparation.checkpoint.weights import GraftWeights
 from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
@@ -34,8 +35,8 @@ Review = Callable[[dict[str, Any], GraftPlan], None]
 
 def build_checkpoint(
     base: str,
-    layers: Sequence[int],
-    llama_layers_dir: str | Path | LayerStore,
+    layers: Sequence[int] | Mapping[str, Sequence[int]],
+    llama_layers_dir: str | Path | LayerStore | Mapping[str, str | Path],
     output_dir: str | Path,
     *,
     tokenizer: str | None = None,
@@ -49,15 +50,19 @@ def build_checkpoint(
     dry_run: bool = False,
     heads: Mapping[int, Sequence[int]] | None = None,
     keep_mixer_heads: bool = False,
+    ungraft: Sequence[int] = (),
     show: Callable[[list[str]], None] = lambda lines: None,
     review: Review = lambda info, graft: None,
 ) -> dict[str, Any]:
     """Replace `layers` of `base` by the donor's, add `heads`, run the model once, and write the checkpoint.
 
     Args:
-        base: a name, folder or hub id of a Llamba, as `sources.resolve` takes it.
-        layers: indices, in any order, each once; may be empty where there are heads.
-        llama_layers_dir: the donor's layers: a folder written by `extract_layers`, or an open store.
+        base: a name, folder or hub id of a Llamba, as `sources.resolve` takes it. Or a checkpoint's folder: its grafts
+            stay, and these are added.
+        layers: indices, in any order, each once; may be empty where there are heads, or layers to put back. Of several
+            donors: by a name for each, such as {"a": [11, 13], "b": [17]}.
+        llama_layers_dir: the donor's layers: a folder written by `extract_layers`, or an open store. Of several
+            donors: a folder by name.
         output_dir: the checkpoint's folder; it appears whole or not at all.
         tokenizer: name, folder or hub id to take it from; by default the base's own, else the donor's.
         description: free text for people.
@@ -71,6 +76,7 @@ def build_checkpoint(
         dry_run: check and show the plan, write nothing.
         heads: by layer, the donor's query heads that are added to the mixer, such as {13: [16, 17]}.
         keep_mixer_heads: leave the mixer whole; by default its heads of the same place are switched off.
+        ungraft: grafted layers of a checkpoint that get back what its recipe's base has there.
         show: called with the plan, in lines, once it is checked.
         review: called with the new checkpoint_info.json and the plan before the folder is put in place; may change the
             first or raise.
@@ -88,8 +94,8 @@ def build_checkpoint(
     target = Path(output_dir).expanduser()
 
     def find() -> tuple[GraftParts, GraftWeights]:
-        of_heads: dict[str, Any] = {"heads": heads, "keep_mixer_heads": keep_mixer_heads}
-        parts = find_parts(base, layers, llama_layers_dir, dtype=dtype, sources=sources, **of_heads)
+        grafts: dict[str, Any] = {"heads": heads, "keep_mixer_heads": keep_mixer_heads, "ungraft": ungraft}
+        parts = find_parts(base, layers, llama_layers_dir, dtype=dtype, sources=sources, **grafts)
         return parts, GraftWeights(parts, target, format)
 
     def check_all(parts: GraftParts, weights: GraftWeights) -> _Checked:
@@ -133,12 +139,13 @@ def build_checkpoint(
                 files, digests = weights.write(staging, lambda tensors: checking.result().model(tensors), advance)
             checked, base_files = checking.result(), reading.result()
             testing.result()
-        from model_preparation.checkpoint.digests import digest_of_layers, digest_of_tokenizer  # which needs torch
+        from model_preparation.checkpoint.digests import digest_of_tokenizer  # which needs torch
 
         graft = checked.graft
+        tensors = _tensor_digests(graft, digests)
         info = _info(graft, base_files) | {"description": description, "mmlu_score": score}
         info["digests"] = {
-            "donor_layers": digest_of_layers(graft.donor, graft.donor_layers),
+            "donor_layers": _layer_digests(graft),
             "tokenizer": digest_of_tokenizer(checked.tokenizer),
         }
         return finish_folder(
@@ -146,7 +153,7 @@ def build_checkpoint(
             info,
             format=format,
             files=files,
-            tensors=_tensor_digests(graft, digests),
+            tensors=tensors,
             config=graft.config,
             generation_config=checked.generation_config,
             tokenizer=checked.tokenizer,
@@ -195,41 +202,73 @@ def _smoke_test(checking: "Future[_Checked]", go_on: Callable[[], object]) -> No
 
 
 def _tensor_digests(graft: GraftPlan, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """tensor_digests.json: per tensor of the state dict its BLAKE3, and whether base or donor gave it."""
+    """tensor_digests.json: per tensor of the state dict its BLAKE3, and whether base or donor gave it.
+
+    Raises:
+        SurgeryError: if a tensor of a parent has changed since the parent was built.
+    """
     from model_preparation.llamba import LlambaForCausalLM
 
     tied = LlambaForCausalLM._tied_weights_keys
-    return {
-        name: {
-            "dtype": graft.dtype.name,
-            "shape": list(tensor.shape),
-            "from": "donor" if name.startswith(graft.replaced) else "base",
-            "blake3": digests.get(name) or digests[tied[name]],
-        }
-        for name, tensor in empty_model(graft.config).state_dict().items()
-    }
+    recorded = {} if graft.parent is None else graft.parent.digests()
+    found = {}
+    for name, tensor in empty_model(graft.config).state_dict().items():
+        digest = digests.get(name) or digests[tied[name]]
+        origin = "donor" if name.startswith(graft.replaced) else "base"
+        if graft.parent is not None and not name.startswith((*graft.new, *graft.ungrafted)):
+            origin, wanted = recorded.get(name, (origin, None))
+            if digest != wanted:
+                raise SurgeryError(
+                    f"{graft.parent.folder} is damaged: {name} has changed since it was built. Build it again "
+                    "(verify_checkpoint.py says what is wrong)."
+                )
+        found[name] = {"dtype": graft.dtype.name, "shape": list(tensor.shape), "from": origin, "blake3": digest}
+    return found
+
+
+def _layer_digests(graft: GraftPlan) -> dict[str, str]:
+    """By index, the digest of each layer of a donor; those that stay are as their checkpoint recorded them."""
+    from model_preparation.checkpoint.digests import digest_of_layers  # which needs torch
+
+    recorded = {} if graft.parent is None else graft.parent.info["digests"].get("donor_layers", {})
+    found = {index: digest for index, digest in recorded.items() if int(index) in graft.kept}
+    found |= digest_of_layers(graft.donor, graft.donor_layers)
+    return {index: found[index] for index in sorted(found, key=int)}
 
 
 def _info(graft: GraftPlan, base_files: dict[str, dict]) -> dict[str, Any]:
     """What checkpoint_info.json says of the graft."""
-    donor = graft.donor.metadata
-    num_heads, head_dim = heads_of(graft.donor.config)
+    parent = graft.parent
+    base = {"name": graft.base_name, **graft.base.as_dict(), "files": base_files}
+    donors = graft.donor.records(graft.donor_layers)
+    if parent is not None:
+        donors = parent.donors(graft.kept, donors)
     return {
         "replaced_layers": graft.layers,
         "num_replaced_layers": len(graft.layers),
         **_head_fields(graft),
         "total_layers": graft.config.n_layer,
-        "base_model": {"name": graft.base_name, **graft.base.as_dict(), "files": base_files},
-        "replacement_source": {
-            "name": donor["model_name"],
-            **donor["source"],
-            "layers": {str(index): graft.donor.layers[index]["sha256"] for index in graft.donor_layers},
-        },
+        "base_model": base if parent is None else parent.info["base_model"],
+        "replacement_source": donors[0],
+        **({"other_donors": donors[1:]} if donors[1:] else {}),
+        **({} if parent is None else {"descent": [*descent_of(parent.info), _step(graft, parent)]}),
         "tokenizer_source": graft.tokenizer_source,
-        "num_heads": num_heads,
-        "head_dim": head_dim,
+        "num_heads": graft.config.num_attention_heads,
+        "head_dim": graft.config.head_dim,
         "parameters": graft.parameters,
         "dtype": graft.dtype.name,
+    }
+
+
+def _step(graft: GraftPlan, parent: Parent) -> dict[str, Any]:
+    """What `descent` says of this graft."""
+    heads = {str(index): of_layer for index, of_layer in graft.new_heads.items()}
+    return {
+        "from": describe_parent(parent.folder, parent.info),
+        "grafted": graft.new_layers,
+        **({"grafted_heads": heads} if heads else {}),
+        "ungrafted": parent.ungrafted,
+        "donors": [record["id"] for record in graft.donor.records(graft.donor_layers)],
     }
 
 
@@ -245,6 +284,8 @@ def _head_fields(graft: GraftPlan) -> dict[str, Any]:
 
 def _generation_config(graft: GraftPlan, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Special tokens of the base, else of the donor, else of the tokenizer; greedy decoding unless asked otherwise."""
+    if graft.parent is not None:
+        return dict(graft.parent.info["generation_config"])
     given = read_generation_config(graft.base.folder) or graft.donor.metadata["generation_config"] or {}
 
     def token(name: str):

@@ -20,10 +20,13 @@ from model_preparation.checkpoint.checkpoint_info import (
     README,
     TENSOR_DIGESTS,
     TOKENIZER,
+    descent_of,
     head_spec,
+    is_healed,
 )
 from model_preparation.checkpoint.model_code import AUTO_MAP, code_digests, package_code
 from model_preparation.checkpoint.weights import shard_file, write_model
+from model_preparation.hub.sources import donors_of
 from model_preparation.io.complete_folder import new_folder
 from model_preparation.io.digests import describe_file, describe_files
 from model_preparation.io.progress import bar
@@ -46,6 +49,7 @@ _OF_THE_PARENT = (
     "total_layers",
     "base_model",
     "replacement_source",
+    "other_donors",
     "tokenizer_source",
     "num_heads",
     "head_dim",
@@ -265,7 +269,14 @@ def write_healed(
             {
                 **{name: parent_info[name] for name in _OF_THE_PARENT if name in parent_info},
                 "parent": describe_parent(parent, parent_info),
+                "descent": [
+                    *descent_of(parent_info),
+                    {"from": describe_parent(parent, parent_info), "healed": healing["method"]},
+                ],
                 "healing": dict(healing),
+                "digests": {
+                    name: digest for name, digest in parent_info.get("digests", {}).items() if name == "donor_layers"
+                },
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "description": description,
                 "mmlu_score": None,
@@ -280,7 +291,7 @@ def write_healed(
 
 
 def describe_parent(parent: Path, parent_info: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies the checkpoint that was healed: its folder's name and its tensors' digest."""
+    """What identifies the checkpoint that another was made from: its folder's name and its tensors' digest."""
     return {
         "id": parent.resolve().name,
         "tensor_digests_sha256": parent_info["files"][TENSOR_DIGESTS]["sha256"],
@@ -316,7 +327,8 @@ def readme_text(info: dict[str, Any]) -> str:
 
     grafted = [f"layers {', '.join(map(str, info['replaced_layers']))}"] if info["replaced_layers"] else []
     grafted += [f"heads {heads} (layer:heads)"] if (heads := head_spec(info)) else []
-    title = f"{info['base_model']['id']} with {' and '.join(grafted)} of {info['replacement_source']['id']}"
+    donors = " and ".join(donor["id"] for donor in donors_of(info))
+    title = f"{info['base_model']['id']} with {' and '.join(grafted)} of {donors}"
     summary = [
         f"{info['num_replaced_layers']} of {info['total_layers']} layers are replaced; weights in {info['dtype']}. "
         "Scores are in checkpoint_info.json.",
@@ -328,6 +340,8 @@ def readme_text(info: dict[str, Any]) -> str:
             f"Healed from {info['parent']['id']} by method {healing['method']}, {healing['steps']} steps; "
             f"held-out loss {_loss(healing['scores']['before'])} before, {_loss(healing['scores']['after'])} after."
         )
+    elif is_healed(info):
+        summary.append(f"Built on {info['descent'][-1]['from']['id']}, which was healed or built on a healed one.")
     if info["description"]:
         summary.insert(0, info["description"])
     has_pt, has_hf = info["format"] != "hf", info["format"] != "pt"

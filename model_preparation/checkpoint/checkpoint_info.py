@@ -6,7 +6,7 @@ from types import NoneType
 from typing import Any
 
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.sources import TABLE, check_recorded
+from model_preparation.hub.sources import TABLE, check_recorded, donors_of
 from model_preparation.io.digests import FILE_FIELDS
 from model_preparation.io.tensors.dtypes import MODEL_DTYPES
 from model_preparation.io.untrusted.not_a_model import what_it_is
@@ -31,8 +31,10 @@ _INFO_FIELDS = {
     "config": dict,
     "generation_config": dict,
     "files": {"*": FILE_FIELDS},
+    "digests?": {"weights?": str, "tokenizer?": str, "donor_layers?": {"*": str}},
     "base_model?": {"name?": str, "files": {"*": {"*": (str, int)}}},
     "replacement_source?": {"name?": str, "layers": {"*": str}},
+    "other_donors?": [{"name?": str, "layers": {"*": str}}],
     "tokenizer_source?": (NoneType, dict),
     "parameters?": int,
     "num_replaced_layers?": int,
@@ -55,6 +57,16 @@ _INFO_FIELDS = {
         "date?": str,
         "settings": {"limit?": (int, NoneType), "num_fewshot?": (int, NoneType)},
     },
+    "descent?": [
+        {
+            "from": {"id": str, "tensor_digests_sha256?": str},
+            "grafted?": [int],
+            "grafted_heads?": {"*": [int]},
+            "ungrafted?": [int],
+            "donors?": [str],
+            "healed?": str,
+        }
+    ],
     "parent?": {"id": str, "tensor_digests_sha256": str},
     "healing?": {
         "method": str,
@@ -77,6 +89,38 @@ def grafted_heads(info: Mapping[str, Any]) -> dict[int, list[int]]:
         ValueError: if a layer is no number.
     """
     return {int(index): heads for index, heads in info.get("grafted_heads", {}).items()}
+
+
+def descent_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The steps from the base to a checkpoint, the first one first: what was grafted, put back, or healed."""
+    if "descent" in info:
+        return list(info["descent"])
+    heads = {name: info[name] for name in ("grafted_heads",) if name in info}
+    steps: list[dict[str, Any]] = [
+        {
+            "from": {"id": info["base_model"]["id"]},
+            "grafted": info["replaced_layers"],
+            **heads,
+            "donors": [donor["id"] for donor in donors_of(info)],
+        }
+    ]
+    if "healing" in info:
+        steps.append({"from": info["parent"], "healed": info["healing"]["method"]})
+    return steps
+
+
+def is_healed(info: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint, or one that it was built from, was healed: then no recipe gives all its tensors."""
+    return "healing" in info or any("healed" in step for step in info.get("descent", []))
+
+
+def needs_parent(info: Mapping[str, Any]) -> bool:
+    """Whether base and donors alone do not give a checkpoint: what it was built on is needed.
+
+    That is so after healing, and where nothing is left of the first donor, who may have given the tokenizer.
+    """
+    steps = info.get("descent", [])
+    return is_healed(info) or (bool(steps) and steps[0].get("donors", [])[:1] != [donors_of(info)[0]["id"]])
 
 
 def head_spec(info: Mapping[str, Any]) -> str:
@@ -142,6 +186,8 @@ def read_info_file(path: Path) -> dict[str, Any]:
         for role in ("base_model", "replacement_source", "tokenizer_source"):
             if info.get(role) is not None:
                 check_recorded(info[role])
+        for donor in info.get("other_donors", []):
+            check_recorded(donor)
         if info.get("dtype", "float32") not in (*MODEL_DTYPES, "float64"):
             raise ValueError(f"dtype is {info['dtype']!r:.80}")
     except ValueError as error:

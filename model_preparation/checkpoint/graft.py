@@ -6,15 +6,22 @@ needs both: it compares configs and shapes, finds the tokenizer, and returns a `
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 
-from model_preparation.checkpoint.layer_store import LayerStore, check_range, sorted_layers
+from model_preparation.checkpoint.checkpoint_info import INFO, grafted_heads
+from model_preparation.checkpoint.layer_store import (
+    LayersOfSeveral,
+    LayerStore,
+    check_range,
+    sorted_layers,
+)
 from model_preparation.checkpoint.model_configs import (
     heads_of,
     layer_shapes,
@@ -22,12 +29,13 @@ from model_preparation.checkpoint.model_configs import (
     ties_embeddings,
     type_and_depth,
 )
+from model_preparation.checkpoint.parent import Parent
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import Source, donor_name, has_tokenizer, resolve, tokenizer_name
 from model_preparation.io.tensors.dtypes import DType, float_dtype
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import StoredTensor
-from model_preparation.llamba.donor_kinds import KINDS
+from model_preparation.llamba.donor_kinds import KINDS, OF_EACH_DONOR
 
 if TYPE_CHECKING:
     import torch
@@ -41,13 +49,15 @@ class GraftParts:
 
     Attributes:
         base_name: what the user called the base.
-        base: where it is.
+        base: where it is: a model's folder, or a checkpoint's.
         files: its weights.
         donor: the extracted layers.
         layers: the indices of the layers that are the donor's, sorted.
         dtype: of every parameter.
         heads: by layer, the donor's heads that are added to the base's mixer, sorted.
         keep_mixer_heads: whether the mixer's heads of the same place stay beside them.
+        parent: the checkpoint that the graft starts from; None if that is a base.
+        kept: the layers whose graft is the parent's.
     """
 
     base_name: str
@@ -58,16 +68,56 @@ class GraftParts:
     dtype: DType
     heads: dict[int, list[int]]
     keep_mixer_heads: bool
+    parent: Parent | None
+    kept: frozenset[int]
+
+    @property
+    def new_layers(self) -> list[int]:
+        """The layers that are grafted now, sorted."""
+        return [index for index in self.layers if index not in self.kept]
+
+    @property
+    def new_heads(self) -> dict[int, list[int]]:
+        """The heads that are grafted now, by layer."""
+        return {index: heads for index, heads in self.heads.items() if index not in self.kept}
 
     @property
     def donor_layers(self) -> list[int]:
         """The layers of the donor that tensors are taken from, sorted."""
-        return sorted([*self.layers, *self.heads])
+        return sorted([*self.new_layers, *self.new_heads])
 
     @property
     def replaced(self) -> tuple[str, ...]:
-        """What the names of the donor's tensors begin with, per layer."""
+        """What the names of the donors' tensors begin with, per layer."""
         return donor_prefixes(self.layers, self.heads)
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        """What the names of the tensors begin with that are taken from the donor now."""
+        return donor_prefixes(self.new_layers, self.new_heads)
+
+    @property
+    def ungrafted(self) -> tuple[str, ...]:
+        """What the names of the tensors begin with that are taken from the parent's own base."""
+        return donor_prefixes(self.parent.ungrafted if self.parent else [], [])
+
+    @property
+    def base_config(self) -> "LlambaConfig":
+        """The config of the base, or of the checkpoint that the graft starts from."""
+        if self.parent is not None:
+            return self.parent.config
+        return read_config(self.base.folder)  # type: ignore[return-value]  # by its model_type
+
+    @property
+    def has_the_bases_tensors(self) -> bool:
+        """Whether all that is not grafted is the base's to the bit."""
+        return self.parent is None or self.parent.has_the_bases_tensors
+
+    def files_of(self, name: str) -> TensorFiles:
+        """The files that hold a tensor which is not taken from the donor now."""
+        if self.parent is not None and self.parent.own is not None and name.startswith(self.ungrafted):
+            return self.parent.own
+        return self.files
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -77,13 +127,18 @@ class GraftParts:
             SurgeryError: if a layer's file is missing or damaged.
         """
         found: dict[str, StoredTensor] = {
-            name: place for name, place in self.files.ranges.items() if not name.startswith(self.replaced)
+            name: place
+            for name, place in self.files.ranges.items()
+            if not name.startswith((*self.new, *self.ungrafted))
         }
-        if ties_embeddings(self.base.folder):
+        if ties_embeddings(self.base.folder) if self.parent is None else self.parent.config.tie_embeddings:
             found.pop("lm_head.weight", None)  # the embedding is the head
-        for index in self.layers:
+        if self.parent is not None and self.parent.own is not None:
+            own = self.parent.own.ranges.items()
+            found |= {name: at for name, at in own if name.startswith(self.ungrafted) and not name.startswith(self.new)}
+        for index in self.new_layers:
             found |= {f"backbone.layers.{index}.{name}": at for name, at in self.donor.ranges(index).items()}
-        for index, heads in self.heads.items():
+        for index, heads in self.new_heads.items():
             taken = self.donor.head_ranges(index, heads)
             found |= {f"backbone.layers.{index}.attention.{name}": at for name, at in taken.items()}
         return {name: found[name] for name in sorted(found, key=_in_order)}
@@ -100,8 +155,8 @@ class GraftParts:
 
     @property
     def base_paths(self) -> list[Path]:
-        """The files that determine the base: its config, its weights, their index."""
-        return [self.base.folder / "config.json", *self.files.paths()]
+        """The files that determine the base: its config, its weights, their index. A parent's recipe has them."""
+        return [] if self.parent is not None else [self.base.folder / "config.json", *self.files.paths()]
 
 
 @dataclass(frozen=True)
@@ -127,24 +182,49 @@ class GraftPlan(GraftParts):
         from model_preparation.llamba.cache_llamba import kv_bytes_per_token  # imports torch
 
         ours = kv_bytes_per_token(self.config, len(self.layers), self.dtype.torch)
-        theirs = kv_bytes_per_token(self.donor.config, self.config.n_layer, self.dtype.torch)
-        (heads, size), (kept_heads, kept_size) = heads_of(self.donor.config), heads_of(self.config)
+        theirs = kv_bytes_per_token(self.config.llama_config(), self.config.n_layer, self.dtype.torch)
+        kept_heads, kept_size = heads_of(self.config)
+        heads, size = self.config.num_attention_heads, self.config.head_dim
         total = self.config.n_layer
         return [
             f"Base         {self.base.id if self.base.hub == 'embedded' else self.base.folder}",
-            f"Donor        {self.donor.metadata['source']['id']} (layers in {self.donor.folder})",
-            *(f"Layer {index:>3}    <- {self.donor.path(index)}" for index in self.layers),
-            *(
-                f"Layer {index:>3}    <- head{'s' * (len(of_layer) > 1)} {', '.join(map(str, of_layer))} of "
-                f"{self.donor.path(index)}" + (", the mixer stays whole" if self.keep_mixer_heads else "")
-                for index, of_layer in self.heads.items()
-            ),
+            *self._describe_parent(),
+            *self._describe_donor(),
             f"Kept         {total - len(self.layers)} of {total} layers, and all around them",
             f"Heads        {heads} of width {size} in grafted layers, {kept_heads} of width {kept_size} in kept ones",
             f"K/V cache    {ours:,} bytes per token; the donor's has {theirs:,}",
             f"Dtype        {self.dtype.name}" + "".join(f"; {cast}" for cast in self.casts),
             f"Tokenizer    {self.tokenizer_of} ({self.tokenizer})",
             f"Weights      {decimal(self.weight_bytes)} ({self.parameters:,} parameters)",
+        ]
+
+    def _describe_donor(self) -> list[str]:
+        donor = self.donor
+        before = {} if self.parent is None else self.parent.owners()
+        instead = {index: f", instead of {owner}" for index, owner in before.items()}
+        whole = ", the mixer stays whole" if self.keep_mixer_heads else ""
+        return [
+            *donor.describe(),
+            *(f"Layer {index:>3}    <- {donor.path(index)}{instead.get(index, '')}" for index in self.new_layers),
+            *(
+                f"Layer {index:>3}    <- head{'s' * (len(of_layer) > 1)} {', '.join(map(str, of_layer))} of "
+                f"{donor.path(index)}{whole}{instead.get(index, '')}"
+                for index, of_layer in self.new_heads.items()
+            ),
+        ]
+
+    def _describe_parent(self) -> list[str]:
+        if (parent := self.parent) is None:
+            return []
+        owners = parent.owners()
+        return [
+            f"Which is     a checkpoint, built on {parent.info['base_model']['id']}",
+            *(f"Layer {index:>3}    stays {owners[index]}" for index in sorted(self.kept)),
+            *(
+                f"Layer {index:>3}    <- the base's own ({parent.own.folder})"
+                for index in parent.ungrafted
+                if parent.own
+            ),
         ]
 
 
@@ -165,42 +245,123 @@ def plan(
 
 def find_parts(
     base_name: str,
-    layers: Sequence[int],
-    llama_layers_dir: str | Path | LayerStore,
+    layers: Sequence[int] | Mapping[str, Sequence[int]],
+    llama_layers_dir: str | Path | LayerStore | Mapping[str, str | Path],
     *,
     dtype: "DType | torch.dtype | str | None" = None,
     sources: Mapping[str, str] | None = None,
     heads: Mapping[int, Sequence[int]] | None = None,
     keep_mixer_heads: bool = False,
+    ungraft: Sequence[int] = (),
 ) -> GraftParts:
     """Find base and donor.
 
     Args:
-        base_name: a name, folder or hub id of a Llamba, as `sources.resolve` takes it.
-        layers: indices, in any order, each once.
-        llama_layers_dir: a folder written by `extract_layers`, or an open store.
+        base_name: a name, folder or hub id of a Llamba, as `sources.resolve` takes it; or a checkpoint's folder.
+        layers: indices, in any order, each once; of several donors, by a name for each.
+        llama_layers_dir: a folder written by `extract_layers`, or an open store; of several donors, folders by name.
         dtype: of the whole model; by default the base's.
         sources: targets by name, as `resolve(overrides=...)` takes them.
         heads: by layer, the donor's heads to add to the base's mixer.
         keep_mixer_heads: whether the mixer's heads of the same place stay beside them.
+        ungraft: grafted layers of a checkpoint that get back what its recipe's base has there.
 
     Raises:
         SurgeryError: if base or donor is missing or cannot be read, the base is no Llamba, or a layer is out of range.
     """
     added = {index: sorted_layers(heads[index], "head") for index in sorted(heads)} if heads else {}
-    layers = sorted_layers(layers) if not added or len(layers) else []
+    ungraft = sorted_layers(ungraft) if len(ungraft) else []
+    if isinstance(layers, Mapping) or isinstance(llama_layers_dir, Mapping):
+        layers, llama_layers_dir = _of_several(layers, llama_layers_dir, added)
+    layers = sorted_layers(layers) if len(layers) or not (added or ungraft) else []
     if both := sorted(added.keys() & set(layers)):
         raise SurgeryError(
             f"Layer {both[0]} is named in --layers and in --heads. A whole layer has all heads: name it once."
         )
     wanted = float_dtype(dtype)
-    donor = llama_layers_dir
-    if not isinstance(donor, LayerStore):
-        donor = LayerStore(donor, hint=donor_name(base_name, sources))
+    parent = Parent.at(base_name, ungraft, sources)
+    if isinstance(llama_layers_dir, LayerStore):
+        donor = llama_layers_dir
+    elif layers or added:
+        hint = parent.info["replacement_source"].get("name") if parent else donor_name(base_name, sources)
+        donor = LayerStore(llama_layers_dir, hint=hint)
+    else:
+        donor = LayersOfSeveral([])
+    if parent is not None:
+        return _on_parent(parent, base_name, donor, layers, added, wanted, keep_mixer_heads)
     base, total = find_base(base_name, sources)
     check_range([*layers, *added], total, str(base.folder))
     files = TensorFiles(base.folder)
-    return GraftParts(base_name, base, files, donor, layers, wanted or files.dtype(), added, keep_mixer_heads)
+    kept: frozenset[int] = frozenset()
+    dtype = wanted or files.dtype()
+    return GraftParts(base_name, base, files, donor, layers, dtype, added, keep_mixer_heads, None, kept)
+
+
+def _of_several(layers: Any, folders: Any, heads: Mapping[int, Any]) -> tuple[list[int], LayersOfSeveral]:
+    """The layers of several donors, and where they are; from a dict of each, by name."""
+    if not isinstance(layers, Mapping) or not isinstance(folders, Mapping) or layers.keys() != folders.keys():
+        raise SurgeryError(
+            "Layers of several donors need a name for each, and the same names for their folders, such as "
+            "--layers A:11,13 B:17 --llama_layers_dir A=DIR B=DIR."
+        )
+    if heads:
+        raise SurgeryError("Heads come from one donor. Add them in a second step, with the new checkpoint as --base.")
+    stores = [(LayerStore(folder, hint=None), sorted_layers(layers[name])) for name, folder in folders.items()]
+    return [index for _, own in stores for index in own], LayersOfSeveral(stores)
+
+
+def _on_parent(
+    parent: Parent,
+    name: str,
+    donor: LayerStore,
+    layers: list[int],
+    heads: dict[int, list[int]],
+    dtype: DType | None,
+    keep_mixer_heads: bool,
+) -> GraftParts:
+    """The parts of a graft on a checkpoint: what it has, without what goes, with what comes."""
+    info, folder = parent.info, parent.folder
+    check_range([*layers, *heads], info["total_layers"], str(folder))
+    if both := sorted(set(parent.ungrafted) & set(layers)):
+        raise SurgeryError(
+            f"Layer {both[0]} is named in --layers and in --ungraft. --layers alone replaces a layer that is grafted."
+        )
+    gone = {*parent.ungrafted, *layers}
+    whole = [index for index in info["replaced_layers"] if index not in gone]
+    if both := sorted(set(whole) & heads.keys()):
+        raise SurgeryError(
+            f"Layer {both[0]} of {folder} is grafted whole, so it has all heads. Add --ungraft {both[0]} to have only "
+            "these."
+        )
+    old = {index: of_layer for index, of_layer in grafted_heads(info).items() if index not in {*gone, *heads}}
+    keeps = info.get("keep_mixer_heads", False)
+    if old and heads and keep_mixer_heads != keeps:
+        raise SurgeryError(
+            f"{folder} {'keeps' if keeps else 'switches off'} the mixer's heads beside its grafted ones, and a model "
+            f"does one or the other. {'Add' if keeps else 'Leave out'} --keep_mixer_heads, or --ungraft those layers."
+        )
+    if not (whole or old or layers or heads):
+        raise SurgeryError(f"Nothing would be left grafted in {folder}. Use its base, or leave a layer grafted.")
+    stored = float_dtype(info["dtype"])
+    assert stored is not None
+    if dtype is not None and dtype != stored:
+        raise SurgeryError(
+            f"{folder} is in {stored.name}, and a graft on it stays so. Leave --dtype {dtype.name} out, or build from "
+            "a base."
+        )
+    all_heads = {index: (old | heads)[index] for index in sorted(old | heads)}
+    return GraftParts(
+        base_name=name,
+        base=Source(folder, "local", folder.name, None),
+        files=parent.files,
+        donor=donor,
+        layers=sorted([*whole, *layers]),
+        dtype=stored,
+        heads=all_heads,
+        keep_mixer_heads=keeps if old else keep_mixer_heads,
+        parent=parent,
+        kept=frozenset([*whole, *old]),
+    )
 
 
 def find_base(name: str, sources: Mapping[str, str] | None) -> tuple[Source, int]:
@@ -228,15 +389,18 @@ def check_parts(
     Raises:
         SurgeryError: for anything that would make the graft fail or be wrong.
     """
-    from model_preparation.llamba import LlambaConfig
-
-    base_config = read_config(parts.base.folder)
-    assert isinstance(base_config, LlambaConfig)  # by its model_type
-    if base_config.has_attention:
-        raise SurgeryError(f"{parts.base.folder} has grafted layers already. Start from a base without any.")
-    _check_donor(base_config, parts.donor)
+    base_config = parts.base_config
+    if base_config.has_attention and parts.parent is None:
+        raise SurgeryError(
+            f"{parts.base.folder} has grafted layers already, but no {INFO}. Start from a base or from a checkpoint."
+        )
+    if parts.parent is not None:
+        parts.parent.check_own()
+    for store in parts.donor.stores:
+        _check_donor(base_config, store)
     parts.donor.check(parts.donor_layers)
-    config = grafted_config(base_config, parts.donor, parts.layers, parts.heads, parts.keep_mixer_heads)
+    donor = parts.donor if parts.donor_layers else None
+    config = grafted_config(base_config, donor, parts.layers, parts.heads, parts.keep_mixer_heads, kept=parts.kept)
     casts = _check_tensors(parts, config)
     tokenizer_folder, tokenizer_of, other = _find_tokenizer(parts, tokenizer, sources)
     config.dtype = parts.dtype.torch
@@ -246,18 +410,26 @@ def check_parts(
         casts=casts,
         tokenizer=tokenizer_folder,
         tokenizer_of=tokenizer_of,
-        tokenizer_source=None if other is None else other.as_dict(),
+        tokenizer_source=other,
     )
 
 
 def grafted_config(
     base: "LlambaConfig",
-    donor: LayerStore,
+    donor: LayerStore | None,
     layers: Sequence[int],
-    heads: Mapping[int, Sequence[int]],
-    keep_mixer_heads: bool,
+    heads: Mapping[int, Sequence[int]] = MappingProxyType({}),
+    keep_mixer_heads: bool = False,
+    *,
+    kept: Collection[int] = (),
 ) -> "LlambaConfig":
-    """The base's config with the settings of the donor's attention; it names the donor's layers and heads."""
+    """The base's config with the settings of the donor's attention; it names the donor's layers and heads.
+
+    Layers in `kept` are grafted in the base already, and keep their settings.
+
+    Raises:
+        SurgeryError: if donors differ in more than each layer can have for itself.
+    """
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 
@@ -265,12 +437,32 @@ def grafted_config(
     fields.pop("_name_or_path", None)  # a path of this machine
     fields.pop("auto_map", None)  # names files in the base's folder
     fields["architectures"] = [LlambaForCausalLM.__name__]
+    # The same bytes in model.pt, whether the base's config named them or not.
+    fields["label2id"] = {label: int(index) for index, label in fields.get("id2label", {}).items()}
     fields["llama_layers"] = list(layers)
     fields["llama_heads"] = {str(index): list(of_layer) for index, of_layer in heads.items()}
     fields["keep_mixer_heads"] = keep_mixer_heads and bool(heads)
-    fields["donor_type"] = donor.config.model_type
-    fields["llama_cfg"] = KINDS[donor.config.model_type].settings(donor.config)
-    fields["max_position_embeddings"] = donor.config.max_position_embeddings
+    if donor is not None and not kept:
+        fields["donor_type"] = donor.config.model_type
+        fields["llama_cfg"] = KINDS[donor.config.model_type].settings(donor.config)
+        fields["max_position_embeddings"] = donor.config.max_position_embeddings
+    others = fields.get("other_llama_cfgs", {})
+    fields["other_llama_cfgs"] = {index: others[index] for index in others if int(index) in kept}
+    for index in sorted({*layers, *heads} - {*kept}):
+        assert donor is not None  # who gives what is not kept
+        config = donor.config_of(index)
+        own = KINDS[config.model_type].settings(config)
+        if odd := {name: value for name, value in own.items() if value != fields["llama_cfg"].get(name)}:
+            if (
+                config.model_type != fields.get("donor_type", "llama")
+                or index in heads
+                or not odd.keys() <= {*OF_EACH_DONOR}
+            ):
+                raise SurgeryError(
+                    f"Layer {index} is of a donor with other settings than the first's: {', '.join(odd)}. "
+                    f"Whole layers of one model may differ in {', '.join(OF_EACH_DONOR)} only: give another donor."
+                )
+            fields["other_llama_cfgs"][str(index)] = odd
     fields["use_cache"] = False  # plain forward passes need none; `generate` asks for it by itself
     with refusing_impossible_models():
         return LlambaConfig.from_dict(fields)
@@ -286,10 +478,7 @@ def empty_model(config: "LlambaConfig") -> "LlambaForCausalLM":
     # The device is of this thread only, unlike accelerate's init_empty_weights.
     with torch.device("meta"), refusing_impossible_models():
         model = LlambaForCausalLM(config)
-    if config.has_attention:
-        model.backbone.rotary_emb = KINDS[config.donor_type].transformers_class("RotaryEmbedding")(
-            config.llama_config()
-        )
+    model.backbone.make_rotary_embeddings()
     model.tie_weights()
     return model.eval()
 
@@ -313,10 +502,10 @@ def _check_donor(base: "LlambaConfig", donor: LayerStore) -> None:
 
 def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
     """Compare every tensor's shape with what the grafted config asks for; returns the casts, in words."""
-    files, donor = parts.files, parts.donor
     donor_dtypes: set[DType] = set()
-    wanted = layer_shapes(donor.config)
+    donor = parts.donor
     for index in parts.donor_layers:
+        wanted = layer_shapes(donor.config_of(index))
         ranges = donor.ranges(index)
         donor_dtypes |= {place.dtype for place in ranges.values()}
         found = {name: place.shape for name, place in ranges.items()}
@@ -329,9 +518,10 @@ def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
     parameters = dict(empty_model(config).named_parameters())  # tied ones once
     for name in parts.tensors:
         if name not in parameters:
-            raise SurgeryError(f"{files.folder} holds {name}, for which a Llamba of its config.json has no place.")
+            raise SurgeryError(f"{parts.files.folder} holds {name}, for which a Llamba of its config has no place.")
     for name, parameter in parameters.items():
-        if not name.startswith(parts.replaced):
+        if not name.startswith(parts.new):
+            files = parts.files_of(name)
             files.require(name, parameter.shape)
             base_dtypes.add(files.ranges[name].dtype)
     casts = []
@@ -343,15 +533,17 @@ def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
 
 def _find_tokenizer(
     parts: GraftParts, asked: str | None, sources: Mapping[str, str] | None
-) -> tuple[Path, str, Source | None]:
-    """(folder, its owner in words, its source if that is neither the base nor the donor)."""
+) -> tuple[Path, str, dict[str, str | None] | None]:
+    """(folder, its owner in words, the record of its source if that is neither the base nor the donor)."""
+    if asked is None and parts.parent is not None:
+        return parts.parent.tokenizer, "the checkpoint's", parts.parent.info.get("tokenizer_source")
     if asked is None and has_tokenizer(parts.base.folder):
         return parts.base.folder, "the base's", None
     if asked is None and has_tokenizer(parts.donor.tokenizer):
         return parts.donor.tokenizer, "the donor's", None
     if name := asked or tokenizer_name(parts.base_name):
         source = resolve(name, need="tokenizer", overrides=sources)
-        return source.folder, "as asked" if asked else name, source
+        return source.folder, "as asked" if asked else name, source.as_dict()
     raise SurgeryError(
         f"Neither {parts.base.folder} nor {parts.donor.folder} has a tokenizer. Name one with --tokenizer NAME|PATH."
     )

@@ -101,6 +101,15 @@ class LayerStore:
             raise SurgeryError(f"{self.folder / METADATA} is damaged ({error}). {self._again()}") from error
 
     @property
+    def stores(self) -> list["LayerStore"]:
+        """The folders of single donors."""
+        return [self]
+
+    def config_of(self, index: int) -> "PreTrainedConfig":
+        """The config of the donor that gave a layer."""
+        return self.config
+
+    @property
     def tokenizer(self) -> Path:
         """Where the donor's tokenizer is, if it has one."""
         return self.folder / TOKENIZER
@@ -123,6 +132,15 @@ class LayerStore:
             place = stored[name if picked is None else f"self_attn.{name}"]
             found[name] = place if picked is None else PickedTensor(place, tuple(picked[1]), picked[0])
         return found
+
+    def describe(self) -> list[str]:
+        """A line for the plan; of several donors, one for each."""
+        return [f"Donor        {self.metadata['source']['id']} (layers in {self.folder})"]
+
+    def records(self, layers: Sequence[int]) -> list[dict[str, Any]]:
+        """What checkpoint_info.json says of the donor that gave these layers; of several donors, of each."""
+        digests = {str(index): self.layers[index]["sha256"] for index in layers}
+        return [{"name": self.metadata["model_name"], **self.metadata["source"], "layers": digests}]
 
     def path(self, index: int) -> Path:
         """Where a layer's file is.
@@ -169,6 +187,49 @@ class LayerStore:
             flags = f"--from_legacy {shlex.quote(str(source.get('path')))} --trust_pickle"
         here = shlex.quote(str(self.folder))
         return f"Extract it again: python extract_layers.py {flags} --output_dir {here} --overwrite"
+
+
+class LayersOfSeveral(LayerStore):
+    """Layers of several donors, the first of which gives the config; or of none, where layers are only put back.
+
+    Args:
+        layers: for each donor, its extracted layers and the indices that are taken from it.
+    """
+
+    def __init__(self, layers: Sequence[tuple[LayerStore, Sequence[int]]]):
+        self._stores = layers
+        self._of = {index: store for store, indices in layers for index in indices}
+        self.layers = {index: store.layers[index] for index, store in self._of.items() if index in store.layers}
+        if not layers:
+            return
+        first = layers[0][0]
+        self.folder, self.metadata, self.config = first.folder, first.metadata, first.config
+
+    @property
+    def stores(self) -> list[LayerStore]:
+        return [store for store, _ in self._stores]
+
+    def config_of(self, index: int) -> "PreTrainedConfig":
+        return self._of[index].config
+
+    def ranges(self, index: int) -> dict[str, TensorRange]:
+        return self._of[index].ranges(index)
+
+    def head_ranges(self, index: int, heads: Sequence[int]) -> dict[str, StoredTensor]:
+        return self._of[index].head_ranges(index, heads)
+
+    def describe(self) -> list[str]:
+        return [line for store, _ in self._stores for line in store.describe()]
+
+    def records(self, layers: Sequence[int]) -> list[dict[str, Any]]:
+        return [record for store, own in self._stores for record in store.records([i for i in own if i in layers])]
+
+    def path(self, index: int) -> Path:
+        return self._of[index].path(index)
+
+    def check(self, layers: Sequence[int]) -> None:
+        for store, own in self._stores:
+            store.check([index for index in own if index in layers])
 
 
 class ModelLayers(LayerStore):

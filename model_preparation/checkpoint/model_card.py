@@ -12,10 +12,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from model_preparation.checkpoint.checkpoint_info import grafted_heads, head_spec
+from model_preparation.checkpoint.checkpoint_info import head_spec, needs_parent
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.download import TITLES
 from model_preparation.hub.licences import LlamaTerms, terms_of
+from model_preparation.hub.sources import donors_of
 from model_preparation.terminal import escaped
 
 # The result of `evaluate_model`. Where only `mmlu_score` is there, its author gave that number.
@@ -48,7 +49,7 @@ def card_text(
         *([_plain(info["description"])] if info["description"] else []),
         f"{_code(info['base_model']['id'])}, a Llamba (Mamba-2), in which {len(info['replaced_layers'])} of "
         f"{info['total_layers']} layers are replaced by the layers of the same index of "
-        f"{_code(info['replacement_source']['id'])}."
+        f"{' and '.join(_code(donor['id']) for donor in donors_of(info))}."
         + (f" Heads of the donor are added to other layers, {_code(head_spec(info))}." if head_spec(info) else ""),
         "## Loading it\n\n" + _loading(repo, hub, what, revision),
         "## Recipe\n\n" + _recipe(info),
@@ -83,7 +84,7 @@ def read_card(text: str) -> str:
 
 
 def _metadata(info: Mapping[str, Any], *, repo: str, hub: str, what: str, licence: str) -> ModelCardData:
-    sources = [source["id"] for source in (info["base_model"], info["replacement_source"]) if source["hub"] in TITLES]
+    sources = [source["id"] for source in (info["base_model"], *donors_of(info)) if source["hub"] in TITLES]
     if hub == "huggingface":
         sources = [_ON_HUGGING_FACE.get(source, source) for source in sources]
     extra: dict[str, Any] = {"base_model_relation": "merge"} if sources else {}
@@ -153,15 +154,15 @@ def _loading(repo: str, hub: str, what: str, revision: str | None) -> str:
 
 
 def _recipe(info: Mapping[str, Any]) -> str:
-    base, donor = info["base_model"], info["replacement_source"]
+    base, donors = info["base_model"], donors_of(info)
     layers = " ".join(map(str, info["replaced_layers"]))
-    needed = " ".join(map(str, sorted([*info["replaced_layers"], *grafted_heads(info)])))
+    named = [f"donor{number}" if number > 1 else "donor" for number in range(1, len(donors) + 1)]
     versions = ", ".join(f"{name} {text}" for name, text in info["versions"].items())
     rows = [
         ("layers replaced, counted from 0", layers or "none"),
         *([("heads added, layer:heads", head_spec(info))] if head_spec(info) else []),
         ("base", _origin(base)),
-        ("donor", _origin(donor)),
+        *(("donor", _origin(donor)) for donor in donors),
         ("parameters", f"{info['parameters']:,}"),
         ("dtype", info["dtype"]),
         ("attention in the donor's layers", f"{info['num_heads']} heads of {info['head_dim']}"),
@@ -173,8 +174,12 @@ def _recipe(info: Mapping[str, Any]) -> str:
         for key, title in (("sha256", "SHA-256"), ("blake3", "BLAKE3"))
         if key in entry
     ]
-    digests += [(f"donor, layer {index}", f"SHA-256 {_code(digest)}") for index, digest in donor["layers"].items()]
-    if "healing" in info:
+    digests += [
+        (f"donor, layer {index}", f"SHA-256 {_code(digest)}")
+        for donor in donors
+        for index, digest in donor["layers"].items()
+    ]
+    if needs_parent(info):
         return "\n\n".join([_table(("", ""), rows + _healing_rows(info)), _table(("file", "digest"), digests)])
     where = f" --base {_spec(base)}" if base["hub"] == "local" else ""
     return "\n\n".join(
@@ -183,11 +188,15 @@ def _recipe(info: Mapping[str, Any]) -> str:
             "What went in (of the donor, its extracted layer files); what came out is in `checkpoint_info.json`.",
             _table(("file", "digest"), digests),
             "`checkpoint_info.json` is the whole recipe. With `model_preparation`, the same base and the same donor, "
-            "it gives the same bytes, which the second command confirms:",
+            "it gives the same bytes, which the last command confirms:",
             "```bash\n"
-            f"python extract_layers.py --model_name {_spec(donor)} --layers {needed} --output_dir donor_layers\n"
-            "python create_replaced_model_checkpoint.py --from_info checkpoint_info.json \\\n"
-            f"    --llama_layers_dir donor_layers{where} --output_dir rebuilt\n"
+            + "".join(
+                f"python extract_layers.py --model_name {_spec(donor)} --layers {' '.join(donor['layers'])} "
+                f"--output_dir {name}_layers\n"
+                for name, donor in zip(named, donors, strict=True)
+            )
+            + "python create_replaced_model_checkpoint.py --from_info checkpoint_info.json \\\n"
+            f"    --llama_layers_dir {' '.join(f'{name}_layers' for name in named)}{where} --output_dir rebuilt\n"
             "```",
         ]
     )
@@ -195,6 +204,8 @@ def _recipe(info: Mapping[str, Any]) -> str:
 
 def _healing_rows(info: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """How a checkpoint was trained after the graft."""
+    if "healing" not in info:
+        return [("built on", f"{_code(info['descent'][-1]['from']['id'])}, which the recipe needs too")]
     healing = info["healing"]
     rows = [
         ("healed from", _code(info["parent"]["id"])),

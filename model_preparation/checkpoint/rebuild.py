@@ -5,17 +5,26 @@ needs nothing else to make the checkpoint.
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from model_preparation.checkpoint.build import build_checkpoint
-from model_preparation.checkpoint.checkpoint_info import INFO, README, TENSOR_DIGESTS, grafted_heads, read_info_file
+from model_preparation.checkpoint.checkpoint_info import (
+    INFO,
+    README,
+    TENSOR_DIGESTS,
+    grafted_heads,
+    needs_parent,
+    read_info,
+    read_info_file,
+)
 from model_preparation.checkpoint.digests import digest_of_layers, digests_as_recorded
 from model_preparation.checkpoint.extract import extract_layers
 from model_preparation.checkpoint.graft import GraftPlan
-from model_preparation.checkpoint.layer_store import METADATA, LayerStore
+from model_preparation.checkpoint.layer_store import METADATA, LayersOfSeveral, LayerStore
 from model_preparation.errors import SurgeryError
+from model_preparation.hub.sources import donors_of, target_of
 from model_preparation.io.complete_folder import check_target
 from model_preparation.io.digests import sha256_of
 from model_preparation.io.identity import differences
@@ -25,7 +34,8 @@ _PROGRAMS = ("model_preparation", "torch", "transformers")  # they decide on all
 # The fields of a config that decide on what the model computes.
 _CONFIG = (
     *("d_model", "n_layer", "vocab_size", "tie_embeddings", "norm_epsilon"),
-    *("mlp_cfg", "ssm_cfg", "llama_layers", "llama_cfg", "donor_type", "llama_heads", "keep_mixer_heads"),
+    *("mlp_cfg", "ssm_cfg", "llama_layers", "llama_cfg", "other_llama_cfgs", "donor_type", "llama_heads"),
+    "keep_mixer_heads",
 )
 _OF_TOKENIZERS = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
 
@@ -33,7 +43,7 @@ _OF_TOKENIZERS = ("tokenizer", "special_tokens_map", "added_tokens", "chat_templ
 def rebuild_checkpoint(
     recipe: str | Path,
     output_dir: str | Path,
-    llama_layers_dir: str | Path,
+    llama_layers_dir: str | Path | Sequence[str | Path],
     *,
     base: str | None = None,
     device: str | Callable[[], str] = "cpu",
@@ -46,8 +56,8 @@ def rebuild_checkpoint(
         recipe: a checkpoint_info.json.
         output_dir: the folder to make; it appears whole or not at all.
         llama_layers_dir: the donor's extracted layers. If there are none, they are extracted into it from the
-            recipe's donor.
-        base: where the base is; by default where the recipe says.
+            recipe's donor. A folder for each donor, if the recipe has several.
+        base: where the base is; by default where the recipe says. For a graft on a healed checkpoint, where that is.
         device: where the smoke test runs, or a function that chooses it.
         overwrite: replace a checkpoint that is there.
         sources: targets by name, as `resolve(overrides=...)` takes them.
@@ -60,6 +70,8 @@ def rebuild_checkpoint(
             another reason than other versions of programs.
     """
     target = Path(output_dir).expanduser()
+    given = [llama_layers_dir] if isinstance(llama_layers_dir, str | Path) else llama_layers_dir
+    folders = [Path(folder).expanduser() for folder in given]
     check_target(target, overwrite=overwrite, marker_file=INFO)  # before layers are extracted
     info = read_recipe(recipe)
     if "healing" in info:
@@ -67,10 +79,17 @@ def rebuild_checkpoint(
             f"{recipe} is of a healed checkpoint, and no recipe gives its weights. Copy the checkpoint itself, or "
             f"rebuild the one it was healed from, {info.get('parent', {}).get('id', 'its parent')}, and heal that."
         )
+    step: dict[str, Any] = {"grafted": info["replaced_layers"], "grafted_heads": info.get("grafted_heads", {})}
+    if needs_parent(info):
+        step = info["descent"][-1]
+        _check_parent(recipe, base, step["from"])
+    heads = grafted_heads(step)
     notes: list[str] = []
 
     def review(found: dict[str, Any], graft: GraftPlan) -> None:
-        notes.extend(_programs_differing(found, info, graft.base.folder))
+        if "descent" in info:
+            found["descent"] = info["descent"]
+        notes.extend(_programs_differing(found, info, None if graft.parent else graft.base.folder))
         if measured := info.get("mmlu_result"):
             if measured.get("model", {}).get("weights") == found["digests"]["weights"]:
                 found["mmlu_result"] = measured
@@ -81,11 +100,11 @@ def rebuild_checkpoint(
     try:
         tokenizer = info.get("tokenizer_source")  # the first recipes have none
         build_checkpoint(
-            base or target_of(info["base_model"], "--base"),
-            info["replaced_layers"],
-            _donor_layers(Path(llama_layers_dir).expanduser(), info, sources),
+            base or target_of(info["base_model"], "Say where it is by --base."),
+            step["grafted"],
+            _donor_layers(folders, info, sorted([*step["grafted"], *heads]), sources),
             target,
-            tokenizer=None if tokenizer is None else target_of(tokenizer, "--tokenizer"),
+            tokenizer=None if tokenizer is None else target_of(tokenizer, "Say where it is by --tokenizer."),
             description=info["description"],
             score=info["mmlu_score"],
             device=device,
@@ -94,8 +113,9 @@ def rebuild_checkpoint(
             overwrite=overwrite,
             sources=sources,
             review=review,
-            heads=grafted_heads(info),
-            keep_mixer_heads=info.get("keep_mixer_heads", False),
+            heads=heads,
+            keep_mixer_heads=bool(heads) and info.get("keep_mixer_heads", False),
+            ungraft=step.get("ungrafted", []),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise SurgeryError(f"{recipe} lacks what a recipe needs ({error!r}). Copy it again.") from error
@@ -119,15 +139,54 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise SurgeryError(f"{path} is no recipe. Give a checkpoint's {INFO}. ({error})") from error
 
 
-def _donor_layers(folder: Path, info: Mapping[str, Any], sources: Mapping[str, str] | None) -> LayerStore:
-    donor, layers = info["replacement_source"], sorted([*info["replaced_layers"], *grafted_heads(info)])
+def _check_parent(recipe: str | Path, base: str | None, recorded: Mapping[str, Any]) -> None:
+    """Raise SurgeryError unless `base` is the checkpoint that the recipe's was built on."""
+    if base is None:
+        raise SurgeryError(
+            f"{recipe} is of a graft on {recorded['id']}, which base and donors alone do not give. Say where that "
+            "checkpoint is by --base."
+        )
+    there = read_info(base)["files"][TENSOR_DIGESTS]["sha256"]
+    if there != recorded.get("tensor_digests_sha256"):
+        raise SurgeryError(f"{base} is not the checkpoint {recorded['id']} of the recipe. Give that one by --base.")
+
+
+def _donor_layers(
+    folders: Sequence[Path], info: Mapping[str, Any], layers: Sequence[int], sources: Mapping[str, str] | None
+) -> LayerStore | Path:
+    """The layers of the recipe's donors, compared with it. A folder that has none gets them."""
+    if not layers:
+        return folders[0]  # which is not opened
+    of_each = [(donor, [index for index in layers if str(index) in donor["layers"]]) for donor in donors_of(info)]
+    of_each = [(donor, own) for donor, own in of_each if own]
+    if len(folders) != len(of_each):
+        raise SurgeryError(
+            f"The recipe needs layers of {len(of_each)} donors, {', '.join(donor['id'] for donor, _ in of_each)}. "
+            "Give a folder for each, in this order, by --llama_layers_dir DIR [DIR ...]."
+        )
+    stores = [
+        (_layers_of_one(folder, info, donor, own, sources), own)
+        for folder, (donor, own) in zip(folders, of_each, strict=True)
+    ]
+    return stores[0][0] if len(stores) == 1 else LayersOfSeveral(stores)
+
+
+def _layers_of_one(
+    folder: Path,
+    info: Mapping[str, Any],
+    donor: Mapping[str, Any],
+    layers: Sequence[int],
+    sources: Mapping[str, str] | None,
+) -> LayerStore:
     if not (folder / METADATA).is_file() and donor.get("legacy"):
         raise SurgeryError(
             f"The recipe's donor, {donor['id']}, was imported from old layer files, and {folder} holds no layers. "
             f"Import them: python extract_layers.py --from_legacy DIR --trust_pickle --output_dir {folder}"
         )
     if not (folder / METADATA).is_file():
-        extract_layers(target_of(donor, "--llama_layers_dir"), folder, layers=layers, sources=sources)
+        extract_layers(
+            target_of(donor, "Say where it is by --llama_layers_dir."), folder, layers=layers, sources=sources
+        )
     store = LayerStore(folder)
     tensors = info.get("digests", {}).get("donor_layers")  # since 0.2.0
     for index in layers:
@@ -155,27 +214,17 @@ def _sha256_of_old_file(store: LayerStore, index: int) -> str:
         return sha256_of(path)
 
 
-def target_of(source: Mapping[str, Any], flag: str) -> str:
-    """The name by which `resolve` finds a source that a checkpoint_info.json records.
-
-    Raises:
-        SurgeryError: if it is a local folder that is not here; the message names `flag`.
-    """
-    if source["hub"] != "local":
-        return f"{source['hub']}:{source['id']}" + (f"@{source['revision']}" if source["revision"] else "")
-    path = source.get("path")
-    if path is None or not Path(path).is_dir():
-        raise SurgeryError(f"The recipe names {path or source['id']}, which is not here. Say where it is by {flag}.")
-    return path
-
-
 def _name_of(source: Mapping[str, Any]) -> str:
     return source.get("path") or source["id"] + (f" at revision {source['revision']}" if source["revision"] else "")
 
 
-def _programs_differing(found: Mapping[str, Any], wanted: Mapping[str, Any], base: Path) -> list[str]:
-    """Compare with the recipe: a note if files differ because programs do; an error if the model differs."""
-    odd = differences(*digests_as_recorded(wanted["base_model"]["files"], base))
+def _programs_differing(found: Mapping[str, Any], wanted: Mapping[str, Any], base: Path | None) -> list[str]:
+    """Compare with the recipe: a note if files differ because programs do; an error if the model differs.
+
+    Args:
+        base: the folder to compare with the recipe's base; None for a checkpoint, which was compared already.
+    """
+    odd = [] if base is None else differences(*digests_as_recorded(wanted["base_model"]["files"], base))
     if odd:
         raise SurgeryError(
             f"{base} is not the recipe's base ({'; '.join(odd)}). Take the base that the recipe names, "
@@ -186,7 +235,7 @@ def _programs_differing(found: Mapping[str, Any], wanted: Mapping[str, Any], bas
         raise SurgeryError(f"What was built is not the recipe's model ({'; '.join(odd)}). Give the recipe's donor.")
     names = sorted(found["files"].keys() | wanted["files"].keys())
     files = [name for name in names if found["files"].get(name) != wanted["files"].get(name)]
-    if any(found[source]["id"] != wanted[source]["id"] for source in ("base_model", "replacement_source")):
+    if any(a["id"] != b["id"] for a, b in zip(_sources(found), _sources(wanted), strict=False)):
         files = [name for name in files if name != README]  # it names them as they are called here
     files = [name for name in files if name != TENSOR_DIGESTS]  # compared above, by what it says
     programs = differences(_programs_of(wanted), _programs_of(found), of_both=True)
@@ -212,6 +261,10 @@ def _model_of(info: Mapping[str, Any]) -> dict[str, Any]:
     tensors = info["files"].get(TENSOR_DIGESTS)
     older = {} if tensors is None else {TENSOR_DIGESTS: tensors["sha256"]}
     return {"config": config, **({"weights": info["digests"]["weights"]} if "digests" in info else {}), **older}
+
+
+def _sources(info: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [info["base_model"], *donors_of(info)]
 
 
 def _programs_of(info: Mapping[str, Any]) -> dict[str, Any]:

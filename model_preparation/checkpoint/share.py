@@ -21,6 +21,7 @@ from model_preparation.checkpoint.checkpoint_info import (
     STATE_DICT,
     TOKENIZER,
     current_score,
+    needs_parent,
     read_info,
 )
 from model_preparation.checkpoint.model_card import MEASURED, card_text, read_card
@@ -216,9 +217,10 @@ def verify_files(directory: Path, recorded: Mapping[str, dict]) -> None:
 def _select(info: dict[str, Any], what: str, directory: Path) -> tuple[dict[str, dict], str]:
     """The recorded files that `what` means, and their format: "pt", "hf", "both" or "recipe"."""
     held = info.get("format", "pt")
-    if what == "recipe" and "healing" in info:
+    if what == "recipe" and needs_parent(info):
         raise SurgeryError(
-            f"{directory} was healed, and no recipe gives its weights. Share the files: leave --what out."
+            f"{directory} was healed, or built on a checkpoint that its recipe needs. "
+            "Share the files: leave --what out."
         )
     if what == "auto":
         what = held

@@ -21,6 +21,7 @@ from model_preparation.checkpoint.checkpoint_info import (
     TENSOR_DIGESTS,
     formats_of,
     grafted_heads,
+    is_healed,
 )
 from model_preparation.checkpoint.digests import TensorDigest, module_ranges, read_tensor_digests, state_dict_ranges
 from model_preparation.checkpoint.graft import donor_prefixes, empty_model
@@ -28,6 +29,7 @@ from model_preparation.checkpoint.layer_store import METADATA, LayerStore
 from model_preparation.checkpoint.verify import Verification
 from model_preparation.command_line import default_folder
 from model_preparation.errors import SurgeryError
+from model_preparation.hub.sources import donors_of
 from model_preparation.io.block_io import Advance
 from model_preparation.io.digests import FileDigests, read_digests
 from model_preparation.io.progress import bar
@@ -94,15 +96,14 @@ class TensorChecks:
         for name in sorted(shapes.keys() - self._wanted.keys() - self._tied):
             self._found.fault(name, f"is not listed in {TENSOR_DIGESTS}, and the config asks for it")
         replaced = donor_prefixes(config.llama_layers, config.llama_heads)
+        healed = {HEALED} if is_healed(self._info) else set()
         for name, digest in self._wanted.items():
             if digest.shape != shapes.get(name):
                 wanted = list(shapes[name]) if name in shapes else "none"
                 self._found.fault(name, f"has shape {list(digest.shape)}, and the config asks for {wanted}")
             if str(digest.dtype) != f"torch.{self._info.get('dtype')}":
                 self._found.fault(name, f"is {digest.dtype}, and {INFO} says {self._info.get('dtype')}")
-            origins = {"donor" if name.startswith(replaced) else "base"} | (
-                {HEALED} if "healing" in self._info else set()
-            )
+            origins = {"donor" if name.startswith(replaced) else "base", *healed}
             if digest.origin not in origins:
                 self._found.fault(name, f"is the {digest.origin}'s, and the config says otherwise")
         if count := sum(digest.origin == HEALED for digest in self._wanted.values()):
@@ -162,7 +163,15 @@ class TensorChecks:
         if store is None:
             self._found.check("Donor", f"{len(wanted)} tensors not compared with it; --llama_layers_dir DIR does that")
             return
-        for index in [*self._info["replaced_layers"], *grafted_heads(self._info)]:
+        layers = [*self._info["replaced_layers"], *grafted_heads(self._info)]
+        if "other_donors" in self._info:
+            layers = self._layers_of(store)
+            others = {name for name in wanted if int(name.split(".")[2]) not in layers}
+            wanted = {name: digest for name, digest in wanted.items() if name not in others}
+            self._found.check(
+                "Donor", f"{len(others)} tensors are another donor's; --llama_layers_dir DIR compares them"
+            )
+        for index in layers:
             try:
                 store.check([index])  # only then do its files have the digests in metadata.json
             except SurgeryError as error:
@@ -199,6 +208,16 @@ class TensorChecks:
         if not isinstance(source, dict):
             return f"which {INFO} does not name"
         return str(source.get("path") or source.get("id"))
+
+    def _layers_of(self, store: LayerStore) -> list[int]:
+        """Of several donors, the layers of the one whose layers `store` has; of none, the first one's."""
+        donors = donors_of(self._info)
+        source = store.metadata["source"]
+        chosen = next((d for d in donors if all(d.get(name) == source[name] for name in source)), None)
+        if chosen is None:
+            files = {entry["sha256"] for entry in store.layers.values()}
+            chosen = next((donor for donor in donors if files & {*donor["layers"].values()}), donors[0])
+        return [int(index) for index in chosen["layers"]]
 
     def _store_of_same_source(self) -> LayerStore | None:
         folder = default_folder("extracted_llama_layers")

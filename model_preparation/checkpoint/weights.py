@@ -58,8 +58,11 @@ class GraftWeights:
         self._has_pt, self._has_hf = format != "hf", format != "pt"
         self._checkpoints = target.resolve().parent
         self._shares_extents = self._has_pt and can_reflink(existing_parent(target))
+        self._shares_tensors = self._shares_extents and graft.has_the_bases_tensors
         self._siblings: dict[str, SiblingTensor] = {}
         self._base_files: dict[str, dict] = {}
+        if graft.parent is not None:
+            self._base_files = graft.parent.info["base_model"]["files"]
 
     @cached_property
     def _store(self) -> BaseStore:
@@ -73,12 +76,16 @@ class GraftWeights:
             by_file.setdefault(shard_file(name), {})[name] = place
         grafted = {shard_file(prefix) for prefix in self._graft.replaced}
         shards = [Shard(file, ranges, self._graft.dtype) for file, ranges in by_file.items()]
-        return [s for s in shards if s.file not in grafted], [s for s in shards if s.file in grafted]
+        own = [s for s in shards if s.file not in grafted] if self._graft.has_the_bases_tensors else []
+        if self._graft.parent is not None:  # a damaged one must put nothing into the store
+            missing = self._store.missing(own)
+            own = [s for s in own if s not in missing]
+        return own, [s for s in shards if s not in own]
 
     @cached_property
     def has_siblings(self) -> bool:
         """Whether other checkpoints may hold tensors to share; to look into them imports torch."""
-        return self._shares_extents and any(_sibling_folders(self._checkpoints))
+        return self._shares_tensors and any(_sibling_folders(self._checkpoints))
 
     def base_files(self, go_on: Callable[[], object] = lambda: None) -> dict[str, dict]:
         """{"bytes", "blake3"} of the base's files by name. Those that have changed since the last time are read.

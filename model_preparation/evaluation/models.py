@@ -26,9 +26,15 @@ from model_preparation.checkpoint.digests import digest_of_checkpoint
 from model_preparation.checkpoint.layer_store import HEAD, text_part, without_head
 from model_preparation.checkpoint.load import load_checkpoint, spread
 from model_preparation.checkpoint.model_configs import read_generation_config
-from model_preparation.checkpoint.rebuild import target_of
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.sources import has_tokenizer, is_replaced, resolve, tokenizer_files, tokenizer_name
+from model_preparation.hub.sources import (
+    has_tokenizer,
+    is_replaced,
+    resolve,
+    target_of,
+    tokenizer_files,
+    tokenizer_name,
+)
 from model_preparation.io.complete_folder import existing_parent
 from model_preparation.io.identity import digest_of, digests_of_files, name_of
 from model_preparation.io.untrusted.not_a_model import snapshot_in, what_it_is
@@ -86,7 +92,7 @@ def _find_other(name: str, checkpoint: Path, sources: Mapping[str, str]) -> Othe
                 "Give the folder of the model that they come from by --compare_with."
             )
         replaced = is_replaced(recorded["name"], sources)
-        target = recorded["name"] if replaced else target_of(recorded, "--compare_with DIR")
+        target = recorded["name"] if replaced else target_of(recorded, "Say where it is by --compare_with DIR.")
     except (KeyError, TypeError) as error:
         raise SurgeryError(
             f"{checkpoint / INFO} does not say what its {name} is ({error!r}). Give that model's folder instead."

@@ -12,6 +12,7 @@ from typing import Any
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
 from model_preparation.errors import SurgeryError
+from model_preparation.hub.sources import donors_of
 
 # Hub ids and their licence. A Llamba contains embeddings and MLPs of its Llama, so the Llama's licence binds it too,
 # whatever its publisher grants.
@@ -91,14 +92,16 @@ def licence_of(info: Mapping[str, Any], given: str | None = None) -> str:
     """The licence id of a checkpoint.
 
     Args:
-        info: its checkpoint_info.json, with `base_model` and `replacement_source`.
+        info: its checkpoint_info.json, with its base and its donors.
         given: the id that the user names; it must be the one that a known source demands, or "other".
 
     Raises:
         SurgeryError: if a source's licence is unknown and none is given, if the sources' licences differ, or if the
             given one contradicts a source's.
     """
-    sources = {"base": info["base_model"], "donor": info["replacement_source"]}
+    first, *others = donors_of(info)
+    sources = {"base": info["base_model"], "donor": first}
+    sources |= {f"donor {number}": donor for number, donor in enumerate(others, start=2)}
     known = {role: known_licence(source) for role, source in sources.items()}
     demanded = {licence: role for role, licence in known.items() if licence and licence not in _PERMISSIVE}
     if given is not None:
@@ -129,10 +132,14 @@ def licence_of(info: Mapping[str, Any], given: str | None = None) -> str:
             )
     candidates = sorted(demanded) or sorted({licence for licence in known.values() if licence})
     if len(candidates) > 1:
-        raise SurgeryError(
-            f"The base is under {known['base']}, the donor under {known['donor']}. Read both, then give --licence ID."
-        )
+        raise SurgeryError(f"{_listed(known)}. Read all of them, then give --licence ID.")
     return candidates[0]
+
+
+def _listed(known: Mapping[str, str | None]) -> str:
+    """Who is under which licence, in words."""
+    first, *others = (f"the {role} {'' if number else 'is '}under {known[role]}" for number, role in enumerate(known))
+    return ", ".join([first.capitalize(), *others])
 
 
 def _is_known(licence: str) -> bool:
@@ -144,7 +151,7 @@ def _is_known(licence: str) -> bool:
 
 def terms_of(info: Mapping[str, Any], licence: str) -> list[LlamaTerms]:
     """The Llama terms that bind a checkpoint: of `licence`, and of its sources' licences if they are known."""
-    ids = {licence, known_licence(info["base_model"]), known_licence(info["replacement_source"])}
+    ids = {licence, *map(known_licence, [info["base_model"], *donors_of(info)])}
     return [terms for name, terms in LLAMA_TERMS.items() if name in ids]
 
 

@@ -152,6 +152,25 @@ def check_recorded(source: Mapping[str, Any]) -> None:
         raise ValueError(f"it comes from {hub!r:.80}, {name!r:.80}")
 
 
+def donors_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every donor that a checkpoint_info.json records. Only grafts on grafts have more than one."""
+    return [info["replacement_source"], *info.get("other_donors", [])]
+
+
+def target_of(source: Mapping[str, Any], cure: str) -> str:
+    """The name by which `resolve` finds a source that a checkpoint_info.json records.
+
+    Raises:
+        SurgeryError: if it is a local folder that is not here; the message ends with `cure`.
+    """
+    if source["hub"] != "local":
+        return f"{source['hub']}:{source['id']}" + (f"@{source['revision']}" if source["revision"] else "")
+    path = source.get("path")
+    if path is None or not Path(path).is_dir():
+        raise SurgeryError(f"The recipe names {path or source['id']}, which is not here. {cure}")
+    return path
+
+
 def target_named(name: str, overrides: Mapping[str, str] | None = None) -> str:
     """The folder's path or hub id that `name` means. Nothing is opened, and no hub is asked.
 

@@ -8,14 +8,15 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model_preparation.checkpoint.checkpoint_info import INFO, TOKENIZER, grafted_heads, read_info
+from model_preparation.checkpoint.checkpoint_folder import describe_parent
+from model_preparation.checkpoint.checkpoint_info import INFO, TOKENIZER, descent_of, grafted_heads, read_info
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.sources import folder_named, has_tokenizer, target_named
+from model_preparation.hub.sources import donors_of, folder_named, has_tokenizer, target_named
 from model_preparation.io.identity import differences as differences_of
 from model_preparation.io.untrusted.untrusted_files import read_json
 from model_preparation.jobs.combinations import Combination
@@ -126,9 +127,16 @@ def differences(folder: Path, combination: Combination, flags: argparse.Namespac
         SurgeryError: if its checkpoint_info.json cannot be read.
     """
     info = read_info(folder)
+    name = flags.base or "unaligned_llamba"
+    target = target_named(name, flags.source)
+    base = folder_named(target)
+    parent = base if base is not None and is_complete(base) else None
+    steps = descent_of(info)
+    step = steps[-1] if parent and len(steps) > 1 else {**info, "grafted": info["replaced_layers"]}
     recorded = {
-        "layers": info["replaced_layers"],
-        "heads": grafted_heads(info),
+        "layers": step.get("grafted"),
+        "heads": grafted_heads(step),
+        "ungrafted": step.get("ungrafted", []),
         "format": info.get("format", "pt"),
         "dtype": info.get("dtype"),
     }
@@ -136,15 +144,21 @@ def differences(folder: Path, combination: Combination, flags: argparse.Namespac
         **recorded,
         "layers": list(combination.layers),
         "heads": dict(flags.heads or []),
+        "ungrafted": sorted(flags.ungraft or []),
         "dtype": flags.dtype or recorded["dtype"],
     }
     if recorded["format"] != "both":
         asked["format"] = flags.format or "pt"
     found = differences_of(recorded, asked)
-    name = flags.base or "unaligned_llamba"
-    layers_dir = Path(flags.llama_layers_dir).expanduser()
-    found += [f"base {each}" for each in _of_base(info.get("base_model"), target_named(name, flags.source))]
-    found += [f"donor's layer {each} in {layers_dir}" for each in _of_donor(info, layers_dir)]
+    layers_dir = Path(flags.llama_layers_dir[0]).expanduser()  # the list names no donors, so there is one
+    if parent is not None:
+        parents = step.get("from", {}), describe_parent(parent, read_info(parent))
+        digests = ({"tensors": each.get("tensor_digests_sha256")} for each in parents)
+        found += [f"base {each}" for each in differences_of(*digests)]
+    else:
+        found += [f"base {each}" for each in _of_base(info.get("base_model"), target)]
+    grafted = {*map(str, asked["layers"]), *map(str, asked["heads"])}
+    found += [f"donor's layer {each} in {layers_dir}" for each in _of_donor(info, layers_dir, grafted)]
     return found + _of_tokenizer(info, [flags.tokenizer, name], layers_dir, flags.source)
 
 
@@ -179,17 +193,17 @@ def _of_base(recorded: Any, target: str) -> list[str]:
     return differences_of({"id": there}, {"id": asked})
 
 
-def _of_donor(info: Mapping[str, Any], layers_dir: Path) -> list[str]:
-    """Which layers of a folder differ from those in the checkpoint. None if it has no layers."""
+def _of_donor(info: Mapping[str, Any], layers_dir: Path, layers: Collection[str]) -> list[str]:
+    """Which of these layers in a folder differ from those in the checkpoint. None if it has no layers."""
     try:
         extracted = read_json(layers_dir / "metadata.json")["layers"]
-        there = info["replacement_source"]["layers"]
+        there = {i: sha for donor in donors_of(info) for i, sha in donor["layers"].items() if i in layers}
         odd = differences_of(there, {index: entry["sha256"] for index, entry in extracted.items()}, of_both=True)
         if odd and "digests" in info:  # a file of other bytes may have the same tensors
             from model_preparation.checkpoint.digests import digest_of_layers
             from model_preparation.checkpoint.layer_store import LayerStore
 
-            there = info["digests"]["donor_layers"]
+            there = {index: digest for index, digest in info["digests"]["donor_layers"].items() if index in layers}
             odd = differences_of(there, digest_of_layers(LayerStore(layers_dir), map(int, there)))
         return odd
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SurgeryError):
@@ -204,7 +218,9 @@ def _of_tokenizer(
     from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 
     asked, base = (None if name is None else target_named(name, sources) for name in names)
-    folders = [folder_named(asked)] if asked else [folder_named(str(base)), layers_dir / TOKENIZER]
+    of_base = folder_named(str(base))
+    of_checkpoint = None if of_base is None else of_base / TOKENIZER
+    folders = [folder_named(asked)] if asked else [of_base, of_checkpoint, layers_dir / TOKENIZER]
     folder = next((folder for folder in folders if folder is not None and has_tokenizer(folder)), None)
     there = info.get("digests", {}).get("tokenizer")
     if folder is None or there is None or (asked is None and folders[0] is None):

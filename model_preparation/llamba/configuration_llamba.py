@@ -13,7 +13,7 @@ from .transformers_versions import TESTED  # noqa: F401  before anything that an
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .donor_kinds import KINDS, REQUIRED, mask_kinds
+from .donor_kinds import KINDS, OF_EACH_DONOR, REQUIRED, mask_kinds
 
 # Imported only where one is made: it imports half of torch's compilers, a second that other configs save.
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class LlambaConfig(PreTrainedConfig):
         max_position_embeddings: tokens per sequence. Mamba blocks have no limit, grafted layers have the donor's.
         llama_layers: indices of the layers that are the donor's, sorted, without repeats.
         llama_cfg: the fields of the donor's config that grafted layers and heads need (`KINDS[donor_type].fields`).
+        other_llama_cfgs: by layer, as text, the fields of `llama_cfg` in which the layer's own donor differs (some of
+            `OF_EACH_DONOR`). It is written only where there are any.
         donor_type: the donor's kind, one of `KINDS`. It is written only where it is not "llama".
         llama_heads: by layer, as text, the donor's query heads that are added to its mixer, sorted. It is written only
             where there are any.
@@ -92,6 +94,7 @@ class LlambaConfig(PreTrainedConfig):
     ssm_cfg: Any = None
     llama_layers: list[int] = field(default_factory=list)
     llama_cfg: Any = None
+    other_llama_cfgs: Any = None
     donor_type: str = "llama"
     llama_heads: Any = None
     keep_mixer_heads: bool = False
@@ -106,6 +109,7 @@ class LlambaConfig(PreTrainedConfig):
         self.mlp_cfg = _with_defaults("mlp_cfg", self.mlp_cfg, MLP_DEFAULTS)
         self.ssm_cfg = _with_defaults("ssm_cfg", self.ssm_cfg, SSM_DEFAULTS)
         self.llama_heads = self.llama_heads or {}
+        self.other_llama_cfgs = self.other_llama_cfgs or {}
         if self.donor_type not in KINDS:
             raise ValueError(f"donor_type is {self.donor_type!r:.80}; this version knows {', '.join(KINDS)}")
         if self.has_attention:
@@ -187,7 +191,7 @@ class LlambaConfig(PreTrainedConfig):
 
     def _written(self, fields: dict[str, Any]) -> dict[str, Any]:
         """`fields` as files have them; fields that came later are written only where they say something."""
-        silent = {"donor_type": "llama", "llama_heads": {}, "keep_mixer_heads": False}
+        silent = {"other_llama_cfgs": {}, "donor_type": "llama", "llama_heads": {}, "keep_mixer_heads": False}
         return {name: value for name, value in fields.items() if name not in silent or value != silent[name]}
 
     def mlp_config(self) -> "LlamaConfig":
@@ -203,11 +207,11 @@ class LlambaConfig(PreTrainedConfig):
             hidden_act=mlp["act_fn"],
         )
 
-    def llama_config(self) -> PreTrainedConfig:
-        """The config of the grafted layers. Call it only if `llama_layers` is not empty."""
+    def llama_config(self, layer: int | None = None) -> PreTrainedConfig:
+        """The config of a grafted layer, or of those whose donor is the first one. There must be grafted layers."""
         kind = KINDS[self.donor_type].transformers_class("Config")
         sizes = {"vocab_size": self.vocab_size, "hidden_size": self.d_model, "num_hidden_layers": self.n_layer}
-        return kind(**sizes, **self.llama_cfg)
+        return kind(**sizes, **self.llama_cfg | self.other_llama_cfgs.get(str(layer), {}))
 
     def validate_architecture(self):
         """Part of `@strict`'s validation: finds what would be a shape error in the model otherwise."""
@@ -228,6 +232,7 @@ class LlambaConfig(PreTrainedConfig):
             if missing:
                 raise ValueError(f"llama_cfg lacks {', '.join(missing)}, which grafted layers need")
         self._check_heads()
+        self._check_other_donors()
         if layers:
             masks = mask_kinds(self.llama_cfg, self.n_layer)
             if len(masks) != self.n_layer or not set(masks) <= {"full_attention", "sliding_attention"}:
@@ -238,6 +243,17 @@ class LlambaConfig(PreTrainedConfig):
             window = self.llama_cfg.get("sliding_window")
             if "sliding_attention" in masks and not (isinstance(window, int) and window > 0):
                 raise ValueError(f"llama_cfg: sliding_window is {window!r}, and sliding layers need how many tokens")
+
+    def _check_other_donors(self) -> None:
+        """Part of `validate_architecture`."""
+        others = self.other_llama_cfgs
+        if not isinstance(others, dict) or not others.keys() <= {str(layer) for layer in self.llama_layers}:
+            raise ValueError(
+                f"other_llama_cfgs must be by layer, of llama_layers {self.llama_layers}, not {others!r:.80}"
+            )
+        for layer, fields in others.items():
+            if not isinstance(fields, dict) or not fields.keys() <= {*OF_EACH_DONOR}:
+                raise ValueError(f"other_llama_cfgs: layer {layer} may have {', '.join(OF_EACH_DONOR)} only")
 
     def _check_heads(self) -> None:
         """Part of `validate_architecture`: the grafted heads exist, in layers that are Mamba blocks."""

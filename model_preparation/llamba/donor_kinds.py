@@ -20,6 +20,8 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 2048,
 }
 REQUIRED = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rope_parameters")
+# Donors in one model may differ in these. The others decide on shapes, caches and masks.
+OF_EACH_DONOR = ("rms_norm_eps", "rope_parameters", "max_position_embeddings")
 # The windows of Qwen's layers: `layer_types` says which layers have one.
 _WINDOWS: dict[str, Any] = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
 

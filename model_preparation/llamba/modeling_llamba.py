@@ -6,10 +6,13 @@ Source of the computation and the parameter names: cartesia-ai/edge, cartesia_py
 from .transformers_versions import TESTED
 
 # isort: split
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import GenerationMixin, LlamaConfig, PreTrainedModel, initialization
+from transformers import GenerationMixin, LlamaConfig, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -105,24 +108,38 @@ class LlambaPreTrainedModel(PreTrainedModel):
 class LlambaModel(LlambaPreTrainedModel):
     """Embedding, layers and final norm: token ids to hidden states."""
 
+    # By layer; a model has some only if its donors have different settings.
+    other_configs: Mapping[int, PreTrainedConfig] = MappingProxyType({})
+
     def __init__(self, config: LlambaConfig):
         super().__init__(config)
         self.llama_config = config.llama_config() if config.has_attention else None
+        if config.other_llama_cfgs:
+            self.other_configs = {int(layer): config.llama_config(int(layer)) for layer in config.other_llama_cfgs}
         donor = KINDS[config.donor_type]
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(
             LlambaDecoderLayer(config, layer_idx, self.llama_config)
             if kind in ("linear_attention", "hybrid")
-            else donor.transformers_class("DecoderLayer")(self.llama_config, layer_idx)
+            else donor.transformers_class("DecoderLayer")(
+                self.other_configs.get(layer_idx, self.llama_config), layer_idx
+            )
             for layer_idx, kind in enumerate(config.layer_types)
         )
         self._no_split_modules = {type(layer).__name__ for layer in self.layers}  # FSDP takes no name beyond them
         self.final_layernorm = LlamaRMSNorm(config.d_model, eps=config.norm_epsilon)
         self.rotary_emb = None
-        if self.llama_config is not None:
-            self.rotary_emb = donor.transformers_class("RotaryEmbedding")(self.llama_config)
+        self.make_rotary_embeddings()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def make_rotary_embeddings(self) -> None:
+        """Make them anew, for example on another device; `other_rotary_embs` has those of `other_configs`."""
+        make = KINDS[self.config.donor_type].transformers_class("RotaryEmbedding")
+        if self.llama_config is not None:
+            self.rotary_emb = make(self.llama_config)
+        if self.other_configs:
+            self.other_rotary_embs = nn.ModuleList(map(make, self.other_configs.values()))
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding
@@ -169,8 +186,9 @@ class LlambaModel(LlambaPreTrainedModel):
             cache = LlambaCache(self.config)
 
         arguments = self.layer_arguments(hidden_states, attention_mask, position_ids, cache, **kwargs)
-        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
-            hidden_states = layer(hidden_states, **{CACHE_NAME: cache}, use_cache=use_cache, **arguments[kind])
+        for index, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
+            given = arguments.get(str(index), arguments[kind])
+            hidden_states = layer(hidden_states, **{CACHE_NAME: cache}, use_cache=use_cache, **given)
         if cache is not None:
             cache.seen_tokens += hidden_states.shape[1]
         return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(hidden_states), **{CACHE_NAME: cache})
@@ -183,7 +201,10 @@ class LlambaModel(LlambaPreTrainedModel):
         cache: LlambaCache | None = None,
         **kwargs,
     ) -> dict[str, dict]:
-        """By entry of `layer_types`, what a layer gets beside hidden states and cache, made from `forward`'s."""
+        """By entry of `layer_types`, what a layer gets beside hidden states and cache, made from `forward`'s.
+
+        Layers of `other_configs` have arguments of their own, by their index as text.
+        """
         length = hidden_states.shape[1]
         padding = PaddingLayout.of(attention_mask, length)
         places = _token_places(hidden_states, attention_mask, cache)  # (batch or 1, past + length)
@@ -223,6 +244,10 @@ class LlambaModel(LlambaPreTrainedModel):
                     "position_embeddings": position_embeddings,
                     **kwargs,
                 }
+            for place, (layer, config) in enumerate(self.other_configs.items()):
+                config._attn_implementation = implementation
+                own = self.other_rotary_embs[place](hidden_states, position_ids=position_ids)
+                arguments[str(layer)] = {**arguments[self.config.layer_types[layer]], "position_embeddings": own}
             if "hybrid" in arguments:
                 arguments["hybrid"] = {**arguments["linear_attention"], "of_heads": arguments["hybrid"]}
         return arguments

@@ -135,6 +135,7 @@ class CachedScorer:
 
     def _step(self, index: int, grafted: bool, before: _Hidden) -> Any:
         """The hidden states after a layer; after the last layer the answers."""
+        grafted = grafted or index in self._pair.fixed
         layer = self._pair.layer(index, grafted)
         is_last = index == self._pair.layers - 1
         after = _Hidden({}, {})
@@ -169,11 +170,12 @@ class CachedScorer:
             backbone = self._pair.model.backbone
             seen = None if cache is None else _Seen(backbone.config, past)
             self._arguments[rows, length, past] = backbone.layer_arguments(states, cache=seen)
+        arguments = self._arguments[rows, length, past]
         kind = self._pair.model.config.layer_types[index] if grafted else "linear_attention"
         return {
             CACHE_NAME: None if cache is None else _OneLayer(index, cache),
             "use_cache": cache is not None,
-            **self._arguments[rows, length, past][kind],
+            **(arguments.get(str(index), arguments[kind]) if grafted else arguments[kind]),
         }
 
     def _last(self, number: int, layer: Any, grafted: bool, states: Tensor, given: dict[str, Any]) -> Tensor:

@@ -1,9 +1,10 @@
 """What a search refuses before it downloads the donor, extracts layers or loads a model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from model_preparation.checkpoint.checkpoint_info import grafted_heads, read_info
 from model_preparation.checkpoint.digests import digest_of_layers
 from model_preparation.checkpoint.layer_store import METADATA, LayerStore, ModelLayers
 from model_preparation.checkpoint.model_configs import type_and_depth
@@ -33,12 +34,16 @@ def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
     if not overwrite:
         check_earlier(settings.folder, {"search": settings.described()})
     check_tasks(settings.all_tasks, settings.objective)
-    _, total = type_and_depth(resolve(settings.base, overrides=settings.sources).folder)
-    if settings.most_layers > total:
-        raise SurgeryError(
-            f"max_layers is {settings.most_layers}, but the base has {total} layers. Give --max_layers {total}."
-        )
-    space = SearchSpace(total, settings.min_layers, settings.most_layers, known_gains(settings, total))
+    fixed: frozenset[int] = frozenset()
+    if settings.start is None:
+        _, total = type_and_depth(resolve(settings.base, overrides=settings.sources).folder)
+    else:
+        total, fixed = _of_start(settings)
+    if settings.most_layers > (free := total - len(fixed)):
+        which = f"{settings.origin} has {free} layers that are not grafted" if fixed else f"the base has {free} layers"
+        raise SurgeryError(f"max_layers is {settings.most_layers}, but {which}. Give --max_layers {free}.")
+    gains = known_gains(settings, total, fixed=fixed)
+    space = SearchSpace(total, settings.min_layers, settings.most_layers, gains, fixed)
     before = bounds(space, settings).before
     if settings.budget_evaluations is not None and settings.budget_evaluations <= before:
         other, first = ("larger", space.most) if settings.method in ("removal", "ratio") else ("smaller", space.least)
@@ -47,6 +52,20 @@ def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
             f"layers, and budget_evaluations is {settings.budget_evaluations}. "
             f"Give --budget_evaluations {before + 1} at least, or --method exhaustive."
         )
+
+
+def _of_start(settings: SearchSettings) -> tuple[int, frozenset[int]]:
+    """How many layers the checkpoint to start from has, and which of them are grafted."""
+    assert settings.start is not None
+    info = read_info(settings.start)
+    if settings.base != SearchSettings.base:
+        raise SurgeryError(f"--start {settings.start} takes the place of --base {settings.base}. Give one of them.")
+    if grafted_heads(info):
+        raise SurgeryError(
+            f"{settings.start} has grafted heads, and a search cannot start from them yet. Take those away by "
+            "create_replaced_model_checkpoint.py --ungraft, or start from another checkpoint."
+        )
+    return info["total_layers"], frozenset(info["replaced_layers"])
 
 
 def _check_settings(settings: SearchSettings) -> None:
@@ -133,9 +152,14 @@ def has_donor_layers(settings: SearchSettings, *, overwrite: bool) -> bool:
 
 
 def known_gains(
-    settings: SearchSettings, total: int, say: Callable[[str], None] = lambda line: None
+    settings: SearchSettings,
+    total: int,
+    say: Callable[[str], None] = lambda line: None,
+    fixed: Collection[int] = (),
 ) -> dict[int, float]:
-    """The gains of single layers that the prior file has, by layer. `say` gets a line on what is left out.
+    """The gains of single layers that the prior file has, by layer, without those in `fixed`.
+
+    `say` gets a line on what is left out.
 
     Raises:
         SurgeryError: if the file cannot be read, or is of a model with more layers.
@@ -156,4 +180,4 @@ def known_gains(
             "It is of another model: give another --prior."
         )
     middle = sum(scores.values()) / len(scores)  # the base's score is not known; only the order of gains counts
-    return {layer: score - middle for layer, score in sorted(scores.items())}
+    return {layer: score - middle for layer, score in sorted(scores.items()) if layer not in fixed}

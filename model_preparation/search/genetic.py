@@ -29,7 +29,7 @@ def genetic(
     Raises:
         BudgetSpent: as `CandidateScores.evaluate`.
     """
-    if len(space.prior) < space.total:
+    if len(space.prior) < len(space.free):
         scores.evaluate(space.singles, max(1, round(_ELITE * population)))
     members = _first_generation(space, scores, rng, population)
     best, waited = float("-inf"), 0
@@ -138,7 +138,7 @@ def _mutate(space: SearchSpace, layers: LayerSet, patterns: _Patterns, rng: rand
 
 
 def _with_one(space: SearchSpace, layers: LayerSet, patterns: _Patterns, rng: random.Random) -> LayerSet:
-    free = [layer for layer in range(space.total) if layer not in layers]
+    free = [layer for layer in space.free if layer not in layers]
     if not free:
         return layers
     weights = [patterns.weight(layer, layers) if rng.random() < _GUIDED else 1.0 for layer in free]

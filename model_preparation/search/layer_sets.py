@@ -8,7 +8,7 @@ each shared layer once, and holds one more hidden state than the largest set has
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -70,21 +70,23 @@ def _descend(
     yield members[0], state
 
 
-def most_passes(count: int, total: int, least: int, most: int) -> int:
+def most_passes(count: int, total: int, least: int, most: int, fixed: Collection[int] = ()) -> int:
     """How many layers `walk` runs at most for `count` sets of `least` to `most` layers. For all sets it is exact.
 
     After each layer there are at most as many models as sets, and as many as a set can have beginnings.
     """
     passes = 0
     for depth in range(1, total + 1):
-        sizes = range(max(1, least - (total - depth)), most + 1)  # grafted so far, with enough layers left for the rest
-        passes += min(count, sum(math.comb(depth, size) for size in sizes))
+        free = sum(layer not in fixed for layer in range(depth))
+        left = total - len(fixed) - free
+        sizes = range(max(1, least - left), most + 1)  # grafted so far, with enough layers left for the rest
+        passes += min(count, sum(math.comb(free, size) for size in sizes))
     return passes
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All sets of `least` to `most` of `total` layers.
+    """All sets of `least` to `most` of `total` layers, without those in `fixed`.
 
     `prior` has the gains of single layers that are known before the search, by layer.
     """
@@ -93,33 +95,40 @@ class SearchSpace:
     least: int
     most: int
     prior: Mapping[int, float] = field(default_factory=dict)
+    fixed: frozenset[int] = frozenset()
+
+    @property
+    def free(self) -> list[int]:
+        """The layers that a set may have."""
+        return [layer for layer in range(self.total) if layer not in self.fixed]
 
     def __contains__(self, layers: LayerSet) -> bool:
         return self.least <= len(layers) <= self.most
 
     @property
     def count(self) -> int:
-        return sum(math.comb(self.total, size) for size in range(self.least, self.most + 1))
+        return sum(math.comb(len(self.free), size) for size in range(self.least, self.most + 1))
 
     @property
     def singles(self) -> list[LayerSet]:
-        return [(layer,) for layer in range(self.total)]
+        return [(layer,) for layer in self.free]
 
     def all(self) -> Iterator[LayerSet]:
         """Every set, small ones first."""
         for size in range(self.least, self.most + 1):
-            yield from itertools.combinations(range(self.total), size)
+            yield from itertools.combinations(self.free, size)
 
     def draw(self, rng: random.Random) -> LayerSet:
         """A random set: first its size is drawn, then its layers."""
-        return normal(rng.sample(range(self.total), rng.randint(self.least, self.most)))
+        return normal(rng.sample(self.free, rng.randint(self.least, self.most)))
 
     def spread(self, size: int) -> LayerSet:
         """Layers at equal distances."""
-        return normal([(2 * place + 1) * self.total // (2 * size) for place in range(size)])
+        free = self.free
+        return normal([free[(2 * place + 1) * len(free) // (2 * size)] for place in range(size)])
 
     def with_one_more(self, layers: LayerSet) -> list[LayerSet]:
-        return [normal([*layers, layer]) for layer in range(self.total) if layer not in layers]
+        return [normal([*layers, layer]) for layer in self.free if layer not in layers]
 
     def neighbours(self, layers: LayerSet) -> list[LayerSet]:
         """The sets that differ by one layer added, dropped or swapped."""
@@ -130,7 +139,7 @@ class SearchSpace:
     def gains(self, scores: "CandidateScores") -> dict[int, float]:
         """What each single layer gains over the base, by layer: from its evaluation, else from `prior`."""
         base = float(scores.base().mean())
-        known = (layer for layer in range(self.total) if scores.is_known((layer,)))
+        known = (layer for layer in self.free if scores.is_known((layer,)))
         return {**self.prior, **{layer: scores.estimate((layer,)) - base for layer in known}}
 
     def by_promise(self, sets: Iterable[LayerSet], scores: "CandidateScores") -> list[LayerSet]:

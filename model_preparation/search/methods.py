@@ -45,7 +45,7 @@ def ga(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) ->
 
 def removal(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
     """All layers at first; each time, the one whose loss costs least goes (arXiv 2601.11667)."""
-    kept: LayerSet = tuple(range(space.total))
+    kept: LayerSet = tuple(space.free)
     if kept in space:
         scores.evaluate([kept])
     while len(kept) > space.least:
@@ -57,7 +57,7 @@ def removal(space: SearchSpace, scores: CandidateScores, settings: SearchSetting
 
 def ratio(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
     """The layers without which a graft of all others loses most recall for each loss in the second task."""
-    whole: LayerSet = tuple(range(space.total))
+    whole: LayerSet = tuple(space.free)
     without = {layer: normal({*whole} - {layer}) for layer in whole}
     found = scores.evaluate([whole, *without.values()])
     if whole not in found:
@@ -89,7 +89,7 @@ def refine(space: SearchSpace, scores: CandidateScores) -> None:
 def _grow(space: SearchSpace, scores: CandidateScores, width: int) -> None:
     kept: list[LayerSet] = [BASE]
     for size in range(1, space.most + 1):
-        if size == 1 and len(space.prior) == space.total:  # all single layers are known before the search
+        if size == 1 and len(space.prior) == len(space.free):  # all single layers are known before the search
             kept = sorted(space.singles, key=lambda layers: (-space.prior[layers[0]], layers))[:width]
             continue
         more = dict.fromkeys(new for layers in kept for new in space.with_one_more(layers))

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from model_preparation.checkpoint.graft import GraftPlan, empty_model
-from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.io.tensors.tensor_ranges import MappedFiles
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.llamba import LlambaForCausalLM
@@ -24,11 +23,13 @@ class ModelPair:
         model: the graft of every layer. Every other graft has the same embedding, final norm and head.
         base_layers: the base's own layers, by index.
         tokenizer: the tokenizer of every graft.
+        fixed: the layers that are a donor's in the base already, because the search starts from a checkpoint.
     """
 
     model: LlambaForCausalLM
     base_layers: nn.ModuleList
     tokenizer: PreTrainedTokenizerBase
+    fixed: frozenset[int] = frozenset()
 
     @property
     def layers(self) -> int:
@@ -59,14 +60,15 @@ def load_pair(planned: GraftPlan, device: str | torch.device = "cpu", dtype: tor
     # If they are tied, the embedding is the head.
     load(model, {"lm_head.weight": planned.tensors["backbone.embedding.weight"]} | planned.tensors)
     model.tie_weights()
-    base = empty_model(read_config(planned.base.folder))
+    base = empty_model(planned.base_config)
     base_layers = base.backbone.layers
     prefix = "backbone.layers."
     own = planned.files.ranges
     load(base_layers, {name[len(prefix) :]: place for name, place in own.items() if name.startswith(prefix)})
     if dtype is not None:
         model.config.dtype = dtype
-    return ModelPair(model.to(device), base_layers.to(device).eval(), load_tokenizer(planned.tokenizer))
+    tokenizer = load_tokenizer(planned.tokenizer)
+    return ModelPair(model.to(device), base_layers.to(device).eval(), tokenizer, planned.kept)
 
 
 def _placed(tensor: Tensor, stored: torch.dtype, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.cache_llamba import cache_bytes
 from model_preparation.search.cached_scoring import count_tokens, hidden_states_bytes
-from model_preparation.search.layer_sets import SearchSpace, most_passes
+from model_preparation.search.layer_sets import SearchSpace, most_passes, names, normal
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.settings import SearchSettings
 
@@ -49,46 +49,44 @@ class Bounds:
 
 def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
     """What a search of a space takes at most."""
-    total = space.total
-    everything = Cost(space.count, total + most_passes(space.count, total, space.least, space.most))
+    total, free, fixed = space.total, len(space.free), space.fixed
+    everything = Cost(space.count, total + most_passes(space.count, total, space.least, space.most, fixed))
     budget = math.inf if settings.budget_evaluations is None else settings.budget_evaluations
     if settings.method in ("singles", "exhaustive"):
         count = int(min(budget, space.count))
-        found = Cost(count, total + most_passes(count, total, space.least, space.most))
+        found = Cost(count, total + most_passes(count, total, space.least, space.most, fixed))
         return Bounds(found, None, count, everything)
 
     # The sets that lack one layer each of a larger set are alike up to that layer.
     each_without = {size: sum(min(size, depth + 1) for depth in range(1, total + 1)) for size in range(total + 1)}
     if settings.method == "removal":
-        steps = range(space.least + 1, total + 1)
-        count = int(min(budget, sum(steps) + (space.most == total)))
+        steps = range(space.least + 1, free + 1)
+        count = int(min(budget, sum(steps) + (space.most == free)))
         passes = 2 * total + sum(each_without[size] for size in steps)
         found = Cost(count, min(passes, total + count * total))
-        return Bounds(found, None, count, everything, before=sum(range(space.most + 2, total + 1)))
+        return Bounds(found, None, count, everything, before=sum(range(space.most + 2, free + 1)))
     if settings.method == "ratio":
         sizes = space.most - space.least + 1
-        count = int(min(budget, 1 + total + sizes))
-        passes = (2 + sizes) * total + each_without[total]
+        count = int(min(budget, 1 + free + sizes))
+        passes = (2 + sizes) * total + each_without[free]
         found = Cost(count, min(passes, total + count * total))
-        return Bounds(found, None, count, everything, before=(0, 1, total + 1)[min(total - space.most, 2)])
+        return Bounds(found, None, count, everything, before=(0, 1, free + 1)[min(free - space.most, 2)])
 
     is_genetic = settings.method == "ga"
     width = settings.beam_width if settings.method == "beam" else 1
-    singles = 0 if len(space.prior) == total else total  # evaluated first
+    singles = 0 if len(space.prior) == free else free  # evaluated first
     batches = [(singles, 1)]
     if is_genetic:
         batches += [(settings.population, space.most)] * settings.generations
         before = singles if space.least > 1 else 0
     else:
-        batches += [
-            (min(width * (total - size + 1), math.comb(total, size)), size) for size in range(2, space.most + 1)
-        ]
+        batches += [(min(width * (free - size + 1), math.comb(free, size)), size) for size in range(2, space.most + 1)]
         # Each smaller size is filled to the width, and leaves room for the sizes after it.
-        smaller = sum(min(width, math.comb(total, size)) for size in range(2, space.least))
+        smaller = sum(min(width, math.comb(free, size)) for size in range(2, space.least))
         before = singles + smaller if space.least > 1 else 0
     # These methods go beyond the space: for what layers gain, and beam and greedy from each size to the next.
     outside = range(1, min(2, space.least) if is_genetic else space.least)
-    limit = int(min(budget, space.count + sum(math.comb(total, size) for size in outside)))
+    limit = int(min(budget, space.count + sum(math.comb(free, size) for size in outside)))
     asked = sum(count for count, _ in batches)
     early = min(asked, limit)
     passes = total + sum(most_passes(count, total, 1, size) for count, size in batches)
@@ -104,11 +102,11 @@ def _refinement(space: SearchSpace) -> Cost:
     """One step, from the size that has the most neighbours."""
 
     def neighbours(size: int) -> int:
-        free = space.total - size
+        free = len(space.free) - size
         return size * free + size * (size > space.least) + free * (size < space.most)
 
     count = max(map(neighbours, range(space.least, space.most + 1)))
-    return Cost(count, most_passes(count, space.total, space.least, space.most))
+    return Cost(count, most_passes(count, space.total, space.least, space.most, space.fixed))
 
 
 def _in_any_order(count: int, singles: int, total: int) -> int:
@@ -127,7 +125,8 @@ def sizes_in_budget(setup: ScoringSetup) -> tuple[int, int]:
     least, most = settings.min_layers, settings.most_layers
     if settings.max_cache_bytes is None or settings.at_tokens is None:
         return least, most
-    needs = {size: cache_bytes(model.config, size, settings.at_tokens, model.dtype) for size in range(least, most + 1)}
+    tokens, fixed = settings.at_tokens, len(setup.pair.fixed)
+    needs = {size: cache_bytes(model.config, fixed + size, tokens, model.dtype) for size in range(least, most + 1)}
     fits = [size for size, size_bytes in needs.items() if size_bytes <= settings.max_cache_bytes]
     if not fits:
         raise SurgeryError(
@@ -145,13 +144,14 @@ def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
     size = hidden_states_bytes(setup)
     in_file = max(0, size - settings.memory_bytes)
     return [
-        f"Base         {setup.planned.base.folder}",
+        f"Base         {setup.planned.base.folder}"
+        + (f", with layers {names(normal(space.fixed))} grafted" if space.fixed else ""),
         f"Donor        {donor.metadata['source']['id']} (layers in {donor.folder})",
         f"Questions    {len(questions.questions):,} of {', '.join(settings.all_tasks)}, {tokens:,} tokens with padding",
         f"Memory       {decimal(size)} for the base's hidden states before each of {space.total} layers"
         + (f", of which up to {decimal(in_file)} in a file in {settings.folder}" if in_file else "")
         + f"; at most {space.most + 1} more states of {decimal(size // space.total)}",
-        f"Method       {settings.method}, {space.least} to {space.most} of {space.total} layers"
+        f"Method       {settings.method}, {space.least} to {space.most} of {len(space.free)} layers"
         + (", candidates race" if settings.races else "")
         + f"; maximises {settings.objective}",
         *_describe_cache(setup, space),
@@ -168,7 +168,8 @@ def _describe_cache(setup: ScoringSetup, space: SearchSpace) -> list[str]:
     left_out = [size for size in asked if not space.least <= size <= space.most]
     layers = f"; left out: {', '.join(map(str, left_out))} layers" if left_out else "; all sizes fit"
     largest = max(
-        cache_bytes(model.config, size, settings.at_tokens, model.dtype) for size in (space.least, space.most)
+        cache_bytes(model.config, len(space.fixed) + size, settings.at_tokens, model.dtype)
+        for size in (space.least, space.most)
     )
     return [
         f"Cache        at most {settings.max_cache_bytes:,} bytes after {settings.at_tokens:,} tokens; "

@@ -6,6 +6,9 @@ final_results   all combinations with answers to all questions, the best first: 
 pareto          the best fitness for each size of the K/V cache: the base and the combinations that no other beats
                 with as small a cache
 base_score, donor_score, single_layer_results, statistics, dropped, failed, settings
+
+A search that starts from a checkpoint has that as `base`, and its grafted layers as `start_layers`: they are in every
+combination, and `layers` are those that are added.
 """
 
 import os
@@ -52,7 +55,8 @@ def search_result(
         "final_results": rows,
         "pareto": _pareto_front([base, *rows]),
         "base_score": base["fitness"],
-        "base": _place(settings.base),
+        "base": _place(settings.origin),
+        **({"start_layers": sorted(space.fixed)} if space.fixed else {}),
         "base_stderr": base["stderr"],
         "base_accuracy": base["accuracy"],
         "donor_score": None if donor is None else donor["fitness"],
@@ -133,7 +137,7 @@ def _row(scores: CandidateScores, layers: LayerSet, setup: ScoringSetup) -> dict
         "stderr": scores.objective.stderr(values),
         "num_layers": len(layers),
         "accuracy": float(scores.right(layers).mean()),
-        "kv_bytes_per_token": kv_bytes_per_token(model.config, len(layers), model.dtype),
+        "kv_bytes_per_token": kv_bytes_per_token(model.config, len(setup.pair.fixed) + len(layers), model.dtype),
     }
 
 

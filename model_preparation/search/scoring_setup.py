@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model_preparation.checkpoint import graft
+from model_preparation.checkpoint.checkpoint_info import read_info
 from model_preparation.checkpoint.digests import digest_of_layers, digest_of_model, digest_of_tokenizer
 from model_preparation.checkpoint.layer_store import LayerStore, ModelLayers
 from model_preparation.errors import SurgeryError
@@ -81,7 +82,7 @@ class ScoringSetup:
         return {
             "base": digest_of_model(self.planned.base.folder),
             "donor": donor,
-            "donor_layers": digest_of_layers(self.planned.donor, self.planned.layers),
+            "donor_layers": digest_of_layers(self.planned.donor, self.planned.donor_layers),
             "tokenizer": digest_of_tokenizer(self.pair.tokenizer),
             "questions": self.questions.digest,
         }
@@ -145,10 +146,11 @@ def _plan(settings: SearchSettings) -> graft.GraftPlan:
     """The graft of all layers."""
     layers: LayerStore | ModelLayers
     if settings.llama_layers_dir is not None:
-        hint = settings.donor or donor_name(settings.base, settings.sources)
+        hint = settings.donor or ("DONOR" if settings.start else donor_name(settings.base, settings.sources))
         layers = LayerStore(settings.llama_layers_dir, hint=hint)
     else:
         assert settings.donor is not None
         layers = ModelLayers(resolve(settings.donor, overrides=settings.sources))
-    indices = range(layers.config.num_hidden_layers)
-    return graft.plan(settings.base, indices, layers, tokenizer=settings.tokenizer, sources=settings.sources)
+    grafted = [] if settings.start is None else read_info(settings.start)["replaced_layers"]
+    indices = [index for index in range(layers.config.num_hidden_layers) if index not in grafted]
+    return graft.plan(settings.origin, indices, layers, tokenizer=settings.tokenizer, sources=settings.sources)

@@ -80,8 +80,9 @@ def search_layers(
             settings, extracts = replace(settings, llama_layers_dir=folder / DONOR_LAYERS), False
         setup = ScoringSetup(settings, scored_on)
         total = setup.pair.layers
-        gains = checks.known_gains(settings, total, say)
-        space = SearchSpace(total, *sizes_in_budget(setup), gains)
+        fixed = setup.pair.fixed
+        gains = checks.known_gains(settings, total, say, fixed)
+        space = SearchSpace(total, *sizes_in_budget(setup), gains, fixed)
         if not overwrite:  # a dry run reads no weights
             asked = {"settings": setup.recorded, **({} if dry_run else {"inputs": setup.inputs})}
             checks.check_earlier(folder, asked)

@@ -54,6 +54,13 @@ class SearchSettings(CheckedSettings):
     base: Annotated[str, Flag("NAME|PATH", "the Llamba to graft into: a name, a model folder or a hub id")] = (
         "unaligned_llamba"
     )
+    start: Annotated[
+        str | Path | None,
+        Flag(
+            "CHECKPOINT",
+            "a checkpoint to graft into instead of --base; its grafted layers stay",
+        ),
+    ] = None
     donor: Annotated[
         str | None,
         Flag("NAME|PATH", "the model that gives the layers; its own score is shown too, and --objective kl needs it"),
@@ -161,6 +168,11 @@ class SearchSettings(CheckedSettings):
     def all_tasks(self) -> tuple[str, ...]:
         """`tasks` and `second_task`."""
         return self.tasks if self.second_task is None else (*self.tasks, self.second_task)
+
+    @property
+    def origin(self) -> str:
+        """What is grafted into: a base, or the checkpoint to start from."""
+        return self.base if self.start is None else str(self.start)
 
     @property
     def most_layers(self) -> int:

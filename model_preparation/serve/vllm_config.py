@@ -58,6 +58,11 @@ class LlambaSettings(VerifyAndUpdateConfig):
                 "This checkpoint has grafted heads. vLLM gives a layer one kind of cache, and these layers need two. "
                 "Serve it with --engine transformers."
             )
+        if config.other_llama_cfgs:
+            raise ValueError(
+                "This checkpoint has layers of donors with different settings, which vLLM's model has no place for. "
+                "Serve it with --engine transformers."
+            )
         activations = {config.mlp_cfg["act_fn"], *([config.llama_cfg["hidden_act"]] if config.llama_layers else [])}
         if activations != {"silu"}:
             raise ValueError(f"vLLM's MLPs have the activation silu, and this model has {', '.join(activations)}.")

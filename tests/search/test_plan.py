@@ -27,6 +27,9 @@ def space_of(settings, prior=None):
 def test_all_sets_take_as_many_passes_as_is_said(least, most):
     sets = [layers for size in range(least, most + 1) for layers in itertools.combinations(range(TOTAL), size)]
     assert TOTAL + most_passes(len(sets), TOTAL, least, most) == count_passes(sets, TOTAL)
+    fixed = {1, 4}
+    sets = [layers for layers in sets if not fixed & {*layers}]
+    assert TOTAL + most_passes(len(sets), TOTAL, least, most, fixed) == count_passes(sets, TOTAL)
 
 
 @pytest.mark.parametrize("count", [1, 5, 40, 200])

@@ -301,6 +301,40 @@ def test_the_best_are_built_by_one_command_and_score_what_was_said(exhaustive, t
         assert row["accuracy"] == pytest.approx(right / evaluated["questions"])
 
 
+def test_a_search_from_a_checkpoint_adds_to_its_grafts(checkpoint_dir, layers_dir, base_dir, task_dir, tmp_path):
+    """Layers 1 and 3 of four are grafted: 0, 2 and both together are left."""
+    out = tmp_path / "search"
+    asked = ("--llama_layers_dir", layers_dir, "--task", task_dir, "--batch_size", 3, "--output_dir", out)
+    result = run_command(
+        *("search_layers", "--start", checkpoint_dir, *asked, "--method", "exhaustive", "--max_layers", 2)
+    )
+    assert result.returncode == 0, result.stderr
+    assert "with layers 1 3 grafted" in result.stdout
+    assert "Candidates   3, of which 3 are evaluated" in result.stdout
+    found = json.loads((out / "search_result.json").read_text())
+    rows = {tuple(row["layers"]): row for row in found["final_results"]}
+    assert rows.keys() == {(0,), (2,), (0, 2)}
+    assert (found["base"], found["start_layers"]) == (str(checkpoint_dir), [1, 3])
+    assert rows[0, 2]["kv_bytes_per_token"] == 4 * 2 * 16 * 4  # four layers of keys and values, one head of 16 each
+    built = ("create_best_checkpoints", "--from", out / "search_result.json", "--top", 3, "--output_root", tmp_path)
+    result = run_command(*built)
+    assert result.returncode == 0, result.stderr
+    for layers, row in rows.items():
+        checkpoint = tmp_path / ("llamba_replaced_" + "_".join(map(str, layers)))
+        info = json.loads((checkpoint / "checkpoint_info.json").read_text())
+        assert info["replaced_layers"] == sorted([1, 3, *layers])
+        scored = evaluate_checkpoint(checkpoint, tasks=[str(task_dir)], batch_size=3)
+        right = sum(task["score"] * task["questions"] for task in scored["tasks"].values())
+        assert row["accuracy"] == pytest.approx(right / scored["questions"])
+    again = run_command(*built)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("is complete already") == 3
+    start = ("search_layers", "--start", checkpoint_dir, *asked[:-1], tmp_path / "out")
+    assert_refused(run_command(*start, "--base", base_dir), "takes the place of --base")
+    assert_refused(run_command(*start, "--max_layers", 3), "has 2 layers that are not grafted. Give --max_layers 2")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_not_finite_is_a_failure_with_its_reason(make_settings, tmp_path, monkeypatch):
     class Broken(search_module.ScoringSetup):
         def __init__(self, *given):
