@@ -71,6 +71,11 @@ def test_removal_takes_away_the_layer_that_is_missed_least(tmp_path):
     assert len(scores.order) == 1 + sum(range(3, TOTAL + 1))
     assert kept == {3, 7}
     assert best_of(search(tmp_path / "race", "removal", least=2), 2) == (3, 7)  # it races, and ends at the same
+    started = make_scores(tmp_path / "started")
+    METHODS["removal"](SearchSpace(TOTAL, 1, 3, fixed=frozenset({3, 5})), started, SearchSettings(tmp_path))
+    started.journal.close()
+    assert len(started.order[0]) == TOTAL - 3
+    assert not {3, 5} & {layer for layers in started.order for layer in layers}
 
 
 def test_ratio_takes_the_layers_without_which_recall_loses_most_for_each_loss_elsewhere(tmp_path):
