@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
+from model_preparation.llamba.cache_llamba import cache_bytes
 from model_preparation.llamba.donor_kinds import picked_heads
 from tests.conftest import seeded, tiny_config
 
@@ -128,6 +129,9 @@ def test_the_definition(kv_heads, data):
     for layer, of_layer in heads.items():
         groups = {head // (HEADS // kv_heads) for head in of_layer}
         assert kept.layers[layer].keys.shape == kept.layers[layer].values.shape == (2, len(groups), 21, HEAD_DIM)
+    held = [each.conv_states[0].nbytes + each.recurrent_states[0].nbytes for each in kept.layers]
+    held += [kept.layers[layer].keys.nbytes + kept.layers[layer].values.nbytes for layer in heads]
+    assert sum(held) == 2 * cache_bytes(model.config, 0, 21, torch.float64)
 
 
 @torch.no_grad()
