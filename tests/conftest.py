@@ -23,6 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -53,6 +54,10 @@ on_devices = pytest.mark.parametrize(
     "device", [pytest.param("cpu", id="on_cpu"), pytest.param("cuda", id="on_gpu", marks=pytest.mark.gpu)]
 )
 
+
+# The same examples in every run: a rare draw is a finding once, and no accident of a later run.
+hypothesis.settings.register_profile("same examples", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same examples")
 
 # Begun first, in this order, so that no process is left alone with them.
 LONGEST = (

@@ -86,7 +86,7 @@ def test_every_configuration_computes_the_recurrence(ssm):
 def test_chunks_need_not_divide_the_length(length, chunk_size, seed):
     mixer, cfg = make_mixer(seed, chunk_size=chunk_size)
     hidden = torch.randn(1, length, 32, generator=torch.Generator().manual_seed(seed))
-    assert relative_error(mixer(hidden), recurrence(mixer, cfg, hidden)) < 1e-5
+    assert relative_error(mixer(hidden), recurrence(mixer, cfg, hidden)) < 3e-5
 
 
 def test_longer_than_the_longest_chunk():
