@@ -70,6 +70,17 @@ def _descend(
     yield members[0], state
 
 
+def count_passes(sets: Iterable[LayerSet], total: int) -> int:
+    """How many layers `walk` runs, and once all layers of the base."""
+    beginnings = {
+        (depth, tuple(layer for layer in layers if layer < depth))
+        for layers in sets
+        if layers
+        for depth in range(layers[0] + 1, total + 1)
+    }
+    return total + len(beginnings)
+
+
 def most_passes(count: int, total: int, least: int, most: int, fixed: Collection[int] = ()) -> int:
     """How many layers `walk` runs at most for `count` sets of `least` to `most` layers. For all sets it is exact.
 

@@ -9,22 +9,12 @@ import numpy as np
 
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.journal import Journal
+from model_preparation.search.layer_sets import count_passes
 from model_preparation.search.objective import Objective
 from model_preparation.search.progress import SearchProgress
 from model_preparation.search.settings import SearchSettings
 
 TOTAL = 12
-
-
-def count_passes(sets, total):
-    """How many layers are run for the sets, if those with the same beginning share it; and once all of the base."""
-    beginnings = {
-        (depth, tuple(layer for layer in layers if layer < depth))
-        for layers in sets
-        if layers
-        for depth in range(layers[0] + 1, total + 1)
-    }
-    return total + len(beginnings)
 
 
 class PlantedQuestions:

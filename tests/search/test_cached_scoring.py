@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from model_preparation import build_checkpoint, evaluate_checkpoint, load_checkpoint
-from tests.search.planted import count_passes
+from model_preparation.search.layer_sets import count_passes
 
 ALL_SETS = [layers for size in (1, 2, 3, 4) for layers in itertools.combinations(range(4), size)]
 

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_preparation.search.layer_sets import walk
-from tests.search.planted import count_passes
+from model_preparation.search.layer_sets import count_passes, walk
 
 
 class State:
