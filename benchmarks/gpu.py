@@ -52,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 GRAFTS = {"tiny": [1, 3], "1b": [3, 6, 8, 10], "8b": [11, 13, 17, 21]}
 CONTEXTS = {"tiny": [64, 256], "1b": [1024, 8192, 32768], "8b": [1024, 8192, 32768]}
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "lm_eval", "flash-linear-attention", "triton")
-POPULATION, GENERATIONS, QUESTIONS = 40, 20, 1000  # of the genetic search that the cost is told for
+POPULATION, GENERATIONS, QUESTIONS = 40, 20, 1000  # of the genetic search whose cost is computed
 # What Llama 3's tokenizer splits a text into before it joins letters: nearly all common words are one token.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 

@@ -26,7 +26,7 @@ class Flag(NamedTuple):
     name: str = ""
 
     def text(self, value: Any) -> Any:
-        """A value as it is typed: a text, or a list of texts."""
+        """What a user types to give this value: a text, or a list of texts."""
         return [str(each) for each in value] if self.nargs else getattr(self.read, "text", str)(value)
 
 

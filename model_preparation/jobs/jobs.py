@@ -69,7 +69,7 @@ def outcomes_of(
     """Run the jobs. Return an outcome for each entry of `prepared`, in its order.
 
     Args:
-        prepared: jobs; and outcomes of what needs no job, as it is done or has failed already.
+        prepared: the jobs. Work that is done already, or has failed already, comes as its outcome.
         run_jobs: runs the jobs.
         finish: makes the outcome of a job, from its index in `prepared` and how it ended.
     """

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Place, read_into
@@ -32,12 +32,9 @@ SAFETENSORS_DTYPES = {
 _MAX_DIMENSIONS = 8
 
 
-@dataclass(frozen=True)
-class TensorRange:
-    """A tensor's bytes in a file: `size_bytes` from `start` on, in C order."""
+class _Stored:
+    """What the tensors in files share, whole or in part; a subclass has `shape` and `dtype`."""
 
-    path: Path
-    start: int
     shape: tuple[int, ...]
     dtype: DType
 
@@ -49,6 +46,21 @@ class TensorRange:
     @property
     def size_bytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    def cast(self, dtype: "DType | torch.dtype | None") -> "Self | CastTensor":
+        """The same numbers as `dtype`; unchanged for None."""
+        wanted = self.dtype if dtype is None else dtype_of(dtype)
+        return self if wanted == self.dtype else CastTensor(self, wanted)  # type: ignore[arg-type]  # both are below
+
+
+@dataclass(frozen=True)
+class TensorRange(_Stored):
+    """A tensor's bytes in a file: `size_bytes` from `start` on, in C order."""
+
+    path: Path
+    start: int
+    shape: tuple[int, ...]
+    dtype: DType
 
     @property
     def place(self) -> Place:
@@ -64,11 +76,6 @@ class TensorRange:
         count = max(0, min(end, self.shape[0]) - start)
         row_bytes = self.size_bytes // self.shape[0]
         return TensorRange(self.path, self.start + start * row_bytes, (count, *self.shape[1:]), self.dtype)
-
-    def cast(self, dtype: "DType | torch.dtype | None") -> "TensorRange | CastTensor":
-        """The same numbers as `dtype`; unchanged for None."""
-        wanted = self.dtype if dtype is None else dtype_of(dtype)
-        return self if wanted == self.dtype else CastTensor(self, wanted)
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class CastTensor:
 
 
 @dataclass(frozen=True)
-class PickedTensor:
+class PickedTensor(_Stored):
     """Some rows (dimension 0) or columns (dimension 1) of a matrix in a file, in C order.
 
     Meant for small parts: all of the matrix is read once, and what was picked stays in memory.
@@ -109,25 +116,13 @@ class PickedTensor:
     place = None  # these bytes lie in no file as they are
 
     @property
-    def path(self) -> Path:
-        return self.stored.path
-
-    @property
-    def dtype(self) -> DType:
+    def dtype(self) -> DType:  # type: ignore[override]
         return self.stored.dtype
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         rows, columns = self.stored.shape
         return (len(self.picked), columns) if self.dimension == 0 else (rows, len(self.picked))
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def size_bytes(self) -> int:
-        return self.numel * self.dtype.itemsize
 
     @cached_property
     def contents(self) -> bytes:
@@ -142,11 +137,6 @@ class PickedTensor:
     def read_into(self, view: memoryview, start: int) -> None:
         """As `TensorRange.read_into`."""
         view[:] = self.contents[start : start + len(view)]
-
-    def cast(self, dtype: "DType | torch.dtype | None") -> "PickedTensor | CastTensor":
-        """The same numbers as `dtype`; unchanged for None."""
-        wanted = self.dtype if dtype is None else dtype_of(dtype)
-        return self if wanted == self.dtype else CastTensor(self, wanted)
 
 
 StoredTensor = TensorRange | PickedTensor

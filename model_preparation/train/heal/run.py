@@ -82,7 +82,7 @@ class Run:
             return self.with_adapter(model)
         config, method = model.config, self.settings.method
         prefixes = tuple(f"backbone.layers.{index}." for index in trained_layers(config, method))
-        if method == "grafted":  # beside grafted heads, the mixer stays as it is
+        if method == "grafted":  # where only heads are grafted, the mixer is not trained
             prefixes = donor_prefixes(config.llama_layers, config.llama_heads)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(method == "full" or name.startswith(prefixes))
