@@ -7,8 +7,8 @@ from model_preparation.command_line import CommandParser, number, run
 DESCRIPTION = """\
 Compare checkpoints by their evaluations, question by question, on the questions that all of them were asked. For each
 group and subject, print scores with standard errors, and the difference to the first checkpoint with McNemar's exact
-test and a bootstrap interval. Write a report (comparison.html), and plots as PNG. Costs that test_checkpoint.py
---efficiency has measured stand beside the scores.
+test and a bootstrap interval. Write a report (comparison.html), and plots as PNG. It shows the costs that
+test_checkpoint.py --efficiency measured, too.
 """
 
 EPILOG = """\

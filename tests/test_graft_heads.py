@@ -1,13 +1,14 @@
 """Checkpoints with grafted heads: what --heads writes, that every way of opening it gives the same, what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from model_preparation import load_checkpoint
+from model_preparation import extract_layers, load_checkpoint
 from tests.conftest import assert_refused, run_command, run_python
 from tests.test_hf_format import WITHOUT_OUR_PACKAGE
 
@@ -113,6 +114,30 @@ def test_it_verifies_and_its_recipe_gives_the_same_bytes(heads_dir, base_dir, la
 def test_what_cannot_be_is_refused(base_dir, layers_dir, tmp_path, args, code, words):
     assert_refused(build(base_dir, layers_dir, tmp_path / "out", *args), *words, code=code)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"num_attention_heads": "two"}, "is damaged (num_attention_heads is 'two'"),
+        ({"num_key_value_heads": 0}, "No model can be made from this config"),
+        ({"num_attention_heads": 64}, "is damaged (The hidden size (32) is not a multiple"),
+    ],
+)
+def test_a_donor_that_is_not_as_it_says_is_refused(base_dir, layers_dir, tmp_path, config, words):
+    """Before its tensors are cut, which begins before transformers reads the config."""
+    folder = Path(shutil.copytree(layers_dir, tmp_path / "layers"))
+    metadata = json.loads((folder / "metadata.json").read_text())
+    metadata["config"] |= config
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    assert_refused(
+        build(base_dir, folder, tmp_path / "out", "--heads", "1:63" if 64 in config.values() else "1:0"), words
+    )
+
+
+def test_the_heads_of_a_llambas_layers_are_refused(base_dir, tmp_path):
+    extract_layers(str(base_dir), tmp_path / "layers")
+    assert_refused(build(base_dir, tmp_path / "layers", tmp_path / "out", "--heads", "1:0"), "a donor must be llama")
 
 
 def test_healing_trains_the_grafted_heads_and_leaves_the_mixers(heads_dir, tmp_path):

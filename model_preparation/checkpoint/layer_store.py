@@ -123,13 +123,36 @@ class LayerStore:
         return dict_ranges(self.path(index), self._again())
 
     def head_ranges(self, index: int, heads: Sequence[int]) -> dict[str, StoredTensor]:
-        """Where the tensors of a `HeadAttention` over some heads of a layer lie; neither torch nor transformers."""
+        """Where the tensors of a `HeadAttention` over some heads of a layer lie; neither torch nor transformers.
+
+        Raises:
+            SurgeryError: if the donor has no such head, or the layer is no Llama's of the sizes in metadata.json.
+        """
         config, stored = self.metadata["config"], self.ranges(index)
-        num_heads, num_kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
+        num_heads, num_kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+        head_dim = config.get("head_dim")
+        sizes = (num_heads, num_kv_heads, head_dim)
+        if not all(type(size) is int and size > 0 for size in sizes) or num_heads % num_kv_heads:
+            raise SurgeryError(
+                f"{self.folder} has layers whose heads cannot be taken one by one (num_attention_heads, "
+                f"num_key_value_heads, head_dim: {', '.join(map(str, sizes))}). Give a Llama's layers. {self._again()}"
+            )
+        if outside := [head for head in heads if not 0 <= head < num_heads]:
+            raise SurgeryError(
+                f"Head {outside[0]} of layer {index} is out of range: the donor has heads 0 to {num_heads - 1}. "
+                "Choose --heads among those."
+            )
         found: dict[str, StoredTensor] = {}
         for name, picked in picked_heads(heads, num_heads, num_kv_heads, head_dim).items():
-            place = stored[name if picked is None else f"self_attn.{name}"]
+            place = stored.get(name if picked is None else f"self_attn.{name}")
+            fits = place is not None and (
+                picked is None or (len(place.shape) == 2 and max(picked[1]) < place.shape[picked[0]])
+            )
+            if place is None or not fits:
+                raise SurgeryError(
+                    f"{self.path(index)} does not hold the attention that metadata.json describes ({name}). "
+                    f"{self._again()}"
+                )
             found[name] = place if picked is None else PickedTensor(place, tuple(picked[1]), picked[0])
         return found
 

@@ -38,7 +38,7 @@ def run_until(
     """Run heal_checkpoint and signal it `delay` seconds after it logged `step`; (exit code, standard output).
 
     It has to be asked for `--logging_steps 1`. It is forked from this process, so that nothing is imported anew. With
-    `processes`, each is told its place as torchrun tells it, all get the signal, and the first one's end counts.
+    `processes`, each gets the environment that torchrun gives. All get the signal. The first one's end counts.
     """
     reading, writing = os.pipe()
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), **(env or {})} if processes else {}
