@@ -58,7 +58,7 @@ RECORD = "experiment.json"
 # By step, the command that does it, and the flags that the experiment itself sets.
 _COMMANDS = {
     "extract": ("extract_layers", {"model_name", "output_dir", "verify", "from_legacy"}),
-    "search": ("search_layers", {"base", "donor", "llama_layers_dir", "output_dir"}),
+    "search": ("search_layers", {"base", "start", "donor", "llama_layers_dir", "output_dir"}),
     "build": (
         "create_replaced_model_checkpoint",
         {"base", "layers", "llama_layers_dir", "output_dir", "from_info"},
@@ -245,7 +245,7 @@ def _checked_flags(kind: str, given: Mapping[str, Entry], parser: CommandParser)
     flags: dict[str, Any] = {}
     for key, entry in given.items():
         if key in _COMMANDS[kind][1] | _OF_A_RUN:
-            raise SurgeryError(f"{entry.place}: {key} of {kind} is set by the experiment itself. Remove the line.")
+            raise SurgeryError(f"{entry.place}: an experiment takes no {key} for {kind}. Remove the line.")
         action = parser.check_entry(key, entry, argparse.Namespace())
         if action.nargs == 0:
             flags |= {key: True} if entry.value == "true" else {}

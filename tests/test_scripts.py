@@ -114,11 +114,11 @@ def test_the_second_run_installs_nothing_until_the_requirements_change(checkout)
     assert installs("scripts/run_tests.sh") == ["test"]
 
 
-def test_ci_runs_the_tests_with_the_oldest_and_the_newest_versions(checkout):
+def test_ci_runs_the_tests_with_the_oldest_and_the_newest_versions_and_with_vllm(checkout):
     _, of_ci = run_script(checkout, ".ci/run")
-    for name in (".venv", ".venv-oldest"):
+    for name in (".venv", ".venv-oldest", ".venv-serve"):
         shutil.rmtree(checkout / name)
-    parts = [run_script(checkout, f"scripts/{name}.sh")[1] for name in ("test_versions", "run_tests")]
+    parts = [run_script(checkout, f"scripts/{name}.sh")[1] for name in ("test_versions", "run_tests", "test_serving")]
     assert sorted(of_ci) == sorted(call for part in parts for call in part)
     assert all(parts)
 
