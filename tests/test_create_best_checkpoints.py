@@ -177,7 +177,7 @@ def test_the_script_ends_with_1_if_a_checkpoint_is_not_the_one_listed(checkpoint
         text=True,
         timeout=HANG_SECONDS,
     )
-    assert_refused(result, "layers: 1 3 there, 2 now", "--overwrite", "--output_root", "1 of 1 checkpoints failed")
+    assert_refused(result, "layers: was 1 3, is now 2", "--overwrite", "--output_root", "1 of 1 checkpoints failed")
 
 
 def test_help_needs_no_torch_and_shows_what_a_list_looks_like():

@@ -99,7 +99,7 @@ def test_an_experiment_is_stopped_mended_changed_and_run_again(tmp_path, quick_p
     assert states(told.stdout) == {name: "again" if name in changed else "done" for name in names} | {
         "extract": "done (removed since)"
     }
-    assert "again (limit: 8 there, 9 now)" in told.stdout
+    assert "again (limit: was 8, is now 9)" in told.stdout
 
     changes = [("max_steps: 2", "max_steps: 3"), ("limit: 8, models", "limit: 9, models")]
     experiment_file(tmp_path, *changes)

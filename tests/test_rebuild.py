@@ -97,16 +97,16 @@ def test_what_is_not_as_the_recipe_says_is_named(recipe, base_dir, layers_dir, t
 
     digest = "0" * 64
     of_base = changed("base_model", "files", "pytorch_model.bin", "blake3", to=digest)
-    assert_refused(rebuilt(of_base), "is not the recipe's base (pytorch_model.bin: other contents)")
+    assert_refused(rebuilt(of_base), "is not the recipe's base (pytorch_model.bin: the content has changed)")
     of_donor = changed("digests", "donor_layers", "3", to=digest)
     assert_refused(rebuilt(of_donor), "layer_03.pt is not the layer of the recipe")
     of_file = changed("files", "model.pt", "sha256", to=digest)
     assert_refused(rebuilt(of_file), "What was built is not what the recipe says: model.pt")
     of_tensors = changed("digests", "weights", to=digest)
     of_tensors["versions"]["torch"] = "1.0"
-    assert_refused(rebuilt(of_tensors), "What was built is not the recipe's model (weights: other contents)")
+    assert_refused(rebuilt(of_tensors), "What was built is not the recipe's model (weights: the content has changed)")
     of_config = changed("config", "llama_cfg", "rms_norm_eps", to=0.5)
-    assert_refused(rebuilt(of_config), "config llama_cfg rms_norm_eps: 0.5 there, 0.0001 now")
+    assert_refused(rebuilt(of_config), "config llama_cfg rms_norm_eps: was 0.5, is now 0.0001")
     of_tokenizer = changed("files", "tokenizer/tokenizer.json", "sha256", to=digest)
     of_tokenizer["code"]["package"] = digest
     assert_refused(rebuilt(of_tokenizer), "tokenizer/tokenizer.json differ")
@@ -158,7 +158,7 @@ def test_other_versions_of_the_programs_are_no_fault(recipe, layers_dir, tmp_pat
     result = build(*flags, "--output_dir", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "Every tensor is as" in result.stdout
-    assert "wrote other bytes around them, in tokenizer/tokenizer_config.json (transformers: 4.0 there" in result.stdout
+    assert "wrote other bytes around them, in tokenizer/tokenizer_config.json (transformers: was 4.0" in result.stdout
 
 
 def test_recipes_of_other_code_and_of_old_versions_give_the_model(base_dir, layers_dir, checkpoint_dir, tmp_path):
@@ -179,7 +179,10 @@ def test_recipes_of_other_code_and_of_old_versions_give_the_model(base_dir, laye
     measured = {"score": 0.5, "stderr": 0.1, "questions": 4, "lm_eval_version": "0.4.13", "settings": {}}
     other |= {"mmlu_score": 0.5, "mmlu_result": {**measured, "model": {"weights": other["digests"]["weights"]}}}
     told = rebuilt(other, "other")
-    assert "wrote other bytes around them, in modeling_llamba.py, ssd.py (modeling_llamba.py: other contents)" in told
+    assert (
+        "wrote other bytes around them, in modeling_llamba.py, ssd.py (modeling_llamba.py: the content has changed)"
+        in told
+    )
     assert json.loads((tmp_path / "other" / "checkpoint_info.json").read_text())["mmlu_score"] == 0.5
     other["mmlu_result"]["model"]["weights"] = "1" * 64
     assert "Its MMLU score is left out" in rebuilt(other, "scored")
@@ -201,7 +204,7 @@ def test_recipes_of_other_code_and_of_old_versions_give_the_model(base_dir, laye
         path = tmp_path / f"layer_{index:0>2}.pt"
         torch.save({name: tensor.clone() for name, tensor in torch.load(layers_dir / path.name).items()}, path)
         first["replacement_source"]["layers"][index] = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert f"in model.pt, model_state_dict.pt (model_preparation: 0.1.0 there, {__version__} now)" in rebuilt(
+    assert f"in model.pt, model_state_dict.pt (model_preparation: was 0.1.0, is now {__version__})" in rebuilt(
         first, "first"
     )
     assert (tmp_path / "first" / "model.pt").read_bytes() == (checkpoint_dir / "model.pt").read_bytes()

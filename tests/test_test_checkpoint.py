@@ -286,7 +286,7 @@ def test_a_bad_file_of_prompts_is_told_before_the_model_is_loaded(copy, tmp_path
     (copy / "model_state_dict.pt").unlink()
     (tmp_path / "prompts.jsonl").write_text('{"prompt": 1}')
     result = run_command("test_checkpoint", "--checkpoint", copy, "--prompts_file", tmp_path / "prompts.jsonl")
-    assert_refused(result, "Line 1 of", "is no prompt")
+    assert_refused(result, "Line 1 of", "is not a prompt")
 
 
 def test_chat_needs_a_template_and_uses_it(checkpoint_dir, copy):

@@ -1,7 +1,7 @@
 """A base and extracted layers -> a checkpoint's folder, which appears whole or not at all.
 
-The weights are written while torch and transformers are imported. These then check the graft and run it once, while
-writing goes on. Where they find a fault, what was written is removed.
+While the weights are written, other threads import torch and transformers, check the graft and run the model once. If a
+check fails, the written files are removed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -59,10 +59,10 @@ def build_checkpoint(
     Args:
         base: a name, folder or hub id of a Llamba, as `sources.resolve` takes it. Or a checkpoint's folder: its grafts
             stay, and these are added.
-        layers: indices, in any order, each once; may be empty where there are heads, or layers to put back. Of several
-            donors: by a name for each, such as {"a": [11, 13], "b": [17]}.
-        llama_layers_dir: the donor's layers: a folder written by `extract_layers`, or an open store. Of several
-            donors: a folder by name.
+        layers: indices, in any order, each once; may be empty where there are heads, or layers to put back. With
+            several donors: a dict from a donor's name to its layers, such as {"a": [11, 13], "b": [17]}.
+        llama_layers_dir: the donor's layers: a folder written by `extract_layers`, or an open store. With
+            several donors: a dict from a donor's name to its folder.
         output_dir: the checkpoint's folder; it appears whole or not at all.
         tokenizer: name, folder or hub id to take it from; by default the base's own, else the donor's.
         description: free text for people.
@@ -71,22 +71,22 @@ def build_checkpoint(
         dtype: of the whole model; by default the base's.
         format: "pt" for model.pt and model_state_dict.pt, "hf" for what transformers opens without this package, or
             "both".
-        overwrite: replace a checkpoint that is there; it stays whole until the new one is.
+        overwrite: replace an existing checkpoint. The old one stays until the new one is complete.
         sources: targets by name, as `resolve(overrides=...)` takes them.
         dry_run: check and show the plan, write nothing.
         heads: by layer, the donor's query heads that are added to the mixer, such as {13: [16, 17]}.
-        keep_mixer_heads: leave the mixer whole; by default its heads of the same place are switched off.
-        ungraft: grafted layers of a checkpoint that get back what its recipe's base has there.
+        keep_mixer_heads: leave the mixer whole; by default its heads at the same positions are set to zero.
+        ungraft: grafted layers of a checkpoint to undo: they get the weights of its recipe's base again.
         show: called with the plan, in lines, once it is checked.
-        review: called with the new checkpoint_info.json and the plan before the folder is put in place; may change the
-            first or raise.
+        review: called with the new checkpoint_info.json and the plan before the folder is put in place. It may change
+            checkpoint_info.json, or raise an exception.
 
     Returns:
         The fields of checkpoint_info.json; none with `dry_run`.
 
     Raises:
-        SurgeryError: for anything that makes the graft impossible or wrong; if the target is taken or not writable, the
-            disk too small, the device missing, or a logit not finite. Nothing is left on the disk then.
+        SurgeryError: if the graft is impossible or wrong, or if output_dir, disk, device or logits are not usable. No
+            files are left then.
     """
     check_format(format)
     if score is not None and not 0 <= score <= 1:
@@ -121,12 +121,12 @@ def build_checkpoint(
                     checking.result()  # siblings are read with torch, which two threads cannot import at once
                 weights.check_room()
             except SurgeryError:
-                checking.result()  # what that finds comes first
+                checking.result()  # a failed check is reported first
                 raise
             weights.prepare(tasks.check)
 
             def read_base() -> dict[str, dict]:
-                checking.result()  # imports come first: without them nothing can be finished
+                checking.result()  # wait for the imports: the build cannot end without them
                 return weights.base_files(tasks.check)
 
             reading = tasks.start(read_base)
@@ -139,7 +139,7 @@ def build_checkpoint(
                 files, digests = weights.write(staging, lambda tensors: checking.result().model(tensors), advance)
             checked, base_files = checking.result(), reading.result()
             testing.result()
-        from model_preparation.checkpoint.digests import digest_of_tokenizer  # which needs torch
+        from model_preparation.checkpoint.digests import digest_of_tokenizer  # imports torch
 
         graft = checked.graft
         tensors = _tensor_digests(graft, digests)
@@ -163,7 +163,7 @@ def build_checkpoint(
 
 @dataclass(frozen=True)
 class _Checked:
-    """A graft that passed its checks, and what torch and transformers were needed for."""
+    """A graft that passed its checks, with its tokenizer and generation config."""
 
     graft: GraftPlan
     tokenizer: "PreTrainedTokenizerBase"
@@ -178,8 +178,8 @@ class _Checked:
         tokenizer = load_tokenizer(graft.tokenizer)
         if len(tokenizer) > graft.config.padded_vocab_size:
             raise SurgeryError(
-                f"The tokenizer in {graft.tokenizer} has {len(tokenizer)} tokens, the model {graft.config.vocab_size}. "
-                "Name the model's own with --tokenizer."
+                f"The tokenizer in {graft.tokenizer} has {len(tokenizer)} tokens, but the model has only "
+                f"{graft.config.vocab_size}. Give the model's own tokenizer with --tokenizer."
             )
         return cls(graft, tokenizer, _generation_config(graft, tokenizer), device)
 
@@ -202,7 +202,7 @@ def _smoke_test(checking: "Future[_Checked]", go_on: Callable[[], object]) -> No
 
 
 def _tensor_digests(graft: GraftPlan, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """tensor_digests.json: per tensor of the state dict its BLAKE3, and whether base or donor gave it.
+    """tensor_digests.json: for each tensor of the state dict, its BLAKE3 and its origin (base or donor).
 
     Raises:
         SurgeryError: if a tensor of a parent has changed since the parent was built.
@@ -219,16 +219,16 @@ def _tensor_digests(graft: GraftPlan, digests: Mapping[str, str]) -> dict[str, d
             origin, wanted = recorded.get(name, (origin, None))
             if digest != wanted:
                 raise SurgeryError(
-                    f"{graft.parent.folder} is damaged: {name} has changed since it was built. Build it again "
-                    "(verify_checkpoint.py says what is wrong)."
+                    f"{graft.parent.folder} is damaged: its tensor {name} has changed since the build. Build that "
+                    "checkpoint again. verify_checkpoint.py lists the faults."
                 )
         found[name] = {"dtype": graft.dtype.name, "shape": list(tensor.shape), "from": origin, "blake3": digest}
     return found
 
 
 def _layer_digests(graft: GraftPlan) -> dict[str, str]:
-    """By index, the digest of each layer of a donor; those that stay are as their checkpoint recorded them."""
-    from model_preparation.checkpoint.digests import digest_of_layers  # which needs torch
+    """By index, the digest of each layer of a donor. The digests of kept layers come from the parent checkpoint."""
+    from model_preparation.checkpoint.digests import digest_of_layers  # imports torch
 
     recorded = {} if graft.parent is None else graft.parent.info["digests"].get("donor_layers", {})
     found = {index: digest for index, digest in recorded.items() if int(index) in graft.kept}
@@ -261,7 +261,7 @@ def _info(graft: GraftPlan, base_files: dict[str, dict]) -> dict[str, Any]:
 
 
 def _step(graft: GraftPlan, parent: Parent) -> dict[str, Any]:
-    """What `descent` says of this graft."""
+    """The entry for this graft in `descent`."""
     heads = {str(index): of_layer for index, of_layer in graft.new_heads.items()}
     return {
         "from": describe_parent(parent.folder, parent.info),

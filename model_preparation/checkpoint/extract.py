@@ -1,7 +1,7 @@
 """Layers of a donor or a Llamba, written into files of their own: extracted_llama_layers/.
 
-The folder gets layer_NN.pt, each a plain dict of tensors, the donor's tokenizer, rotary_emb.pt, and metadata.json with
-the origin of all and every file's SHA-256. A few blocks are in memory at a time; the model is never built.
+The folder gets layer_NN.pt (each a plain dict of tensors), the donor's tokenizer, rotary_emb.pt, and metadata.json,
+which has the source model and the SHA-256 of each file. A few blocks are in memory at a time; the model is never built.
 layer_store.py reads such a folder.
 """
 
@@ -69,8 +69,8 @@ def extract_layers(
         sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Raises:
-        SurgeryError: if the model is missing or of another kind, a layer is out of range or has wrong tensors, the
-            target is taken or not writable, or the disk is too small.
+        SurgeryError: if the model is missing or of another kind; if a layer is out of range or has wrong tensors; if
+            output_dir or the disk cannot be used.
     """
     cast_to = float_dtype(dtype)
     target = Path(output_dir).expanduser()
@@ -95,7 +95,7 @@ def extract_layers(
                     write_layer, staging / layer_file(index), layer, cast_to, lambda _: tasks.check()
                 )
                 for index, layer in ranges.items()
-                if layer  # the check says what is missing
+                if layer  # _check_and_load reports missing layers
             }
             described = {}
             with bar(f"Extracting {model_name}", len(writing)) as advance:
@@ -162,7 +162,9 @@ def complete_folder(
         with refusing_impossible_models():
             rotary = KINDS[config.model_type].transformers_class("RotaryEmbedding")(config)
         content = {"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling}
-        write_together([staging / ROTARY], {}, lambda _: [content])  # torch.save reports no full disk as OSError
+        write_together(
+            [staging / ROTARY], {}, lambda _: [content]
+        )  # torch.save raises no OSError when the disk is full
     if tokenizer is not None:
         tokenizer.save_pretrained(staging / TOKENIZER)
     num_heads, head_dim = heads_of(config)

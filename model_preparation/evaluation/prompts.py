@@ -21,11 +21,11 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             lines are skipped. A value is a string, {"prompt": text} or {"messages": [...]}; other fields are ignored.
 
     Raises:
-        SurgeryError: if the file cannot be read, has no prompts, or a line or entry is no prompt.
+        SurgeryError: if the file cannot be read, has no prompts, or a line or entry is not a prompt.
     """
     path = Path(path).expanduser()
     if path.suffix not in (".txt", ".jsonl", ".json"):
-        raise SurgeryError(f"{path} is no file of prompts by its name. Give a .txt, .jsonl or .json file.")
+        raise SurgeryError(f"{path} has an unknown ending. Give a .txt, .jsonl or .json file.")
     try:
         text = read_text(path)
     except OSError as error:
@@ -53,7 +53,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def shown(prompt: Prompt) -> str:
-    """The prompt as a text to read; of a conversation, one paragraph per message."""
+    """The prompt as a text to read. A conversation becomes one line per message."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
@@ -75,9 +75,11 @@ def _prompt(value: Any, where: str) -> Prompt:
         messages = value.get("messages")
         if isinstance(messages, list) and messages and all(map(_is_message, messages)):
             if messages[-1]["role"] == "assistant":
-                raise SurgeryError(f"{where} ends with the assistant's own words. End it with a message to answer.")
+                raise SurgeryError(f"{where} ends with an assistant message. End it with a user message.")
             return messages
-    raise SurgeryError(f"{where} is no prompt: {json.dumps(value, ensure_ascii=False):.200}. Write {FORMS}.")
+    raise SurgeryError(
+        f"{where} is not a prompt: {json.dumps(value, ensure_ascii=False):.200}. Use this form: {FORMS}."
+    )
 
 
 def _is_message(value: Any) -> bool:

@@ -1,7 +1,6 @@
-"""What a result was computed from, and how that differs from what is asked for now.
+"""Compares the inputs of an earlier result with the present inputs. All long commands decide here about reusing it.
 
-The inputs are values or digests of contents by name, never paths. Searches, batch builds, evaluations, distillation,
-healing and recipes all decide here whether an earlier result may be used.
+Inputs are values, or digests of contents, by name. They are never paths.
 """
 
 import json
@@ -38,10 +37,10 @@ def digests_of_files(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def differences(recorded: Inputs, asked: Inputs, *, of_both: bool = False) -> list[str]:
-    """Each difference in words: `limit: 5 there, 9 now`; none if the earlier result is the one asked for.
+    """Each difference in words: `limit: was 5, is now 9`; none if the earlier result is the one asked for.
 
     Args:
-        of_both: compare only the names in both, as for records of older versions.
+        of_both: compare only names that both have (for records of older versions).
     """
     found = []
     for name in sorted(recorded.keys() | asked.keys()):
@@ -51,14 +50,14 @@ def differences(recorded: Inputs, asked: Inputs, *, of_both: bool = False) -> li
         if isinstance(there, Mapping) and isinstance(now, Mapping):
             found += [f"{name} {difference}" for difference in differences(there, now, of_both=of_both)]
         elif _is_digest(there) and _is_digest(now):
-            found.append(f"{name}: other contents")
+            found.append(f"{name}: the content has changed")
         else:
-            found.append(f"{name}: {_in_words(there)} there, {_in_words(now)} now")
+            found.append(f"{name}: was {_in_words(there)}, is now {_in_words(now)}")
     return found
 
 
 def name_of(given: str | Path) -> str:
-    """The name of what is on the disk (`..`, `.` and links are followed); else the last part, as of a hub id."""
+    """The real name of a file or folder, after links, `.` and `..`; of a path that does not exist, its last part."""
     path = Path(given).expanduser()
     return path.resolve().name if path.exists() else path.name
 

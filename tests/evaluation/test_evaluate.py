@@ -158,7 +158,7 @@ def test_results_of_other_weights_are_put_aside_and_come_back_with_them(evaluate
 
     (changed / "model_state_dict.pt").write_bytes(old)
     stale = run_command("compare_checkpoints", changed, evaluated[0], "--output_dir", tmp_path / "stale")
-    assert_refused(stale, "holds results of another model than", "weights: other contents")
+    assert_refused(stale, "holds results of another model than", "weights: the content has changed")
     again = evaluate_checkpoint(changed, mmlu_data=mmlu)
     assert len(asked) == 57
     assert again["kept"]
@@ -253,7 +253,7 @@ def test_a_score_of_another_model_does_not_stay(what, evaluated, mmlu, tmp_path)
     shutil.copytree(evaluated[0] / "evaluations", folder / "evaluations", dirs_exist_ok=True)
     again = evaluate_checkpoint(folder, mmlu_data=mmlu)
     name = "weights" if what == "model_state_dict.pt" else what
-    assert again["differing"] == [f"{name}: other contents"]
+    assert again["differing"] == [f"{name}: the content has changed"]
     assert not again["kept"]
 
 

@@ -257,20 +257,20 @@ def test_texts_survive_json_unchanged(tmp_path_factory, texts):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.csv", b"One", "no file of prompts by its name"),
+        ("a.csv", b"One", "has an unknown ending"),
         ("a.txt", b" \n\n", "has no prompts"),
         ("a.txt", b"\xff\xfe", "it is UTF-16 text"),
         ("a.json", b'{"prompt": "One"}', "holds an object, not a list"),
         ("a.json", b"[]", "has no prompts"),
-        ("a.json", b'["One", 2]', "Entry 2 of .*a.json is no prompt: 2"),
+        ("a.json", b'["One", 2]', "Entry 2 of .*a.json is not a prompt: 2"),
         ("a.json", b"[" * 100_000, "cannot be read"),
         ("a.jsonl", b'{"prompt": "One"}\n\n{"prompt": ', "The JSON in line 3 of"),
-        ("a.jsonl", b'{"text": "One"}', "Line 1 of .* is no prompt"),
-        ("a.jsonl", b'{"prompt": "One", "messages": [{"role": "user", "content": "Two"}]}', "is no prompt"),
-        ("a.jsonl", b'{"prompt": ""}', "is no prompt"),
-        ("a.jsonl", b'{"messages": []}', "is no prompt"),
-        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "is no prompt"),
-        ("a.jsonl", b'{"messages": [{"role": "assistant", "content": "I"}]}', "ends with the assistant's own words"),
+        ("a.jsonl", b'{"text": "One"}', "Line 1 of .* is not a prompt"),
+        ("a.jsonl", b'{"prompt": "One", "messages": [{"role": "user", "content": "Two"}]}', "is not a prompt"),
+        ("a.jsonl", b'{"prompt": ""}', "is not a prompt"),
+        ("a.jsonl", b'{"messages": []}', "is not a prompt"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', "is not a prompt"),
+        ("a.jsonl", b'{"messages": [{"role": "assistant", "content": "I"}]}', "ends with an assistant message"),
     ],
 )
 def test_a_file_without_prompts_is_refused_with_the_place(tmp_path, name, content, words):

@@ -17,15 +17,15 @@ def test_what_differs_is_named_in_one_form():
     there = {"limit": 5, "weights": "0" * 64, "layers": [1, 3], "mixer": {"d_state": 8}, "race": True, "seed": 1}
     now = {"limit": None, "weights": "1" * 64, "layers": [1], "mixer": {}, "race": False, "seed": 1, "code": "2" * 64}
     assert differences(there, now) == [
-        "code: not given there, given now",
-        "layers: 1 3 there, 1 now",
-        "limit: 5 there, not given now",
-        "mixer d_state: 8 there, not given now",
-        "race: on there, off now",
-        "weights: other contents",
+        "code: was not given, is now given",
+        "layers: was 1 3, is now 1",
+        "limit: was 5, is now not given",
+        "mixer d_state: was 8, is now not given",
+        "race: was on, is now off",
+        "weights: the content has changed",
     ]
     assert differences(there, there) == []
-    assert differences({"weights": "0" * 64}, now, of_both=True) == ["weights: other contents"]
+    assert differences({"weights": "0" * 64}, now, of_both=True) == ["weights: the content has changed"]
 
 
 @pytest.fixture

@@ -37,11 +37,11 @@ def test_the_one_asked_for_differs_in_nothing(checkpoint_dir, base_dir, layers_d
 @pytest.mark.parametrize(
     ("combination", "given", "words"),
     [
-        (Combination((1, 2), "", "", "x"), [], "layers: 1 3 there, 1 2 now"),
-        (PAIR, ["--format", "hf"], "format: pt there, hf now"),
-        (PAIR, ["--dtype", "bfloat16"], "dtype: float32 there, bfloat16 now"),
-        (PAIR, ["--base", "llamba"], "base id: local:tiny-llamba there, huggingface:cartesia-ai/Llamba-8B-untied now"),
-        (PAIR, ["--base", "org/other"], "base id: local:tiny-llamba there, local:org/other now"),
+        (Combination((1, 2), "", "", "x"), [], "layers: was 1 3, is now 1 2"),
+        (PAIR, ["--format", "hf"], "format: was pt, is now hf"),
+        (PAIR, ["--dtype", "bfloat16"], "dtype: was float32, is now bfloat16"),
+        (PAIR, ["--base", "llamba"], "base id: was local:tiny-llamba, is now huggingface:cartesia-ai/Llamba-8B-untied"),
+        (PAIR, ["--base", "org/other"], "base id: was local:tiny-llamba, is now local:org/other"),
     ],
 )
 def test_what_differs_is_named(checkpoint_dir, base_dir, tmp_path, combination, given, words):
@@ -63,7 +63,9 @@ def test_a_base_is_known_by_its_contents(checkpoint_dir, base_dir, tmp_path):
     weights[len(weights) // 2] ^= 1  # as many bytes
     (moved / "pytorch_model.bin").write_bytes(weights)
     by_name = ("--base", "llamba", "--source", f"llamba={moved}")
-    assert differences(checkpoint_dir, PAIR, flags(*by_name)) == [f"base pytorch_model.bin: other contents in {moved}"]
+    assert differences(checkpoint_dir, PAIR, flags(*by_name)) == [
+        f"base pytorch_model.bin: the content has changed in {moved}"
+    ]
 
 
 def test_another_tokenizer_is_another_checkpoint(checkpoint_dir, base_dir, layers_dir, tmp_path):
@@ -71,7 +73,7 @@ def test_another_tokenizer_is_another_checkpoint(checkpoint_dir, base_dir, layer
     other = shutil.copytree(layers_dir / "tokenizer", tmp_path / "other")
     assert differences(checkpoint_dir, PAIR, flags(*given, other)) == []
     (other / "tokenizer_config.json").write_text((other / "tokenizer_config.json").read_text().replace("<pad>", "<s>"))
-    assert differences(checkpoint_dir, PAIR, flags(*given, other)) == ["tokenizer: other contents"]
+    assert differences(checkpoint_dir, PAIR, flags(*given, other)) == ["tokenizer: the content has changed"]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_layers_of_another_donor_are_another_checkpoint(checkpoint_dir, base_dir
     assert differences(checkpoint_dir, PAIR, given) == []
     metadata["layers"]["3"] = metadata["layers"]["1"]
     (layers / "metadata.json").write_text(json.dumps(metadata))
-    assert differences(checkpoint_dir, PAIR, given) == [f"donor's layer 3: other contents in {layers}"]
+    assert differences(checkpoint_dir, PAIR, given) == [f"donor's layer 3: the content has changed in {layers}"]
 
 
 def test_another_score_or_description_is_only_remarked(checkpoint_dir, tmp_path):

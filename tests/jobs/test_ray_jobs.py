@@ -201,10 +201,10 @@ def test_the_script_builds_a_list_on_a_cluster(address, base_dir, layers_dir, ch
         text=True,
         timeout=HANG_SECONDS,
     )
-    assert_refused(result, "Layer 99 is out of range", "layers: 1 3 there, 2 now", "2 of 3 checkpoints failed")
+    assert_refused(result, "Layer 99 is out of range", "layers: was 1 3, is now 2", "2 of 3 checkpoints failed")
     rows = {line.split()[0]: line for line in result.stdout.splitlines()[-3:]}
     assert "failed" in rows["llamba_replaced_99"]
-    assert "differs: layers: 1 3 there, 2 now" in rows["other"]
+    assert "differs: layers: was 1 3, is now 2" in rows["other"]
     assert " built " in rows["pair"]
     for name in ("model.pt", "model_state_dict.pt", "tensor_digests.json"):
         assert (tmp_path / "out" / "pair" / name).read_bytes() == (checkpoint_dir / name).read_bytes()

@@ -211,11 +211,11 @@ def test_another_search_replaces_no_result_unless_it_is_told_to(exhaustive, make
     monkeypatch.setattr(CachedScorer, "_step", None)
     same = make_settings(folder, method="exhaustive", max_layers=3)
     for change, words in (
-        ({"max_layers": 2}, "max_layers: 3 there, 2 now"),
-        ({"budget_evaluations": 9}, "budget_evaluations: not given there, 9 now"),
-        ({"limit": 3}, "limit: not given there, 3 now"),
-        ({"batch_size": 2}, "batch_size: 3 there, 2 now"),
-        ({"donor": None}, "donor: given there, not given now"),
+        ({"max_layers": 2}, "max_layers: was 3, is now 2"),
+        ({"budget_evaluations": 9}, "budget_evaluations: was not given, is now 9"),
+        ({"limit": 3}, "limit: was not given, is now 3"),
+        ({"batch_size": 2}, "batch_size: was 3, is now 2"),
+        ({"donor": None}, "donor: was given, is now not given"),
     ):
         with pytest.raises(SurgeryError, match=words):
             search_layers(same, dry_run="limit" in change, **change)
@@ -277,7 +277,7 @@ def test_what_was_replaced_after_a_search_is_named(make_settings, base_dir, dono
         path = tokenizer / "tokenizer_config.json" if what == "tokenizer" else donor / "config.json"
         changed = {"padding_side": "left"} if what == "tokenizer" else {"rms_norm_eps": 0.1}
         path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
-    with pytest.raises(SurgeryError, match=rf"has the result of another search.*: {what}: other contents\."):
+    with pytest.raises(SurgeryError, match=rf"has the result of another search.*: {what}: the content has changed\."):
         search_layers(settings)
     found = search_layers(settings, overwrite=True)
     assert (found["donor_score"] == first["donor_score"]) is (what != "donor")
@@ -467,7 +467,7 @@ def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
         assert line[:column].split() == [str(layer) for layer in row["layers"]]
         assert line[column:].startswith(f"{row['fitness']:.4f} ± ")
     others = run_command("search_layers", *flags, "--method", "beam", "--max_layers", 2)
-    assert_refused(others, f"{tmp_path / 'out'} has the result of another search", "method: greedy there, beam now")
+    assert_refused(others, f"{tmp_path / 'out'} has the result of another search", "method: was greedy, is now beam")
     assert_refused(others, "another --output_dir, or add --overwrite")
     assert_refused(run_command("search_layers", "--base", base_dir), "--donor", code=2)
     for given, words in (

@@ -194,9 +194,9 @@ def test_another_setting_is_told_by_name_and_restart_begins_anew(donor_dir, tmp_
     asked = (str(donor_dir), output, TOKENS)
     assert killed(WorkFolder, "keep_layer", 1, *asked, **QUICK)
     other = QUICK | {"seed": 6, "mixer": {"d_state": 8}}
-    with pytest.raises(SurgeryError, match=r"mixer d_state: not given there, 8 now; seed: 5 there, 6 now.*--restart"):
+    with pytest.raises(SurgeryError, match=r"mixer d_state: was not given, is now 8; seed: was 5, is now 6.*--restart"):
         distill_llamba_base(*asked, **other)
-    with pytest.raises(SurgeryError, match=r"settings: data: other contents\. Run"):
+    with pytest.raises(SurgeryError, match=r"settings: data: the content has changed\. Run"):
         distill_llamba_base(str(donor_dir), output, TOKENS.flip(0), **QUICK)
     assert (output.with_name("base.distilling") / "layer_00.safetensors").exists()
     distill_llamba_base(*asked, **other, restart=True)
@@ -216,9 +216,9 @@ def test_the_tokens_outlive_other_settings_of_the_training(donor_dir, tmp_path, 
     kept = (work / "tokens.safetensors").stat()
     assert killed(WorkFolder, "keep_layer", 1, *asked, **options)  # no layer was finished, so nothing stands against it
     slower = options | {"learning_rate": 1e-3}
-    with pytest.raises(SurgeryError, match=r"settings: learning_rate: 0.003 there, 0.001 now\. .*the tokens are kept"):
+    with pytest.raises(SurgeryError, match=r"settings: learning_rate: was 0.003, is now 0.001\. .*the tokens are kept"):
         distill_llamba_base(*asked, **slower)
-    with pytest.raises(SurgeryError, match=r"settings: tokens: 48 there, 60 now\. .*begin anew, or"):
+    with pytest.raises(SurgeryError, match=r"settings: tokens: was 48, is now 60\. .*begin anew, or"):
         distill_llamba_base(*asked, **options | {"tokens": 60})
     assert killed(WorkFolder, "keep_layer", 1, *asked, **slower, restart=True)
     assert (work / "tokens.safetensors").stat() == kept

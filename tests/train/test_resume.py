@@ -238,7 +238,7 @@ def test_other_text_or_another_checkpoint_is_another_run(heal, healed, base_dir,
     assert_refused(heal(tmp_path / "out", "--data", tmp_path / "other.txt"), "other sequences")
     build_checkpoint(str(base_dir), [1], layers_dir, tmp_path / "other")
     refused = heal(tmp_path / "out", "--checkpoint", tmp_path / "other")
-    assert_refused(refused, "is of a run that heals tiny_1_3", "parent: other contents")
+    assert_refused(refused, "is of a run that heals tiny_1_3", "parent: the content has changed")
     assert_refused(heal(tmp_path / "out", "--resume", "never"), "holds states of a run", "checkpoint-6")
 
 
@@ -249,12 +249,14 @@ def test_a_parent_or_teacher_that_was_replaced_is_another(heal, healed, checkpoi
     weights = torch.load(parent / "model_state_dict.pt")
     torch.save({name: tensor.neg() for name, tensor in weights.items()}, parent / "model_state_dict.pt")
     refused = heal(tmp_path / "out", "--checkpoint", parent)
-    assert_refused(refused, "is of a run that heals tiny_1_3", "(parent: other contents)", "another --output_dir")
+    assert_refused(
+        refused, "is of a run that heals tiny_1_3", "(parent: the content has changed)", "another --output_dir"
+    )
     with_teacher = ("--teacher", "llama", "--source", f"llama={teacher}", "--max_steps", 2)
     assert heal(tmp_path / "taught", *with_teacher).returncode == 0
     config = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
-    assert_refused(heal(tmp_path / "taught", *with_teacher, "--overwrite"), "(teacher: other contents)")
+    assert_refused(heal(tmp_path / "taught", *with_teacher, "--overwrite"), "(teacher: the content has changed)")
 
 
 def test_a_full_disk_leaves_the_state_before_resumable(heal, healed, tmp_path):

@@ -1,7 +1,7 @@
 """The questions on which two models differ most, as texts, with both answers.
 
-These are questions that one model answers right and the other wrong, or scores higher. First come those for which the
-models' probabilities of the right answer differ most.
+These are questions that one model answers right and the other wrong, or scores higher. The largest differences of the
+metric come first; equal ones are ordered by the difference between the probabilities of the right answer.
 """
 
 import math
@@ -29,14 +29,14 @@ class Example:
 
 
 def differing_questions(comparison: Comparison, model: int, count: int) -> tuple[list[Example], list[Example]]:
-    """At most `count` questions that model number `model` (from 1) scores higher than the baseline, and lower."""
+    """Two lists, `count` questions at most: those that `model` (from 1) scores higher than the baseline, and lower."""
     found: list[tuple[float, float, CommonQuestions, int]] = []
     for common in comparison.common:
         for index, row in enumerate(common.rows):
             difference = row[model].value - row[0].value
-            surprise = abs(row[model].right_probability - row[0].right_probability)
+            probability_gap = abs(row[model].right_probability - row[0].right_probability)
             if difference:
-                found.append((difference, 0.0 if math.isnan(surprise) else surprise, common, index))
+                found.append((difference, 0.0 if math.isnan(probability_gap) else probability_gap, common, index))
     found.sort(key=lambda each: (-abs(each[0]), -each[1]))
     chosen = ([each for each in found if sign * each[0] > 0][:count] for sign in (1, -1))
     higher, lower = ([_example(common, index, model) for _, _, common, index in each] for each in chosen)

@@ -33,7 +33,7 @@ _MAX_DIMENSIONS = 8
 
 
 class _Stored:
-    """What the tensors in files share, whole or in part; a subclass has `shape` and `dtype`."""
+    """Base class of TensorRange and PickedTensor, which have `shape` and `dtype`."""
 
     shape: tuple[int, ...]
     dtype: DType
@@ -50,7 +50,7 @@ class _Stored:
     def cast(self, dtype: "DType | torch.dtype | None") -> "Self | CastTensor":
         """The same numbers as `dtype`; unchanged for None."""
         wanted = self.dtype if dtype is None else dtype_of(dtype)
-        return self if wanted == self.dtype else CastTensor(self, wanted)  # type: ignore[arg-type]  # both are below
+        return self if wanted == self.dtype else CastTensor(self, wanted)  # type: ignore[arg-type]  # only the two below
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class CastTensor:
 
     stored: "StoredTensor"
     dtype: DType
-    place = None  # these bytes are in no file
+    place = None  # no file holds these bytes
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -113,7 +113,7 @@ class PickedTensor(_Stored):
     stored: TensorRange
     picked: tuple[int, ...]
     dimension: int
-    place = None  # these bytes lie in no file as they are
+    place = None  # no file holds these bytes
 
     @property
     def dtype(self) -> DType:  # type: ignore[override]
@@ -164,7 +164,7 @@ class MappedFiles:
         return flat.view(place.shape)
 
     def expect(self, place: TensorRange) -> None:
-        """Let the system read `place` ahead of its use, as reading page by page is slow."""
+        """Ask the system to prefetch `place`. Reading single pages is slow."""
         if place.path in self._maps and hasattr(mmap, "MADV_WILLNEED"):
             first = place.start // mmap.PAGESIZE * mmap.PAGESIZE
             self._maps[place.path].madvise(mmap.MADV_WILLNEED, first, place.start + place.size_bytes - first)
@@ -196,7 +196,7 @@ def safetensors_ranges(path: Path) -> dict[str, TensorRange]:
     """Every tensor of a safetensors file, in the file's order.
 
     Raises:
-        SurgeryError: if the header is not one, or its ranges do not fill the file exactly, without overlaps.
+        SurgeryError: if the header is not valid, or tensor ranges overlap or leave gaps.
     """
     try:
         size_bytes = regular_file(path).stat().st_size
@@ -218,7 +218,7 @@ def safetensors_ranges(path: Path) -> dict[str, TensorRange]:
                 path, 8 + header_bytes + begin, tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]]
             )
             if begin != position or end - begin != tensor.size_bytes:
-                raise ValueError(f"{name:.100} does not lie where it should")
+                raise ValueError(f"{name:.100} starts or ends at the wrong byte")
             found[name] = tensor
             position = end
         if 8 + header_bytes + position != size_bytes:
@@ -231,17 +231,21 @@ def safetensors_ranges(path: Path) -> dict[str, TensorRange]:
 def _check_entry(name: str, entry: object) -> None:
     """Raise ValueError unless the header's entry has all fields, with numbers that a file can have."""
     if not isinstance(entry, dict):
-        raise ValueError(f"{name:.100} is described by no JSON object")
+        raise ValueError(f"the header entry of {name:.100} is not a JSON object")
     check_fields(entry, {"dtype": str, "shape": list, "data_offsets": list})
     shape, offsets = entry["shape"], entry["data_offsets"]
     if any(type(number) is not int or not 0 <= number < 1 << 63 for number in [*shape, *offsets]):
-        raise ValueError(f"{name:.100} has a shape or place that is no integer from 0 to 2**63")
-    if len(offsets) != 2 or len(shape) > _MAX_DIMENSIONS or math.prod(shape) >= 1 << 60:
-        raise ValueError(f"{name:.100} has {len(shape)} dimensions and {math.prod(shape)} numbers")
+        raise ValueError(f"{name:.100} has a shape or offset that is not an integer between 0 and 2**63 - 1")
+    if len(offsets) != 2:
+        raise ValueError(f"{name:.100} has {len(offsets)} data_offsets instead of 2")
+    if len(shape) > _MAX_DIMENSIONS or math.prod(shape) >= 1 << 60:
+        raise ValueError(
+            f"{name:.100} has {len(shape)} dimensions (at most {_MAX_DIMENSIONS}) or 2**60 numbers or more"
+        )
 
 
 def pt_ranges(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, TensorRange]:
-    """Where the tensors lie that `torch.load(path, mmap=True)` gave.
+    """File ranges of the tensors that `torch.load(path, mmap=True)` returned.
 
     torch maps the file as one piece: storages are as far apart in memory as in the file, in the same order.
 
@@ -263,18 +267,18 @@ def pt_ranges(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, TensorRa
     pointers = sorted(storages)
     mapped_at = pointers[0] - places[0][0] if pointers and places else 0
     if [(pointer - mapped_at, storages[pointer]) for pointer in pointers] != places:
-        raise SurgeryError(f"{path} does not hold exactly the storages of its tensors. Save it again with torch.save.")
+        raise SurgeryError(f"{path} has storages that do not match its tensors. Save it again with torch.save.")
     found: dict[str, TensorRange] = {}
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise SurgeryError(
-                f"{path} holds {name} as a view, its numbers not side by side (transposed, strided or expanded). "
-                "Save its .contiguous() instead."
+                f"Tensor {name} in {path} is not contiguous (transposed, strided or expanded). "
+                f"Save {name}.contiguous() instead."
             )
         start = tensor.data_ptr() - mapped_at if tensor.numel() else 0
         found[name] = TensorRange(path, start, tuple(tensor.shape), dtype_of(tensor.dtype))
     with path.open("rb") as file:
-        for name, place in found.items():  # torch swaps the bytes of a file of the other byte order
+        for name, place in found.items():  # torch swaps bytes if the file has the other byte order
             file.seek(place.start)
             beginning = bytes_of(tensors[name].reshape(-1)[:8])
             if file.read(len(beginning)) != beginning:
