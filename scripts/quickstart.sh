@@ -51,7 +51,7 @@ step $poor/checkpoint_info.json "The base with a poor choice of two layers repla
     graft $poor "${poor_layers[@]}"
 
 echo "== Who likes what? 1,000 questions to be looked up in a text, four choices each, so that chance is 0.25:"
-echo "   A the base, B the base with the poor layers, C the base with the best layers, D the donor"
+echo "   A the base, B the base with the worst layers, C the base with the best layers, D the donor"
 mkdir -p $results
 for pair in "tiny_llamba $poor" "$best tiny_llama"; do
     read -r one other <<<"$pair"

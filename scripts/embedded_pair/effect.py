@@ -70,7 +70,7 @@ def summary(effect: dict[str, Any]) -> str:
     rows = [("base, nothing grafted", effect["base"])]
     for kind, title in (("single layers", "single layer"), ("pairs of layers", "pair of layers")):
         scores = effect[kind]
-        for word, choice in (("poorest", min), ("best", max)):
+        for word, choice in (("worst", min), ("best", max)):
             name = choice(scores, key=scores.__getitem__)
             rows.append((f"{word} {title}: {name.replace(' ', ' and ')}", scores[name]))
     rows += [("all layers grafted", effect["all layers"]), ("donor", effect["donor"])]
