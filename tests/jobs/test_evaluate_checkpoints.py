@@ -97,8 +97,9 @@ def test_the_script_finds_its_python_and_names_a_folder_that_is_not_there(quick_
 
 @pytest.mark.parametrize("script", ["scripts/evaluate_all.sh", "model_preparation/create_best_checkpoints.sh"])
 def test_without_an_environment_the_scripts_say_what_makes_one(script, tmp_path):
-    (tmp_path / script).parent.mkdir()
-    shutil.copy(PACKAGE.parent / script, tmp_path / script)
+    for name in (script, "model_preparation/find_python.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(PACKAGE.parent / name, tmp_path / name)
     (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "python3").chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}
