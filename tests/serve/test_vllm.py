@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -54,6 +56,11 @@ def model(served_dirs):
 def prompts_of(vocabulary: range, lengths: list[int], seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
     return [rng.choices(vocabulary, k=length) for length in lengths]
+
+
+def pieces_of(text: list[int], lengths: list[int], seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [text[start : start + length] for length in lengths for start in [rng.randrange(len(text) - length)]]
 
 
 @pytest.fixture(scope="module")
@@ -206,14 +213,17 @@ TIGHT = {
 }
 
 
-def tight_prompts(prompts: list[list[int]], vocabulary: range) -> list[list[int]]:
+def tight_prompts(prompts: list[list[int]], make: Callable) -> list[list[int]]:
     """`prompts`; some that begin alike, twice; and some of which each outgrows its first block of 128 tokens.
 
     Of the 20 blocks three requests have 18 by then.
+
+    Args:
+        make: gives prompts of these lengths, from a seed.
     """
-    (shared,) = prompts_of(vocabulary, [300])
-    alike = [shared + ending for ending in prompts_of(vocabulary, [1, 7, 40, 90], seed=5)]
-    return [*prompts, *alike, *alike, *prompts_of(vocabulary, [120] * 16, seed=2)]
+    (shared,) = make([300])
+    alike = [shared + ending for ending in make([1, 7, 40, 90], seed=5)]
+    return [*prompts, *alike, *alike, *make([120] * 16, seed=2)]
 
 
 ROPES = {
@@ -259,7 +269,7 @@ def by_vllm(served_dirs, odd_models, prompts, tmp_path_factory) -> tuple[list[di
     """(cases, what vLLM gave for each, all that it printed); see generate_by_vllm.py. A process without a server."""
     graft = {"folder": str(served_dirs["hf"]), "prompts": prompts}
     cases = [
-        {**graft, "options": TIGHT, "prompts": tight_prompts(prompts, range(3, 54))},
+        {**graft, "options": TIGHT, "prompts": tight_prompts(prompts, partial(prompts_of, range(3, 54)))},
         {**graft, "options": {"tensor_parallel_size": 2}},
         {**graft, "options": {"kv_cache_memory_bytes": 4096}},
         *(
@@ -315,16 +325,14 @@ def test_a_checkpoint_of_yours(tmp_path):
     """64 prompts at once, then cut into pieces and preempted, on a real model: minutes."""
     folder = os.environ["SERVED_CHECKPOINT"]
     model, tokenizer = load_checkpoint(folder, dtype="float32")
-    text = tokenizer((PACKAGE.parent / "README.md").read_text())["input_ids"]
-    rng = random.Random(1)
-    lengths = [1, 2, 3, 400, *rng.choices(range(1, 401), k=60)]
-    prompts = [text[start : start + length] for length in lengths for start in [rng.randrange(len(text) - length)]]
+    pieces = partial(pieces_of, tokenizer((PACKAGE.parent / "README.md").read_text())["input_ids"])
+    prompts = pieces([1, 2, 3, 400, *random.Random(1).choices(range(1, 401), k=60)])
     cases, found, _ = run_vllm(
         [
             {"folder": folder, "prompts": prompts, "options": {"max_model_len": 512}},
             {
                 "folder": folder,
-                "prompts": [*prompts[:8], *([text[:300] + prompt[:90] for prompt in prompts[:4]] * 2), *prompts[4:20]],
+                "prompts": tight_prompts(prompts[:8], pieces),
                 "options": {**TIGHT, "max_model_len": 512},
             },
         ],
