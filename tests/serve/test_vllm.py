@@ -88,23 +88,32 @@ def ask(server, prompts: list[list[int]], **settings) -> list:
 
 
 @torch.no_grad()
-def assert_is_ours(model, prompt: list[int], answer: list[int], logprobs: list[float], *, greedy: bool = True) -> None:
+def assert_is_ours(
+    model, prompt: list[int], answer: list[int], logprobs: list[float], *, greedy: bool = True, rounding: float = 1e-4
+) -> float:
     """The answer is what our model takes for likeliest at each place, with the same log-probabilities.
 
     Args:
         greedy: False where tokens were drawn, and the log-probabilities alone can be the same.
+        rounding: how far two log-probabilities may be apart.
+
+    Returns:
+        How far they are apart at most.
     """
     assert len(answer) == NEW_TOKENS
     logits = model(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :].float()
     assert not greedy or logits.argmax(-1).tolist() == answer, f"of a prompt of {len(prompt)} tokens"
     ours = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(logprobs), ours, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(logprobs), ours, rtol=0, atol=rounding)
+    return (torch.tensor(logprobs) - ours).abs().max().item()
 
 
-def assert_all_ours(model, server, prompts: list[list[int]]) -> None:
-    for prompt, answer in zip(prompts, ask(server, prompts), strict=True):
-        choice = answer.choices[0]
-        assert_is_ours(model, prompt, choice.token_ids, choice.logprobs.token_logprobs)
+def assert_all_ours(model, server, prompts: list[list[int]], **settings) -> list[float]:
+    found = [answer.choices[0] for answer in ask(server, prompts)]
+    return [
+        assert_is_ours(model, prompt, choice.token_ids, choice.logprobs.token_logprobs, **settings)
+        for prompt, choice in zip(prompts, found, strict=True)
+    ]
 
 
 def metric(server, name: str) -> float:
@@ -295,9 +304,11 @@ def run_vllm(cases: list[dict], folder: Path) -> tuple[list[dict], list[dict], s
     return cases, json.loads((folder / "cases.out").read_text()), done.stdout
 
 
-def assert_case_is_ours(model, case: dict, found: dict) -> None:
-    for prompt, answer in zip(case["prompts"], found["answers"], strict=True):
-        assert_is_ours(model, prompt, answer["ids"], answer["logprobs"])
+def assert_case_is_ours(model, case: dict, found: dict, **settings) -> list[float]:
+    return [
+        assert_is_ours(model, prompt, answer["ids"], answer["logprobs"], **settings)
+        for prompt, answer in zip(case["prompts"], found["answers"], strict=True)
+    ]
 
 
 def test_prompts_cut_into_pieces_begun_alike_and_preempted(by_vllm, model):
@@ -328,11 +339,13 @@ def test_a_checkpoint_of_yours(serve, tmp_path):
     pieces = partial(pieces_of, tokenizer((PACKAGE.parent / "README.md").read_text())["input_ids"])
     prompts = pieces([1, 2, 3, 400, *random.Random(1).choices(range(1, 401), k=60)])
     server = serve(Path(folder), "--dtype", "float32", "--api_key", KEY, "--", *CACHE, "--max-model-len", 512)
-    assert_all_ours(model, server, prompts)
+    # On 20 such texts our own float32 is 6e-5 from our float64, and vLLM's 7e-5.
+    furthest = assert_all_ours(model, server, prompts, rounding=5e-4)
     server.end()
     options = {**TIGHT, "max_model_len": 512}
     cases, found, _ = run_vllm(
         [{"folder": folder, "prompts": tight_prompts(prompts[:8], pieces), "options": options}], tmp_path
     )
-    assert_case_is_ours(model, cases[0], found[0])
+    furthest += assert_case_is_ours(model, cases[0], found[0], rounding=5e-4)
     assert found[0]["preemptions"] > 0
+    print(f"{len(furthest)} prompts: the same tokens; log-probabilities differ by {max(furthest):.1e} at most")
