@@ -48,7 +48,7 @@ def build_checkpoint(
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
     dry_run: bool = False,
-    heads: Mapping[int, Sequence[int]] | None = None,
+    heads: Mapping[int, Sequence[int]] | Mapping[str, Mapping[int, Sequence[int]]] | None = None,
     keep_mixer_heads: bool = False,
     ungraft: Sequence[int] = (),
     show: Callable[[list[str]], None] = lambda lines: None,
@@ -74,7 +74,8 @@ def build_checkpoint(
         overwrite: replace a checkpoint that is there; it stays whole until the new one is.
         sources: targets by name, as `resolve(overrides=...)` takes them.
         dry_run: check and show the plan, write nothing.
-        heads: by layer, the donor's query heads that are added to the mixer, such as {13: [16, 17]}.
+        heads: by layer, the donor's query heads that are added to the mixer, such as {13: [16, 17]}. Of several
+            donors: such a dict by name.
         keep_mixer_heads: leave the mixer whole; by default its heads of the same place are switched off.
         ungraft: grafted layers of a checkpoint that get back what its recipe's base has there.
         show: called with the plan, in lines, once it is checked.

@@ -7,16 +7,18 @@ number of heads. That few heads do the looking up: arXiv 2504.18574, arXiv 2602.
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
 
 from .cache_llamba import LlambaCache
-from .donor_kinds import kv_heads
+from .donor_kinds import KINDS, kv_heads, mask_kinds
 
 
 class HeadAttention(nn.Module):
     """out = sum over the heads h of softmax(q_h k_g(h)^T / sqrt(head_dim)) v_g(h) o_h^T, on the donor's input norm.
+
+    Biases, norms and the window of queries and keys are as the donor's kind has them.
 
     Args:
         config: the donor's.
@@ -24,12 +26,19 @@ class HeadAttention(nn.Module):
         layer_idx: of the layer.
     """
 
-    def __init__(self, config: LlamaConfig, heads: Sequence[int], layer_idx: int):
+    sliding_window: int | None = None  # the earliest pickles have none
+
+    def __init__(self, config: PreTrainedConfig, heads: Sequence[int], layer_idx: int):
         super().__init__()
+        kind = KINDS[config.model_type]
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        settings = kind.settings(config)
+        has_window = mask_kinds(settings, config.num_hidden_layers)[layer_idx] == "sliding_attention"
+        if has_window:
+            self.sliding_window = settings["sliding_window"]
         group_size = config.num_attention_heads // config.num_key_value_heads
         groups = kv_heads(heads, group_size)
         per_group = len(heads) // len(groups)
@@ -40,9 +49,12 @@ class HeadAttention(nn.Module):
         else:
             self.num_key_value_groups = 1
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.q_proj = nn.Linear(config.hidden_size, len(heads) * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, len(groups) * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, len(groups) * self.head_dim, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, len(heads) * self.head_dim, bias=kind.qkv_biases)
+        self.k_proj = nn.Linear(config.hidden_size, len(groups) * self.head_dim, bias=kind.qkv_biases)
+        self.v_proj = nn.Linear(config.hidden_size, len(groups) * self.head_dim, bias=kind.qkv_biases)
+        if kind.qk_norms:
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.o_proj = nn.Linear(len(heads) * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
@@ -66,15 +78,16 @@ class HeadAttention(nn.Module):
         """
         normed = self.input_layernorm(hidden_states)
         shape = (*normed.shape[:-1], -1, self.head_dim)
-        query, key, value = (
-            project(normed).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (project(normed).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if "q_norm" in self._modules:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         if self.kv_place:
             key, value = key[:, self.kv_place], value[:, self.kv_place]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        out, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        out, _ = attend(self, query, key, value, attention_mask, sliding_window=self.sliding_window, **kwargs)
         return self.o_proj(out.reshape(*normed.shape[:-1], -1))
