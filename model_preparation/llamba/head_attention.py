@@ -41,13 +41,12 @@ class HeadAttention(nn.Module):
             self.sliding_window = settings["sliding_window"]
         group_size = config.num_attention_heads // config.num_key_value_heads
         groups = kv_heads(heads, group_size)
-        per_group = len(heads) // len(groups)
-        # Per query head, its place among the K/V heads kept; as many heads in each group need no such list.
-        self.kv_place = [groups.index(head // group_size) for head in heads]
-        if self.kv_place == [index // per_group for index in range(len(heads))]:
-            self.kv_place, self.num_key_value_groups = [], per_group
-        else:
-            self.num_key_value_groups = 1
+        # Attention wants as many queries for each K/V head. Smaller groups repeat one: that is less than copying K/V.
+        places = [[place for place, head in enumerate(heads) if head // group_size == group] for group in groups]
+        self.num_key_value_groups = max(map(len, places))
+        padded = [place for own in places for place in own + own[-1:] * (self.num_key_value_groups - len(own))]
+        self.query_place = padded if len(padded) > len(heads) else []
+        self.out_place = [padded.index(place) for place in range(len(heads))]
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.q_proj = nn.Linear(config.hidden_size, len(heads) * self.head_dim, bias=kind.qkv_biases)
         self.k_proj = nn.Linear(config.hidden_size, len(groups) * self.head_dim, bias=kind.qkv_biases)
@@ -85,9 +84,11 @@ class HeadAttention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        if self.kv_place:
-            key, value = key[:, self.kv_place], value[:, self.kv_place]
+        if self.query_place:
+            query = query[:, self.query_place]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         out, _ = attend(self, query, key, value, attention_mask, sliding_window=self.sliding_window, **kwargs)
+        if self.query_place:
+            out = out[:, :, self.out_place]
         return self.o_proj(out.reshape(*normed.shape[:-1], -1))
