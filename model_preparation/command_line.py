@@ -231,14 +231,13 @@ def layer_index(text: str) -> int:
     return index
 
 
-def heads_of_layer(text: str) -> tuple[str, int, list[int]]:
-    """Read a part of --heads, such as A:13:16,17 -> ("A", 13, [16, 17]); without a donor's name, that is "".
+def heads_of_layer(text: str) -> tuple[int, list[int]]:
+    """Read a part of --heads, such as 13:16,17 -> (13, [16, 17]).
 
     Raises:
         argparse.ArgumentTypeError: if it is not like that, or names a head twice.
     """
-    rest, colon, heads = text.rpartition(":")
-    name, _, layer = rest.rpartition(":")
+    layer, colon, heads = text.partition(":")
     try:
         found = [int(head) for head in heads.split(",")]
         if not colon or min(found) < 0:
@@ -247,7 +246,13 @@ def heads_of_layer(text: str) -> tuple[str, int, list[int]]:
         raise argparse.ArgumentTypeError(f"{text!r} is not [NAME:]LAYER:HEAD[,HEAD...], such as 13:16,17,18") from None
     if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"{text!r} names a head more than once")
-    return name, layer_index(layer), sorted(found)
+    return layer_index(layer), sorted(found)
+
+
+def heads_of_donor(text: str) -> tuple[str, int, list[int]]:
+    """As `heads_of_layer`, with the donor's name before it, such as B:13:16,17; without one, that is ""."""
+    name, _, heads = text.partition(":") if text.count(":") == 2 else ("", "", text)
+    return name, *heads_of_layer(heads)
 
 
 class HeadsByLayer(argparse.Action):

@@ -10,7 +10,7 @@ from model_preparation.command_line import (
     add_dtype_flag,
     add_layers_flag,
     default_folder,
-    heads_of_layer,
+    heads_of_donor,
     layer_index,
     run,
     score,
@@ -54,7 +54,7 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--heads",
         nargs="+",
-        type=heads_of_layer,
+        type=heads_of_donor,
         action=HeadsByLayer,
         metavar="[NAME:]LAYER:HEAD[,HEAD...]",
         help="query heads of the donor to add to the mixers of layers that stay, such as 13:16,17,18 15:11; they need "

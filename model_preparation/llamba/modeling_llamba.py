@@ -187,7 +187,7 @@ class LlambaModel(LlambaPreTrainedModel):
 
         arguments = self.layer_arguments(hidden_states, attention_mask, position_ids, cache, **kwargs)
         for index, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types, strict=True)):
-            given = arguments[str(index) if str(index) in arguments else kind]
+            given = arguments.get(str(index), arguments[kind])
             hidden_states = layer(hidden_states, **{CACHE_NAME: cache}, use_cache=use_cache, **given)
         if cache is not None:
             cache.seen_tokens += hidden_states.shape[1]
@@ -253,6 +253,7 @@ class LlambaModel(LlambaPreTrainedModel):
             for layer in map(int, self.config.llama_heads):
                 of_heads = arguments.get(str(layer), arguments[masks[layer]])
                 arguments[str(layer)] = {**arguments["linear_attention"], "of_heads": of_heads}
+                arguments.setdefault("hybrid", arguments[str(layer)])
         return arguments
 
 
