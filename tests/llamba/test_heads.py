@@ -148,11 +148,12 @@ def test_the_definition(kind, data):
     assert sum(held) == 2 * cache_bytes(model.config, 0, 21, torch.float64)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_no_head_is_the_base_and_all_heads_are_the_layer():
+def test_no_head_is_the_base_and_all_heads_are_the_layer(kind):
     """To the bit; all heads where the base has the donor's norms and MLP, as an unaligned base does."""
-    cfg = llama_cfg(2) | {"rms_norm_eps": 1e-5}
-    donor = donor_of(cfg)
+    cfg = llama_cfg(2, "default", kind, True) | {"rms_norm_eps": 1e-5}
+    donor = donor_of(cfg, kind)
     assert torch.equal(graft(donor, cfg, {})(IDS).logits, BASE(IDS).logits)
     unaligned, theirs = graft(donor, cfg, {1: list(range(HEADS))}), donor.model.layers[1]
     for name in ("input_layernorm", "post_attention_layernorm", "mlp"):
