@@ -252,8 +252,8 @@ class LlambaConfig(PreTrainedConfig):
     def _check_other_donors(self) -> None:
         """Part of `validate_architecture`."""
         others = self.other_llama_cfgs
-        grafted = {*map(str, self.llama_layers), *self.llama_heads}
-        if not isinstance(others, dict) or not others.keys() <= grafted:
+        grafted = [*map(str, self.llama_layers), *self.llama_heads]
+        if not isinstance(others, dict) or not others.keys() <= {*grafted}:
             raise ValueError(f"other_llama_cfgs must be by grafted layer, {', '.join(grafted)}, not {others!r:.80}")
         for layer, fields in others.items():
             if not isinstance(fields, dict) or not fields.keys() <= {*OF_EACH_DONOR}:

@@ -26,8 +26,6 @@ class HeadAttention(nn.Module):
         layer_idx: of the layer.
     """
 
-    sliding_window: int | None = None  # the earliest pickles have none
-
     def __init__(self, config: PreTrainedConfig, heads: Sequence[int], layer_idx: int):
         super().__init__()
         kind = KINDS[config.model_type]
@@ -37,8 +35,7 @@ class HeadAttention(nn.Module):
         self.is_causal = True
         settings = kind.settings(config)
         has_window = mask_kinds(settings, config.num_hidden_layers)[layer_idx] == "sliding_attention"
-        if has_window:
-            self.sliding_window = settings["sliding_window"]
+        self.sliding_window = settings["sliding_window"] if has_window else None
         group_size = config.num_attention_heads // config.num_key_value_heads
         groups = kv_heads(heads, group_size)
         # Attention wants as many queries for each K/V head. Smaller groups repeat one: that is less than copying K/V.
