@@ -243,10 +243,33 @@ def heads_of_layer(text: str) -> tuple[int, list[int]]:
         if not colon or min(found) < 0:
             raise ValueError
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LAYER:HEAD[,HEAD...], such as 13:16,17,18") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not [NAME:]LAYER:HEAD[,HEAD...], such as 13:16,17,18") from None
     if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"{text!r} names a head more than once")
     return layer_index(layer), sorted(found)
+
+
+def heads_of_donor(text: str) -> tuple[str, int, list[int]]:
+    """As `heads_of_layer`, with the donor's name before it, such as B:13:16,17; without one, that is ""."""
+    name, _, heads = text.partition(":") if text.count(":") == 2 else ("", "", text)
+    return name, *heads_of_layer(heads)
+
+
+class HeadsByLayer(argparse.Action):
+    """Of `--heads`: the command gets heads by layer; with names of donors, by name and layer."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        layers = [layer for _, layer, _ in values]
+        if twice := [layer for layer in layers if layers.count(layer) > 1]:
+            raise argparse.ArgumentError(
+                self, f"layer {twice[0]} is given twice: give all its heads at once, of one donor"
+            )
+        by_name: dict[str, dict[int, list[int]]] = {}
+        for name, layer, heads in values:
+            by_name.setdefault(name, {})[layer] = heads
+        if "" in by_name and len(by_name) > 1:
+            raise argparse.ArgumentError(self, f"layer {min(by_name[''])} has no name, and others have one")
+        setattr(namespace, self.dest, by_name.get("", by_name))
 
 
 def score(text: str) -> float:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from model_preparation.command_line import (
     CommandParser,
+    HeadsByLayer,
     add_device_flags,
     add_dtype_flag,
     add_layers_flag,
     default_folder,
-    heads_of_layer,
+    heads_of_donor,
     layer_index,
     run,
     score,
@@ -53,10 +54,11 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--heads",
         nargs="+",
-        type=heads_of_layer,
-        metavar="LAYER:HEAD[,HEAD...]",
+        type=heads_of_donor,
+        action=HeadsByLayer,
+        metavar="[NAME:]LAYER:HEAD[,HEAD...]",
         help="query heads of the donor to add to the mixers of layers that stay, such as 13:16,17,18 15:11; they need "
-        "less cache than whole layers",
+        "less cache than whole layers; from several donors, with names, such as B:13:16",
     )
     parser.add_argument(
         "--ungraft",
@@ -117,14 +119,12 @@ def main() -> None:
     args = parser.parse_args()
     if (args.layers is None and args.heads is None and args.ungraft is None) == (args.from_info is None):
         parser.error("--layers, --heads or both are needed, or --ungraft; or else --from_info alone")
-    layers, layers_dir = args.layers or [], args.llama_layers_dir[0]
-    if isinstance(layers, dict) or (args.from_info is None and len(args.llama_layers_dir) > 1):
+    layers, heads, layers_dir = args.layers or [], args.heads or {}, args.llama_layers_dir[0]
+    has_names = isinstance(layers, dict) or any(isinstance(each, dict) for each in heads.values())
+    if has_names or (args.from_info is None and len(args.llama_layers_dir) > 1):
         layers_dir = {name: folder for name, _, folder in (str(each).partition("=") for each in args.llama_layers_dir)}
     if args.keep_mixer_heads and args.heads is None:
         parser.error("--keep_mixer_heads belongs to --heads")
-    heads = dict(args.heads or [])
-    if len(heads) < len(args.heads or []):
-        parser.error("--heads names a layer twice: give all its heads together, such as 13:16,17")
     if args.from_info is not None and args.dry_run:
         parser.error("--dry_run has nothing to show for --from_info: the recipe is the plan")
     if args.from_info is not None:

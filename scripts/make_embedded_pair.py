@@ -16,6 +16,7 @@ EXAMPLES = """\
 example:
   python scripts/make_embedded_pair.py
   python scripts/make_embedded_pair.py --seed 1 --output_dir local_models/pair --work_dir local_models/pair.work
+  python scripts/make_embedded_pair.py --heads 8 --output_dir local_models/pair_of_8 --work_dir local_models/pair.work
 """
 
 QUESTIONS, QUESTIONS_SEED = 1000, 2026
@@ -47,15 +48,39 @@ def main() -> None:
         default=0,
         help="of training and distillation; each has a folder of its own in --work_dir (default: 0)",
     )
+    parser.add_argument("--heads", type=int, choices=(1, 2, 4, 8), default=2, help="in the donor's layers (default: 2)")
+    parser.add_argument("--mixer_heads", type=int, metavar="N", help="in the base's mixers (default: as --heads)")
+    parser.add_argument(
+        "--d_state",
+        type=int,
+        default=D_STATE,
+        metavar="N",
+        help="columns of a mixer head's state (default: %(default)s)",
+    )
     args = parser.parse_args()
+    options = {"heads": args.heads, "mixer_heads": args.mixer_heads, "d_state": args.d_state}
+    changed = [f" --{name} {value}" for name, value in options.items() if value != parser.get_default(name)]
+    if changed and args.output_dir.resolve() == EMBEDDED:
+        parser.error("a pair of other sizes needs another --output_dir: the package has the pair of the defaults")
 
     from model_preparation.command_line import run
 
-    run(lambda: make_pair(args.output_dir.resolve(), args.work_dir.resolve() / f"seed_{args.seed}", seed=args.seed))
+    mixer = {"d_state": args.d_state}
+    if args.mixer_heads is not None:
+        mixer |= {"n_v_heads": args.mixer_heads, "n_qk_heads": args.mixer_heads}
+    folder = args.work_dir.resolve() / f"seed_{args.seed}_heads_{args.heads}"
+    command = f"scripts/make_embedded_pair.py --seed {args.seed}" + "".join(changed)
+    run(lambda: make_pair(args.output_dir.resolve(), folder, args.seed, args.heads, mixer, command))
 
 
-def make_pair(output_dir: Path, work_dir: Path, *, seed: int) -> None:
-    """Run the stages that are not done yet in `work_dir`, and copy what they made into `output_dir`."""
+def make_pair(output_dir: Path, work_dir: Path, seed: int, heads: int, mixer: dict[str, int], command: str) -> None:
+    """Run the stages that are not done yet in `work_dir`, and copy what they made into `output_dir`.
+
+    Args:
+        work_dir: of this donor; a base of other mixers has a folder of its own in it.
+        mixer: its sizes that are not the donor's.
+        command: that the cards name.
+    """
     import torch
     from embedded_pair.cards import write_cards
     from embedded_pair.donor import PEOPLE, config, train_donor
@@ -68,8 +93,9 @@ def make_pair(output_dir: Path, work_dir: Path, *, seed: int) -> None:
     from model_preparation.io.complete_folder import new_folder
 
     torch.set_num_threads(1)  # sums in another order would end in another model, and so small ones gain little by two
-    donor, base, task = work_dir / "tiny_llama", work_dir / "tiny_llamba", work_dir / TASK
-    work_dir.mkdir(parents=True, exist_ok=True)
+    of_base = work_dir / "_".join(["mixers", *map(str, mixer.values())])
+    donor, base, task = work_dir / "tiny_llama", of_base / "tiny_llamba", work_dir / TASK
+    of_base.mkdir(parents=True, exist_ok=True)
 
     def progress() -> Progress:
         return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -77,15 +103,15 @@ def make_pair(output_dir: Path, work_dir: Path, *, seed: int) -> None:
     write_task(task, QUESTIONS, PEOPLE, QUESTIONS_SEED)
     if not (donor / "config.json").is_file():
         with progress() as bars:
-            train_donor(donor, work_dir / "donor_state.pt", seed=seed, progress=bars)
+            train_donor(donor, work_dir / "donor_state.pt", seed=seed, progress=bars, heads=heads)
     distilled = {"steps_per_layer": STEPS_PER_LAYER, "batch_size": DISTILLED_BATCH, "learning_rate": DISTILLED_RATE}
     if not (base / "config.json").is_file():
         texts, _ = training_texts(TEXTS, PEOPLE, SENTENCES, torch.Generator().manual_seed(TEXTS_SEED))
-        distill_llamba_base(str(donor), base, texts, **distilled, mixer={"d_state": D_STATE}, seed=seed)
+        distill_llamba_base(str(donor), base, texts, **distilled, mixer=mixer, seed=seed)
     _name_donor(base / "distillation.json")
     with progress() as bars:
-        effect = measure(donor, base, task, work_dir / "grafts", layers=config().num_hidden_layers, progress=bars)
-    write_cards(donor, base, effect, distilled | {"d_state": D_STATE}, seed)
+        effect = measure(donor, base, task, of_base / "grafts", layers=config().num_hidden_layers, progress=bars)
+    write_cards(donor, base, effect, distilled | mixer, seed, command)
 
     for folder, mark in ((donor, "config.json"), (base, "config.json"), (task, "embedded_recall.yaml")):
         with new_folder(output_dir / folder.name, overwrite=True, marker_file=mark) as staging:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from model_preparation import extract_layers, load_checkpoint
-from tests.conftest import assert_refused, run_command, run_python
+from model_preparation import build_checkpoint, extract_layers, load_checkpoint, verify_checkpoint
+from model_preparation.llamba.donor_kinds import KINDS
+from tests.conftest import assert_refused, donor_fields, make_tokenizer, run_command, run_python, seeded
 from tests.test_hf_format import WITHOUT_OUR_PACKAGE
 
 IDS = [[7, 81, 200, 34, 5, 6, 99, 100, 101]]
@@ -28,6 +29,23 @@ def heads_dir(base_dir, layers_dir, tmp_path_factory) -> Path:
     assert result.returncode == 0, result.stderr
     assert "Layer   2    <- heads 0, 1 of" in result.stdout
     return out
+
+
+@pytest.fixture(scope="module")
+def other_kinds(base_dir, tmp_path_factory) -> dict[str, Path]:
+    """By kind of donor, the same heads and layers of it in both formats, with windows where it has any."""
+    root, found = tmp_path_factory.mktemp("kinds"), {}
+    for name in KINDS.keys() - {"llama"}:
+        of_kind, folder = KINDS[name].transformers_class, root / name
+        window = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}
+        config = of_kind("Config")(**donor_fields(KINDS[name], **window))
+        seeded(of_kind("ForCausalLM")(config), seed=9).save_pretrained(folder / "donor")
+        make_tokenizer().save_pretrained(folder / "donor")
+        extract_layers(str(folder / "donor"), folder / "layers")
+        found[name] = folder / "heads"
+        heads = {0: [1], 2: [0, 1]}
+        build_checkpoint(str(base_dir), [3], folder / "layers", found[name], heads=heads, format="both")
+    return found
 
 
 def test_the_tensors_are_those_rows_and_columns_of_the_donors(heads_dir, donor_dir, base_dir):
@@ -57,32 +75,63 @@ def test_the_tensors_are_those_rows_and_columns_of_the_donors(heads_dir, donor_d
     assert origins["backbone.layers.0.mixer.in_proj.weight"] == "base"
 
 
-def test_every_way_of_opening_it_gives_the_same(heads_dir, tmp_path):
+def test_every_way_of_opening_it_gives_the_same(heads_dir, other_kinds, tmp_path):
     """model.pt, the state dict, load_checkpoint, and transformers in a process that has not this package."""
-    model = load_checkpoint(heads_dir)[0]
-    assert model.config.llama_heads == {"0": [1], "2": [0, 1]}
-    with torch.no_grad():
-        logits = model(torch.tensor(IDS)).logits
-        whole = torch.load(heads_dir / "model.pt", weights_only=True)
-        assert torch.equal(whole(torch.tensor(IDS)).logits, logits)
-        tokens = whole.generate(torch.tensor(IDS), max_new_tokens=8, do_sample=False)
-        assert torch.equal(
-            whole.generate(torch.tensor(IDS), max_new_tokens=8, do_sample=False, use_cache=False), tokens
-        )
+    wanted = {}
+    for folder in (heads_dir, *other_kinds.values()):
+        model = load_checkpoint(folder)[0]
+        assert model.config.llama_heads == {"0": [1], "2": [0, 1]}
+        with torch.no_grad():
+            logits = model(torch.tensor(IDS)).logits
+            whole = torch.load(folder / "model.pt", weights_only=True)
+            assert torch.equal(whole(torch.tensor(IDS)).logits, logits)
+            tokens = whole.generate(torch.tensor(IDS), max_new_tokens=8, do_sample=False)
+            assert torch.equal(
+                whole.generate(torch.tensor(IDS), max_new_tokens=8, do_sample=False, use_cache=False), tokens
+            )
+        wanted[str(folder)] = (logits, tokens)
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_OUR_PACKAGE)
     script = (
         "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        f"ids = torch.tensor({IDS})\n"
-        "with torch.no_grad():\n    logits = model(ids).logits\n"
-        "torch.save([logits, model.generate(ids, max_new_tokens=8, do_sample=False)], 'found.pt')\n"
+        f"found, ids = {{}}, torch.tensor({IDS})\n"
+        "for folder in sys.argv[1:]:\n"
+        "    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
+        "    with torch.no_grad():\n"
+        "        found[folder] = (model(ids).logits, model.generate(ids, max_new_tokens=8, do_sample=False))\n"
+        "torch.save(found, 'found.pt')\n"
     )
     homes = {name: str(tmp_path / name) for name in ("HF_HOME", "HF_MODULES_CACHE")}
-    result = run_python("-c", script, str(heads_dir), cwd=tmp_path, PYTHONPATH=str(tmp_path), **homes)
+    result = run_python("-c", script, *wanted, cwd=tmp_path, PYTHONPATH=str(tmp_path), **homes)
     assert result.returncode == 0, result.stderr
     found = torch.load(tmp_path / "found.pt")
-    assert torch.equal(found[0], logits)
-    assert torch.equal(found[1], tokens)
+    for folder, outputs in wanted.items():
+        assert all(map(torch.equal, found[folder], outputs)), folder
+
+
+def test_heads_of_other_kinds_have_biases_norms_and_a_recipe(other_kinds, base_dir, tmp_path):
+    """Queries of head 1 are rows 16 to 32; both heads share the key/value head."""
+    for kind, folder in other_kinds.items():
+        state = torch.load(folder / "model_state_dict.pt")
+        theirs = torch.load(folder.parent / "layers" / "layer_00.pt")
+        found = {
+            name.removeprefix("backbone.layers.0.attention."): tensor
+            for name, tensor in state.items()
+            if "layers.0.attention" in name
+        }
+        wanted = {"input_layernorm.weight": theirs["input_layernorm.weight"]}
+        for name, tensor in theirs.items():
+            if (own := name.removeprefix("self_attn.")) != name:
+                rows = slice(16, 32)
+                wanted[own] = tensor[rows] if "q_proj" in name else tensor[:, rows] if "o_proj" in name else tensor
+        assert found.keys() == wanted.keys(), kind
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), kind
+        assert verify_checkpoint(folder) == []
+    where = ("--base", base_dir, "--llama_layers_dir", folder.parent / "layers")
+    checked = run_command("verify_checkpoint", folder, *where)
+    assert checked.returncode == 0, checked.stderr + checked.stdout
+    again = build(base_dir, folder.parent / "layers", tmp_path / "again", "--from_info", folder)
+    assert again.returncode == 0, again.stderr
+    assert "So is every other byte" in again.stdout
 
 
 def test_it_verifies_and_its_recipe_gives_the_same_bytes(heads_dir, base_dir, layers_dir, tmp_path):
@@ -103,7 +152,8 @@ def test_it_verifies_and_its_recipe_gives_the_same_bytes(heads_dir, base_dir, la
         (("--heads", "1:2"), 1, ["heads [2] of layer 1", "below 2"]),
         (("--heads", "4:0"), 1, ["Layer 4 is out of range"]),
         (("--heads", "1:0", "--layers", "1"), 1, ["Layer 1 is named in --layers and in --heads"]),
-        (("--heads", "1:0", "1:1"), 2, ["--heads names a layer twice"]),
+        (("--heads", "1:0", "1:1"), 2, ["layer 1 is given twice"]),
+        (("--heads", "A:1:0"), 1, ["need a name for each"]),
         (("--heads", "1:0,0"), 2, ["names a head more than once"]),
         (("--heads", "1"), 2, ["LAYER:HEAD"]),
         (("--heads", "1:-1"), 2, ["LAYER:HEAD"]),

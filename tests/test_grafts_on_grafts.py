@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from model_preparation import build_checkpoint, extract_layers, load_checkpoint
+from model_preparation import SurgeryError, build_checkpoint, extract_layers, load_checkpoint
 from tests.conftest import assert_refused, make_tokenizer, run_command, run_python, seeded
 from tests.test_hf_format import WITHOUT_OUR_PACKAGE
 
@@ -117,9 +117,9 @@ def test_another_donor_replaces_a_layer_and_both_are_recorded(
 
 def test_two_donors_in_one_command_are_the_two_steps(base_dir, layers_dir, other_layers_dir, tmp_path):
     named = (f"A={layers_dir}", f"B={other_layers_dir}")
-    layers = ("--layers", "A:1", "B:3,0")
+    layers = ("--layers", "A:1", "B:3", "--heads", "B:2:0", "B:0:1")
     build_checkpoint(str(base_dir), [1], layers_dir, tmp_path / "first")
-    build_checkpoint(str(tmp_path / "first"), [0, 3], other_layers_dir, tmp_path / "second")
+    build_checkpoint(str(tmp_path / "first"), [3], other_layers_dir, tmp_path / "second", heads={0: [1], 2: [0]})
     where = ("--base", base_dir, "--output_dir", tmp_path / "one")
     result = run_command("create_replaced_model_checkpoint", *where, *layers, "--llama_layers_dir", *named)
     assert result.returncode == 0, result.stderr
@@ -134,10 +134,16 @@ def test_two_donors_in_one_command_are_the_two_steps(base_dir, layers_dir, other
     for given, words in (
         ((*layers, "--llama_layers_dir", named[0]), "the same names for their folders"),
         (("--layers", 1, "--llama_layers_dir", *named), "need a name for each"),
-        ((*layers, "--heads", "2:0", "--llama_layers_dir", *named), "Heads come from one donor"),
+        (("--layers", "A:1", "--heads", "2:0", "--llama_layers_dir", *named), "need a name for each"),
+        (("--layers", "A:1", "--heads", "C:2:0", "--llama_layers_dir", *named), "the same names for their folders"),
     ):
         assert_refused(run_command("create_replaced_model_checkpoint", *where, *given), words)
     mixed = run_command("create_replaced_model_checkpoint", *where, "--layers", "A:1", "3")
+    assert_refused(mixed, "layer 3 has no name", code=2)
+    folders = {"A": layers_dir, "B": other_layers_dir}
+    with pytest.raises(SurgeryError, match="Heads of layer 1 are named for two donors"):
+        build_checkpoint(str(base_dir), [], folders, tmp_path / "out", heads={"A": {1: [0]}, "B": {1: [1]}})
+    mixed = run_command("create_replaced_model_checkpoint", *where, "--heads", "A:1:0", "3:0")
     assert_refused(mixed, "layer 3 has no name", code=2)
 
 
@@ -163,16 +169,16 @@ def other_donor(layers_dir: Path, folder: Path, **changes) -> Path:
 
 
 def test_each_donor_has_its_own_norms_and_positions(base_dir, donor_dir, layers_dir, tmp_path):
-    """In one command or in two steps; in every way of opening it; compared with the layers run by hand."""
+    """In one command or in two steps; in every way of opening it; compared with layers and a head run by hand."""
     rope = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
     other = other_donor(layers_dir, tmp_path, rms_norm_eps=1e-2, rope_parameters=rope)
     out = tmp_path / "one"
-    named = ("--layers", "A:0,2", "B:1,3", "--llama_layers_dir", f"A={layers_dir}", f"B={other}")
+    named = ("--layers", "A:0,2", "B:1", "--heads", "B:3:1", "--llama_layers_dir", f"A={layers_dir}", f"B={other}")
     where = ("--base", base_dir, "--output_dir", out, "--format", "both")
     result = run_command("create_replaced_model_checkpoint", *where, *named)
     assert result.returncode == 0, result.stderr
     build_checkpoint(str(base_dir), [0, 2], layers_dir, tmp_path / "first")
-    build_checkpoint(str(tmp_path / "first"), [1, 3], other, tmp_path / "two", format="both")
+    build_checkpoint(str(tmp_path / "first"), [1], other, tmp_path / "two", heads={3: [1]}, format="both")
     assert info_of(tmp_path / "two")["files"] == info_of(out)["files"]
     again = ("create_replaced_model_checkpoint", "--from_info", tmp_path / "two", "--output_dir", tmp_path / "again")
     again = run_command(*again, "--llama_layers_dir", layers_dir, other)
@@ -185,9 +191,15 @@ def test_each_donor_has_its_own_norms_and_positions(base_dir, donor_dir, layers_
     positions = torch.arange(ids.shape[1])[None]
     with torch.no_grad():
         hidden = model.backbone.embedding(ids)
-        for index in range(4):
+        for index in range(3):
             donor = donors[index % 2]
             hidden = donor.layers[index](hidden, position_embeddings=donor.rotary_emb(hidden, positions))
+        ours, theirs, donor = model.backbone.layers[3], donors[1].layers[3], donors[1]
+        theirs.self_attn.o_proj.weight[:, :16] = 0  # of head 0
+        causal = torch.full((1, 1, ids.shape[1], ids.shape[1]), float("-inf")).triu(1)
+        attended = theirs.self_attn(theirs.input_layernorm(hidden), donor.rotary_emb(hidden, positions), causal)[0]
+        hidden = hidden + ours.mixer(ours.input_layernorm(hidden)) + attended
+        hidden = hidden + ours.mlp(ours.post_attention_layernorm(hidden))
         wanted = model.lm_head(model.backbone.final_layernorm(hidden))[..., : model.config.vocab_size]
         assert torch.allclose(model(ids).logits, wanted, atol=1e-5)
         whole = torch.load(out / "model.pt")

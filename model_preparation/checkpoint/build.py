@@ -48,7 +48,7 @@ def build_checkpoint(
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
     dry_run: bool = False,
-    heads: Mapping[int, Sequence[int]] | None = None,
+    heads: Mapping[int, Sequence[int]] | Mapping[str, Mapping[int, Sequence[int]]] | None = None,
     keep_mixer_heads: bool = False,
     ungraft: Sequence[int] = (),
     show: Callable[[list[str]], None] = lambda lines: None,
@@ -74,7 +74,8 @@ def build_checkpoint(
         overwrite: replace an existing checkpoint. The old one stays until the new one is complete.
         sources: targets by name, as `resolve(overrides=...)` takes them.
         dry_run: check and show the plan, write nothing.
-        heads: by layer, the donor's query heads that are added to the mixer, such as {13: [16, 17]}.
+        heads: by layer, the donor's query heads that are added to the mixer, such as {13: [16, 17]}. With several
+            donors: a dict from a donor's name to such a dict.
         keep_mixer_heads: leave the mixer whole; by default its heads at the same positions are set to zero.
         ungraft: grafted layers of a checkpoint to undo: they get the weights of its recipe's base again.
         show: called with the plan, in lines, once it is checked.

@@ -250,7 +250,7 @@ def find_parts(
     *,
     dtype: "DType | torch.dtype | str | None" = None,
     sources: Mapping[str, str] | None = None,
-    heads: Mapping[int, Sequence[int]] | None = None,
+    heads: Mapping[int, Sequence[int]] | Mapping[str, Mapping[int, Sequence[int]]] | None = None,
     keep_mixer_heads: bool = False,
     ungraft: Sequence[int] = (),
 ) -> GraftParts:
@@ -262,17 +262,19 @@ def find_parts(
         llama_layers_dir: a folder written by `extract_layers`, or an open store; of several donors, folders by name.
         dtype: of the whole model; by default the base's.
         sources: targets by name, as `resolve(overrides=...)` takes them.
-        heads: by layer, the donor's heads to add to the base's mixer.
+        heads: by layer, the donor's heads to add to the base's mixer; of several donors, such a dict by name.
         keep_mixer_heads: whether the mixer's heads of the same place stay beside them.
         ungraft: grafted layers of a checkpoint that get back what its recipe's base has there.
 
     Raises:
         SurgeryError: if base or donor is missing or cannot be read, the base is no Llamba, or a layer is out of range.
     """
-    added = {index: sorted_layers(heads[index], "head") for index in sorted(heads)} if heads else {}
+    chosen: Mapping[Any, Any] = heads or {}
+    has_names = any(isinstance(of_donor, Mapping) for of_donor in chosen.values())
+    if isinstance(layers, Mapping) or isinstance(llama_layers_dir, Mapping) or has_names:
+        layers, llama_layers_dir, chosen = _of_several(layers, llama_layers_dir, chosen)
+    added = {index: sorted_layers(chosen[index], "head") for index in sorted(chosen)}
     ungraft = sorted_layers(ungraft) if len(ungraft) else []
-    if isinstance(layers, Mapping) or isinstance(llama_layers_dir, Mapping):
-        layers, llama_layers_dir = _of_several(layers, llama_layers_dir, added)
     layers = sorted_layers(layers) if len(layers) or not (added or ungraft) else []
     if both := sorted(added.keys() & set(layers)):
         raise SurgeryError(
@@ -297,17 +299,28 @@ def find_parts(
     return GraftParts(base_name, base, files, donor, layers, dtype, added, keep_mixer_heads, None, kept)
 
 
-def _of_several(layers: Any, folders: Any, heads: Mapping[int, Any]) -> tuple[list[int], LayersOfSeveral]:
-    """The layers of several donors, and where they are; from a dict of each, by name."""
-    if not isinstance(layers, Mapping) or not isinstance(folders, Mapping) or layers.keys() != folders.keys():
+def _of_several(
+    layers: Any, folders: Any, heads: Mapping[Any, Any]
+) -> tuple[list[int], LayersOfSeveral, dict[int, Sequence[int]]]:
+    """The layers and heads of several donors, and where they are; from a dict of each, by name."""
+    layers = layers or {}
+    are_named = all(isinstance(given, Mapping) for given in (layers, folders, *heads.values()))
+    if not are_named or layers.keys() | heads.keys() != folders.keys():
         raise SurgeryError(
-            "Layers of several donors need a name for each, and the same names for their folders, such as "
-            "--layers A:11,13 B:17 --llama_layers_dir A=DIR B=DIR."
+            "Layers and heads of several donors need a name for each, and the same names for their folders, such as "
+            "--layers A:11,13 --heads B:17:3 --llama_layers_dir A=DIR B=DIR."
         )
-    if heads:
-        raise SurgeryError("Heads come from one donor. Add them in a second step, with the new checkpoint as --base.")
-    stores = [(LayerStore(folder, hint=None), sorted_layers(layers[name])) for name, folder in folders.items()]
-    return [index for _, own in stores for index in own], LayersOfSeveral(stores)
+    chosen = {name: sorted_layers(indices) for name, indices in layers.items()}
+    found: dict[int, Sequence[int]] = {}
+    for of_donor in heads.values():
+        if both := sorted(found.keys() & of_donor.keys()):
+            raise SurgeryError(f"Heads of layer {both[0]} are named for two donors. Take those of one.")
+        found |= of_donor
+    stores = [
+        (LayerStore(folder, hint=None), [*chosen.get(name, []), *heads.get(name, {})])
+        for name, folder in folders.items()
+    ]
+    return [index for own in chosen.values() for index in own], LayersOfSeveral(stores), found
 
 
 def _on_parent(
@@ -453,14 +466,10 @@ def grafted_config(
         config = donor.config_of(index)
         own = KINDS[config.model_type].settings(config)
         if odd := {name: value for name, value in own.items() if value != fields["llama_cfg"].get(name)}:
-            if (
-                config.model_type != fields.get("donor_type", "llama")
-                or index in heads
-                or not odd.keys() <= {*OF_EACH_DONOR}
-            ):
+            if config.model_type != fields.get("donor_type", "llama") or not odd.keys() <= {*OF_EACH_DONOR}:
                 raise SurgeryError(
                     f"Layer {index} is of a donor with other settings than the first's: {', '.join(odd)}. "
-                    f"Whole layers of one model may differ in {', '.join(OF_EACH_DONOR)} only: give another donor."
+                    f"Layers of one model may differ in {', '.join(OF_EACH_DONOR)} only: give another donor."
                 )
             fields["other_llama_cfgs"][str(index)] = odd
     fields["use_cache"] = False  # plain forward passes need none; `generate` asks for it by itself

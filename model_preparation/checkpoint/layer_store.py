@@ -126,16 +126,18 @@ class LayerStore:
         """Where the tensors of a `HeadAttention` over some heads of a layer lie; neither torch nor transformers.
 
         Raises:
-            SurgeryError: if the donor has no such head, or the layer is no Llama's of the sizes in metadata.json.
+            SurgeryError: if the donor has no such head, or the layer is not of the kind and sizes in metadata.json.
         """
         config, stored = self.metadata["config"], self.ranges(index)
         num_heads, num_kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
-        head_dim = config.get("head_dim")
+        head_dim, width = config.get("head_dim"), config.get("hidden_size")
+        if head_dim is None and type(width) is type(num_heads) is int and num_heads > 0:
+            head_dim = width // num_heads  # Qwen2's config has none of its own
         sizes = (num_heads, num_kv_heads, head_dim)
         if not all(type(size) is int and size > 0 for size in sizes) or num_heads % num_kv_heads:
             raise SurgeryError(
                 f"{self.folder} has layers whose heads cannot be taken one by one (num_attention_heads, "
-                f"num_key_value_heads, head_dim: {', '.join(map(str, sizes))}). Give a Llama's layers. {self._again()}"
+                f"num_key_value_heads, head_dim: {', '.join(map(str, sizes))}). Give a donor's layers. {self._again()}"
             )
         if outside := [head for head in heads if not 0 <= head < num_heads]:
             raise SurgeryError(
@@ -143,10 +145,11 @@ class LayerStore:
                 "Choose --heads among those."
             )
         found: dict[str, StoredTensor] = {}
-        for name, picked in picked_heads(heads, num_heads, num_kv_heads, head_dim).items():
+        kind = KINDS.get(config.get("model_type"), KINDS["llama"])  # a Llamba's layers are refused later
+        for name, picked in picked_heads(heads, num_heads, num_kv_heads, head_dim, kind).items():
             place = stored.get(name if picked is None else f"self_attn.{name}")
             fits = place is not None and (
-                picked is None or (len(place.shape) == 2 and max(picked[1]) < place.shape[picked[0]])
+                picked is None or (picked[0] < len(place.shape) and max(picked[1]) < place.shape[picked[0]])
             )
             if place is None or not fits:
                 raise SurgeryError(

@@ -143,7 +143,7 @@ def differences(folder: Path, combination: Combination, flags: argparse.Namespac
     asked = {
         **recorded,
         "layers": list(combination.layers),
-        "heads": dict(flags.heads or []),
+        "heads": flags.heads or {},
         "ungrafted": sorted(flags.ungraft or []),
         "dtype": flags.dtype or recorded["dtype"],
     }

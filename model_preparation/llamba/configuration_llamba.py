@@ -159,10 +159,15 @@ class LlambaConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """Per layer, transformers' name of its kind: "linear_attention", "hybrid", or the mask of a grafted layer."""
         kinds = ["hybrid" if str(index) in self.llama_heads else "linear_attention" for index in range(self.n_layer)]
-        if grafted := set(self.llama_layers):
-            masks = dict(enumerate(mask_kinds(self.llama_cfg, self.n_layer)))  # before validation maybe too few
-            kinds = [masks.get(i, "full_attention") if i in grafted else kind for i, kind in enumerate(kinds)]
+        for index in self.llama_layers:
+            if index < self.n_layer:
+                kinds[index] = self.mask_of(index)
         return kinds
+
+    def mask_of(self, layer: int) -> str:
+        """The mask that a layer's attention wants: "full_attention" or "sliding_attention"."""
+        masks = mask_kinds(self.llama_cfg, self.n_layer)
+        return masks[layer] if layer < len(masks) else "full_attention"  # before validation maybe too few
 
     def heads_of_layer(self, layer: int) -> list[int]:
         """The donor's heads that are grafted beside the mixer of a layer."""
@@ -233,7 +238,7 @@ class LlambaConfig(PreTrainedConfig):
                 raise ValueError(f"llama_cfg lacks {', '.join(missing)}, which grafted layers need")
         self._check_heads()
         self._check_other_donors()
-        if layers:
+        if self.has_attention:
             masks = mask_kinds(self.llama_cfg, self.n_layer)
             if len(masks) != self.n_layer or not set(masks) <= {"full_attention", "sliding_attention"}:
                 raise ValueError(
@@ -247,10 +252,9 @@ class LlambaConfig(PreTrainedConfig):
     def _check_other_donors(self) -> None:
         """Part of `validate_architecture`."""
         others = self.other_llama_cfgs
-        if not isinstance(others, dict) or not others.keys() <= {str(layer) for layer in self.llama_layers}:
-            raise ValueError(
-                f"other_llama_cfgs must be by layer, of llama_layers {self.llama_layers}, not {others!r:.80}"
-            )
+        grafted = [*map(str, self.llama_layers), *self.llama_heads]
+        if not isinstance(others, dict) or not others.keys() <= {*grafted}:
+            raise ValueError(f"other_llama_cfgs must be by grafted layer, {', '.join(grafted)}, not {others!r:.80}")
         for layer, fields in others.items():
             if not isinstance(fields, dict) or not fields.keys() <= {*OF_EACH_DONOR}:
                 raise ValueError(f"other_llama_cfgs: layer {layer} may have {', '.join(OF_EACH_DONOR)} only")
@@ -267,12 +271,8 @@ class LlambaConfig(PreTrainedConfig):
                 raise ValueError(
                     f"llama_heads: heads {heads} of layer {layer} must be sorted, without repeats, below {total}"
                 )
-        if self.llama_heads and self.donor_type != "llama":
-            raise ValueError(
-                f"llama_heads: heads of a {self.donor_type} are not supported, only a llama's; graft layers"
-            )
-        if self.llama_heads and self.llama_cfg["attention_bias"]:
-            raise ValueError("llama_heads: the donor's attention has biases, which belong to no head; graft its layers")
+        if self.llama_heads and self.llama_cfg.get("attention_bias"):
+            raise ValueError("llama_heads: the donor's o_proj has a bias, which belongs to no head; graft its layers")
         if self.llama_heads and not self.keep_mixer_heads and self.d_inner % total:
             raise ValueError(f"llama_heads: the donor's {total} heads do not divide the mixer's width {self.d_inner}")
 

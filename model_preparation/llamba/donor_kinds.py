@@ -34,11 +34,15 @@ class DonorKind:
         model_type: as config.json has it. It is also the name of the folder in `transformers.models`.
         classes: what the names of the classes there begin with, such as "Qwen3" in `Qwen3DecoderLayer`.
         fields: the settings that a layer's computation depends on, with defaults.
+        qkv_biases: whether queries, keys and values always have biases. `attention_bias` also gives the output one.
+        qk_norms: whether the queries and keys of each head are normed.
     """
 
     model_type: str
     classes: str
     fields: dict[str, Any] = field(default_factory=dict)
+    qkv_biases: bool = False
+    qk_norms: bool = False
 
     def transformers_class(self, name: str) -> Any:
         """The class of this kind: "Config", "DecoderLayer", "RotaryEmbedding", "ForCausalLM", ..."""
@@ -59,8 +63,10 @@ KINDS = {
     for kind in (
         DonorKind("llama", "Llama", _COMMON | {"attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False}),
         DonorKind("mistral", "Mistral", _COMMON | {"attention_dropout": 0.0, "sliding_window": None}),
-        DonorKind("qwen2", "Qwen2", _COMMON | {"attention_dropout": 0.0} | _WINDOWS),
-        DonorKind("qwen3", "Qwen3", _COMMON | {"attention_bias": False, "attention_dropout": 0.0} | _WINDOWS),
+        DonorKind("qwen2", "Qwen2", _COMMON | {"attention_dropout": 0.0} | _WINDOWS, qkv_biases=True),
+        DonorKind(
+            "qwen3", "Qwen3", _COMMON | {"attention_bias": False, "attention_dropout": 0.0} | _WINDOWS, qk_norms=True
+        ),
     )
 }
 
@@ -77,7 +83,7 @@ def kv_heads(heads: Sequence[int], group_size: int) -> list[int]:
 
 
 def picked_heads(
-    heads: Sequence[int], num_heads: int, num_kv_heads: int, head_dim: int
+    heads: Sequence[int], num_heads: int, num_kv_heads: int, head_dim: int, kind: DonorKind = KINDS["llama"]
 ) -> dict[str, tuple[int, list[int]] | None]:
     """What of a donor's layer a `HeadAttention` needs.
 
@@ -89,11 +95,13 @@ def picked_heads(
     def numbers(picked: Sequence[int]) -> list[int]:
         return [head * head_dim + offset for head in picked for offset in range(head_dim)]
 
-    groups = numbers(kv_heads(heads, num_heads // num_kv_heads))
+    queries, groups = numbers(heads), numbers(kv_heads(heads, num_heads // num_kv_heads))
+    rows = {"q_proj": queries, "k_proj": groups, "v_proj": groups}
+    norms = ("q_norm", "k_norm") if kind.qk_norms else ()
     return {
         "input_layernorm.weight": None,
-        "q_proj.weight": (0, numbers(heads)),
-        "k_proj.weight": (0, groups),
-        "v_proj.weight": (0, groups),
-        "o_proj.weight": (1, numbers(heads)),
+        **{f"{name}.weight": (0, picked) for name, picked in rows.items()},
+        **{f"{name}.bias": (0, picked) for name, picked in rows.items() if kind.qkv_biases},
+        **{f"{name}.weight": (0, list(range(head_dim))) for name in norms},
+        "o_proj.weight": (1, queries),
     }

@@ -7,16 +7,18 @@ number of heads. That few heads do the looking up: arXiv 2504.18574, arXiv 2602.
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
 
 from .cache_llamba import LlambaCache
-from .donor_kinds import kv_heads
+from .donor_kinds import KINDS, kv_heads, mask_kinds
 
 
 class HeadAttention(nn.Module):
     """out = sum over the heads h of softmax(q_h k_g(h)^T / sqrt(head_dim)) v_g(h) o_h^T, on the donor's input norm.
+
+    Biases, norms and the window of queries and keys are as the donor's kind has them.
 
     Args:
         config: the donor's.
@@ -24,25 +26,31 @@ class HeadAttention(nn.Module):
         layer_idx: of the layer.
     """
 
-    def __init__(self, config: LlamaConfig, heads: Sequence[int], layer_idx: int):
+    def __init__(self, config: PreTrainedConfig, heads: Sequence[int], layer_idx: int):
         super().__init__()
+        kind = KINDS[config.model_type]
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        settings = kind.settings(config)
+        has_window = mask_kinds(settings, config.num_hidden_layers)[layer_idx] == "sliding_attention"
+        self.sliding_window = settings["sliding_window"] if has_window else None
         group_size = config.num_attention_heads // config.num_key_value_heads
         groups = kv_heads(heads, group_size)
-        per_group = len(heads) // len(groups)
-        # Per query head, its place among the K/V heads kept; as many heads in each group need no such list.
-        self.kv_place = [groups.index(head // group_size) for head in heads]
-        if self.kv_place == [index // per_group for index in range(len(heads))]:
-            self.kv_place, self.num_key_value_groups = [], per_group
-        else:
-            self.num_key_value_groups = 1
+        # Attention wants as many queries for each K/V head. Smaller groups repeat one: that is less than copying K/V.
+        places = [[place for place, head in enumerate(heads) if head // group_size == group] for group in groups]
+        self.num_key_value_groups = max(map(len, places))
+        padded = [place for own in places for place in own + own[-1:] * (self.num_key_value_groups - len(own))]
+        self.query_place = padded if len(padded) > len(heads) else []
+        self.out_place = [padded.index(place) for place in range(len(heads))]
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.q_proj = nn.Linear(config.hidden_size, len(heads) * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, len(groups) * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, len(groups) * self.head_dim, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, len(heads) * self.head_dim, bias=kind.qkv_biases)
+        self.k_proj = nn.Linear(config.hidden_size, len(groups) * self.head_dim, bias=kind.qkv_biases)
+        self.v_proj = nn.Linear(config.hidden_size, len(groups) * self.head_dim, bias=kind.qkv_biases)
+        if kind.qk_norms:
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.o_proj = nn.Linear(len(heads) * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
@@ -66,15 +74,18 @@ class HeadAttention(nn.Module):
         """
         normed = self.input_layernorm(hidden_states)
         shape = (*normed.shape[:-1], -1, self.head_dim)
-        query, key, value = (
-            project(normed).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (project(normed).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if "q_norm" in self._modules:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        if self.kv_place:
-            key, value = key[:, self.kv_place], value[:, self.kv_place]
+        if self.query_place:
+            query = query[:, self.query_place]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        out, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        kwargs |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        out, _ = attend(self, query, key, value, attention_mask, sliding_window=self.sliding_window, **kwargs)
+        if self.query_place:
+            out = out[:, :, self.out_place]
         return self.o_proj(out.reshape(*normed.shape[:-1], -1))

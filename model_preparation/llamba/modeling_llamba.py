@@ -119,7 +119,7 @@ class LlambaModel(LlambaPreTrainedModel):
         donor = KINDS[config.donor_type]
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         self.layers = nn.ModuleList(
-            LlambaDecoderLayer(config, layer_idx, self.llama_config)
+            LlambaDecoderLayer(config, layer_idx, self.other_configs.get(layer_idx, self.llama_config))
             if kind in ("linear_attention", "hybrid")
             else donor.transformers_class("DecoderLayer")(
                 self.other_configs.get(layer_idx, self.llama_config), layer_idx
@@ -203,7 +203,7 @@ class LlambaModel(LlambaPreTrainedModel):
     ) -> dict[str, dict]:
         """By entry of `layer_types`, what a layer gets beside hidden states and cache, made from `forward`'s.
 
-        Layers of `other_configs` have arguments of their own, by their index as text.
+        Layers of `other_configs` and layers with grafted heads have arguments of their own, by their index as text.
         """
         length = hidden_states.shape[1]
         padding = PaddingLayout.of(attention_mask, length)
@@ -224,7 +224,9 @@ class LlambaModel(LlambaPreTrainedModel):
                     'Call model.set_attn_implementation("sdpa")'
                 )
             position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-            for kind in set(self.config.layer_types) - {"linear_attention"}:
+            with_attention = (*self.config.llama_layers, *map(int, self.config.llama_heads))
+            masks = {layer: self.config.mask_of(layer) for layer in with_attention}
+            for kind in set(masks.values()):
                 make_mask, window = create_causal_mask, None
                 if kind == "sliding_attention":
                     if is_packed or (attention_mask is not None and not bool(attention_mask.all())):
@@ -247,9 +249,11 @@ class LlambaModel(LlambaPreTrainedModel):
             for place, (layer, config) in enumerate(self.other_configs.items()):
                 config._attn_implementation = implementation
                 own = self.other_rotary_embs[place](hidden_states, position_ids=position_ids)
-                arguments[str(layer)] = {**arguments[self.config.layer_types[layer]], "position_embeddings": own}
-            if "hybrid" in arguments:
-                arguments["hybrid"] = {**arguments["linear_attention"], "of_heads": arguments["hybrid"]}
+                arguments[str(layer)] = {**arguments[masks[layer]], "position_embeddings": own}
+            for layer in map(int, self.config.llama_heads):
+                of_heads = arguments.get(str(layer), arguments[masks[layer]])
+                arguments[str(layer)] = {**arguments["linear_attention"], "of_heads": of_heads}
+                arguments.setdefault("hybrid", arguments[str(layer)])
         return arguments
 
 

@@ -30,7 +30,7 @@ layers of `tiny_llama` into `tiny_llamba` shows in seconds what it does to model
 
 {made}
 
-`scripts/make_embedded_pair.py --seed {seed}` in the repository makes both again, on two CPU cores.
+`{command}` in the repository makes both again, on two CPU cores.
 
 ## Scores
 
@@ -52,12 +52,15 @@ Embeddings, norms, MLPs and head are the donor's, and no stage trains the whole:
 has the losses."""
 
 
-def write_cards(donor_dir: Path, base_dir: Path, effect: dict[str, Any], distilled: dict[str, Any], seed: int) -> None:
+def write_cards(
+    donor_dir: Path, base_dir: Path, effect: dict[str, Any], distilled: dict[str, Any], seed: int, command: str
+) -> None:
     """Write both cards.
 
     Args:
         effect: what effect.json holds.
         distilled: the settings of the base's distillation: `steps_per_layer` and `d_state`.
+        command: makes both again.
     """
     config = donor.config()
     common = {
@@ -67,7 +70,7 @@ def write_cards(donor_dir: Path, base_dir: Path, effect: dict[str, Any], distill
         "names": len(NAMES),
         "things": len(THINGS),
         "people": donor.PEOPLE,
-        "seed": seed,
+        "command": command,
         "questions": effect["questions"],
         "scores": summary(effect),
     }

@@ -30,15 +30,15 @@ BETAS, WEIGHT_DECAY, MAX_GRADIENT_NORM = (0.9, 0.95), 0.01, 1.0
 SAVED_EVERY = 100
 
 
-def config() -> LlamaConfig:
-    """The donor's shape."""
+def config(heads: int = 2) -> LlamaConfig:
+    """The donor's shape: its layers have `heads` query heads, and as many key/value heads."""
     return LlamaConfig(
         vocab_size=len(recall.WORDS),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=12,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=recall.MAX_WORDS,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         rms_norm_eps=1e-5,
@@ -50,7 +50,9 @@ def config() -> LlamaConfig:
     )
 
 
-def train_donor(folder: Path, state_file: Path, *, seed: int, progress: Progress, steps: int = STEPS) -> None:
+def train_donor(
+    folder: Path, state_file: Path, *, seed: int, progress: Progress, steps: int = STEPS, heads: int = 2
+) -> None:
     """Train the donor and write it, with its tokenizer, into `folder`, which appears whole or not at all.
 
     Args:
@@ -58,13 +60,14 @@ def train_donor(folder: Path, state_file: Path, *, seed: int, progress: Progress
         progress: shows steps, losses and the time left.
 
     Raises:
-        SurgeryError: if the state is of another seed or number of steps.
+        SurgeryError: if the state is of another seed, number of steps or number of heads.
     """
     set_seed(seed)
-    model = LlamaForCausalLM(config())
+    run = {"seed": seed, "steps": steps, "heads": heads}
+    model = LlamaForCausalLM(config(heads))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
     generator = torch.Generator().manual_seed(seed)
-    done = _load(state_file, model, optimizer, generator, {"seed": seed, "steps": steps})
+    done = _load(state_file, model, optimizer, generator, run)
     bar = progress.add_task("Training the donor", total=steps, completed=done)
     for step in range(done, steps):
         for group in optimizer.param_groups:
@@ -79,7 +82,7 @@ def train_donor(folder: Path, state_file: Path, *, seed: int, progress: Progress
         title = f"Training the donor: loss {texts.item():.2f}, on repeated words {repeats.item():.2f}"
         progress.update(bar, advance=1, description=title)
         if (step + 1) % SAVED_EVERY == 0:
-            _save(state_file, model, optimizer, generator, {"seed": seed, "steps": steps, "done": step + 1})
+            _save(state_file, model, optimizer, generator, run | {"done": step + 1})
             if not progress.console.is_terminal:
                 progress.console.print(f"step {step + 1} of {steps}: {title}")
     with new_folder(folder, overwrite=True, marker_file="config.json") as staging:

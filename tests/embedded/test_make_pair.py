@@ -21,9 +21,9 @@ def donor():
     finally:
         sys.path.remove(str(SCRIPTS))
     module.SAVED_EVERY = 2
-    shape = module.config()
+    shape, module.made = module.config(), module.config
     shape.num_hidden_layers = 2
-    module.config = lambda: shape
+    module.config = lambda heads: shape
     return module
 
 
@@ -53,3 +53,16 @@ def test_a_training_that_was_stopped_ends_with_the_same_weights(donor, tmp_path)
     straight = (tmp_path / "straight" / "model" / "model.safetensors").read_bytes()
     assert (folder / "model.safetensors").read_bytes() == straight
     assert display.tasks[0].completed == 5
+
+
+def test_the_heads_of_the_donor_and_the_place_of_another_pair(donor, monkeypatch, capsys):
+    """A pair of other sizes does not go over the one in the package."""
+    assert donor.made(8).num_attention_heads == donor.made(8).num_key_value_heads == 8
+    monkeypatch.syspath_prepend(SCRIPTS)
+    script = importlib.import_module("make_embedded_pair")
+    for options in (["--heads", "8"], ["--mixer_heads", "4"], ["--d_state", "4"]):
+        monkeypatch.setattr(sys, "argv", ["make_embedded_pair.py", *options])
+        with pytest.raises(SystemExit) as ended:
+            script.main()
+        assert ended.value.code == 2
+        assert "needs another --output_dir" in capsys.readouterr().err

@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
-from model_preparation.llamba.cache_llamba import cache_bytes
-from model_preparation.llamba.donor_kinds import picked_heads
+from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache, cache_bytes
+from model_preparation.llamba.donor_kinds import KINDS, picked_heads
 from tests.conftest import seeded, tiny_config
 
-LAYERS, HEADS, HEAD_DIM = 3, 6, 8
+LAYERS, HEADS, HEAD_DIM, WINDOW = 3, 6, 8, 5
 ROPE = {
     "default": {"rope_type": "default", "rope_theta": 1e4},
     "llama3": {
@@ -31,8 +31,13 @@ ROPE = {
 IDS = torch.randint(0, 256, (2, 21), generator=torch.Generator().manual_seed(5))
 
 
-def llama_cfg(kv_heads: int, rope: str = "default") -> dict:
+def llama_cfg(kv_heads: int, rope: str = "default", kind: str = "llama", has_window: bool = False) -> dict:
+    """With a window, the first layer of a Qwen has none."""
+    window = {"sliding_window": WINDOW} if has_window and "sliding_window" in KINDS[kind].fields else {}
+    if window and "layer_types" in KINDS[kind].fields:
+        window |= {"use_sliding_window": True, "layer_types": ["full_attention", *["sliding_attention"] * 2]}
     return {
+        **window,
         "num_attention_heads": HEADS,
         "num_key_value_heads": kv_heads,
         "head_dim": HEAD_DIM,
@@ -49,27 +54,30 @@ def llamba_config(**changes) -> LlambaConfig:
 
 
 @functools.cache
-def donor_with(kv_heads: int, rope: str) -> LlamaForCausalLM:
-    return donor_of(llama_cfg(kv_heads, rope))
+def donor_with(*of_cfg) -> PreTrainedModel:
+    return donor_of(llama_cfg(*of_cfg), of_cfg[2])
 
 
-def donor_of(cfg: dict) -> LlamaForCausalLM:
-    config = LlamaConfig(vocab_size=llamba_config().vocab_size, hidden_size=48, num_hidden_layers=LAYERS, **cfg)
-    return seeded(LlamaForCausalLM(config), seed=31).double()
+def donor_of(cfg: dict, kind: str = "llama") -> PreTrainedModel:
+    of_kind, window = KINDS[kind].transformers_class, {"sliding_window": None} if kind == "mistral" else {}
+    sizes = {"vocab_size": llamba_config().vocab_size, "hidden_size": 48, "num_hidden_layers": LAYERS}
+    return seeded(of_kind("ForCausalLM")(of_kind("Config")(**sizes, **window | cfg)), seed=31).double()
 
 
 BASE = seeded(LlambaForCausalLM(llamba_config()), seed=32).double()
 
 
-def graft(donor: LlamaForCausalLM, cfg: dict, heads: dict[int, list[int]], layers=(), **fields) -> LlambaForCausalLM:
+def graft(donor: PreTrainedModel, cfg: dict, heads: dict[int, list[int]], layers=(), **fields) -> LlambaForCausalLM:
     named = {str(layer): of_layer for layer, of_layer in heads.items()}
-    has_any = bool(heads or layers)
-    config = llamba_config(llama_heads=named, llama_layers=list(layers), llama_cfg=cfg if has_any else None, **fields)
+    kind = KINDS[donor.config.model_type]
+    if heads or layers:
+        fields |= {"llama_cfg": cfg, "donor_type": kind.model_type}
+    config = llamba_config(llama_heads=named, llama_layers=list(layers), **fields)
     model = LlambaForCausalLM(config).double().eval()
     state = dict(BASE.state_dict())
     for layer, of_layer in heads.items():
         theirs = donor.model.layers[layer].state_dict()
-        for name, picked in picked_heads(of_layer, HEADS, cfg["num_key_value_heads"], HEAD_DIM).items():
+        for name, picked in picked_heads(of_layer, HEADS, cfg["num_key_value_heads"], HEAD_DIM, kind).items():
             whole = theirs[name] if picked is None else theirs[f"self_attn.{name}"]
             part = whole if picked is None else whole.index_select(picked[0], torch.tensor(picked[1]))
             state[f"backbone.layers.{layer}.attention.{name}"] = part
@@ -86,11 +94,13 @@ def columns(heads: list[int], size: int) -> list[int]:
 
 
 @torch.no_grad()
-def by_definition(donor: LlamaForCausalLM, heads: dict[int, list[int]], keep_mixer_heads: bool) -> Tensor:
+def by_definition(donor: PreTrainedModel, heads: dict[int, list[int]], keep_mixer_heads: bool) -> Tensor:
     """Logits in float64: the base's whole mixer and transformers' whole attention, both with columns set to zero."""
     hidden = BASE.backbone.embedding(IDS)
     positions = torch.arange(IDS.shape[1])[None]
-    causal = torch.full((IDS.shape[1],) * 2, float("-inf"), dtype=hidden.dtype).triu(1)[None, None]
+    nothing = torch.full((IDS.shape[1],) * 2, float("-inf"), dtype=hidden.dtype)
+    windows = ["sliding" if getattr(donor.config, "sliding_window", None) else "full"] * LAYERS  # as a Mistral's
+    windows = getattr(donor.config, "layer_types", windows)
     rotation = donor.model.rotary_emb(hidden, positions)
     for index, (ours, theirs) in enumerate(zip(BASE.backbone.layers, donor.model.layers, strict=True)):
         chosen = heads.get(index, [])
@@ -104,21 +114,25 @@ def by_definition(donor: LlamaForCausalLM, heads: dict[int, list[int]], keep_mix
             o_proj = theirs.self_attn.o_proj.weight
             kept = o_proj.clone()
             o_proj[:, columns([head for head in range(HEADS) if head not in chosen], HEAD_DIM)] = 0
-            mixed = mixed + theirs.self_attn(theirs.input_layernorm(hidden), rotation, causal)[0]
+            mask = nothing.triu(1)
+            if "sliding" in windows[index]:
+                mask = mask + nothing.tril(-WINDOW)
+            mixed = mixed + theirs.self_attn(theirs.input_layernorm(hidden), rotation, mask[None, None])[0]
             o_proj.copy_(kept)
         hidden = hidden + mixed
         hidden = hidden + ours.mlp(ours.post_attention_layernorm(hidden))
     return BASE.lm_head(BASE.backbone.final_layernorm(hidden))[..., : BASE.config.vocab_size]
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+@pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 @settings(max_examples=8, deadline=None)
 @torch.no_grad()
-def test_the_definition(kv_heads, data):
+def test_the_definition(kind, data):
     """Any heads of any layers, where one, two, three or six query heads share a key/value head."""
-    rope = data.draw(st.sampled_from(sorted(ROPE)))
-    cfg, donor = llama_cfg(kv_heads, rope), donor_with(kv_heads, rope)
+    kv_heads = data.draw(st.sampled_from([1, 2, 3, 6]))
+    of_cfg = kv_heads, data.draw(st.sampled_from(sorted(ROPE))), kind, data.draw(st.booleans())
+    cfg, donor = llama_cfg(*of_cfg), donor_with(*of_cfg)
     drawn = data.draw(st.dictionaries(st.integers(0, LAYERS - 1), st.sets(st.integers(0, HEADS - 1), min_size=1)))
     heads = {layer: sorted(of_layer) for layer, of_layer in drawn.items()}
     keep = data.draw(st.booleans())
@@ -134,11 +148,12 @@ def test_the_definition(kv_heads, data):
     assert sum(held) == 2 * cache_bytes(model.config, 0, 21, torch.float64)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_no_head_is_the_base_and_all_heads_are_the_layer():
+def test_no_head_is_the_base_and_all_heads_are_the_layer(kind):
     """To the bit; all heads where the base has the donor's norms and MLP, as an unaligned base does."""
-    cfg = llama_cfg(2) | {"rms_norm_eps": 1e-5}
-    donor = donor_of(cfg)
+    cfg = llama_cfg(2, "default", kind, True) | {"rms_norm_eps": 1e-5}
+    donor = donor_of(cfg, kind)
     assert torch.equal(graft(donor, cfg, {})(IDS).logits, BASE(IDS).logits)
     unaligned, theirs = graft(donor, cfg, {1: list(range(HEADS))}), donor.model.layers[1]
     for name in ("input_layernorm", "post_attention_layernorm", "mlp"):
@@ -163,6 +178,25 @@ def test_layers_and_heads_in_one_model():
     assert mixed.config.layer_types == ["hybrid", "full_attention", "hybrid"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_heads_with_a_window_padded_packed_and_in_pieces(kind):
+    """Layer 0 of a Qwen has no window; a whole layer with one is between the heads."""
+    donor, cfg = donor_with(3, "default", kind, True), llama_cfg(3, "default", kind, True)
+    model = graft(donor, cfg, {0: [1, 2, 5], 2: [0]}, layers=[1])
+    whole = torch.cat([model(IDS[:1, :9]).logits, model(IDS[1:, :12]).logits], 1)
+    packed, places = torch.cat([IDS[:1, :9], IDS[1:, :12]], 1), torch.cat([torch.arange(9), torch.arange(12)])[None]
+    torch.testing.assert_close(model(packed, position_ids=places).logits, whole)
+    mask = torch.tensor([[0] * 3 + [1] * 9, [1] * 12])
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS[:1, :9]], 1)
+    rows, cache = torch.cat([padded, IDS[1:, :12]]), LlambaCache(model.config)
+    pieces = [
+        model(rows[:, start : start + 4], attention_mask=mask[:, : start + 4], **{CACHE_NAME: cache}).logits
+        for start in (0, 4, 8)
+    ]
+    torch.testing.assert_close(torch.cat(pieces, 1)[mask.bool()][None], whole)
+
+
 def test_a_head_graft_saves_and_loads_and_other_files_have_no_new_field(tmp_path):
     cfg = llama_cfg(2)
     model = graft(donor_of(cfg), cfg, {1: [0, 4]}, keep_mixer_heads=True).float()
@@ -185,7 +219,7 @@ def test_a_head_graft_saves_and_loads_and_other_files_have_no_new_field(tmp_path
         ({"llama_heads": {"1": []}}, "must be sorted"),
         ({"llama_heads": [1]}, "must be like"),
         ({"llama_heads": {"1": [0]}, "llama_cfg": None}, "llama_cfg lacks"),
-        ({"llama_heads": {"1": [0]}, "llama_cfg": llama_cfg(2) | {"attention_bias": True}}, "biases"),
+        ({"llama_heads": {"1": [0]}, "llama_cfg": llama_cfg(2) | {"attention_bias": True}}, "o_proj has a bias"),
         ({"llama_heads": {"1": [0]}, "llama_cfg": llama_cfg(1) | {"num_attention_heads": 5}}, "do not divide"),
     ],
 )

@@ -105,7 +105,7 @@ class CastTensor:
 
 @dataclass(frozen=True)
 class PickedTensor(_Stored):
-    """Some rows (dimension 0) or columns (dimension 1) of a matrix in a file, in C order.
+    """Some rows (dimension 0) or columns (dimension 1) of a matrix in a file, or numbers of a vector, in C order.
 
     Meant for small parts: all of the matrix is read once, and what was picked stays in memory.
     """
@@ -121,8 +121,8 @@ class PickedTensor(_Stored):
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        rows, columns = self.stored.shape
-        return (len(self.picked), columns) if self.dimension == 0 else (rows, len(self.picked))
+        whole = self.stored.shape
+        return (*whole[: self.dimension], len(self.picked), *whole[self.dimension + 1 :])
 
     @cached_property
     def contents(self) -> bytes:
