@@ -81,7 +81,7 @@ def test_after_the_last_mixing_only_scored_positions_go_on(loaded, make_scorer):
     pair, questions, scorer = loaded.pair, loaded.questions, make_scorer()
     dict(scorer.score([(3,)]))  # tries each shape once
     rows = []
-    hook = pair.layer(3, True).mlp.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:-1].numel()))
+    hook = pair.layer(3, (3,)).mlp.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:-1].numel()))
     dict(scorer.score([(3,)]))
     hook.remove()
     scored = sum(batch.positions.numel() for batch in questions.batches)

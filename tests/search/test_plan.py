@@ -20,7 +20,7 @@ SMALL = {"population": 10, "generations": 3, "patience": 3, "beam_width": 3}
 
 
 def space_of(settings, prior=None):
-    return SearchSpace(TOTAL, settings.min_layers, settings.most_layers, prior or {})
+    return SearchSpace(TOTAL, settings.min_layers, settings.most, prior or {})
 
 
 @pytest.mark.parametrize(("least", "most"), [(1, 1), (1, 3), (2, 3), (3, 3), (2, TOTAL)])
