@@ -115,10 +115,8 @@ def compare_materials(settings: Settings, limit: int, text: Path) -> None:
                 for values in (setup.questions.maximised, setup.questions.values)
             )
             scores[which].append(f"{fitness:.3f}" + ("" if name == "text" else f" ({right:.2f})"))
-    rows = [
-        (which, WHOLE_LAYERS.names(chosen.get(which, ())) if which in chosen else "", *cells)
-        for which, cells in scores.items()
-    ]
+    sets = {which: WHOLE_LAYERS.names(layers) for which, layers in chosen.items()}
+    rows = [(which, sets.get(which, ""), *cells) for which, cells in scores.items()]
     print(table(("chosen by", "layers", *(f"on {name}" for name in materials)), rows), flush=True)
 
 

@@ -16,7 +16,7 @@ from model_preparation.devices import choose_device
 from model_preparation.hub.sources import add_source_flag
 from model_preparation.jobs import ray_flags
 from model_preparation.jobs.table import table
-from model_preparation.search.settings import OPTIONS_OF, SearchSettings
+from model_preparation.search.settings import HEADS, OPTIONS_OF, SearchSettings
 from model_preparation.setting_flags import add_flags, as_flags, from_flags
 from model_preparation.terminal import escaped
 
@@ -113,14 +113,14 @@ def main() -> None:
     for row in found["final_results"][: settings.top]:
         rows.append((names_of(row[unit]), _score(row["fitness"], row["stderr"]), row["verdict"]))
     print(table((unit, found["objective"], "verdict"), rows))
-    if found["final_results"]:
-        print(f"To build the best, run: {_build_command(found, names_of(found['final_results'][0][unit]))}")
+    if unit == HEADS:
+        best = names_of(found["final_results"][0][unit])
+        print(f"To build the best, run: {_build_command(found, best)}")
     print(f"Result is in {settings.folder / RESULT}, to look at in {settings.folder / 'report.html'}")
 
 
 def _build_command(found: dict[str, Any], best: str) -> str:
-    """What builds the best combination."""
-    unit = "heads" if "heads_per_layer" in found else "layers"
+    """What builds a combination of heads."""
     where = {
         "--base": found["base"],
         "--llama_layers_dir": found["llama_layers_dir"],
@@ -128,7 +128,7 @@ def _build_command(found: dict[str, Any], best: str) -> str:
     }
     given = shlex.join(word for flag, value in where.items() if value is not None for word in (flag, value))
     whole = " --keep_mixer_heads" if found["settings"].get("keep_mixer_heads") else ""
-    return f"python create_replaced_model_checkpoint.py {given} --{unit} {best}{whole} --output_dir DIR"
+    return f"python create_replaced_model_checkpoint.py {given} --heads {best}{whole} --output_dir DIR"
 
 
 def _score(value: float, stderr: float | None) -> str:

@@ -83,7 +83,7 @@ def plot_heads(found: dict[str, Any]) -> Figure:
     for name, single in found["single_head_results"].items():
         table[*map(int, name.split(":"))] = single["gain"]
     figure, axes = _axes(1.6 + 0.22 * total, "head", "layer")
-    most = np.nanmax(np.abs(table), initial=1e-9)
+    most = np.nan_to_num(np.abs(table)).max() or 1.0
     image = axes.imshow(table, cmap="RdBu", vmin=-most, vmax=most, origin="lower", aspect="auto")
     figure.colorbar(image, ax=axes, label=f"gain in {_FITNESS[found['objective']]}")
     best = np.array([list(map(int, name.split(":"))) for name in found["final_results"][0]["heads"]])

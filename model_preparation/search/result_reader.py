@@ -126,29 +126,26 @@ def read_heads(path: Path) -> tuple[dict[tuple[int, int], float], list[tuple[int
         SurgeryError: if there is no such file, or it has no heads.
     """
     data = _bytes(path)
-    scores = []
+    known: list[Any] = []
     try:
         text = decode(data).lstrip()
+        words = [word for line in text.splitlines() for word in line.partition("#")[0].split()]
         if text[:1] in ("[", "{"):
             content = parse_json((f'{{"list": {text}}}' if text[0] == "[" else text).encode())
-            given = _as_list(content.get(_SINGLE_HEADS)) or _as_list(content.get("list"))
-            words = [each["layers"] if isinstance(each, dict) else each for each in given]
-            scores = [_score(each) for each in given if isinstance(each, dict)]
-        else:
-            words = [word for line in text.splitlines() for word in line.partition("#")[0].split()]
-        heads = [(layer, head) for layer, of_layer in map(heads_of_layer, words) for head in of_layer]
-    except (ValueError, LookupError, AttributeError, argparse.ArgumentTypeError) as error:
-        raise SurgeryError(
-            f"{path} cannot be read as a list of heads: {error}. Mend it, or give another file."
-        ) from error
+            known = _as_list(content.get(_SINGLE_HEADS))
+            words = [each["layers"] for each in known] or _as_list(content.get("list"))
+        heads = [(layer, head) for layer, of_layer in map(heads_of_layer, map(str, words)) for head in of_layer]
+        scores = [_score(each) for each in known]
+        if known:
+            return {head: score for head, score in zip(heads, scores, strict=True) if score is not None}, []
+    except (ValueError, KeyError, TypeError, argparse.ArgumentTypeError) as error:
+        raise SurgeryError(f"{path} is no list of heads: {error}. Mend it, or give another --prior.") from error
     if not heads:
         raise SurgeryError(
             f"{path} has no heads: it needs names like 13:16, one a line, or a search's {_SINGLE_HEADS}. Give another "
             "file by --prior."
         )
-    if not scores:
-        return {}, heads
-    return {head: score for head, score in zip(heads, scores, strict=True) if score is not None}, []
+    return {}, heads
 
 
 def _found(

@@ -148,9 +148,9 @@ class SearchSettings(CheckedSettings):
         str | Path | None,
         Flag(
             "FILE",
-            "another search's result, whose scores of single layers or heads are taken as known; with --unit heads also "
-            "a list of heads, the best first, one 13:16 a line or in JSON: the first 1, 2, ... of them together and "
-            "each alone are tried first, and every method goes on from them where they are good",
+            "another search's result, whose scores of single layers or heads are taken as known; with --unit heads "
+            "also a list of heads, the best first, one 13:16 a line or in JSON: the first 1, 2, ... of them together "
+            "and each alone are tried first, and every method continues from them where they are good",
         ),
     ] = None
     beam_width: Annotated[int, Flag("N", "of beam: combinations of each size that it extends", _COUNT)] = 4
