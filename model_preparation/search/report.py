@@ -87,7 +87,9 @@ def plot_heads(found: dict[str, Any]) -> Figure:
     image = axes.imshow(table, cmap="RdBu", vmin=-most, vmax=most, origin="lower", aspect="auto")
     figure.colorbar(image, ax=axes, label=f"gain in {_FITNESS[found['objective']]}")
     best = np.array([list(map(int, name.split(":"))) for name in found["final_results"][0]["heads"]])
-    axes.scatter(best[:, 1], best[:, 0], s=60, facecolors="none", edgecolors=INK, label="in the best combination")
+    axes.scatter(
+        best[:, 1], best[:, 0], s=60, facecolors="none", edgecolors=COLOURS[1], label="in the best combination"
+    )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     _reference_lines(axes, {**found, "base_score": None, "donor_score": None})
@@ -132,7 +134,8 @@ def plot_pareto(found: dict[str, Any]) -> Figure:
     errors = [row["stderr"] or 0.0 for row in found["pareto"]]
     axes.errorbar(front_bytes, front_fitness, yerr=errors, marker="o", color=COLOURS[0], capsize=2)
     for row in found["pareto"]:
-        label = names_of(row.get("heads", row.get("layers"))) or "base"
+        heads = row.get("heads", ())
+        label = f"{len(heads)} heads" if len(heads) > 3 else names_of(heads or row.get("layers", ())) or "base"
         place = (row["kv_bytes_per_token"], row["fitness"])
         axes.annotate(label, place, textcoords="offset points", xytext=(6, -10), fontsize=8)
     axes.margins(x=0.15)
