@@ -48,10 +48,6 @@ class Units:
         """The layer that a unit is in."""
         return unit // self.per_layer
 
-    def head(self, unit: int) -> int:
-        """A head's number in its layer."""
-        return unit % self.per_layer
-
     def kept_kv_heads(self, found: LayerSet) -> int:
         """How many key/value heads a cache keeps of a set; query heads that share one need it once."""
         if not self.heads:
@@ -62,7 +58,7 @@ class Units:
         """A set as files have it: layers by index, heads like "13:16"."""
         if not self.heads:
             return list(found)
-        return [f"{self.layer(unit)}:{self.head(unit)}" for unit in found]
+        return [f"{self.layer(unit)}:{unit % self.heads}" for unit in found]
 
     def read(self, written: Iterable[int | str]) -> LayerSet:
         """`written`'s way back. Raises ValueError for what it never gives."""

@@ -99,8 +99,8 @@ def _grow(space: SearchSpace, scores: CandidateScores, width: int) -> None:
         if size == 1 and len(space.prior) == len(space.free):  # all single layers are known before the search
             kept = sorted(space.singles, key=lambda layers: (-space.prior[layers[0]], layers))[:width]
             continue
-        begun = [seeds for seeds in space.seed_sets if len(seeds) == size]
-        more = dict.fromkeys([*begun, *(new for layers in kept for new in space.with_one_more(layers))])
+        more = dict.fromkeys(new for layers in kept for new in space.with_one_more(layers))
         share = scores.room // (space.most - size + 1) if size > 1 and scores.room is not None else len(more)
         wanted = space.by_promise(more, scores)[: max(share, width)]
-        kept = scores.evaluate(wanted, width)[:width]
+        begun = [seeds for seeds in space.seed_sets if len(seeds) == size]  # known already
+        kept = scores.evaluate([*begun, *wanted], width)[:width]

@@ -46,7 +46,7 @@ class ModelPair:
     def layer(self, index: int, part: LayerSet) -> Any:
         """The layer of this index with the units in `part`: the base's own, the donor's, or one with these heads."""
         if part and self.units.heads:
-            return _with_heads(self.model, index, [self.units.head(unit) for unit in part])
+            return _with_heads(self.model, index, [unit % self.units.heads for unit in part])
         return self.model.backbone.layers[index] if part or index in self.fixed else self.base_layers[index]
 
     def kv_bytes_per_token(self, kv_heads: int) -> int:
