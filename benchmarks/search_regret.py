@@ -22,7 +22,7 @@ from model_preparation.checkpoint.extract import extract_layers
 from model_preparation.embedded import recall
 from model_preparation.jobs.table import table
 from model_preparation.search.cached_scoring import CachedScorer
-from model_preparation.search.layer_sets import names
+from model_preparation.search.layer_sets import WHOLE_LAYERS
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.search import search_layers
 from model_preparation.search.settings import OBJECTIVES, SearchSettings
@@ -85,7 +85,7 @@ def compare_methods(settings: Settings, limit: int, picture: Path) -> None:
                 span([each["evaluations"] for each in statistics], "{:.0f}"),
                 span([each["layer_passes"] for each in statistics], "{:.0f}"),
                 span(regrets, "{:.4f}"),
-                " / ".join(dict.fromkeys(names(each["final_results"][0]["layers"]) for each in found)),
+                " / ".join(dict.fromkeys(WHOLE_LAYERS.names(each["final_results"][0]["layers"]) for each in found)),
             )
         )
     print(f"base {truth['base_score']:.4f}, donor {truth['donor_score']:.4f}, best {best['fitness']:.4f}", flush=True)
@@ -115,7 +115,8 @@ def compare_materials(settings: Settings, limit: int, text: Path) -> None:
                 for values in (setup.questions.maximised, setup.questions.values)
             )
             scores[which].append(f"{fitness:.3f}" + ("" if name == "text" else f" ({right:.2f})"))
-    rows = [(which, names(chosen.get(which, ())) if which in chosen else "", *cells) for which, cells in scores.items()]
+    sets = {which: WHOLE_LAYERS.names(layers) for which, layers in chosen.items()}
+    rows = [(which, sets.get(which, ""), *cells) for which, cells in scores.items()]
     print(table(("chosen by", "layers", *(f"on {name}" for name in materials)), rows), flush=True)
 
 

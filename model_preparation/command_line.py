@@ -272,6 +272,23 @@ class HeadsByLayer(argparse.Action):
         setattr(namespace, self.dest, by_name.get("", by_name))
 
 
+def heads_by_layer(words: Iterable[str]) -> dict[int, list[int]]:
+    """Parts of --heads -> the heads by layer, both sorted; parts of one layer are put together.
+
+    Raises:
+        argparse.ArgumentTypeError: as `heads_of_layer`.
+    """
+    found: dict[int, set[int]] = {}
+    for layer, heads in map(heads_of_layer, words):
+        found.setdefault(layer, set()).update(heads)
+    return {layer: sorted(found[layer]) for layer in sorted(found)}
+
+
+def heads_text(heads: Mapping[int, Iterable[int]]) -> str:
+    """Heads by layer as --heads takes them, such as "13:16,17 15:11"."""
+    return " ".join(f"{layer}:{','.join(map(str, of_layer))}" for layer, of_layer in heads.items())
+
+
 def score(text: str) -> float:
     """Read --score, a fraction of 1.
 

@@ -77,7 +77,7 @@ def main() -> None:
             combinations.check_layers(args.search)
         for flag, value in searched.items():
             if not is_given(flag, passed_on):
-                passed_on += [flag, value]
+                passed_on += [flag, value] if value else [flag]
         flags = builder.parse_args(["--layers", "0", "--output_dir", "DIR", *passed_on])
         if any(flag not in searched and not is_given(flag, passed_on) for flag in ORIGIN):
             assumed = (

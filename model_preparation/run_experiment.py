@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from model_preparation.command_line import CommandParser, default_folder, nearest, run
+from model_preparation.command_line import CommandParser, default_folder, heads_by_layer, heads_text, nearest, run
 from model_preparation.errors import SurgeryError
 from model_preparation.flags_file import Entry, read_entries
 from model_preparation.hub.sources import source_here
@@ -265,17 +265,19 @@ def plan(experiment: Experiment) -> list[Step]:
     planned = [
         Step("extract", "extract", flags, {"output_dir": layers_dir}, (), layers_dir, layers_dir / "metadata.json")
     ]
-    layers, source = experiment.layers, ("extract",)
-    if layers is None:
+    grafts: dict[str, Any] | None = None if experiment.layers is None else {"layers": experiment.layers}
+    source = ("extract",)
+    if grafts is None:
         pair = {"base": experiment.base, "donor": experiment.donor}
         own = {"llama_layers_dir": layers_dir, "output_dir": search_dir}
         result = search_dir / "search_result.json"
         planned.append(Step("search", "search", {**pair, **steps["search"]}, own, (), search_dir, result, source))
         source = ("search",)
-        layers = _found_layers(result)
-    name = "grafted" if layers is None else "_".join(["grafted", *sorted(layers, key=int)])
+        grafts = _found_best(result)
+    chosen = [] if grafts is None else grafts.get("heads") or sorted(grafts["layers"], key=int)
+    name = "_".join(["grafted", *chosen]).replace(":", "-")
     grafted, healed = folder / "checkpoints" / name, folder / "checkpoints" / f"{name}_healed"
-    flags = {"base": experiment.base, **({} if layers is None else {"layers": layers}), **steps["build"]}
+    flags = {"base": experiment.base, **(grafts or {}), **steps["build"]}
     own = {"llama_layers_dir": layers_dir, "output_dir": grafted}
     planned.append(Step("build", "build", flags, own, (), grafted, grafted / "checkpoint_info.json", source))
     if "heal" in steps:
@@ -338,14 +340,18 @@ def _check_inputs(experiment: Experiment, steps: list[Step]) -> None:
         raise SurgeryError("; ".join(f"{what}: {reason}" for reason, what in missing.items()))
 
 
-def _found_layers(result: Path) -> list[str] | None:
-    """The best layers in a search's result; None if there is none yet."""
+def _found_best(result: Path) -> dict[str, Any] | None:
+    """The build's flags for the best layers or heads in a search's result; None if there is none yet."""
     if not result.is_file():
         return None
     try:
         found = json.loads(result.read_text(encoding="utf-8"))
-        return [str(int(layer)) for layer in found["final_results"][0]["layers"]]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+        best = found["final_results"][0]
+        if "heads" in best:
+            keeps = {"keep_mixer_heads": True} if found["settings"]["keep_mixer_heads"] else {}
+            return {"heads": heads_text(heads_by_layer(best["heads"])).split(), **keeps}
+        return {"layers": [str(int(layer)) for layer in best["layers"]]}
+    except (ValueError, KeyError, IndexError, TypeError, argparse.ArgumentTypeError) as error:
         raise SurgeryError(f"{result} is no result of a search ({error!r}). Remove it, and run this again.") from error
 
 
@@ -404,7 +410,8 @@ def _print_plan(steps: list[Step], states: Mapping[str, State]) -> None:
     rows = []
     for number, step in enumerate(steps, start=1):
         told = [f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in step.flags.items()]
-        told += ["layers: the search's best"] if step.kind == "build" and "layers" not in step.flags else []
+        found = step.flags.keys() & {"layers", "heads"}
+        told += ["layers: the search's best"] if step.kind == "build" and not found else []
         rows.append((f"{number} {step.name}", str(states[step.name]), str(step.shown), ", ".join(told)))
     print(escaped(table(("step", "state", "folder", "settings"), rows), kept="\n"), flush=True)
 

@@ -1,6 +1,8 @@
 """Command: base, donor and tasks -> which layers to graft (see search/search.py)."""
 
+import shlex
 from pathlib import Path
+from typing import Any
 
 from model_preparation.command_line import (
     CommandParser,
@@ -14,12 +16,13 @@ from model_preparation.devices import choose_device
 from model_preparation.hub.sources import add_source_flag
 from model_preparation.jobs import ray_flags
 from model_preparation.jobs.table import table
-from model_preparation.search.settings import OPTIONS_OF, SearchSettings
+from model_preparation.search.settings import HEADS, OPTIONS_OF, SearchSettings
 from model_preparation.setting_flags import add_flags, as_flags, from_flags
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
-Search for the layers of a Llamba that are best replaced by its donor's. Candidates share their work: the base's hidden
+Search for the layers of a Llamba that are best replaced by its donor's; or, with --unit heads, for the donor's heads
+that are best added to them. Candidates share their work: the base's hidden
 states before each layer are computed once, a candidate starts at its lowest grafted layer, and candidates that are
 alike further on share those layers too. The accuracy is exactly what test_checkpoint.py --full_eval gives the
 built checkpoint with the same settings, for tasks that are answered by log-likelihoods.
@@ -41,6 +44,7 @@ methods:
                first task loses without them over what the second loses; then the first 1, 2, ... of them are evaluated
                together. For recall and common knowledge this is the idea of HALO (arXiv 2601.22156). It takes n + 1
                combinations and one of each size
+With --unit heads, methods choose heads in place of layers; removal and ratio take layers only.
 """
 
 EPILOG = """\
@@ -51,6 +55,8 @@ kv_retrieval: it scores their right answers and generates nothing.
 examples:
   python search_layers.py --base unaligned_llamba --donor llama --task mmlu --limit 10 --method ga \\
       --output_dir ../searches/ga
+  python search_layers.py --base unaligned_llamba --donor llama --task kv_retrieval --objective nll --limit 50 \\
+      --unit heads --max_heads 6 --prior published_heads.txt --output_dir ../searches/heads
   python search_layers.py --base ../local_models/llamba_smollm2 --llama_layers_dir ../local_models/smollm2_layers \\
       --task my_task_folder --method exhaustive --max_layers 2 --output_dir ../searches/pairs --dry_run
 then:
@@ -68,12 +74,12 @@ def main() -> None:
     for name in filter(parser.is_given, idle):
         if name != "seed":  # which harms nothing
             parser.error(f"--{name} belongs to --method {idle[name]}, and the method is {args.method}")
-    if args.method == "singles" and args.max_layers not in (None, 1):
-        parser.error(f"--method singles takes layers one by one: leave out --max_layers {args.max_layers}")
+    if args.method == "singles" and (most := args.max_layers or args.max_heads or 1) > 1:
+        parser.error(f"--method singles takes {args.unit} one by one: leave out --max_{args.unit} {most}")
 
     from model_preparation.evaluation.tasks import is_mmlu
     from model_preparation.jobs.ray_scoring import remote_scorer
-    from model_preparation.search.layer_sets import names
+    from model_preparation.search.layer_sets import names_of
     from model_preparation.search.result_reader import RESULT
     from model_preparation.search.search import search_layers
 
@@ -92,22 +98,37 @@ def main() -> None:
         print(f"Everything fits; nothing was evaluated (--dry_run). {settings.folder} would have the result.")
         return
     save_config(settings.folder / "config.yaml", {**as_flags(settings), **dict.fromkeys(idle)})
-    statistics = found["statistics"]
+    unit, statistics = settings.unit, found["statistics"]
     passes, alone = statistics["layer_passes"], statistics["layer_passes_alone"]
     print(
         f"{statistics['evaluations']:,} combinations evaluated in {statistics['seconds']:.0f} s: "
         f"{passes:,.0f} layer passes, alone {alone:,} ({1 - passes / alone:.0%} saved)"
     )
     for each in found["failed"]:
-        print(f"failed      {names(tuple(each['layers']))}: {escaped(each['reason'])}")
+        print(f"failed      {names_of(each[unit])}: {escaped(each['reason'])}")
     rows = [("base", _score(found["base_score"], found["base_stderr"]), "")]
     if found["donor_score"] is not None:
         accuracy = "" if found["objective"] == "accuracy" else f"accuracy {found['donor_accuracy']:.4f}"
         rows.append(("donor", _score(found["donor_score"], None), accuracy))
     for row in found["final_results"][: settings.top]:
-        rows.append((names(tuple(row["layers"])), _score(row["fitness"], row["stderr"]), row["verdict"]))
-    print(table(("layers", found["objective"], "verdict"), rows))
+        rows.append((names_of(row[unit]), _score(row["fitness"], row["stderr"]), row["verdict"]))
+    print(table((unit, found["objective"], "verdict"), rows))
+    if unit == HEADS:
+        best = names_of(found["final_results"][0][unit])
+        print(f"To build the best, run: {_build_command(found, best)}")
     print(f"Result is in {settings.folder / RESULT}, to look at in {settings.folder / 'report.html'}")
+
+
+def _build_command(found: dict[str, Any], best: str) -> str:
+    """What builds a combination of heads."""
+    where = {
+        "--base": found["base"],
+        "--llama_layers_dir": found["llama_layers_dir"],
+        "--tokenizer": found["tokenizer"],
+    }
+    given = shlex.join(word for flag, value in where.items() if value is not None for word in (flag, value))
+    whole = " --keep_mixer_heads" if found["settings"].get("keep_mixer_heads") else ""
+    return f"python create_replaced_model_checkpoint.py {given} --heads {best}{whole} --output_dir DIR"
 
 
 def _score(value: float, stderr: float | None) -> str:

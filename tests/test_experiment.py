@@ -161,3 +161,21 @@ def test_a_damaged_record_is_named(record, tmp_path):
     (tmp_path / "out" / "experiment.json").write_text(record)
     result = run_command("run_experiment", experiment_file(tmp_path), "--dry_run")
     assert_refused(result, "experiment.json is damaged", "Remove it")
+
+
+def test_heads_that_the_search_finds_are_built(tmp_path, quick_python, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(quick_python))
+    search = "search: {task: [embedded_recall], limit: 2, unit: heads, method: singles, budget_evaluations: 2, "
+    (tmp_path / "experiment.yaml").write_text(
+        f"base: tiny_llamba\ndonor: tiny_llama\noutput_dir: {tmp_path / 'out'}\ndevice: cpu\n"
+        f"{search}race: off, keep_mixer_heads: true}}\n"
+    )
+    result = run_command("run_experiment", tmp_path / "experiment.yaml")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out" / "search" / "search_result.json").read_text())
+    layer, head = found["final_results"][0]["heads"][0].split(":")
+    info = json.loads(
+        (tmp_path / "out" / "checkpoints" / f"grafted_{layer}-{head}" / "checkpoint_info.json").read_text()
+    )
+    assert info["grafted_heads"] == {layer: [int(head)]}
+    assert info["keep_mixer_heads"] is True

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from model_preparation.command_line import heads_text
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import TABLE, check_recorded, donors_of
 from model_preparation.io.digests import FILE_FIELDS
@@ -125,7 +126,7 @@ def needs_parent(info: Mapping[str, Any]) -> bool:
 
 def head_spec(info: Mapping[str, Any]) -> str:
     """The heads in a checkpoint_info.json as --heads takes them, such as 13:16,17 15:11; empty if there are none."""
-    return " ".join(f"{index}:{','.join(map(str, heads))}" for index, heads in grafted_heads(info).items())
+    return heads_text(grafted_heads(info))
 
 
 def current_score(info: Mapping[str, Any], weights: str) -> float | None:

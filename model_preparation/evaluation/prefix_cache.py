@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from model_preparation.llamba.cache_llamba import MambaStateLayer
+from model_preparation.llamba.cache_llamba import HybridStateLayer, MambaStateLayer
 
 
 def can_share(cache: Cache | None) -> bool:
     """Whether `shared` knows the kind of every layer of a filled cache."""
-    return cache is not None and all(type(layer) in (DynamicLayer, MambaStateLayer) for layer in cache.layers)
+    kinds = (DynamicLayer, MambaStateLayer, HybridStateLayer)
+    return cache is not None and all(type(layer) in kinds for layer in cache.layers)
 
 
 def shared(prefix: Cache, rows: int) -> Cache:
@@ -33,6 +34,8 @@ def shared(prefix: Cache, rows: int) -> Cache:
 
 def shared_layer(layer: DynamicLayer | MambaStateLayer, rows: int) -> DynamicLayer | MambaStateLayer:
     """`shared` for one layer."""
+    if isinstance(layer, HybridStateLayer):
+        return _SharedBoth(layer, rows)
     return _SharedKeys(layer, rows) if isinstance(layer, DynamicLayer) else _SharedStates(layer, rows)
 
 
@@ -41,6 +44,9 @@ class _SharedKeys(DynamicLayer):
 
     def __init__(self, layer: DynamicLayer, rows: int):
         super().__init__()
+        self._share_keys(layer, rows)
+
+    def _share_keys(self, layer: DynamicLayer, rows: int) -> None:
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
         self.keys = layer.keys.expand(rows, -1, -1, -1)
         self.values = layer.values.expand(rows, -1, -1, -1)
@@ -55,6 +61,9 @@ class _SharedStates(MambaStateLayer):
 
     def __init__(self, layer: MambaStateLayer, rows: int):
         super().__init__()
+        self._share_states(layer, rows)
+
+    def _share_states(self, layer: MambaStateLayer, rows: int) -> None:
         conv_state, state = layer.states()
         assert conv_state is not None  # a filled cache has both
         assert state is not None
@@ -67,3 +76,12 @@ class _SharedStates(MambaStateLayer):
 
     def remember(self, inputs: Tensor, state: Tensor) -> None:
         """Drop the state."""
+
+
+class _SharedBoth(_SharedStates, _SharedKeys, HybridStateLayer):
+    """Both, of a mixer with grafted heads."""
+
+    def __init__(self, layer: HybridStateLayer, rows: int):
+        HybridStateLayer.__init__(self)
+        self._share_keys(layer, rows)
+        self._share_states(layer, rows)

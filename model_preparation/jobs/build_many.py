@@ -15,6 +15,7 @@ from typing import Any
 
 from model_preparation.checkpoint.checkpoint_folder import describe_parent
 from model_preparation.checkpoint.checkpoint_info import INFO, TOKENIZER, descent_of, grafted_heads, read_info
+from model_preparation.command_line import heads_of_layer
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import donors_of, folder_named, has_tokenizer, target_named
 from model_preparation.io.identity import differences as differences_of
@@ -79,7 +80,7 @@ def describe(outcomes: Sequence[Outcome]) -> str:
     """A table with a row per outcome."""
     rows = []
     for outcome in outcomes:
-        layers = " ".join(map(str, outcome.combination.layers))
+        layers = outcome.combination.heads or " ".join(map(str, outcome.combination.layers))
         seconds = f"{outcome.seconds:.1f}"
         rows.append((outcome.combination.name, layers, outcome.status, seconds, str(outcome.path), outcome.note))
     return table(("name", "layers", "status", "seconds", "path", "note"), rows)
@@ -103,7 +104,9 @@ def _examine(combination: Combination, path: Path, flags: argparse.Namespace) ->
 
 
 def _arguments(combination: Combination, path: Path, passed_on: Sequence[str]) -> tuple[str, ...]:
-    arguments = ["--layers", *map(str, combination.layers), "--output_dir", str(path)]
+    grafts = ["--heads", *combination.heads.split()] if combination.heads else []
+    grafts += ["--layers", *map(str, combination.layers)] if combination.layers else []
+    arguments = [*grafts, "--output_dir", str(path)]
     # With =, so that a description may begin with a hyphen.
     arguments += [f"--description={combination.description}"] if combination.description else []
     arguments += [f"--score={combination.score}"] if combination.score else []
@@ -139,11 +142,13 @@ def differences(folder: Path, combination: Combination, flags: argparse.Namespac
         "ungrafted": step.get("ungrafted", []),
         "format": info.get("format", "pt"),
         "dtype": info.get("dtype"),
+        "keep_mixer_heads": info.get("keep_mixer_heads", False),
     }
     asked = {
         **recorded,
         "layers": list(combination.layers),
-        "heads": flags.heads or {},
+        "heads": (heads := dict(map(heads_of_layer, combination.heads.split())) | (flags.heads or {})),
+        "keep_mixer_heads": flags.keep_mixer_heads if heads else recorded["keep_mixer_heads"],
         "ungrafted": sorted(flags.ungraft or []),
         "dtype": flags.dtype or recorded["dtype"],
     }

@@ -6,6 +6,7 @@ The folder of a combination is `llamba_replaced_11_13_17_21`, unless the list ha
 import argparse
 import csv
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ or as JSON:
 
 @dataclass(frozen=True)
 class Combination:
-    """One entry of a list. `score` is as --score takes it, "" if unknown."""
+    """One entry of a list. `score` is as --score takes it, "" if unknown; and so is `heads`, "" if there are none."""
 
     layers: tuple[int, ...]  # sorted
     score: str
     description: str
     name: str  # of the folder
+    heads: str = ""
 
 
 def read_list(path: Path) -> list[Combination]:
@@ -88,9 +90,11 @@ def best_of(path: Path, count: int) -> tuple[list[Combination], dict[str, str]]:
         score = f"{each.score:.6g}" if is_mmlu else ""
         fitness = "" if each.score is None else f", {found.objective} {each.score:.4f}"
         description = f"number {rank} of {path.name}{fitness}"
-        combinations.append(Combination(each.layers, score, description, _default_name(each.layers)))
+        name = _default_name(each.layers or each.heads.replace(":", "-").split())
+        combinations.append(Combination(each.layers, score, description, name, each.heads))
     flags = {"--base": found.base, "--llama_layers_dir": found.llama_layers_dir, "--tokenizer": found.tokenizer}
-    return combinations, {flag: value for flag, value in flags.items() if value is not None}
+    given = {flag: value for flag, value in flags.items() if value is not None}
+    return combinations, {**given, **({"--keep_mixer_heads": ""} if found.keep_mixer_heads else {})}
 
 
 def check_layers(path: Path) -> None:
@@ -107,7 +111,7 @@ def check_layers(path: Path) -> None:
     )
 
 
-def _default_name(layers: tuple[int, ...]) -> str:
+def _default_name(layers: Iterable[int | str]) -> str:
     return "llamba_replaced_" + "_".join(map(str, layers))
 
 

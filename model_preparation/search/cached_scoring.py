@@ -18,7 +18,7 @@ from model_preparation.evaluation.prefix_cache import shared_layer
 from model_preparation.evaluation.scoring import answers_of
 from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache, MambaStateLayer
 from model_preparation.search.hidden_states import HiddenStates
-from model_preparation.search.layer_sets import LayerSet, walk
+from model_preparation.search.layer_sets import BASE, LayerSet, walk
 from model_preparation.search.question_set import BatchResult, QuestionSet
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.settings import KL
@@ -84,7 +84,7 @@ class CachedScorer:
                     self._store.put(layer, -1 - number, states)
                 for number, states in hidden.batches.items():
                     self._store.put(layer, number, states)
-                hidden = self._step(layer, False, hidden)
+                hidden = self._step(layer, BASE, hidden)
             results |= hidden
         return results
 
@@ -102,7 +102,8 @@ class CachedScorer:
         if self._store is None:
             self.base()
         wanted = self._chosen if batches is None else list(batches)
-        walked = walk(sets, self._pair.layers, lambda layer: self._base_state(layer, wanted), self._step)
+        pair = self._pair
+        walked = walk(sets, pair.layers, lambda layer: self._base_state(layer, wanted), self._step, pair.units)
         while True:
             with torch.inference_mode():  # not around the yield, where it would also hold for the caller
                 found: Any = next(walked, None)
@@ -133,10 +134,11 @@ class CachedScorer:
             {number: self._store.get(layer, number, device) for number in batches},
         )
 
-    def _step(self, index: int, grafted: bool, before: _Hidden) -> Any:
-        """The hidden states after a layer; after the last layer the answers."""
-        grafted = grafted or index in self._pair.fixed
-        layer = self._pair.layer(index, grafted)
+    def _step(self, index: int, part: LayerSet, before: _Hidden) -> Any:
+        """The hidden states after a layer that has `part` of a set; after the last layer the answers."""
+        grafted = bool(part) or index in self._pair.fixed
+        layer = self._pair.layer(index, part)
+        kept_as = type(LlambaCache(self._pair.model.config).layers[index]) if grafted else MambaStateLayer
         is_last = index == self._pair.layers - 1
         after = _Hidden({}, {})
         results: Results = {}
@@ -145,7 +147,7 @@ class CachedScorer:
             filled: DynamicLayer | MambaStateLayer | None = None
             if length:
                 states = before.prefixes[prefix]
-                filled = DynamicLayer() if grafted else MambaStateLayer()
+                filled = kept_as()
                 after.prefixes[prefix] = layer(states, **self._given(index, grafted, states, filled, 0))
                 self._tokens_run += length
             for number in batches:
@@ -186,7 +188,7 @@ class CachedScorer:
         key = (grafted, states.shape, positions.shape)
         exact = self._is_exact.get(key)
         if exact is not False:
-            mixed = _mix(layer, grafted, states, given)[rows, positions]  # (rows, kept, d_model)
+            mixed = _mix(layer, states, given)[rows, positions]  # (rows, kept, d_model)
             kept = mixed.flatten(0, 1)
             if len(kept) < _MIN_ROWS:
                 kept = torch.cat([kept, kept[-1:].expand(_MIN_ROWS - len(kept), -1)])
@@ -229,12 +231,15 @@ def count_tokens(questions: QuestionSet, batches: Sequence[int] | None = None) -
     return sum(batch.inputs.numel() for batch in chosen) + sum(len(questions.prefixes[each]) for each in prefixes)
 
 
-def _mix(layer: Any, grafted: bool, states: Tensor, given: dict[str, Any]) -> Tensor:
+def _mix(layer: Any, states: Tensor, given: dict[str, Any]) -> Tensor:
     """The first half of a layer, in which positions see each other, with its residual."""
     normed = layer.input_layernorm(states)
-    if grafted:
+    if hasattr(layer, "self_attn"):
         return states + layer.self_attn(hidden_states=normed, **given)[0]
-    return states + layer.mixer(normed, given[CACHE_NAME], given["attention_mask"])
+    mixed = layer.mixer(normed, given[CACHE_NAME], given["attention_mask"])
+    if layer.attention is not None:
+        mixed = mixed + layer.attention(states, cache=given[CACHE_NAME], **given["of_heads"])
+    return states + mixed
 
 
 class _Seen(LlambaCache):

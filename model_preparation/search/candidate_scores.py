@@ -16,7 +16,7 @@ from model_preparation.evaluation.compare.paired import SIGNIFICANCE
 from model_preparation.io.untrusted.untrusted_files import check_fields
 from model_preparation.search.cached_scoring import Results
 from model_preparation.search.journal import Journal
-from model_preparation.search.layer_sets import BASE, LayerSet
+from model_preparation.search.layer_sets import BASE, WHOLE_LAYERS, LayerSet, Units
 from model_preparation.search.objective import Objective, Values
 from model_preparation.search.progress import SearchProgress
 from model_preparation.search.question_set import QuestionSet
@@ -25,7 +25,7 @@ from model_preparation.search.settings import ACCURACY, SearchSettings
 
 _FAILURES = (SurgeryError, RuntimeError, MemoryError)  # of an evaluation; other errors are bugs, or the disk's
 _SEQUENCE, _NUMBER = (list, tuple), (int, float)
-_ENTRY = {"layers": _SEQUENCE, "parts": _SEQUENCE, "right": str, "passes": _NUMBER, "seconds": _NUMBER}
+_ENTRY = {"parts": _SEQUENCE, "right": str, "passes": _NUMBER, "seconds": _NUMBER}
 
 
 class Scorer(Protocol):
@@ -73,6 +73,7 @@ class CandidateScores:
         total: how many layers a model has.
         settings: for the budgets, and for whether candidates race.
         progress: shows how the search is going.
+        units: what combinations are made of.
 
     Attributes:
         asked: how many combinations the method wanted, repeats included.
@@ -90,6 +91,7 @@ class CandidateScores:
         total: int,
         settings: SearchSettings,
         progress: SearchProgress,
+        units: Units = WHOLE_LAYERS,
     ):
         self._scorer = scorer
         self._questions = questions
@@ -103,6 +105,7 @@ class CandidateScores:
         self._seconds = None if settings.budget_hours is None else settings.budget_hours * 3600
         self._races = settings.races
         self._progress = progress
+        self._units = units
         self.asked = 0
         self.failed: dict[LayerSet, str] = {}
         self._entered: dict[LayerSet, None] = {}  # what the budget covers, evaluated or not yet
@@ -120,7 +123,7 @@ class CandidateScores:
                 except (TypeError, ValueError, LookupError) as error:
                     raise SurgeryError(
                         f"{journal.path} has an entry that no search wrote ({type(error).__name__}: {error}), of "
-                        f"{str(entry.get('layers'))!r:.80}. Remove that line, and its evaluation is made again."
+                        f"{str(entry.get(units.word))!r:.80}. Remove that line, and its evaluation is made again."
                     ) from error
 
     def base(self) -> Values:
@@ -259,8 +262,9 @@ class CandidateScores:
             for layers in self._score(members, missing):  # a second try, by itself
                 for reason in self._score([layers], missing).values():
                     self.failed[layers] = reason
-                    self._journal.append({"settings": self._digest, "layers": layers, "error": reason})
-                    self._progress.failed(layers, reason)
+                    of_set = {self._units.word: self._units.written(layers)}
+                    self._journal.append({"settings": self._digest, **of_set, "error": reason})
+                    self._progress.failed(self._units.names(layers), reason)
 
     def _score(self, sets: Sequence[LayerSet], rounds: tuple[int, ...]) -> dict[LayerSet, str]:
         """Evaluate and write to the journal. Gives why evaluations failed, by combination."""
@@ -318,7 +322,7 @@ class CandidateScores:
         passes, seconds = (self._now() - since).tolist()
         entry = {
             "settings": self._digest,
-            "layers": layers,
+            self._units.word: self._units.written(layers),
             "parts": rounds,
             "right": "".join("1" if right[question] else "0" for question in asked),
             **values,
@@ -332,8 +336,8 @@ class CandidateScores:
         """Add an entry of the journal to what may be used."""
         if "error" in entry:
             return  # it is tried again
-        check_fields(entry, _ENTRY)
-        layers = tuple(entry["layers"])
+        check_fields(entry, {self._units.word: _SEQUENCE, **_ENTRY})
+        layers = self._units.read(entry[self._units.word])
         if layers == BASE:  # every run of an interrupted search has run the base
             self._spent += (entry["passes"], entry["seconds"])
         cost = np.array([0.0, 0.0] if layers == BASE else [entry["passes"], entry["seconds"]]) / len(entry["parts"])
@@ -363,7 +367,7 @@ class CandidateScores:
     def _show_progress(self) -> None:
         done = len(self.order)
         saved = 1 - self._spent[0] / (done * self._total)
-        best = None if self._best is None else (self._best, self._fitness[self._best])
+        best = None if self._best is None else (self._units.names(self._best), self._fitness[self._best])
         self._progress.evaluated(done, max(0.0, float(saved)), best)
 
     def _of_all_questions(self, layers: LayerSet, which: str) -> Values:

@@ -12,11 +12,11 @@ from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve
 from model_preparation.io.identity import differences
 from model_preparation.io.untrusted.untrusted_files import read_json, without_links
-from model_preparation.search.layer_sets import SearchSpace
+from model_preparation.search.layer_sets import WHOLE_LAYERS, SearchSpace, Units, normal
 from model_preparation.search.plan import bounds
 from model_preparation.search.question_set import check_tasks
-from model_preparation.search.result_reader import RESULT, read_single_layers
-from model_preparation.search.settings import KL, SearchSettings
+from model_preparation.search.result_reader import RESULT, read_heads, read_single_layers
+from model_preparation.search.settings import HEADS, KL, SearchSettings
 
 JOURNAL, DONOR_LAYERS = "journal.jsonl", "donor_layers"  # in the output folder, beside RESULT
 
@@ -30,7 +30,7 @@ def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
     _check_settings(settings)
     check_output(settings.folder)
     if settings.prior is not None:
-        read_single_layers(Path(settings.prior))
+        (read_heads if settings.unit == HEADS else read_single_layers)(Path(settings.prior))
     if not overwrite:
         check_earlier(settings.folder, {"search": settings.described()})
     check_tasks(settings.all_tasks, settings.objective)
@@ -39,11 +39,13 @@ def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
         _, total = type_and_depth(resolve(settings.base, overrides=settings.sources).folder)
     else:
         total, fixed = _of_start(settings)
-    if settings.most_layers > (free := total - len(fixed)):
+    if settings.unit == HEADS:  # only the donor says how many there are
+        return
+    if settings.most > (free := total - len(fixed)):
         which = f"{settings.origin} has {free} layers that are not grafted" if fixed else f"the base has {free} layers"
-        raise SurgeryError(f"max_layers is {settings.most_layers}, but {which}. Give --max_layers {free}.")
-    gains = known_gains(settings, total, fixed=fixed)
-    space = SearchSpace(total, settings.min_layers, settings.most_layers, gains, fixed)
+        raise SurgeryError(f"max_layers is {settings.most}, but {which}. Give --max_layers {free}.")
+    gains, _ = known_layers(settings, total, fixed)
+    space = SearchSpace(total, settings.min_layers, settings.most, gains, fixed)
     before = bounds(space, settings).before
     if settings.budget_evaluations is not None and settings.budget_evaluations <= before:
         other, first = ("larger", space.most) if settings.method in ("removal", "ratio") else ("smaller", space.least)
@@ -69,7 +71,16 @@ def _of_start(settings: SearchSettings) -> tuple[int, frozenset[int]]:
 
 
 def _check_settings(settings: SearchSettings) -> None:
-    method, least, most = settings.method, settings.min_layers, settings.most_layers
+    method, least, most = settings.method, settings.min_layers, settings.most
+    if settings.unit == HEADS and method in ("removal", "ratio"):
+        raise SurgeryError(
+            f"The method {method} begins with all layers, and a model has too many heads for that. Choose another "
+            "--method, such as beam, or leave out --unit heads."
+        )
+    if settings.unit == HEADS and (least > 1 or settings.max_layers is not None):
+        raise SurgeryError("min_layers and max_layers count whole layers, and unit is heads. Give --max_heads N.")
+    if settings.unit != HEADS and (settings.max_heads is not None or settings.keep_mixer_heads):
+        raise SurgeryError("max_heads and keep_mixer_heads are of heads, and unit is layers. Give --unit heads.")
     if method == "singles" and least > 1:
         raise SurgeryError(
             f"The method singles tries one layer at a time, and min_layers is {least}. Choose another --method."
@@ -151,13 +162,14 @@ def has_donor_layers(settings: SearchSettings, *, overwrite: bool) -> bool:
     return not odd
 
 
-def known_gains(
+def known_layers(
     settings: SearchSettings,
     total: int,
-    say: Callable[[str], None] = lambda line: None,
     fixed: Collection[int] = (),
-) -> dict[int, float]:
-    """The gains of single layers that the prior file has, by layer, without those in `fixed`.
+    units: Units = WHOLE_LAYERS,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[int, float], list[int]]:
+    """The gains of single layers that the prior file has, without those in `fixed`; and that no layers are tried first.
 
     `say` gets a line on what is left out.
 
@@ -165,7 +177,7 @@ def known_gains(
         SurgeryError: if the file cannot be read, or is of a model with more layers.
     """
     if settings.prior is None:
-        return {}
+        return {}, []
     scores, left_out = read_single_layers(Path(settings.prior))
     if left_out:
         say(
@@ -179,5 +191,39 @@ def known_gains(
             f"{settings.prior} has a score for layer {outside[0]}, but the base has {total} layers. "
             "It is of another model: give another --prior."
         )
-    middle = sum(scores.values()) / len(scores)  # the base's score is not known; only the order of gains counts
-    return {layer: score - middle for layer, score in sorted(scores.items()) if layer not in fixed}
+    return {layer: gain for layer, gain in _gains(scores).items() if layer not in fixed}, []
+
+
+def known_heads(
+    settings: SearchSettings,
+    total: int,
+    fixed: Collection[int],
+    units: Units,
+    say: Callable[[str], None],
+) -> tuple[dict[int, float], list[int]]:
+    """The gains of single heads that the prior file has, and those to try first; by number, without layers in `fixed`.
+
+    Raises:
+        SurgeryError: if the file cannot be read, or names a head that is not there.
+    """
+    if settings.prior is None:
+        return {}, []
+    scores, listed = read_heads(Path(settings.prior))
+    for layer, head in (*scores, *listed):
+        if layer >= total or head >= units.heads:
+            raise SurgeryError(
+                f"{settings.prior} names head {layer}:{head}, but there are {total} layers of {units.heads} heads, "
+                "counted from 0. Mend that entry, or give another --prior."
+            )
+    number = {(layer, head): layer * units.heads + head for layer, head in (*scores, *listed) if layer not in fixed}
+    gains = _gains({number[each]: score for each, score in scores.items() if each in number})
+    seeds = [number[each] for each in dict.fromkeys(listed) if each in number]
+    if listed:
+        say(f"Tried first  {units.names(normal(seeds))}, from {settings.prior}")
+    return gains, seeds
+
+
+def _gains(scores: Mapping[int, float]) -> dict[int, float]:
+    """Scores around their mean: the base's score is not known, and only the order of gains counts."""
+    middle = sum(scores.values()) / max(len(scores), 1)
+    return {unit: score - middle for unit, score in sorted(scores.items())}

@@ -94,7 +94,7 @@ def _first_generation(
             new = normal(rng.sample(promising, rng.choice(sizes)))
         else:
             new = space.draw(rng)
-        if new not in found:
+        if new not in found and new in space:
             found.append(new)
     return found
 
@@ -130,7 +130,7 @@ def _mutate(space: SearchSpace, layers: LayerSet, patterns: _Patterns, rng: rand
         layers = _without_one(layers, patterns, rng)
     if change in ("add", "swap"):
         layers = _with_one(space, layers, patterns, rng)
-    while len(layers) > space.most:
+    while not space.fits(layers):
         layers = _without_one(layers, patterns, rng)
     while len(layers) < max(1, space.least):
         layers = _with_one(space, layers, patterns, rng)

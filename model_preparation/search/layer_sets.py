@@ -1,8 +1,10 @@
-"""Sets of layers: those that a search may choose, which look promising, and how many of them run together.
+"""Sets of layers or of heads: those that a search may choose, which look promising, and how many of them run together.
 
 Two grafts of one base share all that comes before the first layer in which they differ. So the models of many sets are
-the paths of a binary tree (a trie): at each layer the donor's or the base's. `walk` goes through it depth first, runs
-each shared layer once, and holds one more hidden state than the largest set has layers.
+the paths of a tree (a trie): at each layer the base's, or one with what the set grafts there. `walk` goes through it
+depth first, runs each shared layer once, and holds one more hidden state than the largest set has layers.
+
+Methods see numbers only: of layers, or of heads that are counted through all layers. `Units` says what a number means.
 """
 
 import itertools
@@ -12,12 +14,71 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from model_preparation.command_line import heads_by_layer, heads_text
+
 if TYPE_CHECKING:
     from model_preparation.search.candidate_scores import CandidateScores
 
-LayerSet = tuple[int, ...]  # sorted, without repeats
+LayerSet = tuple[int, ...]  # sorted, without repeats; of `Units`
 BASE: LayerSet = ()
 State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class Units:
+    """What sets are made of: whole layers by their index, or the donor's query heads, counted through all layers.
+
+    Attributes:
+        heads: query heads of a layer; 0 if sets are of whole layers.
+        kv_heads: key/value heads of a layer.
+    """
+
+    heads: int = 0
+    kv_heads: int = 1
+
+    @property
+    def word(self) -> str:
+        return "heads" if self.heads else "layers"
+
+    @property
+    def per_layer(self) -> int:
+        return self.heads or 1
+
+    def layer(self, unit: int) -> int:
+        """The layer that a unit is in."""
+        return unit // self.per_layer
+
+    def kept_kv_heads(self, found: LayerSet) -> int:
+        """How many key/value heads a cache keeps of a set; query heads that share one need it once."""
+        if not self.heads:
+            return len(found) * self.kv_heads
+        return len({unit * self.kv_heads // self.heads for unit in found})
+
+    def written(self, found: LayerSet) -> list[int] | list[str]:
+        """A set as files have it: layers by index, heads like "13:16"."""
+        if not self.heads:
+            return list(found)
+        return [f"{self.layer(unit)}:{unit % self.heads}" for unit in found]
+
+    def read(self, written: Iterable[int | str]) -> LayerSet:
+        """`written`'s way back. Raises ValueError for what it never gives."""
+        if not self.heads:
+            return tuple(written)  # type: ignore[arg-type]
+        pairs = [tuple(map(int, str(each).split(":"))) for each in written]
+        return tuple(layer * self.heads + head for layer, head in pairs)
+
+    def names(self, found: LayerSet) -> str:
+        """A set as people write it: behind --layers, or behind --heads."""
+        return names_of(self.written(found)) or "base"
+
+
+WHOLE_LAYERS = Units()
+
+
+def names_of(written: Iterable[int | str]) -> str:
+    """What `Units.written` gives, as people write it. Heads of one layer are put together."""
+    words = [str(each) for each in written]
+    return heads_text(heads_by_layer(words)) if any(":" in word for word in words) else " ".join(words)
 
 
 def normal(layers: Iterable[int]) -> LayerSet:
@@ -25,16 +86,12 @@ def normal(layers: Iterable[int]) -> LayerSet:
     return tuple(sorted(set(layers)))
 
 
-def names(layers: LayerSet) -> str:
-    """The layers as people write them."""
-    return " ".join(map(str, layers)) if layers else "base"
-
-
 def walk(
     sets: Iterable[LayerSet],
     total: int,
     base_state: Callable[[int], State],
-    step: Callable[[int, bool, State], State],
+    step: Callable[[int, LayerSet, State], State],
+    units: Units = WHOLE_LAYERS,
 ) -> Iterator[tuple[LayerSet, State]]:
     """Run the model of every set, shared layers once. Gives each set with the state after its last layer.
 
@@ -42,13 +99,14 @@ def walk(
         sets: distinct sets, none of them empty.
         total: how many layers a model has.
         base_state: gives the base's state before a layer.
-        step: gives the state after a layer, from its index, whether it is the donor's, and the state before it.
+        step: gives the state after a layer, from its index, what the set grafts there, and the state before it.
+        units: what the sets are made of.
     """
     by_lowest: dict[int, list[LayerSet]] = {}
     for layers in sorted(sets):
-        by_lowest.setdefault(layers[0], []).append(layers)
+        by_lowest.setdefault(units.layer(layers[0]), []).append(layers)
     for lowest, members in by_lowest.items():
-        yield from _descend(members, lowest, total, base_state(lowest), step)
+        yield from _descend(members, lowest, total, base_state(lowest), step, units)
 
 
 def _descend(
@@ -56,40 +114,45 @@ def _descend(
     depth: int,
     total: int,
     state: State,
-    step: Callable[[int, bool, State], State],
+    step: Callable[[int, LayerSet, State], State],
+    units: Units,
 ) -> Iterator[tuple[LayerSet, State]]:
     """`walk` for sets that are alike in all layers before `depth`; `state` comes after those layers."""
     while depth < total:
-        grafted = [layers for layers in members if depth in layers]
-        others = [layers for layers in members if depth not in layers]
-        if grafted and others:
-            yield from _descend(grafted, depth + 1, total, step(depth, True, state), step)
-            members = others
-        state = step(depth, not others, state)
+        alike: dict[LayerSet, list[LayerSet]] = {}
+        for layers in members:
+            alike.setdefault(tuple(unit for unit in layers if units.layer(unit) == depth), []).append(layers)
+        *others, last = sorted(alike, reverse=True)  # the base's layer comes last
+        for part in others:
+            yield from _descend(alike[part], depth + 1, total, step(depth, part, state), step, units)
+        members = alike[last]
+        state = step(depth, last, state)
         depth += 1
     yield members[0], state
 
 
-def count_passes(sets: Iterable[LayerSet], total: int) -> int:
+def count_passes(sets: Iterable[LayerSet], total: int, units: Units = WHOLE_LAYERS) -> int:
     """How many layers `walk` runs, and once all layers of the base."""
     beginnings = {
-        (depth, tuple(layer for layer in layers if layer < depth))
+        (depth, tuple(unit for unit in layers if units.layer(unit) < depth))
         for layers in sets
         if layers
-        for depth in range(layers[0] + 1, total + 1)
+        for depth in range(units.layer(layers[0]) + 1, total + 1)
     }
     return total + len(beginnings)
 
 
-def most_passes(count: int, total: int, least: int, most: int, fixed: Collection[int] = ()) -> int:
-    """How many layers `walk` runs at most for `count` sets of `least` to `most` layers. For all sets it is exact.
+def most_passes(
+    count: int, total: int, least: int, most: int, fixed: Collection[int] = (), units: Units = WHOLE_LAYERS
+) -> int:
+    """How many layers `walk` runs at most for `count` sets of `least` to `most` units. For all sets it is exact.
 
     After each layer there are at most as many models as sets, and as many as a set can have beginnings.
     """
     passes = 0
     for depth in range(1, total + 1):
-        free = sum(layer not in fixed for layer in range(depth))
-        left = total - len(fixed) - free
+        free = units.per_layer * sum(layer not in fixed for layer in range(depth))
+        left = units.per_layer * (total - len(fixed)) - free
         sizes = range(max(1, least - left), most + 1)  # grafted so far, with enough layers left for the rest
         passes += min(count, sum(math.comb(free, size) for size in sizes))
     return passes
@@ -97,9 +160,13 @@ def most_passes(count: int, total: int, least: int, most: int, fixed: Collection
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """All sets of `least` to `most` of `total` layers, without those in `fixed`.
+    """All sets of `least` to `most` units of `total` layers, without the layers in `fixed`.
 
-    `prior` has the gains of single layers that are known before the search, by layer.
+    Attributes:
+        prior: the gains of single units that are known before the search.
+        units: what the sets are made of.
+        most_kv_heads: how many key/value heads a set of heads may need; None if there is no limit.
+        seeds: units to try first, the most promising first.
     """
 
     total: int
@@ -107,27 +174,63 @@ class SearchSpace:
     most: int
     prior: Mapping[int, float] = field(default_factory=dict)
     fixed: frozenset[int] = frozenset()
+    units: Units = WHOLE_LAYERS
+    most_kv_heads: int | None = None
+    seeds: tuple[int, ...] = ()
 
     @property
     def free(self) -> list[int]:
-        """The layers that a set may have."""
-        return [layer for layer in range(self.total) if layer not in self.fixed]
+        """The units that a set may have."""
+        units = range(self.total * self.units.per_layer)
+        return [unit for unit in units if self.units.layer(unit) not in self.fixed]
+
+    def fits(self, layers: LayerSet) -> bool:
+        """Whether a set is not too large; then no part of it is."""
+        return len(layers) <= self.most and (
+            self.most_kv_heads is None or self.units.kept_kv_heads(layers) <= self.most_kv_heads
+        )
 
     def __contains__(self, layers: LayerSet) -> bool:
-        return self.least <= len(layers) <= self.most
+        return self.least <= len(layers) and self.fits(layers)
 
     @property
     def count(self) -> int:
-        return sum(math.comb(len(self.free), size) for size in range(self.least, self.most + 1))
+        sizes, free = range(self.least, self.most + 1), len(self.free)
+        if self.most_kv_heads is None:
+            return sum(math.comb(free, size) for size in sizes)
+        sharing = self.units.heads // self.units.kv_heads
+
+        def filling(groups: int, size: int) -> int:
+            """Sets of this size that need all of `groups` key/value heads, by inclusion and exclusion."""
+            return sum(
+                (-1) ** gone * math.comb(groups, gone) * math.comb((groups - gone) * sharing, size)
+                for gone in range(groups + 1)
+            )
+
+        return sum(
+            math.comb(free // sharing, groups) * filling(groups, size)
+            for size in sizes
+            for groups in range(1, min(size, self.most_kv_heads) + 1)
+        )
+
+    def most_passes(self, count: int, least: int, most: int) -> int:
+        """`most_passes` of sets of this space's units."""
+        return most_passes(count, self.total, least, most, self.fixed, self.units)
 
     @property
     def singles(self) -> list[LayerSet]:
         return [(layer,) for layer in self.free]
 
+    @property
+    def seed_sets(self) -> list[LayerSet]:
+        """The first 1, 2, ... of `seeds` together, then each alone; without what is not in the space."""
+        first = [normal(self.seeds[:size]) for size in range(1, self.most + 1)]
+        return [each for each in dict.fromkeys([*first, *((seed,) for seed in self.seeds)]) if each in self]
+
     def all(self) -> Iterator[LayerSet]:
         """Every set, small ones first."""
         for size in range(self.least, self.most + 1):
-            yield from itertools.combinations(self.free, size)
+            yield from filter(self.fits, itertools.combinations(self.free, size))
 
     def draw(self, rng: random.Random) -> LayerSet:
         """A random set: first its size is drawn, then its layers."""
@@ -139,7 +242,7 @@ class SearchSpace:
         return normal([free[(2 * place + 1) * len(free) // (2 * size)] for place in range(size)])
 
     def with_one_more(self, layers: LayerSet) -> list[LayerSet]:
-        return [normal([*layers, layer]) for layer in self.free if layer not in layers]
+        return [new for new in (normal([*layers, unit]) for unit in self.free if unit not in layers) if self.fits(new)]
 
     def neighbours(self, layers: LayerSet) -> list[LayerSet]:
         """The sets that differ by one layer added, dropped or swapped."""

@@ -15,6 +15,13 @@ from model_preparation.search.settings import SearchSettings
 _LEAST_SHARE = 0.1  # of the largest loss in the second task: a smaller one counts as that
 
 
+def search(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
+    """Run the method that the settings name. The seeds come first, so it knows their scores."""
+    if space.seed_sets:
+        scores.evaluate(space.seed_sets)
+    METHODS[settings.method](space, scores, settings)
+
+
 def singles(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
     """Every layer by itself."""
     scores.evaluate(space.singles, settings.top)
@@ -95,4 +102,5 @@ def _grow(space: SearchSpace, scores: CandidateScores, width: int) -> None:
         more = dict.fromkeys(new for layers in kept for new in space.with_one_more(layers))
         share = scores.room // (space.most - size + 1) if size > 1 and scores.room is not None else len(more)
         wanted = space.by_promise(more, scores)[: max(share, width)]
-        kept = scores.evaluate(wanted, width)[:width]
+        begun = [seeds for seeds in space.seed_sets if len(seeds) == size]  # known already
+        kept = scores.evaluate([*begun, *wanted], width)[:width]

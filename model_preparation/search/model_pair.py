@@ -1,5 +1,7 @@
 """Base and donor in memory, layer by layer, so that any graft can run without a checkpoint."""
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from model_preparation.checkpoint.graft import GraftPlan, empty_model
-from model_preparation.io.tensors.tensor_ranges import MappedFiles
+from model_preparation.io.tensors.tensor_ranges import MappedFiles, PickedTensor
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.llamba import LlambaForCausalLM
+from model_preparation.llamba.cache_llamba import kv_bytes_per_token
+from model_preparation.llamba.donor_kinds import picked_heads
+from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
+from model_preparation.search.layer_sets import WHOLE_LAYERS, LayerSet, Units
 
 _ALIGNMENT = 64  # bytes, as torch allocates; the sums of a matrix product may depend on it
 
@@ -20,31 +26,40 @@ class ModelPair:
     """All layers of both models.
 
     Attributes:
-        model: the graft of every layer. Every other graft has the same embedding, final norm and head.
+        model: the graft of every layer, or of every head. Other grafts have the same embedding, final norm and head.
         base_layers: the base's own layers, by index.
         tokenizer: the tokenizer of every graft.
         fixed: the layers that are a donor's in the base already, because the search starts from a checkpoint.
+        units: what a graft is made of.
     """
 
     model: LlambaForCausalLM
     base_layers: nn.ModuleList
     tokenizer: PreTrainedTokenizerBase
     fixed: frozenset[int] = frozenset()
+    units: Units = WHOLE_LAYERS
 
     @property
     def layers(self) -> int:
         return len(self.base_layers)
 
-    def layer(self, index: int, grafted: bool) -> Any:
-        """The donor's layer of this index, or the base's."""
-        return self.model.backbone.layers[index] if grafted else self.base_layers[index]
+    def layer(self, index: int, part: LayerSet) -> Any:
+        """The layer of this index with the units in `part`: the base's own, the donor's, or one with these heads."""
+        if part and self.units.heads:
+            return _with_heads(self.model, index, [unit % self.units.heads for unit in part])
+        return self.model.backbone.layers[index] if part or index in self.fixed else self.base_layers[index]
+
+    def kv_bytes_per_token(self, kv_heads: int) -> int:
+        """What each token adds to the cache of a graft that keeps `kv_heads` beside those of `fixed`."""
+        of_layer = kv_bytes_per_token(self.model.backbone.llama_config, 1, self.model.dtype)
+        return of_layer * len(self.fixed) + of_layer * kv_heads // self.units.kv_heads
 
 
 def load_pair(planned: GraftPlan, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> ModelPair:
     """Load both models. On the CPU, weights stay in their files until they are used.
 
     Args:
-        planned: the graft of all layers.
+        planned: the graft of all layers, or of all heads.
         device: where the models go.
         dtype: the dtype of the weights; by default that of a checkpoint built from `planned`.
     """
@@ -56,19 +71,50 @@ def load_pair(planned: GraftPlan, device: str | torch.device = "cpu", dtype: tor
         }
         model.load_state_dict(state, assign=True)
 
-    model = empty_model(planned.config)
+    model, config = empty_model(planned.config), planned.config
+    # All heads of a layer are its whole matrices, which stay in their file.
+    places = {
+        name: place.stored if isinstance(place, PickedTensor) else place for name, place in planned.tensors.items()
+    }
     # If they are tied, the embedding is the head.
-    load(model, {"lm_head.weight": planned.tensors["backbone.embedding.weight"]} | planned.tensors)
+    load(model, {"lm_head.weight": places["backbone.embedding.weight"]} | places)
     model.tie_weights()
+    if dtype is not None:
+        model.config.dtype = dtype
+    model.to(device)
+    tokenizer = load_tokenizer(planned.tokenizer)
+    units = Units(config.num_attention_heads if planned.heads else 0, config.num_key_value_heads)
+    if units.heads:
+        layers = [
+            layer if index in planned.kept else _with_heads(model, index, [])
+            for index, layer in enumerate(model.backbone.layers)
+        ]
+        return ModelPair(model, nn.ModuleList(layers), tokenizer, planned.kept, units)
     base = empty_model(planned.base_config)
     base_layers = base.backbone.layers
     prefix = "backbone.layers."
     own = planned.files.ranges
     load(base_layers, {name[len(prefix) :]: place for name, place in own.items() if name.startswith(prefix)})
-    if dtype is not None:
-        model.config.dtype = dtype
-    tokenizer = load_tokenizer(planned.tokenizer)
-    return ModelPair(model.to(device), base_layers.to(device).eval(), tokenizer, planned.kept)
+    return ModelPair(model, base_layers.to(device).eval(), tokenizer, planned.kept, units)
+
+
+def _with_heads(model: LlambaForCausalLM, index: int, heads: Sequence[int]) -> LlambaDecoderLayer:
+    """A layer of a model that has all heads, with these only. It shares the tensors that it need not cut."""
+    config = copy.copy(model.config)
+    config.llama_heads = {str(index): list(heads)}
+    with torch.device("meta"):
+        layer = LlambaDecoderLayer(config, index, model.backbone.llama_config)
+    own = model.backbone.layers[index].state_dict()
+    state = {name: tensor for name, tensor in own.items() if not name.startswith("attention.")}
+    if heads:
+        sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        for name, picked in picked_heads(heads, *sizes).items():
+            tensor = own[f"attention.{name}"]
+            if picked is not None:
+                tensor = tensor.index_select(picked[0], torch.tensor(picked[1], device=tensor.device))
+            state[f"attention.{name}"] = tensor
+    layer.load_state_dict(state, assign=True)
+    return layer.eval()
 
 
 def _placed(tensor: Tensor, stored: torch.dtype, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:

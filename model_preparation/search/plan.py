@@ -5,16 +5,19 @@ an interrupted search runs the base again.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from rich.filesize import decimal
 
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.cache_llamba import cache_bytes
 from model_preparation.search.cached_scoring import count_tokens, hidden_states_bytes
-from model_preparation.search.layer_sets import SearchSpace, most_passes, names, normal
+from model_preparation.search.layer_sets import LayerSet, SearchSpace, names_of
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.settings import SearchSettings
+
+_MOST_TRIED = 1_000_000  # combinations of heads by exhaustive; they are all in memory
 
 Batch = tuple[int, int]  # how many combinations are evaluated together, and how many layers the largest has
 
@@ -49,12 +52,12 @@ class Bounds:
 
 def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
     """What a search of a space takes at most."""
-    total, free, fixed = space.total, len(space.free), space.fixed
-    everything = Cost(space.count, total + most_passes(space.count, total, space.least, space.most, fixed))
+    total, free = space.total, len(space.free)
+    everything = Cost(space.count, total + space.most_passes(space.count, space.least, space.most))
     budget = math.inf if settings.budget_evaluations is None else settings.budget_evaluations
     if settings.method in ("singles", "exhaustive"):
         count = int(min(budget, space.count))
-        found = Cost(count, total + most_passes(count, total, space.least, space.most, fixed))
+        found = Cost(count, total + space.most_passes(count, space.least, space.most))
         return Bounds(found, None, count, everything)
 
     # The sets that lack one layer each of a larger set are alike up to that layer.
@@ -89,12 +92,12 @@ def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
     limit = int(min(budget, space.count + sum(math.comb(free, size) for size in outside)))
     asked = sum(count for count, _ in batches)
     early = min(asked, limit)
-    passes = total + sum(most_passes(count, total, 1, size) for count, size in batches)
-    first = Cost(early, min(passes, _in_any_order(early, singles, total)))
+    passes = total + sum(space.most_passes(count, 1, size) for count, size in batches)
+    first = Cost(early, min(passes, _in_any_order(early, singles, space)))
     if settings.method == "greedy":
         return Bounds(first, None, early, everything, before)
     if limit <= asked:  # this covers what refinement evaluates
-        return Bounds(Cost(limit, _in_any_order(limit, singles, total)), None, limit, everything, before)
+        return Bounds(Cost(limit, _in_any_order(limit, singles, space)), None, limit, everything, before)
     return Bounds(first, _refinement(space), limit, everything, before)
 
 
@@ -106,35 +109,58 @@ def _refinement(space: SearchSpace) -> Cost:
         return size * free + size * (size > space.least) + free * (size < space.most)
 
     count = max(map(neighbours, range(space.least, space.most + 1)))
-    return Cost(count, most_passes(count, space.total, space.least, space.most, space.fixed))
+    return Cost(count, space.most_passes(count, space.least, space.most))
 
 
-def _in_any_order(count: int, singles: int, total: int) -> int:
-    """Layer passes of `count` combinations, single layers first, if none shares a layer with another."""
+def _in_any_order(count: int, singles: int, space: SearchSpace) -> int:
+    """Layer passes of `count` combinations, single units first, if none shares a layer with another."""
     first = min(count, singles)
-    return total + most_passes(first, total, 1, 1) + (count - first) * total
+    return space.total + space.most_passes(first, 1, 1) + (count - first) * space.total
 
 
-def sizes_in_budget(setup: ScoringSetup) -> tuple[int, int]:
-    """The fewest and the most layers of a combination whose cache is within the budget.
+def space_of(setup: ScoringSetup, gains: Mapping[int, float], seeds: Sequence[int]) -> SearchSpace:
+    """The sets that are searched: of the sizes asked for, with a cache within the budget.
+
+    Args:
+        gains, seeds: of single units, from the prior file.
 
     Raises:
-        SurgeryError: if no size is.
+        SurgeryError: if there is none, or if there are more than can be tried.
     """
-    settings, model = setup.settings, setup.pair.model
-    least, most = settings.min_layers, settings.most_layers
-    if settings.max_cache_bytes is None or settings.at_tokens is None:
-        return least, most
-    tokens, fixed = settings.at_tokens, len(setup.pair.fixed)
-    needs = {size: cache_bytes(model.config, fixed + size, tokens, model.dtype) for size in range(least, most + 1)}
-    fits = [size for size, size_bytes in needs.items() if size_bytes <= settings.max_cache_bytes]
-    if not fits:
+    settings, pair = setup.settings, setup.pair
+    units, least, most = pair.units, settings.min_layers, settings.most
+    space = SearchSpace(pair.layers, least, most, gains, pair.fixed, units, None, tuple(seeds))
+    if units.heads and most > (free := len(space.free)):
+        raise SurgeryError(f"max_heads is {most}, and there are {free} heads to choose from. Give --max_heads {free}.")
+    if settings.max_cache_bytes is not None and settings.at_tokens is not None:
+        # Whole layers change the cache alike, so all sizes between two that fit do too. Heads only add to it.
+        sets: dict[int, LayerSet] = {size: tuple(range(size)) for size in range(least, most + 1)}
+        needs = {size: _cache_bytes(setup, units.kept_kv_heads(each), size) for size, each in sets.items()}
+        fits = [size for size, size_bytes in needs.items() if size_bytes <= settings.max_cache_bytes]
+        if not fits:
+            raise SurgeryError(
+                f"A combination of {least} to {most} {units.word} has a cache of at least {min(needs.values()):,} "
+                f"bytes after {settings.at_tokens:,} tokens, and max_cache_bytes is {settings.max_cache_bytes:,}. "
+                f"Give more --max_cache_bytes, or other numbers of {units.word}."
+            )
+        space = replace(space, least=fits[0], most=fits[-1])
+        if units.heads:
+            kept = range(1, pair.layers * units.kv_heads + 1)
+            most_kept = max(each for each in kept if _cache_bytes(setup, each, 0) <= settings.max_cache_bytes)
+            space = replace(space, most_kv_heads=most_kept)
+    if units.heads and settings.method == "exhaustive" and space.count > _MOST_TRIED:
         raise SurgeryError(
-            f"A combination of {least} to {most} layers has a cache of at least {min(needs.values()):,} bytes after "
-            f"{settings.at_tokens:,} tokens, and max_cache_bytes is {settings.max_cache_bytes:,}. "
-            "Give more --max_cache_bytes, or other numbers of layers."
+            f"There are {space.count:,} combinations, and exhaustive takes at most {_MOST_TRIED:,} of heads. "
+            "Give fewer --max_heads, or another --method."
         )
-    return fits[0], fits[-1]  # each layer changes the cache alike, so all sizes between them fit too
+    return space
+
+
+def _cache_bytes(setup: ScoringSetup, kv_heads: int, layers: int) -> int:
+    """The cache of a set that keeps `kv_heads` key/value heads after `at_tokens` tokens, and grafts whole layers."""
+    settings, pair = setup.settings, setup.pair
+    states = cache_bytes(pair.model.config, len(pair.fixed) + (0 if pair.units.heads else layers), 0, pair.model.dtype)
+    return states + (settings.at_tokens or 0) * pair.kv_bytes_per_token(kv_heads)
 
 
 def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
@@ -145,13 +171,13 @@ def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
     in_file = max(0, size - settings.memory_bytes)
     return [
         f"Base         {setup.planned.base.folder}"
-        + (f", with layers {names(normal(space.fixed))} grafted" if space.fixed else ""),
+        + (f", with layers {names_of(sorted(space.fixed))} grafted" if space.fixed else ""),
         f"Donor        {donor.metadata['source']['id']} (layers in {donor.folder})",
         f"Questions    {len(questions.questions):,} of {', '.join(settings.all_tasks)}, {tokens:,} tokens with padding",
         f"Memory       {decimal(size)} for the base's hidden states before each of {space.total} layers"
         + (f", of which up to {decimal(in_file)} in a file in {settings.folder}" if in_file else "")
-        + f"; at most {space.most + 1} more states of {decimal(size // space.total)}",
-        f"Method       {settings.method}, {space.least} to {space.most} of {len(space.free)} layers"
+        + f"; at most {min(space.most, space.total) + 1} more states of {decimal(size // space.total)}",
+        f"Method       {settings.method}, {space.least} to {space.most} of {len(space.free)} {space.units.word}"
         + (", candidates race" if settings.races else "")
         + f"; maximises {settings.objective}",
         *_describe_cache(setup, space),
@@ -161,16 +187,18 @@ def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
 
 def _describe_cache(setup: ScoringSetup, space: SearchSpace) -> list[str]:
     """What the budget of the cache leaves of the space."""
-    settings, model = setup.settings, setup.pair.model
+    settings, units = setup.settings, space.units
     if settings.max_cache_bytes is None or settings.at_tokens is None:
         return []
-    asked = range(settings.min_layers, settings.most_layers + 1)
+    asked = range(settings.min_layers, settings.most + 1)
     left_out = [size for size in asked if not space.least <= size <= space.most]
-    layers = f"; left out: {', '.join(map(str, left_out))} layers" if left_out else "; all sizes fit"
-    largest = max(
-        cache_bytes(model.config, len(space.fixed) + size, settings.at_tokens, model.dtype)
-        for size in (space.least, space.most)
-    )
+    layers = f"; left out: {', '.join(map(str, left_out))} {units.word}" if left_out else "; all sizes fit"
+    if space.most_kv_heads is not None:
+        layers = f"; a combination may need {space.most_kv_heads} key/value heads" + layers
+    most = {size: size * units.kv_heads for size in (space.least, space.most)}
+    if units.heads:
+        most = {space.most: min(space.most, space.most_kv_heads or 0)}
+    largest = max(_cache_bytes(setup, kv_heads, size) for size, kv_heads in most.items())
     return [
         f"Cache        at most {settings.max_cache_bytes:,} bytes after {settings.at_tokens:,} tokens; "
         f"the largest candidate has {largest:,}{layers}"

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import rich
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from model_preparation.search.layer_sets import LayerSet, names
 from model_preparation.terminal import escaped
 
 _LOG_SECONDS = 10.0  # between two lines of a log
@@ -47,11 +46,11 @@ class SearchProgress:
         yield
         self._progress.update(self._row, description="Searching")
 
-    def evaluated(self, done: int, saved: float, best: tuple[LayerSet, float] | None) -> None:
+    def evaluated(self, done: int, saved: float, best: tuple[str, float] | None) -> None:
         """Show how many combinations are known, the share of layer passes saved, and the best with its fitness."""
         says = f", {saved:.0%} of the layer passes saved"
         if best is not None:
-            says += f", best {best[1]:.4f} ({names(best[0])})"
+            says += f", best {best[1]:.4f} ({best[0]})"
         if not self._progress.disable:
             self._progress.update(self._row, completed=done, says=says)
         elif time.monotonic() - self._logged_at > _LOG_SECONDS:
@@ -59,6 +58,6 @@ class SearchProgress:
             total = self._progress.tasks[0].total or done
             print(f"{done}/{total:.0f} evaluations{says}", flush=True)
 
-    def failed(self, layers: LayerSet, reason: str) -> None:
+    def failed(self, combination: str, reason: str) -> None:
         """An evaluation failed twice."""
-        self._progress.console.print(f"{names(layers)}: failed: {escaped(reason)}", highlight=False, markup=False)
+        self._progress.console.print(f"{combination}: failed: {escaped(reason)}", highlight=False, markup=False)

@@ -12,12 +12,14 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from model_preparation.evaluation.compare import plots as drawing
 from model_preparation.evaluation.compare.plots import COLOURS, INK, Plot
 from model_preparation.evaluation.compare.report import render_page
 from model_preparation.io.complete_file import write_file
 from model_preparation.search.candidate_scores import CandidateScores
+from model_preparation.search.layer_sets import names_of
 from model_preparation.search.result import COMPARED
 
 PAGE = "report.html"
@@ -42,15 +44,20 @@ def write_report(found: dict[str, Any], scores: CandidateScores, folder: Path) -
     """
     shown = {**found, "history": [(layers, scores.estimate(layers)) for layers in scores.order]}
     plots = []
-    for name, (title, plot) in PLOTS.items():
+    unit = "heads" if "heads_per_layer" in found else "layers"
+    for name, (title, plot, units) in PLOTS.items():
+        if unit not in units:
+            continue
         picture = io.BytesIO()
         drawing.save_png(plot, shown, picture)
         write_file(folder / f"{name}.png", picture.getvalue())
         plots.append((title, Markup(drawing.svg(plot, shown, name))))
     page = render_page(
         resources.files(__package__).joinpath(PAGE).read_text(encoding="utf-8"),
-        title=f"Layers of {Path(found['base']).name}: {found['search']['method']} search",
+        title=f"{unit.capitalize()} of {Path(found['base']).name}: {found['search']['method']} search",
         found=shown,
+        unit=unit,
+        names_of=names_of,
         compared=COMPARED,
         plots=plots,
     )
@@ -66,6 +73,26 @@ def plot_singles(found: dict[str, Any]) -> Figure:
     errors = [singles[str(layer)]["stderr"] or 0.0 for layer in layers]
     axes.bar(layers, gains, yerr=errors, color=COLOURS[0], ecolor=INK, capsize=2)
     _reference_lines(axes, found, found["base_score"])
+    return figure
+
+
+def plot_heads(found: dict[str, Any]) -> Figure:
+    """A square per head, coloured by what it gains over the base by itself; those of the best set have a ring."""
+    total, heads = found["total_layers"], found["heads_per_layer"]
+    table = np.full((total, heads), np.nan)
+    for name, single in found["single_head_results"].items():
+        table[*map(int, name.split(":"))] = single["gain"]
+    figure, axes = _axes(1.6 + 0.22 * total, "head", "layer")
+    most = np.nan_to_num(np.abs(table)).max() or 1.0
+    image = axes.imshow(table, cmap="RdBu", vmin=-most, vmax=most, origin="lower", aspect="auto")
+    figure.colorbar(image, ax=axes, label=f"gain in {_FITNESS[found['objective']]}")
+    best = np.array([list(map(int, name.split(":"))) for name in found["final_results"][0]["heads"]])
+    axes.scatter(
+        best[:, 1], best[:, 0], s=60, facecolors="none", edgecolors=COLOURS[1], label="in the best combination"
+    )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    _reference_lines(axes, {**found, "base_score": None, "donor_score": None})
     return figure
 
 
@@ -107,7 +134,8 @@ def plot_pareto(found: dict[str, Any]) -> Figure:
     errors = [row["stderr"] or 0.0 for row in found["pareto"]]
     axes.errorbar(front_bytes, front_fitness, yerr=errors, marker="o", color=COLOURS[0], capsize=2)
     for row in found["pareto"]:
-        label = " ".join(map(str, row["layers"])) or "base"
+        heads = row.get("heads", ())
+        label = f"{len(heads)} heads" if len(heads) > 3 else names_of(heads or row.get("layers", ())) or "base"
         place = (row["kv_bytes_per_token"], row["fitness"])
         axes.annotate(label, place, textcoords="offset points", xytext=(6, -10), fontsize=8)
     axes.margins(x=0.15)
@@ -115,11 +143,13 @@ def plot_pareto(found: dict[str, Any]) -> Figure:
     return figure
 
 
-PLOTS: dict[str, tuple[str, Plot]] = {
-    "single_layers": ("What each layer gains by itself", plot_singles),
-    "pairs": ("Pairs of layers", plot_pairs),
-    "history": ("Best fitness over evaluations", plot_history),
-    "pareto": ("Fitness against K/V cache", plot_pareto),
+_BOTH = ("layers", "heads")
+PLOTS: dict[str, tuple[str, Plot, tuple[str, ...]]] = {  # title, plot, and of which searches
+    "single_layers": ("What each layer gains by itself", plot_singles, ("layers",)),
+    "single_heads": ("What each head gains by itself", plot_heads, ("heads",)),
+    "pairs": ("Pairs of layers", plot_pairs, ("layers",)),
+    "history": ("Best fitness over evaluations", plot_history, _BOTH),
+    "pareto": ("Fitness against K/V cache", plot_pareto, _BOTH),
 }
 
 

@@ -7,6 +7,8 @@ pareto          the best fitness for each size of the K/V cache: the base and th
                 with as small a cache
 base_score, donor_score, single_layer_results, statistics, dropped, failed, settings
 
+A search over heads has heads, num_heads, single_head_results and heads_per_layer instead, and heads like "13:16".
+
 A search that starts from a checkpoint has that as `base`, and its grafted layers as `start_layers`: they are in every
 combination, and `layers` are those that are added.
 """
@@ -16,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.evaluation.compare.paired import SIGNIFICANCE
-from model_preparation.llamba.cache_llamba import kv_bytes_per_token
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.layer_sets import BASE, LayerSet, SearchSpace
 from model_preparation.search.scoring_setup import ScoringSetup
@@ -47,13 +48,13 @@ def search_result(
         donor: the donor's own `accuracy` and `fitness`, if it was scored.
         budget_spent: whether the budget ended the search.
     """
-    settings = setup.settings
+    settings, units = setup.settings, space.units
     rows = _final_results(scores, space, setup)
     base = _row(scores, BASE, setup)
     return {
         "objective": settings.objective,
         "final_results": rows,
-        "pareto": _pareto_front([base, *rows]),
+        "pareto": _pareto_front([base, *rows], units.word),
         "base_score": base["fitness"],
         "base": _place(settings.origin),
         **({"start_layers": sorted(space.fixed)} if space.fixed else {}),
@@ -66,16 +67,17 @@ def search_result(
         "tokenizer": settings.tokenizer,
         "questions": len(setup.questions.questions),
         "total_layers": setup.pair.layers,
-        "single_layer_results": _single_layer_results(scores, setup.pair.layers),
+        f"single_{units.word[:-1]}_results": _single_results(scores, space),
+        **({"heads_per_layer": units.heads} if units.heads else {}),
         "dropped": [
             {
-                "layers": list(layers),
+                units.word: units.written(layers),
                 "estimate": scores.estimate(layers),  # from some of the questions
                 "questions": scores.questions_asked(layers),
             }
             for layers in scores.dropped
         ],
-        "failed": [{"layers": list(layers), "reason": reason} for layers, reason in scores.failed.items()],
+        "failed": [{units.word: units.written(layers), "reason": reason} for layers, reason in scores.failed.items()],
         "statistics": {**scores.statistics(), "budget_spent": budget_spent},
         "search": settings.described(),
         "settings": setup.recorded,
@@ -105,9 +107,9 @@ def _final_results(scores: CandidateScores, space: SearchSpace, setup: ScoringSe
     return rows
 
 
-def _pareto_front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _pareto_front(rows: list[dict[str, Any]], word: str) -> list[dict[str, Any]]:
     """The rows that have more fitness than every other with as many bytes or fewer, by bytes."""
-    names = ("layers", "fitness", "stderr", "num_layers", "kv_bytes_per_token")
+    names = (word, "fitness", "stderr", f"num_{word}", "kv_bytes_per_token")
     front: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda row: (row["kv_bytes_per_token"], -row["fitness"])):
         if not front or row["fitness"] > front[-1]["fitness"]:
@@ -115,29 +117,29 @@ def _pareto_front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return front
 
 
-def _single_layer_results(scores: CandidateScores, total: int) -> dict[str, dict[str, Any]]:
-    """What each layer gains by itself, by its index as text, if it has answers to all questions."""
+def _single_results(scores: CandidateScores, space: SearchSpace) -> dict[str, dict[str, Any]]:
+    """What each layer or head gains by itself, by its name, if it has answers to all questions."""
     base = scores.estimate(BASE)
     return {
-        str(layer): {
-            "score": scores.estimate((layer,)),
-            "stderr": scores.objective.stderr(scores.values((layer,))),
-            "gain": scores.estimate((layer,)) - base,
+        space.units.names(single): {
+            "score": scores.estimate(single),
+            "stderr": scores.objective.stderr(scores.values(single)),
+            "gain": scores.estimate(single) - base,
         }
-        for layer in range(total)
-        if scores.is_complete((layer,))
+        for single in space.singles
+        if scores.is_complete(single)
     }
 
 
 def _row(scores: CandidateScores, layers: LayerSet, setup: ScoringSetup) -> dict[str, Any]:
-    values, model = scores.values(layers), setup.pair.model
+    values, pair, units = scores.values(layers), setup.pair, setup.pair.units
     return {
-        "layers": list(layers),
+        units.word: units.written(layers),
         "fitness": float(values.mean()),
         "stderr": scores.objective.stderr(values),
-        "num_layers": len(layers),
+        f"num_{units.word}": len(layers),
         "accuracy": float(scores.right(layers).mean()),
-        "kv_bytes_per_token": kv_bytes_per_token(model.config, len(setup.pair.fixed) + len(layers), model.dtype),
+        "kv_bytes_per_token": pair.kv_bytes_per_token(units.kept_kv_heads(layers)),
     }
 
 

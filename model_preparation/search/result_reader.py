@@ -4,32 +4,41 @@ final_results, results, top_combinations   a list of objects, or one object per 
 an object's layers: layers, combination, layer_indices, individual; its score: fitness, score, accuracy, mmlu_score
 best_layers or best_individual, with best_fitness or best_score   a single combination
 single_layer_results   {"11": 0.51}, {"11": {"score": 0.51}}, or a list of objects
+
+Results of a search over heads have heads, such as ["13:16", "13:17"], and single_head_results.
 """
 
+import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model_preparation.command_line import heads_of_layer
 from model_preparation.errors import SurgeryError
+from model_preparation.io.text import decode
 from model_preparation.io.untrusted.untrusted_files import parse_json, regular_file
-from model_preparation.search.layer_sets import LayerSet, normal
+from model_preparation.search.layer_sets import LayerSet, names_of, normal
 from model_preparation.search.settings import ACCURACY
 
 RESULT = "search_result.json"
 _LISTS = ("final_results", "results", "top_combinations")
 _LAYERS = ("layers", "combination", "layer_indices", "individual", "best_layers", "best_individual")
 _SCORES = ("fitness", "score", "accuracy", "mmlu_score", "best_fitness", "best_score")
-_SINGLES = "single_layer_results"
+_SINGLES, _SINGLE_HEADS = "single_layer_results", "single_head_results"
 _LAYER = ("layer", "layer_idx", "layer_index", *_LAYERS)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A combination of a result file. `score` is None if the file has none."""
+    """A combination of a result file: of whole layers, or of heads as --heads takes them, such as "13:16,17 15:11".
+
+    `score` is None if the file has none.
+    """
 
     layers: LayerSet
     score: float | None
+    heads: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class ReadResult:
         failures: how many entries were left out. Older programs gave failed evaluations the score 0.
         is_mmlu: whether the scores are of the whole MMLU, as in all older programs.
         objective: what the scores are, in a word.
-        base, donor, llama_layers_dir, tokenizer: what our search used.
+        base, donor, llama_layers_dir, tokenizer, keep_mixer_heads: what our search used.
     """
 
     entries: list[Found]
@@ -52,6 +61,7 @@ class ReadResult:
     donor: str | None = None
     llama_layers_dir: str | None = None
     tokenizer: str | None = None
+    keep_mixer_heads: bool = False
 
 
 def read_result(path: Path) -> ReadResult:
@@ -61,11 +71,12 @@ def read_result(path: Path) -> ReadResult:
         SurgeryError: if there is no such file, or no combinations can be read from it.
     """
     content = _read(path)
-    found: dict[LayerSet, Found] = {}
+    found: dict[tuple[LayerSet, str], Found] = {}
     given, failures = _found(content, _entries(content, path), f"{path}, entry")
     for one in given:
-        if one.layers not in found or _rank(one) < _rank(found[one.layers]):
-            found[one.layers] = one
+        which = one.layers, one.heads
+        if which not in found or _rank(one) < _rank(found[which]):
+            found[which] = one
     if not found:
         raise SurgeryError(f"{path} has no combination with a score above 0. Give the result of another search.")
     ranked = sorted(found.values(), key=_rank)
@@ -82,6 +93,7 @@ def read_result(path: Path) -> ReadResult:
             donor=content.get("donor"),
             llama_layers_dir=content["llama_layers_dir"],
             tokenizer=content["tokenizer"],
+            keep_mixer_heads=settings.get("keep_mixer_heads", False),
         )
     except KeyError as error:
         raise SurgeryError(f"{path} lacks {error}, which a {RESULT} has. Run the search's command again.") from error
@@ -105,6 +117,37 @@ def read_single_layers(path: Path) -> tuple[dict[int, float], int]:
     return {one.layers[0]: one.score for one in found if one.score is not None}, left_out
 
 
+def read_heads(path: Path) -> tuple[dict[tuple[int, int], float], list[tuple[int, int]]]:
+    """Scores of single heads, by (layer, head), of a search's result; or, of a list, the heads in its order.
+
+    A list is text with names like 13:16 or 13:16,17, and comments after #; or a JSON list of such names.
+
+    Raises:
+        SurgeryError: if there is no such file, or it has no heads.
+    """
+    data = _bytes(path)
+    known: list[Any] = []
+    try:
+        text = decode(data).lstrip()
+        words = [word for line in text.splitlines() for word in line.partition("#")[0].split()]
+        if text[:1] in ("[", "{"):
+            content = parse_json((f'{{"list": {text}}}' if text[0] == "[" else text).encode())
+            known = _as_list(content.get(_SINGLE_HEADS))
+            words = [each["layers"] for each in known] or _as_list(content.get("list"))
+        heads = [(layer, head) for layer, of_layer in map(heads_of_layer, map(str, words)) for head in of_layer]
+        scores = [_score(each) for each in known]
+        if known:
+            return {head: score for head, score in zip(heads, scores, strict=True) if score is not None}, []
+    except (ValueError, KeyError, TypeError, argparse.ArgumentTypeError) as error:
+        raise SurgeryError(f"{path} is no list of heads: {error}. Mend it, or give another --prior.") from error
+    if not heads:
+        raise SurgeryError(
+            f"{path} has no heads: it needs names like 13:16, one a line, or a search's {_SINGLE_HEADS}. Give another "
+            "file by --prior."
+        )
+    return {}, heads
+
+
 def _found(
     content: dict[str, Any], entries: list[Any], place: str, *, are_single: bool = False
 ) -> tuple[list[Found], int]:
@@ -112,7 +155,8 @@ def _found(
     found = []
     for number, entry in enumerate(entries, start=1):
         try:
-            one = Found(_layers(entry), _score(entry))
+            heads = _heads(entry)
+            one = Found(() if heads else _layers(entry), _score(entry), heads)
             if are_single and (len(one.layers) != 1 or one.score is None):
                 raise ValueError("it is not one layer with a score")
         except ValueError as error:
@@ -127,15 +171,19 @@ def _is_ours(content: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    data = _bytes(path)
+    try:
+        return parse_json(b'{"%s": %s}' % (_LISTS[0].encode(), data) if data.lstrip()[:1] == b"[" else data)
+    except ValueError as error:
+        raise SurgeryError(f"{path} is not JSON ({error}). Give the {RESULT} of a search.") from error
+
+
+def _bytes(path: Path) -> bytes:
     if path.is_dir():
         raise SurgeryError(f"{path} is a folder. Give the result file in it, such as {path / RESULT}.")
     if not path.exists():
         raise SurgeryError(f"{path} is not there. Give the {RESULT} of a search, or an older program's result file.")
-    try:
-        data = regular_file(path).read_bytes()
-        return parse_json(b'{"%s": %s}' % (_LISTS[0].encode(), data) if data.lstrip()[:1] == b"[" else data)
-    except ValueError as error:
-        raise SurgeryError(f"{path} is not JSON ({error}). Give the {RESULT} of a search.") from error
+    return regular_file(path).read_bytes()
 
 
 def _rank(one: Found) -> float:
@@ -164,6 +212,19 @@ def _entries(content: dict[str, Any], path: Path) -> list[Any]:
         f"{path} has no list of combinations: it needs {' or '.join(_LISTS)}, and has {keys or 'nothing'}. "
         'Bring it into this shape: {"final_results": [{"layers": [11, 13], "fitness": 0.57}]}.'
     )
+
+
+def _heads(entry: Any) -> str:
+    """An entry's heads as --heads takes them; "" if it has none. Raises ValueError for what is none."""
+    given = entry.get("heads") if isinstance(entry, dict) else None
+    if given is None:
+        return ""
+    if not isinstance(given, list) or not given or not all(isinstance(each, str) for each in given):
+        raise ValueError(f'its heads are {given!r:.80}, and not like ["13:16", "15:11"]')
+    try:
+        return names_of(given)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def _layers(entry: Any) -> LayerSet:

@@ -24,7 +24,7 @@ from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.search.hidden_states import HiddenStates
 from model_preparation.search.model_pair import load_pair
 from model_preparation.search.question_set import BatchResult, QuestionSet
-from model_preparation.search.settings import KL, SearchSettings
+from model_preparation.search.settings import HEADS, KL, SearchSettings
 
 # What the settings of a search and of an evaluation both have.
 _OF_QUESTIONS = ("lengths", "language", "haystack", "limit", "mmlu_data", "num_fewshot", "batch_size")
@@ -39,7 +39,7 @@ class ScoringSetup:
         scored_on: the type of the device on which candidates run, if that is not `settings.device`.
 
     Attributes:
-        planned: the graft of all layers.
+        planned: the graft of all layers, or of all heads.
         second_leaves: the single tasks of `second_task`.
         recorded: what decides on the answers, except the weights. Results and journals record it.
 
@@ -66,6 +66,8 @@ class ScoringSetup:
             # The same batches on every machine.
             self.lm = ScoringLM(self.pair.model, self.pair.tokenizer, settings.batch_size, batches_for=kind)
             self.questions = QuestionSet(self.lm, loaded, self.recorded, settings.objective)
+        if settings.unit == HEADS:
+            self.recorded |= {"unit": HEADS, "keep_mixer_heads": settings.keep_mixer_heads}
         self.second_leaves = [] if settings.second_task is None else loaded.leaves_of[settings.second_task]
 
     def take_extracted(self, folder: Path) -> None:
@@ -143,7 +145,7 @@ class ScoringSetup:
 
 
 def _plan(settings: SearchSettings) -> graft.GraftPlan:
-    """The graft of all layers."""
+    """The graft of all layers, or of all heads."""
     layers: LayerStore | ModelLayers
     if settings.llama_layers_dir is not None:
         hint = settings.donor or ("DONOR" if settings.start else donor_name(settings.base, settings.sources))
@@ -153,4 +155,15 @@ def _plan(settings: SearchSettings) -> graft.GraftPlan:
         layers = ModelLayers(resolve(settings.donor, overrides=settings.sources))
     grafted = [] if settings.start is None else read_info(settings.start)["replaced_layers"]
     indices = [index for index in range(layers.config.num_hidden_layers) if index not in grafted]
-    return graft.plan(settings.origin, indices, layers, tokenizer=settings.tokenizer, sources=settings.sources)
+    asked: dict[str, Any] = {"layers": indices}
+    if settings.unit == HEADS:
+        layers.check_is_donor()
+        heads = range(layers.config.num_attention_heads)
+        asked = {"layers": [], "heads": dict.fromkeys(indices, heads), "keep_mixer_heads": settings.keep_mixer_heads}
+    return graft.plan(
+        settings.origin,
+        llama_layers_dir=layers,
+        tokenizer=settings.tokenizer,
+        sources=settings.sources,
+        **asked,
+    )

@@ -17,15 +17,14 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import write_file
 from model_preparation.io.identity import digest_of
 from model_preparation.io.self_checksum import with_checksum
-from model_preparation.search import checks
+from model_preparation.search import checks, methods
 from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.candidate_scores import BudgetSpent, CandidateScores, Scorer
 from model_preparation.search.checks import DONOR_LAYERS, JOURNAL
 from model_preparation.search.journal import Journal
-from model_preparation.search.layer_sets import SearchSpace, names
-from model_preparation.search.methods import METHODS
+from model_preparation.search.layer_sets import SearchSpace
 from model_preparation.search.objective import Objective
-from model_preparation.search.plan import describe, sizes_in_budget
+from model_preparation.search.plan import describe, space_of
 from model_preparation.search.progress import SearchProgress
 from model_preparation.search.report import write_report
 from model_preparation.search.result import search_result
@@ -79,10 +78,9 @@ def search_layers(
         if extracts and checks.has_donor_layers(settings, overwrite=overwrite):
             settings, extracts = replace(settings, llama_layers_dir=folder / DONOR_LAYERS), False
         setup = ScoringSetup(settings, scored_on)
-        total = setup.pair.layers
-        fixed = setup.pair.fixed
-        gains = checks.known_gains(settings, total, say, fixed)
-        space = SearchSpace(total, *sizes_in_budget(setup), gains, fixed)
+        pair = setup.pair
+        known = checks.known_heads if pair.units.heads else checks.known_layers
+        space = space_of(setup, *known(settings, pair.layers, pair.fixed, pair.units, say))
         if not overwrite:  # a dry run reads no weights
             asked = {"settings": setup.recorded, **({} if dry_run else {"inputs": setup.inputs})}
             checks.check_earlier(folder, asked)
@@ -114,18 +112,24 @@ def _evaluate(
     donor = _donor(setup, scorer, journal, digest, objective)
     with SearchProgress() as progress:
         scores = CandidateScores(
-            scorer, setup.questions, objective, journal, digest, total=space.total, settings=settings, progress=progress
+            *(scorer, setup.questions, objective, journal, digest),
+            total=space.total,
+            settings=settings,
+            progress=progress,
+            units=space.units,
         )
         budget_spent = False
         try:
-            METHODS[settings.method](space, scores, settings)
+            methods.search(space, scores, settings)
         except BudgetSpent:
             budget_spent = True
     found = search_result(setup, space, scores, donor, budget_spent=budget_spent)
     if not found["final_results"]:
-        reasons = "; ".join(f"{names(layers)}: {reason}" for layers, reason in list(scores.failed.items())[:3])
+        reasons = "; ".join(
+            f"{space.units.names(layers)}: {reason}" for layers, reason in list(scores.failed.items())[:3]
+        )
         raise SurgeryError(
-            f"No combination of {space.least} to {space.most} layers was evaluated"
+            f"No combination of {space.least} to {space.most} {space.units.word} was evaluated"
             + (f" ({reasons})" if reasons else "")
             + ". Allow more by --budget_evaluations or --budget_hours, or mend what failed; finished evaluations stay."
         )

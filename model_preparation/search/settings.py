@@ -19,6 +19,7 @@ OPTIONS_OF = {
     "beam": ("beam_width",),
     "ga": ("seed", "population", "generations", "patience"),
 }
+LAYERS, HEADS = UNITS = ("layers", "heads")
 ACCURACY, KL, NLL = OBJECTIVES = ("accuracy", "kl", "nll")
 
 
@@ -110,6 +111,16 @@ class SearchSettings(CheckedSettings):
         ),
     ] = ACCURACY
     method: Annotated[str, Flag(None, "see above", OneOf(*METHODS))] = "beam"
+    unit: Annotated[
+        str,
+        Flag(None, "what combinations are made of: whole layers, or single query heads of the donor", OneOf(*UNITS)),
+    ] = LAYERS
+    max_heads: Annotated[
+        int | None, Flag("N", "with --unit heads: the most heads of a combination (default: 4; of singles: 1)", _COUNT)
+    ] = None
+    keep_mixer_heads: Annotated[
+        bool, Flag(None, "with --unit heads: leave the mixers whole, as for create_replaced_model_checkpoint.py")
+    ] = False
     min_layers: Annotated[int, Flag("N", "the fewest layers of a combination", _COUNT)] = 1
     max_layers: Annotated[
         int | None, Flag("N", "the most layers of a combination (default: 4; of singles: 1)", _COUNT)
@@ -134,7 +145,13 @@ class SearchSettings(CheckedSettings):
         ),
     ] = None
     prior: Annotated[
-        str | Path | None, Flag("FILE", "another search's result; its single_layer_results are taken as known")
+        str | Path | None,
+        Flag(
+            "FILE",
+            "another search's result, whose scores of single layers or heads are taken as known; with --unit heads "
+            "also a list of heads, the best first, one 13:16 a line or in JSON: the first 1, 2, ... of them together "
+            "and each alone are tried first, and every method continues from them where they are good",
+        ),
     ] = None
     beam_width: Annotated[int, Flag("N", "of beam: combinations of each size that it extends", _COUNT)] = 4
     seed: Annotated[int, Flag("N", "of ga, from 0", number(int, least=0))] = 0
@@ -175,9 +192,9 @@ class SearchSettings(CheckedSettings):
         return self.base if self.start is None else str(self.start)
 
     @property
-    def most_layers(self) -> int:
-        """`max_layers`, or its default."""
-        return self.max_layers or (1 if self.method == "singles" else 4)
+    def most(self) -> int:
+        """`max_layers` or `max_heads`, or the default."""
+        return (self.max_heads if self.unit == HEADS else self.max_layers) or (1 if self.method == "singles" else 4)
 
     @property
     def races(self) -> bool:
@@ -190,10 +207,12 @@ class SearchSettings(CheckedSettings):
 
         prior = None if self.prior is None else Path(self.prior)
         options = OPTIONS_OF.get(self.method, ("top",) if self.races else ())
+        sizes: dict[str, Any] = {"min_layers": self.min_layers, "max_layers": self.most}
+        if self.unit == HEADS:
+            sizes = {"unit": HEADS, "max_heads": self.most}
         return {
             "method": self.method,
-            "min_layers": self.min_layers,
-            "max_layers": self.most_layers,
+            **sizes,
             "budget_evaluations": self.budget_evaluations,
             "budget_hours": self.budget_hours,
             "max_cache_bytes": self.max_cache_bytes,

@@ -18,7 +18,7 @@ from model_preparation.evaluation.questions import read_split
 from model_preparation.evaluation.tasks import check_names, load_tasks
 from model_preparation.io.text import open_text
 from model_preparation.jobs.combinations import best_of, read_list
-from model_preparation.search.result_reader import read_single_layers
+from model_preparation.search.result_reader import read_heads, read_single_layers
 from model_preparation.train.distill.tokens import tokens_of_text
 from model_preparation.train.heal.sequences import load_sequences
 from tests.conftest import make_tokenizer
@@ -56,6 +56,7 @@ READERS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "--list l.json": ("l.json", '[{"layers": [1, 3],\n "name": "a"}]\n', read_list),
     "--from result.json": ("result.json", RESULT, lambda path: best_of(path, 1)),
     "--prior result.json": ("result.json", RESULT, read_single_layers),
+    "--prior heads.txt": ("heads.txt", "13:16  # née\n15:11\n", read_heads),
     "--from_info checkpoint_info.json": ("checkpoint_info.json", RECIPE, read_recipe),
     "--card card.md": ("card.md", "---\nlicense: mit\n---\n# Née\n", _read_card_file),
     "--mmlu_data of csv": ("test/anatomy_test.csv", '"Who, née?",Noah,Mia,Leo,Jan,C\n', subject_of("a/b")),

@@ -70,6 +70,23 @@ def loaded(base_dir, layers_dir, donor_dir, task_dir, tmp_path_factory) -> Scori
     return setup
 
 
+@pytest.fixture(scope="module")
+def datasets_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        patched.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "a machine")
+        yield
+
+
+@pytest.fixture(scope="session")
+def make_settings(base_dir, layers_dir, donor_dir, task_dir):
+    def make(folder: Path, **changes) -> SearchSettings:
+        fields = {"base": str(base_dir), "llama_layers_dir": layers_dir, "tasks": (str(task_dir),)}
+        return SearchSettings(folder, **{**fields, "donor": str(donor_dir), "batch_size": 3, **changes})
+
+    return make
+
+
 @pytest.fixture
 def make_scorer(loaded, tmp_path):
     """Makes a scorer with other settings; its files go into `tmp_path`."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.journal import Journal
-from model_preparation.search.layer_sets import count_passes
+from model_preparation.search.layer_sets import WHOLE_LAYERS, count_passes
 from model_preparation.search.objective import Objective
 from model_preparation.search.progress import SearchProgress
 from model_preparation.search.settings import SearchSettings
@@ -71,7 +71,9 @@ class PlantedScorer:
             yield layers, self.answer(layers, batches)
 
 
-def make_scores(folder, count: int = 400, digest: str = "d", scorer=None, **changes) -> CandidateScores:
+def make_scores(
+    folder, count: int = 400, digest: str = "d", scorer=None, units=WHOLE_LAYERS, **changes
+) -> CandidateScores:
     questions = PlantedQuestions(count)
     scorer = scorer or PlantedScorer(questions)
     objective = Objective("accuracy", np.zeros(count, dtype=np.int64), np.arange(count) % 2 == 1)
@@ -86,6 +88,7 @@ def make_scores(folder, count: int = 400, digest: str = "d", scorer=None, **chan
         total=scorer.total,
         settings=settings,
         progress=SearchProgress(),
+        units=units,
     )
     made.scorer, made.journal = scorer, journal
     return made

@@ -24,12 +24,24 @@ def evaluated(base_dir, layers_dir, task_dir, tmp_path_factory):
             folder = tmp_path_factory.mktemp("checkpoint") / "graft"
             build_checkpoint(str(base_dir), list(layers), layers_dir, folder)
             result = evaluate_checkpoint(folder, tasks=[str(task_dir)], batch_size=3)
-            records = {}
-            for path in (folder / "evaluations").glob("*/answers/*.json"):
-                record = json.loads(path.read_text())
-                records[record["task"]] = record["answers"]
-            found[layers] = result, records
+            found[layers] = result, records_of(folder)
     return found
+
+
+def records_of(checkpoint):
+    """The answers of its evaluation, by task."""
+    records = [json.loads(path.read_text()) for path in checkpoint.glob("evaluations/*/answers/*.json")]
+    return {record["task"]: record["answers"] for record in records}
+
+
+def assert_answers_are(records, questions, results):
+    """`records` has the answers by task, of an evaluation."""
+    answers = {name: [None] * len(given) for name, given in records.items()}
+    names = [task.name for task in questions._tasks]
+    for number, result in results.items():
+        for request, answer in result.answers:
+            answers[names[questions.batches[number].task]][request] = list(answer)
+    assert answers == records
 
 
 @pytest.mark.parametrize("memory_bytes", [1 << 30, 0, 5000])
@@ -39,12 +51,7 @@ def test_every_answer_is_that_of_the_checkpoint_to_the_bit(loaded, make_scorer, 
     results = dict(scorer.score(ALL_SETS))
     assert sorted(results) == sorted(ALL_SETS)
     for layers, (evaluation, records) in evaluated.items():
-        answers = {name: [None] * len(given) for name, given in records.items()}
-        names = [task.name for task in questions._tasks]
-        for number, result in results[layers].items():
-            for request, answer in result.answers:
-                answers[names[questions.batches[number].task]][request] = list(answer)
-        assert answers == records
+        assert_answers_are(records, questions, results[layers])
         values = questions.values(results[layers])
         assert sum(values.values()) == pytest.approx(
             sum(row["score"] * row["questions"] for row in evaluation["tasks"].values())
@@ -81,7 +88,7 @@ def test_after_the_last_mixing_only_scored_positions_go_on(loaded, make_scorer):
     pair, questions, scorer = loaded.pair, loaded.questions, make_scorer()
     dict(scorer.score([(3,)]))  # tries each shape once
     rows = []
-    hook = pair.layer(3, True).mlp.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:-1].numel()))
+    hook = pair.layer(3, (3,)).mlp.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[:-1].numel()))
     dict(scorer.score([(3,)]))
     hook.remove()
     scored = sum(batch.positions.numel() for batch in questions.batches)

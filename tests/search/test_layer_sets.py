@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_preparation.search.layer_sets import count_passes, walk
+from model_preparation.search.layer_sets import WHOLE_LAYERS, Units, count_passes, walk
 
 
 class State:
@@ -23,17 +23,17 @@ class State:
         State.most = max(State.most, len(State.alive))
 
 
-def run(sets, total):
-    """({set: kinds of all layers}, layers run, most states alive)."""
+def run(sets, total, units=WHOLE_LAYERS):
+    """({set: what it grafts into each layer}, layers run, most states alive)."""
     steps, State.most = [], 0
 
-    def step(layer, grafted, state):
+    def step(layer, part, state):
         assert len(state.kinds) == layer
         steps.append(layer)
-        return State((*state.kinds, grafted))
+        return State((*state.kinds, part))
 
     found = {}
-    for layers, state in walk(sets, total, lambda layer: State((False,) * layer), step):
+    for layers, state in walk(sets, total, lambda layer: State(((),) * layer), step, units):
         found[layers] = state.kinds
         del state
     return found, len(steps), State.most
@@ -66,12 +66,16 @@ def test_what_is_saved_of_32_layers(sets, saved):
     assert most <= max(map(len, sets)) + 1
 
 
+@pytest.mark.parametrize("units", [WHOLE_LAYERS, Units(2), Units(4, 2)])
 @given(st.sets(st.sets(st.integers(0, 7), min_size=1).map(lambda layers: tuple(sorted(layers))), max_size=20))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_every_set_is_run_with_its_own_layers_and_no_layer_twice(sets):
-    found, steps, most = run(sets, 8)
-    assert found == {layers: tuple(layer in layers for layer in range(8)) for layers in sets}
-    prefixes = {kinds[:depth] for kinds in found.values() for depth in range(1, 9)}
+def test_every_set_is_run_with_its_own_layers_and_no_layer_twice(units, sets):
+    """Eight layers, or four of two heads, or two of four."""
+    total = 8 // units.per_layer
+    found, steps, most = run(sets, total, units)
+    parts = [range(layer * units.per_layer, (layer + 1) * units.per_layer) for layer in range(total)]
+    assert found == {each: tuple(tuple(unit for unit in each if unit in part) for part in parts) for each in sets}
+    prefixes = {kinds[:depth] for kinds in found.values() for depth in range(1, total + 1)}
     assert steps == len([prefix for prefix in prefixes if any(prefix)])  # the base's own are there already
-    assert steps + 8 == count_passes(sets, 8)
+    assert steps + total == count_passes(sets, total, units)
     assert most <= max(map(len, sets), default=0) + 1

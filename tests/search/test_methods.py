@@ -7,7 +7,7 @@ import pytest
 
 from model_preparation.search.candidate_scores import BudgetSpent
 from model_preparation.search.genetic import genetic
-from model_preparation.search.layer_sets import SearchSpace
+from model_preparation.search.layer_sets import WHOLE_LAYERS, SearchSpace, Units
 from model_preparation.search.methods import METHODS
 from model_preparation.search.settings import SearchSettings
 from tests.search.planted import TOTAL, PlantedQuestions, PlantedScorer, make_scores
@@ -15,10 +15,11 @@ from tests.search.planted import TOTAL, PlantedQuestions, PlantedScorer, make_sc
 COUNT = 298  # sets of 1 to 3 of 12 layers
 
 
-def search(folder, method, *, most=3, least=1, prior=None, budget=None, **options):
-    scores = make_scores(folder, method=method, race=None, budget_evaluations=budget)
+def search(folder, method, *, most=3, least=1, prior=None, budget=None, units=WHOLE_LAYERS, **options):
+    scores = make_scores(folder, method=method, race=None, budget_evaluations=budget, units=units)
+    space = SearchSpace(TOTAL // units.per_layer, least, most, prior or {}, units=units)
     try:
-        METHODS[method](SearchSpace(TOTAL, least, most, prior or {}), scores, SearchSettings(folder, **options))
+        METHODS[method](space, scores, SearchSettings(folder, **options))
     except BudgetSpent:
         assert budget is not None
     scores.journal.close()
@@ -93,6 +94,19 @@ def test_ratio_takes_the_layers_without_which_recall_loses_most_for_each_loss_el
     scores.journal.close()
     assert sorted(scores.order[-4:], key=len) == [(2,), (2, 9), (2, 4, 9), (2, 4, 5, 9)]
     assert len(scores.order) == 1 + TOTAL + 4
+
+
+@pytest.mark.parametrize("method", ["singles", "greedy", "beam", "ga"])
+def test_methods_see_numbers_only(tmp_path, method):
+    """Six layers of two heads are searched like twelve layers, and races drop the same sets."""
+    options = {"most": 2, "population": 10, "generations": 3, "beam_width": 2}
+    layers = search(tmp_path / "layers", method, **options)
+    heads = search(tmp_path / "heads", method, units=Units(2), **options)
+    assert heads.order == layers.order
+    assert heads.dropped == layers.dropped
+    assert bool(heads.dropped) == (method != "singles")
+    written = [entry["heads"] for entry in heads.journal.entries]
+    assert written[1] == [f"{unit // 2}:{unit % 2}" for unit in heads.order[0]]
 
 
 def test_singles_are_all_singles(truth, tmp_path):

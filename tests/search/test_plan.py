@@ -7,7 +7,7 @@ import pytest
 
 from model_preparation.search import methods
 from model_preparation.search.candidate_scores import BudgetSpent
-from model_preparation.search.layer_sets import SearchSpace, count_passes, most_passes
+from model_preparation.search.layer_sets import SearchSpace, Units, count_passes, most_passes
 from model_preparation.search.methods import METHODS
 from model_preparation.search.plan import bounds, describe_cost
 from model_preparation.search.settings import SearchSettings
@@ -20,7 +20,7 @@ SMALL = {"population": 10, "generations": 3, "patience": 3, "beam_width": 3}
 
 
 def space_of(settings, prior=None):
-    return SearchSpace(TOTAL, settings.min_layers, settings.most_layers, prior or {})
+    return SearchSpace(TOTAL, settings.min_layers, settings.most, prior or {})
 
 
 @pytest.mark.parametrize(("least", "most"), [(1, 1), (1, 3), (2, 3), (3, 3), (2, TOTAL)])
@@ -30,6 +30,24 @@ def test_all_sets_take_as_many_passes_as_is_said(least, most):
     fixed = {1, 4}
     sets = [layers for layers in sets if not fixed & {*layers}]
     assert TOTAL + most_passes(len(sets), TOTAL, least, most, fixed) == count_passes(sets, TOTAL)
+
+
+@pytest.mark.parametrize("fixed", [frozenset(), frozenset({1})])
+@pytest.mark.parametrize("most_kv_heads", [None, 1, 2])
+def test_sets_of_heads_are_counted(fixed, most_kv_heads):
+    """Of three layers with four query heads, two of which share a key/value head each."""
+    units = Units(4, 2)
+    space = SearchSpace(3, 1, 3, {}, fixed, units, most_kv_heads)
+    heads = [(layer, head) for layer in range(3) for head in range(4) if layer not in fixed]
+    sets = [each for size in (1, 2, 3) for each in itertools.combinations(heads, size)]
+    if most_kv_heads is not None:
+        sets = [each for each in sets if len({(layer, head // 2) for layer, head in each}) <= most_kv_heads]
+    found = list(space.all())
+    assert [tuple((unit // 4, unit % 4) for unit in each) for each in found] == sets
+    assert space.count == len(sets)
+    passes = 3 + space.most_passes(len(sets), 1, 3)
+    assert count_passes(found, 3, units) <= passes
+    assert most_kv_heads is not None or count_passes(found, 3, units) == passes
 
 
 @pytest.mark.parametrize("count", [1, 5, 40, 200])

@@ -31,28 +31,12 @@ from tests.search.conftest import make_questions, write_task
 COMPARED = ("final_results", "base_score", "base_stderr", "pareto", "single_layer_results", "dropped", "failed")
 SMALL = {"population": 6, "generations": 2, "patience": 2, "beam_width": 2, "top": 3}
 FEW = {"method": "singles", "max_layers": 1, "budget_evaluations": 1}
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 
 
 def test_results_go_beside_the_package_by_default_wherever_one_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert _parser().get_default("output_dir") == PACKAGE.parent / "searches" / "search"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def datasets_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        patched.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "a machine")
-        yield
-
-
-@pytest.fixture(scope="module")
-def make_settings(base_dir, layers_dir, donor_dir, task_dir):
-    def make(folder: Path, **changes) -> SearchSettings:
-        fields = {"base": str(base_dir), "llama_layers_dir": layers_dir, "tasks": (str(task_dir),)}
-        return SearchSettings(folder, **{**fields, "donor": str(donor_dir), "batch_size": 3, **changes})
-
-    return make
 
 
 def killed_after(lines: int, settings: SearchSettings) -> None:
@@ -74,9 +58,16 @@ def killed_after(lines: int, settings: SearchSettings) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize(("method", "objective"), [("ga", "accuracy"), ("beam", "kl"), ("removal", "nll")])
-def test_killed_again_and_again_it_ends_like_an_uninterrupted_search(make_settings, tmp_path, method, objective):
-    changes = {"method": method, "objective": objective, "max_layers": 3, **SMALL}
+@pytest.mark.parametrize(
+    ("method", "objective", "sizes"),
+    [
+        ("ga", "accuracy", {"max_layers": 3}),
+        ("beam", "kl", {"unit": "heads", "max_heads": 2}),
+        ("removal", "nll", {"max_layers": 3}),
+    ],
+)
+def test_killed_again_and_again_it_ends_like_an_uninterrupted_search(make_settings, tmp_path, method, objective, sizes):
+    changes = {"method": method, "objective": objective, **sizes, **SMALL}
     whole = search_layers(make_settings(tmp_path / "whole", **changes))
     lines = len((tmp_path / "whole" / "journal.jsonl").read_bytes().splitlines())
     settings = make_settings(tmp_path / "cut", **changes)
@@ -84,11 +75,13 @@ def test_killed_again_and_again_it_ends_like_an_uninterrupted_search(make_settin
         killed_after(killed_at, settings)
         assert not (tmp_path / "cut" / "search_result.json").exists()
     found = search_layers(settings)
-    assert {name: found[name] for name in COMPARED} == {name: whole[name] for name in COMPARED}
+    compared = {name.replace("layer", "head") if "unit" in sizes else name for name in COMPARED}
+    assert {name: found[name] for name in compared} == {name: whole[name] for name in compared}
     assert found["statistics"]["evaluations"] == whole["statistics"]["evaluations"]
     assert found["statistics"]["layer_passes"] > whole["statistics"]["layer_passes"]  # the base ran again
     asked = [json.loads(line) for line in (tmp_path / "cut" / "journal.jsonl").read_bytes().splitlines()]
-    made = [(tuple(each["layers"]), tuple(each["parts"])) for each in asked if each.get("layers")]
+    sets = [(each.get("layers") or each.get("heads"), each.get("parts")) for each in asked]
+    made = [(tuple(each), tuple(parts)) for each, parts in sets if each]
     assert len(made) == len(set(made))  # nothing was evaluated twice
 
 
