@@ -102,10 +102,11 @@ def _parser() -> CommandParser:
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="the checkpoint to heal")
     parser.add_argument(
         "--data",
-        metavar="FILE|DIR|NAME",
+        metavar="FILE|DIR|NAME|self",
         help='text: .txt and .md files, .jsonl and .parquet files with a field "text", a folder of these, or the name '
-        "of a data set: org/name or org/name:config on Hugging Face, modelscope:org/name on ModelScope. Or "
-        "conversations: rows with messages, with conversations, with query and response, or with instruction and output",
+        "of a data set: org/name or org/name:config on Hugging Face, modelscope:org/name on ModelScope. Rows with "
+        "messages, conversations, query and response, or instruction and output are conversations. self: the donor "
+        "writes the conversations",
     )
     parser.add_argument(
         "--output_dir", required=True, type=Path, metavar="DIR", help="the healed checkpoint's folder, made whole"

@@ -1,6 +1,8 @@
 """Conversations: the forms of rows, which tokens count, packing, and what is refused."""
 
 import json
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +10,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from model_preparation import load_checkpoint
+from model_preparation import build_checkpoint, extract_layers, load_checkpoint
 from model_preparation.errors import SurgeryError
+from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE
+from model_preparation.train.heal.self_conversations import _Script, write_conversations
 from model_preparation.train.heal.sequences import Documents, collate, hold_out, load_sequences
 from model_preparation.train.heal.settings import HealSettings
-from tests.conftest import make_tokenizer
+from tests.conftest import assert_refused, make_tokenizer
+from tests.train.cutting import outcome, run_until
 
 GENERATION = "{% if add_generation_prompt %}"
 CHATML = (
@@ -40,6 +45,9 @@ BRACKETS = (
     "{% endfor %}"
 )
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + GENERATION + "assistant:{% endif %}"
+ENDED = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}" + GENERATION + "<s>assistant\n{% endif %}"
+)
 TALK = [
     {"role": "user", "content": "Two?"},
     {"role": "assistant", "content": " hm|Zwei é \n"},
@@ -250,3 +258,112 @@ def test_packed_and_padded_give_the_same_loss_and_gradients(many, checkpoint_dir
     for padded, packed in zip(*found, strict=True):
         torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-7, atol=0)
+
+
+@pytest.fixture(scope="module")
+def talking(base_dir, donor_dir, tmp_path_factory) -> Path:
+    """A checkpoint of the tiny pair whose donor likes to end its turns: its first width is a bias, for the end."""
+    folder = tmp_path_factory.mktemp("talking")
+    donor = LlamaForCausalLM.from_pretrained(donor_dir)
+    with torch.no_grad():
+        donor.model.embed_tokens.weight[:, 0] = 100
+        donor.lm_head.weight[:, 0] = 0
+        donor.lm_head.weight[make_tokenizer().eos_token_id, 0] = 0.8
+    donor.save_pretrained(shutil.copytree(donor_dir, folder / "donor"))
+    (folder / "template.jinja").write_text(ENDED)
+    extract_layers(str(folder / "donor"), folder / "layers")
+    build_checkpoint(str(base_dir), [1, 3], folder / "layers", folder / "tiny")
+    return folder / "tiny"
+
+
+# Of its runs: 4 steps, so that one can be killed before the last.
+TALK_RUN = ("--block_size", 96, "--max_steps", 4, "--self_conversations", 40)
+
+
+@pytest.mark.parametrize("more", [("--packing",), ("--loss_on", "completion")], ids=["packed", "padded"])
+def test_healing_on_what_the_donor_writes_is_killed_and_ends_with_the_same_bits(more, talking, flags, heal, tmp_path):
+    template = talking.parent / "template.jinja"
+    given = ["--checkpoint", talking, "--data", "self", "--chat_template", template, *TALK_RUN, *more]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    result = heal(whole, *given)
+    assert result.returncode == 0, result.stderr
+    assert "The donor writes 40 conversations" in result.stdout
+    killed = run_until([*flags, *given, "--output_dir", out], 2)
+    assert killed[0] == -signal.SIGKILL, killed[1]
+    assert heal(out, *given).returncode == 0
+    assert outcome(out) == outcome(whole)
+    (written,) = (tmp_path / "out_resume").glob("written_by_donor_*")
+    assert {path.name: path.read_bytes() for path in written.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole_resume").glob("written_by_donor_*/*")
+    }
+    for line in (written / "00000.jsonl").read_text().splitlines():
+        assert [message["role"] for message in json.loads(line)["messages"]] == ["user", "assistant"]
+
+    # The losses before and after are those of the conversations held out, over the tokens of the answers.
+    info = json.loads((out / "checkpoint_info.json").read_text())["healing"]
+    assert info["data"]["name"] == "self"
+    for folder, when in ((talking, "before"), (out, "after")):
+        model, tokenizer = load_checkpoint(folder)
+        assert (tokenizer.chat_template == ENDED) == (when == "after")
+        tokenizer.chat_template = ENDED
+        conversations = load(str(written), tokenizer, 96)
+        held_out = hold_out(conversations, 0.05)[1]
+        logs = [
+            -model(item["input_ids"][None])
+            .logits[0, :-1]
+            .log_softmax(-1)[item["labels"][1:] != -100]
+            .gather(1, item["labels"][item["labels"] != -100][:, None])
+            for item in (held_out[index] for index in range(len(held_out)))
+        ]
+        assert info["scores"][when]["eval_loss"] == pytest.approx(torch.cat(logs).mean().item(), abs=1e-5)
+
+
+class Scripted:
+    """A sampler that draws what is planned, row by row."""
+
+    def __init__(self, *rows: list[int]):
+        self.rows = [*rows, *([0],) * (SEQUENCES_AT_ONCE - len(rows))]
+
+    def draw(self, sequences, length, seed, advance, *, begin, steer):
+        self.begin, self.taken = list(begin), []
+        for step in range(length - len(begin)):
+            if (taken := steer([row[min(step, len(row) - 1)] for row in self.rows])) is None:
+                return
+            self.taken.append(taken)
+
+
+def test_the_donors_turns_are_what_is_between_the_templates_words():
+    tokenizer = tokenizer_with(CHATML)
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    between = ids("<|im_end|>\n<|im_start|>assistant\n")
+    skipped = [0] * (len(between) - 1)  # what is drawn where the template's words come
+    rows = [
+        ids("Why?<|im_end|>") + skipped + ids("So é.<|im_end|>more"),
+        ids("Why?<|im_end|>") + skipped + ids("<|im_start|>user<|im_end|>"),  # a mark that ends nothing
+        ids("  <|im_end|>") + skipped + ids("So.<|im_end|>"),  # nobody said anything
+        ids("Why?"),  # never ends
+    ]
+    sampler = Scripted(*rows)
+    found = _Script(tokenizer, Path("donor")).play(sampler, 90, 0)
+    assert found == [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So é."}]]
+    assert tokenizer.decode(sampler.begin) == "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\n"
+    assert [taken[0] for taken in sampler.taken][5 : 4 + len(between)] == between[1:]
+
+
+def test_a_donor_that_cannot_write_conversations_is_named(donor_dir, checkpoint_dir, heal, tmp_path):
+    def write(template: str | None, **settings) -> None:
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = template
+        write_conversations(donor_dir, tokenizer, HealSettings(block_size=32, **settings), tmp_path, "cpu")
+
+    with pytest.raises(SurgeryError, match="tiny-llama has no chat template, so it cannot write"):
+        write(None)
+    with pytest.raises(SurgeryError, match="puts nothing behind a turn"):
+        write("{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(
+        SurgeryError, match=r"Of 256 conversations .* it ended 0 within --block_size 32 .*; 8 are needed"
+    ):
+        write(ENDED, self_conversations=8)
+    refused = heal(tmp_path / "out", "--self_conversations", 9)
+    assert_refused(refused, "self_conversations has no effect on", "give --data self")
+    assert_refused(heal(tmp_path / "out", "--chat_template", tmp_path / "none"), "none cannot be read", "chat template")

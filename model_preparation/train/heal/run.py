@@ -22,6 +22,7 @@ from model_preparation.io.identity import differences, name_of
 from model_preparation.io.text import read_text
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
+from model_preparation.train.distill.settings import SELF
 from model_preparation.train.heal.adapters import add_lora, is_adapter, load_adapter
 from model_preparation.train.heal.arguments import step_size
 from model_preparation.train.heal.objective import Distillation, check_teacher
@@ -34,6 +35,7 @@ from model_preparation.train.heal.resume_state import (
     set_aside,
     set_aside_after,
 )
+from model_preparation.train.heal.self_conversations import write_conversations
 from model_preparation.train.heal.sequences import Sequences, hold_out, load_sequences
 from model_preparation.train.heal.settings import HealSettings, resumed_settings, saved_settings
 from model_preparation.train.heal.weights import load_weights
@@ -96,10 +98,22 @@ class Run:
         folder = self._initial_adapter()
         return add_lora(model, self.settings) if folder is None else load_adapter(model, folder, trainable=True)
 
-    def load_data(self, data: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Sequences, Sequences | None]:
+    def load_data(
+        self, data: str, tokenizer: PreTrainedTokenizerBase, processes: PartialState, states: Path, device: str
+    ) -> tuple[Sequences, Sequences | None]:
         """(for training, held out); enters them into `identity`. Raises SurgeryError if the state had other ones."""
         settings = self.settings
-        train, held_out = load_sequences(data, tokenizer, settings, self.say), None
+        place = data
+        if data == SELF:
+
+            def write() -> str:
+                donor = find_others(["donor"], self.parent, sources=self.sources)[0].folder
+                return str(write_conversations(donor, tokenizer, settings, states, device))
+
+            place = _from_main_process(processes, write)
+        elif settings.self_conversations != HealSettings.self_conversations:
+            raise SurgeryError(f"self_conversations has no effect on {data}. Leave it out, or give --data self.")
+        train, held_out = load_sequences(place, tokenizer, settings, self.say), None
         if settings.eval_interval and settings.eval_data is not None:
             held_out = load_sequences(settings.eval_data, tokenizer, settings, self.say)
         elif settings.eval_interval:
