@@ -202,12 +202,16 @@ def test_long_conversations_are_told_dropped_or_cut(tmp_path, capsys):
         load(data, tokenizer, 8, long_conversations="drop")
 
 
-@pytest.fixture
-def many(tmp_path) -> str:
+def write_many(path: Path) -> str:
     """40 conversations of very different lengths."""
     lengths = np.random.default_rng(0).integers(1, 70, 40).tolist()
     rows = [{"query": f"{number}?", "response": chr(97 + number % 26) * size} for number, size in enumerate(lengths)]
-    return write_rows(tmp_path / "many.jsonl", *rows)
+    return write_rows(path, *rows)
+
+
+@pytest.fixture
+def many(tmp_path) -> str:
+    return write_many(tmp_path / "many.jsonl")
 
 
 def documents_of(sequences: Documents) -> list[tuple[int, ...]]:
