@@ -9,7 +9,7 @@ from model_preparation.command_line import CommandParser, add_device_flags, add_
 from model_preparation.devices import choose_device
 from model_preparation.hub.sources import add_source_flag
 from model_preparation.setting_flags import add_flags, as_flags
-from model_preparation.train.heal.settings import HealSettings
+from model_preparation.train.heal.settings import PATHS, HealSettings
 
 DESCRIPTION = """\
 Train a grafted checkpoint a little more, and write the result as a new checkpoint folder. The parent is only read.
@@ -79,7 +79,7 @@ def _flags_used(healing: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
     from model_preparation.io.identity import name_of
 
     settings = dict(healing["settings"])
-    for name in ("teacher", "eval_data", "init_from"):
+    for name in PATHS:
         if given.get(name) is not None and name_of(given[name]) == settings[name]:
             settings[name] = given[name]
     return {**as_flags(HealSettings(**settings)), "prompt": [text["prompt"] for text in healing["texts"]]}
@@ -102,9 +102,11 @@ def _parser() -> CommandParser:
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR", help="the checkpoint to heal")
     parser.add_argument(
         "--data",
-        metavar="FILE|DIR|NAME",
+        metavar="FILE|DIR|NAME|self",
         help='text: .txt and .md files, .jsonl and .parquet files with a field "text", a folder of these, or the name '
-        "of a data set: org/name or org/name:config on Hugging Face, modelscope:org/name on ModelScope",
+        "of a data set: org/name or org/name:config on Hugging Face, modelscope:org/name on ModelScope. Rows with "
+        "messages, conversations, query and response, or instruction and output are conversations. self: the donor "
+        "writes the conversations",
     )
     parser.add_argument(
         "--output_dir", required=True, type=Path, metavar="DIR", help="the healed checkpoint's folder, made whole"

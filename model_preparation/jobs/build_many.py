@@ -15,7 +15,7 @@ from typing import Any
 
 from model_preparation.checkpoint.checkpoint_folder import describe_parent
 from model_preparation.checkpoint.checkpoint_info import INFO, TOKENIZER, descent_of, grafted_heads, read_info
-from model_preparation.command_line import heads_of_layer
+from model_preparation.command_line import heads_by_layer
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import donors_of, folder_named, has_tokenizer, target_named
 from model_preparation.io.identity import differences as differences_of
@@ -147,7 +147,7 @@ def differences(folder: Path, combination: Combination, flags: argparse.Namespac
     asked = {
         **recorded,
         "layers": list(combination.layers),
-        "heads": (heads := dict(map(heads_of_layer, combination.heads.split())) | (flags.heads or {})),
+        "heads": (heads := heads_by_layer(combination.heads.split()) | (flags.heads or {})),
         "keep_mixer_heads": flags.keep_mixer_heads if heads else recorded["keep_mixer_heads"],
         "ungrafted": sorted(flags.ungraft or []),
         "dtype": flags.dtype or recorded["dtype"],

@@ -12,8 +12,12 @@ from typing import Any, NamedTuple, TextIO
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.download import NoSnapshot, fetch_snapshot
 from model_preparation.io.text import open_text, read_text
+from model_preparation.train.conversations import FORMS, Conversation, conversation_of
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+_TABLES = (".jsonl", ".parquet")
+SUFFIXES = (".txt", ".md", *_TABLES)
+_COLUMNS = {name for needed, optional in FORMS.items() for name in (*needed, *optional)}
+_FIELDS = ", or ".join(" and ".join(needed) for needed in FORMS)
 _DATA_SET = re.compile(r"(?:(modelscope|huggingface):)?([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?", re.ASCII)
 _NAMES = "org/name or org/name:config, on ModelScope modelscope:org/name"
 
@@ -70,33 +74,74 @@ def text_files(path: Path, suffixes: tuple[str, ...], otherwise: str) -> list[Pa
     return [path]
 
 
-def read_texts(files: Iterable[Path], piece_characters: int = -1) -> Iterator[Piece]:
+def read_texts(files: Iterable[Path], piece_characters: int) -> Iterator[Piece]:
     """Every text in the files: a .txt or .md file is one text, a row of a .jsonl or .parquet file is one.
 
     Args:
         files: as `text_files` gives them.
-        piece_characters: cut longer texts into pieces of about this size; -1 keeps them whole.
+        piece_characters: longer texts are cut into pieces of about this size.
 
     Raises:
         SurgeryError: for a file or row without text. It names both.
     """
     for path in files:
         try:
-            for source in _texts_in(path, is_whole=piece_characters < 0):
+            for source in _texts_in(path):
                 with source as text:
                     yield from _cut(text, piece_characters)
         except ValueError as error:  # it is not UTF-8, JSON, or what pyarrow can read
-            raise SurgeryError(f"{path} cannot be read as text: {error}. Mend the file or leave it out.") from error
+            raise _unreadable(path, error) from error
 
 
-def read_data_set(name: str) -> Iterator[str]:
-    """The field "text" of every row in the split "train" of a hub's data set, downloaded if need be.
+def read_documents(data: str) -> Iterator[str | Conversation]:
+    """Every text or conversation in files or in a hub's data set: a .txt or .md file is one text, a row is either.
+
+    Args:
+        data: as `files_of_text` takes it.
+
+    Raises:
+        SurgeryError: for a file or row that is neither, or texts and conversations together. It names both.
+    """
+    files = files_of_text(data)
+    sources: list[tuple[Any, Iterator]] = [(data, _rows_of_data_set(data))]
+    if files is not None:
+        sources = [(path, _rows(path)) for path in files]
+    kinds = set()
+    for source, rows in sources:
+        try:
+            fields: tuple[str, ...] = ()
+            for where, row in rows:
+                document = _document_of(row, where)
+                if isinstance(document, Conversation):
+                    if fields and fields != document.fields:
+                        raise ValueError(
+                            f"{where} has {' and '.join(document.fields)}, the rows before it {' and '.join(fields)}"
+                        )
+                    fields = document.fields
+                    document = document._replace(where=f"{where} of {source}")
+                kinds.add(type(document))
+                if len(kinds) > 1:
+                    raise ValueError(
+                        f"{where} is a {'text' if isinstance(document, str) else 'conversation'}, and what was read "
+                        "before it is of the other kind"
+                    )
+                yield document
+        except ValueError as error:  # it is not UTF-8, JSON, or what pyarrow can read
+            raise _unreadable(source, error) from error
+
+
+def _unreadable(source: object, error: ValueError) -> SurgeryError:
+    return SurgeryError(f"{source} cannot be read as text: {error}. Mend the file or leave it out.")
+
+
+def _rows_of_data_set(name: str) -> Iterator[tuple[str, Any]]:
+    """(where, row) in the split "train" of a hub's data set, downloaded if need be.
 
     Args:
         name: NAME or NAME:CONFIG on Hugging Face; with "modelscope:" before it on ModelScope.
 
     Raises:
-        SurgeryError: if there is no such data set, or a row has no text.
+        SurgeryError: if there is no such data set.
     """
     import datasets  # takes a second, and only names need it
 
@@ -110,11 +155,7 @@ def read_data_set(name: str) -> Iterator[str]:
             f"{name} is neither a file nor a folder, and no data set could be loaded ({reason}). Give its name as "
             f"{_NAMES} (HF_ENDPOINT may name a mirror of Hugging Face), or the folder of a copy."
         ) from error
-    try:
-        for number, row in enumerate(rows):
-            yield _text_of(row, f"row {number}")
-    except ValueError as error:
-        raise SurgeryError(f"{name}: {error}. Every row needs that field.") from error
+    yield from ((f"row {number}", row) for number, row in enumerate(rows))
 
 
 def _data_set_named(name: str) -> tuple[str | None, str, str | None]:
@@ -125,29 +166,33 @@ def _data_set_named(name: str) -> tuple[str | None, str, str | None]:
     return given[1], given[2], given[3]
 
 
-def _texts_in(path: Path, *, is_whole: bool) -> Iterator[AbstractContextManager[TextIO]]:
+def _texts_in(path: Path) -> Iterator[AbstractContextManager[TextIO]]:
+    if path.suffix.lower() in _TABLES:
+        yield from (io.StringIO(_text_of(row, where)) for where, row in _rows(path))
+    else:
+        yield open_text(path)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, row) of a file; a .txt or .md file is one row, its text."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
-        yield from _rows_of_table(path)
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(path) as table:
+            columns = table.schema_arrow.names
+            needed = ["text"] if "text" in columns else [name for name in columns if name in _COLUMNS]
+            if not needed:
+                raise ValueError(f'it has no column "text", only {", ".join(columns)}; a conversation has {_FIELDS}')
+            rows = (row for batch in table.iter_batches(columns=needed) for row in batch.to_pylist())
+            yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
     elif suffix == ".jsonl":
         with open_text(path) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield io.StringIO(_text_of(_parsed(line, f"line {number}"), f"line {number}"))
+                    yield f"line {number}", _parsed(line, f"line {number}")
     else:
-        yield io.StringIO(read_text(path)) if is_whole else open_text(path)
-
-
-def _rows_of_table(path: Path) -> Iterator[TextIO]:
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as table:
-        columns = table.schema_arrow.names
-        if "text" not in columns:
-            raise ValueError(f'it has no column "text", only {", ".join(columns)}')
-        rows = (row for batch in table.iter_batches(columns=["text"]) for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield io.StringIO(_text_of(row, f"row {number}"))
+        yield "it", {"text": read_text(path)}
 
 
 def _parsed(line: str, where: str) -> Any:
@@ -157,9 +202,14 @@ def _parsed(line: str, where: str) -> Any:
         raise ValueError(f"{where} is no JSON ({error.args[0].partition(':')[0]})") from error
 
 
-def _text_of(row: Any, where: str) -> str:
+def _document_of(row: Any, where: str) -> str | Conversation:
+    found = conversation_of(row, where) if isinstance(row, dict) and row.get("text") is None else None
+    return _text_of(row, where, f", and not the fields of a conversation: {_FIELDS}") if found is None else found
+
+
+def _text_of(row: Any, where: str, otherwise: str = "") -> str:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError(f'{where} has no string "text"')
+        raise ValueError(f'{where} has no string "text"{otherwise}')
     return row["text"]
 
 

@@ -21,6 +21,7 @@ from model_preparation.jobs.combinations import best_of, read_list
 from model_preparation.search.result_reader import read_heads, read_single_layers
 from model_preparation.train.distill.tokens import tokens_of_text
 from model_preparation.train.heal.sequences import load_sequences
+from model_preparation.train.heal.settings import HealSettings
 from tests.conftest import make_tokenizer
 
 ROWS = '{"text": "Noah likes melons, née ½."}\n\n{"text": "Mia likes dates."}\n'
@@ -36,7 +37,7 @@ def tokens(path: Path) -> list:
 
 
 def sequences(path: Path) -> list:
-    return load_sequences(str(path), make_tokenizer(), 4).tokens.tolist()
+    return load_sequences(str(path), make_tokenizer(), HealSettings(block_size=4), print).tokens.tolist()
 
 
 def subject_of(layout: str) -> Callable[[Path], Any]:

@@ -48,7 +48,7 @@ def states_of(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def held_out(text_file, checkpoint_dir):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir / "tokenizer")
-    return hold_out(load_sequences(str(text_file), tokenizer, 16), 0.05)[1]
+    return hold_out(load_sequences(str(text_file), tokenizer, HealSettings(block_size=16), print), 0.05)[1]
 
 
 def loss_on(model, sequences) -> float:
@@ -97,7 +97,7 @@ def test_other_text_may_be_held_out_and_the_same_is_warned_of(heal, checkpoint_d
     assert warning not in result.stdout
     assert info_of(tmp_path / "other")["healing"]["scores"]["before"]["mmlu_score"] == 0.5
     model, tokenizer = load_checkpoint(checkpoint_dir)
-    wanted = loss_on(model, load_sequences(str(other), tokenizer, 16))
+    wanted = loss_on(model, load_sequences(str(other), tokenizer, HealSettings(block_size=16), print))
     assert info_of(tmp_path / "other")["healing"]["scores"]["before"]["eval_loss"] == pytest.approx(wanted, abs=1e-5)
     same = shutil.copy(text_file, tmp_path / "copy.txt")
     scored = with_score(checkpoint_dir, tmp_path / "of_others", weights="0" * 64)
@@ -142,7 +142,7 @@ def test_the_first_steps_loss_is_that_of_the_first_sequences_in_the_shuffled_ord
 ):
     heal(tmp_path / "out", "--max_steps", 1, "--dropout", 0, "--seed", 7)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir / "tokenizer")
-    train, _ = hold_out(load_sequences(str(text_file), tokenizer, 16), 0.05)
+    train, _ = hold_out(load_sequences(str(text_file), tokenizer, HealSettings(block_size=16), print), 0.05)
     train.tokens = train.tokens[np.random.default_rng((7, 0)).permutation(len(train))[:4]]
     logged = next(entry["loss"] for entry in log_of(tmp_path / "out") if "loss" in entry)
     assert logged == pytest.approx(loss_on(load_checkpoint(checkpoint_dir)[0], train), abs=1e-5)

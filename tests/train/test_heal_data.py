@@ -10,8 +10,13 @@ import pytest
 
 from model_preparation.errors import SurgeryError
 from model_preparation.train.heal.sequences import Sequences, Shuffled, hold_out, load_sequences
+from model_preparation.train.heal.settings import HealSettings
 from tests.checkpoint.test_sources import NOBODY, Caches, FakeHub, caches, hub  # noqa: F401
 from tests.conftest import make_tokenizer
+
+
+def load(data: str, tokenizer, block_size: int, **settings) -> Sequences:
+    return load_sequences(data, tokenizer, HealSettings(block_size=block_size, **settings), print)
 
 
 def seen(shuffled: Shuffled) -> list[int]:
@@ -40,7 +45,7 @@ def test_files_folders_and_json_lines_are_joined_with_the_end_of_text(tmp_path):
         json.dumps({"text": "de", "id": 1}) + "\n\n" + json.dumps({"text": "f"})
     )
     (tmp_path / "skipped.csv").write_text("no text")
-    tokens = load_sequences(str(tmp_path), tokenizer, 3).tokens.reshape(-1).tolist()
+    tokens = load(str(tmp_path), tokenizer, 3).tokens.reshape(-1).tolist()
     assert tokenizer.decode(tokens) == "abc</s>de</s>f</s>"
 
 
@@ -65,7 +70,7 @@ def test_held_out_sequences_are_spread_and_in_no_training_set():
 def test_what_is_no_text_is_named(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SurgeryError, match=words):
-        load_sequences(str(tmp_path / name), make_tokenizer(), 8)
+        load(str(tmp_path / name), make_tokenizer(), 8)
 
 
 def test_capitals_in_the_ending_and_a_byte_order_mark_change_nothing(tmp_path):
@@ -73,26 +78,26 @@ def test_capitals_in_the_ending_and_a_byte_order_mark_change_nothing(tmp_path):
     found = []
     for name, content in (("a.jsonl", line), ("A.JSONL", line), ("b.jsonl", "\ufeff" + line)):
         (tmp_path / name).write_text(content, encoding="utf-8")
-        found.append(load_sequences(str(tmp_path / name), make_tokenizer(), 8).tokens.tolist())
+        found.append(load(str(tmp_path / name), make_tokenizer(), 8).tokens.tolist())
     assert found[0] == found[1] == found[2]
     (tmp_path / "c.txt").write_text("\ufeffthe same text, again and again", encoding="utf-8")
-    assert load_sequences(str(tmp_path / "c.txt"), make_tokenizer(), 8).tokens.tolist() == found[0]
+    assert load(str(tmp_path / "c.txt"), make_tokenizer(), 8).tokens.tolist() == found[0]
 
 
 def test_tables_are_read_by_their_column_of_text(tmp_path):
     tokenizer = make_tokenizer()
     table = pyarrow.table({"id": [1, 2], "text": ["ab", "c"]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    tokens = load_sequences(str(tmp_path), tokenizer, 5).tokens.reshape(-1).tolist()
+    tokens = load(str(tmp_path), tokenizer, 5).tokens.reshape(-1).tolist()
     assert tokenizer.decode(tokens) == "ab</s>c</s>"
     pyarrow.parquet.write_table(table.rename_columns(["id", "words"]), tmp_path / "b.parquet")
     with pytest.raises(
         SurgeryError, match=r'b\.parquet cannot be read as text: it has no column "text", only id, words'
     ):
-        load_sequences(str(tmp_path), tokenizer, 5)
+        load(str(tmp_path), tokenizer, 5)
     (tmp_path / "b.parquet").write_bytes(b"PAR1 is all")
     with pytest.raises(SurgeryError, match=r"b\.parquet cannot be read as text"):
-        load_sequences(str(tmp_path), tokenizer, 5)
+        load(str(tmp_path), tokenizer, 5)
 
 
 def test_a_data_set_of_the_hub_is_downloaded_once(hub: FakeHub, caches: Caches, tmp_path, monkeypatch):  # noqa: F811
@@ -110,10 +115,10 @@ def test_a_data_set_of_the_hub_is_downloaded_once(hub: FakeHub, caches: Caches, 
     hub.huggingface["datasets/org/text"] = {"README.md": f"{card}---\n".encode(), **rows}
     at(hub.url, offline=False)
     with pytest.raises(SurgeryError, match=r"no data set could be loaded .*'a', 'b'.*org/name:config"):
-        load_sequences("org/text", tokenizer, 4)
+        load("org/text", tokenizer, 4)
     for offline in (False, True):
         at(NOBODY if offline else hub.url, offline=offline)
-        tokens = load_sequences("org/text:b", tokenizer, 4).tokens.reshape(-1).tolist()
+        tokens = load("org/text:b", tokenizer, 4).tokens.reshape(-1).tolist()
         assert tokenizer.decode(tokens) == "uvw</s>"
     assert hub.sent.count("b.jsonl") == 1
     assert "a.jsonl" not in hub.sent
@@ -127,7 +132,7 @@ def test_a_data_set_of_modelscope_is_downloaded_once(hub: FakeHub, caches: Cache
     hub.modelscope["datasets/org/text"] = {"README.md": b"# Text", "model.bin": b"-", **rows}
     for url in (hub.url, NOBODY):
         caches.hubs_at(url)
-        tokens = load_sequences("modelscope:org/text", tokenizer, 6).tokens.reshape(-1).tolist()
+        tokens = load("modelscope:org/text", tokenizer, 6).tokens.reshape(-1).tolist()
         assert tokenizer.decode(tokens) == "train</s>"
     assert "ModelScope" in caplog.text
     assert hub.sent.count("data/train.jsonl") == 1
@@ -136,6 +141,6 @@ def test_a_data_set_of_modelscope_is_downloaded_once(hub: FakeHub, caches: Cache
     with pytest.raises(
         SurgeryError, match=r"modelscope:org/none .*no data set could be loaded \(ModelScope .* has no such"
     ):
-        load_sequences("modelscope:org/none", tokenizer, 6)
+        load("modelscope:org/none", tokenizer, 6)
     with pytest.raises(SurgeryError, match=r"modelscop:org/text is neither .* nor the name of a data set: org/name"):
-        load_sequences("modelscop:org/text", tokenizer, 6)
+        load("modelscop:org/text", tokenizer, 6)

@@ -18,6 +18,7 @@ from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.train.heal.resume_state import STATE_FILE, ResumeState, check_state, list_states, read_state
 from tests.conftest import PACKAGE, tiny_config, tiny_llama_cfg
 from tests.train.cutting import outcome, run_until, write_text
+from tests.train.test_conversations import PLAIN, write_many
 
 CONFIGS = PACKAGE.parent / "scripts" / "accelerate"
 
@@ -107,6 +108,23 @@ def test_two_then_one_then_two_processes_are_the_same_run(slow_flags, tmp_path):
     assert seen(tmp_path / "out") == seen(tmp_path / "one") == 48
     assert loss_after(tmp_path / "out") == pytest.approx(loss_after(tmp_path / "one"), abs=1e-4)
     torch.testing.assert_close(weights(tmp_path / "out"), weights(tmp_path / "one"), rtol=1e-4, atol=1e-4)
+
+
+def test_packed_conversations_are_the_same_run_by_one_process_by_two_and_in_shards(slow_flags, tmp_path):
+    """Every label counts alike, however many of them a process has; killed runs go on."""
+    (tmp_path / "template.jinja").write_text(PLAIN)
+    data = write_many(tmp_path / "many.jsonl")
+    flags = [*slow_flags, "--data", data, "--chat_template", tmp_path / "template.jinja"]
+    flags += ["--packing", "--block_size", 96, "--dropout", 0, "--max_steps", 4]
+    assert run_until([*flags, "--accumulation", 4, "--output_dir", tmp_path / "one"])[0] == 0
+    for config in ("ddp.yaml", "fsdp.yaml"):
+        args, env = [*flags, "--output_dir", tmp_path / config], environment_of(config)
+        assert run_until(args, 2, processes=2, env=env)[0] == -9
+        code, text = run_until(args, processes=2, env=env)
+        assert code == 0, text
+        assert seen(tmp_path / config) == seen(tmp_path / "one") == 32
+        assert loss_after(tmp_path / config) == pytest.approx(loss_after(tmp_path / "one"), abs=1e-4)
+        torch.testing.assert_close(weights(tmp_path / config), weights(tmp_path / "one"), rtol=1e-4, atol=1e-4)
 
 
 def test_where_a_step_cannot_stay_the_same_sequences_it_is_converted(slow_flags, tmp_path):

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -54,12 +55,23 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
     Raises:
         ValueError: with the reason why the template makes no text.
     """
+    return within_limits(
+        lambda: str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    )
+
+
+def within_limits(render: Callable[[], str]) -> str:
+    """What `render` returns. It runs a stranger's template, so it gets a process with limits.
+
+    Raises:
+        ValueError: with the reason why there is no text.
+    """
     reader, writer = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # about threads, which the child does not use
         child = os.fork()
     if child == 0:
-        _answer(tokenizer, messages, writer)
+        _answer(render, writer)
     os.close(writer)
     try:
         with open(reader, "rb") as pipe:
@@ -103,7 +115,7 @@ def _check_beginning(path: Path) -> None:
             )
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], writer: int) -> NoReturn:
+def _answer(render: Callable[[], str], writer: int) -> NoReturn:
     """Write + and the text, or - and the reason, and end this process."""
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
@@ -111,8 +123,7 @@ def _answer(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
             used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used_bytes + _MEMORY_BYTES, resource.RLIM_INFINITY))
         try:
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            answer = "+" + str(text)
+            answer = "+" + render()
         except Exception as error:  # a template may raise any
             answer = f"-{' '.join(str(error).split())[:500] or type(error).__name__}"
         with open(writer, "wb") as pipe:

@@ -3,7 +3,7 @@
 A batch depends on its seed alone, so that a resumed run draws no batch again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,17 +31,38 @@ class SelfSampler:
         self._model = load_folder(folder, torch.bfloat16).to(device)
 
     @torch.inference_mode()
-    def draw(self, sequences: int, length: int, seed: int, advance: Callable[[int], None]) -> Tensor:
-        """(sequences, length) int64, on the CPU; each step calls `advance` with the number of its tokens."""
+    def draw(
+        self,
+        sequences: int,
+        length: int,
+        seed: int,
+        advance: Callable[[int], None],
+        *,
+        begin: Sequence[int] = (),
+        steer: Callable[[list[int]], list[int] | None] | None = None,
+    ) -> Tensor:
+        """(sequences, length) int64, on the CPU; each step calls `advance` with the number of its tokens.
+
+        Args:
+            begin: tokens that each sequence begins with, in place of the donor's first token.
+            steer: gets the token that each sequence drew, and returns the tokens to take; None ends the drawing.
+        """
         device = self._model.device
         generator = torch.Generator(device).manual_seed(seed)
         drawn = torch.full((sequences, length), self._start, device=device)
-        past = None
-        for position in range(1, length):
-            out = self._model(drawn[:, position - 1 : position], **{CACHE_NAME: past}, use_cache=True)
-            past = out[CACHE_NAME]
+        drawn[:, : len(begin)] = torch.tensor(begin, device=device)
+        seen, past = 0, None
+        for position in range(max(1, len(begin)), length):
+            out = self._model(drawn[:, seen:position], **{CACHE_NAME: past}, use_cache=True)
+            seen, past = position, out[CACHE_NAME]
             chances = out.logits[:, -1].float().softmax(-1)
-            drawn[:, position] = torch.multinomial(chances, 1, generator=generator).squeeze(1)
+            taken = torch.multinomial(chances, 1, generator=generator).squeeze(1)
+            if steer is not None:
+                steered = steer(taken.tolist())
+                if steered is None:
+                    break
+                taken = torch.tensor(steered, device=device)
+            drawn[:, position] = taken
             advance(sequences)
         return drawn.cpu()
 

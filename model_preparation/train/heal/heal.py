@@ -4,6 +4,7 @@ Beside the new checkpoint is a folder of states, from which a stopped run resume
 """
 
 import os
+import shutil
 import signal
 import warnings
 from collections.abc import Mapping, Sequence
@@ -39,8 +40,9 @@ from model_preparation.train.heal.heal_trainer import HealTrainer
 from model_preparation.train.heal.result import healing_record, log_files, scores, texts_of
 from model_preparation.train.heal.resume_state import PREFIX, list_states, remove_states
 from model_preparation.train.heal.run import Run, begin_or_resume, in_memory
+from model_preparation.train.heal.self_conversations import FOLDER
 from model_preparation.train.heal.sequences import Sequences
-from model_preparation.train.heal.settings import HealSettings
+from model_preparation.train.heal.settings import PATHS, HealSettings
 
 
 def heal_checkpoint(
@@ -66,7 +68,7 @@ def heal_checkpoint(
 
     Args:
         checkpoint: a folder written by `build_checkpoint`, or by this function.
-        data: text; see `sequences.load_sequences`.
+        data: texts or conversations, see `sequences.load_sequences`; "self": the donor writes conversations.
         output_dir: the new checkpoint's folder; it appears whole or not at all.
         settings: by default `HealSettings()`. A resumed run keeps its own settings; a line says what is ignored.
         resume: "auto" or True to resume from the newest complete state if there is one, "never" or False to start anew,
@@ -96,7 +98,7 @@ def heal_checkpoint(
     dtype = torch_dtype(dtype)
     states = Path(resume_dir).expanduser() if resume_dir else Path(f"{os.path.abspath(output_dir)}_resume")
     without_links(states.resolve() if resume_dir else states)
-    only_read = [parent, data, *(given.get(name) for name in ("teacher", "init_from", "eval_data"))]
+    only_read = [parent, data, *(given.get(name) for name in PATHS)]
     for flag, place in (("--output_dir", output_dir), ("--resume_dir", states)):
         _check_apart(flag, place, parent, *only_read)
     if output_dir.resolve() == states.resolve():
@@ -131,7 +133,7 @@ def heal_checkpoint(
 
     set_seed(settings.seed)
     model, tokenizer = run.load_model()
-    train, held_out = run.load_data(data, tokenizer)
+    train, held_out = run.load_data(data, tokenizer, processes, states, device)
     if held_out is not None and held_out.digest() == train.digest():
         say("The held-out text is the text trained on, so its loss cannot show overfitting. Give other --eval_data.")
     if state is not None and prompts is not None and list(prompts) != [text["prompt"] for text in identity["texts"]]:
@@ -199,6 +201,8 @@ def heal_checkpoint(
         )
         if clean_up:
             remove_states(state.folder for state in list_states(states)[0])
+            for folder in states.glob(f"{FOLDER}_*"):
+                shutil.rmtree(folder)
             if not any(states.iterdir()):
                 states.rmdir()
     processes.wait_for_everyone()
@@ -320,8 +324,8 @@ def _describe(
     total = sum(p.numel() for p in trainer.model.parameters())
     held = "none held out" if held_out is None else f"{len(held_out)} held out"
     return (
-        f"Training {count:,} of {total:,} parameters (method {settings.method}) on {len(train)} sequences of "
-        f"{settings.block_size} tokens, {held}; {trainer.args.max_steps} steps of {size.sequences} sequences."
+        f"Training {count:,} of {total:,} parameters (method {settings.method}) on {train}, {held}; "
+        f"{trainer.args.max_steps} steps of {size.sequences} sequences."
     )
 
 

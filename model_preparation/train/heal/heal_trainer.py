@@ -34,6 +34,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import make_folder
 from model_preparation.io.complete_folder import new_folder
 from model_preparation.train.heal.adapters import adapter_of, load_adapter_weights, write_adapter
+from model_preparation.train.heal.chat_template import NOT_COUNTED
 from model_preparation.train.heal.objective import Distillation, losses_of
 from model_preparation.train.heal.resume_state import (
     STATE_FILE,
@@ -47,7 +48,7 @@ from model_preparation.train.heal.resume_state import (
     rotate,
 )
 from model_preparation.train.heal.run import Run
-from model_preparation.train.heal.sequences import Sequences, Shuffled
+from model_preparation.train.heal.sequences import Sequences, Shuffled, collate
 
 _WEIGHTS = "model.safetensors"
 _OPTIMIZER, _SCHEDULER, _SCALER = "optimizer.pt", "scheduler.pt", "scaler.pt"
@@ -88,7 +89,7 @@ class HealTrainer(Trainer):
         self._states = states
         self._distillation = distillation
         self._milestones = milestones
-        self._held_out_losses: list[torch.Tensor] = []  # (sequences,) each, of the evaluation that runs
+        self._held_out_losses: list[torch.Tensor] = []  # (sequences, 2) each, of the evaluation that runs
         self._per_step = sequences_per_step
         # The offset is the sequences seen beyond whole steps, after the number of processes changed.
         seen = 0 if run.state is None else run.state.sequences_seen
@@ -101,6 +102,7 @@ class HealTrainer(Trainer):
             args=args,
             train_dataset=shuffled,
             eval_dataset=held_out,
+            data_collator=collate,
             callbacks=[*callbacks, _TakeUnloggedLoss(self)],
         )
         if distillation is not None:
@@ -171,18 +173,21 @@ class HealTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Also keep the loss of each held-out sequence."""
-        ids = self._prepare_inputs(inputs)["input_ids"]
+        """Also keep the loss of each held-out sequence, and the number of its labels."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses = losses_of(model(input_ids=ids).logits, ids)
-        self._held_out_losses.append(self.accelerator.gather_for_metrics(losses))
+            losses = losses_of(model(**inputs).logits, labels)
+        counts = (labels[:, 1:] != NOT_COUNTED).sum(1)
+        self._held_out_losses.append(self.accelerator.gather_for_metrics(torch.stack([losses, counts], 1)))
         return losses.mean(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """Take the mean over each sequence once. The Trainer's own mean includes repeats that fill up batches."""
+        """Take the mean over each label once. The Trainer's own mean includes repeats that fill up batches."""
         self._held_out_losses = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics[f"{metric_key_prefix}_loss"] = torch.cat(self._held_out_losses).double().mean().item()
+        losses, counts = torch.cat(self._held_out_losses).double().unbind(1)
+        output.metrics[f"{metric_key_prefix}_loss"] = (losses * (counts / counts.mean())).mean().item()
         return output
 
     def log(self, logs, start_time=None):

@@ -67,15 +67,15 @@ class Distillation:
         return loss
 
 
-def losses_of(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """(batch,) float32: each sequence's mean cross-entropy over the positions that have a next token.
+def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """(batch,) float32: each sequence's mean cross-entropy over its labels.
 
     Args:
         logits: (batch, length, vocab).
-        input_ids: (batch, length) int64.
+        labels: (batch, length) int64, -100 where no loss is taken.
     """
-    losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none")
-    return losses.view(len(input_ids), -1).mean(1)
+    losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none")
+    return losses.view(len(labels), -1).sum(1) / (labels[:, 1:] != -100).sum(1).clamp(min=1)
 
 
 def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, settings: HealSettings) -> None:

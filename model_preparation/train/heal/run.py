@@ -19,8 +19,10 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import find_others, load_other
 from model_preparation.io.complete_folder import remove_abandoned
 from model_preparation.io.identity import differences, name_of
+from model_preparation.io.text import read_text
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
+from model_preparation.train.distill.settings import SELF
 from model_preparation.train.heal.adapters import add_lora, is_adapter, load_adapter
 from model_preparation.train.heal.arguments import step_size
 from model_preparation.train.heal.objective import Distillation, check_teacher
@@ -33,6 +35,7 @@ from model_preparation.train.heal.resume_state import (
     set_aside,
     set_aside_after,
 )
+from model_preparation.train.heal.self_conversations import write_conversations
 from model_preparation.train.heal.sequences import Sequences, hold_out, load_sequences
 from model_preparation.train.heal.settings import HealSettings, resumed_settings, saved_settings
 from model_preparation.train.heal.weights import load_weights
@@ -61,9 +64,11 @@ class Run:
     say: Say
 
     def load_model(self) -> tuple[LlambaForCausalLM, PreTrainedTokenizerBase]:
-        """The parent's model, float32 in its own memory, with the weights that the settings name."""
+        """The parent's model, float32 in its own memory, with the weights and the template that the settings name."""
         settings = self.settings
         model, tokenizer = load_checkpoint(self.parent, dtype=torch.float32)
+        if settings.chat_template is not None:
+            tokenizer.chat_template = _template(settings.chat_template)
         in_memory(model)
         in_state = self.state is not None and settings.method != "lora"  # the state brings all weights later
         if settings.init_from == "scratch" and not in_state:
@@ -93,19 +98,31 @@ class Run:
         folder = self._initial_adapter()
         return add_lora(model, self.settings) if folder is None else load_adapter(model, folder, trainable=True)
 
-    def load_data(self, data: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Sequences, Sequences | None]:
+    def load_data(
+        self, data: str, tokenizer: PreTrainedTokenizerBase, processes: PartialState, states: Path, device: str
+    ) -> tuple[Sequences, Sequences | None]:
         """(for training, held out); enters them into `identity`. Raises SurgeryError if the state had other ones."""
         settings = self.settings
-        train, held_out = load_sequences(data, tokenizer, settings.block_size), None
+        place = data
+        if data == SELF:
+
+            def write() -> str:
+                donor = find_others(["donor"], self.parent, sources=self.sources)[0].folder
+                return str(write_conversations(donor, tokenizer, settings, states, device))
+
+            place = _from_main_process(processes, write)
+        elif settings.self_conversations != HealSettings.self_conversations:
+            raise SurgeryError(f"self_conversations has no effect on {data}. Leave it out, or give --data self.")
+        train, held_out = load_sequences(place, tokenizer, settings, self.say), None
         if settings.eval_interval and settings.eval_data is not None:
-            held_out = load_sequences(settings.eval_data, tokenizer, settings.block_size)
+            held_out = load_sequences(settings.eval_data, tokenizer, settings, self.say)
         elif settings.eval_interval:
             train, held_out = hold_out(train, settings.eval_fraction)
         described = {
             "name": name_of(data),
             "blake3": train.digest(),
             "sequences": len(train),
-            "tokens": train.tokens.size,
+            "tokens": train.size,
             "held_out_sequences": 0 if held_out is None else len(held_out),
             "held_out_blake3": None if held_out is None else held_out.digest(),
         }
@@ -282,6 +299,14 @@ def _input_digests(parent: Path, settings: HealSettings, sources: Mapping[str, s
         # A state of LoRA has the adapter only, so these weights are needed again. Other states have all weights.
         digests["init_from"] = digest_of_weights(_init_path(parent, settings, sources))
     return digests
+
+
+def _template(path: str) -> str:
+    try:
+        return read_text(Path(path).expanduser())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SurgeryError(f"{path} cannot be read ({reason}). Give a file with a chat template.") from error
 
 
 def _init_path(parent: Path, settings: HealSettings, sources: Mapping[str, str] | None) -> Path:

@@ -1,19 +1,23 @@
-"""Blocks of tokens to train on, and the order in which a run sees them.
+"""Sequences of tokens to train on, and the order in which a run sees them.
 
 The order depends on the seed and the position alone: not on the number of processes, nor on where a run stopped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
 import torch
 from blake3 import blake3
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
-from model_preparation.train.texts import files_of_text, read_data_set, read_texts
+from model_preparation.train.conversations import Conversation
+from model_preparation.train.heal.chat_template import NOT_COUNTED, encode
+from model_preparation.train.heal.settings import HealSettings
+from model_preparation.train.texts import read_documents
 
 _DOCUMENTS_AT_ONCE = 256
 
@@ -35,9 +39,106 @@ class Sequences(Dataset):
         ids = torch.from_numpy(self.tokens[index].astype(np.int64))
         return {"input_ids": ids, "labels": ids}
 
+    @property
+    def size(self) -> int:
+        """All tokens."""
+        return self.tokens.size
+
+    @property
+    def parts(self) -> int:
+        """What can be held out one by one."""
+        return len(self)
+
+    def take(self, chosen: np.ndarray) -> "Sequences":
+        """The chosen parts; `chosen` is (parts,) bool."""
+        return Sequences(self.tokens[chosen])
+
     def digest(self) -> str:
         """BLAKE3 of the tokens, in hex."""
         return blake3(self.tokens.tobytes()).hexdigest()
+
+    def __str__(self) -> str:
+        return f"{len(self)} sequences of {self.tokens.shape[1]} tokens"
+
+
+class Documents(Sequences):
+    """Documents that do not see each other: one in each sequence, or as many as fit.
+
+    Item i is {"input_ids", "labels"}, both (tokens,) int64, and where packed the `position_ids`, which begin at 0 for
+    each document. The first token of a document is no label, as nothing is before it.
+
+    Args:
+        documents: (2, tokens) int32 each, ids and labels, of at most `block_size` tokens.
+        packing: whether several of them share a sequence.
+    """
+
+    def __init__(self, documents: Sequence[np.ndarray], block_size: int, *, packing: bool):
+        self._documents, self._block_size, self._packing = documents, block_size, packing
+        lengths = [document.shape[1] for document in documents]
+        self._rows = _packed(lengths, block_size) if packing else [[index] for index in range(len(documents))]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        documents = [self._documents[each] for each in self._rows[index]]
+        ids, labels = torch.from_numpy(np.concatenate(documents, axis=1).astype(np.int64))
+        item = {"input_ids": ids, "labels": labels}
+        if self._packing:
+            item["position_ids"] = torch.cat([torch.arange(document.shape[1]) for document in documents])
+        return item
+
+    @property
+    def size(self) -> int:
+        return sum(document.shape[1] for document in self._documents)
+
+    @property
+    def parts(self) -> int:
+        return len(self._documents)
+
+    def take(self, chosen: np.ndarray) -> "Documents":
+        documents = [self._documents[index] for index in np.flatnonzero(chosen).tolist()]
+        return Documents(documents, self._block_size, packing=self._packing)
+
+    def digest(self) -> str:
+        """BLAKE3 of ids, labels, and where documents and sequences begin, in hex."""
+        hasher = blake3(repr(self._rows).encode())
+        for document in self._documents:
+            hasher.update(repr(document.shape).encode() + document.tobytes())
+        return hasher.hexdigest()
+
+    def __str__(self) -> str:
+        filled = self.size / (len(self) * self._block_size)
+        size = f"up to {self._block_size} tokens, {filled:.0%} full"
+        return f"{self.parts} documents in {len(self)} sequences of {size}"
+
+
+def collate(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of sequences, (batch, longest) int64 each; behind shorter ones is padding that has no label.
+
+    Padding needs no mask, since no token sees what is after it. Where documents are packed, each of its tokens is a
+    document of its own.
+    """
+    return {
+        name: pad_sequence([item[name] for item in items], True, NOT_COUNTED if name == "labels" else 0)
+        for name in items[0]
+    }
+
+
+def _packed(lengths: Sequence[int], block_size: int) -> list[list[int]]:
+    """Which documents share a sequence. The longest come first, each into the fullest sequence that has room for it."""
+    rows: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(block_size + 1)]  # by the tokens that are free, numbers of rows
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        room = next((room for room in range(lengths[index], block_size + 1) if by_room[room]), None)
+        if room is None:
+            room, row = block_size, len(rows)
+            rows.append([])
+        else:
+            row = by_room[room].pop()
+        rows[row].append(index)
+        by_room[room - lengths[index]].append(row)
+    return rows
 
 
 class Shuffled(Dataset):
@@ -63,22 +164,46 @@ class Shuffled(Dataset):
         return self._sequences[int(self._order[1][place])]
 
 
-def load_sequences(data: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Sequences:
-    """Join all texts, the end-of-text token after each, and cut them into blocks. The rest is dropped.
+def load_sequences(
+    data: str, tokenizer: PreTrainedTokenizerBase, settings: HealSettings, say: Callable[[str], None]
+) -> Sequences:
+    """The texts or conversations of `data`.
+
+    Texts are joined, the end-of-text token after each, and cut into blocks; the rest is dropped. With `packing` they
+    stay apart, as conversations do.
 
     Args:
-        data: as `files_of_text` takes it.
+        data: as `read_documents` takes it.
+        say: gets a line about conversations that are dropped or cut.
 
     Raises:
-        SurgeryError: if there is no such text, or it has fewer tokens than one block.
+        SurgeryError: if there is no such text, it fills no sequence, or the settings do not fit it.
     """
-    pieces: list[np.ndarray] = []
+    block_size = settings.block_size
+    texts: list[np.ndarray] = []
+    conversations: list[np.ndarray] = []
+    long: list[tuple[str, int]] = []  # where conversations are that do not fit, and how long they are
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    documents = _documents(data)
+    documents = read_documents(data)
     while some := list(islice(documents, _DOCUMENTS_AT_ONCE)):
-        encoded = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
-        pieces += [np.array(ids + end, dtype=np.int32) for ids in encoded]
-    tokens = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+        if plain := [each for each in some if isinstance(each, str)]:
+            encoded = tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
+            texts += [np.array(ids + end, dtype=np.int32) for ids in encoded]
+        if rows := [each for each in some if isinstance(each, Conversation)]:
+            _check_template(tokenizer, data)
+            found = encode(tokenizer, rows, settings.loss_on)
+            sizes = [(row.where, tokens.shape[1]) for row, tokens in zip(rows, found, strict=True)]
+            long += [(where, size) for where, size in sizes if size > block_size]
+            conversations += found
+    if conversations:
+        return Documents(_fitting(conversations, long, settings, say), block_size, packing=settings.packing)
+    _check_no_effect(settings, data)
+    if settings.packing:
+        cut = [text[first : first + block_size] for text in texts for first in range(0, len(text), block_size)]
+        labelled = [np.stack([ids, np.append(np.int32(NOT_COUNTED), ids[1:])]) for ids in cut if len(ids) > 1]
+        if labelled:
+            return Documents(labelled, block_size, packing=True)
+    tokens = np.concatenate(texts) if texts else np.empty(0, np.int32)
     count = len(tokens) // block_size
     if not count:
         raise SurgeryError(
@@ -88,23 +213,59 @@ def load_sequences(data: str, tokenizer: PreTrainedTokenizerBase, block_size: in
     return Sequences(tokens[: count * block_size].reshape(count, block_size))
 
 
-def _documents(data: str) -> Iterator[str]:
-    files = files_of_text(data)
-    return read_data_set(data) if files is None else (piece.text for piece in read_texts(files))
+def _check_template(tokenizer: PreTrainedTokenizerBase, data: str) -> None:
+    if not tokenizer.chat_template:
+        raise SurgeryError(
+            f"{data} holds conversations, and the checkpoint's tokenizer has no chat template for them. Give one by "
+            "--chat_template FILE, such as the chat_template.jinja of the donor's instruct model."
+        )
+
+
+def _check_no_effect(settings: HealSettings, data: str) -> None:
+    for name in ("loss_on", "long_conversations", "chat_template"):
+        if getattr(settings, name) != getattr(HealSettings, name):
+            raise SurgeryError(f"{name} is given, but {data} holds texts and no conversations. Leave it out.")
+
+
+def _fitting(
+    conversations: Sequence[np.ndarray],
+    long: Sequence[tuple[str, int]],
+    settings: HealSettings,
+    say: Callable[[str], None],
+) -> list[np.ndarray]:
+    """The conversations of at most `block_size` tokens, and what the settings leave of longer ones."""
+    size, how = settings.block_size, settings.long_conversations
+    if long and how == "error":
+        where, length = max(long, key=lambda each: each[1])
+        raise SurgeryError(
+            f"{len(long)} of {len(conversations)} conversations are longer than --block_size {size}; the longest, "
+            f"{where}, has {length} tokens. Give a larger one, or --long_conversations drop or cut."
+        )
+    taken = [each[:, :size] for each in conversations if how == "cut" or each.shape[1] <= size]
+    taken = [each for each in taken if (each[1] != NOT_COUNTED).any()]  # a cut may leave nothing that counts
+    if long:
+        dropped = len(conversations) - len(taken)
+        say(
+            f"{len(long)} of {len(conversations)} conversations are longer than {size} tokens: {dropped} are dropped, "
+            f"{len(long) - dropped} cut."
+        )
+    if not taken:
+        raise SurgeryError(f"No conversation fits into --block_size {size}. Give a larger one.")
+    return taken
 
 
 def hold_out(sequences: Sequences, fraction: float) -> tuple[Sequences, Sequences]:
-    """(for training, held out): evenly spaced sequences are held out, at least one.
+    """(for training, held out): evenly spaced sequences or conversations are held out, at least one.
 
     Raises:
         SurgeryError: if none would be left to train on.
     """
-    count = max(1, round(len(sequences) * fraction))
-    if count >= len(sequences):
+    count = max(1, round(sequences.parts * fraction))
+    if count >= sequences.parts:
         raise SurgeryError(
-            f"Of {len(sequences)} sequences none is left to train on if {count} are held out. "
+            f"Of {sequences.parts} sequences none is left to train on if {count} are held out. "
             "Give more text, a smaller --block_size, or --eval_data."
         )
-    held_out = np.zeros(len(sequences), dtype=bool)
-    held_out[np.linspace(0, len(sequences) - 1, count).round().astype(int)] = True
-    return Sequences(sequences.tokens[~held_out]), Sequences(sequences.tokens[held_out])
+    held_out = np.zeros(sequences.parts, dtype=bool)
+    held_out[np.linspace(0, sequences.parts - 1, count).round().astype(int)] = True
+    return sequences.take(~held_out), sequences.take(held_out)

@@ -13,6 +13,7 @@ METHODS = ("full", "grafted", "neighbours", "lora")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant")
 TRACKERS = ("none", "trackio", "wandb", "swanlab")
+PATHS = ("teacher", "init_from", "eval_data", "chat_template")  # settings that name what is only read
 # A resumed run may change these: they decide what is kept and shown, not the weights ...
 _FREE = ("save_steps", "save_total_limit", "report_to")
 # ... and this one, which decides where the run ends. The user gets a line about it.
@@ -59,6 +60,24 @@ class HealSettings(CheckedSettings):
     batch_size: Annotated[int, Flag("N", "sequences per forward pass and process", _COUNT)] = 4
     accumulation: Annotated[int, Flag("N", "forward passes per step", _COUNT)] = 1
     block_size: Annotated[int, Flag("N", "tokens per sequence", number(int, least=2))] = 512
+    loss_on: Annotated[
+        str,
+        Flag(
+            None,
+            "in conversations, the tokens that are learned: of every turn of the assistant, of its last one, or all",
+            OneOf("assistant", "completion", "all"),
+        ),
+    ] = "assistant"
+    packing: Annotated[
+        bool, Flag(None, "fill each sequence with several conversations or texts; none of them sees another")
+    ] = False
+    long_conversations: Annotated[
+        str, Flag(None, "what becomes of those beyond --block_size", OneOf("error", "drop", "cut"))
+    ] = "error"
+    chat_template: Annotated[
+        str | None, Flag("FILE", "Jinja template for conversations (default: the tokenizer's own)")
+    ] = None
+    self_conversations: Annotated[int, Flag("N", "that the donor writes, with --data self", _COUNT)] = 512
     learning_rate: Annotated[float, Flag("X", "the highest one, of AdamW", _ABOVE_0)] = 1e-4
     schedule: Annotated[str, Flag(None, "of the learning rate after its rise", OneOf(*SCHEDULES))] = "cosine"
     warmup: Annotated[float, Flag("X", "fraction of the steps in which the learning rate rises", _FRACTION)] = 0.05

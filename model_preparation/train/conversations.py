@@ -1,0 +1,107 @@
+"""Conversations to train on, in the forms in which people have them: a row becomes a list of messages."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+# By the fields that a row must have, those that it may have.
+FORMS = {
+    ("messages",): ("system",),
+    ("conversations",): ("system",),
+    ("query", "response"): ("system", "history"),
+    ("instruction", "output"): ("input", "system", "history"),
+}
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"} | {
+    role: role for role in ("system", "user", "assistant", "tool")
+}
+_MAY_FOLLOW = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+# Fields that change what a row means, and that nothing here follows.
+_NOT_FOLLOWED = ("tools", "images", "videos", "audios", "tool_calls", "function_call", "loss", "loss_scale", "weight")
+
+Message = dict[str, str]
+
+
+class Conversation(NamedTuple):
+    """A row's messages, the fields that they come from, and where the row is, for messages."""
+
+    messages: list[Message]
+    fields: tuple[str, ...]
+    where: str
+
+
+def conversation_of(row: Mapping[str, Any], where: str) -> Conversation | None:
+    """The row's conversation; None if it has the fields of none.
+
+    Raises:
+        ValueError: for a conversation that cannot be trained on.
+    """
+    fields = next((needed for needed in FORMS if all(row.get(name) is not None for name in needed)), None)
+    if fields is None:
+        return None
+    _refuse_not_followed(row, where)
+    if len(fields) == 1:
+        given = row[fields[0]]
+        if not isinstance(given, list) or not given:
+            raise ValueError(f"{where} has {_shown(given)} as {fields[0]}; needed is a list of messages")
+        pairs = [_role_and_content(each, f"message {number} of {where}") for number, each in enumerate(given, 1)]
+    else:
+        history = row.get("history") or []
+        if not isinstance(history, list) or any(not isinstance(each, list) or len(each) != 2 for each in history):
+            raise ValueError(f"{where} has the history {_shown(history)}; needed are pairs [question, answer]")
+        question = row[fields[0]]
+        if row.get("input"):
+            question = [question, "\n", row["input"]]
+        turns = [*history, (question, row[fields[1]])]
+        pairs = [pair for asked, answer in turns for pair in (("user", asked), ("assistant", answer))]
+    if row.get("system"):
+        pairs = [("system", row["system"]), *pairs]
+    return Conversation(_checked(pairs, where), fields, where)
+
+
+def _role_and_content(message: Any, where: str) -> tuple[Any, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(f"{where} is {_shown(message)}; needed are role and content")
+    _refuse_not_followed(message, where)
+    for role, content in (("role", "content"), ("from", "value")):
+        if message.get(role) is not None:
+            return message[role], message.get(content)
+    raise ValueError(f"{where} is {_shown(message)}; needed are role and content, or from and value")
+
+
+def _checked(pairs: Sequence[tuple[Any, Any]], where: str) -> list[Message]:
+    """The messages, after their roles, order and texts were checked."""
+    messages: list[Message] = []
+    before = ""  # the role of the turn before, where it is no system message
+    for number, (given, content) in enumerate(pairs, 1):
+        place = f"message {number} of {where}"
+        role = _ROLES.get(given) if isinstance(given, str) else None
+        if role is None:
+            raise ValueError(f"{place} has the role {_shown(given)}; needed is {', '.join(_ROLES)}")
+        if isinstance(content, list):  # of parts
+            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+            texts = [part for part in parts if isinstance(part, str)]
+            content = "".join(texts) if len(texts) == len(parts) else content
+        if not isinstance(content, str):
+            raise ValueError(f"{place} has the content {_shown(content)}; needed is a text, or parts of text")
+        if role == "system" and number == 1:
+            if content.strip():  # an empty one says the same as none
+                messages.append({"role": role, "content": content})
+            continue
+        if role not in _MAY_FOLLOW[before]:
+            after = f"after a turn of the {before}" if before else "at the beginning"
+            raise ValueError(f"{place} is a turn of the {role} {after}; needed is {' or '.join(_MAY_FOLLOW[before])}")
+        if not content.strip():
+            raise ValueError(f"{place} is an empty turn of the {role}; needed is a text")
+        messages.append({"role": role, "content": content})
+        before = role
+    return messages
+
+
+def _refuse_not_followed(fields: Mapping[str, Any], where: str) -> None:
+    for name in _NOT_FOLLOWED:
+        if fields.get(name):
+            raise ValueError(f"{where} has {name} {_shown(fields[name])}, which healing does not follow")
+
+
+def _shown(value: Any) -> str:
+    return f"{json.dumps(value, ensure_ascii=False, default=str):.80}"

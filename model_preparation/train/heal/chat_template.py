@@ -1,0 +1,126 @@
+"""Conversations as tokens, through a chat template, and which of the tokens count.
+
+The template itself says which words are the assistant's: by its generation tags where it has them. Otherwise the
+messages before a turn, and those up to its end, are rendered too: the turn is what the second adds to the first.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from model_preparation.errors import SurgeryError
+from model_preparation.io.untrusted.tokenizer_files import within_limits
+from model_preparation.train.conversations import Conversation, Message
+
+NOT_COUNTED = -100  # as a label: transformers takes no loss there
+_TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_AT_ONCE = 64  # conversations in one process for templates
+
+Span = tuple[int, int]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], loss_on: str) -> list[np.ndarray]:
+    """(2, tokens) int32 for each conversation: the token ids, and the labels, -100 where no loss is taken.
+
+    Args:
+        tokenizer: with a chat template.
+        loss_on: "assistant" for every turn of the assistant, "completion" for its last one, "all" for all tokens.
+
+    Raises:
+        SurgeryError: for a conversation that the template refuses, or in which no token would count.
+    """
+    if not tokenizer.is_fast:
+        raise SurgeryError("The tokenizer has no tokenizer.json, so no token's place in its text is known. Add one.")
+    encoded: list[np.ndarray] = []
+    for first in range(0, len(conversations), _AT_ONCE):
+        some = conversations[first : first + _AT_ONCE]
+        texts, all_spans = [], []
+        for conversation, (text, spans, fault) in zip(some, _rendered(tokenizer, some, loss_on), strict=True):
+            if fault:
+                raise SurgeryError(f"The chat template cannot be used for {conversation.where}: {fault}")
+            texts.append(text)
+            all_spans.append(spans)
+        found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        for conversation, ids, offsets, spans in zip(
+            some, found["input_ids"], found["offset_mapping"], all_spans, strict=True
+        ):
+            counted = np.zeros(len(ids), dtype=bool)
+            begins, ends = np.array(offsets).reshape(-1, 2).T
+            for start, end in spans:
+                counted |= (begins < end) & (ends > start)
+            counted[:1] = False  # nothing is before it
+            if not counted.any():
+                raise SurgeryError(
+                    f"The chat template gives {conversation.where} no token that counts. Give another by "
+                    "--chat_template FILE, or --loss_on all."
+                )
+            encoded.append(np.stack([np.array(ids), np.where(counted, ids, NOT_COUNTED)]).astype(np.int32))
+    return encoded
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], loss_on: str
+) -> list[tuple[str, list[Span], str]]:
+    """For each conversation its text, the spans that count, and what is wrong with it."""
+    template = tokenizer.get_chat_template()
+    marks = tuple(tokenizer.get_added_vocab())
+
+    def render(messages: list[Message], **more: Any) -> tuple[str, list[Span]]:
+        options = {"chat_template": template, **tokenizer.special_tokens_map, **more}
+        texts, spans = render_jinja_template([messages], **options)
+        return texts[0], spans[0] if spans else []
+
+    def one(messages: list[Message]) -> tuple[str, list[Span], str]:
+        try:
+            text, spans = render(messages, return_assistant_tokens_mask=bool(_TAGS.search(template)))
+            if loss_on == "all":
+                return text, [(0, len(text))], ""
+            turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+            if not turns:
+                return text, [], "it has no turn of the assistant. Leave the row out, or give --loss_on all."
+            turns = turns[-1:] if loss_on == "completion" else turns
+            if not spans:
+                spans = [
+                    _turn(text, messages, index, lambda *args, **more: render(*args, **more)[0]) for index in turns
+                ]
+            elif loss_on == "completion":
+                begin = len(render(messages[: turns[-1]])[0])
+                spans = [span for span in spans if span[1] > begin]
+            return text, [_with_end(text, *span, marks) for span in spans], ""
+        except Exception as error:  # a template may raise any
+            reason = " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
+            return "", [], f"{reason}. Mend the row, or give another template by --chat_template FILE."
+
+    try:
+        return json.loads(within_limits(lambda: json.dumps([one(each.messages) for each in conversations])))
+    except ValueError as error:
+        return [("", [], f"{error}.") for _ in conversations]
+
+
+def _turn(text: str, messages: list[Message], index: int, render: Callable[..., str]) -> Span:
+    """Where the turn `index` of the assistant is in `text`, the template's of all messages."""
+    before, prompt = render(messages[:index]), render(messages[:index], add_generation_prompt=True)
+    after = render(messages[: index + 1])
+    begin = len(prompt)
+    if prompt == before:  # the template ignores what it is asked, and the name of the role is no word of the turn
+        begin = after.find(messages[index]["content"].strip(), begin)
+    if begin < 0 or not after.startswith(prompt) or not text.startswith(after):
+        raise ValueError(
+            f"it writes message {index + 1} in another way when other messages follow, or leaves some out, so the "
+            "assistant's tokens are not known. Put {% generation %} around them in the template, or give --loss_on all"
+        )
+    return begin, len(after)
+
+
+def _with_end(text: str, begin: int, end: int, marks: tuple[str, ...]) -> Span:
+    """The span up to the token that ends the turn: without blanks after it, and with it where it comes next."""
+    turn = text[begin:end]
+    if (stripped := turn.rstrip()).endswith(marks):
+        return begin, begin + len(stripped)
+    following = next((mark for mark in marks if text.startswith(mark, end)), "")
+    return begin, end + len(following)
