@@ -23,6 +23,7 @@ examples:
   python heal_checkpoint.py --checkpoint ../model_checkpoints/llamba_replaced_13_17 --data ./texts \\
       --output_dir ../model_checkpoints/llamba_replaced_13_17_v2_healed --method neighbours --max_steps 500
   python heal_checkpoint.py --checkpoint DIR --data corpus.jsonl --output_dir OUT --method lora --teacher donor
+  python heal_checkpoint.py --checkpoint DIR --data conversations.jsonl --packing --output_dir OUT
   torchrun --nproc_per_node 2 heal_checkpoint.py --checkpoint DIR --data ./texts --output_dir OUT
   accelerate launch --config_file ../scripts/accelerate/fsdp.yaml heal_checkpoint.py --checkpoint DIR --data ./texts \\
       --output_dir OUT

@@ -177,10 +177,6 @@ def test_what_the_template_does_not_give_is_said(tmp_path):
     with pytest.raises(SurgeryError, match=r"line 1 of .*b\.jsonl: it has no turn of the assistant. .*--loss_on all"):
         load(only_asked, tokenizer_with(CHATML))
     assert len(load(only_asked, tokenizer_with(CHATML), loss_on="all")) == 1
-    (tmp_path / "c.txt").write_text("plain " * 99)
-    for given in ({"loss_on": "all"}, {"long_conversations": "cut"}, {"chat_template": "x.jinja"}):
-        with pytest.raises(SurgeryError, match=rf"{next(iter(given))} is given, but .*c\.txt holds texts"):
-            load(str(tmp_path / "c.txt"), tokenizer_with(CHATML), **given)
 
 
 def test_long_conversations_are_told_dropped_or_cut(tmp_path, capsys):
@@ -368,6 +364,9 @@ def test_a_donor_that_cannot_write_conversations_is_named(donor_dir, checkpoint_
         SurgeryError, match=r"Of 256 conversations .* it ended 0 within --block_size 32 .*; 8 are needed"
     ):
         write(ENDED, self_conversations=8)
+    (tmp_path / "x.jinja").write_text(ENDED)
+    for given in (("--loss_on", "all"), ("--long_conversations", "cut"), ("--chat_template", tmp_path / "x.jinja")):
+        assert_refused(heal(tmp_path / "out", *given), f"{given[0][2:]} is given, but", "text.txt holds texts and no")
     refused = heal(tmp_path / "out", "--self_conversations", 9)
     assert_refused(refused, "self_conversations has no effect on", "give --data self")
     assert_refused(heal(tmp_path / "out", "--chat_template", tmp_path / "none"), "none cannot be read", "chat template")

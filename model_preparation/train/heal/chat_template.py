@@ -99,7 +99,7 @@ def _rendered(
     try:
         return json.loads(within_limits(lambda: json.dumps([one(each.messages) for each in conversations])))
     except ValueError as error:
-        return [("", [], f"{error}.") for _ in conversations]
+        return [("", [], f"{error}. Give another template by --chat_template FILE.") for _ in conversations]
 
 
 def _turn(text: str, messages: list[Message], index: int, render: Callable[..., str]) -> Span:

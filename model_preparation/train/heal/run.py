@@ -118,6 +118,10 @@ class Run:
             held_out = load_sequences(settings.eval_data, tokenizer, settings, self.say)
         elif settings.eval_interval:
             train, held_out = hold_out(train, settings.eval_fraction)
+        if not train.are_conversations and (held_out is None or not held_out.are_conversations):
+            for name in ("loss_on", "long_conversations", "chat_template"):
+                if getattr(settings, name) != getattr(HealSettings, name):
+                    raise SurgeryError(f"{name} is given, but {data} holds texts and no conversations. Leave it out.")
         described = {
             "name": name_of(data),
             "blake3": train.digest(),

@@ -27,7 +27,10 @@ class Sequences(Dataset):
 
     Attributes:
         tokens: (sequences, block_size) int32.
+        are_conversations: whether they were made of conversations.
     """
+
+    are_conversations = False
 
     def __init__(self, tokens: np.ndarray):
         self.tokens = tokens
@@ -70,10 +73,14 @@ class Documents(Sequences):
     Args:
         documents: (2, tokens) int32 each, ids and labels, of at most `block_size` tokens.
         packing: whether several of them share a sequence.
+        are_conversations: whether they are conversations, and not texts.
     """
 
-    def __init__(self, documents: Sequence[np.ndarray], block_size: int, *, packing: bool):
+    def __init__(
+        self, documents: Sequence[np.ndarray], block_size: int, *, packing: bool, are_conversations: bool = False
+    ):
         self._documents, self._block_size, self._packing = documents, block_size, packing
+        self.are_conversations = are_conversations
         lengths = [document.shape[1] for document in documents]
         self._rows = _packed(lengths, block_size) if packing else [[index] for index in range(len(documents))]
 
@@ -98,7 +105,8 @@ class Documents(Sequences):
 
     def take(self, chosen: np.ndarray) -> "Documents":
         documents = [self._documents[index] for index in np.flatnonzero(chosen).tolist()]
-        return Documents(documents, self._block_size, packing=self._packing)
+        kind = self.are_conversations
+        return Documents(documents, self._block_size, packing=self._packing, are_conversations=kind)
 
     def digest(self) -> str:
         """BLAKE3 of ids, labels, and where documents and sequences begin, in hex."""
@@ -110,7 +118,8 @@ class Documents(Sequences):
     def __str__(self) -> str:
         filled = self.size / (len(self) * self._block_size)
         size = f"up to {self._block_size} tokens, {filled:.0%} full"
-        return f"{self.parts} documents in {len(self)} sequences of {size}"
+        kind = "conversations" if self.are_conversations else "texts"
+        return f"{self.parts} {kind} in {len(self)} sequences of {size}"
 
 
 def collate(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -177,7 +186,7 @@ def load_sequences(
         say: gets a line about conversations that are dropped or cut.
 
     Raises:
-        SurgeryError: if there is no such text, it fills no sequence, or the settings do not fit it.
+        SurgeryError: if there is no such text, or it fills no sequence.
     """
     block_size = settings.block_size
     texts: list[np.ndarray] = []
@@ -196,8 +205,8 @@ def load_sequences(
             long += [(where, size) for where, size in sizes if size > block_size]
             conversations += found
     if conversations:
-        return Documents(_fitting(conversations, long, settings, say), block_size, packing=settings.packing)
-    _check_no_effect(settings, data)
+        fitting = _fitting(conversations, long, settings, say)
+        return Documents(fitting, block_size, packing=settings.packing, are_conversations=True)
     if settings.packing:
         cut = [text[first : first + block_size] for text in texts for first in range(0, len(text), block_size)]
         labelled = [np.stack([ids, np.append(np.int32(NOT_COUNTED), ids[1:])]) for ids in cut if len(ids) > 1]
@@ -214,17 +223,13 @@ def load_sequences(
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, data: str) -> None:
-    if not tokenizer.chat_template:
+    try:
+        tokenizer.get_chat_template()
+    except ValueError as error:  # it has none, or several and no default
         raise SurgeryError(
             f"{data} holds conversations, and the checkpoint's tokenizer has no chat template for them. Give one by "
             "--chat_template FILE, such as the chat_template.jinja of the donor's instruct model."
-        )
-
-
-def _check_no_effect(settings: HealSettings, data: str) -> None:
-    for name in ("loss_on", "long_conversations", "chat_template"):
-        if getattr(settings, name) != getattr(HealSettings, name):
-            raise SurgeryError(f"{name} is given, but {data} holds texts and no conversations. Leave it out.")
+        ) from error
 
 
 def _fitting(
