@@ -34,7 +34,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import make_folder
 from model_preparation.io.complete_folder import new_folder
 from model_preparation.train.heal.adapters import adapter_of, load_adapter_weights, write_adapter
-from model_preparation.train.heal.objective import Distillation, losses_of
+from model_preparation.train.heal.objective import Distillation, losses_of, next_tokens
 from model_preparation.train.heal.resume_state import (
     STATE_FILE,
     TRAINER_STATE,
@@ -103,8 +103,6 @@ class HealTrainer(Trainer):
             eval_dataset=held_out,
             callbacks=[*callbacks, _TakeUnloggedLoss(self)],
         )
-        if distillation is not None:
-            self.loss_is_scaled_for_ga = False  # a mean per batch; all batches are of one size
 
     @property
     def is_lora(self) -> bool:
@@ -166,15 +164,19 @@ class HealTrainer(Trainer):
         """The loss on the text, or the distance from the teacher."""
         if self._distillation is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(input_ids=inputs["input_ids"], output_hidden_states=self._distillation.wants_hidden_states)
-        loss = self._distillation.loss(outputs, inputs["input_ids"])
+        labels = inputs.pop("labels")
+        outputs = model(**inputs, output_hidden_states=self._distillation.wants_hidden_states)
+        loss = self._distillation.loss(outputs, inputs, next_tokens(labels), num_items_in_batch)
+        if num_items_in_batch is not None:  # of all processes, and their gradients are averaged
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Also keep the loss of each held-out sequence."""
-        ids = self._prepare_inputs(inputs)["input_ids"]
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses = losses_of(model(input_ids=ids).logits, ids)
+            losses = losses_of(model(**inputs).logits, labels)
         self._held_out_losses.append(self.accelerator.gather_for_metrics(losses))
         return losses.mean(), None, None
 

@@ -1,16 +1,21 @@
 """The losses of healing: on the text, or to a teacher.
 
-Source: Hinton et al., arXiv 1503.02531, section 2 (the gradient of soft targets is scaled by temperature squared).
+Sources: Hinton et al., arXiv 1503.02531, section 2 (the gradient of soft targets is scaled by temperature squared);
+Agarwal et al., arXiv 2306.13649 (both directions of the divergence).
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss, pad
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model_preparation.errors import SurgeryError
 from model_preparation.train.heal.settings import HealSettings
+
+NOT_COUNTED = -100  # a label: no loss at this token
 
 
 class Distillation:
@@ -30,52 +35,80 @@ class Distillation:
         """Whether the loss needs the student's hidden states."""
         return self._settings.hidden_weight > 0
 
-    def loss(self, student: CausalLMOutputWithPast, input_ids: Tensor) -> Tensor:
-        """Mean over all positions that have a next token.
+    def loss(
+        self,
+        student: CausalLMOutputWithPast,
+        inputs: Mapping[str, Tensor],
+        targets: Tensor,
+        count: Tensor | int | None = None,
+    ) -> Tensor:
+        """The losses of the positions that count, divided by `count`.
 
-        w T^2 KL(teacher || student) + (1 - w) cross-entropy + h MSE(hidden states), with w, T and h from the settings.
-        The MSE is a mean over layers. Each is relative to the teacher's mean square, which grows a thousandfold with
-        depth.
+        w T^2 KL + (1 - w) cross-entropy + h MSE(hidden states), with w, T and h from the settings. KL is a mix of both
+        directions: (1 - r) KL(teacher || student) + r KL(student || teacher). The MSE is a mean over layers and all
+        tokens. Each is relative to the teacher's mean square, which grows a thousandfold with depth.
 
         Args:
             student: its logits (batch, length, vocab), and hidden states if wanted.
-            input_ids: (batch, length) int64.
+            inputs: what the student got: `input_ids` (batch, length), perhaps `attention_mask` and `position_ids`.
+            targets: as `next_tokens` gives them.
+            count: positions that count in the whole step; by default those of this batch, which gives a mean.
         """
         settings = self._settings
+        counted = targets != NOT_COUNTED
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
         with torch.no_grad():
-            teacher = self._teacher(input_ids=input_ids, output_hidden_states=self.wants_hidden_states, use_cache=False)
+            teacher = self._teacher(**given, output_hidden_states=self.wants_hidden_states, use_cache=False)
+        logits = student.logits[counted].float()  # (positions, vocab)
+        count = counted.sum().clamp(min=1) if count is None else count
         temperature = settings.temperature
-        # (batch * (length - 1), vocab): the last position has no next token in the batch.
-        logits = student.logits[:, :-1].flatten(0, 1).float()
-        targets = teacher.logits[:, :-1].flatten(0, 1).float()
         loss = (
             settings.teacher_weight
             * temperature**2
-            * kl_div(
+            * divergence(
                 log_softmax(logits / temperature, dim=-1),
-                log_softmax(targets / temperature, dim=-1),
-                reduction="batchmean",
-                log_target=True,
+                log_softmax(teacher.logits[counted].float() / temperature, dim=-1),
+                settings.reverse_weight,
             )
         )
         if settings.teacher_weight < 1:
-            loss = loss + (1 - settings.teacher_weight) * cross_entropy(logits, input_ids[:, 1:].flatten())
+            loss = loss + (1 - settings.teacher_weight) * cross_entropy(logits, targets[counted], reduction="sum")
         if self.wants_hidden_states:
+            real = inputs.get("attention_mask", torch.ones_like(targets)).bool()
             pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)  # [0] are the embeddings
-            terms = [mse_loss(ours.float(), theirs.float()) / theirs.float().square().mean() for ours, theirs in pairs]
-            loss = loss + settings.hidden_weight * torch.stack(terms).mean()
-        return loss
+            terms = [_relative_error(ours[real].float(), theirs[real].float()) for ours, theirs in pairs]
+            loss = loss + settings.hidden_weight * torch.stack(terms).mean() * counted.sum()
+        return loss / count
 
 
-def losses_of(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """(batch,) float32: each sequence's mean cross-entropy over the positions that have a next token.
+def divergence(ours: Tensor, theirs: Tensor, reverse_weight: float) -> Tensor:
+    """(1 - r) KL(theirs || ours) + r KL(ours || theirs), summed over positions, of log-probabilities."""
+    weighted = [(1 - reverse_weight, ours, theirs), (reverse_weight, theirs, ours)]
+    terms = [weight * kl_div(of, to, reduction="sum", log_target=True) for weight, of, to in weighted if weight]
+    return sum(terms[1:], terms[0])
+
+
+def _relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    return mse_loss(ours, theirs) / theirs.square().mean()
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """(batch, length): the label of the next token; `NOT_COUNTED` for the last one."""
+    return pad(labels[:, 1:], (0, 1), value=NOT_COUNTED)
+
+
+def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """(batch,) float32: each sequence's mean cross-entropy over the next tokens that count.
 
     Args:
         logits: (batch, length, vocab).
-        input_ids: (batch, length) int64.
+        labels: (batch, length) int64.
     """
-    losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten(), reduction="none")
-    return losses.view(len(input_ids), -1).mean(1)
+    targets = next_tokens(labels)
+    losses = cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NOT_COUNTED, reduction="none"
+    ).view_as(targets)
+    return losses.sum(1) / (targets != NOT_COUNTED).sum(1).clamp(min=1)
 
 
 def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, settings: HealSettings) -> None:

@@ -84,6 +84,14 @@ class HealSettings(CheckedSettings):
     ] = None
     temperature: Annotated[float, Flag("X", "of both distributions", _ABOVE_0)] = 1.0
     teacher_weight: Annotated[float, Flag("X", "of the teacher's loss; the text's has the rest of 1", _FRACTION)] = 1.0
+    reverse_weight: Annotated[
+        float,
+        Flag(
+            "X",
+            "of the reverse KL divergence (student to teacher) in the teacher's loss; the forward one's is the rest",
+            _FRACTION,
+        ),
+    ] = 0.0
     hidden_weight: Annotated[float, Flag("X", "of the relative squared error of the hidden states", _AT_LEAST_0)] = 0.0
     eval_data: Annotated[str | None, Flag("FILE|DIR|NAME", "held-out text; without it some of --data is")] = None
     eval_interval: Annotated[int, Flag("N", "steps between held-out losses; 0: none", number(int, least=0))] = 50
@@ -107,7 +115,7 @@ class HealSettings(CheckedSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         for names, needed, is_given in (
-            (("temperature", "teacher_weight", "hidden_weight"), "teacher", self.teacher is not None),
+            (("temperature", "teacher_weight", "reverse_weight", "hidden_weight"), "teacher", self.teacher is not None),
             (("exclude",), "init_from with weights to take", self.init_from not in ("checkpoint", "scratch")),
             (("lora_rank", "lora_alpha", "lora_dropout"), "method lora", self.method == "lora"),
         ):
