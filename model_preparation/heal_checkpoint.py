@@ -9,7 +9,7 @@ from model_preparation.command_line import CommandParser, add_device_flags, add_
 from model_preparation.devices import choose_device
 from model_preparation.hub.sources import add_source_flag
 from model_preparation.setting_flags import add_flags, as_flags
-from model_preparation.train.heal.settings import HealSettings
+from model_preparation.train.heal.settings import PATHS, HealSettings
 
 DESCRIPTION = """\
 Train a grafted checkpoint a little more, and write the result as a new checkpoint folder. The parent is only read.
@@ -79,7 +79,7 @@ def _flags_used(healing: dict[str, Any], given: dict[str, Any]) -> dict[str, Any
     from model_preparation.io.identity import name_of
 
     settings = dict(healing["settings"])
-    for name in ("teacher", "eval_data", "init_from"):
+    for name in PATHS:
         if given.get(name) is not None and name_of(given[name]) == settings[name]:
             settings[name] = given[name]
     return {**as_flags(HealSettings(**settings)), "prompt": [text["prompt"] for text in healing["texts"]]}

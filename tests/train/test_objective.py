@@ -6,7 +6,15 @@ import torch
 from model_preparation import load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import OtherModel, load_other
-from model_preparation.train.heal.objective import Distillation, check_teacher, losses_of, next_tokens
+from model_preparation.train.heal.objective import (
+    Distillation,
+    LiveTeacher,
+    TeacherOutput,
+    check_teacher,
+    divergence,
+    losses_of,
+    next_tokens,
+)
 from model_preparation.train.heal.settings import HealSettings
 from tests.conftest import tiny_config
 
@@ -34,7 +42,7 @@ def test_loss_and_gradients_are_those_of_the_formula_in_float64(pair, reverse, l
     with torch.no_grad():
         ours, theirs = student(IDS, output_hidden_states=True), teacher(IDS, output_hidden_states=True)
     leaves = [ours.logits.requires_grad_(), ours.hidden_states[2].requires_grad_()]
-    found = Distillation(teacher, settings).loss(ours, {"input_ids": IDS}, next_tokens(labels))
+    found = Distillation(LiveTeacher(teacher, settings), settings).loss(ours, {"input_ids": IDS}, next_tokens(labels))
     found.backward()
 
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -59,8 +67,27 @@ def test_a_teacher_is_its_own_best_student(pair):
     for reverse in (0.0, 1.0):
         with torch.no_grad():
             settings = HealSettings(teacher="donor", reverse_weight=reverse)
-            loss = Distillation(teacher, settings).loss(teacher(IDS), {"input_ids": IDS}, next_tokens(IDS))
+            loss = Distillation(LiveTeacher(teacher, settings), settings).loss(
+                teacher(IDS), {"input_ids": IDS}, next_tokens(IDS)
+            )
         assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("reverse", [0.0, 0.4])
+def test_of_a_teachers_likeliest_tokens_all_others_count_as_one(reverse):
+    ours, theirs = torch.randn(2, 7, 30, generator=torch.Generator().manual_seed(2)).double().requires_grad_()
+    known, tokens = theirs.log_softmax(-1).detach().topk(4)
+    others = (1 - known.exp().sum(1)).log()
+    found = divergence(ours.log_softmax(-1), TeacherOutput(known, tokens, others), reverse)
+    p, q = (
+        torch.stack([*(d.gather(1, tokens).unbind(1)), 1 - d.gather(1, tokens).sum(1)], 1)
+        for d in (theirs.detach().softmax(-1), ours.softmax(-1))
+    )
+    torch.testing.assert_close(found, ((1 - reverse) * p * (p / q).log() + reverse * q * (q / p).log()).sum())
+    if not reverse:  # the gradient of the whole distribution, at the known tokens
+        (gradient,) = torch.autograd.grad(found, ours)
+        whole = ours.softmax(-1) - theirs.softmax(-1)
+        torch.testing.assert_close(gradient.gather(1, tokens), whole.gather(1, tokens))
 
 
 def test_a_held_out_loss_is_a_mean_over_what_counts():

@@ -40,7 +40,7 @@ from model_preparation.train.heal.result import healing_record, log_files, score
 from model_preparation.train.heal.resume_state import PREFIX, list_states, remove_states
 from model_preparation.train.heal.run import Run, begin_or_resume, in_memory
 from model_preparation.train.heal.sequences import Sequences
-from model_preparation.train.heal.settings import HealSettings
+from model_preparation.train.heal.settings import PATHS, HealSettings
 
 
 def heal_checkpoint(
@@ -96,7 +96,7 @@ def heal_checkpoint(
     dtype = torch_dtype(dtype)
     states = Path(resume_dir).expanduser() if resume_dir else Path(f"{os.path.abspath(output_dir)}_resume")
     without_links(states.resolve() if resume_dir else states)
-    only_read = [parent, data, *(given.get(name) for name in ("teacher", "init_from", "eval_data"))]
+    only_read = [parent, data, *(given.get(name) for name in PATHS)]
     for flag, place in (("--output_dir", output_dir), ("--resume_dir", states)):
         _check_apart(flag, place, parent, *only_read)
     if output_dir.resolve() == states.resolve():
@@ -157,7 +157,7 @@ def heal_checkpoint(
         train=train,
         held_out=held_out,
         states=states,
-        distillation=run.distillation(model, tokenizer, args.device),
+        distillation=run.distillation(model, tokenizer, train, processes, args.device),
         milestones=kept,
         callbacks=[Console(), SaveMilestones(kept), stopper],
     )

@@ -162,10 +162,11 @@ class HealTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss on the text, or the distance from the teacher."""
+        given = {name: value for name, value in inputs.items() if name != "sequence"}
         if self._distillation is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs.pop("labels")
-        outputs = model(**inputs, output_hidden_states=self._distillation.wants_hidden_states)
+            return super().compute_loss(model, given, return_outputs, num_items_in_batch)
+        labels = given.pop("labels")
+        outputs = model(**given, output_hidden_states=self._distillation.wants_hidden_states)
         loss = self._distillation.loss(outputs, inputs, next_tokens(labels), num_items_in_batch)
         if num_items_in_batch is not None:  # of all processes, and their gradients are averaged
             loss = loss * self.accelerator.num_processes

@@ -4,7 +4,8 @@ Sources: Hinton et al., arXiv 1503.02531, section 2 (the gradient of soft target
 Agarwal et al., arXiv 2306.13649 (both directions of the divergence).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +19,51 @@ from model_preparation.train.heal.settings import HealSettings
 NOT_COUNTED = -100  # a label: no loss at this token
 
 
-class Distillation:
-    """The loss of a student against a teacher.
+class TeacherOutput(NamedTuple):
+    """What a teacher says at some positions.
 
-    Args:
-        teacher: a causal language model with the student's vocabulary, on the student's device.
-        settings: temperature and the weights of the terms.
+    Attributes:
+        log_probs: (positions, vocab), or (positions, K) of its likeliest tokens.
+        tokens: (positions, K) int64, which those are; None if all are there.
+        others: (positions,), the log of what all other tokens have together; None if there are no others.
+        hidden_states: of each layer, at every token; None if they are not wanted.
     """
 
-    def __init__(self, teacher: PreTrainedModel, settings: HealSettings):
-        self._teacher = teacher.eval().requires_grad_(False)
+    log_probs: Tensor
+    tokens: Tensor | None = None
+    others: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+# Gives what a teacher says where the second argument, (batch, length), is True; the first is a batch.
+Teacher = Callable[[Mapping[str, Tensor], Tensor], TeacherOutput]
+
+
+class LiveTeacher:
+    """A teacher in memory, with the student's vocabulary, on the student's device."""
+
+    def __init__(self, model: PreTrainedModel, settings: HealSettings):
+        self._model = model.eval().requires_grad_(False)
         self._settings = settings
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor], counted: Tensor) -> TeacherOutput:
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+        wants_hidden_states = self._settings.hidden_weight > 0
+        outputs = self._model(**given, output_hidden_states=wants_hidden_states, use_cache=False)
+        logits = outputs.logits[counted].float() / self._settings.temperature
+        return TeacherOutput(log_softmax(logits, dim=-1), hidden_states=outputs.hidden_states)
+
+
+class Distillation:
+    """The loss of a student against a teacher; the settings have temperature and the weights of the terms."""
+
+    def __init__(self, teacher: Teacher, settings: HealSettings):
+        self._teacher, self._settings = teacher, settings
 
     @property
     def wants_hidden_states(self) -> bool:
@@ -50,30 +85,20 @@ class Distillation:
 
         Args:
             student: its logits (batch, length, vocab), and hidden states if wanted.
-            inputs: what the student got: `input_ids` (batch, length), perhaps `attention_mask` and `position_ids`.
+            inputs: the batch.
             targets: as `next_tokens` gives them.
             count: positions that count in the whole step; by default those of this batch, which gives a mean.
         """
         settings = self._settings
         counted = targets != NOT_COUNTED
-        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
-        with torch.no_grad():
-            teacher = self._teacher(**given, output_hidden_states=self.wants_hidden_states, use_cache=False)
+        teacher = self._teacher(inputs, counted)
         logits = student.logits[counted].float()  # (positions, vocab)
         count = counted.sum().clamp(min=1) if count is None else count
-        temperature = settings.temperature
-        loss = (
-            settings.teacher_weight
-            * temperature**2
-            * divergence(
-                log_softmax(logits / temperature, dim=-1),
-                log_softmax(teacher.logits[counted].float() / temperature, dim=-1),
-                settings.reverse_weight,
-            )
-        )
+        ours = log_softmax(logits / settings.temperature, dim=-1)
+        loss = settings.teacher_weight * settings.temperature**2 * divergence(ours, teacher, settings.reverse_weight)
         if settings.teacher_weight < 1:
             loss = loss + (1 - settings.teacher_weight) * cross_entropy(logits, targets[counted], reduction="sum")
-        if self.wants_hidden_states:
+        if teacher.hidden_states is not None:
             real = inputs.get("attention_mask", torch.ones_like(targets)).bool()
             pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)  # [0] are the embeddings
             terms = [_relative_error(ours[real].float(), theirs[real].float()) for ours, theirs in pairs]
@@ -81,8 +106,23 @@ class Distillation:
         return loss / count
 
 
-def divergence(ours: Tensor, theirs: Tensor, reverse_weight: float) -> Tensor:
-    """(1 - r) KL(theirs || ours) + r KL(ours || theirs), summed over positions, of log-probabilities."""
+def divergence(ours: Tensor, teacher: TeacherOutput, reverse_weight: float) -> Tensor:
+    """(1 - r) KL(teacher || student) + r KL(student || teacher), summed over positions.
+
+    Where only a teacher's likeliest tokens are known, all others count as one token, for both models. Then no
+    probability is lost, and the forward divergence has the whole one's gradient at the known tokens.
+
+    Args:
+        ours: the student's log-probabilities, (positions, vocab).
+    """
+    theirs = teacher.log_probs
+    if teacher.tokens is not None:
+        known = ours.gather(1, teacher.tokens)
+        if teacher.others is not None:
+            others = ours.scatter(1, teacher.tokens, -torch.inf).logsumexp(1, keepdim=True)
+            known = torch.cat([known, others], dim=1)
+            theirs = torch.cat([theirs, teacher.others.unsqueeze(1)], dim=1)
+        ours = known
     weighted = [(1 - reverse_weight, ours, theirs), (reverse_weight, theirs, ours)]
     terms = [weight * kl_div(of, to, reduction="sum", log_target=True) for weight, of, to in weighted if weight]
     return sum(terms[1:], terms[0])

@@ -16,6 +16,7 @@ from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.train.heal.heal_trainer import HealTrainer
 from model_preparation.train.heal.run import Run, trained_layers
+from model_preparation.train.heal.settings import PATHS
 
 _NEW_TOKENS = 40  # of the texts before and after
 _LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch", "step")  # the same in every run: no times
@@ -31,11 +32,11 @@ def healing_record(
     after = trainer.state.best_metric if is_best else measured[-1] if measured else None
     mmlu_before = parent_info["mmlu_score"] if settings.init_from == "checkpoint" else None
     described = settings.as_dict()
-    for name in ("teacher", "eval_data", "init_from"):
+    for name in PATHS:
         described[name] = described[name] and name_of(described[name])
     return {
         "method": settings.method,
-        "objective": "language modelling" if settings.teacher is None else "distillation",
+        "objective": "distillation" if settings.has_teacher else "language modelling",
         "data": identity["data"],
         "settings": described,
         "layers": trained_layers(LlambaConfig.from_dict(parent_info["config"]), settings.method),

@@ -12,6 +12,7 @@ from model_preparation.setting_flags import YES_OR_NO, CheckedSettings, Flag, On
 METHODS = ("full", "grafted", "neighbours", "lora")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant")
+PATHS = ("teacher", "teacher_cache", "eval_data", "init_from")  # settings that may be paths of this machine
 TRACKERS = ("none", "trackio", "wandb", "swanlab")
 # A resumed run may change these: they decide what is kept and shown, not the weights ...
 _FREE = ("save_steps", "save_total_limit", "report_to")
@@ -82,6 +83,15 @@ class HealSettings(CheckedSettings):
             "model's folder or hub id (default: none)",
         ),
     ] = None
+    teacher_cache: Annotated[
+        str | None,
+        Flag(
+            "DIR",
+            "keep the teacher's likeliest tokens here, and train without the teacher in memory; once the folder is "
+            "complete, --teacher is not needed (default: the teacher is in memory)",
+        ),
+    ] = None
+    teacher_top_k: Annotated[int, Flag("N", "tokens kept for each position of --teacher_cache", _COUNT)] = 64
     temperature: Annotated[float, Flag("X", "of both distributions", _ABOVE_0)] = 1.0
     teacher_weight: Annotated[float, Flag("X", "of the teacher's loss; the text's has the rest of 1", _FRACTION)] = 1.0
     reverse_weight: Annotated[
@@ -114,8 +124,11 @@ class HealSettings(CheckedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        has_cache = self.teacher_cache is not None
         for names, needed, is_given in (
-            (("temperature", "teacher_weight", "reverse_weight", "hidden_weight"), "teacher", self.teacher is not None),
+            (("temperature", "teacher_weight", "reverse_weight"), "teacher", self.has_teacher),
+            (("hidden_weight",), "a teacher in memory", self.teacher is not None and not has_cache),
+            (("teacher_top_k",), "teacher_cache", has_cache),
             (("exclude",), "init_from with weights to take", self.init_from not in ("checkpoint", "scratch")),
             (("lora_rank", "lora_alpha", "lora_dropout"), "method lora", self.method == "lora"),
         ):
@@ -128,6 +141,11 @@ class HealSettings(CheckedSettings):
             raise SurgeryError(
                 "Without always_save, states are saved where the held-out loss improves. Set eval_interval."
             )
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the aim is a teacher, in memory or on the disk."""
+        return self.teacher is not None or self.teacher_cache is not None
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON files have them."""
