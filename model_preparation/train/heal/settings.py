@@ -6,6 +6,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from model_preparation.command_line import number
 from model_preparation.errors import SurgeryError
+from model_preparation.io.identity import name_of
 from model_preparation.io.untrusted.untrusted_files import check_fields
 from model_preparation.setting_flags import YES_OR_NO, CheckedSettings, Flag, OneOf
 
@@ -15,7 +16,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 PATHS = ("teacher", "teacher_cache", "eval_data", "init_from")  # settings that may be paths of this machine
 TRACKERS = ("none", "trackio", "wandb", "swanlab")
 # A resumed run may change these: they decide what is kept and shown, not the weights ...
-_FREE = ("save_steps", "save_total_limit", "report_to")
+FREE = ("save_steps", "save_total_limit", "report_to")
 # ... and this one, which decides where the run ends. The user gets a line about it.
 _FREE_WITH_A_LINE = ("max_steps",)
 
@@ -122,6 +123,8 @@ class HealSettings(CheckedSettings):
     save_total_limit: Annotated[int, Flag("N", "states kept; the best and the newest always are", _COUNT)] = 3
     report_to: Annotated[str, Flag(None, "tracker that also gets them", OneOf(*TRACKERS))] = "none"
 
+    stage: str | None = None  # the name of the stage that this run is, for `heal_in_stages`
+
     def __post_init__(self) -> None:
         super().__post_init__()
         has_cache = self.teacher_cache is not None
@@ -152,6 +155,12 @@ class HealSettings(CheckedSettings):
         return asdict(self) | {"exclude": list(self.exclude)}
 
 
+def described(settings: HealSettings) -> dict[str, Any]:
+    """The settings as checkpoint_info.json has them: of this machine's paths, the last parts."""
+    found = settings.as_dict()
+    return found | {name: found[name] and name_of(found[name]) for name in PATHS}
+
+
 def saved_settings(saved: Mapping[str, Any]) -> HealSettings:
     """The settings in a state.
 
@@ -179,12 +188,12 @@ def resumed_settings(saved: HealSettings, given: Mapping[str, Any]) -> tuple[Hea
     """The settings of a resumed run, which are mostly the saved ones; and a line for each one given that differs."""
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     differing = {name: value for name, value in given.items() if value != getattr(saved, name)}
-    taken = {name: value for name, value in differing.items() if name in _FREE + _FREE_WITH_A_LINE}
+    taken = {name: value for name, value in differing.items() if name in FREE + _FREE_WITH_A_LINE}
     lines = []
     for name, value in differing.items():
         if name in _FREE_WITH_A_LINE:
             lines.append(f"{name} is now {value}, was {getattr(saved, name)}; the learning rate changes from here on")
-        elif name not in _FREE:
+        elif name not in FREE:
             lines.append(
                 f"{name} stays {getattr(saved, name)!r}, as the run was started with; {value!r} is ignored "
                 "(to start anew, give --resume never)"
