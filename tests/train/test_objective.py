@@ -42,7 +42,9 @@ def test_loss_and_gradients_are_those_of_the_formula_in_float64(pair, reverse, l
     with torch.no_grad():
         ours, theirs = student(IDS, output_hidden_states=True), teacher(IDS, output_hidden_states=True)
     leaves = [ours.logits.requires_grad_(), ours.hidden_states[2].requires_grad_()]
-    found = Distillation(LiveTeacher(teacher, settings), settings).loss(ours, {"input_ids": IDS}, next_tokens(labels))
+    found = Distillation(LiveTeacher(teacher, settings), settings).loss(
+        ours, {"input_ids": IDS, "targets": next_tokens(labels)}
+    )
     found.backward()
 
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -64,12 +66,11 @@ def test_loss_and_gradients_are_those_of_the_formula_in_float64(pair, reverse, l
 
 def test_a_teacher_is_its_own_best_student(pair):
     _, teacher = pair
+    batch = {"input_ids": IDS, "targets": next_tokens(IDS)}
     for reverse in (0.0, 1.0):
         with torch.no_grad():
             settings = HealSettings(teacher="donor", reverse_weight=reverse)
-            loss = Distillation(LiveTeacher(teacher, settings), settings).loss(
-                teacher(IDS), {"input_ids": IDS}, next_tokens(IDS)
-            )
+            loss = Distillation(LiveTeacher(teacher, settings), settings).loss(teacher(IDS), batch)
         assert loss.item() == pytest.approx(0, abs=1e-6)
 
 
@@ -90,12 +91,13 @@ def test_of_a_teachers_likeliest_tokens_all_others_count_as_one(reverse):
         torch.testing.assert_close(gradient.gather(1, tokens), whole.gather(1, tokens))
 
 
-def test_a_held_out_loss_is_a_mean_over_what_counts():
+def test_the_loss_of_a_text_is_that_of_what_counts():
     logits = torch.randn(2, 9, 260, generator=torch.Generator().manual_seed(1))
-    losses = -logits.double()[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:].unsqueeze(-1)).squeeze(-1)
-    torch.testing.assert_close(losses_of(logits, IDS).double(), losses.mean(1))
-    wanted = losses[0, [0, 1, 5, 6, 7]].mean(), -logits.double()[1, 3].log_softmax(-1)[7]
-    torch.testing.assert_close(losses_of(logits, LABELS).double(), torch.stack(wanted))
+    wanted = -logits.double()[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:].unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(losses_of(logits, next_tokens(IDS))[:, :-1].double(), wanted)
+    wanted[LABELS[:, 1:] == -100] = 0
+    wanted[1, 3] = -logits.double()[1, 3].log_softmax(-1)[7]
+    torch.testing.assert_close(losses_of(logits, next_tokens(LABELS))[:, :-1].double(), wanted)
 
 
 def test_a_teacher_of_another_vocabulary_or_depth_is_refused(pair):

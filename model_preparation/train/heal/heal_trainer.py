@@ -34,7 +34,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import make_folder
 from model_preparation.io.complete_folder import new_folder
 from model_preparation.train.heal.adapters import adapter_of, load_adapter_weights, write_adapter
-from model_preparation.train.heal.objective import Distillation, losses_of, next_tokens
+from model_preparation.train.heal.objective import NOT_COUNTED, Distillation, losses_of
 from model_preparation.train.heal.resume_state import (
     STATE_FILE,
     TRAINER_STATE,
@@ -47,6 +47,7 @@ from model_preparation.train.heal.resume_state import (
     rotate,
 )
 from model_preparation.train.heal.run import Run
+from model_preparation.train.heal.segments import segments
 from model_preparation.train.heal.sequences import Sequences, Shuffled
 
 _WEIGHTS = "model.safetensors"
@@ -161,23 +162,36 @@ class HealTrainer(Trainer):
         return SequentialSampler(train_dataset or self.train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss on the text, or the distance from the teacher."""
-        given = {name: value for name, value in inputs.items() if name != "sequence"}
-        if self._distillation is None:
-            return super().compute_loss(model, given, return_outputs, num_items_in_batch)
-        labels = given.pop("labels")
-        outputs = model(**given, output_hidden_states=self._distillation.wants_hidden_states)
-        loss = self._distillation.loss(outputs, inputs, next_tokens(labels), num_items_in_batch)
+        """The loss on the text, or the distance from the teacher, of a part that `segments` gives."""
+        wants_hidden_states = self._distillation is not None and self._distillation.wants_hidden_states
+        outputs = model(**_for_model(inputs), output_hidden_states=wants_hidden_states)
+        if self._distillation is not None:
+            loss = self._distillation.loss(outputs, inputs, num_items_in_batch)
+        else:
+            loss = losses_of(outputs.logits, inputs["targets"]).sum() / num_items_in_batch
         if num_items_in_batch is not None:  # of all processes, and their gradients are averaged
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One segment after the other; the gradients add up."""
+        total = 0
+        for part in self._segments(self._prepare_inputs(inputs)):
+            total += super().training_step(model, part, num_items_in_batch)
+        return total
+
+    def _segments(self, inputs: Mapping[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
+        width = self._settings.block_size if self.args.world_size > 1 else 0
+        return segments(inputs, self._settings.segment_length, self._bare_model.config, width)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Also keep the loss of each held-out sequence."""
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels")
+        sums, counts = [], []
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses = losses_of(model(**inputs).logits, labels)
+            for part in self._segments(self._prepare_inputs(inputs)):
+                sums.append(losses_of(model(**_for_model(part)).logits, part["targets"]).sum(1))
+                counts.append((part["targets"] != NOT_COUNTED).sum(1))
+        losses = sum(sums) / sum(counts).clamp(min=1)
         self._held_out_losses.append(self.accelerator.gather_for_metrics(losses))
         return losses.mean(), None, None
 
@@ -395,6 +409,10 @@ class _TakeUnloggedLoss(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._trainer.take_unlogged_loss()
+
+
+def _for_model(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in part.items() if name not in ("targets", "sequence", "start", "skipped")}
 
 
 def _save_plain(content: Any, path: Path) -> None:

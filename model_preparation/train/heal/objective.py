@@ -5,7 +5,7 @@ Agarwal et al., arXiv 2306.13649 (both directions of the divergence).
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model_preparation.errors import SurgeryError
+from model_preparation.llamba.cache_llamba import CACHE_NAME
 from model_preparation.train.heal.settings import HealSettings
 
 NOT_COUNTED = -100  # a label: no loss at this token
@@ -45,6 +46,7 @@ class LiveTeacher:
     def __init__(self, model: PreTrainedModel, settings: HealSettings):
         self._model = model.eval().requires_grad_(False)
         self._settings = settings
+        self._cache: Any = None  # of the segments before, while a sequence is trained in segments
 
     @property
     def device(self) -> torch.device:
@@ -53,8 +55,17 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor], counted: Tensor) -> TeacherOutput:
         given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+        start, carried = inputs.get("start"), {}
+        if start is not None:
+            if "position_ids" in inputs:
+                raise SurgeryError(
+                    "A teacher in memory would mix the documents of packed sequences that are trained in segments. "
+                    "Give --teacher_cache, or leave out --segment_length."
+                )
+            carried = {CACHE_NAME: self._cache if start else None}
         wants_hidden_states = self._settings.hidden_weight > 0
-        outputs = self._model(**given, output_hidden_states=wants_hidden_states, use_cache=False)
+        outputs = self._model(**given, **carried, use_cache=start is not None, output_hidden_states=wants_hidden_states)
+        self._cache = outputs.get(CACHE_NAME)
         logits = outputs.logits[counted].float() / self._settings.temperature
         return TeacherOutput(log_softmax(logits, dim=-1), hidden_states=outputs.hidden_states)
 
@@ -73,8 +84,7 @@ class Distillation:
     def loss(
         self,
         student: CausalLMOutputWithPast,
-        inputs: Mapping[str, Tensor],
-        targets: Tensor,
+        batch: Mapping[str, Tensor],
         count: Tensor | int | None = None,
     ) -> Tensor:
         """The losses of the positions that count, divided by `count`.
@@ -85,13 +95,13 @@ class Distillation:
 
         Args:
             student: its logits (batch, length, vocab), and hidden states if wanted.
-            inputs: the batch.
-            targets: as `next_tokens` gives them.
+            batch: `targets`, as `next_tokens` gives them, and what the student and the teacher get.
             count: positions that count in the whole step; by default those of this batch, which gives a mean.
         """
         settings = self._settings
+        targets = batch["targets"]
         counted = targets != NOT_COUNTED
-        teacher = self._teacher(inputs, counted)
+        teacher = self._teacher(batch, counted)
         logits = student.logits[counted].float()  # (positions, vocab)
         count = counted.sum().clamp(min=1) if count is None else count
         ours = log_softmax(logits / settings.temperature, dim=-1)
@@ -99,7 +109,7 @@ class Distillation:
         if settings.teacher_weight < 1:
             loss = loss + (1 - settings.teacher_weight) * cross_entropy(logits, targets[counted], reduction="sum")
         if teacher.hidden_states is not None:
-            real = inputs.get("attention_mask", torch.ones_like(targets)).bool()
+            real = batch.get("attention_mask", torch.ones_like(targets))[:, -targets.shape[1] :].bool()
             pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)  # [0] are the embeddings
             terms = [_relative_error(ours[real].float(), theirs[real].float()) for ours, theirs in pairs]
             loss = loss + settings.hidden_weight * torch.stack(terms).mean() * counted.sum()
@@ -137,18 +147,15 @@ def next_tokens(labels: Tensor) -> Tensor:
     return pad(labels[:, 1:], (0, 1), value=NOT_COUNTED)
 
 
-def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """(batch,) float32: each sequence's mean cross-entropy over the next tokens that count.
+def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """(batch, length) float32: the cross-entropy at each position, 0 where it does not count.
 
     Args:
         logits: (batch, length, vocab).
-        labels: (batch, length) int64.
+        targets: as `next_tokens` gives them.
     """
-    targets = next_tokens(labels)
-    losses = cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NOT_COUNTED, reduction="none"
-    ).view_as(targets)
-    return losses.sum(1) / (targets != NOT_COUNTED).sum(1).clamp(min=1)
+    losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NOT_COUNTED, reduction="none")
+    return losses.view_as(targets)
 
 
 def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, settings: HealSettings) -> None:

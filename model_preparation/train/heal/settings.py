@@ -61,6 +61,15 @@ class HealSettings(CheckedSettings):
     batch_size: Annotated[int, Flag("N", "sequences per forward pass and process", _COUNT)] = 4
     accumulation: Annotated[int, Flag("N", "forward passes per step", _COUNT)] = 1
     block_size: Annotated[int, Flag("N", "tokens per sequence", number(int, least=2))] = 512
+    segment_length: Annotated[
+        int,
+        Flag(
+            "N",
+            "tokens of a sequence that are trained at once: less memory for long ones. States and K/V go on from "
+            "segment to segment, gradients do not; 0: all",
+            number(int, least=0),
+        ),
+    ] = 0
     learning_rate: Annotated[float, Flag("X", "the highest one, of AdamW", _ABOVE_0)] = 1e-4
     schedule: Annotated[str, Flag(None, "of the learning rate after its rise", OneOf(*SCHEDULES))] = "cosine"
     warmup: Annotated[float, Flag("X", "fraction of the steps in which the learning rate rises", _FRACTION)] = 0.05
@@ -140,6 +149,11 @@ class HealSettings(CheckedSettings):
                     raise SurgeryError(
                         f"{name} is given, but has no effect without {needed}. Give that, or leave it out."
                     )
+        if self.segment_length and self.gradient_checkpointing:
+            raise SurgeryError(
+                "gradient_checkpointing does not go with segment_length, whose states would be counted twice. "
+                "Give one of them."
+            )
         if not self.always_save and not self.eval_interval:
             raise SurgeryError(
                 "Without always_save, states are saved where the held-out loss improves. Set eval_interval."
