@@ -147,18 +147,13 @@ class Run:
         if settings.teacher_cache is None:
             return Distillation(load(), settings)
         vocabulary = model.config.vocab_size
-        if settings.teacher_top_k > vocabulary:
-            raise SurgeryError(
-                f"--teacher_top_k is {settings.teacher_top_k}, more than the {vocabulary} tokens there are. "
-                "Give as many or fewer."
-            )
         inputs = {
             "teacher": self.identity["inputs"]["teacher"],
             "tokenizer": digest_of_tokenizer(tokenizer),
             "data": train.digest(),
             "sequences": len(train),
             "block_size": settings.block_size,
-            "teacher_top_k": settings.teacher_top_k,
+            "teacher_top_k": min(settings.teacher_top_k, vocabulary),
             "temperature": settings.temperature,
             "vocabulary": vocabulary,
         }

@@ -101,7 +101,9 @@ class HealSettings(CheckedSettings):
             "complete, --teacher is not needed (default: the teacher is in memory)",
         ),
     ] = None
-    teacher_top_k: Annotated[int, Flag("N", "tokens kept for each position of --teacher_cache", _COUNT)] = 64
+    teacher_top_k: Annotated[
+        int, Flag("N", "tokens kept for each position of --teacher_cache; with all of them, nothing is lost", _COUNT)
+    ] = 64
     temperature: Annotated[float, Flag("X", "of both distributions", _ABOVE_0)] = 1.0
     teacher_weight: Annotated[float, Flag("X", "of the teacher's loss; the text's has the rest of 1", _FRACTION)] = 1.0
     reverse_weight: Annotated[
