@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from model_preparation.search.search import search_layers as search_layers
     from model_preparation.train.distill.distill import distill_llamba_base as distill_llamba_base
     from model_preparation.train.heal.heal import heal_checkpoint as heal_checkpoint
+    from model_preparation.train.heal.stages import heal_in_stages as heal_in_stages
 
 _MODULE_OF = {
     "LlambaConfig": "llamba",
@@ -48,6 +49,7 @@ _MODULE_OF = {
     "extract_layers": "checkpoint.extract",
     "generate_text": "evaluation.generation",
     "heal_checkpoint": "train.heal.heal",
+    "heal_in_stages": "train.heal.stages",
     "inspect_checkpoint": "checkpoint.inspect",
     "load_checkpoint": "checkpoint.load",
     "measure_efficiency": "evaluation.efficiency",

@@ -32,6 +32,7 @@ class CommandParser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
         self._words: dict[str, Any] = {}  # by dest, what was given for a flag
+        self.read_key: dict[str, Callable[[flags_file.Entry], Any]] = {}  # of keys of --config that are no flags
         super().__init__(**kwargs)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
@@ -62,7 +63,7 @@ class CommandParser(argparse.ArgumentParser):
         with contextlib.suppress(argparse.ArgumentError):  # the parser itself reports it, below
             config = finder.parse_known_args(words)[0].config
             if config is not None:
-                self._read_config(flags_file.read_entries(config.expanduser()), words, namespace)
+                self._read_config(flags_file.read_entries(config.expanduser(), self.read_key), words, namespace)
         parsed = super().parse_args(words, namespace)
         del parsed.config
         _parser_used = None if self._words.pop("config", None) is None else self
@@ -82,6 +83,9 @@ class CommandParser(argparse.ArgumentParser):
                 place = entries[both[1]].place
                 raise SurgeryError(f"{place}: {both[1]} does not go with {both[0]}. Remove one of them.")
         for key, entry in entries.items():
+            if key in self.read_key:
+                setattr(namespace, key, self.read_key[key](entry))
+                continue
             action = self.check_entry(key, entry, argparse.Namespace() if self.flag_named(key) in given else namespace)
             action.required = False
             if action in given:
@@ -115,7 +119,7 @@ class CommandParser(argparse.ArgumentParser):
         texts = value if isinstance(value, list) else [value]
         if not hasattr(namespace, action.dest) and action.default is not argparse.SUPPRESS:
             setattr(namespace, action.dest, action.default)
-        parts = [[text] for text in texts] if is_repeatable else [texts]
+        parts: list[list[Any]] = [[text] for text in texts] if is_repeatable else [texts]
         if action.nargs == 0:
             parts = [[]] if value == "true" else []
         try:

@@ -5,7 +5,7 @@ Every value is the text that is in the file, as on a command line, and the comma
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,7 +16,7 @@ from model_preparation.io.text import read_text
 if TYPE_CHECKING:
     import yaml
 
-Value: TypeAlias = "str | list[str] | dict[str, Entry]"
+Value: TypeAlias = "str | list[Any] | dict[str, Entry]"
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,10 @@ class Entry:
     value: Value
 
 
-def read_entries(path: Path) -> dict[str, Entry]:
+def read_entries(path: Path, lists: Collection[str] = ()) -> dict[str, Entry]:
     """The keys of a YAML file, hyphens in them as underscores, with their values.
+
+    The value of a key in `lists` may be a list of such keys with values.
 
     Raises:
         SurgeryError: naming file and line, if it cannot be read, has a key twice, or a value that no flag can have.
@@ -37,7 +39,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
 
     try:
         node = yaml.compose(read_text(path), Loader=yaml.BaseLoader)
-        return {} if node is None else _entries(node, path)
+        return {} if node is None else _entries(node, path, lists)
     except OSError as error:
         raise SurgeryError(f"{path} cannot be read ({error.strerror}). Give a YAML file.") from error
     except (ValueError, yaml.YAMLError, RecursionError) as error:
@@ -47,7 +49,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
         raise SurgeryError(f"{path}{where}: this is not YAML ({reason}). Write `key: value` in each line.") from error
 
 
-def _entries(node: "yaml.Node", path: Path) -> dict[str, Entry]:
+def _entries(node: "yaml.Node", path: Path, lists: Collection[str] = ()) -> dict[str, Entry]:
     place = _place(node, path)
     if node.id != "mapping":
         raise SurgeryError(f"{place}: keys with values are needed. Write `key: value` in each line.")
@@ -59,7 +61,11 @@ def _entries(node: "yaml.Node", path: Path) -> dict[str, Entry]:
         key = key_node.value.replace("-", "_")
         if key in found:
             raise SurgeryError(f"{place}: {key} is there twice. Remove one of the two.")
-        found[key] = Entry(place, _value(value_node, path, f"{place}: {key}"))
+        is_list = (
+            key in lists and value_node.id == "sequence" and all(item.id == "mapping" for item in value_node.value)
+        )
+        items = [_entries(item, path) for item in value_node.value] if is_list else None
+        found[key] = Entry(place, _value(value_node, path, f"{place}: {key}") if items is None else items)
     return found
 
 
@@ -77,6 +83,13 @@ def _value(node: "yaml.Node", path: Path, what: str) -> Value:
 
 def _place(node: "yaml.Node", path: Path) -> str:
     return f"{path}, line {node.start_mark.line + 1}"
+
+
+def plain(value: Value) -> Any:
+    """The same without places."""
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return {key: plain(entry.value) for key, entry in value.items()} if isinstance(value, dict) else value
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from tests.conftest import (
     HANG_SECONDS,
     PACKAGE,
     VOCABULARY,
+    assert_refused,
     copy_repository,
     make_tokenizer,
     run_command,
@@ -138,6 +139,15 @@ def test_the_experiment_of_the_guide_can_be_run(tmp_path):
     assert result.returncode == 0, result.stderr
     steps = ["extract", "search", "build", "evaluate base", "evaluate donor", "evaluate grafted", "compare"]
     assert re.findall(r"^\d (.+?)  +to do", result.stdout, re.MULTILINE) == steps
+
+
+def test_the_stages_of_the_page_on_training_are_understood(tmp_path):
+    [stages] = [code for info, code in code_blocks("docs/training.md") if info == "yaml"]
+    (tmp_path / "stages.yaml").write_text(stages)
+    for name in ("short.txt", "answers.jsonl"):
+        (tmp_path / name).touch()
+    result = run_command("heal_checkpoint", "--config", "stages.yaml", cwd=tmp_path)
+    assert_refused(result, "Stage long: long.jsonl is not there")
 
 
 def test_every_file_that_the_architecture_names_is_there():

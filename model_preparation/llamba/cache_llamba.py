@@ -50,7 +50,13 @@ class MambaStateLayer(LinearAttentionLayer):
         return (self.conv_states[0], self.recurrent_states[0]) if self.has_previous_state[0] else (None, None)
 
     def remember(self, inputs: torch.Tensor, state: torch.Tensor) -> None:
-        """Keep the states that `states` gives next. They may be the tensors kept so far, changed in place."""
+        """Keep the states that `states` gives next. They may be the tensors kept so far, changed in place.
+
+        Where gradients are recorded, nothing is changed in place: the computation before needs the old states.
+        """
+        if torch.is_grad_enabled() and self.has_previous_state[0]:
+            self.conv_states[0], self.recurrent_states[0] = inputs, state
+            return
         if self.has_previous_state[0]:
             # update_conv_state would append to the old inputs first, which takes a quarter of a decode step.
             self.conv_states[0].copy_(inputs)
@@ -65,6 +71,12 @@ class MambaStateLayer(LinearAttentionLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows `indices`, in that order."""
         self.reorder_cache(indices)
+
+
+def _detached(held: object) -> object:
+    if isinstance(held, dict):
+        return {key: _detached(each) for key, each in held.items()}
+    return held.detach() if isinstance(held, torch.Tensor) else held
 
 
 class HybridStateLayer(MambaStateLayer, LinearAttentionAndFullAttentionLayer):
@@ -97,6 +109,13 @@ class LlambaCache(DynamicCache):
         """Per layer, whether it has a state and no K/V. Never all True: `generate` would read no length then."""
         kinds = super().is_linear
         return kinds if not all(kinds) else [False] * len(kinds)
+
+    def detach(self) -> None:
+        """Let gradients of later tokens end at what is kept."""
+        for layer in self.layers:
+            for name in ("keys", "values", "conv_states", "recurrent_states"):
+                if hasattr(layer, name):
+                    setattr(layer, name, _detached(getattr(layer, name)))
 
     def reset(self) -> None:
         """Forget everything."""

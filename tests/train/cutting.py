@@ -73,9 +73,10 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def outcome(output_dir: Path) -> dict[str, object]:
+def outcome(output_dir: Path, stage: str | None = None) -> dict[str, object]:
     """What two runs have to have in common, bit by bit: weights, optimizer, scheduler, random states, loss log."""
-    newest = list_states(output_dir.with_name(f"{output_dir.name}_resume"))[0][-1]
+    states = output_dir.with_name(f"{output_dir.name}_resume")
+    newest = list_states(states if stage is None else states / f"{stage}_resume")[0][-1]
     kinds = (".pt", ".pth", ".distcp")
     files = {name: entry["sha256"] for name, entry in newest.info["files"].items() if name.endswith(kinds)}
     weights = torch.load(output_dir / "model_state_dict.pt")

@@ -220,7 +220,7 @@ def test_half_precision_halves_the_files_and_training_stays_in_float32(heal, hea
 
 def test_bfloat16_checkpointing_and_a_teacher_together(heal, donor_dir, checkpoint_dir, tmp_path):
     more = ("--precision", "bfloat16", "--gradient_checkpointing", "--teacher", donor_dir, "--teacher_weight", 0.5)
-    result = heal(tmp_path / "out", *more, "--hidden_weight", 0.1, "--temperature", 2)
+    result = heal(tmp_path / "out", *more, "--hidden_weight", 0.1, "--temperature", 2, "--reverse_weight", 0.5)
     assert result.returncode == 0, result.stderr
     healing = info_of(tmp_path / "out")["healing"]
     assert healing["objective"] == "distillation"

@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
 from model_preparation import load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import OtherModel, load_other
-from model_preparation.train.heal.objective import Distillation, check_teacher
+from model_preparation.train.heal.objective import (
+    Distillation,
+    LiveTeacher,
+    TeacherOutput,
+    check_teacher,
+    divergence,
+    losses_of,
+    next_tokens,
+)
 from model_preparation.train.heal.settings import HealSettings
 from tests.conftest import tiny_config
 
@@ -20,26 +27,77 @@ def pair(checkpoint_dir, donor_dir):
     return student, load_other(OtherModel("donor", donor_dir, is_checkpoint=False), tokenizer)[0]
 
 
-def test_the_loss_is_kl_cross_entropy_and_hidden_states_as_weighted(pair):
+LABELS = IDS.clone()
+LABELS[0, 3:6] = LABELS[1, :] = -100
+LABELS[1, 4] = 7
+
+
+@pytest.mark.parametrize("labels", [IDS, LABELS], ids=["all", "some"])
+@pytest.mark.parametrize("reverse", [0.0, 0.3, 1.0])
+def test_loss_and_gradients_are_those_of_the_formula_in_float64(pair, reverse, labels):
     student, teacher = pair
-    settings = HealSettings(teacher="donor", temperature=2.0, teacher_weight=0.7, hidden_weight=0.3)
+    settings = HealSettings(
+        teacher="donor", temperature=2.0, teacher_weight=0.7, reverse_weight=reverse, hidden_weight=0.3
+    )
     with torch.no_grad():
         ours, theirs = student(IDS, output_hidden_states=True), teacher(IDS, output_hidden_states=True)
-        found = Distillation(teacher, settings).loss(ours, IDS)
-    p = (theirs.logits[:, :-1] / 2).softmax(-1)
-    q = (ours.logits[:, :-1] / 2).softmax(-1)
-    kl = (p * (p.log() - q.log())).sum(-1).mean()
-    text = cross_entropy(ours.logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-    pairs = zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
-    hidden = sum((a - b).square().sum() / b.square().sum() for a, b in pairs) / 4
-    torch.testing.assert_close(found, 0.7 * 4 * kl + 0.3 * text + 0.3 * hidden)
+    leaves = [ours.logits.requires_grad_(), ours.hidden_states[2].requires_grad_()]
+    found = Distillation(LiveTeacher(teacher, settings), settings).loss(
+        ours, {"input_ids": IDS, "targets": next_tokens(labels)}
+    )
+    found.backward()
+
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    p, q = ((logits[:, :-1] / 2).softmax(-1) for logits in (theirs.logits.double(), wide[0]))
+    counts = labels[:, 1:] != -100
+    forward, backward = (p * (p / q).log()).sum(-1)[counts], (q * (q / p).log()).sum(-1)[counts]
+    kl = (1 - reverse) * forward.mean() + reverse * backward.mean()
+    likely = wide[0][:, :-1].softmax(-1)[counts].gather(1, labels[:, 1:][counts].unsqueeze(1))
+    hidden = [hidden.double() for hidden in ours.hidden_states]
+    hidden[2] = wide[1]
+    pairs = zip(hidden[1:], theirs.hidden_states[1:], strict=True)
+    distance = sum((a - b).square().sum() / b.double().square().sum() for a, b in pairs) / 4
+    wanted = 0.7 * 4 * kl - 0.3 * likely.log().mean() + 0.3 * distance
+    wanted.backward()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    for leaf, exact in zip(leaves, wide, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_a_teacher_is_its_own_best_student(pair):
     _, teacher = pair
-    with torch.no_grad():
-        loss = Distillation(teacher, HealSettings()).loss(teacher(IDS), IDS)
-    assert loss.item() == pytest.approx(0, abs=1e-6)
+    batch = {"input_ids": IDS, "targets": next_tokens(IDS)}
+    for reverse in (0.0, 1.0):
+        with torch.no_grad():
+            settings = HealSettings(teacher="donor", reverse_weight=reverse)
+            loss = Distillation(LiveTeacher(teacher, settings), settings).loss(teacher(IDS), batch)
+        assert loss.item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("reverse", [0.0, 0.4])
+def test_of_a_teachers_likeliest_tokens_all_others_count_as_one(reverse):
+    ours, theirs = torch.randn(2, 7, 30, generator=torch.Generator().manual_seed(2)).double().requires_grad_()
+    known, tokens = theirs.log_softmax(-1).detach().topk(4)
+    others = (1 - known.exp().sum(1)).log()
+    found = divergence(ours.log_softmax(-1), TeacherOutput(known, tokens, others), reverse)
+    p, q = (
+        torch.stack([*(d.gather(1, tokens).unbind(1)), 1 - d.gather(1, tokens).sum(1)], 1)
+        for d in (theirs.detach().softmax(-1), ours.softmax(-1))
+    )
+    torch.testing.assert_close(found, ((1 - reverse) * p * (p / q).log() + reverse * q * (q / p).log()).sum())
+    if not reverse:  # the gradient of the whole distribution, at the known tokens
+        (gradient,) = torch.autograd.grad(found, ours)
+        whole = ours.softmax(-1) - theirs.softmax(-1)
+        torch.testing.assert_close(gradient.gather(1, tokens), whole.gather(1, tokens))
+
+
+def test_the_loss_of_a_text_is_that_of_what_counts():
+    logits = torch.randn(2, 9, 260, generator=torch.Generator().manual_seed(1))
+    wanted = -logits.double()[:, :-1].log_softmax(-1).gather(2, IDS[:, 1:].unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(losses_of(logits, next_tokens(IDS))[:, :-1].double(), wanted)
+    wanted[LABELS[:, 1:] == -100] = 0
+    wanted[1, 3] = -logits.double()[1, 3].log_softmax(-1)[7]
+    torch.testing.assert_close(losses_of(logits, next_tokens(LABELS))[:, :-1].double(), wanted)
 
 
 def test_a_teacher_of_another_vocabulary_or_depth_is_refused(pair):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -15,8 +16,10 @@ from model_preparation import verify_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.io.digests import describe_files
 from model_preparation.llamba import LlambaForCausalLM
+from model_preparation.train.heal import teacher_cache
 from model_preparation.train.heal.resume_state import STATE_FILE, ResumeState, check_state, list_states, read_state
 from tests.conftest import PACKAGE, tiny_config, tiny_llama_cfg
+from tests.train.conftest import RUN
 from tests.train.cutting import outcome, run_until, write_text
 from tests.train.test_conversations import PLAIN, write_many
 
@@ -169,6 +172,29 @@ def test_in_shards_and_killed_together_they_end_with_the_same_bits(slow_flags, f
     shards = {name for name in outcome(fsdp)["state"] if name.endswith(".distcp")}
     folders = ("optimizer_0", "pytorch_model_fsdp_0")
     assert shards == {f"{folder}/__{rank}_0.distcp" for folder in folders for rank in (0, 1)}
+
+
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp.yaml"])
+def test_stages_with_a_teacher_on_the_disk_and_segments_are_the_same_after_a_kill(
+    config, checkpoint_dir, text_file, donor_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(teacher_cache, "_SHARD_BYTES", 1)  # a shard for each sequence: the processes share them
+    learning = {"teacher": str(donor_dir), "teacher_cache": str(tmp_path / "cache"), "teacher_top_k": 8}
+    stages = [{"name": "first", **learning, "max_steps": 2}, {"name": "second", "block_size": 40, "segment_length": 16}]
+    given = {**RUN, "checkpoint": str(checkpoint_dir), "data": str(text_file), "max_steps": 4, "stages": stages}
+    (tmp_path / "stages.yaml").write_text(yaml.safe_dump(given))
+    how = {"processes": 2, "env": environment_of(config)}
+    args = ["--config", tmp_path / "stages.yaml", "--output_dir"]
+    code, text = run_until([*args, tmp_path / "whole"], **how)
+    assert code == 0, text
+    assert run_until([*args, tmp_path / "out"], 3, 0, **how)[0] == -9
+    code, text = run_until([*args, tmp_path / "out"], **how)
+    assert code == 0, text
+    assert "Stage first is done" in text
+    assert outcome(tmp_path / "out", "second") == outcome(tmp_path / "whole", "second")
+    sequences = json.loads((tmp_path / "cache" / "teacher_cache.json").read_text())["inputs"]["sequences"]
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == sequences > 2
+    assert seen(tmp_path / "out") == 4 * 2 * RUN["batch_size"] * RUN["accumulation"]
 
 
 def test_shards_with_code_in_them_are_refused_by_name(fsdp, tmp_path):

@@ -110,7 +110,7 @@ def heal_checkpoint(
     if given.get("init_from") == "resume":
         del given["init_from"]
         resume = "must" if resume == "auto" else resume
-    parent_info, format, dtype = _parent_of(parent, format, dtype)
+    parent_info, format, dtype = parent_of(parent, format, dtype)
     processes = PartialState(cpu=device == "cpu")
     is_main = processes.is_main_process
     say = print if is_main else _say_nothing
@@ -159,7 +159,7 @@ def heal_checkpoint(
         train=train,
         held_out=held_out,
         states=states,
-        distillation=run.distillation(model, tokenizer, args.device),
+        distillation=run.distillation(model, tokenizer, train, processes, args.device),
         milestones=kept,
         callbacks=[Console(), SaveMilestones(kept), stopper],
     )
@@ -226,7 +226,7 @@ def merge_adapter(
     """
     parent, adapter = Path(checkpoint).expanduser(), Path(adapter).expanduser()
     output_dir = Path(output_dir).expanduser()
-    parent_info, format, dtype = _parent_of(parent, format, torch_dtype(dtype))
+    parent_info, format, dtype = parent_of(parent, format, torch_dtype(dtype))
     _check_apart("--output_dir", output_dir, parent, parent, adapter)
     check_target(output_dir, overwrite=overwrite, marker_file=INFO)
     model, tokenizer = load_checkpoint(parent, dtype=torch.float32)
@@ -251,7 +251,7 @@ def merge_adapter(
     )
 
 
-def _parent_of(parent: Path, format: str | None, dtype: torch.dtype | None) -> tuple[dict[str, Any], str, torch.dtype]:
+def parent_of(parent: Path, format: str | None, dtype: torch.dtype | None) -> tuple[dict[str, Any], str, torch.dtype]:
     """The parent's info; format and dtype of the new checkpoint, which are the parent's unless they are given."""
     info = dict(read_info(parent))
     format = format or info.get("format", "pt")

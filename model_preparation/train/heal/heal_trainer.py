@@ -48,6 +48,7 @@ from model_preparation.train.heal.resume_state import (
     rotate,
 )
 from model_preparation.train.heal.run import Run
+from model_preparation.train.heal.segments import segments
 from model_preparation.train.heal.sequences import Sequences, Shuffled, collate
 
 _WEIGHTS = "model.safetensors"
@@ -105,8 +106,6 @@ class HealTrainer(Trainer):
             data_collator=collate,
             callbacks=[*callbacks, _TakeUnloggedLoss(self)],
         )
-        if distillation is not None:
-            self.loss_is_scaled_for_ga = False  # a mean per batch; all batches are of one size
 
     @property
     def is_lora(self) -> bool:
@@ -165,29 +164,46 @@ class HealTrainer(Trainer):
         return SequentialSampler(train_dataset or self.train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss on the text, or the distance from the teacher."""
-        if self._distillation is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(input_ids=inputs["input_ids"], output_hidden_states=self._distillation.wants_hidden_states)
-        loss = self._distillation.loss(outputs, inputs["input_ids"])
+        """The loss on the text, or the distance from the teacher, of a part that `segments` gives."""
+        wants_hidden_states = self._distillation is not None and self._distillation.wants_hidden_states
+        outputs = model(**_for_model(inputs), output_hidden_states=wants_hidden_states)
+        if self._distillation is not None:
+            loss = self._distillation.loss(outputs, inputs, num_items_in_batch)
+        else:
+            loss = losses_of(outputs.logits, inputs["targets"]).sum() / num_items_in_batch
+        if num_items_in_batch is not None:  # of all processes, and their gradients are averaged
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One segment after the other; the gradients add up."""
+        total = 0
+        for part in self._segments(self._prepare_inputs(inputs)):
+            total += super().training_step(model, part, num_items_in_batch)
+        return total
+
+    def _segments(self, inputs: Mapping[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
+        width = self._settings.block_size if self.args.world_size > 1 else 0
+        return segments(inputs, self._settings.segment_length, self._bare_model.config, width)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Also keep the loss of each held-out sequence, and the number of its labels."""
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels")
+        """Also keep the summed loss of each held-out sequence, and how many of its tokens count."""
+        found = []
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses = losses_of(model(**inputs).logits, labels)
-        counts = (labels[:, 1:] != NOT_COUNTED).sum(1)
-        self._held_out_losses.append(self.accelerator.gather_for_metrics(torch.stack([losses, counts], 1)))
+            for part in self._segments(self._prepare_inputs(inputs)):
+                losses = losses_of(model(**_for_model(part)).logits, part["targets"])
+                found.append(torch.stack([losses, part["targets"] != NOT_COUNTED], dim=-1).sum(1))
+        of_each = torch.stack(found).sum(0)  # (batch, 2)
+        self._held_out_losses.append(self.accelerator.gather_for_metrics(of_each))
+        losses = of_each[:, 0] / of_each[:, 1].clamp(min=1)
         return losses.mean(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """Take the mean over each label once. The Trainer's own mean includes repeats that fill up batches."""
+        """Take the mean over each token once. The Trainer's own mean includes repeats that fill up batches."""
         self._held_out_losses = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        losses, counts = torch.cat(self._held_out_losses).double().unbind(1)
-        output.metrics[f"{metric_key_prefix}_loss"] = (losses * (counts / counts.mean())).mean().item()
+        total, count = torch.cat(self._held_out_losses).double().sum(0)
+        output.metrics[f"{metric_key_prefix}_loss"] = (total / count).item()
         return output
 
     def log(self, logs, start_time=None):
@@ -397,6 +413,10 @@ class _TakeUnloggedLoss(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._trainer.take_unlogged_loss()
+
+
+def _for_model(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in part.items() if name not in ("targets", "sequence", "start", "skipped")}
 
 
 def _save_plain(content: Any, path: Path) -> None:

@@ -1,81 +1,159 @@
 """The losses of healing: on the text, or to a teacher.
 
-Source: Hinton et al., arXiv 1503.02531, section 2 (the gradient of soft targets is scaled by temperature squared).
+Sources: Hinton et al., arXiv 1503.02531, section 2 (the gradient of soft targets is scaled by temperature squared);
+Agarwal et al., arXiv 2306.13649 (both directions of the divergence).
 """
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss, pad
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model_preparation.errors import SurgeryError
+from model_preparation.llamba.cache_llamba import CACHE_NAME
+from model_preparation.train.heal.chat_template import NOT_COUNTED
 from model_preparation.train.heal.settings import HealSettings
 
 
-class Distillation:
-    """The loss of a student against a teacher.
+class TeacherOutput(NamedTuple):
+    """What a teacher says at some positions.
 
-    Args:
-        teacher: a causal language model with the student's vocabulary, on the student's device.
-        settings: temperature and the weights of the terms.
+    Attributes:
+        log_probs: (positions, vocab), or (positions, K) of its likeliest tokens.
+        tokens: (positions, K) int64, which those are; None if all are there.
+        others: (positions,), the log of what all other tokens have together; None if there are no others.
+        hidden_states: of each layer, at every token; None if they are not wanted.
     """
 
-    def __init__(self, teacher: PreTrainedModel, settings: HealSettings):
-        self._teacher = teacher.eval().requires_grad_(False)
+    log_probs: Tensor
+    tokens: Tensor | None = None
+    others: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+# Gives what a teacher says where the second argument, (batch, length), is True; the first is a batch.
+Teacher = Callable[[Mapping[str, Tensor], Tensor], TeacherOutput]
+
+
+class LiveTeacher:
+    """A teacher in memory, with the student's vocabulary, on the student's device."""
+
+    def __init__(self, model: PreTrainedModel, settings: HealSettings):
+        self._model = model.eval().requires_grad_(False)
         self._settings = settings
+        self._cache: Any = None  # of the segments before, while a sequence is trained in segments
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor], counted: Tensor) -> TeacherOutput:
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+        start, carried = inputs.get("start"), {}
+        if start is not None:
+            if "position_ids" in inputs:
+                raise SurgeryError(
+                    "A teacher in memory would mix the documents of packed sequences that are trained in segments. "
+                    "Give --teacher_cache, or leave out --segment_length."
+                )
+            carried = {CACHE_NAME: self._cache if start else None}
+        wants_hidden_states = self._settings.hidden_weight > 0
+        outputs = self._model(**given, **carried, use_cache=start is not None, output_hidden_states=wants_hidden_states)
+        self._cache = outputs.get(CACHE_NAME)
+        logits = outputs.logits[counted].float() / self._settings.temperature
+        return TeacherOutput(log_softmax(logits, dim=-1), hidden_states=outputs.hidden_states)
+
+
+class Distillation:
+    """The loss of a student against a teacher; the settings have temperature and the weights of the terms."""
+
+    def __init__(self, teacher: Teacher, settings: HealSettings):
+        self._teacher, self._settings = teacher, settings
 
     @property
     def wants_hidden_states(self) -> bool:
         """Whether the loss needs the student's hidden states."""
         return self._settings.hidden_weight > 0
 
-    def loss(self, student: CausalLMOutputWithPast, input_ids: Tensor) -> Tensor:
-        """Mean over all positions that have a next token.
+    def loss(
+        self,
+        student: CausalLMOutputWithPast,
+        batch: Mapping[str, Tensor],
+        count: Tensor | int | None = None,
+    ) -> Tensor:
+        """The losses of the positions that count, divided by `count`.
 
-        w T^2 KL(teacher || student) + (1 - w) cross-entropy + h MSE(hidden states), with w, T and h from the settings.
-        The MSE is a mean over layers. Each is relative to the teacher's mean square, which grows a thousandfold with
-        depth.
+        w T^2 KL + (1 - w) cross-entropy + h MSE(hidden states), with w, T and h from the settings. KL is a mix of both
+        directions: (1 - r) KL(teacher || student) + r KL(student || teacher). The MSE is a mean over layers and
+        positions. Each is relative to the teacher's mean square, which grows a thousandfold with depth.
 
         Args:
             student: its logits (batch, length, vocab), and hidden states if wanted.
-            input_ids: (batch, length) int64.
+            batch: `targets`, as `next_tokens` gives them, and what the student and the teacher get.
+            count: positions that count in the whole step; by default those of this batch, which gives a mean.
         """
         settings = self._settings
-        with torch.no_grad():
-            teacher = self._teacher(input_ids=input_ids, output_hidden_states=self.wants_hidden_states, use_cache=False)
-        temperature = settings.temperature
-        # (batch * (length - 1), vocab): the last position has no next token in the batch.
-        logits = student.logits[:, :-1].flatten(0, 1).float()
-        targets = teacher.logits[:, :-1].flatten(0, 1).float()
-        loss = (
-            settings.teacher_weight
-            * temperature**2
-            * kl_div(
-                log_softmax(logits / temperature, dim=-1),
-                log_softmax(targets / temperature, dim=-1),
-                reduction="batchmean",
-                log_target=True,
-            )
-        )
+        targets = batch["targets"]
+        counted = targets != NOT_COUNTED
+        teacher = self._teacher(batch, counted)
+        logits = student.logits[counted].float()  # (positions, vocab)
+        count = counted.sum().clamp(min=1) if count is None else count
+        ours = log_softmax(logits / settings.temperature, dim=-1)
+        loss = settings.teacher_weight * settings.temperature**2 * divergence(ours, teacher, settings.reverse_weight)
         if settings.teacher_weight < 1:
-            loss = loss + (1 - settings.teacher_weight) * cross_entropy(logits, input_ids[:, 1:].flatten())
-        if self.wants_hidden_states:
+            loss = loss + (1 - settings.teacher_weight) * cross_entropy(logits, targets[counted], reduction="sum")
+        if teacher.hidden_states is not None:
             pairs = zip(student.hidden_states[1:], teacher.hidden_states[1:], strict=True)  # [0] are the embeddings
-            terms = [mse_loss(ours.float(), theirs.float()) / theirs.float().square().mean() for ours, theirs in pairs]
-            loss = loss + settings.hidden_weight * torch.stack(terms).mean()
-        return loss
+            terms = [_relative_error(ours[counted].float(), theirs[counted].float()) for ours, theirs in pairs]
+            loss = loss + settings.hidden_weight * torch.stack(terms).mean() * counted.sum()
+        return loss / count
 
 
-def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """(batch,) float32: each sequence's mean cross-entropy over its labels.
+def divergence(ours: Tensor, teacher: TeacherOutput, reverse_weight: float) -> Tensor:
+    """(1 - r) KL(teacher || student) + r KL(student || teacher), summed over positions.
+
+    Where only a teacher's likeliest tokens are known, all others count as one token, for both models. Then no
+    probability is lost, and the forward divergence has the whole one's gradient at the known tokens.
+
+    Args:
+        ours: the student's log-probabilities, (positions, vocab).
+    """
+    theirs = teacher.log_probs
+    if teacher.tokens is not None:
+        known = ours.gather(1, teacher.tokens)
+        if teacher.others is not None:
+            others = ours.scatter(1, teacher.tokens, -torch.inf).logsumexp(1, keepdim=True)
+            known = torch.cat([known, others], dim=1)
+            theirs = torch.cat([theirs, teacher.others.unsqueeze(1)], dim=1)
+        ours = known
+    weighted = [(1 - reverse_weight, ours, theirs), (reverse_weight, theirs, ours)]
+    terms = [weight * kl_div(of, to, reduction="sum", log_target=True) for weight, of, to in weighted if weight]
+    return sum(terms[1:], terms[0])
+
+
+def _relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
+    return mse_loss(ours, theirs) / theirs.square().mean()
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """(batch, length): the label of the next token; `NOT_COUNTED` for the last one."""
+    return pad(labels[:, 1:], (0, 1), value=NOT_COUNTED)
+
+
+def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
+    """(batch, length) float32: the cross-entropy at each position, 0 where it does not count.
 
     Args:
         logits: (batch, length, vocab).
-        labels: (batch, length) int64, -100 where no loss is taken.
+        targets: as `next_tokens` gives them.
     """
-    losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="none")
-    return losses.view(len(labels), -1).sum(1) / (labels[:, 1:] != -100).sum(1).clamp(min=1)
+    losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NOT_COUNTED, reduction="none")
+    return losses.view_as(targets)
 
 
 def check_teacher(teacher: PreTrainedModel, student: PreTrainedModel, settings: HealSettings) -> None:

@@ -11,12 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from model_preparation.checkpoint.checkpoint_folder import LOSS_CURVE, TRAINING_LOG
 from model_preparation.evaluation.generation import generate_text
-from model_preparation.io.identity import name_of
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.train.heal.heal_trainer import HealTrainer
 from model_preparation.train.heal.run import Run, trained_layers
-from model_preparation.train.heal.settings import PATHS
+from model_preparation.train.heal.settings import described
 
 _NEW_TOKENS = 40  # of the texts before and after
 _LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch", "step")  # the same in every run: no times
@@ -31,14 +30,16 @@ def healing_record(
     is_best = settings.load_best and trainer.state.best_model_checkpoint is not None
     after = trainer.state.best_metric if is_best else measured[-1] if measured else None
     mmlu_before = parent_info["mmlu_score"] if settings.init_from == "checkpoint" else None
-    described = settings.as_dict()
-    for name in PATHS:
-        described[name] = described[name] and name_of(described[name])
+    earlier = {}
+    if settings.stage is not None:
+        before = dict(parent_info.get("healing", {}))
+        others = before.pop("earlier_stages", [])
+        earlier = {"earlier_stages": [*others, before] if before.get("settings", {}).get("stage") else []}
     return {
         "method": settings.method,
-        "objective": "language modelling" if settings.teacher is None else "distillation",
+        "objective": "distillation" if settings.has_teacher else "language modelling",
         "data": identity["data"],
-        "settings": described,
+        "settings": described(settings),
         "layers": trained_layers(LlambaConfig.from_dict(parent_info["config"]), settings.method),
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "steps": trainer.state.global_step,
@@ -51,6 +52,7 @@ def healing_record(
             {"prompt": text["prompt"], "before": text["text"], "after": after}
             for text, after in zip(identity["texts"], texts_after, strict=True)
         ],
+        **earlier,
     }
 
 

@@ -12,11 +12,16 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from model_preparation.checkpoint.checkpoint_folder import describe_parent
-from model_preparation.checkpoint.digests import digest_of_checkpoint, digest_of_model, digest_of_weights
+from model_preparation.checkpoint.digests import (
+    digest_of_checkpoint,
+    digest_of_model,
+    digest_of_tokenizer,
+    digest_of_weights,
+)
 from model_preparation.checkpoint.graft import donor_prefixes
 from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.models import find_others, load_other
+from model_preparation.evaluation.models import OtherModel, find_others, load_other
 from model_preparation.io.complete_folder import remove_abandoned
 from model_preparation.io.identity import differences, name_of
 from model_preparation.io.text import read_text
@@ -25,7 +30,7 @@ from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.train.distill.settings import SELF
 from model_preparation.train.heal.adapters import add_lora, is_adapter, load_adapter
 from model_preparation.train.heal.arguments import step_size
-from model_preparation.train.heal.objective import Distillation, check_teacher
+from model_preparation.train.heal.objective import Distillation, LiveTeacher, check_teacher
 from model_preparation.train.heal.resume_state import (
     ResumeState,
     check_state,
@@ -38,6 +43,7 @@ from model_preparation.train.heal.resume_state import (
 from model_preparation.train.heal.self_conversations import write_conversations
 from model_preparation.train.heal.sequences import Sequences, hold_out, load_sequences
 from model_preparation.train.heal.settings import HealSettings, resumed_settings, saved_settings
+from model_preparation.train.heal.teacher_cache import TeacherCache, recorded_teacher
 from model_preparation.train.heal.weights import load_weights
 
 Say = Callable[..., None]
@@ -141,15 +147,41 @@ class Run:
         return train, held_out
 
     def distillation(
-        self, model: LlambaForCausalLM, tokenizer: PreTrainedTokenizerBase, device: torch.device
+        self,
+        model: LlambaForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Sequences,
+        processes: PartialState,
+        device: torch.device,
     ) -> Distillation | None:
-        """The loss to the teacher, if the settings name one."""
-        if self.settings.teacher is None:
+        """The loss to the teacher, if the settings name one. What is missing in its cache is made first."""
+        settings = self.settings
+        if not settings.has_teacher:
             return None
-        other = find_others([self.settings.teacher], self.parent, sources=self.sources)[0]
-        teacher, _ = load_other(other, tokenizer, device=device, dtype=torch.float32)
-        check_teacher(teacher, model, self.settings)
-        return Distillation(teacher, self.settings)
+
+        def load() -> LiveTeacher:
+            other = _find_teacher(self.parent, settings, self.sources)
+            teacher, _ = load_other(other, tokenizer, device=device, dtype=torch.float32)
+            check_teacher(teacher, model, settings)
+            return LiveTeacher(teacher, settings)
+
+        if settings.teacher_cache is None:
+            return Distillation(load(), settings)
+        vocabulary = model.config.vocab_size
+        inputs = {
+            "teacher": self.identity["inputs"]["teacher"],
+            "tokenizer": digest_of_tokenizer(tokenizer),
+            "data": train.digest(),
+            "sequences": len(train),
+            "block_size": settings.block_size,
+            "teacher_top_k": min(settings.teacher_top_k, vocabulary),
+            "temperature": settings.temperature,
+            "vocabulary": vocabulary,
+        }
+        cache = TeacherCache(Path(settings.teacher_cache).expanduser(), inputs, train)
+        self.say(f"The teacher's likeliest tokens are kept in {cache.folder}; what is missing there is made now.")
+        cache.fill(load, processes)
+        return Distillation(cache, settings)
 
     def _initial_adapter(self) -> Path | None:
         """The folder of the adapter to begin with, if there is one."""
@@ -297,8 +329,8 @@ def _choose_state(states: Path, resume: str, overwrite: bool, say: Say) -> Path 
 def _input_digests(parent: Path, settings: HealSettings, sources: Mapping[str, str] | None) -> dict[str, str]:
     """Digests of all that decides the healed weights, apart from settings and text."""
     digests = {"parent": digest_of_checkpoint(parent)}
-    if settings.teacher is not None:
-        digests["teacher"] = digest_of_model(find_others([settings.teacher], parent, sources=sources)[0].folder)
+    if settings.has_teacher:
+        digests["teacher"] = _digest_of_teacher(parent, settings, sources)
     if settings.method == "lora" and settings.init_from not in ("checkpoint", "scratch"):
         # A state of LoRA has the adapter only, so these weights are needed again. Other states have all weights.
         digests["init_from"] = digest_of_weights(_init_path(parent, settings, sources))
@@ -311,6 +343,26 @@ def _template(path: str) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SurgeryError(f"{path} cannot be read ({reason}). Give a file with a chat template.") from error
+
+
+def _find_teacher(parent: Path, settings: HealSettings, sources: Mapping[str, str] | None) -> OtherModel:
+    if settings.teacher is None:
+        raise SurgeryError(
+            f"{settings.teacher_cache} is no complete teacher cache. Give --teacher too, and it is made."
+        )
+    return find_others([settings.teacher], parent, sources=sources)[0]
+
+
+def _digest_of_teacher(parent: Path, settings: HealSettings, sources: Mapping[str, str] | None) -> str:
+    """The digest of the teacher; of one that is not there any more, the digest in its complete cache."""
+    try:
+        return digest_of_model(_find_teacher(parent, settings, sources).folder)
+    except SurgeryError:
+        cache = settings.teacher_cache
+        recorded = None if cache is None else recorded_teacher(Path(cache).expanduser())
+        if recorded is None:
+            raise
+        return recorded
 
 
 def _init_path(parent: Path, settings: HealSettings, sources: Mapping[str, str] | None) -> Path:

@@ -153,7 +153,7 @@ def _packed(lengths: Sequence[int], block_size: int) -> list[list[int]]:
 class Shuffled(Dataset):
     """`count` sequences from position `start` on, out of endless passes over `sequences`.
 
-    Pass k has every sequence once, in an order drawn from (seed, k).
+    Pass k has every sequence once, in an order drawn from (seed, k). Each item also has its number, `sequence` (1,).
     """
 
     def __init__(self, sequences: Sequences, seed: int, start: int, count: int):
@@ -170,7 +170,8 @@ class Shuffled(Dataset):
         number, place = divmod(self._start + index, len(self._sequences))
         if self._order is None or self._order[0] != number:
             self._order = number, np.random.default_rng((self._seed, number)).permutation(len(self._sequences))
-        return self._sequences[int(self._order[1][place])]
+        index = int(self._order[1][place])
+        return {**self._sequences[index], "sequence": torch.tensor([index])}
 
 
 def load_sequences(

@@ -6,6 +6,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from model_preparation.command_line import number
 from model_preparation.errors import SurgeryError
+from model_preparation.io.identity import name_of
 from model_preparation.io.untrusted.untrusted_files import check_fields
 from model_preparation.setting_flags import YES_OR_NO, CheckedSettings, Flag, OneOf
 
@@ -13,9 +14,9 @@ METHODS = ("full", "grafted", "neighbours", "lora")
 PRECISIONS = ("float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant")
 TRACKERS = ("none", "trackio", "wandb", "swanlab")
-PATHS = ("teacher", "init_from", "eval_data", "chat_template")  # settings that name what is only read
+PATHS = ("teacher", "teacher_cache", "init_from", "eval_data", "chat_template")  # settings that may be paths
 # A resumed run may change these: they decide what is kept and shown, not the weights ...
-_FREE = ("save_steps", "save_total_limit", "report_to")
+FREE = ("save_steps", "save_total_limit", "report_to")
 # ... and this one, which decides where the run ends. The user gets a line about it.
 _FREE_WITH_A_LINE = ("max_steps",)
 
@@ -78,6 +79,15 @@ class HealSettings(CheckedSettings):
         str | None, Flag("FILE", "Jinja template for conversations (default: the tokenizer's own)")
     ] = None
     self_conversations: Annotated[int, Flag("N", "that the donor writes, with --data self", _COUNT)] = 512
+    segment_length: Annotated[
+        int,
+        Flag(
+            "N",
+            "tokens of a sequence that are trained at once: less memory for long ones. States and K/V go on from "
+            "segment to segment, gradients do not; 0: all",
+            number(int, least=0),
+        ),
+    ] = 0
     learning_rate: Annotated[float, Flag("X", "the highest one, of AdamW", _ABOVE_0)] = 1e-4
     schedule: Annotated[str, Flag(None, "of the learning rate after its rise", OneOf(*SCHEDULES))] = "cosine"
     warmup: Annotated[float, Flag("X", "fraction of the steps in which the learning rate rises", _FRACTION)] = 0.05
@@ -101,8 +111,27 @@ class HealSettings(CheckedSettings):
             "model's folder or hub id (default: none)",
         ),
     ] = None
+    teacher_cache: Annotated[
+        str | None,
+        Flag(
+            "DIR",
+            "keep the teacher's likeliest tokens here, and train without the teacher in memory; once the folder is "
+            "complete, --teacher is not needed (default: the teacher is in memory)",
+        ),
+    ] = None
+    teacher_top_k: Annotated[
+        int, Flag("N", "tokens kept for each position of --teacher_cache; with all of them, nothing is lost", _COUNT)
+    ] = 64
     temperature: Annotated[float, Flag("X", "of both distributions", _ABOVE_0)] = 1.0
     teacher_weight: Annotated[float, Flag("X", "of the teacher's loss; the text's has the rest of 1", _FRACTION)] = 1.0
+    reverse_weight: Annotated[
+        float,
+        Flag(
+            "X",
+            "of the reverse KL divergence (student to teacher) in the teacher's loss; the forward one's is the rest",
+            _FRACTION,
+        ),
+    ] = 0.0
     hidden_weight: Annotated[float, Flag("X", "of the relative squared error of the hidden states", _AT_LEAST_0)] = 0.0
     eval_data: Annotated[str | None, Flag("FILE|DIR|NAME", "held-out text; without it some of --data is")] = None
     eval_interval: Annotated[int, Flag("N", "steps between held-out losses; 0: none", number(int, least=0))] = 50
@@ -123,10 +152,15 @@ class HealSettings(CheckedSettings):
     save_total_limit: Annotated[int, Flag("N", "states kept; the best and the newest always are", _COUNT)] = 3
     report_to: Annotated[str, Flag(None, "tracker that also gets them", OneOf(*TRACKERS))] = "none"
 
+    stage: str | None = None  # the name of the stage that this run is, for `heal_in_stages`
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        has_cache = self.teacher_cache is not None
         for names, needed, is_given in (
-            (("temperature", "teacher_weight", "hidden_weight"), "teacher", self.teacher is not None),
+            (("temperature", "teacher_weight", "reverse_weight"), "teacher", self.has_teacher),
+            (("hidden_weight",), "a teacher in memory", self.teacher is not None and not has_cache),
+            (("teacher_top_k",), "teacher_cache", has_cache),
             (("exclude",), "init_from with weights to take", self.init_from not in ("checkpoint", "scratch")),
             (("lora_rank", "lora_alpha", "lora_dropout"), "method lora", self.method == "lora"),
         ):
@@ -135,14 +169,30 @@ class HealSettings(CheckedSettings):
                     raise SurgeryError(
                         f"{name} is given, but has no effect without {needed}. Give that, or leave it out."
                     )
+        if self.segment_length and self.gradient_checkpointing:
+            raise SurgeryError(
+                "gradient_checkpointing does not go with segment_length, whose states would be counted twice. "
+                "Give one of them."
+            )
         if not self.always_save and not self.eval_interval:
             raise SurgeryError(
                 "Without always_save, states are saved where the held-out loss improves. Set eval_interval."
             )
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the aim is a teacher, in memory or on the disk."""
+        return self.teacher is not None or self.teacher_cache is not None
+
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON files have them."""
         return asdict(self) | {"exclude": list(self.exclude)}
+
+
+def described(settings: HealSettings) -> dict[str, Any]:
+    """The settings as checkpoint_info.json has them: of this machine's paths, the last parts."""
+    found = settings.as_dict()
+    return found | {name: found[name] and name_of(found[name]) for name in PATHS}
 
 
 def saved_settings(saved: Mapping[str, Any]) -> HealSettings:
@@ -172,12 +222,12 @@ def resumed_settings(saved: HealSettings, given: Mapping[str, Any]) -> tuple[Hea
     """The settings of a resumed run, which are mostly the saved ones; and a line for each one given that differs."""
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     differing = {name: value for name, value in given.items() if value != getattr(saved, name)}
-    taken = {name: value for name, value in differing.items() if name in _FREE + _FREE_WITH_A_LINE}
+    taken = {name: value for name, value in differing.items() if name in FREE + _FREE_WITH_A_LINE}
     lines = []
     for name, value in differing.items():
         if name in _FREE_WITH_A_LINE:
             lines.append(f"{name} is now {value}, was {getattr(saved, name)}; the learning rate changes from here on")
-        elif name not in _FREE:
+        elif name not in FREE:
             lines.append(
                 f"{name} stays {getattr(saved, name)!r}, as the run was started with; {value!r} is ignored "
                 "(to start anew, give --resume never)"

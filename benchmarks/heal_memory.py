@@ -1,0 +1,73 @@
+"""Peak memory of healing steps: whole sequences against segments, and a teacher in memory against one on the disk.
+
+    python benchmarks/heal_memory.py --base tiny_llamba --donor tiny_llama --layers 4 10 --length 4096 --segment 512
+
+A process for each run, one step each; what loading and saving take is in every figure. "none" trains nothing of the
+text but its first tokens: it is what the model, its gradients and its optimizer take.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "model_preparation"
+sys.path.insert(0, str(PACKAGE.parent))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="tiny_llamba", metavar="NAME|DIR")
+    parser.add_argument("--donor", default="tiny_llama", metavar="NAME|DIR")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 10], metavar="N")
+    parser.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of a sequence (%(default)s)")
+    parser.add_argument("--segment", type=int, default=512, metavar="N", help="tokens of a segment (%(default)s)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="heal-memory-") as name:
+        folder = Path(name)
+        text = folder / "text.txt"
+        text.write_text("Mia likes quinces , and Rosa likes eggs . " * (args.length // 2))
+        make = ["extract_layers.py", "--model_name", args.donor, "--output_dir", folder / "layers"]
+        run([*make, "--layers", *args.layers])
+        make = ["create_replaced_model_checkpoint.py", "--base", args.base, "--llama_layers_dir", folder / "layers"]
+        run([*make, "--layers", *args.layers, "--output_dir", folder / "checkpoint"])
+        heal = ["heal_checkpoint.py", "--checkpoint", folder / "checkpoint", "--data", text, "--device", "cpu"]
+        heal += ["--max_steps", 1, "--eval_interval", 0, "--batch_size", 1, "--dropout", 0]
+        whole, short = ["--block_size", args.length], ["--block_size", args.segment]
+        teacher, cache = ["--teacher", args.donor], ["--teacher_cache", folder / "cache"]
+        found = {}
+        for number, (name, more) in enumerate(
+            {
+                "none": ["--block_size", 8],
+                "whole": whole,
+                "segments": [*whole, "--segment_length", args.segment],
+                "teacher in memory": [*short, *teacher],
+                "teacher's cache is made": [*short, *teacher, *cache],
+                "teacher on the disk": [*short, *cache],
+            }.items()
+        ):
+            found[name] = run([*heal, *more, "--output_dir", folder / str(number)])
+            print(f"{name:24} {found[name] / 1e6:8.0f} MB", flush=True)
+    above = [found[name] - found["none"] for name in ("whole", "segments")]
+    print(f"Above none, segments of {args.segment} take 1 / {above[0] / above[1]:.1f} of {args.length} at once.")
+    saved = found["teacher in memory"] - found["teacher on the disk"]
+    print(f"Without the teacher in memory: {saved / 1e6:.0f} MB less, {saved / found['teacher in memory']:.0%}.")
+
+
+def run(arguments: list) -> int:
+    """Run a command of the package; its peak resident bytes."""
+    process = subprocess.Popen(
+        [sys.executable, PACKAGE / arguments[0], *map(str, arguments[1:])],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(process.stderr.read().decode() if process.stderr else "failed")
+    return usage.ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
