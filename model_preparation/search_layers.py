@@ -39,8 +39,8 @@ methods:
                For n layers this takes about n^2 / 2 combinations, most of them larger than those wanted
   ratio        all layers but one, for each of n layers, on --task and --second_task. Layers are ordered by what the
                first task loses without them over what the second loses; then the first 1, 2, ... of them are evaluated
-               together. For recall and common knowledge this is the idea of HALO (arXiv 2601.22156). It takes n + 1
-               combinations and one of each size
+               together. A loss is counted from the best of the n. This is how HALO chooses, with recall and common
+               knowledge as tasks (arXiv 2601.22156). It takes n combinations and one of each size
 """
 
 EPILOG = """\
