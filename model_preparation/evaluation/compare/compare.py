@@ -17,7 +17,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare import paired
 from model_preparation.evaluation.compare.answers import Answers, CommonQuestions, match, read_answers
 from model_preparation.evaluation.compare.both_ways import BothWays, asked_both_ways
-from model_preparation.evaluation.compare.costs import Cost, costs_of
+from model_preparation.evaluation.compare.costs import AGAINST_SCORE, Cost, costs_of, pareto_front
 from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles, find_evaluations, replaced_layers
 from model_preparation.evaluation.compare.notes import (
     cost_notes,
@@ -122,6 +122,7 @@ class Comparison:
     notes: list[str]
     common: list[CommonQuestions]
     both_ways: list[BothWays]
+    fronts: dict[str, list[str]]  # by field of cost: models that score more than each that costs as much or less
 
     def of_kind(self, *kinds: str) -> list[Row]:
         return [row for row in self.rows if row.kind in kinds]
@@ -196,7 +197,20 @@ def compare_evaluations(
     used = list(dict.fromkeys(metrics[name] for name in tasks))
     shown = used[0] if len(used) == 1 else "score"
     both_ways = asked_both_ways({each.task: each.column("value").mean(axis=1).tolist() for each in common}, names)
-    return Comparison(shown, higher, binary, seed, resamples, models, rows, notes, common, both_ways)
+    fronts = _fronts(models, [each.mean if higher else -each.mean for each in rows[0].scores])
+    return Comparison(shown, higher, binary, seed, resamples, models, rows, notes, common, both_ways, fronts)
+
+
+def _fronts(models: Sequence[Model], scores: Sequence[float]) -> dict[str, list[str]]:
+    """The Pareto fronts of the models whose cost is known, if there are several; higher scores are better."""
+    known = [(each.name, each.cost.values, score) for each, score in zip(models, scores, strict=True) if each.cost]
+    if len(known) < 2:
+        return {}
+    names, costs, known_scores = zip(*known, strict=True)
+    return {
+        field: [names[place] for place in pareto_front([each[field] for each in costs], known_scores)]
+        for field in AGAINST_SCORE
+    }
 
 
 def _common_questions(
