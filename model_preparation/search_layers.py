@@ -45,8 +45,8 @@ methods:
 
 EPILOG = """\
 The search takes tasks that lm-eval answers by log-likelihoods: multiple_choice and loglikelihood, with options of one
-or several tokens, and the metric acc. With --objective nll it also takes tasks that generate text, such as
-kv_retrieval: it scores their right answers and generates nothing.
+or several tokens, and the metric acc. It also takes tasks that generate text, such as kv_retrieval: an answer counts
+if greedy decoding would write the right answer at once. Where few answers are right, --objective nll tells more.
 
 examples:
   python search_layers.py --base unaligned_llamba --donor llama --task mmlu --limit 10 --method ga \\
