@@ -182,7 +182,7 @@ def test_the_embedded_pair_has_its_own_task_in_the_suite(tmp_path):
         assert done.returncode == 0, done.stderr
         for line in (
             r"embedded_recall_40 score   [\d.]+ .*\(8 questions\); 0-shot, likeliest choice, 40 tokens",
-            r"embedded_recall_generated_200 score   200 [\d.]+ .*\(8 questions\); 0-shot, generated, 200 tokens",
+            r"embedded_recall_generated_200 score   [\d.]+ .*\(8 questions\); 0-shot, generated, 200 tokens",
         ):
             assert re.search(line, done.stdout), done.stdout
     (result,) = tmp_path.glob("tiny_llama/*/result.json")

@@ -317,6 +317,18 @@ def test_the_questions_shown_are_those_on_which_the_models_are_furthest_apart(st
     assert [example.values for example in lower] == [(1.0, 0.0)] * 3
 
 
+def test_a_long_example_has_its_beginning_and_its_end_where_recall_tasks_ask(copy):
+    def lengthen(sample):
+        sample["doc"] = {"input": f"Remember this. {'The grass is green. ' * 400}What is it?"}
+
+    change_samples(copy / "one", lengthen)
+    (example,) = differing_questions(compare(copy), 1, 1)[0]
+    for text in (example.title, example.text):
+        assert "Remember this. The grass" in text
+        assert text.endswith("green. What is it?")
+        assert len(text) < 2_000
+
+
 def test_numbers_that_are_not_0_or_1_have_an_interval_alone(copy):
     for name, gain in (("one", 0.0), ("two", 0.25)):
         change_samples(copy / name, lambda sample, gain=gain: _set_f1(sample, gain))
