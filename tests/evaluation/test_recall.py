@@ -200,7 +200,10 @@ def test_the_embedded_pair_has_its_own_task_in_the_suite(tmp_path):
     assert compared.returncode == 0, compared.stderr
     assert "on 32 common questions" in compared.stdout
     assert re.search(r"embedded_recall_40 .*tiny_llamba .*0\.\d+ .*0\.\d+", compared.stdout)
-    assert "By log-likelihood and by generated answers" in (tmp_path / "report" / "comparison.html").read_text()
+    page = (tmp_path / "report" / "comparison.html").read_text()
+    assert "By log-likelihood and by generated answers" in page
+    assert page.index(">embedded recall 40<") < page.index(">embedded recall 200<")  # the shorter one first
+    assert ">group<" not in page  # there is none
 
 
 def test_lengths_beyond_24_people_ask_about_one_who_is_named_once():

@@ -4,6 +4,7 @@ For all questions, each group and each subject: every model's score, and its dif
 A subject is one of lm-eval's tasks.
 """
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -216,13 +217,13 @@ def _fronts(models: Sequence[Model], scores: Sequence[float]) -> dict[str, list[
 def _common_questions(
     evaluations: Sequence[EvaluationFiles], names: Sequence[str], task: str | None, metrics: Mapping[str, str]
 ) -> tuple[list[CommonQuestions], list[str]]:
-    """The common questions per task, in the baseline's order; and notes on tasks that are left out."""
+    """The common questions per task, by name; and notes on tasks that are left out."""
     chosen = [each.tasks_of(task) if task else [] for each in evaluations]  # none for the name of a folder
     wanted = [
         [name for name in each.samples if name in (only or each.samples)]
         for each, only in zip(evaluations, chosen, strict=True)
     ]
-    tasks = [name for name in wanted[0] if all(name in each for each in wanted)]
+    tasks = sorted((name for name in wanted[0] if all(name in each for each in wanted)), key=_in_order)
     left_out = sorted({name for each in wanted for name in each} - set(tasks))
     if not tasks:
         listed = "; ".join(f"{name} has {some(each)}" for name, each in zip(names, wanted, strict=True))
@@ -249,6 +250,11 @@ def _common_questions(
     if empty := [each.task for each in matched if not each.rows]:
         notes.append(f"Left out, as no question of it is common to all: {some(empty)}.")
     return common, notes
+
+
+def _in_order(name: str) -> str:
+    """For sorting: numbers in names count as numbers, so niah_single_512 comes before niah_single_1024."""
+    return re.sub(r"\d+", lambda found: found[0].zfill(9), name)
 
 
 def _row(
