@@ -2,8 +2,10 @@
 
 All sets of up to three layers are scored; their best is the truth. Regret is its score minus that of the set that a
 method found. The genetic algorithm runs with five seeds; the other methods draw nothing. `beam` and `ga` get a budget
-of 15% of the sets; `beam` runs without one too. Then sets are chosen by recall at lengths beyond the pair's training,
-by text in which nothing can be looked up, and by the ratio of both. Each is scored on all of these.
+of 15% of the sets; `beam` runs without one too. This is done by the loss of the right answer (nll), and by the share of
+right answers that greedy decoding would write (accuracy), on the same documents. Then sets are chosen by recall at
+lengths beyond the pair's training, by text in which nothing can be looked up, and by the ratio of both. Each is scored
+on all of these.
 
     OMP_NUM_THREADS=1 python benchmarks/search_regret.py --output_dir DIR
 """
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from model_preparation.checkpoint.extract import extract_layers
@@ -25,8 +28,9 @@ from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.layer_sets import WHOLE_LAYERS
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.search import search_layers
-from model_preparation.search.settings import OBJECTIVES, SearchSettings
+from model_preparation.search.settings import ACCURACY, NLL, SearchSettings
 
+FORMS = {NLL: "embedded_recall", ACCURACY: "embedded_recall_generated"}  # the objective, and the task that it scores
 LENGTHS = (64, 128, 256, 512)  # tokens; a sentence about one person has four
 SEEDS = 5
 
@@ -37,7 +41,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=100, help="questions")
     parser.add_argument("--long_limit", type=int, default=30, help="questions of each length")
-    parser.add_argument("--objective", choices=OBJECTIVES, default="nll")
     parser.add_argument("--output_dir", type=Path, required=True, help="a new folder; nothing in it is used again")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True)
@@ -47,9 +50,13 @@ def main() -> None:
 
     def settings(name: str, **changes: Any) -> SearchSettings:
         common = {"base": "tiny_llamba", "donor": "tiny_llama", "llama_layers_dir": layers, "max_layers": 3}
-        return SearchSettings(args.output_dir / name, **{**common, "objective": args.objective, **changes})
+        return SearchSettings(args.output_dir / name, **{**common, "objective": NLL, **changes})
 
-    compare_methods(settings, args.limit, args.output_dir / "search_regret.png")
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    for axes, (objective, task) in zip(figure.subplots(1, 2), FORMS.items(), strict=True):
+        draw(compare_methods(settings, args.limit, objective, task), objective, axes)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(args.output_dir / "search_regret.png", dpi=110)
     compare_materials(settings, args.long_limit, write_text_task(args.output_dir / "text_task", args.long_limit))
 
 
@@ -59,19 +66,21 @@ def search(settings: SearchSettings) -> dict[str, Any]:
     return found
 
 
-def compare_methods(settings: Settings, limit: int, picture: Path) -> None:
-    """Regret and layer passes of every method."""
-    given = {"tasks": ("embedded_recall",), "limit": limit}
-    truth = search(settings("exhaustive", method="exhaustive", **given))
+def compare_methods(settings: Settings, limit: int, objective: str, task: str) -> dict[str, list[tuple[float, float]]]:
+    """Print regret and layer passes of every method; give them by method as (layer passes, regret)."""
+    given = {"tasks": (task,), "lengths": LENGTHS[:1], "limit": limit, "objective": objective}
+
+    def searched(name: str, **changes: Any) -> dict[str, Any]:
+        return search(settings(f"{objective}_{name}", **given, **changes))
+
+    truth = searched("exhaustive", method="exhaustive")
     budget = round(0.15 * truth["statistics"]["evaluations"])
     few = {"budget_evaluations": budget, "population": 12, "beam_width": 3}
     runs = {
         "exhaustive": [truth],
-        **{name: [search(settings(name, method=name, **given))] for name in ("greedy", "beam", "removal")},
-        f"beam, {budget} sets": [search(settings("few_beam", method="beam", **given, **few))],
-        f"ga, {budget} sets": [
-            search(settings(f"ga_{seed}", method="ga", seed=seed, **given, **few)) for seed in range(SEEDS)
-        ],
+        **{name: [searched(name, method=name)] for name in ("greedy", "beam", "removal")},
+        f"beam, {budget} sets": [searched("few_beam", method="beam", **few)],
+        f"ga, {budget} sets": [searched(f"ga_{seed}", method="ga", seed=seed, **few) for seed in range(SEEDS)],
     }
     best = truth["final_results"][0]
     rows, points = [], {}
@@ -88,9 +97,12 @@ def compare_methods(settings: Settings, limit: int, picture: Path) -> None:
                 " / ".join(dict.fromkeys(WHOLE_LAYERS.names(each["final_results"][0]["layers"]) for each in found)),
             )
         )
-    print(f"base {truth['base_score']:.4f}, donor {truth['donor_score']:.4f}, best {best['fitness']:.4f}", flush=True)
+    print(
+        f"{objective}: base {truth['base_score']:.4f}, donor {truth['donor_score']:.4f}, best {best['fitness']:.4f}",
+        flush=True,
+    )
     print(table(("method", "sets", "layer passes", "regret", "found"), rows), flush=True)
-    draw(points, truth["objective"], picture)
+    return points
 
 
 def compare_materials(settings: Settings, limit: int, text: Path) -> None:
@@ -151,14 +163,10 @@ def span(values: list[float], form: str) -> str:
     return " to ".join(texts)
 
 
-def draw(points: dict[str, list[tuple[float, float]]], objective: str, path: Path) -> None:
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    axes = figure.subplots()
+def draw(points: dict[str, list[tuple[float, float]]], objective: str, axes: Axes) -> None:
     for (name, each), marker in zip(points.items(), "osv^DP", strict=True):
         axes.plot(*zip(*each, strict=True), marker, linestyle="", label=name, alpha=0.7)
     axes.set(xlabel="layer passes", ylabel=f"regret ({objective})")
-    figure.legend(loc="outside upper center", ncols=len(points), frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -42,15 +42,15 @@ methods:
                For n layers this takes about n^2 / 2 combinations, most of them larger than those wanted
   ratio        all layers but one, for each of n layers, on --task and --second_task. Layers are ordered by what the
                first task loses without them over what the second loses; then the first 1, 2, ... of them are evaluated
-               together. For recall and common knowledge this is the idea of HALO (arXiv 2601.22156). It takes n + 1
-               combinations and one of each size
+               together. A loss is counted from the best of the n. This is how HALO chooses, with recall and common
+               knowledge as tasks (arXiv 2601.22156). It takes n combinations and one of each size
 With --unit heads, methods choose heads in place of layers; removal and ratio take layers only.
 """
 
 EPILOG = """\
 The search takes tasks that lm-eval answers by log-likelihoods: multiple_choice and loglikelihood, with options of one
-or several tokens, and the metric acc. With --objective nll it also takes tasks that generate text, such as
-kv_retrieval: it scores their right answers and generates nothing.
+or several tokens, and the metric acc. It also takes tasks that generate text, such as kv_retrieval: an answer counts
+if greedy decoding would write the right answer at once. Where few answers are right, --objective nll tells more.
 
 examples:
   python search_layers.py --base unaligned_llamba --donor llama --task mmlu --limit 10 --method ga \\

@@ -214,8 +214,10 @@ def _score(row: dict[str, Any]) -> str:
     if row["score"] is None:
         return f"none ({row['questions']} questions)"
     stderr = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
-    metric = "" if row["metric"] == "acc,none" else f"{row['metric'].removesuffix(',none')} "
-    return f"{metric}{row['score']:.4f}{stderr} ({row['questions']} questions)"
+    metric = row["metric"].removesuffix(",none")
+    length = (row.get("protocol") or {}).get("length")  # a recall task's metric is called by its length
+    shown = "" if metric in ("acc", str(length)) else f"{metric} "
+    return f"{shown}{row['score']:.4f}{stderr} ({row['questions']} questions)"
 
 
 def _protocol(protocol: dict[str, Any] | None) -> str:

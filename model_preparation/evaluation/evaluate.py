@@ -32,6 +32,8 @@ from model_preparation.evaluation.recall import (
     is_embedded,
     is_recall,
     longest_document,
+    recall_names,
+    takes,
 )
 from model_preparation.evaluation.results_folder import ResultsFolder, chosen_metric
 from model_preparation.evaluation.resumable_lm import ResumableLM
@@ -248,6 +250,13 @@ def load_asked(
         embedded = is_embedded(load())
         protocols = tasks_of_suite(settings.suite, embedded=embedded, with_data=task_data)
         names = tuple(protocols)
+    for name in ("lengths", "language", "haystack"):
+        takers = [task for task in recall_names() if takes(task, name)]
+        if getattr(settings, name) != getattr(EvaluationSettings(), name) and not {*names} & {*takers}:
+            raise SurgeryError(
+                f"--{name} is {getattr(settings, name)}, and {' '.join(names)} does not take it. "
+                f"Leave out --{name}, or ask one of {', '.join(takers)}."
+            )
     if any(map(is_recall, names)):
         tokenizer = load()
         recall = RecallRecipe(
@@ -261,9 +270,6 @@ def load_asked(
         )
         if embedded:
             recall = replace(recall, lengths=recall.lengths_of(EMBEDDED_RECALL))
-    for name in ("lengths", "language", "haystack"):
-        if recall is None and getattr(settings, name) != getattr(EvaluationSettings(), name):
-            raise SurgeryError(f"--{name} belongs to recall tasks, and {' '.join(names)} has none. Leave it out.")
     shots = settings.num_fewshot if protocols is None or MMLU not in protocols else protocols[MMLU].shots
     loaded = load_tasks(
         names,

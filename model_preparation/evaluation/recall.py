@@ -85,6 +85,13 @@ def recall_names() -> list[str]:
     return [each for name in _MAKERS for each in (name, name + CHOICE) if is_recall(each)]
 
 
+def takes(name: str, setting: str) -> bool:
+    """Whether the documents of a recall task depend on `lengths`, `language` or `haystack`."""
+    if setting == "haystack":
+        return _maker(name).has_filler
+    return setting == "lengths" or not name.startswith(EMBEDDED_RECALL)  # which is English
+
+
 @dataclass(frozen=True)
 class RecallRecipe:
     """Everything that decides on the documents.

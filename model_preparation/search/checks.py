@@ -33,7 +33,7 @@ def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
         (read_heads if settings.unit == HEADS else read_single_layers)(Path(settings.prior))
     if not overwrite:
         check_earlier(settings.folder, {"search": settings.described()})
-    check_tasks(settings.all_tasks, settings.objective)
+    check_tasks(settings.all_tasks)
     fixed: frozenset[int] = frozenset()
     if settings.start is None:
         _, total = type_and_depth(resolve(settings.base, overrides=settings.sources).folder)

@@ -12,7 +12,7 @@ from model_preparation.search.genetic import genetic
 from model_preparation.search.layer_sets import BASE, LayerSet, SearchSpace, normal
 from model_preparation.search.settings import SearchSettings
 
-_LEAST_SHARE = 0.1  # of the largest loss in the second task: a smaller one counts as that
+_LEAST_SHARE = 0.1  # of the largest loss in the second task: a smaller one counts as that: noise must not decide
 
 
 def search(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
@@ -63,19 +63,26 @@ def removal(space: SearchSpace, scores: CandidateScores, settings: SearchSetting
 
 
 def ratio(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """The layers without which a graft of all others loses most recall for each loss in the second task."""
-    whole: LayerSet = tuple(space.free)
-    without = {layer: normal({*whole} - {layer}) for layer in whole}
-    found = scores.evaluate([whole, *without.values()])
-    if whole not in found:
-        return
+    """The layers without which a graft of all others loses most recall for each loss in the second task.
+
+    As in HALO (arXiv 2601.22156), R and C being the scores in recall and in the second task without layer i:
+    importance of i = (max R - R) / (max C - C + epsilon), with the maxima over all i. Its two sweeps, one per task, are
+    one here: each set answers the questions of both. HALO's code has an epsilon of 1e-10 and cuts the ratio at 50, so
+    that a layer without a loss in C always wins. Here the divisor is at least `_LEAST_SHARE` of the largest.
+    """
+    without = {layer: normal({*space.free} - {layer}) for layer in space.free}
+    found = scores.evaluate(list(without.values()))
+    values = {layer: scores.values(each) for layer, each in without.items() if each in found}
     second = scores.objective.second
     assert second is not None  # checks.py wants the second task
-    lost = {layer: scores.values(whole) - scores.values(each) for layer, each in without.items() if each in found}
-    recall = {layer: float(each[~second].mean()) for layer, each in lost.items()}
-    common = {layer: float(each[second].mean()) for layer, each in lost.items()}
-    floor = max(max(common.values()) * _LEAST_SHARE, 1e-9)  # noise around no loss must not decide
-    order = sorted(lost, key=lambda layer: (-recall[layer] / max(common[layer], floor), layer))
+    recall, common = ({layer: float(each[of].mean()) for layer, each in values.items()} for of in (~second, second))
+    most = max(common.values(), default=0.0)
+    floor = max((most - min(common.values(), default=0.0)) * _LEAST_SHARE, 1e-9)
+
+    def importance(layer: int) -> float:
+        return (max(recall.values()) - recall[layer]) / max(most - common[layer], floor)
+
+    order = sorted(values, key=lambda layer: (-importance(layer), layer))
     scores.evaluate([normal(order[:size]) for size in range(space.least, min(space.most, len(order)) + 1)])
 
 

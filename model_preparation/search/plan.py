@@ -70,10 +70,10 @@ def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
         return Bounds(found, None, count, everything, before=sum(range(space.most + 2, free + 1)))
     if settings.method == "ratio":
         sizes = space.most - space.least + 1
-        count = int(min(budget, 1 + free + sizes))
-        passes = (2 + sizes) * total + each_without[free]
+        count = int(min(budget, free + sizes))
+        passes = (1 + sizes) * total + each_without[free]
         found = Cost(count, min(passes, total + count * total))
-        return Bounds(found, None, count, everything, before=(0, 1, free + 1)[min(free - space.most, 2)])
+        return Bounds(found, None, count, everything, before=0 if space.least < free <= space.most + 1 else free)
 
     is_genetic = settings.method == "ga"
     width = settings.beam_width if settings.method == "beam" else 1

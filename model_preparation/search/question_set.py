@@ -3,9 +3,9 @@
 lm-eval makes the prompts: it evaluates a model that only records the requests. So every setting works as in lm-eval.
 
 The search takes tasks that are answered by log-likelihoods (`multiple_choice`, `loglikelihood`), with options of one or
-several tokens, and that have the metric `acc`. A question's value is its `acc`, 0 or 1. For the objective `nll` it also
-takes tasks that generate text (`generate_until`): they ask for the likelihood of the right answer after the prompt, and
-`acc` is whether greedy decoding would write it.
+several tokens, and that have the metric `acc`. A question's value is its `acc`, 0 or 1. It also takes tasks that
+generate text (`generate_until`): they ask for the likelihood of the right answer after the prompt, and `acc` is whether
+greedy decoding would write it at once.
 """
 
 import math
@@ -28,9 +28,11 @@ from model_preparation.evaluation.tasks import Tasks, read_configs
 from model_preparation.search.settings import ACCURACY, KL, NLL
 
 METRIC = "acc"
-GENERATES = "generate_until"
-_OTHERS = {GENERATES: "generated text", "loglikelihood_rolling": "the likelihood of whole texts"}
-_TAKEN = "The search takes tasks answered by log-likelihoods (multiple_choice, loglikelihood) and scored by acc"
+GENERATES, _ROLLING = "generate_until", "loglikelihood_rolling"
+_TAKEN = (
+    "The search takes tasks answered by log-likelihoods (multiple_choice, loglikelihood) and scored by acc, and tasks "
+    "that generate (generate_until)"
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class QuestionSet:
         self.questions: list[Question] = []
         self._tasks: list[_Task] = []
         self._objective = objective
-        recorder = _RequestRecorder(objective)
+        recorder = _RequestRecorder()
         # lm-eval would ask pip, nvcc and others about this machine, which takes a second, and nobody reads it.
         with patch("lm_eval.evaluator.add_env_info"):
             run_tasks(recorder, loaded, settings)
@@ -118,7 +120,7 @@ class QuestionSet:
         for instance in recorder.asked:
             by_task.setdefault(str(instance.task_name), []).append(instance)
         for name, instances in by_task.items():
-            _check_task(name, by_name[name], instances, objective)
+            _check_task(name, by_name[name], instances)
             if by_name[name].OUTPUT_TYPE == GENERATES:
                 instances = [_of_right_answer(by_name[name], instance) for instance in instances]
             self._add(_Task(name, by_name[name], instances, _as_tokens(lm, instances)), lm)
@@ -233,9 +235,8 @@ class QuestionSet:
 class _RequestRecorder(LM):
     """A model that only records its requests."""
 
-    def __init__(self, objective: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._objective = objective
         self.asked: list[Instance] = []
 
     def loglikelihood(self, requests: list[Instance]) -> list[Answer]:
@@ -243,11 +244,9 @@ class _RequestRecorder(LM):
         return [(0.0, False)] * len(requests)
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        raise _refusal_of(str(requests[0].task_name), "loglikelihood_rolling")
+        raise _rolling(str(requests[0].task_name))
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        if self._objective != NLL:
-            raise _refusal_of(str(requests[0].task_name), GENERATES)
         self.asked += requests
         return [""] * len(requests)
 
@@ -280,8 +279,8 @@ def _right_option(task: Any, doc: Any) -> int:
 
 def _without_answer(task: Any, doc: Any) -> SurgeryError:
     return SurgeryError(
-        f"The task {task.task_name} has no right answer for {str(doc)!r:.80}, and --objective nll scores it. "
-        "Choose another --task or --objective."
+        f"The task {task.task_name} has no right answer for {str(doc)!r:.80}, and the search scores it. "
+        "Choose another --task."
     )
 
 
@@ -298,41 +297,35 @@ def _as_tokens(lm: ScoringLM, instances: list[Instance]) -> list[tuple]:
     return found
 
 
-def check_tasks(names: Sequence[str], objective: str) -> None:
-    """Refuse tasks that the search does not take for an objective, as far as their definitions show it.
+def check_tasks(names: Sequence[str]) -> None:
+    """Refuse tasks that the search does not take, as far as their definitions show it.
 
     Raises:
         SurgeryError: for such a task, and as `load_tasks`.
     """
     for config in read_configs(names):
-        _check_config(config, objective)
+        _check_config(config)
 
 
-def _check_config(config: TaskConfig, objective: str) -> None:
-    if config.output_type == GENERATES and objective == NLL:
-        return  # its texts and their filters are not used
-    if config.output_type in _OTHERS:
-        raise _refusal_of(str(config.task), config.output_type)
-    if config.filter_list is not None:
+def _check_config(config: TaskConfig) -> None:
+    if config.output_type == _ROLLING:
+        raise _rolling(str(config.task))
+    if config.output_type != GENERATES and config.filter_list is not None:  # filters of generated texts are not used
         raise _refusal(str(config.task), "has filters (filter_list)")
 
 
-def _check_task(name: str, task: Any, instances: Sequence[Instance], objective: str) -> None:
+def _check_task(name: str, task: Any, instances: Sequence[Instance]) -> None:
     """Refuse a task if its score is not the mean of its questions' acc."""
-    _check_config(task.config, objective)
+    _check_config(task.config)
     if any(instance.repeats != 1 for instance in instances):
         raise _refusal(name, "asks each question several times (repeats)")
     if task.OUTPUT_TYPE != GENERATES and METRIC not in task.aggregation():
         raise _refusal(name, f"has no metric {METRIC} (only {', '.join(task.aggregation()) or 'none'})")
 
 
-def _refusal_of(name: str, output_type: str) -> SurgeryError:
-    return _refusal(
-        name,
-        f"asks for {_OTHERS[output_type]} ({output_type})",
-        ", or give --objective nll" if output_type == GENERATES else "",
-    )
+def _rolling(name: str) -> SurgeryError:
+    return _refusal(name, f"asks for the likelihood of whole texts ({_ROLLING})")
 
 
-def _refusal(name: str, what: str, remedy: str = "") -> SurgeryError:
-    return SurgeryError(f"The task {name} {what}. {_TAKEN}. Choose another --task{remedy}.")
+def _refusal(name: str, what: str) -> SurgeryError:
+    return SurgeryError(f"The task {name} {what}. {_TAKEN}. Choose another --task.")

@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from model_preparation.evaluation.compare.costs import pareto_front
 from model_preparation.evaluation.compare.paired import SIGNIFICANCE
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.layer_sets import BASE, LayerSet, SearchSpace
@@ -110,11 +111,8 @@ def _final_results(scores: CandidateScores, space: SearchSpace, setup: ScoringSe
 def _pareto_front(rows: list[dict[str, Any]], word: str) -> list[dict[str, Any]]:
     """The rows that have more fitness than every other with as many bytes or fewer, by bytes."""
     names = (word, "fitness", "stderr", f"num_{word}", "kv_bytes_per_token")
-    front: list[dict[str, Any]] = []
-    for row in sorted(rows, key=lambda row: (row["kv_bytes_per_token"], -row["fitness"])):
-        if not front or row["fitness"] > front[-1]["fitness"]:
-            front.append({name: row[name] for name in names})
-    return front
+    front = pareto_front([row["kv_bytes_per_token"] for row in rows], [row["fitness"] for row in rows])
+    return [{name: rows[place][name] for name in names} for place in front]
 
 
 def _single_results(scores: CandidateScores, space: SearchSpace) -> dict[str, dict[str, Any]]:

@@ -106,7 +106,7 @@ class SearchSettings(CheckedSettings):
         Flag(
             None,
             "accuracy: right answers; kl: closeness to the donor's predictions, less noisy; nll: minus the loss per "
-            "token of the right answer, also for tasks whose answers are generated",
+            "token of the right answer",
             OneOf(*OBJECTIVES),
         ),
     ] = ACCURACY

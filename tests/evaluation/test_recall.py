@@ -182,7 +182,7 @@ def test_the_embedded_pair_has_its_own_task_in_the_suite(tmp_path):
         assert done.returncode == 0, done.stderr
         for line in (
             r"embedded_recall_40 score   [\d.]+ .*\(8 questions\); 0-shot, likeliest choice, 40 tokens",
-            r"embedded_recall_generated_200 score   200 [\d.]+ .*\(8 questions\); 0-shot, generated, 200 tokens",
+            r"embedded_recall_generated_200 score   [\d.]+ .*\(8 questions\); 0-shot, generated, 200 tokens",
         ):
             assert re.search(line, done.stdout), done.stdout
     (result,) = tmp_path.glob("tiny_llama/*/result.json")
@@ -200,7 +200,10 @@ def test_the_embedded_pair_has_its_own_task_in_the_suite(tmp_path):
     assert compared.returncode == 0, compared.stderr
     assert "on 32 common questions" in compared.stdout
     assert re.search(r"embedded_recall_40 .*tiny_llamba .*0\.\d+ .*0\.\d+", compared.stdout)
-    assert "By log-likelihood and by generated answers" in (tmp_path / "report" / "comparison.html").read_text()
+    page = (tmp_path / "report" / "comparison.html").read_text()
+    assert "By log-likelihood and by generated answers" in page
+    assert page.index(">embedded recall 40<") < page.index(">embedded recall 200<")  # the shorter one first
+    assert ">group<" not in page  # there is none
 
 
 def test_lengths_beyond_24_people_ask_about_one_who_is_named_once():
@@ -217,11 +220,13 @@ def test_lengths_beyond_24_people_ask_about_one_who_is_named_once():
     [
         ({"tasks": ["mqar"]}, "tokenizer does not know the words of mqar"),
         ({"tasks": ["embedded_recall"], "lengths": [64, 1024]}, "takes 512 tokens, and --lengths has 1024"),
-        ({"tasks": ["mmlu"], "lengths": [64]}, "--lengths belongs to recall tasks, and mmlu has none"),
+        ({"tasks": ["mmlu"], "lengths": [64]}, "and mmlu does not take it. Leave out --lengths, or ask one of kv_"),
+        ({"tasks": ["embedded_recall"], "language": "zh"}, "embedded_recall does not take it. Leave out --language"),
+        ({"suite": "recall", "haystack": "x"}, "or ask one of niah_single, niah_multikey, niah_multikey_choice, "),
         ({"suite": "recal"}, "suite is 'recal'. Choose one of recall, zero_shot, mmlu, all."),
         ({"suite": "recall", "num_fewshot": 2}, "Leave out --tasks and --num_fewshot"),
         ({"tasks": ["kv_retrieval"], "language": "fr"}, "language is 'fr'. Choose one of en, zh."),
-        ({"tasks": ["kv_retrieval"], "haystack": "nowhere.txt"}, "haystack nowhere.txt cannot be read"),
+        ({"tasks": ["niah_single"], "haystack": "nowhere.txt"}, "haystack nowhere.txt cannot be read"),
         ({"tasks": ["gsm8k"], "task_data": ["piqa=."]}, "--task_data has piqa"),
         ({"tasks": ["gsm8k"], "task_data": ["gsm8k=nowhere"]}, "The data of gsm8k, nowhere, is no folder"),
         ({"tasks": ["gsm8k"], "task_data": ["gsm8k"]}, "'gsm8k' is not TASK=DIR"),

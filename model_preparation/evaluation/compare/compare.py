@@ -4,6 +4,7 @@ For all questions, each group and each subject: every model's score, and its dif
 A subject is one of lm-eval's tasks.
 """
 
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare import paired
 from model_preparation.evaluation.compare.answers import Answers, CommonQuestions, match, read_answers
 from model_preparation.evaluation.compare.both_ways import BothWays, asked_both_ways
-from model_preparation.evaluation.compare.costs import Cost, costs_of
+from model_preparation.evaluation.compare.costs import AGAINST_SCORE, Cost, costs_of, pareto_front
 from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles, find_evaluations, replaced_layers
 from model_preparation.evaluation.compare.notes import (
     cost_notes,
@@ -122,6 +123,7 @@ class Comparison:
     notes: list[str]
     common: list[CommonQuestions]
     both_ways: list[BothWays]
+    fronts: dict[str, list[str]]  # by field of cost: models that score more than each that costs as much or less
 
     def of_kind(self, *kinds: str) -> list[Row]:
         return [row for row in self.rows if row.kind in kinds]
@@ -196,19 +198,32 @@ def compare_evaluations(
     used = list(dict.fromkeys(metrics[name] for name in tasks))
     shown = used[0] if len(used) == 1 else "score"
     both_ways = asked_both_ways({each.task: each.column("value").mean(axis=1).tolist() for each in common}, names)
-    return Comparison(shown, higher, binary, seed, resamples, models, rows, notes, common, both_ways)
+    fronts = _fronts(models, [each.mean if higher else -each.mean for each in rows[0].scores])
+    return Comparison(shown, higher, binary, seed, resamples, models, rows, notes, common, both_ways, fronts)
+
+
+def _fronts(models: Sequence[Model], scores: Sequence[float]) -> dict[str, list[str]]:
+    """The Pareto fronts of the models whose cost is known, if there are several; higher scores are better."""
+    known = [(each.name, each.cost.values, score) for each, score in zip(models, scores, strict=True) if each.cost]
+    if len(known) < 2:
+        return {}
+    names, costs, known_scores = zip(*known, strict=True)
+    return {
+        field: [names[place] for place in pareto_front([each[field] for each in costs], known_scores)]
+        for field in AGAINST_SCORE
+    }
 
 
 def _common_questions(
     evaluations: Sequence[EvaluationFiles], names: Sequence[str], task: str | None, metrics: Mapping[str, str]
 ) -> tuple[list[CommonQuestions], list[str]]:
-    """The common questions per task, in the baseline's order; and notes on tasks that are left out."""
+    """The common questions per task, by name; and notes on tasks that are left out."""
     chosen = [each.tasks_of(task) if task else [] for each in evaluations]  # none for the name of a folder
     wanted = [
         [name for name in each.samples if name in (only or each.samples)]
         for each, only in zip(evaluations, chosen, strict=True)
     ]
-    tasks = [name for name in wanted[0] if all(name in each for each in wanted)]
+    tasks = sorted((name for name in wanted[0] if all(name in each for each in wanted)), key=_in_order)
     left_out = sorted({name for each in wanted for name in each} - set(tasks))
     if not tasks:
         listed = "; ".join(f"{name} has {some(each)}" for name, each in zip(names, wanted, strict=True))
@@ -235,6 +250,11 @@ def _common_questions(
     if empty := [each.task for each in matched if not each.rows]:
         notes.append(f"Left out, as no question of it is common to all: {some(empty)}.")
     return common, notes
+
+
+def _in_order(name: str) -> str:
+    """For sorting: numbers in names count as numbers, so niah_single_512 comes before niah_single_1024."""
+    return re.sub(r"\d+", lambda found: found[0].zfill(9), name)
 
 
 def _row(

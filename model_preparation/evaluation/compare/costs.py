@@ -12,6 +12,7 @@ from model_preparation.evaluation.efficiency import FOLDER, MEASURED, NUMBERS
 from model_preparation.evaluation.results_folder import SETTINGS, read_checked_json
 from model_preparation.io.untrusted.untrusted_files import check_fields, read_json
 
+AGAINST_SCORE = ("token_seconds", "cache_bytes")  # fields of `MEASURED` for which there is a Pareto front
 _ROW = {"context": int, **dict.fromkeys(MEASURED, (int, float))}
 _FIELDS = {
     "models": [{"weights": str, "dtype": str, "contexts": [_ROW]}],
@@ -49,6 +50,15 @@ def costs_of(evaluations: Sequence[EvaluationFiles]) -> list[Cost | None]:
         None if each is None else Cost(context, each[0], {name: each[1][context][name] for name in MEASURED})
         for each in known
     ]
+
+
+def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
+    """The places of those that score more than every other that costs as much or less, the cheapest first."""
+    front: list[int] = []
+    for place in sorted(range(len(costs)), key=lambda place: (costs[place], -scores[place])):
+        if not front or scores[place] > scores[front[-1]]:
+            front.append(place)
+    return front
 
 
 def _roots(evaluation: EvaluationFiles) -> list[Path]:

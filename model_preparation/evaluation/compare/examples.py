@@ -98,4 +98,5 @@ def _answer(sample: dict[str, Any]) -> str:
 
 
 def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[:length] + " …"
+    """The beginning and the end of a text that is too long: after a long document, the question is the end."""
+    return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 2 :]}"

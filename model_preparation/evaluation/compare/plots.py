@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 
 from model_preparation.evaluation.compare.compare import GROUP, OVERALL, SUBJECT, UNCLEAR, Comparison, Row
+from model_preparation.evaluation.compare.costs import AGAINST_SCORE
 from model_preparation.evaluation.efficiency import MEASURED
 
 Plot = Callable[[Any], Figure]  # of a Comparison, or whatever else is drawn
@@ -83,16 +84,22 @@ def plot_efficiency(found: dict[str, Any]) -> Figure:
 
 
 def plot_costs(comparison: Comparison) -> Figure:
-    """Score against time per token and against the cache, with a point per model whose cost is known."""
+    """Score against time per token and against the cache: the models whose cost is known, and the Pareto front."""
     figure = Figure(figsize=(_WIDTH_INCHES, 3.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     scores = comparison.of_kind(OVERALL)[0].scores
-    for axes, field in zip(panels, ("token_seconds", "cache_bytes"), strict=True):
+    for axes, field in zip(panels, AGAINST_SCORE, strict=True):
         words, unit, one = MEASURED[field]
+        places = {}
         for model, each in enumerate(comparison.models):
             if each.cost is not None:
-                place = [each.cost.values[field] / one], [scores[model].mean]
-                _points(axes, *place, [scores[model].stderr or 0.0], model=model, name=each.name, upright=True)
+                places[each.name] = x, y = each.cost.values[field] / one, scores[model].mean
+                _points(axes, [x], [y], [scores[model].stderr or 0.0], model=model, name=each.name, upright=True)
+        front = [places[name] for name in comparison.fronts.get(field, ())]
+        if len(front) > 1:
+            axes.step(
+                *zip(*front, strict=True), where="post", color=INK, linewidth=0.6, alpha=0.5, label="Pareto front"
+            )
         axes.set_xlabel(f"{words}, {unit}")
         axes.margins(x=0.15)
         axes.grid(linewidth=0.4, alpha=0.4)

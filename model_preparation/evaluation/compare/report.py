@@ -189,6 +189,8 @@ def comparison_tables(comparison: Comparison, *, subjects: bool) -> RenderableTy
         parts.append(_table(comparison, comparison.of_kind(SUBJECT), "subject"))
     if table := both_ways_table(comparison):
         parts.append(table)
+    if sentence := _front_sentence(comparison):
+        parts.append(Text(escaped(sentence)))
     parts += [Text(sentence) for kind in _PLURAL if (sentence := _tests_sentence(comparison, kind))]
     parts += [
         Text(escaped(verdict_sentence(comparison, overall[0], model)), "bold")
@@ -274,7 +276,18 @@ def _costs_sentence(comparison: Comparison) -> str:
     cost = next((model.cost for model in comparison.models if model.cost), None)
     if cost is None:
         return ""
-    return f"Costs are of one sequence after {cost.context:,} tokens, measured on {cost.measured_on}."
+    words = f"Costs are of one sequence after {cost.context:,} tokens, measured on {cost.measured_on}."
+    return f"{words} {_front_sentence(comparison)}".rstrip()
+
+
+def _front_sentence(comparison: Comparison) -> str:
+    """For each cost, the models that no other beats; "" without costs."""
+    if not comparison.fronts:
+        return ""
+    fronts = "; ".join(
+        f"of score and {MEASURED[field][0]}: {', '.join(names)}" for field, names in comparison.fronts.items()
+    )
+    return f"Pareto front {fronts}. Each other model costs as much as one of these or more, and scores no higher."
 
 
 def _cost_words(cost: Cost) -> str:

@@ -134,9 +134,9 @@ def test_one_line_says_what_was_asked_and_a_longer_limit_of_prompts_is_no_remark
     assert {text: page.count(text) for text in scores} == scores  # each is there once
 
 
-def write_cost(root, weights, *, contexts, on="a chip, 1 thread"):
+def write_cost(root, weights, *, contexts, on="a chip, 1 thread", token_seconds=0.025):
     """What --efficiency leaves in the folder of a model's results."""
-    row = {"first_token_seconds": 0.5, "token_seconds": 0.025, "peak_memory_bytes": 9e8}
+    row = {"first_token_seconds": 0.5, "token_seconds": token_seconds, "peak_memory_bytes": 9e8}
     rows = [{**row, "context": context, "cache_bytes": 1000 * context} for context in contexts]
     models = [{"weights": each, "dtype": "float32", "contexts": rows} for each in weights]
     (root / "efficiency").mkdir()
@@ -159,9 +159,22 @@ def test_scores_stand_against_costs_of_the_same_weights(copy, tmp_path):
     assert "Costs are of one sequence after 2,048 tokens, measured on a chip, 1 thread, float32." in page
     assert page.count('<td data-value="2048000">2.05</td>') == 2
     assert len(Image.open(folder / "score_by_cost.png").convert("RGB").getcolors(1 << 20)) > 10
-    models = json.loads((folder / "comparison.json").read_text())["models"]
-    assert [model["cost"]["values"]["cache_bytes"] for model in models] == [2_048_000] * 2
+    found = json.loads((folder / "comparison.json").read_text())
+    assert [model["cost"]["values"]["cache_bytes"] for model in found["models"]] == [2_048_000] * 2
+    scores = {
+        model["name"]: each["mean"] for model, each in zip(found["models"], found["rows"][0]["scores"], strict=True)
+    }
+    worse, better = sorted(scores, key=scores.get)
+    assert found["fronts"] == {"token_seconds": [better], "cache_bytes": [better]}  # the costs are the same
 
+    path = copy / worse / "efficiency" / "efficiency.json"
+    shutil.rmtree(path.parent)
+    write_cost(copy / worse, [worse], contexts=(2048,), token_seconds=0.02)  # less time, as large a cache
+    faster = compare(copy)
+    assert faster.fronts == {"token_seconds": [worse, better], "cache_bytes": [better]}
+    write_report(faster, folder, questions=0, as_json=False, overwrite=True)
+    words = f"Pareto front of score and time per token: {worse}, {better}; of score and cache: {better}. Each other"
+    assert words in (folder / "comparison.html").read_text()
     path = copy / "two" / "efficiency" / "efficiency.json"
     path.write_text(path.read_text().replace("a chip", "another"))
     (note,) = compare(copy).notes
@@ -302,6 +315,18 @@ def test_the_questions_shown_are_those_on_which_the_models_are_furthest_apart(st
         assert example.answers[0].startswith(f"{choice(one)} (")
         assert example.answers[1] == f"{example.target} ({share(two):.0%})"
     assert [example.values for example in lower] == [(1.0, 0.0)] * 3
+
+
+def test_a_long_example_has_its_beginning_and_its_end_where_recall_tasks_ask(copy):
+    def lengthen(sample):
+        sample["doc"] = {"input": f"Remember this. {'The grass is green. ' * 400}What is it?"}
+
+    change_samples(copy / "one", lengthen)
+    (example,) = differing_questions(compare(copy), 1, 1)[0]
+    for text in (example.title, example.text):
+        assert "Remember this. The grass" in text
+        assert text.endswith("green. What is it?")
+        assert len(text) < 2_000
 
 
 def test_numbers_that_are_not_0_or_1_have_an_interval_alone(copy):
