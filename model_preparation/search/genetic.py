@@ -13,11 +13,11 @@ from itertools import combinations
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.layer_sets import LayerSet, SearchSpace, normal
 
-_ELITE = 0.1  # share of a generation that stays unchanged; in a race, so many are scored on all questions
+_ELITE_SHARE = 0.1  # of a generation that is kept; a race asks this many all questions
 _GOOD = 0.25  # share of the known sets that counts as good for the patterns
-_TOURNAMENT = 3  # the best of so many drawn sets becomes a parent
-_CROSSED = 0.9  # chance that a child has two parents
-_GUIDED = 0.7  # chance that patterns choose the layer to add
+_TOURNAMENT_SIZE = 3  # draw so many, and the best becomes a parent
+_CROSSOVER_RATE = 0.9  # chance that a child has two parents
+_PATTERN_RATE = 0.7  # chance that patterns choose the layer to add
 _ATTEMPTS = 20  # to make a child that is not known yet
 
 
@@ -30,22 +30,22 @@ def genetic(
         BudgetSpent: as `CandidateScores.evaluate`.
     """
     if len(space.prior) < len(space.free):
-        scores.evaluate(space.singles, max(1, round(_ELITE * population)))
+        scores.evaluate(space.singles, max(1, round(_ELITE_SHARE * population)))
     members = _first_generation(space, scores, rng, population)
-    best, waited = float("-inf"), 0
+    best, generations_without_gain = float("-inf"), 0
     for generation in range(generations):
-        ranked = scores.evaluate(members, max(1, round(_ELITE * population)))
+        ranked = scores.evaluate(members, max(1, round(_ELITE_SHARE * population)))
         known = scores.ranked(layers for layers in scores.order if layers in space)
         if not ranked or not known:
             return
         found = scores.estimate(known[0])
-        waited = 0 if found > best else waited + 1
+        generations_without_gain = 0 if found > best else generations_without_gain + 1
         best = max(best, found)
-        is_little_left = scores.room is not None and scores.room < 2 * population  # refinement needs the rest
-        if waited >= patience or generation == generations - 1 or is_little_left:
+        is_little_left = scores.room is not None and scores.room < 2 * population  # keep the rest for refinement
+        if generations_without_gain >= patience or generation == generations - 1 or is_little_left:
             return
         parents = known[:population]
-        elite = known[: max(1, round(_ELITE * population))]
+        elite = known[: max(1, round(_ELITE_SHARE * population))]
         patterns = _Patterns(known)
         children = [_child(space, scores, parents, patterns, rng) for _ in range(population - len(elite))]
         members = list(dict.fromkeys([*elite, *children]))
@@ -66,7 +66,7 @@ class _Patterns:
 
     def _ratio(self, pattern: LayerSet) -> float:
         good, everywhere = self._sizes
-        # One more of each, so that a pattern never seen is neither 0 nor certain.
+        # Add-one smoothing: a pattern never seen is neither 0 nor certain.
         return ((self._good[pattern] + 1) / (good + 1)) / ((self._all[pattern] + 1) / (everywhere + 1))
 
 
@@ -82,7 +82,7 @@ def _first_generation(
     best = sorted(gains, key=lambda layer: (-gains[layer], layer))
     found = [normal(best[:size]) for size in sizes]
     promising = best[: 2 * space.most]
-    # A single score does not show a layer that only helps together with others, so the best one is tried with many.
+    # Some layers help only together with others. So the best layer is tried with many others.
     pairs = [pair for pair in space.with_one_more(normal(best[:1])) if pair in space]
     found += space.by_promise(pairs, scores)[: population // 2]
     found += [space.spread(size) for size in sizes]
@@ -105,16 +105,16 @@ def _child(
     """A set that is not known yet, if some attempts find one."""
     child = parents[0]
     for _ in range(_ATTEMPTS):
-        one, other = (_winner(parents, rng) for _ in range(2))
-        child = _cross(one, other, rng) if rng.random() < _CROSSED else one
+        one, other = (_tournament_winner(parents, rng) for _ in range(2))
+        child = _cross(one, other, rng) if rng.random() < _CROSSOVER_RATE else one
         child = _mutate(space, child, patterns, rng)
         if not scores.is_known(child):
             break
     return child
 
 
-def _winner(parents: Sequence[LayerSet], rng: random.Random) -> LayerSet:
-    return parents[min(rng.randrange(len(parents)) for _ in range(_TOURNAMENT))]  # the best come first
+def _tournament_winner(parents: Sequence[LayerSet], rng: random.Random) -> LayerSet:
+    return parents[min(rng.randrange(len(parents)) for _ in range(_TOURNAMENT_SIZE))]  # the best come first
 
 
 def _cross(one: LayerSet, other: LayerSet, rng: random.Random) -> LayerSet:
@@ -141,7 +141,7 @@ def _with_one(space: SearchSpace, layers: LayerSet, patterns: _Patterns, rng: ra
     free = [layer for layer in space.free if layer not in layers]
     if not free:
         return layers
-    weights = [patterns.weight(layer, layers) if rng.random() < _GUIDED else 1.0 for layer in free]
+    weights = [patterns.weight(layer, layers) if rng.random() < _PATTERN_RATE else 1.0 for layer in free]
     return normal([*layers, rng.choices(free, weights)[0]])
 
 

@@ -11,7 +11,7 @@ from model_preparation.setting_flags import CheckedSettings, Flag, OneOf
 
 METHODS = ("singles", "exhaustive", "greedy", "beam", "ga", "removal", "ratio")
 RACING_METHODS = ("greedy", "beam", "ga", "removal")  # candidates race here by default
-# The settings that belong to one method; `top` belongs to all, and decides in a race of the methods that are not here.
+# The settings of one method alone. All use `top`; it changes only the result of a race of a method that is not here.
 OPTIONS_OF = {
     "greedy": (),
     "removal": (),
@@ -45,7 +45,7 @@ class SearchSettings(CheckedSettings):
         sources: targets by name, as `resolve(overrides=...)` takes them.
         device: where this process computes.
         dtype: torch's name of the dtype to run in; by default that of the checkpoints.
-        race: None leaves it to the method.
+        race: None: the method's default.
 
     Raises:
         SurgeryError: for a value that its flag does not take.
@@ -64,7 +64,9 @@ class SearchSettings(CheckedSettings):
     ] = None
     donor: Annotated[
         str | None,
-        Flag("NAME|PATH", "the model that gives the layers; its own score is shown too, and --objective kl needs it"),
+        Flag(
+            "NAME|PATH", "the model that gives the layers; its score is shown too, and --objective kl needs the donor"
+        ),
     ] = None
     llama_layers_dir: Annotated[
         str | Path | None,
@@ -80,14 +82,14 @@ class SearchSettings(CheckedSettings):
         tuple[str, ...],
         Flag(
             "TASK",
-            "tasks, groups or tags of lm-eval, folders of task files, whose code is run, or recall tasks, such as "
-            "kv_retrieval (default: mmlu)",
+            "tasks, groups or tags of lm-eval; recall tasks such as kv_retrieval; or folders of task files, whose code "
+            "is run (default: mmlu)",
             nargs="+",
             name="task",
         ),
     ] = ("mmlu",)
     second_task: Annotated[
-        str | None, Flag("TASK", "of ratio: a task that asks for common knowledge, while --task asks for recall")
+        str | None, Flag("TASK", "with --method ratio: a task on common knowledge; --task is then the recall task")
     ] = None
     lengths: Lengths = None
     language: Language = "en"
@@ -97,7 +99,7 @@ class SearchSettings(CheckedSettings):
     num_fewshot: Annotated[int | None, Flag("K", "solved examples before each question", number(int, least=0))] = None
     batch_size: Annotated[
         int | str,
-        Flag("N", "questions at once; a race asks whole batches, so this may change what it drops", auto_or_count),
+        Flag("N", "questions at once; in a race, another number can drop other candidates", auto_or_count),
     ] = "auto"
     device: str = "cpu"
     dtype: str | None = None
@@ -105,12 +107,12 @@ class SearchSettings(CheckedSettings):
         str,
         Flag(
             None,
-            "accuracy: right answers; kl: closeness to the donor's predictions, less noisy; nll: minus the loss per "
-            "token of the right answer",
+            "accuracy: right answers; kl: closeness to the donor's predictions, with less noise; nll: minus the mean "
+            "loss per token of the right answer",
             OneOf(*OBJECTIVES),
         ),
     ] = ACCURACY
-    method: Annotated[str, Flag(None, "see above", OneOf(*METHODS))] = "beam"
+    method: Annotated[str, Flag(None, "how combinations are chosen; each is explained above", OneOf(*METHODS))] = "beam"
     unit: Annotated[
         str,
         Flag(None, "what combinations are made of: whole layers, or single query heads of the donor", OneOf(*UNITS)),
@@ -128,19 +130,19 @@ class SearchSettings(CheckedSettings):
     budget_evaluations: Annotated[int | None, Flag("N", "evaluate at most N combinations", _COUNT)] = None
     budget_hours: Annotated[
         float | None,
-        Flag("H", "evaluate for at most H hours, all runs of this search together", number(float, above=0)),
+        Flag("H", "evaluate for at most H hours in total, over all runs of this search", number(float, above=0)),
     ] = None
     max_cache_bytes: Annotated[
         int | None,
-        Flag("N", "only combinations whose cache has at most N bytes after --at_tokens tokens of one sequence", _COUNT),
+        Flag("N", "only combinations whose cache has at most N bytes for a sequence of --at_tokens tokens", _COUNT),
     ] = None
-    at_tokens: Annotated[int | None, Flag("N", "of --max_cache_bytes", _COUNT)] = None
+    at_tokens: Annotated[int | None, Flag("N", "the sequence's length for --max_cache_bytes", _COUNT)] = None
     race: Annotated[
         bool | None,
         Flag(
             None,
-            "ask the questions in rounds; after each, drop candidates that a paired test shows to be surely worse "
-            "(default: off for singles, exhaustive and ratio, where all get their score; else on)",
+            "ask the questions in rounds; after each, a paired test drops candidates that are surely worse (default: "
+            "off for singles, exhaustive and ratio; on for the others)",
             OneOf(auto=None, on=True, off=False),
         ),
     ] = None
@@ -153,16 +155,16 @@ class SearchSettings(CheckedSettings):
             "and each alone are tried first, and every method continues from them where they are good",
         ),
     ] = None
-    beam_width: Annotated[int, Flag("N", "of beam: combinations of each size that it extends", _COUNT)] = 4
-    seed: Annotated[int, Flag("N", "of ga, from 0", number(int, least=0))] = 0
-    population: Annotated[int, Flag("N", "of ga, per generation, at least 4", number(int, least=4))] = 40
-    generations: Annotated[int, Flag("N", "of ga, at most", _COUNT)] = 20
-    patience: Annotated[int, Flag("N", "ga stops after N generations without a better combination", _COUNT)] = 4
+    beam_width: Annotated[int, Flag("N", "beam: combinations kept for each size", _COUNT)] = 4
+    seed: Annotated[int, Flag("N", "ga: random seed, from 0", number(int, least=0))] = 0
+    population: Annotated[int, Flag("N", "ga: combinations in a generation, at least 4", number(int, least=4))] = 40
+    generations: Annotated[int, Flag("N", "ga: the most generations", _COUNT)] = 20
+    patience: Annotated[int, Flag("N", "ga: stop after N generations without a better combination", _COUNT)] = 4
     top: Annotated[
         int,
         Flag(
             "N",
-            "combinations to print; in a race of singles or exhaustive also those to score on all questions",
+            "combinations to print; a race of singles or exhaustive also asks these all questions",
             _COUNT,
         ),
     ] = 10
@@ -202,7 +204,7 @@ class SearchSettings(CheckedSettings):
         return self.method in RACING_METHODS if self.race is None else self.race
 
     def described(self) -> dict[str, Any]:
-        """What decides on the result, by the names of the flags. The prior file is described by name and digest."""
+        """The settings that change the result, by flag. The prior file is described by name and digest."""
         from model_preparation.io.digests import blake3_of
 
         prior = None if self.prior is None else Path(self.prior)

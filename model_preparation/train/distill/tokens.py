@@ -40,7 +40,7 @@ class TokenData:
 
     Attributes:
         tokens: (sequences, length) int64.
-        weights: (sequences, length) float32, how much each position's error counts; None: all alike.
+        weights: (sequences, length) float32, how much each position's error counts; None: equal weights.
 
     Raises:
         SurgeryError: for other shapes or kinds of numbers, or fewer than two sequences.
@@ -52,8 +52,8 @@ class TokenData:
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2 or self.tokens.dtype != torch.int64 or len(self.tokens) < 2:
             raise SurgeryError(
-                f"The tokens are {list(self.tokens.shape)} of {self.tokens.dtype}. Give (sequences, length) of "
-                "torch.int64, with at least two sequences: one is held out."
+                f"The tokens have shape {list(self.tokens.shape)} and dtype {self.tokens.dtype}. Give int64 tokens of "
+                "shape (sequences, length), at least two sequences. One is held out."
             )
         if self.weights is not None and self.weights.shape != self.tokens.shape:
             raise SurgeryError(
@@ -80,7 +80,7 @@ class TokenData:
         low, high = int(self.tokens.min()), int(self.tokens.max())
         if low < 0 or high >= vocab_size:
             raise SurgeryError(
-                f"The tokens go from {low} to {high}, and the donor has {vocab_size} of them. Use its own tokenizer."
+                f"Token ids go from {low} to {high}, but the donor has only {vocab_size} tokens. Use its tokenizer."
             )
 
 
@@ -105,7 +105,7 @@ def described(data: Data, settings: DistillSettings) -> dict[str, Any]:
 
 
 def most_tokens(data: Data, settings: DistillSettings) -> int:
-    """How many tokens there will be at most: a text has no more of them than bytes.
+    """The most tokens there can be: a text has at most one for each byte.
 
     Raises:
         SurgeryError: if there is no text where `data` says.
@@ -126,7 +126,7 @@ def take_tokens(data: Data, work: WorkFolder, donor: Donor) -> TokenData:
     """Return the tokens that `work` keeps. If it has none yet, make and keep them.
 
     Raises:
-        SurgeryError: for text or tokens that cannot be used, or a donor that lacks what they need.
+        SurgeryError: for text or tokens that cannot be used, or a donor without a tokenizer.
     """
     kept = work.tokens()
     if kept is not None:
@@ -162,7 +162,7 @@ def tokens_of_text(
     wanted = math.ceil(tokens / length) * length
     stream = array("i")
     for piece in texts.read_texts(files, _PIECE_CHARACTERS):
-        # Not verbose: it would warn of long texts, which are cut below.
+        # verbose=False: no warning about long texts, which are cut below.
         found = tokenizer(piece.text, add_special_tokens=piece.is_first, verbose=False)["input_ids"]
         ended = end is None or found[-1:] == [end]
         if piece.is_last and not ended:
@@ -189,7 +189,7 @@ def _read(data: str | Path, work: WorkFolder, donor_folder: Path) -> Tensor:
     with bar("Tokens", tokens) as advance:
         found = tokens_of_text(text_files(data), load_tokenizer(donor_folder), length, tokens, advance)
     if found.numel() < tokens:
-        print(f"The text has {found.numel():,} tokens, fewer than --tokens {tokens:,}: all are taken.", flush=True)
+        print(f"The text has {found.numel():,} tokens; --tokens is {tokens:,}. All of the text is used.", flush=True)
     return found
 
 
@@ -206,7 +206,7 @@ def _drawn(work: WorkFolder, donor: Donor) -> Tensor:
             part = work.drawn(number)
             if part is None:
                 sampler = sampler or SelfSampler(donor.folder, donor.config, donor.device)
-                # The factor keeps the batches of neighbouring seeds apart; torch takes no larger seeds.
+                # The factor gives other seeds to the batches of the next --seed; torch takes no larger seeds.
                 seed = (asked["seed"] * 1_000_003 + number) % 2**63
                 part = sampler.draw(min(SEQUENCES_AT_ONCE, sequences - first), length, seed, advance)
                 work.keep_drawn(number, part)

@@ -46,7 +46,7 @@ class Console(ProgressCallback):
 
 
 class SaveMilestones(TrainerCallback):
-    """Saves a state after each of these steps, beside the states at regular intervals."""
+    """Saves a state after each of `steps`, in addition to the regular states."""
 
     def __init__(self, steps: Container[int]):
         self._steps = steps
@@ -56,7 +56,7 @@ class SaveMilestones(TrainerCallback):
 
 
 class SaveWhenStopped(TrainerCallback):
-    """Ctrl-C or SIGTERM saves a state after the present step and ends the training; a second one ends it at once.
+    """The first Ctrl-C or SIGTERM saves a state after this step and stops the training. The second stops it at once.
 
     Attributes:
         received: the signal's number, or None.
@@ -64,26 +64,26 @@ class SaveWhenStopped(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._before: dict[int, object] = {}
+        self._previous_handlers: dict[int, object] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._remember)
+            self._previous_handlers[number] = signal.signal(number, self._on_signal)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1:  # all must stop after the same step
-            told = torch.tensor([self.received or 0], device=args.device)
-            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-            self.received = int(told) or None
+        if args.world_size > 1:  # all processes must stop after the same step
+            stop_signal = torch.tensor([self.received or 0], device=args.device)
+            torch.distributed.all_reduce(stop_signal, torch.distributed.ReduceOp.MAX)
+            self.received = int(stop_signal) or None
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _remember(self, number: int, frame) -> None:
+    def _on_signal(self, number: int, frame) -> None:
         if self.received is not None:
-            self._before[number](number, frame)  # type: ignore[operator]
+            self._previous_handlers[number](number, frame)  # type: ignore[operator]
         self.received = number
