@@ -205,7 +205,7 @@ def test_the_command_says_how_to_build_the_best(base_dir, donor_dir, task_dir, t
     singles = run_command("search_layers", *flags, "--unit", "heads", "--method", "singles", "--max_heads", 3)
     assert_refused(singles, "takes heads one by one: leave out --max_heads 3", code=2)
     layers = run_command("search_layers", *flags, "--method", "singles")
-    assert_refused(layers, "has the result of another search", "unit: heads there, not given now")
+    assert_refused(layers, "has the result of another search", "unit: was heads, is now not given")
 
 
 def test_from_a_checkpoint_on_heads_of_the_other_layers_are_added(checkpoint_dir, make_settings, task_dir, tmp_path):

@@ -257,7 +257,7 @@ def test_text_that_is_short_of_the_tokens_asked_for_is_told(donor_dir, tmp_path)
     more = ("--tokens", 5000, "--layers", 0, "--device", "cpu", "--output_dir", tmp_path / "out")
     result = run_command("distill_llamba_base", *flags, *more)
     assert result.returncode == 0, result.stderr
-    assert "tokens, fewer than --tokens 5,000: all are taken." in result.stdout
+    assert "--tokens is 5,000. All of the text is used." in result.stdout
 
 
 def test_of_text_the_summary_has_one_digest(tmp_path):

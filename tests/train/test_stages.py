@@ -90,7 +90,7 @@ def test_stages_that_were_done_otherwise_are_named(staged, config, tmp_path):
     shutil.copytree(staged.with_name("out_resume"), tmp_path / "out_resume")
     config = {**config, "stages": [{"name": "first", "max_steps": 3}, *config["stages"][1:]]}
     refused = run_command("heal_checkpoint", *written(tmp_path, config), "--output_dir", tmp_path / "out")
-    assert_refused(refused, "first is stage first of another run (max_steps: 2 there, 3 now)", "--resume never")
+    assert_refused(refused, "first is stage first of another run (max_steps: was 2, is now 3)", "--resume never")
 
 
 @pytest.mark.parametrize(

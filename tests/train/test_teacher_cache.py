@@ -66,9 +66,9 @@ def test_a_cache_of_other_inputs_is_refused_in_a_sentence(heal, donor_dir, base_
     given = ["--teacher_cache", cached / "cache", "--teacher_top_k", VOCABULARY, "--temperature", 2]
     write_text(tmp_path / "other.txt", words=300, seed=3)
     for more, words in (
-        (("--teacher", base_dir), "teacher: other contents"),
-        (("--data", tmp_path / "other.txt"), "data: other contents"),
-        (("--temperature", 3), "temperature: 2.0 there, 3.0 now"),
+        (("--teacher", base_dir), "teacher: the content has changed"),
+        (("--data", tmp_path / "other.txt"), "data: the content has changed"),
+        (("--temperature", 3), "temperature: was 2.0, is now 3.0"),
     ):
         refused = heal(tmp_path / "out", *given, *more)
         assert_refused(refused, f"{cached / 'cache'} is the teacher cache of other inputs", words, "--teacher_cache")
@@ -162,5 +162,5 @@ def test_what_is_kept_are_the_largest_log_probabilities_and_the_rest_of_1(teache
     torch.testing.assert_close(shard["others"].double().exp(), wanted.values[:, 5:].exp().sum(1), rtol=1e-4, atol=1e-6)
     # Docs: bytes per position.
     assert sum(tensor.nbytes for tensor in shard.values()) == len(exact) * (5 * 6 + 4)
-    with pytest.raises(SurgeryError, match="teacher_top_k: 5 there, 4 now"):
+    with pytest.raises(SurgeryError, match="teacher_top_k: was 5, is now 4"):
         cache_in(tmp_path / "cache", teacher_top_k=4).fill(lambda: teacher(tmp_path / "asked"), ALONE)
