@@ -340,7 +340,7 @@ def draw(found: dict, path: Path) -> None:
         axes.errorbar(bytes_, scores, errors, color=colour, marker="o", label=f"{kind}, best set")
     axes.axhline(found["base"], color="grey", linestyle=":", label="base")
     axes.set(xlabel="bytes of keys and values per token (float32)", ylabel="accuracy")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=8)
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
