@@ -65,17 +65,20 @@ def test_every_answer_is_that_of_the_checkpoint_to_the_bit(loaded, make_scorer, 
 
 def test_the_divergence_is_that_of_whole_forward_passes(loaded, make_scorer, base_dir, layers_dir, donor_dir, tmp_path):
     """Each row's tokens run as a whole, in the built checkpoint and in the donor, each with its own embedding."""
-    questions = loaded.questions
     build_checkpoint(str(base_dir), [1, 2], layers_dir, tmp_path / "graft")
-    graft, _ = load_checkpoint(tmp_path / "graft")
+    ((_, results),) = make_scorer(objective="kl").score([(1, 2)])
+    assert_divergences_are(loaded.questions, results, tmp_path / "graft", donor_dir)
+
+
+def assert_divergences_are(questions, results, checkpoint, donor_dir):
+    """`results` has the divergences between the checkpoint and the donor."""
+    graft, _ = load_checkpoint(checkpoint)
     donor = LlamaForCausalLM.from_pretrained(donor_dir).eval()
 
     @torch.no_grad()
     def log_probabilities(model, row):
         return model(torch.tensor([row.tokens])).logits[0, -row.scored :].double().log_softmax(-1)
 
-    scorer = make_scorer(objective="kl")
-    ((_, results),) = scorer.score([(1, 2)])
     for number, batch in enumerate(questions.batches):
         for row, found in zip(batch.rows, results[number].divergences, strict=True):
             ours, donors = log_probabilities(graft, row), log_probabilities(donor, row)

@@ -13,7 +13,7 @@ from model_preparation.llamba.cache_llamba import LlambaCache
 from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.scoring_setup import ScoringSetup
 from tests.conftest import assert_refused, run_command
-from tests.search.test_cached_scoring import assert_answers_are, records_of
+from tests.search.test_cached_scoring import assert_answers_are, assert_divergences_are, records_of
 
 pytestmark = pytest.mark.usefixtures("datasets_cache")
 
@@ -70,8 +70,17 @@ def test_all_pairs_have_the_scores_of_the_built_checkpoints(
     assert found["single_head_results"].keys() == set(NAMES)
     page = (folder / "report.html").read_text()
     assert page.count("<svg") == 3
-    assert " heads 1:0,1" in " ".join(page.split()) or "1:0,1</td>" in page
+    assert "1:0,1</td>" in page
     assert (folder / "single_heads.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_divergence_is_that_of_whole_forward_passes(make_settings, base_dir, layers_dir, donor_dir, tmp_path, keep):
+    heads = {"heads": {1: [0, 1], 3: [0]}, "keep_mixer_heads": keep}
+    build_checkpoint(str(base_dir), [], layers_dir, tmp_path / "graft", **heads)
+    setup = ScoringSetup(make_settings(tmp_path, unit="heads", objective="kl", keep_mixer_heads=keep))
+    ((_, results),) = CachedScorer(setup).score([setup.pair.units.read(["1:0", "1:1", "3:0"])])
+    assert_divergences_are(setup.questions, results, tmp_path / "graft", donor_dir)
 
 
 def test_greedy_adds_what_an_independent_loop_adds(pairs, make_settings, tmp_path):

@@ -1,5 +1,6 @@
 """The methods find what is planted, with the evaluations they are allowed, and the same each time."""
 
+import contextlib
 import itertools
 import random
 
@@ -9,6 +10,7 @@ from model_preparation.search.candidate_scores import BudgetSpent
 from model_preparation.search.genetic import genetic
 from model_preparation.search.layer_sets import WHOLE_LAYERS, SearchSpace, Units
 from model_preparation.search.methods import METHODS
+from model_preparation.search.methods import search as run_method
 from model_preparation.search.settings import SearchSettings
 from tests.search.planted import TOTAL, PlantedQuestions, PlantedScorer, make_scores
 
@@ -97,6 +99,27 @@ def test_ratio_takes_the_layers_without_which_recall_loses_most_for_each_loss_el
     scores.journal.close()
     assert sorted(scores.order[-4:], key=len) == [(9,), (2, 9), (2, 4, 9), (2, 4, 5, 9)]
     assert len(scores.order) == TOTAL + 4
+
+
+@pytest.mark.parametrize("method", ["greedy", "beam", "ga"])
+def test_methods_continue_from_a_list_that_is_good(tmp_path, method):
+    """Units 2 and 9 gain only together, and lose alone; a list names them, and a budget leaves no room to find them."""
+
+    def of(units):
+        return 0.4 + 0.02 * len(units) + 0.4 * ({2, 9} <= {*units}) - 0.2 * (len({2, 9} & {*units}) == 1)
+
+    best = {}
+    for seeds in ((), (9, 2)):
+        folder = tmp_path / str(len(seeds))
+        scores = make_scores(folder, scorer=PlantedScorer(PlantedQuestions(400), worth=of), budget_evaluations=30)
+        settings = SearchSettings(folder, method=method, population=10)
+        with contextlib.suppress(BudgetSpent):
+            run_method(SearchSpace(6, 1, 3, units=Units(2), seeds=seeds), scores, settings)
+        scores.journal.close()
+        best[seeds] = {*scores.complete[0]}
+        assert {(9,), (2,), (2, 9)} == {*scores.order[:3]} or not seeds
+    assert not {2, 9} <= best[()]
+    assert {2, 9} < best[9, 2]
 
 
 @pytest.mark.parametrize("method", ["singles", "greedy", "beam", "ga"])
