@@ -36,22 +36,21 @@ def write_conversations(
     Each batch is a file. What is there already is kept, so a run that was killed continues.
 
     Args:
-        donor: its folder. Its own tokenizer is taken, if it has one, with its template.
-        tokenizer: the checkpoint's, whose template is taken where the donor has none or the settings name another.
+        donor: its folder. Its own tokenizer is taken, if it has one.
+        tokenizer: the checkpoint's, whose template is taken.
 
     Raises:
         SurgeryError: if there is no template, or the donor ends too few conversations.
     """
     template = tokenizer.chat_template
-    if has_tokenizer(donor):
-        tokenizer = load_tokenizer(donor)
-        template = template if settings.chat_template or not tokenizer.chat_template else tokenizer.chat_template
-        tokenizer.chat_template = template
     if not template:
         raise SurgeryError(
-            f"{donor} has no chat template, so it cannot write conversations. Give one by --chat_template FILE, or "
-            "texts by --data."
+            "The checkpoint's tokenizer has no chat template, so the donor cannot write conversations. Give one by "
+            "--chat_template FILE, or texts by --data."
         )
+    if has_tokenizer(donor):
+        tokenizer = load_tokenizer(donor)
+        tokenizer.chat_template = template
     wanted, length = settings.self_conversations, settings.block_size
     asked = {"donor": digest_of_model(donor), "template": template, "seed": settings.seed}
     folder = states / f"{FOLDER}_{digest_of({**asked, 'count': wanted, 'length': length})[:12]}"
