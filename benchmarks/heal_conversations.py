@@ -40,7 +40,13 @@ def main() -> None:
     for name in ("--donor", "--base", "--llama_layers_dir", "--folder"):
         parser.add_argument(name, type=Path, required=True, metavar="DIR")
     parser.add_argument("--layers", type=int, nargs="+", default=[20, 23, 24, 28], metavar="N", help="to graft")
-    for name, default in (("conversations", 256), ("tests", 64), ("max_steps", 200), ("block_size", 256)):
+    for name, default in (
+        ("conversations", 256),
+        ("tests", 64),
+        ("max_steps", 200),
+        ("block_size", 256),
+        ("lengths", 256),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
     parser.add_argument("--questions", type=int, default=50, metavar="N", help="of kv-retrieval (default: 50)")
     args = parser.parse_args()
@@ -77,7 +83,7 @@ def main() -> None:
         losses[name] = losses_of_answers(model, test)
         own.chat_template = tokenizer.chat_template
         print(f"{name} answers: {generate_text(model, own, QUESTION, max_new_tokens=40).text!r}", flush=True)
-        flags = {"checkpoint": folder, "results_dir": args.folder / "results", "lengths": args.block_size}
+        flags = {"checkpoint": folder, "results_dir": args.folder / "results", "lengths": args.lengths}
         flags |= {"tasks": "kv_retrieval_choice", "limit": args.questions}
         run("test_checkpoint.py", flags, "--full_eval", "--skip_generation")
     print(f"| | loss on the answers of {len(test)} conversations | standard error |\n|---|---|---|")

@@ -15,8 +15,9 @@ _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"} | {
     role: role for role in ("system", "user", "assistant", "tool")
 }
 _MAY_FOLLOW = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
-# Fields that change what a row means, and that nothing here follows.
-_NOT_FOLLOWED = ("tools", "images", "videos", "audios", "tool_calls", "function_call", "loss", "loss_scale", "weight")
+# Fields that change what a row means, and that nothing here follows; and their values that change nothing.
+NOT_FOLLOWED = ("tools", "images", "videos", "audios", "tool_calls", "function_call", "loss", "loss_scale", "weight")
+_AS_IF_LEFT_OUT: tuple = (None, True, 1, "", "[]", [], {})
 
 Message = dict[str, str]
 
@@ -98,8 +99,8 @@ def _checked(pairs: Sequence[tuple[Any, Any]], where: str) -> list[Message]:
 
 
 def _refuse_not_followed(fields: Mapping[str, Any], where: str) -> None:
-    for name in _NOT_FOLLOWED:
-        if fields.get(name):
+    for name in NOT_FOLLOWED:
+        if fields.get(name) not in _AS_IF_LEFT_OUT:
             raise ValueError(f"{where} has {name} {_shown(fields[name])}, which healing does not follow")
 
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, TextIO
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.download import NoSnapshot, fetch_snapshot
 from model_preparation.io.text import open_text, read_text
-from model_preparation.train.conversations import FORMS, Conversation, conversation_of
+from model_preparation.train.conversations import FORMS, NOT_FOLLOWED, Conversation, conversation_of
 
 _TABLES = (".jsonl", ".parquet")
 SUFFIXES = (".txt", ".md", *_TABLES)
-_COLUMNS = {name for needed, optional in FORMS.items() for name in (*needed, *optional)}
+_COLUMNS = {name for needed, optional in FORMS.items() for name in (*needed, *optional, *NOT_FOLLOWED)}
 _FIELDS = ", or ".join(" and ".join(needed) for needed in FORMS)
 _DATA_SET = re.compile(r"(?:(modelscope|huggingface):)?([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?", re.ASCII)
 _NAMES = "org/name or org/name:config, on ModelScope modelscope:org/name"

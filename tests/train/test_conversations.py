@@ -114,7 +114,7 @@ def test_the_forms_of_rows_are_the_same_conversation(tmp_path):
     before = {"history": [[first, answer]]}
     system = {"system": "Be brief"}
     rows = [
-        {"messages": [{"role": "system", "content": "Be brief"}, *TALK], "source": "ignored"},
+        {"messages": [{"role": "system", "content": "Be brief"}, *TALK], "source": "ignored", "tools": []},
         {"messages": parts, **system},
         {"conversations": shared, **system},
         {"conversations": [{"from": "system", "value": "Be brief"}, *shared]},
@@ -148,6 +148,7 @@ SYSTEM = {"role": "system", "content": "Be brief"}
         ({"messages": [{**USER, "content": [{"type": "image", "url": "x"}]}]}, "or parts of text"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}, r"message 2 of line 2 has tool_calls \[\{\}\], which"),
         ({"messages": [USER, ANSWER], "images": ["a.png"]}, "line 2 has images"),
+        ({"messages": [USER, {**ANSWER, "loss": False}]}, "message 2 of line 2 has loss false, which"),
         ({"messages": []}, r"line 2 has \[\] as messages; needed is a list"),
         ({"messages": ["Hello"]}, 'message 1 of line 2 is "Hello"; needed are role and content'),
         ({"query": "a", "response": "b"}, "line 2 has query and response, the rows before it messages"),
@@ -356,7 +357,7 @@ def test_a_donor_that_cannot_write_conversations_is_named(donor_dir, checkpoint_
         tokenizer.chat_template = template
         write_conversations(donor_dir, tokenizer, HealSettings(block_size=32, **settings), tmp_path, "cpu")
 
-    with pytest.raises(SurgeryError, match="tiny-llama has no chat template, so it cannot write"):
+    with pytest.raises(SurgeryError, match="tokenizer has no chat template, so the donor cannot write"):
         write(None)
     with pytest.raises(SurgeryError, match="puts nothing behind a turn"):
         write("{% for m in messages %}{{ m.content }}{% endfor %}")

@@ -39,16 +39,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversat
     encoded: list[np.ndarray] = []
     for first in range(0, len(conversations), _AT_ONCE):
         some = conversations[first : first + _AT_ONCE]
-        texts, all_spans = [], []
-        for conversation, (text, spans, fault) in zip(some, _rendered(tokenizer, some, loss_on), strict=True):
+        rendered = _rendered(tokenizer, some, loss_on)
+        texts = [text for text, _, _ in rendered]
+        found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        for conversation, (_, spans, fault), ids, offsets in zip(
+            some, rendered, found["input_ids"], found["offset_mapping"], strict=True
+        ):
             if fault:
                 raise SurgeryError(f"The chat template cannot be used for {conversation.where}: {fault}")
-            texts.append(text)
-            all_spans.append(spans)
-        found = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        for conversation, ids, offsets, spans in zip(
-            some, found["input_ids"], found["offset_mapping"], all_spans, strict=True
-        ):
             counted = np.zeros(len(ids), dtype=bool)
             begins, ends = np.array(offsets).reshape(-1, 2).T
             for start, end in spans:

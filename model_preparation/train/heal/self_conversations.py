@@ -5,6 +5,7 @@ the donor answers. Source: Xu et al., arXiv 2406.08464 (Magpie). A batch depends
 """
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +36,21 @@ def write_conversations(
     Each batch is a file. What is there already is kept, so a run that was killed continues.
 
     Args:
-        donor: its folder. Its own tokenizer is taken, if it has one, with its template.
-        tokenizer: the checkpoint's, whose template is taken where the donor has none or the settings name another.
+        donor: its folder. Its own tokenizer is taken, if it has one.
+        tokenizer: the checkpoint's, whose template is taken.
 
     Raises:
         SurgeryError: if there is no template, or the donor ends too few conversations.
     """
     template = tokenizer.chat_template
-    if has_tokenizer(donor):
-        tokenizer = load_tokenizer(donor)
-        template = template if settings.chat_template or not tokenizer.chat_template else tokenizer.chat_template
-        tokenizer.chat_template = template
     if not template:
         raise SurgeryError(
-            f"{donor} has no chat template, so it cannot write conversations. Give one by --chat_template FILE, or "
-            "texts by --data."
+            "The checkpoint's tokenizer has no chat template, so the donor cannot write conversations. Give one by "
+            "--chat_template FILE, or texts by --data."
         )
+    if has_tokenizer(donor):
+        tokenizer = load_tokenizer(donor)
+        tokenizer.chat_template = template
     wanted, length = settings.self_conversations, settings.block_size
     asked = {"donor": digest_of_model(donor), "template": template, "seed": settings.seed}
     folder = states / f"{FOLDER}_{digest_of({**asked, 'count': wanted, 'length': length})[:12]}"
@@ -100,38 +100,44 @@ class _Script:
                 f"The chat template of {donor} puts nothing behind a turn, so no end is seen. Give one by "
                 "--chat_template FILE."
             )
-        self._ends = self._between[0], behind_ids[0]
+        self._end = behind_ids[0]
         self._marks = set(tokenizer.get_added_vocab().values())
 
     def play(self, sampler: SelfSampler, length: int, seed: int) -> list[list[dict[str, Any]]]:
         """The messages of the conversations that came to their end within `length` tokens, of one batch."""
-        turns: list[list[list[int]]] = [[[]] for _ in range(SEQUENCES_AT_ONCE)]  # tokens of the user, and of the answer
-        given: list[list[int]] = [[] for _ in turns]  # the template's tokens that come next
-        ended: list[bool | None] = [None] * len(turns)  # False: with a token that ends no turn
+        turns: list[list[list[int]]] = [[] for _ in range(SEQUENCES_AT_ONCE)]
+        speakers = dict(enumerate(self._speak(each) for each in turns))
+        for speaker in speakers.values():
+            next(speaker)
 
         def steer(drawn: list[int]) -> list[int] | None:
-            for row, token in enumerate(drawn):
-                if ended[row] is not None:
-                    continue
-                if given[row]:
-                    drawn[row] = given[row].pop(0)
-                elif token == self._ends[len(turns[row]) - 1]:
-                    if len(turns[row]) == 2:
-                        ended[row] = True
-                    else:
-                        given[row] = self._between[1:]
-                        turns[row].append([])
-                elif token in self._marks:
-                    ended[row] = False
-                else:
-                    turns[row][-1].append(token)
-            return None if None not in ended else drawn
+            for row, speaker in list(speakers.items()):
+                try:
+                    drawn[row] = speaker.send(drawn[row])
+                except StopIteration:
+                    del speakers[row]
+            return drawn if speakers else None
 
         sampler.draw(len(turns), length, seed, lambda tokens: None, begin=self._before, steer=steer)
-        whole = [each for each, is_ended in zip(turns, ended, strict=True) if is_ended]
-        texts = [[self._tokenizer.decode(turn) for turn in each] for each in whole]
+        texts = [[self._tokenizer.decode(turn) for turn in each] for each in turns if len(each) == 2]
         return [
             [{"role": role, "content": text} for role, text in zip(("user", "assistant"), both, strict=True)]
             for both in texts
             if all(text.strip() for text in both)
         ]
+
+    def _speak(self, turns: list[list[int]]) -> Generator[int, int, None]:
+        """Gets each token that is drawn, and gives the one to take. A turn is added when it has ended."""
+        taken = 0
+        for end, following in ((self._between[0], self._between[1:]), (self._end, [])):
+            words = []
+            while (token := (yield taken)) != end:
+                if token in self._marks:  # it ends no turn
+                    return
+                words.append(token)
+                taken = token
+            turns.append(words)
+            taken = end
+            for each in following:  # whatever is drawn
+                yield taken
+                taken = each

@@ -65,34 +65,28 @@ class Sequences(Dataset):
 
 
 class Documents(Sequences):
-    """Documents that do not see each other: one in each sequence, or as many as fit.
+    """Sequences of documents that do not see each other: one in each, or as many as fit.
 
     Item i is {"input_ids", "labels"}, both (tokens,) int64, and where packed the `position_ids`, which begin at 0 for
     each document. The first token of a document is no label, as nothing is before it.
 
     Args:
-        documents: (2, tokens) int32 each, ids and labels, of at most `block_size` tokens.
-        packing: whether several of them share a sequence.
+        documents: (2, tokens) int32 each: ids and labels.
         are_conversations: whether they are conversations, and not texts.
     """
 
-    def __init__(
-        self, documents: Sequence[np.ndarray], block_size: int, *, packing: bool, are_conversations: bool = False
-    ):
-        self._documents, self._block_size, self._packing = documents, block_size, packing
-        self.are_conversations = are_conversations
-        lengths = [document.shape[1] for document in documents]
-        self._rows = _packed(lengths, block_size) if packing else [[index] for index in range(len(documents))]
+    def __init__(self, documents: Sequence[np.ndarray], settings: HealSettings, *, are_conversations: bool):
+        self._documents, self._settings, self.are_conversations = documents, settings, are_conversations
+        self._rows = _packed(documents, settings.block_size) if settings.packing else [[each] for each in documents]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        documents = [self._documents[each] for each in self._rows[index]]
-        ids, labels = torch.from_numpy(np.concatenate(documents, axis=1).astype(np.int64))
+        ids, labels = torch.from_numpy(np.concatenate(self._rows[index], axis=1).astype(np.int64))
         item = {"input_ids": ids, "labels": labels}
-        if self._packing:
-            item["position_ids"] = torch.cat([torch.arange(document.shape[1]) for document in documents])
+        if self._settings.packing:
+            item["position_ids"] = torch.cat([torch.arange(document.shape[1]) for document in self._rows[index]])
         return item
 
     @property
@@ -105,21 +99,22 @@ class Documents(Sequences):
 
     def take(self, chosen: np.ndarray) -> "Documents":
         documents = [self._documents[index] for index in np.flatnonzero(chosen).tolist()]
-        kind = self.are_conversations
-        return Documents(documents, self._block_size, packing=self._packing, are_conversations=kind)
+        return Documents(documents, self._settings, are_conversations=self.are_conversations)
 
     def digest(self) -> str:
         """BLAKE3 of ids, labels, and where documents and sequences begin, in hex."""
-        hasher = blake3(repr(self._rows).encode())
-        for document in self._documents:
-            hasher.update(repr(document.shape).encode() + document.tobytes())
+        hasher = blake3()
+        for row in self._rows:
+            hasher.update(repr([document.shape for document in row]).encode())
+            hasher.update(b"".join(document.tobytes() for document in row))
         return hasher.hexdigest()
 
     def __str__(self) -> str:
-        filled = self.size / (len(self) * self._block_size)
-        size = f"up to {self._block_size} tokens, {filled:.0%} full"
-        kind = "conversations" if self.are_conversations else "texts"
-        return f"{self.parts} {kind} in {len(self)} sequences of {size}"
+        size = self._settings.block_size
+        kind, count = "conversations" if self.are_conversations else "texts", sum(map(len, self._rows))
+        return (
+            f"{count} {kind} in {len(self)} sequences of up to {size} tokens, {self.size / len(self) / size:.0%} full"
+        )
 
 
 def collate(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -134,19 +129,20 @@ def collate(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tens
     }
 
 
-def _packed(lengths: Sequence[int], block_size: int) -> list[list[int]]:
-    """Which documents share a sequence. The longest come first, each into the fullest sequence that has room for it."""
-    rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(block_size + 1)]  # by the tokens that are free, numbers of rows
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        room = next((room for room in range(lengths[index], block_size + 1) if by_room[room]), None)
+def _packed(documents: Sequence[np.ndarray], block_size: int) -> list[list[np.ndarray]]:
+    """Documents in sequences. The longest come first, each into the fullest sequence that has room for it."""
+    rows: list[list[np.ndarray]] = []
+    by_room: list[list[list[np.ndarray]]] = [[] for _ in range(block_size + 1)]  # rows by the tokens that are free
+    for document in sorted(documents, key=lambda document: -document.shape[1]):
+        size = document.shape[1]
+        room = next((room for room in range(size, block_size + 1) if by_room[room]), None)
         if room is None:
-            room, row = block_size, len(rows)
-            rows.append([])
-        else:
-            row = by_room[room].pop()
-        rows[row].append(index)
-        by_room[room - lengths[index]].append(row)
+            room = block_size
+            by_room[room].append([])
+            rows += by_room[room]
+        row = by_room[room].pop()
+        row.append(document)
+        by_room[room - size].append(row)
     return rows
 
 
@@ -206,13 +202,12 @@ def load_sequences(
             long += [(where, size) for where, size in sizes if size > block_size]
             conversations += found
     if conversations:
-        fitting = _fitting(conversations, long, settings, say)
-        return Documents(fitting, block_size, packing=settings.packing, are_conversations=True)
+        return Documents(_fitting(conversations, long, settings, say), settings, are_conversations=True)
     if settings.packing:
         cut = [text[first : first + block_size] for text in texts for first in range(0, len(text), block_size)]
         labelled = [np.stack([ids, np.append(np.int32(NOT_COUNTED), ids[1:])]) for ids in cut if len(ids) > 1]
         if labelled:
-            return Documents(labelled, block_size, packing=True)
+            return Documents(labelled, settings, are_conversations=False)
     tokens = np.concatenate(texts) if texts else np.empty(0, np.int32)
     count = len(tokens) // block_size
     if not count:
@@ -261,7 +256,7 @@ def _fitting(
 
 
 def hold_out(sequences: Sequences, fraction: float) -> tuple[Sequences, Sequences]:
-    """(for training, held out): evenly spaced sequences or conversations are held out, at least one.
+    """(for training, held out): evenly spaced sequences or documents are held out, at least one.
 
     Raises:
         SurgeryError: if none would be left to train on.
