@@ -28,7 +28,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="heal-memory-") as name:
         folder = Path(name)
         text = folder / "text.txt"
-        text.write_text("Mia likes quinces , and Rosa likes eggs . " * (args.length // 2))
+        text.write_text("Mia likes quinces , and Rosa likes eggs . " * (args.length // 8))
         make = ["extract_layers.py", "--model_name", args.donor, "--output_dir", folder / "layers"]
         run([*make, "--layers", *args.layers])
         make = ["create_replaced_model_checkpoint.py", "--base", args.base, "--llama_layers_dir", folder / "layers"]

@@ -32,7 +32,7 @@ class CommandParser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
         self._words: dict[str, Any] = {}  # by dest, what was given for a flag
-        self.read_key: dict[str, Callable[[flags_file.Entry], Any]] = {}  # of keys of --config that are no flags
+        self.list_keys: tuple[str, ...] = ()  # keys of --config that are no flags, but lists of keys with values
         super().__init__(**kwargs)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
@@ -63,7 +63,7 @@ class CommandParser(argparse.ArgumentParser):
         with contextlib.suppress(argparse.ArgumentError):  # the parser itself reports it, below
             config = finder.parse_known_args(words)[0].config
             if config is not None:
-                self._read_config(flags_file.read_entries(config.expanduser(), self.read_key), words, namespace)
+                self._read_config(flags_file.read_entries(config.expanduser(), self.list_keys), words, namespace)
         parsed = super().parse_args(words, namespace)
         del parsed.config
         _parser_used = None if self._words.pop("config", None) is None else self
@@ -83,8 +83,8 @@ class CommandParser(argparse.ArgumentParser):
                 place = entries[both[1]].place
                 raise SurgeryError(f"{place}: {both[1]} does not go with {both[0]}. Remove one of them.")
         for key, entry in entries.items():
-            if key in self.read_key:
-                setattr(namespace, key, self.read_key[key](entry))
+            if key in self.list_keys:
+                setattr(namespace, key, entry)
                 continue
             action = self.check_entry(key, entry, argparse.Namespace() if self.flag_named(key) in given else namespace)
             action.required = False

@@ -85,13 +85,6 @@ def _place(node: "yaml.Node", path: Path) -> str:
     return f"{path}, line {node.start_mark.line + 1}"
 
 
-def plain(value: Value) -> Any:
-    """The same without places."""
-    if isinstance(value, list):
-        return [plain(each) for each in value]
-    return {key: plain(entry.value) for key, entry in value.items()} if isinstance(value, dict) else value
-
-
 def as_yaml(values: Mapping[str, Any]) -> str:
     """The YAML text that `read_entries` reads these values from."""
     import yaml
@@ -101,6 +94,8 @@ def as_yaml(values: Mapping[str, Any]) -> str:
 
 def _typed(value: Any) -> Any:
     """The same with numbers for texts that are numbers, which are then written without quotes."""
+    if isinstance(value, Entry):
+        return _typed(value.value)
     if isinstance(value, Mapping):
         return {key: _typed(each) for key, each in value.items()}
     if isinstance(value, list):

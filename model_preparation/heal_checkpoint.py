@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.checkpoint.checkpoint_info import FORMATS
-from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, nearest, run, save_config
+from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, run, save_config
 from model_preparation.devices import choose_device
 from model_preparation.errors import SurgeryError
-from model_preparation.flags_file import Entry, plain
+from model_preparation.flags_file import Entry
 from model_preparation.hub.sources import add_source_flag
 from model_preparation.setting_flags import add_flags, as_flags
 from model_preparation.train.heal.settings import PATHS, HealSettings
@@ -44,9 +44,8 @@ def main() -> None:
     # A resumed run has settings of its own: only what was really given counts beside those.
     is_default = {name for name in HealSettings.__dataclass_fields__ if not parser.is_given(name)}
     args = {name: value for name, value in vars(given).items() if name not in is_default}
-    if given.stages is None:
-        del args["stages"]
-    if given.stages is not None:
+    stages = args.pop("stages")
+    if stages is not None:
         parser.refuse(given, ("merge_adapter",), "trains nothing, and the file of --config has stages")
         parser.refuse(given, ("milestones",), "belongs into a stage: write `milestones: [STEP=NAME]` there")
     elif (given.merge_adapter is None) == (given.data is None):
@@ -73,7 +72,7 @@ def main() -> None:
     for name in ("merge_adapter", "gpu", "source"):
         del args[name]
     args |= {"milestones": milestones, "sources": given.source, "device": choose_device(given.gpu, given.device)}
-    if given.stages is None:
+    if stages is None:
         from model_preparation.train.heal.heal import heal_checkpoint
 
         info = heal_checkpoint(**args)
@@ -81,38 +80,32 @@ def main() -> None:
         from model_preparation.train.heal.stages import heal_in_stages
 
         del args["milestones"]
-        args["stages"] = [_flags_of_stage(stage) for stage in given.stages]
+        args["stages"] = _stages(stages)
         info = heal_in_stages(**args)
     if info:
-        used = {"stages": plain(given.stages)} if given.stages else _flags_used(info["healing"], args)
+        used = {"stages": stages} if stages else _flags_used(info["healing"], args)
         # Beside the checkpoint: inside, a file that is not listed is a fault.
         save_config(Path(f"{given.output_dir.expanduser()}.config.yaml"), used)
         _print_result(info)
         print(f"Healed checkpoint: {given.output_dir}")
 
 
-def _stages(entry: Entry) -> list[dict[str, Entry]]:
-    """The list of stages in a file of --config; each key is checked later, by `_flags_of_stage`."""
+def _stages(entry: Entry) -> list[dict[str, Any]]:
+    """The stages in a file of --config, as `heal_in_stages` takes them."""
     if not isinstance(entry.value, list) or not all(isinstance(each, dict) for each in entry.value):
         raise SurgeryError(f"{entry.place}: stages are a list. Begin each with a line such as `- name: short`.")
-    return entry.value  # type: ignore[return-value]
-
-
-def _flags_of_stage(stage: dict[str, Entry]) -> dict[str, Any]:
-    """What a stage says, as `heal_in_stages` takes it."""
-    from model_preparation.train.heal.stages import STAGE_KEYS
-
-    parser, found = _parser(), argparse.Namespace()
-    for key, entry in stage.items():
-        if key == "name":
-            found.name = entry.value
-        elif key in STAGE_KEYS:
-            parser.check_entry(key, entry, found)
-        else:
-            raise SurgeryError(f"{entry.place}: a stage has no key {key!r}.{nearest(key, ('name', *STAGE_KEYS))}")
-    if hasattr(found, "milestones"):
-        found.milestones = dict(found.milestones)
-    return vars(found)
+    stages = []
+    for stage in entry.value:
+        parser, found = _parser(), argparse.Namespace()
+        for key, each in stage.items():
+            if key == "name":
+                found.name = each.value
+            else:
+                parser.check_entry(key, each, found)
+        if "milestones" in found:
+            found.milestones = dict(found.milestones)
+        stages.append(vars(found))
+    return stages
 
 
 def _flags_used(healing: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -189,7 +182,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--format", choices=FORMATS, help="of the healed checkpoint (default: its parent's)")
     add_source_flag(parser)
     parser.add_config_flag()
-    parser.read_key["stages"] = _stages
+    parser.list_keys = ("stages",)
     parser.set_defaults(stages=None)
     return parser
 

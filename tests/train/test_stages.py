@@ -11,9 +11,11 @@ import yaml
 
 from model_preparation import heal_in_stages, verify_checkpoint
 from model_preparation.errors import SurgeryError
+from model_preparation.train.heal import stages
 from tests.conftest import assert_refused, run_command
 from tests.train.conftest import RUN
 from tests.train.cutting import outcome, run_until, write_text
+from tests.train.test_teacher_cache import ALONE
 
 
 @pytest.fixture(scope="session")
@@ -94,26 +96,41 @@ def test_stages_that_were_done_otherwise_are_named(staged, config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stages", "words"),
+    ("listed", "words"),
     [
         ([], ["There are no stages"]),
         ("first", ["line 1: stages are a list"]),
         ([{"data": "text.txt"}], ["name of stage 1 is None"]),
         ([{"name": "a"}, {"name": "a"}], ["Two stages have the name a"]),
         ([{"name": "a/b"}], ["name of stage 1 is 'a/b'"]),
-        ([{"name": "a", "blok_size": 3}], ["line 3: a stage has no key 'blok_size'. The nearest is block_size."]),
-        ([{"name": "a", "output_dir": "x"}], ["a stage has no key 'output_dir'"]),
+        ([{"name": "a", "blok_size": 3}], ["line 3: there is no key 'blok_size'. The nearest is block_size."]),
+        ([{"name": "a", "output_dir": "x"}], ["Stage a has no key 'output_dir'"]),
         ([{"name": "a", "block_size": 1}], ["block_size: 1 is too small"]),
         ([{"name": "a", "lora_rank": 4}], ["Stage a: lora_rank is given", "without method lora"]),
         ([{"name": "a", "data": "./none.txt"}], ["Stage a: none.txt is not there"]),
     ],
 )
-def test_stages_that_cannot_be_are_named_before_anything_is_trained(stages, words, config, tmp_path):
-    given = {"stages": stages, "checkpoint": config["checkpoint"], "data": config["data"]}
+def test_stages_that_cannot_be_are_named_before_anything_is_trained(listed, words, config, tmp_path):
+    given = {"stages": listed, "checkpoint": config["checkpoint"], "data": config["data"]}
     (tmp_path / "stages.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
     flags = ("--config", tmp_path / "stages.yaml", "--output_dir", tmp_path / "out")
     assert_refused(run_command("heal_checkpoint", *flags, cwd=tmp_path), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["stages.yaml"]
+
+
+def test_weights_to_begin_with_are_those_of_the_first_stage(config, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(stages, "heal_checkpoint", lambda *places, **given: calls.append((places, given)) or {})
+    monkeypatch.setattr(stages, "PartialState", lambda cpu: ALONE)
+    text, out = config["data"], tmp_path / "out"
+    plan = [{"name": "a", "data": text}, {"name": "b", "data": text, "seed": 5}, {"name": "c", "init_from": "scratch"}]
+    heal_in_stages(config["checkpoint"], plan, out, data=text, init_from=config["checkpoint"], seed=3)
+    work = tmp_path / "out_resume"
+    begun = [Path(config["checkpoint"]), work / "a", work / "b"]
+    assert [places for places, _ in calls] == list(zip(begun, [text] * 3, [work / "a", work / "b", out], strict=True))
+    assert [given.get("init_from") for _, given in calls] == [config["checkpoint"], None, "scratch"]
+    assert [given["seed"] for _, given in calls] == [3, 5, 3]
+    assert [given["dtype"] for _, given in calls] == [torch.float32] * 3
 
 
 def test_what_does_not_go_with_stages_is_named(staged, config, tmp_path):

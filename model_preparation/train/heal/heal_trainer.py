@@ -165,8 +165,7 @@ class HealTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss on the text, or the distance from the teacher, of a part that `segments` gives."""
-        wants_hidden_states = self._distillation is not None and self._distillation.wants_hidden_states
-        outputs = model(**_for_model(inputs), output_hidden_states=wants_hidden_states)
+        outputs = model(**_for_model(inputs), output_hidden_states=self._settings.hidden_weight > 0)
         if self._distillation is not None:
             loss = self._distillation.loss(outputs, inputs, num_items_in_batch)
         else:

@@ -75,11 +75,6 @@ class Distillation:
     def __init__(self, teacher: Teacher, settings: HealSettings):
         self._teacher, self._settings = teacher, settings
 
-    @property
-    def wants_hidden_states(self) -> bool:
-        """Whether the loss needs the student's hidden states."""
-        return self._settings.hidden_weight > 0
-
     def loss(
         self,
         student: CausalLMOutputWithPast,
@@ -93,7 +88,7 @@ class Distillation:
         positions. Each is relative to the teacher's mean square, which grows a thousandfold with depth.
 
         Args:
-            student: its logits (batch, length, vocab), and hidden states if wanted.
+            student: its logits (batch, length, vocab), and with a `hidden_weight` its hidden states.
             batch: `targets`, as `next_tokens` gives them, and what the student and the teacher get.
             count: positions that count in the whole step; by default those of this batch, which gives a mean.
         """

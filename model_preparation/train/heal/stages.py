@@ -19,7 +19,6 @@ from model_preparation.checkpoint.checkpoint_folder import describe_parent
 from model_preparation.checkpoint.checkpoint_info import INFO, read_info
 from model_preparation.command_line import nearest
 from model_preparation.errors import SurgeryError
-from model_preparation.io.complete_file import make_folder
 from model_preparation.io.complete_folder import check_target
 from model_preparation.io.identity import differences, name_of
 from model_preparation.io.tensors.dtypes import torch_dtype
@@ -34,16 +33,11 @@ STAGE_KEYS = ("data", "milestones", *(name for name, _, _ in flags_of(HealSettin
 
 
 class _Stage(NamedTuple):
-    """What `heal_checkpoint` gets for it; `settings` has the fields that were given."""
-
     name: str
     data: str
     milestones: Mapping[int, str]
-    settings: dict[str, Any]
-
-    @property
-    def all_settings(self) -> HealSettings:
-        return HealSettings(**self.settings)
+    given: dict[str, Any]  # fields of `HealSettings`
+    settings: HealSettings  # with those
 
 
 def heal_in_stages(
@@ -93,7 +87,6 @@ def heal_in_stages(
                 f"{work} holds states of a run without stages, such as {states[0].folder.name}. "
                 "Give another --output_dir or --resume_dir."
             )
-        make_folder(work)
         print(f"{len(plan)} stages:", *map(_line, plan), sep="\n")
     parent, info = start, {}
     for stage in plan:
@@ -119,7 +112,7 @@ def heal_in_stages(
                 milestones=stage.milestones,
                 clean_up=clean_up or not is_last,
                 **given,
-                **stage.settings,
+                **stage.given,
             )
         parent = target
     if clean_up and is_main:
@@ -146,15 +139,14 @@ def _checked(number: int, stage: Mapping[str, Any], data: str | None, shared: Ma
         raise SurgeryError(f"Stage {name} has no data. Give data for it, or for all stages.")
     try:
         files_of_text(text)
-        checked = _Stage(name, text, stage.get("milestones", {}), {**shared, **own, "stage": name})
-        checked.all_settings  # noqa: B018  # raises if they cannot be
+        given = {**shared, **own, "stage": name}
+        return _Stage(name, text, stage.get("milestones", {}), given, HealSettings(**given))
     except SurgeryError as error:
         raise SurgeryError(f"Stage {name}: {error}") from error
-    return checked
 
 
 def _line(stage: _Stage) -> str:
-    settings = stage.all_settings
+    settings = stage.settings
     return (
         f"  {stage.name}: {settings.max_steps} steps on {name_of(stage.data)}, {settings.block_size} tokens per "
         f"sequence, learning rate {settings.learning_rate:g}, method {settings.method}"
@@ -169,7 +161,7 @@ def _check_done(folder: Path, stage: _Stage, parent: Path) -> None:
     found = differences(
         {**healing["settings"], "data": healing["data"]["name"], "begins with": info["parent"][digest]},
         {
-            **described(stage.all_settings),
+            **described(stage.settings),
             "data": name_of(stage.data),
             "begins with": describe_parent(parent, read_info(parent))[digest],
         },

@@ -46,13 +46,9 @@ class TeacherCache:
     def __init__(self, folder: Path, inputs: Mapping[str, Any], sequences: Sequences):
         self.folder, self._inputs, self._sequences = folder, inputs, sequences
         self._shards: dict[int, Any] = {}  # open ones
-        per_position = inputs["teacher_top_k"] * (4 + self._token_dtype.itemsize) + 4
-        self._per_shard = max(1, _SHARD_BYTES // (inputs["block_size"] * per_position))
-        self._position_bytes = per_position
-
-    @property
-    def _token_dtype(self) -> torch.dtype:
-        return torch.uint16 if self._inputs["vocabulary"] <= 1 << 16 else torch.int32
+        self._token_dtype = torch.uint16 if inputs["vocabulary"] <= 1 << 16 else torch.int32
+        self._position_bytes = inputs["teacher_top_k"] * (4 + self._token_dtype.itemsize) + 4
+        self._per_shard = max(1, _SHARD_BYTES // (inputs["block_size"] * self._position_bytes))
 
     @cached_property
     def _paths(self) -> list[Path]:
