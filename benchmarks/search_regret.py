@@ -166,7 +166,8 @@ def span(values: list[float], form: str) -> str:
 def draw(points: dict[str, list[tuple[float, float]]], objective: str, axes: Axes) -> None:
     for (name, each), marker in zip(points.items(), "osv^DP", strict=True):
         axes.plot(*zip(*each, strict=True), marker, linestyle="", label=name, alpha=0.7)
-    axes.set(xlabel="layer passes", ylabel=f"regret ({objective})")
+    top = max(regret for each in points.values() for _, regret in each) or 0.1
+    axes.set(xlabel="layer passes", ylabel=f"regret ({objective})", ylim=(-0.05 * top, 1.1 * top))
 
 
 if __name__ == "__main__":

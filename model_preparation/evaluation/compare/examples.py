@@ -47,7 +47,8 @@ def _example(common: CommonQuestions, index: int, model: int) -> Example:
     row = common.rows[index]
     samples = [common.answers[each].read_sample(row[each]) for each in (0, model)]
     options = _options(samples[0])
-    target = str(samples[0].get("target"))
+    targets = samples[0].get("target")
+    target = ", ".join(map(str, targets)) if isinstance(targets, list) else str(targets)
     if options and target.isdigit() and int(target) < len(options):
         target = options[int(target)]
     doc = samples[0].get("doc")

@@ -154,6 +154,9 @@ def _html_page(comparison: Comparison, *, title: str, questions: int) -> str:
         measured=MEASURED,
         model_lines=[_model_line(model) for model in comparison.models],
         examples=_examples(comparison, questions),
+        has_choices=any(
+            row[0].right_probability >= 0 for common in comparison.common for row in common.rows
+        ),  # not NaN
         shared=shared,
         differing=differing,
     )

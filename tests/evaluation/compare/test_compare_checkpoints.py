@@ -320,6 +320,7 @@ def test_the_questions_shown_are_those_on_which_the_models_are_furthest_apart(st
 def test_a_long_example_has_its_beginning_and_its_end_where_recall_tasks_ask(copy):
     def lengthen(sample):
         sample["doc"] = {"input": f"Remember this. {'The grass is green. ' * 400}What is it?"}
+        sample["target"] = ["red", "blue"]
 
     change_samples(copy / "one", lengthen)
     (example,) = differing_questions(compare(copy), 1, 1)[0]
@@ -327,6 +328,7 @@ def test_a_long_example_has_its_beginning_and_its_end_where_recall_tasks_ask(cop
         assert "Remember this. The grass" in text
         assert text.endswith("green. What is it?")
         assert len(text) < 2_000
+    assert example.target == "red, blue"
 
 
 def test_numbers_that_are_not_0_or_1_have_an_interval_alone(copy):
