@@ -110,7 +110,7 @@ def _stages(entry: Entry) -> list[dict[str, Any]]:
 
 def _flags_used(healing: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The flags that give the same run. Of a path, the record has the last part: what was given is taken if it fits."""
-    from model_preparation.io.identity import name_of
+    from model_preparation.io.result_inputs import name_of
 
     settings = dict(healing["settings"])
     for name in PATHS:

@@ -21,7 +21,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.flags_file import Entry, read_entries
 from model_preparation.hub.sources import source_here
 from model_preparation.io.complete_file import make_folder, write_file
-from model_preparation.io.identity import differences, digest_of
+from model_preparation.io.result_inputs import differences, digest_of
 from model_preparation.io.text import read_text
 from model_preparation.io.untrusted.untrusted_files import check_fields, parse_json
 from model_preparation.jobs.jobs import failure

@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from model_preparation.checkpoint.checkpoint_info import read_info
-    from model_preparation.io.identity import name_of
+    from model_preparation.io.result_inputs import name_of
     from model_preparation.serve.engine import address, check_port, choose_engine, describe, serve_by_vllm
 
     checkpoint = args.checkpoint.expanduser()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, run, save_config
 from model_preparation.devices import choose_device
-from model_preparation.evaluation.prompts import FORMS, read_prompts
+from model_preparation.evaluation.prompt_files import FORMS, read_prompts
 from model_preparation.evaluation.settings import (
     EVALUATION_SETTINGS,
     GENERATION_SETTINGS,

@@ -21,8 +21,8 @@ from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, TENSO
 from model_preparation.checkpoint.layer_store import LayerStore
 from model_preparation.errors import SurgeryError
 from model_preparation.io.digests import sha256_of
-from model_preparation.io.identity import digest_of, digests_of_files
 from model_preparation.io.known_digests import remembered
+from model_preparation.io.result_inputs import digest_of, digests_of_files
 from model_preparation.io.tensors.dtypes import DType, dtype_of
 from model_preparation.io.tensors.tensor_files import TensorFiles, load_tensors
 from model_preparation.io.tensors.tensor_ranges import TensorRange, pt_ranges, range_of

@@ -27,7 +27,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import donors_of, target_of
 from model_preparation.io.complete_folder import check_target
 from model_preparation.io.digests import sha256_of
-from model_preparation.io.identity import differences
+from model_preparation.io.result_inputs import differences
 from model_preparation.io.tensors.tensor_ranges import MappedFiles
 
 _PROGRAMS = ("model_preparation", "torch", "transformers")  # they decide on all bytes but the tensors'

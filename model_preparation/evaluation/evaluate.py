@@ -43,7 +43,7 @@ from model_preparation.evaluation.suites import tasks_of_suite
 from model_preparation.evaluation.tasks import MMLU, Tasks, is_mmlu, load_tasks, name_of, quiet, short_name
 from model_preparation.io.complete_file import make_folder, write_file
 from model_preparation.io.folder_lock import Hold, take
-from model_preparation.io.identity import differences
+from model_preparation.io.result_inputs import differences
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.prompts import Prompt, shown
+from model_preparation.evaluation.prompt_files import Prompt, shown
 from model_preparation.evaluation.settings import GenerationSettings
 from model_preparation.io.untrusted.tokenizer_files import apply_chat_template
 

@@ -20,7 +20,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.efficiency import resident_peak_bytes
 from model_preparation.evaluation.generation import Generation, generate_text, generate_texts
 from model_preparation.evaluation.models import Loaded, OtherModel
-from model_preparation.evaluation.prompts import Prompt, shown
+from model_preparation.evaluation.prompt_files import Prompt, shown
 from model_preparation.evaluation.settings import GenerationSettings
 from model_preparation.io.complete_file import write_file
 from model_preparation.io.progress import bar

@@ -36,7 +36,7 @@ from model_preparation.hub.sources import (
     tokenizer_name,
 )
 from model_preparation.io.complete_folder import existing_parent
-from model_preparation.io.identity import digest_of, digests_of_files, name_of
+from model_preparation.io.result_inputs import digest_of, digests_of_files, name_of
 from model_preparation.io.untrusted.not_a_model import snapshot_in, what_it_is
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_config import generation_config_from

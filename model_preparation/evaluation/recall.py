@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model_preparation.embedded import recall as people
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.recall_texts import LANGUAGES, Texts
+from model_preparation.evaluation.recall_wording import LANGUAGES, Texts
 from model_preparation.io.text import read_text
 
 CHOICE, GENERATED = "_choice", "_generated"

@@ -24,7 +24,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import make_folder, sync, sync_tree, write_file
 from model_preparation.io.digests import FILE_FIELDS, describe_files, fault_of
 from model_preparation.io.folder_lock import Hold, take
-from model_preparation.io.identity import differences, digest_of
+from model_preparation.io.result_inputs import differences, digest_of
 from model_preparation.io.self_checksum import checksum_fault, with_checksum
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.batched_generation import can_write, write
 from model_preparation.evaluation.prefix_cache import can_share, shared
-from model_preparation.evaluation.texts import can_write, write
 from model_preparation.llamba.cache_llamba import CACHE_NAME
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.results_folder import ResultsFolder
-from model_preparation.io.identity import digest_of
+from model_preparation.io.result_inputs import digest_of
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_files import check_fields
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from model_preparation.command_line import number
-from model_preparation.evaluation.recall_texts import LANGUAGES
+from model_preparation.evaluation.recall_wording import LANGUAGES
 from model_preparation.evaluation.suites import SUITES
 from model_preparation.setting_flags import CheckedSettings, Flag, OneOf, flags_of
 

@@ -18,7 +18,7 @@ from model_preparation.checkpoint.checkpoint_info import INFO, TOKENIZER, descen
 from model_preparation.command_line import heads_by_layer
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import donors_of, folder_named, has_tokenizer, target_named
-from model_preparation.io.identity import differences as differences_of
+from model_preparation.io.result_inputs import differences as differences_of
 from model_preparation.io.untrusted.untrusted_files import read_json
 from model_preparation.jobs.combinations import Combination
 from model_preparation.jobs.jobs import Ended, Job, Runner, outcomes_of, run_in_turn

@@ -19,8 +19,8 @@ from model_preparation.search.journal import Journal
 from model_preparation.search.layer_sets import BASE, WHOLE_LAYERS, LayerSet, Units
 from model_preparation.search.objective import Objective, Values
 from model_preparation.search.progress import SearchProgress
+from model_preparation.search.question_rounds import race_rounds
 from model_preparation.search.question_set import QuestionSet
-from model_preparation.search.race_rounds import race_rounds
 from model_preparation.search.settings import ACCURACY, SearchSettings
 
 _FAILURES = (SurgeryError, RuntimeError, MemoryError)  # of an evaluation; other errors are bugs, or the disk's

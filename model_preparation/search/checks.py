@@ -10,7 +10,7 @@ from model_preparation.checkpoint.layer_store import METADATA, LayerStore, Model
 from model_preparation.checkpoint.model_configs import type_and_depth
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve
-from model_preparation.io.identity import differences
+from model_preparation.io.result_inputs import differences
 from model_preparation.io.untrusted.untrusted_files import read_json, without_links
 from model_preparation.search.layer_sets import WHOLE_LAYERS, SearchSpace, Units, normal
 from model_preparation.search.plan import bounds

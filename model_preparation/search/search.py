@@ -15,7 +15,7 @@ import numpy as np
 from model_preparation.checkpoint.extract import extract_layers
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import write_file
-from model_preparation.io.identity import digest_of
+from model_preparation.io.result_inputs import digest_of
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.search import checks, methods
 from model_preparation.search.cached_scoring import CachedScorer

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation import generate_text, generate_texts
-from model_preparation.evaluation.prompts import read_prompts
+from model_preparation.evaluation.prompt_files import read_prompts
 from model_preparation.llamba import LlambaForCausalLM
 from tests.conftest import seeded, tiny_config, tiny_llama_cfg
 

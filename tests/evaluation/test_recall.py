@@ -26,7 +26,7 @@ from lm_eval.tasks.ruler import common_utils
 from transformers import AutoTokenizer
 
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.compare.both_ways import asked_both_ways
+from model_preparation.evaluation.compare.choice_vs_generation import asked_both_ways
 from model_preparation.evaluation.evaluate import evaluate_checkpoint, evaluate_model
 from model_preparation.evaluation.models import load_folder
 from model_preparation.evaluation.recall import RecallRecipe, recall_names

@@ -5,7 +5,7 @@ import pytest
 
 from model_preparation.search.candidate_scores import BudgetSpent
 from model_preparation.search.journal import Journal
-from model_preparation.search.race_rounds import race_rounds
+from model_preparation.search.question_rounds import race_rounds
 from tests.search.planted import PlantedQuestions, PlantedScorer, draw_sets, make_scores, worth
 
 SETS = draw_sets(12)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare import paired
 from model_preparation.evaluation.compare.answers import Answers, CommonQuestions, match, read_answers
-from model_preparation.evaluation.compare.both_ways import BothWays, asked_both_ways
+from model_preparation.evaluation.compare.choice_vs_generation import BothWays, asked_both_ways
 from model_preparation.evaluation.compare.costs import AGAINST_SCORE, Cost, costs_of, pareto_front
 from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles, find_evaluations, replaced_layers
 from model_preparation.evaluation.compare.notes import (

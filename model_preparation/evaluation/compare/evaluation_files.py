@@ -20,7 +20,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.efficiency import FOLDER as EFFICIENCY
 from model_preparation.evaluation.models import find_model
 from model_preparation.evaluation.results_folder import SETTINGS, read_checked_json
-from model_preparation.io.identity import differences
+from model_preparation.io.result_inputs import differences
 from model_preparation.io.untrusted.untrusted_files import bounded, check_fields
 
 # `--output_path FILE.json` makes FILE_<date>.json of it.

@@ -17,8 +17,8 @@ from model_preparation.checkpoint.llamba_init import llamba_parts, size_bytes, w
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve, tokenizer_files
 from model_preparation.io.complete_folder import check_space, check_target, new_folder
-from model_preparation.io.identity import digests_of_files
 from model_preparation.io.progress import bar
+from model_preparation.io.result_inputs import digests_of_files
 from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.jobs.jobs import Job, Runner
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer

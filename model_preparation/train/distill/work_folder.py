@@ -22,7 +22,7 @@ from torch import Tensor
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import make_folder, sync, write_file
 from model_preparation.io.folder_lock import take
-from model_preparation.io.identity import differences
+from model_preparation.io.result_inputs import differences
 from model_preparation.io.untrusted.untrusted_files import read_json, without_links
 
 _SETTINGS, _TOKENS = "settings.json", "tokens.safetensors"

@@ -23,7 +23,7 @@ from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import OtherModel, find_others, load_other
 from model_preparation.io.complete_folder import remove_abandoned
-from model_preparation.io.identity import differences, name_of
+from model_preparation.io.result_inputs import differences, name_of
 from model_preparation.io.text import read_text
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig

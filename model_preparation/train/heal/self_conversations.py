@@ -16,8 +16,8 @@ from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import has_tokenizer
 from model_preparation.io.complete_file import make_folder, write_file
-from model_preparation.io.identity import digest_of
 from model_preparation.io.progress import bar
+from model_preparation.io.result_inputs import digest_of
 from model_preparation.io.text import read_text
 from model_preparation.io.untrusted.tokenizer_files import apply_chat_template, load_tokenizer, within_limits
 from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, SelfSampler

@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from model_preparation.command_line import number
 from model_preparation.errors import SurgeryError
-from model_preparation.io.identity import name_of
+from model_preparation.io.result_inputs import name_of
 from model_preparation.io.untrusted.untrusted_files import check_fields
 from model_preparation.setting_flags import YES_OR_NO, CheckedSettings, Flag, OneOf
 

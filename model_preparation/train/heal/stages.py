@@ -20,7 +20,7 @@ from model_preparation.checkpoint.checkpoint_info import INFO, read_info
 from model_preparation.command_line import nearest
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_folder import check_target
-from model_preparation.io.identity import differences, name_of
+from model_preparation.io.result_inputs import differences, name_of
 from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.setting_flags import flags_of
 from model_preparation.train.heal.heal import heal_checkpoint, parent_of

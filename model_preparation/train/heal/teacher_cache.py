@@ -23,8 +23,8 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import make_folder, write_file
 from model_preparation.io.complete_folder import check_space
 from model_preparation.io.digests import FILE_FIELDS, describe_files, fault_of
-from model_preparation.io.identity import differences
 from model_preparation.io.progress import bar
+from model_preparation.io.result_inputs import differences
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
 from model_preparation.train.heal.chat_template import NOT_COUNTED
 from model_preparation.train.heal.objective import LiveTeacher, TeacherOutput, next_tokens

@@ -10,7 +10,7 @@ import rich
 from rich.console import Console
 
 from model_preparation.io import known_digests
-from model_preparation.io.identity import differences, digests_of_files
+from model_preparation.io.result_inputs import differences, digests_of_files
 
 
 def test_what_differs_is_named_in_one_form():
