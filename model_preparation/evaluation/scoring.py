@@ -2,7 +2,7 @@
 
 Tokens that all questions of a task begin with (its description, its solved examples) run once, and only the positions
 that are scored go through the head. Stock lm-eval runs every prompt whole, and computes the logits of all positions.
-Texts are written as texts.py says. A prompt that is too long is an error unless it may be cut.
+batched_generation.py writes texts. A prompt that is too long is an error unless it may be cut.
 Source of the computation: lm_eval/models/huggingface.py, HFLM._loglikelihood_tokens.
 """
 
