@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from model_preparation.errors import SurgeryError
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 _LIBRARIES = ("torch", "transformers", "safetensors")
 
