@@ -247,7 +247,7 @@ def heads_of_layer(text: str) -> tuple[int, list[int]]:
         if not colon or min(found) < 0:
             raise ValueError
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not [NAME:]LAYER:HEAD[,HEAD...], such as 13:16,17,18") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not LAYER:HEAD[,HEAD...], such as 13:16,17,18") from None
     if len(set(found)) < len(found):
         raise argparse.ArgumentTypeError(f"{text!r} names a head more than once")
     return layer_index(layer), sorted(found)

@@ -1,6 +1,5 @@
 """TRL trains our models as they come: its examples run, and what it packs does not mix."""
 
-import importlib.util
 import json
 import re
 
@@ -11,8 +10,6 @@ from transformers import AutoModelForCausalLM
 from model_preparation import build_checkpoint
 from tests.conftest import run_python
 from tests.test_examples import EXAMPLES, RUN_EACH
-
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 
 # On a folder of --format hf, in a process that knows nothing of this package.
 ON_A_FOLDER = """
