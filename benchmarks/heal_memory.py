@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 10], metavar="N")
     parser.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of a sequence (%(default)s)")
     parser.add_argument("--segment", type=int, default=512, metavar="N", help="tokens of a segment (%(default)s)")
+    parser.add_argument("--method", default="full", metavar="NAME", help="of healing (%(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="heal-memory-") as name:
         folder = Path(name)
@@ -34,7 +35,7 @@ def main() -> None:
         make = ["create_replaced_model_checkpoint.py", "--base", args.base, "--llama_layers_dir", folder / "layers"]
         run([*make, "--layers", *args.layers, "--output_dir", folder / "checkpoint"])
         heal = ["heal_checkpoint.py", "--checkpoint", folder / "checkpoint", "--data", text, "--device", "cpu"]
-        heal += ["--max_steps", 1, "--eval_interval", 0, "--batch_size", 1, "--dropout", 0]
+        heal += ["--max_steps", 1, "--eval_interval", 0, "--batch_size", 1, "--method", args.method]
         whole, short = ["--block_size", args.length], ["--block_size", args.segment]
         teacher, cache = ["--teacher", args.donor], ["--teacher_cache", folder / "cache"]
         found = {}
