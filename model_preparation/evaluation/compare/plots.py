@@ -96,7 +96,7 @@ def plot_costs(comparison: Comparison) -> Figure:
                 places[each.name] = x, y = each.cost.values[field] / one, scores[model].mean
                 _points(axes, [x], [y], [scores[model].stderr or 0.0], model=model, name=each.name, upright=True)
         front = [places[name] for name in comparison.fronts.get(field, ())]
-        if len(front) > 1:
+        if front:  # one point has no line, but its name stays in the legend
             axes.step(
                 *zip(*front, strict=True), where="post", color=INK, linewidth=0.6, alpha=0.5, label="Pareto front"
             )
