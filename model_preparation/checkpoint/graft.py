@@ -441,7 +441,7 @@ def grafted_config(
     Layers in `kept` are grafted in the base already, and keep their settings.
 
     Raises:
-        SurgeryError: if donors differ in more than each layer can have for itself.
+        SurgeryError: if donors differ in more than each layer can have for itself, or cannot give single heads.
     """
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
@@ -472,6 +472,11 @@ def grafted_config(
                     f"Layers of one model may differ in {', '.join(OF_EACH_DONOR)} only: give another donor."
                 )
             fields["other_llama_cfgs"][str(index)] = odd
+    if heads and fields["llama_cfg"].get("attention_bias"):
+        raise SurgeryError(
+            "The donor's attention has a bias on its output (attention_bias), which belongs to no head. Graft whole "
+            "layers with --layers, or give another donor."
+        )
     fields["use_cache"] = False  # plain forward passes need none; `generate` asks for it by itself
     with refusing_impossible_models():
         return LlambaConfig.from_dict(fields)

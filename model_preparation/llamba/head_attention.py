@@ -5,6 +5,7 @@ number of heads. That few heads do the looking up: arXiv 2504.18574, arXiv 2602.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -38,12 +39,7 @@ class HeadAttention(nn.Module):
         self.sliding_window = settings["sliding_window"] if has_window else None
         group_size = config.num_attention_heads // config.num_key_value_heads
         groups = kv_heads(heads, group_size)
-        # Attention wants as many queries for each K/V head. Smaller groups repeat one: that is less than copying K/V.
-        places = [[place for place, head in enumerate(heads) if head // group_size == group] for group in groups]
-        self.num_key_value_groups = max(map(len, places))
-        padded = [place for own in places for place in own + own[-1:] * (self.num_key_value_groups - len(own))]
-        self.query_place = padded if len(padded) > len(heads) else []
-        self.out_place = [padded.index(place) for place in range(len(heads))]
+        self._pad_groups([groups.index(head // group_size) for head in heads])
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.q_proj = nn.Linear(config.hidden_size, len(heads) * self.head_dim, bias=kind.qkv_biases)
         self.k_proj = nn.Linear(config.hidden_size, len(groups) * self.head_dim, bias=kind.qkv_biases)
@@ -52,6 +48,26 @@ class HeadAttention(nn.Module):
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.o_proj = nn.Linear(len(heads) * self.head_dim, config.hidden_size, bias=False)
+
+    def _pad_groups(self, kv_place: Sequence[int]) -> None:
+        """Attention wants as many queries for each K/V head. Smaller groups repeat one: that is less than copying K/V.
+
+        Args:
+            kv_place: for each head, the number of its K/V head among those kept; sorted.
+        """
+        places = [[at for at, own in enumerate(kv_place) if own == group] for group in range(kv_place[-1] + 1)]
+        self.num_key_value_groups = max(map(len, places))
+        padded = [at for own in places for at in own + own[-1:] * (self.num_key_value_groups - len(own))]
+        self.query_place = padded if len(padded) > len(kv_place) else []
+        self.out_place = [padded.index(at) for at in range(len(kv_place))]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        kv_place = state.pop("kv_place", None)
+        super().__setstate__(state)
+        if kv_place is not None:  # a model.pt of version 0.4
+            heads = range(self.q_proj.out_features // self.head_dim)
+            self._pad_groups(kv_place or [head // self.num_key_value_groups for head in heads])
+            self.sliding_window = None
 
     def forward(
         self,

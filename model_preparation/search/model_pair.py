@@ -14,7 +14,7 @@ from model_preparation.io.tensors.tensor_ranges import MappedFiles, PickedTensor
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.cache_llamba import kv_bytes_per_token
-from model_preparation.llamba.donor_kinds import picked_heads
+from model_preparation.llamba.donor_kinds import KINDS, picked_heads
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 from model_preparation.search.layer_sets import WHOLE_LAYERS, LayerSet, Units
 
@@ -108,7 +108,7 @@ def _with_heads(model: LlambaForCausalLM, index: int, heads: Sequence[int]) -> L
     state = {name: tensor for name, tensor in own.items() if not name.startswith("attention.")}
     if heads:
         sizes = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        for name, picked in picked_heads(heads, *sizes).items():
+        for name, picked in picked_heads(heads, *sizes, KINDS[config.donor_type]).items():
             tensor = own[f"attention.{name}"]
             if picked is not None:
                 tensor = tensor.index_select(picked[0], torch.tensor(picked[1], device=tensor.device))

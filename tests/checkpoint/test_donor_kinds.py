@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,21 @@ def test_search_healing_and_scores_of_a_qwen3_graft(made, tmp_path, monkeypatch)
         best = search_layers(settings)["final_results"][0]
         assert best["layers"] == [0, 1, 2, 3]
         assert best["fitness"] == pytest.approx(0, abs=1e-5), best
+    heads = [f"{layer}:{head}" for layer in range(4) for head in range(2)]
+    (tmp_path / "heads.txt").write_text("\n".join(heads))
+
+    def of_heads(name: str) -> SearchSettings:
+        parts = made / name
+        places = {"base": str(parts / "base"), "donor": str(parts / "donor"), "llama_layers_dir": parts / "layers"}
+        sizes = {"unit": "heads", "method": "greedy", "min_layers": 1, "max_layers": None, "max_heads": 8}
+        more = {"prior": tmp_path / "heads.txt", "budget_evaluations": 20, "output_dir": tmp_path / f"heads_{name}"}
+        return replace(settings, **places, **sizes, **more)
+
+    best = search_layers(of_heads("qwen2"))["final_results"][0]
+    assert best["heads"] == heads
+    assert best["fitness"] == pytest.approx(0, abs=1e-5), best
+    with pytest.raises(SurgeryError, match=r"attention_bias.*belongs to no head.*--layers"):  # this one has it
+        search_layers(of_heads("qwen3"))
 
     text = write_text(tmp_path / "text.txt", words=200)
     flags = {"max_steps": 2, "batch_size": 2, "block_size": 16, "method": "lora", "device": "cpu"}

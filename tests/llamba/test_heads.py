@@ -1,6 +1,7 @@
 """Grafted heads: the definition against an independent computation, its limits, and what the config refuses."""
 
 import functools
+import pickle
 
 import pytest
 import torch
@@ -206,6 +207,21 @@ def test_a_head_graft_saves_and_loads_and_other_files_have_no_new_field(tmp_path
     assert again.config.llama_heads == {"1": [0, 4]}
     assert again.config.keep_mixer_heads
     assert not {"llama_heads", "keep_mixer_heads"} & BASE.config.file_fields().keys()
+
+
+@pytest.mark.parametrize(("heads", "kv_place"), [([0, 4], []), ([0, 1, 3, 4], []), ([0, 1, 4], [0, 0, 1])])
+def test_a_pickled_model_of_version_0_4_still_runs(heads, kv_place):
+    """Its heads had each K/V head's place, and copied keys and values where groups have unequal numbers of heads."""
+    cfg = llama_cfg(2)
+    model = graft(donor_of(cfg), cfg, {1: heads})
+    wanted = model(IDS).logits
+    attention = model.backbone.layers[1].attention
+    for name in ("query_place", "out_place", "sliding_window"):
+        delattr(attention, name)
+    attention.kv_place = kv_place
+    attention.num_key_value_groups = 1 if kv_place else len(heads) // 2
+    again = pickle.loads(pickle.dumps(model))  # noqa: S301
+    torch.testing.assert_close(again(IDS).logits, wanted)
 
 
 @pytest.mark.parametrize(

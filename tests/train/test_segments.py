@@ -1,5 +1,8 @@
 """--segment_length: sequences that are trained in segments, compared with whole ones."""
 
+import json
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +18,7 @@ from model_preparation.train.heal.segments import segments
 from model_preparation.train.heal.sequences import Sequences
 from model_preparation.train.heal.settings import HealSettings
 from model_preparation.train.heal.teacher_cache import TeacherCache
-from tests.conftest import VOCABULARY, seeded, tiny_config, tiny_llama_cfg
+from tests.conftest import VOCABULARY, assert_refused, seeded, tiny_config, tiny_llama_cfg
 from tests.train.test_heal import info_of, log_of
 from tests.train.test_teacher_cache import ALONE
 
@@ -126,3 +129,23 @@ def test_a_run_in_segments_begins_with_the_losses_of_a_run_without(heal, tmp_pat
     assert info_of(tmp_path / "segments")["healing"]["steps"] == 1
     with pytest.raises(SurgeryError, match="gradient_checkpointing does not go with segment_length"):
         HealSettings(segment_length=8, gradient_checkpointing=True)
+
+
+def test_packed_texts_a_teacher_on_the_disk_and_segments_go_together(heal, donor_dir, tmp_path):
+    draw = random.Random(3)
+    words = ["the", "cat", "sat", "on", "a", "mat"]
+    rows = [" ".join(draw.choices(words, k=draw.randint(2, 9))) for _ in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    given = ("--data", tmp_path / "rows.jsonl", "--packing", "--block_size", 64, "--dropout", 0, "--max_steps", 1)
+    given += ("--eval_interval", 1, "--teacher", donor_dir)
+    cache = ("--teacher_cache", tmp_path / "cache", "--teacher_top_k", VOCABULARY)
+    first = {}
+    for name, more in {"memory": (), "disk": (*cache, "--segment_length", 24)}.items():
+        result = heal(tmp_path / name, *given, *more)
+        assert result.returncode == 0, result.stderr
+        log = log_of(tmp_path / name)
+        first[name] = [next(entry[key] for entry in log if key in entry) for key in ("loss", "eval_loss")]
+    assert first["disk"] == pytest.approx(first["memory"], abs=1e-5)
+    assert_refused(
+        heal(tmp_path / "refused", *given, "--segment_length", 24), "would mix the documents", "--teacher_cache"
+    )
