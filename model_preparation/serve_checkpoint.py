@@ -46,13 +46,13 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags of vLLM's own, after --")
     args = parser.parse_args()
 
-    from model_preparation.checkpoint.checkpoint_info import read_info
+    from model_preparation.checkpoint.checkpoint_info import grafted_heads, read_info
     from model_preparation.io.result_inputs import name_of
     from model_preparation.serve.engine import address, check_port, choose_engine, describe, serve_by_vllm
 
     checkpoint = args.checkpoint.expanduser()
     info = read_info(checkpoint)
-    engine = choose_engine(args.engine, info["config"].get("donor_type", "llama"))
+    engine = choose_engine(args.engine, info["config"].get("donor_type", "llama"), bool(grafted_heads(info)))
     if engine != "vllm" and (args.flags or args.log is not None):
         parser.error("--log and flags after -- are vLLM's, and the engine is transformers")
     check_port(args.host, args.port)

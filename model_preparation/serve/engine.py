@@ -19,7 +19,7 @@ from pathlib import Path
 
 from model_preparation.errors import SurgeryError
 from model_preparation.jobs.die_with_parent import PR_SET_PDEATHSIG
-from model_preparation.serve.plugin import fault_of_donor, fault_of_vllm, installed_vllm, is_for_cpus
+from model_preparation.serve.plugin import fault_of_graft, fault_of_vllm, installed_vllm, is_for_cpus
 
 # What `vllm serve` starts. That command itself fails in the build for CPUs: it asks for the version of `vllm`.
 _SERVER = "vllm.entrypoints.openai.api_server"
@@ -34,14 +34,14 @@ _REASON = re.compile(r"(?:^|\s)(?:[\w.]+(?:Error|Exception)|Value error|.*: erro
 _ENDING = re.compile(r"\s*\[type=.*$")  # pydantic's
 
 
-def choose_engine(asked: str, donor_type: str = "llama") -> str:
-    """ "vllm" or "transformers"; "auto" takes vLLM where it is installed, and the donor of a kind that it serves.
+def choose_engine(asked: str, donor_type: str = "llama", has_heads: bool = False) -> str:
+    """ "vllm" or "transformers"; "auto" takes vLLM where it is installed and serves such a graft.
 
     Raises:
         SurgeryError: if vLLM is asked for and missing, or installed in a version that cannot serve our models; or if
-            the donor is of another kind.
+            it does not serve such a graft.
     """
-    installed, unserved = installed_vllm(), fault_of_donor(donor_type)
+    installed, unserved = installed_vllm(), fault_of_graft(donor_type, has_heads)
     if asked == "transformers" or (asked == "auto" and (installed is None or unserved)):
         return "transformers"
     if unserved:

@@ -42,14 +42,20 @@ def fault_of_vllm(installed: str | None) -> str | None:
     return None
 
 
-def fault_of_donor(donor_type: str) -> str | None:
-    """Why vLLM is not used for grafts of this kind of donor, and what to do; None if it is."""
-    if donor_type == "llama":
+def fault_of_graft(donor_type: str, has_heads: bool) -> str | None:
+    """Why vLLM does not serve a graft, and what to do; None if it does.
+
+    Args:
+        donor_type: the donor's kind.
+        has_heads: whether single heads are grafted.
+    """
+    if has_heads:
+        fault = "The checkpoint has grafted heads. vLLM gives a layer one kind of cache, and these layers need two."
+    elif donor_type != "llama":
+        fault = f"The grafted layers are of a {donor_type} model, and by vLLM only those of a Llama are served here."
+    else:
         return None
-    return (
-        f"The grafted layers are of a {donor_type} model, and by vLLM only those of a Llama are served here. "
-        "Take the other engine: serve_checkpoint.py --engine transformers"
-    )
+    return f"{fault} Take the other engine: serve_checkpoint.py --engine transformers"
 
 
 def register() -> None:

@@ -7,7 +7,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from model_preparation.serve.plugin import fault_of_donor
+from model_preparation.serve.plugin import fault_of_graft
 
 logger = init_logger("vllm.model_preparation")  # below vLLM's own, so that it is printed as vLLM's messages are
 
@@ -41,7 +41,7 @@ class LlambaSettings(VerifyAndUpdateConfig):
             vllm_config.parallel_config,
             vllm_config.cache_config,
         )
-        if fault := fault_of_donor(config.donor_type):
+        if fault := fault_of_graft(config.donor_type, bool(config.llama_heads)):
             raise ValueError(fault)
         refused = {
             "tensor parallelism": parallel.tensor_parallel_size > 1,
@@ -53,11 +53,6 @@ class LlambaSettings(VerifyAndUpdateConfig):
         for feature, is_asked in refused.items():
             if is_asked:
                 raise ValueError(f"Llambas are served without {feature}: their Mamba layers lack it. Leave it out.")
-        if config.llama_heads:
-            raise ValueError(
-                "This checkpoint has grafted heads. vLLM gives a layer one kind of cache, and these layers need two. "
-                "Serve it with --engine transformers."
-            )
         if config.other_llama_cfgs:
             raise ValueError(
                 "This checkpoint has layers of donors with different settings, which vLLM's model has no place for. "

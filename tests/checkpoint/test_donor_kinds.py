@@ -27,7 +27,7 @@ from model_preparation.llamba.donor_kinds import KINDS
 from model_preparation.search.search import search_layers
 from model_preparation.search.settings import SearchSettings
 from model_preparation.serve.engine import choose_engine
-from model_preparation.serve.plugin import fault_of_donor
+from model_preparation.serve.plugin import fault_of_graft
 from model_preparation.train.distill.distill_layer import Teacher
 from model_preparation.train.distill.donor import Donor
 from model_preparation.train.distill.settings import DistillSettings
@@ -242,8 +242,11 @@ def test_other_kinds_are_refused_in_one_sentence(model_type, base_dir, tmp_path)
 
 def test_vllm_serves_grafts_of_a_llama_only(monkeypatch):
     monkeypatch.setattr("model_preparation.serve.engine.installed_vllm", lambda: "0.32.1")
-    assert fault_of_donor("llama") is None
+    assert fault_of_graft("llama", has_heads=False) is None
     assert [choose_engine("auto", kind) for kind in KINDS] == ["vllm", *["transformers"] * 3]
+    assert choose_engine("auto", has_heads=True) == "transformers"
+    with pytest.raises(SurgeryError, match=r"grafted heads.*--engine transformers"):
+        choose_engine("vllm", has_heads=True)
     with pytest.raises(SurgeryError, match=r"of a qwen3 model.*--engine transformers"):
         choose_engine("vllm", "qwen3")
 
