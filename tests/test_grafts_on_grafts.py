@@ -285,7 +285,9 @@ def test_a_parent_that_is_not_as_it_was_built_is_refused(checkpoint_dir, base_di
     state = torch.load(changed / "model_state_dict.pt")
     state["backbone.layers.2.mixer.D"] += 1
     torch.save(state, changed / "model_state_dict.pt")
-    assert_refused(build(changed, layers_dir, out, "--layers", 0), "is damaged: backbone.layers.2.mixer.D has changed")
+    assert_refused(
+        build(changed, layers_dir, out, "--layers", 0), "is damaged: its tensor backbone.layers.2.mixer.D has changed"
+    )
     parent = Path(shutil.copytree(checkpoint_dir, tmp_path / "parent"))
     info = info_of(parent)
     info["base_model"]["path"] = str(tmp_path / "gone")

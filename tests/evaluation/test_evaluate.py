@@ -169,7 +169,7 @@ def test_results_of_something_else_under_the_right_name_are_refused(checkpoint, 
     other = Path(evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu, limit=1)["results_dir"])
     wanted = Path(part["results_dir"]).name
     other.rename(other.with_name(wanted))
-    with pytest.raises(SurgeryError, match=rf"{wanted} holds results of other settings \(limit: 1 there"):
+    with pytest.raises(SurgeryError, match=rf"{wanted} holds results of other settings \(limit: was 1"):
         evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu)
 
 

@@ -243,7 +243,9 @@ def test_another_model_under_the_same_name_is_found_out(make_settings, base_dir,
     for remove_result in (False, True):
         if remove_result:
             (tmp_path / "search" / "search_result.json").unlink()
-        with pytest.raises(SurgeryError, match=r"holds the layers of another donor than llama is now: layer 0: other"):
+        with pytest.raises(
+            SurgeryError, match=r"holds the layers of another donor than llama is now: layer 0: the content"
+        ):
             search_layers(settings(other))
     found = search_layers(settings(other), overwrite=True)
     alone = search_layers(settings(other, "alone"))

@@ -76,7 +76,7 @@ def test_a_caller_s_tokens_are_checked():
             TokenData(wrong)
     with pytest.raises(SurgeryError, match="one weight"):
         TokenData(tokens, torch.ones(8))
-    with pytest.raises(SurgeryError, match="from 0 to 9, and the donor has 9"):
+    with pytest.raises(SurgeryError, match="from 0 to 9, but the donor has only 9"):
         TokenData(tokens.index_fill(1, torch.tensor([2]), 9)).check_vocabulary(9)
     digests = {TokenData(tokens).digest(), TokenData(tokens.view(20, 16)).digest(), TokenData(tokens + 1).digest()}
     assert len(digests | {TokenData(tokens, torch.ones(40, 8)).digest()}) == 4
