@@ -266,7 +266,7 @@ class HeadsByLayer(argparse.Action):
         layers = [layer for _, layer, _ in values]
         if twice := [layer for layer in layers if layers.count(layer) > 1]:
             raise argparse.ArgumentError(
-                self, f"layer {twice[0]} is given twice: give all its heads at once, of one donor"
+                self, f"layer {twice[0]} is given twice: give all its heads at once, such as {twice[0]}:0,1"
             )
         by_name: dict[str, dict[int, list[int]]] = {}
         for name, layer, heads in values:

@@ -149,7 +149,7 @@ def test_it_verifies_and_its_recipe_gives_the_same_bytes(heads_dir, base_dir, la
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [
-        (("--heads", "1:2"), 1, ["heads [2] of layer 1", "below 2"]),
+        (("--heads", "1:2"), 1, ["Head 2 of layer 1 is out of range: the donor has heads 0 to 1"]),
         (("--heads", "4:0"), 1, ["Layer 4 is out of range"]),
         (("--heads", "1:0", "--layers", "1"), 1, ["Layer 1 is named in --layers and in --heads"]),
         (("--heads", "1:0", "1:1"), 2, ["layer 1 is given twice"]),

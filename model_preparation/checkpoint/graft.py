@@ -19,6 +19,7 @@ from model_preparation.checkpoint.checkpoint_info import INFO, grafted_heads
 from model_preparation.checkpoint.layer_store import (
     LayersOfSeveral,
     LayerStore,
+    check_heads,
     check_range,
     sorted_layers,
 )
@@ -472,6 +473,8 @@ def grafted_config(
                     f"Layers of one model may differ in {', '.join(OF_EACH_DONOR)} only: give another donor."
                 )
             fields["other_llama_cfgs"][str(index)] = odd
+    for index, of_layer in heads.items():
+        check_heads(index, of_layer, fields["llama_cfg"]["num_attention_heads"])
     if heads and fields["llama_cfg"].get("attention_bias"):
         raise SurgeryError(
             "The donor's attention has a bias on its output (attention_bias), which belongs to no head. Graft whole "

@@ -139,11 +139,7 @@ class LayerStore:
                 f"{self.folder} has layers whose heads cannot be taken one by one (num_attention_heads, "
                 f"num_key_value_heads, head_dim: {', '.join(map(str, sizes))}). Give a donor's layers. {self._again()}"
             )
-        if outside := [head for head in heads if not 0 <= head < num_heads]:
-            raise SurgeryError(
-                f"Head {outside[0]} of layer {index} is out of range: the donor has heads 0 to {num_heads - 1}. "
-                "Choose --heads among those."
-            )
+        check_heads(index, heads, num_heads)
         found: dict[str, StoredTensor] = {}
         kind = KINDS.get(config.get("model_type"), KINDS["llama"])  # a Llamba's layers are refused later
         for name, picked in picked_heads(heads, num_heads, num_kv_heads, head_dim, kind).items():
@@ -375,11 +371,20 @@ def sorted_layers(layers: Iterable[SupportsIndex], what: str = "layer") -> list[
     return chosen
 
 
+def check_heads(index: int, heads: Sequence[int], total: int) -> None:
+    """Raise SurgeryError if a head of a layer lies outside a donor of `total` query heads."""
+    if outside := [head for head in heads if not 0 <= head < total]:
+        raise SurgeryError(
+            f"Head {outside[0]} of layer {index} is out of range: the donor has heads 0 to {total - 1}. "
+            "Choose --heads among those."
+        )
+
+
 def check_range(layers: Sequence[int], total: int, model: str) -> None:
     """Raise SurgeryError if an index lies outside a model of `total` layers."""
     outside = [index for index in layers if not 0 <= index < total]
     if outside:
         raise SurgeryError(
             f"Layer {', '.join(map(str, outside))} is out of range: {model} has layers 0 to {total - 1}. "
-            "Choose --layers among those."
+            "Choose layers among those."
         )

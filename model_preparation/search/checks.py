@@ -12,7 +12,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve
 from model_preparation.io.result_inputs import differences
 from model_preparation.io.untrusted.untrusted_files import read_json, without_links
-from model_preparation.search.layer_sets import WHOLE_LAYERS, SearchSpace, Units, normal
+from model_preparation.search.layer_sets import WHOLE_LAYERS, SearchSpace, Units
 from model_preparation.search.plan import bounds
 from model_preparation.search.question_set import check_tasks
 from model_preparation.search.result_reader import RESULT, read_heads, read_single_layers
@@ -74,11 +74,13 @@ def _check_settings(settings: SearchSettings) -> None:
     method, least, most = settings.method, settings.min_layers, settings.most
     if settings.unit == HEADS and method in ("removal", "ratio"):
         raise SurgeryError(
-            f"The method {method} begins with all layers, and a model has too many heads for that. Choose another "
-            "--method, such as beam, or leave out --unit heads."
+            f"The method {method} begins with all layers and takes single ones away. It does not take heads. Choose "
+            "another --method, such as beam, or leave out --unit heads."
         )
     if settings.unit == HEADS and (least > 1 or settings.max_layers is not None):
-        raise SurgeryError("min_layers and max_layers count whole layers, and unit is heads. Give --max_heads N.")
+        raise SurgeryError(
+            "min_layers and max_layers count whole layers, and unit is heads. Leave them out, or give --max_heads N."
+        )
     if settings.unit != HEADS and (settings.max_heads is not None or settings.keep_mixer_heads):
         raise SurgeryError("max_heads and keep_mixer_heads are of heads, and unit is layers. Give --unit heads.")
     if method == "singles" and least > 1:
@@ -93,10 +95,7 @@ def _check_settings(settings: SearchSettings) -> None:
     if least > most:
         raise SurgeryError(f"min_layers {least} and max_layers {most} do not fit. Give min <= max.")
     if (settings.max_cache_bytes is None) != (settings.at_tokens is None):
-        raise SurgeryError(
-            f"max_cache_bytes is {settings.max_cache_bytes} and at_tokens {settings.at_tokens}: a cache grows with the "
-            "tokens. Give both, --max_cache_bytes and --at_tokens."
-        )
+        raise SurgeryError("A cache grows with the tokens. Give both, --max_cache_bytes and --at_tokens, or neither.")
     if settings.objective == KL and settings.donor is None:
         raise SurgeryError("The objective kl compares with the donor itself, which is not named. Name it by --donor.")
     if settings.donor is None and settings.llama_layers_dir is None:
@@ -219,7 +218,7 @@ def known_heads(
     gains = _gains({number[each]: score for each, score in scores.items() if each in number})
     seeds = [number[each] for each in dict.fromkeys(listed) if each in number]
     if listed:
-        say(f"Tried first  {units.names(normal(seeds))}, from {settings.prior}")
+        say(f"Tried first  {' '.join(map(str, units.written(tuple(seeds))))}, the list in {settings.prior}")
     return gains, seeds
 
 

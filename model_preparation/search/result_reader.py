@@ -175,7 +175,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return parse_json(b'{"%s": %s}' % (_LISTS[0].encode(), data) if data.lstrip()[:1] == b"[" else data)
     except ValueError as error:
-        raise SurgeryError(f"{path} is not JSON ({error}). Give the {RESULT} of a search.") from error
+        raise SurgeryError(
+            f"{path} is not JSON ({error}). Give the {RESULT} of a search; a list of heads needs --unit heads."
+        ) from error
 
 
 def _bytes(path: Path) -> bytes:

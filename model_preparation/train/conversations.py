@@ -36,9 +36,13 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation | None:
     Raises:
         ValueError: for a conversation that cannot be trained on.
     """
-    fields = next((needed for needed in FORMS if all(row.get(name) is not None for name in needed)), None)
-    if fields is None:
+    found = [needed for needed in FORMS if all(row.get(name) is not None for name in needed)]
+    if not found:
         return None
+    if len(found) > 1:
+        forms = " and of ".join(", ".join(each) for each in found)
+        raise ValueError(f"{where} has the fields of {forms}; needed is one form")
+    [fields] = found
     _refuse_not_followed(row, where)
     if len(fields) == 1:
         given = row[fields[0]]

@@ -131,7 +131,7 @@ def read_documents(data: str) -> Iterator[str | Conversation]:
 
 
 def _unreadable(source: object, error: ValueError) -> SurgeryError:
-    return SurgeryError(f"{source} cannot be read as text: {error}. Mend the file or leave it out.")
+    return SurgeryError(f"{source} cannot be used: {error}. Mend the file or leave it out.")
 
 
 def _rows_of_data_set(name: str) -> Iterator[tuple[str, Any]]:

@@ -181,7 +181,7 @@ def test_a_list_that_cannot_be_used_is_refused(make_settings, tmp_path, prior, w
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"unit": "heads", "max_layers": 2}, "count whole layers, and unit is heads. Give --max_heads N"),
+        ({"unit": "heads", "max_layers": 2}, "count whole layers, and unit is heads. Leave them out"),
         ({"unit": "heads", "min_layers": 2}, "count whole layers"),
         ({"max_heads": 2}, "Give --unit heads"),
         ({"keep_mixer_heads": True}, "Give --unit heads"),

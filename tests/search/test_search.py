@@ -174,7 +174,7 @@ def test_a_budget_of_bytes_leaves_out_larger_combinations(exhaustive, make_setti
     assert any("left out: 1, 2 layers" in line for line in lines)
     with pytest.raises(SurgeryError, match=r"1 to 3 layers has a cache of at least 10,240 bytes .* is 5\. Give more"):
         search_layers(make_settings(tmp_path / "x", **few | {"max_cache_bytes": 5}), dry_run=True)
-    with pytest.raises(SurgeryError, match="max_cache_bytes is None and at_tokens 32"):
+    with pytest.raises(SurgeryError, match="Give both, --max_cache_bytes and --at_tokens"):
         search_layers(make_settings(tmp_path / "x", **few | {"max_cache_bytes": None}), dry_run=True)
 
 

@@ -150,6 +150,7 @@ SYSTEM = {"role": "system", "content": "Be brief"}
         ({"messages": [USER, ANSWER], "images": ["a.png"]}, "line 2 has images"),
         ({"messages": [USER, {**ANSWER, "loss": False}]}, "message 2 of line 2 has loss false, which"),
         ({"messages": []}, r"line 2 has \[\] as messages; needed is a list"),
+        ({"messages": [USER, ANSWER], "query": "a", "response": "b"}, "has the fields of messages and of query, resp"),
         ({"messages": ["Hello"]}, 'message 1 of line 2 is "Hello"; needed are role and content'),
         ({"query": "a", "response": "b"}, "line 2 has query and response, the rows before it messages"),
         ({"text": "a"}, "line 2 is a text, and what was read before it is of the other kind"),
@@ -158,7 +159,7 @@ SYSTEM = {"role": "system", "content": "Be brief"}
 )
 def test_a_row_that_cannot_be_trained_on_is_named(row, words, tmp_path):
     data = write_rows(tmp_path / "a.jsonl", {"messages": [USER, ANSWER]}, row)
-    with pytest.raises(SurgeryError, match=rf"a\.jsonl cannot be read as text: .*{words}"):
+    with pytest.raises(SurgeryError, match=rf"a\.jsonl cannot be used: .*{words}"):
         load(data, tokenizer_with(CHATML))
 
 
@@ -171,6 +172,7 @@ def test_what_the_template_does_not_give_is_said(tmp_path):
         (TAGGED.replace("{% generation %}", "").replace("{% endgeneration %}", ""), "it writes message 2 in another"),
         ("{% for m in range(10 ** 9) %}x{% endfor %}", "Range too big"),
         ("Hello", "it writes message 2 in another way"),
+        ("{% for", r"it is no Jinja template \(line 1: "),
     ):
         with pytest.raises(SurgeryError, match=rf"chat template cannot be used for line 1 of .*a\.jsonl: .*{words}"):
             load(data, tokenizer_with(template))
@@ -190,10 +192,10 @@ def test_long_conversations_are_told_dropped_or_cut(tmp_path, capsys):
     with pytest.raises(SurgeryError, match=rf"2 of 4 .*--block_size 90; the longest, line 1 .* {lengths[0]} tokens"):
         load(data, tokenizer, 90)
     assert [len(item["labels"]) for item in load(data, tokenizer, 90, long_conversations="drop")] == lengths[1:3]
-    assert "2 of 4 conversations are longer than 90 tokens: 2 are dropped, 0 cut." in capsys.readouterr().out
+    assert "2 of 4 conversations are longer than 90 tokens: 2 left out, 0 cut." in capsys.readouterr().out
     cut = load(data, tokenizer, 90, long_conversations="cut")
     assert [len(item["labels"]) for item in cut] == [90, *lengths[1:3]]
-    assert "1 are dropped, 1 cut." in capsys.readouterr().out
+    assert "1 left out, 1 cut." in capsys.readouterr().out
     assert learned(cut[0], tokenizer) == [" " + "a" * 71]
     with pytest.raises(SurgeryError, match="No conversation fits into --block_size 8"):
         load(data, tokenizer, 8, long_conversations="drop")

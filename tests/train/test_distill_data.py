@@ -48,7 +48,7 @@ def test_a_long_text_is_read_as_far_as_it_is_needed(tmp_path, monkeypatch):
     counted = []
     assert tokens_of_text([endless], tokenizer, 5, 30, counted.append).flatten().tolist() == whole[:30]
     assert sum(counted) < 128
-    with pytest.raises(SurgeryError, match=r"c\.txt cannot be read as text"):
+    with pytest.raises(SurgeryError, match=r"c\.txt cannot be used"):
         tokens_of_text([endless], tokenizer, 5, 100_000, counted.append)
 
 

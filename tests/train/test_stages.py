@@ -100,9 +100,9 @@ def test_stages_that_were_done_otherwise_are_named(staged, config, tmp_path):
     [
         ([], ["There are no stages"]),
         ("first", ["line 1: stages are a list"]),
-        ([{"data": "text.txt"}], ["name of stage 1 is None"]),
+        ([{"data": "text.txt"}], ["Stage 1 has no name"]),
         ([{"name": "a"}, {"name": "a"}], ["Two stages have the name a"]),
-        ([{"name": "a/b"}], ["name of stage 1 is 'a/b'"]),
+        ([{"name": "a/b"}], ["Stage 1 has the name 'a/b'"]),
         ([{"name": "a", "blok_size": 3}], ["line 3: there is no key 'blok_size'. The nearest is block_size."]),
         ([{"name": "a", "output_dir": "x"}], ["Stage a has no key 'output_dir'"]),
         ([{"name": "a", "block_size": 1}], ["block_size: 1 is too small"]),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -90,6 +91,9 @@ def _rendered(
                 begin = len(render(messages[: turns[-1]])[0])
                 spans = [span for span in spans if span[1] > begin]
             return text, [_with_end(text, *span, marks) for span in spans], ""
+        except TemplateSyntaxError as error:
+            fault = f"it is no Jinja template (line {error.lineno}: {error.message})."
+            return "", [], f"{fault} Give another by --chat_template FILE."
         except Exception as error:  # a template may raise any
             reason = " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
             return "", [], f"{reason}. Mend the row, or give another template by --chat_template FILE."

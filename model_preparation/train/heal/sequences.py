@@ -247,8 +247,8 @@ def _fitting(
     if long:
         dropped = len(conversations) - len(taken)
         say(
-            f"{len(long)} of {len(conversations)} conversations are longer than {size} tokens: {dropped} are dropped, "
-            f"{len(long) - dropped} cut."
+            f"{len(long)} of {len(conversations)} conversations are longer than {size} tokens: {dropped} left out, "
+            f"{len(long) - dropped} cut. One whose beginning has no token to learn is left out."
         )
     if not taken:
         raise SurgeryError(f"No conversation fits into --block_size {size}. Give a larger one.")

@@ -126,9 +126,8 @@ def heal_in_stages(
 def _checked(number: int, stage: Mapping[str, Any], data: str | None, shared: Mapping[str, Any]) -> _Stage:
     name = stage.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith("_resume"):
-        raise SurgeryError(
-            f"The name of stage {number} is {name!r}. Give letters, digits, _ and - that do not end in _resume."
-        )
+        said = "has no name" if name is None else f"has the name {name!r}"
+        raise SurgeryError(f"Stage {number} {said}. Give letters, digits, _ and - that do not end in _resume.")
     if unknown := [key for key in stage if key not in ("name", *STAGE_KEYS)]:
         raise SurgeryError(f"Stage {name} has no key {unknown[0]!r}.{nearest(unknown[0], STAGE_KEYS)}")
     own = {key: value for key, value in stage.items() if key not in ("name", "data", "milestones")}
