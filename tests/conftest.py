@@ -68,7 +68,7 @@ LONGEST = (
 
 # The test functions that take longer than this, all parameters together, one a line. So do all that need `put_python`.
 SLOW_TESTS = Path(__file__).with_name("slow_tests.txt")
-SLOW_SECONDS = 0.5
+SLOW_SECONDS = 0.3
 
 
 def pytest_addoption(parser):
