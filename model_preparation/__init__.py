@@ -12,6 +12,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from model_preparation.earlier_names import EarlierNames
 from model_preparation.llamba.lazy_registration import register_when_needed
 from model_preparation.versions import __version__ as __version__
 
@@ -77,4 +78,5 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+sys.meta_path.append(EarlierNames())
 register_when_needed()

@@ -129,3 +129,22 @@ def test_imports_go_down_only():
     assert lint_imports(str(PACKAGE.parent / "pyproject.toml"), no_cache=True) == 0
     for logger in enabled:
         logger.disabled = False  # it silences all loggers for good
+
+
+def test_modules_are_found_under_their_earlier_paths(tmp_path, quick_python):
+    code = """
+import importlib, warnings
+warnings.simplefilter("ignore", FutureWarning)
+from model_preparation.earlier_names import _NOW
+for old, (now, names) in _NOW.items():
+    old, now = (importlib.import_module(f"model_preparation.{path}") for path in (old, now))
+    assert all(getattr(old, before) is getattr(now, name) for before, name in names.items())
+    public = [name for name in vars(now) if name[0] != "_"]
+    assert public and all(getattr(old, name) is getattr(now, name) for name in public)
+try:
+    import model_preparation.files.text
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    found = run_python("-c", code, cwd=tmp_path, python=quick_python)
+    assert found.stdout == "No module named 'model_preparation.files.text'\n", found.stderr
