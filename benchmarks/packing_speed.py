@@ -91,7 +91,7 @@ class Side:
         if batch is None:
             return
         self._model.zero_grad()
-        self._model(**batch).loss.backward()
+        self._model(**{name: batch[name] for name in batch if name != "sequence"}).loss.backward()
         self.seconds += time.process_time() - started
         self.batches += 1
         self.places += batch["input_ids"].numel()

@@ -339,7 +339,7 @@ def test_a_checkpoint_of_yours(serve, tmp_path):
     pieces = partial(pieces_of, tokenizer((PACKAGE.parent / "README.md").read_text())["input_ids"])
     prompts = pieces([1, 2, 3, 400, *random.Random(1).choices(range(1, 401), k=60)])
     server = serve(Path(folder), "--dtype", "float32", "--api_key", KEY, "--", *CACHE, "--max-model-len", 512)
-    # On 20 such texts our own float32 is 6e-5 from our float64, and vLLM's 7e-5.
+    # A real model rounds more than a small one.
     furthest = assert_all_ours(model, server, prompts, rounding=5e-4)
     server.end()
     options = {**TIGHT, "max_model_len": 512}

@@ -33,7 +33,7 @@ def write_conversations(
 ) -> Path:
     """A folder of .jsonl files with the conversations, at least as many as the settings ask for.
 
-    Each batch is a file. What is there already is kept, so a run that was killed continues.
+    Each batch is a file. A run that was killed keeps the files that it wrote, and continues.
 
     Args:
         donor: its folder. Its own tokenizer is taken, if it has one.
