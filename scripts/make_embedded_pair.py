@@ -19,6 +19,7 @@ example:
   python scripts/make_embedded_pair.py --heads 8 --output_dir local_models/pair_of_8 --work_dir local_models/pair.work
 """
 
+STEPS = 1200  # that the donor is trained for
 QUESTIONS, QUESTIONS_SEED = 1000, 2026
 TEXTS, TEXTS_SEED, SENTENCES = 768, 1, 40  # that the base is distilled on
 STEPS_PER_LAYER, DISTILLED_BATCH, D_STATE, DISTILLED_RATE = 40, 16, 8, 3e-3
@@ -49,6 +50,9 @@ def main() -> None:
         help="of training and distillation; each has a folder of its own in --work_dir (default: 0)",
     )
     parser.add_argument("--heads", type=int, choices=(1, 2, 4, 8), default=2, help="in the donor's layers (default: 2)")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, metavar="N", help="that the donor is trained for (default: %(default)s)"
+    )
     parser.add_argument("--mixer_heads", type=int, metavar="N", help="in the base's mixers (default: as --heads)")
     parser.add_argument(
         "--d_state",
@@ -58,7 +62,7 @@ def main() -> None:
         help="columns of a mixer head's state (default: %(default)s)",
     )
     args = parser.parse_args()
-    options = {"heads": args.heads, "mixer_heads": args.mixer_heads, "d_state": args.d_state}
+    options = {"heads": args.heads, "steps": args.steps, "mixer_heads": args.mixer_heads, "d_state": args.d_state}
     changed = [f" --{name} {value}" for name, value in options.items() if value != parser.get_default(name)]
     if changed and args.output_dir.resolve() == EMBEDDED:
         parser.error("a pair of other sizes needs another --output_dir: the package has the pair of the defaults")
@@ -68,15 +72,17 @@ def main() -> None:
     mixer = {"d_state": args.d_state}
     if args.mixer_heads is not None:
         mixer |= {"n_v_heads": args.mixer_heads, "n_qk_heads": args.mixer_heads}
-    folder = args.work_dir.resolve() / f"seed_{args.seed}_heads_{args.heads}"
+    folder = args.work_dir.resolve() / f"seed_{args.seed}_heads_{args.heads}_steps_{args.steps}"
     command = f"scripts/make_embedded_pair.py --seed {args.seed}" + "".join(changed)
-    run(lambda: make_pair(args.output_dir.resolve(), folder, args.seed, args.heads, mixer, command))
+    donor = {"seed": args.seed, "heads": args.heads, "steps": args.steps}
+    run(lambda: make_pair(args.output_dir.resolve(), folder, donor, mixer, command))
 
 
-def make_pair(output_dir: Path, work_dir: Path, seed: int, heads: int, mixer: dict[str, int], command: str) -> None:
+def make_pair(output_dir: Path, work_dir: Path, trained: dict[str, int], mixer: dict[str, int], command: str) -> None:
     """Run the stages that are not done yet in `work_dir`, and copy what they made into `output_dir`.
 
     Args:
+        trained: the donor's seed, heads and steps.
         work_dir: of this donor; a base of other mixers has a folder of its own in it.
         mixer: its sizes that are not the donor's.
         command: that the cards name.
@@ -103,15 +109,15 @@ def make_pair(output_dir: Path, work_dir: Path, seed: int, heads: int, mixer: di
     write_task(task, QUESTIONS, PEOPLE, QUESTIONS_SEED)
     if not (donor / "config.json").is_file():
         with progress() as bars:
-            train_donor(donor, work_dir / "donor_state.pt", seed=seed, progress=bars, heads=heads)
+            train_donor(donor, work_dir / "donor_state.pt", progress=bars, **trained)
     distilled = {"steps_per_layer": STEPS_PER_LAYER, "batch_size": DISTILLED_BATCH, "learning_rate": DISTILLED_RATE}
     if not (base / "config.json").is_file():
         texts, _ = training_texts(TEXTS, PEOPLE, SENTENCES, torch.Generator().manual_seed(TEXTS_SEED))
-        distill_llamba_base(str(donor), base, texts, **distilled, mixer=mixer, seed=seed)
+        distill_llamba_base(str(donor), base, texts, **distilled, mixer=mixer, seed=trained["seed"])
     _name_donor(base / "distillation.json")
     with progress() as bars:
         effect = measure(donor, base, task, of_base / "grafts", layers=config().num_hidden_layers, progress=bars)
-    write_cards(donor, base, effect, distilled | mixer, seed, command)
+    write_cards(donor, base, effect, distilled | mixer, trained, command)
 
     for folder, mark in ((donor, "config.json"), (base, "config.json"), (task, "embedded_recall.yaml")):
         with new_folder(output_dir / folder.name, overwrite=True, marker_file=mark) as staging:

@@ -53,13 +53,19 @@ has the losses."""
 
 
 def write_cards(
-    donor_dir: Path, base_dir: Path, effect: dict[str, Any], distilled: dict[str, Any], seed: int, command: str
+    donor_dir: Path,
+    base_dir: Path,
+    effect: dict[str, Any],
+    distilled: dict[str, Any],
+    trained: dict[str, int],
+    command: str,
 ) -> None:
     """Write both cards.
 
     Args:
         effect: what effect.json holds.
         distilled: the settings of the base's distillation: `steps_per_layer` and `d_state`.
+        trained: the donor's seed and steps.
         command: makes both again.
     """
     config = donor.config()
@@ -74,7 +80,7 @@ def write_cards(
         "questions": effect["questions"],
         "scores": summary(effect),
     }
-    of_donor = _DONOR_MADE.format(steps=donor.STEPS, rate=donor.LEARNING_RATE, batch=donor.BATCH, seed=seed)
+    of_donor = _DONOR_MADE.format(**trained, rate=donor.LEARNING_RATE, batch=donor.BATCH)
     of_base = _BASE_MADE.format(steps=distilled["steps_per_layer"], state=distilled["d_state"])
     for folder, name, what, made in (
         (donor_dir, "tiny_llama", _DONOR, of_donor),

@@ -23,7 +23,6 @@ PEOPLE = 16  # whom a text names, at most
 FEWEST_PEOPLE = 4
 BATCH = 32  # texts, and as many rows of repeated words
 REPEATED_LENGTH = 64
-STEPS = 1200
 LEARNING_RATE = 1e-3
 WARM_UP, COOL_DOWN = 50, 360  # steps
 BETAS, WEIGHT_DECAY, MAX_GRADIENT_NORM = (0.9, 0.95), 0.01, 1.0
@@ -50,9 +49,7 @@ def config(heads: int = 2) -> LlamaConfig:
     )
 
 
-def train_donor(
-    folder: Path, state_file: Path, *, seed: int, progress: Progress, steps: int = STEPS, heads: int = 2
-) -> None:
+def train_donor(folder: Path, state_file: Path, *, seed: int, steps: int, progress: Progress, heads: int = 2) -> None:
     """Train the donor and write it, with its tokenizer, into `folder`, which appears whole or not at all.
 
     Args:

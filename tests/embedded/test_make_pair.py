@@ -60,7 +60,7 @@ def test_the_heads_of_the_donor_and_the_place_of_another_pair(donor, monkeypatch
     assert donor.made(8).num_attention_heads == donor.made(8).num_key_value_heads == 8
     monkeypatch.syspath_prepend(SCRIPTS)
     script = importlib.import_module("make_embedded_pair")
-    for options in (["--heads", "8"], ["--mixer_heads", "4"], ["--d_state", "4"]):
+    for options in (["--heads", "8"], ["--steps", "5"], ["--mixer_heads", "4"], ["--d_state", "4"]):
         monkeypatch.setattr(sys, "argv", ["make_embedded_pair.py", *options])
         with pytest.raises(SystemExit) as ended:
             script.main()
