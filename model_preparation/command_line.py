@@ -336,6 +336,8 @@ def add_layers_flag(parser: CommandParser, *, required: bool, help: str, names: 
 
     def named(text: str) -> tuple[str, list[int]]:
         name, _, indices = text.rpartition(":") if names else ("", "", text)
+        if name.isdecimal():
+            raise argparse.ArgumentTypeError(f"{text!r} names heads of layer {name}; write --heads {text}")
         return name, [layer_index(index) for index in (indices.split(",") if name else [indices])]
 
     class SortedDistinct(argparse.Action):

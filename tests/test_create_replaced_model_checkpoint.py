@@ -146,6 +146,7 @@ def test_dry_run_writes_nothing(base_dir, layers_dir, tmp_path):
         ([-1], 2, ["-1 is negative"]),
         ([2, 2], 2, ["layer 2 is given more than once"]),
         (["x"], 2, ["'x' is not a layer index"]),
+        (["2:1"], 2, ["names heads of layer 2; write --heads 2:1"]),
         (["1.5"], 2, ["'1.5' is not a layer index"]),
         ([], 2, ["expected at least one argument"]),
     ],

@@ -221,9 +221,9 @@ def describe_cost(found: Bounds, settings: SearchSettings, total: int) -> list[s
         f"Candidates   {count}{evaluated}{later}",
         f"Cost         {most}{passes:,} layer passes"
         + (f", and {step.passes:,} in each step of refinement" if step else "")
-        + f"; alone, {evaluations:,} combination{'s' * (evaluations != 1)} would take {alone:,}: "
-        + f"{'at least ' if most else ''}{max(0.0, 1 - passes / alone):.0%} saved"
-        + (", and more by races" if settings.races else ""),
+        + f"; alone, {evaluations:,} combination{'s' * (evaluations != 1)} would take {alone:,}"
+        + (f": {'at least ' if most else ''}{1 - passes / alone:.0%} saved" if passes < alone else "")
+        + (", and races save more" if settings.races else ""),
     ]
     if not is_whole and passes + (step.passes if step else 0) >= found.everything.passes:
         together, left = f"all {count} combinations together take", " and leave none out"

@@ -67,7 +67,7 @@ def test_a_cache_of_other_inputs_is_refused_in_a_sentence(heal, donor_dir, base_
     write_text(tmp_path / "other.txt", words=300, seed=3)
     for more, words in (
         (("--teacher", base_dir), "teacher: the content has changed"),
-        (("--data", tmp_path / "other.txt"), "data: the content has changed"),
+        (("--data", tmp_path / "other.txt"), "sequences: the content has changed"),
         (("--temperature", 3), "temperature: was 2.0, is now 3.0"),
     ):
         refused = heal(tmp_path / "out", *given, *more)

@@ -171,8 +171,8 @@ class Run:
         inputs = {
             "teacher": self.identity["inputs"]["teacher"],
             "tokenizer": digest_of_tokenizer(tokenizer),
-            "data": train.digest(),
-            "sequences": len(train),
+            "sequences": train.digest(),
+            "number of sequences": len(train),
             "block_size": settings.block_size,
             "teacher_top_k": min(settings.teacher_top_k, vocabulary),
             "temperature": settings.temperature,

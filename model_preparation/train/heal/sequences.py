@@ -61,7 +61,7 @@ class Sequences(Dataset):
         return blake3(self.tokens.tobytes()).hexdigest()
 
     def __str__(self) -> str:
-        return f"{len(self)} sequences of {self.tokens.shape[1]} tokens"
+        return f"{_count(len(self), 'sequence')} of {self.tokens.shape[1]} tokens"
 
 
 class Documents(Sequences):
@@ -111,10 +111,13 @@ class Documents(Sequences):
 
     def __str__(self) -> str:
         size = self._settings.block_size
-        kind, count = "conversations" if self.are_conversations else "texts", sum(map(len, self._rows))
-        return (
-            f"{count} {kind} in {len(self)} sequences of up to {size} tokens, {self.size / len(self) / size:.0%} full"
-        )
+        documents = _count(sum(map(len, self._rows)), "conversation" if self.are_conversations else "text")
+        full = self.size / len(self) / size
+        return f"{documents} in {_count(len(self), 'sequence')} of up to {size} tokens, {full:.0%} full"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def collate(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -169,6 +169,11 @@ class HealSettings(CheckedSettings):
                     raise SurgeryError(
                         f"{name} is given, but has no effect without {needed}. Give that, or leave it out."
                     )
+        if self.segment_length and self.segment_length >= self.block_size:
+            raise SurgeryError(
+                f"segment_length is {self.segment_length}, and a whole sequence has {self.block_size} tokens "
+                "(block_size). Give a smaller segment_length, or leave it out."
+            )
         if self.segment_length and self.gradient_checkpointing:
             raise SurgeryError(
                 "gradient_checkpointing does not go with segment_length, whose states would be counted twice. "
