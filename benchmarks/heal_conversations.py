@@ -1,9 +1,10 @@
 """Healing on conversations that the donor wrote, against healing on plain text that it wrote, for as many steps.
 
-A grafted checkpoint is healed twice, with every setting the same but --data: sequences of packed conversations, or as
-many blocks of text. Both are then scored on conversations from another seed, which nothing was chosen by: the loss on
-the answers, paired by conversation. kv-retrieval is compared before and after, and both answer a question. What is
-there already is used again, and a healing that was stopped continues.
+A grafted checkpoint is healed twice towards the donor, with every setting the same but --data: sequences of packed
+conversations, or as many blocks of text. With --no_teacher the aim is the text itself. Both are then scored on
+conversations from another seed, which nothing was chosen by: the loss on the answers, paired by conversation.
+kv-retrieval is compared before and after, and both answer a question. Results that exist are used again. The same
+command continues a healing that was stopped.
 
     python benchmarks/heal_conversations.py --donor DONOR --base BASE --llama_layers_dir LAYERS --folder FOLDER
 """
@@ -48,6 +49,7 @@ def main() -> None:
         ("lengths", 256),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
+    parser.add_argument("--no_teacher", action="store_true", help="learn the text, not what the donor expects in it")
     parser.add_argument("--questions", type=int, default=50, metavar="N", help="of kv-retrieval (default: 50)")
     args = parser.parse_args()
 
@@ -72,6 +74,7 @@ def main() -> None:
         if not checkpoints[name].exists():
             flags = {**RUN, "max_steps": args.max_steps, "block_size": args.block_size, "data": data}
             flags |= {"checkpoint": checkpoints["grafted"], "output_dir": checkpoints[name]}
+            flags |= {} if args.no_teacher else {"teacher": args.donor}
             before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
             run("heal_checkpoint.py", flags, "--packing" if name == "on_conversations" else None)
             used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before

@@ -342,6 +342,15 @@ def quick_python(put_python, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def quick_children(quick_python) -> Iterator[None]:
+    """The processes that commands start, and Ray's workers, need not import torch anew either."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "executable", str(quick_python))
+        patched.setenv("QUICK_RAY_WORKERS", "yes")
+        yield
+
+
 def copy_repository(target: Path) -> Path:
     """What git would hand to a stranger, as it is in the working tree, in the folder `target`."""
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]

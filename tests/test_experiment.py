@@ -12,6 +12,8 @@ import pytest
 
 from tests.conftest import assert_refused, run_command, start_command, wait_until
 
+pytestmark = pytest.mark.usefixtures("quick_children")
+
 EXPERIMENT = """\
 base: tiny_llamba
 donor: tiny_llama

@@ -326,7 +326,10 @@ def _load_stock(name: str) -> list[Task | Group]:
     folders = sorted({_STOCK / path.relative_to(_STOCK).parts[0] for path in _definitions() if _mentions(path, name)})
     try:
         return _roots(TaskManager(include_defaults=False, include_path=[str(folder) for folder in folders]).load(name))
-    except KeyError:  # a group of tasks that are defined elsewhere
+    except KeyError as error:
+        if "not a registered" not in str(error):  # a split of the data is missing
+            raise
+        # A group of tasks that are defined elsewhere. Reading all definitions takes seconds.
         return _roots(TaskManager().load(name))
 
 

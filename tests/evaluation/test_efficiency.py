@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 
 import pytest
 import torch
@@ -19,17 +18,11 @@ from tests.conftest import assert_refused, run_command
 KV, INPUTS, STATE = 2 * 1 * 16, 4 * (32 + 2 * 2 * 8), 32 * 8
 
 
-@pytest.fixture
-def quick(quick_python, monkeypatch):
-    """Processes of single models need not import torch anew."""
-    monkeypatch.setattr(sys, "executable", str(quick_python))
-
-
 def cache_of(grafted, tokens, item_bytes=4):
     return grafted * tokens * KV * item_bytes + (4 - grafted) * (INPUTS * item_bytes + STATE * 4)
 
 
-def test_checkpoint_base_and_donor_are_measured_side_by_side(checkpoint_dir, quick, tmp_path):
+def test_checkpoint_base_and_donor_are_measured_side_by_side(checkpoint_dir, quick_children, tmp_path):
     flags = ("--efficiency", "--skip_generation", "--contexts", 24, 40, "--results_dir", tmp_path / "results")
     result = run_command("test_checkpoint", "--checkpoint", checkpoint_dir, *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -59,7 +52,7 @@ def test_bytes_that_the_config_does_not_explain_are_an_error(checkpoint_dir, mon
             efficiency._measure(model, 20, "it")
 
 
-def test_a_model_that_does_not_load_is_named_and_an_earlier_result_stays(donor_dir, quick, tmp_path):
+def test_a_model_that_does_not_load_is_named_and_an_earlier_result_stays(donor_dir, quick_children, tmp_path):
     donor = shutil.copytree(donor_dir, tmp_path / "donor")
     results = tmp_path / "results" / "donor" / "efficiency"
     results.mkdir(parents=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model_preparation.search import report
 from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.settings import SearchSettings
@@ -68,6 +69,12 @@ def loaded(base_dir, layers_dir, donor_dir, task_dir, tmp_path_factory) -> Scori
         setup = ScoringSetup(SearchSettings(folder, **names, tasks=(str(task_dir),), batch_size=3))
     assert torch.get_num_threads() == 1
     return setup
+
+
+@pytest.fixture(autouse=True)
+def one_plot(monkeypatch):
+    """One plot instead of four, which take most of a small search; what fixtures of a module search has all."""
+    monkeypatch.setattr(report, "PLOTS", {"history": report.PLOTS["history"]})
 
 
 @pytest.fixture(scope="module")

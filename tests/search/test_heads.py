@@ -15,7 +15,7 @@ from model_preparation.search.scoring_setup import ScoringSetup
 from tests.conftest import assert_refused, run_command
 from tests.search.test_cached_scoring import assert_answers_are, assert_divergences_are, records_of
 
-pytestmark = pytest.mark.usefixtures("datasets_cache")
+pytestmark = pytest.mark.usefixtures("datasets_cache", "quick_children")
 
 # The tiny pair has four layers; its donor has two query heads in each, which share one key/value head.
 NAMES = [f"{layer}:{head}" for layer in range(4) for head in range(2)]
@@ -136,7 +136,8 @@ def test_a_budget_of_bytes_counts_the_key_value_heads_that_are_shared(pairs, mak
     with pytest.raises(SurgeryError, match="of 1 to 4 heads has a cache of at least 12,288 bytes"):
         search_layers(settings, output_dir=tmp_path / "none", max_cache_bytes=8192, dry_run=True)
     for method in ("ga", "beam"):
-        found = search_layers(settings, output_dir=tmp_path / method, method=method, max_cache_bytes=4 * 2048 + 8192)
+        changes = {"output_dir": tmp_path / method, "method": method, "limit": 3}
+        found = search_layers(settings, **changes, max_cache_bytes=4 * 2048 + 8192)
         assert {row["kv_bytes_per_token"] for row in found["final_results"]} <= {128, 256}
         assert max(row["num_heads"] for row in found["final_results"]) > 2
 

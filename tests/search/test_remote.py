@@ -17,14 +17,10 @@ from model_preparation.search.settings import SearchSettings
 from tests.conftest import HANG_SECONDS, assert_refused, run_command, start_command, wait_until
 from tests.search.conftest import make_questions, write_task
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc")
-
-
-@pytest.fixture(autouse=True)
-def quick_workers(quick_python, monkeypatch):
-    """What Ray starts is forked from a process that has imported torch."""
-    monkeypatch.setattr(sys, "executable", str(quick_python))
-    monkeypatch.setenv("QUICK_RAY_WORKERS", "yes")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="looks for the workers in /proc"),
+    pytest.mark.usefixtures("quick_children"),
+]
 
 
 def test_a_killed_worker_is_replaced_and_the_result_is_that_of_one_process(base_dir, layers_dir, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ from tests.search.conftest import make_questions, write_task
 COMPARED = ("final_results", "base_score", "base_stderr", "pareto", "single_layer_results", "dropped", "failed")
 SMALL = {"population": 6, "generations": 2, "patience": 2, "beam_width": 2, "top": 3}
 FEW = {"method": "singles", "max_layers": 1, "budget_evaluations": 1}
-pytestmark = pytest.mark.usefixtures("datasets_cache")
+pytestmark = pytest.mark.usefixtures("datasets_cache", "quick_children")
 
 
 def test_results_go_beside_the_package_by_default_wherever_one_is(tmp_path, monkeypatch):
@@ -418,7 +418,7 @@ def test_a_task_that_generates_is_searched_by_its_right_answers(tmp_path):
     """The right answers of embedded_recall's two forms are the same, and so are their losses, to the bit."""
     found, right = {}, {}
     for task in ("embedded_recall", "embedded_recall_generated"):
-        common = {"base": "tiny_llamba", "donor": "tiny_llama", "lengths": (64, 128), "limit": 6, "objective": "nll"}
+        common = {"base": "tiny_llamba", "donor": "tiny_llama", "lengths": (64, 128), "limit": 3, "objective": "nll"}
         result = search_layers(output_dir=tmp_path / task, tasks=(task,), method="singles", **common)
         rows = {tuple(row["layers"]): row for row in result["final_results"]}
         found[task] = [result["base_score"], result["donor_score"], *(rows[layer,]["fitness"] for layer in range(12))]
@@ -431,14 +431,14 @@ def test_a_task_that_generates_is_searched_by_its_right_answers(tmp_path):
     assert {tuple(row["layers"]): row["fitness"] for row in result["final_results"]} == right[task]
     result = search_layers(output_dir=tmp_path / "kl", **{**common, "objective": "kl"}, tasks=(task,), method="singles")
     assert result["donor_score"] == 0 > result["final_results"][0]["fitness"] > result["base_score"]
-    ratio = {**common, "tasks": ("embedded_recall_generated",), "limit": 3, "lengths": (64,), "method": "ratio"}
+    ratio = {**common, "tasks": ("embedded_recall_generated",), "lengths": (64,), "method": "ratio"}
     with pytest.raises(SurgeryError, match="The method is ratio, and second_task is None"):
         search_layers(output_dir=tmp_path / "ratio", **ratio)
     both = search_layers(output_dir=tmp_path / "ratio", **ratio, second_task="embedded_recall", max_layers=2)
     assert both["questions"] == 6
     assert sorted(row["num_layers"] for row in both["final_results"]) == [1, 2]
     build_checkpoint("tiny_llamba", [10], tmp_path / "embedded_recall" / "donor_layers", tmp_path / "graft")
-    written = evaluate_checkpoint(tmp_path / "graft", tasks=["embedded_recall_generated"], lengths=(64, 128), limit=6)
+    written = evaluate_checkpoint(tmp_path / "graft", tasks=["embedded_recall_generated"], lengths=(64, 128), limit=3)
     scores = [row["score"] for row in written["tasks"].values()]
     assert right["embedded_recall_generated"][10,] == pytest.approx(sum(scores) / 2)  # greedy decoding writes it
 
