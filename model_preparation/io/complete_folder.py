@@ -68,7 +68,7 @@ def new_folder(target: Path, *, overwrite: bool, marker_file: str) -> Iterator[P
 def remove_abandoned(parent: Path, *, only_for: Path | None = None, dry_run: bool = False) -> list[Path]:
     """Remove what killed runs left in the folder `parent`: every `NAME.partial` that is ours and not in use.
 
-    If the old NAME is in it, that is first moved back to its place. It is there where no swap in one step is possible.
+    An old NAME in it is first moved back. A killed run may leave it there if no swap in one step is possible.
 
     Args:
         parent: the folder to look in.

@@ -13,7 +13,7 @@ from pathlib import Path
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")  # endings of files of tensors
 
 _READ_BYTES = 512
-_MOST_FOLDERS = 5_000  # are looked into: somebody may give /
+_MOST_FOLDERS = 5_000  # to look into: somebody may give /
 _CHECKED = (*WEIGHTS, ".json", ".jsonl", ".model")  # other files, such as texts, may begin in any way
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".zst", ".7z")
@@ -181,7 +181,7 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 
 
 def _fitting(names: list[str], patterns: tuple[str, ...]) -> str | None:
-    """The first name that fits the first pattern that any name fits."""
+    """The first name that fits a pattern; earlier patterns win."""
     return next((name for pattern in patterns for name in names if fnmatch(name, pattern)), None)
 
 
