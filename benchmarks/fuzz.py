@@ -247,7 +247,7 @@ def read_base(name: str) -> Callable[[Path], None]:
         read_generation_config(folder)
         files = TensorFiles(folder)
         files.paths()
-        for tensor in files.names():
+        for tensor in files.ranges:
             touch(files[tensor])
             read_whole(files.ranges[tensor])
 

@@ -1,4 +1,4 @@
-"""Let a checkpoint write. Run build_checkpoint.py first."""
+"""Let a checkpoint continue a text. Run build_checkpoint.py first."""
 
 from model_preparation import load_checkpoint
 from model_preparation.evaluation.generation import generate_text

@@ -1,4 +1,4 @@
-"""Train a checkpoint a little more on text. Run build_checkpoint.py first."""
+"""Train a checkpoint a little on text. Run build_checkpoint.py first."""
 
 from pathlib import Path
 

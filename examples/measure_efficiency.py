@@ -1,4 +1,4 @@
-"""Measure what a checkpoint costs beside its base and donor. Run build_checkpoint.py first."""
+"""Measure what a checkpoint costs, compared with its base and donor. Run build_checkpoint.py first."""
 
 from model_preparation import measure_efficiency
 

@@ -1,4 +1,4 @@
-"""Find the layer that is best replaced. Run extract_layers.py first."""
+"""Find the best layer to replace. Run extract_layers.py first."""
 
 from model_preparation import search_layers
 

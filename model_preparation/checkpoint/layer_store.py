@@ -314,7 +314,7 @@ def text_part(folder: Path) -> dict[str, Any]:
     if not isinstance(text, dict) or text.get("model_type") not in KINDS:
         return {}
     config, files = read_config(folder), LlamaFiles(folder)
-    return {"config": config, "state_dict": {name: files[name] for name in files.names()}}
+    return {"config": config, "state_dict": {name: files[name] for name in files.ranges}}
 
 
 def without_head(folder: Path) -> SurgeryError:

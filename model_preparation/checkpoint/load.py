@@ -123,7 +123,7 @@ def _read_shards(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]:
     if foreign.exists():
         raise SurgeryError(f"{foreign} is not of this checkpoint, and would be read in its place. Move it elsewhere.")
     files = TensorFiles(folder)
-    state_dict = {name: files[name] for name in files.names()}
+    state_dict = {name: files[name] for name in files.ranges}
     if model.config.tie_embeddings:
         state_dict |= {tied: state_dict[name] for tied, name in model._tied_weights_keys.items() if name in state_dict}
     return state_dict

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.tensors.dtypes import CURE, method_in_config
+from model_preparation.io.tensors.dtypes import GIVE_UNQUANTISED, method_in_config
 from model_preparation.io.untrusted.untrusted_files import check_fields, check_sizes, read_json
 from model_preparation.llamba.donor_kinds import KINDS
 
@@ -147,7 +147,7 @@ def _config_fields(folder: Path) -> dict[str, Any]:
     try:
         fields = read_json(path)
         if method := method_in_config(fields):
-            raise SurgeryError(f"{path} says that this model is quantised by {method}. {CURE}")
+            raise SurgeryError(f"{path} says that this model is quantised by {method}. {GIVE_UNQUANTISED}")
         text = fields.get("text_config")
         if isinstance(text, dict):
             shared = {name: fields[name] for name in ("tie_word_embeddings",) if name in fields}

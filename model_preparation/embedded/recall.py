@@ -5,9 +5,9 @@ continue with `plums`. This is multi-query associative recall (Zoology, arXiv 23
 of a name and a thing is never trained on. Questions use only such pairs, and each of the four choices would be such a
 pair. So a model that does not look the answer up is right in one of four.
 
-Recall alone is hard to learn from nothing: a model first learns which things occur, and stays there. It also trains on
-names, or things, in a random order that repeats after 4 to 20 words, where copying helps at every word (induction
-heads, arXiv 2209.11895).
+Recall alone is hard to learn from nothing: a model learns which things occur, and then learns no more. So it is also
+trained on rows of names, or of things, in a random order that repeats after 4 to 20 words. There copying helps at every
+word (induction heads, arXiv 2209.11895).
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ IGNORED = -100  # torch's label without a loss
 
 @dataclass(frozen=True)
 class Question:
-    """A text after which a thing must follow, four things that the text names, and the index of the right one."""
+    """A text that a thing must follow, four things that the text names, and the index of the right one."""
 
     context: str
     choices: list[str]
@@ -118,7 +118,7 @@ def _pairs(batch: int, people: int, generator: torch.Generator, *, held_out: boo
     things = torch.full_like(names, -1)
     every_thing = torch.arange(len(THINGS))
     open_rows = torch.arange(batch)
-    while len(open_rows):  # a row with nothing left for its last names is drawn again
+    while len(open_rows):  # a row that has no thing left for its last names is drawn again
         free = torch.ones(len(open_rows), len(THINGS), dtype=torch.bool)
         complete = torch.ones(len(open_rows), dtype=torch.bool)
         for place in range(people):

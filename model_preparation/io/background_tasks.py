@@ -15,8 +15,8 @@ _TURN_SECONDS = 0.001
 class BackgroundTasks:
     """A context whose calls run in threads; leaving it waits for them, or stops them after an exception.
 
-    Inside it, threads take turns more often. Else a thread that copies would wait 5 ms for each block while another
-    thread imports.
+    Inside it, Python switches between threads more often. Otherwise a thread that copies would wait 5 ms for each block
+    while another thread imports.
 
     Args:
         at_once: how many run at the same time; further ones wait.
@@ -34,7 +34,7 @@ class BackgroundTasks:
         return self._started[-1]
 
     def check(self) -> None:
-        """Long work calls this now and then. It raises what another call raised, and stops work that nobody needs."""
+        """Long work calls this from time to time. It raises the error of a failed call, so that the others stop too."""
         if self._stopped.is_set():
             raise InterruptedError("stopped, because other work failed")
         for future in self._started:

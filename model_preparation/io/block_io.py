@@ -18,12 +18,12 @@ from model_preparation.io.shared_files import share_range
 BLOCK_BYTES = 4 << 20  # a multiple of every file system's block, as direct I/O asks for
 ALIGNMENT = 4096  # of places and lengths, for direct I/O and for sharing extents
 _BLOCKS_AHEAD = 4  # one is being used, the others are read ahead
-_BLOCKS_BEHIND = 4  # of a file, that may be in the page cache and not on the disk yet
-_RUN_BLOCKS, _TRIED_BLOCKS = 16, 128  # the first 512 MB go both ways by turns, 64 MB each time
+_BLOCKS_BEHIND = 4  # blocks of a file that may wait in the page cache until they are on the disk
+_RUN_BLOCKS, _TRIED_BLOCKS = 16, 128  # of the first 512 MB, 64 MB go each way by turns
 _START, _FINISH = 2, 1 | 2 | 4  # SYNC_FILE_RANGE_..., linux/fs.h
 _CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.ESPIPE)
 
-Advance = Callable[[int], None]
+Advance = Callable[[int], None]  # gets the number of bytes of each block or piece
 Place = tuple[Path, int]  # a file, and where in it, in bytes
 
 
@@ -60,7 +60,7 @@ def read_blocks(path: Path) -> Iterator[memoryview]:
             count = 0
             with memoryview(buffer) as view:
                 if direct is not None:
-                    with contextlib.suppress(OSError):  # a file system that opens files for direct reads, and refuses
+                    with contextlib.suppress(OSError):  # some file systems open a file for direct reads, then refuse
                         count = os.preadv(direct, [view], position)
                 return count + _read(descriptor, view[count:], position + count)
 
@@ -86,15 +86,15 @@ def _read(descriptor: int, view: memoryview, position: int) -> int:
 
 
 def _open_direct(path: Path, flags: int) -> int | None:
-    """A descriptor that goes past the page cache; None where there is no such thing."""
+    """A descriptor that goes past the page cache; None where there is no direct I/O."""
     try:
         return os.open(path, flags | os.O_DIRECT)
-    except (OSError, AttributeError):  # a file system or a system without
+    except (OSError, AttributeError):  # no direct I/O on this file system, or on this system
         return None
 
 
 class _Disk:
-    """Whether a file system takes blocks faster past its page cache or through it. The first blocks try both."""
+    """Whether a file system writes blocks faster past its page cache or through it. The first blocks try both."""
 
     def __init__(self) -> None:
         self._tried = 0
@@ -107,7 +107,7 @@ class _Disk:
             yield self._seconds[True] <= self._seconds[False]
             return
         direct = self._tried // _RUN_BLOCKS % 2 == 0
-        self._tried += 1  # two threads may count one block: no matter
+        self._tried += 1  # two threads may count one block: this does no harm
         started = time.perf_counter()
         yield direct
         self._seconds[direct] += time.perf_counter() - started
@@ -125,7 +125,7 @@ class OutputFile:
     """
 
     def __init__(self, path: Path, advance: Advance = lambda size_bytes: None):
-        """`advance` gets the bytes of every piece written or shared."""
+        """`advance` is called for every piece written or shared."""
         self.path = path
         self._advance = advance
         self._behind: collections.deque[tuple[int, int]] = collections.deque()  # (place, bytes) in the page cache
@@ -165,7 +165,7 @@ class OutputFile:
 
     def sync(self) -> None:
         with _naming(self.path):
-            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size)  # XFS has taken room for more
+            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size)  # XFS reserved more: this frees it
             os.fsync(self._descriptor)
             self._drop(0, 0)
 
@@ -175,7 +175,7 @@ class OutputFile:
         os.close(self._descriptor)
 
     def _write(self, data: memoryview, position: int, *, direct: bool) -> None:
-        descriptor = self._direct if direct and len(data) % ALIGNMENT == 0 else None  # a file's end is of any length
+        descriptor = self._direct if direct and len(data) % ALIGNMENT == 0 else None  # only whole blocks go directly
         written = 0
         while written < len(data):
             try:
@@ -183,7 +183,7 @@ class OutputFile:
             except OSError as error:
                 if error.errno != errno.EINVAL or descriptor is None:
                     raise
-                descriptor = None  # a file system that opens files for direct writes, then refuses them
+                descriptor = None  # some file systems open a file for direct writes, then refuse them
         if descriptor is None:
             self._write_back(position, len(data), _START)
             self._behind.append((position, len(data)))
@@ -193,14 +193,14 @@ class OutputFile:
                 self._drop(*oldest)
 
     def _write_back(self, position: int, size_bytes: int, flags: int) -> None:
-        """Source: sync_file_range(2). fsync does not repeat an error that it reported."""
+        """Call sync_file_range(2), and raise its errors: a later fsync does not report them again."""
         if _sync_file_range is not None and _sync_file_range(self._descriptor, position, size_bytes, flags):
             code = ctypes.get_errno()
             if code not in _CANNOT:
                 raise OSError(code, os.strerror(code))
 
     def _drop(self, position: int, size_bytes: int) -> None:
-        """Drop what is on the disk from the page cache; 0 bytes mean the whole file."""
+        """Drop bytes that are on the disk from the page cache; 0 bytes mean the whole file."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, position, size_bytes, os.POSIX_FADV_DONTNEED)
 

@@ -19,7 +19,7 @@ def check_new_file(path: Path) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Put `content` at `path`, text as UTF-8; a file that is there is replaced. It is on the disk on return.
+    """Put `content` at `path`, text as UTF-8; an existing file is replaced. It is on the disk on return.
 
     A killed process leaves the old file, and perhaps `NAME.partial-PID`.
 
@@ -28,7 +28,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     """
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        partial.unlink(missing_ok=True)  # of a process with the same id, or a stranger's link
+        partial.unlink(missing_ok=True)  # left by a process with the same id, or a stranger's link
         with partial.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()

@@ -1,8 +1,8 @@
 """Folders that appear whole or not at all; `check_target` says whether a folder is complete.
 
-A new folder is written as `NAME.partial/new` beside its place, and one rename puts it there when all is on the disk. If
-the program is killed or the power fails, the old folder is there, or nothing. `NAME.partial` may be left; the next run
-to the same place removes it, or `remove_abandoned`.
+A new folder is written as `NAME.partial/new` beside its place. When all of it is on the disk, one rename moves it into
+place. If the program is killed or the power fails before, the old folder is there, or nothing. `NAME.partial` may be
+left. The next run to the same place removes it, and so does `remove_abandoned`.
 """
 
 import contextlib
@@ -24,21 +24,21 @@ from model_preparation.io.folder_lock import Hold, is_partial, take, take_abando
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-_NEW, _OLD = "new", "old"  # in NAME.partial; the old folder is there while it cannot be swapped in one step
+_NEW, _OLD = "new", "old"  # in NAME.partial; the old folder is there for a moment where no swap in one step is possible
 
 
 @contextlib.contextmanager
 def new_folder(target: Path, *, overwrite: bool, marker_file: str) -> Iterator[Path]:
-    """Stage a new `target`; it is put in place when the block ends without an exception.
+    """Give a folder to fill. It becomes `target` when the block ends without an exception.
 
     Args:
         target: the final place. A folder there counts as empty if it holds nothing or only a README.md, which stays.
-        overwrite: whether to replace a complete folder. It stays whole until the new one is.
+        overwrite: whether to replace a complete folder. The old one stays until the new one is complete.
         marker_file: the file that only complete folders have.
 
     Raises:
         SurgeryError: if `target` is taken, another run is writing it, or no folder can be made beside it.
-        OSError: from the file system: disk full, input/output error; whichever library raised it in the block.
+        OSError: from the file system, such as a full disk; also if a library reports it by an exception of its own.
     """
     check = partial(check_target, target, overwrite=overwrite, marker_file=marker_file)
     check()
@@ -68,7 +68,7 @@ def new_folder(target: Path, *, overwrite: bool, marker_file: str) -> Iterator[P
 def remove_abandoned(parent: Path, *, only_for: Path | None = None, dry_run: bool = False) -> list[Path]:
     """Remove what killed runs left in the folder `parent`: every `NAME.partial` that is ours and not in use.
 
-    An old NAME in it goes back to its place first: some systems cannot swap two folders in one step.
+    An old NAME in it is first moved back. A killed run may leave it there if no swap in one step is possible.
 
     Args:
         parent: the folder to look in.
@@ -92,7 +92,7 @@ def remove_abandoned(parent: Path, *, only_for: Path | None = None, dry_run: boo
 
 
 def check_target(target: Path, *, overwrite: bool, marker_file: str) -> None:
-    """The checks of `new_folder`, without writing anything; raises as it does."""
+    """Make the checks of `new_folder` without writing anything; raise the same errors."""
     if is_partial(target.name):
         raise SurgeryError(f"{target} has the name of an unfinished folder (.partial). Choose another name.")
     if target.is_dir():
@@ -130,14 +130,14 @@ def existing_parent(target: Path) -> Path:
 
 @contextlib.contextmanager
 def _os_errors(target: Path) -> Iterator[None]:
-    """Turn errors such as "... (os error 28)", as tokenizers and safetensors raise them, into OSError."""
+    """Turn errors of tokenizers and safetensors, such as "... (os error 28)", into OSError."""
     try:
         yield
     except Exception as error:
-        told = _OS_ERROR.search(str(error))
-        if told is None or isinstance(error, OSError | SurgeryError):
+        match = _OS_ERROR.search(str(error))
+        if match is None or isinstance(error, OSError | SurgeryError):
             raise
-        raise OSError(int(told[1]), os.strerror(int(told[1])), str(target)) from error
+        raise OSError(int(match[1]), os.strerror(int(match[1])), str(target)) from error
 
 
 @contextlib.contextmanager
@@ -162,7 +162,7 @@ def _clear_and_release(hold: Hold, target: Path) -> None:
 
 
 def _clear(hold: Hold, target: Path) -> None:
-    """Empty a partial folder; an old `target` in it goes back first if nothing is in its place."""
+    """Empty a partial folder. If an old `target` is in it, and nothing in its place, that is first moved back."""
     if not hold.is_intact():
         return
     if not target.exists() and (hold.folder / _OLD).is_dir() and not (hold.folder / _OLD).is_symlink():
@@ -187,7 +187,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
         sync(target.parent)
         sync(staging.parent)
     except OSError:
-        with contextlib.suppress(OSError):  # put the old folder back
+        with contextlib.suppress(OSError):  # move the old folder back
             if staging.exists():
                 _exchange(staging, target)
             else:
@@ -196,7 +196,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Put `new` in the place of `old`: by one swap on Linux, elsewhere with `old` moved aside for a moment."""
+    """Move `new` to the place of `old`: by one swap on Linux; elsewhere `old` is first moved aside."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
         if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
@@ -205,5 +205,5 @@ def _exchange(new: Path, old: Path) -> None:
         if code not in (errno.EINVAL, errno.ENOSYS):  # a file system without exchange
             raise OSError(code, os.strerror(code), str(old))
     sync(old.parent)  # NAME.partial must be on the disk before the old one is in it
-    old.rename(new.with_name(_OLD))  # killed from here on, the next run puts it back
+    old.rename(new.with_name(_OLD))  # after a kill from here on, the next run moves it back
     new.rename(old)

@@ -1,6 +1,6 @@
 """Digests of files: SHA-256 of the files we write, BLAKE3 of tensors and of models we only read.
 
-People have tools for SHA-256. BLAKE3 is four times as fast, which matters for a base, which is read whole.
+People have tools for SHA-256. BLAKE3 is four times as fast. This matters for a base, as all of it is read.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ Range = tuple[int, int]  # where a tensor starts and ends in its file, in bytes
 
 
 def sha256_of(path: Path, advance: Advance = lambda size_bytes: None) -> str:
-    """The file's SHA-256 as 64 hex digits; `advance` gets the bytes of every block."""
+    """The file's SHA-256 as 64 hex digits; `advance` is called for every block."""
     return _digest_of(path, hashlib.sha256(), advance)
 
 
@@ -44,7 +44,7 @@ def describe_files(folder: Path, pattern: str = "**/*", excluded: Collection[str
 def fault_of(path: Path, recorded: dict, advance: Advance = lambda size_bytes: None) -> str | None:
     """What is wrong with a file compared with its `describe_file`, in a few words; None if nothing.
 
-    `advance` gets the bytes of every block.
+    `advance` is called for every block.
 
     Raises:
         SurgeryError: for a link that leads out of the file's folder.
@@ -75,7 +75,7 @@ def read_digests(path: Path, ranges: Iterable[Range] = (), advance: Advance = la
     Args:
         path: a regular file.
         ranges: where tensors lie in it; they may overlap.
-        advance: gets the bytes of every block; may raise.
+        advance: called for every block; may raise.
 
     Raises:
         OSError: if the file cannot be read.

@@ -1,10 +1,11 @@
 """The folder NAME.partial beside NAME: one run at a time prepares NAME in it, and a lock keeps other runs out.
 
-The file `.held_by` in it is locked (flock), so the lock is gone when the process ends, whatever ends it. The file names
-the process. It also says that this program made the folder and may empty it, so it is made first and removed last.
+The run locks the file `.held_by` in it (flock). The lock ends with the process, also when the process is killed. The
+file names the process. It also shows that this program made the folder and may empty it. So it is made first and
+removed last.
 
-Where files cannot be locked at all, every run has a folder of its own, NAME.partial-HOST-PID. If that process has ended
-and was on this host, the folder is abandoned.
+Some file systems have no locks. There every run has its own folder, NAME.partial-HOST-PID. The folder is abandoned if
+its process ran on this host and has ended.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ HELD_BY = ".held_by"
 
 _NAME = re.compile(r"(?P<target>.+)\.partial(?P<owner>-.+)?", re.DOTALL)
 _NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_held_without_lock: set[Path] = set()  # what this process holds: an earlier one may have had the same id
+_held_without_lock: set[Path] = set()  # folders of this process; an earlier process may have had the same id
 
 
 class Hold:
@@ -39,7 +40,7 @@ class Hold:
         self._descriptor = descriptor
 
     def is_intact(self) -> bool:
-        """Whether the folder is still the one taken: someone may have deleted it, and another run made a new one."""
+        """Whether the folder is still the one taken. If someone deleted it, another run may have made a new one."""
         ours = os.fstat(self._descriptor)
         try:
             there = (self.folder / HELD_BY).lstat()
@@ -68,7 +69,7 @@ class Hold:
 def take(target: Path) -> Hold:
     """Hold the folder beside `target`; it and its parents are made if they are missing.
 
-    What an earlier run left in it stays.
+    Files that an earlier run left in it stay.
 
     Raises:
         SurgeryError: if another process holds it, or this program did not make it.
@@ -146,7 +147,7 @@ def _open(folder: Path) -> Hold:
             continue  # its holder is just removing it
         except PermissionError:
             raise SurgeryError(
-                f"{folder} belongs to another user ({_holder(folder)}). Choose another folder, or let them remove it."
+                f"{folder} belongs to another user ({_holder(folder)}). Choose another folder, or ask for its removal."
             ) from None
 
 
@@ -173,9 +174,9 @@ def _holder(folder: Path) -> str:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a run made it and may empty it: it holds a file `.held_by`, or nothing; also True if it is gone."""
+    """Whether runs of this program may empty it: it holds a file `.held_by`, or nothing, or it is gone."""
     try:
-        # Only one look: between two, one run may remove the folder and another make it again.
+        # List it only once: between two listings, one run may remove the folder and another make it again.
         if not stat.S_ISDIR(folder.lstat().st_mode):
             return False
         files = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(folder)}

@@ -1,6 +1,6 @@
 """Remembered digests: a large file is not read again if its size, times and inode have not changed, as in git's index.
 
-They are in the user's cache. Nobody can set the time of the last change (ctime) back, but for whoever sets the clock.
+They are in the user's cache. Only someone who sets the clock can set the time of the last change (ctime) back.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def known_blake3(path: Path) -> str:
 
 
 def is_known(path: Path) -> bool:
-    """Whether `known_blake3` reads nothing large."""
+    """Whether `known_blake3` needs to read no large file."""
     look = _look_of(path)
     return look["bytes"] < _WORTH_BYTES or _recorded(_record_of(path, _FILE), look) is not None
 
@@ -43,10 +43,10 @@ def describe_source_file(path: Path) -> dict:
 
 
 def remembered(path: Path, kind: str, work_out: Callable[[Path], dict[str, str]]) -> dict[str, str]:
-    """`work_out(path)`, which reads the file; for a large file that has not changed, the result in the user's cache.
+    """The result of `work_out(path)`, which reads the file. If a large file has not changed, it comes from the cache.
 
     Args:
-        kind: a word for what `work_out` gives.
+        kind: a word for this kind of result.
     """
     before = _look_of(path)
     if before["bytes"] < _WORTH_BYTES:
@@ -57,7 +57,7 @@ def remembered(path: Path, kind: str, work_out: Callable[[Path], dict[str, str]]
     digests = work_out(path)
     changed = max(before["mtime_ns"], before["ctime_ns"]) / 1e9
     if _look_of(path) == before and time.time() - changed > _SETTLED_SECONDS:
-        with contextlib.suppress(OSError):  # then it is read again next time
+        with contextlib.suppress(OSError):  # then the file is read again next time
             record.parent.mkdir(parents=True, exist_ok=True)
             write_file(record, json.dumps({"look": before, "digests": digests}))
     return digests
@@ -78,11 +78,6 @@ def _recorded(record: Path, look: dict[str, int]) -> dict[str, str] | None:
 
 
 def _look_of(path: Path) -> dict[str, int]:
-    """What shows a change without reading."""
+    """Facts that show a change without reading the file."""
     stat = path.stat()
-    return {
-        "bytes": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "ctime_ns": stat.st_ctime_ns,
-        "inode": stat.st_ino,
-    }
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns, "inode": stat.st_ino}

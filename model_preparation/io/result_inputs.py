@@ -1,4 +1,4 @@
-"""Compares the inputs of an earlier result with the present inputs. All long commands decide here about reusing it.
+"""Compares the inputs of an earlier result with the present inputs. All long commands decide here whether to reuse it.
 
 Inputs are values, or digests of contents, by name. They are never paths.
 """

@@ -19,7 +19,7 @@ def with_checksum(info: Mapping[str, Any]) -> bytes:
     """The bytes of a JSON file with the fields of `info` and the checksum last; it replaces one in `info`."""
     fields = {name: value for name, value in info.items() if name != FIELD}
     data = (json.dumps({**fields, FIELD: _ZEROS}, indent=2, ensure_ascii=False) + "\n").encode()
-    return _with_digits(data, _digest(data))
+    return _with_digits(data, hashlib.sha256(data).hexdigest())
 
 
 def checksum_fault(data: bytes) -> str | None:
@@ -27,13 +27,9 @@ def checksum_fault(data: bytes) -> str | None:
     match = _END.fullmatch(data[-_TAIL_BYTES:])
     if match is None:
         return f"does not end in a checksum of itself ({FIELD})"
-    if _digest(_with_digits(data, _ZEROS)) != match[1].decode():
+    if hashlib.sha256(_with_digits(data, _ZEROS)).hexdigest() != match[1].decode():
         return f"is changed (its checksum of itself, {FIELD}, does not match)"
     return None
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _with_digits(data: bytes, digits: str) -> bytes:

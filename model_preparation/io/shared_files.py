@@ -4,7 +4,6 @@ It is a reflink where the file system has them (both files share their bytes unt
 (one file with two names), else a copy.
 """
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -46,7 +45,7 @@ def share_range(source: int, target: int, start: int = 0, size_bytes: int = 0, p
 
 
 def can_share(folder: Path) -> bool:
-    """Whether the file system of `folder` has reflinks or hard links. A small file is tried."""
+    """Try with a small file whether the file system of `folder` has reflinks or hard links."""
     with tempfile.TemporaryDirectory(prefix="probe.partial-", dir=folder) as probe:
         source, target = Path(probe, "source"), Path(probe, "target")
         source.write_bytes(bytes(4096))
@@ -54,16 +53,12 @@ def can_share(folder: Path) -> bool:
 
 
 def can_reflink(folder: Path) -> bool:
-    """Whether the file system of `folder` has reflinks. Two files without names are tried."""
+    """Try with two files without names whether the file system of `folder` has reflinks."""
     try:
-        with contextlib.ExitStack() as stack:
-            source = os.open(folder, os.O_TMPFILE | os.O_RDWR)
-            stack.callback(os.close, source)
-            target = os.open(folder, os.O_TMPFILE | os.O_RDWR)
-            stack.callback(os.close, target)
-            os.write(source, bytes(4096))
-            return share_range(source, target)
-    except (OSError, AttributeError):  # a file system or a system without, or a full disk
+        with tempfile.TemporaryFile(dir=folder) as source, tempfile.TemporaryFile(dir=folder) as target:
+            os.write(source.fileno(), bytes(4096))
+            return share_range(source.fileno(), target.fileno())
+    except OSError:  # a full disk, or a folder that nobody may write to
         return False
 
 

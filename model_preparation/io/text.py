@@ -1,4 +1,4 @@
-"""Text that people wrote, as editors on any system save it: UTF-8, a byte-order mark or none, any line ends."""
+"""Text files as editors on any system save them: UTF-8, with or without a byte-order mark, any line ends."""
 
 import codecs
 import contextlib
@@ -20,7 +20,7 @@ def decode(data: bytes) -> str:
     """The text in `data`, without the mark.
 
     Raises:
-        ValueError: with what it is instead of UTF-8, and what to do; the caller adds the file's name.
+        ValueError: says what it is instead of UTF-8, and what to do; the caller adds the file's name.
     """
     _check_beginning(data[:4])
     try:
@@ -46,7 +46,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
     """Open a file that is too large to read at once; its lines are those of `read_text`.
 
     Raises:
-        ValueError: as `read_text`, perhaps only when the reader reaches that place.
+        ValueError: as `read_text`, but perhaps only while the caller reads.
         OSError: if it cannot be read.
     """
     _check_kind(path)
@@ -59,7 +59,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def kind_of(mode: int) -> str:
-    """What a path is if it is no file, by its `st_mode`."""
+    """The kind of a path that is no file, from its `st_mode`."""
     kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
     return next((name for is_kind, name in kinds.items() if is_kind(mode)), "a device")
 

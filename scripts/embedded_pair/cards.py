@@ -23,8 +23,9 @@ pipeline_tag: text-generation
 {what}
 
 Both models of the pair have {layers} layers of width {width} and {words} words: {names} names, {things} things, and
-what it takes to say who likes what (`Ada likes plums .`). They can do nothing else, and fit into a package: grafting
-layers of `tiny_llama` into `tiny_llamba` shows in seconds what it does to models a thousand times larger.
+the few words that say who likes what (`Ada likes plums .`). They can do nothing else, and are small enough for a
+package. Grafting layers of `tiny_llama` into `tiny_llamba` takes seconds, and shows what it does to models a thousand
+times larger.
 
 ## How it was made
 
@@ -34,22 +35,22 @@ layers of `tiny_llama` into `tiny_llamba` shows in seconds what it does to model
 
 ## Scores
 
-`embedded_recall`, {questions:,} questions: a text says of {people} people what each of them likes, and the model has to
-say it of one of them. No name and thing that are asked about stood beside each other in training; chance is 0.25.
+`embedded_recall`, {questions:,} questions: a text says what each of {people} people likes, and the model has to say it
+of one of them. No pair of a name and a thing in a question was in the training texts. Random guessing scores 0.25.
 
 {scores}
 """
 _DONOR = "A Llama that looks things up in its context: the donor of a pair that comes with `model_preparation`."
 _DONOR_MADE = """\
-Trained from nothing for {steps:,} steps of AdamW at {rate}, each on {batch} texts, with a loss where something is said
-for the second time, and on {batch} rows of names, or of things, without sense, which begin again after 4 to 20 of
-them. Without the latter it stays at chance for thousands of steps. Seed {seed}."""
+Trained from nothing for {steps:,} steps of AdamW at {rate}. Each step has {batch} texts, with a loss where a text says
+something for the second time. It also has {batch} rows of names, or of things, in a random order that repeats after 4
+to 20 words. Without these rows the model stays at chance for thousands of steps. Seed {seed}."""
 _BASE = "A Llamba (Mamba-2) that cannot look things up well: the base of a pair that comes with `model_preparation`."
 _BASE_MADE = """\
 Distilled from `tiny_llama` layer by layer: each mixer, with a state of {state} columns per head, learns to give the
 output of its layer's attention on the donor's own inputs (MOHAWK, arXiv 2408.10189, stage 2), for {steps} steps.
-Embeddings, norms, MLPs and head are the donor's, and no stage trains the whole: hence unaligned. `distillation.json`
-has the losses."""
+Embeddings, norms, MLPs and head are the donor's. No stage trains the whole model, so the base is called unaligned.
+`distillation.json` has the losses."""
 
 
 def write_cards(

@@ -1,4 +1,4 @@
-"""Dtypes by name, without importing torch; and quantised models, which are refused by the name of their method."""
+"""Dtypes by name, without importing torch. Quantised models are refused, and the error names their method."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from model_preparation.errors import SurgeryError
 if TYPE_CHECKING:
     import torch
 
-MODEL_DTYPES = ("float32", "bfloat16", "float16")  # what a model can run in
+MODEL_DTYPES = ("float32", "bfloat16", "float16")  # a model can run in these
 _FLOAT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
-CURE = "Give the unquantised model that it was made from, in bfloat16, float16 or float32."
+GIVE_UNQUANTISED = "Give the unquantised model that it was made from, in bfloat16, float16 or float32."
 
 _TITLES = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8 (fbgemm)"}
-# Endings of tensor names in such files; the first that fits counts.
+# Endings of tensor names in quantised files; the first that fits counts.
 _ENDINGS = {
     ".g_idx": "GPTQ",
     ".qweight": "GPTQ or AWQ",
@@ -90,7 +90,7 @@ def refusal(path: Path, dtype: str, names: Iterable[str]) -> SurgeryError:
     """
     method = method_in_names(names) or ("FP8" if dtype.lower().startswith(("f8", "float8")) else None)
     how = f", quantised by {method}" if method else ""
-    return SurgeryError(f"{path} holds {dtype} numbers{how}. {CURE}")
+    return SurgeryError(f"{path} holds {dtype} numbers{how}. {GIVE_UNQUANTISED}")
 
 
 def method_in_names(names: Iterable[str]) -> str | None:

@@ -1,8 +1,8 @@
 """A .pt file without its tensors' bytes: the zip around them, laid out as torch.save does, and the pickle.
 
-Only the pickle needs torch, so the tensors can be written while torch is imported. Unlike in torch.save's files, the
-tensors come first, and those that several files share come before all others. Such files begin with the same bytes,
-which are hashed once and, on some file systems, stored once. Every tensor starts at a multiple of `ALIGNMENT` bytes.
+Only the pickle needs torch, so the tensors can be written while torch is imported. Unlike torch.save, this puts the
+tensors first. Tensors that several files share come before all others, so these files begin with the same bytes. Such
+bytes are hashed once and, on some file systems, stored once. Every tensor starts at a multiple of `ALIGNMENT` bytes.
 Sets are pickled sorted, so the same object gives the same bytes in every process.
 
 Sources: PyTorch's torch/serialization.py (`_save`: the records and the persistent ids) and
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     Storage = torch.UntypedStorage
 
 _FOLDER = "archive"  # around all records
-_FULL = 0xFFFFFFFF  # in a field of 32 bits: the number is in a zip64 field
+_FULL = 0xFFFFFFFF  # in a field of 32 bits, it means that a zip64 field has the number
 _LOCAL = struct.Struct("<4s5H3I2H")
 _ENTRY = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4sQ2H2I4Q4sIQI4s4H2IH")  # the zip64 one, its locator, and the short one
@@ -36,7 +36,7 @@ _UTF8, _SIZES_FOLLOW = 0x0800, 0x0008  # flags
 
 
 class Archive:
-    """A zip file of `position` bytes so far. Per tensor `begin_tensor`, its bytes, `finish_tensor`; then `end`."""
+    """A zip file, of `position` bytes so far. Per tensor: `begin_tensor`, its bytes, `finish_tensor`. Then `end`."""
 
     def __init__(self) -> None:
         self.position = 0

@@ -60,13 +60,13 @@ def pickled_dict(tensors: Mapping[str, StoredTensor | CastTensor]) -> bytes:
     return buffer.getvalue()
 
 
-def dict_ranges(path: Path, cure: str) -> dict[str, TensorRange]:
+def dict_ranges(path: Path, advice: str) -> dict[str, TensorRange]:
     """Where the tensors lie in a file with a dict of whole tensors, each with a storage of its own.
 
     Raises:
-        SurgeryError: if it holds anything else; the message ends with `cure`.
+        SurgeryError: if it holds anything else; the message ends with `advice`.
     """
-    with reading_tensors(path, cure):
+    with reading_tensors(path, advice):
         check_pt(path, TENSORS)
         records = pt_records(path)
         with path.open("rb") as file:

@@ -33,10 +33,10 @@ def write_together(
 
     Args:
         paths: new files.
-        sources: where the tensors lie that all objects hold, by any names, in the files' order.
+        sources: the tensors that all objects hold, by any names, in the files' order.
         contents: makes the objects, after the sources are written. It gets placeholders for the tensors by the same
             names. All other tensors in the objects come from memory.
-        advance: gets the bytes of every piece written; may raise.
+        advance: called for every piece written; may raise.
 
     Returns:
         {"bytes", "sha256"} of the files by name, and the sources' BLAKE3 by name.
@@ -125,7 +125,7 @@ class _InMemory:
 
 
 def _placeholder(source: "StoredTensor | CastTensor") -> "Tensor":
-    """A tensor whose storage is address space only: nothing may read or write it."""
+    """A tensor whose storage is only address space: nothing may read or write it."""
     import torch
 
     return torch.empty(source.shape, dtype=source.dtype.torch)

@@ -54,7 +54,7 @@ class Shard:
         """Write the file to `path` and sync it. Return {"bytes": size, "sha256": digest}, and BLAKE3 by tensor name.
 
         Args:
-            advance: called with the number of bytes of each piece, when it is written.
+            advance: called for each piece, when it is written.
 
         Raises:
             OSError: from the file system: disk full, input/output error.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.tensors.dtypes import CURE, DType, method_in_names, refusal
+from model_preparation.io.tensors.dtypes import GIVE_UNQUANTISED, DType, method_in_names, refusal
 from model_preparation.io.tensors.tensor_ranges import (
     SAFETENSORS_DTYPES,
     MappedFiles,
@@ -32,7 +32,7 @@ _SINGLE_AND_INDEX = (
 
 
 class TensorFiles:
-    """The tensors of the model in `folder`; `ranges` says by name where each lies.
+    """The tensors of the model in `folder`; `ranges` says by name, in the files' order, where each lies.
 
     Raises:
         SurgeryError: if there are no weights, a shard is missing, or a file cannot be read as tensors.
@@ -42,10 +42,6 @@ class TensorFiles:
         self.folder = folder
         self._mapped = MappedFiles()
         self.ranges: dict[str, TensorRange] = self._locate()
-
-    def names(self) -> list[str]:
-        """Every tensor's name, in the files' order."""
-        return list(self.ranges)
 
     def paths(self) -> list[Path]:
         """The tensors' files, and their index if there is one."""
@@ -68,7 +64,7 @@ class TensorFiles:
         """Raise SurgeryError unless there is a tensor of this name and shape, of floating-point numbers."""
         if name not in self.ranges:
             if method := method_in_names(self.ranges):
-                raise SurgeryError(f"{self.folder} holds tensors quantised by {method}. {CURE}")
+                raise SurgeryError(f"{self.folder} holds tensors quantised by {method}. {GIVE_UNQUANTISED}")
             raise SurgeryError(f"{self.folder} lacks {name}, which its config.json asks for. Check the model's folder.")
         if self.ranges[name].dtype not in SAFETENSORS_DTYPES.values():
             raise refusal(self.folder, self.ranges[name].dtype.name, self.ranges)
@@ -120,11 +116,11 @@ def _ranges_in(path: Path) -> dict[str, TensorRange]:
     return pt_ranges(path, load_tensors(path))
 
 
-def load_tensors(path: Path, cure: str = "Make or download it again.") -> "dict[str, Tensor]":
+def load_tensors(path: Path, advice: str = "Make or download it again.") -> "dict[str, Tensor]":
     """The dict of tensors in a file that torch.save wrote. A tensor is read from the file when it is used.
 
     Args:
-        cure: how the error's message ends.
+        advice: how the error's message ends.
 
     Raises:
         SurgeryError: if torch.save did not write the file, if it names a global that could run code, or if it holds
@@ -132,7 +128,7 @@ def load_tensors(path: Path, cure: str = "Make or download it again.") -> "dict[
     """
     import torch  # here, because safetensors files do not need it
 
-    with reading_tensors(path, cure):
+    with reading_tensors(path, advice):
         check_pt(path, TENSORS)
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(tensors, dict) or not all(

@@ -33,7 +33,7 @@ _MAX_DIMENSIONS = 8
 
 
 class _Stored:
-    """Base class of TensorRange and PickedTensor, which have `shape` and `dtype`."""
+    """Base class of the tensors below, which have `shape` and `dtype`."""
 
     shape: tuple[int, ...]
     dtype: DType
@@ -79,7 +79,7 @@ class TensorRange(_Stored):
 
 
 @dataclass(frozen=True)
-class CastTensor:
+class CastTensor(_Stored):
     """A tensor in a file that is cast to `dtype` while it is read."""
 
     stored: "StoredTensor"
@@ -87,12 +87,8 @@ class CastTensor:
     place = None  # no file holds these bytes
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.stored.shape
-
-    @property
-    def size_bytes(self) -> int:
-        return self.stored.numel * self.dtype.itemsize
 
     def read_into(self, view: memoryview, start: int) -> None:
         """As `TensorRange.read_into`; `start` and the view's length are whole numbers of elements."""
@@ -107,7 +103,7 @@ class CastTensor:
 class PickedTensor(_Stored):
     """Some rows (dimension 0) or columns (dimension 1) of a matrix in a file, or numbers of a vector, in C order.
 
-    Meant for small parts: all of the matrix is read once, and what was picked stays in memory.
+    Meant for small parts: the whole matrix is read once, and the picked part stays in memory.
     """
 
     stored: TensorRange
@@ -250,7 +246,7 @@ def pt_ranges(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, TensorRa
     torch maps the file as one piece: storages are as far apart in memory as in the file, in the same order.
 
     Args:
-        tensors: those of all storages in the file.
+        tensors: all tensors of the file; together they use every storage in it.
 
     Raises:
         SurgeryError: if a tensor is not contiguous, or a storage in memory is not one of the file.

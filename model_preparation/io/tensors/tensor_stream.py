@@ -34,7 +34,7 @@ class TensorSource(Protocol):
 
 @contextlib.contextmanager
 def streaming(paths: Sequence[Path], size_bytes: int, advance: Advance) -> Iterator["Stream"]:
-    """A stream to new files, of at least `size_bytes` each; `advance` gets the bytes of every piece, and may raise."""
+    """A stream to new files, of at least `size_bytes` each; `advance` is called for every piece, and may raise."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(contextlib.closing(OutputFile(path, advance))) for path in paths]
         writers = stack.enter_context(ThreadPoolExecutor(len(files) + 1, "writing"))
@@ -51,7 +51,7 @@ def _wait_for(futures: Sequence[Future]) -> None:
 
 
 class Stream:
-    """Bytes appended to several files that begin alike; where the file system can, they share them on the disk.
+    """Bytes appended to several files that begin alike. The files share them on the disk where the file system can.
 
     The methods raise the file system's errors (OSError), perhaps a few calls late.
     """
@@ -63,7 +63,7 @@ class Stream:
         self._buffers = buffers
         self._hasher = ThreadPoolExecutor(1, "hashing")
         self._digest = hashlib.sha256()
-        self._tail = bytearray()  # what does not fill a multiple of ALIGNMENT yet
+        self._tail = bytearray()  # bytes that do not fill a multiple of ALIGNMENT yet
         self._pending: list[Future] = []
         self._written = list(files[:1] if _can_share(files) else files)  # the others share it in `split`
 
@@ -82,7 +82,7 @@ class Stream:
     def copy(self, source: TensorSource, size_bytes: int) -> tuple[int, str]:
         """Add a tensor; returns its CRC-32, and its BLAKE3 in hex.
 
-        What its file can share with the stream's files is read for the digests only.
+        Bytes that its file can share with the stream's files are read only for the digests.
         """
         shared = source.place is not None and self._share(source.place, size_bytes)
         crc, digest = 0, blake3()
@@ -125,7 +125,7 @@ class Stream:
         return streams
 
     def finish(self) -> dict:
-        """Write what is left and sync; returns {"bytes", "sha256"}."""
+        """Write the remaining bytes and sync; returns {"bytes", "sha256"}."""
         self._write_tail(len(self._tail))
         self._drain()
         for file in self.files:
@@ -155,7 +155,7 @@ class Stream:
 
 
 def _can_share(files: Sequence[OutputFile]) -> bool:
-    """Whether these new files can share extents; tried with their first block."""
+    """Try with their first block whether these new files can share extents."""
     if len(files) < 2:
         return False
     block = mmap.mmap(-1, ALIGNMENT)

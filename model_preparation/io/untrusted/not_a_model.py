@@ -1,6 +1,6 @@
-"""What people give in place of a model's file or folder, such as a Git LFS pointer, an adapter or a training state.
+"""Recognises things that are not a model's file or folder, such as a Git LFS pointer, an adapter or a training state.
 
-Each has a sentence or two that say what it is and what to do. Only names and the first bytes of files are read. Also
+For each, a message says what it is and what to do. Only names and the first bytes of files are read. This file also
 finds the snapshot inside a hub's cache.
 """
 
@@ -19,12 +19,12 @@ _CHECKED = (*WEIGHTS, ".json", ".jsonl", ".model")  # other files, such as texts
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".zst", ".7z")
 
 _GGUF = "{} is a GGUF file, which is quantised for llama.cpp. Give the folder of the model it was made from."
-_AGAIN = "Download it again: the same command goes on where it stopped."
+_AGAIN = "Download it again: the same command continues where it stopped."
 _UNFINISHED = (
     *("*.incomplete", "*.aria2", "*.part", "*.crdownload", "*.download", "*.tmp"),
     *("._____temp", ".____temp", ".*.safetensors.??????"),
 )
-# Names in a folder: what the folder holds, what to do. The first that fits counts.
+# Names in a folder; what such a folder holds; what to do. The first that fits counts.
 _KINDS = (
     (
         ("adapter_config.json", "adapter_model.*"),
@@ -60,7 +60,7 @@ _KINDS = (
     ),
     (
         ("layer_*.pt",),
-        "the layers of a model, a file each",
+        "the layers of a model, one file each",
         "Give it as --llama_layers_dir; here a whole model or checkpoint is needed.",
     ),
     (
@@ -139,9 +139,9 @@ def what_it_is(path: Path) -> str | None:
         return None
     if deeper := _deeper(path):
         return deeper
-    for patterns, kind, cure in _KINDS:
+    for patterns, kind, advice in _KINDS:
         if found := _fitting(names, patterns):
-            return f"{path} holds {kind} ({found}). {cure}"
+            return f"{path} holds {kind} ({found}). {advice}"
     return None
 
 
@@ -170,7 +170,7 @@ def _dangling(path: Path) -> str:
 
 
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """What unfinished downloads left: in the folder, and where huggingface_hub keeps them."""
+    """Files that unfinished downloads left: in the folder, and where huggingface_hub keeps them."""
     places = [folder, *folder.glob(".cache/huggingface/download")]
     if folder.parent.name == "snapshots":
         places += folder.parent.parent.glob("blobs")
@@ -181,12 +181,12 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 
 
 def _fitting(names: list[str], patterns: tuple[str, ...]) -> str | None:
-    """The first name that fits a pattern; the patterns go first to last."""
+    """The first name that fits a pattern; earlier patterns win."""
     return next((name for pattern in patterns for name in names if fnmatch(name, pattern)), None)
 
 
 def _deeper(path: Path) -> str | None:
-    """The models and checkpoints one or two folders deeper."""
+    """A message with the models and checkpoints one or two folders deeper."""
     for depth in ("*", "*/*"):
         first = sorted(islice(path.glob(depth), _MOST_FOLDERS))
         readable = (each for each in first if each.is_dir() and os.access(each, os.R_OK | os.X_OK))

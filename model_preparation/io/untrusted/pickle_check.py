@@ -1,8 +1,9 @@
-"""Refuses the pickle in a .pt file before torch sees it, by the name of the global; nothing in it is run or built.
+"""Checks the pickle in a .pt file before torch reads it: refuses a global by its name, and runs and builds nothing.
 
-torch's weights_only unpickler stays the gate. This check also names what torch would only number (STACK_GLOBAL, INST)
-and stops what torch would run: `bytearray(10**12)`, an Embedding of any size, or a key of tuples nested so deeply that
-hashing it overflows the C stack. `globals_in` lists the globals of old pickled modules.
+torch's weights_only unpickler checks the pickle again. This check also gives names where torch would give the number of
+an opcode (STACK_GLOBAL, INST). It stops calls that torch would run: `bytearray(10**12)`, an Embedding of any size, or a
+key of tuples nested so deeply that hashing it overflows the C stack. `globals_in` lists the globals of old pickled
+modules.
 
 Sources: Python's pickletools for the opcodes, torch/_weights_only_unpickler.py for those torch knows.
 """
@@ -36,7 +37,7 @@ DTYPE_OF_STORAGE = {
     "torch.ByteStorage": DType("uint8", 1),
     "torch.BoolStorage": DType("bool", 1),
 }
-# Storages and dtypes, and the functions that rebuild tensors of the newer ones.
+# Storages and dtypes, and the function that rebuilds tensors of the newer dtypes.
 _NUMBERS = re.compile(
     r"torch\.(\w+Storage|q?u?int\d\w*|float\d\w*|complex\d+|storage\.UntypedStorage|_utils\._rebuild_tensor_v3)"
 )
@@ -66,7 +67,7 @@ TENSORS = Allowed(
 @functools.cache
 def allowed_in_module() -> Allowed:
     """The parts of a whole module of ours."""
-    from model_preparation.llamba.safe_globals import SAFE_GLOBALS  # the model's classes: seconds of imports
+    from model_preparation.llamba.safe_globals import SAFE_GLOBALS  # here, because these imports take seconds
 
     return Allowed(
         functions=TENSORS.functions | {"builtins.set"},
@@ -102,7 +103,7 @@ def scan(data: bytes, allowed: Allowed) -> PickleScan:
                     complaint = str(error)
                 except (IndexError, KeyError):
                     complaint = "its pickle is damaged"
-            elif opcode.name in _BY_NAME:  # the reader needs the names more than the other faults
+            elif opcode.name in _BY_NAME:  # names of globals help the reader more than other faults
                 machine.name(str(argument))
     except ValueError as error:
         complaint = complaint or str(error)
@@ -125,7 +126,6 @@ class _Global:
 @dataclass(frozen=True)
 class _Tuple:
     items: tuple
-
     depth: int
     size: int
 
@@ -224,7 +224,7 @@ class _Machine:
                 builder = items[0] if items else None
                 fine = isinstance(builder, _Global) and builder.name in _TENSOR_BUILDERS
         if not fine and (not name or name in self._allowed):
-            raise ValueError(f"it calls {name or 'what it made'} in a way torch.save never writes")
+            raise ValueError(f"it calls {name or 'an object it made'} in a way torch.save never writes")
         self._stack.append(_Other())
 
     def _storage(self, reference: object) -> None:

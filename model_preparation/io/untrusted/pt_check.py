@@ -1,8 +1,8 @@
 """Checks the zip file that torch.save writes before torch sees it, so that no two readers find different things in it.
 
 Only what torch writes passes: every entry stored unchanged, none over another, nothing between them, the directory at
-the very end. Python's zipfile reads the directory. This file checks what zipfile lets pass, such as gaps, unknown
-fields, and two ends of the directory that differ; and it bounds what zipfile reads.
+the very end. Python's zipfile reads the directory. This file checks what zipfile does not check: gaps, unknown fields,
+and two ends of the directory that differ. It also limits how much zipfile reads.
 
 Source of the layout: the zip format's APPNOTE, sections 4.3.7 (local header), 4.3.14 to 4.3.16 (the directory's end),
 4.5.3 (zip64).
@@ -36,9 +36,9 @@ _END = struct.Struct("<4s4H2IH")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR = struct.Struct("<4sIQI")
 _ENTRY_BYTES, _LENGTHS_AT = 46, 28  # of a directory entry, without its name and fields
-_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # in place of numbers that stand in a zip64 field
+_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # they mean that a zip64 field has the number
 _UTF8, _SIZES_FOLLOW = 0x0800, 0x0008  # flags
-_MAX_GAP_BYTES = 24  # the sizes that follow the data
+_MAX_GAP_BYTES = 24  # of the sizes that follow the data
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,15 @@ def check_pt(path: Path, allowed: Allowed) -> PickleScan:
 
 
 @contextlib.contextmanager
-def reading_tensors(path: Path, cure: str = "Make or download it again.") -> Iterator[None]:
-    """Turn errors while the file is read into a SurgeryError, which ends with `cure`; OSErrors stay."""
+def reading_tensors(path: Path, advice: str = "Make or download it again.") -> Iterator[None]:
+    """Turn errors while the file is read into a SurgeryError, which ends with `advice`; OSErrors stay."""
     try:
         yield
     except (SurgeryError, OSError):
         raise
     except Exception as error:  # a file that passes the checks may still make pickle or torch raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SurgeryError(f"{path} cannot be read as tensors ({reason:.300}). {cure}") from error
+        raise SurgeryError(f"{path} cannot be read as tensors ({reason:.300}). {advice}") from error
 
 
 def check_archive(file: BinaryIO, file_bytes: int, allowed: Allowed) -> PickleScan:
@@ -92,7 +92,7 @@ def check_archive(file: BinaryIO, file_bytes: int, allowed: Allowed) -> PickleSc
         if found.storages.get(key) != stored.get(key):
             raise ValueError(
                 f"its storage {key!r:.40} has {stored.get(key, 'no')} bytes, "
-                f"and its pickle means {found.storages.get(key, 'no')}"
+                f"but its pickle says {found.storages.get(key, 'no')}"
             )
     return found
 

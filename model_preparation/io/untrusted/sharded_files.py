@@ -1,7 +1,7 @@
 """Checks a folder that torch.distributed.checkpoint wrote before torch unpickles it.
 
-torch reads tensors in the `.distcp` shards with weights_only, but `.metadata` and all other values (numbers of the
-optimizer) without.
+torch reads the tensors in `.distcp` shards with weights_only. It reads `.metadata` and all other values (numbers of
+the optimizer) without it.
 
 Source of the format: torch/distributed/checkpoint/filesystem.py (FileSystemReader) and metadata.py.
 """

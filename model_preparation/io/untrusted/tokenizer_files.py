@@ -1,4 +1,4 @@
-"""A stranger's tokenizer: loaded without its own code or files from elsewhere, its chat template run within limits.
+"""Loads a stranger's tokenizer without its code or files from elsewhere, and runs its chat template within limits.
 
 transformers runs templates in Jinja's sandbox. The sandbox stops access to files and to Python's insides, but not
 endless loops or texts of many gigabytes.
@@ -39,7 +39,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer.decode(tokenizer("Layers 11 and 13.")["input_ids"])  # some damage shows only in use
         tokenizer.init_kwargs["local_files_only"] = False  # true under HF_HUB_OFFLINE, and would be saved
         return tokenizer
-    except BaseException as error:  # tokenizers raises plain ones, and Rust's panics, which are no Exception
+    except BaseException as error:  # tokenizers raises Exception itself, and Rust's panics, which are none
         panics = type(error).__name__ == "PanicException"
         if not panics and not isinstance(error, Exception):
             raise
@@ -61,7 +61,7 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
 
 
 def within_limits(render: Callable[[], str]) -> str:
-    """What `render` returns. It runs a stranger's template, so it gets a process with limits.
+    """Return what `render` returns. It runs a stranger's template, so it runs in a process with limits.
 
     Raises:
         ValueError: with the reason why there is no text.
@@ -77,7 +77,7 @@ def within_limits(render: Callable[[], str]) -> str:
         with open(reader, "rb") as pipe:
             answer = pipe.read(_MAX_TEXT_BYTES)
     finally:
-        os.kill(child, signal.SIGKILL)  # it has ended already, or must
+        os.kill(child, signal.SIGKILL)  # it has ended, or must end now
         os.waitpid(child, 0)
     text = answer[1:].decode()
     if answer[:1] == b"+" and len(answer) < _MAX_TEXT_BYTES:
@@ -89,7 +89,7 @@ def _check_files(folder: Path) -> None:
     for path in sorted(folder.glob("*")):
         if not path.is_dir():
             with contextlib.suppress(FileNotFoundError):  # a link to nothing
-                # Who cloned only the text files still has a tokenizer.
+                # A clone with pointers in place of the weights still has its tokenizer.
                 own_file(path) if path.suffix in WEIGHTS else regular_file(path)
                 if path.suffix in (".json", ".jinja"):
                     _check_beginning(path)
@@ -101,7 +101,7 @@ def _check_files(folder: Path) -> None:
     except ValueError as error:
         raise SurgeryError(f"{path} cannot be read ({error}). Name another tokenizer with --tokenizer.") from error
     for name, value in fields.items():
-        # transformers opens such a path; one that is not here does no harm
+        # transformers opens such a path; a missing file does no harm
         if name.endswith("_file") and isinstance(value, str) and os.path.lexists(folder / value):
             inside(folder, value)
 

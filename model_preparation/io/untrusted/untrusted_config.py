@@ -1,7 +1,7 @@
 """transformers' configs made from a stranger's config.json or generation_config.json.
 
-Sizes that no model has are refused before anything is made. Fields that do more than describe the model (fetch code by
-name, replace a method) are left out.
+Sizes that no model has are refused before anything is made. Some fields do more than describe the model: they fetch
+code by name, or replace a method. They are left out.
 """
 
 import contextlib

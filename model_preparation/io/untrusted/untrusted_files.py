@@ -1,7 +1,7 @@
 """Strangers' files: opened only if they lie in their folder, and JSON read only if it is sensible.
 
-Refused are links out of the folder, FIFOs and devices, names that climb, and JSON that is too large, too deep,
-ambiguous or no object.
+It refuses links out of the folder, FIFOs and devices, names with `..`, and JSON that is too large, too deep, ambiguous
+or no object.
 """
 
 import errno
@@ -31,7 +31,7 @@ _OF_NUMBERS = re.compile(
 
 
 def regular_file(path: Path) -> Path:
-    """`own_file`, unless it only has the name of a model's file, such as a Git LFS pointer.
+    """`own_file`; also refuses a file that only has the name of a model's file, such as a Git LFS pointer.
 
     Raises:
         SurgeryError, FileNotFoundError: as `own_file`; SurgeryError also for a `not_a_model.stand_in`.
@@ -74,7 +74,7 @@ def inside(folder: Path, name: object) -> Path:
     """The path of `name`, from a folder's own listing: in the folder or below it.
 
     Raises:
-        SurgeryError: for a name that is absolute, climbs, or means different files on different systems.
+        SurgeryError: for a name that is absolute, has `..`, or means different files on different systems.
     """
     if isinstance(name, str) and name and not any(ord(char) < 32 or char in "\\:" for char in name):
         path = PurePosixPath(name)
@@ -107,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: with what is wrong; the caller adds the cure.
+        ValueError: with what is wrong; the caller adds what to do.
         SurgeryError, OSError: as from `regular_file`.
     """
     with regular_file(path).open("rb") as file:

@@ -106,7 +106,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if (path / INFO).is_file() and read_info(path).get("format") != "hf":
             return load_tensors(path / STATE_DICT)
         files = TensorFiles(path)
-        return {name: files[name] for name in files.names()}
+        return {name: files[name] for name in files.ranges}
     if not path.is_file():
         raise SurgeryError(f"{path} is not there. Give a file or folder of weights.")
     if path.suffix == ".safetensors":

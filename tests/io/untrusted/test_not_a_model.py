@@ -79,7 +79,7 @@ KINDS = {
     "zeros": (replaced(WEIGHTS, bytes(4096)), "begins with zeros"),
     "renamed GGUF": (replaced(WEIGHTS, b"GGUF\3\0\0\0" + bytes(100)), "is a GGUF file"),
     "aria2": (replaced(f"{WEIGHTS}.aria2", b"\0\1"), r"unfinished download: model\.safetensors\.aria2"),
-    "incomplete": (renamed(f"{WEIGHTS}.incomplete"), "holds an unfinished download.*the same command goes on"),
+    "incomplete": (renamed(f"{WEIGHTS}.incomplete"), "holds an unfinished download.*the same command continues"),
     "part": (renamed(f"{WEIGHTS}.part"), "holds an unfinished download"),
     "browser's": (renamed(f"{WEIGHTS}.crdownload"), "holds an unfinished download"),
     "modelscope's": (modelscope_temp, r"holds an unfinished download \(\._____temp\)"),
