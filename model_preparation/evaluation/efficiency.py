@@ -1,7 +1,7 @@
 """What a model costs: time to the first token, time per token after it, bytes of its cache, peak memory.
 
-Models are measured one after the other, each in a process of its own, as a peak of memory is that of a process. This
-file is the process's program too: it reads a request as JSON, and prints the rows as JSON.
+Models are measured one after the other, each in its own process, because peak memory is measured per process. This
+file is that process's program too: it reads a request as JSON, and prints the rows as JSON.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from model_preparation.llamba.cache_llamba import CACHE_NAME, cache_bytes
 from model_preparation.versions import creation_time, versions
 
 FOLDER, NUMBERS, PLOT = "efficiency", "efficiency.json", "efficiency.png"
-# What is measured, and how people read it: {field: (words, unit, how many of it are one unit)}.
+# The measured fields, and how people read them: {field: (words, unit, the unit's size)}.
 MEASURED = {
     "first_token_seconds": ("time to first token", "ms", 1e-3),
     "token_seconds": ("time per token", "ms", 1e-3),
@@ -45,7 +45,7 @@ MEASURED = {
 }
 TOKENS = 16  # written after each context
 ROUNDS = 3
-_CONTEXTS = (128, 512, 2048)  # by default those that the models have positions for
+_CONTEXTS = (128, 512, 2048)  # by default, as far as the models have positions for them
 _WARM_UP_TOKENS = 32
 _KNOWN = ("llama", "llamba")  # model types whose cache can be computed
 
@@ -68,7 +68,7 @@ def measure_efficiency(
         it was measured with (`measured_on`, `threads`, `versions`, `date`, ...); and `results_dir`.
 
     Raises:
-        SurgeryError: for models that are not there or too short, for a cache that does not hold what the config says,
+        SurgeryError: for models that are not there or too short, for a cache of another size than the config gives,
             or if a process fails.
         OSError: if the results cannot be written.
     """
@@ -90,7 +90,7 @@ def measure_efficiency(
         with bar("Measuring", len(models)) as advance:
             for model in models:
                 measured = _in_a_process(model, request)
-                request["dtype"] = measured["dtype"]  # the others run in that of the first
+                request["dtype"] = measured["dtype"]  # the others run in the first one's dtype
                 found.append(
                     {
                         "name": model.name,
@@ -138,7 +138,7 @@ def _contexts(wanted: Sequence[int] | None, limits: Sequence[int | None]) -> lis
 
 
 def resident_peak_bytes() -> int:
-    """The most memory that this process has had, in bytes."""
+    """The peak memory of this process, in bytes."""
     with contextlib.suppress(OSError):
         # getrusage would count the process that this one was forked from.
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -148,7 +148,7 @@ def resident_peak_bytes() -> int:
 
 
 def _processor() -> str:
-    """The processor's name, where Linux tells it, and how many threads torch uses."""
+    """The processor's name, where Linux gives it, and how many threads torch uses."""
     name, threads = os.uname().machine, torch.get_num_threads()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -203,7 +203,7 @@ def _measure(model: PreTrainedModel, context: int, name: str) -> dict[str, Any]:
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     else:
-        with contextlib.suppress(OSError):  # then it is the peak since the start, with what loading took
+        with contextlib.suppress(OSError):  # then it is the peak since the start, loading included
             Path("/proc/self/clear_refs").write_text("5")
     rounds = [_read_and_write(model, context) for _ in range(ROUNDS)]
     held = rounds[0][2]
@@ -248,7 +248,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _computed_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int | None:
-    """What the cache must hold by the config; None for a model of another kind."""
+    """The size of the cache by the config, in bytes; None for another kind of model."""
     if config.model_type not in _KNOWN:
         return None
     layers = len(config.llama_layers) if config.model_type == "llamba" else config.num_hidden_layers

@@ -55,7 +55,7 @@ class GenerationReport:
         """Let the checkpoint write. Print each text with its speed, and at the end the peak memory.
 
         Raises:
-            SurgeryError: as `generate_texts`. The results file has the texts before that, and the error.
+            SurgeryError: as `generate_texts`. The results file then has the earlier texts, and the error.
         """
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)

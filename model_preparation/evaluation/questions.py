@@ -1,6 +1,6 @@
 """The MMLU questions: where they come from, how their files are read, and one digest of all.
 
-A folder may have them in four layouts. The same questions give the same rows in each: {"question": str, "choices":
+A folder may have them in four layouts. The same questions give the same rows from each: {"question": str, "choices":
 [4 str], "answer": 0 to 3}. Nothing is guessed or repaired: a choice that reads None or NA is that text. An error names
 the file and the line.
 """
@@ -55,7 +55,7 @@ class Questions:
 
     Attributes:
         source: for people and for the record: "hub:cais/mmlu@<commit>", "modelscope:cais/mmlu@<branch>" (its client
-            tells no commit), or the folder that was given.
+            gives no commit), or the folder that was given.
         folder: where the files are.
         digest: SHA-256, 64 hex digits, as `digest_of` computes it.
     """
@@ -76,7 +76,7 @@ def find_questions(mmlu_data: str | Path | None = None, *, num_fewshot: int = 0)
               per line, UTF-8.
             Answers are 0 to 3 or A to D; other columns and fields are ignored. Or one of the words `hub` (cais/mmlu at
             Hugging Face) and `modelscope` (its copy there). Those are kept in the hubs' caches, and found there without
-            a network. None takes the environment variable MMLU_DATA, and without that the hub.
+            a network. None takes the environment variable MMLU_DATA, else `hub`.
         num_fewshot: examples needed per subject.
 
     Raises:

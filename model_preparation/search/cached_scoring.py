@@ -39,7 +39,7 @@ class _Hidden:
 
 
 class CachedScorer:
-    """Gives the answers of sets of layers.
+    """Computes the answers of sets of layers.
 
     Args:
         setup: models, questions and settings.
@@ -91,9 +91,9 @@ class CachedScorer:
     def score(
         self, sets: Iterable[LayerSet], batches: Sequence[int] | None = None
     ) -> Iterator[tuple[LayerSet, Results]]:
-        """Gives each set with its answers, as soon as they are known. Sets that share layers follow each other.
+        """Yield each set with its answers, as soon as they are known. Sets that share layers follow each other.
 
-        It runs the base first, unless that was done.
+        It runs the base first, unless the base has run.
 
         Args:
             sets: distinct, none of them empty.
@@ -138,7 +138,7 @@ class CachedScorer:
         """The hidden states after a layer that has `part` of a set; after the last layer the answers."""
         grafted = bool(part) or index in self._pair.fixed
         layer = self._pair.layer(index, part)
-        kept_as = type(LlambaCache(self._pair.model.config).layers[index]) if grafted else MambaStateLayer
+        cache_class = type(LlambaCache(self._pair.model.config).layers[index]) if grafted else MambaStateLayer
         is_last = index == self._pair.layers - 1
         after = _Hidden({}, {})
         results: Results = {}
@@ -147,7 +147,7 @@ class CachedScorer:
             filled: DynamicLayer | MambaStateLayer | None = None
             if length:
                 states = before.prefixes[prefix]
-                filled = kept_as()
+                filled = cache_class()
                 after.prefixes[prefix] = layer(states, **self._given(index, grafted, states, filled, 0))
                 self._tokens_run += length
             for number in batches:
@@ -170,7 +170,7 @@ class CachedScorer:
             if len(self._arguments) >= _MAX_KEPT_ARGUMENTS:
                 self._arguments.clear()
             backbone = self._pair.model.backbone
-            seen = None if cache is None else _Seen(backbone.config, past)
+            seen = None if cache is None else _CacheLength(backbone.config, past)
             self._arguments[rows, length, past] = backbone.layer_arguments(states, cache=seen)
         arguments = self._arguments[rows, length, past]
         kind = self._pair.model.config.layer_types[index] if grafted else "linear_attention"
@@ -242,8 +242,8 @@ def _mix(layer: Any, states: Tensor, given: dict[str, Any]) -> Tensor:
     return states + mixed
 
 
-class _Seen(LlambaCache):
-    """Stands in for a cache after `tokens` tokens, where masks and positions are computed."""
+class _CacheLength(LlambaCache):
+    """Replaces a cache after `tokens` tokens, where masks and positions are computed."""
 
     def __init__(self, config: Any, tokens: int):
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""What a search refuses before it downloads the donor, extracts layers or loads a model."""
+"""The checks of a search before it downloads the donor, extracts layers or loads a model."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ JOURNAL, DONOR_LAYERS = "journal.jsonl", "donor_layers"  # in the output folder,
 
 
 def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
-    """Refuse all that can be refused now.
+    """Refuse everything that can be refused without the models.
 
     Raises:
         SurgeryError: for the first fault.
@@ -82,7 +82,7 @@ def _check_settings(settings: SearchSettings) -> None:
             "min_layers and max_layers count whole layers, and unit is heads. Leave them out, or give --max_heads N."
         )
     if settings.unit != HEADS and (settings.max_heads is not None or settings.keep_mixer_heads):
-        raise SurgeryError("max_heads and keep_mixer_heads are of heads, and unit is layers. Give --unit heads.")
+        raise SurgeryError("max_heads and keep_mixer_heads belong to heads, and unit is layers. Give --unit heads.")
     if method == "singles" and least > 1:
         raise SurgeryError(
             f"The method singles tries one layer at a time, and min_layers is {least}. Choose another --method."
@@ -119,7 +119,7 @@ def check_earlier(folder: Path, asked: Mapping[str, Mapping[str, Any]]) -> None:
 
     Args:
         folder: the output folder.
-        asked: what decides on the result, by the part of the result that records it.
+        asked: the settings that decide on the result, by the part of the result that records them.
     """
     path = folder / RESULT
     if not path.is_file():
@@ -168,9 +168,9 @@ def known_layers(
     units: Units = WHOLE_LAYERS,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[int, float], list[int]]:
-    """The gains of single layers that the prior file has, without those in `fixed`; and that no layers are tried first.
+    """The gains of single layers in the prior file, without those in `fixed`; and no layers to try first.
 
-    `say` gets a line on what is left out.
+    `say` gets a line about scores that are left out.
 
     Raises:
         SurgeryError: if the file cannot be read, or is of a model with more layers.
@@ -200,7 +200,7 @@ def known_heads(
     units: Units,
     say: Callable[[str], None],
 ) -> tuple[dict[int, float], list[int]]:
-    """The gains of single heads that the prior file has, and those to try first; by number, without layers in `fixed`.
+    """The gains of single heads in the prior file, and the heads to try first, as numbers; without layers in `fixed`.
 
     Raises:
         SurgeryError: if the file cannot be read, or names a head that is not there.

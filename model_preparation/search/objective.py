@@ -1,4 +1,4 @@
-"""What a search maximises, per question, and tests of whether two candidates differ.
+"""The value of each question that a search maximises, and tests of whether two candidates differ.
 
 `accuracy` is the share of right answers. `kl` is minus the mean Kullback-Leibler divergence of the candidate's
 predictions from the donor's, KL(donor || candidate), in nats, over the whole vocabulary at the scored positions. With

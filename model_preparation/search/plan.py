@@ -1,6 +1,6 @@
-"""What a search will do, in lines to print, and what it costs at most.
+"""The plan of a search, in lines to print, and its cost at most.
 
-Races, repeats and an early stop only make it cheaper. Trouble is not counted: a failed evaluation is tried again, and
+Races, repeats and an early stop only make it cheaper. Failures are not counted: a failed evaluation is tried again, and
 an interrupted search runs the base again.
 """
 
@@ -32,14 +32,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a search takes at most.
+    """The cost of a search at most.
 
     Attributes:
-        search: the whole search; or, if there is a `step`, what comes before refinement.
+        search: the whole search; or, if there is a `step`, the part before refinement.
         step: one step of refinement. Refinement ends when a step finds nothing better.
         evaluations: of the whole search.
-        everything: what all combinations of the space take together.
-        before: how many smaller sets (larger ones by removal) are evaluated before the first set of the space, even if
+        everything: all combinations of the space together.
+        before: how many smaller sets (larger ones for removal) are evaluated before the first set of the space, even if
             the budget is small.
     """
 
@@ -51,7 +51,7 @@ class Bounds:
 
 
 def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
-    """What a search of a space takes at most."""
+    """The cost of a search of a space, at most."""
     total, free = space.total, len(space.free)
     everything = Cost(space.count, total + space.most_passes(space.count, space.least, space.most))
     budget = math.inf if settings.budget_evaluations is None else settings.budget_evaluations
@@ -87,7 +87,7 @@ def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
         # Each smaller size is filled to the width, and leaves room for the sizes after it.
         smaller = sum(min(width, math.comb(free, size)) for size in range(2, space.least))
         before = singles + smaller if space.least > 1 else 0
-    # These methods go beyond the space: for what layers gain, and beam and greedy from each size to the next.
+    # These methods go beyond the space: for the gains of single layers; beam and greedy also from size to size.
     outside = range(1, min(2, space.least) if is_genetic else space.least)
     limit = int(min(budget, space.count + sum(math.comb(free, size) for size in outside)))
     asked = sum(count for count, _ in batches)
@@ -186,7 +186,7 @@ def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
 
 
 def _describe_cache(setup: ScoringSetup, space: SearchSpace) -> list[str]:
-    """What the budget of the cache leaves of the space."""
+    """The line on the budget of the cache: the sizes that it leaves out, and the largest candidate."""
     settings, units = setup.settings, space.units
     if settings.max_cache_bytes is None or settings.at_tokens is None:
         return []

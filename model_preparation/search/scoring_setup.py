@@ -26,7 +26,7 @@ from model_preparation.search.model_pair import load_pair
 from model_preparation.search.question_set import BatchResult, QuestionSet
 from model_preparation.search.settings import HEADS, KL, SearchSettings
 
-# What the settings of a search and of an evaluation both have.
+# The settings that a search and an evaluation share.
 _OF_QUESTIONS = ("lengths", "language", "haystack", "limit", "mmlu_data", "num_fewshot", "batch_size")
 References = Callable[[int], list[Tensor]]  # the donor's log-probabilities for a batch, (scored, vocabulary) per row
 
@@ -41,7 +41,7 @@ class ScoringSetup:
     Attributes:
         planned: the graft of all layers, or of all heads.
         second_leaves: the single tasks of `second_task`.
-        recorded: what decides on the answers, except the weights. Results and journals record it.
+        recorded: everything except the weights that decides on the answers, as results and journals record it.
 
     Raises:
         SurgeryError: as `graft.plan`, `load_tasks` and `QuestionSet`.

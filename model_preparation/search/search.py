@@ -35,7 +35,7 @@ from model_preparation.search.settings import ACCURACY, KL, SearchSettings
 _MOST_WRITTEN = 10_000  # combinations in search_result.json; the journal has all
 
 MakeScorer = Callable[[ScoringSetup], Scorer]
-# Inside this context, workers score: it gives what makes a scorer, and the type of the workers' device.
+# A context in which workers score. It gives a function that makes a scorer, and the type of the workers' device.
 Workers = contextlib.AbstractContextManager[tuple[MakeScorer, str]]
 
 
@@ -103,7 +103,7 @@ def search_layers(
 def _evaluate(
     setup: ScoringSetup, space: SearchSpace, journal: Journal, make_scorer: MakeScorer
 ) -> tuple[dict[str, Any], CandidateScores]:
-    """Run the method. Gives the content of search_result.json, and all scores."""
+    """Run the method. Return the content of search_result.json, and all scores."""
     settings = setup.settings
     digest = _digest(setup)
     tasks = np.array([question.task for question in setup.questions.questions])
@@ -137,11 +137,9 @@ def _evaluate(
 
 
 def _digest(setup: ScoringSetup) -> str:
-    """Of everything that decides on an evaluation. The donor model does so only if candidates are compared with it."""
-    inputs = dict(setup.inputs)
+    """The digest of everything that decides on an evaluation. The donor does so only for the objective kl."""
     objective = setup.settings.objective
-    if objective != KL:
-        del inputs["donor"]
+    inputs = {name: digest for name, digest in setup.inputs.items() if name != "donor" or objective == KL}
     return digest_of({"settings": setup.recorded, "objective": objective, **inputs})[:16]
 
 

@@ -1,4 +1,4 @@
-"""Everything that a search is asked for, with every default. The command's flags and Python fill it alike."""
+"""All settings of a search, with their defaults. The command's flags and Python fill the same class."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from model_preparation.setting_flags import CheckedSettings, Flag, OneOf
 
 METHODS = ("singles", "exhaustive", "greedy", "beam", "ga", "removal", "ratio")
 RACING_METHODS = ("greedy", "beam", "ga", "removal")  # candidates race here by default
-# The settings of one method alone. All use `top`; it changes only the result of a race of a method that is not here.
+# The settings that only one method uses. `top` changes results only in a race, and only of a method not in this table.
 OPTIONS_OF = {
     "greedy": (),
     "removal": (),
@@ -150,9 +150,9 @@ class SearchSettings(CheckedSettings):
         str | Path | None,
         Flag(
             "FILE",
-            "another search's result, whose scores of single layers or heads are taken as known; with --unit heads "
-            "also a list of heads, the best first, one 13:16 a line or in JSON: the first 1, 2, ... of them together "
-            "and each alone are tried first, and every method continues from them where they are good",
+            "another search's result, whose scores of single layers or heads count as known; with --unit heads also a "
+            "list of heads, the best first, one such as 13:16 a line, or in JSON: the first 1, 2, ... of them together "
+            "and each alone are tried first, and every method continues from the good ones",
         ),
     ] = None
     beam_width: Annotated[int, Flag("N", "beam: combinations kept for each size", _COUNT)] = 4

@@ -93,7 +93,7 @@ def read_answers(
                 expected = evaluation.results["n-samples"].get(task, {}).get("effective")
                 if expected not in (None, read.lines):
                     raise SurgeryError(
-                        f"{read.path} has {read.lines} questions, but {evaluation.results_path.name} speaks of "
+                        f"{read.path} has {read.lines} questions, but {evaluation.results_path.name} has "
                         f"{expected}. {_AGAIN}"
                     )
                 answers[task] = read

@@ -123,7 +123,7 @@ class Comparison:
     notes: list[str]
     common: list[CommonQuestions]
     both_ways: list[BothWays]
-    fronts: dict[str, list[str]]  # by field of cost: models that score more than each that costs as much or less
+    fronts: dict[str, list[str]]  # the models of the Pareto front, by field of cost
 
     def of_kind(self, *kinds: str) -> list[Row]:
         return [row for row in self.rows if row.kind in kinds]
@@ -244,7 +244,7 @@ def _common_questions(
     common = [each for each in matched if each.rows]
     if not common:
         raise SurgeryError(
-            f"{' and '.join(names)} have not one question in common, though all of them have {some(tasks)}. "
+            f"{' and '.join(names)} have no question in common, although all of them have {some(tasks)}. "
             "Evaluate them on the same data."
         )
     if empty := [each.task for each in matched if not each.rows]:
@@ -298,10 +298,10 @@ def _judge(rows: Sequence[Row], higher_is_better: bool) -> None:
         for each in together:
             each.tests = len(together)
             if each.p_adjusted is not None:
-                real = each.p_adjusted < paired.SIGNIFICANCE
+                is_significant = each.p_adjusted < paired.SIGNIFICANCE
             else:
-                real = each.interval is not None and not each.interval[0] <= 0 <= each.interval[1]
-            if real:
+                is_significant = each.interval is not None and not each.interval[0] <= 0 <= each.interval[1]
+            if is_significant:
                 each.verdict = BETTER if (each.difference > 0) == higher_is_better else WORSE
 
 

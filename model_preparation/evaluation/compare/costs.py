@@ -1,4 +1,4 @@
-"""What the compared models cost, as `test_checkpoint.py --efficiency` measured them. Weights are matched by digest."""
+"""The costs of the compared models, as `test_checkpoint.py --efficiency` measured them, matched by their weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Cost:
-    """A model's cost after a prompt of `context` tokens: the fields of `MEASURED`, and on what they were measured."""
+    """A model's cost after a prompt of `context` tokens: the fields of `MEASURED`, and the machine and dtype."""
 
     context: int
     measured_on: str
@@ -30,7 +30,7 @@ class Cost:
 
 
 def costs_of(evaluations: Sequence[EvaluationFiles]) -> list[Cost | None]:
-    """Each model's cost, at the longest context that all have for which one is known; None where none is known.
+    """Each model's cost; None if it is not known. The context is the longest one that all known costs have.
 
     Raises:
         SurgeryError: if a file of measurements is damaged.
@@ -53,7 +53,7 @@ def costs_of(evaluations: Sequence[EvaluationFiles]) -> list[Cost | None]:
 
 
 def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
-    """The places of those that score more than every other that costs as much or less, the cheapest first."""
+    """The indices of the Pareto front, the cheapest first: each scores more than all that cost as much or less."""
     front: list[int] = []
     for place in sorted(range(len(costs)), key=lambda place: (costs[place], -scores[place])):
         if not front or scores[place] > scores[front[-1]]:
@@ -76,7 +76,9 @@ def _read(root: Path) -> dict[str, Any] | None:
         found = read_json(path)
         check_fields(found, _FIELDS)
     except ValueError as error:
-        raise SurgeryError(f"{path} is no measurement of ours ({error}). Remove it, or measure again.") from error
+        raise SurgeryError(
+            f"{path} is not a measurement of this program ({error}). Remove it, or measure again."
+        ) from error
     return found
 
 

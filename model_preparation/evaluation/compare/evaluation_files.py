@@ -66,7 +66,7 @@ class EvaluationFiles:
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """{group: its groups and tasks}. Older versions of lm-eval list tasks as empty groups; these are left out."""
+        """{group: its groups and tasks}. Older versions of lm-eval list tasks as empty groups, which are left out."""
         return {name: children for name, children in self.results["group_subtasks"].items() if children}
 
     def tasks_of(self, name: str) -> list[str]:
@@ -95,7 +95,7 @@ def find_evaluations(folders: Sequence[str | Path], task: str | None = None) -> 
         SurgeryError: if there is none, none is finished, or there are several and `task` does not say which.
     """
     found = [_candidates(Path(folder).expanduser(), task) for folder in folders]
-    # Our folders are named after their settings: if only one name is in all checkpoints, it is meant.
+    # Our folders are named after their settings: if all checkpoints share exactly one name, take that.
     shared = set.intersection(*({each.name for each in candidates} for candidates in found))
     if len(shared) == 1:
         found = [[each for each in candidates if each.name in shared] for candidates in found]

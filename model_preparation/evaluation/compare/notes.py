@@ -27,10 +27,9 @@ SETTINGS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
 }
 _NO_LIMIT = 1_000_000_000  # tokens; the config of a Llamba without grafts says so
 _SHOWN_CHARACTERS = 120
-_DATE = "date"
 # Scores can be compared although these differ. The longest prompt that a model takes changes no shorter prompt.
 _HARMLESS = ("version of transformers", "longest prompt, in tokens", _DATE)
-# What a reader has to know before the first score, and the words for it there.
+# The settings in the first line of a report, and their words there.
 _HEAD = {
     "number of examples before each question": "{}-shot",
     _LIMIT: "the first {} of each task",
@@ -51,7 +50,7 @@ def settings_of(evaluation: EvaluationFiles, tasks: Sequence[str]) -> dict[str, 
 
 
 def head_line(task: str, metric: str, questions: int, settings: Sequence[Mapping[str, str]]) -> str:
-    """Task, metric, questions, shots, limit, versions and date, where known. Values that differ are all there."""
+    """Task, metric, questions, shots, limit, versions and date, where known. If values differ, it has all of them."""
     parts = [task, metric, f"{questions:,} question{'s' * (questions != 1)}"]
     for words, text in _HEAD.items():
         values = list(dict.fromkeys(each[words] for each in settings))

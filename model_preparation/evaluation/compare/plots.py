@@ -60,7 +60,7 @@ def plot_gains(comparison: Comparison) -> Figure:
         _points(axes, gains, at, errors, model=model + 1, name=comparison.models[model + 1].name, filled=filled)
     axes.set_xlabel(
         f"{comparison.metric}: difference to {comparison.models[0].name}, 95% interval\n"
-        "filled: can be told from chance; hollow: cannot"
+        "filled: significant; hollow: not significant"
     )
     _legend(axes)
     return figure
@@ -133,7 +133,7 @@ PLOTS: dict[str, tuple[str, Plot]] = {
 
 
 def plots_of(comparison: Comparison) -> dict[str, tuple[str, Plot]]:
-    """Those of `PLOTS` for which there are numbers."""
+    """The plots for which there are numbers."""
     has_costs = any(model.cost for model in comparison.models)
     return {name: each for name, each in PLOTS.items() if has_costs or each[1] is not plot_costs}
 

@@ -290,7 +290,7 @@ def _front_sentence(comparison: Comparison) -> str:
     fronts = "; ".join(
         f"of score and {MEASURED[field][0]}: {', '.join(names)}" for field, names in comparison.fronts.items()
     )
-    return f"Pareto front {fronts}. Each other model costs as much as one of these or more, and scores no higher."
+    return f"Pareto front {fronts}. Every other model costs at least as much as one of these, and scores no higher."
 
 
 def _cost_words(cost: Cost) -> str:
@@ -299,20 +299,18 @@ def _cost_words(cost: Cost) -> str:
 
 
 def _tests_sentence(comparison: Comparison, kind: str) -> str:
-    """What many tests at once mean; nothing for a single test."""
+    """The effect of many tests at once, in words; "" for a single test."""
     differences = [difference for row in comparison.of_kind(kind) for difference in row.differences]
     tests = len(differences)
     if tests < 2:
         return ""
-    chance = f"{tests} differences ({_PLURAL[kind]}) are tested at once"
+    tested = f"{tests} differences ({_PLURAL[kind]}) are tested at once"
     if tests * SIGNIFICANCE >= 1:
-        chance = f"{tests} differences ({_PLURAL[kind]}) are tested: about {tests * SIGNIFICANCE:.0f} would look real "
-        chance += "by chance alone"
-    real = sum(difference.verdict != UNCLEAR for difference in differences)
+        tested += f": about {tests * SIGNIFICANCE:.0f} would look significant by chance alone"
+    significant = sum(difference.verdict != UNCLEAR for difference in differences)
     if comparison.binary:
-        chance += ", so each p-value is adjusted for all of them (Holm). "
-        return f"{chance}After that {real} can be told from chance."
-    return f"{chance}, and their intervals are not adjusted for that. {real} of them exclude 0."
+        return f"{tested}, so each p-value is adjusted for all of them (Holm). Significant after that: {significant}."
+    return f"{tested}, and their intervals are not adjusted for that. Intervals that exclude 0: {significant}."
 
 
 def number(value: float | None, *, sign: bool = False) -> str:
