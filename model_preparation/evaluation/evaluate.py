@@ -273,12 +273,7 @@ def load_asked(
             recall = replace(recall, lengths=recall.lengths_of(EMBEDDED_RECALL))
     shots = settings.num_fewshot if protocols is None or MMLU not in protocols else protocols[MMLU].shots
     loaded = load_tasks(
-        names,
-        mmlu_data=settings.mmlu_data,
-        num_fewshot=shots,
-        task_data=task_data,
-        recall=recall,
-        protocols=protocols,
+        names, mmlu_data=settings.mmlu_data, num_fewshot=shots, task_data=task_data, recall=recall, protocols=protocols
     )
     loaded.suite = settings.suite
     return loaded

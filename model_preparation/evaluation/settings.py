@@ -56,12 +56,10 @@ Lengths = Annotated[
     ),
 ]
 Language = Annotated[
-    str,
-    Flag("|".join(LANGUAGES), "recall tasks: language of the documents (default: %(default)s)", OneOf(*LANGUAGES)),
+    str, Flag("|".join(LANGUAGES), "recall tasks: language of the documents (default: %(default)s)", OneOf(*LANGUAGES))
 ]
 Haystack = Annotated[
-    str | Path | None,
-    Flag("FILE", "recall tasks: a text to hide things in (default: built-in sentences)", Path),
+    str | Path | None, Flag("FILE", "recall tasks: a text to hide things in (default: built-in sentences)", Path)
 ]
 
 
@@ -142,8 +140,7 @@ class EvaluationSettings(CheckedSettings):
         Flag("K", "solved examples before each question (default: the task's own; MMLU: 0)", number(int, least=0)),
     ] = None
     batch_size: Annotated[
-        int | str,
-        Flag("N", "questions per forward pass; auto finds a number that fits", auto_or_count),
+        int | str, Flag("N", "questions per forward pass; auto finds a number that fits", auto_or_count)
     ] = "auto"
     results_dir: Annotated[
         str | Path | None,

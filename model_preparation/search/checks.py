@@ -194,11 +194,7 @@ def known_layers(
 
 
 def known_heads(
-    settings: SearchSettings,
-    total: int,
-    fixed: Collection[int],
-    units: Units,
-    say: Callable[[str], None],
+    settings: SearchSettings, total: int, fixed: Collection[int], units: Units, say: Callable[[str], None]
 ) -> tuple[dict[int, float], list[int]]:
     """The gains of single heads in the prior file, and the heads to try first, as numbers; without layers in `fixed`.
 

@@ -24,11 +24,7 @@ from model_preparation.search.result import COMPARED
 
 PAGE = "report.html"
 _WIDTH_INCHES = 7.2
-_FITNESS = {
-    "accuracy": "accuracy",
-    "kl": "-KL to the donor (nats)",
-    "nll": "-loss of the answer (nats per token)",
-}
+_FITNESS = {"accuracy": "accuracy", "kl": "-KL to the donor (nats)", "nll": "-loss of the answer (nats per token)"}
 
 
 def write_report(found: dict[str, Any], scores: CandidateScores, folder: Path) -> None:

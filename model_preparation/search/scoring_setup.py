@@ -161,9 +161,5 @@ def _plan(settings: SearchSettings) -> graft.GraftPlan:
         heads = range(layers.config.num_attention_heads)
         asked = {"layers": [], "heads": dict.fromkeys(indices, heads), "keep_mixer_heads": settings.keep_mixer_heads}
     return graft.plan(
-        settings.origin,
-        llama_layers_dir=layers,
-        tokenizer=settings.tokenizer,
-        sources=settings.sources,
-        **asked,
+        settings.origin, llama_layers_dir=layers, tokenizer=settings.tokenizer, sources=settings.sources, **asked
     )

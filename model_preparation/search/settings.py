@@ -56,11 +56,7 @@ class SearchSettings(CheckedSettings):
         "unaligned_llamba"
     )
     start: Annotated[
-        str | Path | None,
-        Flag(
-            "CHECKPOINT",
-            "a checkpoint to graft into instead of --base; its grafted layers stay",
-        ),
+        str | Path | None, Flag("CHECKPOINT", "a checkpoint to graft into instead of --base; its grafted layers stay")
     ] = None
     donor: Annotated[
         str | None,
@@ -98,8 +94,7 @@ class SearchSettings(CheckedSettings):
     mmlu_data: Annotated[str | None, Flag("DIR|hub|modelscope", "MMLU's questions, as for test_checkpoint.py")] = None
     num_fewshot: Annotated[int | None, Flag("K", "solved examples before each question", number(int, least=0))] = None
     batch_size: Annotated[
-        int | str,
-        Flag("N", "questions at once; in a race, another number can drop other candidates", auto_or_count),
+        int | str, Flag("N", "questions at once; in a race, another number can drop other candidates", auto_or_count)
     ] = "auto"
     device: str = "cpu"
     dtype: str | None = None
@@ -161,12 +156,7 @@ class SearchSettings(CheckedSettings):
     generations: Annotated[int, Flag("N", "ga: the most generations", _COUNT)] = 20
     patience: Annotated[int, Flag("N", "ga: stop after N generations without a better combination", _COUNT)] = 4
     top: Annotated[
-        int,
-        Flag(
-            "N",
-            "combinations to print; a race of singles or exhaustive also asks these all questions",
-            _COUNT,
-        ),
+        int, Flag("N", "combinations to print; a race of singles or exhaustive also asks these all questions", _COUNT)
     ] = 10
     memory_bytes: Annotated[
         int,
