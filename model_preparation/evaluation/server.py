@@ -1,4 +1,4 @@
-"""A model for lm-eval that is behind an OpenAI API, such as that of `layer-surgery serve`.
+"""A model for lm-eval that answers through an OpenAI API, such as the one of `layer-surgery serve`.
 
 lm-eval's own client makes the requests and reads the answers. Texts become the same tokens as for a model in lm-eval's
 own process: the client would leave out the special token at the beginning.
@@ -6,13 +6,14 @@ own process: the client would leave out the special token at the beginning.
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import requests
+from lm_eval.api.instance import Instance
 from lm_eval.models import api_models
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
@@ -42,7 +43,7 @@ class Server(NamedTuple):
 
     Attributes:
         url: of the API, with its /v1.
-        about: what the server says of the model: its name, the folder that it was loaded from, its longest sequence.
+        about: the server's facts about the model: its name, the folder that it was loaded from, its longest sequence.
     """
 
     url: str
@@ -184,9 +185,12 @@ class ServerLM(LocalCompletionsAPI):
         with _without_bar():
             return super()._loglikelihood_tokens(requests, **kwargs)
 
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        with _without_bar():
-            return super().generate_until(requests, disable_tqdm)
+    def texts(self, requests: Sequence[Instance]) -> Iterator[list[tuple[int, str]]]:
+        """As `ScoringLM.texts`. A batch is one request to the server."""
+        for start in range(0, len(requests), self._batch_size):
+            with _without_bar():
+                texts = super().generate_until(requests[start : start + self._batch_size])
+            yield list(enumerate(texts, start))
 
 
 def _without_bar() -> Any:
