@@ -47,7 +47,7 @@ TOKENS = 16  # written after each context
 ROUNDS = 3
 _CONTEXTS = (128, 512, 2048)  # by default, as far as the models have positions for them
 _WARM_UP_TOKENS = 32
-_KNOWN = ("llama", "llamba")  # model types whose cache can be computed
+_KNOWN = ("llama", "llamba")  # the model types for which the size of the cache can be computed
 
 
 def measure_efficiency(
@@ -59,7 +59,7 @@ def measure_efficiency(
 
     Args:
         directory: as in `evaluate_checkpoint`.
-        settings: what to measure; by default `EfficiencySettings()`.
+        settings: the measurement; by default `EfficiencySettings()`.
         changes: single fields of `EfficiencySettings`, in place of those in `settings`.
 
     Returns:

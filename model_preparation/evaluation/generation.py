@@ -63,7 +63,7 @@ def generate_texts(
 ) -> list[Generation]:
     """Continue a prompt until the model's end-of-text token or `max_new_tokens`.
 
-    Each text is generated alone: its speed is that of one sequence, and it depends on its own seed only.
+    Each text is generated alone: its speed is the speed of one sequence, and it depends on its own seed only.
 
     Args:
         prompt: a text to continue, or messages to answer.
@@ -172,7 +172,7 @@ class _StepWatch(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # -inf forbids single tokens and is fine; NaN and +inf would be the maximum.
-        # Reading the maximum waits for the device, so the time is that of finished work.
+        # Reading the maximum waits for the device, so the time includes all work.
         if not scores.max().isfinite().item():
             raise not_finite(f"at new token {len(self.times) + 1} after the prompt {shown(self.prompt)!r}")
         self.times.append(time.perf_counter())

@@ -46,7 +46,7 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 @dataclass(frozen=True)
 class OtherModel:
-    """A model to compare a checkpoint with; `name` is what the user called it."""
+    """A model to compare a checkpoint with; `name` is the user's name for it."""
 
     name: str
     folder: Path

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
 SUBJECTS = tuple(sorted(path.stem.removeprefix("mmlu_") for path in STOCK_TASKS.glob("mmlu_*.yaml")))
-SPLITS = ("dev", "test")  # what the stock tasks read: the few-shot examples and the questions
+SPLITS = ("dev", "test")  # of the stock tasks: the few-shot examples and the questions
 FIELDS = ("question", "choices", "answer")
 LETTERS = "ABCD"
 
 _REPO = "cais/mmlu"  # under this id at both hubs, and with the same paths
-_HUBS = {"hub": "huggingface", "modelscope": "modelscope"}  # what --mmlu_data calls them
+_HUBS = {"hub": "huggingface", "modelscope": "modelscope"}  # by their words for --mmlu_data
 _ENVIRONMENT = "MMLU_DATA"
 _HOW_TO_GIVE = f"--mmlu_data (or the environment variable {_ENVIRONMENT})"
 # With a wildcard first, ModelScope is asked for one listing, not one per subject. `all` has the same questions again.

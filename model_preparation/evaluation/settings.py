@@ -74,7 +74,7 @@ class EvaluationSettings(CheckedSettings):
         tokenizer: for a model that is published without one, such as Llamba: a name, folder or hub id.
         sources: targets by name, as `resolve(overrides=...)` takes them.
         server: the address of an OpenAI API whose model is scored. No model is loaded here then.
-        model: what that server calls the model; needed if it has several.
+        model: the model's name on that server; needed if the server has several.
 
     Raises:
         SurgeryError: if a number is too small.
@@ -105,7 +105,7 @@ class EvaluationSettings(CheckedSettings):
         int | None,
         Flag(
             "N",
-            "ask only the first N questions of every task, and of MMLU's every subject: quick and rough",
+            "ask only the first N questions of each task, or of each subject of MMLU: quick and rough",
             number(int, least=1),
         ),
     ] = None

@@ -57,7 +57,7 @@ def tasks_of_suite(suite: str, *, embedded: bool, with_data: Collection[str] = (
     Args:
         suite: one of `SUITES`.
         embedded: whether the model has the embedded pair's tokenizer.
-        with_data: the tasks whose data is in a folder here.
+        with_data: the tasks that --task_data has data for.
     """
     recall = _EMBEDDED if embedded else _RECALL
     recall = recall | {name: protocol for name, protocol in _WITH_DATA.items() if name in with_data}

@@ -237,13 +237,13 @@ def short_name(name: str) -> str:
 
 
 def _path_of(name: str) -> Path:
-    """The folder or file of definitions for a path or a name of ours; it may not exist."""
+    """The folder or file of definitions for a path, or for a task inside this package; it may not exist."""
     return _EMBEDDED.get(name, Path(name))
 
 
 def _broken(name: str, error: BaseException) -> SurgeryError:
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__  # the cause says what is wrong with the data
+        error = error.__cause__  # the cause describes the fault of the data
     return SurgeryError(
         f"The task {name} cannot be loaded ({type(error).__name__}: {_reason(error)}). "
         "Mend its definition or its data; paths in it count from the current folder."

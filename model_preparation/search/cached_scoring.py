@@ -77,7 +77,7 @@ class CachedScorer:
         self._store = HiddenStates(settings.memory_bytes, size_bytes, settings.folder)
         results: Results = {}
         for prefix, batches in self._by_prefix(self._chosen).items():
-            # One prefix after the other, to hold little more than what is kept.
+            # One prefix after the other, so that few states are in memory beside the kept ones.
             hidden: Any = self._embedded(prefix, batches)
             for layer in range(self._pair.layers):
                 for number, states in hidden.prefixes.items():

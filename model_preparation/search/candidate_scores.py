@@ -1,6 +1,6 @@
 """The scores of all combinations. Each is evaluated once, written to the journal, and never evaluated again.
 
-A failed evaluation is tried once more by itself. If it fails again it is an error with a reason, and never a score.
+A failed evaluation is tried once more, alone. If it fails again, it has a reason and no score.
 """
 
 import time
@@ -66,14 +66,14 @@ class CandidateScores:
 
     Args:
         scorer: gives answers.
-        questions: what is asked.
+        questions: the questions of the search.
         objective: turns answers into values.
         journal: keeps the evaluations.
         digest: of everything that decides on an evaluation. Entries with another digest are ignored.
         total: how many layers a model has.
         settings: for the budgets, and for whether candidates race.
         progress: shows how the search is going.
-        units: what combinations are made of.
+        units: the units of combinations.
 
     Attributes:
         asked: how many combinations the method wanted, repeats included.
@@ -108,7 +108,7 @@ class CandidateScores:
         self._units = units
         self.asked = 0
         self.failed: dict[LayerSet, str] = {}
-        self._entered: dict[LayerSet, None] = {}  # what the budget covers, evaluated or not yet
+        self._entered: dict[LayerSet, None] = {}  # those that the budget covers, evaluated or not yet
         self._journaled: dict[LayerSet, dict[int, _Answered]] = {}  # by combination and round
         # The entries that this run has asked for. It sees no others, so it decides as a first run would.
         self._known: dict[LayerSet, dict[int, _Answered]] = {}
@@ -229,9 +229,9 @@ class CandidateScores:
         }
 
     def _race(self, sets: Sequence[LayerSet], keep: int) -> None:
-        """Ask round after round, and drop what is surely worse than the `keep`th best.
+        """Ask round after round, and drop candidates that are surely worse than the `keep`th best.
 
-        The idea is that of Maron and Moore 1997, The Racing Algorithm; the test here is the paired one of `Objective`.
+        The idea is from Maron and Moore 1997, The Racing Algorithm; the test is the paired one of `Objective`.
         """
         alive = list(sets)
         for number in self._all_rounds:
@@ -259,7 +259,7 @@ class CandidateScores:
                 by_missing.setdefault(missing, []).append(layers)
         for missing, members in by_missing.items():
             self._run_base()
-            for layers in self._score(members, missing):  # a second try, by itself
+            for layers in self._score(members, missing):  # a second try, alone
                 for reason in self._score([layers], missing).values():
                     self.failed[layers] = reason
                     of_set = {self._units.word: self._units.written(layers)}

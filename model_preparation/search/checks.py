@@ -44,7 +44,7 @@ def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
     if settings.most > (free := total - len(fixed)):
         which = f"{settings.origin} has {free} layers that are not grafted" if fixed else f"the base has {free} layers"
         raise SurgeryError(f"max_layers is {settings.most}, but {which}. Give --max_layers {free}.")
-    gains, _ = known_layers(settings, total, fixed)
+    gains, _ = known_units(settings, total, fixed)
     space = SearchSpace(total, settings.min_layers, settings.most, gains, fixed)
     before = bounds(space, settings).before
     if settings.budget_evaluations is not None and settings.budget_evaluations <= before:
@@ -161,27 +161,29 @@ def has_donor_layers(settings: SearchSettings, *, overwrite: bool) -> bool:
     return not odd
 
 
-def known_layers(
+def known_units(
     settings: SearchSettings,
     total: int,
-    fixed: Collection[int] = (),
+    fixed: Collection[int],
     units: Units = WHOLE_LAYERS,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[int, float], list[int]]:
-    """The gains of single layers in the prior file, without those in `fixed`; and no layers to try first.
+    """The gains of single units in the prior file, and the units to try first; without layers in `fixed`.
 
-    `say` gets a line about scores that are left out.
+    `say` gets a line about scores that are left out, or heads that are tried first.
 
     Raises:
-        SurgeryError: if the file cannot be read, or is of a model with more layers.
+        SurgeryError: if the file cannot be read, or names a layer or head that is not there.
     """
     if settings.prior is None:
         return {}, []
+    if units.heads:
+        return _known_heads(Path(settings.prior), total, fixed, units, say)
     scores, left_out = read_single_layers(Path(settings.prior))
     if left_out:
         say(
             f"{left_out} of {left_out + len(scores)} single layers in {settings.prior} left out: "
-            "their score is 0, which older programs gave to what failed"
+            "their score is 0, which older programs gave to failed evaluations"
             + (", and single layers are evaluated" if len(scores) < total else "")
         )
     outside = [layer for layer in scores if layer >= total]
@@ -193,28 +195,21 @@ def known_layers(
     return {layer: gain for layer, gain in _gains(scores).items() if layer not in fixed}, []
 
 
-def known_heads(
-    settings: SearchSettings, total: int, fixed: Collection[int], units: Units, say: Callable[[str], None]
+def _known_heads(
+    prior: Path, total: int, fixed: Collection[int], units: Units, say: Callable[[str], None]
 ) -> tuple[dict[int, float], list[int]]:
-    """The gains of single heads in the prior file, and the heads to try first, as numbers; without layers in `fixed`.
-
-    Raises:
-        SurgeryError: if the file cannot be read, or names a head that is not there.
-    """
-    if settings.prior is None:
-        return {}, []
-    scores, listed = read_heads(Path(settings.prior))
+    scores, listed = read_heads(prior)
     for layer, head in (*scores, *listed):
         if layer >= total or head >= units.heads:
             raise SurgeryError(
-                f"{settings.prior} names head {layer}:{head}, but there are {total} layers of {units.heads} heads, "
+                f"{prior} names head {layer}:{head}, but there are {total} layers of {units.heads} heads, "
                 "counted from 0. Mend that entry, or give another --prior."
             )
     number = {(layer, head): layer * units.heads + head for layer, head in (*scores, *listed) if layer not in fixed}
     gains = _gains({number[each]: score for each, score in scores.items() if each in number})
     seeds = [number[each] for each in dict.fromkeys(listed) if each in number]
     if listed:
-        say(f"Tried first  {' '.join(map(str, units.written(tuple(seeds))))}, the list in {settings.prior}")
+        say(f"Tried first  {' '.join(map(str, units.written(tuple(seeds))))}, the list in {prior}")
     return gains, seeds
 
 

@@ -15,7 +15,7 @@ from model_preparation.search.layer_sets import LayerSet, SearchSpace, normal
 
 _ELITE_SHARE = 0.1  # of a generation that is kept; a race asks this many all questions
 _GOOD = 0.25  # share of the known sets that counts as good for the patterns
-_TOURNAMENT_SIZE = 3  # draw so many, and the best becomes a parent
+_TOURNAMENT_SIZE = 3  # candidates of which the best becomes a parent
 _CROSSOVER_RATE = 0.9  # chance that a child has two parents
 _PATTERN_RATE = 0.7  # chance that patterns choose the layer to add
 _ATTEMPTS = 20  # to make a child that is not known yet

@@ -101,7 +101,7 @@ def walk(
         total: how many layers a model has.
         base_state: gives the base's state before a layer.
         step: gives the state after a layer, from its index, the set's units in it, and the state before it.
-        units: what the sets are made of.
+        units: the units of the sets.
     """
     by_lowest: dict[int, list[LayerSet]] = {}
     for layers in sorted(sets):
@@ -154,7 +154,7 @@ class SearchSpace:
 
     Attributes:
         prior: the gains of single units that are known before the search.
-        units: what the sets are made of.
+        units: the units of the sets.
         most_kv_heads: how many key/value heads a set of heads may need; None if there is no limit.
         seeds: units to try first, the most promising first.
     """
@@ -213,7 +213,7 @@ class SearchSpace:
 
     @property
     def seed_sets(self) -> list[LayerSet]:
-        """The first 1, 2, ... of `seeds` together, then each alone; without what is not in the space."""
+        """The first 1, 2, ... of `seeds` together, then each alone; without sets outside the space."""
         first = [normal(self.seeds[:size]) for size in range(1, self.most + 1)]
         return [each for each in dict.fromkeys([*first, *((seed,) for seed in self.seeds)]) if each in self]
 

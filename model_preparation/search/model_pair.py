@@ -30,7 +30,7 @@ class ModelPair:
         base_layers: the base's own layers, by index.
         tokenizer: the tokenizer of every graft.
         fixed: the layers that are a donor's in the base already, because the search starts from a checkpoint.
-        units: what a graft is made of.
+        units: the units of a graft.
     """
 
     model: LlambaForCausalLM
@@ -50,7 +50,7 @@ class ModelPair:
         return self.model.backbone.layers[index] if part or index in self.fixed else self.base_layers[index]
 
     def kv_bytes_per_token(self, kv_heads: int) -> int:
-        """What each token adds to the cache of a graft that keeps `kv_heads` beside those of `fixed`."""
+        """The bytes that each token adds to the cache of a graft with `kv_heads` besides the layers in `fixed`."""
         of_layer = kv_bytes_per_token(self.model.backbone.llama_config, 1, self.model.dtype)
         return of_layer * len(self.fixed) + of_layer * kv_heads // self.units.kv_heads
 
@@ -61,7 +61,7 @@ def load_pair(planned: GraftPlan, device: str | torch.device = "cpu", dtype: tor
     Args:
         planned: the graft of all layers, or of all heads.
         device: where the models go.
-        dtype: the dtype of the weights; by default that of a checkpoint built from `planned`.
+        dtype: the dtype of the weights; by default the dtype of a checkpoint built from `planned`.
     """
     mapped = MappedFiles()
 

@@ -96,7 +96,7 @@ def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
     first = Cost(early, min(passes, _in_any_order(early, singles, space)))
     if settings.method == "greedy":
         return Bounds(first, None, early, everything, before)
-    if limit <= asked:  # this covers what refinement evaluates
+    if limit <= asked:  # this covers the evaluations of refinement
         return Bounds(Cost(limit, _in_any_order(limit, singles, space)), None, limit, everything, before)
     return Bounds(first, _refinement(space), limit, everything, before)
 

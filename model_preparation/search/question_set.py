@@ -133,12 +133,11 @@ class QuestionSet:
         batch_of: dict[int, int] = {}
         for rows, prefix in lm.groups(task.tokens):
             rows = longest_first(rows)
-            start = 0
-            while start < len(rows):
-                batch = lm.next_batch(rows, start, len(prefix))
+            while rows:
+                batch = lm.next_batch(rows, len(prefix))
                 batch_of |= {request: len(self.batches) for row in batch for request in row.requests}
                 self.batches.append(Batch(index, len(self.prefixes), batch, *padded(batch, len(prefix))))
-                start += len(batch)
+                rows = rows[len(batch) :]
             self.prefixes.append(prefix)
         by_doc: dict[Any, list[int]] = {}
         for request, instance in enumerate(task.instances):

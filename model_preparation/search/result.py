@@ -25,12 +25,7 @@ from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.versions import creation_time
 
 COMPARED = 50
-BEST, SAME, WORSE = "the best", "not distinguishable from the best", "worse than the best"
-BETTER_THAN_BASE, LIKE_BASE, WORSE_THAN_BASE = (
-    "better than the base",
-    "not distinguishable from the base",
-    "worse than the base",
-)
+_LIKE = "not distinguishable from"
 
 
 def search_result(
@@ -44,7 +39,7 @@ def search_result(
     """The content of search_result.json, in JSON's kinds of values.
 
     Args:
-        setup, space: what was searched.
+        setup, space: of the search.
         scores: all evaluations.
         donor: the donor's own `accuracy` and `fitness`, if it was scored.
         budget_spent: whether the budget ended the search.
@@ -98,13 +93,14 @@ def _final_results(scores: CandidateScores, space: SearchSpace, setup: ScoringSe
     base = scores.values(BASE)
     against_base = scores.objective.adjusted_p_values(base, values)
     for row, each, to_best, to_base in zip(rows, values, against_best, against_base, strict=False):
-        differs, above = to_base < SIGNIFICANCE, each.mean() > base.mean()
+        relation = "better than" if each.mean() > base.mean() else "worse than"
         row |= {
             "p_against_best": to_best,
-            "verdict": BEST if row is rows[0] else WORSE if to_best < SIGNIFICANCE else SAME,
+            "verdict": f"{'worse than' if to_best < SIGNIFICANCE else _LIKE} the best",
             "p_against_base": to_base,
-            "verdict_base": LIKE_BASE if not differs else BETTER_THAN_BASE if above else WORSE_THAN_BASE,
+            "verdict_base": f"{relation if to_base < SIGNIFICANCE else _LIKE} the base",
         }
+    rows[0]["verdict"] = "the best"
     return rows
 
 

@@ -35,7 +35,7 @@ class ScoringSetup:
     """Base and donor in memory, the questions, and the donor's own answers.
 
     Args:
-        settings: what is searched.
+        settings: of the search.
         scored_on: the type of the device on which candidates run, if that is not `settings.device`.
 
     Attributes:

@@ -54,7 +54,7 @@ def search_layers(
     interruption, unless there is a budget in hours.
 
     Args:
-        settings: what to search. Without it, `changes` are its fields; with it, they replace fields.
+        settings: of the search. Without them, `changes` are its fields; with them, they replace fields.
         workers: where candidates are scored, such as `remote_scorer(...)`; by default in this process.
         say: gets the plan, line by line.
         dry_run: only check everything and describe the plan; nothing is written.
@@ -64,7 +64,7 @@ def search_layers(
         The content of search_result.json; None for `dry_run`.
 
     Raises:
-        SurgeryError: for what cannot be searched, if the folder has the result of another search, and if no
+        SurgeryError: for settings that cannot be searched, if the folder has the result of another search, and if no
             combination could be evaluated.
         OSError: if the journal or the results cannot be written.
         TypeError: for a setting that does not exist.
@@ -79,8 +79,7 @@ def search_layers(
             settings, extracts = replace(settings, llama_layers_dir=folder / DONOR_LAYERS), False
         setup = ScoringSetup(settings, scored_on)
         pair = setup.pair
-        known = checks.known_heads if pair.units.heads else checks.known_layers
-        space = space_of(setup, *known(settings, pair.layers, pair.fixed, pair.units, say))
+        space = space_of(setup, *checks.known_units(settings, pair.layers, pair.fixed, pair.units, say))
         if not overwrite:  # a dry run reads no weights
             asked = {"settings": setup.recorded, **({} if dry_run else {"inputs": setup.inputs})}
             checks.check_earlier(folder, asked)
@@ -131,7 +130,7 @@ def _evaluate(
         raise SurgeryError(
             f"No combination of {space.least} to {space.most} {space.units.word} was evaluated"
             + (f" ({reasons})" if reasons else "")
-            + ". Allow more by --budget_evaluations or --budget_hours, or mend what failed; finished evaluations stay."
+            + ". Allow more by --budget_evaluations or --budget_hours, or correct the failures; evaluations are kept."
         )
     return found, scores
 

@@ -38,7 +38,7 @@ _COUNT = number(int, least=1)
 
 @dataclass(frozen=True)
 class SearchSettings(CheckedSettings):
-    """What is searched, on which questions, and how. The flags' help explains the fields.
+    """The layers or heads to search, the questions and the method. The flags' help explains the fields.
 
     Attributes:
         output_dir: the folder of the journal and the results.
@@ -78,8 +78,8 @@ class SearchSettings(CheckedSettings):
         tuple[str, ...],
         Flag(
             "TASK",
-            "tasks, groups or tags of lm-eval; recall tasks such as kv_retrieval; or folders of task files, whose code "
-            "is run (default: mmlu)",
+            "tasks, groups or tags of lm-eval; recall tasks such as kv_retrieval; or folders of task files, which may "
+            "run code (default: mmlu)",
             nargs="+",
             name="task",
         ),
@@ -110,7 +110,7 @@ class SearchSettings(CheckedSettings):
     method: Annotated[str, Flag(None, "how combinations are chosen; each is explained above", OneOf(*METHODS))] = "beam"
     unit: Annotated[
         str,
-        Flag(None, "what combinations are made of: whole layers, or single query heads of the donor", OneOf(*UNITS)),
+        Flag(None, "the units of a combination: whole layers, or single query heads of the donor", OneOf(*UNITS)),
     ] = LAYERS
     max_heads: Annotated[
         int | None, Flag("N", "with --unit heads: the most heads of a combination (default: 4; of singles: 1)", _COUNT)

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from model_preparation.checkpoint.checkpoint_info import read_info
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare import paired
 from model_preparation.evaluation.compare.answers import Answers, CommonQuestions, match, read_answers
 from model_preparation.evaluation.compare.choice_vs_generation import BothWays, asked_both_ways
 from model_preparation.evaluation.compare.costs import AGAINST_SCORE, Cost, costs_of, pareto_front
-from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles, find_evaluations, replaced_layers
+from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles, find_evaluations
 from model_preparation.evaluation.compare.notes import (
     cost_notes,
     differing_settings,
@@ -100,7 +101,7 @@ class Row:
 
 
 class _Line(NamedTuple):
-    """A row before it is filled; its fields are those of `Row`."""
+    """The first fields of a `Row`, and its tasks."""
 
     kind: str
     name: str
@@ -190,7 +191,7 @@ def compare_evaluations(
         Model(
             name,
             str(evaluation.results_path.relative_to(evaluation.place.parent)),
-            replaced_layers(evaluation),
+            None if evaluation.checkpoint is None else read_info(evaluation.checkpoint)["replaced_layers"],
             *(each, cost),
         )
         for name, evaluation, each, cost in zip(names, evaluations, settings, costs, strict=True)

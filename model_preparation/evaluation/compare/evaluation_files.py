@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, EVALUATIONS_ASIDE, INFO, read_info
+from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, EVALUATIONS_ASIDE, INFO
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.efficiency import FOLDER as EFFICIENCY
 from model_preparation.evaluation.models import find_model
@@ -112,7 +112,7 @@ def find_evaluations(folders: Sequence[str | Path], task: str | None = None) -> 
 
 
 def _check_weights(evaluation: EvaluationFiles) -> None:
-    """Raise SurgeryError if the checkpoint around an evaluation of ours has other weights now."""
+    """Raise SurgeryError if an evaluation is in a checkpoint that has other weights now."""
     settings = evaluation.results_path.parents[1] / SETTINGS
     if evaluation.checkpoint is None or not settings.is_file():
         return
@@ -217,15 +217,6 @@ def _checkpoint_of(given: Path) -> Path | None:
         return given
     above = next((parent for parent in given.parents if parent.name == EVALUATIONS), None)
     return above.parent if above is not None and (above.parent / INFO).is_file() else None
-
-
-def replaced_layers(evaluation: EvaluationFiles) -> list[int] | None:
-    """The replaced layers of the checkpoint that was evaluated; None for other models.
-
-    Raises:
-        SurgeryError: if its checkpoint_info.json is damaged.
-    """
-    return None if evaluation.checkpoint is None else read_info(evaluation.checkpoint)["replaced_layers"]
 
 
 def _date(path: Path) -> str:

@@ -23,7 +23,7 @@ from model_preparation.evaluation.efficiency import MEASURED
 Plot = Callable[[Any], Figure]  # of a Comparison, or whatever else is drawn
 
 COLOURS = ("#3b82c4", "#e08a1e", "#2ba37a", "#c75a9a", "#8c6bd1", "#8a8f98")  # they differ on white and on black
-# Nothing else has these two colours; in an SVG they become those of the page.
+# Nothing else has these two colours. In an SVG they become the colours of the page.
 INK, PAPER = "#000102", "#fffefd"
 # Fonts with Chinese characters, in the order they are tried.
 _CHINESE = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei")

@@ -61,7 +61,7 @@ def check_report_folder(target: Path, *, overwrite: bool) -> None:
 
 
 def both_ways_table(comparison: Comparison) -> Table | None:
-    """Scores by log-likelihood beside those of generated answers; None if no task has both."""
+    """A table of scores by log-likelihood and by generated answers; None if no task has both."""
     if not comparison.both_ways:
         return None
     table = Table("task", "model", title="By log-likelihood and by generated answers")
@@ -84,7 +84,7 @@ def write_report(comparison: Comparison, target: Path, *, questions: int, as_jso
         target: the folder.
         questions: how many questions to show that each model scores higher than the baseline, and how many lower.
         as_json: whether to write comparison.json too.
-        overwrite: whether to replace a report that is there.
+        overwrite: whether to replace an earlier report.
 
     Raises:
         SurgeryError: as `check_report_folder`.
@@ -169,10 +169,10 @@ def _examples(comparison: Comparison, count: int) -> list[dict[str, Any]]:
     found = []
     for model in range(1, len(names)):
         higher, lower = differing_questions(comparison, model, count)
-        what = ("answers right and {} wrong" if comparison.binary else "scores higher than {}").format
+        action = ("answers right and {} wrong" if comparison.binary else "scores higher than {}").format
         for better, other, examples in ((names[model], names[0], higher), (names[0], names[model], lower)):
             if examples:
-                heading = f"{better} {what(other)}"
+                heading = f"{better} {action(other)}"
                 found.append({"heading": heading, "model": names[model], "questions": examples, "labels": labels})
     return found
 
@@ -181,7 +181,7 @@ def _examples(comparison: Comparison, count: int) -> list[dict[str, Any]]:
 
 
 def comparison_tables(comparison: Comparison, *, subjects: bool) -> RenderableType:
-    """Notes on differing settings, the tables (that of the subjects on request), and the verdicts."""
+    """Notes on differing settings, the tables (the subjects only on request), and the verdicts."""
     overall = comparison.of_kind(OVERALL)
     parts: list[RenderableType] = [Text(escaped(f"note: {note}")) for note in comparison.notes]
     for model, each in enumerate(comparison.models):
