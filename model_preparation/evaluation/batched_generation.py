@@ -35,7 +35,7 @@ def write(
     settings: Mapping[str, Any],
     read_at_once: int,
 ) -> list[str]:
-    """The texts after prompts of tokens.
+    """Write the texts after tokenized prompts.
 
     Args:
         prompts: the longest first.

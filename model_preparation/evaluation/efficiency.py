@@ -206,18 +206,18 @@ def _measure(model: PreTrainedModel, context: int, name: str) -> dict[str, Any]:
         with contextlib.suppress(OSError):  # then it is the peak since the start, loading included
             Path("/proc/self/clear_refs").write_text("5")
     rounds = [_read_and_write(model, context) for _ in range(ROUNDS)]
-    held = rounds[0][2]
+    size_bytes = rounds[0][2]
     expected = _computed_bytes(model.config, context, model.dtype)
-    if expected not in (None, held):
+    if expected not in (None, size_bytes):
         raise SurgeryError(
-            f"The cache of {name} holds {held:,} bytes after {context} tokens, but its config makes it {expected:,}. "
+            f"The cache of {name} holds {size_bytes:,} bytes after {context} tokens, but its config makes it {expected:,}. "
             "The figures of memory would be wrong; report this with the model's config.json."
         )
     on_gpu = model.device.type == "cuda"
     return {
         "first_token_seconds": statistics.median(first for first, _, _ in rounds),
         "token_seconds": statistics.median(seconds for _, each, _ in rounds for seconds in each),
-        "cache_bytes": held,
+        "cache_bytes": size_bytes,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(model.device) if on_gpu else resident_peak_bytes(),
     }
 
@@ -226,17 +226,17 @@ def _read_and_write(model: PreTrainedModel, context: int) -> tuple[float, list[f
     """Seconds to the first token, seconds of each token after it, bytes of the cache after the prompt."""
     generator = torch.Generator().manual_seed(context)
     ids = torch.randint(model.config.vocab_size, (1, context), generator=generator).to(model.device)
-    times, cache, held = [time.perf_counter()], None, 0
+    times, cache, size_bytes = [time.perf_counter()], None, 0
     for _ in range(TOKENS + 1):
         out = model(input_ids=ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
         ids, cache = out.logits[:, -1:].argmax(-1), out[CACHE_NAME]
         ids[0, 0].item()  # waits for the device
         if len(times) == 1:
             storages = {each.untyped_storage() for layer in cache.layers for each in _tensors(vars(layer))}
-            held = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+            size_bytes = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
         times.append(time.perf_counter())
     seconds = [after - before for before, after in itertools.pairwise(times)]
-    return seconds[0], seconds[1:], held
+    return seconds[0], seconds[1:], size_bytes
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

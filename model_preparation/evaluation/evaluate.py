@@ -252,11 +252,11 @@ def load_asked(
         protocols = tasks_of_suite(settings.suite, embedded=embedded, with_data=task_data)
         names = tuple(protocols)
     for name in ("lengths", "language", "haystack"):
-        takers = [task for task in recall_names() if takes(task, name)]
-        if getattr(settings, name) != getattr(EvaluationSettings(), name) and not {*names} & {*takers}:
+        tasks_with_it = [task for task in recall_names() if takes(task, name)]
+        if getattr(settings, name) != getattr(EvaluationSettings(), name) and not {*names} & {*tasks_with_it}:
             raise SurgeryError(
                 f"--{name} is {getattr(settings, name)}, and {' '.join(names)} does not take it. "
-                f"Leave out --{name}, or choose one of {', '.join(takers)}."
+                f"Leave out --{name}, or choose one of {', '.join(tasks_with_it)}."
             )
     if any(map(is_recall, names)):
         tokenizer = load()

@@ -244,10 +244,12 @@ class CandidateScores:
                 for layers in alive
             }
             alive.sort(key=lambda layers: (-seen[layers].mean(), len(layers), layers))
-            bar = seen[alive[keep - 1]]
+            last_kept = seen[alive[keep - 1]]
             # Bonferroni, over all tests that this race may make.
             limit = SIGNIFICANCE / len(sets) / (len(self._rounds) - 1)
-            alive[keep:] = [layers for layers in alive[keep:] if self.objective.p_value(bar, seen[layers]) >= limit]
+            alive[keep:] = [
+                layers for layers in alive[keep:] if self.objective.p_value(last_kept, seen[layers]) >= limit
+            ]
 
     def _run(self, sets: Iterable[LayerSet], rounds: Sequence[int]) -> None:
         """Evaluate these combinations in these rounds, unless the journal has them."""

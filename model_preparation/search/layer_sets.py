@@ -137,7 +137,7 @@ def most_passes(
 ) -> int:
     """How many layers `walk` runs at most for `count` sets of `least` to `most` units. For all sets it is exact.
 
-    After each layer there are at most as many models as sets, and as many as a set can have beginnings.
+    After each layer there are at most as many models as there are sets, and as there are beginnings of sets.
     """
     passes = 0
     for depth in range(1, total + 1):

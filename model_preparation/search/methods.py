@@ -109,5 +109,5 @@ def _grow(space: SearchSpace, scores: CandidateScores, width: int) -> None:
         more = dict.fromkeys(new for layers in kept for new in space.with_one_more(layers))
         share = scores.room // (space.most - size + 1) if size > 1 and scores.room is not None else len(more)
         wanted = space.by_promise(more, scores)[: max(share, width)]
-        begun = [seeds for seeds in space.seed_sets if len(seeds) == size]  # known already
-        kept = scores.evaluate([*begun, *wanted], width)[:width]
+        seeds = [layers for layers in space.seed_sets if len(layers) == size]  # evaluated already
+        kept = scores.evaluate([*seeds, *wanted], width)[:width]

@@ -60,7 +60,7 @@ def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
         found = Cost(count, total + space.most_passes(count, space.least, space.most))
         return Bounds(found, None, count, everything)
 
-    # The sets that lack one layer each of a larger set are alike up to that layer.
+    # Sets that each lack one layer of a larger set are alike up to that layer.
     each_without = {size: sum(min(size, depth + 1) for depth in range(1, total + 1)) for size in range(total + 1)}
     if settings.method == "removal":
         steps = range(space.least + 1, free + 1)

@@ -187,15 +187,10 @@ def compare_evaluations(
         ]
     rows = [_row(line, values, means, binary) for line in _lines(evaluations, tasks, task)]
     _judge(rows, higher)
-    models = [
-        Model(
-            name,
-            str(evaluation.results_path.relative_to(evaluation.place.parent)),
-            None if evaluation.checkpoint is None else read_info(evaluation.checkpoint)["replaced_layers"],
-            *(each, cost),
-        )
-        for name, evaluation, each, cost in zip(names, evaluations, settings, costs, strict=True)
-    ]
+    paths = [str(each.results_path.relative_to(each.place.parent)) for each in evaluations]
+    checkpoints = [each.checkpoint for each in evaluations]
+    layers = [None if each is None else read_info(each)["replaced_layers"] for each in checkpoints]
+    models = list(map(Model, names, paths, layers, settings, costs))
     used = list(dict.fromkeys(metrics[name] for name in tasks))
     shown = used[0] if len(used) == 1 else "score"
     both_ways = asked_both_ways({each.task: each.column("value").mean(axis=1).tolist() for each in common}, names)

@@ -14,7 +14,7 @@ from model_preparation.io.untrusted.untrusted_files import check_fields, read_js
 
 AGAINST_SCORE = ("token_seconds", "cache_bytes")  # fields of `MEASURED` for which there is a Pareto front
 _ROW = {"context": int, **dict.fromkeys(MEASURED, (int, float))}
-_FIELDS = {"models": [{"weights": str, "dtype": str, "contexts": [_ROW]}], **{"measured_on": str, "date": str}}
+_FIELDS = {"models": [{"weights": str, "dtype": str, "contexts": [_ROW]}], "measured_on": str, "date": str}
 
 
 @dataclass(frozen=True)

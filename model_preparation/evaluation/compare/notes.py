@@ -18,7 +18,7 @@ SETTINGS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
     "chat template": lambda results, _: _short(results.get("chat_template_sha")),
     "system instruction": lambda results, _: _short(results.get("system_instruction_sha")),
     "dtype": lambda results, _: str(results["config"].get("model_dtype")).removeprefix("torch."),
-    "longest prompt, in tokens": lambda results, _: _limit(results.get("max_length")),
+    "longest prompt, in tokens": lambda results, _: _tokens(results.get("max_length")),
     "settings of the generation": lambda results, _: results["config"].get("gen_kwargs"),
     "seed of the examples": lambda results, _: results["config"].get("fewshot_seed"),
     "version of the tasks": lambda results, tasks: _per_task(results.get("versions"), tasks),
@@ -39,7 +39,7 @@ _HEAD = {
 }
 
 
-def _limit(tokens: int | None) -> int | str | None:
+def _tokens(tokens: int | None) -> int | str | None:
     return "no limit" if tokens is not None and tokens >= _NO_LIMIT else tokens
 
 

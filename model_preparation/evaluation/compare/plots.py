@@ -70,9 +70,9 @@ def plot_efficiency(found: dict[str, Any]) -> Figure:
     """A panel per measured field: every model's values, by the tokens of the context."""
     figure = Figure(figsize=(_WIDTH_INCHES, 5.0), layout="constrained")
     panels = figure.subplots(2, 2).flat
-    for axes, (field, (words, unit, one)) in zip(panels, MEASURED.items(), strict=True):
+    for axes, (field, (words, unit, size)) in zip(panels, MEASURED.items(), strict=True):
         for model, each in enumerate(found["models"]):
-            values = [row[field] / one for row in each["contexts"]]
+            values = [row[field] / size for row in each["contexts"]]
             x = [row["context"] for row in each["contexts"]]
             axes.plot(x, values, "o-", color=COLOURS[model % len(COLOURS)], markersize=4, label=each["name"])
         axes.set_xlabel("context, tokens")
@@ -89,11 +89,11 @@ def plot_costs(comparison: Comparison) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     scores = comparison.of_kind(OVERALL)[0].scores
     for axes, field in zip(panels, AGAINST_SCORE, strict=True):
-        words, unit, one = MEASURED[field]
+        words, unit, size = MEASURED[field]
         places = {}
         for model, each in enumerate(comparison.models):
             if each.cost is not None:
-                places[each.name] = x, y = each.cost.values[field] / one, scores[model].mean
+                places[each.name] = x, y = each.cost.values[field] / size, scores[model].mean
                 _points(axes, [x], [y], [scores[model].stderr or 0.0], model=model, name=each.name, upright=True)
         front = [places[name] for name in comparison.fronts.get(field, ())]
         if front:  # one point has no line, but its name stays in the legend

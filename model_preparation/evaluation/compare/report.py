@@ -138,7 +138,9 @@ def _html_page(comparison: Comparison, *, title: str, questions: int) -> str:
         title=title,
         head=head_line(
             overall.label if overall.name else some([row.label for row in comparison.of_kind(SUBJECT)]),
-            *(comparison.metric, overall.questions, settings),
+            comparison.metric,
+            overall.questions,
+            settings,
         ),
         comparison=comparison,
         tables=[
@@ -154,9 +156,7 @@ def _html_page(comparison: Comparison, *, title: str, questions: int) -> str:
         measured=MEASURED,
         model_lines=[_model_line(model) for model in comparison.models],
         examples=_examples(comparison, questions),
-        has_choices=any(
-            row[0].right_probability >= 0 for common in comparison.common for row in common.rows
-        ),  # not NaN
+        has_choices=any(row[0].right_probability >= 0 for each in comparison.common for row in each.rows),  # not NaN
         shared=shared,
         differing=differing,
     )
@@ -294,7 +294,7 @@ def _front_sentence(comparison: Comparison) -> str:
 
 
 def _cost_words(cost: Cost) -> str:
-    shown = (f"{words} {cost.values[field] / one:,.2f} {unit}" for field, (words, unit, one) in MEASURED.items())
+    shown = (f"{words} {cost.values[field] / size:,.2f} {unit}" for field, (words, unit, size) in MEASURED.items())
     return f"{', '.join(shown)} after {cost.context:,} tokens"
 
 
