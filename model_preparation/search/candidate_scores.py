@@ -244,12 +244,10 @@ class CandidateScores:
                 for layers in alive
             }
             alive.sort(key=lambda layers: (-seen[layers].mean(), len(layers), layers))
-            last_kept = seen[alive[keep - 1]]
+            worst = seen[alive[keep - 1]]  # of the best `keep`
             # Bonferroni, over all tests that this race may make.
             limit = SIGNIFICANCE / len(sets) / (len(self._rounds) - 1)
-            alive[keep:] = [
-                layers for layers in alive[keep:] if self.objective.p_value(last_kept, seen[layers]) >= limit
-            ]
+            alive[keep:] = [layers for layers in alive[keep:] if self.objective.p_value(worst, seen[layers]) >= limit]
 
     def _run(self, sets: Iterable[LayerSet], rounds: Sequence[int]) -> None:
         """Evaluate these combinations in these rounds, unless the journal has them."""
