@@ -210,7 +210,7 @@ def _measure(model: PreTrainedModel, context: int, name: str) -> dict[str, Any]:
     expected = _computed_bytes(model.config, context, model.dtype)
     if expected not in (None, size_bytes):
         raise SurgeryError(
-            f"The cache of {name} holds {size_bytes:,} bytes after {context} tokens, but its config gives {expected:,}. "
+            f"The cache of {name} holds {size_bytes:,} bytes after {context} tokens, but its config says {expected:,}. "
             "The figures of memory would be wrong; report this with the model's config.json."
         )
     on_gpu = model.device.type == "cuda"
