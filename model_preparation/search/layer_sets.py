@@ -132,6 +132,17 @@ def _descend(
     yield members[0], state
 
 
+def count_passes(sets: Iterable[LayerSet], total: int, units: Units = WHOLE_LAYERS) -> int:
+    """How many layers `walk` runs, and once all layers of the base."""
+    beginnings = {
+        (depth, tuple(unit for unit in layers if units.layer(unit) < depth))
+        for layers in sets
+        if layers
+        for depth in range(units.layer(layers[0]) + 1, total + 1)
+    }
+    return total + len(beginnings)
+
+
 def most_passes(
     count: int, total: int, least: int, most: int, fixed: Collection[int] = (), units: Units = WHOLE_LAYERS
 ) -> int:

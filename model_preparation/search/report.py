@@ -3,13 +3,11 @@
 jinja2 escapes what comes from files. The page's policy forbids every request, and every script but its own.
 """
 
-import io
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -44,10 +42,7 @@ def write_report(found: dict[str, Any], scores: CandidateScores, folder: Path) -
     for name, (title, plot, units) in PLOTS.items():
         if unit not in units:
             continue
-        picture = io.BytesIO()
-        drawing.save_png(plot, shown, picture)
-        write_file(folder / f"{name}.png", picture.getvalue())
-        plots.append((title, Markup(drawing.svg(plot, shown, name))))
+        plots.append((title, drawing.save_both(plot, shown, name, folder)))
     page = render_page(
         resources.files(__package__).joinpath(PAGE).read_text(encoding="utf-8"),
         title=f"{unit.capitalize()} of {Path(found['base']).name}: {found['search']['method']} search",

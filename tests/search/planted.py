@@ -1,7 +1,7 @@
 """A model that is not there: every combination of layers has a known worth, and answers questions accordingly."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -9,23 +9,12 @@ import numpy as np
 
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.journal import Journal
-from model_preparation.search.layer_sets import WHOLE_LAYERS, LayerSet, Units
+from model_preparation.search.layer_sets import WHOLE_LAYERS, count_passes
 from model_preparation.search.objective import Objective
 from model_preparation.search.progress import SearchProgress
 from model_preparation.search.settings import SearchSettings
 
 TOTAL = 12
-
-
-def count_passes(sets: Iterable[LayerSet], total: int, units: Units = WHOLE_LAYERS) -> int:
-    """How many layers `walk` runs, and once all layers of the base."""
-    beginnings = {
-        (depth, tuple(unit for unit in layers if units.layer(unit) < depth))
-        for layers in sets
-        if layers
-        for depth in range(units.layer(layers[0]) + 1, total + 1)
-    }
-    return total + len(beginnings)
 
 
 class PlantedQuestions:

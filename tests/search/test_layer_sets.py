@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_preparation.search.layer_sets import WHOLE_LAYERS, Units, walk
-from tests.search.planted import count_passes
+from model_preparation.search.layer_sets import WHOLE_LAYERS, Units, count_passes, walk
 
 
 class State:

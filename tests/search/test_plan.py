@@ -7,11 +7,11 @@ import pytest
 
 from model_preparation.search import methods
 from model_preparation.search.candidate_scores import BudgetSpent
-from model_preparation.search.layer_sets import SearchSpace, Units, most_passes
+from model_preparation.search.layer_sets import SearchSpace, Units, count_passes, most_passes
 from model_preparation.search.methods import METHODS
 from model_preparation.search.plan import bounds, describe_cost
 from model_preparation.search.settings import SearchSettings
-from tests.search.planted import TOTAL, count_passes, draw_sets, make_scores
+from tests.search.planted import TOTAL, draw_sets, make_scores
 
 PRIOR = {layer: (0.1 if layer in (3, 7, 5) else 0.0) for layer in range(TOTAL)}
 SEARCHES = [("exhaustive", (1, 2, {}))]

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from model_preparation import build_checkpoint, extract_layers, load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE
+from model_preparation.train.heal import self_conversations
 from model_preparation.train.heal.self_conversations import _Script, write_conversations
 from model_preparation.train.heal.sequences import Documents, collate, hold_out, load_sequences
 from model_preparation.train.heal.settings import HealSettings
@@ -353,6 +354,23 @@ def test_the_donors_turns_are_what_is_between_the_templates_words():
     assert [taken[0] for taken in sampler.taken][5 : 4 + len(between)] == between[1:]
 
 
+def test_a_conversation_that_is_more_tokens_when_read_again_is_left_out(donor_dir, monkeypatch, tmp_path):
+    tokenizer = tokenizer_with(CHATML)
+    ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    between = ids("<|im_end|>\n<|im_start|>assistant\n")
+    rows = [
+        ids("Why?<|im_end|>") + [0] * (len(between) - 1) + [*ids("So."), last, *ids("<|im_end|>")]
+        for last in (ids(".")[0], ids("é")[0])
+    ]  # half of a character is read again as three tokens
+    monkeypatch.setattr(self_conversations, "has_tokenizer", lambda donor: False)
+    monkeypatch.setattr(self_conversations, "SelfSampler", lambda *_: Scripted(*rows))
+    begin = ids("<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\n")
+    settings = HealSettings(block_size=len(begin + rows[0]) + 1, self_conversations=1)  # and the newline at the end
+    folder = write_conversations(donor_dir, tokenizer, settings, tmp_path, "cpu")
+    (found,) = (folder / "00000.jsonl").read_text().splitlines()
+    assert json.loads(found)["messages"][1]["content"] == "So.."
+
+
 def test_a_donor_that_cannot_write_conversations_is_named(donor_dir, checkpoint_dir, heal, tmp_path):
     def write(template: str | None, **settings) -> None:
         tokenizer = make_tokenizer()
@@ -364,7 +382,7 @@ def test_a_donor_that_cannot_write_conversations_is_named(donor_dir, checkpoint_
     with pytest.raises(SurgeryError, match="puts nothing behind a turn"):
         write("{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(
-        SurgeryError, match=r"Of 256 conversations .* it ended 0 within --block_size 32 .*; 8 are needed"
+        SurgeryError, match=r"Of 64 conversations .* it ended 0 within --block_size 32 tokens; at least one of 16"
     ):
         write(ENDED, self_conversations=8)
     (tmp_path / "x.jinja").write_text(ENDED)

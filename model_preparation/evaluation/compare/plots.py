@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
@@ -19,6 +20,7 @@ from matplotlib.font_manager import get_font_names
 from model_preparation.evaluation.compare.compare import GROUP, OVERALL, SUBJECT, UNCLEAR, Comparison, Row
 from model_preparation.evaluation.compare.costs import AGAINST_SCORE
 from model_preparation.evaluation.efficiency import MEASURED
+from model_preparation.io.complete_file import write_file
 
 Plot = Callable[[Any], Figure]  # of a Comparison, or whatever else is drawn
 
@@ -28,6 +30,7 @@ INK, PAPER = "#000102", "#fffefd"
 # Fonts with Chinese characters, in the order they are tried.
 _CHINESE = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
 _LINE_INCHES, _WIDTH_INCHES = 0.15, 7.2
+_PNG: dict[str, Any] = {"format": "png", "dpi": 150, "facecolor": "white"}
 
 
 def plot_scores(comparison: Comparison) -> Figure:
@@ -108,20 +111,24 @@ def plot_costs(comparison: Comparison) -> Figure:
     return figure
 
 
-def save_png(plot: Plot, shown: Any, path: Path | BinaryIO) -> None:
+def save_png(plot: Plot, shown: Any, path: Path) -> None:
     """Draw `plot` of `shown` into a PNG file, on white."""
     with _drawing():
-        plot(shown).savefig(path, format="png", dpi=150, facecolor="white")
+        plot(shown).savefig(path, **_PNG)
 
 
-def svg(plot: Plot, shown: Any, name: str) -> str:
-    """Draw `plot` as an SVG element for an HTML page; its ids begin with `name`."""
-    with _drawing(), io.StringIO() as file:
+def save_both(plot: Plot, shown: Any, name: str, folder: Path) -> Markup:
+    """Draw `plot` into NAME.png in `folder`, and as an SVG element for an HTML page, whose ids begin with `name`."""
+    with _drawing(), io.BytesIO() as png, io.StringIO() as file:
+        figure = plot(shown)
+        figure.savefig(png, **_PNG)
+        figure.set_layout_engine("none")  # places stay as they are, and are not computed again
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        plot(shown).savefig(file, format="svg", transparent=True, metadata=no_metadata)
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+        write_file(folder / f"{name}.png", png.getvalue())
         text = file.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "var(--page)")
-    return re.sub(r'(\bid="|\burl\(#|href="#)', rf"\g<1>{name}-", text)  # ids must be unique in a page
+    return Markup(re.sub(r'(\bid="|\burl\(#|href="#)', rf"\g<1>{name}-", text))  # ids must be unique in a page
 
 
 # {name of the file: (heading, plot)}.

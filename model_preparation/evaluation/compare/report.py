@@ -94,10 +94,12 @@ def write_report(comparison: Comparison, target: Path, *, questions: int, as_jso
     names = [model.name for model in comparison.models]
     with new_folder(target, overwrite=overwrite, marker_file=PAGE) as folder:
         others = names[1] if len(names) == 2 else f"{len(names) - 1} models"
-        page = _html_page(comparison, title=f"{others} against {names[0]}", questions=questions)
+        drawn = [
+            (heading, plots.save_both(plot, comparison, name, folder))
+            for name, (heading, plot) in plots.plots_of(comparison).items()
+        ]
+        page = _html_page(comparison, title=f"{others} against {names[0]}", questions=questions, plots=drawn)
         (folder / PAGE).write_text(page, encoding="utf-8")
-        for name, (_, plot) in plots.plots_of(comparison).items():
-            plots.save_png(plot, comparison, folder / f"{name}.png")
         if as_json:
             text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
             (folder / NUMBERS).write_text(text + "\n", encoding="utf-8")
@@ -128,7 +130,7 @@ def sortable(words: str, kind: str = "number") -> Markup:
     return Markup(header).format("text" if kind == "text" else "", kind, words)
 
 
-def _html_page(comparison: Comparison, *, title: str, questions: int) -> str:
+def _html_page(comparison: Comparison, *, title: str, questions: int, plots: list[tuple[str, Markup]]) -> str:
     overall = comparison.of_kind(OVERALL)[0]
     settings = [model.settings for model in comparison.models]
     shared, differing = shared_and_differing(settings)
@@ -148,10 +150,7 @@ def _html_page(comparison: Comparison, *, title: str, questions: int) -> str:
             for heading, (name, kind) in tables.items()
             if (rows := comparison.of_kind(kind))
         ],
-        plots=[
-            (heading, Markup(plots.svg(plot, comparison, name)))
-            for name, (heading, plot) in plots.plots_of(comparison).items()
-        ],
+        plots=plots,
         costs=_costs_sentence(comparison),
         measured=MEASURED,
         model_lines=[_model_line(model) for model in comparison.models],

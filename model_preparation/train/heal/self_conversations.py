@@ -20,11 +20,13 @@ from model_preparation.io.progress import bar
 from model_preparation.io.result_inputs import digest_of
 from model_preparation.io.text import read_text
 from model_preparation.io.untrusted.tokenizer_files import apply_chat_template, load_tokenizer, within_limits
+from model_preparation.train.conversations import Conversation
 from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, SelfSampler
+from model_preparation.train.heal.chat_template import encode
 from model_preparation.train.heal.settings import HealSettings
 
 FOLDER = "written_by_donor"  # in the folder of the states; what follows is a digest of all that the words depend on
-_TRIES = 4  # as many times the wanted conversations are begun, before the donor counts as unable
+_LEAST_ENDED, _JUDGED_FROM = 16, 64  # a donor that ends less than one of 16, of at least 64, counts as unable
 _WORDS = "WORDS-OF-THE-TURN"
 
 
@@ -42,7 +44,7 @@ def write_conversations(
     Raises:
         SurgeryError: if there is no template, or the donor ends too few conversations.
     """
-    template = tokenizer.chat_template
+    own, template = tokenizer, tokenizer.chat_template
     if not template:
         raise SurgeryError(
             "The checkpoint's tokenizer has no chat template, so the donor cannot write conversations. Give one by "
@@ -59,11 +61,11 @@ def write_conversations(
     count = number = 0
     with bar("Conversations", wanted) as advance:
         while count < wanted:
-            if number * SEQUENCES_AT_ONCE >= _TRIES * max(wanted, SEQUENCES_AT_ONCE):
+            begun = number * SEQUENCES_AT_ONCE
+            if begun >= _JUDGED_FROM and count * _LEAST_ENDED < begun:
                 raise SurgeryError(
-                    f"Of {number * SEQUENCES_AT_ONCE} conversations that the donor began, it ended {count} within "
-                    f"--block_size {length} tokens; {wanted} are needed. Give a larger one, or fewer "
-                    "--self_conversations."
+                    f"Of {begun} conversations that the donor began, it ended {count} within --block_size {length} "
+                    f"tokens; at least one of {_LEAST_ENDED} is needed. Give a larger --block_size."
                 )
             path = folder / f"{number:05}.jsonl"
             if not path.exists():
@@ -71,7 +73,10 @@ def write_conversations(
                     print(f"The donor writes {wanted} conversations ...", flush=True)
                     sampler = SelfSampler(donor, read_config(donor), device)
                 # The factor keeps the batches of neighbouring seeds apart; torch takes no larger seeds.
-                written = script.play(sampler, length, (settings.seed * 1_000_003 + number) % 2**63)
+                played = script.play(sampler, length, (settings.seed * 1_000_003 + number) % 2**63)
+                sizes = encode(own, [Conversation(each, ("messages",), donor.name) for each in played], "assistant")
+                # The same words can be more tokens than the donor drew.
+                written = [each for each, ids in zip(played, sizes, strict=True) if ids.shape[1] <= length]
                 write_file(path, "".join(json.dumps({"messages": each}, ensure_ascii=False) + "\n" for each in written))
             found = read_text(path).count("\n")
             advance(found)
