@@ -64,8 +64,8 @@ def measure_efficiency(
 
     Returns:
         The content of efficiency.json: `models`, each with `name`, `source`, `weights` (their digest), `dtype`,
-        `parameters` and `contexts`: rows of `context` (tokens) and the fields of `MEASURED`, medians of `rounds`; what
-        it was measured with (`measured_on`, `threads`, `versions`, `date`, ...); and `results_dir`.
+        `parameters` and `contexts`: rows of `context` (tokens) and the fields of `MEASURED`, medians of `rounds`; the
+        conditions (`measured_on`, `threads`, `versions`, `date`, ...); and `results_dir`.
 
     Raises:
         SurgeryError: for models that are not there or too short, for a cache of another size than the config gives,

@@ -320,7 +320,7 @@ def _summary(found: Mapping[str, Any], loaded: Tasks) -> dict[str, Any]:
 
 
 def _row(found: Mapping[str, Any], name: str, loaded: Tasks) -> dict[str, Any]:
-    """Score, standard error, metric and number of questions of a task or group; None where it has none."""
+    """Score, standard error, metric and number of questions of a task or group; None for what is missing."""
     row = found["results"][name]
     metric = chosen_metric(row, loaded.metrics.get(name, "acc"))
     stderr = None if metric is None else row.get(metric.replace(",", "_stderr,"), "N/A")
@@ -333,7 +333,7 @@ def _row(found: Mapping[str, Any], name: str, loaded: Tasks) -> dict[str, Any]:
 
 
 def _protocol(task: Task, found: Mapping[str, Any], loaded: Tasks) -> dict[str, Any]:
-    """How a task was asked: `shots`, `output` (lm-eval's word), `metric`, `template`; `length` if made here."""
+    """How a task was asked: `shots`, `output` (lm-eval's word), `metric`, `template`; `length` for a recall task."""
     metadata = task.config.metadata or {}
     template = metadata.get("template", task.config.doc_to_text)
     if not isinstance(template, str):

@@ -214,7 +214,7 @@ class ScoredModel:
             OSError: if a file is missing or cannot be read.
         """
         inputs = {"weights": digest_of_weights(self.folder, self.is_checkpoint)}
-        if self.is_checkpoint and (self.folder / MODULE).is_file():  # its users expect the same score
+        if self.is_checkpoint and (self.folder / MODULE).is_file():  # model.pt counts too
             inputs |= digests_of_files([self.folder / MODULE])
         tokenizer = digest_of(digests_of_files(tokenizer_files(self.tokenizer)))
         return {**inputs, "config": digest_of(self.config), "tokenizer": tokenizer}

@@ -248,7 +248,7 @@ def read_split(folder: Path, subject: str, split: str) -> list[Row]:
 
 
 def _checked(file: Path, place: str, seen: Any) -> Row:
-    """The row that the fields make."""
+    """Check the fields of a row, and return it."""
     missing = [field for field in FIELDS if field not in seen]
     if missing:
         raise _malformed(file, place, f"the fields {', '.join(seen) or '(none)'}", f"{', '.join(missing)} too")

@@ -35,7 +35,7 @@ _CHOICES = 4
 _NEEDLES = 4  # of niah_multi*, as in RULER
 _HOPS = 4  # of variable_tracking, as in RULER
 _QUERIES = 4  # of mqar, about the same pairs; all but the last are answered in the prompt
-_LEAST_PEOPLE = 6  # fewer seldom like four things that fit the person who is asked about
+_LEAST_PEOPLE = 6  # with fewer people there are rarely four things to choose from
 
 Document = dict[str, Any]
 
@@ -48,7 +48,7 @@ class _Maker:
         make: (random numbers, how many pairs or sentences, the recipe, the document's number) -> `input`, `outputs`,
             and perhaps `gen_prefix`, with which the answer begins, and `choices`, the right one first.
         answer_tokens: room for the answer; RULER's number where RULER has the task.
-        until: where the answer ends; RULER's tasks run on.
+        until: the texts that end an answer; RULER's tasks have none.
         has_choices: whether NAME_choice exists.
         least: the smallest number of pairs or sentences.
         has_filler: whether --haystack is used.
@@ -235,7 +235,7 @@ class RecallRecipe:
         return len(self._tokens(prompt)) + maker.answer_tokens <= length
 
     def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, verbose=False)["input_ids"]  # no warning that a text is too long: it is shortened
+        return self.tokenizer(text, verbose=False)["input_ids"]  # no warning about long texts: they are shortened
 
     def _too_short(self, name: str, length: int) -> SurgeryError:
         return SurgeryError(f"{length} tokens are too few for a document of {name}. Give larger --lengths.")
@@ -277,7 +277,7 @@ def _config(name: str, length: int, texts: Texts) -> dict[str, Any]:
         "output_type": "generate_until",
         "doc_to_target": "{{outputs}}",
         "process_results": process_results,
-        "metric_list": [_metric(str(length))],  # RULER's tasks in lm-eval name it so
+        "metric_list": [_metric(str(length))],  # as RULER's tasks in lm-eval name it
         "generation_kwargs": {
             "do_sample": False,
             "temperature": 0.0,

@@ -183,7 +183,7 @@ def chosen_metric(row: Mapping[str, Any], wanted: str = "acc") -> str | None:
 
 
 def read_checked_json(path: Path) -> dict[str, Any] | None:
-    """One of our JSON files of an evaluation; None if there is none, or its checksum does not match.
+    """A JSON file of an evaluation; None if there is none, or its checksum does not match.
 
     Raises:
         SurgeryError: if it has other fields than we write.

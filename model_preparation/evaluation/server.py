@@ -161,7 +161,7 @@ class ServerLM(LocalCompletionsAPI):
             tokenizer=str(tokenizer),
             batch_size=_AUTO_PROMPTS if batch_size == "auto" else batch_size,
             max_length=server.about.get("max_length", _MAX_LENGTH),
-            add_bos_token=None,  # as the tokenizer does by itself
+            add_bos_token=None,  # the tokenizer decides
             seed=seed,
         )
         self.tokenizer = load_tokenizer(tokenizer)

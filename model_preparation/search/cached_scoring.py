@@ -25,7 +25,7 @@ from model_preparation.search.settings import KL
 
 Results = dict[int, BatchResult]  # by batch
 
-# With fewer rows, torch may add in another order than for the same rows among many.
+# With fewer rows, torch may sum in another order than it does for many.
 _MIN_ROWS = 16
 _MAX_KEPT_ARGUMENTS = 256
 
@@ -46,7 +46,7 @@ class CachedScorer:
         chosen: indices of the batches that this scorer runs; by default all.
 
     Attributes:
-        layer_passes: how many layers have run, each over all questions; a layer over some of them is a fraction.
+        layer_passes: how many layers have run, each over all questions; a layer over some of them counts as a fraction.
     """
 
     def __init__(self, setup: ScoringSetup, chosen: Sequence[int] | None = None):
@@ -148,12 +148,12 @@ class CachedScorer:
             if length:
                 states = before.prefixes[prefix]
                 filled = cache_class()
-                after.prefixes[prefix] = layer(states, **self._given(index, grafted, states, filled, 0))
+                after.prefixes[prefix] = layer(states, **self._layer_arguments(index, grafted, states, filled, 0))
                 self._tokens_run += length
             for number in batches:
                 states = before.batches[number]
                 cache = None if filled is None else shared_layer(filled, len(states))
-                given = self._given(index, grafted, states, cache, length)
+                given = self._layer_arguments(index, grafted, states, cache, length)
                 self._tokens_run += states.shape[:-1].numel()
                 if is_last:
                     results[number] = self._answer(number, self._last(number, layer, grafted, states, given))
@@ -161,7 +161,7 @@ class CachedScorer:
                     after.batches[number] = layer(states, **given)
         return results if is_last else after
 
-    def _given(
+    def _layer_arguments(
         self, index: int, grafted: bool, states: Tensor, cache: DynamicLayer | MambaStateLayer | None, past: int
     ) -> dict[str, Any]:
         """A layer's arguments other than the hidden states, for tokens that come after `past` others."""

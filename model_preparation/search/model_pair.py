@@ -29,7 +29,7 @@ class ModelPair:
         model: the graft of every layer, or of every head. Other grafts have the same embedding, final norm and head.
         base_layers: the base's own layers, by index.
         tokenizer: the tokenizer of every graft.
-        fixed: the layers that are a donor's in the base already, because the search starts from a checkpoint.
+        fixed: the layers that are grafted already, because the search starts from a checkpoint.
         units: the units of a graft.
     """
 
@@ -99,7 +99,7 @@ def load_pair(planned: GraftPlan, device: str | torch.device = "cpu", dtype: tor
 
 
 def _with_heads(model: LlambaForCausalLM, index: int, heads: Sequence[int]) -> LlambaDecoderLayer:
-    """A layer of a model that has all heads, with these only. It shares the tensors that it need not cut."""
+    """A layer of `model`, with only these heads. It shares the tensors that are not cut."""
     config = copy.copy(model.config)
     config.llama_heads = {str(index): list(heads)}
     with torch.device("meta"):

@@ -119,13 +119,13 @@ def _in_any_order(count: int, singles: int, space: SearchSpace) -> int:
 
 
 def space_of(setup: ScoringSetup, gains: Mapping[int, float], seeds: Sequence[int]) -> SearchSpace:
-    """The sets that are searched: of the sizes asked for, with a cache within the budget.
+    """The sets to search: those of the wanted sizes, with a cache within the budget.
 
     Args:
         gains, seeds: of single units, from the prior file.
 
     Raises:
-        SurgeryError: if there is none, or if there are more than can be tried.
+        SurgeryError: if there is no set, or if there are too many to try.
     """
     settings, pair = setup.settings, setup.pair
     units, least, most = pair.units, settings.min_layers, settings.most
@@ -133,7 +133,7 @@ def space_of(setup: ScoringSetup, gains: Mapping[int, float], seeds: Sequence[in
     if units.heads and most > (free := len(space.free)):
         raise SurgeryError(f"max_heads is {most}, and there are {free} heads to choose from. Give --max_heads {free}.")
     if settings.max_cache_bytes is not None and settings.at_tokens is not None:
-        # Whole layers change the cache alike, so all sizes between two that fit do too. Heads only add to it.
+        # Whole layers change the cache alike, so sizes between two that fit also fit. Heads only add to it.
         sets: dict[int, LayerSet] = {size: tuple(range(size)) for size in range(least, most + 1)}
         needs = {size: _cache_bytes(setup, units.kept_kv_heads(each), size) for size, each in sets.items()}
         fits = [size for size, size_bytes in needs.items() if size_bytes <= settings.max_cache_bytes]
@@ -157,7 +157,7 @@ def space_of(setup: ScoringSetup, gains: Mapping[int, float], seeds: Sequence[in
 
 
 def _cache_bytes(setup: ScoringSetup, kv_heads: int, layers: int) -> int:
-    """The cache of a set that keeps `kv_heads` key/value heads after `at_tokens` tokens, and grafts whole layers."""
+    """Bytes of the cache after `at_tokens` tokens, for a set with `kv_heads` key/value heads and `layers` layers."""
     settings, pair = setup.settings, setup.pair
     states = cache_bytes(pair.model.config, len(pair.fixed) + (0 if pair.units.heads else layers), 0, pair.model.dtype)
     return states + (settings.at_tokens or 0) * pair.kv_bytes_per_token(kv_heads)

@@ -253,7 +253,7 @@ class _RequestRecorder(LM):
 def _ask_right_answer(task: Any, instance: Instance) -> Instance:
     """Ask for the likelihood of the right answer where the task asks for a text."""
     targets = task.doc_to_target(instance.doc)
-    if isinstance(targets, list):  # a recall task wants all of them; others take each, and lm-eval shows the first
+    if isinstance(targets, list):  # a recall task needs all of them; others accept any, and lm-eval shows the first
         targets = " ".join(map(str, targets)) if isinstance(task, RecallTask) else next(iter(targets), "")
     if targets in (None, ""):
         raise _without_answer(task, instance.doc)

@@ -49,7 +49,7 @@ class ReadResult:
         entries: the combinations, the best first, without repeats.
         failures: how many entries were left out. Older programs gave failed evaluations the score 0.
         is_mmlu: whether the scores are of the whole MMLU, as in all older programs.
-        objective: the name of the scores' measure.
+        objective: of the search; "score" for older programs.
         base, donor, llama_layers_dir, tokenizer, keep_mixer_heads: the settings of our search.
     """
 

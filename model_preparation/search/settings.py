@@ -180,7 +180,7 @@ class SearchSettings(CheckedSettings):
 
     @property
     def origin(self) -> str:
-        """What is grafted into: a base, or the checkpoint to start from."""
+        """The model to graft into: a base, or the checkpoint to start from."""
         return self.base if self.start is None else str(self.start)
 
     @property

@@ -200,7 +200,7 @@ def match(task: str, answers: Sequence[Answers]) -> CommonQuestions:
 
 
 def _common(answers: Sequence[Answers], names: Sequence[str]) -> list[tuple[Answer, ...]]:
-    """The questions that all models have by these hashes, each as often as all have it."""
+    """The questions that all models have by these hashes, each as often as every model has it."""
     found: list[dict[tuple, Answer]] = []
     for each in answers:
         seen: Counter = Counter()

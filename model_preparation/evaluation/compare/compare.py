@@ -148,7 +148,7 @@ def compare_evaluations(
 
     Args:
         folders: two or more checkpoints, evaluations, or output folders of lm-eval (see evaluation_files.py).
-        task: a task or group of lm-eval to look at alone; or the name of an evaluation's folder, if there are several.
+        task: compare only this task or group of lm-eval; or the name of an evaluation's folder, if there are several.
         metric: a number that lm-eval gives each question; with ",FILTER" if it has several filters. By default each
             task's score: acc, else the first that lm-eval names.
         seed: of the bootstrap. A subject's interval depends on this and its own answers only.

@@ -59,7 +59,7 @@ def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
 
 
 def _roots(evaluation: EvaluationFiles) -> list[Path]:
-    """The folders that may have measurements of it."""
+    """The folders that may have measurements of the evaluated model."""
     if evaluation.checkpoint is not None:
         return [evaluation.checkpoint / EVALUATIONS]
     return [evaluation.given, evaluation.given.parent]

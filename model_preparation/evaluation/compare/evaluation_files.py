@@ -56,7 +56,7 @@ class EvaluationFiles:
 
     @property
     def place(self) -> Path:
-        """The folder that gives the model its name: of an evaluation in a --results_dir, the one above it."""
+        """The folder that names the model. For an evaluation in a --results_dir, the folder above it."""
         return self.checkpoint or (self.given.parent if (self.given / SETTINGS).is_file() else self.given)
 
     @property

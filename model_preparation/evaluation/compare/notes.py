@@ -113,7 +113,7 @@ def score_notes(
     evaluations: Sequence[EvaluationFiles],
     common: Sequence[CommonQuestions],
 ) -> list[str]:
-    """Sentences on scores of lm-eval that are no means over questions, such as groups weighted by task."""
+    """Sentences on scores of lm-eval that are not means over questions, such as groups weighted by task."""
     notes = []
     for model, (name, evaluation) in enumerate(zip(names, evaluations, strict=True)):
         answers = {each.task: each.answers[model] for each in common}

@@ -268,7 +268,7 @@ def _p_clause(difference: Difference) -> str:
 
 
 def _model_line(model: Model) -> str:
-    """Its name, with the replaced layers where they are known."""
+    """The model's name, with its replaced layers if they are known."""
     if model.layers is None:
         return model.name
     return f"{model.name} (layers {' '.join(map(str, model.layers)) or 'none'} replaced)"
