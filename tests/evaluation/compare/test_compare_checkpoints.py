@@ -173,7 +173,7 @@ def test_scores_stand_against_costs_of_the_same_weights(copy, tmp_path):
     faster = compare(copy)
     assert faster.fronts == {"token_seconds": [worse, better], "cache_bytes": [better]}
     write_report(faster, folder, questions=0, as_json=False, overwrite=True)
-    words = f"Pareto front of score and time per token: {worse}, {better}; of score and cache: {better}. Each other"
+    words = f"Pareto front of score and time per token: {worse}, {better}; of score and cache: {better}. Every other"
     assert words in (folder / "comparison.html").read_text()
     path = copy / "two" / "efficiency" / "efficiency.json"
     path.write_text(path.read_text().replace("a chip", "another"))
@@ -466,7 +466,7 @@ def test_nothing_in_common_is_refused(copy):
         compare(copy, "nature", "letters")
     for field in ("doc_hash", "prompt_hash"):
         change_samples(copy / "two", lambda sample, field=field: sample.update({field: "x" + sample[field]}))
-    with pytest.raises(SurgeryError, match="not one question in common"):
+    with pytest.raises(SurgeryError, match="have no question in common"):
         compare(copy)
     with pytest.raises(SurgeryError, match="one has no exact_match for any question: quiz_animals has acc"):
         compare(copy, metric="exact_match")
