@@ -360,7 +360,9 @@ def _results_of(result: Path) -> Path:
     try:
         return Path(json.loads(result.read_text(encoding="utf-8"))["results_dir"])
     except (ValueError, KeyError, TypeError) as error:
-        raise SurgeryError(f"{result} is no result of ours ({error!r}). Remove it, and run this again.") from error
+        raise SurgeryError(
+            f"{result} is not a result of this program ({error!r}). Remove it, and run this again."
+        ) from error
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Texts after many prompts at once, by the likeliest token: as `generate` writes them, in less time.
 
-Prompts are read few at a time, with little or no padding, and then written to together. A row leaves the batch when its
-text is complete. Stock lm-eval pads all prompts of a batch, and goes on until one stop sequence is in all texts.
+Prompts are read few at a time, with little or no padding. Then all texts are written together. A row leaves the batch
+when its text is complete. Stock lm-eval pads all prompts, and writes until all texts contain the same stop sequence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from lm_eval.models.utils import postprocess_generated_text
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.generation import not_finite
 from model_preparation.llamba.cache_llamba import CACHE_NAME, MambaStateLayer
 
 _PLAIN = {"do_sample": False, "temperature": 0.0}
 
 
 def can_write(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
-    """Whether `write` knows the model's cache, and does what these settings of lm-eval's and the model's own ask."""
+    """Whether `write` supports the model's cache, these settings of lm-eval, and the model's own settings."""
     asked = {name: value for name, value in settings.items() if name not in ("until", "max_gen_toks")}
     own = model.generation_config.to_diff_dict()
     harmless = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "max_length", "use_cache"}
@@ -35,12 +35,12 @@ def write(
     settings: Mapping[str, Any],
     read_at_once: int,
 ) -> list[str]:
-    """The texts after prompts of tokens.
+    """Write the texts after tokenized prompts.
 
     Args:
         prompts: the longest first.
         read_at_once: tokens of prompts, with padding, per forward pass; one prompt may have more.
-        settings: lm-eval's: `until` (texts of which each ends an answer) and `max_gen_toks`.
+        settings: lm-eval's: `until` (texts that end an answer) and `max_gen_toks`.
 
     Raises:
         SurgeryError: for a logit that is not finite.
@@ -48,16 +48,13 @@ def write(
     stops = [stop for stop in settings["until"] if stop]
     ends = _ends(model, tokenizer)
     written: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # that are not complete
+    rows = list(range(len(prompts)))  # the texts that are not complete
     logits, mask, cache = _read(model, prompts, read_at_once)
     while True:
         if not bool(logits.isfinite().all()):
-            raise SurgeryError(
-                "The model's logits are not finite, so it has no text. "
-                "Try --dtype float32; if that fails too, build the checkpoint again."
-            )
+            raise not_finite("while it writes")
         chosen = logits.argmax(-1).tolist()
-        going = []
+        unfinished = []
         for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
             written[row].append(token)
             is_complete = token in ends or len(written[row]) >= settings["max_gen_toks"]
@@ -65,14 +62,14 @@ def write(
                 text = tokenizer.decode(written[row], skip_special_tokens=True)
                 is_complete = any(stop in text for stop in stops)
             if not is_complete:
-                going.append(place)
-        if not going:
+                unfinished.append(place)
+        if not unfinished:
             break
-        if len(going) < len(rows):
-            kept = torch.tensor(going, device=mask.device)
+        if len(unfinished) < len(rows):
+            kept = torch.tensor(unfinished, device=mask.device)
             cache.batch_select_indices(kept)
-            mask, rows = mask[kept], [rows[place] for place in going]
-        ids = torch.tensor([[chosen[place]] for place in going], device=mask.device)
+            mask, rows = mask[kept], [rows[place] for place in unfinished]
+        ids = torch.tensor([[chosen[place]] for place in unfinished], device=mask.device)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         logits, cache = _step(model, ids, mask, cache)
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]

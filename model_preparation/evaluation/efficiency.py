@@ -1,7 +1,7 @@
 """What a model costs: time to the first token, time per token after it, bytes of its cache, peak memory.
 
-Models are measured one after the other, each in a process of its own, as a peak of memory is that of a process. This
-file is the process's program too: it reads a request as JSON, and prints the rows as JSON.
+Models are measured one after the other, each in its own process, because peak memory is measured per process. This
+file is that process's program too: it reads a request as JSON, and prints the rows as JSON.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from model_preparation.llamba.cache_llamba import CACHE_NAME, cache_bytes
 from model_preparation.versions import creation_time, versions
 
 FOLDER, NUMBERS, PLOT = "efficiency", "efficiency.json", "efficiency.png"
-# What is measured, and how people read it: {field: (words, unit, how many of it are one unit)}.
+# The measured fields, and how people read them: {field: (words, unit, the unit's size)}.
 MEASURED = {
     "first_token_seconds": ("time to first token", "ms", 1e-3),
     "token_seconds": ("time per token", "ms", 1e-3),
@@ -45,9 +45,9 @@ MEASURED = {
 }
 TOKENS = 16  # written after each context
 ROUNDS = 3
-_CONTEXTS = (128, 512, 2048)  # by default those that the models have positions for
+_CONTEXTS = (128, 512, 2048)  # by default, as far as the models have positions for them
 _WARM_UP_TOKENS = 32
-_KNOWN = ("llama", "llamba")  # model types whose cache can be computed
+_KNOWN = ("llama", "llamba")  # the model types for which the size of the cache can be computed
 
 
 def measure_efficiency(
@@ -59,16 +59,16 @@ def measure_efficiency(
 
     Args:
         directory: as in `evaluate_checkpoint`.
-        settings: what to measure; by default `EfficiencySettings()`.
+        settings: the measurement; by default `EfficiencySettings()`.
         changes: single fields of `EfficiencySettings`, in place of those in `settings`.
 
     Returns:
         The content of efficiency.json: `models`, each with `name`, `source`, `weights` (their digest), `dtype`,
-        `parameters` and `contexts`: rows of `context` (tokens) and the fields of `MEASURED`, medians of `rounds`; what
-        it was measured with (`measured_on`, `threads`, `versions`, `date`, ...); and `results_dir`.
+        `parameters` and `contexts`: rows of `context` (tokens) and the fields of `MEASURED`, medians of `rounds`; the
+        conditions (`measured_on`, `threads`, `versions`, `date`, ...); and `results_dir`.
 
     Raises:
-        SurgeryError: for models that are not there or too short, for a cache that does not hold what the config says,
+        SurgeryError: for models that are not there or too short, for a cache of another size than the config gives,
             or if a process fails.
         OSError: if the results cannot be written.
     """
@@ -90,7 +90,7 @@ def measure_efficiency(
         with bar("Measuring", len(models)) as advance:
             for model in models:
                 measured = _in_a_process(model, request)
-                request["dtype"] = measured["dtype"]  # the others run in that of the first
+                request["dtype"] = measured["dtype"]  # the others run in the first one's dtype
                 found.append(
                     {
                         "name": model.name,
@@ -138,7 +138,7 @@ def _contexts(wanted: Sequence[int] | None, limits: Sequence[int | None]) -> lis
 
 
 def resident_peak_bytes() -> int:
-    """The most memory that this process has had, in bytes."""
+    """The peak memory of this process, in bytes."""
     with contextlib.suppress(OSError):
         # getrusage would count the process that this one was forked from.
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -148,7 +148,7 @@ def resident_peak_bytes() -> int:
 
 
 def _processor() -> str:
-    """The processor's name, where Linux tells it, and how many threads torch uses."""
+    """The processor's name, where Linux gives it, and how many threads torch uses."""
     name, threads = os.uname().machine, torch.get_num_threads()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -203,21 +203,21 @@ def _measure(model: PreTrainedModel, context: int, name: str) -> dict[str, Any]:
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     else:
-        with contextlib.suppress(OSError):  # then it is the peak since the start, with what loading took
+        with contextlib.suppress(OSError):  # then it is the peak since the start, loading included
             Path("/proc/self/clear_refs").write_text("5")
     rounds = [_read_and_write(model, context) for _ in range(ROUNDS)]
-    held = rounds[0][2]
+    size_bytes = rounds[0][2]
     expected = _computed_bytes(model.config, context, model.dtype)
-    if expected not in (None, held):
+    if expected not in (None, size_bytes):
         raise SurgeryError(
-            f"The cache of {name} holds {held:,} bytes after {context} tokens, but its config makes it {expected:,}. "
+            f"The cache of {name} holds {size_bytes:,} bytes after {context} tokens, but its config says {expected:,}. "
             "The figures of memory would be wrong; report this with the model's config.json."
         )
     on_gpu = model.device.type == "cuda"
     return {
         "first_token_seconds": statistics.median(first for first, _, _ in rounds),
         "token_seconds": statistics.median(seconds for _, each, _ in rounds for seconds in each),
-        "cache_bytes": held,
+        "cache_bytes": size_bytes,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(model.device) if on_gpu else resident_peak_bytes(),
     }
 
@@ -226,17 +226,17 @@ def _read_and_write(model: PreTrainedModel, context: int) -> tuple[float, list[f
     """Seconds to the first token, seconds of each token after it, bytes of the cache after the prompt."""
     generator = torch.Generator().manual_seed(context)
     ids = torch.randint(model.config.vocab_size, (1, context), generator=generator).to(model.device)
-    times, cache, held = [time.perf_counter()], None, 0
+    times, cache, size_bytes = [time.perf_counter()], None, 0
     for _ in range(TOKENS + 1):
         out = model(input_ids=ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
         ids, cache = out.logits[:, -1:].argmax(-1), out[CACHE_NAME]
         ids[0, 0].item()  # waits for the device
         if len(times) == 1:
             storages = {each.untyped_storage() for layer in cache.layers for each in _tensors(vars(layer))}
-            held = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+            size_bytes = sum({each.data_ptr(): each.nbytes() for each in storages}.values())
         times.append(time.perf_counter())
     seconds = [after - before for before, after in itertools.pairwise(times)]
-    return seconds[0], seconds[1:], held
+    return seconds[0], seconds[1:], size_bytes
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -248,7 +248,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _computed_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int | None:
-    """What the cache must hold by the config; None for a model of another kind."""
+    """The size of the cache by the config, in bytes; None for another kind of model."""
     if config.model_type not in _KNOWN:
         return None
     layers = len(config.llama_layers) if config.model_type == "llamba" else config.num_hidden_layers

@@ -1,6 +1,6 @@
-"""Score a model or a checkpoint by lm-eval; keep a checkpoint's answers as they come.
+"""Score a model or a checkpoint with lm-eval. A checkpoint's answers are kept on the disk at once.
 
-Prompts, weighting and standard errors are lm-eval's. A fault is an error, never a score.
+Prompts, weights and standard errors are lm-eval's. A fault is an error, never a score.
 """
 
 import errno
@@ -49,8 +49,8 @@ from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.versions import creation_time
 
-_NOT_OF_A_LOADED_MODEL = ("device", "dtype", "parallelize", "results_dir", "tokenizer", "sources", "server", "model")
-_MEASURED = ("score", "stderr", "questions", "lm_eval_version", "settings", "weights", "model", "date")
+_LOADING_SETTINGS = ("device", "dtype", "parallelize", "results_dir", "tokenizer", "sources", "server", "model")
+_SCORE_FIELDS = ("score", "stderr", "questions", "lm_eval_version", "settings", "weights", "model", "date")
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _WAIT_SECONDS = 10  # for another evaluation of the same checkpoint that is entering its score
 
@@ -58,25 +58,25 @@ _WAIT_SECONDS = 10  # for another evaluation of the same checkpoint that is ente
 def evaluate_checkpoint(
     directory: str | Path | None, settings: EvaluationSettings | None = None, **changes: Any
 ) -> dict[str, Any]:
-    """Score a checkpoint, or its base or donor, and keep every task's answers as they come.
+    """Score a checkpoint, or its base or donor, and keep every task's answers on the disk at once.
 
-    After an interruption, the same call continues and gives the same result. When everything is there, it is returned
-    without a model. A score of the whole task group mmlu is entered into the checkpoint's checkpoint_info.json.
+    After an interruption, the same call continues and gives the same result. If all answers are kept already, no model
+    is loaded. A score of the whole task group mmlu is entered into the checkpoint's checkpoint_info.json.
 
     Args:
         directory: the checkpoint folder; or the name, folder or hub id of a model, to compare a checkpoint with. With
-            `server` it is what the server runs, or None: then name its tokenizer, and a `results_dir`.
+            `server`, the checkpoint that the server runs; or None: then give `tokenizer` and `results_dir`.
         settings: how to score; by default `EvaluationSettings()`.
         changes: single fields of `EvaluationSettings`, in place of those in `settings`.
 
     Returns:
         As `evaluate_model`; and `model` (digests of weights, config and tokenizer), `weights` (one digest of all
-        these), `date`, `results_dir` (the folder of this evaluation), `kept` (whether all answers were there),
+        these), `date`, `results_dir` (the folder of this evaluation), `kept` (whether all answers were kept before),
         `entered` (whether checkpoint_info.json has this score now). If that folder held results of another model:
         `put_aside` (where they are now) and `differing` (how that model differs, in words).
 
     Raises:
-        SurgeryError: as `load_checkpoint` and `evaluate_model`. Most is checked before the model is loaded.
+        SurgeryError: as `load_checkpoint` and `evaluate_model`. Most errors come before the model is loaded.
         OSError: if results cannot be written.
     """
     settings = replace(settings or EvaluationSettings(), **changes)
@@ -87,7 +87,7 @@ def evaluate_checkpoint(
         server = Server.find(settings.server, settings.model)
     if directory is None:
         if server is None or settings.tokenizer is None:
-            raise SurgeryError("Without a checkpoint, name a server's model by server and tokenizer.")
+            raise SurgeryError("There is no checkpoint. Give one, or give server and tokenizer.")
         scored = served_model(server.about["model"], settings.tokenizer, sources=settings.sources)
     else:
         scored = find_model(directory, settings.tokenizer, sources=settings.sources)
@@ -112,7 +112,7 @@ def evaluate_checkpoint(
         if server is not None:
             server.check_same(load_tokenizer(scored.tokenizer), results)
         result = results.result()
-        # The data of other tasks has no digest. So their questions are put together again, and compared.
+        # The data of other tasks has no digest. So their questions are made again, and compared.
         kept = result is not None and all(map(is_mmlu, loaded.names))
         if not kept:
             lm, tracker = ResumableLM(load, results), results.tracker()
@@ -151,17 +151,18 @@ def evaluate_model(
 
     Returns:
         `score` and `stderr` (fractions; stderr is None for a single question) and `metric`, if one task or group was
-        named; `questions`; `tasks`, `groups`, `subjects`: {name: {"score", "stderr", "metric", "questions"}} of what
-        was named, of the groups in it, and of its single tasks (MMLU's without `mmlu_`); `lm_eval_version`;
+        named; `questions`; `tasks`, `groups`, `subjects`: {name: {"score", "stderr", "metric", "questions"}} of the
+        names given, of the groups in them, and of their single tasks (MMLU's without `mmlu_`); `lm_eval_version`;
         `max_length` (tokens that a prompt may have); `mmlu_data` (where MMLU's questions came from); `settings`:
-        everything but the weights that decides on the scores, with digests of questions and of your own task files.
+        everything except the weights that decides on the scores, with digests of questions and of your own task
+        files.
 
     Raises:
-        SurgeryError: for tasks or questions that are missing or malformed, a setting out of range or one that a loaded
-            model has no use for, and logits that are not finite.
+        SurgeryError: for missing or malformed tasks or questions, for a setting that is out of range or has no effect
+            on a loaded model, and for logits that are not finite.
     """
     settings = replace(settings or EvaluationSettings(), **changes)
-    for name in _NOT_OF_A_LOADED_MODEL:
+    for name in _LOADING_SETTINGS:
         if getattr(settings, name) != getattr(EvaluationSettings(), name):
             raise SurgeryError(f"{name} has no effect on a model that is loaded. Leave it out.")
     loaded = load_asked(settings, lambda: tokenizer, getattr(model.config, "max_position_embeddings", None))
@@ -179,7 +180,7 @@ def settings_of(loaded: Tasks, settings: EvaluationSettings) -> dict[str, Any]:
     """Everything that decides on a score, except the model, its device and its dtype."""
     num_fewshot = settings.num_fewshot
     if num_fewshot is None and loaded.suite is None and all(map(is_mmlu, loaded.names)):
-        num_fewshot = 0  # MMLU's definitions do not say, and lm-eval takes none
+        num_fewshot = 0  # MMLU's definitions set no number, and lm-eval then takes 0
     return {
         "tasks": [short_name(name) for name in loaded.names],
         "limit": settings.limit,
@@ -204,7 +205,7 @@ def run_tasks(
         lm: the model.
         loaded: the tasks.
         asked: as `settings_of` returns it, with `device`.
-        tracker, name: for lm-eval's files: what writes them, and the model's name in them.
+        tracker, name: the writer of lm-eval's files, and the model's name in them.
     """
     seed = asked["seed"]
     # lm-eval would record the commit of the current folder.
@@ -246,16 +247,16 @@ def load_asked(
     task_data = dict(each.split("=", 1) for each in settings.task_data or ())
     if settings.suite is not None:
         if tuple(names) != EvaluationSettings().tasks or settings.num_fewshot is not None:
-            raise SurgeryError("--suite says the tasks and their examples. Leave out --tasks and --num_fewshot.")
+            raise SurgeryError("--suite sets the tasks and their solved examples. Leave out --tasks and --num_fewshot.")
         embedded = is_embedded(load())
         protocols = tasks_of_suite(settings.suite, embedded=embedded, with_data=task_data)
         names = tuple(protocols)
     for name in ("lengths", "language", "haystack"):
-        takers = [task for task in recall_names() if takes(task, name)]
-        if getattr(settings, name) != getattr(EvaluationSettings(), name) and not {*names} & {*takers}:
+        tasks_with_it = [task for task in recall_names() if takes(task, name)]
+        if getattr(settings, name) != getattr(EvaluationSettings(), name) and not {*names} & {*tasks_with_it}:
             raise SurgeryError(
                 f"--{name} is {getattr(settings, name)}, and {' '.join(names)} does not take it. "
-                f"Leave out --{name}, or ask one of {', '.join(takers)}."
+                f"Leave out --{name}, or choose one of {', '.join(tasks_with_it)}."
             )
     if any(map(is_recall, names)):
         tokenizer = load()
@@ -272,12 +273,7 @@ def load_asked(
             recall = replace(recall, lengths=recall.lengths_of(EMBEDDED_RECALL))
     shots = settings.num_fewshot if protocols is None or MMLU not in protocols else protocols[MMLU].shots
     loaded = load_tasks(
-        names,
-        mmlu_data=settings.mmlu_data,
-        num_fewshot=shots,
-        task_data=task_data,
-        recall=recall,
-        protocols=protocols,
+        names, mmlu_data=settings.mmlu_data, num_fewshot=shots, task_data=task_data, recall=recall, protocols=protocols
     )
     loaded.suite = settings.suite
     return loaded
@@ -324,7 +320,7 @@ def _summary(found: Mapping[str, Any], loaded: Tasks) -> dict[str, Any]:
 
 
 def _row(found: Mapping[str, Any], name: str, loaded: Tasks) -> dict[str, Any]:
-    """Score, standard error, metric and number of questions of a task or group; None where it has none."""
+    """Score, standard error, metric and number of questions of a task or group; None for what is missing."""
     row = found["results"][name]
     metric = chosen_metric(row, loaded.metrics.get(name, "acc"))
     stderr = None if metric is None else row.get(metric.replace(",", "_stderr,"), "N/A")
@@ -337,7 +333,7 @@ def _row(found: Mapping[str, Any], name: str, loaded: Tasks) -> dict[str, Any]:
 
 
 def _protocol(task: Task, found: Mapping[str, Any], loaded: Tasks) -> dict[str, Any]:
-    """How a task was asked: `shots`, `output` (lm-eval's word), `metric`, `template`; `length` if made here."""
+    """How a task was asked: `shots`, `output` (lm-eval's word), `metric`, `template`; `length` for a recall task."""
     metadata = task.config.metadata or {}
     template = metadata.get("template", task.config.doc_to_text)
     if not isinstance(template, str):
@@ -356,14 +352,14 @@ def _short(name: str) -> str:
 
 
 def _enter_score(directory: Path, result: Mapping[str, Any], *, is_mmlu: bool) -> bool:
-    """Enter an MMLU score with its origin; return whether the file has it now.
+    """Enter an MMLU score with its origin. Return whether the file has this score now.
 
-    A score of the same model over more questions stays. A score of another model does not, nor does one that somebody
-    gave at the build. A result of other tasks only shows what the model is now.
+    A score of the same model over more questions stays. Any other is replaced: one of another model, or one that was
+    given at the build. After another task, the score of another model is removed.
     """
-    measured = {name: result[name] for name in _MEASURED}
+    measured = {name: result[name] for name in _SCORE_FIELDS}
     path = directory / INFO
-    hold = _take(path)
+    hold = _take_when_free(path)
     try:
         info = read_info(directory)
         before = info.get("mmlu_result")
@@ -380,7 +376,7 @@ def _enter_score(directory: Path, result: Mapping[str, Any], *, is_mmlu: bool) -
         hold.release()
 
 
-def _take(path: Path) -> Hold:
+def _take_when_free(path: Path) -> Hold:
     deadline = time.monotonic() + _WAIT_SECONDS
     while True:
         try:

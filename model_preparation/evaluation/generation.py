@@ -1,4 +1,4 @@
-"""What a model writes after a prompt, and how fast. A logit that is not finite is an error, never a text."""
+"""Let a model write after a prompt, and time it. A logit that is not finite is an error, never a text."""
 
 import contextlib
 import time
@@ -63,7 +63,7 @@ def generate_texts(
 ) -> list[Generation]:
     """Continue a prompt until the model's end-of-text token or `max_new_tokens`.
 
-    Each text is generated alone: its speed is that of one sequence, and it depends on its own seed only.
+    Each text is generated alone: its speed is the speed of one sequence, and it depends on its own seed only.
 
     Args:
         prompt: a text to continue, or messages to answer.
@@ -83,7 +83,7 @@ def generate_texts(
         watch = _StepWatch(prompt)
         sampling = dict(settings.sampling or {})
         with _seeded(model.device, sampling.pop("seed") + number if sampling else None):
-            # The check of the prompt has loaded the kernels and read the weights.
+            # No warm-up is timed: the check of the prompt has loaded the kernels and read the weights.
             started = time.perf_counter()
             sequence = model.generate(
                 input_ids=input_ids,
@@ -149,7 +149,7 @@ def _check_prompt_logits(model: PreTrainedModel, prompt: Prompt, input_ids: Tens
         hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
         for part in hidden.split(_POSITIONS_AT_ONCE, dim=1):  # (1, positions, width)
             if not head(part).isfinite().all():
-                raise _not_finite(f"in the prompt {shown(prompt)!r}")
+                raise not_finite(f"in the prompt {shown(prompt)!r}")
 
 
 @contextlib.contextmanager
@@ -172,14 +172,14 @@ class _StepWatch(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # -inf forbids single tokens and is fine; NaN and +inf would be the maximum.
-        # Reading the maximum waits for the device, so the time is that of finished work.
+        # Reading the maximum waits for the device, so the time includes all work.
         if not scores.max().isfinite().item():
-            raise _not_finite(f"at new token {len(self.times) + 1} after the prompt {shown(self.prompt)!r}")
+            raise not_finite(f"at new token {len(self.times) + 1} after the prompt {shown(self.prompt)!r}")
         self.times.append(time.perf_counter())
         return scores
 
 
-def _not_finite(where: str) -> SurgeryError:
+def not_finite(where: str) -> SurgeryError:
     return SurgeryError(
         f"The model's logits are not finite {where}. "
         "Try --dtype float32; if that fails too, build the checkpoint again."

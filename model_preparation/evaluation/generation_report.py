@@ -55,7 +55,7 @@ class GenerationReport:
         """Let the checkpoint write. Print each text with its speed, and at the end the peak memory.
 
         Raises:
-            SurgeryError: as `generate_texts`. The results file has the texts before that, and the error.
+            SurgeryError: as `generate_texts`. The results file then has the earlier texts, and the error.
         """
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
@@ -141,7 +141,7 @@ class GenerationReport:
     def _generate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, row: dict[str, Any]
     ) -> list[Generation]:
-        """Generate, and add a row per text, or one with the error."""
+        """Generate texts, and add a row for each, or one with the error."""
         row = row | ({"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt})
         try:
             generations = generate_texts(model, tokenizer, prompt, self._settings)
@@ -224,7 +224,7 @@ class Column:
 
 
 def difference(own: Generation, other: Generation, same_tokenizer: bool) -> str:
-    """Where another model's greedy text first differs, counted from 1: in tokens, or characters of other tokenizers."""
+    """Where another model's greedy text first differs, from 1: in tokens, or in characters if the tokenizers differ."""
     if same_tokenizer:
         place = _first_difference(own.new_ids, other.new_ids)
         return f"the same {own.new_tokens} tokens" if place is None else f"first differing token: {place}"

@@ -1,6 +1,6 @@
 """The models that are tested, scored and compared: checkpoints, their bases and donors, any model in a folder.
 
-They are found before anything is loaded. No code that lies in a folder is run.
+They are found before anything is loaded. No code in a model's folder is run.
 """
 
 import os
@@ -13,12 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, INFO, MODULE, STATE_DICT, TOKENIZER, read_info
@@ -43,7 +38,7 @@ from model_preparation.io.untrusted.untrusted_config import generation_config_fr
 from model_preparation.io.untrusted.untrusted_files import read_json, without_links
 from model_preparation.llamba.donor_kinds import KINDS
 
-# What --compare_with calls the two models of a checkpoint, and where checkpoint_info.json names them.
+# The two models of a checkpoint: their names for --compare_with, and their fields in checkpoint_info.json.
 RECORDED = {"donor": "replacement_source", "base": "base_model"}
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -51,7 +46,7 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 @dataclass(frozen=True)
 class OtherModel:
-    """A model to compare a checkpoint with; `name` is what the user called it."""
+    """A model to compare a checkpoint with; `name` is the user's name for it."""
 
     name: str
     folder: Path
@@ -61,13 +56,13 @@ class OtherModel:
 def find_others(
     names: Sequence[str], checkpoint: str | Path, *, sources: Mapping[str, str] | None = None
 ) -> list[OtherModel]:
-    """Find the models to compare a checkpoint with. Download what is not here.
+    """Find the models to compare a checkpoint with. Download those that are not on this disk.
 
     Args:
         names: "donor" and "base" of the checkpoint; a checkpoint's folder; anything that `resolve` takes.
         checkpoint: the checkpoint's folder.
-        sources: targets by name, as `resolve(overrides=...)` takes them. They count for donor and base too, if the
-            checkpoint records them by such a name.
+        sources: targets by name, as `resolve(overrides=...)` takes them. They also replace donor and base, if the
+            checkpoint records these by such a name.
 
     Raises:
         SurgeryError: if a folder is missing or not complete, or a model cannot be downloaded.
@@ -140,7 +135,7 @@ def load_other(
 
 
 def load_folder(folder: Path, dtype: torch.dtype | str | None) -> PreTrainedModel:
-    """Load the model in a folder, in eval mode, on the CPU. Of a multimodal model, load the donor in it.
+    """Load the model in a folder, in eval mode, on the CPU. Of a multimodal model, load the text part.
 
     Raises:
         SurgeryError: if it cannot be loaded, or lacks weights.
@@ -178,7 +173,7 @@ def load_folder(folder: Path, dtype: torch.dtype | str | None) -> PreTrainedMode
 
 
 def digest_of_weights(folder: Path, is_checkpoint: bool) -> str:
-    """The digest by which results know a model's weights.
+    """The digest that identifies a model's weights in results.
 
     Raises:
         OSError: if a file is missing or cannot be read.
@@ -195,7 +190,7 @@ class ScoredModel:
     """A model that is tested or scored.
 
     Attributes:
-        name: of the folder of its results.
+        name: the name of its results folder.
         config: the contents of its config file.
         dtype: of the weights, as torch spells it.
         weight_files: names of the files of its weights.
@@ -218,12 +213,9 @@ class ScoredModel:
         Raises:
             OSError: if a file is missing or cannot be read.
         """
-        if self.is_checkpoint:
-            inputs = {"weights": digest_of_weights(self.folder, is_checkpoint=True)}
-            if (self.folder / MODULE).is_file():  # model.pt is not read here, but readers take the score for its score
-                inputs |= digests_of_files([self.folder / MODULE])
-        else:
-            inputs = {"weights": digest_of_weights(self.folder, is_checkpoint=False)}
+        inputs = {"weights": digest_of_weights(self.folder, self.is_checkpoint)}
+        if self.is_checkpoint and (self.folder / MODULE).is_file():  # model.pt counts too
+            inputs |= digests_of_files([self.folder / MODULE])
         tokenizer = digest_of(digests_of_files(tokenizer_files(self.tokenizer)))
         return {**inputs, "config": digest_of(self.config), "tokenizer": tokenizer}
 
@@ -235,12 +227,12 @@ class ScoredModel:
         """
         if results_dir is None and not self.is_checkpoint:
             raise SurgeryError(
-                f"{self.folder} is a model and no checkpoint. Say where to keep its results by --results_dir."
+                f"{self.folder} is a model, not a checkpoint. Name a folder for its results with --results_dir."
             )
         root = self.folder / EVALUATIONS if results_dir is None else Path(results_dir).expanduser() / self.name
-        there = without_links(root) if root.exists() else existing_parent(root)
-        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            reason = f"{there} is {'read-only' if there.is_dir() else 'a file'}"
+        nearest = without_links(root) if root.exists() else existing_parent(root)
+        if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+            reason = f"{nearest} is {'read-only' if nearest.is_dir() else 'a file'}"
             raise SurgeryError(f"Results cannot be kept in {root} ({reason}). Name another folder with --results_dir.")
         return root
 
@@ -298,7 +290,7 @@ def find_model(
 
 
 def served_model(name: str, tokenizer: str, *, sources: Mapping[str, str] | None = None) -> ScoredModel:
-    """A model that a server runs and of which only the tokenizer is here."""
+    """A model on a server. Only its tokenizer is on this disk."""
     folder = resolve(tokenizer, need="tokenizer", overrides=sources).folder
     return ScoredModel(name_of(name), folder, {}, "as served", [], folder, False)
 

@@ -79,7 +79,7 @@ class _SharedStates(MambaStateLayer):
 
 
 class _SharedBoth(_SharedStates, _SharedKeys, HybridStateLayer):
-    """Both, of a mixer with grafted heads."""
+    """Keys, values and states of a mixer with grafted heads."""
 
     def __init__(self, layer: HybridStateLayer, rows: int):
         HybridStateLayer.__init__(self)

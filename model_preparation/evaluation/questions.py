@@ -1,6 +1,6 @@
 """The MMLU questions: where they come from, how their files are read, and one digest of all.
 
-A folder may have them in four layouts. The same questions give the same rows in each: {"question": str, "choices":
+A folder may have them in four layouts. The same questions give the same rows from each: {"question": str, "choices":
 [4 str], "answer": 0 to 3}. Nothing is guessed or repaired: a choice that reads None or NA is that text. An error names
 the file and the line.
 """
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
 SUBJECTS = tuple(sorted(path.stem.removeprefix("mmlu_") for path in STOCK_TASKS.glob("mmlu_*.yaml")))
-SPLITS = ("dev", "test")  # what the stock tasks read: the few-shot examples and the questions
+SPLITS = ("dev", "test")  # of the stock tasks: the few-shot examples and the questions
 FIELDS = ("question", "choices", "answer")
 LETTERS = "ABCD"
 
 _REPO = "cais/mmlu"  # under this id at both hubs, and with the same paths
-_HUBS = {"hub": "huggingface", "modelscope": "modelscope"}  # what --mmlu_data calls them
+_HUBS = {"hub": "huggingface", "modelscope": "modelscope"}  # by their words for --mmlu_data
 _ENVIRONMENT = "MMLU_DATA"
 _HOW_TO_GIVE = f"--mmlu_data (or the environment variable {_ENVIRONMENT})"
 # With a wildcard first, ModelScope is asked for one listing, not one per subject. `all` has the same questions again.
@@ -55,7 +55,7 @@ class Questions:
 
     Attributes:
         source: for people and for the record: "hub:cais/mmlu@<commit>", "modelscope:cais/mmlu@<branch>" (its client
-            tells no commit), or the folder that was given.
+            gives no commit), or the folder that was given.
         folder: where the files are.
         digest: SHA-256, 64 hex digits, as `digest_of` computes it.
     """
@@ -76,7 +76,7 @@ def find_questions(mmlu_data: str | Path | None = None, *, num_fewshot: int = 0)
               per line, UTF-8.
             Answers are 0 to 3 or A to D; other columns and fields are ignored. Or one of the words `hub` (cais/mmlu at
             Hugging Face) and `modelscope` (its copy there). Those are kept in the hubs' caches, and found there without
-            a network. None takes the environment variable MMLU_DATA, and without that the hub.
+            a network. None takes the environment variable MMLU_DATA, else `hub`.
         num_fewshot: examples needed per subject.
 
     Raises:
@@ -248,7 +248,7 @@ def read_split(folder: Path, subject: str, split: str) -> list[Row]:
 
 
 def _checked(file: Path, place: str, seen: Any) -> Row:
-    """The row that the fields make."""
+    """Check the fields of a row, and return it."""
     missing = [field for field in FIELDS if field not in seen]
     if missing:
         raise _malformed(file, place, f"the fields {', '.join(seen) or '(none)'}", f"{', '.join(missing)} too")

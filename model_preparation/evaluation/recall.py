@@ -1,8 +1,8 @@
-"""Recall tasks: documents of a chosen length, made from a seed, and what of them the model must look up.
+"""Recall tasks: documents of a chosen length, made from a seed, in which the model must look something up.
 
 Each is a task of lm-eval with RULER's fields, prompts and metric (arXiv 2404.06654), where RULER has it; `mqar` follows
-Zoology (arXiv 2312.04927). A length counts the tokens of the model's own tokenizer, the answer's included. NAME is
-answered in words. NAME_choice has the same documents: the likeliest of four values that the text names counts.
+Zoology (arXiv 2312.04927). A length counts the tokens of the model's own tokenizer, including the answer. NAME asks for
+a generated answer. NAME_choice has the same documents; its answer is the likeliest of four values in the text.
 """
 
 import itertools
@@ -35,7 +35,7 @@ _CHOICES = 4
 _NEEDLES = 4  # of niah_multi*, as in RULER
 _HOPS = 4  # of variable_tracking, as in RULER
 _QUERIES = 4  # of mqar, about the same pairs; all but the last are answered in the prompt
-_LEAST_PEOPLE = 6  # fewer seldom like four things that fit the person who is asked about
+_LEAST_PEOPLE = 6  # with fewer people there are rarely four things to choose from
 
 Document = dict[str, Any]
 
@@ -48,12 +48,12 @@ class _Maker:
         make: (random numbers, how many pairs or sentences, the recipe, the document's number) -> `input`, `outputs`,
             and perhaps `gen_prefix`, with which the answer begins, and `choices`, the right one first.
         answer_tokens: room for the answer; RULER's number where RULER has the task.
-        until: where the answer ends; RULER's tasks run on.
+        until: the texts that end an answer; RULER's tasks have none.
         has_choices: whether NAME_choice exists.
         least: the smallest number of pairs or sentences.
         has_filler: whether --haystack is used.
-        sharing: how many documents one after the other share their pairs; the last is the longest.
-        prompt: the name of question and beginning of the answer in `Texts`; "" if there are no words around the pairs.
+        sharing: how many documents in a row share their pairs; the last of them is the longest.
+        prompt: the field of `Texts` with the question and the beginning of the answer; "" if there are only pairs.
     """
 
     make: "Callable[[random.Random, int, RecallRecipe, int], Document]"
@@ -76,7 +76,7 @@ def is_recall(name: str) -> bool:
 
 
 def root_of(name: str) -> str:
-    """What the two forms of a task share, the generated one and the one with choices: their documents are the same."""
+    """The name without the form of the answer, generated or chosen: both forms have the same documents."""
     return name.removesuffix(CHOICE).removesuffix(GENERATED)
 
 
@@ -89,7 +89,7 @@ def takes(name: str, setting: str) -> bool:
     """Whether the documents of a recall task depend on `lengths`, `language` or `haystack`."""
     if setting == "haystack":
         return _maker(name).has_filler
-    return setting == "lengths" or not name.startswith(EMBEDDED_RECALL)  # which is English
+    return setting == "lengths" or not name.startswith(EMBEDDED_RECALL)  # its documents are English
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class RecallRecipe:
         max_length: tokens that the model takes at most.
         lengths: tokens of a document and its answer; None for 512, 1024 and so on up to `max_length`.
         language: a key of `LANGUAGES`.
-        haystack: a file whose sentences are the filler, in place of ours.
+        haystack: a file whose sentences are the filler, in place of the built-in ones.
         documents: how many of each length.
         seed: of everything random.
 
     Raises:
-        SurgeryError: for a language that we do not have, or a haystack that cannot be read.
+        SurgeryError: for a length that the model does not take, or a haystack that cannot be read.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -118,8 +118,6 @@ class RecallRecipe:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        if self.language not in LANGUAGES:
-            raise SurgeryError(f"{self.language!r} is no language of ours. Choose one of {', '.join(LANGUAGES)}.")
         if too_long := [length for length in self.lengths or () if length > self.max_length]:
             raise SurgeryError(
                 f"The model takes {self.max_length} tokens, and --lengths has {too_long[0]}. "
@@ -143,7 +141,7 @@ class RecallRecipe:
         return re.findall(r"\S[^.!?。！？]*(?:[.!?。！？]+[\"'”’)]*|$)", " ".join(text.split()))
 
     def recorded(self, names: Sequence[str]) -> dict[str, Any]:
-        """What decides on the documents of some tasks, for the record of the settings."""
+        """The settings that decide on the documents of some tasks, for the record."""
         lengths = sorted({length for name in names for length in self.lengths_of(name)})
         digest = {} if self.filler is None else {"haystack": blake3(repr(self.filler).encode()).hexdigest()}
         return {"lengths": lengths, "language": self.language, **digest}
@@ -194,7 +192,7 @@ class RecallRecipe:
         if unknown is not None and unknown in self._tokens(first["input"]):
             raise SurgeryError(
                 f"The model's tokenizer does not know the words of {name}. Choose another --tasks or --language; for "
-                f"tiny_llama and tiny_llamba there is {EMBEDDED_RECALL}."
+                f"tiny_llama and tiny_llamba, take {EMBEDDED_RECALL}."
             )
         sentences = self.filler if maker.has_filler else None
 
@@ -226,9 +224,9 @@ class RecallRecipe:
             document["answer"] = document["choices"].index(right)
         return {"index": index, **document, "max_length": length}
 
-    def random(self, *what: str | int) -> random.Random:
-        """Random numbers that belong to this seed and to `what` alone."""
-        return random.Random(repr((self.seed, *what)))
+    def random(self, *key: str | int) -> random.Random:
+        """Random numbers that belong to this seed and to `key` alone."""
+        return random.Random(repr((self.seed, *key)))
 
     def _fits(self, document: Document, maker: _Maker, length: int) -> bool:
         prompt = document["input"]
@@ -237,14 +235,14 @@ class RecallRecipe:
         return len(self._tokens(prompt)) + maker.answer_tokens <= length
 
     def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, verbose=False)["input_ids"]  # no warning that a text is too long: it is shortened
+        return self.tokenizer(text, verbose=False)["input_ids"]  # no warning about long texts: they are shortened
 
     def _too_short(self, name: str, length: int) -> SurgeryError:
         return SurgeryError(f"{length} tokens are too few for a document of {name}. Give larger --lengths.")
 
 
 class RecallTask(ConfigurableTask):
-    """A task of one length, whose documents are made already."""
+    """A task of one length, with its documents."""
 
     def __init__(self, name: str, length: int, documents: list[Document], texts: Texts):
         self._documents = documents
@@ -279,7 +277,7 @@ def _config(name: str, length: int, texts: Texts) -> dict[str, Any]:
         "output_type": "generate_until",
         "doc_to_target": "{{outputs}}",
         "process_results": process_results,
-        "metric_list": [_metric(str(length))],  # RULER's tasks in lm-eval name it so
+        "metric_list": [_metric(str(length))],  # as RULER's tasks in lm-eval name it
         "generation_kwargs": {
             "do_sample": False,
             "temperature": 0.0,
@@ -294,7 +292,7 @@ def _metric(name: str) -> dict[str, Any]:
 
 
 def process_results(document: Document, results: list[str]) -> dict[str, float]:
-    """The part of the values that the answer has, by lm-eval's own RULER functions."""
+    """The share of the values that the answer contains, by lm-eval's own RULER functions."""
     return {str(document["max_length"]): string_match_all(postprocess_pred(results), [document["outputs"]])}
 
 
@@ -304,7 +302,7 @@ def longest_document(tokenizer: PreTrainedTokenizerBase, max_positions: int | No
 
 
 def is_embedded(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it is the embedded pair's, whose 54 words can say embedded_recall only."""
+    """Whether it is the embedded pair's, which knows only the 54 words of embedded_recall."""
     return set(tokenizer.get_vocab()) == set(people.WORDS)
 
 
@@ -328,7 +326,7 @@ def _kv_retrieval(numbers: random.Random, size: int, recipe: RecallRecipe, _inde
 
 
 def _mqar(_numbers: random.Random, size: int, recipe: RecallRecipe, index: int) -> Document:
-    """Keys with their values, then some of the keys again; four documents ask one after the other of four keys."""
+    """Keys with their values, then some of the keys again. Four documents in a row ask for four keys, one each."""
     group, query = divmod(index, _QUERIES)
     numbers, texts = recipe.random("mqar", size, group), recipe.texts
     pairs = dict(zip(_keys(numbers, size, texts, texts.key_length), _values(numbers, size, digits=2), strict=True))
@@ -344,11 +342,11 @@ def _mqar(_numbers: random.Random, size: int, recipe: RecallRecipe, index: int) 
 
 
 def _needles(keys: int = 1, values: int = 1, queries: int = 1) -> Callable[..., Document]:
-    """RULER's needles in a haystack: so many keys, values for each key, and keys that are asked for."""
+    """RULER's needles in a haystack, by the numbers of keys, of values for each key, and of keys asked for."""
 
     def make(numbers: random.Random, size: int, recipe: RecallRecipe, _index: int) -> Document:
         texts = recipe.texts
-        names = numbers.sample([adjective + noun for adjective, noun in _pairs(texts)], keys)
+        names = numbers.sample(_phrases(texts), keys)
         found = {name: _values(numbers, values) for name in names}
         needles = [texts.needle.format(key=name, value=value) for name in names for value in found[name]]
         numbers.shuffle(needles)
@@ -392,7 +390,7 @@ def _chain(numbers: random.Random, size: int, recipe: RecallRecipe) -> tuple[Doc
 
 
 def _who_likes_what(numbers: random.Random, size: int, _recipe: RecallRecipe, _index: int) -> Document:
-    """The embedded pair's question; beyond its 24 people, sentences about those who are not asked for come again."""
+    """The embedded pair's question. Beyond its 24 people, sentences about other people are repeated."""
     import torch
 
     generator = torch.Generator().manual_seed(numbers.getrandbits(62))
@@ -420,9 +418,9 @@ def _filler(numbers: random.Random, size: int, recipe: RecallRecipe) -> list[str
     return [numbers.choice(texts.filler).format(*numbers.sample(texts.nouns, 2)) for _ in range(size)]
 
 
-def _pairs(texts: Texts) -> Iterator[tuple[str, str]]:
+def _phrases(texts: Texts) -> list[str]:
     joint = "-" if texts.space else "的"
-    return ((f"{adjective}{joint}", noun) for adjective in texts.adjectives for noun in texts.nouns)
+    return [f"{adjective}{joint}{noun}" for adjective in texts.adjectives for noun in texts.nouns]
 
 
 def _keys(numbers: random.Random, count: int, texts: Texts, length: int) -> list[str]:

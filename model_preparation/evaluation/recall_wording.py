@@ -14,7 +14,10 @@ class Texts:
         adjectives, nouns: a needle's key is one of each.
         filler: sentences with two nouns in them.
         noise: RULER's filler for variable tracking.
-        kv, needle, needle_one, needles, variables: instruction, and the beginning of the answer.
+        joined: between several keys, and before the last one.
+        needle: the sentence to find.
+        chain: the first assignment, and a later one.
+        kv, one_needle, needles, variables: the instruction, and the beginning of the answer.
     """
 
     space: str
@@ -25,7 +28,7 @@ class Texts:
     nouns: tuple[str, ...]
     filler: tuple[str, ...]
     noise: str
-    joined: tuple[str, str]  # between several keys, and before the last
+    joined: tuple[str, str]
     kv: tuple[str, str]
     needle: str
     one_needle: tuple[str, str]

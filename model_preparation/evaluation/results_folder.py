@@ -6,8 +6,8 @@
     MODEL/                   lm-eval's own files: results_DATE.json, samples_TASK_DATE.jsonl
     result.json              the scores; written last, so its presence means that the evaluation is finished
 All but lm-eval's files are JSON with a checksum of itself (io/self_checksum.py). Each appears whole or not at all.
-Results of another model (weights, config, tokenizer) are moved to `TASKS-DIGEST.of-weights-DIGEST/`. They come back
-when that model does.
+Results of another model (weights, config, tokenizer) are moved to `TASKS-DIGEST.of-weights-DIGEST/`. They are moved
+back when that model is evaluated again.
 """
 
 import contextlib
@@ -34,17 +34,14 @@ if TYPE_CHECKING:
 SETTINGS, RESULT, ANSWERS = "settings.json", "result.json", "answers"
 _ROW = {"score": (int, float), "stderr": (int, float, NoneType), "metric": str, "questions": int, "protocol?": dict}
 _ROWS = {"*": _ROW}
-_RESULT_FIELDS = {"tasks": _ROWS, "groups": _ROWS, "subjects": _ROWS, "lm_eval_version": str, "asked": {"*": str}}
-_RESULT_FIELDS |= {
-    "files": {"*": FILE_FIELDS},
-    "score?": _ROW["stderr"],
-    "stderr?": _ROW["stderr"],
-    "questions": int,
-    "truncated?": {"*": int},
+_RESULT_FIELDS = {
+    **{"tasks": _ROWS, "groups": _ROWS, "subjects": _ROWS, "lm_eval_version": str, "asked": {"*": str}},
+    **{"files": {"*": FILE_FIELDS}, "questions": int, "truncated?": {"*": int}},
+    **{"score?": _ROW["stderr"], "stderr?": _ROW["stderr"]},
 }
 _FIELDS: dict[str, Any] = {RESULT: _RESULT_FIELDS, SETTINGS: {"settings": dict, "weights": str, "model?": dict}}
-_ANSWERS_FIELDS: dict[str, Any] = {"requests": str, "answers": [(str, int, float, NoneType, [(int, float, bool)])]}
-_ANSWERS_FIELDS |= {"seconds?": (int, float), "truncated?": int}
+_ANSWER = (str, int, float, NoneType, [(int, float, bool)])
+_ANSWERS_FIELDS = {"requests": str, "answers": [_ANSWER], "seconds?": (int, float), "truncated?": int}
 _SAFE = re.compile(r"[^\w.+-]+")
 
 
@@ -71,11 +68,11 @@ class ResultsFolder:
         self.folder = root / f"{_SAFE.sub('_', names)[:60]}-{digest}"
         self.put_aside: Path | None = None
         self.differing: list[str] = []
-        self._hold: Hold | None = None
+        self._hold: Hold  # from `held`
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other runs out, and put results of another model aside.
+        """Keep other runs out, and move results of another model aside.
 
         Raises:
             SurgeryError: if another run holds the folder, or it has results of other settings.
@@ -84,7 +81,7 @@ class ResultsFolder:
         self._hold = take(self.folder)
         try:
             self._empty_staging()  # of a killed run
-            self._change_weights()
+            self._move_other_model_aside()
             make_folder(self.folder / ANSWERS)
             for unfinished in self.folder.rglob("*.partial-*"):  # of killed runs
                 unfinished.unlink()
@@ -109,7 +106,7 @@ class ResultsFolder:
         self._write(f"{ANSWERS}/{_SAFE.sub('_', name)}.json", record)
 
     def tracker(self) -> "EvaluationTracker":
-        """What writes lm-eval's own files; `finish` calls it."""
+        """Make the writer of lm-eval's own files, which `finish` takes."""
         from lm_eval.loggers import EvaluationTracker  # slow to import, and not needed to read results
 
         return EvaluationTracker(output_path=str(self._staging()))
@@ -121,7 +118,7 @@ class ResultsFolder:
         samples: Mapping[str, Sequence],
         result: Mapping[str, Any],
     ) -> None:
-        """Write lm-eval's results and samples files in place of older ones, then `result`: the evaluation is finished.
+        """Write lm-eval's results and samples files in place of older ones; then `result`, which ends the evaluation.
 
         Raises:
             SurgeryError: if they were not written whole; lm-eval itself only logs that.
@@ -144,17 +141,15 @@ class ResultsFolder:
         self._write(RESULT, {**result, "files": describe_files(self.folder, f"{target.name}/*")})
 
     def _staging(self) -> Path:
-        assert self._hold is not None
         folder = self._hold.folder / "new"
         folder.mkdir(exist_ok=True)
         return folder
 
     def _empty_staging(self) -> None:
-        assert self._hold is not None
         for entry in self._hold.entries():
             shutil.rmtree(entry, ignore_errors=True)
 
-    def _change_weights(self) -> None:
+    def _move_other_model_aside(self) -> None:
         found = read_checked_json(self.folder / SETTINGS)
         if found is None:
             return
@@ -163,7 +158,7 @@ class ResultsFolder:
                 f"{self.folder} holds results of other settings ({'; '.join(odd)}): it was renamed. "
                 "Move it elsewhere, or choose another --results_dir."
             )
-        # Files of before 0.2.0 have one digest of the whole model.
+        # Files from before 0.2.0 have one digest of the whole model.
         self.differing = differences(found.get("model", {"weights": found["weights"]}), self.model)
         if self.differing:
             self.put_aside = self._aside(found["weights"])
@@ -176,7 +171,6 @@ class ResultsFolder:
         return self.folder.with_name(f"{self.folder.name}{EVALUATIONS_ASIDE}{weights[:12]}")
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        assert self._hold is not None
         if not self._hold.is_intact():
             raise SurgeryError(f"{self._hold.folder} was deleted while it was in use. Run the command again.")
         write_file(self.folder / name, with_checksum(content))
@@ -189,7 +183,7 @@ def chosen_metric(row: Mapping[str, Any], wanted: str = "acc") -> str | None:
 
 
 def read_checked_json(path: Path) -> dict[str, Any] | None:
-    """One of our JSON files of an evaluation; None if there is none, or its checksum does not match.
+    """A JSON file of an evaluation; None if there is none, or its checksum does not match.
 
     Raises:
         SurgeryError: if it has other fields than we write.
@@ -200,7 +194,9 @@ def read_checked_json(path: Path) -> dict[str, Any] | None:
         found = read_json(path)
         check_fields(found, _FIELDS.get(path.name, _ANSWERS_FIELDS))
     except ValueError as error:
-        raise SurgeryError(f"{path} is no result of ours ({error}). Remove it and run this again.") from error
+        raise SurgeryError(
+            f"{path} is not a result of this program ({error}). Remove it and run this again."
+        ) from error
     return found
 
 

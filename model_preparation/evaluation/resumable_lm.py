@@ -1,9 +1,7 @@
 """A model for lm-eval that can be stopped: it keeps every task's answers on the disk as soon as it has them.
 
-Log-likelihoods are kept per task, texts per batch.
-
-Answers come from an earlier run's records if these are of the same requests. Else the real model gives them; it is
-loaded only if it is needed.
+Log-likelihoods are kept per task, texts per batch. Answers of an earlier run are used if its requests were the same.
+The real model gives the others; it is loaded only if it is needed.
 """
 
 import json
@@ -64,7 +62,7 @@ class ResumableLM(LM):
         return self._answers("generate_until", requests)
 
     def __getattr__(self, name: str) -> Any:
-        """The real model answers whatever else lm-eval asks."""
+        """Everything else that lm-eval asks for comes from the real model."""
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._real(), name)
@@ -112,7 +110,7 @@ class ResumableLM(LM):
         return answers
 
     def _kept(self, kind: str, task: str, requests: list[Instance]) -> dict[str, Any]:
-        """The record of a task; in a new one, and where a run was killed, some answers are None."""
+        """The record of a task. Missing answers are None: all in a new record, some after a killed run."""
         new = {"task": task, "requests": _digest(requests), "seconds": 0.0, "truncated": 0}
         record = None if self._results is None else self._results.read_record(f"{kind}.{task}")
         if record is None or record["requests"] != new["requests"] or len(record["answers"]) != len(requests):

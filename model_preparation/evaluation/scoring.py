@@ -27,7 +27,7 @@ Answer = tuple[float, bool]  # log-likelihood, whether greedy
 
 # A shorter common beginning saves less than a cache costs.
 MIN_PREFIX_TOKENS = 8
-# `batch_size="auto"`: at most so many rows, and so many tokens with padding, per forward pass.
+# `batch_size="auto"`: the most rows, and the most tokens with padding, per forward pass.
 AUTO_ROWS = 64
 AUTO_TOKENS = {"cpu": 512, "cuda": 32_768}
 # The same for writing: more rows share the reading of the weights.
@@ -74,7 +74,7 @@ class ScoringLM(HFLM):
         self._advance = advance
         self._allow_truncation = allow_truncation
         self.truncated = 0
-        self._task = ""  # whose requests are answered
+        self._task = ""  # the task of the current requests
         self._tokens_at_once = AUTO_TOKENS.get(batches_for or self.device.type, AUTO_TOKENS["cuda"])
         self._encoded: tuple[str, list[int]] = ("", [])
 
@@ -131,23 +131,16 @@ class ScoringLM(HFLM):
         """Batches of prompts of similar lengths, the longest first: their places, and the texts after them."""
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         tokens_at_once = WRITING_TOKENS.get(self.device.type, WRITING_TOKENS["cuda"])
-        limit = self._rows_at_once
         while order:
-            rows = limit
-            if self._auto:
-                rows = max(1, min(limit, tokens_at_once // (len(prompts[order[0]]) + settings["max_gen_toks"])))
-            batch = order[:rows]
+            batch = order[: self._fitting(len(prompts[order[0]]) + settings["max_gen_toks"], tokens_at_once)]
             try:
                 with self._autocast():
                     chosen = [prompts[place] for place in batch]
                     texts = write(self.model, self.tokenizer, chosen, settings, self._tokens_at_once)
             except torch.OutOfMemoryError:
-                if not self._auto or len(batch) == 1:
-                    raise
-                limit = len(batch) // 2
-                torch.cuda.empty_cache()
+                self._halve(len(batch))
                 continue
-            order = order[rows:]
+            order = order[len(batch) :]
             yield batch, texts
 
     def _count_too_long(self, lengths: Sequence[int], most: int) -> None:
@@ -166,7 +159,7 @@ class ScoringLM(HFLM):
         """Answer requests ((context, continuation), context tokens, continuation tokens), in their order."""
         answers: list[Answer | None] = [None] * len(requests)
         for group, prefix in self.groups(requests):
-            for batch, scores in self._scores(group, prefix, override_bs):
+            for batch, scores in self._scores(group, prefix):
                 for index, answer in answers_of(batch, scores, requests):
                     answers[index] = answer
                     self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
@@ -199,7 +192,7 @@ class ScoringLM(HFLM):
         if cut:
             yield cut, ()
         if whole:
-            # All rows share what the first and the last, in the order of tuples, share.
+            # Sorted, all rows share the beginning that the first and the last share.
             first, last = min(row.tokens for row in whole), max(row.tokens for row in whole)
             same = [one == other for one, other in zip(first, last, strict=False)]
             common = same.index(False) if False in same else len(same)
@@ -208,34 +201,35 @@ class ScoringLM(HFLM):
             long_enough = length >= MIN_PREFIX_TOKENS and len(whole) > 1
             yield whole, first[:length] if long_enough else ()
 
-    def _scores(
-        self, rows: list[Row], prefix: Sequence[int], rows_at_once: int | None
-    ) -> Iterator[tuple[list[Row], list[Tensor]]]:
+    def _scores(self, rows: list[Row], prefix: Sequence[int]) -> Iterator[tuple[list[Row], list[Tensor]]]:
         """Batches of rows, each with its log-probabilities (scored, vocabulary) per row."""
         cache = self.prefix_cache(prefix) if prefix else None
         skipped = len(prefix) if cache is not None else 0
         rows = longest_first(rows)
-        start = 0
-        while start < len(rows):
-            batch = self.next_batch(rows, start, skipped, rows_at_once)
+        while rows:
+            batch = self.next_batch(rows, skipped)
             try:
                 scores = self.log_probabilities(batch, skipped, cache)
             except torch.OutOfMemoryError:
-                if not self._auto or len(batch) == 1:
-                    raise
-                self._rows_at_once = rows_at_once = len(batch) // 2
-                torch.cuda.empty_cache()
+                self._halve(len(batch))
                 continue
             yield batch, scores
-            start += len(batch)
+            rows = rows[len(batch) :]
 
-    def next_batch(self, rows: list[Row], start: int, skipped: int, rows_at_once: int | None = None) -> list[Row]:
-        """The rows from `start` on that run at once, without their first `skipped` tokens, which ran before."""
-        limit = rows_at_once or self._rows_at_once
-        if self._auto:
-            longest = len(rows[start].tokens) - skipped
-            limit = max(1, min(limit, self._tokens_at_once // longest))
-        return rows[start : start + limit]
+    def next_batch(self, rows: list[Row], skipped: int) -> list[Row]:
+        """The first rows, as many as run at once. Their first `skipped` tokens ran before."""
+        return rows[: self._fitting(len(rows[0].tokens) - skipped, self._tokens_at_once)]
+
+    def _fitting(self, longest: int, tokens_at_once: int) -> int:
+        """How many rows run at once, if the longest has `longest` tokens."""
+        return max(1, min(self._rows_at_once, tokens_at_once // longest)) if self._auto else self._rows_at_once
+
+    def _halve(self, rows: int) -> None:
+        """Run fewer rows at once from now on, as the memory ran out; raise that error if the number is fixed."""
+        if not self._auto or rows == 1:
+            raise
+        self._rows_at_once = rows // 2
+        torch.cuda.empty_cache()
 
     def prefix_cache(self, prefix: Sequence[int]) -> Cache | None:
         """The model's cache after the prefix; None if rows cannot share that kind of cache."""

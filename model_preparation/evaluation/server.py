@@ -1,18 +1,19 @@
-"""A model behind an OpenAI API, such as `layer-surgery serve` starts, as a model for lm-eval.
+"""A model for lm-eval that answers through an OpenAI API, such as the one of `layer-surgery serve`.
 
-lm-eval's own client makes the requests and reads the answers. Texts become the tokens that lm-eval makes of them for a
-model in its own process: that client would leave out the token that texts begin with.
+lm-eval's own client makes the requests and reads the answers. Texts become the same tokens as for a model in lm-eval's
+own process: the client would leave out the special token at the beginning.
 """
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import requests
+from lm_eval.api.instance import Instance
 from lm_eval.models import api_models
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
@@ -26,11 +27,11 @@ from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_files import check_fields
 
 _ADDRESS = "such as http://127.0.0.1:8000"
-_PATIENCE_SECONDS = 3600  # a CPU takes minutes for many long prompts
+_TIMEOUT_SECONDS = 3600  # a CPU takes minutes for many long prompts
 _AUTO_PROMPTS = 32  # in a request
 _MAX_LENGTH = 2048  # where a server does not say it; lm-eval's own default
 _PROBE = "Ada likes jam. In 1837, 22/7 was near enough; naïve café, 你好!\n\tdef f(x): return x ** 2"
-_SAME = 0.05  # largest difference of a log-probability that rounding makes
+_ROUNDING = 0.05  # the largest difference of a log-probability that rounding makes
 _NUMBER = (float, int, type(None))
 _MODELS = {"data": [{"id": str, "root?": (str, type(None)), "max_model_len?": (int, type(None))}]}
 _TEXTS = {"choices": [{"index": int, "text": (str,)}]}
@@ -42,7 +43,7 @@ class Server(NamedTuple):
 
     Attributes:
         url: of the API, with its /v1.
-        about: what the server says of the model: its name, the folder that it was loaded from, its longest sequence.
+        about: the server's facts about the model: its name, the folder that it was loaded from, its longest sequence.
     """
 
     url: str
@@ -68,15 +69,14 @@ class Server(NamedTuple):
         return cls(url, {field: value for field, value in known.items() if value is not None})
 
     def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a request for completions, which has what was asked for."""
+        """The answer to a request for completions, with its fields checked."""
         return _ask(self.url, "completions", _SCORES if body.get("echo") else _TEXTS, body)
 
     def check_same(self, tokenizer: PreTrainedTokenizerBase, results: ResultsFolder) -> None:
-        """Ask for the log-probabilities of a text; they tell whether kept answers are of the same model.
+        """Compare the log-probabilities of a fixed text with the kept ones, to see whether the model is the same.
 
         Raises:
-            SurgeryError: if they are of another, if the server gives no log-probabilities, or cuts texts into other
-                tokens.
+            SurgeryError: if it is another model, or if the server gives no log-probabilities or makes other tokens.
         """
         body = {"model": self.about["model"], "prompt": _PROBE, "max_tokens": 1, "temperature": 0}
         answer = self.complete({**body, "logprobs": 1, "echo": True})
@@ -90,7 +90,7 @@ class Server(NamedTuple):
         asked, kept = digest_of(body), results.read_record("server")
         if kept is None or kept["requests"] != asked:
             results.keep_record("server", {"requests": asked, "answers": found[1:]})
-        elif max(abs(one - other) for one, other in zip(found[1:], kept["answers"], strict=True)) > _SAME:
+        elif max(abs(one - other) for one, other in zip(found[1:], kept["answers"], strict=True)) > _ROUNDING:
             raise SurgeryError(
                 f"The model {self.about['model']} at {self.url} is not the one whose answers are in {results.folder}. "
                 "Move that folder elsewhere, or name another --results_dir."
@@ -106,7 +106,7 @@ def _ask(url: str, path: str, fields: Mapping[str, Any], body: Mapping[str, Any]
             f"{url}/{path}",
             json=body,
             headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=_PATIENCE_SECONDS,
+            timeout=_TIMEOUT_SECONDS,
         )
     except (requests.RequestException, ValueError) as error:  # ValueError: an address that is none
         reason = getattr(error.args[0], "reason", error) if error.args else error  # requests wraps urllib3's
@@ -135,7 +135,7 @@ def _ask(url: str, path: str, fields: Mapping[str, Any], body: Mapping[str, Any]
 
 
 class ServerLM(LocalCompletionsAPI):
-    """A server's model that lm-eval asks.
+    """The server's model, as lm-eval uses it.
 
     Args:
         server: where the model is.
@@ -144,7 +144,7 @@ class ServerLM(LocalCompletionsAPI):
         advance: called with the number of requests just answered.
     """
 
-    truncated = 0  # a server refuses what is too long
+    truncated = 0  # a server refuses prompts that are too long
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class ServerLM(LocalCompletionsAPI):
             tokenizer=str(tokenizer),
             batch_size=_AUTO_PROMPTS if batch_size == "auto" else batch_size,
             max_length=server.about.get("max_length", _MAX_LENGTH),
-            add_bos_token=None,  # as the tokenizer does by itself
+            add_bos_token=None,  # the tokenizer decides
             seed=seed,
         )
         self.tokenizer = load_tokenizer(tokenizer)
@@ -185,9 +185,12 @@ class ServerLM(LocalCompletionsAPI):
         with _without_bar():
             return super()._loglikelihood_tokens(requests, **kwargs)
 
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        with _without_bar():
-            return super().generate_until(requests, disable_tqdm)
+    def texts(self, requests: Sequence[Instance]) -> Iterator[list[tuple[int, str]]]:
+        """As `ScoringLM.texts`. A batch is one request to the server."""
+        for start in range(0, len(requests), self._batch_size):
+            with _without_bar():
+                texts = super().generate_until(requests[start : start + self._batch_size])
+            yield list(enumerate(texts, start))
 
 
 def _without_bar() -> Any:

@@ -1,4 +1,4 @@
-"""The settings of an evaluation and of generated text: defaults, flags with their help, what is allowed.
+"""The settings of an evaluation and of generated text: defaults, flags with their help, allowed values.
 
 Nothing heavy is imported here.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def limit_note(limit: int, tasks: Sequence[str]) -> str:
-    """What --limit counts."""
+    """Say what --limit counts."""
     return f"--limit {limit} is per {'subject' if any(name.startswith('mmlu') for name in tasks) else 'task'}"
 
 
@@ -49,19 +49,17 @@ Lengths = Annotated[
     Sequence[int] | None,
     Flag(
         "TOKENS",
-        "recall tasks: tokens of a document, with room for the answer (default: 512, doubled up to what the model "
-        "takes)",
+        "recall tasks: tokens of a document, with room for the answer (default: 512, 1024 and so on, up to the model's "
+        "limit)",
         number(int, least=32),
         nargs="+",
     ),
 ]
 Language = Annotated[
-    str,
-    Flag("|".join(LANGUAGES), "recall tasks: language of the documents (default: %(default)s)", OneOf(*LANGUAGES)),
+    str, Flag("|".join(LANGUAGES), "recall tasks: language of the documents (default: %(default)s)", OneOf(*LANGUAGES))
 ]
 Haystack = Annotated[
-    str | Path | None,
-    Flag("FILE", "recall tasks: a text to hide things in (default: sentences of ours)", Path),
+    str | Path | None, Flag("FILE", "recall tasks: a text to hide things in (default: built-in sentences)", Path)
 ]
 
 
@@ -70,13 +68,13 @@ class EvaluationSettings(CheckedSettings):
     """How a model is scored. The flags' help explains the first fields.
 
     Attributes:
-        tasks: also the result of `load_tasks`; then what says how tasks are made is not used.
+        tasks: names, or the result of `load_tasks`. Then the settings for making tasks have no effect.
         seed: of Python, NumPy, torch and the choice of examples.
         device, dtype, parallelize: where and in what dtype the model runs, as `load_checkpoint` takes them.
         tokenizer: for a model that is published without one, such as Llamba: a name, folder or hub id.
         sources: targets by name, as `resolve(overrides=...)` takes them.
-        server: the address of an OpenAI API whose model is scored; nothing is loaded here then.
-        model: what that server calls the model; needed if it has several.
+        server: the address of an OpenAI API whose model is scored. No model is loaded here then.
+        model: the model's name on that server; needed if the server has several.
 
     Raises:
         SurgeryError: if a number is too small.
@@ -95,8 +93,8 @@ class EvaluationSettings(CheckedSettings):
         str | None,
         Flag(
             "|".join(SUITES),
-            "a set of tasks that papers report, in place of --tasks; it says the number of solved examples and the "
-            "metric of each",
+            "a set of tasks that papers report, in place of --tasks; it sets the number of solved examples and the "
+            "metric of each task",
             OneOf(*SUITES),
         ),
     ] = None
@@ -107,7 +105,7 @@ class EvaluationSettings(CheckedSettings):
         int | None,
         Flag(
             "N",
-            "ask only the first N questions of every task, and of MMLU's every subject: quick and rough",
+            "ask only the first N questions of each task, or of each subject of MMLU: quick and rough",
             number(int, least=1),
         ),
     ] = None
@@ -124,8 +122,8 @@ class EvaluationSettings(CheckedSettings):
         Sequence[str] | None,
         Flag(
             "TASK=DIR",
-            "take a task's questions from a folder and not from a hub: parquet, csv or jsonl files that are named "
-            "after their split, such as validation.jsonl",
+            "read a task's questions from a folder, not from a hub: parquet, csv or jsonl files, each named after its "
+            "split, such as validation.jsonl",
             _task_and_folder,
             nargs="+",
         ),
@@ -134,16 +132,15 @@ class EvaluationSettings(CheckedSettings):
         bool,
         Flag(
             None,
-            "cut prompts that are too long for the model on their left, and count them (default: they are an error)",
+            "cut off the beginning of a prompt that is too long, and count such prompts (default: they are an error)",
         ),
     ] = False
     num_fewshot: Annotated[
         int | None,
-        Flag("K", "solved examples before each question (default: what the task says; MMLU: 0)", number(int, least=0)),
+        Flag("K", "solved examples before each question (default: the task's own; MMLU: 0)", number(int, least=0)),
     ] = None
     batch_size: Annotated[
-        int | str,
-        Flag("N", "questions per forward pass; auto finds a number that fits", auto_or_count),
+        int | str, Flag("N", "questions per forward pass; auto finds a number that fits", auto_or_count)
     ] = "auto"
     results_dir: Annotated[
         str | Path | None,
@@ -166,20 +163,20 @@ class EvaluationSettings(CheckedSettings):
 
 @dataclass(frozen=True)
 class EfficiencySettings(CheckedSettings):
-    """What is measured of a model's cost.
+    """How a model's cost is measured.
 
     Attributes:
-        compare_with: the models beside it, as `find_others` takes them; by default a checkpoint's base and donor.
+        compare_with: other models to measure, as `find_others` takes them; by default a checkpoint's base and donor.
         results_dir, device, dtype, tokenizer, sources: as in `EvaluationSettings`. Without `dtype`, all models run in
-            that of the first.
+            the first model's dtype.
     """
 
     contexts: Annotated[
         Sequence[int] | None,
         Flag(
             "N",
-            "with --efficiency: measure after prompts of so many tokens (default: those of 128, 512 and 2048 that the "
-            "models have positions for)",
+            "with --efficiency: measure after prompts of N tokens (default: 128, 512 and 2048, as far as the models "
+            "have positions for them)",
             number(int, least=1),
             nargs="+",
         ),

@@ -19,7 +19,7 @@ class Protocol(NamedTuple):
     metric: str | None = None
 
 
-_RECALL = {  # made here, at the lengths of --lengths; generated answers, and choices where a name ends so
+_RECALL = {  # documents are made here; answers are generated, except those of ..._choice
     name: Protocol()
     for name in (
         "kv_retrieval",
@@ -36,7 +36,7 @@ _RECALL = {  # made here, at the lengths of --lengths; generated answers, and ch
 }
 # Part of recall if --task_data says where their questions are.
 _WITH_DATA = {name: Protocol(metric="contains") for name in ("fda", "swde", "squad_completion")}
-# The embedded pair's, in place of those of recall.
+# For the embedded pair, in place of `_RECALL`.
 _EMBEDDED = {name: Protocol() for name in ("embedded_recall", "embedded_recall_generated")}
 _ZERO_SHOT = {
     "lambada_openai": Protocol(metric="acc"),
@@ -57,7 +57,7 @@ def tasks_of_suite(suite: str, *, embedded: bool, with_data: Collection[str] = (
     Args:
         suite: one of `SUITES`.
         embedded: whether the model has the embedded pair's tokenizer.
-        with_data: the tasks whose data is in a folder here.
+        with_data: the tasks that --task_data has data for.
     """
     recall = _EMBEDDED if embedded else _RECALL
     recall = recall | {name: protocol for name, protocol in _WITH_DATA.items() if name in with_data}

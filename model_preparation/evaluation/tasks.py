@@ -1,7 +1,7 @@
-"""What `--tasks` names, as lm-eval's own task objects.
+"""Turn the names of `--tasks` into lm-eval's task objects.
 
-MMLU's definitions are the stock ones; ours include them and say where the questions are. Reading all of lm-eval's
-fifteen thousand definitions takes 20 s and more, so only folders that mention a name are read.
+MMLU's tasks are lm-eval's own, with another source of questions. Reading all of lm-eval's fifteen thousand definitions
+takes 20 s or more, so only folders that mention a name are read.
 """
 
 import difflib
@@ -32,20 +32,18 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from model_preparation.errors import SurgeryError
-from model_preparation.evaluation.questions import SUBJECTS, Questions, find_questions, read_subject
-from model_preparation.evaluation.recall import RecallRecipe, is_recall, recall_names, task_config
+from model_preparation.evaluation.questions import STOCK_TASKS, SUBJECTS, Questions, find_questions, read_subject
+from model_preparation.evaluation.recall import EMBEDDED_RECALL, RecallRecipe, is_recall, recall_names, task_config
 from model_preparation.evaluation.suites import Protocol
 from model_preparation.hub.sources import EMBEDDED
 
 MMLU = "mmlu"
 GROUPS = ("stem", "humanities", "social_sciences", "other")
 _STOCK = Path(lm_eval.tasks.__file__).parent
-_STOCK_MMLU = _STOCK / "mmlu" / "default"
-# The tasks inside this package, by name.
-_EMBEDDED = {name: EMBEDDED / name for name in ("embedded_recall",)}
+_EMBEDDED = {EMBEDDED_RECALL: EMBEDDED / EMBEDDED_RECALL}  # the definitions inside this package, by name
 _MMLU_NAMES = {MMLU, *(f"mmlu_{name}" for name in (*GROUPS, *SUBJECTS))}
 _DECLARATION = re.compile(r"""^["']?(?:task|group|tag)["']?\s*:\s*["']?([\w.:+-]+)["']?\s*$""", re.MULTILINE)
-# It compiles its templates anew for every question, which takes longer than the rest of preparing them.
+# lm-eval compiles its templates again for every question. That takes longer than the rest of preparing it.
 lm_eval.utils.env.from_string = lru_cache(lm_eval.utils.env.from_string)  # type: ignore[method-assign]
 _OUT_OF_REACH = (ConnectionError, DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 
@@ -60,10 +58,10 @@ class Tasks:
         items: tasks and groups, one or several per name.
         questions: MMLU's, if a name is MMLU or part of it.
         digests: of the user's own task definitions, by the last part of their path.
-        made: what decides on the documents of the recall tasks among them.
-        suite: the name of the suite that they are.
-        metrics: the metric that counts, by task, where the suite says it.
-        leaves_of: the names of the single tasks, by name.
+        made: the settings that decide on the documents of recall tasks.
+        suite: the name of the suite, if these are its tasks.
+        metrics: the metric that counts, by task, if the suite sets one.
+        leaves_of: the names of the single tasks, by the name that the user gave.
     """
 
     names: tuple[str, ...]
@@ -134,9 +132,9 @@ def load_tasks(
         mmlu_data: where MMLU's questions are, as in `find_questions`.
         num_fewshot: solved examples that each of MMLU's subjects must have.
         task_data: folders with the questions of tasks, by the tasks' names in `names`.
-        recall: how the documents of recall tasks are made. embedded_recall is made if `recall` says its lengths; else
-            it has the package's questions.
-        protocols: how tasks are asked, by their names in `names`; else as they say themselves.
+        recall: how to make the documents of recall tasks. Those of embedded_recall are made only if `recall` has
+            lengths; else it has the package's questions.
+        protocols: how to ask tasks, by their names in `names`. Other tasks are asked by their own definitions.
 
     Raises:
         SurgeryError: for an unknown name, a definition that does not work, or data that cannot be reached.
@@ -145,10 +143,11 @@ def load_tasks(
     tasks = Tasks(tuple(names), TaskManager(include_defaults=False))
     for name, folder in (task_data or {}).items():
         if name not in names or is_mmlu(name) or is_recall(name):
-            raise SurgeryError(f"--task_data has {name}, which is no task of lm-eval's among {' '.join(names)}.")
+            raise SurgeryError(f"--task_data has {name}, which is not an lm-eval task in --tasks. Leave it out.")
         if not Path(folder).expanduser().is_dir():
             raise SurgeryError(f"The data of {name}, {folder}, is no folder. Give another one with --task_data.")
-    made = [name for name in names if is_recall(name) and not (_path_of(name).exists() and _fixed(recall))]
+    fixed = recall is None or recall.lengths is None  # then embedded_recall has the package's questions
+    made = [name for name in names if is_recall(name) and not (fixed and _path_of(name).exists())]
     if made and recall is None:
         raise SurgeryError(f"The documents of {made[0]} are made for a model's tokenizer, and no model is given here.")
     if any(is_mmlu(name) for name in names):
@@ -188,7 +187,7 @@ def load_tasks(
             tasks.leaves_of[name] = [task.task_name for task in _single(tasks.items[loaded_before:])]
             if protocol := (protocols or {}).get(name):
                 for item in tasks.items[loaded_before:]:
-                    tasks.metrics |= _ask_by(item, protocol)
+                    tasks.metrics |= _apply(item, protocol)
     leaves = tasks.leaves
     for leaf in leaves:
         if leaves.count(leaf) > 1:
@@ -198,13 +197,8 @@ def load_tasks(
     return tasks
 
 
-def _fixed(recall: RecallRecipe | None) -> bool:
-    """Whether embedded_recall has the package's questions."""
-    return recall is None or recall.lengths is None
-
-
-def _ask_by(item: Task | Group, protocol: Protocol) -> dict[str, str]:
-    """Let a task or group be asked as a protocol says; return the metric that counts, by name."""
+def _apply(item: Task | Group, protocol: Protocol) -> dict[str, str]:
+    """Set the solved examples of a task or group by its protocol; return the metric that counts, by name."""
     single = _single([item])
     for task in single:
         task.set_config("num_fewshot", protocol.shots)
@@ -225,12 +219,12 @@ def read_configs(names: Sequence[str]) -> list[TaskConfig]:
     found = [task_config(name) for name in made]
     others = [name for name in names if not is_mmlu(name) and name not in made]
     if others:
-        with patch.object(lm_eval.tasks._factory, "ConfigurableTask", _Unread):
+        with patch.object(lm_eval.tasks._factory, "ConfigurableTask", _WithoutData):
             found += [task.config for task in load_tasks(others).single]
     return found
 
 
-class _Unread(ConfigurableTask):
+class _WithoutData(ConfigurableTask):
     """A task with a config and no data."""
 
     def __init__(self, config: dict[str, Any]):
@@ -243,13 +237,13 @@ def short_name(name: str) -> str:
 
 
 def _path_of(name: str) -> Path:
-    """The folder or file of definitions for a path or a name of ours; it may not exist."""
+    """The folder or file of definitions for a path, or for a task inside this package; it may not exist."""
     return _EMBEDDED.get(name, Path(name))
 
 
 def _broken(name: str, error: BaseException) -> SurgeryError:
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__  # the cause says what is wrong with the data
+        error = error.__cause__  # the cause describes the fault of the data
     return SurgeryError(
         f"The task {name} cannot be loaded ({type(error).__name__}: {_reason(error)}). "
         "Mend its definition or its data; paths in it count from the current folder."
@@ -258,7 +252,7 @@ def _broken(name: str, error: BaseException) -> SurgeryError:
 
 def _unknown(name: str, hint: str = ".") -> SurgeryError:
     return SurgeryError(
-        f"lm-eval {lm_eval.__version__} has no task {name!r}, nor is that a folder or file{hint} "
+        f"lm-eval {lm_eval.__version__} has no task {name!r}, and there is no such folder or file{hint} "
         "`lm_eval ls tasks` lists all. For your own tasks, give their folder."
     )
 
@@ -279,7 +273,7 @@ def quiet() -> Iterator[None]:
 def _load_mmlu(name: str, questions: Questions) -> list[Task | Group]:
     reader = f"{read_subject.__module__}.{read_subject.__name__}"
     with tempfile.TemporaryDirectory() as scratch:
-        for stock in _STOCK_MMLU.glob("*.yaml"):
+        for stock in STOCK_TASKS.glob("*.yaml"):
             lines = [f"include: {json.dumps(str(stock))}"]
             if not stock.name.startswith("_"):  # a subject; the others are groups
                 source = {"folder": str(questions.folder), "subject": stock.stem.removeprefix("mmlu_")}

@@ -25,7 +25,7 @@ from model_preparation.search.settings import KL
 
 Results = dict[int, BatchResult]  # by batch
 
-# With fewer rows, torch may add in another order than for the same rows among many.
+# With fewer rows, torch may sum in another order than it does for many.
 _MIN_ROWS = 16
 _MAX_KEPT_ARGUMENTS = 256
 
@@ -39,14 +39,14 @@ class _Hidden:
 
 
 class CachedScorer:
-    """Gives the answers of sets of layers.
+    """Computes the answers of sets of layers.
 
     Args:
         setup: models, questions and settings.
         chosen: indices of the batches that this scorer runs; by default all.
 
     Attributes:
-        layer_passes: how many layers have run, each over all questions; a layer over some of them is a fraction.
+        layer_passes: how many layers have run, each over all questions; a layer over some of them counts as a fraction.
     """
 
     def __init__(self, setup: ScoringSetup, chosen: Sequence[int] | None = None):
@@ -77,7 +77,7 @@ class CachedScorer:
         self._store = HiddenStates(settings.memory_bytes, size_bytes, settings.folder)
         results: Results = {}
         for prefix, batches in self._by_prefix(self._chosen).items():
-            # One prefix after the other, to hold little more than what is kept.
+            # One prefix after the other, so that few states are in memory beside the kept ones.
             hidden: Any = self._embedded(prefix, batches)
             for layer in range(self._pair.layers):
                 for number, states in hidden.prefixes.items():
@@ -91,9 +91,9 @@ class CachedScorer:
     def score(
         self, sets: Iterable[LayerSet], batches: Sequence[int] | None = None
     ) -> Iterator[tuple[LayerSet, Results]]:
-        """Gives each set with its answers, as soon as they are known. Sets that share layers follow each other.
+        """Yield each set with its answers, as soon as they are known. Sets that share layers follow each other.
 
-        It runs the base first, unless that was done.
+        It runs the base first, unless the base has run.
 
         Args:
             sets: distinct, none of them empty.
@@ -138,7 +138,7 @@ class CachedScorer:
         """The hidden states after a layer that has `part` of a set; after the last layer the answers."""
         grafted = bool(part) or index in self._pair.fixed
         layer = self._pair.layer(index, part)
-        kept_as = type(LlambaCache(self._pair.model.config).layers[index]) if grafted else MambaStateLayer
+        cache_class = type(LlambaCache(self._pair.model.config).layers[index]) if grafted else MambaStateLayer
         is_last = index == self._pair.layers - 1
         after = _Hidden({}, {})
         results: Results = {}
@@ -147,13 +147,13 @@ class CachedScorer:
             filled: DynamicLayer | MambaStateLayer | None = None
             if length:
                 states = before.prefixes[prefix]
-                filled = kept_as()
-                after.prefixes[prefix] = layer(states, **self._given(index, grafted, states, filled, 0))
+                filled = cache_class()
+                after.prefixes[prefix] = layer(states, **self._layer_arguments(index, grafted, states, filled, 0))
                 self._tokens_run += length
             for number in batches:
                 states = before.batches[number]
                 cache = None if filled is None else shared_layer(filled, len(states))
-                given = self._given(index, grafted, states, cache, length)
+                given = self._layer_arguments(index, grafted, states, cache, length)
                 self._tokens_run += states.shape[:-1].numel()
                 if is_last:
                     results[number] = self._answer(number, self._last(number, layer, grafted, states, given))
@@ -161,7 +161,7 @@ class CachedScorer:
                     after.batches[number] = layer(states, **given)
         return results if is_last else after
 
-    def _given(
+    def _layer_arguments(
         self, index: int, grafted: bool, states: Tensor, cache: DynamicLayer | MambaStateLayer | None, past: int
     ) -> dict[str, Any]:
         """A layer's arguments other than the hidden states, for tokens that come after `past` others."""
@@ -170,7 +170,7 @@ class CachedScorer:
             if len(self._arguments) >= _MAX_KEPT_ARGUMENTS:
                 self._arguments.clear()
             backbone = self._pair.model.backbone
-            seen = None if cache is None else _Seen(backbone.config, past)
+            seen = None if cache is None else _CacheLength(backbone.config, past)
             self._arguments[rows, length, past] = backbone.layer_arguments(states, cache=seen)
         arguments = self._arguments[rows, length, past]
         kind = self._pair.model.config.layer_types[index] if grafted else "linear_attention"
@@ -242,8 +242,8 @@ def _mix(layer: Any, states: Tensor, given: dict[str, Any]) -> Tensor:
     return states + mixed
 
 
-class _Seen(LlambaCache):
-    """Stands in for a cache after `tokens` tokens, where masks and positions are computed."""
+class _CacheLength(LlambaCache):
+    """Replaces a cache after `tokens` tokens, where masks and positions are computed."""
 
     def __init__(self, config: Any, tokens: int):
         super().__init__(config)

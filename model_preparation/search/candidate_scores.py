@@ -1,6 +1,6 @@
-"""What is known of every combination: each is evaluated once, written to the journal, and never evaluated again.
+"""The scores of all combinations. Each is evaluated once, written to the journal, and never evaluated again.
 
-A failed evaluation is tried once more by itself. If it fails again it is an error with a reason, and never a score.
+A failed evaluation is tried once more, alone. If it fails again, it has a reason and no score.
 """
 
 import time
@@ -45,7 +45,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class _Answered:
-    """A combination's answers to one round: per question what is maximised, and whether it is right (0 or 1).
+    """A combination's answers to one round: per question the maximised value, and whether it is right (0 or 1).
 
     `cost` is (layer passes, seconds).
     """
@@ -66,14 +66,14 @@ class CandidateScores:
 
     Args:
         scorer: gives answers.
-        questions: what is asked.
+        questions: the questions of the search.
         objective: turns answers into values.
         journal: keeps the evaluations.
         digest: of everything that decides on an evaluation. Entries with another digest are ignored.
         total: how many layers a model has.
         settings: for the budgets, and for whether candidates race.
         progress: shows how the search is going.
-        units: what combinations are made of.
+        units: the units of combinations.
 
     Attributes:
         asked: how many combinations the method wanted, repeats included.
@@ -108,9 +108,9 @@ class CandidateScores:
         self._units = units
         self.asked = 0
         self.failed: dict[LayerSet, str] = {}
-        self._entered: dict[LayerSet, None] = {}  # what the budget covers, evaluated or not yet
+        self._entered: dict[LayerSet, None] = {}  # those that the budget covers, evaluated or not yet
         self._journaled: dict[LayerSet, dict[int, _Answered]] = {}  # by combination and round
-        # What this run has asked for, of the journal. So it decides as a first run would.
+        # The entries that this run has asked for. It sees no others, so it decides as a first run would.
         self._known: dict[LayerSet, dict[int, _Answered]] = {}
         self._spent = np.zeros(2)  # (layer passes, seconds)
         self._best: LayerSet | None = None
@@ -119,7 +119,7 @@ class CandidateScores:
         for entry in journal.entries:
             if entry.get("settings") == digest:
                 try:
-                    self._take(entry)
+                    self._add(entry)
                 except (TypeError, ValueError, LookupError) as error:
                     raise SurgeryError(
                         f"{journal.path} has an entry that no search wrote ({type(error).__name__}: {error}), of "
@@ -135,15 +135,15 @@ class CandidateScores:
         return self.values(BASE)
 
     def evaluate(self, sets: Iterable[LayerSet], keep: int | None = None) -> list[LayerSet]:
-        """Evaluate combinations, the most promising first. Gives those with all answers, the best first.
+        """Evaluate combinations, the most promising first. Return those with all answers, the best first.
 
         Args:
-            sets: what to evaluate. What is known already costs nothing.
-            keep: in a race, how many of the best need all answers. Others are dropped when they are surely worse than
+            sets: the combinations. Known answers cost nothing.
+            keep: in a race, how many of the best need all answers. Others are dropped once they are surely worse than
                 the `keep`th best.
 
         Raises:
-            BudgetSpent: if the budget does not cover all; what it covers is evaluated.
+            BudgetSpent: if the budget does not cover all; those that it covers are evaluated.
         """
         wanted = list(dict.fromkeys(sets))
         self.base()
@@ -152,7 +152,7 @@ class CandidateScores:
         room = len(new) if self.room is None else self.room
         self._entered |= dict.fromkeys(new[:room])
         allowed = [layers for layers in wanted if layers in self._entered and layers not in self.failed]
-        self._progress.expect(len(self._entered) if self._most is None else self._most)
+        self._progress.set_total(len(self._entered) if self._most is None else self._most)
         if self._races and keep is not None and len(allowed) > keep:
             self._race(allowed, keep)
         else:
@@ -189,11 +189,11 @@ class CandidateScores:
         return self._fitness[BASE] + float((ours - bases).mean())
 
     def values(self, layers: LayerSet) -> Values:
-        """What is maximised, by question, of a complete evaluation."""
+        """The maximised values of a complete evaluation, by question."""
         return self._of_all_questions(layers, "values")
 
     def right(self, layers: LayerSet) -> Values:
-        """Which answers are right (1) or wrong (0), by question, of a complete evaluation."""
+        """Right (1) or wrong (0), by question, of a complete evaluation."""
         return self._of_all_questions(layers, "right")
 
     @property
@@ -229,9 +229,9 @@ class CandidateScores:
         }
 
     def _race(self, sets: Sequence[LayerSet], keep: int) -> None:
-        """Ask round after round, and drop what is surely worse than the `keep`th best.
+        """Ask round after round, and drop candidates that are surely worse than the `keep`th best.
 
-        The idea is that of Maron and Moore 1997, The Racing Algorithm; the test here is the paired one of `Objective`.
+        The idea is from Maron and Moore 1997, The Racing Algorithm; the test is the paired one of `Objective`.
         """
         alive = list(sets)
         for number in self._all_rounds:
@@ -244,10 +244,10 @@ class CandidateScores:
                 for layers in alive
             }
             alive.sort(key=lambda layers: (-seen[layers].mean(), len(layers), layers))
-            bar = seen[alive[keep - 1]]
+            worst = seen[alive[keep - 1]]  # of the best `keep`
             # Bonferroni, over all tests that this race may make.
             limit = SIGNIFICANCE / len(sets) / (len(self._rounds) - 1)
-            alive[keep:] = [layers for layers in alive[keep:] if self.objective.p_value(bar, seen[layers]) >= limit]
+            alive[keep:] = [layers for layers in alive[keep:] if self.objective.p_value(worst, seen[layers]) >= limit]
 
     def _run(self, sets: Iterable[LayerSet], rounds: Sequence[int]) -> None:
         """Evaluate these combinations in these rounds, unless the journal has them."""
@@ -259,7 +259,7 @@ class CandidateScores:
                 by_missing.setdefault(missing, []).append(layers)
         for missing, members in by_missing.items():
             self._run_base()
-            for layers in self._score(members, missing):  # a second try, by itself
+            for layers in self._score(members, missing):  # a second try, alone
                 for reason in self._score([layers], missing).values():
                     self.failed[layers] = reason
                     of_set = {self._units.word: self._units.written(layers)}
@@ -267,7 +267,7 @@ class CandidateScores:
                     self._progress.failed(self._units.names(layers), reason)
 
     def _score(self, sets: Sequence[LayerSet], rounds: tuple[int, ...]) -> dict[LayerSet, str]:
-        """Evaluate and write to the journal. Gives why evaluations failed, by combination."""
+        """Evaluate and write to the journal. Return why evaluations failed, by combination."""
         batches = sorted(batch for number in rounds for batch in self._rounds[number].batches)
         left = dict.fromkeys(sets, "")
         answered = self._scorer.score(sets, batches)
@@ -277,7 +277,7 @@ class CandidateScores:
                 layers, results = next(answered)
             except StopIteration:
                 return left
-            except _FAILURES as error:  # it fails all that have no answers yet; each of them gets its second try
+            except _FAILURES as error:  # all without answers failed; each of them gets its second try
                 return {layers: _reason(error) for layers in left}
             interrupts.check()
             try:
@@ -330,10 +330,10 @@ class CandidateScores:
             "seconds": round(seconds, 4),
         }
         self._journal.append(entry)
-        self._take(entry)
+        self._add(entry)
 
-    def _take(self, entry: dict[str, Any]) -> None:
-        """Add an entry of the journal to what may be used."""
+    def _add(self, entry: dict[str, Any]) -> None:
+        """Add an entry of the journal to those that may be used."""
         if "error" in entry:
             return  # it is tried again
         check_fields(entry, {self._units.word: _SEQUENCE, **_ENTRY})
@@ -350,7 +350,7 @@ class CandidateScores:
             start = end
 
     def _use(self, layers: LayerSet, rounds: Iterable[int]) -> None:
-        """Know rounds that the journal has, count their cost, and stop if the time is over."""
+        """Make journaled rounds known to this run, count their cost, and stop if the time is over."""
         known = self._known.get(layers, {})
         new = [number for number in rounds if number not in known]
         for number in new:

@@ -1,4 +1,4 @@
-"""What a search refuses before it downloads the donor, extracts layers or loads a model."""
+"""The checks of a search before it downloads the donor, extracts layers or loads a model."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ JOURNAL, DONOR_LAYERS = "journal.jsonl", "donor_layers"  # in the output folder,
 
 
 def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
-    """Refuse all that can be refused now.
+    """Refuse everything that can be refused without the models.
 
     Raises:
         SurgeryError: for the first fault.
@@ -44,7 +44,7 @@ def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
     if settings.most > (free := total - len(fixed)):
         which = f"{settings.origin} has {free} layers that are not grafted" if fixed else f"the base has {free} layers"
         raise SurgeryError(f"max_layers is {settings.most}, but {which}. Give --max_layers {free}.")
-    gains, _ = known_layers(settings, total, fixed)
+    gains, _ = known_units(settings, total, fixed)
     space = SearchSpace(total, settings.min_layers, settings.most, gains, fixed)
     before = bounds(space, settings).before
     if settings.budget_evaluations is not None and settings.budget_evaluations <= before:
@@ -82,7 +82,7 @@ def _check_settings(settings: SearchSettings) -> None:
             "min_layers and max_layers count whole layers, and unit is heads. Leave them out, or give --max_heads N."
         )
     if settings.unit != HEADS and (settings.max_heads is not None or settings.keep_mixer_heads):
-        raise SurgeryError("max_heads and keep_mixer_heads are of heads, and unit is layers. Give --unit heads.")
+        raise SurgeryError("max_heads and keep_mixer_heads belong to heads, and unit is layers. Give --unit heads.")
     if method == "singles" and least > 1:
         raise SurgeryError(
             f"The method singles tries one layer at a time, and min_layers is {least}. Choose another --method."
@@ -119,7 +119,7 @@ def check_earlier(folder: Path, asked: Mapping[str, Mapping[str, Any]]) -> None:
 
     Args:
         folder: the output folder.
-        asked: what decides on the result, by the part of the result that records it.
+        asked: the settings that decide on the result, by the part of the result that records them.
     """
     path = folder / RESULT
     if not path.is_file():
@@ -161,27 +161,29 @@ def has_donor_layers(settings: SearchSettings, *, overwrite: bool) -> bool:
     return not odd
 
 
-def known_layers(
+def known_units(
     settings: SearchSettings,
     total: int,
-    fixed: Collection[int] = (),
+    fixed: Collection[int],
     units: Units = WHOLE_LAYERS,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[int, float], list[int]]:
-    """The gains of single layers that the prior file has, without those in `fixed`; and that no layers are tried first.
+    """The gains of single units in the prior file, and the units to try first; without layers in `fixed`.
 
-    `say` gets a line on what is left out.
+    `say` gets a line about scores that are left out, or heads that are tried first.
 
     Raises:
-        SurgeryError: if the file cannot be read, or is of a model with more layers.
+        SurgeryError: if the file cannot be read, or names a layer or head that is not there.
     """
     if settings.prior is None:
         return {}, []
+    if units.heads:
+        return _known_heads(Path(settings.prior), total, fixed, units, say)
     scores, left_out = read_single_layers(Path(settings.prior))
     if left_out:
         say(
             f"{left_out} of {left_out + len(scores)} single layers in {settings.prior} left out: "
-            "their score is 0, which older programs gave to what failed"
+            "their score is 0, which older programs gave to failed evaluations"
             + (", and single layers are evaluated" if len(scores) < total else "")
         )
     outside = [layer for layer in scores if layer >= total]
@@ -193,32 +195,21 @@ def known_layers(
     return {layer: gain for layer, gain in _gains(scores).items() if layer not in fixed}, []
 
 
-def known_heads(
-    settings: SearchSettings,
-    total: int,
-    fixed: Collection[int],
-    units: Units,
-    say: Callable[[str], None],
+def _known_heads(
+    prior: Path, total: int, fixed: Collection[int], units: Units, say: Callable[[str], None]
 ) -> tuple[dict[int, float], list[int]]:
-    """The gains of single heads that the prior file has, and those to try first; by number, without layers in `fixed`.
-
-    Raises:
-        SurgeryError: if the file cannot be read, or names a head that is not there.
-    """
-    if settings.prior is None:
-        return {}, []
-    scores, listed = read_heads(Path(settings.prior))
+    scores, listed = read_heads(prior)
     for layer, head in (*scores, *listed):
         if layer >= total or head >= units.heads:
             raise SurgeryError(
-                f"{settings.prior} names head {layer}:{head}, but there are {total} layers of {units.heads} heads, "
+                f"{prior} names head {layer}:{head}, but there are {total} layers of {units.heads} heads, "
                 "counted from 0. Mend that entry, or give another --prior."
             )
     number = {(layer, head): layer * units.heads + head for layer, head in (*scores, *listed) if layer not in fixed}
     gains = _gains({number[each]: score for each, score in scores.items() if each in number})
     seeds = [number[each] for each in dict.fromkeys(listed) if each in number]
     if listed:
-        say(f"Tried first  {' '.join(map(str, units.written(tuple(seeds))))}, the list in {settings.prior}")
+        say(f"Tried first  {' '.join(map(str, units.written(tuple(seeds))))}, the list in {prior}")
     return gains, seeds
 
 

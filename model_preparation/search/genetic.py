@@ -15,7 +15,7 @@ from model_preparation.search.layer_sets import LayerSet, SearchSpace, normal
 
 _ELITE_SHARE = 0.1  # of a generation that is kept; a race asks this many all questions
 _GOOD = 0.25  # share of the known sets that counts as good for the patterns
-_TOURNAMENT_SIZE = 3  # draw so many, and the best becomes a parent
+_TOURNAMENT_SIZE = 3  # candidates of which the best becomes a parent
 _CROSSOVER_RATE = 0.9  # chance that a child has two parents
 _PATTERN_RATE = 0.7  # chance that patterns choose the layer to add
 _ATTEMPTS = 20  # to make a child that is not known yet
@@ -24,17 +24,18 @@ _ATTEMPTS = 20  # to make a child that is not known yet
 def genetic(
     space: SearchSpace, scores: CandidateScores, rng: random.Random, population: int, generations: int, patience: int
 ) -> None:
-    """Stop after `generations`, or after `patience` of them without a better set.
+    """Evaluate generation after generation: at most `generations`, or until `patience` of them found no better set.
 
     Raises:
         BudgetSpent: as `CandidateScores.evaluate`.
     """
+    elite_size = max(1, round(_ELITE_SHARE * population))
     if len(space.prior) < len(space.free):
-        scores.evaluate(space.singles, max(1, round(_ELITE_SHARE * population)))
+        scores.evaluate(space.singles, elite_size)
     members = _first_generation(space, scores, rng, population)
     best, generations_without_gain = float("-inf"), 0
     for generation in range(generations):
-        ranked = scores.evaluate(members, max(1, round(_ELITE_SHARE * population)))
+        ranked = scores.evaluate(members, elite_size)
         known = scores.ranked(layers for layers in scores.order if layers in space)
         if not ranked or not known:
             return
@@ -45,7 +46,7 @@ def genetic(
         if generations_without_gain >= patience or generation == generations - 1 or is_little_left:
             return
         parents = known[:population]
-        elite = known[: max(1, round(_ELITE_SHARE * population))]
+        elite = known[:elite_size]
         patterns = _Patterns(known)
         children = [_child(space, scores, parents, patterns, rng) for _ in range(population - len(elite))]
         members = list(dict.fromkeys([*elite, *children]))

@@ -1,6 +1,6 @@
 """The base's hidden states before every layer: in memory up to a limit, then in a mapped file.
 
-The file has no name, so nothing of it remains however the process ends.
+The file has no name, so the system removes it however the process ends.
 """
 
 import mmap

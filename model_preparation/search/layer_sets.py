@@ -1,10 +1,11 @@
-"""Sets of layers or of heads: those that a search may choose, which look promising, and how many of them run together.
+"""Sets of layers or of heads: which are allowed, which look promising, and how many of them run together.
 
-Two grafts of one base share all that comes before the first layer in which they differ. So the models of many sets are
-the paths of a tree (a trie): at each layer the base's, or one with what the set grafts there. `walk` goes through it
-depth first, runs each shared layer once, and holds one more hidden state than the largest set has layers.
+Two grafts of one base share all layers before the first one in which they differ. So the models of many sets are the
+paths of a tree (a trie). At each layer, a path takes the base's layer, or one with the set's units of that layer.
+`walk` visits the tree depth first, and runs each shared layer once. It holds one more hidden state than the largest set
+has layers.
 
-Methods see numbers only: of layers, or of heads that are counted through all layers. `Units` says what a number means.
+Methods see only numbers: of layers, or of heads that are counted through all layers. `Units` gives their meaning.
 """
 
 import itertools
@@ -55,20 +56,20 @@ class Units:
         return len({unit * self.kv_heads // self.heads for unit in found})
 
     def written(self, found: LayerSet) -> list[int] | list[str]:
-        """A set as files have it: layers by index, heads like "13:16"."""
+        """A set as it is in files: layers by index, heads like "13:16"."""
         if not self.heads:
             return list(found)
         return [f"{self.layer(unit)}:{unit % self.heads}" for unit in found]
 
     def read(self, written: Iterable[int | str]) -> LayerSet:
-        """`written`'s way back. Raises ValueError for what it never gives."""
+        """The inverse of `written`. Raises ValueError for anything else."""
         if not self.heads:
             return tuple(written)  # type: ignore[arg-type]
         pairs = [tuple(map(int, str(each).split(":"))) for each in written]
         return tuple(layer * self.heads + head for layer, head in pairs)
 
     def names(self, found: LayerSet) -> str:
-        """A set as people write it: behind --layers, or behind --heads."""
+        """A set as people write it after --layers or --heads."""
         return names_of(self.written(found)) or "base"
 
 
@@ -76,7 +77,7 @@ WHOLE_LAYERS = Units()
 
 
 def names_of(written: Iterable[int | str]) -> str:
-    """What `Units.written` gives, as people write it. Heads of one layer are put together."""
+    """The output of `Units.written` as people write it. Heads of one layer are joined."""
     words = [str(each) for each in written]
     return heads_text(heads_by_layer(words)) if any(":" in word for word in words) else " ".join(words)
 
@@ -99,8 +100,8 @@ def walk(
         sets: distinct sets, none of them empty.
         total: how many layers a model has.
         base_state: gives the base's state before a layer.
-        step: gives the state after a layer, from its index, what the set grafts there, and the state before it.
-        units: what the sets are made of.
+        step: gives the state after a layer, from its index, the set's units in it, and the state before it.
+        units: the units of the sets.
     """
     by_lowest: dict[int, list[LayerSet]] = {}
     for layers in sorted(sets):
@@ -147,7 +148,7 @@ def most_passes(
 ) -> int:
     """How many layers `walk` runs at most for `count` sets of `least` to `most` units. For all sets it is exact.
 
-    After each layer there are at most as many models as sets, and as many as a set can have beginnings.
+    After each layer there are at most as many models as there are sets, and as there are beginnings of sets.
     """
     passes = 0
     for depth in range(1, total + 1):
@@ -164,7 +165,7 @@ class SearchSpace:
 
     Attributes:
         prior: the gains of single units that are known before the search.
-        units: what the sets are made of.
+        units: the units of the sets.
         most_kv_heads: how many key/value heads a set of heads may need; None if there is no limit.
         seeds: units to try first, the most promising first.
     """
@@ -185,7 +186,7 @@ class SearchSpace:
         return [unit for unit in units if self.units.layer(unit) not in self.fixed]
 
     def fits(self, layers: LayerSet) -> bool:
-        """Whether a set is not too large; then no part of it is."""
+        """Whether a set is not too large. Then no part of it is too large."""
         return len(layers) <= self.most and (
             self.most_kv_heads is None or self.units.kept_kv_heads(layers) <= self.most_kv_heads
         )
@@ -223,7 +224,7 @@ class SearchSpace:
 
     @property
     def seed_sets(self) -> list[LayerSet]:
-        """The first 1, 2, ... of `seeds` together, then each alone; without what is not in the space."""
+        """The first 1, 2, ... of `seeds` together, then each alone; without sets outside the space."""
         first = [normal(self.seeds[:size]) for size in range(1, self.most + 1)]
         return [each for each in dict.fromkeys([*first, *((seed,) for seed in self.seeds)]) if each in self]
 

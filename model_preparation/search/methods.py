@@ -12,7 +12,7 @@ from model_preparation.search.genetic import genetic
 from model_preparation.search.layer_sets import BASE, LayerSet, SearchSpace, normal
 from model_preparation.search.settings import SearchSettings
 
-_LEAST_SHARE = 0.1  # of the largest loss in the second task: a smaller one counts as that: noise must not decide
+_LEAST_SHARE = 0.1  # of the largest loss in the second task. Smaller losses count as this: noise must not decide
 
 
 def search(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
@@ -51,7 +51,7 @@ def ga(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) ->
 
 
 def removal(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """All layers at first; each time, the one whose loss costs least goes (arXiv 2601.11667)."""
+    """Start with all layers. Each time, take away the one whose loss costs least (arXiv 2601.11667)."""
     kept: LayerSet = tuple(space.free)
     if kept in space:
         scores.evaluate([kept])
@@ -63,18 +63,18 @@ def removal(space: SearchSpace, scores: CandidateScores, settings: SearchSetting
 
 
 def ratio(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """The layers without which a graft of all others loses most recall for each loss in the second task.
+    """The layers whose removal loses most recall for each loss in the second task.
 
     As in HALO (arXiv 2601.22156), R and C being the scores in recall and in the second task without layer i:
-    importance of i = (max R - R) / (max C - C + epsilon), with the maxima over all i. Its two sweeps, one per task, are
-    one here: each set answers the questions of both. HALO's code has an epsilon of 1e-10 and cuts the ratio at 50, so
-    that a layer without a loss in C always wins. Here the divisor is at least `_LEAST_SHARE` of the largest.
+    importance of i = (max R - R) / (max C - C + epsilon), with the maxima over all i. HALO sweeps once per task; here
+    one sweep asks the questions of both. HALO's code has an epsilon of 1e-10 and cuts the ratio at 50, so that a layer
+    without a loss in C always wins. Here the divisor is at least `_LEAST_SHARE` of the largest.
     """
     without = {layer: normal({*space.free} - {layer}) for layer in space.free}
     found = scores.evaluate(list(without.values()))
     values = {layer: scores.values(each) for layer, each in without.items() if each in found}
     second = scores.objective.second
-    assert second is not None  # checks.py wants the second task
+    assert second is not None  # checks.py refuses a ratio without a second task
     recall, common = ({layer: float(each[of].mean()) for layer, each in values.items()} for of in (~second, second))
     most = max(common.values(), default=0.0)
     floor = max((most - min(common.values(), default=0.0)) * _LEAST_SHARE, 1e-9)
@@ -109,5 +109,5 @@ def _grow(space: SearchSpace, scores: CandidateScores, width: int) -> None:
         more = dict.fromkeys(new for layers in kept for new in space.with_one_more(layers))
         share = scores.room // (space.most - size + 1) if size > 1 and scores.room is not None else len(more)
         wanted = space.by_promise(more, scores)[: max(share, width)]
-        begun = [seeds for seeds in space.seed_sets if len(seeds) == size]  # known already
-        kept = scores.evaluate([*begun, *wanted], width)[:width]
+        seeds = [layers for layers in space.seed_sets if len(layers) == size]  # evaluated already
+        kept = scores.evaluate([*seeds, *wanted], width)[:width]

@@ -29,8 +29,8 @@ class ModelPair:
         model: the graft of every layer, or of every head. Other grafts have the same embedding, final norm and head.
         base_layers: the base's own layers, by index.
         tokenizer: the tokenizer of every graft.
-        fixed: the layers that are a donor's in the base already, because the search starts from a checkpoint.
-        units: what a graft is made of.
+        fixed: the layers that are grafted already, because the search starts from a checkpoint.
+        units: the units of a graft.
     """
 
     model: LlambaForCausalLM
@@ -50,7 +50,7 @@ class ModelPair:
         return self.model.backbone.layers[index] if part or index in self.fixed else self.base_layers[index]
 
     def kv_bytes_per_token(self, kv_heads: int) -> int:
-        """What each token adds to the cache of a graft that keeps `kv_heads` beside those of `fixed`."""
+        """The bytes that each token adds to the cache of a graft with `kv_heads` besides the layers in `fixed`."""
         of_layer = kv_bytes_per_token(self.model.backbone.llama_config, 1, self.model.dtype)
         return of_layer * len(self.fixed) + of_layer * kv_heads // self.units.kv_heads
 
@@ -61,7 +61,7 @@ def load_pair(planned: GraftPlan, device: str | torch.device = "cpu", dtype: tor
     Args:
         planned: the graft of all layers, or of all heads.
         device: where the models go.
-        dtype: the dtype of the weights; by default that of a checkpoint built from `planned`.
+        dtype: the dtype of the weights; by default the dtype of a checkpoint built from `planned`.
     """
     mapped = MappedFiles()
 
@@ -99,7 +99,7 @@ def load_pair(planned: GraftPlan, device: str | torch.device = "cpu", dtype: tor
 
 
 def _with_heads(model: LlambaForCausalLM, index: int, heads: Sequence[int]) -> LlambaDecoderLayer:
-    """A layer of a model that has all heads, with these only. It shares the tensors that it need not cut."""
+    """A layer of `model`, with only these heads. It shares the tensors that are not cut."""
     config = copy.copy(model.config)
     config.llama_heads = {str(index): list(heads)}
     with torch.device("meta"):

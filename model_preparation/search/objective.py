@@ -1,4 +1,4 @@
-"""What a search maximises, per question, and tests of whether two candidates differ.
+"""The value of each question that a search maximises, and tests of whether two candidates differ.
 
 `accuracy` is the share of right answers. `kl` is minus the mean Kullback-Leibler divergence of the candidate's
 predictions from the donor's, KL(donor || candidate), in nats, over the whole vocabulary at the scored positions. With
@@ -38,7 +38,7 @@ class Objective:
         return standard_error([values[self.strata == task] for task in np.unique(self.strata)])
 
     def p_value(self, values: Values, others: Values) -> float:
-        """Two-sided p-value for the same questions: McNemar's exact test; the paired t-test unless `accuracy`."""
+        """Two-sided p-value for the same questions: McNemar's exact test for `accuracy`, else the paired t-test."""
         differences = values - others
         if self.name == ACCURACY:
             return mcnemar_p(int((differences > 0).sum()), int((differences < 0).sum()))

@@ -1,6 +1,6 @@
-"""What a search will do, in lines to print, and what it costs at most.
+"""The plan of a search, in lines to print, and its cost at most.
 
-Races, repeats and an early stop only make it cheaper. Trouble is not counted: a failed evaluation is tried again, and
+Races, repeats and an early stop only make it cheaper. Failures are not counted: a failed evaluation is tried again, and
 an interrupted search runs the base again.
 """
 
@@ -32,14 +32,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a search takes at most.
+    """The cost of a search at most.
 
     Attributes:
-        search: the whole search; or, if there is a `step`, what comes before refinement.
+        search: the whole search; or, if there is a `step`, the part before refinement.
         step: one step of refinement. Refinement ends when a step finds nothing better.
         evaluations: of the whole search.
-        everything: what all combinations of the space take together.
-        before: how many smaller sets (larger ones by removal) are evaluated before the first set of the space, even if
+        everything: all combinations of the space together.
+        before: how many smaller sets (larger ones for removal) are evaluated before the first set of the space, even if
             the budget is small.
     """
 
@@ -51,7 +51,7 @@ class Bounds:
 
 
 def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
-    """What a search of a space takes at most."""
+    """The cost of a search of a space, at most."""
     total, free = space.total, len(space.free)
     everything = Cost(space.count, total + space.most_passes(space.count, space.least, space.most))
     budget = math.inf if settings.budget_evaluations is None else settings.budget_evaluations
@@ -60,7 +60,7 @@ def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
         found = Cost(count, total + space.most_passes(count, space.least, space.most))
         return Bounds(found, None, count, everything)
 
-    # The sets that lack one layer each of a larger set are alike up to that layer.
+    # Sets that each lack one layer of a larger set are alike up to that layer.
     each_without = {size: sum(min(size, depth + 1) for depth in range(1, total + 1)) for size in range(total + 1)}
     if settings.method == "removal":
         steps = range(space.least + 1, free + 1)
@@ -87,7 +87,7 @@ def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
         # Each smaller size is filled to the width, and leaves room for the sizes after it.
         smaller = sum(min(width, math.comb(free, size)) for size in range(2, space.least))
         before = singles + smaller if space.least > 1 else 0
-    # These methods go beyond the space: for what layers gain, and beam and greedy from each size to the next.
+    # These methods go beyond the space: for the gains of single layers; beam and greedy also from size to size.
     outside = range(1, min(2, space.least) if is_genetic else space.least)
     limit = int(min(budget, space.count + sum(math.comb(free, size) for size in outside)))
     asked = sum(count for count, _ in batches)
@@ -96,7 +96,7 @@ def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
     first = Cost(early, min(passes, _in_any_order(early, singles, space)))
     if settings.method == "greedy":
         return Bounds(first, None, early, everything, before)
-    if limit <= asked:  # this covers what refinement evaluates
+    if limit <= asked:  # this covers the evaluations of refinement
         return Bounds(Cost(limit, _in_any_order(limit, singles, space)), None, limit, everything, before)
     return Bounds(first, _refinement(space), limit, everything, before)
 
@@ -119,13 +119,13 @@ def _in_any_order(count: int, singles: int, space: SearchSpace) -> int:
 
 
 def space_of(setup: ScoringSetup, gains: Mapping[int, float], seeds: Sequence[int]) -> SearchSpace:
-    """The sets that are searched: of the sizes asked for, with a cache within the budget.
+    """The sets to search: those of the wanted sizes, with a cache within the budget.
 
     Args:
         gains, seeds: of single units, from the prior file.
 
     Raises:
-        SurgeryError: if there is none, or if there are more than can be tried.
+        SurgeryError: if there is no set, or if there are too many to try.
     """
     settings, pair = setup.settings, setup.pair
     units, least, most = pair.units, settings.min_layers, settings.most
@@ -133,7 +133,7 @@ def space_of(setup: ScoringSetup, gains: Mapping[int, float], seeds: Sequence[in
     if units.heads and most > (free := len(space.free)):
         raise SurgeryError(f"max_heads is {most}, and there are {free} heads to choose from. Give --max_heads {free}.")
     if settings.max_cache_bytes is not None and settings.at_tokens is not None:
-        # Whole layers change the cache alike, so all sizes between two that fit do too. Heads only add to it.
+        # Whole layers change the cache alike, so sizes between two that fit also fit. Heads only add to it.
         sets: dict[int, LayerSet] = {size: tuple(range(size)) for size in range(least, most + 1)}
         needs = {size: _cache_bytes(setup, units.kept_kv_heads(each), size) for size, each in sets.items()}
         fits = [size for size, size_bytes in needs.items() if size_bytes <= settings.max_cache_bytes]
@@ -157,7 +157,7 @@ def space_of(setup: ScoringSetup, gains: Mapping[int, float], seeds: Sequence[in
 
 
 def _cache_bytes(setup: ScoringSetup, kv_heads: int, layers: int) -> int:
-    """The cache of a set that keeps `kv_heads` key/value heads after `at_tokens` tokens, and grafts whole layers."""
+    """Bytes of the cache after `at_tokens` tokens, for a set with `kv_heads` key/value heads and `layers` layers."""
     settings, pair = setup.settings, setup.pair
     states = cache_bytes(pair.model.config, len(pair.fixed) + (0 if pair.units.heads else layers), 0, pair.model.dtype)
     return states + (settings.at_tokens or 0) * pair.kv_bytes_per_token(kv_heads)
@@ -186,7 +186,7 @@ def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
 
 
 def _describe_cache(setup: ScoringSetup, space: SearchSpace) -> list[str]:
-    """What the budget of the cache leaves of the space."""
+    """The line on the budget of the cache: the sizes that it leaves out, and the largest candidate."""
     settings, units = setup.settings, space.units
     if settings.max_cache_bytes is None or settings.at_tokens is None:
         return []

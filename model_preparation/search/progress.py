@@ -1,4 +1,4 @@
-"""How a search is going: on a terminal a line that is redrawn, in a log a line now and then."""
+"""The progress of a search: on a terminal one line that is redrawn, in a log a line every ten seconds."""
 
 import contextlib
 import time
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from model_preparation.terminal import escaped
 
 _LOG_SECONDS = 10.0  # between two lines of a log
-_COUNT = "{task.completed:.0f}/{task.total:.0f} evaluations{task.fields[says]}"
+_COUNT = "{task.completed:.0f}/{task.total:.0f} evaluations{task.fields[note]}"
 
 
 class SearchProgress:
@@ -26,7 +26,7 @@ class SearchProgress:
             transient=True,
             disable=not rich.get_console().is_terminal,
         )
-        self._row = self._progress.add_task("Searching", total=1, says="")
+        self._row = self._progress.add_task("Searching", total=1, note="")
         self._logged_at = time.monotonic()
 
     def __enter__(self) -> "SearchProgress":
@@ -36,8 +36,8 @@ class SearchProgress:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def expect(self, evaluations: int) -> None:
-        """Set how many evaluations there will be, as far as that is known."""
+    def set_total(self, evaluations: int) -> None:
+        """Set how many evaluations there will be, as far as known."""
         self._progress.update(self._row, total=evaluations)
 
     @contextlib.contextmanager
@@ -48,15 +48,15 @@ class SearchProgress:
 
     def evaluated(self, done: int, saved: float, best: tuple[str, float] | None) -> None:
         """Show how many combinations are known, the share of layer passes saved, and the best with its fitness."""
-        says = f", {saved:.0%} of the layer passes saved"
+        note = f", {saved:.0%} of the layer passes saved"
         if best is not None:
-            says += f", best {best[1]:.4f} ({best[0]})"
+            note += f", best {best[1]:.4f} ({best[0]})"
         if not self._progress.disable:
-            self._progress.update(self._row, completed=done, says=says)
+            self._progress.update(self._row, completed=done, note=note)
         elif time.monotonic() - self._logged_at > _LOG_SECONDS:
             self._logged_at = time.monotonic()
             total = self._progress.tasks[0].total or done
-            print(f"{done}/{total:.0f} evaluations{says}", flush=True)
+            print(f"{done}/{total:.0f} evaluations{note}", flush=True)
 
     def failed(self, combination: str, reason: str) -> None:
         """An evaluation failed twice."""

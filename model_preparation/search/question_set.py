@@ -4,8 +4,8 @@ lm-eval makes the prompts: it evaluates a model that only records the requests. 
 
 The search takes tasks that are answered by log-likelihoods (`multiple_choice`, `loglikelihood`), with options of one or
 several tokens, and that have the metric `acc`. A question's value is its `acc`, 0 or 1. It also takes tasks that
-generate text (`generate_until`): they ask for the likelihood of the right answer after the prompt, and `acc` is whether
-greedy decoding would write it at once.
+generate text (`generate_until`). Then it asks for the likelihood of the right answer after the prompt, and `acc` is
+whether greedy decoding would write it at once.
 """
 
 import math
@@ -92,11 +92,11 @@ class QuestionSet:
     Args:
         lm: gives tokens and batches; its model does not run.
         loaded: the tasks.
-        settings: what `settings_of` gives, with `device`.
+        settings: as `settings_of` returns them, with `device`.
         objective: of the search; `nll` needs the right answers.
 
     Attributes:
-        prefixes: the common first tokens of the rows of some batches. They run once; they are empty if too few.
+        prefixes: the common first tokens of the rows of some batches. They run once. Empty if there are too few.
         batches: run after their prefixes.
         questions: in the order of the tasks.
         digest: of all requests and right answers.
@@ -122,7 +122,7 @@ class QuestionSet:
         for name, instances in by_task.items():
             _check_task(name, by_name[name], instances)
             if by_name[name].OUTPUT_TYPE == GENERATES:
-                instances = [_of_right_answer(by_name[name], instance) for instance in instances]
+                instances = [_ask_right_answer(by_name[name], instance) for instance in instances]
             self._add(_Task(name, by_name[name], instances, _as_tokens(lm, instances)), lm)
         self.digest = blake3(repr([self._asked(question) for question in self.questions]).encode()).hexdigest()
 
@@ -133,12 +133,11 @@ class QuestionSet:
         batch_of: dict[int, int] = {}
         for rows, prefix in lm.groups(task.tokens):
             rows = longest_first(rows)
-            start = 0
-            while start < len(rows):
-                batch = lm.next_batch(rows, start, len(prefix))
+            while rows:
+                batch = lm.next_batch(rows, len(prefix))
                 batch_of |= {request: len(self.batches) for row in batch for request in row.requests}
                 self.batches.append(Batch(index, len(self.prefixes), batch, *padded(batch, len(prefix))))
-                start += len(batch)
+                rows = rows[len(batch) :]
             self.prefixes.append(prefix)
         by_doc: dict[Any, list[int]] = {}
         for request, instance in enumerate(task.instances):
@@ -173,7 +172,7 @@ class QuestionSet:
         return found
 
     def maximised(self, results: Mapping[int, BatchResult]) -> dict[int, float]:
-        """What the search maximises, by question, if all its batches are in `results`.
+        """The values that the search maximises, by question, if all its batches are in `results`.
 
         Raises:
             SurgeryError: if a number is not finite.
@@ -251,10 +250,10 @@ class _RequestRecorder(LM):
         return [""] * len(requests)
 
 
-def _of_right_answer(task: Any, instance: Instance) -> Instance:
+def _ask_right_answer(task: Any, instance: Instance) -> Instance:
     """Ask for the likelihood of the right answer where the task asks for a text."""
     targets = task.doc_to_target(instance.doc)
-    if isinstance(targets, list):  # a recall task wants all of them; others take each, and lm-eval shows the first
+    if isinstance(targets, list):  # a recall task needs all of them; others accept any, and lm-eval shows the first
         targets = " ".join(map(str, targets)) if isinstance(task, RecallTask) else next(iter(targets), "")
     if targets in (None, ""):
         raise _without_answer(task, instance.doc)

@@ -22,11 +22,7 @@ from model_preparation.search.result import COMPARED
 
 PAGE = "report.html"
 _WIDTH_INCHES = 7.2
-_FITNESS = {
-    "accuracy": "accuracy",
-    "kl": "-KL to the donor (nats)",
-    "nll": "-loss of the answer (nats per token)",
-}
+_FITNESS = {"accuracy": "accuracy", "kl": "-KL to the donor (nats)", "nll": "-loss of the answer (nats per token)"}
 
 
 def write_report(found: dict[str, Any], scores: CandidateScores, folder: Path) -> None:
@@ -60,7 +56,7 @@ def write_report(found: dict[str, Any], scores: CandidateScores, folder: Path) -
 
 
 def plot_singles(found: dict[str, Any]) -> Figure:
-    """A bar per layer: what it gains over the base by itself, with the standard error of its score."""
+    """A bar per layer: its gain over the base by itself, with the standard error of its score."""
     figure, axes = _axes(3.2, "layer grafted", f"gain in {_FITNESS[found['objective']]}")
     singles = found["single_layer_results"]
     layers = sorted(map(int, singles))
@@ -72,7 +68,7 @@ def plot_singles(found: dict[str, Any]) -> Figure:
 
 
 def plot_heads(found: dict[str, Any]) -> Figure:
-    """A square per head, coloured by what it gains over the base by itself; those of the best set have a ring."""
+    """A square per head, coloured by its gain over the base by itself. Heads of the best set have a ring."""
     total, heads = found["total_layers"], found["heads_per_layer"]
     table = np.full((total, heads), np.nan)
     for name, single in found["single_head_results"].items():

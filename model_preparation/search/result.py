@@ -1,10 +1,10 @@
-"""What a search found, as search_result.json has it.
+"""The result of a search: the content of search_result.json.
 
 final_results   all combinations with answers to all questions, the best first: layers, fitness, stderr, num_layers,
                 accuracy, kv_bytes_per_token. The first `COMPARED` also have p-values of paired tests against the
                 best and the base (Holm-adjusted), each with a verdict.
-pareto          the best fitness for each size of the K/V cache: the base and the combinations that no other beats
-                with as small a cache
+pareto          the best fitness for each size of the K/V cache: the base and the combinations that have more fitness
+                than all with a cache as small or smaller
 base_score, donor_score, single_layer_results, statistics, dropped, failed, settings
 
 A search over heads has heads, num_heads, single_head_results and heads_per_layer instead, and heads like "13:16".
@@ -25,12 +25,7 @@ from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.versions import creation_time
 
 COMPARED = 50
-BEST, SAME, WORSE = "the best", "not distinguishable from the best", "worse than the best"
-BETTER_THAN_BASE, LIKE_BASE, WORSE_THAN_BASE = (
-    "better than the base",
-    "not distinguishable from the base",
-    "worse than the base",
-)
+_LIKE = "not distinguishable from"
 
 
 def search_result(
@@ -44,8 +39,8 @@ def search_result(
     """The content of search_result.json, in JSON's kinds of values.
 
     Args:
-        setup, space: what was searched.
-        scores: what was found.
+        setup, space: of the search.
+        scores: all evaluations.
         donor: the donor's own `accuracy` and `fitness`, if it was scored.
         budget_spent: whether the budget ended the search.
     """
@@ -98,25 +93,26 @@ def _final_results(scores: CandidateScores, space: SearchSpace, setup: ScoringSe
     base = scores.values(BASE)
     against_base = scores.objective.adjusted_p_values(base, values)
     for row, each, to_best, to_base in zip(rows, values, against_best, against_base, strict=False):
-        differs, above = to_base < SIGNIFICANCE, each.mean() > base.mean()
+        relation = "better than" if each.mean() > base.mean() else "worse than"
         row |= {
             "p_against_best": to_best,
-            "verdict": BEST if row is rows[0] else WORSE if to_best < SIGNIFICANCE else SAME,
+            "verdict": f"{'worse than' if to_best < SIGNIFICANCE else _LIKE} the best",
             "p_against_base": to_base,
-            "verdict_base": LIKE_BASE if not differs else BETTER_THAN_BASE if above else WORSE_THAN_BASE,
+            "verdict_base": f"{relation if to_base < SIGNIFICANCE else _LIKE} the base",
         }
+    rows[0]["verdict"] = "the best"
     return rows
 
 
 def _pareto_front(rows: list[dict[str, Any]], word: str) -> list[dict[str, Any]]:
-    """The rows that have more fitness than every other with as many bytes or fewer, by bytes."""
+    """The rows that have more fitness than all with as many bytes or fewer, by bytes."""
     names = (word, "fitness", "stderr", f"num_{word}", "kv_bytes_per_token")
     front = pareto_front([row["kv_bytes_per_token"] for row in rows], [row["fitness"] for row in rows])
     return [{name: rows[place][name] for name in names} for place in front]
 
 
 def _single_results(scores: CandidateScores, space: SearchSpace) -> dict[str, dict[str, Any]]:
-    """What each layer or head gains by itself, by its name, if it has answers to all questions."""
+    """The gain of each layer or head by itself, by its name, if it has answers to all questions."""
     base = scores.estimate(BASE)
     return {
         space.units.names(single): {
@@ -142,5 +138,5 @@ def _row(scores: CandidateScores, layers: LayerSet, setup: ScoringSetup) -> dict
 
 
 def _place(name: str | None) -> str | None:
-    """The absolute path of what is on the disk; names and hub ids stay."""
+    """The absolute path of a folder or file on the disk; names and hub ids stay."""
     return os.path.abspath(name) if name is not None and Path(name).exists() else name

@@ -49,8 +49,8 @@ class ReadResult:
         entries: the combinations, the best first, without repeats.
         failures: how many entries were left out. Older programs gave failed evaluations the score 0.
         is_mmlu: whether the scores are of the whole MMLU, as in all older programs.
-        objective: what the scores are, in a word.
-        base, donor, llama_layers_dir, tokenizer, keep_mixer_heads: what our search used.
+        objective: of the search; "score" for older programs.
+        base, donor, llama_layers_dir, tokenizer, keep_mixer_heads: the settings of our search.
     """
 
     entries: list[Found]
@@ -217,7 +217,7 @@ def _entries(content: dict[str, Any], path: Path) -> list[Any]:
 
 
 def _heads(entry: Any) -> str:
-    """An entry's heads as --heads takes them; "" if it has none. Raises ValueError for what is none."""
+    """An entry's heads as --heads takes them; "" if it has none. Raises ValueError if they are malformed."""
     given = entry.get("heads") if isinstance(entry, dict) else None
     if given is None:
         return ""

@@ -26,7 +26,7 @@ from model_preparation.search.model_pair import load_pair
 from model_preparation.search.question_set import BatchResult, QuestionSet
 from model_preparation.search.settings import HEADS, KL, SearchSettings
 
-# What the settings of a search and of an evaluation both have.
+# The settings that a search and an evaluation share.
 _OF_QUESTIONS = ("lengths", "language", "haystack", "limit", "mmlu_data", "num_fewshot", "batch_size")
 References = Callable[[int], list[Tensor]]  # the donor's log-probabilities for a batch, (scored, vocabulary) per row
 
@@ -35,13 +35,13 @@ class ScoringSetup:
     """Base and donor in memory, the questions, and the donor's own answers.
 
     Args:
-        settings: what is searched.
+        settings: of the search.
         scored_on: the type of the device on which candidates run, if that is not `settings.device`.
 
     Attributes:
         planned: the graft of all layers, or of all heads.
         second_leaves: the single tasks of `second_task`.
-        recorded: what decides on the answers, except the weights. Results and journals record it.
+        recorded: everything except the weights that decides on the answers, as results and journals record it.
 
     Raises:
         SurgeryError: as `graft.plan`, `load_tasks` and `QuestionSet`.
@@ -161,9 +161,5 @@ def _plan(settings: SearchSettings) -> graft.GraftPlan:
         heads = range(layers.config.num_attention_heads)
         asked = {"layers": [], "heads": dict.fromkeys(indices, heads), "keep_mixer_heads": settings.keep_mixer_heads}
     return graft.plan(
-        settings.origin,
-        llama_layers_dir=layers,
-        tokenizer=settings.tokenizer,
-        sources=settings.sources,
-        **asked,
+        settings.origin, llama_layers_dir=layers, tokenizer=settings.tokenizer, sources=settings.sources, **asked
     )

@@ -35,7 +35,7 @@ from model_preparation.search.settings import ACCURACY, KL, SearchSettings
 _MOST_WRITTEN = 10_000  # combinations in search_result.json; the journal has all
 
 MakeScorer = Callable[[ScoringSetup], Scorer]
-# Inside this context, workers score: it gives what makes a scorer, and the type of the workers' device.
+# A context in which workers score. It gives a function that makes a scorer, and the type of the workers' device.
 Workers = contextlib.AbstractContextManager[tuple[MakeScorer, str]]
 
 
@@ -54,7 +54,7 @@ def search_layers(
     interruption, unless there is a budget in hours.
 
     Args:
-        settings: what to search. Without it, `changes` are its fields; with it, they replace fields.
+        settings: of the search. Without them, `changes` are its fields; with them, they replace fields.
         workers: where candidates are scored, such as `remote_scorer(...)`; by default in this process.
         say: gets the plan, line by line.
         dry_run: only check everything and describe the plan; nothing is written.
@@ -64,7 +64,7 @@ def search_layers(
         The content of search_result.json; None for `dry_run`.
 
     Raises:
-        SurgeryError: for what cannot be searched, if the folder has the result of another search, and if no
+        SurgeryError: for settings that cannot be searched, if the folder has the result of another search, and if no
             combination could be evaluated.
         OSError: if the journal or the results cannot be written.
         TypeError: for a setting that does not exist.
@@ -79,8 +79,7 @@ def search_layers(
             settings, extracts = replace(settings, llama_layers_dir=folder / DONOR_LAYERS), False
         setup = ScoringSetup(settings, scored_on)
         pair = setup.pair
-        known = checks.known_heads if pair.units.heads else checks.known_layers
-        space = space_of(setup, *known(settings, pair.layers, pair.fixed, pair.units, say))
+        space = space_of(setup, *checks.known_units(settings, pair.layers, pair.fixed, pair.units, say))
         if not overwrite:  # a dry run reads no weights
             asked = {"settings": setup.recorded, **({} if dry_run else {"inputs": setup.inputs})}
             checks.check_earlier(folder, asked)
@@ -103,7 +102,7 @@ def search_layers(
 def _evaluate(
     setup: ScoringSetup, space: SearchSpace, journal: Journal, make_scorer: MakeScorer
 ) -> tuple[dict[str, Any], CandidateScores]:
-    """Run the method. Gives the content of search_result.json, and all scores."""
+    """Run the method. Return the content of search_result.json, and all scores."""
     settings = setup.settings
     digest = _digest(setup)
     tasks = np.array([question.task for question in setup.questions.questions])
@@ -131,17 +130,15 @@ def _evaluate(
         raise SurgeryError(
             f"No combination of {space.least} to {space.most} {space.units.word} was evaluated"
             + (f" ({reasons})" if reasons else "")
-            + ". Allow more by --budget_evaluations or --budget_hours, or mend what failed; finished evaluations stay."
+            + ". Allow more by --budget_evaluations or --budget_hours, or correct the failures; evaluations are kept."
         )
     return found, scores
 
 
 def _digest(setup: ScoringSetup) -> str:
-    """Of everything that decides on an evaluation. The donor model does so only if candidates are compared with it."""
-    inputs = dict(setup.inputs)
+    """The digest of everything that decides on an evaluation. The donor does so only for the objective kl."""
     objective = setup.settings.objective
-    if objective != KL:
-        del inputs["donor"]
+    inputs = {name: digest for name, digest in setup.inputs.items() if name != "donor" or objective == KL}
     return digest_of({"settings": setup.recorded, "objective": objective, **inputs})[:16]
 
 

@@ -1,4 +1,4 @@
-"""Everything that a search is asked for, with every default. The command's flags and Python fill it alike."""
+"""All settings of a search, with their defaults. The command's flags and Python fill the same class."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from model_preparation.setting_flags import CheckedSettings, Flag, OneOf
 
 METHODS = ("singles", "exhaustive", "greedy", "beam", "ga", "removal", "ratio")
 RACING_METHODS = ("greedy", "beam", "ga", "removal")  # candidates race here by default
-# The settings of one method alone. All use `top`; it changes only the result of a race of a method that is not here.
+# The settings that only one method uses. `top` changes results only in a race, and only of a method not in this table.
 OPTIONS_OF = {
     "greedy": (),
     "removal": (),
@@ -38,7 +38,7 @@ _COUNT = number(int, least=1)
 
 @dataclass(frozen=True)
 class SearchSettings(CheckedSettings):
-    """What is searched, on which questions, and how. The flags' help explains the fields.
+    """The layers or heads to search, the questions and the method. The flags' help explains the fields.
 
     Attributes:
         output_dir: the folder of the journal and the results.
@@ -56,11 +56,7 @@ class SearchSettings(CheckedSettings):
         "unaligned_llamba"
     )
     start: Annotated[
-        str | Path | None,
-        Flag(
-            "CHECKPOINT",
-            "a checkpoint to graft into instead of --base; its grafted layers stay",
-        ),
+        str | Path | None, Flag("CHECKPOINT", "a checkpoint to graft into instead of --base; its grafted layers stay")
     ] = None
     donor: Annotated[
         str | None,
@@ -82,8 +78,8 @@ class SearchSettings(CheckedSettings):
         tuple[str, ...],
         Flag(
             "TASK",
-            "tasks, groups or tags of lm-eval; recall tasks such as kv_retrieval; or folders of task files, whose code "
-            "is run (default: mmlu)",
+            "tasks, groups or tags of lm-eval; recall tasks such as kv_retrieval; or folders of task files, which may "
+            "run code (default: mmlu)",
             nargs="+",
             name="task",
         ),
@@ -98,8 +94,7 @@ class SearchSettings(CheckedSettings):
     mmlu_data: Annotated[str | None, Flag("DIR|hub|modelscope", "MMLU's questions, as for test_checkpoint.py")] = None
     num_fewshot: Annotated[int | None, Flag("K", "solved examples before each question", number(int, least=0))] = None
     batch_size: Annotated[
-        int | str,
-        Flag("N", "questions at once; in a race, another number can drop other candidates", auto_or_count),
+        int | str, Flag("N", "questions at once; in a race, another number can drop other candidates", auto_or_count)
     ] = "auto"
     device: str = "cpu"
     dtype: str | None = None
@@ -115,7 +110,7 @@ class SearchSettings(CheckedSettings):
     method: Annotated[str, Flag(None, "how combinations are chosen; each is explained above", OneOf(*METHODS))] = "beam"
     unit: Annotated[
         str,
-        Flag(None, "what combinations are made of: whole layers, or single query heads of the donor", OneOf(*UNITS)),
+        Flag(None, "the units of a combination: whole layers, or single query heads of the donor", OneOf(*UNITS)),
     ] = LAYERS
     max_heads: Annotated[
         int | None, Flag("N", "with --unit heads: the most heads of a combination (default: 4; of singles: 1)", _COUNT)
@@ -150,9 +145,9 @@ class SearchSettings(CheckedSettings):
         str | Path | None,
         Flag(
             "FILE",
-            "another search's result, whose scores of single layers or heads are taken as known; with --unit heads "
-            "also a list of heads, the best first, one 13:16 a line or in JSON: the first 1, 2, ... of them together "
-            "and each alone are tried first, and every method continues from them where they are good",
+            "another search's result, whose scores of single layers or heads count as known; with --unit heads also a "
+            "list of heads, the best first, one such as 13:16 a line, or in JSON: the first 1, 2, ... of them together "
+            "and each alone are tried first, and every method continues from the good ones",
         ),
     ] = None
     beam_width: Annotated[int, Flag("N", "beam: combinations kept for each size", _COUNT)] = 4
@@ -161,12 +156,7 @@ class SearchSettings(CheckedSettings):
     generations: Annotated[int, Flag("N", "ga: the most generations", _COUNT)] = 20
     patience: Annotated[int, Flag("N", "ga: stop after N generations without a better combination", _COUNT)] = 4
     top: Annotated[
-        int,
-        Flag(
-            "N",
-            "combinations to print; a race of singles or exhaustive also asks these all questions",
-            _COUNT,
-        ),
+        int, Flag("N", "combinations to print; a race of singles or exhaustive also asks these all questions", _COUNT)
     ] = 10
     memory_bytes: Annotated[
         int,
@@ -190,7 +180,7 @@ class SearchSettings(CheckedSettings):
 
     @property
     def origin(self) -> str:
-        """What is grafted into: a base, or the checkpoint to start from."""
+        """The model to graft into: a base, or the checkpoint to start from."""
         return self.base if self.start is None else str(self.start)
 
     @property

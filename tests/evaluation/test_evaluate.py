@@ -186,7 +186,7 @@ def test_a_checked_file_of_what_we_never_write_is_refused(tmp_path, name, conten
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(with_checksum(content))
-    with pytest.raises(SurgeryError, match=rf"{name} is no result of ours \(.*\)\. Remove it"):
+    with pytest.raises(SurgeryError, match=rf"{name} is not a result of this program \(.*\)\. Remove it"):
         read_checked_json(path)
 
 
@@ -463,7 +463,7 @@ def test_base_and_donor_are_scored_too_and_compared_with(evaluated, base_dir, do
     assert donor["subjects"] == evaluate_model(model, tokenizer, mmlu_data=mmlu)["subjects"]
     with pytest.raises(SurgeryError, match=r"has no tokenizer. Name one by --tokenizer"):
         evaluate_checkpoint(base_dir, mmlu_data=mmlu, results_dir=results)
-    with pytest.raises(SurgeryError, match=r"is a model and no checkpoint. Say where .* by --results_dir"):
+    with pytest.raises(SurgeryError, match=r"is a model, not a checkpoint. Name a folder .* with --results_dir"):
         evaluate_checkpoint(donor_dir, mmlu_data=mmlu)
 
     flags = ["--full_eval", "--skip_generation", "--mmlu_data", mmlu, "--results_dir", results, "--device", "cpu"]

@@ -220,9 +220,9 @@ def test_lengths_beyond_24_people_ask_about_one_who_is_named_once():
     [
         ({"tasks": ["mqar"]}, "tokenizer does not know the words of mqar"),
         ({"tasks": ["embedded_recall"], "lengths": [64, 1024]}, "takes 512 tokens, and --lengths has 1024"),
-        ({"tasks": ["mmlu"], "lengths": [64]}, "and mmlu does not take it. Leave out --lengths, or ask one of kv_"),
+        ({"tasks": ["mmlu"], "lengths": [64]}, "and mmlu does not take it. Leave out --lengths, or choose one of kv_"),
         ({"tasks": ["embedded_recall"], "language": "zh"}, "embedded_recall does not take it. Leave out --language"),
-        ({"suite": "recall", "haystack": "x"}, "or ask one of niah_single, niah_multikey, niah_multikey_choice, "),
+        ({"suite": "recall", "haystack": "x"}, "or choose one of niah_single, niah_multikey, niah_multikey_choice, "),
         ({"suite": "recal"}, "suite is 'recal'. Choose one of recall, zero_shot, mmlu, all."),
         ({"suite": "recall", "num_fewshot": 2}, "Leave out --tasks and --num_fewshot"),
         ({"tasks": ["kv_retrieval"], "language": "fr"}, "language is 'fr'. Choose one of en, zh."),

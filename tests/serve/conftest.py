@@ -38,18 +38,28 @@ class Server(NamedTuple):
         return self.process.wait(120)
 
 
+SCORED = {"tasks": ("embedded_recall", "embedded_recall_generated"), "lengths": (64,), "limit": 12}
+
+
 def assert_scores_are_ours(checkpoint: Path, server: Server, results_dir: Path, **env: str) -> Path:
-    """A task scored through the server has our own answers; the folder of its results."""
-    flags = ("--checkpoint", checkpoint, "--tasks", "embedded_recall", "--limit", 12, "--results_dir", results_dir)
+    """Tasks scored through the server, chosen and generated, have our own answers; the folder of their results."""
+    flags = ("--checkpoint", checkpoint, "--tasks", *SCORED["tasks"], "--results_dir", results_dir)
+    flags += ("--limit", SCORED["limit"], "--lengths", *SCORED["lengths"])
     asked = run_command("test_checkpoint", *flags, "--server", server.url, "--model", server.name, **env)
     assert asked.returncode == 0, asked.stderr
-    ours = evaluate_checkpoint(checkpoint, tasks=["embedded_recall"], limit=12, results_dir=results_dir.parent / "ours")
+    ours = evaluate_checkpoint(checkpoint, **SCORED, results_dir=results_dir.parent / "ours")
     folders = [Path(asked.stdout.rpartition("Results are in ")[2].strip()), Path(ours["results_dir"])]
-    names = "answers/loglikelihood.embedded_recall.json"
-    answers = [json.loads((folder / names).read_text())["answers"] for folder in folders]
-    assert [greedy for _, greedy in answers[0]] == [greedy for _, greedy in answers[1]]
-    for (served, _), (own, _) in zip(*answers, strict=True):
+
+    def answers(name: str) -> list[list]:
+        return [json.loads((folder / "answers" / f"{name}.json").read_text())["answers"] for folder in folders]
+
+    chosen = answers("loglikelihood.embedded_recall_64")
+    assert [greedy for _, greedy in chosen[0]] == [greedy for _, greedy in chosen[1]]
+    for (served, _), (own, _) in zip(*chosen, strict=True):
         assert served == pytest.approx(own, abs=1e-4)
+    served_texts, own_texts = answers("generate_until.embedded_recall_generated_64")
+    assert served_texts == own_texts
+    assert any(own_texts)
     return folders[0]
 
 

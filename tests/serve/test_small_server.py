@@ -20,7 +20,7 @@ from model_preparation.io.self_checksum import with_checksum
 from model_preparation.serve.plugin import installed_vllm
 from model_preparation.serve.small_server import Answering, Refused
 from tests.conftest import assert_refused, run_command
-from tests.serve.conftest import assert_scores_are_ours
+from tests.serve.conftest import SCORED, assert_scores_are_ours
 
 TEMPLATE = """\
 {% if messages[0].role == "tool" %}{{ raise_exception("no tools here") }}{% endif %}\
@@ -154,12 +154,7 @@ def test_a_task_is_scored_through_the_server(server, served_dirs, tmp_path, monk
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
 
     def again(**changes) -> dict:
-        settings = {
-            "tasks": ["embedded_recall"],
-            "limit": 12,
-            "server": server.url,
-            "results_dir": tmp_path / "results",
-        }
+        settings = {**SCORED, "server": server.url, "results_dir": tmp_path / "results"}
         return evaluate_checkpoint(served_dirs["pt"], **{**settings, **changes})
 
     result = again()

@@ -93,7 +93,7 @@ def read_answers(
                 expected = evaluation.results["n-samples"].get(task, {}).get("effective")
                 if expected not in (None, read.lines):
                     raise SurgeryError(
-                        f"{read.path} has {read.lines} questions, but {evaluation.results_path.name} speaks of "
+                        f"{read.path} has {read.lines} questions, but {evaluation.results_path.name} has "
                         f"{expected}. {_AGAIN}"
                     )
                 answers[task] = read
@@ -200,7 +200,7 @@ def match(task: str, answers: Sequence[Answers]) -> CommonQuestions:
 
 
 def _common(answers: Sequence[Answers], names: Sequence[str]) -> list[tuple[Answer, ...]]:
-    """The questions that all models have by these hashes, each as often as all have it."""
+    """The questions that all models have by these hashes, each as often as every model has it."""
     found: list[dict[tuple, Answer]] = []
     for each in answers:
         seen: Counter = Counter()

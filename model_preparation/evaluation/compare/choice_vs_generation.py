@@ -1,4 +1,4 @@
-"""Tasks that were answered both by log-likelihood and in words: do the models come in the same order?
+"""Tasks that were answered both by log-likelihood and by generated text: is the order of the models the same?
 
 A distilled hybrid may look as good as its teacher by log-likelihood, and be far behind when it writes.
 """
@@ -18,7 +18,7 @@ class BothWays:
     """A task's scores in both ways, per model.
 
     Attributes:
-        changing: the models that another one is better than in one way, and worse than in the other.
+        changing: the models whose order with some other model is different in the two ways.
     """
 
     task: str
@@ -35,8 +35,9 @@ def asked_both_ways(scores: Mapping[str, Sequence[float]], models: Sequence[str]
         by_likelihood = _counterpart(generated, scores)
         if by_likelihood is not None:
             one, other = list(scores[by_likelihood]), list(scores[generated])
-            changing = [name for place, name in enumerate(models) if _changes(place, one, other)]
-            found.append(BothWays(_name(generated), list(models), one, other, changing))
+            changing = [model for place, model in enumerate(models) if _changes(place, one, other)]
+            name = generated.replace(GENERATED, "").replace(_GENERATIVE, "")
+            found.append(BothWays(name, list(models), one, other, changing))
     return found
 
 
@@ -47,10 +48,6 @@ def _counterpart(generated: str, tasks: Mapping[str, Sequence[float]]) -> str | 
     root = root_of(name).removesuffix(_GENERATIVE)
     others = (f"{root}{CHOICE}{end}", *([f"{root}{end}"] if name.endswith((GENERATED, _GENERATIVE)) else []))
     return next((other for other in others if other in tasks and other != generated), None)
-
-
-def _name(generated: str) -> str:
-    return generated.replace(GENERATED, "").replace(_GENERATIVE, "")
 
 
 def _changes(model: int, one: Sequence[float], other: Sequence[float]) -> bool:

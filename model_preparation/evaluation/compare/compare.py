@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from model_preparation.checkpoint.checkpoint_info import read_info
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare import paired
 from model_preparation.evaluation.compare.answers import Answers, CommonQuestions, match, read_answers
 from model_preparation.evaluation.compare.choice_vs_generation import BothWays, asked_both_ways
 from model_preparation.evaluation.compare.costs import AGAINST_SCORE, Cost, costs_of, pareto_front
-from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles, find_evaluations, replaced_layers
+from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles, find_evaluations
 from model_preparation.evaluation.compare.notes import (
     cost_notes,
     differing_settings,
@@ -100,7 +101,7 @@ class Row:
 
 
 class _Line(NamedTuple):
-    """A row before it is filled; its fields are those of `Row`."""
+    """The first fields of a `Row`, and its tasks."""
 
     kind: str
     name: str
@@ -123,7 +124,7 @@ class Comparison:
     notes: list[str]
     common: list[CommonQuestions]
     both_ways: list[BothWays]
-    fronts: dict[str, list[str]]  # by field of cost: models that score more than each that costs as much or less
+    fronts: dict[str, list[str]]  # the models of the Pareto front, by field of cost
 
     def of_kind(self, *kinds: str) -> list[Row]:
         return [row for row in self.rows if row.kind in kinds]
@@ -147,7 +148,7 @@ def compare_evaluations(
 
     Args:
         folders: two or more checkpoints, evaluations, or output folders of lm-eval (see evaluation_files.py).
-        task: a task or group of lm-eval to look at alone; or the name of an evaluation's folder, if there are several.
+        task: compare only this task or group of lm-eval; or the name of an evaluation's folder, if there are several.
         metric: a number that lm-eval gives each question; with ",FILTER" if it has several filters. By default each
             task's score: acc, else the first that lm-eval names.
         seed: of the bootstrap. A subject's interval depends on this and its own answers only.
@@ -186,15 +187,10 @@ def compare_evaluations(
         ]
     rows = [_row(line, values, means, binary) for line in _lines(evaluations, tasks, task)]
     _judge(rows, higher)
-    models = [
-        Model(
-            name,
-            str(evaluation.results_path.relative_to(evaluation.place.parent)),
-            replaced_layers(evaluation),
-            *(each, cost),
-        )
-        for name, evaluation, each, cost in zip(names, evaluations, settings, costs, strict=True)
-    ]
+    paths = [str(each.results_path.relative_to(each.place.parent)) for each in evaluations]
+    checkpoints = [each.checkpoint for each in evaluations]
+    layers = [None if each is None else read_info(each)["replaced_layers"] for each in checkpoints]
+    models = list(map(Model, names, paths, layers, settings, costs))
     used = list(dict.fromkeys(metrics[name] for name in tasks))
     shown = used[0] if len(used) == 1 else "score"
     both_ways = asked_both_ways({each.task: each.column("value").mean(axis=1).tolist() for each in common}, names)
@@ -244,7 +240,7 @@ def _common_questions(
     common = [each for each in matched if each.rows]
     if not common:
         raise SurgeryError(
-            f"{' and '.join(names)} have not one question in common, though all of them have {some(tasks)}. "
+            f"{' and '.join(names)} have no question in common, although all of them have {some(tasks)}. "
             "Evaluate them on the same data."
         )
     if empty := [each.task for each in matched if not each.rows]:
@@ -298,10 +294,10 @@ def _judge(rows: Sequence[Row], higher_is_better: bool) -> None:
         for each in together:
             each.tests = len(together)
             if each.p_adjusted is not None:
-                real = each.p_adjusted < paired.SIGNIFICANCE
+                is_significant = each.p_adjusted < paired.SIGNIFICANCE
             else:
-                real = each.interval is not None and not each.interval[0] <= 0 <= each.interval[1]
-            if real:
+                is_significant = each.interval is not None and not each.interval[0] <= 0 <= each.interval[1]
+            if is_significant:
                 each.verdict = BETTER if (each.difference > 0) == higher_is_better else WORSE
 
 

@@ -1,4 +1,4 @@
-"""What the compared models cost, as `test_checkpoint.py --efficiency` measured them. Weights are matched by digest."""
+"""The costs of the compared models, as `test_checkpoint.py --efficiency` measured them, matched by their weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +14,12 @@ from model_preparation.io.untrusted.untrusted_files import check_fields, read_js
 
 AGAINST_SCORE = ("token_seconds", "cache_bytes")  # fields of `MEASURED` for which there is a Pareto front
 _ROW = {"context": int, **dict.fromkeys(MEASURED, (int, float))}
-_FIELDS = {
-    "models": [{"weights": str, "dtype": str, "contexts": [_ROW]}],
-    **{"measured_on": str, "date": str},
-}
+_FIELDS = {"models": [{"weights": str, "dtype": str, "contexts": [_ROW]}], "measured_on": str, "date": str}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A model's cost after a prompt of `context` tokens: the fields of `MEASURED`, and on what they were measured."""
+    """A model's cost after a prompt of `context` tokens: the fields of `MEASURED`, and the machine and dtype."""
 
     context: int
     measured_on: str
@@ -30,7 +27,7 @@ class Cost:
 
 
 def costs_of(evaluations: Sequence[EvaluationFiles]) -> list[Cost | None]:
-    """Each model's cost, at the longest context that all have for which one is known; None where none is known.
+    """Each model's cost; None if it is not known. The context is the longest one that all known costs have.
 
     Raises:
         SurgeryError: if a file of measurements is damaged.
@@ -53,7 +50,7 @@ def costs_of(evaluations: Sequence[EvaluationFiles]) -> list[Cost | None]:
 
 
 def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
-    """The places of those that score more than every other that costs as much or less, the cheapest first."""
+    """The indices of the Pareto front, the cheapest first: each scores more than all that cost as much or less."""
     front: list[int] = []
     for place in sorted(range(len(costs)), key=lambda place: (costs[place], -scores[place])):
         if not front or scores[place] > scores[front[-1]]:
@@ -62,7 +59,7 @@ def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
 
 
 def _roots(evaluation: EvaluationFiles) -> list[Path]:
-    """The folders that may have measurements of it."""
+    """The folders that may have measurements of the evaluated model."""
     if evaluation.checkpoint is not None:
         return [evaluation.checkpoint / EVALUATIONS]
     return [evaluation.given, evaluation.given.parent]
@@ -76,7 +73,9 @@ def _read(root: Path) -> dict[str, Any] | None:
         found = read_json(path)
         check_fields(found, _FIELDS)
     except ValueError as error:
-        raise SurgeryError(f"{path} is no measurement of ours ({error}). Remove it, or measure again.") from error
+        raise SurgeryError(
+            f"{path} is not a measurement of this program ({error}). Remove it, or measure again."
+        ) from error
     return found
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, EVALUATIONS_ASIDE, INFO, read_info
+from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, EVALUATIONS_ASIDE, INFO
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.efficiency import FOLDER as EFFICIENCY
 from model_preparation.evaluation.models import find_model
@@ -56,7 +56,7 @@ class EvaluationFiles:
 
     @property
     def place(self) -> Path:
-        """The folder that gives the model its name: of an evaluation in a --results_dir, the one above it."""
+        """The folder that names the model. For an evaluation in a --results_dir, the folder above it."""
         return self.checkpoint or (self.given.parent if (self.given / SETTINGS).is_file() else self.given)
 
     @property
@@ -66,7 +66,7 @@ class EvaluationFiles:
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """{group: its groups and tasks}. Older versions of lm-eval list tasks as empty groups; these are left out."""
+        """{group: its groups and tasks}. Older versions of lm-eval list tasks as empty groups, which are left out."""
         return {name: children for name, children in self.results["group_subtasks"].items() if children}
 
     def tasks_of(self, name: str) -> list[str]:
@@ -95,7 +95,7 @@ def find_evaluations(folders: Sequence[str | Path], task: str | None = None) -> 
         SurgeryError: if there is none, none is finished, or there are several and `task` does not say which.
     """
     found = [_candidates(Path(folder).expanduser(), task) for folder in folders]
-    # Our folders are named after their settings: if only one name is in all checkpoints, it is meant.
+    # Our folders are named after their settings: if all checkpoints share exactly one name, take that.
     shared = set.intersection(*({each.name for each in candidates} for candidates in found))
     if len(shared) == 1:
         found = [[each for each in candidates if each.name in shared] for candidates in found]
@@ -112,7 +112,7 @@ def find_evaluations(folders: Sequence[str | Path], task: str | None = None) -> 
 
 
 def _check_weights(evaluation: EvaluationFiles) -> None:
-    """Raise SurgeryError if the checkpoint around an evaluation of ours has other weights now."""
+    """Raise SurgeryError if an evaluation is in a checkpoint that has other weights now."""
     settings = evaluation.results_path.parents[1] / SETTINGS
     if evaluation.checkpoint is None or not settings.is_file():
         return
@@ -217,15 +217,6 @@ def _checkpoint_of(given: Path) -> Path | None:
         return given
     above = next((parent for parent in given.parents if parent.name == EVALUATIONS), None)
     return above.parent if above is not None and (above.parent / INFO).is_file() else None
-
-
-def replaced_layers(evaluation: EvaluationFiles) -> list[int] | None:
-    """The replaced layers of the checkpoint that was evaluated; None for other models.
-
-    Raises:
-        SurgeryError: if its checkpoint_info.json is damaged.
-    """
-    return None if evaluation.checkpoint is None else read_info(evaluation.checkpoint)["replaced_layers"]
 
 
 def _date(path: Path) -> str:

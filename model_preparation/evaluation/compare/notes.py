@@ -18,7 +18,7 @@ SETTINGS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
     "chat template": lambda results, _: _short(results.get("chat_template_sha")),
     "system instruction": lambda results, _: _short(results.get("system_instruction_sha")),
     "dtype": lambda results, _: str(results["config"].get("model_dtype")).removeprefix("torch."),
-    "longest prompt, in tokens": lambda results, _: _limit(results.get("max_length")),
+    "longest prompt, in tokens": lambda results, _: _tokens(results.get("max_length")),
     "settings of the generation": lambda results, _: results["config"].get("gen_kwargs"),
     "seed of the examples": lambda results, _: results["config"].get("fewshot_seed"),
     "version of the tasks": lambda results, tasks: _per_task(results.get("versions"), tasks),
@@ -27,10 +27,9 @@ SETTINGS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
 }
 _NO_LIMIT = 1_000_000_000  # tokens; the config of a Llamba without grafts says so
 _SHOWN_CHARACTERS = 120
-_DATE = "date"
 # Scores can be compared although these differ. The longest prompt that a model takes changes no shorter prompt.
 _HARMLESS = ("version of transformers", "longest prompt, in tokens", _DATE)
-# What a reader has to know before the first score, and the words for it there.
+# The settings in the first line of a report, and their words there.
 _HEAD = {
     "number of examples before each question": "{}-shot",
     _LIMIT: "the first {} of each task",
@@ -40,7 +39,7 @@ _HEAD = {
 }
 
 
-def _limit(tokens: int | None) -> int | str | None:
+def _tokens(tokens: int | None) -> int | str | None:
     return "no limit" if tokens is not None and tokens >= _NO_LIMIT else tokens
 
 
@@ -51,7 +50,7 @@ def settings_of(evaluation: EvaluationFiles, tasks: Sequence[str]) -> dict[str, 
 
 
 def head_line(task: str, metric: str, questions: int, settings: Sequence[Mapping[str, str]]) -> str:
-    """Task, metric, questions, shots, limit, versions and date, where known. Values that differ are all there."""
+    """Task, metric, questions, shots, limit, versions and date, where known. If values differ, it has all of them."""
     parts = [task, metric, f"{questions:,} question{'s' * (questions != 1)}"]
     for words, text in _HEAD.items():
         values = list(dict.fromkeys(each[words] for each in settings))
@@ -114,7 +113,7 @@ def score_notes(
     evaluations: Sequence[EvaluationFiles],
     common: Sequence[CommonQuestions],
 ) -> list[str]:
-    """Sentences on scores of lm-eval that are no means over questions, such as groups weighted by task."""
+    """Sentences on scores of lm-eval that are not means over questions, such as groups weighted by task."""
     notes = []
     for model, (name, evaluation) in enumerate(zip(names, evaluations, strict=True)):
         answers = {each.task: each.answers[model] for each in common}

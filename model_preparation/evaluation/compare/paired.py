@@ -1,7 +1,7 @@
 """The statistics of two models' answers to the same questions.
 
-McNemar's exact test says whether a difference can be told from chance. A bootstrap interval says how large it may
-really be. Holm's method adjusts p-values when many tests are made. Strata are the subjects of a group.
+McNemar's exact test says whether a difference is significant. A bootstrap interval says how large it may really be.
+Holm's method adjusts p-values when many tests are made. Strata are the subjects of a group.
 """
 
 from collections.abc import Sequence

@@ -25,7 +25,7 @@ from model_preparation.io.complete_file import write_file
 Plot = Callable[[Any], Figure]  # of a Comparison, or whatever else is drawn
 
 COLOURS = ("#3b82c4", "#e08a1e", "#2ba37a", "#c75a9a", "#8c6bd1", "#8a8f98")  # they differ on white and on black
-# Nothing else has these two colours; in an SVG they become those of the page.
+# Nothing else has these two colours. In an SVG they become the colours of the page.
 INK, PAPER = "#000102", "#fffefd"
 # Fonts with Chinese characters, in the order they are tried.
 _CHINESE = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
@@ -63,7 +63,7 @@ def plot_gains(comparison: Comparison) -> Figure:
         _points(axes, gains, at, errors, model=model + 1, name=comparison.models[model + 1].name, filled=filled)
     axes.set_xlabel(
         f"{comparison.metric}: difference to {comparison.models[0].name}, 95% interval\n"
-        "filled: can be told from chance; hollow: cannot"
+        "filled: significant; hollow: not significant"
     )
     _legend(axes)
     return figure
@@ -73,9 +73,9 @@ def plot_efficiency(found: dict[str, Any]) -> Figure:
     """A panel per measured field: every model's values, by the tokens of the context."""
     figure = Figure(figsize=(_WIDTH_INCHES, 5.0), layout="constrained")
     panels = figure.subplots(2, 2).flat
-    for axes, (field, (words, unit, one)) in zip(panels, MEASURED.items(), strict=True):
+    for axes, (field, (words, unit, size)) in zip(panels, MEASURED.items(), strict=True):
         for model, each in enumerate(found["models"]):
-            values = [row[field] / one for row in each["contexts"]]
+            values = [row[field] / size for row in each["contexts"]]
             x = [row["context"] for row in each["contexts"]]
             axes.plot(x, values, "o-", color=COLOURS[model % len(COLOURS)], markersize=4, label=each["name"])
         axes.set_xlabel("context, tokens")
@@ -92,11 +92,11 @@ def plot_costs(comparison: Comparison) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     scores = comparison.of_kind(OVERALL)[0].scores
     for axes, field in zip(panels, AGAINST_SCORE, strict=True):
-        words, unit, one = MEASURED[field]
+        words, unit, size = MEASURED[field]
         places = {}
         for model, each in enumerate(comparison.models):
             if each.cost is not None:
-                places[each.name] = x, y = each.cost.values[field] / one, scores[model].mean
+                places[each.name] = x, y = each.cost.values[field] / size, scores[model].mean
                 _points(axes, [x], [y], [scores[model].stderr or 0.0], model=model, name=each.name, upright=True)
         front = [places[name] for name in comparison.fronts.get(field, ())]
         if front:  # one point has no line, but its name stays in the legend
@@ -140,7 +140,7 @@ PLOTS: dict[str, tuple[str, Plot]] = {
 
 
 def plots_of(comparison: Comparison) -> dict[str, tuple[str, Plot]]:
-    """Those of `PLOTS` for which there are numbers."""
+    """The plots for which there are numbers."""
     has_costs = any(model.cost for model in comparison.models)
     return {name: each for name, each in PLOTS.items() if has_costs or each[1] is not plot_costs}
 

@@ -61,7 +61,7 @@ def check_report_folder(target: Path, *, overwrite: bool) -> None:
 
 
 def both_ways_table(comparison: Comparison) -> Table | None:
-    """Scores by log-likelihood beside those of generated answers; None if no task has both."""
+    """A table of scores by log-likelihood and by generated answers; None if no task has both."""
     if not comparison.both_ways:
         return None
     table = Table("task", "model", title="By log-likelihood and by generated answers")
@@ -84,7 +84,7 @@ def write_report(comparison: Comparison, target: Path, *, questions: int, as_jso
         target: the folder.
         questions: how many questions to show that each model scores higher than the baseline, and how many lower.
         as_json: whether to write comparison.json too.
-        overwrite: whether to replace a report that is there.
+        overwrite: whether to replace an earlier report.
 
     Raises:
         SurgeryError: as `check_report_folder`.
@@ -140,7 +140,9 @@ def _html_page(comparison: Comparison, *, title: str, questions: int, plots: lis
         title=title,
         head=head_line(
             overall.label if overall.name else some([row.label for row in comparison.of_kind(SUBJECT)]),
-            *(comparison.metric, overall.questions, settings),
+            comparison.metric,
+            overall.questions,
+            settings,
         ),
         comparison=comparison,
         tables=[
@@ -153,9 +155,7 @@ def _html_page(comparison: Comparison, *, title: str, questions: int, plots: lis
         measured=MEASURED,
         model_lines=[_model_line(model) for model in comparison.models],
         examples=_examples(comparison, questions),
-        has_choices=any(
-            row[0].right_probability >= 0 for common in comparison.common for row in common.rows
-        ),  # not NaN
+        has_choices=any(row[0].right_probability >= 0 for each in comparison.common for row in each.rows),  # not NaN
         shared=shared,
         differing=differing,
     )
@@ -168,10 +168,10 @@ def _examples(comparison: Comparison, count: int) -> list[dict[str, Any]]:
     found = []
     for model in range(1, len(names)):
         higher, lower = differing_questions(comparison, model, count)
-        what = ("answers right and {} wrong" if comparison.binary else "scores higher than {}").format
+        action = ("answers right and {} wrong" if comparison.binary else "scores higher than {}").format
         for better, other, examples in ((names[model], names[0], higher), (names[0], names[model], lower)):
             if examples:
-                heading = f"{better} {what(other)}"
+                heading = f"{better} {action(other)}"
                 found.append({"heading": heading, "model": names[model], "questions": examples, "labels": labels})
     return found
 
@@ -180,7 +180,7 @@ def _examples(comparison: Comparison, count: int) -> list[dict[str, Any]]:
 
 
 def comparison_tables(comparison: Comparison, *, subjects: bool) -> RenderableType:
-    """Notes on differing settings, the tables (that of the subjects on request), and the verdicts."""
+    """Notes on differing settings, the tables (the subjects only on request), and the verdicts."""
     overall = comparison.of_kind(OVERALL)
     parts: list[RenderableType] = [Text(escaped(f"note: {note}")) for note in comparison.notes]
     for model, each in enumerate(comparison.models):
@@ -268,7 +268,7 @@ def _p_clause(difference: Difference) -> str:
 
 
 def _model_line(model: Model) -> str:
-    """Its name, with the replaced layers where they are known."""
+    """The model's name, with its replaced layers if they are known."""
     if model.layers is None:
         return model.name
     return f"{model.name} (layers {' '.join(map(str, model.layers)) or 'none'} replaced)"
@@ -289,29 +289,27 @@ def _front_sentence(comparison: Comparison) -> str:
     fronts = "; ".join(
         f"of score and {MEASURED[field][0]}: {', '.join(names)}" for field, names in comparison.fronts.items()
     )
-    return f"Pareto front {fronts}. Each other model costs as much as one of these or more, and scores no higher."
+    return f"Pareto front {fronts}. Every other model costs at least as much as one of these, and scores no higher."
 
 
 def _cost_words(cost: Cost) -> str:
-    shown = (f"{words} {cost.values[field] / one:,.2f} {unit}" for field, (words, unit, one) in MEASURED.items())
+    shown = (f"{words} {cost.values[field] / size:,.2f} {unit}" for field, (words, unit, size) in MEASURED.items())
     return f"{', '.join(shown)} after {cost.context:,} tokens"
 
 
 def _tests_sentence(comparison: Comparison, kind: str) -> str:
-    """What many tests at once mean; nothing for a single test."""
+    """The effect of many tests at once, in words; "" for a single test."""
     differences = [difference for row in comparison.of_kind(kind) for difference in row.differences]
     tests = len(differences)
     if tests < 2:
         return ""
-    chance = f"{tests} differences ({_PLURAL[kind]}) are tested at once"
+    tested = f"{tests} differences ({_PLURAL[kind]}) are tested at once"
     if tests * SIGNIFICANCE >= 1:
-        chance = f"{tests} differences ({_PLURAL[kind]}) are tested: about {tests * SIGNIFICANCE:.0f} would look real "
-        chance += "by chance alone"
-    real = sum(difference.verdict != UNCLEAR for difference in differences)
+        tested += f": about {tests * SIGNIFICANCE:.0f} would look significant by chance alone"
+    significant = sum(difference.verdict != UNCLEAR for difference in differences)
     if comparison.binary:
-        chance += ", so each p-value is adjusted for all of them (Holm). "
-        return f"{chance}After that {real} can be told from chance."
-    return f"{chance}, and their intervals are not adjusted for that. {real} of them exclude 0."
+        return f"{tested}, so each p-value is adjusted for all of them (Holm). Significant after that: {significant}."
+    return f"{tested}, and their intervals are not adjusted for that. Intervals that exclude 0: {significant}."
 
 
 def number(value: float | None, *, sign: bool = False) -> str:

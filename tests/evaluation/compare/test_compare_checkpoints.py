@@ -173,7 +173,7 @@ def test_scores_stand_against_costs_of_the_same_weights(copy, tmp_path):
     faster = compare(copy)
     assert faster.fronts == {"token_seconds": [worse, better], "cache_bytes": [better]}
     write_report(faster, folder, questions=0, as_json=False, overwrite=True)
-    words = f"Pareto front of score and time per token: {worse}, {better}; of score and cache: {better}. Each other"
+    words = f"Pareto front of score and time per token: {worse}, {better}; of score and cache: {better}. Every other"
     assert words in (folder / "comparison.html").read_text()
     path = copy / "two" / "efficiency" / "efficiency.json"
     path.write_text(path.read_text().replace("a chip", "another"))
@@ -182,7 +182,7 @@ def test_scores_stand_against_costs_of_the_same_weights(copy, tmp_path):
     path.write_text(path.read_text().replace("two", "other weights"))
     assert [model.cost is None for model in compare(copy).models] == [False, True]
     path.write_text("{}")
-    with pytest.raises(SurgeryError, match=f"{path} is no measurement of ours .*measure again"):
+    with pytest.raises(SurgeryError, match=f"{path} is not a measurement of this program .*measure again"):
         compare(copy)
 
 
@@ -426,7 +426,7 @@ def test_damaged_samples_are_told_by_file_and_line(copy, tmp_path):
         (whole.replace('"acc": 0.0', '"acc": NaN', 1), "has nan for acc"),
         (whole.replace('"acc": 0.0', '"acc": [0, 1]', 1), r"has \[0, 1\] for acc"),
         (whole.replace("\n", "\n[]\n", 1), "line 2, is damaged: it is no sample"),
-        (whole[: whole.rindex("\n", 0, -1) + 1], r"has 8 questions, but .* speaks of 9"),
+        (whole[: whole.rindex("\n", 0, -1) + 1], r"has 8 questions, but .* has 9"),
         (whole * 2, "has 18 questions"),
         (whole.replace('"acc": 0.0', f'"acc": {10**400}', 1), "line 1, is damaged: "),
         ("", "is empty"),
@@ -466,7 +466,7 @@ def test_nothing_in_common_is_refused(copy):
         compare(copy, "nature", "letters")
     for field in ("doc_hash", "prompt_hash"):
         change_samples(copy / "two", lambda sample, field=field: sample.update({field: "x" + sample[field]}))
-    with pytest.raises(SurgeryError, match="not one question in common"):
+    with pytest.raises(SurgeryError, match="have no question in common"):
         compare(copy)
     with pytest.raises(SurgeryError, match="one has no exact_match for any question: quiz_animals has acc"):
         compare(copy, metric="exact_match")
