@@ -226,7 +226,7 @@ def test_donors_that_differ_in_more_are_refused(checkpoint_dir, base_dir, layers
     assert_refused(build(checkpoint_dir, other, out, "--layers", 0), words)
     named = ("--layers", "A:1", "B:3", "--llama_layers_dir", f"A={layers_dir}", f"B={other}")
     result = run_command("create_replaced_model_checkpoint", "--base", base_dir, *named, "--output_dir", out)
-    assert_refused(result, "Layer 3 is of a donor", words)
+    assert_refused(result, "The donor of layer 3", words)
     assert not out.exists()
 
 
@@ -255,7 +255,7 @@ def test_a_graft_on_a_healed_checkpoint_keeps_what_was_trained(checkpoint_dir, b
     assert "Built on healed, which was healed" in (out / "README.txt").read_text()
     rebuild = ("create_replaced_model_checkpoint", "--from_info", out, "--output_dir", tmp_path / "again")
     where = ("--llama_layers_dir", layers_dir)
-    assert_refused(run_command(*rebuild, *where), "is of a graft on healed", "checkpoint is by --base")
+    assert_refused(run_command(*rebuild, *where), "describes a graft on the checkpoint", "checkpoint is by --base")
     assert_refused(run_command(*rebuild, *where, "--base", checkpoint_dir), "is not the checkpoint healed")
     again = run_command(*rebuild, *where, "--base", healed)
     assert again.returncode == 0, again.stderr

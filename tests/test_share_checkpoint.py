@@ -341,9 +341,9 @@ def test_links_and_names_that_lead_out_of_the_folder_are_refused(hub, llama_chec
         (["--licence", "Llama 3.1"], ["is not a licence id"]),
         (
             ["--licence", "llama3.1", "--repo", "me/hybrid"],
-            ["begin with Llama, and hybrid does not", "me/Llama-hybrid"],
+            ["begins with Llama, but hybrid does not", "me/Llama-hybrid"],
         ),
-        (["--licence", "llama3", "--repo", "me/Llama-8B"], ["begin with Llama-3"]),
+        (["--licence", "llama3", "--repo", "me/Llama-8B"], ["begins with Llama-3"]),
     ],
 )
 def test_a_licence_is_named_and_its_rules_kept(args, words, checkpoint):

@@ -1,4 +1,4 @@
-"""One short forward pass of a grafted model, while its files are written. If its logits are broken, the build ends.
+"""One short forward pass of a grafted model, while its files are written. If a logit is not finite, the build fails.
 
 The weights stay in their files. A few rows of a matrix at a time are read, cast, moved to the device, used and freed.
 """
@@ -22,18 +22,18 @@ def smoke_test(
     graft: GraftPlan,
     tokenizer: PreTrainedTokenizerBase,
     device: str = "cpu",
-    go_on: Callable[[], object] = lambda: None,
+    check_stopped: Callable[[], object] = lambda: None,
 ) -> None:
     """Run the model on one sentence.
 
     Args:
         device: where the model runs.
-        go_on: called before each piece of a matrix; it may raise an exception, which ends the test.
+        check_stopped: called before each piece of a matrix; it may raise an exception, which ends the test.
 
     Raises:
         SurgeryError: if a logit is not finite.
     """
-    torch.set_num_threads(1)  # of this thread. Other threads write and hash meanwhile, and would be waited for
+    torch.set_num_threads(1)  # for this thread: the other cores write and compute digests meanwhile
     mapped = MappedFiles()
     places = {"lm_head.weight": graft.tensors["backbone.embedding.weight"]} | graft.tensors  # a tied head has no tensor
     dtype = graft.dtype.torch
@@ -42,7 +42,7 @@ def smoke_test(
         place = places.get(f"{name}.weight")
         if isinstance(module, (nn.Linear, nn.Embedding)) and isinstance(place, TensorRange):
             module.weight = None  # type: ignore[assignment]
-            matrix = _Matrix(place, dtype, mapped, go_on)
+            matrix = _Matrix(place, dtype, mapped, check_stopped)
             module.forward = matrix.of(module)  # type: ignore[method-assign, assignment]
         for key, _ in list(module.named_parameters(recurse=False)):
             tensor = mapped.tensor(places[f"{name}.{key}"]).to(device, dtype)
@@ -57,13 +57,15 @@ def smoke_test(
 
 
 class _Matrix:
-    """A weight of shape (rows, columns). It is read from its file each time it is used."""
+    """A weight of shape (rows, columns). Each use reads it from its file."""
 
-    def __init__(self, place: TensorRange, dtype: torch.dtype, mapped: MappedFiles, go_on: Callable[[], object]):
+    def __init__(
+        self, place: TensorRange, dtype: torch.dtype, mapped: MappedFiles, check_stopped: Callable[[], object]
+    ):
         self._place = place
         self._dtype = dtype
         self._mapped = mapped
-        self._go_on = go_on
+        self._check_stopped = check_stopped
 
     def of(self, module: nn.Linear | nn.Embedding) -> Callable[[Tensor], Tensor]:
         """The replacement of the module's `forward`."""
@@ -82,7 +84,7 @@ class _Matrix:
         piece_rows = max(1, _PIECE_BYTES * rows // self._place.size_bytes)
         outputs = []
         for start in range(0, rows, piece_rows):
-            self._go_on()
+            self._check_stopped()
             piece = self._place.rows(start, start + piece_rows)
             weight = self._mapped.tensor(piece).to(inputs.device, self._dtype)
             outputs.append(nn.functional.linear(inputs, weight))

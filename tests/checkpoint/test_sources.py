@@ -429,7 +429,7 @@ def test_no_hub_within_reach_says_what_was_looked_for_where(caches):
     assert str(caches.modelscope) in message
     assert str(caches.huggingface) in message
     assert "HF_ENDPOINT" in message
-    assert message.endswith("or give a folder that holds the files: its path in place of the id.")
+    assert message.endswith("or give a folder that holds the files: its path instead of the id.")
     assert not list(caches.modelscope.rglob("snapshots"))  # no half-made copy is left to be mistaken for one
 
 
