@@ -29,7 +29,7 @@ def add_ray_flags(parser: CommandParser) -> None:
 
 
 def chosen_runner(parser: CommandParser, args: argparse.Namespace) -> Runner:
-    """What runs the jobs, by the flags `ray`, `cpus_per_job`, `gpu` and `device`."""
+    """The runner of the jobs, from the flags `ray`, `cpus_per_job`, `gpu` and `device`."""
     if not uses_ray(parser, args):
         return run_in_turn
     from model_preparation.jobs import ray_jobs
