@@ -292,7 +292,7 @@ def test_a_parent_that_is_not_as_it_was_built_is_refused(checkpoint_dir, base_di
     info = info_of(parent)
     info["base_model"]["path"] = str(tmp_path / "gone")
     (parent / "checkpoint_info.json").write_text(json.dumps(info))
-    assert_refused(build(parent, layers_dir, out, "--ungraft", 1), "/gone, which is not here. Put it back there")
+    assert_refused(build(parent, layers_dir, out, "--ungraft", 1), "/gone, but it is not here. Put it back there")
     shutil.copytree(base_dir, tmp_path / "gone")
     config = json.loads((base_dir / "config.json").read_text())
     (tmp_path / "gone" / "config.json").write_text(json.dumps(config | {"use_cache": True}))

@@ -101,10 +101,12 @@ def test_what_is_not_as_the_recipe_says_is_named(recipe, base_dir, layers_dir, t
     of_donor = changed("digests", "donor_layers", "3", to=digest)
     assert_refused(rebuilt(of_donor), "layer_03.pt is not the layer of the recipe")
     of_file = changed("files", "model.pt", "sha256", to=digest)
-    assert_refused(rebuilt(of_file), "What was built is not what the recipe says: model.pt")
+    assert_refused(rebuilt(of_file), "The new checkpoint differs from the recipe in model.pt")
     of_tensors = changed("digests", "weights", to=digest)
     of_tensors["versions"]["torch"] = "1.0"
-    assert_refused(rebuilt(of_tensors), "What was built is not the recipe's model (weights: the content has changed)")
+    assert_refused(
+        rebuilt(of_tensors), "The new checkpoint is not the recipe's model (weights: the content has changed)"
+    )
     of_config = changed("config", "llama_cfg", "rms_norm_eps", to=0.5)
     assert_refused(rebuilt(of_config), "config llama_cfg rms_norm_eps: was 0.5, is now 0.0001")
     of_tokenizer = changed("files", "tokenizer/tokenizer.json", "sha256", to=digest)
@@ -114,7 +116,7 @@ def test_what_is_not_as_the_recipe_says_is_named(recipe, base_dir, layers_dir, t
     of_vocabulary["digests"]["tokenizer"] = digest
     assert_refused(rebuilt(of_vocabulary), "tokenizer/tokenizer_config.json differ")
     elsewhere = changed("base_model", "path", to="relative")
-    assert_refused(rebuilt(elsewhere), "which is not here. Say where it is by --base")
+    assert_refused(rebuilt(elsewhere), "but it is not here. Say where it is by --base")
     short = {key: value for key, value in recipe.items() if key != "replacement_source"}
     assert_refused(rebuilt(short), "lacks what a recipe needs (KeyError('replacement_source'))")
     assert_refused(build("--from_info", layers_dir / "metadata.json", "--output_dir", tmp_path / "out"), "is no recipe")

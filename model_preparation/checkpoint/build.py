@@ -247,7 +247,11 @@ def _info(graft: GraftPlan, base_files: dict[str, dict]) -> dict[str, Any]:
     return {
         "replaced_layers": graft.layers,
         "num_replaced_layers": len(graft.layers),
-        **_head_fields(graft),
+        **(
+            {"grafted_heads": _json_heads(graft.heads), "keep_mixer_heads": graft.keep_mixer_heads}
+            if graft.heads
+            else {}
+        ),
         "total_layers": graft.config.n_layer,
         "base_model": base if parent is None else parent.info["base_model"],
         "replacement_source": donors[0],
@@ -263,24 +267,18 @@ def _info(graft: GraftPlan, base_files: dict[str, dict]) -> dict[str, Any]:
 
 def _descent_step(graft: GraftPlan, parent: Parent) -> dict[str, Any]:
     """The entry for this graft in `descent`."""
-    heads = {str(index): layer_heads for index, layer_heads in graft.new_heads.items()}
     return {
         "from": describe_parent(parent.folder, parent.info),
         "grafted": graft.new_layers,
-        **({"grafted_heads": heads} if heads else {}),
+        **({"grafted_heads": _json_heads(graft.new_heads)} if graft.new_heads else {}),
         "ungrafted": parent.ungrafted,
         "donors": [record["id"] for record in graft.donor.records(graft.donor_layers)],
     }
 
 
-def _head_fields(graft: GraftPlan) -> dict[str, Any]:
-    """The fields that only checkpoints with grafted heads have."""
-    if not graft.heads:
-        return {}
-    return {
-        "grafted_heads": {str(index): heads for index, heads in graft.heads.items()},
-        "keep_mixer_heads": graft.keep_mixer_heads,
-    }
+def _json_heads(heads: Mapping[int, list[int]]) -> dict[str, list[int]]:
+    """The same dict with JSON's keys."""
+    return {str(index): layer_heads for index, layer_heads in heads.items()}
 
 
 def _generation_config(graft: GraftPlan, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:

@@ -239,9 +239,9 @@ def write_healed(
     *,
     healing: Mapping[str, Any],
     format: str,
-    description: str = "",
-    overwrite: bool = False,
-    extras: Mapping[str, Callable[[Path], object]] | None = None,
+    description: str,
+    overwrite: bool,
+    extras: Mapping[str, Callable[[Path], object]],
 ) -> dict[str, Any]:
     """Write a healed model as a checkpoint; returns its checkpoint_info.json. The parent is only read.
 
@@ -261,7 +261,7 @@ def write_healed(
         size_bytes = FORMATS[format] * sum(parameter.nbytes for parameter in model.parameters())
         with bar("Writing", size_bytes, in_bytes=True) as advance:
             files = write_model(staging, model, format, advance)
-        for name, write in (extras or {}).items():
+        for name, write in extras.items():
             write(staging / name)
         return finish_folder(
             staging,

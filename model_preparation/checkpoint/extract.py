@@ -1,6 +1,6 @@
 """Writes the layers of a donor or a Llamba into files of their own: extracted_llama_layers/.
 
-The folder gets layer_NN.pt (each a plain dict of tensors), the donor's tokenizer, rotary_emb.pt, and metadata.json with
+The folder gets layer_NN.pt (each a plain dict of tensors), the donor's tokenizer and rotary_emb.pt. metadata.json names
 the source model and the SHA-256 of each file. A few blocks are in memory at a time; the model is never built.
 layer_store.py reads such a folder.
 """

@@ -299,9 +299,8 @@ def find_parts(
     base, total = find_base(base_name, sources)
     check_range([*layers, *added], total, str(base.folder))
     files = TensorFiles(base.folder)
-    kept: frozenset[int] = frozenset()
     dtype = wanted or files.dtype()
-    return GraftParts(base_name, base, files, donor, layers, dtype, added, keep_mixer_heads, None, kept)
+    return GraftParts(base_name, base, files, donor, layers, dtype, added, keep_mixer_heads, None, frozenset())
 
 
 def _several_donors(
@@ -355,7 +354,7 @@ def _on_parent(
     keeps = info.get("keep_mixer_heads", False)
     if old and heads and keep_mixer_heads != keeps:
         raise SurgeryError(
-            f"{folder} {'keeps' if keeps else 'switches off'} the mixer's heads beside its grafted ones, and all "
+            f"{folder} {'keeps' if keeps else 'switches off'} the mixer's heads in layers with grafted heads, and all "
             f"layers of a model must do the same. {'Add' if keeps else 'Leave out'} --keep_mixer_heads, or undo the "
             "earlier heads with --ungraft."
         )

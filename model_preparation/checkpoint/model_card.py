@@ -269,12 +269,8 @@ def _spec(source: Mapping[str, Any]) -> str:
 
 
 def _table(head: tuple[str, str], rows: list[tuple[str, Any]]) -> str:
-    cells = [head, ("---", "---"), *rows]
-    return "\n".join(f"| {_cell(left)} | {_cell(right)} |" for left, right in cells)
-
-
-def _cell(value: Any) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
+    cells = ([" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in (head, ("---", "---"), *rows))
+    return "\n".join(f"| {left} | {right} |" for left, right in cells)
 
 
 def _plain(text: Any) -> str:

@@ -136,12 +136,12 @@ def update_code(directory: str | Path) -> list[str]:
         return []
     if is_newer(info):
         raise SurgeryError(
-            f"{directory} has the model's code of a newer model_preparation than this one, which is "
-            f"{__version__}. Update model_preparation."
+            f"{directory} has the model's code of a newer model_preparation; this one is {__version__}. "
+            "Update model_preparation."
         )
     if faults := verify(directory, files_only=True).faults:
         raise SurgeryError(
-            f"{directory} is not changed, because it is not what was built: {faults[0]}. "
+            f"{directory} is not changed, because a file differs from the build: {faults[0]}. "
             "Copy or download it again, or build it again."
         )
     with contextlib.ExitStack() as held:

@@ -229,7 +229,9 @@ def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], base: Path | N
             f"{_name_of(wanted['base_model'])}, by --base."
         )
     if changes := differences(_model_of(wanted), _model_of(found), of_both=True):
-        raise SurgeryError(f"What was built is not the recipe's model ({'; '.join(changes)}). Give the recipe's donor.")
+        raise SurgeryError(
+            f"The new checkpoint is not the recipe's model ({'; '.join(changes)}). Give the recipe's donor."
+        )
     names = (found["files"].keys() | wanted["files"].keys()) - {TENSOR_DIGESTS}  # which is compared above
     ids = [[source["id"] for source in (info["base_model"], *donors_of(info))] for info in (found, wanted)]
     if ids[0] != ids[1]:
@@ -243,8 +245,8 @@ def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], base: Path | N
         unexplained = [name for name in unexplained if not name.endswith("tokenizer_config.json")]
     if unexplained:
         raise SurgeryError(
-            f"What was built is not what the recipe says: {', '.join(unexplained[:5])} differ, but the programs that "
-            "write them are the same. Copy the recipe again, and take the recipe's base and donor."
+            f"The new checkpoint differs from the recipe in {', '.join(unexplained[:5])}, but the programs that write "
+            "them are the same. Copy the recipe again, and take the recipe's base and donor."
         )
     if not files:
         return []

@@ -21,8 +21,8 @@ _PIECE_BYTES = 8 << 20
 def smoke_test(
     graft: GraftPlan,
     tokenizer: PreTrainedTokenizerBase,
-    device: str = "cpu",
-    check_stopped: Callable[[], object] = lambda: None,
+    device: str,
+    check_stopped: Callable[[], object],
 ) -> None:
     """Run the model on one sentence.
 
@@ -42,8 +42,8 @@ def smoke_test(
         place = places.get(f"{name}.weight")
         if isinstance(module, (nn.Linear, nn.Embedding)) and isinstance(place, TensorRange):
             module.weight = None  # type: ignore[assignment]
-            matrix = _Matrix(place, dtype, mapped, check_stopped)
-            module.forward = matrix.of(module)  # type: ignore[method-assign, assignment]
+            forward = _forward_from_file(module, place, dtype, mapped, check_stopped)
+            module.forward = forward  # type: ignore[method-assign, assignment]
         for key, _ in list(module.named_parameters(recurse=False)):
             tensor = mapped.tensor(places[f"{name}.{key}"]).to(device, dtype)
             setattr(module, key, nn.Parameter(tensor, requires_grad=False))
@@ -56,38 +56,31 @@ def smoke_test(
         )
 
 
-class _Matrix:
-    """A weight of shape (rows, columns). Each use reads it from its file."""
+def _forward_from_file(
+    module: nn.Linear | nn.Embedding,
+    place: TensorRange,
+    dtype: torch.dtype,
+    mapped: MappedFiles,
+    check_stopped: Callable[[], object],
+) -> Callable[[Tensor], Tensor]:
+    """The module's `forward`, with a weight of shape (rows, columns) that each call reads from its file."""
 
-    def __init__(
-        self, place: TensorRange, dtype: torch.dtype, mapped: MappedFiles, check_stopped: Callable[[], object]
-    ):
-        self._place = place
-        self._dtype = dtype
-        self._mapped = mapped
-        self._check_stopped = check_stopped
-
-    def of(self, module: nn.Linear | nn.Embedding) -> Callable[[Tensor], Tensor]:
-        """The replacement of the module's `forward`."""
-        if isinstance(module, nn.Embedding):
-            return self._embed
-        return lambda inputs: self._multiply(inputs, module.bias)
-
-    def _embed(self, ids: Tensor) -> Tensor:
+    def embed(ids: Tensor) -> Tensor:
         """(batch, length) -> (batch, length, columns)."""
-        return self._mapped.tensor(self._place)[ids.cpu()].to(ids.device, self._dtype)
+        return mapped.tensor(place)[ids.cpu()].to(ids.device, dtype)
 
-    def _multiply(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(inputs: Tensor) -> Tensor:
         """(..., columns) -> (..., rows)."""
-        self._mapped.expect(self._place)
-        rows = self._place.shape[0]
-        piece_rows = max(1, _PIECE_BYTES * rows // self._place.size_bytes)
+        mapped.expect(place)
+        rows = place.shape[0]
+        piece_rows = max(1, _PIECE_BYTES * rows // place.size_bytes)
         outputs = []
         for start in range(0, rows, piece_rows):
-            self._check_stopped()
-            piece = self._place.rows(start, start + piece_rows)
-            weight = self._mapped.tensor(piece).to(inputs.device, self._dtype)
-            outputs.append(nn.functional.linear(inputs, weight))
-            self._mapped.forget(piece)
+            check_stopped()
+            piece = place.rows(start, start + piece_rows)
+            outputs.append(nn.functional.linear(inputs, mapped.tensor(piece).to(inputs.device, dtype)))
+            mapped.forget(piece)
         joined = torch.cat(outputs, dim=-1)
-        return joined if bias is None else joined + bias
+        return joined if module.bias is None else joined + module.bias
+
+    return embed if isinstance(module, nn.Embedding) else multiply

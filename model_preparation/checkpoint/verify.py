@@ -104,7 +104,7 @@ def verify_checkpoint(
     files_only: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> list[Fault]:
-    """The faults of a checkpoint folder; none if it is what was built. The arguments are those of `verify`."""
+    """The faults of a checkpoint folder; none if it is as it was built. The arguments are those of `verify`."""
     return verify(directory, base, llama_layers_dir, files_only=files_only, sources=sources).faults
 
 
@@ -207,7 +207,8 @@ def _recorded_files(found: Verification, info: dict[str, Any]) -> dict[str, dict
             recorded[name] = entry
         except SurgeryError as error:
             found.fault(f"{name!r:.200}", f"is not a valid path in {INFO} ({error})")
-    for name in _weight_files(info) | {TENSOR_DIGESTS}:
+    needed = {"pt": (MODULE, STATE_DICT), "hf": ("config.json",)}
+    for name in (TENSOR_DIGESTS, *(name for format in sorted(formats_of(info)) for name in needed.get(format, ()))):
         if name not in recorded:
             found.fault(name, f"is not listed in {INFO}")
     return recorded
@@ -223,12 +224,6 @@ def _check_code(found: Verification, info: dict[str, Any], recorded: dict[str, d
         path = found.directory / name
         if recorded.get(name) != entry and path.is_file() and not path.is_symlink() and describe_file(path) == entry:
             recorded[name] = entry
-
-
-def _weight_files(info: dict[str, Any]) -> set[str]:
-    formats = formats_of(info)
-    files = {MODULE, STATE_DICT} if "pt" in formats else set()
-    return files | ({"config.json"} if "hf" in formats else set())
 
 
 def _check_unlisted(found: Verification, info: dict[str, Any], recorded: Mapping[str, dict]) -> None:

@@ -153,7 +153,9 @@ class TensorChecks:
         if folder is None:
             self._found.check("Base", f"{len(wanted)} tensors not compared; --base NAME|PATH compares them")
             return
-        self._compare_with("base", folder, wanted, lambda advance: _base_digests(folder, wanted, advance))
+        ranges = TensorFiles(folder).ranges
+        places = {name: ranges.get(digest.source_name) for name, digest in wanted.items()}
+        self._compare_with("base", folder, wanted, lambda advance: _digests_of(places, wanted, advance))
 
     def compare_donor(self, store: LayerStore | None) -> None:
         """Compare the replaced layers' tensors with the donor's."""
@@ -235,13 +237,6 @@ class TensorChecks:
             return None
         here = {str(index): entry["sha256"] for index, entry in store.layers.items()}
         return store if layers.items() <= here.items() else None
-
-
-def _base_digests(folder: Path, wanted: Mapping[str, TensorDigest], advance: Advance) -> dict[str, str | None]:
-    """BLAKE3 of the base's tensors for the names in `wanted`; None where the base has no such tensor."""
-    ranges = TensorFiles(folder).ranges
-    places = {name: ranges.get(digest.source_name) for name, digest in wanted.items()}
-    return _digests_of(places, wanted, advance)
 
 
 def _donor_digests(

@@ -1,7 +1,7 @@
 """The files of a checkpoint's weights, in either format.
 
 Format pt: model.pt, the whole module, and model_state_dict.pt. Both are written from one read. On file systems that
-share extents (XFS, Btrfs) they share tensors with each other, with the donor's extracted layers, and with checkpoints
+share extents (XFS, Btrfs) they share tensors: with each other, with the donor's extracted layers, and with checkpoints
 of the same base in the same folder. Ten such checkpoints take the room of one, plus ten times the grafted layers.
 
 Format hf: one safetensors file per layer. base_store.py keeps untouched layers once for all checkpoints.

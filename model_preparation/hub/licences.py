@@ -141,14 +141,9 @@ def licence_of(info: Mapping[str, Any], given: str | None = None) -> str:
             )
     candidates = sorted(demanded) or sorted({licence for licence in known.values() if licence})
     if len(candidates) > 1:
-        raise SurgeryError(f"{_listed(known)}. Read all of them, then give --licence ID.")
+        listed = ", ".join(f"the {role} is under {licence}" for role, licence in known.items())
+        raise SurgeryError(f"{listed[0].upper()}{listed[1:]}. Read all these licences, then give --licence ID.")
     return candidates[0]
-
-
-def _listed(known: Mapping[str, str | None]) -> str:
-    """The licence of each source, in words."""
-    first, *others = (f"the {role} {'' if number else 'is '}under {known[role]}" for number, role in enumerate(known))
-    return ", ".join([first.capitalize(), *others])
 
 
 def _is_known(licence: str) -> bool:

@@ -172,7 +172,7 @@ def target_of(source: Mapping[str, Any], advice: str) -> str:
         return hub_target(source)
     path = source.get("path")
     if path is None or not Path(path).is_dir():
-        raise SurgeryError(f"The recipe names {path or source['id']}, which is not here. {advice}")
+        raise SurgeryError(f"The recipe names {path or source['id']}, but it is not here. {advice}")
     return path
 
 
@@ -210,7 +210,16 @@ def is_replaced(name: str, overrides: Mapping[str, str]) -> bool:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder has a tokenizer's files."""
-    return not _missing_tokenizer(folder)
+
+    def has(*names: str) -> bool:
+        return all((folder / name).is_file() for name in names)
+
+    return (
+        has("tokenizer.json")
+        or has("tokenizer.model")
+        or has("tokenizer_config.json", "vocab.json")
+        or has("tokenizer_config.json", "vocab.txt")
+    )
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -272,7 +281,8 @@ def _local_or_embedded(target: str, need: Need) -> Source | None:
     if target.startswith(_EMBEDDED_PREFIX):
         return _embedded_source(target.removeprefix(_EMBEDDED_PREFIX))
     folder = Path(os.path.expanduser(target))
-    return _local_source(folder, need) if target and (folder.exists() or _is_path(target)) else None
+    is_path = target.startswith(("/", "./", "../", "~")) or target in (".", "..")
+    return _local_source(folder, need) if target and (folder.exists() or is_path) else None
 
 
 def _hub_id(target: str) -> tuple[str | None, str, str | None]:
@@ -284,10 +294,6 @@ def _hub_id(target: str) -> tuple[str | None, str, str | None]:
             "org/name or org/name@revision. Check its spelling, or give the path of a folder."
         )
     return match[1], match[2], match[3]
-
-
-def _is_path(target: str) -> bool:
-    return target.startswith(("/", "./", "../", "~")) or target in (".", "..")
 
 
 # --- Folders ----------------------------------------------------------------------------------------------------------
@@ -324,23 +330,9 @@ def _base_of_checkpoint(folder: Path) -> str | None:
 
 def _missing_files(folder: Path, need: Need) -> list[str]:
     """The missing files of `folder`, in words."""
-    return _missing_tokenizer(folder) if need == "tokenizer" else _missing_model(folder)
-
-
-def _missing_tokenizer(folder: Path) -> list[str]:
-    def has(*names: str) -> bool:
-        return all((folder / name).is_file() for name in names)
-
-    complete = (
-        has("tokenizer.json")
-        or has("tokenizer.model")
-        or has("tokenizer_config.json", "vocab.json")
-        or has("tokenizer_config.json", "vocab.txt")
-    )
-    return [] if complete else ["a tokenizer (tokenizer.json, tokenizer.model, or tokenizer_config.json with a vocab)"]
-
-
-def _missing_model(folder: Path) -> list[str]:
+    if need == "tokenizer":
+        words = "a tokenizer (tokenizer.json, tokenizer.model, or tokenizer_config.json with a vocab)"
+        return [] if has_tokenizer(folder) else [words]
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     for weights in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{weights}.index.json"

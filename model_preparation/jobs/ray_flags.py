@@ -17,8 +17,8 @@ def add_ray_flags(parser: CommandParser) -> None:
     parser.add_argument(
         "--ray",
         metavar="auto|local|HOST:PORT",
-        help="many at once: local starts a Ray cluster on this machine and ends it, auto joins the one that runs here, "
-        "HOST:PORT joins that one (default: one after the other, without Ray)",
+        help="many at once: local starts a Ray cluster on this machine and ends it, auto joins the cluster here, "
+        "HOST:PORT joins that cluster (default: one after the other, without Ray)",
     )
     parser.add_argument(
         "--cpus_per_job",

@@ -1,7 +1,7 @@
 """Runs jobs as tasks of a Ray cluster: many at once, on this machine or on several.
 
-Each task runs its command in a process of its own, which dies with the worker. If a worker is lost (killed, or its
-machine failed), its job goes to another worker, which continues from the files on the disk. A command that fails is not
+Each task runs its command in a process of its own, which dies with the worker. A worker is lost if it was killed, or
+its machine failed. Then another worker continues its job from the files on the disk. A command that fails is not
 repeated.
 """
 

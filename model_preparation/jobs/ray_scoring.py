@@ -194,7 +194,7 @@ def shards(batches: Sequence[Batch], workers: int) -> list[list[int]]:
 def remote_scorer(
     address: str, cpus: int, device: str | None
 ) -> Iterator[tuple[Callable[[ScoringSetup], RemoteScorer], str]]:
-    """Join a cluster for the length of the context, which gives a maker of scorers and the type of the workers' device.
+    """Join a cluster for the length of the context. It gives a maker of scorers, and the type of the workers' device.
 
     Args:
         address: as `cluster` takes it.

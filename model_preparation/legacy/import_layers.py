@@ -110,7 +110,9 @@ def import_legacy(
     if not trust_pickle:
         raise _not_trusted(folder, target, named)
     donor = None if model_name is None else _donor_folder(model_name, sources)
-    config = None if donor is None else _llama_config(donor)
+    config = None if donor is None else read_config(donor)
+    if config is not None and config.model_type != "llama":
+        raise SurgeryError(f"{donor} is a {config.model_type} model. Only layers of a Llama can be imported.")
 
     with new_folder(target, overwrite=overwrite, marker_file=METADATA) as staging:
         described: dict[str, dict[str, Any]] = {}
@@ -194,13 +196,6 @@ def _donor_folder(model_name: str, sources: Mapping[str, str] | None) -> Path:
     if (given / "config.json").is_file():
         return given
     return resolve(model_name, need="tokenizer", overrides=sources).folder
-
-
-def _llama_config(donor: Path) -> LlamaConfig:
-    config = read_config(donor)
-    if config.model_type != "llama":
-        raise SurgeryError(f"{donor} is a {config.model_type} model. Only layers of a Llama can be imported.")
-    return config
 
 
 def _agreed_config(known: LlamaConfig | None, fields: dict[str, Any] | None, path: Path) -> LlamaConfig:

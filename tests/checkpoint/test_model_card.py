@@ -158,7 +158,7 @@ def test_the_stricter_licence_binds():
         (LOCAL, LLAMA, None, "base mine came from a local folder"),
         (SMOL, {**HUB, "id": "a/b"}, None, "donor a/b has a licence that this program does not know"),
         (LOCAL, LLAMA, "apache-2.0", "is under llama3.1, so this model cannot be under apache-2.0"),
-        (LLAMBA, {**HUB, "id": "meta-llama/Llama-3.2-1B"}, None, "base is under llama3.1, the donor under llama3.2"),
+        (LLAMBA, {**HUB, "id": "meta-llama/Llama-3.2-1B"}, None, "base is under llama3.1, the donor is under llama3.2"),
     ):
         with pytest.raises(SurgeryError, match=words):
             licence_of(pair(base, donor), given)
