@@ -222,7 +222,7 @@ def test_each_donor_has_its_own_norms_and_positions(base_dir, donor_dir, layers_
 def test_donors_that_differ_in_more_are_refused(checkpoint_dir, base_dir, layers_dir, tmp_path):
     other = other_donor(layers_dir, tmp_path, intermediate_size=44)
     out = tmp_path / "out"
-    words = "other settings than the first's: intermediate_size"
+    words = "other settings than the first donor: intermediate_size"
     assert_refused(build(checkpoint_dir, other, out, "--layers", 0), words)
     named = ("--layers", "A:1", "B:3", "--llama_layers_dir", f"A={layers_dir}", f"B={other}")
     result = run_command("create_replaced_model_checkpoint", "--base", base_dir, *named, "--output_dir", out)

@@ -159,8 +159,7 @@ class GraftParts:
 
     @property
     def base_paths(self) -> list[Path]:
-        """The files that determine the base: its config, its weights, their index. None for a parent: its recipe lists
-        them."""
+        """The files that determine the base: config, weights, index. None for a parent, as its recipe lists them."""
         return [] if self.parent is not None else [self.base.folder / "config.json", *self.files.paths()]
 
 

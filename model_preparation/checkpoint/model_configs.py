@@ -101,10 +101,10 @@ def layer_shapes(config: "PreTrainedConfig", index: int = 0) -> dict[str, Shape]
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
 
     is_llamba = config.model_type == "llamba"
+    if is_llamba:
+        from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
     with refusing_impossible_models(), torch.device("meta"):
         if is_llamba and index not in config.llama_layers:
-            from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
-
             donor = config.llama_config(index) if config.has_attention else None
             layer = LlambaDecoderLayer(config, index, donor)
         else:

@@ -80,7 +80,7 @@ def _forward_from_file(
             piece = place.rows(start, start + piece_rows)
             outputs.append(nn.functional.linear(inputs, mapped.tensor(piece).to(inputs.device, dtype)))
             mapped.forget(piece)
-        joined = torch.cat(outputs, dim=-1)
-        return joined if module.bias is None else joined + module.bias
+        joined, bias = torch.cat(outputs, dim=-1), module.bias
+        return joined if bias is None else joined + bias  # type: ignore[operator]
 
     return embed if isinstance(module, nn.Embedding) else multiply

@@ -388,7 +388,7 @@ def _hub_source(hubs: list[str], repo: str, revision: str | None, need: Need, na
             return Source(snapshot.folder, hub, repo, snapshot.revision)
         if snapshot.trouble:
             failures.append(f"{TITLES[hub]} {snapshot.trouble}, and the copy in {snapshot.folder} lacks {missing}")
-            advice = "Run this again when the hub answers, to complete the copy (if that fails, delete its folder)"
+            advice = "Run this again once the hub answers, to complete the copy (if that fails, delete its folder)"
         else:
             failures.append(f"{TITLES[hub]}'s repository, now in {snapshot.folder}, lacks {missing}")
     instead = f"--source {name}=/path/to/folder" if name in TABLE else "its path instead of the id"

@@ -60,7 +60,7 @@ def test_a_score_is_told_as_what_it_is(info):
     info["mmlu_score"] = 0.57
     given = card(info)
     assert "MMLU 0.5700: the author gave this number" in given.text
-    assert "not measured by this software" in " ".join(given.text.split())
+    assert "This software did not measure it" in " ".join(given.text.split())
     for other in (unmeasured, given):
         assert other.data.eval_results is None
         assert "model-index" not in other.data.to_dict()

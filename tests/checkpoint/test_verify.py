@@ -83,8 +83,8 @@ def test_a_whole_checkpoint_passes_with_base_and_donor(checkpoint, base_dir, lay
 
 def test_what_was_not_compared_is_said_with_the_flag_that_does_it(checkpoint):
     checks = "\n".join(verify(checkpoint).checks)
-    assert "--base NAME|PATH does that" in checks
-    assert "--llama_layers_dir DIR does that" in checks
+    assert "--base NAME|PATH compares them" in checks
+    assert "--llama_layers_dir DIR compares them" in checks
 
 
 def test_each_of_a_thousand_flipped_bytes_is_found(checkpoint):
