@@ -252,7 +252,7 @@ def test_a_graft_on_a_healed_checkpoint_keeps_what_was_trained(checkpoint_dir, b
     assert {origins[name] for name in origins if ".layers.2." in name} == {"donor"}
     assert [step.get("healed", step.get("grafted")) for step in info_of(out)["descent"]] == [[1, 3], "full", [2]]
     assert run_command("verify_checkpoint", out, "--base", base_dir).returncode == 0
-    assert "Built on healed, which was healed" in (out / "README.txt").read_text()
+    assert "Built on healed, which is healed" in (out / "README.txt").read_text()
     rebuild = ("create_replaced_model_checkpoint", "--from_info", out, "--output_dir", tmp_path / "again")
     where = ("--llama_layers_dir", layers_dir)
     assert_refused(run_command(*rebuild, *where), "describes a graft on the checkpoint", "checkpoint is by --base")

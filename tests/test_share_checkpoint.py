@@ -248,7 +248,7 @@ def test_one_format_of_two_leaves_the_others_files(hub, checkpoint):
     for name, content in added.items():
         (checkpoint / name).write_bytes(content)
     entries = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in added.items()}
-    assert_refused(share(checkpoint, "--what", "hf"), "holds the format pt, not hf", "--format hf")
+    assert_refused(share(checkpoint, "--what", "hf"), "has the format pt, not hf", "--format hf")
     change_info(checkpoint, lambda info: info.update(format="both", files=info["files"] | entries))
     for what, expected in (("auto", {*FILES, *added}), ("pt", {*FILES}), ("hf", {*SIDE_FILES, *added})):
         repo = f"me/{what}"
