@@ -84,7 +84,7 @@ def test_a_list_may_be_csv_or_json(tmp_path):
         ("list.csv", "layers,name\n1,../out\n", ["'../out'"]),
         ("list.csv", "layers\n1 2\n2 1\n", ["2 entries", "llamba_replaced_1_2"]),
         ("list.csv", "layers\n", ["no combinations"]),
-        ("list.csv", "11 13\n4 5\n", ["first line must name the columns, layers among them, and is '11 13'"]),
+        ("list.csv", "11 13\n4 5\n", ["first line must name the columns (one is layers), but it is '11 13'"]),
         ("list.json", "[{", ["cannot be read"]),
         ("list.json", '{"layers": [1]}', ["not a list of objects"]),
         ("list.json", '[{"layers": [true]}]', ["entry 1", "True"]),

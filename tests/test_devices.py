@@ -124,7 +124,7 @@ def test_the_jobs_of_a_cluster_are_given_what_the_flag_says(capsys, tmp_path, gp
 
 def test_a_gpu_that_the_cluster_lacks_is_refused():
     cluster = SimpleNamespace(cluster_resources=lambda: {"CPU": 4})
-    with pytest.raises(SurgeryError, match="--device cuda is given, and the Ray cluster has no GPU"):
+    with pytest.raises(SurgeryError, match="--device cuda is given, but the Ray cluster has no GPU"):
         ray_cluster.gpus_per_job(cluster, "cuda", 1)
 
 

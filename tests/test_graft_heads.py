@@ -146,6 +146,18 @@ def test_it_verifies_and_its_recipe_gives_the_same_bytes(heads_dir, base_dir, la
     assert info["replacement_source"]["layers"].keys() == {"0", "2", "3"}
 
 
+def test_its_layers_are_extracted_with_their_heads(heads_dir, tmp_path):
+    state = torch.load(heads_dir / "model_state_dict.pt")
+    extract_layers(str(heads_dir), tmp_path / "layers")
+    extracted = {
+        f"backbone.layers.{int(path.stem.removeprefix('layer_'))}.{name}": tensor
+        for path in (tmp_path / "layers").glob("layer_*.pt")
+        for name, tensor in torch.load(path).items()
+    }
+    assert extracted.keys() == {name for name in state if name.startswith("backbone.layers.")}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in extracted.items())
+
+
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [

@@ -222,11 +222,11 @@ def test_each_donor_has_its_own_norms_and_positions(base_dir, donor_dir, layers_
 def test_donors_that_differ_in_more_are_refused(checkpoint_dir, base_dir, layers_dir, tmp_path):
     other = other_donor(layers_dir, tmp_path, intermediate_size=44)
     out = tmp_path / "out"
-    words = "other settings than the first's: intermediate_size"
+    words = "other settings than the first donor: intermediate_size"
     assert_refused(build(checkpoint_dir, other, out, "--layers", 0), words)
     named = ("--layers", "A:1", "B:3", "--llama_layers_dir", f"A={layers_dir}", f"B={other}")
     result = run_command("create_replaced_model_checkpoint", "--base", base_dir, *named, "--output_dir", out)
-    assert_refused(result, "Layer 3 is of a donor", words)
+    assert_refused(result, "The donor of layer 3", words)
     assert not out.exists()
 
 
@@ -252,10 +252,10 @@ def test_a_graft_on_a_healed_checkpoint_keeps_what_was_trained(checkpoint_dir, b
     assert {origins[name] for name in origins if ".layers.2." in name} == {"donor"}
     assert [step.get("healed", step.get("grafted")) for step in info_of(out)["descent"]] == [[1, 3], "full", [2]]
     assert run_command("verify_checkpoint", out, "--base", base_dir).returncode == 0
-    assert "Built on healed, which was healed" in (out / "README.txt").read_text()
+    assert "Built on healed, which is healed" in (out / "README.txt").read_text()
     rebuild = ("create_replaced_model_checkpoint", "--from_info", out, "--output_dir", tmp_path / "again")
     where = ("--llama_layers_dir", layers_dir)
-    assert_refused(run_command(*rebuild, *where), "is of a graft on healed", "checkpoint is by --base")
+    assert_refused(run_command(*rebuild, *where), "describes a graft on the checkpoint", "checkpoint is by --base")
     assert_refused(run_command(*rebuild, *where, "--base", checkpoint_dir), "is not the checkpoint healed")
     again = run_command(*rebuild, *where, "--base", healed)
     assert again.returncode == 0, again.stderr
@@ -292,7 +292,7 @@ def test_a_parent_that_is_not_as_it_was_built_is_refused(checkpoint_dir, base_di
     info = info_of(parent)
     info["base_model"]["path"] = str(tmp_path / "gone")
     (parent / "checkpoint_info.json").write_text(json.dumps(info))
-    assert_refused(build(parent, layers_dir, out, "--ungraft", 1), "/gone, which is not here. Put it back there")
+    assert_refused(build(parent, layers_dir, out, "--ungraft", 1), "/gone, but it is not here. Put it back there")
     shutil.copytree(base_dir, tmp_path / "gone")
     config = json.loads((base_dir / "config.json").read_text())
     (tmp_path / "gone" / "config.json").write_text(json.dumps(config | {"use_cache": True}))

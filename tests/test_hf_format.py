@@ -262,7 +262,7 @@ def test_load_checkpoint_and_the_test_command_take_it(hf_dir, checkpoint_dir, tm
         ("missing", "layer_02.safetensors is missing"),
         ("no index", "has no weights"),
         ("outside", "is outside its folder"),
-        ("foreign", "model.safetensors is not of this checkpoint"),
+        ("foreign", "model.safetensors does not belong to this checkpoint"),
         ("other", r"backbone.layers.3.input_layernorm.weight has shape none instead of \[32\]"),
     ],
 )

@@ -248,7 +248,7 @@ def test_one_format_of_two_leaves_the_others_files(hub, checkpoint):
     for name, content in added.items():
         (checkpoint / name).write_bytes(content)
     entries = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in added.items()}
-    assert_refused(share(checkpoint, "--what", "hf"), "holds the format pt, not hf", "--format hf")
+    assert_refused(share(checkpoint, "--what", "hf"), "has the format pt, not hf", "--format hf")
     change_info(checkpoint, lambda info: info.update(format="both", files=info["files"] | entries))
     for what, expected in (("auto", {*FILES, *added}), ("pt", {*FILES}), ("hf", {*SIDE_FILES, *added})):
         repo = f"me/{what}"
@@ -341,9 +341,9 @@ def test_links_and_names_that_lead_out_of_the_folder_are_refused(hub, llama_chec
         (["--licence", "Llama 3.1"], ["is not a licence id"]),
         (
             ["--licence", "llama3.1", "--repo", "me/hybrid"],
-            ["begin with Llama, and hybrid does not", "me/Llama-hybrid"],
+            ["begins with Llama, but hybrid does not", "me/Llama-hybrid"],
         ),
-        (["--licence", "llama3", "--repo", "me/Llama-8B"], ["begin with Llama-3"]),
+        (["--licence", "llama3", "--repo", "me/Llama-8B"], ["begins with Llama-3"]),
     ],
 )
 def test_a_licence_is_named_and_its_rules_kept(args, words, checkpoint):

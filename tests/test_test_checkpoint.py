@@ -473,7 +473,7 @@ def test_the_donor_of_a_name_is_where_source_says(command, copy, donor_dir):
     ("change", "other", "words"),
     [
         (lambda info: None, "nowhere/at/all", "nowhere/at/all"),
-        (lambda info: info["base_model"].update(path="/gone"), "base", "/gone, which is not here. Say where it is by"),
+        (lambda info: info["base_model"].update(path="/gone"), "base", "/gone, but it is not here. Say where it is by"),
         (lambda info: info.pop("replacement_source"), "donor", "does not say what its donor is"),
         (lambda info: info["replacement_source"].update(legacy=True), "donor", "imported from old layer files"),
     ],

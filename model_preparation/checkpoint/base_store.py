@@ -1,8 +1,8 @@
-"""Shards of a base, kept in the folder of its checkpoints, so that untouched layers are on the disk once.
+"""A store of a base's shards beside its checkpoints, so that untouched layers are on the disk once.
 
-FOLDER/.base_shards/DIGEST/ holds one safetensors file per layer of the base that some checkpoint needed. Each
-checkpoint has a reflink or hard link of it. DIGEST changes with the base's files and with the dtype. A store can be
-deleted at any time; no checkpoint needs it.
+FOLDER/.base_shards/DIGEST/ has one safetensors file for each of the base's layers that a checkpoint needed. Each
+checkpoint has a reflink or hard link of it. DIGEST depends on the base's files and on the dtype. A store can be deleted
+at any time; no checkpoint needs it.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ _NO_STORE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.EOPNOTS
 
 @dataclass(frozen=True)
 class StoredShard:
-    """A shard's SHA-256, the BLAKE3 of its tensors, and its size, time and inode when it was made; digests in hex.
+    """A shard's SHA-256, the BLAKE3 of its tensors, and its size, time and inode after writing; digests in hex.
 
-    Someone who sets the time back after a change can deceive this; it saves work and proves nothing.
+    This saves work and proves nothing: a change is not seen if someone sets the time back.
     """
 
     bytes: int
@@ -49,13 +49,13 @@ class StoredShard:
 
     @classmethod
     def of(cls, path: Path, digest: str, tensors: dict[str, str]) -> "StoredShard":
-        """Describe the file that is there now; its digests are given."""
+        """Describe the present file, which has these digests."""
         stat = path.stat()
         return cls(stat.st_size, digest, stat.st_mtime_ns, stat.st_ino, tensors)
 
     @classmethod
     def recorded(cls, path: Path) -> "StoredShard | None":
-        """What the record of the shard says, whatever the shard is now; None if there is no such record."""
+        """The record of a shard, even if the shard has changed since; None if there is no valid record."""
         try:
             fields = read_json(record_of(path))
             check_fields(fields, {"bytes": int, "digest": str, "mtime_ns": int, "inode": int, "tensors": dict})
@@ -84,12 +84,12 @@ class BaseStore:
         return [shard for shard in shards if self._stored(shard) is None]
 
     def provide(self, shard: Shard, target: Path, advance: Advance) -> tuple[dict, dict[str, str]]:
-        """Make the file `target` from the store, which gets the shard first if it lacks it.
+        """Make the file `target` from the store. A missing shard is written into the store first.
 
-        Where nothing can be shared (no links, no locks, or somebody else's store), `target` is simply written.
+        If nothing can be shared (no links, no locks, or another user's store), `target` is simply written.
 
         Returns:
-            What `Shard.write` does.
+            The values of `Shard.write`.
 
         Raises:
             OSError: from the file system: disk full, input/output error.
@@ -97,7 +97,7 @@ class BaseStore:
         if not self._usable:
             return shard.write(target, advance)
         path = self._folder / shard.file
-        with locked(self._root):  # a second builder of the same base waits here, and then finds the shard
+        with locked(self._root):  # a second build on the same base waits here, and then finds the shard
             known = self._stored(shard)
             if known is None:
                 known = self._make(shard, advance)
@@ -108,7 +108,7 @@ class BaseStore:
 
     @cached_property
     def _usable(self) -> bool:
-        """Whether files can be shared from here."""
+        """Whether files in the store can be shared."""
         try:
             with locked(self._root):
                 return can_share(self._root)
@@ -120,7 +120,7 @@ class BaseStore:
     def _stored(self, shard: Shard) -> StoredShard | None:
         """The stored shard, or None if it is missing or changed.
 
-        A shard with another header was not made here: a stranger's record would fit a stranger's shard.
+        The header is checked too: a stranger's record would fit a stranger's shard.
         """
         path = self._folder / shard.file
         known = StoredShard.recorded(path)
@@ -131,7 +131,7 @@ class BaseStore:
         return known if fits else None
 
     def _make(self, shard: Shard, advance: Advance) -> StoredShard:
-        """Write the shard into the store, read-only: checkpoints with a hard link of it share its bytes."""
+        """Write the shard into the store, read-only, as checkpoints may have hard links of it."""
         self._folder.mkdir(exist_ok=True)
         path = self._folder / shard.file
         partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
@@ -148,12 +148,12 @@ class BaseStore:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What `clean_checkpoints` removed, or would remove.
+    """The folders and files that `clean_checkpoints` removed, or would remove.
 
     Attributes:
         abandoned: folders of killed builds.
         paths: stored files.
-        size_bytes: of those files together.
+        size_bytes: total size of these files.
     """
 
     abandoned: list[Path]
@@ -162,22 +162,22 @@ class Cleaned:
 
 
 def clean_checkpoints(checkpoints: str | Path, *, dry_run: bool = False) -> Cleaned:
-    """Remove what no checkpoint of a folder needs: NAME.partial of killed builds, and unused shards of bases.
+    """Remove leftovers that no checkpoint needs: NAME.partial of killed builds, and unused shards of bases.
 
-    A shard is unused if no file is a link to it and no checkpoint lists its SHA-256. Folders and files that a running
-    build works in stay.
+    A shard is unused if no file is a link to it and no checkpoint lists its SHA-256. Folders and files of a running
+    build stay.
 
     Args:
         checkpoints: the folder that holds the checkpoints' folders.
-        dry_run: remove nothing, only return what would be removed.
+        dry_run: remove nothing, only list it.
 
     Raises:
-        SurgeryError: if there is no such folder, or there is a link in the store or in its place.
-        OSError: if the store is somebody else's.
+        SurgeryError: if the folder does not exist, or the store is a link or contains one.
+        OSError: if the store belongs to another user.
     """
     folder = Path(checkpoints).expanduser()
     if not folder.is_dir():
-        raise SurgeryError(f"{folder} is no folder. Give the one that holds the checkpoints' folders with --dir.")
+        raise SurgeryError(f"{folder} is no folder. Give the folder that holds the checkpoints' folders with --dir.")
     abandoned = remove_abandoned(folder, dry_run=dry_run)
     root = without_links(folder / STORE)
     if not root.is_dir():
@@ -195,7 +195,7 @@ def clean_checkpoints(checkpoints: str | Path, *, dry_run: bool = False) -> Clea
                 path.unlink()
                 record_of(path).unlink(missing_ok=True)
             for shards in {path.parent for path in removed}:
-                with contextlib.suppress(OSError):  # other shards are in it
+                with contextlib.suppress(OSError):  # it has other shards
                     shards.rmdir()
             if not list(root.glob("*/*.safetensors")):
                 shutil.rmtree(root)
@@ -206,24 +206,24 @@ def _digests_in_use(checkpoints: Path) -> set[str]:
     """The SHA-256 of every file that the checkpoints list."""
     found = set()
     for path in checkpoints.glob("*/checkpoint_info.json"):
-        # An unreadable description protects nothing: its checkpoint has files of its own, linked or cloned.
+        # An unreadable file protects no shard: its checkpoint has links or clones, which are files of its own.
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError, SurgeryError):
             found |= {entry["sha256"] for entry in read_json(path)["files"].values()}
     return found
 
 
 def record_of(shard: Path) -> Path:
-    """The file with the digest of a stored shard."""
+    """The file with the record of a stored shard."""
     return shard.with_suffix(".json")
 
 
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Hold the store's lock. However the process ends, its lock ends too.
+    """Hold the store's lock. The lock ends with the process, however it ends.
 
     Raises:
-        SurgeryError: if there is a link in the store, or in its place.
-        OSError: if the folder cannot be written to, or its file system has no locks.
+        SurgeryError: if the store is a link or contains one.
+        OSError: if the folder is not writable, or its file system has no locks.
     """
     lock = FileLock(root / _LOCK, fallback_to_soft=False)
     while not lock.is_locked:

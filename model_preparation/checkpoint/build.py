@@ -1,6 +1,6 @@
-"""A base and extracted layers -> a checkpoint's folder, which appears whole or not at all.
+"""Builds a checkpoint from a base and extracted layers. Its folder appears whole or not at all.
 
-While the weights are written, other threads import torch and transformers, check the graft and run the model once. If a
+While one thread writes the weights, others import torch and transformers, check the graft and run the model once. If a
 check fails, the written files are removed.
 """
 
@@ -59,18 +59,18 @@ def build_checkpoint(
     Args:
         base: a name, folder or hub id of a Llamba, as `sources.resolve` takes it. Or a checkpoint's folder: its grafts
             stay, and these are added.
-        layers: indices, in any order, each once; may be empty where there are heads, or layers to put back. With
-            several donors: a dict from a donor's name to its layers, such as {"a": [11, 13], "b": [17]}.
+        layers: indices, in any order, each once; may be empty if `heads` or `ungraft` is given. With several donors:
+            a dict from a donor's name to its layers, such as {"a": [11, 13], "b": [17]}.
         llama_layers_dir: the donor's layers: a folder written by `extract_layers`, or an open store. With
             several donors: a dict from a donor's name to its folder.
         output_dir: the checkpoint's folder; it appears whole or not at all.
-        tokenizer: name, folder or hub id to take it from; by default the base's own, else the donor's.
+        tokenizer: its name, folder or hub id; by default the base's own, else the donor's.
         description: free text for people.
-        score: an MMLU score known beforehand, as a fraction of 1.
+        score: an MMLU score that is known already, as a fraction of 1.
         device: where the smoke test runs, or a function that chooses it; the checkpoint is always written on the CPU.
         dtype: of the whole model; by default the base's.
-        format: "pt" for model.pt and model_state_dict.pt, "hf" for what transformers opens without this package, or
-            "both".
+        format: "pt" for model.pt and model_state_dict.pt, "hf" for a folder that transformers opens without this
+            package, or "both".
         overwrite: replace an existing checkpoint. The old one stays until the new one is complete.
         sources: targets by name, as `resolve(overrides=...)` takes them.
         dry_run: check and show the plan, write nothing.
@@ -78,16 +78,16 @@ def build_checkpoint(
             donors: a dict from a donor's name to such a dict.
         keep_mixer_heads: leave the mixer whole; by default its heads at the same positions are set to zero.
         ungraft: grafted layers of a checkpoint to undo: they get the weights of its recipe's base again.
-        show: called with the plan, in lines, once it is checked.
-        review: called with the new checkpoint_info.json and the plan before the folder is put in place. It may change
+        show: called with the lines of the plan after all checks.
+        review: called with the new checkpoint_info.json and the plan before the folder gets its name. It may change
             checkpoint_info.json, or raise an exception.
 
     Returns:
-        The fields of checkpoint_info.json; none with `dry_run`.
+        The fields of checkpoint_info.json; an empty dict with `dry_run`.
 
     Raises:
-        SurgeryError: if the graft is impossible or wrong, or if output_dir, disk, device or logits are not usable. No
-            files are left then.
+        SurgeryError: if the graft is impossible or wrong; if output_dir, disk or device cannot be used; or if logits
+            are not finite. Then no files are left.
     """
     check_format(format)
     if score is not None and not 0 <= score <= 1:
@@ -195,11 +195,11 @@ class _Checked:
         return model
 
 
-def _smoke_test(checking: "Future[_Checked]", go_on: Callable[[], object]) -> None:
+def _smoke_test(checking: "Future[_Checked]", check_stopped: Callable[[], object]) -> None:
     checked = checking.result()
     from model_preparation.checkpoint.smoke_test import smoke_test
 
-    smoke_test(checked.graft, checked.tokenizer, checked.device, go_on)
+    smoke_test(checked.graft, checked.tokenizer, checked.device, check_stopped)
 
 
 def _tensor_digests(graft: GraftPlan, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -215,8 +215,8 @@ def _tensor_digests(graft: GraftPlan, digests: Mapping[str, str]) -> dict[str, d
     found = {}
     for name, tensor in empty_model(graft.config).state_dict().items():
         digest = digests.get(name) or digests[tied[name]]
-        origin = "donor" if name.startswith(graft.replaced) else "base"
-        if graft.parent is not None and not name.startswith((*graft.new, *graft.ungrafted)):
+        origin = "donor" if name.startswith(graft.replaced_prefixes) else "base"
+        if graft.parent is not None and not name.startswith((*graft.new_prefixes, *graft.ungrafted_prefixes)):
             origin, wanted = recorded.get(name, (origin, None))
             if digest != wanted:
                 raise SurgeryError(
@@ -238,7 +238,7 @@ def _layer_digests(graft: GraftPlan) -> dict[str, str]:
 
 
 def _info(graft: GraftPlan, base_files: dict[str, dict]) -> dict[str, Any]:
-    """What checkpoint_info.json says of the graft."""
+    """The fields of checkpoint_info.json that describe the graft."""
     parent = graft.parent
     base = {"name": graft.base_name, **graft.base.as_dict(), "files": base_files}
     donors = graft.donor.records(graft.donor_layers)
@@ -247,12 +247,16 @@ def _info(graft: GraftPlan, base_files: dict[str, dict]) -> dict[str, Any]:
     return {
         "replaced_layers": graft.layers,
         "num_replaced_layers": len(graft.layers),
-        **_head_fields(graft),
+        **(
+            {"grafted_heads": _json_heads(graft.heads), "keep_mixer_heads": graft.keep_mixer_heads}
+            if graft.heads
+            else {}
+        ),
         "total_layers": graft.config.n_layer,
         "base_model": base if parent is None else parent.info["base_model"],
         "replacement_source": donors[0],
         **({"other_donors": donors[1:]} if donors[1:] else {}),
-        **({} if parent is None else {"descent": [*descent_of(parent.info), _step(graft, parent)]}),
+        **({} if parent is None else {"descent": [*descent_of(parent.info), _descent_step(graft, parent)]}),
         "tokenizer_source": graft.tokenizer_source,
         "num_heads": graft.config.num_attention_heads,
         "head_dim": graft.config.head_dim,
@@ -261,30 +265,24 @@ def _info(graft: GraftPlan, base_files: dict[str, dict]) -> dict[str, Any]:
     }
 
 
-def _step(graft: GraftPlan, parent: Parent) -> dict[str, Any]:
+def _descent_step(graft: GraftPlan, parent: Parent) -> dict[str, Any]:
     """The entry for this graft in `descent`."""
-    heads = {str(index): of_layer for index, of_layer in graft.new_heads.items()}
     return {
         "from": describe_parent(parent.folder, parent.info),
         "grafted": graft.new_layers,
-        **({"grafted_heads": heads} if heads else {}),
+        **({"grafted_heads": _json_heads(graft.new_heads)} if graft.new_heads else {}),
         "ungrafted": parent.ungrafted,
         "donors": [record["id"] for record in graft.donor.records(graft.donor_layers)],
     }
 
 
-def _head_fields(graft: GraftPlan) -> dict[str, Any]:
-    """The fields that only checkpoints with grafted heads have."""
-    if not graft.heads:
-        return {}
-    return {
-        "grafted_heads": {str(index): heads for index, heads in graft.heads.items()},
-        "keep_mixer_heads": graft.keep_mixer_heads,
-    }
+def _json_heads(heads: Mapping[int, list[int]]) -> dict[str, list[int]]:
+    """The same dict with JSON's keys."""
+    return {str(index): layer_heads for index, layer_heads in heads.items()}
 
 
 def _generation_config(graft: GraftPlan, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """Special tokens of the base, else of the donor, else of the tokenizer; greedy decoding unless asked otherwise."""
+    """The special tokens of the base, else of the donor, else of the tokenizer. Decoding is greedy by default."""
     if graft.parent is not None:
         return dict(graft.parent.info["generation_config"])
     given = read_generation_config(graft.base.folder) or graft.donor.metadata["generation_config"] or {}

@@ -1,4 +1,4 @@
-"""The one writer of checkpoint folders: all that belongs around the weights, checkpoint_info.json last.
+"""The one writer of checkpoint folders: it adds all other files to the weights, checkpoint_info.json last.
 
 Builds, rebuilds and healing end here. A folder without checkpoint_info.json is no checkpoint.
 """
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 
 INDEX = "model.safetensors.index.json"
-ADAPTER, TRAINING_LOG, LOSS_CURVE = "adapter", "training_log.jsonl", "loss_curve.png"  # a healed checkpoint's
+ADAPTER, TRAINING_LOG, LOSS_CURVE = "adapter", "training_log.jsonl", "loss_curve.png"  # only of healed checkpoints
 
-_OF_THE_PARENT = (
+_COPIED_FROM_PARENT = (  # fields of checkpoint_info.json that healing does not change
     "replaced_layers",
     "num_replaced_layers",
     "grafted_heads",
@@ -64,11 +64,11 @@ _TEXT = """\
 
 Files
 {files}
-  tensor_digests.json   per tensor its origin and its digest
+  tensor_digests.json   the origin and the digest of each tensor
   checkpoint_info.json  layers, sources, digests, config: also the recipe to build it again
 {shared}
-{needs} Run the lines below with
-this folder as the current one; elsewhere, write the path before the file names.
+{needs} Run the
+lines below in this folder. In another folder, write this folder's path before the file names.
 
 {ways}
 The model is on the CPU; model.cuda() moves it.
@@ -85,15 +85,14 @@ _HF_FILES = """\
   *.py                  the model's code, for transformers without our package"""
 
 _SHARED = """
-The .safetensors files may be links to files that other checkpoints share: replace one if you must, but never write into
-it.
+Other checkpoints may share the .safetensors files by links: replace one if you must, but never write into it.
 """
 
 _NEEDS = "Loading needs the package `model_preparation` installed (pip install PATH_TO_THE_REPOSITORY)."
 _HF_NEEDS = "Loading needs transformers, and for way 1 the package `model_preparation`."
 
 _LOAD_CHECKPOINT = """\
-Model and tokenizer at once; nothing is unpickled, and the weights are read as they are used:
+Model and tokenizer at once. Nothing is unpickled, and weights are read when they are used:
 
     from model_preparation import load_checkpoint
     model, tokenizer = load_checkpoint(".")
@@ -104,7 +103,7 @@ Model and tokenizer at once; nothing is unpickled, and the weights are read as t
 
 _PT_WAYS = [
     """\
-The whole model; importing the package lets torch.load read it safely:
+The whole model. With the package imported, torch.load reads it safely:
 
     import model_preparation
     import torch
@@ -158,18 +157,18 @@ def finish_folder(
     """Make a checkpoint of a folder that has its weights; returns its checkpoint_info.json.
 
     Args:
-        info: what only the caller knows of checkpoint_info.json.
+        info: the fields of checkpoint_info.json that only the caller knows.
         format: "pt", "hf" or "both".
         files: {"bytes", "sha256"} by name of files with known digests; the others are read.
-        tensors: tensor_digests.json: dtype, shape, origin and BLAKE3 of every tensor of the state dict.
-        config: the model's.
-        generation_config: its fields.
+        tensors: the entries of tensor_digests.json: dtype, shape, origin and BLAKE3 of every tensor of the state dict.
+        config: the model's config.
+        generation_config: the fields of its generation config.
         review: called with checkpoint_info.json before it is written; may change it or raise.
 
     Raises:
         OSError: from the file system: disk full, input/output error.
     """
-    from model_preparation.checkpoint.digests import weights_digest  # which needs torch
+    from model_preparation.checkpoint.digests import weights_digest  # imports torch
 
     if format != "hf":
         tokenizer.save_pretrained(folder / TOKENIZER)
@@ -209,7 +208,7 @@ def _write_hf_files(
     generation_config: Mapping[str, Any],
     tokenizer: "PreTrainedTokenizerBase",
 ) -> None:
-    """Write all that `from_pretrained(folder, trust_remote_code=True)` reads besides the shards."""
+    """Write all files that `from_pretrained(folder, trust_remote_code=True)` reads besides the shards."""
     import torch
     from transformers import GenerationConfig
 
@@ -240,9 +239,9 @@ def write_healed(
     *,
     healing: Mapping[str, Any],
     format: str,
-    description: str = "",
-    overwrite: bool = False,
-    extras: Mapping[str, Callable[[Path], object]] | None = None,
+    description: str,
+    overwrite: bool,
+    extras: Mapping[str, Callable[[Path], object]],
 ) -> dict[str, Any]:
     """Write a healed model as a checkpoint; returns its checkpoint_info.json. The parent is only read.
 
@@ -252,22 +251,22 @@ def write_healed(
         parent_info: its checkpoint_info.json.
         healing: how the model was trained, for checkpoint_info.json.
         format: "pt", "hf" or "both".
-        extras: further files by name: a function that writes to the path it is given.
+        extras: by name of a further file, a function that writes the file to a path.
 
     Raises:
-        SurgeryError: if the folder is taken and `overwrite` is not set.
+        SurgeryError: if the folder exists and `overwrite` is not set.
         OSError: from the file system: disk full, input/output error.
     """
     with new_folder(output_dir, overwrite=overwrite, marker_file=INFO) as staging:
         size_bytes = FORMATS[format] * sum(parameter.nbytes for parameter in model.parameters())
         with bar("Writing", size_bytes, in_bytes=True) as advance:
             files = write_model(staging, model, format, advance)
-        for name, write in (extras or {}).items():
+        for name, write in extras.items():
             write(staging / name)
         return finish_folder(
             staging,
             {
-                **{name: parent_info[name] for name in _OF_THE_PARENT if name in parent_info},
+                **{name: parent_info[name] for name in _COPIED_FROM_PARENT if name in parent_info},
                 "parent": describe_parent(parent, parent_info),
                 "descent": [
                     *descent_of(parent_info),
@@ -291,7 +290,7 @@ def write_healed(
 
 
 def describe_parent(parent: Path, parent_info: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies the checkpoint that another was made from: its folder's name and its tensors' digest."""
+    """The record of a parent in its children's checkpoint_info.json: its folder's name and its tensors' digest."""
     return {
         "id": parent.resolve().name,
         "tensor_digests_sha256": parent_info["files"][TENSOR_DIGESTS]["sha256"],
@@ -300,7 +299,7 @@ def describe_parent(parent: Path, parent_info: Mapping[str, Any]) -> dict[str, A
 
 
 def _healed_digests(model: "LlambaForCausalLM", parent: Path) -> dict[str, dict[str, Any]]:
-    """tensor_digests.json: a tensor with its parent's bytes keeps its origin; any other is marked as healed."""
+    """The entries of tensor_digests.json. A tensor with the parent's bytes keeps its origin; others are "healed"."""
     from blake3 import blake3
 
     from model_preparation.checkpoint.digests import read_tensor_digests
@@ -318,12 +317,12 @@ def _healed_digests(model: "LlambaForCausalLM", parent: Path) -> dict[str, dict[
 
 
 def readme_text(info: dict[str, Any]) -> str:
-    """README.txt of a checkpoint. It follows from the recipe, not from the folder's name or later scores.
+    """The text of README.txt. It depends on the recipe alone, not on the folder's name or later scores.
 
     Args:
-        info: its checkpoint_info.json; it need not be complete yet.
+        info: checkpoint_info.json, which need not be complete yet.
     """
-    from model_preparation.llamba.transformers_versions import TESTED  # which imports transformers
+    from model_preparation.llamba.transformers_versions import TESTED  # imports transformers
 
     grafted = [f"layers {', '.join(map(str, info['replaced_layers']))}"] if info["replaced_layers"] else []
     grafted += [f"heads {heads} (layer:heads)"] if (heads := head_spec(info)) else []
@@ -341,7 +340,7 @@ def readme_text(info: dict[str, Any]) -> str:
             f"held-out loss {_loss(healing['scores']['before'])} before, {_loss(healing['scores']['after'])} after."
         )
     elif is_healed(info):
-        summary.append(f"Built on {info['descent'][-1]['from']['id']}, which was healed or built on a healed one.")
+        summary.append(f"Built on {info['descent'][-1]['from']['id']}, which is healed, or was built on a healed one.")
     if info["description"]:
         summary.insert(0, info["description"])
     has_pt, has_hf = info["format"] != "hf", info["format"] != "pt"

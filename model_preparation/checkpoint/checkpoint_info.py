@@ -14,7 +14,7 @@ from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.io.untrusted.untrusted_files import check_fields, read_json
 
 FORMAT_VERSION = 1
-FORMATS = {"pt": 2, "hf": 1, "both": 3}  # how many copies of the weights each has
+FORMATS = {"pt": 2, "hf": 1, "both": 3}  # copies of the weights in each format
 INFO = "checkpoint_info.json"
 MODULE = "model.pt"
 STATE_DICT = "model_state_dict.pt"
@@ -93,15 +93,14 @@ def grafted_heads(info: Mapping[str, Any]) -> dict[int, list[int]]:
 
 
 def descent_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The steps from the base to a checkpoint, the first one first: what was grafted, put back, or healed."""
+    """The steps from the base to a checkpoint, in order. A step grafts, undoes grafts, or heals."""
     if "descent" in info:
         return list(info["descent"])
-    heads = {name: info[name] for name in ("grafted_heads",) if name in info}
     steps: list[dict[str, Any]] = [
         {
             "from": {"id": info["base_model"]["id"]},
             "grafted": info["replaced_layers"],
-            **heads,
+            **({"grafted_heads": info["grafted_heads"]} if "grafted_heads" in info else {}),
             "donors": [donor["id"] for donor in donors_of(info)],
         }
     ]
@@ -111,29 +110,29 @@ def descent_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def is_healed(info: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint, or one that it was built from, was healed: then no recipe gives all its tensors."""
+    """Whether a checkpoint, or one of its parents, was healed. Then no recipe gives all its tensors."""
     return "healing" in info or any("healed" in step for step in info.get("descent", []))
 
 
 def needs_parent(info: Mapping[str, Any]) -> bool:
-    """Whether base and donors alone do not give a checkpoint: what it was built on is needed.
+    """Whether building a checkpoint again needs its parent, not only base and donors.
 
-    That is so after healing, and where nothing is left of the first donor, who may have given the tokenizer.
+    It does after healing. It also does if no layer of the first donor is left: that donor may have given the tokenizer.
     """
     steps = info.get("descent", [])
     return is_healed(info) or (bool(steps) and steps[0].get("donors", [])[:1] != [donors_of(info)[0]["id"]])
 
 
 def head_spec(info: Mapping[str, Any]) -> str:
-    """The heads in a checkpoint_info.json as --heads takes them, such as 13:16,17 15:11; empty if there are none."""
+    """The heads in a checkpoint_info.json in the form of --heads, such as 13:16,17 15:11; empty if there are none."""
     return heads_text(grafted_heads(info))
 
 
 def current_score(info: Mapping[str, Any], weights: str) -> float | None:
-    """The MMLU score in a checkpoint_info.json; None if it was measured on other weights than these.
+    """The MMLU score in a checkpoint_info.json; None if it was measured on other weights.
 
     Args:
-        weights: as `digest_of_checkpoint` or `recorded_weights` gives it.
+        weights: the digest from `digest_of_checkpoint` or `recorded_weights`.
     """
     measured = info.get("mmlu_result") or {}
     return info.get("mmlu_score") if measured.get("model", {}).get("weights", weights) == weights else None
@@ -157,25 +156,25 @@ def read_info(directory: str | Path) -> dict[str, Any]:
         raise SurgeryError(f"{directory} is a file. Give the checkpoint's folder, here {directory.parent}.")
     if not directory.is_dir() and str(directory) in TABLE:
         raise SurgeryError(
-            f"{directory} is the name of a model, and a checkpoint's folder is needed. Build one with "
+            f"{directory} is the name of a model, but a checkpoint's folder is needed. Build one with "
             "create_replaced_model_checkpoint.py. Only test_checkpoint.py takes models too."
         )
     if path.is_file():
         return read_info_file(path)
-    if told := what_it_is(directory):
-        raise SurgeryError(told)
+    if what := what_it_is(directory):
+        raise SurgeryError(what)
     if not directory.is_dir():
         raise SurgeryError(f"Checkpoint {directory} is not there. Build it with create_replaced_model_checkpoint.py.")
     if (directory / "config.json").is_file():
         raise SurgeryError(
-            f"{directory} is a model's folder: it has no {INFO}, as checkpoints do. Give a checkpoint's folder, or "
+            f"{directory} is a model's folder, not a checkpoint: it has no {INFO}. Give a checkpoint's folder, or "
             "build one with create_replaced_model_checkpoint.py."
         )
     raise SurgeryError(f"{directory} has no {INFO}, so it is not a complete checkpoint. Build it again.")
 
 
 def read_info_file(path: Path) -> dict[str, Any]:
-    """A checkpoint_info.json, which may be outside a checkpoint.
+    """Read a checkpoint_info.json, inside a checkpoint or anywhere else.
 
     Raises:
         SurgeryError: if it cannot be read, or this version does not know its format.

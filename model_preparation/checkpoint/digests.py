@@ -1,8 +1,7 @@
-"""What a model consists of, by digests of contents: its tensors, its config, its tokenizer.
+"""Digests of a model's contents: its tensors, its config, its tokenizer.
 
-Digests are the same wherever the same model lies, under whatever name, in however many files. Large files that have not
-changed are not read again (io/known_digests.py). tensor_digests.json, and where the tensors of a checkpoint's files
-lie, are read here too.
+They do not depend on the model's path or name, nor on the number of its files. Large files that have not changed are
+not read again (io/known_digests.py). This file also reads tensor_digests.json, and finds tensors in checkpoints' files.
 """
 
 import json
@@ -58,7 +57,7 @@ def read_tensor_digests(path: Path) -> dict[str, TensorDigest]:
     """tensor_digests.json, by the names of the state dict.
 
     Raises:
-        SurgeryError: if it is missing or not one.
+        SurgeryError: if it is missing or invalid.
     """
     try:
         fields = read_json(path)
@@ -71,7 +70,7 @@ def read_tensor_digests(path: Path) -> dict[str, TensorDigest]:
             if not isinstance(dtype, torch.dtype) or any(type(size) is not int or size < 0 for size in entry["shape"]):
                 raise ValueError(f"{name:.100} has no dtype or shape")
             if math.prod(entry["shape"]) > _MAX_NUMBERS:
-                raise ValueError(f"{name:.100} has a shape no tensor has")
+                raise ValueError(f"{name:.100} has an impossible shape")
             shape = tuple(entry["shape"])
             found[name] = TensorDigest(dtype_of(dtype), shape, entry["blake3"], entry["from"], entry["source_name"])
     except FileNotFoundError as error:
@@ -89,10 +88,10 @@ def state_dict_ranges(path: Path) -> dict[str, TensorRange]:
 def module_ranges(path: Path, wanted: nn.Module) -> tuple[dict[str, TensorRange], int]:
     """Where the tensors of model.pt lie, by their names in its state dict; and how many globals its pickle names.
 
-    Buffers that belong to no state dict are compared with those of `wanted`, a new model.
+    Buffers outside the state dict are compared with those of `wanted`, a new model.
 
     Raises:
-        SurgeryError: if its pickle names globals that are not allowed (the error names each), or holds no such model.
+        SurgeryError: if its pickle names globals that are not allowed (the error lists them), or holds another model.
     """
     with reading_tensors(path, "Build the checkpoint again."):
         found = check_pt(path, allowed_in_module())
@@ -101,22 +100,17 @@ def module_ranges(path: Path, wanted: nn.Module) -> tuple[dict[str, TensorRange]
             raise ValueError("it holds no LlambaForCausalLM")
         tensors = dict(tensors_of(module))
     ranges = pt_ranges(path, tensors)
-    kept = wanted.state_dict().keys()
-    made = dict(wanted.named_buffers())
-    for name, tensor in tensors.items():
-        if name in kept:
-            continue
-        if (
-            name not in made
-            or made[name].shape != tensor.shape
-            or not torch.allclose(made[name], tensor.to(made[name].dtype))
-        ):
+    names = wanted.state_dict().keys()
+    buffers = dict(wanted.named_buffers())
+    for name in sorted(tensors.keys() - names):
+        tensor, buffer = tensors[name], buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or not torch.allclose(buffer, tensor.to(buffer.dtype)):
             raise SurgeryError(f"{path} holds {name}, which its config does not give. Build the checkpoint again.")
-    return {name: place for name, place in ranges.items() if name in kept}, len(found.globals)
+    return {name: place for name, place in ranges.items() if name in names}, len(found.globals)
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every parameter and buffer, without calling anything that came with the module."""
+    """(name, tensor) of every parameter and buffer. No method of the module is called."""
     waiting: list[tuple[str, object]] = [("", module)]
     seen = 0
     while waiting:
@@ -134,7 +128,7 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def weights_digest(tensors: Mapping[str, tuple[Any, Any, str]]) -> str:
-    """BLAKE3 over the names, dtypes, shapes and BLAKE3 of tensors: the identity of a checkpoint's weights.
+    """BLAKE3 of the names, dtypes, shapes and BLAKE3 of tensors. It identifies a checkpoint's weights.
 
     Args:
         tensors: (dtype, shape, BLAKE3 in hex) by name.
@@ -147,7 +141,7 @@ def weights_digest(tensors: Mapping[str, tuple[Any, Any, str]]) -> str:
 
 
 def digest_of_ranges(ranges: Mapping[str, TensorRange]) -> str:
-    """`weights_digest` of tensors that lie in files.
+    """`weights_digest` of tensors in files.
 
     Raises:
         OSError: if a file cannot be read.
@@ -184,12 +178,13 @@ def _read(path: Path, wanted: Mapping[str, tuple[int, int]]) -> dict[str, str]:
 
 
 def digest_of_layers(store: LayerStore, layers: Iterable[int]) -> dict[str, str]:
-    """`weights_digest` of layers of a donor, by index. Extracted layers have their tensors' BLAKE3 in metadata.json."""
+    """`weights_digest` of each layer, by index. Extracted layers have their tensors' BLAKE3 in metadata.json."""
     found = {}
     for index in layers:
         ranges = store.ranges(index)
-        known = store.layers.get(index, {}).get("tensors")
-        digests = known if isinstance(known, dict) and known.keys() == ranges.keys() else blake3_of_tensors(ranges)
+        digests = store.layers.get(index, {}).get("tensors")
+        if not isinstance(digests, dict) or digests.keys() != ranges.keys():
+            digests = blake3_of_tensors(ranges)
         tensors = {name: (place.dtype, place.shape, digests[name]) for name, place in ranges.items()}
         found[str(index)] = weights_digest(tensors)
     return found
@@ -211,7 +206,7 @@ def digest_of_weights(path: Path) -> str:
 
 
 def digest_of_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The digest of all that decides how text becomes tokens; `save_pretrained` does not change it."""
+    """The digest of everything that turns text into tokens; `save_pretrained` does not change it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return digest_of(
         {
@@ -233,7 +228,7 @@ def digest_of_checkpoint(folder: Path) -> str:
     if read_info(folder).get("format") != "hf":
         try:
             return digest_of_ranges(state_dict_ranges(folder / STATE_DICT))
-        except SurgeryError:  # views, or what cannot be loaded at all
+        except SurgeryError:  # it holds views, or cannot be loaded
             return digest_of(digests_of_files([folder / STATE_DICT]))
     ranges = TensorFiles(folder).ranges
     for tied, name in LlambaForCausalLM._tied_weights_keys.items():
@@ -242,21 +237,21 @@ def digest_of_checkpoint(folder: Path) -> str:
 
 
 def recorded_weights(folder: Path) -> str:
-    """`weights_digest` of the weights that a checkpoint was built with, from its tensor_digests.json."""
+    """`weights_digest` of a checkpoint's weights at its build, from its tensor_digests.json."""
     tensors = read_tensor_digests(folder / TENSOR_DIGESTS)
     return weights_digest({name: (entry.dtype, entry.shape, entry.blake3) for name, entry in tensors.items()})
 
 
 def digests_as_recorded(recorded: Mapping[str, Mapping[str, Any]], folder: Path) -> tuple[dict, dict]:
-    """Digests of a model's files by name: (in a checkpoint_info.json, in `folder` now).
+    """Digests of a model's files by name: those in a checkpoint_info.json, and those of the files in `folder`.
 
     A file of another size is not read. The first versions recorded SHA-256 instead of BLAKE3.
     """
-    there: dict[str, str] = {}
+    then: dict[str, str] = {}
     now: dict[str, str | None] = {}
     for name, entry in recorded.items():
         path, kind = folder / name, "blake3" if "blake3" in entry else "sha256"
-        there[name] = entry[kind]
+        then[name] = entry[kind]
         if not path.is_file():
             now[name] = None
         elif path.stat().st_size != entry["bytes"]:
@@ -265,4 +260,4 @@ def digests_as_recorded(recorded: Mapping[str, Mapping[str, Any]], folder: Path)
             now |= digests_of_files([path])
         else:
             now[name] = remembered(path, kind, lambda path: {"": sha256_of(path)})[""]
-    return there, now
+    return then, now

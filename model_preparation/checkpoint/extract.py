@@ -1,15 +1,15 @@
-"""Layers of a donor or a Llamba, written into files of their own: extracted_llama_layers/.
+"""Writes the layers of a donor or a Llamba into files of their own: extracted_llama_layers/.
 
-The folder gets layer_NN.pt (each a plain dict of tensors), the donor's tokenizer, rotary_emb.pt, and metadata.json,
-which has the source model and the SHA-256 of each file. A few blocks are in memory at a time; the model is never built.
+The folder gets layer_NN.pt (each a plain dict of tensors), the donor's tokenizer and rotary_emb.pt. metadata.json names
+the source model and the SHA-256 of each file. A few blocks are in memory at a time; the model is never built.
 layer_store.py reads such a folder.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model_preparation.checkpoint.checkpoint_folder import write_json
 from model_preparation.checkpoint.layer_store import (
     FORMAT_VERSION,
     METADATA,
@@ -41,12 +41,12 @@ from model_preparation.io.tensors.tensor_ranges import TensorRange
 from model_preparation.llamba.donor_kinds import KINDS
 from model_preparation.versions import creation_time, versions
 
-# torch and transformers take seconds to import, and writing does not wait for them.
+# torch and transformers take seconds to import, and writing does not need them.
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-_LAYERS_AT_ONCE = 2  # each is hashed by one core
+_LAYERS_AT_ONCE = 2  # one core computes the digests of one layer
 
 
 def extract_layers(
@@ -58,14 +58,14 @@ def extract_layers(
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write the layers of a model into `output_dir` and return its metadata.
+    """Write the layers of a model into `output_dir`; returns its metadata.
 
     Args:
         model_name: a name, folder or hub id of a donor or a Llamba, as `sources.resolve` takes it.
         output_dir: the folder to make; it appears whole or not at all.
         layers: indices to extract; all by default.
         dtype: cast floating-point tensors to it; by default each keeps its own.
-        overwrite: replace a complete folder that is there.
+        overwrite: replace an existing complete folder.
         sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Raises:
@@ -129,9 +129,8 @@ def _check_and_load(
     from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 
     config = read_config(folder)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     for index in layers:
-        for name, shape in layer_shapes(config, kinds[index]).items():
+        for name, shape in layer_shapes(config, index).items():
             files.require(f"{prefix}.{index}.{name}", shape)
     return config, load_tokenizer(folder) if has_tokenizer(folder) else None
 
@@ -146,13 +145,13 @@ def complete_folder(
     source: Mapping[str, Any],
     generation_config: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Write what belongs beside the layers into `staging`, metadata.json last; returns the metadata.
+    """Add all other files to the layers in `staging`, metadata.json last; returns the metadata.
 
     Args:
-        config: of the model the layers come from.
-        tokenizer: that model's, if there is one.
-        described: what `write_layer` returned, by the layer's index as text.
-        model_name: what the user called the model.
+        config: of the layers' model.
+        tokenizer: of the layers' model, if it has one.
+        described: the entries that `write_layer` returned, by the layer's index as text.
+        model_name: the user's name for the model.
         source: the model's `Source.as_dict()`.
         generation_config: the fields of its generation_config.json, if there is one.
     """
@@ -162,9 +161,8 @@ def complete_folder(
         with refusing_impossible_models():
             rotary = KINDS[config.model_type].transformers_class("RotaryEmbedding")(config)
         content = {"inv_freq": rotary.inv_freq, "attention_scaling": rotary.attention_scaling}
-        write_together(
-            [staging / ROTARY], {}, lambda _: [content]
-        )  # torch.save raises no OSError when the disk is full
+        # Not torch.save: it raises no OSError when the disk is full.
+        write_together([staging / ROTARY], {}, lambda _: [content])
     if tokenizer is not None:
         tokenizer.save_pretrained(staging / TOKENIZER)
     num_heads, head_dim = heads_of(config)
@@ -183,7 +181,7 @@ def complete_folder(
         "extraction_time": creation_time(),
         "versions": versions(),
     }
-    (staging / METADATA).write_text(json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+    write_json(staging / METADATA, metadata)
     return metadata
 
 

@@ -1,4 +1,4 @@
-"""What a graft is made of, whether its parts fit together, and the empty model for its tensors.
+"""The parts of a graft, the checks that they fit together, and the empty model for its tensors.
 
 `find_parts` needs neither torch nor transformers, so a build writes weights while those are imported. `check_parts`
 needs both: it compares configs and shapes, finds the tokenizer, and returns a `GraftPlan`.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
 
-from model_preparation.checkpoint.checkpoint_info import INFO, grafted_heads
+from model_preparation.checkpoint.checkpoint_info import INFO, grafted_heads, is_healed
 from model_preparation.checkpoint.layer_store import (
     LayersOfSeveral,
     LayerStore,
@@ -49,16 +49,16 @@ class GraftParts:
     """The parts of a graft.
 
     Attributes:
-        base_name: what the user called the base.
+        base_name: the user's name for the base.
         base: where it is: a model's folder, or a checkpoint's.
         files: its weights.
         donor: the extracted layers.
-        layers: the indices of the layers that are the donor's, sorted.
+        layers: the indices of all grafted layers, sorted.
         dtype: of every parameter.
         heads: by layer, the donor's heads that are added to the base's mixer, sorted.
-        keep_mixer_heads: whether the mixer's heads of the same place stay beside them.
-        parent: the checkpoint that the graft starts from; None if that is a base.
-        kept: the layers whose graft is the parent's.
+        keep_mixer_heads: whether the mixer's heads at the same positions stay too.
+        parent: the checkpoint that the graft starts from; None if it starts from a base.
+        kept: the layers that were grafted in the parent already, and stay so.
     """
 
     base_name: str
@@ -84,22 +84,22 @@ class GraftParts:
 
     @property
     def donor_layers(self) -> list[int]:
-        """The layers of the donor that tensors are taken from, sorted."""
+        """The donor's layers that give tensors now, sorted."""
         return sorted([*self.new_layers, *self.new_heads])
 
     @property
-    def replaced(self) -> tuple[str, ...]:
-        """What the names of the donors' tensors begin with, per layer."""
+    def replaced_prefixes(self) -> tuple[str, ...]:
+        """The prefixes of all tensors that come from donors."""
         return donor_prefixes(self.layers, self.heads)
 
     @property
-    def new(self) -> tuple[str, ...]:
-        """What the names of the tensors begin with that are taken from the donor now."""
+    def new_prefixes(self) -> tuple[str, ...]:
+        """The prefixes of the tensors that the donor gives now."""
         return donor_prefixes(self.new_layers, self.new_heads)
 
     @property
-    def ungrafted(self) -> tuple[str, ...]:
-        """What the names of the tensors begin with that are taken from the parent's own base."""
+    def ungrafted_prefixes(self) -> tuple[str, ...]:
+        """The prefixes of the tensors that the parent's own base gives."""
         return donor_prefixes(self.parent.ungrafted if self.parent else [], [])
 
     @property
@@ -110,19 +110,19 @@ class GraftParts:
         return read_config(self.base.folder)  # type: ignore[return-value]  # by its model_type
 
     @property
-    def has_the_bases_tensors(self) -> bool:
-        """Whether all that is not grafted is the base's to the bit."""
-        return self.parent is None or self.parent.has_the_bases_tensors
+    def keeps_base_tensors(self) -> bool:
+        """Whether every tensor that is not grafted equals the base's to the bit. After healing it does not."""
+        return self.parent is None or not is_healed(self.parent.info)
 
     def files_of(self, name: str) -> TensorFiles:
-        """The files that hold a tensor which is not taken from the donor now."""
-        if self.parent is not None and self.parent.own is not None and name.startswith(self.ungrafted):
-            return self.parent.own
+        """The files that hold a tensor; for tensors that the donor does not give."""
+        if self.parent is not None and self.parent.own_base is not None and name.startswith(self.ungrafted_prefixes):
+            return self.parent.own_base
         return self.files
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Where every parameter of the grafted model lies, by its name there. Layer 2 comes before layer 10.
+        """Where each parameter lies in a file, by its name in the grafted model. Layer 2 comes before layer 10.
 
         Raises:
             SurgeryError: if a layer's file is missing or damaged.
@@ -130,33 +130,36 @@ class GraftParts:
         found: dict[str, StoredTensor] = {
             name: place
             for name, place in self.files.ranges.items()
-            if not name.startswith((*self.new, *self.ungrafted))
+            if not name.startswith((*self.new_prefixes, *self.ungrafted_prefixes))
         }
         if ties_embeddings(self.base.folder) if self.parent is None else self.parent.config.tie_embeddings:
             found.pop("lm_head.weight", None)  # the embedding is the head
-        if self.parent is not None and self.parent.own is not None:
-            own = self.parent.own.ranges.items()
-            found |= {name: at for name, at in own if name.startswith(self.ungrafted) and not name.startswith(self.new)}
+        if self.parent is not None and self.parent.own_base is not None:
+            found |= {
+                name: place
+                for name, place in self.parent.own_base.ranges.items()
+                if name.startswith(self.ungrafted_prefixes) and not name.startswith(self.new_prefixes)
+            }
         for index in self.new_layers:
-            found |= {f"backbone.layers.{index}.{name}": at for name, at in self.donor.ranges(index).items()}
+            found |= {f"backbone.layers.{index}.{name}": place for name, place in self.donor.ranges(index).items()}
         for index, heads in self.new_heads.items():
             taken = self.donor.head_ranges(index, heads)
-            found |= {f"backbone.layers.{index}.attention.{name}": at for name, at in taken.items()}
-        return {name: found[name] for name in sorted(found, key=_in_order)}
+            found |= {f"backbone.layers.{index}.attention.{name}": place for name, place in taken.items()}
+        return {name: found[name] for name in sorted(found, key=_natural_order)}
 
     @property
     def parameters(self) -> int:
-        """Numbers in the model; tied ones are counted once."""
+        """How many parameters the model has; tied ones count once."""
         return sum(place.numel for place in self.tensors.values())
 
     @property
     def weight_bytes(self) -> int:
-        """Size of the weights, written once."""
+        """The size of one copy of the weights."""
         return self.parameters * self.dtype.itemsize
 
     @property
     def base_paths(self) -> list[Path]:
-        """The files that determine the base: its config, its weights, their index. A parent's recipe has them."""
+        """The files that determine the base: config, weights, index. None for a parent, as its recipe lists them."""
         return [] if self.parent is not None else [self.base.folder / "config.json", *self.files.paths()]
 
 
@@ -167,8 +170,8 @@ class GraftPlan(GraftParts):
     Attributes:
         config: the grafted model's.
         casts: in words, which tensors change their dtype; empty if none does.
-        tokenizer: the folder the tokenizer is taken from.
-        tokenizer_of: in words, who the tokenizer comes from.
+        tokenizer: the folder that the tokenizer comes from.
+        tokenizer_of: its owner in words.
         tokenizer_source: its `Source.as_dict()`, if it comes neither from the base nor from the donor.
     """
 
@@ -201,16 +204,16 @@ class GraftPlan(GraftParts):
 
     def _describe_donor(self) -> list[str]:
         donor = self.donor
-        before = {} if self.parent is None else self.parent.owners()
-        instead = {index: f", instead of {owner}" for index, owner in before.items()}
+        owners = {} if self.parent is None else self.parent.owners()
+        instead = {index: f", instead of {owner}" for index, owner in owners.items()}
         whole = ", the mixer stays whole" if self.keep_mixer_heads else ""
         return [
             *donor.describe(),
             *(f"Layer {index:>3}    <- {donor.path(index)}{instead.get(index, '')}" for index in self.new_layers),
             *(
-                f"Layer {index:>3}    <- head{'s' * (len(of_layer) > 1)} {', '.join(map(str, of_layer))} of "
+                f"Layer {index:>3}    <- head{'s' * (len(heads) > 1)} {', '.join(map(str, heads))} of "
                 f"{donor.path(index)}{whole}{instead.get(index, '')}"
-                for index, of_layer in self.new_heads.items()
+                for index, heads in self.new_heads.items()
             ),
         ]
 
@@ -222,9 +225,9 @@ class GraftPlan(GraftParts):
             f"Which is     a checkpoint, built on {parent.info['base_model']['id']}",
             *(f"Layer {index:>3}    stays {owners[index]}" for index in sorted(self.kept)),
             *(
-                f"Layer {index:>3}    <- the base's own ({parent.own.folder})"
+                f"Layer {index:>3}    <- the base's own ({parent.own_base.folder})"
                 for index in parent.ungrafted
-                if parent.own
+                if parent.own_base
             ),
         ]
 
@@ -237,10 +240,10 @@ def plan(
     tokenizer: str | None = None,
     dtype: "torch.dtype | str | None" = None,
     sources: Mapping[str, str] | None = None,
-    **of_heads: Any,
+    **options: Any,
 ) -> GraftPlan:
-    """`find_parts`, then `check_parts`; their arguments."""
-    parts = find_parts(base_name, layers, llama_layers_dir, dtype=dtype, sources=sources, **of_heads)
+    """`find_parts`, then `check_parts`, with their arguments."""
+    parts = find_parts(base_name, layers, llama_layers_dir, dtype=dtype, sources=sources, **options)
     return check_parts(parts, tokenizer=tokenizer, sources=sources)
 
 
@@ -259,21 +262,21 @@ def find_parts(
 
     Args:
         base_name: a name, folder or hub id of a Llamba, as `sources.resolve` takes it; or a checkpoint's folder.
-        layers: indices, in any order, each once; of several donors, by a name for each.
-        llama_layers_dir: a folder written by `extract_layers`, or an open store; of several donors, folders by name.
+        layers: indices, in any order, each once; for several donors, a dict of them by donor's name.
+        llama_layers_dir: a folder written by `extract_layers`, or an open store; for several donors, folders by name.
         dtype: of the whole model; by default the base's.
         sources: targets by name, as `resolve(overrides=...)` takes them.
-        heads: by layer, the donor's heads to add to the base's mixer; of several donors, such a dict by name.
-        keep_mixer_heads: whether the mixer's heads of the same place stay beside them.
-        ungraft: grafted layers of a checkpoint that get back what its recipe's base has there.
+        heads: by layer, the donor's heads to add to the base's mixer; for several donors, such a dict by name.
+        keep_mixer_heads: whether the mixer's heads at the same positions stay too.
+        ungraft: grafted layers of a checkpoint to undo: they get the weights of its recipe's base again.
 
     Raises:
         SurgeryError: if base or donor is missing or cannot be read, the base is no Llamba, or a layer is out of range.
     """
     chosen: Mapping[Any, Any] = heads or {}
-    has_names = any(isinstance(of_donor, Mapping) for of_donor in chosen.values())
+    has_names = any(isinstance(donor_heads, Mapping) for donor_heads in chosen.values())
     if isinstance(layers, Mapping) or isinstance(llama_layers_dir, Mapping) or has_names:
-        layers, llama_layers_dir, chosen = _of_several(layers, llama_layers_dir, chosen)
+        layers, llama_layers_dir, chosen = _several_donors(layers, llama_layers_dir, chosen)
     added = {index: sorted_layers(chosen[index], "head") for index in sorted(chosen)}
     ungraft = sorted_layers(ungraft) if len(ungraft) else []
     layers = sorted_layers(layers) if len(layers) or not (added or ungraft) else []
@@ -295,15 +298,14 @@ def find_parts(
     base, total = find_base(base_name, sources)
     check_range([*layers, *added], total, str(base.folder))
     files = TensorFiles(base.folder)
-    kept: frozenset[int] = frozenset()
     dtype = wanted or files.dtype()
-    return GraftParts(base_name, base, files, donor, layers, dtype, added, keep_mixer_heads, None, kept)
+    return GraftParts(base_name, base, files, donor, layers, dtype, added, keep_mixer_heads, None, frozenset())
 
 
-def _of_several(
+def _several_donors(
     layers: Any, folders: Any, heads: Mapping[Any, Any]
 ) -> tuple[list[int], LayersOfSeveral, dict[int, Sequence[int]]]:
-    """The layers and heads of several donors, and where they are; from a dict of each, by name."""
+    """(layers, store, heads) of several donors, from dicts by the donors' names."""
     layers = layers or {}
     are_named = all(isinstance(given, Mapping) for given in (layers, folders, *heads.values()))
     if not are_named or layers.keys() | heads.keys() != folders.keys():
@@ -313,10 +315,10 @@ def _of_several(
         )
     chosen = {name: sorted_layers(indices) for name, indices in layers.items()}
     found: dict[int, Sequence[int]] = {}
-    for of_donor in heads.values():
-        if both := sorted(found.keys() & of_donor.keys()):
-            raise SurgeryError(f"Heads of layer {both[0]} are named for two donors. Take those of one.")
-        found |= of_donor
+    for donor_heads in heads.values():
+        if both := sorted(found.keys() & donor_heads.keys()):
+            raise SurgeryError(f"Heads of layer {both[0]} are named for two donors. Name them for one donor only.")
+        found |= donor_heads
     stores = [
         (LayerStore(folder, hint=None), [*chosen.get(name, []), *heads.get(name, {})])
         for name, folder in folders.items()
@@ -333,7 +335,7 @@ def _on_parent(
     dtype: DType | None,
     keep_mixer_heads: bool,
 ) -> GraftParts:
-    """The parts of a graft on a checkpoint: what it has, without what goes, with what comes."""
+    """The parts of a graft on a checkpoint: its earlier grafts, without the undone ones, and the new ones."""
     info, folder = parent.info, parent.folder
     check_range([*layers, *heads], info["total_layers"], str(folder))
     if both := sorted(set(parent.ungrafted) & set(layers)):
@@ -344,15 +346,16 @@ def _on_parent(
     whole = [index for index in info["replaced_layers"] if index not in gone]
     if both := sorted(set(whole) & heads.keys()):
         raise SurgeryError(
-            f"Layer {both[0]} of {folder} is grafted whole, so it has all heads. Add --ungraft {both[0]} to have only "
-            "these."
+            f"Layer {both[0]} of {folder} is grafted whole, so it has all heads. Add --ungraft {both[0]} to graft only "
+            "these heads."
         )
-    old = {index: of_layer for index, of_layer in grafted_heads(info).items() if index not in {*gone, *heads}}
+    old = {index: earlier for index, earlier in grafted_heads(info).items() if index not in {*gone, *heads}}
     keeps = info.get("keep_mixer_heads", False)
     if old and heads and keep_mixer_heads != keeps:
         raise SurgeryError(
-            f"{folder} {'keeps' if keeps else 'switches off'} the mixer's heads beside its grafted ones, and a model "
-            f"does one or the other. {'Add' if keeps else 'Leave out'} --keep_mixer_heads, or --ungraft those layers."
+            f"{folder} {'keeps' if keeps else 'switches off'} the mixer's heads in layers with grafted heads, and all "
+            f"layers of a model must do the same. {'Add' if keeps else 'Leave out'} --keep_mixer_heads, or undo the "
+            "earlier heads with --ungraft."
         )
     if not (whole or old or layers or heads):
         raise SurgeryError(f"Nothing would be left grafted in {folder}. Use its base, or leave a layer grafted.")
@@ -360,8 +363,8 @@ def _on_parent(
     assert stored is not None
     if dtype is not None and dtype != stored:
         raise SurgeryError(
-            f"{folder} is in {stored.name}, and a graft on it stays so. Leave --dtype {dtype.name} out, or build from "
-            "a base."
+            f"{folder} is in {stored.name}, and a graft on it has the same dtype. Leave --dtype {dtype.name} out, or "
+            "build from a base."
         )
     all_heads = {index: (old | heads)[index] for index in sorted(old | heads)}
     return GraftParts(
@@ -397,7 +400,7 @@ def check_parts(
 
     Args:
         parts: from `find_parts`.
-        tokenizer: name, folder or hub id to take it from; by default the base's own, else the donor's.
+        tokenizer: its name, folder or hub id; by default the base's own, else the donor's.
         sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Raises:
@@ -409,14 +412,14 @@ def check_parts(
             f"{parts.base.folder} has grafted layers already, but no {INFO}. Start from a base or from a checkpoint."
         )
     if parts.parent is not None:
-        parts.parent.check_own()
+        parts.parent.check_own_base()
     for store in parts.donor.stores:
         _check_donor(base_config, store)
     parts.donor.check(parts.donor_layers)
     donor = parts.donor if parts.donor_layers else None
     config = grafted_config(base_config, donor, parts.layers, parts.heads, parts.keep_mixer_heads, kept=parts.kept)
     casts = _check_tensors(parts, config)
-    tokenizer_folder, tokenizer_of, other = _find_tokenizer(parts, tokenizer, sources)
+    tokenizer_folder, tokenizer_of, tokenizer_source = _find_tokenizer(parts, tokenizer, sources)
     config.dtype = parts.dtype.torch
     return GraftPlan(
         **{field.name: getattr(parts, field.name) for field in dataclasses.fields(GraftParts)},
@@ -424,7 +427,7 @@ def check_parts(
         casts=casts,
         tokenizer=tokenizer_folder,
         tokenizer_of=tokenizer_of,
-        tokenizer_source=other,
+        tokenizer_source=tokenizer_source,
     )
 
 
@@ -437,12 +440,12 @@ def grafted_config(
     *,
     kept: Collection[int] = (),
 ) -> "LlambaConfig":
-    """The base's config with the settings of the donor's attention; it names the donor's layers and heads.
+    """The base's config with the settings of the donor's attention, and with the grafted layers and heads.
 
     Layers in `kept` are grafted in the base already, and keep their settings.
 
     Raises:
-        SurgeryError: if donors differ in more than each layer can have for itself, or cannot give single heads.
+        SurgeryError: if donors differ in settings that one model cannot have twice, or cannot give single heads.
     """
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
@@ -451,10 +454,10 @@ def grafted_config(
     fields.pop("_name_or_path", None)  # a path of this machine
     fields.pop("auto_map", None)  # names files in the base's folder
     fields["architectures"] = [LlambaForCausalLM.__name__]
-    # The same bytes in model.pt, whether the base's config named them or not.
+    # So model.pt has the same bytes whether the base's config has this field or not.
     fields["label2id"] = {label: int(index) for index, label in fields.get("id2label", {}).items()}
     fields["llama_layers"] = list(layers)
-    fields["llama_heads"] = {str(index): list(of_layer) for index, of_layer in heads.items()}
+    fields["llama_heads"] = {str(index): list(layer_heads) for index, layer_heads in heads.items()}
     fields["keep_mixer_heads"] = keep_mixer_heads and bool(heads)
     if donor is not None and not kept:
         fields["donor_type"] = donor.config.model_type
@@ -463,36 +466,36 @@ def grafted_config(
     others = fields.get("other_llama_cfgs", {})
     fields["other_llama_cfgs"] = {index: others[index] for index in others if int(index) in kept}
     for index in sorted({*layers, *heads} - {*kept}):
-        assert donor is not None  # who gives what is not kept
+        assert donor is not None  # it gives every layer that is not kept
         config = donor.config_of(index)
         own = KINDS[config.model_type].settings(config)
-        if odd := {name: value for name, value in own.items() if value != fields["llama_cfg"].get(name)}:
-            if config.model_type != fields.get("donor_type", "llama") or not odd.keys() <= {*OF_EACH_DONOR}:
+        if differing := {name: value for name, value in own.items() if value != fields["llama_cfg"].get(name)}:
+            if config.model_type != fields.get("donor_type", "llama") or not differing.keys() <= {*OF_EACH_DONOR}:
                 raise SurgeryError(
-                    f"Layer {index} is of a donor with other settings than the first's: {', '.join(odd)}. "
+                    f"The donor of layer {index} has other settings than the first donor: {', '.join(differing)}. "
                     f"Layers of one model may differ in {', '.join(OF_EACH_DONOR)} only: give another donor."
                 )
-            fields["other_llama_cfgs"][str(index)] = odd
-    for index, of_layer in heads.items():
-        check_heads(index, of_layer, fields["llama_cfg"]["num_attention_heads"])
+            fields["other_llama_cfgs"][str(index)] = differing
+    for index, layer_heads in heads.items():
+        check_heads(index, layer_heads, fields["llama_cfg"]["num_attention_heads"])
     if heads and fields["llama_cfg"].get("attention_bias"):
         raise SurgeryError(
             "The donor's attention has a bias on its output (attention_bias), which belongs to no head. Graft whole "
             "layers with --layers, or give another donor."
         )
-    fields["use_cache"] = False  # plain forward passes need none; `generate` asks for it by itself
+    fields["use_cache"] = False  # a plain forward pass needs no cache; `generate` asks for one itself
     with refusing_impossible_models():
         return LlambaConfig.from_dict(fields)
 
 
 def empty_model(config: "LlambaConfig") -> "LlambaForCausalLM":
-    """The model without memory for its parameters (meta device); its few buffers are real, on the CPU."""
+    """The model with parameters on the meta device, which take no memory. Its few buffers are real, on the CPU."""
     import torch
 
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
     from model_preparation.llamba import LlambaForCausalLM
 
-    # The device is of this thread only, unlike accelerate's init_empty_weights.
+    # This sets the device for this thread only, unlike accelerate's init_empty_weights.
     with torch.device("meta"), refusing_impossible_models():
         model = LlambaForCausalLM(config)
     model.backbone.make_rotary_embeddings()
@@ -518,7 +521,7 @@ def _check_donor(base: "LlambaConfig", donor: LayerStore) -> None:
 
 
 def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
-    """Compare every tensor's shape with what the grafted config asks for; returns the casts, in words."""
+    """Compare every tensor's shape with the grafted config; returns the casts, in words."""
     donor_dtypes: set[DType] = set()
     donor = parts.donor
     for index in parts.donor_layers:
@@ -526,10 +529,10 @@ def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
         ranges = donor.ranges(index)
         donor_dtypes |= {place.dtype for place in ranges.values()}
         found = {name: place.shape for name, place in ranges.items()}
-        if odd := sorted(name for name in found.keys() | wanted if found.get(name) != wanted.get(name)):
+        if differing := sorted(name for name in found.keys() | wanted if found.get(name) != wanted.get(name)):
             raise SurgeryError(
-                f"{donor.path(index)} does not hold the layer its metadata.json describes ({', '.join(odd[:3])}). "
-                "Extract the layers again."
+                f"{donor.path(index)} does not hold the layer its metadata.json describes "
+                f"({', '.join(differing[:3])}). Extract the layers again."
             )
     base_dtypes: set[DType] = set()
     parameters = dict(empty_model(config).named_parameters())  # tied ones once
@@ -537,7 +540,7 @@ def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
         if name not in parameters:
             raise SurgeryError(f"{parts.files.folder} holds {name}, for which a Llamba of its config has no place.")
     for name, parameter in parameters.items():
-        if not name.startswith(parts.new):
+        if not name.startswith(parts.new_prefixes):
             files = parts.files_of(name)
             files.require(name, parameter.shape)
             base_dtypes.add(files.ranges[name].dtype)
@@ -551,7 +554,7 @@ def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
 def _find_tokenizer(
     parts: GraftParts, asked: str | None, sources: Mapping[str, str] | None
 ) -> tuple[Path, str, dict[str, str | None] | None]:
-    """(folder, its owner in words, the record of its source if that is neither the base nor the donor)."""
+    """(folder, owner in words, record of the source). Only a tokenizer of neither base nor donor has a record."""
     if asked is None and parts.parent is not None:
         return parts.parent.tokenizer, "the checkpoint's", parts.parent.info.get("tokenizer_source")
     if asked is None and has_tokenizer(parts.base.folder):
@@ -567,12 +570,12 @@ def _find_tokenizer(
 
 
 def donor_prefixes(layers: Iterable[int], heads: Iterable[int | str]) -> tuple[str, ...]:
-    """What the names of the donor's tensors begin with, by grafted layers and by layers with grafted heads."""
+    """The prefixes of the donor's tensors, for grafted layers and for layers with grafted heads."""
     return (
         *(f"backbone.layers.{index}." for index in layers),
         *(f"backbone.layers.{index}.attention." for index in heads),
     )
 
 
-def _in_order(name: str) -> str:
+def _natural_order(name: str) -> str:
     return re.sub(r"\d+", lambda number: number[0].zfill(9), name)

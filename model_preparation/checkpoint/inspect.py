@@ -1,8 +1,8 @@
-"""A look inside files and folders of tensors: names, numbers, digests, and how two of them differ.
+"""Shows the contents of files and folders of tensors (names, numbers, digests), and the differences between two.
 
-What can be read: a .safetensors file; a file of torch.save with tensors and plain values, however nested; a `model.pt`
-of ours; a checkpoint, a state of a healing run, extracted layers, an adapter, a Hugging Face folder. A few megabytes
-are in memory at a time. No code is run: a file that names any is refused.
+It reads .safetensors files, files of torch.save with nested tensors and plain values, and our `model.pt`. A folder may
+be a checkpoint, a state of a healing run, extracted layers, an adapter, or a Hugging Face model. A few megabytes are in
+memory at a time. No code is run: a file that names code is refused.
 """
 
 import fnmatch
@@ -44,11 +44,11 @@ class Contents:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of a tensor's finite numbers; NaN where there are none.
+    """Statistics of a tensor's finite numbers; NaN if it has none.
 
     Attributes:
-        std: around the mean, of all numbers (not of a sample).
-        not_finite: how many are infinite or no numbers.
+        std: the population's standard deviation.
+        not_finite: how many numbers are infinite or NaN.
         blake3: of the bytes, as in tensor_digests.json.
     """
 
@@ -62,7 +62,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two tensors of one shape: the largest absolute difference, and the norm of all relative to the second's."""
+    """The largest absolute difference of two tensors, and the norm of their difference relative to the second."""
 
     largest: float
     relative: float
@@ -76,17 +76,17 @@ def inspect_checkpoint(
     as_json: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
-    """A line per tensor of a file or folder, then the plain values, then the sums.
+    """A line per tensor of a file or folder, then the plain values, then the totals.
 
     Args:
         path: a file or folder of tensors, or a model's name or hub id, as `sources.resolve` takes it.
-        pattern: of the names, such as "*.mlp.*"; or what they begin with, up to a dot.
-        diff: another such place; the lines then say which tensors differ, and how.
+        pattern: for the names, such as "*.mlp.*"; or their beginning, up to a dot.
+        diff: another such path; the lines then say which tensors differ, and how.
         as_json: one JSON object per tensor, with its digest in full.
         sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Raises:
-        SurgeryError: if nothing of the kind is there, no name fits, a file is damaged, or one names a global that could
+        SurgeryError: if the path has no tensors, no name fits, a file is damaged, or a file names a global that could
             run code.
     """
     place = place_of(path, sources)
@@ -96,7 +96,7 @@ def inspect_checkpoint(
 
 
 def place_of(given: str | Path, sources: Mapping[str, str] | None = None) -> Path:
-    """The path that was given, or the folder of the model with this name."""
+    """The given path, or the folder of the model with this name."""
     path = Path(given).expanduser()
     if path.exists() or (str(given) not in TABLE and ":" not in str(given)):
         return path
@@ -113,15 +113,15 @@ def _lines(path: Path, pattern: str, as_json: bool) -> Iterator[str]:
     for name, place in contents.tensors.items():
         found = statistics_of(place)
         if as_json:
-            fields: dict[str, Any] = {"name": name, "dtype": str(place.dtype).removeprefix("torch.")}
+            fields: dict[str, Any] = {"name": name, "dtype": place.dtype.name}
             fields |= {"shape": list(place.shape), "bytes": place.size_bytes} | asdict(found)
-            # JSON has no NaN
+            # JSON has no NaN.
             yield json.dumps({what: None if value != value else value for what, value in fields.items()})
             continue
         numbers = f"mean {found.mean:+.3e}  std {found.std:.3e}  min {found.least:+.3e}  max {found.most:+.3e}"
-        odd = f"  NOT FINITE: {found.not_finite}" if found.not_finite else ""
+        not_finite = f"  NOT FINITE: {found.not_finite}" if found.not_finite else ""
         size = decimal(place.size_bytes)
-        yield f"{name:<{width}}  {_kind(place)}  {size}  {numbers}  {found.blake3[:_SHOWN_DIGITS]}{odd}"
+        yield f"{name:<{width}}  {_kind(place)}  {size}  {numbers}  {found.blake3[:_SHOWN_DIGITS]}{not_finite}"
     for name, value in contents.values.items():
         yield json.dumps({"name": name, "value": repr(value)}) if as_json else f"{name} = {value!r:.100}"
     if not as_json:
@@ -131,7 +131,7 @@ def _lines(path: Path, pattern: str, as_json: bool) -> Iterator[str]:
 
 
 def _differences(path: Path, other: Path, pattern: str) -> Iterator[str]:
-    """A line per tensor that is not the same in both, then the counts."""
+    """A line per tensor that differs, then the counts."""
     ours, theirs = (_matching(contents_of(one), pattern).tensors for one in (path, other))
     if not (ours or theirs):
         raise SurgeryError(f"No tensor in {path} or {other} fits {pattern!r}.")
@@ -156,7 +156,7 @@ def _differences(path: Path, other: Path, pattern: str) -> Iterator[str]:
 
 
 def _matching(contents: Contents, pattern: str) -> Contents:
-    """What fits a pattern such as "*.mlp.*", or begins with it and a dot."""
+    """The contents with names that fit a pattern such as "*.mlp.*", or begin with it and a dot."""
 
     def fits(name: str) -> bool:
         return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
@@ -168,13 +168,13 @@ def _matching(contents: Contents, pattern: str) -> Contents:
 
 
 def _kind(place: TensorRange) -> str:
-    return f"{str(place.dtype).removeprefix('torch.')} {list(place.shape)}"
+    return f"{place.dtype.name} {list(place.shape)}"
 
 
 def contents_of(path: Path) -> Contents:
     """The content of a file or folder.
 
-    In a folder with several files that are no shards of one model, every name begins with its file's name.
+    If a folder has several files that are not shards of one model, every name begins with its file's name.
 
     Raises:
         SurgeryError: as `inspect_checkpoint`.
@@ -220,13 +220,13 @@ def _in_file(path: Path) -> Contents:
         return Contents(pt_ranges(path, tensors), values)
     except (SurgeryError, OSError):
         raise
-    except Exception as error:  # what passes the checks may still make torch raise anything at all
+    except Exception as error:  # a file that passes the checks may still make torch raise any error
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise SurgeryError(f"{path} is refused: {reason}. Only tensors and plain values can be looked at.") from error
+        raise SurgeryError(f"{path} is refused: {reason}. Only tensors and plain values can be shown.") from error
 
 
 def _flat(value: object, name: str) -> Iterator[tuple[str, Any]]:
-    """(name, tensor or plain value) of everything inside, names joined by dots; long rows of numbers count as one."""
+    """(name, tensor or plain value) of everything inside, with names joined by dots. A list of plain values is one."""
     if isinstance(value, dict):
         pairs = list(value.items())
     elif isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple | Tensor) for item in value):
@@ -239,7 +239,7 @@ def _flat(value: object, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def statistics_of(place: TensorRange) -> Statistics:
-    """Read a tensor once."""
+    """Statistics of a tensor, which is read once."""
     digest = blake3()
     count, total, squares, least, most = 0, 0.0, 0.0, math.inf, -math.inf
     for piece in _pieces(place):
@@ -259,7 +259,7 @@ def statistics_of(place: TensorRange) -> Statistics:
 
 
 def difference_of(ours: TensorRange, theirs: TensorRange) -> Difference:
-    """Read two tensors of one shape once; their dtypes may differ."""
+    """The difference of two tensors of one shape, which are read once. Their dtypes may differ."""
     largest = squares = norm = 0.0
     for a, b in zip(_pieces(ours), _pieces(theirs), strict=True):
         change = a.double() - b.double()
@@ -270,7 +270,7 @@ def difference_of(ours: TensorRange, theirs: TensorRange) -> Difference:
 
 
 def _pieces(place: TensorRange) -> Iterator[Tensor]:
-    """The tensor's numbers in order, flat, some at a time."""
+    """The tensor's numbers in order, in flat pieces."""
     mapped = MappedFiles()
     flat = mapped.tensor(place).reshape(-1)
     yield from flat.split(_PIECE_NUMBERS) if flat.numel() else ()

@@ -1,8 +1,8 @@
-"""Layers of a donor: extracted into files of their own, or in the donor's own files.
+"""A donor's layers: extracted into files of their own, or in the donor's own files.
 
-`LayerStore` reads a folder that extract.py wrote and checks every byte before it is trusted. `ModelLayers` gives the
-same from a Llama's folder, for plans that write nothing. `LlamaFiles` gives a Llama's tensors the names they have in
-LlamaForCausalLM, whichever class they were saved from. The other kinds of donor have the same names.
+`LayerStore` reads a folder that extract.py wrote; it checks every byte before use. `ModelLayers` does the same for a
+donor's own folder, for plans that write nothing. `LlamaFiles` names a Llama's tensors as in LlamaForCausalLM, whichever
+class saved them. The other kinds of donor have the same names.
 """
 
 import operator
@@ -44,7 +44,7 @@ _METADATA_FIELDS = {
     "files": dict,
 }
 _PREFIX = "model."
-# How other classes begin their names: LlamaModel, LLaVA's published files, newer multimodal models, SmolVLM.
+# The prefixes of other classes: LlamaModel, LLaVA's published files, newer multimodal models, SmolVLM.
 _OTHER_PREFIXES = ("", "language_model.model.", "model.language_model.", "model.text_model.", "language_model.")
 _OTHER_HEAD = f"language_model.{HEAD}"
 
@@ -53,13 +53,13 @@ class LayerStore:
     """A folder written by `extract_layers`.
 
     Args:
-        hint: the model that an error advises to extract; None if it is unknown.
+        hint: the model that an error tells to extract; None if it is unknown.
 
     Attributes:
         metadata: its metadata.json.
 
     Raises:
-        SurgeryError: if there is no readable metadata.json of a format this version knows.
+        SurgeryError: if metadata.json is missing, unreadable, or has an unknown format version.
     """
 
     def __init__(self, folder: str | Path, hint: str | None = "llama"):
@@ -71,7 +71,7 @@ class LayerStore:
             self.metadata: dict[str, Any] = read_json(path)
             version = self.metadata["format_version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise SurgeryError(f"{path} is not metadata of extracted layers ({error}). {self._again()}") from error
+            raise SurgeryError(f"{path} is not metadata of extracted layers ({error}). {self._advice()}") from error
         if version != FORMAT_VERSION:
             raise SurgeryError(
                 f"{path} has format version {version}; this program knows {FORMAT_VERSION}. "
@@ -86,11 +86,11 @@ class LayerStore:
                 check_fields(entry, {"file": str})
             check_recorded(self.metadata["source"])
         except (ValueError, TypeError, AttributeError) as error:
-            raise SurgeryError(f"{path} is damaged ({error}). {self._again()}") from error
+            raise SurgeryError(f"{path} is damaged ({error}). {self._advice()}") from error
 
     @cached_property
     def config(self) -> "PreTrainedConfig":
-        """The config of the model the layers come from.
+        """The config of the layers' model.
 
         Raises:
             SurgeryError: if it describes neither a donor nor a Llamba.
@@ -98,7 +98,7 @@ class LayerStore:
         try:
             return config_from_dict(self.metadata["config"])
         except (ValueError, TypeError, AttributeError) as error:
-            raise SurgeryError(f"{self.folder / METADATA} is damaged ({error}). {self._again()}") from error
+            raise SurgeryError(f"{self.folder / METADATA} is damaged ({error}). {self._advice()}") from error
 
     @property
     def stores(self) -> list["LayerStore"]:
@@ -111,7 +111,7 @@ class LayerStore:
 
     @property
     def tokenizer(self) -> Path:
-        """Where the donor's tokenizer is, if it has one."""
+        """The folder of the donor's tokenizer, if it has one."""
         return self.folder / TOKENIZER
 
     def check_is_donor(self) -> None:
@@ -119,25 +119,26 @@ class LayerStore:
         check_kind(self.config.model_type, f"{self.folder} holds layers of")
 
     def ranges(self, index: int) -> dict[str, TensorRange]:
-        """Where the tensors of one layer lie in its file; call `check` before trusting them."""
-        return dict_ranges(self.path(index), self._again())
+        """Where the tensors of one layer lie in its file. Call `check` before you trust them."""
+        return dict_ranges(self.path(index), self._advice())
 
     def head_ranges(self, index: int, heads: Sequence[int]) -> dict[str, StoredTensor]:
-        """Where the tensors of a `HeadAttention` over some heads of a layer lie; neither torch nor transformers.
+        """Where the tensors for a `HeadAttention` of some heads of a layer lie. Needs neither torch nor transformers.
 
         Raises:
-            SurgeryError: if the donor has no such head, or the layer is not of the kind and sizes in metadata.json.
+            SurgeryError: if the donor has no such head, or the layer differs from the kind and sizes in metadata.json.
         """
         config, stored = self.metadata["config"], self.ranges(index)
         num_heads, num_kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
         head_dim, width = config.get("head_dim"), config.get("hidden_size")
         if head_dim is None and type(width) is type(num_heads) is int and num_heads > 0:
-            head_dim = width // num_heads  # Qwen2's config has none of its own
+            head_dim = width // num_heads  # Qwen2's config does not have it
         sizes = (num_heads, num_kv_heads, head_dim)
         if not all(type(size) is int and size > 0 for size in sizes) or num_heads % num_kv_heads:
             raise SurgeryError(
-                f"{self.folder} has layers whose heads cannot be taken one by one (num_attention_heads, "
-                f"num_key_value_heads, head_dim: {', '.join(map(str, sizes))}). Give a donor's layers. {self._again()}"
+                f"Single heads cannot be taken from the layers in {self.folder} (num_attention_heads, "
+                f"num_key_value_heads, head_dim: {', '.join(map(str, sizes))}). Give a donor's layers. "
+                f"{self._advice()}"
             )
         check_heads(index, heads, num_heads)
         found: dict[str, StoredTensor] = {}
@@ -150,46 +151,46 @@ class LayerStore:
             if place is None or not fits:
                 raise SurgeryError(
                     f"{self.path(index)} does not hold the attention that metadata.json describes ({name}). "
-                    f"{self._again()}"
+                    f"{self._advice()}"
                 )
             found[name] = place if picked is None else PickedTensor(place, tuple(picked[1]), picked[0])
         return found
 
     def describe(self) -> list[str]:
-        """A line for the plan; of several donors, one for each."""
+        """A line for the plan; with several donors, one for each."""
         return [f"Donor        {self.metadata['source']['id']} (layers in {self.folder})"]
 
     def records(self, layers: Sequence[int]) -> list[dict[str, Any]]:
-        """What checkpoint_info.json says of the donor that gave these layers; of several donors, of each."""
+        """The record of each donor of these layers, for checkpoint_info.json."""
         digests = {str(index): self.layers[index]["sha256"] for index in layers}
         return [{"name": self.metadata["model_name"], **self.metadata["source"], "layers": digests}]
 
     def path(self, index: int) -> Path:
-        """Where a layer's file is.
+        """A layer's file.
 
         Raises:
-            SurgeryError: if that layer was not extracted, or its file is gone.
+            SurgeryError: if the layer was not extracted, or its file is missing.
         """
         path = self.folder / layer_file(index)
         if index not in self.layers or not path.is_file():
-            raise SurgeryError(f"Layer file not found: {path}. {self._again()}")
+            raise SurgeryError(f"Layer file not found: {path}. {self._advice()}")
         return regular_file(path)
 
     def check(self, layers: Sequence[int]) -> None:
         """Compare the files of these layers with their recorded SHA-256.
 
         Raises:
-            SurgeryError: naming the first file that is missing, cut or changed.
+            SurgeryError: for the first file that is missing, cut or changed.
         """
         paths = [self.path(index) for index in layers]
         with ThreadPoolExecutor() as readers:
             faults = readers.map(fault_of, paths, (self.layers[index] for index in layers))
             for path, fault in zip(paths, faults, strict=True):
                 if fault:
-                    raise SurgeryError(f"{path} is {fault}. {self._again()}")
+                    raise SurgeryError(f"{path} is {fault}. {self._advice()}")
 
     def faults(self) -> list[str]:
-        """Check every file of the folder; one line per bad one, none if all are as they were written."""
+        """Check every file of the folder; returns a line for each missing or changed one."""
         recorded = {entry["file"]: entry for entry in self.layers.values()} | self.metadata["files"]
         found = []
         with bar(f"Verifying {self.folder}", len(recorded)) as advance:
@@ -199,11 +200,10 @@ class LayerStore:
                 advance(1)
         return found
 
-    def _again(self) -> str:
-        # model_name is what the user typed; a damaged file's content would not help.
+    def _advice(self) -> str:
         metadata = getattr(self, "metadata", None)
         origin = {"model_name": "llama"} | (metadata if isinstance(metadata, dict) else {})
-        # Names may have come from a stranger, and people paste commands.
+        # A stranger may have made the names, and people paste commands.
         flags = f"--model_name {shlex.quote(str(origin['model_name']))}"
         if isinstance(source := origin.get("source"), dict) and source.get("legacy"):
             flags = f"--from_legacy {shlex.quote(str(source.get('path')))} --trust_pickle"
@@ -212,10 +212,10 @@ class LayerStore:
 
 
 class LayersOfSeveral(LayerStore):
-    """Layers of several donors, the first of which gives the config; or of none, where layers are only put back.
+    """Layers of several donors; the first donor gives the config. Without donors, grafts are only undone.
 
     Args:
-        layers: for each donor, its extracted layers and the indices that are taken from it.
+        layers: for each donor, its extracted layers and the indices of the layers that it gives.
     """
 
     def __init__(self, layers: Sequence[tuple[LayerStore, Sequence[int]]]):
@@ -255,7 +255,7 @@ class LayersOfSeveral(LayerStore):
 
 
 class ModelLayers(LayerStore):
-    """The layers of a donor in its own files, by the methods that a plan uses.
+    """The layers of a donor in its own files. It has only the methods that a plan uses.
 
     Raises:
         SurgeryError: as `read_config`, `check_kind` and `LlamaFiles`.
@@ -276,7 +276,7 @@ class ModelLayers(LayerStore):
         return self.folder
 
     def check(self, layers: Sequence[int]) -> None:
-        """Raise SurgeryError if a tensor is missing or has another shape than the config says; nothing is read."""
+        """Raise SurgeryError if a tensor is missing, or its shape differs from the config; no tensor is read."""
         for index in layers:
             for name, shape in layer_shapes(self.config).items():
                 self._files.require(f"model.layers.{index}.{name}", shape)
@@ -287,7 +287,7 @@ class ModelLayers(LayerStore):
 
 
 class LlamaFiles(TensorFiles):
-    """Tensors of the donor in `folder`, by their names in LlamaForCausalLM.
+    """The tensors of the donor in `folder`, by their names in LlamaForCausalLM.
 
     Raises:
         SurgeryError: as `TensorFiles`.
@@ -309,7 +309,7 @@ class LlamaFiles(TensorFiles):
 
 
 def text_part(folder: Path) -> dict[str, Any]:
-    """The `config` and `state_dict` for `from_pretrained`, of the donor in a multimodal model; empty for any other."""
+    """`config` and `state_dict` for `from_pretrained`, if the donor is the text part of a multimodal model; else {}."""
     text = read_json(folder / "config.json").get("text_config")
     if not isinstance(text, dict) or text.get("model_type") not in KINDS:
         return {}
@@ -320,29 +320,29 @@ def text_part(folder: Path) -> dict[str, Any]:
 def without_head(folder: Path) -> SurgeryError:
     """The error for a model that must predict tokens but was saved from LlamaModel."""
     return SurgeryError(
-        f"{folder} has no {HEAD}: it was saved without its head, as LlamaModel is. Its layers can be extracted, but it "
+        f"{folder} has no {HEAD}: it was saved without its head, from LlamaModel. Its layers can be extracted, but it "
         "predicts no tokens. Give the folder of the whole model, saved from LlamaForCausalLM."
     )
 
 
 def _without_metadata(folder: Path, donor: str | None) -> str:
-    """What is wrong with a folder that should hold extracted layers, and what to run."""
+    """The error for a folder without metadata.json: what it is instead, and what to run."""
     path, here = folder / METADATA, shlex.quote(str(folder))
     if (folder / "config.json").is_file():
         layers = shlex.quote(f"{folder.absolute()}_layers")
         return (
-            f"{folder} is a model's folder. Extract its layers, and give the folder that they are in: "
+            f"{folder} is a model's folder. Extract its layers, and give their folder: "
             f"python extract_layers.py --model_name {here} --output_dir {layers}"
         )
     if old := next(folder.glob("*layer*.pt*"), None):
         imported = shlex.quote(f"{folder.absolute()}_imported")
         return (
             f"{path} is missing. If {old.name} and the others are whole modules of an older program, import them: "
-            f"python extract_layers.py --from_legacy {here} --output_dir {imported}; "
-            "else extract the donor's layers again."
+            f"python extract_layers.py --from_legacy {here} --output_dir {imported}. "
+            "If not, extract the donor's layers again."
         )
-    if folder.is_dir() and any(folder.iterdir()) and (told := what_it_is(folder)):
-        return told
+    if folder.is_dir() and any(folder.iterdir()) and (what := what_it_is(folder)):
+        return what
     return (
         f"{path} is missing. Extract the donor's layers first: "
         f"python extract_layers.py --model_name {shlex.quote(donor or 'DONOR')} --output_dir {here}"
@@ -355,7 +355,7 @@ def layer_file(index: int) -> str:
 
 
 def sorted_layers(layers: Iterable[SupportsIndex], what: str = "layer") -> list[int]:
-    """Indices of layers (or heads: `what`) in order, as plain integers; they may come as NumPy's or torch's.
+    """Indices of layers (or heads: `what`), sorted, as Python's integers. NumPy's and torch's are taken too.
 
     Raises:
         SurgeryError: if there are none, one is given twice, or one is no integer.
@@ -376,7 +376,7 @@ def check_heads(index: int, heads: Sequence[int], total: int) -> None:
     if outside := [head for head in heads if not 0 <= head < total]:
         raise SurgeryError(
             f"Head {outside[0]} of layer {index} is out of range: the donor has heads 0 to {total - 1}. "
-            "Choose --heads among those."
+            "Choose --heads from these."
         )
 
 
@@ -386,5 +386,5 @@ def check_range(layers: Sequence[int], total: int, model: str) -> None:
     if outside:
         raise SurgeryError(
             f"Layer {', '.join(map(str, outside))} is out of range: {model} has layers 0 to {total - 1}. "
-            "Choose layers among those."
+            "Choose layers from these."
         )

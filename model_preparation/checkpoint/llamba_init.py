@@ -1,4 +1,4 @@
-"""An untrained Llamba made from a donor: a base for donors that no Llamba is published for.
+"""Makes an untrained Llamba from a donor, for donors without a published Llamba.
 
 The folder has upstream's layout, and the donor's embeddings, norms, MLPs and head. Each layer's Mamba mixer starts as
 the attention's linear counterpart: C from the query, B from the key, x from the value, out_proj from the output
@@ -6,13 +6,13 @@ projection (Mamba in the Llama, arXiv 2408.15237; MOHAWK, arXiv 2408.10189). One
 at a time.
 
 Softmax attention averages values: its weights sum to one. Plain linear attention adds values up with weights of any
-size, and one such layer ruins the model. So C is scaled to make an average again, by
+size, and one such layer ruins the model. So C is scaled to make an average again: by
 1 / (sqrt(head_dim) * tokens in the decay's window * `TYPICAL_SCORE`). With Mamba layers 14 to 16, SmolLM2-135M has
 perplexity 2e10 (four English paragraphs) without the factor, 2e9 with its first part, 306 with two, 14.5 with all
 three; without Mamba layers 11.2.
 
-A mixer has a place for biases, but none for norms of queries and keys (Qwen3). Such a norm divides by the size of what
-comes in. The mixer's rows are divided by the size to expect: `CORRELATED` times that of inputs of independent channels.
+A mixer has a place for biases, but none for norms of queries and keys (Qwen3). Such a norm divides by the size of its
+input. The mixer's rows are divided by the expected size: `CORRELATED` times the size for independent input channels.
 """
 
 import math
@@ -39,11 +39,11 @@ from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.donor_kinds import KINDS
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 
-DECAY = 15 / 16  # per token, so the state looks back over some 16 tokens
+DECAY = 15 / 16  # per token, so the state remembers about 16 tokens
 TYPICAL_SCORE = 4.0  # size of q.k / sqrt(head_dim) before the softmax; 2 to 5 in most layers of SmolLM2
-# 1.4 in the median of SmolLM2-135M's heads, 2 in tiny Qwen3s. One that is too large costs little, one too small much.
+# 1.4 in the median of SmolLM2-135M's heads, 2 in tiny Qwen3s. Too large a value costs little, too small a value much.
 CORRELATED = 2.0
-OPEN_GATE = 1.2784645427610738  # silu of it is 1
+OPEN_GATE = 1.2784645427610738  # silu(OPEN_GATE) = 1
 CONV_TAPS = 4
 SHARD_BYTES = 1_000_000_000
 
@@ -74,18 +74,18 @@ def init_llamba_base(
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> LlambaConfig:
-    """Write a Llamba initialised from `donor` into `output_dir` and return its config.
+    """Write a Llamba initialised from `donor` into `output_dir`; returns its config.
 
     Args:
         donor: a name, folder or hub id of a donor, as `sources.resolve` takes it.
         output_dir: the folder to make; it appears whole or not at all.
         dtype: of the weights written; the donor's by default.
-        overwrite: replace a model folder that is there.
+        overwrite: replace an existing model folder.
         sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Raises:
-        SurgeryError: if the donor is missing, of another kind, or lacks tensors; no Llamba can have its width; the
-            target is taken or not writable; or the disk is too small.
+        SurgeryError: if the donor is missing, of another kind, or lacks tensors; if no Llamba can have its width; if
+            output_dir exists or is not writable; or if the disk is too small.
     """
     target = Path(output_dir).expanduser()
     with new_folder(target, overwrite=overwrite, marker_file="config.json") as staging:
@@ -116,7 +116,7 @@ def write_llamba(folder: Path, donor_folder: Path, config: LlambaConfig, parts: 
 
 
 def open_donor(source: Source) -> tuple[LlamaFiles, PreTrainedConfig]:
-    """A donor's weights and config; raises SurgeryError if it is of no kind we know, or its tensors do not fit."""
+    """A donor's weights and config; raises SurgeryError if its kind is unknown, or its tensors do not fit."""
     config = read_config(source.folder)
     check_kind(config.model_type, f"{source.folder} is")
     files = LlamaFiles(source.folder)
@@ -137,8 +137,8 @@ def llamba_config(donor: PreTrainedConfig) -> LlambaConfig:
     heads_width = heads * head_dim
     if heads_width % donor.hidden_size:
         raise SurgeryError(
-            f"The donor's {heads} heads of {head_dim} are {heads_width} wide, and a Llamba's mixer is a whole multiple "
-            f"of the hidden size, here {donor.hidden_size}. Choose another donor."
+            f"The donor's {heads} heads of {head_dim} are {heads_width} wide, but a Llamba's mixer must be a whole "
+            f"multiple of the hidden size, here {donor.hidden_size}. Choose another donor."
         )
     return LlambaConfig(
         vocab_size=donor.vocab_size,
@@ -149,7 +149,7 @@ def llamba_config(donor: PreTrainedConfig) -> LlambaConfig:
         norm_epsilon=donor.rms_norm_eps,
         mlp_cfg={
             "intermediate_size": donor.intermediate_size,
-            "bias": getattr(donor, "mlp_bias", False),  # no other kind than Llama has it
+            "bias": getattr(donor, "mlp_bias", False),  # only Llama's config has it
             "act_fn": donor.hidden_act,
         },
         ssm_cfg={
@@ -158,7 +158,7 @@ def llamba_config(donor: PreTrainedConfig) -> LlambaConfig:
             "n_qk_heads": heads,
             "d_conv": CONV_TAPS,
             "expand": heads_width // donor.hidden_size,
-            "bias": True,  # a constant gate and decay need one
+            "bias": True,  # it holds the constant gate and decay
         },
         bos_token_id=donor.bos_token_id,
         eos_token_id=donor.eos_token_id,
@@ -167,26 +167,26 @@ def llamba_config(donor: PreTrainedConfig) -> LlambaConfig:
 
 
 def mamba_layer(attention_layer: Mapping[str, Tensor], donor: PreTrainedConfig) -> dict[str, Tensor]:
-    """One layer of a donor as a layer of a Llamba.
+    """Turn one layer of a donor into a layer of a Llamba.
 
     Args:
         attention_layer: the donor layer's tensors by name relative to the layer ("self_attn.q_proj.weight").
         donor: its config.
 
     Returns:
-        The Llamba layer's tensors ("mixer.in_proj.weight"), in the dtypes given.
+        The Llamba layer's tensors ("mixer.in_proj.weight"), in the same dtypes.
     """
     heads, head_dim = heads_of(donor)
     heads_width = heads * head_dim
 
     def projection(name: str) -> tuple[Tensor, Tensor]:
-        """Weight (out, in) and bias (out,), zeros where the donor has none."""
+        """Weight (out, in) and bias (out,); the bias is zero where the donor has none."""
         weight = attention_layer[f"self_attn.{name}.weight"]
         bias = attention_layer.get(f"self_attn.{name}.bias")
         return weight, weight.new_zeros(len(weight)) if bias is None else bias
 
     def normed(name: str, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """A mixer has no norms of queries and keys: such a norm becomes a factor per row, for inputs of usual size."""
+        """Turn a norm of queries or keys into a factor per row, as a mixer has no such norm."""
         norm = attention_layer.get(f"self_attn.{name}_norm.weight")
         if norm is None:
             return weight, bias
@@ -197,7 +197,7 @@ def mamba_layer(attention_layer: Mapping[str, Tensor], donor: PreTrainedConfig) 
         return (weight * factor[:, None]).to(weight), (bias * factor).to(bias)
 
     def per_query_head(rows: Tensor) -> Tensor:
-        """A key or value head for every query head: (kv heads * head_dim, ...) -> (width, ...)."""
+        """Repeat key or value heads for all query heads: (kv heads * head_dim, ...) -> (width, ...)."""
         by_head = rows.unflatten(0, (-1, head_dim))
         return by_head.repeat_interleave(heads // len(by_head), dim=0).flatten(0, 1)
 
@@ -206,7 +206,7 @@ def mamba_layer(attention_layer: Mapping[str, Tensor], donor: PreTrainedConfig) 
     value, value_bias = projection("v_proj")
     output, output_bias = projection("o_proj")
     scale = score_scale(head_dim)
-    no_input = query.new_zeros(heads_width + heads, donor.hidden_size)  # rows of z and a: constants, from the bias
+    no_input = query.new_zeros(heads_width + heads, donor.hidden_size)  # rows of z and a: the bias alone gives them
     conv_dim = 3 * heads_width
     conv = query.new_zeros(conv_dim, 1, CONV_TAPS)  # the last tap is the current token's
     conv[:, :, -1] = 1
@@ -232,18 +232,18 @@ def mamba_layer(attention_layer: Mapping[str, Tensor], donor: PreTrainedConfig) 
 
 
 def score_scale(head_dim: int) -> float:
-    """The factor from the query's rows to C's: it makes q.k a weight of an average over the decay's window."""
+    """The factor from the query's rows to C's rows: it makes q.k a weight of an average over the decay's window."""
     return (1 - DECAY) / (TYPICAL_SCORE * math.sqrt(head_dim))
 
 
 def _parameters(kind: type[PreTrainedModel], config) -> dict[str, Tensor]:
-    """A whole model's parameters, tied ones once, without memory for them."""
+    """A model's parameters on the meta device, tied ones once."""
     with torch.device("meta"):
         return dict(kind(config).named_parameters())
 
 
 def size_bytes(config: LlambaConfig, dtype: torch.dtype) -> int:
-    """Size of a Llamba's weights in `dtype`."""
+    """The size of a Llamba's weights in `dtype`."""
     return sum(tensor.numel() for tensor in _parameters(LlambaForCausalLM, config).values()) * dtype.itemsize
 
 
@@ -256,7 +256,8 @@ def llamba_parts(
     """The Llamba's tensors under their full names: embedding, layer after layer, final norm and head.
 
     Args:
-        layer_of: makes the tensors of a Llamba's layer from an index and a donor's tensors; by default `mamba_layer`.
+        layer_of: makes a Llamba layer's tensors from the layer's index and the donor's tensors; by default
+            `mamba_layer`.
     """
     yield {"backbone.embedding.weight": files["model.embed_tokens.weight"].to(dtype)}
     for index in range(donor.num_hidden_layers):
@@ -278,16 +279,15 @@ def _save_sharded(folder: Path, config: LlambaConfig, parts: Iterable[dict[str, 
         for file, names in shards.filename_to_tensors.items():
             if waiting.keys() >= set(names):
                 save_file({name: waiting.pop(name) for name in names}, folder / file, metadata={"format": "pt"})
-                (folder / file).chmod(
-                    folder.stat().st_mode & 0o666
-                )  # safetensors makes files only their owner can read
+                # safetensors makes files that only their owner can read.
+                (folder / file).chmod(folder.stat().st_mode & 0o666)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
 
 
 def _config_fields(config: LlambaConfig) -> dict:
-    """config.json in upstream's layout, with all defaults, so that upstream reads the same model."""
+    """The fields of config.json in upstream's layout. All defaults are in it, so upstream reads the same model."""
     values = config.to_dict()
     return {
         "architectures": [LlambaForCausalLM.__name__],

@@ -1,4 +1,4 @@
-"""A checkpoint's folder -> a model and a tokenizer. No code is unpickled, and weights are read when they are used."""
+"""Loads model and tokenizer of a checkpoint. No code is unpickled, and weights are read when they are used."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,11 +39,11 @@ def load_checkpoint(
     unpickled, and no code in the folder is run.
 
     Args:
-        directory: a checkpoint's folder. Its state dict may have been saved again, from a model wrapped by
-            DistributedDataParallel or torch.compile.
+        directory: a checkpoint's folder. Its state dict may come from a model that DistributedDataParallel or
+            torch.compile wrapped.
         device: where to put the model.
         dtype: cast the parameters to it; by default as stored.
-        parallelize: ignore `device`, and spread the layers over all GPUs. What does not fit goes to the CPU
+        parallelize: ignore `device`, and spread the layers over all GPUs. Layers that do not fit go to the CPU
             (accelerate's device map).
 
     Raises:
@@ -62,7 +62,12 @@ def load_checkpoint(
     model = empty_model(config)
     is_hf = info.get("format") == "hf"
     path = directory / (INDEX if is_hf else STATE_DICT)
-    state_dict = _read_shards(directory, model) if is_hf else without_wrapper_prefixes(_read_state_dict(path))
+    if is_hf:
+        state_dict = _read_shards(directory, model)
+    elif path.exists():
+        state_dict = without_wrapper_prefixes(load_tensors(path, "Build the checkpoint again."))
+    else:
+        raise SurgeryError(what_it_is(directory) or f"{path} is missing. Build the checkpoint again.")
     _check_fit(model, state_dict, path)
     model.load_state_dict(
         {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in state_dict.items()}, assign=True
@@ -76,7 +81,7 @@ def load_checkpoint(
 
 
 def bare_model(info: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> LlambaForCausalLM:
-    """A model of the architecture in `info`, with these weights: on the CPU, in eval mode, without any wrapper.
+    """A model of the architecture in `info` with these weights. It is on the CPU, in eval mode, without any wrapper.
 
     Args:
         info: a checkpoint_info.json.
@@ -92,7 +97,7 @@ def bare_model(info: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: to
 
 def spread(model: PreTrainedModel) -> Any:
     """Spread a model evenly over all devices; no layer is split."""
-    from accelerate import dispatch_model, infer_auto_device_map  # slow to import, and needed here only
+    from accelerate import dispatch_model, infer_auto_device_map  # slow to import
     from accelerate.utils import get_balanced_memory
 
     whole = list(model._no_split_modules)
@@ -101,7 +106,7 @@ def spread(model: PreTrainedModel) -> Any:
 
 
 def without_wrapper_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict by the bare model's names: without `module.` and `_orig_mod.`, in any order."""
+    """The state dict without the prefixes `module.` and `_orig_mod.`, in whatever order a name has them."""
     names = {}
     for name in state_dict:
         bare = name
@@ -111,17 +116,13 @@ def without_wrapper_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tens
     return names
 
 
-def _read_state_dict(path: Path) -> Mapping[str, Tensor]:
-    if not path.exists():
-        raise SurgeryError(what_it_is(path.parent) or f"{path} is missing. Build the checkpoint again.")
-    return load_tensors(path, "Build the checkpoint again.")
-
-
 def _read_shards(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]:
-    """The state dict in the shards, mapped; they hold a tied tensor once."""
+    """The state dict in the shards, memory-mapped. The shards hold a tied tensor once."""
     foreign = folder / SAFE_WEIGHTS_NAME
     if foreign.exists():
-        raise SurgeryError(f"{foreign} is not of this checkpoint, and would be read in its place. Move it elsewhere.")
+        raise SurgeryError(
+            f"{foreign} does not belong to this checkpoint, but it would be read instead. Move it elsewhere."
+        )
     files = TensorFiles(folder)
     state_dict = {name: files[name] for name in files.ranges}
     if model.config.tie_embeddings:
@@ -132,11 +133,10 @@ def _read_shards(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]:
 def _check_fit(model: LlambaForCausalLM, state_dict: Mapping[str, Tensor], path: Path) -> None:
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found = {name: tensor.shape for name, tensor in state_dict.items()}
-    odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if odd:
-        name = odd[0]
+    if differing := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+        name = differing[0]
         raise SurgeryError(
-            f"{path} does not fit {INFO}: {len(odd)} tensors differ, {name} has shape "
+            f"{path} does not fit {INFO}: {len(differing)} tensors differ, {name} has shape "
             f"{list(found[name]) if name in found else 'none'} instead of "
             f"{list(wanted[name]) if name in wanted else 'none'}. Build the checkpoint again."
         )

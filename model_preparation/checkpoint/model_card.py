@@ -1,7 +1,7 @@
 """The card (README.md) of a shared checkpoint: recipe, scores, licence and how to load it.
 
-It is Markdown with YAML front matter that both hubs read. The same checkpoint_info.json gives the same text, so sharing
-a checkpoint again changes nothing.
+It is Markdown with YAML front matter that both hubs read. The same checkpoint_info.json gives the same text, so a
+checkpoint that is shared again gets the same card.
 """
 
 import json
@@ -10,18 +10,19 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from model_preparation.checkpoint.checkpoint_info import head_spec, needs_parent
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.download import TITLES
 from model_preparation.hub.licences import LlamaTerms, terms_of
-from model_preparation.hub.sources import donors_of
+from model_preparation.hub.sources import donors_of, hub_target
 from model_preparation.terminal import escaped
 
-# The result of `evaluate_model`. Where only `mmlu_score` is there, its author gave that number.
+# The field with the measured result. Without it, the author gave the number in `mmlu_score`.
 MEASURED = "mmlu_result"
-# By their names on ModelScope, models that Hugging Face has under another name.
+# Models with another name on Hugging Face, by their names on ModelScope.
 _ON_HUGGING_FACE = {
     "LLM-Research/Meta-Llama-3.1-8B-Instruct": "meta-llama/Llama-3.1-8B-Instruct",
     "LLM-Research/Mistral-7B-Instruct-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
@@ -38,7 +39,7 @@ def card_text(
         info: its checkpoint_info.json.
         repo: org/name.
         hub: "modelscope" or "huggingface".
-        what: which files go there: "pt", "hf", "both" or "recipe".
+        what: the uploaded files: "pt", "hf", "both" or "recipe".
         licence: the id from `licences.licence_of`.
         revision: the branch, if it is not the hub's default one.
     """
@@ -65,16 +66,14 @@ def read_card(text: str) -> str:
     """The licence id in the front matter of a card.
 
     Raises:
-        SurgeryError: if the card has no front matter, or none with one licence in it.
+        SurgeryError: if the card has no front matter, or its front matter does not name one licence.
     """
-    import yaml
-
     try:
         licence = ModelCard(text).data.get("license") if text.startswith("---") else None
     except (ValueError, TypeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise SurgeryError(
-            f"The card's front matter cannot be read ({reason}). Mend the lines between its ---."
+            f"The card's front matter cannot be read ({reason}). Correct the lines between its ---."
         ) from error
     if not isinstance(licence, str):
         raise SurgeryError(
@@ -94,7 +93,7 @@ def _metadata(info: Mapping[str, Any], *, repo: str, hub: str, what: str, licenc
     return ModelCardData(
         license=licence,
         base_model=list(dict.fromkeys(sources)) or None,
-        # For .pt files alone, the hub would show a line for transformers that does not run.
+        # With only .pt files, the hub would show a line for transformers that does not run.
         library_name="transformers" if what in ("hf", "both") else None,
         pipeline_tag="text-generation",
         tags=_TAGS,
@@ -129,8 +128,8 @@ def _loading(repo: str, hub: str, what: str, revision: str | None) -> str:
     ways = []
     if what in ("hf", "both"):
         ways.append(
-            "The modelling code comes along with the weights, so only transformers has to be installed; `README.txt` "
-            "names the versions tested. Look at the code before you trust it.\n\n"
+            "The modelling code comes with the weights, so only transformers must be installed. `README.txt` names the "
+            "tested versions. Read the code before you trust it.\n\n"
             "```python\n"
             f"from {auto_classes} import AutoModelForCausalLM, AutoTokenizer\n\n"
             f"model = AutoModelForCausalLM.from_pretrained({place}, trust_remote_code=True)\n"
@@ -148,7 +147,7 @@ def _loading(repo: str, hub: str, what: str, revision: str | None) -> str:
         )
     if what == "recipe":
         ways.append(
-            "These are no weights but the recipe: a few kilobytes from which the same bytes are built, see below."
+            "This is the recipe without the weights: a few kilobytes that give the same bytes again, see below."
         )
     return "\n\n".join(ways)
 
@@ -156,7 +155,7 @@ def _loading(repo: str, hub: str, what: str, revision: str | None) -> str:
 def _recipe(info: Mapping[str, Any]) -> str:
     base, donors = info["base_model"], donors_of(info)
     layers = " ".join(map(str, info["replaced_layers"]))
-    named = [f"donor{number}" if number > 1 else "donor" for number in range(1, len(donors) + 1)]
+    names = ["donor", *(f"donor{number}" for number in range(2, len(donors) + 1))]
     versions = ", ".join(f"{name} {text}" for name, text in info["versions"].items())
     rows = [
         ("layers replaced, counted from 0", layers or "none"),
@@ -185,18 +184,19 @@ def _recipe(info: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             _table(("", ""), rows),
-            "What went in (of the donor, its extracted layer files); what came out is in `checkpoint_info.json`.",
+            "The digests of the inputs: the base's files and the donor's extracted layers. The outputs' digests are in "
+            "`checkpoint_info.json`.",
             _table(("file", "digest"), digests),
             "`checkpoint_info.json` is the whole recipe. With `model_preparation`, the same base and the same donor, "
-            "it gives the same bytes, which the last command confirms:",
+            "it gives the same bytes. The last command checks this:",
             "```bash\n"
             + "".join(
                 f"python extract_layers.py --model_name {_spec(donor)} --layers {' '.join(donor['layers'])} "
                 f"--output_dir {name}_layers\n"
-                for name, donor in zip(named, donors, strict=True)
+                for name, donor in zip(names, donors, strict=True)
             )
             + "python create_replaced_model_checkpoint.py --from_info checkpoint_info.json \\\n"
-            f"    --llama_layers_dir {' '.join(f'{name}_layers' for name in named)}{where} --output_dir rebuilt\n"
+            f"    --llama_layers_dir {' '.join(f'{name}_layers' for name in names)}{where} --output_dir rebuilt\n"
             "```",
         ]
     )
@@ -205,7 +205,7 @@ def _recipe(info: Mapping[str, Any]) -> str:
 def _healing_rows(info: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """How a checkpoint was trained after the graft."""
     if "healing" not in info:
-        return [("built on", f"{_code(info['descent'][-1]['from']['id'])}, which the recipe needs too")]
+        return [("built on", f"{_code(info['descent'][-1]['from']['id'])}; the recipe needs it too")]
     healing = info["healing"]
     rows = [
         ("healed from", _code(info["parent"]["id"])),
@@ -234,20 +234,20 @@ def _scores(info: Mapping[str, Any]) -> str:
                 if name in settings
             ),
             ("lm-eval", _plain(measured["lm_eval_version"])),
-            *((name, _plain(measured[name])) for name in ("date",) if name in measured),
+            *([("date", _plain(measured["date"]))] if "date" in measured else []),
         ]
         return "Measured with `test_checkpoint.py --full_eval`.\n\n" + _table(("", ""), rows)
     if info["mmlu_score"] is None:
         return "MMLU was not measured."
     return (
-        f"MMLU {info['mmlu_score']:.4f}, as given by the author when the checkpoint was built. It was not measured by "
-        "this software, so its settings are not known."
+        f"MMLU {info['mmlu_score']:.4f}: the author gave this number when the checkpoint was built. This software did "
+        "not measure it, so its settings are not known."
     )
 
 
 def _licence(licence: str, terms: list[LlamaTerms]) -> str:
     if not terms:
-        return f"{_code(licence)}. The base and the donor have licences of their own, which hold for what is theirs."
+        return f"{_code(licence)}. The base and the donor have licences of their own, which still bind their weights."
     lines = [f"{_code(licence)}. This model contains weights of Llama:"]
     lines += [f"- {term.built_with}, under the [{term.title}]({term.link}). {term.notice}" for term in terms]
     return "\n".join([lines[0], "", *lines[1:]])
@@ -255,7 +255,7 @@ def _licence(licence: str, terms: list[LlamaTerms]) -> str:
 
 def _origin(source: Mapping[str, Any]) -> str:
     if source["hub"] == "local":
-        return f"{_code(source['id'])}, a local folder of the author's"
+        return f"{_code(source['id'])}, a local folder of the author"
     if source["hub"] == "embedded":
         return f"{_code(source['id'])}, which comes with `model_preparation`"
     return f"{_code(source['id'])} on {TITLES[source['hub']]}, revision {_code(source['revision'] or 'not recorded')}"
@@ -265,26 +265,22 @@ def _spec(source: Mapping[str, Any]) -> str:
     """The source's name on a command line."""
     if source["hub"] == "local":
         return shlex.quote(f"/path/to/{source['id']}")
-    return f"{source['hub']}:{source['id']}" + (f"@{source['revision']}" if source["revision"] else "")
+    return hub_target(source)
 
 
 def _table(head: tuple[str, str], rows: list[tuple[str, Any]]) -> str:
-    cells = [head, ("---", "---"), *rows]
-    return "\n".join(f"| {_cell(left)} | {_cell(right)} |" for left, right in cells)
-
-
-def _cell(value: Any) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
+    cells = ([" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in (head, ("---", "---"), *rows))
+    return "\n".join(f"| {left} | {right} |" for left, right in cells)
 
 
 def _plain(text: Any) -> str:
-    """Text in one line, escaped: Markdown makes no heading, list, code, link or tag of it."""
+    """The text in one line, escaped, so that Markdown shows it as plain text."""
     line = re.sub(r"([\\`<\[\]])", r"\\\1", escaped(" ".join(str(text).split())))
     return f"\\{line}" if re.match(r"[#>+*~=_-]", line) else line
 
 
 def _code(text: str) -> str:
-    """A code span. Its fence is longer than any in the text, so the text stays inside."""
+    """The text as a code span. Its fence is longer than any in the text, so the text stays inside."""
     line = escaped(" ".join(text.split()))
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"

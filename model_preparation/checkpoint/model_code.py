@@ -1,4 +1,4 @@
-"""The model's own source files. Every checkpoint of format hf carries a copy of them, and `update_code` renews it.
+"""The model's own source files. Every checkpoint of format hf has a copy of them; `update_code` updates the copy.
 
 Imports neither torch nor transformers.
 """
@@ -23,7 +23,7 @@ from model_preparation.io.shared_files import share_file
 from model_preparation.io.untrusted.untrusted_files import read_json, regular_file
 from model_preparation.versions import __version__, creation_time
 
-CODE_UPDATES = "code_updates"  # in checkpoint_info.json: when the code was changed after the build, and how
+CODE_UPDATES = "code_updates"  # in checkpoint_info.json: the updates of the code after the build
 AUTO_MAP = {  # in config.json: the classes that transformers takes from the files
     "AutoConfig": "configuration_llamba.LlambaConfig",
     "AutoModel": "modeling_llamba.LlambaModel",
@@ -33,11 +33,11 @@ AUTO_MAP = {  # in config.json: the classes that transformers takes from the fil
 _CONFIG = "config.json"
 _MAIN = "modeling_llamba.py"
 _PACKAGE = Path(__file__).resolve().parents[1]
-_RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)  # as transformers finds them
+_RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)  # transformers finds them by this too
 
 
 def package_code() -> dict[str, Path]:
-    """This package's files by name: the model's, and those that it imports relatively."""
+    """The model's source files in this package, by name: the main one, and all that it imports relatively."""
     found: dict[str, Path] = {}
     waiting = [_MAIN]
     while waiting:
@@ -49,7 +49,7 @@ def package_code() -> dict[str, Path]:
 
 
 def code_digests() -> dict[str, str]:
-    """SHA-256 by name of each source file that goes into checkpoints, and of the whole package's code."""
+    """SHA-256 of each of the model's source files, by name, and of the whole package's code."""
     whole = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         whole.update(f"{path.relative_to(_PACKAGE).as_posix()}\0{sha256_of(path)}\n".encode())
@@ -57,56 +57,56 @@ def code_digests() -> dict[str, str]:
 
 
 def describe_package_code() -> dict[str, dict]:
-    """{"bytes", "sha256"} of this package's files by name."""
+    """{"bytes", "sha256"} of the files in `package_code`, by name."""
     return {name: describe_file(path) for name, path in package_code().items()}
 
 
 def listed_code(info: Mapping[str, Any]) -> dict[str, dict]:
-    """{"bytes", "sha256"} of the code that a checkpoint_info.json lists, by name; a folder of format pt has none."""
+    """{"bytes", "sha256"} of the code that a checkpoint_info.json lists, by name. Format pt has none."""
     return {name: entry for name, entry in info["files"].items() if name.endswith(".py") and "/" not in name}
 
 
 def code_in(directory: Path) -> dict[str, dict]:
-    """{"bytes", "sha256"} of the code in a folder, by name: as it lists them, else as the files are."""
+    """{"bytes", "sha256"} of the code in a folder, by name: from checkpoint_info.json, else from the files."""
     if (directory / INFO).is_file():
         return listed_code(read_info(directory))
     return describe_files(directory, "*.py")
 
 
 def has_code(directory: Path) -> bool:
-    """Whether a folder carries the model's code."""
+    """Whether a folder has the model's code."""
     return (directory / _MAIN).is_file()
 
 
 def differing_code(listed: Mapping[str, dict]) -> list[str]:
-    """The names of files that are not this package's, or that only one of the two has."""
+    """The names of code files that differ from this package's, or that only one of the two has."""
     ours = describe_package_code()
     return sorted(name for name in listed.keys() | ours.keys() if listed.get(name) != ours.get(name))
 
 
 def remark_on_code(directory: Path, listed: Mapping[str, dict]) -> str | None:
-    """A remark if a folder has other code than this package; None if it has the same, or none of ours."""
-    if not listed or not has_code(directory) or not (odd := differing_code(listed)):
+    """A remark if a folder's model code differs from this package's; None if it does not, or there is none."""
+    if not listed or not has_code(directory) or not (differing := differing_code(listed)):
         return None
     return (
-        f"The model's code in {directory} is not that of this model_preparation ({', '.join(odd)}). "
-        f"To put this package's in: python update_checkpoint.py {directory}"
+        f"The model's code in {directory} differs from this model_preparation's ({', '.join(differing)}). "
+        f"To copy this package's code there: python update_checkpoint.py {directory}"
     )
 
 
 def is_newer(info: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's code is of a newer version of this package."""
+    """Whether a newer version of this package wrote a checkpoint's code."""
     try:
         made_by = (info.get(CODE_UPDATES) or [info["versions"]])[-1]["model_preparation"]
         return Version(made_by) > Version(__version__)
-    except (LookupError, TypeError, InvalidVersion):  # not what we write
+    except (LookupError, TypeError, InvalidVersion):  # not written by us
         return False
 
 
 def update_code(directory: str | Path) -> list[str]:
-    """Put this package's model code into a checkpoint's folder; the weights stay the same files.
+    """Copy this package's model code into a checkpoint's folder; the weights stay the same files.
 
-    The new folder is made of links beside the old one, and replaces it in one step.
+    A new folder of links is made beside the old one, and replaces it in one step.
 
     Args:
         directory: a folder written by `build_checkpoint` with format "hf" or "both".
@@ -115,20 +115,20 @@ def update_code(directory: str | Path) -> list[str]:
         The names of the code files that changed; none if the folder has this package's code already, or needs none.
 
     Raises:
-        SurgeryError: if there is no checkpoint in `directory`, a file of it is not as it was written, its code is of a
-            newer version of this package, or another process is writing there.
-        OSError: from the file system; the folder is as it was then.
+        SurgeryError: if `directory` is no checkpoint; if a file in it has changed since it was written; if a newer
+            version of this package wrote its code; or if another process is writing there.
+        OSError: from the file system; then the folder has not changed.
     """
-    from model_preparation.checkpoint.verify import verify  # which imports this file
+    from model_preparation.checkpoint.verify import verify  # it imports this file
 
     directory = Path(directory).expanduser()
     if (folder := directory.resolve()).parent.is_dir():
-        remove_abandoned(folder.parent, only_for=folder)  # of a run that was killed; it may hold the folder itself
+        remove_abandoned(folder.parent, only_for=folder)  # from a killed run; the folder itself may be in it
     if has_code(directory) and not (directory / INFO).exists():
         raise SurgeryError(
             f"{directory} has no {INFO} (save_pretrained writes none), so its files cannot be checked. "
-            "Import model_preparation, load it by from_pretrained, and save it into a new folder: that puts this "
-            "package's code there."
+            "Import model_preparation, load it by from_pretrained, and save it into a new folder: this package's code "
+            "goes there too."
         )
     info = read_info(directory)
     changed = differing_code(listed_code(info))
@@ -136,12 +136,12 @@ def update_code(directory: str | Path) -> list[str]:
         return []
     if is_newer(info):
         raise SurgeryError(
-            f"{directory} has the model's code of a newer model_preparation than this one, which is "
-            f"{__version__}. Update model_preparation."
+            f"{directory} has the model's code of a newer model_preparation; this one is {__version__}. "
+            "Update model_preparation."
         )
     if faults := verify(directory, files_only=True).faults:
         raise SurgeryError(
-            f"{directory} is not changed, because it is not what was built: {faults[0]}. "
+            f"{directory} is not changed, because a file differs from the build: {faults[0]}. "
             "Copy or download it again, or build it again."
         )
     with contextlib.ExitStack() as held:
@@ -185,7 +185,7 @@ def _share_tree(source: Path, target: Path) -> None:
 
 def _write_anew(folder: Path, info: Mapping[str, Any], changed: list[str]) -> None:
     """Write the files that change with the code: `changed`, config.json, README.txt, checkpoint_info.json."""
-    from model_preparation.checkpoint.checkpoint_folder import readme_text  # which imports this file
+    from model_preparation.checkpoint.checkpoint_folder import readme_text  # it imports this file
 
     before, after = listed_code(info), describe_package_code()
     files = {name: entry for name, entry in info["files"].items() if name not in before} | after

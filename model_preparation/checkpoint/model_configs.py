@@ -1,4 +1,4 @@
-"""Configs of bases and donors, and the names and shapes of tensors that follow from a config.
+"""Configs of bases and donors, and the names and shapes of a layer's tensors.
 
 transformers' models take longest to import, so they are imported where they are used.
 """
@@ -13,8 +13,6 @@ from model_preparation.llamba.donor_kinds import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-    from model_preparation.llamba.configuration_llamba import LlambaConfig
 
 Shape = tuple[int, ...]
 
@@ -44,7 +42,7 @@ def read_config(folder: Path) -> "PreTrainedConfig":
     """The config of a model folder.
 
     Raises:
-        SurgeryError: if neither transformers nor we can read config.json; the reason is one sentence.
+        SurgeryError: if neither transformers nor this package can read config.json; the reason is one sentence.
     """
     from model_preparation.io.untrusted.untrusted_config import config_from
 
@@ -56,7 +54,7 @@ def read_config(folder: Path) -> "PreTrainedConfig":
 
 
 def config_from_dict(fields: dict[str, Any]) -> "PreTrainedConfig":
-    """The config with these fields; raises ValueError if it is damaged, or neither a donor's nor a Llamba's."""
+    """The config with these fields; raises ValueError if it is damaged, or of neither a donor nor a Llamba."""
     from model_preparation.io.untrusted.untrusted_config import config_from
 
     check_fields(fields, {"model_type": str})
@@ -65,15 +63,15 @@ def config_from_dict(fields: dict[str, Any]) -> "PreTrainedConfig":
     return config_from(fields, _kind(fields["model_type"]))
 
 
-def check_kind(model_type: str, what_has: str) -> None:
-    """Raise SurgeryError unless it is a kind of donor; `what_has` begins the sentence, such as "FOLDER is"."""
+def check_kind(model_type: str, sentence_start: str) -> None:
+    """Raise SurgeryError unless it is a kind of donor; the error begins with `sentence_start`, such as "FOLDER is"."""
     if model_type not in KINDS:
         *others, last = KINDS
-        raise SurgeryError(f"{what_has} a {model_type} model, and a donor must be {', '.join(others)} or {last}.")
+        raise SurgeryError(f"{sentence_start} a {model_type} model, and a donor must be {', '.join(others)} or {last}.")
 
 
 def read_generation_config(folder: Path) -> dict[str, Any] | None:
-    """The model folder's generation_config.json, or None where it has none."""
+    """The fields of a model folder's generation_config.json; None if there is none."""
     path = folder / "generation_config.json"
     try:
         fields = read_json(path) if path.exists() else None
@@ -91,54 +89,28 @@ def heads_of(config: "PreTrainedConfig") -> tuple[int, int]:
     return config.num_attention_heads, KINDS[config.model_type].settings(config)["head_dim"]
 
 
-def layer_shapes(config: "PreTrainedConfig", kind: str = "full_attention") -> dict[str, Shape]:
-    """Names (relative to the layer) and shapes of a layer's parameters, without memory for them.
+def layer_shapes(config: "PreTrainedConfig", index: int = 0) -> dict[str, Shape]:
+    """Names (relative to the layer) and shapes of a layer's parameters. No memory is allocated for them.
 
     Args:
         config: a donor's or a Llamba's.
-        kind: one of a Llamba's `layer_types`; a donor's layers have the same names and shapes.
+        index: of the layer. All layers of a donor have the same names and shapes.
     """
+    import torch
+
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
 
-    with refusing_impossible_models():
-        if config.model_type == "llamba":
-            if kind == "linear_attention":
-                return _mamba_shapes(config)
-            config = config.llama_config()
-        import torch
-
-        with torch.device("meta"):
-            layer = KINDS[config.model_type].transformers_class("DecoderLayer")(config, 0)
+    is_llamba = config.model_type == "llamba"
+    if is_llamba:
+        from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
+    with refusing_impossible_models(), torch.device("meta"):
+        if is_llamba and index not in config.llama_layers:
+            donor = config.llama_config(index) if config.has_attention else None
+            layer = LlambaDecoderLayer(config, index, donor)
+        else:
+            donor = config.llama_config(index) if is_llamba else config
+            layer = KINDS[donor.model_type].transformers_class("DecoderLayer")(donor, 0)
         return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
-
-
-def _mamba_shapes(config: "LlambaConfig") -> dict[str, Shape]:
-    """The parameters of a `LlambaDecoderLayer` (llamba/modeling_llamba.py and mixer.py), without importing it."""
-    ssm, mlp = config.ssm_cfg, config.mlp_cfg
-    width, d_inner, inner = config.d_model, config.d_inner, mlp["intermediate_size"]
-    conv_dim = d_inner + 2 * ssm["n_qk_heads"] * ssm["d_state"]
-    projections = {
-        "mixer.in_proj": (conv_dim + d_inner + ssm["n_v_heads"], width),
-        "mixer.out_proj": (width, d_inner),
-        "mlp.gate_proj": (inner, width),
-        "mlp.up_proj": (inner, width),
-        "mlp.down_proj": (width, inner),
-    }
-    shapes: dict[str, Shape] = {
-        "mixer.D": (ssm["n_v_heads"],),
-        "mixer.conv1d.weight": (conv_dim, 1, ssm["d_conv"]),
-        "input_layernorm.weight": (width,),
-        "post_attention_layernorm.weight": (width,),
-    }
-    for name, shape in projections.items():
-        shapes[f"{name}.weight"] = shape
-        if (mlp if name.startswith("mlp.") else ssm)["bias"]:
-            shapes[f"{name}.bias"] = shape[:1]
-    if ssm["conv_bias"]:
-        shapes["mixer.conv1d.bias"] = (conv_dim,)
-    if not ssm["bias"]:  # with biases, in_proj carries z's
-        shapes["mixer.z_bias"] = (d_inner,)
-    return shapes
 
 
 def _config_fields(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A checkpoint of ours as the base of a further graft: its tensors, its own base, and the donors of what it keeps."""
+"""A checkpoint as the start of a further graft: its tensors, its own base, and the donors of its earlier grafts."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ from model_preparation.checkpoint.checkpoint_info import (
     TENSOR_DIGESTS,
     formats_of,
     grafted_heads,
-    is_healed,
     read_info,
 )
 from model_preparation.errors import SurgeryError
@@ -23,7 +22,7 @@ from model_preparation.io.tensors.tensor_ranges import TensorRange
 if TYPE_CHECKING:
     from model_preparation.llamba.configuration_llamba import LlambaConfig
 
-_NOT_OF_THE_ORIGIN = ("name", "layers")  # in the record of a donor
+_NOT_ORIGIN = ("name", "layers")  # fields of a donor's record that do not say where it comes from
 
 
 class CheckpointFiles(TensorFiles):
@@ -49,8 +48,8 @@ class Parent:
         info: its checkpoint_info.json.
         config: its model's.
         files: its tensors.
-        ungrafted: the layers that get back what its recipe's base has there.
-        own: the tensors of that base; None if no layer is put back.
+        ungrafted: the grafted layers to undo; they get the weights of its own base again.
+        own_base: the tensors of that base; None if no graft is undone.
     """
 
     folder: Path
@@ -58,21 +57,21 @@ class Parent:
     config: "LlambaConfig"
     files: CheckpointFiles
     ungrafted: list[int]
-    own: TensorFiles | None
+    own_base: TensorFiles | None
 
     @classmethod
     def at(cls, name: str, ungrafted: Collection[int], sources: Mapping[str, str] | None) -> "Parent | None":
         """The checkpoint in the folder that `name` means; None if there is none.
 
         Raises:
-            SurgeryError: if it cannot be read, or a layer of `ungrafted` is not grafted, or its base is not there.
+            SurgeryError: if it cannot be read, a layer in `ungrafted` is not grafted, or its own base is missing.
         """
         folder = folder_named(target_named(name, sources))
         if folder is None or not (folder / INFO).is_file():
             if ungrafted:
                 raise SurgeryError(f"{name} is no checkpoint, so nothing in it is grafted. Leave --ungraft out.")
             return None
-        from model_preparation.io.untrusted.untrusted_config import config_from  # which imports transformers
+        from model_preparation.io.untrusted.untrusted_config import config_from  # imports transformers
         from model_preparation.llamba.configuration_llamba import LlambaConfig
 
         folder = folder.absolute()
@@ -84,61 +83,57 @@ class Parent:
         grafted = {*config.llama_layers, *map(int, config.llama_heads)}
         if not grafted or not _records_enough(info, config, grafted):
             raise SurgeryError(
-                f"{folder / INFO} is damaged, or of an early version, which recorded less than a further graft needs. "
+                f"{folder / INFO} is damaged, or an early version wrote it without facts that a further graft needs. "
                 f"Build the checkpoint again: create_replaced_model_checkpoint.py --from_info {folder / INFO}"
             )
-        if not_there := sorted(set(ungrafted) - grafted):
+        if not_grafted := sorted(set(ungrafted) - grafted):
             raise SurgeryError(
-                f"Layer {', '.join(map(str, not_there))} of {folder} is not grafted; grafted are "
-                f"{', '.join(map(str, sorted(grafted)))}. Give --ungraft layers among those."
+                f"Layer {', '.join(map(str, not_grafted))} of {folder} is not grafted; grafted are "
+                f"{', '.join(map(str, sorted(grafted)))}. Give --ungraft layers from these."
             )
-        own = None
+        own_base = None
         if ungrafted:
-            cure = f"Put it back there, or build from a base instead of {folder}."
-            own = TensorFiles(resolve(target_of(info["base_model"], cure), overrides=sources).folder)
-        return cls(folder, info, config, CheckpointFiles(folder, info), sorted(ungrafted), own)
+            advice = f"Put it back there, or build from a base instead of {folder}."
+            own_base = TensorFiles(resolve(target_of(info["base_model"], advice), overrides=sources).folder)
+        return cls(folder, info, config, CheckpointFiles(folder, info), sorted(ungrafted), own_base)
 
     @property
     def tokenizer(self) -> Path:
-        """Where its tokenizer is."""
+        """The folder of its tokenizer."""
         return self.folder / "tokenizer" if "pt" in formats_of(self.info) else self.folder
 
     def owners(self) -> dict[int, str]:
-        """Whose each grafted layer is, in words."""
+        """The donor of each grafted layer, in words."""
         found = {int(index): f"{donor['id']}'s" for donor in donors_of(self.info) for index in donor["layers"]}
         heads = grafted_heads(self.info)
         return found | {index: f"{found[index]} (heads {', '.join(map(str, heads[index]))})" for index in heads}
 
-    @property
-    def has_the_bases_tensors(self) -> bool:
-        """Whether all that is not grafted is the base's to the bit."""
-        return not is_healed(self.info)
-
-    def check_own(self) -> None:
-        """Raise SurgeryError unless the base is, to the bit, the one that the checkpoint was built from."""
+    def check_own_base(self) -> None:
+        """Raise SurgeryError unless `own_base` equals, to the bit, the base that the checkpoint was built from."""
         from model_preparation.checkpoint.digests import digests_as_recorded  # imports torch
 
-        if self.own is None:
+        if self.own_base is None:
             return
-        if odd := differences(*digests_as_recorded(self.info["base_model"]["files"], self.own.folder)):
+        folder = self.own_base.folder
+        if differing := differences(*digests_as_recorded(self.info["base_model"]["files"], folder)):
             raise SurgeryError(
-                f"{self.own.folder} is not the base that {self.folder} was built from ({'; '.join(odd)}). "
+                f"{folder} is not the base that {self.folder} was built from ({'; '.join(differing)}). "
                 f"Put that base back there, or build from a base instead."
             )
 
     def digests(self) -> dict[str, tuple[str, str]]:
-        """(origin, BLAKE3) of each tensor, as tensor_digests.json has them."""
+        """(origin, BLAKE3) of each tensor, from tensor_digests.json."""
         from model_preparation.checkpoint.digests import read_tensor_digests  # imports torch
 
         recorded = read_tensor_digests(self.folder / TENSOR_DIGESTS)
         return {name: (entry.origin, entry.blake3) for name, entry in recorded.items()}
 
     def donors(self, kept: Collection[int], added: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What checkpoint_info.json says of each donor, the earliest one first.
+        """The record of each donor for checkpoint_info.json, the earliest donor first.
 
         Args:
             kept: the layers that stay grafted.
-            added: the same of the donors of new layers.
+            added: the records of the donors of new layers.
         """
         found: list[dict[str, Any]] = []
         for donor in [*donors_of(self.info), *added]:
@@ -153,7 +148,7 @@ class Parent:
 
 
 def _records_enough(info: Mapping[str, Any], config: "LlambaConfig", grafted: Collection[int]) -> bool:
-    """Whether a checkpoint_info.json agrees with its config, and has all that the next one takes from it."""
+    """Whether a checkpoint_info.json agrees with its config, and has every field that a further graft needs."""
     if (
         not {"base_model", "replacement_source", "digests", "dtype"} <= info.keys()
         or TENSOR_DIGESTS not in info["files"]
@@ -168,4 +163,4 @@ def _records_enough(info: Mapping[str, Any], config: "LlambaConfig", grafted: Co
 
 
 def _origin(donor: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in donor.items() if name not in _NOT_OF_THE_ORIGIN}
+    return {name: value for name, value in donor.items() if name not in _NOT_ORIGIN}

@@ -1,7 +1,7 @@
-"""A checkpoint built again from its checkpoint_info.json, and compared with it.
+"""Builds a checkpoint again from its checkpoint_info.json, and compares the two.
 
-The recipe, a few kilobytes, names base, donor and layers, and has the digests of every file. Whoever has base and donor
-needs nothing else to make the checkpoint.
+This recipe, a few kilobytes, names base, donor and layers, and has the digest of every file. Base, donor and recipe are
+enough to make the checkpoint.
 """
 
 import tempfile
@@ -30,14 +30,14 @@ from model_preparation.io.digests import sha256_of
 from model_preparation.io.result_inputs import differences
 from model_preparation.io.tensors.tensor_ranges import MappedFiles
 
-_PROGRAMS = ("model_preparation", "torch", "transformers")  # they decide on all bytes but the tensors'
-# The fields of a config that decide on what the model computes.
+_PROGRAMS = ("model_preparation", "torch", "transformers")  # all bytes but the tensors' depend on them
+# The model's computation depends on these fields of a config.
 _CONFIG = (
     *("d_model", "n_layer", "vocab_size", "tie_embeddings", "norm_epsilon"),
     *("mlp_cfg", "ssm_cfg", "llama_layers", "llama_cfg", "other_llama_cfgs", "donor_type", "llama_heads"),
     "keep_mixer_heads",
 )
-_OF_TOKENIZERS = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
+_TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges")
 
 
 def rebuild_checkpoint(
@@ -50,24 +50,24 @@ def rebuild_checkpoint(
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Build the checkpoint that a checkpoint_info.json describes, and compare its digests.
+    """Build the checkpoint that a checkpoint_info.json describes, and compare their digests.
 
     Args:
         recipe: a checkpoint_info.json.
         output_dir: the folder to make; it appears whole or not at all.
-        llama_layers_dir: the donor's extracted layers. If there are none, they are extracted into it from the
-            recipe's donor. A folder for each donor, if the recipe has several.
-        base: where the base is; by default where the recipe says. For a graft on a healed checkpoint, where that is.
+        llama_layers_dir: a folder of the donor's extracted layers. If it has none, they are extracted into it from
+            the recipe's donor. Give a folder for each donor if the recipe has several.
+        base: where the base is; by default where the recipe says. For a graft on a healed checkpoint, its folder.
         device: where the smoke test runs, or a function that chooses it.
-        overwrite: replace a checkpoint that is there.
+        overwrite: replace an existing checkpoint.
         sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Returns:
-        Notes: what differs although model and tokenizer are the recipe's, and why. As a rule there are none.
+        Notes on files that differ although model and tokenizer are equal, with the reason. Usually there are none.
 
     Raises:
-        SurgeryError: if the recipe cannot be read, base or donor are missing or not the recipe's, or files differ for
-            another reason than other versions of programs.
+        SurgeryError: if the recipe cannot be read; if base or donor are missing or not the recipe's; or if files
+            differ although the versions of programs are the same.
     """
     target = Path(output_dir).expanduser()
     given = [llama_layers_dir] if isinstance(llama_layers_dir, str | Path) else llama_layers_dir
@@ -76,7 +76,7 @@ def rebuild_checkpoint(
     info = read_recipe(recipe)
     if "healing" in info:
         raise SurgeryError(
-            f"{recipe} is of a healed checkpoint, and no recipe gives its weights. Copy the checkpoint itself, or "
+            f"{recipe} describes a healed checkpoint, and no recipe gives its weights. Copy the checkpoint itself, or "
             f"rebuild the one it was healed from, {info.get('parent', {}).get('id', 'its parent')}, and heal that."
         )
     step: dict[str, Any] = {"grafted": info["replaced_layers"], "grafted_heads": info.get("grafted_heads", {})}
@@ -89,7 +89,7 @@ def rebuild_checkpoint(
     def review(found: dict[str, Any], graft: GraftPlan) -> None:
         if "descent" in info:
             found["descent"] = info["descent"]
-        notes.extend(_programs_differing(found, info, None if graft.parent else graft.base.folder))
+        notes.extend(_compare(found, info, None if graft.parent else graft.base.folder))
         if measured := info.get("mmlu_result"):
             if measured.get("model", {}).get("weights") == found["digests"]["weights"]:
                 found["mmlu_result"] = measured
@@ -123,10 +123,10 @@ def rebuild_checkpoint(
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """A checkpoint_info.json, wherever it lies.
+    """Read a checkpoint_info.json, given its path or its folder.
 
     Raises:
-        SurgeryError: if it is not there or not one.
+        SurgeryError: if it is missing or invalid.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -140,33 +140,32 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def _check_parent(recipe: str | Path, base: str | None, recorded: Mapping[str, Any]) -> None:
-    """Raise SurgeryError unless `base` is the checkpoint that the recipe's was built on."""
+    """Raise SurgeryError unless `base` is the checkpoint that the recipe starts from."""
     if base is None:
         raise SurgeryError(
-            f"{recipe} is of a graft on {recorded['id']}, which base and donors alone do not give. Say where that "
-            "checkpoint is by --base."
+            f"{recipe} describes a graft on the checkpoint {recorded['id']}, which base and donors alone do not give. "
+            "Say where that checkpoint is by --base."
         )
-    there = read_info(base)["files"][TENSOR_DIGESTS]["sha256"]
-    if there != recorded.get("tensor_digests_sha256"):
+    if read_info(base)["files"][TENSOR_DIGESTS]["sha256"] != recorded.get("tensor_digests_sha256"):
         raise SurgeryError(f"{base} is not the checkpoint {recorded['id']} of the recipe. Give that one by --base.")
 
 
 def _donor_layers(
     folders: Sequence[Path], info: Mapping[str, Any], layers: Sequence[int], sources: Mapping[str, str] | None
 ) -> LayerStore | Path:
-    """The layers of the recipe's donors, compared with it. A folder that has none gets them."""
+    """The layers of the recipe's donors, compared with the recipe. An empty folder gets them first."""
     if not layers:
-        return folders[0]  # which is not opened
-    of_each = [(donor, [index for index in layers if str(index) in donor["layers"]]) for donor in donors_of(info)]
-    of_each = [(donor, own) for donor, own in of_each if own]
-    if len(folders) != len(of_each):
+        return folders[0]  # nobody opens it
+    taken = [(donor, [index for index in layers if str(index) in donor["layers"]]) for donor in donors_of(info)]
+    taken = [(donor, own) for donor, own in taken if own]
+    if len(folders) != len(taken):
         raise SurgeryError(
-            f"The recipe needs layers of {len(of_each)} donors, {', '.join(donor['id'] for donor, _ in of_each)}. "
+            f"The recipe needs layers of {len(taken)} donors, {', '.join(donor['id'] for donor, _ in taken)}. "
             "Give a folder for each, in this order, by --llama_layers_dir DIR [DIR ...]."
         )
     stores = [
         (_layers_of_one(folder, info, donor, own, sources), own)
-        for folder, (donor, own) in zip(folders, of_each, strict=True)
+        for folder, (donor, own) in zip(folders, taken, strict=True)
     ]
     return stores[0][0] if len(stores) == 1 else LayersOfSeveral(stores)
 
@@ -204,7 +203,7 @@ def _layers_of_one(
 
 
 def _sha256_of_old_file(store: LayerStore, index: int) -> str:
-    """The SHA-256 of the file that the first versions wrote for these tensors, by torch.save."""
+    """The SHA-256 of a layer's file as the first versions wrote it, by torch.save."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -218,53 +217,49 @@ def _name_of(source: Mapping[str, Any]) -> str:
     return source.get("path") or source["id"] + (f" at revision {source['revision']}" if source["revision"] else "")
 
 
-def _programs_differing(found: Mapping[str, Any], wanted: Mapping[str, Any], base: Path | None) -> list[str]:
-    """Compare with the recipe: a note if files differ because programs do; an error if the model differs.
+def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], base: Path | None) -> list[str]:
+    """Compare with the recipe. Another model is an error; files that other programs wrote differently are a note.
 
     Args:
         base: the folder to compare with the recipe's base; None for a checkpoint, which was compared already.
     """
-    odd = [] if base is None else differences(*digests_as_recorded(wanted["base_model"]["files"], base))
-    if odd:
+    if base is not None and (changes := differences(*digests_as_recorded(wanted["base_model"]["files"], base))):
         raise SurgeryError(
-            f"{base} is not the recipe's base ({'; '.join(odd)}). Take the base that the recipe names, "
+            f"{base} is not the recipe's base ({'; '.join(changes)}). Take the base that the recipe names, "
             f"{_name_of(wanted['base_model'])}, by --base."
         )
-    odd = differences(_model_of(wanted), _model_of(found), of_both=True)
-    if odd:
-        raise SurgeryError(f"What was built is not the recipe's model ({'; '.join(odd)}). Give the recipe's donor.")
-    names = sorted(found["files"].keys() | wanted["files"].keys())
-    files = [name for name in names if found["files"].get(name) != wanted["files"].get(name)]
-    if any(a["id"] != b["id"] for a, b in zip(_sources(found), _sources(wanted), strict=False)):
-        files = [name for name in files if name != README]  # it names them as they are called here
-    files = [name for name in files if name != TENSOR_DIGESTS]  # compared above, by what it says
+    if changes := differences(_model_of(wanted), _model_of(found), of_both=True):
+        raise SurgeryError(
+            f"The new checkpoint is not the recipe's model ({'; '.join(changes)}). Give the recipe's donor."
+        )
+    names = (found["files"].keys() | wanted["files"].keys()) - {TENSOR_DIGESTS}  # which is compared above
+    ids = [[source["id"] for source in (info["base_model"], *donors_of(info))] for info in (found, wanted)]
+    if ids[0] != ids[1]:
+        names -= {README}  # it has these ids
+    files = [name for name in sorted(names) if found["files"].get(name) != wanted["files"].get(name)]
     programs = differences(_programs_of(wanted), _programs_of(found), of_both=True)
     is_same_library = wanted["versions"].get("transformers") == found["versions"]["transformers"]
-    unexplained = [name for name in files if not programs or (is_same_library and name.startswith(_OF_TOKENIZERS))]
+    unexplained = [name for name in files if not programs or (is_same_library and name.startswith(_TOKENIZER_FILES))]
     if wanted.get("digests", {}).get("tokenizer") == found["digests"]["tokenizer"]:
         # Before 0.3.0 this file also said whether HF_HUB_OFFLINE was set.
         unexplained = [name for name in unexplained if not name.endswith("tokenizer_config.json")]
     if unexplained:
         raise SurgeryError(
-            f"What was built is not what the recipe says: {', '.join(unexplained[:5])} differ, and the programs that "
-            "write them are the same. Copy the recipe again, and take the recipe's base and donor."
+            f"The new checkpoint differs from the recipe in {', '.join(unexplained[:5])}, but the programs that write "
+            "them are the same. Copy the recipe again, and take the recipe's base and donor."
         )
     if not files:
         return []
     why = "; ".join(programs) or "one of them with HF_HUB_OFFLINE"
-    return [f"Other programs wrote other bytes around them, in {', '.join(files)} ({why})."]
+    return [f"Other versions of programs wrote other bytes in {', '.join(files)} ({why})."]
 
 
 def _model_of(info: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's identity in a checkpoint_info.json; the first versions recorded less."""
+    """The identity of the model in a checkpoint_info.json. The first versions recorded less."""
     config = {name: info["config"].get(name) for name in _CONFIG}
     tensors = info["files"].get(TENSOR_DIGESTS)
     older = {} if tensors is None else {TENSOR_DIGESTS: tensors["sha256"]}
     return {"config": config, **({"weights": info["digests"]["weights"]} if "digests" in info else {}), **older}
-
-
-def _sources(info: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [info["base_model"], *donors_of(info)]
 
 
 def _programs_of(info: Mapping[str, Any]) -> dict[str, Any]:

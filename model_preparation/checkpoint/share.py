@@ -1,4 +1,4 @@
-"""A checkpoint folder -> a repository on ModelScope or Hugging Face.
+"""Uploads a checkpoint to a repository on ModelScope or Hugging Face.
 
 The repository gets the recorded files, checkpoint_info.json without this machine's paths, and README.md, the card. The
 folder itself is only read.
@@ -54,13 +54,13 @@ _LOCAL_PATH = re.compile(r"(~([A-Za-z_]\w*)?|\.\.?|[A-Za-z]:)?[/\\]|file:")  # o
 
 @dataclass(frozen=True)
 class UploadPlan:
-    """What goes to a hub.
+    """The files of an upload.
 
     Attributes:
         licence: its id.
-        recorded: {"bytes", "sha256"} by path, of files in `directory`.
-        texts: contents by path, of files made for the hub.
-        left_out: files of `directory` that stay here.
+        recorded: {"bytes", "sha256"} of files in `directory`, by path.
+        texts: contents of files made for the hub, by path.
+        left_out: files of `directory` that are not uploaded.
     """
 
     directory: Path
@@ -73,7 +73,7 @@ class UploadPlan:
     left_out: list[str]
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file that goes to the hub, by path, sorted."""
+        """The size of every uploaded file in bytes, by path, sorted."""
         sizes = {name: entry["bytes"] for name, entry in self.recorded.items()}
         sizes |= {name: len(content) for name, content in self.texts.items()}
         return dict(sorted(sizes.items()))
@@ -88,7 +88,7 @@ def share_checkpoint(
     verify: bool = True,
     **choices: Any,
 ) -> str:
-    """Upload a checkpoint with a card; returns the address of its page. Only files that the hub lacks are sent.
+    """Upload a checkpoint with a card; returns the address of its page. Files that the hub has are not sent again.
 
     The arguments are those of `plan_upload` and `upload`.
 
@@ -109,7 +109,7 @@ def plan_upload(
     licence: str | None = None,
     card: str | Path | None = None,
 ) -> UploadPlan:
-    """Decide what goes to a hub, which is not asked.
+    """Choose the files of an upload. The hub is not contacted.
 
     Args:
         directory: a complete checkpoint folder.
@@ -118,12 +118,12 @@ def plan_upload(
         what: "pt" or "hf" for one format's files, "auto" for all files, "recipe" for checkpoint_info.json and the
             texts only.
         revision: the branch; by default the hub's default one.
-        licence: the licence's id; needed where it does not follow from base and donor.
-        card: a README.md to upload in place of the one made from checkpoint_info.json. The licence is read from it.
+        licence: the licence's id; needed if base and donor do not determine it.
+        card: a README.md to upload instead of the one made from checkpoint_info.json. The licence is read from it.
 
     Raises:
-        SurgeryError: if the checkpoint is not complete, a file is missing, has another size or leads out of the
-            folder, the format is not there, the licence is unknown, or its terms forbid the repository's name.
+        SurgeryError: if the checkpoint is not complete or lacks the format; if a file is missing, has another size or
+            lies outside the folder; if the licence is unknown, or its terms forbid the repository's name.
     """
     for choice, known in ((hub, HUBS), (what, _WHAT)):
         if choice not in known:
@@ -143,7 +143,7 @@ def plan_upload(
             from model_preparation.checkpoint.digests import recorded_weights  # imports torch
 
             if current_score(shared, recorded_weights(directory)) is None:
-                del shared[MEASURED]  # measured on weights that were in the place of those recorded
+                del shared[MEASURED]  # it was measured on other weights than the recorded ones
                 shared["mmlu_score"] = None
         if what != "recipe":
             shared |= {"files": recorded, "format": what}
@@ -171,10 +171,10 @@ def plan_upload(
 
 
 def upload(plan: UploadPlan, *, private: bool = False, message: str | None = None, verify: bool = True) -> str:
-    """Upload what `plan_upload` decided; returns the address of the repository's page.
+    """Upload the files of a plan; returns the address of the repository's page.
 
     Args:
-        private: make the repository private if it is not there; refuse a public one.
+        private: make a new repository private; refuse an existing public one.
         message: of the commit.
         verify: compare every recorded file with its SHA-256 first.
 
@@ -190,14 +190,14 @@ def upload(plan: UploadPlan, *, private: bool = False, message: str | None = Non
         )
     if verify:
         verify_files(plan.directory, plan.recorded)
-    there: dict[str, str] = {}
+    uploaded: dict[str, str] = {}
     if is_private is None:
         hub.create(plan.repo, private=private, licence=plan.licence)
     else:
-        there = hub.digests(plan.repo, plan.revision)
+        uploaded = hub.digests(plan.repo, plan.revision)
     digests = {name: entry["sha256"] for name, entry in plan.recorded.items()}
     digests |= {name: hashlib.sha256(content).hexdigest() for name, content in plan.texts.items()}
-    missing = {name for name, digest in digests.items() if there.get(name) != digest}
+    missing = {name for name, digest in digests.items() if uploaded.get(name) != digest}
     if missing:
         with tempfile.TemporaryDirectory(prefix="share-") as temporary:
             _stage(plan, missing, Path(temporary))
@@ -207,7 +207,7 @@ def upload(plan: UploadPlan, *, private: bool = False, message: str | None = Non
 
 
 def verify_files(directory: Path, recorded: Mapping[str, dict]) -> None:
-    """Raise SurgeryError if a file of `directory` is not as `recorded` says, by its size and SHA-256."""
+    """Raise SurgeryError if a file's size or SHA-256 differs from the recorded one."""
     with bar("Verifying", sum(entry["bytes"] for entry in recorded.values()), in_bytes=True) as advance:
         for name, entry in recorded.items():
             if fault := fault_of(directory / name, entry, advance):
@@ -215,25 +215,23 @@ def verify_files(directory: Path, recorded: Mapping[str, dict]) -> None:
 
 
 def _select(info: dict[str, Any], what: str, directory: Path) -> tuple[dict[str, dict], str]:
-    """The recorded files that `what` means, and their format: "pt", "hf", "both" or "recipe"."""
-    held = info.get("format", "pt")
+    """The recorded files that `what` selects, and their format: "pt", "hf", "both" or "recipe"."""
+    built_format = info.get("format", "pt")
     if what == "recipe" and needs_parent(info):
         raise SurgeryError(
             f"{directory} was healed, or built on a checkpoint that its recipe needs. "
             "Share the files: leave --what out."
         )
     if what == "auto":
-        what = held
-    elif what in ("pt", "hf") and held not in (what, "both"):
+        what = built_format
+    elif what in ("pt", "hf") and built_format not in (what, "both"):
         raise SurgeryError(
-            f"{directory} holds the format {held}, not {what}. Leave --what out, or build it with --format {what}."
+            f"{directory} has the format {built_format}, not {what}. Leave --what out, or build with --format {what}."
         )
-    left_out = {"both": set(), "recipe": set(info["files"]) - {README}}.get(what)
-    if left_out is None:
-        pt_only = {name for name in info["files"] if name in (MODULE, STATE_DICT) or name.startswith(f"{TOKENIZER}/")}
-        hf_only = {name for name in info["files"] if "/" not in name and any(fnmatch(name, one) for one in _HF_ONLY)}
-        left_out = {"pt": hf_only, "hf": pt_only}[what]
-    # The texts take the places of files of their names.
+    pt_only = {name for name in info["files"] if name in (MODULE, STATE_DICT) or name.startswith(f"{TOKENIZER}/")}
+    hf_only = {name for name in info["files"] if "/" not in name and any(fnmatch(name, one) for one in _HF_ONLY)}
+    left_out = {"both": set(), "recipe": set(info["files"]) - {README}, "pt": hf_only, "hf": pt_only}[what]
+    # The upload has its own texts under these names.
     left_out |= {CARD, NOTICE, INFO}
     return {name: entry for name, entry in sorted(info["files"].items()) if name not in left_out}, what
 
@@ -255,7 +253,7 @@ def _check_file(directory: Path, name: str, recorded: Mapping[str, Any]) -> None
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # which a link to itself does not make fail
+    return Path(os.path.realpath(path))  # unlike Path.resolve, it accepts a link to itself
 
 
 def _read_card_file(path: Path) -> str:
@@ -266,7 +264,7 @@ def _read_card_file(path: Path) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """checkpoint_info.json for strangers: of a path of this machine, only the last part stays."""
+    """checkpoint_info.json for strangers. Only the last part of this machine's paths stays."""
     if isinstance(value, dict):
         named = {"name": value["id"]} if value.get("hub") == "local" and "name" in value else {}
         fields = {_without_paths(name): _without_paths(field) for name, field in value.items() if name != "path"}
@@ -279,7 +277,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def _stage(plan: UploadPlan, names: set[str], folder: Path) -> None:
-    """Fill `folder` with the files `names`: links into the checkpoint, and texts."""
+    """Put the files `names` into `folder`: links into the checkpoint, and texts."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One short forward pass of a grafted model, while its files are written. If its logits are broken, the build ends.
+"""One short forward pass of a grafted model, while its files are written. If a logit is not finite, the build fails.
 
 The weights stay in their files. A few rows of a matrix at a time are read, cast, moved to the device, used and freed.
 """
@@ -21,19 +21,19 @@ _PIECE_BYTES = 8 << 20
 def smoke_test(
     graft: GraftPlan,
     tokenizer: PreTrainedTokenizerBase,
-    device: str = "cpu",
-    go_on: Callable[[], object] = lambda: None,
+    device: str,
+    check_stopped: Callable[[], object],
 ) -> None:
     """Run the model on one sentence.
 
     Args:
         device: where the model runs.
-        go_on: called before each piece of a matrix; it may raise an exception, which ends the test.
+        check_stopped: called before each piece of a matrix; it may raise an exception, which ends the test.
 
     Raises:
         SurgeryError: if a logit is not finite.
     """
-    torch.set_num_threads(1)  # of this thread. Other threads write and hash meanwhile, and would be waited for
+    torch.set_num_threads(1)  # for this thread: the other cores write and compute digests meanwhile
     mapped = MappedFiles()
     places = {"lm_head.weight": graft.tensors["backbone.embedding.weight"]} | graft.tensors  # a tied head has no tensor
     dtype = graft.dtype.torch
@@ -42,8 +42,8 @@ def smoke_test(
         place = places.get(f"{name}.weight")
         if isinstance(module, (nn.Linear, nn.Embedding)) and isinstance(place, TensorRange):
             module.weight = None  # type: ignore[assignment]
-            matrix = _Matrix(place, dtype, mapped, go_on)
-            module.forward = matrix.of(module)  # type: ignore[method-assign, assignment]
+            forward = _forward_from_file(module, place, dtype, mapped, check_stopped)
+            module.forward = forward  # type: ignore[method-assign, assignment]
         for key, _ in list(module.named_parameters(recurse=False)):
             tensor = mapped.tensor(places[f"{name}.{key}"]).to(device, dtype)
             setattr(module, key, nn.Parameter(tensor, requires_grad=False))
@@ -56,36 +56,31 @@ def smoke_test(
         )
 
 
-class _Matrix:
-    """A weight of shape (rows, columns). It is read from its file each time it is used."""
+def _forward_from_file(
+    module: nn.Linear | nn.Embedding,
+    place: TensorRange,
+    dtype: torch.dtype,
+    mapped: MappedFiles,
+    check_stopped: Callable[[], object],
+) -> Callable[[Tensor], Tensor]:
+    """The module's `forward`, with a weight of shape (rows, columns) that each call reads from its file."""
 
-    def __init__(self, place: TensorRange, dtype: torch.dtype, mapped: MappedFiles, go_on: Callable[[], object]):
-        self._place = place
-        self._dtype = dtype
-        self._mapped = mapped
-        self._go_on = go_on
-
-    def of(self, module: nn.Linear | nn.Embedding) -> Callable[[Tensor], Tensor]:
-        """The replacement of the module's `forward`."""
-        if isinstance(module, nn.Embedding):
-            return self._embed
-        return lambda inputs: self._multiply(inputs, module.bias)
-
-    def _embed(self, ids: Tensor) -> Tensor:
+    def embed(ids: Tensor) -> Tensor:
         """(batch, length) -> (batch, length, columns)."""
-        return self._mapped.tensor(self._place)[ids.cpu()].to(ids.device, self._dtype)
+        return mapped.tensor(place)[ids.cpu()].to(ids.device, dtype)
 
-    def _multiply(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(inputs: Tensor) -> Tensor:
         """(..., columns) -> (..., rows)."""
-        self._mapped.expect(self._place)
-        rows = self._place.shape[0]
-        piece_rows = max(1, _PIECE_BYTES * rows // self._place.size_bytes)
+        mapped.expect(place)
+        rows = place.shape[0]
+        piece_rows = max(1, _PIECE_BYTES * rows // place.size_bytes)
         outputs = []
         for start in range(0, rows, piece_rows):
-            self._go_on()
-            piece = self._place.rows(start, start + piece_rows)
-            weight = self._mapped.tensor(piece).to(inputs.device, self._dtype)
-            outputs.append(nn.functional.linear(inputs, weight))
-            self._mapped.forget(piece)
-        joined = torch.cat(outputs, dim=-1)
-        return joined if bias is None else joined + bias
+            check_stopped()
+            piece = place.rows(start, start + piece_rows)
+            outputs.append(nn.functional.linear(inputs, mapped.tensor(piece).to(inputs.device, dtype)))
+            mapped.forget(piece)
+        joined, bias = torch.cat(outputs, dim=-1), module.bias
+        return joined if bias is None else joined + bias  # type: ignore[operator]
+
+    return embed if isinstance(module, nn.Embedding) else multiply

@@ -1,7 +1,7 @@
-"""Is a checkpoint folder, byte for byte, what was built? Every file and every tensor is checked.
+"""Checks that a checkpoint's folder is as it was built: every file and every tensor.
 
-Every byte is read once, and no code is unpickled. Checks that must import the model run while the files are read. With
-the base and the donor's layers, the tensors are compared with theirs (verify_tensors.py).
+Every byte is read once, and no code is unpickled. Checks that import the model run while the files are read. If base or
+donor's layers are given, their tensors are compared too (verify_tensors.py).
 """
 
 import contextlib
@@ -40,19 +40,19 @@ from model_preparation.io.untrusted.untrusted_files import inside, regular_file
 if TYPE_CHECKING:
     from model_preparation.checkpoint.verify_tensors import TensorChecks
 
-_FILES_AT_ONCE = 2  # each is hashed by one core
-# Hubs, their clients and share_checkpoint.py add these: no loader reads them. Any other file may be read.
+_FILES_AT_ONCE = 2  # one core computes the digests of one file
+# Hubs, their clients and share_checkpoint.py add these files, and no loader reads them. A loader may read any other.
 _ADDED_BY_HUBS = {
     *(".gitattributes", ".gitignore", "README.md", "LICENSE", "NOTICE"),
     *("configuration.json", ".mdl", ".msc", ".mv"),  # ModelScope's
 }
-_LEFT_BEHIND = re.compile(re.escape(INFO) + r"\.partial-\d+")  # by write_file, when a score is entered
+_LEFT_BEHIND = re.compile(re.escape(INFO) + r"\.partial-\d+")  # by a killed write_file, which records a score
 _NOT_LOADED = {EVALUATIONS: "results, which come after the build", ".git": "a clone's", ".cache": "a download's"}
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, and where: the name of a file in the folder, or of a tensor."""
+    """One fault: the file in the folder or the tensor (`where`), and what is wrong with it."""
 
     where: str
     what: str
@@ -63,12 +63,12 @@ class Fault:
 
 @dataclass
 class Verification:
-    """What the checks found.
+    """The results of the checks.
 
     Attributes:
-        checks: a line per check: what was looked at.
-        notes: worth knowing, but no faults.
-        faults: each by the name of its file or tensor.
+        checks: a line per check that says what it covered.
+        notes: remarks that are no faults.
+        faults: the faults.
         elsewhere: how many faults only say that the checkpoint was compared with another base or donor.
     """
 
@@ -79,19 +79,19 @@ class Verification:
     elsewhere: int = 0
 
     def add(self, other: "Verification") -> None:
-        """Append what another one found."""
+        """Append the results of other checks."""
         self.checks += other.checks
         self.notes += other.notes
         self.faults += other.faults
 
-    def check(self, what: str, looked_at: str) -> None:
-        self.checks.append(f"{what:<12} {looked_at}")
+    def check(self, title: str, covered: str) -> None:
+        self.checks.append(f"{title:<12} {covered}")
 
     def fault(self, where: str, what: str) -> None:
         self.faults.append(Fault(where, what))
 
     def compared_with_another(self, what: str) -> None:
-        """Add the fault that the checkpoint was compared with what it was not made from."""
+        """Add the fault that the checkpoint was compared with another base or donor than its own."""
         self.fault("comparison:", what)
         self.elsewhere += 1
 
@@ -104,7 +104,7 @@ def verify_checkpoint(
     files_only: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> list[Fault]:
-    """The faults of a checkpoint folder; none if it is what was built. The arguments are those of `verify`."""
+    """The faults of a checkpoint folder; none if it is as it was built. The arguments are those of `verify`."""
     return verify(directory, base, llama_layers_dir, files_only=files_only, sources=sources).faults
 
 
@@ -121,13 +121,13 @@ def verify(
     Args:
         directory: a folder written by `build_checkpoint`.
         base: a name, folder or hub id of the base, to compare the kept tensors too.
-        llama_layers_dir: the donor's extracted layers, to compare the replaced ones too; by default those in
-            extracted_llama_layers/, if they are of the same source.
-        files_only: check the files' digests only, which finds any changed byte, and no tensors.
+        llama_layers_dir: the donor's extracted layers, to compare the replaced layers too; by default
+            extracted_llama_layers/, if its layers come from the same source.
+        files_only: check only the files' digests, which finds any changed byte, and no tensors.
         sources: targets by name, as `resolve(overrides=...)` takes them.
 
     Raises:
-        SurgeryError: if the checkpoint, the base or the layers are not there.
+        SurgeryError: if the checkpoint, the base or the layers are missing.
     """
     directory = Path(directory).expanduser()
     found = Verification(directory)
@@ -139,8 +139,8 @@ def verify(
     if info is None:
         return found
     recorded = _recorded_files(found, info)
-    _look_at_code(found, info, recorded)
-    _look_for_others(found, info, recorded)
+    _check_code(found, info, recorded)
+    _check_unlisted(found, info, recorded)
     if files_only:
         _read_files(found, recorded)
         return found
@@ -163,9 +163,9 @@ def _tensor_checks(found: Verification, info: dict[str, Any], recorded: Mapping[
 
 
 def _tensor_places(directory: Path, recorded: Mapping[str, dict]) -> dict[str, set[Range]]:
-    """By file, where tensors may lie in it: every record of a .pt file, every tensor of a safetensors file.
+    """By file, the ranges that may hold tensors: every record of a .pt file, every tensor of a safetensors file.
 
-    `TensorChecks` finds out what such a file really holds, and what is wrong with one that has no places here.
+    A file that cannot be read gets no ranges here; `TensorChecks` reports its fault.
     """
     places: dict[str, set[Range]] = {}
     for name in recorded:
@@ -181,23 +181,23 @@ def _tensor_places(directory: Path, recorded: Mapping[str, dict]) -> dict[str, s
 def _checked_info(found: Verification) -> dict[str, Any] | None:
     path = found.directory / INFO
     if not path.exists():
-        return read_info(found.directory)  # which says what is missing
+        return read_info(found.directory)  # raises the error for what is missing
     data = regular_file(path).read_bytes()
-    trouble = checksum_fault(data)
-    if trouble:
-        found.fault(INFO, trouble)
+    fault = checksum_fault(data)
+    if fault:
+        found.fault(INFO, fault)
     found.check("Recipe", f"{INFO} against the checksum in it, {decimal(len(data))}")
     try:
         return read_info(found.directory)
     except SurgeryError as error:
-        if not trouble:
+        if not fault:
             raise
         found.fault(INFO, f"cannot be used: {error}")
         return None
 
 
 def _recorded_files(found: Verification, info: dict[str, Any]) -> dict[str, dict]:
-    """The entries of `files` that name a file of the folder; the others are faults."""
+    """The entries of `files` with paths inside the folder; any other entry is a fault."""
     recorded = {}
     for name, entry in info["files"].items():
         try:
@@ -206,15 +206,16 @@ def _recorded_files(found: Verification, info: dict[str, Any]) -> dict[str, dict
                 raise SurgeryError(f"it is a link to {real}, outside the folder")
             recorded[name] = entry
         except SurgeryError as error:
-            found.fault(f"{name!r:.200}", f"is listed in {INFO} in a way that cannot be ({error})")
-    for name in _weight_files(info) | {TENSOR_DIGESTS}:
+            found.fault(f"{name!r:.200}", f"is not a valid path in {INFO} ({error})")
+    needed = {"pt": (MODULE, STATE_DICT), "hf": ("config.json",)}
+    for name in (TENSOR_DIGESTS, *(name for format in sorted(formats_of(info)) for name in needed.get(format, ()))):
         if name not in recorded:
             found.fault(name, f"is not listed in {INFO}")
     return recorded
 
 
-def _look_at_code(found: Verification, info: dict[str, Any], recorded: dict[str, dict]) -> None:
-    """Note code that is not this package's. A file with the package's bytes is trusted, listed or not."""
+def _check_code(found: Verification, info: dict[str, Any], recorded: dict[str, dict]) -> None:
+    """Note code that differs from this package's. A file with the package's bytes is trusted, listed or not."""
     if "hf" not in formats_of(info):
         return
     if remark := remark_on_code(found.directory, listed_code(info)):
@@ -225,17 +226,11 @@ def _look_at_code(found: Verification, info: dict[str, Any], recorded: dict[str,
             recorded[name] = entry
 
 
-def _weight_files(info: dict[str, Any]) -> set[str]:
-    formats = formats_of(info)
-    files = {MODULE, STATE_DICT} if "pt" in formats else set()
-    return files | ({"config.json"} if "hf" in formats else set())
-
-
-def _look_for_others(found: Verification, info: dict[str, Any], recorded: Mapping[str, dict]) -> None:
-    """Files that are not recorded: a fault if a loader may read them, today or in a later version."""
+def _check_unlisted(found: Verification, info: dict[str, Any], recorded: Mapping[str, dict]) -> None:
+    """Report files that are not listed: as a fault if a loader may read them, now or in a later version."""
     count = 0
     below: Counter[str] = Counter()  # files in folders that no loader reads
-    read_by_others = "hf" in formats_of(info)
+    has_hf = "hf" in formats_of(info)
     for root, folders, files in os.walk(found.directory):
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
         for name in sorted([*files, *links]):
@@ -247,9 +242,9 @@ def _look_for_others(found: Verification, info: dict[str, Any], recorded: Mappin
             if len(relative.parts) > 1 and top in _NOT_LOADED:
                 below[top] += 1
             elif _LEFT_BEHIND.fullmatch(shown):
-                found.notes.append(f"{shown} was left by a run that was killed, and nothing reads it. Remove it.")
-            elif top == TOKENIZER or (read_by_others and shown not in _ADDED_BY_HUBS):
-                found.fault(shown, f"is not listed in {INFO}, and would be read with the checkpoint")
+                found.notes.append(f"{shown} was left by a killed run, and nothing reads it. Remove it.")
+            elif top == TOKENIZER or (has_hf and shown not in _ADDED_BY_HUBS):
+                found.fault(shown, f"is not listed in {INFO}, but loaders would read it")
             else:
                 found.notes.append(f"{shown} is not listed in {INFO}.")
     found.notes += [f"{top}/ is not listed in {INFO}: {_NOT_LOADED[top]}, {below[top]} files." for top in below]
@@ -265,7 +260,7 @@ def _read_files(
     digests: dict[str, FileDigests] = {}
     with bar("Verifying", total, in_bytes=True) as advance, BackgroundTasks(_FILES_AT_ONCE) as tasks:
 
-        def go_on(size_bytes: int) -> None:
+        def advance_or_stop(size_bytes: int) -> None:
             tasks.check()
             advance(size_bytes)
 
@@ -273,7 +268,7 @@ def _read_files(
             path = found.directory / name
             try:
                 regular_file(path)
-                digests[name] = read_digests(path, (places or {}).get(name, ()), go_on)
+                digests[name] = read_digests(path, (places or {}).get(name, ()), advance_or_stop)
             except FileNotFoundError:
                 found.fault(name, "is missing")
             except (SurgeryError, OSError) as error:

@@ -1,6 +1,6 @@
-"""The tensors of a checkpoint, compared with their recorded digests, the config, the base and the donor.
+"""Compares a checkpoint's tensors with their recorded digests, the config, the base and the donor.
 
-No tensor is in memory as a whole unless its dtype must be cast.
+A whole tensor is in memory only if its dtype must be cast.
 """
 
 import functools
@@ -42,10 +42,10 @@ _CAST_NUMBERS = 1 << 22  # at a time
 
 
 class TensorChecks:
-    """The tensors in a checkpoint's files, and what they should be.
+    """The tensors in a checkpoint's files, and the tensors that should be there.
 
     Attributes:
-        ranges: by file and name in the state dict, where a tensor lies.
+        ranges: where each tensor lies, by file and by name in the state dict.
     """
 
     def __init__(self, found: Verification, info: dict[str, Any], recorded: Mapping[str, dict]):
@@ -87,35 +87,35 @@ class TensorChecks:
 
     def _module(self, path: Path, model: torch.nn.Module) -> dict[str, TensorRange]:
         ranges, count = module_ranges(path, model)
-        self._found.check("Pickle", f"{count} globals of {MODULE}, all on the list of those allowed")
+        self._found.check("Pickle", f"{count} globals of {MODULE}, all of them allowed")
         return ranges
 
     def _check_shapes(self, model: torch.nn.Module, config: LlambaConfig) -> None:
-        """The digests' names, shapes, dtypes and origins against the config."""
+        """Compare the names, shapes, dtypes and origins in tensor_digests.json with the config."""
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         for name in sorted(shapes.keys() - self._wanted.keys() - self._tied):
-            self._found.fault(name, f"is not listed in {TENSOR_DIGESTS}, and the config asks for it")
+            self._found.fault(name, f"is not listed in {TENSOR_DIGESTS}, but the config asks for it")
         replaced = donor_prefixes(config.llama_layers, config.llama_heads)
         healed = {HEALED} if is_healed(self._info) else set()
         for name, digest in self._wanted.items():
             if digest.shape != shapes.get(name):
                 wanted = list(shapes[name]) if name in shapes else "none"
-                self._found.fault(name, f"has shape {list(digest.shape)}, and the config asks for {wanted}")
-            if str(digest.dtype) != f"torch.{self._info.get('dtype')}":
-                self._found.fault(name, f"is {digest.dtype}, and {INFO} says {self._info.get('dtype')}")
+                self._found.fault(name, f"has shape {list(digest.shape)}, but the config asks for {wanted}")
+            if digest.dtype.name != (dtype := self._info.get("dtype")):
+                self._found.fault(name, f"is {digest.dtype.name}, but {INFO} says {dtype}")
             origins = {"donor" if name.startswith(replaced) else "base", *healed}
             if digest.origin not in origins:
-                self._found.fault(name, f"is the {digest.origin}'s, and the config says otherwise")
+                self._found.fault(name, f"comes from the {digest.origin}, but the config says otherwise")
         if count := sum(digest.origin == HEALED for digest in self._wanted.values()):
-            self._found.check("Healed", f"{count} tensors are neither the base's nor the donor's: they were trained")
+            self._found.check("Healed", f"{count} tensors come from neither base nor donor: they were trained")
         if config.llama_layers != self._info["replaced_layers"]:
-            self._found.fault(INFO, f"lists other layers than its config, {config.llama_layers}")
+            self._found.fault(INFO, f"lists other grafted layers than its config ({config.llama_layers})")
         if config.llama_heads != self._info.get("grafted_heads", {}):
-            self._found.fault(INFO, f"lists other heads than its config, {config.llama_heads}")
+            self._found.fault(INFO, f"lists other grafted heads than its config ({config.llama_heads})")
         self._found.check("Config", f"{len(self._wanted)} names, shapes and dtypes")
 
     def compare(self, digests: Mapping[str, FileDigests]) -> None:
-        """Every tensor in the files against tensor_digests.json."""
+        """Compare every tensor in the files with tensor_digests.json."""
         count = size_bytes = 0
         seen: set[str] = set()
         shards = {name for name in self.ranges if name not in (MODULE, STATE_DICT)}
@@ -148,20 +148,22 @@ class TensorChecks:
             self._found.fault(name, f"is not in {file}")
 
     def compare_base(self, folder: Path | None) -> None:
-        """The kept tensors against the base's."""
+        """Compare the kept tensors with the base's."""
         wanted = {name: digest for name, digest in self._wanted.items() if digest.origin == "base"}
         if folder is None:
-            self._found.check("Base", f"{len(wanted)} tensors not compared with it; --base NAME|PATH does that")
+            self._found.check("Base", f"{len(wanted)} tensors not compared; --base NAME|PATH compares them")
             return
-        self._compare_with("base", folder, wanted, lambda advance: _base_digests(folder, wanted, advance))
+        ranges = TensorFiles(folder).ranges
+        places = {name: ranges.get(digest.source_name) for name, digest in wanted.items()}
+        self._compare_with("base", folder, wanted, lambda advance: _digests_of(places, wanted, advance))
 
     def compare_donor(self, store: LayerStore | None) -> None:
-        """The replaced layers' tensors against the donor's."""
+        """Compare the replaced layers' tensors with the donor's."""
         wanted = {name: digest for name, digest in self._wanted.items() if digest.origin == "donor"}
         if store is None:
             store = self._store_of_same_source()
         if store is None:
-            self._found.check("Donor", f"{len(wanted)} tensors not compared with it; --llama_layers_dir DIR does that")
+            self._found.check("Donor", f"{len(wanted)} tensors not compared; --llama_layers_dir DIR compares them")
             return
         layers = [*self._info["replaced_layers"], *grafted_heads(self._info)]
         if "other_donors" in self._info:
@@ -173,7 +175,7 @@ class TensorChecks:
             )
         for index in layers:
             try:
-                store.check([index])  # only then do its files have the digests in metadata.json
+                store.check([index])  # so its files have the digests in metadata.json
             except SurgeryError as error:
                 self._found.fault(f"layer {index} of the donor", f"cannot be compared: {error}")
         heads = grafted_heads(self._info)
@@ -190,27 +192,29 @@ class TensorChecks:
         with bar(f"Reading the {which}", sum(sizes.values()), in_bytes=True) as advance:
             digests = digests_of(advance)
         missing = {name for name in wanted if digests[name] is None and name not in self._tied}
-        odd = [name for name, digest in wanted.items() if name in missing or digests[name] not in (digest.blake3, None)]
-        if 2 * len(odd) > len(wanted):
+        faulty = [
+            name for name, digest in wanted.items() if name in missing or digests[name] not in (digest.blake3, None)
+        ]
+        if 2 * len(faulty) > len(wanted):
             self._found.compared_with_another(
                 f"{folder} is not the {which} that the checkpoint was built from, {self._recorded(which)}: "
-                f"{len(odd)} of {len(wanted)} tensors are not in it"
+                f"{len(faulty)} of {len(wanted)} tensors are not in it"
             )
         else:
-            for name in odd:
-                what = f"in the {which}, {folder}, in that shape" if name in missing else f"the {which}'s, in {folder}"
-                self._found.fault(name, f"is not {what}")
+            for name in faulty:
+                fault = "is missing, or has another shape," if name in missing else f"differs from the {which}'s"
+                self._found.fault(name, f"{fault} in {folder}")
         self._found.check(which.capitalize(), f"{len(wanted)} tensors, {decimal(sum(sizes.values()))}, with {folder}")
 
     def _recorded(self, which: str) -> str:
-        """The base or donor that checkpoint_info.json names."""
+        """The name of the base or donor in checkpoint_info.json."""
         source = self._info.get("base_model" if which == "base" else "replacement_source")
         if not isinstance(source, dict):
             return f"which {INFO} does not name"
         return str(source.get("path") or source.get("id"))
 
     def _layers_of(self, store: LayerStore) -> list[int]:
-        """Of several donors, the layers of the one whose layers `store` has; of none, the first one's."""
+        """The layers of the donor that `store` holds; if it holds none of the donors, the first donor's layers."""
         donors = donors_of(self._info)
         source = store.metadata["source"]
         chosen = next((d for d in donors if all(d.get(name) == source[name] for name in source)), None)
@@ -235,19 +239,12 @@ class TensorChecks:
         return store if layers.items() <= here.items() else None
 
 
-def _base_digests(folder: Path, wanted: Mapping[str, TensorDigest], advance: Advance) -> dict[str, str | None]:
-    """The BLAKE3 in a base of each tensor in `wanted`, by name; None where the base has no such tensor."""
-    ranges = TensorFiles(folder).ranges
-    places = {name: ranges.get(digest.source_name) for name, digest in wanted.items()}
-    return _digests_of(places, wanted, advance)
-
-
 def _donor_digests(
     store: LayerStore, wanted: Mapping[str, TensorDigest], heads: Mapping[int, list[int]], advance: Advance
 ) -> dict[str, str | None]:
-    """The BLAKE3 in extracted layers of each tensor in `wanted`, by name; None where they have no such tensor.
+    """BLAKE3 of the donor's tensors for the names in `wanted`; None where the donor has no such tensor.
 
-    metadata.json has the BLAKE3 of a tensor in its stored dtype; for another dtype it is read and cast.
+    metadata.json has the BLAKE3 of a tensor in its stored dtype. For another dtype the tensor is read and cast.
     """
     found: dict[str, str | None] = {}
     places: dict[str, StoredTensor | None] = {}
@@ -261,8 +258,7 @@ def _donor_digests(
             places[name] = store.head_ranges(index, heads[index]).get(inner.removeprefix("attention."))
             continue
         recorded = entry.get("tensors")
-        stored_as = f"torch.{entry.get('dtype')}"
-        if isinstance(recorded, dict) and inner in recorded and stored_as == str(digest.dtype):
+        if isinstance(recorded, dict) and inner in recorded and entry.get("dtype") == digest.dtype.name:
             found[name] = str(recorded[inner])
         else:
             places[name] = None if index is None else ranges_of(index).get(inner)
@@ -272,7 +268,7 @@ def _donor_digests(
 def _digests_of(
     places: Mapping[str, StoredTensor | None], wanted: Mapping[str, TensorDigest], advance: Advance
 ) -> dict[str, str | None]:
-    """Each file is read once for the tensors that need no cast."""
+    """BLAKE3 of the tensors at `places`. Each file is read once for all tensors that need no cast."""
     found: dict[str, str | None] = {}
     whole: dict[Path, dict[str, TensorRange]] = {}
     mapped = MappedFiles()

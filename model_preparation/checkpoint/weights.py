@@ -1,10 +1,10 @@
-"""The weights of a checkpoint in their files, in either format.
+"""The files of a checkpoint's weights, in either format.
 
-Format pt: model.pt, the whole module, and model_state_dict.pt, written together from one read. On file systems that
-share extents (XFS, Btrfs) they share tensors with each other, with the donor's extracted layers, and with checkpoints
-of the same base in the same folder: ten of those take the room of one, plus ten times the grafted layers.
+Format pt: model.pt, the whole module, and model_state_dict.pt. Both are written from one read. On file systems that
+share extents (XFS, Btrfs) they share tensors: with each other, with the donor's extracted layers, and with checkpoints
+of the same base in the same folder. Ten such checkpoints take the room of one, plus ten times the grafted layers.
 
-Format hf: one safetensors file per layer. base_store.py keeps those of untouched layers once for all checkpoints.
+Format hf: one safetensors file per layer. base_store.py keeps untouched layers once for all checkpoints.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -45,7 +45,7 @@ class SiblingTensor:
 
 
 class GraftWeights:
-    """The files of a graft's weights, before they are written.
+    """Plans and writes the files of a graft's weights.
 
     Args:
         graft: its parts.
@@ -58,7 +58,7 @@ class GraftWeights:
         self._has_pt, self._has_hf = format != "hf", format != "pt"
         self._checkpoints = target.resolve().parent
         self._shares_extents = self._has_pt and can_reflink(existing_parent(target))
-        self._shares_tensors = self._shares_extents and graft.has_the_bases_tensors
+        self._shares_tensors = self._shares_extents and graft.keeps_base_tensors
         self._siblings: dict[str, SiblingTensor] = {}
         self._base_files: dict[str, dict] = {}
         if graft.parent is not None:
@@ -74,53 +74,53 @@ class GraftWeights:
         by_file: dict[str, dict[str, StoredTensor]] = {}
         for name, place in self._graft.tensors.items():
             by_file.setdefault(shard_file(name), {})[name] = place
-        grafted = {shard_file(prefix) for prefix in self._graft.replaced}
+        grafted = {shard_file(prefix) for prefix in self._graft.replaced_prefixes}
         shards = [Shard(file, ranges, self._graft.dtype) for file, ranges in by_file.items()]
-        own = [s for s in shards if s.file not in grafted] if self._graft.has_the_bases_tensors else []
-        if self._graft.parent is not None:  # a damaged one must put nothing into the store
+        own = [s for s in shards if s.file not in grafted] if self._graft.keeps_base_tensors else []
+        if self._graft.parent is not None:  # a damaged parent must add nothing to the store
             missing = self._store.missing(own)
             own = [s for s in own if s not in missing]
         return own, [s for s in shards if s not in own]
 
     @cached_property
     def has_siblings(self) -> bool:
-        """Whether other checkpoints may hold tensors to share; to look into them imports torch."""
+        """Whether other checkpoints may hold tensors to share. Reading them imports torch."""
         return self._shares_tensors and any(_sibling_folders(self._checkpoints))
 
-    def base_files(self, go_on: Callable[[], object] = lambda: None) -> dict[str, dict]:
-        """{"bytes", "blake3"} of the base's files by name. Those that have changed since the last time are read.
+    def base_files(self, check_stopped: Callable[[], object] = lambda: None) -> dict[str, dict]:
+        """{"bytes", "blake3"} of the base's files by name. Only files that have changed since the last time are read.
 
         Args:
-            go_on: called before each file; may raise.
+            check_stopped: called before each file; may raise.
         """
         for path in self._graft.base_paths:
-            go_on()
+            check_stopped()
             if path.name not in self._base_files:
                 self._base_files[path.name] = describe_source_file(path)
         return self._base_files
 
-    def prepare(self, go_on: Callable[[], object] = lambda: None) -> None:
-        """Find what can be shared instead of written, which may take reading the base.
+    def prepare(self, check_stopped: Callable[[], object] = lambda: None) -> None:
+        """Find the tensors and shards that can be shared instead of written. This may read the base.
 
         Args:
-            go_on: called before each of its files; may raise.
+            check_stopped: called before each of the base's files; may raise.
         """
         if not (self._has_hf or self.has_siblings):
             return
         with bar("Reading the base", len(self._graft.base_paths)) as advance:
-            base_files = self.base_files(lambda: (go_on(), advance(1)))
+            base_files = self.base_files(lambda: (check_stopped(), advance(1)))
         if self.has_siblings:
             self._siblings = _tensors_in_siblings(self._graft, self._checkpoints, base_files)
 
     def _bytes_to_write(self, *, read_base: bool = False) -> int:
-        """Size of what needs room of its own on the disk; at most that, unless `read_base`."""
+        """The room that the weights will take on the disk. Without `read_base`, it may be an overestimate."""
         if read_base:
             self.prepare()
         size_bytes = 0
         if self._has_pt:
-            once = self._graft.weight_bytes
-            shared = sum(tensor.place.size_bytes for tensor in self._siblings.values())
-            size_bytes += once - shared if self._shares_extents else 2 * once
+            copy_bytes = self._graft.weight_bytes
+            shared_bytes = sum(tensor.place.size_bytes for tensor in self._siblings.values())
+            size_bytes += copy_bytes - shared_bytes if self._shares_extents else 2 * copy_bytes
         if self._has_hf:
             base_shards, grafted_shards = self._shards
             size_bytes += sum(shard.size_bytes for shard in grafted_shards)
@@ -130,14 +130,14 @@ class GraftWeights:
         return size_bytes
 
     def check_room(self) -> None:
-        """Raise SurgeryError if the disk is too small for what will be written."""
+        """Raise SurgeryError if the disk has too little room for the files."""
         try:
             check_space(self._target, _SMALL_FILES_BYTES + self._bytes_to_write())
         except SurgeryError:
             check_space(self._target, _SMALL_FILES_BYTES + self._bytes_to_write(read_base=True))
 
     def describe(self) -> str:
-        """What `write` will write, in a line to print."""
+        """A line to print: how much `write` will write, and where."""
         size = decimal(self._bytes_to_write())
         if not self._has_hf:
             return f"To write     {size} in {MODULE} and {STATE_DICT}"
@@ -149,7 +149,7 @@ class GraftWeights:
         """Write the files; returns {"bytes", "sha256"} of each by its name, and BLAKE3 by tensor name.
 
         Args:
-            model: makes the grafted model of its parameters; called when all of them are written.
+            model: makes the grafted model from its parameters; called when all of them are written.
             advance: called with the bytes of every piece written or shared; may raise.
 
         Raises:
@@ -161,7 +161,6 @@ class GraftWeights:
         if self._has_pt:
             places = self._graft.tensors | {name: tensor.place for name, tensor in self._siblings.items()}
             sources = {name: place.cast(self._graft.dtype) for name, place in places.items()}
-
             paths = [folder / MODULE, folder / STATE_DICT]
             files, digests = write_together(paths, sources, lambda tensors: _pt_contents(model(tensors)), advance)
             _check_siblings(self._siblings, digests)
@@ -213,16 +212,16 @@ def shard_file(name: str) -> str:
 
 
 def _sibling_folders(checkpoints: Path) -> Iterator[Path]:
-    """The folders in `checkpoints` that hold a checkpoint with a model_state_dict.pt, in order."""
-    for info_path in sorted(checkpoints.glob(f"*/{INFO}")):
-        if (info_path.parent / STATE_DICT).is_file():
-            yield info_path.parent
+    """The checkpoints in a folder that have a model_state_dict.pt, sorted."""
+    for path in sorted(checkpoints.glob(f"*/{INFO}")):
+        if (path.parent / STATE_DICT).is_file():
+            yield path.parent
 
 
 def _tensors_in_siblings(
     graft: GraftParts, checkpoints: Path, base_files: Mapping[str, dict]
 ) -> dict[str, SiblingTensor]:
-    """Tensors of the base, by name in the grafted model, in checkpoints built from the same base files."""
+    """The base's tensors in checkpoints that were built from the same base files, by name in the grafted model."""
     from model_preparation.checkpoint.digests import read_tensor_digests, state_dict_ranges  # imports torch
 
     found: dict[str, SiblingTensor] = {}
@@ -233,10 +232,10 @@ def _tensors_in_siblings(
                 continue
             recorded = read_tensor_digests(folder / TENSOR_DIGESTS)
             for name, place in state_dict_ranges(folder / STATE_DICT).items():
-                if recorded[name].origin == "base" and not name.startswith(graft.replaced):
+                if recorded[name].origin == "base" and not name.startswith(graft.replaced_prefixes):
                     found.setdefault(name, SiblingTensor(place, recorded[name].blake3))
         except (SurgeryError, OSError, KeyError, TypeError):
-            continue  # an unreadable sibling only shares nothing
+            continue  # without an unreadable sibling, less is shared
     return found
 
 
@@ -244,12 +243,12 @@ def _check_siblings(siblings: Mapping[str, SiblingTensor], digests: Mapping[str,
     """Raise SurgeryError if a shared tensor has changed since its checkpoint was built.
 
     Args:
-        digests: BLAKE3 of the tensors as they were written now, by name.
+        digests: BLAKE3 of the tensors that were written now, by name.
     """
     for name, tensor in siblings.items():
         if digests.get(name, tensor.blake3) != tensor.blake3:
             folder = tensor.place.path.parent
             raise SurgeryError(
-                f"{tensor.place.path} is damaged: {name} has changed since it was built, and the new checkpoint "
-                f"would have shared it. Remove {folder} or build it again (verify_checkpoint.py says what is wrong)."
+                f"{tensor.place.path} is damaged: {name} has changed since the build, and the new checkpoint would "
+                f"share it. Remove {folder} or build it again (verify_checkpoint.py lists the faults)."
             )

@@ -1,8 +1,8 @@
-"""Downloads the wanted files of a hub's repository, a model or a data set, or finds them in the hub's cache.
+"""Downloads files of a hub's repository (a model or a data set), or finds them in the hub's cache.
 
-The hubs' own clients download, so their caches, mirrors, offline modes and tokens work as documented there
-(MODELSCOPE_CACHE, MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN; HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). This file
-adds an answer within seconds if a hub cannot be reached, the earlier copy in that case, and the reason.
+The hubs' own clients download. So their caches, mirrors, offline modes and tokens work as their documentation says
+(MODELSCOPE_CACHE, MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN; HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). If a hub
+cannot be reached, this file answers within seconds: with the earlier copy, and with the reason.
 """
 
 import os
@@ -25,7 +25,7 @@ class Snapshot:
 
     Attributes:
         revision: Hugging Face's commit, or ModelScope's branch or tag (its client gives no commit); None if unknown.
-        trouble: why the hub could not be asked, or did not finish.
+        trouble: why the hub did not answer, or did not finish; None if it did.
         known_missing: with `trouble`, files that the hub has and the folder lacks.
     """
 
@@ -48,7 +48,7 @@ def fetch_snapshot(
     ignore_patterns: list[str],
     repo_type: RepoType = "model",
 ) -> Snapshot:
-    """The matching files of a repository, downloaded if necessary, or from the cache of a hub that does not answer.
+    """The matching files of a repository, downloaded if necessary. If the hub does not answer, the cache is used.
 
     Args:
         hub: a key of `TITLES`.
@@ -74,7 +74,8 @@ def _from_modelscope(
     download = partial(snapshot_download, repo, revision, repo_type=repo_type)
     trouble = None
     try:
-        # The client retries for some 20 s, so ask first. MODELSCOPE_PREFER_AI_SITE means that there are two sites.
+        # The client retries for some 20 s, so first check that the hub answers. With MODELSCOPE_PREFER_AI_SITE there
+        # are two sites.
         if not os.environ.get("MODELSCOPE_PREFER_AI_SITE"):
             timeout = (CONNECT_SECONDS, ANSWER_SECONDS)
             requests.get(endpoint, timeout=timeout, allow_redirects=False, stream=True).close()
@@ -98,7 +99,7 @@ def _modelscope_trouble(error: Exception) -> str:
     import requests
     from modelscope.hub.errors import AuthenticationError, NetworkError, NotExistError, PermissionDeniedError
 
-    cause = error.__cause__ or error  # its older interface wraps these in requests' HTTPError
+    cause = error.__cause__ or error  # the client's older interface wraps them in requests' HTTPError
     if isinstance(cause, NotExistError):
         return "has no such repository or revision, or it is private (its token goes into MODELSCOPE_API_TOKEN)"
     if isinstance(cause, (AuthenticationError, PermissionDeniedError)):
@@ -123,7 +124,7 @@ def _from_huggingface(
         ignore_patterns=ignore_patterns,
     )
     try:
-        # The client's own first question has no time limit.
+        # The client's own first request has no time limit.
         HfApi().repo_info(repo, repo_type=repo_type, revision=revision, timeout=ANSWER_SECONDS)
         folder = Path(download())
         return Snapshot(folder, folder.name)
@@ -140,7 +141,7 @@ def _from_huggingface(
 
 
 def _listed_but_absent(repo: str, folder: Path, asked_for: dict[str, Any]) -> tuple[str, ...]:
-    """Files that the snapshot lacks, by the hub's listing that its client keeps with it."""
+    """Files that the snapshot lacks, according to the hub's listing in the client's cache."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.utils import filter_repo_objects
 
@@ -160,7 +161,7 @@ def _huggingface_trouble(error: Exception) -> str:
     )
 
     if isinstance(error, OfflineModeIsEnabled):
-        return "is not asked, as HF_HUB_OFFLINE is set"
+        return "was not contacted, as HF_HUB_OFFLINE is set"
     if isinstance(error, GatedRepoError):
         return "restricts access (ask for it on the repository's page; a token goes into HF_TOKEN)"
     if isinstance(error, RepositoryNotFoundError):

@@ -1,4 +1,4 @@
-"""Which licence binds a grafted model, and what that licence asks of the person who shares it.
+"""The licence that binds a grafted model, and the duties that it gives to the person who shares the model.
 
 Nothing is guessed: if a source is a local folder or not in the table, the user must name the licence.
 """
@@ -14,8 +14,8 @@ from packaging.licenses import InvalidLicenseExpression, canonicalize_license_ex
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import donors_of
 
-# Hub ids and their licence. A Llamba contains embeddings and MLPs of its Llama, so the Llama's licence binds it too,
-# whatever its publisher grants.
+# Patterns of hub ids, and their licence. A Llamba contains embeddings and MLPs of its Llama. So the Llama's licence
+# binds it too, even if its publisher grants more.
 _LICENCES = [
     (r"(meta-llama|LLM-Research)/Meta-Llama-3-.+", "llama3"),
     (r"(meta-llama|LLM-Research)/(Meta-)?Llama-3\.1-.+", "llama3.1"),
@@ -25,12 +25,21 @@ _LICENCES = [
     (r"cartesia-ai/Llamba-[13]B.*", "llama3.2"),
     (r"HuggingFaceTB/SmolLM2-.+", "apache-2.0"),
     (r"Qwen/Qwen3-[\d.]+B(-Base)?", "apache-2.0"),
-    (r"Qwen/Qwen2\.5-(0\.5|1\.5|7|14|32)B(-Instruct)?", "apache-2.0"),  # those of 3B and 72B have others
+    (r"Qwen/Qwen2\.5-(0\.5|1\.5|7|14|32)B(-Instruct)?", "apache-2.0"),  # 3B and 72B have other licences
     (r"(mistralai|LLM-Research)/Mistral-7B-(Instruct-)?v0\.[123]", "apache-2.0"),
 ]
 _PERMISSIVE = {"apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "cc0-1.0", "unlicense"}
-# Ids that hubs know, and that are not in the list of SPDX.
-_OF_HUBS = {"gemma", "llama2", "llama4", "openrail", "creativeml-openrail-m", "bigcode-openrail-m", "unknown", "other"}
+# Ids of the hubs that are not in the list of SPDX.
+_HUB_IDS = {
+    "gemma",
+    "llama2",
+    "llama4",
+    "openrail",
+    "creativeml-openrail-m",
+    "bigcode-openrail-m",
+    "unknown",
+    "other",
+}
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 logger = logging.getLogger(__name__)
@@ -38,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LlamaTerms:
-    """What a Llama licence asks of a model with Llama's weights, besides the licence's text.
+    """The duties of a Llama licence for a model with Llama's weights, besides the licence's text.
 
     The model's name must match `begins`; `beginning` is an example. A text file with the weights must hold `notice`.
     """
@@ -93,11 +102,11 @@ def licence_of(info: Mapping[str, Any], given: str | None = None) -> str:
 
     Args:
         info: its checkpoint_info.json, with its base and its donors.
-        given: the id that the user names; it must be the one that a known source demands, or "other".
+        given: the id that the user names; it must be an id that a known source demands, or "other".
 
     Raises:
-        SurgeryError: if a source's licence is unknown and none is given, if the sources' licences differ, or if the
-            given one contradicts a source's.
+        SurgeryError: if a source's licence is unknown and none is given; if the sources' licences differ; or if the
+            given licence contradicts a source's.
     """
     first, *others = donors_of(info)
     sources = {"base": info["base_model"], "donor": first}
@@ -114,10 +123,10 @@ def licence_of(info: Mapping[str, Any], given: str | None = None) -> str:
             licence, role = next(iter(demanded.items()))
             raise SurgeryError(
                 f"The {role} {sources[role]['id']} is under {licence}, so this model cannot be under {given}. "
-                f"Give --licence {licence}, or none."
+                f"Give --licence {licence}, or leave --licence out."
             )
         if not _is_known(given):
-            logger.warning("%r is no licence that the hubs or SPDX list. If it is misspelt, give another.", given)
+            logger.warning("%r is not in the lists of the hubs or SPDX. If it is misspelt, correct it.", given)
         return given
     for role, source in sources.items():
         if known[role] is None:
@@ -132,35 +141,30 @@ def licence_of(info: Mapping[str, Any], given: str | None = None) -> str:
             )
     candidates = sorted(demanded) or sorted({licence for licence in known.values() if licence})
     if len(candidates) > 1:
-        raise SurgeryError(f"{_listed(known)}. Read all of them, then give --licence ID.")
+        listed = ", ".join(f"the {role} is under {licence}" for role, licence in known.items())
+        raise SurgeryError(f"{listed[0].upper()}{listed[1:]}. Read all these licences, then give --licence ID.")
     return candidates[0]
-
-
-def _listed(known: Mapping[str, str | None]) -> str:
-    """Who is under which licence, in words."""
-    first, *others = (f"the {role} {'' if number else 'is '}under {known[role]}" for number, role in enumerate(known))
-    return ", ".join([first.capitalize(), *others])
 
 
 def _is_known(licence: str) -> bool:
     try:
-        return licence in {*LLAMA_TERMS, *_OF_HUBS} or bool(canonicalize_license_expression(licence))
+        return licence in {*LLAMA_TERMS, *_HUB_IDS} or bool(canonicalize_license_expression(licence))
     except InvalidLicenseExpression:
         return False
 
 
 def terms_of(info: Mapping[str, Any], licence: str) -> list[LlamaTerms]:
-    """The Llama terms that bind a checkpoint: of `licence`, and of its sources' licences if they are known."""
+    """The Llama terms that bind a checkpoint: those in its licence, and in the known licences of its sources."""
     ids = {licence, *map(known_licence, [info["base_model"], *donors_of(info)])}
     return [terms for name, terms in LLAMA_TERMS.items() if name in ids]
 
 
 def check_name(repo: str, terms: list[LlamaTerms]) -> None:
-    """Raise SurgeryError if the name of `repo` (org/name) does not begin as `terms` demand."""
+    """Raise SurgeryError if the name in `repo` (org/name) lacks the beginning that `terms` demand."""
     owner, _, name = repo.partition("/")
     for term in terms:
         if not re.match(term.begins, name, re.IGNORECASE):
             raise SurgeryError(
-                f"The {term.title} asks that a model's name begin with {term.beginning}, and {name} does not. "
+                f"The {term.title} requires a name that begins with {term.beginning}, but {name} does not. "
                 f"Give --repo {owner}/{term.beginning}-{name}."
             )

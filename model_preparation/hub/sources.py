@@ -1,8 +1,8 @@
-"""Where models come from: a name, a folder or a hub id becomes a local folder with every file needed.
+"""Finds models: turns a name, a folder or a hub id into a local folder with every file needed.
 
-`resolve` takes a name of `TABLE`, the path of a folder, or `org/name[@revision]`; `modelscope:` or `huggingface:`
-before the id asks only that hub, and `embedded:name` is a model in this package. `download` fetches the files. This
-file has the names, knows which files to ask for, and names each file that is missing.
+`resolve` takes a name of `TABLE`, the path of a folder, or `org/name[@revision]`. With `modelscope:` or `huggingface:`
+before the id, only that hub is asked; `embedded:name` is a model in this package. This file has the names and the lists
+of needed files, and reports each missing file. download.py fetches the files.
 """
 
 import argparse
@@ -54,7 +54,7 @@ _TOKENIZER_PATTERNS = [
 ]
 _MODEL_PATTERNS = [*_TOKENIZER_PATTERNS, "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
 _PICKLE_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-# Files in subfolders (original/, onnx/) and consolidated.* repeat the weights in formats that are not read here.
+# Files in subfolders (original/, onnx/) and consolidated.* have the same weights in formats that are not read here.
 _IGNORED_PATTERNS = ["*/*", "consolidated*"]
 
 logger = logging.getLogger(__name__)
@@ -98,13 +98,13 @@ def resolve(name: str, *, need: Need = "model", overrides: Mapping[str, str] | N
         overrides: targets by name of `TABLE`, as `--source` collects them.
 
     Raises:
-        SurgeryError: for a name that means nothing, a folder or snapshot that lacks files (each is named), an index
-            that names files outside its folder, or hubs that have no such repository or cannot be reached.
+        SurgeryError: if the name is unknown; if a folder or snapshot lacks files (the error lists them); if an index
+            names files outside its folder; or if hubs have no such repository, or cannot be reached.
     """
     names, target = _look_up(name, overrides or {})
     if "llama_tokenizer" in names:
         need = "tokenizer"
-    source = _source_here(target, need)
+    source = _local_or_embedded(target, need)
     if source is not None:
         return source
     hub, repo, revision = _hub_id(target)
@@ -112,18 +112,18 @@ def resolve(name: str, *, need: Need = "model", overrides: Mapping[str, str] | N
 
 
 def donor_name(base: str, overrides: Mapping[str, str] | None = None) -> str | None:
-    """The donor of a base, for `resolve`, by the base's name or distillation.json; None if unknown. No hub is asked.
+    """The donor of a base, for `resolve`, from the base's name or distillation.json; None if unknown. No hub is asked.
 
     Raises:
-        SurgeryError: for a base that means nothing, or a folder that is no model.
+        SurgeryError: if the base's name is unknown, or its folder is no model.
     """
     source = source_here(base, overrides)
     if source is not None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SurgeryError):
             donor = read_json(source.folder / "distillation.json")["donor"]
-            named = f"{donor['hub']}:{donor['id']}" + (f"@{donor['revision']}" if donor["revision"] else "")
+            target = hub_target(donor)
             if donor["hub"] != "local":
-                return next((name for name in TABLE if TABLE[name] == named), named)
+                return next((name for name in TABLE if TABLE[name] == target), target)
     return "llama" if base in _TOKENIZER_OF else None
 
 
@@ -131,21 +131,21 @@ def source_here(name: str, overrides: Mapping[str, str] | None = None) -> Source
     """The model that `name` means, if it is on this machine; None for a hub id. No hub is asked.
 
     Raises:
-        SurgeryError: for a name that means nothing, or a folder that lacks files.
+        SurgeryError: if the name is unknown, or the folder lacks files.
     """
     target = target_named(name, overrides)
-    source = _source_here(target, "model")
+    source = _local_or_embedded(target, "model")
     if source is None:
         _hub_id(target)
     return source
 
 
 def check_recorded(source: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `source` is from `Source.as_dict()`: cards and command lines quote its id."""
+    """Raise ValueError unless `source` is valid output of `Source.as_dict()`: cards and commands quote its id."""
     check_fields(source, {"hub": str, "id": str, "revision": (NoneType, str), "path?": str})
-    hub, name, revision = source["hub"], source["id"], source["revision"]
+    hub, name = source["hub"], source["id"]
     if hub in TITLES:
-        target = f"{hub}:{name}" + (f"@{revision}" if revision else "")
+        target = hub_target(source)
         if _HUB_ID.fullmatch(target) is None or ".." in target:
             raise ValueError(f"{target!r:.200} is no repository of {TITLES[hub]}")
     elif hub not in ("local", "embedded") or "/" in name:
@@ -153,26 +153,31 @@ def check_recorded(source: Mapping[str, Any]) -> None:
 
 
 def donors_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every donor that a checkpoint_info.json records. Only grafts on grafts have more than one."""
+    """The record of every donor in a checkpoint_info.json, the first donor first."""
     return [info["replacement_source"], *info.get("other_donors", [])]
 
 
-def target_of(source: Mapping[str, Any], cure: str) -> str:
-    """The name by which `resolve` finds a source that a checkpoint_info.json records.
+def hub_target(source: Mapping[str, Any]) -> str:
+    """The target of a recorded source that is no local folder, such as huggingface:org/name@revision."""
+    return f"{source['hub']}:{source['id']}" + (f"@{source['revision']}" if source["revision"] else "")
+
+
+def target_of(source: Mapping[str, Any], advice: str) -> str:
+    """The target by which `resolve` finds a source that a checkpoint_info.json records.
 
     Raises:
-        SurgeryError: if it is a local folder that is not here; the message ends with `cure`.
+        SurgeryError: if it is a local folder that does not exist; the message ends with `advice`.
     """
     if source["hub"] != "local":
-        return f"{source['hub']}:{source['id']}" + (f"@{source['revision']}" if source["revision"] else "")
+        return hub_target(source)
     path = source.get("path")
     if path is None or not Path(path).is_dir():
-        raise SurgeryError(f"The recipe names {path or source['id']}, which is not here. {cure}")
+        raise SurgeryError(f"The recipe names {path or source['id']}, but it is not here. {advice}")
     return path
 
 
 def target_named(name: str, overrides: Mapping[str, str] | None = None) -> str:
-    """The folder's path or hub id that `name` means. Nothing is opened, and no hub is asked.
+    """The target that `name` means: a folder's path or a hub id. Nothing is opened, and no hub is asked.
 
     Raises:
         SurgeryError: if the sources point to each other in a circle.
@@ -189,12 +194,12 @@ def folder_named(target: str) -> Path | None:
 
 
 def names_behind(name: str, overrides: Mapping[str, str] | None = None) -> list[str]:
-    """The names of `TABLE` that `resolve` looks up for `name`."""
+    """All names of `TABLE` that `resolve` looks up for `name`."""
     return _look_up(name, overrides or {})[0]
 
 
 def tokenizer_name(name: str) -> str | None:
-    """The name in `TABLE` of the tokenizer of a model published without one; else None."""
+    """The tokenizer's name in `TABLE`, for a model that is published without a tokenizer; else None."""
     return _TOKENIZER_OF.get(name)
 
 
@@ -204,12 +209,21 @@ def is_replaced(name: str, overrides: Mapping[str, str]) -> bool:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a tokenizer's files."""
-    return not _missing_tokenizer(folder)
+    """Whether the folder has a tokenizer's files."""
+
+    def has(*names: str) -> bool:
+        return all((folder / name).is_file() for name in names)
+
+    return (
+        has("tokenizer.json")
+        or has("tokenizer.model")
+        or has("tokenizer_config.json", "vocab.json")
+        or has("tokenizer_config.json", "vocab.txt")
+    )
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer's files in the folder, and config.json, which completes them; sorted."""
+    """The tokenizer's files in the folder, and config.json, which loading needs too; sorted."""
     return sorted({path for pattern in _TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()})
 
 
@@ -239,21 +253,19 @@ def add_source_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _look_up(name: str, overrides: Mapping[str, str]) -> tuple[list[str], str]:
-    """Follow `name` through overrides, environment and table; returns the names on the way and the target.
+    """Follow `name` through overrides, environment and table; returns all names found, and the target.
 
     For a repository's folder in a hub's cache, the target is its snapshot.
     """
     for unknown in overrides.keys() - TABLE.keys():
-        raise SurgeryError(
-            f"--source gives {unknown!r}, which is none of the names {', '.join(TABLE)}. Use one of them."
-        )
+        raise SurgeryError(f"--source gives {unknown!r}, but the names are {', '.join(TABLE)}. Use one of them.")
     names: list[str] = []
     target = name
     while target in TABLE:
         if target in names:
             raise SurgeryError(
                 f"The sources for {' and '.join(names)} point to each other in a circle. "
-                f"If {target} is meant to be a folder, write ./{target}."
+                f"If {target} is a folder, write ./{target}."
             )
         names.append(target)
         target = overrides.get(target) or _in_environment(target) or TABLE[target]
@@ -264,12 +276,13 @@ def _in_environment(name: str) -> str | None:
     return os.environ.get(_ENVIRONMENT_PREFIX + name.upper().replace(".", "_"))
 
 
-def _source_here(target: str, need: Need) -> Source | None:
+def _local_or_embedded(target: str, need: Need) -> Source | None:
     """The source of an embedded target or a folder; None for a hub id."""
     if target.startswith(_EMBEDDED_PREFIX):
         return _embedded_source(target.removeprefix(_EMBEDDED_PREFIX))
     folder = Path(os.path.expanduser(target))
-    return _local_source(folder, need) if target and (folder.exists() or _is_path(target)) else None
+    is_path = target.startswith(("/", "./", "../", "~")) or target in (".", "..")
+    return _local_source(folder, need) if target and (folder.exists() or is_path) else None
 
 
 def _hub_id(target: str) -> tuple[str | None, str, str | None]:
@@ -281,10 +294,6 @@ def _hub_id(target: str) -> tuple[str | None, str, str | None]:
             "org/name or org/name@revision. Check its spelling, or give the path of a folder."
         )
     return match[1], match[2], match[3]
-
-
-def _is_path(target: str) -> bool:
-    return target.startswith(("/", "./", "../", "~")) or target in (".", "..")
 
 
 # --- Folders ----------------------------------------------------------------------------------------------------------
@@ -302,17 +311,17 @@ def _local_source(folder: Path, need: Need) -> Source:
     if missing and need == "model" and (base := _base_of_checkpoint(folder)):
         raise SurgeryError(
             f"{folder} is a checkpoint that this program made, not a model's folder. "
-            f"Give the folder or name of a model; the Llamba this checkpoint was built from is {base}."
+            f"Give the folder or name of a model. This checkpoint was built from {base}."
         )
     if missing and need == "model" and (what := what_it_is(folder)):
         raise SurgeryError(what)
     if missing:
-        raise SurgeryError(f"The folder {folder} lacks {', '.join(missing)}. Copy what is missing into it.")
+        raise SurgeryError(f"The folder {folder} lacks {', '.join(missing)}. Copy the missing files into it.")
     return Source(folder, "local", folder.name, None)
 
 
 def _base_of_checkpoint(folder: Path) -> str | None:
-    """The base that a checkpoint's checkpoint_info.json names; None if it names none or is missing."""
+    """The base's name in a checkpoint_info.json; None if the file or the name is missing."""
     try:
         return str(read_json(folder / "checkpoint_info.json")["base_model"]["name"])
     except (OSError, ValueError, KeyError, TypeError, SurgeryError):
@@ -320,24 +329,10 @@ def _base_of_checkpoint(folder: Path) -> str | None:
 
 
 def _missing_files(folder: Path, need: Need) -> list[str]:
-    """The files that `folder` lacks, in words; empty if it is complete."""
-    return _missing_tokenizer(folder) if need == "tokenizer" else _missing_model(folder)
-
-
-def _missing_tokenizer(folder: Path) -> list[str]:
-    def has(*names: str) -> bool:
-        return all((folder / name).is_file() for name in names)
-
-    complete = (
-        has("tokenizer.json")
-        or has("tokenizer.model")
-        or has("tokenizer_config.json", "vocab.json")
-        or has("tokenizer_config.json", "vocab.txt")
-    )
-    return [] if complete else ["a tokenizer (tokenizer.json, tokenizer.model, or tokenizer_config.json with a vocab)"]
-
-
-def _missing_model(folder: Path) -> list[str]:
+    """The missing files of `folder`, in words."""
+    if need == "tokenizer":
+        words = "a tokenizer (tokenizer.json, tokenizer.model, or tokenizer_config.json with a vocab)"
+        return [] if has_tokenizer(folder) else [words]
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     for weights in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{weights}.index.json"
@@ -349,7 +344,7 @@ def _missing_model(folder: Path) -> list[str]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The file names in an index, sorted; none leads out of its folder."""
+    """The file names in an index, sorted. Raises SurgeryError if a name leads out of the index's folder."""
     try:
         shards = sorted(set(read_json(index)["weight_map"].values()))
         if not shards or not all(isinstance(shard, str) for shard in shards):
@@ -368,7 +363,7 @@ def _embedded_source(name: str) -> Source:
     if "/" in name or not (folder / "config.json").is_file():
         known = sorted(path.parent.name for path in EMBEDDED.glob("*/config.json"))
         raise SurgeryError(
-            f"This package holds no model {name!r}; it holds {', '.join(known) or 'none, so install it again'}."
+            f"This package has no model {name!r}; it has {', '.join(known) or 'none, so install it again'}."
         )
     return Source(folder, "embedded", name, None)
 
@@ -377,7 +372,7 @@ def _embedded_source(name: str) -> Source:
 
 
 def _hub_source(hubs: list[str], repo: str, revision: str | None, need: Need, name: str) -> Source:
-    """The first complete snapshot of `repo` from `hubs`, asked in turn; `name` is the user's word for it."""
+    """The first complete snapshot of `repo`, from one hub after the other; `name` is the user's name for it."""
     failures = []
     advice = "Check the id and the network connection"
     for hub in hubs:
@@ -393,10 +388,10 @@ def _hub_source(hubs: list[str], repo: str, revision: str | None, need: Need, na
             return Source(snapshot.folder, hub, repo, snapshot.revision)
         if snapshot.trouble:
             failures.append(f"{TITLES[hub]} {snapshot.trouble}, and the copy in {snapshot.folder} lacks {missing}")
-            advice = "Run this again once the hub answers, which completes the copy (if not, delete its folder)"
+            advice = "Run this again once the hub answers, to complete the copy (if that fails, delete its folder)"
         else:
             failures.append(f"{TITLES[hub]}'s repository, now in {snapshot.folder}, lacks {missing}")
-    instead = f"--source {name}=/path/to/folder" if name in TABLE else "its path in place of the id"
+    instead = f"--source {name}=/path/to/folder" if name in TABLE else "its path instead of the id"
     wanted = ("The tokenizer of " if need == "tokenizer" else "") + repo + (f"@{revision}" if revision else "")
     raise SurgeryError(
         f"{wanted} is not available: {'; '.join(failures)}. {advice}, or give a folder that holds the files: {instead}."
@@ -410,5 +405,5 @@ def _fetch(hub: str, repo: str, revision: str | None, need: Need) -> Snapshot:
     snapshot = fetch(_MODEL_PATTERNS)
     if any(snapshot.folder.glob("*.safetensors*")):
         return snapshot
-    # Pickles are as large again, so they are fetched only without safetensors.
+    # Pickles hold the same weights again, so they are fetched only if there are no safetensors.
     return fetch([*_MODEL_PATTERNS, *_PICKLE_PATTERNS])

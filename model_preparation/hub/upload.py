@@ -1,8 +1,8 @@
 """Uploads a folder to ModelScope or Hugging Face, through each hub's own client.
 
-Both clients stream, so memory does not grow with the files, and neither sends again what the hub has. Tokens, endpoints
-and stored logins are theirs (MODELSCOPE_API_TOKEN, MODELSCOPE_ENDPOINT; HF_TOKEN, HF_ENDPOINT). This file adds an
-answer within seconds if a hub cannot be reached, and two sentences for every error of a client.
+Both clients stream, so memory does not grow with the files. They do not send a file that the hub has already. The
+clients read tokens, endpoints and stored logins (MODELSCOPE_API_TOKEN, MODELSCOPE_ENDPOINT; HF_TOKEN, HF_ENDPOINT).
+This file adds an answer within seconds if a hub cannot be reached, and two sentences for every error of a client.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ class Hub(Protocol):
     endpoint: str
 
     def look_up(self, repo: str) -> bool | None:
-        """Sign in; returns whether the repository is private, None if the token can see no such repository."""
+        """Sign in; returns whether the repository is private. None if the token can see no such repository."""
 
     def create(self, repo: str, *, private: bool, licence: str) -> None:
         """Make the repository."""
 
     def digests(self, repo: str, branch: str | None) -> dict[str, str]:
-        """SHA-256 by path of the branch's files, where the hub gives it."""
+        """SHA-256 of the branch's files by path, if the hub gives it."""
 
     def upload(self, folder: Path, repo: str, branch: str | None, message: str) -> None:
-        """Commit all files of `folder`, following links, to the root of the branch; other files there stay."""
+        """Commit all files of `folder` to the root of the branch; links are followed. Other files there stay."""
 
 
 class ModelScopeHub:
@@ -53,11 +53,11 @@ class ModelScopeHub:
 
         if not self._token:
             raise SurgeryError(
-                "No ModelScope token is set, and uploading needs one that may write. Make one on the page "
+                "No ModelScope token is set, but uploading needs one that may write. Make one on the page "
                 "modelscope.cn/my/myaccesstoken, then set MODELSCOPE_API_TOKEN to it, or run `modelscope login`."
             )
         with self._errors(repo):
-            # The client retries for a long time before it gives up, so ask first.
+            # The client retries for a long time, so first check that the hub answers.
             timeout = (CONNECT_SECONDS, ANSWER_SECONDS)
             requests.get(self.endpoint, timeout=timeout, allow_redirects=False, stream=True).close()
             self._api.whoami()
@@ -89,19 +89,19 @@ class ModelScopeHub:
     def upload(self, folder: Path, repo: str, branch: str | None, message: str) -> None:
         failures: list[str] = []
 
-        def sift(record: logging.LogRecord) -> bool:
+        def collect_failures(record: logging.LogRecord) -> bool:
             if record.levelno >= logging.ERROR:
                 failures.append(record.getMessage())
             return record.levelno == logging.WARNING
 
-        # The client says only in its log why a file failed, and prints a report.
+        # The client gives the reason of a failed file only in its log, and prints a report.
         log = logging.getLogger("modelscope_hub.upload")
-        log.addFilter(sift)
+        log.addFilter(collect_failures)
         try:
             with self._errors(repo, failures), contextlib.redirect_stdout(sys.stderr):
                 self._api.upload_folder(repo, "model", folder, commit_message=message, revision=branch)
         finally:
-            log.removeFilter(sift)
+            log.removeFilter(collect_failures)
 
     @contextlib.contextmanager
     def _errors(self, repo: str, failures: Sequence[str] = ()) -> Iterator[None]:
@@ -146,18 +146,18 @@ class HuggingFaceHub:
 
         if not self._token:
             raise SurgeryError(
-                "No Hugging Face token is set, and uploading needs one that may write. Make one on the page "
+                "No Hugging Face token is set, but uploading needs one that may write. Make one on the page "
                 "huggingface.co/settings/tokens, then set HF_TOKEN to it, or run `hf auth login`."
             )
         with self._errors(repo):
             private = None
             try:
-                # The only one of the client's questions that takes a time limit.
+                # The client's only call that takes a time limit.
                 private = bool(self._api.model_info(repo, timeout=ANSWER_SECONDS).private)
             except GatedRepoError:
                 raise
             except RepositoryNotFoundError:
-                pass  # or the hub does not know the token, hence the next question
+                pass  # the token may be unknown instead: `whoami` checks that
             self._api.whoami()
         return private
 
@@ -193,7 +193,7 @@ class HuggingFaceHub:
             place = f"Hugging Face ({self.endpoint})"
             cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
             if isinstance(cause, OfflineModeIsEnabled):
-                sentences = f"{place} is not asked, as HF_HUB_OFFLINE is set. Run `unset HF_HUB_OFFLINE` first."
+                sentences = f"{place} was not contacted, as HF_HUB_OFFLINE is set. Run `unset HF_HUB_OFFLINE` first."
             elif not isinstance(cause, HTTPError):
                 sentences = _broken_off(place, repo, first_line(cause))
             elif not isinstance(cause, HfHubHTTPError):

@@ -1,1 +1,1 @@
-"""Many builds, evaluations or searches at once: in turn, or on Ray."""
+"""Runs many builds, evaluations or searches: one after the other, or at once on Ray."""

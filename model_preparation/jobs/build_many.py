@@ -1,7 +1,7 @@
-"""Many checkpoints: create_replaced_model_checkpoint.py builds each combination of a list in a process of its own.
+"""Builds many checkpoints: create_replaced_model_checkpoint.py builds each combination in a process of its own.
 
-A complete checkpoint is skipped if its checkpoint_info.json says that it is the one asked for. No hub is asked about
-that: a base on this disk is compared by the digests of its files, a base from a hub by its id and its revision.
+A complete checkpoint is skipped if its checkpoint_info.json fits the request. No hub is asked: a base on this disk is
+compared by the digests of its files, a base from a hub by its id and its revision.
 """
 
 import argparse
@@ -29,9 +29,9 @@ BUILDER = Path(__file__).resolve().parents[1] / "create_replaced_model_checkpoin
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened to a combination.
+    """The outcome for one combination.
 
-    `status` is built, checked (--dry_run), skipped or failed. `note` says why it failed, or what is unusual.
+    `status` is built, checked (--dry_run), skipped or failed. `note` has the reason of a failure, or a remark.
     """
 
     combination: Combination
@@ -53,7 +53,7 @@ def build_all(
     """Build each combination that has no complete checkpoint yet. One that fails does not stop the others.
 
     Args:
-        combinations: what to build.
+        combinations: the combinations to build.
         output_root: the folder of the checkpoints' folders.
         passed_on: flags for the builder, as typed.
         flags: the same flags, parsed by the builder's parser.
@@ -69,7 +69,7 @@ def build_all(
     prepared: list[Job | Outcome] = []
     for combination, path in zip(combinations, paths, strict=True):
         if is_complete(path) and not flags.overwrite:
-            prepared.append(_examine(combination, path, flags))
+            prepared.append(_skip_or_fail(combination, path, flags))
         else:
             arguments = _arguments(combination, path, passed_on)
             prepared.append(Job(combination.name, builder, arguments, writes_to=output_root))
@@ -86,8 +86,8 @@ def describe(outcomes: Sequence[Outcome]) -> str:
     return table(("name", "layers", "status", "seconds", "path", "note"), rows)
 
 
-def _examine(combination: Combination, path: Path, flags: argparse.Namespace) -> Outcome:
-    """Skip a complete checkpoint if it is the one asked for, else fail. Says which."""
+def _skip_or_fail(combination: Combination, path: Path, flags: argparse.Namespace) -> Outcome:
+    """Skip a complete checkpoint if it fits the request, else fail; prints the decision."""
     started = time.monotonic()
     try:
         differing = differences(path, combination, flags)
@@ -114,16 +114,16 @@ def _arguments(combination: Combination, path: Path, passed_on: Sequence[str]) -
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the folder has the file that a complete checkpoint has."""
+    """Whether the folder has checkpoint_info.json, as only complete checkpoints have."""
     return (folder / INFO).is_file()
 
 
 def differences(folder: Path, combination: Combination, flags: argparse.Namespace) -> list[str]:
-    """How the checkpoint differs from what is asked for: layers, format, dtype, base, donor's layers, tokenizer.
+    """How a checkpoint differs from the request: layers, format, dtype, base, donor's layers, tokenizer.
 
     Args:
         folder: a complete checkpoint.
-        combination: what is asked for.
+        combination: the requested combination.
         flags: of create_replaced_model_checkpoint.py, parsed.
 
     Raises:
@@ -155,20 +155,20 @@ def differences(folder: Path, combination: Combination, flags: argparse.Namespac
     if recorded["format"] != "both":
         asked["format"] = flags.format or "pt"
     found = differences_of(recorded, asked)
-    layers_dir = Path(flags.llama_layers_dir[0]).expanduser()  # the list names no donors, so there is one
+    layers_dir = Path(flags.llama_layers_dir[0]).expanduser()  # a list cannot name donors, so there is only one
     if parent is not None:
         parents = step.get("from", {}), describe_parent(parent, read_info(parent))
         digests = ({"tensors": each.get("tensor_digests_sha256")} for each in parents)
         found += [f"base {each}" for each in differences_of(*digests)]
     else:
-        found += [f"base {each}" for each in _of_base(info.get("base_model"), target)]
+        found += [f"base {each}" for each in _base_differences(info.get("base_model"), target)]
     grafted = {*map(str, asked["layers"]), *map(str, asked["heads"])}
-    found += [f"donor's layer {each} in {layers_dir}" for each in _of_donor(info, layers_dir, grafted)]
-    return found + _of_tokenizer(info, [flags.tokenizer, name], layers_dir, flags.source)
+    found += [f"donor's layer {each} in {layers_dir}" for each in _donor_differences(info, layers_dir, grafted)]
+    return found + _tokenizer_differences(info, [flags.tokenizer, name], layers_dir, flags.source)
 
 
 def remarks(folder: Path, combination: Combination) -> list[str]:
-    """Differences that do not make it another checkpoint: score and description."""
+    """Differences in score and description. The checkpoint is the requested one all the same."""
     info = read_info(folder)
     found = []
     if combination.score and info.get("mmlu_score") != float(combination.score):
@@ -178,8 +178,8 @@ def remarks(folder: Path, combination: Combination) -> list[str]:
     return found
 
 
-def _of_base(recorded: Any, target: str) -> list[str]:
-    """How the base recorded in a checkpoint differs from the present contents of `target`."""
+def _base_differences(recorded: Any, target: str) -> list[str]:
+    """How the recorded base differs from the present contents of `target`."""
     if not isinstance(recorded, dict):
         return ["not recorded"]
     if folder := folder_named(target):
@@ -191,43 +191,43 @@ def _of_base(recorded: Any, target: str) -> list[str]:
             return ["its files are not recorded"]
     hub, colon, repository = target.rpartition(":")
     name, _, revision = repository.partition("@")
-    there = f"{recorded.get('hub')}:{recorded.get('id')}"
+    built = f"{recorded.get('hub')}:{recorded.get('id')}"
     asked = f"{hub if colon else recorded.get('hub')}:{name}"
     if re.fullmatch("[0-9a-f]{40}", revision):  # only the hub knows the commit of a branch or tag
-        there, asked = f"{there}@{recorded.get('revision')}", f"{asked}@{revision}"
-    return differences_of({"id": there}, {"id": asked})
+        built, asked = f"{built}@{recorded.get('revision')}", f"{asked}@{revision}"
+    return differences_of({"id": built}, {"id": asked})
 
 
-def _of_donor(info: Mapping[str, Any], layers_dir: Path, layers: Collection[str]) -> list[str]:
-    """Which of these layers in a folder differ from those in the checkpoint. None if it has no layers."""
+def _donor_differences(info: Mapping[str, Any], layers_dir: Path, layers: Collection[str]) -> list[str]:
+    """How these layers in a folder differ from those in the checkpoint. Empty if the folder has no layers."""
     try:
         extracted = read_json(layers_dir / "metadata.json")["layers"]
-        there = {i: sha for donor in donors_of(info) for i, sha in donor["layers"].items() if i in layers}
-        odd = differences_of(there, {index: entry["sha256"] for index, entry in extracted.items()}, of_both=True)
-        if odd and "digests" in info:  # a file of other bytes may have the same tensors
+        built = {i: sha for donor in donors_of(info) for i, sha in donor["layers"].items() if i in layers}
+        found = differences_of(built, {index: entry["sha256"] for index, entry in extracted.items()}, of_both=True)
+        if found and "digests" in info:  # files with other bytes may have the same tensors
             from model_preparation.checkpoint.digests import digest_of_layers
             from model_preparation.checkpoint.layer_store import LayerStore
 
-            there = {index: digest for index, digest in info["digests"]["donor_layers"].items() if index in layers}
-            odd = differences_of(there, digest_of_layers(LayerStore(layers_dir), map(int, there)))
-        return odd
+            built = {index: digest for index, digest in info["digests"]["donor_layers"].items() if index in layers}
+            found = differences_of(built, digest_of_layers(LayerStore(layers_dir), map(int, built)))
+        return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SurgeryError):
-        return []  # the build reports a folder that cannot be used
+        return []  # the build reports an unusable folder
 
 
-def _of_tokenizer(
+def _tokenizer_differences(
     info: Mapping[str, Any], names: Sequence[str | None], layers_dir: Path, sources: Mapping[str, str]
 ) -> list[str]:
-    """Whether the tokenizer differs, if it was recorded (since 0.2.0) and the one asked for is on this disk."""
+    """How the tokenizer differs, if it was recorded (since 0.2.0) and the requested one is on this disk."""
     from model_preparation.checkpoint.digests import digest_of_tokenizer
     from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 
     asked, base = (None if name is None else target_named(name, sources) for name in names)
-    of_base = folder_named(str(base))
-    of_checkpoint = None if of_base is None else of_base / TOKENIZER
-    folders = [folder_named(asked)] if asked else [of_base, of_checkpoint, layers_dir / TOKENIZER]
+    folders = [folder_named(str(asked or base))]
+    if folders[0] is not None and not asked:
+        folders += [folders[0] / TOKENIZER, layers_dir / TOKENIZER]  # a checkpoint's own, or the donor's
     folder = next((folder for folder in folders if folder is not None and has_tokenizer(folder)), None)
-    there = info.get("digests", {}).get("tokenizer")
-    if folder is None or there is None or (asked is None and folders[0] is None):
+    built = info.get("digests", {}).get("tokenizer")
+    if folder is None or built is None:
         return []
-    return differences_of({"tokenizer": there}, {"tokenizer": digest_of_tokenizer(load_tokenizer(folder))})
+    return differences_of({"tokenizer": built}, {"tokenizer": digest_of_tokenizer(load_tokenizer(folder))})

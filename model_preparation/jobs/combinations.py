@@ -31,7 +31,7 @@ or as JSON:
 
 @dataclass(frozen=True)
 class Combination:
-    """One entry of a list. `score` is as --score takes it, "" if unknown; and so is `heads`, "" if there are none."""
+    """One entry of a list. `score` and `heads` have the form of --score and --heads; "" means there is none."""
 
     layers: tuple[int, ...]  # sorted
     score: str
@@ -44,7 +44,7 @@ def read_list(path: Path) -> list[Combination]:
     """The combinations in a .csv or .json file, in its order.
 
     Raises:
-        SurgeryError: for a file or an entry that cannot be used; it names both.
+        SurgeryError: if the file or an entry cannot be used; the error names both.
     """
     try:
         text = read_text(path)
@@ -71,11 +71,11 @@ def read_list(path: Path) -> list[Combination]:
 
 
 def best_of(path: Path, count: int) -> tuple[list[Combination], dict[str, str]]:
-    """The `count` best combinations of a search, and the builder's flags for what was searched, with their values.
+    """The best combinations of a search, and the builder's flags for the search's base and donor, with their values.
 
     Args:
         path: search_result.json, or an older program's result file.
-        count: how many; fewer if the file has fewer.
+        count: how many combinations; there may be fewer.
 
     Raises:
         SurgeryError: if the file cannot be read.
@@ -83,7 +83,7 @@ def best_of(path: Path, count: int) -> tuple[list[Combination], dict[str, str]]:
     path = path.expanduser()
     found = read_result(path)
     if found.failures:
-        print(f"{found.failures} entries of {path} have the score 0, which older programs gave what failed: left out")
+        print(f"{found.failures} entries of {path} are left out: they have the score 0, which means a failure")
     combinations = []
     for rank, each in enumerate(found.entries[:count], start=1):
         is_mmlu = found.is_mmlu and each.score is not None and 0 <= each.score <= 1
@@ -98,14 +98,14 @@ def best_of(path: Path, count: int) -> tuple[list[Combination], dict[str, str]]:
 
 
 def check_layers(path: Path) -> None:
-    """Raise SurgeryError if the donor's layers are no longer in the folder that a result file names."""
+    """Raise SurgeryError if the folder of donor's layers in a result file does not exist any more."""
     from model_preparation.checkpoint.layer_store import METADATA
 
     found = read_result(path.expanduser())
     if found.llama_layers_dir is None or (Path(found.llama_layers_dir) / METADATA).is_file():
         return
     raise SurgeryError(
-        f"{path} was found with the donor's layers in {found.llama_layers_dir}, which are gone. Extract them "
+        f"The search of {path} used the donor's layers in {found.llama_layers_dir}, which are gone. Extract them "
         f"again: python extract_layers.py --model_name {found.donor or 'DONOR'} --output_dir {found.llama_layers_dir}; "
         "or give others by --llama_layers_dir DIR."
     )
@@ -125,12 +125,12 @@ def _json_entries(text: str) -> list[dict[str, Any]]:
 def _csv_entries(text: str) -> list[dict[Any, Any]]:
     reader = csv.DictReader(text.splitlines())
     if "layers" not in (columns := reader.fieldnames or []):
-        raise ValueError(f"its first line must name the columns, layers among them, and is {','.join(columns)!r:.80}")
+        raise ValueError(f"its first line must name the columns (one is layers), but it is {','.join(columns)!r:.80}")
     return list(reader)
 
 
 def _combination(entry: dict[Any, Any]) -> Combination:
-    """Read one entry of a file. Raises ValueError for what is wrong in it."""
+    """Read one entry of a file; raises ValueError if it is invalid."""
     values = {key: value for key, value in entry.items() if value not in (None, "")}
     unknown = sorted(str(key or f"more values than columns ({SPACES})") for key in values.keys() - FIELDS)
     if unknown:
@@ -142,7 +142,7 @@ def _combination(entry: dict[Any, Any]) -> Combination:
         raise ValueError("it has no layers")
     name = str(values.get("name", _default_name(layers)))
     if Path(name).name != name or name in (".", "..") or STEERING.search(name):
-        raise ValueError(f"the name {name!r} is not that of a folder")
+        raise ValueError(f"the name {name!r} cannot be a folder's name")
     score = str(values.get("score", "0"))
     try:
         command_line.score(score)

@@ -1,7 +1,7 @@
 """`python die_with_parent.py PARENT COMMAND...`: become COMMAND, and be killed when the process PARENT ends.
 
-So a killed worker or batch leaves no running build or evaluation. On Linux only: the kernel does it (prctl(2),
-PR_SET_PDEATHSIG, which outlives exec). process.py starts this file; it imports nothing of ours, to be quick.
+So a killed worker or batch leaves no running build or evaluation. It works on Linux only, by prctl(2) with
+PR_SET_PDEATHSIG, which stays set after exec. process.py starts this file. To be quick, it imports nothing of ours.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""The scores of many checkpoints: test_checkpoint.py evaluates each in a process of its own.
+"""Evaluates many checkpoints: test_checkpoint.py evaluates each in a process of its own.
 
 The evaluator keeps its results per subject, so an interrupted evaluation continues where it stopped.
 """
@@ -21,7 +21,7 @@ EVALUATOR = Path(__file__).resolve().parents[1] / "test_checkpoint.py"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint to evaluate, and the layers that it should have; None if they are not known."""
+    """A checkpoint to evaluate, and the layers that it should have; None if they are unknown."""
 
     folder: Path
     layers: tuple[int, ...] | None = None
@@ -29,11 +29,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What happened to a checkpoint.
+    """The outcome for one checkpoint.
 
-    `status` is evaluated, kept (all results were there already) or failed; then `note` has the reason. `score` and
-    `stderr` are fractions of 1. They and `questions` are None if it failed; `stderr` also if a subject has only one
-    question. With several tasks `score` is None, and `note` has the score of each.
+    `status` is evaluated, kept (all results existed already) or failed; after a failure, `note` has the reason. `score`
+    and `stderr` are fractions of 1. After a failure, they and `questions` are None. `stderr` is also None if a subject
+    has only one question. With several tasks, `score` is None, and `note` has the score of each.
     """
 
     name: str
@@ -47,17 +47,17 @@ class Evaluation:
 
 
 def find_checkpoints(given: Sequence[Path]) -> list[Candidate]:
-    """The given folders that are checkpoints. Any other folder stands for the complete checkpoints in it.
+    """The checkpoints among the given folders, and the complete checkpoints inside the other ones.
 
     Raises:
-        SurgeryError: for a folder that is no checkpoint and holds none.
+        SurgeryError: if a folder is no checkpoint and has none inside.
     """
     found: dict[Path, Candidate] = {}
     for path in given:
         folder = path.expanduser()
         folders = [folder]
         if folder.is_dir() and not is_complete(folder):
-            # A build makes NAME.partial, which looks complete just before it gets its name.
+            # A build's NAME.partial looks complete just before it gets its name.
             inside = (entry for entry in sorted(folder.iterdir()) if ".partial" not in entry.name)
             folders = [entry for entry in inside if is_complete(entry)]
             if not folders:
@@ -92,7 +92,7 @@ def evaluate_all(
         candidates: checkpoints in different folders.
         flags: of the evaluator, as typed: --limit 100, ...
         results_dir: for results, in a folder with the checkpoint's name; by default they go into the checkpoint.
-        needs: paths in the flags; every machine must see them.
+        needs: paths in the flags, which must exist on every machine.
         run_jobs: how evaluations run: `run_in_turn` or a `RayRunner`.
         evaluator: the command that evaluates one.
 
@@ -104,7 +104,7 @@ def evaluate_all(
         if names.count(name) > 1:
             raise SurgeryError(
                 f"{names.count(name)} checkpoints are named {name}, and would share {results_dir}/{name}. "
-                "Evaluate them apart, or without --results_dir."
+                "Evaluate them in two runs, or without --results_dir."
             )
     layers: dict[int, tuple[int, ...]] = {}
     prepared: list[Job | Evaluation] = []
@@ -136,7 +136,7 @@ def describe(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _layers(candidate: Candidate) -> tuple[int, ...]:
-    """The checkpoint's layers. Raises SurgeryError if it is not complete, or has other layers than it should."""
+    """The checkpoint's layers; raises SurgeryError if it is not complete, or its layers are not the expected ones."""
     layers = tuple(read_info(candidate.folder)["replaced_layers"])
     if candidate.layers not in (None, layers):
         raise SurgeryError(
@@ -152,7 +152,6 @@ def _evaluation(name: str, layers: tuple[int, ...], ended: Ended) -> Evaluation:
     result: dict[str, Any] = ended.result or {}
     try:
         status = "kept" if result["kept"] else "evaluated"
-
         note = "" if result["score"] is not None else "; ".join(_task_score(*task) for task in result["tasks"].items())
         score, stderr = (None if result[key] is None else float(result[key]) for key in ("score", "stderr"))
         return Evaluation(name, layers, status, ended.seconds, score, stderr, int(result["questions"]), note)

@@ -1,4 +1,4 @@
-"""Jobs: runs of our commands, here one after the other. ray_jobs.py runs many at once."""
+"""Jobs are runs of our commands. This file runs them one after the other; ray_jobs.py runs many at once."""
 
 import shlex
 import signal
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from model_preparation.jobs.process import CommandProcess, Launch
 
 _REASON_CHARACTERS = 160
-Outcome = TypeVar("Outcome")  # what a command keeps of a job: the row of its table
+Outcome = TypeVar("Outcome")  # a command's record of a job: the row of its table
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Job:
     """One run of a command.
 
     Attributes:
-        name: what people call it.
+        name: for people.
         script, arguments: the Python file and its arguments.
-        needs: paths that the machine must see.
-        writes_to: a folder that must be the same one on all machines.
+        needs: paths that must exist on the machine.
+        writes_to: a folder that all machines must share.
         result_flag: as `Launch` has it.
     """
 
@@ -45,12 +45,12 @@ class Ended:
     result: dict[str, Any] | None = None
 
 
-# Runs jobs. For each that ends, it yields the job's index and how it ended. A failed job does not stop the others.
+# Runs jobs. When a job ends, it yields the job's index and `Ended`. A failed job does not stop the others.
 Runner = Callable[[Sequence[Job]], Iterator[tuple[int, Ended]]]
 
 
 def run_in_turn(jobs: Sequence[Job]) -> Iterator[tuple[int, Ended]]:
-    """Run jobs one after the other, in this terminal. Ctrl-C also ends the running job, which has time to clean up."""
+    """Run jobs one after the other in this terminal. After Ctrl-C, the running job has time to clean up."""
     for index, job in enumerate(jobs):
         started = time.monotonic()
         print(f"\n[{index + 1}/{len(jobs)}] {job.name}", flush=True)
@@ -66,12 +66,12 @@ def run_in_turn(jobs: Sequence[Job]) -> Iterator[tuple[int, Ended]]:
 def outcomes_of(
     prepared: Sequence[Job | Outcome], run_jobs: Runner, finish: Callable[[int, Ended], Outcome]
 ) -> list[Outcome]:
-    """Run the jobs. Return an outcome for each entry of `prepared`, in its order.
+    """Run the jobs; returns an outcome for each entry of `prepared`, in the same order.
 
     Args:
-        prepared: the jobs. Work that is done already, or has failed already, comes as its outcome.
+        prepared: the jobs, and the outcomes of work that is done already or has failed already.
         run_jobs: runs the jobs.
-        finish: makes the outcome of a job, from its index in `prepared` and how it ended.
+        finish: makes the outcome of a job, from its index in `prepared` and its `Ended`.
     """
     outcomes = {index: each for index, each in enumerate(prepared) if not isinstance(each, Job)}
     indices = [index for index in range(len(prepared)) if index not in outcomes]
@@ -89,12 +89,12 @@ def failure(code: int, output: str) -> str:
     if errors:
         return short(errors[-1])
     if code == -signal.SIGKILL:
-        return "it was killed (signal 9), as the system does when memory runs out"
+        return "it was killed (signal 9); the system does this when memory runs out"
     if code < 0:
         return f"it was ended by signal {-code}"
     return short(f"exit code {code}: {lines[-1]}" if lines else f"exit code {code}")
 
 
 def short(text: str) -> str:
-    """`text` in one line that fits a table."""
+    """The text in one line, short enough for a table."""
     return textwrap.shorten(text, _REASON_CHARACTERS, placeholder=" ...")

@@ -1,4 +1,4 @@
-"""A command of ours as a process of its own, which ends when the process that started it ends.
+"""Runs a command of ours in a process of its own, which ends when the process that started it ends.
 
 Ray's workers get this file by value and need not have the package, so it imports the standard library only.
 """
@@ -18,16 +18,16 @@ from typing import Any, NamedTuple
 
 _BOOTSTRAP = str(Path(__file__).resolve().with_name("die_with_parent.py"))
 _KEPT_CHARACTERS = 64_000  # of the end of the output
-_SILENCE_SECONDS = 0.5  # between two looks at a process that prints nothing
+_SILENCE_SECONDS = 0.5  # between two checks of a process that prints nothing
 _CLEAN_UP_SECONDS = 60.0  # for a process to end after SIGTERM
-_SAYS_SECONDS = 1.0  # between two reports of a worker's last line
-_GONE_SECONDS = 120.0  # for the process of a lost worker to end
+_REPORT_SECONDS = 1.0  # between two reports of the last printed line
+_END_SECONDS = 120.0  # for the process of a lost worker to end
 
 
 class Launch(NamedTuple):
-    """What to run: a Python file with its arguments, in a folder, with additional environment variables.
+    """A Python file with its arguments, to run in a folder with additional environment variables.
 
-    With `result_flag`, the command gets a file by that flag, and writes its result there as a JSON object.
+    With `result_flag`, that flag gives the command a file, and the command writes its result there as a JSON object.
     """
 
     script: str
@@ -42,11 +42,11 @@ class CommandProcess:
     """A running command. Leaving the context ends it, with time to clean up.
 
     Args:
-        launch: what to run.
-        merge: read both of its streams. Otherwise only stderr is read, and stdout goes to ours.
+        launch: the command.
+        merge: read stdout and stderr together. Otherwise only stderr is read, and stdout goes to our stdout.
 
     Attributes:
-        output: the end of what was read.
+        output: the end of the text that was read.
         code: the exit code, after the context.
         result: the JSON object that the command wrote, after the context; None if there is none.
     """
@@ -98,12 +98,12 @@ class CommandProcess:
         self._folder.cleanup()
 
     def printed(self) -> Iterator[str]:
-        """What it prints, until it ends; "" after each half second of silence."""
+        """The text that it prints, until it ends; "" after each half second of silence."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while True:
             readable, _, _ = select.select([self._pipe], [], [], _SILENCE_SECONDS)
             chunk = os.read(self._pipe.fileno(), 65536) if readable else b""
-            # Something it started may keep the pipe open after its end.
+            # A process that it started may keep the pipe open after its end.
             if not chunk and (readable or self._process.poll() is not None):
                 break
             text = decoder.decode(chunk)
@@ -127,37 +127,37 @@ class Order(NamedTuple):
 
 
 def carry_out(order: Order) -> Iterator[tuple[Any, ...]]:
-    """What a worker does for an order. Gives events.
+    """Run a job on a worker; yields events.
 
-    They are ("started", host, process), ("says", line), and at last ("ended", code, output, result). If a path is
-    missing, nothing runs, and the only event is ("blind", host, path).
+    They are ("started", host, process), ("line", last printed line), and finally ("ended", code, output, result). If a
+    path does not exist, nothing runs, and the only event is ("missing", host, path).
     """
     host = socket.gethostname()
     for path in order.needs:
         if not os.path.exists(path):
-            yield "blind", host, path
+            yield "missing", host, path
             return
     if order.predecessor is not None and order.predecessor[0] == host:
-        _wait_until_gone(order.predecessor[1])
+        _wait_for_end(order.predecessor[1])
     launch = order.launch
     if not order.with_gpu:
         launch = launch._replace(variables={**launch.variables, "CUDA_VISIBLE_DEVICES": ""})
     with CommandProcess(launch, merge=True) as process:
         yield "started", host, process.pid
-        said, said_at = "", 0.0
+        reported, reported_at = "", 0.0
         for _ in process.printed():
-            if time.monotonic() - said_at >= _SAYS_SECONDS and (line := process.last_line()) != said:
-                said, said_at = line, time.monotonic()
-                yield "says", line
+            if time.monotonic() - reported_at >= _REPORT_SECONDS and (line := process.last_line()) != reported:
+                reported, reported_at = line, time.monotonic()
+                yield "line", line
     yield "ended", process.code, process.output, process.result
 
 
-def _wait_until_gone(process_id: int) -> None:
-    """Wait until a killed process has ended, and its locks and memory are free."""
-    deadline = time.monotonic() + _GONE_SECONDS
+def _wait_for_end(process_id: int) -> None:
+    """Wait until a killed process has ended. Then its locks and memory are free."""
+    deadline = time.monotonic() + _END_SECONDS
     while time.monotonic() < deadline:
         try:
             os.kill(process_id, 0)
-        except (ProcessLookupError, PermissionError):  # the latter: the id is another user's process by now
+        except (ProcessLookupError, PermissionError):  # PermissionError: another user's process has the id now
             return
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""A Ray cluster: start or join one, and see what it has. The only file that imports Ray."""
+"""Starts or joins a Ray cluster, and finds its CPUs and GPUs. The only file that imports Ray."""
 
 import contextlib
 import os
@@ -9,23 +9,23 @@ from typing import Any
 
 from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.sources import first_line
+from model_preparation.hub.download import first_line
 from model_preparation.jobs import process
 
 _CONNECT_SECONDS = 5.0
 _LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 100_000_000  # of our own cluster; nothing large goes through it
-# Variables of this shell that jobs need: places of models and questions, tokens, and Python's module path.
+# Prefixes of the environment variables that jobs need: paths of models and questions, tokens, Python's module path.
 _VARIABLES = ("MODEL_PREPARATION_", "MODELSCOPE_", "HF_", "MMLU_DATA", "SOURCE_DATE_EPOCH", "PYTHONPATH")
 
 
 @contextlib.contextmanager
 def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
-    """Be part of a cluster; gives the module `ray`.
+    """Join a cluster for the length of the context, which gives the module `ray`.
 
     Args:
-        address: "local" starts a cluster on this machine, which no other can reach, and ends it with the block. "auto"
-            joins the one that runs here. HOST:PORT joins that cluster; this machine must belong to it.
+        address: "local" starts a cluster that only this machine can reach, and ends it with the context. "auto" joins
+            the cluster that runs on this machine. HOST:PORT joins that cluster; this machine must belong to it.
         local_cpus: how many CPUs a "local" cluster has; by default all.
 
     Raises:
@@ -38,10 +38,10 @@ def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
     own |= {"object_store_memory": _OBJECT_STORE_BYTES, "num_cpus": local_cpus}
     try:
         ray.init(address=address, **quiet, **(own if address == "local" else {}))
-    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises many classes, and a plain Exception if it starts too slowly
         if _wants_token(ray, error):
             raise SurgeryError(
-                f"The Ray cluster at {address} wants its token. Set RAY_AUTH_MODE=token, and have the token in "
+                f"The Ray cluster at {address} wants its token. Set RAY_AUTH_MODE=token, and put the token into "
                 "~/.ray/auth_token or RAY_AUTH_TOKEN, as on the machine that started the cluster."
             ) from error
         raise SurgeryError(
@@ -49,12 +49,12 @@ def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
             f"({first_line(error)}). Use --ray local, or start one on this machine: ray start --head"
         ) from error
     if address == "local" and (listens := ray.util.get_node_ip_address()) != _LOOPBACK:
-        print(f"Ray, imported before, listens on {listens} and all other addresses of this machine.")
-    interrupts.watch()  # Ray has replaced our signal handler by its own
+        print(f"Ray was imported earlier, so it listens on {listens} and all other addresses of this machine.")
+    interrupts.watch()  # Ray has replaced our signal handler
     try:
         yield ray
     except SystemExit:
-        interrupts.check()  # Ray's calls turn what a signal raises inside them into exit code 1
+        interrupts.check()  # a signal during a call of Ray's becomes exit code 1, which this corrects
         raise
     finally:
         ray.shutdown()
@@ -62,8 +62,8 @@ def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
 
 def _import_ray(address: str) -> Any:
     if address == "local":
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # so that it listens on the loopback only
-        if "RAY_AUTH_MODE" not in os.environ:  # other users of this machine must not give it work
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # then it listens on the loopback only
+        if "RAY_AUTH_MODE" not in os.environ:  # other users of this machine must not submit work
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; without it Ray warns
@@ -80,7 +80,7 @@ def _import_ray(address: str) -> Any:
 
 def _wants_token(ray: Any, error: BaseException | None) -> bool:
     """Whether a missing or wrong token caused Ray's error."""
-    # Sometimes Ray keeps the cause in the message only.
+    # Sometimes only Ray's message has the cause.
     return error is not None and (
         isinstance(error, ray.exceptions.AuthenticationError)
         or "InvalidAuthToken" in str(error)
@@ -96,7 +96,7 @@ def _check_address(address: str) -> None:
     if not host or not port.isdecimal() or "/" in host:
         raise SurgeryError(
             f"--ray {address} is none of auto, local and HOST:PORT. Give the address that ray start --head printed, "
-            "on a machine that is part of the cluster."
+            "on a machine of the cluster."
         )
     try:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
@@ -108,7 +108,7 @@ def _check_address(address: str) -> None:
 
 
 def job_variables() -> dict[str, str]:
-    """The variables of this shell that jobs need."""
+    """The environment variables that jobs need."""
     return {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
 
 
@@ -121,11 +121,11 @@ def gpus_per_job(ray: Any, device: str | None, cpus: int) -> int:
         cpus: how many CPUs each job gets.
 
     Raises:
-        SurgeryError: if the cluster has no GPU and one is wanted, or if no machine is large enough for a job.
+        SurgeryError: if `device` is "cuda" but the cluster has no GPU, or no machine is large enough for a job.
     """
     found = ray.cluster_resources().get("GPU", 0)
     if device == "cuda" and not found:
-        raise SurgeryError("--device cuda is given, and the Ray cluster has no GPU. Leave it out for the CPU.")
+        raise SurgeryError("--device cuda is given, but the Ray cluster has no GPU. Leave it out for the CPU.")
     gpus = 1 if found and device != "cpu" else 0
     note = "" if found else " (the Ray cluster has no GPU)"
     print(f"Device       {'a GPU from Ray' if gpus else 'the CPU'} for each job{note}", flush=True)

@@ -17,8 +17,8 @@ def add_ray_flags(parser: CommandParser) -> None:
     parser.add_argument(
         "--ray",
         metavar="auto|local|HOST:PORT",
-        help="many at once: local starts a Ray cluster on this machine and ends it, auto joins the one that runs here, "
-        "HOST:PORT joins that one (default: one after the other, without Ray)",
+        help="many at once: local starts a Ray cluster on this machine and ends it, auto joins the cluster here, "
+        "HOST:PORT joins that cluster (default: one after the other, without Ray)",
     )
     parser.add_argument(
         "--cpus_per_job",
@@ -29,7 +29,7 @@ def add_ray_flags(parser: CommandParser) -> None:
 
 
 def chosen_runner(parser: CommandParser, args: argparse.Namespace) -> Runner:
-    """What runs the jobs, by the flags `ray`, `cpus_per_job`, `gpu` and `device`."""
+    """The runner of the jobs, from the flags `ray`, `cpus_per_job`, `gpu` and `device`."""
     if not uses_ray(parser, args):
         return run_in_turn
     from model_preparation.jobs import ray_jobs

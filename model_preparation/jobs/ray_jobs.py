@@ -1,7 +1,7 @@
-"""Jobs as tasks of a Ray cluster: many at once, on this machine or on several.
+"""Runs jobs as tasks of a Ray cluster: many at once, on this machine or on several.
 
-Each task runs its command in a process of its own, which dies with the worker. If a worker is lost (killed, or its
-machine is gone), its job goes to another worker, which continues from what was written. A command that fails is not
+Each task runs its command in a process of its own, which dies with the worker. A worker is lost if it was killed, or
+its machine failed. Then another worker continues its job from the files on the disk. A command that fails is not
 repeated.
 """
 
@@ -29,7 +29,7 @@ _SHOWN_LINES = 30  # of a failed job's output
 
 @dataclass
 class _Running:
-    """A job that is with a worker, or waits for one."""
+    """A job that a worker runs, or that waits for a worker."""
 
     index: int
     submitted: float
@@ -66,7 +66,7 @@ class RayRunner:
                 num_cpus=self.cpus_per_job,
                 num_gpus=gpus,
                 num_returns="streaming",
-                max_retries=0,  # we retry: the new task then waits for the old process, and the user sees it
+                max_retries=0,  # we retry instead of Ray: the new task waits for the old process, and the user sees it
             )
             with Display([job.name for job in jobs]) as display, _marker_files(jobs) as markers:
                 orders = [_order(job, markers, with_gpu=gpus > 0) for job in jobs]
@@ -76,7 +76,7 @@ class RayRunner:
 def _watch(
     ray: Any, task: Any, orders: Sequence[Order], display: "Display", max_retries: int
 ) -> Iterator[tuple[int, Ended]]:
-    """Submit the orders, follow their events, and give how each ended."""
+    """Submit the orders, and follow their events; yields each job's index and `Ended`."""
     lost = tuple(getattr(ray.exceptions, name) for name in _LOST)
     running = {task.remote(order): _Running(index, time.monotonic()) for index, order in enumerate(orders)}
 
@@ -87,7 +87,7 @@ def _watch(
 
     try:
         while running:
-            # It also returns after each second, so that Python can handle a signal.
+            # The wait ends after a second at the latest, so that Python can handle a signal.
             for events in ray.wait(list(running), num_returns=1, timeout=1)[0]:
                 job = running[events]
                 try:
@@ -106,8 +106,8 @@ def _watch(
                 if kind == "started":
                     job.place, job.started = (event[0], event[1]), job.started or time.monotonic()
                     display.started(job.index, event[0])
-                elif kind == "says":
-                    display.says(job.index, event[0])
+                elif kind == "line":
+                    display.show_line(job.index, event[0])
                 elif kind == "ended":
                     del running[events]
                     code, output, result = event
@@ -124,7 +124,7 @@ def _watch(
 
 
 def _cancel(ray: Any, tasks: list[Any]) -> None:
-    """End running jobs, with time to clean up. Others die with their worker when we leave the cluster."""
+    """End running jobs, with time to clean up. Other jobs die with their workers when we leave the cluster."""
     for events in tasks:
         ray.cancel(events)
     deadline = time.monotonic() + _CANCEL_SECONDS
@@ -137,7 +137,7 @@ def _cancel(ray: Any, tasks: list[Any]) -> None:
 
 @contextlib.contextmanager
 def _marker_files(jobs: Sequence[Job]) -> Iterator[dict[Path, str]]:
-    """A file in each folder that jobs write to. A worker that does not see it would write into another folder."""
+    """Make a file in each folder that jobs write to. A worker that does not see it has another folder at that path."""
     with contextlib.ExitStack() as stack:
         markers = {}
         for folder in {job.writes_to for job in jobs if job.writes_to is not None}:
@@ -156,9 +156,9 @@ def _order(job: Job, markers: dict[Path, str], *, with_gpu: bool) -> Order:
 
 
 class Display:
-    """How a batch is going: on a terminal a bar and a line per running job, else a line per event.
+    """Shows the progress of a batch: on a terminal a bar and a line per running job, else a line per event.
 
-    It prints to standard output; the output of a failed job goes to standard error. Jobs are named by their index.
+    It prints to standard output; the output of a failed job goes to standard error. Jobs are given by their index.
     """
 
     def __init__(self, names: list[str]):
@@ -168,12 +168,12 @@ class Display:
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[says]}", markup=False),
+            TextColumn("{task.fields[line]}", markup=False),
             TimeElapsedColumn(),
             transient=True,
         )
         self._progress.disable = not self._progress.console.is_terminal
-        self._total = self._progress.add_task("All", total=len(names), says=f"0 of {len(names)}")
+        self._total = self._progress.add_task("All", total=len(names), line=f"0 of {len(names)}")
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -184,27 +184,29 @@ class Display:
 
     def started(self, index: int, host: str) -> None:
         if self._progress.disable:
-            self._line(f"{self._names[index]}: started on {host}")
+            self._print(f"{self._names[index]}: started on {host}")
         else:
-            self._rows[index] = self._progress.add_task(f"{self._names[index]} on {host}", total=None, says="")
+            self._rows[index] = self._progress.add_task(f"{self._names[index]} on {host}", total=None, line="")
 
-    def says(self, index: int, line: str) -> None:
+    def show_line(self, index: int, line: str) -> None:
         """Show the last line that the job printed, on a terminal only."""
         if index in self._rows:
-            self._progress.update(self._rows[index], says=line[:60])
+            self._progress.update(self._rows[index], line=line[:60])
 
-    def lost(self, index: int, host: str, again: int, most: int) -> None:
-        """Its worker died; this is retry `again` of at most `most`."""
+    def lost(self, index: int, host: str, retry: int, max_retries: int) -> None:
+        """Say that the job's worker was lost, and the number of the retry."""
         self._remove(index)
-        self._line(f"{self._names[index]}: its worker on {host} was lost; goes to another ({again} of {most} retries)")
+        self._print(
+            f"{self._names[index]}: its worker on {host} was lost; goes to another ({retry} of {max_retries} retries)"
+        )
 
     def ended(self, index: int, seconds: float, reason: str, output: str) -> None:
-        """It is done, or failed for `reason`."""
+        """Say that the job is done, or that it failed for `reason`."""
         self._remove(index)
         self._done += 1
         count = f"{self._done} of {len(self._names)}"
-        self._progress.update(self._total, completed=self._done, says=count)
-        self._line(f"[{count}] {self._names[index]}: {f'failed: {reason}' if reason else 'done'} ({seconds:.1f} s)")
+        self._progress.update(self._total, completed=self._done, line=count)
+        self._print(f"[{count}] {self._names[index]}: {f'failed: {reason}' if reason else 'done'} ({seconds:.1f} s)")
         lines = output.replace("\r", "\n").rstrip().split("\n")[-_SHOWN_LINES:]
         if reason and output.strip():
             print("\n".join(f"  | {line}" for line in lines), file=sys.stderr, flush=True)
@@ -213,5 +215,5 @@ class Display:
         if index in self._rows:
             self._progress.remove_task(self._rows.pop(index))
 
-    def _line(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(text, flush=True)  # rich shows it above the bar

@@ -1,7 +1,7 @@
-"""Scoring on a Ray cluster: every worker has base, donor, and a shard of the questions.
+"""Scores sets of layers on a Ray cluster: every worker has base, donor, and a shard of the questions.
 
-The answers are equal to the bit to the answers of `CachedScorer`, as a worker runs each batch like this process would.
-A worker keeps the base's hidden states of its shard for all candidates. If a worker is lost, a new one takes the shard
+The answers are equal to the bit to those of `CachedScorer`, as a worker runs each batch like this process would. A
+worker keeps the base's hidden states of its shard for all candidates. If a worker is lost, a new one takes the shard
 and gives the missing answers. Every answer is counted once.
 """
 
@@ -46,20 +46,20 @@ class QuestionShard:
 
     @cached_property
     def _scorer(self) -> CachedScorer:
-        # Only when something is asked: to Ray, an error in __init__ looks like a lost worker.
+        # Not in __init__: there, Ray takes an error for a lost worker.
         settings = replace(self._settings, device=choose_device(device=self._settings.device))
         return CachedScorer(ScoringSetup(settings), self._batches)
 
     def base(self) -> Iterator[tuple[Results, float]]:
-        """Gives once the base's answers, and the layer passes they took."""
+        """Yields one pair: the base's answers, and the layer passes that they took."""
         yield self._scorer.base(), self._scorer.layer_passes
 
     def donor_answers(self) -> Iterator[tuple[Results, float]]:
-        """Gives once the donor's own answers, which take no layer passes of ours."""
+        """Yields one pair: the donor's own answers, and 0 layer passes."""
         yield self._scorer.donor_answers(), 0.0
 
     def score(self, sets: Sequence[LayerSet], batches: Sequence[int]) -> Iterator[tuple[LayerSet, Results, float]]:
-        """Gives each set with its answers, and with the layer passes since the set before."""
+        """Yields each set with its answers, and with the layer passes since the set before."""
         before = self._scorer.layer_passes
         for layers, results in self._scorer.score(sets, batches):
             yield layers, results, self._scorer.layer_passes - before
@@ -68,7 +68,7 @@ class QuestionShard:
 
 @dataclass
 class _Worker:
-    """The worker that has a shard now. It still has to answer `chosen` batches for the sets in `left`."""
+    """The present worker of a shard. It must still answer the `chosen` batches for the sets in `left`."""
 
     batches: list[int]
     actor: Any
@@ -85,29 +85,25 @@ class RemoteScorer:
         setup: has the questions.
         workers: how many workers there may be.
         make: makes a worker for the batches of a shard.
-        say: gets a line when a worker is lost.
 
     Attributes:
-        layer_passes: as in `CachedScorer`; what lost workers ran without an answer is not counted.
+        layer_passes: as in `CachedScorer`, without passes of lost workers that gave no answer.
     """
 
-    def __init__(
-        self, ray: Any, setup: ScoringSetup, workers: int, make: Callable[[list[int]], Any], say: Callable[[str], None]
-    ):
+    def __init__(self, ray: Any, setup: ScoringSetup, workers: int, make: Callable[[list[int]], Any]):
         self._ray = ray
         self._make = make
-        self._say = say
         self._lost = tuple(getattr(ray.exceptions, name) for name in _LOST)
         self.layer_passes = 0.0
         self._workers = [_Worker(batches, make(batches)) for batches in shards(setup.questions.batches, workers)]
 
     def base(self) -> Results:
         """As `CachedScorer.base`."""
-        return self._of_all("base")
+        return self._ask_all("base")
 
     def donor_answers(self) -> Results:
         """As `CachedScorer.donor_answers`."""
-        return self._of_all("donor_answers")
+        return self._ask_all("donor_answers")
 
     def score(
         self, sets: Iterable[LayerSet], batches: Sequence[int] | None = None
@@ -130,7 +126,7 @@ class RemoteScorer:
                 if not missing[layers]:
                     yield layers, gathered.pop(layers)
 
-    def _of_all(self, question: str) -> Results:
+    def _ask_all(self, question: str) -> Results:
         results: Results = {}
         for _, (found, passes) in self._answers(self._workers, question, lambda worker: ()):
             results |= found
@@ -140,7 +136,7 @@ class RemoteScorer:
     def _answers(
         self, workers: Sequence[_Worker], question: str, arguments: Callable[[_Worker], tuple[Any, ...]]
     ) -> Iterator[tuple[_Worker, Any]]:
-        """What a method of `QuestionShard` gives on all workers, as it comes. A new worker is asked for a lost one."""
+        """Call a method of `QuestionShard` on all workers; yields their answers as they come. Replaces lost workers."""
 
         def ask(worker: _Worker) -> Any:
             return getattr(worker.actor, question).options(num_returns="streaming").remote(*arguments(worker))
@@ -148,7 +144,7 @@ class RemoteScorer:
         running = {ask(worker): worker for worker in workers}
         try:
             while running:
-                # It also returns after each second, so that Python can handle a signal.
+                # The wait ends after a second at the latest, so that Python can handle a signal.
                 for answers in self._ray.wait(list(running), num_returns=1, timeout=1)[0]:
                     worker = running[answers]
                     try:
@@ -159,7 +155,7 @@ class RemoteScorer:
                         del running[answers]
                         self._replace(worker)
                         running[ask(worker)] = worker
-                    except SurgeryError as error:  # Ray adds the worker's traceback
+                    except SurgeryError as error:  # Ray adds the worker's traceback to it
                         raise SurgeryError(
                             f"A worker of the search failed: {getattr(error, 'cause', error)}"
                         ) from error
@@ -175,18 +171,18 @@ class RemoteScorer:
         worker.retries += 1
         if worker.retries > _MAX_RETRIES:
             raise SurgeryError(
-                f"A worker of {len(worker.batches)} batches was lost {worker.retries} times in a row. See whether its "
-                "machine has memory enough, and run the same command again: finished evaluations are kept."
+                f"A worker of {len(worker.batches)} batches was lost {worker.retries} times in a row. Check that its "
+                "machine has enough memory, and run the same command again: finished evaluations are kept."
             )
-        self._say(f"A worker was lost; another takes its questions over ({worker.retries} of {_MAX_RETRIES} retries)")
+        print(f"A worker was lost; another takes its questions over ({worker.retries} of {_MAX_RETRIES} retries)")
         worker.actor = self._make(worker.batches)
 
 
 def shards(batches: Sequence[Batch], workers: int) -> list[list[int]]:
-    """The indices of batches, split over at most `workers` shards of about as many tokens each. No shard is empty."""
+    """Split the indices of batches into at most `workers` shards with about equally many tokens. None is empty."""
     found: list[list[int]] = [[] for _ in range(min(workers, len(batches)))]
     tokens = [0] * len(found)
-    # The largest batch first, each to the smallest shard.
+    # The largest batch comes first; each goes to the smallest shard.
     for number in sorted(range(len(batches)), key=lambda number: (-batches[number].inputs.numel(), number)):
         least = tokens.index(min(tokens))
         found[least].append(number)
@@ -196,15 +192,14 @@ def shards(batches: Sequence[Batch], workers: int) -> list[list[int]]:
 
 @contextlib.contextmanager
 def remote_scorer(
-    address: str, cpus: int, device: str | None, say: Callable[[str], None] = print
+    address: str, cpus: int, device: str | None
 ) -> Iterator[tuple[Callable[[ScoringSetup], RemoteScorer], str]]:
-    """Be part of a cluster. Gives what makes a scorer on it, and the type of the workers' device.
+    """Join a cluster for the length of the context. It gives a maker of scorers, and the type of the workers' device.
 
     Args:
         address: as `cluster` takes it.
         cpus: CPUs of each worker, and its number of threads.
         device: as `gpus_per_job` takes it.
-        say: gets a line when a worker is lost.
 
     Raises:
         SurgeryError: as `cluster` and `gpus_per_job`.
@@ -226,6 +221,6 @@ def remote_scorer(
             def make(batches: list[int]) -> Any:
                 return worker.remote(settings, os.getcwd(), cpus, batches)
 
-            return RemoteScorer(ray, setup, max(1, int(room)), make, say)
+            return RemoteScorer(ray, setup, max(1, int(room)), make)
 
         yield make_scorer, kind

@@ -1,1 +1,1 @@
-"""Layers that older programs pickled as whole modules, read by a separate process that can do no harm."""
+"""Imports layers that older programs pickled as whole modules. A separate, locked process reads them."""

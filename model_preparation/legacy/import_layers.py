@@ -1,7 +1,7 @@
-"""Imports old layer files, whole LlamaDecoderLayer modules pickled one by one, as `extract_layers` would write them.
+"""Imports old layer files: whole LlamaDecoderLayer modules, each pickled alone. The result is as from `extract_layers`.
 
-Without the user's trust the files are only scanned for the names of their globals, never opened. With it, another
-process reads them (`reader_process`), and its results are checked against the donor's config like a stranger's model.
+Without the user's trust, the files are never opened, only scanned for the names of their globals. With it, another
+process reads them (`reader_process`). Its results are compared with the donor's config, like a stranger's model.
 """
 
 import re
@@ -41,11 +41,11 @@ from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.legacy.reader import is_usual
 from model_preparation.legacy.reader_process import legacy_process
 
-# The number after "layer", else the only one.
+# The layer's index is the number after "layer", or the only number.
 _LAYER_NAME = re.compile(r"(?:.*layer\D*(\d+)(?:\D.*)?|\D*(\d+)\D*)\.(?:pt|pth|bin)", re.IGNORECASE)
 _ROTARY = "self_attn.rotary_emb."
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-# Fields that a graft computes with; equal in two configs of one model.
+# A graft computes with these fields. Two configs of one model have equal values.
 _COMPARED = (
     "hidden_size",
     "num_hidden_layers",
@@ -74,13 +74,13 @@ def import_legacy(
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write the layers pickled in `folder` into `output_dir` and return its metadata.
+    """Write the layers pickled in `folder` into `output_dir`; returns its metadata.
 
     Args:
         folder: has one file per layer, with the layer's index in its name.
         output_dir: the folder to make; it appears whole or not at all.
         trust_pickle: whether the files may be opened at all.
-        allow_network: open them even if the system cannot take the network from the reading process.
+        allow_network: open them even if the reading process keeps its network access.
         model_name: the donor, for `sources.resolve`; needed if the pickled modules have no config, or `folder` has no
             tokenizer. Only config.json and the tokenizer are fetched.
         layers: indices to import; by default all.
@@ -93,8 +93,8 @@ def import_legacy(
         "not_run": the globals in the files that no decoder layer needs.
 
     Raises:
-        SurgeryError: without `trust_pickle`, with what the files would run; for files that are not decoder layers of
-            one Llama, or differ from the config in a name, a shape or a setting; and as `extract_layers` does.
+        SurgeryError: without `trust_pickle` (the error lists the files' globals); if the files are not decoder layers
+            of one Llama, or differ from the config in a name, a shape or a setting; and as `extract_layers`.
     """
     folder, target = Path(folder).expanduser(), Path(output_dir).expanduser()
     cast_to = float_dtype(dtype)
@@ -110,7 +110,9 @@ def import_legacy(
     if not trust_pickle:
         raise _not_trusted(folder, target, named)
     donor = None if model_name is None else _donor_folder(model_name, sources)
-    config = None if donor is None else _llama_config(donor)
+    config = None if donor is None else read_config(donor)
+    if config is not None and config.model_type != "llama":
+        raise SurgeryError(f"{donor} is a {config.model_type} model. Only layers of a Llama can be imported.")
 
     with new_folder(target, overwrite=overwrite, marker_file=METADATA) as staging:
         described: dict[str, dict[str, Any]] = {}
@@ -121,10 +123,10 @@ def import_legacy(
             bar(f"Importing {folder}", len(chosen)) as advance,
         ):
             for index in chosen:
-                ranges, said = process.read(paths[index].resolve())
-                not_run |= {*said["not_run"]}
-                config = _agreed_config(config, said, paths[index])
-                _check(paths[index], index, config, ranges, said)
+                ranges, answer = process.read(paths[index].resolve())
+                not_run |= {*answer["not_run"]}
+                config = _agreed_config(config, answer["config"], paths[index])
+                _check(paths[index], index, config, ranges, answer)
                 own = {name: place for name, place in ranges.items() if not name.startswith(_ROTARY)}
                 if not described:
                     check_range(chosen, config.num_hidden_layers, "the donor")
@@ -178,12 +180,12 @@ def legacy_files(folder: Path) -> dict[int, Path]:
 
 
 def _not_trusted(folder: Path, target: Path, named: set[str]) -> SurgeryError:
-    # What a layer hardly needs comes first, as the user must see it to decide about trust.
+    # Unusual globals come first: the user needs them to decide about trust.
     ordered = sorted(named, key=lambda name: (is_usual(name), "DecoderLayer" not in name, name))
     listed = ", ".join(ordered[:6]) + (f" and {len(ordered) - 6} more" if len(ordered) > 6 else "")
     return SurgeryError(
-        f"The files in {folder} are pickled modules, and can run code when they are opened; they name {listed}. If you "
-        "trust their maker, import them in a separate process without network: "
+        f"The files in {folder} are pickled modules, which can run code when they are opened; they name {listed}. If "
+        "you trust their maker, import them in a separate process without network: "
         f"python extract_layers.py --from_legacy {shlex.quote(str(folder))} --output_dir {shlex.quote(str(target))} "
         "--trust_pickle"
     )
@@ -196,21 +198,13 @@ def _donor_folder(model_name: str, sources: Mapping[str, str] | None) -> Path:
     return resolve(model_name, need="tokenizer", overrides=sources).folder
 
 
-def _llama_config(donor: Path) -> LlamaConfig:
-    config = read_config(donor)
-    if config.model_type != "llama":
-        raise SurgeryError(f"{donor} is a {config.model_type} model. The layers of a Llama can be imported.")
-    return config
-
-
-def _agreed_config(known: LlamaConfig | None, said: dict[str, Any], path: Path) -> LlamaConfig:
-    """The donor's config, known so far or from this file; both must agree."""
-    fields = said["config"]
+def _agreed_config(known: LlamaConfig | None, fields: dict[str, Any] | None, path: Path) -> LlamaConfig:
+    """The donor's config: the one known so far, or the one with these `fields` from a file. Both must agree."""
     if fields is None:
         if known is None:
             raise SurgeryError(
-                f"{path} has no config in it. Name its model with --model_name NAME|PATH; only config.json and the "
-                "tokenizer of that are read."
+                f"{path} has no config in it. Name its model with --model_name NAME|PATH; only its config.json and "
+                "tokenizer are read."
             )
         return known
     fields_known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling", "torch_dtype"}
@@ -238,7 +232,7 @@ def _agreed_config(known: LlamaConfig | None, said: dict[str, Any], path: Path) 
 
 
 def _check(
-    path: Path, index: int, config: LlamaConfig, ranges: Mapping[str, TensorRange], said: dict[str, Any]
+    path: Path, index: int, config: LlamaConfig, ranges: Mapping[str, TensorRange], answer: dict[str, Any]
 ) -> None:
     """Compare names, shapes and the module's settings with the config."""
     wanted: dict[str, Any] = layer_shapes(config)
@@ -259,7 +253,7 @@ def _check(
         "rope_theta": config.rope_parameters.get("rope_theta"),
         "epsilon": config.rms_norm_eps,
     }
-    for name, value in (said["attention"] | {"epsilon": said["eps"]}).items():
+    for name, value in (answer["attention"] | {"epsilon": answer["eps"]}).items():
         if value is not None and name in settings and value != settings[name]:
             raise SurgeryError(
                 f"The layer in {path} has {name} {value!r}, but its file's name and the donor's config ask for "
@@ -268,9 +262,9 @@ def _check(
     if (place := ranges.get(f"{_ROTARY}inv_freq")) is not None:
         ours = LlamaRotaryEmbedding(config).inv_freq
         theirs = MappedFiles().tensor(place).float()
-        # Loosely, because whole models were cast to bfloat16 with these numbers.
+        # The tolerance is large, because these numbers were cast to bfloat16 with the whole model.
         if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0.02, atol=0):
             raise SurgeryError(
-                f"The layer in {path} turns positions at other frequencies than the donor's config asks for "
+                f"The layer in {path} has other rotary frequencies than the donor's config asks for "
                 f"({theirs[-1].item():.3g} instead of {ours[-1].item():.3g}). Name the right model with --model_name."
             )

@@ -1,12 +1,12 @@
 """Reads pickled decoder layers in a separate process, which first locks itself in; `reader_process` starts it.
 
-The only argument is the folder to write to; each line on stdin is a file's path as JSON. It prints a JSON line with the
-locks that hold. For each file it writes layer.safetensors in that folder, with LlamaDecoderLayer's own names, and
-prints a JSON line with what the pickled objects say of themselves, or {"fault": why the file is no layer}.
+The only argument is the folder to write to; each line on stdin is a file's path as JSON. First the process prints a
+JSON line with the locks that hold. For each file it writes layer.safetensors into the folder, with LlamaDecoderLayer's
+own names, and prints a JSON line: attributes of the pickled objects, or {"fault": why the file is no layer}.
 
-Nothing in the pickle is run. torch and Python build tensors and containers; everything else becomes a `StandIn`, which
+Nothing in the pickle is run. torch and Python build tensors and containers. Everything else becomes a `StandIn`, which
 keeps its attributes and does nothing. So classes that transformers no longer has (LlamaSdpaAttention) are no problem.
-The locks are there in case this has a mistake.
+The locks protect the user if this code has a mistake.
 """
 
 import json
@@ -23,7 +23,7 @@ from model_preparation.legacy import sandbox
 
 LAYER = "layer.safetensors"
 
-# Built as they are; torch's loader handles storages before it asks for these.
+# These globals are really used. torch's loader handles storages before it asks for them.
 _REAL = {
     "__builtin__.set",
     "builtins.set",
@@ -35,8 +35,8 @@ _REAL = {
     "torch.device",
     "torch.storage.UntypedStorage",
 }
-# They make parameters from tensors; the tensors are enough.
-_OF_PARAMETERS = {
+# Replacements of the globals that make parameters from tensors: they return the tensors.
+_PARAMETER_BUILDERS = {
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
     "torch._utils._rebuild_from_type_v2": lambda rebuild, kind, arguments, *_: rebuild(*arguments),
@@ -51,7 +51,7 @@ def is_usual(name: str) -> bool:
 
 
 class StandIn:
-    """Takes the place of an object whose class must not run: it has the attributes and no behaviour."""
+    """Replaces an object whose class must not run. It has the object's attributes and no behaviour."""
 
     path = ""
 
@@ -91,8 +91,8 @@ class Unpickler(pickle.Unpickler):
         path = f"{module}.{name}"
         if path in _REAL or _DTYPE.fullmatch(path):
             return super().find_class(module, name)
-        if path in _OF_PARAMETERS:
-            return _OF_PARAMETERS[path]
+        if path in _PARAMETER_BUILDERS:
+            return _PARAMETER_BUILDERS[path]
         self.replaced.add(path)
         return type(name, (StandIn,), {"path": path})
 
@@ -105,7 +105,7 @@ def read_layer(path: Path, output: Path) -> dict[str, Any]:
         the epsilon of its norms, or None; "not_run": globals that no layer needs.
 
     Raises:
-        ValueError: with what the file holds instead of a LlamaDecoderLayer.
+        ValueError: if the file holds something else than a LlamaDecoderLayer.
     """
     import torch
     from safetensors.torch import save_file
@@ -148,11 +148,11 @@ def _tensors(layer: StandIn) -> dict[str, Any]:
         if not isinstance(tensor, torch.Tensor) or tensor.is_meta or tensor.layout != torch.strided:
             raise ValueError(f"its {name} is not a plain tensor with values")
         if own not in found:
-            # safetensors takes no views of something larger.
+            # safetensors takes no views of larger storages.
             whole = tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
             found[own] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
         elif not _same(tensor, found[own]):
-            raise ValueError(f"its {name} should be another name for {own}, but holds other numbers")
+            raise ValueError(f"its {name} is another name for {own}, but holds other numbers")
     return found
 
 
@@ -167,7 +167,7 @@ def _named(module: StandIn, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two tensors have equal bits, so that NaN equals itself."""
+    """Whether two tensors have equal bits. Unlike with ==, NaN equals itself."""
     import torch
 
     if one.dtype != other.dtype or one.shape != other.shape:
@@ -178,7 +178,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON: numbers, text, lists, dicts, and dtypes by name; None for all else."""
+    """The value as JSON: numbers, text, lists, dicts, and dtypes by name; None for everything else."""
     import torch
 
     if isinstance(value, dict):
@@ -194,7 +194,7 @@ def _plain(value: Any) -> Any:
 def main() -> None:
     folder = Path(sys.argv[1])
     answers = sys.stdout
-    sys.stdout = sys.stderr  # other output is no answer
+    sys.stdout = sys.stderr  # only answers go to the real stdout
     print(json.dumps(sandbox.enter(folder)), file=answers, flush=True)
     for line in sys.stdin:
         try:

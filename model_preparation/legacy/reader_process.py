@@ -1,6 +1,6 @@
-"""Starts the process of `reader`, asks it for one layer after another, and checks everything that it answers.
+"""Starts the process of `reader`, asks it for one layer after another, and checks every answer.
 
-The answer is a safetensors file, whose every range is checked, and a dict of plain values. The process gets only the
+An answer is a safetensors file, in which every range is checked, and a dict of plain values. The process gets only the
 environment variables that Python needs to start, so no tokens and no proxies.
 """
 
@@ -30,10 +30,10 @@ _MAX_SECONDS_PER_LAYER = 900  # one layer of the largest Llama has some 6 GB
 
 @contextlib.contextmanager
 def legacy_process(folder: Path, allow_network: bool) -> Iterator["LegacyProcess"]:
-    """A running reader, which ends with the block; it writes to `folder`, which must be empty.
+    """A running reader, which writes to the empty `folder`. It ends with the context.
 
     Raises:
-        SurgeryError: if the process still has the network, unless `allow_network`.
+        SurgeryError: if the process still has network access, unless `allow_network`.
     """
     with (
         tempfile.TemporaryFile() as errors,
@@ -45,7 +45,7 @@ def legacy_process(folder: Path, allow_network: bool) -> Iterator["LegacyProcess
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            start_new_session=True,  # on Ctrl-C this process ends it, without a second traceback
+            start_new_session=True,  # after Ctrl-C we end it, so that it prints no second traceback
         ) as process,
     ):
         try:
@@ -53,8 +53,8 @@ def legacy_process(folder: Path, allow_network: bool) -> Iterator["LegacyProcess
             locks = reader.answer("starting")
             if not (locks.get("namespace") or locks.get("sockets") or allow_network):
                 raise SurgeryError(
-                    "Nothing was opened, because no process on this system can give up the network (Linux has unshare "
-                    "and seccomp for it). Import the files on Linux, or add --allow_network to do without this lock."
+                    "Nothing was opened, because a process on this system cannot give up its network access (on Linux, "
+                    "unshare and seccomp do this). Import the files on Linux, or add --allow_network to do without it."
                 )
             yield reader
         finally:
@@ -70,13 +70,13 @@ class LegacyProcess:
         self._folder = folder
 
     def read(self, path: Path) -> tuple[dict[str, TensorRange], dict[str, Any]]:
-        """Where one file's tensors lie until the next `read`; and the dict from `reader.read_layer`.
+        """Where one file's tensors lie, and the dict from `reader.read_layer`. The tensors stay until the next `read`.
 
         Raises:
             SurgeryError: if the file holds no decoder layer, or the process ended.
         """
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended; the missing answer shows that
+        with contextlib.suppress(BrokenPipeError):  # the process has ended: `answer` reports it
             self._process.stdin.write(json.dumps(str(path)).encode() + b"\n")
         answer = self.answer(f"reading {path}")
         if "fault" in answer:
@@ -92,7 +92,7 @@ class LegacyProcess:
         return safetensors_ranges(written), answer
 
     def answer(self, doing: str) -> dict[str, Any]:
-        """The dict on the next line that it prints; raises SurgeryError if there is none."""
+        """The dict on the process's next line; raises SurgeryError if there is none."""
         assert self._process.stdout is not None
         timer = threading.Timer(_MAX_SECONDS_PER_LAYER, self._process.kill)
         timer.start()
@@ -102,8 +102,8 @@ class LegacyProcess:
                 code = self._process.wait()
                 ending = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
                 raise SurgeryError(
-                    f"The separate process {ending} while {doing}{self._last_words()}. "
-                    "Nothing was imported; check the memory that is free, and the file."
+                    f"The separate process {ending} while {doing}{self._last_error_line()}. "
+                    "Nothing was imported; check the free memory and the file."
                 )
         finally:
             timer.cancel()
@@ -115,7 +115,7 @@ class LegacyProcess:
             raise SurgeryError(f"The separate process gave no valid answer while {doing}. Do not use this file.")
         return answer
 
-    def _last_words(self) -> str:
+    def _last_error_line(self) -> str:
         self._errors.seek(0, os.SEEK_END)
         self._errors.seek(max(0, self._errors.tell() - 2000))
         lines = self._errors.read().decode(errors="replace").splitlines()
@@ -139,5 +139,5 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def _printable(text: Any) -> str:
-    """A stranger's text in one line without control characters, and not too long."""
+    """A stranger's text in one short line without control characters."""
     return escaped(" ".join(str(text)[:300].split())).rstrip(" .")

@@ -1,7 +1,7 @@
 """Locks this process: no network, and no writing outside one folder. Reading a stranger's file needs neither.
 
-Systems differ, so each lock is tried, and the process cannot undo them. Call `enter` before anything starts a
-thread. Only the standard library is used.
+Systems differ, so each lock is tried. The process cannot undo a lock. Call `enter` before any thread starts. Only the
+standard library is used.
 
 Sources: Linux's man pages user_namespaces(7), seccomp(2), landlock(7); headers linux/filter.h, linux/seccomp.h,
 linux/audit.h, linux/landlock.h.
@@ -33,7 +33,7 @@ def enter(writable: Path) -> dict[str, bool]:
     """Lock this process in; returns which locks hold.
 
     Args:
-        writable: the only folder where it may still make, change or remove files.
+        writable: the only folder in which the process may still make, change or remove files.
 
     Returns:
         "namespace": a network of its own, without any device. "sockets": making a socket of any kind is refused.
@@ -43,13 +43,13 @@ def enter(writable: Path) -> dict[str, bool]:
         return {"namespace": False, "sockets": False, "files": False}
     libc = ctypes.CDLL(None, use_errno=True)
     namespace = libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0
-    # The next two steps need this, except for root. No program started from here can then gain rights.
+    # The next two steps need this, except for root. Then no program that this process starts can gain rights.
     libc.prctl(_PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0)))
     return {"namespace": namespace, "files": _refuse_writing(libc, writable), "sockets": _refuse_sockets(libc)}
 
 
 def _refuse_sockets(libc: ctypes.CDLL) -> bool:
-    """A system call filter; it also refuses sockets in the file system, which network namespaces share."""
+    """Install a system call filter. It also refuses sockets in the file system, which network namespaces share."""
     if platform.machine() not in _FORBIDDEN_CALLS:
         return False
     architecture, calls = _FORBIDDEN_CALLS[platform.machine()]
@@ -64,7 +64,7 @@ def _refuse_sockets(libc: ctypes.CDLL) -> bool:
 
 
 def _refuse_writing(libc: ctypes.CDLL, writable: Path) -> bool:
-    """Landlock; a new enough kernel also refuses signals to other processes."""
+    """Use Landlock to refuse writing. A new enough kernel also refuses signals to other processes."""
     version = libc.syscall(ctypes.c_long(_LANDLOCK_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint(1))
     if version < 1:
         return False

@@ -59,8 +59,8 @@ def test_a_score_is_told_as_what_it_is(info):
     assert "MMLU was not measured." in unmeasured.text
     info["mmlu_score"] = 0.57
     given = card(info)
-    assert "MMLU 0.5700, as given by the author" in given.text
-    assert "not measured by this software" in " ".join(given.text.split())
+    assert "MMLU 0.5700: the author gave this number" in given.text
+    assert "This software did not measure it" in " ".join(given.text.split())
     for other in (unmeasured, given):
         assert other.data.eval_results is None
         assert "model-index" not in other.data.to_dict()
@@ -119,7 +119,7 @@ def test_free_text_breaks_neither_front_matter_nor_tables(info):
     made = card(info)
     assert made.data.license == "llama3.1"
     assert "\n\\--- license: mit --- : {\\[ # | ½\n" in made.text
-    assert "| base | `a\\|b c`, a local folder of the author's |" in made.text
+    assert "| base | `a\\|b c`, a local folder of the author |" in made.text
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_the_stricter_licence_binds():
         (LOCAL, LLAMA, None, "base mine came from a local folder"),
         (SMOL, {**HUB, "id": "a/b"}, None, "donor a/b has a licence that this program does not know"),
         (LOCAL, LLAMA, "apache-2.0", "is under llama3.1, so this model cannot be under apache-2.0"),
-        (LLAMBA, {**HUB, "id": "meta-llama/Llama-3.2-1B"}, None, "base is under llama3.1, the donor under llama3.2"),
+        (LLAMBA, {**HUB, "id": "meta-llama/Llama-3.2-1B"}, None, "base is under llama3.1, the donor is under llama3.2"),
     ):
         with pytest.raises(SurgeryError, match=words):
             licence_of(pair(base, donor), given)
@@ -167,7 +167,7 @@ def test_the_stricter_licence_binds():
 def test_a_licence_that_nobody_lists_is_warned_of(caplog):
     for given in ("cc-by-4.0", "gemma", "openrail", "other", "apach-2.0"):
         assert licence_of(pair(LOCAL, LOCAL), given) == given
-    assert caplog.messages == ["'apach-2.0' is no licence that the hubs or SPDX list. If it is misspelt, give another."]
+    assert caplog.messages == ["'apach-2.0' is not in the lists of the hubs or SPDX. If it is misspelt, correct it."]
 
 
 def test_llamas_rules_hold_whatever_licence_is_named():

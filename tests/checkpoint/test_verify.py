@@ -83,8 +83,8 @@ def test_a_whole_checkpoint_passes_with_base_and_donor(checkpoint, base_dir, lay
 
 def test_what_was_not_compared_is_said_with_the_flag_that_does_it(checkpoint):
     checks = "\n".join(verify(checkpoint).checks)
-    assert "--base NAME|PATH does that" in checks
-    assert "--llama_layers_dir DIR does that" in checks
+    assert "--base NAME|PATH compares them" in checks
+    assert "--llama_layers_dir DIR compares them" in checks
 
 
 def test_each_of_a_thousand_flipped_bytes_is_found(checkpoint):
@@ -154,7 +154,7 @@ def test_missing_cut_and_added_files(checkpoint, tmp_path):
     assert "README.txt is missing" in text
     assert "model_state_dict.pt has 100000 bytes instead of" in text
     assert "tokenizer/added_tokens.json is not listed" in text
-    assert "'tokenizer/tokenizer.json' is listed in checkpoint_info.json in a way that cannot be" in text
+    assert "'tokenizer/tokenizer.json' is not a valid path in checkpoint_info.json" in text
     assert {note.split()[0] for note in found.notes} == {"notes.txt", "evaluations/"}
     assert "notes.txt" not in text
 
@@ -172,7 +172,7 @@ def test_in_the_hf_format_every_file_that_is_not_listed_is_a_fault(checkpoint):
         (checkpoint / name).write_text("{}")
     found = verify(checkpoint, files_only=True)
     assert {note.split()[0] for note in found.notes} == unasked | harmless | {".git/", ".cache/", killed}
-    assert f"{killed} was left by a run that was killed, and nothing reads it. Remove it." in found.notes
+    assert f"{killed} was left by a killed run, and nothing reads it. Remove it." in found.notes
     assert ".git/ is not listed in checkpoint_info.json: a clone's, 2 files." in found.notes
     assert not found.faults
     write_checksum(checkpoint, format="both")
@@ -209,8 +209,8 @@ def test_a_checksum_written_anew_after_a_change_the_tensors_tell(checkpoint, bas
     describe_anew(checkpoint)
     write_checksum(checkpoint)
     text = told(verify_checkpoint(checkpoint, str(base_dir), layers_dir))
-    assert f"{kept} is not the base's" in text
-    assert f"{Q_PROJ} is not the donor's" in text
+    assert f"{kept} differs from the base's" in text
+    assert f"{Q_PROJ} differs from the donor's" in text
 
 
 def test_another_base_or_donor_is_told_in_one_line(checkpoint, base_dir, donor_dir, tmp_path):
@@ -240,9 +240,9 @@ def test_shapes_names_and_origins_against_the_config(checkpoint):
     (checkpoint / "tensor_digests.json").write_text(json.dumps(digests))
     write_checksum(checkpoint)
     text = told(verify_checkpoint(checkpoint))
-    assert f"{Q_PROJ} has shape [32, 32, 1], and the config asks for [32, 32]" in text
-    assert "lm_head.weight is the donor's, and the config says otherwise" in text
-    assert "backbone.final_layernorm.weight is torch.bfloat16, and checkpoint_info.json says float32" in text
+    assert f"{Q_PROJ} has shape [32, 32, 1], but the config asks for [32, 32]" in text
+    assert "lm_head.weight comes from the donor, but the config says otherwise" in text
+    assert "backbone.final_layernorm.weight is bfloat16, but checkpoint_info.json says float32" in text
     assert "made.up has shape" in text
     assert "backbone.embedding.weight is not listed in tensor_digests.json" in text
 

@@ -67,7 +67,7 @@ def test_a_recipe_of_the_pair_is_built_again(layers_dir, tmp_path):
 def test_an_unknown_embedded_model_is_refused_with_those_there_are():
     result = run_command("extract_layers", "--model_name", "embedded:huge_llama", "--output_dir", "nowhere")
     assert result.returncode == 1
-    assert "holds no model 'huge_llama'; it holds tiny_llama, tiny_llamba" in result.stderr
+    assert "has no model 'huge_llama'; it has tiny_llama, tiny_llamba" in result.stderr
 
 
 def test_weights_are_small_and_cards_tell_the_scores():

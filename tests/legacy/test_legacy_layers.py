@@ -334,7 +334,7 @@ def test_layers_that_contradict_themselves_or_each_other_are_refused(layers, old
     layer = layers[2]
     layer.self_attn.out_proj = torch.nn.Linear(32, 32, bias=False)
     torch.save(layer, path)
-    refuse(old, tmp_path, str(path), "out_proj.weight should be another name for self_attn.o_proj.weight")
+    refuse(old, tmp_path, str(path), "out_proj.weight is another name for self_attn.o_proj.weight")
     layer.self_attn.out_proj = layer.self_attn.o_proj
     layer.mlp.up_proj = torch.nn.Linear(32, 48, bias=False)
     torch.save(layer, path)
@@ -352,7 +352,7 @@ def test_layers_that_contradict_themselves_or_each_other_are_refused(layers, old
     turned = make_old(layers[0], monkeypatch)
     turned.self_attn.rotary_emb.inv_freq *= torch.arange(1, 9)
     torch.save(turned, old / "layer_0.pt")
-    refuse(old, tmp_path, "layer_0.pt", "turns positions at other frequencies", layers=[0])
+    refuse(old, tmp_path, "layer_0.pt", "has other rotary frequencies", layers=[0])
     del turned.self_attn.config.num_hidden_layers  # of which transformers would take its own default
     torch.save(turned, old / "layer_0.pt")
     refuse(old, tmp_path, "layer_0.pt", "it lacks num_hidden_layers", "--model_name", layers=[0])
