@@ -7,13 +7,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from model_preparation.command_line import (
-    CommandParser,
-    add_device_flags,
-    add_dtype_flag,
-    default_folder,
-    run,
-)
+from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, default_folder, run
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.settings import EVALUATION_SETTINGS, EvaluationSettings, limit_note
 from model_preparation.jobs import combinations, evaluate_many, ray_flags

@@ -1,12 +1,6 @@
 """Command: a donor model, or old files of its layers -> a folder of them (checkpoint/extract.py, legacy/)."""
 
-from model_preparation.command_line import (
-    CommandParser,
-    add_dtype_flag,
-    add_layers_flag,
-    default_folder,
-    run,
-)
+from model_preparation.command_line import CommandParser, add_dtype_flag, add_layers_flag, default_folder, run
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import add_source_flag
 from model_preparation.terminal import escaped
@@ -75,12 +69,7 @@ def main() -> None:
     from model_preparation.checkpoint.extract import extract_layers
     from model_preparation.checkpoint.layer_store import LayerStore
 
-    options = {
-        "layers": args.layers,
-        "dtype": args.dtype,
-        "overwrite": args.overwrite,
-        "sources": args.source,
-    }
+    options = {"layers": args.layers, "dtype": args.dtype, "overwrite": args.overwrite, "sources": args.source}
     metadata = None
     if args.from_legacy is not None:
         from model_preparation.legacy.import_layers import import_legacy  # which needs the model's classes

@@ -59,10 +59,7 @@ RECORD = "experiment.json"
 _COMMANDS = {
     "extract": ("extract_layers", {"model_name", "output_dir", "verify", "from_legacy"}),
     "search": ("search_layers", {"base", "start", "donor", "llama_layers_dir", "output_dir"}),
-    "build": (
-        "create_replaced_model_checkpoint",
-        {"base", "layers", "llama_layers_dir", "output_dir", "from_info"},
-    ),
+    "build": ("create_replaced_model_checkpoint", {"base", "layers", "llama_layers_dir", "output_dir", "from_info"}),
     "heal": ("heal_checkpoint", {"checkpoint", "output_dir", "resume", "resume_dir", "merge_adapter"}),
     "evaluate": ("test_checkpoint", {"checkpoint", "full_eval", "skip_generation", "results_dir", "result_json"}),
     "compare": ("compare_checkpoints", {"output_dir", "baseline"}),

@@ -101,10 +101,7 @@ def distill_layer(
 
 @torch.no_grad()
 def relative_error(
-    donor_layer: nn.Module,
-    student_layer: LlambaDecoderLayer,
-    batches: Iterable[Batch],
-    target: Target = "mixer",
+    donor_layer: nn.Module, student_layer: LlambaDecoderLayer, batches: Iterable[Batch], target: Target = "mixer"
 ) -> float:
     """Mean squared error of the student's outputs over the variance of the donor's: 1 is what a constant can reach.
 

@@ -68,12 +68,7 @@ def layer_seed(seed: int, index: int) -> int:
 
 
 def _train(
-    work: WorkFolder,
-    states: HiddenStates,
-    teacher: nn.Module,
-    donor: Donor,
-    data: TokenData,
-    bar: "_LayerBar",
+    work: WorkFolder, states: HiddenStates, teacher: nn.Module, donor: Donor, data: TokenData, bar: "_LayerBar"
 ) -> dict[str, Any]:
     """Train the counterpart of `teacher`, the layer that the states enter, and keep it. Returns its record."""
     started = time.monotonic()

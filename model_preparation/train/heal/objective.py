@@ -76,10 +76,7 @@ class Distillation:
         self._teacher, self._settings = teacher, settings
 
     def loss(
-        self,
-        student: CausalLMOutputWithPast,
-        batch: Mapping[str, Tensor],
-        count: Tensor | int | None = None,
+        self, student: CausalLMOutputWithPast, batch: Mapping[str, Tensor], count: Tensor | int | None = None
     ) -> Tensor:
         """The losses of the positions that count, divided by `count`.
 
