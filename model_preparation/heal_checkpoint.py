@@ -149,7 +149,7 @@ def _parser() -> CommandParser:
         "--resume",
         default="auto",
         metavar="auto|never|DIR",
-        help="auto: resume from the newest complete state if there is one; never: start anew; or a state's folder "
+        help="auto: resume from the newest complete state if there is one; never: start again; or a state's folder "
         "(default: %(default)s). A resumed run keeps the settings it was started with",
     )
     parser.add_argument("--resume_dir", metavar="DIR", help="folder of the states (default: OUTPUT_DIR_resume)")

@@ -361,7 +361,7 @@ def test_a_donor_that_cannot_write_conversations_is_named(donor_dir, checkpoint_
 
     with pytest.raises(SurgeryError, match="tokenizer has no chat template, so the donor cannot write"):
         write(None)
-    with pytest.raises(SurgeryError, match="puts nothing behind a turn"):
+    with pytest.raises(SurgeryError, match="puts nothing after a turn"):
         write("{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(
         SurgeryError, match=r"Of 256 conversations .* it ended 0 within --block_size 32 .*; 8 are needed"

@@ -1,4 +1,4 @@
-"""Callbacks of the training: lines on the console, states at milestones, a state when the run is asked to stop."""
+"""Callbacks of the training: lines on the console, states at milestones, a state when the user stops the run."""
 
 import signal
 import sys
@@ -17,7 +17,7 @@ _SHOWN = {
 
 
 class Console(ProgressCallback):
-    """transformers' progress bar, where stderr is a terminal; loss and learning rate as lines on stdout."""
+    """Shows transformers' progress bar if stderr is a terminal; prints loss and learning rate as lines on stdout."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if sys.stderr.isatty():

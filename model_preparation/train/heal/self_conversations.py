@@ -1,7 +1,8 @@
-"""Conversations that the donor writes by itself, to heal on what it says rather than on what others wrote.
+"""Conversations that the donor writes, so that healing uses the donor's own text and not other people's.
 
-The donor begins where its chat template puts the user's words, and writes them. Then the template's words follow, and
-the donor answers. Source: Xu et al., arXiv 2406.08464 (Magpie). A batch depends on its seed alone.
+The donor gets the chat template up to the user's words, and writes those words. Then it gets the template's words
+between question and answer, and writes the answer. Source: Xu et al., arXiv 2406.08464 (Magpie). A batch depends on its
+seed alone.
 """
 
 import json
@@ -23,8 +24,8 @@ from model_preparation.io.untrusted.tokenizer_files import apply_chat_template, 
 from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, SelfSampler
 from model_preparation.train.heal.settings import HealSettings
 
-FOLDER = "written_by_donor"  # in the folder of the states; what follows is a digest of all that the words depend on
-_TRIES = 4  # as many times the wanted conversations are begun, before the donor counts as unable
+FOLDER = "written_by_donor"  # in the folder of states; a digest of all inputs of the text is added
+_MOST_TRIES = 4  # begun conversations per wanted one, at most; then the run fails
 _WORDS = "WORDS-OF-THE-TURN"
 
 
@@ -33,14 +34,14 @@ def write_conversations(
 ) -> Path:
     """A folder of .jsonl files with the conversations, at least as many as the settings ask for.
 
-    Each batch is a file. A run that was killed keeps the files that it wrote, and continues.
+    Each batch is a file. A killed run keeps its files, and continues.
 
     Args:
-        donor: its folder. Its own tokenizer is taken, if it has one.
-        tokenizer: the checkpoint's, whose template is taken.
+        donor: the donor's folder. Its own tokenizer is used, if it has one.
+        tokenizer: the checkpoint's tokenizer. Its template is used.
 
     Raises:
-        SurgeryError: if there is no template, or the donor ends too few conversations.
+        SurgeryError: if there is no template, or the donor finishes too few conversations.
     """
     template = tokenizer.chat_template
     if not template:
@@ -55,14 +56,14 @@ def write_conversations(
     asked = {"donor": digest_of_model(donor), "template": template, "seed": settings.seed}
     folder = states / f"{FOLDER}_{digest_of({**asked, 'count': wanted, 'length': length})[:12]}"
     make_folder(folder)
-    script, sampler = _Script(tokenizer, donor), None
+    template_tokens, sampler = _TemplateTokens(tokenizer, donor), None
     count = number = 0
     with bar("Conversations", wanted) as advance:
         while count < wanted:
-            if number * SEQUENCES_AT_ONCE >= _TRIES * max(wanted, SEQUENCES_AT_ONCE):
+            if number * SEQUENCES_AT_ONCE >= _MOST_TRIES * max(wanted, SEQUENCES_AT_ONCE):
                 raise SurgeryError(
-                    f"Of {number * SEQUENCES_AT_ONCE} conversations that the donor began, it ended {count} within "
-                    f"--block_size {length} tokens; {wanted} are needed. Give a larger one, or fewer "
+                    f"The donor began {number * SEQUENCES_AT_ONCE} conversations, but finished only {count} within "
+                    f"--block_size {length} tokens; {wanted} are needed. Give a larger --block_size, or fewer "
                     "--self_conversations."
                 )
             path = folder / f"{number:05}.jsonl"
@@ -70,8 +71,8 @@ def write_conversations(
                 if sampler is None:
                     print(f"The donor writes {wanted} conversations ...", flush=True)
                     sampler = SelfSampler(donor, read_config(donor), device)
-                # The factor keeps the batches of neighbouring seeds apart; torch takes no larger seeds.
-                written = script.play(sampler, length, (settings.seed * 1_000_003 + number) % 2**63)
+                # The factor keeps the batches of neighbouring seeds apart. torch takes no seeds from 2**63 on.
+                written = template_tokens.write_batch(sampler, length, (settings.seed * 1_000_003 + number) % 2**63)
                 write_file(path, "".join(json.dumps({"messages": each}, ensure_ascii=False) + "\n" for each in written))
             found = read_text(path).count("\n")
             advance(found)
@@ -79,8 +80,8 @@ def write_conversations(
     return folder
 
 
-class _Script:
-    """What a chat template puts before, between and behind the words of the user and the answer, as tokens."""
+class _TemplateTokens:
+    """The tokens that a chat template puts before, between and after the user's words and the answer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, donor: Path):
         user = [{"role": "user", "content": _WORDS}]
@@ -97,26 +98,26 @@ class _Script:
         )
         if not self._between or not behind_ids:
             raise SurgeryError(
-                f"The chat template of {donor} puts nothing behind a turn, so no end is seen. Give one by "
+                f"The chat template of {donor} puts nothing after a turn, so its end cannot be seen. Give another by "
                 "--chat_template FILE."
             )
         self._end = behind_ids[0]
         self._marks = set(tokenizer.get_added_vocab().values())
 
-    def play(self, sampler: SelfSampler, length: int, seed: int) -> list[list[dict[str, Any]]]:
-        """The messages of the conversations that came to their end within `length` tokens, of one batch."""
+    def write_batch(self, sampler: SelfSampler, length: int, seed: int) -> list[list[dict[str, Any]]]:
+        """The messages of the conversations of one batch that ended within `length` tokens."""
         turns: list[list[list[int]]] = [[] for _ in range(SEQUENCES_AT_ONCE)]
-        speakers = dict(enumerate(self._speak(each) for each in turns))
-        for speaker in speakers.values():
-            next(speaker)
+        writers = dict(enumerate(self._write_turns(each) for each in turns))
+        for writer in writers.values():
+            next(writer)
 
         def steer(drawn: list[int]) -> list[int] | None:
-            for row, speaker in list(speakers.items()):
+            for row, writer in list(writers.items()):
                 try:
-                    drawn[row] = speaker.send(drawn[row])
+                    drawn[row] = writer.send(drawn[row])
                 except StopIteration:
-                    del speakers[row]
-            return drawn if speakers else None
+                    del writers[row]
+            return drawn if writers else None
 
         sampler.draw(len(turns), length, seed, lambda tokens: None, begin=self._before, steer=steer)
         texts = [[self._tokenizer.decode(turn) for turn in each] for each in turns if len(each) == 2]
@@ -126,8 +127,8 @@ class _Script:
             if all(text.strip() for text in both)
         ]
 
-    def _speak(self, turns: list[list[int]]) -> Generator[int, int, None]:
-        """Gets each token that is drawn, and gives the one to take. A turn is added when it has ended."""
+    def _write_turns(self, turns: list[list[int]]) -> Generator[int, int, None]:
+        """Gets each drawn token, and yields the token to take. Each turn is added to `turns` when it ends."""
         taken = 0
         for end, following in ((self._between[0], self._between[1:]), (self._end, [])):
             words = []
@@ -138,6 +139,6 @@ class _Script:
                 taken = token
             turns.append(words)
             taken = end
-            for each in following:  # whatever is drawn
+            for each in following:  # the drawn tokens are ignored
                 yield taken
                 taken = each
