@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from model_preparation import build_checkpoint, extract_layers, load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE
-from model_preparation.train.heal.self_conversations import _Script, write_conversations
+from model_preparation.train.heal.self_conversations import _TemplateTokens, write_conversations
 from model_preparation.train.heal.sequences import Documents, collate, hold_out, load_sequences
 from model_preparation.train.heal.settings import HealSettings
 from tests.conftest import assert_refused, make_tokenizer
@@ -347,7 +347,7 @@ def test_the_donors_turns_are_what_is_between_the_templates_words():
         ids("Why?"),  # never ends
     ]
     sampler = Scripted(*rows)
-    found = _Script(tokenizer, Path("donor")).play(sampler, 90, 0)
+    found = _TemplateTokens(tokenizer, Path("donor")).write_batch(sampler, 90, 0)
     assert found == [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So é."}]]
     assert tokenizer.decode(sampler.begin) == "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\n"
     assert [taken[0] for taken in sampler.taken][5 : 4 + len(between)] == between[1:]
