@@ -84,11 +84,7 @@ def _parser() -> CommandParser:
         "answers worse (default: %(default)s)",
     )
     parser.add_argument(
-        "--bootstrap",
-        type=number(int, least=100),
-        default=10_000,
-        metavar="N",
-        help="bootstrap resamples (default: 10000)",
+        "--bootstrap", type=number(int, least=100), default=10_000, metavar="N", help="resamples (default: 10000)"
     )
     parser.add_argument(
         "--seed", type=number(int, least=0), default=1234, metavar="N", help="seed of the bootstrap (default: 1234)"

@@ -19,9 +19,7 @@ class Subcommand(NamedTuple):
 
 
 SUBCOMMANDS = {
-    "build": Subcommand(
-        "create_replaced_model_checkpoint", "replace layers of a base by its donor's, and write a checkpoint"
-    ),
+    "build": Subcommand("create_replaced_model_checkpoint", "make a checkpoint: a base with layers of its donor"),
     "extract": Subcommand("extract_layers", "write a donor's layers into one file each"),
     "best": Subcommand("create_best_checkpoints", "build a checkpoint for every combination in a list"),
     "test": Subcommand("test_checkpoint", "load a checkpoint or model, print its text, score it"),

@@ -113,10 +113,6 @@ class State:
     word: str
     reason: str = ""
 
-    @property
-    def is_again(self) -> bool:
-        return self.word == "again"
-
     def __str__(self) -> str:
         return f"{self.word} ({self.reason})" if self.reason else self.word
 
@@ -138,7 +134,9 @@ def main() -> None:
     if args.dry_run:
         print(f"Nothing was run (--dry_run). The results would be in {experiment.folder}")
         return
-    if (changed := [step.name for step in steps if step.can_replace and states[step.name].is_again]) and not args.redo:
+    if (
+        changed := [step.name for step in steps if step.can_replace and states[step.name].word == "again"]
+    ) and not args.redo:
         raise SurgeryError(
             f"{experiment.folder} has other results of {', '.join(changed)} than this file asks for. "
             "Add --redo to replace them, or name another output_dir."
@@ -384,7 +382,7 @@ def _states(steps: list[Step], record: Mapping[str, Any]) -> dict[str, State]:
     for step in steps:
         entry = record.get(step.name)
         changed = [] if entry is None else differences(entry["asked"], _asked(step, by_name))
-        again = [name for name in step.after if states[name].is_again]
+        again = [name for name in step.after if states[name].word == "again"]
         if not step.result.is_file():
             states[step.name] = State("to do")
         elif entry is None:

@@ -1,6 +1,7 @@
 """Command: base, donor and tasks -> which layers to graft (see search/search.py)."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,7 @@ def main() -> None:
     settings = from_flags(SearchSettings, args, output_dir=output, device=device, sources=args.source)
     workers = remote_scorer(args.ray, args.cpus_per_job or 1, args.device) if uses_ray else None
 
-    def say(line: str) -> None:
-        print(line, flush=True)
-
+    say = partial(print, flush=True)
     found = search_layers(settings, workers=workers, say=say, dry_run=args.dry_run, overwrite=args.overwrite)
     if found is None:
         print(f"Everything fits; nothing was evaluated (--dry_run). {settings.folder} would have the result.")

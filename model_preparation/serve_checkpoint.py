@@ -37,19 +37,10 @@ def main() -> None:
         metavar="ADDRESS",
         help="the address to listen on; 0.0.0.0 also admits other machines (default: %(default)s)",
     )
-    parser.add_argument(
-        "--port",
-        type=number(int, least=1, most=65535),
-        default=8000,
-        help="the port to listen on (default: %(default)s)",
-    )
+    parser.add_argument("--port", type=number(int, least=1, most=65535), default=8000, help="(default: %(default)s)")
     add_dtype_flag(parser, help="run in this dtype (default: the checkpoint's)")
-    parser.add_argument(
-        "--api_key", metavar="KEY", help="a key that clients must send (default: $VLLM_API_KEY, else none)"
-    )
-    parser.add_argument(
-        "--model_name", metavar="NAME", help="the model's name for clients (default: the folder's name)"
-    )
+    parser.add_argument("--api_key", metavar="KEY", help="clients must send it (default: $VLLM_API_KEY, else none)")
+    parser.add_argument("--model_name", metavar="NAME", help="the name for clients (default: the folder's name)")
     parser.add_argument("--verify", action="store_true", help="first compare every file with its digest")
     parser.add_argument("--log", type=Path, metavar="FILE", help="a file for vLLM's output (default: a new file)")
     parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="vLLM's own flags, after --")
@@ -66,7 +57,10 @@ def main() -> None:
         parser.error("--log and flags after -- are for vLLM, but the engine is transformers")
     check_port(args.host, args.port)
     if args.verify:
-        _verify(checkpoint)
+        from model_preparation.checkpoint.verify import verify
+
+        if faults := verify(checkpoint, files_only=True).faults:
+            raise SurgeryError(f"{checkpoint} is not as it was built: {faults[0]}. Copy it again, or build it again.")
     dtype = args.dtype or info["dtype"]
     name = args.model_name or name_of(checkpoint)
     api_key = args.api_key or os.environ.get("VLLM_API_KEY")
@@ -98,13 +92,6 @@ def main() -> None:
             raise
         interrupts.forget()  # Ctrl-C is the usual end of a server
         print("\nStopped.", flush=True)
-
-
-def _verify(checkpoint: Path) -> None:
-    from model_preparation.checkpoint.verify import verify
-
-    if faults := verify(checkpoint, files_only=True).faults:
-        raise SurgeryError(f"{checkpoint} is not what was built: {faults[0]}. Copy it again, or build it again.")
 
 
 def _new_log() -> Path:

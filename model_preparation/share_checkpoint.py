@@ -59,11 +59,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="the checkpoint folder")
     parser.add_argument(
-        "--repo",
-        type=repository,
-        required=True,
-        metavar="ORG/NAME",
-        help="the repository, created if it does not exist",
+        "--repo", type=repository, required=True, metavar="ORG/NAME", help="the repository, created if needed"
     )
     parser.add_argument(
         "--hub", choices=("modelscope", "huggingface"), default="modelscope", help="the hub (default: %(default)s)"
@@ -85,9 +81,7 @@ def _parser() -> CommandParser:
         metavar="ID",
         help="the model's licence, such as llama3.1 or apache-2.0; needed if base and donor do not decide it",
     )
-    licence.add_argument(
-        "--card", type=Path, metavar="FILE", help="upload this file as README.md, not the card made here"
-    )
+    licence.add_argument("--card", type=Path, metavar="FILE", help="upload this as README.md, not the card made here")
     parser.add_argument("--dry_run", action="store_true", help="print files and card; write nothing, contact no hub")
     parser.add_argument(
         "--no_verify", dest="verify", action="store_false", help="do not compare files with their SHA-256 first"

@@ -290,9 +290,7 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--model", metavar="NAME", help="the model's name on the server, if it has several")
     parser.add_argument(
-        "--tokenizer",
-        metavar="NAME|DIR|ID",
-        help="a tokenizer, if the model is published without one (llama_tokenizer, ...)",
+        "--tokenizer", metavar="NAME|DIR|ID", help="for a model that is published without one (llama_tokenizer, ...)"
     )
     parser.add_argument(
         "--prompt", nargs="+", default=[], metavar="TEXT", help="texts to continue (default: three of ours)"

@@ -29,9 +29,7 @@ def main() -> None:
         metavar="DIR",
         help="also compare the replaced layers with these (default: extracted_llama_layers, if from the same source)",
     )
-    parser.add_argument(
-        "--files_only", action="store_true", help="compare only the files' digests; this finds any changed byte"
-    )
+    parser.add_argument("--files_only", action="store_true", help="compare digests of files only; finds any change")
     add_source_flag(parser)
     args = parser.parse_args()
     checkpoint = args.directory or args.checkpoint

@@ -82,7 +82,7 @@ def test_a_cache_of_other_inputs_is_refused_in_a_sentence(heal, donor_dir, base_
     content = shard.read_bytes()
     for damaged, words in ((content[:-9], "bytes long instead of"), (content[:-1] + b"!", "changed")):
         shard.write_bytes(damaged)
-        assert_refused(heal(tmp_path / "out", *given), str(shard), words, "Remove it: the same command makes it again")
+        assert_refused(heal(tmp_path / "out", *given), str(shard), words, "Remove it, then run this again")
     shard.write_bytes(content)
     record = (cached / "cache" / CACHE_FILE).read_text()
     (cached / "cache" / CACHE_FILE).write_text(record[:-20])

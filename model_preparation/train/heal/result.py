@@ -18,14 +18,7 @@ from model_preparation.train.heal.run import Run, trained_layers
 from model_preparation.train.heal.settings import described
 
 _NEW_TOKENS = 40  # tokens of the texts before and after
-_LOGGED = (
-    "loss",
-    "grad_norm",
-    "learning_rate",
-    "eval_loss",
-    "epoch",
-    "step",
-)  # no times: these fields are the same in every run
+_LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch", "step")  # no times: they differ in every run
 
 
 def healing_record(

@@ -100,7 +100,7 @@ class TeacherCache:
         else:
             for name, entry in recorded["files"].items():
                 if (fault := fault_of(inside(self.folder, name), entry)) not in (None, "missing"):
-                    raise SurgeryError(f"{self.folder / name} is {fault}. Remove it: the same command makes it again.")
+                    raise SurgeryError(f"{self.folder / name} is {fault}. Remove it, then run this again.")
 
     def _write_record(self, files: Mapping[str, Any]) -> None:
         record = {"format_version": 1, "inputs": self._inputs, "files": files}
@@ -148,9 +148,7 @@ class TeacherCache:
         try:
             return safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise SurgeryError(
-                f"{path} cannot be read ({error}). Remove it: the same command makes it again."
-            ) from error
+            raise SurgeryError(f"{path} cannot be read ({error}). Remove it, then run this again.") from error
 
 
 def recorded_teacher(folder: Path) -> str | None:
