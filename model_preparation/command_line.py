@@ -29,11 +29,9 @@ class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser that also takes `--output-dir` for `--output_dir`, and shows defaults in --help."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        kwargs.setdefault("allow_abbrev", False)
         self._words: dict[str, Any] = {}  # by dest, the words given for a flag
         self.list_keys: tuple[str, ...] = ()  # keys of --config that are not flags, but lists of keys with values
-        super().__init__(**kwargs)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         words = sys.argv[1:] if args is None else list(args)

@@ -5,7 +5,6 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -86,8 +85,11 @@ def read_texts(files: Iterable[Path], piece_characters: int) -> Iterator[Piece]:
     """
     for path in files:
         try:
-            for source in _texts_in(path):
-                with source as text:
+            if path.suffix.lower() in _TABLES:
+                for where, row in _rows(path):
+                    yield from _cut(io.StringIO(_text_of(row, where)), piece_characters)
+            else:
+                with open_text(path) as text:
                     yield from _cut(text, piece_characters)
         except ValueError as error:  # not UTF-8, not JSON, or unreadable for pyarrow
             raise _unreadable(path, error) from error
@@ -164,13 +166,6 @@ def _data_set_named(name: str) -> tuple[str | None, str, str | None]:
     if given is None:
         raise SurgeryError(f"{name} is neither a file nor a folder, nor the name of a data set: {_NAMES}.")
     return given[1], given[2], given[3]
-
-
-def _texts_in(path: Path) -> Iterator[AbstractContextManager[TextIO]]:
-    if path.suffix.lower() in _TABLES:
-        yield from (io.StringIO(_text_of(row, where)) for where, row in _rows(path))
-    else:
-        yield open_text(path)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:

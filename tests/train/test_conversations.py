@@ -171,7 +171,7 @@ def test_what_the_template_does_not_give_is_said(tmp_path):
         (CHATML.replace("{% for", "{{ raise_exception('no talk.') }}{% for", 1), "no talk. Mend the row, or give"),
         (TAGGED.replace("{% generation %}", "").replace("{% endgeneration %}", ""), "it writes message 2 in another"),
         ("{% for m in range(10 ** 9) %}x{% endfor %}", "Range too big"),
-        ("Hello", "it writes message 2 in another way"),
+        ("Hello", "it writes message 2 differently"),
         ("{% for", r"it is no Jinja template \(line 1: "),
     ):
         with pytest.raises(SurgeryError, match=rf"chat template cannot be used for line 1 of .*a\.jsonl: .*{words}"):

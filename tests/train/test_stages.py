@@ -99,7 +99,7 @@ def test_stages_that_were_done_otherwise_are_named(staged, config, tmp_path):
     ("listed", "words"),
     [
         ([], ["There are no stages"]),
-        ("first", ["line 1: stages are a list"]),
+        ("first", ["line 1: stages must be a list"]),
         ([{"data": "text.txt"}], ["Stage 1 has no name"]),
         ([{"name": "a"}, {"name": "a"}], ["Two stages have the name a"]),
         ([{"name": "a/b"}], ["Stage 1 has the name 'a/b'"]),

@@ -35,7 +35,7 @@ from model_preparation.train.heal.arguments import (
     step_size,
     training_arguments,
 )
-from model_preparation.train.heal.callbacks import Console, SaveMilestones, SaveWhenStopped
+from model_preparation.train.heal.callbacks import Console, SaveWhenStopped
 from model_preparation.train.heal.heal_trainer import HealTrainer
 from model_preparation.train.heal.result import healing_record, log_files, scores, texts_of
 from model_preparation.train.heal.resume_state import PREFIX, list_states, remove_states
@@ -161,7 +161,7 @@ def heal_checkpoint(
         states=states,
         distillation=run.distillation(model, tokenizer, train, processes, args.device),
         milestones=kept,
-        callbacks=[Console(), SaveMilestones(kept), stopper],
+        callbacks=[Console(), stopper],
     )
     trainer.remove_callback(PrinterCallback)
     if is_main:

@@ -89,7 +89,7 @@ class HealTrainer(Trainer):
         self._sequences = train
         self._states = states
         self._distillation = distillation
-        self._milestones = milestones
+        self.milestones = milestones
         self._held_out_losses: list[torch.Tensor] = []  # (sequences, 2) each, of the running evaluation
         self._per_step = sequences_per_step
         # After the number of processes changed, the offset counts the sequences seen beyond whole steps.
@@ -104,7 +104,7 @@ class HealTrainer(Trainer):
             train_dataset=shuffled,
             eval_dataset=held_out,
             data_collator=collate,
-            callbacks=[*callbacks, _TakeUnloggedLoss(self)],
+            callbacks=[*callbacks, _OwnCallback(self)],
         )
 
     @property
@@ -249,8 +249,8 @@ class HealTrainer(Trainer):
                 (staging / _ARGUMENTS).write_text(arguments + "\n", encoding="utf-8")
                 finish_state(staging, self._state_info(unlogged))
         if self.args.should_save:
-            if step in self._milestones:
-                milestone = self._states / self._milestones[step]
+            if step in self.milestones:
+                milestone = self._states / self.milestones[step]
                 with new_folder(milestone, overwrite=True, marker_file=STATE_FILE) as staging:
                     copy_state(target, staging)
             best = self.state.best_model_checkpoint
@@ -404,14 +404,17 @@ class HealTrainer(Trainer):
         self._globalstep_last_logged = unlogged["last_logged"] * new // old if old else 0
 
 
-class _TakeUnloggedLoss(TrainerCallback):
-    """Calls the trainer after it has reset the loss, and before the first step."""
+class _OwnCallback(TrainerCallback):
+    """Takes the unlogged loss after the trainer has reset the loss, and saves a state at each milestone."""
 
     def __init__(self, trainer: HealTrainer):
         self._trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._trainer.take_unlogged_loss()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= state.global_step in self._trainer.milestones
 
 
 def _for_model(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -156,10 +156,7 @@ class Shuffled(Dataset):
     """
 
     def __init__(self, sequences: Sequences, seed: int, start: int, count: int):
-        self._sequences = sequences
-        self._seed = seed
-        self._start = start
-        self._count = count
+        self._sequences, self._seed, self._start, self._count = sequences, seed, start, count
         self._order: tuple[int, np.ndarray] | None = None  # of the last used pass
 
     def __len__(self) -> int:
