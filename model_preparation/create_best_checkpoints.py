@@ -35,7 +35,7 @@ examples:
 
 
 def main() -> None:
-    """Read the list, build what is missing, print the table."""
+    """Read the list, build missing checkpoints, print the table."""
     parser = CommandParser(description=DESCRIPTION, epilog=EXAMPLES)
     sources = parser.add_mutually_exclusive_group()
     sources.add_argument(

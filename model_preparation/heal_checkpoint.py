@@ -29,7 +29,7 @@ examples:
   torchrun --nproc_per_node 2 heal_checkpoint.py --checkpoint DIR --data ./texts --output_dir OUT
   accelerate launch --config_file ../scripts/accelerate/fsdp.yaml heal_checkpoint.py --checkpoint DIR --data ./texts \\
       --output_dir OUT
-  python heal_checkpoint.py --config stages.yaml      (a list of stages, as docs/training.md has it)
+  python heal_checkpoint.py --config stages.yaml      (a list of stages: docs/training.md)
   python heal_checkpoint.py --checkpoint DIR --merge_adapter OUT/adapter --output_dir MERGED
 """
 

@@ -95,7 +95,7 @@ class Step:
     name: str
     flags: Flags
     own: Flags
-    folders: tuple[Path, ...]  # positional arguments: what to compare
+    folders: tuple[Path, ...]  # positional arguments of compare
     shown: Path
     result: Path
     after: tuple[str, ...] = ()
@@ -312,11 +312,11 @@ def _check_inputs(experiment: Experiment, steps: list[Step]) -> None:
     sources = dict(each.split("=", 1) for each in experiment.steps["build"].get("source", []))
     missing: dict[str, str] = {}  # by reason, the key that needs it
 
-    def check(what: str, look: Callable[..., object], *given: Any) -> None:
+    def check(key: str, find: Callable[..., object], *given: Any) -> None:
         try:
-            look(*given)
+            find(*given)
         except SurgeryError as error:
-            missing.setdefault(str(error), what)
+            missing.setdefault(str(error), key)
 
     for step in steps:
         if step.kind in ("search", "build"):
@@ -330,7 +330,7 @@ def _check_inputs(experiment: Experiment, steps: list[Step]) -> None:
             if key in step.flags:
                 check(f"{key} of {step.kind}", check_names, step.flags[key])
     if missing:
-        raise SurgeryError("; ".join(f"{what}: {reason}" for reason, what in missing.items()))
+        raise SurgeryError("; ".join(f"{key}: {reason}" for reason, key in missing.items()))
 
 
 def _found_best(result: Path) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ the texts of other models.
 With --full_eval, score it by lm-eval afterwards, on the task group mmlu unless --tasks names others. Answers are saved
 task by task: after an interruption, the same command continues and gives the same score. Other settings or other
 weights make another evaluation.
-With --efficiency, measure its speed, cache and memory beside those of its base and donor, each in its own process.
+With --efficiency, measure speed, cache and memory of the model, its base and its donor, each in its own process.
 With --server, score the model that a server runs in the same way. Nothing is loaded here.
 """
 

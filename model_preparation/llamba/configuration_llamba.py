@@ -115,7 +115,7 @@ class LlambaConfig(PreTrainedConfig):
         if self.has_attention:
             self.llama_cfg = _with_defaults("llama_cfg", self.llama_cfg, KINDS[self.donor_type].fields)
         derived = {name: kwargs.pop(name) for name in DERIVED if name in kwargs}
-        super().__post_init__(**kwargs)  # also sets what came under Hugging Face's names
+        super().__post_init__(**kwargs)  # also sets fields with Hugging Face's names
         for name, value in derived.items():
             if value != getattr(self, name):
                 raise ValueError(f"{name} is {value}, but the other fields make it {getattr(self, name)}; leave it out")
@@ -170,7 +170,7 @@ class LlambaConfig(PreTrainedConfig):
         return masks[layer] if layer < len(masks) else "full_attention"  # before validation maybe too few
 
     def heads_of_layer(self, layer: int) -> list[int]:
-        """The donor's heads that are grafted beside the mixer of a layer."""
+        """The donor's heads that are added to a layer's mixer."""
         return self.llama_heads.get(str(layer), [])
 
     def replaced_channels(self, layer: int) -> list[tuple[int, int]]:

@@ -53,7 +53,7 @@ class DonorKind:
     def settings(self, config: Any) -> dict[str, Any]:
         """The values of `fields` in a donor's config: the `llama_cfg` of its layers."""
         found = {name: getattr(config, name, default) for name, default in self.fields.items()}
-        # Qwen2's config has no head_dim of its own.
+        # Qwen2's config has no head_dim.
         found["head_dim"] = found["head_dim"] or config.hidden_size // config.num_attention_heads
         return found
 

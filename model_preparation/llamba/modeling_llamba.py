@@ -163,7 +163,7 @@ class LlambaModel(LlambaPreTrainedModel):
                 again at 0, a document begins: no layer sees earlier tokens then. By default each row is one document.
             past_key_values: a `LlambaCache`, updated in place; made here if `use_cache` and none is given.
             cache: another name of `past_key_values`, transformers' own from 5.24 on.
-            kwargs: what `transformers.utils.TransformersKwargs` lists.
+            kwargs: the arguments in `transformers.utils.TransformersKwargs`.
 
         Returns:
             last_hidden_state (batch, length, d_model) after the final norm, and the cache, under `CACHE_NAME`.

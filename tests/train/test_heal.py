@@ -384,7 +384,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, check
     assert_refused(heal(tmp_path / "out", "--temperature", 2), "temperature is given", "without teacher")
     assert_refused(heal(tmp_path / "out", "--exclude", "lm_head"), "exclude is given", "without init_from")
     assert_refused(heal(tmp_path / "out", "--lora_rank", 4), "lora_rank is given", "without method lora")
-    assert_refused(heal(tmp_path / "out", "--milestones", "2=a", "3=a"), "a name of its own", code=2)
+    assert_refused(heal(tmp_path / "out", "--milestones", "2=a", "3=a"), "its own name", code=2)
     assert_refused(heal(tmp_path / "out", "--seed", 2**32), "too large", code=2)
     assert_refused(heal(tmp_path / "out", "--dropout", 1), "too large", code=2)
     assert_refused(heal(tmp_path / "out", "--data", ""), "name of the text is empty")

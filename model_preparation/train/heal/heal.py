@@ -1,6 +1,6 @@
 """Healing: trains a grafted checkpoint a little more, into a new checkpoint. The parent is only read.
 
-A folder of states is beside the new checkpoint. A stopped run resumes from there.
+A folder of states lies beside the new checkpoint. A stopped run resumes from there.
 """
 
 import os

@@ -123,8 +123,8 @@ def _count(number: int, noun: str) -> str:
 def collate(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """A batch of sequences, (batch, longest) int64 each; shorter ones end in padding without labels.
 
-    Padding needs no mask, because no token sees later tokens. With packed documents, each token of the padding is a
-    document of its own.
+    Padding needs no mask, because no token sees later tokens. With packed documents, each token of the padding counts
+    as one document.
     """
     return {
         name: pad_sequence([item[name] for item in items], True, NOT_COUNTED if name == "labels" else 0)

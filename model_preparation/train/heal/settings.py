@@ -39,7 +39,7 @@ class HealSettings(CheckedSettings):
         str,
         Flag(
             None,
-            "what is trained: all weights, the grafted layers, these and their neighbours, or low-rank updates",
+            "train all weights, the grafted layers, the grafted layers and their neighbours, or low-rank updates",
             OneOf(*METHODS),
         ),
     ] = "full"
@@ -211,7 +211,7 @@ def saved_settings(saved: Mapping[str, Any]) -> HealSettings:
     try:
         check_fields(saved, {f"{name}?": _json_type(annotation) for name, annotation in types.items()})
     except ValueError as error:
-        raise SurgeryError(f"The state's settings are not valid: {error}. Start anew with --resume never.") from error
+        raise SurgeryError(f"The state's settings are not valid: {error}. Start again with --resume never.") from error
     return HealSettings(**saved)
 
 
