@@ -20,7 +20,7 @@ def main() -> None:
     parser = CommandParser(
         description="List the tensors of a file or folder: name, dtype, shape, size, mean, deviation, range, BLAKE3.\n"
         "Files of any size are mapped and read piece by piece. No code is run: a file is refused if it holds anything\n"
-        "except tensors and plain values, or is no model.pt of ours.",
+        "except tensors and plain values. Only a model.pt of ours may hold its model.",
         epilog=EXAMPLES,
     )
     parser.add_argument(

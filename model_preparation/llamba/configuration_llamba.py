@@ -213,7 +213,7 @@ class LlambaConfig(PreTrainedConfig):
         )
 
     def llama_config(self, layer: int | None = None) -> PreTrainedConfig:
-        """The config of a grafted layer; without `layer`, the config that most of them share. One must be grafted."""
+        """The config of a grafted layer; without `layer`, of the first donor. Some layer or head must be grafted."""
         kind = KINDS[self.donor_type].transformers_class("Config")
         sizes = {"vocab_size": self.vocab_size, "hidden_size": self.d_model, "num_hidden_layers": self.n_layer}
         return kind(**sizes, **self.llama_cfg | self.other_llama_cfgs.get(str(layer), {}))
