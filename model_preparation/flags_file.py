@@ -60,7 +60,7 @@ def _entries(node: "yaml.Node", path: Path, lists: Collection[str] = ()) -> dict
             raise SurgeryError(f"{place}: a key must be a word. Write `key: value` in each line.")
         key = key_node.value.replace("-", "_")
         if key in found:
-            raise SurgeryError(f"{place}: the key {key} occurs twice. Remove one of the two.")
+            raise SurgeryError(f"{place}: {key} is there twice. Remove one of the two.")
         is_list = (
             key in lists and value_node.id == "sequence" and all(item.id == "mapping" for item in value_node.value)
         )
