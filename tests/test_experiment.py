@@ -143,7 +143,7 @@ SCORED = ("base", "grafted", "healed")
         ("device: cpu", "device: cpu\ngpu: 0", ["line 4: device cannot be used with gpu"]),
         ("data: ", "eval_data: ", ["line 6: heal has no key data"]),
         ("evaluate: {", "compare: {", ["compare"]),
-        ("device: cpu", "device: cpu\nbuild: yes", ["build is 'yes'. Give it keys of its own"]),
+        ("device: cpu", "device: cpu\nbuild: yes", ["build is 'yes'. Give it keys"]),
         ("device: cpu", "device: cpu\ndevice: cpu", ["line 5: device is there twice"]),
         ("base: ", "- base: ", ["this is not YAML"]),
     ],

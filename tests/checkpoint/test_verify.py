@@ -295,7 +295,7 @@ def test_folders_that_are_no_checkpoints(tmp_path, checkpoint, base_dir):
     assert_refused(run_command("verify_checkpoint", base_dir), "no checkpoint_info.json")
     assert_refused(run_command("verify_checkpoint", checkpoint, "--base", tmp_path / "none"), "is not there")
     for flags, words in (
-        (("--files_only", "--base", base_dir), "--base goes with tensors"),
+        (("--files_only", "--base", base_dir), "--base compares tensors"),
         (("--source", f"llama={base_dir}"), "--source belongs to --base"),
     ):
         assert_refused(run_command("verify_checkpoint", checkpoint, *flags), words, code=2)
