@@ -2,8 +2,8 @@
 
     from model_preparation import extract_layers, build_checkpoint, load_checkpoint, evaluate_checkpoint
 
-Importing the package makes `llamba` known to AutoConfig and AutoModelForCausalLM, and lets `torch.load("model.pt")`
-read our checkpoints under its default `weights_only=True`. Both happen when transformers or torch is imported, before
+Importing the package registers `llamba` with AutoConfig and AutoModelForCausalLM, and lets `torch.load("model.pt")`
+read our checkpoints with its default `weights_only=True`. Both happen when transformers or torch is imported, before
 or after this package.
 """
 
@@ -62,7 +62,7 @@ __all__ = [*_MODULE_OF]
 
 
 class _Package(ModuleType):
-    """Keeps the functions where a command has the same name: importing the command does not hide the function."""
+    """Keeps functions that have a command's name: importing the command does not hide the function."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _MODULE_OF and isinstance(value, ModuleType)):

@@ -1,4 +1,4 @@
-"""--help in Chinese for those whose language it is: help.zh.yaml has the texts."""
+"""--help in Chinese, if the environment's language is Chinese. help.zh.yaml has the texts."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ def is_wanted() -> bool:
 
 
 def translate(parser: argparse.ArgumentParser, command: str) -> None:
-    """Put Chinese texts into the parser of a command, if there are some for it."""
+    """Put Chinese texts into a command's parser, if the catalogue has this command."""
     import yaml
 
     catalogue = yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))
@@ -33,7 +33,7 @@ def translate(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 class _ChineseFormatter(argparse.RawDescriptionHelpFormatter):
-    """Breaks lines anywhere between Chinese characters, each two columns wide."""
+    """Breaks lines anywhere between Chinese characters, which are two columns wide each."""
 
     def _format_usage(self, usage, actions, groups, prefix):
         return super()._format_usage(usage, actions, groups, prefix or "用法：")

@@ -1,4 +1,4 @@
-"""Command: remove what no checkpoint of a folder needs (see checkpoint/base_store.py)."""
+"""Command: remove files that no checkpoint of a folder needs (see checkpoint/base_store.py)."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ from model_preparation.command_line import CommandParser, default_folder, run
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
-Remove what no checkpoint of a folder needs: folders NAME.partial of killed builds, and shards of bases in .base_shards
-that no checkpoint of format hf shares any more. Checkpoints are never touched, and neither are the folders and files of
-a running build.
+Remove files that no checkpoint of a folder needs: folders NAME.partial of killed builds, and shards of bases in
+.base_shards that no checkpoint of format hf shares any more. The command never touches checkpoints, nor folders and
+files of a running build.
 """
 
 EXAMPLES = """\
@@ -27,7 +27,7 @@ def main() -> None:
         metavar="DIR",
         help="the folder that holds the checkpoints' folders (default: %(default)s)",
     )
-    parser.add_argument("--dry_run", action="store_true", help="print what would be removed, remove nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print the files to remove, but remove nothing")
     args = parser.parse_args()
 
     from rich.filesize import decimal

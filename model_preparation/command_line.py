@@ -1,6 +1,6 @@
-"""What every command shares: flags in both spellings, and one way to end.
+"""The parts that all commands share: flags in both spellings, and one way to end.
 
-Exit codes: 0 done, 1 an input or the machine is at fault, 2 wrong usage, 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 a fault of an input or the machine, 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
 import argparse
@@ -26,26 +26,24 @@ from model_preparation.versions import __version__
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser in which `--output_dir` may also be written `--output-dir`, and defaults show in --help."""
+    """An ArgumentParser that also takes `--output-dir` for `--output_dir`, and shows defaults in --help."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        kwargs.setdefault("allow_abbrev", False)
-        self._words: dict[str, Any] = {}  # by dest, what was given for a flag
-        self.list_keys: tuple[str, ...] = ()  # keys of --config that are no flags, but lists of keys with values
-        super().__init__(**kwargs)
+        self._words: dict[str, Any] = {}  # by dest, the words given for a flag
+        self.list_keys: tuple[str, ...] = ()  # keys of --config that are not flags, but lists of keys with values
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         words = sys.argv[1:] if args is None else list(args)
         for word in words:
             if not _is_text(word):
-                self.error(f"{word!r} is not UTF-8. Rename what it names, or call it by another path")
+                self.error(f"{word!r} is not UTF-8. Rename the file, or give another path to it")
         if "--config" in self._option_string_actions:
             return self._parse_with_config(words)
         return super().parse_args(words, namespace)
 
     def add_config_flag(self) -> None:
-        """Add `--config`: flags may then stand in a YAML file, and `save_config` keeps all that were used."""
+        """Add `--config`: a YAML file may then give flags, and `save_config` saves all flags that were used."""
         self.add_argument(
             "--config",
             type=Path,
@@ -72,7 +70,7 @@ class CommandParser(argparse.ArgumentParser):
     def _read_config(
         self, entries: Mapping[str, flags_file.Entry], words: list[str], namespace: argparse.Namespace
     ) -> None:
-        """Put what a file says into `namespace`, but for what the command line says instead."""
+        """Put the entries of a file into `namespace`, except those that the command line overrides."""
         actions = [self._option_string_actions.get(word.partition("=")[0]) for word in words]
         given = {action for action in actions if action is not None}
         for group in self._mutually_exclusive_groups:
@@ -81,7 +79,7 @@ class CommandParser(argparse.ArgumentParser):
             both = [_key(action) for action in group._group_actions if _key(action) in entries]
             if len(both) > 1:
                 place = entries[both[1]].place
-                raise SurgeryError(f"{place}: {both[1]} does not go with {both[0]}. Remove one of them.")
+                raise SurgeryError(f"{place}: {both[1]} cannot be used with {both[0]}. Remove one of them.")
         for key, entry in entries.items():
             if key in self.list_keys:
                 setattr(namespace, key, entry)
@@ -92,14 +90,14 @@ class CommandParser(argparse.ArgumentParser):
                 self._words.pop(action.dest, None)
 
     def flag_named(self, key: str) -> argparse.Action | None:
-        """The flag that a key of a file stands for."""
+        """The flag for a key of a file."""
         return None if key in ("help", "config") else self._option_string_actions.get(f"--{key}")
 
     def check_entry(self, key: str, entry: flags_file.Entry, namespace: argparse.Namespace) -> argparse.Action:
-        """Put the value of a key into `namespace`, as the flag of that name would; returns what stands for the flag.
+        """Put the value of a key into `namespace`, as the flag of that name would; returns the flag's action.
 
         Raises:
-            SurgeryError: naming the place, the key and the value, if there is no such flag, or it takes no such value.
+            SurgeryError: if there is no such flag, or it does not take the value. It names the place and the key.
         """
         action = self.flag_named(key)
         if action is None:
@@ -108,7 +106,7 @@ class CommandParser(argparse.ArgumentParser):
             raise SurgeryError(f"{entry.place}: there is no key {key!r}.{nearest(key, known)}")
         value, flag, what = entry.value, action.option_strings[0], f"{entry.place}: {key}"
         if isinstance(value, dict):
-            raise SurgeryError(f"{what} has keys in it. Give a value, as {flag} takes it.")
+            raise SurgeryError(f"{what} has keys in it. Give a value that {flag} takes.")
         if action.nargs == 0 and value not in ("true", "false"):
             raise SurgeryError(f"{what} is {value!r}. Give true or false.")
         if value == []:
@@ -126,11 +124,11 @@ class CommandParser(argparse.ArgumentParser):
             for part in parts:
                 action(self, namespace, self._get_values(action, part), flag)
         except argparse.ArgumentError as error:
-            raise SurgeryError(f"{what}: {error.message}. Give what {flag} takes.") from error
+            raise SurgeryError(f"{what}: {error.message}. Give a value that {flag} takes.") from error
         return action
 
     def _get_values(self, action, arg_strings):
-        """Also note what was given, word by word, for `save_config`."""
+        """Also note the given words, for `save_config`."""
         if action.option_strings:
             is_more = isinstance(action.default, list | dict) and not isinstance(action, argparse._StoreAction)
             before = self._words.get(action.dest, []) if is_more else []
@@ -141,11 +139,11 @@ class CommandParser(argparse.ArgumentParser):
         return super()._get_values(action, arg_strings)
 
     def is_given(self, dest: str) -> bool:
-        """Whether the command line or the file of --config has this flag."""
+        """Whether the command line or the --config file has this flag."""
         return dest in self._words
 
     def flags_used(self) -> dict[str, Any]:
-        """Every flag with what was given for it, or else its default, as a file of --config has it."""
+        """Every flag with the given value or its default, as in a --config file."""
         actions = [action for action in self._actions if action.default is not argparse.SUPPRESS]
         flags = {_key(action): self._words.get(action.dest, action.default) for action in actions}
         return {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
@@ -157,7 +155,7 @@ class CommandParser(argparse.ArgumentParser):
         return as_typed(super().format_help())
 
     def refuse(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
-        """End the command, as for wrong usage, if one of these was given: `why` says that it does nothing here."""
+        """End the command as for wrong usage if one of these flags was given: `why` says that it does nothing here."""
         flags = {action.dest: action for action in self._actions if action.option_strings}
         for name in names:
             default = flags[name].default
@@ -175,25 +173,25 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _key(action: argparse.Action) -> str:
-    """What stands for a flag in a file of --config."""
+    """The key of a flag in a --config file."""
     return action.option_strings[0].removeprefix("--") if action.option_strings else action.dest
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A sentence that says which of the known words was probably meant; "" if none is near."""
+    """A sentence with the known word that the user probably meant; "" if none is near."""
     near = difflib.get_close_matches(word, known, 1, 0.5)
     return f" The nearest is {near[0]}." if near else ""
 
 
-# With --config: the parser of the command.
+# The command's parser, if --config was given.
 _parser_used: CommandParser | None = None
 
 
 def save_config(path: Path, used: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Write all flags with their values to a file, which --config reads, if the command line had --config.
+    """If --config was given, write all flags with their values to a file that --config can read.
 
     Args:
-        used: by the flag's name, what the command took in place of what was given, or of the default.
+        used: by the flag's name, values that the command used in place of the given ones, or of the defaults.
 
     Raises:
         OSError: from the file system.
@@ -205,18 +203,18 @@ def save_config(path: Path, used: Mapping[str, Any] = MappingProxyType({})) -> N
         write_file(path, note + flags_file.as_yaml(given))
 
 
-# What is typed for a script of ours, by its name without .py; `layer-surgery` fills it.
+# By a script's name without .py, the words that a user types for it; `layer-surgery` fills it.
 TYPED_FOR: dict[str, str] = {}
 
 
 def as_typed(text: str) -> str:
-    """The text with `layer-surgery build` for `python create_replaced_model_checkpoint.py`, where that was typed."""
+    """The text with `layer-surgery build` for `python create_replaced_model_checkpoint.py`, if `layer-surgery` runs."""
     script = re.compile(r"(?<![\w./])(?:python |\./)?(\w+)\.(?:py|sh)\b(?!/)")
     return script.sub(lambda match: TYPED_FOR.get(match[1], match[0]), text) if TYPED_FOR else text
 
 
 def _is_text(word: object) -> bool:
-    """Whether a word of the command line can be written down; bytes that are not UTF-8 arrive as lone surrogates."""
+    """Whether a word of the command line is UTF-8; other bytes arrive as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in str(word))
 
 
@@ -239,7 +237,7 @@ def heads_of_layer(text: str) -> tuple[int, list[int]]:
     """Read a part of --heads, such as 13:16,17 -> (13, [16, 17]).
 
     Raises:
-        argparse.ArgumentTypeError: if it is not like that, or names a head twice.
+        argparse.ArgumentTypeError: if it has another form, or names a head twice.
     """
     layer, colon, heads = text.partition(":")
     try:
@@ -254,13 +252,13 @@ def heads_of_layer(text: str) -> tuple[int, list[int]]:
 
 
 def heads_of_donor(text: str) -> tuple[str, int, list[int]]:
-    """As `heads_of_layer`, with the donor's name before it, such as B:13:16,17; without one, that is ""."""
+    """As `heads_of_layer`, with the donor's name before it, such as B:13:16,17; the name is "" if none is given."""
     name, _, heads = text.partition(":") if text.count(":") == 2 else ("", "", text)
     return name, *heads_of_layer(heads)
 
 
 class HeadsByLayer(argparse.Action):
-    """Of `--heads`: the command gets heads by layer; with names of donors, by name and layer."""
+    """The action of `--heads`: the command gets heads by layer; with names of donors, by name and layer."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         layers = [layer for _, layer, _ in values]
@@ -272,12 +270,12 @@ class HeadsByLayer(argparse.Action):
         for name, layer, heads in values:
             by_name.setdefault(name, {})[layer] = heads
         if "" in by_name and len(by_name) > 1:
-            raise argparse.ArgumentError(self, f"layer {min(by_name[''])} has no name, and others have one")
+            raise argparse.ArgumentError(self, f"layer {min(by_name[''])} has no name, but others have one")
         setattr(namespace, self.dest, by_name.get("", by_name))
 
 
 def heads_by_layer(words: Iterable[str]) -> dict[int, list[int]]:
-    """Parts of --heads -> the heads by layer, both sorted; parts of one layer are put together.
+    """Parts of --heads -> the heads by layer, both sorted; parts of one layer are joined.
 
     Raises:
         argparse.ArgumentTypeError: as `heads_of_layer`.
@@ -289,15 +287,15 @@ def heads_by_layer(words: Iterable[str]) -> dict[int, list[int]]:
 
 
 def heads_text(heads: Mapping[int, Iterable[int]]) -> str:
-    """Heads by layer as --heads takes them, such as "13:16,17 15:11"."""
+    """Heads by layer in the form of --heads, such as "13:16,17 15:11"."""
     return " ".join(f"{layer}:{','.join(map(str, of_layer))}" for layer, of_layer in heads.items())
 
 
 def score(text: str) -> float:
-    """Read --score, a fraction of 1.
+    """Read --score, a number between 0 and 1.
 
     Raises:
-        argparse.ArgumentTypeError: if it is not one.
+        argparse.ArgumentTypeError: if it is something else.
     """
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= 1:
@@ -350,7 +348,7 @@ def add_layers_flag(parser: CommandParser, *, required: bool, help: str, names: 
             for name, indices in values:
                 by_name[name] = sorted([*by_name.get(name, []), *indices])
             if "" in by_name and len(by_name) > 1:
-                raise argparse.ArgumentError(self, f"layer {by_name[''][0]} has no name, and others have one")
+                raise argparse.ArgumentError(self, f"layer {by_name[''][0]} has no name, but others have one")
             setattr(namespace, self.dest, by_name.get("", by_name))
 
     metavar = "N|NAME:N[,N...]" if names else "N"
@@ -365,7 +363,7 @@ def add_dtype_flag(parser: CommandParser, *, help: str) -> None:
 
 
 def default_folder(name: str) -> Path:
-    """Where a command looks for `name` by default: beside the package in a checkout, else in the current folder."""
+    """The default place of `name`: beside the package in a checkout, else in the current folder."""
     beside = Path(__file__).resolve().parents[1]
     return beside / name if (beside / "pyproject.toml").is_file() else Path(name)
 
@@ -377,30 +375,30 @@ def add_device_flags(parser: CommandParser) -> None:
         "--gpu",
         type=number(int, least=0),
         metavar="N",
-        help="CUDA device to use (default: 0; the CPU where there is none)",
+        help="CUDA device to use (default: 0; without CUDA, the CPU)",
     )
     group.add_argument("--device", metavar="NAME", help="any torch device instead: cpu, cuda:1, mps, ...")
 
 
-# Of the garbage collector, in new objects. Libraries make a million of them while they are imported, all of which stay:
-# with Python's own 700, walking through them again and again is a quarter of the time that imports take.
+# New objects until the garbage collector runs. Imports make a million objects that stay. With Python's default of 700,
+# the collector would take a quarter of the time of the imports.
 _COLLECT_AFTER = 100_000
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command's `main` and exit: errors the user can mend are one line on stderr, never a traceback."""
+    """Run a command's `main` and exit: an error that the user can solve is one line on stderr, never a traceback."""
     gc.set_threshold(_COLLECT_AFTER)
     register_never()
     streams = sys.stdout, sys.stderr
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to fail
+            stream.reconfigure(errors="replace")  # do not fail if a terminal cannot show a character
     try:
         sys.stdout, sys.stderr = map(Escaping, streams)
         _run(main)
     finally:
         sys.stdout, sys.stderr = streams
-        gc.freeze()  # what is left goes with the process; walking through it once more takes up to a second
+        gc.freeze()  # the process ends now; a last run of the collector would take up to a second
 
 
 def _run(main: Callable[[], None]) -> None:
@@ -421,7 +419,7 @@ def _run(main: Callable[[], None]) -> None:
         reason = str(error).splitlines()[0]
         sys.exit(_report(f"{reason} Choose a GPU with more free memory by --gpu N, or --device cpu."))
     except OSError as error:
-        # The file system's own refusals (disk full, no permission) name the file; a traceback would add nothing.
+        # Errors of the file system (disk full, no permission) name the file. A traceback would add nothing.
         where = f" ({error.filename})" if error.filename else ""
         sys.exit(_report(f"{error.strerror or error}{where}."))
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Command: which of several checkpoints is better, and whether the difference is more than chance."""
+"""Command: compare checkpoints, and say whether a difference is more than chance."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ from model_preparation.command_line import CommandParser, number, run
 DESCRIPTION = """\
 Compare checkpoints by their evaluations, question by question, on the questions that all of them were asked. For each
 group and subject, print scores with standard errors, and the difference to the first checkpoint with McNemar's exact
-test and a bootstrap interval. Write a report (comparison.html), and plots as PNG. It shows the costs that
-test_checkpoint.py --efficiency measured, too.
+test and a bootstrap interval. Write a report (comparison.html), and plots as PNG. The report also shows the costs that
+test_checkpoint.py --efficiency measured.
 """
 
 EPILOG = """\
-Each DIR is a checkpoint that `test_checkpoint.py --full_eval` has scored, one of its evaluations (a folder in
+Each DIR is a checkpoint with scores of `test_checkpoint.py --full_eval`, one of its evaluations (a folder in
 evaluations/ or in a --results_dir), or any folder that `lm_eval --output_path DIR --log_samples` wrote.
 
 examples:
@@ -50,20 +50,20 @@ def main() -> None:
 
 def _parser() -> CommandParser:
     parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="what to compare, two or more")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="two or more checkpoints or evaluations")
     parser.add_argument(
         "--baseline", type=Path, metavar="DIR", help="compare the others with this one (default: the first)"
     )
     parser.add_argument(
         "--task",
         metavar="NAME",
-        help="look at this task or group only; or the name of an evaluation's folder, if a checkpoint has several",
+        help="compare only this task or group; or the name of an evaluation's folder, if a checkpoint has several",
     )
     parser.add_argument(
         "--metric",
         metavar="NAME",
-        help="any number that lm-eval gives each question, with ,FILTER if needed (default: each task's score: acc, or "
-        "the first that lm-eval names)",
+        help="any metric that lm-eval gives each question, with ,FILTER if needed (default: each task's score: acc, or "
+        "lm-eval's first metric)",
     )
     parser.add_argument("--subjects", action="store_true", help="print the subjects too; the report always has them")
     parser.add_argument(
@@ -73,21 +73,21 @@ def _parser() -> CommandParser:
         metavar="DIR",
         help="the folder to write (default: %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a report that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing report")
     parser.add_argument("--json", action="store_true", help="also write all numbers to comparison.json")
     parser.add_argument(
         "--questions",
         type=number(int, least=0),
         default=10,
         metavar="N",
-        help="show in the report N questions that each model answers better than the baseline, and N that it answers "
-        "worse (default: %(default)s)",
+        help="for each model, the report shows N questions that it answers better than the baseline, and N that it "
+        "answers worse (default: %(default)s)",
     )
     parser.add_argument(
         "--bootstrap", type=number(int, least=100), default=10_000, metavar="N", help="resamples (default: 10000)"
     )
     parser.add_argument(
-        "--seed", type=number(int, least=0), default=1234, metavar="N", help="of the bootstrap (default: 1234)"
+        "--seed", type=number(int, least=0), default=1234, metavar="N", help="seed of the bootstrap (default: 1234)"
     )
     return parser
 

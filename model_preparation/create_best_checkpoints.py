@@ -11,13 +11,13 @@ from model_preparation.command_line import CommandParser, default_folder, number
 from model_preparation.errors import SurgeryError
 from model_preparation.jobs import build_many, combinations, ray_flags
 
-ORIGIN = ("--base", "--llama_layers_dir")  # what was searched
+ORIGIN = ("--base", "--llama_layers_dir")  # the inputs of a search
 HERE = Path(__file__).resolve().parent
 
 DESCRIPTION = f"""\
 Build a checkpoint for every combination of layers in a list, and print a table. If one fails, the others are still
-built. A complete one is skipped, unless --overwrite is given; if its layers, base or format are not those asked for, it
-counts as failed. Exit code 1 if any failed.
+built. A complete checkpoint is skipped, unless you give --overwrite. It counts as failed if its layers, base or format
+are not those of the list and flags. The exit code is 1 if any failed.
 --from takes the best combinations of a search: the search_result.json of search_layers.py, or an older program's file.
 It builds them from the base and the donor's layers of that search, unless you give --base and --llama_layers_dir.
 Flags not listed here go to create_replaced_model_checkpoint.py: --base, --llama_layers_dir, --gpu, ...
@@ -35,7 +35,7 @@ examples:
 
 
 def main() -> None:
-    """Read the list, build what is missing, print the table."""
+    """Read the list, build missing checkpoints, print the table."""
     parser = CommandParser(description=DESCRIPTION, epilog=EXAMPLES)
     sources = parser.add_mutually_exclusive_group()
     sources.add_argument(
@@ -45,7 +45,9 @@ def main() -> None:
         metavar="FILE",
         help="combinations, as .csv or .json (default: the published ones, best_combinations.csv)",
     )
-    sources.add_argument("--from", dest="search", type=Path, metavar="FILE", help="the result of a search instead")
+    sources.add_argument(
+        "--from", dest="search", type=Path, metavar="FILE", help="a search's result, in place of a list"
+    )
     parser.add_argument(
         "--top", type=number(int, least=1), metavar="K", help="with --from: build the K best combinations (default: 1)"
     )
@@ -54,7 +56,7 @@ def main() -> None:
         type=Path,
         default=default_folder("model_checkpoints"),
         metavar="DIR",
-        help="where the checkpoint folders go (default: %(default)s)",
+        help="the folder for the checkpoint folders (default: %(default)s)",
     )
     ray_flags.add_ray_flags(parser)
     args, passed_on = parser.parse_known_args()
@@ -81,8 +83,8 @@ def main() -> None:
         flags = builder.parse_args(["--layers", "0", "--output_dir", "DIR", *passed_on])
         if any(flag not in searched and not is_given(flag, passed_on) for flag in ORIGIN):
             assumed = (
-                f"{args.search} does not say what was searched. Used are the base {flags.base or 'unaligned_llamba'} "
-                f"and the donor's layers in {flags.llama_layers_dir[0]}; name others by --base NAME|PATH and "
+                f"{args.search} does not name its base and layers. The base {flags.base or 'unaligned_llamba'} and the "
+                f"donor's layers in {flags.llama_layers_dir[0]} are used. For others, give --base NAME|PATH and "
                 "--llama_layers_dir DIR (extract_layers.py --model_name DONOR --output_dir DIR writes them)."
             )
             print(assumed, flush=True)

@@ -33,11 +33,11 @@ examples:
   python create_replaced_model_checkpoint.py --from_info checkpoint_info.json --output_dir ../model_checkpoints/again
 """
 
-_OF_THE_RECIPE = ("heads", "ungraft", "keep_mixer_heads", "tokenizer", "description", "score", "dtype", "format")
+_RECIPE_FLAGS = ("heads", "ungraft", "keep_mixer_heads", "tokenizer", "description", "score", "dtype", "format")
 
 
 def make_parser() -> CommandParser:
-    """The command's flags; create_best_checkpoints.py checks with them what it passes on."""
+    """The command's flags; create_best_checkpoints.py uses them to check the flags that it passes on."""
     parser = CommandParser(
         description="Replace layers of a Llamba by a donor's layers of the same indices, and write a checkpoint\n"
         "that loads with torch.load, from its state dict, with model_preparation.load_checkpoint, or (--format hf)\n"
@@ -57,26 +57,26 @@ def make_parser() -> CommandParser:
         type=heads_of_donor,
         action=HeadsByLayer,
         metavar="[NAME:]LAYER:HEAD[,HEAD...]",
-        help="query heads of the donor to add to the mixers of layers that stay, such as 13:16,17,18 15:11; they need "
-        "less cache than whole layers; from several donors, with names, such as B:13:16",
+        help="query heads of the donor to add to the mixers of other layers, such as 13:16,17,18 15:11; they need less "
+        "cache than whole layers; from several donors, with names, such as B:13:16",
     )
     parser.add_argument(
         "--ungraft",
         nargs="+",
         type=layer_index,
         metavar="N",
-        help="with a checkpoint as --base: grafted layers that get back what its own base has there, heads too",
+        help="with a checkpoint as --base: grafted layers, or layers with grafted heads, to take from its base again",
     )
     parser.add_argument(
         "--keep_mixer_heads",
         action="store_true",
-        help="with --heads: leave the mixers whole (default: their heads of the same place are switched off)",
+        help="with --heads: keep all of the mixers (default: their heads at the same place are switched off)",
     )
     parser.add_argument(
         "--from_info",
         metavar="FILE",
-        help="build the checkpoint that this checkpoint_info.json describes, and compare its digests; only flags that "
-        "say where things are, --device, --overwrite and --source count then",
+        help="build the checkpoint that this checkpoint_info.json describes, and compare its digests; only flags for "
+        "paths, --device, --overwrite and --source are then allowed",
     )
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="the checkpoint folder to write")
     parser.add_argument(
@@ -84,14 +84,14 @@ def make_parser() -> CommandParser:
         nargs="+",
         default=[default_folder("extracted_llama_layers")],
         metavar="DIR",
-        help="layers written by extract_layers.py (default: extracted_llama_layers); from several donors A=DIR B=DIR; "
+        help="layers that extract_layers.py wrote (default: extracted_llama_layers); from several donors A=DIR B=DIR; "
         "with --from_info, a DIR for each donor of the recipe",
     )
     parser.add_argument(
         "--base",
         metavar="NAME|PATH",
-        help="the Llamba operated on: a name, a model folder or a hub id; or a checkpoint's folder, to add to its "
-        "grafts (default: unaligned_llamba, or what --from_info says)",
+        help="the Llamba whose layers are replaced: a name, a model folder or a hub id; or a checkpoint's folder, to "
+        "add to its grafts (default: unaligned_llamba, or the base in --from_info)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -99,7 +99,9 @@ def make_parser() -> CommandParser:
         help="take the tokenizer from here (default: the base's own, else the donor's)",
     )
     parser.add_argument("--description", metavar="TEXT", help="free text for checkpoint_info.json")
-    parser.add_argument("--score", type=score, metavar="X", help="an MMLU score known already, between 0 and 1")
+    parser.add_argument(
+        "--score", type=score, metavar="X", help="the checkpoint's MMLU score, if known, between 0 and 1"
+    )
     add_device_flags(parser)
     add_dtype_flag(parser, help="dtype of the whole model (default: the base's)")
     parser.add_argument(
@@ -108,7 +110,7 @@ def make_parser() -> CommandParser:
         help="pt: model.pt and model_state_dict.pt; hf: a folder that transformers and lm-eval open without this "
         "package; checkpoints in the same folder share their untouched layers (default: pt)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, write nothing")
     add_source_flag(parser)
     return parser
@@ -118,7 +120,7 @@ def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     if (args.layers is None and args.heads is None and args.ungraft is None) == (args.from_info is None):
-        parser.error("--layers, --heads or both are needed, or --ungraft; or else --from_info alone")
+        parser.error("give --layers, --heads or --ungraft, or several of them; or --from_info alone")
     layers, heads, layers_dir = args.layers or [], args.heads or {}, args.llama_layers_dir[0]
     has_names = isinstance(layers, dict) or any(isinstance(each, dict) for each in heads.values())
     if has_names or (args.from_info is None and len(args.llama_layers_dir) > 1):
@@ -126,10 +128,10 @@ def main() -> None:
     if args.keep_mixer_heads and args.heads is None:
         parser.error("--keep_mixer_heads belongs to --heads")
     if args.from_info is not None and args.dry_run:
-        parser.error("--dry_run has nothing to show for --from_info: the recipe is the plan")
+        parser.error("--dry_run does nothing with --from_info: the recipe is the plan")
     if args.from_info is not None:
         parser.refuse(
-            args, _OF_THE_RECIPE, "is the recipe's to say: leave it out, or use --layers instead of --from_info"
+            args, _RECIPE_FLAGS, "is a part of the recipe: leave it out, or use --layers instead of --from_info"
         )
 
     target = Path(args.output_dir).expanduser()
@@ -139,8 +141,8 @@ def main() -> None:
         from model_preparation.checkpoint.rebuild import rebuild_checkpoint
 
         notes = rebuild_checkpoint(args.from_info, target, args.llama_layers_dir, base=args.base, **where)
-        print(f"Every tensor is as {args.from_info} says.")
-        print("\n".join(notes or ["So is every other byte, but for the time of creation."]))
+        print(f"Every tensor is as in {args.from_info}.")
+        print("\n".join(notes or ["Every other byte is the same too, except the time of creation."]))
     else:
         from model_preparation.checkpoint.build import build_checkpoint
 

@@ -1,4 +1,4 @@
-"""The device of every command: chosen here, printed once, and tried before anything is loaded."""
+"""Chooses the device of every command, prints it once, and tests it before anything is loaded."""
 
 import os
 from typing import TYPE_CHECKING
@@ -8,13 +8,14 @@ from model_preparation.errors import SurgeryError
 if TYPE_CHECKING:
     import torch
 
-OF_JOB = "MODEL_PREPARATION_DEVICE"  # environment variable: cuda or cpu, as Ray gave the job
+OF_JOB = "MODEL_PREPARATION_DEVICE"  # environment variable with the device that Ray gave the job: cuda or cpu
 
 
 def choose_device(gpu: int | None = None, device: str | None = None) -> str:
     """The device to run on: `device`, else CUDA device `gpu`, else the first one, else the CPU. Prints it.
 
-    Without both, a Ray job takes the device from Ray, and a process of torchrun or accelerate the GPU of its rank.
+    If neither is given, a Ray job takes its device from Ray, and a process of torchrun or accelerate the GPU of its
+    rank.
 
     Raises:
         SurgeryError: if this machine does not have the named device.
@@ -56,7 +57,7 @@ def choose_device(gpu: int | None = None, device: str | None = None) -> str:
 
 
 def check_device(device: "str | torch.device") -> None:
-    """Raise SurgeryError unless torch knows the device, and it can hold tensors with numbers here."""
+    """Raise SurgeryError unless torch knows the device, and can put numbers on it here."""
     import torch
 
     place, reason = None, "torch knows no such device"
@@ -65,7 +66,7 @@ def check_device(device: "str | torch.device") -> None:
         reason = "this torch is built without it"
         torch.empty(0, device=place)
     except (AssertionError, NotImplementedError, ImportError, RuntimeError) as error:
-        if place is not None and type(error) is RuntimeError:  # the driver's words; torch's own are long
+        if place is not None and type(error) is RuntimeError:  # the driver's message; torch's messages are long
             reason = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
         raise _unusable(device, reason) from error
     if place.type == "meta":

@@ -19,14 +19,15 @@ from model_preparation.train.distill.settings import SELF, DistillSettings
 
 DESCRIPTION = f"""\
 Make an unaligned Llamba from a donor (Llama, Mistral, Qwen2 or Qwen3). It starts as init_llamba_base.py makes it. Then
-the mixer of each layer learns to give what the donor's attention gives on the same inputs (MOHAWK's second stage, arXiv
+the mixer of each layer learns the outputs of the donor's attention on the same inputs (MOHAWK's second stage, arXiv
 2408.10189). Embeddings, norms, MLPs and head stay the donor's, and no stage trains the whole model.
 
 Finished layers are kept in DIR.distilling, beside the folder to write. If the command is stopped, run it again: it
-resumes at the next layer. In memory are one layer of the donor, one of the base, and the hidden states of all tokens
-(tokens x width x 4 bytes); with --data self, first the whole donor in bfloat16. Hidden states above --memory_limit are
-on the disk, and take twice that there: 34 GB for a million tokens of an 8B model, whose width is 4096. The model's
-folder also gets distillation.json (errors, perplexities, settings), distillation.jsonl (losses) and distillation.png.
+resumes at the next layer. It needs memory for one layer of the donor, one of the base, and the hidden states of all
+tokens (tokens x width x 4 bytes); with --data self, first for the whole donor in bfloat16. Hidden states above
+--memory_limit are kept on the disk, where they take twice that size: 34 GB for a million tokens of an 8B model, whose
+width is 4096. The model's folder also gets distillation.json (errors, perplexities, settings), distillation.jsonl
+(losses) and distillation.png.
 
 {ray_flags.HELP}"""
 
@@ -42,10 +43,10 @@ then:
 """
 
 MIXER_FLAGS = {
-    "d_state": "of the mixers: width of the keys and so of the state (default: the donor's head_dim)",
+    "d_state": "of the mixers: width of the keys, and so of the state (default: the donor's head_dim)",
     "n_v_heads": "of the mixers: heads of the values (default: the donor's heads)",
     "n_qk_heads": "of the mixers: heads of keys and queries, a divisor of --n_v_heads (default: the donor's heads)",
-    "d_conv": "of the mixers: tokens the convolution sees (default: 4)",
+    "d_conv": "of the mixers: number of tokens that the convolution sees (default: 4)",
 }
 
 
@@ -105,11 +106,11 @@ def make_parser() -> CommandParser:
     for name, meaning in MIXER_FLAGS.items():
         parser.add_argument(f"--{name}", type=number(int, least=1), metavar="N", help=meaning)
     add_dtype_flag(parser, help="dtype of the weights written (default: the donor's); training is in float32")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="train all layers anew; tokens of a stopped run are kept if donor, text and their settings are the same",
+        help="train all layers again; tokens of a stopped run are kept if donor, text and their settings are the same",
     )
     ray_flags.add_ray_flags(parser)
     add_device_flags(parser)

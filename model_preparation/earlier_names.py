@@ -1,4 +1,4 @@
-"""Modules under their paths of version 0.2, for programs that import them. They warn, and go with version 0.6."""
+"""Modules under their paths of version 0.2, for programs that import them. They warn. Version 0.6 removes them."""
 
 import importlib
 import warnings
@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _PACKAGE = "model_preparation."
-# By the path in 0.2: the path now, and by their names in 0.2 the functions that have another name now.
+# By the path in 0.2: the path now, and the new names of renamed functions by their names in 0.2.
 _NOW: dict[str, tuple[str, dict[str, str]]] = {
     "batch.jobs": ("jobs.jobs", {}),
     "comparison.compare": ("evaluation.compare.compare", {}),

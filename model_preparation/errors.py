@@ -1,9 +1,9 @@
 """The one exception for a user's mistake or a broken input.
 
-Its message has two short sentences: what is wrong, with the value seen and the value needed; and what to run or change.
+Its message has two short sentences: the fault, with the value seen and the value needed; and what to run or change.
 Commands print it as one line and exit with 1. Any other exception is a bug and keeps its traceback.
 """
 
 
 class SurgeryError(Exception):
-    """Something the user can put right: a missing file, a wrong shape, a full disk, an unreachable hub."""
+    """A problem that the user can solve: a missing file, a wrong shape, a full disk, an unreachable hub."""

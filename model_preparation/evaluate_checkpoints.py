@@ -1,4 +1,4 @@
-"""Command: checkpoints -> the score of each, by test_checkpoint.py, in one table (jobs/evaluate_many.py).
+"""Command: score checkpoints by test_checkpoint.py, and print one table (jobs/evaluate_many.py).
 
 scripts/evaluate_all.sh starts it with the right Python.
 """
@@ -7,21 +7,16 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from model_preparation.command_line import (
-    CommandParser,
-    add_device_flags,
-    add_dtype_flag,
-    default_folder,
-    run,
-)
+from model_preparation.command_line import CommandParser, add_device_flags, add_dtype_flag, default_folder, run
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.settings import EVALUATION_SETTINGS, EvaluationSettings, limit_note
 from model_preparation.jobs import combinations, evaluate_many, ray_flags
 from model_preparation.setting_flags import add_flags
 
 DESCRIPTION = f"""\
-Evaluate many checkpoints, and print one table of their scores. One that fails does not stop the others. Each result is
-kept at once: after an interruption, run the same command again and it continues. Exit code 1 if any failed.
+Evaluate many checkpoints, and print one table of their scores. If one fails, the others are still evaluated. Each
+result is saved at once: after an interruption, run the same command again and it continues. The exit code is 1 if any
+failed.
 
 {ray_flags.HELP}"""
 
@@ -32,12 +27,12 @@ examples:
   scripts/evaluate_all.sh --list model_preparation/best_combinations.csv --output_root model_checkpoints --ray local
   scripts/evaluate_all.sh model_checkpoints --ray auto --results_dir /shared/results
 
-A score with --limit is not comparable with the full one: compare rows of one table.
+A score with --limit is not comparable with the full score: compare rows of one table.
 """
 
-# Flags that go to test_checkpoint.py unchanged.
-_HANDED_ON = (*(name for name in EVALUATION_SETTINGS if name != "results_dir"), "seed", "dtype", "gpu", "device")
-_NO_FOLDERS = ("hub", "modelscope")  # what --mmlu_data takes instead of a path
+# Flags that are passed to test_checkpoint.py unchanged.
+_PASSED_ON = (*(name for name in EVALUATION_SETTINGS if name != "results_dir"), "seed", "dtype", "gpu", "device")
+_NO_FOLDERS = ("hub", "modelscope")  # values of --mmlu_data that are not paths
 
 
 def main() -> None:
@@ -46,8 +41,8 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.checkpoints) == (args.list is not None):
         taken = [task for task in args.tasks if Path(task).is_dir()]
-        hint = f"; --tasks takes all that follows it, {taken[0]} too: put folders before it" if taken else ""
-        parser.error(f"checkpoints' folders are needed, or --list FILE, and not both{hint}")
+        hint = f"; --tasks takes all words after it, also {taken[0]}: put folders before it" if taken else ""
+        parser.error(f"give checkpoints' folders or --list FILE, and not both{hint}")
     if args.list is None:
         parser.refuse(args, ("output_root",), "belongs to --list, which is not given")
     run_jobs = ray_flags.chosen_runner(parser, args)
@@ -55,7 +50,7 @@ def main() -> None:
     if parser.is_given("tasks"):
         from model_preparation.evaluation.tasks import check_names
 
-        check_names(args.tasks)  # once, and not for every checkpoint
+        check_names(args.tasks)  # once, not for every checkpoint
     if args.list is None:
         candidates = evaluate_many.find_checkpoints(args.checkpoints)
     else:
@@ -74,7 +69,7 @@ def main() -> None:
     if failed:
         raise SurgeryError(
             f"{failed} of {len(done)} evaluations failed; the reasons are above. "
-            "Mend them and run this again: complete results are kept."
+            "Solve them and run this again: complete results are kept."
         )
 
 
@@ -106,8 +101,8 @@ def make_parser() -> CommandParser:
 
 
 def _flags(parser: CommandParser, args: argparse.Namespace) -> Iterator[str]:
-    """The evaluator's flags that were given."""
-    for name in filter(parser.is_given, _HANDED_ON):
+    """The given flags of the evaluator."""
+    for name in filter(parser.is_given, _PASSED_ON):
         value = getattr(args, name)
         if value is True:
             yield f"--{name}"
@@ -121,7 +116,8 @@ def _needed_paths(args: argparse.Namespace) -> Iterator[Path]:
         yield Path(args.mmlu_data).expanduser()
     yield from (Path(task) for task in args.tasks if Path(task).exists())
     yield from (Path(each.partition("=")[2]).expanduser() for each in args.task_data or ())
-    yield from [] if args.haystack is None else [args.haystack.expanduser()]
+    if args.haystack is not None:
+        yield args.haystack.expanduser()
 
 
 if __name__ == "__main__":

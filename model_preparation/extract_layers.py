@@ -1,12 +1,6 @@
-"""Command: a donor model, or old files of its layers -> a folder of them (checkpoint/extract.py, legacy/)."""
+"""Command: a donor model, or old files of its layers -> a folder of layers (checkpoint/extract.py, legacy/)."""
 
-from model_preparation.command_line import (
-    CommandParser,
-    add_dtype_flag,
-    add_layers_flag,
-    default_folder,
-    run,
-)
+from model_preparation.command_line import CommandParser, add_dtype_flag, add_layers_flag, default_folder, run
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import add_source_flag
 from model_preparation.terminal import escaped
@@ -23,7 +17,7 @@ examples:
 def main() -> None:
     parser = CommandParser(
         description="Write a model's decoder layers into one file each, with its tokenizer and everything else that a\n"
-        "graft needs. Works layer by layer, so memory for one layer is enough.",
+        "graft needs. The command works layer by layer, so it needs memory for one layer only.",
         epilog=EXAMPLES,
     )
     parser.add_argument(
@@ -39,17 +33,17 @@ def main() -> None:
     )
     add_layers_flag(parser, required=False, help="extract these layers only (default: all)")
     add_dtype_flag(parser, help="cast the layers to it (default: as the model is stored)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder of layers that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder of layers")
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="re-read every file and compare it with its recorded SHA-256; with --model_name, after extracting",
+        help="read every file again and compare it with its recorded SHA-256; with --model_name, after extracting",
     )
     parser.add_argument(
         "--from_legacy",
         metavar="DIR",
         help="import layers that were saved as whole pickled LlamaDecoderLayer modules (layer_11.pt, ...); "
-        "--model_name then gives only config.json and tokenizer, where DIR has none",
+        "--model_name then gives only config.json and tokenizer, if DIR has none",
     )
     parser.add_argument(
         "--trust_pickle",
@@ -59,31 +53,26 @@ def main() -> None:
     parser.add_argument(
         "--allow_network",
         action="store_true",
-        help="with --trust_pickle: go on where the system cannot take the network from that process",
+        help="with --trust_pickle: continue even if the system cannot block the network for that process",
     )
     add_source_flag(parser)
     args = parser.parse_args()
     if args.model_name is None and args.from_legacy is None and not args.verify:
         parser.error("--model_name is needed (or --verify, to check layers extracted before)")
     if args.from_legacy is None:
-        parser.refuse(args, ("trust_pickle", "allow_network"), "goes with --from_legacy")
+        parser.refuse(args, ("trust_pickle", "allow_network"), "belongs to --from_legacy, which is not given")
     if args.model_name is None and args.from_legacy is None:
-        parser.refuse(args, ("layers", "dtype", "overwrite", "source"), "has no effect where nothing is extracted")
+        parser.refuse(args, ("layers", "dtype", "overwrite", "source"), "has no effect if nothing is extracted")
 
     from rich.filesize import decimal
 
     from model_preparation.checkpoint.extract import extract_layers
     from model_preparation.checkpoint.layer_store import LayerStore
 
-    options = {
-        "layers": args.layers,
-        "dtype": args.dtype,
-        "overwrite": args.overwrite,
-        "sources": args.source,
-    }
+    options = {"layers": args.layers, "dtype": args.dtype, "overwrite": args.overwrite, "sources": args.source}
     metadata = None
     if args.from_legacy is not None:
-        from model_preparation.legacy.import_layers import import_legacy  # which needs the model's classes
+        from model_preparation.legacy.import_layers import import_legacy  # it imports the model's classes
 
         metadata = import_legacy(
             args.from_legacy,
@@ -94,7 +83,7 @@ def main() -> None:
             **options,
         )
         if not_run := metadata["source"]["not_run"]:
-            print(f"The files name what no layer needs; it was not run: {', '.join(not_run)}")
+            print(f"The files name code that no layer needs. It was not run: {', '.join(not_run)}")
     elif args.model_name is not None:
         metadata = extract_layers(args.model_name, args.output_dir, **options)
     if metadata is not None:
@@ -104,7 +93,7 @@ def main() -> None:
             f"{decimal(size_bytes)}, {metadata['num_heads']} heads of {metadata['head_dim']}"
         )
         if metadata["config"]["model_type"] == "llamba":
-            print("These are a Llamba's layers, to look at. To graft layers, extract those of the donor.")
+            print("These are a Llamba's layers, to look at. For a graft, extract the donor's layers.")
     if args.verify:
         store = LayerStore(args.output_dir)
         faults = store.faults()

@@ -1,7 +1,7 @@
-"""A YAML file of settings, as text: `--config FILE`, and the experiments of run_experiment.py.
+"""Reads a YAML file of settings as text: `--config FILE`, and the experiments of run_experiment.py.
 
-Every value is the text that is in the file, as on a command line, and the command's own flags judge it. So `on` stays
-`on`, and 010 stays 010.
+Every value is the file's own text, as on a command line, and the command's flags check it. So `on` stays `on`, and 010
+stays 010.
 """
 
 import re
@@ -21,19 +21,19 @@ Value: TypeAlias = "str | list[Any] | dict[str, Entry]"
 
 @dataclass(frozen=True)
 class Entry:
-    """What a key stands for, and where: `place` is "FILE, line 3"."""
+    """A key's value and its place, such as "FILE, line 3"."""
 
     place: str
     value: Value
 
 
 def read_entries(path: Path, lists: Collection[str] = ()) -> dict[str, Entry]:
-    """The keys of a YAML file, hyphens in them as underscores, with their values.
+    """The keys of a YAML file, with underscores for hyphens, and their values.
 
     The value of a key in `lists` may be a list of such keys with values.
 
     Raises:
-        SurgeryError: naming file and line, if it cannot be read, has a key twice, or a value that no flag can have.
+        SurgeryError: if the file cannot be read, has a key twice, or a value that no flag can have. It names the line.
     """
     import yaml
 
@@ -86,14 +86,14 @@ def _place(node: "yaml.Node", path: Path) -> str:
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
-    """The YAML text that `read_entries` reads these values from."""
+    """The values as YAML text, for `read_entries`."""
     import yaml
 
     return yaml.safe_dump(_typed(values), sort_keys=False, allow_unicode=True, width=1000)
 
 
 def _typed(value: Any) -> Any:
-    """The same with numbers for texts that are numbers, which are then written without quotes."""
+    """The value with texts that are integers as numbers, so that YAML writes no quotes around them."""
     if isinstance(value, Entry):
         return _typed(value.value)
     if isinstance(value, Mapping):

@@ -15,8 +15,8 @@ from model_preparation.train.heal.settings import PATHS, HealSettings
 
 DESCRIPTION = """\
 Train a grafted checkpoint a little more, and write the result as a new checkpoint folder. The parent is only read.
-While it trains, complete states are kept in OUTPUT_DIR_resume/checkpoint-N. If the run is killed, the same command
-resumes it, and on a CPU the result has the very same bits. Under torchrun or accelerate launch (configs in
+During the training, complete states are kept in OUTPUT_DIR_resume/checkpoint-N. If the run is killed, the same command
+resumes it, and on a CPU the result has exactly the same bits. With torchrun or accelerate launch (configs in
 scripts/accelerate/), several processes share the work.
 """
 
@@ -29,33 +29,33 @@ examples:
   torchrun --nproc_per_node 2 heal_checkpoint.py --checkpoint DIR --data ./texts --output_dir OUT
   accelerate launch --config_file ../scripts/accelerate/fsdp.yaml heal_checkpoint.py --checkpoint DIR --data ./texts \\
       --output_dir OUT
-  python heal_checkpoint.py --config stages.yaml      (a list of stages, as docs/training.md has it)
+  python heal_checkpoint.py --config stages.yaml      (a list of stages: docs/training.md)
   python heal_checkpoint.py --checkpoint DIR --merge_adapter OUT/adapter --output_dir MERGED
 """
 
 
-_OF_A_MERGE = ("checkpoint", "merge_adapter", "output_dir", "dtype", "format", "overwrite", "description")
+_MERGE_FLAGS = ("checkpoint", "merge_adapter", "output_dir", "dtype", "format", "overwrite", "description")
 
 
 def main() -> None:
-    """Parse the command line, heal or merge, and say where the result is."""
+    """Parse the command line, heal or merge, and print where the result is."""
     parser = _parser()
     given = parser.parse_args()
-    # A resumed run has settings of its own: only what was really given counts beside those.
+    # A resumed run has its own settings: pass on only those that the user gave.
     is_default = {name for name in HealSettings.__dataclass_fields__ if not parser.is_given(name)}
     args = {name: value for name, value in vars(given).items() if name not in is_default}
     stages = args.pop("stages")
     if stages is not None:
-        parser.refuse(given, ("merge_adapter",), "trains nothing, and the file of --config has stages")
+        parser.refuse(given, ("merge_adapter",), "trains nothing, but the file of --config has stages")
         parser.refuse(given, ("milestones",), "belongs into a stage: write `milestones: [STEP=NAME]` there")
     elif (given.merge_adapter is None) == (given.data is None):
-        parser.error("one of --data and --merge_adapter is needed, and only one")
+        parser.error("give --data or --merge_adapter, and only one of them")
     if given.merge_adapter is not None:
-        of_training = [name for name in args if name not in _OF_A_MERGE]
+        of_training = [name for name in args if name not in _MERGE_FLAGS]
         parser.refuse(given, of_training, "belongs to training, and --merge_adapter trains nothing")
         from model_preparation.train.heal.heal import merge_adapter
 
-        of_merge = {name: value for name, value in args.items() if name in _OF_A_MERGE}
+        of_merge = {name: value for name, value in args.items() if name in _MERGE_FLAGS}
         merge_adapter(adapter=of_merge.pop("merge_adapter"), **of_merge)
         save_config(Path(f"{given.output_dir.expanduser()}.config.yaml"))
         print(f"Merged checkpoint: {given.output_dir}")
@@ -63,12 +63,12 @@ def main() -> None:
 
     milestones = dict(given.milestones)
     if len(set(milestones.values())) < len(given.milestones):
-        parser.error("--milestones: each needs a step and a name of its own")
+        parser.error("--milestones: each needs its own step and its own name")
     if given.eval_interval == 0:
         why = "has no effect with --eval_interval 0, which measures no held-out loss"
         parser.refuse(given, ("eval_data", "eval_fraction"), why)
     if given.eval_data is not None:
-        parser.refuse(given, ("eval_fraction",), "has no effect with --eval_data: leave out it or --eval_data")
+        parser.refuse(given, ("eval_fraction",), "has no effect with --eval_data: leave out one of them")
     for name in ("merge_adapter", "gpu", "source"):
         del args[name]
     args |= {"milestones": milestones, "sources": given.source, "device": choose_device(given.gpu, given.device)}
@@ -84,7 +84,7 @@ def main() -> None:
         info = heal_in_stages(**args)
     if info:
         used = {"stages": stages} if stages else _flags_used(info["healing"], args)
-        # Beside the checkpoint: inside, a file that is not listed is a fault.
+        # Beside the checkpoint: inside it, an unlisted file is a fault.
         save_config(Path(f"{given.output_dir.expanduser()}.config.yaml"), used)
         _print_result(info)
         print(f"Healed checkpoint: {given.output_dir}")
@@ -93,7 +93,7 @@ def main() -> None:
 def _stages(entry: Entry) -> list[dict[str, Any]]:
     """The stages in a file of --config, as `heal_in_stages` takes them."""
     if not isinstance(entry.value, list) or not all(isinstance(each, dict) for each in entry.value):
-        raise SurgeryError(f"{entry.place}: stages are a list. Begin each with a line such as `- name: short`.")
+        raise SurgeryError(f"{entry.place}: stages must be a list. Begin each with a line such as `- name: short`.")
     stages = []
     for stage in entry.value:
         parser, found = _parser(), argparse.Namespace()
@@ -109,7 +109,7 @@ def _stages(entry: Entry) -> list[dict[str, Any]]:
 
 
 def _flags_used(healing: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The flags that give the same run. Of a path, the record has the last part: what was given is taken if it fits."""
+    """The flags for the same run. The record has only the last part of a path: a given path is used if it fits."""
     from model_preparation.io.result_inputs import name_of
 
     settings = dict(healing["settings"])
@@ -128,7 +128,7 @@ def _print_result(info: dict[str, Any]) -> None:
         best = "" if healing["best_step"] is None else f", of step {healing['best_step']}"
         print(f"Held-out loss    {before:.4f} before, {after:.4f} after{best}")
         if after > before:
-            print("                 It is higher than before: the parent does better on this text.")
+            print("                 It is higher than before: the parent is better on this text.")
 
 
 def _parser() -> CommandParser:
@@ -143,14 +143,14 @@ def _parser() -> CommandParser:
         "writes the conversations",
     )
     parser.add_argument(
-        "--output_dir", required=True, type=Path, metavar="DIR", help="the healed checkpoint's folder, made whole"
+        "--output_dir", required=True, type=Path, metavar="DIR", help="the folder of the healed checkpoint"
     )
     parser.add_argument(
         "--resume",
         default="auto",
         metavar="auto|never|DIR",
-        help="auto: resume from the newest complete state if there is one; never: start anew; or a state's folder "
-        "(default: %(default)s). A resumed run keeps the settings it was started with",
+        help="auto: resume from the newest complete state if there is one; never: start again; or a state's folder "
+        "(default: %(default)s). A resumed run keeps its first settings",
     )
     parser.add_argument("--resume_dir", metavar="DIR", help="folder of the states (default: OUTPUT_DIR_resume)")
     parser.add_argument("--description", default="", metavar="TEXT", help="free text for checkpoint_info.json")
@@ -159,7 +159,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--merge_adapter",
         metavar="DIR",
-        help="train nothing: merge this LoRA adapter into --checkpoint, and write that",
+        help="train nothing: merge this LoRA adapter into --checkpoint, and write the result",
     )
     add_flags(parser, HealSettings)
     parser.add_argument(
@@ -168,18 +168,18 @@ def _parser() -> CommandParser:
         type=_milestone,
         default=[],
         metavar="STEP[=NAME]",
-        help="keep the state of these steps for good, under a name (default: milestone-STEP)",
+        help="keep the states of these steps forever, under a name (default: milestone-STEP)",
     )
     parser.add_argument(
         "--prompt",
         dest="prompts",
         nargs="+",
         metavar="TEXT",
-        help="the model continues these before and after (default: a sentence about learning languages)",
+        help="texts that the model continues before and after (default: a sentence about learning languages)",
     )
     add_device_flags(parser)
-    add_dtype_flag(parser, help="of the healed checkpoint; float16 halves the size (default: its parent's)")
-    parser.add_argument("--format", choices=FORMATS, help="of the healed checkpoint (default: its parent's)")
+    add_dtype_flag(parser, help="dtype of the healed checkpoint; float16 halves the size (default: its parent's)")
+    parser.add_argument("--format", choices=FORMATS, help="format of the healed checkpoint (default: its parent's)")
     add_source_flag(parser)
     parser.add_config_flag()
     parser.list_keys = ("stages",)

@@ -6,10 +6,10 @@ from model_preparation.command_line import CommandParser, add_dtype_flag, run
 from model_preparation.hub.sources import add_source_flag
 
 DESCRIPTION = """\
-Make a Llamba from a donor (Llama, Mistral, Qwen2 or Qwen3) that no Llamba is published for. Embeddings, norms, MLPs
-and head are the donor's; each mixer starts from the attention's projections, as in Mamba in the Llama (arXiv
-2408.15237) and MOHAWK (arXiv 2408.10189). Nothing is trained: a few such layers cost little, but only such layers give
-no sensible text.
+Make a Llamba from a donor (Llama, Mistral, Qwen2 or Qwen3) for which no Llamba is published. Embeddings, norms, MLPs
+and head are the donor's. Each mixer starts from the attention's projections, as in Mamba in the Llama (arXiv
+2408.15237) and MOHAWK (arXiv 2408.10189). Nothing is trained: a model with a few such layers loses little, but a model
+of only such layers writes no sensible text.
 """
 
 EXAMPLES = """\
@@ -31,7 +31,7 @@ def main() -> None:
     )
     parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="the model folder to write")
     add_dtype_flag(parser, help="dtype of the weights written (default: the donor's)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
     add_source_flag(parser)
     args = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Command: a look inside a checkpoint, a state, layers, or any file of tensors (see checkpoint/inspect.py)."""
+"""Command: list the tensors of a checkpoint, a state, layers, or any file of tensors (see checkpoint/inspect.py)."""
 
 import sys
 
@@ -16,11 +16,11 @@ examples:
 
 
 def main() -> None:
-    """Parse the command line and print what is there."""
+    """Parse the command line and print the tensors."""
     parser = CommandParser(
         description="List the tensors of a file or folder: name, dtype, shape, size, mean, deviation, range, BLAKE3.\n"
-        "Files are mapped and read piece by piece, whatever their size, and no code is run: one that holds anything\n"
-        "but tensors and plain values (or a model.pt of ours) is refused.",
+        "Files of any size are mapped and read piece by piece. No code is run: a file is refused if it holds anything\n"
+        "except tensors and plain values. Only a model.pt of ours may hold its model.",
         epilog=EXAMPLES,
     )
     parser.add_argument(
@@ -30,9 +30,9 @@ def main() -> None:
         "layers, an adapter, a model; or a model's name",
     )
     parser.add_argument("--keys", default="*", metavar="PATTERN", help='only these names, such as "*.mlp.*" or lm_head')
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--diff", metavar="OTHER", help="print which tensors differ from those in OTHER, and how")
-    what.add_argument("--json", action="store_true", help="one JSON object per tensor, digests in full")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--diff", metavar="OTHER", help="print the tensors that differ from those in OTHER, and how")
+    output.add_argument("--json", action="store_true", help="one JSON object per tensor, digests in full")
     add_source_flag(parser)
     args = parser.parse_args()
 

@@ -1,7 +1,7 @@
 """Remembers Ctrl-C and SIGTERM, because Python drops an exception that a signal raises inside a `__del__`.
 
-A command calls `watch` once. Code that makes a result final calls `check` first. Where Ctrl-C is the usual end, it is
-forgotten.
+A command calls `watch` once. Code that makes a result final calls `check` first. A command that normally ends by Ctrl-C
+calls `forget`.
 """
 
 import signal
@@ -17,13 +17,13 @@ def watch() -> None:
         _received.append(number)
         _stop(number)
 
-    def say_nothing_of_them(unraisable) -> None:
+    def hide_dropped(unraisable) -> None:
         if not (_received and isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit)):
             sys.__unraisablehook__(unraisable)
 
     signal.signal(signal.SIGINT, remember_and_stop)
     signal.signal(signal.SIGTERM, remember_and_stop)
-    sys.unraisablehook = say_nothing_of_them  # `check` does
+    sys.unraisablehook = hide_dropped  # `check` raises them again
 
 
 def check() -> None:
@@ -33,7 +33,7 @@ def check() -> None:
 
 
 def forget() -> None:
-    """The signals that came have done what they should: the command ends as it does without them."""
+    """Forget the signals that came: the command ends as it does without them."""
     _received.clear()
 
 

@@ -12,35 +12,35 @@ from model_preparation.versions import __version__
 
 
 class Subcommand(NamedTuple):
-    """A command's module in this package, and what it does."""
+    """A command's module in this package, and one line about it."""
 
     module: str
     summary: str
 
 
 SUBCOMMANDS = {
-    "build": Subcommand("create_replaced_model_checkpoint", "replace layers of a base by its donor's: a checkpoint"),
+    "build": Subcommand("create_replaced_model_checkpoint", "make a checkpoint: a base with layers of its donor"),
     "extract": Subcommand("extract_layers", "write a donor's layers into one file each"),
     "best": Subcommand("create_best_checkpoints", "build a checkpoint for every combination in a list"),
-    "test": Subcommand("test_checkpoint", "load a checkpoint or model, let it write, score it"),
+    "test": Subcommand("test_checkpoint", "load a checkpoint or model, print its text, score it"),
     "evaluate": Subcommand("evaluate_checkpoints", "score many checkpoints, and print one table"),
-    "compare": Subcommand("compare_checkpoints", "say which of several checkpoints is better, and how sure that is"),
-    "search": Subcommand("search_layers", "find the layers that are best replaced"),
+    "compare": Subcommand("compare_checkpoints", "compare several checkpoints, with a test of significance"),
+    "search": Subcommand("search_layers", "find the best layers to replace"),
     "heal": Subcommand("heal_checkpoint", "train a checkpoint a little more on text"),
     "distill": Subcommand("distill_llamba_base", "make a base from any donor, and train its mixers layer by layer"),
     "init-base": Subcommand("init_llamba_base", "make a base from any donor, without training"),
-    "verify": Subcommand("verify_checkpoint", "check that a checkpoint is what was built"),
-    "inspect": Subcommand("inspect_checkpoint", "list the tensors of a file or folder, or how two differ"),
+    "verify": Subcommand("verify_checkpoint", "check that a checkpoint has not changed since it was built"),
+    "inspect": Subcommand("inspect_checkpoint", "list the tensors of a file or folder, or compare two"),
     "update": Subcommand("update_checkpoint", "put this version's model code into checkpoints of format hf"),
     "share": Subcommand("share_checkpoint", "upload a checkpoint to ModelScope or Hugging Face"),
-    "serve": Subcommand("serve_checkpoint", "let a checkpoint answer OpenAI's clients"),
-    "clean": Subcommand("clean_checkpoints", "remove what killed builds left behind"),
+    "serve": Subcommand("serve_checkpoint", "serve a checkpoint with OpenAI's API"),
+    "clean": Subcommand("clean_checkpoints", "remove files that killed builds left"),
     "run": Subcommand("run_experiment", "run an experiment that one YAML file describes, step by step"),
 }
 
 
 def main() -> None:
-    """Run the subcommand that the command line names, as if its script had been started."""
+    """Run the subcommand that the command line names, as its script would."""
     parser = _parser()
     given = sys.argv[1:2]
     if given and given[0] in SUBCOMMANDS:
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def show_subcommands() -> None:
-    """What the command does without a subcommand: --help, --version, or the nearest of a misspelt one."""
+    """Without a valid subcommand: print --help or --version, or name the nearest subcommand."""
     parser = _parser()
     if sys.argv[1:2] and not sys.argv[1].startswith("-"):
         word = sys.argv[1].removesuffix(".py").removesuffix(".sh")
@@ -73,7 +73,7 @@ def _parser() -> command_line.CommandParser:
                 "subcommands:",
                 *(f"  {name:<10} {each.summary}" for name, each in SUBCOMMANDS.items()),
                 "",
-                "%(prog)s SUBCOMMAND --help shows what a subcommand takes.",
+                "%(prog)s SUBCOMMAND --help shows the flags of a subcommand.",
             ]
         ),
     )

@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 def get_model_modelscope(
     name: str, device: "str | torch.device" = "cpu", dtype: "torch.dtype | str | None" = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, int, int]":
-    """Load a donor or a Llamba, with its own tokenizer, else with the one that `sources.TABLE` has for its name.
+    """Load a donor or a Llamba, with its own tokenizer, or with the tokenizer in `sources.TABLE` for its name.
 
     Args:
         name: a name of `sources.TABLE`, a folder, or a hub id.
         device: where the model goes.
-        dtype: of the weights; None keeps the one they are stored in.
+        dtype: of the weights; None keeps the stored dtype.
 
     Returns:
-        `(model, tokenizer, num_heads, head_dim)`, the model in eval mode. For a donor these are the attention's query
-        heads and their width; for a Llamba the mixer's value heads and their width.
+        `(model, tokenizer, num_heads, head_dim)`, with the model in eval mode. The heads are a donor's query heads, or
+        the value heads of a Llamba's mixer. `head_dim` is their width.
 
     Raises:
-        SurgeryError: if the model is missing or neither kind, or no tokenizer belongs to it.
+        SurgeryError: if the model is missing, is neither kind, or has no known tokenizer.
     """
     from model_preparation.evaluation.models import load_folder  # imports torch and transformers
 
@@ -39,7 +39,7 @@ def get_model_modelscope(
         check_kind(model_type, f"{source.folder} is")
     tokenizer = _tokenizer(name, source)
     model = load_folder(source.folder, dtype)
-    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method's own signature
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method's signature
     return model, tokenizer, *heads_of(model.config)
 
 

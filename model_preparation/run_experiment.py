@@ -1,7 +1,7 @@
-"""Command: one YAML file -> a whole experiment: extract, search, build, heal, evaluate and compare, each if asked for.
+"""Command: run a whole experiment from one YAML file: extract, search, build, heal, evaluate and compare.
 
-Each step is a command of ours in a process of its own, so its memory is free afterwards. OUTPUT_DIR/experiment.json
-keeps what each step was asked for: a step with a result of the same settings is not run again.
+Each step is one of our commands in a separate process, so its memory is free afterwards. OUTPUT_DIR/experiment.json
+keeps the settings of each step: a step with a result of the same settings is not run again.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from model_preparation.jobs.table import table
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
-Run an experiment that one YAML file describes: extract the donor's layers, search for the best ones or take those
-given, build the checkpoint, heal it if asked to, evaluate all, and compare. The command prints the plan first. If it is
-stopped, run it again: it keeps what is done. If the file has changed, the plan says what will be made again.
+Run an experiment that one YAML file describes: extract the donor's layers, search for the best ones or take the given
+ones, build the checkpoint, heal it if asked to, evaluate all, and compare. The command prints the plan first. If it is
+stopped, run it again: it keeps finished steps. If the file has changed, the plan lists the steps to run again.
 """
 
 EPILOG = """\
@@ -55,19 +55,16 @@ examples:
 """
 
 RECORD = "experiment.json"
-# By step, the command that does it, and the flags that the experiment itself sets.
+# By step, its command, and the flags that the experiment itself sets.
 _COMMANDS = {
     "extract": ("extract_layers", {"model_name", "output_dir", "verify", "from_legacy"}),
     "search": ("search_layers", {"base", "start", "donor", "llama_layers_dir", "output_dir"}),
-    "build": (
-        "create_replaced_model_checkpoint",
-        {"base", "layers", "llama_layers_dir", "output_dir", "from_info"},
-    ),
+    "build": ("create_replaced_model_checkpoint", {"base", "layers", "llama_layers_dir", "output_dir", "from_info"}),
     "heal": ("heal_checkpoint", {"checkpoint", "output_dir", "resume", "resume_dir", "merge_adapter"}),
     "evaluate": ("test_checkpoint", {"checkpoint", "full_eval", "skip_generation", "results_dir", "result_json"}),
     "compare": ("compare_checkpoints", {"output_dir", "baseline"}),
 }
-_OF_A_RUN = {"overwrite", "dry_run"}  # the experiment decides on these too, in every step
+_RUN_FLAGS = {"overwrite", "dry_run"}  # the experiment sets these too, in every step
 _FOR_ALL = ("gpu", "device", "source")
 _PLAIN_KEYS = ("output_dir", "base", "donor", "layers", *_FOR_ALL)
 _MODELS = ("base", "donor", "grafted", "healed")
@@ -77,7 +74,7 @@ Flags = Mapping[str, Any]  # by name: text, a list of texts, or True
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a file describes, checked: `steps` has the flags of each step that is asked for."""
+    """The checked contents of a file: `steps` has the flags of each step to run."""
 
     folder: Path
     base: str
@@ -89,36 +86,32 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Step:
-    """One run of a command; `result` is there once it has succeeded, and `after` are the steps it builds on.
+    """One run of a command. Its file `result` exists once it has succeeded. It needs the results of the steps `after`.
 
-    `own` are flags that say where things are, and make no other result.
+    `own` are flags for paths, which do not change the result.
     """
 
     kind: str
     name: str
     flags: Flags
     own: Flags
-    folders: tuple[Path, ...]  # positional arguments: what to compare
+    folders: tuple[Path, ...]  # positional arguments of compare
     shown: Path
     result: Path
     after: tuple[str, ...] = ()
 
     @property
     def can_replace(self) -> bool:
-        """Whether it replaces an earlier result that took time, when run with other settings."""
+        """Whether a run with other settings replaces an earlier result that took time."""
         return self.kind in ("extract", "search", "build", "heal")
 
 
 @dataclass(frozen=True)
 class State:
-    """What there is to do of a step: done, to do, or again, where a result of other settings is there; and why."""
+    """The state of a step, and the reason: done, to do, or again if there is a result of other settings."""
 
     word: str
     reason: str = ""
-
-    @property
-    def is_again(self) -> bool:
-        return self.word == "again"
 
     def __str__(self) -> str:
         return f"{self.word} ({self.reason})" if self.reason else self.word
@@ -129,7 +122,7 @@ def main() -> None:
     parser.add_argument("experiment", type=Path, metavar="FILE", help="the YAML file that describes the experiment")
     parser.add_argument("--dry_run", action="store_true", help="print the plan, run nothing")
     parser.add_argument(
-        "--redo", action="store_true", help="where the file has changed, replace the results that it changes"
+        "--redo", action="store_true", help="if the file has changed, replace the results that it changes"
     )
     args = parser.parse_args()
     experiment = read_experiment(args.experiment.expanduser())
@@ -141,7 +134,9 @@ def main() -> None:
     if args.dry_run:
         print(f"Nothing was run (--dry_run). The results would be in {experiment.folder}")
         return
-    if (changed := [step.name for step in steps if step.can_replace and states[step.name].is_again]) and not args.redo:
+    if (
+        changed := [step.name for step in steps if step.can_replace and states[step.name].word == "again"]
+    ) and not args.redo:
         raise SurgeryError(
             f"{experiment.folder} has other results of {', '.join(changed)} than this file asks for. "
             "Add --redo to replace them, or name another output_dir."
@@ -149,7 +144,7 @@ def main() -> None:
     make_folder(experiment.folder)
     write_file(experiment.folder / "experiment.yaml", read_text(args.experiment.expanduser()))
     for number, name in enumerate(states, start=1):
-        steps = plan(experiment)  # anew: the search may have found the layers since
+        steps = plan(experiment)  # again: the search may have found the layers by now
         step = next(step for step in steps if step.name == name)
         if states[name].word != "done":
             print(f"\n[{number}/{len(steps)}] {name}", flush=True)
@@ -164,7 +159,7 @@ def read_experiment(path: Path) -> Experiment:
     """Read and check an experiment.
 
     Raises:
-        SurgeryError: naming the file, the line, the key and the value that cannot be used.
+        SurgeryError: for a key or value that cannot be used. It names the file and the line.
     """
     entries = read_entries(path)
     for key, entry in entries.items():
@@ -172,20 +167,18 @@ def read_experiment(path: Path) -> Experiment:
         if key not in known:
             raise SurgeryError(f"{entry.place}: there is no key {key!r}.{nearest(key, known)}")
         if key in _COMMANDS and not isinstance(entry.value, dict):
-            hint = "keys of its own, such as {limit: 100}, or {} for none"
-            raise SurgeryError(f"{entry.place}: {key} is {entry.value!r}. Give it {hint}.")
+            hint = "Give it keys, such as {limit: 100}, or {} for none."
+            raise SurgeryError(f"{entry.place}: {key} is {entry.value!r}. {hint}")
     for key in ("base", "donor"):
         if key not in entries:
             raise SurgeryError(f"{path} has no key {key}. Add a line `{key}: NAME`, with a model's name or folder.")
     if ("layers" in entries) == ("search" in entries):
-        raise SurgeryError(
-            f"{path} needs one of layers and search, and only one. Give layers: [...] or search: {{...}}."
-        )
+        raise SurgeryError(f"{path} needs either layers or search. Give layers: [...] or search: {{...}}.")
     if "compare" in entries and "evaluate" not in entries:
         raise SurgeryError(f"{entries['compare'].place}: compare needs an evaluation. Add evaluate: {{...}}.")
     parsers = {kind: _parser_of(kind) for kind in _COMMANDS}
     if "gpu" in entries and "device" in entries:
-        raise SurgeryError(f"{entries['device'].place}: device does not go with gpu. Remove one of them.")
+        raise SurgeryError(f"{entries['device'].place}: device cannot be used with gpu. Remove one of them.")
     own_keys = {key: entries[key] for key in entries if key not in _COMMANDS}
     for key, entry in own_keys.items():
         parsers["search" if key == "donor" else "build"].check_entry(key, entry, argparse.Namespace())
@@ -215,7 +208,7 @@ def read_experiment(path: Path) -> Experiment:
 
 
 def _parser_of(kind: str) -> CommandParser:
-    """The parser of a step's command: its `main` is run as far as there."""
+    """The parser of a step's command: its `main` runs until it parses."""
 
     class Parsed(Exception):
         pass
@@ -241,10 +234,10 @@ def _models(entry: Entry, known: list[str]) -> list[str]:
 
 
 def _checked_flags(kind: str, given: Mapping[str, Entry], parser: CommandParser) -> Flags:
-    """What is given as flags; raises SurgeryError for a key that the command has no flag for, or a wrong value."""
+    """The given keys as flags; raises SurgeryError for a key that is no flag of the command, or a wrong value."""
     flags: dict[str, Any] = {}
     for key, entry in given.items():
-        if key in _COMMANDS[kind][1] | _OF_A_RUN:
+        if key in _COMMANDS[kind][1] | _RUN_FLAGS:
             raise SurgeryError(f"{entry.place}: an experiment takes no {key} for {kind}. Remove the line.")
         action = parser.check_entry(key, entry, argparse.Namespace())
         if action.nargs == 0:
@@ -256,7 +249,7 @@ def _checked_flags(kind: str, given: Mapping[str, Entry], parser: CommandParser)
 
 
 def plan(experiment: Experiment) -> list[Step]:
-    """The steps, in order; of layers that a search has yet to find, `layers` is missing in the build's flags."""
+    """The steps, in order. Until the search has found the layers, the build's flags have no `layers`."""
     folder, steps = experiment.folder, experiment.steps
     own: dict[str, Any]
     after: tuple[str, ...]
@@ -281,7 +274,7 @@ def plan(experiment: Experiment) -> list[Step]:
     own = {"llama_layers_dir": layers_dir, "output_dir": grafted}
     planned.append(Step("build", "build", flags, own, (), grafted, grafted / "checkpoint_info.json", source))
     if "heal" in steps:
-        # States of other settings are left alone, so that a run that was stopped finds its own.
+        # Each set of settings has its own folder of states, so that a stopped run finds its own states.
         states = folder / "healing" / digest_of({**flags, **steps["heal"]})[:12]
         own = {"checkpoint": grafted, "output_dir": healed, "resume_dir": states}
         result = healed / "checkpoint_info.json"
@@ -308,22 +301,22 @@ def plan(experiment: Experiment) -> list[Step]:
 
 
 def _check_inputs(experiment: Experiment, steps: list[Step]) -> None:
-    """Refuse models, tasks and texts that are not there, before hours of work. Nothing is downloaded.
+    """Refuse missing models, tasks and texts before hours of work. Nothing is downloaded.
 
     Raises:
-        SurgeryError: naming all that is missing, and the step that needs it.
+        SurgeryError: if any is missing. It names all of them, and the steps that need them.
     """
     from model_preparation.evaluation.tasks import check_names
     from model_preparation.train.texts import files_of_text
 
     sources = dict(each.split("=", 1) for each in experiment.steps["build"].get("source", []))
-    missing: dict[str, str] = {}  # by reason, what needs it
+    missing: dict[str, str] = {}  # by reason, the key that needs it
 
-    def check(what: str, look: Callable[..., object], *given: Any) -> None:
+    def check(key: str, find: Callable[..., object], *given: Any) -> None:
         try:
-            look(*given)
+            find(*given)
         except SurgeryError as error:
-            missing.setdefault(str(error), what)
+            missing.setdefault(str(error), key)
 
     for step in steps:
         if step.kind in ("search", "build"):
@@ -337,7 +330,7 @@ def _check_inputs(experiment: Experiment, steps: list[Step]) -> None:
             if key in step.flags:
                 check(f"{key} of {step.kind}", check_names, step.flags[key])
     if missing:
-        raise SurgeryError("; ".join(f"{what}: {reason}" for reason, what in missing.items()))
+        raise SurgeryError("; ".join(f"{key}: {reason}" for reason, key in missing.items()))
 
 
 def _found_best(result: Path) -> dict[str, Any] | None:
@@ -356,7 +349,7 @@ def _found_best(result: Path) -> dict[str, Any] | None:
 
 
 def _results_of(result: Path) -> Path:
-    """Where an evaluation is."""
+    """The folder of an evaluation."""
     try:
         return Path(json.loads(result.read_text(encoding="utf-8"))["results_dir"])
     except (ValueError, KeyError, TypeError) as error:
@@ -375,23 +368,23 @@ def _read_record(folder: Path) -> dict[str, Any]:
         return record
     except ValueError as error:
         raise SurgeryError(
-            f"{path} is damaged ({error}). Remove it; with --redo the experiment then makes its results again."
+            f"{path} is damaged ({error}). Remove it. The experiment then makes its results again with --redo."
         ) from error
 
 
 def _asked(step: Step, steps: Mapping[str, Step]) -> dict[str, Any]:
-    """What decides on a step's result: its flags, and by digest what the steps were asked that it builds on."""
+    """The inputs of a step's result: its flags, and digests of the inputs of the steps that it needs."""
     return {**step.flags, **{name: digest_of(_asked(steps[name], steps)) for name in step.after}}
 
 
 def _states(steps: list[Step], record: Mapping[str, Any]) -> dict[str, State]:
-    """By step, what there is to do. What is gone is not made again, if all that was made of it is there."""
+    """The state of each step. A removed result is not made again if all results made from it exist."""
     by_name = {step.name: step for step in steps}
     states: dict[str, State] = {}
     for step in steps:
         entry = record.get(step.name)
         changed = [] if entry is None else differences(entry["asked"], _asked(step, by_name))
-        again = [name for name in step.after if states[name].is_again]
+        again = [name for name in step.after if states[name].word == "again"]
         if not step.result.is_file():
             states[step.name] = State("to do")
         elif entry is None:
@@ -411,10 +404,10 @@ def _states(steps: list[Step], record: Mapping[str, Any]) -> dict[str, State]:
 def _print_plan(steps: list[Step], states: Mapping[str, State]) -> None:
     rows = []
     for number, step in enumerate(steps, start=1):
-        told = [f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in step.flags.items()]
+        flags = [f"{key} {' '.join(value) if isinstance(value, list) else value}" for key, value in step.flags.items()]
         found = step.flags.keys() & {"layers", "heads"}
-        told += ["layers: the search's best"] if step.kind == "build" and not found else []
-        rows.append((f"{number} {step.name}", str(states[step.name]), str(step.shown), ", ".join(told)))
+        flags += ["layers: the search's best"] if step.kind == "build" and not found else []
+        rows.append((f"{number} {step.name}", str(states[step.name]), str(step.shown), ", ".join(flags)))
     print(escaped(table(("step", "state", "folder", "settings"), rows), kept="\n"), flush=True)
 
 
@@ -429,7 +422,8 @@ def _run_step(step: Step, asked: dict[str, Any], folder: Path, record: dict[str,
     write_file(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     flags = {**step.flags, **step.own, **({"overwrite": True} if replaces and step.can_replace else {})}
     script = Path(__file__).resolve().with_name(f"{_COMMANDS[step.kind][0]}.py")
-    launch = Launch(str(script), (*map(str, step.folders), *_words(flags)), variables={"COLUMNS": _columns()})
+    columns = str(shutil.get_terminal_size().columns)
+    launch = Launch(str(script), (*map(str, step.folders), *_words(flags)), variables={"COLUMNS": columns})
     print("+ " + shlex.join([sys.executable, launch.script, *launch.arguments]), flush=True)
     is_shown_again = step.kind == "compare"  # its text is kept
     stream = sys.stdout if is_shown_again else sys.stderr
@@ -444,14 +438,10 @@ def _run_step(step: Step, asked: dict[str, Any], folder: Path, record: dict[str,
     if reason or not step.result.is_file():
         raise SurgeryError(
             f"{step.name} failed: {reason.rstrip('.') or f'it ended without {step.result}'}. "
-            "When that is mended, run the same command again: what is done is kept."
+            "Solve that, then run the same command again: finished steps are kept."
         )
     record[step.name]["replaces"] = False
     write_file(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-
-
-def _columns() -> str:
-    return str(shutil.get_terminal_size().columns)
 
 
 def _words(flags: Flags) -> list[str]:

@@ -1,6 +1,7 @@
 """Command: base, donor and tasks -> which layers to graft (see search/search.py)."""
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +22,36 @@ from model_preparation.setting_flags import add_flags, as_flags, from_flags
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
-Search for the layers of a Llamba that are best replaced by its donor's; or, with --unit heads, for the donor's heads
-that are best added to them. Candidates share their work: the base's hidden
-states before each layer are computed once, a candidate starts at its lowest grafted layer, and candidates that are
-alike further on share those layers too. The accuracy is exactly what test_checkpoint.py --full_eval gives the
-built checkpoint with the same settings, for tasks that are answered by log-likelihoods.
+Search for the best layers of a Llamba to replace by its donor's; or, with --unit heads, for the donor's best heads to
+add. Candidates share their work: the base's hidden states before each layer are computed once, a candidate starts at
+its lowest grafted layer, and candidates with the same next layers share those too. For tasks that are answered by
+log-likelihoods, the accuracy is exactly that of test_checkpoint.py --full_eval for the built checkpoint with the same
+settings.
 
 Writes OUTPUT_DIR/search_result.json (the combinations, the best first), report.html and plots. Every evaluation is
 written to OUTPUT_DIR/journal.jsonl at once. If the search is interrupted, run the same command again: it continues.
 
 methods:
-  singles      every layer by itself, on all questions. For n layers this takes (n + n (n + 1) / 2) / n^2 of the layer
-               passes that each alone would take: more than half. With --race on --top 1 only the best gets its score;
+  singles      every layer alone, on all questions. For n layers this takes (n + n (n + 1) / 2) / n^2 of the layer
+               passes without shared work: more than half. With --race on --top 1 only the best gets its score;
                this took 0.32 of the passes on the embedded pair with 250 questions (--limit 250)
   exhaustive   every combination
-  greedy       layer after layer, each time the one that adds most
-  beam         the same from the best few of each size; then combinations that are one layer away from the best
-  ga           a genetic algorithm; then combinations that are one layer away from the best
-  removal      all layers at first; each time, the one whose loss costs least is taken away (as in arXiv 2601.11667).
-               For n layers this takes about n^2 / 2 combinations, most of them larger than those wanted
-  ratio        all layers but one, for each of n layers, on --task and --second_task. Layers are ordered by what the
-               first task loses without them over what the second loses; then the first 1, 2, ... of them are evaluated
-               together. A loss is counted from the best of the n. This is how HALO chooses, with recall and common
-               knowledge as tasks (arXiv 2601.22156). It takes n combinations and one of each size
-With --unit heads, methods choose heads in place of layers; removal and ratio take layers only.
+  greedy       layer after layer, each time the layer that improves the score most
+  beam         the same from the best few of each size; then combinations that differ from the best in one layer
+  ga           a genetic algorithm; then combinations that differ from the best in one layer
+  removal      start with all layers; each time, remove the layer that costs least (as in arXiv 2601.11667).
+               For n layers this takes about n^2 / 2 combinations, most of them larger than you want
+  ratio        all layers except one, for each of n layers, on --task and --second_task. Layers are ordered by a ratio:
+               the first task's loss without the layer, divided by the second task's loss. Then the first 1, 2, ... of
+               them are evaluated together. A loss is measured from the best of the n. HALO chooses in this way, with
+               recall and common knowledge as tasks (arXiv 2601.22156). It takes n combinations and one of each size
+With --unit heads, methods choose heads in place of layers. removal and ratio take layers only.
 """
 
 EPILOG = """\
 The search takes tasks that lm-eval answers by log-likelihoods: multiple_choice and loglikelihood, with options of one
 or several tokens, and the metric acc. It also takes tasks that generate text, such as kv_retrieval: an answer counts
-if greedy decoding would write the right answer at once. Where few answers are right, --objective nll tells more.
+if greedy decoding would write the right answer at once. If few answers are right, --objective nll shows more.
 
 examples:
   python search_layers.py --base unaligned_llamba --donor llama --task mmlu --limit 10 --method ga \\
@@ -72,8 +73,8 @@ def main() -> None:
     uses_ray = ray_flags.uses_ray(parser, args)
     idle = {name: method for method, options in OPTIONS_OF.items() if method != args.method for name in options}
     for name in filter(parser.is_given, idle):
-        if name != "seed":  # which harms nothing
-            parser.error(f"--{name} belongs to --method {idle[name]}, and the method is {args.method}")
+        if name != "seed":  # harmless with other methods
+            parser.error(f"--{name} belongs to --method {idle[name]}, but the method is {args.method}")
     if args.method == "singles" and (most := args.max_layers or args.max_heads or 1) > 1:
         parser.error(f"--method singles takes {args.unit} one by one: leave out --max_{args.unit} {most}")
 
@@ -84,15 +85,13 @@ def main() -> None:
     from model_preparation.search.search import search_layers
 
     if args.mmlu_data is not None and not any(map(is_mmlu, [*args.tasks, args.second_task])):
-        parser.error(f"--mmlu_data belongs to --task mmlu or parts of it, and the task is {' '.join(args.tasks)}")
+        parser.error(f"--mmlu_data belongs to --task mmlu or parts of it, but the task is {' '.join(args.tasks)}")
     device = "cpu" if uses_ray else choose_device(args.gpu, args.device)
     output = args.output_dir.expanduser()
     settings = from_flags(SearchSettings, args, output_dir=output, device=device, sources=args.source)
     workers = remote_scorer(args.ray, args.cpus_per_job or 1, args.device) if uses_ray else None
 
-    def say(line: str) -> None:
-        print(line, flush=True)
-
+    say = partial(print, flush=True)
     found = search_layers(settings, workers=workers, say=say, dry_run=args.dry_run, overwrite=args.overwrite)
     if found is None:
         print(f"Everything fits; nothing was evaluated (--dry_run). {settings.folder} would have the result.")
@@ -120,13 +119,9 @@ def main() -> None:
 
 
 def _build_command(found: dict[str, Any], best: str) -> str:
-    """What builds a combination of heads."""
-    where = {
-        "--base": found["base"],
-        "--llama_layers_dir": found["llama_layers_dir"],
-        "--tokenizer": found["tokenizer"],
-    }
-    given = shlex.join(word for flag, value in where.items() if value is not None for word in (flag, value))
+    """The command that builds a combination of heads."""
+    names = ("base", "llama_layers_dir", "tokenizer")
+    given = shlex.join(word for name in names if found[name] is not None for word in (f"--{name}", found[name]))
     whole = " --keep_mixer_heads" if found["settings"].get("keep_mixer_heads") else ""
     return f"python create_replaced_model_checkpoint.py {given} --heads {best}{whole} --output_dir DIR"
 
@@ -150,7 +145,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="check everything and print the plan with the highest possible cost; nothing is written",
+        help="check everything and print the plan with the highest possible cost, but write nothing",
     )
     parser.add_argument(
         "--overwrite",

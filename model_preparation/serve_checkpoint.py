@@ -1,4 +1,4 @@
-"""Command: a checkpoint behind an OpenAI API, served by vLLM, or by transformers where there is none (serve/)."""
+"""Command: serve a checkpoint with OpenAI's API, by vLLM, or by transformers if vLLM is not installed (serve/)."""
 
 import os
 import tempfile
@@ -10,8 +10,8 @@ from model_preparation.errors import SurgeryError
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
-Serve a checkpoint of any format behind an OpenAI API: start the engine, wait until it answers, print the address, the
-model's name and a line for curl. Ctrl-C or SIGTERM ends every process that was started.
+Serve a checkpoint of any format with OpenAI's API: start the engine, wait until it answers, print the address, the
+model's name and a line for curl. Ctrl-C or SIGTERM ends every process that the command started.
 """
 
 EPILOG = """\
@@ -29,21 +29,21 @@ def main() -> None:
         "--engine",
         choices=("auto", "vllm", "transformers"),
         default="auto",
-        help="auto: vLLM where it is installed, else transformers, one request at a time (default: %(default)s)",
+        help="auto: vLLM if it is installed, else transformers, one request at a time (default: %(default)s)",
     )
     parser.add_argument(
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="where to listen; 0.0.0.0 lets other machines in (default: %(default)s)",
+        help="the address to listen on; 0.0.0.0 also admits other machines (default: %(default)s)",
     )
     parser.add_argument("--port", type=number(int, least=1, most=65535), default=8000, help="(default: %(default)s)")
     add_dtype_flag(parser, help="run in this dtype (default: the checkpoint's)")
     parser.add_argument("--api_key", metavar="KEY", help="clients must send it (default: $VLLM_API_KEY, else none)")
-    parser.add_argument("--model_name", metavar="NAME", help="what clients call it (default: the folder's name)")
-    parser.add_argument("--verify", action="store_true", help="first check every file against its digest")
-    parser.add_argument("--log", type=Path, metavar="FILE", help="what vLLM prints goes there (default: a new file)")
-    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags of vLLM's own, after --")
+    parser.add_argument("--model_name", metavar="NAME", help="the name for clients (default: the folder's name)")
+    parser.add_argument("--verify", action="store_true", help="first compare every file with its digest")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="a file for vLLM's output (default: a new file)")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAG", help="vLLM's own flags, after --")
     args = parser.parse_args()
 
     from model_preparation.checkpoint.checkpoint_info import grafted_heads, read_info
@@ -54,10 +54,13 @@ def main() -> None:
     info = read_info(checkpoint)
     engine = choose_engine(args.engine, info["config"].get("donor_type", "llama"), bool(grafted_heads(info)))
     if engine != "vllm" and (args.flags or args.log is not None):
-        parser.error("--log and flags after -- are vLLM's, and the engine is transformers")
+        parser.error("--log and flags after -- are for vLLM, but the engine is transformers")
     check_port(args.host, args.port)
     if args.verify:
-        _verify(checkpoint)
+        from model_preparation.checkpoint.verify import verify
+
+        if faults := verify(checkpoint, files_only=True).faults:
+            raise SurgeryError(f"{checkpoint} is not as it was built: {faults[0]}. Copy it again, or build it again.")
     dtype = args.dtype or info["dtype"]
     name = args.model_name or name_of(checkpoint)
     api_key = args.api_key or os.environ.get("VLLM_API_KEY")
@@ -87,15 +90,8 @@ def main() -> None:
     except KeyboardInterrupt:
         if not is_ready:
             raise
-        interrupts.forget()  # this is how a server is ended
+        interrupts.forget()  # Ctrl-C is the usual end of a server
         print("\nStopped.", flush=True)
-
-
-def _verify(checkpoint: Path) -> None:
-    from model_preparation.checkpoint.verify import verify
-
-    if faults := verify(checkpoint, files_only=True).faults:
-        raise SurgeryError(f"{checkpoint} is not what was built: {faults[0]}. Copy it again, or build it again.")
 
 
 def _new_log() -> Path:

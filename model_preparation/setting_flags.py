@@ -1,4 +1,4 @@
-"""Settings classes and their flags: a field's annotation has its flag, which Python's values are checked by too."""
+"""Settings classes and their flags: the annotation of a field has its flag. The flag also checks values from Python."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class Flag(NamedTuple):
-    """Makes a field a flag of a command too.
+    """Makes a field also a flag of a command.
 
-    `read` is what argparse calls `type`; its `text`, if it has one, is the way back. `name` is the flag's, where it is
-    not the field's. --help ends with the default, unless `help` says it.
+    `read` is argparse's `type`; its `text`, if it has one, turns a value back into text. `name` is the flag's name, if
+    it differs from the field's. --help ends with the default, unless `help` names it.
     """
 
     metavar: str | None
@@ -26,12 +26,12 @@ class Flag(NamedTuple):
     name: str = ""
 
     def text(self, value: Any) -> Any:
-        """What a user types to give this value: a text, or a list of texts."""
+        """The text, or list of texts, that a user types to give this value."""
         return [str(each) for each in value] if self.nargs else getattr(self.read, "text", str)(value)
 
 
 class OneOf:
-    """Reads one of some words. Each stands for itself, or for a value."""
+    """Reads one of some words. Each means itself, or a value."""
 
     def __init__(self, *words: str, **values: Any):
         self.values = dict(zip(words, words, strict=True)) | values
@@ -49,7 +49,7 @@ YES_OR_NO = OneOf(yes=True, no=False)
 
 
 class CheckedSettings:
-    """Settings that refuse what their flags refuse."""
+    """Settings that refuse the same values as their flags."""
 
     def __post_init__(self) -> None:
         for name, default, flag in flags_of(self):
@@ -71,7 +71,7 @@ class CheckedSettings:
 
 
 def add_flags(parser: CommandParser, settings: type, *, without: tuple[str, ...] = ()) -> None:
-    """Add a flag for each field of a settings class that is annotated with one."""
+    """Add a flag for each field of a settings class whose annotation has one."""
     for name, default, flag in flags_of(settings):
         word = f"--{flag.name or name}"
         if name in without:
@@ -87,13 +87,13 @@ def add_flags(parser: CommandParser, settings: type, *, without: tuple[str, ...]
 
 
 def from_flags(settings: type[T], args: argparse.Namespace, **more: Any) -> T:
-    """The settings that the parsed flags give; `more` has fields that are not taken from flags."""
+    """The settings from the parsed flags; `more` has fields that do not come from flags."""
     names = [each.name for each in fields(settings) if hasattr(args, each.name)]  # type: ignore[arg-type]
     return settings(**{name: getattr(args, name) for name in names} | more)
 
 
 def as_flags(settings: Any) -> Mapping[str, Any]:
-    """The settings by the names of their flags, as a file of --config has them."""
+    """The settings by the names of their flags, as in a --config file."""
     found = {}
     for name, default, flag in flags_of(settings):
         value = getattr(settings, name)
@@ -102,6 +102,6 @@ def as_flags(settings: Any) -> Mapping[str, Any]:
 
 
 def flags_of(settings: Any) -> list[tuple[str, Any, Flag]]:
-    """(name, default, flag) of the fields of a settings class, or of an object of it."""
+    """(name, default, flag) of the fields of a settings class or object."""
     found = [(each, getattr(each.type, "__metadata__", (None,))[0]) for each in fields(settings)]
     return [(each.name, each.default, flag) for each, flag in found if flag is not None]

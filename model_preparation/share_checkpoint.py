@@ -9,7 +9,7 @@ from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
 Upload a checkpoint to ModelScope or Hugging Face, with a card (README.md): its recipe, scores, licence and how to load
-it. Its files are verified first. Run again, the command sends only the files that are missing there.
+it. Its files are verified first. If you run the command again, it sends only the files that are missing there.
 """
 
 EPILOG = """\
@@ -19,13 +19,13 @@ examples:
   python share_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --repo my-org/Llama-hybrid-4 \\
       --hub huggingface --what recipe
 
-A token that may write goes into MODELSCOPE_API_TOKEN or HF_TOKEN; a stored login serves too. MODELSCOPE_ENDPOINT and
-HF_ENDPOINT name other addresses of the hubs.
+Put a token with write access into MODELSCOPE_API_TOKEN or HF_TOKEN, or log in with the hub's own tool. To use other
+addresses of the hubs, set MODELSCOPE_ENDPOINT and HF_ENDPOINT.
 """
 
 
 def main() -> None:
-    """Parse the command line, decide what is uploaded, print it, and upload it."""
+    """Parse the command line, print the files to upload, and upload them."""
     args = _parser().parse_args()
 
     from rich.filesize import decimal
@@ -59,16 +59,16 @@ def _parser() -> CommandParser:
     parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="the checkpoint folder")
     parser.add_argument(
-        "--repo", type=repository, required=True, metavar="ORG/NAME", help="the repository, made if it is not there"
+        "--repo", type=repository, required=True, metavar="ORG/NAME", help="the repository, created if needed"
     )
     parser.add_argument(
-        "--hub", choices=("modelscope", "huggingface"), default="modelscope", help="where to (default: %(default)s)"
+        "--hub", choices=("modelscope", "huggingface"), default="modelscope", help="the hub (default: %(default)s)"
     )
     parser.add_argument(
         "--what",
         choices=("auto", "pt", "hf", "recipe"),
         default="auto",
-        help="the .pt files, the Hugging Face files, or only the recipe, a few KB from which the same bytes are built "
+        help="the .pt files, the Hugging Face files, or only the recipe, a few KB that give the same bytes again "
         "(default: auto, all files of the checkpoint)",
     )
     parser.add_argument("--private", action="store_true", help="make the repository private; a public one is refused")
@@ -79,10 +79,10 @@ def _parser() -> CommandParser:
         "--licence",
         "--license",
         metavar="ID",
-        help="the model's licence, such as llama3.1 or apache-2.0; needed where it does not follow from base and donor",
+        help="the model's licence, such as llama3.1 or apache-2.0; needed if base and donor do not decide it",
     )
-    licence.add_argument("--card", type=Path, metavar="FILE", help="upload this as README.md in place of the card made")
-    parser.add_argument("--dry_run", action="store_true", help="print files and card; write nothing and ask no hub")
+    licence.add_argument("--card", type=Path, metavar="FILE", help="upload this as README.md, not the card made here")
+    parser.add_argument("--dry_run", action="store_true", help="print files and card; write nothing, contact no hub")
     parser.add_argument(
         "--no_verify", dest="verify", action="store_false", help="do not compare files with their SHA-256 first"
     )

@@ -1,4 +1,4 @@
-"""Command: load a checkpoint, let it write, and on request score it on MMLU or other tasks of lm-eval."""
+"""Command: load a checkpoint, print its text, and on request score it on MMLU or other tasks of lm-eval."""
 
 import argparse
 import json
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Load a checkpoint or any model. Print its size and layers, the text it writes after each prompt, the speed of reading
-and of writing, and the peak memory. The text is greedy unless a flag says otherwise. With --compare_with, print what
-other models write too.
-With --full_eval, score it by lm-eval afterwards, on the task group mmlu unless --tasks names others. Answers are kept
-task by task: after an interruption, the same command continues and ends with the same score. Another setting, or other
-weights, is another evaluation.
-With --efficiency, measure its speed, cache and memory beside those of its base and donor, each in its own process.
+and of writing, and the peak memory. The text is greedy unless a flag says otherwise. With --compare_with, also print
+the texts of other models.
+With --full_eval, score it by lm-eval afterwards, on the task group mmlu unless --tasks names others. Answers are saved
+task by task: after an interruption, the same command continues and gives the same score. Other settings or other
+weights make another evaluation.
+With --efficiency, measure speed, cache and memory of the model, its base and its donor, each in its own process.
 With --server, score the model that a server runs in the same way. Nothing is loaded here.
 """
 
@@ -54,9 +54,9 @@ examples:
       --contexts 512 2048 8192
   python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --server http://127.0.0.1:8000 --limit 100
 
-The exit code is 1 if the checkpoint does not load, a logit is not finite, or a text is empty. A model to compare with
-that is not there is refused at once. If one fails later, its error is printed in place of its text, and the exit code
-does not change.
+The exit code is 1 if the checkpoint does not load, a logit is not finite, or a text is empty. If a model of
+--compare_with is missing, the command ends at once. If one fails later, its error is printed in place of its text, and
+the exit code does not change.
 """
 
 DEFAULT_PROMPTS = (
@@ -98,7 +98,7 @@ def main() -> None:
         scored = model_found or served_model(args.model or "served", args.tokenizer, sources=args.source)
         tasks = tasks_for(scored, settings)
         if args.mmlu_data is not None and tasks.questions is None:
-            parser.error(f"--mmlu_data belongs to --tasks mmlu or parts of it, and the task is {' '.join(tasks.names)}")
+            parser.error(f"--mmlu_data belongs to --tasks mmlu or parts of it, but the task is {' '.join(tasks.names)}")
 
     if model_found is not None and not args.skip_generation:
         from model_preparation.evaluation.generation_report import GenerationReport
@@ -107,7 +107,7 @@ def main() -> None:
         report = GenerationReport(prompts or DEFAULT_PROMPTS, from_flags(GenerationSettings, args), output)
         model, tokenizer = _load(model_found, device, dtype, args.parallelize)
         report.write(model, tokenizer, str(args.checkpoint))
-        del model  # one model in memory at a time; the evaluation loads it again if it must
+        del model  # one model in memory at a time; the evaluation loads it again if needed
         if others:
             load = partial(load_other, tokenizer=tokenizer, device=device, dtype=dtype, parallelize=args.parallelize)
             report.compare(tokenizer, others, load)
@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def _load(found: "ScoredModel", device: str, dtype: Any, parallelize: bool) -> tuple[Any, Any]:
-    """Load the checkpoint or model, and print what it is."""
+    """Load the checkpoint or model, and print its description."""
     from rich.filesize import decimal
 
     from model_preparation.checkpoint.checkpoint_info import head_spec, read_info
@@ -147,7 +147,7 @@ def _load(found: "ScoredModel", device: str, dtype: Any, parallelize: bool) -> t
 
 
 def _evaluate(settings: EvaluationSettings, tasks: "Tasks", args: argparse.Namespace) -> None:
-    """Score the checkpoint. Print groups, scores and where the results are; write --result_json."""
+    """Score the checkpoint. Print groups, scores and the folder of the results; write --result_json."""
     from model_preparation.checkpoint.checkpoint_info import INFO
     from model_preparation.errors import SurgeryError
     from model_preparation.evaluation.evaluate import evaluate_checkpoint
@@ -160,7 +160,7 @@ def _evaluate(settings: EvaluationSettings, tasks: "Tasks", args: argparse.Names
         print(f"Server       {args.server}")
     print(f"\nEvaluating   {' '.join(tasks.names)}{shots}{source}", flush=True)
     result_json = None if args.result_json is None else args.result_json.expanduser()
-    if result_json is not None:  # checked now, not after an hour of work
+    if result_json is not None:  # check it now, not after an hour of work
         if result_json.is_dir():
             raise SurgeryError(f"--result_json {args.result_json} is a folder. Name a file.")
         make_folder(result_json.parent)
@@ -172,27 +172,27 @@ def _evaluate(settings: EvaluationSettings, tasks: "Tasks", args: argparse.Names
     if "put_aside" in result:
         print(f"Put aside    results of another model ({'; '.join(result['differing'])}), to {result['put_aside']}")
     if result["kept"]:
-        print("Kept         all of it was evaluated before, with these settings and weights")
+        print("Kept         everything was evaluated before, with these settings and weights")
     else:
         print(f"Took         {time.perf_counter() - started:.0f} s, lm-eval {result['lm_eval_version']}")
     for name, row in result["groups"].items():
         print(f"{name:<16} {_score(row)}")
     if args.limit:
         print(
-            f"{limit_note(args.limit, tasks.names)}: this score is of {result['questions']} questions only "
-            "and not comparable with the full one."
+            f"{limit_note(args.limit, tasks.names)}: this score is from only {result['questions']} questions "
+            "and not comparable with the full score."
         )
     for name, row in result["tasks"].items():
         print(f"{'MMLU' if name == MMLU else name} score   {_score(row)}{_protocol(row.get('protocol'))}")
     for name, count in result.get("truncated", {}).items():
-        print(f"Cut          {count} prompts of {name} on their left, as they are too long for the model")
+        print(f"Cut          {count} prompts of {name} at their beginning: they are too long for the model")
     if tasks.names == (MMLU,) and not (result["entered"] or args.server) and (args.checkpoint / INFO).is_file():
-        print("checkpoint_info.json is not changed: it has a score of more questions, or cannot be written.")
+        print("checkpoint_info.json is not changed: it has a score from more questions, or cannot be written.")
     print(f"Results are in {result['results_dir']}", flush=True)
 
 
 def _measure(args: argparse.Namespace, device: str, dtype: Any) -> None:
-    """Measure the checkpoint's cost beside that of its base and donor, and print a table."""
+    """Measure the costs of the checkpoint, its base and its donor, and print a table."""
     from model_preparation.evaluation.efficiency import MEASURED, measure_efficiency
     from model_preparation.jobs.table import table
 
@@ -215,13 +215,13 @@ def _score(row: dict[str, Any]) -> str:
         return f"none ({row['questions']} questions)"
     stderr = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
     metric = row["metric"].removesuffix(",none")
-    length = (row.get("protocol") or {}).get("length")  # a recall task's metric is called by its length
+    length = (row.get("protocol") or {}).get("length")  # the metric of a recall task is named after its length
     shown = "" if metric in ("acc", str(length)) else f"{metric} "
     return f"{shown}{row['score']:.4f}{stderr} ({row['questions']} questions)"
 
 
 def _protocol(protocol: dict[str, Any] | None) -> str:
-    """How the task was asked; results of older versions do not say it."""
+    """The protocol of the task as text; results of older versions have none."""
     if protocol is None:
         return ""
     answer = {"generate_until": "generated", "multiple_choice": "likeliest choice"}.get(
@@ -236,7 +236,7 @@ def _protocol(protocol: dict[str, Any] | None) -> str:
 
 
 def _check(parser: CommandParser, args: argparse.Namespace) -> None:
-    """End the command, as for wrong usage, where flags do not go together."""
+    """End the command as for wrong usage if flags contradict each other."""
     if args.server is not None:
         args.full_eval = args.skip_generation = True
         parser.refuse(args, ("dtype", "gpu", "device", "parallelize"), "has no effect with --server")
@@ -262,12 +262,12 @@ def _check(parser: CommandParser, args: argparse.Namespace) -> None:
     if not args.efficiency:
         parser.refuse(args, ("contexts",), "belongs to --efficiency, which is not given")
     if not (args.full_eval or args.efficiency):
-        both = "belongs to --full_eval and --efficiency, and neither is given"
+        both = "belongs to --full_eval and --efficiency, but neither is given"
         parser.refuse(args, ("results_dir", "skip_generation"), both)
     if args.efficiency and args.parallelize:
         parser.error("--efficiency measures on one device: leave out --parallelize")
     if args.skip_generation:
-        used_elsewhere = ("seed", *(["compare_with"] if args.efficiency else []))  # "seed" by the evaluation
+        used_elsewhere = ("seed", *(["compare_with"] if args.efficiency else []))  # the evaluation uses "seed"
         unused = [name for name in _GENERATION_FLAGS if name not in used_elsewhere]
         parser.refuse(args, unused, "has no effect with --skip_generation")
     if args.parallelize and (args.gpu is not None or args.device is not None):
@@ -285,10 +285,10 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--server",
         metavar="URL",
-        help="score the model of this OpenAI API, as layer-surgery serve starts one, --batch_size prompts per request; "
-        "--checkpoint is what it runs: else give --tokenizer and --results_dir; $OPENAI_API_KEY is sent",
+        help="score the model of this OpenAI API (layer-surgery serve starts one), --batch_size prompts per request; "
+        "give the served --checkpoint, or else --tokenizer and --results_dir; $OPENAI_API_KEY is sent",
     )
-    parser.add_argument("--model", metavar="NAME", help="what the server calls the model, if it has several")
+    parser.add_argument("--model", metavar="NAME", help="the model's name on the server, if it has several")
     parser.add_argument(
         "--tokenizer", metavar="NAME|DIR|ID", help="for a model that is published without one (llama_tokenizer, ...)"
     )
@@ -308,8 +308,8 @@ def _parser() -> CommandParser:
         action="extend",
         default=[],
         metavar="MODEL",
-        help="let other models write too, and show the texts side by side: `donor` or `base` of this checkpoint, "
-        "another checkpoint's folder, or a model's folder, name or hub id; one is loaded after the other",
+        help="also print the texts of other models, side by side: `donor` or `base` of this checkpoint, another "
+        "checkpoint's folder, or a model's folder, name or hub id; one is loaded after the other",
     )
     parser.add_argument(
         "--output",
@@ -339,7 +339,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--result_json", type=Path, metavar="FILE", help="also write the scores to this file, for programs"
     )
-    add_flags(parser, EvaluationSettings, without=("seed",))  # it is among those above
+    add_flags(parser, EvaluationSettings, without=("seed",))  # GenerationSettings has it already
     parser.add_config_flag()
     return parser
 

@@ -1,4 +1,4 @@
-"""Command: this package's model code into checkpoints of format hf (see checkpoint/model_code.py)."""
+"""Command: put this package's model code into checkpoints of format hf (see checkpoint/model_code.py)."""
 
 import os
 import sys
@@ -7,10 +7,10 @@ from pathlib import Path
 from model_preparation.command_line import CommandParser, run
 
 DESCRIPTION = """\
-A checkpoint of format hf carries the model's own code, so that transformers opens it without this package. The command
-puts this package's code into checkpoints that were written with other code. The weights stay untouched. README.txt and
-the digests are brought up to date, and checkpoint_info.json records the change. A damaged checkpoint is not changed.
-Whenever the command is stopped, each folder is the old or the new one, whole.
+A checkpoint of format hf contains the model's own code, so that transformers opens it without this package. The command
+puts this package's code into checkpoints that have other code. The weights do not change. The command updates
+README.txt and the digests, and checkpoint_info.json records the change. It does not change a damaged checkpoint. If the
+command is stopped, each folder is whole: the old one or the new one.
 """
 
 EXAMPLES = """\
@@ -40,7 +40,7 @@ def main() -> None:
     try:
         os.getcwd()
     except FileNotFoundError:
-        print('You are in a folder that was replaced. Enter it anew: cd "$PWD"')
+        print('You are in a folder that was replaced. Enter it again: cd "$PWD"')
     if failures:
         for failure in failures[:-1]:
             print(f"error: {failure}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Command: is a checkpoint folder what was built? (see checkpoint/verify.py)"""
+"""Command: check that a checkpoint folder is the one that was built (see checkpoint/verify.py)."""
 
 from pathlib import Path
 
@@ -17,24 +17,24 @@ examples:
 def main() -> None:
     parser = CommandParser(
         description="Compare every file and every tensor of a checkpoint with its digest, and check that the model's\n"
-        "pickle names nothing but what is allowed. Nothing is written, no code is run.",
+        "pickle names only allowed classes. Nothing is written, no code is run.",
         epilog=EXAMPLES,
     )
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("directory", nargs="?", metavar="DIR", type=Path, help="the checkpoint's folder")
-    place.add_argument("--checkpoint", metavar="DIR", type=Path, help="the same, as other commands take it")
+    place.add_argument("--checkpoint", metavar="DIR", type=Path, help="the same, as a flag")
     parser.add_argument("--base", metavar="NAME|PATH", help="also compare the kept tensors with this base's")
     parser.add_argument(
         "--llama_layers_dir",
         metavar="DIR",
         help="also compare the replaced layers with these (default: extracted_llama_layers, if from the same source)",
     )
-    parser.add_argument("--files_only", action="store_true", help="the files' digests only; finds any changed byte")
+    parser.add_argument("--files_only", action="store_true", help="compare digests of files only; finds any change")
     add_source_flag(parser)
     args = parser.parse_args()
     checkpoint = args.directory or args.checkpoint
     if args.files_only:
-        parser.refuse(args, ("base", "llama_layers_dir"), "goes with tensors, and --files_only looks at none")
+        parser.refuse(args, ("base", "llama_layers_dir"), "compares tensors, but --files_only reads none")
     if args.base is None:
         parser.refuse(args, ("source",), "belongs to --base, which is not given")
 
@@ -47,15 +47,15 @@ def main() -> None:
         print(escaped(f"FAULT        {fault}"))
     if found.faults and len(found.faults) == found.elsewhere:
         raise SurgeryError(
-            f"{checkpoint} is what it says it is, but was not built from what it was compared with. "
-            "Name what it was built from by --base and --llama_layers_dir."
+            f"{checkpoint} has not changed, but it was built from another base or other layers. "
+            "Name its own base and layers by --base and --llama_layers_dir."
         )
     if found.faults:
         count = len(found.faults)
         raise SurgeryError(
             f"{count} fault{'s' * (count > 1)} in {checkpoint}. Copy or download it again, or build it again."
         )
-    print(escaped(f"Checkpoint {checkpoint} is what was built."))
+    print(escaped(f"Checkpoint {checkpoint} is as it was built."))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What our JSON files record of how they were made: the versions of the package and its libraries, and the time."""
+"""The origin that our JSON files record: the versions of the package and its libraries, and the time."""
 
 import os
 from datetime import UTC, datetime
@@ -12,8 +12,8 @@ _LIBRARIES = ("torch", "transformers", "safetensors")
 
 
 def versions() -> dict[str, str]:
-    """The version of this package and of the libraries that decide what is written."""
-    import torch  # its own attribute has the build's name too, such as +cpu
+    """The version of this package, and of the libraries that decide the contents of our files."""
+    import torch  # its own attribute also has the build's name, such as +cpu
 
     installed = {name: version(name) for name in _LIBRARIES} | {"torch": torch.__version__}
     return {"model_preparation": __version__, **installed}
@@ -32,6 +32,6 @@ def creation_time() -> str:
         moment = datetime.now(UTC) if given is None else datetime.fromtimestamp(int(given), UTC)
     except (ValueError, OverflowError, OSError) as error:
         raise SurgeryError(
-            f"SOURCE_DATE_EPOCH is {given!r}, which is no number of seconds since 1970. Set it right, or unset it."
+            f"SOURCE_DATE_EPOCH is {given!r}, which is no number of seconds since 1970. Set it to one, or unset it."
         ) from error
     return moment.isoformat(timespec="seconds")

@@ -204,7 +204,7 @@ def test_python_refuses_what_flags_refuse(settings, given, words):
         ("full_eval: maybe", ["line 1: full_eval is 'maybe'. Give true or false."]),
         ("dtype: float", ["line 1: dtype: invalid choice: 'float'", "float32"]),
         ("limit: 1\nlimit: 2", ["line 2: limit is there twice"]),
-        ("gpu: 0\ndevice: cpu", ["line 2: device does not go with gpu"]),
+        ("gpu: 0\ndevice: cpu", ["line 2: device cannot be used with gpu"]),
         ("source: [llama=/x, llama=/y]", ["line 1: source: llama is given more than once"]),
         ("config: other.yaml", ["there is no key 'config'"]),
         ("checkpoint", ["line 1: keys with values are needed"]),

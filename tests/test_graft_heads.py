@@ -131,7 +131,7 @@ def test_heads_of_other_kinds_have_biases_norms_and_a_recipe(other_kinds, base_d
     assert checked.returncode == 0, checked.stderr + checked.stdout
     again = build(base_dir, folder.parent / "layers", tmp_path / "again", "--from_info", folder)
     assert again.returncode == 0, again.stderr
-    assert "So is every other byte" in again.stdout
+    assert "Every other byte is the same" in again.stdout
 
 
 def test_it_verifies_and_its_recipe_gives_the_same_bytes(heads_dir, base_dir, layers_dir, tmp_path):
@@ -140,7 +140,7 @@ def test_it_verifies_and_its_recipe_gives_the_same_bytes(heads_dir, base_dir, la
     assert result.returncode == 0, result.stderr + result.stdout
     again = build(base_dir, layers_dir, tmp_path / "again", "--from_info", heads_dir)
     assert again.returncode == 0, again.stderr
-    assert "So is every other byte" in again.stdout
+    assert "Every other byte is the same" in again.stdout
     info = json.loads((heads_dir / "checkpoint_info.json").read_text())
     assert info["grafted_heads"] == {"0": [1], "2": [0, 1]}
     assert info["replacement_source"]["layers"].keys() == {"0", "2", "3"}
@@ -170,7 +170,7 @@ def test_its_layers_are_extracted_with_their_heads(heads_dir, tmp_path):
         (("--heads", "1"), 2, ["LAYER:HEAD"]),
         (("--heads", "1:-1"), 2, ["LAYER:HEAD"]),
         (("--layers", "1", "--keep_mixer_heads"), 2, ["--keep_mixer_heads belongs to --heads"]),
-        ((), 2, ["--layers, --heads or both are needed"]),
+        ((), 2, ["give --layers, --heads or --ungraft"]),
     ],
 )
 def test_what_cannot_be_is_refused(base_dir, layers_dir, tmp_path, args, code, words):

@@ -85,7 +85,7 @@ def test_it_tells_its_descent_verifies_and_is_rebuilt_without_its_parent(
         *("--llama_layers_dir", layers_dir),
     )
     assert again.returncode == 0, again.stderr
-    assert "So is every other byte" in again.stdout
+    assert "Every other byte is the same" in again.stdout
     assert info_of(tmp_path / "again")["descent"] == [first, second]
 
 
@@ -112,7 +112,7 @@ def test_another_donor_replaces_a_layer_and_both_are_recorded(
     assert_refused(run_command(*rebuild, "--llama_layers_dir", layers_dir), "2 donors, tiny-llama, other-llama")
     again = run_command(*rebuild, "--llama_layers_dir", layers_dir, other_layers_dir)
     assert again.returncode == 0, again.stderr
-    assert "So is every other byte" in again.stdout
+    assert "Every other byte is the same" in again.stdout
 
 
 def test_two_donors_in_one_command_are_the_two_steps(base_dir, layers_dir, other_layers_dir, tmp_path):
@@ -157,7 +157,7 @@ def test_where_nothing_is_left_of_the_first_donor_its_checkpoint_is_needed(
     assert_refused(run_command(*rebuild, *where), "which base and donors alone do not give")
     again = run_command(*rebuild, *where, "--base", checkpoint_dir)
     assert again.returncode == 0, again.stderr
-    assert "So is every other byte" in again.stdout
+    assert "Every other byte is the same" in again.stdout
 
 
 def other_donor(layers_dir: Path, folder: Path, **changes) -> Path:
@@ -183,7 +183,7 @@ def test_each_donor_has_its_own_norms_and_positions(base_dir, donor_dir, layers_
     again = ("create_replaced_model_checkpoint", "--from_info", tmp_path / "two", "--output_dir", tmp_path / "again")
     again = run_command(*again, "--llama_layers_dir", layers_dir, other)
     assert again.returncode == 0, again.stderr
-    assert "So is every other byte" in again.stdout
+    assert "Every other byte is the same" in again.stdout
 
     ids = torch.tensor([[7, 81, 200, 34, 5, 6, 99, 100, 101]])
     model = load_checkpoint(out)[0]
@@ -259,7 +259,7 @@ def test_a_graft_on_a_healed_checkpoint_keeps_what_was_trained(checkpoint_dir, b
     assert_refused(run_command(*rebuild, *where, "--base", checkpoint_dir), "is not the checkpoint healed")
     again = run_command(*rebuild, *where, "--base", healed)
     assert again.returncode == 0, again.stderr
-    assert "So is every other byte" in again.stdout
+    assert "Every other byte is the same" in again.stdout
 
 
 @pytest.mark.parametrize(

@@ -121,10 +121,10 @@ def test_what_is_not_as_the_recipe_says_is_named(recipe, base_dir, layers_dir, t
     assert_refused(rebuilt(short), "lacks what a recipe needs (KeyError('replacement_source'))")
     assert_refused(build("--from_info", layers_dir / "metadata.json", "--output_dir", tmp_path / "out"), "is no recipe")
     assert_refused(rebuilt(recipe, "--dry_run"), "the recipe is the plan", code=2)
-    assert_refused(rebuilt(recipe, "--layers", "1"), "--layers, --heads or both are needed", code=2)
+    assert_refused(rebuilt(recipe, "--layers", "1"), "give --layers, --heads or --ungraft", code=2)
     for flag in (["--dtype", "float32"], ["--format", "pt"], ["--description", ""]):  # defaults of others, too
-        assert_refused(rebuilt(recipe, *flag), f"{flag[0]} is the recipe's to say", code=2)
-    assert_refused(build("--output_dir", tmp_path / "out"), "--layers, --heads or both are needed", code=2)
+        assert_refused(rebuilt(recipe, *flag), f"{flag[0]} is a part of the recipe", code=2)
+    assert_refused(build("--output_dir", tmp_path / "out"), "give --layers, --heads or --ungraft", code=2)
 
 
 def test_a_source_under_another_name_is_the_same(recipe, layers_dir, tmp_path):

@@ -108,7 +108,7 @@ def test_full_eval_prints_the_score_of_lm_evals_mmlu_and_enters_it(command, chec
     for name, group in expected["groups"].items():
         assert f"{name:<16} {score(group)}\n" in out
     assert "--limit 2 is per subject" in out
-    assert "not comparable with the full one" in out
+    assert "not comparable with the full score" in out
     info = json.loads((checkpoint / "checkpoint_info.json").read_text())
     assert info["mmlu_score"] == expected["score"]
     (folder,) = (checkpoint / "evaluations").glob("mmlu-*")

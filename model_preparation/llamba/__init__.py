@@ -1,7 +1,7 @@
 """The model for Hugging Face's transformers: `LlambaConfig`, `LlambaForCausalLM`, `LlambaModel` and `LlambaCache`.
 
-The model's files import each other relatively, as checkpoints for Hugging Face have copies of them. The classes are
-imported and registered when they are first used from here, so that a command can have the config without the model.
+The model's files import each other relatively, because folders of format hf hold copies of them. The first use of a
+class from here imports and registers the model. So a command can import one file of this folder without the model.
 """
 
 import importlib

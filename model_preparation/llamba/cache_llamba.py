@@ -20,7 +20,7 @@ CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).paramet
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> int:
-    """What each token adds to the cache: keys and values of `layers` whole layers, and of the grafted heads."""
+    """The bytes that each token adds to the cache: keys and values of `layers` whole layers and of grafted heads."""
     group_size = config.num_attention_heads // config.num_key_value_heads
     grafted = getattr(config, "llama_heads", {}).values()
     kept = layers * config.num_key_value_heads + sum(len(kv_heads(heads, group_size)) for heads in grafted)
@@ -29,20 +29,20 @@ def kv_bytes_per_token(config: PreTrainedConfig, layers: int, dtype: torch.dtype
 
 
 def cache_bytes(config: PreTrainedConfig, layers: int, tokens: int, dtype: torch.dtype) -> int:
-    """What the cache holds after one sequence of `tokens`: K/V of `layers` layers, and the states of the others."""
-    held = tokens * kv_bytes_per_token(config, layers, dtype)
+    """The bytes in the cache after `tokens` tokens of one sequence: K/V of `layers` layers, states of the others."""
+    size = tokens * kv_bytes_per_token(config, layers, dtype)
     if others := config.num_hidden_layers - layers:
         ssm = config.ssm_cfg
         inputs = ssm["d_conv"] * (config.d_inner + 2 * ssm["n_qk_heads"] * ssm["d_state"])
         state = config.d_inner * ssm["d_state"]
-        held += others * (inputs * dtype.itemsize + state * max(dtype.itemsize, 4))  # the state is at least float32
-    return held
+        size += others * (inputs * dtype.itemsize + state * max(dtype.itemsize, 4))  # the state is at least float32
+    return size
 
 
 class MambaStateLayer(LinearAttentionLayer):
     """States of one mixer: `conv_states[0]` (batch, conv_dim, d_conv) and `recurrent_states[0]` (batch, H, P, N)."""
 
-    # Otherwise generate would build masks for torch.compile, which the mixers do not take.
+    # Otherwise generate would build masks for torch.compile, and the mixers cannot use those.
     is_compileable = False
 
     def states(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -50,18 +50,18 @@ class MambaStateLayer(LinearAttentionLayer):
         return (self.conv_states[0], self.recurrent_states[0]) if self.has_previous_state[0] else (None, None)
 
     def remember(self, inputs: torch.Tensor, state: torch.Tensor) -> None:
-        """Keep the states that `states` gives next. They may be the tensors kept so far, changed in place.
+        """Store the states for the next call of `states`. They may be the stored tensors, changed in place.
 
-        Where gradients are recorded, nothing is changed in place: the computation before needs the old states.
+        Where gradients are recorded, nothing is changed in place: the backward pass needs the old states.
         """
-        if torch.is_grad_enabled() and self.has_previous_state[0]:
+        if not self.has_previous_state[0]:
+            self.update_conv_state(inputs)
+        elif torch.is_grad_enabled():
             self.conv_states[0], self.recurrent_states[0] = inputs, state
             return
-        if self.has_previous_state[0]:
+        else:
             # update_conv_state would append to the old inputs first, which takes a quarter of a decode step.
             self.conv_states[0].copy_(inputs)
-        else:
-            self.update_conv_state(inputs)
         self.update_recurrent_state(state)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -73,14 +73,14 @@ class MambaStateLayer(LinearAttentionLayer):
         self.reorder_cache(indices)
 
 
-def _detached(held: object) -> object:
-    if isinstance(held, dict):
-        return {key: _detached(each) for key, each in held.items()}
-    return held.detach() if isinstance(held, torch.Tensor) else held
+def _detached(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _detached(each) for key, each in value.items()}
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 class HybridStateLayer(MambaStateLayer, LinearAttentionAndFullAttentionLayer):
-    """The states of a Mamba block with grafted heads, and the K/V that these need."""
+    """The states of a Mamba block with grafted heads, and the K/V of those heads."""
 
 
 _CACHE_LAYERS = {"linear_attention": MambaStateLayer, "hybrid": HybridStateLayer}
@@ -106,18 +106,18 @@ class LlambaCache(DynamicCache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """Per layer, whether it has a state and no K/V. Never all True: `generate` would read no length then."""
+        """Per layer, whether it has a state and no K/V. Never all True: `generate` would then find no length."""
         kinds = super().is_linear
         return kinds if not all(kinds) else [False] * len(kinds)
 
     def detach(self) -> None:
-        """Let gradients of later tokens end at what is kept."""
+        """Stop the gradients of later tokens at the stored tensors."""
         for layer in self.layers:
             for name in ("keys", "values", "conv_states", "recurrent_states"):
                 if hasattr(layer, name):
                     setattr(layer, name, _detached(getattr(layer, name)))
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the cache."""
         self.layers = [type(layer)() for layer in self.layers]  # K/V layers would keep their length otherwise
         self.seen_tokens = 0

@@ -1,13 +1,13 @@
 """The config of a Llamba: sizes, mixer, MLP, and which layers are a donor's.
 
-It reads upstream's config.json (`d_model`, `n_layer`, `ssm_cfg`, `mlp_cfg`, ...) and Hugging Face's names of them.
+It reads upstream's config.json (`d_model`, `n_layer`, `ssm_cfg`, `mlp_cfg`, ...), and Hugging Face's names too.
 Source of upstream's fields: cartesia-ai/edge, cartesia-pytorch/cartesia_pytorch/Llamba/configuration_llamba.py.
 """
 
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .transformers_versions import TESTED  # noqa: F401  before anything that another version may lack
+from .transformers_versions import TESTED  # noqa: F401  first: another version may lack the imports below
 
 # isort: split
 from huggingface_hub.dataclasses import strict
@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from .donor_kinds import KINDS, OF_EACH_DONOR, REQUIRED, mask_kinds
 
-# Imported only where one is made: it imports half of torch's compilers, a second that other configs save.
+# Imported only where one is made: this import takes a second.
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
@@ -64,13 +64,13 @@ class LlambaConfig(PreTrainedConfig):
         donor_type: the donor's kind, one of `KINDS`. It is written only where it is not "llama".
         llama_heads: by layer, as text, the donor's query heads that are added to its mixer, sorted. It is written only
             where there are any.
-        keep_mixer_heads: whether the mixer's heads of the same place stay beside them. By default the same share of
-            the mixer's channels is set to zero before `out_proj`. It is written only where it is true.
+        keep_mixer_heads: whether the mixer keeps its channels at the place of grafted heads. By default they are set
+            to zero before `out_proj` (`replaced_channels`). It is written only where it is true.
 
     Raises:
         ValueError: for a field of `mlp_cfg`, `ssm_cfg` or `llama_cfg` that does not exist, an unknown `donor_type`,
             head counts that do not divide, a layer index that is out of range or repeated, or a value of `DERIVED`
-            that the others contradict; the message names it.
+            that contradicts the other fields; the message names it.
     """
 
     model_type = "llamba"
@@ -115,7 +115,7 @@ class LlambaConfig(PreTrainedConfig):
         if self.has_attention:
             self.llama_cfg = _with_defaults("llama_cfg", self.llama_cfg, KINDS[self.donor_type].fields)
         derived = {name: kwargs.pop(name) for name in DERIVED if name in kwargs}
-        super().__post_init__(**kwargs)  # also sets what came under Hugging Face's names
+        super().__post_init__(**kwargs)  # also sets fields with Hugging Face's names
         for name, value in derived.items():
             if value != getattr(self, name):
                 raise ValueError(f"{name} is {value}, but the other fields make it {getattr(self, name)}; leave it out")
@@ -165,25 +165,25 @@ class LlambaConfig(PreTrainedConfig):
         return kinds
 
     def mask_of(self, layer: int) -> str:
-        """The mask that a layer's attention wants: "full_attention" or "sliding_attention"."""
+        """The mask that a layer's attention needs: "full_attention" or "sliding_attention"."""
         masks = mask_kinds(self.llama_cfg, self.n_layer)
         return masks[layer] if layer < len(masks) else "full_attention"  # before validation maybe too few
 
     def heads_of_layer(self, layer: int) -> list[int]:
-        """The donor's heads that are grafted beside the mixer of a layer."""
+        """The donor's heads that are added to a layer's mixer."""
         return self.llama_heads.get(str(layer), [])
 
     def replaced_channels(self, layer: int) -> list[tuple[int, int]]:
-        """(start, end) of the mixer's channels that grafted heads replace: the same share of all, at the same place.
+        """(start, end) of the mixer's channels that grafted heads replace: the same share, at the same place.
 
-        With as many heads in mixer and attention, these are the mixer's heads of the same numbers.
+        If mixer and attention have equally many heads, these are the mixer's heads with the same numbers.
         """
         heads = [] if self.keep_mixer_heads else self.heads_of_layer(layer)
         size = self.d_inner // self.num_attention_heads
         return [(head * size, (head + 1) * size) for head in heads]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, and the `DERIVED` ones, which some libraries read here."""
+        """All fields, and the `DERIVED` ones, because some libraries read them here."""
         return {**self.file_fields(), **{name: getattr(self, name) for name in DERIVED}}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -195,9 +195,9 @@ class LlambaConfig(PreTrainedConfig):
         return self._written(super().to_dict())
 
     def _written(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """`fields` as files have them; fields that came later are written only where they say something."""
-        silent = {"other_llama_cfgs": {}, "donor_type": "llama", "llama_heads": {}, "keep_mixer_heads": False}
-        return {name: value for name, value in fields.items() if name not in silent or value != silent[name]}
+        """`fields` as they are written into files: newer fields only where they differ from their default."""
+        newer = {"other_llama_cfgs": {}, "donor_type": "llama", "llama_heads": {}, "keep_mixer_heads": False}
+        return {name: value for name, value in fields.items() if name not in newer or value != newer[name]}
 
     def mlp_config(self) -> "LlamaConfig":
         """The config of the Mamba blocks' MLPs, which are transformers' LlamaMLP."""
@@ -213,13 +213,13 @@ class LlambaConfig(PreTrainedConfig):
         )
 
     def llama_config(self, layer: int | None = None) -> PreTrainedConfig:
-        """The config of a grafted layer, or of those whose donor is the first one. There must be grafted layers."""
+        """The config of a grafted layer; without `layer`, of the first donor. Some layer or head must be grafted."""
         kind = KINDS[self.donor_type].transformers_class("Config")
         sizes = {"vocab_size": self.vocab_size, "hidden_size": self.d_model, "num_hidden_layers": self.n_layer}
         return kind(**sizes, **self.llama_cfg | self.other_llama_cfgs.get(str(layer), {}))
 
     def validate_architecture(self):
-        """Part of `@strict`'s validation: finds what would be a shape error in the model otherwise."""
+        """Part of `@strict`'s validation: find settings that would be a shape error in the model."""
         ssm = self.ssm_cfg
         if self.d_inner % ssm["n_v_heads"]:
             raise ValueError(f"ssm_cfg: n_v_heads {ssm['n_v_heads']} does not divide expand * d_model = {self.d_inner}")
@@ -247,14 +247,14 @@ class LlambaConfig(PreTrainedConfig):
                 )
             window = self.llama_cfg.get("sliding_window")
             if "sliding_attention" in masks and not (isinstance(window, int) and window > 0):
-                raise ValueError(f"llama_cfg: sliding_window is {window!r}, and sliding layers need how many tokens")
+                raise ValueError(f"llama_cfg: sliding_window is {window!r}; sliding layers need a number of tokens")
 
     def _check_other_donors(self) -> None:
         """Part of `validate_architecture`."""
         others = self.other_llama_cfgs
         grafted = [*map(str, self.llama_layers), *self.llama_heads]
         if not isinstance(others, dict) or not others.keys() <= {*grafted}:
-            raise ValueError(f"other_llama_cfgs must be by grafted layer, {', '.join(grafted)}, not {others!r:.80}")
+            raise ValueError(f"other_llama_cfgs needs grafted layers ({', '.join(grafted)}) as keys: {others!r:.80}")
         for layer, fields in others.items():
             if not isinstance(fields, dict) or not fields.keys() <= {*OF_EACH_DONOR}:
                 raise ValueError(f"other_llama_cfgs: layer {layer} may have {', '.join(OF_EACH_DONOR)} only")
@@ -266,7 +266,7 @@ class LlambaConfig(PreTrainedConfig):
         total = (self.llama_cfg or {}).get("num_attention_heads") or 0
         for layer, heads in self.llama_heads.items():
             if not str(layer).isdecimal() or not int(layer) < self.n_layer or int(layer) in self.llama_layers:
-                raise ValueError(f"llama_heads: layer {layer!r} is not a Mamba block of this model, by its number")
+                raise ValueError(f"llama_heads: {layer!r} is not the number of a Mamba block of this model")
             if not heads or heads != sorted(set(heads)) or not 0 <= heads[0] <= heads[-1] < total:
                 raise ValueError(
                     f"llama_heads: heads {heads} of layer {layer} must be sorted, without repeats, below {total}"

@@ -20,7 +20,7 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 2048,
 }
 REQUIRED = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rope_parameters")
-# Donors in one model may differ in these. The others decide on shapes, caches and masks.
+# Donors in one model may differ in these. The other settings must be equal: shapes, caches and masks depend on them.
 OF_EACH_DONOR = ("rms_norm_eps", "rope_parameters", "max_position_embeddings")
 # The windows of Qwen's layers: `layer_types` says which layers have one.
 _WINDOWS: dict[str, Any] = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
@@ -31,8 +31,8 @@ class DonorKind:
     """One kind of donor.
 
     Attributes:
-        model_type: as config.json has it. It is also the name of the folder in `transformers.models`.
-        classes: what the names of the classes there begin with, such as "Qwen3" in `Qwen3DecoderLayer`.
+        model_type: as in config.json. It is also the name of the folder in `transformers.models`.
+        classes: the beginning of the class names there, such as "Qwen3" in `Qwen3DecoderLayer`.
         fields: the settings that a layer's computation depends on, with defaults.
         qkv_biases: whether queries, keys and values always have biases. `attention_bias` also gives the output one.
         qk_norms: whether the queries and keys of each head are normed.
@@ -53,7 +53,7 @@ class DonorKind:
     def settings(self, config: Any) -> dict[str, Any]:
         """The values of `fields` in a donor's config: the `llama_cfg` of its layers."""
         found = {name: getattr(config, name, default) for name, default in self.fields.items()}
-        # Qwen2's config has no head_dim of its own.
+        # Qwen2's config has no head_dim.
         found["head_dim"] = found["head_dim"] or config.hidden_size // config.num_attention_heads
         return found
 
@@ -72,7 +72,7 @@ KINDS = {
 
 
 def mask_kinds(settings: Mapping[str, Any], layers: int) -> list[str]:
-    """Per layer of a donor with these `settings`, the mask it wants: "full_attention" or "sliding_attention"."""
+    """Per layer of a donor with these `settings`, the mask it needs: "full_attention" or "sliding_attention"."""
     kind = "full_attention" if settings.get("sliding_window") is None else "sliding_attention"
     return settings.get("layer_types") or [kind] * layers
 
@@ -85,11 +85,10 @@ def kv_heads(heads: Sequence[int], group_size: int) -> list[int]:
 def picked_heads(
     heads: Sequence[int], num_heads: int, num_kv_heads: int, head_dim: int, kind: DonorKind = KINDS["llama"]
 ) -> dict[str, tuple[int, list[int]] | None]:
-    """What of a donor's layer a `HeadAttention` needs.
+    """The parts of a donor's layer that a `HeadAttention` needs.
 
     Returns:
-        By the parameter's name, the name of the donor's with `self_attn.` left out: (dimension, indices to pick), or
-        None for all of it.
+        By parameter name (the donor's, without `self_attn.`): (dimension, indices to pick), or None for the whole.
     """
 
     def numbers(picked: Sequence[int]) -> list[int]:

@@ -1,7 +1,7 @@
 """Grafted heads: the donor's attention over some of its query heads, added to a Mamba block's mixer.
 
 Only the rows of q, k and v and the columns of o that these heads need are parameters, so cost and cache follow the
-number of heads. That few heads do the looking up: arXiv 2504.18574, arXiv 2602.11374.
+number of heads. A few heads do most of the recall: arXiv 2504.18574, arXiv 2602.11374.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from .donor_kinds import KINDS, kv_heads, mask_kinds
 class HeadAttention(nn.Module):
     """out = sum over the heads h of softmax(q_h k_g(h)^T / sqrt(head_dim)) v_g(h) o_h^T, on the donor's input norm.
 
-    Biases, norms and the window of queries and keys are as the donor's kind has them.
+    Biases, norms and the window of queries and keys are those of the donor's kind.
 
     Args:
         config: the donor's.
         heads: the query heads, sorted.
-        layer_idx: of the layer.
+        layer_idx: the layer's index.
     """
 
     def __init__(self, config: PreTrainedConfig, heads: Sequence[int], layer_idx: int):
@@ -50,7 +50,7 @@ class HeadAttention(nn.Module):
         self.o_proj = nn.Linear(len(heads) * self.head_dim, config.hidden_size, bias=False)
 
     def _pad_groups(self, kv_place: Sequence[int]) -> None:
-        """Attention wants as many queries for each K/V head. Smaller groups repeat one: that is less than copying K/V.
+        """Give each K/V head equally many queries, as attention needs. Repeating a query is cheaper than copying K/V.
 
         Args:
             kv_place: for each head, the number of its K/V head among those kept; sorted.
@@ -83,10 +83,10 @@ class HeadAttention(nn.Module):
             attention_mask: as transformers makes it for the implementation in use.
             position_embeddings: (cos, sin), each (batch, length, head_dim).
             cache: of the earlier tokens; updated in place.
-            kwargs: for the implementation.
+            kwargs: passed to the implementation.
 
         Returns:
-            (batch, length, d_model), what is added to the residual.
+            (batch, length, d_model), to be added to the residual.
         """
         normed = self.input_layernorm(hidden_states)
         shape = (*normed.shape[:-1], -1, self.head_dim)

@@ -1,6 +1,6 @@
-"""`import model_preparation` is quick, and yet transformers and torch know the model: they learn it when they come.
+"""Registers the model with transformers and torch once one of them is imported: `import model_preparation` is quick.
 
-Registering needs both, and their import takes seconds. So it waits until somebody else imports one of them.
+Registering needs both, and their import takes seconds. So it waits until other code imports one of them.
 """
 
 import functools
@@ -16,11 +16,11 @@ _WATCHED = {"torch", "transformers", "accelerate", "safetensors", "peft", "torch
 
 
 class _Watch:
-    """A finder for `sys.meta_path` that finds nothing itself, but notices when the imports of these packages end."""
+    """A finder for `sys.meta_path`: it finds nothing itself, but notices when the imports of these packages end."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._begun = 0  # imports that have not ended, of all threads
+        self._running = 0  # imports that have not ended, in all threads
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -36,14 +36,14 @@ class _Watch:
 
     def _execute(self, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
         with self._lock:
-            self._begun += 1
+            self._running += 1
         try:
             execute(module)
         finally:
             with self._lock:
-                self._begun -= 1
-                is_outermost = self._begun == 0
-        if is_outermost and self in sys.meta_path and _needed():
+                self._running -= 1
+                is_outermost = self._running == 0
+        if is_outermost and self in sys.meta_path and _is_imported():
             register_never()
             _register()
 
@@ -53,19 +53,19 @@ _watch = _Watch()
 
 def register_when_needed() -> None:
     """Register the model with transformers and torch now if one of them is imported, else as soon as one is."""
-    if _needed():
+    if _is_imported():
         _register()
     elif _watch not in sys.meta_path:
         sys.meta_path.insert(0, _watch)
 
 
 def register_never() -> None:
-    """Wait no longer. A command does this: it imports what it needs, and many need no model."""
+    """Stop waiting. Commands call this: they import the model where they need it, and many do not."""
     if _watch in sys.meta_path:
         sys.meta_path.remove(_watch)
 
 
-def _needed() -> bool:
+def _is_imported() -> bool:
     return "torch" in sys.modules or "transformers" in sys.modules
 
 

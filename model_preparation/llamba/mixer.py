@@ -13,8 +13,8 @@ from .cache_llamba import LlambaCache
 from .configuration_llamba import LlambaConfig
 from .ssd import NEVER, product_dtype, scan, step
 
-# Tokens that go through a mixer at once on a CPU. Their intermediate values fit into its caches, and into memory that
-# the allocator reuses. 256 to 1,024 differ by less than 5%.
+# Tokens that go through a mixer at once on a CPU. Their intermediate values fit into the CPU's caches, and into memory
+# that the allocator reuses. Between 256 and 1,024 tokens, the speed differs by less than 5%.
 BLOCK_TOKENS = 512
 SHORT = 8  # tokens up to which a sum of shifted products is faster than conv2d
 
@@ -44,7 +44,7 @@ class PaddingLayout(NamedTuple):
 
 
 class CausalConv1d(nn.Conv1d):
-    """A depthwise convolution over tokens. Only its own forward reads its weights, as hooks may load them there."""
+    """A depthwise convolution over tokens. Only its own forward reads its weights: hooks may load them there."""
 
     def forward(self, window: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Convolve the last tokens of a window; no activation.
@@ -101,7 +101,7 @@ class LlambaMixer(nn.Module):
         self.replaced_channels = config.replaced_channels(layer_idx)
 
         self.in_proj = nn.Linear(config.d_model, self.conv_dim + self.d_inner + self.n_v_heads, bias=ssm["bias"])
-        # With biases, in_proj has that of z, and upstream has no z_bias parameter.
+        # With biases, the bias of z is a part of in_proj's, and upstream has no z_bias parameter.
         self.z_bias = None if ssm["bias"] else nn.Parameter(torch.zeros(self.d_inner))
         self.conv1d = CausalConv1d(
             self.conv_dim,
@@ -147,7 +147,7 @@ class LlambaMixer(nn.Module):
             if position_ids is not None:  # no document begins at padding
                 position_ids = position_ids.gather(1, padding.order).masked_fill(padding.is_padding, self.d_conv)
         conv_state, state = (None, None) if cache is None else cache.layers[self.layer_idx].states()
-        inputs = self._nothing_before(hidden_states) if conv_state is None else conv_state.transpose(1, 2)
+        inputs = self._zero_inputs(hidden_states) if conv_state is None else conv_state.transpose(1, 2)
 
         outputs: list[Tensor] = []
         last_inputs: list[Tensor] = []
@@ -170,7 +170,8 @@ class LlambaMixer(nn.Module):
         out = _joined(outputs).view(batch, length, width)
         return out if padding is None else _take(out, padding.inverse)
 
-    def _nothing_before(self, hidden_states: Tensor) -> Tensor:
+    def _zero_inputs(self, hidden_states: Tensor) -> Tensor:
+        """The convolution's inputs before the first token, (batch, d_conv, conv_dim)."""
         return hidden_states.new_zeros(len(hidden_states), self.d_conv, self.conv_dim)
 
     def _mix(
@@ -181,13 +182,13 @@ class LlambaMixer(nn.Module):
         real: Tensor | None,
         position_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Some consecutive tokens.
+        """Run the mixer over consecutive tokens.
 
         Args:
             hidden_states: (batch, length, d_model).
             inputs: the last d_conv inputs of the convolution before them, (batch, d_conv, conv_dim).
             state: the state before them, (batch, H, P, N), or None for zeros.
-            real: (batch,), how many of a row's tokens are real, which come first; None for all.
+            real: (batch,), how many tokens of each row are real. They come first. None: all are real.
             position_ids: (batch, length), or None.
 
         Returns:
@@ -209,7 +210,7 @@ class LlambaMixer(nn.Module):
         real: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Convolution and recurrence; as `_mix`, but from parts of the projection to y, (batch, length, d_inner)."""
+        """Convolution and recurrence. As `_mix`, but from the projection's xBC and a to y, (batch, length, d_inner)."""
         batch, length, _ = xBC.shape
         dtype = torch.promote_types(xBC.dtype, torch.float32)
         window = torch.cat([inputs, xBC], dim=1)  # (batch, d_conv + length, conv_dim)

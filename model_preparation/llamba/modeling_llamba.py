@@ -72,7 +72,7 @@ class LlambaDecoderLayer(GradientCheckpointingLayer):
             position_ids: (batch, length), each token's place in its document; None if no document begins.
             use_cache: not used; transformers' gradient checkpointing needs it in the signature.
             past_key_values, cache: the cache, under `CACHE_NAME`.
-            of_heads: the arguments of grafted heads.
+            of_heads: the arguments for the grafted heads.
         """
         cache = past_key_values if cache is None else cache
         mixed = self.mixer(self.input_layernorm(hidden_states), cache, attention_mask, position_ids)
@@ -90,9 +90,10 @@ class LlambaPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
+    _input_embed_layer = "embedding"
     _is_stateful = True  # a state cannot be rolled back, so no assisted generation
     _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": GradientCheckpointingLayer,  # every layer, of whatever kind
+        "hidden_states": GradientCheckpointingLayer,  # every kind of layer
         "attentions": "self_attn",
     }
 
@@ -134,18 +135,12 @@ class LlambaModel(LlambaPreTrainedModel):
         self.post_init()
 
     def make_rotary_embeddings(self) -> None:
-        """Make them anew, for example on another device; `other_rotary_embs` has those of `other_configs`."""
+        """Make the rotary embeddings again, for example on another device; `other_rotary_embs` for `other_configs`."""
         make = KINDS[self.config.donor_type].transformers_class("RotaryEmbedding")
         if self.llama_config is not None:
             self.rotary_emb = make(self.llama_config)
         if self.other_configs:
             self.other_rotary_embs = nn.ModuleList(map(make, self.other_configs.values()))
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embedding
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embedding = value
 
     @merge_with_config_defaults
     @capture_outputs
@@ -163,12 +158,12 @@ class LlambaModel(LlambaPreTrainedModel):
         """
         Args:
             input_ids: (batch, length) int64; or `inputs_embeds`, (batch, length, d_model).
-            attention_mask: (batch, past + length), 0 at padding, anywhere; it changes no real token's output.
+            attention_mask: (batch, past + length), 0 at padding, which may be anywhere: no real token's output changes.
             position_ids: (batch or 1, length), each token's place in its document, counted from 0. Where they start
                 again at 0, a document begins: no layer sees earlier tokens then. By default each row is one document.
             past_key_values: a `LlambaCache`, updated in place; made here if `use_cache` and none is given.
             cache: another name of `past_key_values`, transformers' own from 5.24 on.
-            kwargs: what `transformers.utils.TransformersKwargs` lists.
+            kwargs: the arguments in `transformers.utils.TransformersKwargs`.
 
         Returns:
             last_hidden_state (batch, length, d_model) after the final norm, and the cache, under `CACHE_NAME`.
@@ -201,9 +196,9 @@ class LlambaModel(LlambaPreTrainedModel):
         cache: LlambaCache | None = None,
         **kwargs,
     ) -> dict[str, dict]:
-        """By entry of `layer_types`, what a layer gets beside hidden states and cache, made from `forward`'s.
+        """By entry of `layer_types`, a layer's arguments besides hidden states and cache, made from `forward`'s.
 
-        Layers of `other_configs` and layers with grafted heads have arguments of their own, by their index as text.
+        Layers of `other_configs` and layers with grafted heads have their own arguments, by their index as text.
         """
         length = hidden_states.shape[1]
         padding = PaddingLayout.of(attention_mask, length)
@@ -294,9 +289,9 @@ def _is_packed(position_ids: Tensor, places: Tensor, attention_mask: Tensor | No
 
 
 def _visible(position_ids: Tensor, places: Tensor, is_packed: bool, window: int | None):
-    """A mask function for transformers: true for keys in the query's document and among its last `window` tokens.
+    """A mask function for transformers: true for keys in the query's document and in its last `window` tokens.
 
-    It counts real tokens, so padding between them changes nothing. None if every key before the query is visible.
+    It counts real tokens only, so padding changes nothing. None if every key before the query is visible.
     """
     if not is_packed and window is None:
         return None
@@ -317,7 +312,7 @@ def _visible(position_ids: Tensor, places: Tensor, is_packed: bool, window: int 
 
 
 def _checked_cache(past_key_values: LlambaCache | None, cache: LlambaCache | None) -> LlambaCache | None:
-    """The cache, given under one of its two names."""
+    """The cache that was given under one of its two names."""
     if past_key_values is not None and cache is not None:
         raise TypeError("cache and past_key_values are two names of one argument; give one of them")
     cache = past_key_values if cache is None else cache
@@ -338,7 +333,7 @@ def _check_kwargs(kwargs: dict, position_ids: Tensor | None) -> None:
     if kwargs.get("is_causal") is False:
         raise ValueError("is_causal=False: Mamba layers are causal")
     if position_ids is None and any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
-        raise ValueError("cu_seq_lens_q and seq_idx say where documents begin; give position_ids, which say it too")
+        raise ValueError("cu_seq_lens_q and seq_idx are not enough to tell documents apart; give position_ids as well")
 
 
 class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
@@ -351,18 +346,6 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
         self.backbone = LlambaModel(config)
         self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=config.lm_head_bias)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.backbone.embedding
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.backbone.embedding = value
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
 
     @can_return_tuple
     def forward(
@@ -406,7 +389,7 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
             hidden_states = hidden_states[rows[:, None], logits_to_keep.to(hidden_states.device)]
         else:
             hidden_states = hidden_states[:, logits_to_keep]
-        # Without the rows that only pad the vocabulary, so that no sampler can choose them.
+        # Cut off the rows that only pad the vocabulary, so that no sampler can choose them.
         logits = self.lm_head(hidden_states)[..., : self.config.vocab_size]
         loss = None
         if labels is not None:

@@ -14,7 +14,7 @@ from model_preparation.llamba.donor_kinds import KINDS
 from model_preparation.llamba.head_attention import HeadAttention
 from model_preparation.llamba.mixer import CausalConv1d, LlambaMixer
 
-_OF_DONORS = ("Config", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
+_DONOR_CLASSES = ("Config", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 _ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 
 SAFE_GLOBALS = [
@@ -26,7 +26,7 @@ SAFE_GLOBALS = [
     CausalConv1d,
     HeadAttention,
     GenerationConfig,
-    *(kind.transformers_class(name) for kind in KINDS.values() for name in _OF_DONORS),
+    *(kind.transformers_class(name) for kind in KINDS.values() for name in _DONOR_CLASSES),
     nn.Conv1d,  # in files of version 0.1
     nn.Embedding,
     nn.Linear,

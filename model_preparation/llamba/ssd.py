@@ -58,7 +58,7 @@ def scan(
     chunks = -(-length // Q)
 
     def by_chunk(t: Tensor, to: torch.dtype) -> Tensor:
-        """(batch, length, heads, width) -> (chunks * batch * heads, Q, width); zeros, which do nothing, at the tail."""
+        """(batch, length, heads, width) -> (chunks * batch * heads, Q, width); zeros at the end change nothing."""
         if chunks * Q > length:
             t = F.pad(t, (0, 0, 0, 0, 0, chunks * Q - length))
         t = t.unflatten(1, (chunks, Q)).permute(1, 0, 3, 2, 4)
@@ -151,7 +151,7 @@ def segment_sum(values: Tensor) -> Tensor:
 
 
 def product_dtype(t: Tensor) -> torch.dtype:
-    """The dtype of the factors in matrix products: half precision where that is multiplied, else float32 at least.
+    """The dtype of the factors in matrix products: half precision where the device multiplies it, else float32 or more.
 
     Sums are float32 either way. With bfloat16 factors, each matrix product is rounded to bfloat16 once, as upstream's
     kernels round the factors. The state between chunks is float32.

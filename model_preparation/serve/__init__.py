@@ -1,1 +1,1 @@
-"""Serving: a plugin that teaches vLLM our models, and the engines that serve_checkpoint.py starts."""
+"""Serving: a plugin that adds our models to vLLM, and the engines that serve_checkpoint.py starts."""

@@ -1,4 +1,4 @@
-"""vLLM as a process of its own: started, waited for until it answers, ended with all that it started."""
+"""Runs vLLM in a separate process: starts it, waits until it answers, and ends it with all its child processes."""
 
 import contextlib
 import ctypes
@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,25 +20,25 @@ from model_preparation.errors import SurgeryError
 from model_preparation.jobs.die_with_parent import PR_SET_PDEATHSIG
 from model_preparation.serve.plugin import fault_of_graft, fault_of_vllm, installed_vllm, is_for_cpus
 
-# What `vllm serve` starts. That command itself fails in the build for CPUs: it asks for the version of `vllm`.
+# The module that `vllm serve` runs. `vllm serve` itself fails in the build for CPUs: it looks up the version of `vllm`.
 _SERVER = "vllm.entrypoints.openai.api_server"
-# For CPUs vLLM asks for 92% of the whole memory, and does not start where that is not free.
+# On CPUs, vLLM reserves 92% of all memory by default, and does not start if less is free.
 _CPU_CACHE = ("--kv-cache-memory-bytes", "4G")
 _CACHE_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 30  # from SIGTERM to SIGKILL
-# What vLLM's processes say of each other's end; the reason is another line.
+# Errors of vLLM's processes that only follow from another error: the reason is in another line.
 _FOLLOWS = re.compile(r"(Engine core|WorkerProc) initialization failed|validation errors? for")
 _REASON = re.compile(r"(?:^|\s)(?:[\w.]+(?:Error|Exception)|Value error|.*: error)[:,] (?P<reason>\S.*)$")
 _ENDING = re.compile(r"\s*\[type=.*$")  # pydantic's
 
 
 def choose_engine(asked: str, donor_type: str = "llama", has_heads: bool = False) -> str:
-    """ "vllm" or "transformers"; "auto" takes vLLM where it is installed and serves such a graft.
+    """ "vllm" or "transformers"; "auto" takes vLLM if it is installed and can serve such a graft.
 
     Raises:
-        SurgeryError: if vLLM is asked for and missing, or installed in a version that cannot serve our models; or if
-            it does not serve such a graft.
+        SurgeryError: if vLLM is asked for, but is missing, has a version that cannot serve our models, or cannot serve
+            such a graft.
     """
     installed, unserved = installed_vllm(), fault_of_graft(donor_type, has_heads)
     if asked == "transformers" or (asked == "auto" and (installed is None or unserved)):
@@ -67,7 +66,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def address(host: str, port: int) -> str:
-    """Where a client on this machine finds the server."""
+    """The address of the server for a client on this machine."""
     try:
         parsed = ipaddress.ip_address(host)
     except ValueError:
@@ -78,7 +77,7 @@ def address(host: str, port: int) -> str:
 
 
 def describe(url: str, name: str, api_key: str | None) -> list[str]:
-    """What to tell who started the server: where it is, and how to ask it."""
+    """Lines for the user who started the server: its address, and a command that sends a request."""
     request = json.dumps({"model": name, "prompt": "Hello", "max_tokens": 16, "temperature": 0})
     key = " -H 'Authorization: Bearer API_KEY'" if api_key else ""
     return [
@@ -104,10 +103,10 @@ def serve_by_vllm(
 
     Args:
         folder: a model's folder that transformers opens.
-        name: what clients call the model.
-        flags: further ones, of vLLM's own.
-        log: what vLLM prints goes there.
-        ready: called when it answers.
+        name: the model's name for clients.
+        flags: further flags of vLLM.
+        log: the file for vLLM's output.
+        ready: called when the server answers.
 
     Raises:
         SurgeryError: if vLLM ends by itself.
@@ -128,10 +127,10 @@ def serve_by_vllm(
 
 @contextlib.contextmanager
 def _running(command: list[str], log: Path, api_key: str | None) -> Iterator[subprocess.Popen]:
-    """The process while the block runs; then it is ended, and what it has started too."""
+    """Run a process while the block runs, then end it and all its child processes."""
     variables = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
     if api_key is not None:
-        variables["VLLM_API_KEY"] = api_key  # where no list of processes shows it
+        variables["VLLM_API_KEY"] = api_key  # not a flag: lists of processes would show it
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -139,7 +138,7 @@ def _running(command: list[str], log: Path, api_key: str | None) -> Iterator[sub
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a group of its own, all of which is ended
+            start_new_session=True,  # its own group of processes, so that all of them can be ended
             preexec_fn=_end_with_parent,
         )
     try:
@@ -153,13 +152,13 @@ def _running(command: list[str], log: Path, api_key: str | None) -> Iterator[sub
 
 
 def _end_with_parent() -> None:
-    """Get SIGTERM when the parent is killed (on Linux). Killed outright, vLLM would leave its engine running."""
+    """Get SIGTERM when the parent is killed (on Linux). After SIGKILL, vLLM would leave its engine running."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _signal_group(process: subprocess.Popen, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # all of it has ended
+    with contextlib.suppress(ProcessLookupError):  # all processes of the group have ended
         os.killpg(process.pid, number)
 
 
@@ -167,18 +166,18 @@ def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5):
             return True
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return False
 
 
 def _check_running(process: subprocess.Popen, log: Path) -> None:
     if (code := process.poll()) is not None:
-        raise SurgeryError(f"vLLM has ended (exit code {code}): {reason_in(log)} All that it said is in {log}")
+        raise SurgeryError(f"vLLM has ended (exit code {code}): {reason_in(log)} Its whole output is in {log}")
 
 
 def reason_in(log: Path) -> str:
-    """The line of vLLM's log that says why it ended: the first error that does not follow from another."""
+    """The reason in vLLM's log why it ended: the first error that does not follow from another."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     reasons = [match["reason"] for line in lines if not _FOLLOWS.search(line) and (match := _REASON.search(line))]
-    reason = _ENDING.sub("", reasons[0] if reasons else (lines or ["it said nothing"])[-1]).strip()
+    reason = _ENDING.sub("", reasons[0] if reasons else (lines or ["it printed nothing"])[-1]).strip()
     return reason if reason.endswith((".", "!", "?")) else f"{reason}."

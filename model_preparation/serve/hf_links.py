@@ -1,7 +1,7 @@
-"""A checkpoint of format pt as a folder that servers open, without a second copy of its weights.
+"""Makes a folder that servers open from a checkpoint of format pt, without a second copy of its weights.
 
-In: the checkpoint. Out: NAME-hf beside it: config.json, the tokenizer, and model_state_dict.pt under the name that
-transformers gives such a file, as a link (io/shared_files.py). It is made anew for every start, as links take no time.
+The folder is NAME-hf, beside the checkpoint. It has config.json, the tokenizer, and a link to model_state_dict.pt under
+the name that transformers gives such a file (io/shared_files.py). Each start makes it again: links take no time.
 """
 
 import json
@@ -19,10 +19,10 @@ _WEIGHTS = "pytorch_model.bin"
 
 
 def hf_folder(checkpoint: Path) -> Path:
-    """The folder to serve: the checkpoint's own if it is of format hf or both, else one of links beside it.
+    """The folder to serve: the checkpoint's own if it is of format hf or both, else a folder of links beside it.
 
     Raises:
-        SurgeryError: if it is no complete checkpoint, or something else lies where the folder of links belongs.
+        SurgeryError: if it is no complete checkpoint, or another folder has the name of the folder of links.
     """
     info = read_info(checkpoint)
     checkpoint = checkpoint.resolve()
@@ -34,16 +34,14 @@ def hf_folder(checkpoint: Path) -> Path:
     target = checkpoint.with_name(f"{checkpoint.name}-hf")
     if target.exists() and not (target / _MARKER).is_file():
         raise SurgeryError(
-            f"{target} is in the way: links to the weights belong there, to serve them. Move it elsewhere."
+            f"{target} is in the way: a folder of links to the weights needs this name. Move it elsewhere."
         )
-    wrapped = [
-        name for name in load_tensors(checkpoint / STATE_DICT, "Build the checkpoint again.") if _is_wrapped(name)
-    ]
-    if wrapped:
-        raise SurgeryError(
-            f"{checkpoint / STATE_DICT} was saved from a wrapped model ({wrapped[0]}), which servers do not open. "
-            "Build the checkpoint again."
-        )
+    for name in load_tensors(checkpoint / STATE_DICT, "Build the checkpoint again."):
+        if not name.startswith(("backbone.", "lm_head.")):
+            raise SurgeryError(
+                f"{checkpoint / STATE_DICT} was saved from a wrapped model ({name}), which servers do not open. "
+                "Build the checkpoint again."
+            )
     with new_folder(target, overwrite=True, marker_file=_MARKER) as staging:
         share_file((checkpoint / STATE_DICT).resolve(), staging / _WEIGHTS)
         for path in (checkpoint / TOKENIZER).iterdir():
@@ -52,10 +50,6 @@ def hf_folder(checkpoint: Path) -> Path:
         _write_json(staging / "generation_config.json", info["generation_config"])
         _write_json(staging / _MARKER, {"checkpoint": checkpoint.name, "links_to": STATE_DICT, "info": INFO})
     return target
-
-
-def _is_wrapped(name: str) -> bool:
-    return not name.startswith(("backbone.", "lm_head."))
 
 
 def _write_json(path: Path, content: dict) -> None:

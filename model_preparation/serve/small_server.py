@@ -1,7 +1,7 @@
-"""A small server where vLLM is not installed: OpenAI's completions and chat, one request after the other.
+"""A small server for machines without vLLM: OpenAI's completions and chat, one request after the other.
 
-It is there because `transformers serve` takes no model whose code is not in transformers itself (it looks the class up
-there), has no log-probabilities and no key. It uses nothing but Python's own HTTP server and `generate`.
+`transformers serve` would not do: it takes only models whose class is in transformers itself, and it has neither
+log-probabilities nor a key. This server uses only Python's own HTTP server and `generate`.
 """
 
 import hmac
@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from model_preparation.io.untrusted.tokenizer_files import apply_chat_template
 Emit = Callable[[dict[str, Any]], None]
 
 _MAX_BODY_BYTES = 32_000_000
-_SILENCE_SECONDS = 60  # a client that sends nothing holds up all others
+_SILENCE_SECONDS = 60  # a client that sends nothing blocks all others
 _NUMBER = (int, float)
-# By name: types that it may have, and its default. What is not here is refused, so that nothing is ignored in silence.
+# The fields of a request: (types, default). Other fields are refused, so that none is ignored in silence.
 _COMMON: dict[str, tuple[tuple[type, ...], Any]] = {
     "model": ((str,), None),
     "max_tokens": ((int,), 16),
@@ -37,14 +38,14 @@ _COMMON: dict[str, tuple[tuple[type, ...], Any]] = {
     "stop": ((str, list), None),
     "seed": ((int,), None),
     "stream": ((bool,), False),
-    "user": ((str,), None),  # OpenAI's, for their own records
+    "user": ((str,), None),  # OpenAI uses it for its own records
 }
 _COMPLETION = {**_COMMON, "prompt": ((str, list), None), "logprobs": ((int,), None), "echo": ((bool,), False)}
 _CHAT = {**_COMMON, "messages": ((list,), None), "max_completion_tokens": ((int,), None)}
 
 
 class Refused(Exception):
-    """What a client did wrong; the status and the sentence go back to it."""
+    """A client's mistake. The client gets the status and the sentence."""
 
     def __init__(self, sentence: str, status: int = 400):
         super().__init__(sentence)
@@ -52,16 +53,9 @@ class Refused(Exception):
 
 
 def serve_by_transformers(
-    checkpoint: Path,
-    *,
-    name: str,
-    host: str,
-    port: int,
-    dtype: str,
-    api_key: str | None,
-    ready: Callable[[], None],
+    checkpoint: Path, *, name: str, host: str, port: int, dtype: str, api_key: str | None, ready: Callable[[], None]
 ) -> None:
-    """Answer requests until this process gets SIGINT or SIGTERM. The arguments are those of `serve_by_vllm`."""
+    """Answer requests until this process gets SIGINT or SIGTERM. The arguments are as in `serve_by_vllm`."""
     model, tokenizer = load_checkpoint(checkpoint, dtype=dtype)
     answering = Answering(model, tokenizer, name)
 
@@ -79,27 +73,27 @@ def serve_by_transformers(
 
 
 class Answering:
-    """A model that answers requests, given as OpenAI's JSON."""
+    """A model that answers requests in OpenAI's JSON."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str):
         self._model, self._tokenizer, self.name = model, tokenizer, name
         self.max_length = model.config.max_position_embeddings
 
     def complete(self, body: dict[str, Any], emit: Emit) -> dict[str, Any] | None:
-        """The answer to a request for completions; None where it was asked for in pieces.
+        """The answer to a request for completions; None if the request asked for pieces (`stream`).
 
         Args:
-            emit: called with each piece, as soon as its tokens are there.
+            emit: called with each piece, as soon as its tokens are known.
 
         Raises:
-            Refused: if the request is none that is known.
+            Refused: if the request is not valid.
         """
         request = self._read(body, _COMPLETION, "prompt")
         prompts = [self._ids(prompt) for prompt in _prompts_in(request["prompt"])]
         return self._answer(request, prompts, "text_completion", lambda text, piece: {"text": text}, emit)
 
     def chat(self, body: dict[str, Any], emit: Emit) -> dict[str, Any] | None:
-        """The same of a request for a chat's next message."""
+        """The same for a request for a chat's next message."""
         request = {**self._read(body, _CHAT, "messages"), "logprobs": None, "echo": False}
         if request["max_completion_tokens"] is not None:
             request["max_tokens"] = request["max_completion_tokens"]
@@ -109,7 +103,7 @@ class Answering:
             text = apply_chat_template(self._tokenizer, request["messages"])
         except ValueError as error:
             raise Refused(f"The tokenizer's chat template makes no text of these messages: {error}.") from error
-        prompt = self._tokenizer(text, add_special_tokens=False).input_ids  # the template has written them
+        prompt = self._tokenizer(text, add_special_tokens=False).input_ids  # the template has added these already
 
         def message(text: str, piece: bool) -> dict[str, Any]:
             return {"delta" if piece else "message": {"role": "assistant", "content": text}}
@@ -119,7 +113,7 @@ class Answering:
     def _read(self, body: dict[str, Any], known: dict[str, tuple[tuple[type, ...], Any]], needed: str) -> dict:
         given = {field: value for field, value in body.items() if value is not None}
         if unknown := sorted(set(given) - set(known)):
-            raise Refused(f"The fields {', '.join(unknown)} are not known here. Known are {', '.join(known)}.")
+            raise Refused(f"The fields {', '.join(unknown)} are not known here. The known ones are {', '.join(known)}.")
         for field, value in given.items():
             kinds = known[field][0]
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
@@ -129,32 +123,25 @@ class Answering:
             raise Refused(f"{needed} is missing.")
         if request["model"] not in (None, self.name):
             raise Refused(f"There is no model {request['model']!r:.80} here, only {self.name}.", 404)
-        limits = {
-            "max_tokens": (0, None),
-            "n": (1, 128),
-            "temperature": (0, None),
-            "top_p": (0, 1),
-            "logprobs": (0, 20),
-        }
+        limits = {"max_tokens": (0, inf), "n": (1, 128), "temperature": (0, inf), "top_p": (0, 1), "logprobs": (0, 20)}
         for field, (least, most) in limits.items():
             value = request.get(field)
-            if value is not None and (value < least or (most is not None and value > most)):
-                raise Refused(
-                    f"{field} is {value}; it must be at least {least}{f' and at most {most}' if most else ''}."
-                )
+            if value is not None and not least <= value <= most:
+                at_most = "" if most == inf else f" and at most {most}"
+                raise Refused(f"{field} is {value}; it must be at least {least}{at_most}.")
         if request["stream"] and request["n"] > 1:
-            raise Refused("stream goes with n = 1.")
+            raise Refused("stream needs n = 1.")
         stop = request["stop"]
         request["stop"] = [stop] if isinstance(stop, str) else stop or []
         if not all(isinstance(word, str) and word for word in request["stop"]):
-            raise Refused("stop is a text or a list of texts.")
+            raise Refused("stop must be a text or a list of texts.")
         return request
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         ids: list[int] = self._tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
         vocabulary = self._model.config.vocab_size
         if not ids or not all(0 <= token < vocabulary for token in ids):
-            raise Refused(f"A prompt has no tokens, or one that is not between 0 and {vocabulary - 1}.")
+            raise Refused(f"A prompt has no tokens, or a token that is not between 0 and {vocabulary - 1}.")
         return ids
 
     def _answer(
@@ -164,10 +151,10 @@ class Answering:
             if len(prompt) + request["max_tokens"] > self.max_length:
                 raise Refused(
                     f"The prompt has {len(prompt)} tokens and max_tokens is {request['max_tokens']}; "
-                    f"together they may be {self.max_length}."
+                    f"together they may be at most {self.max_length}."
                 )
         if request["stream"] and (len(prompts) > 1 or request["echo"] or request["logprobs"] is not None):
-            raise Refused("stream goes with one prompt, and neither with echo nor with logprobs.")
+            raise Refused("stream needs a single prompt, without echo and logprobs.")
         about = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.name}
         if request["stream"]:
 
@@ -201,7 +188,7 @@ class Answering:
     def _generate(
         self, request: dict, prompt: list[int], number: int, streamer: "_Pieces | None" = None
     ) -> tuple[list[int], Tensor]:
-        """The new tokens of the `number`-th answer, and the logits (tokens, vocabulary) they were taken from."""
+        """The new tokens of the `number`-th answer, and the logits (tokens, vocabulary) they were chosen from."""
         if request["max_tokens"] == 0:
             return [], torch.empty(0, self._model.config.vocab_size)
         settings: dict[str, Any] = {"do_sample": False}
@@ -212,7 +199,7 @@ class Answering:
                 set_seed(request["seed"] + number)
 
         def stops(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-            # Not by `stop_strings`: those fail with tokenizers that know whole words only.
+            # Not by `stop_strings`: they fail with tokenizers that have only whole words.
             text = self._tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)
             return torch.tensor([any(word in text for word in request["stop"])], device=ids.device)
 
@@ -241,7 +228,7 @@ class Answering:
 
     @torch.no_grad()
     def _logprobs(self, request: dict, prompt: list[int], ids: list[int], logits: Tensor) -> dict[str, list]:
-        """OpenAI's description of the tokens; with `echo` of the prompt's too, whose first has no probability."""
+        """OpenAI's description of the tokens; with `echo`, also the prompt's. Its first token has no probability."""
         tokens = ids
         if request["echo"]:
             tokens = prompt + ids
@@ -267,12 +254,12 @@ class Answering:
 
 
 class _Pieces(BaseStreamer):
-    """Hands an answer on while `generate` writes it."""
+    """Sends an answer in pieces while `generate` writes it."""
 
     def __init__(self, text: Callable[[list[int]], str], stop: list[str], emit: Callable[[str], None]):
         self._text, self._emit = text, emit
-        self._held = max((len(word) - 1 for word in stop), default=0)  # it may be the beginning of a stop word
-        self._ids: list[int] | None = None  # the first that `generate` hands over is the prompt
+        self._held_back = max((len(word) - 1 for word in stop), default=0)  # it may be the beginning of a stop word
+        self._ids: list[int] | None = None  # `generate` puts the prompt first
         self._sent = ""
 
     def put(self, value: Tensor) -> None:
@@ -281,10 +268,10 @@ class _Pieces(BaseStreamer):
             return
         self._ids += value.flatten().tolist()
         text = self._text(self._ids)
-        self._send(text[: max(len(self._sent), len(text) - self._held)].rstrip("\ufffd"))  # half a character
+        self._send(text[: max(len(self._sent), len(text) - self._held_back)].rstrip("\ufffd"))  # half a character
 
     def end(self) -> None:
-        """`send_rest` does it, which knows all tokens."""
+        """Do nothing: `send_rest` sends the end, because it gets all tokens."""
 
     def send_rest(self, ids: list[int]) -> None:
         self._send(self._text(ids))
@@ -296,14 +283,12 @@ class _Pieces(BaseStreamer):
 
 
 def _prompts_in(given: str | list) -> list[str | list[int]]:
-    """A request's prompts: it has one or several, as texts or as tokens."""
-    if isinstance(given, str):
-        return [given]
-    if given and all(type(token) is int for token in given):
+    """A request's prompts: one or several, as texts or as tokens."""
+    if isinstance(given, str) or (given and _is_tokens(given)):
         return [given]
     if given and all(isinstance(prompt, str) or _is_tokens(prompt) for prompt in given):
         return given
-    raise Refused("prompt is a text, a list of texts, a list of tokens, or a list of lists of tokens.")
+    raise Refused("prompt must be a text, a list of texts, a list of tokens, or a list of lists of tokens.")
 
 
 def _is_tokens(prompt: Any) -> bool:
@@ -322,7 +307,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._handle(self._post)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing of requests."""
+        """Print nothing about requests."""
 
     def _get(self) -> None:
         if self.path == "/health":
@@ -331,7 +316,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/models":
             raise Refused(f"There is no {self.path!r:.80} here.", 404)
         model = {"id": self.answers.name, "object": "model", "created": 0, "owned_by": "model_preparation"}
-        model["max_model_len"] = self.answers.max_length  # as vLLM says it
+        model["max_model_len"] = self.answers.max_length  # as vLLM has it
         return self._send(200, {"object": "list", "data": [model]})
 
     def _post(self) -> None:
@@ -343,7 +328,7 @@ class _Handler(BaseHTTPRequestHandler):
 
         def emit(piece: dict[str, Any]) -> None:
             nonlocal streams
-            if not streams:  # what is refused was refused before
+            if not streams:  # before the first piece: after it, no request is refused any more
                 streams = True
                 self.send_response(200)
                 self.send_header("Content-Type", "text/event-stream")
@@ -360,7 +345,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > _MAX_BODY_BYTES:
-            raise Refused(f"A request says its length, at most {_MAX_BODY_BYTES:,} bytes.", 413)
+            raise Refused(f"A request must give its length, at most {_MAX_BODY_BYTES:,} bytes.", 413)
         try:
             body = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:

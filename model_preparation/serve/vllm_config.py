@@ -1,4 +1,4 @@
-"""How vLLM is set for a Llamba, before the model is made; and what it cannot do with one."""
+"""The settings of vLLM for a Llamba, made before the model; and the features of vLLM that a Llamba does not have."""
 
 import math
 
@@ -9,17 +9,17 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 from model_preparation.serve.plugin import fault_of_graft
 
-logger = init_logger("vllm.model_preparation")  # below vLLM's own, so that it is printed as vLLM's messages are
+logger = init_logger("vllm.model_preparation")  # below vLLM's logger, so that it prints as vLLM does
 
 
 class LlambaArchitecture(ModelArchConfigConvertorBase):
-    """What vLLM reads off a Llamba's config."""
+    """The facts that vLLM reads from a Llamba's config."""
 
     def derive_max_model_len_and_key(self) -> tuple[float, str | None]:
-        """How long a sequence may be. Without grafted layers there is no limit, and vLLM takes its default of 2,048.
+        """The longest sequence. Without grafted layers there is no limit, and vLLM takes its default of 2,048 tokens.
 
-        vLLM reserves memory for every token of it, so that the billion in the config is none it could use.
-        `--max-model-len` sets any other.
+        vLLM reserves memory for every token, so it could not use the billion in the config. `--max-model-len` sets
+        another length.
         """
         if not self.hf_config.llama_layers:
             return math.inf, None
@@ -31,16 +31,13 @@ class LlambaSettings(VerifyAndUpdateConfig):
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Set what follows from the model, and refuse what would give wrong tokens.
+        """Set vLLM for the model, and refuse features that would give wrong tokens.
 
         Raises:
             ValueError: for a feature of vLLM that our layers do not have.
         """
-        config, parallel, cache = (
-            vllm_config.model_config.hf_config,
-            vllm_config.parallel_config,
-            vllm_config.cache_config,
-        )
+        config = vllm_config.model_config.hf_config
+        parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         if fault := fault_of_graft(config.donor_type, bool(config.llama_heads)):
             raise ValueError(fault)
         refused = {
@@ -52,22 +49,24 @@ class LlambaSettings(VerifyAndUpdateConfig):
         }
         for feature, is_asked in refused.items():
             if is_asked:
-                raise ValueError(f"Llambas are served without {feature}: their Mamba layers lack it. Leave it out.")
+                raise ValueError(
+                    f"Llambas are served without {feature}: their Mamba layers do not support it. Leave it out."
+                )
         if config.other_llama_cfgs:
             raise ValueError(
-                "This checkpoint has layers of donors with different settings, which vLLM's model has no place for. "
+                "This checkpoint has layers of donors with different settings, which vLLM's model does not support. "
                 "Serve it with --engine transformers."
             )
         activations = {config.mlp_cfg["act_fn"], *([config.llama_cfg["hidden_act"]] if config.llama_layers else [])}
         if activations != {"silu"}:
-            raise ValueError(f"vLLM's MLPs have the activation silu, and this model has {', '.join(activations)}.")
+            raise ValueError(f"vLLM's MLPs have the activation silu, but this model has {', '.join(activations)}.")
         if cache.mamba_ssm_cache_dtype == "auto":
-            cache.mamba_ssm_cache_dtype = "float32"  # as our own cache has it, whatever the weights' dtype
+            cache.mamba_ssm_cache_dtype = "float32"  # as in our own cache, for any dtype of the weights
         if cache.enable_prefix_caching:
             cache.enable_prefix_caching = False
             logger.info(
-                "Prefix caching is off for Llambas: it needs copies of Mamba states between the cache's blocks, which "
-                "were never tested with them, and of other hybrid models garbled text is reported."
+                "Prefix caching is off for Llambas. It copies Mamba states between blocks of the cache, and nobody "
+                "tested that with Llambas. With other hybrid models, users report garbled text."
             )
         # No graph of this model was ever captured, on any device; PyTorch runs it operation by operation.
         vllm_config.compilation_config.mode = CompilationMode.NONE

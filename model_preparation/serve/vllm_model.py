@@ -1,9 +1,9 @@
-"""A Llamba as vLLM runs one: grafted layers are vLLM's own, Mamba layers ours with their states in vLLM's cache.
+"""A Llamba for vLLM: grafted layers are vLLM's own, Mamba layers are ours, with their states in vLLM's cache.
 
-vLLM hands over the tokens of all running requests in one row: first one token of each request that is being answered,
-then the tokens of prompts, whole or in pieces. The states of each request are in a slot of the cache, which vLLM gives
-out. The parameters have the checkpoint's names. One code for every device: on CUDA `scan` takes the kernel of
-flash-linear-attention where that is installed (llamba/ssd.py). This file was run on CPUs only.
+vLLM gives the tokens of all running requests in one row: first one token of each request that is being answered, then
+the tokens of prompts, whole or in pieces. The states of each request are in a slot of the cache, and vLLM chooses the
+slot. The parameters have the checkpoint's names. The code is the same for every device: on CUDA, `scan` uses the kernel
+of flash-linear-attention if that is installed (llamba/ssd.py). This file was run on CPUs only.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ from model_preparation.llamba.modeling_llamba import BLOCK_NORM_EPS
 
 
 def state_shapes(config: LlambaConfig) -> tuple[tuple[int, int], tuple[int, int, int]]:
-    """What a request takes in the cache of one Mamba layer: the convolution's last inputs, and the state."""
+    """The shapes of a request's slot in the cache of one Mamba layer: the convolution's last inputs, and the state."""
     ssm = config.ssm_cfg
     channels = config.d_inner + 2 * ssm["n_qk_heads"] * ssm["d_state"]
     heads = ssm["n_v_heads"]
@@ -37,7 +37,7 @@ def state_shapes(config: LlambaConfig) -> tuple[tuple[int, int], tuple[int, int,
 
 
 def state_dtypes(vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
-    """Of the two parts of `state_shapes`."""
+    """The dtypes of the two parts of `state_shapes`."""
     cache = vllm_config.cache_config
     return MambaStateDtypeCalculator.mamba2_state_dtype(
         vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
@@ -53,7 +53,7 @@ class ServedMixer(LlambaMixer, MambaBase):
         self._prefix = prefix
         self._state_shapes, self._state_dtypes = state_shapes(config), state_dtypes(vllm_config)
         self.kv_cache = (torch.empty(0), torch.empty(0))  # vLLM binds its own later
-        vllm_config.compilation_config.static_forward_context[prefix] = self  # where vLLM looks for caches to fill
+        vllm_config.compilation_config.static_forward_context[prefix] = self  # vLLM finds caches to fill here
 
     def get_state_shape(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
         return self._state_shapes
@@ -63,13 +63,13 @@ class ServedMixer(LlambaMixer, MambaBase):
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
-        """Whose description of the row we read: the one that every kind of Mamba has, and nothing beside it."""
+        """The kind of description of the row that we read: the one with only the fields that every Mamba has."""
         return MambaAttentionBackendEnum.SHORT_CONV
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """
         Args:
-            hidden_states: (tokens, d_model), those of all requests.
+            hidden_states: (tokens, d_model), the tokens of all requests.
 
         Returns:
             (tokens, d_model) in the same dtype.
@@ -81,7 +81,7 @@ class ServedMixer(LlambaMixer, MambaBase):
         xBC, z, a = self.in_proj(hidden_states).split([self.conv_dim, self.d_inner, self.n_v_heads], dim=-1)
         parts = []
         decoded = row.num_decode_tokens
-        if decoded:  # a request each
+        if decoded:  # one token of each request
             slots = row.state_indices_tensor_d[:, 0].long()
             parts.append(self._continue(xBC[:decoded].unsqueeze(1), a[:decoded].unsqueeze(1), slots, True))
         if row.num_prefills:
@@ -96,30 +96,30 @@ class ServedMixer(LlambaMixer, MambaBase):
         return self._gated(y, z, hidden_states.dtype)
 
     def _continue(self, xBC: Tensor, a: Tensor, slots: Tensor, continues: bool) -> Tensor:
-        """Convolution and recurrence over the next tokens of requests, whose states in the cache they bring forward.
+        """Convolution and recurrence over the next tokens of requests; updates their states in the cache.
 
         Args:
             xBC: (requests, length, conv_dim).
             a: (requests, length, H).
-            slots: (requests,), where their states are.
-            continues: whether the states are theirs already; else a slot holds what another request has left.
+            slots: (requests,), the places of their states.
+            continues: whether the slots hold the states of these requests. If not, another request has left its own.
 
         Returns:
             (requests, length, d_inner), float32 or wider.
         """
         inputs, states = self.kv_cache
         if continues:
-            # vLLM keeps d_conv - 1 inputs; our own cache has one more, which is never read.
+            # vLLM keeps d_conv - 1 inputs. Our own cache has one more, which is never read.
             before, state = F.pad(inputs[slots].to(xBC.dtype), (0, 0, 1, 0)), states[slots]
         else:
-            before, state = self._nothing_before(xBC), None
+            before, state = self._zero_inputs(xBC), None
         y, before, state = self._recur(xBC, a, before, state)
         inputs[slots], states[slots] = before[:, 1:].to(inputs.dtype), state.to(states.dtype)
         return y
 
 
 class ServedMambaLayer(nn.Module):
-    """A Mamba block: norm, mixer, residual; norm, gated MLP, residual. As in vLLM, sums travel beside the row."""
+    """A Mamba block: norm, mixer, residual; norm, gated MLP, residual. As in vLLM, the residual is passed along."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str):
         super().__init__()
@@ -161,8 +161,8 @@ class ServedBackbone(nn.Module):
             backend = self.layers[index].self_attn.attn.attn_backend
             if not backend.supports_head_size(config.head_dim):  # vLLM itself would fail at the first request
                 raise ValueError(
-                    f"The grafted layers have heads of {config.head_dim}, and vLLM's attention here, "
-                    f"{backend.get_name()}, takes {', '.join(map(str, backend.get_supported_head_sizes()))}."
+                    f"The grafted layers have heads of size {config.head_dim}. vLLM's attention here, "
+                    f"{backend.get_name()}, takes {', '.join(map(str, backend.get_supported_head_sizes()))} only."
                 )
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Tensor:
@@ -174,9 +174,9 @@ class ServedBackbone(nn.Module):
 
 
 class ServedLlamba(nn.Module, HasInnerState, IsHybrid):
-    """A Llamba with its head, in the shape that vLLM asks of a model with layers of two kinds."""
+    """A Llamba with its head, with the interface that vLLM needs for a model with two kinds of layer."""
 
-    hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper  # its q, k, v and gate, up are one matrix each
+    hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper  # vLLM joins q, k, v, and gate, up
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, int], tuple[int, int, int]]:
@@ -199,7 +199,7 @@ class ServedLlamba(nn.Module, HasInnerState, IsHybrid):
         )
         if config.tie_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.backbone.embedding)
-        # The rows that only pad the vocabulary are cut off: no sampler can ever see them.
+        # Cut off the rows that only pad the vocabulary, so that no sampler can choose them.
         self.logits_processor = LogitsProcessor(config.padded_vocab_size, config.vocab_size)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:

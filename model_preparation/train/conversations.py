@@ -1,10 +1,10 @@
-"""Conversations to train on, in the forms in which people have them: a row becomes a list of messages."""
+"""Conversations to train on, in the common forms: a row becomes a list of messages."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-# By the fields that a row must have, those that it may have.
+# The forms of a row: the fields that it must have, and those that it may have.
 FORMS = {
     ("messages",): ("system",),
     ("conversations",): ("system",),
@@ -15,15 +15,15 @@ _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"} | {
     role: role for role in ("system", "user", "assistant", "tool")
 }
 _MAY_FOLLOW = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
-# Fields that change what a row means, and that nothing here follows; and their values that change nothing.
-NOT_FOLLOWED = ("tools", "images", "videos", "audios", "tool_calls", "function_call", "loss", "loss_scale", "weight")
-_AS_IF_LEFT_OUT: tuple = (None, True, 1, "", "[]", [], {})
+# Fields that change the meaning of a row and are not supported; and the values of them that change nothing.
+UNSUPPORTED = ("tools", "images", "videos", "audios", "tool_calls", "function_call", "loss", "loss_scale", "weight")
+_WITHOUT_EFFECT: tuple = (None, True, 1, "", "[]", [], {})
 
 Message = dict[str, str]
 
 
 class Conversation(NamedTuple):
-    """A row's messages, the fields that they come from, and where the row is, for messages."""
+    """A row's messages, the fields that they come from, and the row's place, for error messages."""
 
     messages: list[Message]
     fields: tuple[str, ...]
@@ -31,7 +31,7 @@ class Conversation(NamedTuple):
 
 
 def conversation_of(row: Mapping[str, Any], where: str) -> Conversation | None:
-    """The row's conversation; None if it has the fields of none.
+    """The row's conversation; None if it has the fields of no form.
 
     Raises:
         ValueError: for a conversation that cannot be trained on.
@@ -41,18 +41,18 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation | None:
         return None
     if len(found) > 1:
         forms = " and of ".join(", ".join(each) for each in found)
-        raise ValueError(f"{where} has the fields of {forms}; needed is one form")
+        raise ValueError(f"{where} has the fields of {forms}; one form is needed")
     [fields] = found
-    _refuse_not_followed(row, where)
+    _refuse_unsupported(row, where)
     if len(fields) == 1:
         given = row[fields[0]]
         if not isinstance(given, list) or not given:
-            raise ValueError(f"{where} has {_shown(given)} as {fields[0]}; needed is a list of messages")
+            raise ValueError(f"{where} has {_shown(given)} as {fields[0]}; a list of messages is needed")
         pairs = [_role_and_content(each, f"message {number} of {where}") for number, each in enumerate(given, 1)]
     else:
         history = row.get("history") or []
         if not isinstance(history, list) or any(not isinstance(each, list) or len(each) != 2 for each in history):
-            raise ValueError(f"{where} has the history {_shown(history)}; needed are pairs [question, answer]")
+            raise ValueError(f"{where} has the history {_shown(history)}; pairs [question, answer] are needed")
         question = row[fields[0]]
         if row.get("input"):
             question = [question, "\n", row["input"]]
@@ -65,47 +65,47 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation | None:
 
 def _role_and_content(message: Any, where: str) -> tuple[Any, Any]:
     if not isinstance(message, dict):
-        raise ValueError(f"{where} is {_shown(message)}; needed are role and content")
-    _refuse_not_followed(message, where)
+        raise ValueError(f"{where} is {_shown(message)}; role and content are needed")
+    _refuse_unsupported(message, where)
     for role, content in (("role", "content"), ("from", "value")):
         if message.get(role) is not None:
             return message[role], message.get(content)
-    raise ValueError(f"{where} is {_shown(message)}; needed are role and content, or from and value")
+    raise ValueError(f"{where} is {_shown(message)}; role and content are needed, or from and value")
 
 
 def _checked(pairs: Sequence[tuple[Any, Any]], where: str) -> list[Message]:
-    """The messages, after their roles, order and texts were checked."""
+    """Check roles, order and texts, and return the messages."""
     messages: list[Message] = []
-    before = ""  # the role of the turn before, where it is no system message
+    before = ""  # the role of the turn before; a system message does not count
     for number, (given, content) in enumerate(pairs, 1):
         place = f"message {number} of {where}"
         role = _ROLES.get(given) if isinstance(given, str) else None
         if role is None:
-            raise ValueError(f"{place} has the role {_shown(given)}; needed is {', '.join(_ROLES)}")
+            raise ValueError(f"{place} has the role {_shown(given)}; it must be one of {', '.join(_ROLES)}")
         if isinstance(content, list):  # of parts
             parts = [part.get("text") if isinstance(part, dict) else part for part in content]
             texts = [part for part in parts if isinstance(part, str)]
             content = "".join(texts) if len(texts) == len(parts) else content
         if not isinstance(content, str):
-            raise ValueError(f"{place} has the content {_shown(content)}; needed is a text, or parts of text")
+            raise ValueError(f"{place} has the content {_shown(content)}; a text is needed, or parts of text")
         if role == "system" and number == 1:
             if content.strip():  # an empty one says the same as none
                 messages.append({"role": role, "content": content})
             continue
         if role not in _MAY_FOLLOW[before]:
             after = f"after a turn of the {before}" if before else "at the beginning"
-            raise ValueError(f"{place} is a turn of the {role} {after}; needed is {' or '.join(_MAY_FOLLOW[before])}")
+            raise ValueError(f"{place} is a turn of the {role} {after}; it must be {' or '.join(_MAY_FOLLOW[before])}")
         if not content.strip():
-            raise ValueError(f"{place} is an empty turn of the {role}; needed is a text")
+            raise ValueError(f"{place} is an empty turn of the {role}; a text is needed")
         messages.append({"role": role, "content": content})
         before = role
     return messages
 
 
-def _refuse_not_followed(fields: Mapping[str, Any], where: str) -> None:
-    for name in NOT_FOLLOWED:
-        if fields.get(name) not in _AS_IF_LEFT_OUT:
-            raise ValueError(f"{where} has {name} {_shown(fields[name])}, which healing does not follow")
+def _refuse_unsupported(fields: Mapping[str, Any], where: str) -> None:
+    for name in UNSUPPORTED:
+        if fields.get(name) not in _WITHOUT_EFFECT:
+            raise ValueError(f"{where} has {name} {_shown(fields[name])}, which healing does not support")
 
 
 def _shown(value: Any) -> str:

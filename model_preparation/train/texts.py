@@ -1,22 +1,21 @@
-"""Text to train on, from files or from a hub. Healing and distilling both read it here."""
+"""Reads text to train on, from files or from a hub, for healing and distilling."""
 
 import io
 import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.download import NoSnapshot, fetch_snapshot
 from model_preparation.io.text import open_text, read_text
-from model_preparation.train.conversations import FORMS, NOT_FOLLOWED, Conversation, conversation_of
+from model_preparation.train.conversations import FORMS, UNSUPPORTED, Conversation, conversation_of
 
 _TABLES = (".jsonl", ".parquet")
 SUFFIXES = (".txt", ".md", *_TABLES)
-_COLUMNS = {name for needed, optional in FORMS.items() for name in (*needed, *optional, *NOT_FOLLOWED)}
+_COLUMNS = {name for needed, optional in FORMS.items() for name in (*needed, *optional, *UNSUPPORTED)}
 _FIELDS = ", or ".join(" and ".join(needed) for needed in FORMS)
 _DATA_SET = re.compile(r"(?:(modelscope|huggingface):)?([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?", re.ASCII)
 _NAMES = "org/name or org/name:config, on ModelScope modelscope:org/name"
@@ -36,10 +35,10 @@ def files_of_text(data: str) -> list[Path] | None:
     """The files that hold the text; None for the name of a hub's data set. No hub is asked.
 
     Args:
-        data: a file or folder as `text_files` takes it, or a name as `read_data_set` takes it.
+        data: a file or folder as `text_files` takes it, or a name as `_rows_of_data_set` takes it.
 
     Raises:
-        SurgeryError: if it can be neither.
+        SurgeryError: if it is neither.
     """
     if not data:
         raise SurgeryError("The name of the text is empty. Give a file, a folder, or the name of a data set.")
@@ -51,10 +50,10 @@ def files_of_text(data: str) -> list[Path] | None:
 
 
 def text_files(path: Path, suffixes: tuple[str, ...], otherwise: str) -> list[Path]:
-    """The file, or all files in the folder and below it that end in one of `suffixes`; sorted by path.
+    """The file, or all files in and below the folder that end in one of `suffixes`; sorted by path.
 
     Args:
-        otherwise: what the user may give instead of files, for messages.
+        otherwise: for error messages, what the user may give instead of files.
 
     Raises:
         SurgeryError: if there is no such file.
@@ -75,7 +74,7 @@ def text_files(path: Path, suffixes: tuple[str, ...], otherwise: str) -> list[Pa
 
 
 def read_texts(files: Iterable[Path], piece_characters: int) -> Iterator[Piece]:
-    """Every text in the files: a .txt or .md file is one text, a row of a .jsonl or .parquet file is one.
+    """Every text in the files: each .txt or .md file, and each row of a .jsonl or .parquet file, is one text.
 
     Args:
         files: as `text_files` gives them.
@@ -86,21 +85,24 @@ def read_texts(files: Iterable[Path], piece_characters: int) -> Iterator[Piece]:
     """
     for path in files:
         try:
-            for source in _texts_in(path):
-                with source as text:
+            if path.suffix.lower() in _TABLES:
+                for where, row in _rows(path):
+                    yield from _cut(io.StringIO(_text_of(row, where)), piece_characters)
+            else:
+                with open_text(path) as text:
                     yield from _cut(text, piece_characters)
-        except ValueError as error:  # it is not UTF-8, JSON, or what pyarrow can read
+        except ValueError as error:  # not UTF-8, not JSON, or unreadable for pyarrow
             raise _unreadable(path, error) from error
 
 
 def read_documents(data: str) -> Iterator[str | Conversation]:
-    """Every text or conversation in files or in a hub's data set: a .txt or .md file is one text, a row is either.
+    """Every text or conversation in files or in a hub's data set: a .txt or .md file is a text, a row can be either.
 
     Args:
         data: as `files_of_text` takes it.
 
     Raises:
-        SurgeryError: for a file or row that is neither, or texts and conversations together. It names both.
+        SurgeryError: for a file or row that is neither, or a mix of texts and conversations. It names file and row.
     """
     files = files_of_text(data)
     sources: list[tuple[Any, Iterator]] = [(data, _rows_of_data_set(data))]
@@ -122,11 +124,11 @@ def read_documents(data: str) -> Iterator[str | Conversation]:
                 kinds.add(type(document))
                 if len(kinds) > 1:
                     raise ValueError(
-                        f"{where} is a {'text' if isinstance(document, str) else 'conversation'}, and what was read "
-                        "before it is of the other kind"
+                        f"{where} is a {'text' if isinstance(document, str) else 'conversation'}, but the rows read "
+                        "before it are of the other kind"
                     )
                 yield document
-        except ValueError as error:  # it is not UTF-8, JSON, or what pyarrow can read
+        except ValueError as error:  # not UTF-8, not JSON, or unreadable for pyarrow
             raise _unreadable(source, error) from error
 
 
@@ -135,7 +137,7 @@ def _unreadable(source: object, error: ValueError) -> SurgeryError:
 
 
 def _rows_of_data_set(name: str) -> Iterator[tuple[str, Any]]:
-    """(where, row) in the split "train" of a hub's data set, downloaded if need be.
+    """(where, row) in the split "train" of a hub's data set, which is downloaded if needed.
 
     Args:
         name: NAME or NAME:CONFIG on Hugging Face; with "modelscope:" before it on ModelScope.
@@ -143,13 +145,13 @@ def _rows_of_data_set(name: str) -> Iterator[tuple[str, Any]]:
     Raises:
         SurgeryError: if there is no such data set.
     """
-    import datasets  # takes a second, and only names need it
+    import datasets  # takes a second, and only names of data sets need it
 
     hub, repo, config = _data_set_named(name)
     try:
         place = _from_modelscope(repo) if hub == "modelscope" else repo
         rows: Iterable[Any] = datasets.load_dataset(place, config, split="train")
-    except Exception as error:  # its own, the hub client's, and plain ones
+    except Exception as error:  # of datasets, of the hub's client, or of Python
         reason = " ".join(str(error).split())[:200]
         raise SurgeryError(
             f"{name} is neither a file nor a folder, and no data set could be loaded ({reason}). Give its name as "
@@ -166,15 +168,8 @@ def _data_set_named(name: str) -> tuple[str | None, str, str | None]:
     return given[1], given[2], given[3]
 
 
-def _texts_in(path: Path) -> Iterator[AbstractContextManager[TextIO]]:
-    if path.suffix.lower() in _TABLES:
-        yield from (io.StringIO(_text_of(row, where)) for where, row in _rows(path))
-    else:
-        yield open_text(path)
-
-
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, row) of a file; a .txt or .md file is one row, its text."""
+    """(where, row) of a file; a .txt or .md file is one row."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         import pyarrow.parquet
@@ -214,7 +209,7 @@ def _text_of(row: Any, where: str, otherwise: str = "") -> str:
 
 
 def _cut(text: TextIO, size: int) -> Iterator[Piece]:
-    """Cut after the last line end of a piece; without one, before its last blank; without both, anywhere."""
+    """Cut after the last line end of a piece. If it has none, cut before its last space; else anywhere."""
     piece, is_first = text.read(size), True
     while following := text.read(size):
         cut = piece.rfind("\n") + 1 or max(0, piece.rfind(" ")) or len(piece)
@@ -224,7 +219,7 @@ def _cut(text: TextIO, size: int) -> Iterator[Piece]:
 
 
 def _from_modelscope(repo: str) -> str:
-    """The folder of a data set's files, downloaded if need be."""
+    """The folder of a data set's files, which are downloaded if needed."""
     wanted = ["*.parquet", "*.jsonl", "*.json", "*.csv", "*.txt", "*.gz", "*.zst", "README.md"]
     try:
         snapshot = fetch_snapshot("modelscope", repo, None, wanted, ignore_patterns=[], repo_type="dataset")

@@ -247,7 +247,7 @@ def test_vllm_serves_grafts_of_a_llama_only(monkeypatch):
     assert choose_engine("auto", has_heads=True) == "transformers"
     with pytest.raises(SurgeryError, match=r"grafted heads.*--engine transformers"):
         choose_engine("vllm", has_heads=True)
-    with pytest.raises(SurgeryError, match=r"of a qwen3 model.*--engine transformers"):
+    with pytest.raises(SurgeryError, match=r"from a qwen3 model.*--engine transformers"):
         choose_engine("vllm", "qwen3")
 
 

@@ -235,7 +235,7 @@ def test_a_llamba_s_layers_can_be_extracted(base_dir, tmp_path):
     layer = torch.load(tmp_path / "out" / "layer_02.pt", weights_only=True)
     assert torch.equal(layer["mixer.in_proj.weight"], base["backbone.layers.2.mixer.in_proj.weight"])
     assert LayerStore(tmp_path / "out").metadata["num_heads"] == 2
-    assert "extract those of the donor" in result.stdout
+    assert "extract the donor's layers" in result.stdout
 
 
 def test_an_existing_folder_is_replaced_only_when_asked(damaged, donor_dir):
@@ -316,7 +316,7 @@ def test_bad_donors(donor_dir, tmp_path):
     broken = tmp_path / "broken"
     assert_refused(run_command("extract_layers", "--output_dir", out), "--model_name is needed", code=2)
     idle = run_command("extract_layers", "--output_dir", out, "--verify", "--layers", 1)
-    assert_refused(idle, "--layers has no effect where nothing is extracted", code=2)
+    assert_refused(idle, "--layers has no effect if nothing is extracted", code=2)
     assert_refused(run_command("extract_layers", "--model_name", broken, "--output_dir", out), "broken is not there")
     shutil.copytree(donor_dir, broken)
     weights = broken / "model.safetensors"

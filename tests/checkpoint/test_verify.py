@@ -71,7 +71,7 @@ def test_a_whole_checkpoint_passes_with_base_and_donor(checkpoint, base_dir, lay
     result = run_command("verify_checkpoint", checkpoint, "--base", base_dir, "--llama_layers_dir", layers_dir)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.strip().splitlines()
-    assert lines[-1] == f"Checkpoint {checkpoint} is what was built."
+    assert lines[-1] == f"Checkpoint {checkpoint} is as it was built."
     checks = {line.split()[0]: line for line in lines if line}
     assert "6 of 6 against their SHA-256" in checks["Files"]
     assert "86 against their BLAKE3" in checks["Tensors"]  # 43 in either file
@@ -219,7 +219,7 @@ def test_another_base_or_donor_is_told_in_one_line(checkpoint, base_dir, donor_d
     shutil.copytree(base_dir, tmp_path / "base")
     torch.save(other.state_dict(), tmp_path / "base" / "pytorch_model.bin")
     result = run_command("verify_checkpoint", checkpoint, "--base", tmp_path / "base")
-    assert_refused(result, f"{checkpoint} is what it says it is", "not built from what it was compared with")
+    assert_refused(result, f"{checkpoint} has not changed", "built from another base or other layers")
     faults = [line for line in result.stdout.splitlines() if line.startswith("FAULT")]
     assert len(faults) == 1
     assert f"{tmp_path / 'base'} is not the base" in faults[0]
@@ -295,7 +295,7 @@ def test_folders_that_are_no_checkpoints(tmp_path, checkpoint, base_dir):
     assert_refused(run_command("verify_checkpoint", base_dir), "no checkpoint_info.json")
     assert_refused(run_command("verify_checkpoint", checkpoint, "--base", tmp_path / "none"), "is not there")
     for flags, words in (
-        (("--files_only", "--base", base_dir), "--base goes with tensors"),
+        (("--files_only", "--base", base_dir), "--base compares tensors"),
         (("--source", f"llama={base_dir}"), "--source belongs to --base"),
     ):
         assert_refused(run_command("verify_checkpoint", checkpoint, *flags), words, code=2)

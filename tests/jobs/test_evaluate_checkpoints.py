@@ -72,7 +72,7 @@ def test_flags_are_handed_on_as_they_are():
     [
         ([], "folders are needed"),
         (["x", "--list", "y"], "not both"),
-        (["--tasks", "arc_easy", "/"], "--tasks takes all that follows it, / too: put folders before it"),
+        (["--tasks", "arc_easy", "/"], "--tasks takes all words after it, also /: put folders before it"),
         (["x", "--limit", "0"], "0 is too small"),
         (["x", "--batch_size", "big"], "'big' is not an integer"),
         (["x", "--cpus_per_job", "2"], "belongs to --ray"),

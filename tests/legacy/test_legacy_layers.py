@@ -382,7 +382,7 @@ def test_layers_of_ours_need_no_import(layers_dir, tmp_path):
 
 def test_flags_that_need_each_other(tmp_path):
     result = run_command("extract_layers", "--model_name", "llama", "--trust_pickle", "--output_dir", tmp_path / "out")
-    assert_refused(result, "goes with --from_legacy", code=2)
+    assert_refused(result, "belongs to --from_legacy", code=2)
     result = import_by_command(tmp_path, tmp_path / "out", "--trust_pickle")
     assert_refused(result, "has no layer files such as layer_11.pt")
     assert_refused(import_by_command(tmp_path / "none", tmp_path / "out"), "is not a folder")

@@ -227,9 +227,9 @@ def test_a_pickled_model_of_version_0_4_still_runs(heads, kv_place):
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"llama_heads": {"3": [0]}}, "layer '3' is not a Mamba block"),
-        ({"llama_heads": {"one": [0]}}, "layer 'one' is not a Mamba block"),
-        ({"llama_heads": {"1": [0]}, "llama_layers": [1]}, "layer '1' is not a Mamba block"),
+        ({"llama_heads": {"3": [0]}}, "'3' is not the number of a Mamba block"),
+        ({"llama_heads": {"one": [0]}}, "'one' is not the number of a Mamba block"),
+        ({"llama_heads": {"1": [0]}, "llama_layers": [1]}, "'1' is not the number of a Mamba block"),
         ({"llama_heads": {"1": [6]}}, "below 6"),
         ({"llama_heads": {"1": [2, 1]}}, "must be sorted"),
         ({"llama_heads": {"1": []}}, "must be sorted"),

@@ -110,8 +110,8 @@ def test_where_a_file_does_not_say_what_was_searched_the_error_says_what_to_give
     path = write(tmp_path / "results.json", {"final_results": [{"layers": [1, 3], "fitness": 0.5}]})
     shutil.copytree(checkpoint_dir, tmp_path / "out" / "llamba_replaced_1_3")  # of another base
     result = run_command("create_best_checkpoints", "--from", path, "--output_root", tmp_path / "out")
-    assert_refused(result, "1 of 1 checkpoints failed", f"{path} does not say what was searched")
-    assert_refused(result, "the base unaligned_llamba", "name others by --base NAME|PATH and --llama_layers_dir DIR")
+    assert_refused(result, "1 of 1 checkpoints failed", f"{path} does not name its base and layers")
+    assert_refused(result, "The base unaligned_llamba", "give --base NAME|PATH and --llama_layers_dir DIR")
 
 
 def test_a_folder_is_told_from_a_file_that_is_not_there(tmp_path):

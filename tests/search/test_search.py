@@ -285,7 +285,7 @@ def test_the_best_are_built_by_one_command_and_score_what_was_said(exhaustive, t
         "create_best_checkpoints", "--from", folder / "search_result.json", "--top", 2, "--output_root", tmp_path
     )
     assert result.returncode == 0, result.stderr
-    assert "does not say what was searched" not in result.stdout
+    assert "does not name its base and layers" not in result.stdout
     for row in found["final_results"][:2]:
         checkpoint = tmp_path / ("llamba_replaced_" + "_".join(map(str, row["layers"])))
         info = json.loads((checkpoint / "checkpoint_info.json").read_text())
@@ -471,8 +471,8 @@ def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
     assert_refused(others, "another --output_dir, or add --overwrite")
     assert_refused(run_command("search_layers", "--base", base_dir), "--donor", code=2)
     for given, words in (
-        (("--method", "ga", "--beam_width", 4), "--beam_width belongs to --method beam, and the method is ga"),
-        (("--method", "beam", "--patience", 4), "--patience belongs to --method ga, and the method is beam"),
+        (("--method", "ga", "--beam_width", 4), "--beam_width belongs to --method beam, but the method is ga"),
+        (("--method", "beam", "--patience", 4), "--patience belongs to --method ga, but the method is beam"),
         (("--second_task", "mmlu"), "--second_task belongs to --method ratio"),
         (("--mmlu-data", tmp_path), "--mmlu_data belongs to --task mmlu"),
     ):

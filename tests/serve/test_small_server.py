@@ -274,7 +274,7 @@ def run_with_path(folder, *args):
             "unrecognized arguments: --nonsense.",
         ),
         ("Killed\n", "Killed."),
-        ("", "it said nothing."),
+        ("", "it printed nothing."),
     ],
 )
 def test_the_reason_in_the_log_of_vllm(tmp_path, log, reason):

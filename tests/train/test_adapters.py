@@ -125,7 +125,7 @@ def test_training_goes_on_from_an_adapter(heal, lora, checkpoint_dir, tmp_path):
     path = adapter / "adapter_model.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(path).items()}, path)
     stale = heal(tmp_path / "out", *begun, "--max_steps", 2, "--overwrite")
-    assert_refused(stale, "init_from: the content has changed", "start anew with another --output_dir")
+    assert_refused(stale, "init_from: the content has changed", "start again with another --output_dir")
     refused = heal(tmp_path / "full", "--init_from", lora / "adapter")
     assert_refused(refused, "is an adapter", "--merge_adapter")
 

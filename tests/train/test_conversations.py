@@ -16,7 +16,7 @@ from model_preparation import build_checkpoint, extract_layers, load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE
 from model_preparation.train.heal import self_conversations
-from model_preparation.train.heal.self_conversations import _Script, write_conversations
+from model_preparation.train.heal.self_conversations import _TemplateTokens, write_conversations
 from model_preparation.train.heal.sequences import Documents, collate, hold_out, load_sequences
 from model_preparation.train.heal.settings import HealSettings
 from tests.conftest import assert_refused, make_tokenizer
@@ -139,22 +139,22 @@ SYSTEM = {"role": "system", "content": "Be brief"}
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"messages": [ANSWER]}, r"message 1 of line 2 is a turn of the assistant at the beginning; needed is user"),
+        ({"messages": [ANSWER]}, r"message 1 of line 2 is a turn of the assistant at the beginning; it must be user"),
         ({"messages": [USER, USER]}, "message 2 of line 2 is a turn of the user after a turn of the user"),
         ({"messages": [USER, ANSWER, SYSTEM]}, "message 3 of line 2 is a turn of the system after"),
         ({"messages": [USER, {**ANSWER, "content": " \n"}]}, "message 2 of line 2 is an empty turn of the assistant"),
-        ({"messages": [{**USER, "role": "bot"}]}, 'message 1 of line 2 has the role "bot"; needed is human, gpt'),
+        ({"messages": [{**USER, "role": "bot"}]}, 'message 1 of line 2 has the role "bot"; it must be one of human'),
         ({"messages": [{**USER, "role": ["user"]}]}, r'has the role \["user"\]'),
-        ({"messages": [{**USER, "content": 3}]}, "message 1 of line 2 has the content 3; needed is a text"),
+        ({"messages": [{**USER, "content": 3}]}, "message 1 of line 2 has the content 3; a text is needed"),
         ({"messages": [{**USER, "content": [{"type": "image", "url": "x"}]}]}, "or parts of text"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}, r"message 2 of line 2 has tool_calls \[\{\}\], which"),
         ({"messages": [USER, ANSWER], "images": ["a.png"]}, "line 2 has images"),
         ({"messages": [USER, {**ANSWER, "loss": False}]}, "message 2 of line 2 has loss false, which"),
-        ({"messages": []}, r"line 2 has \[\] as messages; needed is a list"),
+        ({"messages": []}, r"line 2 has \[\] as messages; a list of messages is needed"),
         ({"messages": [USER, ANSWER], "query": "a", "response": "b"}, "has the fields of messages and of query, resp"),
-        ({"messages": ["Hello"]}, 'message 1 of line 2 is "Hello"; needed are role and content'),
+        ({"messages": ["Hello"]}, 'message 1 of line 2 is "Hello"; role and content are needed'),
         ({"query": "a", "response": "b"}, "line 2 has query and response, the rows before it messages"),
-        ({"text": "a"}, "line 2 is a text, and what was read before it is of the other kind"),
+        ({"text": "a"}, "line 2 is a text, but the rows read before it are of the other kind"),
         ({"prompt": "a"}, 'line 2 has no string "text", and not the fields of a conversation: messages, or conv'),
     ],
 )
@@ -172,7 +172,7 @@ def test_what_the_template_does_not_give_is_said(tmp_path):
         (CHATML.replace("{% for", "{{ raise_exception('no talk.') }}{% for", 1), "no talk. Mend the row, or give"),
         (TAGGED.replace("{% generation %}", "").replace("{% endgeneration %}", ""), "it writes message 2 in another"),
         ("{% for m in range(10 ** 9) %}x{% endfor %}", "Range too big"),
-        ("Hello", "it writes message 2 in another way"),
+        ("Hello", "it writes message 2 differently"),
         ("{% for", r"it is no Jinja template \(line 1: "),
     ):
         with pytest.raises(SurgeryError, match=rf"chat template cannot be used for line 1 of .*a\.jsonl: .*{words}"):
@@ -348,7 +348,7 @@ def test_the_donors_turns_are_what_is_between_the_templates_words():
         ids("Why?"),  # never ends
     ]
     sampler = Scripted(*rows)
-    found = _Script(tokenizer, Path("donor")).play(sampler, 90, 0)
+    found = _TemplateTokens(tokenizer, Path("donor")).write_batch(sampler, 90, 0)
     assert found == [[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So é."}]]
     assert tokenizer.decode(sampler.begin) == "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\n"
     assert [taken[0] for taken in sampler.taken][5 : 4 + len(between)] == between[1:]
@@ -379,10 +379,11 @@ def test_a_donor_that_cannot_write_conversations_is_named(donor_dir, checkpoint_
 
     with pytest.raises(SurgeryError, match="tokenizer has no chat template, so the donor cannot write"):
         write(None)
-    with pytest.raises(SurgeryError, match="puts nothing behind a turn"):
+    with pytest.raises(SurgeryError, match="puts nothing after a turn"):
         write("{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(
-        SurgeryError, match=r"Of 64 conversations .* it ended 0 within --block_size 32 tokens; at least one of 16"
+        SurgeryError,
+        match=r"began 64 conversations, but finished only 0 within .* 32 tokens; at least one of 16",
     ):
         write(ENDED, self_conversations=8)
     (tmp_path / "x.jinja").write_text(ENDED)

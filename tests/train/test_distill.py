@@ -218,7 +218,7 @@ def test_the_tokens_outlive_other_settings_of_the_training(donor_dir, tmp_path, 
     slower = options | {"learning_rate": 1e-3}
     with pytest.raises(SurgeryError, match=r"settings: learning_rate: was 0.003, is now 0.001\. .*the tokens are kept"):
         distill_llamba_base(*asked, **slower)
-    with pytest.raises(SurgeryError, match=r"settings: tokens: was 48, is now 60\. .*begin anew, or"):
+    with pytest.raises(SurgeryError, match=r"settings: tokens: was 48, is now 60\. .*begin again, or"):
         distill_llamba_base(*asked, **options | {"tokens": 60})
     assert killed(WorkFolder, "keep_layer", 1, *asked, **slower, restart=True)
     assert (work / "tokens.safetensors").stat() == kept

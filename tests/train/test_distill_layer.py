@@ -141,7 +141,7 @@ def test_what_cannot_be_trained(donor, states):
     layer = donor.model.layers[1]
     with pytest.raises(SurgeryError, match="lower --learning_rate"):
         distill_layer(layer, start(donor), [Batch(states * float("nan"))], steps=1, learning_rate=1e-3)
-    with pytest.raises(ValueError, match="1 of 2 steps"):
+    with pytest.raises(ValueError, match="1 batches for 2 steps"):
         distill_layer(layer, start(donor), [Batch(states)], steps=2, learning_rate=1e-3)
     with pytest.raises(SurgeryError, match="no size width"):
         student_config(donor.config, {"width": 3})

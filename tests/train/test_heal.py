@@ -88,7 +88,7 @@ def with_score(checkpoint: Path, target: Path, weights: str) -> Path:
 
 
 def test_other_text_may_be_held_out_and_the_same_is_warned_of(heal, checkpoint_dir, text_file, tmp_path):
-    warning = "The held-out text is the text trained on"
+    warning = "The held-out text is the training text"
     other = write_text(tmp_path / "other.txt", words=200, seed=1)
     scored = with_score(checkpoint_dir, tmp_path / "scored", weights=recorded_weights(checkpoint_dir))
     given = ("--checkpoint", scored, "--eval_data", other)
@@ -375,7 +375,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, check
     for read in ("--checkpoint", "--teacher", "--init_from"):
         refused = heal(healed, "--overwrite", read, healed)
         assert_refused(
-            refused, f"{healed} is only read here, and --output_dir is that folder too", "another --output_dir"
+            refused, f"{healed} is only read here, but --output_dir is that folder too", "another --output_dir"
         )
     for place in (("--output_dir", checkpoint_dir / "in"), ("--resume_dir", checkpoint_dir)):
         assert_refused(heal(tmp_path / "out", *place), f"{checkpoint_dir} is only read", "Choose a")
@@ -384,7 +384,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, check
     assert_refused(heal(tmp_path / "out", "--temperature", 2), "temperature is given", "without teacher")
     assert_refused(heal(tmp_path / "out", "--exclude", "lm_head"), "exclude is given", "without init_from")
     assert_refused(heal(tmp_path / "out", "--lora_rank", 4), "lora_rank is given", "without method lora")
-    assert_refused(heal(tmp_path / "out", "--milestones", "2=a", "3=a"), "a name of its own", code=2)
+    assert_refused(heal(tmp_path / "out", "--milestones", "2=a", "3=a"), "its own name", code=2)
     assert_refused(heal(tmp_path / "out", "--seed", 2**32), "too large", code=2)
     assert_refused(heal(tmp_path / "out", "--dropout", 1), "too large", code=2)
     assert_refused(heal(tmp_path / "out", "--data", ""), "name of the text is empty")

@@ -109,7 +109,7 @@ def test_what_is_half_written_is_skipped_and_named(heal, healed, tmp_path):
     (states / "checkpoint-8.partial" / ".held_by").write_text("{}")
     result = heal(tmp_path / "out")
     for name in ("checkpoint-6", "checkpoint-8.partial"):
-        assert f"{states / name} is incomplete, as its run was killed, or damaged: it is skipped." in result.stdout
+        assert f"{states / name} is damaged, or incomplete because its run was killed: it is skipped." in result.stdout
     assert f"Resuming from {states / 'checkpoint-4'}" in result.stdout
     assert outcome(tmp_path / "out") == outcome(healed)
     names = sorted(path.name for path in states.iterdir())
@@ -214,7 +214,7 @@ def test_a_run_that_goes_on_has_the_settings_it_was_started_with(heal, healed, t
     result = heal(tmp_path / "out", "--learning_rate", 0.5, "--seed", 3, "--save_total_limit", 2, *more)
     assert "init_from stays 'checkpoint'" in result.stdout
     assert "The milestone past is not saved: the run is past its step 3." in result.stdout
-    assert "learning_rate stays 0.01, as the run was started with; 0.5 is ignored" in result.stdout
+    assert "learning_rate stays 0.01, as at the start of the run; 0.5 is ignored" in result.stdout
     assert "seed stays 0" in result.stdout
     assert "--prompt" not in result.stdout
     assert outcome(tmp_path / "out") == outcome(healed)
@@ -224,7 +224,7 @@ def test_a_run_that_goes_on_has_the_settings_it_was_started_with(heal, healed, t
     assert "max_steps is now 7, was 6" in longer.stdout
     assert list_states(states)[0][-1].steps == 7
     again = heal(tmp_path / "out", "--max_steps", 7, "--overwrite", "--prompt", "another")
-    assert "The prompts stay those that the run began with: --prompt is ignored." in again.stdout
+    assert "The run keeps the prompts that it began with: --prompt is ignored." in again.stdout
     assert "checkpoint-7 has done all of these steps" in again.stdout
     refused = heal(tmp_path / "out", "--max_steps", 5, "--overwrite")
     assert_refused(refused, "has done 7 steps, more than --max_steps 5", "--resume DIR")

@@ -127,9 +127,9 @@ def test_a_run_in_segments_begins_with_the_losses_of_a_run_without(heal, tmp_pat
         first = [next(entry[name] for entry in log if name in entry) for log in logs]
         assert first[0] == pytest.approx(first[1], abs=1e-5)
     assert info_of(tmp_path / "segments")["healing"]["steps"] == 1
-    with pytest.raises(SurgeryError, match="segment_length is 40, and a whole sequence has 40 tokens"):
+    with pytest.raises(SurgeryError, match="segment_length is 40, but a whole sequence has 40 tokens"):
         HealSettings(segment_length=40, block_size=40)
-    with pytest.raises(SurgeryError, match="gradient_checkpointing does not go with segment_length"):
+    with pytest.raises(SurgeryError, match="gradient_checkpointing and segment_length cannot be used together"):
         HealSettings(segment_length=8, gradient_checkpointing=True)
 
 

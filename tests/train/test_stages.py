@@ -99,7 +99,7 @@ def test_stages_that_were_done_otherwise_are_named(staged, config, tmp_path):
     ("listed", "words"),
     [
         ([], ["There are no stages"]),
-        ("first", ["line 1: stages are a list"]),
+        ("first", ["line 1: stages must be a list"]),
         ([{"data": "text.txt"}], ["Stage 1 has no name"]),
         ([{"name": "a"}, {"name": "a"}], ["Two stages have the name a"]),
         ([{"name": "a/b"}], ["Stage 1 has the name 'a/b'"]),
@@ -138,7 +138,7 @@ def test_what_does_not_go_with_stages_is_named(staged, config, tmp_path):
     for more, words, code in (
         (("--milestones", "1=x"), "--milestones belongs into a stage", 2),
         (("--merge_adapter", tmp_path), "--merge_adapter trains nothing", 2),
-        (("--resume", tmp_path), "stages find theirs themselves", 1),
+        (("--resume", tmp_path), "each stage finds its own", 1),
         (("--output_dir", staged), "exists already", 1),
         (("--resume_dir", staged.with_name("out_resume") / "second_resume"), "states of a run without stages", 1),
     ):

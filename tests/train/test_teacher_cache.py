@@ -73,7 +73,7 @@ def test_a_cache_of_other_inputs_is_refused_in_a_sentence(heal, donor_dir, base_
         refused = heal(tmp_path / "out", *given, *more)
         assert_refused(refused, f"{cached / 'cache'} is the teacher cache of other inputs", words, "--teacher_cache")
     refused = heal(tmp_path / "out", "--teacher_cache", tmp_path / "none")
-    assert_refused(refused, f"{tmp_path / 'none'} is no complete teacher cache", "Give --teacher too")
+    assert_refused(refused, f"{tmp_path / 'none'} is no complete teacher cache", "give --teacher too")
     refused = heal(tmp_path / "out", "--teacher", donor_dir, "--teacher_cache", tmp_path)
     assert_refused(refused, f"{tmp_path} holds other files", "another --teacher_cache")
     assert_refused(heal(tmp_path / "out", *given, "--hidden_weight", 1), "hidden_weight", "a teacher in memory")
@@ -82,7 +82,7 @@ def test_a_cache_of_other_inputs_is_refused_in_a_sentence(heal, donor_dir, base_
     content = shard.read_bytes()
     for damaged, words in ((content[:-9], "bytes long instead of"), (content[:-1] + b"!", "changed")):
         shard.write_bytes(damaged)
-        assert_refused(heal(tmp_path / "out", *given), str(shard), words, "Remove it, and it is made again")
+        assert_refused(heal(tmp_path / "out", *given), str(shard), words, "Remove it, then run this again")
     shard.write_bytes(content)
     record = (cached / "cache" / CACHE_FILE).read_text()
     (cached / "cache" / CACHE_FILE).write_text(record[:-20])

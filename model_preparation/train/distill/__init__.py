@@ -1,1 +1,1 @@
-"""Distilling: a Llamba base is made from any donor."""
+"""Distilling: makes a Llamba base from any donor."""

@@ -1,6 +1,6 @@
-"""Makes an unaligned Llamba from any donor: each mixer learns what its layer's attention gives on the same inputs.
+"""Makes an unaligned Llamba from any donor: each mixer learns the outputs of its layer's attention on the same inputs.
 
-Embeddings, norms, MLPs and head are the donor's, and no stage trains the whole model.
+Embeddings, norms, MLPs and head are the donor's. No stage trains the whole model.
 Source: MOHAWK, arXiv 2408.10189, stage 2; training starts from checkpoint/llamba_init.py's weights.
 """
 
@@ -53,10 +53,10 @@ def distill_llamba_base(
     run_jobs: Runner | None = None,
     **given: Any,
 ) -> dict[str, Any]:
-    """Distil `donor` into a Llamba, write it into `output_dir`, and return the summary that distillation.json holds.
+    """Distil `donor` into a Llamba, write it into `output_dir`, and return the summary in distillation.json.
 
-    A run that was stopped anywhere resumes at the next unfinished layer if it is called again with the same arguments.
-    The weights get the same bytes then, on the same kind of device with as many threads.
+    A stopped run resumes at the next unfinished layer if it is called again with the same arguments. The weights then
+    get the same bytes, on the same kind of device with equally many threads.
 
     Args:
         donor: a name, folder or hub id of a donor, as `sources.resolve` takes it.
@@ -64,13 +64,13 @@ def distill_llamba_base(
         data: tokens (sequences, length) int64, with weights as `TokenData`; a .txt or .jsonl file or a folder of them;
             or "self" for text that the donor writes.
         settings: by default `DistillSettings()`.
-        layers: those to train; the others keep their initial weights. By default all.
+        layers: the layers to train, by default all; the others keep their initial weights.
         dtype: of the weights written; by default the donor's. Training is in float32.
         device: where layers run. Each job on Ray has its own GPU or the CPU instead.
-        overwrite: replace a model folder that is there.
-        restart: train all layers anew. The tokens of an earlier run are kept if their settings are the same.
+        overwrite: replace an existing model folder.
+        restart: train all layers again. The tokens of an earlier run are kept if their settings are the same.
         sources: targets by name, as `resolve(overrides=...)` takes them.
-        run_jobs: a `ray_jobs.RayRunner`, whose jobs train some layers each; by default all are trained here.
+        run_jobs: a `ray_jobs.RayRunner`, whose jobs train some layers each; by default this process trains all.
         given: fields of `DistillSettings` that replace those of `settings`.
 
     Raises:
@@ -117,13 +117,13 @@ def distill_llamba_base(
         records = [work.record(index) for index in chosen]
 
         def layer_of(index: int, donor_tensors: dict[str, Tensor], *, trained: bool = True) -> dict[str, Tensor]:
-            """The tensors of a layer, as the new base will hold them."""
+            """The tensors of a layer of the new base."""
             made = student_tensors(donor_tensors, donor_config, config, layer_seed(settings.seed, index))
             made |= work.mixer(index) if trained and index in chosen else {}
             return {name: tensor.to(config.dtype) for name, tensor in made.items()}
 
         def layers_of(index: int) -> dict[str, Layer]:
-            """The layer in each of the models that are compared."""
+            """The layer in each of the compared models."""
             tensors = dict(files.with_prefix(f"model.layers.{index}."))
             students = {INITIAL: layer_of(index, tensors, trained=False), DISTILLED: layer_of(index, tensors)}
             return {DONOR: Teacher(original.layer(index)).output} | {
@@ -163,7 +163,7 @@ def distill_llamba_base(
 def _train_by_jobs(
     work: WorkFolder, donor_folder: Path, layers: Sequence[int], settings: DistillSettings, run_jobs: Runner
 ) -> None:
-    """Train by jobs that have some layers each."""
+    """Train the layers in jobs of some layers each."""
     jobs = []
     for first in range(0, len(layers), settings.layers_per_job):
         block = layers[first : first + settings.layers_per_job]
@@ -176,7 +176,7 @@ def _train_by_jobs(
     if failed:
         name, reason = next(iter(failed.items()))
         raise SurgeryError(
-            f"{len(failed)} of {len(jobs)} jobs failed, {name} because: {reason} "
+            f"{len(failed)} of {len(jobs)} jobs failed. The first is {name}: {reason} "
             "Mend that and run the same command again: finished layers are kept."
         )
 

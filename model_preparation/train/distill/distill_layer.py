@@ -1,4 +1,4 @@
-"""Trains the mixer of one Llamba layer to give what a donor's layer gives on the same inputs. Norms and MLP stay.
+"""Trains the mixer of one Llamba layer to give a donor layer's outputs on the same inputs. Norms and MLP stay.
 
 Source: MOHAWK, arXiv 2408.10189, stage 2, hidden-state alignment.
 """
@@ -18,21 +18,21 @@ from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 from model_preparation.llamba.ssd import HAVE_FLOAT64
 from model_preparation.train.distill.settings import Target
 
-WARM_UP = 0.1  # part of the steps in which the learning rate rises
+WARM_UP = 0.1  # the fraction of steps in which the learning rate rises
 BETAS = (0.9, 0.95)
 MAX_GRADIENT_NORM = 1.0
-EVALUATED_TOKENS = 4096  # at once, where no gradients are kept
+EVALUATED_TOKENS = 4096  # at once, without gradients
 
 
 class Batch(NamedTuple):
-    """Hidden states that enter the donor's layer, and how much each position counts."""
+    """Hidden states that enter the donor's layer, and the weight of each position."""
 
     hidden_states: Tensor  # (batch, length, width) float32
-    weights: Tensor | None = None  # (batch, length), at least 0; None: all alike
+    weights: Tensor | None = None  # (batch, length), at least 0; None: equal weights
 
 
 class Step(NamedTuple):
-    """One step of training as it is logged; `loss` is the relative error on its batch before the step."""
+    """One logged step of training; `loss` is the relative error on its batch before the step."""
 
     step: int
     loss: float
@@ -51,16 +51,17 @@ def distill_layer(
     weight_decay: float = 0.0,
     log: Callable[[Step], None] = lambda step: None,
 ) -> list[float]:
-    """Train the mixer of `student_layer`, in place, to give what `donor_layer` gives. Nothing here is random.
+    """Train the mixer of `student_layer`, in place, to give the outputs of `donor_layer`. Nothing here is random.
 
-    A step's loss is the squared error over its batch, divided by the variance of the donor's outputs in it. AdamW; the
-    learning rate rises linearly for a tenth of the steps, then falls as a cosine; gradients are clipped at norm 1.
+    A step's loss is the squared error over its batch, divided by the variance of the donor's outputs in it. The
+    optimizer is AdamW. The learning rate rises linearly for a tenth of the steps, then falls as a cosine. Gradients are
+    clipped at norm 1.
 
     Args:
-        donor_layer: float32, on the device that the training runs on.
+        donor_layer: float32, on the device of the training.
         student_layer: the same.
-        batches: at least `steps` of them, such as `shuffled` gives; each is moved to the device.
-        target: "mixer" compares what mixer and attention add to the hidden states, "layer" what both layers give.
+        batches: at least `steps` of them, as from `shuffled`; each is moved to the device.
+        target: "mixer" compares the outputs of mixer and attention, "layer" the outputs of both layers.
         log: called after every step.
 
     Returns:
@@ -80,7 +81,7 @@ def distill_layer(
     for step in range(steps):
         batch = next(source, None)
         if batch is None:
-            raise ValueError(f"there are batches for {step} of {steps} steps")
+            raise ValueError(f"there are only {step} batches for {steps} steps")
         moments = teacher.compare(student_layer, batch)
         loss = moments.relative_error()
         losses.append(loss.item())
@@ -101,15 +102,12 @@ def distill_layer(
 
 @torch.no_grad()
 def relative_error(
-    donor_layer: nn.Module,
-    student_layer: LlambaDecoderLayer,
-    batches: Iterable[Batch],
-    target: Target = "mixer",
+    donor_layer: nn.Module, student_layer: LlambaDecoderLayer, batches: Iterable[Batch], target: Target = "mixer"
 ) -> float:
-    """Mean squared error of the student's outputs over the variance of the donor's: 1 is what a constant can reach.
+    """Mean squared error of the student's outputs over the variance of the donor's. The best constant output gives 1.
 
-    Both are over all positions of all `batches`; the variance is about each channel's mean. With target "layer" it is
-    the variance of what the donor's layer adds to its input.
+    Both are over all positions of all `batches`; the variance is about each channel's mean. With target "layer", an
+    output is what a layer adds to its input.
     """
     teacher = Teacher(donor_layer, target)
     total = Moments.none()
@@ -127,7 +125,7 @@ def rate_factor(step: int, steps: int) -> float:
 
 
 def shuffled(states: Tensor, weights: Tensor | None, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Endless batches of whole sequences. Each pass has every sequence once, in an order drawn from `seed`.
+    """Endless batches of whole sequences. Each pass has every sequence once, in a random order from `seed`.
 
     Args:
         states: (sequences, length, width).
@@ -142,26 +140,26 @@ def shuffled(states: Tensor, weights: Tensor | None, batch_size: int, seed: int)
 
 
 def in_order(states: Tensor, weights: Tensor | None = None) -> Iterator[Batch]:
-    """Views of all sequences once, as many at a time as `EVALUATED_TOKENS` allow; shapes as in `shuffled`."""
+    """All sequences once, in views of at most `EVALUATED_TOKENS` tokens or one sequence; shapes as in `shuffled`."""
     at_once = max(1, EVALUATED_TOKENS // states.shape[1])
     for first in range(0, len(states), at_once):
         chosen = slice(first, first + at_once)
         yield Batch(states[chosen], None if weights is None else weights[chosen])
 
 
-def put_through(layer: Callable[[Tensor], Tensor], states: Tensor, outputs: Tensor) -> None:
-    """Write what `layer` gives for `states` into `outputs`, some sequences at a time. Both may be the same tensor."""
+def apply_layer(layer: Callable[[Tensor], Tensor], states: Tensor, outputs: Tensor) -> None:
+    """Write the output of `layer` for `states` into `outputs`, some sequences at a time. Both may be one tensor."""
     for batch, place in zip(in_order(states), in_order(outputs), strict=True):
         place.hidden_states.copy_(layer(batch.hidden_states))
 
 
 class Moments(NamedTuple):
-    """Sums over positions that give a relative error. The sums of several batches can be added."""
+    """Weighted sums over positions, for a relative error. The sums of several batches can be added."""
 
-    weight: Tensor  # () of all positions
-    error: Tensor  # () squared, over the channels too
-    first: Tensor  # (width,) of the donor's outputs
-    second: Tensor  # () of their squares, over the channels too
+    weight: Tensor  # () the weights themselves
+    error: Tensor  # () the squared error, over the channels too
+    first: Tensor  # (width,) the donor's outputs
+    second: Tensor  # () the squares of the donor's outputs, over the channels too
 
     @classmethod
     def none(cls) -> "Moments":
@@ -175,7 +173,7 @@ class Moments(NamedTuple):
 
 
 class Teacher:
-    """A donor's layer, which measures how far a student is from it."""
+    """A donor's layer. It measures the error of a student."""
 
     def __init__(self, layer: nn.Module, target: Target = "mixer"):
         if target not in ("mixer", "layer"):
@@ -194,7 +192,7 @@ class Teacher:
 
     @torch.no_grad()
     def output(self, hidden_states: Tensor) -> Tensor:
-        """The layer's output, (batch, length, width) as the input, on the input's device."""
+        """The layer's output: shape (batch, length, width) and device as the input's."""
         states = hidden_states.to(self._device)
         return self._layer(states, **self._arguments(states)).to(hidden_states.device)
 
@@ -216,14 +214,14 @@ class Teacher:
 
     @torch.no_grad()
     def _added(self, states: Tensor) -> Tensor:
-        """What the layer, or its attention block alone, adds to the hidden states."""
+        """The change of the hidden states by the layer, or by its attention block alone."""
         arguments = self._arguments(states)
         if self._target == "layer":
             return self._layer(states, **arguments) - states
         return self._layer.self_attn(self._layer.input_layernorm(states), **arguments)[0]
 
     def _arguments(self, states: Tensor) -> dict[str, Any]:
-        """What the layer needs beside the hidden states of whole sequences."""
+        """The layer's arguments besides the hidden states of whole sequences."""
         mask = None  # transformers' attention is causal without one
         if self._is_sliding:
             mask = create_sliding_window_causal_mask(self._config, states, None, **{CACHE_NAME: None})

@@ -1,4 +1,4 @@
-"""The donor that is distilled, read layer by layer."""
+"""Reads the donor of a distillation layer by layer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,11 @@ class Donor:
 
     @classmethod
     def open(cls, source: Source, device: str) -> "Donor":
-        """Raises SurgeryError if the source is no donor."""
+        """Open a source; raises SurgeryError if it is no donor."""
         return cls(source.folder, *open_donor(source), device)
 
     def layer(self, index: int) -> nn.Module:
-        """A layer in float32, for running it without a cache."""
+        """A layer in float32, to be run without a cache."""
         with torch.device("meta"):
             layer = KINDS[self.config.model_type].transformers_class("DecoderLayer")(self.config, index)
         tensors = {

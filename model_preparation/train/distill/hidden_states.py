@@ -1,6 +1,7 @@
-"""The donor's hidden states as they enter one layer after the other: in memory, or in a mapped file.
+"""The donor's hidden states before one layer after the other: in memory, or in a mapped file.
 
-In a folder, each layer's file appears whole, then the file before it is removed. A killed run resumes from that file.
+In a folder, each layer's file appears whole, then the previous layer's file is removed. A killed run resumes from the
+file that is left.
 """
 
 import math
@@ -17,7 +18,7 @@ from transformers import PreTrainedConfig
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import sync
 from model_preparation.io.complete_folder import existing_parent
-from model_preparation.train.distill.distill_layer import Teacher, put_through
+from model_preparation.train.distill.distill_layer import Teacher, apply_layer
 from model_preparation.train.distill.donor import Donor
 
 
@@ -26,8 +27,8 @@ class HiddenStates:
 
     Args:
         tokens: (sequences, length) int64.
-        folder: for files of states, of one run at a time; None keeps the states in memory.
-        wanted: the first layer wanted. A file for it, or for a layer before it, is used.
+        folder: for files of states; only one run at a time uses it. None keeps the states in memory.
+        wanted: the first layer that needs its states. A file for it, or for a layer before it, is used.
 
     Attributes:
         values: (sequences, length, width) float32, on the CPU.
@@ -50,20 +51,20 @@ class HiddenStates:
             self._keep(0)
 
     def layer(self) -> nn.Module:
-        """The donor's layer that the states enter, float32."""
+        """The donor's layer `index`, float32."""
         return self._donor.layer(self.index)
 
     def advance(self, layer: nn.Module) -> None:
-        """Put the states through `layer`, which `layer()` gave: now they enter the next layer."""
+        """Apply `layer`, the result of `layer()`, to the states: they now enter the next layer."""
         teacher = Teacher(layer)
         before = self.values
         if self._folder is not None:
             self.values = self._new()
-        put_through(teacher.output, before, self.values)
+        apply_layer(teacher.output, before, self.values)
         self._keep(self.index + 1)
 
     def remove(self) -> None:
-        """Remove the file that the states are in."""
+        """Remove the file of the states."""
         self._path(self.index).unlink()
 
     def _new(self) -> Tensor:
@@ -72,7 +73,7 @@ class HiddenStates:
         path = self._folder / "new"
         path.unlink(missing_ok=True)
         with path.open("wb") as file:
-            # Take the space now: a mapping cannot report later that the disk is full.
+            # Reserve the space now: a mapping cannot report a full disk later.
             os.posix_fallocate(file.fileno(), 0, math.prod(self._shape) * torch.float32.itemsize)
         return self._open(path)
 
@@ -101,7 +102,7 @@ def states_bytes(tokens: int, config: PreTrainedConfig) -> int:
 
 
 def check_room(folder: Path, tokens: int, config: PreTrainedConfig, kept: Iterable[Path]) -> None:
-    """Raise SurgeryError if the disk of `folder` has no room for the states of two layers, beside `kept` files."""
+    """Raise SurgeryError if the disk of `folder` has no room for the states of two layers. `kept` are there already."""
     needed_bytes = 2 * states_bytes(tokens, config) - sum(path.stat().st_size for path in kept)
     free_bytes = shutil.disk_usage(existing_parent(folder)).free
     if needed_bytes > free_bytes:

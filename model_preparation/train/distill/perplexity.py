@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from model_preparation.train.distill.distill_layer import put_through
+from model_preparation.train.distill.distill_layer import apply_layer
 from model_preparation.train.distill.donor import Donor
 
-Layer = Callable[[Tensor], Tensor]  # hidden states (batch, length, width), in and out, on any device
+Layer = Callable[[Tensor], Tensor]  # from and to hidden states (batch, length, width), on any device
 
 
 @torch.no_grad()
@@ -22,9 +22,9 @@ def perplexities(
     names: Sequence[str],
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The perplexity of each model in `names`: exp of the mean cross-entropy of all tokens but a sequence's first.
+    """The perplexity of each model in `names`: exp of the mean cross-entropy, without each sequence's first token.
 
-    All of them have the embedding, final norm and head of the donor.
+    All models have the donor's embedding, final norm and head.
 
     Args:
         tokens: (sequences, length) int64.
@@ -36,7 +36,7 @@ def perplexities(
     states = {name: embedded.clone() for name in names}
     for index in range(config.num_hidden_layers):
         for name, layer in layers_of(index).items():
-            put_through(layer, states[name], states[name])
+            apply_layer(layer, states[name], states[name])
         advance()
     norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
     norm.weight.data = files["model.norm.weight"].float()
@@ -45,7 +45,7 @@ def perplexities(
 
 
 def _mean_loss(states: Tensor, head: Tensor, tokens: Tensor) -> float:
-    """One sequence at a time: the logits of all would need more memory than everything else."""
+    """Computed for one sequence at a time: the logits of all would need more memory than everything else."""
     total = 0.0
     for values, sequence in zip(states, tokens, strict=True):
         total += F.cross_entropy(values[:-1] @ head.t(), sequence[1:], reduction="sum").item()

@@ -15,7 +15,7 @@ LOG, PLOT, SUMMARY = "distillation.jsonl", "distillation.png", "distillation.jso
 
 
 def write_report(folder: Path, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-    """Write the three files from the records of the layers, in order, as the work folder keeps them."""
+    """Write the three files. `records` are the layers' records in the work folder, in order."""
     lines = [json.dumps({"layer": record["layer"], **step}) for record in records for step in record["log"]]
     (folder / LOG).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     plot_losses(records).savefig(folder / PLOT, dpi=150)

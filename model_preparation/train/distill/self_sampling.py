@@ -1,6 +1,6 @@
-"""Text that a donor writes by itself, as token ids. It is distilled on it where there is no other text.
+"""Text that a donor writes, as token ids. The donor is distilled on it if there is no other text.
 
-A batch depends on its seed alone, so that a resumed run draws no batch again.
+A batch depends on its seed alone, so a resumed run draws no batch again.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,15 +19,15 @@ SEQUENCES_AT_ONCE = 64
 
 
 class SelfSampler:
-    """Draws sequences from a donor, from its first token on, at temperature 1, among all tokens.
+    """Draws sequences from a donor, from its first token on, at temperature 1, from all tokens.
 
-    The model runs in bfloat16: the rounding is small compared with the chance of the draw. A sequence continues after
-    an end-of-sequence token, as in the packed text that models are trained on.
+    The model runs in bfloat16: its rounding matters little for random draws. A sequence continues after an
+    end-of-sequence token, as in the packed text that models are trained on.
     """
 
     def __init__(self, folder: Path, config: PreTrainedConfig, device: str):
         self._start = first_token(config)
-        disable_progress_bar()  # transformers' own bar would disturb that of the tokens
+        disable_progress_bar()  # transformers' bar would disturb the bar of the tokens
         self._model = load_folder(folder, torch.bfloat16).to(device)
 
     @torch.inference_mode()
@@ -44,8 +44,8 @@ class SelfSampler:
         """(sequences, length) int64, on the CPU; each step calls `advance` with the number of its tokens.
 
         Args:
-            begin: tokens that each sequence begins with, in place of the donor's first token.
-            steer: gets the token that each sequence drew, and returns the tokens to take; None ends the drawing.
+            begin: the first tokens of each sequence, in place of the donor's first token.
+            steer: gets the token drawn for each sequence, and returns the tokens to take, or None to end the drawing.
         """
         device = self._model.device
         generator = torch.Generator(device).manual_seed(seed)
@@ -68,7 +68,7 @@ class SelfSampler:
 
 
 def first_token(config: PreTrainedConfig) -> int:
-    """The token that the model's texts begin with; raises SurgeryError where its config names none."""
+    """The first token of the model's texts; raises SurgeryError if its config names none."""
     for name in ("bos_token_id", "eos_token_id"):
         value = getattr(config, name)
         value = value[0] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""The settings of a distillation, with their defaults. The command shows these without importing torch."""
+"""The settings of a distillation, with their defaults. The command shows the defaults without importing torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from model_preparation.command_line import number
 from model_preparation.setting_flags import CheckedSettings, Flag, OneOf
 
-SELF = "self"  # as data: the donor writes the text itself
+SELF = "self"  # as data: the donor writes the text
 Target = Literal["mixer", "layer"]
 
 
@@ -19,12 +19,12 @@ class DistillSettings(CheckedSettings):
     """How a donor is distilled. The flags' help explains the fields.
 
     Attributes:
-        tokens: all tokens of a tensor are taken.
-        sequence_length: a tensor has its own.
+        tokens: not used with a tensor: all its tokens are taken.
+        sequence_length: not used with a tensor, which has its own.
         mixer: sizes of the mixers, `d_state`, `n_v_heads`, `n_qk_heads`, `d_conv`; the others follow from the donor.
 
     Raises:
-        SurgeryError: for a value that its flag does not take.
+        SurgeryError: for a value that its flag refuses.
     """
 
     tokens: Annotated[int, Flag("N", "tokens of text to read or write; one in 16 is held out", _AT_LEAST_TWO)] = (
@@ -47,7 +47,7 @@ class DistillSettings(CheckedSettings):
         Target,
         Flag(
             None,
-            "what is compared: the mixer's output with the attention's, or the layers' outputs",
+            "compare the mixer's output with the attention's, or the outputs of both layers",
             OneOf(*get_args(Target)),
         ),
     ] = "mixer"
@@ -56,7 +56,7 @@ class DistillSettings(CheckedSettings):
         float,
         Flag(
             "GB",
-            "larger hidden states are kept on the disk, not in memory",
+            "keep larger hidden states on the disk, not in memory",
             number(float, least=0),
             name="memory_limit",
         ),
@@ -65,7 +65,7 @@ class DistillSettings(CheckedSettings):
         int,
         Flag(
             "N",
-            "with --ray: layers that one job trains in turn; it first puts the tokens through all layers before them",
+            "with --ray: layers that one job trains in turn; it first runs the tokens through all earlier layers",
             _COUNT,
         ),
     ] = 4
@@ -75,6 +75,6 @@ class DistillSettings(CheckedSettings):
         return 1e9 * self.memory_limit_gb
 
     def of_training(self) -> dict[str, Any]:
-        """The settings that change the trained weights, beside the text; as the work folder keeps them."""
+        """The settings that change the trained weights, apart from the text; as the work folder keeps them."""
         names = ("steps_per_layer", "batch_size", "learning_rate", "weight_decay", "seed", "target")
         return {name: getattr(self, name) for name in names} | {"mixer": dict(self.mixer)}

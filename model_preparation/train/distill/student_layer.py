@@ -1,6 +1,6 @@
 """The initial weights of a mixer to distil: llamba_init's linear counterpart of the attention, in the mixer's size.
 
-In a larger state, the additional rows of the keys start random and those of the queries at 0: at first they change
+A larger state has additional rows: the keys' rows start random, the queries' rows start at 0. So at first they change
 nothing. A smaller state leaves rows out.
 """
 
@@ -23,7 +23,7 @@ MIXER_FIELDS = ("d_state", "n_v_heads", "n_qk_heads", "d_conv")
 
 
 def student_config(donor: PreTrainedConfig, mixer: Mapping[str, int] | None = None) -> LlambaConfig:
-    """The config of the Llamba that `donor` becomes; `mixer` sets fields of `MIXER_FIELDS`.
+    """The config of the Llamba that is made from `donor`; `mixer` sets fields of `MIXER_FIELDS`.
 
     Raises:
         SurgeryError: for another field, or heads that do not divide.
@@ -45,14 +45,15 @@ def student_tensors(
 ) -> dict[str, Tensor]:
     """The Llamba layer's initial tensors, by name relative to the layer.
 
-    With the donor's own sizes, they compute the same as `mamba_layer`'s. But B and C share the factor that C alone has
-    there: with all of it in C, optimizer steps of one size for all weights would make C many times larger at once.
+    With the donor's own sizes, they compute the same as `mamba_layer`'s. But `mamba_layer` puts the scale of the scores
+    into C alone, and here B and C share it. Otherwise one step of the optimizer, which has the same size for all
+    weights, would make C many times larger.
 
     Args:
         attention_layer: the donor layer's tensors.
-        donor: its config.
+        donor: the donor's config.
         config: from `student_config`.
-        seed: of the random rows.
+        seed: for the random rows.
     """
     tensors = dict(mamba_layer(attention_layer, donor))
     donor_heads, head_dim = heads_of(donor)
@@ -60,7 +61,7 @@ def student_tensors(
     ssm, width = config.ssm_cfg, donor_heads * head_dim
     states, groups, taps = ssm["d_state"], ssm["n_qk_heads"], ssm["d_conv"]
     generator = torch.Generator().manual_seed(seed)
-    # The donor's head for each value head of ours; a key head has the donor's head of its first value head.
+    # For each of our value heads, the donor's head. A key head takes the donor's head of its first value head.
     head_of = torch.arange(heads) * donor_heads // heads
     group_of = head_of[:: heads // groups]
     balance = math.sqrt(score_scale(head_dim))
@@ -77,7 +78,7 @@ def student_tensors(
         tensors[name] = torch.cat([x, of_keys(B, balance, 1.0), of_keys(C, 1 / balance, 0.0), z, a[head_of]])
     conv_dim = width + 2 * groups * states
     conv = tensors["mixer.conv1d.weight"].new_zeros(conv_dim, 1, taps)
-    conv[:, :, -1] = 1  # the current token's
+    conv[:, :, -1] = 1  # the tap of the current token
     tensors["mixer.conv1d.weight"] = conv
     tensors["mixer.conv1d.bias"] = conv.new_zeros(conv_dim)
     tensors["mixer.D"] = conv.new_zeros(heads)

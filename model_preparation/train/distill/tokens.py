@@ -1,7 +1,7 @@
-"""The tokens that a distillation runs on: from text files, from the donor's own text, or the caller's tensor.
+"""The tokens of a distillation: from text files, from the donor's own text, or the caller's tensor.
 
-They are made once and kept in the work folder. Texts follow each other without padding, with the end-of-sequence token
-between them.
+They are made once and kept in the work folder. Texts follow each other without padding. An end-of-sequence token
+separates them.
 """
 
 import json
@@ -31,7 +31,7 @@ from model_preparation.train.distill.work_folder import WorkFolder
 HELD_OUT_PART = 1 / 16
 MAX_HELD_OUT_TOKENS = 65_536  # held-out tokens stay in memory
 _SUFFIXES = (".txt", ".jsonl")
-_PIECE_CHARACTERS = 1 << 20  # of a text, tokenised at once
+_PIECE_CHARACTERS = 1 << 20  # the part of a text that is tokenised at once
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class TokenData:
 
     Attributes:
         tokens: (sequences, length) int64.
-        weights: (sequences, length) float32, how much each position's error counts; None: equal weights.
+        weights: (sequences, length) float32, the weight of each position's error; None: equal weights.
 
     Raises:
-        SurgeryError: for other shapes or kinds of numbers, or fewer than two sequences.
+        SurgeryError: for other shapes or dtypes, or fewer than two sequences.
     """
 
     tokens: Tensor
@@ -63,7 +63,7 @@ class TokenData:
 
     @property
     def held_out(self) -> int:
-        """How many sequences are held out: one in 16, at least one."""
+        """The number of held-out sequences: one in 16, at least one."""
         sequences, length = self.tokens.shape
         return max(1, min(int(sequences * HELD_OUT_PART), MAX_HELD_OUT_TOKENS // length))
 
@@ -88,10 +88,10 @@ Data = TokenData | str | Path
 
 
 def described(data: Data, settings: DistillSettings) -> dict[str, Any]:
-    """The settings that change the tokens, as the work folder keeps them. Only drawn text depends on the seed.
+    """The settings that change the tokens, as the work folder keeps them. Only the donor's text depends on the seed.
 
     Raises:
-        SurgeryError: if there is no text where `data` says.
+        SurgeryError: if `data` names no text.
     """
     if isinstance(data, TokenData):
         return {"data": data.digest()}
@@ -105,10 +105,10 @@ def described(data: Data, settings: DistillSettings) -> dict[str, Any]:
 
 
 def most_tokens(data: Data, settings: DistillSettings) -> int:
-    """The most tokens there can be: a text has at most one for each byte.
+    """An upper bound of the number of tokens: a text has at most one for each byte.
 
     Raises:
-        SurgeryError: if there is no text where `data` says.
+        SurgeryError: if `data` names no text.
     """
     if isinstance(data, TokenData):
         return data.tokens.numel()
@@ -118,12 +118,12 @@ def most_tokens(data: Data, settings: DistillSettings) -> int:
 
 
 def text_files(data: str | Path) -> list[Path]:
-    """The .txt and .jsonl files in a folder and below it, or the one file; SurgeryError if there is none."""
+    """The file, or the .txt and .jsonl files in and below a folder; raises SurgeryError if there is none."""
     return texts.text_files(Path(data).expanduser(), _SUFFIXES, "self for text that the donor writes")
 
 
 def take_tokens(data: Data, work: WorkFolder, donor: Donor) -> TokenData:
-    """Return the tokens that `work` keeps. If it has none yet, make and keep them.
+    """The tokens in `work`. If it has none yet, they are made and kept there.
 
     Raises:
         SurgeryError: for text or tokens that cannot be used, or a donor without a tokenizer.
@@ -147,9 +147,9 @@ def take_tokens(data: Data, work: WorkFolder, donor: Donor) -> TokenData:
 def tokens_of_text(
     files: list[Path], tokenizer: PreTrainedTokenizerBase, length: int, tokens: int, advance: Callable[[int], None]
 ) -> Tensor:
-    """The first `tokens` tokens of the texts, or all there are, as (sequences, length) int64.
+    """The first `tokens` tokens of the texts, or fewer if there are no more, as (sequences, length) int64.
 
-    Long texts are tokenised in pieces, as far as they are needed. The tokens can differ from those of the whole text
+    Long texts are tokenised in pieces, and only as far as needed. The tokens can differ from those of the whole text
     only where two pieces meet.
 
     Args:
@@ -168,7 +168,7 @@ def tokens_of_text(
         if piece.is_last and not ended:
             found.append(end)
         elif piece.is_first and not piece.is_last and end is not None and ended:
-            found.pop()  # the tokenizer ended the piece, but the text goes on
+            found.pop()  # the tokenizer added an end, but the text continues
         stream.extend(found)
         advance(len(found))
         if len(stream) >= wanted:
@@ -194,7 +194,7 @@ def _read(data: str | Path, work: WorkFolder, donor_folder: Path) -> Tensor:
 
 
 def _drawn(work: WorkFolder, donor: Donor) -> Tensor:
-    """The donor's own text, (sequences, length) int64. Each batch is kept as soon as it is drawn."""
+    """The donor's own text, (sequences, length) int64. Each batch is saved as soon as it is drawn."""
     asked = work.settings()
     length = asked["sequence_length"]
     sequences = max(2, -(-asked["tokens"] // length))
@@ -206,7 +206,7 @@ def _drawn(work: WorkFolder, donor: Donor) -> Tensor:
             part = work.drawn(number)
             if part is None:
                 sampler = sampler or SelfSampler(donor.folder, donor.config, donor.device)
-                # The factor gives other seeds to the batches of the next --seed; torch takes no larger seeds.
+                # The factor keeps the batches of neighbouring seeds apart. torch takes no seeds from 2**63 on.
                 seed = (asked["seed"] * 1_000_003 + number) % 2**63
                 part = sampler.draw(min(SEQUENCES_AT_ONCE, sequences - first), length, seed, advance)
                 work.keep_drawn(number, part)

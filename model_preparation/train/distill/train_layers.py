@@ -1,6 +1,6 @@
-"""Trains the mixers of some layers in this process, one after the other: for a whole run, or for one job of it.
+"""Trains the mixers of some layers in this process, one after the other: for a whole run, or for one job of a run.
 
-One donor layer, one Llamba layer and the hidden states that enter them are in memory. Large hidden states are on disk.
+One donor layer, one Llamba layer and their input, the hidden states, are in memory. Large hidden states are on disk.
 """
 
 import time
@@ -21,14 +21,14 @@ from model_preparation.train.distill.tokens import TokenData
 from model_preparation.train.distill.work_folder import WorkFolder
 
 LOGGED_STEPS = 100  # of each layer, evenly spread
-_SEEDS_PER_RUN = 1024  # more than a model has layers, so that runs with neighbouring seeds share none
+_SEEDS_PER_RUN = 1024  # more than any model's layers, so that runs with neighbouring seeds share no seed of a layer
 
 
 def train_layers(work: WorkFolder, donor: Donor, layers: Sequence[int], memory_limit_bytes: float) -> None:
     """Train the layers that are not finished. Shows a bar, and prints a line per layer.
 
     Args:
-        work: has its settings and tokens.
+        work: its settings and tokens are there already.
         layers: sorted.
         memory_limit_bytes: larger hidden states are kept on the disk.
     """
@@ -63,19 +63,14 @@ def train_layers(work: WorkFolder, donor: Donor, layers: Sequence[int], memory_l
 
 
 def layer_seed(seed: int, index: int) -> int:
-    """The seed of the random numbers of one layer."""
-    return (seed * _SEEDS_PER_RUN + index) % 2**63  # torch takes no larger ones
+    """The seed of one layer's random numbers."""
+    return (seed * _SEEDS_PER_RUN + index) % 2**63  # torch takes no larger seed
 
 
 def _train(
-    work: WorkFolder,
-    states: HiddenStates,
-    teacher: nn.Module,
-    donor: Donor,
-    data: TokenData,
-    bar: "_LayerBar",
+    work: WorkFolder, states: HiddenStates, teacher: nn.Module, donor: Donor, data: TokenData, bar: "_LayerBar"
 ) -> dict[str, Any]:
-    """Train the counterpart of `teacher`, the layer that the states enter, and keep it. Returns its record."""
+    """Train and save the mixer in place of the attention of `teacher`, layer `states.index`. Returns its record."""
     started = time.monotonic()
     settings = work.settings()
     index, held_out = states.index, data.held_out
@@ -127,7 +122,7 @@ def _print_result(record: Mapping[str, Any]) -> None:
 
 
 class _LayerBar(Progress):
-    """A bar over the steps of all layers, which also says what runs now."""
+    """A bar over the steps of all layers. Its text names the work that runs now."""
 
     def __init__(self, total: int, done: int):
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())

@@ -2,10 +2,10 @@
 
     settings.json           the settings of the run, "text" and "training"
     drawn_NNN.safetensors   a batch of the donor's own text
-    tokens.safetensors      all tokens, trained on and held out
+    tokens.safetensors      all tokens, for training and held out
     layer_NN.safetensors    the mixer of a finished layer, float32, and its record
 
-One run at a time holds the folder. Each file appears whole or not at all.
+Only one run at a time uses the folder. Each file appears whole or not at all.
 """
 
 import json
@@ -36,21 +36,21 @@ class WorkFolder:
 
     @classmethod
     def beside(cls, target: Path) -> "WorkFolder":
-        """The folder of the distillation that makes `target`."""
+        """The work folder of the distillation that makes `target`."""
         target = target.resolve()
         return cls(target.with_name(f"{target.name}.distilling"))
 
     @contextmanager
     def held(self, text: Mapping[str, Any], training: Mapping[str, Any], *, restart: bool) -> Iterator[None]:
-        """Keep other runs out, and check that tokens and layers in the folder have these settings.
+        """Lock the folder, and check that its tokens and layers were made with these settings.
 
         Args:
-            text: the settings that change the tokens, as JSON's kinds of values.
-            training: all other settings that change the weights, likewise.
-            restart: remove the layers first, and tokens of other settings.
+            text: the settings that change the tokens; JSON values.
+            training: all other settings that change the weights; JSON values.
+            restart: first remove the layers, and tokens of other settings.
 
         Raises:
-            SurgeryError: if another run holds the folder, or it has tokens or layers of other settings. It names them.
+            SurgeryError: if another run uses the folder, or it has tokens or layers of other settings, which are named.
         """
         hold = take(without_links(self.folder))
         try:
@@ -58,7 +58,7 @@ class WorkFolder:
             make_folder(self.folder)
             asked = {"text": dict(text), "training": dict(training)}
             if (self.folder / _SETTINGS).exists():
-                self._settle(asked, restart=restart)
+                self._take_settings(asked, restart=restart)
             else:
                 self._write_settings(asked)
             yield
@@ -71,21 +71,21 @@ class WorkFolder:
         return found["text"] | found["training"]
 
     def remove(self) -> None:
-        """Remove the folder. The settings go last, as they say what the rest is."""
+        """Remove the folder. The settings go last: they mark the folder as a distillation's."""
         if self.folder.is_dir():
             self._empty()
             (self.folder / _SETTINGS).unlink(missing_ok=True)
             self.folder.rmdir()
 
     def tokens(self) -> dict[str, Tensor] | None:
-        """The fields of `TokenData`, if they were kept."""
+        """The fields of `TokenData`, if they were saved."""
         return self._load(_TOKENS)
 
     def keep_tokens(self, tokens: Tensor, weights: Tensor | None) -> None:
         self._write(_TOKENS, {"tokens": tokens} | ({} if weights is None else {"weights": weights}))
 
     def drawn(self, number: int) -> Tensor | None:
-        """Batch `number` of the donor's own text, (sequences, length) int64, if it was kept."""
+        """Batch `number` of the donor's own text, (sequences, length) int64, if it was saved."""
         found = self._load(f"drawn_{number:03d}.safetensors")
         return None if found is None else found["tokens"]
 
@@ -106,12 +106,12 @@ class WorkFolder:
         return load_file(self._layer(index))
 
     def record(self, index: int) -> dict[str, Any]:
-        """The record that was kept with a finished layer."""
+        """The record of a finished layer."""
         with safe_open(self._layer(index), "pt") as file:
             return json.loads(file.metadata()["record"])
 
     def keep_layer(self, index: int, mixer: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """Keep a finished layer, on the disk when this returns."""
+        """Save a finished layer. It is on the disk when this returns."""
         self._write(self._layer(index).name, dict(mixer), {"record": json.dumps(record)})
 
     def _layer(self, index: int) -> Path:
@@ -133,22 +133,22 @@ class WorkFolder:
                 raise ValueError("text or training is missing")
             return found
         except (OSError, ValueError) as error:
-            raise SurgeryError(f"{path} cannot be read ({error}). Add --restart to begin anew.") from error
+            raise SurgeryError(f"{path} cannot be read ({error}). Add --restart to begin again.") from error
 
     def _write_settings(self, settings: Mapping[str, Any]) -> None:
         write_file(self.folder / _SETTINGS, json.dumps(settings, indent=2) + "\n")
 
     def _check_ours(self) -> None:
-        """Raise SurgeryError if the folder has files but no settings: then no distillation made it."""
+        """Raise SurgeryError if the folder has files but no settings, because then no distillation made it."""
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
         if names and not any(name.startswith(_SETTINGS) for name in names):
             raise SurgeryError(
-                f"{self.folder} holds other files ({', '.join(sorted(names)[:3])}), and this run needs that folder. "
+                f"{self.folder} holds other files ({', '.join(sorted(names)[:3])}), but this run needs that folder. "
                 "Move them elsewhere, or choose another --output_dir."
             )
 
-    def _settle(self, asked: Mapping[str, Any], *, restart: bool) -> None:
-        """Write the settings asked for, if no tokens or layers have other settings, or `restart` removes these."""
+    def _take_settings(self, asked: Mapping[str, Any], *, restart: bool) -> None:
+        """Write the settings of this run, unless tokens or layers have other settings. `restart` removes those."""
         asked = json.loads(json.dumps(asked))
         try:
             found = self._read_settings()
@@ -164,7 +164,7 @@ class WorkFolder:
         if odd and not restart:
             raise SurgeryError(
                 f"{self.folder} was begun with other settings: {'; '.join(odd)}. Run it with those, add --restart to "
-                f"begin anew{'' if other_text else ' (the tokens are kept)'}, or choose another --output_dir."
+                f"begin again{'' if other_text else ' (the tokens are kept)'}, or choose another --output_dir."
             )
         if other_text:
             self._empty()
@@ -176,7 +176,7 @@ class WorkFolder:
             self._write_settings(asked)
 
     def _empty(self) -> None:
-        """Remove all but the settings."""
+        """Remove everything except the settings."""
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)

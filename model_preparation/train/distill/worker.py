@@ -1,4 +1,4 @@
-"""One job of a distillation on Ray: trains some layers into the work folder. distill.py starts it."""
+"""One job of a distillation on Ray: it trains some layers and saves them in the work folder. distill.py starts it."""
 
 from pathlib import Path
 

@@ -1,1 +1,1 @@
-"""Healing: a grafted checkpoint is trained on text or against its donor."""
+"""Healing: trains a grafted checkpoint on text, or against its donor."""

@@ -1,4 +1,4 @@
-"""LoRA adapters: added to a model, saved alone, loaded onto any checkpoint they fit, merged into its weights.
+"""LoRA adapters: adds them to a model, saves them alone, loads them onto a checkpoint, merges them into its weights.
 
 An adapter's folder has peft's own format (adapter_config.json, adapter_model.safetensors). Source: arXiv 2106.09685.
 """
@@ -29,7 +29,7 @@ _PICKLED_WEIGHTS = ("adapter_model.bin", "adapter_model.pth", "adapter_model.pt"
 
 
 def add_lora(model: LlambaForCausalLM, settings: HealSettings) -> PeftModel:
-    """The model with a new adapter on every linear layer but the head; nothing else is trained."""
+    """The model with a new adapter on every linear layer except the head. Only the adapter is trained."""
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # it takes fractions too
@@ -37,7 +37,7 @@ def add_lora(model: LlambaForCausalLM, settings: HealSettings) -> PeftModel:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return _put_on(model, config)
+    return _adapted(model, config)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def adapter_of(model: PeftModel) -> Adapter:
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter alone into `folder`, which is made if needed."""
+    """Write an adapter into `folder`, which is made if needed."""
     folder.mkdir(exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in adapter.tensors.items()}, folder / ADAPTER_WEIGHTS)
     config = json.dumps(adapter.config, indent=2, default=str) + "\n"
@@ -69,7 +69,7 @@ def load_adapter(model: LlambaForCausalLM, folder: Path, *, trainable: bool = Fa
     """Add the adapter in `folder` to a model. Names may begin with `module.` or `_orig_mod.`.
 
     Raises:
-        SurgeryError: if there is no adapter, or one of its tensors is missing, unexpected, or of another shape.
+        SurgeryError: if there is no adapter, or a tensor is missing, unexpected, or of another shape.
     """
     if not is_adapter(folder):
         raise SurgeryError(
@@ -81,8 +81,8 @@ def load_adapter(model: LlambaForCausalLM, folder: Path, *, trainable: bool = Fa
     except (OSError, ValueError, TypeError) as error:
         raise SurgeryError(f"{folder / ADAPTER_CONFIG} is no config of a LoRA adapter ({error}).") from error
     try:
-        adapted = _put_on(model, config)
-    except ValueError as error:  # no module of the model has such a name
+        adapted = _adapted(model, config)
+    except ValueError as error:  # the model has no module with such a name
         raise SurgeryError(f"The adapter in {folder} does not fit the model ({str(error)[:200]}).") from error
     load_adapter_weights(adapted, folder)
     return adapted
@@ -113,7 +113,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
-def _put_on(model: LlambaForCausalLM, config: LoraConfig) -> PeftModel:
+def _adapted(model: LlambaForCausalLM, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property under its old name
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses an old name of a property of transformers
         return peft.get_peft_model(model, config)

@@ -1,4 +1,4 @@
-"""The settings of a healing run as the Trainer takes them, in steps of the present number of processes."""
+"""Turns the settings of a healing run into the Trainer's arguments, for the current number of processes."""
 
 import dataclasses
 import importlib.metadata
@@ -25,12 +25,12 @@ TRACKER_VERSIONS = {"trackio": "trackio>=0.15,<1", "wandb": "wandb>=0.22,<1", "s
 
 @dataclasses.dataclass(frozen=True)
 class StepSize:
-    """A step of the optimizer, with the present number of processes.
+    """The size of an optimizer step with the current number of processes.
 
     Attributes:
         accumulation: forward passes of each process.
-        sequences: of all processes together.
-        sequences_at_start: the same when the run was started.
+        sequences: sequences of all processes together.
+        sequences_at_start: the same at the start of the run.
     """
 
     accumulation: int
@@ -38,12 +38,12 @@ class StepSize:
     sequences_at_start: int
 
     def steps_here(self, steps: int) -> int:
-        """How many steps of this size see as many sequences as `steps` steps of the first size."""
+        """The number of steps of this size that see as many sequences as `steps` steps of the size at the start."""
         return math.ceil(steps * self.sequences_at_start / self.sequences)
 
 
 def step_size(settings: HealSettings, started_world_size: int, world_size: int) -> StepSize:
-    """The step of `world_size` processes: the same sequences as at the start, if they can be divided evenly."""
+    """The step of `world_size` processes. It has as many sequences as at the start, if they can be divided evenly."""
     at_start = settings.batch_size * settings.accumulation * started_world_size
     per_pass = settings.batch_size * world_size
     accumulation = at_start // per_pass if at_start % per_pass == 0 else settings.accumulation
@@ -51,7 +51,7 @@ def step_size(settings: HealSettings, started_world_size: int, world_size: int) 
 
 
 class _Arguments(TrainingArguments):
-    """Arguments with the chosen device; the Trainer itself would take the first GPU."""
+    """Arguments with the chosen device. By default, the Trainer takes the first GPU."""
 
     chosen: torch.device | None = None
 
@@ -72,7 +72,7 @@ def training_arguments(
     max_steps = size.steps_here(settings.max_steps)
     rise = math.floor(settings.warmup * max_steps)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about pinned memory and such, on the CPU
+        warnings.simplefilter("ignore")  # on the CPU, for example about pinned memory
         args = _Arguments(
             output_dir=str(states),
             max_steps=max_steps,
@@ -81,7 +81,7 @@ def training_arguments(
             gradient_accumulation_steps=size.accumulation,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-            warmup_steps=rise if rise > 1 else 0,  # the rate of the first one is 0: a rise of one step would do nothing
+            warmup_steps=rise if rise > 1 else 0,  # the first step has rate 0: a rise of one step would do nothing
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             bf16=settings.precision == "bfloat16",
@@ -112,12 +112,12 @@ def training_arguments(
     if place.type == "cuda" and world_size == 1:
         torch.cuda.set_device(place)
         args.chosen = place
-        args._n_gpu = 1  # several GPUs need a launcher; the Trainer would use DataParallel
+        args._n_gpu = 1  # otherwise the Trainer uses DataParallel; several GPUs need a launcher here
     return args
 
 
 def milestones_here(milestones: Mapping[int, str], settings: HealSettings, size: StepSize) -> dict[int, str]:
-    """Names of states to keep, by step of the present number of processes.
+    """Names of states to keep, by step with the current number of processes.
 
     Raises:
         SurgeryError: if the run has no such step.
@@ -125,14 +125,14 @@ def milestones_here(milestones: Mapping[int, str], settings: HealSettings, size:
     for step, name in milestones.items():
         if not 1 <= step <= settings.max_steps:
             raise SurgeryError(
-                f"The milestone {name} is at step {step}, and the run has steps 1 to {settings.max_steps}. "
-                "Give a step among these, or a larger --max_steps."
+                f"The milestone {name} is at step {step}, but the run has steps 1 to {settings.max_steps}. "
+                "Give one of these steps, or a larger --max_steps."
             )
     return {size.steps_here(step): name for step, name in milestones.items()}
 
 
 def check_tracker(settings: HealSettings) -> None:
-    """Raise SurgeryError if the tracker is not installed, or only in a version that does not work."""
+    """Raise SurgeryError if the tracker is not installed, or its version does not work."""
     if settings.report_to == "none":
         return
     wanted = Requirement(TRACKER_VERSIONS[settings.report_to])
@@ -143,5 +143,5 @@ def check_tracker(settings: HealSettings) -> None:
     if found is None or not wanted.specifier.contains(found, prereleases=True):
         state = "is not installed" if found is None else f"{found} does not work here"
         raise SurgeryError(
-            f"{wanted.name} {state}, and --report_to asks for it. Run: pip install '{TRACKER_VERSIONS[wanted.name]}'"
+            f"{wanted.name} {state}, but --report_to asks for it. Run: pip install '{TRACKER_VERSIONS[wanted.name]}'"
         )

@@ -1,8 +1,8 @@
-"""Callbacks of the training: lines on the console, states at milestones, a state when the run is asked to stop."""
+"""Callbacks of the training: lines on the console, and a state when the user stops the run."""
 
 import signal
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 
 import torch
 from transformers import TrainerCallback
@@ -17,7 +17,7 @@ _SHOWN = {
 
 
 class Console(ProgressCallback):
-    """transformers' progress bar, where stderr is a terminal; loss and learning rate as lines on stdout."""
+    """Shows transformers' progress bar if stderr is a terminal; prints loss and learning rate as lines on stdout."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if sys.stderr.isatty():
@@ -43,16 +43,6 @@ class Console(ProgressCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.training_bar is not None:
             super().on_train_end(args, state, control, **kwargs)
-
-
-class SaveMilestones(TrainerCallback):
-    """Saves a state after each of `steps`, in addition to the regular states."""
-
-    def __init__(self, steps: Container[int]):
-        self._steps = steps
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_save |= state.global_step in self._steps
 
 
 class SaveWhenStopped(TrainerCallback):

@@ -1,7 +1,7 @@
-"""Conversations as tokens, through a chat template, and which of the tokens count.
+"""Turns conversations into tokens through a chat template, and finds the tokens that are learned.
 
-The template itself says which words are the assistant's: by its generation tags where it has them. Otherwise the
-messages before a turn, and those up to its end, are rendered too: the turn is what the second adds to the first.
+If the template has generation tags, they mark the assistant's words. Otherwise, the template renders the messages
+before a turn, and then the messages up to its end. The turn is the text that the second result adds.
 """
 
 import json
@@ -18,9 +18,9 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.untrusted.tokenizer_files import within_limits
 from model_preparation.train.conversations import Conversation, Message
 
-NOT_COUNTED = -100  # as a label: transformers takes no loss there
+NOT_COUNTED = -100  # the label of tokens that are not learned, as in transformers
 _TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_AT_ONCE = 64  # conversations in one process for templates
+_AT_ONCE = 64  # conversations that one process renders
 
 Span = tuple[int, int]
 
@@ -30,13 +30,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversat
 
     Args:
         tokenizer: with a chat template.
-        loss_on: "assistant" for every turn of the assistant, "completion" for its last one, "all" for all tokens.
+        loss_on: "assistant" for every turn of the assistant, "completion" for its last turn, "all" for all tokens.
 
     Raises:
-        SurgeryError: for a conversation that the template refuses, or in which no token would count.
+        SurgeryError: for a conversation that the template refuses, or in which no token would be learned.
     """
     if not tokenizer.is_fast:
-        raise SurgeryError("The tokenizer has no tokenizer.json, so no token's place in its text is known. Add one.")
+        raise SurgeryError("The tokenizer has no tokenizer.json, so the tokens' places in a text are unknown. Add one.")
     encoded: list[np.ndarray] = []
     for first in range(0, len(conversations), _AT_ONCE):
         some = conversations[first : first + _AT_ONCE]
@@ -52,10 +52,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversat
             begins, ends = np.array(offsets).reshape(-1, 2).T
             for start, end in spans:
                 counted |= (begins < end) & (ends > start)
-            counted[:1] = False  # nothing is before it
+            counted[:1] = False  # no token predicts the first one
             if not counted.any():
                 raise SurgeryError(
-                    f"The chat template gives {conversation.where} no token that counts. Give another by "
+                    f"With this chat template, {conversation.where} has no token to learn. Give another template by "
                     "--chat_template FILE, or --loss_on all."
                 )
             encoded.append(np.stack([np.array(ids), np.where(counted, ids, NOT_COUNTED)]).astype(np.int32))
@@ -65,7 +65,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversat
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], loss_on: str
 ) -> list[tuple[str, list[Span], str]]:
-    """For each conversation its text, the spans that count, and what is wrong with it."""
+    """For each conversation its text, the spans to learn, and its fault, or ""."""
     template = tokenizer.get_chat_template()
     marks = tuple(tokenizer.get_added_vocab())
 
@@ -94,7 +94,7 @@ def _rendered(
         except TemplateSyntaxError as error:
             fault = f"it is no Jinja template (line {error.lineno}: {error.message})."
             return "", [], f"{fault} Give another by --chat_template FILE."
-        except Exception as error:  # a template may raise any
+        except Exception as error:  # a template may raise any exception
             reason = " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
             return "", [], f"{reason}. Mend the row, or give another template by --chat_template FILE."
 
@@ -105,22 +105,22 @@ def _rendered(
 
 
 def _turn(text: str, messages: list[Message], index: int, render: Callable[..., str]) -> Span:
-    """Where the turn `index` of the assistant is in `text`, the template's of all messages."""
+    """The place of the assistant's turn `index` in `text`, which the template made of all messages."""
     before, prompt = render(messages[:index]), render(messages[:index], add_generation_prompt=True)
     after = render(messages[: index + 1])
     begin = len(prompt)
-    if prompt == before:  # the template ignores what it is asked, and the name of the role is no word of the turn
+    if prompt == before:  # the template adds no prompt for the answer; the name of the role is not part of the turn
         begin = after.find(messages[index]["content"].strip(), begin)
     if begin < 0 or not after.startswith(prompt) or not text.startswith(after):
         raise ValueError(
-            f"it writes message {index + 1} in another way when other messages follow, or leaves some out, so the "
+            f"it writes message {index + 1} differently when other messages follow, or leaves messages out, so the "
             "assistant's tokens are not known. Put {% generation %} around them in the template, or give --loss_on all"
         )
     return begin, len(after)
 
 
 def _with_end(text: str, begin: int, end: int, marks: tuple[str, ...]) -> Span:
-    """The span up to the token that ends the turn: without blanks after it, and with it where it comes next."""
+    """The span up to and with the token that ends the turn, without spaces after it."""
     turn = text[begin:end]
     if (stripped := turn.rstrip()).endswith(marks):
         return begin, begin + len(stripped)

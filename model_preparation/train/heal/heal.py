@@ -1,6 +1,6 @@
-"""Healing: a grafted checkpoint is trained a little more, into a new checkpoint. The parent is only read.
+"""Healing: trains a grafted checkpoint a little more, into a new checkpoint. The parent is only read.
 
-Beside the new checkpoint is a folder of states, from which a stopped run resumes.
+A folder of states lies beside the new checkpoint. A stopped run resumes from there.
 """
 
 import os
@@ -35,7 +35,7 @@ from model_preparation.train.heal.arguments import (
     step_size,
     training_arguments,
 )
-from model_preparation.train.heal.callbacks import Console, SaveMilestones, SaveWhenStopped
+from model_preparation.train.heal.callbacks import Console, SaveWhenStopped
 from model_preparation.train.heal.heal_trainer import HealTrainer
 from model_preparation.train.heal.result import healing_record, log_files, scores, texts_of
 from model_preparation.train.heal.resume_state import PREFIX, list_states, remove_states
@@ -64,30 +64,30 @@ def heal_checkpoint(
     sources: Mapping[str, str] | None = None,
     **given: Any,
 ) -> dict[str, Any]:
-    """Heal a checkpoint. Returns the new one's checkpoint_info.json, or an empty dict if this is not the main process.
+    """Heal a checkpoint. Returns the new checkpoint_info.json, or an empty dict if this is not the main process.
 
     Args:
         checkpoint: a folder written by `build_checkpoint`, or by this function.
         data: texts or conversations, see `sequences.load_sequences`; "self": the donor writes conversations.
         output_dir: the new checkpoint's folder; it appears whole or not at all.
-        settings: by default `HealSettings()`. A resumed run keeps its own settings; a line says what is ignored.
-        resume: "auto" or True to resume from the newest complete state if there is one, "never" or False to start anew,
-            or the folder of a state.
-        resume_dir: of the states; by default `output_dir` with `_resume` after it.
-        device: where to train, unless a launcher has decided that.
-        dtype: of the new checkpoint; by default its parent's. Weights are in float32 while they are trained.
+        settings: by default `HealSettings()`. A resumed run keeps its own settings, and prints which ones it ignores.
+        resume: "auto" or True to resume from the newest complete state if there is one, "never" or False to start
+            again, or the folder of a state.
+        resume_dir: the folder of the states; by default `output_dir` with `_resume` after it.
+        device: where to train, unless a launcher decides that.
+        dtype: of the new checkpoint; by default its parent's. Weights are float32 during the training.
         format: of the new checkpoint, as `build_checkpoint` takes it; by default its parent's.
         overwrite: replace a checkpoint in `output_dir`; with resume "never", remove the states of an earlier run.
         description: free text for checkpoint_info.json.
-        prompts: texts that the model continues greedily before and after; by default one sentence.
-        milestones: by step, the name of a state that is kept for good.
+        prompts: texts that the model continues greedily before and after the training; by default one sentence.
+        milestones: by step, the name of a state that is never removed.
         clean_up: remove the states once the checkpoint is written.
         sources: targets by name, as `resolve(overrides=...)` takes them; for the teacher and `init_from`.
         given: fields of `HealSettings` that replace those of `settings`.
 
     Raises:
-        SurgeryError: for anything the user can put right: a damaged state, other data than before, a full disk, ...
-        KeyboardInterrupt, SystemExit: if the run was asked to stop; its state is on the disk then.
+        SurgeryError: for anything that the user can solve: a damaged state, other data than before, a full disk, ...
+        KeyboardInterrupt, SystemExit: if the user stopped the run; its state is on the disk then.
     """
     given = ({} if settings is None else settings.as_dict()) | given
     if unknown := sorted(given.keys() - HealSettings.__dataclass_fields__.keys()):
@@ -113,7 +113,7 @@ def heal_checkpoint(
     parent_info, format, dtype = parent_of(parent, format, dtype)
     processes = PartialState(cpu=device == "cpu")
     is_main = processes.is_main_process
-    say = print if is_main else _say_nothing
+    say = print if is_main else lambda *words: None
     if is_main:
         check_target(output_dir, overwrite=overwrite, marker_file=INFO)
     run = begin_or_resume(
@@ -135,9 +135,9 @@ def heal_checkpoint(
     model, tokenizer = run.load_model()
     train, held_out = run.load_data(data, tokenizer, processes, states, device)
     if held_out is not None and held_out.digest() == train.digest():
-        say("The held-out text is the text trained on, so its loss cannot show overfitting. Give other --eval_data.")
+        say("The held-out text is the training text, so its loss cannot show overfitting. Give other --eval_data.")
     if state is not None and prompts is not None and list(prompts) != [text["prompt"] for text in identity["texts"]]:
-        say("The prompts stay those that the run began with: --prompt is ignored.")
+        say("The run keeps the prompts that it began with: --prompt is ignored.")
     if state is None:
         prompts = (PROMPT,) if prompts is None else prompts
         written = texts_of(model, tokenizer, prompts) if is_main else []
@@ -161,7 +161,7 @@ def heal_checkpoint(
         states=states,
         distillation=run.distillation(model, tokenizer, train, processes, args.device),
         milestones=kept,
-        callbacks=[Console(), SaveMilestones(kept), stopper],
+        callbacks=[Console(), stopper],
     )
     trainer.remove_callback(PrinterCallback)
     if is_main:
@@ -170,17 +170,17 @@ def heal_checkpoint(
     if state is not None and trainer.first_step > args.max_steps:
         raise SurgeryError(
             f"{state.folder} has done {trainer.first_step} steps, more than --max_steps {args.max_steps}. "
-            "Give as many or more, or an earlier state by --resume DIR."
+            "Give a larger --max_steps, or an earlier state by --resume DIR."
         )
     if state is not None and trainer.first_step == args.max_steps:
-        say(f"{state.folder.name} has done all of these steps. The checkpoint is made from it; nothing is trained.")
+        say(f"{state.folder.name} has done all of these steps. It becomes the checkpoint; nothing is trained.")
     _train(trainer, states)
     if stopper.received is not None and trainer.state.global_step < args.max_steps:
         say(f"Stopped after step {trainer.state.global_step}. The same command resumes from {states}.")
         raise KeyboardInterrupt if stopper.received == signal.SIGINT else SystemExit(128 + stopper.received)
     if settings.load_best:
         if settings.eval_interval and trainer.state.best_model_checkpoint is None:
-            say(f"The state of the lowest held-out loss is not in {states} any more: the last weights are taken.")
+            say(f"The state of the lowest held-out loss is not in {states} any more: the last weights are used.")
         trainer.load_best()
     tensors = trainer.weights()
     info: dict[str, Any] = {}
@@ -219,7 +219,7 @@ def merge_adapter(
     overwrite: bool = False,
     description: str = "",
 ) -> dict[str, Any]:
-    """Merge an adapter into a checkpoint that it fits, and write a new checkpoint; returns its info.
+    """Merge an adapter into a checkpoint, and write a new checkpoint; returns its info.
 
     Raises:
         SurgeryError: if there is no such checkpoint or adapter, or the two do not fit.
@@ -252,7 +252,7 @@ def merge_adapter(
 
 
 def parent_of(parent: Path, format: str | None, dtype: torch.dtype | None) -> tuple[dict[str, Any], str, torch.dtype]:
-    """The parent's info; format and dtype of the new checkpoint, which are the parent's unless they are given."""
+    """The parent's info, and format and dtype of the new checkpoint: the parent's, if none is given."""
     info = dict(read_info(parent))
     format = format or info.get("format", "pt")
     check_format(format)
@@ -260,15 +260,15 @@ def parent_of(parent: Path, format: str | None, dtype: torch.dtype | None) -> tu
 
 
 def _check_apart(flag: str, written: Path, parent: Path, *read: str | Path | None) -> None:
-    """Raise SurgeryError if a folder to write is in the parent, or is or contains something that is read."""
+    """Raise SurgeryError if a folder to write is inside the parent, or is or contains a file or folder that is read."""
     place = written.resolve()
     if place.is_relative_to(parent.resolve()) and place != parent.resolve():
-        raise SurgeryError(f"{parent} is only read, but {written} is in it. Choose a {flag} outside.")
+        raise SurgeryError(f"{parent} is only read, but {written} is inside it. Choose a {flag} outside.")
     for path in read:
         found = None if path is None else Path(path).expanduser().resolve()
         if found is not None and found.exists() and found.is_relative_to(place):
-            where = f"{flag} is that folder too" if found == place else f"{flag} {written} holds it"
-            raise SurgeryError(f"{path} is only read here, and {where}. Choose another {flag}.")
+            where = f"{flag} is that folder too" if found == place else f"{flag} {written} contains it"
+            raise SurgeryError(f"{path} is only read here, but {where}. Choose another {flag}.")
 
 
 def _check_room(trainer: HealTrainer, states: Path, output_dir: Path, dtype: torch.dtype, copies: int) -> None:
@@ -285,7 +285,7 @@ def _train(trainer: HealTrainer, states: Path) -> None:
         with warnings.catch_warnings():
             # DDP warns that the convolution's gradient has another order of axes, but those have length 1.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            # The logits are a view, without the rows that pad the vocabulary; nothing writes into them.
+            # The logits are a view without the padding of the vocabulary. Nothing writes into them.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             trainer.train_to_end()
     except OSError as error:
@@ -300,7 +300,7 @@ def _train(trainer: HealTrainer, states: Path) -> None:
 def _healed_model(
     parent_info: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], run: Run, dtype: torch.dtype
 ) -> tuple[LlambaForCausalLM, dict[str, Any]]:
-    """The model to write; by name, what else goes into the folder."""
+    """The model to write, and by name the other things for its folder."""
     tensors = without_wrapper_prefixes(tensors)
     if run.settings.method != "lora":
         return bare_model(parent_info, tensors, dtype), {}
@@ -312,7 +312,7 @@ def _healed_model(
 def _merged(
     adapted: Any, parent_info: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[LlambaForCausalLM, dict[str, Any]]:
-    """The model with its adapter merged; by name, the adapter for the folder."""
+    """The model with its adapter merged, and by name the adapter for its folder."""
     adapter = adapter_of(adapted)
     return bare_model(parent_info, merge(adapted).state_dict(), dtype), {ADAPTER: partial(write_adapter, adapter)}
 
@@ -327,7 +327,3 @@ def _describe(
         f"Training {count:,} of {total:,} parameters (method {settings.method}) on {train}, {held}; "
         f"{trainer.args.max_steps} steps of {size.sequences} sequences."
     )
-
-
-def _say_nothing(*words: object) -> None:
-    pass

@@ -1,8 +1,8 @@
 """transformers' Trainer for healing: exact states, data by position, the losses of healing.
 
-It differs from the Trainer in four ways. A state is staged, digested and renamed into place. It holds tensors and plain
-values only. It keeps the part of the loss that was not logged yet. And the data depend on the number of sequences seen,
-not on the number of processes. Shards (FSDP) are files of torch.distributed.checkpoint.
+It differs from the Trainer in four ways. A state is written into a staging folder, digested, then renamed. It holds
+tensors and plain values only. It keeps the part of the loss that was not logged yet. And the data depend on the number
+of sequences seen, not on the number of processes. Shards (FSDP) are files of torch.distributed.checkpoint.
 """
 
 import contextlib
@@ -61,14 +61,14 @@ class HealTrainer(Trainer):
 
     Args:
         model: with `requires_grad` set, or a PeftModel.
-        args: the Trainer's own; `max_steps` in steps of the present number of processes.
-        sequences_per_step: of all processes together.
+        args: the Trainer's own; `max_steps` counts steps with the current number of processes.
+        sequences_per_step: sequences of all processes together.
         states: the folder of the run's states.
         distillation: the loss to a teacher, or None for the loss on the text.
-        milestones: names of states to keep for good, by step.
+        milestones: by step, the names of states that are never removed.
 
     Attributes:
-        first_step: where training begins or resumes.
+        first_step: the step at which training begins or resumes.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class HealTrainer(Trainer):
         self._sequences = train
         self._states = states
         self._distillation = distillation
-        self._milestones = milestones
-        self._held_out_losses: list[torch.Tensor] = []  # (sequences, 2) each, of the evaluation that runs
+        self.milestones = milestones
+        self._held_out_losses: list[torch.Tensor] = []  # (sequences, 2) each, of the running evaluation
         self._per_step = sequences_per_step
-        # The offset is the sequences seen beyond whole steps, after the number of processes changed.
+        # After the number of processes changed, the offset counts the sequences seen beyond whole steps.
         seen = 0 if run.state is None else run.state.sequences_seen
         self.first_step, self._offset = divmod(seen, sequences_per_step)
         shuffled = Shuffled(train, run.settings.seed, self._offset, args.max_steps * self._per_step)
@@ -104,12 +104,12 @@ class HealTrainer(Trainer):
             train_dataset=shuffled,
             eval_dataset=held_out,
             data_collator=collate,
-            callbacks=[*callbacks, _TakeUnloggedLoss(self)],
+            callbacks=[*callbacks, _OwnCallback(self)],
         )
 
     @property
     def is_lora(self) -> bool:
-        """Whether only an adapter is trained; then it is all that a state has of the weights."""
+        """Whether only an adapter is trained. Then a state has no other weights."""
         return isinstance(self._bare_model, PeftModel)
 
     @property
@@ -124,11 +124,11 @@ class HealTrainer(Trainer):
 
     @property
     def passes(self) -> float:
-        """Passes over the training sequences so far."""
+        """The number of passes over the training sequences so far."""
         return self.sequences_seen / len(self._sequences)
 
     def train_to_end(self) -> None:
-        """Train until `max_steps`, from the state if there is one."""
+        """Train until `max_steps`, from the run's state if it has one."""
         self.train(resume_from_checkpoint=None if self._resumed is None else str(self._resumed.folder))
 
     def load_best(self) -> None:
@@ -139,7 +139,7 @@ class HealTrainer(Trainer):
     def weights(self) -> dict[str, torch.Tensor]:
         """In the main process, the whole model's tensors on the CPU, without wrappers; in others, an empty dict.
 
-        Every process must call this, as shards are joined.
+        Every process must call this, because all of them join their shards.
         """
         weights = {}
         for name, tensor in self._bare_model.state_dict().items():
@@ -164,18 +164,18 @@ class HealTrainer(Trainer):
         return SequentialSampler(train_dataset or self.train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss on the text, or the distance from the teacher, of a part that `segments` gives."""
+        """The loss on the text, or the distance to the teacher, of one part from `segments`."""
         outputs = model(**_for_model(inputs), output_hidden_states=self._settings.hidden_weight > 0)
         if self._distillation is not None:
             loss = self._distillation.loss(outputs, inputs, num_items_in_batch)
         else:
             loss = losses_of(outputs.logits, inputs["targets"]).sum() / num_items_in_batch
-        if num_items_in_batch is not None:  # of all processes, and their gradients are averaged
+        if num_items_in_batch is not None:  # it counts all processes, and their gradients are averaged
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """One segment after the other; the gradients add up."""
+        """Train on one segment after the other; the gradients add up."""
         total = 0
         for part in self._segments(self._prepare_inputs(inputs)):
             total += super().training_step(model, part, num_items_in_batch)
@@ -186,7 +186,7 @@ class HealTrainer(Trainer):
         return segments(inputs, self._settings.segment_length, self._bare_model.config, width)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Also keep the summed loss of each held-out sequence, and how many of its tokens count."""
+        """Also keep the summed loss of each held-out sequence, and the number of its tokens that count."""
         found = []
         with torch.no_grad(), self.compute_loss_context_manager():
             for part in self._segments(self._prepare_inputs(inputs)):
@@ -198,7 +198,7 @@ class HealTrainer(Trainer):
         return losses.mean(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """Take the mean over each token once. The Trainer's own mean includes repeats that fill up batches."""
+        """Count each token once in the mean. The Trainer's own mean includes sequences repeated to fill batches."""
         self._held_out_losses = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, count = torch.cat(self._held_out_losses).double().sum(0)
@@ -217,7 +217,7 @@ class HealTrainer(Trainer):
             if not math.isfinite(loss):
                 raise SurgeryError(
                     f"The loss is {loss} at step {self.state.global_step}. Use a smaller --learning_rate, and start "
-                    "anew (--resume never --overwrite) or from an earlier state (--resume DIR)."
+                    "again (--resume never --overwrite) or from an earlier state (--resume DIR)."
                 )
 
     def _determine_best_metric(self, metrics, trial):
@@ -249,8 +249,8 @@ class HealTrainer(Trainer):
                 (staging / _ARGUMENTS).write_text(arguments + "\n", encoding="utf-8")
                 finish_state(staging, self._state_info(unlogged))
         if self.args.should_save:
-            if step in self._milestones:
-                milestone = self._states / self._milestones[step]
+            if step in self.milestones:
+                milestone = self._states / self.milestones[step]
                 with new_folder(milestone, overwrite=True, marker_file=STATE_FILE) as staging:
                     copy_state(target, staging)
             best = self.state.best_model_checkpoint
@@ -271,7 +271,7 @@ class HealTrainer(Trainer):
 
     @contextlib.contextmanager
     def _staged(self, target: Path) -> Iterator[Path]:
-        """A staging folder that all processes write into. The main one renames it when all are done."""
+        """A staging folder for all processes. The main process renames it when all are done."""
         with contextlib.ExitStack() as stack:
             place: list[Any] = [None]
             if self.args.should_save:
@@ -281,7 +281,7 @@ class HealTrainer(Trainer):
             yield Path(place[0])
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        if not self.args.should_save or self.is_fsdp_enabled:  # shards are written with the optimizer's
+        if not self.args.should_save or self.is_fsdp_enabled:  # shards are written with the optimizer
             return
         if self.is_lora:
             write_adapter(adapter_of(self._bare_model), Path(output_dir))
@@ -316,7 +316,7 @@ class HealTrainer(Trainer):
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
         verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it would warn that another number of processes has other intervals
+        logging.set_verbosity_error()  # it would warn of other intervals if the number of processes changed
         super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -325,17 +325,17 @@ class HealTrainer(Trainer):
             return 0, 0
         old, new = self._resumed.steps, self.first_step
         self.state.global_step = new
-        if old != new:  # count earlier steps in steps of the present number of processes
+        if old != new:  # convert earlier steps to steps with the current number of processes
             for entry in self.state.log_history:
                 entry["step"] = entry["step"] * new // old
             if self.state.best_global_step is not None:
                 self.state.best_global_step = self.state.best_global_step * new // old
         best = self.state.best_model_checkpoint
-        if best is not None:  # the run's folder may have moved, or the state is in another folder
+        if best is not None:  # the run's folder may have moved, or the state may be in another folder
             places = [folder / Path(best).name for folder in (self._states, self._resumed.folder.parent)]
             here = next((str(place) for place in places if (place / STATE_FILE).is_file()), None)
             self.state.best_model_checkpoint = here
-            if here is None:  # so that a later one can be the best
+            if here is None:  # then a later state can be the best
                 self.state.best_metric = self.state.best_global_step = None
         return 0, new * self.args.gradient_accumulation_steps
 
@@ -363,7 +363,7 @@ class HealTrainer(Trainer):
         self._set_learning_rate()
 
     def _set_learning_rate(self) -> None:
-        """Set the schedule to the run's step. It differs from the saved one if the number of processes changed."""
+        """Set the schedule to the run's step, which differs from the saved step if the number of processes changed."""
         scheduler, step = self.lr_scheduler, self.first_step
         rates = [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
         scheduler.last_epoch, scheduler._step_count, scheduler._last_lr = step, step + 1, rates
@@ -394,7 +394,7 @@ class HealTrainer(Trainer):
                 torch.cuda.set_rng_state_all(states["cuda"])
 
     def take_unlogged_loss(self) -> None:
-        """Add the loss that was not logged before the state was saved; with other processes, the mean of theirs."""
+        """Add the loss that was not logged before the state was saved; the mean, if the number of processes changed."""
         if self._resumed is None:
             return
         unlogged = self._resumed.info["unlogged"]
@@ -404,8 +404,8 @@ class HealTrainer(Trainer):
         self._globalstep_last_logged = unlogged["last_logged"] * new // old if old else 0
 
 
-class _TakeUnloggedLoss(TrainerCallback):
-    """Calls the trainer after it has reset the loss, and before the first step."""
+class _OwnCallback(TrainerCallback):
+    """Takes the unlogged loss after the trainer has reset the loss, and saves a state at each milestone."""
 
     def __init__(self, trainer: HealTrainer):
         self._trainer = trainer
@@ -413,12 +413,15 @@ class _TakeUnloggedLoss(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._trainer.take_unlogged_loss()
 
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= state.global_step in self._trainer.milestones
+
 
 def _for_model(part: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in part.items() if name not in ("targets", "sequence", "start", "skipped")}
 
 
 def _save_plain(content: Any, path: Path) -> None:
-    """torch.save into an open file: then a full disk is an OSError, not an error of torch."""
+    """torch.save into an open file: a full disk then raises an OSError, not an error of torch."""
     with path.open("wb") as file:
         torch.save(content, file)

@@ -20,13 +20,13 @@ from model_preparation.train.heal.settings import HealSettings
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher says at some positions.
+    """A teacher's predictions at some positions.
 
     Attributes:
-        log_probs: (positions, vocab), or (positions, K) of its likeliest tokens.
-        tokens: (positions, K) int64, which those are; None if all are there.
-        others: (positions,), the log of what all other tokens have together; None if there are no others.
-        hidden_states: of each layer, at every token; None if they are not wanted.
+        log_probs: (positions, vocab), or (positions, K) for its likeliest tokens.
+        tokens: (positions, K) int64, the likeliest tokens; None if `log_probs` has all tokens.
+        others: (positions,), the log of the probability of all other tokens together; None if there are no others.
+        hidden_states: of each layer, at every token; None if they are not needed.
     """
 
     log_probs: Tensor
@@ -35,7 +35,7 @@ class TeacherOutput(NamedTuple):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-# Gives what a teacher says where the second argument, (batch, length), is True; the first is a batch.
+# Called with a batch and a mask (batch, length); gives the predictions at the positions where the mask is True.
 Teacher = Callable[[Mapping[str, Tensor], Tensor], TeacherOutput]
 
 
@@ -45,7 +45,7 @@ class LiveTeacher:
     def __init__(self, model: PreTrainedModel, settings: HealSettings):
         self._model = model.eval().requires_grad_(False)
         self._settings = settings
-        self._cache: Any = None  # of the segments before, while a sequence is trained in segments
+        self._cache: Any = None  # of the earlier segments, if a sequence is trained in segments
 
     @property
     def device(self) -> torch.device:
@@ -70,27 +70,24 @@ class LiveTeacher:
 
 
 class Distillation:
-    """The loss of a student against a teacher; the settings have temperature and the weights of the terms."""
+    """The loss of a student against a teacher; temperature and the weights of the terms are in the settings."""
 
     def __init__(self, teacher: Teacher, settings: HealSettings):
         self._teacher, self._settings = teacher, settings
 
     def loss(
-        self,
-        student: CausalLMOutputWithPast,
-        batch: Mapping[str, Tensor],
-        count: Tensor | int | None = None,
+        self, student: CausalLMOutputWithPast, batch: Mapping[str, Tensor], count: Tensor | int | None = None
     ) -> Tensor:
         """The losses of the positions that count, divided by `count`.
 
         w T^2 KL + (1 - w) cross-entropy + h MSE(hidden states), with w, T and h from the settings. KL is a mix of both
         directions: (1 - r) KL(teacher || student) + r KL(student || teacher). The MSE is a mean over layers and
-        positions. Each is relative to the teacher's mean square, which grows a thousandfold with depth.
+        positions. Each layer's error is divided by the teacher's mean square, which grows a thousandfold with depth.
 
         Args:
             student: its logits (batch, length, vocab), and with a `hidden_weight` its hidden states.
-            batch: `targets`, as `next_tokens` gives them, and what the student and the teacher get.
-            count: positions that count in the whole step; by default those of this batch, which gives a mean.
+            batch: `targets` from `next_tokens`, and the inputs of student and teacher.
+            count: positions that count in the whole step; by default those of this batch, for a mean.
         """
         settings = self._settings
         targets = batch["targets"]
@@ -112,8 +109,8 @@ class Distillation:
 def divergence(ours: Tensor, teacher: TeacherOutput, reverse_weight: float) -> Tensor:
     """(1 - r) KL(teacher || student) + r KL(student || teacher), summed over positions.
 
-    Where only a teacher's likeliest tokens are known, all others count as one token, for both models. Then no
-    probability is lost, and the forward divergence has the whole one's gradient at the known tokens.
+    If only a teacher's likeliest tokens are known, all others count as one token, for both models. Then no probability
+    is lost. At the known tokens, the gradient of the forward divergence is the same as with all tokens known.
 
     Args:
         ours: the student's log-probabilities, (positions, vocab).
@@ -145,7 +142,7 @@ def losses_of(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: (batch, length, vocab).
-        targets: as `next_tokens` gives them.
+        targets: from `next_tokens`.
     """
     losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NOT_COUNTED, reduction="none")
     return losses.view_as(targets)

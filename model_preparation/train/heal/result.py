@@ -1,4 +1,4 @@
-"""What a healed checkpoint says of its run: scores, texts before and after, the log and its plot."""
+"""The record of a run in the healed checkpoint: scores, texts before and after, the log and its plot."""
 
 import json
 import math
@@ -17,14 +17,14 @@ from model_preparation.train.heal.heal_trainer import HealTrainer
 from model_preparation.train.heal.run import Run, trained_layers
 from model_preparation.train.heal.settings import described
 
-_NEW_TOKENS = 40  # of the texts before and after
-_LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch", "step")  # the same in every run: no times
+_NEW_TOKENS = 40  # tokens of the texts before and after
+_LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch", "step")  # no times: they differ in every run
 
 
 def healing_record(
     trainer: HealTrainer, run: Run, parent_info: Mapping[str, Any], texts_after: Sequence[str]
 ) -> dict[str, Any]:
-    """The field `healing` of checkpoint_info.json. Of this machine's paths it has the last parts only."""
+    """The field `healing` of checkpoint_info.json. It has only the last part of each of this machine's paths."""
     settings, identity = run.settings, run.identity
     measured = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     is_best = settings.load_best and trainer.state.best_model_checkpoint is not None
@@ -57,13 +57,13 @@ def healing_record(
 
 
 def scores(eval_loss: float | None, mmlu_score: float | None) -> dict[str, float | None]:
-    """Held-out loss in nats per token, its exponential, and an MMLU score if one is known."""
+    """Held-out loss in nats per token, its exponential, and the MMLU score if it is known."""
     perplexity = None if eval_loss is None or eval_loss > 700 else math.exp(eval_loss)
     return {"eval_loss": eval_loss, "perplexity": perplexity, "mmlu_score": mmlu_score}
 
 
 def texts_of(model: LlambaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
-    """What the model writes after each prompt, greedily."""
+    """The model's greedy text after each prompt."""
     return [generate_text(model, tokenizer, prompt, max_new_tokens=_NEW_TOKENS).text for prompt in prompts]
 
 
@@ -80,7 +80,7 @@ def _write_lines(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def _plot_losses(log: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw losses above and the learning rate below, over the steps, into a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes half a second, needed at the end only
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes half a second, and is needed only at the end
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

@@ -1,4 +1,4 @@
-"""The states from which a run resumes: `checkpoint-N` folders, each complete or not there.
+"""The states from which a run resumes: `checkpoint-N` folders, each complete or absent.
 
 A state's `resume_state.json` is written last and has the digest of every other file. A folder without it is no state.
 Without such a file, half a state would be loaded (transformers#35525).
@@ -60,7 +60,7 @@ class ResumeState:
 
     Attributes:
         info: the fields of resume_state.json: `iter_num` steps, `sequences_seen`, `best_val_loss`, `world_size`,
-            `settings` (the run's configuration), `model_args` (the model's), `run_id` (the tracker's), and others.
+            `settings` (of the run), `model_args` (the model's config), `run_id` (for the tracker), and others.
     """
 
     folder: Path
@@ -68,12 +68,12 @@ class ResumeState:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps done, of `world_size` processes."""
+        """The optimizer steps done, with `world_size` processes."""
         return self.info["iter_num"]
 
     @property
     def sequences_seen(self) -> int:
-        """Training sequences done, by all processes together."""
+        """The training sequences seen by all processes together."""
         return self.info["sequences_seen"]
 
 
@@ -81,7 +81,7 @@ def read_state(folder: Path) -> ResumeState:
     """The state in a folder; its other files are not read.
 
     Raises:
-        SurgeryError: if it is not there, incomplete, or of a version this program does not know.
+        SurgeryError: if it is not there, incomplete, or of an unknown version.
     """
     if not folder.is_dir():
         what = "a file" if folder.exists() else "not there"
@@ -91,12 +91,12 @@ def read_state(folder: Path) -> ResumeState:
         what = f"holds states, the newest {inner[-1].folder.name}, but is no state" if inner else f"has no {STATE_FILE}"
         raise SurgeryError(f"{folder} {what}. Give a complete {PREFIX}-N folder, or --resume auto.")
     try:
-        return _read_mark(folder)
+        return _read_state_file(folder)
     except (OSError, ValueError) as error:
-        raise SurgeryError(f"{folder / STATE_FILE} cannot be read ({error}). {_the_one_before(folder)}") from error
+        raise SurgeryError(f"{folder / STATE_FILE} cannot be read ({error}). {_earlier_state(folder)}") from error
 
 
-def _read_mark(folder: Path) -> ResumeState:
+def _read_state_file(folder: Path) -> ResumeState:
     info = read_json(folder / STATE_FILE)
     check_fields(info, _FIELDS)
     if info["format_version"] != FORMAT_VERSION:
@@ -109,7 +109,7 @@ def _read_mark(folder: Path) -> ResumeState:
 
 
 def list_states(folder: Path, *, damaged_too: bool = False) -> tuple[list[ResumeState], list[str]]:
-    """(complete states, by the number of sequences seen; names of incomplete ones) in a run's folder.
+    """(complete states, sorted by the sequences seen; names of incomplete ones) in a run's folder.
 
     A state with an unreadable resume_state.json is an error, or with `damaged_too` counts as incomplete.
     """
@@ -120,7 +120,7 @@ def list_states(folder: Path, *, damaged_too: bool = False) -> tuple[list[Resume
                 incomplete.append(path.name)
                 continue
             try:
-                states.append(_read_mark(path) if damaged_too else read_state(path))
+                states.append(_read_state_file(path) if damaged_too else read_state(path))
             except (OSError, ValueError):
                 if not damaged_too:
                     raise
@@ -132,16 +132,16 @@ def check_state(state: ResumeState) -> None:
     """Check the digest of every file of a state, and that its pickles hold tensors and plain values only.
 
     Raises:
-        SurgeryError: if a file is missing, changed, cut short or refused. It names the file and the state before.
+        SurgeryError: if a file is missing, changed, cut short or refused. It names the file and an earlier state.
     """
     found = _fault_of_state(state)
     if found is not None:
         name, fault = found
-        raise SurgeryError(f"{state.folder / name} is {fault}. {_the_one_before(state.folder)}")
+        raise SurgeryError(f"{state.folder / name} is {fault}. {_earlier_state(state.folder)}")
 
 
 def _fault_of_state(state: ResumeState) -> tuple[str, str] | None:
-    """The first file that is not as it was written, and its fault."""
+    """The first file that has changed since it was written, and its fault."""
     for name, entry in state.info["files"].items():
         try:
             path = inside(state.folder, name)
@@ -160,7 +160,7 @@ def _fault_of_state(state: ResumeState) -> tuple[str, str] | None:
 
 
 def _check_trainer_state(path: Path) -> None:
-    """Raise ValueError unless transformers can make its TrainerState from the file, and its numbers are numbers."""
+    """Raise ValueError unless transformers can make a TrainerState from the file, and its fields have valid types."""
     from transformers import TrainerState
 
     try:
@@ -176,37 +176,37 @@ def _check_trainer_state(path: Path) -> None:
 
 @contextlib.contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """While a state's file is loaded into the run: an error because it does not fit becomes a SurgeryError."""
+    """Load a state's file inside this block: an error because it does not fit the run becomes a SurgeryError."""
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise SurgeryError(f"{path} does not fit this run ({reason}). {_the_one_before(path.parent)}") from error
+        raise SurgeryError(f"{path} does not fit this run ({reason}). {_earlier_state(path.parent)}") from error
 
 
 def load_plain(path: Path) -> Any:
-    """Load a file by torch.save with tensors and plain values (numbers, strings, lists, tuples, dicts).
+    """Load a file that torch.save wrote, with tensors and plain values (numbers, strings, lists, tuples, dicts).
 
     Raises:
-        SurgeryError: if the file is damaged or holds anything else. It names that.
+        SurgeryError: if the file is damaged or holds anything else. It names the reason.
     """
     try:
         check_pt(path, TENSORS)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (ValueError, RuntimeError) as error:
-        raise SurgeryError(f"{path} is refused: {error}. {_the_one_before(path.parent)}") from error
+        raise SurgeryError(f"{path} is refused: {error}. {_earlier_state(path.parent)}") from error
 
 
 def finish_state(staging: Path, info: Mapping[str, Any]) -> None:
-    """Write resume_state.json, with the digests of all other files, into a folder that has these."""
+    """Write resume_state.json, with the digests of all other files, into a folder that already has them."""
     content = {"format_version": FORMAT_VERSION, **info, "files": describe_files(staging, excluded=[STATE_FILE])}
     (staging / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def place_for(folder: Path, step: int, world_size: int, protected: Collection[str]) -> Path:
-    """The folder for the state of a step: `checkpoint-N`, or with another name if a protected state has that."""
+    """The folder for the state of a step: `checkpoint-N`, or another name if a protected state has that name."""
     path = folder / f"{PREFIX}-{step}"
     return folder / f"{path.name}-world{world_size}" if path.name in protected else path
 
@@ -224,7 +224,7 @@ def rotate(folder: Path, limit: int, best: str | None) -> list[str]:
 
 
 def remove_states(folders: Iterable[Path]) -> None:
-    """Remove states, resume_state.json first: if this is killed, the rest is no state."""
+    """Remove states, resume_state.json first: if this is killed, the rest does not count as a state."""
     for path in folders:
         (path / STATE_FILE).unlink(missing_ok=True)
         sync(path)
@@ -232,7 +232,7 @@ def remove_states(folders: Iterable[Path]) -> None:
 
 
 def set_aside(folders: Iterable[Path]) -> None:
-    """Rename folders to NAME.aside, or NAME.aside-2 and so on: then their names are free."""
+    """Rename folders to NAME.aside, or NAME.aside-2 and so on, to free their names."""
     for path in folders:
         asides = (path.with_name(f"{path.name}.aside{end}") for end in ("", *(f"-{n}" for n in range(2, 1000))))
         path.rename(next(aside for aside in asides if not aside.exists()))
@@ -248,7 +248,7 @@ def set_aside_after(folder: Path, state: ResumeState) -> list[str]:
 
 
 def copy_state(source: Path, target: Path) -> None:
-    """Copy a state into `target`, an empty folder; without more disk space if the file system can do that."""
+    """Copy a state into `target`, an empty folder; it takes no more disk space if the file system allows that."""
     for path in sorted(source.rglob("*")):
         place = target / path.relative_to(source)
         if path.is_dir():
@@ -258,8 +258,8 @@ def copy_state(source: Path, target: Path) -> None:
     shutil.copyfile(source / STATE_FILE, target / STATE_FILE)
 
 
-def _the_one_before(folder: Path) -> str:
-    """A sentence that offers the newest whole state before `folder`."""
+def _earlier_state(folder: Path) -> str:
+    """A sentence that names the newest undamaged state before `folder`."""
 
     def step_of(path: Path) -> int:
         match = _NAME.fullmatch(path.name)
@@ -267,5 +267,5 @@ def _the_one_before(folder: Path) -> str:
 
     for state in reversed(list_states(folder.parent, damaged_too=True)[0]):
         if step_of(state.folder) < step_of(folder) and _fault_of_state(state) is None:
-            return f"The one before it is whole: --resume {state.folder}"
-    return "No state before it is whole: start anew with --resume never --overwrite."
+            return f"An earlier state is undamaged: --resume {state.folder}"
+    return "No earlier state is undamaged: start again with --resume never --overwrite."

@@ -51,11 +51,11 @@ Say = Callable[..., None]
 
 @dataclass(frozen=True)
 class Run:
-    """What does not change while a run lasts.
+    """The parts of a run that do not change.
 
     Attributes:
         parent: the checkpoint's folder.
-        state: the one to resume from, or None.
+        state: the state to resume from, or None.
         identity: fields of every state: `parent`, `data`, `model_args`, `run_id`, `inputs`, `texts` and
             `started_world_size`.
         sources: targets by name, as `resolve(overrides=...)` takes them.
@@ -70,30 +70,30 @@ class Run:
     say: Say
 
     def load_model(self) -> tuple[LlambaForCausalLM, PreTrainedTokenizerBase]:
-        """The parent's model, float32 in its own memory, with the weights and the template that the settings name."""
+        """The parent's model, float32 in its own memory, and its tokenizer; both as the settings want them."""
         settings = self.settings
         model, tokenizer = load_checkpoint(self.parent, dtype=torch.float32)
         if settings.chat_template is not None:
             tokenizer.chat_template = _template(settings.chat_template)
         in_memory(model)
-        in_state = self.state is not None and settings.method != "lora"  # the state brings all weights later
+        in_state = self.state is not None and settings.method != "lora"  # the state's weights are loaded later
         if settings.init_from == "scratch" and not in_state:
             model.load_state_dict(LlambaForCausalLM(model.config).state_dict())
         elif settings.init_from != "checkpoint" and not in_state and self._initial_adapter() is None:
             path = _init_path(self.parent, settings, self.sources)
             self.say("\n".join([f"Weights from {path}:", *load_weights(model, path, settings.exclude).lines()]))
         for name, module in model.named_modules():
-            if name.endswith((".self_attn", ".attention")):  # of grafted layers, and of grafted heads
+            if name.endswith((".self_attn", ".attention")):  # grafted layers and grafted heads
                 module.attention_dropout = settings.dropout
         return model, tokenizer
 
     def choose_trained_weights(self, model: LlambaForCausalLM) -> Any:
-        """The model, or with LoRA a PeftModel, in which the weights that the method trains have gradients."""
+        """Turn gradients on for the weights that the method trains. Returns the model, or with LoRA a PeftModel."""
         if self.settings.method == "lora":
             return self.with_adapter(model)
         config, method = model.config, self.settings.method
         prefixes = tuple(f"backbone.layers.{index}." for index in trained_layers(config, method))
-        if method == "grafted":  # where only heads are grafted, the mixer is not trained
+        if method == "grafted":  # if only heads of a layer are grafted, its mixer is not trained
             prefixes = donor_prefixes(config.llama_layers, config.llama_heads)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(method == "full" or name.startswith(prefixes))
@@ -107,7 +107,7 @@ class Run:
     def load_data(
         self, data: str, tokenizer: PreTrainedTokenizerBase, processes: PartialState, states: Path, device: str
     ) -> tuple[Sequences, Sequences | None]:
-        """(for training, held out); enters them into `identity`. Raises SurgeryError if the state had other ones."""
+        """(training, held-out) sequences; notes them in `identity`. Raises SurgeryError if the state had other ones."""
         settings = self.settings
         place = data
         if data == SELF:
@@ -141,7 +141,7 @@ class Run:
             assert self.state is not None
             raise SurgeryError(
                 f"{data} gives other sequences than {self.state.folder} was trained on ({described['sequences']} now, "
-                f"{before['sequences']} there). Give the same text, or start anew in another --output_dir."
+                f"{before['sequences']} there). Give the same text, or start again in another --output_dir."
             )
         self.identity["data"] = described
         return train, held_out
@@ -154,7 +154,7 @@ class Run:
         processes: PartialState,
         device: torch.device,
     ) -> Distillation | None:
-        """The loss to the teacher, if the settings name one. What is missing in its cache is made first."""
+        """The loss to the teacher, if the settings name one. First fills the teacher's cache, if there is one."""
         settings = self.settings
         if not settings.has_teacher:
             return None
@@ -179,7 +179,7 @@ class Run:
             "vocabulary": vocabulary,
         }
         cache = TeacherCache(Path(settings.teacher_cache).expanduser(), inputs, train)
-        self.say(f"The teacher's likeliest tokens are kept in {cache.folder}; what is missing there is made now.")
+        self.say(f"The teacher's likeliest tokens are kept in {cache.folder}. Missing ones are computed now.")
         cache.fill(load, processes)
         return Distillation(cache, settings)
 
@@ -197,7 +197,7 @@ class Run:
 
 def in_memory(model: LlambaForCausalLM) -> LlambaForCausalLM:
     """Copy the parameters into memory: they are mapped from the parent's file, which must not change."""
-    for parameter in model.parameters():  # gives tied ones once
+    for parameter in model.parameters():  # tied ones appear once
         parameter.data = parameter.data.clone()
     return model
 
@@ -230,13 +230,13 @@ def begin_or_resume(
     sources: Mapping[str, str] | None,
     say: Say,
 ) -> Run:
-    """A new run, or the one of the newest state.
+    """A new run, or the run of the newest state.
 
     Args:
         states: the folder of the run's states.
         given: fields of `HealSettings`. A resumed run keeps its saved settings, with few exceptions.
-        resume: "auto", "never", a state's folder, or "must" if there has to be a state.
-        overwrite: with "never", remove the states there.
+        resume: "auto", "never", a state's folder, or "must": as "auto", but there must be a state.
+        overwrite: with "never", remove existing states.
 
     Raises:
         SurgeryError: if there is no such state, or it is damaged or of another run.
@@ -245,20 +245,20 @@ def begin_or_resume(
     state = None if chosen is None else read_state(chosen)
     settings = HealSettings(**given) if state is None else saved_settings(state.info["settings"])
     described = describe_parent(parent, parent_info)
-    del described["mmlu_score"]  # it may be measured while the run lasts
+    del described["mmlu_score"]  # it may be measured during the run
     inputs = _from_main_process(processes, lambda: _input_digests(parent, settings, sources))
     if state is None:
         identity = {
             "parent": described,
             "started_world_size": processes.num_processes,
-            "run_id": uuid.uuid4().hex[:21],  # the longest that SwanLab takes
+            "run_id": uuid.uuid4().hex[:21],  # SwanLab takes no longer one
             "inputs": inputs,
             "model_args": parent_info["config"],
         }
         return Run(parent, settings, None, identity, sources, say)
     names = ("parent", "data", "model_args", "run_id", "started_world_size", "texts")
     identity = {name: state.info[name] for name in names} | {"inputs": inputs}
-    digests = "tensor_digests_sha256"  # states of versions before 0.2.0 have no others
+    digests = "tensor_digests_sha256"  # states of versions before 0.2.0 have only this one
     differing = differences(
         {**state.info.get("inputs", {}), digests: identity["parent"][digests]},
         {**inputs, digests: described[digests]},
@@ -267,7 +267,7 @@ def begin_or_resume(
     if differing:
         raise SurgeryError(
             f"{state.folder} is of a run that heals {identity['parent']['id']}, but {parent} or another input has "
-            f"changed since ({'; '.join(differing)}). Give the inputs that the run began with, or start anew with "
+            f"changed since ({'; '.join(differing)}). Give the inputs that the run began with, or start again with "
             "another --output_dir."
         )
     settings, lines = resumed_settings(settings, given)
@@ -283,14 +283,14 @@ def _say_new_step_size(state: ResumeState, settings: HealSettings, started: int,
         size = step_size(settings, started, now)
         say(
             f"The number of processes is {now}, was {before}: step {state.steps} is now step "
-            f"{state.sequences_seen // size.sequences}, after the same {state.sequences_seen} sequences; a step is "
-            f"{size.sequences} sequences, in {size.accumulation} forward passes of each process, and the last one is "
+            f"{state.sequences_seen // size.sequences}, after the same {state.sequences_seen} sequences. A step has "
+            f"{size.sequences} sequences, in {size.accumulation} forward passes of each process. The last one is "
             f"step {size.steps_here(settings.max_steps)}."
         )
 
 
 def _from_main_process(processes: PartialState, compute: Callable[[], Any]) -> Any:
-    """What `compute` returns in the main process, for all of them."""
+    """Run `compute` in the main process only, and give its result to all processes."""
     found = [compute() if processes.is_main_process else None]
     if processes.num_processes > 1:
         broadcast_object_list(found)
@@ -301,7 +301,7 @@ def _choose_state(states: Path, resume: str, overwrite: bool, say: Say) -> Path 
     is_named = resume not in ("auto", "must", "never")
     found, incomplete = list_states(states, damaged_too=is_named or resume == "never")
     for name in incomplete:
-        say(f"{states / name} is incomplete, as its run was killed, or damaged: it is skipped.")
+        say(f"{states / name} is damaged, or incomplete because its run was killed: it is skipped.")
     if states.is_dir():
         set_aside(states / name for name in incomplete if not name.endswith(".partial"))
         remove_abandoned(states)
@@ -327,12 +327,12 @@ def _choose_state(states: Path, resume: str, overwrite: bool, say: Say) -> Path 
 
 
 def _input_digests(parent: Path, settings: HealSettings, sources: Mapping[str, str] | None) -> dict[str, str]:
-    """Digests of all that decides the healed weights, apart from settings and text."""
+    """Digests of all inputs that change the healed weights, apart from settings and text."""
     digests = {"parent": digest_of_checkpoint(parent)}
     if settings.has_teacher:
         digests["teacher"] = _digest_of_teacher(parent, settings, sources)
     if settings.method == "lora" and settings.init_from not in ("checkpoint", "scratch"):
-        # A state of LoRA has the adapter only, so these weights are needed again. Other states have all weights.
+        # A LoRA state has only the adapter, so a resumed run needs these weights again. Other states have all weights.
         digests["init_from"] = digest_of_weights(_init_path(parent, settings, sources))
     return digests
 
@@ -347,14 +347,12 @@ def _template(path: str) -> str:
 
 def _find_teacher(parent: Path, settings: HealSettings, sources: Mapping[str, str] | None) -> OtherModel:
     if settings.teacher is None:
-        raise SurgeryError(
-            f"{settings.teacher_cache} is no complete teacher cache. Give --teacher too, and it is made."
-        )
+        raise SurgeryError(f"{settings.teacher_cache} is no complete teacher cache. To make one, give --teacher too.")
     return find_others([settings.teacher], parent, sources=sources)[0]
 
 
 def _digest_of_teacher(parent: Path, settings: HealSettings, sources: Mapping[str, str] | None) -> str:
-    """The digest of the teacher; of one that is not there any more, the digest in its complete cache."""
+    """The digest of the teacher. If the teacher is gone, the digest in its complete cache."""
     try:
         return digest_of_model(_find_teacher(parent, settings, sources).folder)
     except SurgeryError:

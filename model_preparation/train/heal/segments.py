@@ -1,6 +1,6 @@
-"""Long sequences in segments, so that memory follows the segment: truncated backpropagation.
+"""Cuts long sequences into segments, so that memory depends on the segment: truncated backpropagation.
 
-The states of Mamba layers and the K/V of grafted ones go on from segment to segment. Gradients do not.
+The states of Mamba layers and the K/V of grafted layers pass from segment to segment. Gradients do not.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,15 +18,15 @@ from model_preparation.train.heal.objective import next_tokens
 def segments(
     batch: Mapping[str, Tensor], length: int, config: LlambaConfig, width: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """A batch with `targets` in place of `labels`, in parts of `length` tokens, or whole if that is 0.
+    """A batch with `targets` in place of `labels`, in parts of `length` tokens; whole if `length` is 0.
 
-    Finish with a part, its gradients too, before asking for the next. A part also has its cache, its `start`, and how
-    many targets of each row are `skipped`, as they are in earlier parts.
+    Compute the gradients of a part before you ask for the next part. A part also has its cache, its `start`, and
+    `skipped`: the number of targets of each row in earlier parts.
 
     Args:
         batch: (batch, tokens) each, except `sequence`.
         config: the model's.
-        width: rows are padded to as many tokens, so that all processes have as many parts.
+        width: rows are padded to this many tokens, so that all processes have equally many parts.
     """
     inputs = dict(batch)
     targets = next_tokens(inputs.pop("labels"))
@@ -40,7 +40,7 @@ def segments(
             inputs[name] = pad(value, (0, missing), value=NOT_COUNTED if name == "targets" else 0)
     cache = LlambaCache(config)
     for start in range(0, inputs["targets"].shape[1], length):
-        first = {"attention_mask": 0, "sequence": None}  # a mask is of all tokens up to here
+        first = {"attention_mask": 0, "sequence": None}  # a mask covers all tokens up to here
         part = {name: value[:, first.get(name, start) : start + length] for name, value in inputs.items()}
         skipped = (inputs["targets"][:, :start] != NOT_COUNTED).sum(1)
         yield {**part, CACHE_NAME: cache, "use_cache": True, "start": start, "skipped": skipped}

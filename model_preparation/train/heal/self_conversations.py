@@ -1,7 +1,8 @@
-"""Conversations that the donor writes by itself, to heal on what it says rather than on what others wrote.
+"""Conversations that the donor writes, so that healing uses the donor's own text and not other people's.
 
-The donor begins where its chat template puts the user's words, and writes them. Then the template's words follow, and
-the donor answers. Source: Xu et al., arXiv 2406.08464 (Magpie). A batch depends on its seed alone.
+The donor gets the chat template up to the user's words, and writes those words. Then it gets the template's words
+between question and answer, and writes the answer. Source: Xu et al., arXiv 2406.08464 (Magpie). A batch depends on its
+seed alone.
 """
 
 import json
@@ -25,8 +26,8 @@ from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, Sel
 from model_preparation.train.heal.chat_template import encode
 from model_preparation.train.heal.settings import HealSettings
 
-FOLDER = "written_by_donor"  # in the folder of the states; what follows is a digest of all that the words depend on
-_LEAST_ENDED, _JUDGED_FROM = 16, 64  # a donor that ends less than one of 16, of at least 64, counts as unable
+FOLDER = "written_by_donor"  # in the folder of states; a digest of all inputs of the text is added
+_LEAST_ENDED, _JUDGED_FROM = 16, 64  # the run fails if the donor finishes less than one of 16, of at least 64
 _WORDS = "WORDS-OF-THE-TURN"
 
 
@@ -35,14 +36,14 @@ def write_conversations(
 ) -> Path:
     """A folder of .jsonl files with the conversations, at least as many as the settings ask for.
 
-    Each batch is a file. A run that was killed keeps the files that it wrote, and continues.
+    Each batch is a file. A killed run keeps its files, and continues.
 
     Args:
-        donor: its folder. Its own tokenizer is taken, if it has one.
-        tokenizer: the checkpoint's, whose template is taken.
+        donor: the donor's folder. Its own tokenizer is used, if it has one.
+        tokenizer: the checkpoint's tokenizer. Its template is used.
 
     Raises:
-        SurgeryError: if there is no template, or the donor ends too few conversations.
+        SurgeryError: if there is no template, or the donor finishes too few conversations.
     """
     own, template = tokenizer, tokenizer.chat_template
     if not template:
@@ -57,14 +58,14 @@ def write_conversations(
     asked = {"donor": digest_of_model(donor), "template": template, "seed": settings.seed}
     folder = states / f"{FOLDER}_{digest_of({**asked, 'count': wanted, 'length': length})[:12]}"
     make_folder(folder)
-    script, sampler = _Script(tokenizer, donor), None
+    template_tokens, sampler = _TemplateTokens(tokenizer, donor), None
     count = number = 0
     with bar("Conversations", wanted) as advance:
         while count < wanted:
             begun = number * SEQUENCES_AT_ONCE
             if begun >= _JUDGED_FROM and count * _LEAST_ENDED < begun:
                 raise SurgeryError(
-                    f"Of {begun} conversations that the donor began, it ended {count} within --block_size {length} "
+                    f"The donor began {begun} conversations, but finished only {count} within --block_size {length} "
                     f"tokens; at least one of {_LEAST_ENDED} is needed. Give a larger --block_size."
                 )
             path = folder / f"{number:05}.jsonl"
@@ -72,11 +73,13 @@ def write_conversations(
                 if sampler is None:
                     print(f"The donor writes {wanted} conversations ...", flush=True)
                     sampler = SelfSampler(donor, read_config(donor), device)
-                # The factor keeps the batches of neighbouring seeds apart; torch takes no larger seeds.
-                played = script.play(sampler, length, (settings.seed * 1_000_003 + number) % 2**63)
-                sizes = encode(own, [Conversation(each, ("messages",), donor.name) for each in played], "assistant")
+                # The factor keeps the batches of neighbouring seeds apart. torch takes no seeds from 2**63 on.
+                seed = (settings.seed * 1_000_003 + number) % 2**63
+                finished = template_tokens.write_batch(sampler, length, seed)
+                rows = [Conversation(each, ("messages",), donor.name) for each in finished]
+                sizes = [ids.shape[1] for ids in encode(own, rows, "assistant")]
                 # The same words can be more tokens than the donor drew.
-                written = [each for each, ids in zip(played, sizes, strict=True) if ids.shape[1] <= length]
+                written = [each for each, size in zip(finished, sizes, strict=True) if size <= length]
                 write_file(path, "".join(json.dumps({"messages": each}, ensure_ascii=False) + "\n" for each in written))
             found = read_text(path).count("\n")
             advance(found)
@@ -84,8 +87,8 @@ def write_conversations(
     return folder
 
 
-class _Script:
-    """What a chat template puts before, between and behind the words of the user and the answer, as tokens."""
+class _TemplateTokens:
+    """The tokens that a chat template puts before, between and after the user's words and the answer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, donor: Path):
         user = [{"role": "user", "content": _WORDS}]
@@ -102,26 +105,26 @@ class _Script:
         )
         if not self._between or not behind_ids:
             raise SurgeryError(
-                f"The chat template of {donor} puts nothing behind a turn, so no end is seen. Give one by "
+                f"The chat template of {donor} puts nothing after a turn, so its end cannot be seen. Give another by "
                 "--chat_template FILE."
             )
         self._end = behind_ids[0]
         self._marks = set(tokenizer.get_added_vocab().values())
 
-    def play(self, sampler: SelfSampler, length: int, seed: int) -> list[list[dict[str, Any]]]:
-        """The messages of the conversations that came to their end within `length` tokens, of one batch."""
+    def write_batch(self, sampler: SelfSampler, length: int, seed: int) -> list[list[dict[str, Any]]]:
+        """The messages of the conversations of one batch that ended within `length` tokens."""
         turns: list[list[list[int]]] = [[] for _ in range(SEQUENCES_AT_ONCE)]
-        speakers = dict(enumerate(self._speak(each) for each in turns))
-        for speaker in speakers.values():
-            next(speaker)
+        writers = dict(enumerate(self._write_turns(each) for each in turns))
+        for writer in writers.values():
+            next(writer)
 
         def steer(drawn: list[int]) -> list[int] | None:
-            for row, speaker in list(speakers.items()):
+            for row, writer in list(writers.items()):
                 try:
-                    drawn[row] = speaker.send(drawn[row])
+                    drawn[row] = writer.send(drawn[row])
                 except StopIteration:
-                    del speakers[row]
-            return drawn if speakers else None
+                    del writers[row]
+            return drawn if writers else None
 
         sampler.draw(len(turns), length, seed, lambda tokens: None, begin=self._before, steer=steer)
         texts = [[self._tokenizer.decode(turn) for turn in each] for each in turns if len(each) == 2]
@@ -131,8 +134,8 @@ class _Script:
             if all(text.strip() for text in both)
         ]
 
-    def _speak(self, turns: list[list[int]]) -> Generator[int, int, None]:
-        """Gets each token that is drawn, and gives the one to take. A turn is added when it has ended."""
+    def _write_turns(self, turns: list[list[int]]) -> Generator[int, int, None]:
+        """Gets each drawn token, and yields the token to take. Each turn is added to `turns` when it ends."""
         taken = 0
         for end, following in ((self._between[0], self._between[1:]), (self._end, [])):
             words = []
@@ -143,6 +146,6 @@ class _Script:
                 taken = token
             turns.append(words)
             taken = end
-            for each in following:  # whatever is drawn
+            for each in following:  # the drawn tokens are ignored
                 yield taken
                 taken = each

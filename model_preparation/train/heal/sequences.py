@@ -1,6 +1,6 @@
-"""Sequences of tokens to train on, and the order in which a run sees them.
+"""Sequences of tokens to train on, and their order in a run.
 
-The order depends on the seed and the position alone: not on the number of processes, nor on where a run stopped.
+The order depends only on the seed and the position, not on the number of processes or on the step where a run stopped.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ class Sequences(Dataset):
 
     Attributes:
         tokens: (sequences, block_size) int32.
-        are_conversations: whether they were made of conversations.
+        are_conversations: whether they come from conversations.
     """
 
     are_conversations = False
@@ -44,12 +44,12 @@ class Sequences(Dataset):
 
     @property
     def size(self) -> int:
-        """All tokens."""
+        """The number of all tokens."""
         return self.tokens.size
 
     @property
     def parts(self) -> int:
-        """What can be held out one by one."""
+        """The number of parts that can be held out one by one."""
         return len(self)
 
     def take(self, chosen: np.ndarray) -> "Sequences":
@@ -65,14 +65,14 @@ class Sequences(Dataset):
 
 
 class Documents(Sequences):
-    """Sequences of documents that do not see each other: one in each, or as many as fit.
+    """Sequences of documents that do not see each other: one per sequence, or with packing as many as fit.
 
-    Item i is {"input_ids", "labels"}, both (tokens,) int64, and where packed the `position_ids`, which begin at 0 for
-    each document. The first token of a document is no label, as nothing is before it.
+    Item i is {"input_ids", "labels"}, both (tokens,) int64; with packing also `position_ids`, which begin at 0 for each
+    document. The first token of a document is no label, because no token predicts it.
 
     Args:
         documents: (2, tokens) int32 each: ids and labels.
-        are_conversations: whether they are conversations, and not texts.
+        are_conversations: whether they are conversations or texts.
     """
 
     def __init__(self, documents: Sequence[np.ndarray], settings: HealSettings, *, are_conversations: bool):
@@ -102,7 +102,7 @@ class Documents(Sequences):
         return Documents(documents, self._settings, are_conversations=self.are_conversations)
 
     def digest(self) -> str:
-        """BLAKE3 of ids, labels, and where documents and sequences begin, in hex."""
+        """BLAKE3 of ids, labels, and the beginnings of documents and sequences, in hex."""
         hasher = blake3()
         for row in self._rows:
             hasher.update(repr([document.shape for document in row]).encode())
@@ -121,10 +121,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def collate(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch of sequences, (batch, longest) int64 each; behind shorter ones is padding that has no label.
+    """A batch of sequences, (batch, longest) int64 each; shorter ones end in padding without labels.
 
-    Padding needs no mask, since no token sees what is after it. Where documents are packed, each of its tokens is a
-    document of its own.
+    Padding needs no mask, because no token sees later tokens. With packed documents, each token of the padding counts
+    as one document.
     """
     return {
         name: pad_sequence([item[name] for item in items], True, NOT_COUNTED if name == "labels" else 0)
@@ -133,9 +133,9 @@ def collate(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tens
 
 
 def _packed(documents: Sequence[np.ndarray], block_size: int) -> list[list[np.ndarray]]:
-    """Documents in sequences. The longest come first, each into the fullest sequence that has room for it."""
+    """Put documents into sequences, the longest first, each into the fullest sequence that has room for it."""
     rows: list[list[np.ndarray]] = []
-    by_room: list[list[list[np.ndarray]]] = [[] for _ in range(block_size + 1)]  # rows by the tokens that are free
+    by_room: list[list[list[np.ndarray]]] = [[] for _ in range(block_size + 1)]  # rows by the number of free tokens
     for document in sorted(documents, key=lambda document: -document.shape[1]):
         size = document.shape[1]
         room = next((room for room in range(size, block_size + 1) if by_room[room]), None)
@@ -150,17 +150,14 @@ def _packed(documents: Sequence[np.ndarray], block_size: int) -> list[list[np.nd
 
 
 class Shuffled(Dataset):
-    """`count` sequences from position `start` on, out of endless passes over `sequences`.
+    """`count` sequences from position `start` on, in endless passes over `sequences`.
 
-    Pass k has every sequence once, in an order drawn from (seed, k). Each item also has its number, `sequence` (1,).
+    Pass k has every sequence once, in a random order from (seed, k). Each item also has its index, `sequence` (1,).
     """
 
     def __init__(self, sequences: Sequences, seed: int, start: int, count: int):
-        self._sequences = sequences
-        self._seed = seed
-        self._start = start
-        self._count = count
-        self._order: tuple[int, np.ndarray] | None = None  # of the pass last asked for
+        self._sequences, self._seed, self._start, self._count = sequences, seed, start, count
+        self._order: tuple[int, np.ndarray] | None = None  # of the last used pass
 
     def __len__(self) -> int:
         return self._count
@@ -176,22 +173,22 @@ class Shuffled(Dataset):
 def load_sequences(
     data: str, tokenizer: PreTrainedTokenizerBase, settings: HealSettings, say: Callable[[str], None]
 ) -> Sequences:
-    """The texts or conversations of `data`.
+    """The texts or conversations of `data`, as sequences.
 
-    Texts are joined, the end-of-text token after each, and cut into blocks; the rest is dropped. With `packing` they
-    stay apart, as conversations do.
+    Texts are joined, with the end-of-text token after each, and cut into blocks; the rest is dropped. With `packing`
+    they stay separate, like conversations.
 
     Args:
         data: as `read_documents` takes it.
         say: gets a line about conversations that are dropped or cut.
 
     Raises:
-        SurgeryError: if there is no such text, or it fills no sequence.
+        SurgeryError: if there is no such text, or it does not fill one sequence.
     """
     block_size = settings.block_size
     texts: list[np.ndarray] = []
     conversations: list[np.ndarray] = []
-    long: list[tuple[str, int]] = []  # where conversations are that do not fit, and how long they are
+    long: list[tuple[str, int]] = []  # conversations that do not fit: place and length
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     documents = read_documents(data)
     while some := list(islice(documents, _DOCUMENTS_AT_ONCE)):
@@ -226,7 +223,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, data: str) -> None:
         tokenizer.get_chat_template()
     except ValueError as error:  # it has none, or several and no default
         raise SurgeryError(
-            f"{data} holds conversations, and the checkpoint's tokenizer has no chat template for them. Give one by "
+            f"{data} holds conversations, but the checkpoint's tokenizer has no chat template for them. Give one by "
             "--chat_template FILE, such as the chat_template.jinja of the donor's instruct model."
         ) from error
 
@@ -237,7 +234,7 @@ def _fitting(
     settings: HealSettings,
     say: Callable[[str], None],
 ) -> list[np.ndarray]:
-    """The conversations of at most `block_size` tokens, and what the settings leave of longer ones."""
+    """The conversations of at most `block_size` tokens; the settings decide whether longer ones are cut or dropped."""
     size, how = settings.block_size, settings.long_conversations
     if long and how == "error":
         where, length = max(long, key=lambda each: each[1])
@@ -246,7 +243,7 @@ def _fitting(
             f"{where}, has {length} tokens. Give a larger one, or --long_conversations drop or cut."
         )
     taken = [each[:, :size] for each in conversations if how == "cut" or each.shape[1] <= size]
-    taken = [each for each in taken if (each[1] != NOT_COUNTED).any()]  # a cut may leave nothing that counts
+    taken = [each for each in taken if (each[1] != NOT_COUNTED).any()]  # a cut may leave no token to learn
     if long:
         dropped = len(conversations) - len(taken)
         say(
@@ -267,7 +264,7 @@ def hold_out(sequences: Sequences, fraction: float) -> tuple[Sequences, Sequence
     count = max(1, round(sequences.parts * fraction))
     if count >= sequences.parts:
         raise SurgeryError(
-            f"Of {sequences.parts} sequences none is left to train on if {count} are held out. "
+            f"Of {sequences.parts} sequences, none is left for training if {count} are held out. "
             "Give more text, a smaller --block_size, or --eval_data."
         )
     held_out = np.zeros(sequences.parts, dtype=bool)

@@ -15,11 +15,10 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant")
 TRACKERS = ("none", "trackio", "wandb", "swanlab")
 PATHS = ("teacher", "teacher_cache", "init_from", "eval_data", "chat_template")  # settings that may be paths
-# A resumed run may change these: they decide what is kept and shown, not the weights ...
+# A resumed run may change these, which do not change the weights ...
 FREE = ("save_steps", "save_total_limit", "report_to")
-# ... and this one, which decides where the run ends. The user gets a line about it.
+# ... and this one, the end of the run. The user gets a line about it.
 _FREE_WITH_A_LINE = ("max_steps",)
-
 
 _COUNT = number(int, least=1)
 _AT_LEAST_0, _ABOVE_0, _FRACTION = number(float, least=0), number(float, above=0), number(float, least=0, most=1)
@@ -28,19 +27,19 @@ _DROPPED = number(float, least=0, most=0.99)  # dropping everything would train 
 
 @dataclass(frozen=True)
 class HealSettings(CheckedSettings):
-    """All that decides the healed weights, apart from the checkpoint and the text. The flags' help explains the fields.
+    """Everything that decides the healed weights, apart from checkpoint and text. The flags' help explains the fields.
 
-    `max_steps` is counted with the number of processes that the run was started with.
+    `max_steps` counts steps with the number of processes at the start of the run.
 
     Raises:
-        SurgeryError: for a value that its flag does not take, or settings that do not go together.
+        SurgeryError: for a value that its flag refuses, or settings that contradict each other.
     """
 
     method: Annotated[
         str,
         Flag(
             None,
-            "what is trained: all weights, the grafted layers, these and their neighbours, or low-rank updates",
+            "train all weights, the grafted layers, the grafted layers and their neighbours, or low-rank updates",
             OneOf(*METHODS),
         ),
     ] = "full"
@@ -48,8 +47,8 @@ class HealSettings(CheckedSettings):
         str,
         Flag(
             "checkpoint|scratch|resume|PATH|NAME",
-            "weights to begin with: the checkpoint's own, random ones, those of a state that must be there, or a "
-            "file, folder or model of tensors with the same names; tensors that do not fit are listed",
+            "weights to begin with: the checkpoint's own, random ones, those of an existing state, or a file, folder "
+            "or model with tensors of the same names; tensors that do not fit are listed",
         ),
     ] = "checkpoint"
     exclude: Annotated[
@@ -65,26 +64,26 @@ class HealSettings(CheckedSettings):
         str,
         Flag(
             None,
-            "in conversations, the tokens that are learned: of every turn of the assistant, of its last one, or all",
+            "in conversations, the tokens to learn: of every turn of the assistant, of its last one, or all",
             OneOf("assistant", "completion", "all"),
         ),
     ] = "assistant"
     packing: Annotated[
-        bool, Flag(None, "fill each sequence with several conversations or texts; none of them sees another")
+        bool, Flag(None, "fill each sequence with several conversations or texts, which do not see each other")
     ] = False
     long_conversations: Annotated[
-        str, Flag(None, "what becomes of those beyond --block_size", OneOf("error", "drop", "cut"))
+        str, Flag(None, "what to do with those longer than --block_size", OneOf("error", "drop", "cut"))
     ] = "error"
     chat_template: Annotated[
         str | None, Flag("FILE", "Jinja template for conversations (default: the tokenizer's own)")
     ] = None
-    self_conversations: Annotated[int, Flag("N", "that the donor writes, with --data self", _COUNT)] = 512
+    self_conversations: Annotated[int, Flag("N", "conversations to write, with --data self", _COUNT)] = 512
     segment_length: Annotated[
         int,
         Flag(
             "N",
-            "tokens of a sequence that are trained at once: less memory for long ones. States and K/V go on from "
-            "segment to segment, gradients do not; 0: all",
+            "train on this many tokens of a sequence at once, which saves memory for long ones. States and K/V pass "
+            "from segment to segment, gradients do not; 0: all",
             number(int, least=0),
         ),
     ] = 0
@@ -92,22 +91,22 @@ class HealSettings(CheckedSettings):
     schedule: Annotated[str, Flag(None, "of the learning rate after its rise", OneOf(*SCHEDULES))] = "cosine"
     warmup: Annotated[float, Flag("X", "fraction of the steps in which the learning rate rises", _FRACTION)] = 0.05
     weight_decay: Annotated[float, Flag("X", "of AdamW", _AT_LEAST_0)] = 0.0
-    max_grad_norm: Annotated[float, Flag("X", "longer gradients are clipped; 0: none is", _AT_LEAST_0)] = 1.0
+    max_grad_norm: Annotated[float, Flag("X", "clip gradients to this norm; 0: no clipping", _AT_LEAST_0)] = 1.0
     precision: Annotated[
         str,
-        Flag(None, "of the forward pass, by autocast; weights are float32 while they are trained", OneOf(*PRECISIONS)),
+        Flag(None, "of the forward pass, by autocast; the trained weights stay float32", OneOf(*PRECISIONS)),
     ] = "float32"
     gradient_checkpointing: Annotated[bool, Flag(None, "less memory, more time")] = False
     compile: Annotated[bool, Flag(None, "torch.compile the model")] = False
     dropout: Annotated[float, Flag("X", "of attention weights in grafted layers", _DROPPED)] = 0.0
-    lora_rank: Annotated[int, Flag("N", "of the updates, with --method lora", _COUNT)] = 16
-    lora_alpha: Annotated[float, Flag("X", "their scale is alpha / rank", _ABOVE_0)] = 32.0
-    lora_dropout: Annotated[float, Flag("X", "of their inputs", _DROPPED)] = 0.0
+    lora_rank: Annotated[int, Flag("N", "rank of the updates, with --method lora", _COUNT)] = 16
+    lora_alpha: Annotated[float, Flag("X", "the scale of the updates is alpha / rank", _ABOVE_0)] = 32.0
+    lora_dropout: Annotated[float, Flag("X", "dropout of the updates' inputs", _DROPPED)] = 0.0
     teacher: Annotated[
         str | None,
         Flag(
             "NAME|PATH",
-            "learn from this model's distributions, not from the text alone: donor, base, a checkpoint's folder, a "
+            "learn from the predictions of this model, not only from the text: donor, base, a checkpoint's folder, a "
             "model's folder or hub id (default: none)",
         ),
     ] = None
@@ -120,39 +119,39 @@ class HealSettings(CheckedSettings):
         ),
     ] = None
     teacher_top_k: Annotated[
-        int, Flag("N", "tokens kept for each position of --teacher_cache; with all of them, nothing is lost", _COUNT)
+        int, Flag("N", "tokens kept for each position of --teacher_cache; with all tokens, nothing is lost", _COUNT)
     ] = 64
     temperature: Annotated[float, Flag("X", "of both distributions", _ABOVE_0)] = 1.0
-    teacher_weight: Annotated[float, Flag("X", "of the teacher's loss; the text's has the rest of 1", _FRACTION)] = 1.0
+    teacher_weight: Annotated[float, Flag("X", "of the teacher's loss; the text's is 1 - X", _FRACTION)] = 1.0
     reverse_weight: Annotated[
         float,
         Flag(
             "X",
-            "of the reverse KL divergence (student to teacher) in the teacher's loss; the forward one's is the rest",
+            "of the reverse KL divergence (student to teacher) in the teacher's loss; the forward one's is 1 - X",
             _FRACTION,
         ),
     ] = 0.0
     hidden_weight: Annotated[float, Flag("X", "of the relative squared error of the hidden states", _AT_LEAST_0)] = 0.0
-    eval_data: Annotated[str | None, Flag("FILE|DIR|NAME", "held-out text; without it some of --data is")] = None
+    eval_data: Annotated[str | None, Flag("FILE|DIR|NAME", "held-out text (default: a part of --data)")] = None
     eval_interval: Annotated[int, Flag("N", "steps between held-out losses; 0: none", number(int, least=0))] = 50
-    eval_fraction: Annotated[float, Flag("X", "of --data, held out", number(float, above=0, most=0.5))] = 0.05
+    eval_fraction: Annotated[float, Flag("X", "held-out part of --data", number(float, above=0, most=0.5))] = 0.05
     always_save: Annotated[
         bool,
         Flag(
             "yes|no",
-            "save at every held-out loss and every --save_steps; no: only where the held-out loss improved",
+            "save at every held-out loss and every --save_steps; no: only if the held-out loss improved",
             YES_OR_NO,
         ),
     ] = True
     load_best: Annotated[
-        bool, Flag("yes|no", "end with the weights of the lowest held-out loss, not with the last ones", YES_OR_NO)
+        bool, Flag("yes|no", "take the weights of the lowest held-out loss, not the last ones", YES_OR_NO)
     ] = True
     logging_steps: Annotated[int, Flag("N", "steps between two lines of loss and learning rate", _COUNT)] = 10
     save_steps: Annotated[int, Flag("N", "steps between two states", _COUNT)] = 50
-    save_total_limit: Annotated[int, Flag("N", "states kept; the best and the newest always are", _COUNT)] = 3
-    report_to: Annotated[str, Flag(None, "tracker that also gets them", OneOf(*TRACKERS))] = "none"
+    save_total_limit: Annotated[int, Flag("N", "states to keep; the best and the newest always stay", _COUNT)] = 3
+    report_to: Annotated[str, Flag(None, "also send the losses to this tracker", OneOf(*TRACKERS))] = "none"
 
-    stage: str | None = None  # the name of the stage that this run is, for `heal_in_stages`
+    stage: str | None = None  # the name of this run's stage, for `heal_in_stages`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,16 +166,16 @@ class HealSettings(CheckedSettings):
             for name in names:
                 if not is_given and getattr(self, name) != getattr(type(self), name):
                     raise SurgeryError(
-                        f"{name} is given, but has no effect without {needed}. Give that, or leave it out."
+                        f"{name} is given, but has no effect without {needed}. Give that, or leave {name} out."
                     )
         if self.segment_length and self.segment_length >= self.block_size:
             raise SurgeryError(
-                f"segment_length is {self.segment_length}, and a whole sequence has {self.block_size} tokens "
+                f"segment_length is {self.segment_length}, but a whole sequence has {self.block_size} tokens "
                 "(block_size). Give a smaller segment_length, or leave it out."
             )
         if self.segment_length and self.gradient_checkpointing:
             raise SurgeryError(
-                "gradient_checkpointing does not go with segment_length, whose states would be counted twice. "
+                "gradient_checkpointing and segment_length cannot be used together: states would be counted twice. "
                 "Give one of them."
             )
         if not self.always_save and not self.eval_interval:
@@ -186,16 +185,16 @@ class HealSettings(CheckedSettings):
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the aim is a teacher, in memory or on the disk."""
+        """Whether the run learns from a teacher, in memory or on the disk."""
         return self.teacher is not None or self.teacher_cache is not None
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as JSON files have them."""
+        """The settings as JSON values."""
         return asdict(self) | {"exclude": list(self.exclude)}
 
 
 def described(settings: HealSettings) -> dict[str, Any]:
-    """The settings as checkpoint_info.json has them: of this machine's paths, the last parts."""
+    """The settings for checkpoint_info.json, with only the last part of each of this machine's paths."""
     found = settings.as_dict()
     return found | {name: found[name] and name_of(found[name]) for name in PATHS}
 
@@ -204,27 +203,27 @@ def saved_settings(saved: Mapping[str, Any]) -> HealSettings:
     """The settings in a state.
 
     Raises:
-        SurgeryError: for a name that is no setting, or a value of another type.
+        SurgeryError: for an unknown name, or a value of another type.
     """
     if unknown := sorted(saved.keys() - {field.name for field in fields(HealSettings)}):
-        raise SurgeryError(f"The state has settings this version does not know: {', '.join(unknown)}. Update it.")
+        raise SurgeryError(f"The state has settings that this version does not know: {', '.join(unknown)}. Update it.")
     types = get_type_hints(HealSettings)
     try:
         check_fields(saved, {f"{name}?": _json_type(annotation) for name, annotation in types.items()})
     except ValueError as error:
-        raise SurgeryError(f"The state's settings are not valid: {error}. Start anew with --resume never.") from error
+        raise SurgeryError(f"The state's settings are not valid: {error}. Start again with --resume never.") from error
     return HealSettings(**saved)
 
 
 def _json_type(annotation: Any) -> Any:
-    """A field's type as JSON has it, for `check_fields`."""
+    """A field's type in JSON, for `check_fields`."""
     if annotation is float:
         return (int, float)
     return [str] if get_origin(annotation) is tuple else get_args(annotation) or annotation
 
 
 def resumed_settings(saved: HealSettings, given: Mapping[str, Any]) -> tuple[HealSettings, list[str]]:
-    """The settings of a resumed run, which are mostly the saved ones; and a line for each one given that differs."""
+    """The settings of a resumed run, mostly the saved ones; and a line for each given setting that differs."""
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     differing = {name: value for name, value in given.items() if value != getattr(saved, name)}
     taken = {name: value for name, value in differing.items() if name in FREE + _FREE_WITH_A_LINE}
@@ -234,7 +233,7 @@ def resumed_settings(saved: HealSettings, given: Mapping[str, Any]) -> tuple[Hea
             lines.append(f"{name} is now {value}, was {getattr(saved, name)}; the learning rate changes from here on")
         elif name not in FREE:
             lines.append(
-                f"{name} stays {getattr(saved, name)!r}, as the run was started with; {value!r} is ignored "
-                "(to start anew, give --resume never)"
+                f"{name} stays {getattr(saved, name)!r}, as at the start of the run; {value!r} is ignored "
+                "(to start again, give --resume never)"
             )
     return replace(saved, **taken), lines

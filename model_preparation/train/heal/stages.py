@@ -1,7 +1,7 @@
-"""Healing in stages, such as short texts, then conversations, then long texts: each begins with the result before it.
+"""Healing in stages, such as short texts, then conversations, then long texts. Each begins with the previous result.
 
-A stage is a healing like any other. Its states and its checkpoint are in the folder of states, under its name; the last
-checkpoint is the result. So a run that was killed continues in the stage where it was.
+A stage is a healing like any other. Its states and its checkpoint are in the folder of states, under its name. The last
+checkpoint is the result. So a killed run continues in its current stage.
 """
 
 import os
@@ -37,7 +37,7 @@ class _Stage(NamedTuple):
     data: str
     milestones: Mapping[int, str]
     given: dict[str, Any]  # fields of `HealSettings`
-    settings: HealSettings  # with those
+    settings: HealSettings  # made from `given`
 
 
 def heal_in_stages(
@@ -58,13 +58,13 @@ def heal_in_stages(
     """Heal a checkpoint in stages; the result's `healing` has the last stage, and the others in `earlier_stages`.
 
     Args:
-        stages: each has a `name`, and what holds for it alone: `data`, `milestones`, fields of `HealSettings`.
-        data: of stages that name none.
+        stages: each has a `name`, and its own settings: `data`, `milestones`, fields of `HealSettings`.
+        data: for stages without `data`.
         clean_up: remove the states and the earlier stages' checkpoints once the result is written.
-        given: further arguments of `heal_checkpoint`, whose other arguments mean the same here.
+        given: further arguments of `heal_checkpoint`, as there.
 
     Raises:
-        SurgeryError: as from `heal_checkpoint`, and for a stage that cannot be; nothing is trained then.
+        SurgeryError: as from `heal_checkpoint`, and for a stage that is not valid, before anything is trained.
     """
     shared = {} if settings is None else settings.as_dict()
     shared |= {name: given.pop(name) for name in HealSettings.__dataclass_fields__ if name in given}
@@ -73,9 +73,9 @@ def heal_in_stages(
     if not plan:
         raise SurgeryError("There are no stages. Give one or more, each with a name.")
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise SurgeryError(f"Two stages have the name {twice}. Give each a name of its own.")
+        raise SurgeryError(f"Two stages have the name {twice}. Give each stage another name.")
     if resume not in ("auto", "never", True, False):
-        raise SurgeryError(f"--resume {resume} names a state, and stages find theirs themselves. Give auto or never.")
+        raise SurgeryError(f"--resume {resume} names a state, but each stage finds its own. Give auto or never.")
     start, result = Path(checkpoint).expanduser(), Path(output_dir).expanduser()
     work = Path(resume_dir).expanduser() if resume_dir else Path(f"{os.path.abspath(result)}_resume")
     _, format, dtype = parent_of(start, format, torch_dtype(dtype))
@@ -99,7 +99,7 @@ def heal_in_stages(
         else:
             if is_main:
                 print(f"Stage {stage.name}")
-            AcceleratorState._reset_state()  # the Trainer of each stage sets it anew, perhaps with other precision
+            AcceleratorState._reset_state()  # each stage's Trainer sets it, perhaps with another precision
             info = heal_checkpoint(
                 parent,
                 stage.data,
@@ -131,7 +131,7 @@ def _checked(number: int, stage: Mapping[str, Any], data: str | None, shared: Ma
     if unknown := [key for key in stage if key not in ("name", *STAGE_KEYS)]:
         raise SurgeryError(f"Stage {name} has no key {unknown[0]!r}.{nearest(unknown[0], STAGE_KEYS)}")
     own = {key: value for key, value in stage.items() if key not in ("name", "data", "milestones")}
-    if number > 1:  # it begins with the result of the stage before
+    if number > 1:  # it begins with the result of the previous stage
         shared = {key: value for key, value in shared.items() if key not in ("init_from", "exclude")}
     text = stage.get("data", data)
     if text is None:
@@ -153,7 +153,7 @@ def _line(stage: _Stage) -> str:
 
 
 def _check_done(folder: Path, stage: _Stage, parent: Path) -> None:
-    """Raise SurgeryError unless the checkpoint in `folder` is what the stage would give."""
+    """Raise SurgeryError unless the checkpoint in `folder` is the result of this stage."""
     info = read_info(folder)
     healing = info["healing"]
     digest = "tensor_digests_sha256"
@@ -168,6 +168,6 @@ def _check_done(folder: Path, stage: _Stage, parent: Path) -> None:
     )
     if found := [each for each in found if not each.startswith(FREE)]:
         raise SurgeryError(
-            f"{folder} is stage {stage.name} of another run ({'; '.join(found)}). Give the same stages, start anew "
+            f"{folder} is stage {stage.name} of another run ({'; '.join(found)}). Give the same stages, start again "
             "with --resume never --overwrite, or give another --output_dir."
         )

@@ -1,8 +1,8 @@
-"""A teacher's likeliest tokens at every position that counts, on the disk: then no teacher is in memory while training.
+"""A teacher's likeliest tokens at every position that counts, on the disk: training then needs no teacher in memory.
 
 A folder has `teacher_cache.json` and shards of a fixed number of sequences. Per position, a shard has the K largest
-log-probabilities at the run's temperature, their tokens, and the log of what all others have together. Without that
-rest, the student would learn that K tokens are all there is (arXiv 2503.16870, section 3).
+log-probabilities at the run's temperature, their tokens, and the log of the probability of all others together. Without
+that rest, the student would learn that only K tokens exist (arXiv 2503.16870, section 3).
 """
 
 import contextlib
@@ -39,8 +39,8 @@ class TeacherCache:
     """The cache in a folder, for one teacher and one set of training sequences.
 
     Args:
-        inputs: what the cache is made from: digests of teacher, tokenizer and sequences, and the numbers that shape it.
-            `teacher_top_k`, `vocabulary` and `block_size` are among them.
+        inputs: the inputs of the cache: digests of teacher, tokenizer and sequences, and numbers such as
+            `teacher_top_k`, `vocabulary` and `block_size`.
     """
 
     def __init__(self, folder: Path, inputs: Mapping[str, Any], sequences: Sequences):
@@ -58,10 +58,10 @@ class TeacherCache:
         """Make the shards that are missing. Other runs wait; the processes of this one share the work.
 
         Args:
-            load: the teacher; it is called only if a shard is missing.
+            load: loads the teacher; it is called only if a shard is missing.
 
         Raises:
-            SurgeryError: if the folder holds other things, the cache of other inputs, or a damaged shard.
+            SurgeryError: if the folder holds other files, the cache of other inputs, or a damaged shard.
         """
         with contextlib.ExitStack() as stack:
             if processes.is_main_process:
@@ -82,7 +82,7 @@ class TeacherCache:
                 self._write_record(describe_files(self.folder, "*.safetensors"))
 
     def _begin(self) -> None:
-        """Check what is in the folder, which may be nothing; note what the shards are made from."""
+        """Check the folder, which may be empty; record the inputs of the shards."""
         recorded = _read(self.folder)
         if recorded is None:
             if others := [path.name for path in self.folder.iterdir() if path.name != "lock"]:
@@ -100,7 +100,7 @@ class TeacherCache:
         else:
             for name, entry in recorded["files"].items():
                 if (fault := fault_of(inside(self.folder, name), entry)) not in (None, "missing"):
-                    raise SurgeryError(f"{self.folder / name} is {fault}. Remove it, and it is made again.")
+                    raise SurgeryError(f"{self.folder / name} is {fault}. Remove it, then run this again.")
 
     def _write_record(self, files: Mapping[str, Any]) -> None:
         record = {"format_version": 1, "inputs": self._inputs, "files": files}
@@ -126,7 +126,7 @@ class TeacherCache:
         return {"log_probs": log_probs, "tokens": tokens, "others": others, "starts": torch.tensor(starts)}
 
     def __call__(self, inputs: Mapping[str, Tensor], counted: Tensor) -> TeacherOutput:
-        """As a `Teacher`; `inputs` has `sequence` (batch, 1), and for a part of it `skipped` (batch,)."""
+        """As a `Teacher`; `inputs` has `sequence` (batch, 1), and for a part of a sequence `skipped` (batch,)."""
         rows: list[list[Tensor]] = []
         device = counted.device
         skipped = inputs.get("skipped", torch.zeros(len(counted), dtype=torch.int64))
@@ -148,11 +148,11 @@ class TeacherCache:
         try:
             return safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise SurgeryError(f"{path} cannot be read ({error}). Remove it, and it is made again.") from error
+            raise SurgeryError(f"{path} cannot be read ({error}). Remove it, then run this again.") from error
 
 
 def recorded_teacher(folder: Path) -> str | None:
-    """The digest of the teacher of a complete cache; None if there is no cache, or one that is not finished."""
+    """The digest of a complete cache's teacher; None if the cache is missing or not finished."""
     recorded = _read(folder)
     return recorded["inputs"]["teacher"] if recorded is not None and recorded["files"] else None
 

@@ -19,14 +19,14 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class KeyReport:
-    """How the names of tensors found fit those wanted.
+    """The comparison of the tensors found with the tensors wanted, by name.
 
     Attributes:
-        loaded: those that fit.
-        missing: wanted and not found.
+        loaded: tensors that fit.
+        missing: wanted, but not found.
         unexpected: found, but not wanted.
         mismatched: of another shape: name, shape found, shape wanted.
-        excluded: not taken, because the user excluded them.
+        excluded: not loaded, because the user excluded them.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -37,11 +37,11 @@ class KeyReport:
 
     @property
     def complete(self) -> bool:
-        """Whether all tensors were found in the right shape, and no others."""
+        """Whether all wanted tensors were found in the right shape, and no others."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def lines(self) -> list[str]:
-        """The report: the number of tensors loaded, then a line per kind of misfit."""
+        """The report: the number of loaded tensors, then a line for each kind of difference."""
         shapes = [f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in self.mismatched]
         kinds = {
             "missing": self.missing,
@@ -57,7 +57,7 @@ class KeyReport:
 
 
 def compare_keys(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], exclude: Sequence[str] = ()) -> KeyReport:
-    """How `found` fits `wanted`. Names that match a pattern of `exclude`, or begin with it and a dot, are excluded."""
+    """Compare `found` with `wanted`. Names that match a pattern, or begin with it and a dot, are excluded."""
     report = KeyReport()
     for name in wanted:
         if _matches(name, exclude):
@@ -79,7 +79,7 @@ def load_weights(model: nn.Module, path: Path, exclude: Sequence[str] = ()) -> K
     Names may begin with `module.` or `_orig_mod.`. One of two tied tensors is enough.
 
     Raises:
-        SurgeryError: if `path` holds no tensors, or other things too, or no tensor fits.
+        SurgeryError: if `path` holds no tensors, or also other things, or no tensor fits.
     """
     found = without_wrapper_prefixes(read_weights(path))
     wanted = model.state_dict()
@@ -97,7 +97,7 @@ def load_weights(model: nn.Module, path: Path, exclude: Sequence[str] = ()) -> K
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pt, .pth or .bin file, a checkpoint, or a model's folder; mapped, not read.
+    """The tensors of a .safetensors, .pt, .pth or .bin file, a checkpoint, or a model's folder; mapped into memory.
 
     Raises:
         SurgeryError: if there are none, or a file holds other things.
