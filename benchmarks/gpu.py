@@ -533,10 +533,10 @@ def part_search(args: argparse.Namespace) -> Iterator[Row]:
         yield row("lm_eval is not installed", 0, "")
         return
     from model_preparation.evaluation.scoring import ScoringLM
-    from model_preparation.search.cached_scoring import CachedScorer
     from model_preparation.search.layer_sets import SearchSpace, count_passes
     from model_preparation.search.model_pair import ModelPair
     from model_preparation.search.settings import SearchSettings
+    from model_preparation.search.shared_scoring import SharedScorer
 
     whole = make("all", args.shape, args.device, torch.bfloat16)
     base = make("base", args.shape, args.device, torch.bfloat16, seed=1).backbone.layers
@@ -549,7 +549,7 @@ def part_search(args: argparse.Namespace) -> Iterator[Row]:
         questions = question_set(lm, folder, names, limit, 0)
         settings = SearchSettings(args.output_dir, memory_bytes=64_000_000_000)
         share = QUESTIONS / len(questions.questions)
-        scorer: Any = CachedScorer(SimpleNamespace(pair=pair, lm=lm, questions=questions, settings=settings))
+        scorer: Any = SharedScorer(SimpleNamespace(pair=pair, lm=lm, questions=questions, settings=settings))
         scorer.base()
         wait(args.device)
         until = time.perf_counter() + 0.6 * PARTS["search"][1]

@@ -14,10 +14,10 @@ import numpy as np
 from scipy import stats
 
 from model_preparation.jobs.table import table
-from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.layer_sets import names_of
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.settings import HEADS, LAYERS, NLL, SearchSettings
+from model_preparation.search.shared_scoring import SharedScorer
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def best_by_bytes(results: list[Path], unit: str) -> dict[int, list[Any]]:
 def held_out(settings: SearchSettings, unit: str, sets: list[list[Any]], chosen_on: int) -> dict[tuple, np.ndarray]:
     """By set, and for the base by (), minus the loss per token of each document after the first `chosen_on`."""
     setup = ScoringSetup(dataclasses.replace(settings, unit=unit))
-    scorer = CachedScorer(setup)
+    scorer = SharedScorer(setup)
     results: dict[tuple[Any, ...], Any] = {(): scorer.base()}
     units = setup.pair.units
     results |= {tuple(units.written(each)): found for each, found in scorer.score({units.read(each) for each in sets})}

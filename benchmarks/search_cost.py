@@ -19,12 +19,12 @@ import torch
 from model_preparation.checkpoint.extract import extract_layers
 from model_preparation.checkpoint.graft import empty_model, grafted_config
 from model_preparation.checkpoint.model_configs import read_config
-from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.checks import DONOR_LAYERS
 from model_preparation.search.layer_sets import SearchSpace
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.search import search_layers
 from model_preparation.search.settings import SearchSettings
+from model_preparation.search.shared_scoring import SharedScorer
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def compare_with_alone(setup: ScoringSetup, args: argparse.Namespace) -> None:
     space = SearchSpace(setup.pair.layers, 1, args.max_layers)
     others = random.Random(0).sample([layers for layers in space.all() if len(layers) > 1], args.sample)
     for name, sets in (("single layers", space.singles), (f"{args.sample} others", others)):
-        scorer = CachedScorer(setup)
+        scorer = SharedScorer(setup)
         started = time.perf_counter()
         scorer.base()
         shared = dict(scorer.score(sets))

@@ -24,11 +24,11 @@ from matplotlib.figure import Figure
 from model_preparation.checkpoint.extract import extract_layers
 from model_preparation.embedded import recall
 from model_preparation.jobs.table import table
-from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.layer_sets import WHOLE_LAYERS
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.search import search_layers
 from model_preparation.search.settings import ACCURACY, NLL, SearchSettings
+from model_preparation.search.shared_scoring import SharedScorer
 
 FORMS = {NLL: "embedded_recall", ACCURACY: "embedded_recall_generated"}  # the objective, and the task that it scores
 LENGTHS = (64, 128, 256, 512)  # tokens; a sentence about one person has four
@@ -117,7 +117,7 @@ def compare_materials(settings: Settings, limit: int, text: Path) -> None:
     scores: dict[str, list[str]] = {name: [] for name in ("base", "donor", *chosen)}
     for name, each in materials.items():
         setup = ScoringSetup(settings(f"score_{name}", **given, **each))
-        scorer = CachedScorer(setup)
+        scorer = SharedScorer(setup)
         results = {"base": scorer.base(), "donor": scorer.donor_answers()}
         of_sets = dict(scorer.score(set(chosen.values())))
         for which in scores:

@@ -98,7 +98,7 @@ def test_a_worker_of_a_search_computes_where_the_search_says(two_gpus, monkeypat
     made = []
     scorer = SimpleNamespace(base=dict, layer_passes=0.0)
     monkeypatch.setattr(ray_scoring, "ScoringSetup", made.append)
-    monkeypatch.setattr(ray_scoring, "CachedScorer", lambda setup, chosen: scorer)
+    monkeypatch.setattr(ray_scoring, "SharedScorer", lambda setup, chosen: scorer)
     next(ray_scoring.QuestionShard(SearchSettings(tmp_path, device=asked), str(tmp_path), 1, [0]).base())
     assert [each.device for each in made] == [found]
 

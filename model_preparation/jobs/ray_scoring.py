@@ -1,6 +1,6 @@
 """Scores sets of layers on a Ray cluster: every worker has base, donor, and a shard of the questions.
 
-The answers are equal to the bit to those of `CachedScorer`, as a worker runs each batch like this process would. A
+The answers are equal to the bit to those of `SharedScorer`, as a worker runs each batch like this process would. A
 worker keeps the base's hidden states of its shard for all candidates. If a worker is lost, a new one takes the shard
 and gives the missing answers. Every answer is counted once.
 """
@@ -16,11 +16,11 @@ from typing import Any
 from model_preparation.devices import choose_device
 from model_preparation.errors import SurgeryError
 from model_preparation.jobs.ray_cluster import cluster, gpus_per_job, job_variables
-from model_preparation.search.cached_scoring import CachedScorer, Results
 from model_preparation.search.layer_sets import LayerSet
 from model_preparation.search.question_set import Batch
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.settings import SearchSettings
+from model_preparation.search.shared_scoring import Results, SharedScorer
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 _LOST = ("ActorDiedError", "ActorUnavailableError", "ObjectLostError", "WorkerCrashedError", "NodeDiedError")
@@ -45,10 +45,10 @@ class QuestionShard:
         self._settings, self._batches = settings, batches
 
     @cached_property
-    def _scorer(self) -> CachedScorer:
+    def _scorer(self) -> SharedScorer:
         # Not in __init__: there, Ray takes an error for a lost worker.
         settings = replace(self._settings, device=choose_device(device=self._settings.device))
-        return CachedScorer(ScoringSetup(settings), self._batches)
+        return SharedScorer(ScoringSetup(settings), self._batches)
 
     def base(self) -> Iterator[tuple[Results, float]]:
         """Yields one pair: the base's answers, and the layer passes that they took."""
@@ -78,7 +78,7 @@ class _Worker:
 
 
 class RemoteScorer:
-    """Scores sets of layers on a cluster, as `CachedScorer` does in one process.
+    """Scores sets of layers on a cluster, as `SharedScorer` does in one process.
 
     Args:
         ray: the module, part of a cluster.
@@ -87,7 +87,7 @@ class RemoteScorer:
         make: makes a worker for the batches of a shard.
 
     Attributes:
-        layer_passes: as in `CachedScorer`, without passes of lost workers that gave no answer.
+        layer_passes: as in `SharedScorer`, without passes of lost workers that gave no answer.
     """
 
     def __init__(self, ray: Any, setup: ScoringSetup, workers: int, make: Callable[[list[int]], Any]):
@@ -98,17 +98,17 @@ class RemoteScorer:
         self._workers = [_Worker(batches, make(batches)) for batches in shards(setup.questions.batches, workers)]
 
     def base(self) -> Results:
-        """As `CachedScorer.base`."""
+        """As `SharedScorer.base`."""
         return self._ask_all("base")
 
     def donor_answers(self) -> Results:
-        """As `CachedScorer.donor_answers`."""
+        """As `SharedScorer.donor_answers`."""
         return self._ask_all("donor_answers")
 
     def score(
         self, sets: Iterable[LayerSet], batches: Sequence[int] | None = None
     ) -> Iterator[tuple[LayerSet, Results]]:
-        """As `CachedScorer.score`."""
+        """As `SharedScorer.score`."""
         wanted = list(sets)
         for worker in self._workers:
             worker.chosen = [batch for batch in worker.batches if batches is None or batch in batches]

@@ -14,7 +14,6 @@ from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare.paired import SIGNIFICANCE
 from model_preparation.io.untrusted.untrusted_files import check_fields
-from model_preparation.search.cached_scoring import Results
 from model_preparation.search.journal import Journal
 from model_preparation.search.layer_sets import BASE, WHOLE_LAYERS, LayerSet, Units
 from model_preparation.search.objective import Objective, Values
@@ -22,6 +21,7 @@ from model_preparation.search.progress import SearchProgress
 from model_preparation.search.question_rounds import race_rounds
 from model_preparation.search.question_set import QuestionSet
 from model_preparation.search.settings import ACCURACY, SearchSettings
+from model_preparation.search.shared_scoring import Results
 
 _FAILURES = (SurgeryError, RuntimeError, MemoryError)  # of an evaluation; other errors are bugs, or the disk's
 _SEQUENCE, _NUMBER = (list, tuple), (int, float)
@@ -29,7 +29,7 @@ _ENTRY = {"parts": _SEQUENCE, "right": str, "passes": _NUMBER, "seconds": _NUMBE
 
 
 class Scorer(Protocol):
-    """A `CachedScorer`, or one that spreads the same work over machines."""
+    """A `SharedScorer`, or one that spreads the same work over machines."""
 
     @property
     def layer_passes(self) -> float: ...

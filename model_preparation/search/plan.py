@@ -12,10 +12,10 @@ from rich.filesize import decimal
 
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.cache_llamba import cache_bytes
-from model_preparation.search.cached_scoring import count_tokens, hidden_states_bytes
 from model_preparation.search.layer_sets import LayerSet, SearchSpace, names_of
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.settings import SearchSettings
+from model_preparation.search.shared_scoring import count_tokens, hidden_states_bytes
 
 _MOST_TRIED = 1_000_000  # combinations of heads by exhaustive; they are all in memory
 

@@ -18,7 +18,6 @@ from model_preparation.io.complete_file import write_file
 from model_preparation.io.result_inputs import digest_of
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.search import checks, methods
-from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.candidate_scores import BudgetSpent, CandidateScores, Scorer
 from model_preparation.search.checks import DONOR_LAYERS, JOURNAL
 from model_preparation.search.journal import Journal
@@ -31,6 +30,7 @@ from model_preparation.search.result import search_result
 from model_preparation.search.result_reader import RESULT
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.settings import ACCURACY, KL, SearchSettings
+from model_preparation.search.shared_scoring import SharedScorer
 
 _MOST_WRITTEN = 10_000  # combinations in search_result.json; the journal has all
 
@@ -71,7 +71,7 @@ def search_layers(
     """
     settings = SearchSettings(**changes) if settings is None else replace(settings, **changes)
     checks.check_first(settings, overwrite=overwrite)
-    here = contextlib.nullcontext((CachedScorer, None))
+    here = contextlib.nullcontext((SharedScorer, None))
     with here if workers is None or dry_run else workers as (make_scorer, scored_on):
         folder = settings.folder
         extracts = settings.llama_layers_dir is None and not dry_run

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from model_preparation.search import report
-from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.settings import SearchSettings
+from model_preparation.search.shared_scoring import SharedScorer
 
 WORDS = ["river", "cell", "law", "price", "atom", "poem", "king", "nerve", "field", "treaty"]
 
@@ -98,9 +98,9 @@ def make_settings(base_dir, layers_dir, donor_dir, task_dir):
 def make_scorer(loaded, tmp_path):
     """Makes a scorer with other settings; its files go into `tmp_path`."""
 
-    def make(**changes) -> CachedScorer:
+    def make(**changes) -> SharedScorer:
         setup = copy.copy(loaded)
         setup.settings = replace(loaded.settings, output_dir=tmp_path, **changes)
-        return CachedScorer(setup)
+        return SharedScorer(setup)
 
     return make

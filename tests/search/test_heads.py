@@ -10,10 +10,10 @@ import torch
 from model_preparation import build_checkpoint, evaluate_checkpoint, load_checkpoint, search_layers
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.cache_llamba import LlambaCache
-from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.scoring_setup import ScoringSetup
+from model_preparation.search.shared_scoring import SharedScorer
 from tests.conftest import assert_refused, run_command
-from tests.search.test_cached_scoring import assert_answers_are, assert_divergences_are, records_of
+from tests.search.test_shared_scoring import assert_answers_are, assert_divergences_are, records_of
 
 pytestmark = pytest.mark.usefixtures("datasets_cache", "quick_children")
 
@@ -44,7 +44,7 @@ def test_all_pairs_have_the_scores_of_the_built_checkpoints(
     assert sorted(rows) == sorted(map(tuple, PAIRS))
     setup = ScoringSetup(make_settings(tmp_path, unit="heads"))
     sets = {names: setup.pair.units.read(names) for names in (("3:1",), ("0:0", "2:1"), ("1:0", "1:1"))}
-    results = dict(CachedScorer(setup).score(sets.values()))
+    results = dict(SharedScorer(setup).score(sets.values()))
     assert any(setup.questions.prefixes)
     for names, numbers in sets.items():
         checkpoint = tmp_path / names[-1].replace(":", "-")
@@ -79,7 +79,7 @@ def test_the_divergence_is_that_of_whole_forward_passes(make_settings, base_dir,
     heads = {"heads": {1: [0, 1], 3: [0]}, "keep_mixer_heads": keep}
     build_checkpoint(str(base_dir), [], layers_dir, tmp_path / "graft", **heads)
     setup = ScoringSetup(make_settings(tmp_path, unit="heads", objective="kl", keep_mixer_heads=keep))
-    ((_, results),) = CachedScorer(setup).score([setup.pair.units.read(["1:0", "1:1", "3:0"])])
+    ((_, results),) = SharedScorer(setup).score([setup.pair.units.read(["1:0", "1:1", "3:0"])])
     assert_divergences_are(setup.questions, results, tmp_path / "graft", donor_dir)
 
 

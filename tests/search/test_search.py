@@ -19,10 +19,10 @@ from model_preparation.evaluation.compare.paired import holm, mcnemar_p
 from model_preparation.io.self_checksum import checksum_fault
 from model_preparation.search import report
 from model_preparation.search import search as search_module
-from model_preparation.search.cached_scoring import CachedScorer
 from model_preparation.search.journal import Journal
 from model_preparation.search.search import search_layers
 from model_preparation.search.settings import SearchSettings
+from model_preparation.search.shared_scoring import SharedScorer
 from model_preparation.search_layers import _parser
 from tests.browser import WIDTHS, look_at, needs_chromium
 from tests.conftest import PACKAGE, assert_refused, run_command
@@ -188,7 +188,7 @@ def test_the_report_says_how_small_a_p_value_is(exhaustive, tmp_path, monkeypatc
 
 def test_a_finished_search_is_given_again_without_running_a_layer(exhaustive, make_settings, monkeypatch):
     folder, found = exhaustive
-    monkeypatch.setattr(CachedScorer, "_step", None)
+    monkeypatch.setattr(SharedScorer, "_step", None)
     again = search_layers(**vars(make_settings(folder, method="exhaustive", max_layers=3)))
     assert {name: again[name] for name in COMPARED} == {name: found[name] for name in COMPARED}
 
@@ -201,7 +201,7 @@ def test_a_setting_that_does_not_exist_is_refused(tmp_path):
 def test_another_search_replaces_no_result_unless_it_is_told_to(exhaustive, make_settings, tmp_path, monkeypatch):
     folder = shutil.copytree(exhaustive[0], tmp_path / "search")
     files = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    monkeypatch.setattr(CachedScorer, "_step", None)
+    monkeypatch.setattr(SharedScorer, "_step", None)
     same = make_settings(folder, method="exhaustive", max_layers=3)
     for change, words in (
         ({"max_layers": 2}, "max_layers: was 3, is now 2"),

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model_preparation.errors import SurgeryError
 from model_preparation.llamba.cache_llamba import CACHE_NAME
-from model_preparation.train.heal.chat_template import NOT_COUNTED
+from model_preparation.train.heal.conversation_tokens import NOT_COUNTED
 from model_preparation.train.heal.settings import HealSettings
 
 

@@ -23,7 +23,7 @@ from model_preparation.io.text import read_text
 from model_preparation.io.untrusted.tokenizer_files import apply_chat_template, load_tokenizer, within_limits
 from model_preparation.train.conversations import Conversation
 from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, SelfSampler
-from model_preparation.train.heal.chat_template import encode
+from model_preparation.train.heal.conversation_tokens import encode
 from model_preparation.train.heal.settings import HealSettings
 
 FOLDER = "written_by_donor"  # in the folder of states; a digest of all inputs of the text is added

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model_preparation.errors import SurgeryError
 from model_preparation.train.conversations import Conversation
-from model_preparation.train.heal.chat_template import NOT_COUNTED, encode
+from model_preparation.train.heal.conversation_tokens import NOT_COUNTED, encode
 from model_preparation.train.heal.settings import HealSettings
 from model_preparation.train.texts import read_documents
 

@@ -38,7 +38,7 @@ class _Hidden:
     batches: dict[int, Tensor]
 
 
-class CachedScorer:
+class SharedScorer:
     """Computes the answers of sets of layers.
 
     Args:
