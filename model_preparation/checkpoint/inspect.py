@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, read_info
 from model_preparation.checkpoint.digests import tensors_of
-from model_preparation.errors import SurgeryError
+from model_preparation.errors import SurgeryError, one_line
 from model_preparation.hub.sources import TABLE, resolve
 from model_preparation.io.tensors.tensor_files import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange, bytes_of, pt_ranges, safetensors_ranges
@@ -221,8 +221,9 @@ def _in_file(path: Path) -> Contents:
     except (SurgeryError, OSError):
         raise
     except Exception as error:  # a file that passes the checks may still make torch raise any error
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise SurgeryError(f"{path} is refused: {reason}. Only tensors and plain values can be shown.") from error
+        raise SurgeryError(
+            f"{path} is refused: {one_line(error)}. Only tensors and plain values can be shown."
+        ) from error
 
 
 def _flat(value: object, name: str) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from model_preparation.checkpoint.checkpoint_info import head_spec, needs_parent
-from model_preparation.errors import SurgeryError
+from model_preparation.errors import SurgeryError, one_line
 from model_preparation.hub.download import TITLES
 from model_preparation.hub.licences import LlamaTerms, terms_of
 from model_preparation.hub.sources import donors_of, hub_target
@@ -71,9 +71,8 @@ def read_card(text: str) -> str:
     try:
         licence = ModelCard(text).data.get("license") if text.startswith("---") else None
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
         raise SurgeryError(
-            f"The card's front matter cannot be read ({reason}). Correct the lines between its ---."
+            f"The card's front matter cannot be read ({one_line(error)}). Correct the lines between its ---."
         ) from error
     if not isinstance(licence, str):
         raise SurgeryError(

@@ -6,7 +6,7 @@ transformers' models take longest to import, so they are imported where they are
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_preparation.errors import SurgeryError
+from model_preparation.errors import SurgeryError, one_line
 from model_preparation.io.tensors.dtypes import GIVE_UNQUANTISED, method_in_config
 from model_preparation.io.untrusted.untrusted_files import check_fields, check_sizes, read_json
 from model_preparation.llamba.donor_kinds import KINDS
@@ -50,7 +50,7 @@ def read_config(folder: Path) -> "PreTrainedConfig":
     try:
         return config_from(fields, _kind(fields["model_type"]))
     except ValueError as error:
-        raise SurgeryError(f"{folder / 'config.json'} cannot be used: {_sentence(error)}") from error
+        raise SurgeryError(f"{folder / 'config.json'} cannot be used: {one_line(error)}.") from error
 
 
 def config_from_dict(fields: dict[str, Any]) -> "PreTrainedConfig":
@@ -78,7 +78,7 @@ def read_generation_config(folder: Path) -> dict[str, Any] | None:
         check_sizes(fields)
         return fields
     except ValueError as error:
-        raise SurgeryError(f"{path} cannot be used: {_sentence(error)}") from error
+        raise SurgeryError(f"{path} cannot be used: {one_line(error)}.") from error
 
 
 def heads_of(config: "PreTrainedConfig") -> tuple[int, int]:
@@ -128,7 +128,7 @@ def _config_fields(folder: Path) -> dict[str, Any]:
         check_sizes(fields)
         return fields
     except (ValueError, FileNotFoundError) as error:
-        raise SurgeryError(f"{path} cannot be used: {_sentence(error)} Copy or download it again.") from error
+        raise SurgeryError(f"{path} cannot be used: {one_line(error)}. Copy or download it again.") from error
 
 
 def _kind(model_type: str) -> "type[PreTrainedConfig]":
@@ -142,8 +142,3 @@ def _kind(model_type: str) -> "type[PreTrainedConfig]":
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type {model_type!r:.80} is unknown")
     return CONFIG_MAPPING[model_type]
-
-
-def _sentence(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if text.endswith(".") else text + "."

@@ -16,7 +16,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation import interrupts
-from model_preparation.errors import SurgeryError
+from model_preparation.errors import SurgeryError, one_line
 from model_preparation.evaluation.efficiency import resident_peak_bytes
 from model_preparation.evaluation.generation import Generation, generate_text, generate_texts
 from model_preparation.evaluation.models import Loaded, OtherModel
@@ -107,8 +107,8 @@ class GenerationReport:
             self._warm_up(model, its_tokenizer)
         except _FAILURES as error:
             print(f"\nCompared     {other.name}: {other.folder}, not loaded", flush=True)
-            self._rows.append({"model": other.name, "source": str(other.folder), "error": _reason(error)})
-            return Column(other.name, [[f"failed: {_reason(error)}"]] * len(self._prompts))
+            self._rows.append({"model": other.name, "source": str(other.folder), "error": one_line(error)})
+            return Column(other.name, [[f"failed: {one_line(error)}"]] * len(self._prompts))
         row = self._row(other.name, str(other.folder), model)
         size = f"{model.num_parameters():,} parameters, {row['dtype']}"
         print(f"\nCompared     {other.name}: {other.folder}, {size}", flush=True)
@@ -124,7 +124,7 @@ class GenerationReport:
                         remarks = [difference(own[0], generations[0], same_tokenizer)]
                         self._rows[-1]["difference"] = remarks[0]
                 except _FAILURES as error:
-                    texts = [f"failed: {_reason(error)}"]
+                    texts = [f"failed: {one_line(error)}"]
                 column.texts.append(texts)
                 column.remarks.append(remarks)
                 advance(1)
@@ -146,7 +146,7 @@ class GenerationReport:
         try:
             generations = generate_texts(model, tokenizer, prompt, self._settings)
         except _FAILURES as error:
-            self._rows.append({**row, "error": _reason(error)})
+            self._rows.append({**row, "error": one_line(error)})
             raise
         for number, generation in enumerate(generations):
             self._rows.append({**row, "number": number, **{name: getattr(generation, name) for name in _KEPT}})
@@ -199,10 +199,6 @@ def _peak_memory(device: torch.device) -> str:
         places = [f"{used_bytes / 1e9:.2f} GB on cuda:{index}" for index, used_bytes in used.items() if used_bytes]
         return f"{', '.join(places)}, allocated by torch while writing"
     return f"{resident_peak_bytes() / 1e9:.2f} GB resident, the whole process since its start"
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 # --- Side by side: columns in a terminal, lines elsewhere -------------------------------------------------------------

@@ -21,7 +21,7 @@ from model_preparation.checkpoint.digests import digest_of_checkpoint
 from model_preparation.checkpoint.layer_store import HEAD, text_part, without_head
 from model_preparation.checkpoint.load import load_checkpoint, spread
 from model_preparation.checkpoint.model_configs import read_generation_config
-from model_preparation.errors import SurgeryError
+from model_preparation.errors import SurgeryError, one_line
 from model_preparation.hub.sources import (
     has_tokenizer,
     is_replaced,
@@ -160,9 +160,8 @@ def load_folder(folder: Path, dtype: torch.dtype | str | None) -> PreTrainedMode
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = " ".join(str(error).split())[:200]
         raise SurgeryError(
-            what_it_is(folder) or f"No model can be loaded from {folder} ({reason}). Give another folder."
+            what_it_is(folder) or f"No model can be loaded from {folder} ({one_line(error)}). Give another folder."
         ) from error
     if set(loading["missing_keys"]) == {HEAD}:
         raise without_head(folder)

@@ -31,7 +31,7 @@ from lm_eval.config.task import TaskConfig
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from model_preparation.errors import SurgeryError
+from model_preparation.errors import SurgeryError, one_line
 from model_preparation.evaluation.questions import STOCK_TASKS, SUBJECTS, Questions, find_questions, read_subject
 from model_preparation.evaluation.recall import EMBEDDED_RECALL, RecallRecipe, is_recall, recall_names, task_config
 from model_preparation.evaluation.suites import Protocol
@@ -172,7 +172,7 @@ def load_tasks(
                         tasks.items += _load_stock(name)
             except _OUT_OF_REACH as error:
                 raise SurgeryError(
-                    f"The data of the task {name} cannot be reached ({_reason(error)}). Check the network connection, "
+                    f"The data of the task {name} cannot be reached ({one_line(error)}). Check the network connection, "
                     "name a mirror of the Hugging Face hub in HF_ENDPOINT, or give a folder: "
                     f"--task_data {name}=DIR."
                 ) from error
@@ -245,7 +245,7 @@ def _broken(name: str, error: BaseException) -> SurgeryError:
     while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__  # the cause describes the fault of the data
     return SurgeryError(
-        f"The task {name} cannot be loaded ({type(error).__name__}: {_reason(error)}). "
+        f"The task {name} cannot be loaded ({type(error).__name__}: {one_line(error)}). "
         "Mend its definition or its data; paths in it count from the current folder."
     )
 
@@ -361,7 +361,3 @@ def _digest(path: Path) -> str:
     for file in sorted({file for file in found if file.is_file() and "__pycache__" not in file.parts}):
         digest.update(f"{file.relative_to(folder)}\0{blake3(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".")

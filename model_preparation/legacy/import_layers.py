@@ -29,7 +29,7 @@ from model_preparation.checkpoint.model_configs import (
     read_config,
     read_generation_config,
 )
-from model_preparation.errors import SurgeryError
+from model_preparation.errors import SurgeryError, one_line
 from model_preparation.hub.sources import has_tokenizer, resolve
 from model_preparation.io.complete_folder import check_space, check_target, new_folder
 from model_preparation.io.digests import describe_file
@@ -215,9 +215,8 @@ def _agreed_config(known: LlamaConfig | None, fields: dict[str, Any] | None, pat
             {name: fields[name] for name in fields_known & fields.keys()} | {"model_type": "llama"}
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise SurgeryError(
-            f"The config in {path} cannot be used ({reason}). Name the model with --model_name."
+            f"The config in {path} cannot be used ({one_line(error)}). Name the model with --model_name."
         ) from error
     if known is None:
         return found

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from model_preparation import interrupts
-from model_preparation.errors import SurgeryError
+from model_preparation.errors import SurgeryError, one_line
 from model_preparation.evaluation.compare.paired import SIGNIFICANCE
 from model_preparation.io.untrusted.untrusted_files import check_fields
 from model_preparation.search.journal import Journal
@@ -278,12 +278,12 @@ class CandidateScores:
             except StopIteration:
                 return left
             except _FAILURES as error:  # all without answers failed; each of them gets its second try
-                return {layers: _reason(error) for layers in left}
+                return {layers: one_line(error) for layers in left}
             interrupts.check()
             try:
                 self._record(layers, rounds, results, since)
             except SurgeryError as error:
-                left[layers] = _reason(error)
+                left[layers] = one_line(error)
                 continue
             del left[layers]
             try:
@@ -375,8 +375,3 @@ class CandidateScores:
         for number, found in self._known[layers].items():
             whole[self._rounds[number].questions] = getattr(found, which)
         return whole
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300].rstrip(".")
-    return text or type(error).__name__

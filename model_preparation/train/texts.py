@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from model_preparation.errors import SurgeryError
+from model_preparation.errors import SurgeryError, one_line
 from model_preparation.hub.download import NoSnapshot, fetch_snapshot
 from model_preparation.io.text import open_text, read_text
 from model_preparation.train.conversations import FORMS, UNSUPPORTED, Conversation, conversation_of
@@ -152,10 +152,9 @@ def _rows_of_data_set(name: str) -> Iterator[tuple[str, Any]]:
         place = _from_modelscope(repo) if hub == "modelscope" else repo
         rows: Iterable[Any] = datasets.load_dataset(place, config, split="train")
     except Exception as error:  # of datasets, of the hub's client, or of Python
-        reason = " ".join(str(error).split())[:200]
         raise SurgeryError(
-            f"{name} is neither a file nor a folder, and no data set could be loaded ({reason}). Give its name as "
-            f"{_NAMES} (HF_ENDPOINT may name a mirror of Hugging Face), or the folder of a copy."
+            f"{name} is neither a file nor a folder, and no data set could be loaded ({one_line(error)}). Give its "
+            f"name as {_NAMES} (HF_ENDPOINT may name a mirror of Hugging Face), or the folder of a copy."
         ) from error
     yield from ((f"row {number}", row) for number, row in enumerate(rows))
 

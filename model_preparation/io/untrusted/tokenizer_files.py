@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from model_preparation.errors import SurgeryError
+from model_preparation.errors import SurgeryError, one_line
 from model_preparation.io.untrusted.not_a_model import WEIGHTS
 from model_preparation.io.untrusted.untrusted_files import inside, own_file, read_json, regular_file
 from model_preparation.llamba.configuration_llamba import LlambaConfig
@@ -43,7 +43,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         panics = type(error).__name__ == "PanicException"
         if not panics and not isinstance(error, Exception):
             raise
-        reason = ("tokenizer.json is damaged: " if panics else "") + " ".join(str(error).split())[:200]
+        reason = ("tokenizer.json is damaged: " if panics else "") + one_line(error)
         raise SurgeryError(
             f"No tokenizer can be loaded from {folder} ({reason}). Name one with --tokenizer."
         ) from error

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import GenerationConfig, PreTrainedConfig
 
-from model_preparation.errors import SurgeryError
+from model_preparation.errors import SurgeryError, one_line
 from model_preparation.io.untrusted.untrusted_files import check_sizes
 
 # They name code to fetch (of a model, of an attention kernel), or other files to read.
@@ -69,4 +69,4 @@ def _plain(fields: dict[str, Any], kind: type) -> dict[str, Any]:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, StrictDataclassClassValidationError) and error.__cause__:
         error = error.__cause__  # the same without the validator's name
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error)

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from model_preparation.checkpoint.llamba_init import llamba_config, mamba_layer, score_scale
 from model_preparation.checkpoint.model_configs import heads_of
-from model_preparation.errors import SurgeryError
+from model_preparation.errors import SurgeryError, one_line
 from model_preparation.io.untrusted.untrusted_config import config_from
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
@@ -36,8 +36,7 @@ def student_config(donor: PreTrainedConfig, mixer: Mapping[str, int] | None = No
     try:
         return config_from(fields, LlambaConfig)
     except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise SurgeryError(f"These mixer sizes do not fit: {reason}. Choose heads that divide.") from error
+        raise SurgeryError(f"These mixer sizes do not fit: {one_line(error)}. Choose heads that divide.") from error
 
 
 def student_tensors(

@@ -14,7 +14,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from model_preparation.errors import SurgeryError
+from model_preparation.errors import SurgeryError, one_line
 from model_preparation.io.untrusted.tokenizer_files import within_limits
 from model_preparation.train.conversations import Conversation, Message
 
@@ -95,8 +95,7 @@ def _rendered(
             fault = f"it is no Jinja template (line {error.lineno}: {error.message})."
             return "", [], f"{fault} Give another by --chat_template FILE."
         except Exception as error:  # a template may raise any exception
-            reason = " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__
-            return "", [], f"{reason}. Mend the row, or give another template by --chat_template FILE."
+            return "", [], f"{one_line(error)}. Mend the row, or give another template by --chat_template FILE."
 
     try:
         return json.loads(within_limits(lambda: json.dumps([one(each.messages) for each in conversations])))
