@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from model_preparation.checkpoint.checkpoint_folder import write_json
 from model_preparation.checkpoint.checkpoint_info import read_info
 from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.checkpoint.model_configs import read_config
@@ -113,7 +114,7 @@ def measure_efficiency(
         from model_preparation.evaluation.compare.plots import plot_efficiency, save_png  # slow to import
 
         save_png(plot_efficiency, result, folder / PLOT)
-        (folder / NUMBERS).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / NUMBERS, result)
     return {**result, "results_dir": str(target)}
 
 

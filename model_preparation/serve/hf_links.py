@@ -4,9 +4,9 @@ The folder is NAME-hf, beside the checkpoint. It has config.json, the tokenizer,
 the name that transformers gives such a file (io/shared_files.py). Each start makes it again: links take no time.
 """
 
-import json
 from pathlib import Path
 
+from model_preparation.checkpoint.checkpoint_folder import write_json
 from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, TOKENIZER, formats_of, read_info
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_folder import new_folder
@@ -46,11 +46,7 @@ def hf_folder(checkpoint: Path) -> Path:
         share_file((checkpoint / STATE_DICT).resolve(), staging / _WEIGHTS)
         for path in (checkpoint / TOKENIZER).iterdir():
             share_file(path.resolve(), staging / path.name)
-        _write_json(staging / "config.json", {**info["config"], "architectures": ["LlambaForCausalLM"]})
-        _write_json(staging / "generation_config.json", info["generation_config"])
-        _write_json(staging / _MARKER, {"checkpoint": checkpoint.name, "links_to": STATE_DICT, "info": INFO})
+        write_json(staging / "config.json", {**info["config"], "architectures": ["LlambaForCausalLM"]})
+        write_json(staging / "generation_config.json", info["generation_config"])
+        write_json(staging / _MARKER, {"checkpoint": checkpoint.name, "links_to": STATE_DICT, "info": INFO})
     return target
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from model_preparation.checkpoint.checkpoint_folder import write_json
 from model_preparation.jobs.table import table
 
 LOG, PLOT, SUMMARY = "distillation.jsonl", "distillation.png", "distillation.json"
@@ -19,7 +20,7 @@ def write_report(folder: Path, records: Sequence[Mapping[str, Any]], summary: Ma
     lines = [json.dumps({"layer": record["layer"], **step}) for record in records for step in record["log"]]
     (folder / LOG).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     plot_losses(records).savefig(folder / PLOT, dpi=150)
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / SUMMARY, summary)
 
 
 def describe(summary: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from model_preparation.checkpoint.checkpoint_folder import write_json
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import sync
 from model_preparation.io.digests import FILE_FIELDS, describe_files, fault_of
@@ -202,7 +203,7 @@ def load_plain(path: Path) -> Any:
 def finish_state(staging: Path, info: Mapping[str, Any]) -> None:
     """Write resume_state.json, with the digests of all other files, into a folder that already has them."""
     content = {"format_version": FORMAT_VERSION, **info, "files": describe_files(staging, excluded=[STATE_FILE])}
-    (staging / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(staging / STATE_FILE, content)
 
 
 def place_for(folder: Path, step: int, world_size: int, protected: Collection[str]) -> Path:
