@@ -343,10 +343,11 @@ def quick_python(put_python, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quick_children(quick_python) -> Iterator[None]:
-    """The processes that commands start, and Ray's workers, need not import torch anew either."""
+def quick_children(request) -> Iterator[None]:
+    """The processes that commands start, and Ray's workers, need not import torch again either."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(sys, "executable", str(quick_python))
+        if not request.config.getoption("quick"):  # whose tests start none
+            patched.setattr(sys, "executable", str(request.getfixturevalue("quick_python")))
         patched.setenv("QUICK_RAY_WORKERS", "yes")
         yield
 
