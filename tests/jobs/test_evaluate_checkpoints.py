@@ -14,8 +14,6 @@ from model_preparation.jobs import evaluate_many
 from tests.conftest import HANG_SECONDS, PACKAGE, assert_refused, run_command
 from tests.jobs.conftest import FAKE_EVALUATOR
 
-pytestmark = pytest.mark.usefixtures("quick_children")
-
 
 @pytest.fixture
 def command(monkeypatch, capsys):

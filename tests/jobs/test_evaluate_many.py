@@ -15,8 +15,6 @@ from tests.conftest import HANG_SECONDS, wait_until
 from tests.jobs.conftest import FAKE_EVALUATOR
 from tests.jobs.fake_evaluator import SUBJECTS
 
-pytestmark = pytest.mark.usefixtures("quick_children")
-
 
 def test_each_is_evaluated_kept_or_failed_and_none_stops_the_others(make_candidate, tmp_path, capsys):
     folders = [

@@ -28,10 +28,7 @@ from tests.jobs.conftest import FAKE_EVALUATOR
 from tests.jobs.fake_evaluator import SUBJECTS
 from tests.jobs.test_evaluate_many import is_alive, wait_for
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's"),
-    pytest.mark.usefixtures("quick_children"),
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
 
 
 @pytest.fixture(scope="module")
