@@ -19,7 +19,7 @@ from rich.filesize import decimal
 from torch import Tensor, nn
 
 from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, read_info
-from model_preparation.checkpoint.digests import tensors_of
+from model_preparation.checkpoint.model_digests import tensors_of
 from model_preparation.errors import SurgeryError, one_line
 from model_preparation.hub.sources import TABLE, resolve
 from model_preparation.io.tensors.tensor_files import TensorFiles

@@ -35,7 +35,7 @@ class CheckpointFiles(TensorFiles):
     def _locate(self) -> dict[str, TensorRange]:
         if self._has_shards:
             return super()._locate()
-        from model_preparation.checkpoint.digests import state_dict_ranges  # imports torch
+        from model_preparation.checkpoint.model_digests import state_dict_ranges  # imports torch
 
         return state_dict_ranges(self.folder / STATE_DICT)
 
@@ -110,7 +110,7 @@ class Parent:
 
     def check_own_base(self) -> None:
         """Raise SurgeryError unless `own_base` equals, to the bit, the base that the checkpoint was built from."""
-        from model_preparation.checkpoint.digests import digests_as_recorded  # imports torch
+        from model_preparation.checkpoint.model_digests import digests_as_recorded  # imports torch
 
         if self.own_base is None:
             return
@@ -123,7 +123,7 @@ class Parent:
 
     def digests(self) -> dict[str, tuple[str, str]]:
         """(origin, BLAKE3) of each tensor, from tensor_digests.json."""
-        from model_preparation.checkpoint.digests import read_tensor_digests  # imports torch
+        from model_preparation.checkpoint.model_digests import read_tensor_digests  # imports torch
 
         recorded = read_tensor_digests(self.folder / TENSOR_DIGESTS)
         return {name: (entry.origin, entry.blake3) for name, entry in recorded.items()}

@@ -23,9 +23,14 @@ from model_preparation.checkpoint.checkpoint_info import (
     grafted_heads,
     is_healed,
 )
-from model_preparation.checkpoint.digests import TensorDigest, module_ranges, read_tensor_digests, state_dict_ranges
 from model_preparation.checkpoint.graft import donor_prefixes, empty_model
 from model_preparation.checkpoint.layer_store import METADATA, LayerStore
+from model_preparation.checkpoint.model_digests import (
+    TensorDigest,
+    module_ranges,
+    read_tensor_digests,
+    state_dict_ranges,
+)
 from model_preparation.checkpoint.verify import Verification
 from model_preparation.command_line import default_folder
 from model_preparation.errors import SurgeryError
