@@ -265,7 +265,7 @@ def test_a_graft_on_a_healed_checkpoint_keeps_what_was_trained(checkpoint_dir, b
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--ungraft", 0), ["Layer 0 of", "is not grafted; grafted are 1, 3"]),
+        (("--ungraft", 0), ["Not grafted in", ": 0. Grafted are 1, 3."]),
         (("--ungraft", 1, 3), ["Nothing would be left grafted"]),
         (("--ungraft", 1, "--layers", 1), ["Layer 1 is named in --layers and in --ungraft"]),
         (("--heads", "3:0"), ["Layer 3 of", "is grafted whole", "Add --ungraft 3"]),

@@ -46,10 +46,10 @@ class Parent:
 
     Attributes:
         info: its checkpoint_info.json.
-        config: its model's.
+        config: the config of its model.
         files: its tensors.
-        ungrafted: the grafted layers to undo; they get the weights of its own base again.
-        own_base: the tensors of that base; None if no graft is undone.
+        ungrafted: the layers whose graft is undone: they get the weights of the checkpoint's own base again.
+        own_base: the tensors of the checkpoint's own base; None if no graft is undone.
     """
 
     folder: Path
@@ -88,8 +88,8 @@ class Parent:
             )
         if not_grafted := sorted(set(ungrafted) - grafted):
             raise SurgeryError(
-                f"Layer {', '.join(map(str, not_grafted))} of {folder} is not grafted; grafted are "
-                f"{', '.join(map(str, sorted(grafted)))}. Give --ungraft layers from these."
+                f"Not grafted in {folder}: {', '.join(map(str, not_grafted))}. Grafted are "
+                f"{', '.join(map(str, sorted(grafted)))}. Give --ungraft only grafted layers."
             )
         own_base = None
         if ungrafted:
