@@ -117,9 +117,8 @@ class Answering:
         for field, value in given.items():
             kinds = known[field][0]
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise Refused(
-                    f"{field} is {value!r:.80}; it must be of type {' or '.join(kind.__name__ for kind in kinds)}."
-                )
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise Refused(f"{field} is {value!r:.80}; it must be of type {wanted}.")
         request = {field: given.get(field, default) for field, (_, default) in known.items()}
         if request[needed] is None:
             raise Refused(f"{needed} is missing.")
@@ -273,9 +272,8 @@ class _Pieces(BaseStreamer):
             return
         self._ids += value.flatten().tolist()
         text = self._text(self._ids)
-        self._send(
-            text[: max(len(self._sent), len(text) - self._held_back)].rstrip("\ufffd")
-        )  # the sign for half a character
+        # U+FFFD at the end is half a character: the next token brings the rest.
+        self._send(text[: max(len(self._sent), len(text) - self._held_back)].rstrip("\ufffd"))
 
     def end(self) -> None:
         """Send nothing when `generate` ends: `send_rest` then gets all tokens, and sends the rest of the text."""

@@ -235,8 +235,8 @@ def begin_or_resume(
     Args:
         states: the folder of the run's states.
         given: fields of `HealSettings`. A resumed run keeps its saved settings, with few exceptions.
-        resume: "auto" takes the newest state, if there is one. "must" does too, but fails if there is none. "never" begins
-            anew. Or a state's folder.
+        resume: "auto" takes the newest state, if there is one. "must" does too, but fails if there is none. "never"
+            begins anew. A state's folder chooses this state.
         overwrite: with "never", remove existing states.
 
     Raises:
