@@ -232,7 +232,7 @@ def _in_file(path: Path) -> Contents:
 
 
 def _flat(value: object, name: str) -> Iterator[tuple[str, Any]]:
-    """(name, tensor or plain value) of everything inside; names are joined by dots. A list of plain values stays whole."""
+    """(name, tensor or plain value) of all that is inside; dots join names. A list of plain values is one value."""
     if isinstance(value, dict):
         pairs = list(value.items())
     elif isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple | Tensor) for item in value):

@@ -177,8 +177,7 @@ class TensorChecks:
             others = {name for name in wanted if int(name.split(".")[2]) not in layers}
             wanted = {name: digest for name, digest in wanted.items() if name not in others}
             self._found.check(
-                "Donor",
-                f"{len(others)} tensors are another donor's; --llama_layers_dir DIR compares them",
+                "Donor", f"{len(others)} tensors are another donor's; --llama_layers_dir DIR compares them"
             )
         for index in layers:
             try:
