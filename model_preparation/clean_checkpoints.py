@@ -1,4 +1,7 @@
-"""Command: remove files that no checkpoint of a folder needs (see checkpoint/base_store.py)."""
+"""Command: look in a folder of checkpoints, and remove the files that no checkpoint there needs.
+
+checkpoint/base_store.py does the work.
+"""
 
 from pathlib import Path
 
@@ -6,9 +9,9 @@ from model_preparation.command_line import CommandParser, default_folder, run
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
-Remove files that no checkpoint of a folder needs: folders NAME.partial of killed builds, and shards of bases in
-.base_shards that no checkpoint of format hf shares any more. The command never touches checkpoints, nor folders and
-files of a running build.
+Look in a folder of checkpoints, and remove what no checkpoint there needs: the folders NAME.partial that killed builds
+left, and weight files of bases in .base_shards that no checkpoint of format hf shares any more. The command never
+touches checkpoints, nor folders and files of a running build.
 """
 
 EXAMPLES = """\
@@ -40,8 +43,8 @@ def main() -> None:
         print(escaped(str(path)))
     verb = "would be removed from" if args.dry_run else "removed from"
     print(
-        f"{len(cleaned.abandoned)} folders of killed builds and {len(cleaned.paths)} stored files of "
-        f"{decimal(cleaned.size_bytes)} {verb} {folder}"
+        f"{len(cleaned.abandoned)} folders of killed builds, and {len(cleaned.paths)} stored files "
+        f"({decimal(cleaned.size_bytes)}) {verb} {folder}"
     )
 
 

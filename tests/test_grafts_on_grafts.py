@@ -132,10 +132,10 @@ def test_two_donors_in_one_command_are_the_two_steps(base_dir, layers_dir, other
     )
     where = ("--base", base_dir, "--output_dir", tmp_path / "out")
     for given, words in (
-        ((*layers, "--llama_layers_dir", named[0]), "the same names for their folders"),
-        (("--layers", 1, "--llama_layers_dir", *named), "need a name for each"),
-        (("--layers", "A:1", "--heads", "2:0", "--llama_layers_dir", *named), "need a name for each"),
-        (("--layers", "A:1", "--heads", "C:2:0", "--llama_layers_dir", *named), "the same names for their folders"),
+        ((*layers, "--llama_layers_dir", named[0]), "need the same names of donors"),
+        (("--layers", 1, "--llama_layers_dir", *named), "need the same names of donors"),
+        (("--layers", "A:1", "--heads", "2:0", "--llama_layers_dir", *named), "need the same names of donors"),
+        (("--layers", "A:1", "--heads", "C:2:0", "--llama_layers_dir", *named), "need the same names of donors"),
     ):
         assert_refused(run_command("create_replaced_model_checkpoint", *where, *given), words)
     mixed = run_command("create_replaced_model_checkpoint", *where, "--layers", "A:1", "3")
@@ -265,7 +265,7 @@ def test_a_graft_on_a_healed_checkpoint_keeps_what_was_trained(checkpoint_dir, b
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("--ungraft", 0), ["Layer 0 of", "is not grafted; grafted are 1, 3"]),
+        (("--ungraft", 0), ["Not grafted in", ": 0. Grafted are 1, 3."]),
         (("--ungraft", 1, 3), ["Nothing would be left grafted"]),
         (("--ungraft", 1, "--layers", 1), ["Layer 1 is named in --layers and in --ungraft"]),
         (("--heads", "3:0"), ["Layer 3 of", "is grafted whole", "Add --ungraft 3"]),

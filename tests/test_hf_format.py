@@ -396,14 +396,14 @@ def test_clean_checkpoints(base_dir, layers_dir, hf_dir, tmp_path):
     shutil.copytree(hf_dir.parent / ".base_shards", tmp_path / ".base_shards")
     result = run_command("clean_checkpoints", "--dir", tmp_path, "--dry_run")
     assert result.returncode == 0, result.stderr
-    assert "0 folders of killed builds and 4 stored files of " in result.stdout.splitlines()[-1]
+    assert "0 folders of killed builds, and 4 stored files (" in result.stdout.splitlines()[-1]
     assert "would be removed" in result.stdout
     assert build(base_dir, layers_dir, tmp_path / "out", "--format", "hf", layers=(0, 1, 3)).returncode == 0
     (tmp_path / "killed.partial").mkdir()
     (tmp_path / "killed.partial" / ".held_by").touch()
     result = run_command("clean_checkpoints", "--dir", tmp_path)
     assert [Path(line).name for line in result.stdout.splitlines()[:-1]] == ["killed.partial", "layer_00.safetensors"]
-    assert "1 folders of killed builds and 1 stored files of " in result.stdout.splitlines()[-1]
+    assert "1 folders of killed builds, and 1 stored files (" in result.stdout.splitlines()[-1]
     assert load_checkpoint(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
     assert run_command("clean_checkpoints", "--dir", tmp_path).returncode == 0

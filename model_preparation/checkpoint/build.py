@@ -140,7 +140,7 @@ def build_checkpoint(
                 files, digests = weights.write(staging, lambda tensors: checking.result().model(tensors), advance)
             checked, base_files = checking.result(), reading.result()
             testing.result()
-        from model_preparation.checkpoint.digests import digest_of_tokenizer  # imports torch
+        from model_preparation.checkpoint.model_digests import digest_of_tokenizer  # imports torch
 
         graft = checked.graft
         tensors = _tensor_digests(graft, digests)
@@ -229,7 +229,7 @@ def _tensor_digests(graft: GraftPlan, digests: Mapping[str, str]) -> dict[str, d
 
 def _layer_digests(graft: GraftPlan) -> dict[str, str]:
     """By index, the digest of each layer of a donor. The digests of kept layers come from the parent checkpoint."""
-    from model_preparation.checkpoint.digests import digest_of_layers  # imports torch
+    from model_preparation.checkpoint.model_digests import digest_of_layers  # imports torch
 
     recorded = {} if graft.parent is None else graft.parent.info["digests"].get("donor_layers", {})
     found = {index: digest for index, digest in recorded.items() if int(index) in graft.kept}

@@ -168,7 +168,7 @@ def finish_folder(
     Raises:
         OSError: from the file system: disk full, input/output error.
     """
-    from model_preparation.checkpoint.digests import weights_digest  # imports torch
+    from model_preparation.checkpoint.model_digests import weights_digest  # imports torch
 
     if format != "hf":
         tokenizer.save_pretrained(folder / TOKENIZER)
@@ -302,7 +302,7 @@ def _healed_digests(model: "LlambaForCausalLM", parent: Path) -> dict[str, dict[
     """The entries of tensor_digests.json. A tensor with the parent's bytes keeps its origin; others are "healed"."""
     from blake3 import blake3
 
-    from model_preparation.checkpoint.digests import read_tensor_digests
+    from model_preparation.checkpoint.model_digests import read_tensor_digests
     from model_preparation.io.tensors.tensor_ranges import bytes_of
 
     before = read_tensor_digests(parent / TENSOR_DIGESTS)

@@ -1,4 +1,7 @@
-"""The files of a checkpoint's folder, and checkpoint_info.json, which lists and describes them."""
+"""The files of a checkpoint's folder, and checkpoint_info.json, which lists and describes them.
+
+checkpoint_folder.py writes checkpoint_info.json. This file reads and checks it.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +29,7 @@ HEALED = "healed"  # in tensor_digests.json, the origin of trained tensors
 EVALUATIONS_ASIDE = ".of-weights-"  # in names of results that belong to earlier weights of the checkpoint
 
 _SCORE = (int, float, NoneType)
-_INFO_FIELDS = {
+_INFO_FIELDS = {  # in the notation of `check_fields`
     "replaced_layers": [int],
     "total_layers": int,
     "config": dict,
@@ -117,7 +120,8 @@ def is_healed(info: Mapping[str, Any]) -> bool:
 def needs_parent(info: Mapping[str, Any]) -> bool:
     """Whether building a checkpoint again needs its parent, not only base and donors.
 
-    It does after healing. It also does if no layer of the first donor is left: that donor may have given the tokenizer.
+    The parent is needed after healing. It is also needed if no layer of the first donor is left: that donor may have
+    given the tokenizer.
     """
     steps = info.get("descent", [])
     return is_healed(info) or (bool(steps) and steps[0].get("donors", [])[:1] != [donors_of(info)[0]["id"]])

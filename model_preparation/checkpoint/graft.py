@@ -1,7 +1,8 @@
-"""The parts of a graft, the checks that they fit together, and the empty model for its tensors.
+"""The parts of a graft, which of their files gives each tensor, and whether the parts fit together.
 
-`find_parts` needs neither torch nor transformers, so a build writes weights while those are imported. `check_parts`
-needs both: it compares configs and shapes, finds the tokenizer, and returns a `GraftPlan`.
+`find_parts` needs neither torch nor transformers, so a build writes weights while torch and transformers are imported.
+`check_parts` needs torch and transformers: it compares configs and shapes, finds the tokenizer, and returns a
+`GraftPlan`. `empty_model` is the grafted model without weights.
 """
 
 import dataclasses
@@ -50,8 +51,8 @@ class GraftParts:
 
     Attributes:
         base_name: the user's name for the base.
-        base: where it is: a model's folder, or a checkpoint's.
-        files: its weights.
+        base: where the base is: a model's folder, or a checkpoint's.
+        files: the base's weights.
         donor: the extracted layers.
         layers: the indices of all grafted layers, sorted.
         dtype: of every parameter.
@@ -74,32 +75,32 @@ class GraftParts:
 
     @property
     def new_layers(self) -> list[int]:
-        """The layers that are grafted now, sorted."""
+        """The layers that this graft adds, sorted."""
         return [index for index in self.layers if index not in self.kept]
 
     @property
     def new_heads(self) -> dict[int, list[int]]:
-        """The heads that are grafted now, by layer."""
+        """The heads that this graft adds, by layer."""
         return {index: heads for index, heads in self.heads.items() if index not in self.kept}
 
     @property
     def donor_layers(self) -> list[int]:
-        """The donor's layers that give tensors now, sorted."""
+        """The donor's layers that give tensors to this graft, sorted."""
         return sorted([*self.new_layers, *self.new_heads])
 
     @property
     def replaced_prefixes(self) -> tuple[str, ...]:
-        """The prefixes of all tensors that come from donors."""
+        """How the names of all tensors from donors begin, those of earlier grafts too."""
         return donor_prefixes(self.layers, self.heads)
 
     @property
     def new_prefixes(self) -> tuple[str, ...]:
-        """The prefixes of the tensors that the donor gives now."""
+        """How the names of the tensors begin that this graft adds."""
         return donor_prefixes(self.new_layers, self.new_heads)
 
     @property
     def ungrafted_prefixes(self) -> tuple[str, ...]:
-        """The prefixes of the tensors that the parent's own base gives."""
+        """How the names of the tensors begin that come from the parent's own base, because their graft is undone."""
         return donor_prefixes(self.parent.ungrafted if self.parent else [], [])
 
     @property
@@ -111,11 +112,11 @@ class GraftParts:
 
     @property
     def keeps_base_tensors(self) -> bool:
-        """Whether every tensor that is not grafted equals the base's to the bit. After healing it does not."""
+        """Whether every tensor that is not grafted equals the base's to the bit. This is not so after healing."""
         return self.parent is None or not is_healed(self.parent.info)
 
     def files_of(self, name: str) -> TensorFiles:
-        """The files that hold a tensor; for tensors that the donor does not give."""
+        """The files of a tensor that does not come from the donor: the base's, the parent's, or its own base's."""
         if self.parent is not None and self.parent.own_base is not None and name.startswith(self.ungrafted_prefixes):
             return self.parent.own_base
         return self.files
@@ -133,7 +134,7 @@ class GraftParts:
             if not name.startswith((*self.new_prefixes, *self.ungrafted_prefixes))
         }
         if ties_embeddings(self.base.folder) if self.parent is None else self.parent.config.tie_embeddings:
-            found.pop("lm_head.weight", None)  # the embedding is the head
+            found.pop("lm_head.weight", None)  # the embedding is used in its place
         if self.parent is not None and self.parent.own_base is not None:
             found |= {
                 name: place
@@ -159,7 +160,7 @@ class GraftParts:
 
     @property
     def base_paths(self) -> list[Path]:
-        """The files that determine the base: config, weights, index. None for a parent, as its recipe lists them."""
+        """The files that determine the base: config, weights, index. Empty for a parent, whose recipe lists them."""
         return [] if self.parent is not None else [self.base.folder / "config.json", *self.files.paths()]
 
 
@@ -268,7 +269,7 @@ def find_parts(
         sources: targets by name, as `resolve(overrides=...)` takes them.
         heads: by layer, the donor's heads to add to the base's mixer; for several donors, such a dict by name.
         keep_mixer_heads: whether the mixer's heads at the same positions stay too.
-        ungraft: grafted layers of a checkpoint to undo: they get the weights of its recipe's base again.
+        ungraft: layers of a checkpoint whose graft is undone: they get the weights of the checkpoint's own base again.
 
     Raises:
         SurgeryError: if base or donor is missing or cannot be read, the base is no Llamba, or a layer is out of range.
@@ -310,7 +311,7 @@ def _several_donors(
     are_named = all(isinstance(given, Mapping) for given in (layers, folders, *heads.values()))
     if not are_named or layers.keys() | heads.keys() != folders.keys():
         raise SurgeryError(
-            "Layers and heads of several donors need a name for each, and the same names for their folders, such as "
+            "With several donors, --layers, --heads and --llama_layers_dir need the same names of donors, such as "
             "--layers A:11,13 --heads B:17:3 --llama_layers_dir A=DIR B=DIR."
         )
     chosen = {name: sorted_layers(indices) for name, indices in layers.items()}
@@ -340,7 +341,7 @@ def _on_parent(
     check_range([*layers, *heads], info["total_layers"], str(folder))
     if both := sorted(set(parent.ungrafted) & set(layers)):
         raise SurgeryError(
-            f"Layer {both[0]} is named in --layers and in --ungraft. --layers alone replaces a layer that is grafted."
+            f"Layer {both[0]} is named in --layers and in --ungraft. Leave it out of --ungraft: --layers replaces it."
         )
     gone = {*parent.ungrafted, *layers}
     whole = [index for index in info["replaced_layers"] if index not in gone]
@@ -442,7 +443,7 @@ def grafted_config(
 ) -> "LlambaConfig":
     """The base's config with the settings of the donor's attention, and with the grafted layers and heads.
 
-    Layers in `kept` are grafted in the base already, and keep their settings.
+    The layers in `kept` are already grafted in `base`, and keep their settings.
 
     Raises:
         SurgeryError: if donors differ in settings that one model cannot have twice, or cannot give single heads.
@@ -454,7 +455,7 @@ def grafted_config(
     fields.pop("_name_or_path", None)  # a path of this machine
     fields.pop("auto_map", None)  # names files in the base's folder
     fields["architectures"] = [LlambaForCausalLM.__name__]
-    # So model.pt has the same bytes whether the base's config has this field or not.
+    # Some bases' configs lack this field. It is always set, so that model.pt has the same bytes for all of them.
     fields["label2id"] = {label: int(index) for index, label in fields.get("id2label", {}).items()}
     fields["llama_layers"] = list(layers)
     fields["llama_heads"] = {str(index): list(layer_heads) for index, layer_heads in heads.items()}
@@ -504,7 +505,7 @@ def empty_model(config: "LlambaConfig") -> "LlambaForCausalLM":
 
 
 def _check_donor(base: "LlambaConfig", donor: LayerStore) -> None:
-    """Compare kind, depth, width and vocabulary. A grafted layer brings its own heads and MLP."""
+    """Compare the donor's kind, depth, width and vocabulary with the base's. Heads and MLP may differ."""
     donor.check_is_donor()
     config = donor.config
     numbers = [
@@ -531,14 +532,14 @@ def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
         found = {name: place.shape for name, place in ranges.items()}
         if differing := sorted(name for name in found.keys() | wanted if found.get(name) != wanted.get(name)):
             raise SurgeryError(
-                f"{donor.path(index)} does not hold the layer its metadata.json describes "
+                f"{donor.path(index)} does not hold the layer that metadata.json beside it describes "
                 f"({', '.join(differing[:3])}). Extract the layers again."
             )
     base_dtypes: set[DType] = set()
-    parameters = dict(empty_model(config).named_parameters())  # tied ones once
+    parameters = dict(empty_model(config).named_parameters())  # tied parameters appear once
     for name in parts.tensors:
         if name not in parameters:
-            raise SurgeryError(f"{parts.files.folder} holds {name}, for which a Llamba of its config has no place.")
+            raise SurgeryError(f"{parts.files.folder} holds {name}, but a Llamba of its config has no such tensor.")
     for name, parameter in parameters.items():
         if not name.startswith(parts.new_prefixes):
             files = parts.files_of(name)
@@ -554,7 +555,7 @@ def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
 def _find_tokenizer(
     parts: GraftParts, asked: str | None, sources: Mapping[str, str] | None
 ) -> tuple[Path, str, dict[str, str | None] | None]:
-    """(folder, owner in words, record of the source). Only a tokenizer of neither base nor donor has a record."""
+    """(folder, owner in words, record of the source). A tokenizer of the base or the donor has no record."""
     if asked is None and parts.parent is not None:
         return parts.parent.tokenizer, "the checkpoint's", parts.parent.info.get("tokenizer_source")
     if asked is None and has_tokenizer(parts.base.folder):

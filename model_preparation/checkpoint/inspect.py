@@ -19,7 +19,7 @@ from rich.filesize import decimal
 from torch import Tensor, nn
 
 from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, read_info
-from model_preparation.checkpoint.digests import tensors_of
+from model_preparation.checkpoint.model_digests import tensors_of
 from model_preparation.errors import SurgeryError, one_line
 from model_preparation.hub.sources import TABLE, resolve
 from model_preparation.io.tensors.tensor_files import TensorFiles
@@ -62,7 +62,12 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest absolute difference of two tensors, and the norm of their difference relative to the second."""
+    """How two tensors differ.
+
+    Attributes:
+        largest: the largest absolute difference of two numbers at the same place.
+        relative: the norm of the difference, divided by the norm of the second tensor.
+    """
 
     largest: float
     relative: float
@@ -80,7 +85,7 @@ def inspect_checkpoint(
 
     Args:
         path: a file or folder of tensors, or a model's name or hub id, as `sources.resolve` takes it.
-        pattern: for the names, such as "*.mlp.*"; or their beginning, up to a dot.
+        pattern: only tensors whose names match, such as "*.mlp.*"; or a beginning of names, up to a dot.
         diff: another such path; the lines then say which tensors differ, and how.
         as_json: one JSON object per tensor, with its digest in full.
         sources: targets by name, as `resolve(overrides=...)` takes them.
@@ -227,7 +232,7 @@ def _in_file(path: Path) -> Contents:
 
 
 def _flat(value: object, name: str) -> Iterator[tuple[str, Any]]:
-    """(name, tensor or plain value) of everything inside, with names joined by dots. A list of plain values is one."""
+    """(name, tensor or plain value) of all that is inside; dots join names. A list of plain values is one value."""
     if isinstance(value, dict):
         pairs = list(value.items())
     elif isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple | Tensor) for item in value):

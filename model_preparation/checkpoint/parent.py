@@ -35,7 +35,7 @@ class CheckpointFiles(TensorFiles):
     def _locate(self) -> dict[str, TensorRange]:
         if self._has_shards:
             return super()._locate()
-        from model_preparation.checkpoint.digests import state_dict_ranges  # imports torch
+        from model_preparation.checkpoint.model_digests import state_dict_ranges  # imports torch
 
         return state_dict_ranges(self.folder / STATE_DICT)
 
@@ -46,10 +46,10 @@ class Parent:
 
     Attributes:
         info: its checkpoint_info.json.
-        config: its model's.
+        config: the config of its model.
         files: its tensors.
-        ungrafted: the grafted layers to undo; they get the weights of its own base again.
-        own_base: the tensors of that base; None if no graft is undone.
+        ungrafted: the layers whose graft is undone: they get the weights of the checkpoint's own base again.
+        own_base: the tensors of the checkpoint's own base; None if no graft is undone.
     """
 
     folder: Path
@@ -88,8 +88,8 @@ class Parent:
             )
         if not_grafted := sorted(set(ungrafted) - grafted):
             raise SurgeryError(
-                f"Layer {', '.join(map(str, not_grafted))} of {folder} is not grafted; grafted are "
-                f"{', '.join(map(str, sorted(grafted)))}. Give --ungraft layers from these."
+                f"Not grafted in {folder}: {', '.join(map(str, not_grafted))}. Grafted are "
+                f"{', '.join(map(str, sorted(grafted)))}. Give --ungraft only grafted layers."
             )
         own_base = None
         if ungrafted:
@@ -110,7 +110,7 @@ class Parent:
 
     def check_own_base(self) -> None:
         """Raise SurgeryError unless `own_base` equals, to the bit, the base that the checkpoint was built from."""
-        from model_preparation.checkpoint.digests import digests_as_recorded  # imports torch
+        from model_preparation.checkpoint.model_digests import digests_as_recorded  # imports torch
 
         if self.own_base is None:
             return
@@ -123,7 +123,7 @@ class Parent:
 
     def digests(self) -> dict[str, tuple[str, str]]:
         """(origin, BLAKE3) of each tensor, from tensor_digests.json."""
-        from model_preparation.checkpoint.digests import read_tensor_digests  # imports torch
+        from model_preparation.checkpoint.model_digests import read_tensor_digests  # imports torch
 
         recorded = read_tensor_digests(self.folder / TENSOR_DIGESTS)
         return {name: (entry.origin, entry.blake3) for name, entry in recorded.items()}

@@ -19,10 +19,10 @@ from model_preparation.checkpoint.checkpoint_info import (
     read_info,
     read_info_file,
 )
-from model_preparation.checkpoint.digests import digest_of_layers, digests_as_recorded
 from model_preparation.checkpoint.extract import extract_layers
 from model_preparation.checkpoint.graft import GraftPlan
 from model_preparation.checkpoint.layer_store import METADATA, LayersOfSeveral, LayerStore
+from model_preparation.checkpoint.model_digests import digest_of_layers, digests_as_recorded
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import donors_of, target_of
 from model_preparation.io.complete_folder import check_target

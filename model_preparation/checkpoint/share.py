@@ -140,7 +140,7 @@ def plan_upload(
         check_name(repo, terms)
         shared = _without_paths(info)
         if shared.get(MEASURED, {}).get("model"):  # since 0.2.0
-            from model_preparation.checkpoint.digests import recorded_weights  # imports torch
+            from model_preparation.checkpoint.model_digests import recorded_weights  # imports torch
 
             if current_score(shared, recorded_weights(directory)) is None:
                 del shared[MEASURED]  # it was measured on other weights than the recorded ones

@@ -23,9 +23,14 @@ from model_preparation.checkpoint.checkpoint_info import (
     grafted_heads,
     is_healed,
 )
-from model_preparation.checkpoint.digests import TensorDigest, module_ranges, read_tensor_digests, state_dict_ranges
 from model_preparation.checkpoint.graft import donor_prefixes, empty_model
 from model_preparation.checkpoint.layer_store import METADATA, LayerStore
+from model_preparation.checkpoint.model_digests import (
+    TensorDigest,
+    module_ranges,
+    read_tensor_digests,
+    state_dict_ranges,
+)
 from model_preparation.checkpoint.verify import Verification
 from model_preparation.command_line import default_folder
 from model_preparation.errors import SurgeryError
@@ -99,13 +104,14 @@ class TensorChecks:
         healed = {HEALED} if is_healed(self._info) else set()
         for name, digest in self._wanted.items():
             if digest.shape != shapes.get(name):
-                wanted = list(shapes[name]) if name in shapes else "none"
-                self._found.fault(name, f"has shape {list(digest.shape)}, but the config asks for {wanted}")
+                wanted = list(shapes[name]) if name in shapes else "no such tensor"
+                self._found.fault(name, f"has shape {list(digest.shape)}, but the config needs {wanted}")
             if digest.dtype.name != (dtype := self._info.get("dtype")):
                 self._found.fault(name, f"is {digest.dtype.name}, but {INFO} says {dtype}")
             origins = {"donor" if name.startswith(replaced) else "base", *healed}
             if digest.origin not in origins:
-                self._found.fault(name, f"comes from the {digest.origin}, but the config says otherwise")
+                wanted = " or ".join(sorted(origins))
+                self._found.fault(name, f"has the origin {digest.origin}, but the config needs {wanted}")
         if count := sum(digest.origin == HEALED for digest in self._wanted.values()):
             self._found.check("Healed", f"{count} tensors come from neither base nor donor: they were trained")
         if config.llama_layers != self._info["replaced_layers"]:
@@ -175,7 +181,7 @@ class TensorChecks:
             )
         for index in layers:
             try:
-                store.check([index])  # so its files have the digests in metadata.json
+                store.check([index])  # the layer's file is the one that metadata.json describes
             except SurgeryError as error:
                 self._found.fault(f"layer {index} of the donor", f"cannot be compared: {error}")
         heads = grafted_heads(self._info)
@@ -198,7 +204,7 @@ class TensorChecks:
         if 2 * len(faulty) > len(wanted):
             self._found.compared_with_another(
                 f"{folder} is not the {which} that the checkpoint was built from, {self._recorded(which)}: "
-                f"{len(faulty)} of {len(wanted)} tensors are not in it"
+                f"{len(faulty)} of {len(wanted)} tensors differ or are missing there"
             )
         else:
             for name in faulty:
@@ -214,7 +220,7 @@ class TensorChecks:
         return str(source.get("path") or source.get("id"))
 
     def _layers_of(self, store: LayerStore) -> list[int]:
-        """The layers of the donor that `store` holds; if it holds none of the donors, the first donor's layers."""
+        """The grafted layers of the donor in `store`. If no donor of the checkpoint is there: of its first donor."""
         donors = donors_of(self._info)
         source = store.metadata["source"]
         chosen = next((d for d in donors if all(d.get(name) == source[name] for name in source)), None)

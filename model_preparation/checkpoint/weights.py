@@ -222,7 +222,7 @@ def _tensors_in_siblings(
     graft: GraftParts, checkpoints: Path, base_files: Mapping[str, dict]
 ) -> dict[str, SiblingTensor]:
     """The base's tensors in checkpoints that were built from the same base files, by name in the grafted model."""
-    from model_preparation.checkpoint.digests import read_tensor_digests, state_dict_ranges  # imports torch
+    from model_preparation.checkpoint.model_digests import read_tensor_digests, state_dict_ranges  # imports torch
 
     found: dict[str, SiblingTensor] = {}
     for folder in _sibling_folders(checkpoints):

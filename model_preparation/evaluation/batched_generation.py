@@ -1,7 +1,8 @@
-"""Texts after many prompts at once, by the likeliest token: as `generate` writes them, in less time.
+"""Generates the texts after many prompts at once, always with the likeliest token, as `generate` does but in less time.
 
-Prompts are read few at a time, with little or no padding. Then all texts are written together. A row leaves the batch
-when its text is complete. Stock lm-eval pads all prompts, and writes until all texts contain the same stop sequence.
+The model first reads a few prompts at a time, with little or no padding. Then it writes all texts together. A row
+leaves the batch when its text is complete. lm-eval itself pads all prompts, and writes until all texts of a
+batch contain the same stop sequence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,7 @@ def write(
 
     Args:
         prompts: the longest first.
-        read_at_once: tokens of prompts, with padding, per forward pass; one prompt may have more.
+        read_at_once: at most so many tokens, with padding, are read per forward pass; a longer prompt is read alone.
         settings: lm-eval's: `until` (texts that end an answer) and `max_gen_toks`.
 
     Raises:
@@ -77,7 +78,7 @@ def write(
 
 
 def _read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], read_at_once: int) -> tuple[Tensor, Tensor, Cache]:
-    """The logits after each prompt, (rows, vocabulary), the mask of all tokens, (rows, longest), and the cache."""
+    """Read the prompts. Returns the logits after each, (rows, vocabulary), the mask (rows, longest), and the cache."""
     found = []
     start = 0
     while start < len(prompts):
@@ -92,7 +93,7 @@ def _read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], read_at_once
 
 
 def _step(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
-    """Run the last tokens; the logits after them, (rows, vocabulary), and the cache."""
+    """Run `ids`, the newest tokens. Returns the logits after the last one, (rows, vocabulary), and the cache."""
     found = model(
         input_ids=ids,
         attention_mask=mask,
@@ -105,7 +106,7 @@ def _step(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | None
 
 
 def _joined(caches: Sequence[Cache], longest: int) -> Cache:
-    """One cache of all rows, in the first one, which has the longest; K and V get padding on the left."""
+    """Join all caches into the first one, whose prompts are longest. In the others, K and V are padded on the left."""
     for layers in zip(*(cache.layers for cache in caches), strict=True):
         first = layers[0]
         if isinstance(first, MambaStateLayer):

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, INFO, MODULE, STATE_DICT, TOKENIZER, read_info
-from model_preparation.checkpoint.digests import digest_of_checkpoint
 from model_preparation.checkpoint.layer_store import HEAD, text_part, without_head
 from model_preparation.checkpoint.load import load_checkpoint, spread
 from model_preparation.checkpoint.model_configs import read_generation_config
+from model_preparation.checkpoint.model_digests import digest_of_checkpoint
 from model_preparation.errors import SurgeryError, one_line
 from model_preparation.hub.sources import (
     has_tokenizer,

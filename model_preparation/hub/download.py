@@ -1,8 +1,9 @@
 """Downloads files of a hub's repository (a model or a data set), or finds them in the hub's cache.
 
-The hubs' own clients download. So their caches, mirrors, offline modes and tokens work as their documentation says
-(MODELSCOPE_CACHE, MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN; HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). If a hub
-cannot be reached, this file answers within seconds: with the earlier copy, and with the reason.
+sources.py turns short names into ids. The hubs' own clients download. So their caches, mirrors, offline modes and
+tokens work as their documentation says (MODELSCOPE_CACHE, MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN; HF_HOME,
+HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). If a hub cannot be reached, this file answers within seconds: with the earlier
+copy, and with the reason.
 """
 
 import os

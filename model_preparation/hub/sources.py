@@ -1,8 +1,8 @@
 """Finds models: turns a name, a folder or a hub id into a local folder with every file needed.
 
-`resolve` takes a name of `TABLE`, the path of a folder, or `org/name[@revision]`. With `modelscope:` or `huggingface:`
-before the id, only that hub is asked; `embedded:name` is a model in this package. This file has the names and the lists
-of needed files, and reports each missing file. download.py fetches the files.
+`resolve` takes a short name, the path of a folder, or `org/name[@revision]`. This file looks short names up in `TABLE`.
+With `modelscope:` or `huggingface:` before the id, only that hub is asked; `embedded:name` is a model in this package.
+It also has the lists of needed files, and reports each missing file. download.py fetches the files.
 """
 
 import argparse
@@ -112,7 +112,9 @@ def resolve(name: str, *, need: Need = "model", overrides: Mapping[str, str] | N
 
 
 def donor_name(base: str, overrides: Mapping[str, str] | None = None) -> str | None:
-    """The donor of a base, for `resolve`, from the base's name or distillation.json; None if unknown. No hub is asked.
+    """The donor of a base, as `resolve` takes it; None if unknown. No hub is asked.
+
+    It comes from distillation.json in the base's folder, or else from the base's name.
 
     Raises:
         SurgeryError: if the base's name is unknown, or its folder is no model.
@@ -141,7 +143,7 @@ def source_here(name: str, overrides: Mapping[str, str] | None = None) -> Source
 
 
 def check_recorded(source: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `source` is valid output of `Source.as_dict()`: cards and commands quote its id."""
+    """Raise ValueError unless `Source.as_dict()` can have written `source`: cards and commands quote the id in it."""
     check_fields(source, {"hub": str, "id": str, "revision": (NoneType, str), "path?": str})
     hub, name = source["hub"], source["id"]
     if hub in TITLES:
@@ -149,7 +151,7 @@ def check_recorded(source: Mapping[str, Any]) -> None:
         if _HUB_ID.fullmatch(target) is None or ".." in target:
             raise ValueError(f"{target!r:.200} is no repository of {TITLES[hub]}")
     elif hub not in ("local", "embedded") or "/" in name:
-        raise ValueError(f"it comes from {hub!r:.80}, {name!r:.80}")
+        raise ValueError(f"its hub is {hub!r:.80} and its id {name!r:.80}")
 
 
 def donors_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -388,7 +390,7 @@ def _hub_source(hubs: list[str], repo: str, revision: str | None, need: Need, na
             return Source(snapshot.folder, hub, repo, snapshot.revision)
         if snapshot.trouble:
             failures.append(f"{TITLES[hub]} {snapshot.trouble}, and the copy in {snapshot.folder} lacks {missing}")
-            advice = "Run this again once the hub answers, to complete the copy (if that fails, delete its folder)"
+            advice = "Run this again once the hub answers, to complete the copy (if this fails, delete the copy)"
         else:
             failures.append(f"{TITLES[hub]}'s repository, now in {snapshot.folder}, lacks {missing}")
     instead = f"--source {name}=/path/to/folder" if name in TABLE else "its path instead of the id"

@@ -1,8 +1,8 @@
 """Folders that appear whole or not at all; `check_target` says whether a folder is complete.
 
-A new folder is written as `NAME.partial/new` beside its place. When all of it is on the disk, one rename moves it into
-place. If the program is killed or the power fails before, the old folder is there, or nothing. `NAME.partial` may be
-left. The next run to the same place removes it, and so does `remove_abandoned`.
+A new folder NAME is written as `NAME.partial/new` beside its place. When all of it is on the disk, one rename moves it
+into place. If the program is killed or the power fails before the rename, NAME is the old folder, or absent.
+`NAME.partial` may be left. The next run that writes NAME removes it, and so does `remove_abandoned`.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from model_preparation.io.folder_lock import Hold, is_partial, take, take_abando
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-_NEW, _OLD = "new", "old"  # in NAME.partial; the old folder is there for a moment where no swap in one step is possible
+_NEW, _OLD = "new", "old"  # in NAME.partial; `old` is used where a file system cannot swap two folders in one step
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ def new_folder(target: Path, *, overwrite: bool, marker_file: str) -> Iterator[P
 def remove_abandoned(parent: Path, *, only_for: Path | None = None, dry_run: bool = False) -> list[Path]:
     """Remove what killed runs left in the folder `parent`: every `NAME.partial` that is ours and not in use.
 
-    An old NAME in it is first moved back. A killed run may leave it there if no swap in one step is possible.
+    If an old NAME is in it, the old NAME is first moved back to its place.
 
     Args:
         parent: the folder to look in.
@@ -162,7 +162,7 @@ def _clear_and_release(hold: Hold, target: Path) -> None:
 
 
 def _clear(hold: Hold, target: Path) -> None:
-    """Empty a partial folder. If an old `target` is in it, and nothing in its place, that is first moved back."""
+    """Empty a partial folder. If the old `target` is in it and `target` is absent, the old one is first moved back."""
     if not hold.is_intact():
         return
     if not target.exists() and (hold.folder / _OLD).is_dir() and not (hold.folder / _OLD).is_symlink():

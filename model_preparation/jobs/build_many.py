@@ -183,7 +183,7 @@ def _base_differences(recorded: Any, target: str) -> list[str]:
     if not isinstance(recorded, dict):
         return ["not recorded"]
     if folder := folder_named(target):
-        from model_preparation.checkpoint.digests import digests_as_recorded
+        from model_preparation.checkpoint.model_digests import digests_as_recorded
 
         try:
             return [f"{each} in {folder}" for each in differences_of(*digests_as_recorded(recorded["files"], folder))]
@@ -205,8 +205,8 @@ def _donor_differences(info: Mapping[str, Any], layers_dir: Path, layers: Collec
         built = {i: sha for donor in donors_of(info) for i, sha in donor["layers"].items() if i in layers}
         found = differences_of(built, {index: entry["sha256"] for index, entry in extracted.items()}, of_both=True)
         if found and "digests" in info:  # files with other bytes may have the same tensors
-            from model_preparation.checkpoint.digests import digest_of_layers
             from model_preparation.checkpoint.layer_store import LayerStore
+            from model_preparation.checkpoint.model_digests import digest_of_layers
 
             built = {index: digest for index, digest in info["digests"]["donor_layers"].items() if index in layers}
             found = differences_of(built, digest_of_layers(LayerStore(layers_dir), map(int, built)))
@@ -219,7 +219,7 @@ def _tokenizer_differences(
     info: Mapping[str, Any], names: Sequence[str | None], layers_dir: Path, sources: Mapping[str, str]
 ) -> list[str]:
     """How the tokenizer differs, if it was recorded (since 0.2.0) and the requested one is on this disk."""
-    from model_preparation.checkpoint.digests import digest_of_tokenizer
+    from model_preparation.checkpoint.model_digests import digest_of_tokenizer
     from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 
     asked, base = (None if name is None else target_named(name, sources) for name in names)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from model_preparation.jobs.process import CommandProcess, Launch
 
 _REASON_CHARACTERS = 160
-Outcome = TypeVar("Outcome")  # a command's record of a job: the row of its table
+Outcome = TypeVar("Outcome")  # what a command notes about a job that ended: a row of the command's table
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Job:
         script, arguments: the Python file and its arguments.
         needs: paths that must exist on the machine.
         writes_to: a folder that all machines must share.
-        result_flag: as `Launch` has it.
+        result_flag: the flag with which the command writes its result to a file (see `Launch`).
     """
 
     name: str
@@ -45,7 +45,8 @@ class Ended:
     result: dict[str, Any] | None = None
 
 
-# Runs jobs. When a job ends, it yields the job's index and `Ended`. A failed job does not stop the others.
+# A function that runs jobs. When a job ends, the function yields the job's index and its `Ended`. A failed job does not
+# stop the other jobs.
 Runner = Callable[[Sequence[Job]], Iterator[tuple[int, Ended]]]
 
 

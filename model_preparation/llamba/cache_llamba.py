@@ -1,5 +1,6 @@
-"""One cache for both kinds of layer: convolution and SSM states of Mamba layers, K/V of grafted layers.
+"""One cache for both kinds of layer, and how many bytes it takes.
 
+It holds the convolution and SSM states of Mamba layers, and K/V of grafted layers.
 It is transformers' DynamicCache, built from the config's `layer_types`. It also counts the tokens seen, so that a model
 without attention layers can continue a prompt. Layers with a sliding window keep all K/V too: with padding between
 tokens, transformers' own sliding caches would drop tokens that the window still holds.

@@ -1,10 +1,11 @@
-"""The scan inside a mixer: linear attention with a scalar decay per head and token.
+"""The scan inside a mixer (SSD, state space duality): linear attention with a scalar decay per head and token.
 
-Per value head h of group g = h // (H / G), with log decay l_t = -softplus(a_t) <= 0:
+There are H value heads, in G groups. Value head h is in group g = h // (H / G), and its log decay is
+l_t = -softplus(a_t) <= 0:
     S_t = exp(l_t) S_{t-1} + x_t B_t^T        y_t = S_t C_t
-`scan` computes a whole sequence in chunks, `step` one token. State and decay are at least float32; `product_dtype` is
-the dtype of the factors in `scan`'s matrix products. Both take exponentials only of sums of l, which are never
-positive: nothing can overflow, and nothing is divided by softplus(a).
+`scan` computes a whole sequence in chunks, `step` one token. State and decay are at least float32. The function
+`product_dtype` chooses the dtype of the factors in `scan`'s matrix products. `scan` and `step` take exponentials only
+of sums of l. These sums are never positive, so nothing overflows. Upstream divides by softplus(a); here nothing does.
 Source: Mamba-2, Dao and Gu 2024 (arXiv 2405.21060), section 6, the block decomposition of a semiseparable matrix.
 """
 
@@ -36,9 +37,9 @@ def scan(
     """Run the recurrence over a sequence.
 
     Args:
-        x: values, (batch, length, H, P).
+        x: values, (batch, length, H, P); P is the width of a head.
         log_decay: -softplus(a), (batch, length, H), float32 or wider.
-        B: keys, (batch, length, G, N), G dividing H.
+        B: keys, (batch, length, G, N); N is the width of a head's state, and H is a multiple of G.
         C: queries, (batch, length, G, N).
         chunk_size: tokens per chunk; the result does not depend on it beyond rounding.
         initial_state: (batch, H, P, N), or None for zeros.
@@ -169,7 +170,7 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def _is_for_kernel(t: Tensor) -> bool:
-    """Whether the optional kernel takes a tensor. It rounds float32 to TF32, so only autocast may send it float32."""
+    """Whether the optional kernel takes a tensor. It rounds float32 to TF32, so it gets float32 only under autocast."""
     is_half = t.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda")
     return t.is_cuda and is_half and _has_flash_linear_attention()
 
@@ -181,7 +182,7 @@ def _has_flash_linear_attention() -> bool:
 
 def _scan_flash_linear_attention(x, log_decay, B, C, initial_state):
     """`scan` by a Triton kernel of github.com/fla-org/flash-linear-attention (fla/ops/simple_gla)."""
-    # No import statement: transformers requires every package that a checkpoint's own files import.
+    # No import statement: this file is copied into checkpoints, and transformers would then require `fla` everywhere.
     chunk_simple_gla = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
     repeats = x.shape[2] // B.shape[2]
     y, state = chunk_simple_gla(

@@ -1,6 +1,7 @@
 """The scores of all combinations. Each is evaluated once, written to the journal, and never evaluated again.
 
-A failed evaluation is tried once more, alone. If it fails again, it has a reason and no score.
+A failed evaluation is tried once more, alone. If it fails again, it has a reason and no score. Races drop bad
+combinations early (`_race`).
 """
 
 import time

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from model_preparation.checkpoint.checkpoint_info import grafted_heads, read_info
-from model_preparation.checkpoint.digests import digest_of_layers
 from model_preparation.checkpoint.layer_store import METADATA, LayerStore, ModelLayers
 from model_preparation.checkpoint.model_configs import type_and_depth
+from model_preparation.checkpoint.model_digests import digest_of_layers
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve
 from model_preparation.io.result_inputs import differences

@@ -1,11 +1,12 @@
 """Sets of layers or of heads: which are allowed, which look promising, and how many of them run together.
 
 Two grafts of one base share all layers before the first one in which they differ. So the models of many sets are the
-paths of a tree (a trie). At each layer, a path takes the base's layer, or one with the set's units of that layer.
+paths of a tree (a trie). At each layer, a path takes the base's layer, or a layer with the units that the set has
+there. The units of a set are its layers or its heads.
 `walk` visits the tree depth first, and runs each shared layer once. It holds one more hidden state than the largest set
 has layers.
 
-Methods see only numbers: of layers, or of heads that are counted through all layers. `Units` gives their meaning.
+Methods see only indices: of layers, or of heads, numbered on from layer to layer. `Units` gives their meaning.
 """
 
 import itertools
@@ -20,14 +21,14 @@ from model_preparation.command_line import heads_by_layer, heads_text
 if TYPE_CHECKING:
     from model_preparation.search.candidate_scores import CandidateScores
 
-LayerSet = tuple[int, ...]  # sorted, without repeats; of `Units`
+LayerSet = tuple[int, ...]  # indices of units (see `Units`), sorted, without repeats
 BASE: LayerSet = ()
 State = TypeVar("State")
 
 
 @dataclass(frozen=True)
 class Units:
-    """What sets are made of: whole layers by their index, or the donor's query heads, counted through all layers.
+    """What sets are made of: whole layers by their index, or the donor's query heads, numbered on from layer to layer.
 
     Attributes:
         heads: query heads of a layer; 0 if sets are of whole layers.
@@ -133,7 +134,7 @@ def _descend(
 
 
 def count_passes(sets: Iterable[LayerSet], total: int, units: Units = WHOLE_LAYERS) -> int:
-    """How many layers `walk` runs, and once all layers of the base."""
+    """How many layers `walk` runs for these sets, plus one run of all layers of the base."""
     beginnings = {
         (depth, tuple(unit for unit in layers if units.layer(unit) < depth))
         for layers in sets
@@ -146,9 +147,10 @@ def count_passes(sets: Iterable[LayerSet], total: int, units: Units = WHOLE_LAYE
 def most_passes(
     count: int, total: int, least: int, most: int, fixed: Collection[int] = (), units: Units = WHOLE_LAYERS
 ) -> int:
-    """How many layers `walk` runs at most for `count` sets of `least` to `most` units. For all sets it is exact.
+    """How many layers `walk` runs at most for `count` sets of `least` to `most` units.
 
-    After each layer there are at most as many models as there are sets, and as there are beginnings of sets.
+    The number is exact if these are all such sets. After a layer, `walk` has at most as many models as there are sets,
+    and at most as many as there are beginnings of sets up to that layer.
     """
     passes = 0
     for depth in range(1, total + 1):
@@ -186,7 +188,7 @@ class SearchSpace:
         return [unit for unit in units if self.units.layer(unit) not in self.fixed]
 
     def fits(self, layers: LayerSet) -> bool:
-        """Whether a set is not too large. Then no part of it is too large."""
+        """Whether a set is not too large. If a set fits, every part of it fits."""
         return len(layers) <= self.most and (
             self.most_kv_heads is None or self.units.kept_kv_heads(layers) <= self.most_kv_heads
         )
@@ -234,11 +236,11 @@ class SearchSpace:
             yield from filter(self.fits, itertools.combinations(self.free, size))
 
     def draw(self, rng: random.Random) -> LayerSet:
-        """A random set: first its size is drawn, then its layers."""
+        """A random set: first its size is drawn, then its units."""
         return normal(rng.sample(self.free, rng.randint(self.least, self.most)))
 
     def spread(self, size: int) -> LayerSet:
-        """Layers at equal distances."""
+        """A set of `size` units at equal distances."""
         free = self.free
         return normal([free[(2 * place + 1) * len(free) // (2 * size)] for place in range(size)])
 
@@ -246,13 +248,13 @@ class SearchSpace:
         return [new for new in (normal([*layers, unit]) for unit in self.free if unit not in layers) if self.fits(new)]
 
     def neighbours(self, layers: LayerSet) -> list[LayerSet]:
-        """The sets that differ by one layer added, dropped or swapped."""
+        """The sets that differ from this one by one unit added, dropped or swapped."""
         dropped = [normal(set(layers) - {layer}) for layer in layers]
         swapped = [new for fewer in dropped for new in self.with_one_more(fewer) if new != layers]
         return [new for new in dict.fromkeys([*dropped, *self.with_one_more(layers), *swapped]) if new in self]
 
     def gains(self, scores: "CandidateScores") -> dict[int, float]:
-        """What each single layer gains over the base, by layer: from its evaluation, else from `prior`."""
+        """How much each single unit gains over the base, by unit: from its evaluation, else from `prior`."""
         base = float(scores.base().mean())
         known = (layer for layer in self.free if scores.is_known((layer,)))
         return {**self.prior, **{layer: scores.estimate((layer,)) - base for layer in known}}

@@ -12,46 +12,46 @@ from model_preparation.search.genetic import genetic
 from model_preparation.search.layer_sets import BASE, LayerSet, SearchSpace, normal
 from model_preparation.search.settings import SearchSettings
 
-_LEAST_SHARE = 0.1  # of the largest loss in the second task. Smaller losses count as this: noise must not decide
+_LEAST_SHARE = 0.1  # the second task's score loses at least this share of its largest loss: noise must not decide
 
 
 def search(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Run the method that the settings name. The seeds come first, so it knows their scores."""
+    """Run the method that the settings name. The seeds are scored first, so the method knows their scores."""
     if space.seed_sets:
         scores.evaluate(space.seed_sets)
     METHODS[settings.method](space, scores, settings)
 
 
 def singles(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Every layer by itself."""
+    """Score every layer by itself."""
     scores.evaluate(space.singles, settings.top)
 
 
 def exhaustive(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Every combination."""
+    """Score every combination."""
     scores.evaluate(space.all(), settings.top)
 
 
 def greedy(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Layer after layer, each time the one that adds most."""
+    """Add layer after layer, each time the one that improves the score most."""
     _grow(space, scores, 1)
 
 
 def beam(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Layer after layer from the best few of each size; then refinement."""
+    """Add layer after layer to the best few of each size; then refine the best."""
     _grow(space, scores, settings.beam_width)
     refine(space, scores)
 
 
 def ga(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """A genetic algorithm; then refinement."""
+    """Run a genetic algorithm; then refine the best."""
     rng = random.Random(settings.seed)
     genetic(space, scores, rng, settings.population, settings.generations, settings.patience)
     refine(space, scores)
 
 
 def removal(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Start with all layers. Each time, take away the one whose loss costs least (arXiv 2601.11667)."""
+    """Start with all layers. Each time, remove the layer without which the score loses least (arXiv 2601.11667)."""
     kept: LayerSet = tuple(space.free)
     if kept in space:
         scores.evaluate([kept])
@@ -63,12 +63,13 @@ def removal(space: SearchSpace, scores: CandidateScores, settings: SearchSetting
 
 
 def ratio(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """The layers whose removal loses most recall for each loss in the second task.
+    """Order layers by what recall loses without the layer, divided by what the second task loses.
 
-    As in HALO (arXiv 2601.22156), R and C being the scores in recall and in the second task without layer i:
-    importance of i = (max R - R) / (max C - C + epsilon), with the maxima over all i. HALO sweeps once per task; here
-    one sweep asks the questions of both. HALO's code has an epsilon of 1e-10 and cuts the ratio at 50, so that a layer
-    without a loss in C always wins. Here the divisor is at least `_LEAST_SHARE` of the largest.
+    This is as in HALO (arXiv 2601.22156). R and C are the scores in recall and in the second task without layer i. The
+    maxima are over all i: importance of i = (max R - R) / (max C - C + epsilon).
+    HALO scores all i once per task. Here they are scored once, with the questions of both tasks. HALO's code has an
+    epsilon of 1e-10 and cuts the ratio at 50, so a layer without which C loses nothing always wins. Here the divisor is
+    at least `_LEAST_SHARE` of the largest divisor.
     """
     without = {layer: normal({*space.free} - {layer}) for layer in space.free}
     found = scores.evaluate(list(without.values()))
@@ -103,7 +104,7 @@ def refine(space: SearchSpace, scores: CandidateScores) -> None:
 def _grow(space: SearchSpace, scores: CandidateScores, width: int) -> None:
     kept: list[LayerSet] = [BASE]
     for size in range(1, space.most + 1):
-        if size == 1 and len(space.prior) == len(space.free):  # all single layers are known before the search
+        if size == 1 and len(space.prior) == len(space.free):  # their scores are known before the search
             kept = sorted(space.singles, key=lambda layers: (-space.prior[layers[0]], layers))[:width]
             continue
         more = dict.fromkeys(new for layers in kept for new in space.with_one_more(layers))

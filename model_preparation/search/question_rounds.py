@@ -1,5 +1,6 @@
-"""The questions in the rounds of a race, so that a few questions are enough to drop a bad candidate.
+"""The questions in the rounds of a race: a few questions are enough to drop a bad candidate.
 
+candidate_scores.py runs the race (`_race`).
 The first two rounds ask about a sixteenth of the tokens each. Every later round asks as much as all rounds before it.
 Which questions are in a round is drawn; questions that are answered in the same batches stay together.
 """

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from model_preparation.checkpoint import graft
 from model_preparation.checkpoint.checkpoint_info import read_info
-from model_preparation.checkpoint.digests import digest_of_layers, digest_of_model, digest_of_tokenizer
 from model_preparation.checkpoint.layer_store import LayerStore, ModelLayers
+from model_preparation.checkpoint.model_digests import digest_of_layers, digest_of_model, digest_of_tokenizer
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import load_asked, settings_of
 from model_preparation.evaluation.models import OtherModel, load_other

@@ -1,6 +1,6 @@
 """A small server for machines without vLLM: OpenAI's completions and chat, one request after the other.
 
-`transformers serve` would not do: it takes only models whose class is in transformers itself, and it has neither
+`transformers serve` is not enough: it takes only models whose class is in transformers itself, and it has neither
 log-probabilities nor a key. This server uses only Python's own HTTP server and `generate`.
 """
 
@@ -28,7 +28,7 @@ Emit = Callable[[dict[str, Any]], None]
 _MAX_BODY_BYTES = 32_000_000
 _SILENCE_SECONDS = 60  # a client that sends nothing blocks all others
 _NUMBER = (int, float)
-# The fields of a request: (types, default). Other fields are refused, so that none is ignored in silence.
+# The fields of a request: (types, default). Other fields are refused, so that nobody thinks they work.
 _COMMON: dict[str, tuple[tuple[type, ...], Any]] = {
     "model": ((str,), None),
     "max_tokens": ((int,), 16),
@@ -38,7 +38,7 @@ _COMMON: dict[str, tuple[tuple[type, ...], Any]] = {
     "stop": ((str, list), None),
     "seed": ((int,), None),
     "stream": ((bool,), False),
-    "user": ((str,), None),  # OpenAI uses it for its own records
+    "user": ((str,), None),  # accepted and not used; OpenAI has it for its own records
 }
 _COMPLETION = {**_COMMON, "prompt": ((str, list), None), "logprobs": ((int,), None), "echo": ((bool,), False)}
 _CHAT = {**_COMMON, "messages": ((list,), None), "max_completion_tokens": ((int,), None)}
@@ -117,7 +117,8 @@ class Answering:
         for field, value in given.items():
             kinds = known[field][0]
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise Refused(f"{field} is {value!r:.80}, not of {' or '.join(kind.__name__ for kind in kinds)}.")
+                wanted = " or ".join(kind.__name__ for kind in kinds)
+                raise Refused(f"{field} is {value!r:.80}; it must be of type {wanted}.")
         request = {field: given.get(field, default) for field, (_, default) in known.items()}
         if request[needed] is None:
             raise Refused(f"{needed} is missing.")
@@ -228,7 +229,10 @@ class Answering:
 
     @torch.no_grad()
     def _logprobs(self, request: dict, prompt: list[int], ids: list[int], logits: Tensor) -> dict[str, list]:
-        """OpenAI's description of the tokens; with `echo`, also the prompt's. Its first token has no probability."""
+        """The tokens of an answer, described as OpenAI does. With `echo`, the prompt's tokens come first.
+
+        The first token of the prompt has no probability.
+        """
         tokens = ids
         if request["echo"]:
             tokens = prompt + ids
@@ -268,10 +272,11 @@ class _Pieces(BaseStreamer):
             return
         self._ids += value.flatten().tolist()
         text = self._text(self._ids)
-        self._send(text[: max(len(self._sent), len(text) - self._held_back)].rstrip("\ufffd"))  # half a character
+        # U+FFFD at the end is half a character: the next token brings the rest.
+        self._send(text[: max(len(self._sent), len(text) - self._held_back)].rstrip("\ufffd"))
 
     def end(self) -> None:
-        """Do nothing: `send_rest` sends the end, because it gets all tokens."""
+        """Send nothing when `generate` ends: `send_rest` then gets all tokens, and sends the rest of the text."""
 
     def send_rest(self, ids: list[int]) -> None:
         self._send(self._text(ids))
@@ -328,7 +333,7 @@ class _Handler(BaseHTTPRequestHandler):
 
         def emit(piece: dict[str, Any]) -> None:
             nonlocal streams
-            if not streams:  # before the first piece: after it, no request is refused any more
+            if not streams:  # once status 200 is sent, this request cannot be refused
                 streams = True
                 self.send_response(200)
                 self.send_header("Content-Type", "text/event-stream")

@@ -68,11 +68,11 @@ def write_effect(folder: Path, effect: dict[str, Any]) -> None:
 def summary(effect: dict[str, Any]) -> str:
     """The scores that tell the story, as a Markdown table."""
     rows = [("base, nothing grafted", effect["base"])]
-    for kind, title in (("single layers", "single layer"), ("pairs of layers", "pair of layers")):
+    for kind, title in (("single layers", "single layer, number"), ("pairs of layers", "pair of layers, numbers")):
         scores = effect[kind]
         for word, choice in (("worst", min), ("best", max)):
             name = choice(scores, key=scores.__getitem__)
-            rows.append((f"{word} {title}: {name.replace(' ', ' and ')}", scores[name]))
+            rows.append((f"{word} {title} {name.replace(' ', ' and ')}", scores[name]))
     rows += [("all layers grafted", effect["all layers"]), ("donor", effect["donor"])]
     lines = [f"| {title} | {score:.3f} |" for title, score in rows]
     return "\n".join(["| | score |", "|---|---|", *lines])

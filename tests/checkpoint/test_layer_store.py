@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from model_preparation import build_checkpoint, extract_layers
-from model_preparation.checkpoint.digests import blake3_of_tensors
 from model_preparation.checkpoint.layer_store import LayerStore, ModelLayers
 from model_preparation.checkpoint.llamba_init import init_llamba_base
+from model_preparation.checkpoint.model_digests import blake3_of_tensors
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import load_folder
 from model_preparation.hub.sources import resolve

@@ -240,8 +240,8 @@ def test_shapes_names_and_origins_against_the_config(checkpoint):
     (checkpoint / "tensor_digests.json").write_text(json.dumps(digests))
     write_checksum(checkpoint)
     text = told(verify_checkpoint(checkpoint))
-    assert f"{Q_PROJ} has shape [32, 32, 1], but the config asks for [32, 32]" in text
-    assert "lm_head.weight comes from the donor, but the config says otherwise" in text
+    assert f"{Q_PROJ} has shape [32, 32, 1], but the config needs [32, 32]" in text
+    assert "lm_head.weight has the origin donor, but the config needs base" in text
     assert "backbone.final_layernorm.weight is bfloat16, but checkpoint_info.json says float32" in text
     assert "made.up has shape" in text
     assert "backbone.embedding.weight is not listed in tensor_digests.json" in text

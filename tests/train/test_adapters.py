@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model_preparation import build_checkpoint, load_checkpoint, verify_checkpoint
-from model_preparation.checkpoint.digests import recorded_weights
+from model_preparation.checkpoint.model_digests import recorded_weights
 from model_preparation.errors import SurgeryError
 from model_preparation.train.heal.adapters import load_adapter, merge
 from model_preparation.train.heal.heal import merge_adapter

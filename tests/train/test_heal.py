@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model_preparation import build_checkpoint, heal_checkpoint, load_checkpoint, verify_checkpoint
 from model_preparation.checkpoint.checkpoint_info import formats_of
-from model_preparation.checkpoint.digests import recorded_weights
+from model_preparation.checkpoint.model_digests import recorded_weights
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.generation import generate_text
 from model_preparation.io.digests import describe_files

@@ -101,13 +101,13 @@ def test_two_then_one_then_two_processes_are_the_same_run(slow_flags, tmp_path):
     run_until(args, 2, 0, processes=2)
     two = newest_state(tmp_path / "out")
     text = run_until(args, two.steps + 2, 0)[1]
-    words = f"The number of processes is 1, was 2: step {two.steps} is now step {two.steps}, after the same"
-    step = "A step has 8 sequences, in 4 forward passes of each process. The last one is step 6."
+    words = f"Processes: 1 instead of 2. So step {two.steps} is now step {two.steps}, after the same"
+    step = "Each step has 8 sequences, in 4 forward passes of each process. The last step is step 6."
     assert f"{words} {8 * two.steps} sequences. {step}" in text
     assert newest_state(tmp_path / "out").info["world_size"] == 1
     code, text = run_until(args, processes=2)
     assert code == 0
-    assert "The number of processes is 2, was 1" in text
+    assert "Processes: 2 instead of 1." in text
     assert seen(tmp_path / "out") == seen(tmp_path / "one") == 48
     assert loss_after(tmp_path / "out") == pytest.approx(loss_after(tmp_path / "one"), abs=1e-4)
     torch.testing.assert_close(weights(tmp_path / "out"), weights(tmp_path / "one"), rtol=1e-4, atol=1e-4)
@@ -135,14 +135,14 @@ def test_where_a_step_cannot_stay_the_same_sequences_it_is_converted(slow_flags,
     run_until(args, 3, 0)
     one = newest_state(tmp_path / "out")
     text = run_until(args, one.steps // 2 + 2, 0, processes=2)[1]
-    words = f"The number of processes is 2, was 1: step {one.steps} is now step {one.steps // 2}, after the same"
-    assert f"{words} {2 * one.steps} sequences. A step has 4 sequences" in text
+    words = f"Processes: 2 instead of 1. So step {one.steps} is now step {one.steps // 2}, after the same"
+    assert f"{words} {2 * one.steps} sequences. Each step has 4 sequences" in text
     two = newest_state(tmp_path / "out")
     # Half a step of two processes that one had done is not done twice.
     assert two.sequences_seen == 4 * two.steps + 2 * one.steps % 4
     code, text = run_until(args)
     assert code == 0
-    assert f"The number of processes is 1, was 2: step {two.steps} is now step {two.sequences_seen // 2}," in text
+    assert f"Processes: 1 instead of 2. So step {two.steps} is now step {two.sequences_seen // 2}," in text
     assert seen(tmp_path / "out") == 24
 
 

@@ -1,8 +1,8 @@
 """The answers in lm-eval's samples files, and the questions that several models have in common.
 
-Questions are matched by their content (lm-eval's doc_hash), not by their number: limits and orders may differ. A
-question that a task has twice (MMLU does) is matched by its first and its second occurrence. The texts stay on the
-disk; `read_sample` reads those that a report shows.
+Questions are matched by their content (lm-eval's doc_hash), not by their number: limits and orders may differ. If a
+task has a question twice (as in MMLU), the first occurrence is matched with the first, and the second with the second.
+The texts stay on the disk; `read_sample` reads those that a report shows.
 """
 
 import json
@@ -74,7 +74,7 @@ def read_answers(
     Args:
         evaluation: the files.
         metrics: by task, a field of its samples that is a number, such as acc. If a file has several filters, the
-            first one that has the metric counts; "exact_match,strict-match" names another.
+            first one that has the metric counts; "exact_match,strict-match" names another filter, strict-match.
 
     Returns:
         {task: answers}, and {task: the metrics it has} for tasks without the one asked for.
@@ -170,9 +170,9 @@ class CommonQuestions:
 
     Attributes:
         task: its name.
-        answers: each model's, to all its questions.
-        rows: per common question, in the first model's order, the m answers.
-        by_prompt: whether they were matched by prompt and target, because no content matched.
+        answers: for each model, its answers to all questions that it was asked.
+        rows: for each common question, the m answers; questions are in the first model's order.
+        by_prompt: whether questions were matched by prompt and target, because no content matched.
     """
 
     task: str
@@ -200,7 +200,10 @@ def match(task: str, answers: Sequence[Answers]) -> CommonQuestions:
 
 
 def _common(answers: Sequence[Answers], names: Sequence[str]) -> list[tuple[Answer, ...]]:
-    """The questions that all models have by these hashes, each as often as every model has it."""
+    """The questions that all models have, by these hashes.
+
+    A repeated question counts as often as in the model that has it least.
+    """
     found: list[dict[tuple, Answer]] = []
     for each in answers:
         seen: Counter = Counter()

@@ -1,4 +1,7 @@
-"""The costs of the compared models, as `test_checkpoint.py --efficiency` measured them, matched by their weights."""
+"""The costs of the compared models, as `test_checkpoint.py --efficiency` measured them.
+
+A measurement belongs to a model if both have the same digest of the weights.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +53,10 @@ def costs_of(evaluations: Sequence[EvaluationFiles]) -> list[Cost | None]:
 
 
 def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
-    """The indices of the Pareto front, the cheapest first: each scores more than all that cost as much or less."""
+    """The indices of the Pareto front, the cheapest first.
+
+    Each scores higher than every other of the same or lower cost.
+    """
     front: list[int] = []
     for place in sorted(range(len(costs)), key=lambda place: (costs[place], -scores[place])):
         if not front or scores[place] > scores[front[-1]]:
@@ -80,6 +86,6 @@ def _read(root: Path) -> dict[str, Any] | None:
 
 
 def _weights(evaluation: EvaluationFiles) -> str:
-    """The digest of its weights, or "" for an evaluation that is not ours."""
+    """The digest of the evaluated model's weights, or "" for an evaluation that is not ours."""
     settings = read_checked_json(evaluation.results_path.parents[1] / SETTINGS) or {}
     return str(settings.get("model", {}).get("weights", ""))

@@ -1,7 +1,7 @@
 """The questions on which two models differ most, as texts, with both answers.
 
-These are questions that one model answers right and the other wrong, or scores higher. The largest differences of the
-metric come first; equal ones are ordered by the difference between the probabilities of the right answer.
+One model answers these questions right and the other wrong, or one gets a higher score. The largest differences of the
+metric come first. Equal differences are ordered by the difference between the probabilities of the right answer.
 """
 
 import math
@@ -21,7 +21,7 @@ class Example:
     """A question and two answers to it."""
 
     task: str
-    title: str  # the beginning
+    title: str  # the beginning of the question
     text: str
     target: str
     answers: tuple[str, str]  # the baseline's, the model's
@@ -29,7 +29,7 @@ class Example:
 
 
 def differing_questions(comparison: Comparison, model: int, count: int) -> tuple[list[Example], list[Example]]:
-    """Two lists, `count` questions at most: those that `model` (from 1) scores higher than the baseline, and lower."""
+    """Two lists of at most `count` questions: `model` (from 1) scores higher than the baseline; then lower."""
     found: list[tuple[float, float, CommonQuestions, int]] = []
     for common in comparison.common:
         for index, row in enumerate(common.rows):
@@ -64,7 +64,7 @@ def _example(common: CommonQuestions, index: int, model: int) -> Example:
 
 
 def _text(doc: Any, options: list[str]) -> str:
-    """The question: a line per field and per choice. Choices have the prompt's letters, else numbers."""
+    """The question: a line for each field and each choice. A choice has its letter of the prompt, or a number."""
     if not isinstance(doc, dict):
         return _cut(str(doc), _TEXT_CHARACTERS)
     lines = []
@@ -78,7 +78,7 @@ def _text(doc: Any, options: list[str]) -> str:
 
 
 def _options(sample: dict[str, Any]) -> list[str]:
-    """The continuations among which a multiple-choice task chooses; none for other tasks."""
+    """The texts among which a model chooses in a multiple-choice task; empty for other tasks."""
     arguments, answers = sample.get("arguments"), sample.get("filtered_resps")
     if not isinstance(arguments, dict) or not isinstance(answers, list) or len(arguments) != len(answers) > 1:
         return []
@@ -99,5 +99,5 @@ def _answer(sample: dict[str, Any]) -> str:
 
 
 def _cut(text: str, length: int) -> str:
-    """The beginning and the end of a text that is too long: after a long document, the question is the end."""
+    """A text; if it is too long, only its beginning and its end. After a long document, the question is at the end."""
     return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 2 :]}"

@@ -20,8 +20,8 @@ from model_preparation.checkpoint.load import without_wrapper_prefixes
 from model_preparation.errors import SurgeryError
 from model_preparation.io.untrusted.untrusted_files import read_json
 from model_preparation.llamba import LlambaForCausalLM
+from model_preparation.train.heal.load_weights import KeyReport, compare_keys, read_weights
 from model_preparation.train.heal.settings import HealSettings
-from model_preparation.train.heal.weights import KeyReport, compare_keys, read_weights
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

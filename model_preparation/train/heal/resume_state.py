@@ -1,7 +1,8 @@
 """The states from which a run resumes: `checkpoint-N` folders, each complete or absent.
 
 A state's `resume_state.json` is written last and has the digest of every other file. A folder without it is no state.
-Without such a file, half a state would be loaded (transformers#35525).
+Without such a file, half a state would be loaded (transformers#35525). heal_trainer.py has what a state holds, and
+restores it.
 """
 
 import contextlib

@@ -12,14 +12,14 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from model_preparation.checkpoint.checkpoint_folder import describe_parent
-from model_preparation.checkpoint.digests import (
+from model_preparation.checkpoint.graft import donor_prefixes
+from model_preparation.checkpoint.load import load_checkpoint
+from model_preparation.checkpoint.model_digests import (
     digest_of_checkpoint,
     digest_of_model,
     digest_of_tokenizer,
     digest_of_weights,
 )
-from model_preparation.checkpoint.graft import donor_prefixes
-from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import OtherModel, find_others, load_other
 from model_preparation.io.complete_folder import remove_abandoned
@@ -30,6 +30,7 @@ from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.train.distill.settings import SELF
 from model_preparation.train.heal.adapters import add_lora, is_adapter, load_adapter
 from model_preparation.train.heal.arguments import step_size
+from model_preparation.train.heal.load_weights import load_weights
 from model_preparation.train.heal.objective import Distillation, LiveTeacher, check_teacher
 from model_preparation.train.heal.resume_state import (
     ResumeState,
@@ -44,7 +45,6 @@ from model_preparation.train.heal.self_conversations import write_conversations
 from model_preparation.train.heal.sequences import Sequences, hold_out, load_sequences
 from model_preparation.train.heal.settings import HealSettings, resumed_settings, saved_settings
 from model_preparation.train.heal.teacher_cache import TeacherCache, recorded_teacher
-from model_preparation.train.heal.weights import load_weights
 
 Say = Callable[..., None]
 
@@ -58,7 +58,7 @@ class Run:
         state: the state to resume from, or None.
         identity: fields of every state: `parent`, `data`, `model_args`, `run_id`, `inputs`, `texts` and
             `started_world_size`.
-        sources: targets by name, as `resolve(overrides=...)` takes them.
+        sources: where each named model is, as `resolve(overrides=...)` takes it.
         say: prints, in the main process only.
     """
 
@@ -70,7 +70,7 @@ class Run:
     say: Say
 
     def load_model(self) -> tuple[LlambaForCausalLM, PreTrainedTokenizerBase]:
-        """The parent's model, float32 in its own memory, and its tokenizer; both as the settings want them."""
+        """The parent's model and tokenizer, as the settings want them. Weights are float32, copied into memory."""
         settings = self.settings
         model, tokenizer = load_checkpoint(self.parent, dtype=torch.float32)
         if settings.chat_template is not None:
@@ -230,16 +230,17 @@ def begin_or_resume(
     sources: Mapping[str, str] | None,
     say: Say,
 ) -> Run:
-    """A new run, or the run of the newest state.
+    """A new run, or the run of the chosen state, by default the newest.
 
     Args:
         states: the folder of the run's states.
         given: fields of `HealSettings`. A resumed run keeps its saved settings, with few exceptions.
-        resume: "auto", "never", a state's folder, or "must": as "auto", but there must be a state.
+        resume: "auto" takes the newest state, if there is one. "must" does too, but fails if there is none. "never"
+            begins anew. A state's folder chooses this state.
         overwrite: with "never", remove existing states.
 
     Raises:
-        SurgeryError: if there is no such state, or it is damaged or of another run.
+        SurgeryError: if the wanted state is missing or damaged, or belongs to another run.
     """
     chosen = _from_main_process(processes, lambda: _choose_state(states, resume, overwrite, say))
     state = None if chosen is None else read_state(chosen)
@@ -251,7 +252,7 @@ def begin_or_resume(
         identity = {
             "parent": described,
             "started_world_size": processes.num_processes,
-            "run_id": uuid.uuid4().hex[:21],  # SwanLab takes no longer one
+            "run_id": uuid.uuid4().hex[:21],  # SwanLab wants ids of 21 characters
             "inputs": inputs,
             "model_args": parent_info["config"],
         }
@@ -282,9 +283,9 @@ def _say_new_step_size(state: ResumeState, settings: HealSettings, started: int,
     if before != now:
         size = step_size(settings, started, now)
         say(
-            f"The number of processes is {now}, was {before}: step {state.steps} is now step "
-            f"{state.sequences_seen // size.sequences}, after the same {state.sequences_seen} sequences. A step has "
-            f"{size.sequences} sequences, in {size.accumulation} forward passes of each process. The last one is "
+            f"Processes: {now} instead of {before}. So step {state.steps} is now step "
+            f"{state.sequences_seen // size.sequences}, after the same {state.sequences_seen} sequences. Each step has "
+            f"{size.sequences} sequences, in {size.accumulation} forward passes of each process. The last step is "
             f"step {size.steps_here(settings.max_steps)}."
         )
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from model_preparation.checkpoint.digests import digest_of_model
 from model_preparation.checkpoint.model_configs import read_config
+from model_preparation.checkpoint.model_digests import digest_of_model
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import has_tokenizer
 from model_preparation.io.complete_file import make_folder, write_file
