@@ -84,13 +84,14 @@ def test_what_does_import_the_model_is_seen(checkpoint_dir):
         {"ssm_cfg": {"d_state": 8, "n_v_heads": 2, "n_qk_heads": 1, "conv_bias": False}, "tie_embeddings": True},
         {"mlp_cfg": {"intermediate_size": 20, "bias": True}},
         {"llama_layers": [1], "llama_cfg": {**tiny_llama_cfg(), "attention_bias": True, "mlp_bias": True}},
+        {"llama_layers": [1], "llama_heads": {"2": [1]}, "llama_cfg": tiny_llama_cfg()},
     ],
 )
 def test_shapes_said_without_the_model_are_the_model_s(changes):
     config: LlambaConfig = tiny_config(**changes)
     for index, layer in enumerate(empty_model(config).backbone.layers):
         wanted = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
-        assert layer_shapes(config, config.layer_types[index]) == wanted
+        assert layer_shapes(config, index) == wanted
 
 
 @pytest.mark.parametrize("other", ["torch", "transformers.generation.utils", "accelerate"])

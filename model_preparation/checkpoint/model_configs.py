@@ -14,6 +14,8 @@ from model_preparation.llamba.donor_kinds import KINDS
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from model_preparation.llamba.configuration_llamba import LlambaConfig
+
 Shape = tuple[int, ...]
 
 _DEPTH_NAMES = ("n_layer", "num_hidden_layers")  # upstream's and Hugging Face's
@@ -96,21 +98,52 @@ def layer_shapes(config: "PreTrainedConfig", index: int = 0) -> dict[str, Shape]
         config: a donor's or a Llamba's.
         index: of the layer. All layers of a donor have the same names and shapes.
     """
-    import torch
-
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
 
     is_llamba = config.model_type == "llamba"
-    if is_llamba:
-        from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
-    with refusing_impossible_models(), torch.device("meta"):
-        if is_llamba and index not in config.llama_layers:
-            donor = config.llama_config(index) if config.has_attention else None
-            layer = LlambaDecoderLayer(config, index, donor)
-        else:
-            donor = config.llama_config(index) if is_llamba else config
-            layer = KINDS[donor.model_type].transformers_class("DecoderLayer")(donor, 0)
+    with refusing_impossible_models():
+        if is_llamba and index not in config.llama_layers and str(index) not in config.llama_heads:
+            return _mamba_shapes(config)
+        import torch
+
+        donor = config.llama_config(index) if is_llamba else config
+        with torch.device("meta"):
+            if is_llamba and index not in config.llama_layers:
+                from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
+
+                layer = LlambaDecoderLayer(config, index, donor)
+            else:
+                layer = KINDS[donor.model_type].transformers_class("DecoderLayer")(donor, 0)
         return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+
+
+def _mamba_shapes(config: "LlambaConfig") -> dict[str, Shape]:
+    """The parameters of a `LlambaDecoderLayer` (llamba/modeling_llamba.py and mixer.py), without importing it."""
+    ssm, mlp = config.ssm_cfg, config.mlp_cfg
+    width, d_inner, inner = config.d_model, config.d_inner, mlp["intermediate_size"]
+    conv_dim = d_inner + 2 * ssm["n_qk_heads"] * ssm["d_state"]
+    projections = {
+        "mixer.in_proj": (conv_dim + d_inner + ssm["n_v_heads"], width),
+        "mixer.out_proj": (width, d_inner),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    shapes: dict[str, Shape] = {
+        "mixer.D": (ssm["n_v_heads"],),
+        "mixer.conv1d.weight": (conv_dim, 1, ssm["d_conv"]),
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+    }
+    for name, shape in projections.items():
+        shapes[f"{name}.weight"] = shape
+        if (mlp if name.startswith("mlp.") else ssm)["bias"]:
+            shapes[f"{name}.bias"] = shape[:1]
+    if ssm["conv_bias"]:
+        shapes["mixer.conv1d.bias"] = (conv_dim,)
+    if not ssm["bias"]:  # with biases, in_proj carries z's
+        shapes["mixer.z_bias"] = (d_inner,)
+    return shapes
 
 
 def _config_fields(folder: Path) -> dict[str, Any]:

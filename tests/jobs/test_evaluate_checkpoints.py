@@ -68,7 +68,7 @@ def test_flags_are_handed_on_as_they_are():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "folders are needed"),
+        ([], "give checkpoints' folders or --list FILE"),
         (["x", "--list", "y"], "not both"),
         (["--tasks", "arc_easy", "/"], "--tasks takes all words after it, also /: put folders before it"),
         (["x", "--limit", "0"], "0 is too small"),

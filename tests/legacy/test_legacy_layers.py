@@ -154,7 +154,7 @@ def test_layers_of_an_old_transformers_in_an_old_file_format(layers, old, layers
     assert {"posix.mkdir", "transformers.models.llama.modeling_llama.LlamaSdpaAttention"} <= globals_in(old / name)
     result = import_by_command(old, tmp_path / "out", "--trust_pickle", "--layers", 1, 3)
     assert result.returncode == 0, result.stderr
-    assert "it was not run: __builtin__.getattr, posix.mkdir\n" in result.stdout
+    assert "It was not run: __builtin__.getattr, posix.mkdir\n" in result.stdout
     assert not list(tmp_path.glob("ran-*"))
     metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
     assert metadata["total_layers"] == 4

@@ -170,7 +170,7 @@ def test_what_the_template_does_not_give_is_said(tmp_path):
         load(data, tokenizer_with(None))
     for template, words in (
         (CHATML.replace("{% for", "{{ raise_exception('no talk.') }}{% for", 1), "no talk. Mend the row, or give"),
-        (TAGGED.replace("{% generation %}", "").replace("{% endgeneration %}", ""), "it writes message 2 in another"),
+        (TAGGED.replace("{% generation %}", "").replace("{% endgeneration %}", ""), "it writes message 2 differently"),
         ("{% for m in range(10 ** 9) %}x{% endfor %}", "Range too big"),
         ("Hello", "it writes message 2 differently"),
         ("{% for", r"it is no Jinja template \(line 1: "),

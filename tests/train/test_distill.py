@@ -178,7 +178,7 @@ def test_ray_s_workers_give_the_same_bytes(donor_dir, quick_python, tmp_path):
     assert alone.stdout.splitlines()[-1] == f"The base is in {whole}"
     many = ["--ray", "local", "--layers_per_job", 2, "--memory_limit", 0]
     with tempfile.TemporaryDirectory(prefix="ray") as ray_files:  # a short path, for the sockets in it
-        environment = {"RAY_TMPDIR": ray_files, "QUICK_RAY_WORKERS": "yes"}
+        environment = {"RAY_TMPDIR": ray_files}
         asked = (*flags, *many, "--output_dir", shared)
         result = run_fresh_command("distill_llamba_base", *asked, python=quick_python, **environment)
     assert result.returncode == 0, result.stderr

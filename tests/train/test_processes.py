@@ -192,7 +192,7 @@ def test_stages_with_a_teacher_on_the_disk_and_segments_are_the_same_after_a_kil
     assert code == 0, text
     assert "Stage first is done" in text
     assert outcome(tmp_path / "out", "second") == outcome(tmp_path / "whole", "second")
-    sequences = json.loads((tmp_path / "cache" / "teacher_cache.json").read_text())["inputs"]["sequences"]
+    sequences = json.loads((tmp_path / "cache" / "teacher_cache.json").read_text())["inputs"]["number of sequences"]
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == sequences > 2
     assert seen(tmp_path / "out") == 4 * 2 * RUN["batch_size"] * RUN["accumulation"]
 
