@@ -58,7 +58,8 @@ def assert_scores_are_ours(checkpoint: Path, server: Server, results_dir: Path, 
     for (served, _), (own, _) in zip(*chosen, strict=True):
         assert served == pytest.approx(own, abs=1e-4)
     served_texts, own_texts = answers("generate_until.embedded_recall_generated_64")
-    assert served_texts == own_texts
+    # vLLM decodes the answer together with the prompt, so the space between them stays.
+    assert [text.strip() for text in served_texts] == [text.strip() for text in own_texts]
     assert any(own_texts)
     return folders[0]
 
