@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -89,6 +90,7 @@ def main() -> None:
         flags = {"checkpoint": folder, "results_dir": args.folder / "results", "lengths": args.lengths}
         flags |= {"tasks": "kv_retrieval_choice", "limit": args.questions}
         run("test_checkpoint.py", flags, "--full_eval", "--skip_generation")
+    losses["donor"] = losses_of_answers(AutoModelForCausalLM.from_pretrained(args.donor).float().eval(), test)
     print(f"| | loss on the answers of {len(test)} conversations | standard error |\n|---|---|---|")
     pairs = [("on_conversations", "on_text"), ("on_conversations", "grafted"), ("on_text", "grafted")]
     rows = [*losses.items(), *((f"{one} - {other}", losses[one] - losses[other]) for one, other in pairs)]

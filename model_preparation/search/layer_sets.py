@@ -57,7 +57,7 @@ class Units:
         return len({unit * self.kv_heads // self.heads for unit in found})
 
     def written(self, found: LayerSet) -> list[int] | list[str]:
-        """A set as it is in files: layers by index, heads like "13:16"."""
+        """The form of a set in files: layers by index, heads like "13:16"."""
         if not self.heads:
             return list(found)
         return [f"{self.layer(unit)}:{unit % self.heads}" for unit in found]

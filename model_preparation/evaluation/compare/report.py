@@ -98,7 +98,7 @@ def write_report(comparison: Comparison, target: Path, *, questions: int, as_jso
             (heading, plots.save_both(plot, comparison, name, folder))
             for name, (heading, plot) in plots.plots_of(comparison).items()
         ]
-        page = _html_page(comparison, title=f"{others} against {names[0]}", questions=questions, plots=drawn)
+        page = _html_page(comparison, title=f"{others} against {names[0]}", questions=questions, drawn=drawn)
         (folder / PAGE).write_text(page, encoding="utf-8")
         if as_json:
             text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
@@ -130,7 +130,7 @@ def sortable(words: str, kind: str = "number") -> Markup:
     return Markup(header).format("text" if kind == "text" else "", kind, words)
 
 
-def _html_page(comparison: Comparison, *, title: str, questions: int, plots: list[tuple[str, Markup]]) -> str:
+def _html_page(comparison: Comparison, *, title: str, questions: int, drawn: list[tuple[str, Markup]]) -> str:
     overall = comparison.of_kind(OVERALL)[0]
     settings = [model.settings for model in comparison.models]
     shared, differing = shared_and_differing(settings)
@@ -150,7 +150,7 @@ def _html_page(comparison: Comparison, *, title: str, questions: int, plots: lis
             for heading, (name, kind) in tables.items()
             if (rows := comparison.of_kind(kind))
         ],
-        plots=plots,
+        plots=drawn,
         costs=_costs_sentence(comparison),
         measured=MEASURED,
         model_lines=[_model_line(model) for model in comparison.models],

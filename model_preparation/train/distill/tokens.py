@@ -194,7 +194,7 @@ def _read(data: str | Path, work: WorkFolder, donor_folder: Path) -> Tensor:
 
 
 def _drawn(work: WorkFolder, donor: Donor) -> Tensor:
-    """The donor's own text, (sequences, length) int64. Each batch is saved as soon as it is drawn."""
+    """Let the donor write text, (sequences, length) int64. Each batch is saved at once."""
     asked = work.settings()
     length = asked["sequence_length"]
     sequences = max(2, -(-asked["tokens"] // length))
