@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 from model_preparation.llamba.donor_kinds import DonorKind
-from tests.preloaded import preloaded_python, renew_threads, skip_side_work
+from tests.preloaded import preloaded_python, renew_threads, skip_side_work, use_large_pages
 
 # Two threads beside another busy process are many times slower than one.
 torch.set_num_threads(1)
@@ -96,6 +96,11 @@ def pytest_collection_finish():
     skip_side_work()
     gc.collect()
     gc.freeze()  # what is here stays, so neither we nor the commands forked from here look through it for garbage
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_forks() -> None:
+    use_large_pages()
 
 
 def pytest_terminal_summary(terminalreporter, config):

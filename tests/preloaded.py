@@ -7,6 +7,7 @@ SIGTERM too. Nothing of this project is imported before. Whatever else they get,
 
 import atexit
 import contextlib
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -28,6 +29,8 @@ _IMPORTED = (
     *("torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "accelerate", "peft"),
     *("lm_eval.evaluator", "lm_eval.tasks", "datasets", "matplotlib.figure", "scipy.stats", "jinja2"),
 )
+_LARGE_PAGE = 2 << 20
+_MADV_COLLAPSE = 25  # of Linux's mman.h
 _CLIENT = """\
 import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX)
@@ -92,6 +95,22 @@ def preloaded_python(start: Callable[[str, str], None] = _start_server) -> Itera
         yield put
 
 
+def use_large_pages() -> None:
+    """Collapse this process's memory into pages of 2 MB, where Linux can (6.1 and newer): its forks take half the time.
+
+    A fork copies an entry for each page. What is written to afterwards is in small pages again.
+    """
+    if sys.platform != "linux":
+        return
+    madvise = ctypes.CDLL(None).madvise
+    for mapping in Path("/proc/self/maps").read_text().splitlines():
+        place, rights, _, _, inode, *_ = mapping.split()
+        if rights.startswith("rw") and inode == "0":
+            start, end = (int(address, 16) for address in place.split("-"))
+            for page in range(-(-start // _LARGE_PAGE) * _LARGE_PAGE, end - _LARGE_PAGE + 1, _LARGE_PAGE):
+                madvise(ctypes.c_void_p(page), ctypes.c_size_t(_LARGE_PAGE), _MADV_COLLAPSE)  # an error changes nothing
+
+
 def skip_side_work() -> None:
     """Leave out what libraries do beside an evaluation of all subjects, for two seconds each time."""
     if "torch.utils" in sys.modules:
@@ -107,6 +126,7 @@ def serve(place: str, lock: str) -> None:
         __import__(name)
     skip_side_work()
     gc.freeze()  # what is here stays, so no process forked from here looks through it for garbage
+    use_large_pages()
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(place)
         listening.listen()
