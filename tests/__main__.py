@@ -16,5 +16,6 @@ with preloaded_python(serve) as put, tempfile.TemporaryDirectory() as folder:
             for spec in specs:
                 spec.python = str(Path(folder, "python"))
 
-    already_imported = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # anyio, whose asserts are not ours
-    sys.exit(pytest.main([*sys.argv[1:], *already_imported], plugins=[ForkedWorkers()]))
+    flags = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # hypothesis is imported, and its asserts are not ours
+    flags += ("-p", "no:anyio")  # whose plugin nothing here uses
+    sys.exit(pytest.main([*sys.argv[1:], *flags], plugins=[ForkedWorkers()]))

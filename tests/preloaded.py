@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _IMPORTED = (
-    *("torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "accelerate", "peft"),
+    *("hypothesis", "torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "accelerate", "peft"),
     *("lm_eval.evaluator", "lm_eval.tasks", "datasets", "matplotlib.figure", "scipy.stats", "jinja2"),
 )
 _LARGE_PAGE = 2 << 20
