@@ -1,10 +1,14 @@
 """`python -m tests ARGUMENTS` is `pytest ARGUMENTS`, but only it imports torch: its workers are forked from here."""
 
+import os
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.preloaded import preloaded_python, serve
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of thousands of processes would compile all files again
+sys.dont_write_bytecode = False
+
+from tests.preloaded import preloaded_python, serve  # noqa: E402
 
 with preloaded_python(serve) as put, tempfile.TemporaryDirectory() as folder:
     import pytest
