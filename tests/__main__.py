@@ -1,14 +1,10 @@
 """`python -m tests ARGUMENTS` is `pytest ARGUMENTS`, but only it imports torch: its workers are forked from here."""
 
-import os
 import sys
 import tempfile
 from pathlib import Path
 
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of thousands of processes would compile all files again
-sys.dont_write_bytecode = False
-
-from tests.preloaded import preloaded_python, serve  # noqa: E402
+from tests.preloaded import preloaded_python, serve
 
 with preloaded_python(serve) as put, tempfile.TemporaryDirectory() as folder:
     import pytest
