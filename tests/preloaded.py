@@ -27,7 +27,8 @@ from pathlib import Path
 
 _IMPORTED = (
     *("hypothesis", "torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "accelerate", "peft"),
-    *("lm_eval.evaluator", "lm_eval.tasks", "datasets", "matplotlib.figure", "scipy.stats", "jinja2"),
+    *("lm_eval.evaluator", "lm_eval.tasks", "nltk", "datasets", "matplotlib.figure", "scipy.stats", "jinja2"),
+    *("rich.progress", "blake3"),
 )
 _LARGE_PAGE = 2 << 20
 _MADV_COLLAPSE = 25  # of Linux's mman.h
