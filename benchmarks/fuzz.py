@@ -256,8 +256,8 @@ def read_base(name: str) -> Callable[[Path], None]:
 
 def plan_with(name: str) -> Callable[[Path], None]:
     def read(work: Path) -> None:
-        from model_preparation.checkpoint.graft import plan
-        from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+        from model_preparation.checkpoint.check_graft import plan
+        from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 
         graft = plan(str(work / name), [1], work / "layers")
         graft.describe()

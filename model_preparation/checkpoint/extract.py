@@ -126,7 +126,7 @@ def _check_and_load(
     folder: Path, files: TensorFiles, layers: Sequence[int], prefix: str
 ) -> "tuple[PreTrainedConfig, PreTrainedTokenizerBase | None]":
     """The model's config, and its tokenizer if it has one; raises SurgeryError if the layers do not fit the config."""
-    from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+    from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 
     config = read_config(folder)
     for index in layers:

@@ -11,14 +11,14 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from model_preparation.checkpoint.checkpoint_folder import INDEX
 from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, TOKENIZER, read_info
-from model_preparation.checkpoint.graft import empty_model
+from model_preparation.checkpoint.grafted_model import empty_model
 from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
 from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.io.tensors.tensor_files import TensorFiles, load_tensors
 from model_preparation.io.untrusted.not_a_model import what_it_is
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_config import config_from, generation_config_from
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 

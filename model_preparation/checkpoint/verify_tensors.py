@@ -23,7 +23,8 @@ from model_preparation.checkpoint.checkpoint_info import (
     grafted_heads,
     is_healed,
 )
-from model_preparation.checkpoint.graft import donor_prefixes, empty_model
+from model_preparation.checkpoint.graft_parts import donor_prefixes
+from model_preparation.checkpoint.grafted_model import empty_model
 from model_preparation.checkpoint.layer_store import METADATA, LayerStore
 from model_preparation.checkpoint.model_digests import (
     TensorDigest,

@@ -33,7 +33,8 @@ from model_preparation.evaluation.settings import EfficiencySettings
 from model_preparation.io.complete_folder import new_folder
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import torch_dtype
-from model_preparation.llamba.cache_llamba import CACHE_NAME, cache_bytes
+from model_preparation.llamba.cache_bytes import cache_bytes
+from model_preparation.llamba.cache_llamba import CACHE_NAME
 from model_preparation.versions import creation_time, versions
 
 FOLDER, NUMBERS, PLOT = "efficiency", "efficiency.json", "efficiency.png"

@@ -22,15 +22,15 @@ from model_preparation.io.result_inputs import digests_of_files
 from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.jobs.jobs import Job, Runner
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
-from model_preparation.train.distill.distill_layer import Teacher
 from model_preparation.train.distill.donor import Donor
 from model_preparation.train.distill.hidden_states import check_room, states_bytes
+from model_preparation.train.distill.layers_in_turn import layer_seed, train_layers
 from model_preparation.train.distill.perplexity import Layer, perplexities
 from model_preparation.train.distill.report import write_report
 from model_preparation.train.distill.settings import SELF, DistillSettings
 from model_preparation.train.distill.student_layer import MIXER_FIELDS, student_config, student_layer, student_tensors
 from model_preparation.train.distill.tokens import TokenData, described, most_tokens, take_tokens
-from model_preparation.train.distill.train_layers import layer_seed, train_layers
+from model_preparation.train.distill.train_layer import Teacher
 from model_preparation.train.distill.work_folder import WorkFolder
 from model_preparation.versions import creation_time, versions
 

@@ -28,13 +28,6 @@ from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.io.untrusted.untrusted_files import without_links
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.train.heal.adapters import adapter_of, load_adapter, merge, write_adapter
-from model_preparation.train.heal.arguments import (
-    StepSize,
-    check_tracker,
-    milestones_here,
-    step_size,
-    training_arguments,
-)
 from model_preparation.train.heal.callbacks import Console, SaveWhenStopped
 from model_preparation.train.heal.heal_trainer import HealTrainer
 from model_preparation.train.heal.result import healing_record, log_files, scores, texts_of
@@ -43,6 +36,13 @@ from model_preparation.train.heal.run import Run, begin_or_resume, in_memory
 from model_preparation.train.heal.self_conversations import FOLDER
 from model_preparation.train.heal.sequences import Sequences
 from model_preparation.train.heal.settings import PATHS, HealSettings
+from model_preparation.train.heal.training_arguments import (
+    StepSize,
+    check_tracker,
+    milestones_here,
+    step_size,
+    training_arguments,
+)
 
 
 def heal_checkpoint(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from model_preparation.errors import SurgeryError
 from model_preparation.jobs.die_with_parent import PR_SET_PDEATHSIG
-from model_preparation.serve.plugin import fault_of_graft, fault_of_vllm, installed_vllm, is_for_cpus
+from model_preparation.serve.vllm_versions import fault_of_graft, fault_of_vllm, installed_vllm, is_for_cpus
 
 # The module that `vllm serve` runs. `vllm serve` itself fails in the build for CPUs: it looks up the version of `vllm`.
 _SERVER = "vllm.entrypoints.openai.api_server"
