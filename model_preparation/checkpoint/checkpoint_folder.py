@@ -23,11 +23,12 @@ from model_preparation.checkpoint.checkpoint_info import (
 from model_preparation.checkpoint.model_code import AUTO_MAP, code_digests, package_code
 from model_preparation.checkpoint.readme import readme_text
 from model_preparation.checkpoint.write_weights import shard_file, write_model
+from model_preparation.creation_time import creation_time
 from model_preparation.io.complete_folder import new_folder
 from model_preparation.io.digests import describe_file, describe_files
 from model_preparation.io.progress import bar
 from model_preparation.io.self_checksum import with_checksum
-from model_preparation.versions import creation_time, versions
+from model_preparation.versions import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

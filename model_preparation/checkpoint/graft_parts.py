@@ -17,7 +17,7 @@ from model_preparation.checkpoint.parent import Parent
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import Source, donor_name, resolve
 from model_preparation.io.tensors.dtypes import DType, float_dtype
-from model_preparation.io.tensors.tensor_files import TensorFiles
+from model_preparation.io.tensors.sharded_weights import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import StoredTensor
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from lm_eval.loggers import EvaluationTracker
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.checkpoint.checkpoint_info import INFO, read_info
+from model_preparation.creation_time import creation_time
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import ScoredModel, find_model, served_model
 from model_preparation.evaluation.recall_tasks import (
@@ -47,7 +48,6 @@ from model_preparation.io.result_inputs import differences
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
-from model_preparation.versions import creation_time
 
 _LOADING_SETTINGS = ("device", "dtype", "parallelize", "results_dir", "tokenizer", "sources", "server", "model")
 _SCORE_FIELDS = ("score", "stderr", "questions", "lm_eval_version", "settings", "weights", "model", "date")

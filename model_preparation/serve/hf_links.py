@@ -11,7 +11,7 @@ from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, TOKEN
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_folder import new_folder
 from model_preparation.io.linked_files import share_file
-from model_preparation.io.tensors.tensor_files import load_tensors
+from model_preparation.io.tensors.sharded_weights import load_tensors
 from model_preparation.io.untrusted.not_a_model import what_it_is
 
 _MARKER = "served_from.json"

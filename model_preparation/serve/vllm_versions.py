@@ -1,4 +1,4 @@
-"""The versions of vLLM that can serve our models, and the grafts that it can serve."""
+"""The versions of vLLM that can serve our models."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -35,19 +35,3 @@ def fault_of_vllm(installed: str | None) -> str | None:
             "models change with each version. Install that one: pip install '.[serve]'"
         )
     return None
-
-
-def fault_of_graft(donor_type: str, has_heads: bool) -> str | None:
-    """Why vLLM cannot serve a graft, and what to do; None if it can.
-
-    Args:
-        donor_type: the donor's kind.
-        has_heads: whether single heads are grafted.
-    """
-    if has_heads:
-        fault = "The checkpoint has grafted heads. vLLM gives a layer one kind of cache, and these layers need two."
-    elif donor_type != "llama":
-        fault = f"The grafted layers come from a {donor_type} model. With vLLM, only a Llama's layers can be served."
-    else:
-        return None
-    return f"{fault} Take the other engine: serve_checkpoint.py --engine transformers"

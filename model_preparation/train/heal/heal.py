@@ -19,9 +19,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from model_preparation.checkpoint.checkpoint_folder import ADAPTER, write_healed
 from model_preparation.checkpoint.checkpoint_info import FORMATS, INFO, check_format, current_score, read_info
-from model_preparation.checkpoint.load import bare_model, load_checkpoint, without_wrapper_prefixes
+from model_preparation.checkpoint.load import bare_model, load_checkpoint
 from model_preparation.checkpoint.model_digests import digest_of_checkpoint
 from model_preparation.checkpoint.smoke_test import PROMPT
+from model_preparation.checkpoint.wrapper_prefixes import without_wrapper_prefixes
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_folder import check_space, check_target
 from model_preparation.io.tensors.dtypes import torch_dtype

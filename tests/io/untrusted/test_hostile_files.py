@@ -25,7 +25,7 @@ from model_preparation.checkpoint.layer_store import LayerStore
 from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve
-from model_preparation.io.tensors.tensor_files import TensorFiles, load_tensors
+from model_preparation.io.tensors.sharded_weights import TensorFiles, load_tensors
 from model_preparation.io.tensors.tensor_ranges import safetensors_ranges
 from model_preparation.io.untrusted import pickle_check
 from model_preparation.io.untrusted.pt_check import check_pt, pt_records
