@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from model_preparation import load_checkpoint
 from model_preparation.checkpoint.model_configs import read_config
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.train.distill.self_sampling import SelfSampler
 from model_preparation.train.distill.tokens import tokens_of_text
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from model_preparation.llamba.donor_kinds import KINDS, DonorKind
-from model_preparation.train.distill.distill_layer import distill_layer, in_order, relative_error, shuffled
 from model_preparation.train.distill.student_layer import student_config, student_layer, student_tensors
+from model_preparation.train.distill.train_layer import in_order, relative_error, shuffled, train_layer
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH, HELD_OUT, SEED = 128, 16, 0
@@ -96,7 +96,7 @@ def layers(
         student = student_layer(student_tensors(kept, donor.config, config, SEED), config, "cpu")
         before = relative_error(layer, student, in_order(states[-HELD_OUT:]))
         batches = shuffled(states[:-HELD_OUT], None, 8, SEED)
-        distill_layer(layer, student, batches, steps=args.steps_per_layer, learning_rate=2e-3)
+        train_layer(layer, student, batches, steps=args.steps_per_layer, learning_rate=2e-3)
         yield before, relative_error(layer, student, in_order(states[-HELD_OUT:]))
 
 

@@ -63,8 +63,8 @@ def measure(args: argparse.Namespace) -> dict:
     from lm_eval.models.huggingface import HFLM
 
     from model_preparation import load_checkpoint
-    from model_preparation.evaluation.questions import SUBJECTS
-    from model_preparation.evaluation.scoring import ScoringLM
+    from model_preparation.evaluation.mmlu_questions import SUBJECTS
+    from model_preparation.evaluation.scoring_lm import ScoringLM
     from model_preparation.evaluation.tasks import load_tasks
 
     torch.set_num_threads(args.threads)

@@ -240,7 +240,7 @@ def read_base(name: str) -> Callable[[Path], None]:
     def read(work: Path) -> None:
         from model_preparation.checkpoint.model_configs import read_config, read_generation_config
         from model_preparation.hub.sources import resolve
-        from model_preparation.io.tensors.tensor_files import TensorFiles
+        from model_preparation.io.tensors.sharded_weights import TensorFiles
 
         folder = resolve(str(work / name)).folder
         read_config(folder)
@@ -256,8 +256,8 @@ def read_base(name: str) -> Callable[[Path], None]:
 
 def plan_with(name: str) -> Callable[[Path], None]:
     def read(work: Path) -> None:
-        from model_preparation.checkpoint.graft import plan
-        from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+        from model_preparation.checkpoint.check_graft import plan
+        from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 
         graft = plan(str(work / name), [1], work / "layers")
         graft.describe()

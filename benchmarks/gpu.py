@@ -425,7 +425,7 @@ def compiled(backend: str) -> Iterator[None]:
 @contextmanager
 def asked(args: argparse.Namespace) -> Iterator[tuple[Path, list[str], int, str]]:
     """MMLU's folder, its tasks, questions of each, and what they are; what is not there is made up."""
-    from model_preparation.evaluation.questions import SUBJECTS
+    from model_preparation.evaluation.mmlu_questions import SUBJECTS
 
     subjects, limit = (12, 20) if args.shape != "tiny" else (2, 4)
     names = [f"mmlu_{SUBJECTS[len(SUBJECTS) * number // subjects]}" for number in range(subjects)]
@@ -454,7 +454,7 @@ def word_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> PreTr
     """A token for each piece that Llama 3's tokenizer would split the questions into first."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-    from model_preparation.evaluation.questions import read_split
+    from model_preparation.evaluation.mmlu_questions import read_split
 
     split = pre_tokenizers.Split(Regex(WORDS), "isolated")
     pieces = dict.fromkeys([" A", " B", " C", " D"])
@@ -504,7 +504,7 @@ def part_scores(args: argparse.Namespace) -> Iterator[Row]:
         return
     from lm_eval.models.huggingface import HFLM
 
-    from model_preparation.evaluation.scoring import ScoringLM
+    from model_preparation.evaluation.scoring_lm import ScoringLM
 
     model = make("graft", args.shape, args.device, torch.bfloat16)
     with asked(args) as (folder, names, limit, kind):
@@ -532,7 +532,7 @@ def part_search(args: argparse.Namespace) -> Iterator[Row]:
     if importlib.util.find_spec("lm_eval") is None:
         yield row("lm_eval is not installed", 0, "")
         return
-    from model_preparation.evaluation.scoring import ScoringLM
+    from model_preparation.evaluation.scoring_lm import ScoringLM
     from model_preparation.search.layer_sets import SearchSpace, count_passes
     from model_preparation.search.model_pair import ModelPair
     from model_preparation.search.settings import SearchSettings

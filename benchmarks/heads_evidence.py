@@ -28,7 +28,7 @@ from model_preparation.embedded import recall
 from model_preparation.hub.sources import resolve
 from model_preparation.jobs.table import table
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
-from model_preparation.llamba.cache_llamba import kv_bytes_per_token
+from model_preparation.llamba.cache_bytes import kv_bytes_per_token
 from model_preparation.llamba.donor_kinds import KINDS, picked_heads
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 

@@ -23,7 +23,8 @@ from transformers import LlamaConfig
 from model_preparation.checkpoint.llamba_init import llamba_config
 from model_preparation.jobs.table import table
 from model_preparation.llamba import LlambaConfig
-from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache, kv_bytes_per_token
+from model_preparation.llamba.cache_bytes import kv_bytes_per_token
+from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache
 from model_preparation.llamba.donor_kinds import KINDS
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 

@@ -24,7 +24,7 @@ from benchmarks.heal_real import write_text
 from model_preparation import build_checkpoint, compare_evaluations, load_checkpoint
 from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.evaluation.generation import generate_text
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.train.distill.self_sampling import SelfSampler
 from model_preparation.train.heal.self_conversations import write_conversations
 from model_preparation.train.heal.sequences import load_sequences

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model_preparation import build_checkpoint, load_checkpoint
 from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.io.complete_file import write_file
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.train.distill.self_sampling import SelfSampler
 
 COMMAND = Path(__file__).resolve().parents[1] / "model_preparation" / "heal_checkpoint.py"

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 from model_preparation.train.heal.sequences import Documents, Shuffled, collate, load_sequences
 from model_preparation.train.heal.settings import HealSettings

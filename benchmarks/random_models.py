@@ -27,7 +27,7 @@ LAYERS = {
 IN_MEMORY = """
 import sys, torch
 from model_preparation.llamba import LlambaForCausalLM
-from model_preparation.checkpoint.graft import grafted_config
+from model_preparation.checkpoint.grafted_model import grafted_config
 from model_preparation.checkpoint.layer_store import LayerStore
 base, layers_dir, out, *layers = sys.argv[1:]
 layers = [int(layer) for layer in layers]
@@ -62,7 +62,7 @@ def make_models(shape: str, folder: Path, base: Path, layers_dir: Path) -> None:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     from model_preparation import extract_layers
-    from model_preparation.checkpoint.graft import empty_model
+    from model_preparation.checkpoint.grafted_model import empty_model
     from model_preparation.checkpoint.model_configs import layer_shapes
     from model_preparation.llamba import LlambaConfig
 

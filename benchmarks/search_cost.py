@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from model_preparation.checkpoint.extract import extract_layers
-from model_preparation.checkpoint.graft import empty_model, grafted_config
+from model_preparation.checkpoint.grafted_model import empty_model, grafted_config
 from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.search.checks import DONOR_LAYERS
 from model_preparation.search.layer_sets import SearchSpace

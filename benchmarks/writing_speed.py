@@ -17,8 +17,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from model_preparation.evaluation.models import find_model
-from model_preparation.evaluation.recall import RecallRecipe
-from model_preparation.evaluation.scoring import ScoringLM
+from model_preparation.evaluation.recall_tasks import RecallRecipe
+from model_preparation.evaluation.scoring_lm import ScoringLM
 
 
 def main() -> None:

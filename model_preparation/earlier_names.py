@@ -18,7 +18,7 @@ _NOW: dict[str, tuple[str, dict[str, str]]] = {
     "surgery.checkpoint": ("checkpoint.build", {}),
     "surgery.checkpoint_info": ("checkpoint.checkpoint_info", {}),
     "surgery.checkpoint_loading": ("checkpoint.load", {}),
-    "surgery.graft": ("checkpoint.graft", {}),
+    "surgery.graft": ("checkpoint.graft_parts", {}),
     "surgery.layer_store": ("checkpoint.layer_store", {}),
     "surgery.recipe": ("checkpoint.rebuild", {"rebuild": "rebuild_checkpoint"}),
     "surgery.sources": ("hub.sources", {}),

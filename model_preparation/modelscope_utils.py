@@ -44,7 +44,7 @@ def get_model_modelscope(
 
 
 def _tokenizer(name: str, source: Source) -> "PreTrainedTokenizerBase":
-    from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+    from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 
     if has_tokenizer(source.folder):
         return load_tokenizer(source.folder)

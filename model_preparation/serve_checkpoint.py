@@ -48,7 +48,8 @@ def main() -> None:
 
     from model_preparation.checkpoint.checkpoint_info import grafted_heads, read_info
     from model_preparation.io.result_inputs import name_of
-    from model_preparation.serve.engine import address, check_port, choose_engine, describe, serve_by_vllm
+    from model_preparation.serve.choose_engine import choose_engine
+    from model_preparation.serve.vllm_process import address, check_port, describe, serve_by_vllm
 
     checkpoint = args.checkpoint.expanduser()
     info = read_info(checkpoint)

@@ -15,8 +15,8 @@ from model_preparation.errors import SurgeryError
 from model_preparation.jobs import ray_cluster, ray_jobs, ray_scoring
 from model_preparation.jobs.jobs import Job
 from model_preparation.search.settings import SearchSettings
-from model_preparation.train.heal.arguments import StepSize, training_arguments
 from model_preparation.train.heal.settings import HealSettings
+from model_preparation.train.heal.training_arguments import StepSize, training_arguments
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from importlinter.cli import lint_imports
 from safetensors.torch import save_file
 
-from model_preparation.checkpoint.graft import empty_model
+from model_preparation.checkpoint.grafted_model import empty_model
 from model_preparation.checkpoint.model_configs import layer_shapes
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 from tests.conftest import PACKAGE, run_python, tiny_config, tiny_llama_cfg
@@ -62,9 +62,9 @@ def test_weights_are_found_and_copied_without_torch(layers_dir, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from model_preparation.checkpoint import build, checkpoint_folder, extract, graft, layer_store, weights
+from model_preparation.checkpoint import build, checkpoint_folder, extract, graft_parts, layer_store, write_weights
 from model_preparation.io.tensors.pt_writer import write_dict
-parts = graft.find_parts("tiny_llamba", [1, 3], {str(layers_dir)!r})
+parts = graft_parts.find_parts("tiny_llamba", [1, 3], {str(layers_dir)!r})
 assert len(write_dict(Path("weights.pt"), parts.tensors)[1]) == len(parts.tensors) > 50
 print("imported:", *(name for name in ("torch", "transformers", "numpy") if name in sys.modules))
 """

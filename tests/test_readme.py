@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model_preparation.evaluation.questions import SUBJECTS
+from model_preparation.evaluation.mmlu_questions import SUBJECTS
 from model_preparation.llamba import LlambaForCausalLM
 from tests.conftest import (
     HANG_SECONDS,

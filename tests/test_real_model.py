@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from model_preparation import load_checkpoint
-from model_preparation.evaluation.scoring import ScoringLM
+from model_preparation.evaluation.scoring_lm import ScoringLM
 from tests.conftest import HANG_SECONDS, assert_refused, copy_repository, run_command, run_python
 from tests.test_loading import WAYS
 

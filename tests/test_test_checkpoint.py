@@ -16,7 +16,7 @@ from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_model
 from model_preparation.evaluation.generation_report import printable
-from model_preparation.evaluation.questions import SUBJECTS
+from model_preparation.evaluation.mmlu_questions import SUBJECTS
 from model_preparation.hub.sources import EMBEDDED
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.test_checkpoint import main

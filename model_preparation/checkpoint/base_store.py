@@ -22,7 +22,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Advance
 from model_preparation.io.complete_file import write_file
 from model_preparation.io.complete_folder import remove_abandoned
-from model_preparation.io.shared_files import can_share, share_file
+from model_preparation.io.linked_files import can_share, share_file
 from model_preparation.io.tensors.dtypes import DType
 from model_preparation.io.tensors.safetensors_writer import Shard
 from model_preparation.io.untrusted.untrusted_files import check_fields, read_json, without_links

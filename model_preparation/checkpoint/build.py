@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model_preparation.checkpoint.check_graft import GraftPlan, check_parts
 from model_preparation.checkpoint.checkpoint_folder import describe_parent, finish_folder
 from model_preparation.checkpoint.checkpoint_info import FORMATS, INFO, check_format, descent_of
-from model_preparation.checkpoint.graft import GraftParts, GraftPlan, check_parts, empty_model, find_parts
+from model_preparation.checkpoint.graft_parts import GraftParts, find_parts
+from model_preparation.checkpoint.grafted_model import empty_model
 from model_preparation.checkpoint.layer_store import LayerStore
 from model_preparation.checkpoint.model_configs import read_generation_config
 from model_preparation.checkpoint.parent import Parent
-from model_preparation.checkpoint.weights import GraftWeights
+from model_preparation.checkpoint.write_weights import GraftWeights
 from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
 from model_preparation.io.background_tasks import BackgroundTasks
@@ -174,7 +176,7 @@ class _Checked:
     @classmethod
     def of(cls, graft: GraftPlan, device: str) -> "_Checked":
         """Load the tokenizer, and raise SurgeryError if it makes ids that the model has no embedding for."""
-        from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+        from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(graft.tokenizer)
         if len(tokenizer) > graft.config.padded_vocab_size:

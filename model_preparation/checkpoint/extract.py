@@ -28,6 +28,7 @@ from model_preparation.checkpoint.model_configs import (
     read_generation_config,
     type_and_depth,
 )
+from model_preparation.creation_time import creation_time
 from model_preparation.hub.sources import has_tokenizer, resolve
 from model_preparation.io.background_tasks import BackgroundTasks
 from model_preparation.io.block_io import Advance
@@ -36,10 +37,10 @@ from model_preparation.io.digests import describe_files
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import DType, float_dtype
 from model_preparation.io.tensors.pt_writer import write_dict, write_together
-from model_preparation.io.tensors.tensor_files import TensorFiles
+from model_preparation.io.tensors.sharded_weights import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import TensorRange
 from model_preparation.llamba.donor_kinds import KINDS
-from model_preparation.versions import creation_time, versions
+from model_preparation.versions import versions
 
 # torch and transformers take seconds to import, and writing does not need them.
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _check_and_load(
     folder: Path, files: TensorFiles, layers: Sequence[int], prefix: str
 ) -> "tuple[PreTrainedConfig, PreTrainedTokenizerBase | None]":
     """The model's config, and its tokenizer if it has one; raises SurgeryError if the layers do not fit the config."""
-    from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+    from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 
     config = read_config(folder)
     for index in layers:

@@ -22,7 +22,7 @@ from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, read_
 from model_preparation.checkpoint.model_digests import tensors_of
 from model_preparation.errors import SurgeryError, one_line
 from model_preparation.hub.sources import TABLE, resolve
-from model_preparation.io.tensors.tensor_files import TensorFiles
+from model_preparation.io.tensors.sharded_weights import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange, bytes_of, pt_ranges, safetensors_ranges
 from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.io.untrusted.pickle_check import TENSORS, allowed_in_module

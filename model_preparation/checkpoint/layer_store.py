@@ -20,7 +20,7 @@ from model_preparation.hub.sources import Source, check_recorded
 from model_preparation.io.digests import FILE_FIELDS, fault_of
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.pt_dict import dict_ranges
-from model_preparation.io.tensors.tensor_files import TensorFiles
+from model_preparation.io.tensors.sharded_weights import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import PickedTensor, StoredTensor, TensorRange
 from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json, regular_file

@@ -33,8 +33,8 @@ from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import Source, has_tokenizer, resolve
 from model_preparation.io.complete_folder import check_space, new_folder
 from model_preparation.io.tensors.dtypes import torch_dtype
-from model_preparation.io.tensors.tensor_files import TensorFiles
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.io.tensors.sharded_weights import TensorFiles
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.llamba.donor_kinds import KINDS
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM

@@ -11,18 +11,17 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from model_preparation.checkpoint.checkpoint_folder import INDEX
 from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, TOKENIZER, read_info
-from model_preparation.checkpoint.graft import empty_model
+from model_preparation.checkpoint.grafted_model import empty_model
+from model_preparation.checkpoint.wrapper_prefixes import without_wrapper_prefixes
 from model_preparation.devices import check_device
 from model_preparation.errors import SurgeryError
 from model_preparation.io.tensors.dtypes import torch_dtype
-from model_preparation.io.tensors.tensor_files import TensorFiles, load_tensors
+from model_preparation.io.tensors.sharded_weights import TensorFiles, load_tensors
 from model_preparation.io.untrusted.not_a_model import what_it_is
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_config import config_from, generation_config_from
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
-
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 
 
 def load_checkpoint(
@@ -103,17 +102,6 @@ def spread(model: PreTrainedModel) -> Any:
     whole = list(model._no_split_modules)
     max_memory = get_balanced_memory(model, no_split_module_classes=whole, dtype=model.dtype)
     return dispatch_model(model, infer_auto_device_map(model, max_memory, whole, dtype=model.dtype))
-
-
-def without_wrapper_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict without the prefixes `module.` and `_orig_mod.`, in whatever order a name has them."""
-    names = {}
-    for name in state_dict:
-        bare = name
-        while bare.startswith(_WRAPPER_PREFIXES):
-            bare = bare.partition(".")[2]
-        names[bare] = state_dict[name]
-    return names
 
 
 def _read_shards(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]:

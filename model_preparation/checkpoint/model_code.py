@@ -14,14 +14,15 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, INFO, README, formats_of, read_info
+from model_preparation.creation_time import creation_time
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_folder import new_folder, remove_abandoned
 from model_preparation.io.digests import describe_file, describe_files, sha256_of
 from model_preparation.io.folder_lock import is_partial, take
+from model_preparation.io.linked_files import share_file
 from model_preparation.io.self_checksum import with_checksum
-from model_preparation.io.shared_files import share_file
 from model_preparation.io.untrusted.untrusted_files import read_json, regular_file
-from model_preparation.versions import __version__, creation_time
+from model_preparation.versions import __version__
 
 CODE_UPDATES = "code_updates"  # in checkpoint_info.json: the updates of the code after the build
 AUTO_MAP = {  # in config.json: the classes that transformers takes from the files
@@ -185,7 +186,7 @@ def _share_tree(source: Path, target: Path) -> None:
 
 def _write_anew(folder: Path, info: Mapping[str, Any], changed: list[str]) -> None:
     """Write the files that change with the code: `changed`, config.json, README.txt, checkpoint_info.json."""
-    from model_preparation.checkpoint.checkpoint_folder import readme_text  # it imports this file
+    from model_preparation.checkpoint.readme import readme_text  # it imports this file
 
     before, after = listed_code(info), describe_package_code()
     files = {name: entry for name, entry in info["files"].items() if name not in before} | after

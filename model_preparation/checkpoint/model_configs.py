@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_preparation.errors import SurgeryError, one_line
-from model_preparation.io.tensors.dtypes import GIVE_UNQUANTISED, method_in_config
+from model_preparation.io.tensors.quantisation import GIVE_UNQUANTISED, method_in_config
 from model_preparation.io.untrusted.untrusted_files import check_fields, check_sizes, read_json
 from model_preparation.llamba.donor_kinds import KINDS
 

@@ -23,7 +23,7 @@ from model_preparation.io.digests import sha256_of
 from model_preparation.io.known_digests import remembered
 from model_preparation.io.result_inputs import digest_of, digests_of_files
 from model_preparation.io.tensors.dtypes import DType, dtype_of
-from model_preparation.io.tensors.tensor_files import TensorFiles, load_tensors
+from model_preparation.io.tensors.sharded_weights import TensorFiles, load_tensors
 from model_preparation.io.tensors.tensor_ranges import TensorRange, pt_ranges, range_of
 from model_preparation.io.untrusted.pickle_check import allowed_in_module
 from model_preparation.io.untrusted.pt_check import check_pt, reading_tensors

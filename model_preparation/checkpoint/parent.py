@@ -16,7 +16,7 @@ from model_preparation.checkpoint.checkpoint_info import (
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import donors_of, folder_named, resolve, target_named, target_of
 from model_preparation.io.result_inputs import differences
-from model_preparation.io.tensors.tensor_files import TensorFiles
+from model_preparation.io.tensors.sharded_weights import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import TensorRange
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from model_preparation.checkpoint.checkpoint_info import (
     formats_of,
     read_info,
 )
-from model_preparation.checkpoint.graft import find_base
+from model_preparation.checkpoint.graft_parts import find_base
 from model_preparation.checkpoint.layer_store import LayerStore
 from model_preparation.checkpoint.model_code import describe_package_code, listed_code, remark_on_code
 from model_preparation.errors import SurgeryError

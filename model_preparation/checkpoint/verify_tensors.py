@@ -23,7 +23,8 @@ from model_preparation.checkpoint.checkpoint_info import (
     grafted_heads,
     is_healed,
 )
-from model_preparation.checkpoint.graft import donor_prefixes, empty_model
+from model_preparation.checkpoint.graft_parts import donor_prefixes
+from model_preparation.checkpoint.grafted_model import empty_model
 from model_preparation.checkpoint.layer_store import METADATA, LayerStore
 from model_preparation.checkpoint.model_digests import (
     TensorDigest,
@@ -38,7 +39,7 @@ from model_preparation.hub.sources import donors_of
 from model_preparation.io.block_io import Advance
 from model_preparation.io.digests import FileDigests, read_digests
 from model_preparation.io.progress import bar
-from model_preparation.io.tensors.tensor_files import TensorFiles
+from model_preparation.io.tensors.sharded_weights import TensorFiles
 from model_preparation.io.tensors.tensor_ranges import MappedFiles, StoredTensor, TensorRange, bytes_of, range_of
 from model_preparation.io.untrusted.untrusted_config import config_from
 from model_preparation.llamba.configuration_llamba import LlambaConfig

@@ -27,14 +27,16 @@ from model_preparation.checkpoint.checkpoint_info import read_info
 from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.command_line import run
+from model_preparation.creation_time import creation_time
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import OtherModel, digest_of_weights, find_model, find_others, load_folder
 from model_preparation.evaluation.settings import EfficiencySettings
 from model_preparation.io.complete_folder import new_folder
 from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import torch_dtype
-from model_preparation.llamba.cache_llamba import CACHE_NAME, cache_bytes
-from model_preparation.versions import creation_time, versions
+from model_preparation.llamba.cache_bytes import cache_bytes
+from model_preparation.llamba.cache_llamba import CACHE_NAME
+from model_preparation.versions import versions
 
 FOLDER, NUMBERS, PLOT = "efficiency", "efficiency.json", "efficiency.png"
 # The measured fields, and how people read them: {field: (words, unit, the unit's size)}.

@@ -22,9 +22,10 @@ from lm_eval.loggers import EvaluationTracker
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model_preparation.checkpoint.checkpoint_info import INFO, read_info
+from model_preparation.creation_time import creation_time
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import ScoredModel, find_model, served_model
-from model_preparation.evaluation.recall import (
+from model_preparation.evaluation.recall_tasks import (
     DOCUMENTS,
     EMBEDDED_RECALL,
     RecallRecipe,
@@ -37,7 +38,7 @@ from model_preparation.evaluation.recall import (
 )
 from model_preparation.evaluation.results_folder import ResultsFolder, chosen_metric
 from model_preparation.evaluation.resumable_lm import ResumableLM
-from model_preparation.evaluation.scoring import ScoringLM
+from model_preparation.evaluation.scoring_lm import ScoringLM
 from model_preparation.evaluation.settings import EvaluationSettings
 from model_preparation.evaluation.suites import tasks_of_suite
 from model_preparation.evaluation.tasks import MMLU, Tasks, is_mmlu, load_tasks, name_of, quiet, short_name
@@ -46,8 +47,7 @@ from model_preparation.io.folder_lock import Hold, take
 from model_preparation.io.result_inputs import differences
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.io.tensors.dtypes import torch_dtype
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
-from model_preparation.versions import creation_time
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 
 _LOADING_SETTINGS = ("device", "dtype", "parallelize", "results_dir", "tokenizer", "sources", "server", "model")
 _SCORE_FIELDS = ("score", "stderr", "questions", "lm_eval_version", "settings", "weights", "model", "date")
@@ -82,7 +82,7 @@ def evaluate_checkpoint(
     settings = replace(settings or EvaluationSettings(), **changes)
     server = None
     if settings.server is not None:
-        from model_preparation.evaluation.server import Server, ServerLM  # slow to import
+        from model_preparation.evaluation.server_lm import Server, ServerLM  # slow to import
 
         server = Server.find(settings.server, settings.model)
     if directory is None:

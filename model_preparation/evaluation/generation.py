@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.prompt_files import Prompt, shown
 from model_preparation.evaluation.settings import GenerationSettings
-from model_preparation.io.untrusted.tokenizer_files import apply_chat_template
+from model_preparation.io.untrusted.untrusted_tokenizer import apply_chat_template
 
 _POSITIONS_AT_ONCE = 256  # the logits of a whole long prompt may not fit into memory
 

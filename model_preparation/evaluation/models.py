@@ -33,9 +33,9 @@ from model_preparation.hub.sources import (
 from model_preparation.io.complete_folder import existing_parent
 from model_preparation.io.result_inputs import digest_of, digests_of_files, name_of
 from model_preparation.io.untrusted.not_a_model import snapshot_in, what_it_is
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_config import generation_config_from
 from model_preparation.io.untrusted.untrusted_files import read_json, without_links
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.llamba.donor_kinds import KINDS
 
 # The two models of a checkpoint: their names for --compare_with, and their fields in checkpoint_info.json.

@@ -19,7 +19,7 @@ from lm_eval.api.model import LM
 from model_preparation import interrupts
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.results_folder import ResultsFolder
-from model_preparation.evaluation.scoring import ScoringLM
+from model_preparation.evaluation.scoring_lm import ScoringLM
 from model_preparation.io.complete_folder import check_space
 
 

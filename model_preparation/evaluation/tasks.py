@@ -32,8 +32,14 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from model_preparation.errors import SurgeryError, one_line
-from model_preparation.evaluation.questions import STOCK_TASKS, SUBJECTS, Questions, find_questions, read_subject
-from model_preparation.evaluation.recall import EMBEDDED_RECALL, RecallRecipe, is_recall, recall_names, task_config
+from model_preparation.evaluation.mmlu_questions import STOCK_TASKS, SUBJECTS, Questions, find_questions, read_subject
+from model_preparation.evaluation.recall_tasks import (
+    EMBEDDED_RECALL,
+    RecallRecipe,
+    is_recall,
+    recall_names,
+    task_config,
+)
 from model_preparation.evaluation.suites import Protocol
 from model_preparation.hub.sources import EMBEDDED
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from model_preparation.io.shared_files import share_range
+from model_preparation.io.linked_files import share_range
 
 BLOCK_BYTES = 4 << 20  # a multiple of every file system's block, as direct I/O asks for
 ALIGNMENT = 4096  # of places and lengths, for direct I/O and for sharing extents

@@ -220,7 +220,7 @@ def _tokenizer_differences(
 ) -> list[str]:
     """How the tokenizer differs, if it was recorded (since 0.2.0) and the requested one is on this disk."""
     from model_preparation.checkpoint.model_digests import digest_of_tokenizer
-    from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+    from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 
     asked, base = (None if name is None else target_named(name, sources) for name in names)
     folders = [folder_named(str(asked or base))]

@@ -37,7 +37,7 @@ from model_preparation.io.progress import bar
 from model_preparation.io.tensors.dtypes import float_dtype
 from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange
 from model_preparation.io.untrusted.pickle_check import globals_in
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.legacy.reader import is_usual
 from model_preparation.legacy.reader_process import legacy_process
 

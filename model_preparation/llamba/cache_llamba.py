@@ -1,4 +1,4 @@
-"""One cache for both kinds of layer, and how many bytes it takes.
+"""One cache for both kinds of layer.
 
 It holds the convolution and SSM states of Mamba layers, and K/V of grafted layers.
 It is transformers' DynamicCache, built from the config's `layer_types`. It also counts the tokens seen, so that a model
@@ -9,35 +9,14 @@ tokens, transformers' own sliding caches would drop tokens that the window still
 import inspect
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from transformers.masking_utils import create_causal_mask
 
 from .configuration_llamba import LlambaConfig
-from .donor_kinds import kv_heads
 
 # The installed transformers' name of the cache in arguments and outputs: `past_key_values` until 5.23, then `cache`.
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-
-
-def kv_bytes_per_token(config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> int:
-    """The bytes that each token adds to the cache: keys and values of `layers` whole layers and of grafted heads."""
-    group_size = config.num_attention_heads // config.num_key_value_heads
-    grafted = getattr(config, "llama_heads", {}).values()
-    kept = layers * config.num_key_value_heads + sum(len(kv_heads(heads, group_size)) for heads in grafted)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # Qwen2 has none
-    return 2 * kept * head_dim * dtype.itemsize
-
-
-def cache_bytes(config: PreTrainedConfig, layers: int, tokens: int, dtype: torch.dtype) -> int:
-    """The bytes in the cache after `tokens` tokens of one sequence: K/V of `layers` layers, states of the others."""
-    size = tokens * kv_bytes_per_token(config, layers, dtype)
-    if others := config.num_hidden_layers - layers:
-        ssm = config.ssm_cfg
-        inputs = ssm["d_conv"] * (config.d_inner + 2 * ssm["n_qk_heads"] * ssm["d_state"])
-        state = config.d_inner * ssm["d_state"]
-        size += others * (inputs * dtype.itemsize + state * max(dtype.itemsize, 4))  # the state is at least float32
-    return size
 
 
 class MambaStateLayer(LinearAttentionLayer):

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from model_preparation.checkpoint.graft import GraftPlan, empty_model
+from model_preparation.checkpoint.check_graft import GraftPlan
+from model_preparation.checkpoint.grafted_model import empty_model
 from model_preparation.io.tensors.tensor_ranges import MappedFiles, PickedTensor
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.llamba import LlambaForCausalLM
-from model_preparation.llamba.cache_llamba import kv_bytes_per_token
+from model_preparation.llamba.cache_bytes import kv_bytes_per_token
 from model_preparation.llamba.donor_kinds import KINDS, picked_heads
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 from model_preparation.search.layer_sets import WHOLE_LAYERS, LayerSet, Units

@@ -8,6 +8,7 @@ loss of the right answer, in nats per token of it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,15 @@ from scipy.stats import ttest_rel
 from model_preparation.evaluation.compare.paired import holm, mcnemar_p, standard_error
 from model_preparation.search.settings import ACCURACY
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Values = NDArray[np.float64]  # (questions,)
+
+
+def divergence(donors: "Tensor", ours: "Tensor") -> "Tensor":
+    """KL(donor || candidate), in nats: the mean over positions, from log-probabilities (positions, vocabulary)."""
+    return (donors.exp() * (donors - ours)).sum(-1).mean()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from rich.filesize import decimal
 
 from model_preparation.errors import SurgeryError
-from model_preparation.llamba.cache_llamba import cache_bytes
+from model_preparation.llamba.cache_bytes import cache_bytes
 from model_preparation.search.layer_sets import LayerSet, SearchSpace, names_of
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.settings import SearchSettings

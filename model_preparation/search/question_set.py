@@ -22,8 +22,8 @@ from torch import Tensor
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import run_tasks
-from model_preparation.evaluation.recall import RecallTask
-from model_preparation.evaluation.scoring import Answer, Row, ScoringLM, longest_first, padded
+from model_preparation.evaluation.recall_tasks import RecallTask
+from model_preparation.evaluation.scoring_lm import Answer, Row, ScoringLM, longest_first, padded
 from model_preparation.evaluation.tasks import Tasks, read_configs
 from model_preparation.search.settings import ACCURACY, KL, NLL
 

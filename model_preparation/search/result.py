@@ -17,12 +17,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from model_preparation.creation_time import creation_time
 from model_preparation.evaluation.compare.costs import pareto_front
 from model_preparation.evaluation.compare.paired import SIGNIFICANCE
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.layer_sets import BASE, LayerSet, SearchSpace
 from model_preparation.search.scoring_setup import ScoringSetup
-from model_preparation.versions import creation_time
 
 COMPARED = 50
 _LIKE = "not distinguishable from"

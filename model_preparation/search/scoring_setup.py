@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model_preparation.checkpoint import graft
+from model_preparation.checkpoint.check_graft import GraftPlan, plan
 from model_preparation.checkpoint.checkpoint_info import read_info
 from model_preparation.checkpoint.layer_store import LayerStore, ModelLayers
 from model_preparation.checkpoint.model_digests import digest_of_layers, digest_of_model, digest_of_tokenizer
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import load_asked, settings_of
 from model_preparation.evaluation.models import OtherModel, load_other
-from model_preparation.evaluation.scoring import ScoringLM, answers_of
+from model_preparation.evaluation.scoring_lm import ScoringLM, answers_of
 from model_preparation.evaluation.settings import EvaluationSettings
 from model_preparation.evaluation.tasks import quiet
 from model_preparation.hub.sources import donor_name, resolve
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.search.hidden_states import HiddenStates
 from model_preparation.search.model_pair import load_pair
 from model_preparation.search.question_set import BatchResult, QuestionSet
@@ -44,7 +44,7 @@ class ScoringSetup:
         recorded: everything except the weights that decides on the answers, as results and journals record it.
 
     Raises:
-        SurgeryError: as `graft.plan`, `load_tasks` and `QuestionSet`.
+        SurgeryError: as `plan`, `load_tasks` and `QuestionSet`.
     """
 
     def __init__(self, settings: SearchSettings, scored_on: str | None = None):
@@ -144,7 +144,7 @@ class ScoringSetup:
             yield number, [score[:, :vocabulary].cpu() for score in scores]
 
 
-def _plan(settings: SearchSettings) -> graft.GraftPlan:
+def _plan(settings: SearchSettings) -> GraftPlan:
     """The graft of all layers, or of all heads."""
     layers: LayerStore | ModelLayers
     if settings.llama_layers_dir is not None:
@@ -160,6 +160,6 @@ def _plan(settings: SearchSettings) -> graft.GraftPlan:
         layers.check_is_donor()
         heads = range(layers.config.num_attention_heads)
         asked = {"layers": [], "heads": dict.fromkeys(indices, heads), "keep_mixer_heads": settings.keep_mixer_heads}
-    return graft.plan(
+    return plan(
         settings.origin, llama_layers_dir=layers, tokenizer=settings.tokenizer, sources=settings.sources, **asked
     )

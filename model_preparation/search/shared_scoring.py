@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from model_preparation.evaluation.prefix_cache import shared_layer
-from model_preparation.evaluation.scoring import answers_of
+from model_preparation.evaluation.scoring_lm import answers_of
 from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache, MambaStateLayer
 from model_preparation.search.hidden_states import HiddenStates
 from model_preparation.search.layer_sets import BASE, LayerSet, walk
+from model_preparation.search.objective import divergence
 from model_preparation.search.question_set import BatchResult, QuestionSet
 from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.settings import KL
@@ -210,10 +211,8 @@ class SharedScorer:
         answers = answers_of(batch.rows, scores, self._questions.tokens(batch.task))
         if self._references is None:
             return BatchResult(answers, None)
-        divergences = []
-        for ours, donors in zip(scores, self._references(number), strict=True):
-            donors = donors.to(ours)
-            divergences.append((donors.exp() * (donors - ours)).sum(-1).mean())
+        pairs = zip(self._references(number), scores, strict=True)
+        divergences = [divergence(donors.to(ours), ours) for donors, ours in pairs]
         return BatchResult(answers, torch.stack(divergences).tolist())
 
 

@@ -1,7 +1,7 @@
 """Makes a folder that servers open from a checkpoint of format pt, without a second copy of its weights.
 
 The folder is NAME-hf, beside the checkpoint. It has config.json, the tokenizer, and a link to model_state_dict.pt under
-the name that transformers gives such a file (io/shared_files.py). Each start makes it again: links take no time.
+the name that transformers gives such a file (io/linked_files.py). Each start makes it again: links take no time.
 """
 
 from pathlib import Path
@@ -10,8 +10,8 @@ from model_preparation.checkpoint.checkpoint_folder import write_json
 from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, TOKENIZER, formats_of, read_info
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_folder import new_folder
-from model_preparation.io.shared_files import share_file
-from model_preparation.io.tensors.tensor_files import load_tensors
+from model_preparation.io.linked_files import share_file
+from model_preparation.io.tensors.sharded_weights import load_tensors
 from model_preparation.io.untrusted.not_a_model import what_it_is
 
 _MARKER = "served_from.json"

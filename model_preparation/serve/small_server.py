@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.errors import SurgeryError
-from model_preparation.io.untrusted.tokenizer_files import apply_chat_template
+from model_preparation.io.untrusted.untrusted_tokenizer import apply_chat_template
 
 Emit = Callable[[dict[str, Any]], None]
 

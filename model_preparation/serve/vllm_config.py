@@ -7,7 +7,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from model_preparation.serve.plugin import fault_of_graft
+from model_preparation.serve.choose_engine import fault_of_graft
 
 logger = init_logger("vllm.model_preparation")  # below vLLM's logger, so that it prints as vLLM does
 

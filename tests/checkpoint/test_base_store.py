@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from model_preparation.checkpoint import base_store
 from model_preparation.checkpoint.base_store import STORE, BaseStore, clean_checkpoints
-from model_preparation.io import shared_files
+from model_preparation.io import linked_files
 from model_preparation.io.known_digests import describe_source_file
 from model_preparation.io.tensors.dtypes import DType
 from model_preparation.io.tensors.safetensors_writer import Shard
@@ -98,7 +98,7 @@ def test_the_second_checkpoint_shares_the_files_of_the_first(checkpoints, writte
 
 @pytest.mark.skipif(os.name != "posix", reason="hard links")
 def test_hard_links_are_read_only(checkpoints, monkeypatch):
-    monkeypatch.setattr(shared_files, "_reflink", lambda source, target: False)
+    monkeypatch.setattr(linked_files, "_reflink", lambda source, target: False)
     checkpoints.build("first")
     path = checkpoints.folder / "first" / "layer_00.safetensors"
     assert path.samefile(checkpoints.stored()[0])
@@ -199,7 +199,7 @@ def test_where_nothing_can_be_shared_the_files_are_written(checkpoints, monkeypa
 
     if reason == "no links":
         monkeypatch.setattr(os, "link", refuse)
-        monkeypatch.setattr(shared_files, "_reflink", lambda source, target: False)
+        monkeypatch.setattr(linked_files, "_reflink", lambda source, target: False)
     elif reason == "no locks":
         monkeypatch.setattr(fcntl, "flock", no_locks)
     else:
@@ -272,7 +272,7 @@ def test_clean_removes_what_nobody_uses(checkpoints):
 
 def test_clean_keeps_what_a_checkpoint_has_as_a_copy(checkpoints, monkeypatch):
     """As a reflink looks: a file of its own, which only the SHA-256 in checkpoint_info.json ties to the store."""
-    monkeypatch.setattr(shared_files, "_hard_link", lambda source, target: False)
+    monkeypatch.setattr(linked_files, "_hard_link", lambda source, target: False)
     monkeypatch.setattr(base_store, "can_share", lambda folder: True)
     checkpoints.build("first")
     assert checkpoints.stored()[0].stat().st_nlink == 1

@@ -17,7 +17,7 @@ from model_preparation import (
     extract_layers,
     verify_checkpoint,
 )
-from model_preparation.checkpoint.graft import empty_model
+from model_preparation.checkpoint.grafted_model import empty_model
 from model_preparation.checkpoint.llamba_init import CORRELATED, init_llamba_base, llamba_config
 from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.errors import SurgeryError
@@ -26,11 +26,10 @@ from model_preparation.llamba import LlambaConfig
 from model_preparation.llamba.donor_kinds import KINDS
 from model_preparation.search.search import search_layers
 from model_preparation.search.settings import SearchSettings
-from model_preparation.serve.engine import choose_engine
-from model_preparation.serve.plugin import fault_of_graft
-from model_preparation.train.distill.distill_layer import Teacher
+from model_preparation.serve.choose_engine import choose_engine, fault_of_graft
 from model_preparation.train.distill.donor import Donor
 from model_preparation.train.distill.settings import DistillSettings
+from model_preparation.train.distill.train_layer import Teacher
 from tests.conftest import (
     PACKAGE,
     assert_refused,
@@ -241,7 +240,7 @@ def test_other_kinds_are_refused_in_one_sentence(model_type, base_dir, tmp_path)
 
 
 def test_vllm_serves_grafts_of_a_llama_only(monkeypatch):
-    monkeypatch.setattr("model_preparation.serve.engine.installed_vllm", lambda: "0.32.1")
+    monkeypatch.setattr("model_preparation.serve.choose_engine.installed_vllm", lambda: "0.32.1")
     assert fault_of_graft("llama", has_heads=False) is None
     assert [choose_engine("auto", kind) for kind in KINDS] == ["vllm", *["transformers"] * 3]
     assert choose_engine("auto", has_heads=True) == "transformers"

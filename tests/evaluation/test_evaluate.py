@@ -22,7 +22,7 @@ from model_preparation.checkpoint.checkpoint_info import read_info
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation import evaluate, models, results_folder
 from model_preparation.evaluation.evaluate import evaluate_model
-from model_preparation.evaluation.questions import SUBJECTS
+from model_preparation.evaluation.mmlu_questions import SUBJECTS
 from model_preparation.evaluation.results_folder import ResultsFolder, read_checked_json
 from model_preparation.evaluation.tasks import load_tasks
 from model_preparation.io.folder_lock import take

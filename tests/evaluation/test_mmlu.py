@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_checkpoint, evaluate_model
-from model_preparation.evaluation.questions import SUBJECTS
+from model_preparation.evaluation.mmlu_questions import SUBJECTS
 from model_preparation.evaluation.settings import EvaluationSettings
 from model_preparation.evaluation.tasks import GROUPS
 from model_preparation.llamba import LlambaForCausalLM

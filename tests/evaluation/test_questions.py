@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from model_preparation import load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.evaluate import evaluate_model
-from model_preparation.evaluation.questions import SUBJECTS, find_questions, read_split, read_subject
+from model_preparation.evaluation.mmlu_questions import SUBJECTS, find_questions, read_split, read_subject
 from model_preparation.hub import download
 from tests.checkpoint.test_sources import COMMIT, NOBODY, caches, hub, huggingface_copy, modelscope_copy  # noqa: F401
 from tests.evaluation.test_mmlu import question, write_questions, write_rows

@@ -29,9 +29,9 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.compare.choice_vs_generation import asked_both_ways
 from model_preparation.evaluation.evaluate import evaluate_checkpoint, evaluate_model
 from model_preparation.evaluation.models import load_folder
-from model_preparation.evaluation.recall import RecallRecipe, recall_names
+from model_preparation.evaluation.recall_tasks import RecallRecipe, recall_names
 from model_preparation.evaluation.results_folder import ResultsFolder
-from model_preparation.evaluation.scoring import ScoringLM
+from model_preparation.evaluation.scoring_lm import ScoringLM
 from model_preparation.evaluation.tasks import load_tasks, read_configs
 from model_preparation.hub.sources import EMBEDDED
 from tests.conftest import make_tokenizer, run_command

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.prefix_cache import can_share, shared
-from model_preparation.evaluation.scoring import ScoringLM
+from model_preparation.evaluation.scoring_lm import ScoringLM
 from model_preparation.llamba import LlambaCache, LlambaForCausalLM
 from tests.conftest import VOCABULARY, make_tokenizer, on, on_devices, seeded, tiny_config, tiny_llama_cfg
 

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 from model_preparation import build_checkpoint, evaluate_checkpoint, verify_checkpoint
 from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, INFO, TENSOR_DIGESTS
-from model_preparation.evaluation.questions import SUBJECTS
+from model_preparation.evaluation.mmlu_questions import SUBJECTS
 from model_preparation.evaluation.results_folder import RESULT, ResultsFolder
 from model_preparation.io.self_checksum import checksum_fault
 from model_preparation.search.journal import Journal

@@ -13,8 +13,8 @@ import pytest
 from model_preparation.checkpoint.rebuild import read_recipe
 from model_preparation.checkpoint.share import _read_card_file
 from model_preparation.errors import SurgeryError
+from model_preparation.evaluation.mmlu_questions import read_split
 from model_preparation.evaluation.prompt_files import read_prompts
-from model_preparation.evaluation.questions import read_split
 from model_preparation.evaluation.tasks import check_names, load_tasks
 from model_preparation.io.text import open_text
 from model_preparation.jobs.combinations import best_of, read_list

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from model_preparation import evaluate_checkpoint
-from model_preparation.evaluation.questions import SUBJECTS as MMLU_SUBJECTS
+from model_preparation.evaluation.mmlu_questions import SUBJECTS as MMLU_SUBJECTS
 from model_preparation.jobs.evaluate_many import Candidate, evaluate_all
 from tests.conftest import HANG_SECONDS, PACKAGE, assert_refused, wait_until
 from tests.evaluation.test_mmlu import question, write_questions

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
-from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache, cache_bytes
+from model_preparation.llamba.cache_bytes import cache_bytes
+from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache
 from model_preparation.llamba.donor_kinds import KINDS, picked_heads
 from tests.conftest import seeded, tiny_config
 

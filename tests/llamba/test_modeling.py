@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from model_preparation.checkpoint.graft import empty_model
+from model_preparation.checkpoint.grafted_model import empty_model
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 from model_preparation.llamba.mixer import CausalConv1d
 from tests.conftest import VOCABULARY, on_devices, seeded, tiny_config, tiny_llama_cfg

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model_preparation import build_checkpoint, extract_layers, load_checkpoint
-from model_preparation.checkpoint.graft import empty_model
+from model_preparation.checkpoint.grafted_model import empty_model
 from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 
 REFERENCE = Path(os.environ.get("LLAMBA_REFERENCE", ""))

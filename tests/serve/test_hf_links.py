@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from model_preparation import SurgeryError
 from model_preparation.checkpoint.load import load_checkpoint
-from model_preparation.io.shared_files import can_reflink
+from model_preparation.io.linked_files import can_reflink
 from model_preparation.serve.hf_links import hf_folder
 
 

@@ -17,8 +17,8 @@ from model_preparation import SurgeryError, evaluate_checkpoint
 from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.io.complete_file import write_file
 from model_preparation.io.self_checksum import with_checksum
-from model_preparation.serve.plugin import installed_vllm
 from model_preparation.serve.small_server import Answering, Refused
+from model_preparation.serve.vllm_versions import installed_vllm
 from tests.conftest import assert_refused, run_command
 from tests.serve.conftest import SCORED, assert_scores_are_ours
 
@@ -279,7 +279,7 @@ def run_with_path(folder, *args):
 )
 def test_the_reason_in_the_log_of_vllm(tmp_path, log, reason):
     """The logs are shortened ones of vLLM 0.32."""
-    from model_preparation.serve.engine import reason_in
+    from model_preparation.serve.vllm_process import reason_in
 
     (tmp_path / "log").write_text(log)
     assert reason_in(tmp_path / "log") == reason

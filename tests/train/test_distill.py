@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 from model_preparation import SurgeryError, build_checkpoint, distill_llamba_base, load_checkpoint
 from model_preparation.checkpoint.llamba_init import init_llamba_base
 from model_preparation.train.distill import distill, hidden_states
-from model_preparation.train.distill.distill_layer import Teacher
 from model_preparation.train.distill.report import describe, plot_losses
 from model_preparation.train.distill.self_sampling import SelfSampler
 from model_preparation.train.distill.settings import DistillSettings
 from model_preparation.train.distill.tokens import TokenData, described
+from model_preparation.train.distill.train_layer import Teacher
 from model_preparation.train.distill.work_folder import WorkFolder
 from tests.conftest import assert_refused, run_command, run_fresh_command
 from tests.train.cutting import write_text

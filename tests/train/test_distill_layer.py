@@ -9,15 +9,15 @@ from transformers import LlamaForCausalLM
 from model_preparation import SurgeryError
 from model_preparation.checkpoint.llamba_init import llamba_config, mamba_layer
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
-from model_preparation.train.distill.distill_layer import (
+from model_preparation.train.distill.student_layer import student_config, student_layer, student_tensors
+from model_preparation.train.distill.train_layer import (
     Batch,
-    distill_layer,
     in_order,
     rate_factor,
     relative_error,
     shuffled,
+    train_layer,
 )
-from model_preparation.train.distill.student_layer import student_config, student_layer, student_tensors
 
 LENGTH = 24
 
@@ -80,7 +80,7 @@ def test_training_comes_closer_and_touches_nothing_but_the_mixer(donor, states, 
     before = copy.deepcopy(student.state_dict())
     initial = relative_error(layer, student, in_order(states), target)
     steps = []
-    losses = distill_layer(
+    losses = train_layer(
         layer, student, shuffled(states, None, 4, seed=1), steps=40, learning_rate=3e-3, target=target, log=steps.append
     )
     assert relative_error(layer, student, in_order(states), target) < 0.7 * initial
@@ -110,7 +110,7 @@ def test_another_size_starts_from_what_fits(donor, states, mixer):
         given, wanted = student(states), same(states)
     if mixer in ({"d_state": 24}, {"n_v_heads": 4}):  # larger ones do the same at first
         torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
-    taught = distill_layer(
+    taught = train_layer(
         donor.model.layers[1], student, shuffled(states, None, 4, seed=1), steps=30, learning_rate=3e-3
     )
     assert taught[-1] < 0.8 * taught[0]
@@ -140,9 +140,9 @@ def test_the_learning_rate_rises_and_falls():
 def test_what_cannot_be_trained(donor, states):
     layer = donor.model.layers[1]
     with pytest.raises(SurgeryError, match="lower --learning_rate"):
-        distill_layer(layer, start(donor), [Batch(states * float("nan"))], steps=1, learning_rate=1e-3)
+        train_layer(layer, start(donor), [Batch(states * float("nan"))], steps=1, learning_rate=1e-3)
     with pytest.raises(ValueError, match="1 batches for 2 steps"):
-        distill_layer(layer, start(donor), [Batch(states)], steps=2, learning_rate=1e-3)
+        train_layer(layer, start(donor), [Batch(states)], steps=2, learning_rate=1e-3)
     with pytest.raises(SurgeryError, match="no size width"):
         student_config(donor.config, {"width": 3})
     with pytest.raises(SurgeryError, match="n_qk_heads 3 does not divide"):

@@ -6,7 +6,7 @@ import torch
 from model_preparation import load_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import OtherModel, load_other
-from model_preparation.train.heal.objective import (
+from model_preparation.train.heal.losses import (
     Distillation,
     LiveTeacher,
     TeacherOutput,

@@ -13,7 +13,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import OtherModel, load_other
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache
-from model_preparation.train.heal.objective import Distillation, LiveTeacher, next_tokens
+from model_preparation.train.heal.losses import Distillation, LiveTeacher, next_tokens
 from model_preparation.train.heal.segments import segments
 from model_preparation.train.heal.sequences import Sequences
 from model_preparation.train.heal.settings import HealSettings

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import OtherModel, load_other
 from model_preparation.train.heal import teacher_cache
-from model_preparation.train.heal.objective import LiveTeacher
+from model_preparation.train.heal.losses import LiveTeacher
 from model_preparation.train.heal.sequences import Sequences
 from model_preparation.train.heal.settings import HealSettings
 from model_preparation.train.heal.teacher_cache import CACHE_FILE, TeacherCache

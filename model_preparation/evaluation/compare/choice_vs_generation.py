@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from model_preparation.evaluation.recall import CHOICE, GENERATED, root_of
+from model_preparation.evaluation.recall_tasks import CHOICE, GENERATED, root_of
 
 _GENERATIVE = "_generative"  # of lm-eval's MMLU
 _LENGTH = re.compile(r"_(\d+)$")

@@ -28,7 +28,7 @@ from model_preparation.evaluation.compare.notes import (
     score_notes,
     settings_of,
 )
-from model_preparation.evaluation.questions import some
+from model_preparation.evaluation.mmlu_questions import some
 from model_preparation.evaluation.results_folder import chosen_metric
 
 OVERALL, GROUP, SUBJECT = "overall", "group", "subject"

@@ -7,7 +7,7 @@ from typing import Any
 from model_preparation.evaluation.compare.answers import CommonQuestions
 from model_preparation.evaluation.compare.costs import Cost
 from model_preparation.evaluation.compare.evaluation_files import EvaluationFiles
-from model_preparation.evaluation.questions import some
+from model_preparation.evaluation.mmlu_questions import some
 from model_preparation.terminal import escaped
 
 _DATE, _LIMIT, _NONE = "date", "limit of questions per task", "none"

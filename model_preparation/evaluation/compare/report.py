@@ -36,7 +36,7 @@ from model_preparation.evaluation.compare.examples import differing_questions
 from model_preparation.evaluation.compare.notes import head_line, shared_and_differing
 from model_preparation.evaluation.compare.paired import SIGNIFICANCE
 from model_preparation.evaluation.efficiency import MEASURED
-from model_preparation.evaluation.questions import some
+from model_preparation.evaluation.mmlu_questions import some
 from model_preparation.io.complete_folder import check_target, new_folder
 from model_preparation.terminal import escaped
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Self
 
 from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Place, read_into
-from model_preparation.io.tensors.dtypes import DType, dtype_of, refusal
+from model_preparation.io.tensors.dtypes import DType, dtype_of
+from model_preparation.io.tensors.quantisation import refusal
 from model_preparation.io.untrusted.pt_check import pt_records, reading_tensors
 from model_preparation.io.untrusted.untrusted_files import MAX_JSON_BYTES, check_fields, parse_json, regular_file
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model_preparation.checkpoint.layer_store import check_range, sorted_layers
 from model_preparation.checkpoint.llamba_init import llamba_parts, size_bytes, write_llamba
+from model_preparation.creation_time import creation_time
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve, tokenizer_files
 from model_preparation.io.complete_folder import check_space, check_target, new_folder
@@ -22,17 +23,17 @@ from model_preparation.io.result_inputs import digests_of_files
 from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.jobs.jobs import Job, Runner
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
-from model_preparation.train.distill.distill_layer import Teacher
 from model_preparation.train.distill.donor import Donor
 from model_preparation.train.distill.hidden_states import check_room, states_bytes
+from model_preparation.train.distill.layers_in_turn import layer_seed, train_layers
 from model_preparation.train.distill.perplexity import Layer, perplexities
 from model_preparation.train.distill.report import write_report
 from model_preparation.train.distill.settings import SELF, DistillSettings
 from model_preparation.train.distill.student_layer import MIXER_FIELDS, student_config, student_layer, student_tensors
 from model_preparation.train.distill.tokens import TokenData, described, most_tokens, take_tokens
-from model_preparation.train.distill.train_layers import layer_seed, train_layers
+from model_preparation.train.distill.train_layer import Teacher
 from model_preparation.train.distill.work_folder import WorkFolder
-from model_preparation.versions import creation_time, versions
+from model_preparation.versions import versions
 
 WORKER = Path(__file__).with_name("worker.py")
 DONOR, INITIAL, DISTILLED = "donor", "initial", "distilled"

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from model_preparation.checkpoint.llamba_init import open_donor
 from model_preparation.hub.sources import Source
-from model_preparation.io.tensors.tensor_files import TensorFiles
+from model_preparation.io.tensors.sharded_weights import TensorFiles
 from model_preparation.llamba.donor_kinds import KINDS
 
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import sync
 from model_preparation.io.complete_folder import existing_parent
-from model_preparation.train.distill.distill_layer import Teacher, apply_layer
 from model_preparation.train.distill.donor import Donor
+from model_preparation.train.distill.train_layer import Teacher, apply_layer
 
 
 class HiddenStates:

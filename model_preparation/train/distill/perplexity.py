@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from model_preparation.train.distill.distill_layer import apply_layer
 from model_preparation.train.distill.donor import Donor
+from model_preparation.train.distill.train_layer import apply_layer
 
 Layer = Callable[[Tensor], Tensor]  # from and to hidden states (batch, length, width), on any device
 

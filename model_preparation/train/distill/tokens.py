@@ -21,7 +21,7 @@ from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import has_tokenizer
 from model_preparation.io.digests import blake3_of
 from model_preparation.io.progress import bar
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.train import texts
 from model_preparation.train.distill.donor import Donor
 from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, SelfSampler

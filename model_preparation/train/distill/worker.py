@@ -17,7 +17,7 @@ def main() -> None:
 
     from model_preparation.hub.sources import resolve
     from model_preparation.train.distill.donor import Donor
-    from model_preparation.train.distill.train_layers import train_layers
+    from model_preparation.train.distill.layers_in_turn import train_layers
     from model_preparation.train.distill.work_folder import WorkFolder
 
     donor = Donor.open(resolve(str(args.donor_folder)), device)

@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model_preparation.checkpoint.load import without_wrapper_prefixes
+from model_preparation.checkpoint.wrapper_prefixes import without_wrapper_prefixes
 from model_preparation.errors import SurgeryError
 from model_preparation.io.untrusted.untrusted_files import read_json
 from model_preparation.llamba import LlambaForCausalLM

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from model_preparation.errors import SurgeryError, one_line
-from model_preparation.io.untrusted.tokenizer_files import within_limits
+from model_preparation.io.untrusted.untrusted_tokenizer import within_limits
 from model_preparation.train.conversations import Conversation, Message
 
 NOT_COUNTED = -100  # the label of tokens that are not learned, as in transformers

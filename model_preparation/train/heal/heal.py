@@ -19,22 +19,16 @@ from transformers.trainer_callback import PrinterCallback
 
 from model_preparation.checkpoint.checkpoint_folder import ADAPTER, write_healed
 from model_preparation.checkpoint.checkpoint_info import FORMATS, INFO, check_format, current_score, read_info
-from model_preparation.checkpoint.load import bare_model, load_checkpoint, without_wrapper_prefixes
+from model_preparation.checkpoint.load import bare_model, load_checkpoint
 from model_preparation.checkpoint.model_digests import digest_of_checkpoint
 from model_preparation.checkpoint.smoke_test import PROMPT
+from model_preparation.checkpoint.wrapper_prefixes import without_wrapper_prefixes
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_folder import check_space, check_target
 from model_preparation.io.tensors.dtypes import torch_dtype
 from model_preparation.io.untrusted.untrusted_files import without_links
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.train.heal.adapters import adapter_of, load_adapter, merge, write_adapter
-from model_preparation.train.heal.arguments import (
-    StepSize,
-    check_tracker,
-    milestones_here,
-    step_size,
-    training_arguments,
-)
 from model_preparation.train.heal.callbacks import Console, SaveWhenStopped
 from model_preparation.train.heal.heal_trainer import HealTrainer
 from model_preparation.train.heal.result import healing_record, log_files, scores, texts_of
@@ -43,6 +37,13 @@ from model_preparation.train.heal.run import Run, begin_or_resume, in_memory
 from model_preparation.train.heal.self_conversations import FOLDER
 from model_preparation.train.heal.sequences import Sequences
 from model_preparation.train.heal.settings import PATHS, HealSettings
+from model_preparation.train.heal.training_arguments import (
+    StepSize,
+    check_tracker,
+    milestones_here,
+    step_size,
+    training_arguments,
+)
 
 
 def heal_checkpoint(

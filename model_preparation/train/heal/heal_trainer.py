@@ -35,7 +35,7 @@ from model_preparation.io.complete_file import make_folder
 from model_preparation.io.complete_folder import new_folder
 from model_preparation.train.heal.adapters import adapter_of, load_adapter_weights, write_adapter
 from model_preparation.train.heal.conversation_tokens import NOT_COUNTED
-from model_preparation.train.heal.objective import Distillation, losses_of
+from model_preparation.train.heal.losses import Distillation, losses_of
 from model_preparation.train.heal.resume_state import (
     STATE_FILE,
     TRAINER_STATE,

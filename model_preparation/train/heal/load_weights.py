@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, read_info
-from model_preparation.checkpoint.load import without_wrapper_prefixes
+from model_preparation.checkpoint.wrapper_prefixes import without_wrapper_prefixes
 from model_preparation.errors import SurgeryError
-from model_preparation.io.tensors.tensor_files import TensorFiles, load_tensors
+from model_preparation.io.tensors.sharded_weights import TensorFiles, load_tensors
 from model_preparation.io.tensors.tensor_ranges import MappedFiles, safetensors_ranges
 
 _SHOWN = 5

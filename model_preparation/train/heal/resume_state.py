@@ -21,10 +21,10 @@ from model_preparation.checkpoint.checkpoint_folder import write_json
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import sync
 from model_preparation.io.digests import FILE_FIELDS, describe_files, fault_of
-from model_preparation.io.shared_files import share_file
+from model_preparation.io.linked_files import share_file
+from model_preparation.io.untrusted.distcp_files import SHARD_METADATA, check_shards
 from model_preparation.io.untrusted.pickle_check import TENSORS
 from model_preparation.io.untrusted.pt_check import check_pt
-from model_preparation.io.untrusted.sharded_files import SHARD_METADATA, check_shards
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
 
 FORMAT_VERSION = 1

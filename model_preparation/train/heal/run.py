@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from model_preparation.checkpoint.checkpoint_folder import describe_parent
-from model_preparation.checkpoint.graft import donor_prefixes
+from model_preparation.checkpoint.graft_parts import donor_prefixes
 from model_preparation.checkpoint.load import load_checkpoint
 from model_preparation.checkpoint.model_digests import (
     digest_of_checkpoint,
@@ -29,9 +29,8 @@ from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.train.distill.settings import SELF
 from model_preparation.train.heal.adapters import add_lora, is_adapter, load_adapter
-from model_preparation.train.heal.arguments import step_size
 from model_preparation.train.heal.load_weights import load_weights
-from model_preparation.train.heal.objective import Distillation, LiveTeacher, check_teacher
+from model_preparation.train.heal.losses import Distillation, LiveTeacher, check_teacher
 from model_preparation.train.heal.resume_state import (
     ResumeState,
     check_state,
@@ -45,6 +44,7 @@ from model_preparation.train.heal.self_conversations import write_conversations
 from model_preparation.train.heal.sequences import Sequences, hold_out, load_sequences
 from model_preparation.train.heal.settings import HealSettings, resumed_settings, saved_settings
 from model_preparation.train.heal.teacher_cache import TeacherCache, recorded_teacher
+from model_preparation.train.heal.training_arguments import step_size
 
 Say = Callable[..., None]
 

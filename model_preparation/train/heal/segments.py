@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from model_preparation.llamba.cache_llamba import CACHE_NAME, LlambaCache
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.train.heal.conversation_tokens import NOT_COUNTED
-from model_preparation.train.heal.objective import next_tokens
+from model_preparation.train.heal.losses import next_tokens
 
 
 def segments(

@@ -20,7 +20,7 @@ from model_preparation.io.complete_file import make_folder, write_file
 from model_preparation.io.progress import bar
 from model_preparation.io.result_inputs import digest_of
 from model_preparation.io.text import read_text
-from model_preparation.io.untrusted.tokenizer_files import apply_chat_template, load_tokenizer, within_limits
+from model_preparation.io.untrusted.untrusted_tokenizer import apply_chat_template, load_tokenizer, within_limits
 from model_preparation.train.conversations import Conversation
 from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, SelfSampler
 from model_preparation.train.heal.conversation_tokens import encode

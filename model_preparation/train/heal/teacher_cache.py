@@ -27,7 +27,7 @@ from model_preparation.io.progress import bar
 from model_preparation.io.result_inputs import differences
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
 from model_preparation.train.heal.conversation_tokens import NOT_COUNTED
-from model_preparation.train.heal.objective import LiveTeacher, TeacherOutput, next_tokens
+from model_preparation.train.heal.losses import LiveTeacher, TeacherOutput, next_tokens
 from model_preparation.train.heal.sequences import Sequences
 
 CACHE_FILE = "teacher_cache.json"

@@ -20,17 +20,17 @@ from hypothesis import strategies as st
 from benchmarks.fuzz import Watch
 from benchmarks.mutations import mutate, unzip, zip_of
 from model_preparation import load_checkpoint
-from model_preparation.checkpoint.graft import plan
+from model_preparation.checkpoint.check_graft import plan
 from model_preparation.checkpoint.layer_store import LayerStore
 from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.errors import SurgeryError
 from model_preparation.hub.sources import resolve
-from model_preparation.io.tensors.tensor_files import TensorFiles, load_tensors
+from model_preparation.io.tensors.sharded_weights import TensorFiles, load_tensors
 from model_preparation.io.tensors.tensor_ranges import safetensors_ranges
 from model_preparation.io.untrusted import pickle_check
 from model_preparation.io.untrusted.pt_check import check_pt, pt_records
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_files import parse_json
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from tests.conftest import assert_refused, run_command
 
 SYSTEM = b"cposix\nsystem\nX\x04\0\0\0true\x85R."

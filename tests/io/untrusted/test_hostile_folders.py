@@ -22,7 +22,7 @@ from model_preparation.evaluation.evaluate import evaluate_checkpoint
 from model_preparation.io.complete_file import write_file
 from model_preparation.io.complete_folder import new_folder
 from model_preparation.io.self_checksum import with_checksum
-from model_preparation.io.untrusted import tokenizer_files
+from model_preparation.io.untrusted import untrusted_tokenizer
 from model_preparation.search.checks import check_output
 from model_preparation.terminal import Escaping, escaped
 from model_preparation.train.distill.work_folder import WorkFolder
@@ -298,11 +298,11 @@ def test_a_link_to_itself_is_no_file_to_share(checkpoint):
     ],
 )
 def test_a_chat_template_neither_runs_for_ever_nor_takes_all_memory(template, reason, monkeypatch):
-    monkeypatch.setattr(tokenizer_files, "_SECONDS", 1)
-    monkeypatch.setattr(tokenizer_files, "_MAX_TEXT_BYTES", 1000)
+    monkeypatch.setattr(untrusted_tokenizer, "_SECONDS", 1)
+    monkeypatch.setattr(untrusted_tokenizer, "_MAX_TEXT_BYTES", 1000)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=reason):
-        tokenizer_files.apply_chat_template(tokenizer, [{"role": "user", "content": "Hello"}])
+        untrusted_tokenizer.apply_chat_template(tokenizer, [{"role": "user", "content": "Hello"}])
     tokenizer.chat_template = "{{ messages[0].content }}é!"
-    assert tokenizer_files.apply_chat_template(tokenizer, [{"role": "user", "content": "Hello"}]) == "Helloé!"
+    assert untrusted_tokenizer.apply_chat_template(tokenizer, [{"role": "user", "content": "Hello"}]) == "Helloé!"

@@ -13,7 +13,7 @@ from model_preparation.checkpoint.layer_store import LayerStore
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.models import find_model
 from model_preparation.hub.sources import resolve, target_named
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from tests.conftest import assert_refused, run_command
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{0:064d}\nsize 4976698672\n".encode()

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model_preparation.errors import SurgeryError
-from model_preparation.io.tensors.dtypes import GIVE_UNQUANTISED, DType, method_in_names, refusal
+from model_preparation.io.tensors.dtypes import DType
+from model_preparation.io.tensors.quantisation import GIVE_UNQUANTISED, method_in_names, refusal
 from model_preparation.io.tensors.tensor_ranges import (
     SAFETENSORS_DTYPES,
     MappedFiles,

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.results_folder import ResultsFolder
 from model_preparation.io.result_inputs import digest_of
-from model_preparation.io.untrusted.tokenizer_files import load_tokenizer
 from model_preparation.io.untrusted.untrusted_files import check_fields
+from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 
 _ADDRESS = "such as http://127.0.0.1:8000"
 _TIMEOUT_SECONDS = 3600  # a CPU takes minutes for many long prompts

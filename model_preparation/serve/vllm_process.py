@@ -18,7 +18,7 @@ from pathlib import Path
 
 from model_preparation.errors import SurgeryError
 from model_preparation.jobs.die_with_parent import PR_SET_PDEATHSIG
-from model_preparation.serve.plugin import fault_of_graft, fault_of_vllm, installed_vllm, is_for_cpus
+from model_preparation.serve.vllm_versions import is_for_cpus
 
 # The module that `vllm serve` runs. `vllm serve` itself fails in the build for CPUs: it looks up the version of `vllm`.
 _SERVER = "vllm.entrypoints.openai.api_server"
@@ -31,23 +31,6 @@ _PATIENCE_SECONDS = 30  # from SIGTERM to SIGKILL
 _FOLLOWS = re.compile(r"(Engine core|WorkerProc) initialization failed|validation errors? for")
 _REASON = re.compile(r"(?:^|\s)(?:[\w.]+(?:Error|Exception)|Value error|.*: error)[:,] (?P<reason>\S.*)$")
 _ENDING = re.compile(r"\s*\[type=.*$")  # pydantic's
-
-
-def choose_engine(asked: str, donor_type: str = "llama", has_heads: bool = False) -> str:
-    """ "vllm" or "transformers"; "auto" takes vLLM if it is installed and can serve such a graft.
-
-    Raises:
-        SurgeryError: if vLLM is asked for, but is missing, has a version that cannot serve our models, or cannot serve
-            such a graft.
-    """
-    installed, unserved = installed_vllm(), fault_of_graft(donor_type, has_heads)
-    if asked == "transformers" or (asked == "auto" and (installed is None or unserved)):
-        return "transformers"
-    if unserved:
-        raise SurgeryError(unserved)
-    if fault := fault_of_vllm(installed):
-        raise SurgeryError(f"{fault} Or take the engine that needs none: --engine transformers")
-    return "vllm"
 
 
 def check_port(host: str, port: int) -> None:

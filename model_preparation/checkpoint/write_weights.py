@@ -17,13 +17,13 @@ from rich.filesize import decimal
 
 from model_preparation.checkpoint.base_store import STORE, BaseStore
 from model_preparation.checkpoint.checkpoint_info import INFO, MODULE, STATE_DICT, TENSOR_DIGESTS, read_info
-from model_preparation.checkpoint.graft import GraftParts
+from model_preparation.checkpoint.graft_parts import GraftParts
 from model_preparation.errors import SurgeryError
 from model_preparation.io.block_io import Advance
 from model_preparation.io.complete_folder import check_space, existing_parent
 from model_preparation.io.known_digests import describe_source_file, is_known
+from model_preparation.io.linked_files import can_reflink
 from model_preparation.io.progress import bar
-from model_preparation.io.shared_files import can_reflink
 from model_preparation.io.tensors.pt_writer import write_together
 from model_preparation.io.tensors.safetensors_writer import Shard
 from model_preparation.io.tensors.tensor_ranges import StoredTensor, TensorRange

@@ -40,7 +40,7 @@ class Step(NamedTuple):
     gradient_norm: float
 
 
-def distill_layer(
+def train_layer(
     donor_layer: nn.Module,
     student_layer: LlambaDecoderLayer,
     batches: Iterable[Batch],

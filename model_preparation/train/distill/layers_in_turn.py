@@ -13,11 +13,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import nn
 
 from model_preparation.io.folder_lock import take
-from model_preparation.train.distill.distill_layer import Step, distill_layer, in_order, relative_error, shuffled
 from model_preparation.train.distill.donor import Donor
 from model_preparation.train.distill.hidden_states import HiddenStates, check_room, states_bytes
 from model_preparation.train.distill.student_layer import student_config, student_layer, student_tensors
 from model_preparation.train.distill.tokens import TokenData
+from model_preparation.train.distill.train_layer import Step, in_order, relative_error, shuffled, train_layer
 from model_preparation.train.distill.work_folder import WorkFolder
 
 LOGGED_STEPS = 100  # of each layer, evenly spread
@@ -96,7 +96,7 @@ def _train(
             log.append(step._asdict())
 
     initial = error()
-    distill_layer(
+    train_layer(
         teacher,
         student,
         shuffled(states.values[:-held_out], weights, settings["batch_size"], seed),

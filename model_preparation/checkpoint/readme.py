@@ -1,0 +1,144 @@
+"""The text of README.txt, which each checkpoint has: what it is, its files, and how to load it."""
+
+from typing import Any
+
+from rich.filesize import decimal
+
+from model_preparation.checkpoint.checkpoint_info import head_spec, is_healed
+from model_preparation.hub.sources import donors_of
+
+_TEXT = """\
+{title}
+{underline}
+
+{summary}
+
+Files
+{files}
+  tensor_digests.json   the origin and the digest of each tensor
+  checkpoint_info.json  layers, sources, digests, config: also the recipe to build it again
+{shared}
+{needs} Run the
+lines below in this folder. In another folder, write this folder's path before the file names.
+
+{ways}
+The model is on the CPU; model.cuda() moves it.
+"""
+
+_PT_FILES = """\
+  model.pt              the whole model ({size}), ready to use
+  model_state_dict.pt   its state dict
+  tokenizer/            the tokenizer"""
+
+_HF_FILES = """\
+  *.safetensors         the weights ({size}), a file per layer
+  *.json, tokenizer*    the index of these files, the configs, the tokenizer
+  *.py                  the model's code, for transformers without our package"""
+
+_SHARED = """
+Other checkpoints may share the .safetensors files by links: replace one if you must, but never write into it.
+"""
+
+_NEEDS = "Loading needs the package `model_preparation` installed (pip install PATH_TO_THE_REPOSITORY)."
+_HF_NEEDS = "Loading needs transformers, and for way 1 the package `model_preparation`."
+
+_LOAD_CHECKPOINT = """\
+Model and tokenizer at once. Nothing is unpickled, and weights are read when they are used:
+
+    from model_preparation import load_checkpoint
+    model, tokenizer = load_checkpoint(".")
+    inputs = tokenizer("Hello world", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=20)
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+"""
+
+_PT_WAYS = [
+    """\
+The whole model. With the package imported, torch.load reads it safely:
+
+    import model_preparation
+    import torch
+    from transformers import AutoTokenizer
+    model = torch.load("model.pt")
+    tokenizer = AutoTokenizer.from_pretrained("tokenizer")
+
+   Without that import, on a file you trust, torch.load("model.pt", weights_only=False) does the same:
+
+    import torch
+    model = torch.load("model.pt", weights_only=False)
+""",
+    """\
+The state dict, into the architecture that checkpoint_info.json describes:
+
+    import json
+    import torch
+    from transformers import AutoModelForCausalLM
+    from model_preparation import LlambaConfig
+    with open("checkpoint_info.json", encoding="utf-8") as file:
+        config = LlambaConfig.from_dict(json.load(file)["config"])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.load_state_dict(torch.load("model_state_dict.pt"), strict=True)
+""",
+]
+
+_HF_WAY = """\
+transformers alone, without our package. It runs the .py files of this folder: read them, or trust who made it.
+They were tested with {tested}.
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+
+   lm-eval in the same way:  lm_eval --model hf --model_args pretrained=.,trust_remote_code=True --tasks mmlu
+"""
+
+
+def readme_text(info: dict[str, Any]) -> str:
+    """The text of README.txt. It depends on the recipe alone, not on the folder's name or later scores.
+
+    Args:
+        info: checkpoint_info.json, which need not be complete yet.
+    """
+    from model_preparation.llamba.transformers_versions import TESTED  # imports transformers
+
+    grafted = [f"layers {', '.join(map(str, info['replaced_layers']))}"] if info["replaced_layers"] else []
+    grafted += [f"heads {heads} (layer:heads)"] if (heads := head_spec(info)) else []
+    donors = " and ".join(donor["id"] for donor in donors_of(info))
+    title = f"{info['base_model']['id']} with {' and '.join(grafted)} of {donors}"
+    summary = [
+        f"{info['num_replaced_layers']} of {info['total_layers']} layers are replaced; weights in {info['dtype']}. "
+        "Scores are in checkpoint_info.json.",
+    ]
+    if "healing" in info:
+        healing = info["healing"]
+        title += ", healed"
+        summary.append(
+            f"Healed from {info['parent']['id']} by method {healing['method']}, {healing['steps']} steps; "
+            f"held-out loss {_loss(healing['scores']['before'])} before, {_loss(healing['scores']['after'])} after."
+        )
+    elif is_healed(info):
+        summary.append(f"Built on {info['descent'][-1]['from']['id']}, which is healed, or was built on a healed one.")
+    if info["description"]:
+        summary.insert(0, info["description"])
+    has_pt, has_hf = info["format"] != "hf", info["format"] != "pt"
+    files, ways = [], [_LOAD_CHECKPOINT]
+    if has_pt:
+        files.append(_PT_FILES.format(size=decimal(info["files"]["model.pt"]["bytes"])))
+        ways += _PT_WAYS
+    if has_hf:
+        shards = [entry["bytes"] for name, entry in info["files"].items() if name.endswith(".safetensors")]
+        files.append(_HF_FILES.format(size=decimal(sum(shards))))
+        ways.append(_HF_WAY.format(tested=TESTED))
+    return _TEXT.format(
+        title=title,
+        underline="=" * len(title),
+        summary="\n".join(summary),
+        files="\n".join(files),
+        shared=_SHARED if has_hf else "",
+        needs=_NEEDS if has_pt else _HF_NEEDS,
+        ways="\n".join(f"{number}. {way}" for number, way in enumerate(ways, start=1)),
+    )
+
+
+def _loss(scores: dict[str, Any]) -> str:
+    return "unknown" if scores["eval_loss"] is None else f"{scores['eval_loss']:.4f}"

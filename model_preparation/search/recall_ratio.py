@@ -1,0 +1,32 @@
+"""The method `ratio`: which layers matter for recall more than for a second task."""
+
+from model_preparation.search.candidate_scores import CandidateScores
+from model_preparation.search.layer_sets import SearchSpace, normal
+from model_preparation.search.settings import SearchSettings
+
+_LEAST_SHARE = 0.1  # the second task's score loses at least this share of its largest loss: noise must not decide
+
+
+def ratio(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
+    """Order layers by what recall loses without the layer, divided by what the second task loses.
+
+    This is as in HALO (arXiv 2601.22156). R and C are the scores in recall and in the second task without layer i. The
+    maxima are over all i: importance of i = (max R - R) / (max C - C + epsilon).
+    HALO scores all i once per task. Here they are scored once, with the questions of both tasks. HALO's code has an
+    epsilon of 1e-10 and cuts the ratio at 50, so a layer without which C loses nothing always wins. Here the divisor is
+    at least `_LEAST_SHARE` of the largest divisor.
+    """
+    without = {layer: normal({*space.free} - {layer}) for layer in space.free}
+    found = scores.evaluate(list(without.values()))
+    values = {layer: scores.values(each) for layer, each in without.items() if each in found}
+    second = scores.objective.second
+    assert second is not None  # checks.py refuses a ratio without a second task
+    recall, common = ({layer: float(each[of].mean()) for layer, each in values.items()} for of in (~second, second))
+    most = max(common.values(), default=0.0)
+    floor = max((most - min(common.values(), default=0.0)) * _LEAST_SHARE, 1e-9)
+
+    def importance(layer: int) -> float:
+        return (max(recall.values()) - recall[layer]) / max(most - common[layer], floor)
+
+    order = sorted(values, key=lambda layer: (-importance(layer), layer))
+    scores.evaluate([normal(order[:size]) for size in range(space.least, min(space.most, len(order)) + 1)])
