@@ -42,14 +42,14 @@ from tests.conftest import (
     seeded,
 )
 from tests.search.conftest import make_questions, write_task
-from tests.test_hf_format import WITHOUT_OUR_PACKAGE
+from tests.test_hf_format import run_without_our_package
 from tests.train.cutting import write_text
 
 IDS = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(3))
 WINDOW = 6
 
 GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 259}
-# All kinds in one process, as importing torch takes longest; `found.pt` has what each model gave.
+# All kinds in one process; `found.pt` has what each model gave.
 PROBE = """
 import sys, pathlib, torch
 root, packaged, found = sys.argv[1], sys.argv[2] == "with the package", {}
@@ -103,14 +103,13 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("how", ["with the package", "without it"])
 @torch.no_grad()
-def test_all_layers_grafted_are_the_donor_in_a_fresh_process(made, how, tmp_path):
-    path = PACKAGE.parent
-    if how == "without it":
-        path = tmp_path
-        (path / "sitecustomize.py").write_text(WITHOUT_OUR_PACKAGE)
-    environment = {"PYTHONPATH": str(path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+def test_all_layers_grafted_are_the_donor_in_another_process(made, how, quick_python, tmp_path):
     script = PROBE.replace("GREEDY", str(GREEDY))
-    result = run_python("-c", script, str(made), how, cwd=tmp_path, **environment)
+    if how == "without it":
+        result = run_without_our_package(quick_python, script, made, how, cwd=tmp_path)
+    else:
+        places = {"cwd": tmp_path, "python": quick_python, "PYTHONPATH": str(PACKAGE.parent)}
+        result = run_python("-c", script, str(made), how, **places)
     assert result.returncode == 0, result.stderr
     found = torch.load(tmp_path / "found.pt")
     assert found.keys() == KINDS.keys()
