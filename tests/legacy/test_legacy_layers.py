@@ -115,7 +115,8 @@ def reader_after(quick_python, monkeypatch, tmp_path):
     """Such a process, which runs this code first."""
 
     def prepare(code: str) -> None:
-        read = "import runpy, sys\ndel sys.argv[1]\nrunpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)\n"
+        read = "import runpy, sys\ndel sys.argv[1]\n"
+        read += "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)\n"
         (tmp_path / "first.py").write_text(code + read)
         (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{quick_python}" "{tmp_path}/first.py" "$@"\n')
         (tmp_path / "python").chmod(0o755)
