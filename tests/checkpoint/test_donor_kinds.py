@@ -48,7 +48,7 @@ from tests.train.cutting import write_text
 IDS = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(3))
 WINDOW = 6
 
-GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 259}
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 259}
 # All kinds in one process; `found.pt` has what each model gave.
 PROBE = """
 import sys, pathlib, torch
@@ -101,9 +101,16 @@ def made(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("how", ["with the package", "without it"])
+@pytest.fixture(scope="module")
 @torch.no_grad()
-def test_all_layers_grafted_are_the_donor_in_another_process(made, how, quick_python, tmp_path):
+def of_donors(made) -> dict:
+    """Logits and greedy tokens by kind."""
+    donors = {name: AutoModelForCausalLM.from_pretrained(made / name / "donor") for name in KINDS}
+    return {name: (donor(IDS).logits, donor.generate(IDS, **GREEDY)) for name, donor in donors.items()}
+
+
+@pytest.mark.parametrize("how", ["with the package", "without it"])
+def test_all_layers_grafted_are_the_donor_in_another_process(made, of_donors, how, quick_python, tmp_path):
     script = PROBE.replace("GREEDY", str(GREEDY))
     if how == "without it":
         result = run_without_our_package(quick_python, script, made, how, cwd=tmp_path)
@@ -114,11 +121,8 @@ def test_all_layers_grafted_are_the_donor_in_another_process(made, how, quick_py
     found = torch.load(tmp_path / "found.pt")
     assert found.keys() == KINDS.keys()
     for name, outputs in found.items():
-        donor = AutoModelForCausalLM.from_pretrained(made / name / "donor")
-        logits, tokens = donor(IDS).logits, donor.generate(IDS, **GREEDY)
-        for given_logits, given_tokens in outputs:
-            assert torch.equal(given_logits, logits), name
-            assert torch.equal(given_tokens, tokens), name
+        for given in outputs:
+            assert all(map(torch.equal, given, of_donors[name])), name
 
 
 def test_the_checkpoint_says_its_donor_and_is_whole(made):
