@@ -6,6 +6,7 @@ tokenizer. Other tools can then load it as any Llama.
 """
 
 import argparse
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -44,6 +45,9 @@ def make_donor(output_dir: Path, *, overwrite: bool = False) -> None:
     check_target(output_dir, overwrite=overwrite, marker_file="config.json")
     gguf = find_gguf()
     check_space(output_dir, 600_000_000)
+    package = importlib.import_module("gguf")
+    for name in ("GGUFReader", "get_tensor_name_map"):  # transformers makes the same ones anew for each part it reads
+        setattr(package, name, functools.cache(getattr(package, name)))
     with new_folder(output_dir, overwrite=overwrite, marker_file="config.json") as staging:
         save_model(gguf, staging)
         load_tokenizer(gguf).save_pretrained(staging)

@@ -26,6 +26,7 @@ step $checkpoint/checkpoint_info.json "The checkpoint: ${#layers[@]} of the base
     --base $base --llama_layers_dir $layers_dir --output_dir $checkpoint \
     --description "SmolLM2-135M-Instruct with Mamba layers 5, 9 and 28"
 echo "== What it writes"
-"$python" model_preparation/test_checkpoint.py --checkpoint $checkpoint --prompt "${prompts[@]}"
+"$python" model_preparation/test_checkpoint.py --checkpoint $checkpoint --prompt "${prompts[@]}" \
+    --max_new_tokens 25
 echo
 echo "Checkpoint: $repository/$checkpoint"

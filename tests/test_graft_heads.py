@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from model_preparation import build_checkpoint, extract_layers, load_checkpoint, verify_checkpoint
 from model_preparation.llamba.donor_kinds import KINDS
-from tests.conftest import assert_refused, donor_fields, make_tokenizer, run_command, run_python, seeded
-from tests.test_hf_format import WITHOUT_OUR_PACKAGE
+from tests.conftest import assert_refused, donor_fields, make_tokenizer, run_command, seeded
+from tests.test_hf_format import run_without_our_package
 
 IDS = [[7, 81, 200, 34, 5, 6, 99, 100, 101]]
 
@@ -75,7 +75,7 @@ def test_the_tensors_are_those_rows_and_columns_of_the_donors(heads_dir, donor_d
     assert origins["backbone.layers.0.mixer.in_proj.weight"] == "base"
 
 
-def test_every_way_of_opening_it_gives_the_same(heads_dir, other_kinds, tmp_path):
+def test_every_way_of_opening_it_gives_the_same(heads_dir, other_kinds, quick_python, tmp_path):
     """model.pt, the state dict, load_checkpoint, and transformers in a process that has not this package."""
     wanted = {}
     for folder in (heads_dir, *other_kinds.values()):
@@ -90,7 +90,6 @@ def test_every_way_of_opening_it_gives_the_same(heads_dir, other_kinds, tmp_path
                 whole.generate(torch.tensor(IDS), max_new_tokens=8, do_sample=False, use_cache=False), tokens
             )
         wanted[str(folder)] = (logits, tokens)
-    (tmp_path / "sitecustomize.py").write_text(WITHOUT_OUR_PACKAGE)
     script = (
         "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
         f"found, ids = {{}}, torch.tensor({IDS})\n"
@@ -100,8 +99,7 @@ def test_every_way_of_opening_it_gives_the_same(heads_dir, other_kinds, tmp_path
         "        found[folder] = (model(ids).logits, model.generate(ids, max_new_tokens=8, do_sample=False))\n"
         "torch.save(found, 'found.pt')\n"
     )
-    homes = {name: str(tmp_path / name) for name in ("HF_HOME", "HF_MODULES_CACHE")}
-    result = run_python("-c", script, *wanted, cwd=tmp_path, PYTHONPATH=str(tmp_path), **homes)
+    result = run_without_our_package(quick_python, script, *wanted, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     found = torch.load(tmp_path / "found.pt")
     for folder, outputs in wanted.items():

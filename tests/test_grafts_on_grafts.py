@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from model_preparation import SurgeryError, build_checkpoint, extract_layers, load_checkpoint
-from tests.conftest import assert_refused, make_tokenizer, run_command, run_python, seeded
-from tests.test_hf_format import WITHOUT_OUR_PACKAGE
+from tests.conftest import assert_refused, make_tokenizer, run_command, seeded
+from tests.test_hf_format import run_without_our_package
 
 
 def build(base, layers_dir, out, *args):
@@ -168,7 +168,7 @@ def other_donor(layers_dir: Path, folder: Path, **changes) -> Path:
     return folder / "layers"
 
 
-def test_each_donor_has_its_own_norms_and_positions(base_dir, donor_dir, layers_dir, tmp_path):
+def test_each_donor_has_its_own_norms_and_positions(base_dir, donor_dir, layers_dir, quick_python, tmp_path):
     """In one command or in two steps; in every way of opening it; compared with layers and a head run by hand."""
     rope = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
     other = other_donor(layers_dir, tmp_path, rms_norm_eps=1e-2, rope_parameters=rope)
@@ -206,14 +206,12 @@ def test_each_donor_has_its_own_norms_and_positions(base_dir, donor_dir, layers_
         assert torch.equal(whole(ids).logits, model(ids).logits)
         cached, anew = (whole.generate(ids, max_new_tokens=8, do_sample=False, use_cache=use) for use in (True, False))
         assert torch.equal(cached, anew)
-    (tmp_path / "sitecustomize.py").write_text(WITHOUT_OUR_PACKAGE)
     script = (
         "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
         f"with torch.no_grad():\n    torch.save(model(torch.tensor({ids.tolist()})).logits, 'found.pt')\n"
     )
-    homes = {name: str(tmp_path / name) for name in ("HF_HOME", "HF_MODULES_CACHE")}
-    result = run_python("-c", script, str(out), cwd=tmp_path, PYTHONPATH=str(tmp_path), **homes)
+    result = run_without_our_package(quick_python, script, out, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "found.pt"), model(ids).logits)

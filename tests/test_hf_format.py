@@ -96,6 +96,16 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "model_pre
 """
 
 
+def run_without_our_package(python: Path, script: str, *args: object, cwd: Path):
+    """Run it in a process in which our package cannot be imported; `cwd` keeps the code that comes with folders.
+
+    Args:
+        python: has imported transformers already, so what it reads from the environment then is set afterwards.
+    """
+    set_cache = f"import transformers.dynamic_module_utils as code\ncode.HF_MODULES_CACHE = {str(cwd / 'modules')!r}\n"
+    return run_python("-c", WITHOUT_OUR_PACKAGE + set_cache + script, *map(str, args), cwd=cwd, python=python)
+
+
 def build(base, layers_dir, out, *args, layers=(1, 3)):
     return run_command(
         "create_replaced_model_checkpoint",

@@ -1,6 +1,7 @@
 """What a command imports is most of the time it takes on small models: these stay without what they do not need."""
 
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,8 @@ except SystemExit as end:
     assert not end.code, end.code
 print("imported:", *(name for name in names if name in sys.modules))
 """
-MODEL = "transformers.modeling_utils"
 # transformers' models import these: compilers, symbolic algebra, distributed training.
-HEAVY = ("torch._dynamo", "torch.distributed.tensor", "sympy", "scipy", MODEL)
+HEAVY = ("torch._dynamo", "torch.distributed.tensor", "sympy", "scipy", "transformers.modeling_utils")
 
 
 def imported(name: str, *args: object, of: tuple[str, ...], cwd: Path) -> list[str]:
@@ -54,7 +54,8 @@ def test_extracting_a_llamba_s_layers(tmp_path):
     state = LlambaForCausalLM(tiny_config()).state_dict()
     save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     flags = ["--model_name", tmp_path / "base", "--output_dir", tmp_path / "layers"]
-    assert imported("extract_layers", *flags, of=HEAVY, cwd=tmp_path) == []
+    assert imported("extract_layers", *flags, of=("torch", *HEAVY), cwd=tmp_path) == ["torch"]
+    assert sys.modules.keys() >= set(HEAVY)  # the model is imported here, so these are the names of what it needs
 
 
 def test_weights_are_found_and_copied_without_torch(layers_dir, tmp_path):
@@ -70,10 +71,6 @@ print("imported:", *(name for name in ("torch", "transformers", "numpy") if name
 """
     result = run_python("-c", code, cwd=tmp_path)
     assert result.stdout == "imported:\n", result.stderr
-
-
-def test_what_does_import_the_model_is_seen(checkpoint_dir):
-    assert MODEL in imported("verify_checkpoint", checkpoint_dir, of=HEAVY, cwd=checkpoint_dir.parent)
 
 
 @pytest.mark.parametrize(

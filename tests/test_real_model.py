@@ -25,12 +25,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 PROMPTS = ["The capital of France is", "Once upon a time, in a small village,", "def add(a, b):\n    return"]
-NEW_TOKENS = 12
-SUBSET = [*range(10), *range(20, 30)]
+NEW_TOKENS = 5
 
 # Each is run in a process of its own after one of WAYS, which defines `model`.
 GENERATE = """
-import pathlib
 inputs = torch.load("inputs.pt")
 with torch.no_grad():
     logits = [model(ids).logits for ids in inputs]
@@ -75,8 +73,6 @@ def work(quickstart) -> Path:
     (folder / "donor").symlink_to(repository / "local_models" / "smollm2")
     (folder / "base").symlink_to(repository / "local_models" / "llamba_smollm2")
     (folder / "layers").symlink_to(repository / "local_models" / "smollm2_layers")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "donor")
-    torch.save([tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS], folder / "inputs.pt")
     return folder
 
 
@@ -91,15 +87,15 @@ def test_the_quickstart_ends_with_english_text_and_the_checkpoints_path(quicksta
     assert len(words & set(text.lower().replace(",", " ").split())) >= 6, text
 
 
-def build(work: Path, layers, name: str) -> Path:
-    places = ("--base", work / "base", "--llama_layers_dir", work / "layers", "--output_dir", work / name)
-    result = run_command("create_replaced_model_checkpoint", *places, "--layers", *layers)
-    assert result.returncode == 0, result.stderr
-    return work / name
+def build(work: Path, *layers: int) -> subprocess.CompletedProcess:
+    places = ("--base", work / "base", "--llama_layers_dir", work / "layers", "--output_dir", work / "built")
+    return run_command("create_replaced_model_checkpoint", *places, "--layers", *layers)
 
 
-def load_and_generate(python: Path, work: Path, checkpoint: Path, way: str, new_tokens: int) -> dict:
-    script = f"folder = {str(checkpoint)!r}\n{WAYS[way]}\n{GENERATE.format(new_tokens=new_tokens)}"
+def load_and_generate(python: Path, work: Path, checkpoint: Path, way: str, prompts: list[str]) -> dict:
+    tokenizer = AutoTokenizer.from_pretrained(work / "donor")
+    torch.save([tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts], work / "inputs.pt")
+    script = f"folder = {str(checkpoint)!r}\n{WAYS[way]}\n{GENERATE.format(new_tokens=NEW_TOKENS)}"
     result = run_python("-c", script, cwd=work, python=python)
     assert result.returncode == 0, result.stderr
     return torch.load(work / "found.pt")
@@ -111,8 +107,9 @@ def test_the_tokenizer_splits_digits(work):
 
 
 def test_all_layers_replaced_is_the_donor(work, quick_python):
-    checkpoint = build(work, range(30), "all")
-    found = load_and_generate(quick_python, work, checkpoint, "torch.load with the import", NEW_TOKENS)
+    result = build(work, *range(30))
+    assert result.returncode == 0, result.stderr
+    found = load_and_generate(quick_python, work, work / "built", "torch.load with the import", PROMPTS)
     donor = LlamaForCausalLM.from_pretrained(work / "donor")
     for ids, logits, tokens in zip(torch.load(work / "inputs.pt"), found["logits"], found["tokens"], strict=True):
         with torch.no_grad():
@@ -125,26 +122,23 @@ def test_all_layers_replaced_is_the_donor(work, quick_python):
         assert torch.equal(tokens, greedy)
 
 
-def test_a_subset_loads_in_every_way_with_the_same_bits_and_generates(work, quick_python):
-    checkpoint = build(work, SUBSET, "subset")
-    found = {way: load_and_generate(quick_python, work, checkpoint, way, 5) for way in WAYS}
-    first, *others = found.values()
-    for other in others:
-        for kind in ("logits", "tokens"):
-            assert all(torch.equal(a, b) for a, b in zip(first[kind], other[kind], strict=True))
-    assert all(torch.isfinite(logits).all() for logits in first["logits"])
-    assert all(
-        tokens.shape[1] == ids.shape[1] + 5
-        for ids, tokens in zip(torch.load(work / "inputs.pt"), first["tokens"], strict=True)
-    )
+def test_a_subset_loads_in_every_way_with_the_same_bits_and_generates(quickstart, work, quick_python):
+    checkpoint = quickstart[0] / "model_checkpoints" / "llamba_smollm2_27_layers"
+    found = [load_and_generate(quick_python, work, checkpoint, way, PROMPTS[:1]) for way in WAYS]
+    (logits,), (tokens,) = found[0].values()
+    for other in found[1:]:
+        assert torch.equal(other["logits"][0], logits)
+        assert torch.equal(other["tokens"][0], tokens)
+    assert torch.isfinite(logits).all()
+    assert tokens.shape[1] == logits.shape[1] + NEW_TOKENS
 
 
 def test_scores_are_those_of_stock_lm_eval_on_the_donor_and_on_a_graft(quickstart, work, caplog):
     """Every log-likelihood and choice, with solved examples that all questions begin with, and of several tokens."""
     caplog.set_level(logging.CRITICAL, logger="lm_eval")
-    examples = "".join(f"Question: What is {n} plus {n}?\nAnswer: {2 * n}\n\n" for n in range(2, 6))
-    questions = ["What is the capital of France?", "Which animal barks?", "What is 3 plus 4?"]
-    answers = [[" Paris", " Rome, Italy", " A", " B"], [" A dog", " A cat", " A", " B"], [" 7", " 12", " A", " B"]]
+    examples = "".join(f"Question: What is {n} plus {n}?\nAnswer: {2 * n}\n\n" for n in range(2, 4))
+    questions = ["What is the capital of France?", "What is 3 plus 4?"]
+    answers = [[" Paris", " Rome, Italy", " A", " B"], [" 7", " 12", " A", " B"]]
     pairs = [
         (f"{examples}Question: {ask}\nAnswer:", a) for ask, each in zip(questions, answers, strict=True) for a in each
     ]
@@ -160,8 +154,4 @@ def test_scores_are_those_of_stock_lm_eval_on_the_donor_and_on_a_graft(quickstar
 
 
 def test_a_layer_that_does_not_exist(work):
-    result = run_command(
-        *("create_replaced_model_checkpoint", "--base", work / "base", "--llama_layers_dir", work / "layers"),
-        *("--output_dir", work / "none", "--layers", 30),
-    )
-    assert_refused(result, "Layer 30 is out of range", "layers 0 to 29")
+    assert_refused(build(work, 30), "Layer 30 is out of range", "layers 0 to 29")

@@ -98,7 +98,7 @@ def test_full_eval_prints_the_score_of_lm_evals_mmlu_and_enters_it(command, chec
     assert 0 < expected["score"] < 1
 
     flags = ("--full_eval", "--limit", 2, "--num_fewshot", 1, "--mmlu_data", mmlu_data, "--batch_size", 2)
-    out = command("--checkpoint", checkpoint, "--prompt", "Hello", *flags)
+    out = command("--checkpoint", checkpoint, "--prompt", "Hello", "--max_new_tokens", 2, *flags)
 
     def score(row):
         return f"{row['score']:.4f} ± {row['stderr']:.4f} ({row['questions']} questions)"

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -113,9 +113,9 @@ def check_names(names: Sequence[str]) -> None:
     unknown = [name for name in names if not (is_mmlu(name) or is_recall(name) or _path_of(name).exists())]
     if not unknown:
         return
-    declared = {name for path in _definitions() for name in _DECLARATION.findall(path.read_text(encoding="utf-8"))}
+    declared = {name for text in _definitions().values() for name in _DECLARATION.findall(text)}
     for name in unknown:
-        if name not in declared and not any(_mentions(path, name) for path in _definitions()):
+        if name not in declared and not any(_mentions(text, name) for text in _definitions().values()):
             close = difflib.get_close_matches(name, {*declared, *_MMLU_NAMES, *_EMBEDDED, *recall_names()}, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else "."
             raise _unknown(name, hint)
@@ -323,7 +323,9 @@ def _load_path(path: Path) -> list[Task | Group]:
 
 
 def _load_stock(name: str) -> list[Task | Group]:
-    folders = sorted({_STOCK / path.relative_to(_STOCK).parts[0] for path in _definitions() if _mentions(path, name)})
+    folders = sorted(
+        {_STOCK / path.relative_to(_STOCK).parts[0] for path, text in _definitions().items() if _mentions(text, name)}
+    )
     try:
         return _roots(TaskManager(include_defaults=False, include_path=[str(folder) for folder in folders]).load(name))
     except KeyError as error:
@@ -349,13 +351,14 @@ def name_of(item: Task | Group) -> str:
     return item.name if isinstance(item, Group) else item.task_name
 
 
-def _definitions() -> Iterator[Path]:
-    return _STOCK.glob("*/**/*.yaml")
+@cache
+def _definitions() -> dict[Path, str]:
+    """The text of each definition that lm-eval has, read once: there are 14,000."""
+    return {path: path.read_text(encoding="utf-8", errors="replace") for path in _STOCK.glob("*/**/*.yaml")}
 
 
-def _mentions(path: Path, name: str) -> bool:
+def _mentions(text: str, name: str) -> bool:
     """Whether a definition contains the name as a whole word."""
-    text = path.read_text(encoding="utf-8", errors="replace")
     return name in text and re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", text) is not None
 
 

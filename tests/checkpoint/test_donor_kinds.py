@@ -41,14 +41,14 @@ from tests.conftest import (
     seeded,
 )
 from tests.search.conftest import make_questions, write_task
-from tests.test_hf_format import WITHOUT_OUR_PACKAGE
+from tests.test_hf_format import run_without_our_package
 from tests.train.cutting import write_text
 
 IDS = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(3))
 WINDOW = 6
 
-GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 259}
-# All kinds in one process, as importing torch takes longest; `found.pt` has what each model gave.
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 259}
+# All kinds in one process; `found.pt` has what each model gave.
 PROBE = """
 import sys, pathlib, torch
 root, packaged, found = sys.argv[1], sys.argv[2] == "with the package", {}
@@ -100,25 +100,28 @@ def made(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("how", ["with the package", "without it"])
+@pytest.fixture(scope="module")
 @torch.no_grad()
-def test_all_layers_grafted_are_the_donor_in_a_fresh_process(made, how, tmp_path):
-    path = PACKAGE.parent
-    if how == "without it":
-        path = tmp_path
-        (path / "sitecustomize.py").write_text(WITHOUT_OUR_PACKAGE)
-    environment = {"PYTHONPATH": str(path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+def of_donors(made) -> dict:
+    """Logits and greedy tokens by kind."""
+    donors = {name: AutoModelForCausalLM.from_pretrained(made / name / "donor") for name in KINDS}
+    return {name: (donor(IDS).logits, donor.generate(IDS, **GREEDY)) for name, donor in donors.items()}
+
+
+@pytest.mark.parametrize("how", ["with the package", "without it"])
+def test_all_layers_grafted_are_the_donor_in_another_process(made, of_donors, how, quick_python, tmp_path):
     script = PROBE.replace("GREEDY", str(GREEDY))
-    result = run_python("-c", script, str(made), how, cwd=tmp_path, **environment)
+    if how == "without it":
+        result = run_without_our_package(quick_python, script, made, how, cwd=tmp_path)
+    else:
+        places = {"cwd": tmp_path, "python": quick_python, "PYTHONPATH": str(PACKAGE.parent)}
+        result = run_python("-c", script, str(made), how, **places)
     assert result.returncode == 0, result.stderr
     found = torch.load(tmp_path / "found.pt")
     assert found.keys() == KINDS.keys()
     for name, outputs in found.items():
-        donor = AutoModelForCausalLM.from_pretrained(made / name / "donor")
-        logits, tokens = donor(IDS).logits, donor.generate(IDS, **GREEDY)
-        for given_logits, given_tokens in outputs:
-            assert torch.equal(given_logits, logits), name
-            assert torch.equal(given_tokens, tokens), name
+        for given in outputs:
+            assert all(map(torch.equal, given, of_donors[name])), name
 
 
 def test_the_checkpoint_says_its_donor_and_is_whole(made):
@@ -220,23 +223,26 @@ def test_search_healing_and_scores_of_a_qwen3_graft(made, tmp_path, monkeypatch)
     assert 0 <= scored["score"] <= 1
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "phi3", "mixtral", "qwen3_moe"])
-def test_other_kinds_are_refused_in_one_sentence(model_type, base_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("model_type", "name", "flags"),
+    [
+        ("gemma2", "extract_layers", ("--model_name",)),
+        ("phi3", "init_llamba_base", ("--donor",)),
+        ("mixtral", "distill_llamba_base", ("--data", "self", "--device", "cpu", "--donor")),
+        ("qwen3_moe", "search_layers", ("--base", "BASE", "--task", "embedded_recall", "--device", "cpu", "--donor")),
+    ],
+)
+def test_other_kinds_are_refused_in_one_sentence(model_type, name, flags, base_dir, tmp_path):
     donor = tmp_path / "donor"
     donor.mkdir()
     (donor / "config.json").write_text(json.dumps({"model_type": model_type, "num_hidden_layers": 4}))
     (donor / "model.safetensors").touch()
     words = f"is a {model_type} model, and a donor must be llama, mistral, qwen2 or qwen3."
-    for name, *flags in (
-        ("extract_layers", "--model_name", donor),
-        ("init_llamba_base", "--donor", donor),
-        ("distill_llamba_base", "--donor", donor, "--data", "self", "--device", "cpu"),
-        ("search_layers", "--donor", donor, "--base", base_dir, "--task", "embedded_recall", "--device", "cpu"),
-    ):
-        result = run_command(name, *flags, "--output_dir", tmp_path / "out")
-        assert_refused(result, words)
-        assert result.stderr.strip().count("\n") == 0
-        assert not (tmp_path / "out").exists()
+    flags = [base_dir if flag == "BASE" else flag for flag in flags]
+    result = run_command(name, *flags, donor, "--output_dir", tmp_path / "out")
+    assert_refused(result, words)
+    assert result.stderr.strip().count("\n") == 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_vllm_serves_grafts_of_a_llama_only(monkeypatch):

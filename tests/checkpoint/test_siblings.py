@@ -1,6 +1,5 @@
 """Checkpoints of one base on a disk that shares extents: they take the room of one, and of what was grafted."""
 
-import itertools
 import json
 import os
 import subprocess
@@ -37,9 +36,9 @@ def used_bytes(disk) -> int:
     return (stat.f_blocks - stat.f_bfree) * stat.f_frsize
 
 
-def test_ten_checkpoints_take_the_room_of_one_and_ten_deltas(pair, sharing_disk):
+def test_checkpoints_take_the_room_of_one_and_their_deltas(pair, sharing_disk):
     base, layers_dir = pair
-    combinations = [c for size in (1, 2) for c in itertools.combinations(range(4), size)]
+    combinations = ([0], [1], [2], [3], [1, 3])
     before = used_bytes(sharing_disk)
     logical_bytes = delta_bytes = weight_bytes = 0
     for layers in combinations:
@@ -48,9 +47,8 @@ def test_ten_checkpoints_take_the_room_of_one_and_ten_deltas(pair, sharing_disk)
         logical_bytes += info["files"]["model.pt"]["bytes"] + info["files"]["model_state_dict.pt"]["bytes"]
         weight_bytes = max(weight_bytes, 4 * info["parameters"])
         delta_bytes += sum(os.path.getsize(layers_dir / f"layer_{layer:02d}.pt") for layer in layers)
-    assert len(combinations) == 10
     taken_bytes = used_bytes(sharing_disk) - before
-    slack_bytes = 10 * 500_000  # tokenizers, pickles, gaps, the last part of each tensor; the system's own tables
+    slack_bytes = 5 * 500_000  # tokenizers, pickles, gaps, the last part of each tensor; the system's own tables
     assert taken_bytes < weight_bytes + delta_bytes + slack_bytes
     assert taken_bytes < 0.4 * logical_bytes
     for layers in (combinations[0], combinations[-1]):

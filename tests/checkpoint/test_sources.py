@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import urllib.parse
 from pathlib import Path
@@ -433,8 +432,13 @@ def test_no_hub_within_reach_says_what_was_looked_for_where(caches):
     assert not list(caches.modelscope.rglob("snapshots"))  # no half-made copy is left to be mistaken for one
 
 
+# huggingface_hub anew, as it reads its variables when it is imported; modelscope was not imported before.
 PROBE = """
-import sys, json, model_preparation.hub.sources as sources
+import sys, json
+assert "modelscope" not in sys.modules
+for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+    del sys.modules[name]
+import model_preparation.hub.sources as sources
 from model_preparation.errors import SurgeryError
 for name in json.loads(sys.argv[1]):
     try:
@@ -444,10 +448,10 @@ for name in json.loads(sys.argv[1]):
 """
 
 
-def resolve_in_fresh_process(names: list[str], home: Path, **environment: str) -> list:
+def resolve_in_another_process(python: Path, names: list[str], home: Path, **environment: str) -> list:
     kept = {key: os.environ[key] for key in ("PATH", "OMP_NUM_THREADS", "LD_LIBRARY_PATH") if key in os.environ}
     process = subprocess.run(
-        [sys.executable, "-c", PROBE, json.dumps(names)],
+        [python, "-c", PROBE, json.dumps(names)],
         env=kept | {"HOME": str(home), "PYTHONWARNINGS": "ignore"} | environment,
         cwd=home,
         capture_output=True,
@@ -458,10 +462,11 @@ def resolve_in_fresh_process(names: list[str], home: Path, **environment: str) -
     return [json.loads(line) for line in process.stdout.splitlines() if line[:1] in '{"']
 
 
-def test_each_librarys_own_variables_and_no_network(tmp_path):
+def test_each_librarys_own_variables_and_no_network(quick_python, tmp_path):
     modelscope_copy(tmp_path / "elsewhere", LLAMA, MODEL)
     huggingface_copy(tmp_path / "hf_home" / "hub", UNALIGNED, MODEL)
-    kept, offline, lost = resolve_in_fresh_process(
+    kept, offline, lost = resolve_in_another_process(
+        quick_python,
         ["llama", "unaligned_llamba", "org/name"],
         tmp_path,
         MODELSCOPE_CACHE=str(tmp_path / "elsewhere"),

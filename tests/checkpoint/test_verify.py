@@ -87,13 +87,13 @@ def test_what_was_not_compared_is_said_with_the_flag_that_does_it(checkpoint):
     assert "--llama_layers_dir DIR compares them" in checks
 
 
-def test_each_of_a_thousand_flipped_bytes_is_found(checkpoint):
-    """Anywhere in the folder, each file by its share of the bytes and at least 60 times."""
+def test_each_of_many_flipped_bytes_is_found(checkpoint):
+    """Anywhere in the folder, each file by its share of the bytes and at least 20 times."""
     rng = random.Random(0)
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     sizes = [path.stat().st_size for path in paths]
-    chosen = [path for path in paths for _ in range(60)]
-    chosen += rng.choices(paths, sizes, k=1000 - len(chosen))
+    chosen = [path for path in paths for _ in range(20)]
+    chosen += rng.choices(paths, sizes, k=350 - len(chosen))
     for path in chosen:
         position, bit = rng.randrange(path.stat().st_size), rng.randrange(8)
         flip(path, position, bit)
@@ -118,7 +118,7 @@ def test_flipped_bytes_anywhere_with_all_checks(checkpoint, base_dir):
     """What is changed may be what the checks themselves read: no traceback, and a fault each time."""
     rng = random.Random(1)
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    for _ in range(30):
+    for _ in range(15):
         path = rng.choice(paths)
         position, bit = rng.randrange(path.stat().st_size), rng.randrange(8)
         flip(path, position, bit)

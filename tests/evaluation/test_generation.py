@@ -244,7 +244,7 @@ def test_prompts_are_read_from_files(tmp_path, name, content, prompts):
     assert read_prompts(tmp_path / name) == prompts
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(texts=st.lists(st.text(st.characters(codec="utf-8")).filter(str.strip), min_size=1))
 def test_texts_survive_json_unchanged(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("prompts")

@@ -26,7 +26,7 @@ def make_sweep(folder, scenarios) -> Sweep:
 
 def test_a_stopped_run_leaves_the_old_or_the_new_folder(sweep):
     """Faults of every kind, and in every scenario; benchmarks/fault_injection.py puts each kind into each."""
-    faults = islice(sweep.faults(seed=3), 0, len(KINDS) * len(SCENARIOS), 3)  # they come by scenario, then by kind
+    faults = islice(sweep.faults(seed=3), 0, len(KINDS) * len(SCENARIOS), 5)  # they come by scenario, then by kind
     results = [sweep.inject(*fault) for fault in faults]
     assert [str(result) for result in results if result.violations] == []
     injected = [result for result in results if result.call is not None]

@@ -18,7 +18,7 @@ from tests.faults.power import PowerSweep, Result
 from tests.faults.scenarios import SCENARIOS, Scenario
 
 MARK = "done.json"
-REAL_STATES, SMALL_STATES = 350, 1300
+REAL_STATES, SMALL_STATES = 180, 850
 REAL = ("extract, overwrite, no exchange", "build into new parents", "build, overwrite", "build hf")
 SMALL = ("write", "write, no exchange")
 LONG = ("heal", "journal")

@@ -110,6 +110,21 @@ def quick_reader(quick_python, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(quick_python))
 
 
+@pytest.fixture
+def reader_after(quick_python, monkeypatch, tmp_path):
+    """Such a process, which runs this code first."""
+
+    def prepare(code: str) -> None:
+        read = "import runpy, sys\ndel sys.argv[1]\n"
+        read += "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)\n"
+        (tmp_path / "first.py").write_text(code + read)
+        (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{quick_python}" "{tmp_path}/first.py" "$@"\n')
+        (tmp_path / "python").chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+
+    return prepare
+
+
 @pytest.mark.usefixtures("quick_reader")
 def test_a_graft_of_imported_layers_is_that_of_extracted_ones(layers, old, layers_dir, base_dir, donor_dir, tmp_path):
     save_all(layers, old)
@@ -264,14 +279,13 @@ def test_either_lock_alone_takes_the_network(missing, left, tmp_path):
     assert "error" in locks
 
 
-def test_where_the_network_cannot_be_taken_it_takes_a_flag(layers, old, tmp_path):
+def test_where_the_network_cannot_be_taken_it_takes_a_flag(layers, old, reader_after, tmp_path):
     torch.save(layers[0], old / "layer_0.pt")
-    (tmp_path / "sitecustomize.py").write_text("".join(WITHOUT.values()))
-    paths = f"{tmp_path}:{Path(__file__).parents[2]}"
-    result = import_by_command(old, tmp_path / "out", "--trust_pickle", PYTHONPATH=paths)
+    reader_after("".join(WITHOUT.values()))
+    result = import_by_command(old, tmp_path / "out", "--trust_pickle")
     assert_refused(result, "Nothing was opened", "--allow_network")
     assert not (tmp_path / "out").exists()
-    result = import_by_command(old, tmp_path / "out", "--trust_pickle", "--allow_network", PYTHONPATH=paths)
+    result = import_by_command(old, tmp_path / "out", "--trust_pickle", "--allow_network")
     assert result.returncode == 0, result.stderr
 
 
@@ -279,7 +293,10 @@ def test_a_killed_reader_is_an_error_and_leaves_nothing(layers, old, tmp_path):
     torch.save(layers[0], old / "layer_0.pt")
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
-        "sys.addaudithook(lambda event, _: event == 'pickle.find_class' and os.kill(os.getpid(), signal.SIGKILL))\n"
+        "def kill(event, args):\n"
+        "    if event == 'import' and args[0] == 'torch':  # to read the file\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.addaudithook(kill)\n"
     )
     paths = f"{tmp_path}:{Path(__file__).parents[2]}"
     result = import_by_command(old, tmp_path / "out", "--trust_pickle", PYTHONPATH=paths)

@@ -17,7 +17,7 @@ from model_preparation.llamba.donor_kinds import KINDS, mask_kinds
 from tests.conftest import VOCABULARY, donor_fields, old_spelling, seeded, tiny_config
 
 WINDOW = 6  # tokens; fewer than any sequence here has
-GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 259}
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 259}
 
 VARIANTS = [
     pytest.param(kind.model_type, variant, id=f"{kind.model_type}-{variant}")

@@ -47,7 +47,7 @@ LENGTHS = st.lists(st.integers(1, 12), min_size=2, max_size=5)
 
 @pytest.mark.parametrize("name", MODELS)
 @given(lengths=LENGTHS, data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @torch.no_grad()
 def test_each_document_is_as_if_alone(name, lengths, data):
     """Beside another row with other documents, over padding anywhere, in pieces of any lengths through a cache."""

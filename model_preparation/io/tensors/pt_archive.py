@@ -111,31 +111,6 @@ def _wide(size_bytes: int, packed_bytes: int, start: int) -> bytes:
     return struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
 
 
-def pickled(content: Any, first: "Iterable[Storage]" = ()) -> "tuple[bytes, list[Storage]]":
-    """data.pkl and the storages it numbers: `first` in their order, then the others as `content` pickles them."""
-    import torch
-
-    numbered: dict[int, tuple[int, Storage]] = {}
-
-    def number(storage: "Storage") -> int:
-        return numbered.setdefault(storage._cdata, (len(numbered), storage))[0]
-
-    class Pickler(SortingPickler):
-        def persistent_id(self, obj: Any) -> tuple | None:
-            if isinstance(obj, torch.storage.TypedStorage):
-                storage_type = getattr(torch, obj._pickle_storage_type())
-                return "storage", storage_type, str(number(obj._untyped_storage)), "cpu", obj._size()
-            if isinstance(obj, torch.UntypedStorage):
-                return "storage", type(obj), str(number(obj)), "cpu", obj.nbytes()
-            return None
-
-    for storage in first:
-        number(storage)
-    buffer = io.BytesIO()
-    Pickler(buffer, protocol=2).dump(content)
-    return buffer.getvalue(), [storage for _, storage in numbered.values()]
-
-
 _Pickler: Any = pickle._Pickler  # type: ignore[attr-defined]  # Python's own, whose `dispatch` can be changed
 
 
@@ -149,3 +124,30 @@ class SortingPickler(_Pickler):
 
     dispatch[set] = _save_sorted
     dispatch[frozenset] = _save_sorted
+
+
+def pickled(
+    content: Any, first: "Iterable[Storage]" = (), pickler: Any = SortingPickler
+) -> "tuple[bytes, list[Storage]]":
+    """data.pkl and the storages it numbers: `first` in their order, then the others as `content` pickles them."""
+    import torch
+
+    numbered: dict[int, tuple[int, Storage]] = {}
+
+    def number(storage: "Storage") -> int:
+        return numbered.setdefault(storage._cdata, (len(numbered), storage))[0]
+
+    class Pickler(pickler):
+        def persistent_id(self, obj: Any) -> tuple | None:
+            if isinstance(obj, torch.storage.TypedStorage):
+                storage_type = getattr(torch, obj._pickle_storage_type())
+                return "storage", storage_type, str(number(obj._untyped_storage)), "cpu", obj._size()
+            if isinstance(obj, torch.UntypedStorage):
+                return "storage", type(obj), str(number(obj)), "cpu", obj.nbytes()
+            return None
+
+    for storage in first:
+        number(storage)
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=2).dump(content)
+    return buffer.getvalue(), [storage for _, storage in numbered.values()]

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import Pickler
 from typing import TYPE_CHECKING, Any
 
 from model_preparation.io.block_io import Advance
@@ -48,7 +49,9 @@ def write_together(
         placeholders = {name: _placeholder(source) for name, source in sources.items()}
         objects = contents(placeholders)
         first = [tensor.untyped_storage() for tensor in placeholders.values()]
-        shared = _in_all([pickled(content)[1] for content in objects])
+        shared = _in_all(
+            [pickled(content, pickler=Pickler)[1] for content in objects]
+        )  # no bytes yet, so the quick one
         others = [storage for storage in shared if storage._cdata not in {written._cdata for written in first}]
         if len(first) + len(others) != len(shared):
             raise RuntimeError("an object leaves out a tensor that is in its file")
