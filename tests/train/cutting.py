@@ -32,7 +32,7 @@ def write_text(path: Path, words: int = 3000, seed: int = 0) -> Path:
 
 @contextlib.contextmanager
 def brief() -> Iterator[None]:
-    """Runs forked meanwhile write only a few tokens before and after, and draw no plot: that takes half of their time."""
+    """Runs forked meanwhile write a few tokens before and after, and draw no plot: those take half of the time."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(result, "_NEW_TOKENS", 3)
         patched.setattr(result, "_plot_losses", lambda log, path: path.touch())
