@@ -38,6 +38,7 @@ PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").gl
 DOCUMENTS = (*PAGES, "README.zh-CN.md", "docs/zh/guide.md", "SETUP.md", "CONTRIBUTING.md", "benchmarks/README.md")
 SET_UP = ("bash scripts/quickstart.sh\n", "bash scripts/run_tests.sh\n")
 END = 257  # of the tiny tokenizer
+ENDS = [END, *range(0, 256, 4)]  # so the stand-ins' texts are short
 
 # One interpreter for several blocks, as importing torch takes longer than they do; no block sees another's names.
 RUN_EACH = "import sys\nfor code in sys.argv[1:]: exec(compile(code, code, 'exec'), {'__name__': '__main__'})"
@@ -61,13 +62,16 @@ def stand_ins(tmp_path_factory) -> dict[str, str]:
         num_key_value_heads=1,
         intermediate_size=16,
         max_position_embeddings=2048,
+        eos_token_id=ENDS,
     )
     llama = seeded(LlamaForCausalLM(config), seed=3, scale=0.1)
     llama.save_pretrained(folder / "llama")
     (folder / "old_layers").mkdir()
     torch.save(llama.model.layers[11], folder / "old_layers" / "layer_11.pt")
     make_tokenizer().save_pretrained(folder / "llama")
-    base = seeded(LlambaForCausalLM(tiny_config(n_layer=32, mlp_cfg={"intermediate_size": 16})), seed=4, scale=0.1)
+    ssm_cfg = {**tiny_config().ssm_cfg, "chunk_size": 32}  # quicker than chunks of 8
+    config = tiny_config(n_layer=32, ssm_cfg=ssm_cfg, mlp_cfg={"intermediate_size": 16}, eos_token_id=ENDS)
+    base = seeded(LlambaForCausalLM(config), seed=4, scale=0.1)
     with torch.no_grad():
         base.lm_head.weight[END] = 0  # never the largest logit: an empty answer would be a failure
     base.save_pretrained(folder / "llamba")

@@ -115,7 +115,7 @@ def installed(tmp_path_factory) -> Path:
     return target
 
 
-def test_the_wheel_runs_the_pair_elsewhere(installed, tmp_path):
+def test_the_wheel_runs_the_pair_elsewhere(installed, quick_python, tmp_path):
     script = f"""
 import model_preparation
 from model_preparation import build_checkpoint, evaluate_checkpoint, extract_layers
@@ -126,7 +126,7 @@ build_checkpoint("tiny_llamba", {[int(layer) for layer in BEST.split()]}, "layer
 print(evaluate_checkpoint("best", tasks=["embedded_recall"], limit=50)["score"])
 """
     result = subprocess.run(
-        [sys.executable, "-c", script],
+        [quick_python, "-c", script],
         cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
         capture_output=True,

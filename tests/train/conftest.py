@@ -10,8 +10,7 @@ import matplotlib.figure  # noqa: F401
 import pytest
 
 from model_preparation.train.heal import heal as _imported_before_forks  # noqa: F401
-from tests.conftest import run_command
-from tests.train.cutting import write_text
+from tests.train.cutting import run_heal, write_text
 
 # Of a short run that shuffles, drops out and accumulates.
 RUN = {"max_steps": 6, "batch_size": 2, "block_size": 16, "accumulation": 2, "dropout": 0.1}
@@ -37,7 +36,7 @@ def flags(checkpoint_dir, text_file) -> list[object]:
 @pytest.fixture(scope="session")
 def heal(flags) -> Heal:
     """Run the command; further arguments are its flags."""
-    return lambda output_dir, *more: run_command("heal_checkpoint", *flags, "--output_dir", output_dir, *more)
+    return lambda output_dir, *more: run_heal(*flags, "--output_dir", output_dir, *more)
 
 
 @pytest.fixture(scope="session")

@@ -3,19 +3,23 @@
 In: the command's arguments and where to cut. Out: what is on the disk when the run has gone on to its end.
 """
 
+import contextlib
 import json
 import os
 import random
 import signal
 import socket
+import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pytest
 import torch
 
+from model_preparation.train.heal import result
 from model_preparation.train.heal.resume_state import list_states
-from tests.conftest import PACKAGE, _become_command
+from tests.conftest import PACKAGE, _become_command, run_command
 
 _TEXT = "the cat sat on a mat and a dog ran far away from home in the rain while birds sang of better days"
 
@@ -24,6 +28,21 @@ def write_text(path: Path, words: int = 3000, seed: int = 0) -> Path:
     """A text of common words in an order drawn from the seed."""
     path.write_text(" ".join(random.Random(seed).choices(_TEXT.split(), k=words)))
     return path
+
+
+@contextlib.contextmanager
+def brief() -> Iterator[None]:
+    """Runs forked meanwhile write a few tokens before and after, and draw no plot: those take half of the time."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(result, "_NEW_TOKENS", 3)
+        patched.setattr(result, "_plot_losses", lambda log, path: path.touch())
+        yield
+
+
+def run_heal(*args: object, cwd: Path = PACKAGE) -> subprocess.CompletedProcess:
+    """Run heal_checkpoint to its end, in a `brief` way."""
+    with brief():
+        return run_command("heal_checkpoint", *args, cwd=cwd)
 
 
 def run_until(
@@ -37,7 +56,7 @@ def run_until(
 ) -> tuple[int, str]:
     """Run heal_checkpoint and signal it `delay` seconds after it logged `step`; (exit code, standard output).
 
-    It has to be asked for `--logging_steps 1`. It is forked from this process, so that nothing is imported anew. With
+    It has to be asked for `--logging_steps 1`. It is `brief`, and forked from this process. With
     `processes`, each gets the environment that torchrun gives. All get the signal. The first one's end counts.
     """
     reading, writing = os.pipe()
@@ -51,7 +70,8 @@ def run_until(
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             if processes:
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-            _become_command("heal_checkpoint", tuple(args), PACKAGE, env)
+            with brief():
+                _become_command("heal_checkpoint", tuple(args), PACKAGE, env)
         children.append(child)
     os.close(writing)
     text = ""

@@ -281,21 +281,21 @@ def talking(base_dir, donor_dir, tmp_path_factory) -> Path:
 
 
 # Of its runs: 4 steps, so that one can be killed before the last.
-TALK_RUN = ("--block_size", 96, "--max_steps", 4, "--self_conversations", 40)
+TALK_RUN = ("--block_size", 96, "--max_steps", 4, "--self_conversations", 12)
 
 
-@pytest.mark.parametrize("more", [("--packing",), ("--loss_on", "completion")], ids=["packed", "padded"])
-def test_healing_on_what_the_donor_writes_is_killed_and_ends_with_the_same_bits(more, talking, flags, heal, tmp_path):
-    template = talking.parent / "template.jinja"
-    given = ["--checkpoint", talking, "--data", "self", "--chat_template", template, *TALK_RUN, *more]
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    result = heal(whole, *given)
+def test_healing_on_what_the_donor_writes_is_killed_and_ends_with_the_same_bits(talking, flags, heal, tmp_path):
+    given = ["--checkpoint", talking, "--data", "self", "--chat_template", talking.parent / "template.jinja", *TALK_RUN]
+    whole, out, padded = (tmp_path / name for name in ("whole", "out", "padded"))
+    packed = [*given, "--packing"]
+    result = heal(whole, *packed)
     assert result.returncode == 0, result.stderr
-    assert "The donor writes 40 conversations" in result.stdout
-    killed = run_until([*flags, *given, "--output_dir", out], 2)
+    assert "The donor writes 12 conversations" in result.stdout
+    killed = run_until([*flags, *packed, "--output_dir", out], 2)
     assert killed[0] == -signal.SIGKILL, killed[1]
-    assert heal(out, *given).returncode == 0
+    assert heal(out, *packed).returncode == 0
     assert outcome(out) == outcome(whole)
+    assert heal(padded, *given, "--loss_on", "completion", "--max_steps", 1, "--eval_interval", 1).returncode == 0
     (written,) = (tmp_path / "out_resume").glob("written_by_donor_*")
     assert {path.name: path.read_bytes() for path in written.iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "whole_resume").glob("written_by_donor_*/*")
@@ -304,9 +304,11 @@ def test_healing_on_what_the_donor_writes_is_killed_and_ends_with_the_same_bits(
         assert [message["role"] for message in json.loads(line)["messages"]] == ["user", "assistant"]
 
     # The losses before and after are those of the conversations held out, over the tokens of the answers.
-    info = json.loads((out / "checkpoint_info.json").read_text())["healing"]
-    assert info["data"]["name"] == "self"
-    for folder, when in ((talking, "before"), (out, "after")):
+    for healed, folder, when in [
+        (each, *end) for each in (out, padded) for end in ((talking, "before"), (each, "after"))
+    ]:
+        info = json.loads((healed / "checkpoint_info.json").read_text())["healing"]
+        assert info["data"]["name"] == "self"
         model, tokenizer = load_checkpoint(folder)
         assert (tokenizer.chat_template == ENDED) == (when == "after")
         tokenizer.chat_template = ENDED

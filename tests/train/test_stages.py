@@ -12,9 +12,9 @@ import yaml
 from model_preparation import heal_in_stages, verify_checkpoint
 from model_preparation.errors import SurgeryError
 from model_preparation.train.heal import stages
-from tests.conftest import assert_refused, run_command
+from tests.conftest import assert_refused
 from tests.train.conftest import RUN
-from tests.train.cutting import outcome, run_until, write_text
+from tests.train.cutting import outcome, run_heal, run_until, write_text
 from tests.train.test_teacher_cache import ALONE
 
 
@@ -36,7 +36,7 @@ def written(folder: Path, config: object) -> list[object]:
 def staged(config, tmp_path_factory) -> Path:
     """What the stages make when nobody touches them."""
     folder = tmp_path_factory.mktemp("staged")
-    result = run_command("heal_checkpoint", *written(folder, config), "--output_dir", folder / "out")
+    result = run_heal(*written(folder, config), "--output_dir", folder / "out")
     assert result.returncode == 0, result.stderr
     (folder / "stdout").write_text(result.stdout)
     return folder / "out"
@@ -91,7 +91,7 @@ def test_killed_in_the_second_stage_they_end_with_the_same_bits(staged, config, 
 def test_stages_that_were_done_otherwise_are_named(staged, config, tmp_path):
     shutil.copytree(staged.with_name("out_resume"), tmp_path / "out_resume")
     config = {**config, "stages": [{"name": "first", "max_steps": 3}, *config["stages"][1:]]}
-    refused = run_command("heal_checkpoint", *written(tmp_path, config), "--output_dir", tmp_path / "out")
+    refused = run_heal(*written(tmp_path, config), "--output_dir", tmp_path / "out")
     assert_refused(refused, "first is stage first of another run (max_steps: was 2, is now 3)", "--resume never")
 
 
@@ -114,7 +114,7 @@ def test_stages_that_cannot_be_are_named_before_anything_is_trained(listed, word
     given = {"stages": listed, "checkpoint": config["checkpoint"], "data": config["data"]}
     (tmp_path / "stages.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
     flags = ("--config", tmp_path / "stages.yaml", "--output_dir", tmp_path / "out")
-    assert_refused(run_command("heal_checkpoint", *flags, cwd=tmp_path), *words)
+    assert_refused(run_heal(*flags, cwd=tmp_path), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["stages.yaml"]
 
 
@@ -142,7 +142,7 @@ def test_what_does_not_go_with_stages_is_named(staged, config, tmp_path):
         (("--output_dir", staged), "exists already", 1),
         (("--resume_dir", staged.with_name("out_resume") / "second_resume"), "states of a run without stages", 1),
     ):
-        assert_refused(run_command("heal_checkpoint", *flags, *more), words, code=code)
+        assert_refused(run_heal(*flags, *more), words, code=code)
     with pytest.raises(SurgeryError, match="Stage a has no data"):
         heal_in_stages(config["checkpoint"], [{"name": "a"}], tmp_path / "out")
     with pytest.raises(SurgeryError, match=r"Stage a has no key 'blocksize'\. The nearest is block_size"):
