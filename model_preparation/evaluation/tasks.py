@@ -107,9 +107,10 @@ def check_names(names: Sequence[str]) -> None:
     unknown = [name for name in names if not (is_mmlu(name) or is_recall(name) or _path_of(name).exists())]
     if not unknown:
         return
-    declared = {name for path in _definitions() for name in _DECLARATION.findall(path.read_text(encoding="utf-8"))}
+    texts = [_text_of(path) for path in _definitions()]
+    declared = {name for text in texts for name in _DECLARATION.findall(text)}
     for name in unknown:
-        if name not in declared and not any(_mentions(path, name) for path in _definitions()):
+        if name not in declared and not any(_mentions(text, name) for text in texts):
             close = difflib.get_close_matches(name, {*declared, *_MMLU_NAMES, *_EMBEDDED, *recall_names()}, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else "."
             raise _unknown(name, hint)
@@ -317,7 +318,8 @@ def _load_path(path: Path) -> list[Task | Group]:
 
 
 def _load_stock(name: str) -> list[Task | Group]:
-    folders = sorted({_STOCK / path.relative_to(_STOCK).parts[0] for path in _definitions() if _mentions(path, name)})
+    mentioning = (path for path in _definitions() if _mentions(_text_of(path), name))
+    folders = sorted({_STOCK / path.relative_to(_STOCK).parts[0] for path in mentioning})
     try:
         return _roots(TaskManager(include_defaults=False, include_path=[str(folder) for folder in folders]).load(name))
     except KeyError as error:
@@ -347,9 +349,12 @@ def _definitions() -> Iterator[Path]:
     return _STOCK.glob("*/**/*.yaml")
 
 
-def _mentions(path: Path, name: str) -> bool:
-    """Whether a definition contains the name as a whole word."""
-    text = path.read_text(encoding="utf-8", errors="replace")
+def _text_of(definition: Path) -> str:
+    return definition.read_text(encoding="utf-8", errors="replace")
+
+
+def _mentions(text: str, name: str) -> bool:
+    """Whether a definition's text contains the name as a whole word."""
     return name in text and re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", text) is not None
 
 
