@@ -18,6 +18,7 @@ from model_preparation.command_line import CommandParser
 from model_preparation.errors import SurgeryError
 from model_preparation.evaluation.settings import EvaluationSettings, GenerationSettings
 from model_preparation.layer_surgery import SUBCOMMANDS, show_subcommands
+from model_preparation.search import report
 from model_preparation.search.settings import SearchSettings
 from model_preparation.train.distill.settings import DistillSettings
 from model_preparation.train.heal.settings import HealSettings
@@ -128,11 +129,14 @@ def test_an_evaluation_from_a_file_is_that_of_the_flags(checkpoint_dir, tmp_path
     assert json.loads((tmp_path / "result.json").read_text()) == {**result, "kept": True}
 
 
-def test_a_search_a_healing_and_a_distillation_take_files_and_keep_all_that_was_used(checkpoint_dir, tmp_path):
+def test_a_search_a_healing_and_a_distillation_take_files_and_keep_all_that_was_used(
+    checkpoint_dir, tmp_path, monkeypatch
+):
     def kept(place: str, *, given: dict, **others: object) -> None:
         """The file has what was given, and the defaults too."""
         assert yaml.safe_load((tmp_path / place).read_text()).items() >= {**given, **others}.items()
 
+    monkeypatch.setattr(report, "PLOTS", {})  # they take most of a small search
     (tmp_path / "text.txt").write_text("Mia likes quinces . Rosa likes eggs . " * 50)
     search = {"base": "tiny_llamba", "donor": "tiny_llama", "task": ["embedded_recall"], "limit": 2, "race": "off"}
     search |= {"method": "singles", "budget_evaluations": 1, "output_dir": "found", "device": "cpu"}

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from model_preparation import run_experiment
+from model_preparation.errors import SurgeryError
 from tests.conftest import assert_refused, run_command, start_command, wait_until
 
 pytestmark = pytest.mark.usefixtures("quick_children")
@@ -46,12 +48,12 @@ def test_an_experiment_is_stopped_mended_changed_and_run_again(tmp_path, quick_p
     monkeypatch.setattr(sys, "executable", str(quick_python))  # what steps are started with
     file, out = experiment_file(tmp_path), tmp_path / "out"
     journal = out / "search" / "journal.jsonl"
-    wrong = experiment_file(tmp_path, ("base: tiny_llamba", "base: ./gone"), ("tasks: embedded_", "tasks: embeded_"))
-    for more in ([], ["--dry_run"]):  # before hours of work, all that is missing is named
-        refused = run_command("run_experiment", wrong, *more)
-        assert_refused(
-            refused, "base: ", "gone is not there", "data of heal: ", "out.txt is not there", "embeded_recall"
-        )
+    missing = [("base: tiny_llamba", "base: ./gone"), ("tasks: embedded_", "tasks: embeded_")]
+    named = ("base: ", "gone is not there", "data of heal: ", "out.txt is not there")
+    # Before hours of work, all that is missing is named.
+    assert_refused(run_command("run_experiment", experiment_file(tmp_path, missing[0])), *named)
+    refused = run_command("run_experiment", experiment_file(tmp_path, *missing), "--dry_run")
+    assert_refused(refused, *named, "embeded_recall")
     assert not out.exists()
     file = experiment_file(tmp_path)
     (tmp_path / "out.txt").write_text("Mia likes quinces .")
@@ -103,15 +105,14 @@ def test_an_experiment_is_stopped_mended_changed_and_run_again(tmp_path, quick_p
     }
     assert "again (limit: was 8, is now 9)" in told.stdout
 
-    changes = [("max_steps: 2", "max_steps: 3"), ("limit: 8, models", "limit: 9, models")]
-    experiment_file(tmp_path, *changes)
+    experiment_file(tmp_path, ("max_steps: 2", "max_steps: 3"))
     before = (healed / "checkpoint_info.json").read_bytes()
     assert_refused(run_command("run_experiment", file), "other results of heal than", "--redo", "output_dir")
     assert (healed / "checkpoint_info.json").read_bytes() == before
     redone = run_command("run_experiment", file, "--redo")
     assert redone.returncode == 0, redone.stderr
     begun = [line.partition("] ")[2] for line in redone.stdout.splitlines() if line.startswith("[")]
-    assert begun == ["heal", *changed]
+    assert begun == ["heal", "evaluate healed", "compare"]
     assert f"A  tiny_llamba\nB  {grafted.name}\n" in redone.stdout
     assert json.loads((healed / "checkpoint_info.json").read_text())["healing"]["settings"]["max_steps"] == 3
     assert (out / "experiment.yaml").read_text() == file.read_text()
@@ -150,10 +151,13 @@ SCORED = ("base", "grafted", "healed")
         ("base: ", "- base: ", ["this is not YAML"]),
     ],
 )
-def test_a_file_that_cannot_be_used_is_named_with_line_and_key(old, new, words, tmp_path):
+def test_a_file_that_cannot_be_used_is_named_with_line_and_key(old, new, words, tmp_path, monkeypatch):
     file = experiment_file(tmp_path, (old, new))
-    result = run_command("run_experiment", file)
-    assert_refused(result, str(file), *words)
+    monkeypatch.setattr(sys, "argv", ["run_experiment.py", str(file)])
+    with pytest.raises(SurgeryError) as refused:
+        run_experiment.main()
+    for word in (str(file), *words):
+        assert word in str(refused.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["experiment.yaml"]
 
 

@@ -1,10 +1,14 @@
 """What the tests of batches share: checkpoints of a checkpoint_info.json only, and the stand-in that scores them."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.conftest import PACKAGE
+from tests.jobs.quick_workers import environment
 
 FAKE_EVALUATOR = Path(__file__).with_name("fake_evaluator.py")
 
@@ -22,3 +26,11 @@ def make_candidate(checkpoint_dir, tmp_path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def quick_workers(quick_python, monkeypatch):
+    """The workers of commands that use Ray, and what they start, need not import torch again."""
+    monkeypatch.setattr(sys, "executable", str(quick_python))
+    monkeypatch.setenv("RAY_RUNTIME_ENV_HOOK", f"{environment.__module__}.{environment.__name__}")
+    monkeypatch.setenv("PYTHONPATH", str(PACKAGE.parent))  # where the hook is

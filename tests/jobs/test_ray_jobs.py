@@ -1,7 +1,7 @@
 """Jobs on a Ray cluster of two workers: same results, a killed worker costs one subject, nothing is left running.
 
-The cluster is what `--ray local` starts, with two CPUs; it runs in a child of this process, as do the batches, so that
-Ray never gets into the process that runs the tests.
+The cluster is what `--ray local` starts, with two CPUs and a GPU that torch cannot use. It runs in a child of this
+process, as do the batches, so that Ray never gets into the process that runs the tests.
 """
 
 import contextlib
@@ -15,25 +15,28 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from model_preparation import evaluate_checkpoint
 from model_preparation.evaluation.mmlu_questions import SUBJECTS as MMLU_SUBJECTS
 from model_preparation.jobs.evaluate_many import Candidate, evaluate_all
-from tests.conftest import HANG_SECONDS, PACKAGE, assert_refused, wait_until
+from tests.conftest import HANG_SECONDS, PACKAGE, assert_refused, run_command, start_command, wait_until
 from tests.evaluation.test_mmlu import question, write_questions
 from tests.jobs.conftest import FAKE_EVALUATOR
 from tests.jobs.fake_evaluator import SUBJECTS
 from tests.jobs.test_evaluate_many import is_alive, wait_for
+from tests.search.conftest import make_questions, write_task
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory) -> Iterator[str]:
-    """HOST:PORT of a cluster of two CPUs; when it has ended, none of its processes is left."""
+    """HOST:PORT of a cluster of two CPUs and a GPU; when it has ended, none of its processes is left."""
     folder = tmp_path_factory.mktemp("cluster")
     with pytest.MonkeyPatch.context() as environment, tempfile.TemporaryDirectory(prefix="ray") as ray_files:
         environment.setenv("RAY_TMPDIR", ray_files)  # a short path, for the sockets in it
@@ -47,6 +50,7 @@ def running_cluster(folder: Path) -> Iterator[str]:
     def serve() -> None:
         from model_preparation.jobs.ray_cluster import cluster
 
+        os.environ |= {"RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": 2, "GPU": 1}), "CUDA_VISIBLE_DEVICES": "0"}
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         with contextlib.suppress(SystemExit), cluster("local", 2) as ray:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -129,7 +133,7 @@ def evaluate_on(address: str, folders: list[Path], results_dir: Path, log: Path)
         done = evaluate_all(
             list(map(Candidate, folders)),
             results_dir=results_dir,
-            run_jobs=RayRunner(address, max_retries=1),
+            run_jobs=RayRunner(address, device="cpu", max_retries=1),
             evaluator=FAKE_EVALUATOR,
         )
         results_dir.with_suffix(".json").write_text(json.dumps([vars(one) for one in done]))
@@ -189,14 +193,14 @@ def test_a_signal_ends_what_runs_and_lets_it_clean_up(address, make_candidate, t
     assert not is_alive(int((results / "slow" / "attempts").read_text()))
 
 
-def test_the_script_builds_a_list_on_a_cluster(address, base_dir, layers_dir, checkpoint_dir, quick_python, tmp_path):
+def test_the_script_builds_a_list_on_a_cluster(address, base_dir, layers_dir, checkpoint_dir, quick_workers, tmp_path):
     (tmp_path / "list.csv").write_text("layers,description,name\n99,,\n2,,other\n1 3,a tiny pair,pair\n")
     shutil.copytree(checkpoint_dir, tmp_path / "out" / "other")
     command = ["bash", PACKAGE / "create_best_checkpoints.sh", "--list", "list.csv", "--output_root", "out"]
     result = subprocess.run(
         [*command, "--base", base_dir, "--llama_layers_dir", layers_dir, "--device", "cpu", "--ray", address],
         cwd=tmp_path,
-        env={**os.environ, "PYTHON": str(quick_python), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=HANG_SECONDS,
@@ -211,7 +215,7 @@ def test_the_script_builds_a_list_on_a_cluster(address, base_dir, layers_dir, ch
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"pair", "other"}
 
 
-def test_the_real_evaluator_goes_on_after_its_worker_is_killed(address, checkpoint_dir, quick_python, tmp_path):
+def test_the_real_evaluator_goes_on_after_its_worker_is_killed(address, checkpoint_dir, quick_workers, tmp_path):
     checkpoint = shutil.copytree(checkpoint_dir, tmp_path / "pair")
     rng = random.Random(0)
     rows = {
@@ -222,24 +226,83 @@ def test_the_real_evaluator_goes_on_after_its_worker_is_killed(address, checkpoi
     def answered(folder: Path) -> int:
         return len(list(folder.glob("pair/*/answers/*.json")))
 
-    cut, flags = tmp_path / "cut", ["--mmlu_data", questions, "--device", "cpu", "--ray", address]
-    command = [PACKAGE / "evaluate_checkpoints.py", checkpoint, "--results_dir", cut, *flags]
-    with subprocess.Popen(
-        [str(quick_python), *map(str, command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        wait_until(lambda: answered(cut) >= 3)  # some subjects are done, most are not
-        for worker in workers_running("test_checkpoint.py"):
-            os.kill(worker, signal.SIGKILL)
-        printed = process.communicate(timeout=HANG_SECONDS)[0]
-        assert process.returncode == 0, printed
+    cut, log = tmp_path / "cut", tmp_path / "log"
+    flags = ["--mmlu_data", questions, "--device", "cpu", "--ray", address]
+    process = start_command("evaluate_checkpoints", checkpoint, "--results_dir", cut, *flags, log=log)
+    wait_until(lambda: answered(cut) >= 3, alive=process.is_alive)  # some subjects are done, most are not
+    for worker in workers_running("test_checkpoint.py"):
+        os.kill(worker, signal.SIGKILL)
+    process.join(HANG_SECONDS)
+    printed = log.read_text()
+    assert process.exitcode == 0, printed
     assert "was lost" in printed
     whole = evaluate_checkpoint(checkpoint, mmlu_data=questions, results_dir=tmp_path / "whole")
     name, *layers_and_score = printed.strip().splitlines()[-1].split()[:7]
     assert name == "pair"
     assert layers_and_score == f"1 3 {whole['score']:.4f} ± {whole['stderr']:.4f} {whole['questions']}".split()
+
+
+def test_a_killed_worker_of_a_search_is_replaced_and_the_result_is_that_of_one_process(
+    address, base_dir, layers_dir, quick_workers, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    task = write_task(tmp_path / "task", "tiny_words", make_questions(24))
+    flags = ["--base", base_dir, "--llama_layers_dir", layers_dir, "--task", task, "--device", "cpu"]
+    flags += ["--method", "exhaustive", "--batch_size", 2]
+    alone = run_command("search_layers", *flags, "--output_dir", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    log, journal = tmp_path / "log", tmp_path / "ray" / "journal.jsonl"
+    process = start_command("search_layers", *flags, "--output_dir", tmp_path / "ray", "--ray", address, log=log)
+    kill_a_shard(process)  # before it has told anything
+    wait_until(lambda: journal.exists() and lines_of(journal) >= 3, alive=process.is_alive)  # the base, and two sets
+    kill_a_shard(process)
+    told = lines_of(journal)
+    process.join(HANG_SECONDS)
+    assert process.exitcode == 0, log.read_text()
+    assert log.read_text().count("A worker was lost") == 2
+    assert told < 16 == lines_of(journal)
+    found, wanted = (json.loads((tmp_path / name / "search_result.json").read_text()) for name in ("ray", "alone"))
+    for name in ("final_results", "base_score", "base_stderr", "pareto", "failed"):
+        assert found[name] == wanted[name]
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    made = [(tuple(line["layers"]), part) for line in lines for part in line["parts"]]
+    assert len(made) == len(set(made))
+
+
+def test_a_gpu_that_torch_cannot_use_is_told_and_nothing_runs_on_the_cpu(
+    address, base_dir, layers_dir, quick_workers, tmp_path
+):
+    task = write_task(tmp_path / "task", "tiny_words", make_questions(4))
+    flags = ["--base", base_dir, "--llama_layers_dir", layers_dir, "--task", task, "--method", "singles"]
+    result = run_command("search_layers", *flags, "--output_dir", tmp_path / "out", "--ray", address)
+    assert "Device       a GPU from Ray for each job\n" in result.stdout, result.stderr
+    assert_refused(result, "A worker of the search failed: --device cuda cannot be used here: ")
+    assert lines_of(tmp_path / "out" / "journal.jsonl") == 0
+
+
+def kill_a_shard(process: BaseProcess) -> None:
+    """Kill a worker of the search that `process` runs, as soon as there is one."""
+    workers: list[psutil.Process] = []
+
+    def are_there() -> bool:
+        workers[:] = [each for each in psutil.process_iter() if is_shard(each)]
+        return bool(workers)
+
+    wait_until(are_there, alive=process.is_alive)
+    workers[0].kill()
+
+
+def is_shard(process: psutil.Process) -> bool:
+    """A worker's log is among the files of its cluster."""
+    try:
+        ours = process.name().startswith("ray::QuestionSh")
+        return ours and any(file.path.startswith(os.environ["RAY_TMPDIR"]) for file in process.open_files())
+    except psutil.Error:
+        return False
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n")
 
 
 def workers_running(script: str) -> list[int]:

@@ -72,9 +72,9 @@ def loaded(base_dir, layers_dir, donor_dir, task_dir, tmp_path_factory) -> Scori
 
 
 @pytest.fixture(autouse=True)
-def one_plot(monkeypatch):
-    """One plot instead of four, which take most of a small search; what fixtures of a module search has all."""
-    monkeypatch.setattr(report, "PLOTS", {"history": report.PLOTS["history"]})
+def no_plots(monkeypatch):
+    """They take most of a small search. What fixtures of a module search has all."""
+    monkeypatch.setattr(report, "PLOTS", {})
 
 
 @pytest.fixture(scope="module")

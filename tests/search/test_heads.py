@@ -136,8 +136,8 @@ def test_a_budget_of_bytes_counts_the_key_value_heads_that_are_shared(pairs, mak
     with pytest.raises(SurgeryError, match="of 1 to 4 heads has a cache of at least 12,288 bytes"):
         search_layers(settings, output_dir=tmp_path / "none", max_cache_bytes=8192, dry_run=True)
     for method in ("ga", "beam"):
-        changes = {"output_dir": tmp_path / method, "method": method, "limit": 3}
-        found = search_layers(settings, **changes, max_cache_bytes=4 * 2048 + 8192)
+        changes = {"output_dir": tmp_path / method, "method": method, "limit": 3, "population": 6, "generations": 3}
+        found = search_layers(settings, **changes, beam_width=3, max_cache_bytes=4 * 2048 + 8192)
         assert {row["kv_bytes_per_token"] for row in found["final_results"]} <= {128, 256}
         assert max(row["num_heads"] for row in found["final_results"]) > 2
 

@@ -29,7 +29,7 @@ from tests.conftest import PACKAGE, assert_refused, run_command
 from tests.search.conftest import make_questions, write_task
 
 COMPARED = ("final_results", "base_score", "base_stderr", "pareto", "single_layer_results", "dropped", "failed")
-SMALL = {"population": 6, "generations": 2, "patience": 2, "beam_width": 2, "top": 3}
+SMALL = {"population": 6, "generations": 2, "patience": 2, "beam_width": 2, "top": 3, "limit": 6}
 FEW = {"method": "singles", "max_layers": 1, "budget_evaluations": 1}
 pytestmark = pytest.mark.usefixtures("datasets_cache", "quick_children")
 

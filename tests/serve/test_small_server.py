@@ -28,7 +28,7 @@ TEMPLATE = """\
 
 
 @pytest.fixture(scope="module")
-def server(serve, served_dirs, tmp_path_factory):
+def server(serve, served_dirs, quick_children, tmp_path_factory):
     """A graft whose tokenizer has a chat template, which the embedded pair's has not."""
     checkpoint = shutil.copytree(served_dirs["pt"], tmp_path_factory.mktemp("chats") / "graft")
     (checkpoint / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)

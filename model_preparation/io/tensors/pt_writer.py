@@ -49,9 +49,8 @@ def write_together(
         placeholders = {name: _placeholder(source) for name, source in sources.items()}
         objects = contents(placeholders)
         first = [tensor.untyped_storage() for tensor in placeholders.values()]
-        shared = _in_all(
-            [pickled(content, pickler=Pickler)[1] for content in objects]
-        )  # no bytes yet, so the quick one
+        # Only the storages are wanted here, so Python's quick pickler will do.
+        shared = _in_all([pickled(content, pickler=Pickler)[1] for content in objects])
         others = [storage for storage in shared if storage._cdata not in {written._cdata for written in first}]
         if len(first) + len(others) != len(shared):
             raise RuntimeError("an object leaves out a tensor that is in its file")
