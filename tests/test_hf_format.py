@@ -27,7 +27,7 @@ from tests.conftest import PACKAGE, assert_refused, run_command, run_python, see
 IDS = [[5, 17, 99, 3, 42, 8]]
 MODEL_FILES = {
     *("cache_llamba.py", "configuration_llamba.py", "donor_kinds.py", "head_attention.py", "mixer.py"),
-    *("modeling_llamba.py", "ssd.py", "transformers_versions.py"),
+    *("modeling_llamba.py", "packing.py", "ssd.py", "transformers_versions.py"),
 }
 SHARDS = {f"{name}.safetensors" for name in ("embedding", "layer_00", "layer_01", "layer_02", "layer_03", "head")}
 HF_FILES = {

@@ -7,23 +7,22 @@ memory at a time. No code is run: a file that names code is refused.
 
 import fnmatch
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from blake3 import blake3
 from rich.filesize import decimal
 from torch import Tensor, nn
 
 from model_preparation.checkpoint.checkpoint_info import INFO, STATE_DICT, read_info
 from model_preparation.checkpoint.model_digests import tensors_of
+from model_preparation.checkpoint.tensor_statistics import difference_of, statistics_of
 from model_preparation.errors import SurgeryError, one_line
 from model_preparation.hub.sources import TABLE, resolve
 from model_preparation.io.tensors.sharded_weights import TensorFiles
-from model_preparation.io.tensors.tensor_ranges import MappedFiles, TensorRange, bytes_of, pt_ranges, safetensors_ranges
+from model_preparation.io.tensors.tensor_ranges import TensorRange, pt_ranges, safetensors_ranges
 from model_preparation.io.untrusted.not_a_model import what_it_is
 from model_preparation.io.untrusted.pickle_check import TENSORS, allowed_in_module
 from model_preparation.io.untrusted.pt_check import check_pt
@@ -31,7 +30,6 @@ from model_preparation.io.untrusted.pt_check import check_pt
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 _SHOWN_DIGITS = 16  # of a digest
-_PIECE_NUMBERS = 1 << 20
 
 
 @dataclass
@@ -40,37 +38,6 @@ class Contents:
 
     tensors: dict[str, TensorRange] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Statistics of a tensor's finite numbers; NaN if it has none.
-
-    Attributes:
-        std: the population's standard deviation.
-        not_finite: how many numbers are infinite or NaN.
-        blake3: of the bytes, as in tensor_digests.json.
-    """
-
-    mean: float
-    std: float
-    least: float
-    most: float
-    not_finite: int
-    blake3: str
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How two tensors differ.
-
-    Attributes:
-        largest: the largest absolute difference of two numbers at the same place.
-        relative: the norm of the difference, divided by the norm of the second tensor.
-    """
-
-    largest: float
-    relative: float
 
 
 def inspect_checkpoint(
@@ -242,42 +209,3 @@ def _flat(value: object, name: str) -> Iterator[tuple[str, Any]]:
         return
     for key, item in pairs:
         yield from _flat(item, f"{name}.{key}" if name else str(key))
-
-
-def statistics_of(place: TensorRange) -> Statistics:
-    """Statistics of a tensor, which is read once."""
-    digest = blake3()
-    count, total, squares, least, most = 0, 0.0, 0.0, math.inf, -math.inf
-    for piece in _pieces(place):
-        digest.update(bytes_of(piece))
-        numbers = piece.double()
-        finite = numbers[torch.isfinite(numbers)]
-        if finite.numel():
-            count += finite.numel()
-            total += finite.sum().item()
-            squares += finite.square().sum().item()
-            least, most = min(least, finite.min().item()), max(most, finite.max().item())
-    if not count:
-        return Statistics(math.nan, math.nan, math.nan, math.nan, place.numel, digest.hexdigest())
-    mean = total / count
-    std = math.sqrt(max(0.0, squares / count - mean**2))
-    return Statistics(mean, std, least, most, place.numel - count, digest.hexdigest())
-
-
-def difference_of(ours: TensorRange, theirs: TensorRange) -> Difference:
-    """The difference of two tensors of one shape, which are read once. Their dtypes may differ."""
-    largest = squares = norm = 0.0
-    for a, b in zip(_pieces(ours), _pieces(theirs), strict=True):
-        change = a.double() - b.double()
-        largest = max(largest, change.abs().max().item())
-        squares += change.square().sum().item()
-        norm += b.double().square().sum().item()
-    return Difference(largest, math.sqrt(squares / norm) if norm else math.nan)
-
-
-def _pieces(place: TensorRange) -> Iterator[Tensor]:
-    """The tensor's numbers in order, in flat pieces."""
-    mapped = MappedFiles()
-    flat = mapped.tensor(place).reshape(-1)
-    yield from flat.split(_PIECE_NUMBERS) if flat.numel() else ()
-    mapped.forget(place)

@@ -26,6 +26,7 @@ from .configuration_llamba import LlambaConfig
 from .donor_kinds import KINDS
 from .head_attention import HeadAttention
 from .mixer import LlambaMixer, PaddingLayout
+from .packing import has_several_documents, token_places, visible
 
 # Further arguments that transformers passes to any model. The grafted layers get them.
 TYPED_KWARGS = frozenset(TransformersKwargs.__annotations__)
@@ -202,9 +203,9 @@ class LlambaModel(LlambaPreTrainedModel):
         """
         length = hidden_states.shape[1]
         padding = PaddingLayout.of(attention_mask, length)
-        places = _token_places(hidden_states, attention_mask, cache)  # (batch or 1, past + length)
+        places = token_places(hidden_states, attention_mask, cache)  # (batch or 1, past + length)
         own_places = places[:, -length:]
-        is_packed = position_ids is not None and _is_packed(position_ids, own_places, attention_mask)
+        is_packed = position_ids is not None and has_several_documents(position_ids, own_places, attention_mask)
         if position_ids is None:
             position_ids = own_places
         arguments: dict[str, dict] = {
@@ -233,7 +234,7 @@ class LlambaModel(LlambaPreTrainedModel):
                     inputs_embeds=hidden_states,
                     attention_mask=attention_mask,
                     **{CACHE_NAME: cache},
-                    and_mask_function=_visible(position_ids, places, is_packed, window),
+                    and_mask_function=visible(position_ids, places, is_packed, window),
                 )
                 arguments[kind] = {
                     "attention_mask": causal_mask,
@@ -250,65 +251,6 @@ class LlambaModel(LlambaPreTrainedModel):
                 arguments[str(layer)] = {**arguments["linear_attention"], "of_heads": of_heads}
                 arguments.setdefault("hybrid", arguments[str(layer)])
         return arguments
-
-
-def _token_places(hidden_states: Tensor, attention_mask: Tensor | None, cache: LlambaCache | None) -> Tensor:
-    """How many real tokens come before each token of a row, (batch or 1, past + length) int64."""
-    if attention_mask is not None:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    past = cache.get_seq_length() if cache is not None else 0
-    return torch.arange(past + hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-
-
-def _is_packed(position_ids: Tensor, places: Tensor, attention_mask: Tensor | None) -> bool:
-    """Whether a document begins after the first token of a row.
-
-    Args:
-        position_ids: (batch or 1, length).
-        places: (batch or 1, length), of the same tokens.
-
-    Raises:
-        ValueError: if positions neither count up by one nor start again at 0.
-    """
-    real = torch.ones_like(places, dtype=torch.bool)
-    if attention_mask is not None:
-        real = attention_mask[:, -places.shape[1] :].bool()
-    if not bool(((position_ids < places) & real).any()):
-        return False
-    position_ids, places, real = torch.broadcast_tensors(position_ids, places, real)
-    for row, (positions, is_real) in enumerate(zip(position_ids, real, strict=True)):
-        positions = positions[is_real]
-        wrong = (positions[1:] != positions[:-1] + 1) & (positions[1:] != 0)
-        if bool(wrong.any()):
-            at = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"position_ids of row {row} go from {int(positions[at])} to {int(positions[at + 1])}: "
-                "they must count up by one, or start again at 0 where a document begins"
-            )
-    return True
-
-
-def _visible(position_ids: Tensor, places: Tensor, is_packed: bool, window: int | None):
-    """A mask function for transformers: true for keys in the query's document and in its last `window` tokens.
-
-    It counts real tokens only, so padding changes nothing. None if every key before the query is visible.
-    """
-    if not is_packed and window is None:
-        return None
-    past = places.shape[1] - position_ids.shape[1]
-    own_places = places[:, past:]
-    # (batch or 1, length): the place of the first token that is visible
-    first = own_places - position_ids if is_packed else torch.zeros_like(own_places)
-    if window is not None:
-        first = first.maximum(own_places - window + 1)
-    rows = max(len(first), len(places))
-    first, places = first.expand(rows, -1), places.expand(rows, -1)
-
-    def mask(batch, head, query, key):
-        row = batch if rows > 1 else 0
-        return places[row, key] >= first[row, query - past]
-
-    return mask
 
 
 def _checked_cache(past_key_values: LlambaCache | None, cache: LlambaCache | None) -> LlambaCache | None:

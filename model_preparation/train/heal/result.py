@@ -14,8 +14,9 @@ from model_preparation.evaluation.generation import generate_text
 from model_preparation.llamba import LlambaForCausalLM
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.train.heal.heal_trainer import HealTrainer
-from model_preparation.train.heal.run import Run, trained_layers
+from model_preparation.train.heal.run import Run
 from model_preparation.train.heal.settings import described
+from model_preparation.train.heal.trained_layers import trained_layers
 
 _NEW_TOKENS = 40  # tokens of the texts before and after
 _LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch", "step")  # no times: they differ in every run

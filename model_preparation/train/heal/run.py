@@ -26,7 +26,6 @@ from model_preparation.io.complete_folder import remove_abandoned
 from model_preparation.io.result_inputs import differences, name_of
 from model_preparation.io.text import read_text
 from model_preparation.llamba import LlambaForCausalLM
-from model_preparation.llamba.configuration_llamba import LlambaConfig
 from model_preparation.train.distill.settings import SELF
 from model_preparation.train.heal.adapters import add_lora, is_adapter, load_adapter
 from model_preparation.train.heal.load_weights import load_weights
@@ -44,6 +43,7 @@ from model_preparation.train.heal.self_conversations import write_conversations
 from model_preparation.train.heal.sequences import Sequences, hold_out, load_sequences
 from model_preparation.train.heal.settings import HealSettings, resumed_settings, saved_settings
 from model_preparation.train.heal.teacher_cache import TeacherCache, recorded_teacher
+from model_preparation.train.heal.trained_layers import trained_layers
 from model_preparation.train.heal.training_arguments import step_size
 
 Say = Callable[..., None]
@@ -200,22 +200,6 @@ def in_memory(model: LlambaForCausalLM) -> LlambaForCausalLM:
     for parameter in model.parameters():  # tied ones appear once
         parameter.data = parameter.data.clone()
     return model
-
-
-def trained_layers(config: LlambaConfig, method: str) -> list[int]:
-    """Indices of the layers that `method` trains, sorted.
-
-    Raises:
-        SurgeryError: for "grafted" and "neighbours" if no layer and no head is grafted.
-    """
-    if method in ("full", "lora"):
-        return list(range(config.n_layer))
-    grafted = {*config.llama_layers, *map(int, config.llama_heads)}
-    if not grafted:
-        raise SurgeryError(f"No layers are grafted, so method {method} has nothing to train. Use --method full.")
-    if method == "neighbours":
-        grafted |= {index + step for index in grafted for step in (-1, 1)}
-    return sorted(grafted & set(range(config.n_layer)))
 
 
 def begin_or_resume(
