@@ -25,8 +25,8 @@ def can_write(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
     asked = {name: value for name, value in settings.items() if name not in ("until", "max_gen_toks")}
     own = model.generation_config.to_diff_dict()
     harmless = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "max_length", "use_cache"}
-    own = {name for name in own if not name.startswith("_") and name not in harmless}
-    return model.config.model_type in ("llama", "llamba") and asked == _PLAIN and not own
+    own = {name for name, value in own.items() if value and not name.startswith("_") and name not in harmless}
+    return model.config.model_type in ("llama", "llamba") and asked.items() <= _PLAIN.items() and not own
 
 
 def write(
