@@ -24,10 +24,10 @@ the mixer of each layer learns the outputs of the donor's attention on the same 
 
 Finished layers are kept in DIR.distilling, beside the folder to write. If the command is stopped, run it again: it
 resumes at the next layer. It needs memory for one layer of the donor, one of the base, and the hidden states of all
-tokens (tokens x width x 4 bytes); with --data self, first for the whole donor in bfloat16. Hidden states above
---memory_limit are kept on the disk, where they take twice that size: 34 GB for a million tokens of an 8B model, whose
-width is 4096. The model's folder also gets distillation.json (errors, perplexities, settings), distillation.jsonl
-(losses) and distillation.png.
+tokens (tokens x width x 4 bytes); with --data self, first memory for the whole donor in bfloat16. If the hidden states
+are larger than --memory_limit, they are kept on the disk, and take twice their size: 34 GB for a million tokens of an
+8B model, whose width is 4096. The model's folder also gets distillation.json (errors, perplexities, settings),
+distillation.jsonl (losses) and distillation.png.
 
 {ray_flags.HELP}"""
 
@@ -96,7 +96,7 @@ def make_parser() -> CommandParser:
         default=SELF,
         metavar="FILE|DIR|self",
         help="text: a .txt file, a .jsonl file with a text in every line, a folder of such files; or self: the donor "
-        "writes the text, from its first token on (default: %(default)s)",
+        "writes the text, without a prompt (default: %(default)s)",
     )
     parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="the model folder to write")
     add_flags(parser, DistillSettings)
@@ -110,7 +110,7 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="train all layers again; tokens of a stopped run are kept if donor, text and their settings are the same",
+        help="train all layers again; tokens of a stopped run are kept if their donor, text and settings are the same",
     )
     ray_flags.add_ray_flags(parser)
     add_device_flags(parser)

@@ -101,7 +101,7 @@ def make_parser() -> CommandParser:
 
 
 def _flags(parser: CommandParser, args: argparse.Namespace) -> Iterator[str]:
-    """The given flags of the evaluator."""
+    """The given flags for test_checkpoint.py."""
     for name in filter(parser.is_given, _PASSED_ON):
         value = getattr(args, name)
         if value is True:
@@ -111,7 +111,7 @@ def _flags(parser: CommandParser, args: argparse.Namespace) -> Iterator[str]:
 
 
 def _needed_paths(args: argparse.Namespace) -> Iterator[Path]:
-    """The paths in the evaluator's flags."""
+    """The paths in these flags."""
     if args.mmlu_data is not None and args.mmlu_data not in _NO_FOLDERS:
         yield Path(args.mmlu_data).expanduser()
     yield from (Path(task) for task in args.tasks if Path(task).exists())

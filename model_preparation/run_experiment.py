@@ -46,7 +46,7 @@ an experiment:
 The steps are extract, search, build, heal, evaluate and compare. Each step takes the flags of its command as keys. To
 see the keys of search, run search_layers.py --help; those of evaluate, test_checkpoint.py --help. Write gpu, device and
 source outside the steps: all steps that have these flags use them. heal needs data, the text to train on. evaluate also
-takes models, a list out of base, donor, grafted and healed (default: all). Without evaluate, nothing is compared. Paths
+has the key models: some of base, donor, grafted and healed (default: all). Without evaluate, nothing is compared. Paths
 start at the current folder.
 
 examples:
@@ -86,7 +86,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Step:
-    """One run of a command. Its file `result` exists once it has succeeded. It needs the results of the steps `after`.
+    """One run of a command. Its file `result` exists once it has succeeded. It needs the earlier steps in `after`.
 
     `own` are flags for paths, which do not change the result.
     """
@@ -102,13 +102,13 @@ class Step:
 
     @property
     def can_replace(self) -> bool:
-        """Whether a run with other settings replaces an earlier result that took time."""
+        """Whether a run with other settings replaces a result that is slow to make, and so needs --redo."""
         return self.kind in ("extract", "search", "build", "heal")
 
 
 @dataclass(frozen=True)
 class State:
-    """The state of a step, and the reason: done, to do, or again if there is a result of other settings."""
+    """The state of a step: done, to do, or again (its result has other settings); and the reason."""
 
     word: str
     reason: str = ""
@@ -208,7 +208,7 @@ def read_experiment(path: Path) -> Experiment:
 
 
 def _parser_of(kind: str) -> CommandParser:
-    """The parser of a step's command: its `main` runs until it parses."""
+    """The parser of a step's command, caught when the command's `main` begins to parse."""
 
     class Parsed(Exception):
         pass
@@ -310,7 +310,7 @@ def _check_inputs(experiment: Experiment, steps: list[Step]) -> None:
     from model_preparation.train.texts import files_of_text
 
     sources = dict(each.split("=", 1) for each in experiment.steps["build"].get("source", []))
-    missing: dict[str, str] = {}  # by reason, the key that needs it
+    missing: dict[str, str] = {}  # {error message: key of what is missing}
 
     def check(key: str, find: Callable[..., object], *given: Any) -> None:
         try:
@@ -368,7 +368,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         return record
     except ValueError as error:
         raise SurgeryError(
-            f"{path} is damaged ({error}). Remove it. The experiment then makes its results again with --redo."
+            f"{path} is damaged ({error}). Remove it, and run this again with --redo: all results are then made again."
         ) from error
 
 
@@ -391,7 +391,7 @@ def _states(steps: list[Step], record: Mapping[str, Any]) -> dict[str, State]:
             states[step.name] = State("again", "its settings are not recorded")
         elif changed or again:
             flags = [each for each in changed if each.partition(":")[0] not in step.after]
-            states[step.name] = State("again", "; ".join(flags or [f"{name} changes" for name in step.after]))
+            states[step.name] = State("again", "; ".join(flags or [f"{name} changed" for name in again or step.after]))
         else:
             states[step.name] = State("to do", "it was stopped") if entry["replaces"] else State("done")
     for step in reversed(steps):

@@ -507,7 +507,7 @@ def test_code_that_was_put_in_by_hand_is_no_fault_and_the_update_records_it(old_
         ("saved", "has no checkpoint_info.json (save_pretrained writes none)"),
         ("newer", "newer model_preparation"),
         ("in use", "is being written by process"),
-        ("no config", "is not what a build writes"),
+        ("no config", "lacks a field or has a wrong one"),
     ],
 )
 def test_what_is_not_updated_is_left_as_it_is(old_code, damage, words):

@@ -74,7 +74,7 @@ def build_checkpoint(
         format: "pt" for model.pt and model_state_dict.pt, "hf" for a folder that transformers opens without this
             package, or "both".
         overwrite: replace an existing checkpoint. The old one stays until the new one is complete.
-        sources: targets by name, as `resolve(overrides=...)` takes them.
+        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
         dry_run: check and show the plan, write nothing.
         heads: by layer, the donor's query heads that are added to the mixer, such as {13: [16, 17]}. With several
             donors: a dict from a donor's name to such a dict.

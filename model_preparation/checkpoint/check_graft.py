@@ -118,7 +118,7 @@ def check_parts(
     Args:
         parts: from `find_parts`.
         tokenizer: its name, folder or hub id; by default the base's own, else the donor's.
-        sources: targets by name, as `resolve(overrides=...)` takes them.
+        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
         SurgeryError: for anything that would make the graft fail or be wrong.

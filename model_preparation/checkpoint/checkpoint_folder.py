@@ -1,6 +1,6 @@
 """The one writer of checkpoint folders: it adds all other files to the weights, checkpoint_info.json last.
 
-Builds, rebuilds and healing end here. A folder without checkpoint_info.json is no checkpoint.
+It is the last step of builds, rebuilds and healing. A folder without checkpoint_info.json is no checkpoint.
 """
 
 import json
@@ -71,7 +71,7 @@ def finish_folder(
     Args:
         info: the fields of checkpoint_info.json that only the caller knows.
         format: "pt", "hf" or "both".
-        files: {"bytes", "sha256"} by name of files with known digests; the others are read.
+        files: {"bytes", "sha256"} by file name, where they are known; other files are read to get theirs.
         tensors: the entries of tensor_digests.json: dtype, shape, origin and BLAKE3 of every tensor of the state dict.
         config: the model's config.
         generation_config: the fields of its generation config.
@@ -163,7 +163,7 @@ def write_healed(
         parent_info: its checkpoint_info.json.
         healing: how the model was trained, for checkpoint_info.json.
         format: "pt", "hf" or "both".
-        extras: by name of a further file, a function that writes the file to a path.
+        extras: functions that write further files to a path, by the file's name.
 
     Raises:
         SurgeryError: if the folder exists and `overwrite` is not set.
@@ -202,7 +202,7 @@ def write_healed(
 
 
 def describe_parent(parent: Path, parent_info: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a parent in its children's checkpoint_info.json: its folder's name and its tensors' digest."""
+    """What a child's checkpoint_info.json records of its parent: folder name, digest of the tensors, MMLU score."""
     return {
         "id": parent.resolve().name,
         "tensor_digests_sha256": parent_info["files"][TENSOR_DIGESTS]["sha256"],

@@ -113,7 +113,7 @@ def descent_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def is_healed(info: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint, or one of its parents, was healed. Then no recipe gives all its tensors."""
+    """Whether a checkpoint, or one of its parents, was healed. Then base and donors are not enough to build it."""
     return "healing" in info or any("healed" in step for step in info.get("descent", []))
 
 

@@ -1,8 +1,8 @@
 """Writes the layers of a donor or a Llamba into files of their own: extracted_llama_layers/.
 
 The folder gets layer_NN.pt (each a plain dict of tensors), the donor's tokenizer and rotary_emb.pt. metadata.json names
-the source model and the SHA-256 of each file. A few blocks are in memory at a time; the model is never built.
-layer_store.py reads such a folder.
+the source model and the SHA-256 of each file. Only a few blocks of bytes are in memory at a time; the model is
+never built. layer_store.py reads such a folder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-_LAYERS_AT_ONCE = 2  # one core computes the digests of one layer
+_LAYERS_AT_ONCE = 2  # each layer's digests keep one core busy
 
 
 def extract_layers(
@@ -67,7 +67,7 @@ def extract_layers(
         layers: indices to extract; all by default.
         dtype: cast floating-point tensors to it; by default each keeps its own.
         overwrite: replace an existing complete folder.
-        sources: targets by name, as `resolve(overrides=...)` takes them.
+        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
         SurgeryError: if the model is missing or of another kind; if a layer is out of range or has wrong tensors; if
@@ -89,7 +89,7 @@ def extract_layers(
         places = [place for layer in ranges.values() for place in layer.values()]
         check_space(target, sum(place.numel * (cast_to or place.dtype).itemsize for place in places) + 50_000_000)
         with BackgroundTasks(1 + _LAYERS_AT_ONCE) as tasks:
-            # Importing torch and transformers takes as long as writing some GB: the config is checked meanwhile.
+            # The check imports torch and transformers, which takes as long as writing some GB: do both at once.
             checking = tasks.start(_check_and_load, source.folder, files, chosen, prefix)
             writing = {
                 str(index): tasks.start(
@@ -195,7 +195,7 @@ def write_layer(
     """Write one layer's tensors, cast to `dtype` if it is given; returns the layer's entry in metadata.json.
 
     Args:
-        advance: called with the bytes of every piece written; may raise.
+        advance: called with the number of bytes of every piece written; may raise.
     """
     described, blake3 = write_dict(path, {name: place.cast(dtype) for name, place in ranges.items()}, advance)
     largest = max(ranges.values(), key=lambda place: place.numel)

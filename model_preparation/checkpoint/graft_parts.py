@@ -1,6 +1,6 @@
 """The parts of a graft: base, donor and parent, and which of their files gives each tensor.
 
-Neither torch nor transformers is needed here, so a build writes weights while these are imported.
+Imports neither torch nor transformers: a build writes weights while other threads import them.
 """
 
 import re
@@ -71,17 +71,17 @@ class GraftParts:
 
     @property
     def replaced_prefixes(self) -> tuple[str, ...]:
-        """How the names of all tensors from donors begin, those of earlier grafts too."""
+        """Prefixes of the names of all tensors from donors, also from earlier grafts."""
         return donor_prefixes(self.layers, self.heads)
 
     @property
     def new_prefixes(self) -> tuple[str, ...]:
-        """How the names of the tensors begin that this graft adds."""
+        """Prefixes of the names of tensors that this graft adds."""
         return donor_prefixes(self.new_layers, self.new_heads)
 
     @property
     def ungrafted_prefixes(self) -> tuple[str, ...]:
-        """How the names of the tensors begin that come from the parent's own base, because their graft is undone."""
+        """Prefixes of the names of tensors that come from the parent's own base, because their graft is undone."""
         return donor_prefixes(self.parent.ungrafted if self.parent else [], [])
 
     @property
@@ -89,7 +89,7 @@ class GraftParts:
         """The config of the base, or of the checkpoint that the graft starts from."""
         if self.parent is not None:
             return self.parent.config
-        return read_config(self.base.folder)  # type: ignore[return-value]  # by its model_type
+        return read_config(self.base.folder)  # type: ignore[return-value]  # find_base has checked it
 
     @property
     def keeps_base_tensors(self) -> bool:
@@ -97,7 +97,7 @@ class GraftParts:
         return self.parent is None or not is_healed(self.parent.info)
 
     def files_of(self, name: str) -> TensorFiles:
-        """The files of a tensor that does not come from the donor: the base's, the parent's, or its own base's."""
+        """The files of a tensor that is not the donor's: of the base, of the parent, or of the parent's own base."""
         if self.parent is not None and self.parent.own_base is not None and name.startswith(self.ungrafted_prefixes):
             return self.parent.own_base
         return self.files
@@ -163,7 +163,7 @@ def find_parts(
         layers: indices, in any order, each once; for several donors, a dict of them by donor's name.
         llama_layers_dir: a folder written by `extract_layers`, or an open store; for several donors, folders by name.
         dtype: of the whole model; by default the base's.
-        sources: targets by name, as `resolve(overrides=...)` takes them.
+        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
         heads: by layer, the donor's heads to add to the base's mixer; for several donors, such a dict by name.
         keep_mixer_heads: whether the mixer's heads at the same positions stay too.
         ungraft: layers of a checkpoint whose graft is undone: they get the weights of the checkpoint's own base again.
@@ -238,7 +238,7 @@ def _on_parent(
     check_range([*layers, *heads], info["total_layers"], str(folder))
     if both := sorted(set(parent.ungrafted) & set(layers)):
         raise SurgeryError(
-            f"Layer {both[0]} is named in --layers and in --ungraft. Leave it out of --ungraft: --layers replaces it."
+            f"Layer {both[0]} is named in --layers and in --ungraft. Remove it from --ungraft; --layers is enough."
         )
     gone = {*parent.ungrafted, *layers}
     whole = [index for index in info["replaced_layers"] if index not in gone]

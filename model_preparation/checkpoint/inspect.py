@@ -55,7 +55,7 @@ def inspect_checkpoint(
         pattern: only tensors whose names match, such as "*.mlp.*"; or a beginning of names, up to a dot.
         diff: another such path; the lines then say which tensors differ, and how.
         as_json: one JSON object per tensor, with its digest in full.
-        sources: targets by name, as `resolve(overrides=...)` takes them.
+        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
         SurgeryError: if the path has no tensors, no name fits, a file is damaged, or a file names a global that could

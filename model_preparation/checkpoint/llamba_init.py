@@ -81,7 +81,7 @@ def init_llamba_base(
         output_dir: the folder to make; it appears whole or not at all.
         dtype: of the weights written; the donor's by default.
         overwrite: replace an existing model folder.
-        sources: targets by name, as `resolve(overrides=...)` takes them.
+        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
         SurgeryError: if the donor is missing, of another kind, or lacks tensors; if no Llamba can have its width; if

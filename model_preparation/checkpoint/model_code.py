@@ -34,7 +34,7 @@ AUTO_MAP = {  # in config.json: the classes that transformers takes from the fil
 _CONFIG = "config.json"
 _MAIN = "modeling_llamba.py"
 _PACKAGE = Path(__file__).resolve().parents[1]
-_RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)  # transformers finds them by this too
+_RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)  # transformers searches for this too
 
 
 def package_code() -> dict[str, Path]:
@@ -86,7 +86,7 @@ def differing_code(listed: Mapping[str, dict]) -> list[str]:
 
 
 def remark_on_code(directory: Path, listed: Mapping[str, dict]) -> str | None:
-    """A remark if a folder's model code differs from this package's; None if it does not, or there is none."""
+    """A remark if a folder has model code that differs from this package's; else None."""
     if not listed or not has_code(directory) or not (differing := differing_code(listed)):
         return None
     return (
@@ -124,12 +124,12 @@ def update_code(directory: str | Path) -> list[str]:
 
     directory = Path(directory).expanduser()
     if (folder := directory.resolve()).parent.is_dir():
-        remove_abandoned(folder.parent, only_for=folder)  # from a killed run; the folder itself may be in it
+        remove_abandoned(folder.parent, only_for=folder)  # a killed run may have left this folder in NAME.partial
     if has_code(directory) and not (directory / INFO).exists():
         raise SurgeryError(
             f"{directory} has no {INFO} (save_pretrained writes none), so its files cannot be checked. "
-            "Import model_preparation, load it by from_pretrained, and save it into a new folder: this package's code "
-            "goes there too."
+            "Import model_preparation, load the model by from_pretrained, and save it into a new folder, which gets "
+            "this package's code."
         )
     info = read_info(directory)
     changed = differing_code(listed_code(info))
@@ -154,7 +154,7 @@ def update_code(directory: str | Path) -> list[str]:
                 _write_anew(staging, info, changed)
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise SurgeryError(
-                    f"{directory} is not changed, because its {INFO} or {_CONFIG} is not what a build writes "
+                    f"{directory} is not changed, because its {INFO} or {_CONFIG} lacks a field or has a wrong one "
                     f"({error!r:.200}). Build it again."
                 ) from error
             if read_info(directory) != info:

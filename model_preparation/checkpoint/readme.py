@@ -16,10 +16,10 @@ _TEXT = """\
 Files
 {files}
   tensor_digests.json   the origin and the digest of each tensor
-  checkpoint_info.json  layers, sources, digests, config: also the recipe to build it again
+  checkpoint_info.json  layers, sources, digests, config: the recipe to build the checkpoint again
 {shared}
 {needs} Run the
-lines below in this folder. In another folder, write this folder's path before the file names.
+lines below in this folder. In another folder, write this folder's path for "." and before file names.
 
 {ways}
 The model is on the CPU; model.cuda() moves it.
@@ -32,7 +32,7 @@ _PT_FILES = """\
 
 _HF_FILES = """\
   *.safetensors         the weights ({size}), a file per layer
-  *.json, tokenizer*    the index of these files, the configs, the tokenizer
+  *.json, tokenizer*    the index of the weights, the configs, the tokenizer
   *.py                  the model's code, for transformers without our package"""
 
 _SHARED = """
@@ -82,8 +82,8 @@ The state dict, into the architecture that checkpoint_info.json describes:
 ]
 
 _HF_WAY = """\
-transformers alone, without our package. It runs the .py files of this folder: read them, or trust who made it.
-They were tested with {tested}.
+transformers alone, without our package. It runs the .py files of this folder: read them first, unless you trust
+their author. They were tested with {tested}.
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)

@@ -60,7 +60,7 @@ def rebuild_checkpoint(
         base: where the base is; by default where the recipe says. For a graft on a healed checkpoint, its folder.
         device: where the smoke test runs, or a function that chooses it.
         overwrite: replace an existing checkpoint.
-        sources: targets by name, as `resolve(overrides=...)` takes them.
+        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Returns:
         Notes on files that differ although model and tokenizer are equal, with the reason. Usually there are none.
@@ -76,7 +76,7 @@ def rebuild_checkpoint(
     info = read_recipe(recipe)
     if "healing" in info:
         raise SurgeryError(
-            f"{recipe} describes a healed checkpoint, and no recipe gives its weights. Copy the checkpoint itself, or "
+            f"{recipe} describes a healed checkpoint, and no recipe makes its weights. Copy the checkpoint itself, or "
             f"rebuild the one it was healed from, {info.get('parent', {}).get('id', 'its parent')}, and heal that."
         )
     step: dict[str, Any] = {"grafted": info["replaced_layers"], "grafted_heads": info.get("grafted_heads", {})}
@@ -187,7 +187,7 @@ def _layers_of_one(
             target_of(donor, "Say where it is by --llama_layers_dir."), folder, layers=layers, sources=sources
         )
     store = LayerStore(folder)
-    tensors = info.get("digests", {}).get("donor_layers")  # since 0.2.0
+    tensors = info.get("digests", {}).get("donor_layers")  # recipes from before 0.2.0 lack them
     for index in layers:
         path, recorded = store.path(index), donor["layers"][str(index)]
         if tensors is not None:

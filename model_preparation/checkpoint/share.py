@@ -1,7 +1,7 @@
 """Uploads a checkpoint to a repository on ModelScope or Hugging Face.
 
-The repository gets the recorded files, checkpoint_info.json without this machine's paths, and README.md, the card. The
-folder itself is only read.
+The repository gets the files that checkpoint_info.json names, that file without this machine's paths, and README.md,
+the card. The folder itself is only read.
 """
 
 import hashlib
@@ -93,7 +93,7 @@ def share_checkpoint(
     The arguments are those of `plan_upload` and `upload`.
 
     Raises:
-        SurgeryError: as those do.
+        SurgeryError: as these two functions do.
     """
     plan = plan_upload(directory, repo=repo, **choices)
     return upload(plan, private=private, message=message, verify=verify)
@@ -115,8 +115,8 @@ def plan_upload(
         directory: a complete checkpoint folder.
         repo: org/name.
         hub: "modelscope" or "huggingface".
-        what: "pt" or "hf" for one format's files, "auto" for all files, "recipe" for checkpoint_info.json and the
-            texts only.
+        what: "pt" or "hf" for one format's files, "auto" for all files, "recipe" for checkpoint_info.json,
+            README.txt, README.md and NOTICE only.
         revision: the branch; by default the hub's default one.
         licence: the licence's id; needed if base and donor do not determine it.
         card: a README.md to upload instead of the one made from checkpoint_info.json. The licence is read from it.
@@ -139,7 +139,7 @@ def plan_upload(
         terms = terms_of(info, licence)
         check_name(repo, terms)
         shared = _without_paths(info)
-        if shared.get(MEASURED, {}).get("model"):  # since 0.2.0
+        if shared.get(MEASURED, {}).get("model"):  # scores from before 0.2.0 lack it
             from model_preparation.checkpoint.model_digests import recorded_weights  # imports torch
 
             if current_score(shared, recorded_weights(directory)) is None:
@@ -151,7 +151,7 @@ def plan_upload(
             card_content = card_text(shared, repo=repo, hub=hub, what=what, licence=licence, revision=revision)
     except (KeyError, TypeError, AttributeError) as error:
         raise SurgeryError(
-            f"{directory / INFO} is not what a build writes ({first_line(error)}). Build the checkpoint again."
+            f"{directory / INFO} lacks a field or has a wrong one ({first_line(error)}). Build the checkpoint again."
         ) from error
     texts = {CARD: card_content, INFO: with_checksum(shared).decode()}
     if terms:
@@ -219,7 +219,7 @@ def _select(info: dict[str, Any], what: str, directory: Path) -> tuple[dict[str,
     built_format = info.get("format", "pt")
     if what == "recipe" and needs_parent(info):
         raise SurgeryError(
-            f"{directory} was healed, or built on a checkpoint that its recipe needs. "
+            f"{directory} cannot be rebuilt from a recipe alone: it was healed, or needs its parent checkpoint. "
             "Share the files: leave --what out."
         )
     if what == "auto":
@@ -264,7 +264,7 @@ def _read_card_file(path: Path) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """checkpoint_info.json for strangers. Only the last part of this machine's paths stays."""
+    """checkpoint_info.json as the hub gets it: only the last part of this machine's paths stays."""
     if isinstance(value, dict):
         named = {"name": value["id"]} if value.get("hub") == "local" and "name" in value else {}
         fields = {_without_paths(name): _without_paths(field) for name, field in value.items() if name != "path"}

@@ -124,7 +124,7 @@ def verify(
         llama_layers_dir: the donor's extracted layers, to compare the replaced layers too; by default
             extracted_llama_layers/, if its layers come from the same source.
         files_only: check only the files' digests, which finds any changed byte, and no tensors.
-        sources: targets by name, as `resolve(overrides=...)` takes them.
+        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
         SurgeryError: if the checkpoint, the base or the layers are missing.

@@ -2,8 +2,8 @@
 
 A text says of some people what each likes, and repeats some of it: `Ada likes plums . Ben likes figs . Ada likes` must
 continue with `plums`. This is multi-query associative recall (Zoology, arXiv 2312.04927) in words. One in three pairs
-of a name and a thing is never trained on. Questions use only such pairs, and each of the four choices would be such a
-pair. So a model that does not look the answer up is right in one of four.
+of a name and a thing is never trained on. Questions use only such pairs, and each of the four choices forms such a
+pair with the name. So a model that does not look the answer up is right in one of four.
 
 Recall alone is hard to learn from nothing: a model learns which things occur, and then learns no more. So it is also
 trained on rows of names, or of things, in a random order that repeats after 4 to 20 words. There copying helps at every
@@ -34,12 +34,12 @@ FIRST_THING = WORDS.index(THINGS[0])
 MAX_WORDS = 512
 SENTENCE = 4  # words of `Ada likes plums .`
 
-IGNORED = -100  # torch's label without a loss
+IGNORED = -100  # the label that torch's loss leaves out
 
 
 @dataclass(frozen=True)
 class Question:
-    """A text that a thing must follow, four things that the text names, and the index of the right one."""
+    """A text whose next word is a thing, four things that the text names, and the index of the right one."""
 
     context: str
     choices: list[str]
@@ -61,7 +61,7 @@ def is_held_out(names: Tensor, things: Tensor) -> Tensor:
 
 
 def training_texts(batch: int, people: int, sentences: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sentences drawn from `people` pairs with replacement.
+    """Sentences about `people` people, each with one thing, drawn with replacement.
 
     Returns:
         Token ids and labels, (batch, 1 + 4 * sentences) int64: a label at each thing whose sentence was there before.
@@ -82,7 +82,7 @@ def repeated_words(batch: int, length: int, generator: torch.Generator) -> tuple
     No row has both, so these rows train no pair of a name and a thing.
 
     Returns:
-        Token ids and labels, (batch, length) int64: a label from the second time on.
+        Token ids and labels, (batch, length) int64: labels begin where the order begins to repeat.
     """
     first = torch.tensor([FIRST_NAME, FIRST_THING])[torch.randint(2, (batch, 1), generator=generator)]
     orders = torch.rand(batch, len(NAMES), generator=generator).argsort(1) + first

@@ -1,4 +1,4 @@
-"""Let a model write after a prompt, and time it. A logit that is not finite is an error, never a text."""
+"""Let a model continue a prompt, and time it. A logit that is not finite is an error, never a text."""
 
 import contextlib
 import time

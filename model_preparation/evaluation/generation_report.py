@@ -1,4 +1,4 @@
-"""Models write after the same prompts. Their texts and speeds are printed and, if wanted, kept as JSON lines."""
+"""Models continue the same prompts. Their texts and speeds are printed and, if wanted, kept as JSON lines."""
 
 import contextlib
 import gc
@@ -36,7 +36,7 @@ _KEPT = (
 
 
 class GenerationReport:
-    """Lets a checkpoint write, then other models.
+    """Lets a checkpoint write texts, then other models.
 
     Args:
         prompts: for all models.
@@ -52,7 +52,7 @@ class GenerationReport:
         self._generations: list[list[Generation]] = []  # the checkpoint's, per prompt
 
     def write(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-        """Let the checkpoint write. Print each text with its speed, and at the end the peak memory.
+        """Let the checkpoint write texts. Print each with its speed, and at the end the peak memory.
 
         Raises:
             SurgeryError: as `generate_texts`. The results file then has the earlier texts, and the error.
@@ -70,7 +70,7 @@ class GenerationReport:
     def compare(
         self, tokenizer: PreTrainedTokenizerBase, others: Sequence[OtherModel], load: Callable[[OtherModel], Loaded]
     ) -> None:
-        """Let other models write, one in memory at a time, and print all texts side by side.
+        """Let other models write texts, one model in memory at a time, and print all texts side by side.
 
         If another model fails, its error takes the place of its text. The caller must no longer hold the checkpoint's
         model.
@@ -135,7 +135,7 @@ class GenerationReport:
 
     def _warm_up(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load kernels and read weights, so that the first text is as fast as the others."""
-        with contextlib.suppress(SurgeryError):  # the text itself fails again, and then it is reported
+        with contextlib.suppress(SurgeryError):  # the first prompt then fails too, and that is reported
             generate_text(model, tokenizer, self._prompts[0], max_new_tokens=2, chat=self._settings.chat)
 
     def _generate(
@@ -188,7 +188,7 @@ def _speed(tokens: int, tokens_per_second: float | None) -> str:
 
 
 def _rate(rows: list[dict[str, Any]], tokens: str, seconds: str, untimed: int) -> str:
-    """Tokens of all rows, and how many per second. The seconds leave out `untimed` tokens of each row."""
+    """Tokens of all rows, and how many per second. In each row, the seconds do not cover `untimed` tokens."""
     count, took = sum(row[tokens] for row in rows), sum(row[seconds] for row in rows)
     return _speed(count, (count - untimed * len(rows)) / took if took else None)
 
@@ -220,7 +220,7 @@ class Column:
 
 
 def difference(own: Generation, other: Generation, same_tokenizer: bool) -> str:
-    """Where another model's greedy text first differs, from 1: in tokens, or in characters if the tokenizers differ."""
+    """Where two greedy texts first differ: the token, counted from 1, or the character if the tokenizers differ."""
     if same_tokenizer:
         place = _first_difference(own.new_ids, other.new_ids)
         return f"the same {own.new_tokens} tokens" if place is None else f"first differing token: {place}"

@@ -1,8 +1,8 @@
 """The MMLU questions: where they come from, how their files are read, and one digest of all.
 
-A folder may have them in four layouts. The same questions give the same rows from each: {"question": str, "choices":
-[4 str], "answer": 0 to 3}. Nothing is guessed or repaired: a choice that reads None or NA is that text. An error names
-the file and the line.
+A folder may have them in any of four layouts. The same questions give the same rows in every layout: {"question": str,
+"choices": [4 str], "answer": 0 to 3}. Nothing is guessed or repaired: a choice that reads None or NA is that text. An
+error names the file and the line.
 """
 
 import csv
@@ -41,7 +41,7 @@ _HOW_TO_GIVE = f"--mmlu_data (or the environment variable {_ENVIRONMENT})"
 _WANTED, _UNWANTED = [f"*/{split}-*.parquet" for split in SPLITS], ["all/*"]
 
 _COMPLETE = "Give a complete copy with --mmlu_data."
-_PART = re.compile(r"-(\d+)-of-(\d+)(-\w+)?$")  # older datasets libraries added a digest
+_PART = re.compile(r"-(\d+)-of-(\d+)(-\w+)?$")  # older versions of the library `datasets` added a digest
 _SURROGATE = re.compile("[\ud800-\udfff]")  # halves of a character, which JSON can spell and UTF-8 cannot
 
 Row = dict[str, Any]
@@ -74,9 +74,9 @@ def find_questions(mmlu_data: str | Path | None = None, *, num_fewshot: int = 0)
             - `{dev,test}/<subject>_{dev,test}.csv`, the original: no header; question, A, B, C, D, the answer's letter;
             - `<subject>/{dev,test}.jsonl` or `{dev,test}/<subject>.jsonl`: an object with question, choices and answer
               per line, UTF-8.
-            Answers are 0 to 3 or A to D; other columns and fields are ignored. Or one of the words `hub` (cais/mmlu at
-            Hugging Face) and `modelscope` (its copy there). Those are kept in the hubs' caches, and found there without
-            a network. None takes the environment variable MMLU_DATA, else `hub`.
+            Answers are 0 to 3 or A to D; other columns and fields are ignored. Instead of a folder: the word `hub`
+            (cais/mmlu at Hugging Face) or `modelscope` (its copy there). Downloads stay in the hubs' caches, and are
+            found there without a network. None takes the environment variable MMLU_DATA, else `hub`.
         num_fewshot: examples needed per subject.
 
     Raises:
@@ -142,8 +142,8 @@ def _from_folder(given: str | Path) -> tuple[str, Path]:
     if len(missing) == len(SUBJECTS):
         inner = [path.name for path in folder.iterdir() if path.is_dir() and _find_layout(path, SUBJECTS[0])]
         raise SurgeryError(
-            f"The MMLU folder {folder} holds no subject as {layouts}. "
-            + (f"Its folder {inner[0]} does: give that one." if inner else f"Give {_HOW_TO_GIVE} another folder.")
+            f"The MMLU folder {folder} has no subject in any of these layouts: {layouts}. "
+            + (f"Its folder {inner[0]} has them: give that one." if inner else f"Give {_HOW_TO_GIVE} another folder.")
         )
     if missing:
         raise SurgeryError(
@@ -238,7 +238,7 @@ def read_split(folder: Path, subject: str, split: str) -> list[Row]:
     # Parts of another download would repeat questions; a part that is missing would leave some out.
     if parts != [(index, len(files)) for index in range(len(files))]:
         raise SurgeryError(
-            f"{files[0].parent} has {', '.join(file.name for file in files)}, which are not the parts of one whole. "
+            f"{files[0].parent} has {', '.join(file.name for file in files)}: a part is missing, or one is too many. "
             f"{_COMPLETE}"
         )
     rows = [_checked(file, place, seen) for file in files for place, seen in layout.read(file)]
@@ -342,7 +342,7 @@ def _read_json_lines(file: Path) -> Iterator[tuple[str, Row]]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise ValueError(f"a field twice, of {', '.join(name for name, _ in pairs)}")
+        raise ValueError(f"a field occurs twice: {', '.join(name for name, _ in pairs)}")
     return fields
 
 

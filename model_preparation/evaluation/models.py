@@ -61,8 +61,8 @@ def find_others(
     Args:
         names: "donor" and "base" of the checkpoint; a checkpoint's folder; anything that `resolve` takes.
         checkpoint: the checkpoint's folder.
-        sources: targets by name, as `resolve(overrides=...)` takes them. They also replace donor and base, if the
-            checkpoint records these by such a name.
+        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them. They also replace donor and base,
+            if the checkpoint records these by such a name.
 
     Raises:
         SurgeryError: if a folder is missing or not complete, or a model cannot be downloaded.
@@ -251,7 +251,7 @@ def find_model(
     Args:
         given: a checkpoint's folder; else anything that `resolve` takes.
         tokenizer: for a model that is published without one, such as Llamba: anything that `resolve` takes.
-        sources: targets by name, as `resolve(overrides=...)` takes them.
+        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
         SurgeryError: if there is no such model, it has no tokenizer and none is named, or it has one and another is

@@ -72,7 +72,7 @@ class EvaluationSettings(CheckedSettings):
         seed: of Python, NumPy, torch and the choice of examples.
         device, dtype, parallelize: where and in what dtype the model runs, as `load_checkpoint` takes them.
         tokenizer: for a model that is published without one, such as Llamba: a name, folder or hub id.
-        sources: targets by name, as `resolve(overrides=...)` takes them.
+        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
         server: the address of an OpenAI API whose model is scored. No model is loaded here then.
         model: the model's name on that server; needed if the server has several.
 
@@ -191,7 +191,7 @@ class EfficiencySettings(CheckedSettings):
 
 @dataclass(frozen=True)
 class GenerationSettings(CheckedSettings):
-    """How a model writes after a prompt. The flags' help explains the fields.
+    """How a model continues a prompt. The flags' help explains the fields.
 
     Without `do_sample`, `temperature`, `top_p` and `top_k`, the likeliest token is taken each time. The model's own
     settings do not count. Text n of a prompt, counted from 0, is drawn with the seed `seed + n`.

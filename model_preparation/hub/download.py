@@ -162,7 +162,7 @@ def _huggingface_trouble(error: Exception) -> str:
     )
 
     if isinstance(error, OfflineModeIsEnabled):
-        return "was not contacted, as HF_HUB_OFFLINE is set"
+        return "was not contacted, because HF_HUB_OFFLINE is set"
     if isinstance(error, GatedRepoError):
         return "restricts access (ask for it on the repository's page; a token goes into HF_TOKEN)"
     if isinstance(error, RepositoryNotFoundError):

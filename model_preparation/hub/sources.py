@@ -95,7 +95,7 @@ def resolve(name: str, *, need: Need = "model", overrides: Mapping[str, str] | N
         name: a name of `TABLE`, a folder's path, or `[modelscope:|huggingface:]org/name[@revision]`.
         need: "model" asks for config.json and all weights, and downloads a tokenizer if there is one. "tokenizer", and
             the name `llama_tokenizer`, ask only for a tokenizer.
-        overrides: targets by name of `TABLE`, as `--source` collects them.
+        overrides: folders, hub ids or other names of `TABLE`, by name of `TABLE`, as `--source` collects them.
 
     Raises:
         SurgeryError: if the name is unknown; if a folder or snapshot lacks files (the error lists them); if an index

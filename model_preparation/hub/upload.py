@@ -193,7 +193,7 @@ class HuggingFaceHub:
             place = f"Hugging Face ({self.endpoint})"
             cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
             if isinstance(cause, OfflineModeIsEnabled):
-                sentences = f"{place} was not contacted, as HF_HUB_OFFLINE is set. Run `unset HF_HUB_OFFLINE` first."
+                sentences = f"{place} was not contacted, because HF_HUB_OFFLINE is set. Run `unset HF_HUB_OFFLINE`."
             elif not isinstance(cause, HTTPError):
                 sentences = _broken_off(place, repo, first_line(cause))
             elif not isinstance(cause, HfHubHTTPError):

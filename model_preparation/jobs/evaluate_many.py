@@ -1,6 +1,6 @@
 """Evaluates many checkpoints: test_checkpoint.py evaluates each in a process of its own.
 
-The evaluator keeps its results per subject, so an interrupted evaluation continues where it stopped.
+It keeps its results per subject, so an interrupted evaluation continues where it stopped.
 """
 
 from collections.abc import Sequence

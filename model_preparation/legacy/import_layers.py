@@ -86,7 +86,7 @@ def import_legacy(
         layers: indices to import; by default all.
         dtype: cast floating-point tensors to it; by default each keeps its own.
         overwrite: replace a complete folder.
-        sources: targets by name, for `resolve(overrides=...)`.
+        sources: folders or hub ids by name, for `resolve(overrides=...)`.
 
     Returns:
         As `extract_layers`. Its "source" also has "legacy": true, "files" with every old file's size and SHA-256, and

@@ -42,7 +42,7 @@ class SearchSettings(CheckedSettings):
 
     Attributes:
         output_dir: the folder of the journal and the results.
-        sources: targets by name, as `resolve(overrides=...)` takes them.
+        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
         device: where this process computes.
         dtype: torch's name of the dtype to run in; by default that of the checkpoints.
         race: None: the method's default.

@@ -18,7 +18,7 @@ SUFFIXES = (".txt", ".md", *_TABLES)
 _COLUMNS = {name for needed, optional in FORMS.items() for name in (*needed, *optional, *UNSUPPORTED)}
 _FIELDS = ", or ".join(" and ".join(needed) for needed in FORMS)
 _DATA_SET = re.compile(r"(?:(modelscope|huggingface):)?([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?", re.ASCII)
-_NAMES = "org/name or org/name:config, on ModelScope modelscope:org/name"
+_NAMES = "org/name or org/name:config, or for ModelScope modelscope:org/name"
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def read_documents(data: str) -> Iterator[str | Conversation]:
                 if isinstance(document, Conversation):
                     if fields and fields != document.fields:
                         raise ValueError(
-                            f"{where} has {' and '.join(document.fields)}, the rows before it {' and '.join(fields)}"
+                            f"{where} has {' and '.join(document.fields)}, but rows before have {' and '.join(fields)}"
                         )
                     fields = document.fields
                     document = document._replace(where=f"{where} of {source}")
@@ -174,10 +174,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(path) as table:
-            columns = table.schema_arrow.names
-            needed = ["text"] if "text" in columns else [name for name in columns if name in _COLUMNS]
+            names = table.schema_arrow.names
+            needed = ["text"] if "text" in names else [name for name in names if name in _COLUMNS]
             if not needed:
-                raise ValueError(f'it has no column "text", only {", ".join(columns)}; a conversation has {_FIELDS}')
+                raise ValueError(f'its columns are {", ".join(names)}; it needs "text", or for conversations {_FIELDS}')
             rows = (row for batch in table.iter_batches(columns=needed) for row in batch.to_pylist())
             yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
     elif suffix == ".jsonl":
@@ -198,12 +198,12 @@ def _parsed(line: str, where: str) -> Any:
 
 def _document_of(row: Any, where: str) -> str | Conversation:
     found = conversation_of(row, where) if isinstance(row, dict) and row.get("text") is None else None
-    return _text_of(row, where, f", and not the fields of a conversation: {_FIELDS}") if found is None else found
+    return _text_of(row, where, f", nor the fields of a conversation: {_FIELDS}") if found is None else found
 
 
 def _text_of(row: Any, where: str, otherwise: str = "") -> str:
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError(f'{where} has no string "text"{otherwise}')
+        raise ValueError(f'{where} has no field "text" with a string{otherwise}')
     return row["text"]
 
 

@@ -201,12 +201,12 @@ def test_a_split_may_come_in_several_parts(parquet, rows, digest):
     whole = parquet / "anatomy" / "test-00000-of-00001.parquet"
     for part, row in enumerate(questions):
         write_rows(parquet / "anatomy" / f"test-{part:05}-of-{len(questions):05}.parquet", [row])
-    with pytest.raises(SurgeryError, match=r"anatomy has test-00000-of-00001.*not the parts of one whole"):
+    with pytest.raises(SurgeryError, match=r"anatomy has test-00000-of-00001.*: a part is missing, or one is too many"):
         find_questions(parquet)
     whole.unlink()
     assert find_questions(parquet).digest == digest
     (parquet / "anatomy" / "test-00001-of-00003.parquet").unlink()
-    with pytest.raises(SurgeryError, match="not the parts of one whole"):
+    with pytest.raises(SurgeryError, match="a part is missing, or one is too many"):
         find_questions(parquet)
 
 
@@ -237,12 +237,12 @@ def test_a_folder_that_is_none_is_named_with_what_may_be_given(tmp_path):
     refused(tmp_path / "nowhere", f"{tmp_path / 'nowhere'} does not exist", "--mmlu_data", *alternatives)
     (tmp_path / "data.tar").touch()
     refused(tmp_path / "data.tar", "is a file", *alternatives)
-    refused(tmp_path, "holds no subject as", "<subject>/{dev,test}-*.parquet")
+    refused(tmp_path, "has no subject in any of these layouts: ", "<subject>/{dev,test}-*.parquet")
     refused("~nobody-here/mmlu", "does not exist")
 
 
 def test_the_folder_inside_is_pointed_to(folder):
-    refused(folder.parent, "Its folder mmlu does: give that one.")
+    refused(folder.parent, "Its folder mmlu has them: give that one.")
 
 
 def test_missing_subjects_are_counted_and_named(folder):
@@ -322,7 +322,7 @@ def refused_with(whole, name, content, message):
         (JSON, "[1]\n", "Line 1 of {} has [1], but needs an object"),
         (JSON, "{}\n", "Line 1 of {} has the fields (none), but needs question, choices, answer too"),
         (JSON, '{"question": "", "answer": 0}', "Line 1 of {} has the fields question, answer, but needs choices too"),
-        (JSON, '{"question": "", "question": ""}', "Line 1 of {} is not JSON: a field twice, of question, question"),
+        (JSON, '{"question": "", "question": ""}', "Line 1 of {} is not JSON: a field occurs twice: question,"),
         (JSON, b'{"question": "\xff"}', "{} cannot be read: line 1 is not UTF-8 text"),
     ],
 )  # fmt: skip

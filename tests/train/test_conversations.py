@@ -153,9 +153,9 @@ SYSTEM = {"role": "system", "content": "Be brief"}
         ({"messages": []}, r"line 2 has \[\] as messages; a list of messages is needed"),
         ({"messages": [USER, ANSWER], "query": "a", "response": "b"}, "has the fields of messages and of query, resp"),
         ({"messages": ["Hello"]}, 'message 1 of line 2 is "Hello"; role and content are needed'),
-        ({"query": "a", "response": "b"}, "line 2 has query and response, the rows before it messages"),
+        ({"query": "a", "response": "b"}, "line 2 has query and response, but rows before have messages"),
         ({"text": "a"}, "line 2 is a text, but the rows read before it are of the other kind"),
-        ({"prompt": "a"}, 'line 2 has no string "text", and not the fields of a conversation: messages, or conv'),
+        ({"prompt": "a"}, 'line 2 has no field "text" with a string, nor the fields of a conversation: messages, or'),
     ],
 )
 def test_a_row_that_cannot_be_trained_on_is_named(row, words, tmp_path):

@@ -334,7 +334,7 @@ def test_positions_of_no_weight_do_not_count(donor_dir, tmp_path):
         (["--sequence_length", 513], ["513 tokens are longer", "512", "config.json"]),
         (["--tokens", 10**15], ["1,000,000,000,000,000 tokens, width 32", "256.0 PB", "fewer --tokens"]),
         (["--data", "short.txt"], ["has 4 tokens", "two sequences of 512"]),
-        (["--data", "bad.jsonl"], ["bad.jsonl", 'line 2 has no string "text"']),
+        (["--data", "bad.jsonl"], ["bad.jsonl", 'line 2 has no field "text" with a string']),
         (["--data", "."], ["bad.jsonl"]),
         (["--donor", "BASE"], ["is a llamba model"]),
     ],

@@ -60,7 +60,7 @@ def test_held_out_sequences_are_spread_and_in_no_training_set():
     ("name", "content", "words"),
     [
         ("a.txt", b"\xff\xfe\xff", "cannot be used"),
-        ("a.jsonl", b'{"text": 3}', 'line 1 has no string "text"'),
+        ("a.jsonl", b'{"text": 3}', 'line 1 has no field "text" with a string'),
         ("a.jsonl", b'{"text": "x"}\n{', "line 2 is no JSON"),
         ("a.json", b'{"text": "x"}', r"a.json ends in none of .txt, .md, .jsonl, .parquet"),
         ("a.csv", b"text", "ends in none of"),
@@ -91,7 +91,7 @@ def test_tables_are_read_by_their_column_of_text(tmp_path):
     tokens = load(str(tmp_path), tokenizer, 5).tokens.reshape(-1).tolist()
     assert tokenizer.decode(tokens) == "ab</s>c</s>"
     pyarrow.parquet.write_table(table.rename_columns(["id", "words"]), tmp_path / "b.parquet")
-    with pytest.raises(SurgeryError, match=r'b\.parquet cannot be used: it has no column "text", only id, words'):
+    with pytest.raises(SurgeryError, match=r'b\.parquet cannot be used: its columns are id, words; it needs "text"'):
         load(str(tmp_path), tokenizer, 5)
     (tmp_path / "b.parquet").write_bytes(b"PAR1 is all")
     with pytest.raises(SurgeryError, match=r"b\.parquet cannot be used"):

@@ -1,6 +1,6 @@
 """The answers in lm-eval's samples files, and the questions that several models have in common.
 
-Questions are matched by their content (lm-eval's doc_hash), not by their number: limits and orders may differ. If a
+Questions are matched by their content (lm-eval's doc_hash), not by their place: limits and orders may differ. If a
 task has a question twice (as in MMLU), the first occurrence is matched with the first, and the second with the second.
 The texts stay on the disk; `read_sample` reads those that a report shows.
 """
@@ -74,14 +74,14 @@ def read_answers(
     Args:
         evaluation: the files.
         metrics: by task, a field of its samples that is a number, such as acc. If a file has several filters, the
-            first one that has the metric counts; "exact_match,strict-match" names another filter, strict-match.
+            first one that has the metric counts; "exact_match,strict-match" chooses the filter strict-match.
 
     Returns:
-        {task: answers}, and {task: the metrics it has} for tasks without the one asked for.
+        {task: answers}, and {task: the metrics it has} for tasks without the wanted metric.
 
     Raises:
-        SurgeryError: if a file is damaged, with file and line; or if a samples file and the results file have different
-            numbers of questions.
+        SurgeryError: if a file is damaged (the message names file and line); or if a samples file and the results file
+            have different numbers of questions.
     """
     answers, without = {}, {}
     size_bytes = sum(evaluation.samples[task].stat().st_size for task in metrics)
@@ -181,11 +181,11 @@ class CommonQuestions:
     by_prompt: bool
 
     def column(self, name: str) -> NDArray[np.float64]:
-        """`value` or `right_probability` (`name`) of all answers, (m, n)."""
+        """The field `name` of all answers, `value` or `right_probability`: (m, n)."""
         return np.array([[getattr(row[model], name) for row in self.rows] for model in range(len(self.answers))])
 
     def differing(self, name: str) -> int:
-        """How many common questions differ between the models in `name`: `prompt_hash` or `target_hash`."""
+        """How many common questions have a `name` (`prompt_hash` or `target_hash`) that differs between models."""
         return sum(len({getattr(answer, name) for answer in row}) > 1 for row in self.rows)
 
 
@@ -202,7 +202,7 @@ def match(task: str, answers: Sequence[Answers]) -> CommonQuestions:
 def _common(answers: Sequence[Answers], names: Sequence[str]) -> list[tuple[Answer, ...]]:
     """The questions that all models have, by these hashes.
 
-    A repeated question counts as often as in the model that has it least.
+    A repeated question counts as often as in the model that has the fewest copies of it.
     """
     found: list[dict[tuple, Answer]] = []
     for each in answers:

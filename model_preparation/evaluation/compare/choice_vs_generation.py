@@ -18,7 +18,7 @@ class BothWays:
     """A task's scores in both ways, per model.
 
     Attributes:
-        changing: the models whose order with some other model is different in the two ways.
+        changing: the models that are better than some other model in one way, and worse in the other.
     """
 
     task: str

@@ -41,9 +41,9 @@ class Model:
 
     Attributes:
         name: the end of its folder's path.
-        results_path: relative to the folder above it, so that a report shows no private path.
+        results_path: relative to the folder above the model's, so that a report shows no private path.
         layers: the replaced layers of a checkpoint; None for another model.
-        settings: of its evaluation, {words: value}.
+        settings: of its evaluation, {setting in words: value}.
         cost: in time and memory, if it was measured.
     """
 
@@ -148,9 +148,10 @@ def compare_evaluations(
 
     Args:
         folders: two or more checkpoints, evaluations, or output folders of lm-eval (see evaluation_files.py).
-        task: compare only this task or group of lm-eval; or the name of an evaluation's folder, if there are several.
-        metric: a number that lm-eval gives each question; with ",FILTER" if it has several filters. By default each
-            task's score: acc, else the first that lm-eval names.
+        task: compare only this task or group of lm-eval; or, if a folder has several evaluations, the name of
+            the wanted one's folder.
+        metric: a number that lm-eval gives each question; with ",FILTER" if a task has several filters. By default
+            each task's score: acc, else the first that lm-eval names.
         seed: of the bootstrap. A subject's interval depends on this and its own answers only.
         resamples: of the bootstrap.
 
@@ -199,7 +200,7 @@ def compare_evaluations(
 
 
 def _fronts(models: Sequence[Model], scores: Sequence[float]) -> dict[str, list[str]]:
-    """The Pareto fronts of the models whose cost is known, if there are several; higher scores are better."""
+    """Pareto fronts of the models whose cost is known; none if these are fewer than two. Higher scores are better."""
     known = [(each.name, each.cost.values, score) for each, score in zip(models, scores, strict=True) if each.cost]
     if len(known) < 2:
         return {}
@@ -214,7 +215,7 @@ def _common_questions(
     evaluations: Sequence[EvaluationFiles], names: Sequence[str], task: str | None, metrics: Mapping[str, str]
 ) -> tuple[list[CommonQuestions], list[str]]:
     """The common questions per task, by name; and notes on tasks that are left out."""
-    chosen = [each.tasks_of(task) if task else [] for each in evaluations]  # none for the name of a folder
+    chosen = [each.tasks_of(task) if task else [] for each in evaluations]  # empty if `task` names a folder
     wanted = [
         [name for name in each.samples if name in (only or each.samples)]
         for each, only in zip(evaluations, chosen, strict=True)
@@ -224,7 +225,7 @@ def _common_questions(
     if not tasks:
         listed = "; ".join(f"{name} has {some(each)}" for name, each in zip(names, wanted, strict=True))
         raise SurgeryError(f"The evaluations have no task in common: {listed}. Evaluate all of them on the same task.")
-    notes = [f"Left out, as not every evaluation has it: {some(left_out)}."] if left_out else []
+    notes = [f"Left out, because not every evaluation has them: {some(left_out)}."] if left_out else []
 
     answers: list[dict[str, Answers]] = []
     for name, evaluation in zip(names, evaluations, strict=True):
@@ -235,7 +236,7 @@ def _common_questions(
             metric = " or ".join(dict.fromkeys(metrics[task] for task in without))
             if not found:
                 raise SurgeryError(f"{name} has no {metric} for any question: {listed}. Name a metric by --metric.")
-            notes.append(f"Left out, as {name} has no {metric} for it: {listed}.")
+            notes.append(f"Tasks left out, because {name} has no {metric} for them: {listed}.")
     matched = [match(name, [each[name] for each in answers]) for name in tasks if all(name in each for each in answers)]
     common = [each for each in matched if each.rows]
     if not common:
@@ -244,7 +245,7 @@ def _common_questions(
             "Evaluate them on the same data."
         )
     if empty := [each.task for each in matched if not each.rows]:
-        notes.append(f"Left out, as no question of it is common to all: {some(empty)}.")
+        notes.append(f"Left out, because the models have no question of them in common: {some(empty)}.")
     return common, notes
 
 
@@ -351,7 +352,7 @@ def _lines(evaluations: Sequence[EvaluationFiles], tasks: Sequence[str], task: s
 
 
 def _label(evaluations: Sequence[EvaluationFiles], name: str) -> str:
-    """lm-eval's alias, without the depth that its tables put before it (" - stem")."""
+    """lm-eval's alias, without the indent and dash that its tables put before it (" - stem")."""
     for evaluation in evaluations:
         given = evaluation.results["configs"].get(name, {}).get("task_alias")
         alias = given or evaluation.results["results"].get(name, {}).get("alias")

@@ -11,7 +11,7 @@ from model_preparation.evaluation.mmlu_questions import some
 from model_preparation.terminal import escaped
 
 _DATE, _LIMIT, _NONE = "date", "limit of questions per task", "none"
-# The settings that are shown and compared: {words: value of the results file and the tasks}.
+# The settings that are shown and compared: {setting in words: function of results and tasks}.
 SETTINGS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
     "number of examples before each question": lambda results, tasks: _per_task(results.get("n-shot"), tasks),
     _LIMIT: lambda results, _: results["config"].get("limit"),
@@ -25,9 +25,9 @@ SETTINGS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
     "version of lm-eval": lambda results, _: results.get("lm_eval_version"),
     "version of transformers": lambda results, _: results.get("transformers_version"),
 }
-_NO_LIMIT = 1_000_000_000  # tokens; the config of a Llamba without grafts says so
+_NO_LIMIT = 1_000_000_000  # tokens: max_position_embeddings of an ungrafted Llamba
 _SHOWN_CHARACTERS = 120
-# Scores can be compared although these differ. The longest prompt that a model takes changes no shorter prompt.
+# Scores can be compared although these differ. A limit on the prompt's length changes no shorter prompt.
 _HARMLESS = ("version of transformers", "longest prompt, in tokens", _DATE)
 # The settings in the first line of a report, and their words there.
 _HEAD = {
@@ -44,7 +44,7 @@ def _tokens(tokens: int | None) -> int | str | None:
 
 
 def settings_of(evaluation: EvaluationFiles, tasks: Sequence[str]) -> dict[str, str]:
-    """The settings in an evaluation's results file, {words: value}."""
+    """The settings in an evaluation's results file, {setting in words: value}."""
     read = {words: _shown(read(evaluation.results, tasks)) for words, read in SETTINGS.items()}
     return read | {_DATE: evaluation.date}
 
@@ -62,7 +62,7 @@ def head_line(task: str, metric: str, questions: int, settings: Sequence[Mapping
 
 
 def shared_and_differing(settings: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], list[str]]:
-    """The settings that all models have, {words: value}; and the words of those that differ."""
+    """The settings that all models have, {setting in words: value}; and the words of those that differ."""
     differing = [words for words in settings[0] if len({each[words] for each in settings}) > 1]
     shared = {words: value for words, value in settings[0].items() if words not in differing and value != _NONE}
     return shared, differing
@@ -87,8 +87,8 @@ def question_notes(
     questions = sum(len(each.rows) for each in common)
     every = [sum(len(each.answers[model].questions) for each in common) for model in range(len(names))]
     if set(every) != {questions}:
-        listed = ", ".join(f"{count:,} of {name}" for name, count in zip(names, every, strict=True))
-        notes.append(f"Only the {questions:,} questions that all were asked are compared: {listed} in these tasks.")
+        listed = ", ".join(f"{name} has {count:,}" for name, count in zip(names, every, strict=True))
+        notes.append(f"Only the {questions:,} common questions are compared; in these tasks {listed}.")
     if by_prompt := [each.task for each in common if each.by_prompt]:
         notes.append(
             f"In {some(by_prompt)} the data sets' rows differ, so questions were matched by their prompts and targets."
@@ -101,8 +101,8 @@ def question_notes(
     for name, evaluation in zip(names, evaluations, strict=True):
         if evaluation.passed_over:
             notes.append(
-                f"{name}: {evaluation.results_path.name} is compared, as the newer {evaluation.passed_over[0].name} "
-                "lacks samples files."
+                f"{name}: {evaluation.results_path.name} is compared, because the newer "
+                f"{evaluation.passed_over[0].name} lacks samples files."
             )
     return notes
 

@@ -70,7 +70,7 @@ def distill_llamba_base(
         device: where layers run. Each job on Ray has its own GPU or the CPU instead.
         overwrite: replace an existing model folder.
         restart: train all layers again. The tokens of an earlier run are kept if their settings are the same.
-        sources: targets by name, as `resolve(overrides=...)` takes them.
+        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
         run_jobs: a `ray_jobs.RayRunner`, whose jobs train some layers each; by default this process trains all.
         given: fields of `DistillSettings` that replace those of `settings`.
 

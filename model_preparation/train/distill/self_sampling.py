@@ -19,7 +19,7 @@ SEQUENCES_AT_ONCE = 64
 
 
 class SelfSampler:
-    """Draws sequences from a donor, from its first token on, at temperature 1, from all tokens.
+    """Draws sequences from a donor, without a prompt, at temperature 1, from all tokens.
 
     The model runs in bfloat16: its rounding matters little for random draws. A sequence continues after an
     end-of-sequence token, as in the packed text that models are trained on.

@@ -83,7 +83,7 @@ def heal_checkpoint(
         prompts: texts that the model continues greedily before and after the training; by default one sentence.
         milestones: by step, the name of a state that is never removed.
         clean_up: remove the states once the checkpoint is written.
-        sources: targets by name, as `resolve(overrides=...)` takes them; for the teacher and `init_from`.
+        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them; for the teacher and `init_from`.
         given: fields of `HealSettings` that replace those of `settings`.
 
     Raises:

@@ -226,7 +226,7 @@ def test_the_common_questions_are_compared_and_what_differs_is_said(tasks, stock
     first = [sample["acc"] for subject in QUESTIONS for sample in samples_of(stock / "one", subject)[:4]]
     assert row_of(comparison, "quiz").scores[0].mean == pytest.approx(sum(first) / 16)
     notes = "\n".join(comparison.notes)
-    assert "Only the 16 questions that all were asked are compared: 34 of one, 16 of short" in notes
+    assert "Only the 16 common questions are compared; in these tasks one has 34, short has 16." in notes
     assert "The prompts differ in 16 of the 16 common questions." in notes
     assert "Different limit of questions per task: none for one, 4 for short." in notes
     assert "Different number of examples before each question: 0 for one, 1 for short." in notes
@@ -245,7 +245,7 @@ def test_one_question_per_subject_has_a_test_but_no_interval(tasks, stock, tmp_p
 def test_a_subject_that_one_lacks_is_left_out_and_named(stock):
     comparison = compare(stock, "one", "letters")
     assert [row.name for row in comparison.rows] == ["quiz_letters", "quiz_grammar", "quiz_poems"]
-    assert "Left out, as not every evaluation has it: quiz_animals, quiz_plants." in comparison.notes
+    assert "Left out, because not every evaluation has them: quiz_animals, quiz_plants." in comparison.notes
 
 
 def test_a_group_of_which_a_subject_is_missing_says_so(copy):
