@@ -22,8 +22,8 @@ donor: tiny_llama
 output_dir: OUT
 device: cpu
 search: {task: [embedded_recall], limit: 8, method: singles, top: 1, budget_evaluations: 6, race: off}
-heal: {data: OUT.txt, max_steps: 2, block_size: 16, batch_size: 1, eval_interval: 0, save_steps: 1}
-evaluate: {tasks: embedded_recall, limit: 8, models: [base, grafted, healed]}
+heal: {data: OUT.txt, max_steps: 2, block_size: 16, batch_size: 1, eval_interval: 0}
+evaluate: {tasks: embedded_recall, lengths: [64], limit: 8, models: [base, grafted, healed]}
 """
 
 

@@ -24,6 +24,7 @@ import pytest
 from model_preparation import evaluate_checkpoint
 from model_preparation.evaluation.mmlu_questions import SUBJECTS as MMLU_SUBJECTS
 from model_preparation.jobs.evaluate_many import Candidate, evaluate_all
+from model_preparation.search import report
 from tests.conftest import HANG_SECONDS, PACKAGE, assert_refused, run_command, start_command, wait_until
 from tests.evaluation.test_mmlu import question, write_questions
 from tests.jobs.conftest import FAKE_EVALUATOR
@@ -246,6 +247,7 @@ def test_a_killed_worker_of_a_search_is_replaced_and_the_result_is_that_of_one_p
     address, base_dir, layers_dir, quick_workers, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr(report, "PLOTS", {})
     task = write_task(tmp_path / "task", "tiny_words", make_questions(24))
     flags = ["--base", base_dir, "--llama_layers_dir", layers_dir, "--task", task, "--device", "cpu"]
     flags += ["--method", "exhaustive", "--batch_size", 2]

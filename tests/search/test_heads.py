@@ -21,6 +21,8 @@ pytestmark = pytest.mark.usefixtures("datasets_cache", "quick_children")
 NAMES = [f"{layer}:{head}" for layer in range(4) for head in range(2)]
 PAIRS = [[name] for name in NAMES] + [list(pair) for pair in itertools.combinations(NAMES, 2)]
 
+FEW = {"limit": 6}  # questions of each task, in all searches that are compared
+
 
 def by_layer(names: list[str]) -> dict[int, list[int]]:
     pairs = [tuple(map(int, name.split(":"))) for name in names]
@@ -31,7 +33,7 @@ def by_layer(names: list[str]) -> dict[int, list[int]]:
 def pairs(make_settings, tmp_path_factory):
     """(folder, result) of all single heads and pairs, by the loss of the right answer."""
     folder = tmp_path_factory.mktemp("heads") / "pairs"
-    settings = make_settings(folder, unit="heads", method="exhaustive", max_heads=2, objective="nll")
+    settings = make_settings(folder, unit="heads", method="exhaustive", max_heads=2, objective="nll", **FEW)
     return folder, search_layers(settings)
 
 
@@ -42,14 +44,14 @@ def test_all_pairs_have_the_scores_of_the_built_checkpoints(
     folder, found = pairs
     rows = {tuple(row["heads"]): row for row in found["final_results"]}
     assert sorted(rows) == sorted(map(tuple, PAIRS))
-    setup = ScoringSetup(make_settings(tmp_path, unit="heads"))
+    setup = ScoringSetup(make_settings(tmp_path, unit="heads", **FEW))
     sets = {names: setup.pair.units.read(names) for names in (("3:1",), ("0:0", "2:1"), ("1:0", "1:1"))}
     results = dict(SharedScorer(setup).score(sets.values()))
     assert any(setup.questions.prefixes)
     for names, numbers in sets.items():
         checkpoint = tmp_path / names[-1].replace(":", "-")
         build_checkpoint(str(base_dir), [], layers_dir, checkpoint, heads=by_layer(names))
-        evaluated = evaluate_checkpoint(checkpoint, tasks=[str(task_dir)], batch_size=3)
+        evaluated = evaluate_checkpoint(checkpoint, tasks=[str(task_dir)], batch_size=3, **FEW)
         assert_answers_are(records_of(checkpoint), setup.questions, results[numbers])
         right = sum(task["score"] * task["questions"] for task in evaluated["tasks"].values())
         row = rows[names]
@@ -87,7 +89,7 @@ def test_greedy_adds_what_an_independent_loop_adds(pairs, make_settings, tmp_pat
     fitness = {tuple(row["heads"]): row["fitness"] for row in pairs[1]["final_results"]}
     single = max((each for each in fitness if len(each) == 1), key=fitness.get)
     wanted = max((each for each in fitness if len(each) == 2 and set(single) < set(each)), key=fitness.get)
-    changes = {"unit": "heads", "method": "greedy", "max_heads": 2, "objective": "nll"}
+    changes = {"unit": "heads", "method": "greedy", "max_heads": 2, "objective": "nll", **FEW}
     whole = search_layers(make_settings(tmp_path / "whole", **changes, race=False))
     best = next(row for row in whole["final_results"] if row["num_heads"] == 2)
     assert (tuple(best["heads"]), best["fitness"]) == (wanted, fitness[wanted])
@@ -100,7 +102,7 @@ def test_greedy_adds_what_an_independent_loop_adds(pairs, make_settings, tmp_pat
 
 def test_the_mixers_may_stay_whole(pairs, make_settings, task_dir, tmp_path):
     """And the best are built as they were scored, by one command."""
-    changes = {"unit": "heads", "method": "singles", "keep_mixer_heads": True, "tasks": (str(task_dir),)}
+    changes = {"unit": "heads", "method": "singles", "keep_mixer_heads": True, "tasks": (str(task_dir),), **FEW}
     found = search_layers(make_settings(tmp_path / "search", **changes, objective="nll"))
     other = {tuple(row["heads"]): row["fitness"] for row in pairs[1]["final_results"]}
     assert all(row["fitness"] != other[tuple(row["heads"])] for row in found["final_results"])
@@ -115,14 +117,14 @@ def test_the_mixers_may_stay_whole(pairs, make_settings, task_dir, tmp_path):
     info = json.loads((checkpoint / "checkpoint_info.json").read_text())
     assert info["grafted_heads"] == {str(key): heads for key, heads in by_layer(best["heads"]).items()}
     assert info["keep_mixer_heads"] is True
-    evaluated = evaluate_checkpoint(checkpoint, tasks=[str(task_dir)], batch_size=3)
+    evaluated = evaluate_checkpoint(checkpoint, tasks=[str(task_dir)], batch_size=3, **FEW)
     right = sum(task["score"] * task["questions"] for task in evaluated["tasks"].values())
     assert best["accuracy"] == pytest.approx(right / evaluated["questions"])
 
 
 def test_a_budget_of_bytes_counts_the_key_value_heads_that_are_shared(pairs, make_settings, tmp_path):
     """A key/value head takes 128 bytes per token; the states of the four mixers 2048 each."""
-    changes = {"unit": "heads", "method": "exhaustive", "max_heads": 4, "objective": "nll", "at_tokens": 32}
+    changes = {"unit": "heads", "method": "exhaustive", "max_heads": 4, "objective": "nll", "at_tokens": 32, **FEW}
     lines = []
     settings = make_settings(tmp_path / "one", **changes, max_cache_bytes=4 * 2048 + 128 * 32 + 100)
     found = search_layers(settings, say=lines.append)
@@ -136,8 +138,8 @@ def test_a_budget_of_bytes_counts_the_key_value_heads_that_are_shared(pairs, mak
     with pytest.raises(SurgeryError, match="of 1 to 4 heads has a cache of at least 12,288 bytes"):
         search_layers(settings, output_dir=tmp_path / "none", max_cache_bytes=8192, dry_run=True)
     for method in ("ga", "beam"):
-        changes = {"output_dir": tmp_path / method, "method": method, "limit": 3, "population": 6, "generations": 3}
-        found = search_layers(settings, **changes, beam_width=3, max_cache_bytes=4 * 2048 + 8192)
+        changes = {"output_dir": tmp_path / method, "method": method, "limit": 2, "batch_size": 16, "race": False}
+        found = search_layers(settings, **changes, budget_evaluations=20, max_cache_bytes=4 * 2048 + 8192)
         assert {row["kv_bytes_per_token"] for row in found["final_results"]} <= {128, 256}
         assert max(row["num_heads"] for row in found["final_results"]) > 2
 
