@@ -61,7 +61,7 @@ hypothesis.settings.load_profile("same examples")
 
 # Begun first, in this order, so that no process is left alone with them.
 LONGEST = (
-    *("test_real_model.py", "test_readme.py", "test_remote.py", "test_ray_jobs.py", "test_evaluate.py"),
+    *("test_real_model.py", "test_readme.py", "test_ray_jobs.py", "test_evaluate.py"),
     *("test_distill.py", "test_quickstart.py", "test_heal.py", "test_processes.py", "test_legacy_layers.py"),
 )
 
@@ -349,11 +349,10 @@ def quick_python(put_python, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def quick_children(request) -> Iterator[None]:
-    """The processes that commands start, and Ray's workers, need not import torch again either."""
+    """The processes that commands start need not import torch again either."""
     with pytest.MonkeyPatch.context() as patched:
         if not request.config.getoption("quick"):  # whose tests start none
             patched.setattr(sys, "executable", str(request.getfixturevalue("quick_python")))
-        patched.setenv("QUICK_RAY_WORKERS", "yes")
         yield
 
 

@@ -76,8 +76,7 @@ def preloaded_python(start: Callable[[str, str], None] = _start_server) -> Itera
         quick = f'exec "{sys.executable}" -S -E "{client}" "{place}" "$0" "$@"'
         path.write_text(
             f'#!/bin/sh\n[ "$1$2" = -u-c ] && shift\n'  # execnet says so, and needs no -u
-            f'case "$QUICK_RAY_WORKERS$1" in yes*/default_worker.py) {quick};; */ray/*) ;; -c|-m|*.py) {quick};;'
-            f" yes-c|yes-m) {quick};; esac\n"
+            f'case "$1" in */ray/*) ;; -c|-m|*.py) {quick};; esac\n'
             f'exec "{sys.executable}" "$@"\n'
         )
         path.chmod(0o755)
