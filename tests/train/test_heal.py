@@ -206,8 +206,9 @@ def test_no_recipe_gives_healed_weights(healed, layers_dir, tmp_path):
 
 
 def test_bfloat16_checkpointing_and_a_teacher_together(heal, donor_dir, checkpoint_dir, tmp_path):
-    more = ("--precision", "bfloat16", "--gradient_checkpointing", "--teacher", donor_dir, "--teacher_weight", 0.5)
-    result = heal(tmp_path / "out", *more, "--hidden_weight", 0.1, "--temperature", 2, "--reverse_weight", 0.5)
+    more = ("--max_steps", 3, "--precision", "bfloat16", "--gradient_checkpointing", "--teacher", donor_dir)
+    more += ("--teacher_weight", 0.5, "--hidden_weight", 0.1, "--temperature", 2, "--reverse_weight", 0.5)
+    result = heal(tmp_path / "out", *more)
     assert result.returncode == 0, result.stderr
     healing = info_of(tmp_path / "out")["healing"]
     assert healing["objective"] == "distillation"
@@ -216,21 +217,13 @@ def test_bfloat16_checkpointing_and_a_teacher_together(heal, donor_dir, checkpoi
     assert weights["state"][0]["exp_avg"].dtype == torch.float32
 
 
+# A learning rate that wrecks the model after its first steps.
+WRECKING = ("--learning_rate", 1.5, "--schedule", "constant", "--warmup", 1, "--eval_interval", 1)
+WRECKING += ("--max_grad_norm", 0, "--save_total_limit", 9)
+
+
 def test_the_best_weights_are_written_and_always_save_no_keeps_only_improvements(heal, held_out, tmp_path):
-    # A learning rate that wrecks the model after its first steps.
-    more = (
-        "--always_save",
-        "no",
-        "--learning_rate",
-        1.5,
-        "--schedule",
-        "constant",
-        "--warmup",
-        1,
-        "--eval_interval",
-        1,
-    )
-    result = heal(tmp_path / "out", *more, "--max_grad_norm", 0, "--save_total_limit", 9)
+    result = heal(tmp_path / "out", *WRECKING, "--always_save", "no")
     assert result.returncode == 0, result.stderr
     looks = {
         entry["step"]: entry["eval_loss"]
@@ -248,19 +241,7 @@ def test_the_best_weights_are_written_and_always_save_no_keeps_only_improvements
 
 
 def test_the_best_state_is_found_beside_the_one_gone_on_from_and_missed_by_name(heal, tmp_path):
-    wrecking = (
-        "--learning_rate",
-        1.5,
-        "--schedule",
-        "constant",
-        "--warmup",
-        1,
-        "--eval_interval",
-        1,
-        "--save_steps",
-        1,
-    )
-    more = (*wrecking, "--max_grad_norm", 0, "--save_total_limit", 9)
+    more = (*WRECKING, "--save_steps", 1)
     assert heal(tmp_path / "out", *more).returncode == 0
     best = info_of(tmp_path / "out")["healing"]["best_step"]
     last = list_states(states_of(tmp_path / "out"))[0][-1]
