@@ -87,8 +87,8 @@ def test_the_quickstart_ends_with_english_text_and_the_checkpoints_path(quicksta
     assert len(words & set(text.lower().replace(",", " ").split())) >= 6, text
 
 
-def build(work: Path, *layers: int) -> subprocess.CompletedProcess:
-    places = ("--base", work / "base", "--llama_layers_dir", work / "layers", "--output_dir", work / "built")
+def build(work: Path, name: str, *layers: int) -> subprocess.CompletedProcess:
+    places = ("--base", work / "base", "--llama_layers_dir", work / "layers", "--output_dir", work / name)
     return run_command("create_replaced_model_checkpoint", *places, "--layers", *layers)
 
 
@@ -107,7 +107,7 @@ def test_the_tokenizer_splits_digits(work):
 
 
 def test_all_layers_replaced_is_the_donor(work, quick_python):
-    result = build(work, *range(30))
+    result = build(work, "built", *range(30))
     assert result.returncode == 0, result.stderr
     found = load_and_generate(quick_python, work, work / "built", "torch.load with the import", PROMPTS)
     donor = LlamaForCausalLM.from_pretrained(work / "donor")
@@ -154,4 +154,4 @@ def test_scores_are_those_of_stock_lm_eval_on_the_donor_and_on_a_graft(quickstar
 
 
 def test_a_layer_that_does_not_exist(work):
-    assert_refused(build(work, 30), "Layer 30 is out of range", "layers 0 to 29")
+    assert_refused(build(work, "none", 30), "Layer 30 is out of range", "layers 0 to 29")
