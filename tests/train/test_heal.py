@@ -20,9 +20,9 @@ from model_preparation.evaluation.generation import generate_text
 from model_preparation.io.digests import describe_files
 from model_preparation.io.self_checksum import with_checksum
 from model_preparation.train.heal.resume_state import list_states, load_plain
-from model_preparation.train.heal.run import trained_layers
 from model_preparation.train.heal.sequences import hold_out, load_sequences
 from model_preparation.train.heal.settings import TRACKERS, HealSettings
+from model_preparation.train.heal.trained_layers import trained_layers
 from model_preparation.train.heal.training_arguments import TRACKER_VERSIONS, check_tracker
 from tests.conftest import PACKAGE, assert_refused, run_command
 from tests.train.cutting import write_text
