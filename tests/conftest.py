@@ -96,6 +96,7 @@ def pytest_collection_finish():
     skip_side_work()
     gc.collect()
     gc.freeze()  # what is here stays, so neither we nor the commands forked from here look through it for garbage
+    gc.set_threshold(20_000)  # Python's 700 would have each test collect many times
 
 
 @pytest.fixture(scope="module", autouse=True)
