@@ -17,7 +17,23 @@ TITLES = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}
 # Behind a firewall that drops packets, one client waits for minutes and the other retries for ever.
 CONNECT_SECONDS, ANSWER_SECONDS = 4.0, 6.0
 
+# The files of a repository that are fetched.
+TOKENIZER_PATTERNS = [
+    "config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+]
+_MODEL_PATTERNS = [*TOKENIZER_PATTERNS, "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+_PICKLE_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+# Files in subfolders (original/, onnx/) and consolidated.* have the same weights in formats that are not read here.
+_IGNORED_PATTERNS = ["*/*", "consolidated*"]
+
 RepoType = Literal["model", "dataset"]
+Need = Literal["model", "tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,18 @@ class Snapshot:
 
 class NoSnapshot(Exception):
     """A hub and its cache do not have the files; the message says why."""
+
+
+def fetch_model(hub: str, repo: str, revision: str | None, need: Need) -> Snapshot:
+    """`fetch_snapshot` of the files that a model needs, or only of its tokenizer's and its config."""
+    fetch = partial(fetch_snapshot, hub, repo, revision, ignore_patterns=_IGNORED_PATTERNS)
+    if need == "tokenizer":
+        return fetch(TOKENIZER_PATTERNS)
+    snapshot = fetch(_MODEL_PATTERNS)
+    if any(snapshot.folder.glob("*.safetensors*")):
+        return snapshot
+    # Pickles hold the same weights again, so they are fetched only if there are no safetensors.
+    return fetch([*_MODEL_PATTERNS, *_PICKLE_PATTERNS])
 
 
 def fetch_snapshot(

@@ -2,7 +2,7 @@
 
 `resolve` takes a short name, the path of a folder, or `org/name[@revision]`. This file looks short names up in `TABLE`.
 With `modelscope:` or `huggingface:` before the id, only that hub is asked; `embedded:name` is a model in this package.
-It also has the lists of needed files, and reports each missing file. download.py fetches the files.
+It also reports each missing file. download.py fetches the files.
 """
 
 import argparse
@@ -12,13 +12,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal
+from typing import Any
 
 from model_preparation.errors import SurgeryError
-from model_preparation.hub.download import TITLES, NoSnapshot, Snapshot, fetch_snapshot, first_line
+from model_preparation.hub.download import TITLES, TOKENIZER_PATTERNS, Need, NoSnapshot, fetch_model, first_line
 from model_preparation.io.untrusted.not_a_model import snapshot_in, what_it_is
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
 
@@ -43,23 +42,7 @@ _EMBEDDED_PREFIX = "embedded:"
 
 _HUB_ID = re.compile(r"(?:(modelscope|huggingface):)?(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 
-_TOKENIZER_PATTERNS = [
-    "config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-]
-_MODEL_PATTERNS = [*_TOKENIZER_PATTERNS, "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
-_PICKLE_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-# Files in subfolders (original/, onnx/) and consolidated.* have the same weights in formats that are not read here.
-_IGNORED_PATTERNS = ["*/*", "consolidated*"]
-
 logger = logging.getLogger(__name__)
-
-Need = Literal["model", "tokenizer"]
 
 
 @dataclass(frozen=True)
@@ -226,7 +209,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer's files in the folder, and config.json, which loading needs too; sorted."""
-    return sorted({path for pattern in _TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()})
+    return sorted({path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()})
 
 
 def add_source_flag(parser: argparse.ArgumentParser) -> None:
@@ -379,7 +362,7 @@ def _hub_source(hubs: list[str], repo: str, revision: str | None, need: Need, na
     advice = "Check the id and the network connection"
     for hub in hubs:
         try:
-            snapshot = _fetch(hub, repo, revision, need)
+            snapshot = fetch_model(hub, repo, revision, need)
         except NoSnapshot as failure:
             failures.append(f"{TITLES[hub]} {failure}")
             continue
@@ -398,14 +381,3 @@ def _hub_source(hubs: list[str], repo: str, revision: str | None, need: Need, na
     raise SurgeryError(
         f"{wanted} is not available: {'; '.join(failures)}. {advice}, or give a folder that holds the files: {instead}."
     )
-
-
-def _fetch(hub: str, repo: str, revision: str | None, need: Need) -> Snapshot:
-    fetch = partial(fetch_snapshot, hub, repo, revision, ignore_patterns=_IGNORED_PATTERNS)
-    if need == "tokenizer":
-        return fetch(_TOKENIZER_PATTERNS)
-    snapshot = fetch(_MODEL_PATTERNS)
-    if any(snapshot.folder.glob("*.safetensors*")):
-        return snapshot
-    # Pickles hold the same weights again, so they are fetched only if there are no safetensors.
-    return fetch([*_MODEL_PATTERNS, *_PICKLE_PATTERNS])
