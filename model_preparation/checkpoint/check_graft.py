@@ -54,7 +54,7 @@ class GraftPlan(GraftParts):
             f"Base         {self.base.id if self.base.hub == 'embedded' else self.base.folder}",
             *self._describe_parent(),
             *self._describe_donor(),
-            f"Kept         {total - len(self.layers)} of {total} layers, and all around them",
+            f"Kept         {total - len(self.layers)} of {total} layers, and everything outside the layers",
             f"Heads        {heads} of width {size} in grafted layers, {kept_heads} of width {kept_size} in kept ones",
             f"K/V cache    {ours:,} bytes per token; the donor's has {theirs:,}",
             f"Dtype        {self.dtype.name}" + "".join(f"; {cast}" for cast in self.casts),
@@ -153,7 +153,7 @@ def _check_donor(base: "LlambaConfig", donor: LayerStore) -> None:
     donor.check_is_donor()
     config = donor.config
     numbers = [
-        ("layers", config.num_hidden_layers, (base.n_layer,)),
+        ("number of layers", config.num_hidden_layers, (base.n_layer,)),
         ("width (hidden_size)", config.hidden_size, (base.d_model,)),
         ("vocabulary size", config.vocab_size, (base.vocab_size, base.padded_vocab_size)),
     ]

@@ -30,7 +30,7 @@ MIN_PREFIX_TOKENS = 8
 # `batch_size="auto"`: the most rows, and the most tokens with padding, per forward pass.
 AUTO_ROWS = 64
 AUTO_TOKENS = {"cpu": 512, "cuda": 32_768}
-# The same for writing: more rows share the reading of the weights.
+# The most tokens for writing. It is larger, because all rows of a batch share one reading of the weights.
 WRITING_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 
 
@@ -52,7 +52,7 @@ class ScoringLM(HFLM):
         batch_size: rows per forward pass; "auto" starts with `AUTO_ROWS` and halves them when memory runs out.
         advance: called with the number of requests just answered.
         batches_for: the kind of device that "auto" chooses sizes for; by default the model's.
-        allow_truncation: cut prompts that are too long on their left, as stock does; else they are an error.
+        allow_truncation: cut the left end of prompts that are too long, as lm-eval does; else they are an error.
 
     Attributes:
         truncated: how many prompts were cut.
@@ -68,7 +68,7 @@ class ScoringLM(HFLM):
         allow_truncation: bool = False,
     ):
         self._auto = batch_size == "auto"
-        # Stock's own search for a size runs the longest possible sequence with all its logits.
+        # lm-eval's own search for a size runs the longest possible sequence with all its logits.
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8 if self._auto else batch_size)
         self._rows_at_once = AUTO_ROWS if self._auto else int(batch_size)
         self._advance = advance
@@ -79,7 +79,7 @@ class ScoringLM(HFLM):
         self._encoded: tuple[str, list[int]] = ("", [])
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """The tokens of a text. The last answer is kept: every choice of a question has the same context."""
+        """The tokens of a text. The last result is kept, because every choice of a question has the same context."""
         if add_special_tokens is not None or kwargs:
             return super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
         if string != self._encoded[0]:
@@ -87,7 +87,7 @@ class ScoringLM(HFLM):
         return list(self._encoded[1])
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As stock does for causal models; the context comes last, so that `tok_encode` keeps its tokens."""
+        """As lm-eval does for causal models. Only the context goes through `tok_encode`, which keeps its tokens."""
         stripped = context.rstrip()
         whole = super().tok_encode(context + continuation)
         context_tokens = self.tok_encode(stripped)
@@ -128,7 +128,7 @@ class ScoringLM(HFLM):
 
     @torch.inference_mode()
     def _written(self, prompts: list[list[int]], settings: dict) -> Iterator[tuple[list[int], list[str]]]:
-        """Batches of prompts of similar lengths, the longest first: their places, and the texts after them."""
+        """Answer prompts in batches of similar lengths, longest first; yields (indices of prompts, their new texts)."""
         order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
         tokens_at_once = WRITING_TOKENS.get(self.device.type, WRITING_TOKENS["cuda"])
         while order:
@@ -144,7 +144,7 @@ class ScoringLM(HFLM):
             yield batch, texts
 
     def _count_too_long(self, lengths: Sequence[int], most: int) -> None:
-        """Count the prompts that will be cut; refuse them unless they may be."""
+        """Count the prompts that are too long. Raise SurgeryError if there are any and cutting is not allowed."""
         too_long = [length for length in lengths if length > most]
         if too_long and not self._allow_truncation:
             raise SurgeryError(
@@ -172,8 +172,8 @@ class ScoringLM(HFLM):
         self._count_too_long(lengths, self.max_length + 1)  # the last token is not read
         rows: dict[tuple[int, ...], Row] = {}
         for index, (_texts, context, continuation) in enumerate(requests):
-            # As in stock: a long sequence loses tokens on the left, and choices of one token share a row.
-            # Unlike in stock, a row may also serve continuations of different lengths.
+            # As in lm-eval: a long sequence loses tokens on the left, and choices that are one token long share a row.
+            # Unlike in lm-eval, a row may also serve continuations of different lengths.
             tokens = tuple((context + continuation)[-(self.max_length + 1) :][:-1])
             if len(continuation) > len(tokens):
                 raise SurgeryError(
@@ -225,7 +225,7 @@ class ScoringLM(HFLM):
         return max(1, min(self._rows_at_once, tokens_at_once // longest)) if self._auto else self._rows_at_once
 
     def _halve(self, rows: int) -> None:
-        """Run fewer rows at once from now on, as the memory ran out; raise that error if the number is fixed."""
+        """Memory ran out: run fewer rows at once from now on. If that is not possible, raise the memory error again."""
         if not self._auto or rows == 1:
             raise
         self._rows_at_once = rows // 2
@@ -239,7 +239,7 @@ class ScoringLM(HFLM):
         return cache if can_share(cache) else None
 
     def log_probabilities(self, batch: list[Row], skipped: int, prefix: Cache | None) -> list[Tensor]:
-        """Log-probabilities at each row's scored positions, (scored, vocabulary), in stock's dtype."""
+        """Log-probabilities at each row's scored positions, (scored, vocabulary), in lm-eval's dtype."""
         inputs, positions = padded(batch, skipped)
         inverse = None
         if not isinstance(self.model, LlambaForCausalLM):  # others compute the same positions for all rows

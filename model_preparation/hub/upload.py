@@ -2,7 +2,8 @@
 
 Both clients stream, so memory does not grow with the files. They do not send a file that the hub has already. The
 clients read tokens, endpoints and stored logins (MODELSCOPE_API_TOKEN, MODELSCOPE_ENDPOINT; HF_TOKEN, HF_ENDPOINT).
-This file adds an answer within seconds if a hub cannot be reached, and two sentences for every error of a client.
+This file adds two things: an error within seconds if a hub cannot be reached, and a readable message for every error
+of a client.
 """
 
 import contextlib
@@ -94,7 +95,7 @@ class ModelScopeHub:
                 failures.append(record.getMessage())
             return record.levelno == logging.WARNING
 
-        # The client gives the reason of a failed file only in its log, and prints a report.
+        # The client gives the reason for a failed file only in its log. It also prints a report.
         log = logging.getLogger("modelscope_hub.upload")
         log.addFilter(collect_failures)
         try:
@@ -157,7 +158,7 @@ class HuggingFaceHub:
             except GatedRepoError:
                 raise
             except RepositoryNotFoundError:
-                pass  # the token may be unknown instead: `whoami` checks that
+                pass  # or the hub does not know the token: `whoami` checks that
             self._api.whoami()
         return private
 

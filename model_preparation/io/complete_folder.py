@@ -204,6 +204,6 @@ def _exchange(new: Path, old: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):  # a file system without exchange
             raise OSError(code, os.strerror(code), str(old))
-    sync(old.parent)  # NAME.partial must be on the disk before the old one is in it
+    sync(old.parent)  # NAME.partial must be on the disk before the old folder is moved into it
     old.rename(new.with_name(_OLD))  # after a kill from here on, the next run moves it back
     new.rename(old)

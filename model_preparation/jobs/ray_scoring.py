@@ -1,6 +1,6 @@
 """Scores sets of layers on a Ray cluster: every worker has base, donor, and a shard of the questions.
 
-The answers are equal to the bit to those of `SharedScorer`, as a worker runs each batch like this process would. A
+The answers are those of `SharedScorer`, bit for bit, because a worker runs each batch like this process would. A
 worker keeps the base's hidden states of its shard for all candidates. If a worker is lost, a new one takes the shard
 and gives the missing answers. Every answer is counted once.
 """
@@ -46,7 +46,7 @@ class QuestionShard:
 
     @cached_property
     def _scorer(self) -> SharedScorer:
-        # Not in __init__: there, Ray takes an error for a lost worker.
+        # Not in __init__: Ray would report an error there as a lost worker.
         settings = replace(self._settings, device=choose_device(device=self._settings.device))
         return SharedScorer(ScoringSetup(settings), self._batches)
 
@@ -81,13 +81,13 @@ class RemoteScorer:
     """Scores sets of layers on a cluster, as `SharedScorer` does in one process.
 
     Args:
-        ray: the module, part of a cluster.
+        ray: the module `ray`, which has joined a cluster.
         setup: has the questions.
         workers: how many workers there may be.
         make: makes a worker for the batches of a shard.
 
     Attributes:
-        layer_passes: as in `SharedScorer`, without passes of lost workers that gave no answer.
+        layer_passes: as in `SharedScorer`. Passes of a lost worker count only if it returned their answers.
     """
 
     def __init__(self, ray: Any, setup: ScoringSetup, workers: int, make: Callable[[list[int]], Any]):
@@ -194,7 +194,7 @@ def shards(batches: Sequence[Batch], workers: int) -> list[list[int]]:
 def remote_scorer(
     address: str, cpus: int, device: str | None
 ) -> Iterator[tuple[Callable[[ScoringSetup], RemoteScorer], str]]:
-    """Join a cluster for the length of the context. It gives a maker of scorers, and the type of the workers' device.
+    """Join a cluster for the length of the context; yields a function that makes scorers, and the workers' device type.
 
     Args:
         address: as `cluster` takes it.

@@ -43,9 +43,10 @@ def has_several_documents(position_ids: Tensor, places: Tensor, attention_mask: 
 
 
 def visible(position_ids: Tensor, places: Tensor, is_packed: bool, window: int | None):
-    """A mask function for transformers: true for keys in the query's document and in its last `window` tokens.
+    """A mask function for transformers: true for keys in the query's document that are also in the query's window.
 
-    It counts real tokens only, so padding changes nothing. None if every key before the query is visible.
+    The window is the query and the `window` - 1 real tokens before it: padding is not counted, so it changes nothing.
+    None if every key before the query is visible.
     """
     if not is_packed and window is None:
         return None

@@ -50,7 +50,7 @@ def ga(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) ->
 
 
 def removal(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Start with all layers. Each time, remove the layer without which the score loses least (arXiv 2601.11667)."""
+    """Start with all layers. Each time, remove the layer whose removal lowers the score least (arXiv 2601.11667)."""
     kept: LayerSet = tuple(space.free)
     if kept in space:
         scores.evaluate([kept])
@@ -78,7 +78,7 @@ def refine(space: SearchSpace, scores: CandidateScores) -> None:
 def _grow(space: SearchSpace, scores: CandidateScores, width: int) -> None:
     kept: list[LayerSet] = [BASE]
     for size in range(1, space.most + 1):
-        if size == 1 and len(space.prior) == len(space.free):  # their scores are known before the search
+        if size == 1 and len(space.prior) == len(space.free):  # every layer's gain is known before
             kept = sorted(space.singles, key=lambda layers: (-space.prior[layers[0]], layers))[:width]
             continue
         more = dict.fromkeys(new for layers in kept for new in space.with_one_more(layers))

@@ -5,11 +5,16 @@ from model_preparation.serve.vllm_versions import fault_of_vllm, installed_vllm
 
 
 def choose_engine(asked: str, donor_type: str = "llama", has_heads: bool = False) -> str:
-    """ "vllm" or "transformers"; "auto" takes vLLM if it is installed and can serve such a graft.
+    """ "vllm" or "transformers"; "auto" takes vLLM if it is installed and can serve a graft of this kind.
+
+    Args:
+        asked: "vllm", "transformers" or "auto".
+        donor_type: the donor's kind.
+        has_heads: whether single heads are grafted.
 
     Raises:
-        SurgeryError: if vLLM is asked for, but is missing, has a version that cannot serve our models, or cannot serve
-            such a graft.
+        SurgeryError: if vLLM is asked for, but is missing or cannot serve a graft of this kind; or if vLLM would be
+            taken, but its version cannot serve our models.
     """
     installed, unserved = installed_vllm(), fault_of_graft(donor_type, has_heads)
     if asked == "transformers" or (asked == "auto" and (installed is None or unserved)):
@@ -17,7 +22,7 @@ def choose_engine(asked: str, donor_type: str = "llama", has_heads: bool = False
     if unserved:
         raise SurgeryError(unserved)
     if fault := fault_of_vllm(installed):
-        raise SurgeryError(f"{fault} Or take the engine that needs none: --engine transformers")
+        raise SurgeryError(f"{fault} Or take the engine that does not need vLLM: --engine transformers")
     return "vllm"
 
 

@@ -88,7 +88,7 @@ def train_layer(
         if not math.isfinite(losses[-1]):
             raise SurgeryError(
                 f"The loss is {losses[-1]} at step {step} of {steps}, with a learning rate of {learning_rate}. "
-                "Give a lower --learning_rate. If layers are finished already, add --restart: the tokens are kept."
+                "Give a lower --learning_rate. If layers are finished already, add --restart: it keeps only the tokens."
             )
         optimizer.zero_grad()
         loss.backward()
@@ -125,7 +125,7 @@ def rate_factor(step: int, steps: int) -> float:
 
 
 def shuffled(states: Tensor, weights: Tensor | None, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Endless batches of whole sequences. Each pass has every sequence once, in a random order from `seed`.
+    """Endless batches of whole sequences. Each pass has a sequence at most once, in a random order from `seed`.
 
     Args:
         states: (sequences, length, width).
@@ -140,7 +140,10 @@ def shuffled(states: Tensor, weights: Tensor | None, batch_size: int, seed: int)
 
 
 def in_order(states: Tensor, weights: Tensor | None = None) -> Iterator[Batch]:
-    """All sequences once, in views of at most `EVALUATED_TOKENS` tokens or one sequence; shapes as in `shuffled`."""
+    """All sequences once, in views: each of one sequence, or of more with at most `EVALUATED_TOKENS` tokens.
+
+    Shapes are as in `shuffled`.
+    """
     at_once = max(1, EVALUATED_TOKENS // states.shape[1])
     for first in range(0, len(states), at_once):
         chosen = slice(first, first + at_once)
@@ -148,7 +151,7 @@ def in_order(states: Tensor, weights: Tensor | None = None) -> Iterator[Batch]:
 
 
 def apply_layer(layer: Callable[[Tensor], Tensor], states: Tensor, outputs: Tensor) -> None:
-    """Write the output of `layer` for `states` into `outputs`, some sequences at a time. Both may be one tensor."""
+    """Write the output of `layer` for `states` into `outputs`, some sequences at a time. `outputs` may be `states`."""
     for batch, place in zip(in_order(states), in_order(outputs), strict=True):
         place.hidden_states.copy_(layer(batch.hidden_states))
 
@@ -221,7 +224,7 @@ class Teacher:
         return self._layer.self_attn(self._layer.input_layernorm(states), **arguments)[0]
 
     def _arguments(self, states: Tensor) -> dict[str, Any]:
-        """The layer's arguments besides the hidden states of whole sequences."""
+        """What the layer takes besides the hidden states; `states` are whole sequences."""
         mask = None  # transformers' attention is causal without one
         if self._is_sliding:
             mask = create_sliding_window_causal_mask(self._config, states, None, **{CACHE_NAME: None})

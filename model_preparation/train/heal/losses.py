@@ -1,4 +1,4 @@
-"""The losses of healing: on the text, or to a teacher.
+"""The losses of healing: against the text, or against a teacher.
 
 Sources: Hinton et al., arXiv 1503.02531, section 2 (the gradient of soft targets is scaled by temperature squared);
 Agarwal et al., arXiv 2306.13649 (both directions of the divergence).
@@ -87,7 +87,7 @@ class Distillation:
         Args:
             student: its logits (batch, length, vocab), and with a `hidden_weight` its hidden states.
             batch: `targets` from `next_tokens`, and the inputs of student and teacher.
-            count: positions that count in the whole step; by default those of this batch, for a mean.
+            count: how many positions count in the whole step; by default this batch's number, so the loss is a mean.
         """
         settings = self._settings
         targets = batch["targets"]
@@ -109,8 +109,9 @@ class Distillation:
 def divergence(ours: Tensor, teacher: TeacherOutput, reverse_weight: float) -> Tensor:
     """(1 - r) KL(teacher || student) + r KL(student || teacher), summed over positions.
 
-    If only a teacher's likeliest tokens are known, all others count as one token, for both models. Then no probability
-    is lost. At the known tokens, the gradient of the forward divergence is the same as with all tokens known.
+    If only the likeliest tokens of a teacher are known, all others count as one token, for both models. Then no
+    probability is lost. At the known tokens, the gradient of the forward divergence is the same as with all tokens
+    known.
 
     Args:
         ours: the student's log-probabilities, (positions, vocab).
