@@ -192,7 +192,7 @@ class ScoringLM(HFLM):
         if cut:
             yield cut, ()
         if whole:
-            # Sorted, all rows share the beginning that the first and the last share.
+            # The beginning that the smallest and the largest row share is shared by all rows.
             first, last = min(row.tokens for row in whole), max(row.tokens for row in whole)
             same = [one == other for one, other in zip(first, last, strict=False)]
             common = same.index(False) if False in same else len(same)
