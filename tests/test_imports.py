@@ -121,7 +121,7 @@ def test_the_package_registers_its_classes_where_the_others_came_first(checkpoin
 
 
 def test_imports_go_down_only():
-    """The floors are in pyproject.toml."""
+    """The levels are in pyproject.toml."""
     known = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
     enabled = [logger for logger in known if not logger.disabled]
     assert lint_imports(str(PACKAGE.parent / "pyproject.toml"), no_cache=True) == 0
