@@ -1,4 +1,4 @@
-"""Replace two layers of a base by its donor's. Run extract_layers.py first."""
+"""Replace two layers of a base by the donor's layers. Run extract_layers.py first."""
 
 from model_preparation import build_checkpoint
 

@@ -1,4 +1,4 @@
-"""Write the layers of a donor into one file each."""
+"""Write each layer of a donor into its own file."""
 
 from model_preparation import extract_layers
 

@@ -1,4 +1,4 @@
-"""Train a checkpoint on one text after another. Run build_checkpoint.py first."""
+"""Train a checkpoint in two stages with different settings. Run build_checkpoint.py first."""
 
 from pathlib import Path
 

@@ -4,4 +4,4 @@ from model_preparation.checkpoint.rebuild import rebuild_checkpoint
 
 recipe = "example_output/checkpoint/checkpoint_info.json"
 notes = rebuild_checkpoint(recipe, "example_output/rebuilt", "example_output/layers", overwrite=True)
-print(notes or "Every byte is the same, but for the time of creation")
+print(notes or "Every byte is the same, except the time of creation")

@@ -1,4 +1,7 @@
-"""Train a checkpoint with TRL: padded, packed, padding-free. Run build_checkpoint.py first, and pip install trl."""
+"""Train a checkpoint with TRL on padded, packed and padding-free batches.
+
+Run build_checkpoint.py first, and pip install trl.
+"""
 
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer

@@ -1,4 +1,4 @@
-"""Check that a checkpoint is what was built. Run build_checkpoint.py first."""
+"""Check that a checkpoint has not changed since it was built. Run build_checkpoint.py first."""
 
 from model_preparation import verify_checkpoint
 

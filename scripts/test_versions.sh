@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The tests of what other libraries' versions decide on (the model, the ways to load it, generating, lm-eval, healing an
-# adapter, the hubs), with the oldest version of each that pyproject.toml allows; run_tests.sh runs everything with the
-# newest. Those older versions go into .venv-oldest, made on the first run. Arguments go to pytest.
+# Runs the tests that depend on the versions of other libraries (the model, the ways to load it, generating, lm-eval,
+# healing an adapter, the hubs), with the oldest version of each library that pyproject.toml allows. The first run makes
+# an environment with these versions, .venv-oldest. run_tests.sh runs all tests with the newest. Arguments go to pytest.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 

@@ -1,6 +1,6 @@
 """The cards of the embedded pair: what each model is, how it was made, its scores.
 
-In: what was measured and how the models were trained. Out: README.md in each model's folder, as hubs show it.
+A card is the README.md in a model's folder, as hubs show it.
 """
 
 from pathlib import Path
@@ -24,8 +24,7 @@ pipeline_tag: text-generation
 
 Both models of the pair have {layers} layers of width {width} and {words} words: {names} names, {things} things, and
 the few words that say who likes what (`Ada likes plums .`). They can do nothing else, and are small enough for a
-package. Grafting layers of `tiny_llama` into `tiny_llamba` takes seconds, and shows what it does to models a thousand
-times larger.
+package. Grafting layers of `tiny_llama` into `tiny_llamba` takes seconds, and shows what a graft can do.
 
 ## How it was made
 
@@ -35,8 +34,8 @@ times larger.
 
 ## Scores
 
-`embedded_recall`, {questions:,} questions: a text says what each of {people} people likes, and the model has to say it
-of one of them. No pair of a name and a thing in a question was in the training texts. Random guessing scores 0.25.
+`embedded_recall`, {questions:,} questions: a text says what each of {people} people likes, and the model must say what
+one of them likes. The training texts never had this person with this thing. Random guessing scores 0.25.
 
 {scores}
 """
@@ -67,7 +66,7 @@ def write_cards(
         effect: what effect.json holds.
         distilled: the settings of the base's distillation: `steps_per_layer` and `d_state`.
         trained: the donor's seed and steps.
-        command: makes both again.
+        command: the command that makes both models again.
     """
     config = donor.config()
     common = {

@@ -1,8 +1,8 @@
 """The donor of the embedded pair: a small Llama trained from nothing to look things up in its context.
 
-In: a seed. Out: a model folder. Half of each batch are texts of `recall.py`, half are repeated words, without which the
-texts stay at chance for thousands of steps. The state of the training is on the disk every `SAVED_EVERY` steps, and a
-run that goes on from it ends with the same weights.
+Half of each batch are texts of `recall.py`, and half are rows of repeated words. Without these rows, the model stays
+at chance on the texts for thousands of steps. Every `SAVED_EVERY` steps, the training's state is written to the disk.
+A run that continues from a state ends with the same weights.
 """
 
 import io
@@ -19,9 +19,9 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_file import write_file
 from model_preparation.io.complete_folder import new_folder
 
-PEOPLE = 16  # whom a text names, at most
+PEOPLE = 16  # in a text, at most
 FEWEST_PEOPLE = 4
-BATCH = 32  # texts, and as many rows of repeated words
+BATCH = 32  # texts per step, and as many rows of repeated words
 REPEATED_LENGTH = 64
 LEARNING_RATE = 1e-3
 WARM_UP, COOL_DOWN = 50, 360  # steps
@@ -53,7 +53,7 @@ def train_donor(folder: Path, state_file: Path, *, seed: int, steps: int, progre
     """Train the donor and write it, with its tokenizer, into `folder`, which appears whole or not at all.
 
     Args:
-        state_file: where the state is kept meanwhile; what is there is gone on from.
+        state_file: the training's state is written here. If the file exists, the training continues from it.
         progress: shows steps, losses and the time left.
 
     Raises:
@@ -101,14 +101,14 @@ def _save(file: Path, model, optimizer, generator: torch.Generator, run: dict[st
 
 
 def _load(file: Path, model, optimizer, generator: torch.Generator, run: dict[str, int]) -> int:
-    """Put the state of an earlier run back; the number of steps done, 0 without one."""
+    """Restore the state of an earlier run. Returns how many steps it has done, or 0 if there is no state."""
     if not file.is_file():
         return 0
     state = torch.load(file, weights_only=True)
     found = dict(state["run"])
     done = found.pop("done")
     if found != run:
-        raise SurgeryError(f"{file} is of a run with {found}, and this one has {run}. Delete it to begin anew.")
+        raise SurgeryError(f"{file} is the state of a run with {found}; this run has {run}. Delete it to start again.")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     generator.set_state(state["generator"])

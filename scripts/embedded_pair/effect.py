@@ -1,7 +1,7 @@
-"""What grafting does to the embedded pair: the score of the base, the donor, every single layer, every pair, and all.
+"""What grafting does to the embedded pair: scores of base, donor, every single layer, every pair of layers, all layers.
 
-In: both models' folders and the task's. Out: effect.json and effect.png. Checkpoints are built and scored by the
-functions behind the commands, and what an earlier run has scored is not scored again.
+The scores are written into effect.json and effect.png. The functions behind the commands build and score the
+checkpoints. Scores of an earlier run are used again.
 """
 
 import itertools
@@ -22,12 +22,12 @@ QUESTIONS_PER_PASS = 64
 
 
 def measure(donor: Path, base: Path, task: Path, work: Path, *, layers: int, progress: Progress) -> dict[str, Any]:
-    """Score everything; the result is what effect.json holds.
+    """Score base, donor and all grafts; returns the contents of effect.json.
 
     Args:
         donor, base, task: folders.
-        work: where the donor's layers, checkpoints and answers are kept.
-        layers: of each model.
+        work: the folder for the donor's layers, the checkpoints and the answers.
+        layers: the number of layers of each model.
     """
     store = work / "layers"
     if not (store / "metadata.json").is_file():
@@ -60,13 +60,13 @@ def measure(donor: Path, base: Path, task: Path, work: Path, *, layers: int, pro
 
 
 def write_effect(folder: Path, effect: dict[str, Any]) -> None:
-    """Write both files."""
+    """Write effect.json and effect.png into `folder`."""
     write_file(folder / EFFECT, json.dumps(effect, indent=2) + "\n")
     _plot(effect).savefig(folder / PLOT, dpi=130, metadata={"Software": None})
 
 
 def summary(effect: dict[str, Any]) -> str:
-    """The scores that tell the story, as a Markdown table."""
+    """A Markdown table of base, worst and best single layer, worst and best pair, all layers, and donor."""
     rows = [("base, nothing grafted", effect["base"])]
     for kind, title in (("single layers", "single layer, number"), ("pairs of layers", "pair of layers, numbers")):
         scores = effect[kind]
@@ -79,7 +79,7 @@ def summary(effect: dict[str, Any]) -> str:
 
 
 def matrix(effect: dict[str, Any]) -> str:
-    """Every pair as a Markdown table: row and column are the layers grafted, on the diagonal one alone."""
+    """A Markdown table of every pair: row and column are the two grafted layers. The diagonal has single layers."""
     scores = effect["single layers"] | effect["pairs of layers"]
     layers = list(effect["single layers"])
     lines = ["| | " + " | ".join(layers) + " |", "|---" * (len(layers) + 1) + "|"]
@@ -103,7 +103,7 @@ def _name(chosen: tuple[int, ...]) -> str:
 
 
 def _plot(effect: dict[str, Any]) -> Figure:
-    """Left every single layer between base and donor, right every pair."""
+    """On the left, every single layer, with lines for base and donor; on the right, every pair."""
     singles = list(effect["single layers"].values())
     count = len(singles)
     pairs = [[float("nan")] * count for _ in range(count)]

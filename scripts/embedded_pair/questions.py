@@ -1,6 +1,6 @@
-"""The task of the embedded pair, in a folder of its own: the definition as the package has it, and its questions.
+"""Writes the task of the embedded pair into a folder: the definition, a copy of the package's, and new questions.
 
-In: how many questions, and a seed. Out: a folder that lm-eval's `--include_path` and our `--tasks` take.
+lm-eval's `--include_path` and our `--tasks` take this folder.
 """
 
 import dataclasses
