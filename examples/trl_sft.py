@@ -1,7 +1,4 @@
-"""Train a checkpoint with TRL on padded, packed and padding-free batches.
-
-Run build_checkpoint.py first, and pip install trl.
-"""
+"""Train with TRL on padded, packed and padding-free batches. Run build_checkpoint.py first, and pip install trl."""
 
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
