@@ -6,14 +6,14 @@ the key, x from the value, out_proj from the output projection (Mamba in the Lla
 arXiv 2408.10189). One layer and about one shard are in memory at a time.
 
 Softmax attention averages values: its weights sum to one. Plain linear attention adds values up with weights of any
-size, and one such layer ruins the model. The factor 1 / (sqrt(head_dim) * tokens that the decay remembers *
-`TYPICAL_SCORE`) on C turns the sum into an average. On four English paragraphs, SmolLM2-135M with Mamba layers 14 to 16
-has perplexity 2e10 without the factor, 2e9 with its first part, 306 with its first two parts, and 14.5 with all three.
-SmolLM2-135M without Mamba layers has 11.2.
+size, and one such layer ruins the model. So C is multiplied by 1 / (sqrt(head_dim) * N * `TYPICAL_SCORE`), where N is
+the number of tokens that the decay remembers: then the sum is an average again. On four English paragraphs,
+SmolLM2-135M with Mamba layers 14 to 16 has perplexity 2e10 without this factor, 2e9 with its first part, 306 with its
+first two parts, and 14.5 with all three. Without Mamba layers, SmolLM2-135M has 11.2.
 
 A mixer has biases, but no norms of queries and keys as Qwen3 has. Such a norm divides its input by the input's size.
-Instead, the mixer's rows are divided by the expected size: `CORRELATED` times the size if input channels were
-independent.
+Here, the mixer's rows are divided by the expected size instead: `CORRELATED` times the size that independent input
+channels would give.
 """
 
 import math
@@ -86,7 +86,7 @@ def init_llamba_base(
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
-        SurgeryError: if the donor is missing, of an unknown kind, or lacks tensors; if its heads do not fit a Llamba
+        SurgeryError: if the donor is missing, of an unknown kind, or lacks tensors; if its heads do not fit
             (`llamba_config`); if output_dir exists or is not writable; or if the disk is too small.
     """
     target = Path(output_dir).expanduser()
@@ -118,7 +118,7 @@ def write_llamba(folder: Path, donor_folder: Path, config: LlambaConfig, parts: 
 
 
 def open_donor(source: Source) -> tuple[LlamaFiles, PreTrainedConfig]:
-    """A donor's weights and config; raises SurgeryError if its kind is unknown, or its tensors do not fit the config."""
+    """A donor's weights and config; raises SurgeryError if its kind is unknown, or weights and config do not fit."""
     config = read_config(source.folder)
     check_kind(config.model_type, f"{source.folder} is")
     files = LlamaFiles(source.folder)

@@ -183,8 +183,8 @@ def _recipe(info: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             _table(("", ""), rows),
-            "These are the digests of the inputs: the base's files and the donor's extracted layers. Those of the outputs "
-            "are in `checkpoint_info.json`.",
+            "These are the digests of the inputs: the base's files and the donor's extracted layers. The outputs' "
+            "digests are in `checkpoint_info.json`.",
             _table(("file", "digest"), digests),
             "`checkpoint_info.json` is the whole recipe. With `model_preparation`, the same base and the same donor, "
             "it gives the same bytes. The last command checks this:",

@@ -78,7 +78,7 @@ def rebuild_checkpoint(
     if "healing" in info:
         raise SurgeryError(
             f"{recipe} describes a healed checkpoint, and no recipe makes trained weights. Copy the checkpoint "
-            f"itself, or rebuild {info.get('parent', {}).get('id', 'its parent')}, its parent, and heal that again."
+            f"itself, or rebuild {info.get('parent', {}).get('id', 'its parent')} and heal it again."
         )
     step: dict[str, Any] = {"grafted": info["replaced_layers"], "grafted_heads": info.get("grafted_heads", {})}
     if needs_parent(info):
@@ -148,7 +148,7 @@ def _check_parent(recipe: str | Path, base: str | None, recorded: Mapping[str, A
             "build it. Say where that checkpoint is by --base."
         )
     if read_info(base)["files"][TENSOR_DIGESTS]["sha256"] != recorded.get("tensor_digests_sha256"):
-        raise SurgeryError(f"{base} is not the checkpoint {recorded['id']} of the recipe. Give that checkpoint by --base.")
+        raise SurgeryError(f"{base} is not the recipe's checkpoint {recorded['id']}. Give that checkpoint by --base.")
 
 
 def _donor_layers(
