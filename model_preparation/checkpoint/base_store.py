@@ -1,4 +1,4 @@
-"""A store of a base's shards in the folder of its checkpoints. So the disk has layers without a graft only once.
+"""A store of a base's shards, next to its checkpoints. So layers without a graft are on the disk only once.
 
 FOLDER/.base_shards/DIGEST/ has one safetensors file for each of the base's layers that a checkpoint needed. The
 checkpoints have reflinks or hard links to these files. DIGEST depends on the base's files and on the dtype. A store can

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from model_preparation.checkpoint.check_graft import GraftPlan, check_parts
 from model_preparation.checkpoint.checkpoint_folder import describe_parent, finish_folder
-from model_preparation.checkpoint.checkpoint_info import FORMATS, INFO, check_format, descent_of
+from model_preparation.checkpoint.checkpoint_info import FORMATS, INFO, TENSOR_DIGESTS, check_format, descent_of
 from model_preparation.checkpoint.graft_parts import GraftParts, find_parts
 from model_preparation.checkpoint.grafted_model import empty_model
 from model_preparation.checkpoint.layer_store import LayerStore
@@ -79,7 +79,7 @@ def build_checkpoint(
         heads: by layer, the donor's query heads that are added to the mixer, such as {13: [16, 17]}. With several
             donors: a dict from a donor's name to such a dict.
         keep_mixer_heads: leave the mixer whole; by default its heads at the same positions are set to zero.
-        ungraft: layers of a checkpoint whose graft is undone: they get the weights of the recipe's base again.
+        ungraft: layers of a checkpoint whose graft is undone: they get the weights of the checkpoint's own base again.
         show: called with the lines of the plan after all checks.
         review: called with the new checkpoint_info.json and the plan before the folder gets its name. It may change
             checkpoint_info.json, or raise an exception.
@@ -210,21 +210,22 @@ def _tensor_digests(graft: GraftPlan, digests: Mapping[str, str]) -> dict[str, d
     Raises:
         SurgeryError: if a tensor of a parent has changed since the parent was built.
     """
+    from model_preparation.checkpoint.model_digests import read_tensor_digests  # imports torch
     from model_preparation.llamba import LlambaForCausalLM
 
-    tied = LlambaForCausalLM._tied_weights_keys
-    recorded = {} if graft.parent is None else graft.parent.digests()
+    tied, parent = LlambaForCausalLM._tied_weights_keys, graft.parent
+    recorded = {} if parent is None else read_tensor_digests(parent.folder / TENSOR_DIGESTS)
     found = {}
     for name, tensor in empty_model(graft.config).state_dict().items():
         digest = digests.get(name) or digests[tied[name]]
         origin = "donor" if name.startswith(graft.replaced_prefixes) else "base"
-        if graft.parent is not None and not name.startswith((*graft.new_prefixes, *graft.ungrafted_prefixes)):
-            origin, wanted = recorded.get(name, (origin, None))
-            if digest != wanted:
+        if parent is not None and not name.startswith((*graft.new_prefixes, *graft.ungrafted_prefixes)):
+            if name not in recorded or digest != recorded[name].blake3:
                 raise SurgeryError(
-                    f"{graft.parent.folder} is damaged: its tensor {name} has changed since the build. Build that "
-                    "checkpoint again. verify_checkpoint.py lists the faults."
+                    f"{parent.folder} is damaged: its tensor {name} has changed since the build. Build that checkpoint "
+                    "again. verify_checkpoint.py lists the faults."
                 )
+            origin = recorded[name].origin
         found[name] = {"dtype": graft.dtype.name, "shape": list(tensor.shape), "from": origin, "blake3": digest}
     return found
 
@@ -284,7 +285,7 @@ def _json_heads(heads: Mapping[int, list[int]]) -> dict[str, list[int]]:
 
 
 def _generation_config(graft: GraftPlan, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """Generation settings: greedy decoding, and the special tokens of the base, or else the donor or the tokenizer."""
+    """Settings for greedy decoding, with the special tokens of the base, or else of the donor or the tokenizer."""
     if graft.parent is not None:
         return dict(graft.parent.info["generation_config"])
     given = read_generation_config(graft.base.folder) or graft.donor.metadata["generation_config"] or {}

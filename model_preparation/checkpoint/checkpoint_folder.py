@@ -75,7 +75,7 @@ def finish_folder(
         tensors: the entries of tensor_digests.json: dtype, shape, origin and BLAKE3 of every tensor of the state dict.
         config: the model's config.
         generation_config: the fields of the model's generation config.
-        review: called with the fields of checkpoint_info.json; may change them or raise an exception.
+        review: called with the fields of checkpoint_info.json before it is written; may change them, or raise.
 
     Raises:
         OSError: from the file system: disk full, input/output error.

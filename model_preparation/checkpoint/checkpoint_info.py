@@ -161,7 +161,7 @@ def read_info(directory: str | Path) -> dict[str, Any]:
     if not directory.is_dir() and str(directory) in TABLE:
         raise SurgeryError(
             f"{directory} is the name of a model, but a checkpoint's folder is needed. Build one with "
-            "create_replaced_model_checkpoint.py. Only test_checkpoint.py takes models too."
+            "create_replaced_model_checkpoint.py. test_checkpoint.py also takes models."
         )
     if path.is_file():
         return read_info_file(path)

@@ -59,7 +59,7 @@ def extract_layers(
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write the layers of a model into `output_dir`; returns its metadata.
+    """Write the layers of a model into `output_dir`; returns the folder's metadata.
 
     Args:
         model_name: a name, folder or hub id of a donor or a Llamba, as `sources.resolve` takes it.
@@ -119,7 +119,7 @@ def _layer_ranges(files: TensorFiles, prefix: str) -> dict[str, TensorRange]:
     return {
         name.removeprefix(prefix): place
         for name, place in files.ranges.items()
-        if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")  # in each layer of old Llama files
+        if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")  # old Llama files have it
     }
 
 

@@ -50,7 +50,7 @@ def grafted_config(
     others = fields.get("other_llama_cfgs", {})
     fields["other_llama_cfgs"] = {index: others[index] for index in others if int(index) in kept}
     for index in sorted({*layers, *heads} - {*kept}):
-        assert donor is not None  # it gives every layer that is not kept
+        assert donor is not None  # the donor gives every layer that is not kept
         config = donor.config_of(index)
         own = KINDS[config.model_type].settings(config)
         if differing := {name: value for name, value in own.items() if value != fields["llama_cfg"].get(name)}:

@@ -2,7 +2,7 @@
 
 It reads .safetensors files, files that torch.save wrote of tensors and plain values, and our `model.pt`. A folder may
 be a checkpoint, a state of a healing run, extracted layers, an adapter, or a Hugging Face model. A few megabytes are in
-memory at a time. No code is run: a file that names code is refused.
+memory at a time. No code of a file is run: a file that names code is refused.
 """
 
 import fnmatch
@@ -29,7 +29,7 @@ from model_preparation.io.untrusted.pt_check import check_pt
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
-_SHOWN_DIGITS = 16  # of a digest
+_SHOWN_DIGITS = 16  # of each digest
 
 
 @dataclass

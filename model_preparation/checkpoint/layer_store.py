@@ -53,7 +53,7 @@ class LayerStore:
     """A folder written by `extract_layers`.
 
     Args:
-        hint: the model whose layers to extract, for the error's advice; None if it is unknown.
+        hint: the model that the error's advice names; None if it is unknown.
 
     Attributes:
         metadata: the fields of the folder's metadata.json.

@@ -12,8 +12,8 @@ SmolLM2-135M with Mamba layers 14 to 16 has perplexity 2e10 without this factor,
 first two parts, and 14.5 with all three. Without Mamba layers, SmolLM2-135M has 11.2.
 
 A mixer has biases, but no norms of queries and keys as Qwen3 has. Such a norm divides its input by the input's size.
-Here, the mixer's rows are divided by the expected size instead: `CORRELATED` times the size that independent input
-channels would give.
+Here, the mixer's rows for queries and keys are divided by the expected size instead: `CORRELATED` times the size that
+independent input channels would give.
 """
 
 import math
@@ -42,28 +42,16 @@ from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 
 DECAY = 15 / 16  # per token, so the state remembers about 16 tokens
 TYPICAL_SCORE = 4.0  # size of q.k / sqrt(head_dim) before the softmax; 2 to 5 in most layers of SmolLM2
-# Size of queries and keys, relative to independent input channels: 1.4 in SmolLM2-135M (median of heads), 2 in tiny
-# Qwen3s. A value that is too large harms the model little; a value that is too small harms it much.
+# How much larger queries and keys are than with independent input channels: 1.4 times in SmolLM2-135M (median head),
+# 2 times in tiny Qwen3s. Too large a value harms the model little, too small a value harms it much.
 CORRELATED = 2.0
 OPEN_GATE = 1.2784645427610738  # silu(OPEN_GATE) = 1
 CONV_TAPS = 4
 SHARD_BYTES = 1_000_000_000
 
 _UPSTREAM_FIELDS = (
-    "model_type",
-    "vocab_size",
-    "tie_embeddings",
-    "pad_vocab_size_multiple",
-    "lm_head_bias",
-    "d_model",
-    "n_layer",
-    "resid_dropout",
-    "norm_epsilon",
-    "mlp_cfg",
-    "ssm_cfg",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
+    *("model_type", "vocab_size", "tie_embeddings", "pad_vocab_size_multiple", "lm_head_bias", "d_model", "n_layer"),
+    *("resid_dropout", "norm_epsilon", "mlp_cfg", "ssm_cfg", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 _COPIED_IN_LAYER = ("input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -86,8 +74,8 @@ def init_llamba_base(
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
-        SurgeryError: if the donor is missing, of an unknown kind, or lacks tensors; if its heads do not fit
-            (`llamba_config`); if output_dir exists or is not writable; or if the disk is too small.
+        SurgeryError: if the donor is missing, of an unknown kind, or lacks tensors; if `llamba_config` refuses its
+            heads; if output_dir exists or is not writable; or if the disk is too small.
     """
     target = Path(output_dir).expanduser()
     with new_folder(target, overwrite=overwrite, marker_file="config.json") as staging:
@@ -133,7 +121,7 @@ def llamba_config(donor: PreTrainedConfig) -> LlambaConfig:
     """The config of the Llamba that `donor` becomes: one value head and one key head per query head.
 
     Raises:
-        SurgeryError: if all heads together are not as wide as the hidden size or a multiple of it.
+        SurgeryError: if the width of all heads together is no multiple of the hidden size.
     """
     heads, head_dim = heads_of(donor)
     heads_width = heads * head_dim
@@ -173,7 +161,7 @@ def mamba_layer(attention_layer: Mapping[str, Tensor], donor: PreTrainedConfig) 
 
     Args:
         attention_layer: the donor layer's tensors by name relative to the layer ("self_attn.q_proj.weight").
-        donor: its config.
+        donor: the donor's config.
 
     Returns:
         The Llamba layer's tensors ("mixer.in_proj.weight"), in the same dtypes.
@@ -193,7 +181,7 @@ def mamba_layer(attention_layer: Mapping[str, Tensor], donor: PreTrainedConfig) 
         if norm is None:
             return weight, bias
         gain = attention_layer["input_layernorm.weight"].float()
-        # The expected square of each row's output, then its root mean per head.
+        # The expected square of each row's output, then the root of its mean in each head.
         squares = (weight.float() * gain).square().sum(1) + bias.float().square()
         sizes = squares.unflatten(0, (-1, head_dim)).mean(1, keepdim=True).sqrt()  # (heads, 1)
         factor = (norm.float() / (CORRELATED * sizes)).flatten()

@@ -240,7 +240,7 @@ def _scores(info: Mapping[str, Any]) -> str:
         return "MMLU was not measured."
     return (
         f"MMLU {info['mmlu_score']:.4f}: the author gave this number when the checkpoint was built. This software did "
-        "not measure it, so nothing more is known about it."
+        "not measure it, and its settings are not known."
     )
 
 

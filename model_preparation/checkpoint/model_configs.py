@@ -66,7 +66,7 @@ def config_from_dict(fields: dict[str, Any]) -> "PreTrainedConfig":
 
 
 def check_kind(model_type: str, sentence_start: str) -> None:
-    """Raise SurgeryError unless donors can have this type; the error begins with `sentence_start`: "FOLDER is"."""
+    """Raise SurgeryError unless a donor can have this type. The error begins with `sentence_start`, such as "X is"."""
     if model_type not in KINDS:
         *others, last = KINDS
         raise SurgeryError(f"{sentence_start} a {model_type} model, and a donor must be {', '.join(others)} or {last}.")
@@ -95,7 +95,7 @@ def layer_shapes(config: "PreTrainedConfig", index: int = 0) -> dict[str, Shape]
     """Names (relative to the layer) and shapes of a layer's parameters. No memory is allocated for them.
 
     Args:
-        config: a donor's or a Llamba's.
+        config: the config of a donor or a Llamba.
         index: the layer's index. For a donor, any index gives the same.
     """
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models

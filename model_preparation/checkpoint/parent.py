@@ -103,7 +103,7 @@ class Parent:
         return self.folder / "tokenizer" if "pt" in formats_of(self.info) else self.folder
 
     def owners(self) -> dict[int, str]:
-        """In words, whose each grafted layer is, by index: such as "llama's (heads 1, 2)"."""
+        """The owner of each grafted layer in words, by index, such as "llama's (heads 1, 2)"."""
         found = {int(index): f"{donor['id']}'s" for donor in donors_of(self.info) for index in donor["layers"]}
         heads = grafted_heads(self.info)
         return found | {index: f"{found[index]} (heads {', '.join(map(str, heads[index]))})" for index in heads}
@@ -120,13 +120,6 @@ class Parent:
                 f"{folder} is not the base that {self.folder} was built from ({'; '.join(differing)}). "
                 f"Put that base back there, or build from a base instead."
             )
-
-    def digests(self) -> dict[str, tuple[str, str]]:
-        """(origin, BLAKE3) of each tensor, from tensor_digests.json."""
-        from model_preparation.checkpoint.model_digests import read_tensor_digests  # imports torch
-
-        recorded = read_tensor_digests(self.folder / TENSOR_DIGESTS)
-        return {name: (entry.origin, entry.blake3) for name, entry in recorded.items()}
 
     def donors(self, kept: Collection[int], added: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The record of each donor for checkpoint_info.json, the earliest donor first.

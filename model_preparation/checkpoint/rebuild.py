@@ -50,7 +50,7 @@ def rebuild_checkpoint(
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Build the checkpoint that a checkpoint_info.json describes, and compare the digests of both.
+    """Build the checkpoint that a checkpoint_info.json describes, and compare the new digests with the recorded ones.
 
     Args:
         recipe: a checkpoint_info.json.

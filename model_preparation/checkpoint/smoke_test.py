@@ -36,7 +36,7 @@ def smoke_test(
     """
     torch.set_num_threads(1)  # for this thread: meanwhile, the other cores write and compute digests
     mapped = MappedFiles()
-    places = {"lm_head.weight": graft.tensors["backbone.embedding.weight"]} | graft.tensors  # a tied head has none
+    places = {"lm_head.weight": graft.tensors["backbone.embedding.weight"]} | graft.tensors  # a tied head
     dtype = graft.dtype.torch
     model = empty_model(graft.config)
     for name, module in list(model.named_modules()):

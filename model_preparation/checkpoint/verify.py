@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from model_preparation.checkpoint.verify_tensors import TensorChecks
 
 _FILES_AT_ONCE = 2  # one core computes the digests of one file
-# Hubs, their clients and share_checkpoint.py add these files, and no loader reads them. Loaders may read all others.
+# Hubs, their clients and share_checkpoint.py add these. No loader reads them. Loaders may read all other files.
 _ADDED_BY_HUBS = {
     *(".gitattributes", ".gitignore", "README.md", "LICENSE", "NOTICE"),
     *("configuration.json", ".mdl", ".msc", ".mv"),  # ModelScope's files

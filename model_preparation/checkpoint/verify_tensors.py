@@ -195,7 +195,7 @@ class TensorChecks:
         wanted: Mapping[str, TensorDigest],
         digests_of: Callable[[Callable[[int], None]], dict[str, str | None]],
     ) -> None:
-        """Report tensors that differ. If more than half do, the one fault is that this is another base or donor."""
+        """Report each tensor that differs. If more than half do, report one fault instead: another base or donor."""
         sizes = {name: digest.size_bytes for name, digest in wanted.items()}
         with bar(f"Reading the {which}", sum(sizes.values()), in_bytes=True) as advance:
             digests = digests_of(advance)
@@ -222,7 +222,7 @@ class TensorChecks:
         return str(source.get("path") or source.get("id"))
 
     def _layers_of(self, store: LayerStore) -> list[int]:
-        """The layers from the donor in `store`. If `store` has no donor of the checkpoint: from the first donor."""
+        """The layers that the donor in `store` gave. If it is no donor of this checkpoint: those of the first donor."""
         donors = donors_of(self._info)
         source = store.metadata["source"]
         chosen = next((d for d in donors if all(d.get(name) == source[name] for name in source)), None)
@@ -234,16 +234,13 @@ class TensorChecks:
     def _store_of_same_source(self) -> LayerStore | None:
         """The default folder of extracted layers, if it holds the layers that the checkpoint was built from."""
         folder = default_folder("extracted_llama_layers")
-        if not (folder / METADATA).is_file():
+        layers = self._info.get("replacement_source", {}).get("layers")
+        if layers is None or not (folder / METADATA).is_file():
             return None
         try:
             store = LayerStore(folder)
         except SurgeryError:
             return None  # no error, because the user did not name this folder
-        origin = self._info.get("replacement_source")
-        layers = origin.get("layers") if isinstance(origin, dict) else None
-        if not isinstance(layers, dict):
-            return None
         here = {str(index): entry["sha256"] for index, entry in store.layers.items()}
         return store if layers.items() <= here.items() else None
 

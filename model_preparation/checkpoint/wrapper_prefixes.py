@@ -8,7 +8,7 @@ _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # from DistributedDataParallel an
 
 
 def without_wrapper_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict without the prefixes `module.` and `_orig_mod.`, in any order and number."""
+    """The state dict without the prefixes `module.` and `_orig_mod.`, even if a name has several."""
     names = {}
     for name in state_dict:
         bare = name

@@ -39,7 +39,7 @@ _SMALL_FILES_BYTES = 64_000_000  # more than tokenizer, JSON files and README ne
 
 @dataclass(frozen=True)
 class SiblingTensor:
-    """A base's tensor in a sibling: where it lies, and the BLAKE3 that it must have."""
+    """A tensor of the base in a sibling: where it lies, and the BLAKE3 that it must have."""
 
     place: TensorRange
     blake3: str
@@ -114,7 +114,7 @@ class GraftWeights:
             self._siblings = _tensors_in_siblings(self._graft, self._checkpoints, base_files)
 
     def _bytes_to_write(self, *, read_base: bool = False) -> int:
-        """The bytes to write on the disk. Without `read_base`, the number may be too large."""
+        """How many bytes will be written. Without `read_base`, the number may be too large."""
         if read_base:
             self.prepare()
         size_bytes = 0

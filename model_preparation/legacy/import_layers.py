@@ -1,7 +1,7 @@
 """Imports old layer files: pickled LlamaDecoderLayer modules, one per file. The result is as from `extract_layers`.
 
 If the user does not trust the files, they are never unpickled, only searched for the names of their globals. If the
-user trusts them, another process reads them (`reader_process`). What it finds is compared with the donor's config.
+user trusts them, another process reads them (`reader_process`). Its answers are compared with the donor's config.
 """
 
 import re
@@ -74,7 +74,7 @@ def import_legacy(
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write the layers pickled in `folder` into `output_dir`; returns its metadata.
+    """Write the layers pickled in `folder` into `output_dir`; returns the folder's metadata.
 
     Args:
         folder: a folder with one file per layer; the name of the file has the layer's index.
@@ -199,7 +199,7 @@ def _donor_folder(model_name: str, sources: Mapping[str, str] | None) -> Path:
 
 
 def _agreed_config(known: LlamaConfig | None, fields: dict[str, Any] | None, path: Path) -> LlamaConfig:
-    """The donor's config: `known`, or the config with a file's `fields` if none is known yet. Both must agree."""
+    """The donor's config: `known`, or one with a file's `fields` if none is known. Two configs must agree."""
     if fields is None:
         if known is None:
             raise SurgeryError(

@@ -1,12 +1,12 @@
-"""The process that reads pickled decoder layers. `reader_process` starts it, and it first restricts itself.
+"""The process that reads pickled decoder layers. `reader_process` starts it. First it restricts itself.
 
 The only argument is the folder to write to; each line on stdin is a file's path as JSON. First the process prints a
 JSON line with the restrictions that hold. For each file, it writes layer.safetensors into the folder, with the names of
 LlamaDecoderLayer, and prints a JSON line: attributes of the pickled objects, or {"fault": why the file is no layer}.
 
 Nothing in the pickle is run. torch and Python build tensors and containers. Any other object becomes a `StandIn`,
-which keeps the object's attributes and does nothing. So classes that transformers no longer has (LlamaSdpaAttention) are no
-problem. The restrictions protect the user if this code has a mistake.
+which keeps the object's attributes and does nothing. So classes that transformers no longer has (LlamaSdpaAttention)
+are no problem. The restrictions protect the user if this code has a mistake.
 """
 
 import json

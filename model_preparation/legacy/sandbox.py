@@ -43,7 +43,7 @@ def enter(writable: Path) -> dict[str, bool]:
         return {"namespace": False, "sockets": False, "files": False}
     libc = ctypes.CDLL(None, use_errno=True)
     namespace = libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0
-    # Except for root, the next two steps need this. It also bars programs that this process starts from new rights.
+    # Without root's rights, the next two steps need this flag. It also stops started programs from gaining rights.
     libc.prctl(_PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0)))
     return {"namespace": namespace, "files": _refuse_writing(libc, writable), "sockets": _refuse_sockets(libc)}
 
