@@ -107,7 +107,7 @@ def test_another_donor_replaces_a_layer_and_both_are_recorded(
     for folder in (layers_dir, other_layers_dir):
         verified = run_command("verify_checkpoint", out, "--base", base_dir, "--llama_layers_dir", folder)
         assert verified.returncode == 0, verified.stdout + verified.stderr
-        assert "tensors are another donor's" in verified.stdout
+        assert "tensors belong to another donor" in verified.stdout
     rebuild = ("create_replaced_model_checkpoint", "--from_info", out, "--output_dir", tmp_path / "again")
     assert_refused(run_command(*rebuild, "--llama_layers_dir", layers_dir), "2 donors, tiny-llama, other-llama")
     again = run_command(*rebuild, "--llama_layers_dir", layers_dir, other_layers_dir)

@@ -117,7 +117,7 @@ def readme_text(info: dict[str, Any]) -> str:
             f"held-out loss {_loss(healing['scores']['before'])} before, {_loss(healing['scores']['after'])} after."
         )
     elif is_healed(info):
-        summary.append(f"Built on {info['descent'][-1]['from']['id']}, which was healed or comes from a healed one.")
+        summary.append(f"Built on {info['descent'][-1]['from']['id']}, which is healed or has a healed ancestor.")
     if info["description"]:
         summary.insert(0, info["description"])
     has_pt, has_hf = info["format"] != "hf", info["format"] != "pt"
