@@ -148,7 +148,7 @@ def _check_parent(recipe: str | Path, base: str | None, recorded: Mapping[str, A
             "build it. Say where that checkpoint is by --base."
         )
     if read_info(base)["files"][TENSOR_DIGESTS]["sha256"] != recorded.get("tensor_digests_sha256"):
-        raise SurgeryError(f"{base} is not the recipe's checkpoint {recorded['id']}. Give that checkpoint by --base.")
+        raise SurgeryError(f"{base} is not the checkpoint {recorded['id']} of the recipe. Give that one by --base.")
 
 
 def _donor_layers(
