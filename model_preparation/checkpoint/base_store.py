@@ -219,7 +219,7 @@ def record_of(shard: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Hold the store's lock. A process that is killed loses it.
+    """Hold the store's lock. A killed process releases the lock.
 
     Raises:
         SurgeryError: if the store is a link or contains one.

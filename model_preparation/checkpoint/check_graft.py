@@ -117,7 +117,7 @@ def check_parts(
 
     Args:
         parts: from `find_parts`.
-        tokenizer: its name, folder or hub id; by default the base's own, or the donor's if the base has none.
+        tokenizer: a name, folder or hub id; by default the base's tokenizer, or the donor's if the base has none.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:

@@ -113,7 +113,7 @@ def descent_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def is_healed(info: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint or one of its parents was healed. Then base and donors are not enough to build it."""
+    """Whether a checkpoint or a parent of it was healed. Then base and donors are not enough to build it again."""
     return "healing" in info or any("healed" in step for step in info.get("descent", []))
 
 
@@ -181,7 +181,7 @@ def read_info_file(path: Path) -> dict[str, Any]:
     """Read a checkpoint_info.json, inside a checkpoint or anywhere else.
 
     Raises:
-        SurgeryError: if it cannot be read, or this version does not know its format.
+        SurgeryError: if the file cannot be read, or this version does not know its format.
     """
     try:
         info = read_json(path)

@@ -93,7 +93,7 @@ class LayerStore:
         """The config of the layers' model.
 
         Raises:
-            SurgeryError: if it describes neither a donor nor a Llamba.
+            SurgeryError: if the config describes neither a donor nor a Llamba.
         """
         try:
             return config_from_dict(self.metadata["config"])

@@ -36,12 +36,12 @@ def card_text(
     """The card of a checkpoint.
 
     Args:
-        info: its checkpoint_info.json.
+        info: the checkpoint's checkpoint_info.json.
         repo: org/name.
         hub: "modelscope" or "huggingface".
         what: the uploaded files: "pt", "hf", "both" or "recipe".
         licence: the id from `licences.licence_of`.
-        revision: the branch, if it is not the hub's default one.
+        revision: the branch, if it is not the hub's default branch.
     """
     terms = terms_of(info, licence)
     sections = [

@@ -57,7 +57,7 @@ def read_tensor_digests(path: Path) -> dict[str, TensorDigest]:
     """The entries of tensor_digests.json, by tensor name.
 
     Raises:
-        SurgeryError: if it is missing or invalid.
+        SurgeryError: if the file is missing or invalid.
     """
     try:
         fields = read_json(path)

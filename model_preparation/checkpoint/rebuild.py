@@ -127,7 +127,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint_info.json, given its path or its folder.
 
     Raises:
-        SurgeryError: if it is missing or invalid.
+        SurgeryError: if the file is missing or invalid.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -148,7 +148,9 @@ def _check_parent(recipe: str | Path, base: str | None, recorded: Mapping[str, A
             "build it. Say where that checkpoint is by --base."
         )
     if read_info(base)["files"][TENSOR_DIGESTS]["sha256"] != recorded.get("tensor_digests_sha256"):
-        raise SurgeryError(f"{base} is not the checkpoint {recorded['id']} of the recipe. Give that one by --base.")
+        raise SurgeryError(
+            f"{base} is not the checkpoint {recorded['id']} of the recipe. Give that checkpoint by --base."
+        )
 
 
 def _donor_layers(

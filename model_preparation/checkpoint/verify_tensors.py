@@ -222,7 +222,7 @@ class TensorChecks:
         return str(source.get("path") or source.get("id"))
 
     def _layers_of(self, store: LayerStore) -> list[int]:
-        """The layers that the donor in `store` gave. If it is no donor of this checkpoint: those of the first donor."""
+        """The layers from the donor in `store`, or from the first donor if `store` has no donor of the checkpoint."""
         donors = donors_of(self._info)
         source = store.metadata["source"]
         chosen = next((d for d in donors if all(d.get(name) == source[name] for name in source)), None)

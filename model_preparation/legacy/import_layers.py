@@ -159,7 +159,7 @@ def legacy_files(folder: Path) -> dict[int, Path]:
     """The layer files in `folder` by the index in their names: layer_11.pt, llama_layer_11.pth, 11.pt.
 
     Raises:
-        SurgeryError: if there are none, or two for one layer.
+        SurgeryError: if there is no layer file, or there are two for one layer.
     """
     if not folder.is_dir():
         raise SurgeryError(f"{folder} is not a folder. Give the folder of the old layer files.")

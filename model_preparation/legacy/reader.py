@@ -1,4 +1,4 @@
-"""The process that reads pickled decoder layers. `reader_process` starts it. First it restricts itself.
+"""The process that reads pickled decoder layers. It restricts itself first. reader_process.py starts it.
 
 The only argument is the folder to write to; each line on stdin is a file's path as JSON. First the process prints a
 JSON line with the restrictions that hold. For each file, it writes layer.safetensors into the folder, with the names of
