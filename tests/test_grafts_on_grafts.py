@@ -107,7 +107,7 @@ def test_another_donor_replaces_a_layer_and_both_are_recorded(
     for folder in (layers_dir, other_layers_dir):
         verified = run_command("verify_checkpoint", out, "--base", base_dir, "--llama_layers_dir", folder)
         assert verified.returncode == 0, verified.stdout + verified.stderr
-        assert "tensors are another donor's" in verified.stdout
+        assert "tensors belong to another donor" in verified.stdout
     rebuild = ("create_replaced_model_checkpoint", "--from_info", out, "--output_dir", tmp_path / "again")
     assert_refused(run_command(*rebuild, "--llama_layers_dir", layers_dir), "2 donors, tiny-llama, other-llama")
     again = run_command(*rebuild, "--llama_layers_dir", layers_dir, other_layers_dir)
@@ -154,7 +154,7 @@ def test_where_nothing_is_left_of_the_first_donor_its_checkpoint_is_needed(
     assert build(checkpoint_dir, other_layers_dir, out, "--layers", 1, 3).returncode == 0
     rebuild = ("create_replaced_model_checkpoint", "--from_info", out, "--output_dir", tmp_path / "again")
     where = ("--llama_layers_dir", other_layers_dir)
-    assert_refused(run_command(*rebuild, *where), "which base and donors alone do not give")
+    assert_refused(run_command(*rebuild, *where), "Base and donors are not enough to build it")
     again = run_command(*rebuild, *where, "--base", checkpoint_dir)
     assert again.returncode == 0, again.stderr
     assert "Every other byte is the same" in again.stdout

@@ -1,1 +1,1 @@
-"""A checkpoint: planned, built, rebuilt, loaded, verified, inspected and described."""
+"""Checkpoints: extract layers, build, rebuild, load, verify, inspect and share."""

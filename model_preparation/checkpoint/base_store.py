@@ -1,8 +1,8 @@
-"""A store of a base's shards beside its checkpoints, so that untouched layers are on the disk once.
+"""A store of a base's shards, next to its checkpoints. So layers without a graft are on the disk only once.
 
-FOLDER/.base_shards/DIGEST/ has one safetensors file for each of the base's layers that a checkpoint needed. Each
-checkpoint has a reflink or hard link of it. DIGEST depends on the base's files and on the dtype. A store can be deleted
-at any time; no checkpoint needs it.
+FOLDER/.base_shards/DIGEST/ has one safetensors file for each of the base's layers that a checkpoint needed. The
+checkpoints have reflinks or hard links to these files. DIGEST depends on the base's files and on the dtype. A store can
+be deleted at any time; no checkpoint needs it.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ from model_preparation.io.untrusted.untrusted_files import check_fields, read_js
 STORE = ".base_shards"
 
 _LOCK = "lock"
-_LAYOUT = 1  # of a shard's bytes: add one when names, order or header change
+_LAYOUT = 1  # version of a shard's layout: add one when names, order or header change
 _NO_STORE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
 class StoredShard:
-    """A shard's SHA-256, the BLAKE3 of its tensors, and its size, time and inode after writing; digests in hex.
+    """A shard's record: its SHA-256 (`digest`), its tensors' BLAKE3, and its size, time and inode after writing.
 
-    This saves work and proves nothing: a change is not seen if someone sets the time back.
+    The record saves reading the shard again. It proves nothing: someone can change the shard and set its time back.
     """
 
     bytes: int
@@ -49,7 +49,7 @@ class StoredShard:
 
     @classmethod
     def of(cls, path: Path, digest: str, tensors: dict[str, str]) -> "StoredShard":
-        """Describe the present file, which has these digests."""
+        """The record of the file as it is now, with these digests."""
         stat = path.stat()
         return cls(stat.st_size, digest, stat.st_mtime_ns, stat.st_ino, tensors)
 
@@ -70,7 +70,7 @@ class BaseStore:
     Args:
         checkpoints: the folder that holds the checkpoints' folders.
         base_files: {"blake3"} of every file that determines the base (config, weights, their index), by name.
-        dtype: of the shards' tensors.
+        dtype: the dtype of the shards' tensors.
     """
 
     def __init__(self, checkpoints: Path, base_files: Mapping[str, dict], dtype: DType):
@@ -120,7 +120,7 @@ class BaseStore:
     def _stored(self, shard: Shard) -> StoredShard | None:
         """The stored shard, or None if it is missing or changed.
 
-        The header is checked too: a stranger's record would fit a stranger's shard.
+        The header is checked too, because a stranger may have made both the shard and its record.
         """
         path = self._folder / shard.file
         known = StoredShard.recorded(path)
@@ -131,7 +131,7 @@ class BaseStore:
         return known if fits else None
 
     def _make(self, shard: Shard, advance: Advance) -> StoredShard:
-        """Write the shard into the store, read-only, as checkpoints may have hard links of it."""
+        """Write the shard into the store, read-only, because checkpoints may have hard links to it."""
         self._folder.mkdir(exist_ok=True)
         path = self._folder / shard.file
         partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
@@ -152,8 +152,8 @@ class Cleaned:
 
     Attributes:
         abandoned: folders of killed builds.
-        paths: stored files.
-        size_bytes: total size of these files.
+        paths: files in the store.
+        size_bytes: the total size of `paths`.
     """
 
     abandoned: list[Path]
@@ -184,7 +184,7 @@ def clean_checkpoints(checkpoints: str | Path, *, dry_run: bool = False) -> Clea
         return Cleaned(abandoned, [], 0)
     with locked(root):
         used = _digests_in_use(folder)
-        removed = sorted(path for path in root.rglob("*.partial-*") if path.is_file())  # no build holds the lock
+        removed = sorted(path for path in root.rglob("*.partial-*") if path.is_file())  # of killed builds
         for path in sorted(root.glob("*/*.safetensors")):
             known = StoredShard.recorded(path)
             if path.stat().st_nlink == 1 and (known is None or known.digest not in used):
@@ -195,7 +195,7 @@ def clean_checkpoints(checkpoints: str | Path, *, dry_run: bool = False) -> Clea
                 path.unlink()
                 record_of(path).unlink(missing_ok=True)
             for shards in {path.parent for path in removed}:
-                with contextlib.suppress(OSError):  # it has other shards
+                with contextlib.suppress(OSError):  # the folder still has other shards
                     shards.rmdir()
             if not list(root.glob("*/*.safetensors")):
                 shutil.rmtree(root)
@@ -206,7 +206,7 @@ def _digests_in_use(checkpoints: Path) -> set[str]:
     """The SHA-256 of every file that the checkpoints list."""
     found = set()
     for path in checkpoints.glob("*/checkpoint_info.json"):
-        # An unreadable file protects no shard: its checkpoint has links or clones, which are files of its own.
+        # An unreadable file protects no shard. Its checkpoint loses nothing, because links and clones stay.
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError, SurgeryError):
             found |= {entry["sha256"] for entry in read_json(path)["files"].values()}
     return found
@@ -219,7 +219,7 @@ def record_of(shard: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """Hold the store's lock. The lock ends with the process, however it ends.
+    """Hold the store's lock. A killed process releases the lock.
 
     Raises:
         SurgeryError: if the store is a link or contains one.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from model_preparation.checkpoint.check_graft import GraftPlan, check_parts
 from model_preparation.checkpoint.checkpoint_folder import describe_parent, finish_folder
-from model_preparation.checkpoint.checkpoint_info import FORMATS, INFO, check_format, descent_of
+from model_preparation.checkpoint.checkpoint_info import FORMATS, INFO, TENSOR_DIGESTS, check_format, descent_of
 from model_preparation.checkpoint.graft_parts import GraftParts, find_parts
 from model_preparation.checkpoint.grafted_model import empty_model
 from model_preparation.checkpoint.layer_store import LayerStore
@@ -60,17 +60,17 @@ def build_checkpoint(
 
     Args:
         base: a name, folder or hub id of a Llamba, as `sources.resolve` takes it. Or a checkpoint's folder: its grafts
-            stay, and these are added.
+            stay, and the new ones are added.
         layers: indices, in any order, each once; may be empty if `heads` or `ungraft` is given. With several donors:
             a dict from a donor's name to its layers, such as {"a": [11, 13], "b": [17]}.
-        llama_layers_dir: the donor's layers: a folder written by `extract_layers`, or an open store. With
+        llama_layers_dir: a folder with the donor's layers, written by `extract_layers`, or a `LayerStore`. With
             several donors: a dict from a donor's name to its folder.
         output_dir: the checkpoint's folder; it appears whole or not at all.
-        tokenizer: its name, folder or hub id; by default the base's own, else the donor's.
+        tokenizer: a name, folder or hub id; by default the base's tokenizer, or the donor's if the base has none.
         description: free text for people.
         score: an MMLU score that is known already, as a fraction of 1.
         device: where the smoke test runs, or a function that chooses it; the checkpoint is always written on the CPU.
-        dtype: of the whole model; by default the base's.
+        dtype: the dtype of the whole model; by default the base's.
         format: "pt" for model.pt and model_state_dict.pt, "hf" for a folder that transformers opens without this
             package, or "both".
         overwrite: replace an existing checkpoint. The old one stays until the new one is complete.
@@ -79,7 +79,7 @@ def build_checkpoint(
         heads: by layer, the donor's query heads that are added to the mixer, such as {13: [16, 17]}. With several
             donors: a dict from a donor's name to such a dict.
         keep_mixer_heads: leave the mixer whole; by default its heads at the same positions are set to zero.
-        ungraft: grafted layers of a checkpoint to undo: they get the weights of its recipe's base again.
+        ungraft: layers of a checkpoint whose graft is undone: they get the weights of the checkpoint's own base again.
         show: called with the lines of the plan after all checks.
         review: called with the new checkpoint_info.json and the plan before the folder gets its name. It may change
             checkpoint_info.json, or raise an exception.
@@ -121,7 +121,7 @@ def build_checkpoint(
             testing = tasks.start(_smoke_test, checking, tasks.check)
             try:
                 if weights.has_siblings:
-                    checking.result()  # siblings are read with torch, which two threads cannot import at once
+                    checking.result()  # wait: siblings are read with torch, and two threads cannot import it at once
                 weights.check_room()
             except SurgeryError:
                 checking.result()  # a failed check is reported first
@@ -205,32 +205,33 @@ def _smoke_test(checking: "Future[_Checked]", check_stopped: Callable[[], object
 
 
 def _tensor_digests(graft: GraftPlan, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """tensor_digests.json: for each tensor of the state dict, its BLAKE3 and its origin (base or donor).
+    """The entries of tensor_digests.json: dtype, shape, origin and BLAKE3 of each tensor of the state dict.
 
     Raises:
         SurgeryError: if a tensor of a parent has changed since the parent was built.
     """
+    from model_preparation.checkpoint.model_digests import read_tensor_digests  # imports torch
     from model_preparation.llamba import LlambaForCausalLM
 
-    tied = LlambaForCausalLM._tied_weights_keys
-    recorded = {} if graft.parent is None else graft.parent.digests()
+    tied, parent = LlambaForCausalLM._tied_weights_keys, graft.parent
+    recorded = {} if parent is None else read_tensor_digests(parent.folder / TENSOR_DIGESTS)
     found = {}
     for name, tensor in empty_model(graft.config).state_dict().items():
         digest = digests.get(name) or digests[tied[name]]
         origin = "donor" if name.startswith(graft.replaced_prefixes) else "base"
-        if graft.parent is not None and not name.startswith((*graft.new_prefixes, *graft.ungrafted_prefixes)):
-            origin, wanted = recorded.get(name, (origin, None))
-            if digest != wanted:
+        if parent is not None and not name.startswith((*graft.new_prefixes, *graft.ungrafted_prefixes)):
+            if name not in recorded or digest != recorded[name].blake3:
                 raise SurgeryError(
-                    f"{graft.parent.folder} is damaged: its tensor {name} has changed since the build. Build that "
-                    "checkpoint again. verify_checkpoint.py lists the faults."
+                    f"{parent.folder} is damaged: its tensor {name} has changed since the build. Build that checkpoint "
+                    "again. verify_checkpoint.py lists the faults."
                 )
+            origin = recorded[name].origin
         found[name] = {"dtype": graft.dtype.name, "shape": list(tensor.shape), "from": origin, "blake3": digest}
     return found
 
 
 def _layer_digests(graft: GraftPlan) -> dict[str, str]:
-    """By index, the digest of each layer of a donor. The digests of kept layers come from the parent checkpoint."""
+    """The digest of each layer from a donor, by index. The parent checkpoint gives the digests of kept layers."""
     from model_preparation.checkpoint.model_digests import digest_of_layers  # imports torch
 
     recorded = {} if graft.parent is None else graft.parent.info["digests"].get("donor_layers", {})
@@ -279,12 +280,12 @@ def _descent_step(graft: GraftPlan, parent: Parent) -> dict[str, Any]:
 
 
 def _json_heads(heads: Mapping[int, list[int]]) -> dict[str, list[int]]:
-    """The same dict with JSON's keys."""
+    """The same dict with text keys, as JSON needs them."""
     return {str(index): layer_heads for index, layer_heads in heads.items()}
 
 
 def _generation_config(graft: GraftPlan, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """The special tokens of the base, else of the donor, else of the tokenizer. Decoding is greedy by default."""
+    """Settings for greedy decoding, with the special tokens of the base, or else of the donor or the tokenizer."""
     if graft.parent is not None:
         return dict(graft.parent.info["generation_config"])
     given = read_generation_config(graft.base.folder) or graft.donor.metadata["generation_config"] or {}

@@ -28,11 +28,11 @@ class GraftPlan(GraftParts):
     """A graft that passed all checks.
 
     Attributes:
-        config: the grafted model's.
+        config: the grafted model's config.
         casts: in words, which tensors change their dtype; empty if none does.
         tokenizer: the folder that the tokenizer comes from.
-        tokenizer_of: its owner in words.
-        tokenizer_source: its `Source.as_dict()`, if it comes neither from the base nor from the donor.
+        tokenizer_of: in words, whose tokenizer it is, such as "the base's".
+        tokenizer_source: the tokenizer's `Source.as_dict()`; None if it is the base's or the donor's.
     """
 
     config: "LlambaConfig"
@@ -82,7 +82,7 @@ class GraftPlan(GraftParts):
             return []
         owners = parent.owners()
         return [
-            f"Which is     a checkpoint, built on {parent.info['base_model']['id']}",
+            f"Base is      a checkpoint, built on {parent.info['base_model']['id']}",
             *(f"Layer {index:>3}    stays {owners[index]}" for index in sorted(self.kept)),
             *(
                 f"Layer {index:>3}    <- the base's own ({parent.own_base.folder})"
@@ -102,7 +102,7 @@ def plan(
     sources: Mapping[str, str] | None = None,
     **options: Any,
 ) -> GraftPlan:
-    """`find_parts`, then `check_parts`, with their arguments."""
+    """Find and check the parts of a graft. The arguments are those of `find_parts` and `check_parts`."""
     parts = find_parts(base_name, layers, llama_layers_dir, dtype=dtype, sources=sources, **options)
     return check_parts(parts, tokenizer=tokenizer, sources=sources)
 
@@ -113,11 +113,11 @@ def check_parts(
     tokenizer: str | None = None,
     sources: Mapping[str, str] | None = None,
 ) -> GraftPlan:
-    """Check that the donor's layers fit the base, file by file.
+    """Check, file by file, that the donor's layers fit the base; returns the plan.
 
     Args:
         parts: from `find_parts`.
-        tokenizer: its name, folder or hub id; by default the base's own, else the donor's.
+        tokenizer: a name, folder or hub id; by default the base's tokenizer, or the donor's if the base has none.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
@@ -176,7 +176,7 @@ def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
         found = {name: place.shape for name, place in ranges.items()}
         if differing := sorted(name for name in found.keys() | wanted if found.get(name) != wanted.get(name)):
             raise SurgeryError(
-                f"{donor.path(index)} does not hold the layer that metadata.json beside it describes "
+                f"{donor.path(index)} does not hold the layer that its folder's metadata.json describes "
                 f"({', '.join(differing[:3])}). Extract the layers again."
             )
     base_dtypes: set[DType] = set()
@@ -199,7 +199,7 @@ def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
 def _find_tokenizer(
     parts: GraftParts, asked: str | None, sources: Mapping[str, str] | None
 ) -> tuple[Path, str, dict[str, str | None] | None]:
-    """(folder, owner in words, record of the source). A tokenizer of the base or the donor has no record."""
+    """(folder, owner in words, record of the source). The record is None for a tokenizer of base or donor."""
     if asked is None and parts.parent is not None:
         return parts.parent.tokenizer, "the checkpoint's", parts.parent.info.get("tokenizer_source")
     if asked is None and has_tokenizer(parts.base.folder):

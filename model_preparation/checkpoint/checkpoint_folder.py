@@ -1,6 +1,6 @@
-"""The one writer of checkpoint folders: it adds all other files to the weights, checkpoint_info.json last.
+"""Completes a checkpoint's folder: adds all other files to the weights, checkpoint_info.json last.
 
-It is the last step of builds, rebuilds and healing. A folder without checkpoint_info.json is no checkpoint.
+This is the last step of builds, rebuilds and healing. A folder without checkpoint_info.json is no checkpoint.
 """
 
 import json
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
 
 INDEX = "model.safetensors.index.json"
-ADAPTER, TRAINING_LOG, LOSS_CURVE = "adapter", "training_log.jsonl", "loss_curve.png"  # only of healed checkpoints
+ADAPTER, TRAINING_LOG, LOSS_CURVE = "adapter", "training_log.jsonl", "loss_curve.png"  # only in healed checkpoints
 
 _COPIED_FROM_PARENT = (  # fields of checkpoint_info.json that healing does not change
     "replaced_layers",
@@ -66,16 +66,16 @@ def finish_folder(
     tokenizer: "PreTrainedTokenizerBase",
     review: Callable[[dict[str, Any]], None] = lambda info: None,
 ) -> dict[str, Any]:
-    """Make a checkpoint of a folder that has its weights; returns its checkpoint_info.json.
+    """Turn a folder with weights into a complete checkpoint; returns its checkpoint_info.json.
 
     Args:
         info: the fields of checkpoint_info.json that only the caller knows.
         format: "pt", "hf" or "both".
-        files: {"bytes", "sha256"} by file name, where they are known; other files are read to get theirs.
+        files: {"bytes", "sha256"} of files, by name, if they are known already. All other files are read.
         tensors: the entries of tensor_digests.json: dtype, shape, origin and BLAKE3 of every tensor of the state dict.
         config: the model's config.
-        generation_config: the fields of its generation config.
-        review: called with checkpoint_info.json before it is written; may change it or raise.
+        generation_config: the fields of the model's generation config.
+        review: called with the fields of checkpoint_info.json before it is written; may change them, or raise.
 
     Raises:
         OSError: from the file system: disk full, input/output error.
@@ -120,7 +120,7 @@ def _write_hf_files(
     generation_config: Mapping[str, Any],
     tokenizer: "PreTrainedTokenizerBase",
 ) -> None:
-    """Write all files that `from_pretrained(folder, trust_remote_code=True)` reads besides the shards."""
+    """Write all files that `from_pretrained(folder, trust_remote_code=True)` reads, except the shards."""
     import torch
     from transformers import GenerationConfig
 
@@ -160,10 +160,10 @@ def write_healed(
     Args:
         model: from `load.bare_model`.
         parent: the folder of the checkpoint that was healed.
-        parent_info: its checkpoint_info.json.
+        parent_info: the parent's checkpoint_info.json.
         healing: how the model was trained, for checkpoint_info.json.
         format: "pt", "hf" or "both".
-        extras: functions that write further files to a path, by the file's name.
+        extras: further files: a function by file name. It gets the path and writes the file.
 
     Raises:
         SurgeryError: if the folder exists and `overwrite` is not set.
@@ -202,7 +202,7 @@ def write_healed(
 
 
 def describe_parent(parent: Path, parent_info: Mapping[str, Any]) -> dict[str, Any]:
-    """What a child's checkpoint_info.json records of its parent: folder name, digest of the tensors, MMLU score."""
+    """The record of a parent in checkpoint_info.json: folder name, digest of tensor_digests.json, MMLU score."""
     return {
         "id": parent.resolve().name,
         "tensor_digests_sha256": parent_info["files"][TENSOR_DIGESTS]["sha256"],
@@ -211,7 +211,7 @@ def describe_parent(parent: Path, parent_info: Mapping[str, Any]) -> dict[str, A
 
 
 def _healed_digests(model: "LlambaForCausalLM", parent: Path) -> dict[str, dict[str, Any]]:
-    """The entries of tensor_digests.json. A tensor with the parent's bytes keeps its origin; others are "healed"."""
+    """The entries of tensor_digests.json. A tensor that healing changed has the origin "healed"."""
     from blake3 import blake3
 
     from model_preparation.checkpoint.model_digests import read_tensor_digests

@@ -1,6 +1,6 @@
-"""The files of a checkpoint's folder, and checkpoint_info.json, which lists and describes them.
+"""The names of the files in a checkpoint's folder, and the reader of checkpoint_info.json, which describes them.
 
-checkpoint_folder.py writes checkpoint_info.json. This file reads and checks it.
+checkpoint_folder.py writes checkpoint_info.json. This module reads and checks it.
 """
 
 from collections.abc import Mapping
@@ -24,9 +24,9 @@ STATE_DICT = "model_state_dict.pt"
 README = "README.txt"
 TENSOR_DIGESTS = "tensor_digests.json"
 TOKENIZER = "tokenizer"
-EVALUATIONS = "evaluations"  # results, which come after the build
+EVALUATIONS = "evaluations"  # a folder of results
 HEALED = "healed"  # in tensor_digests.json, the origin of trained tensors
-EVALUATIONS_ASIDE = ".of-weights-"  # in names of results that belong to earlier weights of the checkpoint
+EVALUATIONS_ASIDE = ".of-weights-"  # in names of folders with results of earlier weights
 
 _SCORE = (int, float, NoneType)
 _INFO_FIELDS = {  # in the notation of `check_fields`
@@ -87,10 +87,10 @@ def formats_of(info: Mapping[str, Any]) -> set[str]:
 
 
 def grafted_heads(info: Mapping[str, Any]) -> dict[int, list[int]]:
-    """The heads in a checkpoint_info.json, by layer.
+    """The grafted heads in a checkpoint_info.json, by layer.
 
     Raises:
-        ValueError: if a layer is no number.
+        ValueError: if a layer's index is no number.
     """
     return {int(index): heads for index, heads in info.get("grafted_heads", {}).items()}
 
@@ -113,7 +113,7 @@ def descent_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def is_healed(info: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint, or one of its parents, was healed. Then base and donors are not enough to build it."""
+    """Whether a checkpoint or a parent of it was healed. Then base and donors are not enough to build it again."""
     return "healing" in info or any("healed" in step for step in info.get("descent", []))
 
 
@@ -128,15 +128,15 @@ def needs_parent(info: Mapping[str, Any]) -> bool:
 
 
 def head_spec(info: Mapping[str, Any]) -> str:
-    """The heads in a checkpoint_info.json in the form of --heads, such as 13:16,17 15:11; empty if there are none."""
+    """The grafted heads as --heads takes them, such as 13:16,17 15:11; an empty text if there are none."""
     return heads_text(grafted_heads(info))
 
 
 def current_score(info: Mapping[str, Any], weights: str) -> float | None:
-    """The MMLU score in a checkpoint_info.json; None if it was measured on other weights.
+    """The MMLU score in a checkpoint_info.json; None if there is none, or if it was measured on other weights.
 
     Args:
-        weights: the digest from `digest_of_checkpoint` or `recorded_weights`.
+        weights: the digest of the present weights, from `digest_of_checkpoint` or `recorded_weights`.
     """
     measured = info.get("mmlu_result") or {}
     return info.get("mmlu_score") if measured.get("model", {}).get("weights", weights) == weights else None
@@ -149,7 +149,7 @@ def check_format(format: str) -> None:
 
 
 def read_info(directory: str | Path) -> dict[str, Any]:
-    """checkpoint_info.json of a checkpoint folder.
+    """Read checkpoint_info.json of a checkpoint folder.
 
     Raises:
         SurgeryError: if the folder is missing or not complete, or this version does not know its format.
@@ -161,7 +161,7 @@ def read_info(directory: str | Path) -> dict[str, Any]:
     if not directory.is_dir() and str(directory) in TABLE:
         raise SurgeryError(
             f"{directory} is the name of a model, but a checkpoint's folder is needed. Build one with "
-            "create_replaced_model_checkpoint.py. Only test_checkpoint.py takes models too."
+            "create_replaced_model_checkpoint.py. test_checkpoint.py also takes models."
         )
     if path.is_file():
         return read_info_file(path)
@@ -181,7 +181,7 @@ def read_info_file(path: Path) -> dict[str, Any]:
     """Read a checkpoint_info.json, inside a checkpoint or anywhere else.
 
     Raises:
-        SurgeryError: if it cannot be read, or this version does not know its format.
+        SurgeryError: if the file cannot be read, or this version does not know its format.
     """
     try:
         info = read_json(path)

@@ -1,8 +1,8 @@
-"""Writes the layers of a donor or a Llamba into files of their own: extracted_llama_layers/.
+"""Writes each layer of a donor or a Llamba into a file of its own, in a folder such as extracted_llama_layers/.
 
 The folder gets layer_NN.pt (each a plain dict of tensors), the donor's tokenizer and rotary_emb.pt. metadata.json names
 the source model and the SHA-256 of each file. Only a few blocks of bytes are in memory at a time; the model is
-never built. layer_store.py reads such a folder.
+never loaded. layer_store.py reads such a folder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,19 +59,19 @@ def extract_layers(
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write the layers of a model into `output_dir`; returns its metadata.
+    """Write the layers of a model into `output_dir`; returns the folder's metadata.
 
     Args:
         model_name: a name, folder or hub id of a donor or a Llamba, as `sources.resolve` takes it.
         output_dir: the folder to make; it appears whole or not at all.
         layers: indices to extract; all by default.
-        dtype: cast floating-point tensors to it; by default each keeps its own.
+        dtype: cast floating-point tensors to this dtype; by default each tensor keeps its own.
         overwrite: replace an existing complete folder.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
-        SurgeryError: if the model is missing or of another kind; if a layer is out of range or has wrong tensors; if
-            output_dir or the disk cannot be used.
+        SurgeryError: if the model is missing, or is neither a donor nor a Llamba; if a layer is out of range or has
+            wrong tensors; if output_dir or the disk cannot be used.
     """
     cast_to = float_dtype(dtype)
     target = Path(output_dir).expanduser()
@@ -119,7 +119,7 @@ def _layer_ranges(files: TensorFiles, prefix: str) -> dict[str, TensorRange]:
     return {
         name.removeprefix(prefix): place
         for name, place in files.ranges.items()
-        if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")  # in every layer of old Llama files
+        if name.startswith(prefix) and not name.endswith("rotary_emb.inv_freq")  # old Llama files have it
     }
 
 
@@ -149,12 +149,12 @@ def complete_folder(
     """Add all other files to the layers in `staging`, metadata.json last; returns the metadata.
 
     Args:
-        config: of the layers' model.
-        tokenizer: of the layers' model, if it has one.
+        config: the config of the layers' model.
+        tokenizer: the model's tokenizer; None if it has none.
         described: the entries that `write_layer` returned, by the layer's index as text.
         model_name: the user's name for the model.
         source: the model's `Source.as_dict()`.
-        generation_config: the fields of its generation_config.json, if there is one.
+        generation_config: the fields of the model's generation_config.json; None if it has none.
     """
     if config.model_type in KINDS:
         from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
@@ -192,10 +192,10 @@ def write_layer(
     dtype: DType | None,
     advance: Advance = lambda size_bytes: None,
 ) -> dict[str, Any]:
-    """Write one layer's tensors, cast to `dtype` if it is given; returns the layer's entry in metadata.json.
+    """Write one layer's tensors, cast to `dtype` if it is given; returns the layer's entry for metadata.json.
 
     Args:
-        advance: called with the number of bytes of every piece written; may raise.
+        advance: called with the size in bytes of each written piece; may raise an exception.
     """
     described, blake3 = write_dict(path, {name: place.cast(dtype) for name, place in ranges.items()}, advance)
     largest = max(ranges.values(), key=lambda place: place.numel)

@@ -1,6 +1,6 @@
-"""The parts of a graft: base, donor and parent, and which of their files gives each tensor.
+"""The parts of a graft: base, donor and parent checkpoint, and the file that each tensor comes from.
 
-Imports neither torch nor transformers: a build writes weights while other threads import them.
+This module imports neither torch nor transformers, so a build can write weights while other threads import the two.
 """
 
 import re
@@ -32,15 +32,15 @@ class GraftParts:
 
     Attributes:
         base_name: the user's name for the base.
-        base: where the base is: a model's folder, or a checkpoint's.
+        base: where the base is: the folder of a model or of a checkpoint.
         files: the base's weights.
         donor: the extracted layers.
         layers: the indices of all grafted layers, sorted.
-        dtype: of every parameter.
+        dtype: the dtype of every parameter.
         heads: by layer, the donor's heads that are added to the base's mixer, sorted.
         keep_mixer_heads: whether the mixer's heads at the same positions stay too.
         parent: the checkpoint that the graft starts from; None if it starts from a base.
-        kept: the layers that were grafted in the parent already, and stay so.
+        kept: the layers that are grafted in the parent and stay grafted.
     """
 
     base_name: str
@@ -71,17 +71,17 @@ class GraftParts:
 
     @property
     def replaced_prefixes(self) -> tuple[str, ...]:
-        """Prefixes of the names of all tensors from donors, also from earlier grafts."""
+        """The name prefixes of all donors' tensors, including those of earlier grafts."""
         return donor_prefixes(self.layers, self.heads)
 
     @property
     def new_prefixes(self) -> tuple[str, ...]:
-        """Prefixes of the names of tensors that this graft adds."""
+        """The name prefixes of the tensors that this graft adds."""
         return donor_prefixes(self.new_layers, self.new_heads)
 
     @property
     def ungrafted_prefixes(self) -> tuple[str, ...]:
-        """Prefixes of the names of tensors that come from the parent's own base, because their graft is undone."""
+        """The name prefixes of the layers whose graft is undone. Their tensors come from the parent's own base."""
         return donor_prefixes(self.parent.ungrafted if self.parent else [], [])
 
     @property
@@ -93,11 +93,11 @@ class GraftParts:
 
     @property
     def keeps_base_tensors(self) -> bool:
-        """Whether every tensor that is not grafted equals the base's to the bit. This is not so after healing."""
+        """Whether every tensor that is not grafted equals the base's to the bit. Healing changes them."""
         return self.parent is None or not is_healed(self.parent.info)
 
     def files_of(self, name: str) -> TensorFiles:
-        """The files of a tensor that is not the donor's: of the base, of the parent, or of the parent's own base."""
+        """The files that hold a kept tensor: the files of the base, of the parent, or of the parent's own base."""
         if self.parent is not None and self.parent.own_base is not None and name.startswith(self.ungrafted_prefixes):
             return self.parent.own_base
         return self.files
@@ -115,7 +115,7 @@ class GraftParts:
             if not name.startswith((*self.new_prefixes, *self.ungrafted_prefixes))
         }
         if ties_embeddings(self.base.folder) if self.parent is None else self.parent.config.tie_embeddings:
-            found.pop("lm_head.weight", None)  # the embedding is used in its place
+            found.pop("lm_head.weight", None)  # the model uses the embedding as its head
         if self.parent is not None and self.parent.own_base is not None:
             found |= {
                 name: place
@@ -131,17 +131,17 @@ class GraftParts:
 
     @property
     def parameters(self) -> int:
-        """How many parameters the model has; tied ones count once."""
+        """How many parameters the model has; tied parameters count once."""
         return sum(place.numel for place in self.tensors.values())
 
     @property
     def weight_bytes(self) -> int:
-        """The size of one copy of the weights."""
+        """The size in bytes of one copy of the weights."""
         return self.parameters * self.dtype.itemsize
 
     @property
     def base_paths(self) -> list[Path]:
-        """The files that determine the base: config, weights, index. Empty for a parent, whose recipe lists them."""
+        """The base's config, weights and index. Empty for a graft on a checkpoint: its recipe lists these files."""
         return [] if self.parent is not None else [self.base.folder / "config.json", *self.files.paths()]
 
 
@@ -156,13 +156,13 @@ def find_parts(
     keep_mixer_heads: bool = False,
     ungraft: Sequence[int] = (),
 ) -> GraftParts:
-    """Find base and donor.
+    """Find base, donor and parent; returns the parts of the graft.
 
     Args:
         base_name: a name, folder or hub id of a Llamba, as `sources.resolve` takes it; or a checkpoint's folder.
-        layers: indices, in any order, each once; for several donors, a dict of them by donor's name.
-        llama_layers_dir: a folder written by `extract_layers`, or an open store; for several donors, folders by name.
-        dtype: of the whole model; by default the base's.
+        layers: indices, in any order, each once; for several donors, a dict from donor name to indices.
+        llama_layers_dir: a folder written by `extract_layers`, or a `LayerStore`; for several donors, folders by name.
+        dtype: the dtype of the whole model; by default the base's.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
         heads: by layer, the donor's heads to add to the base's mixer; for several donors, such a dict by name.
         keep_mixer_heads: whether the mixer's heads at the same positions stay too.
@@ -180,7 +180,7 @@ def find_parts(
     layers = sorted_layers(layers) if len(layers) or not (added or ungraft) else []
     if both := sorted(added.keys() & set(layers)):
         raise SurgeryError(
-            f"Layer {both[0]} is named in --layers and in --heads. A whole layer has all heads: name it once."
+            f"Layer {both[0]} is named in --layers and in --heads. A whole layer has all heads: take it out of --heads."
         )
     wanted = float_dtype(dtype)
     parent = Parent.at(base_name, ungraft, sources)
@@ -233,7 +233,7 @@ def _on_parent(
     dtype: DType | None,
     keep_mixer_heads: bool,
 ) -> GraftParts:
-    """The parts of a graft on a checkpoint: its earlier grafts, without the undone ones, and the new ones."""
+    """The parts of a graft on a checkpoint: earlier grafts that are not undone, and the new grafts."""
     info, folder = parent.info, parent.folder
     check_range([*layers, *heads], info["total_layers"], str(folder))
     if both := sorted(set(parent.ungrafted) & set(layers)):
@@ -289,7 +289,7 @@ def find_base(name: str, sources: Mapping[str, str] | None) -> tuple[Source, int
 
 
 def donor_prefixes(layers: Iterable[int], heads: Iterable[int | str]) -> tuple[str, ...]:
-    """The prefixes of the donor's tensors, for grafted layers and for layers with grafted heads."""
+    """The name prefixes of the donor's tensors in grafted layers and in layers with grafted heads."""
     return (
         *(f"backbone.layers.{index}." for index in layers),
         *(f"backbone.layers.{index}.attention." for index in heads),

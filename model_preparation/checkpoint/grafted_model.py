@@ -1,6 +1,6 @@
-"""A grafted model without its weights: the config, from the base's and the donor's, and the empty model.
+"""A grafted model without its weights: its config, made from the configs of base and donor, and the empty model.
 
-torch and transformers take longest to import, so they are imported where they are used.
+torch and transformers take long to import, so they are imported where they are used.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -29,7 +29,7 @@ def grafted_config(
     The layers in `kept` are already grafted in `base`, and keep their settings.
 
     Raises:
-        SurgeryError: if donors differ in settings that a model has only once, or if a donor cannot give single heads.
+        SurgeryError: if donors differ in a setting that a model has only once, or a donor cannot give single heads.
     """
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
     from model_preparation.llamba import LlambaConfig, LlambaForCausalLM
@@ -50,7 +50,7 @@ def grafted_config(
     others = fields.get("other_llama_cfgs", {})
     fields["other_llama_cfgs"] = {index: others[index] for index in others if int(index) in kept}
     for index in sorted({*layers, *heads} - {*kept}):
-        assert donor is not None  # it gives every layer that is not kept
+        assert donor is not None  # the donor gives every layer that is not kept
         config = donor.config_of(index)
         own = KINDS[config.model_type].settings(config)
         if differing := {name: value for name, value in own.items() if value != fields["llama_cfg"].get(name)}:

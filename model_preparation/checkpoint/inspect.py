@@ -1,8 +1,8 @@
 """Shows the contents of files and folders of tensors (names, numbers, digests), and the differences between two.
 
-It reads .safetensors files, files of torch.save with nested tensors and plain values, and our `model.pt`. A folder may
+It reads .safetensors files, files that torch.save wrote of tensors and plain values, and our `model.pt`. A folder may
 be a checkpoint, a state of a healing run, extracted layers, an adapter, or a Hugging Face model. A few megabytes are in
-memory at a time. No code is run: a file that names code is refused.
+memory at a time. No code of a file is run: a file that names code is refused.
 """
 
 import fnmatch
@@ -29,7 +29,7 @@ from model_preparation.io.untrusted.pt_check import check_pt
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
-_SHOWN_DIGITS = 16  # of a digest
+_SHOWN_DIGITS = 16  # of each digest
 
 
 @dataclass
@@ -48,11 +48,11 @@ def inspect_checkpoint(
     as_json: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
-    """A line per tensor of a file or folder, then the plain values, then the totals.
+    """Lines to print: one per tensor of a file or folder, then one per plain value, then the totals.
 
     Args:
         path: a file or folder of tensors, or a model's name or hub id, as `sources.resolve` takes it.
-        pattern: only tensors whose names match, such as "*.mlp.*"; or a beginning of names, up to a dot.
+        pattern: show only names that match, such as "*.mlp.*", or that begin with `pattern` and a dot.
         diff: another such path; the lines then say which tensors differ, and how.
         as_json: one JSON object per tensor, with its digest in full.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
@@ -68,7 +68,7 @@ def inspect_checkpoint(
 
 
 def place_of(given: str | Path, sources: Mapping[str, str] | None = None) -> Path:
-    """The given path, or the folder of the model with this name."""
+    """The given path, or the model's folder if `given` is a model's name or hub id."""
     path = Path(given).expanduser()
     if path.exists() or (str(given) not in TABLE and ":" not in str(given)):
         return path
@@ -128,7 +128,7 @@ def _differences(path: Path, other: Path, pattern: str) -> Iterator[str]:
 
 
 def _matching(contents: Contents, pattern: str) -> Contents:
-    """The contents with names that fit a pattern such as "*.mlp.*", or begin with it and a dot."""
+    """The contents with names that fit a pattern such as "*.mlp.*", or that begin with the pattern and a dot."""
 
     def fits(name: str) -> bool:
         return fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
@@ -192,14 +192,14 @@ def _in_file(path: Path) -> Contents:
         return Contents(pt_ranges(path, tensors), values)
     except (SurgeryError, OSError):
         raise
-    except Exception as error:  # a file that passes the checks may still make torch raise any error
+    except Exception as error:  # torch may raise any error, even for a file that passes the checks
         raise SurgeryError(
             f"{path} is refused: {one_line(error)}. Only tensors and plain values can be shown."
         ) from error
 
 
 def _flat(value: object, name: str) -> Iterator[tuple[str, Any]]:
-    """(name, tensor or plain value) of all that is inside; dots join names. A list of plain values is one value."""
+    """Yield (name, tensor or plain value) for each item; dots join names. A list of plain values counts as one item."""
     if isinstance(value, dict):
         pairs = list(value.items())
     elif isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple | Tensor) for item in value):

@@ -1,8 +1,8 @@
 """A donor's layers: extracted into files of their own, or in the donor's own files.
 
-`LayerStore` reads a folder that extract.py wrote; it checks every byte before use. `ModelLayers` does the same for a
-donor's own folder, for plans that write nothing. `LlamaFiles` names a Llama's tensors as in LlamaForCausalLM, whichever
-class saved them. The other kinds of donor have the same names.
+`LayerStore` reads and checks a folder that extract.py wrote. `ModelLayers` has the same methods for a donor's own
+folder, for plans that write nothing. `LlamaFiles` gives a donor's tensors their names in LlamaForCausalLM, whichever
+class saved them. Donors of other kinds have the same names.
 """
 
 import operator
@@ -44,7 +44,7 @@ _METADATA_FIELDS = {
     "files": dict,
 }
 _PREFIX = "model."
-# The prefixes of other classes: LlamaModel, LLaVA's published files, newer multimodal models, SmolVLM.
+# The prefixes in files of other classes: LlamaModel, LLaVA's published files, newer multimodal models, SmolVLM.
 _OTHER_PREFIXES = ("", "language_model.model.", "model.language_model.", "model.text_model.", "language_model.")
 _OTHER_HEAD = f"language_model.{HEAD}"
 
@@ -53,10 +53,10 @@ class LayerStore:
     """A folder written by `extract_layers`.
 
     Args:
-        hint: the model that an error tells to extract; None if it is unknown.
+        hint: the model that the error's advice names; None if it is unknown.
 
     Attributes:
-        metadata: its metadata.json.
+        metadata: the fields of the folder's metadata.json.
 
     Raises:
         SurgeryError: if metadata.json is missing, unreadable, or has an unknown format version.
@@ -93,7 +93,7 @@ class LayerStore:
         """The config of the layers' model.
 
         Raises:
-            SurgeryError: if it describes neither a donor nor a Llamba.
+            SurgeryError: if the config describes neither a donor nor a Llamba.
         """
         try:
             return config_from_dict(self.metadata["config"])
@@ -102,7 +102,7 @@ class LayerStore:
 
     @property
     def stores(self) -> list["LayerStore"]:
-        """The folders of single donors."""
+        """One store per donor."""
         return [self]
 
     def config_of(self, index: int) -> "PreTrainedConfig":
@@ -119,11 +119,11 @@ class LayerStore:
         check_kind(self.config.model_type, f"{self.folder} holds layers of")
 
     def ranges(self, index: int) -> dict[str, TensorRange]:
-        """Where the tensors of one layer lie in its file. Call `check` before you trust them."""
+        """Where the tensors of one layer lie in its file, by name. Call `check` before you trust them."""
         return dict_ranges(self.path(index), self._advice())
 
     def head_ranges(self, index: int, heads: Sequence[int]) -> dict[str, StoredTensor]:
-        """Where the tensors for a `HeadAttention` of some heads of a layer lie. Needs neither torch nor transformers.
+        """Where the tensors of a layer's `heads` lie, by name in `HeadAttention`. torch is not imported.
 
         Raises:
             SurgeryError: if the donor has no such head, or the layer differs from the kind and sizes in metadata.json.
@@ -157,7 +157,7 @@ class LayerStore:
         return found
 
     def describe(self) -> list[str]:
-        """A line for the plan; with several donors, one for each."""
+        """The lines of the plan: one for each donor."""
         return [f"Donor        {self.metadata['source']['id']} (layers in {self.folder})"]
 
     def records(self, layers: Sequence[int]) -> list[dict[str, Any]]:
@@ -203,7 +203,7 @@ class LayerStore:
     def _advice(self) -> str:
         metadata = getattr(self, "metadata", None)
         origin = {"model_name": "llama"} | (metadata if isinstance(metadata, dict) else {})
-        # A stranger may have made the names, and people paste commands.
+        # Quoted, because a stranger may have chosen the names, and people paste commands.
         flags = f"--model_name {shlex.quote(str(origin['model_name']))}"
         if isinstance(source := origin.get("source"), dict) and source.get("legacy"):
             flags = f"--from_legacy {shlex.quote(str(source.get('path')))} --trust_pickle"
@@ -212,7 +212,7 @@ class LayerStore:
 
 
 class LayersOfSeveral(LayerStore):
-    """Layers of several donors; the first donor gives the config. Without donors, grafts are only undone.
+    """Layers of several donors; the first donor gives the config. There is no donor if a build only undoes grafts.
 
     Args:
         layers: for each donor, its extracted layers and the indices of the layers that it gives.
@@ -255,7 +255,7 @@ class LayersOfSeveral(LayerStore):
 
 
 class ModelLayers(LayerStore):
-    """The layers of a donor in its own files. It has only the methods that a plan uses.
+    """The layers of a donor in its own files. Only the methods that a plan uses work.
 
     Raises:
         SurgeryError: as `read_config`, `check_kind` and `LlamaFiles`.
@@ -263,7 +263,7 @@ class ModelLayers(LayerStore):
 
     def __init__(self, source: Source):
         self.folder = source.folder
-        self.layers = {}  # none is extracted
+        self.layers = {}  # no layer is extracted
         self.config = read_config(source.folder)
         check_kind(self.config.model_type, f"{source.folder} is")
         self.metadata = {"source": source.as_dict(), "config": self.config.to_dict()}
@@ -326,7 +326,7 @@ def without_head(folder: Path) -> SurgeryError:
 
 
 def _without_metadata(folder: Path, donor: str | None) -> str:
-    """The error for a folder without metadata.json: what it is instead, and what to run."""
+    """The message for a folder without metadata.json: what the folder is instead, and what to run."""
     path, here = folder / METADATA, shlex.quote(str(folder))
     if (folder / "config.json").is_file():
         layers = shlex.quote(f"{folder.absolute()}_layers")
@@ -337,7 +337,7 @@ def _without_metadata(folder: Path, donor: str | None) -> str:
     if old := next(folder.glob("*layer*.pt*"), None):
         imported = shlex.quote(f"{folder.absolute()}_imported")
         return (
-            f"{path} is missing. If {old.name} and the others are whole modules of an older program, import them: "
+            f"{path} is missing. If {old.name} and the other files are whole modules of an older program, import them: "
             f"python extract_layers.py --from_legacy {here} --output_dir {imported}. "
             "If not, extract the donor's layers again."
         )
@@ -355,10 +355,10 @@ def layer_file(index: int) -> str:
 
 
 def sorted_layers(layers: Iterable[SupportsIndex], what: str = "layer") -> list[int]:
-    """Indices of layers (or heads: `what`), sorted, as Python's integers. NumPy's and torch's are taken too.
+    """Indices of layers (or of heads: `what`), sorted, as Python's integers. NumPy's and torch's are accepted.
 
     Raises:
-        SurgeryError: if there are none, one is given twice, or one is no integer.
+        SurgeryError: if no index is given, an index is given twice, or an index is no integer.
     """
     try:
         chosen = sorted(operator.index(index) for index in layers)
@@ -372,7 +372,7 @@ def sorted_layers(layers: Iterable[SupportsIndex], what: str = "layer") -> list[
 
 
 def check_heads(index: int, heads: Sequence[int], total: int) -> None:
-    """Raise SurgeryError if a head of a layer lies outside a donor of `total` query heads."""
+    """Raise SurgeryError if the donor, which has `total` query heads, lacks one of the `heads`."""
     if outside := [head for head in heads if not 0 <= head < total]:
         raise SurgeryError(
             f"Head {outside[0]} of layer {index} is out of range: the donor has heads 0 to {total - 1}. "

@@ -1,18 +1,19 @@
 """Makes an untrained Llamba from a donor, for donors without a published Llamba.
 
-The folder has upstream's layout, and the donor's embeddings, norms, MLPs and head. Each layer's Mamba mixer starts as
-the attention's linear counterpart: C from the query, B from the key, x from the value, out_proj from the output
-projection (Mamba in the Llama, arXiv 2408.15237; MOHAWK, arXiv 2408.10189). One layer and about one shard are in memory
-at a time.
+The written folder has the layout of the published Llambas ("upstream"), and the donor's embeddings, norms, MLPs and
+head. Each layer's Mamba mixer starts as linear attention with the donor's projections: C comes from the query, B from
+the key, x from the value, out_proj from the output projection (Mamba in the Llama, arXiv 2408.15237; MOHAWK,
+arXiv 2408.10189). One layer and about one shard are in memory at a time.
 
 Softmax attention averages values: its weights sum to one. Plain linear attention adds values up with weights of any
-size, and one such layer ruins the model. So C is scaled to make an average again: by
-1 / (sqrt(head_dim) * tokens in the decay's window * `TYPICAL_SCORE`). With Mamba layers 14 to 16, SmolLM2-135M has
-perplexity 2e10 (four English paragraphs) without the factor, 2e9 with its first part, 306 with two, 14.5 with all
-three; without Mamba layers 11.2.
+size, and one such layer ruins the model. So C is multiplied by 1 / (sqrt(head_dim) * N * `TYPICAL_SCORE`), where N is
+the number of tokens that the decay remembers: then the sum is an average again. On four English paragraphs,
+SmolLM2-135M with Mamba layers 14 to 16 has perplexity 2e10 without this factor, 2e9 with its first part, 306 with its
+first two parts, and 14.5 with all three. Without Mamba layers, SmolLM2-135M has 11.2.
 
-A mixer has a place for biases, but none for norms of queries and keys (Qwen3). Such a norm divides by the size of its
-input. The mixer's rows are divided by the expected size: `CORRELATED` times the size for independent input channels.
+A mixer has biases, but no norms of queries and keys as Qwen3 has. Such a norm divides its input by the input's size.
+Here, the mixer's rows for queries and keys are divided by the expected size instead: `CORRELATED` times the size that
+independent input channels would give.
 """
 
 import math
@@ -41,27 +42,16 @@ from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 
 DECAY = 15 / 16  # per token, so the state remembers about 16 tokens
 TYPICAL_SCORE = 4.0  # size of q.k / sqrt(head_dim) before the softmax; 2 to 5 in most layers of SmolLM2
-# 1.4 in the median of SmolLM2-135M's heads, 2 in tiny Qwen3s. Too large a value costs little, too small a value much.
+# How much larger queries and keys are than with independent input channels: 1.4 times in SmolLM2-135M (median head),
+# 2 times in tiny Qwen3s. Too large a value harms the model little, too small a value harms it much.
 CORRELATED = 2.0
 OPEN_GATE = 1.2784645427610738  # silu(OPEN_GATE) = 1
 CONV_TAPS = 4
 SHARD_BYTES = 1_000_000_000
 
 _UPSTREAM_FIELDS = (
-    "model_type",
-    "vocab_size",
-    "tie_embeddings",
-    "pad_vocab_size_multiple",
-    "lm_head_bias",
-    "d_model",
-    "n_layer",
-    "resid_dropout",
-    "norm_epsilon",
-    "mlp_cfg",
-    "ssm_cfg",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
+    *("model_type", "vocab_size", "tie_embeddings", "pad_vocab_size_multiple", "lm_head_bias", "d_model", "n_layer"),
+    *("resid_dropout", "norm_epsilon", "mlp_cfg", "ssm_cfg", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 _COPIED_IN_LAYER = ("input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -79,13 +69,13 @@ def init_llamba_base(
     Args:
         donor: a name, folder or hub id of a donor, as `sources.resolve` takes it.
         output_dir: the folder to make; it appears whole or not at all.
-        dtype: of the weights written; the donor's by default.
+        dtype: the dtype of the written weights; by default the donor's.
         overwrite: replace an existing model folder.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
-        SurgeryError: if the donor is missing, of another kind, or lacks tensors; if no Llamba can have its width; if
-            output_dir exists or is not writable; or if the disk is too small.
+        SurgeryError: if the donor is missing, of an unknown kind, or lacks tensors; if `llamba_config` refuses its
+            heads; if output_dir exists or is not writable; or if the disk is too small.
     """
     target = Path(output_dir).expanduser()
     with new_folder(target, overwrite=overwrite, marker_file="config.json") as staging:
@@ -105,7 +95,7 @@ def write_llamba(folder: Path, donor_folder: Path, config: LlambaConfig, parts: 
     """Write a Llamba's folder: weights, config.json, and the donor's generation config and tokenizer.
 
     Args:
-        parts: from `llamba_parts`. A tensor is dropped once it is written.
+        parts: the tensors, from `llamba_parts`. A tensor leaves the memory once it is written.
     """
     _save_sharded(folder, config, parts)
     write_json(folder / "config.json", _config_fields(config))
@@ -116,7 +106,7 @@ def write_llamba(folder: Path, donor_folder: Path, config: LlambaConfig, parts: 
 
 
 def open_donor(source: Source) -> tuple[LlamaFiles, PreTrainedConfig]:
-    """A donor's weights and config; raises SurgeryError if its kind is unknown, or its tensors do not fit."""
+    """A donor's weights and config; raises SurgeryError if its kind is unknown, or weights and config do not fit."""
     config = read_config(source.folder)
     check_kind(config.model_type, f"{source.folder} is")
     files = LlamaFiles(source.folder)
@@ -131,14 +121,14 @@ def llamba_config(donor: PreTrainedConfig) -> LlambaConfig:
     """The config of the Llamba that `donor` becomes: one value head and one key head per query head.
 
     Raises:
-        SurgeryError: if the heads' joint width is not a multiple of the hidden size.
+        SurgeryError: if the width of all heads together is no multiple of the hidden size.
     """
     heads, head_dim = heads_of(donor)
     heads_width = heads * head_dim
     if heads_width % donor.hidden_size:
         raise SurgeryError(
-            f"The donor's {heads} heads of {head_dim} are {heads_width} wide, but a Llamba's mixer must be a whole "
-            f"multiple of the hidden size, here {donor.hidden_size}. Choose another donor."
+            f"The donor's {heads} heads of width {head_dim} are {heads_width} wide together. A Llamba needs a multiple "
+            f"of the hidden size, {donor.hidden_size}. Choose another donor."
         )
     return LlambaConfig(
         vocab_size=donor.vocab_size,
@@ -149,7 +139,7 @@ def llamba_config(donor: PreTrainedConfig) -> LlambaConfig:
         norm_epsilon=donor.rms_norm_eps,
         mlp_cfg={
             "intermediate_size": donor.intermediate_size,
-            "bias": getattr(donor, "mlp_bias", False),  # only Llama's config has it
+            "bias": getattr(donor, "mlp_bias", False),  # only Llama's config has this field
             "act_fn": donor.hidden_act,
         },
         ssm_cfg={
@@ -158,7 +148,7 @@ def llamba_config(donor: PreTrainedConfig) -> LlambaConfig:
             "n_qk_heads": heads,
             "d_conv": CONV_TAPS,
             "expand": heads_width // donor.hidden_size,
-            "bias": True,  # it holds the constant gate and decay
+            "bias": True,  # the biases hold the constant gate and decay
         },
         bos_token_id=donor.bos_token_id,
         eos_token_id=donor.eos_token_id,
@@ -171,7 +161,7 @@ def mamba_layer(attention_layer: Mapping[str, Tensor], donor: PreTrainedConfig) 
 
     Args:
         attention_layer: the donor layer's tensors by name relative to the layer ("self_attn.q_proj.weight").
-        donor: its config.
+        donor: the donor's config.
 
     Returns:
         The Llamba layer's tensors ("mixer.in_proj.weight"), in the same dtypes.
@@ -191,13 +181,14 @@ def mamba_layer(attention_layer: Mapping[str, Tensor], donor: PreTrainedConfig) 
         if norm is None:
             return weight, bias
         gain = attention_layer["input_layernorm.weight"].float()
-        squares = (weight.float() * gain).square().sum(1) + bias.float().square()  # expected, per row
+        # The expected square of each row's output, then the root of its mean in each head.
+        squares = (weight.float() * gain).square().sum(1) + bias.float().square()
         sizes = squares.unflatten(0, (-1, head_dim)).mean(1, keepdim=True).sqrt()  # (heads, 1)
         factor = (norm.float() / (CORRELATED * sizes)).flatten()
         return (weight * factor[:, None]).to(weight), (bias * factor).to(bias)
 
     def per_query_head(rows: Tensor) -> Tensor:
-        """Repeat key or value heads for all query heads: (kv heads * head_dim, ...) -> (width, ...)."""
+        """Repeat key or value heads for all query heads: (kv heads * head_dim, ...) -> (heads_width, ...)."""
         by_head = rows.unflatten(0, (-1, head_dim))
         return by_head.repeat_interleave(heads // len(by_head), dim=0).flatten(0, 1)
 
@@ -206,7 +197,7 @@ def mamba_layer(attention_layer: Mapping[str, Tensor], donor: PreTrainedConfig) 
     value, value_bias = projection("v_proj")
     output, output_bias = projection("o_proj")
     scale = score_scale(head_dim)
-    no_input = query.new_zeros(heads_width + heads, donor.hidden_size)  # rows of z and a: the bias alone gives them
+    no_input = query.new_zeros(heads_width + heads, donor.hidden_size)  # rows of z and a come from the bias alone
     conv_dim = 3 * heads_width
     conv = query.new_zeros(conv_dim, 1, CONV_TAPS)  # the last tap is the current token's
     conv[:, :, -1] = 1
@@ -232,18 +223,18 @@ def mamba_layer(attention_layer: Mapping[str, Tensor], donor: PreTrainedConfig) 
 
 
 def score_scale(head_dim: int) -> float:
-    """The factor from the query's rows to C's rows: it makes q.k a weight of an average over the decay's window."""
+    """The factor that turns the query's rows into C's rows. Then q.k is a weight in an average over tokens."""
     return (1 - DECAY) / (TYPICAL_SCORE * math.sqrt(head_dim))
 
 
 def _parameters(kind: type[PreTrainedModel], config) -> dict[str, Tensor]:
-    """A model's parameters on the meta device, tied ones once."""
+    """A model's parameters by name, on the meta device. Tied parameters appear once."""
     with torch.device("meta"):
         return dict(kind(config).named_parameters())
 
 
 def size_bytes(config: LlambaConfig, dtype: torch.dtype) -> int:
-    """The size of a Llamba's weights in `dtype`."""
+    """The size of a Llamba's weights, stored in `dtype`."""
     return sum(tensor.numel() for tensor in _parameters(LlambaForCausalLM, config).values()) * dtype.itemsize
 
 
@@ -253,10 +244,10 @@ def llamba_parts(
     dtype: torch.dtype,
     layer_of: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """The Llamba's tensors under their full names: embedding, layer after layer, final norm and head.
+    """Yield the Llamba's tensors by their full names, a dict for each part: embedding, every layer, final norm, head.
 
     Args:
-        layer_of: makes a Llamba layer's tensors from the layer's index and the donor's tensors; by default
+        layer_of: makes a Llamba layer's tensors from the layer's index and the donor layer's tensors; by default
             `mamba_layer`.
     """
     yield {"backbone.embedding.weight": files["model.embed_tokens.weight"].to(dtype)}
@@ -273,7 +264,7 @@ def _save_sharded(folder: Path, config: LlambaConfig, parts: Iterable[dict[str, 
     """Write `parts` as model.safetensors, or as shards of at most `SHARD_BYTES` and their index."""
     empty = {name: tensor.to(config.dtype) for name, tensor in _parameters(LlambaForCausalLM, config).items()}
     shards = split_torch_state_dict_into_shards(empty, max_shard_size=SHARD_BYTES)
-    waiting: dict[str, Tensor] = {}  # until its shard is complete
+    waiting: dict[str, Tensor] = {}  # tensors of shards that are not complete yet
     for part in parts:
         waiting |= {name: tensor.contiguous() for name, tensor in part.items()}
         for file, names in shards.filename_to_tensors.items():
@@ -287,7 +278,7 @@ def _save_sharded(folder: Path, config: LlambaConfig, parts: Iterable[dict[str, 
 
 
 def _config_fields(config: LlambaConfig) -> dict:
-    """The fields of config.json in upstream's layout. All defaults are in it, so upstream reads the same model."""
+    """The fields of config.json in upstream's layout, with all defaults, so upstream's code reads the same model."""
     values = config.to_dict()
     return {
         "architectures": [LlambaForCausalLM.__name__],

@@ -31,17 +31,17 @@ def load_checkpoint(
     *,
     parallelize: bool = False,
 ) -> tuple[LlambaForCausalLM, PreTrainedTokenizerBase]:
-    """Load a checkpoint folder: (model, tokenizer), the model in eval mode and ready to `generate`.
+    """Load a checkpoint folder; returns (model, tokenizer). The model is in eval mode and ready to `generate`.
 
     The architecture comes from checkpoint_info.json, the weights from model_state_dict.pt or from the shards of a
-    folder of format "hf". On the CPU they are read when they are used, elsewhere one tensor at a time. No code is
-    unpickled, and no code in the folder is run.
+    folder of format "hf". On the CPU, weights are read when they are used. For a GPU, one tensor at a time is read.
+    No code is unpickled, and no code in the folder is run.
 
     Args:
         directory: a checkpoint's folder. Its state dict may come from a model that DistributedDataParallel or
             torch.compile wrapped.
         device: where to put the model.
-        dtype: cast the parameters to it; by default as stored.
+        dtype: cast the parameters to this dtype; by default the stored dtype.
         parallelize: ignore `device`, and spread the layers over all GPUs. Layers that do not fit go to the CPU
             (accelerate's device map).
 
@@ -84,7 +84,7 @@ def bare_model(info: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: to
 
     Args:
         info: a checkpoint_info.json.
-        tensors: a whole state dict; cast to `dtype`.
+        tensors: a whole state dict, which is cast to `dtype`.
     """
     config = config_from({**info["config"], "dtype": str(dtype).removeprefix("torch.")}, LlambaConfig)
     model = empty_model(config)
@@ -95,7 +95,7 @@ def bare_model(info: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: to
 
 
 def spread(model: PreTrainedModel) -> Any:
-    """Spread a model evenly over all devices; no layer is split."""
+    """Spread a model evenly over all GPUs, by accelerate. No layer is split."""
     from accelerate import dispatch_model, infer_auto_device_map  # slow to import
     from accelerate.utils import get_balanced_memory
 
@@ -105,11 +105,11 @@ def spread(model: PreTrainedModel) -> Any:
 
 
 def _read_shards(folder: Path, model: LlambaForCausalLM) -> dict[str, Tensor]:
-    """The state dict in the shards, memory-mapped. The shards hold a tied tensor once."""
+    """The state dict in the shards, memory-mapped. The shards hold tied tensors once."""
     foreign = folder / SAFE_WEIGHTS_NAME
     if foreign.exists():
         raise SurgeryError(
-            f"{foreign} does not belong to this checkpoint, but it would be read instead. Move it elsewhere."
+            f"{foreign} does not belong to this checkpoint, but it would be read instead of the shards. Move it away."
         )
     files = TensorFiles(folder)
     state_dict = {name: files[name] for name in files.ranges}

@@ -1,6 +1,6 @@
 """The card (README.md) of a shared checkpoint: recipe, scores, licence and how to load it.
 
-It is Markdown with YAML front matter that both hubs read. The same checkpoint_info.json gives the same text, so a
+The card is Markdown with YAML front matter that both hubs read. The same checkpoint_info.json gives the same text, so a
 checkpoint that is shared again gets the same card.
 """
 
@@ -20,9 +20,9 @@ from model_preparation.hub.licences import LlamaTerms, terms_of
 from model_preparation.hub.sources import donors_of, hub_target
 from model_preparation.terminal import escaped
 
-# The field with the measured result. Without it, the author gave the number in `mmlu_score`.
+# The field with a measured score. If it is missing, the author gave the number in the field "mmlu_score".
 MEASURED = "mmlu_result"
-# Models with another name on Hugging Face, by their names on ModelScope.
+# Names on Hugging Face, by names on ModelScope, of models whose two names differ.
 _ON_HUGGING_FACE = {
     "LLM-Research/Meta-Llama-3.1-8B-Instruct": "meta-llama/Llama-3.1-8B-Instruct",
     "LLM-Research/Mistral-7B-Instruct-v0.3": "mistralai/Mistral-7B-Instruct-v0.3",
@@ -36,12 +36,12 @@ def card_text(
     """The card of a checkpoint.
 
     Args:
-        info: its checkpoint_info.json.
+        info: the checkpoint's checkpoint_info.json.
         repo: org/name.
         hub: "modelscope" or "huggingface".
         what: the uploaded files: "pt", "hf", "both" or "recipe".
         licence: the id from `licences.licence_of`.
-        revision: the branch, if it is not the hub's default one.
+        revision: the branch, if it is not the hub's default branch.
     """
     terms = terms_of(info, licence)
     sections = [
@@ -49,9 +49,9 @@ def card_text(
         *[f"**{built_with}**" for built_with in dict.fromkeys(term.built_with for term in terms)],
         *([_plain(info["description"])] if info["description"] else []),
         f"{_code(info['base_model']['id'])}, a Llamba (Mamba-2), in which {len(info['replaced_layers'])} of "
-        f"{info['total_layers']} layers are replaced by the layers of the same index of "
+        f"{info['total_layers']} layers are replaced by layers with the same index, from "
         f"{' and '.join(_code(donor['id']) for donor in donors_of(info))}."
-        + (f" Heads of the donor are added to other layers, {_code(head_spec(info))}." if head_spec(info) else ""),
+        + (f" Heads of the donor are added to other layers: {_code(head_spec(info))}." if head_spec(info) else ""),
         "## Loading it\n\n" + _loading(repo, hub, what, revision),
         "## Recipe\n\n" + _recipe(info),
         "## Scores\n\n" + _scores(info),
@@ -86,13 +86,13 @@ def _metadata(info: Mapping[str, Any], *, repo: str, hub: str, what: str, licenc
     if hub == "huggingface":
         sources = [_ON_HUGGING_FACE.get(source, source) for source in sources]
     extra: dict[str, Any] = {"base_model_relation": "merge"} if sources else {}
-    if hub == "modelscope":  # its own names for the task and the framework
+    if hub == "modelscope":  # ModelScope has its own fields for task and framework
         extra |= {"tasks": ["text-generation"], "frameworks": ["pytorch"]}
     result = _eval_result(info)
     return ModelCardData(
         license=licence,
         base_model=list(dict.fromkeys(sources)) or None,
-        # With only .pt files, the hub would show a line for transformers that does not run.
+        # With .pt files alone, the hub would show code for transformers that does not run.
         library_name="transformers" if what in ("hf", "both") else None,
         pipeline_tag="text-generation",
         tags=_TAGS,
@@ -146,7 +146,7 @@ def _loading(repo: str, hub: str, what: str, revision: str | None) -> str:
         )
     if what == "recipe":
         ways.append(
-            "This is the recipe without the weights: a few kilobytes that give the same bytes again, see below."
+            "This is the recipe without the weights. The section Recipe says how to build the same bytes again."
         )
     return "\n\n".join(ways)
 
@@ -163,7 +163,7 @@ def _recipe(info: Mapping[str, Any]) -> str:
         *(("donor", _origin(donor)) for donor in donors),
         ("parameters", f"{info['parameters']:,}"),
         ("dtype", info["dtype"]),
-        ("attention in the donor's layers", f"{info['num_heads']} heads of {info['head_dim']}"),
+        ("attention in the donor's layers", f"{info['num_heads']} heads of width {info['head_dim']}"),
         ("made", _plain(f"{info['creation_time']}, {versions}")),
     ]
     digests = [
@@ -183,8 +183,8 @@ def _recipe(info: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             _table(("", ""), rows),
-            "The digests of the inputs: the base's files and the donor's extracted layers. The outputs' digests are in "
-            "`checkpoint_info.json`.",
+            "These are the digests of the inputs: the base's files and the donor's extracted layers. The outputs' "
+            "digests are in `checkpoint_info.json`.",
             _table(("file", "digest"), digests),
             "`checkpoint_info.json` is the whole recipe. With `model_preparation`, the same base and the same donor, "
             "it gives the same bytes. The last command checks this:",
@@ -202,9 +202,9 @@ def _recipe(info: Mapping[str, Any]) -> str:
 
 
 def _healing_rows(info: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """How a checkpoint was trained after the graft."""
+    """Table rows on a checkpoint that a recipe alone does not give: how it was healed, or what it was built on."""
     if "healing" not in info:
-        return [("built on", f"{_code(info['descent'][-1]['from']['id'])}; the recipe needs it too")]
+        return [("built on", f"{_code(info['descent'][-1]['from']['id'])}; the recipe needs this checkpoint too")]
     healing = info["healing"]
     rows = [
         ("healed from", _code(info["parent"]["id"])),
@@ -240,7 +240,7 @@ def _scores(info: Mapping[str, Any]) -> str:
         return "MMLU was not measured."
     return (
         f"MMLU {info['mmlu_score']:.4f}: the author gave this number when the checkpoint was built. This software did "
-        "not measure it, so its settings are not known."
+        "not measure it, and its settings are not known."
     )
 
 
@@ -261,7 +261,7 @@ def _origin(source: Mapping[str, Any]) -> str:
 
 
 def _spec(source: Mapping[str, Any]) -> str:
-    """The source's name on a command line."""
+    """How a command line names the source."""
     if source["hub"] == "local":
         return shlex.quote(f"/path/to/{source['id']}")
     return hub_target(source)
@@ -279,7 +279,7 @@ def _plain(text: Any) -> str:
 
 
 def _code(text: str) -> str:
-    """The text as a code span. Its fence is longer than any in the text, so the text stays inside."""
+    """The text as a code span. Its fence has more backticks than any run in the text, so it cannot end early."""
     line = escaped(" ".join(text.split()))
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"

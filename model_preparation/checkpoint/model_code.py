@@ -1,6 +1,6 @@
 """The model's own source files. Every checkpoint of format hf has a copy of them; `update_code` updates the copy.
 
-Imports neither torch nor transformers.
+This module imports neither torch nor transformers.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from model_preparation.checkpoint.checkpoint_info import EVALUATIONS, INFO, README, formats_of, read_info
+from model_preparation.checkpoint.readme import readme_text
 from model_preparation.creation_time import creation_time
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_folder import new_folder, remove_abandoned
@@ -34,11 +35,11 @@ AUTO_MAP = {  # in config.json: the classes that transformers takes from the fil
 _CONFIG = "config.json"
 _MAIN = "modeling_llamba.py"
 _PACKAGE = Path(__file__).resolve().parents[1]
-_RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)  # transformers searches for this too
+_RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)  # transformers has the same pattern
 
 
 def package_code() -> dict[str, Path]:
-    """The model's source files in this package, by name: the main one, and all that it imports relatively."""
+    """The model's source files in this package, by name: the main file, and all that it needs by relative imports."""
     found: dict[str, Path] = {}
     waiting = [_MAIN]
     while waiting:
@@ -63,12 +64,12 @@ def describe_package_code() -> dict[str, dict]:
 
 
 def listed_code(info: Mapping[str, Any]) -> dict[str, dict]:
-    """{"bytes", "sha256"} of the code that a checkpoint_info.json lists, by name. Format pt has none."""
+    """{"bytes", "sha256"} of the code that a checkpoint_info.json lists, by name. Format pt lists no code."""
     return {name: entry for name, entry in info["files"].items() if name.endswith(".py") and "/" not in name}
 
 
 def code_in(directory: Path) -> dict[str, dict]:
-    """{"bytes", "sha256"} of the code in a folder, by name: from checkpoint_info.json, else from the files."""
+    """{"bytes", "sha256"} of the code in a folder, by name. It comes from checkpoint_info.json, if there is one."""
     if (directory / INFO).is_file():
         return listed_code(read_info(directory))
     return describe_files(directory, "*.py")
@@ -80,13 +81,13 @@ def has_code(directory: Path) -> bool:
 
 
 def differing_code(listed: Mapping[str, dict]) -> list[str]:
-    """The names of code files that differ from this package's, or that only one of the two has."""
+    """The names of code files that differ from this package's, or that are missing in one of the two."""
     ours = describe_package_code()
     return sorted(name for name in listed.keys() | ours.keys() if listed.get(name) != ours.get(name))
 
 
 def remark_on_code(directory: Path, listed: Mapping[str, dict]) -> str | None:
-    """A remark if a folder has model code that differs from this package's; else None."""
+    """A sentence for the user if a folder's model code differs from this package's; else None."""
     if not listed or not has_code(directory) or not (differing := differing_code(listed)):
         return None
     return (
@@ -100,27 +101,28 @@ def is_newer(info: Mapping[str, Any]) -> bool:
     try:
         made_by = (info.get(CODE_UPDATES) or [info["versions"]])[-1]["model_preparation"]
         return Version(made_by) > Version(__version__)
-    except (LookupError, TypeError, InvalidVersion):  # not written by us
+    except (LookupError, TypeError, InvalidVersion):  # another program wrote this
         return False
 
 
 def update_code(directory: str | Path) -> list[str]:
     """Copy this package's model code into a checkpoint's folder; the weights stay the same files.
 
-    A new folder of links is made beside the old one, and replaces it in one step.
+    A new folder with links to the old files is made. Then it replaces the old folder in one step.
 
     Args:
         directory: a folder written by `build_checkpoint` with format "hf" or "both".
 
     Returns:
-        The names of the code files that changed; none if the folder has this package's code already, or needs none.
+        The names of the code files that changed; an empty list if the folder has this package's code already, or needs
+            no code.
 
     Raises:
         SurgeryError: if `directory` is no checkpoint; if a file in it has changed since it was written; if a newer
             version of this package wrote its code; or if another process is writing there.
         OSError: from the file system; then the folder has not changed.
     """
-    from model_preparation.checkpoint.verify import verify  # it imports this file
+    from model_preparation.checkpoint.verify import verify  # verify.py imports this module
 
     directory = Path(directory).expanduser()
     if (folder := directory.resolve()).parent.is_dir():
@@ -186,8 +188,6 @@ def _share_tree(source: Path, target: Path) -> None:
 
 def _write_anew(folder: Path, info: Mapping[str, Any], changed: list[str]) -> None:
     """Write the files that change with the code: `changed`, config.json, README.txt, checkpoint_info.json."""
-    from model_preparation.checkpoint.readme import readme_text  # it imports this file
-
     before, after = listed_code(info), describe_package_code()
     files = {name: entry for name, entry in info["files"].items() if name not in before} | after
     contents = {name: path.read_bytes() for name, path in package_code().items()}

@@ -1,6 +1,6 @@
 """Configs of bases and donors, and the names and shapes of a layer's tensors.
 
-transformers' models take longest to import, so they are imported where they are used.
+transformers' models take long to import, so they are imported where they are used.
 """
 
 from pathlib import Path
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-_DEPTH_NAMES = ("n_layer", "num_hidden_layers")  # upstream's and Hugging Face's
+_DEPTH_NAMES = ("n_layer", "num_hidden_layers")  # in upstream's configs, in Hugging Face's
 
 
 def type_and_depth(folder: Path) -> tuple[str, int]:
-    """(model_type, number of layers) of a model folder, without transformers if config.json has both.
+    """(model_type, number of layers) of a model folder. transformers is imported only if config.json lacks the number.
 
     Raises:
         SurgeryError: as `read_config` does.
@@ -35,7 +35,7 @@ def type_and_depth(folder: Path) -> tuple[str, int]:
 
 
 def ties_embeddings(folder: Path) -> bool:
-    """Whether the head of the Llamba in a model folder is its embedding."""
+    """Whether the Llamba in a model folder uses its embedding as its head."""
     fields = _config_fields(folder)
     return bool(fields.get("tie_embeddings", fields.get("tie_word_embeddings", False)))
 
@@ -44,7 +44,7 @@ def read_config(folder: Path) -> "PreTrainedConfig":
     """The config of a model folder.
 
     Raises:
-        SurgeryError: if neither transformers nor this package can read config.json; the reason is one sentence.
+        SurgeryError: if neither transformers nor this package can read config.json. The error gives the reason.
     """
     from model_preparation.io.untrusted.untrusted_config import config_from
 
@@ -56,7 +56,7 @@ def read_config(folder: Path) -> "PreTrainedConfig":
 
 
 def config_from_dict(fields: dict[str, Any]) -> "PreTrainedConfig":
-    """The config with these fields; raises ValueError if it is damaged, or of neither a donor nor a Llamba."""
+    """The config with these fields; raises ValueError if they are damaged, or describe neither donor nor Llamba."""
     from model_preparation.io.untrusted.untrusted_config import config_from
 
     check_fields(fields, {"model_type": str})
@@ -66,14 +66,14 @@ def config_from_dict(fields: dict[str, Any]) -> "PreTrainedConfig":
 
 
 def check_kind(model_type: str, sentence_start: str) -> None:
-    """Raise SurgeryError unless it is a kind of donor; the error begins with `sentence_start`, such as "FOLDER is"."""
+    """Raise SurgeryError unless a donor can have this type. The error begins with `sentence_start`, such as "X is"."""
     if model_type not in KINDS:
         *others, last = KINDS
         raise SurgeryError(f"{sentence_start} a {model_type} model, and a donor must be {', '.join(others)} or {last}.")
 
 
 def read_generation_config(folder: Path) -> dict[str, Any] | None:
-    """The fields of a model folder's generation_config.json; None if there is none."""
+    """The fields of a model folder's generation_config.json; None if the file is missing."""
     path = folder / "generation_config.json"
     try:
         fields = read_json(path) if path.exists() else None
@@ -84,7 +84,7 @@ def read_generation_config(folder: Path) -> dict[str, Any] | None:
 
 
 def heads_of(config: "PreTrainedConfig") -> tuple[int, int]:
-    """(number of heads, head size): of a donor's attention, or of a Llamba's values."""
+    """(number of heads, head size) of a donor's attention, or of the values in a Llamba's mixer."""
     if config.model_type == "llamba":
         num_heads = config.ssm_cfg["n_v_heads"]
         return num_heads, config.d_inner // num_heads
@@ -95,8 +95,8 @@ def layer_shapes(config: "PreTrainedConfig", index: int = 0) -> dict[str, Shape]
     """Names (relative to the layer) and shapes of a layer's parameters. No memory is allocated for them.
 
     Args:
-        config: a donor's or a Llamba's.
-        index: of the layer. All layers of a donor have the same names and shapes.
+        config: the config of a donor or a Llamba.
+        index: the layer's index. For a donor, any index gives the same.
     """
     from model_preparation.io.untrusted.untrusted_config import refusing_impossible_models
 
@@ -118,7 +118,7 @@ def layer_shapes(config: "PreTrainedConfig", index: int = 0) -> dict[str, Shape]
 
 
 def _mamba_shapes(config: "LlambaConfig") -> dict[str, Shape]:
-    """The parameters of a `LlambaDecoderLayer` (llamba/modeling_llamba.py and mixer.py), without importing it."""
+    """Names and shapes in a `LlambaDecoderLayer` (llamba/modeling_llamba.py and mixer.py), without importing it."""
     ssm, mlp = config.ssm_cfg, config.mlp_cfg
     width, d_inner, inner = config.d_model, config.d_inner, mlp["intermediate_size"]
     conv_dim = d_inner + 2 * ssm["n_qk_heads"] * ssm["d_state"]
@@ -141,13 +141,13 @@ def _mamba_shapes(config: "LlambaConfig") -> dict[str, Shape]:
             shapes[f"{name}.bias"] = shape[:1]
     if ssm["conv_bias"]:
         shapes["mixer.conv1d.bias"] = (conv_dim,)
-    if not ssm["bias"]:  # with biases, in_proj carries z's
+    if not ssm["bias"]:  # with biases, in_proj has the bias of z
         shapes["mixer.z_bias"] = (d_inner,)
     return shapes
 
 
 def _config_fields(folder: Path) -> dict[str, Any]:
-    """The fields of config.json; for a multimodal model, of its text part."""
+    """The fields of config.json; for a multimodal model, the fields of its text part."""
     path = folder / "config.json"
     try:
         fields = read_json(path)
@@ -165,7 +165,7 @@ def _config_fields(folder: Path) -> dict[str, Any]:
 
 
 def _kind(model_type: str) -> "type[PreTrainedConfig]":
-    """The config's class for a model type; raises ValueError if neither transformers nor we know the type."""
+    """The config class of a model type; raises ValueError if neither transformers nor we know the type."""
     if model_type == "llamba":
         from model_preparation.llamba.configuration_llamba import LlambaConfig
 

@@ -1,7 +1,7 @@
 """Digests of a model's contents: its tensors, its config, its tokenizer.
 
-They do not depend on the model's path or name, nor on the number of its files. Large files that have not changed are
-not read again (io/known_digests.py). This file also reads tensor_digests.json, and finds tensors in checkpoints' files.
+Digests do not depend on the model's path or name, nor on the number of its files. Large files that have not changed
+are not read again (io/known_digests.py). This module also reads tensor_digests.json, and finds tensors in checkpoints.
 """
 
 import json
@@ -46,7 +46,7 @@ class TensorDigest:
     shape: tuple[int, ...]
     blake3: str
     origin: str  # "base", "donor" or "healed"
-    source_name: str
+    source_name: str  # its name in the base or donor
 
     @property
     def size_bytes(self) -> int:
@@ -54,10 +54,10 @@ class TensorDigest:
 
 
 def read_tensor_digests(path: Path) -> dict[str, TensorDigest]:
-    """tensor_digests.json, by the names of the state dict.
+    """The entries of tensor_digests.json, by tensor name.
 
     Raises:
-        SurgeryError: if it is missing or invalid.
+        SurgeryError: if the file is missing or invalid.
     """
     try:
         fields = read_json(path)
@@ -68,7 +68,7 @@ def read_tensor_digests(path: Path) -> dict[str, TensorDigest]:
             check_fields(entry, {"dtype": str, "shape": list, "blake3": str, "from": str, "source_name": str})
             dtype = getattr(torch, entry["dtype"], None)
             if not isinstance(dtype, torch.dtype) or any(type(size) is not int or size < 0 for size in entry["shape"]):
-                raise ValueError(f"{name:.100} has no dtype or shape")
+                raise ValueError(f"{name:.100} has no valid dtype or shape")
             if math.prod(entry["shape"]) > _MAX_NUMBERS:
                 raise ValueError(f"{name:.100} has an impossible shape")
             shape = tuple(entry["shape"])
@@ -81,14 +81,14 @@ def read_tensor_digests(path: Path) -> dict[str, TensorDigest]:
 
 
 def state_dict_ranges(path: Path) -> dict[str, TensorRange]:
-    """Where the tensors of model_state_dict.pt lie; raises SurgeryError if it holds anything else."""
+    """Where the tensors of model_state_dict.pt lie; raises SurgeryError if the file holds anything else."""
     return pt_ranges(path, load_tensors(path, "Build the checkpoint again."))
 
 
 def module_ranges(path: Path, wanted: nn.Module) -> tuple[dict[str, TensorRange], int]:
     """Where the tensors of model.pt lie, by their names in its state dict; and how many globals its pickle names.
 
-    Buffers outside the state dict are compared with those of `wanted`, a new model.
+    Buffers outside the state dict must equal those of `wanted`, a new model with the checkpoint's config.
 
     Raises:
         SurgeryError: if its pickle names globals that are not allowed (the error lists them), or holds another model.
@@ -105,7 +105,7 @@ def module_ranges(path: Path, wanted: nn.Module) -> tuple[dict[str, TensorRange]
     for name in sorted(tensors.keys() - names):
         tensor, buffer = tensors[name], buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or not torch.allclose(buffer, tensor.to(buffer.dtype)):
-            raise SurgeryError(f"{path} holds {name}, which its config does not give. Build the checkpoint again.")
+            raise SurgeryError(f"{path} holds {name}, which does not fit its config. Build the checkpoint again.")
     return {name: place for name, place in ranges.items() if name in names}, len(found.globals)
 
 
@@ -117,7 +117,7 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         prefix, item = waiting.pop()
         seen += 1
         if not isinstance(item, nn.Module) or seen > _MAX_MODULES or prefix.count(".") > MAX_DEPTH:
-            raise ValueError("it holds something else than modules in modules")
+            raise ValueError("it holds something other than nested modules")
         fields = vars(item)
         for name, tensor in (*fields["_parameters"].items(), *fields["_buffers"].items()):
             if isinstance(tensor, Tensor):
@@ -128,7 +128,7 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def weights_digest(tensors: Mapping[str, tuple[Any, Any, str]]) -> str:
-    """BLAKE3 of the names, dtypes, shapes and BLAKE3 of tensors. It identifies a checkpoint's weights.
+    """BLAKE3 of the names, dtypes, shapes and BLAKE3 of tensors. This digest identifies a checkpoint's weights.
 
     Args:
         tensors: (dtype, shape, BLAKE3 in hex) by name.
@@ -151,7 +151,7 @@ def digest_of_ranges(ranges: Mapping[str, TensorRange]) -> str:
 
 
 def blake3_of_tensors(ranges: Mapping[str, TensorRange]) -> dict[str, str]:
-    """BLAKE3 of each tensor's bytes."""
+    """BLAKE3 of each tensor's bytes, by name."""
     files: dict[Path, dict[str, tuple[int, int]]] = {}
     for place in ranges.values():
         start, end = range_of(place)
@@ -206,7 +206,7 @@ def digest_of_weights(path: Path) -> str:
 
 
 def digest_of_tokenizer(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The digest of everything that turns text into tokens; `save_pretrained` does not change it."""
+    """The digest of everything that turns text into tokens. It stays the same if the tokenizer is saved and loaded."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return digest_of(
         {
@@ -243,9 +243,9 @@ def recorded_weights(folder: Path) -> str:
 
 
 def digests_as_recorded(recorded: Mapping[str, Mapping[str, Any]], folder: Path) -> tuple[dict, dict]:
-    """Digests of a model's files by name: those in a checkpoint_info.json, and those of the files in `folder`.
+    """(recorded digests, digests of the files in `folder`), both by file name. Equal dicts mean equal files.
 
-    A file of another size is not read. The first versions recorded SHA-256 instead of BLAKE3.
+    A file with another size is not read: its digest is given as zeros. The first versions recorded SHA-256, not BLAKE3.
     """
     then: dict[str, str] = {}
     now: dict[str, str | None] = {}

@@ -22,7 +22,7 @@ from model_preparation.io.tensors.tensor_ranges import TensorRange
 if TYPE_CHECKING:
     from model_preparation.llamba.configuration_llamba import LlambaConfig
 
-_NOT_ORIGIN = ("name", "layers")  # fields of a donor's record that do not say where it comes from
+_NOT_ORIGIN = ("name", "layers")  # fields of a donor's record that do not say where the donor comes from
 
 
 class CheckpointFiles(TensorFiles):
@@ -61,10 +61,10 @@ class Parent:
 
     @classmethod
     def at(cls, name: str, ungrafted: Collection[int], sources: Mapping[str, str] | None) -> "Parent | None":
-        """The checkpoint in the folder that `name` means; None if there is none.
+        """The checkpoint in the folder that `name` means; None if `name` means no checkpoint.
 
         Raises:
-            SurgeryError: if it cannot be read, a layer in `ungrafted` is not grafted, or its own base is missing.
+            SurgeryError: if the checkpoint or its base cannot be read, or a layer in `ungrafted` is not grafted.
         """
         folder = folder_named(target_named(name, sources))
         if folder is None or not (folder / INFO).is_file():
@@ -99,11 +99,11 @@ class Parent:
 
     @property
     def tokenizer(self) -> Path:
-        """The folder of its tokenizer."""
+        """The folder of the checkpoint's tokenizer."""
         return self.folder / "tokenizer" if "pt" in formats_of(self.info) else self.folder
 
     def owners(self) -> dict[int, str]:
-        """The donor of each grafted layer, in words."""
+        """The owner of each grafted layer in words, by index, such as "llama's (heads 1, 2)"."""
         found = {int(index): f"{donor['id']}'s" for donor in donors_of(self.info) for index in donor["layers"]}
         heads = grafted_heads(self.info)
         return found | {index: f"{found[index]} (heads {', '.join(map(str, heads[index]))})" for index in heads}
@@ -120,13 +120,6 @@ class Parent:
                 f"{folder} is not the base that {self.folder} was built from ({'; '.join(differing)}). "
                 f"Put that base back there, or build from a base instead."
             )
-
-    def digests(self) -> dict[str, tuple[str, str]]:
-        """(origin, BLAKE3) of each tensor, from tensor_digests.json."""
-        from model_preparation.checkpoint.model_digests import read_tensor_digests  # imports torch
-
-        recorded = read_tensor_digests(self.folder / TENSOR_DIGESTS)
-        return {name: (entry.origin, entry.blake3) for name, entry in recorded.items()}
 
     def donors(self, kept: Collection[int], added: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The record of each donor for checkpoint_info.json, the earliest donor first.

@@ -1,4 +1,4 @@
-"""The text of README.txt, which each checkpoint has: what it is, its files, and how to load it."""
+"""The text of a checkpoint's README.txt: what the checkpoint is, its files, and how to load it."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ Files
   checkpoint_info.json  layers, sources, digests, config: the recipe to build the checkpoint again
 {shared}
 {needs} Run the
-lines below in this folder. In another folder, write this folder's path for "." and before file names.
+lines below in this folder. To run them elsewhere, write the path of this folder instead of "." and before file names.
 
 {ways}
-The model is on the CPU; model.cuda() moves it.
+The model is on the CPU; model.cuda() moves it to a GPU.
 """
 
 _PT_FILES = """\
@@ -36,14 +36,14 @@ _HF_FILES = """\
   *.py                  the model's code, for transformers without our package"""
 
 _SHARED = """
-Other checkpoints may share the .safetensors files by links: replace one if you must, but never write into it.
+Other checkpoints may have links to the same .safetensors files. To change a file, replace it; never write into it.
 """
 
 _NEEDS = "Loading needs the package `model_preparation` installed (pip install PATH_TO_THE_REPOSITORY)."
 _HF_NEEDS = "Loading needs transformers, and for way 1 the package `model_preparation`."
 
 _LOAD_CHECKPOINT = """\
-Model and tokenizer at once. Nothing is unpickled, and weights are read when they are used:
+Load model and tokenizer with one call. No code is unpickled, and weights are read when they are used:
 
     from model_preparation import load_checkpoint
     model, tokenizer = load_checkpoint(".")
@@ -54,7 +54,7 @@ Model and tokenizer at once. Nothing is unpickled, and weights are read when the
 
 _PT_WAYS = [
     """\
-The whole model. With the package imported, torch.load reads it safely:
+Load the whole model. If the package is imported, torch.load reads the file safely:
 
     import model_preparation
     import torch
@@ -62,13 +62,13 @@ The whole model. With the package imported, torch.load reads it safely:
     model = torch.load("model.pt")
     tokenizer = AutoTokenizer.from_pretrained("tokenizer")
 
-   Without that import, on a file you trust, torch.load("model.pt", weights_only=False) does the same:
+   If you trust the file, this works without importing the package:
 
     import torch
     model = torch.load("model.pt", weights_only=False)
 """,
     """\
-The state dict, into the architecture that checkpoint_info.json describes:
+Load the state dict into the architecture that checkpoint_info.json describes:
 
     import json
     import torch
@@ -82,19 +82,19 @@ The state dict, into the architecture that checkpoint_info.json describes:
 ]
 
 _HF_WAY = """\
-transformers alone, without our package. It runs the .py files of this folder: read them first, unless you trust
-their author. They were tested with {tested}.
+Load the model with transformers, without our package. This runs the .py files of this folder: read them first,
+unless you trust their author. They were tested with {tested}.
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
 
-   lm-eval in the same way:  lm_eval --model hf --model_args pretrained=.,trust_remote_code=True --tasks mmlu
+   lm-eval loads it in the same way:  lm_eval --model hf --model_args pretrained=.,trust_remote_code=True --tasks mmlu
 """
 
 
 def readme_text(info: dict[str, Any]) -> str:
-    """The text of README.txt. It depends on the recipe alone, not on the folder's name or later scores.
+    """The text of README.txt. The text depends only on the recipe, not on the folder's name or later scores.
 
     Args:
         info: checkpoint_info.json, which need not be complete yet.
@@ -117,7 +117,7 @@ def readme_text(info: dict[str, Any]) -> str:
             f"held-out loss {_loss(healing['scores']['before'])} before, {_loss(healing['scores']['after'])} after."
         )
     elif is_healed(info):
-        summary.append(f"Built on {info['descent'][-1]['from']['id']}, which is healed, or was built on a healed one.")
+        summary.append(f"Built on {info['descent'][-1]['from']['id']}, which is healed or has a healed ancestor.")
     if info["description"]:
         summary.insert(0, info["description"])
     has_pt, has_hf = info["format"] != "hf", info["format"] != "pt"

@@ -1,7 +1,7 @@
-"""Builds a checkpoint again from its checkpoint_info.json, and compares the two.
+"""Builds a checkpoint again from its checkpoint_info.json, and compares the new files with the recorded digests.
 
-This recipe, a few kilobytes, names base, donor and layers, and has the digest of every file. Base, donor and recipe are
-enough to make the checkpoint.
+checkpoint_info.json is the recipe: it names base, donor and layers, and has the digest of every file, in a few
+kilobytes. Base, donor and recipe are enough to make the checkpoint.
 """
 
 import tempfile
@@ -30,7 +30,7 @@ from model_preparation.io.digests import sha256_of
 from model_preparation.io.result_inputs import differences
 from model_preparation.io.tensors.tensor_ranges import MappedFiles
 
-_PROGRAMS = ("model_preparation", "torch", "transformers")  # all bytes but the tensors' depend on them
+_PROGRAMS = ("model_preparation", "torch", "transformers")  # all bytes outside the tensors depend on these
 # The model's computation depends on these fields of a config.
 _CONFIG = (
     *("d_model", "n_layer", "vocab_size", "tie_embeddings", "norm_epsilon"),
@@ -50,34 +50,35 @@ def rebuild_checkpoint(
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Build the checkpoint that a checkpoint_info.json describes, and compare their digests.
+    """Build the checkpoint that a checkpoint_info.json describes, and compare the new digests with the recorded ones.
 
     Args:
         recipe: a checkpoint_info.json.
         output_dir: the folder to make; it appears whole or not at all.
-        llama_layers_dir: a folder of the donor's extracted layers. If it has none, they are extracted into it from
-            the recipe's donor. Give a folder for each donor if the recipe has several.
-        base: where the base is; by default where the recipe says. For a graft on a healed checkpoint, its folder.
+        llama_layers_dir: a folder of the donor's extracted layers. If it holds no layers, they are extracted into it
+            from the recipe's donor. If the recipe has several donors, give a folder for each.
+        base: where the base is; by default where the recipe says. If the recipe needs a parent checkpoint, such as a
+            healed one, give the folder of that checkpoint.
         device: where the smoke test runs, or a function that chooses it.
         overwrite: replace an existing checkpoint.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Returns:
-        Notes on files that differ although model and tokenizer are equal, with the reason. Usually there are none.
+        Notes on files that differ although model and tokenizer are equal, with the reason. Usually the list is empty.
 
     Raises:
-        SurgeryError: if the recipe cannot be read; if base or donor are missing or not the recipe's; or if files
-            differ although the versions of programs are the same.
+        SurgeryError: if the recipe cannot be read; if base or donor are missing, or are not the recipe's; or if
+            files differ although the versions of programs are the same.
     """
     target = Path(output_dir).expanduser()
     given = [llama_layers_dir] if isinstance(llama_layers_dir, str | Path) else llama_layers_dir
     folders = [Path(folder).expanduser() for folder in given]
-    check_target(target, overwrite=overwrite, marker_file=INFO)  # before layers are extracted
+    check_target(target, overwrite=overwrite, marker_file=INFO)  # before any layer is extracted
     info = read_recipe(recipe)
     if "healing" in info:
         raise SurgeryError(
-            f"{recipe} describes a healed checkpoint, and no recipe makes its weights. Copy the checkpoint itself, or "
-            f"rebuild the one it was healed from, {info.get('parent', {}).get('id', 'its parent')}, and heal that."
+            f"{recipe} describes a healed checkpoint, and no recipe makes trained weights. Copy the checkpoint "
+            f"itself, or rebuild {info.get('parent', {}).get('id', 'its parent')} and heal it again."
         )
     step: dict[str, Any] = {"grafted": info["replaced_layers"], "grafted_heads": info.get("grafted_heads", {})}
     if needs_parent(info):
@@ -95,10 +96,10 @@ def rebuild_checkpoint(
                 found["mmlu_result"] = measured
             else:
                 found["mmlu_score"] = None
-                notes.append("Its MMLU score is left out: it was measured on other weights. Evaluate the checkpoint.")
+                notes.append("The MMLU score is left out: it was measured on other weights. Evaluate the checkpoint.")
 
     try:
-        tokenizer = info.get("tokenizer_source")  # the first recipes have none
+        tokenizer = info.get("tokenizer_source")  # early recipes lack this field
         build_checkpoint(
             base or target_of(info["base_model"], "Say where it is by --base."),
             step["grafted"],
@@ -118,7 +119,7 @@ def rebuild_checkpoint(
             ungraft=step.get("ungrafted", []),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise SurgeryError(f"{recipe} lacks what a recipe needs ({error!r}). Copy it again.") from error
+        raise SurgeryError(f"{recipe} lacks a field or has a wrong one ({error!r}). Copy it again.") from error
     return notes
 
 
@@ -126,7 +127,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint_info.json, given its path or its folder.
 
     Raises:
-        SurgeryError: if it is missing or invalid.
+        SurgeryError: if the file is missing or invalid.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -143,19 +144,21 @@ def _check_parent(recipe: str | Path, base: str | None, recorded: Mapping[str, A
     """Raise SurgeryError unless `base` is the checkpoint that the recipe starts from."""
     if base is None:
         raise SurgeryError(
-            f"{recipe} describes a graft on the checkpoint {recorded['id']}, which base and donors alone do not give. "
-            "Say where that checkpoint is by --base."
+            f"{recipe} describes a graft on the checkpoint {recorded['id']}. Base and donors are not enough to "
+            "build it. Say where that checkpoint is by --base."
         )
     if read_info(base)["files"][TENSOR_DIGESTS]["sha256"] != recorded.get("tensor_digests_sha256"):
-        raise SurgeryError(f"{base} is not the checkpoint {recorded['id']} of the recipe. Give that one by --base.")
+        raise SurgeryError(
+            f"{base} is not the checkpoint {recorded['id']} of the recipe. Give that checkpoint by --base."
+        )
 
 
 def _donor_layers(
     folders: Sequence[Path], info: Mapping[str, Any], layers: Sequence[int], sources: Mapping[str, str] | None
 ) -> LayerStore | Path:
-    """The layers of the recipe's donors, compared with the recipe. An empty folder gets them first."""
+    """The layers of the recipe's donors, compared with the recipe. If a folder has none, they are extracted first."""
     if not layers:
-        return folders[0]  # nobody opens it
+        return folders[0]  # the build does not open it
     taken = [(donor, [index for index in layers if str(index) in donor["layers"]]) for donor in donors_of(info)]
     taken = [(donor, own) for donor, own in taken if own]
     if len(folders) != len(taken):
@@ -187,23 +190,23 @@ def _layers_of_one(
             target_of(donor, "Say where it is by --llama_layers_dir."), folder, layers=layers, sources=sources
         )
     store = LayerStore(folder)
-    tensors = info.get("digests", {}).get("donor_layers")  # recipes from before 0.2.0 lack them
+    tensors = info.get("digests", {}).get("donor_layers")  # recipes from before 0.2.0 have none
     for index in layers:
         path, recorded = store.path(index), donor["layers"][str(index)]
         if tensors is not None:
-            is_it = digest_of_layers(store, [index]) == {str(index): tensors[str(index)]}
+            matches = digest_of_layers(store, [index]) == {str(index): tensors[str(index)]}
         else:
-            is_it = store.layers[index]["sha256"] == recorded or _sha256_of_old_file(store, index) == recorded
-        if not is_it:
+            matches = store.layers[index]["sha256"] == recorded or _sha256_of_old_file(store, index) == recorded
+        if not matches:
             raise SurgeryError(
-                f"{path} is not the layer of the recipe: its tensors are others. "
-                "Give another --llama_layers_dir, or an empty one."
+                f"{path} is not the layer of the recipe: its tensors differ. "
+                "Give another --llama_layers_dir, or an empty folder."
             )
     return store
 
 
 def _sha256_of_old_file(store: LayerStore, index: int) -> str:
-    """The SHA-256 of a layer's file as the first versions wrote it, by torch.save."""
+    """The SHA-256 of a layer's file if torch.save writes it, as the first versions did."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -218,30 +221,32 @@ def _name_of(source: Mapping[str, Any]) -> str:
 
 
 def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], base: Path | None) -> list[str]:
-    """Compare with the recipe. Another model is an error; files that other programs wrote differently are a note.
+    """Compare a new checkpoint_info.json (`found`) with the recipe (`wanted`); returns notes.
+
+    A different model is an error. Files that differ because other program versions wrote them give a note.
 
     Args:
-        base: the folder to compare with the recipe's base; None for a checkpoint, which was compared already.
+        base: the folder to compare with the recipe's base; None if the graft is on a checkpoint.
     """
     if base is not None and (changes := differences(*digests_as_recorded(wanted["base_model"]["files"], base))):
         raise SurgeryError(
-            f"{base} is not the recipe's base ({'; '.join(changes)}). Take the base that the recipe names, "
+            f"{base} is not the recipe's base ({'; '.join(changes)}). Give the base that the recipe names, "
             f"{_name_of(wanted['base_model'])}, by --base."
         )
     if changes := differences(_model_of(wanted), _model_of(found), of_both=True):
         raise SurgeryError(
             f"The new checkpoint is not the recipe's model ({'; '.join(changes)}). Give the recipe's donor."
         )
-    names = (found["files"].keys() | wanted["files"].keys()) - {TENSOR_DIGESTS}  # which is compared above
+    names = (found["files"].keys() | wanted["files"].keys()) - {TENSOR_DIGESTS}  # compared above
     ids = [[source["id"] for source in (info["base_model"], *donors_of(info))] for info in (found, wanted)]
     if ids[0] != ids[1]:
-        names -= {README}  # it has these ids
+        names -= {README}  # its text has these ids
     files = [name for name in sorted(names) if found["files"].get(name) != wanted["files"].get(name)]
     programs = differences(_programs_of(wanted), _programs_of(found), of_both=True)
     is_same_library = wanted["versions"].get("transformers") == found["versions"]["transformers"]
     unexplained = [name for name in files if not programs or (is_same_library and name.startswith(_TOKENIZER_FILES))]
     if wanted.get("digests", {}).get("tokenizer") == found["digests"]["tokenizer"]:
-        # Before 0.3.0 this file also said whether HF_HUB_OFFLINE was set.
+        # Before 0.3.0, tokenizer_config.json also said whether HF_HUB_OFFLINE was set.
         unexplained = [name for name in unexplained if not name.endswith("tokenizer_config.json")]
     if unexplained:
         raise SurgeryError(
@@ -250,12 +255,13 @@ def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], base: Path | N
         )
     if not files:
         return []
-    why = "; ".join(programs) or "one of them with HF_HUB_OFFLINE"
-    return [f"Other versions of programs wrote other bytes in {', '.join(files)} ({why})."]
+    if not programs:
+        return [f"{', '.join(files)} differs, but the tokenizer is equal: one build had HF_HUB_OFFLINE set."]
+    return [f"Other versions of programs wrote other bytes in {', '.join(files)} ({'; '.join(programs)})."]
 
 
 def _model_of(info: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity of the model in a checkpoint_info.json. The first versions recorded less."""
+    """The identity of the model that a checkpoint_info.json describes. The first versions recorded less."""
     config = {name: info["config"].get(name) for name in _CONFIG}
     tensors = info["files"].get(TENSOR_DIGESTS)
     older = {} if tensors is None else {TENSOR_DIGESTS: tensors["sha256"]}

@@ -1,7 +1,7 @@
 """Uploads a checkpoint to a repository on ModelScope or Hugging Face.
 
-The repository gets the files that checkpoint_info.json names, that file without this machine's paths, and README.md,
-the card. The folder itself is only read.
+The repository gets the files that checkpoint_info.json lists, checkpoint_info.json without this machine's paths, and
+README.md (the card). The checkpoint's folder is only read.
 """
 
 import hashlib
@@ -49,7 +49,7 @@ _HF_ONLY = [
     "chat_template*",
 ]
 _WHAT = ("auto", "pt", "hf", "recipe")
-_LOCAL_PATH = re.compile(r"(~([A-Za-z_]\w*)?|\.\.?|[A-Za-z]:)?[/\\]|file:")  # on any system
+_LOCAL_PATH = re.compile(r"(~([A-Za-z_]\w*)?|\.\.?|[A-Za-z]:)?[/\\]|file:")  # of any operating system
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class UploadPlan:
     """The files of an upload.
 
     Attributes:
-        licence: its id.
+        licence: the id of the licence.
         recorded: {"bytes", "sha256"} of files in `directory`, by path.
         texts: contents of files made for the hub, by path.
         left_out: files of `directory` that are not uploaded.
@@ -117,9 +117,9 @@ def plan_upload(
         hub: "modelscope" or "huggingface".
         what: "pt" or "hf" for one format's files, "auto" for all files, "recipe" for checkpoint_info.json,
             README.txt, README.md and NOTICE only.
-        revision: the branch; by default the hub's default one.
+        revision: the branch; by default the hub's default branch.
         licence: the licence's id; needed if base and donor do not determine it.
-        card: a README.md to upload instead of the one made from checkpoint_info.json. The licence is read from it.
+        card: a README.md to upload instead of the generated card. It also names the licence.
 
     Raises:
         SurgeryError: if the checkpoint is not complete or lacks the format; if a file is missing, has another size or
@@ -139,7 +139,7 @@ def plan_upload(
         terms = terms_of(info, licence)
         check_name(repo, terms)
         shared = _without_paths(info)
-        if shared.get(MEASURED, {}).get("model"):  # scores from before 0.2.0 lack it
+        if shared.get(MEASURED, {}).get("model"):  # scores from before 0.2.0 lack this field
             from model_preparation.checkpoint.model_digests import recorded_weights  # imports torch
 
             if current_score(shared, recorded_weights(directory)) is None:
@@ -175,8 +175,8 @@ def upload(plan: UploadPlan, *, private: bool = False, message: str | None = Non
 
     Args:
         private: make a new repository private; refuse an existing public one.
-        message: of the commit.
-        verify: compare every recorded file with its SHA-256 first.
+        message: the commit's message.
+        verify: before the upload, compare every recorded file with its SHA-256.
 
     Raises:
         SurgeryError: if there is no token, the hub cannot be reached or refuses, or a file is changed.
@@ -253,7 +253,7 @@ def _check_file(directory: Path, name: str, recorded: Mapping[str, Any]) -> None
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # unlike Path.resolve, it accepts a link to itself
+    return Path(os.path.realpath(path))  # unlike Path.resolve, it accepts a link that points to itself
 
 
 def _read_card_file(path: Path) -> str:
@@ -264,7 +264,7 @@ def _read_card_file(path: Path) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """checkpoint_info.json as the hub gets it: only the last part of this machine's paths stays."""
+    """A field's value for the hub: of this machine's paths, only the last part stays."""
     if isinstance(value, dict):
         named = {"name": value["id"]} if value.get("hub") == "local" and "name" in value else {}
         fields = {_without_paths(name): _without_paths(field) for name, field in value.items() if name != "path"}
@@ -277,7 +277,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def _stage(plan: UploadPlan, names: set[str], folder: Path) -> None:
-    """Put the files `names` into `folder`: links into the checkpoint, and texts."""
+    """Fill `folder` with the files `names`: links to files of the checkpoint, and the texts of the plan."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,9 +34,9 @@ def smoke_test(
     Raises:
         SurgeryError: if a logit is not finite.
     """
-    torch.set_num_threads(1)  # for this thread: the other cores write and compute digests meanwhile
+    torch.set_num_threads(1)  # for this thread: meanwhile, the other cores write and compute digests
     mapped = MappedFiles()
-    places = {"lm_head.weight": graft.tensors["backbone.embedding.weight"]} | graft.tensors  # a tied head has no tensor
+    places = {"lm_head.weight": graft.tensors["backbone.embedding.weight"]} | graft.tensors  # a tied head
     dtype = graft.dtype.torch
     model = empty_model(graft.config)
     for name, module in list(model.named_modules()):
@@ -64,7 +64,7 @@ def _forward_from_file(
     mapped: MappedFiles,
     check_stopped: Callable[[], object],
 ) -> Callable[[Tensor], Tensor]:
-    """The module's `forward`, with a weight of shape (rows, columns) that each call reads from its file."""
+    """A `forward` for the module. Each call reads the weight, of shape (rows, columns), from its file."""
 
     def embed(ids: Tensor) -> Tensor:
         """(batch, length) -> (batch, length, columns)."""

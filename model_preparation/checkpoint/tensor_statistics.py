@@ -1,4 +1,4 @@
-"""Statistics of one tensor, and the difference of two. They are read in pieces."""
+"""Statistics of one tensor, and the difference of two tensors. Tensors are read in pieces."""
 
 import math
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ _PIECE_NUMBERS = 1 << 20
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of a tensor's finite numbers; NaN if it has none.
+    """Statistics of a tensor's finite numbers; NaN if no number is finite.
 
     Attributes:
         std: the population's standard deviation.
         not_finite: how many numbers are infinite or NaN.
-        blake3: of the bytes, as in tensor_digests.json.
+        blake3: the digest of all bytes, as in tensor_digests.json.
     """
 
     mean: float
@@ -37,7 +37,7 @@ class Difference:
 
     Attributes:
         largest: the largest absolute difference of two numbers at the same place.
-        relative: the norm of the difference, divided by the norm of the second tensor.
+        relative: the norm of the difference, divided by the norm of the second tensor; NaN if that is 0.
     """
 
     largest: float
@@ -45,7 +45,7 @@ class Difference:
 
 
 def statistics_of(place: TensorRange) -> Statistics:
-    """Statistics of a tensor, which is read once."""
+    """Statistics of a tensor. It is read once."""
     digest = blake3()
     count, total, squares, least, most = 0, 0.0, 0.0, math.inf, -math.inf
     for piece in _pieces(place):
@@ -65,7 +65,7 @@ def statistics_of(place: TensorRange) -> Statistics:
 
 
 def difference_of(ours: TensorRange, theirs: TensorRange) -> Difference:
-    """The difference of two tensors of one shape, which are read once. Their dtypes may differ."""
+    """The difference of two tensors of the same shape. Their dtypes may differ. Each is read once."""
     largest = squares = norm = 0.0
     for a, b in zip(_pieces(ours), _pieces(theirs), strict=True):
         change = a.double() - b.double()

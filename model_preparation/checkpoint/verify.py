@@ -1,7 +1,7 @@
 """Checks that a checkpoint's folder is as it was built: every file and every tensor.
 
-Every byte is read once, and no code is unpickled. Checks that import the model run while the files are read. If base or
-donor's layers are given, their tensors are compared too (verify_tensors.py).
+Every byte is read once, and no code is unpickled. Checks that need the model's classes run while the files are read. If
+the base or the donor's layers are given, the checkpoint is compared with them too (verify_tensors.py).
 """
 
 import contextlib
@@ -41,18 +41,18 @@ if TYPE_CHECKING:
     from model_preparation.checkpoint.verify_tensors import TensorChecks
 
 _FILES_AT_ONCE = 2  # one core computes the digests of one file
-# Hubs, their clients and share_checkpoint.py add these files, and no loader reads them. A loader may read any other.
+# Hubs, their clients and share_checkpoint.py add these. No loader reads them. Loaders may read all other files.
 _ADDED_BY_HUBS = {
     *(".gitattributes", ".gitignore", "README.md", "LICENSE", "NOTICE"),
-    *("configuration.json", ".mdl", ".msc", ".mv"),  # ModelScope's
+    *("configuration.json", ".mdl", ".msc", ".mv"),  # ModelScope's files
 }
-_LEFT_BEHIND = re.compile(re.escape(INFO) + r"\.partial-\d+")  # by a killed write_file, which records a score
-_NOT_LOADED = {EVALUATIONS: "results, which come after the build", ".git": "a clone's", ".cache": "a download's"}
+_LEFT_BEHIND = re.compile(re.escape(INFO) + r"\.partial-\d+")  # from a run killed while it recorded a score
+_NOT_LOADED = {EVALUATIONS: "files of evaluations", ".git": "files of git", ".cache": "files of a download"}
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: the file in the folder or the tensor (`where`), and what is wrong with it."""
+    """A fault: `where` names the file or the tensor, and `what` says what is wrong with it."""
 
     where: str
     what: str
@@ -67,9 +67,9 @@ class Verification:
 
     Attributes:
         checks: a line per check that says what it covered.
-        notes: remarks that are no faults.
+        notes: what the user should know, but is no fault.
         faults: the faults.
-        elsewhere: how many faults only say that the checkpoint was compared with another base or donor.
+        elsewhere: how many of the faults only say that the given base or donor is not the checkpoint's own.
     """
 
     directory: Path
@@ -91,7 +91,7 @@ class Verification:
         self.faults.append(Fault(where, what))
 
     def compared_with_another(self, what: str) -> None:
-        """Add the fault that the checkpoint was compared with another base or donor than its own."""
+        """Add the fault that the given base or donor is not the checkpoint's own."""
         self.fault("comparison:", what)
         self.elsewhere += 1
 
@@ -104,7 +104,7 @@ def verify_checkpoint(
     files_only: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> list[Fault]:
-    """The faults of a checkpoint folder; none if it is as it was built. The arguments are those of `verify`."""
+    """The faults of a checkpoint folder; an empty list if it has none. The arguments are those of `verify`."""
     return verify(directory, base, llama_layers_dir, files_only=files_only, sources=sources).faults
 
 
@@ -116,14 +116,14 @@ def verify(
     files_only: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> Verification:
-    """Check a checkpoint folder.
+    """Check a checkpoint folder; returns the results.
 
     Args:
         directory: a folder written by `build_checkpoint`.
-        base: a name, folder or hub id of the base, to compare the kept tensors too.
-        llama_layers_dir: the donor's extracted layers, to compare the replaced layers too; by default
-            extracted_llama_layers/, if its layers come from the same source.
-        files_only: check only the files' digests, which finds any changed byte, and no tensors.
+        base: a name, folder or hub id of the base. Then the kept tensors are compared with it.
+        llama_layers_dir: the donor's extracted layers. Then the replaced layers are compared with them. By default
+            extracted_llama_layers/, if that folder holds the layers that the checkpoint was built from.
+        files_only: check only the digests of whole files. This finds every changed byte, but names no tensor.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
@@ -157,13 +157,13 @@ def verify(
 
 
 def _tensor_checks(found: Verification, info: dict[str, Any], recorded: Mapping[str, dict]) -> "TensorChecks":
-    from model_preparation.checkpoint.verify_tensors import TensorChecks  # imports torch and the model: seconds
+    from model_preparation.checkpoint.verify_tensors import TensorChecks  # slow to import: torch and the model
 
     return TensorChecks(found, info, recorded)
 
 
 def _tensor_places(directory: Path, recorded: Mapping[str, dict]) -> dict[str, set[Range]]:
-    """By file, the ranges that may hold tensors: every record of a .pt file, every tensor of a safetensors file.
+    """The ranges that may hold tensors, by file: every record of a .pt file, every tensor of a safetensors file.
 
     A file that cannot be read gets no ranges here; `TensorChecks` reports its fault.
     """
@@ -179,9 +179,10 @@ def _tensor_places(directory: Path, recorded: Mapping[str, dict]) -> dict[str, s
 
 
 def _checked_info(found: Verification) -> dict[str, Any] | None:
+    """Compare checkpoint_info.json with its checksum; returns its fields, or None if they cannot be used."""
     path = found.directory / INFO
     if not path.exists():
-        return read_info(found.directory)  # raises the error for what is missing
+        return read_info(found.directory)  # raises the error that says what is missing
     data = regular_file(path).read_bytes()
     fault = checksum_fault(data)
     if fault:
@@ -197,7 +198,7 @@ def _checked_info(found: Verification) -> dict[str, Any] | None:
 
 
 def _recorded_files(found: Verification, info: dict[str, Any]) -> dict[str, dict]:
-    """The entries of `files` with paths inside the folder; any other entry is a fault."""
+    """The entries of checkpoint_info.json's "files", by path. A path outside the folder is a fault."""
     recorded = {}
     for name, entry in info["files"].items():
         try:
@@ -215,7 +216,7 @@ def _recorded_files(found: Verification, info: dict[str, Any]) -> dict[str, dict
 
 
 def _check_code(found: Verification, info: dict[str, Any], recorded: dict[str, dict]) -> None:
-    """Note code that differs from this package's. A file with the package's bytes is trusted, listed or not."""
+    """Add a note if code differs from this package's. A file equal to the package's is no fault, listed or not."""
     if "hf" not in formats_of(info):
         return
     if remark := remark_on_code(found.directory, listed_code(info)):
@@ -227,7 +228,7 @@ def _check_code(found: Verification, info: dict[str, Any], recorded: dict[str, d
 
 
 def _check_unlisted(found: Verification, info: dict[str, Any], recorded: Mapping[str, dict]) -> None:
-    """Report files that are not listed: as a fault if a loader may read them, now or in a later version."""
+    """Report files that are not listed. If a loader of this or a later version may read the file, this is a fault."""
     count = 0
     below: Counter[str] = Counter()  # files in folders that no loader reads
     has_hf = "hf" in formats_of(info)
@@ -247,14 +248,14 @@ def _check_unlisted(found: Verification, info: dict[str, Any], recorded: Mapping
                 found.fault(shown, f"is not listed in {INFO}, but loaders would read it")
             else:
                 found.notes.append(f"{shown} is not listed in {INFO}.")
-    found.notes += [f"{top}/ is not listed in {INFO}: {_NOT_LOADED[top]}, {below[top]} files." for top in below]
+    found.notes += [f"{top}/ holds {below[top]} {_NOT_LOADED[top]}, not listed in {INFO}." for top in below]
     found.check("Folder", f"{count} files, {len(recorded)} of them listed with their digests")
 
 
 def _read_files(
     found: Verification, recorded: Mapping[str, dict], places: Mapping[str, set[Range]] | None = None
 ) -> dict[str, FileDigests]:
-    """Read every file once, large ones first; compare size and SHA-256, and return the digests."""
+    """Read every file once, large files first, and compare size and SHA-256; returns the digests by file."""
     names = sorted(recorded, key=lambda name: -recorded[name]["bytes"])
     total = sum(entry["bytes"] for entry in recorded.values())
     digests: dict[str, FileDigests] = {}

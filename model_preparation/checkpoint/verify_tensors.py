@@ -44,7 +44,7 @@ from model_preparation.io.tensors.tensor_ranges import MappedFiles, StoredTensor
 from model_preparation.io.untrusted.untrusted_config import config_from
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 
-_CAST_NUMBERS = 1 << 22  # at a time
+_CAST_NUMBERS = 1 << 22  # cast at a time
 
 
 class TensorChecks:
@@ -178,11 +178,11 @@ class TensorChecks:
             others = {name for name in wanted if int(name.split(".")[2]) not in layers}
             wanted = {name: digest for name, digest in wanted.items() if name not in others}
             self._found.check(
-                "Donor", f"{len(others)} tensors are another donor's; --llama_layers_dir DIR compares them"
+                "Donor", f"{len(others)} tensors belong to another donor; --llama_layers_dir DIR compares them"
             )
         for index in layers:
             try:
-                store.check([index])  # the layer's file is the one that metadata.json describes
+                store.check([index])  # that the layer's file is as metadata.json describes it
             except SurgeryError as error:
                 self._found.fault(f"layer {index} of the donor", f"cannot be compared: {error}")
         heads = grafted_heads(self._info)
@@ -195,6 +195,7 @@ class TensorChecks:
         wanted: Mapping[str, TensorDigest],
         digests_of: Callable[[Callable[[int], None]], dict[str, str | None]],
     ) -> None:
+        """Report each tensor that differs. If more than half do, report one fault instead: another base or donor."""
         sizes = {name: digest.size_bytes for name, digest in wanted.items()}
         with bar(f"Reading the {which}", sum(sizes.values()), in_bytes=True) as advance:
             digests = digests_of(advance)
@@ -221,7 +222,7 @@ class TensorChecks:
         return str(source.get("path") or source.get("id"))
 
     def _layers_of(self, store: LayerStore) -> list[int]:
-        """The grafted layers of the donor in `store`. If no donor of the checkpoint is there: of its first donor."""
+        """The layers from the donor in `store`, or from the first donor if `store` has no donor of the checkpoint."""
         donors = donors_of(self._info)
         source = store.metadata["source"]
         chosen = next((d for d in donors if all(d.get(name) == source[name] for name in source)), None)
@@ -231,17 +232,15 @@ class TensorChecks:
         return [int(index) for index in chosen["layers"]]
 
     def _store_of_same_source(self) -> LayerStore | None:
+        """The default folder of extracted layers, if it holds the layers that the checkpoint was built from."""
         folder = default_folder("extracted_llama_layers")
-        if not (folder / METADATA).is_file():
+        layers = self._info.get("replacement_source", {}).get("layers")
+        if layers is None or not (folder / METADATA).is_file():
             return None
         try:
             store = LayerStore(folder)
         except SurgeryError:
-            return None  # the user did not ask for that folder
-        origin = self._info.get("replacement_source")
-        layers = origin.get("layers") if isinstance(origin, dict) else None
-        if not isinstance(layers, dict):
-            return None
+            return None  # no error, because the user did not name this folder
         here = {str(index): entry["sha256"] for index, entry in store.layers.items()}
         return store if layers.items() <= here.items() else None
 
@@ -249,9 +248,9 @@ class TensorChecks:
 def _donor_digests(
     store: LayerStore, wanted: Mapping[str, TensorDigest], heads: Mapping[int, list[int]], advance: Advance
 ) -> dict[str, str | None]:
-    """BLAKE3 of the donor's tensors for the names in `wanted`; None where the donor has no such tensor.
+    """BLAKE3 of the donor's tensors for the names in `wanted`; None if the donor has no such tensor.
 
-    metadata.json has the BLAKE3 of a tensor in its stored dtype. For another dtype the tensor is read and cast.
+    metadata.json has the BLAKE3 of a tensor in its stored dtype. For another dtype, the tensor is read and cast.
     """
     found: dict[str, str | None] = {}
     places: dict[str, StoredTensor | None] = {}
@@ -275,7 +274,10 @@ def _donor_digests(
 def _digests_of(
     places: Mapping[str, StoredTensor | None], wanted: Mapping[str, TensorDigest], advance: Advance
 ) -> dict[str, str | None]:
-    """BLAKE3 of the tensors at `places`. Each file is read once for all tensors that need no cast."""
+    """BLAKE3 of the tensors at `places`, by name; None if a tensor is missing or has another shape.
+
+    Each file is read once for all its tensors that need no cast.
+    """
     found: dict[str, str | None] = {}
     whole: dict[Path, dict[str, TensorRange]] = {}
     mapped = MappedFiles()

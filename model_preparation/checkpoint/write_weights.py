@@ -1,10 +1,11 @@
-"""The files of a checkpoint's weights, in either format.
+"""Plans and writes the files of a checkpoint's weights, in either format.
 
-Format pt: model.pt, the whole module, and model_state_dict.pt. Both are written from one read. On file systems that
-share extents (XFS, Btrfs) they share tensors: with each other, with the donor's extracted layers, and with checkpoints
-of the same base in the same folder. Ten such checkpoints take the room of one, plus ten times the grafted layers.
+Format pt has model.pt (the whole module) and model_state_dict.pt. Each tensor is read once for both. On file systems
+that share extents (XFS, Btrfs), the two files share tensors with each other, with the donor's extracted layers, and
+with checkpoints of the same base in the same folder ("siblings"). Ten such checkpoints take the disk space of one, plus
+ten times the grafted layers.
 
-Format hf: one safetensors file per layer. base_store.py keeps untouched layers once for all checkpoints.
+Format hf has one safetensors file ("shard") per layer. base_store.py stores untouched layers once for all checkpoints.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 
     from model_preparation.llamba import LlambaForCausalLM
 
-_SMALL_FILES_BYTES = 64_000_000  # tokenizer, JSON and README, generously
+_SMALL_FILES_BYTES = 64_000_000  # more than tokenizer, JSON files and README need
 
 
 @dataclass(frozen=True)
 class SiblingTensor:
-    """Where a tensor lies in another checkpoint of the same base, and what its BLAKE3 must be."""
+    """A tensor of the base in a sibling: where it lies, and the BLAKE3 that it must have."""
 
     place: TensorRange
     blake3: str
@@ -48,7 +49,7 @@ class GraftWeights:
     """Plans and writes the files of a graft's weights.
 
     Args:
-        graft: its parts.
+        graft: the parts of the graft.
         target: the checkpoint's folder.
         format: "pt", "hf" or "both".
     """
@@ -70,7 +71,7 @@ class GraftWeights:
 
     @cached_property
     def _shards(self) -> tuple[list[Shard], list[Shard]]:
-        """(the base's, the donor's), each in the model's order."""
+        """(shards of the base, which checkpoints share; all other shards), both in the model's order."""
         by_file: dict[str, dict[str, StoredTensor]] = {}
         for name, place in self._graft.tensors.items():
             by_file.setdefault(shard_file(name), {})[name] = place
@@ -84,14 +85,14 @@ class GraftWeights:
 
     @cached_property
     def has_siblings(self) -> bool:
-        """Whether other checkpoints may hold tensors to share. Reading them imports torch."""
+        """Whether other checkpoints may hold tensors to share. Reading those checkpoints imports torch."""
         return self._shares_tensors and any(_sibling_folders(self._checkpoints))
 
     def base_files(self, check_stopped: Callable[[], object] = lambda: None) -> dict[str, dict]:
-        """{"bytes", "blake3"} of the base's files by name. Only files that have changed since the last time are read.
+        """{"bytes", "blake3"} of the base's files by name. A file whose digest is known already is not read again.
 
         Args:
-            check_stopped: called before each file; may raise.
+            check_stopped: called before each file; may raise an exception.
         """
         for path in self._graft.base_paths:
             check_stopped()
@@ -103,7 +104,7 @@ class GraftWeights:
         """Find the tensors and shards that can be shared instead of written. This may read the base.
 
         Args:
-            check_stopped: called before each of the base's files; may raise.
+            check_stopped: called before each of the base's files; may raise an exception.
         """
         if not (self._has_hf or self.has_siblings):
             return
@@ -113,7 +114,7 @@ class GraftWeights:
             self._siblings = _tensors_in_siblings(self._graft, self._checkpoints, base_files)
 
     def _bytes_to_write(self, *, read_base: bool = False) -> int:
-        """The room that the weights will take on the disk. Without `read_base`, it may be an overestimate."""
+        """How many bytes will be written. Without `read_base`, the number may be too large."""
         if read_base:
             self.prepare()
         size_bytes = 0
@@ -122,8 +123,8 @@ class GraftWeights:
             shared_bytes = sum(tensor.place.size_bytes for tensor in self._siblings.values())
             size_bytes += copy_bytes - shared_bytes if self._shares_extents else 2 * copy_bytes
         if self._has_hf:
-            base_shards, grafted_shards = self._shards
-            size_bytes += sum(shard.size_bytes for shard in grafted_shards)
+            base_shards, other_shards = self._shards
+            size_bytes += sum(shard.size_bytes for shard in other_shards)
             if read_base or all(map(is_known, self._graft.base_paths)):
                 base_shards = self._store.missing(base_shards)
             size_bytes += sum(shard.size_bytes for shard in base_shards)
@@ -146,14 +147,14 @@ class GraftWeights:
     def write(
         self, folder: Path, model: "Callable[[dict[str, Tensor]], LlambaForCausalLM]", advance: Advance
     ) -> tuple[dict[str, dict], dict[str, str]]:
-        """Write the files; returns {"bytes", "sha256"} of each by its name, and BLAKE3 by tensor name.
+        """Write the files; returns {"bytes", "sha256"} by file name, and BLAKE3 by tensor name.
 
         Args:
             model: makes the grafted model from its parameters; called when all of them are written.
-            advance: called with the bytes of every piece written or shared; may raise.
+            advance: called with the size in bytes of each written or shared piece; may raise an exception.
 
         Raises:
-            SurgeryError: if a checkpoint that shares tensors is damaged.
+            SurgeryError: if a sibling that shares tensors is damaged.
             OSError: from the file system: disk full, input/output error.
         """
         files: dict[str, dict] = {}
@@ -165,11 +166,11 @@ class GraftWeights:
             files, digests = write_together(paths, sources, lambda tensors: _pt_contents(model(tensors)), advance)
             _check_siblings(self._siblings, digests)
         if self._has_hf:
-            base_shards, grafted_shards = self._shards
+            base_shards, other_shards = self._shards
             for shard in base_shards:
                 files[shard.file], inside = self._store.provide(shard, folder / shard.file, advance)
                 digests |= inside
-            for shard in grafted_shards:
+            for shard in other_shards:
                 files[shard.file], inside = shard.write(folder / shard.file, advance)
                 digests |= inside
         return files, digests
@@ -179,7 +180,7 @@ def write_model(folder: Path, model: "LlambaForCausalLM", format: str, advance: 
     """Write the weights of a model in memory; returns {"bytes", "sha256"} of the .pt files by name.
 
     Args:
-        advance: called with the bytes of every piece or shard written.
+        advance: called with the size in bytes of each written piece or shard.
 
     Raises:
         OSError, SafetensorError: from the file system: disk full, input/output error.
@@ -192,7 +193,7 @@ def write_model(folder: Path, model: "LlambaForCausalLM", format: str, advance: 
         files, _ = write_together(paths, {}, lambda _: _pt_contents(model), advance)
     if format != "pt":
         by_file: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in model.named_parameters():  # tied ones once
+        for name, parameter in model.named_parameters():  # tied parameters appear once
             by_file.setdefault(shard_file(name), {})[name] = parameter.detach().contiguous()
         for file, tensors in by_file.items():
             save_file(tensors, folder / file, {"format": "pt"})
@@ -221,7 +222,7 @@ def _sibling_folders(checkpoints: Path) -> Iterator[Path]:
 def _tensors_in_siblings(
     graft: GraftParts, checkpoints: Path, base_files: Mapping[str, dict]
 ) -> dict[str, SiblingTensor]:
-    """The base's tensors in checkpoints that were built from the same base files, by name in the grafted model."""
+    """The base's tensors in siblings with the same base files and dtype, by name in the grafted model."""
     from model_preparation.checkpoint.model_digests import read_tensor_digests, state_dict_ranges  # imports torch
 
     found: dict[str, SiblingTensor] = {}
@@ -235,7 +236,7 @@ def _tensors_in_siblings(
                 if recorded[name].origin == "base" and not name.startswith(graft.replaced_prefixes):
                     found.setdefault(name, SiblingTensor(place, recorded[name].blake3))
         except (SurgeryError, OSError, KeyError, TypeError):
-            continue  # without an unreadable sibling, less is shared
+            continue  # an unreadable sibling shares nothing, which is no error
     return found
 
 

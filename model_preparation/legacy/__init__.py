@@ -1,1 +1,1 @@
-"""Imports layers that older programs pickled as whole modules. A separate, locked process reads them."""
+"""Imports layers that older programs pickled as whole modules. A separate process without network reads them."""

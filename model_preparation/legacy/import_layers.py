@@ -1,7 +1,7 @@
-"""Imports old layer files: whole LlamaDecoderLayer modules, each pickled alone. The result is as from `extract_layers`.
+"""Imports old layer files: pickled LlamaDecoderLayer modules, one per file. The result is as from `extract_layers`.
 
-Without the user's trust, the files are never opened, only scanned for the names of their globals. With it, another
-process reads them (`reader_process`). Its results are compared with the donor's config, like a stranger's model.
+If the user does not trust the files, they are never unpickled, only searched for the names of their globals. If the
+user trusts them, another process reads them (`reader_process`). Its answers are compared with the donor's config.
 """
 
 import re
@@ -41,11 +41,11 @@ from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.legacy.reader import is_usual
 from model_preparation.legacy.reader_process import legacy_process
 
-# The layer's index is the number after "layer", or the only number.
+# The layer's index is the number after "layer", or the only number in the name.
 _LAYER_NAME = re.compile(r"(?:.*layer\D*(\d+)(?:\D.*)?|\D*(\d+)\D*)\.(?:pt|pth|bin)", re.IGNORECASE)
 _ROTARY = "self_attn.rotary_emb."
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-# A graft computes with these fields. Two configs of one model have equal values.
+# A graft computes with these fields. All configs of one model have equal values here.
 _COMPARED = (
     "hidden_size",
     "num_hidden_layers",
@@ -74,23 +74,23 @@ def import_legacy(
     overwrite: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write the layers pickled in `folder` into `output_dir`; returns its metadata.
+    """Write the layers pickled in `folder` into `output_dir`; returns the folder's metadata.
 
     Args:
-        folder: has one file per layer, with the layer's index in its name.
+        folder: a folder with one file per layer; the name of the file has the layer's index.
         output_dir: the folder to make; it appears whole or not at all.
-        trust_pickle: whether the files may be opened at all.
-        allow_network: open them even if the reading process keeps its network access.
-        model_name: the donor, for `sources.resolve`; needed if the pickled modules have no config, or `folder` has no
-            tokenizer. Only config.json and the tokenizer are fetched.
+        trust_pickle: whether the files may be unpickled at all.
+        allow_network: unpickle them even if the reading process keeps its network access.
+        model_name: the donor, for `sources.resolve`; needed if the pickled modules have no config. If `folder` has no
+            tokenizer, the donor's is taken. Only config.json and the tokenizer are fetched.
         layers: indices to import; by default all.
-        dtype: cast floating-point tensors to it; by default each keeps its own.
+        dtype: cast floating-point tensors to this dtype; by default each tensor keeps its own.
         overwrite: replace a complete folder.
         sources: folders or hub ids by name, for `resolve(overrides=...)`.
 
     Returns:
-        As `extract_layers`. Its "source" also has "legacy": true, "files" with every old file's size and SHA-256, and
-        "not_run": the globals in the files that no decoder layer needs.
+        The metadata, as from `extract_layers`. Its "source" also has "legacy": true, "files" with every old file's size
+        and SHA-256, and "not_run": the globals in the files that no decoder layer needs.
 
     Raises:
         SurgeryError: without `trust_pickle` (the error lists the files' globals); if the files are not decoder layers
@@ -159,7 +159,7 @@ def legacy_files(folder: Path) -> dict[int, Path]:
     """The layer files in `folder` by the index in their names: layer_11.pt, llama_layer_11.pth, 11.pt.
 
     Raises:
-        SurgeryError: if there are none, or two for one layer.
+        SurgeryError: if there is no layer file, or there are two for one layer.
     """
     if not folder.is_dir():
         raise SurgeryError(f"{folder} is not a folder. Give the folder of the old layer files.")
@@ -184,7 +184,7 @@ def _not_trusted(folder: Path, target: Path, named: set[str]) -> SurgeryError:
     ordered = sorted(named, key=lambda name: (is_usual(name), "DecoderLayer" not in name, name))
     listed = ", ".join(ordered[:6]) + (f" and {len(ordered) - 6} more" if len(ordered) > 6 else "")
     return SurgeryError(
-        f"The files in {folder} are pickled modules, which can run code when they are opened; they name {listed}. If "
+        f"The files in {folder} are pickled modules, which can run code when they are opened. They name {listed}. If "
         "you trust their maker, import them in a separate process without network: "
         f"python extract_layers.py --from_legacy {shlex.quote(str(folder))} --output_dir {shlex.quote(str(target))} "
         "--trust_pickle"
@@ -199,12 +199,12 @@ def _donor_folder(model_name: str, sources: Mapping[str, str] | None) -> Path:
 
 
 def _agreed_config(known: LlamaConfig | None, fields: dict[str, Any] | None, path: Path) -> LlamaConfig:
-    """The donor's config: the one known so far, or the one with these `fields` from a file. Both must agree."""
+    """The donor's config: `known`, or one with a file's `fields` if none is known. Two configs must agree."""
     if fields is None:
         if known is None:
             raise SurgeryError(
-                f"{path} has no config in it. Name its model with --model_name NAME|PATH; only its config.json and "
-                "tokenizer are read."
+                f"{path} has no config in it. Name its model with --model_name NAME|PATH; only the model's config.json "
+                "and tokenizer are read."
             )
         return known
     fields_known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling", "torch_dtype"}
@@ -240,8 +240,8 @@ def _check(
         if wanted.get(name) != found.get(name):
             shapes = [list(shapes[name]) if name in shapes else "absent" for shapes in (found, wanted)]
             raise SurgeryError(
-                f"{name} in {path} is {shapes[0]}, but the donor's config asks for {shapes[1]}. "
-                "Check that the two belong together."
+                f"{name} in {path} is {shapes[0]}, but by the donor's config it must be {shapes[1]}. "
+                "Check that the file is of this donor."
             )
     settings = {
         "layer_idx": index,
@@ -255,15 +255,15 @@ def _check(
     for name, value in (answer["attention"] | {"epsilon": answer["eps"]}).items():
         if value is not None and name in settings and value != settings[name]:
             raise SurgeryError(
-                f"The layer in {path} has {name} {value!r}, but its file's name and the donor's config ask for "
-                f"{settings[name]!r}. Check that they belong together."
+                f"The layer in {path} has {name} {value!r}, but by its file's name and the donor's config it "
+                f"must be {settings[name]!r}. Check that the file is of this donor."
             )
     if (place := ranges.get(f"{_ROTARY}inv_freq")) is not None:
         ours = LlamaRotaryEmbedding(config).inv_freq
         theirs = MappedFiles().tensor(place).float()
-        # The tolerance is large, because these numbers were cast to bfloat16 with the whole model.
+        # The tolerance is large, because models cast to bfloat16 have these numbers in bfloat16 too.
         if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0.02, atol=0):
             raise SurgeryError(
-                f"The layer in {path} has other rotary frequencies than the donor's config asks for "
+                f"The layer in {path} has other rotary frequencies than the donor's config gives "
                 f"({theirs[-1].item():.3g} instead of {ours[-1].item():.3g}). Name the right model with --model_name."
             )

@@ -1,12 +1,12 @@
-"""Reads pickled decoder layers in a separate process, which first locks itself in; `reader_process` starts it.
+"""The process that reads pickled decoder layers. It restricts itself first. reader_process.py starts it.
 
 The only argument is the folder to write to; each line on stdin is a file's path as JSON. First the process prints a
-JSON line with the locks that hold. For each file it writes layer.safetensors into the folder, with LlamaDecoderLayer's
-own names, and prints a JSON line: attributes of the pickled objects, or {"fault": why the file is no layer}.
+JSON line with the restrictions that hold. For each file, it writes layer.safetensors into the folder, with the names of
+LlamaDecoderLayer, and prints a JSON line: attributes of the pickled objects, or {"fault": why the file is no layer}.
 
-Nothing in the pickle is run. torch and Python build tensors and containers. Everything else becomes a `StandIn`, which
-keeps its attributes and does nothing. So classes that transformers no longer has (LlamaSdpaAttention) are no problem.
-The locks protect the user if this code has a mistake.
+Nothing in the pickle is run. torch and Python build tensors and containers. Any other object becomes a `StandIn`,
+which keeps the object's attributes and does nothing. So classes that transformers no longer has (LlamaSdpaAttention)
+are no problem. The restrictions protect the user if this code has a mistake.
 """
 
 import json
@@ -23,7 +23,7 @@ from model_preparation.legacy import sandbox
 
 LAYER = "layer.safetensors"
 
-# These globals are really used. torch's loader handles storages before it asks for them.
+# Only these globals are used as they are. torch's loader handles typed storages itself.
 _REAL = {
     "__builtin__.set",
     "builtins.set",
@@ -35,7 +35,7 @@ _REAL = {
     "torch.device",
     "torch.storage.UntypedStorage",
 }
-# Replacements of the globals that make parameters from tensors: they return the tensors.
+# Replacements for the globals that make parameters from tensors: they return the tensors.
 _PARAMETER_BUILDERS = {
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
@@ -83,7 +83,7 @@ class StandIn:
 
 
 class Unpickler(pickle.Unpickler):
-    """Builds tensors and containers, and a StandIn for everything else; `replaced` collects the names."""
+    """Builds tensors and containers, and a StandIn for everything else; `replaced` collects their names."""
 
     replaced: ClassVar[set[str]] = set()
 
@@ -98,14 +98,14 @@ class Unpickler(pickle.Unpickler):
 
 
 def read_layer(path: Path, output: Path) -> dict[str, Any]:
-    """Write the layer's tensors into the safetensors file `output`.
+    """Write the tensors of the layer in the file `path` into the safetensors file `output`.
 
     Returns:
         "config": the fields of its LlamaConfig, or None; "attention": the plain attributes of its attention; "eps":
         the epsilon of its norms, or None; "not_run": globals that no layer needs.
 
     Raises:
-        ValueError: if the file holds something else than a LlamaDecoderLayer.
+        ValueError: if the file does not hold a LlamaDecoderLayer.
     """
     import torch
     from safetensors.torch import save_file
@@ -138,7 +138,7 @@ def read_layer(path: Path, output: Path) -> dict[str, Any]:
 
 
 def _tensors(layer: StandIn) -> dict[str, Any]:
-    """The layer's parameters and buffers, each once and under its own name."""
+    """The layer's parameters and buffers by their names in LlamaDecoderLayer. A tensor with two names appears once."""
     import torch
 
     found: dict[str, torch.Tensor] = {}

@@ -1,7 +1,7 @@
-"""Starts the process of `reader`, asks it for one layer after another, and checks every answer.
+"""Starts the process of reader.py, asks it for one layer after another, and checks every answer.
 
 An answer is a safetensors file, in which every range is checked, and a dict of plain values. The process gets only the
-environment variables that Python needs to start, so no tokens and no proxies.
+environment variables that Python needs to start, so it has no access tokens and no proxies.
 """
 
 import contextlib
@@ -45,16 +45,16 @@ def legacy_process(folder: Path, allow_network: bool) -> Iterator["LegacyProcess
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            start_new_session=True,  # after Ctrl-C we end it, so that it prints no second traceback
+            start_new_session=True,  # so Ctrl-C does not reach it: it would print a second traceback
         ) as process,
     ):
         try:
             reader = LegacyProcess(process, errors, folder)
-            locks = reader.answer("starting")
-            if not (locks.get("namespace") or locks.get("sockets") or allow_network):
+            restrictions = reader.answer("starting")
+            if not (restrictions.get("namespace") or restrictions.get("sockets") or allow_network):
                 raise SurgeryError(
                     "Nothing was opened, because a process on this system cannot give up its network access (on Linux, "
-                    "unshare and seccomp do this). Import the files on Linux, or add --allow_network to do without it."
+                    "unshare and seccomp do this). Import the files on Linux, or add --allow_network."
                 )
             yield reader
         finally:
@@ -92,7 +92,7 @@ class LegacyProcess:
         return safetensors_ranges(written), answer
 
     def answer(self, doing: str) -> dict[str, Any]:
-        """The dict on the process's next line; raises SurgeryError if there is none."""
+        """The dict on the process's next line; raises SurgeryError if the process ends or prints something else."""
         assert self._process.stdout is not None
         timer = threading.Timer(_MAX_SECONDS_PER_LAYER, self._process.kill)
         timer.start()
@@ -124,7 +124,7 @@ class LegacyProcess:
 
 def _environment(folder: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name in _VARIABLES_KEPT}
-    # It imports the same package as this process.
+    # The process must import the same package as this one.
     paths = [
         str(Path(__file__).resolve().parents[2]),
         *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)),

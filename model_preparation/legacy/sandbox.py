@@ -1,7 +1,7 @@
-"""Locks this process: no network, and no writing outside one folder. Reading a stranger's file needs neither.
+"""Restricts this process: no network, no writing outside one folder. Reading a stranger's file needs neither.
 
-Systems differ, so each lock is tried. The process cannot undo a lock. Call `enter` before any thread starts. Only the
-standard library is used.
+Systems differ, so each restriction is tried. The process cannot undo a restriction. Call `enter` before any thread
+starts. This module uses only the standard library.
 
 Sources: Linux's man pages user_namespaces(7), seccomp(2), landlock(7); headers linux/filter.h, linux/seccomp.h,
 linux/audit.h, linux/landlock.h.
@@ -18,11 +18,11 @@ _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _PR_SET_NO_NEW_PRIVS = 22, 2, 38
 
 # By machine: its AUDIT_ARCH, and the system calls that can open a connection: socket, io_uring_setup.
 _FORBIDDEN_CALLS = {"x86_64": (0xC000003E, (41, 425)), "aarch64": (0xC00000B7, (198, 425))}
-_X32_CALLS = 0x40000000  # x86_64's second set of numbers starts here
+_X32_CALLS = 0x40000000  # x86_64's second set of call numbers starts here
 _LOAD, _JUMP_IF_EQUAL, _JUMP_IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | 13  # EACCES
 
-# The same numbers on every machine.
+# These call numbers are the same on every machine.
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _WRITE_ACCESS = 0b1_1111_1111_0010  # write to, remove and make files and folders of every kind
 _WRITE_FILE, _REFER, _TRUNCATE = 1 << 1, 1 << 13, 1 << 14
@@ -30,7 +30,7 @@ _SCOPE_SOCKETS_AND_SIGNALS = 0b11
 
 
 def enter(writable: Path) -> dict[str, bool]:
-    """Lock this process in; returns which locks hold.
+    """Restrict this process; returns which restrictions hold.
 
     Args:
         writable: the only folder in which the process may still make, change or remove files.
@@ -43,13 +43,13 @@ def enter(writable: Path) -> dict[str, bool]:
         return {"namespace": False, "sockets": False, "files": False}
     libc = ctypes.CDLL(None, use_errno=True)
     namespace = libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0
-    # The next two steps need this, except for root. Then no program that this process starts can gain rights.
+    # Without root's rights, the next two steps need this flag. It also stops started programs from gaining rights.
     libc.prctl(_PR_SET_NO_NEW_PRIVS, *map(ctypes.c_ulong, (1, 0, 0, 0)))
     return {"namespace": namespace, "files": _refuse_writing(libc, writable), "sockets": _refuse_sockets(libc)}
 
 
 def _refuse_sockets(libc: ctypes.CDLL) -> bool:
-    """Install a system call filter. It also refuses sockets in the file system, which network namespaces share."""
+    """Install a system call filter. It also refuses Unix sockets with a path, which a namespace does not refuse."""
     if platform.machine() not in _FORBIDDEN_CALLS:
         return False
     architecture, calls = _FORBIDDEN_CALLS[platform.machine()]
@@ -64,7 +64,7 @@ def _refuse_sockets(libc: ctypes.CDLL) -> bool:
 
 
 def _refuse_writing(libc: ctypes.CDLL, writable: Path) -> bool:
-    """Use Landlock to refuse writing. A new enough kernel also refuses signals to other processes."""
+    """Refuse writing by Landlock. A new enough kernel also refuses signals to other processes."""
     version = libc.syscall(ctypes.c_long(_LANDLOCK_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint(1))
     if version < 1:
         return False

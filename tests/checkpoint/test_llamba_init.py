@@ -185,7 +185,7 @@ def test_unusable_donors_are_refused_and_leave_nothing(donor_dir, base_dir, tmp_
     save_file(weights, incomplete / "model.safetensors")
     save_file({**weights, "model.layers.2.self_attn.k_proj.weight": lost[:8]}, misshapen / "model.safetensors")
     for donor, words in [
-        (tmp_path / "wide", ["4 heads of 12 are 48 wide", "32"]),
+        (tmp_path / "wide", ["4 heads of width 12 are 48 wide together", "hidden size, 32"]),
         (base_dir, ["llamba model", "a donor must be llama, mistral, qwen2 or qwen3"]),
         (incomplete, ["model.layers.2.self_attn.k_proj.weight", "lacks"]),
         (misshapen, ["model.layers.2.self_attn.k_proj.weight", "[8, 32]", "[16, 32]"]),

@@ -173,7 +173,7 @@ def test_in_the_hf_format_every_file_that_is_not_listed_is_a_fault(checkpoint):
     found = verify(checkpoint, files_only=True)
     assert {note.split()[0] for note in found.notes} == unasked | harmless | {".git/", ".cache/", killed}
     assert f"{killed} was left by a killed run, and nothing reads it. Remove it." in found.notes
-    assert ".git/ is not listed in checkpoint_info.json: a clone's, 2 files." in found.notes
+    assert ".git/ holds 2 files of git, not listed in checkpoint_info.json." in found.notes
     assert not found.faults
     write_checksum(checkpoint, format="both")
     found = verify(checkpoint, files_only=True)

@@ -355,7 +355,7 @@ def test_layers_that_contradict_themselves_or_each_other_are_refused(layers, old
     layer.self_attn.out_proj = layer.self_attn.o_proj
     layer.mlp.up_proj = torch.nn.Linear(32, 48, bias=False)
     torch.save(layer, path)
-    refuse(old, tmp_path, f"mlp.up_proj.weight in {path} is [48, 32]", "asks for [40, 32]")
+    refuse(old, tmp_path, f"mlp.up_proj.weight in {path} is [48, 32]", "must be [40, 32]")
     torch.save(layers[1], path)
     refuse(old, tmp_path, str(path), "has layer_idx 1, but")
     torch.save(layers[1], old / "layer_1.pt")
