@@ -228,7 +228,7 @@ def test_lengths_beyond_24_people_ask_about_one_who_is_named_once():
         ({"tasks": ["kv_retrieval"], "language": "fr"}, "language is 'fr'. Choose one of en, zh."),
         ({"tasks": ["niah_single"], "haystack": "nowhere.txt"}, "haystack nowhere.txt cannot be read"),
         ({"tasks": ["gsm8k"], "task_data": ["piqa=."]}, "--task_data has piqa"),
-        ({"tasks": ["gsm8k"], "task_data": ["gsm8k=nowhere"]}, "The data of gsm8k, nowhere, is no folder"),
+        ({"tasks": ["gsm8k"], "task_data": ["gsm8k=nowhere"]}, "The data of gsm8k, nowhere, is not a folder"),
         ({"tasks": ["gsm8k"], "task_data": ["gsm8k"]}, "'gsm8k' is not TASK=DIR"),
     ],
 )

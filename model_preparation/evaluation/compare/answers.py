@@ -1,4 +1,4 @@
-"""The answers in lm-eval's samples files, and the questions that several models have in common.
+"""Read the answers in lm-eval's samples files, and find the questions that several models have in common.
 
 Questions are matched by their content (lm-eval's doc_hash), not by their place: limits and orders may differ. If a
 task has a question twice (as in MMLU), the first occurrence is matched with the first, and the second with the second.
@@ -30,9 +30,10 @@ class Answer(NamedTuple):
 
     Attributes:
         doc_hash, prompt_hash, target_hash: SHA-256 of question, prompt and target, hexadecimal.
-        value: the metric.
-        right_probability: of the right option of a multiple-choice question; NaN for other questions.
-        offset: where its line begins in the samples file, in bytes.
+        value: of the metric.
+        right_probability: the model's probability of the right option of a multiple-choice question, among the options;
+            NaN for other questions.
+        offset: where the question's line begins in the samples file, in bytes.
     """
 
     doc_hash: str
@@ -73,14 +74,14 @@ def read_answers(
 
     Args:
         evaluation: the files.
-        metrics: by task, a field of its samples that is a number, such as acc. If a file has several filters, the
-            first one that has the metric counts; "exact_match,strict-match" chooses the filter strict-match.
+        metrics: {task: a field of its samples that is a number, such as acc}. If a file has several filters, the first
+            one that has the metric counts; "exact_match,strict-match" chooses the filter strict-match.
 
     Returns:
-        {task: answers}, and {task: the metrics it has} for tasks without the wanted metric.
+        {task: answers} for tasks with the wanted metric, and {task: the metrics that it has} for tasks without it.
 
     Raises:
-        SurgeryError: if a file is damaged (the message names file and line); or if a samples file and the results file
+        SurgeryError: if a file is damaged (the message names file and line), or if a samples file and the results file
             have different numbers of questions.
     """
     answers, without = {}, {}
@@ -104,9 +105,9 @@ def read_answers(
 
 
 def _read_task(path: Path, metric: str) -> Answers | list[str]:
-    """The file's answers; or the metrics that it has, if this one is not among them."""
+    """The file's answers; or the metrics that the file has, if `metric` is not one of them."""
     metric, _, filter_name = metric.partition(",")
-    found: dict[str, Answers] = {}  # of each filter
+    found: dict[str, Answers] = {}  # by filter
     has: dict[str, None] = {}
     for number, offset, sample in _lines(path):
         its_filter = str(sample.get("filter", "none"))
@@ -136,7 +137,7 @@ def _answer(sample: dict[str, Any], metric: str, offset: int, *, where: str) -> 
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Number (from 1), offset in bytes, and content of each line."""
+    """For each line: its number (from 1), its offset in bytes, and its content."""
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -152,7 +153,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
 
 
 def _right_probability(sample: dict[str, Any]) -> float:
-    """Softmax of the options' log-likelihoods, at the right option; NaN without options."""
+    """The right option's value in the softmax over the log-likelihoods of all options; NaN without options."""
     try:
         scores = np.array([float(pair[0]) for pair in sample["filtered_resps"]])
         weights = np.exp(scores - scores.max())
@@ -181,7 +182,7 @@ class CommonQuestions:
     by_prompt: bool
 
     def column(self, name: str) -> NDArray[np.float64]:
-        """The field `name` of all answers, `value` or `right_probability`: (m, n)."""
+        """The field `name` of all answers, which is `value` or `right_probability`, as (m, n)."""
         return np.array([[getattr(row[model], name) for row in self.rows] for model in range(len(self.answers))])
 
     def differing(self, name: str) -> int:
@@ -200,7 +201,7 @@ def match(task: str, answers: Sequence[Answers]) -> CommonQuestions:
 
 
 def _common(answers: Sequence[Answers], names: Sequence[str]) -> list[tuple[Answer, ...]]:
-    """The questions that all models have, by these hashes.
+    """The questions that all models have. Questions are the same if they have the same hashes `names`.
 
     A repeated question counts as often as in the model that has the fewest copies of it.
     """
