@@ -47,7 +47,8 @@ def write(
         SurgeryError: for a logit that is not finite.
     """
     stops = [stop for stop in settings["until"] if stop]
-    ends = _ends(model, tokenizer)
+    eos = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}  # ids of the tokens that end any text
     written: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # the texts that are not complete
     logits, mask, cache = _read(model, prompts, read_at_once)
@@ -117,12 +118,6 @@ def _joined(caches: Sequence[Cache], longest: int) -> Cache:
                 parts = [getattr(layer, name) for layer in layers]
                 setattr(first, name, torch.cat([F.pad(part, (0, 0, longest - part.shape[2], 0)) for part in parts]))
     return caches[0]
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids of the tokens that end any text."""
-    ends = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

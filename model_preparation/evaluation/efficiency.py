@@ -48,7 +48,7 @@ MEASURED = {
 }
 TOKENS = 16  # generated after each context
 ROUNDS = 3
-_CONTEXTS = (128, 512, 2048)  # the default: those of them that fit into the models' positions
+_CONTEXTS = (128, 512, 2048)  # by default, those of them that fit into the models' positions
 _WARM_UP_TOKENS = 32
 _KNOWN = ("llama", "llamba")  # the model types for which the size of the cache can be computed
 
@@ -66,9 +66,9 @@ def measure_efficiency(
         changes: fields of `EfficiencySettings`, which replace those in `settings`.
 
     Returns:
-        The content of efficiency.json: `models`, each with `name`, `source`, `weights` (their digest), `dtype`,
-        `parameters` and `contexts`: rows of `context` (tokens) and the fields of `MEASURED`, where times are medians
-        over `rounds`; the conditions (`measured_on`, `threads`, `versions`, `date`, ...). Also `results_dir`.
+        The content of efficiency.json, and `results_dir`. Each of `models` has `name`, `source`, `weights` (a digest),
+        `dtype`, `parameters` and `contexts`: rows with `context` (tokens) and the fields of `MEASURED`. Times are
+        medians over `rounds`. Other fields are the conditions (`measured_on`, `threads`, `versions`, `date`, ...).
 
     Raises:
         SurgeryError: if a model is missing, if a context does not fit into a model's positions, if a cache does not
@@ -151,7 +151,7 @@ def resident_peak_bytes() -> int:
 
 
 def _processor() -> str:
-    """A text with the processor's name (without Linux: its architecture) and the number of threads that torch uses."""
+    """The processor's name (without Linux: its architecture), and how many threads torch uses, as text."""
     name, threads = os.uname().machine, torch.get_num_threads()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -207,7 +207,7 @@ def _measure(model: PreTrainedModel, context: int, name: str) -> dict[str, Any]:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     else:
-        with contextlib.suppress(OSError):  # if the peak cannot be reset, it also counts the loading of the model
+        with contextlib.suppress(OSError):  # a peak that cannot be reset includes the loading of the model
             Path("/proc/self/clear_refs").write_text("5")
     rounds = [_read_and_write(model, context) for _ in range(ROUNDS)]
     size_bytes = rounds[0][2]

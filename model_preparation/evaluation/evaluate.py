@@ -71,11 +71,13 @@ def evaluate_checkpoint(
         changes: fields of `EvaluationSettings`, which replace those in `settings`.
 
     Returns:
-        The fields that `evaluate_model` returns, and: `model` (digests of weights, config and tokenizer), `weights`
-        (one digest of all these), `date`, `results_dir` (the folder of this evaluation), `kept` (whether all answers
-        are from an earlier run), `entered` (whether checkpoint_info.json has this score now). If that folder had
-        results of another model: `put_aside` (where those are now) and `differing` (phrases that say how that model
-        differs).
+        The fields that `evaluate_model` returns, and:
+        model, weights: digests of weights, config and tokenizer; and one digest of all these.
+        date, results_dir: the time, and the folder of this evaluation.
+        kept: whether all answers are from an earlier run.
+        entered: whether checkpoint_info.json has this score now.
+        put_aside, differing: if the folder had results of another model, where they are now; and phrases that say how
+            that model differs.
 
     Raises:
         SurgeryError: as in `load_checkpoint` and `evaluate_model`. Most problems are found before the model is loaded.
@@ -124,8 +126,7 @@ def evaluate_checkpoint(
             kept = result is not None and not lm.asked and result["asked"] == digests
             if not kept:
                 model = {"weights": results.weights, "model": results.model}
-                cut = {"truncated": lm.truncated} if lm.truncated else {}
-                result = {**_summary(found, loaded), **cut, "settings": asked, **model, "date": creation_time()}
+                result = {**_summary(found, loaded, lm), "settings": asked, **model, "date": creation_time()}
                 results.finish(tracker, found, samples, {**result, "asked": digests})
     assert result is not None
     result = {name: value for name, value in result.items() if name not in ("asked", "files", "info_sha256")}
@@ -153,14 +154,15 @@ def evaluate_model(
     `settings` and `changes` are as in `evaluate_checkpoint`.
 
     Returns:
-        `score`, `stderr` and `metric` of the task or group, each None if `settings` names several (accuracies are
-        fractions; stderr is None for a single question); `questions` (their number); `tasks`, `groups`, `subjects`:
-        {name: {"score", "stderr", "metric", "questions", "protocol"}}, where `tasks` has the tasks and groups that
-        `settings` names, `groups` every group among or inside them, and `subjects` every single task (the last two
-        without MMLU's prefix `mmlu_`); `lm_eval_version`; `max_length` (tokens of the model's longest sequence);
-        `mmlu_data` (where MMLU's questions came from); `truncated` ({task: number of prompts that were cut}, if any
-        were); `settings` (everything that the scores depend on except the weights, with digests of the questions and
-        of your own task files).
+        tasks: {name: {"score", "stderr", "metric", "questions", "protocol"}} of the tasks and groups that were named.
+            Accuracies are fractions. stderr is None for a single question.
+        groups, subjects: the same for all groups, and for all single tasks. MMLU's names lack `mmlu_` here.
+        score, stderr, metric: of the task or group; None if there are several.
+        questions: the number of all questions.
+        lm_eval_version, max_length: max_length counts the tokens of the model's longest sequence.
+        mmlu_data: where MMLU's questions came from.
+        truncated: {task: number of prompts that were cut}, if any were.
+        settings: everything that the scores depend on except the weights, with digests of questions and task files.
 
     Raises:
         SurgeryError: for missing or malformed tasks or questions, for a setting that is out of range or has no effect
@@ -177,8 +179,7 @@ def evaluate_model(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     lm = ResumableLM(lambda advance: _scoring(model, tokenizer, settings, advance))
-    found = _summary(run_tasks(lm, loaded, asked), loaded)
-    return {**found, **({"truncated": lm.truncated} if lm.truncated else {}), "settings": asked}
+    return {**_summary(run_tasks(lm, loaded, asked), loaded, lm), "settings": asked}
 
 
 def settings_of(loaded: Tasks, settings: EvaluationSettings) -> dict[str, Any]:
@@ -212,8 +213,8 @@ def run_tasks(
         asked: what `settings_of` returns, and `device`.
         tracker, name: the writer of lm-eval's files, and the model's name in these files.
     """
-    seed = asked["seed"]
-    # Otherwise lm-eval would record the git commit of the current folder, which is not ours.
+    seeds = {f"{name}_seed": asked["seed"] for name in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    # Otherwise lm-eval would record the git commit of the current folder, whatever is in it.
     with quiet(), patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None):
         return lm_eval.simple_evaluate(
             model=lm,
@@ -225,10 +226,7 @@ def run_tasks(
             batch_size=asked["batch_size"],
             device=asked["device"],
             evaluation_tracker=tracker,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            **seeds,
         )
 
 
@@ -300,7 +298,7 @@ def _digest(samples: Sequence[Mapping[str, Any]]) -> str:
     return blake3("".join(sample[name] for sample in samples for name in names).encode()).hexdigest()
 
 
-def _summary(found: Mapping[str, Any], loaded: Tasks) -> dict[str, Any]:
+def _summary(found: Mapping[str, Any], loaded: Tasks, lm: ResumableLM) -> dict[str, Any]:
     """The part of lm-eval's results that `evaluate_model` returns."""
     protocols = {task.task_name: _protocol(task, found, loaded) for task in loaded.single}
     rows = {}
@@ -317,10 +315,11 @@ def _summary(found: Mapping[str, Any], loaded: Tasks) -> dict[str, Any]:
         "questions": sum(row["questions"] for row in items.values()),
         "tasks": items,
         "groups": {_short(group.name): rows[group.name] for group in groups},
-        "subjects": {_short(name): rows[name] for name in loaded.leaves},
+        "subjects": {_short(name): rows[name] for name in protocols},
         "lm_eval_version": found["lm_eval_version"],
         "max_length": found["max_length"],
         **({"mmlu_data": loaded.questions.source} if loaded.questions else {}),
+        **({"truncated": lm.truncated} if lm.truncated else {}),
     }
 
 
@@ -357,7 +356,7 @@ def _short(name: str) -> str:
 
 
 def _enter_score(directory: Path, result: Mapping[str, Any], *, is_mmlu: bool) -> bool:
-    """Write an MMLU score, and what it belongs to, into checkpoint_info.json. Return whether the file has it now.
+    """Write an MMLU score, its model and its settings into checkpoint_info.json. Return whether the file has it now.
 
     If the file has a score of the same model over more questions, that score stays. Any other score is replaced, such
     as one of another model, or one that was given at the build. If `is_mmlu` is false, nothing is written, but a score

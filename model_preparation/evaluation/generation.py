@@ -63,7 +63,7 @@ def generate_texts(
 ) -> list[Generation]:
     """Continue a prompt until the model's end-of-text token or `max_new_tokens`.
 
-    Each text is generated alone: its speed is the speed of one sequence, and it depends on its own seed only.
+    Each text is generated alone. So its speed is the speed of one sequence, and the text depends on its own seed only.
 
     Args:
         prompt: a text to continue, or messages to answer.

@@ -37,8 +37,7 @@ _REPO = "cais/mmlu"  # both hubs have this id, with the same paths inside
 _HUBS = {"hub": "huggingface", "modelscope": "modelscope"}  # {word for --mmlu_data: hub}
 _ENVIRONMENT = "MMLU_DATA"
 _HOW_TO_GIVE = f"--mmlu_data (or the environment variable {_ENVIRONMENT})"
-# Patterns that begin with a wildcard need one listing from ModelScope, not one per subject. The folder `all` repeats
-# the questions of all subjects.
+# A pattern that begins with a wildcard needs one listing from ModelScope, not one per subject. `all` repeats questions.
 _WANTED, _UNWANTED = [f"*/{split}-*.parquet" for split in SPLITS], ["all/*"]
 
 _COMPLETE = "Give a complete copy with --mmlu_data."
@@ -77,8 +76,7 @@ def find_questions(mmlu_data: str | Path | None = None, *, num_fewshot: int = 0)
               per line, UTF-8.
             Answers are 0 to 3 or A to D; other columns and fields are ignored. Instead of a folder: the word `hub`
             (cais/mmlu at Hugging Face) or `modelscope` (the copy at ModelScope). Downloads stay in the hubs' caches,
-            where they are found without a network. None stands for the environment variable MMLU_DATA if it is set,
-            and for `hub` if not.
+            where they are found without a network. None: the environment variable MMLU_DATA if it is set, else `hub`.
         num_fewshot: the number of solved examples that each subject must have.
 
     Raises:
@@ -195,11 +193,9 @@ def some(names: list[str], at_most: int = 5) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which folders hold the questions.
+    """Where the files of a subject's split are, and how to read one file.
 
-    Attributes:
-        pattern: of the paths of a split's files, with {subject} and {split}.
-        read: yields (place in the file, {field: value}) for each question of a file. The fields are not checked yet.
+    `read` yields (place in the file, {field: value}) for each question. The fields are not checked yet.
     """
 
     pattern: str
@@ -283,8 +279,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
     if content.startswith(b"version https://git-lfs"):
         raise SurgeryError(f"{file} is a pointer that git left in place of the file. Run git lfs pull there.")
     try:
-        # The bytes are in pyarrow's own memory, and it uses no threads: a thread that frees a Python object at exit
-        # would abort Python.
+        # pyarrow gets a copy of the bytes, and no threads: a thread that frees a Python object at exit aborts Python.
         owned = pyarrow.BufferOutputStream()
         owned.write(content)
         table = pyarrow.parquet.ParquetFile(owned.getvalue(), pre_buffer=False).read(use_threads=False)
@@ -328,7 +323,7 @@ def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_json_lines(file: Path) -> Iterator[tuple[str, Row]]:
-    # Not splitlines(): it also splits at characters that JSON strings may hold.
+    # splitlines() would also split at characters that JSON strings may have.
     for number, line in enumerate(_read_text(file).split("\n"), start=1):
         if not line.strip():
             continue

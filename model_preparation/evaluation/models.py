@@ -112,7 +112,8 @@ def load_other(
         device, dtype, parallelize: as in `load_checkpoint`.
 
     Raises:
-        SurgeryError: if the model cannot be loaded, lacks weights, or needs `tokenizer` and has fewer tokens.
+        SurgeryError: if the model cannot be loaded, lacks weights, or has a smaller vocabulary than `tokenizer` and no
+            tokenizer of its own.
     """
     if other.is_checkpoint:
         return load_checkpoint(other.folder, device=device, dtype=dtype, parallelize=parallelize)
@@ -223,8 +224,7 @@ class ScoredModel:
         """The folder of all its evaluations: NAME in `results_dir`, by default `evaluations` in the checkpoint.
 
         Raises:
-            SurgeryError: if `results_dir` is None and the model is not a checkpoint, or if the folder cannot be
-                written.
+            SurgeryError: if the folder cannot be written, or if there is neither a checkpoint nor a `results_dir`.
         """
         if results_dir is None and not self.is_checkpoint:
             raise SurgeryError(

@@ -32,7 +32,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         raise SurgeryError(f"{path} cannot be read ({error.strerror}). Give a file of prompts.") from error
     except ValueError as error:
         raise SurgeryError(f"{path} cannot be read: {error}.") from error
-    # Not splitlines(): it also splits at characters that JSON strings may hold.
+    # splitlines() would also split at characters that JSON strings may have.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     prompts: list[Prompt]
     if path.suffix == ".txt":

@@ -35,7 +35,7 @@ _FIRST_LENGTH, _FIRST_EMBEDDED_LENGTH = 512, 64  # the shortest default length; 
 _CHOICES = 4
 _NEEDLES = 4  # in niah_multi*, as in RULER
 _HOPS = 4  # in variable_tracking, as in RULER
-_QUERIES = 4  # mqar: documents with the same pairs; each asks for another key, after the answers to the earlier ones
+_QUERIES = 4  # successive documents of mqar with the same pairs; each one asks for another key
 _LEAST_PEOPLE = 6  # with fewer people, there are rarely four things to choose from
 
 Document = dict[str, Any]
@@ -101,8 +101,7 @@ class RecallRecipe:
     Attributes:
         tokenizer: the model's.
         max_length: tokens of the longest sequence that the model takes.
-        lengths: tokens of a document and its answer. None stands for 512, 1024 and so on up to `max_length`; for
-            embedded_recall, it begins with 64.
+        lengths: tokens of a document and its answer. None: 512 (64 for embedded_recall), doubled up to `max_length`.
         language: a key of `LANGUAGES`.
         haystack: a file with sentences that replace the built-in filler.
         documents: the number of documents of each length.
@@ -123,7 +122,7 @@ class RecallRecipe:
     def __post_init__(self) -> None:
         if too_long := [length for length in self.lengths or () if length > self.max_length]:
             raise SurgeryError(
-                f"The model takes {self.max_length} tokens, and --lengths has {too_long[0]}. "
+                f"The model takes at most {self.max_length} tokens, but --lengths has {too_long[0]}. "
                 f"Give lengths up to {self.max_length}."
             )
         _ = self.filler
@@ -238,8 +237,7 @@ class RecallRecipe:
         return len(self._tokens(prompt)) + maker.answer_tokens <= length
 
     def _tokens(self, text: str) -> list[int]:
-        # verbose=False: no warning about a text that is too long. It is made shorter later.
-        return self.tokenizer(text, verbose=False)["input_ids"]
+        return self.tokenizer(text, verbose=False)["input_ids"]  # no warning about long texts: they are shortened later
 
     def _too_short(self, name: str, length: int) -> SurgeryError:
         return SurgeryError(f"{length} tokens are too few for a document of {name}. Give larger --lengths.")
@@ -330,10 +328,7 @@ def _kv_retrieval(numbers: random.Random, size: int, recipe: RecallRecipe, _inde
 
 
 def _mqar(_numbers: random.Random, size: int, recipe: RecallRecipe, index: int) -> Document:
-    """Keys with their values, then some solved queries, then the key whose value the model must give.
-
-    Four successive documents have the same pairs, and ask for four different keys.
-    """
+    """Keys with their values, then the solved queries of earlier documents, then the key whose value is asked for."""
     group, query = divmod(index, _QUERIES)
     numbers, texts = recipe.random("mqar", size, group), recipe.texts
     pairs = dict(zip(_keys(numbers, size, texts, texts.key_length), _values(numbers, size, digits=2), strict=True))
@@ -349,7 +344,7 @@ def _mqar(_numbers: random.Random, size: int, recipe: RecallRecipe, index: int) 
 
 
 def _needles(keys: int = 1, values: int = 1, queries: int = 1) -> Callable[..., Document]:
-    """A function that makes RULER's needles in a haystack. It asks for `queries` keys; each key has `values` values."""
+    """A function that makes RULER's needles in a haystack: so many keys, values per key, and keys to ask for."""
 
     def make(numbers: random.Random, size: int, recipe: RecallRecipe, _index: int) -> Document:
         texts = recipe.texts
@@ -397,10 +392,7 @@ def _chain(numbers: random.Random, size: int, recipe: RecallRecipe) -> tuple[Doc
 
 
 def _who_likes_what(numbers: random.Random, size: int, _recipe: RecallRecipe, _index: int) -> Document:
-    """The question for tiny_llama and tiny_llamba. It has at most 24 people.
-
-    If `size` is larger, sentences about people who are not asked for are repeated.
-    """
+    """The question for tiny_llama and tiny_llamba. Above 24 people, sentences about the wrong people are repeated."""
     import torch
 
     generator = torch.Generator().manual_seed(numbers.getrandbits(62))

@@ -152,7 +152,7 @@ def _digest(requests: Sequence[Instance]) -> str:
 
 
 def _check_finite(task: str, requests: Sequence[Instance], answers: Sequence[Any]) -> None:
-    """Raise SurgeryError for NaN or infinity. lm-eval would count NaN, and a broken model would score like guessing."""
+    """Refuse NaN and infinity: lm-eval would count them, and a broken model would get the score of guessing."""
     for request, answer in zip(requests, answers, strict=True):
         if not math.isfinite(answer[0] if isinstance(answer, tuple | list) else answer):
             raise SurgeryError(

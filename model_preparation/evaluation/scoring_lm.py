@@ -291,7 +291,7 @@ def padded(batch: list[Row], skipped: int) -> tuple[Tensor, Tensor]:
 
 
 def answers_of(batch: list[Row], scores: list[Tensor], requests: Sequence[tuple]) -> list[tuple[int, Answer]]:
-    """(index of the request, answer) for all requests of a batch. The results are copied from the device at once."""
+    """(index of the request, answer) for all requests of a batch. Copies from the device only once."""
     indices, sums, greedy = [], [], []
     for row, score in zip(batch, scores, strict=True):
         best = score.argmax(dim=-1)  # (scored,)

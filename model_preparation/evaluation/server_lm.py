@@ -123,15 +123,15 @@ def _ask(url: str, path: str, fields: Mapping[str, Any], body: Mapping[str, Any]
         said = " ".join(response.text.split())[:300]
         raise SurgeryError(
             f"The server at {url} refuses a request for {path}: HTTP status {response.status_code}, {said!r}. "
-            f"Give an OpenAI API by --server, {_ADDRESS}, that takes such requests."
+            f"Name a server that takes such requests by --server, {_ADDRESS}."
         )
     try:
         answer = response.json()
         check_fields({"answer": answer}, {"answer": fields})
     except ValueError as error:
-        missing = "no log-probabilities of prompts" if fields is _SCORES else f"no {path} as OpenAI's API does"
+        missing = "log-probabilities of prompts" if fields is _SCORES else f"{path} in the form of OpenAI's API"
         raise SurgeryError(
-            f"The server at {url} gives {missing} ({error}). Name one that does by --server: vLLM, or "
+            f"The server at {url} does not give {missing} ({error}). Name a server that does by --server: vLLM, or "
             "layer-surgery serve."
         ) from error
     return answer

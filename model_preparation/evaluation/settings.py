@@ -1,6 +1,6 @@
 """The settings of an evaluation and of generated text: defaults, flags with their help, allowed values.
 
-Nothing heavy is imported here.
+This file imports no large library.
 """
 
 import argparse
@@ -59,8 +59,7 @@ Language = Annotated[
     str, Flag("|".join(LANGUAGES), "recall tasks: language of the documents (default: %(default)s)", OneOf(*LANGUAGES))
 ]
 Haystack = Annotated[
-    str | Path | None,
-    Flag("FILE", "recall tasks: a text in which the facts to find are hidden (default: built-in sentences)", Path),
+    str | Path | None, Flag("FILE", "recall tasks: text around the facts to find (default: built-in sentences)", Path)
 ]
 
 
@@ -74,7 +73,7 @@ class EvaluationSettings(CheckedSettings):
         device, dtype, parallelize: where and in what dtype the model runs, as `load_checkpoint` takes them.
         tokenizer: a name, folder or hub id, for a model that is published without a tokenizer, such as Llamba.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
-        server: the address of a server with an OpenAI API. The server's model is scored, and none is loaded here.
+        server: the address of a server with an OpenAI API. The server's model is scored, so no model is loaded.
         model: the model's name on that server; needed if the server has several.
 
     Raises:
@@ -213,11 +212,7 @@ class GenerationSettings(CheckedSettings):
     max_new_tokens: Annotated[int, Flag("N", "tokens to write per prompt", number(int, least=1))] = 50
     do_sample: Annotated[
         bool,
-        Flag(
-            None,
-            "draw tokens at random; --temperature, --top_p and --top_k imply it (default: the likeliest token each "
-            "time)",
-        ),
+        Flag(None, "draw tokens at random, as with --temperature, --top_p or --top_k (default: take the likeliest)"),
     ] = False
     temperature: Annotated[
         float | None,

@@ -1,6 +1,6 @@
 """The sets of tasks that papers on hybrid models report, and how each task is asked.
 
-Nothing heavy is imported here.
+This file imports no large library.
 """
 
 from collections.abc import Collection
@@ -12,8 +12,7 @@ class Protocol(NamedTuple):
 
     Attributes:
         shots: solved examples before each question.
-        metric: lm-eval's name of the metric that counts. None stands for the task's own metric: a RULER task names it
-            after the task's length.
+        metric: lm-eval's name of the metric that counts; None for the task's own, which RULER names after the length.
     """
 
     shots: int = 0
@@ -23,19 +22,12 @@ class Protocol(NamedTuple):
 _RECALL = {  # recall_tasks.py makes the documents; answers are generated, except in NAME_choice
     name: Protocol()
     for name in (
-        "kv_retrieval",
-        "kv_retrieval_choice",
-        "niah_single",
-        "niah_multikey",
-        "niah_multikey_choice",
-        "niah_multivalue",
-        "niah_multiquery",
-        "variable_tracking",
-        "mqar",
-        "mqar_choice",
+        *("kv_retrieval", "kv_retrieval_choice"),
+        *("niah_single", "niah_multikey", "niah_multikey_choice", "niah_multivalue", "niah_multiquery"),
+        *("variable_tracking", "mqar", "mqar_choice"),
     )
 }
-# The suite recall also has each of these tasks whose questions --task_data gives.
+# Added to the suite recall if --task_data says where their questions are.
 _WITH_DATA = {name: Protocol(metric="contains") for name in ("fda", "swde", "squad_completion")}
 # For the embedded pair, in place of `_RECALL`.
 _EMBEDDED = {name: Protocol() for name in ("embedded_recall", "embedded_recall_generated")}

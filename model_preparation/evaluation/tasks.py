@@ -1,7 +1,7 @@
 """Turn the names of `--tasks` into lm-eval's task objects.
 
-MMLU's tasks are lm-eval's own, with another source of questions. lm-eval needs seconds to parse all of its 14,000
-definitions. So it gets only the folders whose definitions mention the name.
+MMLU's tasks are lm-eval's own, with another source of questions. lm-eval needs 8 s or more to parse all of its 14,000
+definitions. So it gets only the folders with a definition that mentions the name.
 """
 
 import difflib
@@ -61,8 +61,8 @@ class Tasks:
 
     Attributes:
         names: as the user gave them.
-        manager: lm-eval's object for loading tasks; its evaluation needs one besides the `items`.
-        items: tasks and groups, one or several per name.
+        manager: lm-eval's task manager. Its evaluation needs one besides the `items`.
+        items: lm-eval's tasks and groups, one or several per name.
         questions: MMLU's, if a name is MMLU or part of it.
         digests: the digests of the user's own task definitions, {last part of the path: digest}.
         made: the settings that the documents of recall tasks depend on.
@@ -83,13 +83,8 @@ class Tasks:
 
     @property
     def single(self) -> list[Task]:
-        """All single tasks: those among `items`, and those inside groups."""
+        """All single tasks, also those inside groups."""
         return _single(self.items)
-
-    @property
-    def leaves(self) -> list[str]:
-        """The names of all single tasks."""
-        return [task.task_name for task in self.single]
 
 
 def _single(items: Sequence[Task | Group]) -> list[Task]:
@@ -103,7 +98,7 @@ def is_mmlu(name: str) -> bool:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise SurgeryError if there is no name, or one is repeated or unknown. Takes seconds at most."""
+    """Raise SurgeryError if there is no name, or if a name is repeated or unknown. This takes seconds at most."""
     if isinstance(names, str):
         raise SurgeryError(f"tasks is the text {names!r}, but must be a list of names. Give [{names!r}].")
     if not names:
@@ -195,7 +190,7 @@ def load_tasks(
             if protocol := (protocols or {}).get(name):
                 for item in tasks.items[loaded_before:]:
                     tasks.metrics |= _apply(item, protocol)
-    leaves = tasks.leaves
+    leaves = [task.task_name for task in tasks.single]
     for leaf in leaves:
         if leaves.count(leaf) > 1:
             raise SurgeryError(f"Several names in --tasks contain the task {leaf}. Leave out all but one of them.")
@@ -219,7 +214,7 @@ def read_configs(names: Sequence[str]) -> list[TaskConfig]:
     The exception is a task that is a Python class: it is loaded with its data.
 
     Raises:
-        SurgeryError: as `load_tasks`.
+        SurgeryError: as in `load_tasks`.
     """
     check_names(names)
     made = [name for name in names if is_recall(name) and not _path_of(name).exists()]

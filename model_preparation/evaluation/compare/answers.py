@@ -31,8 +31,7 @@ class Answer(NamedTuple):
     Attributes:
         doc_hash, prompt_hash, target_hash: SHA-256 of question, prompt and target, hexadecimal.
         value: of the metric.
-        right_probability: the model's probability of the right option of a multiple-choice question, among the options;
-            NaN for other questions.
+        right_probability: of the right option among the options of a multiple-choice question; NaN for other questions.
         offset: where the question's line begins in the samples file, in bytes.
     """
 
@@ -125,7 +124,7 @@ def _read_task(path: Path, metric: str) -> Answers | list[str]:
 def _answer(sample: dict[str, Any], metric: str, offset: int, *, where: str) -> Answer:
     for name in _HASHES:
         if not isinstance(sample.get(name), str):
-            raise SurgeryError(f"{where}, has no {name}, by which questions are matched. Evaluate with lm_eval 0.4.4+.")
+            raise SurgeryError(f"{where}, has no {name} to match questions by. Evaluate with lm_eval 0.4.4 or newer.")
     value = sample[metric]
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise SurgeryError(
@@ -144,7 +143,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
             try:
                 sample = json.loads(line, parse_int=bounded)
                 if not isinstance(sample, dict) or not isinstance(sample.get("metrics", []), list):
-                    raise ValueError("it is no sample of lm-eval")
+                    raise ValueError("it is not a sample of lm-eval")
             except (ValueError, RecursionError) as error:
                 cut = "cut off" if not line.endswith(b"\n") else "damaged"
                 raise SurgeryError(f"{path}, line {number}, is {cut}: {error}. {_AGAIN}") from error
@@ -153,7 +152,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
 
 
 def _right_probability(sample: dict[str, Any]) -> float:
-    """The right option's value in the softmax over the log-likelihoods of all options; NaN without options."""
+    """The right option's probability: the softmax over the log-likelihoods of all options. NaN without options."""
     try:
         scores = np.array([float(pair[0]) for pair in sample["filtered_resps"]])
         weights = np.exp(scores - scores.max())
@@ -195,13 +194,13 @@ def match(task: str, answers: Sequence[Answers]) -> CommonQuestions:
     rows = _common(answers, ("doc_hash",))
     by_prompt = not rows
     if by_prompt:
-        # Copies of a data set with one column more or less have other hashes, but the same prompts.
+        # Copies of a data set with one column more or less have different hashes, but the same prompts.
         rows = _common(answers, ("prompt_hash", "target_hash"))
     return CommonQuestions(task, tuple(answers), rows, by_prompt)
 
 
 def _common(answers: Sequence[Answers], names: Sequence[str]) -> list[tuple[Answer, ...]]:
-    """The questions that all models have. Questions are the same if they have the same hashes `names`.
+    """The questions that all models have. `names` are the hashes that identify a question.
 
     A repeated question counts as often as in the model that has the fewest copies of it.
     """

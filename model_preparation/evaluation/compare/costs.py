@@ -30,7 +30,7 @@ class Cost:
 
 
 def costs_of(evaluations: Sequence[EvaluationFiles]) -> list[Cost | None]:
-    """Each model's cost at the longest context that was measured for all models; models without measurements get None.
+    """Each model's cost, or None if it was not measured. The context is the longest one that all measured models share.
 
     Raises:
         SurgeryError: if a file of measurements is damaged.

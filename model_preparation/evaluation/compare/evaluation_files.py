@@ -121,8 +121,7 @@ def _check_weights(evaluation: EvaluationFiles) -> None:
     checkpoint = evaluation.checkpoint
     if odd := differences((read_checked_json(settings) or {}).get("model", {}), find_model(checkpoint).inputs):
         raise SurgeryError(
-            f"{settings.parent} holds results of another model than {checkpoint} is now ({'; '.join(odd)}). "
-            "Evaluate it again: "
+            f"{checkpoint} has changed since the evaluation in {settings.parent} ({'; '.join(odd)}). Evaluate again: "
             f"python test_checkpoint.py --checkpoint {checkpoint} --full_eval and the flags of that evaluation."
         )
 
@@ -183,9 +182,9 @@ def read_results(path: Path) -> dict[str, Any]:
         results = {name: {} for name in (*_NAMED, "config")} | results
         names: Iterator[str] = itertools.chain(*(results[name] for name in _NAMED), *results["group_subtasks"].values())
         if wrong := [name for name in names if not _is_name(name)]:
-            raise ValueError(f"{wrong[0]!r:.80} is no name of a task")
+            raise ValueError(f"{wrong[0]!r:.80} is not the name of a task")
     except (ValueError, RecursionError) as error:
-        raise SurgeryError(f"{path} is no whole results file of lm-eval: {error}. Run the evaluation again.") from error
+        raise SurgeryError(f"{path} is not a whole results file of lm-eval: {error}. Evaluate again.") from error
     return results
 
 

@@ -91,7 +91,7 @@ def question_notes(
         notes.append(f"Only the {questions:,} common questions are compared. In these tasks, {listed}.")
     if by_prompt := [each.task for each in common if each.by_prompt]:
         notes.append(
-            f"In {some(by_prompt)}, the rows of the data sets differ, so questions were matched by prompts and targets."
+            f"In {some(by_prompt)}, data sets have different rows: questions were matched by their prompts and targets."
         )
     for field, words in (("prompt_hash", "prompts"), ("target_hash", "right answers")):
         if differing := sum(each.differing(field) for each in common):

@@ -163,15 +163,8 @@ def _lines(comparison: Comparison) -> tuple[Figure, Axes, list[Row]]:
     for line, row in enumerate(rows):
         if row.kind == SUBJECT and (row.group != previous or line == len(rows) - len(subjects)):
             axes.axhline(line - 0.5, color=INK, linewidth=0.4, alpha=0.5)
-            axes.annotate(
-                row.group,
-                (1, line),
-                (4, 0),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                fontsize=7,
-                va="center",
-            )
+            right = ("axes fraction", "data")  # the coordinates of a point at the axes' right end
+            axes.annotate(row.group, (1, line), (4, 0), right, "offset points", fontsize=7, va="center")
             previous = row.group
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", linewidth=0.4, alpha=0.4)
@@ -192,15 +185,8 @@ def _points(
 ) -> None:
     """Draw a model's points; they are hollow where `filled` is False. Error bars are vertical if `upright`."""
     colour = COLOURS[model % len(COLOURS)]
-    axes.errorbar(
-        x,
-        y,
-        xerr=None if upright else errors,
-        yerr=errors if upright else None,
-        fmt="none",
-        ecolor=colour,
-        elinewidth=1.1,
-    )
+    bars: dict[str, Any] = {"yerr" if upright else "xerr": errors}
+    axes.errorbar(x, y, **bars, fmt="none", ecolor=colour, elinewidth=1.1)
     faces = [colour if full else PAPER for full in filled or [True] * len(x)]
     axes.scatter(x, y, s=14, c=faces, edgecolors=colour, linewidths=1.1, zorder=3)
     axes.plot([], [], "o-", color=colour, markersize=4, linewidth=1.1, label=name)  # for the legend
@@ -220,8 +206,7 @@ def _legend(axes: Axes) -> None:
 def _drawing() -> Iterator[None]:
     """Set matplotlib's options within the block.
 
-    Names are text, not formulas, and may be Chinese. An SVG has text, not paths, for letters. Equal plots have equal
-    bytes.
+    Names are text, not formulas, and may be Chinese. An SVG keeps text as text. Equal plots have equal bytes.
     """
     installed = set(get_font_names())
     options: dict[Any, Any] = {

@@ -82,8 +82,8 @@ def write_report(comparison: Comparison, target: Path, *, questions: int, as_jso
     Args:
         comparison: the numbers.
         target: the folder.
-        questions: the most examples per model of questions on which it scores higher than the baseline. The page also
-            has at most so many on which the model scores lower.
+        questions: at most so many example questions, per model, on which the model scores higher than the baseline;
+            and at most so many on which it scores lower.
         as_json: whether to write comparison.json too.
         overwrite: whether to replace an earlier report.
 
