@@ -234,7 +234,7 @@ def tasks_for(scored: ScoredModel, settings: EvaluationSettings) -> Tasks:
     """Load the tasks that the settings name. Documents of recall tasks are made with this model's tokenizer.
 
     Raises:
-        SurgeryError: as in `load_tasks` and `RecallRecipe`, and for settings that exclude each other.
+        SurgeryError: as in `load_tasks` and `RecallRecipe`, and for settings that do not belong to the tasks.
     """
     return load_asked(settings, lambda: load_tokenizer(scored.tokenizer), scored.config.get("max_position_embeddings"))
 

@@ -392,7 +392,10 @@ def _chain(numbers: random.Random, size: int, recipe: RecallRecipe) -> tuple[Doc
 
 
 def _who_likes_what(numbers: random.Random, size: int, _recipe: RecallRecipe, _index: int) -> Document:
-    """The question for tiny_llama and tiny_llamba. Above 24 people, sentences about the wrong people are repeated."""
+    """The question for tiny_llama and tiny_llamba, with at most 24 people.
+
+    For a larger `size`, sentences about people who are not asked for are repeated.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(numbers.getrandbits(62))

@@ -186,7 +186,7 @@ class ScoringLM(HFLM):
         return self._with_prefixes(list(rows.values()))
 
     def _with_prefixes(self, rows: list[Row]) -> Iterator[tuple[list[Row], tuple[int, ...]]]:
-        """Separate rows that lost tokens on the left. Find the tokens with which all other rows begin."""
+        """Yields rows that may have lost tokens on the left, without a prefix; then all others, with their prefix."""
         cut = [row for row in rows if len(row.tokens) >= self.max_length]
         whole = [row for row in rows if len(row.tokens) < self.max_length]
         if cut:

@@ -193,7 +193,7 @@ def load_tasks(
     leaves = [task.task_name for task in tasks.single]
     for leaf in leaves:
         if leaves.count(leaf) > 1:
-            raise SurgeryError(f"Several names in --tasks contain the task {leaf}. Leave out all but one of them.")
+            raise SurgeryError(f"--tasks has {leaf} more than once, alone or in several groups. Leave out all but one.")
     if made and recall is not None:
         tasks.made = recall.recorded(made)
     return tasks

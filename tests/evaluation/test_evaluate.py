@@ -419,7 +419,7 @@ def test_the_command_says_what_it_did(evaluated, mmlu, tmp_path):
     [
         (["mmlu_virologie"], ["has no task 'mmlu_virologie'", "did you mean mmlu_virology"]),
         (["mmlu", "mmlu"], ["is given 2 times"]),
-        (["mmlu", "mmlu_virology"], ["Several names in --tasks contain the task mmlu_virology"]),
+        (["mmlu", "mmlu_virology"], ["--tasks has mmlu_virology more than once"]),
     ],
 )
 def test_tasks_that_do_not_work_are_refused_before_the_model_is_loaded(checkpoint_dir, mmlu, tmp_path, tasks, words):

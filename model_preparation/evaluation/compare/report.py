@@ -82,8 +82,8 @@ def write_report(comparison: Comparison, target: Path, *, questions: int, as_jso
     Args:
         comparison: the numbers.
         target: the folder.
-        questions: at most so many example questions, per model, on which the model scores higher than the baseline;
-            and at most so many on which it scores lower.
+        questions: the number of example questions per model: at most so many on which it scores higher than the
+            baseline, and at most so many on which it scores lower.
         as_json: whether to write comparison.json too.
         overwrite: whether to replace an earlier report.
 
@@ -156,7 +156,7 @@ def _html_page(comparison: Comparison, *, title: str, questions: int, drawn: lis
         measured=MEASURED,
         model_lines=[_model_line(model) for model in comparison.models],
         examples=_examples(comparison, questions),
-        has_choices=any(row[0].right_probability >= 0 for each in comparison.common for row in each.rows),  # NaN: no
+        has_choices=any(row[0].right_probability >= 0 for each in comparison.common for row in each.rows),  # or NaN
         shared=shared,
         differing=differing,
     )
