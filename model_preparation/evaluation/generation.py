@@ -39,7 +39,7 @@ class Generation:
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """Speed after the first new token, because that one belongs to the prefill. None if there is no other token."""
+        """Speed of the new tokens after the first one, which belongs to the prefill. None if there is only one."""
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
 
 

@@ -344,7 +344,7 @@ def _mqar(_numbers: random.Random, size: int, recipe: RecallRecipe, index: int) 
 
 
 def _needles(keys: int = 1, values: int = 1, queries: int = 1) -> Callable[..., Document]:
-    """A function that makes RULER's needles in a haystack: so many keys, values per key, and keys to ask for."""
+    """A maker of RULER's haystacks: `keys` keys with `values` values each are hidden, and `queries` are asked for."""
 
     def make(numbers: random.Random, size: int, recipe: RecallRecipe, _index: int) -> Document:
         texts = recipe.texts

@@ -75,7 +75,7 @@ class Server(NamedTuple):
     def check_same(self, tokenizer: PreTrainedTokenizerBase, results: ResultsFolder) -> None:
         """Compare the log-probabilities of a fixed text with the kept ones, to see whether the model is the same.
 
-        If there are no kept ones yet, the new ones are kept.
+        The first time, there is nothing to compare with, and the new log-probabilities are kept.
 
         Raises:
             SurgeryError: if the model is another one, if the server gives no log-probabilities, or if its tokens are

@@ -212,7 +212,7 @@ class GenerationSettings(CheckedSettings):
     max_new_tokens: Annotated[int, Flag("N", "tokens to write per prompt", number(int, least=1))] = 50
     do_sample: Annotated[
         bool,
-        Flag(None, "draw tokens at random, as with --temperature, --top_p or --top_k (default: take the likeliest)"),
+        Flag(None, "draw tokens at random; the next three flags imply this (default: the likeliest token each time)"),
     ] = False
     temperature: Annotated[
         float | None,

@@ -61,7 +61,7 @@ class Tasks:
 
     Attributes:
         names: as the user gave them.
-        manager: lm-eval's task manager. Its evaluation needs one besides the `items`.
+        manager: a TaskManager of lm-eval, which its evaluation requires.
         items: lm-eval's tasks and groups, one or several per name.
         questions: MMLU's, if a name is MMLU or part of it.
         digests: the digests of the user's own task definitions, {last part of the path: digest}.

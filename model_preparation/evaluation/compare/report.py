@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from importlib import resources
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,8 @@ def write_report(comparison: Comparison, target: Path, *, questions: int, as_jso
     Args:
         comparison: the numbers.
         target: the folder.
-        questions: the number of example questions per model: at most so many on which it scores higher than the
-            baseline, and at most so many on which it scores lower.
+        questions: for each model, the most example questions on which it scores higher than the baseline, and also the
+            most on which it scores lower.
         as_json: whether to write comparison.json too.
         overwrite: whether to replace an earlier report.
 
@@ -156,7 +157,7 @@ def _html_page(comparison: Comparison, *, title: str, questions: int, drawn: lis
         measured=MEASURED,
         model_lines=[_model_line(model) for model in comparison.models],
         examples=_examples(comparison, questions),
-        has_choices=any(row[0].right_probability >= 0 for each in comparison.common for row in each.rows),  # or NaN
+        has_choices=any(not isnan(row[0].right_probability) for each in comparison.common for row in each.rows),
         shared=shared,
         differing=differing,
     )
