@@ -1,1 +1,1 @@
-"""What a checkpoint is worth: the text it generates and the questions it answers."""
+"""Measure how good a checkpoint is: the texts it generates, and the questions it answers."""

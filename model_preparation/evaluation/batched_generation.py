@@ -1,8 +1,8 @@
-"""Generates the texts after many prompts at once, always with the likeliest token, as `generate` does but in less time.
+"""Generate texts for many prompts at once, always with the likeliest token: the texts of `generate` in less time.
 
 The model first reads a few prompts at a time, with little or no padding. Then it writes all texts together. A row
-leaves the batch when its text is complete. lm-eval itself pads all prompts, and writes until all texts of a
-batch contain the same stop sequence.
+leaves the batch when its text is complete. lm-eval itself pads all prompts, and writes until every text of the
+batch contains one and the same stop sequence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ _PLAIN = {"do_sample": False, "temperature": 0.0}
 
 
 def can_write(model: PreTrainedModel, settings: Mapping[str, Any]) -> bool:
-    """Whether `write` supports the model's cache, these settings of lm-eval, and the model's own settings."""
+    """Whether `write` supports the model's type and its own generation settings, and these settings of lm-eval."""
     asked = {name: value for name, value in settings.items() if name not in ("until", "max_gen_toks")}
     own = model.generation_config.to_diff_dict()
     harmless = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "max_length", "use_cache"}
@@ -36,18 +36,19 @@ def write(
     settings: Mapping[str, Any],
     read_at_once: int,
 ) -> list[str]:
-    """Write the texts after tokenized prompts.
+    """Generate the texts that follow tokenized prompts.
 
     Args:
-        prompts: the longest first.
-        read_at_once: at most so many tokens, with padding, are read per forward pass; a longer prompt is read alone.
-        settings: lm-eval's: `until` (texts that end an answer) and `max_gen_toks`.
+        prompts: token ids, the longest prompt first.
+        settings: lm-eval's; `until` (texts that end an answer) and `max_gen_toks` are used.
+        read_at_once: the most tokens, with padding, that one forward pass reads; a longer prompt is read alone.
 
     Raises:
         SurgeryError: for a logit that is not finite.
     """
     stops = [stop for stop in settings["until"] if stop]
-    ends = _ends(model, tokenizer)
+    eos = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}  # ids of the tokens that end any text
     written: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # the texts that are not complete
     logits, mask, cache = _read(model, prompts, read_at_once)
@@ -78,7 +79,7 @@ def write(
 
 
 def _read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], read_at_once: int) -> tuple[Tensor, Tensor, Cache]:
-    """Read the prompts. Returns the logits after each, (rows, vocabulary), the mask (rows, longest), and the cache."""
+    """Read the prompts. Returns the logits after each, (rows, vocabulary), the mask, (rows, longest), and the cache."""
     found = []
     start = 0
     while start < len(prompts):
@@ -106,7 +107,7 @@ def _step(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache | None
 
 
 def _joined(caches: Sequence[Cache], longest: int) -> Cache:
-    """Join all caches into the first one, whose prompts are longest. In the others, K and V are padded on the left."""
+    """Join all caches into the first one, which has the longest prompts. The others' K and V are padded on the left."""
     for layers in zip(*(cache.layers for cache in caches), strict=True):
         first = layers[0]
         if isinstance(first, MambaStateLayer):
@@ -117,12 +118,6 @@ def _joined(caches: Sequence[Cache], longest: int) -> Cache:
                 parts = [getattr(layer, name) for layer in layers]
                 setattr(first, name, torch.cat([F.pad(part, (0, 0, longest - part.shape[2], 0)) for part in parts]))
     return caches[0]
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end any text."""
-    ends = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""What a model costs: time to the first token, time per token after it, bytes of its cache, peak memory.
+"""Measure what a model costs: time to the first token, time per later token, bytes of its cache, peak memory.
 
-Models are measured one after the other, each in its own process, because peak memory is measured per process. This
-file is that process's program too: it reads a request as JSON, and prints the rows as JSON.
+Models are measured one after the other, each in its own process, because peak memory is measured per process. Such a
+process runs this file too: `main` reads a request as JSON, and prints the measured rows as JSON.
 """
 
 import contextlib
@@ -39,16 +39,16 @@ from model_preparation.llamba.cache_llamba import CACHE_NAME
 from model_preparation.versions import versions
 
 FOLDER, NUMBERS, PLOT = "efficiency", "efficiency.json", "efficiency.png"
-# The measured fields, and how people read them: {field: (words, unit, the unit's size)}.
+# The measured fields, and how they are shown: {field: (words, unit, the unit's size)}.
 MEASURED = {
     "first_token_seconds": ("time to first token", "ms", 1e-3),
     "token_seconds": ("time per token", "ms", 1e-3),
     "cache_bytes": ("cache", "MB", 1e6),
     "peak_memory_bytes": ("peak memory", "MB", 1e6),
 }
-TOKENS = 16  # written after each context
+TOKENS = 16  # generated after each context
 ROUNDS = 3
-_CONTEXTS = (128, 512, 2048)  # by default, as far as the models have positions for them
+_CONTEXTS = (128, 512, 2048)  # by default, those of them that fit into the models' positions
 _WARM_UP_TOKENS = 32
 _KNOWN = ("llama", "llamba")  # the model types for which the size of the cache can be computed
 
@@ -56,23 +56,23 @@ _KNOWN = ("llama", "llamba")  # the model types for which the size of the cache 
 def measure_efficiency(
     directory: str | Path, settings: EfficiencySettings | None = None, **changes: Any
 ) -> dict[str, Any]:
-    """Measure a checkpoint, its base and its donor; write efficiency.json and a plot into the folder of its results.
+    """Measure a checkpoint, its base and its donor. Write efficiency.json and a plot into the checkpoint's results.
 
-    An earlier measurement there is replaced.
+    The folder is `efficiency`. An earlier measurement in it is replaced.
 
     Args:
-        directory: as in `evaluate_checkpoint`.
-        settings: the measurement; by default `EfficiencySettings()`.
-        changes: single fields of `EfficiencySettings`, in place of those in `settings`.
+        directory: the checkpoint's folder; or the name, folder or hub id of another model.
+        settings: how to measure; by default `EfficiencySettings()`.
+        changes: fields of `EfficiencySettings`, which replace those in `settings`.
 
     Returns:
-        The content of efficiency.json: `models`, each with `name`, `source`, `weights` (their digest), `dtype`,
-        `parameters` and `contexts`: rows of `context` (tokens) and the fields of `MEASURED`, medians of `rounds`; the
-        conditions (`measured_on`, `threads`, `versions`, `date`, ...); and `results_dir`.
+        The content of efficiency.json, and `results_dir`. Each of `models` has `name`, `source`, `weights` (a digest),
+        `dtype`, `parameters` and `contexts`: rows with `context` (tokens) and the fields of `MEASURED`. Times are
+        medians over `rounds`. Other fields are the conditions (`measured_on`, `threads`, `versions`, `date`, ...).
 
     Raises:
-        SurgeryError: for models that are not there or too short, for a cache of another size than the config gives,
-            or if a process fails.
+        SurgeryError: if a model is missing, if a context does not fit into a model's positions, if a cache does not
+            have the size that the config gives, or if a process fails.
         OSError: if the results cannot be written.
     """
     settings = replace(settings or EfficiencySettings(), **changes)
@@ -143,7 +143,7 @@ def _contexts(wanted: Sequence[int] | None, limits: Sequence[int | None]) -> lis
 def resident_peak_bytes() -> int:
     """The peak memory of this process, in bytes."""
     with contextlib.suppress(OSError):
-        # getrusage would count the process that this one was forked from.
+        # getrusage would also count the peak of the process from which this one was forked.
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -151,7 +151,7 @@ def resident_peak_bytes() -> int:
 
 
 def _processor() -> str:
-    """The processor's name, where Linux gives it, and how many threads torch uses."""
+    """The processor's name (without Linux: its architecture), and how many threads torch uses, as text."""
     name, threads = os.uname().machine, torch.get_num_threads()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -165,7 +165,7 @@ def _in_a_process(model: OtherModel, request: dict[str, Any]) -> dict[str, Any]:
     paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.run(
         [sys.executable, "-m", __spec__.name],
-        env={**os.environ, "PYTHONPATH": paths},  # it imports the same package
+        env={**os.environ, "PYTHONPATH": paths},  # so the process imports this same package
         input=json.dumps(request),
         capture_output=True,
         text=True,
@@ -203,10 +203,11 @@ def main() -> None:
 
 def _measure(model: PreTrainedModel, context: int, name: str) -> dict[str, Any]:
     """The fields of `MEASURED` after a prompt of `context` tokens."""
-    if model.device.type == "cuda":
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     else:
-        with contextlib.suppress(OSError):  # then it is the peak since the start, loading included
+        with contextlib.suppress(OSError):  # a peak that cannot be reset includes the loading of the model
             Path("/proc/self/clear_refs").write_text("5")
     rounds = [_read_and_write(model, context) for _ in range(ROUNDS)]
     size_bytes = rounds[0][2]
@@ -214,9 +215,8 @@ def _measure(model: PreTrainedModel, context: int, name: str) -> dict[str, Any]:
     if expected not in (None, size_bytes):
         raise SurgeryError(
             f"The cache of {name} holds {size_bytes:,} bytes after {context} tokens, but its config says {expected:,}. "
-            "The figures of memory would be wrong; report this with the model's config.json."
+            "The memory figures would be wrong. Report this problem with the model's config.json."
         )
-    on_gpu = model.device.type == "cuda"
     return {
         "first_token_seconds": statistics.median(first for first, _, _ in rounds),
         "token_seconds": statistics.median(seconds for _, each, _ in rounds for seconds in each),
@@ -226,7 +226,7 @@ def _measure(model: PreTrainedModel, context: int, name: str) -> dict[str, Any]:
 
 
 def _read_and_write(model: PreTrainedModel, context: int) -> tuple[float, list[float], int]:
-    """Seconds to the first token, seconds of each token after it, bytes of the cache after the prompt."""
+    """Seconds to the first token, seconds of each later token, bytes of the cache after the prompt."""
     generator = torch.Generator().manual_seed(context)
     ids = torch.randint(model.config.vocab_size, (1, context), generator=generator).to(model.device)
     times, cache, size_bytes = [time.perf_counter()], None, 0
@@ -251,7 +251,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _computed_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int | None:
-    """The size of the cache by the config, in bytes; None for another kind of model."""
+    """The size of the cache in bytes, computed from the config; None for a model type that is not in `_KNOWN`."""
     if config.model_type not in _KNOWN:
         return None
     layers = len(config.llama_layers) if config.model_type == "llamba" else config.num_hidden_layers

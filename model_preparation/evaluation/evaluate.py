@@ -1,6 +1,7 @@
-"""Score a model or a checkpoint with lm-eval. A checkpoint's answers are kept on the disk at once.
+"""Score models with lm-eval. `evaluate_checkpoint` also writes the answers to the disk as soon as they are known.
 
-Prompts, weights and standard errors are lm-eval's. A fault is an error, never a score.
+lm-eval itself makes the prompts, averages the scores of groups, and computes standard errors. If something fails, an
+error is raised and no score is given.
 """
 
 import errno
@@ -52,31 +53,34 @@ from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 _LOADING_SETTINGS = ("device", "dtype", "parallelize", "results_dir", "tokenizer", "sources", "server", "model")
 _SCORE_FIELDS = ("score", "stderr", "questions", "lm_eval_version", "settings", "weights", "model", "date")
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
-_WAIT_SECONDS = 10  # for another evaluation of the same checkpoint that is entering its score
+_WAIT_SECONDS = 10  # the longest wait while another evaluation writes its score into the same checkpoint
 
 
 def evaluate_checkpoint(
     directory: str | Path | None, settings: EvaluationSettings | None = None, **changes: Any
 ) -> dict[str, Any]:
-    """Score a checkpoint, or its base or donor, and keep every task's answers on the disk at once.
+    """Score a checkpoint or another model, and write the answers to the disk as soon as they are known.
 
-    After an interruption, the same call continues and gives the same result. If all answers are kept already, no model
-    is loaded. A score of the whole task group mmlu is entered into the checkpoint's checkpoint_info.json.
+    After an interruption, the same call continues and gives the same result. If MMLU was evaluated completely before,
+    no model is loaded. A score of the whole task group mmlu is written into the checkpoint's checkpoint_info.json.
 
     Args:
-        directory: the checkpoint folder; or the name, folder or hub id of a model, to compare a checkpoint with. With
-            `server`, the checkpoint that the server runs; or None: then give `tokenizer` and `results_dir`.
+        directory: the checkpoint's folder; or the name, folder or hub id of another model. With `server`: the
+            checkpoint or model that the server runs, or None. For None, give `tokenizer` and `results_dir`.
         settings: how to score; by default `EvaluationSettings()`.
-        changes: single fields of `EvaluationSettings`, in place of those in `settings`.
+        changes: fields of `EvaluationSettings`, which replace those in `settings`.
 
     Returns:
-        As `evaluate_model`; and `model` (digests of weights, config and tokenizer), `weights` (one digest of all
-        these), `date`, `results_dir` (the folder of this evaluation), `kept` (whether all answers were kept before),
-        `entered` (whether checkpoint_info.json has this score now). If that folder held results of another model:
-        `put_aside` (where they are now) and `differing` (how that model differs, in words).
+        The fields that `evaluate_model` returns, and:
+        model, weights: digests of weights, config and tokenizer; and one digest of all these.
+        date, results_dir: the time, and the folder of this evaluation.
+        kept: whether all answers are from an earlier run.
+        entered: whether checkpoint_info.json has this score now.
+        put_aside, differing: if the folder had results of another model, where they are now; and phrases that say how
+            that model differs.
 
     Raises:
-        SurgeryError: as `load_checkpoint` and `evaluate_model`. Most errors come before the model is loaded.
+        SurgeryError: as in `load_checkpoint` and `evaluate_model`. Most problems are found before the model is loaded.
         OSError: if results cannot be written.
     """
     settings = replace(settings or EvaluationSettings(), **changes)
@@ -87,7 +91,7 @@ def evaluate_checkpoint(
         server = Server.find(settings.server, settings.model)
     if directory is None:
         if server is None or settings.tokenizer is None:
-            raise SurgeryError("There is no checkpoint. Give one, or give server and tokenizer.")
+            raise SurgeryError("No checkpoint is given. Give one, or give server and tokenizer.")
         scored = served_model(server.about["model"], settings.tokenizer, sources=settings.sources)
     else:
         scored = find_model(directory, settings.tokenizer, sources=settings.sources)
@@ -112,7 +116,7 @@ def evaluate_checkpoint(
         if server is not None:
             server.check_same(load_tokenizer(scored.tokenizer), results)
         result = results.result()
-        # The data of other tasks has no digest. So their questions are made again, and compared.
+        # Only MMLU's questions have a digest. The questions of other tasks are made again, and compared.
         kept = result is not None and all(map(is_mmlu, loaded.names))
         if not kept:
             lm, tracker = ResumableLM(load, results), results.tracker()
@@ -122,8 +126,7 @@ def evaluate_checkpoint(
             kept = result is not None and not lm.asked and result["asked"] == digests
             if not kept:
                 model = {"weights": results.weights, "model": results.model}
-                cut = {"truncated": lm.truncated} if lm.truncated else {}
-                result = {**_summary(found, loaded), **cut, "settings": asked, **model, "date": creation_time()}
+                result = {**_summary(found, loaded, lm), "settings": asked, **model, "date": creation_time()}
                 results.finish(tracker, found, samples, {**result, "asked": digests})
     assert result is not None
     result = {name: value for name, value in result.items() if name not in ("asked", "files", "info_sha256")}
@@ -134,7 +137,8 @@ def evaluate_checkpoint(
         try:
             result["entered"] = _enter_score(scored.folder, result, is_mmlu=loaded.names == (MMLU,))
         except OSError as error:
-            if settings.results_dir is None or error.errno not in _READ_ONLY:  # a shared store of models is read-only
+            # A checkpoint in a read-only folder keeps its old checkpoint_info.json: its results are in --results_dir.
+            if settings.results_dir is None or error.errno not in _READ_ONLY:
                 raise
     return result
 
@@ -145,17 +149,20 @@ def evaluate_model(
     settings: EvaluationSettings | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Score a model on lm-eval's tasks, on its device and in its dtype. Nothing is kept on the disk.
+    """Score a loaded model on lm-eval's tasks, on its device and in its dtype. Nothing is written to the disk.
 
     `settings` and `changes` are as in `evaluate_checkpoint`.
 
     Returns:
-        `score` and `stderr` (fractions; stderr is None for a single question) and `metric`, if one task or group was
-        named; `questions`; `tasks`, `groups`, `subjects`: {name: {"score", "stderr", "metric", "questions"}} of the
-        names given, of the groups in them, and of their single tasks (MMLU's without `mmlu_`); `lm_eval_version`;
-        `max_length` (tokens that a prompt may have); `mmlu_data` (where MMLU's questions came from); `settings`:
-        everything except the weights that decides on the scores, with digests of questions and of your own task
-        files.
+        tasks: {name: {"score", "stderr", "metric", "questions", "protocol"}} of the tasks and groups that were named.
+            Accuracies are fractions. stderr is None for a single question.
+        groups, subjects: the same for all groups, and for all single tasks. MMLU's names lack `mmlu_` here.
+        score, stderr, metric: of the task or group; None if there are several.
+        questions: the number of all questions.
+        lm_eval_version, max_length: max_length counts the tokens of the model's longest sequence.
+        mmlu_data: where MMLU's questions came from.
+        truncated: {task: number of prompts that were cut}, if any were.
+        settings: everything that the scores depend on except the weights, with digests of questions and task files.
 
     Raises:
         SurgeryError: for missing or malformed tasks or questions, for a setting that is out of range or has no effect
@@ -172,12 +179,11 @@ def evaluate_model(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     lm = ResumableLM(lambda advance: _scoring(model, tokenizer, settings, advance))
-    found = _summary(run_tasks(lm, loaded, asked), loaded)
-    return {**found, **({"truncated": lm.truncated} if lm.truncated else {}), "settings": asked}
+    return {**_summary(run_tasks(lm, loaded, asked), loaded, lm), "settings": asked}
 
 
 def settings_of(loaded: Tasks, settings: EvaluationSettings) -> dict[str, Any]:
-    """Everything that decides on a score, except the model, its device and its dtype."""
+    """Everything that a score depends on, except the model, its device and its dtype."""
     num_fewshot = settings.num_fewshot
     if num_fewshot is None and loaded.suite is None and all(map(is_mmlu, loaded.names)):
         num_fewshot = 0  # MMLU's definitions set no number, and lm-eval then takes 0
@@ -199,16 +205,16 @@ def settings_of(loaded: Tasks, settings: EvaluationSettings) -> dict[str, Any]:
 def run_tasks(
     lm: LM, loaded: Tasks, asked: Mapping[str, Any], tracker: EvaluationTracker | None = None, name: str | None = None
 ) -> dict[str, Any]:
-    """Run lm-eval's own evaluation.
+    """Run lm-eval's own evaluation, and return everything that it returns.
 
     Args:
         lm: the model.
         loaded: the tasks.
-        asked: as `settings_of` returns it, with `device`.
-        tracker, name: the writer of lm-eval's files, and the model's name in them.
+        asked: what `settings_of` returns, and `device`.
+        tracker, name: the writer of lm-eval's files, and the model's name in these files.
     """
-    seed = asked["seed"]
-    # lm-eval would record the commit of the current folder.
+    seeds = {f"{name}_seed": asked["seed"] for name in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    # Otherwise lm-eval would record the git commit of the current folder, whatever is in it.
     with quiet(), patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None):
         return lm_eval.simple_evaluate(
             model=lm,
@@ -220,18 +226,15 @@ def run_tasks(
             batch_size=asked["batch_size"],
             device=asked["device"],
             evaluation_tracker=tracker,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            **seeds,
         )
 
 
 def tasks_for(scored: ScoredModel, settings: EvaluationSettings) -> Tasks:
-    """The tasks that the settings name, loaded; documents of recall tasks are made for this model.
+    """Load the tasks that the settings name. Documents of recall tasks are made with this model's tokenizer.
 
     Raises:
-        SurgeryError: as `load_tasks` and `RecallRecipe`, and for settings that do not go together.
+        SurgeryError: as in `load_tasks` and `RecallRecipe`, and for settings that do not belong to the tasks.
     """
     return load_asked(settings, lambda: load_tokenizer(scored.tokenizer), scored.config.get("max_position_embeddings"))
 
@@ -239,7 +242,7 @@ def tasks_for(scored: ScoredModel, settings: EvaluationSettings) -> Tasks:
 def load_asked(
     settings: EvaluationSettings, load: Callable[[], PreTrainedTokenizerBase], max_positions: int | None
 ) -> Tasks:
-    """As `tasks_for`; `load` gives the model's tokenizer."""
+    """The same as `tasks_for`. `load` returns the model's tokenizer; a sequence has at most `max_positions` tokens."""
     if isinstance(settings.tasks, Tasks):
         return settings.tasks
     names: Sequence[str] = settings.tasks
@@ -290,13 +293,13 @@ def _scoring(
 
 
 def _digest(samples: Sequence[Mapping[str, Any]]) -> str:
-    """BLAKE3 of the questions asked and their right answers, from lm-eval's digests of each."""
+    """A BLAKE3 digest of a task's questions, prompts and right answers, made from lm-eval's digests of them."""
     names = ("doc_hash", "prompt_hash", "target_hash")
     return blake3("".join(sample[name] for sample in samples for name in names).encode()).hexdigest()
 
 
-def _summary(found: Mapping[str, Any], loaded: Tasks) -> dict[str, Any]:
-    """The part of lm-eval's results that people read."""
+def _summary(found: Mapping[str, Any], loaded: Tasks, lm: ResumableLM) -> dict[str, Any]:
+    """The part of lm-eval's results that `evaluate_model` returns."""
     protocols = {task.task_name: _protocol(task, found, loaded) for task in loaded.single}
     rows = {}
     for item in loaded.items:
@@ -312,15 +315,16 @@ def _summary(found: Mapping[str, Any], loaded: Tasks) -> dict[str, Any]:
         "questions": sum(row["questions"] for row in items.values()),
         "tasks": items,
         "groups": {_short(group.name): rows[group.name] for group in groups},
-        "subjects": {_short(name): rows[name] for name in loaded.leaves},
+        "subjects": {_short(name): rows[name] for name in protocols},
         "lm_eval_version": found["lm_eval_version"],
         "max_length": found["max_length"],
         **({"mmlu_data": loaded.questions.source} if loaded.questions else {}),
+        **({"truncated": lm.truncated} if lm.truncated else {}),
     }
 
 
 def _row(found: Mapping[str, Any], name: str, loaded: Tasks) -> dict[str, Any]:
-    """Score, standard error, metric and number of questions of a task or group; None for what is missing."""
+    """Score, standard error, metric and number of questions of a task or group. A missing score is None."""
     row = found["results"][name]
     metric = chosen_metric(row, loaded.metrics.get(name, "acc"))
     stderr = None if metric is None else row.get(metric.replace(",", "_stderr,"), "N/A")
@@ -333,7 +337,7 @@ def _row(found: Mapping[str, Any], name: str, loaded: Tasks) -> dict[str, Any]:
 
 
 def _protocol(task: Task, found: Mapping[str, Any], loaded: Tasks) -> dict[str, Any]:
-    """How a task was asked: `shots`, `output` (lm-eval's word), `metric`, `template`; `length` for a recall task."""
+    """How a task was asked: `shots`, `output` (lm-eval's word), `metric`, `template`, and `length` of a recall task."""
     metadata = task.config.metadata or {}
     template = metadata.get("template", task.config.doc_to_text)
     if not isinstance(template, str):
@@ -352,10 +356,11 @@ def _short(name: str) -> str:
 
 
 def _enter_score(directory: Path, result: Mapping[str, Any], *, is_mmlu: bool) -> bool:
-    """Enter an MMLU score with its origin. Return whether the file has this score now.
+    """Write an MMLU score, its model and its settings into checkpoint_info.json. Return whether the file has it now.
 
-    A score of the same model over more questions stays. Any other is replaced: one of another model, or one that was
-    given at the build. After another task, the score of another model is removed.
+    If the file has a score of the same model over more questions, that score stays. Any other score is replaced, such
+    as one of another model, or one that was given at the build. If `is_mmlu` is false, nothing is written, but a score
+    of another model is removed.
     """
     measured = {name: result[name] for name in _SCORE_FIELDS}
     path = directory / INFO

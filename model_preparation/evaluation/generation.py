@@ -1,4 +1,4 @@
-"""Let a model continue a prompt, and time it. A logit that is not finite is an error, never a text."""
+"""Let a model continue a prompt, and measure the time. If a logit is not finite, an error is raised."""
 
 import contextlib
 import time
@@ -39,7 +39,7 @@ class Generation:
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """Speed after the first new token, which belongs to the prefill; None if there is no other."""
+        """Speed of the new tokens after the first one, which belongs to the prefill. None if there is only one."""
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
 
 
@@ -63,12 +63,12 @@ def generate_texts(
 ) -> list[Generation]:
     """Continue a prompt until the model's end-of-text token or `max_new_tokens`.
 
-    Each text is generated alone: its speed is the speed of one sequence, and it depends on its own seed only.
+    Each text is generated alone. So its speed is the speed of one sequence, and the text depends on its own seed only.
 
     Args:
         prompt: a text to continue, or messages to answer.
         settings: how the model writes; by default `GenerationSettings()`.
-        changes: single fields of `GenerationSettings`, in place of those in `settings`.
+        changes: fields of `GenerationSettings`, which replace those in `settings`.
 
     Raises:
         SurgeryError: if the prompt has no tokens, or too many for the model's positions; if the tokenizer has no chat
@@ -83,7 +83,7 @@ def generate_texts(
         watch = _StepWatch(prompt)
         sampling = dict(settings.sampling or {})
         with _seeded(model.device, sampling.pop("seed") + number if sampling else None):
-            # No warm-up is timed: the check of the prompt has loaded the kernels and read the weights.
+            # The time includes no warm-up: the check of the prompt has loaded the kernels and read the weights.
             started = time.perf_counter()
             sequence = model.generate(
                 input_ids=input_ids,
@@ -125,7 +125,7 @@ def _encode(
         except ValueError as error:
             raise SurgeryError(
                 f"The chat template refuses the prompt {shown(prompt)!r:.200} ({error}). "
-                "Give messages with the roles and in the order that it expects."
+                "Give messages with the roles and the order that the template expects."
             ) from error
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     input_ids, attention_mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
@@ -154,7 +154,7 @@ def _check_prompt_logits(model: PreTrainedModel, prompt: Prompt, input_ids: Tens
 
 @contextlib.contextmanager
 def _seeded(device: torch.device, seed: int | None) -> Iterator[None]:
-    """Draw random numbers from `seed` within the block. After it, the CPU's and CUDA's are as before."""
+    """Within the block, torch's random numbers come from `seed`. After the block, its generators are as before."""
     if seed is None:
         yield
         return
@@ -164,7 +164,7 @@ def _seeded(device: torch.device, seed: int | None) -> Iterator[None]:
 
 
 class _StepWatch(LogitsProcessor):
-    """Notes the time of every new token. Refuses scores, (1, vocabulary), with NaN or +inf; changes none."""
+    """Records the time of every new token. Raises an error if scores, (1, vocabulary), have NaN or +inf."""
 
     def __init__(self, prompt: Prompt):
         self.prompt = prompt

@@ -1,4 +1,4 @@
-"""Models continue the same prompts. Their texts and speeds are printed and, if wanted, kept as JSON lines."""
+"""Let models continue the same prompts. Print their texts and speeds, and keep them as JSON lines if wanted."""
 
 import contextlib
 import gc
@@ -26,7 +26,7 @@ from model_preparation.io.complete_file import write_file
 from model_preparation.io.progress import bar
 from model_preparation.terminal import escaped
 
-_CHECKPOINT = "checkpoint"  # the name of the tested model among the others
+_CHECKPOINT = "checkpoint"  # the tested model's name next to the names of other models
 _FAILURES = (SurgeryError, torch.OutOfMemoryError)
 _LABEL = 12  # width of the first column where lines are printed
 _KEPT = (
@@ -39,9 +39,9 @@ class GenerationReport:
     """Lets a checkpoint write texts, then other models.
 
     Args:
-        prompts: for all models.
-        settings: how they write.
-        output: the file of the results, one JSON object per text; None keeps nothing.
+        prompts: the same for all models.
+        settings: how the models write.
+        output: the results file, with one JSON object per text; None for no file.
     """
 
     def __init__(self, prompts: Sequence[Prompt], settings: GenerationSettings, output: Path | None):
@@ -55,7 +55,7 @@ class GenerationReport:
         """Let the checkpoint write texts. Print each with its speed, and at the end the peak memory.
 
         Raises:
-            SurgeryError: as `generate_texts`. The results file then has the earlier texts, and the error.
+            SurgeryError: as in `generate_texts`. The results file then has the earlier texts, and the error.
         """
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
@@ -72,13 +72,13 @@ class GenerationReport:
     ) -> None:
         """Let other models write texts, one model in memory at a time, and print all texts side by side.
 
-        If another model fails, its error takes the place of its text. The caller must no longer hold the checkpoint's
-        model.
+        If another model fails, its error takes the place of its text. The caller must not keep a reference to the
+        checkpoint's model, so that its memory is free.
 
         Args:
             tokenizer: the checkpoint's.
             others: the models.
-            load: loads one.
+            load: loads one of them.
         """
         columns = [Column(_CHECKPOINT, [[each.text for each in texts] for texts in self._generations])]
         with self._saved():
@@ -135,13 +135,13 @@ class GenerationReport:
 
     def _warm_up(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load kernels and read weights, so that the first text is as fast as the others."""
-        with contextlib.suppress(SurgeryError):  # the first prompt then fails too, and that is reported
+        with contextlib.suppress(SurgeryError):  # then the first prompt fails too, and the report says why
             generate_text(model, tokenizer, self._prompts[0], max_new_tokens=2, chat=self._settings.chat)
 
     def _generate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, row: dict[str, Any]
     ) -> list[Generation]:
-        """Generate texts, and add a row for each, or one with the error."""
+        """Generate texts, and add a row to the results for each. If this fails, add one row with the error."""
         row = row | ({"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt})
         try:
             generations = generate_texts(model, tokenizer, prompt, self._settings)
@@ -166,7 +166,7 @@ class GenerationReport:
 
     @contextlib.contextmanager
     def _saved(self) -> Iterator[None]:
-        """Write the results file after the block, also if it fails."""
+        """Write the results file after the block, also if the block fails."""
         try:
             yield
         finally:
@@ -188,7 +188,7 @@ def _speed(tokens: int, tokens_per_second: float | None) -> str:
 
 
 def _rate(rows: list[dict[str, Any]], tokens: str, seconds: str, untimed: int) -> str:
-    """Tokens of all rows, and how many per second. In each row, the seconds do not cover `untimed` tokens."""
+    """The tokens of all rows and their speed, as text. In each row, the time of `untimed` tokens is not measured."""
     count, took = sum(row[tokens] for row in rows), sum(row[seconds] for row in rows)
     return _speed(count, (count - untimed * len(rows)) / took if took else None)
 
@@ -206,14 +206,14 @@ def _peak_memory(device: torch.device) -> str:
 
 @dataclass
 class Column:
-    """One model: its texts per prompt, and remarks to print below them."""
+    """One model: for each prompt, its texts, and remarks on how these differ from the checkpoint's texts."""
 
     name: str
     texts: list[list[str]] = field(default_factory=list)
     remarks: list[list[str]] = field(default_factory=list)
 
     def cells(self, prompt: int, count: int) -> list[tuple[str, str]]:
-        """`count` texts after a prompt, each with its remark; "" where there is none."""
+        """`count` pairs (text, remark) for a prompt. A text or remark that is missing is ""."""
         remarks = self.remarks[prompt] if self.remarks else []
         columns = itertools.zip_longest(self.texts[prompt], remarks, range(count), fillvalue="")
         return [(str(text), str(remark)) for text, remark, _ in columns]
@@ -260,5 +260,5 @@ def print_side_by_side(prompts: Sequence[str], columns: Sequence[Column], consol
 
 
 def printable(text: str) -> str:
-    """The text with control characters spelled out: a broken model's text must not steer the terminal."""
+    """The text with escaped control characters, because a broken model's text must not control the terminal."""
     return escaped(text, "\n\t")

@@ -1,8 +1,8 @@
-"""The MMLU questions: where they come from, how their files are read, and one digest of all.
+"""Find MMLU's questions, read and check their files, and compute one digest of all questions.
 
-A folder may have them in any of four layouts. The same questions give the same rows in every layout: {"question": str,
-"choices": [4 str], "answer": 0 to 3}. Nothing is guessed or repaired: a choice that reads None or NA is that text. An
-error names the file and the line.
+A folder may have the questions in any of four layouts. The same questions give the same rows in every layout:
+{"question": str, "choices": [4 str], "answer": 0 to 3}. Nothing is guessed or repaired: the choices None and NA are
+texts like any other. An error names the file and the line.
 """
 
 import csv
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 STOCK_TASKS = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
 SUBJECTS = tuple(sorted(path.stem.removeprefix("mmlu_") for path in STOCK_TASKS.glob("mmlu_*.yaml")))
-SPLITS = ("dev", "test")  # of the stock tasks: the few-shot examples and the questions
+SPLITS = ("dev", "test")  # lm-eval's tasks take the solved examples from dev, and the questions from test
 FIELDS = ("question", "choices", "answer")
 LETTERS = "ABCD"
 
-_REPO = "cais/mmlu"  # under this id at both hubs, and with the same paths
-_HUBS = {"hub": "huggingface", "modelscope": "modelscope"}  # by their words for --mmlu_data
+_REPO = "cais/mmlu"  # both hubs have this id, with the same paths inside
+_HUBS = {"hub": "huggingface", "modelscope": "modelscope"}  # {word for --mmlu_data: hub}
 _ENVIRONMENT = "MMLU_DATA"
 _HOW_TO_GIVE = f"--mmlu_data (or the environment variable {_ENVIRONMENT})"
-# With a wildcard first, ModelScope is asked for one listing, not one per subject. `all` has the same questions again.
+# A pattern that begins with a wildcard needs one listing from ModelScope, not one per subject. `all` repeats questions.
 _WANTED, _UNWANTED = [f"*/{split}-*.parquet" for split in SPLITS], ["all/*"]
 
 _COMPLETE = "Give a complete copy with --mmlu_data."
@@ -51,10 +51,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions and examples that were all read and are well-formed.
+    """MMLU's questions and examples, after all of them were read and checked.
 
     Attributes:
-        source: for people and for the record: "hub:cais/mmlu@<commit>", "modelscope:cais/mmlu@<branch>" (its client
+        source: as results record it: "hub:cais/mmlu@<commit>", "modelscope:cais/mmlu@<branch>" (ModelScope's client
             gives no commit), or the folder that was given.
         folder: where the files are.
         digest: SHA-256, 64 hex digits, as `digest_of` computes it.
@@ -66,7 +66,7 @@ class Questions:
 
 
 def find_questions(mmlu_data: str | Path | None = None, *, num_fewshot: int = 0) -> Questions:
-    """Find the folder with the questions, and read every one of them.
+    """Find the folder with the questions, and read and check every question.
 
     Args:
         mmlu_data: a folder with all 57 subjects, each in one of these layouts:
@@ -75,13 +75,13 @@ def find_questions(mmlu_data: str | Path | None = None, *, num_fewshot: int = 0)
             - `<subject>/{dev,test}.jsonl` or `{dev,test}/<subject>.jsonl`: an object with question, choices and answer
               per line, UTF-8.
             Answers are 0 to 3 or A to D; other columns and fields are ignored. Instead of a folder: the word `hub`
-            (cais/mmlu at Hugging Face) or `modelscope` (its copy there). Downloads stay in the hubs' caches, and are
-            found there without a network. None takes the environment variable MMLU_DATA, else `hub`.
-        num_fewshot: examples needed per subject.
+            (cais/mmlu at Hugging Face) or `modelscope` (the copy at ModelScope). Downloads stay in the hubs' caches,
+            where they are found without a network. None: the environment variable MMLU_DATA if it is set, else `hub`.
+        num_fewshot: the number of solved examples that each subject must have.
 
     Raises:
-        SurgeryError: if the folder or hub cannot be reached, a subject, file or column is missing, a row is malformed,
-            or a subject has too few examples.
+        SurgeryError: if the folder or hub cannot be reached, if a subject, file or column is missing, if a row is
+            malformed, or if a subject has too few examples.
     """
     given = mmlu_data or os.environ.get(_ENVIRONMENT) or "hub"
     source, folder = _from_hub(given) if given in _HUBS else _from_folder(given)
@@ -97,13 +97,13 @@ def find_questions(mmlu_data: str | Path | None = None, *, num_fewshot: int = 0)
 
 
 def read_subject(*, folder: str | Path, subject: str, **_task_metadata: Any) -> "dict[str, datasets.Dataset]":
-    """The splits of one subject, {"dev": rows, "test": rows}. The task files name this function as `custom_dataset`.
+    """The splits of one subject, {"dev": rows, "test": rows}. Our task files name this function as `custom_dataset`.
 
-    Rows are {"question": str, "subject": str, "choices": [4 str], "answer": 0 to 3}, the hub's columns in its order.
-    So lm-eval computes the same digest of a question as in other people's runs.
+    Rows are {"question": str, "subject": str, "choices": [4 str], "answer": 0 to 3}. These are the columns of the hub's
+    files, in the same order. So lm-eval computes the same digest of a question as in other people's runs.
 
     Raises:
-        SurgeryError: as `read_split`.
+        SurgeryError: as in `read_split`.
     """
     import datasets
 
@@ -116,10 +116,10 @@ def read_subject(*, folder: str | Path, subject: str, **_task_metadata: Any) -> 
 
 
 def digest_of(rows: Mapping[str, Mapping[str, list[Row]]]) -> str:
-    """SHA-256 of all rows, {subject: {split: rows}}: one line of ASCII JSON each, subjects in order, dev before test.
+    """SHA-256 of all rows, {subject: {split: rows}}: one line of ASCII JSON per row, subjects sorted, dev before test.
 
-    A line is `[subject,split,index,question,[4 choices],answer]` without spaces, as Python's json.dumps spells it, and
-    ends in a newline; index and answer count from 0.
+    A line is `[subject,split,index,question,[4 choices],answer]` as Python's json.dumps writes it, without spaces
+    between the items, and ends in a newline. Index and answer count from 0.
     """
     digest = hashlib.sha256()
     for subject in sorted(rows):
@@ -184,7 +184,7 @@ def _from_hub(word: str | Path) -> tuple[str, Path]:
 
 
 def some(names: list[str], at_most: int = 5) -> str:
-    """The first few of many names."""
+    """A list of names as text: the first `at_most` names, then how many more there are."""
     return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
 
 
@@ -193,9 +193,9 @@ def some(names: list[str], at_most: int = 5) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a subject's split is in the folder, and how to read one file of it.
+    """Where the files of a subject's split are, and how to read one file.
 
-    `read` yields, per question, its place in the file, and its fields by name, unchecked.
+    `read` yields (place in the file, {field: value}) for each question. The fields are not checked yet.
     """
 
     pattern: str
@@ -211,7 +211,7 @@ class Layout:
 
 
 def _find_layout(folder: Path, subject: str) -> Layout | None:
-    """The layout of a subject in `folder`; None if the folder has nothing of it."""
+    """The layout of a subject in `folder`; None if the folder has no file of the subject."""
     found = [layout for layout in LAYOUTS if any(layout.files(folder, subject, split) for split in SPLITS)]
     if len(found) > 1:
         raise SurgeryError(
@@ -225,8 +225,8 @@ def read_split(folder: Path, subject: str, split: str) -> list[Row]:
     """The rows of one split, in order.
 
     Raises:
-        SurgeryError: if there is no file or no row, the parts of a split do not belong together, a file cannot be read,
-            a column is missing, or a row is malformed. The message names file and row.
+        SurgeryError: if there is no file or no row, if the files of a split do not belong together, if a file cannot be
+            read, if a column is missing, or if a row is malformed. The message names the file and the row.
     """
     layout = _find_layout(folder, subject)
     files = layout.files(folder, subject, split) if layout else []
@@ -235,7 +235,7 @@ def read_split(folder: Path, subject: str, split: str) -> list[Row]:
         raise SurgeryError(f"The MMLU folder {folder} has no {wanted}. {_COMPLETE}")
     matches = [_PART.search(file.stem) for file in files]
     parts = [(int(match[1]), int(match[2])) if match else (0, 1) for match in matches]
-    # Parts of another download would repeat questions; a part that is missing would leave some out.
+    # A part from another download would repeat questions. If a part is missing, so are its questions.
     if parts != [(index, len(files)) for index in range(len(files))]:
         raise SurgeryError(
             f"{files[0].parent} has {', '.join(file.name for file in files)}: a part is missing, or one is too many. "
@@ -259,7 +259,7 @@ def _checked(file: Path, place: str, seen: Any) -> Row:
         raise _malformed(file, place, f"the choices {reprlib.repr(choices)}", "four texts there")
     letter = answer.strip() if isinstance(answer, str) else None
     index = LETTERS.find(letter) if letter and len(letter) == 1 else answer
-    if type(index) is not int or not 0 <= index < 4:  # True and 1.0 are refused
+    if type(index) is not int or not 0 <= index < 4:  # also refuses True and 1.0
         raise _malformed(file, place, f"the answer {reprlib.repr(answer)}", "0 to 3 or A to D there")
     return {"question": question, "choices": choices, "answer": index}
 
@@ -279,7 +279,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
     if content.startswith(b"version https://git-lfs"):
         raise SurgeryError(f"{file} is a pointer that git left in place of the file. Run git lfs pull there.")
     try:
-        # In pyarrow's own memory and without its threads: a thread that frees a Python object at exit aborts Python.
+        # pyarrow gets a copy of the bytes, and no threads: a thread that frees a Python object at exit aborts Python.
         owned = pyarrow.BufferOutputStream()
         owned.write(content)
         table = pyarrow.parquet.ParquetFile(owned.getvalue(), pre_buffer=False).read(use_threads=False)
@@ -296,7 +296,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
-    """The original files: no header; question, choices A to D, the answer's letter."""
+    """Read one of the original files. It has no header; columns are question, choices A to D, the answer's letter."""
     lines = io.StringIO(_read_text(file), newline="").readlines()  # quoted fields keep their line ends
     reader = csv.reader(lines)
     start = 0
@@ -312,7 +312,7 @@ def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
                 raise _malformed(file, place, seen, "six: question, A, B, C, D and the answer's letter")
             question, *choices, letter = fields
             if letter.strip() not in tuple(LETTERS):
-                needed = "A, B, C or D in the last column, in the first line too, as there is no header"
+                needed = "A, B, C or D in the last column; the first line is a question too, not a header"
                 raise _malformed(file, place, f"the answer {reprlib.repr(letter)}", needed)
             yield place, {"question": question, "choices": choices, "answer": letter}
     except csv.Error as error:
@@ -323,7 +323,7 @@ def _read_csv(file: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_json_lines(file: Path) -> Iterator[tuple[str, Row]]:
-    # Not splitlines(): it also splits at characters that JSON strings may hold.
+    # splitlines() would also split at characters that JSON strings may have.
     for number, line in enumerate(_read_text(file).split("\n"), start=1):
         if not line.strip():
             continue

@@ -1,6 +1,6 @@
-"""The models that are tested, scored and compared: checkpoints, their bases and donors, any model in a folder.
+"""Find and load the models that are tested, scored and compared: checkpoints, bases, donors, any model in a folder.
 
-They are found before anything is loaded. No code in a model's folder is run.
+All models are found before one is loaded. No code in a model's folder is run.
 """
 
 import os
@@ -38,7 +38,7 @@ from model_preparation.io.untrusted.untrusted_files import read_json, without_li
 from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.llamba.donor_kinds import KINDS
 
-# The two models of a checkpoint: their names for --compare_with, and their fields in checkpoint_info.json.
+# A checkpoint's donor and base: {word for --compare_with: field of checkpoint_info.json}.
 RECORDED = {"donor": "replacement_source", "base": "base_model"}
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -46,7 +46,7 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 @dataclass(frozen=True)
 class OtherModel:
-    """A model to compare a checkpoint with; `name` is the user's name for it."""
+    """A model to compare a checkpoint with. `name` is the text by which the user asked for the model."""
 
     name: str
     folder: Path
@@ -59,10 +59,11 @@ def find_others(
     """Find the models to compare a checkpoint with. Download those that are not on this disk.
 
     Args:
-        names: "donor" and "base" of the checkpoint; a checkpoint's folder; anything that `resolve` takes.
+        names: each is "donor" or "base" (the checkpoint's own), the folder of another checkpoint, or anything that
+            `resolve` takes.
         checkpoint: the checkpoint's folder.
-        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them. They also replace donor and base,
-            if the checkpoint records these by such a name.
+        sources: folders or hub ids by name, as `resolve(overrides=...)` takes them. If checkpoint_info.json has one of
+            these names for the donor or the base, `sources` replaces that model too.
 
     Raises:
         SurgeryError: if a folder is missing or not complete, or a model cannot be downloaded.
@@ -83,8 +84,8 @@ def _find_other(name: str, checkpoint: Path, sources: Mapping[str, str]) -> Othe
             raise TypeError(f"{RECORDED[name]} is {recorded!r}")
         if recorded.get("legacy"):
             raise SurgeryError(
-                f"The {name} of {checkpoint} was imported from old layer files, which are no model. "
-                "Give the folder of the model that they come from by --compare_with."
+                f"The {name} of {checkpoint} was imported from old layer files, and these are not a whole model. "
+                "Give the folder of the model that the layers come from by --compare_with."
             )
         replaced = is_replaced(recorded["name"], sources)
         target = recorded["name"] if replaced else target_of(recorded, "Say where it is by --compare_with DIR.")
@@ -107,11 +108,12 @@ def load_other(
 
     Args:
         other: the model.
-        tokenizer: the checkpoint's, for a model that is published without one, such as Llamba.
+        tokenizer: the checkpoint's. A model that is published without a tokenizer, such as Llamba, gets this one.
         device, dtype, parallelize: as in `load_checkpoint`.
 
     Raises:
-        SurgeryError: if it cannot be loaded, lacks weights, or has a smaller vocabulary than `tokenizer`.
+        SurgeryError: if the model cannot be loaded, lacks weights, or has a smaller vocabulary than `tokenizer` and no
+            tokenizer of its own.
     """
     if other.is_checkpoint:
         return load_checkpoint(other.folder, device=device, dtype=dtype, parallelize=parallelize)
@@ -121,8 +123,8 @@ def load_other(
     model = load_folder(other.folder, dtype)
     if not own and model.config.vocab_size < len(tokenizer):
         raise SurgeryError(
-            f"{other.folder} has no tokenizer. The checkpoint's has {len(tokenizer)} tokens, but the model only "
-            f"{model.config.vocab_size}. Copy the model's own tokenizer into the folder."
+            f"{other.folder} has no tokenizer, and the checkpoint's does not fit: it has {len(tokenizer)} tokens, but "
+            f"the model has only {model.config.vocab_size}. Copy the model's own tokenizer into the folder."
         )
     given = model.generation_config
     eos = tokenizer.eos_token_id if given.eos_token_id is None else given.eos_token_id
@@ -138,7 +140,7 @@ def load_folder(folder: Path, dtype: torch.dtype | str | None) -> PreTrainedMode
     """Load the model in a folder, in eval mode, on the CPU. Of a multimodal model, load the text part.
 
     Raises:
-        SurgeryError: if it cannot be loaded, or lacks weights.
+        SurgeryError: if the model cannot be loaded, or lacks weights.
     """
     loading: dict[str, Any]
     if not sys.stderr.isatty():
@@ -192,7 +194,7 @@ class ScoredModel:
         name: the name of its results folder.
         config: the contents of its config file.
         dtype: of the weights, as torch spells it.
-        weight_files: names of the files of its weights.
+        weight_files: the names of the files that have its weights.
         tokenizer: the folder of its tokenizer.
         is_checkpoint: whether this package built it.
     """
@@ -207,13 +209,13 @@ class ScoredModel:
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
-        """Digests of everything that decides on its answers, from the files as they are now.
+        """Digests of everything that the model's answers depend on, computed from the current files.
 
         Raises:
             OSError: if a file is missing or cannot be read.
         """
         inputs = {"weights": digest_of_weights(self.folder, self.is_checkpoint)}
-        if self.is_checkpoint and (self.folder / MODULE).is_file():  # model.pt counts too
+        if self.is_checkpoint and (self.folder / MODULE).is_file():  # model.pt, the pickled module
             inputs |= digests_of_files([self.folder / MODULE])
         tokenizer = digest_of(digests_of_files(tokenizer_files(self.tokenizer)))
         return {**inputs, "config": digest_of(self.config), "tokenizer": tokenizer}
@@ -222,7 +224,7 @@ class ScoredModel:
         """The folder of all its evaluations: NAME in `results_dir`, by default `evaluations` in the checkpoint.
 
         Raises:
-            SurgeryError: if `results_dir` is None and it is no checkpoint, or if nothing can be written there.
+            SurgeryError: if the folder cannot be written, or if there is neither a checkpoint nor a `results_dir`.
         """
         if results_dir is None and not self.is_checkpoint:
             raise SurgeryError(
@@ -249,13 +251,13 @@ def find_model(
     """Find the model that a user wants to test or score.
 
     Args:
-        given: a checkpoint's folder; else anything that `resolve` takes.
-        tokenizer: for a model that is published without one, such as Llamba: anything that `resolve` takes.
+        given: a checkpoint's folder, or anything that `resolve` takes.
+        tokenizer: anything that `resolve` takes, for a model that is published without a tokenizer, such as Llamba.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
-        SurgeryError: if there is no such model, it has no tokenizer and none is named, or it has one and another is
-            named.
+        SurgeryError: if the model cannot be found, if it has no tokenizer and `tokenizer` is None, or if it has a
+            tokenizer and `tokenizer` is given too.
     """
     folder = Path(given).expanduser()
     model = snapshot_in(folder) or folder
@@ -289,7 +291,7 @@ def find_model(
 
 
 def served_model(name: str, tokenizer: str, *, sources: Mapping[str, str] | None = None) -> ScoredModel:
-    """A model on a server. Only its tokenizer is on this disk."""
+    """A model on a server. Only the model's tokenizer is on this disk."""
     folder = resolve(tokenizer, need="tokenizer", overrides=sources).folder
     return ScoredModel(name_of(name), folder, {}, "as served", [], folder, False)
 

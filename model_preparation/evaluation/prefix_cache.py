@@ -1,7 +1,7 @@
-"""One cache of a prefix for any number of rows that begin with it.
+"""The cache of a prefix, for any number of rows that begin with this prefix.
 
-The rows share the prefix's tensors, and the cache keeps nothing that the rows add: in scoring, each row is read once.
-So one cache serves batch after batch, and its memory does not grow with the batch.
+All rows share the prefix's tensors. The cache does not keep what the rows add, because scoring reads each row only
+once. So the same cache serves every batch, and its memory does not grow with the number of rows.
 """
 
 import copy
@@ -21,19 +21,19 @@ def can_share(cache: Cache | None) -> bool:
 
 
 def shared(prefix: Cache, rows: int) -> Cache:
-    """A cache for `rows` rows after the prefix.
+    """A cache from which `rows` rows continue after the prefix.
 
     Args:
-        prefix: a filled cache of batch 1 for which `can_share` is true. It never changes.
-        rows: the size of the batch that continues it.
+        prefix: a filled cache of batch size 1, for which `can_share` is true. It is not changed.
+        rows: the size of the batch.
     """
-    fork = copy.copy(prefix)  # a count of tokens seen, if there is one, is copied
+    fork = copy.copy(prefix)  # this also copies the count of seen tokens, if the cache has one
     fork.layers = [shared_layer(layer, rows) for layer in prefix.layers]
     return fork
 
 
 def shared_layer(layer: DynamicLayer | MambaStateLayer, rows: int) -> DynamicLayer | MambaStateLayer:
-    """`shared` for one layer."""
+    """The same as `shared`, for one layer of the cache."""
     if isinstance(layer, HybridStateLayer):
         return _SharedBoth(layer, rows)
     return _SharedKeys(layer, rows) if isinstance(layer, DynamicLayer) else _SharedStates(layer, rows)
@@ -57,7 +57,7 @@ class _SharedKeys(DynamicLayer):
 
 
 class _SharedStates(MambaStateLayer):
-    """The states of a mixer after the prefix; later states are dropped."""
+    """The states of a mixer after the prefix. Later states are not kept."""
 
     def __init__(self, layer: MambaStateLayer, rows: int):
         super().__init__()
@@ -72,10 +72,10 @@ class _SharedStates(MambaStateLayer):
 
     def states(self) -> tuple[Tensor, Tensor]:
         """(conv state, SSM state) of each row, (rows, conv_dim, d_conv) and (rows, H, P, N)."""
-        return self._conv_state, self._state.clone()  # a step of one token writes into its state
+        return self._conv_state, self._state.clone()  # a step of one token would overwrite the shared SSM state
 
     def remember(self, inputs: Tensor, state: Tensor) -> None:
-        """Drop the state."""
+        """Do nothing: the states after the rows' tokens are not needed."""
 
 
 class _SharedBoth(_SharedStates, _SharedKeys, HybridStateLayer):

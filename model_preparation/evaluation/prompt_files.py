@@ -1,4 +1,4 @@
-"""Prompts, and the files they come in. A prompt is a text to continue, or a conversation to answer."""
+"""Read prompts from files. A prompt is a text to continue, or a conversation to answer."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ FORMS = 'a text, {"prompt": TEXT} or {"messages": [{"role": ROLE, "content": TEX
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """The prompts in a file, in its order.
+    """Read the prompts in a file, in the file's order.
 
     Args:
         path: .txt has one text per line. .jsonl has one JSON value per line. .json is a list of JSON values. Blank
@@ -32,7 +32,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         raise SurgeryError(f"{path} cannot be read ({error.strerror}). Give a file of prompts.") from error
     except ValueError as error:
         raise SurgeryError(f"{path} cannot be read: {error}.") from error
-    # Not splitlines(): it also splits at characters that JSON strings may hold.
+    # splitlines() would also split at characters that JSON strings may have.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     prompts: list[Prompt]
     if path.suffix == ".txt":

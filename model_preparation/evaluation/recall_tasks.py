@@ -1,8 +1,9 @@
 """Recall tasks: documents of a chosen length, made from a seed, in which the model must look something up.
 
-Each is a task of lm-eval with RULER's fields, prompts and metric (arXiv 2404.06654), where RULER has it; `mqar` follows
-Zoology (arXiv 2312.04927). A length counts the tokens of the model's own tokenizer, including the answer. NAME asks for
-a generated answer. NAME_choice has the same documents; its answer is the likeliest of four values in the text.
+Each is a task of lm-eval. A task of RULER (arXiv 2404.06654) has RULER's fields, prompts and metric. `mqar` follows
+Zoology (arXiv 2312.04927). A length counts the tokens of the model's own tokenizer, including the answer. In the task
+NAME, the model generates the answer. NAME_choice has the same documents, but there the model's answer is the likeliest
+of four values in the text.
 """
 
 import itertools
@@ -29,13 +30,13 @@ from model_preparation.io.text import read_text
 
 CHOICE, GENERATED = "_choice", "_generated"
 EMBEDDED_RECALL = "embedded_recall"
-DOCUMENTS = 100  # of each task and length, unless --limit says another number
-_FIRST_LENGTH, _FIRST_EMBEDDED_LENGTH = 512, 64  # of the default lengths, which double
+DOCUMENTS = 100  # for each task and length, unless --limit gives another number
+_FIRST_LENGTH, _FIRST_EMBEDDED_LENGTH = 512, 64  # the shortest default length; each following one is twice as long
 _CHOICES = 4
-_NEEDLES = 4  # of niah_multi*, as in RULER
-_HOPS = 4  # of variable_tracking, as in RULER
-_QUERIES = 4  # of mqar, about the same pairs; all but the last are answered in the prompt
-_LEAST_PEOPLE = 6  # with fewer people there are rarely four things to choose from
+_NEEDLES = 4  # in niah_multi*, as in RULER
+_HOPS = 4  # in variable_tracking, as in RULER
+_QUERIES = 4  # successive documents of mqar with the same pairs; each one asks for another key
+_LEAST_PEOPLE = 6  # with fewer people, there are rarely four things to choose from
 
 Document = dict[str, Any]
 
@@ -45,15 +46,16 @@ class _Maker:
     """How the documents of a task are made.
 
     Attributes:
-        make: (random numbers, how many pairs or sentences, the recipe, the document's number) -> `input`, `outputs`,
-            and perhaps `gen_prefix`, with which the answer begins, and `choices`, the right one first.
-        answer_tokens: room for the answer; RULER's number where RULER has the task.
+        make: a function of (random numbers, number of pairs or sentences, recipe, the document's number). It returns
+            `input` and `outputs`, and in some tasks `gen_prefix` (the beginning of the answer) and `choices` (the
+            right one first).
+        answer_tokens: tokens that are reserved for the answer. RULER's tasks have RULER's number.
         until: the texts that end an answer; RULER's tasks have none.
         has_choices: whether NAME_choice exists.
         least: the smallest number of pairs or sentences.
-        has_filler: whether --haystack is used.
-        sharing: how many documents in a row share their pairs; the last of them is the longest.
-        prompt: the field of `Texts` with the question and the beginning of the answer; "" if there are only pairs.
+        has_filler: whether the document has sentences that --haystack replaces.
+        sharing: how many successive documents have the same pairs; the last of them is the longest.
+        prompt: the field of `Texts` with the question and the beginning of the answer; "" if the task has neither.
     """
 
     make: "Callable[[random.Random, int, RecallRecipe, int], Document]"
@@ -66,44 +68,44 @@ class _Maker:
     prompt: str = ""
 
     def template(self, texts: Texts) -> str:
-        """The prompt, for the record."""
+        """The prompt's template, as results record it."""
         return texts.space.join(getattr(texts, self.prompt)) if self.prompt else "{context}{query}"
 
 
 def is_recall(name: str) -> bool:
-    """Whether a name is a task that is made here; embedded_recall also has fixed questions in the package."""
+    """Whether this file can make the documents of a task. For embedded_recall, the package also has fixed questions."""
     return name in _MAKERS or (name.endswith(CHOICE) and root_of(name) in _MAKERS and _maker(name).has_choices)
 
 
 def root_of(name: str) -> str:
-    """The name without the form of the answer, generated or chosen: both forms have the same documents."""
+    """The name without the ending _choice or _generated. Tasks that differ only in the ending share their documents."""
     return name.removesuffix(CHOICE).removesuffix(GENERATED)
 
 
 def recall_names() -> list[str]:
-    """All tasks that are made here."""
+    """The names of all recall tasks."""
     return [each for name in _MAKERS for each in (name, name + CHOICE) if is_recall(each)]
 
 
 def takes(name: str, setting: str) -> bool:
-    """Whether the documents of a recall task depend on `lengths`, `language` or `haystack`."""
+    """Whether the documents of a recall task depend on a setting: `lengths`, `language` or `haystack`."""
     if setting == "haystack":
         return _maker(name).has_filler
-    return setting == "lengths" or not name.startswith(EMBEDDED_RECALL)  # its documents are English
+    return setting == "lengths" or not name.startswith(EMBEDDED_RECALL)  # embedded_recall is always in English
 
 
 @dataclass(frozen=True)
 class RecallRecipe:
-    """Everything that decides on the documents.
+    """Everything that the documents depend on.
 
     Attributes:
         tokenizer: the model's.
-        max_length: tokens that the model takes at most.
-        lengths: tokens of a document and its answer; None for 512, 1024 and so on up to `max_length`.
+        max_length: tokens of the longest sequence that the model takes.
+        lengths: tokens of a document and its answer. None: 512 (64 for embedded_recall), doubled up to `max_length`.
         language: a key of `LANGUAGES`.
-        haystack: a file whose sentences are the filler, in place of the built-in ones.
-        documents: how many of each length.
-        seed: of everything random.
+        haystack: a file with sentences that replace the built-in filler.
+        documents: the number of documents of each length.
+        seed: for all random numbers.
 
     Raises:
         SurgeryError: for a length that the model does not take, or a haystack that cannot be read.
@@ -120,7 +122,7 @@ class RecallRecipe:
     def __post_init__(self) -> None:
         if too_long := [length for length in self.lengths or () if length > self.max_length]:
             raise SurgeryError(
-                f"The model takes {self.max_length} tokens, and --lengths has {too_long[0]}. "
+                f"The model takes at most {self.max_length} tokens, but --lengths has {too_long[0]}. "
                 f"Give lengths up to {self.max_length}."
             )
         _ = self.filler
@@ -131,7 +133,7 @@ class RecallRecipe:
 
     @cached_property
     def filler(self) -> list[str] | None:
-        """The haystack's sentences."""
+        """The haystack's sentences; None without a haystack."""
         if self.haystack is None:
             return None
         try:
@@ -141,7 +143,7 @@ class RecallRecipe:
         return re.findall(r"\S[^.!?。！？]*(?:[.!?。！？]+[\"'”’)]*|$)", " ".join(text.split()))
 
     def recorded(self, names: Sequence[str]) -> dict[str, Any]:
-        """The settings that decide on the documents of some tasks, for the record."""
+        """The settings that the documents of these tasks depend on, as results record them."""
         lengths = sorted({length for name in names for length in self.lengths_of(name)})
         digest = {} if self.filler is None else {"haystack": blake3(repr(self.filler).encode()).hexdigest()}
         return {"lengths": lengths, "language": self.language, **digest}
@@ -158,7 +160,7 @@ class RecallRecipe:
         return found or [self.max_length]
 
     def tasks(self, name: str) -> list[ConfigurableTask]:
-        """The tasks of a name: one for each length.
+        """The tasks that a name stands for: one for each length.
 
         Raises:
             SurgeryError: if a length is too short for the task, the haystack is too short, or the tokenizer does not
@@ -182,7 +184,7 @@ class RecallRecipe:
             yield self._document(name, length, index, size)
 
     def _largest_that_fits(self, name: str, length: int) -> int:
-        """How many pairs or sentences the first document may have, by bisection."""
+        """The largest number of pairs or sentences with which the first document fits. It is found by bisection."""
         maker = _maker(name)
         index = maker.sharing - 1
         first = self._document(name, length, index, maker.least)
@@ -225,7 +227,7 @@ class RecallRecipe:
         return {"index": index, **document, "max_length": length}
 
     def random(self, *key: str | int) -> random.Random:
-        """Random numbers that belong to this seed and to `key` alone."""
+        """A generator of random numbers. They depend on the seed and on `key` only."""
         return random.Random(repr((self.seed, *key)))
 
     def _fits(self, document: Document, maker: _Maker, length: int) -> bool:
@@ -235,14 +237,14 @@ class RecallRecipe:
         return len(self._tokens(prompt)) + maker.answer_tokens <= length
 
     def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, verbose=False)["input_ids"]  # no warning about long texts: they are shortened
+        return self.tokenizer(text, verbose=False)["input_ids"]  # no warning about long texts: they are shortened later
 
     def _too_short(self, name: str, length: int) -> SurgeryError:
         return SurgeryError(f"{length} tokens are too few for a document of {name}. Give larger --lengths.")
 
 
 class RecallTask(ConfigurableTask):
-    """A task of one length, with its documents."""
+    """A recall task with documents of one length."""
 
     def __init__(self, name: str, length: int, documents: list[Document], texts: Texts):
         self._documents = documents
@@ -256,7 +258,7 @@ class RecallTask(ConfigurableTask):
 
 
 def task_config(name: str) -> TaskConfig:
-    """The config of a task, whatever its length."""
+    """The config of a recall task, without a length."""
     return TaskConfig(**{**_config(name, 0, LANGUAGES["en"]), "task": name})
 
 
@@ -277,7 +279,7 @@ def _config(name: str, length: int, texts: Texts) -> dict[str, Any]:
         "output_type": "generate_until",
         "doc_to_target": "{{outputs}}",
         "process_results": process_results,
-        "metric_list": [_metric(str(length))],  # as RULER's tasks in lm-eval name it
+        "metric_list": [_metric(str(length))],  # lm-eval's RULER tasks also name their metric after the length
         "generation_kwargs": {
             "do_sample": False,
             "temperature": 0.0,
@@ -292,17 +294,17 @@ def _metric(name: str) -> dict[str, Any]:
 
 
 def process_results(document: Document, results: list[str]) -> dict[str, float]:
-    """The share of the values that the answer contains, by lm-eval's own RULER functions."""
+    """{metric: share of the right values that the answer contains}, computed by lm-eval's own RULER functions."""
     return {str(document["max_length"]): string_match_all(postprocess_pred(results), [document["outputs"]])}
 
 
 def longest_document(tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> int:
-    """Tokens that a document may have: the positions of the model, or of its tokenizer where a model has no limit."""
+    """The most tokens that a document may have: the tokenizer's limit, or the model's, if the model has a lower one."""
     return min(max_positions or tokenizer.model_max_length, tokenizer.model_max_length)
 
 
 def is_embedded(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it is the embedded pair's, which knows only the 54 words of embedded_recall."""
+    """Whether the tokenizer is that of tiny_llama and tiny_llamba, which has only the 54 words of embedded_recall."""
     return set(tokenizer.get_vocab()) == set(people.WORDS)
 
 
@@ -326,7 +328,7 @@ def _kv_retrieval(numbers: random.Random, size: int, recipe: RecallRecipe, _inde
 
 
 def _mqar(_numbers: random.Random, size: int, recipe: RecallRecipe, index: int) -> Document:
-    """Keys with their values, then some of the keys again. Four documents in a row ask for four keys, one each."""
+    """Keys with their values, then the solved queries of earlier documents, then the key whose value is asked for."""
     group, query = divmod(index, _QUERIES)
     numbers, texts = recipe.random("mqar", size, group), recipe.texts
     pairs = dict(zip(_keys(numbers, size, texts, texts.key_length), _values(numbers, size, digits=2), strict=True))
@@ -342,7 +344,7 @@ def _mqar(_numbers: random.Random, size: int, recipe: RecallRecipe, index: int) 
 
 
 def _needles(keys: int = 1, values: int = 1, queries: int = 1) -> Callable[..., Document]:
-    """RULER's needles in a haystack, by the numbers of keys, of values for each key, and of keys asked for."""
+    """A maker of RULER's haystacks: `keys` keys with `values` values each are hidden, and `queries` are asked for."""
 
     def make(numbers: random.Random, size: int, recipe: RecallRecipe, _index: int) -> Document:
         texts = recipe.texts
@@ -369,7 +371,7 @@ def _needles(keys: int = 1, values: int = 1, queries: int = 1) -> Callable[..., 
 
 
 def _variable_tracking(numbers: random.Random, size: int, recipe: RecallRecipe, _index: int) -> Document:
-    """RULER's chain of assignments in filler, with a solved example before it."""
+    """RULER's chain of variable assignments among filler, after a solved example."""
     texts = recipe.texts
     example, solved = _chain(numbers, 1, recipe)
     document, outputs = _chain(numbers, size, recipe)
@@ -390,7 +392,10 @@ def _chain(numbers: random.Random, size: int, recipe: RecallRecipe) -> tuple[Doc
 
 
 def _who_likes_what(numbers: random.Random, size: int, _recipe: RecallRecipe, _index: int) -> Document:
-    """The embedded pair's question. Beyond its 24 people, sentences about other people are repeated."""
+    """The question for tiny_llama and tiny_llamba, with at most 24 people.
+
+    For a larger `size`, sentences about people who are not asked for are repeated.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(numbers.getrandbits(62))
@@ -424,7 +429,7 @@ def _phrases(texts: Texts) -> list[str]:
 
 
 def _keys(numbers: random.Random, count: int, texts: Texts, length: int) -> list[str]:
-    """Different words of random letters."""
+    """`count` different words of random letters."""
     found: dict[str, None] = {}
     while len(found) < count:
         found["".join(numbers.choices(texts.letters, k=length))] = None
@@ -436,7 +441,7 @@ def _values(numbers: random.Random, count: int, digits: int = 7) -> list[str]:
 
 
 def _four(numbers: random.Random, right: str, values: Any) -> list[str]:
-    """The right value, and three others of the text."""
+    """The right value, and up to three other values of the document."""
     others = sorted({value for value in values if value != right})
     return [right, *numbers.sample(others, min(_CHOICES - 1, len(others)))]
 

@@ -5,19 +5,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Texts:
-    """What the documents of one language are made of.
+    """The texts from which the documents in one language are made.
 
     Attributes:
-        space: between sentences, and before an answer.
-        letters: keys and names of variables are drawn from them.
-        key_length, variable_length: how many letters each has.
-        adjectives, nouns: a needle's key is one of each.
-        filler: sentences with two nouns in them.
+        space: the text between sentences, and before an answer.
+        letters: the letters of keys and of names of variables.
+        key_length, variable_length: the number of letters in a key, and in the name of a variable.
+        adjectives, nouns: a needle's key is an adjective and a noun.
+        filler: sentences with places for two nouns.
         noise: RULER's filler for variable tracking.
-        joined: between several keys, and before the last one.
+        joined: the text between the keys in a list, and the text before the last key.
         needle: the sentence to find.
         chain: the first assignment, and a later one.
-        kv, one_needle, needles, variables: the instruction, and the beginning of the answer.
+        kv, one_needle, needles, variables: for each kind of task, the instruction and the beginning of the answer.
     """
 
     space: str
@@ -94,7 +94,7 @@ ENGLISH = Texts(
         "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
         "Question: Find all variables that are assigned the value {query} in the text above.",
         "Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assgined "
-        "the value {query}, they are:",  # RULER spells it so
+        "the value {query}, they are:",  # the spelling error is RULER's
     ),
 )
 

@@ -1,13 +1,14 @@
-"""The folder of one evaluation, per checkpoint, tasks and settings: answers, lm-eval's files, result.
+"""The folder of one evaluation. It belongs to one model with its tasks and settings.
 
-`TASKS-DIGEST/` has the same name for the same settings, whatever the checkpoint. One run at a time holds it. In it:
+The folder is called `TASKS-DIGEST/`, with a digest of the settings. So the same settings give every model's folder the
+same name. Only one run at a time can use the folder. It has:
     settings.json            the settings and the model
-    answers/KIND.TASK.json   a record per task, with null for a text that is not written yet
+    answers/KIND.TASK.json   the answers to a task; a text that is not generated yet is null
     MODEL/                   lm-eval's own files: results_DATE.json, samples_TASK_DATE.jsonl
     result.json              the scores; written last, so its presence means that the evaluation is finished
-All but lm-eval's files are JSON with a checksum of itself (io/self_checksum.py). Each appears whole or not at all.
-Results of another model (weights, config, tokenizer) are moved to `TASKS-DIGEST.of-weights-DIGEST/`. They are moved
-back when that model is evaluated again.
+Every file except lm-eval's is JSON with a checksum of its own content (io/self_checksum.py). Such a file is complete or
+absent. If the folder has results of another model (other weights, config or tokenizer), they are moved to
+`TASKS-DIGEST.of-weights-DIGEST/`. They are moved back when that model is evaluated again.
 """
 
 import contextlib
@@ -49,14 +50,14 @@ class ResultsFolder:
     """One evaluation's folder.
 
     Args:
-        root: the folder of all evaluations of a checkpoint.
-        settings: everything but the model that decides on the scores, `tasks` among it.
-        model: digests of everything that decides on the model's answers; see `ScoredModel.inputs`.
+        root: the folder of all evaluations of a model.
+        settings: everything that the scores depend on, except the model. The field `tasks` is required.
+        model: digests of everything that the model's answers depend on; see `ScoredModel.inputs`.
 
     Attributes:
         weights: one digest of `model`.
-        put_aside: where `held` has moved results of another model that were in `folder`.
-        differing: how that model differs, in words.
+        put_aside: the folder to which `held` moved another model's results; None if there were none.
+        differing: phrases that say how that model differs.
     """
 
     def __init__(self, root: Path, settings: Mapping[str, Any], model: Mapping[str, Any]):
@@ -72,11 +73,11 @@ class ResultsFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other runs out, and move results of another model aside.
+        """Within the block, no other run can use the folder. First, results of another model are moved away.
 
         Raises:
-            SurgeryError: if another run holds the folder, or it has results of other settings.
-            OSError: if nothing can be written there.
+            SurgeryError: if another run is using the folder, or if the folder has results of other settings.
+            OSError: if the folder cannot be written.
         """
         self._hold = take(self.folder)
         try:
@@ -92,21 +93,21 @@ class ResultsFolder:
             self._hold.release()
 
     def result(self) -> dict[str, Any] | None:
-        """The result of a finished evaluation; None if there is none, or lm-eval's files have changed since."""
+        """The result of the evaluation; None if it is not finished, or if lm-eval's files were changed later."""
         result = read_checked_json(self.folder / RESULT)
         files = {} if result is None else result["files"]
         return None if any(fault_of(inside(self.folder, name), entry) for name, entry in files.items()) else result
 
     def read_record(self, name: str) -> dict[str, Any] | None:
-        """A record that `keep_record` wrote; None if there is none, or it is damaged."""
+        """A record that `keep_record` wrote; None if it is missing or damaged."""
         return read_checked_json(self.folder / ANSWERS / f"{_SAFE.sub('_', name)}.json")
 
     def keep_record(self, name: str, record: Mapping[str, Any]) -> None:
-        """Keep a record. It is on the disk when this returns."""
+        """Write a record, such as a task's answers. It is safely on the disk when this method returns."""
         self._write(f"{ANSWERS}/{_SAFE.sub('_', name)}.json", record)
 
     def tracker(self) -> "EvaluationTracker":
-        """Make the writer of lm-eval's own files, which `finish` takes."""
+        """Make the object that writes lm-eval's own files. `finish` needs it."""
         from lm_eval.loggers import EvaluationTracker  # slow to import, and not needed to read results
 
         return EvaluationTracker(output_path=str(self._staging()))
@@ -118,10 +119,10 @@ class ResultsFolder:
         samples: Mapping[str, Sequence],
         result: Mapping[str, Any],
     ) -> None:
-        """Write lm-eval's results and samples files in place of older ones; then `result`, which ends the evaluation.
+        """Write lm-eval's results and samples files in place of older ones. Then write `result`, as the last file.
 
         Raises:
-            SurgeryError: if they were not written whole; lm-eval itself only logs that.
+            SurgeryError: if lm-eval did not write its files completely. lm-eval itself only logs this failure.
         """
         tracker.save_results_aggregated(results=results, samples=dict(samples))
         for task in samples:
@@ -130,14 +131,14 @@ class ResultsFolder:
         if len(written) != 1 or not _is_whole(written[0], samples):
             free = shutil.disk_usage(self.folder).free
             raise SurgeryError(
-                f"lm-eval could not write its results whole in {self.folder}. Its disk has {free:,} bytes free. "
+                f"lm-eval could not write its results whole in {self.folder}. The disk has {free:,} bytes free. "
                 "Make room and run the same command again: the answers are kept."
             )
         sync_tree(written[0], "")
         target = self.folder / written[0].name
         shutil.rmtree(target, ignore_errors=True)  # of a run killed before it wrote the result
         written[0].rename(target)
-        sync(self.folder)  # before the result, which names these files
+        sync(self.folder)  # the result names these files, so they must be on the disk before it
         self._write(RESULT, {**result, "files": describe_files(self.folder, f"{target.name}/*")})
 
     def _staging(self) -> Path:
@@ -177,16 +178,19 @@ class ResultsFolder:
 
 
 def chosen_metric(row: Mapping[str, Any], wanted: str = "acc") -> str | None:
-    """lm-eval's name of the score that counts, "acc,none", in a row of its results: `wanted`, else the first."""
+    """The name of the score that counts, such as "acc,none", in a row of lm-eval's results.
+
+    It is `wanted` if the row has that score, else the row's first score; None if the row has no score.
+    """
     metrics = [key for key in row if "," in key and "_stderr," not in key]
     return min(metrics, key=lambda key: key != f"{wanted},none", default=None)
 
 
 def read_checked_json(path: Path) -> dict[str, Any] | None:
-    """A JSON file of an evaluation; None if there is none, or its checksum does not match.
+    """The content of a JSON file of an evaluation; None if the file is missing or its checksum does not match.
 
     Raises:
-        SurgeryError: if it has other fields than we write.
+        SurgeryError: if the fields are not those that this program writes.
     """
     if not path.is_file() or checksum_fault(path.read_bytes()) is not None:
         return None
@@ -195,13 +199,13 @@ def read_checked_json(path: Path) -> dict[str, Any] | None:
         check_fields(found, _FIELDS.get(path.name, _ANSWERS_FIELDS))
     except ValueError as error:
         raise SurgeryError(
-            f"{path} is not a result of this program ({error}). Remove it and run this again."
+            f"{path} is not a result of this program ({error}). Remove it and run the command again."
         ) from error
     return found
 
 
 def _is_whole(folder: Path, samples: Mapping[str, Sequence]) -> bool:
-    """Whether lm-eval's files are there: results that are JSON, and a line per sample of each task."""
+    """Whether lm-eval's files are complete: one results file, which is JSON, and for each task a line per sample."""
     lines = {}
     for path in folder.glob("samples_*.jsonl"):
         with path.open("rb") as file:

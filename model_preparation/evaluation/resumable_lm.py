@@ -1,7 +1,7 @@
-"""A model for lm-eval that can be stopped: it keeps every task's answers on the disk as soon as it has them.
+"""A model for lm-eval that keeps its answers on the disk, so that an evaluation can be stopped and continued.
 
-Log-likelihoods are kept per task, texts per batch. Answers of an earlier run are used if its requests were the same.
-The real model gives the others; it is loaded only if it is needed.
+Log-likelihoods are written after each task, texts after each batch. If an earlier run made the same requests for a
+task, its answers are used. The real model answers the other requests. It is loaded when it is first needed.
 """
 
 import json
@@ -28,11 +28,11 @@ class ResumableLM(LM):
 
     Args:
         load: makes the real model. Its argument is a function to call with the number of requests just answered.
-        results: where the records are; None keeps nothing.
+        results: the folder for the records of answers; None keeps nothing.
 
     Attributes:
-        asked: how many requests the real model answered, by task.
-        truncated: how many prompts were cut, by task, where some were.
+        asked: {task: number of requests that the real model answered}.
+        truncated: {task: number of prompts that were cut}, for tasks with such prompts.
     """
 
     def __init__(self, load: Callable[[Callable[[int], None]], ScoringLM], results: ResultsFolder | None = None):
@@ -86,7 +86,7 @@ class ResumableLM(LM):
             indices.setdefault(str(request.task_name), []).append(index)
         by_task = {task: [requests[index] for index in places] for task, places in indices.items()}
         if self._results is not None:
-            # A sample's line holds its requests and a little more.
+            # lm-eval's samples files need a little more space than the texts of the requests.
             arguments = [argument for request in requests for argument in request.args if isinstance(argument, str)]
             check_space(self._results.folder, sum(len(argument.encode()) for argument in arguments))
         answers: list[Any] = [None] * len(requests)
@@ -110,7 +110,7 @@ class ResumableLM(LM):
         return answers
 
     def _kept(self, kind: str, task: str, requests: list[Instance]) -> dict[str, Any]:
-        """The record of a task. Missing answers are None: all in a new record, some after a killed run."""
+        """The record of a task. Missing answers are None: all of them in a new record, some after a killed run."""
         new = {"task": task, "requests": _digest(requests), "seconds": 0.0, "truncated": 0}
         record = None if self._results is None else self._results.read_record(f"{kind}.{task}")
         if record is None or record["requests"] != new["requests"] or len(record["answers"]) != len(requests):
@@ -118,7 +118,7 @@ class ResumableLM(LM):
         return {**new, **record}
 
     def _ask(self, kind: str, task: str, requests: list[Instance], record: dict[str, Any]) -> None:
-        """Put the answers that are missing into the record, and keep it."""
+        """Ask the real model for the answers that the record lacks. Write the record when it has new ones."""
         missing = [place for place, answer in enumerate(record["answers"]) if answer is None]
         asked, lm = [requests[place] for place in missing], self._real()
         before, seconds, cut = time.monotonic(), record["seconds"], record["truncated"]
@@ -147,15 +147,15 @@ class ResumableLM(LM):
 
 
 def _digest(requests: Sequence[Instance]) -> str:
-    """BLAKE3 of everything that is asked, in order."""
+    """The BLAKE3 digest of all requests, in their order."""
     return blake3(json.dumps([request.args for request in requests], default=str).encode()).hexdigest()
 
 
 def _check_finite(task: str, requests: Sequence[Instance], answers: Sequence[Any]) -> None:
-    """Refuse NaN: it would count as an answer, and a broken model would get the score of guessing."""
+    """Refuse NaN and infinity: lm-eval would count them, and a broken model would get the score of guessing."""
     for request, answer in zip(requests, answers, strict=True):
         if not math.isfinite(answer[0] if isinstance(answer, tuple | list) else answer):
             raise SurgeryError(
-                f"The model's logits for question {request.doc_id} of {task} are not finite, so it has no score. "
+                f"The model's logits for question {request.doc_id} of {task} are not finite, so there is no score. "
                 "Try --dtype float32; if that fails too, build the checkpoint again."
             )

@@ -1,8 +1,8 @@
-"""lm-eval's Hugging Face model with faster log-likelihoods and texts; the answers are the same.
+"""lm-eval's Hugging Face model, with the same answers in less time.
 
-Tokens that all questions of a task begin with (its description, its solved examples) run once, and only the positions
-that are scored go through the head. Stock lm-eval runs every prompt whole, and computes the logits of all positions.
-batched_generation.py writes texts. A prompt that is too long is an error unless it may be cut.
+If all questions of a task begin with the same tokens (description, solved examples), the model runs these tokens once.
+Only the positions that are scored go through the head. lm-eval itself runs every whole prompt, and computes the logits
+of all positions. batched_generation.py generates texts. A prompt that is too long is an error, unless it may be cut.
 Source of the computation: lm_eval/models/huggingface.py, HFLM._loglikelihood_tokens.
 """
 
@@ -23,20 +23,20 @@ from model_preparation.evaluation.prefix_cache import can_share, shared
 from model_preparation.llamba.cache_llamba import CACHE_NAME
 from model_preparation.llamba.modeling_llamba import LlambaForCausalLM
 
-Answer = tuple[float, bool]  # log-likelihood, whether greedy
+Answer = tuple[float, bool]  # log-likelihood of the continuation, whether greedy decoding gives the continuation
 
-# A shorter common beginning saves less than a cache costs.
+# A shorter common beginning saves less time than its cache costs.
 MIN_PREFIX_TOKENS = 8
 # `batch_size="auto"`: the most rows, and the most tokens with padding, per forward pass.
 AUTO_ROWS = 64
 AUTO_TOKENS = {"cpu": 512, "cuda": 32_768}
-# The most tokens for writing. It is larger, because all rows of a batch share one reading of the weights.
+# The most tokens per batch of generated texts. They are more, because each step reads the weights once for all rows.
 WRITING_TOKENS = {"cpu": 16_384, "cuda": 131_072}
 
 
 @dataclass
 class Row:
-    """A sequence to run, and the requests that it answers."""
+    """A sequence to run, and the indices of the requests that it answers."""
 
     tokens: tuple[int, ...]  # the context, and the continuation without its last token
     scored: int = 1  # how many of the last positions are scored
@@ -44,15 +44,15 @@ class Row:
 
 
 class ScoringLM(HFLM):
-    """An `HFLM` that answers `loglikelihood` faster.
+    """An `HFLM` that answers `loglikelihood` and `generate_until` faster.
 
     Args:
         model: on its device, in its dtype.
         tokenizer: the model's.
         batch_size: rows per forward pass; "auto" starts with `AUTO_ROWS` and halves them when memory runs out.
         advance: called with the number of requests just answered.
-        batches_for: the kind of device that "auto" chooses sizes for; by default the model's.
-        allow_truncation: cut the left end of prompts that are too long, as lm-eval does; else they are an error.
+        batches_for: the kind of device for which "auto" chooses batch sizes; by default the model's.
+        allow_truncation: cut prompts that are too long on the left, as lm-eval does. If false, they are an error.
 
     Attributes:
         truncated: how many prompts were cut.
@@ -68,7 +68,7 @@ class ScoringLM(HFLM):
         allow_truncation: bool = False,
     ):
         self._auto = batch_size == "auto"
-        # lm-eval's own search for a size runs the longest possible sequence with all its logits.
+        # lm-eval's own search for a batch size would run the longest possible sequence and compute all its logits.
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=8 if self._auto else batch_size)
         self._rows_at_once = AUTO_ROWS if self._auto else int(batch_size)
         self._advance = advance
@@ -87,7 +87,7 @@ class ScoringLM(HFLM):
         return list(self._encoded[1])
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As lm-eval does for causal models. Only the context goes through `tok_encode`, which keeps its tokens."""
+        """Tokens of context and continuation, as lm-eval makes them. `tok_encode` keeps only those of the context."""
         stripped = context.rstrip()
         whole = super().tok_encode(context + continuation)
         context_tokens = self.tok_encode(stripped)
@@ -102,7 +102,7 @@ class ScoringLM(HFLM):
         return [texts[index] for index in range(len(requests))]
 
     def texts(self, requests: Sequence[Instance]) -> Iterator[list[tuple[int, str]]]:
-        """Answer `generate_until` requests, batch by batch: (index of the request, its text)."""
+        """Answer `generate_until` requests. Yields a list of (index of the request, text) for each batch."""
         self._task = str(requests[0].task_name)
         by_settings: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -113,8 +113,8 @@ class ScoringLM(HFLM):
             room = self.max_length - settings["max_gen_toks"]
             if room <= 0:
                 raise SurgeryError(
-                    f"{self._task} asks for {settings['max_gen_toks']} new tokens, and the model takes sequences of "
-                    f"{self.max_length}. Choose other --tasks."
+                    f"{self._task} asks for {settings['max_gen_toks']} new tokens, but the model takes sequences of "
+                    f"at most {self.max_length}. Choose other --tasks."
                 )
             self._count_too_long([len(prompt) for prompt in prompts], room)
             if not can_write(self.model, settings):
@@ -167,9 +167,9 @@ class ScoringLM(HFLM):
         return answers
 
     def groups(self, requests: Sequence[tuple]) -> Iterator[tuple[list[Row], tuple[int, ...]]]:
-        """The rows that answer requests, in groups; each group with the tokens that all its rows begin with."""
+        """Yields groups of rows that answer the requests. Each comes with the tokens that all its rows begin with."""
         lengths = [len(context) + len(continuation) for _texts, context, continuation in requests]
-        self._count_too_long(lengths, self.max_length + 1)  # the last token is not read
+        self._count_too_long(lengths, self.max_length + 1)  # the last token is scored, but the model does not read it
         rows: dict[tuple[int, ...], Row] = {}
         for index, (_texts, context, continuation) in enumerate(requests):
             # As in lm-eval: a long sequence loses tokens on the left, and choices that are one token long share a row.
@@ -178,7 +178,7 @@ class ScoringLM(HFLM):
             if len(continuation) > len(tokens):
                 raise SurgeryError(
                     f"A continuation has {len(continuation)} tokens, but the model takes sequences of "
-                    f"{self.max_length} at most. Choose other --tasks."
+                    f"at most {self.max_length}. Choose other --tasks."
                 )
             row = rows.setdefault(tokens, Row(tokens))
             row.scored = max(row.scored, len(continuation))
@@ -186,23 +186,23 @@ class ScoringLM(HFLM):
         return self._with_prefixes(list(rows.values()))
 
     def _with_prefixes(self, rows: list[Row]) -> Iterator[tuple[list[Row], tuple[int, ...]]]:
-        """Split rows that lost tokens on the left from the others; find the tokens that all the others begin with."""
+        """Yields rows that may have lost tokens on the left, without a prefix; then all others, with their prefix."""
         cut = [row for row in rows if len(row.tokens) >= self.max_length]
         whole = [row for row in rows if len(row.tokens) < self.max_length]
         if cut:
             yield cut, ()
         if whole:
-            # The beginning that the smallest and the largest row share is shared by all rows.
+            # In sorted order, a beginning that the first and the last row share is common to all rows.
             first, last = min(row.tokens for row in whole), max(row.tokens for row in whole)
             same = [one == other for one, other in zip(first, last, strict=False)]
             common = same.index(False) if False in same else len(same)
-            # Every row keeps its scored positions.
+            # The prefix ends before the first scored position of every row.
             length = min(common, *(len(row.tokens) - row.scored for row in whole))
             long_enough = length >= MIN_PREFIX_TOKENS and len(whole) > 1
             yield whole, first[:length] if long_enough else ()
 
     def _scores(self, rows: list[Row], prefix: Sequence[int]) -> Iterator[tuple[list[Row], list[Tensor]]]:
-        """Batches of rows, each with its log-probabilities (scored, vocabulary) per row."""
+        """Yields batches of rows, with log-probabilities (scored positions, vocabulary) for each row."""
         cache = self.prefix_cache(prefix) if prefix else None
         skipped = len(prefix) if cache is not None else 0
         rows = longest_first(rows)
@@ -217,7 +217,7 @@ class ScoringLM(HFLM):
             rows = rows[len(batch) :]
 
     def next_batch(self, rows: list[Row], skipped: int) -> list[Row]:
-        """The first rows, as many as run at once. Their first `skipped` tokens ran before."""
+        """As many of the first rows as run at once. The first `skipped` tokens of each row ran before."""
         return rows[: self._fitting(len(rows[0].tokens) - skipped, self._tokens_at_once)]
 
     def _fitting(self, longest: int, tokens_at_once: int) -> int:
@@ -242,7 +242,7 @@ class ScoringLM(HFLM):
         """Log-probabilities at each row's scored positions, (scored, vocabulary), in lm-eval's dtype."""
         inputs, positions = padded(batch, skipped)
         inverse = None
-        if not isinstance(self.model, LlambaForCausalLM):  # others compute the same positions for all rows
+        if not isinstance(self.model, LlambaForCausalLM):  # other models take one list of positions for all rows
             positions, inverse = positions.unique(return_inverse=True)
         with self._autocast():
             logits = self.model(
@@ -271,18 +271,18 @@ class ScoringLM(HFLM):
 
 
 def longest_first(rows: list[Row]) -> list[Row]:
-    """The rows in the order of the batches."""
+    """The rows in the order in which batches are made: the longest first."""
     return sorted(rows, key=lambda row: -len(row.tokens))
 
 
 def padded(batch: list[Row], skipped: int) -> tuple[Tensor, Tensor]:
     """A batch's tokens after the first `skipped`, (rows, length) int64, and each row's last positions, (rows, kept).
 
-    `kept` is the largest number of positions that a row needs scored.
+    `kept` is the largest number of scored positions of any row.
     """
     tokens = [row.tokens[skipped:] for row in batch]
     lengths = [len(row) for row in tokens]
-    # Padding on the right needs no mask: no earlier position sees it.
+    # Padding on the right needs no mask, because no position sees what comes after it.
     inputs = torch.zeros(len(batch), max(lengths), dtype=torch.long)
     for index, row in enumerate(tokens):
         inputs[index, : len(row)] = torch.tensor(row)
@@ -291,7 +291,7 @@ def padded(batch: list[Row], skipped: int) -> tuple[Tensor, Tensor]:
 
 
 def answers_of(batch: list[Row], scores: list[Tensor], requests: Sequence[tuple]) -> list[tuple[int, Answer]]:
-    """(index of the request, its answer) for all requests of a batch. Copies from the device once."""
+    """(index of the request, answer) for all requests of a batch. Copies from the device only once."""
     indices, sums, greedy = [], [], []
     for row, score in zip(batch, scores, strict=True):
         best = score.argmax(dim=-1)  # (scored,)

@@ -1,7 +1,7 @@
 """A model for lm-eval that answers through an OpenAI API, such as the one of `layer-surgery serve`.
 
-lm-eval's own client makes the requests and reads the answers. Texts become the same tokens as for a model in lm-eval's
-own process: the client would leave out the special token at the beginning.
+lm-eval's own client makes the requests and reads the answers. But this file tokenizes the texts, in the same way as for
+a model that lm-eval loads itself: the client would leave out the special token at the beginning.
 """
 
 import copy
@@ -28,10 +28,10 @@ from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 
 _ADDRESS = "such as http://127.0.0.1:8000"
 _TIMEOUT_SECONDS = 3600  # a CPU takes minutes for many long prompts
-_AUTO_PROMPTS = 32  # in a request
-_MAX_LENGTH = 2048  # where a server does not say it; lm-eval's own default
+_AUTO_PROMPTS = 32  # prompts per request, if the batch size is "auto"
+_MAX_LENGTH = 2048  # tokens, if a server does not give its limit; this is lm-eval's own default
 _PROBE = "Ada likes jam. In 1837, 22/7 was near enough; naïve café, 你好!\n\tdef f(x): return x ** 2"
-_ROUNDING = 0.05  # the largest difference of a log-probability that rounding makes
+_ROUNDING = 0.05  # because of rounding, log-probabilities of the same model may differ by this much
 _NUMBER = (float, int, type(None))
 _MODELS = {"data": [{"id": str, "root?": (str, type(None)), "max_model_len?": (int, type(None))}]}
 _TEXTS = {"choices": [{"index": int, "text": (str,)}]}
@@ -42,7 +42,7 @@ class Server(NamedTuple):
     """A model that a server has.
 
     Attributes:
-        url: of the API, with its /v1.
+        url: the address of the API; it ends in /v1.
         about: the server's facts about the model: its name, the folder that it was loaded from, its longest sequence.
     """
 
@@ -54,7 +54,7 @@ class Server(NamedTuple):
         """Ask a server for its models, and choose one.
 
         Raises:
-            SurgeryError: if no server answers there, or it has no such model, or several and no name is given.
+            SurgeryError: if no server answers, if it has no such model, or if it has several and `name` is None.
         """
         url = url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1"
         models = {each["id"]: each for each in _ask(url, "models", _MODELS)["data"]}
@@ -75,17 +75,20 @@ class Server(NamedTuple):
     def check_same(self, tokenizer: PreTrainedTokenizerBase, results: ResultsFolder) -> None:
         """Compare the log-probabilities of a fixed text with the kept ones, to see whether the model is the same.
 
+        The first time, there is nothing to compare with, and the new log-probabilities are kept.
+
         Raises:
-            SurgeryError: if it is another model, or if the server gives no log-probabilities or makes other tokens.
+            SurgeryError: if the model is another one, if the server gives no log-probabilities, or if its tokens are
+                not those of `tokenizer`.
         """
         body = {"model": self.about["model"], "prompt": _PROBE, "max_tokens": 1, "temperature": 0}
         answer = self.complete({**body, "logprobs": 1, "echo": True})
-        found = answer["choices"][0]["logprobs"]["token_logprobs"][:-1]  # the last is of the new token
+        found = answer["choices"][0]["logprobs"]["token_logprobs"][:-1]  # the last one belongs to the new token
         if len(found) != len(tokenizer(_PROBE).input_ids):
             raise SurgeryError(
-                f"The server at {self.url} makes {len(found)} tokens of a text, and the tokenizer in "
-                f"{tokenizer.name_or_path} makes {len(tokenizer(_PROBE).input_ids)}. Name the served model's by "
-                "--checkpoint or --tokenizer."
+                f"The server at {self.url} makes {len(found)} tokens of a text, but the tokenizer in "
+                f"{tokenizer.name_or_path} makes {len(tokenizer(_PROBE).input_ids)}. Name the tokenizer of the served "
+                "model by --tokenizer, or this model by --checkpoint."
             )
         asked, kept = digest_of(body), results.read_record("server")
         if kept is None or kept["requests"] != asked:
@@ -98,7 +101,7 @@ class Server(NamedTuple):
 
 
 def _ask(url: str, path: str, fields: Mapping[str, Any], body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A server's answer, checked for its fields."""
+    """Send a request to a server, and return the answer after a check of its fields."""
     key = os.environ.get("OPENAI_API_KEY")
     try:
         response = requests.request(
@@ -108,8 +111,8 @@ def _ask(url: str, path: str, fields: Mapping[str, Any], body: Mapping[str, Any]
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=_TIMEOUT_SECONDS,
         )
-    except (requests.RequestException, ValueError) as error:  # ValueError: an address that is none
-        reason = getattr(error.args[0], "reason", error) if error.args else error  # requests wraps urllib3's
+    except (requests.RequestException, ValueError) as error:  # ValueError: the address is not a valid URL
+        reason = getattr(error.args[0], "reason", error) if error.args else error  # requests wraps urllib3's error
         raise SurgeryError(
             f"No server answers at {url} ({reason}). Start one by layer-surgery serve, or give another --server, "
             f"{_ADDRESS}."
@@ -120,31 +123,32 @@ def _ask(url: str, path: str, fields: Mapping[str, Any], body: Mapping[str, Any]
         said = " ".join(response.text.split())[:300]
         raise SurgeryError(
             f"The server at {url} refuses a request for {path}: HTTP status {response.status_code}, {said!r}. "
-            f"Give an OpenAI API by --server, {_ADDRESS}, that takes such requests."
+            f"Name a server that takes such requests by --server, {_ADDRESS}."
         )
     try:
         answer = response.json()
         check_fields({"answer": answer}, {"answer": fields})
     except ValueError as error:
-        missing = "no log-probabilities of prompts" if fields is _SCORES else f"no {path} as OpenAI's API does"
+        missing = "log-probabilities of prompts" if fields is _SCORES else f"{path} in the form of OpenAI's API"
         raise SurgeryError(
-            f"The server at {url} gives {missing} ({error}). Name one that does by --server: vLLM, or "
+            f"The server at {url} does not give {missing} ({error}). Name a server that does by --server: vLLM, or "
             "layer-surgery serve."
         ) from error
     return answer
 
 
 class ServerLM(LocalCompletionsAPI):
-    """The server's model, as lm-eval uses it.
+    """The server's model, with the methods that lm-eval calls.
 
     Args:
         server: where the model is.
         tokenizer: the folder of the model's tokenizer.
         batch_size: prompts per request.
-        advance: called with the number of requests just answered.
+        seed: sent with each request.
+        advance: called with the number of lm-eval's requests just answered.
     """
 
-    truncated = 0  # a server refuses prompts that are too long
+    truncated = 0  # never changes, because a server refuses prompts that are too long
 
     def __init__(
         self,
@@ -175,7 +179,7 @@ class ServerLM(LocalCompletionsAPI):
         return HFLM.tok_encode(self, string, add_special_tokens, **kwargs)
 
     def model_call(self, messages: Any, *, generate: bool = True, gen_kwargs: dict | None = None, **kwargs) -> dict:
-        gen_kwargs = copy.deepcopy(gen_kwargs)  # the payload takes fields out of it
+        gen_kwargs = copy.deepcopy(gen_kwargs)  # _create_payload removes fields from it
         payload = self._create_payload(messages, generate, gen_kwargs, self._seed, self.eos_string, **kwargs)
         answer = self._server.complete(payload)
         self._advance(len(messages))
@@ -186,7 +190,7 @@ class ServerLM(LocalCompletionsAPI):
             return super()._loglikelihood_tokens(requests, **kwargs)
 
     def texts(self, requests: Sequence[Instance]) -> Iterator[list[tuple[int, str]]]:
-        """As `ScoringLM.texts`. A batch is one request to the server."""
+        """The same as `ScoringLM.texts`. A batch is one request to the server."""
         for start in range(0, len(requests), self._batch_size):
             with _without_bar():
                 texts = super().generate_until(requests[start : start + self._batch_size])
@@ -194,5 +198,5 @@ class ServerLM(LocalCompletionsAPI):
 
 
 def _without_bar() -> Any:
-    """Without lm-eval's bar, which no option turns off."""
+    """Hide lm-eval's progress bar within the block. lm-eval has no option for this."""
     return patch.object(api_models, "tqdm", partial(tqdm, disable=True))

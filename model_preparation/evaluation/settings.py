@@ -1,6 +1,6 @@
 """The settings of an evaluation and of generated text: defaults, flags with their help, allowed values.
 
-Nothing heavy is imported here.
+This file imports no large library.
 """
 
 import argparse
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def limit_note(limit: int, tasks: Sequence[str]) -> str:
-    """Say what --limit counts."""
+    """A note for people that says whether --limit counts per subject or per task."""
     return f"--limit {limit} is per {'subject' if any(name.startswith('mmlu') for name in tasks) else 'task'}"
 
 
 def auto_or_count(text: str) -> int | str:
-    """Read --batch_size."""
+    """The value of --batch_size: "auto", or a number from 1 on."""
     return text if text == "auto" else int(number(int, least=1)(text))
 
 
@@ -41,7 +41,7 @@ Seed = Annotated[
     int,
     Flag(
         "N",
-        "seed of everything random, of texts and of evaluations",
+        "seed of all random numbers, for texts and for evaluations",
         number(int, least=0, most=2**32 - 1),  # NumPy's limit
     ),
 ]
@@ -59,25 +59,25 @@ Language = Annotated[
     str, Flag("|".join(LANGUAGES), "recall tasks: language of the documents (default: %(default)s)", OneOf(*LANGUAGES))
 ]
 Haystack = Annotated[
-    str | Path | None, Flag("FILE", "recall tasks: a text to hide things in (default: built-in sentences)", Path)
+    str | Path | None, Flag("FILE", "recall tasks: text around the facts to find (default: built-in sentences)", Path)
 ]
 
 
 @dataclass(frozen=True)
 class EvaluationSettings(CheckedSettings):
-    """How a model is scored. The flags' help explains the first fields.
+    """How a model is scored. The help of the flags explains the fields that are not in this list.
 
     Attributes:
-        tasks: names, or the result of `load_tasks`. Then the settings for making tasks have no effect.
-        seed: of Python, NumPy, torch and the choice of examples.
+        tasks: names, or the result of `load_tasks`. With that result, the settings for making tasks have no effect.
+        seed: for Python, NumPy, torch, the choice of solved examples, and the documents of recall tasks.
         device, dtype, parallelize: where and in what dtype the model runs, as `load_checkpoint` takes them.
-        tokenizer: for a model that is published without one, such as Llamba: a name, folder or hub id.
+        tokenizer: a name, folder or hub id, for a model that is published without a tokenizer, such as Llamba.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
-        server: the address of an OpenAI API whose model is scored. No model is loaded here then.
+        server: the address of a server with an OpenAI API. The server's model is scored, so no model is loaded.
         model: the model's name on that server; needed if the server has several.
 
     Raises:
-        SurgeryError: if a number is too small.
+        SurgeryError: for a value that a flag would refuse.
     """
 
     tasks: Annotated[
@@ -113,9 +113,9 @@ class EvaluationSettings(CheckedSettings):
         str | Path | None,
         Flag(
             "DIR|hub|modelscope",
-            "MMLU's questions: a folder in the parquet layout of cais/mmlu, in the original's csv layout or of json "
-            "lines; or hub or modelscope, for cais/mmlu from Hugging Face or ModelScope (default: the environment "
-            "variable MMLU_DATA, else hub)",
+            "MMLU's questions: a folder with parquet files as in cais/mmlu, csv files as in the original, or json "
+            "lines; or the word hub or modelscope, which downloads cais/mmlu from Hugging Face or ModelScope (default: "
+            "the environment variable MMLU_DATA, else hub)",
         ),
     ] = None
     task_data: Annotated[
@@ -175,8 +175,8 @@ class EfficiencySettings(CheckedSettings):
         Sequence[int] | None,
         Flag(
             "N",
-            "with --efficiency: measure after prompts of N tokens (default: 128, 512 and 2048, as far as the models "
-            "have positions for them)",
+            "with --efficiency: measure after prompts of N tokens (default: those of 128, 512 and 2048 that fit into "
+            "the models' positions)",
             number(int, least=1),
             nargs="+",
         ),
@@ -191,13 +191,14 @@ class EfficiencySettings(CheckedSettings):
 
 @dataclass(frozen=True)
 class GenerationSettings(CheckedSettings):
-    """How a model continues a prompt. The flags' help explains the fields.
+    """How a model continues a prompt. The help of the flags explains the fields.
 
-    Without `do_sample`, `temperature`, `top_p` and `top_k`, the likeliest token is taken each time. The model's own
-    settings do not count. Text n of a prompt, counted from 0, is drawn with the seed `seed + n`.
+    If none of `do_sample`, `temperature`, `top_p` and `top_k` is set, the likeliest token is taken each time. The
+    model's own values of these settings are ignored. Text n of a prompt, counted from 0, is drawn with the seed
+    `seed + n`.
 
     Raises:
-        SurgeryError: if a number is too small or too large.
+        SurgeryError: for a value that a flag would refuse.
     """
 
     chat: Annotated[
@@ -211,7 +212,7 @@ class GenerationSettings(CheckedSettings):
     max_new_tokens: Annotated[int, Flag("N", "tokens to write per prompt", number(int, least=1))] = 50
     do_sample: Annotated[
         bool,
-        Flag(None, "draw tokens at random; each of the next three implies it (default: the likeliest token each time)"),
+        Flag(None, "draw tokens at random; the next three flags imply this (default: the likeliest token each time)"),
     ] = False
     temperature: Annotated[
         float | None,
@@ -221,7 +222,7 @@ class GenerationSettings(CheckedSettings):
         float | None,
         Flag(
             "P",
-            "draw among the likeliest tokens of this joint probability (default: 1)",
+            "draw among the likeliest tokens whose probabilities add up to P (default: 1)",
             number(float, above=0, most=1),
         ),
     ] = None
@@ -236,7 +237,7 @@ class GenerationSettings(CheckedSettings):
     @property
     def sampling(self) -> dict[str, Any] | None:
         """temperature, top_p, top_k and seed; None if the likeliest token is taken each time."""
-        defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # 0: all
+        defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # top_k 0: draw among all tokens
         given = {name: value for name in defaults if (value := getattr(self, name)) is not None}
         return {**defaults, **given, "seed": self.seed} if given or self.do_sample else None
 

@@ -1,6 +1,6 @@
-"""The sets of tasks that papers on hybrids report, and how each task is asked: one table.
+"""The sets of tasks that papers on hybrid models report, and how each task is asked.
 
-Nothing heavy is imported here.
+This file imports no large library.
 """
 
 from collections.abc import Collection
@@ -12,29 +12,22 @@ class Protocol(NamedTuple):
 
     Attributes:
         shots: solved examples before each question.
-        metric: lm-eval's name of the score; None for the task's own, which RULER's tasks name after their length.
+        metric: lm-eval's name of the metric that counts; None for the task's own, which RULER names after the length.
     """
 
     shots: int = 0
     metric: str | None = None
 
 
-_RECALL = {  # documents are made here; answers are generated, except those of ..._choice
+_RECALL = {  # recall_tasks.py makes the documents; answers are generated, except in NAME_choice
     name: Protocol()
     for name in (
-        "kv_retrieval",
-        "kv_retrieval_choice",
-        "niah_single",
-        "niah_multikey",
-        "niah_multikey_choice",
-        "niah_multivalue",
-        "niah_multiquery",
-        "variable_tracking",
-        "mqar",
-        "mqar_choice",
+        *("kv_retrieval", "kv_retrieval_choice"),
+        *("niah_single", "niah_multikey", "niah_multikey_choice", "niah_multivalue", "niah_multiquery"),
+        *("variable_tracking", "mqar", "mqar_choice"),
     )
 }
-# Part of recall if --task_data says where their questions are.
+# Added to the suite recall if --task_data says where their questions are.
 _WITH_DATA = {name: Protocol(metric="contains") for name in ("fda", "swde", "squad_completion")}
 # For the embedded pair, in place of `_RECALL`.
 _EMBEDDED = {name: Protocol() for name in ("embedded_recall", "embedded_recall_generated")}
@@ -52,7 +45,7 @@ SUITES = ("recall", "zero_shot", "mmlu", "all")
 
 
 def tasks_of_suite(suite: str, *, embedded: bool, with_data: Collection[str] = ()) -> dict[str, Protocol]:
-    """The tasks of a suite.
+    """The tasks of a suite, {task: how it is asked}.
 
     Args:
         suite: one of `SUITES`.

@@ -1,7 +1,7 @@
 """Turn the names of `--tasks` into lm-eval's task objects.
 
-MMLU's tasks are lm-eval's own, with another source of questions. Reading all of lm-eval's fifteen thousand definitions
-takes 20 s or more, so only folders that mention a name are read.
+MMLU's tasks are lm-eval's own, with another source of questions. lm-eval needs 8 s or more to parse all of its 14,000
+definitions. So it gets only the folders with a definition that mentions the name.
 """
 
 import difflib
@@ -49,7 +49,8 @@ _STOCK = Path(lm_eval.tasks.__file__).parent
 _EMBEDDED = {EMBEDDED_RECALL: EMBEDDED / EMBEDDED_RECALL}  # the definitions inside this package, by name
 _MMLU_NAMES = {MMLU, *(f"mmlu_{name}" for name in (*GROUPS, *SUBJECTS))}
 _DECLARATION = re.compile(r"""^["']?(?:task|group|tag)["']?\s*:\s*["']?([\w.:+-]+)["']?\s*$""", re.MULTILINE)
-# lm-eval compiles its templates again for every question. That takes longer than the rest of preparing it.
+# lm-eval compiles its templates again for every question, which takes most of the time of preparing the question.
+# So compiled templates are kept.
 lm_eval.utils.env.from_string = lru_cache(lm_eval.utils.env.from_string)  # type: ignore[method-assign]
 _OUT_OF_REACH = (ConnectionError, DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 
@@ -60,14 +61,14 @@ class Tasks:
 
     Attributes:
         names: as the user gave them.
-        manager: lm-eval's, which evaluates the `items`.
-        items: tasks and groups, one or several per name.
+        manager: a TaskManager of lm-eval, which its evaluation requires.
+        items: lm-eval's tasks and groups, one or several per name.
         questions: MMLU's, if a name is MMLU or part of it.
-        digests: of the user's own task definitions, by the last part of their path.
-        made: the settings that decide on the documents of recall tasks.
+        digests: the digests of the user's own task definitions, {last part of the path: digest}.
+        made: the settings that the documents of recall tasks depend on.
         suite: the name of the suite, if these are its tasks.
-        metrics: the metric that counts, by task, if the suite sets one.
-        leaves_of: the names of the single tasks, by the name that the user gave.
+        metrics: {task or group: the metric that counts}, where the suite sets one.
+        leaves_of: {name that the user gave: the names of its single tasks}.
     """
 
     names: tuple[str, ...]
@@ -82,13 +83,8 @@ class Tasks:
 
     @property
     def single(self) -> list[Task]:
-        """All single tasks."""
+        """All single tasks, also those inside groups."""
         return _single(self.items)
-
-    @property
-    def leaves(self) -> list[str]:
-        """The names of all single tasks."""
-        return [task.task_name for task in self.single]
 
 
 def _single(items: Sequence[Task | Group]) -> list[Task]:
@@ -97,12 +93,12 @@ def _single(items: Sequence[Task | Group]) -> list[Task]:
 
 
 def is_mmlu(name: str) -> bool:
-    """Whether a name is the group mmlu or part of it: its questions come from `find_questions`."""
+    """Whether a name is MMLU, one of its groups or one of its subjects. `find_questions` finds their questions."""
     return name in _MMLU_NAMES
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise SurgeryError for a name that lm-eval does not have and that is no folder or file. Takes seconds at most."""
+    """Raise SurgeryError if there is no name, or if a name is repeated or unknown. This takes seconds at most."""
     if isinstance(names, str):
         raise SurgeryError(f"tasks is the text {names!r}, but must be a list of names. Give [{names!r}].")
     if not names:
@@ -133,14 +129,14 @@ def load_tasks(
     """Load the tasks that are named.
 
     Args:
-        names: lm-eval's tasks, groups and tags; `embedded_recall`; folders of task definitions, with all
-            tasks in them; single .yaml files. Your own definitions may run code, as with lm-eval.
+        names: lm-eval's tasks, groups and tags; recall tasks; folders of task definitions, which stand for all tasks
+            in them; single .yaml files. Your own definitions may run code, as with lm-eval.
         mmlu_data: where MMLU's questions are, as in `find_questions`.
-        num_fewshot: solved examples that each of MMLU's subjects must have.
-        task_data: folders with the questions of tasks, by the tasks' names in `names`.
-        recall: how to make the documents of recall tasks. Those of embedded_recall are made only if `recall` has
-            lengths; else it has the package's questions.
-        protocols: how to ask tasks, by their names in `names`. Other tasks are asked by their own definitions.
+        num_fewshot: the number of solved examples that each of MMLU's subjects must have.
+        task_data: {name of a task in `names`: the folder with its questions}.
+        recall: how to make the documents of recall tasks. Without lengths in `recall`, embedded_recall has the fixed
+            questions of this package.
+        protocols: {name of a task in `names`: how to ask it}. Other tasks are asked as their definitions say.
 
     Raises:
         SurgeryError: for an unknown name, a definition that does not work, or data that cannot be reached.
@@ -151,7 +147,7 @@ def load_tasks(
         if name not in names or is_mmlu(name) or is_recall(name):
             raise SurgeryError(f"--task_data has {name}, which is not an lm-eval task in --tasks. Leave it out.")
         if not Path(folder).expanduser().is_dir():
-            raise SurgeryError(f"The data of {name}, {folder}, is no folder. Give another one with --task_data.")
+            raise SurgeryError(f"The data of {name}, {folder}, is not a folder. Give another one with --task_data.")
     fixed = recall is None or recall.lengths is None  # then embedded_recall has the package's questions
     made = [name for name in names if is_recall(name) and not (fixed and _path_of(name).exists())]
     if made and recall is None:
@@ -188,23 +184,23 @@ def load_tasks(
                 if "is not a registered task" in str(error) and not _path_of(name).exists():
                     raise _unknown(name) from error
                 raise _broken(name, error) from error
-            except Exception as error:  # a definition may run code; whatever it raises is its own fault
+            except Exception as error:  # a definition may run code, which may raise anything
                 raise _broken(name, error) from error
             tasks.leaves_of[name] = [task.task_name for task in _single(tasks.items[loaded_before:])]
             if protocol := (protocols or {}).get(name):
                 for item in tasks.items[loaded_before:]:
                     tasks.metrics |= _apply(item, protocol)
-    leaves = tasks.leaves
+    leaves = [task.task_name for task in tasks.single]
     for leaf in leaves:
         if leaves.count(leaf) > 1:
-            raise SurgeryError(f"--tasks names {leaf} more than once, in several groups. Leave one of them out.")
+            raise SurgeryError(f"--tasks has {leaf} more than once, alone or in several groups. Leave out all but one.")
     if made and recall is not None:
         tasks.made = recall.recorded(made)
     return tasks
 
 
 def _apply(item: Task | Group, protocol: Protocol) -> dict[str, str]:
-    """Set the solved examples of a task or group by its protocol; return the metric that counts, by name."""
+    """Set the number of solved examples as the protocol says. Return {task or group: the metric that counts}."""
     single = _single([item])
     for task in single:
         task.set_config("num_fewshot", protocol.shots)
@@ -213,12 +209,12 @@ def _apply(item: Task | Group, protocol: Protocol) -> dict[str, str]:
 
 
 def read_configs(names: Sequence[str]) -> list[TaskConfig]:
-    """The configs of the single tasks that are named, without MMLU's. Their data is not read or downloaded.
+    """The configs of the single tasks that the names stand for, without MMLU's. No data is read or downloaded.
 
-    A task that is a Python class is loaded whole.
+    The exception is a task that is a Python class: it is loaded with its data.
 
     Raises:
-        SurgeryError: as `load_tasks`.
+        SurgeryError: as in `load_tasks`.
     """
     check_names(names)
     made = [name for name in names if is_recall(name) and not _path_of(name).exists()]
@@ -238,12 +234,12 @@ class _WithoutData(ConfigurableTask):
 
 
 def short_name(name: str) -> str:
-    """A task's name, or the last part of its path: a folder may move and is still the same task."""
+    """A task's name. For a path, it is the last part: a task stays the same if its folder moves."""
     return Path(name).resolve().name
 
 
 def _path_of(name: str) -> Path:
-    """The folder or file of definitions for a path, or for a task inside this package; it may not exist."""
+    """The name as a path; for a task of this package, the folder of its definition. The path may not exist."""
     return _EMBEDDED.get(name, Path(name))
 
 
@@ -252,7 +248,7 @@ def _broken(name: str, error: BaseException) -> SurgeryError:
         error = error.__cause__  # the cause describes the fault of the data
     return SurgeryError(
         f"The task {name} cannot be loaded ({type(error).__name__}: {one_line(error)}). "
-        "Mend its definition or its data; paths in it count from the current folder."
+        "Correct its definition or its data. Relative paths in the definition begin at the current folder."
     )
 
 
@@ -265,7 +261,7 @@ def _unknown(name: str, hint: str = ".") -> SurgeryError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence lm-eval's warnings, and its bar per task, which no option turns off."""
+    """Silence lm-eval's warnings and its progress bars. lm-eval has no option that turns the bars off."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -290,7 +286,7 @@ def _load_mmlu(name: str, questions: Questions) -> list[Task | Group]:
 
 @contextmanager
 def _questions_from(folder: Path) -> Iterator[None]:
-    """Let lm-eval read a task's questions from a folder, whatever hub its definition names."""
+    """Within the block, lm-eval reads a task's questions from `folder`, not from the hub that the definition names."""
     read = datasets.load_dataset
 
     def read_here(path: str, name: str | None = None, **_of_the_hub: Any) -> Any:
@@ -315,7 +311,7 @@ def _load_path(path: Path) -> list[Task | Group]:
     if not defined:
         raise SurgeryError(f"{path} holds no task definition (*.yaml with `task:` or `group:`). Give another folder.")
     items: list[Task | Group] = []
-    for name in defined:  # groups first: their members are not loaded again
+    for name in defined:  # groups come first, so that their members are not loaded again
         if not any(isinstance(item, Group) and name in _members(item) for item in items):
             items += _roots(manager.load(name))
     inner = {member for item in items if isinstance(item, Group) for member in _members(item)}
@@ -331,12 +327,12 @@ def _load_stock(name: str) -> list[Task | Group]:
     except KeyError as error:
         if "not a registered" not in str(error):  # a split of the data is missing
             raise
-        # A group of tasks that are defined elsewhere. Reading all definitions takes seconds.
+        # The group has tasks that other folders define. Parsing all definitions takes seconds.
         return _roots(TaskManager().load(name))
 
 
 def _roots(loaded: Any) -> list[Task | Group]:
-    """The tasks and groups that were loaded, without the members of a loaded group."""
+    """The tasks and groups that were loaded, without those inside another loaded group."""
     groups = list(loaded["groups"].values())
     inner = {member for group in groups for member in _members(group)}
     return [item for item in [*groups, *loaded["tasks"].values()] if name_of(item) not in inner]
@@ -353,7 +349,7 @@ def name_of(item: Task | Group) -> str:
 
 @cache
 def _definitions() -> dict[Path, str]:
-    """The text of each definition that lm-eval has, read once: there are 14,000."""
+    """The text of each of lm-eval's definitions. The 14,000 files are read only once."""
     return {path: path.read_text(encoding="utf-8", errors="replace") for path in _STOCK.glob("*/**/*.yaml")}
 
 
@@ -363,7 +359,7 @@ def _mentions(text: str, name: str) -> bool:
 
 
 def _digest(path: Path) -> str:
-    """BLAKE3 of a folder of task definitions; of a single one, with the files that it may include or call."""
+    """BLAKE3 of a folder of task definitions. For a single definition: of all files that it may include or call."""
     folder = path if path.is_dir() else path.parent
     found = path.rglob("*") if path.is_dir() else [path, *folder.glob("*.yaml"), *folder.glob("*.py")]
     digest = blake3()

@@ -156,7 +156,7 @@ def test_results_of_other_weights_are_put_aside_and_come_back_with_them(checkpoi
 
     (checkpoint / "model_state_dict.pt").write_bytes(old)
     stale = run_command("compare_checkpoints", checkpoint, before.parent, "--output_dir", tmp_path / "stale")
-    assert_refused(stale, "holds results of another model than", "weights: the content has changed")
+    assert_refused(stale, "has changed since the evaluation in", "weights: the content has changed")
     again = evaluate_checkpoint(checkpoint, tasks=PART, mmlu_data=mmlu)
     assert len(asked) == 13
     assert again["kept"]
@@ -419,7 +419,7 @@ def test_the_command_says_what_it_did(evaluated, mmlu, tmp_path):
     [
         (["mmlu_virologie"], ["has no task 'mmlu_virologie'", "did you mean mmlu_virology"]),
         (["mmlu", "mmlu"], ["is given 2 times"]),
-        (["mmlu", "mmlu_virology"], ["names mmlu_virology more than once"]),
+        (["mmlu", "mmlu_virology"], ["--tasks has mmlu_virology more than once"]),
     ],
 )
 def test_tasks_that_do_not_work_are_refused_before_the_model_is_loaded(checkpoint_dir, mmlu, tmp_path, tasks, words):

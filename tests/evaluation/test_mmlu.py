@@ -217,7 +217,7 @@ def test_questions_are_looked_for_before_a_checkpoint_is_loaded_and_after_it_is_
 def test_logits_that_are_not_finite_are_an_error_and_no_score(tokenizer, mmlu_data):
     broken = tiny_llama(len(tokenizer))
     torch.nn.init.constant_(broken.model.norm.weight, math.nan)
-    with pytest.raises(SurgeryError, match=r"not finite, so it has no score"):
+    with pytest.raises(SurgeryError, match=r"not finite, so there is no score"):
         evaluate_model(broken, tokenizer, mmlu_data=mmlu_data, limit=1)
 
 

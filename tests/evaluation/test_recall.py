@@ -219,7 +219,7 @@ def test_lengths_beyond_24_people_ask_about_one_who_is_named_once():
     ("settings", "words"),
     [
         ({"tasks": ["mqar"]}, "tokenizer does not know the words of mqar"),
-        ({"tasks": ["embedded_recall"], "lengths": [64, 1024]}, "takes 512 tokens, and --lengths has 1024"),
+        ({"tasks": ["embedded_recall"], "lengths": [64, 1024]}, "takes at most 512 tokens, but --lengths has 1024"),
         ({"tasks": ["mmlu"], "lengths": [64]}, "and mmlu does not take it. Leave out --lengths, or choose one of kv_"),
         ({"tasks": ["embedded_recall"], "language": "zh"}, "embedded_recall does not take it. Leave out --language"),
         ({"suite": "recall", "haystack": "x"}, "or choose one of niah_single, niah_multikey, niah_multikey_choice, "),
@@ -228,7 +228,7 @@ def test_lengths_beyond_24_people_ask_about_one_who_is_named_once():
         ({"tasks": ["kv_retrieval"], "language": "fr"}, "language is 'fr'. Choose one of en, zh."),
         ({"tasks": ["niah_single"], "haystack": "nowhere.txt"}, "haystack nowhere.txt cannot be read"),
         ({"tasks": ["gsm8k"], "task_data": ["piqa=."]}, "--task_data has piqa"),
-        ({"tasks": ["gsm8k"], "task_data": ["gsm8k=nowhere"]}, "The data of gsm8k, nowhere, is no folder"),
+        ({"tasks": ["gsm8k"], "task_data": ["gsm8k=nowhere"]}, "The data of gsm8k, nowhere, is not a folder"),
         ({"tasks": ["gsm8k"], "task_data": ["gsm8k"]}, "'gsm8k' is not TASK=DIR"),
     ],
 )

@@ -191,7 +191,7 @@ def test_servers_that_cannot_score(served_dirs, tmp_path):
     with HTTPServer(("127.0.0.1", 0), Answers) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{http.server_port}/v1"
-        assert_refused(run_command("test_checkpoint", *flags, "--server", url), "no log-probabilities", "--server")
+        assert_refused(run_command("test_checkpoint", *flags, "--server", url), "give log-probabilities", "--server")
         http.shutdown()
     assert_refused(run_command("test_checkpoint", *flags, "--server", url), url, "refused", "--server")
     assert_refused(run_command("test_checkpoint", "--server", url), "--tokenizer", "--results_dir", code=2)

@@ -1,4 +1,4 @@
-"""The answers in lm-eval's samples files, and the questions that several models have in common.
+"""Read the answers in lm-eval's samples files, and find the questions that several models have in common.
 
 Questions are matched by their content (lm-eval's doc_hash), not by their place: limits and orders may differ. If a
 task has a question twice (as in MMLU), the first occurrence is matched with the first, and the second with the second.
@@ -30,9 +30,9 @@ class Answer(NamedTuple):
 
     Attributes:
         doc_hash, prompt_hash, target_hash: SHA-256 of question, prompt and target, hexadecimal.
-        value: the metric.
-        right_probability: of the right option of a multiple-choice question; NaN for other questions.
-        offset: where its line begins in the samples file, in bytes.
+        value: of the metric.
+        right_probability: of the right option among the options of a multiple-choice question; NaN for other questions.
+        offset: where the question's line begins in the samples file, in bytes.
     """
 
     doc_hash: str
@@ -73,14 +73,14 @@ def read_answers(
 
     Args:
         evaluation: the files.
-        metrics: by task, a field of its samples that is a number, such as acc. If a file has several filters, the
-            first one that has the metric counts; "exact_match,strict-match" chooses the filter strict-match.
+        metrics: {task: a field of its samples that is a number, such as acc}. If a file has several filters, the first
+            one that has the metric counts; "exact_match,strict-match" chooses the filter strict-match.
 
     Returns:
-        {task: answers}, and {task: the metrics it has} for tasks without the wanted metric.
+        {task: answers} for tasks with the wanted metric, and {task: the metrics that it has} for tasks without it.
 
     Raises:
-        SurgeryError: if a file is damaged (the message names file and line); or if a samples file and the results file
+        SurgeryError: if a file is damaged (the message names file and line), or if a samples file and the results file
             have different numbers of questions.
     """
     answers, without = {}, {}
@@ -104,9 +104,9 @@ def read_answers(
 
 
 def _read_task(path: Path, metric: str) -> Answers | list[str]:
-    """The file's answers; or the metrics that it has, if this one is not among them."""
+    """The file's answers; or the metrics that the file has, if `metric` is not one of them."""
     metric, _, filter_name = metric.partition(",")
-    found: dict[str, Answers] = {}  # of each filter
+    found: dict[str, Answers] = {}  # by filter
     has: dict[str, None] = {}
     for number, offset, sample in _lines(path):
         its_filter = str(sample.get("filter", "none"))
@@ -124,7 +124,7 @@ def _read_task(path: Path, metric: str) -> Answers | list[str]:
 def _answer(sample: dict[str, Any], metric: str, offset: int, *, where: str) -> Answer:
     for name in _HASHES:
         if not isinstance(sample.get(name), str):
-            raise SurgeryError(f"{where}, has no {name}, by which questions are matched. Evaluate with lm_eval 0.4.4+.")
+            raise SurgeryError(f"{where}, has no {name} to match questions by. Evaluate with lm_eval 0.4.4 or newer.")
     value = sample[metric]
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise SurgeryError(
@@ -136,14 +136,14 @@ def _answer(sample: dict[str, Any], metric: str, offset: int, *, where: str) -> 
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Number (from 1), offset in bytes, and content of each line."""
+    """For each line: its number (from 1), its offset in bytes, and its content."""
     offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
                 sample = json.loads(line, parse_int=bounded)
                 if not isinstance(sample, dict) or not isinstance(sample.get("metrics", []), list):
-                    raise ValueError("it is no sample of lm-eval")
+                    raise ValueError("it is not a sample of lm-eval")
             except (ValueError, RecursionError) as error:
                 cut = "cut off" if not line.endswith(b"\n") else "damaged"
                 raise SurgeryError(f"{path}, line {number}, is {cut}: {error}. {_AGAIN}") from error
@@ -152,7 +152,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
 
 
 def _right_probability(sample: dict[str, Any]) -> float:
-    """Softmax of the options' log-likelihoods, at the right option; NaN without options."""
+    """The right option's probability: the softmax over the log-likelihoods of all options. NaN without options."""
     try:
         scores = np.array([float(pair[0]) for pair in sample["filtered_resps"]])
         weights = np.exp(scores - scores.max())
@@ -181,7 +181,7 @@ class CommonQuestions:
     by_prompt: bool
 
     def column(self, name: str) -> NDArray[np.float64]:
-        """The field `name` of all answers, `value` or `right_probability`: (m, n)."""
+        """The field `name` of all answers, which is `value` or `right_probability`, as (m, n)."""
         return np.array([[getattr(row[model], name) for row in self.rows] for model in range(len(self.answers))])
 
     def differing(self, name: str) -> int:
@@ -194,13 +194,13 @@ def match(task: str, answers: Sequence[Answers]) -> CommonQuestions:
     rows = _common(answers, ("doc_hash",))
     by_prompt = not rows
     if by_prompt:
-        # Copies of a data set with one column more or less have other hashes, but the same prompts.
+        # Copies of a data set with one column more or less have different hashes, but the same prompts.
         rows = _common(answers, ("prompt_hash", "target_hash"))
     return CommonQuestions(task, tuple(answers), rows, by_prompt)
 
 
 def _common(answers: Sequence[Answers], names: Sequence[str]) -> list[tuple[Answer, ...]]:
-    """The questions that all models have, by these hashes.
+    """The questions that all models have. `names` are the hashes that identify a question.
 
     A repeated question counts as often as in the model that has the fewest copies of it.
     """

@@ -1,6 +1,6 @@
 """Tasks that were answered both by log-likelihood and by generated text: is the order of the models the same?
 
-A distilled hybrid may look as good as its teacher by log-likelihood, and be far behind when it writes.
+A distilled hybrid may be as good as its teacher by log-likelihood, but much worse when it generates text.
 """
 
 import re
@@ -15,10 +15,10 @@ _LENGTH = re.compile(r"_(\d+)$")
 
 @dataclass(frozen=True)
 class BothWays:
-    """A task's scores in both ways, per model.
+    """The scores of each model on one task, by log-likelihood and by generated answers.
 
     Attributes:
-        changing: the models that are better than some other model in one way, and worse in the other.
+        changing: the models that are better than another model in one way, and worse than that model in the other way.
     """
 
     task: str
@@ -29,7 +29,7 @@ class BothWays:
 
 
 def asked_both_ways(scores: Mapping[str, Sequence[float]], models: Sequence[str]) -> list[BothWays]:
-    """The tasks among `scores` ({task: the score of each model}) that were answered in both ways."""
+    """The tasks in `scores` ({task: the score of each model}) that were answered in both ways."""
     found = []
     for generated in scores:
         by_likelihood = _counterpart(generated, scores)
@@ -42,7 +42,7 @@ def asked_both_ways(scores: Mapping[str, Sequence[float]], models: Sequence[str]
 
 
 def _counterpart(generated: str, tasks: Mapping[str, Sequence[float]]) -> str | None:
-    """The task that has the same questions and is answered by log-likelihood."""
+    """The task that has the same questions and is answered by log-likelihood; None if there is no such task."""
     length = _LENGTH.search(generated)
     name, end = (generated[: length.start()], length[0]) if length else (generated, "")
     root = root_of(name).removesuffix(_GENERATIVE)

@@ -1,7 +1,7 @@
-"""Several models' evaluations, compared on the questions that all of them were asked.
+"""Compare the evaluations of several models on the questions that all of them were asked.
 
-For all questions, each group and each subject: every model's score, and its difference to the baseline with a verdict.
-A subject is one of lm-eval's tasks.
+There are results for all questions together, for each group and for each subject: every model's score, its difference
+to the first model (the baseline), and a verdict. A subject is one of lm-eval's tasks.
 """
 
 import re
@@ -40,11 +40,11 @@ class Model:
     """A model that is compared.
 
     Attributes:
-        name: the end of its folder's path.
+        name: the last parts of its folder's path.
         results_path: relative to the folder above the model's, so that a report shows no private path.
         layers: the replaced layers of a checkpoint; None for another model.
         settings: of its evaluation, {setting in words: value}.
-        cost: in time and memory, if it was measured.
+        cost: in time and memory; None if it was not measured.
     """
 
     name: str
@@ -68,13 +68,15 @@ class Difference:
 
     Attributes:
         difference: of the means.
-        interval: 95%, bootstrap; None if a subject has a single question.
-        gained, lost: questions that only the model answers right, and only the baseline; None unless the metric is 0
-            or 1.
-        p_value: of McNemar's exact test; None unless the metric is 0 or 1.
+        interval: the 95% bootstrap interval of the difference; None if a subject has a single question.
+        gained, lost: the number of questions that only the model answers right, and that only the baseline does.
+        p_value: of McNemar's exact test.
         p_adjusted: the p-value adjusted for all tests of rows of the same kind (Holm).
         tests: the number of these tests.
-        verdict: "better", "worse" or "not distinguishable": by `p_adjusted` < 0.05, without it by the interval.
+        verdict: "better" or "worse" if `p_adjusted` is below 0.05; without p-values, if `interval` excludes 0. In all
+            other cases "not distinguishable".
+
+    `gained`, `lost` and the p-values are None unless every value of the metric is 0 or 1.
     """
 
     difference: float
@@ -101,7 +103,7 @@ class Row:
 
 
 class _Line(NamedTuple):
-    """The first fields of a `Row`, and its tasks."""
+    """A `Row` before its numbers are computed, and the tasks that it covers."""
 
     kind: str
     name: str
@@ -112,7 +114,7 @@ class _Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result. The first model is the baseline; `common` has the questions for a report."""
+    """The result of a comparison. The first model is the baseline. `common` has the questions for a report."""
 
     metric: str
     higher_is_better: bool
@@ -124,13 +126,13 @@ class Comparison:
     notes: list[str]
     common: list[CommonQuestions]
     both_ways: list[BothWays]
-    fronts: dict[str, list[str]]  # the models of the Pareto front, by field of cost
+    fronts: dict[str, list[str]]  # {field of cost: names of the models on its Pareto front}
 
     def of_kind(self, *kinds: str) -> list[Row]:
         return [row for row in self.rows if row.kind in kinds]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the questions, for JSON."""
+        """Everything except the questions, for JSON."""
         fields = asdict(replace(self, common=[]))
         del fields["common"]
         return fields
@@ -144,16 +146,16 @@ def compare_evaluations(
     seed: int = 1234,
     resamples: int = 10_000,
 ) -> Comparison:
-    """Compare evaluations with the first of them, question by question.
+    """Compare the first evaluation with each of the others, question by question.
 
     Args:
         folders: two or more checkpoints, evaluations, or output folders of lm-eval (see evaluation_files.py).
-        task: compare only this task or group of lm-eval; or, if a folder has several evaluations, the name of
-            the wanted one's folder.
-        metric: a number that lm-eval gives each question; with ",FILTER" if a task has several filters. By default
-            each task's score: acc, else the first that lm-eval names.
-        seed: of the bootstrap. A subject's interval depends on this and its own answers only.
-        resamples: of the bootstrap.
+        task: the only task or group of lm-eval to compare. If a folder has several evaluations, it can also be the name
+            of the evaluation's folder.
+        metric: the name of a number that lm-eval has for each question. "METRIC,FILTER" also chooses among several
+            filters. By default it is acc, or the first metric that lm-eval names, if a task has no acc.
+        seed: of the bootstrap. A subject's interval depends only on the seed and on the answers to that subject.
+        resamples: how many resamples the bootstrap draws.
 
     Raises:
         SurgeryError: for folders without a finished evaluation, damaged files, or nothing in common.
@@ -180,7 +182,7 @@ def compare_evaluations(
     binary = all(np.isin(each, (0, 1)).all() for each in values.values())
     known = evaluations[0].results["higher_is_better"]
     higher = all(known.get(name, {}).get(metrics[name].partition(",")[0]) is not False for name in tasks)
-    means = {}  # per task, bootstrap means of the difference of each model but the first
+    means = {}  # {task: for each model except the first, the bootstrap means of its difference to the first}
     for name, each in values.items():
         key = [seed, zlib.crc32(name.encode())]
         means[name] = [
@@ -200,7 +202,7 @@ def compare_evaluations(
 
 
 def _fronts(models: Sequence[Model], scores: Sequence[float]) -> dict[str, list[str]]:
-    """Pareto fronts of the models whose cost is known; none if these are fewer than two. Higher scores are better."""
+    """Pareto fronts of the models with a known cost. Empty if fewer than two have one. Higher scores are better."""
     known = [(each.name, each.cost.values, score) for each, score in zip(models, scores, strict=True) if each.cost]
     if len(known) < 2:
         return {}
@@ -214,7 +216,7 @@ def _fronts(models: Sequence[Model], scores: Sequence[float]) -> dict[str, list[
 def _common_questions(
     evaluations: Sequence[EvaluationFiles], names: Sequence[str], task: str | None, metrics: Mapping[str, str]
 ) -> tuple[list[CommonQuestions], list[str]]:
-    """The common questions per task, by name; and notes on tasks that are left out."""
+    """The common questions of each task, sorted by the tasks' names; and notes on tasks that are left out."""
     chosen = [each.tasks_of(task) if task else [] for each in evaluations]  # empty if `task` names a folder
     wanted = [
         [name for name in each.samples if name in (only or each.samples)]
@@ -225,7 +227,7 @@ def _common_questions(
     if not tasks:
         listed = "; ".join(f"{name} has {some(each)}" for name, each in zip(names, wanted, strict=True))
         raise SurgeryError(f"The evaluations have no task in common: {listed}. Evaluate all of them on the same task.")
-    notes = [f"Left out, because not every evaluation has them: {some(left_out)}."] if left_out else []
+    notes = [f"Tasks left out, because not every evaluation has them: {some(left_out)}."] if left_out else []
 
     answers: list[dict[str, Answers]] = []
     for name, evaluation in zip(names, evaluations, strict=True):
@@ -245,12 +247,12 @@ def _common_questions(
             "Evaluate them on the same data."
         )
     if empty := [each.task for each in matched if not each.rows]:
-        notes.append(f"Left out, because the models have no question of them in common: {some(empty)}.")
+        notes.append(f"Tasks left out, because the models have none of their questions in common: {some(empty)}.")
     return common, notes
 
 
 def _in_order(name: str) -> str:
-    """For sorting: numbers in names count as numbers, so niah_single_512 comes before niah_single_1024."""
+    """A key for sorting. Numbers in names count as numbers, so niah_single_512 comes before niah_single_1024."""
     return re.sub(r"\d+", lambda found: found[0].zfill(9), name)
 
 
@@ -260,7 +262,7 @@ def _row(
     means_of: Mapping[str, Sequence[NDArray[np.float64] | None]],
     binary: bool,
 ) -> Row:
-    """Fill a line, from every task's values (models, questions) and bootstrap means per model."""
+    """Compute a row. `values_of` has each task's values, (models, questions); `means_of` bootstrap means per model."""
     strata = [values_of[task] for task in line.tasks]
     means = [means_of[task] for task in line.tasks]
     values = np.concatenate(strata, axis=1)
@@ -306,7 +308,7 @@ def _judge(rows: Sequence[Row], higher_is_better: bool) -> None:
 
 
 def _short_names(evaluations: Sequence[EvaluationFiles]) -> list[str]:
-    """The ends of the folders' paths, with as many parts as make them differ."""
+    """The last parts of the folders' paths: as many parts as are needed for different names."""
     places = [evaluation.place for evaluation in evaluations]
     if len(set(places)) < len(places):  # evaluations of the same checkpoint
         places = [evaluation.given for evaluation in evaluations]
@@ -322,8 +324,8 @@ def _short_names(evaluations: Sequence[EvaluationFiles]) -> list[str]:
 def _lines(evaluations: Sequence[EvaluationFiles], tasks: Sequence[str], task: str | None) -> list[_Line]:
     """The lines for the common tasks `tasks`: everything together, groups, subjects.
 
-    The label of a group says "(part)" if some of its tasks are not common. With `task`, groups that have tasks outside
-    it are left out.
+    The label of a group says "(part)" if some of its tasks are not common. If `task` is given, groups with tasks
+    outside `task` are left out.
     """
     if len(tasks) == 1:
         return [_Line(OVERALL, tasks[0], _label(evaluations, tasks[0]), "", list(tasks))]

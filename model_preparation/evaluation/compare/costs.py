@@ -1,6 +1,6 @@
-"""The costs of the compared models, as `test_checkpoint.py --efficiency` measured them.
+"""Find the costs of the compared models, as `test_checkpoint.py --efficiency` measured them.
 
-A measurement belongs to a model if both have the same digest of the weights.
+A measurement belongs to a model if the measurement has the digest of the model's weights.
 """
 
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ _FIELDS = {"models": [{"weights": str, "dtype": str, "contexts": [_ROW]}], "meas
 
 @dataclass(frozen=True)
 class Cost:
-    """A model's cost after a prompt of `context` tokens: the fields of `MEASURED`, and the machine and dtype."""
+    """A model's cost after a prompt of `context` tokens."""
 
     context: int
-    measured_on: str
-    values: dict[str, float]
+    measured_on: str  # the machine and the dtype
+    values: dict[str, float]  # of the fields of `MEASURED`
 
 
 def costs_of(evaluations: Sequence[EvaluationFiles]) -> list[Cost | None]:
-    """Each model's cost; None if it is not known. The context is the longest one that all known costs have.
+    """Each model's cost, or None if it was not measured. The context is the longest one that all measured models share.
 
     Raises:
         SurgeryError: if a file of measurements is damaged.
@@ -53,9 +53,9 @@ def costs_of(evaluations: Sequence[EvaluationFiles]) -> list[Cost | None]:
 
 
 def pareto_front(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
-    """The indices of the Pareto front, the cheapest first.
+    """The indices of the models on the Pareto front, the cheapest first.
 
-    Each scores higher than every other of the same or lower cost.
+    Each of these models scores higher than every other model of the same or a lower cost.
     """
     front: list[int] = []
     for place in sorted(range(len(costs)), key=lambda place: (costs[place], -scores[place])):

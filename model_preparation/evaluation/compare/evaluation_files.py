@@ -3,7 +3,7 @@
 A user gives a checkpoint's folder (with `evaluations/<task>-<settings digest>/`), such an evaluation's folder, any
 output folder of `lm_eval --log_samples`, or one results file. The files have the layout of lm-eval's EvaluationTracker
 (lm_eval/loggers/evaluation_tracker.py): `results_<date>.json` and `samples_<task>_<date>.jsonl` in one folder, which
-may be a subfolder with the model's name. The newest date that has all its files counts.
+may be a subfolder with the model's name. If there are several dates, the newest one with all of its files counts.
 """
 
 import itertools
@@ -25,10 +25,11 @@ from model_preparation.io.untrusted.untrusted_files import bounded, check_fields
 
 # `--output_path FILE.json` makes FILE_<date>.json of it.
 _RESULTS = re.compile(r"(?!samples_).*_(?P<date>\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?)\.json")
-_DEPTHS = ("*", "*/*", "*/*/*")  # a --results_dir, in it <task>-<digest>/, in it the model's name
-# The fields that are read from a results file; older versions of lm-eval lack some.
+_DEPTHS = ("*", "*/*", "*/*/*")  # the deepest: a --results_dir has <task>-<digest>/, which has a folder for the model
+# The fields that are read from a results file; older versions of lm-eval lack some. In `_NAMED` are the fields with an
+# entry for each task or group, by its name.
 _NAMED: dict[str, Any] = {name: {"*": dict} for name in ("results", "configs", "n-samples", "higher_is_better")}
-_NAMED |= {"group_subtasks": {"*": [str]}}  # tasks and groups give the names
+_NAMED |= {"group_subtasks": {"*": [str]}}
 _FIELDS = {f"{name}?": kind for name, kind in _NAMED.items()} | {"config?": dict, "max_length?": (int, NoneType)}
 
 
@@ -38,12 +39,12 @@ class EvaluationFiles:
 
     Attributes:
         given: the path that the user gave, resolved.
-        name: of the evaluation's folder; our names have the tasks and a digest of the settings.
+        name: the name of the evaluation's folder. In our folders, it has the tasks and a digest of the settings.
         results_path: lm-eval's results file.
-        results: its contents.
+        results: the contents of that file.
         samples: {task: its samples file}.
-        checkpoint: the folder of the checkpoint that it is in, or None.
-        passed_over: newer results files that lack samples files.
+        checkpoint: the folder of the checkpoint that contains the evaluation, or None.
+        passed_over: newer results files, which were not taken because samples files are missing.
     """
 
     given: Path
@@ -56,21 +57,21 @@ class EvaluationFiles:
 
     @property
     def place(self) -> Path:
-        """The folder that names the model. For an evaluation in a --results_dir, the folder above it."""
+        """The folder after which the model is named. For an evaluation in a --results_dir, it is the parent folder."""
         return self.checkpoint or (self.given.parent if (self.given / SETTINGS).is_file() else self.given)
 
     @property
     def date(self) -> str:
-        """The day on which it was finished."""
+        """The day on which the evaluation was finished."""
         return _date(self.results_path)[:10]
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """{group: its groups and tasks}. Older versions of lm-eval list tasks as empty groups, which are left out."""
+        """{group: its groups and tasks}. Older versions of lm-eval list tasks as empty groups; these are left out."""
         return {name: children for name, children in self.results["group_subtasks"].items() if children}
 
     def tasks_of(self, name: str) -> list[str]:
-        """The tasks in a group and in its groups, each once; for a task, itself; for any other name, none."""
+        """The tasks in a group and in its inner groups, each once. For a task: that task. For other names: nothing."""
         found, waiting, seen = [], [name], set()
         while waiting:
             name = waiting.pop(0)
@@ -89,13 +90,14 @@ def find_evaluations(folders: Sequence[str | Path], task: str | None = None) -> 
 
     Args:
         folders: as the top of this file says.
-        task: a task or group, and only evaluations of it count; or the name of an evaluation's folder.
+        task: a task or group that the evaluation must have; or the name of an evaluation's folder.
 
     Raises:
-        SurgeryError: if there is none, none is finished, or there are several and `task` does not say which.
+        SurgeryError: if a folder has no finished evaluation, or has several and `task` does not choose one; or if a
+            checkpoint has other weights now than it had in its evaluation.
     """
     found = [_candidates(Path(folder).expanduser(), task) for folder in folders]
-    # Our folders are named after their settings: if all checkpoints share exactly one name, take that.
+    # Our folders are named after their settings. If exactly one name is in all checkpoints, take its evaluations.
     shared = set.intersection(*({each.name for each in candidates} for candidates in found))
     if len(shared) == 1:
         found = [[each for each in candidates if each.name in shared] for candidates in found]
@@ -119,8 +121,7 @@ def _check_weights(evaluation: EvaluationFiles) -> None:
     checkpoint = evaluation.checkpoint
     if odd := differences((read_checked_json(settings) or {}).get("model", {}), find_model(checkpoint).inputs):
         raise SurgeryError(
-            f"{settings.parent} holds results of another model than {checkpoint} is now ({'; '.join(odd)}). "
-            "Evaluate it again: "
+            f"{checkpoint} has changed since the evaluation in {settings.parent} ({'; '.join(odd)}). Evaluate again: "
             f"python test_checkpoint.py --checkpoint {checkpoint} --full_eval and the flags of that evaluation."
         )
 
@@ -128,14 +129,14 @@ def _check_weights(evaluation: EvaluationFiles) -> None:
 def _candidates(given: Path, task: str | None) -> list[EvaluationFiles]:
     """The finished evaluations in a folder, at least one; only those of `task`, if it is given."""
     if given.is_file() and not _RESULTS.fullmatch(given.name):
-        raise SurgeryError(f"{given} is no results file (results_<date>.json). Give the folder it is in.")
+        raise SurgeryError(f"{given} is not a results file (results_<date>.json). Give the folder it is in.")
     if not given.exists():
         raise SurgeryError(f"{given} is not there. Give a checkpoint's folder, or one that lm_eval wrote.")
     given = given.resolve()
     root = given / EVALUATIONS if (given / INFO).is_file() else given
     files = [given] if given.is_file() else [path for depth in _DEPTHS for path in root.glob(depth)]
     files = [path for path in files if path.is_file() and _RESULTS.fullmatch(path.name)]
-    if not given.is_file():  # results of earlier weights must be named
+    if not given.is_file():  # results of earlier weights count only if the user gives their own folder or file
         files = [path for path in files if not any(EVALUATIONS_ASIDE in part for part in path.relative_to(root).parts)]
     if not files:
         raise _not_finished(given, root)
@@ -149,7 +150,7 @@ def _candidates(given: Path, task: str | None) -> list[EvaluationFiles]:
 
 
 def _newest_complete(given: Path, root: Path, folder: Path, files: list[Path]) -> EvaluationFiles:
-    """The newest evaluation in `folder` that has all its files; `files` are all results files."""
+    """The newest evaluation in `folder` that has all of its files; `files` has the results files of all folders."""
     passed_over: list[Path] = []
     for path in sorted((path for path in files if path.parent == folder), key=_date, reverse=True):
         results = read_results(path)
@@ -162,8 +163,8 @@ def _newest_complete(given: Path, root: Path, folder: Path, files: list[Path]) -
         passed_over.append(path)
     example = (missing or ["samples_<task>_<date>.jsonl"])[0]
     raise SurgeryError(
-        f"{passed_over[-1]} lacks samples files beside it, such as {example}, "
-        "but questions are compared one by one. Run the evaluation again; lm_eval needs --log_samples."
+        f"{passed_over[-1]} lacks samples files, such as {example} in the same folder. Without them, questions cannot "
+        "be compared one by one. Run the evaluation again; lm_eval needs --log_samples."
     )
 
 
@@ -171,7 +172,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """Read lm-eval's results file.
 
     Raises:
-        SurgeryError: if it is damaged, or another kind of file.
+        SurgeryError: if the file is damaged, or is another kind of file.
     """
     try:
         results = json.loads(path.read_bytes(), parse_int=bounded)
@@ -181,14 +182,14 @@ def read_results(path: Path) -> dict[str, Any]:
         results = {name: {} for name in (*_NAMED, "config")} | results
         names: Iterator[str] = itertools.chain(*(results[name] for name in _NAMED), *results["group_subtasks"].values())
         if wrong := [name for name in names if not _is_name(name)]:
-            raise ValueError(f"{wrong[0]!r:.80} is no name of a task")
+            raise ValueError(f"{wrong[0]!r:.80} is not the name of a task")
     except (ValueError, RecursionError) as error:
-        raise SurgeryError(f"{path} is no whole results file of lm-eval: {error}. Run the evaluation again.") from error
+        raise SurgeryError(f"{path} is not a whole results file of lm-eval: {error}. Evaluate again.") from error
     return results
 
 
 def _is_name(name: str) -> bool:
-    """Whether it can name a task or group: names become part of file names, and are printed."""
+    """Whether this can be the name of a task or group. Such names become part of file names, and are printed."""
     return bool(name) and name.isprintable() and not set(name) & set("/\\")
 
 

@@ -1,4 +1,4 @@
-"""The questions on which two models differ most, as texts, with both answers.
+"""Find the questions on which two models differ most, as texts with both answers.
 
 One model answers these questions right and the other wrong, or one gets a higher score. The largest differences of the
 metric come first. Equal differences are ordered by the difference between the probabilities of the right answer.
@@ -29,7 +29,10 @@ class Example:
 
 
 def differing_questions(comparison: Comparison, model: int, count: int) -> tuple[list[Example], list[Example]]:
-    """Two lists of at most `count` questions: `model` (from 1) scores higher than the baseline; then lower."""
+    """The questions on which a model scores higher than the baseline, and those on which it scores lower.
+
+    Each list has at most `count` questions. `model` is the model's index; the baseline's is 0.
+    """
     found: list[tuple[float, float, CommonQuestions, int]] = []
     for common in comparison.common:
         for index, row in enumerate(common.rows):
@@ -64,7 +67,7 @@ def _example(common: CommonQuestions, index: int, model: int) -> Example:
 
 
 def _text(doc: Any, options: list[str]) -> str:
-    """The question: a line for each field and each choice. A choice has its letter of the prompt, or a number."""
+    """The question: a line for each field and each choice. A choice has the letter of the prompt, or a number."""
     if not isinstance(doc, dict):
         return _cut(str(doc), _TEXT_CHARACTERS)
     lines = []
@@ -87,7 +90,7 @@ def _options(sample: dict[str, Any]) -> list[str]:
 
 
 def _answer(sample: dict[str, Any]) -> str:
-    """A model's answer: the likeliest option with its probability among the options, or the response itself."""
+    """A model's answer: the likeliest option and its probability among the options, or the generated response."""
     answers, options = sample.get("filtered_resps"), _options(sample)
     try:
         scores = np.array([float(pair[0]) for pair in answers or []])

@@ -25,11 +25,11 @@ SETTINGS: dict[str, Callable[[dict[str, Any], Sequence[str]], Any]] = {
     "version of lm-eval": lambda results, _: results.get("lm_eval_version"),
     "version of transformers": lambda results, _: results.get("transformers_version"),
 }
-_NO_LIMIT = 1_000_000_000  # tokens: max_position_embeddings of an ungrafted Llamba
+_NO_LIMIT = 1_000_000_000  # tokens; an ungrafted Llamba has this max_position_embeddings
 _SHOWN_CHARACTERS = 120
-# Scores can be compared although these differ. A limit on the prompt's length changes no shorter prompt.
+# Scores can be compared although these differ. (A limit on the length of prompts does not change shorter prompts.)
 _HARMLESS = ("version of transformers", "longest prompt, in tokens", _DATE)
-# The settings in the first line of a report, and their words there.
+# The settings in the first line of a report, {setting in words: its text in that line}.
 _HEAD = {
     "number of examples before each question": "{}-shot",
     _LIMIT: "the first {} of each task",
@@ -50,7 +50,7 @@ def settings_of(evaluation: EvaluationFiles, tasks: Sequence[str]) -> dict[str, 
 
 
 def head_line(task: str, metric: str, questions: int, settings: Sequence[Mapping[str, str]]) -> str:
-    """Task, metric, questions, shots, limit, versions and date, where known. If values differ, it has all of them."""
+    """Task, metric, questions, shots, limit, versions and date, where known. Values that differ are joined by "or"."""
     parts = [task, metric, f"{questions:,} question{'s' * (questions != 1)}"]
     for words, text in _HEAD.items():
         values = list(dict.fromkeys(each[words] for each in settings))
@@ -62,7 +62,7 @@ def head_line(task: str, metric: str, questions: int, settings: Sequence[Mapping
 
 
 def shared_and_differing(settings: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], list[str]]:
-    """The settings that all models have, {setting in words: value}; and the words of those that differ."""
+    """The settings with the same value for all models, {setting in words: value}; and the settings that differ."""
     differing = [words for words in settings[0] if len({each[words] for each in settings}) > 1]
     shared = {words: value for words, value in settings[0].items() if words not in differing and value != _NONE}
     return shared, differing
@@ -88,10 +88,10 @@ def question_notes(
     every = [sum(len(each.answers[model].questions) for each in common) for model in range(len(names))]
     if set(every) != {questions}:
         listed = ", ".join(f"{name} has {count:,}" for name, count in zip(names, every, strict=True))
-        notes.append(f"Only the {questions:,} common questions are compared; in these tasks {listed}.")
+        notes.append(f"Only the {questions:,} common questions are compared. In these tasks, {listed}.")
     if by_prompt := [each.task for each in common if each.by_prompt]:
         notes.append(
-            f"In {some(by_prompt)} the data sets' rows differ, so questions were matched by their prompts and targets."
+            f"In {some(by_prompt)}, data sets have different rows: questions were matched by their prompts and targets."
         )
     for field, words in (("prompt_hash", "prompts"), ("target_hash", "right answers")):
         if differing := sum(each.differing(field) for each in common):
@@ -113,7 +113,7 @@ def score_notes(
     evaluations: Sequence[EvaluationFiles],
     common: Sequence[CommonQuestions],
 ) -> list[str]:
-    """Sentences on scores of lm-eval that are not means over questions, such as groups weighted by task."""
+    """Sentences on lm-eval's scores that are not means over questions, such as a group's mean over its tasks."""
     notes = []
     for model, (name, evaluation) in enumerate(zip(names, evaluations, strict=True)):
         answers = {each.task: each.answers[model] for each in common}
@@ -133,12 +133,12 @@ def score_notes(
 
 
 def cost_notes(names: Sequence[str], costs: Sequence[Cost | None]) -> list[str]:
-    """A sentence if costs were measured on different machines or in different ways."""
+    """A sentence if costs were measured on different machines or in different dtypes."""
     places = {name: cost.measured_on for name, cost in zip(names, costs, strict=True) if cost is not None}
     if len(set(places.values())) < 2:
         return []
     listed = "; ".join(f"{name} on {place}" for name, place in places.items())
-    return [f"Costs were not measured alike: {listed}."]
+    return [f"Costs were measured in different ways: {listed}."]
 
 
 def _per_task(values: Any, tasks: Sequence[str]) -> str | None:

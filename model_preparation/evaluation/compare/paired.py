@@ -1,7 +1,7 @@
-"""The statistics of two models' answers to the same questions.
+"""Statistics for two models' answers to the same questions.
 
-McNemar's exact test says whether a difference is significant. A bootstrap interval says how large it may really be.
-Holm's method adjusts p-values when many tests are made. Strata are the subjects of a group.
+McNemar's exact test says whether a difference is significant. A bootstrap interval says how large the true difference
+may be. Holm's method adjusts p-values when many tests are made. Strata are the subjects of a group.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 SIGNIFICANCE = 0.05
-_CHUNK = 1_000  # resamples at a time; memory is this times the number of distinct differences, 8 bytes each
+_CHUNK = 1_000  # resamples at a time; each of them needs 8 bytes per distinct difference
 
 
 def mcnemar_p(gained: int, lost: int) -> float:
@@ -22,7 +22,7 @@ def mcnemar_p(gained: int, lost: int) -> float:
         lost: questions that the first model answers right and the second wrong.
 
     Returns:
-        1.0 if there is no such question: nothing suggests a difference.
+        1.0 if there are no such questions, because then nothing suggests a difference.
     """
     return float(binomtest(gained, gained + lost, 0.5).pvalue) if gained + lost else 1.0
 
@@ -32,15 +32,15 @@ def bootstrap_means(
 ) -> NDArray[np.float64] | None:
     """Means of resamples of one stratum's n differences, (resamples,); None for a single question.
 
-    Each resample draws n - 1 of them with replacement, so that their mean varies as s^2 / n. With n draws it would vary
-    by (n - 1) / n of that, and many small strata together would get too narrow an interval (McCarthy and Snowden 1985;
-    Rao and Wu 1988, J. Am. Stat. Assoc. 83, 231-241).
+    Each resample draws n - 1 differences with replacement. So the variance of its mean is s^2 / n, as it should be.
+    With n draws, the variance would be (n - 1) / n of this, and an interval over many small strata would be too narrow
+    (McCarthy and Snowden 1985; Rao and Wu 1988, J. Am. Stat. Assoc. 83, 231-241).
     """
     values, counts = np.unique(differences, return_counts=True)
     draws = len(differences) - 1
     if draws < 1:
         return None
-    # Count the draws of each distinct value: right and wrong have three values, whatever the number of questions.
+    # Draw how often each distinct value occurs: differences of right and wrong have at most three distinct values.
     chunks = [min(_CHUNK, resamples - start) for start in range(0, resamples, _CHUNK)]
     shares = counts / counts.sum()
     return np.concatenate([rng.multinomial(draws, shares, size=size) @ values for size in chunks]) / draws
@@ -52,11 +52,11 @@ def stratified_interval(
     """The percentile interval of the mean over all questions of several strata.
 
     Args:
-        means: of each stratum, from `bootstrap_means`.
-        sizes: their numbers of questions. These are the weights, as in lm-eval's groups.
+        means: for each stratum, what `bootstrap_means` returned.
+        sizes: the number of questions of each stratum. It is the stratum's weight, as in lm-eval's groups.
 
     Returns:
-        Its two ends; None if a stratum has a single question, because one answer shows no variation.
+        The two ends of the interval; None if a stratum has a single question, because one answer shows no variation.
     """
     known = [stratum for stratum in means if stratum is not None]
     if len(known) < len(means):
@@ -67,9 +67,9 @@ def stratified_interval(
 
 
 def standard_error(strata: Sequence[NDArray[np.float64]]) -> float | None:
-    """Standard error of the mean over all questions of several strata, pooled as lm-eval's `pooled_sample_stderr`.
+    """Standard error of the mean over all questions of several strata, pooled as in lm-eval's `pooled_sample_stderr`.
 
-    None if no stratum has two questions.
+    It is None if no stratum has two questions.
     """
     questions = sum(len(values) for values in strata)
     if questions == len(strata):
@@ -79,7 +79,7 @@ def standard_error(strata: Sequence[NDArray[np.float64]]) -> float | None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values of tests made together, adjusted so that 0.05 is the chance of any false alarm among them.
+    """Adjust the p-values of several tests. If no difference is real, the chance that any is below 0.05 is at most 5%.
 
     Source: Holm 1979, Scand. J. Stat. 6, 65-70.
     """

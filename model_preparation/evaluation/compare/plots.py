@@ -1,6 +1,6 @@
-"""A comparison as plots: every model's score by subject, and its gain over the baseline.
+"""A comparison as plots: every model's scores by subject, its gains over the baseline, and scores against costs.
 
-A plot is saved as PNG, or as SVG, in which text takes the colour of the page.
+Plots are saved as PNG files. For the HTML page they are SVG, where text and lines have the page's colours.
 """
 
 import io
@@ -22,12 +22,12 @@ from model_preparation.evaluation.compare.costs import AGAINST_SCORE
 from model_preparation.evaluation.efficiency import MEASURED
 from model_preparation.io.complete_file import write_file
 
-Plot = Callable[[Any], Figure]  # of a Comparison, or whatever else is drawn
+Plot = Callable[[Any], Figure]  # the argument is what the plot shows, such as a Comparison
 
-COLOURS = ("#3b82c4", "#e08a1e", "#2ba37a", "#c75a9a", "#8c6bd1", "#8a8f98")  # they differ on white and on black
-# Nothing else has these two colours. In an SVG they become the colours of the page.
+COLOURS = ("#3b82c4", "#e08a1e", "#2ba37a", "#c75a9a", "#8c6bd1", "#8a8f98")  # easy to tell apart on white and on black
+# No other part of a plot has these two colours. So in an SVG they can be replaced by the colours of the page.
 INK, PAPER = "#000102", "#fffefd"
-# Fonts with Chinese characters, in the order they are tried.
+# Fonts with Chinese characters, in the order in which they are tried.
 _CHINESE = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
 _LINE_INCHES, _WIDTH_INCHES = 0.15, 7.2
 _PNG: dict[str, Any] = {"format": "png", "dpi": 150, "facecolor": "white"}
@@ -48,7 +48,7 @@ def plot_scores(comparison: Comparison) -> Figure:
 
 
 def plot_gains(comparison: Comparison) -> Figure:
-    """A line per group and subject, with a point per model but the baseline: its difference and the 95% interval."""
+    """A line per group and subject, with a point per model (not the baseline): its difference, and the 95% interval."""
     figure, axes, rows = _lines(comparison)
     models = len(comparison.models) - 1
     axes.axvline(0, color=INK, linewidth=0.8)
@@ -70,7 +70,7 @@ def plot_gains(comparison: Comparison) -> Figure:
 
 
 def plot_efficiency(found: dict[str, Any]) -> Figure:
-    """A panel per measured field: every model's values, by the tokens of the context."""
+    """A panel per measured field: every model's values against the length of the context."""
     figure = Figure(figsize=(_WIDTH_INCHES, 5.0), layout="constrained")
     panels = figure.subplots(2, 2).flat
     for axes, (field, (words, unit, size)) in zip(panels, MEASURED.items(), strict=True):
@@ -87,7 +87,7 @@ def plot_efficiency(found: dict[str, Any]) -> Figure:
 
 
 def plot_costs(comparison: Comparison) -> Figure:
-    """Score against time per token and against the cache: the models whose cost is known, and the Pareto front."""
+    """Score against time per token, and score against cache, for models with a known cost, with the Pareto front."""
     figure = Figure(figsize=(_WIDTH_INCHES, 3.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     scores = comparison.of_kind(OVERALL)[0].scores
@@ -99,7 +99,7 @@ def plot_costs(comparison: Comparison) -> Figure:
                 places[each.name] = x, y = each.cost.values[field] / size, scores[model].mean
                 _points(axes, [x], [y], [scores[model].stderr or 0.0], model=model, name=each.name, upright=True)
         front = [places[name] for name in comparison.fronts.get(field, ())]
-        if front:  # one point has no line, but its name stays in the legend
+        if front:  # a front of one point has no line, but the legend still names it
             axes.step(
                 *zip(*front, strict=True), where="post", color=INK, linewidth=0.6, alpha=0.5, label="Pareto front"
             )
@@ -112,17 +112,17 @@ def plot_costs(comparison: Comparison) -> Figure:
 
 
 def save_png(plot: Plot, shown: Any, path: Path) -> None:
-    """Draw `plot` of `shown` into a PNG file, on white."""
+    """Draw the plot of `shown` into a PNG file with a white background."""
     with _drawing():
         plot(shown).savefig(path, **_PNG)
 
 
 def save_both(plot: Plot, shown: Any, name: str, folder: Path) -> Markup:
-    """Draw `plot` into NAME.png in `folder`, and as an SVG element for an HTML page, whose ids begin with `name`."""
+    """Draw the plot of `shown` into NAME.png in `folder`, and return it as SVG. The SVG's ids begin with `name`."""
     with _drawing(), io.BytesIO() as png, io.StringIO() as file:
         figure = plot(shown)
         figure.savefig(png, **_PNG)
-        figure.set_layout_engine("none")  # places stay as they are, and are not computed again
+        figure.set_layout_engine("none")  # the SVG has the layout of the PNG, which is not computed again
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
         write_file(folder / f"{name}.png", png.getvalue())
@@ -140,13 +140,13 @@ PLOTS: dict[str, tuple[str, Plot]] = {
 
 
 def plots_of(comparison: Comparison) -> dict[str, tuple[str, Plot]]:
-    """The plots for which there are numbers."""
+    """The plots for which the comparison has numbers."""
     has_costs = any(model.cost for model in comparison.models)
     return {name: each for name, each in PLOTS.items() if has_costs or each[1] is not plot_costs}
 
 
 def _lines(comparison: Comparison) -> tuple[Figure, Axes, list[Row]]:
-    """An empty plot with the rows' labels: first groups, in bold, then subjects by group."""
+    """An empty plot, its axes, and its rows with their labels: first groups, in bold, then subjects by group."""
     rows = comparison.of_kind(OVERALL, GROUP)
     groups = [row.label for row in comparison.of_kind(GROUP)]
     subjects = comparison.of_kind(SUBJECT)
@@ -163,15 +163,8 @@ def _lines(comparison: Comparison) -> tuple[Figure, Axes, list[Row]]:
     for line, row in enumerate(rows):
         if row.kind == SUBJECT and (row.group != previous or line == len(rows) - len(subjects)):
             axes.axhline(line - 0.5, color=INK, linewidth=0.4, alpha=0.5)
-            axes.annotate(
-                row.group,
-                (1, line),
-                (4, 0),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                fontsize=7,
-                va="center",
-            )
+            right = ("axes fraction", "data")  # the coordinates of a point at the axes' right end
+            axes.annotate(row.group, (1, line), (4, 0), right, "offset points", fontsize=7, va="center")
             previous = row.group
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", linewidth=0.4, alpha=0.4)
@@ -190,24 +183,17 @@ def _points(
     filled: list[bool] | None = None,
     upright: bool = False,
 ) -> None:
-    """A model's points with error bars; a point is hollow where `filled` is False."""
+    """Draw a model's points; they are hollow where `filled` is False. Error bars are vertical if `upright`."""
     colour = COLOURS[model % len(COLOURS)]
-    axes.errorbar(
-        x,
-        y,
-        xerr=None if upright else errors,
-        yerr=errors if upright else None,
-        fmt="none",
-        ecolor=colour,
-        elinewidth=1.1,
-    )
+    bars: dict[str, Any] = {"yerr" if upright else "xerr": errors}
+    axes.errorbar(x, y, **bars, fmt="none", ecolor=colour, elinewidth=1.1)
     faces = [colour if full else PAPER for full in filled or [True] * len(x)]
     axes.scatter(x, y, s=14, c=faces, edgecolors=colour, linewidths=1.1, zorder=3)
     axes.plot([], [], "o-", color=colour, markersize=4, linewidth=1.1, label=name)  # for the legend
 
 
 def _offset(model: int, models: int) -> float:
-    """How far a model's points are from their line, so that models do not cover each other."""
+    """How far a model's points are above or below their line, so that models do not cover each other."""
     return (model - (models - 1) / 2) * 0.7 / models
 
 
@@ -218,7 +204,10 @@ def _legend(axes: Axes) -> None:
 
 @contextmanager
 def _drawing() -> Iterator[None]:
-    """Names are text, not formulas, and may be Chinese. An SVG keeps text as text. Equal plots have equal bytes."""
+    """Set matplotlib's options within the block.
+
+    Names are text, not formulas, and may be Chinese. An SVG keeps text as text. Equal plots have equal bytes.
+    """
     installed = set(get_font_names())
     options: dict[Any, Any] = {
         "text.parse_math": False,

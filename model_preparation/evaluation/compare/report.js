@@ -1,10 +1,10 @@
-// A click on a header sorts its table by that column; a second one turns the order round. Empty cells come last.
+// A click on a header sorts its table by that column. A second click reverses the order. Empty cells come last.
 for (const table of document.querySelectorAll("table.sortable")) {
   const headers = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
   headers.forEach((header, column) => {
     header.querySelector("button").addEventListener("click", () => {
       const numeric = header.dataset.kind === "number";
-      // Large numbers are looked for first, names from A on.
+      // The first click puts the largest numbers first, or names in alphabetical order.
       const first = numeric ? "descending" : "ascending";
       const second = numeric ? "ascending" : "descending";
       const order = header.getAttribute("aria-sort") === first ? second : first;

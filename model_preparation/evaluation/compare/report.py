@@ -1,7 +1,7 @@
-"""A comparison for people: sentences, tables in the terminal, and a folder with an HTML page and plots.
+"""Show a comparison to people: sentences, tables in the terminal, and a folder with an HTML page and plots.
 
-The page needs nothing else: jinja2 escapes text from files, and the page's own policy forbids every request, and every
-script but its own.
+The page needs no other files. jinja2 escapes all text that comes from files. The page's Content-Security-Policy forbids
+every request, and every script except the page's own.
 """
 
 import base64
@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from importlib import resources
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +45,24 @@ PAGE, NUMBERS = "comparison.html", "comparison.json"
 _OURS = {PAGE, NUMBERS, *(f"{name}.png" for name in plots.PLOTS)}
 _PLURAL = {OVERALL: "models", GROUP: "groups", SUBJECT: "subjects"}
 _STYLES = {"better": "green", "worse": "red", "unclear": ""}
-_SMALLEST_P = 0.001  # smaller ones read "< 0.001"
+_SMALLEST_P = 0.001  # smaller p-values are shown as "< 0.001"
 
 
 # --- The folder -------------------------------------------------------------------------------------------------------
 
 
 def check_report_folder(target: Path, *, overwrite: bool) -> None:
-    """Raise SurgeryError if `target` cannot be written, has a report (without `overwrite`) or anything else."""
+    """Raise SurgeryError if `target` cannot be written, has a report that may not be replaced, or has other files."""
     check_target(target, overwrite=overwrite, marker_file=PAGE)
     if overwrite and target.is_dir() and (others := sorted({path.name for path in target.iterdir()} - _OURS)):
         raise SurgeryError(
-            f"{target} holds files that are not of a report ({others[0]}), and --overwrite replaces the whole folder. "
+            f"{target} has files that no report has ({others[0]}), and --overwrite replaces the whole folder. "
             "Choose another folder."
         )
 
 
 def both_ways_table(comparison: Comparison) -> Table | None:
-    """A table of scores by log-likelihood and by generated answers; None if no task has both."""
+    """A table of scores by log-likelihood and by generated answers; None if no task has both kinds of score."""
     if not comparison.both_ways:
         return None
     table = Table("task", "model", title="By log-likelihood and by generated answers")
@@ -77,18 +78,19 @@ def both_ways_table(comparison: Comparison) -> Table | None:
 
 
 def write_report(comparison: Comparison, target: Path, *, questions: int, as_json: bool, overwrite: bool) -> None:
-    """Write comparison.html and the plots as PNG, whole or not at all.
+    """Write a folder with comparison.html and the plots as PNG. The folder appears complete or not at all.
 
     Args:
         comparison: the numbers.
         target: the folder.
-        questions: how many questions to show that each model scores higher than the baseline, and how many lower.
+        questions: for each model, the most example questions on which it scores higher than the baseline, and also the
+            most on which it scores lower.
         as_json: whether to write comparison.json too.
         overwrite: whether to replace an earlier report.
 
     Raises:
-        SurgeryError: as `check_report_folder`.
-        OSError: from the file system.
+        SurgeryError: as in `check_report_folder`.
+        OSError: if the folder cannot be written.
     """
     check_report_folder(target, overwrite=overwrite)
     names = [model.name for model in comparison.models]
@@ -125,7 +127,7 @@ def _file(name: str) -> str:
 
 
 def sortable(words: str, kind: str = "number") -> Markup:
-    """The header of a column of numbers or of text, by which the table can be sorted."""
+    """The header of a column by which the reader can sort the table. `kind` is "number" or "text"."""
     header = '<th scope="col" class="{}" data-kind="{}"><button type="button">{}</button></th>'
     return Markup(header).format("text" if kind == "text" else "", kind, words)
 
@@ -155,14 +157,14 @@ def _html_page(comparison: Comparison, *, title: str, questions: int, drawn: lis
         measured=MEASURED,
         model_lines=[_model_line(model) for model in comparison.models],
         examples=_examples(comparison, questions),
-        has_choices=any(row[0].right_probability >= 0 for each in comparison.common for row in each.rows),  # not NaN
+        has_choices=any(not isnan(row[0].right_probability) for each in comparison.common for row in each.rows),
         shared=shared,
         differing=differing,
     )
 
 
 def _examples(comparison: Comparison, count: int) -> list[dict[str, Any]]:
-    """For each model but the baseline and each direction, a heading and its questions."""
+    """Lists of questions with headings: for each model except the baseline, where it scores higher, and where lower."""
     labels = {row.name: row.label for row in comparison.rows}
     names = [model.name for model in comparison.models]
     found = []
@@ -180,7 +182,7 @@ def _examples(comparison: Comparison, count: int) -> list[dict[str, Any]]:
 
 
 def comparison_tables(comparison: Comparison, *, subjects: bool) -> RenderableType:
-    """Notes on differing settings, the tables (the subjects only on request), and the verdicts."""
+    """Notes on differing settings, the tables (that of the subjects only if `subjects`), and the verdicts."""
     overall = comparison.of_kind(OVERALL)
     parts: list[RenderableType] = [Text(escaped(f"note: {note}")) for note in comparison.notes]
     for model, each in enumerate(comparison.models):
@@ -202,7 +204,7 @@ def comparison_tables(comparison: Comparison, *, subjects: bool) -> RenderableTy
 
 
 def _table(comparison: Comparison, rows: Sequence[Row], title: str) -> Table:
-    """A row per group or subject, with a line per model in it: any number of models fits into 80 columns."""
+    """A row per group or subject. It has a line per model, so any number of models fits into 80 columns."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(title, overflow="fold")
     table.add_column("questions", justify="right")
@@ -239,7 +241,7 @@ def _letter(model: int) -> str:
 
 
 def verdict_sentence(comparison: Comparison, row: Row, model: int) -> str:
-    """How model number `model` (from 1) compares with the baseline on a row's questions.
+    """How a model compares with the baseline on a row's questions. `model` is its index; the baseline's is 0.
 
     For example: "graft against base: 0.570 against 0.554 on 2,850 common questions: difference +0.016, 95% interval
     [-0.006, +0.038], p = 0.17: not distinguishable".
@@ -278,12 +280,12 @@ def _costs_sentence(comparison: Comparison) -> str:
     cost = next((model.cost for model in comparison.models if model.cost), None)
     if cost is None:
         return ""
-    words = f"Costs are of one sequence after {cost.context:,} tokens, measured on {cost.measured_on}."
+    words = f"Costs are for one sequence after {cost.context:,} tokens, measured on {cost.measured_on}."
     return f"{words} {_front_sentence(comparison)}".rstrip()
 
 
 def _front_sentence(comparison: Comparison) -> str:
-    """For each cost, the models that no other beats; "" without costs."""
+    """A sentence that names the models on each Pareto front; "" if there is no front."""
     if not comparison.fronts:
         return ""
     fronts = "; ".join(
@@ -298,7 +300,7 @@ def _cost_words(cost: Cost) -> str:
 
 
 def _tests_sentence(comparison: Comparison, kind: str) -> str:
-    """The effect of many tests at once, in words; "" for a single test."""
+    """A sentence about the effect of many tests at once; "" for a single test."""
     differences = [difference for row in comparison.of_kind(kind) for difference in row.differences]
     tests = len(differences)
     if tests < 2:
@@ -313,7 +315,7 @@ def _tests_sentence(comparison: Comparison, kind: str) -> str:
 
 
 def number(value: float | None, *, sign: bool = False) -> str:
-    """Three decimals; fewer for large numbers."""
+    """A number with three decimals, or with one if it is 100 or more. None becomes a dash."""
     if value is None:
         return "–"
     decimals = 3 if abs(value) < 100 else 1
@@ -326,7 +328,7 @@ def score(mean: float, stderr: float | None) -> str:
 
 
 def p_value(value: float | None) -> str:
-    """As papers print it: 0.17, 0.032, < 0.001."""
+    """A p-value as papers print it: 0.17, 0.032, < 0.001. None becomes a dash."""
     if value is None:
         return "–"
     if value < _SMALLEST_P:
@@ -335,5 +337,5 @@ def p_value(value: float | None) -> str:
 
 
 def verdict_class(difference: Difference) -> str:
-    """One word for style sheets and colours."""
+    """The verdict as one word, for style sheets and colours: better, worse or unclear."""
     return {UNCLEAR: "unclear", BETTER: "better"}.get(difference.verdict, "worse")

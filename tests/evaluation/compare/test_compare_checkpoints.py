@@ -156,7 +156,7 @@ def test_scores_stand_against_costs_of_the_same_weights(copy, tmp_path):
     assert " ".join(result.stdout.split()).count(words) == 2
     folder = tmp_path / "comparison_report"
     page = (folder / "comparison.html").read_text()
-    assert "Costs are of one sequence after 2,048 tokens, measured on a chip, 1 thread, float32." in page
+    assert "Costs are for one sequence after 2,048 tokens, measured on a chip, 1 thread, float32." in page
     assert page.count('<td data-value="2048000">2.05</td>') == 2
     assert len(Image.open(folder / "score_by_cost.png").convert("RGB").getcolors(1 << 20)) > 10
     found = json.loads((folder / "comparison.json").read_text())
@@ -178,7 +178,7 @@ def test_scores_stand_against_costs_of_the_same_weights(copy, tmp_path):
     path = copy / "two" / "efficiency" / "efficiency.json"
     path.write_text(path.read_text().replace("a chip", "another"))
     (note,) = compare(copy).notes
-    assert note.startswith("Costs were not measured alike: one on a chip, 1 thread, float32; two on another")
+    assert note.startswith("Costs were measured in different ways: one on a chip, 1 thread, float32; two on another")
     path.write_text(path.read_text().replace("two", "other weights"))
     assert [model.cost is None for model in compare(copy).models] == [False, True]
     path.write_text("{}")
@@ -226,7 +226,7 @@ def test_the_common_questions_are_compared_and_what_differs_is_said(tasks, stock
     first = [sample["acc"] for subject in QUESTIONS for sample in samples_of(stock / "one", subject)[:4]]
     assert row_of(comparison, "quiz").scores[0].mean == pytest.approx(sum(first) / 16)
     notes = "\n".join(comparison.notes)
-    assert "Only the 16 common questions are compared; in these tasks one has 34, short has 16." in notes
+    assert "Only the 16 common questions are compared. In these tasks, one has 34, short has 16." in notes
     assert "The prompts differ in 16 of the 16 common questions." in notes
     assert "Different limit of questions per task: none for one, 4 for short." in notes
     assert "Different number of examples before each question: 0 for one, 1 for short." in notes
@@ -245,7 +245,7 @@ def test_one_question_per_subject_has_a_test_but_no_interval(tasks, stock, tmp_p
 def test_a_subject_that_one_lacks_is_left_out_and_named(stock):
     comparison = compare(stock, "one", "letters")
     assert [row.name for row in comparison.rows] == ["quiz_letters", "quiz_grammar", "quiz_poems"]
-    assert "Left out, because not every evaluation has them: quiz_animals, quiz_plants." in comparison.notes
+    assert "Tasks left out, because not every evaluation has them: quiz_animals, quiz_plants." in comparison.notes
 
 
 def test_a_group_of_which_a_subject_is_missing_says_so(copy):
@@ -364,7 +364,7 @@ def test_the_newest_evaluation_with_all_its_files_counts(copy):
     comparison = compare(copy)
     assert row_of(comparison, "quiz").questions == 34
     assert any(f"the newer {newest.name} lacks samples files" in note for note in comparison.notes)
-    with pytest.raises(SurgeryError, match=r"lacks samples files beside it, such as samples_quiz_poems_.*log_samples"):
+    with pytest.raises(SurgeryError, match=r"lacks samples files, such as samples_quiz_poems_.*log_samples"):
         compare_evaluations([newest, copy / "two"])
 
 
@@ -425,7 +425,7 @@ def test_damaged_samples_are_told_by_file_and_line(copy, tmp_path):
         (whole.replace("doc_hash", "hash", 1), "line 1, has no doc_hash"),
         (whole.replace('"acc": 0.0', '"acc": NaN', 1), "has nan for acc"),
         (whole.replace('"acc": 0.0', '"acc": [0, 1]', 1), r"has \[0, 1\] for acc"),
-        (whole.replace("\n", "\n[]\n", 1), "line 2, is damaged: it is no sample"),
+        (whole.replace("\n", "\n[]\n", 1), "line 2, is damaged: it is not a sample"),
         (whole[: whole.rindex("\n", 0, -1) + 1], r"has 8 questions, but .* has 9"),
         (whole * 2, "has 18 questions"),
         (whole.replace('"acc": 0.0', f'"acc": {10**400}', 1), "line 1, is damaged: "),
@@ -440,15 +440,15 @@ def test_damaged_samples_are_told_by_file_and_line(copy, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "no whole results file"),
-        ("[]", "no whole results file"),
+        ("{", "not a whole results file"),
+        ("[]", "not a whole results file"),
         ('{"results": [], "configs": {}}', r"results is \[\]"),
-        ('{"configs": {"../up": {}}}', "'../up' is no name of a task"),
-        ('{"configs": {"\\u001b[2J": {}}}', r"'\\x1b\[2J' is no name of a task"),
+        ('{"configs": {"../up": {}}}', "'../up' is not the name of a task"),
+        ('{"configs": {"\\u001b[2J": {}}}', r"'\\x1b\[2J' is not the name of a task"),
         ('{"configs": {"quiz_poems": {}}, "group_subtasks": {"quiz": [[]]}}', r"an item is \[\]"),
         ('{"configs": {"quiz_poems": []}}', r"configs: quiz_poems is \[\]"),
         ('{"max_length": "4096"}', "max_length is '4096'"),
-        ('{"results": {"quiz": {"acc,none": 1%s}}}' % ("0" * 400), "no whole results file"),
+        ('{"results": {"quiz": {"acc,none": 1%s}}}' % ("0" * 400), "not a whole results file"),
         ('{"config": 5}', "config is 5"),
         ("{}", "lacks samples files"),
     ],
@@ -478,7 +478,7 @@ def test_what_cannot_be_compared_is_refused(stock, tmp_path):
     with pytest.raises(SurgeryError, match="nowhere is not there"):
         compare(stock, "one", "nowhere")
     (tmp_path / "notes.json").write_text("{}")
-    with pytest.raises(SurgeryError, match="is no results file"):
+    with pytest.raises(SurgeryError, match="is not a results file"):
         compare_evaluations([stock / "one", tmp_path / "notes.json"])
     assert_refused(run_command("compare_checkpoints", stock / "one"), "at least two folders", code=2)
     assert_refused(run_command("compare_checkpoints", "a", "b", "--bootstrap", "5"), "at least 100", code=2)
