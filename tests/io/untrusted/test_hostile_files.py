@@ -210,7 +210,7 @@ def test_overlapping_records_are_refused(layers):
     for size in (20, 24):  # packed and not
         struct.pack_into("<I", data, places["data/2"][0] + size, 10_000)
     path.write_bytes(data)
-    refused(path, "does not lie where the one before it ends")
+    refused(path, "does not start where the entry before it ends")
 
 
 @pytest.mark.parametrize(
