@@ -37,7 +37,7 @@ def new_folder(target: Path, *, overwrite: bool, marker_file: str) -> Iterator[P
         marker_file: the file that only complete folders have.
 
     Raises:
-        SurgeryError: if `target` is taken, another run is writing it, or no folder can be made next to it.
+        SurgeryError: if `check_target` refuses `target`, or if another run is writing it.
         OSError: from the file system, such as for a full disk, even if a library raised another exception.
     """
     check = partial(check_target, target, overwrite=overwrite, marker_file=marker_file)

@@ -94,7 +94,7 @@ def take_abandoned(parent: Path, only_for: Path | None = None) -> Iterator[tuple
 
     Args:
         parent: the folder to look in.
-        only_for: give only the folders for this target.
+        only_for: yield only the folders of this target.
     """
     for folder in sorted(parent.iterdir()):
         match = _NAME.fullmatch(folder.name)

@@ -19,7 +19,7 @@ from model_preparation.io.complete_file import write_file
 from model_preparation.io.digests import blake3_of
 from model_preparation.io.untrusted.untrusted_files import read_json
 
-# A file that changed later is not remembered: its next change may get the same time (FAT has steps of 2 s).
+# A file that changed within this time is not remembered: its next change may get the same time (FAT has steps of 2 s).
 _SETTLED_SECONDS = 3
 _WORTH_BYTES = 1 << 24  # smaller files are always read again
 _FILE = "file"  # the kind of result in `remembered`: the BLAKE3 of a whole file

@@ -1,7 +1,7 @@
 """Turns a checkpoint of format pt into a folder that servers can open, without a second copy of its weights.
 
-The folder is NAME-hf, next to the checkpoint. It has config.json, the tokenizer, and a link to model_state_dict.pt. The
-link has the name that transformers looks for (io/linked_files.py). Each start makes it again: links take no time.
+The folder is NAME-hf, next to the checkpoint. It has config.json, the tokenizer, and a link to model_state_dict.pt with
+the name that transformers looks for (io/linked_files.py). Each start makes the folder again: links take no time.
 """
 
 from pathlib import Path
