@@ -33,7 +33,7 @@ class Hub(Protocol):
         """The SHA-256 of the branch's files, by path. Files for which the hub gives no SHA-256 are left out."""
 
     def upload(self, folder: Path, repo: str, branch: str | None, message: str) -> None:
-        """Commit all files of `folder` to the root of the branch; links are followed. Other files of the branch stay."""
+        """Commit all files of `folder` to the root of the branch; links are followed. Its other files stay."""
 
 
 class ModelScopeHub:
