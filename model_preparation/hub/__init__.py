@@ -1,1 +1,1 @@
-"""Local folders for names and hub ids; uploads of checkpoints; licences."""
+"""Finds local folders for names and hub ids, uploads checkpoints, and finds their licences."""

@@ -1,9 +1,9 @@
 """Downloads files of a hub's repository (a model or a data set), or finds them in the hub's cache.
 
-sources.py turns short names into ids. The hubs' own clients download. So their caches, mirrors, offline modes and
-tokens work as their documentation says (MODELSCOPE_CACHE, MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN; HF_HOME,
-HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). If a hub cannot be reached, this file answers within seconds: with the earlier
-copy, and with the reason.
+sources.py turns short names into ids. The hubs' own clients download the files. So caches, mirrors, offline modes and
+tokens work as the clients' documentation says (MODELSCOPE_CACHE, MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN; HF_HOME,
+HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN). If a hub cannot be reached, this module returns the cached copy and the reason
+within seconds.
 """
 
 import os
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 TITLES = {"modelscope": "ModelScope", "huggingface": "Hugging Face"}
-# Behind a firewall that drops packets, one client waits for minutes and the other retries for ever.
+# Limits of the first request. Behind a firewall that drops packets, one client waits for minutes, the other for ever.
 CONNECT_SECONDS, ANSWER_SECONDS = 4.0, 6.0
 
-# The files of a repository that are fetched.
+# Only these files of a repository are fetched.
 TOKENIZER_PATTERNS = [
     "config.json",
     "tokenizer*",
@@ -38,12 +38,12 @@ Need = Literal["model", "tokenizer"]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The folder that a hub's client gave.
+    """A folder with files of a repository, as a hub's client returned it.
 
     Attributes:
         revision: Hugging Face's commit, or ModelScope's branch or tag (its client gives no commit); None if unknown.
-        trouble: why the hub did not answer, or did not finish; None if it did.
-        known_missing: with `trouble`, files that the hub has and the folder lacks.
+        trouble: why the hub did not answer, or why the download failed; None if it succeeded.
+        known_missing: if there is `trouble`, the files that the hub has and the folder lacks.
     """
 
     folder: Path
@@ -53,11 +53,11 @@ class Snapshot:
 
 
 class NoSnapshot(Exception):
-    """A hub and its cache do not have the files; the message says why."""
+    """Neither a hub nor its cache has the files; the message says why."""
 
 
 def fetch_model(hub: str, repo: str, revision: str | None, need: Need) -> Snapshot:
-    """`fetch_snapshot` of the files that a model needs, or only of its tokenizer's and its config."""
+    """Fetch the files that a model needs. For the need "tokenizer", fetch only its files and config.json."""
     fetch = partial(fetch_snapshot, hub, repo, revision, ignore_patterns=_IGNORED_PATTERNS)
     if need == "tokenizer":
         return fetch(TOKENIZER_PATTERNS)
@@ -82,8 +82,8 @@ def fetch_snapshot(
     Args:
         hub: a key of `TITLES`.
         repo, revision: the repository's id and its branch, tag or commit; None means the hub's default branch.
-        allow_patterns, ignore_patterns: `fnmatch` patterns of paths in the repository; `*` matches `/` too. ModelScope
-            sends one listing per folder that they name literally.
+        allow_patterns, ignore_patterns: `fnmatch` patterns of paths in the repository; `*` matches `/` too. For each
+            folder that the first patterns name without `*`, ModelScope's client sends one request.
 
     Raises:
         NoSnapshot: if neither the hub nor its cache has the files.
@@ -103,8 +103,8 @@ def _from_modelscope(
     download = partial(snapshot_download, repo, revision, repo_type=repo_type)
     trouble = None
     try:
-        # The client retries for some 20 s, so first check that the hub answers. With MODELSCOPE_PREFER_AI_SITE there
-        # are two sites.
+        # The client retries for about 20 s, so first check that the hub answers. With MODELSCOPE_PREFER_AI_SITE, the
+        # client chooses between two sites, so nothing is checked.
         if not os.environ.get("MODELSCOPE_PREFER_AI_SITE"):
             timeout = (CONNECT_SECONDS, ANSWER_SECONDS)
             requests.get(endpoint, timeout=timeout, allow_redirects=False, stream=True).close()
@@ -128,7 +128,7 @@ def _modelscope_trouble(error: Exception) -> str:
     import requests
     from modelscope.hub.errors import AuthenticationError, NetworkError, NotExistError, PermissionDeniedError
 
-    cause = error.__cause__ or error  # the client's older interface wraps them in requests' HTTPError
+    cause = error.__cause__ or error  # older functions of the client wrap its errors in requests' HTTPError
     if isinstance(cause, NotExistError):
         return "has no such repository or revision, or it is private (its token goes into MODELSCOPE_API_TOKEN)"
     if isinstance(cause, (AuthenticationError, PermissionDeniedError)):
@@ -153,7 +153,7 @@ def _from_huggingface(
         ignore_patterns=ignore_patterns,
     )
     try:
-        # The client's own first request has no time limit.
+        # First check that the hub answers: the client's own first request has no time limit.
         HfApi().repo_info(repo, repo_type=repo_type, revision=revision, timeout=ANSWER_SECONDS)
         folder = Path(download())
         return Snapshot(folder, folder.name)

@@ -1,6 +1,6 @@
-"""The licence that binds a grafted model, and the duties that it gives to the person who shares the model.
+"""Finds the licence that a grafted model is under, and the duties of the person who shares the model.
 
-Nothing is guessed: if a source is a local folder or not in the table, the user must name the licence.
+Nothing is guessed: if a source is a local folder or is not in the table, the user must name the licence.
 """
 
 import logging
@@ -29,17 +29,8 @@ _LICENCES = [
     (r"(mistralai|LLM-Research)/Mistral-7B-(Instruct-)?v0\.[123]", "apache-2.0"),
 ]
 _PERMISSIVE = {"apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "cc0-1.0", "unlicense"}
-# Ids of the hubs that are not in the list of SPDX.
-_HUB_IDS = {
-    "gemma",
-    "llama2",
-    "llama4",
-    "openrail",
-    "creativeml-openrail-m",
-    "bigcode-openrail-m",
-    "unknown",
-    "other",
-}
+# Licence ids that the hubs have and SPDX's list does not have.
+_HUB_IDS = {"gemma", "llama2", "llama4", "openrail", "creativeml-openrail-m", "bigcode-openrail-m", "unknown", "other"}
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 logger = logging.getLogger(__name__)
@@ -47,9 +38,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LlamaTerms:
-    """The duties of a Llama licence for a model with Llama's weights, besides the licence's text.
+    """What a Llama licence demands for a model with Llama's weights, in addition to a copy of the licence.
 
-    The model's name must match `begins`; `beginning` is an example. A text file with the weights must hold `notice`.
+    `begins` is a pattern for the beginning of the model's name, and `beginning` is an example. A text file with the
+    weights must hold `notice`.
     """
 
     title: str
@@ -92,7 +84,7 @@ def known_licence(source: Mapping[str, Any]) -> str | None:
     """The licence id of a source (its `hub` and `id`); None for local folders and unknown ids."""
     if source["hub"] == "local":
         return None
-    if source["hub"] == "embedded":  # made by this project, from nothing
+    if source["hub"] == "embedded":  # this project made its weights
         return "apache-2.0"
     return next((licence for pattern, licence in _LICENCES if re.fullmatch(pattern, source["id"], re.IGNORECASE)), None)
 
@@ -101,12 +93,12 @@ def licence_of(info: Mapping[str, Any], given: str | None = None) -> str:
     """The licence id of a checkpoint.
 
     Args:
-        info: its checkpoint_info.json, with its base and its donors.
-        given: the id that the user names; it must be an id that a known source demands, or "other".
+        info: the checkpoint's checkpoint_info.json, with its base and its donors.
+        given: the id that the user names. If known sources demand licences, it must be one of these, or "other".
 
     Raises:
-        SurgeryError: if a source's licence is unknown and none is given; if the sources' licences differ; or if the
-            given licence contradicts a source's.
+        SurgeryError: if no licence is given, and a source's licence is unknown or the sources' licences differ. Also if
+            the given licence contradicts the licence of a source.
     """
     first, *others = donors_of(info)
     sources = {"base": info["base_model"], "donor": first}
@@ -154,7 +146,7 @@ def _is_known(licence: str) -> bool:
 
 
 def terms_of(info: Mapping[str, Any], licence: str) -> list[LlamaTerms]:
-    """The Llama terms that bind a checkpoint: those in its licence, and in the known licences of its sources."""
+    """The Llama terms that bind a checkpoint: those of its own licence, and of its sources' known licences."""
     ids = {licence, *map(known_licence, [info["base_model"], *donors_of(info)])}
     return [terms for name, terms in LLAMA_TERMS.items() if name in ids]
 

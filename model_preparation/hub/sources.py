@@ -1,8 +1,8 @@
 """Finds models: turns a name, a folder or a hub id into a local folder with every file needed.
 
-`resolve` takes a short name, the path of a folder, or `org/name[@revision]`. This file looks short names up in `TABLE`.
-With `modelscope:` or `huggingface:` before the id, only that hub is asked; `embedded:name` is a model in this package.
-It also reports each missing file. download.py fetches the files.
+`resolve` takes a short name of `TABLE`, the path of a folder, or `org/name[@revision]`. With `modelscope:` or
+`huggingface:` before the id, only that hub is asked; `embedded:name` is a model in this package. download.py fetches
+the files, and this module reports each missing file.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from model_preparation.hub.download import TITLES, TOKENIZER_PATTERNS, Need, NoS
 from model_preparation.io.untrusted.not_a_model import snapshot_in, what_it_is
 from model_preparation.io.untrusted.untrusted_files import check_fields, inside, read_json
 
-# A target is anything that `resolve` takes; `--source NAME=TARGET` and MODEL_PREPARATION_NAME replace it.
+# The target of each short name: anything that `resolve` takes. `--source NAME=TARGET` and the environment variable
+# MODEL_PREPARATION_NAME replace it.
 TABLE = {
     "llama": "modelscope:LLM-Research/Meta-Llama-3.1-8B-Instruct",
     "llama_tokenizer": "llama",  # so a folder given for llama also gives its tokenizer
@@ -35,9 +36,9 @@ TABLE = {
 }
 # Both Llambas are published without their tokenizer, which is Llama's.
 _TOKENIZER_OF = {"llamba": "llama_tokenizer", "unaligned_llamba": "llama_tokenizer"}
-_ENVIRONMENT_PREFIX = "MODEL_PREPARATION_"  # then the name in capitals, with _ for a dot
+_ENVIRONMENT_PREFIX = "MODEL_PREPARATION_"  # the name follows in capitals, with _ for a dot
 
-EMBEDDED = Path(__file__).parents[1] / "embedded"  # the package's own models, a folder each
+EMBEDDED = Path(__file__).parents[1] / "embedded"  # the models in this package, one folder each
 _EMBEDDED_PREFIX = "embedded:"
 
 _HUB_ID = re.compile(r"(?:(modelscope|huggingface):)?(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
@@ -67,18 +68,18 @@ class Source:
 
 
 def resolve(name: str, *, need: Need = "model", overrides: Mapping[str, str] | None = None) -> Source:
-    """The folder that `name` means, downloaded if necessary, with every file that `need` asks for.
+    """The model or tokenizer that `name` means. It is downloaded if necessary, and has every file that `need` asks for.
 
     A name of `TABLE` is looked up in `overrides`, then in the environment (MODEL_PREPARATION_LLAMA, ...), then in
     `TABLE`. An existing folder comes before a hub id of the same spelling; a target that starts with `./`, `../`, `/`
-    or `~` is never a hub id. A hub id without prefix asks ModelScope, then Hugging Face. If a hub cannot be reached,
-    its cached copy is used, with a logged warning.
+    or `~` is never a hub id. For a hub id without prefix, ModelScope is asked first, then Hugging Face. If a hub
+    cannot be reached, its cached copy is used, with a logged warning.
 
     Args:
         name: a name of `TABLE`, a folder's path, or `[modelscope:|huggingface:]org/name[@revision]`.
         need: "model" asks for config.json and all weights, and downloads a tokenizer if there is one. "tokenizer", and
             the name `llama_tokenizer`, ask only for a tokenizer.
-        overrides: folders, hub ids or other names of `TABLE`, by name of `TABLE`, as `--source` collects them.
+        overrides: other targets for names of `TABLE`, by name, as `--source` collects them.
 
     Raises:
         SurgeryError: if the name is unknown; if a folder or snapshot lacks files (the error lists them); if an index
@@ -95,12 +96,12 @@ def resolve(name: str, *, need: Need = "model", overrides: Mapping[str, str] | N
 
 
 def donor_name(base: str, overrides: Mapping[str, str] | None = None) -> str | None:
-    """The donor of a base, as `resolve` takes it; None if unknown. No hub is asked.
+    """The donor of a base, as a name or target for `resolve`; None if the donor is unknown. No hub is asked.
 
-    It comes from distillation.json in the base's folder, or else from the base's name.
+    The donor comes from distillation.json in the base's folder, or otherwise from the base's name.
 
     Raises:
-        SurgeryError: if the base's name is unknown, or its folder is no model.
+        SurgeryError: if the base's name is unknown, or if its folder holds no model.
     """
     source = source_here(base, overrides)
     if source is not None:
@@ -126,13 +127,13 @@ def source_here(name: str, overrides: Mapping[str, str] | None = None) -> Source
 
 
 def check_recorded(source: Mapping[str, Any]) -> None:
-    """Raise ValueError unless `Source.as_dict()` can have written `source`: cards and commands quote the id in it."""
+    """Raise ValueError unless `source` has the form of `Source.as_dict()`: model cards and commands quote its id."""
     check_fields(source, {"hub": str, "id": str, "revision": (NoneType, str), "path?": str})
     hub, name = source["hub"], source["id"]
     if hub in TITLES:
         target = hub_target(source)
         if _HUB_ID.fullmatch(target) is None or ".." in target:
-            raise ValueError(f"{target!r:.200} is no repository of {TITLES[hub]}")
+            raise ValueError(f"{target!r:.200} is not a repository of {TITLES[hub]}")
     elif hub not in ("local", "embedded") or "/" in name:
         raise ValueError(f"its hub is {hub!r:.80} and its id {name!r:.80}")
 
@@ -143,15 +144,15 @@ def donors_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def hub_target(source: Mapping[str, Any]) -> str:
-    """The target of a recorded source that is no local folder, such as huggingface:org/name@revision."""
+    """The target of a recorded source from a hub or this package, such as huggingface:org/name@revision."""
     return f"{source['hub']}:{source['id']}" + (f"@{source['revision']}" if source["revision"] else "")
 
 
 def target_of(source: Mapping[str, Any], advice: str) -> str:
-    """The target by which `resolve` finds a source that a checkpoint_info.json records.
+    """The target, for `resolve`, of a source that a checkpoint_info.json records.
 
     Raises:
-        SurgeryError: if it is a local folder that does not exist; the message ends with `advice`.
+        SurgeryError: if the source is a local folder that does not exist; the message ends with `advice`.
     """
     if source["hub"] != "local":
         return hub_target(source)
@@ -171,7 +172,7 @@ def target_named(name: str, overrides: Mapping[str, str] | None = None) -> str:
 
 
 def folder_named(target: str) -> Path | None:
-    """The folder of a local or embedded target; None for a hub id."""
+    """The folder of a local or embedded target; None if there is no such folder, as for a hub id."""
     if target.startswith(_EMBEDDED_PREFIX):
         return _embedded_source(target.removeprefix(_EMBEDDED_PREFIX)).folder
     folder = Path(os.path.expanduser(target))
@@ -184,7 +185,7 @@ def names_behind(name: str, overrides: Mapping[str, str] | None = None) -> list[
 
 
 def tokenizer_name(name: str) -> str | None:
-    """The tokenizer's name in `TABLE`, for a model that is published without a tokenizer; else None."""
+    """The tokenizer's name in `TABLE`, for a model that is published without a tokenizer; otherwise None."""
     return _TOKENIZER_OF.get(name)
 
 
@@ -213,7 +214,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def add_source_flag(parser: argparse.ArgumentParser) -> None:
-    """Add `--source NAME=TARGET`, which may be repeated; it gives a dict for `resolve(overrides=...)`."""
+    """Add `--source NAME=TARGET`, which may be repeated; its value is a dict for `resolve(overrides=...)`."""
 
     class AddSource(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):
@@ -240,7 +241,7 @@ def add_source_flag(parser: argparse.ArgumentParser) -> None:
 def _look_up(name: str, overrides: Mapping[str, str]) -> tuple[list[str], str]:
     """Follow `name` through overrides, environment and table; returns all names found, and the target.
 
-    For a repository's folder in a hub's cache, the target is its snapshot.
+    If the target is a repository's folder in a hub's cache, its snapshot is returned instead.
     """
     for unknown in overrides.keys() - TABLE.keys():
         raise SurgeryError(f"--source gives {unknown!r}, but the names are {', '.join(TABLE)}. Use one of them.")
@@ -271,7 +272,7 @@ def _local_or_embedded(target: str, need: Need) -> Source | None:
 
 
 def _hub_id(target: str) -> tuple[str | None, str, str | None]:
-    """(hub, repository, revision) of a hub id; raises SurgeryError for anything else."""
+    """(hub or None, repository, revision or None) of a hub id; raises SurgeryError for anything else."""
     match = _HUB_ID.fullmatch(target)
     if match is None or ".." in target:
         raise SurgeryError(
@@ -314,7 +315,7 @@ def _base_of_checkpoint(folder: Path) -> str | None:
 
 
 def _missing_files(folder: Path, need: Need) -> list[str]:
-    """The missing files of `folder`, in words."""
+    """The files that `folder` lacks, in words for an error."""
     if need == "tokenizer":
         words = "a tokenizer (tokenizer.json, tokenizer.model, or tokenizer_config.json with a vocab)"
         return [] if has_tokenizer(folder) else [words]
@@ -357,7 +358,7 @@ def _embedded_source(name: str) -> Source:
 
 
 def _hub_source(hubs: list[str], repo: str, revision: str | None, need: Need, name: str) -> Source:
-    """The first complete snapshot of `repo`, from one hub after the other; `name` is the user's name for it."""
+    """Ask one hub after the other for a complete snapshot of `repo`. `name` is what the user wrote, for the error."""
     failures = []
     advice = "Check the id and the network connection"
     for hub in hubs:

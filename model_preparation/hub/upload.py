@@ -1,6 +1,6 @@
 """Uploads a folder to ModelScope or Hugging Face, through each hub's own client.
 
-Both clients stream, so memory does not grow with the files. They do not send a file that the hub has already. The
+Both clients stream, so memory does not grow with the files. They do not send files that the hub already has. The
 clients read tokens, endpoints and stored logins (MODELSCOPE_API_TOKEN, MODELSCOPE_ENDPOINT; HF_TOKEN, HF_ENDPOINT).
 This file adds two things: an error within seconds if a hub cannot be reached, and a readable message for every error
 of a client.
@@ -18,22 +18,22 @@ from model_preparation.hub.download import ANSWER_SECONDS, CONNECT_SECONDS, firs
 
 
 class Hub(Protocol):
-    """A hub to upload to. Its methods raise SurgeryError if it refuses, fails or cannot be reached."""
+    """A hub to upload to. Its methods raise SurgeryError if the hub refuses, fails or cannot be reached."""
 
     title: str
     endpoint: str
 
     def look_up(self, repo: str) -> bool | None:
-        """Sign in; returns whether the repository is private. None if the token can see no such repository."""
+        """Sign in. Return whether the repository is private; None if the token shows no such repository."""
 
     def create(self, repo: str, *, private: bool, licence: str) -> None:
         """Make the repository."""
 
     def digests(self, repo: str, branch: str | None) -> dict[str, str]:
-        """SHA-256 of the branch's files by path, if the hub gives it."""
+        """The SHA-256 of the branch's files, by path. Files for which the hub gives no SHA-256 are left out."""
 
     def upload(self, folder: Path, repo: str, branch: str | None, message: str) -> None:
-        """Commit all files of `folder` to the root of the branch; links are followed. Other files there stay."""
+        """Commit all files of `folder` to the root of the branch; links are followed. Its other files stay."""
 
 
 class ModelScopeHub:
@@ -95,7 +95,7 @@ class ModelScopeHub:
                 failures.append(record.getMessage())
             return record.levelno == logging.WARNING
 
-        # The client gives the reason for a failed file only in its log. It also prints a report.
+        # The client gives the reason for a failed file only in its log. It also prints a report, which goes to stderr.
         log = logging.getLogger("modelscope_hub.upload")
         log.addFilter(collect_failures)
         try:
@@ -132,7 +132,7 @@ class ModelScopeHub:
 
 
 class HuggingFaceHub:
-    """Hugging Face, or whatever HF_ENDPOINT names."""
+    """Hugging Face, or the server that HF_ENDPOINT names."""
 
     title = "Hugging Face"
 
@@ -153,12 +153,12 @@ class HuggingFaceHub:
         with self._errors(repo):
             private = None
             try:
-                # The client's only call that takes a time limit.
+                # This call comes first, because it is the client's only one with a time limit.
                 private = bool(self._api.model_info(repo, timeout=ANSWER_SECONDS).private)
             except GatedRepoError:
                 raise
             except RepositoryNotFoundError:
-                pass  # or the hub does not know the token: `whoami` checks that
+                pass  # or the token is not valid: `whoami` checks that
             self._api.whoami()
         return private
 
@@ -189,7 +189,7 @@ class HuggingFaceHub:
 
         try:
             yield
-        # The client wraps a failed upload in RuntimeError, and a refused card in ValueError.
+        # The client wraps a failed upload in RuntimeError, and a refused model card in ValueError.
         except (HTTPError, OfflineModeIsEnabled, RuntimeError, ValueError) as error:
             place = f"Hugging Face ({self.endpoint})"
             cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
@@ -208,10 +208,7 @@ class HuggingFaceHub:
             raise SurgeryError(sentences) from error
 
 
-HUBS: dict[str, Callable[[], Hub]] = {
-    "modelscope": ModelScopeHub,
-    "huggingface": HuggingFaceHub,
-}
+HUBS: dict[str, Callable[[], Hub]] = {"modelscope": ModelScopeHub, "huggingface": HuggingFaceHub}
 
 
 def _denied(place: str, repo: str, reason: str, variable: str) -> str:

@@ -1,1 +1,1 @@
-"""Bytes on the disk: files and folders that appear whole or not at all, blocks, digests, locks, text, progress."""
+"""Files on the disk: files and folders that appear whole or not at all, digests, locks, text, progress bars."""

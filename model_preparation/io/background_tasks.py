@@ -1,4 +1,4 @@
-"""Calls that run in threads in the background; if one fails, the others stop."""
+"""Runs calls in background threads; if one call fails, the others stop."""
 
 import sys
 import threading
@@ -13,13 +13,13 @@ _TURN_SECONDS = 0.001
 
 
 class BackgroundTasks:
-    """A context whose calls run in threads; leaving it waits for them, or stops them after an exception.
+    """A context that runs calls in threads. At its end it waits for all calls; after an exception it stops them.
 
-    Inside it, Python switches between threads more often. Otherwise a thread that copies would wait 5 ms for each block
-    while another thread imports.
+    Inside it, Python switches between threads more often. Otherwise a thread that copies blocks would wait 5 ms
+    for each block while another thread imports modules.
 
     Args:
-        at_once: how many run at the same time; further ones wait.
+        at_once: how many calls run at the same time; further calls wait.
     """
 
     def __init__(self, at_once: int | None = None) -> None:
@@ -34,7 +34,7 @@ class BackgroundTasks:
         return self._started[-1]
 
     def check(self) -> None:
-        """Long work calls this from time to time. It raises the error of a failed call, so that the others stop too."""
+        """Long work calls this from time to time. It raises the error of a failed call, so the caller stops too."""
         if self._stopped.is_set():
             raise InterruptedError("stopped, because other work failed")
         for future in self._started:

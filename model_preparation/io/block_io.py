@@ -1,4 +1,4 @@
-"""Files read and written in large blocks, past the page cache (O_DIRECT) where that is possible and faster."""
+"""Reads and writes files in large blocks, and bypasses the page cache (O_DIRECT) where this is possible and faster."""
 
 import collections
 import contextlib
@@ -15,20 +15,20 @@ from pathlib import Path
 
 from model_preparation.io.linked_files import share_range
 
-BLOCK_BYTES = 4 << 20  # a multiple of every file system's block, as direct I/O asks for
-ALIGNMENT = 4096  # of places and lengths, for direct I/O and for sharing extents
-_BLOCKS_AHEAD = 4  # one is being used, the others are read ahead
-_BLOCKS_BEHIND = 4  # blocks of a file that may wait in the page cache until they are on the disk
-_RUN_BLOCKS, _TRIED_BLOCKS = 16, 128  # of the first 512 MB, 64 MB go each way by turns
-_START, _FINISH = 2, 1 | 2 | 4  # SYNC_FILE_RANGE_..., linux/fs.h
-_CANNOT = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.ESPIPE)
+BLOCK_BYTES = 4 << 20  # direct I/O needs a multiple of the file system's block size
+ALIGNMENT = 4096  # direct I/O and shared blocks need offsets and lengths that are multiples of this
+_BLOCKS_AHEAD = 4  # blocks in memory: the caller uses one while the others are read
+_BLOCKS_BEHIND = 4  # written blocks that may stay in the page cache; then the oldest must go to the disk
+_RUN_BLOCKS, _TRIED_BLOCKS = 16, 128  # a trial of 512 MB: 64 MB past the page cache, 64 MB through it, and so on
+_START, _FINISH = 2, 1 | 2 | 4  # flags of sync_file_range(2), linux/fs.h: begin to write; write and wait
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.ESPIPE)
 
-Advance = Callable[[int], None]  # gets the number of bytes of each block or piece
-Place = tuple[Path, int]  # a file, and where in it, in bytes
+Advance = Callable[[int], None]  # called with the number of bytes of each block or piece
+Place = tuple[Path, int]  # a file, and an offset in it in bytes
 
 
 def read_into(path: Path, start: int, view: memoryview) -> None:
-    """Fill `view` with the bytes of a file from `start` on, read through the page cache.
+    """Fill `view` with a file's bytes from `start` on. They are read through the page cache.
 
     Raises:
         OSError: if the file cannot be read or ends early.
@@ -42,7 +42,7 @@ def read_into(path: Path, start: int, view: memoryview) -> None:
 
 
 def read_blocks(path: Path) -> Iterator[memoryview]:
-    """The file's bytes in order; a thread reads ahead. Each block is valid until the next is asked for.
+    """Yield the file's bytes in order, in blocks; a thread reads ahead. A block is valid until the next is requested.
 
     Raises:
         OSError: if the file cannot be read.
@@ -78,7 +78,7 @@ def read_blocks(path: Path) -> Iterator[memoryview]:
 
 
 def _read(descriptor: int, view: memoryview, position: int) -> int:
-    """Fill `view` from `position` on, or to the file's end; returns the bytes read."""
+    """Fill `view` with the bytes from `position` on, up to the file's end. Return how many bytes were read."""
     filled = 0
     while filled < len(view) and (count := os.preadv(descriptor, [view[filled:]], position + filled)):
         filled += count
@@ -86,28 +86,28 @@ def _read(descriptor: int, view: memoryview, position: int) -> int:
 
 
 def _open_direct(path: Path, flags: int) -> int | None:
-    """A descriptor that goes past the page cache; None where there is no direct I/O."""
+    """A file descriptor that bypasses the page cache; None if direct I/O is not possible."""
     try:
         return os.open(path, flags | os.O_DIRECT)
-    except (OSError, AttributeError):  # no direct I/O on this file system, or on this system
+    except (OSError, AttributeError):  # this file system, or this operating system, has no direct I/O
         return None
 
 
 class _Disk:
-    """Whether a file system writes blocks faster past its page cache or through it. The first blocks try both."""
+    """Finds out whether a file system writes faster with direct I/O or through the page cache, by trying both."""
 
     def __init__(self) -> None:
         self._tried = 0
-        self._seconds = {True: 0.0, False: 0.0}  # of the blocks tried: directly, through the cache
+        self._seconds = {True: 0.0, False: 0.0}  # of the trial; True: direct I/O, False: page cache
 
     @contextlib.contextmanager
     def next_is_direct(self, size_bytes: int) -> Iterator[bool]:
-        """Whether to write the next piece directly; it is written inside the context."""
+        """Yield whether to use direct I/O for the next piece. Write the piece inside the context: it is timed."""
         if self._tried >= _TRIED_BLOCKS or size_bytes < BLOCK_BYTES:
             yield self._seconds[True] <= self._seconds[False]
             return
         direct = self._tried // _RUN_BLOCKS % 2 == 0
-        self._tried += 1  # two threads may count one block: this does no harm
+        self._tried += 1  # two threads at once may lose a count: this does no harm
         started = time.perf_counter()
         yield direct
         self._seconds[direct] += time.perf_counter() - started
@@ -119,30 +119,30 @@ def _disk(device: int) -> _Disk:
 
 
 class OutputFile:
-    """A new file, written in pieces in any order; the page cache holds a few blocks of it at most.
+    """A new file, written in pieces in any order. The page cache holds at most a few blocks of it.
 
-    The methods raise the file system's errors (OSError), which name the file.
+    The methods raise the file system's errors (OSError) with the file's name.
     """
 
     def __init__(self, path: Path, advance: Advance = lambda size_bytes: None):
         """`advance` is called for every piece written or shared."""
         self.path = path
         self._advance = advance
-        self._behind: collections.deque[tuple[int, int]] = collections.deque()  # (place, bytes) in the page cache
+        self._behind: collections.deque[tuple[int, int]] = collections.deque()  # (offset, size) of cached blocks
         with _naming(path):
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             self._disk = _disk(os.fstat(self._descriptor).st_dev)
             self._direct = _open_direct(path, os.O_WRONLY)
 
     def reserve(self, position: int, size_bytes: int) -> None:
-        """Take the space from `position` on now, so that a disk that is too small fails before the work."""
+        """Reserve disk space from `position` on. If the disk is too small, this fails before the work begins."""
         if not hasattr(os, "posix_fallocate") or not size_bytes:
             return
         with _naming(self.path):
             try:
                 os.posix_fallocate(self._descriptor, position, size_bytes)
             except OSError as error:
-                if error.errno not in _CANNOT:  # some file systems cannot
+                if error.errno not in _UNSUPPORTED:
                     raise
 
     def write(self, data: memoryview, position: int) -> None:
@@ -152,7 +152,7 @@ class OutputFile:
         self._advance(len(data))
 
     def share(self, place: Place, position: int, size_bytes: int) -> bool:
-        """Share whole blocks at `position` with another file on the disk; False where that is impossible."""
+        """Let the bytes at `position` share the disk blocks at `place`. Return False if this is impossible."""
         descriptor = os.open(place[0], os.O_RDONLY)
         try:
             with _naming(self.path):
@@ -165,7 +165,7 @@ class OutputFile:
 
     def sync(self) -> None:
         with _naming(self.path):
-            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size)  # XFS reserved more: this frees it
+            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size)  # frees space that XFS reserved
             os.fsync(self._descriptor)
             self._drop(0, 0)
 
@@ -175,7 +175,7 @@ class OutputFile:
         os.close(self._descriptor)
 
     def _write(self, data: memoryview, position: int, *, direct: bool) -> None:
-        descriptor = self._direct if direct and len(data) % ALIGNMENT == 0 else None  # only whole blocks go directly
+        descriptor = self._direct if direct and len(data) % ALIGNMENT == 0 else None  # for whole blocks only
         written = 0
         while written < len(data):
             try:
@@ -193,14 +193,14 @@ class OutputFile:
                 self._drop(*oldest)
 
     def _write_back(self, position: int, size_bytes: int, flags: int) -> None:
-        """Call sync_file_range(2), and raise its errors: a later fsync does not report them again."""
+        """Call sync_file_range(2), and raise its errors, because a later fsync does not report them."""
         if _sync_file_range is not None and _sync_file_range(self._descriptor, position, size_bytes, flags):
             code = ctypes.get_errno()
-            if code not in _CANNOT:
+            if code not in _UNSUPPORTED:
                 raise OSError(code, os.strerror(code))
 
     def _drop(self, position: int, size_bytes: int) -> None:
-        """Drop bytes that are on the disk from the page cache; 0 bytes mean the whole file."""
+        """Remove synced bytes from the page cache; `size_bytes` 0 means all up to the file's end."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, position, size_bytes, os.POSIX_FADV_DONTNEED)
 
@@ -212,7 +212,7 @@ if _sync_file_range is not None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Put the file's name into errors of calls on a descriptor."""
+    """Add the file's name to errors of calls that only know the file descriptor."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all, and files and folders that outlast a power cut.
+"""Writes files that appear whole or not at all, and syncs files and folders so that they survive a power cut.
 
-A file is safe when it is synced and the folder that holds its name is synced too.
+A file survives only if both the file and the folder that holds its name were synced.
 """
 
 import errno
@@ -19,16 +19,16 @@ def check_new_file(path: Path) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Put `content` at `path`, text as UTF-8; an existing file is replaced. It is on the disk on return.
+    """Write `content` to `path` (text as UTF-8), and sync it. An existing file is replaced.
 
-    A killed process leaves the old file, and perhaps `NAME.partial-PID`.
+    If the process is killed, an old file stays whole, and `NAME.partial-PID` may be left.
 
     Raises:
-        OSError: from the file system; the old file is still there then.
+        OSError: from the file system. An old file is then still whole, or replaced by the new one.
     """
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
-        partial.unlink(missing_ok=True)  # left by a process with the same id, or a stranger's link
+        partial.unlink(missing_ok=True)  # an earlier process with the same id left it, or it is a stranger's link
         with partial.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
@@ -52,7 +52,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path, marker_file: str) -> None:
-    """fsync every file in `folder`, `marker_file` after all others, then every folder, `folder` itself last."""
+    """fsync every file in `folder`, with `marker_file` last; then fsync every folder, with `folder` itself last."""
     files, folders = [], []
     for root, _, names in os.walk(folder, topdown=False):
         files += [Path(root, name) for name in names]
@@ -62,7 +62,7 @@ def sync_tree(folder: Path, marker_file: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its missing parents; they are on the disk on return."""
+    """Make a folder and its missing parents, and sync them to the disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:

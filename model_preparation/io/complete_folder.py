@@ -1,8 +1,8 @@
-"""Folders that appear whole or not at all; `check_target` says whether a folder is complete.
+"""Writes folders that appear whole or not at all.
 
-A new folder NAME is written as `NAME.partial/new` beside its place. When all of it is on the disk, one rename moves it
-into place. If the program is killed or the power fails before the rename, NAME is the old folder, or absent.
-`NAME.partial` may be left. The next run that writes NAME removes it, and so does `remove_abandoned`.
+A new folder NAME is first written as `NAME.partial/new`, next to NAME. When all of it is on the disk, one rename moves
+it into place. If the program is killed or the power fails before the rename, NAME is still the old folder, or absent.
+`NAME.partial` may be left. The next run that writes NAME removes `NAME.partial`, and so does `remove_abandoned`.
 """
 
 import contextlib
@@ -24,21 +24,21 @@ from model_preparation.io.folder_lock import Hold, is_partial, take, take_abando
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-_NEW, _OLD = "new", "old"  # in NAME.partial; `old` is used where a file system cannot swap two folders in one step
+_NEW, _OLD = "new", "old"  # in NAME.partial; `old` is needed if the file system cannot swap two folders in one step
 
 
 @contextlib.contextmanager
 def new_folder(target: Path, *, overwrite: bool, marker_file: str) -> Iterator[Path]:
-    """Give a folder to fill. It becomes `target` when the block ends without an exception.
+    """Yield an empty folder. It becomes `target` when the block ends without an exception.
 
     Args:
-        target: the final place. A folder there counts as empty if it holds nothing or only a README.md, which stays.
+        target: the final place. A folder there counts as empty if it holds nothing or only a README.md, which is kept.
         overwrite: whether to replace a complete folder. The old one stays until the new one is complete.
         marker_file: the file that only complete folders have.
 
     Raises:
-        SurgeryError: if `target` is taken, another run is writing it, or no folder can be made beside it.
-        OSError: from the file system, such as a full disk; also if a library reports it by an exception of its own.
+        SurgeryError: if `check_target` refuses `target`, or if another run is writing it.
+        OSError: from the file system, such as for a full disk, even if a library raised another exception.
     """
     check = partial(check_target, target, overwrite=overwrite, marker_file=marker_file)
     check()
@@ -46,7 +46,7 @@ def new_folder(target: Path, *, overwrite: bool, marker_file: str) -> Iterator[P
     missing_parents = [parent for parent in target.parents if not parent.exists()]
     try:
         with _held(target) as hold:
-            check()  # another run may just have ended
+            check()  # again: another run may just have written `target`
             staging = hold.folder / _NEW
             staging.mkdir()
             with _os_errors(target):
@@ -55,31 +55,31 @@ def new_folder(target: Path, *, overwrite: bool, marker_file: str) -> Iterator[P
                 shutil.copy2(target / "README.md", staging, follow_symlinks=False)
             sync_tree(staging, marker_file)
             interrupts.check()
-            check()  # hours may have passed
+            check()  # again: hours may have passed
             if not hold.is_intact():
                 raise SurgeryError(f"{hold.folder} was deleted while it was in use. Run the command again.")
             _put_in_place(staging, target)
     finally:
         for parent in missing_parents:
-            with contextlib.suppress(OSError):  # it is not empty: the new folder is in it
+            with contextlib.suppress(OSError):  # the parent is not empty: the new folder is in it
                 parent.rmdir()
 
 
 def remove_abandoned(parent: Path, *, only_for: Path | None = None, dry_run: bool = False) -> list[Path]:
-    """Remove what killed runs left in the folder `parent`: every `NAME.partial` that is ours and not in use.
+    """Remove what killed runs left in the folder `parent`: every `NAME.partial` that this program made and no run uses.
 
-    If an old NAME is in it, the old NAME is first moved back to its place.
+    If NAME is missing and an old NAME is in `NAME.partial`, the old NAME is first moved back to its place.
 
     Args:
         parent: the folder to look in.
-        only_for: remove only the one for this NAME.
+        only_for: remove only the partial folders of this NAME.
         dry_run: remove nothing.
 
     Returns:
-        The folders removed, or to be removed.
+        The removed folders; with `dry_run`, those that would be removed.
 
     Raises:
-        SurgeryError: if one cannot be removed.
+        SurgeryError: if a folder cannot be removed.
     """
     removed = []
     for hold, target in take_abandoned(parent, only_for):
@@ -92,7 +92,7 @@ def remove_abandoned(parent: Path, *, only_for: Path | None = None, dry_run: boo
 
 
 def check_target(target: Path, *, overwrite: bool, marker_file: str) -> None:
-    """Make the checks of `new_folder` without writing anything; raise the same errors."""
+    """Raise SurgeryError if `new_folder` would refuse `target`. Nothing is written."""
     if is_partial(target.name):
         raise SurgeryError(f"{target} has the name of an unfinished folder (.partial). Choose another name.")
     if target.is_dir():
@@ -114,7 +114,7 @@ def check_target(target: Path, *, overwrite: bool, marker_file: str) -> None:
 def check_space(target: Path, needed_bytes: int) -> None:
     """Raise SurgeryError if fewer than `needed_bytes` are free on the disk for `target`."""
     free_bytes = shutil.disk_usage(existing_parent(target)).free
-    abandoned = target.resolve().with_name(f"{target.resolve().name}.partial")  # removed before anything is written
+    abandoned = target.resolve().with_name(f"{target.resolve().name}.partial")  # this is removed first
     free_bytes += sum(path.lstat().st_blocks * 512 for path in abandoned.glob(f"{_NEW}/**/*"))
     if free_bytes < needed_bytes:
         raise SurgeryError(
@@ -142,7 +142,7 @@ def _os_errors(target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(target: Path) -> Iterator[Hold]:
-    """Hold `target`'s partial folder; it is empty at first, and is emptied at the end."""
+    """Hold `target`'s partial folder. It is emptied at the beginning and at the end."""
     hold = take(target)
     try:
         _clear(hold, target)
@@ -196,14 +196,14 @@ def _put_in_place(staging: Path, target: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Move `new` to the place of `old`: by one swap on Linux; elsewhere `old` is first moved aside."""
+    """Put `new` in the place of `old`: with one swap on Linux; elsewhere `old` is first moved into NAME.partial."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
         if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
             return
         code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS):  # a file system without exchange
+        if code not in (errno.EINVAL, errno.ENOSYS):  # both mean: it cannot swap
             raise OSError(code, os.strerror(code), str(old))
     sync(old.parent)  # NAME.partial must be on the disk before the old folder is moved into it
-    old.rename(new.with_name(_OLD))  # after a kill from here on, the next run moves it back
+    old.rename(new.with_name(_OLD))  # if the program is killed now, the next run moves it back
     new.rename(old)

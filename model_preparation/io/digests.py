@@ -1,6 +1,6 @@
 """Digests of files: SHA-256 of the files we write, BLAKE3 of tensors and of models we only read.
 
-People have tools for SHA-256. BLAKE3 is four times as fast. This matters for a base, as all of it is read.
+SHA-256 can be checked with common tools. BLAKE3 is four times as fast. This matters for a base, which is read whole.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from blake3 import blake3
 from model_preparation.io.block_io import Advance, read_blocks
 from model_preparation.io.untrusted.untrusted_files import regular_file
 
-FILE_FIELDS: dict[str, type] = {"bytes": int, "sha256": str}  # of what `describe_file` gives
+FILE_FIELDS: dict[str, type] = {"bytes": int, "sha256": str}  # what `describe_file` returns
 _BLOCK_BYTES = 1 << 20
 
 Range = tuple[int, int]  # where a tensor starts and ends in its file, in bytes
@@ -36,18 +36,18 @@ def describe_file(path: Path) -> dict:
 
 
 def describe_files(folder: Path, pattern: str = "**/*", excluded: Collection[str] = ()) -> dict[str, dict]:
-    """`describe_file` of the files in `folder` that match, by relative path, sorted."""
+    """{relative path: `describe_file`} of the files in `folder` that match `pattern`, sorted by path."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.glob(pattern) if path.is_file()}
     return {name: describe_file(paths[name]) for name in sorted(paths) if name not in excluded}
 
 
 def fault_of(path: Path, recorded: dict, advance: Advance = lambda size_bytes: None) -> str | None:
-    """What is wrong with a file compared with its `describe_file`, in a few words; None if nothing.
+    """How a file differs from its recorded `describe_file`, in a few words; None if it does not differ.
 
     `advance` is called for every block.
 
     Raises:
-        SurgeryError: for a link that leads out of the file's folder.
+        SurgeryError: as from `regular_file`, such as for a link that leads out of the file's folder.
     """
     if not path.is_file():
         return "missing"
@@ -70,7 +70,7 @@ class FileDigests:
 
 
 def read_digests(path: Path, ranges: Iterable[Range] = (), advance: Advance = lambda size_bytes: None) -> FileDigests:
-    """Read a file once, from front to back, for all its digests.
+    """Read a file once, from front to back, and compute all its digests.
 
     Args:
         path: a regular file.
@@ -96,7 +96,7 @@ def read_digests(path: Path, ranges: Iterable[Range] = (), advance: Advance = la
         digests.size_bytes = end
         advance(len(block))
     digests.sha256 = sha256.hexdigest()
-    digests.blake3 |= {place: blake3().hexdigest() for place in waiting if place[0] == place[1]}  # of empty tensors
+    digests.blake3 |= {place: blake3().hexdigest() for place in waiting if place[0] == place[1]}  # empty tensors
     return digests
 
 

@@ -1,10 +1,10 @@
-"""The folder NAME.partial beside NAME: one run at a time prepares NAME in it, and a lock keeps other runs out.
+"""Locks the folder NAME.partial, which is next to NAME. One run at a time prepares NAME there.
 
-The run locks the file `.held_by` in it (flock). The lock ends with the process, also when the process is killed. The
-file names the process. It also shows that this program made the folder and may empty it. So it is made first and
-removed last.
+The run locks the file `.held_by` in NAME.partial (flock). The lock ends with the process, even if the process is
+killed. `.held_by` contains the process id. It also shows that this program made the folder and may empty it.
+Therefore `.held_by` is made first and removed last.
 
-Some file systems have no locks. There every run has its own folder, NAME.partial-HOST-PID. The folder is abandoned if
+On file systems without locks, every run has its own folder, NAME.partial-HOST-PID. Such a folder counts as abandoned if
 its process ran on this host and has ended.
 """
 
@@ -29,18 +29,18 @@ HELD_BY = ".held_by"
 
 _NAME = re.compile(r"(?P<target>.+)\.partial(?P<owner>-.+)?", re.DOTALL)
 _NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_held_without_lock: set[Path] = set()  # folders of this process; an earlier process may have had the same id
+_held_without_lock: set[Path] = set()  # by this process; an earlier one with the same id may have left others
 
 
 class Hold:
-    """The folder `folder`, NAME.partial, which this process holds."""
+    """`folder` is NAME.partial, which this process holds."""
 
     def __init__(self, folder: Path, descriptor: int):
         self.folder = folder
         self._descriptor = descriptor
 
     def is_intact(self) -> bool:
-        """Whether the folder is still the one taken. If someone deleted it, another run may have made a new one."""
+        """Whether `folder` is still the folder taken. If someone deleted it, another run may have made a new one."""
         ours = os.fstat(self._descriptor)
         try:
             there = (self.folder / HELD_BY).lstat()
@@ -62,17 +62,17 @@ class Hold:
         finally:
             os.close(self._descriptor)
             _held_without_lock.discard(self.folder)
-        with contextlib.suppress(OSError):  # it is not empty, or another run has it already
+        with contextlib.suppress(OSError):  # it is not empty, or another run already holds it
             self.folder.rmdir()
 
 
 def take(target: Path) -> Hold:
-    """Hold the folder beside `target`; it and its parents are made if they are missing.
+    """Hold the partial folder of `target`. It and its parents are made if they are missing.
 
-    Files that an earlier run left in it stay.
+    Files that an earlier run left in the partial folder stay there.
 
     Raises:
-        SurgeryError: if another process holds it, or this program did not make it.
+        SurgeryError: if another process holds the folder, or if this program did not make it.
     """
     folder = target.with_name(f"{target.name}.partial")
     try:
@@ -90,18 +90,18 @@ def take(target: Path) -> Hold:
 
 
 def take_abandoned(parent: Path, only_for: Path | None = None) -> Iterator[tuple[Hold, Path]]:
-    """Hold the folders that killed runs left in `parent`, one by one; gives each with its target.
+    """Hold the partial folders that killed runs left in `parent`, one by one; yields each with its target.
 
     Args:
         parent: the folder to look in.
-        only_for: give only the folders for this target.
+        only_for: yield only the folders of this target.
     """
     for folder in sorted(parent.iterdir()):
         match = _NAME.fullmatch(folder.name)
         if match is None or not _is_ours(folder) or only_for not in (None, parent / match["target"]):
             continue
         hold = None
-        with contextlib.suppress(BlockingIOError, SurgeryError):  # in use, or another user's
+        with contextlib.suppress(BlockingIOError, SurgeryError):  # the folder is in use, or another user owns it
             if not match["owner"]:
                 hold = _take(folder)
             elif _has_ended(match["owner"]) and folder not in _held_without_lock:
@@ -111,12 +111,12 @@ def take_abandoned(parent: Path, only_for: Path | None = None) -> Iterator[tuple
 
 
 def is_partial(name: str) -> bool:
-    """Whether folders of this name count as unfinished."""
+    """Whether a folder with this name counts as unfinished."""
     return _NAME.fullmatch(name) is not None
 
 
 def _take(folder: Path) -> Hold | None:
-    """Make and lock the folder; None where files cannot be locked. Raises BlockingIOError if it is locked already."""
+    """Make and lock the folder; None if the file system has no locks. Raises BlockingIOError if it is locked."""
     while True:
         hold = _open(folder)
         try:
@@ -130,11 +130,11 @@ def _take(folder: Path) -> Hold | None:
             raise
         if hold.is_intact():
             return _signed(hold)
-        os.close(hold._descriptor)  # the last holder removed it after it was opened here
+        os.close(hold._descriptor)  # its last holder removed the folder after this run opened it
 
 
 def _open(folder: Path) -> Hold:
-    """Make the folder and its `.held_by`, where they are missing."""
+    """Make the folder and its `.held_by` if they are missing, and open `.held_by`."""
     while True:
         make_folder(folder.parent)
         with contextlib.suppress(FileExistsError):
@@ -144,7 +144,7 @@ def _open(folder: Path) -> Hold:
         try:
             return Hold(folder, os.open(folder / HELD_BY, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
         except FileNotFoundError:
-            continue  # its holder is just removing it
+            continue  # its holder has just removed the folder
         except PermissionError:
             raise SurgeryError(
                 f"{folder} belongs to another user ({_holder(folder)}). Choose another folder, or ask for its removal."
@@ -170,19 +170,19 @@ def _holder(folder: Path) -> str:
         fields = read_json(folder / HELD_BY)
         return f"process {fields['pid']} on {fields['host']} since {fields['since']}"
     except (OSError, ValueError, KeyError, SurgeryError):
-        return "another process"  # it has not written its name yet, or is ending
+        return "another process"  # that process has not written `.held_by` yet, or is ending
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether runs of this program may empty it: it holds a file `.held_by`, or nothing, or it is gone."""
+    """Whether this program may empty the folder: it holds a file `.held_by`, or it is empty, or it is gone."""
     try:
-        # List it only once: between two listings, one run may remove the folder and another make it again.
+        # List the folder only once: between two listings, one run may remove the folder and another make it again.
         if not stat.S_ISDIR(folder.lstat().st_mode):
             return False
         files = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(folder)}
     except FileNotFoundError:
         return True
-    # NFS renames a file that is deleted while it is open.
+    # NFS renames a file to .nfs... if it is deleted while it is open.
     return files.get(HELD_BY) or all(name.startswith(".nfs") for name in files)
 
 
@@ -197,4 +197,4 @@ def _has_ended(owner: str) -> bool:
         return True
     except PermissionError:
         return False
-    return int(process_id) == os.getpid()
+    return int(process_id) == os.getpid()  # an earlier process had the same id

@@ -1,6 +1,7 @@
 """Remembered digests: a large file is not read again if its size, times and inode have not changed, as in git's index.
 
-They are in the user's cache. Only someone who sets the clock can set the time of the last change (ctime) back.
+The digests are kept in the user's cache folder. Nobody can set the time of a file's last change (ctime) back, except by
+changing the computer's clock.
 """
 
 import contextlib
@@ -18,10 +19,10 @@ from model_preparation.io.complete_file import write_file
 from model_preparation.io.digests import blake3_of
 from model_preparation.io.untrusted.untrusted_files import read_json
 
-# After a change this recent, the next one may get the same time (FAT's clock counts 2 s).
+# A file that changed within this time is not remembered: its next change may get the same time (FAT has steps of 2 s).
 _SETTLED_SECONDS = 3
-_WORTH_BYTES = 1 << 24  # smaller files are read again at once
-_FILE = "file"  # the kind of a whole file's BLAKE3
+_WORTH_BYTES = 1 << 24  # smaller files are always read again
+_FILE = "file"  # the kind of result in `remembered`: the BLAKE3 of a whole file
 
 
 def known_blake3(path: Path) -> str:
@@ -30,23 +31,23 @@ def known_blake3(path: Path) -> str:
 
 
 def is_known(path: Path) -> bool:
-    """Whether `known_blake3` needs to read no large file."""
+    """Whether `known_blake3` can answer without reading a large file."""
     look = _look_of(path)
     return look["bytes"] < _WORTH_BYTES or _recorded(_record_of(path, _FILE), look) is not None
 
 
 def describe_source_file(path: Path) -> dict:
-    """{"bytes": size, "blake3": digest}; with "sha256" where a hub's cache names the file by it."""
+    """{"bytes": size, "blake3": digest}; also "sha256", if the file's name in a hub's cache is its SHA-256."""
     described = {"bytes": path.stat().st_size, "blake3": known_blake3(path)}
     name = path.resolve().name
     return described | {"sha256": name} if re.fullmatch("[0-9a-f]{64}", name) else described
 
 
 def remembered(path: Path, kind: str, work_out: Callable[[Path], dict[str, str]]) -> dict[str, str]:
-    """The result of `work_out(path)`, which reads the file. If a large file has not changed, it comes from the cache.
+    """Return `work_out(path)`, which reads the file. If a large file has not changed, return the kept result.
 
     Args:
-        kind: a word for this kind of result.
+        kind: a word that names this kind of result in the cache.
     """
     before = _look_of(path)
     if before["bytes"] < _WORTH_BYTES:
@@ -57,7 +58,7 @@ def remembered(path: Path, kind: str, work_out: Callable[[Path], dict[str, str]]
     digests = work_out(path)
     changed = max(before["mtime_ns"], before["ctime_ns"]) / 1e9
     if _look_of(path) == before and time.time() - changed > _SETTLED_SECONDS:
-        with contextlib.suppress(OSError):  # then the file is read again next time
+        with contextlib.suppress(OSError):  # without a record, the file is read again next time
             record.parent.mkdir(parents=True, exist_ok=True)
             write_file(record, json.dumps({"look": before, "digests": digests}))
     return digests
@@ -69,7 +70,7 @@ def _record_of(path: Path, kind: str) -> Path:
 
 
 def _recorded(record: Path, look: dict[str, int]) -> dict[str, str] | None:
-    """The digests of a file that looks like this; None if there is no such record."""
+    """The digests in `record`, if it was made for the same facts (`_look_of`); otherwise None."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SurgeryError):
         known = read_json(record)
         if known["look"] == look:
@@ -78,6 +79,6 @@ def _recorded(record: Path, look: dict[str, int]) -> dict[str, str] | None:
 
 
 def _look_of(path: Path) -> dict[str, int]:
-    """Facts that show a change without reading the file."""
+    """Facts that show whether the file has changed, without reading it."""
     stat = path.stat()
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns, "inode": stat.st_ino}

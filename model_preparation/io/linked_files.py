@@ -1,7 +1,7 @@
-"""Makes a second file with the same bytes that takes no more space on the disk, where that is possible.
+"""Makes a second file with the same bytes. Where possible, the second file needs no more space on the disk.
 
-It is a reflink where the file system has them (both files share their bytes until one changes). Else it is a hard link
-(one file with two names), else a copy.
+If the file system has reflinks, the second file is a reflink: the two share their blocks until one of them changes.
+Otherwise it is a hard link (one file with two names). If a hard link is impossible too, it is a copy.
 """
 
 import errno
@@ -17,7 +17,7 @@ _DISK_AT_FAULT = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def share_file(source: Path, target: Path) -> None:
-    """Make `target`, a new file, a reflink, hard link or copy of `source`.
+    """Make the new file `target`: a reflink, a hard link or a copy of `source`.
 
     Raises:
         OSError: from the file system: disk full, input/output error.
@@ -27,10 +27,11 @@ def share_file(source: Path, target: Path) -> None:
 
 
 def share_range(source: int, target: int, start: int = 0, size_bytes: int = 0, position: int = 0) -> bool:
-    """Let two open files share whole blocks on the disk. Return False where that is impossible.
+    """Let two open files share whole blocks on the disk. Return False if this is impossible.
 
-    `size_bytes` 0 means all up to the source's end. XFS and Btrfs can do it within a file system.
-    Source: ioctl_ficlonerange(2).
+    `source` and `target` are file descriptors. `start` is the offset in the source, `position` in the target.
+    `size_bytes` 0 means all up to the source's end. XFS and Btrfs can share blocks between files of one file system
+    (ioctl_ficlonerange(2)).
 
     Raises:
         OSError: from the file system: disk full, input/output error.
@@ -45,7 +46,7 @@ def share_range(source: int, target: int, start: int = 0, size_bytes: int = 0, p
 
 
 def can_share(folder: Path) -> bool:
-    """Try with a small file whether the file system of `folder` has reflinks or hard links."""
+    """Whether the file system of `folder` has reflinks or hard links. A small file is made to find out."""
     with tempfile.TemporaryDirectory(prefix="probe.partial-", dir=folder) as probe:
         source, target = Path(probe, "source"), Path(probe, "target")
         source.write_bytes(bytes(4096))
@@ -53,12 +54,12 @@ def can_share(folder: Path) -> bool:
 
 
 def can_reflink(folder: Path) -> bool:
-    """Try with two files without names whether the file system of `folder` has reflinks."""
+    """Whether the file system of `folder` has reflinks. Two files without names are made to find out."""
     try:
         with tempfile.TemporaryFile(dir=folder) as source, tempfile.TemporaryFile(dir=folder) as target:
             os.write(source.fileno(), bytes(4096))
             return share_range(source.fileno(), target.fileno())
-    except OSError:  # a full disk, or a folder that nobody may write to
+    except OSError:  # a full disk, or a folder that this user may not write to
         return False
 
 
@@ -77,7 +78,7 @@ def _hard_link(source: Path, target: Path) -> bool:
     try:
         os.link(source, target)
         return True
-    except OSError as error:  # no hard links here, too many links, or another user's source
+    except OSError as error:  # hard links do not work here, the file has too many, or another user owns it
         if error.errno in _DISK_AT_FAULT:
             raise
         return False

@@ -1,4 +1,4 @@
-"""The progress bar of long work."""
+"""A progress bar for long work."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from model_preparation.terminal import escaped
 
 @contextlib.contextmanager
 def bar(title: str, total: float, *, in_bytes: bool = False) -> Iterator[Callable[[float], None]]:
-    """Show a bar until the work ends or fails: on a terminal, for more than one step. Gives a call to advance it."""
+    """Show a bar while the block runs, if on a terminal and `total` > 1. Yields a function that advances the bar."""
     counts = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn())
     is_shown = rich.get_console().is_terminal and total > 1

@@ -1,6 +1,7 @@
-"""Compares the inputs of an earlier result with the present inputs. All long commands decide here whether to reuse it.
+"""Compares the inputs of an earlier result with the inputs of a new request.
 
-Inputs are values, or digests of contents, by name. They are never paths.
+All long commands use this to decide whether to reuse the result. Inputs are values, or digests of contents, by name.
+They are never paths.
 """
 
 import json
@@ -14,10 +15,10 @@ from blake3 import blake3
 from model_preparation.io.known_digests import known_blake3
 from model_preparation.io.progress import bar
 
-Inputs = Mapping[str, Any]  # JSON's kinds of values
+Inputs = Mapping[str, Any]  # by name; values that JSON can hold
 
 _DIGEST = re.compile("[0-9a-f]{64}")
-_LONGEST = 60  # characters of a value that are shown
+_LONGEST = 60  # characters of a value in a message; the others are cut off
 
 
 def digest_of(inputs: Inputs) -> str:
@@ -26,7 +27,7 @@ def digest_of(inputs: Inputs) -> str:
 
 
 def digests_of_files(paths: Iterable[Path]) -> dict[str, str]:
-    """BLAKE3 of files by name; a large file is read again only if it has changed."""
+    """The BLAKE3 of each file, by file name; a large file is read again only if it has changed."""
     paths = sorted(paths)
     digests = {}
     with bar("Reading what has changed", len(paths)) as advance:
@@ -37,27 +38,27 @@ def digests_of_files(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def differences(recorded: Inputs, asked: Inputs, *, of_both: bool = False) -> list[str]:
-    """Each difference in words: `limit: was 5, is now 9`; none if the earlier result is the one asked for.
+    """Each difference in words, such as `limit: was 5, is now 9`. If the list is empty, the result can be reused.
 
     Args:
-        of_both: compare only names that both have (for records of older versions).
+        of_both: compare only names that are in both (records of older versions lack some names).
     """
     found = []
     for name in sorted(recorded.keys() | asked.keys()):
-        there, now = recorded.get(name), asked.get(name)
-        if there == now or (of_both and not (name in recorded and name in asked)):
+        was, now = recorded.get(name), asked.get(name)
+        if was == now or (of_both and not (name in recorded and name in asked)):
             continue
-        if isinstance(there, Mapping) and isinstance(now, Mapping):
-            found += [f"{name} {difference}" for difference in differences(there, now, of_both=of_both)]
-        elif _is_digest(there) and _is_digest(now):
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            found += [f"{name} {difference}" for difference in differences(was, now, of_both=of_both)]
+        elif _is_digest(was) and _is_digest(now):
             found.append(f"{name}: the content has changed")
         else:
-            found.append(f"{name}: was {_in_words(there)}, is now {_in_words(now)}")
+            found.append(f"{name}: was {_in_words(was)}, is now {_in_words(now)}")
     return found
 
 
 def name_of(given: str | Path) -> str:
-    """The real name of a file or folder, after links, `.` and `..`; of a path that does not exist, its last part."""
+    """The name of a file or folder, after links, `.` and `..`. For a path that does not exist, its last part."""
     path = Path(given).expanduser()
     return path.resolve().name if path.exists() else path.name
 

@@ -1,6 +1,6 @@
-"""JSON files with a checksum of themselves, which shows every changed byte.
+"""JSON files that contain a checksum of their own bytes, so that every changed byte is noticed.
 
-The last field, `info_sha256`, is the SHA-256 of the same bytes with 64 zeros in place of its own digits.
+The last field, `info_sha256`, is the SHA-256 of the file's bytes with 64 zeros in place of the checksum's digits.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ _TAIL_BYTES = len(f'\n  "{FIELD}": "{_ZEROS}"\n}}\n')
 
 
 def with_checksum(info: Mapping[str, Any]) -> bytes:
-    """The bytes of a JSON file with the fields of `info` and the checksum last; it replaces one in `info`."""
+    """The bytes of a JSON file with the fields of `info` and a new checksum as the last field."""
     fields = {name: value for name, value in info.items() if name != FIELD}
     data = (json.dumps({**fields, FIELD: _ZEROS}, indent=2, ensure_ascii=False) + "\n").encode()
     return _with_digits(data, hashlib.sha256(data).hexdigest())

@@ -1,4 +1,4 @@
-"""Text files as editors on any system save them: UTF-8, with or without a byte-order mark, any line ends."""
+"""Reads text files as editors on any system save them: UTF-8, with or without a byte-order mark, with any line ends."""
 
 import codecs
 import contextlib
@@ -17,10 +17,10 @@ _MARKS = {  # longer ones first: UTF-32's mark begins like UTF-16's
 
 
 def decode(data: bytes) -> str:
-    """The text in `data`, without the mark.
+    """The text in `data`, without a byte-order mark.
 
     Raises:
-        ValueError: says what it is instead of UTF-8, and what to do; the caller adds the file's name.
+        ValueError: if `data` is not UTF-8. The error says what it is, and what to do; the caller adds the file's name.
     """
     _check_beginning(data[:4])
     try:
@@ -31,11 +31,11 @@ def decode(data: bytes) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text in a file, with newlines alone as line ends.
+    """The text in a file. Every line end is changed to a newline.
 
     Raises:
-        ValueError: as `decode`, and for FIFOs and devices, which may never end.
-        OSError: if it cannot be read.
+        ValueError: as from `decode`; also for FIFOs and devices, which may never end.
+        OSError: if the file cannot be read.
     """
     _check_kind(path)
     return decode(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
@@ -43,11 +43,11 @@ def read_text(path: Path) -> str:
 
 @contextlib.contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """Open a file that is too large to read at once; its lines are those of `read_text`.
+    """Open a text file that is too large to read at once. Its lines are the same as from `read_text`.
 
     Raises:
-        ValueError: as `read_text`, but perhaps only while the caller reads.
-        OSError: if it cannot be read.
+        ValueError: as from `read_text`. Some of these errors are only raised while the caller reads.
+        OSError: if the file cannot be read.
     """
     _check_kind(path)
     try:
@@ -59,21 +59,21 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def kind_of(mode: int) -> str:
-    """The kind of a path that is no file, from its `st_mode`."""
+    """What a path is if it is not a regular file, such as "a folder". `mode` is its `st_mode`."""
     kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
     return next((name for is_kind, name in kinds.items() if is_kind(mode)), "a device")
 
 
 def _check_kind(path: Path) -> None:
     mode = path.stat().st_mode
-    is_open = stat.S_ISFIFO(mode) and str(path).startswith("/dev/")  # <(command) or /dev/stdin: it has a writer
-    if not is_open and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder raises OSError
+    has_writer = stat.S_ISFIFO(mode) and str(path).startswith("/dev/")  # <(command), or a pipe as /dev/stdin
+    if not has_writer and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder raises OSError
         raise ValueError(f"it is {kind_of(mode)}; save the text in a file")
 
 
 def _check_beginning(beginning: bytes) -> None:
     name = next((name for mark, name in _MARKS.items() if beginning.startswith(mark)), None)
-    if len(beginning) == 4 and b"\0\0" in (beginning[::2], beginning[1::2]):  # two letters of UTF-16 without its mark
+    if len(beginning) == 4 and b"\0\0" in (beginning[::2], beginning[1::2]):  # two ASCII letters in UTF-16
         name = name or "UTF-16"
     if name is not None:
         raise ValueError(f"it is {name} text, which some editors call Unicode; save it as UTF-8")

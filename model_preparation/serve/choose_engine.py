@@ -1,15 +1,15 @@
-"""Which engine serves a checkpoint: vLLM, or the small server that needs only transformers."""
+"""Chooses the engine that serves a checkpoint: vLLM, or the small server that needs only transformers."""
 
 from model_preparation.errors import SurgeryError
 from model_preparation.serve.vllm_versions import fault_of_vllm, installed_vllm
 
 
 def choose_engine(asked: str, donor_type: str = "llama", has_heads: bool = False) -> str:
-    """ "vllm" or "transformers"; "auto" takes vLLM if it is installed and can serve a graft of this kind.
+    """Return "vllm" or "transformers". "auto" means vLLM if it is installed and can serve a graft of this kind.
 
     Args:
         asked: "vllm", "transformers" or "auto".
-        donor_type: the donor's kind.
+        donor_type: the donor's `model_type`, such as "llama".
         has_heads: whether single heads are grafted.
 
     Raises:
@@ -30,7 +30,7 @@ def fault_of_graft(donor_type: str, has_heads: bool) -> str | None:
     """Why vLLM cannot serve a graft, and what to do; None if it can.
 
     Args:
-        donor_type: the donor's kind.
+        donor_type: the donor's `model_type`, such as "llama".
         has_heads: whether single heads are grafted.
     """
     if has_heads:

@@ -1,7 +1,7 @@
-"""Makes a folder that servers open from a checkpoint of format pt, without a second copy of its weights.
+"""Turns a checkpoint of format pt into a folder that servers can open, without a second copy of its weights.
 
-The folder is NAME-hf, beside the checkpoint. It has config.json, the tokenizer, and a link to model_state_dict.pt under
-the name that transformers gives such a file (io/linked_files.py). Each start makes it again: links take no time.
+The folder is NAME-hf, next to the checkpoint. It has config.json, the tokenizer, and a link to model_state_dict.pt with
+the name that transformers looks for (io/linked_files.py). Each start makes the folder again: links take no time.
 """
 
 from pathlib import Path
@@ -19,10 +19,10 @@ _WEIGHTS = "pytorch_model.bin"
 
 
 def hf_folder(checkpoint: Path) -> Path:
-    """The folder to serve: the checkpoint's own if it is of format hf or both, else a folder of links beside it.
+    """The folder to serve: the checkpoint itself if it has format hf or both, otherwise a folder of links next to it.
 
     Raises:
-        SurgeryError: if it is no complete checkpoint, or another folder has the name of the folder of links.
+        SurgeryError: if the checkpoint is not complete, or if a folder that is not ours has the name NAME-hf.
     """
     info = read_info(checkpoint)
     checkpoint = checkpoint.resolve()

@@ -1,7 +1,7 @@
 """A small server for machines without vLLM: OpenAI's completions and chat, one request after the other.
 
 `transformers serve` is not enough: it takes only models whose class is in transformers itself, and it has neither
-log-probabilities nor a key. This server uses only Python's own HTTP server and `generate`.
+log-probabilities nor an API key. This server uses only Python's own HTTP server and `generate`.
 """
 
 import hmac
@@ -26,7 +26,7 @@ from model_preparation.io.untrusted.untrusted_tokenizer import apply_chat_templa
 Emit = Callable[[dict[str, Any]], None]
 
 _MAX_BODY_BYTES = 32_000_000
-_SILENCE_SECONDS = 60  # a client that sends nothing blocks all others
+_SILENCE_SECONDS = 60  # then a silent client, which blocks all others, is dropped
 _NUMBER = (int, float)
 # The fields of a request: (types, default). Other fields are refused, so that nobody thinks they work.
 _COMMON: dict[str, tuple[tuple[type, ...], Any]] = {
@@ -45,7 +45,7 @@ _CHAT = {**_COMMON, "messages": ((list,), None), "max_completion_tokens": ((int,
 
 
 class Refused(Exception):
-    """A client's mistake. The client gets the status and the sentence."""
+    """A client's mistake. The client gets the HTTP status and the sentence."""
 
     def __init__(self, sentence: str, status: int = 400):
         super().__init__(sentence)
@@ -93,7 +93,7 @@ class Answering:
         return self._answer(request, prompts, "text_completion", lambda text, piece: {"text": text}, emit)
 
     def chat(self, body: dict[str, Any], emit: Emit) -> dict[str, Any] | None:
-        """The same for a request for a chat's next message."""
+        """As `complete`, for a request for the next message of a chat."""
         request = {**self._read(body, _CHAT, "messages"), "logprobs": None, "echo": False}
         if request["max_completion_tokens"] is not None:
             request["max_tokens"] = request["max_completion_tokens"]
@@ -103,7 +103,7 @@ class Answering:
             text = apply_chat_template(self._tokenizer, request["messages"])
         except ValueError as error:
             raise Refused(f"The tokenizer's chat template makes no text of these messages: {error}.") from error
-        prompt = self._tokenizer(text, add_special_tokens=False).input_ids  # the template has added these already
+        prompt = self._tokenizer(text, add_special_tokens=False).input_ids  # the template has added the special tokens
 
         def message(text: str, piece: bool) -> dict[str, Any]:
             return {"delta" if piece else "message": {"role": "assistant", "content": text}}
@@ -148,6 +148,7 @@ class Answering:
     def _answer(
         self, request: dict, prompts: list[list[int]], kind: str, part: Callable, emit: Emit
     ) -> dict[str, Any] | None:
+        """Answer every prompt, as `complete`. `part(text, is_piece)` gives the fields of a choice with that text."""
         for prompt in prompts:
             if len(prompt) + request["max_tokens"] > self.max_length:
                 raise Refused(
@@ -189,7 +190,7 @@ class Answering:
     def _generate(
         self, request: dict, prompt: list[int], number: int, streamer: "_Pieces | None" = None
     ) -> tuple[list[int], Tensor]:
-        """The new tokens of the `number`-th answer, and the logits (tokens, vocabulary) they were chosen from."""
+        """The new tokens of the `number`-th answer, and the logits (tokens, vocabulary) from which they were chosen."""
         if request["max_tokens"] == 0:
             return [], torch.empty(0, self._model.config.vocab_size)
         settings: dict[str, Any] = {"do_sample": False}
@@ -200,7 +201,7 @@ class Answering:
                 set_seed(request["seed"] + number)
 
         def stops(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-            # Not by `stop_strings`: they fail with tokenizers that have only whole words.
+            # transformers' `stop_strings` fail with tokenizers that have only whole words.
             text = self._tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)
             return torch.tensor([any(word in text for word in request["stop"])], device=ids.device)
 
@@ -218,7 +219,7 @@ class Answering:
         return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits)
 
     def _text(self, request: dict, ids: list[int]) -> tuple[str, str]:
-        """The answer up to a stop word, and why it ends."""
+        """The answer up to a stop word, and why it ends: "stop" or "length"."""
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         ends = [text.index(word) for word in request["stop"] if word in text]
         if ends:
@@ -262,8 +263,8 @@ class _Pieces(BaseStreamer):
 
     def __init__(self, text: Callable[[list[int]], str], stop: list[str], emit: Callable[[str], None]):
         self._text, self._emit = text, emit
-        self._held_back = max((len(word) - 1 for word in stop), default=0)  # it may be the beginning of a stop word
-        self._ids: list[int] | None = None  # `generate` puts the prompt first
+        self._held_back = max((len(word) - 1 for word in stop), default=0)  # they may begin a stop word
+        self._ids: list[int] | None = None  # None until `generate` has put the prompt
         self._sent = ""
 
     def put(self, value: Tensor) -> None:
@@ -272,7 +273,7 @@ class _Pieces(BaseStreamer):
             return
         self._ids += value.flatten().tolist()
         text = self._text(self._ids)
-        # U+FFFD at the end is half a character: the next token brings the rest.
+        # U+FFFD at the end is half a character: the next token completes it.
         self._send(text[: max(len(self._sent), len(text) - self._held_back)].rstrip("\ufffd"))
 
     def end(self) -> None:
@@ -321,7 +322,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/models":
             raise Refused(f"There is no {self.path!r:.80} here.", 404)
         model = {"id": self.answers.name, "object": "model", "created": 0, "owned_by": "model_preparation"}
-        model["max_model_len"] = self.answers.max_length  # as vLLM has it
+        model["max_model_len"] = self.answers.max_length  # vLLM has this field too
         return self._send(200, {"object": "list", "data": [model]})
 
     def _post(self) -> None:
@@ -350,13 +351,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > _MAX_BODY_BYTES:
-            raise Refused(f"A request must give its length, at most {_MAX_BODY_BYTES:,} bytes.", 413)
+            raise Refused(f"A request needs a Content-Length of at most {_MAX_BODY_BYTES:,} bytes.", 413)
         try:
             body = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:
-            raise Refused(f"The request is no JSON ({error}).") from error
+            raise Refused(f"The request is not JSON ({error}).") from error
         if not isinstance(body, dict):
-            raise Refused("The request is no JSON object.")
+            raise Refused("The request is not a JSON object.")
         return body
 
     def _check_key(self) -> None:
@@ -370,7 +371,7 @@ class _Handler(BaseHTTPRequestHandler):
         except Refused as refused:
             self._send(refused.status, {"error": {"message": str(refused), "type": "invalid_request_error"}})
         except (BrokenPipeError, ConnectionResetError, TimeoutError):
-            self.close_connection = True  # the client went away
+            self.close_connection = True  # the client went away, or was silent
 
     def _send(self, status: int, content: dict[str, Any]) -> None:
         data = json.dumps(content).encode()

@@ -1,4 +1,4 @@
-"""The settings of vLLM for a Llamba, made before the model; and the features of vLLM that a Llamba does not have."""
+"""Sets vLLM's configuration for a Llamba, and refuses the features of vLLM that a Llamba does not have."""
 
 import math
 
@@ -9,7 +9,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 from model_preparation.serve.choose_engine import fault_of_graft
 
-logger = init_logger("vllm.model_preparation")  # below vLLM's logger, so that it prints as vLLM does
+logger = init_logger("vllm.model_preparation")  # a child of vLLM's logger prints as vLLM does
 
 
 class LlambaArchitecture(ModelArchConfigConvertorBase):
@@ -18,8 +18,8 @@ class LlambaArchitecture(ModelArchConfigConvertorBase):
     def derive_max_model_len_and_key(self) -> tuple[float, str | None]:
         """The longest sequence. Without grafted layers there is no limit, and vLLM takes its default of 2,048 tokens.
 
-        vLLM reserves memory for every token, so it could not use the billion in the config. `--max-model-len` sets
-        another length.
+        vLLM reserves memory for every token, so a billion tokens, as in the config, would be too many.
+        `--max-model-len` sets another length.
         """
         if not self.hf_config.llama_layers:
             return math.inf, None
@@ -27,11 +27,11 @@ class LlambaArchitecture(ModelArchConfigConvertorBase):
 
 
 class LlambaSettings(VerifyAndUpdateConfig):
-    """Called by vLLM with its whole configuration."""
+    """vLLM calls this class with its whole configuration."""
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Set vLLM for the model, and refuse features that would give wrong tokens.
+        """Change vLLM's configuration for the model, and refuse features that would give wrong tokens.
 
         Raises:
             ValueError: for a feature of vLLM that our layers do not have.
@@ -59,7 +59,10 @@ class LlambaSettings(VerifyAndUpdateConfig):
             )
         activations = {config.mlp_cfg["act_fn"], *([config.llama_cfg["hidden_act"]] if config.llama_layers else [])}
         if activations != {"silu"}:
-            raise ValueError(f"vLLM's MLPs have the activation silu, but this model has {', '.join(activations)}.")
+            raise ValueError(
+                f"vLLM's MLPs have the activation silu, but this model has {', '.join(activations)}. Serve it with "
+                "--engine transformers."
+            )
         if cache.mamba_ssm_cache_dtype == "auto":
             cache.mamba_ssm_cache_dtype = "float32"  # as in our own cache, for any dtype of the weights
         if cache.enable_prefix_caching:
@@ -68,6 +71,6 @@ class LlambaSettings(VerifyAndUpdateConfig):
                 "Prefix caching is off for Llambas. It copies Mamba states between blocks of the cache, and nobody "
                 "tested that with Llambas. With other hybrid models, users report garbled text."
             )
-        # No graph of this model was ever captured, on any device; PyTorch runs it operation by operation.
+        # Compilation and CUDA graphs were never tried with this model, so PyTorch runs it operation by operation.
         vllm_config.compilation_config.mode = CompilationMode.NONE
         vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE

@@ -1,7 +1,7 @@
-"""A Llamba for vLLM: grafted layers are vLLM's own, Mamba layers are ours, with their states in vLLM's cache.
+"""A Llamba for vLLM. Grafted layers are vLLM's own. Mamba layers are ours; their states are in vLLM's cache.
 
 vLLM gives the tokens of all running requests in one row: first one token of each request that is being answered, then
-the tokens of prompts, whole or in pieces. The states of each request are in a slot of the cache, and vLLM chooses the
+the tokens of prompts, whole or in pieces. Each request has its states in one slot of the cache, and vLLM chooses the
 slot. The parameters have the checkpoint's names. The code is the same for every device: on CUDA, `scan` uses the kernel
 of flash-linear-attention if that is installed (llamba/ssd.py). This file was run on CPUs only.
 """
@@ -29,7 +29,10 @@ from model_preparation.llamba.modeling_llamba import BLOCK_NORM_EPS
 
 
 def state_shapes(config: LlambaConfig) -> tuple[tuple[int, int], tuple[int, int, int]]:
-    """The shapes of a request's slot in the cache of one Mamba layer: the convolution's last inputs, and the state."""
+    """The shapes of what one Mamba layer caches for a request: the convolution's last inputs, and the state.
+
+    They are (d_conv - 1, channels) and (heads, head dimension, d_state).
+    """
     ssm = config.ssm_cfg
     channels = config.d_inner + 2 * ssm["n_qk_heads"] * ssm["d_state"]
     heads = ssm["n_v_heads"]
@@ -37,7 +40,7 @@ def state_shapes(config: LlambaConfig) -> tuple[tuple[int, int], tuple[int, int,
 
 
 def state_dtypes(vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of the two parts of `state_shapes`."""
+    """The dtypes of the two tensors in `state_shapes`."""
     cache = vllm_config.cache_config
     return MambaStateDtypeCalculator.mamba2_state_dtype(
         vllm_config.model_config.dtype, cache.mamba_cache_dtype, cache.mamba_ssm_cache_dtype
@@ -45,15 +48,15 @@ def state_dtypes(vllm_config: VllmConfig) -> tuple[torch.dtype, torch.dtype]:
 
 
 class ServedMixer(LlambaMixer, MambaBase):
-    """A mixer over vLLM's row of tokens."""
+    """Our Mamba mixer, for vLLM's row of tokens."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str):
         config = vllm_config.model_config.hf_config
         super().__init__(config, layer_idx=int(prefix.split(".")[-2]))
         self._prefix = prefix
         self._state_shapes, self._state_dtypes = state_shapes(config), state_dtypes(vllm_config)
-        self.kv_cache = (torch.empty(0), torch.empty(0))  # vLLM binds its own later
-        vllm_config.compilation_config.static_forward_context[prefix] = self  # vLLM finds caches to fill here
+        self.kv_cache = (torch.empty(0), torch.empty(0))  # vLLM puts its own here
+        vllm_config.compilation_config.static_forward_context[prefix] = self  # vLLM looks here for layers with a cache
 
     def get_state_shape(self) -> tuple[tuple[int, int], tuple[int, int, int]]:
         return self._state_shapes
@@ -63,11 +66,12 @@ class ServedMixer(LlambaMixer, MambaBase):
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
-        """The kind of description of the row that we read: the one with only the fields that every Mamba has."""
+        """The kind of metadata that vLLM gives about the row. SHORT_CONV has only the fields that every Mamba needs."""
         return MambaAttentionBackendEnum.SHORT_CONV
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """
+        """Mix the tokens of each request, and update the request's states in the cache.
+
         Args:
             hidden_states: (tokens, d_model), the tokens of all requests.
 
@@ -92,17 +96,18 @@ class ServedMixer(LlambaMixer, MambaBase):
                 of_one = xBC[tokens].unsqueeze(0), a[tokens].unsqueeze(0)
                 parts.append(self._continue(*of_one, slots[i : i + 1], continues))
         y = torch.cat([part.flatten(0, 1) for part in parts])
-        y = F.pad(y, (0, 0, 0, len(z) - len(y)))  # a row may end in tokens of no request
+        y = F.pad(y, (0, 0, 0, len(z) - len(y)))  # a row may end in padding, which belongs to no request
         return self._gated(y, z, hidden_states.dtype)
 
     def _continue(self, xBC: Tensor, a: Tensor, slots: Tensor, continues: bool) -> Tensor:
-        """Convolution and recurrence over the next tokens of requests; updates their states in the cache.
+        """Run convolution and recurrence over the next tokens of requests, and update their states in the cache.
 
         Args:
             xBC: (requests, length, conv_dim).
             a: (requests, length, H).
-            slots: (requests,), the places of their states.
-            continues: whether the slots hold the states of these requests. If not, another request has left its own.
+            slots: (requests,), the requests' slots in the cache.
+            continues: whether the slots hold the states of these requests. If not, the slots may hold old states of
+                other requests, and these requests begin with empty states.
 
         Returns:
             (requests, length, d_inner), float32 or wider.
@@ -119,7 +124,7 @@ class ServedMixer(LlambaMixer, MambaBase):
 
 
 class ServedMambaLayer(nn.Module):
-    """A Mamba block: norm, mixer, residual; norm, gated MLP, residual. As in vLLM, the residual is passed along."""
+    """A Mamba block: norm, mixer, residual; norm, gated MLP, residual. As in vLLM, the residual is a second output."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str):
         super().__init__()
@@ -162,7 +167,8 @@ class ServedBackbone(nn.Module):
             if not backend.supports_head_size(config.head_dim):  # vLLM itself would fail at the first request
                 raise ValueError(
                     f"The grafted layers have heads of size {config.head_dim}. vLLM's attention here, "
-                    f"{backend.get_name()}, takes {', '.join(map(str, backend.get_supported_head_sizes()))} only."
+                    f"{backend.get_name()}, takes {', '.join(map(str, backend.get_supported_head_sizes()))} only. "
+                    "Serve the model with --engine transformers."
                 )
 
     def forward(self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None) -> Tensor:
@@ -176,7 +182,7 @@ class ServedBackbone(nn.Module):
 class ServedLlamba(nn.Module, HasInnerState, IsHybrid):
     """A Llamba with its head, with the interface that vLLM needs for a model with two kinds of layer."""
 
-    hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper  # vLLM joins q, k, v, and gate, up
+    hf_to_vllm_mapper = LlamaModel.hf_to_vllm_mapper  # vLLM joins q, k and v, and joins gate and up
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, int], tuple[int, int, int]]:
@@ -199,7 +205,7 @@ class ServedLlamba(nn.Module, HasInnerState, IsHybrid):
         )
         if config.tie_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.backbone.embedding)
-        # Cut off the rows that only pad the vocabulary, so that no sampler can choose them.
+        # Cut off the logits that only pad the vocabulary, so that no sampler can choose them.
         self.logits_processor = LogitsProcessor(config.padded_vocab_size, config.vocab_size)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:

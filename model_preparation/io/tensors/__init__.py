@@ -1,1 +1,1 @@
-"""Where tensors lie in files, and .pt and safetensors files written without loading them."""
+"""Finds where tensors lie in files, and writes .pt and safetensors files without loading whole models."""

@@ -14,7 +14,7 @@ _FLOAT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class DType:
-    """A dtype as torch names it ("bfloat16"), and the bytes of one number."""
+    """A dtype: torch's name for it ("bfloat16"), and the bytes of one number."""
 
     name: str
     itemsize: int
@@ -24,14 +24,14 @@ class DType:
 
     @property
     def torch(self) -> "torch.dtype":
-        """torch's object for it."""
+        """This dtype as torch's object."""
         import torch
 
         return getattr(torch, self.name)
 
 
 def dtype_of(dtype: "DType | torch.dtype") -> DType:
-    """The same dtype without torch."""
+    """torch's dtype as a `DType`."""
     return dtype if isinstance(dtype, DType) else DType(str(dtype).removeprefix("torch."), dtype.itemsize)
 
 
@@ -50,6 +50,6 @@ def float_dtype(dtype: "DType | torch.dtype | str | None") -> DType | None:
 
 
 def torch_dtype(dtype: "torch.dtype | str | None") -> "torch.dtype | None":
-    """`float_dtype` as torch's object."""
+    """As `float_dtype`, but returns torch's object."""
     found = float_dtype(dtype)
     return None if found is None else found.torch

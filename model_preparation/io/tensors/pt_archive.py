@@ -1,12 +1,12 @@
-"""A .pt file without its tensors' bytes: the zip around them, laid out as torch.save does, and the pickle.
+"""Makes all bytes of a .pt file except the tensors: the zip structure, as torch.save writes it, and the pickle.
 
-Only the pickle needs torch, so the tensors can be written while torch is imported. Unlike torch.save, this puts the
-tensors first. Tensors that several files share come before all others, so these files begin with the same bytes. Such
-bytes are hashed once and, on some file systems, stored once. Every tensor starts at a multiple of `ALIGNMENT` bytes.
-Sets are pickled sorted, so the same object gives the same bytes in every process.
+Only the pickle needs torch, so the tensors can be written while torch is imported. Unlike torch.save, this module puts
+the tensors first. Tensors that several files share come before all others, so these files begin with the same bytes.
+The same bytes are hashed only once and, on some file systems, stored only once. Every tensor starts at a multiple of
+`ALIGNMENT` bytes. Sets are sorted before they are pickled, so the same object gives the same bytes in every process.
 
 Sources: PyTorch's torch/serialization.py (`_save`: the records and the persistent ids) and
-caffe2/serialize/inline_container.cc (the records around them, the padding); the zip format's APPNOTE, sections 4.3.7
+caffe2/serialize/inline_container.cc (the other records, the padding); the zip format's APPNOTE, sections 4.3.7
 (local header), 4.3.9 (data descriptor), 4.3.12 (central directory), 4.3.14 to 4.3.16 (its end), 4.5.3 (zip64).
 """
 
@@ -27,16 +27,19 @@ if TYPE_CHECKING:
 
     Storage = torch.UntypedStorage
 
-_FOLDER = "archive"  # around all records
+_FOLDER = "archive"  # the folder in the zip file that holds all records
 _FULL = 0xFFFFFFFF  # in a field of 32 bits, it means that a zip64 field has the number
 _LOCAL = struct.Struct("<4s5H3I2H")
 _ENTRY = struct.Struct("<4s6H3I5H2I")
-_END = struct.Struct("<4sQ2H2I4Q4sIQI4s4H2IH")  # the zip64 one, its locator, and the short one
-_UTF8, _SIZES_FOLLOW = 0x0800, 0x0008  # flags
+_END = struct.Struct("<4sQ2H2I4Q4sIQI4s4H2IH")  # the zip64 end record, its locator, and the ordinary end record
+_UTF8, _SIZES_FOLLOW = 0x0800, 0x0008  # flags: the name is UTF-8; the sizes follow the data
 
 
 class Archive:
-    """A zip file, of `position` bytes so far. Per tensor: `begin_tensor`, its bytes, `finish_tensor`. Then `end`."""
+    """The structure of a zip file, which has `position` bytes so far.
+
+    For each tensor, write `begin_tensor`, the tensor's bytes and `finish_tensor`. Write `end` last.
+    """
 
     def __init__(self) -> None:
         self.position = 0
@@ -105,17 +108,17 @@ class Archive:
 
 
 def _wide(size_bytes: int, packed_bytes: int, start: int) -> bytes:
-    """The zip64 field with the numbers that need more than 32 bits; empty if none does."""
+    """The zip64 field with the numbers that need more than 32 bits; empty if no number does."""
     numbers = [size_bytes, packed_bytes] if size_bytes >= _FULL else []
     numbers += [start] if start >= _FULL else []
     return struct.pack(f"<2H{len(numbers)}Q", 1, 8 * len(numbers), *numbers) if numbers else b""
 
 
-_Pickler: Any = pickle._Pickler  # type: ignore[attr-defined]  # Python's own, whose `dispatch` can be changed
+_Pickler: Any = pickle._Pickler  # type: ignore[attr-defined]  # the one in Python: its `dispatch` can be changed
 
 
 class SortingPickler(_Pickler):
-    """Python's own pickler, which also sorts sets: their order depends on the process."""
+    """Python's pickler, but it sorts sets, because their order differs between processes."""
 
     dispatch = _Pickler.dispatch.copy()
 
@@ -129,7 +132,7 @@ class SortingPickler(_Pickler):
 def pickled(
     content: Any, first: "Iterable[Storage]" = (), pickler: Any = SortingPickler
 ) -> "tuple[bytes, list[Storage]]":
-    """data.pkl and the storages it numbers: `first` in their order, then the others as `content` pickles them."""
+    """Pickle `content`. Return data.pkl and its numbered storages: `first`, then the others in pickling order."""
     import torch
 
     numbered: dict[int, tuple[int, Storage]] = {}

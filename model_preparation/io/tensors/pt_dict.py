@@ -1,4 +1,4 @@
-"""A dict of tensors in torch.save's format, written and read without torch.
+"""Writes and reads a dict of tensors in torch.save's format, without torch.
 
 Source: PyTorch's torch/_tensor.py (`__reduce_ex__`) and torch/serialization.py (the persistent ids).
 """
@@ -19,7 +19,7 @@ from model_preparation.io.untrusted.pt_check import PICKLE, check_pt, pt_records
 
 
 class _Storage(NamedTuple):
-    """The fields of a persistent id."""
+    """The fields of a storage's persistent id."""
 
     dtype: DType
     key: str
@@ -38,7 +38,7 @@ class _Tensor(NamedTuple):
 
 
 def _stand_in(name: str) -> type:
-    """A class that is pickled as the global with this name."""
+    """A class that the pickler writes as the global `name`."""
     module, _, own_name = name.rpartition(".")
     return type(own_name, (), {"__module__": module})
 
@@ -50,7 +50,7 @@ _GLOBALS: dict[str, Any] = {_REBUILD: _Tensor, "collections.OrderedDict": Ordere
 
 
 def pickled_dict(tensors: Mapping[str, StoredTensor | CastTensor]) -> bytes:
-    """data.pkl of the dict; the tensors' storages are numbered in its order."""
+    """data.pkl of a dict of tensors; their storages are numbered in the dict's order."""
     content = {}
     for number, (name, tensor) in enumerate(tensors.items()):
         storage = _Storage(tensor.dtype, str(number), tensor.size_bytes // tensor.dtype.itemsize)
@@ -61,10 +61,10 @@ def pickled_dict(tensors: Mapping[str, StoredTensor | CastTensor]) -> bytes:
 
 
 def dict_ranges(path: Path, advice: str) -> dict[str, TensorRange]:
-    """Where the tensors lie in a file with a dict of whole tensors, each with a storage of its own.
+    """Where the tensors lie, by name, in a file with a dict of tensors. Each tensor must fill a storage of its own.
 
     Raises:
-        SurgeryError: if it holds anything else; the message ends with `advice`.
+        SurgeryError: if the file holds anything else; the message ends with `advice`.
     """
     with reading_tensors(path, advice):
         check_pt(path, TENSORS)
@@ -77,20 +77,20 @@ def dict_ranges(path: Path, advice: str) -> dict[str, TensorRange]:
 
             content = _DictUnpickler(io.BytesIO(read(PICKLE))).load()
             if "byteorder" in records and read("byteorder") != sys.byteorder.encode():
-                raise ValueError("its numbers have the other byte order")
+                raise ValueError("its byte order is not this machine's")
         stored = {name for name in records if name.startswith("data/")}
         found = {}
         for name, tensor in content.items():
             record = f"data/{tensor.storage.key}"
             if not isinstance(name, str) or record not in stored:
-                raise ValueError("it holds other things than whole tensors by name, each stored once")
+                raise ValueError("it holds something that is not a tensor with its own name and storage")
             stored.remove(record)
             found[name] = TensorRange(path, records[record].start, tensor.shape, tensor.storage.dtype)
             whole = tensor.offset == 0 and tensor.stride == _strides(tensor.shape)
             if not whole or found[name].size_bytes != records[record].size_bytes:
                 raise ValueError(f"{name:.100} is only a part or a view of its storage")
         if stored:
-            raise ValueError("it holds numbers that no tensor uses")
+            raise ValueError("it holds a storage that no tensor uses")
     return found
 
 

@@ -1,8 +1,8 @@
-"""Writes .pt files, as torch.save does, without having the tensors in memory.
+"""Writes .pt files for `torch.load` without holding the tensors in memory.
 
-The files are written at the speed of the disk. Every source block is read once and goes into all files; its SHA-256,
-CRC-32 and BLAKE3 are computed on the way. Only a few blocks are in memory, whatever the model's size. torch, and the
-objects to save, are needed only after the tensors are written. `pt_archive` has the layout.
+The files are written at the speed of the disk. Every source block is read once and goes into all files. SHA-256,
+CRC-32 and BLAKE3 are computed meanwhile. Only a few blocks are in memory, whatever the model's size. torch, and the
+objects to save, are needed only after the tensors are written. `pt_archive` makes everything around the tensors.
 """
 
 import contextlib
@@ -30,17 +30,17 @@ def write_together(
     contents: "Callable[[dict[str, Tensor]], Sequence[Any]]",
     advance: Advance = lambda size_bytes: None,
 ) -> tuple[dict[str, dict], dict[str, str]]:
-    """Write an object to each path, for `torch.load`, and sync it.
+    """Write one object to each path, for `torch.load`, and sync the files.
 
     Args:
         paths: new files.
-        sources: the tensors that all objects hold, by any names, in the files' order.
-        contents: makes the objects, after the sources are written. It gets placeholders for the tensors by the same
-            names. All other tensors in the objects come from memory.
+        sources: the tensors that all objects hold, by any names. The files have them in this order.
+        contents: called after the sources are written; makes the objects. Its argument has a placeholder for each
+            source, by the same name. All other tensors in the objects are written from memory.
         advance: called for every piece written; may raise.
 
     Returns:
-        {"bytes", "sha256"} of the files by name, and the sources' BLAKE3 by name.
+        {"bytes": size, "sha256": digest} by file name, and the BLAKE3 of each source by its name.
 
     Raises:
         OSError: from the file system: disk full, input/output error.
@@ -49,7 +49,7 @@ def write_together(
         placeholders = {name: _placeholder(source) for name, source in sources.items()}
         objects = contents(placeholders)
         first = [tensor.untyped_storage() for tensor in placeholders.values()]
-        # Only the storages are wanted here, so Python's quick pickler will do.
+        # Only the storages are used here, so Python's fast pickler is enough.
         shared = _in_all([pickled(content, pickler=Pickler)[1] for content in objects])
         others = [storage for storage in shared if storage._cdata not in {written._cdata for written in first}]
         if len(first) + len(others) != len(shared):
@@ -69,7 +69,7 @@ def write_dict(
     sources: "Mapping[str, StoredTensor | CastTensor]",
     advance: Advance = lambda size_bytes: None,
 ) -> tuple[dict, dict[str, str]]:
-    """Write the dict of these tensors, as `write_together` does, without torch; returns the same for the one file."""
+    """Write a file with the dict `sources`, without torch. Return the file's description and the sources' BLAKE3."""
     with _begun([path], sources, advance) as (beginning, blake3):
         return beginning.finish(pickled_dict(sources)), blake3
 
@@ -78,7 +78,7 @@ def write_dict(
 def _begun(
     paths: Sequence[Path], sources: "Mapping[str, StoredTensor | CastTensor]", advance: Advance
 ) -> "Iterator[tuple[_Beginning, dict[str, str]]]":
-    """Files with the sources in them, and the BLAKE3 of each source."""
+    """Write the sources to new files. Yield these files, and the BLAKE3 of each source by name."""
     with streaming(paths, sum(source.size_bytes for source in sources.values()), advance) as stream:
         beginning = _Beginning(Archive(), stream)
         yield beginning, {name: beginning.copy(source, source.size_bytes) for name, source in sources.items()}
@@ -86,7 +86,7 @@ def _begun(
 
 @dataclass(frozen=True)
 class _Beginning:
-    """Files that begin alike."""
+    """Files that are written together, because all their bytes so far are the same."""
 
     archive: Archive
     stream: Stream
@@ -105,11 +105,11 @@ class _Beginning:
             self.copy(_InMemory(storage), storage.nbytes())
 
     def split(self) -> "list[_Beginning]":
-        """One per file, each with this beginning."""
+        """Return one `_Beginning` per file, so that the files can differ from here on."""
         return [_Beginning(self.archive.copy(), stream) for stream in self.stream.split()]
 
     def finish(self, pickled: bytes) -> dict:
-        """Append data.pkl and the end, and sync; returns {"bytes", "sha256"}."""
+        """Append data.pkl and the end, and sync; returns {"bytes": size, "sha256": digest}."""
         self.stream.append(self.archive.end(pickled))
         return self.stream.finish()
 
@@ -127,7 +127,7 @@ class _InMemory:
 
 
 def _placeholder(source: "StoredTensor | CastTensor") -> "Tensor":
-    """A tensor whose storage is only address space: nothing may read or write it."""
+    """A tensor that stands for `source` in the pickle. Its memory is never filled, so do not read or write it."""
     import torch
 
     return torch.empty(source.shape, dtype=source.dtype.torch)

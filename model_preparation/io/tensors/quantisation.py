@@ -1,4 +1,4 @@
-"""Quantised models are refused. The error names the method, found in the config or in the names of the tensors."""
+"""Refuses quantised models. The error names the method, which the config or the names of the tensors show."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from model_preparation.errors import SurgeryError
 GIVE_UNQUANTISED = "Give the unquantised model that it was made from, in bfloat16, float16 or float32."
 
 _TITLES = {"bitsandbytes": "bitsandbytes", "gptq": "GPTQ", "awq": "AWQ", "fp8": "FP8", "fbgemm_fp8": "FP8 (fbgemm)"}
-# Endings of tensor names in quantised files; the first that fits counts.
+# Endings of tensor names in quantised files; the first match counts.
 _ENDINGS = {
     ".g_idx": "GPTQ",
     ".qweight": "GPTQ or AWQ",
@@ -22,7 +22,7 @@ _ENDINGS = {
 
 
 def method_in_config(fields: Mapping[str, Any]) -> str | None:
-    """The method in a config's `quantization_config`; None if there is none."""
+    """The quantisation method that a config names; None if the config has no `quantization_config`."""
     quantization = fields.get("quantization_config")
     if not isinstance(quantization, dict) or not quantization:
         return None
@@ -35,8 +35,8 @@ def refusal(path: Path, dtype: str, names: Iterable[str]) -> SurgeryError:
     """The error for a file or folder with tensors of a dtype that no model can run in.
 
     Args:
-        dtype: the file's name for it.
-        names: the names of all tensors there.
+        dtype: the dtype's name in the file.
+        names: the names of all tensors in the file or folder.
     """
     method = method_in_names(names) or ("FP8" if dtype.lower().startswith(("f8", "float8")) else None)
     how = f", quantised by {method}" if method else ""
@@ -44,6 +44,6 @@ def refusal(path: Path, dtype: str, names: Iterable[str]) -> SurgeryError:
 
 
 def method_in_names(names: Iterable[str]) -> str | None:
-    """The method that gives tensors such names; None if no known one does."""
+    """The quantisation method that names of tensors show; None if they show none of the known methods."""
     listed = tuple(names)
     return next((title for end, title in _ENDINGS.items() if any(name.endswith(end) for name in listed)), None)

@@ -22,9 +22,9 @@ class Shard:
     """A safetensors file to write.
 
     Attributes:
-        file: its name.
+        file: the file's name.
         ranges: where its tensors come from, by name.
-        dtype: of every tensor in it. Tensors of another dtype are cast.
+        dtype: the dtype of every tensor in the file. Tensors of another dtype are cast.
     """
 
     file: str
@@ -68,7 +68,7 @@ class Shard:
 
     @property
     def _order(self) -> list[str]:
-        """The names in the file's order: tensors of whole blocks first, so that each begins at a block."""
+        """The names in the file's order. Tensors that fill whole blocks come first, so that each begins at a block."""
         return sorted(self.ranges, key=lambda name: (self._bytes_of(name) % ALIGNMENT != 0, name))
 
     def _bytes_of(self, name: str) -> int:

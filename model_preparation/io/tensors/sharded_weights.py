@@ -1,6 +1,6 @@
-"""The weights in a Hugging Face model folder, one tensor at a time, without building the model.
+"""Reads the weights in a Hugging Face model folder, one tensor at a time, without building the model.
 
-The folder has model.safetensors or pytorch_model.bin, whole or in shards with an index. No pickle is run.
+The folder has model.safetensors or pytorch_model.bin, as one file or as shards with an index. No pickle is run.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ _SINGLE_AND_INDEX = (
 
 
 class TensorFiles:
-    """The tensors of the model in `folder`; `ranges` says by name, in the files' order, where each lies.
+    """The tensors of the model in `folder`; `ranges` says where each tensor lies, by name, in the files' order.
 
     Raises:
         SurgeryError: if there are no weights, a shard is missing, or a file cannot be read as tensors.
@@ -62,7 +62,7 @@ class TensorFiles:
                 yield name[len(prefix) :], self[name]
 
     def require(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise SurgeryError unless there is a tensor of this name and shape, of floating-point numbers."""
+        """Raise SurgeryError unless there is a floating-point tensor with this name and shape."""
         if name not in self.ranges:
             if method := method_in_names(self.ranges):
                 raise SurgeryError(f"{self.folder} holds tensors quantised by {method}. {GIVE_UNQUANTISED}")
@@ -73,11 +73,11 @@ class TensorFiles:
         if found != shape:
             raise SurgeryError(
                 f"{name} in {self.folder} has shape {list(found)}, but its config.json asks for {list(shape)}. "
-                "Check that the two belong together."
+                "Check that config.json and the weights belong together."
             )
 
     def dtype(self) -> DType:
-        """The dtype that most numbers have."""
+        """The dtype that most numbers of the model have."""
         counts: dict[DType, int] = {}
         for place in self.ranges.values():
             counts[place.dtype] = counts.get(place.dtype, 0) + place.numel
@@ -107,7 +107,7 @@ class TensorFiles:
             ranges[path] = _ranges_in(path)
         for name, path in path_of.items():
             if name not in ranges[path]:
-                raise SurgeryError(f"{path} lacks {name}, which {index.name} says it holds. Download the model again.")
+                raise SurgeryError(f"{path} lacks {name}, but {index.name} lists it there. Download the model again.")
         return {name: ranges[path][name] for name, path in path_of.items()}
 
 
@@ -121,11 +121,11 @@ def load_tensors(path: Path, advice: str = "Make or download it again.") -> "dic
     """The dict of tensors in a file that torch.save wrote. A tensor is read from the file when it is used.
 
     Args:
-        advice: how the error's message ends.
+        advice: the last sentence of the error's message.
 
     Raises:
         SurgeryError: if torch.save did not write the file, if it names a global that could run code, or if it holds
-            anything but tensors by name in its own records.
+            anything except tensors by name, each within a record of this file.
     """
     import torch  # here, because safetensors files do not need it
 
@@ -142,13 +142,13 @@ def load_tensors(path: Path, advice: str = "Make or download it again.") -> "dic
 
 
 def _check_view(name: str, tensor: "Tensor") -> None:
-    """Raise ValueError unless the tensor lies within its storage and is no larger."""
+    """Raise ValueError unless the tensor lies within its storage, and has no more bytes than the storage."""
     import torch
 
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
-        raise ValueError(f"{name:.100} is no plain tensor")
+        raise ValueError(f"{name:.100} is not a dense tensor on the CPU")
     stored_bytes = tensor.untyped_storage().nbytes()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     end_bytes = (tensor.storage_offset() + last + 1) * tensor.itemsize if tensor.numel() else 0
     if max(end_bytes, tensor.nbytes) > stored_bytes:
-        raise ValueError(f"{name:.100} needs {max(end_bytes, tensor.nbytes)} bytes of a storage of {stored_bytes}")
+        raise ValueError(f"{name:.100} needs {max(end_bytes, tensor.nbytes)} bytes, but its storage has {stored_bytes}")

@@ -1,4 +1,4 @@
-"""Where tensors lie in files, so that their bytes can be copied, or cast, piece by piece without loading them.
+"""Finds where tensors lie in files, so that their bytes can be copied or cast in pieces, without loading whole tensors.
 
 Source of the safetensors layout: github.com/huggingface/safetensors, README, "Format".
 """
@@ -18,7 +18,7 @@ from model_preparation.io.tensors.quantisation import refusal
 from model_preparation.io.untrusted.pt_check import pt_records, reading_tensors
 from model_preparation.io.untrusted.untrusted_files import MAX_JSON_BYTES, check_fields, parse_json, regular_file
 
-# torch is imported only where tensors are made or cast; copying bytes does not wait for it.
+# torch is imported only where tensors are made or cast, so copying bytes does not wait for the import.
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -41,7 +41,7 @@ class _Stored:
 
     @property
     def numel(self) -> int:
-        """How many numbers it has."""
+        """How many numbers the tensor has."""
         return math.prod(self.shape)
 
     @property
@@ -49,9 +49,9 @@ class _Stored:
         return self.numel * self.dtype.itemsize
 
     def cast(self, dtype: "DType | torch.dtype | None") -> "Self | CastTensor":
-        """The same numbers as `dtype`; unchanged for None."""
+        """This tensor, cast to `dtype` while it is read; the tensor itself for None or its own dtype."""
         wanted = self.dtype if dtype is None else dtype_of(dtype)
-        return self if wanted == self.dtype else CastTensor(self, wanted)  # type: ignore[arg-type]  # only the two below
+        return self if wanted == self.dtype else CastTensor(self, wanted)  # type: ignore[arg-type]  # a StoredTensor
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class TensorRange(_Stored):
         read_into(self.path, self.start + start, view)
 
     def rows(self, start: int, end: int) -> "TensorRange":
-        """`tensor[start:end]`."""
+        """The rows `tensor[start:end]` of this tensor."""
         count = max(0, min(end, self.shape[0]) - start)
         row_bytes = self.size_bytes // self.shape[0]
         return TensorRange(self.path, self.start + start * row_bytes, (count, *self.shape[1:]), self.dtype)
@@ -81,7 +81,7 @@ class TensorRange(_Stored):
 
 @dataclass(frozen=True)
 class CastTensor(_Stored):
-    """A tensor in a file that is cast to `dtype` while it is read."""
+    """A stored tensor, cast to `dtype` while it is read."""
 
     stored: "StoredTensor"
     dtype: DType
@@ -92,7 +92,7 @@ class CastTensor(_Stored):
         return self.stored.shape
 
     def read_into(self, view: memoryview, start: int) -> None:
-        """As `TensorRange.read_into`; `start` and the view's length are whole numbers of elements."""
+        """As `TensorRange.read_into`; `start` and the view's length must be multiples of the dtype's size."""
         import torch
 
         raw = bytearray(len(view) // self.dtype.itemsize * self.stored.dtype.itemsize)
@@ -102,9 +102,9 @@ class CastTensor(_Stored):
 
 @dataclass(frozen=True)
 class PickedTensor(_Stored):
-    """Some rows (dimension 0) or columns (dimension 1) of a matrix in a file, or numbers of a vector, in C order.
+    """Some rows (dimension 0) or columns (dimension 1) of a matrix in a file, or some numbers of a vector.
 
-    Meant for small parts: the whole matrix is read once, and the picked part stays in memory.
+    Use it for small parts: the whole matrix is read once, and the picked part stays in memory.
     """
 
     stored: TensorRange
@@ -123,7 +123,7 @@ class PickedTensor(_Stored):
 
     @cached_property
     def contents(self) -> bytes:
-        """All bytes; raises OSError if the file cannot be read."""
+        """All bytes in C order; raises OSError if the file cannot be read."""
         import numpy as np
 
         whole = bytearray(self.stored.size_bytes)
@@ -140,7 +140,7 @@ StoredTensor = TensorRange | PickedTensor
 
 
 class MappedFiles:
-    """Tensors mapped from their files: read when used, and dropped from memory by `forget`."""
+    """Maps files into memory and gives their tensors. A tensor is read when it is used; `forget` frees its memory."""
 
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
@@ -161,7 +161,7 @@ class MappedFiles:
         return flat.view(place.shape)
 
     def expect(self, place: TensorRange) -> None:
-        """Ask the system to prefetch `place`. Reading single pages is slow."""
+        """Ask the system to read `place` ahead, because reading it page by page is slow."""
         if place.path in self._maps and hasattr(mmap, "MADV_WILLNEED"):
             first = place.start // mmap.PAGESIZE * mmap.PAGESIZE
             self._maps[place.path].madvise(mmap.MADV_WILLNEED, first, place.start + place.size_bytes - first)
@@ -170,14 +170,14 @@ class MappedFiles:
         """Free the memory of `place`; the next use reads it again."""
         if place.path not in self._maps or not hasattr(mmap, "MADV_DONTNEED"):
             return
-        first = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only: other tensors may share the ends
+        first = -(-place.start // mmap.PAGESIZE) * mmap.PAGESIZE  # other tensors may share the first and last page
         size_bytes = (place.start + place.size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
         if size_bytes > 0:
             self._maps[place.path].madvise(mmap.MADV_DONTNEED, first, size_bytes)
 
 
 def range_of(place: TensorRange) -> tuple[int, int]:
-    """(start, end) of a tensor in its file."""
+    """(start, end) of a tensor in its file, in bytes."""
     return place.start, place.start + place.size_bytes
 
 
@@ -190,7 +190,7 @@ def bytes_of(tensor: "Tensor") -> memoryview:
 
 
 def safetensors_ranges(path: Path) -> dict[str, TensorRange]:
-    """Every tensor of a safetensors file, in the file's order.
+    """Where each tensor of a safetensors file lies, by name, in the file's order.
 
     Raises:
         SurgeryError: if the header is not valid, or tensor ranges overlap or leave gaps.
@@ -226,7 +226,7 @@ def safetensors_ranges(path: Path) -> dict[str, TensorRange]:
 
 
 def _check_entry(name: str, entry: object) -> None:
-    """Raise ValueError unless the header's entry has all fields, with numbers that a file can have."""
+    """Raise ValueError unless a tensor's header entry has all fields, and numbers that are possible in a file."""
     if not isinstance(entry, dict):
         raise ValueError(f"the header entry of {name:.100} is not a JSON object")
     check_fields(entry, {"dtype": str, "shape": list, "data_offsets": list})
@@ -236,21 +236,19 @@ def _check_entry(name: str, entry: object) -> None:
     if len(offsets) != 2:
         raise ValueError(f"{name:.100} has {len(offsets)} data_offsets instead of 2")
     if len(shape) > _MAX_DIMENSIONS or math.prod(shape) >= 1 << 60:
-        raise ValueError(
-            f"{name:.100} has {len(shape)} dimensions (at most {_MAX_DIMENSIONS}) or 2**60 numbers or more"
-        )
+        raise ValueError(f"{name:.100} has more than {_MAX_DIMENSIONS} dimensions, or 2**60 numbers or more")
 
 
 def pt_ranges(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, TensorRange]:
-    """File ranges of the tensors that `torch.load(path, mmap=True)` returned.
+    """Where the tensors lie in the file from which `torch.load(path, mmap=True)` returned them, by name.
 
-    torch maps the file as one piece: storages are as far apart in memory as in the file, in the same order.
+    torch maps the whole file at once, so storages have the same order and distances in memory as in the file.
 
     Args:
-        tensors: all tensors of the file; together they use every storage in it.
+        tensors: all tensors of the file. They must use every storage in it.
 
     Raises:
-        SurgeryError: if a tensor is not contiguous, or a storage in memory is not one of the file.
+        SurgeryError: if a tensor is not contiguous, or if the storages in memory do not match the file.
     """
     with reading_tensors(path):
         records = pt_records(path)
@@ -275,7 +273,7 @@ def pt_ranges(path: Path, tensors: "Mapping[str, Tensor]") -> dict[str, TensorRa
         start = tensor.data_ptr() - mapped_at if tensor.numel() else 0
         found[name] = TensorRange(path, start, tuple(tensor.shape), dtype_of(tensor.dtype))
     with path.open("rb") as file:
-        for name, place in found.items():  # torch swaps bytes if the file has the other byte order
+        for name, place in found.items():  # torch swaps bytes if the file has another byte order
             file.seek(place.start)
             beginning = bytes_of(tensors[name].reshape(-1)[:8])
             if file.read(len(beginning)) != beginning:

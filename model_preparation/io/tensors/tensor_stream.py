@@ -1,4 +1,4 @@
-"""Tensors' bytes appended to files: every source block is read once, and is hashed and written by other threads."""
+"""Appends tensors' bytes to files. Every source block is read once; other threads hash and write it."""
 
 import collections
 import contextlib
@@ -16,14 +16,14 @@ from zlib_ng.zlib_ng import crc32
 from model_preparation.io import block_io
 from model_preparation.io.block_io import ALIGNMENT, Advance, OutputFile, Place
 
-_BUFFERS = 4  # one being filled, some being hashed, some being written; 8 are 16 MB more and hardly faster
+_BUFFERS = 4  # some are filled, hashed or written at the same time; 8 take 16 MB more and are hardly faster
 
-# Page-aligned blocks of memory in rotation, and who still uses each.
+# Page-aligned blocks of memory, used in turn, each with the tasks that may still use it.
 Buffers = collections.deque[tuple[mmap.mmap, list[Future]]]
 
 
 class TensorSource(Protocol):
-    """Where a tensor's bytes, in C order, come from; `place` if they lie in a file unchanged."""
+    """The source of a tensor's bytes, in C order. `place` is None if no file holds exactly these bytes."""
 
     @property
     def place(self) -> Place | None: ...
@@ -34,7 +34,7 @@ class TensorSource(Protocol):
 
 @contextlib.contextmanager
 def streaming(paths: Sequence[Path], size_bytes: int, advance: Advance) -> Iterator["Stream"]:
-    """A stream to new files, of at least `size_bytes` each; `advance` is called for every piece, and may raise."""
+    """Yield a stream to new files of at least `size_bytes` each; `advance` is called for every piece, and may raise."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(contextlib.closing(OutputFile(path, advance))) for path in paths]
         writers = stack.enter_context(ThreadPoolExecutor(len(files) + 1, "writing"))
@@ -45,13 +45,13 @@ def streaming(paths: Sequence[Path], size_bytes: int, advance: Advance) -> Itera
 
 
 def _wait_for(futures: Sequence[Future]) -> None:
-    """Wait until all are done; raises what the first failed one raised."""
+    """Wait until all futures are done. If some failed, raise the exception of the first of these."""
     for future in futures:
         future.result()
 
 
 class Stream:
-    """Bytes appended to several files that begin alike. The files share them on the disk where the file system can.
+    """Appends the same bytes to several files. If the file system can do this, the files share them on the disk.
 
     The methods raise the file system's errors (OSError), perhaps a few calls late.
     """
@@ -63,26 +63,26 @@ class Stream:
         self._buffers = buffers
         self._hasher = ThreadPoolExecutor(1, "hashing")
         self._digest = hashlib.sha256()
-        self._tail = bytearray()  # bytes that do not fill a multiple of ALIGNMENT yet
+        self._tail = bytearray()  # bytes not yet written, because writes need multiples of ALIGNMENT
         self._pending: list[Future] = []
-        self._written = list(files[:1] if _can_share(files) else files)  # the others share it in `split`
+        self._written = list(files[:1] if _can_share(files) else files)  # the others get the bytes in `split`
 
     def reserve(self, size_bytes: int) -> None:
-        """Take the space of the next `size_bytes` now; at least as many must follow."""
-        if len(self._written) == len(self.files):  # else it may be shared later: Btrfs would keep both
+        """Reserve disk space for the next `size_bytes`. At least as many bytes must follow."""
+        if len(self._written) == len(self.files):  # if blocks are shared later, Btrfs would keep this space too
             for file in self.files:
                 file.reserve(self.position, size_bytes)
 
     def append(self, data: bytes | bytearray) -> None:
-        """Add a few bytes."""
+        """Append a few bytes."""
         copy = bytes(data)
         self._pending.append(self._hasher.submit(self._digest.update, copy))
         self._add_to_tail(copy)
 
     def copy(self, source: TensorSource, size_bytes: int) -> tuple[int, str]:
-        """Add a tensor; returns its CRC-32, and its BLAKE3 in hex.
+        """Append a tensor; returns its CRC-32, and its BLAKE3 in hex.
 
-        Bytes that its file can share with the stream's files are read only for the digests.
+        If the stream's files can share disk blocks with the source's file, the bytes are read only for the digests.
         """
         shared = source.place is not None and self._share(source.place, size_bytes)
         crc, digest = 0, blake3()
@@ -104,14 +104,14 @@ class Stream:
         return crc, digest.hexdigest()
 
     def _share(self, place: Place, size_bytes: int) -> bool:
-        """Share the whole blocks of the next `size_bytes` with `place`; False where that is impossible."""
+        """Share the whole blocks of the next `size_bytes` with `place`; returns False if this is impossible."""
         whole_bytes = size_bytes - size_bytes % ALIGNMENT
         if self._tail or not whole_bytes or place[1] % ALIGNMENT:
             return False
         return all(file.share(place, self.position, whole_bytes) for file in self._written)
 
     def split(self) -> list["Stream"]:
-        """One stream per file, each with this beginning."""
+        """Return one stream per file. Each stream appends to what its file has so far."""
         self._drain()
         for file in self.files:
             beginning = (self._written[0].path, 0)
@@ -125,7 +125,7 @@ class Stream:
         return streams
 
     def finish(self) -> dict:
-        """Write the remaining bytes and sync; returns {"bytes", "sha256"}."""
+        """Write the remaining bytes and sync; returns {"bytes": size, "sha256": digest}."""
         self._write_tail(len(self._tail))
         self._drain()
         for file in self.files:
@@ -140,7 +140,7 @@ class Stream:
 
     def _write_tail(self, size_bytes: int) -> None:
         if size_bytes:
-            block = mmap.mmap(-1, size_bytes)  # direct I/O wants aligned memory
+            block = mmap.mmap(-1, size_bytes)  # direct I/O needs aligned memory
             block[:] = bytes(self._tail[:size_bytes])
             self._pending += self._write(memoryview(block))
             self.position += size_bytes
@@ -155,7 +155,7 @@ class Stream:
 
 
 def _can_share(files: Sequence[OutputFile]) -> bool:
-    """Try with their first block whether these new files can share extents."""
+    """Whether these new files can share blocks on the disk. Their first blocks are written to find out."""
     if len(files) < 2:
         return False
     block = mmap.mmap(-1, ALIGNMENT)

@@ -1,1 +1,1 @@
-"""The gate for strangers' files: JSON, configs, pickles, zip files and tokenizers are checked before use."""
+"""Checks files of strangers before they are used: JSON, configs, pickles, zip files and tokenizers."""

@@ -1,7 +1,7 @@
-"""Checks a folder that torch.distributed.checkpoint wrote before torch unpickles it.
+"""Checks a folder of torch.distributed.checkpoint before torch unpickles the files in it.
 
-torch reads the tensors in `.distcp` shards with weights_only. It reads `.metadata` and all other values (numbers of
-the optimizer) without it.
+torch reads the tensors in `.distcp` shards with weights_only. But it reads `.metadata` and all other values (numbers of
+the optimizer) without weights_only.
 
 Source of the format: torch/distributed/checkpoint/filesystem.py (FileSystemReader) and metadata.py.
 """
@@ -30,27 +30,27 @@ _ALLOWED = {
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
 }
-_MAX_ENTRY_BYTES = 1_000_000  # of an entry that is no tensor
+_MAX_ENTRY_BYTES = 1_000_000  # for an entry that is not a tensor
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:  # whole names only, so none leads out of an allowed class
+        if (module, name) not in _ALLOWED:  # so a dotted name cannot lead out of an allowed class
             raise ValueError(f"it names {ascii(f'{module}.{name}')[1:-1]:.100}, which could run code")
         return super().find_class(module, name)
 
 
 def check_shards(folder: Path) -> None:
-    """Check everything in a folder of shards that torch would unpickle.
+    """Check everything that torch would unpickle in a folder of shards.
 
     Raises:
-        ValueError: for a global that such a folder does not need, with its name, or a damaged pickle.
-        SurgeryError, OSError: as from `untrusted_files.regular_file` and `inside`.
+        ValueError: for a global that such a folder does not need (the error names it), or for a damaged pickle.
+        SurgeryError, OSError: as from `regular_file` and `inside`.
     """
     for name, (file_name, offset, size_bytes) in _entries(regular_file(folder / SHARD_METADATA)).items():
         path = regular_file(inside(folder, file_name))
         if not 0 < size_bytes <= _MAX_ENTRY_BYTES:
-            raise ValueError(f"its entry {name!a:.100} is no tensor and has {size_bytes} bytes")
+            raise ValueError(f"its entry {name!a:.100} is not a tensor and has {size_bytes} bytes")
         with path.open("rb") as file:
             file.seek(offset)
             entry = file.read(size_bytes)
@@ -61,7 +61,7 @@ def check_shards(folder: Path) -> None:
 
 
 def _entries(path: Path) -> dict[str, tuple[str, int, int]]:
-    """Where the entries that are no tensors lie: file name, offset and size in bytes, by the entry's name."""
+    """Where each entry lies that is not a tensor, by its name: (file name, offset in bytes, size in bytes)."""
     if path.stat().st_size > MAX_PICKLE_BYTES:
         raise ValueError(f"it has {path.stat().st_size} bytes, more than {MAX_PICKLE_BYTES // 1_000_000} MB")
     try:

@@ -1,7 +1,7 @@
-"""Recognises things that are not a model's file or folder, such as a Git LFS pointer, an adapter or a training state.
+"""Recognises files and folders that are not a model, such as a Git LFS pointer, an adapter or a training state.
 
-For each, a message says what it is and what to do. Only names and the first bytes of files are read. This file also
-finds the snapshot inside a hub's cache.
+For each of these, a message says what it is and what to do. Only names and the first bytes of files are read. This
+module also finds the snapshot inside a hub's cache.
 """
 
 import os
@@ -10,11 +10,11 @@ from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")  # endings of files of tensors
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")  # endings of files that hold tensors
 
 _READ_BYTES = 512
-_MOST_FOLDERS = 5_000  # to look into: somebody may give /
-_CHECKED = (*WEIGHTS, ".json", ".jsonl", ".model")  # other files, such as texts, may begin in any way
+_MOST_FOLDERS = 5_000  # at most so many are searched, because a user may give /
+_CHECKED = (*WEIGHTS, ".json", ".jsonl", ".model")  # only these: other files, such as texts, may begin with anything
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".zst", ".7z")
 
@@ -24,13 +24,13 @@ _UNFINISHED = (
     *("*.incomplete", "*.aria2", "*.part", "*.crdownload", "*.download", "*.tmp"),
     *("._____temp", ".____temp", ".*.safetensors.??????"),
 )
-# Names in a folder; what such a folder holds; what to do. The first that fits counts.
+# (patterns of file names, what a folder with such files holds, what to do). The first match counts.
 _KINDS = (
     (
         ("adapter_config.json", "adapter_model.*"),
         "an adapter (LoRA or another of peft's), not a model",
-        "Merge it into its model first, with peft's merge_and_unload and save_pretrained, or if it was trained on a "
-        "checkpoint of this program, with heal_checkpoint.py --merge_adapter.",
+        "Merge it into its model first, with peft's merge_and_unload and save_pretrained. If it was trained on a "
+        "checkpoint of this program, use heal_checkpoint.py --merge_adapter.",
     ),
     (
         ("*.gguf",),
@@ -51,7 +51,7 @@ _KINDS = (
     (
         ("*.distcp", "global_step*", "zero_to_fp32.py"),
         "the shards of a training run (FSDP or DeepSpeed)",
-        "Merge them first, with `accelerate merge-weights` or zero_to_fp32.py, and give that folder.",
+        "Merge them first, with `accelerate merge-weights` or zero_to_fp32.py, and give the new folder.",
     ),
     (
         ("optimizer.*", "scheduler.pt", "trainer_state.json", "rng_state*", "resume_state.json", "checkpoint-*"),
@@ -73,7 +73,7 @@ _OF_A_MODEL = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")
 
 
 def stand_in(path: Path) -> str | None:
-    """What a file with the name of a model's file really is, and what to do; None if it looks right."""
+    """What a file really is, if only its name is that of a model's file, and what to do; None if it looks right."""
     if path.suffix not in _CHECKED:
         return None
     if path.with_name(f"{path.name}.aria2").exists():
@@ -92,12 +92,8 @@ def stand_in(path: Path) -> str | None:
             "login. Log in or give a token, and download the file again."
         )
     beginning = data[:64].decode("ascii", errors="replace")
-    if (
-        path.suffix in WEIGHTS
-        and len(data) >= 8
-        and "".join(beginning.split()).isprintable()
-        and "\ufffd" not in beginning
-    ):
+    is_text = "".join(beginning.split()).isprintable() and "\ufffd" not in beginning
+    if path.suffix in WEIGHTS and len(data) >= 8 and is_text:
         return f"{path} cannot be read as tensors: it is text and begins {beginning!r}. Download the file again."
     if data.startswith(b"GGUF"):
         return _GGUF.format(path)
@@ -107,9 +103,9 @@ def stand_in(path: Path) -> str | None:
 
 
 def what_it_is(path: Path) -> str | None:
-    """What a path is if it is not the folder of a whole model or checkpoint, and what to do.
+    """What a path is instead of the folder of a model or checkpoint, and what to do.
 
-    None if it looks like a model or checkpoint that merely lacks something.
+    None if the path looks like a model or checkpoint, perhaps with missing files, or if it is not recognised.
     """
     if path.is_symlink() and not path.exists():
         return _dangling(path)
@@ -126,7 +122,7 @@ def what_it_is(path: Path) -> str | None:
         return f"{path} is a hub's cache. Give the snapshot in it: {snapshot}"
     for entry in entries:
         reason = None
-        if entry.is_file() and not entry.is_symlink():  # a link may lead out of the folder
+        if entry.is_file() and not entry.is_symlink():  # links are not opened: they may lead out of the folder
             reason = stand_in(entry)
         elif entry.suffix in _CHECKED and not entry.exists():
             reason = _dangling(entry)
@@ -146,7 +142,10 @@ def what_it_is(path: Path) -> str | None:
 
 
 def snapshot_in(folder: Path) -> Path | None:
-    """The snapshot in a repository's folder of a hub's cache: of refs/main, main or master, or the only one."""
+    """The snapshot in `folder`, if that is a repository's folder in a hub's cache; otherwise None.
+
+    It is the snapshot that refs/main names, or else `main`, `master`, or the only one.
+    """
     root = folder.parent if folder.name == "snapshots" else folder
     snapshots = root / "snapshots"
     if (root / "config.json").exists() or not snapshots.is_dir():
@@ -181,19 +180,20 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 
 
 def _fitting(names: list[str], patterns: tuple[str, ...]) -> str | None:
-    """The first name that fits a pattern; earlier patterns win."""
+    """A name that matches a pattern; earlier patterns are tried first. None if no name matches."""
     return next((name for pattern in patterns for name in names if fnmatch(name, pattern)), None)
 
 
 def _deeper(path: Path) -> str | None:
-    """A message with the models and checkpoints one or two folders deeper."""
+    """A message that names the models and checkpoints one or two folders deeper; None if there are none."""
     for depth in ("*", "*/*"):
         first = sorted(islice(path.glob(depth), _MOST_FOLDERS))
         readable = (each for each in first if each.is_dir() and os.access(each, os.R_OK | os.X_OK))
         folders = [snapshot_in(each) or each for each in readable]
         if found := [str(each) for each in folders if _is_whole(each)]:
             more = f" (or another of {len(found)})" if len(found) > 3 else ""
-            return f"{path} holds no model or checkpoint itself, but deeper. Give {' or '.join(found[:3])}{more}"
+            given = " or ".join(found[:3])
+            return f"{path} holds no model or checkpoint itself, but its subfolders do. Give {given}{more}"
     return None
 
 

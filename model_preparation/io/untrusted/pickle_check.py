@@ -1,11 +1,11 @@
-"""Checks the pickle in a .pt file before torch reads it: refuses a global by its name, and runs and builds nothing.
+"""Checks the pickle in a .pt file before torch reads it, without running or building anything. Refuses unknown globals.
 
-torch's weights_only unpickler checks the pickle again. This check also gives names where torch would give the number of
-an opcode (STACK_GLOBAL, INST). It stops calls that torch would run: `bytearray(10**12)`, an Embedding of any size, or a
-key of tuples nested so deeply that hashing it overflows the C stack. `globals_in` lists the globals of old pickled
-modules.
+torch's weights_only unpickler checks the pickle again. But for some opcodes (STACK_GLOBAL, INST), torch's error has
+only a number; this check names the global. This check also refuses calls that torch would run: `bytearray(10**12)`, an
+Embedding of any size, or a key of tuples nested so deeply that hashing it overflows the C stack. `globals_in` lists the
+globals of old pickled modules.
 
-Sources: Python's pickletools for the opcodes, torch/_weights_only_unpickler.py for those torch knows.
+Sources: Python's pickletools for the opcodes, torch/_weights_only_unpickler.py for the opcodes that torch knows.
 """
 
 import functools
@@ -21,9 +21,9 @@ from model_preparation.errors import SurgeryError
 from model_preparation.io.tensors.dtypes import DType
 
 MAX_PICKLE_BYTES = 16_000_000
-_MAX_MODULE_PICKLE_BYTES = 64_000_000  # of an old layer's, which needs some 10 KB
-_OLD_FORMAT_PICKLES = 4  # magic number, protocol, system, the object; then the tensors
-_MAX_TUPLE_DEPTH, _MAX_TUPLE_ITEMS = 16, 1000  # nested ones counted
+_MAX_MODULE_PICKLE_BYTES = 64_000_000  # for an old layer, whose pickle has about 10 KB
+_OLD_FORMAT_PICKLES = 4  # magic number, protocol, system, the object; the tensors come after them
+_MAX_TUPLE_DEPTH, _MAX_TUPLE_ITEMS = 16, 1000  # with the items of nested tuples
 
 DTYPE_OF_STORAGE = {
     "torch.DoubleStorage": DType("float64", 8),
@@ -37,17 +37,17 @@ DTYPE_OF_STORAGE = {
     "torch.ByteStorage": DType("uint8", 1),
     "torch.BoolStorage": DType("bool", 1),
 }
-# Storages and dtypes, and the function that rebuilds tensors of the newer dtypes.
+# Names of storages and dtypes, and of the function that rebuilds tensors of newer dtypes.
 _NUMBERS = re.compile(
     r"torch\.(\w+Storage|q?u?int\d\w*|float\d\w*|complex\d+|storage\.UntypedStorage|_utils\._rebuild_tensor_v3)"
 )
 _TENSOR_BUILDERS = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"}
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # torch.save writes protocol 2, with its names
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # torch.save's protocol has Python 2's names
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """Globals that a pickle may name: functions to call, classes to make empty, constants to hold."""
+    """Globals that a pickle may name: functions to call, classes to create without arguments, and constants."""
 
     functions: frozenset[str]
     classes: frozenset[str] = frozenset()
@@ -57,7 +57,7 @@ class Allowed:
         return name in self.functions or name in self.classes or name in self.constants or name in DTYPE_OF_STORAGE
 
 
-# The parts of a state dict.
+# What the pickle of a state dict may name.
 TENSORS = Allowed(
     functions=frozenset(_TENSOR_BUILDERS | {"torch._tensor._rebuild_from_type_v2", "collections.OrderedDict"}),
     constants=frozenset({"torch.Tensor", "torch.nn.parameter.Parameter"}),
@@ -66,7 +66,7 @@ TENSORS = Allowed(
 
 @functools.cache
 def allowed_in_module() -> Allowed:
-    """The parts of a whole module of ours."""
+    """What the pickle of a whole module of ours may name."""
     from model_preparation.llamba.safe_globals import SAFE_GLOBALS  # here, because these imports take seconds
 
     return Allowed(
@@ -78,17 +78,18 @@ def allowed_in_module() -> Allowed:
 
 @dataclass
 class PickleScan:
-    """What a pickle refers to: bytes per storage by key, and the globals it names."""
+    """What a pickle refers to: the bytes of each storage, by key, and the globals that it names."""
 
     storages: dict[str, int] = field(default_factory=dict)
     globals: set[str] = field(default_factory=set)
 
 
 def scan(data: bytes, allowed: Allowed) -> PickleScan:
-    """Check a pickle.
+    """Check a pickle, and return what it refers to.
 
     Raises:
-        ValueError: for globals or calls that are not allowed, with their names; for opcodes torch.save never writes.
+        ValueError: for globals or calls that are not allowed, with their names; for opcodes that torch.save never
+            writes; for a pickle that is damaged or too large.
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise ValueError(f"its data.pkl has {len(data)} bytes, more than {MAX_PICKLE_BYTES // 1_000_000} MB")
@@ -103,7 +104,7 @@ def scan(data: bytes, allowed: Allowed) -> PickleScan:
                     complaint = str(error)
                 except (IndexError, KeyError):
                     complaint = "its pickle is damaged"
-            elif opcode.name in _BY_NAME:  # names of globals help the reader more than other faults
+            elif opcode.name in _BY_NAME:  # go on for these only: a global's name tells the user most
                 machine.name(str(argument))
     except ValueError as error:
         complaint = complaint or str(error)
@@ -134,11 +135,11 @@ _Other = object  # numbers, dicts, lists, results of calls: not checked further
 
 
 class _Machine:
-    """The unpickler's stack and memo; it keeps names, strings, integers and tuples and forgets the rest."""
+    """Imitates the unpickler's stack and memo. Globals, strings, integers and tuples are kept; others are `_Other`."""
 
     def __init__(self, allowed: Allowed):
         self.found = PickleScan()
-        self.refused: dict[str, None] = {}  # names of globals, in their order
+        self.refused: dict[str, None] = {}  # names of refused globals, in the order of the pickle
         self._allowed = allowed
         self._stack: list = []
         self._marks: list[list] = []
@@ -151,11 +152,11 @@ class _Machine:
             self._stack.append(_Other())
         elif opcode in _SKIPPED:
             pass
-        elif opcode in ("BINPUT", "LONG_BINPUT", "PUT"):
+        elif opcode in _PUT:
             self._memo[argument] = self._stack[-1]
         elif opcode == "MEMOIZE":
             self._memo[len(self._memo)] = self._stack[-1]
-        elif opcode in ("BINGET", "LONG_BINGET", "GET"):
+        elif opcode in _GET:
             self._stack.append(self._memo[argument])
         elif opcode == "MARK":
             self._marks.append(self._stack)
@@ -204,7 +205,7 @@ class _Machine:
         self._stack.append(_Tuple(tuple(items), depth, size))
 
     def name(self, argument: str) -> _Global:
-        """Note a global, as "module name"."""
+        """Note and return the global in `argument`, which is "module name"."""
         module, _, rest = argument.partition(" ")
         name = f"{_PYTHON_2.get(module, module)}.{rest}"
         if name in self._allowed:
@@ -220,7 +221,7 @@ class _Machine:
             fine = name in self._allowed.classes and items == ()
         else:
             fine = name in self._allowed.functions and items is not None
-            if name == "torch._tensor._rebuild_from_type_v2":  # calls its first argument
+            if name == "torch._tensor._rebuild_from_type_v2":  # it calls its first argument
                 builder = items[0] if items else None
                 fine = isinstance(builder, _Global) and builder.name in _TENSOR_BUILDERS
         if not fine and (not name or name in self._allowed):
@@ -244,7 +245,7 @@ class _Machine:
         self._stack.append(_Other())
 
 
-# Opcodes that push their argument. Some are unknown to torch, but may spell names.
+# Opcodes that push their argument. torch does not know all of them, but each may push a part of a global's name.
 _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINSTRING"}
 _VALUES |= {"SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING"}
 _BY_NAME = ("GLOBAL", "INST")
@@ -254,9 +255,9 @@ _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": -1}
 
 
 def globals_in(path: Path) -> set[str]:
-    """Every class or function that loading a torch.save file would import, such as "collections.OrderedDict".
+    """Every class or function that would be imported to load a torch.save file, such as "collections.OrderedDict".
 
-    Reads zips (torch 1.6 and newer) and rows of pickles (older).
+    The file is a zip file (from torch 1.6 on), or several pickles in a row (from older versions).
 
     Raises:
         SurgeryError: if torch.save did not write the file.
@@ -288,7 +289,7 @@ def _pickle_of(file: BinaryIO) -> bytes:
 
 
 def _globals_of(operations: Iterable[tuple[Any, Any, Any]]) -> set[str]:
-    """The globals of one pickle. Newer protocols put a name's two halves on the stack, perhaps from the memo."""
+    """The globals of one pickle. Newer protocols push the module and the name separately, perhaps from the memo."""
     found = set()
     memo: dict[int, str] = {}
     texts = ["", ""]
@@ -302,7 +303,7 @@ def _globals_of(operations: Iterable[tuple[Any, Any, Any]]) -> set[str]:
             memo[argument] = texts[-1]
         elif name in _GET:
             texts.append(memo.get(argument, ""))
-        elif name in ("GLOBAL", "INST"):
+        elif name in _BY_NAME:
             found.add(argument.replace(" ", "."))
         elif name == "STACK_GLOBAL":
             found.add(f"{texts[-2]}.{texts[-1]}")

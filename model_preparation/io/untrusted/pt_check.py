@@ -1,8 +1,8 @@
-"""Checks the zip file that torch.save writes before torch sees it, so that no two readers find different things in it.
+"""Checks a zip file of torch.save before torch reads it, so that all programs find the same contents in the file.
 
-Only what torch writes passes: every entry stored unchanged, none over another, nothing between them, the directory at
-the very end. Python's zipfile reads the directory. This file checks what zipfile does not check: gaps, unknown fields,
-and two ends of the directory that differ. It also limits how much zipfile reads.
+Only files as torch writes them are accepted: every entry is stored uncompressed, entries do not overlap, nothing lies
+between them, and the directory is at the very end. Python's zipfile reads the directory. This module checks what
+zipfile does not check: gaps, unknown fields, and two end records that differ. It also limits how much zipfile reads.
 
 Source of the layout: the zip format's APPNOTE, sections 4.3.7 (local header), 4.3.14 to 4.3.16 (the directory's end),
 4.5.3 (zip64).
@@ -24,7 +24,7 @@ from model_preparation.io.untrusted.untrusted_files import regular_file
 
 PICKLE = "data.pkl"
 _MAX_RECORDS = 100_000
-_MAX_SMALL_BYTES = 1024  # of every record that is neither a tensor nor the pickle
+_MAX_SMALL_BYTES = 1024  # for every record that is neither a tensor nor the pickle
 _MAX_DIRECTORY_BYTES = 64_000_000
 
 _NAME = re.compile(
@@ -35,10 +35,10 @@ _LOCAL = struct.Struct("<4s5H3I2H")
 _END = struct.Struct("<4s4H2IH")
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR = struct.Struct("<4sIQI")
-_ENTRY_BYTES, _LENGTHS_AT = 46, 28  # of a directory entry, without its name and fields
-_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # they mean that a zip64 field has the number
-_UTF8, _SIZES_FOLLOW = 0x0800, 0x0008  # flags
-_MAX_GAP_BYTES = 24  # of the sizes that follow the data
+_ENTRY_BYTES, _LENGTHS_AT = 46, 28  # a directory entry without name and fields; where it has their lengths
+_FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # such a number means that a zip64 field has the real one
+_UTF8, _SIZES_FOLLOW = 0x0800, 0x0008  # flags: the name is UTF-8; the sizes follow the data
+_MAX_GAP_BYTES = 24  # for the sizes that may follow an entry's data
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PtRecord:
 
 
 def pt_records(path: Path) -> dict[str, PtRecord]:
-    """The records of a file that torch.save wrote, by name without the archive's ("data.pkl", "data/0", ...).
+    """The records of a file that torch.save wrote, by name without the folder in the zip ("data.pkl", "data/0", ...).
 
     Raises:
         ValueError: with what is wrong.
@@ -64,8 +64,8 @@ def check_pt(path: Path, allowed: Allowed) -> PickleScan:
     """Check a .pt file's structure, and its pickle against `allowed`; returns what the pickle refers to.
 
     Raises:
-        ValueError, SurgeryError, OSError: as from `pt_records` and `pickle_check.scan`; also for a storage that is not
-            exactly one record.
+        ValueError, SurgeryError, OSError: as from `pt_records` and `pickle_check.scan`; also if a storage
+            and its record differ.
     """
     with regular_file(path).open("rb") as file:
         return check_archive(file, os.fstat(file.fileno()).st_size, allowed)
@@ -73,18 +73,18 @@ def check_pt(path: Path, allowed: Allowed) -> PickleScan:
 
 @contextlib.contextmanager
 def reading_tensors(path: Path, advice: str = "Make or download it again.") -> Iterator[None]:
-    """Turn errors while the file is read into a SurgeryError, which ends with `advice`; OSErrors stay."""
+    """Turn errors while the file is read into a SurgeryError that ends with `advice`. OSError is not changed."""
     try:
         yield
     except (SurgeryError, OSError):
         raise
-    except Exception as error:  # a file that passes the checks may still make pickle or torch raise anything
+    except Exception as error:  # a file that passes the checks may still make pickle or torch raise any error
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SurgeryError(f"{path} cannot be read as tensors ({reason:.300}). {advice}") from error
 
 
 def check_archive(file: BinaryIO, file_bytes: int, allowed: Allowed) -> PickleScan:
-    """`check_pt` for what torch.save wrote into an open file of `file_bytes` bytes."""
+    """As `check_pt`, for an open file of `file_bytes` bytes."""
     records = _records(file, file_bytes)
     found = scan(_read(file, records[PICKLE].start, records[PICKLE].size_bytes), allowed)
     stored = {name.removeprefix("data/"): rec.size_bytes for name, rec in records.items() if name.startswith("data/")}
@@ -108,7 +108,7 @@ def _records(file: BinaryIO, file_bytes: int) -> dict[str, PtRecord]:
         raise ValueError(f"its zip directory lists {len(entries)} entries instead of {count}")
     if len({entry.orig_filename.partition("/")[0] for entry in entries}) != 1:
         raise ValueError("its entries lie in more than one folder")
-    # zipfile cuts the last entry's name and fields off where the directory ends.
+    # zipfile cuts the last entry's name and fields off at the directory's end, so compare the lengths in the file.
     name_and_fields = _raw_name(entries[-1]) + entries[-1].extra
     lengths = struct.pack("<3H", len(_raw_name(entries[-1])), len(entries[-1].extra), 0)
     if _read(file, directory_end - len(name_and_fields) - _ENTRY_BYTES + _LENGTHS_AT, len(lengths)) != lengths:
@@ -119,7 +119,7 @@ def _records(file: BinaryIO, file_bytes: int) -> dict[str, PtRecord]:
         name = _checked_name(entry)
         gap = entry.header_offset - end
         if not (0 <= gap <= _MAX_GAP_BYTES if found else gap == 0):
-            raise ValueError(f"its entry {name} does not lie where the one before it ends")
+            raise ValueError(f"its entry {name} does not start where the entry before it ends")
         local = _LOCAL.unpack(_read(file, entry.header_offset, _LOCAL.size))
         start = entry.header_offset + _LOCAL.size + local[9] + local[10]
         same_name = _read(file, entry.header_offset + _LOCAL.size, local[9]) == _raw_name(entry)
@@ -127,7 +127,7 @@ def _records(file: BinaryIO, file_bytes: int) -> dict[str, PtRecord]:
             raise ValueError(f"its entry {name} differs from its zip directory")
         end = start + entry.file_size
         if end > directory_start:
-            raise ValueError(f"its entry {name} runs out of the file")
+            raise ValueError(f"its entry {name} does not end before its zip directory")
         limit = MAX_PICKLE_BYTES if name == PICKLE else _MAX_SMALL_BYTES
         if not name.startswith("data/") and entry.file_size > limit:
             raise ValueError(f"its entry {name} has {entry.file_size} bytes; at most {limit} are sensible")
@@ -146,7 +146,7 @@ def _raw_name(entry: zipfile.ZipInfo) -> bytes:
 
 
 def _checked_name(entry: zipfile.ZipInfo) -> str:
-    """The record's name without the archive's; raises ValueError for a directory entry that torch never writes."""
+    """The record's name without the folder; raises ValueError for a directory entry that torch never writes."""
     match = _NAME.fullmatch(entry.orig_filename)
     if match is None:
         raise ValueError(f"its zip directory lists {entry.orig_filename!a:.100}, which torch.save never writes")
@@ -156,12 +156,12 @@ def _checked_name(entry: zipfile.ZipInfo) -> str:
     wide = sum(number >= _FULL32 for number in (entry.file_size, entry.compress_size, entry.header_offset))
     zip64 = struct.pack("<2H", 1, 8 * wide) if wide else b""
     if entry.comment or entry.volume or entry.extra[:4] != zip64 or len(entry.extra) != len(zip64) + 8 * wide:
-        raise ValueError("its zip directory has fields torch.save never writes")
+        raise ValueError("its zip directory has fields that torch.save never writes")
     return match[2]
 
 
 def _checked_end(file: BinaryIO, file_bytes: int) -> tuple[int, int, int]:
-    """The number of entries in the directory, and where it starts and ends: at the file's end. It is not too large."""
+    """Check the end of the zip file. Return the number of entries in its directory, and where that starts and ends."""
     end_start = file_bytes - _END.size
     if end_start < 0 or _read(file, 0, 4) != b"PK\x03\x04":
         raise ValueError("it is not a zip file, as torch.save writes them since torch 1.6")
@@ -180,11 +180,11 @@ def _checked_end(file: BinaryIO, file_bytes: int) -> tuple[int, int, int]:
             raise ValueError("the end of its zip directory is damaged")
         fulls = (_FULL16, _FULL32, _FULL32)
         if any(short not in (value, full) for short, value, full in zip(end[4:7], wide, fulls, strict=True)):
-            raise ValueError("the two ends of its zip directory differ")
+            raise ValueError("the two end records of its zip directory differ")
     if end[1:3] != (0, 0) or end[3] not in (count, _FULL16) or end[7]:
         raise ValueError("the end of its zip directory is damaged")
     if start + size != after or size > _MAX_DIRECTORY_BYTES or not 0 < count <= _MAX_RECORDS:
-        raise ValueError(f"its zip directory has {count} entries in {size} bytes at {start}, which cannot be")
+        raise ValueError(f"its zip directory has {count} entries in {size} bytes at {start}, which is impossible")
     return count, start, after
 
 

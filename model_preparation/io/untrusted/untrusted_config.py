@@ -1,7 +1,7 @@
-"""transformers' configs made from a stranger's config.json or generation_config.json.
+"""Makes transformers' configs from a stranger's config.json or generation_config.json.
 
 Sizes that no model has are refused before anything is made. Some fields do more than describe the model: they fetch
-code by name, or replace a method. They are left out.
+code by name, or replace a method. Such fields are left out.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from model_preparation.errors import SurgeryError, one_line
 from model_preparation.io.untrusted.untrusted_files import check_sizes
 
-# They name code to fetch (of a model, of an attention kernel), or other files to read.
+# Fields that name code to fetch (a model's, or an attention kernel's), or other files to read.
 _NOT_DESCRIPTIONS = {"auto_map", "attn_implementation", "experts_implementation", "configuration_files"}
 
 
@@ -40,18 +40,18 @@ def generation_config_from(fields: dict[str, Any]) -> GenerationConfig:
     check_sizes(fields)
     try:
         return GenerationConfig(**_plain(fields, GenerationConfig))
-    except Exception as error:  # as above
+    except Exception as error:  # transformers' validators raise errors of every kind
         raise ValueError(_one_line(error)) from error
 
 
 @contextlib.contextmanager
 def refusing_impossible_models() -> Iterator[None]:
-    """Turn errors while an empty model is made into a SurgeryError about its config."""
+    """Inside this context an empty model is made. Turn every error into a SurgeryError about the config."""
     try:
         yield
     except SurgeryError:
         raise
-    except Exception as error:  # a division by zero, an unknown activation, a size torch cannot count, ...
+    except Exception as error:  # a division by zero, an unknown activation, a size too large for torch, ...
         raise SurgeryError(
             f"No model can be made from this config ({type(error).__name__}: {_one_line(error)}). "
             "Download the model again."
@@ -59,6 +59,7 @@ def refusing_impossible_models() -> Iterator[None]:
 
 
 def _plain(fields: dict[str, Any], kind: type) -> dict[str, Any]:
+    """The fields that only describe the model."""
     return {
         name: value
         for name, value in fields.items()
@@ -68,5 +69,5 @@ def _plain(fields: dict[str, Any], kind: type) -> dict[str, Any]:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, StrictDataclassClassValidationError) and error.__cause__:
-        error = error.__cause__  # the same without the validator's name
+        error = error.__cause__  # its text is the same, without the validator's name
     return one_line(error)

@@ -1,7 +1,7 @@
-"""Strangers' files: opened only if they lie in their folder, and JSON read only if it is sensible.
+"""Opens strangers' files only if they lie in their own folder, and reads JSON only within limits.
 
-It refuses links out of the folder, FIFOs and devices, names with `..`, and JSON that is too large, too deep, ambiguous
-or no object.
+This module refuses links that lead out of the folder, FIFOs and devices, and names with `..`. It refuses JSON that is
+too large, nested too deeply, has a key twice, or is not an object.
 """
 
 import errno
@@ -23,18 +23,18 @@ from model_preparation.terminal import STEERING
 MAX_JSON_BYTES = 16_000_000
 MAX_DEPTH = 64
 _MAX_DIGITS = 40  # transformers writes 10**30 for a length without limit
-MAX_LAYERS = 1024  # eight times those of the deepest Llama
-MAX_WIDTH = 1 << 24  # of any dimension a config names
+MAX_LAYERS = 1024  # eight times as many as in the deepest Llama
+MAX_WIDTH = 1 << 24  # for any dimension in a config
 _OF_NUMBERS = re.compile(
     r".*(factor|theta|beta_fast|beta_slow|mscale|_dim|_size|_heads|_layers|_embeddings|_eps|_token_id)"
 )
 
 
 def regular_file(path: Path) -> Path:
-    """`own_file`; also refuses a file that only has the name of a model's file, such as a Git LFS pointer.
+    """As `own_file`, but also refuses a file that only has the name of a model's file, such as a Git LFS pointer.
 
     Raises:
-        SurgeryError, FileNotFoundError: as `own_file`; SurgeryError also for a `not_a_model.stand_in`.
+        SurgeryError, FileNotFoundError: as from `own_file`; SurgeryError also for files that `stand_in` recognises.
     """
     if reason := stand_in(own_file(path)):
         raise SurgeryError(reason)
@@ -42,16 +42,16 @@ def regular_file(path: Path) -> Path:
 
 
 def own_file(path: Path) -> Path:
-    """`path`, if it is a file in its folder; a link must stay inside, or be one of the Hugging Face cache.
+    """Return `path` if it is a regular file in its folder. A link must lead to a file in the same folder or below.
 
-    In that cache, `snapshots/<commit>/` links into the `blobs/` beside `snapshots/`.
+    Links of the Hugging Face cache are accepted too: from `snapshots/<commit>/` into `blobs/`, next to `snapshots/`.
 
     Raises:
         FileNotFoundError: if nothing is there.
         SurgeryError: for a directory, FIFO, socket or device, and for a link that leads elsewhere.
     """
     try:
-        mode = os.stat(path).st_mode  # follows links and opens nothing, as a FIFO would block
+        mode = os.stat(path).st_mode  # follows links but opens nothing, because a FIFO would block
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
@@ -71,7 +71,7 @@ def own_file(path: Path) -> Path:
 
 
 def inside(folder: Path, name: object) -> Path:
-    """The path of `name`, from a folder's own listing: in the folder or below it.
+    """The path of `name`, which an index or list in the folder gives. It must lie in the folder or below.
 
     Raises:
         SurgeryError: for a name that is absolute, has `..`, or means different files on different systems.
@@ -81,14 +81,14 @@ def inside(folder: Path, name: object) -> Path:
         if not path.is_absolute() and ".." not in path.parts and path.as_posix() == name != "." and _short(path):
             return folder / name
     raise SurgeryError(
-        f"{folder} lists a file {name!r:.200}, which is outside its folder or no file's name. Do not use this folder."
+        f"{folder} lists a file {name!r:.200}, which is outside its folder or not a file name. Do not use this folder."
     )
 
 
 def without_links(folder: Path) -> Path:
-    """`folder`, to write and delete in, if neither it nor anything in it is a link; it may be missing.
+    """Return `folder`, which may be missing, if neither it nor anything in it is a link.
 
-    A stranger may have put a link in it, and writing through that changes files elsewhere.
+    Call this before writing or deleting in `folder`: writing through a stranger's link would change files elsewhere.
 
     Raises:
         SurgeryError: naming the link.
@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
-    """The JSON object in `data`, whose strings are UTF-8, keys unique, numbers finite and of sensible length.
+    """The JSON object in `data`. It must be UTF-8, with unique keys; its numbers must be finite and not too long.
 
     Raises:
         ValueError: with what is wrong.
@@ -125,11 +125,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
         raise ValueError(f"it has more than {MAX_JSON_BYTES // 1_000_000} MB of JSON")
     try:
         value = json.loads(
-            decode(data),
-            object_pairs_hook=_unique,
-            parse_int=bounded,
-            parse_float=_finite,
-            parse_constant=_finite,
+            decode(data), object_pairs_hook=_unique, parse_int=bounded, parse_float=_finite, parse_constant=_finite
         )
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
@@ -140,11 +136,11 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 
 def check_fields(fields: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Raise ValueError unless each named field is there and of its kind.
+    """Raise ValueError unless each field in `kinds` is present and has its kind.
 
-    A name that ends in ? may be missing; * means every field. A kind is a class, or a tuple of kinds; {...} is an
-    object with such fields, [kind] a list of that kind. int alone takes no True. str alone is a name, without
-    characters that steer a terminal; (str,) is any text.
+    The name of a field that may be missing ends in ?. The name * means every field. A kind is a class, a tuple of kinds
+    (one of them must fit), {...} for an object with such fields, or [kind] for a list of items of that kind. The kind
+    int does not accept True. The kind str accepts no characters that control a terminal; (str,) accepts any text.
     """
     if "*" in kinds:
         kinds = dict.fromkeys(fields, kinds["*"])
@@ -177,9 +173,9 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
 
 
 def check_sizes(config: object) -> None:
-    """Raise ValueError if a config asks for sizes that no model has, before a model is made.
+    """Raise ValueError if a config has sizes that no model has. Call this before a model is made.
 
-    Also for text in place of a number, in the parts that transformers does not check (rope_parameters).
+    Text in place of a number is refused too, because transformers does not check all parts (rope_parameters).
     """
     waiting = [("", config)]
     while waiting:
@@ -199,7 +195,7 @@ def check_sizes(config: object) -> None:
 def _limit_of(name: str) -> float:
     if name in ("n_layer", "num_hidden_layers"):
         return MAX_LAYERS
-    # Positions cost no memory: Llamba's own config says 10**9 of them, transformers 10**30.
+    # Positions cost no memory: Llamba's own config has 10**9 of them, and transformers writes 10**30.
     return math.inf if "position" in name or "length" in name else MAX_WIDTH
 
 
@@ -212,12 +208,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"it has {twice!r:.80} twice")
+        raise ValueError(f"it has the key {twice!r:.80} twice")
     return found
 
 
 def bounded(digits: str) -> int:
-    """The integer, for json's `parse_int`; raises ValueError for one that no float holds."""
+    """The integer, for json's `parse_int`; raises ValueError if it has too many digits."""
     if len(digits) > _MAX_DIGITS:
         raise ValueError(f"it has the number {digits[:24]}...")
     return int(digits)
@@ -236,7 +232,7 @@ def _check_depth_and_strings(value: object) -> None:
         below: list[object] = []
         for item in level:
             if isinstance(item, str):
-                item.encode()  # refuses half a surrogate pair, which file names and terminals cannot take
+                item.encode()  # raises ValueError for half a surrogate pair, which cannot be written
             elif isinstance(item, dict):
                 below += [*item, *item.values()]
             elif isinstance(item, list):

@@ -1,7 +1,8 @@
-"""Loads a stranger's tokenizer without its code or files from elsewhere, and runs its chat template within limits.
+"""Loads a stranger's tokenizer, and runs its chat template within limits.
 
-transformers runs templates in Jinja's sandbox. The sandbox stops access to files and to Python's insides, but not
-endless loops or texts of many gigabytes.
+The tokenizer's own code is not run, and no file outside its folder is read. transformers runs templates in Jinja's
+sandbox. The sandbox blocks access to files and to Python's internals. It does not block endless loops or texts of many
+gigabytes, so templates run in a process with limits.
 """
 
 import codecs
@@ -22,7 +23,7 @@ from model_preparation.io.untrusted.untrusted_files import inside, own_file, rea
 from model_preparation.llamba.configuration_llamba import LlambaConfig
 
 _SECONDS = 10  # of processor time
-_MEMORY_BYTES = 1 << 30
+_MEMORY_BYTES = 1 << 30  # in addition to what the process has
 _MAX_TEXT_BYTES = 64_000_000
 
 
@@ -30,16 +31,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder.
 
     Raises:
-        SurgeryError: if transformers cannot load it, or it leads to files outside the folder.
+        SurgeryError: if transformers cannot load it, or if it refers to files outside the folder.
     """
     _check_files(folder)
-    AutoConfig.register("llamba", LlambaConfig, exist_ok=True)  # a tokenizer may lie beside a Llamba's config.json
+    AutoConfig.register("llamba", LlambaConfig, exist_ok=True)  # for folders with a Llamba's config.json
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.decode(tokenizer("Layers 11 and 13.")["input_ids"])  # some damage shows only in use
-        tokenizer.init_kwargs["local_files_only"] = False  # true under HF_HUB_OFFLINE, and would be saved
+        tokenizer.init_kwargs["local_files_only"] = False  # HF_HUB_OFFLINE makes it true, and that would be saved
         return tokenizer
-    except BaseException as error:  # tokenizers raises Exception itself, and Rust's panics, which are none
+    except BaseException as error:  # tokenizers also raises Rust's panics, which are no Exception
         panics = type(error).__name__ == "PanicException"
         if not panics and not isinstance(error, Exception):
             raise
@@ -61,7 +62,7 @@ def apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[
 
 
 def within_limits(render: Callable[[], str]) -> str:
-    """Return what `render` returns. It runs a stranger's template, so it runs in a process with limits.
+    """Return the text that `render` makes. `render` runs a stranger's template, so a process with limits calls it.
 
     Raises:
         ValueError: with the reason why there is no text.
@@ -77,7 +78,7 @@ def within_limits(render: Callable[[], str]) -> str:
         with open(reader, "rb") as pipe:
             answer = pipe.read(_MAX_TEXT_BYTES)
     finally:
-        os.kill(child, signal.SIGKILL)  # it has ended, or must end now
+        os.kill(child, signal.SIGKILL)  # the child has ended, or must end now
         os.waitpid(child, 0)
     text = answer[1:].decode()
     if answer[:1] == b"+" and len(answer) < _MAX_TEXT_BYTES:
@@ -88,8 +89,8 @@ def within_limits(render: Callable[[], str]) -> str:
 def _check_files(folder: Path) -> None:
     for path in sorted(folder.glob("*")):
         if not path.is_dir():
-            with contextlib.suppress(FileNotFoundError):  # a link to nothing
-                # A clone with pointers in place of the weights still has its tokenizer.
+            with contextlib.suppress(FileNotFoundError):  # a link to a missing file
+                # Weights may be Git LFS pointers: the tokenizer works without them.
                 own_file(path) if path.suffix in WEIGHTS else regular_file(path)
                 if path.suffix in (".json", ".jinja"):
                     _check_beginning(path)
@@ -101,7 +102,7 @@ def _check_files(folder: Path) -> None:
     except ValueError as error:
         raise SurgeryError(f"{path} cannot be read ({error}). Name another tokenizer with --tokenizer.") from error
     for name, value in fields.items():
-        # transformers opens such a path; a missing file does no harm
+        # transformers opens this file, if it exists
         if name.endswith("_file") and isinstance(value, str) and os.path.lexists(folder / value):
             inside(folder, value)
 
@@ -116,7 +117,7 @@ def _check_beginning(path: Path) -> None:
 
 
 def _answer(render: Callable[[], str], writer: int) -> NoReturn:
-    """Write + and the text, or - and the reason, and end this process."""
+    """Write "+" and the text, or "-" and the reason, to the pipe; then end this process."""
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
         if Path("/proc/self/statm").exists():
@@ -124,7 +125,7 @@ def _answer(render: Callable[[], str], writer: int) -> NoReturn:
             resource.setrlimit(resource.RLIMIT_AS, (used_bytes + _MEMORY_BYTES, resource.RLIM_INFINITY))
         try:
             answer = "+" + render()
-        except Exception as error:  # a template may raise any
+        except Exception as error:  # a template may raise any exception
             answer = f"-{' '.join(str(error).split())[:500] or type(error).__name__}"
         with open(writer, "wb") as pipe:
             pipe.write(answer.encode("utf-8", "replace"))

@@ -185,7 +185,7 @@ def test_compressed_entries_are_refused(layers):
         (24, 10**9, "compressed or encrypted"),  # its size alone
         (8, 1, "compressed or encrypted"),  # encrypted
         (42, 10**6, "directory"),  # its local header is beyond the file
-        (42, 0, "does not lie where"),  # its local header is another's
+        (42, 0, "does not start where"),  # its local header is another's
     ],
 )
 def test_numbers_in_the_directory_that_cannot_be(layers, field, value, words):
@@ -210,7 +210,7 @@ def test_overlapping_records_are_refused(layers):
     for size in (20, 24):  # packed and not
         struct.pack_into("<I", data, places["data/2"][0] + size, 10_000)
     path.write_bytes(data)
-    refused(path, "does not lie where the one before it ends")
+    refused(path, "does not start where the entry before it ends")
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ KINDS = {
     "state": (only(optimizer__pt=b"PK\3\4", trainer_state__json="{}"), "holds states of a training run"),
     "data": (only(train__parquet=b"PAR1"), "holds a data set"),
     "empty": (only(), "is an empty folder"),
-    "deeper": (deeper, r"holds no model or checkpoint itself, but deeper\. Give .*/model/Llama-3\.1-8B$"),
+    "deeper": (deeper, r"holds no model or checkpoint itself, but its subfolders do\. Give .*/model/Llama-3\.1-8B$"),
 }
 
 
@@ -156,7 +156,7 @@ def test_the_snapshot_in_a_hubs_cache_is_taken(root, revisions, ref, taken, dono
         (cache / "refs").mkdir()
         (cache / "refs" / "main").write_text(f"{ref}\n")
     if taken is None:
-        with pytest.raises(SurgeryError, match=r"but deeper. Give .*/snapshots/0123 or .*/snapshots/4567"):
+        with pytest.raises(SurgeryError, match=r"but its subfolders do. Give .*/snapshots/0123 or .*/snapshots/4567"):
             resolve(str(cache))
         return
     snapshot = cache / "snapshots" / taken
@@ -166,7 +166,7 @@ def test_the_snapshot_in_a_hubs_cache_is_taken(root, revisions, ref, taken, dono
         assert find_model(given).folder == snapshot
     with pytest.raises(SurgeryError, match=f"is a hub's cache. Give the snapshot in it: {snapshot}"):
         read_info(cache)
-    with pytest.raises(SurgeryError, match="holds no model or checkpoint itself, but deeper"):
+    with pytest.raises(SurgeryError, match="holds no model or checkpoint itself, but its subfolders do"):
         resolve(str(tmp_path))
 
 
@@ -256,5 +256,5 @@ def test_every_command_tells_it(donor_dir, base_dir, layers_dir, checkpoint_dir,
         result = run_command(name, *args)
         told = result.stdout + result.stderr
         assert "Traceback" not in told, (name, args, told)
-        assert "Git LFS pointer" in told or "but deeper" in told, (name, args, told)
+        assert "Git LFS pointer" in told or "but its subfolders do" in told, (name, args, told)
     assert not (tmp_path / "out").exists()
