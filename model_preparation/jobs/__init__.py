@@ -1,1 +1,1 @@
-"""Runs many builds or evaluations, one after the other or at once on Ray; also runs one search on many Ray workers."""
+"""Runs many builds or evaluations, one after the other or at once on Ray. Also scores a search's candidates on Ray."""

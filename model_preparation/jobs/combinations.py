@@ -36,7 +36,7 @@ class Combination:
     layers: tuple[int, ...]  # sorted
     score: str
     description: str
-    name: str  # of the folder
+    name: str  # the folder's name
     heads: str = ""
 
 

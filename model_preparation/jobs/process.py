@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _BOOTSTRAP = str(Path(__file__).resolve().with_name("die_with_parent.py"))
-_KEPT_CHARACTERS = 64_000  # of the end of the output
+_KEPT_CHARACTERS = 64_000  # at the end of the output
 _SILENCE_SECONDS = 0.5  # between two checks of a process that prints nothing
 _CLEAN_UP_SECONDS = 60.0  # for a process to end after SIGTERM
 _REPORT_SECONDS = 1.0  # between two reports of the last printed line
@@ -71,7 +71,7 @@ class CommandProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if self._merge else None,
             stderr=subprocess.STDOUT if self._merge else subprocess.PIPE,
-            # In the terminal's session, the command would get Ctrl-C and also our SIGTERM, and not clean up.
+            # In the terminal's session, Ctrl-C would reach the command too. Our SIGTERM would then stop its clean-up.
             start_new_session=True,
         )
         pipe = self._process.stdout or self._process.stderr

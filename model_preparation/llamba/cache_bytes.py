@@ -7,11 +7,11 @@ from .donor_kinds import kv_heads
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> int:
-    """The bytes that each token adds to the cache: K/V of `layers` grafted layers, and of the grafted heads."""
+    """The bytes that each token adds to the cache: K/V of `layers` grafted layers, and of all grafted heads."""
     group_size = config.num_attention_heads // config.num_key_value_heads
     grafted = getattr(config, "llama_heads", {}).values()
     kept = layers * config.num_key_value_heads + sum(len(kv_heads(heads, group_size)) for heads in grafted)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # Qwen2's has none
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # absent in Qwen2
     return 2 * kept * head_dim * dtype.itemsize
 
 

@@ -91,7 +91,7 @@ class LlambaConfig(PreTrainedConfig):
     lm_head_bias: bool = False
     resid_dropout: float | int = 0.0
     norm_epsilon: float = 1e-5
-    mlp_cfg: Any = None  # a dict, as are the other `Any`; __post_init__ fills in its defaults
+    mlp_cfg: Any = None  # a dict, like the other fields of type Any; __post_init__ fills in defaults
     ssm_cfg: Any = None
     llama_layers: list[int] = field(default_factory=list)
     llama_cfg: Any = None

@@ -20,7 +20,7 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 2048,
 }
 REQUIRED = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rope_parameters")
-# One model may have several donors. They may differ in these settings only: shapes, caches and masks need the others.
+# Several donors of one model may differ in these settings only. Shapes, caches and masks depend on the other settings.
 OF_EACH_DONOR = ("rms_norm_eps", "rope_parameters", "max_position_embeddings")
 # Qwen's sliding windows: `layer_types` says which layers have a window.
 _WINDOWS: dict[str, Any] = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
@@ -85,7 +85,7 @@ def kv_heads(heads: Sequence[int], group_size: int) -> list[int]:
 def picked_heads(
     heads: Sequence[int], num_heads: int, num_kv_heads: int, head_dim: int, kind: DonorKind = KINDS["llama"]
 ) -> dict[str, tuple[int, list[int]] | None]:
-    """Which entries of the parameters of a donor's layer a `HeadAttention` with these heads has.
+    """Which entries of a donor's layer, parameter by parameter, become a `HeadAttention` with these heads.
 
     Returns:
         By parameter name (the donor's, without `self_attn.`): (dimension, indices to pick), or None to pick everything.

@@ -50,7 +50,7 @@ class HeadAttention(nn.Module):
         self.o_proj = nn.Linear(len(heads) * self.head_dim, config.hidden_size, bias=False)
 
     def _pad_groups(self, kv_place: Sequence[int]) -> None:
-        """Plan to repeat queries, so that each K/V head has equally many. Copying K/V would cost more.
+        """Plan which queries to repeat, so that all K/V heads have equally many. Copying K/V would cost more.
 
         Args:
             kv_place: for each query head, its K/V head as an index into the K/V heads of this module; sorted.

@@ -17,7 +17,7 @@ from .ssd import NEVER, product_dtype, scan, step
 # Tokens that go through a mixer at once on a CPU. Their intermediate values fit into the CPU's caches, and into memory
 # that the allocator reuses. Between 256 and 1,024 tokens, the speed differs by less than 5%.
 BLOCK_TOKENS = 512
-SHORT = 8  # for so many tokens or fewer, a sum of shifted products is faster than conv2d
+SHORT = 8  # up to this many tokens, a sum of shifted products is faster than conv2d
 
 
 class PaddingLayout(NamedTuple):
@@ -85,7 +85,7 @@ class LlambaMixer(nn.Module):
     """Discrete Mamba-2: out = out_proj(y * silu(z + z_bias)), y = S C + D x, S = exp(-softplus(a)) S + x B^T.
 
     Rows of `in_proj`, in order: x (d_inner), B and C (n_qk_heads * d_state each), z (d_inner), a (n_v_heads). x, B and
-    C go through one causal depthwise convolution first. State and decay are float32 or wider, whatever the weights are.
+    C go through one causal depthwise convolution first. State and decay are float32 or wider for weights of any dtype.
     """
 
     def __init__(self, config: LlambaConfig, layer_idx: int):

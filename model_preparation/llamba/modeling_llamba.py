@@ -30,7 +30,7 @@ from .packing import has_several_documents, token_places, visible
 
 # transformers may pass these arguments to any model. The grafted layers get them.
 TYPED_KWARGS = frozenset(TransformersKwargs.__annotations__)
-MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")  # these implementations take any mask
+MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")  # attention implementations that take any mask
 
 BLOCK_NORM_EPS = 1e-5  # fixed, as upstream; `norm_epsilon` is for the final norm only
 
@@ -159,7 +159,7 @@ class LlambaModel(LlambaPreTrainedModel):
         """
         Args:
             input_ids: (batch, length) int64; or `inputs_embeds`, (batch, length, d_model).
-            attention_mask: (batch, past + length), 0 at padding. Padding may be anywhere and changes no other output.
+            attention_mask: (batch, past + length), 0 at padding. Padding may be anywhere. It changes no other output.
             position_ids: (batch or 1, length), each token's place in its document, counted from 0. At each 0 a document
                 begins, and no layer sees the tokens before it. By default each row is one document.
             past_key_values: a `LlambaCache`, updated in place. If `use_cache` is true, a missing cache is made here.
@@ -197,7 +197,7 @@ class LlambaModel(LlambaPreTrainedModel):
         cache: LlambaCache | None = None,
         **kwargs,
     ) -> dict[str, dict]:
-        """By entry of `layer_types`, the arguments of such layers other than hidden states and cache.
+        """The arguments of each kind of layer, other than hidden states and cache, by entry of `layer_types`.
 
         Layers in `other_configs` and layers with grafted heads have entries of their own, by the layer's index as text.
         """
@@ -226,7 +226,7 @@ class LlambaModel(LlambaPreTrainedModel):
                 make_mask, window = create_causal_mask, None
                 if kind == "sliding_attention":
                     if is_packed or (attention_mask is not None and not bool(attention_mask.all())):
-                        window = self.llama_config.sliding_window  # transformers' own counts padding
+                        window = self.llama_config.sliding_window  # transformers' mask counts padding
                     else:
                         make_mask = create_sliding_window_causal_mask
                 causal_mask = make_mask(
@@ -305,7 +305,7 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            labels: (batch, length) int64, the tokens themselves, or -100 where no loss is wanted. The loss shifts them.
+            labels: (batch, length) int64, `input_ids` or -100 where no loss is wanted; the loss shifts them by one.
             logits_to_keep: which positions get logits. An integer n: the last n positions, or all for 0. A tensor: the
                 positions in it, (kept,) for all rows alike or (batch, kept) for each row.
             The other arguments are those of [`LlambaModel`].

@@ -57,7 +57,7 @@ class _Answered:
 
 
 class BudgetSpent(Exception):
-    """No more evaluations are allowed."""
+    """The search's budget, of evaluations or of hours, is spent."""
 
 
 class CandidateScores:
@@ -144,7 +144,7 @@ class CandidateScores:
                 they are surely worse than the `keep`th best.
 
         Raises:
-            BudgetSpent: if the budget does not cover all. The first combinations, which it covers, are evaluated.
+            BudgetSpent: if the budget covers only the first of them, which are then evaluated, or if the time is over.
         """
         wanted = list(dict.fromkeys(sets))
         self.base()
@@ -180,10 +180,7 @@ class CandidateScores:
         return sorted(sets, key=lambda layers: (-self.estimate(layers), len(layers), layers))
 
     def estimate(self, layers: LayerSet) -> float:
-        """The fitness, which is the mean of the values of all questions.
-
-        If only some rounds are known: the base's fitness plus the mean difference from the base in those rounds.
-        """
+        """The fitness: the mean value. With some rounds only: the base's fitness plus the mean difference in them."""
         if layers in self._fitness:
             return self._fitness[layers]
         rounds = sorted(self._known[layers])

@@ -89,9 +89,8 @@ def _check_settings(settings: SearchSettings) -> None:
         )
     if (method == "ratio") != (settings.second_task is not None):
         raise SurgeryError(
-            f"The method is {method}, and second_task is {settings.second_task}. The method ratio needs a second task, "
-            "and no other method takes one. "
-            "Give --method ratio with --task RECALL --second_task COMMON, or leave out --second_task."
+            f"The method is {method}, and second_task is {settings.second_task}: ratio needs a second task, others take "
+            "none. Give --method ratio with --task RECALL --second_task COMMON, or leave out --second_task."
         )
     if least > most:
         raise SurgeryError(f"min_layers is {least}, but max_layers is only {most}. Give a larger --max_layers.")
@@ -171,8 +170,7 @@ def known_units(
 ) -> tuple[dict[int, float], list[int]]:
     """Read the prior file: the gains of single units, by unit, and the units to try first.
 
-    Units in the layers of `fixed` are left out. `say` gets a line about scores that are left out, or about heads that
-    are tried first.
+    Units in the layers of `fixed` are left out. `say` gets a line about failures left out, or about heads to try first.
 
     Raises:
         SurgeryError: if the file cannot be read, or names a layer or head that does not exist.

@@ -13,7 +13,7 @@ from itertools import combinations
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.layer_sets import LayerSet, SearchSpace, normal
 
-_ELITE_SHARE = 0.1  # the best sets of a generation, which stay in the next one; a race asks them all questions
+_ELITE_SHARE = 0.1  # share of a generation: its best sets, which stay in the next one, and which no race drops
 _GOOD = 0.25  # share of the known sets that counts as good for the patterns
 _TOURNAMENT_SIZE = 3  # this many sets are drawn, and the best of them becomes a parent
 _CROSSOVER_RATE = 0.9  # chance that a child has two parents

@@ -22,7 +22,7 @@ def search(space: SearchSpace, scores: CandidateScores, settings: SearchSettings
 
 
 def singles(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Score every layer by itself."""
+    """Score every layer alone."""
     scores.evaluate(space.singles, settings.top)
 
 
@@ -32,7 +32,7 @@ def exhaustive(space: SearchSpace, scores: CandidateScores, settings: SearchSett
 
 
 def greedy(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Add layer after layer, each time the one that improves the score most."""
+    """Add layer after layer, each time the layer that improves the score most."""
     _grow(space, scores, 1)
 
 
@@ -76,7 +76,7 @@ def refine(space: SearchSpace, scores: CandidateScores) -> None:
 
 
 def _grow(space: SearchSpace, scores: CandidateScores, width: int) -> None:
-    """Add one unit after the other; keep the best `width` combinations of each size."""
+    """Add units one by one. Of each size, the best `width` combinations get another unit."""
     kept: list[LayerSet] = [BASE]
     for size in range(1, space.most + 1):
         if size == 1 and len(space.prior) == len(space.free):  # all gains are known before the search

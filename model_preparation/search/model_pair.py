@@ -19,7 +19,7 @@ from model_preparation.llamba.donor_kinds import KINDS, picked_heads
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 from model_preparation.search.layer_sets import WHOLE_LAYERS, LayerSet, Units
 
-_ALIGNMENT = 64  # bytes, as of torch's own tensors; the rounding of a matrix product may depend on the alignment
+_ALIGNMENT = 64  # bytes, as torch aligns its own tensors: the rounding of a matrix product may depend on the alignment
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ModelPair:
     """All layers of both models.
 
     Attributes:
-        model: the graft of every layer, or of every head. All grafts have its embedding, final norm and LM head.
+        model: the base with every layer grafted, or every head. All grafts have its embedding, final norm and LM head.
         base_layers: the base's own layers, by index.
         tokenizer: the tokenizer of every graft.
         fixed: the layers that are grafted already, because the search starts from a checkpoint.

@@ -47,7 +47,7 @@ class Objective:
         return standard_error([values[self.strata == task] for task in np.unique(self.strata)])
 
     def p_value(self, values: Values, others: Values) -> float:
-        """The two-sided p-value of a paired test on the same questions: McNemar's exact test, or the paired t-test."""
+        """Two-sided p-value of a paired test over questions: McNemar's exact test for `accuracy`, else the t-test."""
         differences = values - others
         if self.name == ACCURACY:
             return mcnemar_p(int((differences > 0).sum()), int((differences < 0).sum()))
@@ -58,5 +58,5 @@ class Objective:
         return float(ttest_rel(values, others).pvalue)
 
     def adjusted_p_values(self, best: Values, others: Sequence[Values]) -> list[float]:
-        """The p-value of each of `others` against `best`, Holm-adjusted for all of them."""
+        """The p-value of each of `others` against `best`, Holm-adjusted for the number of tests."""
         return holm([self.p_value(best, values) for values in others])

@@ -85,7 +85,7 @@ def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
         # With a small budget, only `width` sets of each smaller size are evaluated.
         smaller = sum(min(width, math.comb(free, size)) for size in range(2, space.least))
         before = singles + smaller if space.least > 1 else 0
-    # These methods also evaluate sets that are too small for the space: ga single layers, beam and greedy all sizes.
+    # These methods also evaluate sets that are too small for the space: ga single layers, the others all smaller sizes.
     outside = range(1, min(2, space.least) if is_genetic else space.least)
     limit = int(min(budget, space.count + sum(math.comb(free, size) for size in outside)))
     asked = sum(count for count, _ in batches)

@@ -1,8 +1,8 @@
-"""Which questions each round of a race asks. The first rounds are short, as few questions show a bad candidate.
+"""Which questions each round of a race asks. candidate_scores.py runs the race (`_race`).
 
-candidate_scores.py runs the race (`_race`).
-The first two rounds have about a sixteenth of all tokens each. Every later round has as many tokens as all rounds
-before it. Questions are assigned to rounds at random, but questions that are answered in one batch stay together.
+A few questions are enough to drop a bad candidate, so the first rounds are short. The first two rounds have about a
+sixteenth of all tokens each. Every later round has as many tokens as all rounds before it. Questions are assigned to
+rounds at random, but questions that are answered in one batch stay together.
 """
 
 import random

@@ -43,7 +43,7 @@ class Batch:
         task: the index of the rows' task.
         prefix: the index, in `QuestionSet.prefixes`, of the tokens before all rows.
         rows: the rows; each says which requests of the task it answers.
-        inputs: tokens, (rows, length) int64.
+        inputs: the tokens after the prefix, (rows, length) int64.
         positions: the positions to score, (rows, kept) int64.
     """
 
@@ -99,7 +99,7 @@ class QuestionSet:
         objective: the search's objective; `nll` needs the right answers.
 
     Attributes:
-        prefixes: tokens with which all rows of some batches begin; they run once. Empty if too few tokens are common.
+        prefixes: tokens with which all rows of some batches begin. They run once. A prefix may be empty.
         batches: the rows that run together, without their prefix.
         questions: the questions, in the order of the tasks.
         digest: the digest of all requests and right answers.
@@ -208,7 +208,7 @@ class QuestionSet:
         return found
 
     def divergences(self, results: Mapping[int, BatchResult]) -> dict[int, float]:
-        """The mean KL to the donor over a question's rows, in nats. It has the same questions as `maximised`.
+        """The mean KL to the donor over a question's rows, in nats, for the same questions as `maximised`.
 
         Raises:
             SurgeryError: if a divergence is not finite.
@@ -312,7 +312,7 @@ def check_tasks(names: Sequence[str]) -> None:
 def _check_config(config: TaskConfig) -> None:
     if config.output_type == _ROLLING:
         raise _rolling(str(config.task))
-    if config.output_type != GENERATES and config.filter_list is not None:  # the search generates no text to filter
+    if config.output_type != GENERATES and config.filter_list is not None:  # filters of generated texts are not used
         raise _refusal(str(config.task), "has filters (filter_list)")
 
 

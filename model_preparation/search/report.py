@@ -67,7 +67,7 @@ def plot_singles(found: dict[str, Any]) -> Figure:
 
 
 def plot_heads(found: dict[str, Any]) -> Figure:
-    """A square per head, coloured by the gain over the base if only this head is grafted. The best set's have rings."""
+    """A square per head, coloured by the gain over the base if only this head is grafted. The best set has rings."""
     total, heads = found["total_layers"], found["heads_per_layer"]
     table = np.full((total, heads), np.nan)
     for name, single in found["single_head_results"].items():

@@ -7,7 +7,7 @@ pareto          the best fitness for each size of the K/V cache: the base and th
                 than all others with an equal or smaller cache
 base_score, donor_score, single_layer_results, statistics, dropped, failed, settings, and more
 
-For a search over heads, the keys are heads, num_heads, single_head_results and heads_per_layer; heads are like "13:16".
+A search over heads has the keys heads, num_heads, single_head_results and heads_per_layer; a head is like "13:16".
 
 If the search starts from a checkpoint, `base` is the checkpoint, and `start_layers` are its grafted layers. They are in
 every combination; `layers` are only the added layers.

@@ -1,7 +1,7 @@
 """Reads the results of searches: our search_result.json, and JSON files of older programs. These keys are known:
 
 final_results, results, top_combinations   a list of objects, or an object with an entry for each combination
-an object's layers: layers, combination, layer_indices, individual; its score: fitness, score, accuracy, mmlu_score
+in such an object   layers, combination, layer_indices or individual; fitness, score, accuracy or mmlu_score
 best_layers or best_individual, with best_fitness or best_score   a single combination
 single_layer_results   {"11": 0.51}, {"11": {"score": 0.51}}, or a list of objects
 

@@ -71,7 +71,7 @@ class ScoringSetup:
         self.second_leaves = [] if settings.second_task is None else loaded.leaves_of[settings.second_task]
 
     def take_extracted(self, folder: Path) -> None:
-        """Let the plan name the donor's layers in `folder`. The layers in memory are equal to these, and stay."""
+        """Plan with the donor's layers in `folder` from now on. The layers in memory are equal to them, and stay."""
         self.settings = replace(self.settings, llama_layers_dir=folder)
         self.planned = _plan(self.settings)
 
@@ -145,7 +145,7 @@ class ScoringSetup:
 
 
 def _plan(settings: SearchSettings) -> GraftPlan:
-    """The graft of all layers, or of all heads, except in layers that the start has grafted already."""
+    """The graft of all layers, or of all heads, except in layers that `settings.start` has grafted already."""
     layers: LayerStore | ModelLayers
     if settings.llama_layers_dir is not None:
         hint = settings.donor or ("DONOR" if settings.start else donor_name(settings.base, settings.sources))

@@ -80,9 +80,10 @@ def search_layers(
         setup = ScoringSetup(settings, scored_on)
         pair = setup.pair
         space = space_of(setup, *checks.known_units(settings, pair.layers, pair.fixed, pair.units, say))
-        if not overwrite:  # a dry run reads no weights
-            asked = {"settings": setup.recorded, **({} if dry_run else {"inputs": setup.inputs})}
-            checks.check_earlier(folder, asked)
+        if not overwrite:
+            # The inputs' digests need all weights, which a dry run does not read.
+            inputs = {} if dry_run else {"inputs": setup.inputs}
+            checks.check_earlier(folder, {"settings": setup.recorded, **inputs})
         if extracts:  # only after the checks, because the layers take as much of the disk as the donor
             assert settings.donor is not None
             extract_layers(settings.donor, folder / DONOR_LAYERS, sources=settings.sources, overwrite=overwrite)

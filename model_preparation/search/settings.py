@@ -186,7 +186,7 @@ class SearchSettings(CheckedSettings):
 
     @property
     def most(self) -> int:
-        """`max_layers` or `max_heads`, or the default."""
+        """The most units of a combination: `max_layers` or `max_heads`, or the default."""
         return (self.max_heads if self.unit == HEADS else self.max_layers) or (1 if self.method == "singles" else 4)
 
     @property

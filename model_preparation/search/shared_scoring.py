@@ -47,7 +47,7 @@ class SharedScorer:
         chosen: indices of the batches that this scorer runs; by default all.
 
     Attributes:
-        layer_passes: how many layers have run. A layer that runs over a part of the questions counts as that part of 1.
+        layer_passes: how many layers have run over all questions. A run over some questions counts as a fraction of 1.
     """
 
     def __init__(self, setup: ScoringSetup, chosen: Sequence[int] | None = None):
@@ -82,7 +82,7 @@ class SharedScorer:
             hidden: Any = self._embedded(prefix, batches)
             for layer in range(self._pair.layers):
                 for number, states in hidden.prefixes.items():
-                    self._store.put(layer, -1 - number, states)  # batches have the numbers from 0 on
+                    self._store.put(layer, -1 - number, states)  # numbers from 0 on are batches
                 for number, states in hidden.batches.items():
                     self._store.put(layer, number, states)
                 hidden = self._step(layer, BASE, hidden)
