@@ -16,7 +16,7 @@ _WATCHED = {"torch", "transformers", "accelerate", "safetensors", "peft", "torch
 
 
 class _Watch:
-    """A finder for `sys.meta_path`. It asks the other finders, and notices when all imports of `_WATCHED` have ended."""
+    """A finder for `sys.meta_path`. It asks the other finders, and notices when all imports of `_WATCHED` end."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

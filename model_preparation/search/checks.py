@@ -89,8 +89,8 @@ def _check_settings(settings: SearchSettings) -> None:
         )
     if (method == "ratio") != (settings.second_task is not None):
         raise SurgeryError(
-            f"The method is {method}, and second_task is {settings.second_task}: ratio needs a second task, others take "
-            "none. Give --method ratio with --task RECALL --second_task COMMON, or leave out --second_task."
+            f"The method is {method}, and second_task is {settings.second_task}: ratio needs a second task, the others "
+            "take none. Give --method ratio with --task RECALL --second_task COMMON, or leave out --second_task."
         )
     if least > most:
         raise SurgeryError(f"min_layers is {least}, but max_layers is only {most}. Give a larger --max_layers.")

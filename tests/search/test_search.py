@@ -172,7 +172,7 @@ def test_a_budget_of_bytes_leaves_out_larger_combinations(exhaustive, make_setti
         make_settings(tmp_path / "x", **few | {"at_tokens": 1, "max_cache_bytes": 3000}), say=lines.append, dry_run=True
     )
     assert any("left out: 1, 2 layers" in line for line in lines)
-    with pytest.raises(SurgeryError, match=r"1 to 3 layers has a cache of at least 10,240 bytes .* is 5\. Give more"):
+    with pytest.raises(SurgeryError, match=r"1 to 3 layers has a cache of at least 10,240 bytes .* is 5\. Give a"):
         search_layers(make_settings(tmp_path / "x", **few | {"max_cache_bytes": 5}), dry_run=True)
     with pytest.raises(SurgeryError, match="Give both --max_cache_bytes and --at_tokens"):
         search_layers(make_settings(tmp_path / "x", **few | {"max_cache_bytes": None}), dry_run=True)
@@ -451,7 +451,7 @@ def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
     plan = run_command("search_layers", *flags, *exhaustive, "--prior", prior, "--dry_run")
     assert plan.returncode == 0, plan.stderr
     assert not (tmp_path / "out").exists()  # not even the donor's layers
-    assert f"1 of 4 single layers in {prior} left out" in plan.stdout
+    assert f"1 of 4 single layers in {prior} are left out" in plan.stdout
     assert "20 of" in plan.stdout
     assert "Candidates   10" in plan.stdout
     assert "% saved" in plan.stdout
@@ -479,7 +479,7 @@ def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
         assert_refused(run_command("search_layers", *flags, *given), words, code=2)
     no_donor = ["--base", base_dir, "--llama_layers_dir", tmp_path / "out" / "donor_layers", "--task", task_dir]
     refused = run_command("search_layers", *no_donor, "--objective", "kl", "--output_dir", tmp_path / "kl")
-    assert_refused(refused, "Name it by --donor")
+    assert_refused(refused, "Name the donor by --donor")
     with contextlib.suppress(FileNotFoundError):
         assert list((tmp_path / "kl").iterdir()) == []
 
