@@ -243,8 +243,8 @@ class LlambaConfig(PreTrainedConfig):
             masks = mask_kinds(self.llama_cfg, self.n_layer)
             if len(masks) != self.n_layer or not set(masks) <= {"full_attention", "sliding_attention"}:
                 raise ValueError(
-                    f"llama_cfg: layer_types needs {self.n_layer} entries, each full_attention or sliding_attention, "
-                    f"but has {len(masks)} entries: {', '.join(sorted(set(map(str, masks))))}"
+                    f"llama_cfg: layer_types needs {self.n_layer} entries of full_attention or sliding_attention, but "
+                    f"has {len(masks)} of {', '.join(sorted(set(map(str, masks))))}"
                 )
             window = self.llama_cfg.get("sliding_window")
             if "sliding_attention" in masks and not (isinstance(window, int) and window > 0):
