@@ -125,7 +125,7 @@ def gpus_per_job(ray: Any, device: str | None, cpus: int) -> int:
     """
     found = ray.cluster_resources().get("GPU", 0)
     if device == "cuda" and not found:
-        raise SurgeryError("--device cuda is given, but the Ray cluster has no GPU. Leave it out for the CPU.")
+        raise SurgeryError("--device cuda is given, but the Ray cluster has no GPU. Leave out --device.")
     gpus = 1 if found and device != "cpu" else 0
     note = "" if found else " (the Ray cluster has no GPU)"
     print(f"Device       {'a GPU from Ray' if gpus else 'the CPU'} for each job{note}", flush=True)

@@ -255,7 +255,7 @@ class LlambaConfig(PreTrainedConfig):
         others = self.other_llama_cfgs
         grafted = [*map(str, self.llama_layers), *self.llama_heads]
         if not isinstance(others, dict) or not others.keys() <= {*grafted}:
-            raise ValueError(f"other_llama_cfgs needs grafted layers ({', '.join(grafted)}) as keys: {others!r:.80}")
+            raise ValueError(f"other_llama_cfgs: keys must be grafted layers ({', '.join(grafted)}), not {others!r:.80}")
         for layer, fields in others.items():
             if not isinstance(fields, dict) or not fields.keys() <= {*OF_EACH_DONOR}:
                 raise ValueError(f"other_llama_cfgs: layer {layer} may have {', '.join(OF_EACH_DONOR)} only")
@@ -273,7 +273,7 @@ class LlambaConfig(PreTrainedConfig):
                     f"llama_heads: heads {heads} of layer {layer} must be sorted, without repeats, below {total}"
                 )
         if self.llama_heads and self.llama_cfg.get("attention_bias"):
-            raise ValueError("llama_heads: the donor's o_proj has a bias, which belongs to no head; graft its layers")
+            raise ValueError("llama_heads: the donor's o_proj has a bias, which belongs to no head; graft layers")
         if self.llama_heads and not self.keep_mixer_heads and self.d_inner % total:
             raise ValueError(f"llama_heads: the donor's {total} heads do not divide the mixer's width {self.d_inner}")
 

@@ -123,8 +123,8 @@ class CandidateScores:
                     self._add(entry)
                 except (TypeError, ValueError, LookupError) as error:
                     raise SurgeryError(
-                        f"{journal.path} has an entry that no search wrote ({type(error).__name__}: {error}), of "
-                        f"{str(entry.get(units.word))!r:.80}. Remove that line, and its evaluation is made again."
+                        f"{journal.path} has an entry that no search wrote ({type(error).__name__}: {error}), for "
+                        f"{units.word} {entry.get(units.word)!r:.80}. Remove that line, and it is evaluated again."
                     ) from error
 
     def base(self) -> Values:

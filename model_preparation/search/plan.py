@@ -175,7 +175,7 @@ def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
         f"Questions    {len(questions.questions):,} of {', '.join(settings.all_tasks)}, {tokens:,} tokens with padding",
         f"Memory       {decimal(size)} for the base's hidden states before each of {space.total} layers"
         + (f", of which up to {decimal(in_file)} in a file in {settings.folder}" if in_file else "")
-        + f"; at most {min(space.most, space.total) + 1} more states, each of {decimal(size // space.total)}",
+        + f"; at most {min(space.most, space.total) + 1} more hidden states of {decimal(size // space.total)} each",
         f"Method       {settings.method}, {space.least} to {space.most} of {len(space.free)} {space.units.word}"
         + (", candidates race" if settings.races else "")
         + f"; maximises {settings.objective}",

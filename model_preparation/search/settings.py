@@ -90,7 +90,7 @@ class SearchSettings(CheckedSettings):
     lengths: Lengths = None
     language: Language = "en"
     haystack: Haystack = None
-    limit: Annotated[int | None, Flag("N", "the first N questions of every task", _COUNT)] = None
+    limit: Annotated[int | None, Flag("N", "only the first N questions of every task", _COUNT)] = None
     mmlu_data: Annotated[str | None, Flag("DIR|hub|modelscope", "MMLU's questions, as for test_checkpoint.py")] = None
     num_fewshot: Annotated[int | None, Flag("K", "solved examples before each question", number(int, least=0))] = None
     batch_size: Annotated[
@@ -147,8 +147,8 @@ class SearchSettings(CheckedSettings):
         Flag(
             "FILE",
             "the result of another search: its scores of single layers or heads count as known; with --unit heads also "
-            "a list of heads, the best first: one such as 13:16 on each line, or a JSON list. The first 1, 2, ... "
-            "heads together and each head alone are then tried first, and every method continues from the good ones",
+            "a list of heads, the best first: one such as 13:16 on each line, or a JSON list. The search then begins "
+            "with each head alone and the first 1, 2, ... heads together; every method continues from the good ones",
         ),
     ] = None
     beam_width: Annotated[int, Flag("N", "beam: combinations kept for each size", _COUNT)] = 4
