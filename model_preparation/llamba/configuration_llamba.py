@@ -255,7 +255,7 @@ class LlambaConfig(PreTrainedConfig):
         others = self.other_llama_cfgs
         grafted = [*map(str, self.llama_layers), *self.llama_heads]
         if not isinstance(others, dict) or not others.keys() <= {*grafted}:
-            raise ValueError(f"other_llama_cfgs: keys must be grafted layers ({', '.join(grafted)}), not {others!r:.80}")
+            raise ValueError(f"other_llama_cfgs: keys are grafted layers ({', '.join(grafted)}), not {others!r:.80}")
         for layer, fields in others.items():
             if not isinstance(fields, dict) or not fields.keys() <= {*OF_EACH_DONOR}:
                 raise ValueError(f"other_llama_cfgs: layer {layer} may have {', '.join(OF_EACH_DONOR)} only")
