@@ -134,7 +134,7 @@ def test_rows_are_built_skipped_and_failed(builder, checkpoint_dir, base_dir, la
     assert heading.split() == ["name", "layers", "status", "seconds", "path", "note"]
     assert [row.split()[0] for row in rows] == ["bad", checkpoint_dir.name, "new"]
     assert rows[0].endswith("Layer 99 is out of range. Choose another.")
-    assert rows[1].endswith("its score is None, the list's 0.5")
+    assert rows[1].endswith("its score is None, but 0.5 in the list")
     assert rows[2].endswith(str(root / "new"))
 
 

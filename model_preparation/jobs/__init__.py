@@ -1,1 +1,1 @@
-"""Runs many builds, evaluations or searches: one after the other, or at once on Ray."""
+"""Runs many builds or evaluations, one after the other or at once on Ray. Also scores a search's candidates on Ray."""

@@ -1,7 +1,7 @@
 """Builds many checkpoints: create_replaced_model_checkpoint.py builds each combination in a process of its own.
 
-A complete checkpoint is skipped if its checkpoint_info.json fits the request. No hub is asked: a base on this disk is
-compared by the digests of its files, a base from a hub by its id and its revision.
+A complete checkpoint is skipped if its checkpoint_info.json fits the request. No hub is asked for this: a base on this
+disk is compared by the digests of its files, and a base from a hub by its id and its revision.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BUILDER = Path(__file__).resolve().parents[1] / "create_replaced_model_checkpoin
 class Outcome:
     """The outcome for one combination.
 
-    `status` is built, checked (--dry_run), skipped or failed. `note` has the reason of a failure, or a remark.
+    `status` is built, checked (--dry_run), skipped or failed. `note` has the reason of a failure, or `remarks`.
     """
 
     combination: Combination
@@ -50,15 +50,15 @@ def build_all(
     run_jobs: Runner = run_in_turn,
     builder: Path = BUILDER,
 ) -> list[Outcome]:
-    """Build each combination that has no complete checkpoint yet. One that fails does not stop the others.
+    """Build each combination that has no complete checkpoint yet. A build that fails does not stop the others.
 
     Args:
         combinations: the combinations to build.
-        output_root: the folder of the checkpoints' folders.
-        passed_on: flags for the builder, as typed.
+        output_root: the folder that gets a folder for each checkpoint.
+        passed_on: flags for the builder, as the user typed them.
         flags: the same flags, parsed by the builder's parser.
         run_jobs: how builds run: `run_in_turn` or a `RayRunner`.
-        builder: the command that builds one.
+        builder: the Python file that builds one checkpoint.
     """
     paths = [output_root / combination.name for combination in combinations]
 
@@ -87,7 +87,7 @@ def describe(outcomes: Sequence[Outcome]) -> str:
 
 
 def _skip_or_fail(combination: Combination, path: Path, flags: argparse.Namespace) -> Outcome:
-    """Skip a complete checkpoint if it fits the request, else fail; prints the decision."""
+    """The outcome for a complete checkpoint: skipped if it fits the request, otherwise failed. Also prints it."""
     started = time.monotonic()
     try:
         differing = differences(path, combination, flags)
@@ -107,24 +107,24 @@ def _arguments(combination: Combination, path: Path, passed_on: Sequence[str]) -
     grafts = ["--heads", *combination.heads.split()] if combination.heads else []
     grafts += ["--layers", *map(str, combination.layers)] if combination.layers else []
     arguments = [*grafts, "--output_dir", str(path)]
-    # With =, so that a description may begin with a hyphen.
+    # With =, a description may begin with a hyphen.
     arguments += [f"--description={combination.description}"] if combination.description else []
     arguments += [f"--score={combination.score}"] if combination.score else []
     return (*arguments, *passed_on)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the folder has checkpoint_info.json, as only complete checkpoints have."""
+    """Whether the folder has checkpoint_info.json, which only complete checkpoints have."""
     return (folder / INFO).is_file()
 
 
 def differences(folder: Path, combination: Combination, flags: argparse.Namespace) -> list[str]:
-    """How a checkpoint differs from the request: layers, format, dtype, base, donor's layers, tokenizer.
+    """How a checkpoint differs from the request in layers, format, dtype, base, donor's layers and tokenizer.
 
     Args:
         folder: a complete checkpoint.
         combination: the requested combination.
-        flags: of create_replaced_model_checkpoint.py, parsed.
+        flags: the parsed flags of create_replaced_model_checkpoint.py.
 
     Raises:
         SurgeryError: if its checkpoint_info.json cannot be read.
@@ -155,7 +155,7 @@ def differences(folder: Path, combination: Combination, flags: argparse.Namespac
     if recorded["format"] != "both":
         asked["format"] = flags.format or "pt"
     found = differences_of(recorded, asked)
-    layers_dir = Path(flags.llama_layers_dir[0]).expanduser()  # a list cannot name donors, so there is only one
+    layers_dir = Path(flags.llama_layers_dir[0]).expanduser()  # a list cannot name donors, so it has one folder
     if parent is not None:
         parents = step.get("from", {}), describe_parent(parent, read_info(parent))
         digests = ({"tensors": each.get("tensor_digests_sha256")} for each in parents)
@@ -168,11 +168,11 @@ def differences(folder: Path, combination: Combination, flags: argparse.Namespac
 
 
 def remarks(folder: Path, combination: Combination) -> list[str]:
-    """Differences in score and description. The checkpoint is the requested one all the same."""
+    """How score and description differ from the request. The checkpoint is skipped even if they do."""
     info = read_info(folder)
     found = []
     if combination.score and info.get("mmlu_score") != float(combination.score):
-        found.append(f"its score is {info.get('mmlu_score')}, the list's {combination.score}")
+        found.append(f"its score is {info.get('mmlu_score')}, but {combination.score} in the list")
     if combination.description and info.get("description") != combination.description:
         found.append(f"its description is {info.get('description')!r}")
     return found
@@ -199,7 +199,7 @@ def _base_differences(recorded: Any, target: str) -> list[str]:
 
 
 def _donor_differences(info: Mapping[str, Any], layers_dir: Path, layers: Collection[str]) -> list[str]:
-    """How these layers in a folder differ from those in the checkpoint. Empty if the folder has no layers."""
+    """How these layers in `layers_dir` differ from those in the checkpoint. Empty if the folder cannot be read."""
     try:
         extracted = read_json(layers_dir / "metadata.json")["layers"]
         built = {i: sha for donor in donors_of(info) for i, sha in donor["layers"].items() if i in layers}
@@ -212,17 +212,17 @@ def _donor_differences(info: Mapping[str, Any], layers_dir: Path, layers: Collec
             found = differences_of(built, digest_of_layers(LayerStore(layers_dir), map(int, built)))
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SurgeryError):
-        return []  # the build reports an unusable folder
+        return []  # a build reports such a folder; a complete checkpoint does not need it
 
 
 def _tokenizer_differences(
     info: Mapping[str, Any], names: Sequence[str | None], layers_dir: Path, sources: Mapping[str, str]
 ) -> list[str]:
-    """How the tokenizer differs, if it was recorded (since 0.2.0) and the requested one is on this disk."""
+    """How the tokenizer differs, if the checkpoint records it (since 0.2.0) and the requested one is on this disk."""
     from model_preparation.checkpoint.model_digests import digest_of_tokenizer
     from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 
-    asked, base = (None if name is None else target_named(name, sources) for name in names)
+    asked, base = (None if name is None else target_named(name, sources) for name in names)  # `asked` may be None
     folders = [folder_named(str(asked or base))]
     if folders[0] is not None and not asked:
         folders += [folders[0] / TOKENIZER, layers_dir / TOKENIZER]  # a checkpoint's own, or the donor's

@@ -1,6 +1,6 @@
 """Combinations of layers to build or to evaluate: from a CSV or JSON list, or the best of a search.
 
-The folder of a combination is `llamba_replaced_11_13_17_21`, unless the list has a name for it.
+The folder of the combination 11 13 17 21 is `llamba_replaced_11_13_17_21`, unless the list has another name for it.
 """
 
 import argparse
@@ -36,7 +36,7 @@ class Combination:
     layers: tuple[int, ...]  # sorted
     score: str
     description: str
-    name: str  # of the folder
+    name: str  # the folder's name
     heads: str = ""
 
 
@@ -44,7 +44,7 @@ def read_list(path: Path) -> list[Combination]:
     """The combinations in a .csv or .json file, in its order.
 
     Raises:
-        SurgeryError: if the file or an entry cannot be used; the error names both.
+        SurgeryError: if the file or one of its entries cannot be used.
     """
     try:
         text = read_text(path)
@@ -71,7 +71,7 @@ def read_list(path: Path) -> list[Combination]:
 
 
 def best_of(path: Path, count: int) -> tuple[list[Combination], dict[str, str]]:
-    """The best combinations of a search, and the builder's flags for the search's base and donor, with their values.
+    """The best combinations of a search; also the builder's flags, with values, for the base and donor of the search.
 
     Args:
         path: search_result.json, or an older program's result file.
@@ -83,7 +83,7 @@ def best_of(path: Path, count: int) -> tuple[list[Combination], dict[str, str]]:
     path = path.expanduser()
     found = read_result(path)
     if found.failures:
-        print(f"{found.failures} entries of {path} are left out: they have the score 0, which means a failure")
+        print(f"{found.failures} entries of {path} are left out: their score is 0, so their evaluation failed")
     combinations = []
     for rank, each in enumerate(found.entries[:count], start=1):
         is_mmlu = found.is_mmlu and each.score is not None and 0 <= each.score <= 1
@@ -98,7 +98,7 @@ def best_of(path: Path, count: int) -> tuple[list[Combination], dict[str, str]]:
 
 
 def check_layers(path: Path) -> None:
-    """Raise SurgeryError if the folder of donor's layers in a result file does not exist any more."""
+    """Raise SurgeryError if a result file names a folder of donor's layers that does not exist any more."""
     from model_preparation.checkpoint.layer_store import METADATA
 
     found = read_result(path.expanduser())

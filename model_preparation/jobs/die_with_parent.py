@@ -1,7 +1,7 @@
-"""`python die_with_parent.py PARENT COMMAND...`: become COMMAND, and be killed when the process PARENT ends.
+"""`python die_with_parent.py PARENT COMMAND...`: runs COMMAND in this process, which is killed when PARENT ends.
 
-So a killed worker or batch leaves no running build or evaluation. It works on Linux only, by prctl(2) with
-PR_SET_PDEATHSIG, which stays set after exec. process.py starts this file. To be quick, it imports nothing of ours.
+So a killed worker or batch leaves no running build or evaluation. This works on Linux only, by prctl(2) with
+PR_SET_PDEATHSIG, which stays set after exec. process.py runs this file. To start quickly, it imports little.
 """
 
 import ctypes
@@ -15,6 +15,6 @@ if __name__ == "__main__":
     parent, command = int(sys.argv[1]), sys.argv[2:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended already
+    if os.getppid() != parent:  # PARENT has ended already
         sys.exit(1)
     os.execv(command[0], command)

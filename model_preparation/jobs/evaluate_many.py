@@ -1,6 +1,6 @@
 """Evaluates many checkpoints: test_checkpoint.py evaluates each in a process of its own.
 
-It keeps its results per subject, so an interrupted evaluation continues where it stopped.
+test_checkpoint.py keeps results for each subject, so an interrupted evaluation continues where it stopped.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ EVALUATOR = Path(__file__).resolve().parents[1] / "test_checkpoint.py"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint to evaluate, and the layers that it should have; None if they are unknown."""
+    """A checkpoint to evaluate, and the layers that it should have. `layers` is None if they are unknown."""
 
     folder: Path
     layers: tuple[int, ...] | None = None
@@ -31,9 +31,9 @@ class Candidate:
 class Evaluation:
     """The outcome for one checkpoint.
 
-    `status` is evaluated, kept (all results existed already) or failed; after a failure, `note` has the reason. `score`
-    and `stderr` are fractions of 1. After a failure, they and `questions` are None. `stderr` is also None if a subject
-    has only one question. With several tasks, `score` is None, and `note` has the score of each.
+    `status` is evaluated, kept (all results existed already) or failed. `score` and `stderr` are fractions of 1. After
+    a failure, `score`, `stderr` and `questions` are None, and `note` has the reason. `stderr` is also None if a subject
+    has only one question. With several tasks, `score` is None, and `note` has the score of each task.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Evaluation:
 
 
 def find_checkpoints(given: Sequence[Path]) -> list[Candidate]:
-    """The checkpoints among the given folders, and the complete checkpoints inside the other ones.
+    """The given folders that are checkpoints, and the complete checkpoints inside the other given folders.
 
     Raises:
         SurgeryError: if a folder is no checkpoint and has none inside.
@@ -57,14 +57,14 @@ def find_checkpoints(given: Sequence[Path]) -> list[Candidate]:
         folder = path.expanduser()
         folders = [folder]
         if folder.is_dir() and not is_complete(folder):
-            # A build's NAME.partial looks complete just before it gets its name.
+            # A build writes NAME.partial, which looks complete just before it is renamed to NAME.
             inside = (entry for entry in sorted(folder.iterdir()) if ".partial" not in entry.name)
             folders = [entry for entry in inside if is_complete(entry)]
             if not folders:
                 raise SurgeryError(
                     what_it_is(folder)
-                    or f"{folder} is no complete checkpoint, and there is none in it. "
-                    "Give checkpoints' folders, or one that holds them."
+                    or f"{folder} is not a complete checkpoint, and has none inside. "
+                    "Give the folders of checkpoints, or a folder that holds them."
                 )
         for folder in folders:
             read_info(folder)
@@ -73,7 +73,7 @@ def find_checkpoints(given: Sequence[Path]) -> list[Candidate]:
 
 
 def listed_checkpoints(combinations: Sequence[Combination], output_root: Path) -> list[Candidate]:
-    """The checkpoints that create_best_checkpoints.py makes from a list, built or not."""
+    """The checkpoints that create_best_checkpoints.py makes from a list, whether they are built already or not."""
     return [Candidate(output_root / combination.name, combination.layers) for combination in combinations]
 
 
@@ -86,15 +86,15 @@ def evaluate_all(
     run_jobs: Runner = run_in_turn,
     evaluator: Path = EVALUATOR,
 ) -> list[Evaluation]:
-    """Evaluate each candidate. One that fails does not stop the others.
+    """Evaluate each candidate. An evaluation that fails does not stop the others.
 
     Args:
         candidates: checkpoints in different folders.
-        flags: of the evaluator, as typed: --limit 100, ...
-        results_dir: for results, in a folder with the checkpoint's name; by default they go into the checkpoint.
-        needs: paths in the flags, which must exist on every machine.
+        flags: flags for the evaluator, as the user typed them: --limit 100, ...
+        results_dir: gets a folder of results with each checkpoint's name; by default results go into the checkpoint.
+        needs: the paths in `flags`, which must exist on every machine.
         run_jobs: how evaluations run: `run_in_turn` or a `RayRunner`.
-        evaluator: the command that evaluates one.
+        evaluator: the Python file that evaluates one checkpoint.
 
     Raises:
         SurgeryError: if two candidates would put their results into one folder.
@@ -136,7 +136,7 @@ def describe(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _layers(candidate: Candidate) -> tuple[int, ...]:
-    """The checkpoint's layers; raises SurgeryError if it is not complete, or its layers are not the expected ones."""
+    """The checkpoint's layers. Raises SurgeryError if it is not complete, or has other layers than expected."""
     layers = tuple(read_info(candidate.folder)["replaced_layers"])
     if candidate.layers not in (None, layers):
         raise SurgeryError(

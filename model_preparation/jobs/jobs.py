@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from model_preparation.jobs.process import CommandProcess, Launch
 
 _REASON_CHARACTERS = 160
-Outcome = TypeVar("Outcome")  # what a command notes about a job that ended: a row of the command's table
+Outcome = TypeVar("Outcome")  # what a command records about an ended job, and prints as a row of its table
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Job:
     """One run of a command.
 
     Attributes:
-        name: for people.
+        name: what people see.
         script, arguments: the Python file and its arguments.
-        needs: paths that must exist on the machine.
-        writes_to: a folder that all machines must share.
-        result_flag: the flag with which the command writes its result to a file (see `Launch`).
+        needs: paths that must exist on the machine that runs the job.
+        writes_to: a folder that the job writes to; all machines must share it.
+        result_flag: as in `Launch`.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended. `reason` says in one line why it failed; "" means success."""
+    """How a job ended. `reason` says in one line why it failed; "" means success. For `result` see `CommandProcess`."""
 
     reason: str
     seconds: float
@@ -67,10 +67,10 @@ def run_in_turn(jobs: Sequence[Job]) -> Iterator[tuple[int, Ended]]:
 def outcomes_of(
     prepared: Sequence[Job | Outcome], run_jobs: Runner, finish: Callable[[int, Ended], Outcome]
 ) -> list[Outcome]:
-    """Run the jobs; returns an outcome for each entry of `prepared`, in the same order.
+    """Run the jobs in `prepared`. Returns an outcome for each entry of `prepared`, in the same order.
 
     Args:
-        prepared: the jobs, and the outcomes of work that is done already or has failed already.
+        prepared: jobs to run, and outcomes of work that is done already or has failed already.
         run_jobs: runs the jobs.
         finish: makes the outcome of a job, from its index in `prepared` and its `Ended`.
     """
@@ -82,7 +82,7 @@ def outcomes_of(
 
 
 def failure(code: int, output: str) -> str:
-    """Why a command failed, in one line: its error, else the last line of its output. "" if it did not fail."""
+    """Why a command failed, in one line: its last error line, else the last line of its output. "" means success."""
     if code == 0:
         return ""
     lines = [line.strip() for line in output.replace("\r", "\n").split("\n") if line.strip()]

@@ -1,6 +1,6 @@
-"""Runs a command of ours in a process of its own, which ends when the process that started it ends.
+"""Runs one of our commands in a child process, which ends when its parent ends.
 
-Ray's workers get this file by value and need not have the package, so it imports the standard library only.
+Ray sends this module to its workers, which need not have the package. So it imports the standard library only.
 """
 
 import codecs
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _BOOTSTRAP = str(Path(__file__).resolve().with_name("die_with_parent.py"))
-_KEPT_CHARACTERS = 64_000  # of the end of the output
+_KEPT_CHARACTERS = 64_000  # at the end of the output
 _SILENCE_SECONDS = 0.5  # between two checks of a process that prints nothing
 _CLEAN_UP_SECONDS = 60.0  # for a process to end after SIGTERM
 _REPORT_SECONDS = 1.0  # between two reports of the last printed line
@@ -25,9 +25,9 @@ _END_SECONDS = 120.0  # for the process of a lost worker to end
 
 
 class Launch(NamedTuple):
-    """A Python file with its arguments, to run in a folder with additional environment variables.
+    """A Python file with its arguments, the folder to run it in, and additional environment variables.
 
-    With `result_flag`, that flag gives the command a file, and the command writes its result there as a JSON object.
+    `result_flag` is the command's flag for the file to which it writes its result, as a JSON object.
     """
 
     script: str
@@ -39,7 +39,7 @@ class Launch(NamedTuple):
 
 
 class CommandProcess:
-    """A running command. Leaving the context ends it, with time to clean up.
+    """A command that runs inside a `with` block. If it still runs at the end of the block, it gets time to clean up.
 
     Args:
         launch: the command.
@@ -47,8 +47,8 @@ class CommandProcess:
 
     Attributes:
         output: the end of the text that was read.
-        code: the exit code, after the context.
-        result: the JSON object that the command wrote, after the context; None if there is none.
+        code: the exit code, set at the end of the block.
+        result: the JSON object that the command wrote, set at the end of the block; None if it wrote none.
     """
 
     def __init__(self, launch: Launch, *, merge: bool):
@@ -71,7 +71,7 @@ class CommandProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if self._merge else None,
             stderr=subprocess.STDOUT if self._merge else subprocess.PIPE,
-            # In the terminal's session it would get Ctrl-C twice, from the terminal and from us, and not clean up.
+            # In the terminal's session, Ctrl-C would reach the command too. Our SIGTERM would then stop its clean-up.
             start_new_session=True,
         )
         pipe = self._process.stdout or self._process.stderr
@@ -98,12 +98,12 @@ class CommandProcess:
         self._folder.cleanup()
 
     def printed(self) -> Iterator[str]:
-        """The text that it prints, until it ends; "" after each half second of silence."""
+        """Yield the text that the command prints, until it ends; "" after each half second of silence."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while True:
             readable, _, _ = select.select([self._pipe], [], [], _SILENCE_SECONDS)
             chunk = os.read(self._pipe.fileno(), 65536) if readable else b""
-            # A process that it started may keep the pipe open after its end.
+            # A process that the command started may keep the pipe open after the command has ended.
             if not chunk and (readable or self._process.poll() is not None):
                 break
             text = decoder.decode(chunk)
@@ -112,13 +112,13 @@ class CommandProcess:
         self._process.wait()
 
     def last_line(self) -> str:
-        """The last line that is not blank. Each state of a progress bar counts as a line."""
+        """The last line of `output` that is not blank. Each state of a progress bar counts as a line."""
         lines = [line.strip() for line in self.output[-2000:].replace("\r", "\n").split("\n")]
         return next((line for line in reversed(lines) if line), "")
 
 
 class Order(NamedTuple):
-    """A job for a worker. `predecessor` is (host, process) of the same job on a worker that was lost."""
+    """A job for a worker. If an earlier worker was lost, `predecessor` is (host, process id) of the job there."""
 
     launch: Launch
     needs: tuple[str, ...]
@@ -129,8 +129,8 @@ class Order(NamedTuple):
 def carry_out(order: Order) -> Iterator[tuple[Any, ...]]:
     """Run a job on a worker; yields events.
 
-    They are ("started", host, process), ("line", last printed line), and finally ("ended", code, output, result). If a
-    path does not exist, nothing runs, and the only event is ("missing", host, path).
+    Events are ("started", host, process id), ("line", last printed line), and finally ("ended", code, output, result).
+    If a path in `needs` does not exist, nothing runs, and the only event is ("missing", host, path).
     """
     host = socket.gethostname()
     for path in order.needs:
@@ -153,7 +153,7 @@ def carry_out(order: Order) -> Iterator[tuple[Any, ...]]:
 
 
 def _wait_for_end(process_id: int) -> None:
-    """Wait until a killed process has ended. Then its locks and memory are free."""
+    """Wait until a killed process has ended, so that its locks and memory are free."""
     deadline = time.monotonic() + _END_SECONDS
     while time.monotonic() < deadline:
         try:

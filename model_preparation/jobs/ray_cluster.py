@@ -21,10 +21,10 @@ _VARIABLES = ("MODEL_PREPARATION_", "MODELSCOPE_", "HF_", "MMLU_DATA", "SOURCE_D
 
 @contextlib.contextmanager
 def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
-    """Join a cluster for the length of the context, which gives the module `ray`.
+    """Join a cluster for the length of a `with` block; yields the module `ray`.
 
     Args:
-        address: "local" starts a cluster that only this machine can reach, and ends it with the context. "auto" joins
+        address: "local" starts a cluster that only this machine can reach, and ends it after the block. "auto" joins
             the cluster that runs on this machine. HOST:PORT joins that cluster; this machine must belong to it.
         local_cpus: how many CPUs a "local" cluster has; by default all.
 
@@ -54,7 +54,7 @@ def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
     try:
         yield ray
     except SystemExit:
-        interrupts.check()  # a signal during a call of Ray's becomes exit code 1, which this corrects
+        interrupts.check()  # raises the right exit code: Ray turns a signal during its calls into exit code 1
         raise
     finally:
         ray.shutdown()
@@ -62,7 +62,7 @@ def cluster(address: str, local_cpus: int | None = None) -> Iterator[Any]:
 
 def _import_ray(address: str) -> Any:
     if address == "local":
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # then it listens on the loopback only
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # so Ray listens on the loopback only
         if "RAY_AUTH_MODE" not in os.environ:  # other users of this machine must not submit work
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
@@ -80,7 +80,7 @@ def _import_ray(address: str) -> Any:
 
 def _wants_token(ray: Any, error: BaseException | None) -> bool:
     """Whether a missing or wrong token caused Ray's error."""
-    # Sometimes only Ray's message has the cause.
+    # Sometimes only the text of Ray's error names the token.
     return error is not None and (
         isinstance(error, ray.exceptions.AuthenticationError)
         or "InvalidAuthToken" in str(error)
@@ -113,10 +113,10 @@ def job_variables() -> dict[str, str]:
 
 
 def gpus_per_job(ray: Any, device: str | None, cpus: int) -> int:
-    """How many GPUs each job gets, 1 or 0; prints it.
+    """How many GPUs each job gets, 1 or 0. Also prints the device.
 
     Args:
-        ray: the module, part of a cluster.
+        ray: the module `ray`, which has joined a cluster.
         device: "cuda" for a GPU, "cpu" for none; by default a GPU if the cluster has any.
         cpus: how many CPUs each job gets.
 
@@ -125,7 +125,7 @@ def gpus_per_job(ray: Any, device: str | None, cpus: int) -> int:
     """
     found = ray.cluster_resources().get("GPU", 0)
     if device == "cuda" and not found:
-        raise SurgeryError("--device cuda is given, but the Ray cluster has no GPU. Leave it out for the CPU.")
+        raise SurgeryError("--device cuda is given, but the Ray cluster has no GPU. Leave out --device.")
     gpus = 1 if found and device != "cpu" else 0
     note = "" if found else " (the Ray cluster has no GPU)"
     print(f"Device       {'a GPU from Ray' if gpus else 'the CPU'} for each job{note}", flush=True)
@@ -135,7 +135,7 @@ def gpus_per_job(ray: Any, device: str | None, cpus: int) -> int:
             f"{machine.get('CPU', 0):.0f} CPUs and {machine.get('GPU', 0):.0f} GPUs" for machine in machines
         )
         raise SurgeryError(
-            f"A job needs {cpus} CPUs and {gpus} GPUs of one machine, but the cluster's have {sizes}. "
+            f"A job needs {cpus} CPUs and {gpus} GPUs of one machine, but the cluster's machines have {sizes}. "
             "Give a smaller --cpus_per_job, or another cluster."
         )
     return gpus

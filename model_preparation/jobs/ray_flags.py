@@ -6,9 +6,9 @@ from model_preparation.command_line import CommandParser, number
 from model_preparation.jobs.jobs import Runner, run_in_turn
 
 HELP = """\
-With --ray, many run at once as tasks of a Ray cluster. Each gets a GPU of its own if the cluster has GPUs, else
---cpus_per_job CPUs; each takes the memory of its model. All machines of a cluster need this program and all folders in
-the flags at the same paths, on a shared file system. If a worker is lost, another one continues its job.
+With --ray, many jobs run at once as tasks of a Ray cluster. Each job gets a GPU of its own if the cluster has GPUs,
+otherwise --cpus_per_job CPUs. Each job needs the memory of its model. All machines of a cluster need this program and
+all folders in the flags at the same paths, on a shared file system. If a worker is lost, another one continues its job.
 """
 
 
@@ -17,14 +17,14 @@ def add_ray_flags(parser: CommandParser) -> None:
     parser.add_argument(
         "--ray",
         metavar="auto|local|HOST:PORT",
-        help="many at once: local starts a Ray cluster on this machine and ends it, auto joins the cluster here, "
-        "HOST:PORT joins that cluster (default: one after the other, without Ray)",
+        help="run many jobs at once: local starts a Ray cluster on this machine and ends it afterwards, auto joins the "
+        "cluster on this machine, HOST:PORT joins that cluster (default: one job after the other, without Ray)",
     )
     parser.add_argument(
         "--cpus_per_job",
         type=number(int, least=1),
         metavar="N",
-        help="with --ray: CPUs, and so threads, of each job (default: 1); with more, fewer jobs run at once",
+        help="with --ray: CPUs of each job, which are also its threads (default: 1); with more, fewer jobs run at once",
     )
 
 

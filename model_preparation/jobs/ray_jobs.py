@@ -35,7 +35,7 @@ class _Running:
     submitted: float
     started: float | None = None
     retries: int = 0
-    place: tuple[str, int] | None = None  # host and process
+    place: tuple[str, int] | None = None  # host and process id
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RayRunner:
         max_retries: how often a job may go to another worker.
 
     Raises:
-        SurgeryError: when it is called, as `cluster` and `gpus_per_job`.
+        SurgeryError: when the runner is called; for the same reasons as `cluster` and `gpus_per_job`.
     """
 
     address: str
@@ -76,7 +76,7 @@ class RayRunner:
 def _watch(
     ray: Any, task: Any, orders: Sequence[Order], display: "Display", max_retries: int
 ) -> Iterator[tuple[int, Ended]]:
-    """Submit the orders, and follow their events; yields each job's index and `Ended`."""
+    """Submit the orders, and handle their events. When a job ends, yields its index and its `Ended`."""
     lost = tuple(getattr(ray.exceptions, name) for name in _LOST)
     running = {task.remote(order): _Running(index, time.monotonic()) for index, order in enumerate(orders)}
 
@@ -124,7 +124,7 @@ def _watch(
 
 
 def _cancel(ray: Any, tasks: list[Any]) -> None:
-    """End running jobs, with time to clean up. Other jobs die with their workers when we leave the cluster."""
+    """End jobs, and give them time to clean up. Jobs that still run then die when we leave the cluster."""
     for events in tasks:
         ray.cancel(events)
     deadline = time.monotonic() + _CANCEL_SECONDS
@@ -137,7 +137,7 @@ def _cancel(ray: Any, tasks: list[Any]) -> None:
 
 @contextlib.contextmanager
 def _marker_files(jobs: Sequence[Job]) -> Iterator[dict[Path, str]]:
-    """Make a file in each folder that jobs write to. A worker that does not see it has another folder at that path."""
+    """Make a file in each folder that jobs write to. A worker that does not see the file has another folder there."""
     with contextlib.ExitStack() as stack:
         markers = {}
         for folder in {job.writes_to for job in jobs if job.writes_to is not None}:
@@ -156,9 +156,9 @@ def _order(job: Job, markers: dict[Path, str], *, with_gpu: bool) -> Order:
 
 
 class Display:
-    """Shows the progress of a batch: on a terminal a bar and a line per running job, else a line per event.
+    """Shows the progress of jobs: on a terminal a bar and a line per running job, otherwise a line per event.
 
-    It prints to standard output; the output of a failed job goes to standard error. Jobs are given by their index.
+    Progress goes to standard output, the output of a failed job to standard error. Methods take the job's index.
     """
 
     def __init__(self, names: list[str]):
@@ -197,7 +197,7 @@ class Display:
         """Say that the job's worker was lost, and the number of the retry."""
         self._remove(index)
         self._print(
-            f"{self._names[index]}: its worker on {host} was lost; goes to another ({retry} of {max_retries} retries)"
+            f"{self._names[index]}: its worker on {host} was lost; another continues ({retry} of {max_retries} retries)"
         )
 
     def ended(self, index: int, seconds: float, reason: str, output: str) -> None:

@@ -1,6 +1,6 @@
-"""Scores sets of layers on a Ray cluster: every worker has base, donor, and a shard of the questions.
+"""Scores sets of layers on a Ray cluster. Every worker has base, donor, and a shard of the questions.
 
-The answers are those of `SharedScorer`, bit for bit, because a worker runs each batch like this process would. A
+The answers are those of `SharedScorer`, bit for bit, because a worker runs each batch as this process would. A
 worker keeps the base's hidden states of its shard for all candidates. If a worker is lost, a new one takes the shard
 and gives the missing answers. Every answer is counted once.
 """
@@ -28,10 +28,10 @@ _MAX_RETRIES = 3  # of one shard, without any answer in between
 
 
 class QuestionShard:
-    """A worker's shard of the questions. Ray makes it and calls it.
+    """Answers a shard of the questions on a worker. Ray makes this object there, and calls its methods.
 
     Args:
-        settings: of the search. `device` is the type of the worker's device.
+        settings: the search's settings, but `device` is the type of the worker's device.
         folder: where the search was started; relative paths start there.
         threads: how many threads torch uses.
         batches: indices of the shard's batches.
@@ -68,7 +68,7 @@ class QuestionShard:
 
 @dataclass
 class _Worker:
-    """The present worker of a shard. It must still answer the `chosen` batches for the sets in `left`."""
+    """The worker that has a shard now. It must still answer the batches in `chosen` for the sets in `left`."""
 
     batches: list[int]
     actor: Any
@@ -126,20 +126,20 @@ class RemoteScorer:
                 if not missing[layers]:
                     yield layers, gathered.pop(layers)
 
-    def _ask_all(self, question: str) -> Results:
+    def _ask_all(self, method: str) -> Results:
         results: Results = {}
-        for _, (found, passes) in self._answers(self._workers, question, lambda worker: ()):
+        for _, (found, passes) in self._answers(self._workers, method, lambda worker: ()):
             results |= found
             self.layer_passes += passes
         return results
 
     def _answers(
-        self, workers: Sequence[_Worker], question: str, arguments: Callable[[_Worker], tuple[Any, ...]]
+        self, workers: Sequence[_Worker], method: str, arguments: Callable[[_Worker], tuple[Any, ...]]
     ) -> Iterator[tuple[_Worker, Any]]:
-        """Call a method of `QuestionShard` on all workers; yields their answers as they come. Replaces lost workers."""
+        """Call a method of `QuestionShard` on workers; yields (worker, answer) as they come. Replaces lost workers."""
 
         def ask(worker: _Worker) -> Any:
-            return getattr(worker.actor, question).options(num_returns="streaming").remote(*arguments(worker))
+            return getattr(worker.actor, method).options(num_returns="streaming").remote(*arguments(worker))
 
         running = {ask(worker): worker for worker in workers}
         try:
@@ -155,7 +155,7 @@ class RemoteScorer:
                         del running[answers]
                         self._replace(worker)
                         running[ask(worker)] = worker
-                    except SurgeryError as error:  # Ray adds the worker's traceback to it
+                    except SurgeryError as error:  # Ray adds the worker's traceback to the message
                         raise SurgeryError(
                             f"A worker of the search failed: {getattr(error, 'cause', error)}"
                         ) from error
@@ -174,7 +174,7 @@ class RemoteScorer:
                 f"A worker of {len(worker.batches)} batches was lost {worker.retries} times in a row. Check that its "
                 "machine has enough memory, and run the same command again: finished evaluations are kept."
             )
-        print(f"A worker was lost; another takes its questions over ({worker.retries} of {_MAX_RETRIES} retries)")
+        print(f"A worker was lost; another one gets its questions ({worker.retries} of {_MAX_RETRIES} retries)")
         worker.actor = self._make(worker.batches)
 
 
@@ -182,7 +182,7 @@ def shards(batches: Sequence[Batch], workers: int) -> list[list[int]]:
     """Split the indices of batches into at most `workers` shards with about equally many tokens. None is empty."""
     found: list[list[int]] = [[] for _ in range(min(workers, len(batches)))]
     tokens = [0] * len(found)
-    # The largest batch comes first; each goes to the smallest shard.
+    # From the largest batch to the smallest, each goes to the shard with the fewest tokens so far.
     for number in sorted(range(len(batches)), key=lambda number: (-batches[number].inputs.numel(), number)):
         least = tokens.index(min(tokens))
         found[least].append(number)
@@ -194,7 +194,7 @@ def shards(batches: Sequence[Batch], workers: int) -> list[list[int]]:
 def remote_scorer(
     address: str, cpus: int, device: str | None
 ) -> Iterator[tuple[Callable[[ScoringSetup], RemoteScorer], str]]:
-    """Join a cluster for the length of the context; yields a function that makes scorers, and the workers' device type.
+    """Join a cluster for the length of a `with` block; yields a function that makes scorers, and "cuda" or "cpu".
 
     Args:
         address: as `cluster` takes it.
@@ -202,7 +202,7 @@ def remote_scorer(
         device: as `gpus_per_job` takes it.
 
     Raises:
-        SurgeryError: as `cluster` and `gpus_per_job`.
+        SurgeryError: for the same reasons as `cluster` and `gpus_per_job`.
     """
     with cluster(address) as ray:
         gpus = gpus_per_job(ray, device, cpus)

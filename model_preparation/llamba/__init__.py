@@ -1,7 +1,7 @@
 """The model for Hugging Face's transformers: `LlambaConfig`, `LlambaForCausalLM`, `LlambaModel` and `LlambaCache`.
 
-The model's files import each other relatively, because folders of format hf hold copies of them. The first use of a
-class from here imports and registers the model. So a command can import one file of this folder without the model.
+The model's files use relative imports (`from .mixer import ...`), because `--format hf` copies them into checkpoints.
+The first use of one of these classes imports and registers the model. Importing another file of this package does not.
 """
 
 import importlib

@@ -1,9 +1,8 @@
-"""One cache for both kinds of layer.
+"""The cache of a Llamba: convolution and SSM states of Mamba layers, keys and values (K/V) of grafted layers.
 
-It holds the convolution and SSM states of Mamba layers, and K/V of grafted layers.
-It is transformers' DynamicCache, built from the config's `layer_types`. It also counts the tokens seen, so that a model
-without attention layers can continue a prompt. Layers with a sliding window keep all K/V too: with padding between
-tokens, transformers' own sliding caches would drop tokens that the window still holds.
+`LlambaCache` is a DynamicCache of transformers, with a cache layer for each entry of the config's `layer_types`. The
+cache also counts the tokens seen, so that a model without attention layers can continue a prompt. Layers with a sliding
+window keep the K/V of all tokens. transformers' own sliding caches would count padding, and drop tokens too early.
 """
 
 import inspect
@@ -15,24 +14,25 @@ from transformers.masking_utils import create_causal_mask
 
 from .configuration_llamba import LlambaConfig
 
-# The installed transformers' name of the cache in arguments and outputs: `past_key_values` until 5.23, then `cache`.
+# The installed transformers' name for the cache in arguments and outputs: `past_key_values` until 5.23, then `cache`.
 CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 class MambaStateLayer(LinearAttentionLayer):
-    """States of one mixer: `conv_states[0]` (batch, conv_dim, d_conv) and `recurrent_states[0]` (batch, H, P, N)."""
+    """One mixer's `conv_states[0]` (batch, conv_dim, d_conv) and `recurrent_states[0]` (batch, H, P, N; see ssd.py)."""
 
-    # Otherwise generate would build masks for torch.compile, and the mixers cannot use those.
+    # With True, `generate` would build masks for torch.compile, and the mixers cannot use such masks.
     is_compileable = False
 
     def states(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(conv state, SSM state) after the tokens seen so far; (None, None) before the first."""
+        """(conv state, SSM state) after the tokens seen so far; (None, None) before the first token."""
         return (self.conv_states[0], self.recurrent_states[0]) if self.has_previous_state[0] else (None, None)
 
     def remember(self, inputs: torch.Tensor, state: torch.Tensor) -> None:
-        """Store the states for the next call of `states`. They may be the stored tensors, changed in place.
+        """Store the conv state `inputs` and the SSM state `state` for the next call of `states`.
 
-        Where gradients are recorded, nothing is changed in place: the backward pass needs the old states.
+        Both may be the stored tensors themselves, already changed in place. While gradients are recorded, no stored
+        tensor is changed in place, because the backward pass needs the old states.
         """
         if not self.has_previous_state[0]:
             self.update_conv_state(inputs)
@@ -40,7 +40,7 @@ class MambaStateLayer(LinearAttentionLayer):
             self.conv_states[0], self.recurrent_states[0] = inputs, state
             return
         else:
-            # update_conv_state would append to the old inputs first, which takes a quarter of a decode step.
+            # update_conv_state would first append to the old inputs. That takes a quarter of a decode step's time.
             self.conv_states[0].copy_(inputs)
         self.update_recurrent_state(state)
 
@@ -67,10 +67,10 @@ _CACHE_LAYERS = {"linear_attention": MambaStateLayer, "hybrid": HybridStateLayer
 
 
 class LlambaCache(DynamicCache):
-    """The cache of a [`LlambaForCausalLM`]: the argument `past_key_values` or `cache`.
+    """The cache of a [`LlambaForCausalLM`], which takes it as the argument `past_key_values` or `cache`.
 
     Args:
-        config: the model's. Each entry of `config.layer_types` gets a cache layer.
+        config: the model's config. Each entry of `config.layer_types` gets a cache layer.
     """
 
     layers: list
@@ -78,20 +78,20 @@ class LlambaCache(DynamicCache):
     def __init__(self, config: LlambaConfig):
         super().__init__()
         self.layers = [_CACHE_LAYERS.get(kind, DynamicLayer)() for kind in config.layer_types]
-        self.seen_tokens = 0  # the model adds each segment's length, padding included
+        self.seen_tokens = 0  # every forward pass adds the length of its input, padding included
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far, padding included: the same number in every layer."""
+        """How many tokens the model has seen, padding included. The number is the same for every layer."""
         return self.seen_tokens
 
     @property
     def is_linear(self) -> list[bool]:
-        """Per layer, whether it has a state and no K/V. Never all True: `generate` would then find no length."""
+        """For each layer, whether it has states and no K/V. Never all True: then `generate` ignores the length."""
         kinds = super().is_linear
         return kinds if not all(kinds) else [False] * len(kinds)
 
     def detach(self) -> None:
-        """Stop the gradients of later tokens at the stored tensors."""
+        """Detach the stored tensors, so that no gradient of later tokens flows through them."""
         for layer in self.layers:
             for name in ("keys", "values", "conv_states", "recurrent_states"):
                 if hasattr(layer, name):
@@ -99,5 +99,5 @@ class LlambaCache(DynamicCache):
 
     def reset(self) -> None:
         """Empty the cache."""
-        self.layers = [type(layer)() for layer in self.layers]  # K/V layers would keep their length otherwise
+        self.layers = [type(layer)() for layer in self.layers]  # older transformers' `reset` keeps the length of K/V
         self.seen_tokens = 0

@@ -1,13 +1,14 @@
-"""The config of a Llamba: sizes, mixer, MLP, and which layers are a donor's.
+"""The config of a Llamba: sizes, mixer, MLP, and which layers come from a donor.
 
-It reads upstream's config.json (`d_model`, `n_layer`, `ssm_cfg`, `mlp_cfg`, ...), and Hugging Face's names too.
+"Upstream" is Cartesia's own code of Llamba. The config reads upstream's config.json (`d_model`, `n_layer`, `ssm_cfg`,
+`mlp_cfg`, ...), and also accepts Hugging Face's names of the same fields, such as `hidden_size`.
 Source of upstream's fields: cartesia-ai/edge, cartesia-pytorch/cartesia_pytorch/Llamba/configuration_llamba.py.
 """
 
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .transformers_versions import TESTED  # noqa: F401  first: another version may lack the imports below
+from .transformers_versions import TESTED  # noqa: F401  first: another transformers may lack the names below
 
 # isort: split
 from huggingface_hub.dataclasses import strict
@@ -15,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from .donor_kinds import KINDS, OF_EACH_DONOR, REQUIRED, mask_kinds
 
-# Imported only where one is made: this import takes a second.
+# At run time, only the function that makes a LlamaConfig imports it, because the import takes a second.
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
@@ -33,7 +34,7 @@ SSM_DEFAULTS: dict[str, Any] = {
     "conv_bias": True,
 }
 
-# Fields that other libraries read. They follow from `llama_cfg`, or from `ssm_cfg` and `mlp_cfg`.
+# Fields that other libraries read. Their values follow from `llama_cfg`, or from `ssm_cfg` and `mlp_cfg`.
 DERIVED = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 
 ACTIVATIONS = ("identity", "silu", "swish")
@@ -44,33 +45,33 @@ class LlambaConfig(PreTrainedConfig):
     r"""Configuration of a [`LlambaForCausalLM`].
 
     Args:
-        vocab_size: tokens that exist. The embedding and head have this many rows, rounded up to a multiple of
-            `pad_vocab_size_multiple`; logits of the rows added are never returned.
+        vocab_size: the number of different tokens. The embedding and the head have this many rows, rounded up to a
+            multiple of `pad_vocab_size_multiple`. The model never returns logits of the added rows.
         d_model: width of the hidden states.
         n_layer: number of layers, grafted ones included.
-        tie_embeddings: whether the head is the embedding's weight.
+        tie_embeddings: whether the head uses the embedding's weight.
         pad_vocab_size_multiple: see `vocab_size`.
         lm_head_bias: whether an untied head has a bias.
         resid_dropout: not used, neither here nor upstream; kept so that upstream's files round-trip.
-        norm_epsilon: epsilon of the final norm. The norms in Mamba blocks always have 1e-5, as upstream.
+        norm_epsilon: epsilon of the final norm. In Mamba blocks, the norms' epsilon is always 1e-5, as upstream.
         mlp_cfg: `intermediate_size`, `bias`, `act_fn` of the Mamba blocks' MLPs; fields left out take the defaults.
         ssm_cfg: `d_state`, `n_v_heads`, `n_qk_heads`, `d_conv`, `expand`, `chunk_size`, `activation` ("identity" or
             "silu"), `bias`, `conv_bias` of the mixers; fields left out take the defaults.
-        max_position_embeddings: tokens per sequence. Mamba blocks have no limit, grafted layers have the donor's.
-        llama_layers: indices of the layers that are the donor's, sorted, without repeats.
+        max_position_embeddings: the most tokens of a sequence: the donor's limit, or no limit if nothing is grafted.
+        llama_layers: indices of the layers that come from the donor, sorted, without repeats.
         llama_cfg: the fields of the donor's config that grafted layers and heads need (`KINDS[donor_type].fields`).
-        other_llama_cfgs: by layer, as text, the fields of `llama_cfg` in which the layer's own donor differs (some of
-            `OF_EACH_DONOR`). It is written only where there are any.
-        donor_type: the donor's kind, one of `KINDS`. It is written only where it is not "llama".
-        llama_heads: by layer, as text, the donor's query heads that are added to its mixer, sorted. It is written only
-            where there are any.
-        keep_mixer_heads: whether the mixer keeps its channels at the place of grafted heads. By default they are set
-            to zero before `out_proj` (`replaced_channels`). It is written only where it is true.
+        other_llama_cfgs: for each layer whose donor has other values than `llama_cfg`, the fields that differ (some of
+            `OF_EACH_DONOR`). Keys are the layers' indices as text. Files have this field only if it is not empty.
+        donor_type: the donor's kind, one of `KINDS`. Files have this field only if it is not "llama".
+        llama_heads: for each layer with grafted heads, the donor's query heads that are added to its mixer, sorted.
+            Keys are the layers' indices as text. Files have this field only if it is not empty.
+        keep_mixer_heads: whether the mixer keeps the channels that grafted heads replace. By default these channels are
+            set to zero before `out_proj` (`replaced_channels`). Files have this field only if it is true.
 
     Raises:
         ValueError: for a field of `mlp_cfg`, `ssm_cfg` or `llama_cfg` that does not exist, an unknown `donor_type`,
-            head counts that do not divide, a layer index that is out of range or repeated, or a value of `DERIVED`
-            that contradicts the other fields; the message names it.
+            head counts that do not fit, a layer index that is out of range or repeated, or a field of `DERIVED` whose
+            value contradicts the other fields. The message names the field.
     """
 
     model_type = "llamba"
@@ -90,7 +91,7 @@ class LlambaConfig(PreTrainedConfig):
     lm_head_bias: bool = False
     resid_dropout: float | int = 0.0
     norm_epsilon: float = 1e-5
-    mlp_cfg: Any = None  # dicts; __post_init__ puts the defaults in
+    mlp_cfg: Any = None  # a dict, like the other fields of type Any; __post_init__ fills in defaults
     ssm_cfg: Any = None
     llama_layers: list[int] = field(default_factory=list)
     llama_cfg: Any = None
@@ -115,19 +116,19 @@ class LlambaConfig(PreTrainedConfig):
         if self.has_attention:
             self.llama_cfg = _with_defaults("llama_cfg", self.llama_cfg, KINDS[self.donor_type].fields)
         derived = {name: kwargs.pop(name) for name in DERIVED if name in kwargs}
-        super().__post_init__(**kwargs)  # also sets fields with Hugging Face's names
+        super().__post_init__(**kwargs)  # also sets the fields that were given by Hugging Face's names
         for name, value in derived.items():
             if value != getattr(self, name):
                 raise ValueError(f"{name} is {value}, but the other fields make it {getattr(self, name)}; leave it out")
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of the head."""
+        """How many rows the embedding and the head have."""
         return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
     @property
     def d_inner(self) -> int:
-        """Width of the mixers' values: n_v_heads times their head size."""
+        """Width of a mixer's values, all its `n_v_heads` together."""
         return self.ssm_cfg["expand"] * self.d_model
 
     @property
@@ -137,27 +138,27 @@ class LlambaConfig(PreTrainedConfig):
 
     @property
     def num_attention_heads(self) -> int:
-        """Query heads of the grafted layers; value heads of the mixers where no layer is grafted."""
+        """How many query heads the donor's layers have; if nothing is grafted, how many value heads the mixers have."""
         return self.llama_cfg["num_attention_heads"] if self.has_attention else self.ssm_cfg["n_v_heads"]
 
     @property
     def num_key_value_heads(self) -> int:
-        """Key and value heads of the grafted layers; heads of B and C in the mixers where no layer is grafted."""
+        """How many key/value heads the donor's layers have; if nothing is grafted, how many heads of B a mixer has."""
         return self.llama_cfg["num_key_value_heads"] if self.has_attention else self.ssm_cfg["n_qk_heads"]
 
     @property
     def head_dim(self) -> int:
-        """Width of one of `num_attention_heads`."""
+        """Width of one query head of the donor; if nothing is grafted, of one value head of a mixer."""
         return self.llama_cfg["head_dim"] if self.has_attention else self.d_inner // self.ssm_cfg["n_v_heads"]
 
     @property
     def intermediate_size(self) -> int:
-        """Width of the grafted layers' MLPs; of the Mamba blocks' where no layer is grafted."""
+        """Width of the MLPs in grafted layers; if no layer is grafted, of the MLPs in Mamba blocks."""
         return (self.llama_cfg if self.llama_layers else self.mlp_cfg)["intermediate_size"]
 
     @property
     def layer_types(self) -> list[str]:
-        """Per layer, transformers' name of its kind: "linear_attention", "hybrid", or the mask of a grafted layer."""
+        """For each layer, what transformers calls its kind: "linear_attention", "hybrid", or a grafted layer's mask."""
         kinds = ["hybrid" if str(index) in self.llama_heads else "linear_attention" for index in range(self.n_layer)]
         for index in self.llama_layers:
             if index < self.n_layer:
@@ -167,23 +168,23 @@ class LlambaConfig(PreTrainedConfig):
     def mask_of(self, layer: int) -> str:
         """The mask that a layer's attention needs: "full_attention" or "sliding_attention"."""
         masks = mask_kinds(self.llama_cfg, self.n_layer)
-        return masks[layer] if layer < len(masks) else "full_attention"  # before validation maybe too few
+        return masks[layer] if layer < len(masks) else "full_attention"  # too short before it is validated
 
     def heads_of_layer(self, layer: int) -> list[int]:
         """The donor's heads that are added to a layer's mixer."""
         return self.llama_heads.get(str(layer), [])
 
     def replaced_channels(self, layer: int) -> list[tuple[int, int]]:
-        """(start, end) of the mixer's channels that grafted heads replace: the same share, at the same place.
+        """(start, end) of the mixer's channels that each grafted head of a layer replaces.
 
-        If mixer and attention have equally many heads, these are the mixer's heads with the same numbers.
+        If the donor has n heads, its head i replaces part i of n equal parts of the mixer's channels.
         """
         heads = [] if self.keep_mixer_heads else self.heads_of_layer(layer)
         size = self.d_inner // self.num_attention_heads
         return [(head * size, (head + 1) * size) for head in heads]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, and the `DERIVED` ones, because some libraries read them here."""
+        """All fields, the `DERIVED` ones included, because some libraries read those from this dict."""
         return {**self.file_fields(), **{name: getattr(self, name) for name in DERIVED}}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -191,11 +192,11 @@ class LlambaConfig(PreTrainedConfig):
         return self._written({name: value for name, value in super().to_diff_dict().items() if name not in DERIVED})
 
     def file_fields(self) -> dict[str, Any]:
-        """The fields in our files, without those that follow from others."""
+        """The fields that are in our files: all but the `DERIVED` ones."""
         return self._written(super().to_dict())
 
     def _written(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """`fields` as they are written into files: newer fields only where they differ from their default."""
+        """`fields` as files have them: the later additions to this class only if they differ from their defaults."""
         newer = {"other_llama_cfgs": {}, "donor_type": "llama", "llama_heads": {}, "keep_mixer_heads": False}
         return {name: value for name, value in fields.items() if name not in newer or value != newer[name]}
 
@@ -213,13 +214,13 @@ class LlambaConfig(PreTrainedConfig):
         )
 
     def llama_config(self, layer: int | None = None) -> PreTrainedConfig:
-        """The config of a grafted layer; without `layer`, of the first donor. Some layer or head must be grafted."""
+        """The donor's config for a grafted layer; without `layer`, the first donor's. Needs a grafted layer or head."""
         kind = KINDS[self.donor_type].transformers_class("Config")
         sizes = {"vocab_size": self.vocab_size, "hidden_size": self.d_model, "num_hidden_layers": self.n_layer}
         return kind(**sizes, **self.llama_cfg | self.other_llama_cfgs.get(str(layer), {}))
 
     def validate_architecture(self):
-        """Part of `@strict`'s validation: find settings that would be a shape error in the model."""
+        """Refuse settings that would be a shape error in the model. `@strict` calls this when it validates."""
         ssm = self.ssm_cfg
         if self.d_inner % ssm["n_v_heads"]:
             raise ValueError(f"ssm_cfg: n_v_heads {ssm['n_v_heads']} does not divide expand * d_model = {self.d_inner}")
@@ -242,19 +243,19 @@ class LlambaConfig(PreTrainedConfig):
             masks = mask_kinds(self.llama_cfg, self.n_layer)
             if len(masks) != self.n_layer or not set(masks) <= {"full_attention", "sliding_attention"}:
                 raise ValueError(
-                    f"llama_cfg: layer_types must be full_attention or sliding_attention, {self.n_layer} in all, not "
-                    f"{len(masks)} of {', '.join(sorted(set(map(str, masks))))}"
+                    f"llama_cfg: layer_types needs {self.n_layer} entries of full_attention or sliding_attention, but "
+                    f"has {len(masks)} of {', '.join(sorted(set(map(str, masks))))}"
                 )
             window = self.llama_cfg.get("sliding_window")
             if "sliding_attention" in masks and not (isinstance(window, int) and window > 0):
-                raise ValueError(f"llama_cfg: sliding_window is {window!r}; sliding layers need a number of tokens")
+                raise ValueError(f"llama_cfg: sliding_window is {window!r}, but sliding_attention needs a token count")
 
     def _check_other_donors(self) -> None:
         """Part of `validate_architecture`."""
         others = self.other_llama_cfgs
         grafted = [*map(str, self.llama_layers), *self.llama_heads]
         if not isinstance(others, dict) or not others.keys() <= {*grafted}:
-            raise ValueError(f"other_llama_cfgs needs grafted layers ({', '.join(grafted)}) as keys: {others!r:.80}")
+            raise ValueError(f"other_llama_cfgs: keys are grafted layers ({', '.join(grafted)}), not {others!r:.80}")
         for layer, fields in others.items():
             if not isinstance(fields, dict) or not fields.keys() <= {*OF_EACH_DONOR}:
                 raise ValueError(f"other_llama_cfgs: layer {layer} may have {', '.join(OF_EACH_DONOR)} only")
@@ -272,7 +273,7 @@ class LlambaConfig(PreTrainedConfig):
                     f"llama_heads: heads {heads} of layer {layer} must be sorted, without repeats, below {total}"
                 )
         if self.llama_heads and self.llama_cfg.get("attention_bias"):
-            raise ValueError("llama_heads: the donor's o_proj has a bias, which belongs to no head; graft its layers")
+            raise ValueError("llama_heads: the donor's o_proj has a bias, which belongs to no head; graft layers")
         if self.llama_heads and not self.keep_mixer_heads and self.d_inner % total:
             raise ValueError(f"llama_heads: the donor's {total} heads do not divide the mixer's width {self.d_inner}")
 

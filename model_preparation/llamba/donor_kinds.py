@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-# The settings that a layer's computation depends on, by their names in transformers' configs. Values are defaults.
+# The settings that a layer's computation depends on, with defaults. The names are those in transformers' configs.
 _COMMON: dict[str, Any] = {
     "num_attention_heads": None,
     "num_key_value_heads": None,
@@ -20,9 +20,9 @@ _COMMON: dict[str, Any] = {
     "max_position_embeddings": 2048,
 }
 REQUIRED = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rope_parameters")
-# Donors in one model may differ in these. The other settings must be equal: shapes, caches and masks depend on them.
+# Several donors of one model may differ in these settings only. Shapes, caches and masks depend on the other settings.
 OF_EACH_DONOR = ("rms_norm_eps", "rope_parameters", "max_position_embeddings")
-# The windows of Qwen's layers: `layer_types` says which layers have one.
+# Qwen's sliding windows: `layer_types` says which layers have a window.
 _WINDOWS: dict[str, Any] = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
 
 
@@ -31,11 +31,11 @@ class DonorKind:
     """One kind of donor.
 
     Attributes:
-        model_type: as in config.json. It is also the name of the folder in `transformers.models`.
-        classes: the beginning of the class names there, such as "Qwen3" in `Qwen3DecoderLayer`.
+        model_type: as in config.json. The folder in `transformers.models` has the same name.
+        classes: the beginning of the class names in that folder, such as "Qwen3" in `Qwen3DecoderLayer`.
         fields: the settings that a layer's computation depends on, with defaults.
-        qkv_biases: whether queries, keys and values always have biases. `attention_bias` also gives the output one.
-        qk_norms: whether the queries and keys of each head are normed.
+        qkv_biases: whether queries, keys and values always have biases. (`attention_bias` adds one to the output too.)
+        qk_norms: whether the queries and keys of each head go through an RMSNorm.
     """
 
     model_type: str
@@ -45,13 +45,13 @@ class DonorKind:
     qk_norms: bool = False
 
     def transformers_class(self, name: str) -> Any:
-        """The class of this kind: "Config", "DecoderLayer", "RotaryEmbedding", "ForCausalLM", ..."""
+        """transformers' class of this kind whose name ends in `name`: "Config", "DecoderLayer", "ForCausalLM", ..."""
         file = "configuration" if name == "Config" else "modeling"
         module = import_module(f"transformers.models.{self.model_type}.{file}_{self.model_type}")
         return getattr(module, self.classes + name)
 
     def settings(self, config: Any) -> dict[str, Any]:
-        """The values of `fields` in a donor's config: the `llama_cfg` of its layers."""
+        """The values of `fields` in a donor's config. A Llamba's config keeps them as `llama_cfg`."""
         found = {name: getattr(config, name, default) for name, default in self.fields.items()}
         # Qwen2's config has no head_dim.
         found["head_dim"] = found["head_dim"] or config.hidden_size // config.num_attention_heads
@@ -72,23 +72,23 @@ KINDS = {
 
 
 def mask_kinds(settings: Mapping[str, Any], layers: int) -> list[str]:
-    """Per layer of a donor with these `settings`, the mask it needs: "full_attention" or "sliding_attention"."""
+    """For each layer of a donor with these `settings`, the mask it needs: "full_attention" or "sliding_attention"."""
     kind = "full_attention" if settings.get("sliding_window") is None else "sliding_attention"
     return settings.get("layer_types") or [kind] * layers
 
 
 def kv_heads(heads: Sequence[int], group_size: int) -> list[int]:
-    """The key/value heads that query heads need, sorted; `group_size` query heads share one."""
+    """The key/value heads that query heads use, sorted. `group_size` query heads share one key/value head."""
     return sorted({head // group_size for head in heads})
 
 
 def picked_heads(
     heads: Sequence[int], num_heads: int, num_kv_heads: int, head_dim: int, kind: DonorKind = KINDS["llama"]
 ) -> dict[str, tuple[int, list[int]] | None]:
-    """The parts of a donor's layer that a `HeadAttention` needs.
+    """Which entries of a donor's layer, parameter by parameter, become a `HeadAttention` with these heads.
 
     Returns:
-        By parameter name (the donor's, without `self_attn.`): (dimension, indices to pick), or None for the whole.
+        By parameter name (the donor's, without `self_attn.`): (dimension, indices to pick), or None to pick everything.
     """
 
     def numbers(picked: Sequence[int]) -> list[int]:

@@ -1,7 +1,7 @@
-"""Grafted heads: the donor's attention over some of its query heads, added to a Mamba block's mixer.
+"""Grafted heads: the donor's attention with some of its query heads only. A Mamba block adds it to its mixer's output.
 
-Only the rows of q, k and v and the columns of o that these heads need are parameters, so cost and cache follow the
-number of heads. A few heads do most of the recall: arXiv 2504.18574, arXiv 2602.11374.
+The parameters are only the rows of q, k and v and the columns of o that these heads need. So cost and cache grow with
+the number of heads. A few heads do most of the recall: arXiv 2504.18574, arXiv 2602.11374.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from .donor_kinds import KINDS, kv_heads, mask_kinds
 
 
 class HeadAttention(nn.Module):
-    """out = sum over the heads h of softmax(q_h k_g(h)^T / sqrt(head_dim)) v_g(h) o_h^T, on the donor's input norm.
+    """out = sum over the heads h of softmax(q_h k_g(h)^T / sqrt(head_dim)) v_g(h) o_h^T, after the donor's input norm.
 
-    Biases, norms and the window of queries and keys are those of the donor's kind.
+    g(h) is the K/V head that h uses. Biases, norms of queries and keys, and the sliding window are as in the donor.
 
     Args:
-        config: the donor's.
+        config: the donor's config.
         heads: the query heads, sorted.
         layer_idx: the layer's index.
     """
@@ -50,10 +50,10 @@ class HeadAttention(nn.Module):
         self.o_proj = nn.Linear(len(heads) * self.head_dim, config.hidden_size, bias=False)
 
     def _pad_groups(self, kv_place: Sequence[int]) -> None:
-        """Give each K/V head equally many queries, as attention needs. Repeating a query is cheaper than copying K/V.
+        """Plan which queries to repeat, so that all K/V heads have equally many. Copying K/V would cost more.
 
         Args:
-            kv_place: for each head, the number of its K/V head among those kept; sorted.
+            kv_place: for each query head, its K/V head as an index into the K/V heads of this module; sorted.
         """
         places = [[at for at, own in enumerate(kv_place) if own == group] for group in range(kv_place[-1] + 1)]
         self.num_key_value_groups = max(map(len, places))
@@ -80,10 +80,10 @@ class HeadAttention(nn.Module):
         """
         Args:
             hidden_states: (batch, length, d_model), before any norm.
-            attention_mask: as transformers makes it for the implementation in use.
+            attention_mask: the mask that transformers makes for the attention implementation in use.
             position_embeddings: (cos, sin), each (batch, length, head_dim).
-            cache: of the earlier tokens; updated in place.
-            kwargs: passed to the implementation.
+            cache: the cache of the earlier tokens; updated in place.
+            kwargs: further arguments for the attention implementation.
 
         Returns:
             (batch, length, d_model), to be added to the residual.

@@ -1,6 +1,6 @@
-"""Registers the model with transformers and torch once one of them is imported: `import model_preparation` is quick.
+"""Registers the model with transformers and torch as soon as other code imports one of the two.
 
-Registering needs both, and their import takes seconds. So it waits until other code imports one of them.
+Registering imports both, which takes seconds. So `import model_preparation` does not register the model at once.
 """
 
 import functools
@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# transformers imports these, and some of them import torch: while one is half imported, nothing can be registered.
+# While one of these packages is half imported, the model cannot be registered: transformers or torch may be incomplete.
 _WATCHED = {"torch", "transformers", "accelerate", "safetensors", "peft", "torchvision", "kernels", "model_preparation"}
 
 
 class _Watch:
-    """A finder for `sys.meta_path`: it finds nothing itself, but notices when the imports of these packages end."""
+    """A finder for `sys.meta_path`. It asks the other finders, and notices when all imports of `_WATCHED` end."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._running = 0  # imports that have not ended, in all threads
+        self._running = 0  # how many imports of these packages are running, in all threads
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -52,7 +52,7 @@ _watch = _Watch()
 
 
 def register_when_needed() -> None:
-    """Register the model with transformers and torch now if one of them is imported, else as soon as one is."""
+    """Register the model now if torch or transformers is imported already, otherwise as soon as one of them is."""
     if _is_imported():
         _register()
     elif _watch not in sys.meta_path:
@@ -60,7 +60,7 @@ def register_when_needed() -> None:
 
 
 def register_never() -> None:
-    """Stop waiting. Commands call this: they import the model where they need it, and many do not."""
+    """Stop waiting. Commands call this, because they import the model themselves if they need it."""
     if _watch in sys.meta_path:
         sys.meta_path.remove(_watch)
 

@@ -1,6 +1,7 @@
-"""The mixer of a Mamba block: projections, causal convolution, scan, gate; and how it skips padding.
+"""The mixer of a Mamba block: projections, causal convolution, scan and gate. It skips padding.
 
-Source of the computation and the names: cartesia-ai/edge, cartesia_pytorch/Llamba/mixers/discrete_mamba2.py.
+Source of the computation and the names ("upstream"): cartesia-ai/edge,
+cartesia_pytorch/Llamba/mixers/discrete_mamba2.py.
 """
 
 from typing import NamedTuple
@@ -16,20 +17,20 @@ from .ssd import NEVER, product_dtype, scan, step
 # Tokens that go through a mixer at once on a CPU. Their intermediate values fit into the CPU's caches, and into memory
 # that the allocator reuses. Between 256 and 1,024 tokens, the speed differs by less than 5%.
 BLOCK_TOKENS = 512
-SHORT = 8  # tokens up to which a sum of shifted products is faster than conv2d
+SHORT = 8  # up to this many tokens, a sum of shifted products is faster than conv2d
 
 
 class PaddingLayout(NamedTuple):
-    """How to move the real tokens of each row to the front, and back. L is the length of the current segment."""
+    """How to move the real tokens of each row before its padding, and back. L is the number of tokens in a row."""
 
-    order: Tensor  # (batch, L) int64: position in the segment of the i-th token after moving
-    inverse: Tensor  # (batch, L) int64: where a position of the segment moved to
-    is_padding: Tensor  # (batch, L) bool, after moving
+    order: Tensor  # (batch, L) int64: entry i is the old position of the token that moves to position i
+    inverse: Tensor  # (batch, L) int64: entry i is the new position of the token at the old position i
+    is_padding: Tensor  # (batch, L) bool: after moving, whether position i is padding
     lengths: Tensor  # (batch,) int64: real tokens per row
 
     @classmethod
     def of(cls, attention_mask: Tensor | None, length: int) -> "PaddingLayout | None":
-        """The layout of the last `length` columns of a 2-D mask; None if none of them is padding."""
+        """The layout of the last `length` columns of a 2-D mask; None if these columns have no padding."""
         if attention_mask is None:
             return None
         if attention_mask.dim() != 2:
@@ -44,26 +45,24 @@ class PaddingLayout(NamedTuple):
 
 
 class CausalConv1d(nn.Conv1d):
-    """A depthwise convolution over tokens. Only its own forward reads its weights: hooks may load them there."""
+    """A depthwise convolution over tokens. Only `forward` reads its weights, so hooks can load them just before."""
 
     def forward(self, window: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Convolve the last tokens of a window; no activation.
-
-        In bfloat16 if the CPU multiplies it (the sums are float32), else in at least float32.
+        """Convolve the last `length` tokens of a window, without activation. Sums are float32 or wider.
 
         Args:
-            window: (batch, kernel_size + length, channels): the inputs before the tokens, then theirs.
-            position_ids: (batch, length), each token's place in its document; earlier documents do not count.
+            window: (batch, kernel_size + length, channels), the inputs of earlier tokens, then of these tokens.
+            position_ids: (batch, length), each token's place in its document. Earlier documents count as zeros.
 
         Returns:
-            (batch, length, channels).
+            (batch, length, channels) in the dtype `product_dtype(window)`.
         """
         taps = self.kernel_size[0]
         length, dtype = window.shape[1] - taps, product_dtype(window)
         by_onednn = window.device.type == "cpu" and dtype != torch.float64 and torch.backends.mkldnn.is_available()
         if by_onednn and length > SHORT and position_ids is None:
-            # An image one pixel high, (batch, channels, 1, taps - 1 + length), with the channels last in memory. It
-            # is 2 to 25 times faster than conv1d, which would transpose.
+            # As an image one pixel high, (batch, channels, 1, taps - 1 + length), with the channels last in memory.
+            # conv1d would transpose the input, and takes 2 to 25 times as long.
             image = window[:, 1:].to(dtype).unsqueeze(1).permute(0, 3, 1, 2)
             bias = None if self.bias is None else self.bias.to(dtype)
             out = F.conv2d(image, self.weight.to(dtype).unsqueeze(2), bias, groups=self.groups)
@@ -86,7 +85,7 @@ class LlambaMixer(nn.Module):
     """Discrete Mamba-2: out = out_proj(y * silu(z + z_bias)), y = S C + D x, S = exp(-softplus(a)) S + x B^T.
 
     Rows of `in_proj`, in order: x (d_inner), B and C (n_qk_heads * d_state each), z (d_inner), a (n_v_heads). x, B and
-    C go through one causal depthwise convolution first. State and decay are float32 whatever the weights' dtype.
+    C go through one causal depthwise convolution first. State and decay are float32 or wider for weights of any dtype.
     """
 
     def __init__(self, config: LlambaConfig, layer_idx: int):
@@ -101,7 +100,7 @@ class LlambaMixer(nn.Module):
         self.replaced_channels = config.replaced_channels(layer_idx)
 
         self.in_proj = nn.Linear(config.d_model, self.conv_dim + self.d_inner + self.n_v_heads, bias=ssm["bias"])
-        # With biases, the bias of z is a part of in_proj's, and upstream has no z_bias parameter.
+        # If in_proj has a bias, the bias of z is a part of it, and upstream has no parameter z_bias.
         self.z_bias = None if ssm["bias"] else nn.Parameter(torch.zeros(self.d_inner))
         self.conv1d = CausalConv1d(
             self.conv_dim,
@@ -131,10 +130,10 @@ class LlambaMixer(nn.Module):
         """
         Args:
             hidden_states: (batch, length, d_model).
-            cache: of the earlier tokens; updated in place.
-            padding: where this segment has padding, which enters neither the convolution nor the state.
-            position_ids: (batch or 1, length), each token's place in its document: state and convolution start again
-                where it is 0. None if no document begins after the first token of a row.
+            cache: the cache of the earlier tokens; updated in place.
+            padding: where these tokens have padding. Padding enters neither the convolution nor the state.
+            position_ids: (batch or 1, length), each token's place in its document. Where it is 0, state and convolution
+                start anew. None if no document begins after the first token of a row.
 
         Returns:
             (batch, length, d_model) in the same dtype. At padding the values are finite and meaningless.
@@ -182,20 +181,20 @@ class LlambaMixer(nn.Module):
         real: Tensor | None,
         position_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the mixer over consecutive tokens.
+        """Run the mixer over one block of consecutive tokens.
 
         Args:
             hidden_states: (batch, length, d_model).
-            inputs: the last d_conv inputs of the convolution before them, (batch, d_conv, conv_dim).
-            state: the state before them, (batch, H, P, N), or None for zeros.
-            real: (batch,), how many tokens of each row are real. They come first. None: all are real.
-            position_ids: (batch, length), or None.
+            inputs: the convolution's last d_conv inputs before the block, (batch, d_conv, conv_dim).
+            state: the SSM state before the block, (batch, H, P, N), or None for zeros.
+            real: (batch,), how many tokens of each row are real; padding comes after them. None: all are real.
+            position_ids: (batch, length), as in `forward`, or None.
 
         Returns:
-            (batch, length, d_model), and `inputs` and `state` for the tokens after them.
+            The block's output (batch, length, d_model), and `inputs` and `state` after the block.
         """
         batch, length, _ = hidden_states.shape
-        # As a matrix: with three dimensions torch would copy the weights for each row.
+        # The input is a matrix: with three dimensions, torch would copy the weights for each row.
         projected = self.in_proj(hidden_states.reshape(batch * length, -1)).view(batch, length, -1)
         xBC, z, a = projected.split([self.conv_dim, self.d_inner, self.n_v_heads], dim=-1)
         y, inputs, state = self._recur(xBC, a, inputs, state, real, position_ids)
@@ -210,7 +209,7 @@ class LlambaMixer(nn.Module):
         real: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Convolution and recurrence. As `_mix`, but from the projection's xBC and a to y, (batch, length, d_inner)."""
+        """The middle of `_mix`: convolution and recurrence. Returns y, (batch, length, d_inner), inputs and state."""
         batch, length, _ = xBC.shape
         dtype = torch.promote_types(xBC.dtype, torch.float32)
         window = torch.cat([inputs, xBC], dim=1)  # (batch, d_conv + length, conv_dim)
@@ -225,11 +224,11 @@ class LlambaMixer(nn.Module):
         C = C.view(batch, length, self.n_qk_heads, self.d_state)
         log_decay = F.softplus(a.to(dtype)).neg()  # (batch, L, H)
         if position_ids is not None:
-            log_decay = log_decay.masked_fill((position_ids == 0).unsqueeze(-1), NEVER)  # nothing is left of the state
+            log_decay = log_decay.masked_fill((position_ids == 0).unsqueeze(-1), NEVER)  # a document begins
         if real is None:
             inputs = window[:, -self.d_conv :]
         else:
-            # No input and no decay: the state passes through padding unchanged.
+            # At padding, nothing is added to the state and nothing decays, so the state stays the same.
             is_padding = (torch.arange(length, device=real.device) >= real.unsqueeze(1)).unsqueeze(-1)
             x = x.masked_fill(is_padding.unsqueeze(-1), 0)
             log_decay = log_decay.masked_fill(is_padding, 0)
@@ -242,7 +241,7 @@ class LlambaMixer(nn.Module):
         return y.reshape(batch, length, self.d_inner), inputs, state
 
     def _gated(self, y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
-        """y (..., d_inner) through gate and output projection: (..., d_model) in `dtype`."""
+        """Apply gate and output projection to y, (..., d_inner). Returns (..., d_model) in `dtype`."""
         gate = F.silu((z if self.z_bias is None else z + self.z_bias).to(y.dtype))
         y = y * gate
         for start, end in self.replaced_channels:

@@ -1,6 +1,6 @@
-"""The hybrid model: Mamba-2 blocks with upstream's parameter names, and transformers' own layers where grafted.
+"""The hybrid model: Mamba-2 blocks with upstream's parameter names; a grafted layer is transformers' own layer.
 
-Source of the computation and the parameter names: cartesia-ai/edge, cartesia_pytorch/Llamba/llamba.py.
+Source of the computation and the parameter names: cartesia-ai/edge, cartesia_pytorch/Llamba/llamba.py ("upstream").
 """
 
 from .transformers_versions import TESTED
@@ -28,9 +28,9 @@ from .head_attention import HeadAttention
 from .mixer import LlambaMixer, PaddingLayout
 from .packing import has_several_documents, token_places, visible
 
-# Further arguments that transformers passes to any model. The grafted layers get them.
+# transformers may pass these arguments to any model. The grafted layers get them.
 TYPED_KWARGS = frozenset(TransformersKwargs.__annotations__)
-MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")  # these implementations take any mask
+MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")  # attention implementations that take any mask
 
 BLOCK_NORM_EPS = 1e-5  # fixed, as upstream; `norm_epsilon` is for the final norm only
 
@@ -38,7 +38,7 @@ BLOCK_NORM_EPS = 1e-5  # fixed, as upstream; `norm_epsilon` is for the final nor
 class LlambaDecoderLayer(GradientCheckpointingLayer):
     """A Mamba block of a Llamba: norm, mixer, residual; norm, gated MLP, residual.
 
-    Grafted heads add their output to the mixer's.
+    The output of grafted heads is added to the mixer's output.
     """
 
     def __init__(self, config: LlambaConfig, layer_idx: int, llama_config: LlamaConfig | None = None):
@@ -51,7 +51,7 @@ class LlambaDecoderLayer(GradientCheckpointingLayer):
         self.attention = HeadAttention(llama_config, heads, layer_idx) if heads and llama_config else None
 
     def __setstate__(self, state: dict) -> None:
-        """Load from a pickle. Pickles of versions before 0.4 know no grafted heads."""
+        """Load from a pickle. In pickles of versions before 0.4, blocks have no attribute for grafted heads."""
         super().__setstate__(state)
         if "attention" not in self._modules:
             self.__dict__.setdefault("attention", None)
@@ -68,12 +68,12 @@ class LlambaDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """
         Args:
-            hidden_states: (batch, length, d_model), in and out.
-            attention_mask: where the segment has padding.
-            position_ids: (batch, length), each token's place in its document; None if no document begins.
+            hidden_states: (batch, length, d_model). The result has the same shape.
+            attention_mask: where these tokens have padding.
+            position_ids: (batch, length), as in `LlambaMixer.forward`, or None.
             use_cache: not used; transformers' gradient checkpointing needs it in the signature.
-            past_key_values, cache: the cache, under `CACHE_NAME`.
-            of_heads: the arguments for the grafted heads.
+            past_key_values, cache: two names of the cache. The model uses the one in `CACHE_NAME`.
+            of_heads: arguments for the grafted heads, other than hidden states and cache.
         """
         cache = past_key_values if cache is None else cache
         mixed = self.mixer(self.input_layernorm(hidden_states), cache, attention_mask, position_ids)
@@ -92,7 +92,7 @@ class LlambaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _input_embed_layer = "embedding"
-    _is_stateful = True  # a state cannot be rolled back, so no assisted generation
+    _is_stateful = True  # an SSM state cannot be rolled back, so assisted generation is impossible
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": GradientCheckpointingLayer,  # every kind of layer
         "attentions": "self_attn",
@@ -110,7 +110,7 @@ class LlambaPreTrainedModel(PreTrainedModel):
 class LlambaModel(LlambaPreTrainedModel):
     """Embedding, layers and final norm: token ids to hidden states."""
 
-    # By layer; a model has some only if its donors have different settings.
+    # By layer, the donor's config where it differs from `llama_config`: the model then has several donors.
     other_configs: Mapping[int, PreTrainedConfig] = MappingProxyType({})
 
     def __init__(self, config: LlambaConfig):
@@ -128,7 +128,7 @@ class LlambaModel(LlambaPreTrainedModel):
             )
             for layer_idx, kind in enumerate(config.layer_types)
         )
-        self._no_split_modules = {type(layer).__name__ for layer in self.layers}  # FSDP takes no name beyond them
+        self._no_split_modules = {type(layer).__name__ for layer in self.layers}  # FSDP refuses names of absent layers
         self.final_layernorm = LlamaRMSNorm(config.d_model, eps=config.norm_epsilon)
         self.rotary_emb = None
         self.make_rotary_embeddings()
@@ -136,7 +136,7 @@ class LlambaModel(LlambaPreTrainedModel):
         self.post_init()
 
     def make_rotary_embeddings(self) -> None:
-        """Make the rotary embeddings again, for example on another device; `other_rotary_embs` for `other_configs`."""
+        """Make the modules of rotary embeddings: for `llama_config`, and for each config in `other_configs`."""
         make = KINDS[self.config.donor_type].transformers_class("RotaryEmbedding")
         if self.llama_config is not None:
             self.rotary_emb = make(self.llama_config)
@@ -159,11 +159,11 @@ class LlambaModel(LlambaPreTrainedModel):
         """
         Args:
             input_ids: (batch, length) int64; or `inputs_embeds`, (batch, length, d_model).
-            attention_mask: (batch, past + length), 0 at padding, which may be anywhere: no real token's output changes.
-            position_ids: (batch or 1, length), each token's place in its document, counted from 0. Where they start
-                again at 0, a document begins: no layer sees earlier tokens then. By default each row is one document.
-            past_key_values: a `LlambaCache`, updated in place; made here if `use_cache` and none is given.
-            cache: another name of `past_key_values`, transformers' own from 5.24 on.
+            attention_mask: (batch, past + length), 0 at padding. Padding may be anywhere. It changes no other output.
+            position_ids: (batch or 1, length), each token's place in its document, counted from 0. At each 0 a document
+                begins, and no layer sees the tokens before it. By default each row is one document.
+            past_key_values: a `LlambaCache`, updated in place. If `use_cache` is true, a missing cache is made here.
+            cache: another name of `past_key_values`; transformers uses this name from 5.24 on.
             kwargs: the arguments in `transformers.utils.TransformersKwargs`.
 
         Returns:
@@ -171,7 +171,7 @@ class LlambaModel(LlambaPreTrainedModel):
 
         Raises:
             TypeError: for an argument that is not listed here.
-            ValueError: for a mask that is not 2-D, a cache that is not a `LlambaCache`, or positions that do not count.
+            ValueError: for a mask that is not 2-D, a cache of another class, or positions that do not count up.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -197,9 +197,9 @@ class LlambaModel(LlambaPreTrainedModel):
         cache: LlambaCache | None = None,
         **kwargs,
     ) -> dict[str, dict]:
-        """By entry of `layer_types`, a layer's arguments besides hidden states and cache, made from `forward`'s.
+        """The arguments of each kind of layer, other than hidden states and cache, by entry of `layer_types`.
 
-        Layers of `other_configs` and layers with grafted heads have their own arguments, by their index as text.
+        Layers in `other_configs` and layers with grafted heads have entries of their own, by the layer's index as text.
         """
         length = hidden_states.shape[1]
         padding = PaddingLayout.of(attention_mask, length)
@@ -212,11 +212,11 @@ class LlambaModel(LlambaPreTrainedModel):
             "linear_attention": {"attention_mask": padding, "position_ids": position_ids if is_packed else None}
         }
         if self.llama_config is not None and self.rotary_emb is not None:
-            # set_attn_implementation() changes the model's config only.
+            # set_attn_implementation() changes only the model's config, so the donor's config follows here.
             implementation = self.llama_config._attn_implementation = self.config._attn_implementation
             if is_packed and implementation not in MASKED_ATTENTION and (padding is not None or cache is not None):
                 raise ValueError(
-                    f"several documents in a row, with padding or a cache: {implementation} would mix them. "
+                    f"A row has several documents, and padding or a cache: {implementation} would mix the documents. "
                     'Call model.set_attn_implementation("sdpa")'
                 )
             position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -226,7 +226,7 @@ class LlambaModel(LlambaPreTrainedModel):
                 make_mask, window = create_causal_mask, None
                 if kind == "sliding_attention":
                     if is_packed or (attention_mask is not None and not bool(attention_mask.all())):
-                        window = self.llama_config.sliding_window  # transformers' would count padding too
+                        window = self.llama_config.sliding_window  # transformers' mask counts padding
                     else:
                         make_mask = create_sliding_window_causal_mask
                 causal_mask = make_mask(
@@ -271,15 +271,15 @@ def _check_kwargs(kwargs: dict, position_ids: Tensor | None) -> None:
     unknown = ", ".join(sorted(set(kwargs) - TYPED_KWARGS))
     if unknown:
         installed = transformers.__version__
-        raise TypeError(f"forward has no argument {unknown}. It was tested with {TESTED}; {installed} is installed")
+        raise TypeError(f"forward has no argument {unknown}. (Tested with {TESTED}; {installed} is installed.)")
     if kwargs.get("is_causal") is False:
-        raise ValueError("is_causal=False: Mamba layers are causal")
+        raise ValueError("is_causal=False is not possible: Mamba layers are causal")
     if position_ids is None and any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
         raise ValueError("cu_seq_lens_q and seq_idx are not enough to tell documents apart; give position_ids as well")
 
 
 class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
-    """A Llamba with its head. The layers in `config.llama_layers` are the donor's."""
+    """A Llamba with its language-model head. The layers in `config.llama_layers` come from the donor."""
 
     _tied_weights_keys = {"lm_head.weight": "backbone.embedding.weight"}  # noqa: RUF012
 
@@ -305,10 +305,10 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            labels: (batch, length) int64, -100 where no loss is wanted; shifted inside.
-            logits_to_keep: compute logits for the last n positions only (0: all), or for these positions: (kept,) for
-                all rows, or (batch, kept) for each row.
-            Others as in [`LlambaModel`].
+            labels: (batch, length) int64, `input_ids` or -100 where no loss is wanted; the loss shifts them by one.
+            logits_to_keep: which positions get logits. An integer n: the last n positions, or all for 0. A tensor: the
+                positions in it, (kept,) for all rows alike or (batch, kept) for each row.
+            The other arguments are those of [`LlambaModel`].
 
         Returns:
             loss (if `labels`), logits (batch, kept, vocab_size) in the weights' dtype, and the cache.
@@ -331,7 +331,7 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
             hidden_states = hidden_states[rows[:, None], logits_to_keep.to(hidden_states.device)]
         else:
             hidden_states = hidden_states[:, logits_to_keep]
-        # Cut off the rows that only pad the vocabulary, so that no sampler can choose them.
+        # Cut off the logits of rows that only pad the vocabulary, so that no sampler can choose them.
         logits = self.lm_head(hidden_states)[..., : self.config.vocab_size]
         loss = None
         if labels is not None:
@@ -346,7 +346,7 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `generate` would make another kind of cache
+        return False  # with True, `generate` would make a cache of another class
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -355,13 +355,13 @@ class LlambaForCausalLM(LlambaPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args, **kwargs):
-        """`GenerationMixin.generate`, with prompts padded on either side.
+        """`GenerationMixin.generate`, also for prompts that are padded on the right.
 
-        Transformers reads the next token from the last column, which is padding in a right-padded batch. So prompts are
-        moved to the right while it runs. The sequences returned begin with the prompts as they were given.
+        transformers predicts the next token at the last column, which is padding in a right-padded batch. So padding is
+        moved to the left while `generate` runs. The returned sequences begin with the prompts as they were given.
 
         Raises:
-            ValueError: if a cache is continued and the last column of the mask is padding.
+            ValueError: if a cache is given, and a row of the mask ends in padding.
         """
         cache = _checked_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:

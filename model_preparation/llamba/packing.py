@@ -1,4 +1,4 @@
-"""Several documents in one row: found by their positions, and masked so that they do not see each other."""
+"""Several documents in one row: finds them by their positions, and makes masks so that they do not see each other."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from .cache_llamba import LlambaCache
 
 
 def token_places(hidden_states: Tensor, attention_mask: Tensor | None, cache: LlambaCache | None) -> Tensor:
-    """How many real tokens come before each token of a row, (batch or 1, past + length) int64."""
+    """For each token, cached ones first: how many real tokens are before it in its row. (batch or 1, past + length)."""
     if attention_mask is not None:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     past = cache.get_seq_length() if cache is not None else 0
@@ -19,7 +19,7 @@ def has_several_documents(position_ids: Tensor, places: Tensor, attention_mask: 
 
     Args:
         position_ids: (batch or 1, length).
-        places: (batch or 1, length), of the same tokens.
+        places: (batch or 1, length), the `token_places` of the same tokens.
 
     Raises:
         ValueError: if positions neither count up by one nor start again at 0.
@@ -45,8 +45,8 @@ def has_several_documents(position_ids: Tensor, places: Tensor, attention_mask: 
 def visible(position_ids: Tensor, places: Tensor, is_packed: bool, window: int | None):
     """A mask function for transformers: true for keys in the query's document that are also in the query's window.
 
-    The window is the query and the `window` - 1 real tokens before it: padding is not counted, so it changes nothing.
-    None if every key before the query is visible.
+    The window is the query and the `window` - 1 real tokens before it; padding is not counted.
+    Returns None if every key before the query is visible.
     """
     if not is_packed and window is None:
         return None

@@ -1,6 +1,6 @@
 """Importing this module registers `model_type: llamba` with transformers, and the classes of a `model.pt` with torch.
 
-`import model_preparation` imports it. A command imports it only when it needs the model, as that takes two seconds.
+lazy_registration.py imports it for Python users. Commands import it only if they need the model: it takes two seconds.
 """
 
 import torch
@@ -13,7 +13,7 @@ from model_preparation.llamba.safe_globals import SAFE_GLOBALS
 AutoConfig.register("llamba", LlambaConfig, exist_ok=True)
 AutoModel.register(LlambaConfig, LlambaModel, exist_ok=True)
 AutoModelForCausalLM.register(LlambaConfig, LlambaForCausalLM, exist_ok=True)
-# So that `save_pretrained` puts the model's files into the folder, which then opens without this package too.
+# After this, `save_pretrained` copies the model's files into the folder, which then opens without this package too.
 LlambaConfig.register_for_auto_class()
 LlambaModel.register_for_auto_class("AutoModel")
 LlambaForCausalLM.register_for_auto_class("AutoModelForCausalLM")

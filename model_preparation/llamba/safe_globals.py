@@ -1,7 +1,7 @@
 """The classes in our `model.pt` files, for `torch.load`'s default `weights_only=True`.
 
-`torch.serialization.add_safe_globals(SAFE_GLOBALS)` lets the unpickler build only these. torch refuses a file with any
-other class or function.
+`torch.serialization.add_safe_globals(SAFE_GLOBALS)` adds these classes to those that torch itself allows. torch refuses
+a file with any other class or function.
 """
 
 from torch import nn

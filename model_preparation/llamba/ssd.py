@@ -5,7 +5,7 @@ l_t = -softplus(a_t) <= 0:
     S_t = exp(l_t) S_{t-1} + x_t B_t^T        y_t = S_t C_t
 `scan` computes a whole sequence in chunks, `step` one token. State and decay are at least float32. The function
 `product_dtype` chooses the dtype of the factors in `scan`'s matrix products. `scan` and `step` take exponentials only
-of sums of l. These sums are never positive, so nothing overflows. Upstream divides by softplus(a); here nothing does.
+of sums of l. These sums are never positive, so nothing overflows. Upstream divides by softplus(a); this code does not.
 Source: Mamba-2, Dao and Gu 2024 (arXiv 2405.21060), section 6, the block decomposition of a semiseparable matrix.
 """
 
@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Longer chunks spend more on the (chunk x chunk) part than they save in steps between chunks.
+# Longer chunks cost more in the (chunk x chunk) products than they save in steps between chunks.
 MAX_CHUNK = 64
 LOG2_E = math.log2(math.e)
-NEVER = -1e4  # exp of it is 0 in any dtype, and sums of it stay finite
-HAVE_FLOAT64 = ("cpu", "cuda")  # devices; MPS and most NPUs have none
+NEVER = -1e4  # a log decay that leaves nothing of the state: its exp is 0 in any dtype, and its sums stay finite
+HAVE_FLOAT64 = ("cpu", "cuda")  # types of devices; MPS and most NPUs have no float64
 
 
 def scan(
@@ -41,9 +41,9 @@ def scan(
         log_decay: -softplus(a), (batch, length, H), float32 or wider.
         B: keys, (batch, length, G, N); N is the width of a head's state, and H is a multiple of G.
         C: queries, (batch, length, G, N).
-        chunk_size: tokens per chunk; the result does not depend on it beyond rounding.
+        chunk_size: tokens per chunk. Another value changes only the rounding of the result.
         initial_state: (batch, H, P, N), or None for zeros.
-        D: (H,), adds D x to y.
+        D: (H,); D x is added to y.
 
     Returns:
         y (batch, length, H, P) and the final state (batch, H, P, N), in `log_decay`'s dtype.
@@ -71,7 +71,7 @@ def scan(
 
     products = product_dtype(x)
     x, B, C = by_chunk(x, products), by_chunk(B, products), by_chunk(C, products)
-    # exp2: exp takes 10 times as long on a CPU if its result is 0.
+    # LOG2_E: exp2 replaces exp here, because exp takes 10 times as long on a CPU if its result is 0.
     log_decay = by_chunk(log_decay.clamp(min=NEVER).unsqueeze(-1), dtype) * LOG2_E  # (chunks * batch * H, Q, 1)
 
     # Within a chunk: attention with the decay between two tokens as its mask, and D on the diagonal.
@@ -105,12 +105,12 @@ def scan(
 def step(
     x: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence.
+    """Run the recurrence for one token.
 
     Args:
         x: (batch, H, P). log_decay: (batch, H). B, C: (batch, G, N).
-        state: (batch, H, P, N); changed in place where no gradients are recorded and its dtype is `log_decay`'s.
-        D: (H,), adds D x to y.
+        state: (batch, H, P, N). It is changed in place if it has `log_decay`'s dtype and no gradients are recorded.
+        D: (H,); D x is added to y.
 
     Returns:
         y (batch, H, P) and the new state (batch, H, P, N), in `log_decay`'s dtype.
@@ -123,7 +123,7 @@ def step(
     decay = log_decay.exp()[..., None, None]
     state = state.to(dtype) * decay if torch.is_grad_enabled() else state.to(dtype).mul_(decay)
     state = state.addcmul_(x.unsqueeze(-1), B.unsqueeze(-2))
-    # C is the left factor: as a column on the right, bmm takes 7 times as long on a CPU.
+    # C is the left factor: with C as a column on the right, bmm takes 7 times as long on a CPU.
     y = torch.bmm(C.reshape(-1, 1, C.shape[-1]), state.flatten(0, 1).transpose(1, 2)).view_as(x)
     return y if D is None else y.addcmul_(D.to(dtype).unsqueeze(-1), x), state
 
@@ -131,8 +131,8 @@ def step(
 def segment_sum(values: Tensor) -> Tensor:
     """Sums over every span: out[:, i, j] = values[:, j+1] + ... + values[:, i], 0 on the diagonal, -inf above it.
 
-    Differences of running sums in float32 would lose small spans after a large value; those in float64 do not. A sum in
-    float64 is split into two parts of the values' dtype: the second is the rounding error of the first.
+    A span is the difference of two running sums. In float32, small spans after a large value would be lost, so running
+    sums are float64. Each is split into two numbers of the values' dtype: its rounded value, and the rounding error.
 
     Args:
         values: (n, Q, 1).
@@ -152,10 +152,10 @@ def segment_sum(values: Tensor) -> Tensor:
 
 
 def product_dtype(t: Tensor) -> torch.dtype:
-    """The dtype of the factors in matrix products: half precision where the device multiplies it, else float32 or more.
+    """The dtype of the factors in matrix products: half precision if the device multiplies it, else float32 or wider.
 
-    Sums are float32 either way. With bfloat16 factors, each matrix product is rounded to bfloat16 once, as upstream's
-    kernels round the factors. The state between chunks is float32.
+    Sums are float32 or wider in both cases. With bfloat16 factors, each product is rounded to bfloat16 once. Upstream's
+    kernels round the factors too. The state between chunks is float32 or wider.
     """
     if _is_for_kernel(t):
         return t.dtype
@@ -170,7 +170,7 @@ def _cpu_has_bfloat16() -> bool:
 
 
 def _is_for_kernel(t: Tensor) -> bool:
-    """Whether the optional kernel takes a tensor. It rounds float32 to TF32, so it gets float32 only under autocast."""
+    """Whether the optional kernel runs on this tensor. It rounds float32 to TF32, so float32 needs autocast."""
     is_half = t.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda")
     return t.is_cuda and is_half and _has_flash_linear_attention()
 
@@ -182,7 +182,7 @@ def _has_flash_linear_attention() -> bool:
 
 def _scan_flash_linear_attention(x, log_decay, B, C, initial_state):
     """`scan` by a Triton kernel of github.com/fla-org/flash-linear-attention (fla/ops/simple_gla)."""
-    # No import statement: this file is copied into checkpoints, and transformers would then require `fla` everywhere.
+    # An import statement would make transformers require `fla` for every checkpoint that has a copy of this file.
     chunk_simple_gla = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
     repeats = x.shape[2] // B.shape[2]
     y, state = chunk_simple_gla(

@@ -1,6 +1,6 @@
 """The versions of transformers that this model was tested with; importing this module checks the installed one.
 
-The model's files import it first: checkpoint folders hold copies of them, which any version of transformers may open.
+The model's files import this module first. Checkpoints hold copies of them, which any version of transformers may open.
 """
 
 import transformers

@@ -1,1 +1,1 @@
-"""Which layers to graft: combinations scored on activations that they share, and methods that choose among them."""
+"""Which layers to graft: methods choose combinations of layers, which are scored together and share hidden states."""

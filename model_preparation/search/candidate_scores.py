@@ -1,7 +1,7 @@
-"""The scores of all combinations. Each is evaluated once, written to the journal, and never evaluated again.
+"""The scores of all combinations: the sets of layers or heads (`LayerSet`) that a search method asks for.
 
-A failed evaluation is tried once more, alone. If it fails again, it has a reason and no score. Races drop bad
-combinations early (`_race`).
+Each combination is evaluated once, and the journal keeps the evaluation. A failed evaluation is tried once more, alone.
+If it fails again, the combination has a reason and no score. Races drop bad combinations early (`_race`).
 """
 
 import time
@@ -24,13 +24,13 @@ from model_preparation.search.question_set import QuestionSet
 from model_preparation.search.settings import ACCURACY, SearchSettings
 from model_preparation.search.shared_scoring import Results
 
-_FAILURES = (SurgeryError, RuntimeError, MemoryError)  # of an evaluation; other errors are bugs, or the disk's
+_FAILURES = (SurgeryError, RuntimeError, MemoryError)  # a failed evaluation raises these; others are bugs or the disk's
 _SEQUENCE, _NUMBER = (list, tuple), (int, float)
-_ENTRY = {"parts": _SEQUENCE, "right": str, "passes": _NUMBER, "seconds": _NUMBER}
+_ENTRY = {"parts": _SEQUENCE, "right": str, "passes": _NUMBER, "seconds": _NUMBER}  # "parts" are the rounds' numbers
 
 
 class Scorer(Protocol):
-    """A `SharedScorer`, or one that spreads the same work over machines."""
+    """A `SharedScorer`, or a scorer that spreads the same work over machines."""
 
     @property
     def layer_passes(self) -> float: ...
@@ -46,9 +46,9 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class _Answered:
-    """A combination's answers to one round: per question the maximised value, and whether it is right (0 or 1).
+    """A combination's answers to the questions of one round. `cost` is (layer passes, seconds).
 
-    `cost` is (layer passes, seconds).
+    `values` has, for each question, the value that the search maximises. `right` has 1 for each right answer, else 0.
     """
 
     values: Values
@@ -57,7 +57,7 @@ class _Answered:
 
 
 class BudgetSpent(Exception):
-    """No more evaluations are allowed."""
+    """The search's budget, of evaluations or of hours, is spent."""
 
 
 class CandidateScores:
@@ -68,16 +68,16 @@ class CandidateScores:
     Args:
         scorer: gives answers.
         questions: the questions of the search.
-        objective: turns answers into values.
+        objective: says which value the search maximises, and tests differences of values.
         journal: keeps the evaluations.
-        digest: of everything that decides on an evaluation. Entries with another digest are ignored.
+        digest: the digest of everything that answers depend on. The journal's entries with other digests are ignored.
         total: how many layers a model has.
-        settings: for the budgets, and for whether candidates race.
+        settings: say how large the budgets are, and whether candidates race.
         progress: shows how the search is going.
-        units: the units of combinations.
+        units: whether combinations consist of layers or of heads.
 
     Attributes:
-        asked: how many combinations the method wanted, repeats included.
+        asked: how many combinations the method has asked for, repeats included.
         failed: the reasons of failed evaluations, by combination.
     """
 
@@ -109,9 +109,9 @@ class CandidateScores:
         self._units = units
         self.asked = 0
         self.failed: dict[LayerSet, str] = {}
-        self._entered: dict[LayerSet, None] = {}  # those that the budget covers, evaluated or not yet
+        self._entered: dict[LayerSet, None] = {}  # combinations within the budget, evaluated or not yet
         self._journaled: dict[LayerSet, dict[int, _Answered]] = {}  # by combination and round
-        # The entries that this run has asked for. It sees no others, so it decides as a first run would.
+        # The part of `_journaled` that this run has asked for. It uses no other part, so it decides like a first run.
         self._known: dict[LayerSet, dict[int, _Answered]] = {}
         self._spent = np.zeros(2)  # (layer passes, seconds)
         self._best: LayerSet | None = None
@@ -123,12 +123,12 @@ class CandidateScores:
                     self._add(entry)
                 except (TypeError, ValueError, LookupError) as error:
                     raise SurgeryError(
-                        f"{journal.path} has an entry that no search wrote ({type(error).__name__}: {error}), of "
-                        f"{str(entry.get(units.word))!r:.80}. Remove that line, and its evaluation is made again."
+                        f"{journal.path} has an entry that no search wrote ({type(error).__name__}: {error}), for "
+                        f"{units.word} {entry.get(units.word)!r:.80}. Remove that line, and it is evaluated again."
                     ) from error
 
     def base(self) -> Values:
-        """The base's values."""
+        """The base's values, by question. Runs the base if the journal has no answers from it."""
         if not self.is_complete(BASE):
             if BASE not in self._journaled:
                 self._run_base()
@@ -136,15 +136,15 @@ class CandidateScores:
         return self.values(BASE)
 
     def evaluate(self, sets: Iterable[LayerSet], keep: int | None = None) -> list[LayerSet]:
-        """Evaluate combinations, the most promising first. Return those with all answers, the best first.
+        """Evaluate combinations. Return those that have answered all questions, the best first.
 
         Args:
-            sets: the combinations. Known answers cost nothing.
-            keep: in a race, how many of the best need all answers. Others are dropped once they are surely worse than
-                the `keep`th best.
+            sets: the combinations, the most promising first. Known answers cost nothing.
+            keep: how many of the best combinations have to answer all questions. In a race, others are dropped once
+                they are surely worse than the `keep`th best.
 
         Raises:
-            BudgetSpent: if the budget does not cover all; those that it covers are evaluated.
+            BudgetSpent: if the budget covers only the first of them, which are then evaluated, or if the time is over.
         """
         wanted = list(dict.fromkeys(sets))
         self.base()
@@ -172,15 +172,15 @@ class CandidateScores:
         return len(self._known.get(layers, ())) == len(self._rounds)
 
     def is_known(self, layers: LayerSet) -> bool:
-        """Whether a combination has answered some questions at least."""
+        """Whether a combination has answered at least some questions."""
         return bool(self._known.get(layers))
 
     def ranked(self, sets: Iterable[LayerSet]) -> list[LayerSet]:
-        """The best first; of equal ones, the one with fewer layers."""
+        """The combinations sorted by `estimate`, the best first. Of equally good ones, smaller ones come first."""
         return sorted(sets, key=lambda layers: (-self.estimate(layers), len(layers), layers))
 
     def estimate(self, layers: LayerSet) -> float:
-        """The fitness. If only some rounds are known: the base's fitness plus the difference in those rounds."""
+        """The fitness: the mean value. With some rounds only: the base's fitness plus the mean difference in them."""
         if layers in self._fitness:
             return self._fitness[layers]
         rounds = sorted(self._known[layers])
@@ -190,11 +190,11 @@ class CandidateScores:
         return self._fitness[BASE] + float((ours - bases).mean())
 
     def values(self, layers: LayerSet) -> Values:
-        """The maximised values of a complete evaluation, by question."""
+        """The values that the search maximises, by question, of a complete evaluation."""
         return self._of_all_questions(layers, "values")
 
     def right(self, layers: LayerSet) -> Values:
-        """Right (1) or wrong (0), by question, of a complete evaluation."""
+        """Whether each answer of a complete evaluation is right (1) or wrong (0), by question."""
         return self._of_all_questions(layers, "right")
 
     @property
@@ -216,7 +216,7 @@ class CandidateScores:
         return self.ranked(layers for layers in self._entered if self.is_known(layers) and not self.is_complete(layers))
 
     def statistics(self) -> dict[str, Any]:
-        """The cost of the search, and the cost of each combination alone."""
+        """The cost of the search, and what it would have cost if each combination had been evaluated alone."""
         done = len(self.order)
         return {
             "evaluations": done,
@@ -232,7 +232,7 @@ class CandidateScores:
     def _race(self, sets: Sequence[LayerSet], keep: int) -> None:
         """Ask round after round, and drop candidates that are surely worse than the `keep`th best.
 
-        The idea is from Maron and Moore 1997, The Racing Algorithm; the test is the paired one of `Objective`.
+        The idea is from Maron and Moore 1997, The Racing Algorithm. The test is `Objective.p_value`, a paired test.
         """
         alive = list(sets)
         for number in self._all_rounds:
@@ -245,13 +245,13 @@ class CandidateScores:
                 for layers in alive
             }
             alive.sort(key=lambda layers: (-seen[layers].mean(), len(layers), layers))
-            worst = seen[alive[keep - 1]]  # of the best `keep`
-            # Bonferroni, over all tests that this race may make.
+            last_kept = seen[alive[keep - 1]]
+            # Bonferroni correction, for all tests that this race may make.
             limit = SIGNIFICANCE / len(sets) / (len(self._rounds) - 1)
-            alive[keep:] = [layers for layers in alive[keep:] if self.objective.p_value(worst, seen[layers]) >= limit]
+            alive[keep:] = [each for each in alive[keep:] if self.objective.p_value(last_kept, seen[each]) >= limit]
 
     def _run(self, sets: Iterable[LayerSet], rounds: Sequence[int]) -> None:
-        """Evaluate these combinations in these rounds, unless the journal has them."""
+        """Evaluate these combinations in these rounds, where the journal has no answers yet."""
         by_missing: dict[tuple[int, ...], list[LayerSet]] = {}
         for layers in sets:
             known = self._journaled.get(layers, {})
@@ -260,7 +260,7 @@ class CandidateScores:
                 by_missing.setdefault(missing, []).append(layers)
         for missing, members in by_missing.items():
             self._run_base()
-            for layers in self._score(members, missing):  # a second try, alone
+            for layers in self._score(members, missing):  # a failed combination gets a second try, alone
                 for reason in self._score([layers], missing).values():
                     self.failed[layers] = reason
                     of_set = {self._units.word: self._units.written(layers)}
@@ -268,7 +268,7 @@ class CandidateScores:
                     self._progress.failed(self._units.names(layers), reason)
 
     def _score(self, sets: Sequence[LayerSet], rounds: tuple[int, ...]) -> dict[LayerSet, str]:
-        """Evaluate and write to the journal. Return why evaluations failed, by combination."""
+        """Evaluate combinations in these rounds, and write the journal. Return reasons of failures, by combination."""
         batches = sorted(batch for number in rounds for batch in self._rounds[number].batches)
         left = dict.fromkeys(sets, "")
         answered = self._scorer.score(sets, batches)
@@ -278,7 +278,7 @@ class CandidateScores:
                 layers, results = next(answered)
             except StopIteration:
                 return left
-            except _FAILURES as error:  # all without answers failed; each of them gets its second try
+            except _FAILURES as error:  # every combination without answers counts as failed
                 return {layers: one_line(error) for layers in left}
             interrupts.check()
             try:
@@ -293,7 +293,7 @@ class CandidateScores:
                 self._show_progress()
 
     def _run_base(self) -> None:
-        """Run the base, once: all other evaluations start from its hidden states."""
+        """Run the base, unless this run has done so: all other evaluations start from its hidden states."""
         if self._has_base_states:
             return
         since = self._now()
@@ -309,7 +309,7 @@ class CandidateScores:
         return np.array([self._scorer.layer_passes, time.monotonic()])
 
     def _record(self, layers: LayerSet, rounds: tuple[int, ...], results: Results, since: Values) -> None:
-        """Write an evaluation that began at `since` to the journal.
+        """Write an evaluation to the journal. `since` is what `_now` gave when the evaluation began.
 
         Raises:
             SurgeryError: if an answer is not finite.
@@ -334,12 +334,12 @@ class CandidateScores:
         self._add(entry)
 
     def _add(self, entry: dict[str, Any]) -> None:
-        """Add an entry of the journal to those that may be used."""
+        """Add an entry of the journal to `_journaled`."""
         if "error" in entry:
-            return  # it is tried again
+            return  # the failed evaluation is tried again
         check_fields(entry, {self._units.word: _SEQUENCE, **_ENTRY})
         layers = self._units.read(entry[self._units.word])
-        if layers == BASE:  # every run of an interrupted search has run the base
+        if layers == BASE:  # each run of an interrupted search has run the base, and wrote an entry
             self._spent += (entry["passes"], entry["seconds"])
         cost = np.array([0.0, 0.0] if layers == BASE else [entry["passes"], entry["seconds"]]) / len(entry["parts"])
         right = np.array([float(digit) for digit in entry["right"]])
@@ -351,7 +351,7 @@ class CandidateScores:
             start = end
 
     def _use(self, layers: LayerSet, rounds: Iterable[int]) -> None:
-        """Make journaled rounds known to this run, count their cost, and stop if the time is over."""
+        """Copy rounds from `_journaled` to `_known`, and count their cost. Raises BudgetSpent if the time is over."""
         known = self._known.get(layers, {})
         new = [number for number in rounds if number not in known]
         for number in new:

@@ -1,4 +1,4 @@
-"""The checks of a search before it downloads the donor, extracts layers or loads a model."""
+"""What a search checks before it downloads the donor, extracts layers or loads a model."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -22,10 +22,10 @@ JOURNAL, DONOR_LAYERS = "journal.jsonl", "donor_layers"  # in the output folder,
 
 
 def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
-    """Refuse everything that can be refused without the models.
+    """Check everything that can be checked without the models.
 
     Raises:
-        SurgeryError: for the first fault.
+        SurgeryError: for the first fault that is found.
     """
     _check_settings(settings)
     check_output(settings.folder)
@@ -39,7 +39,7 @@ def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
         _, total = type_and_depth(resolve(settings.base, overrides=settings.sources).folder)
     else:
         total, fixed = _of_start(settings)
-    if settings.unit == HEADS:  # only the donor says how many there are
+    if settings.unit == HEADS:  # only the donor says how many heads there are
         return
     if settings.most > (free := total - len(fixed)):
         which = f"{settings.origin} has {free} layers that are not grafted" if fixed else f"the base has {free} layers"
@@ -50,8 +50,8 @@ def check_first(settings: SearchSettings, *, overwrite: bool) -> None:
     if settings.budget_evaluations is not None and settings.budget_evaluations <= before:
         other, first = ("larger", space.most) if settings.method in ("removal", "ratio") else ("smaller", space.least)
         raise SurgeryError(
-            f"The method {settings.method} evaluates {before} {other} set{'s' * (before != 1)} before one of {first} "
-            f"layers, and budget_evaluations is {settings.budget_evaluations}. "
+            f"The method {settings.method} evaluates {before} {other} set{'s' * (before != 1)} before the first set of "
+            f"{first} layers, but budget_evaluations is {settings.budget_evaluations}. "
             f"Give --budget_evaluations {before + 1} at least, or --method exhaustive."
         )
 
@@ -64,7 +64,7 @@ def _of_start(settings: SearchSettings) -> tuple[int, frozenset[int]]:
         raise SurgeryError(f"--start {settings.start} takes the place of --base {settings.base}. Give one of them.")
     if grafted_heads(info):
         raise SurgeryError(
-            f"{settings.start} has grafted heads, and a search cannot start from them yet. Take those away by "
+            f"{settings.start} has grafted heads, and a search cannot start from them yet. Remove these heads with "
             "create_replaced_model_checkpoint.py --ungraft, or start from another checkpoint."
         )
     return info["total_layers"], frozenset(info["replaced_layers"])
@@ -74,36 +74,36 @@ def _check_settings(settings: SearchSettings) -> None:
     method, least, most = settings.method, settings.min_layers, settings.most
     if settings.unit == HEADS and method in ("removal", "ratio"):
         raise SurgeryError(
-            f"The method {method} begins with all layers and takes single ones away. It does not take heads. Choose "
-            "another --method, such as beam, or leave out --unit heads."
+            f"The method {method} begins with all layers and removes single layers. It does not work with heads. "
+            "Choose another --method, such as beam, or leave out --unit heads."
         )
     if settings.unit == HEADS and (least > 1 or settings.max_layers is not None):
         raise SurgeryError(
-            "min_layers and max_layers count whole layers, and unit is heads. Leave them out, or give --max_heads N."
+            "min_layers and max_layers count whole layers, but unit is heads. Leave them out, or give --max_heads N."
         )
     if settings.unit != HEADS and (settings.max_heads is not None or settings.keep_mixer_heads):
-        raise SurgeryError("max_heads and keep_mixer_heads belong to heads, and unit is layers. Give --unit heads.")
+        raise SurgeryError("max_heads and keep_mixer_heads are for heads, but unit is layers. Give --unit heads.")
     if method == "singles" and least > 1:
         raise SurgeryError(
-            f"The method singles tries one layer at a time, and min_layers is {least}. Choose another --method."
+            f"The method singles tries one layer at a time, but min_layers is {least}. Choose another --method."
         )
     if (method == "ratio") != (settings.second_task is not None):
         raise SurgeryError(
-            f"The method is {method}, and second_task is {settings.second_task}: only ratio compares two tasks. "
-            "Give --method ratio with --task RECALL --second_task COMMON, or leave out --second_task."
+            f"The method is {method}, and second_task is {settings.second_task}: ratio needs a second task, the others "
+            "take none. Give --method ratio with --task RECALL --second_task COMMON, or leave out --second_task."
         )
     if least > most:
-        raise SurgeryError(f"min_layers {least} and max_layers {most} do not fit. Give min <= max.")
+        raise SurgeryError(f"min_layers is {least}, but max_layers is only {most}. Give a larger --max_layers.")
     if (settings.max_cache_bytes is None) != (settings.at_tokens is None):
-        raise SurgeryError("A cache grows with the tokens. Give both, --max_cache_bytes and --at_tokens, or neither.")
+        raise SurgeryError("A cache grows with the tokens. Give both --max_cache_bytes and --at_tokens, or neither.")
     if settings.objective == KL and settings.donor is None:
-        raise SurgeryError("The objective kl compares with the donor itself, which is not named. Name it by --donor.")
+        raise SurgeryError("The objective kl compares predictions with the donor's. Name the donor by --donor.")
     if settings.donor is None and settings.llama_layers_dir is None:
-        raise SurgeryError("The donor is not named. Name it by --donor, or its extracted layers by --llama_layers_dir.")
+        raise SurgeryError("No donor is named. Name it by --donor, or its extracted layers by --llama_layers_dir.")
 
 
 def check_output(folder: Path) -> None:
-    """Refuse an output folder unless it is new, empty or a search's, and without links."""
+    """Refuse an output folder that has links, or that has files but none of a search."""
     if folder.exists() and not folder.is_dir():
         raise SurgeryError(f"{folder} is a file. Give a folder as --output_dir.")
     inside = {path.name for path in without_links(folder.resolve()).iterdir()} if folder.is_dir() else set()
@@ -119,7 +119,7 @@ def check_earlier(folder: Path, asked: Mapping[str, Mapping[str, Any]]) -> None:
 
     Args:
         folder: the output folder.
-        asked: the settings that decide on the result, by the part of the result that records them.
+        asked: what the result depends on, by the key under which search_result.json records it.
     """
     path = folder / RESULT
     if not path.is_file():
@@ -129,14 +129,14 @@ def check_earlier(folder: Path, asked: Mapping[str, Mapping[str, Any]]) -> None:
         differing = [each for part in asked for each in differences(found.get(part, {}), asked[part])]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SurgeryError(
-            f"{path} cannot be read as a search's result ({error}), and would be replaced. Choose another "
+            f"{path} cannot be read as a search's result ({error}), and this search would replace it. Choose another "
             "--output_dir, or add --overwrite."
         ) from error
     if differing:
         raise SurgeryError(
-            f"{folder} has the result of another search, which would be replaced: {'; '.join(differing)}. Choose "
-            "another --output_dir, or add --overwrite. (The journal keeps the evaluations of both searches; none is "
-            "made again.)"
+            f"{folder} has the result of another search, which would be replaced. They differ: {'; '.join(differing)}. "
+            "Choose another --output_dir, or add --overwrite. (The journal keeps the evaluations of both searches, so "
+            "none is made again.)"
         )
 
 
@@ -144,7 +144,7 @@ def has_donor_layers(settings: SearchSettings, *, overwrite: bool) -> bool:
     """Whether the output folder has the donor's layers already.
 
     Raises:
-        SurgeryError: if it has the layers of another donor, and `overwrite` is not given.
+        SurgeryError: if the folder has the layers of another donor, and `overwrite` is false.
     """
     folder = settings.folder / DONOR_LAYERS
     if not (folder / METADATA).is_file():
@@ -155,7 +155,7 @@ def has_donor_layers(settings: SearchSettings, *, overwrite: bool) -> bool:
     odd = differences({"layer": digest_of_layers(there, there.layers)}, {"layer": asked})
     if odd and not overwrite:
         raise SurgeryError(
-            f"{folder} holds the layers of another donor than {settings.donor} is now: {'; '.join(odd[:3])}"
+            f"The layers in {folder} are not those that {settings.donor} has now: {'; '.join(odd[:3])}"
             f"{', ...' * (len(odd) > 3)}. Choose another --output_dir, or add --overwrite."
         )
     return not odd
@@ -168,12 +168,12 @@ def known_units(
     units: Units = WHOLE_LAYERS,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[int, float], list[int]]:
-    """The gains of single units in the prior file, and the units to try first; without layers in `fixed`.
+    """Read the prior file: the gains of single units, by unit, and the units to try first.
 
-    `say` gets a line about scores that are left out, or heads that are tried first.
+    Units in the layers of `fixed` are left out. `say` gets a line about failures left out, or about heads to try first.
 
     Raises:
-        SurgeryError: if the file cannot be read, or names a layer or head that is not there.
+        SurgeryError: if the file cannot be read, or names a layer or head that does not exist.
     """
     if settings.prior is None:
         return {}, []
@@ -182,15 +182,15 @@ def known_units(
     scores, left_out = read_single_layers(Path(settings.prior))
     if left_out:
         say(
-            f"{left_out} of {left_out + len(scores)} single layers in {settings.prior} left out: "
+            f"{left_out} of {left_out + len(scores)} single layers in {settings.prior} are left out: "
             "their score is 0, which older programs gave to failed evaluations"
-            + (", and single layers are evaluated" if len(scores) < total else "")
+            + (". So this search evaluates the single layers itself" if len(scores) < total else "")
         )
     outside = [layer for layer in scores if layer >= total]
     if outside:
         raise SurgeryError(
             f"{settings.prior} has a score for layer {outside[0]}, but the base has {total} layers. "
-            "It is of another model: give another --prior."
+            "The file is for another model: give another --prior."
         )
     return {layer: gain for layer, gain in _gains(scores).items() if layer not in fixed}, []
 
@@ -209,11 +209,11 @@ def _known_heads(
     gains = _gains({number[each]: score for each, score in scores.items() if each in number})
     seeds = [number[each] for each in dict.fromkeys(listed) if each in number]
     if listed:
-        say(f"Tried first  {' '.join(map(str, units.written(tuple(seeds))))}, the list in {prior}")
+        say(f"Tried first  {' '.join(map(str, units.written(tuple(seeds))))}, as listed in {prior}")
     return gains, seeds
 
 
 def _gains(scores: Mapping[int, float]) -> dict[int, float]:
-    """Scores around their mean: the base's score is not known, and only the order of gains counts."""
+    """Scores minus their mean, as gains. The base's score is not known, but only the order of the gains matters."""
     middle = sum(scores.values()) / max(len(scores), 1)
     return {unit: score - middle for unit, score in sorted(scores.items())}

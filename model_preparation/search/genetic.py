@@ -1,8 +1,8 @@
 """A genetic algorithm over sets of layers.
 
-The first generation has sets of the best single layers, of layers at equal distances, and random ones. Crossing and
-mutation of good sets make the next generations. Patterns guide mutation: the layers and pairs of layers that are more
-frequent in good sets than in all sets.
+The first generation has sets of the best single layers, sets of layers at equal distances, and random sets. Crossing
+and mutation of good sets make the next generations. Patterns guide mutation. Patterns are layers and pairs of layers
+that are more frequent in good sets than in all sets.
 """
 
 import random
@@ -13,21 +13,21 @@ from itertools import combinations
 from model_preparation.search.candidate_scores import CandidateScores
 from model_preparation.search.layer_sets import LayerSet, SearchSpace, normal
 
-_ELITE_SHARE = 0.1  # of a generation that is kept; a race asks this many all questions
+_ELITE_SHARE = 0.1  # share of a generation: its best sets, which stay in the next one, and which no race drops
 _GOOD = 0.25  # share of the known sets that counts as good for the patterns
-_TOURNAMENT_SIZE = 3  # candidates of which the best becomes a parent
+_TOURNAMENT_SIZE = 3  # this many sets are drawn, and the best of them becomes a parent
 _CROSSOVER_RATE = 0.9  # chance that a child has two parents
 _PATTERN_RATE = 0.7  # chance that patterns choose the layer to add
-_ATTEMPTS = 20  # to make a child that is not known yet
+_ATTEMPTS = 20  # how often to try to make a set that is new
 
 
 def genetic(
     space: SearchSpace, scores: CandidateScores, rng: random.Random, population: int, generations: int, patience: int
 ) -> None:
-    """Evaluate generation after generation: at most `generations`, or until `patience` of them found no better set.
+    """Evaluate up to `generations` generations. Stop earlier if `patience` of them in a row find no better set.
 
     Raises:
-        BudgetSpent: as `CandidateScores.evaluate`.
+        BudgetSpent: for the same reasons as `CandidateScores.evaluate`.
     """
     elite_size = max(1, round(_ELITE_SHARE * population))
     if len(space.prior) < len(space.free):
@@ -42,7 +42,7 @@ def genetic(
         found = scores.estimate(known[0])
         generations_without_gain = 0 if found > best else generations_without_gain + 1
         best = max(best, found)
-        is_little_left = scores.room is not None and scores.room < 2 * population  # keep the rest for refinement
+        is_little_left = scores.room is not None and scores.room < 2 * population  # refinement gets the rest
         if generations_without_gain >= patience or generation == generations - 1 or is_little_left:
             return
         parents = known[:population]
@@ -67,7 +67,7 @@ class _Patterns:
 
     def _ratio(self, pattern: LayerSet) -> float:
         good, everywhere = self._sizes
-        # Add-one smoothing: a pattern never seen is neither 0 nor certain.
+        # Add-one smoothing: the ratio of a pattern that was never seen is neither 0 nor a division by 0.
         return ((self._good[pattern] + 1) / (good + 1)) / ((self._all[pattern] + 1) / (everywhere + 1))
 
 
@@ -103,7 +103,7 @@ def _first_generation(
 def _child(
     space: SearchSpace, scores: CandidateScores, parents: Sequence[LayerSet], patterns: _Patterns, rng: random.Random
 ) -> LayerSet:
-    """A set that is not known yet, if some attempts find one."""
+    """A set made from one parent or two. It is new, unless all `_ATTEMPTS` attempts give sets that are known."""
     child = parents[0]
     for _ in range(_ATTEMPTS):
         one, other = (_tournament_winner(parents, rng) for _ in range(2))
@@ -115,7 +115,7 @@ def _child(
 
 
 def _tournament_winner(parents: Sequence[LayerSet], rng: random.Random) -> LayerSet:
-    return parents[min(rng.randrange(len(parents)) for _ in range(_TOURNAMENT_SIZE))]  # the best come first
+    return parents[min(rng.randrange(len(parents)) for _ in range(_TOURNAMENT_SIZE))]  # sorted, the best first
 
 
 def _cross(one: LayerSet, other: LayerSet, rng: random.Random) -> LayerSet:

@@ -1,6 +1,6 @@
-"""The base's hidden states before every layer: in memory up to a limit, then in a mapped file.
+"""The base's hidden states before every layer: in memory up to a limit, then in a memory-mapped file.
 
-The file has no name, so the system removes it however the process ends.
+The file has no name. So the system removes the file when the process ends, even if it is killed.
 """
 
 import mmap
@@ -15,7 +15,7 @@ from torch import Tensor
 from model_preparation.errors import SurgeryError
 from model_preparation.io.complete_folder import check_space
 
-_ALIGNMENT = 64  # bytes, as torch allocates
+_ALIGNMENT = 64  # bytes; torch aligns its own tensors in the same way
 
 
 class HiddenStates:
@@ -36,7 +36,7 @@ class HiddenStates:
         self._map: mmap.mmap | None = None
         self._used = 0
         if total_bytes > memory_bytes:
-            # A tensor is in memory or in the file as a whole, so nearly all of them may go into the file.
+            # Each tensor goes into memory or into the file as a whole, so nearly all tensors may go into the file.
             self._map = _map_new_file(folder, total_bytes)
 
     def put(self, layer: int, batch: int, states: Tensor) -> None:
@@ -52,13 +52,13 @@ class HiddenStates:
         self._tensors[layer, batch] = kept.view(states.shape)
 
     def get(self, layer: int, batch: int, device: torch.device) -> Tensor:
-        """The same bits on `device`. Nobody may write to them."""
+        """The hidden states on `device`, with the same bits. The caller must not change them in place."""
         return self._tensors[layer, batch].to(device)
 
 
 def _map_new_file(folder: Path, size_bytes: int) -> mmap.mmap:
     folder.mkdir(parents=True, exist_ok=True)
-    size_bytes += 4096 * _ALIGNMENT  # for the gaps
+    size_bytes += 4096 * _ALIGNMENT  # for the gaps that alignment leaves
     try:
         check_space(folder, size_bytes)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -66,6 +66,6 @@ def _map_new_file(folder: Path, size_bytes: int) -> mmap.mmap:
             return mmap.mmap(file.fileno(), size_bytes)
     except (SurgeryError, OSError) as error:
         raise SurgeryError(
-            f"{folder} has no room for {decimal(size_bytes)} of hidden states ({error}). Allow more memory by "
+            f"{folder} has no space for {decimal(size_bytes)} of hidden states ({error}). Allow more memory by "
             "--boundary_memory, or ask fewer questions by --limit."
         ) from error

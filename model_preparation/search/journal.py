@@ -1,7 +1,7 @@
-"""Every evaluation of a search, in a file that only grows: a JSON object with its own digest on each line.
+"""Every evaluation of a search, in a file to which lines are only added. A line is a JSON object with its own digest.
 
-A line is on the disk when `append` returns. A crash may cut the last line, and a power cut may leave zeros in it. Such
-a line was never complete, so it is removed. Any other damage is an error.
+A line is on the disk when `append` returns. A crash may cut the last line, and a power failure may leave zeros in it.
+Such a line was never complete, so it is removed. Any other damage is an error.
 """
 
 import json
@@ -24,7 +24,7 @@ class Journal:
     """A journal. Until it is closed, no other process can open it.
 
     Attributes:
-        entries: all its entries.
+        entries: all entries of the journal.
 
     Raises:
         SurgeryError: if another process has it open, or a line is damaged.
@@ -47,7 +47,7 @@ class Journal:
             raise
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Add an entry."""
+        """Add an entry. It is on the disk when this method returns."""
         line = _line(entry)
         start = os.fstat(self._descriptor).st_size
         try:

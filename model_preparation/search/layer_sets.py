@@ -1,18 +1,18 @@
-"""Sets of layers or of heads: which are allowed, which look promising, and how many of them run together.
+"""Sets of layers or of heads: which are allowed, which look promising, and how their models run together.
 
-Two grafts of one base share all layers before the first one in which they differ. So the models of many sets are the
-paths of a tree (a trie). At each layer, a path takes the base's layer, or a layer with the units that the set has
-there. The units of a set are its layers or its heads.
+The units of a set are its layers or its heads. Two grafts of one base share all layers before the first layer in which
+they differ. So the models of many sets form a tree (a trie), and each model is a path from the root to a leaf. At each
+layer, a path takes the base's layer, or a layer with the units that the set has in it.
 `walk` visits the tree depth first, and runs each shared layer once. It holds one more hidden state than the largest set
 has layers.
 
-Methods see only indices: of layers, or of heads, numbered on from layer to layer. `Units` gives their meaning.
+Search methods see only the indices of units. `Units` says which layer or head an index means.
 """
 
 import itertools
 import math
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,11 +28,11 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class Units:
-    """What sets are made of: whole layers by their index, or the donor's query heads, numbered on from layer to layer.
+    """What sets consist of: whole layers, or the donor's query heads. Head h of layer l has the index l * heads + h.
 
     Attributes:
-        heads: query heads of a layer; 0 if sets are of whole layers.
-        kv_heads: key/value heads of a layer.
+        heads: how many query heads a layer has; 0 if the units are whole layers.
+        kv_heads: how many key/value heads a layer has.
     """
 
     heads: int = 0
@@ -51,13 +51,13 @@ class Units:
         return unit // self.per_layer
 
     def kept_kv_heads(self, found: LayerSet) -> int:
-        """How many key/value heads a cache keeps of a set; query heads that share one need it once."""
+        """How many key/value heads a cache keeps for a set. One that several query heads share counts once."""
         if not self.heads:
             return len(found) * self.kv_heads
         return len({unit * self.kv_heads // self.heads for unit in found})
 
     def written(self, found: LayerSet) -> list[int] | list[str]:
-        """The form of a set in files: layers by index, heads like "13:16"."""
+        """A set in the form that files have: [11, 13] for layers, ["13:16", "13:17"] for heads."""
         if not self.heads:
             return list(found)
         return [f"{self.layer(unit)}:{unit % self.heads}" for unit in found]
@@ -70,7 +70,7 @@ class Units:
         return tuple(layer * self.heads + head for layer, head in pairs)
 
     def names(self, found: LayerSet) -> str:
-        """A set as people write it after --layers or --heads."""
+        """A set as people write it after --layers or --heads; "base" for the empty set."""
         return names_of(self.written(found)) or "base"
 
 
@@ -78,13 +78,13 @@ WHOLE_LAYERS = Units()
 
 
 def names_of(written: Iterable[int | str]) -> str:
-    """The output of `Units.written` as people write it. Heads of one layer are joined."""
+    """The output of `Units.written` as people write it: "11 13" for layers, "13:16,17" for heads."""
     words = [str(each) for each in written]
     return heads_text(heads_by_layer(words)) if any(":" in word for word in words) else " ".join(words)
 
 
 def normal(layers: Iterable[int]) -> LayerSet:
-    """The set of these layers."""
+    """These units as a `LayerSet`: sorted, without repeats."""
     return tuple(sorted(set(layers)))
 
 
@@ -95,13 +95,13 @@ def walk(
     step: Callable[[int, LayerSet, State], State],
     units: Units = WHOLE_LAYERS,
 ) -> Iterator[tuple[LayerSet, State]]:
-    """Run the model of every set, shared layers once. Gives each set with the state after its last layer.
+    """Run the model of every set, each shared layer only once. Yields each set with the state after the last layer.
 
     Args:
         sets: distinct sets, none of them empty.
         total: how many layers a model has.
-        base_state: gives the base's state before a layer.
-        step: gives the state after a layer, from its index, the set's units in it, and the state before it.
+        base_state: gives the base's state before a layer, from the layer's index.
+        step: gives the state after a layer, from the layer's index, the set's units in it, and the state before it.
         units: the units of the sets.
     """
     by_lowest: dict[int, list[LayerSet]] = {}
@@ -119,7 +119,7 @@ def _descend(
     step: Callable[[int, LayerSet, State], State],
     units: Units,
 ) -> Iterator[tuple[LayerSet, State]]:
-    """`walk` for sets that are alike in all layers before `depth`; `state` comes after those layers."""
+    """`walk` for sets that are alike in all layers before `depth`. `state` is their state before layer `depth`."""
     while depth < total:
         alike: dict[LayerSet, list[LayerSet]] = {}
         for layers in members:
@@ -134,7 +134,7 @@ def _descend(
 
 
 def count_passes(sets: Iterable[LayerSet], total: int, units: Units = WHOLE_LAYERS) -> int:
-    """How many layers `walk` runs for these sets, plus one run of all layers of the base."""
+    """How many layers run: those that `walk` runs for these sets, plus all layers of the base."""
     beginnings = {
         (depth, tuple(unit for unit in layers if units.layer(unit) < depth))
         for layers in sets
@@ -144,30 +144,13 @@ def count_passes(sets: Iterable[LayerSet], total: int, units: Units = WHOLE_LAYE
     return total + len(beginnings)
 
 
-def most_passes(
-    count: int, total: int, least: int, most: int, fixed: Collection[int] = (), units: Units = WHOLE_LAYERS
-) -> int:
-    """How many layers `walk` runs at most for `count` sets of `least` to `most` units.
-
-    The number is exact if these are all such sets. After a layer, `walk` has at most as many models as there are sets,
-    and at most as many as there are beginnings of sets up to that layer.
-    """
-    passes = 0
-    for depth in range(1, total + 1):
-        free = units.per_layer * sum(layer not in fixed for layer in range(depth))
-        left = units.per_layer * (total - len(fixed)) - free
-        sizes = range(max(1, least - left), most + 1)  # grafted so far, with enough layers left for the rest
-        passes += min(count, sum(math.comb(free, size) for size in sizes))
-    return passes
-
-
 @dataclass(frozen=True)
 class SearchSpace:
-    """All sets of `least` to `most` units of `total` layers, without the layers in `fixed`.
+    """All sets of `least` to `most` units of a model with `total` layers. No unit is in a layer of `fixed`.
 
     Attributes:
-        prior: the gains of single units that are known before the search.
-        units: the units of the sets.
+        prior: the gains of single units that are known before the search, by unit.
+        units: whether sets consist of layers or of heads.
         most_kv_heads: how many key/value heads a set of heads may need; None if there is no limit.
         seeds: units to try first, the most promising first.
     """
@@ -188,7 +171,7 @@ class SearchSpace:
         return [unit for unit in units if self.units.layer(unit) not in self.fixed]
 
     def fits(self, layers: LayerSet) -> bool:
-        """Whether a set is not too large. If a set fits, every part of it fits."""
+        """Whether a set has few enough units and key/value heads. If a set fits, every subset of it fits."""
         return len(layers) <= self.most and (
             self.most_kv_heads is None or self.units.kept_kv_heads(layers) <= self.most_kv_heads
         )
@@ -204,7 +187,7 @@ class SearchSpace:
         sharing = self.units.heads // self.units.kv_heads
 
         def filling(groups: int, size: int) -> int:
-            """Sets of this size that need all of `groups` key/value heads, by inclusion and exclusion."""
+            """How many sets of `size` heads need all of `groups` key/value heads, by inclusion and exclusion."""
             return sum(
                 (-1) ** gone * math.comb(groups, gone) * math.comb((groups - gone) * sharing, size)
                 for gone in range(groups + 1)
@@ -217,8 +200,18 @@ class SearchSpace:
         )
 
     def most_passes(self, count: int, least: int, most: int) -> int:
-        """`most_passes` of sets of this space's units."""
-        return most_passes(count, self.total, least, most, self.fixed, self.units)
+        """How many layers `walk` runs at most for `count` sets of `least` to `most` units.
+
+        The number is exact if these are all such sets. `walk` runs a layer at most once for each set, and at most once
+        for each possible choice of units up to that layer.
+        """
+        passes, per_layer = 0, self.units.per_layer
+        for depth in range(1, self.total + 1):
+            free = per_layer * sum(layer not in self.fixed for layer in range(depth))
+            left = per_layer * (self.total - len(self.fixed)) - free
+            sizes = range(max(1, least - left), most + 1)  # units so far, if later layers have enough for the rest
+            passes += min(count, sum(math.comb(free, size) for size in sizes))
+        return passes
 
     @property
     def singles(self) -> list[LayerSet]:
@@ -226,7 +219,7 @@ class SearchSpace:
 
     @property
     def seed_sets(self) -> list[LayerSet]:
-        """The first 1, 2, ... of `seeds` together, then each alone; without sets outside the space."""
+        """The first 1, 2, ... of `seeds` together, then each seed alone. Sets outside the space are left out."""
         first = [normal(self.seeds[:size]) for size in range(1, self.most + 1)]
         return [each for each in dict.fromkeys([*first, *((seed,) for seed in self.seeds)]) if each in self]
 
@@ -254,17 +247,18 @@ class SearchSpace:
         return [new for new in dict.fromkeys([*dropped, *self.with_one_more(layers), *swapped]) if new in self]
 
     def gains(self, scores: "CandidateScores") -> dict[int, float]:
-        """How much each single unit gains over the base, by unit: from its evaluation, else from `prior`."""
+        """The gain of each single unit over the base, by unit: from the unit's evaluation, else from `prior`."""
         base = float(scores.base().mean())
         known = (layer for layer in self.free if scores.is_known((layer,)))
         return {**self.prior, **{layer: scores.estimate((layer,)) - base for layer in known}}
 
     def by_promise(self, sets: Iterable[LayerSet], scores: "CandidateScores") -> list[LayerSet]:
-        """The most promising sets first: by the scores of their known parts plus the single gains of the rest."""
+        """Sort sets, the most promising first."""
         gains = self.gains(scores)
         base = scores.estimate(BASE)
 
         def promise(layers: LayerSet) -> float:
+            """The mean of several guesses: the score of a known subset, plus the gains of the set's other units."""
             sums = [base + sum(gains.get(layer, 0.0) for layer in layers)]
             for layer in layers:
                 rest = tuple(other for other in layers if other != layer)

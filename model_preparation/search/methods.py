@@ -1,7 +1,7 @@
-"""The methods: which combinations a search evaluates, in which order. The results are in the `CandidateScores`.
+"""The search methods: which combinations are evaluated, in which order. `CandidateScores` keeps their scores.
 
-The methods are our own. Libraries for genetic algorithms (DEAP, pymoo, PyGAD) score one individual at a time; here a
-whole generation has to be scored together, as its members share layers.
+The methods are our own. Libraries for genetic algorithms (DEAP, pymoo, PyGAD) score one individual at a time. Here a
+whole generation has to be scored together, because its members share layers.
 """
 
 import random
@@ -15,35 +15,35 @@ from model_preparation.search.settings import SearchSettings
 
 
 def search(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Run the method that the settings name. The seeds are scored first, so the method knows their scores."""
+    """Run the method that the settings name. `space.seed_sets` are scored first, so the method knows their scores."""
     if space.seed_sets:
         scores.evaluate(space.seed_sets)
     METHODS[settings.method](space, scores, settings)
 
 
 def singles(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Score every layer by itself."""
+    """Score every layer alone."""
     scores.evaluate(space.singles, settings.top)
 
 
 def exhaustive(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Score every combination."""
+    """Score every combination in the space."""
     scores.evaluate(space.all(), settings.top)
 
 
 def greedy(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Add layer after layer, each time the one that improves the score most."""
+    """Add layer after layer, each time the layer that improves the score most."""
     _grow(space, scores, 1)
 
 
 def beam(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Add layer after layer to the best few of each size; then refine the best."""
+    """Add layer after layer to the best few combinations of each size; then refine the best combination."""
     _grow(space, scores, settings.beam_width)
     refine(space, scores)
 
 
 def ga(space: SearchSpace, scores: CandidateScores, settings: SearchSettings) -> None:
-    """Run a genetic algorithm; then refine the best."""
+    """Run a genetic algorithm; then refine the best combination."""
     rng = random.Random(settings.seed)
     genetic(space, scores, rng, settings.population, settings.generations, settings.patience)
     refine(space, scores)
@@ -56,7 +56,7 @@ def removal(space: SearchSpace, scores: CandidateScores, settings: SearchSetting
         scores.evaluate([kept])
     while len(kept) > space.least:
         found = scores.evaluate([normal({*kept} - {layer}) for layer in kept], 1)
-        if not found:  # all failed
+        if not found:  # all evaluations failed
             return
         kept = found[0]
 
@@ -76,9 +76,10 @@ def refine(space: SearchSpace, scores: CandidateScores) -> None:
 
 
 def _grow(space: SearchSpace, scores: CandidateScores, width: int) -> None:
+    """Add units one by one. Of each size, the best `width` combinations get another unit."""
     kept: list[LayerSet] = [BASE]
     for size in range(1, space.most + 1):
-        if size == 1 and len(space.prior) == len(space.free):  # every layer's gain is known before
+        if size == 1 and len(space.prior) == len(space.free):  # all gains are known before the search
             kept = sorted(space.singles, key=lambda layers: (-space.prior[layers[0]], layers))[:width]
             continue
         more = dict.fromkeys(new for layers in kept for new in space.with_one_more(layers))

@@ -19,7 +19,7 @@ from model_preparation.llamba.donor_kinds import KINDS, picked_heads
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 from model_preparation.search.layer_sets import WHOLE_LAYERS, LayerSet, Units
 
-_ALIGNMENT = 64  # bytes, as torch allocates; the sums of a matrix product may depend on it
+_ALIGNMENT = 64  # bytes, as torch aligns its own tensors: the rounding of a matrix product may depend on the alignment
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class ModelPair:
     """All layers of both models.
 
     Attributes:
-        model: the graft of every layer, or of every head. Other grafts have the same embedding, final norm and head.
+        model: the base with every layer grafted, or every head. All grafts have its embedding, final norm and LM head.
         base_layers: the base's own layers, by index.
         tokenizer: the tokenizer of every graft.
         fixed: the layers that are grafted already, because the search starts from a checkpoint.
-        units: the units of a graft.
+        units: whether layers or heads are grafted.
     """
 
     model: LlambaForCausalLM
@@ -45,19 +45,19 @@ class ModelPair:
         return len(self.base_layers)
 
     def layer(self, index: int, part: LayerSet) -> Any:
-        """The layer of this index with the units in `part`: the base's own, the donor's, or one with these heads."""
+        """The layer of this index with the units in `part`: the base's layer, the donor's, or one with these heads."""
         if part and self.units.heads:
             return _with_heads(self.model, index, [unit % self.units.heads for unit in part])
         return self.model.backbone.layers[index] if part or index in self.fixed else self.base_layers[index]
 
     def kv_bytes_per_token(self, kv_heads: int) -> int:
-        """The bytes that each token adds to the cache of a graft with `kv_heads` besides the layers in `fixed`."""
+        """The bytes that each token adds to a graft's cache: K/V of `kv_heads` heads, and of the layers in `fixed`."""
         of_layer = kv_bytes_per_token(self.model.backbone.llama_config, 1, self.model.dtype)
         return of_layer * len(self.fixed) + of_layer * kv_heads // self.units.kv_heads
 
 
 def load_pair(planned: GraftPlan, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> ModelPair:
-    """Load both models. On the CPU, weights stay in their files until they are used.
+    """Load both models. On the CPU, the weights are memory-mapped: they are read when they are used.
 
     Args:
         planned: the graft of all layers, or of all heads.
@@ -73,11 +73,11 @@ def load_pair(planned: GraftPlan, device: str | torch.device = "cpu", dtype: tor
         model.load_state_dict(state, assign=True)
 
     model, config = empty_model(planned.config), planned.config
-    # All heads of a layer are its whole matrices, which stay in their file.
+    # All heads of a layer together are its whole matrices, which are mapped and need no copy.
     places = {
         name: place.stored if isinstance(place, PickedTensor) else place for name, place in planned.tensors.items()
     }
-    # If they are tied, the embedding is the head.
+    # If embedding and LM head are tied, only the embedding is in the files.
     load(model, {"lm_head.weight": places["backbone.embedding.weight"]} | places)
     model.tie_weights()
     if dtype is not None:
@@ -100,7 +100,7 @@ def load_pair(planned: GraftPlan, device: str | torch.device = "cpu", dtype: tor
 
 
 def _with_heads(model: LlambaForCausalLM, index: int, heads: Sequence[int]) -> LlambaDecoderLayer:
-    """A layer of `model`, with only these heads. It shares the tensors that are not cut."""
+    """A layer of `model`, with only these heads. The heads' weights are copies; all other tensors are shared."""
     config = copy.copy(model.config)
     config.llama_heads = {str(index): list(heads)}
     with torch.device("meta"):
@@ -119,6 +119,6 @@ def _with_heads(model: LlambaForCausalLM, index: int, heads: Sequence[int]) -> L
 
 
 def _placed(tensor: Tensor, stored: torch.dtype, device: str | torch.device, dtype: torch.dtype | None) -> Tensor:
-    """Cast a tensor as a checkpoint stores it, then as it runs."""
+    """Cast a tensor to `stored`, the checkpoint's dtype, then to the dtype in which the model runs."""
     tensor = tensor.to(stored).to(device, dtype or stored)
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()

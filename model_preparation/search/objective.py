@@ -1,9 +1,9 @@
-"""The value of each question that a search maximises, and tests of whether two candidates differ.
+"""The objectives: which value of each question a search maximises; and tests of whether two candidates differ.
 
 `accuracy` is the share of right answers. `kl` is minus the mean Kullback-Leibler divergence of the candidate's
 predictions from the donor's, KL(donor || candidate), in nats, over the whole vocabulary at the scored positions. With
 `kl` every question gives a distance instead of right or wrong, so fewer questions are enough. `nll` is minus the
-loss of the right answer, in nats per token of it.
+loss of the right answer, in nats per token of that answer.
 """
 
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ def divergence(donors: "Tensor", ours: "Tensor") -> "Tensor":
 
 @dataclass(frozen=True)
 class Objective:
-    """Tests of values.
+    """What a search maximises, with tests of its values.
 
     Args:
         name: one of `OBJECTIVES`.
-        strata: the task of every question, by index.
-        second: which questions are of `second_task`.
+        strata: each question's task, as an index.
+        second: for each question, whether it is of `second_task`.
     """
 
     name: str
@@ -43,20 +43,20 @@ class Objective:
     second: NDArray[np.bool_] | None = None
 
     def stderr(self, values: Values) -> float | None:
-        """Standard error of the mean over all questions, pooled within tasks; None if no task has two questions."""
+        """The standard error of the mean over all questions, pooled within tasks; None if no task has two questions."""
         return standard_error([values[self.strata == task] for task in np.unique(self.strata)])
 
     def p_value(self, values: Values, others: Values) -> float:
-        """Two-sided p-value for the same questions: McNemar's exact test for `accuracy`, else the paired t-test."""
+        """Two-sided p-value of a paired test over questions: McNemar's exact test for `accuracy`, else the t-test."""
         differences = values - others
         if self.name == ACCURACY:
             return mcnemar_p(int((differences > 0).sum()), int((differences < 0).sum()))
         if len(differences) < 2 or not differences.any():
             return 1.0
         if np.ptp(differences) == 0:
-            return 0.0  # all differences are equal; the test would divide by 0
+            return 0.0  # all differences are equal; the t-test would divide by 0
         return float(ttest_rel(values, others).pvalue)
 
     def adjusted_p_values(self, best: Values, others: Sequence[Values]) -> list[float]:
-        """The p-value of each of `others` against `best`, Holm-adjusted for all of them."""
+        """The p-value of each of `others` against `best`, Holm-adjusted for the number of tests."""
         return holm([self.p_value(best, values) for values in others])

@@ -1,7 +1,7 @@
-"""The plan of a search, in lines to print, and its cost at most.
+"""The plan of a search, as lines to print, and the highest cost that the search can have.
 
-Races, repeats and an early stop only make it cheaper. Failures are not counted: a failed evaluation is tried again, and
-an interrupted search runs the base again.
+Races, repeats and an early stop make the cost lower. Failures, which make it higher, are not counted: a failed
+evaluation is tried again, and an interrupted search runs the base again.
 """
 
 import math
@@ -17,14 +17,12 @@ from model_preparation.search.scoring_setup import ScoringSetup
 from model_preparation.search.settings import SearchSettings
 from model_preparation.search.shared_scoring import count_tokens, hidden_states_bytes
 
-_MOST_TRIED = 1_000_000  # combinations of heads by exhaustive; they are all in memory
-
-Batch = tuple[int, int]  # how many combinations are evaluated together, and how many layers the largest has
+_MOST_TRIED = 1_000_000  # combinations of heads that `exhaustive` accepts; all of them are in memory
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Combinations that are evaluated, and layers that are run."""
+    """How many combinations are evaluated, and how many layer passes this takes."""
 
     evaluations: int
     passes: int
@@ -32,15 +30,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Bounds:
-    """The cost of a search at most.
+    """The highest cost of a search.
 
     Attributes:
-        search: the whole search; or, if there is a `step`, the part before refinement.
-        step: one step of refinement. Refinement ends when a step finds nothing better.
-        evaluations: of the whole search.
-        everything: all combinations of the space together.
-        before: how many smaller sets (larger ones for removal) are evaluated before the first set of the space, even if
-            the budget is small.
+        search: the cost of the whole search; or, if there is a `step`, of the part before refinement.
+        step: the cost of one step of refinement. Refinement ends when a step finds nothing better.
+        evaluations: how many combinations the whole search evaluates.
+        everything: the cost of all combinations of the space together.
+        before: how many sets outside the space are evaluated before the first set of the space, even if the budget is
+            small. They are larger sets for `removal` and `ratio`, and smaller sets for the other methods.
     """
 
     search: Cost
@@ -51,7 +49,7 @@ class Bounds:
 
 
 def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
-    """The cost of a search of a space, at most."""
+    """The highest cost of a search of this space."""
     total, free = space.total, len(space.free)
     everything = Cost(space.count, total + space.most_passes(space.count, space.least, space.most))
     budget = math.inf if settings.budget_evaluations is None else settings.budget_evaluations
@@ -78,16 +76,16 @@ def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
     is_genetic = settings.method == "ga"
     width = settings.beam_width if settings.method == "beam" else 1
     singles = 0 if len(space.prior) == free else free  # evaluated first
-    batches = [(singles, 1)]
+    batches = [(singles, 1)]  # (how many combinations are evaluated together, how many units the largest has)
     if is_genetic:
         batches += [(settings.population, space.most)] * settings.generations
         before = singles if space.least > 1 else 0
     else:
         batches += [(min(width * (free - size + 1), math.comb(free, size)), size) for size in range(2, space.most + 1)]
-        # Each smaller size is filled to the width, and leaves room for the sizes after it.
+        # With a small budget, only `width` sets of each smaller size are evaluated.
         smaller = sum(min(width, math.comb(free, size)) for size in range(2, space.least))
         before = singles + smaller if space.least > 1 else 0
-    # These methods go beyond the space: for the gains of single layers; beam and greedy also from size to size.
+    # These methods also evaluate sets that are too small for the space: ga single layers, the others all smaller sizes.
     outside = range(1, min(2, space.least) if is_genetic else space.least)
     limit = int(min(budget, space.count + sum(math.comb(free, size) for size in outside)))
     asked = sum(count for count, _ in batches)
@@ -96,13 +94,13 @@ def bounds(space: SearchSpace, settings: SearchSettings) -> Bounds:
     first = Cost(early, min(passes, _in_any_order(early, singles, space)))
     if settings.method == "greedy":
         return Bounds(first, None, early, everything, before)
-    if limit <= asked:  # this covers the evaluations of refinement
+    if limit <= asked:  # then `limit` covers refinement too
         return Bounds(Cost(limit, _in_any_order(limit, singles, space)), None, limit, everything, before)
     return Bounds(first, _refinement(space), limit, everything, before)
 
 
 def _refinement(space: SearchSpace) -> Cost:
-    """One step, from the size that has the most neighbours."""
+    """The highest cost of one step of refinement, from a set of the size that has the most neighbours."""
 
     def neighbours(size: int) -> int:
         free = len(space.free) - size
@@ -113,16 +111,16 @@ def _refinement(space: SearchSpace) -> Cost:
 
 
 def _in_any_order(count: int, singles: int, space: SearchSpace) -> int:
-    """Layer passes of `count` combinations, single units first, if none shares a layer with another."""
+    """The layer passes of `count` combinations: up to `singles` single units, then sets that share no layers."""
     first = min(count, singles)
     return space.total + space.most_passes(first, 1, 1) + (count - first) * space.total
 
 
 def space_of(setup: ScoringSetup, gains: Mapping[int, float], seeds: Sequence[int]) -> SearchSpace:
-    """The sets to search: those of the wanted sizes, with a cache within the budget.
+    """The sets to search: those of the wanted sizes whose cache is within the budget.
 
     Args:
-        gains, seeds: of single units, from the prior file.
+        gains, seeds: as `known_units` reads them from the prior file.
 
     Raises:
         SurgeryError: if there is no set, or if there are too many to try.
@@ -131,17 +129,18 @@ def space_of(setup: ScoringSetup, gains: Mapping[int, float], seeds: Sequence[in
     units, least, most = pair.units, settings.min_layers, settings.most
     space = SearchSpace(pair.layers, least, most, gains, pair.fixed, units, None, tuple(seeds))
     if units.heads and most > (free := len(space.free)):
-        raise SurgeryError(f"max_heads is {most}, and there are {free} heads to choose from. Give --max_heads {free}.")
+        raise SurgeryError(f"max_heads is {most}, but there are {free} heads to choose from. Give --max_heads {free}.")
     if settings.max_cache_bytes is not None and settings.at_tokens is not None:
-        # Whole layers change the cache alike, so sizes between two that fit also fit. Heads only add to it.
+        # Each whole layer changes the cache by the same amount, so all sizes between two that fit also fit. Each head
+        # only adds to the cache.
         sets: dict[int, LayerSet] = {size: tuple(range(size)) for size in range(least, most + 1)}
         needs = {size: _cache_bytes(setup, units.kept_kv_heads(each), size) for size, each in sets.items()}
         fits = [size for size, size_bytes in needs.items() if size_bytes <= settings.max_cache_bytes]
         if not fits:
             raise SurgeryError(
                 f"A combination of {least} to {most} {units.word} has a cache of at least {min(needs.values()):,} "
-                f"bytes after {settings.at_tokens:,} tokens, and max_cache_bytes is {settings.max_cache_bytes:,}. "
-                f"Give more --max_cache_bytes, or other numbers of {units.word}."
+                f"bytes after {settings.at_tokens:,} tokens, but max_cache_bytes is {settings.max_cache_bytes:,}. "
+                f"Give a larger --max_cache_bytes, or other numbers of {units.word}."
             )
         space = replace(space, least=fits[0], most=fits[-1])
         if units.heads:
@@ -150,21 +149,21 @@ def space_of(setup: ScoringSetup, gains: Mapping[int, float], seeds: Sequence[in
             space = replace(space, most_kv_heads=most_kept)
     if units.heads and settings.method == "exhaustive" and space.count > _MOST_TRIED:
         raise SurgeryError(
-            f"There are {space.count:,} combinations, and exhaustive takes at most {_MOST_TRIED:,} of heads. "
-            "Give fewer --max_heads, or another --method."
+            f"There are {space.count:,} combinations of heads, but --method exhaustive takes {_MOST_TRIED:,} at most. "
+            "Give a smaller --max_heads, or another --method."
         )
     return space
 
 
 def _cache_bytes(setup: ScoringSetup, kv_heads: int, layers: int) -> int:
-    """Bytes of the cache after `at_tokens` tokens, for a set with `kv_heads` key/value heads and `layers` layers."""
+    """The cache's bytes after `at_tokens` tokens, for a set with `kv_heads` key/value heads and `layers` layers."""
     settings, pair = setup.settings, setup.pair
     states = cache_bytes(pair.model.config, len(pair.fixed) + (0 if pair.units.heads else layers), 0, pair.model.dtype)
     return states + (settings.at_tokens or 0) * pair.kv_bytes_per_token(kv_heads)
 
 
 def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
-    """The plan."""
+    """The plan of a search, as lines to print."""
     settings, questions, donor = setup.settings, setup.questions, setup.planned.donor
     tokens = count_tokens(questions)
     size = hidden_states_bytes(setup)
@@ -176,7 +175,7 @@ def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
         f"Questions    {len(questions.questions):,} of {', '.join(settings.all_tasks)}, {tokens:,} tokens with padding",
         f"Memory       {decimal(size)} for the base's hidden states before each of {space.total} layers"
         + (f", of which up to {decimal(in_file)} in a file in {settings.folder}" if in_file else "")
-        + f"; at most {min(space.most, space.total) + 1} more states of {decimal(size // space.total)}",
+        + f"; at most {min(space.most, space.total) + 1} more hidden states of {decimal(size // space.total)} each",
         f"Method       {settings.method}, {space.least} to {space.most} of {len(space.free)} {space.units.word}"
         + (", candidates race" if settings.races else "")
         + f"; maximises {settings.objective}",
@@ -186,7 +185,7 @@ def describe(setup: ScoringSetup, space: SearchSpace) -> list[str]:
 
 
 def _describe_cache(setup: ScoringSetup, space: SearchSpace) -> list[str]:
-    """The line on the budget of the cache: the sizes that it leaves out, and the largest candidate."""
+    """The line on the cache's budget: which sizes it leaves out, and how many bytes the largest candidate needs."""
     settings, units = setup.settings, space.units
     if settings.max_cache_bytes is None or settings.at_tokens is None:
         return []
@@ -201,7 +200,7 @@ def _describe_cache(setup: ScoringSetup, space: SearchSpace) -> list[str]:
     largest = max(_cache_bytes(setup, kv_heads, size) for size, kv_heads in most.items())
     return [
         f"Cache        at most {settings.max_cache_bytes:,} bytes after {settings.at_tokens:,} tokens; "
-        f"the largest candidate has {largest:,}{layers}"
+        f"the largest candidate needs {largest:,}{layers}"
     ]
 
 
@@ -226,11 +225,9 @@ def describe_cost(found: Bounds, settings: SearchSettings, total: int) -> list[s
         + (", and races save more" if settings.races else ""),
     ]
     if not is_whole and passes + (step.passes if step else 0) >= found.everything.passes:
-        together, left = f"all {count} combinations together take", " and leave none out"
-        if count == "1":
-            together, left = "the only combination takes", ""
+        together = "the only combination takes" if count == "1" else f"all {count} combinations together take only"
         lines.append(
-            f"Advice       {together} {found.everything.passes:,} layer passes{left}: "
-            "use --method exhaustive, or a --budget_evaluations"
+            f"Advice       {together} {found.everything.passes:,} layer passes: use --method exhaustive, or limit the "
+            "search by --budget_evaluations"
         )
     return lines

@@ -14,7 +14,7 @@ _COUNT = "{task.completed:.0f}/{task.total:.0f} evaluations{task.fields[note]}"
 
 
 class SearchProgress:
-    """A context manager; outside of it nothing is shown."""
+    """Shows the progress inside its `with` block, and nothing outside of the block."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -47,7 +47,7 @@ class SearchProgress:
         self._progress.update(self._row, description="Searching")
 
     def evaluated(self, done: int, saved: float, best: tuple[str, float] | None) -> None:
-        """Show how many combinations are known, the share of layer passes saved, and the best with its fitness."""
+        """Show how many combinations are evaluated, the share of layer passes saved, and the best with its fitness."""
         note = f", {saved:.0%} of the layer passes saved"
         if best is not None:
             note += f", best {best[1]:.4f} ({best[0]})"
@@ -59,5 +59,5 @@ class SearchProgress:
             print(f"{done}/{total:.0f} evaluations{note}", flush=True)
 
     def failed(self, combination: str, reason: str) -> None:
-        """An evaluation failed twice."""
+        """Print that the evaluation of a combination failed, and why."""
         self._progress.console.print(f"{combination}: failed: {escaped(reason)}", highlight=False, markup=False)

@@ -1,8 +1,8 @@
-"""The questions in the rounds of a race: a few questions are enough to drop a bad candidate.
+"""Which questions each round of a race asks. candidate_scores.py runs the race (`_race`).
 
-candidate_scores.py runs the race (`_race`).
-The first two rounds ask about a sixteenth of the tokens each. Every later round asks as much as all rounds before it.
-Which questions are in a round is drawn; questions that are answered in the same batches stay together.
+A few questions are enough to drop a bad candidate, so the first rounds are short. The first two rounds have about a
+sixteenth of all tokens each. Every later round has as many tokens as all rounds before it. Questions are assigned to
+rounds at random, but questions that are answered in one batch stay together.
 """
 
 import random
@@ -28,12 +28,12 @@ class RaceRound:
 
 
 def race_rounds(questions: QuestionSet, shares: Sequence[float] = SHARES) -> list[RaceRound]:
-    """The rounds, none of them empty. There are fewer than `shares` if the batches cannot be split so finely."""
+    """The rounds, none of them empty. There are fewer rounds than `shares` if the batches cannot be split so finely."""
     groups = _answered_together(questions)
     random.Random(_SEED).shuffle(groups)
     tokens = [sum(questions.batches[batch].inputs.numel() for batch in batches) for batches in groups]
     ends = [sum(shares[: number + 1]) * sum(tokens) for number in range(len(shares))]
-    ends[-1] = float("inf")  # so that rounding leaves no batch out
+    ends[-1] = float("inf")  # rounding must leave no batch out
     drawn: list[list[int]] = [[] for _ in shares]
     seen = 0.0
     for batches, size in zip(groups, tokens, strict=True):
@@ -47,7 +47,7 @@ def race_rounds(questions: QuestionSet, shares: Sequence[float] = SHARES) -> lis
 
 
 def _answered_together(questions: QuestionSet) -> list[list[int]]:
-    """Groups of batches: all batches that answer the same question are in one group."""
+    """Groups of batches. All batches that a question needs are in one group."""
     links = [(min(question.batches), batch) for question in questions.questions for batch in question.batches]
     rows, columns = np.array(links).T
     count = len(questions.batches)

@@ -1,11 +1,11 @@
-"""The questions that candidates answer, in the same batches in which `ScoringLM` would answer them.
+"""The questions of a search, in the same batches in which `ScoringLM` would answer them.
 
 lm-eval makes the prompts: it evaluates a model that only records the requests. So every setting works as in lm-eval.
 
-The search takes tasks that are answered by log-likelihoods (`multiple_choice`, `loglikelihood`), with options of one or
-several tokens, and that have the metric `acc`. A question's value is its `acc`, 0 or 1. It also takes tasks that
-generate text (`generate_until`). Then it asks for the likelihood of the right answer after the prompt, and `acc` is
-whether greedy decoding would write it at once.
+The search takes tasks that are answered by log-likelihoods (`multiple_choice`, `loglikelihood`) and have the metric
+`acc`, 0 or 1 for each question. Options may have several tokens. The search also takes tasks that generate text
+(`generate_until`). There it asks for the likelihood of the right answer after the prompt, and `acc` is 1 if greedy
+decoding would begin with that answer.
 """
 
 import math
@@ -40,10 +40,10 @@ class Batch:
     """Rows that run together.
 
     Attributes:
-        task: the index of their task.
-        prefix: the index of the tokens that come before them.
-        rows: which row answers which requests of the task.
-        inputs: tokens, (rows, length) int64.
+        task: the index of the rows' task.
+        prefix: the index, in `QuestionSet.prefixes`, of the tokens before all rows.
+        rows: the rows; each says which requests of the task it answers.
+        inputs: the tokens after the prefix, (rows, length) int64.
         positions: the positions to score, (rows, kept) int64.
     """
 
@@ -57,8 +57,8 @@ class Batch:
 class BatchResult(NamedTuple):
     """A candidate's result for a batch.
 
-    `answers` has (index of the task's request, answer). `divergences` has, for the objective `kl`, the mean KL to the
-    donor over each row's scored positions, in nats.
+    `answers` has (index of the task's request, answer). `divergences` is for the objective `kl`: for each row, the mean
+    KL to the donor over the row's scored positions, in nats.
     """
 
     answers: list[tuple[int, Answer]]
@@ -67,7 +67,7 @@ class BatchResult(NamedTuple):
 
 @dataclass
 class _Task:
-    """A task's requests: as lm-eval makes them, and as tokens."""
+    """A task's requests: as lm-eval makes them (`instances`), and as tokens, as `QuestionSet.tokens` returns them."""
 
     name: str
     task: Any
@@ -77,7 +77,10 @@ class _Task:
 
 @dataclass(frozen=True)
 class Question:
-    """A task's document. `requests` are its options, in order; `batches` answer them; `right` is the right option."""
+    """A task's document. `requests` are indices of the task's requests, one per option, in order.
+
+    `batches` are the indices of their batches. For the objective `nll`, `right` is the request of the right option.
+    """
 
     task: int
     doc: Any
@@ -87,19 +90,19 @@ class Question:
 
 
 class QuestionSet:
-    """All questions.
+    """All questions of a search.
 
     Args:
-        lm: gives tokens and batches; its model does not run.
+        lm: makes tokens and batches; its model does not run.
         loaded: the tasks.
         settings: as `settings_of` returns them, with `device`.
-        objective: of the search; `nll` needs the right answers.
+        objective: the search's objective; `nll` needs the right answers.
 
     Attributes:
-        prefixes: the common first tokens of the rows of some batches. They run once. Empty if there are too few.
-        batches: run after their prefixes.
-        questions: in the order of the tasks.
-        digest: of all requests and right answers.
+        prefixes: tokens with which all rows of some batches begin. They run once. A prefix may be empty.
+        batches: the rows that run together, without their prefix.
+        questions: the questions, in the order of the tasks.
+        digest: the digest of all requests and right answers.
 
     Raises:
         SurgeryError: for tasks that the search does not take.
@@ -113,7 +116,7 @@ class QuestionSet:
         self._tasks: list[_Task] = []
         self._objective = objective
         recorder = _RequestRecorder()
-        # lm-eval would ask pip, nvcc and others about this machine, which takes a second, and nobody reads it.
+        # lm-eval would run pip, nvcc and others to describe this machine. This takes a second, and nobody reads it.
         with patch("lm_eval.evaluator.add_env_info"):
             run_tasks(recorder, loaded, settings)
         by_task: dict[str, list[Instance]] = {}
@@ -127,7 +130,7 @@ class QuestionSet:
         self.digest = blake3(repr([self._asked(question) for question in self.questions]).encode()).hexdigest()
 
     def _add(self, task: _Task, lm: ScoringLM) -> None:
-        """Sort a task's requests into batches as `ScoringLM` does, and into questions."""
+        """Put a task's requests into batches, as `ScoringLM` does, and into questions."""
         index = len(self._tasks)
         self._tasks.append(task)
         batch_of: dict[int, int] = {}
@@ -150,7 +153,7 @@ class QuestionSet:
             self.questions.append(Question(index, doc, tuple(requests), batches, right))
 
     def of_tasks(self, names: Sequence[str]) -> list[bool]:
-        """Which questions are of one of these single tasks."""
+        """For each question, whether it is of one of these single tasks."""
         return [self._tasks[question.task].name in names for question in self.questions]
 
     def tokens(self, task: int) -> list[tuple]:
@@ -158,7 +161,7 @@ class QuestionSet:
         return self._tasks[task].tokens
 
     def values(self, results: Mapping[int, BatchResult]) -> dict[int, float]:
-        """Right (1) or wrong (0), by question, if all its batches are in `results`.
+        """1 for a right answer, 0 for a wrong one; by question, for the questions whose batches are all in `results`.
 
         Raises:
             SurgeryError: if a log-likelihood is not finite.
@@ -172,7 +175,7 @@ class QuestionSet:
         return found
 
     def maximised(self, results: Mapping[int, BatchResult]) -> dict[int, float]:
-        """The values that the search maximises, by question, if all its batches are in `results`.
+        """The values that the search maximises, by question, for the questions whose batches are all in `results`.
 
         Raises:
             SurgeryError: if a number is not finite.
@@ -190,7 +193,7 @@ class QuestionSet:
         return found
 
     def _answers(self, results: Mapping[int, BatchResult]) -> dict[int, list[Answer]]:
-        """The answers to all options, by question, if all its batches are in `results`."""
+        """The answers to all options, by question, for the questions whose batches are all in `results`."""
         answers = {
             (self.batches[batch].task, request): answer
             for batch, result in results.items()
@@ -205,7 +208,7 @@ class QuestionSet:
         return found
 
     def divergences(self, results: Mapping[int, BatchResult]) -> dict[int, float]:
-        """The mean KL to the donor over a question's rows, in nats, by question, if all its batches are in `results`.
+        """The mean KL to the donor over a question's rows, in nats, for the same questions as `maximised`.
 
         Raises:
             SurgeryError: if a divergence is not finite.
@@ -251,9 +254,9 @@ class _RequestRecorder(LM):
 
 
 def _ask_right_answer(task: Any, instance: Instance) -> Instance:
-    """Ask for the likelihood of the right answer where the task asks for a text."""
+    """Turn a request for a text into a request for the likelihood of the right answer."""
     targets = task.doc_to_target(instance.doc)
-    if isinstance(targets, list):  # a recall task needs all of them; others accept any, and lm-eval shows the first
+    if isinstance(targets, list):  # recall tasks need all of them; others accept any, and their examples show the first
         targets = " ".join(map(str, targets)) if isinstance(task, RecallTask) else next(iter(targets), "")
     if targets in (None, ""):
         raise _without_answer(task, instance.doc)
@@ -262,7 +265,7 @@ def _ask_right_answer(task: Any, instance: Instance) -> Instance:
 
 
 def _right_option(task: Any, doc: Any) -> int:
-    """Which option of a question is right; the first one, if there are several."""
+    """The index of a question's right option; of the first right one, if there are several."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return 0
     options = task.doc_to_choice(doc)
@@ -278,13 +281,13 @@ def _right_option(task: Any, doc: Any) -> int:
 
 def _without_answer(task: Any, doc: Any) -> SurgeryError:
     return SurgeryError(
-        f"The task {task.task_name} has no right answer for {str(doc)!r:.80}, and the search scores it. "
-        "Choose another --task."
+        f"The search needs a right answer to each question, but the task {task.task_name} has none for "
+        f"{str(doc)!r:.80}. Choose another --task."
     )
 
 
 def _as_tokens(lm: ScoringLM, instances: list[Instance]) -> list[tuple]:
-    """Requests as `ScoringLM` tokenizes them: it gets them without answering."""
+    """Requests as `ScoringLM` tokenizes them. It gets the requests, but its model does not run."""
     found: list[tuple] = []
 
     def take(requests: Sequence[tuple], **_: Any) -> list[Answer]:
@@ -297,10 +300,10 @@ def _as_tokens(lm: ScoringLM, instances: list[Instance]) -> list[tuple]:
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """Refuse tasks that the search does not take, as far as their definitions show it.
+    """Refuse tasks whose definitions show that the search does not take them.
 
     Raises:
-        SurgeryError: for such a task, and as `load_tasks`.
+        SurgeryError: for such a task, and for the same reasons as `load_tasks`.
     """
     for config in read_configs(names):
         _check_config(config)

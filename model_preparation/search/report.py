@@ -1,6 +1,6 @@
 """The report of a search: report.html, which needs no other file, and its plots as PNG.
 
-jinja2 escapes what comes from files. The page's policy forbids every request, and every script but its own.
+jinja2 escapes what comes from files. The page's security policy forbids all requests, and all scripts but its own.
 """
 
 from importlib import resources
@@ -40,9 +40,8 @@ def write_report(found: dict[str, Any], scores: CandidateScores, folder: Path) -
     plots = []
     unit = "heads" if "heads_per_layer" in found else "layers"
     for name, (title, plot, units) in PLOTS.items():
-        if unit not in units:
-            continue
-        plots.append((title, drawing.save_both(plot, shown, name, folder)))
+        if unit in units:
+            plots.append((title, drawing.save_both(plot, shown, name, folder)))
     page = render_page(
         resources.files(__package__).joinpath(PAGE).read_text(encoding="utf-8"),
         title=f"{unit.capitalize()} of {Path(found['base']).name}: {found['search']['method']} search",
@@ -56,7 +55,7 @@ def write_report(found: dict[str, Any], scores: CandidateScores, folder: Path) -
 
 
 def plot_singles(found: dict[str, Any]) -> Figure:
-    """A bar per layer: its gain over the base by itself, with the standard error of its score."""
+    """A bar per layer: the gain over the base if only this layer is grafted, with the standard error of the score."""
     figure, axes = _axes(3.2, "layer grafted", f"gain in {_FITNESS[found['objective']]}")
     singles = found["single_layer_results"]
     layers = sorted(map(int, singles))
@@ -68,7 +67,7 @@ def plot_singles(found: dict[str, Any]) -> Figure:
 
 
 def plot_heads(found: dict[str, Any]) -> Figure:
-    """A square per head, coloured by its gain over the base by itself. Heads of the best set have a ring."""
+    """A square per head, coloured by the gain over the base if only this head is grafted. The best set has rings."""
     total, heads = found["total_layers"], found["heads_per_layer"]
     table = np.full((total, heads), np.nan)
     for name, single in found["single_head_results"].items():
@@ -88,7 +87,7 @@ def plot_heads(found: dict[str, Any]) -> Figure:
 
 
 def plot_pairs(found: dict[str, Any]) -> Figure:
-    """A square per pair of layers, coloured by fitness; single layers on the diagonal. Unknown pairs are white."""
+    """A square per pair of layers, coloured by fitness. Single layers are on the diagonal. Unknown pairs are white."""
     total = found["total_layers"]
     table = np.full((total, total), np.nan)
     for row in found["final_results"]:
@@ -115,7 +114,7 @@ def plot_history(found: dict[str, Any]) -> Figure:
 
 
 def plot_pareto(found: dict[str, Any]) -> Figure:
-    """Fitness against the bytes per token of the K/V cache: all combinations, and the Pareto front."""
+    """Fitness against the K/V cache's bytes per token, of all combinations and of the Pareto front."""
     figure, axes = _axes(3.6, "K/V cache, bytes per token", _FITNESS[found["objective"]])
     (all_bytes, all_fitness), (front_bytes, front_fitness) = (
         [[row[name] for row in found[rows]] for name in ("kv_bytes_per_token", "fitness")]
@@ -135,7 +134,7 @@ def plot_pareto(found: dict[str, Any]) -> Figure:
 
 
 _BOTH = ("layers", "heads")
-PLOTS: dict[str, tuple[str, Plot, tuple[str, ...]]] = {  # title, plot, and of which searches
+PLOTS: dict[str, tuple[str, Plot, tuple[str, ...]]] = {  # title, plot, and which units it is for
     "single_layers": ("What each layer gains by itself", plot_singles, ("layers",)),
     "single_heads": ("What each head gains by itself", plot_heads, ("heads",)),
     "pairs": ("Pairs of layers", plot_pairs, ("layers",)),
@@ -145,7 +144,7 @@ PLOTS: dict[str, tuple[str, Plot, tuple[str, ...]]] = {  # title, plot, and of w
 
 
 def _reference_lines(axes: Axes, found: dict[str, Any], subtracted: float = 0.0) -> None:
-    """Lines at the base's score and, if it is known, the donor's, each minus `subtracted`; and the legend."""
+    """Draw lines at the scores of base and donor, where known, each minus `subtracted`; also draw the legend."""
     for name, colour in (("base", COLOURS[1]), ("donor", COLOURS[2])):
         if (score := found[f"{name}_score"]) is not None:
             axes.axhline(score - subtracted, color=colour, linestyle="--", linewidth=0.9, label=name)

@@ -1,16 +1,16 @@
-"""The result of a search: the content of search_result.json.
+"""The result of a search: the content of search_result.json. Its keys:
 
 final_results   all combinations with answers to all questions, the best first: layers, fitness, stderr, num_layers,
                 accuracy, kv_bytes_per_token. The first `COMPARED` also have p-values of paired tests against the
                 best and the base (Holm-adjusted), each with a verdict.
 pareto          the best fitness for each size of the K/V cache: the base and the combinations that have more fitness
-                than all with a cache as small or smaller
-base_score, donor_score, single_layer_results, statistics, dropped, failed, settings
+                than all others with an equal or smaller cache
+base_score, donor_score, single_layer_results, statistics, dropped, failed, settings, and more
 
-A search over heads has heads, num_heads, single_head_results and heads_per_layer instead, and heads like "13:16".
+A search over heads has the keys heads, num_heads, single_head_results and heads_per_layer; a head is like "13:16".
 
-A search that starts from a checkpoint has that as `base`, and its grafted layers as `start_layers`: they are in every
-combination, and `layers` are those that are added.
+If the search starts from a checkpoint, `base` is the checkpoint, and `start_layers` are its grafted layers. They are in
+every combination; `layers` are only the added layers.
 """
 
 import os
@@ -36,10 +36,10 @@ def search_result(
     *,
     budget_spent: bool,
 ) -> dict[str, Any]:
-    """The content of search_result.json, in JSON's kinds of values.
+    """The content of search_result.json.
 
     Args:
-        setup, space: of the search.
+        setup, space: what was searched.
         scores: all evaluations.
         donor: the donor's own `accuracy` and `fitness`, if it was scored.
         budget_spent: whether the budget ended the search.
@@ -105,14 +105,14 @@ def _final_results(scores: CandidateScores, space: SearchSpace, setup: ScoringSe
 
 
 def _pareto_front(rows: list[dict[str, Any]], word: str) -> list[dict[str, Any]]:
-    """The rows that have more fitness than all with as many bytes or fewer, by bytes."""
+    """The rows with more fitness than all other rows with as many bytes or fewer, sorted by bytes."""
     names = (word, "fitness", "stderr", f"num_{word}", "kv_bytes_per_token")
     front = pareto_front([row["kv_bytes_per_token"] for row in rows], [row["fitness"] for row in rows])
     return [{name: rows[place][name] for name in names} for place in front]
 
 
 def _single_results(scores: CandidateScores, space: SearchSpace) -> dict[str, dict[str, Any]]:
-    """The gain of each layer or head by itself, by its name, if it has answers to all questions."""
+    """Score, standard error and gain of each single layer or head that has answers to all questions, by its name."""
     base = scores.estimate(BASE)
     return {
         space.units.names(single): {
@@ -138,5 +138,5 @@ def _row(scores: CandidateScores, layers: LayerSet, setup: ScoringSetup) -> dict
 
 
 def _place(name: str | None) -> str | None:
-    """The absolute path of a folder or file on the disk; names and hub ids stay."""
+    """The absolute path of `name` if it is a folder or file on the disk. Other names and hub ids stay as they are."""
     return os.path.abspath(name) if name is not None and Path(name).exists() else name

@@ -1,7 +1,7 @@
-"""Reads the results of searches: our search_result.json, and JSON files of older programs in these shapes:
+"""Reads the results of searches: our search_result.json, and JSON files of older programs. These keys are known:
 
-final_results, results, top_combinations   a list of objects, or one object per combination
-an object's layers: layers, combination, layer_indices, individual; its score: fitness, score, accuracy, mmlu_score
+final_results, results, top_combinations   a list of objects, or an object with an entry for each combination
+in such an object   layers, combination, layer_indices or individual; fitness, score, accuracy or mmlu_score
 best_layers or best_individual, with best_fitness or best_score   a single combination
 single_layer_results   {"11": 0.51}, {"11": {"score": 0.51}}, or a list of objects
 
@@ -31,9 +31,9 @@ _LAYER = ("layer", "layer_idx", "layer_index", *_LAYERS)
 
 @dataclass(frozen=True)
 class Found:
-    """A combination of a result file: of whole layers, or of heads as --heads takes them, such as "13:16,17 15:11".
+    """A combination in a result file: of whole layers, or of heads as --heads takes them, such as "13:16,17 15:11".
 
-    `score` is None if the file has none.
+    `score` is None if the file has no score for it.
     """
 
     layers: LayerSet
@@ -49,8 +49,8 @@ class ReadResult:
         entries: the combinations, the best first, without repeats.
         failures: how many entries were left out. Older programs gave failed evaluations the score 0.
         is_mmlu: whether the scores are of the whole MMLU, as in all older programs.
-        objective: of the search; "score" for older programs.
-        base, donor, llama_layers_dir, tokenizer, keep_mixer_heads: the settings of our search.
+        objective: the search's objective; "score" for older programs.
+        base, donor, llama_layers_dir, tokenizer, keep_mixer_heads: the search's settings, if the file is ours.
     """
 
     entries: list[Found]
@@ -100,7 +100,7 @@ def read_result(path: Path) -> ReadResult:
 
 
 def read_single_layers(path: Path) -> tuple[dict[int, float], int]:
-    """Scores of single layers, by layer, and how many were left out because they failed.
+    """The scores of single layers, by layer; and how many layers were left out because their evaluation failed.
 
     Raises:
         SurgeryError: if there is no such file, or it has no single layers.
@@ -118,7 +118,7 @@ def read_single_layers(path: Path) -> tuple[dict[int, float], int]:
 
 
 def read_heads(path: Path) -> tuple[dict[tuple[int, int], float], list[tuple[int, int]]]:
-    """Scores of single heads, by (layer, head), of a search's result; or, of a list, the heads in its order.
+    """The heads in a file: (scores by (layer, head), []) for a search's result, ({}, heads in order) for a list.
 
     A list is text with names like 13:16 or 13:16,17, and comments after #; or a JSON list of such names.
 
@@ -151,7 +151,7 @@ def read_heads(path: Path) -> tuple[dict[tuple[int, int], float], list[tuple[int
 def _found(
     content: dict[str, Any], entries: list[Any], place: str, *, are_single: bool = False
 ) -> tuple[list[Found], int]:
-    """The combinations in entries, and how many were left out because they failed: older programs scored those 0."""
+    """The combinations in `entries`, and how many were left out: older programs scored failed evaluations 0."""
     found = []
     for number, entry in enumerate(entries, start=1):
         try:
@@ -193,7 +193,7 @@ def _rank(one: Found) -> float:
 
 
 def _as_list(given: Any) -> list[Any]:
-    """A list of entries. An object gives an entry per name; the name is the layers."""
+    """`given` as a list of entries. Of an object, each key and value become one entry; the key names the layers."""
     if isinstance(given, dict):
         return [{"layers": key, **(each if isinstance(each, dict) else {"score": each})} for key, each in given.items()]
     return given if isinstance(given, list) else []
@@ -211,7 +211,7 @@ def _entries(content: dict[str, Any], path: Path) -> list[Any]:
         raise SurgeryError(f"{path} has no combination: its {empty[0]} is empty. Give the result of another search.")
     keys = ", ".join(sorted(content)[:6])
     raise SurgeryError(
-        f"{path} has no list of combinations: it needs {' or '.join(_LISTS)}, and has {keys or 'nothing'}. "
+        f"{path} has no list of combinations: it needs {' or '.join(_LISTS)}, but has {keys or 'nothing'}. "
         'Bring it into this shape: {"final_results": [{"layers": [11, 13], "fitness": 0.57}]}.'
     )
 
@@ -222,7 +222,7 @@ def _heads(entry: Any) -> str:
     if given is None:
         return ""
     if not isinstance(given, list) or not given or not all(isinstance(each, str) for each in given):
-        raise ValueError(f'its heads are {given!r:.80}, and not like ["13:16", "15:11"]')
+        raise ValueError(f'its heads are {given!r:.80}, but should be like ["13:16", "15:11"]')
     try:
         return names_of(given)
     except argparse.ArgumentTypeError as error:

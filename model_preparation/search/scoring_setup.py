@@ -1,4 +1,4 @@
-"""Everything that scoring needs, made from the settings alone: a worker on another machine makes the same."""
+"""Everything that scoring needs. It is made from the settings alone, so a worker on another machine makes the same."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ from model_preparation.search.model_pair import load_pair
 from model_preparation.search.question_set import BatchResult, QuestionSet
 from model_preparation.search.settings import HEADS, KL, SearchSettings
 
-# The settings that a search and an evaluation share.
+# The fields that `SearchSettings` and `EvaluationSettings` both have.
 _OF_QUESTIONS = ("lengths", "language", "haystack", "limit", "mmlu_data", "num_fewshot", "batch_size")
 References = Callable[[int], list[Tensor]]  # the donor's log-probabilities for a batch, (scored, vocabulary) per row
 
@@ -35,16 +35,16 @@ class ScoringSetup:
     """Base and donor in memory, the questions, and the donor's own answers.
 
     Args:
-        settings: of the search.
-        scored_on: the type of the device on which candidates run, if that is not `settings.device`.
+        settings: the search's settings.
+        scored_on: the type of the device on which candidates run, if candidates do not run on `settings.device`.
 
     Attributes:
         planned: the graft of all layers, or of all heads.
         second_leaves: the single tasks of `second_task`.
-        recorded: everything except the weights that decides on the answers, as results and journals record it.
+        recorded: the settings that the answers depend on, as results and journals record them.
 
     Raises:
-        SurgeryError: as `plan`, `load_tasks` and `QuestionSet`.
+        SurgeryError: for the same reasons as `plan`, `load_tasks` and `QuestionSet`.
     """
 
     def __init__(self, settings: SearchSettings, scored_on: str | None = None):
@@ -63,7 +63,7 @@ class ScoringSetup:
         }
         self.pair = load_pair(self.planned, settings.device, dtype)
         with quiet():
-            # The same batches on every machine.
+            # `batches_for` makes the same batches on every machine.
             self.lm = ScoringLM(self.pair.model, self.pair.tokenizer, settings.batch_size, batches_for=kind)
             self.questions = QuestionSet(self.lm, loaded, self.recorded, settings.objective)
         if settings.unit == HEADS:
@@ -71,13 +71,13 @@ class ScoringSetup:
         self.second_leaves = [] if settings.second_task is None else loaded.leaves_of[settings.second_task]
 
     def take_extracted(self, folder: Path) -> None:
-        """Use the donor's layers that were extracted into `folder`. Those in memory are equal, and stay."""
+        """Plan with the donor's layers in `folder` from now on. The layers in memory are equal to them, and stay."""
         self.settings = replace(self.settings, llama_layers_dir=folder)
         self.planned = _plan(self.settings)
 
     @cached_property
     def inputs(self) -> dict[str, Any]:
-        """Digests of everything that answers are computed from."""
+        """Digests of the models, the tokenizer and the questions: everything that answers are computed from."""
         donor = None
         if self.settings.donor is not None:
             donor = digest_of_model(resolve(self.settings.donor, overrides=self.settings.sources).folder)
@@ -90,7 +90,7 @@ class ScoringSetup:
         }
 
     def references(self, numbers: Sequence[int]) -> References:
-        """The donor's log-probabilities for a batch, kept like the base's hidden states."""
+        """A function that gives the donor's log-probabilities for a batch. They are kept like the base's states."""
         if self._kept_references is not None and len(numbers) == len(self.questions.batches):
             return self._kept_references
         vocabulary = self.pair.model.config.vocab_size
@@ -104,8 +104,8 @@ class ScoringSetup:
         return self._kept_references
 
     def donor_answers(self, chosen: Sequence[int]) -> dict[int, BatchResult]:
-        """The donor's own answers to `chosen` batches, by batch."""
-        if self.settings.objective == KL:  # which needs the log-probabilities anyway
+        """The donor's own answers to the batches in `chosen`, by batch."""
+        if self.settings.objective == KL:  # the objective kl needs the log-probabilities anyway
             references = self.references(chosen)
             all_scores: Iterable[tuple[int, list[Tensor]]] = ((number, references(number)) for number in chosen)
         else:
@@ -119,7 +119,7 @@ class ScoringSetup:
 
     @torch.inference_mode()
     def _donor_scores(self, batches: Sequence[int]) -> Iterator[tuple[int, list[Tensor]]]:
-        """(batch, the donor's log-probabilities for it, (scored, vocabulary) per row)."""
+        """Yields each batch with the donor's log-probabilities: a tensor (scored, vocabulary) per row."""
         assert self.settings.donor is not None
         folder = resolve(self.settings.donor, overrides=self.settings.sources).folder
         other = OtherModel("donor", folder, is_checkpoint=False)
@@ -128,8 +128,8 @@ class ScoringSetup:
         kind = self.planned.donor.config.model_type
         if model.config.model_type != kind or model.config.num_hidden_layers != self.pair.layers:
             raise SurgeryError(
-                f"{folder} is a {model.config.model_type} of {model.config.num_hidden_layers} layers, the base has "
-                f"{self.pair.layers}. Give the donor that {self.planned.donor.folder} comes from by --donor."
+                f"{folder} is a {model.config.model_type} of {model.config.num_hidden_layers} layers, but a {kind} of "
+                f"{self.pair.layers} layers is needed. Give the donor of {self.planned.donor.folder} by --donor."
             )
         with quiet():
             lm = ScoringLM(model, tokenizer, self.settings.batch_size)
@@ -145,7 +145,7 @@ class ScoringSetup:
 
 
 def _plan(settings: SearchSettings) -> GraftPlan:
-    """The graft of all layers, or of all heads."""
+    """The graft of all layers, or of all heads, except in layers that `settings.start` has grafted already."""
     layers: LayerStore | ModelLayers
     if settings.llama_layers_dir is not None:
         hint = settings.donor or ("DONOR" if settings.start else donor_name(settings.base, settings.sources))

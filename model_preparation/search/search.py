@@ -1,8 +1,8 @@
-"""The search as a whole: which layers of a donor to graft into a base. It writes into its output folder:
+"""Runs a whole search for the layers of a donor to graft into a base. It writes into the output folder:
 
 journal.jsonl        a line per evaluation; an interrupted search continues from it
 search_result.json   the combinations, the best first (result.py describes it); written last
-report.html, *.png   the same for people to look at
+report.html, *.png   the same content as a page and as plots
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from model_preparation.search.shared_scoring import SharedScorer
 _MOST_WRITTEN = 10_000  # combinations in search_result.json; the journal has all
 
 MakeScorer = Callable[[ScoringSetup], Scorer]
-# A context in which workers score. It gives a function that makes a scorer, and the type of the workers' device.
+# A context manager for workers that score. It gives a function that makes a scorer, and the type of workers' device.
 Workers = contextlib.AbstractContextManager[tuple[MakeScorer, str]]
 
 
@@ -50,11 +50,11 @@ def search_layers(
 ) -> dict[str, Any] | None:
     """Search for the best layers to graft, or continue an interrupted search.
 
-    If it is interrupted, the same call continues. It ends with the same combinations and scores as a search without
-    interruption, unless there is a budget in hours.
+    After an interruption, the same call continues the search. It then ends with the same combinations and scores as
+    without interruption, unless there is a budget in hours.
 
     Args:
-        settings: of the search. Without them, `changes` are its fields; with them, they replace fields.
+        settings: the search's settings. `changes` replace its fields; without `settings`, `changes` are the fields.
         workers: where candidates are scored, such as `remote_scorer(...)`; by default in this process.
         say: gets the plan, line by line.
         dry_run: only check everything and describe the plan; nothing is written.
@@ -64,7 +64,7 @@ def search_layers(
         The content of search_result.json; None for `dry_run`.
 
     Raises:
-        SurgeryError: for settings that cannot be searched, if the folder has the result of another search, and if no
+        SurgeryError: for settings that do not allow a search, if the folder has the result of another search, and if no
             combination could be evaluated.
         OSError: if the journal or the results cannot be written.
         TypeError: for a setting that does not exist.
@@ -80,10 +80,11 @@ def search_layers(
         setup = ScoringSetup(settings, scored_on)
         pair = setup.pair
         space = space_of(setup, *checks.known_units(settings, pair.layers, pair.fixed, pair.units, say))
-        if not overwrite:  # a dry run reads no weights
-            asked = {"settings": setup.recorded, **({} if dry_run else {"inputs": setup.inputs})}
-            checks.check_earlier(folder, asked)
-        if extracts:  # only now, as the layers take as much disk as the donor
+        if not overwrite:
+            # The inputs' digests need all weights, which a dry run does not read.
+            inputs = {} if dry_run else {"inputs": setup.inputs}
+            checks.check_earlier(folder, {"settings": setup.recorded, **inputs})
+        if extracts:  # only after the checks, because the layers take as much of the disk as the donor
             assert settings.donor is not None
             extract_layers(settings.donor, folder / DONOR_LAYERS, sources=settings.sources, overwrite=overwrite)
             setup.take_extracted(folder / DONOR_LAYERS)
@@ -102,7 +103,7 @@ def search_layers(
 def _evaluate(
     setup: ScoringSetup, space: SearchSpace, journal: Journal, make_scorer: MakeScorer
 ) -> tuple[dict[str, Any], CandidateScores]:
-    """Run the method. Return the content of search_result.json, and all scores."""
+    """Run the search method. Return the content of search_result.json, and all scores."""
     settings = setup.settings
     digest = _digest(setup)
     tasks = np.array([question.task for question in setup.questions.questions])
@@ -130,13 +131,13 @@ def _evaluate(
         raise SurgeryError(
             f"No combination of {space.least} to {space.most} {space.units.word} was evaluated"
             + (f" ({reasons})" if reasons else "")
-            + ". Allow more by --budget_evaluations or --budget_hours, or correct the failures; evaluations are kept."
+            + ". Give a larger --budget_evaluations or --budget_hours, or correct what failed. Evaluations are kept."
         )
     return found, scores
 
 
 def _digest(setup: ScoringSetup) -> str:
-    """The digest of everything that decides on an evaluation. The donor does so only for the objective kl."""
+    """The digest of everything that answers depend on. The whole donor is a part of it only for the objective kl."""
     objective = setup.settings.objective
     inputs = {name: digest for name, digest in setup.inputs.items() if name != "donor" or objective == KL}
     return digest_of({"settings": setup.recorded, "objective": objective, **inputs})[:16]
@@ -145,7 +146,7 @@ def _digest(setup: ScoringSetup) -> str:
 def _donor(
     setup: ScoringSetup, scorer: Scorer, journal: Journal, digest: str, objective: Objective
 ) -> dict[str, Any] | None:
-    """The donor's own score on the same questions, if the donor is given. The journal keeps it too."""
+    """The donor's own score on the same questions, if the donor is given. The score is kept in the journal."""
     if setup.settings.donor is None:
         return None
     kept_as = f"{digest} donor {setup.inputs['donor']}"

@@ -1,4 +1,4 @@
-"""All settings of a search, with their defaults. The command's flags and Python fill the same class."""
+"""All settings of a search, with their defaults. The command's flags and calls from Python fill the same class."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ from model_preparation.evaluation.settings import Haystack, Language, Lengths, a
 from model_preparation.setting_flags import CheckedSettings, Flag, OneOf
 
 METHODS = ("singles", "exhaustive", "greedy", "beam", "ga", "removal", "ratio")
-RACING_METHODS = ("greedy", "beam", "ga", "removal")  # candidates race here by default
-# The settings that only one method uses. `top` changes results only in a race, and only of a method not in this table.
+RACING_METHODS = ("greedy", "beam", "ga", "removal")  # in these methods, candidates race by default
+# By method, the settings that only this method uses. For a method that is not here, `top` changes the result of a race.
 OPTIONS_OF = {
     "greedy": (),
     "removal": (),
@@ -24,7 +24,7 @@ ACCURACY, KL, NLL = OBJECTIVES = ("accuracy", "kl", "nll")
 
 
 class _Gigabytes:
-    """Reads GB as bytes."""
+    """Reads a number of GB as a number of bytes."""
 
     def __call__(self, text: str) -> int:
         return int(number(float, least=0)(text) * 1e9)
@@ -38,14 +38,14 @@ _COUNT = number(int, least=1)
 
 @dataclass(frozen=True)
 class SearchSettings(CheckedSettings):
-    """The layers or heads to search, the questions and the method. The flags' help explains the fields.
+    """The layers or heads to search, the questions and the method. The help of the flags explains the fields.
 
     Attributes:
         output_dir: the folder of the journal and the results.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
-        device: where this process computes.
-        dtype: torch's name of the dtype to run in; by default that of the checkpoints.
-        race: None: the method's default.
+        device: torch's name of the device on which this process computes.
+        dtype: torch's name of the dtype to run in; by default the dtype of the checkpoints.
+        race: whether candidates race; None means the method's default.
 
     Raises:
         SurgeryError: for a value that its flag does not take.
@@ -90,11 +90,12 @@ class SearchSettings(CheckedSettings):
     lengths: Lengths = None
     language: Language = "en"
     haystack: Haystack = None
-    limit: Annotated[int | None, Flag("N", "the first N questions of every task", _COUNT)] = None
+    limit: Annotated[int | None, Flag("N", "only the first N questions of every task", _COUNT)] = None
     mmlu_data: Annotated[str | None, Flag("DIR|hub|modelscope", "MMLU's questions, as for test_checkpoint.py")] = None
     num_fewshot: Annotated[int | None, Flag("K", "solved examples before each question", number(int, least=0))] = None
     batch_size: Annotated[
-        int | str, Flag("N", "questions at once; in a race, another number can drop other candidates", auto_or_count)
+        int | str,
+        Flag("N", "questions that run at once; in a race, N can change which candidates drop out", auto_or_count),
     ] = "auto"
     device: str = "cpu"
     dtype: str | None = None
@@ -107,20 +108,20 @@ class SearchSettings(CheckedSettings):
             OneOf(*OBJECTIVES),
         ),
     ] = ACCURACY
-    method: Annotated[str, Flag(None, "how combinations are chosen; each is explained above", OneOf(*METHODS))] = "beam"
+    method: Annotated[str, Flag(None, "how combinations are chosen; the methods are above", OneOf(*METHODS))] = "beam"
     unit: Annotated[
         str,
         Flag(None, "the units of a combination: whole layers, or single query heads of the donor", OneOf(*UNITS)),
     ] = LAYERS
     max_heads: Annotated[
-        int | None, Flag("N", "with --unit heads: the most heads of a combination (default: 4; of singles: 1)", _COUNT)
+        int | None, Flag("N", "with --unit heads: the most heads of a combination (default: 4; for singles: 1)", _COUNT)
     ] = None
     keep_mixer_heads: Annotated[
         bool, Flag(None, "with --unit heads: leave the mixers whole, as for create_replaced_model_checkpoint.py")
     ] = False
     min_layers: Annotated[int, Flag("N", "the fewest layers of a combination", _COUNT)] = 1
     max_layers: Annotated[
-        int | None, Flag("N", "the most layers of a combination (default: 4; of singles: 1)", _COUNT)
+        int | None, Flag("N", "the most layers of a combination (default: 4; for singles: 1)", _COUNT)
     ] = None
     budget_evaluations: Annotated[int | None, Flag("N", "evaluate at most N combinations", _COUNT)] = None
     budget_hours: Annotated[
@@ -145,9 +146,9 @@ class SearchSettings(CheckedSettings):
         str | Path | None,
         Flag(
             "FILE",
-            "another search's result, whose scores of single layers or heads count as known; with --unit heads also a "
-            "list of heads, the best first, one such as 13:16 a line, or in JSON: the first 1, 2, ... of them together "
-            "and each alone are tried first, and every method continues from the good ones",
+            "the result of another search: its scores of single layers or heads count as known; with --unit heads also "
+            "a list of heads, the best first: one such as 13:16 on each line, or a JSON list. The search then begins "
+            "with each head alone and the first 1, 2, ... heads together; every method continues from the good ones",
         ),
     ] = None
     beam_width: Annotated[int, Flag("N", "beam: combinations kept for each size", _COUNT)] = 4
@@ -156,7 +157,7 @@ class SearchSettings(CheckedSettings):
     generations: Annotated[int, Flag("N", "ga: the most generations", _COUNT)] = 20
     patience: Annotated[int, Flag("N", "ga: stop after N generations without a better combination", _COUNT)] = 4
     top: Annotated[
-        int, Flag("N", "combinations to print; a race of singles or exhaustive also asks these all questions", _COUNT)
+        int, Flag("N", "combinations to print; a race of singles or exhaustive never drops the best N", _COUNT)
     ] = 10
     memory_bytes: Annotated[
         int,
@@ -180,12 +181,12 @@ class SearchSettings(CheckedSettings):
 
     @property
     def origin(self) -> str:
-        """The model to graft into: a base, or the checkpoint to start from."""
+        """The model to graft into: `base`, or the checkpoint `start`."""
         return self.base if self.start is None else str(self.start)
 
     @property
     def most(self) -> int:
-        """`max_layers` or `max_heads`, or the default."""
+        """The most units of a combination: `max_layers` or `max_heads`, or the default."""
         return (self.max_heads if self.unit == HEADS else self.max_layers) or (1 if self.method == "singles" else 4)
 
     @property

@@ -1,9 +1,9 @@
-"""The answers of many grafts that share hidden states: equal to the bit to the answers of each graft alone.
+"""The answers of many grafts that share hidden states. They equal the answers of each graft alone, bit for bit.
 
 A graft equals its base up to its lowest grafted layer. So it starts from the base's hidden states before that layer,
-which are computed once. Grafts that are alike further on share those layers too (layer_sets.py). Every layer runs as
-when `ScoringLM` runs the whole graft: on the same batches, with the same arguments, and with the same cache of a common
-prompt beginning. In the last layer, once positions are mixed, only the scored positions are computed.
+which are computed once. Grafts that are also alike in later layers share these layers too (layer_sets.py). Every layer
+runs as when `ScoringLM` runs the whole graft: on the same batches, with the same arguments, and with the same cache of
+the tokens that all prompts begin with. In the last layer, the MLP runs on the scored positions only.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +26,7 @@ from model_preparation.search.settings import KL
 
 Results = dict[int, BatchResult]  # by batch
 
-# With fewer rows, torch may sum in another order than it does for many.
+# With fewer rows than this, torch may sum in another order than with many rows.
 _MIN_ROWS = 16
 _MAX_KEPT_ARGUMENTS = 256
 
@@ -47,7 +47,7 @@ class SharedScorer:
         chosen: indices of the batches that this scorer runs; by default all.
 
     Attributes:
-        layer_passes: how many layers have run, each over all questions; a layer over some of them counts as a fraction.
+        layer_passes: how many layers have run over all questions. A run over some questions counts as a fraction of 1.
     """
 
     def __init__(self, setup: ScoringSetup, chosen: Sequence[int] | None = None):
@@ -72,21 +72,21 @@ class SharedScorer:
 
     @torch.inference_mode()
     def base(self) -> Results:
-        """The base's answers to all of `chosen`. Its hidden states are kept for `score`."""
+        """The base's answers to all of `chosen`. The base's hidden states are kept for `score`."""
         settings = self._setup.settings
         size_bytes = hidden_states_bytes(self._setup, self._chosen)
         self._store = HiddenStates(settings.memory_bytes, size_bytes, settings.folder)
         results: Results = {}
         for prefix, batches in self._by_prefix(self._chosen).items():
-            # One prefix after the other, so that few states are in memory beside the kept ones.
+            # One prefix after the other, so that few hidden states are in memory in addition to the stored ones.
             hidden: Any = self._embedded(prefix, batches)
             for layer in range(self._pair.layers):
                 for number, states in hidden.prefixes.items():
-                    self._store.put(layer, -1 - number, states)
+                    self._store.put(layer, -1 - number, states)  # numbers from 0 on are batches
                 for number, states in hidden.batches.items():
                     self._store.put(layer, number, states)
                 hidden = self._step(layer, BASE, hidden)
-            results |= hidden
+            results |= hidden  # the last step gives answers
         return results
 
     def score(
@@ -136,7 +136,7 @@ class SharedScorer:
         )
 
     def _step(self, index: int, part: LayerSet, before: _Hidden) -> Any:
-        """The hidden states after a layer that has `part` of a set; after the last layer the answers."""
+        """Run a layer with the units in `part`. Returns the hidden states; after the last layer, the answers."""
         grafted = bool(part) or index in self._pair.fixed
         layer = self._pair.layer(index, part)
         cache_class = type(LlambaCache(self._pair.model.config).layers[index]) if grafted else MambaStateLayer
@@ -165,7 +165,7 @@ class SharedScorer:
     def _layer_arguments(
         self, index: int, grafted: bool, states: Tensor, cache: DynamicLayer | MambaStateLayer | None, past: int
     ) -> dict[str, Any]:
-        """A layer's arguments other than the hidden states, for tokens that come after `past` others."""
+        """A layer's arguments other than the hidden states, for tokens that come after `past` earlier tokens."""
         rows, length, _ = states.shape
         if (rows, length, past) not in self._arguments:
             if len(self._arguments) >= _MAX_KEPT_ARGUMENTS:
@@ -182,7 +182,7 @@ class SharedScorer:
         }
 
     def _last(self, number: int, layer: Any, grafted: bool, states: Tensor, given: dict[str, Any]) -> Tensor:
-        """Final hidden states at the scored positions, (rows, kept, d_model)."""
+        """Run the last layer and the final norm: hidden states at the scored positions, (rows, kept, d_model)."""
         positions = self._questions.batches[number].positions.to(states.device)
         rows = torch.arange(len(states), device=states.device)[:, None]
         norm = self._pair.model.backbone.final_layernorm
@@ -199,7 +199,7 @@ class SharedScorer:
                 return short
         whole = norm(layer(states, **given))[rows, positions]
         if exact is None:
-            # The order of the sums depends on the shapes only, so one trial of each shape is enough.
+            # Whether both ways give the same bits depends on the shapes only, so each shape is compared once.
             self._is_exact[key] = torch.equal(short, whole)
         return whole
 
@@ -217,21 +217,21 @@ class SharedScorer:
 
 
 def hidden_states_bytes(setup: ScoringSetup, batches: Sequence[int] | None = None) -> int:
-    """The size of the base's hidden states before every layer, for all batches or some."""
+    """The bytes of the base's hidden states before all layers, for all batches or some."""
     model = setup.pair.model
     itemsize = model.backbone.embedding.weight.element_size()
     return setup.pair.layers * count_tokens(setup.questions, batches) * model.config.d_model * itemsize
 
 
 def count_tokens(questions: QuestionSet, batches: Sequence[int] | None = None) -> int:
-    """Tokens that every layer runs over, with padding."""
+    """How many tokens every layer runs over, with padding, for all batches or some."""
     chosen = [questions.batches[number] for number in batches] if batches is not None else questions.batches
     prefixes = {batch.prefix for batch in chosen}
     return sum(batch.inputs.numel() for batch in chosen) + sum(len(questions.prefixes[each]) for each in prefixes)
 
 
 def _mix(layer: Any, states: Tensor, given: dict[str, Any]) -> Tensor:
-    """The first half of a layer, in which positions see each other, with its residual."""
+    """The first half of a layer: attention or mixer, in which positions see each other, with the residual."""
     normed = layer.input_layernorm(states)
     if hasattr(layer, "self_attn"):
         return states + layer.self_attn(hidden_states=normed, **given)[0]
@@ -242,7 +242,7 @@ def _mix(layer: Any, states: Tensor, given: dict[str, Any]) -> Tensor:
 
 
 class _CacheLength(LlambaCache):
-    """Replaces a cache after `tokens` tokens, where masks and positions are computed."""
+    """An empty cache that claims to hold `tokens` tokens: masks and positions need only this number."""
 
     def __init__(self, config: Any, tokens: int):
         super().__init__(config)
@@ -253,7 +253,7 @@ class _CacheLength(LlambaCache):
 
 
 class _OneLayer:
-    """The part of a cache that a single layer uses."""
+    """A cache for a single layer, with the methods that the layer calls."""
 
     def __init__(self, index: int, layer: DynamicLayer | MambaStateLayer):
         self.layers = {index: layer}

@@ -107,6 +107,6 @@ def test_another_score_or_description_is_only_remarked(checkpoint_dir, tmp_path)
     folder = with_info(checkpoint_dir, tmp_path / "scored", mmlu_score=0.5)
     assert remarks(folder, Combination((1, 3), "0.50", "a tiny pair", "x")) == []
     assert remarks(folder, Combination((1, 3), "0.6", "other", "x")) == [
-        "its score is 0.5, the list's 0.6",
+        "its score is 0.5, but 0.6 in the list",
         "its description is 'a tiny pair'",
     ]

@@ -131,5 +131,5 @@ def test_flash_attention_that_would_mix_is_refused():
     model.config._attn_implementation = "flash_attention_2"
     ids, positions = packed(documents([4, 5]))
     for more in ({"attention_mask": torch.tensor([[0] + [1] * 8])}, {CACHE_NAME: LlambaCache(model.config)}):
-        with pytest.raises(ValueError, match=r'flash_attention_2 would mix them.*set_attn_implementation\("sdpa"\)'):
+        with pytest.raises(ValueError, match=r'flash_attention_2 would mix the doc.*set_attn_implementation\("sdpa"\)'):
             model(ids, position_ids=positions, **more)

@@ -184,12 +184,12 @@ def test_a_list_that_cannot_be_used_is_refused(make_settings, tmp_path, prior, w
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"unit": "heads", "max_layers": 2}, "count whole layers, and unit is heads. Leave them out"),
+        ({"unit": "heads", "max_layers": 2}, "count whole layers, but unit is heads. Leave them out"),
         ({"unit": "heads", "min_layers": 2}, "count whole layers"),
         ({"max_heads": 2}, "Give --unit heads"),
         ({"keep_mixer_heads": True}, "Give --unit heads"),
         ({"unit": "heads", "method": "removal"}, "The method removal begins with all layers"),
-        ({"unit": "heads", "max_heads": 9}, "max_heads is 9, and there are 8 heads to choose from"),
+        ({"unit": "heads", "max_heads": 9}, "max_heads is 9, but there are 8 heads to choose from"),
         ({"unit": "neurons"}, "unit is 'neurons'"),
     ],
 )

@@ -164,7 +164,7 @@ def test_a_budget_of_bytes_leaves_out_larger_combinations(exhaustive, make_setti
     ]
     (line,) = (line for line in lines if line.startswith("Cache "))
     assert line.split(maxsplit=1)[1] == (
-        "at most 12,288 bytes after 32 tokens; the largest candidate has 12,288; left out: 3 layers"
+        "at most 12,288 bytes after 32 tokens; the largest candidate needs 12,288; left out: 3 layers"
     )
     # After one token a grafted layer is the smaller one.
     lines.clear()
@@ -172,9 +172,9 @@ def test_a_budget_of_bytes_leaves_out_larger_combinations(exhaustive, make_setti
         make_settings(tmp_path / "x", **few | {"at_tokens": 1, "max_cache_bytes": 3000}), say=lines.append, dry_run=True
     )
     assert any("left out: 1, 2 layers" in line for line in lines)
-    with pytest.raises(SurgeryError, match=r"1 to 3 layers has a cache of at least 10,240 bytes .* is 5\. Give more"):
+    with pytest.raises(SurgeryError, match=r"1 to 3 layers has a cache of at least 10,240 bytes .* is 5\. Give a"):
         search_layers(make_settings(tmp_path / "x", **few | {"max_cache_bytes": 5}), dry_run=True)
-    with pytest.raises(SurgeryError, match="Give both, --max_cache_bytes and --at_tokens"):
+    with pytest.raises(SurgeryError, match="Give both --max_cache_bytes and --at_tokens"):
         search_layers(make_settings(tmp_path / "x", **few | {"max_cache_bytes": None}), dry_run=True)
 
 
@@ -244,7 +244,7 @@ def test_another_model_under_the_same_name_is_found_out(make_settings, base_dir,
         if remove_result:
             (tmp_path / "search" / "search_result.json").unlink()
         with pytest.raises(
-            SurgeryError, match=r"holds the layers of another donor than llama is now: layer 0: the content"
+            SurgeryError, match=r"The layers in .* are not those that llama has now: layer 0: the content"
         ):
             search_layers(settings(other))
     found = search_layers(settings(other), overwrite=True)
@@ -377,7 +377,7 @@ def test_nll_needs_the_right_answer(make_settings, tmp_path, changes):
         else changes
     )
     folder = write_task(tmp_path / "task", "unanswered", make_questions(3), **unanswered)
-    with pytest.raises(SurgeryError, match=r"The task unanswered has no right answer for .*'context'.* Choose another"):
+    with pytest.raises(SurgeryError, match=r"the task unanswered has none for .*'context'.* Choose another"):
         search_layers(make_settings(tmp_path / "out", tasks=(str(folder),), objective="nll"))
 
 
@@ -451,7 +451,7 @@ def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
     plan = run_command("search_layers", *flags, *exhaustive, "--prior", prior, "--dry_run")
     assert plan.returncode == 0, plan.stderr
     assert not (tmp_path / "out").exists()  # not even the donor's layers
-    assert f"1 of 4 single layers in {prior} left out" in plan.stdout
+    assert f"1 of 4 single layers in {prior} are left out" in plan.stdout
     assert "20 of" in plan.stdout
     assert "Candidates   10" in plan.stdout
     assert "% saved" in plan.stdout
@@ -479,7 +479,7 @@ def test_the_command(base_dir, donor_dir, task_dir, tmp_path):
         assert_refused(run_command("search_layers", *flags, *given), words, code=2)
     no_donor = ["--base", base_dir, "--llama_layers_dir", tmp_path / "out" / "donor_layers", "--task", task_dir]
     refused = run_command("search_layers", *no_donor, "--objective", "kl", "--output_dir", tmp_path / "kl")
-    assert_refused(refused, "Name it by --donor")
+    assert_refused(refused, "Name the donor by --donor")
     with contextlib.suppress(FileNotFoundError):
         assert list((tmp_path / "kl").iterdir()) == []
 
@@ -501,7 +501,7 @@ def test_what_cannot_be_is_said_before_the_donor_is_extracted(base_dir, donor_di
     assert_refused(search(*out, "--max_layers", 9), "the base has 4 layers")
     assert_refused(search(*out, "--method", "singles", "--max_layers", 3), "leave out --max_layers 3", code=2)
     few = ("--method", "greedy", "--min_layers", 3, "--max_layers", 3, "--budget_evaluations", 5)
-    assert_refused(search(*out, *few), "evaluates 5 smaller sets before one of 3 layers", "--budget_evaluations 6")
+    assert_refused(search(*out, *few), "5 smaller sets before the first set of 3 layers", "--budget_evaluations 6")
     assert_refused(search(*out, "--prior", tmp_path / "none.json"), "none.json is not there")
     prior = other / "mine.txt"
     prior.write_text('{"single_layer_results": {"3": 0.5, "11": 0.51}}')
