@@ -22,7 +22,7 @@ from model_preparation.io.result_inputs import digest_of
 from model_preparation.io.text import read_text
 from model_preparation.io.untrusted.untrusted_tokenizer import apply_chat_template, load_tokenizer, within_limits
 from model_preparation.train.conversations import Conversation
-from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, SelfSampler
+from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, SelfSampler, batch_seed
 from model_preparation.train.heal.conversation_tokens import encode
 from model_preparation.train.heal.settings import HealSettings
 
@@ -73,9 +73,7 @@ def write_conversations(
                 if sampler is None:
                     print(f"The donor writes {wanted} conversations ...", flush=True)
                     sampler = SelfSampler(donor, read_config(donor), device)
-                # The factor keeps the batches of neighbouring seeds apart. torch takes no seeds from 2**63 on.
-                seed = (settings.seed * 1_000_003 + number) % 2**63
-                finished = template_tokens.write_batch(sampler, length, seed)
+                finished = template_tokens.write_batch(sampler, length, batch_seed(settings.seed, number))
                 rows = [Conversation(each, ("messages",), donor.name) for each in finished]
                 sizes = [ids.shape[1] for ids in encode(own, rows, "assistant")]
                 # The same words can be more tokens than the donor drew.
