@@ -56,7 +56,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def is_held_out(names: Tensor, things: Tensor) -> Tensor:
-    """Which pairs are held out, bool. The arguments are indices in `NAMES` and in `THINGS`, of the same shape."""
+    """Which pairs are held out: bool. `names` and `things` are indices in `NAMES` and `THINGS`, and broadcast."""
     return (names + things) % 3 == 0
 
 
@@ -64,7 +64,7 @@ def training_texts(batch: int, people: int, sentences: int, generator: torch.Gen
     """Texts about `people` people. Each person likes one thing; each sentence is about a person chosen at random.
 
     Returns:
-        Token ids and labels, (batch, 1 + 4 * sentences) int64. A thing has a label if the text had its sentence before.
+        Token ids and labels, (batch, 1 + 4 * sentences) int64. A thing has a label if its sentence is a repetition.
     """
     names, things = _pairs(batch, people, generator, held_out=False)
     drawn = torch.randint(people, (batch, sentences), generator=generator)

@@ -56,7 +56,7 @@ def text_files(path: Path, suffixes: tuple[str, ...], otherwise: str) -> list[Pa
         otherwise: what the user may give instead of files, for the error message.
 
     Raises:
-        SurgeryError: if there is no file with such an end.
+        SurgeryError: if there is no file with such a suffix.
     """
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
@@ -74,7 +74,7 @@ def text_files(path: Path, suffixes: tuple[str, ...], otherwise: str) -> list[Pa
 
 
 def read_texts(files: Iterable[Path], piece_characters: int) -> Iterator[Piece]:
-    """Yield every text of the files in pieces. A .txt or .md file is one text; a row of a .jsonl or .parquet file too.
+    """Yield every text of the files, in pieces. A .txt or .md file is one text, and so is each row of another file.
 
     Args:
         files: from `text_files`.
@@ -140,8 +140,7 @@ def _rows_of_data_set(name: str) -> Iterator[tuple[str, Any]]:
     """Yield (where, row): each row in the split "train" of a hub's data set, and its place for error messages.
 
     Args:
-        name: NAME or NAME:CONFIG for Hugging Face. The same after "modelscope:" is for ModelScope. The data set is
-            downloaded if needed.
+        name: NAME or NAME:CONFIG on Hugging Face, or the same after "modelscope:" on ModelScope. Downloaded if needed.
 
     Raises:
         SurgeryError: if there is no such data set.
@@ -211,7 +210,7 @@ def _text_of(row: Any, where: str, otherwise: str = "") -> str:
 def _cut(text: TextIO, size: int) -> Iterator[Piece]:
     """Yield a text in pieces of about `size` characters.
 
-    A piece ends after a line end. A piece without line ends ends before a space, or anywhere if it has no space.
+    A piece ends after its last line end. If it has no line end, it ends before its last space, or else anywhere.
     """
     piece, is_first = text.read(size), True
     while following := text.read(size):

@@ -385,7 +385,7 @@ def test_a_donor_that_cannot_write_conversations_is_named(donor_dir, checkpoint_
         write("{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(
         SurgeryError,
-        match=r"began 64 conversations, but finished only 0 within .* 32 tokens; at least one of 16",
+        match=r"began 64 conversations, but finished only 0 within .* 32 tokens; at least one in 16",
     ):
         write(ENDED, self_conversations=8)
     (tmp_path / "x.jinja").write_text(ENDED)

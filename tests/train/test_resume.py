@@ -237,7 +237,7 @@ def test_other_text_or_another_checkpoint_is_another_run(heal, healed, base_dir,
     assert_refused(heal(tmp_path / "out", "--data", tmp_path / "other.txt"), "other sequences")
     build_checkpoint(str(base_dir), [1], layers_dir, tmp_path / "other")
     refused = heal(tmp_path / "out", "--checkpoint", tmp_path / "other")
-    assert_refused(refused, "is of a run that heals tiny_1_3", "parent: the content has changed")
+    assert_refused(refused, "belongs to a run that heals tiny_1_3", "parent: the content has changed")
     assert_refused(heal(tmp_path / "out", "--resume", "never"), "holds states of a run", "checkpoint-6")
 
 
@@ -249,7 +249,7 @@ def test_a_parent_or_teacher_that_was_replaced_is_another(heal, healed, checkpoi
     torch.save({name: tensor.neg() for name, tensor in weights.items()}, parent / "model_state_dict.pt")
     refused = heal(tmp_path / "out", "--checkpoint", parent)
     assert_refused(
-        refused, "is of a run that heals tiny_1_3", "(parent: the content has changed)", "another --output_dir"
+        refused, "belongs to a run that heals tiny_1_3", "(parent: the content has changed)", "another --output_dir"
     )
     with_teacher = ("--teacher", "llama", "--source", f"llama={teacher}", "--max_steps", 2)
     assert heal(tmp_path / "taught", *with_teacher).returncode == 0

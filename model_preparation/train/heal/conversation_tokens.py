@@ -119,7 +119,7 @@ def _turn(text: str, messages: list[Message], index: int, render: Callable[..., 
 
 
 def _with_end(text: str, begin: int, end: int, marks: tuple[str, ...]) -> Span:
-    """The span of a turn, changed to end with the token that ends the turn, and not with spaces after that token."""
+    """The span of a turn, with the token that ends the turn, but without spaces after that token."""
     turn = text[begin:end]
     if (stripped := turn.rstrip()).endswith(marks):
         return begin, begin + len(stripped)

@@ -21,8 +21,9 @@ def segments(
 ) -> Iterator[dict[str, Any]]:
     """Yield the segments of a batch, `length` tokens each, with `targets` in place of `labels`.
 
-    If `length` is 0, the whole batch is one segment. Compute the gradients of a segment before you ask for another.
-    A segment also has the cache, its `start`, and `skipped`: for each row, how many targets earlier segments had.
+    Compute the gradients of a segment before you ask for another. A segment also has the cache, its `start`, and
+    `skipped`: for each row, how many targets earlier segments had. If `length` is 0, or the batch is not longer, the
+    batch itself is the only segment, and has none of these.
 
     Args:
         batch: tensors (batch, tokens), and `sequence`, (batch, 1).
