@@ -113,10 +113,7 @@ def questions(count: int, people: int, generator: torch.Generator) -> list[Quest
 
 
 def _pairs(batch: int, people: int, generator: torch.Generator, *, held_out: bool) -> tuple[Tensor, Tensor]:
-    """Random names and the thing that each likes, without repeats within a row: indices, (batch, people) int64 each.
-
-    With `held_out`, every pair is held out; otherwise no pair is.
-    """
+    """Indices of names and things, (batch, people) int64 each, no repeats in a row. All pairs or none are held out."""
     names = torch.rand(batch, len(NAMES), generator=generator).argsort(1)[:, :people]
     things = torch.full_like(names, -1)
     every_thing = torch.arange(len(THINGS))

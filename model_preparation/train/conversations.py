@@ -64,12 +64,11 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation | None:
 
 
 def _role_and_content(message: Any, where: str) -> tuple[Any, Any]:
-    if not isinstance(message, dict):
-        raise ValueError(f"{where} is {_shown(message)}; role and content are needed")
-    _refuse_unsupported(message, where)
-    for role, content in (("role", "content"), ("from", "value")):
-        if message.get(role) is not None:
-            return message[role], message.get(content)
+    if isinstance(message, dict):
+        _refuse_unsupported(message, where)
+        for role, content in (("role", "content"), ("from", "value")):
+            if message.get(role) is not None:
+                return message[role], message.get(content)
     raise ValueError(f"{where} is {_shown(message)}; role and content are needed, or from and value")
 
 

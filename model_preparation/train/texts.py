@@ -208,10 +208,7 @@ def _text_of(row: Any, where: str, otherwise: str = "") -> str:
 
 
 def _cut(text: TextIO, size: int) -> Iterator[Piece]:
-    """Yield a text in pieces of about `size` characters.
-
-    A piece ends after its last line end. If it has no line end, it ends before its last space, or else anywhere.
-    """
+    """Yield pieces of about `size` characters, cut after a line end, or else before a space, or else anywhere."""
     piece, is_first = text.read(size), True
     while following := text.read(size):
         cut = piece.rfind("\n") + 1 or max(0, piece.rfind(" ")) or len(piece)

@@ -75,9 +75,8 @@ def distill_llamba_base(
         given: fields of `DistillSettings` that replace those of `settings`.
 
     Raises:
-        SurgeryError: for an unsupported kind of donor, text that cannot be used, sizes or layers that do not exist, an
-            `output_dir` that exists, too little disk space, an earlier run with other settings, or a loss that is not
-            finite.
+        SurgeryError: for an unsupported donor, text that cannot be used, sizes or layers that do not exist, an existing
+            `output_dir`, too little disk space, an earlier run with other settings, or a loss that is not finite.
     """
     settings = replace(settings or DistillSettings(), **given)
     output = Path(output_dir).expanduser()

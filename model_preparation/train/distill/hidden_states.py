@@ -33,7 +33,7 @@ class HiddenStates:
 
     Attributes:
         values: (sequences, length, width) float32, on the CPU.
-        index: the layer that the values enter.
+        index: the number of the layer that `values` enter.
     """
 
     def __init__(self, donor: Donor, tokens: Tensor, folder: Path | None, wanted: int):
@@ -51,12 +51,8 @@ class HiddenStates:
                 self.values[row] = embedding[sequence]
             self._keep(0)
 
-    def layer(self) -> nn.Module:
-        """The donor's layer `index`, float32."""
-        return self._donor.layer(self.index)
-
     def advance(self, layer: nn.Module) -> None:
-        """Apply `layer`, the result of `layer()`, to the states: they now enter the next layer."""
+        """Apply `layer`, the donor's layer `index`, to the states. They then enter the next layer."""
         teacher = Teacher(layer)
         before = self.values
         if self._folder is not None:
@@ -103,7 +99,7 @@ def states_bytes(tokens: int, config: PreTrainedConfig) -> int:
 
 
 def check_room(folder: Path, tokens: int, config: PreTrainedConfig, kept: Iterable[Path]) -> None:
-    """Raise SurgeryError if the disk of `folder` has no room for the states of two layers. `kept` exist already."""
+    """Raise SurgeryError if the disk of `folder` has no room for the states of two layers. `kept`: files of states."""
     needed_bytes = 2 * states_bytes(tokens, config) - sum(path.stat().st_size for path in kept)
     free_bytes = shutil.disk_usage(existing_parent(folder)).free
     if needed_bytes > free_bytes:

@@ -4,9 +4,8 @@ Memory holds only one donor layer, one Llamba layer, and their inputs (hidden st
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -51,9 +50,9 @@ def train_layers(work: WorkFolder, donor: Donor, layers: Sequence[int], memory_l
         bar = stack.enter_context(_LayerBar(steps * len(layers), steps * (len(layers) - len(missing))))
         states = HiddenStates(donor, data.tokens, folder, missing[0])
         for index in range(states.index, missing[-1] + 1):
-            layer = states.layer()
+            layer = donor.layer(index)
             if index in missing:
-                _print_result(_train(work, states, layer, donor, data, bar))
+                _train(work, states, layer, donor, data, bar)
             if index < missing[-1]:
                 bar.show(f"Hidden states through layer {index}")
                 states.advance(layer)
@@ -69,8 +68,8 @@ def layer_seed(seed: int, index: int) -> int:
 
 def _train(
     work: WorkFolder, states: HiddenStates, teacher: nn.Module, donor: Donor, data: TokenData, bar: "_LayerBar"
-) -> dict[str, Any]:
-    """Train the mixer that replaces the attention of `teacher`, layer `states.index`. Save it; return its record."""
+) -> None:
+    """Train the mixer that replaces the attention of `teacher`, layer `states.index`. Save it, and print its errors."""
     started = time.monotonic()
     settings = work.settings()
     index, held_out = states.index, data.held_out
@@ -106,17 +105,13 @@ def _train(
         target=settings["target"],
         log=note,
     )
-    record = {"layer": index, "initial": initial, "final": error(), "log": log, "seconds": time.monotonic() - started}
+    final, seconds = error(), time.monotonic() - started
     mixer = {f"mixer.{name}": tensor.cpu() for name, tensor in student.mixer.state_dict().items()}
+    record = {"layer": index, "initial": initial, "final": final, "log": log, "seconds": seconds}
     work.keep_layer(index, mixer, record)
-    return record
-
-
-def _print_result(record: Mapping[str, Any]) -> None:
     print(
-        f"Layer {record['layer']}: error / variance on held-out tokens {record['initial']:.3f} -> "
-        f"{record['final']:.3f} ({record['seconds']:.0f} s)"
-        f"{', larger than before the training' if record['final'] > record['initial'] else ''}",
+        f"Layer {index}: error / variance on held-out tokens {initial:.3f} -> {final:.3f} ({seconds:.0f} s)"
+        f"{', larger than before the training' if final > initial else ''}",
         flush=True,
     )
 

@@ -46,8 +46,7 @@ class SelfSampler:
         Args:
             advance: called after each position with the number of tokens drawn there.
             begin: the first tokens of each sequence, in place of the donor's first token.
-            steer: called after each position with the token drawn for each sequence. It returns the tokens to take
-                instead, or None to stop here.
+            steer: called with the tokens drawn at a position. Returns the tokens to take instead, or None to stop here.
         """
         device = self._model.device
         generator = torch.Generator(device).manual_seed(seed)

@@ -1,6 +1,4 @@
-"""Trains the mixer of one Llamba layer: on the same inputs, it learns to give the outputs of a donor's layer.
-
-Norms and MLP of the layer do not change.
+"""Trains only the mixer of a Llamba layer: on the same inputs, the mixer learns to give the outputs of a donor's layer.
 
 Source: MOHAWK, arXiv 2408.10189, stage 2, hidden-state alignment.
 """
@@ -21,7 +19,7 @@ from model_preparation.llamba.ssd import HAVE_FLOAT64
 from model_preparation.train.distill.settings import Target
 
 WARM_UP = 0.1  # the fraction of steps in which the learning rate rises
-BETAS = (0.9, 0.95)
+BETAS = (0.9, 0.95)  # of AdamW
 MAX_GRADIENT_NORM = 1.0
 EVALUATED_TOKENS = 4096  # in one batch without gradients
 
@@ -127,9 +125,7 @@ def rate_factor(step: int, steps: int) -> float:
 
 
 def shuffled(states: Tensor, weights: Tensor | None, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Yield batches of whole sequences without end, in a new random order from `seed` in each pass over the sequences.
-
-    At the end of a pass, sequences that do not fill a batch are left out.
+    """Yield random batches of whole sequences without end. A sequence comes at most once in a pass over all.
 
     Args:
         states: (sequences, length, width).

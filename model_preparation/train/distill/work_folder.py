@@ -51,8 +51,7 @@ class WorkFolder:
             restart: first remove the layers, and the tokens if they were made with other settings.
 
         Raises:
-            SurgeryError: if another run uses the folder, or if other settings made its tokens or layers. The message
-                names the settings.
+            SurgeryError: if another run uses the folder, or other settings made its tokens or layers. It names them.
         """
         hold = take(without_links(self.folder))
         try:

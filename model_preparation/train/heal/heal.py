@@ -71,8 +71,7 @@ def heal_checkpoint(
         checkpoint: a folder written by `build_checkpoint`, or by this function.
         data: texts or conversations, see `sequences.load_sequences`; "self": the donor writes conversations.
         output_dir: the new checkpoint's folder; it appears whole or not at all.
-        settings: by default `HealSettings()`. A resumed run keeps its saved settings. It prints which settings given
-            here it ignores.
+        settings: `HealSettings()` by default. A resumed run keeps its saved ones, and says which given ones it ignores.
         resume: "auto" or True to resume from the newest complete state if there is one, "never" or False to start
             again, or the folder of a state.
         resume_dir: the folder of the states; by default `output_dir` with `_resume` after it.
@@ -221,7 +220,7 @@ def merge_adapter(
     overwrite: bool = False,
     description: str = "",
 ) -> dict[str, Any]:
-    """Merge an adapter into a checkpoint, and write a new checkpoint. Returns its checkpoint_info.json.
+    """Merge an adapter into a checkpoint, and write a new checkpoint. Returns the new checkpoint_info.json.
 
     Raises:
         SurgeryError: if there is no such checkpoint or adapter, or the two do not fit.
@@ -302,7 +301,7 @@ def _train(trainer: HealTrainer, states: Path) -> None:
 def _healed_model(
     parent_info: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], run: Run, dtype: torch.dtype
 ) -> tuple[LlambaForCausalLM, dict[str, Any]]:
-    """The model to write, and for each other item of its folder, by name, a function that writes it."""
+    """The model to write, and functions that write the other items of its folder, by the items' names."""
     tensors = without_wrapper_prefixes(tensors)
     if run.settings.method != "lora":
         return bare_model(parent_info, tensors, dtype), {}

@@ -79,7 +79,7 @@ def load_weights(model: nn.Module, path: Path, exclude: Sequence[str] = ()) -> K
     Tensors' names may begin with `module.` or `_orig_mod.`. Of two tied tensors, `path` needs only one.
 
     Raises:
-        SurgeryError: if `path` holds no tensors or other things than tensors, or if no tensor fits.
+        SurgeryError: if `path` holds no tensors, or also other things than tensors, or if no tensor fits.
     """
     found = without_wrapper_prefixes(read_weights(path))
     wanted = model.state_dict()

@@ -134,7 +134,7 @@ def check_state(state: ResumeState) -> None:
     """Check the digest of every file of a state, and that its pickles hold tensors and plain values only.
 
     Raises:
-        SurgeryError: if a file is missing, changed, cut short or refused. The message names it and an earlier state.
+        SurgeryError: if a file is missing, changed, cut or refused. The message names the file and an earlier state.
     """
     found = _fault_of_state(state)
     if found is not None:
@@ -143,7 +143,7 @@ def check_state(state: ResumeState) -> None:
 
 
 def _fault_of_state(state: ResumeState) -> tuple[str, str] | None:
-    """The name and the fault of the first file that is not as it was written; None if all files are."""
+    """The name and the fault of the first file that is not as it was written, or None."""
     for name, entry in state.info["files"].items():
         try:
             path = inside(state.folder, name)

@@ -1,7 +1,6 @@
-"""Cuts long sequences into segments that are trained one after the other, which needs less memory.
+"""Cuts long sequences into segments, which are trained one by one to save memory (truncated backpropagation).
 
-This is truncated backpropagation through time: the next segment continues from the states of Mamba layers and the K/V
-of grafted layers, but gradients do not flow back into earlier segments.
+The states of Mamba layers and the K/V of grafted layers pass from segment to segment. Gradients do not.
 """
 
 from collections.abc import Iterator, Mapping

@@ -138,7 +138,7 @@ class _TemplateTokens:
         for end, following in ((self._between[0], self._between[1:]), (self._end, [])):
             words = []
             while (token := (yield taken)) != end:
-                if token in self._marks:  # a special token that does not end the turn: give up
+                if token in self._marks:  # another special token: drop the conversation
                     return
                 words.append(token)
                 taken = token

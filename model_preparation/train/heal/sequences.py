@@ -49,7 +49,7 @@ class Sequences(Dataset):
 
     @property
     def parts(self) -> int:
-        """The number of sequences, or in `Documents` of documents. Each can be held out alone."""
+        """The number of items that can be held out: sequences, or documents in `Documents`."""
         return len(self)
 
     def take(self, chosen: np.ndarray) -> "Sequences":
@@ -150,7 +150,7 @@ def _packed(documents: Sequence[np.ndarray], block_size: int) -> list[list[np.nd
 
 
 class Shuffled(Dataset):
-    """Endless passes over `sequences`, of which this has `count` items from position `start` on.
+    """`count` items of an endless series of passes over `sequences`, from position `start` on.
 
     Pass k has every sequence once, in a random order from (seed, k). An item also has `sequence`, (1,): its index.
     """
@@ -248,7 +248,7 @@ def _fitting(
         dropped = len(conversations) - len(taken)
         say(
             f"{len(long)} of {len(conversations)} conversations are longer than {size} tokens: {dropped} left out, "
-            f"{len(long) - dropped} cut. If the beginning of one has no token to learn, it is left out."
+            f"{len(long) - dropped} cut. A cut one without a token to learn is left out."
         )
     if not taken:
         raise SurgeryError(f"No conversation fits into --block_size {size}. Give a larger one.")

@@ -27,7 +27,7 @@ _DROPPED = number(float, least=0, most=0.99)  # dropping everything would train 
 
 @dataclass(frozen=True)
 class HealSettings(CheckedSettings):
-    """The settings of a healing run. Each field is a flag, and the help of the flag explains the field.
+    """The settings of a healing run. Most fields are flags, and the help of a flag explains its field.
 
     If the number of processes changes, `max_steps` still counts steps of the size at the start of the run.
 

@@ -57,7 +57,7 @@ def heal_in_stages(
 ) -> dict[str, Any]:
     """Heal a checkpoint in stages. Returns the result's checkpoint_info.json, or {} in all but the main process.
 
-    Its field `healing` describes the last stage. The list `earlier_stages` in this field describes the other stages.
+    The field `healing` there describes the last stage, and in `earlier_stages` the other stages.
 
     Args:
         stages: each has a `name`, and may have its own `data`, `milestones` and fields of `HealSettings`.
@@ -129,7 +129,7 @@ def _checked(number: int, stage: Mapping[str, Any], data: str | None, shared: Ma
     name = stage.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith("_resume"):
         said = "has no name" if name is None else f"has the name {name!r}"
-        raise SurgeryError(f"Stage {number} {said}. Give one of letters, digits, _ and - that does not end in _resume.")
+        raise SurgeryError(f"Stage {number} {said}. Use letters, digits, _ and -, but not _resume at the end.")
     if unknown := [key for key in stage if key not in ("name", *STAGE_KEYS)]:
         raise SurgeryError(f"Stage {name} has the unknown key {unknown[0]!r}.{nearest(unknown[0], STAGE_KEYS)}")
     own = {key: value for key, value in stage.items() if key not in ("name", "data", "milestones")}

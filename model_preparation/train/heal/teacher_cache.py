@@ -2,7 +2,7 @@
 
 A folder has `teacher_cache.json` and shards of a fixed number of sequences. Per position, a shard has the K largest
 log-probabilities at the run's temperature, their tokens, and the log-probability of all other tokens together. Without
-the last, the student would learn that only K tokens exist (arXiv 2503.16870, section 3).
+this last number, the student would learn that only K tokens exist (arXiv 2503.16870, section 3).
 """
 
 import contextlib
@@ -126,7 +126,7 @@ class TeacherCache:
         return {"log_probs": log_probs, "tokens": tokens, "others": others, "starts": torch.tensor(starts)}
 
     def __call__(self, inputs: Mapping[str, Tensor], counted: Tensor) -> TeacherOutput:
-        """As in `Teacher`. `inputs` has `sequence` (batch, 1), and if it is a segment, `skipped` (batch,)."""
+        """As in `Teacher`. `inputs` has `sequence` (batch, 1), and for a segment also `skipped` (batch,)."""
         rows: list[list[Tensor]] = []
         device = counted.device
         skipped = inputs.get("skipped", torch.zeros(len(counted), dtype=torch.int64))
