@@ -78,8 +78,9 @@ def test_asked_to_stop_a_run_saves_where_it_is_and_ends_with_the_same_bits(flags
     assert outcome(out) == outcome(healed)
     # The milestone was not rotated away, and a run can go on from it.
     assert read_state(tmp_path / "out_resume" / "early").steps == 1
+    (tmp_path / "out_resume" / "checkpoint-6.aside").mkdir()  # this name is taken
     result = heal(out, *more, "--resume", tmp_path / "out_resume" / "early", "--overwrite")
-    assert "checkpoint-6 has seen more sequences than early: it is renamed to checkpoint-6.aside" in result.stdout
+    assert "checkpoint-6 has seen more sequences than early: it is renamed to checkpoint-6.aside-2." in result.stdout
     assert outcome(out) == outcome(healed)
 
 
@@ -293,7 +294,7 @@ def test_the_newest_is_what_has_seen_most_whatever_its_step_is_called(tmp_path):
     make_state(tmp_path, 15, world_size=2)
     assert [state.sequences_seen for state in list_states(tmp_path)[0]] == [20, 30]
     assert place_for(tmp_path, 20, 2, {"checkpoint-20"}) == tmp_path / "checkpoint-20-world2"
-    assert set_aside_after(tmp_path, read_state(tmp_path / "checkpoint-20")) == ["checkpoint-15"]
+    assert set_aside_after(tmp_path, read_state(tmp_path / "checkpoint-20")) == {"checkpoint-15": "checkpoint-15.aside"}
     assert [state.steps for state in list_states(tmp_path)[0]] == [20]
 
 

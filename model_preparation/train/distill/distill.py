@@ -66,7 +66,7 @@ def distill_llamba_base(
             file, or a folder of such files; or "self" for text that the donor writes.
         settings: by default `DistillSettings()`.
         layers: the layers to train, by default all. Other layers keep their initial weights.
-        dtype: of the weights written; by default the donor's. Training is in float32.
+        dtype: of the written weights, by default the donor's. The training is in float32.
         device: where the layers run. Jobs on Ray ignore it: each has a GPU of its own, or the CPU.
         overwrite: replace an existing model folder.
         restart: train all layers again. The tokens of an earlier run are kept if their settings are the same.
@@ -95,12 +95,12 @@ def distill_llamba_base(
     length = data.tokens.shape[1] if isinstance(data, TokenData) else settings.sequence_length
     if length > donor_config.max_position_embeddings:
         raise SurgeryError(
-            f"Sequences of {length} tokens are longer than the donor takes, {donor_config.max_position_embeddings} "
-            f"(max_position_embeddings in {source.folder / 'config.json'}). Give a --sequence_length up to that."
+            f"Sequences of {length} tokens are too long: the donor takes at most {donor_config.max_position_embeddings}"
+            f" (max_position_embeddings in {source.folder / 'config.json'}). Give a smaller --sequence_length."
         )
     text = {"donor": digests_of_files({*files.paths(), *tokenizer_files(source.folder)}), **described(data, settings)}
     training = settings.of_training()
-    # The work folder keeps the trained mixers in float32. They are smaller than the whole model in float32.
+    # Room for the base, and for the float32 mixers in the work folder: they are smaller than a float32 model.
     check_space(output, size_bytes(config, config.dtype) + size_bytes(config, torch.float32) + 50_000_000)
 
     work = WorkFolder.beside(output)

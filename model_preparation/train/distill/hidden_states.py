@@ -1,7 +1,7 @@
 """The donor's hidden states, moved forward layer by layer, in memory or in a memory-mapped file.
 
-The file of the states that enter a layer appears whole. Only then is the file of the layer before removed. So a killed
-run resumes from the file that is left.
+The file of the states that enter a layer appears whole, and then the file for the previous layer is removed. So a
+killed run resumes from the file that is left.
 """
 
 import math

@@ -74,7 +74,7 @@ def batch_seed(seed: int, number: int) -> int:
 
 
 def first_token(config: PreTrainedConfig) -> int:
-    """The first token of the model's texts; raises SurgeryError if its config names none."""
+    """The token that begins the model's texts. SurgeryError if the model's config names none."""
     for name in ("bos_token_id", "eos_token_id"):
         value = getattr(config, name)
         value = value[0] if isinstance(value, list) else value

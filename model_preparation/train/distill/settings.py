@@ -37,7 +37,7 @@ class DistillSettings(CheckedSettings):
         float,
         Flag(
             "X",
-            "AdamW's highest one: it rises linearly for a tenth of the steps, then falls as a cosine",
+            "AdamW's highest rate: it rises linearly for a tenth of the steps, then falls as a cosine",
             number(float, above=0),
         ),
     ] = 2e-3

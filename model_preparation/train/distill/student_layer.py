@@ -60,7 +60,7 @@ def student_tensors(
     ssm, width = config.ssm_cfg, donor_heads * head_dim
     states, groups, taps = ssm["d_state"], ssm["n_qk_heads"], ssm["d_conv"]
     generator = torch.Generator().manual_seed(seed)
-    # The donor's head for each value head of the mixer. A key head takes the same as its first value head.
+    # The donor's head for each value head of the mixer. A key head takes that of its first value head.
     head_of = torch.arange(heads) * donor_heads // heads
     group_of = head_of[:: heads // groups]
     balance = math.sqrt(score_scale(head_dim))

@@ -89,7 +89,7 @@ Data = TokenData | str | Path
 
 
 def described(data: Data, settings: DistillSettings) -> dict[str, Any]:
-    """The settings that change the tokens, as JSON values for the work folder. Only "self" has the seed among them.
+    """The settings that change the tokens, as JSON values for the work folder. Only "self" depends on the seed.
 
     Raises:
         SurgeryError: if `data` names no text.
@@ -148,7 +148,7 @@ def take_tokens(data: Data, work: WorkFolder, donor: Donor) -> TokenData:
 def tokens_of_text(
     files: list[Path], tokenizer: PreTrainedTokenizerBase, length: int, tokens: int, advance: Callable[[int], None]
 ) -> Tensor:
-    """The first `tokens` tokens of the texts in whole sequences, (sequences, length) int64; fewer if the texts end.
+    """The first `tokens` tokens of the texts, or all if there are fewer, in whole sequences: (sequences, length) int64.
 
     Long texts are tokenised in pieces, and only as far as needed. Where two pieces meet, tokens can differ from those
     of a text that is tokenised as a whole.

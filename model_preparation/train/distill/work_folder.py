@@ -1,4 +1,4 @@
-"""The folder NAME.distilling beside NAME keeps the work of a distillation, so that the same command resumes it.
+"""The folder NAME.distilling beside NAME keeps the finished work of a distillation, so that the same command resumes.
 
     settings.json           the settings of the run, in two parts: "text" and "training"
     drawn_NNN.safetensors   a batch of text that the donor wrote
@@ -51,7 +51,7 @@ class WorkFolder:
             restart: first remove the layers, and the tokens if they were made with other settings.
 
         Raises:
-            SurgeryError: if another run uses the folder, or other settings made its tokens or layers. It names them.
+            SurgeryError: if another run uses the folder, or if other settings made its tokens or layers.
         """
         hold = take(without_links(self.folder))
         try:

@@ -89,7 +89,7 @@ def load_adapter(model: LlambaForCausalLM, folder: Path, *, trainable: bool = Fa
 
 
 def load_adapter_weights(adapted: PeftModel, folder: Path) -> KeyReport:
-    """Load a model's adapter from a folder; raises SurgeryError unless all tensors fit."""
+    """Load the adapter in a folder into a model that has one already. SurgeryError unless all tensors fit."""
     names = (ADAPTER_WEIGHTS, *_PICKLED_WEIGHTS)
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:

@@ -18,7 +18,7 @@ from model_preparation.errors import SurgeryError, one_line
 from model_preparation.io.untrusted.untrusted_tokenizer import within_limits
 from model_preparation.train.conversations import Conversation, Message
 
-NOT_COUNTED = -100  # the label of tokens that are not learned, as in transformers
+NOT_COUNTED = -100  # the label of tokens that do not count: they are not learned (the same as in transformers)
 _TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _AT_ONCE = 64  # conversations that one child process renders
 

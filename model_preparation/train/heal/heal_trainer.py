@@ -317,7 +317,7 @@ class HealTrainer(Trainer):
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
         verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # if the number of processes changed, it would warn of new intervals
+        logging.set_verbosity_error()  # with other processes, transformers would warn of other intervals
         super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -395,7 +395,7 @@ class HealTrainer(Trainer):
                 torch.cuda.set_rng_state_all(states["cuda"])
 
     def take_unlogged_loss(self) -> None:
-        """Add the loss that was not logged yet when the state was saved. With other processes, each adds the mean."""
+        """Add the loss that the state had not logged yet. If the number of processes changed, each adds the mean."""
         if self._resumed is None:
             return
         unlogged = self._resumed.info["unlogged"]
@@ -406,7 +406,7 @@ class HealTrainer(Trainer):
 
 
 class _OwnCallback(TrainerCallback):
-    """Takes the unlogged loss after the trainer has reset the loss, and saves a state at each milestone."""
+    """Adds the unlogged loss after the Trainer has reset its loss, and saves a state at each milestone."""
 
     def __init__(self, trainer: HealTrainer):
         self._trainer = trainer

@@ -178,7 +178,7 @@ def _check_trainer_state(path: Path) -> None:
 
 @contextlib.contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """For a block that loads a file of a state: errors of a file that does not fit the run become a SurgeryError."""
+    """Around code that loads a file of a state: if the file does not fit the run, the error becomes a SurgeryError."""
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
@@ -233,20 +233,20 @@ def remove_states(folders: Iterable[Path]) -> None:
         shutil.rmtree(path)
 
 
-def set_aside(folders: Iterable[Path]) -> None:
-    """Rename folders to NAME.aside, or NAME.aside-2 and so on, to free their names."""
+def set_aside(folders: Iterable[Path]) -> dict[str, str]:
+    """Rename folders to NAME.aside, or NAME.aside-2 and so on, to free their names. Returns the new name of each."""
+    renamed = {}
     for path in folders:
         asides = (path.with_name(f"{path.name}.aside{end}") for end in ("", *(f"-{n}" for n in range(2, 1000))))
-        path.rename(next(aside for aside in asides if not aside.exists()))
+        renamed[path.name] = path.rename(next(aside for aside in asides if not aside.exists())).name
         sync(path.parent)
+    return renamed
 
 
-def set_aside_after(folder: Path, state: ResumeState) -> list[str]:
-    """Set aside the states in `folder` that have seen more sequences than `state`; returns their old names."""
+def set_aside_after(folder: Path, state: ResumeState) -> dict[str, str]:
+    """Set aside the states in `folder` that have seen more sequences than `state`. Returns as `set_aside`."""
     states = list_states(folder, damaged_too=True)[0]
-    later = [other.folder for other in states if other.sequences_seen > state.sequences_seen]
-    set_aside(later)
-    return [path.name for path in later]
+    return set_aside(other.folder for other in states if other.sequences_seen > state.sequences_seen)
 
 
 def copy_state(source: Path, target: Path) -> None:

@@ -305,8 +305,8 @@ def _choose_state(states: Path, resume: str, overwrite: bool, say: Say) -> Path 
     state = read_state(Path(resume).expanduser()) if is_named else found[-1]
     check_state(state)
     if is_named:
-        for name in set_aside_after(states, state):
-            say(f"{name} has seen more sequences than {state.folder.name}: it is renamed to {name}.aside.")
+        for name, aside in set_aside_after(states, state).items():
+            say(f"{name} has seen more sequences than {state.folder.name}: it is renamed to {aside}.")
     say(f"Resuming from {state.folder}: step {state.steps}, {state.sequences_seen} sequences seen.")
     return state.folder
 
@@ -337,7 +337,7 @@ def _find_teacher(parent: Path, settings: HealSettings, sources: Mapping[str, st
 
 
 def _digest_of_teacher(parent: Path, settings: HealSettings, sources: Mapping[str, str] | None) -> str:
-    """The digest of the teacher. If the teacher is not here any more, its complete cache has the digest."""
+    """The digest of the teacher, or if the teacher is not here any more, the digest in its complete cache."""
     try:
         return digest_of_model(_find_teacher(parent, settings, sources).folder)
     except SurgeryError:

@@ -26,7 +26,7 @@ from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, Sel
 from model_preparation.train.heal.conversation_tokens import encode
 from model_preparation.train.heal.settings import HealSettings
 
-FOLDER = "written_by_donor"  # in the folder of states; a digest of all inputs of the text is added
+FOLDER = "written_by_donor"  # in the folder of states; the name ends in a digest of the text's inputs
 _LEAST_ENDED, _JUDGED_FROM = 16, 64  # from 64 conversations on, the run fails if fewer than one in 16 was finished
 _WORDS = "WORDS-OF-THE-TURN"
 

@@ -72,7 +72,7 @@ class Documents(Sequences):
 
     Args:
         documents: (2, tokens) int32 each: ids and labels.
-        are_conversations: whether they are conversations or texts.
+        are_conversations: whether the documents are conversations; otherwise they are texts.
     """
 
     def __init__(self, documents: Sequence[np.ndarray], settings: HealSettings, *, are_conversations: bool):
@@ -183,7 +183,7 @@ def load_sequences(
         say: called with a line about conversations that are dropped or cut.
 
     Raises:
-        SurgeryError: if there is no such text, or it does not fill one sequence.
+        SurgeryError: if `data` cannot be read, or does not fill one sequence.
     """
     block_size = settings.block_size
     texts: list[np.ndarray] = []
@@ -248,7 +248,7 @@ def _fitting(
         dropped = len(conversations) - len(taken)
         say(
             f"{len(long)} of {len(conversations)} conversations are longer than {size} tokens: {dropped} left out, "
-            f"{len(long) - dropped} cut. A cut one without a token to learn is left out."
+            f"{len(long) - dropped} cut. A cut one is left out too if it has no token to learn."
         )
     if not taken:
         raise SurgeryError(f"No conversation fits into --block_size {size}. Give a larger one.")

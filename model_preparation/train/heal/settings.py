@@ -160,7 +160,7 @@ class HealSettings(CheckedSettings):
             (("temperature", "teacher_weight", "reverse_weight"), "teacher", self.has_teacher),
             (("hidden_weight",), "a teacher in memory", self.teacher is not None and not has_cache),
             (("teacher_top_k",), "teacher_cache", has_cache),
-            (("exclude",), "init_from with weights to take", self.init_from not in ("checkpoint", "scratch")),
+            (("exclude",), "an init_from that names weights", self.init_from not in ("checkpoint", "scratch")),
             (("lora_rank", "lora_alpha", "lora_dropout"), "method lora", self.method == "lora"),
         ):
             for name in names:
@@ -175,7 +175,7 @@ class HealSettings(CheckedSettings):
             )
         if self.segment_length and self.gradient_checkpointing:
             raise SurgeryError(
-                "gradient_checkpointing and segment_length cannot be used together: states would be counted twice. "
+                "gradient_checkpointing and segment_length cannot be used together: states would be updated twice. "
                 "Give one of them."
             )
         if not self.always_save and not self.eval_interval:

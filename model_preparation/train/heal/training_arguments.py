@@ -19,7 +19,7 @@ from model_preparation.train.heal.settings import HealSettings
 _FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _FIELDS)
 
-# As in pyproject.toml.
+# pyproject.toml has the same ranges.
 TRACKER_VERSIONS = {"trackio": "trackio>=0.15,<1", "wandb": "wandb>=0.22,<1", "swanlab": "swanlab>=0.7,<0.8"}
 
 
@@ -57,7 +57,7 @@ class _Arguments(TrainingArguments):
 
     @property
     def device(self) -> torch.device:
-        own = super().device  # has side effects that the Trainer needs
+        own = super().device  # this call has side effects that the Trainer needs
         return self.chosen or own
 
 
