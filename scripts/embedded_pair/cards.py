@@ -24,8 +24,8 @@ pipeline_tag: text-generation
 
 Both models of the pair have {layers} layers of width {width} and {words} words: {names} names, {things} things, and
 the few words that say who likes what (`Ada likes plums .`). They can do nothing else, and are small enough for a
-package. Grafting layers of `tiny_llama` into `tiny_llamba` takes seconds, and shows what it does to models a thousand
-times larger.
+package. Grafting layers of `tiny_llama` into `tiny_llamba` takes seconds, and shows what grafting does to models a
+thousand times larger.
 
 ## How it was made
 
@@ -35,20 +35,21 @@ times larger.
 
 ## Scores
 
-`embedded_recall`, {questions:,} questions: a text says what each of {people} people likes, and the model has to say it
-of one of them. No pair of a name and a thing in a question was in the training texts. Random guessing scores 0.25.
+`embedded_recall`, {questions:,} questions: a text says what each of {people} people likes, and the model has to say
+what one of them likes. No pair of a name and a thing in a question was in the training texts. Random guessing scores
+0.25.
 
 {scores}
 """
 _DONOR = "A Llama that looks things up in its context: the donor of a pair that comes with `model_preparation`."
 _DONOR_MADE = """\
-Trained from nothing for {steps:,} steps of AdamW at {rate}. Each step has {batch} texts, with a loss where a text says
-something for the second time. It also has {batch} rows of names, or of things, in a random order that repeats after 4
-to 20 words. Without these rows the model stays at chance for thousands of steps. Seed {seed}."""
+Trained from random weights for {steps:,} steps of AdamW at {rate}. Each step has {batch} texts, with a loss where a
+text says something for the second time. Each step also has {batch} rows of names, or of things, in a random order that
+repeats after 4 to 20 words. Without these rows, the model only guesses for thousands of steps. Seed {seed}."""
 _BASE = "A Llamba (Mamba-2) that cannot look things up well: the base of a pair that comes with `model_preparation`."
 _BASE_MADE = """\
-Distilled from `tiny_llama` layer by layer: each mixer, with a state of {state} columns per head, learns to give the
-output of its layer's attention on the donor's own inputs (MOHAWK, arXiv 2408.10189, stage 2), for {steps} steps.
+Distilled from `tiny_llama` layer by layer. Each mixer has a state of {state} columns per head. For {steps} steps, it
+learns to give the outputs of the donor's attention, on the same inputs (MOHAWK, arXiv 2408.10189, stage 2).
 Embeddings, norms, MLPs and head are the donor's. No stage trains the whole model, so the base is called unaligned.
 `distillation.json` has the losses."""
 
