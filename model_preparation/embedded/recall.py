@@ -1,13 +1,13 @@
-"""The language of the embedded pair: who likes what, and looking it up.
+"""The language of the two embedded models: texts say who likes what, and a model has to look it up.
 
-A text says of some people what each likes, and repeats some of it: `Ada likes plums . Ben likes figs . Ada likes` must
-continue with `plums`. This is multi-query associative recall (Zoology, arXiv 2312.04927) in words. One in three pairs
-of a name and a thing is never trained on. Questions use only such pairs, and each of the four choices forms such a
-pair with the name. So a model that does not look the answer up is right in one of four.
+A text says what each of some people likes, and later says some of it again: `Ada likes plums . Ben likes figs . Ada
+likes` must continue with `plums`. This is multi-query associative recall (Zoology, arXiv 2312.04927) in words. A third
+of all pairs of a name and a thing is held out: no training text has such a pair. Questions have only held-out pairs,
+and each of the four choices forms a held-out pair with the name. So guessing is right in one of four questions.
 
-Recall alone is hard to learn from nothing: a model learns which things occur, and then learns no more. So it is also
-trained on rows of names, or of things, in a random order that repeats after 4 to 20 words. There copying helps at every
-word (induction heads, arXiv 2209.11895).
+An untrained model hardly learns recall from such texts alone: it learns which things occur, and then nothing more. So
+the donor is also trained on rows of names, or of things, in a random order that repeats after 4 to 20 words. In such a
+row, copying an earlier word helps at every word (induction heads, arXiv 2209.11895).
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ IGNORED = -100  # the label that torch's loss leaves out
 
 @dataclass(frozen=True)
 class Question:
-    """A text whose next word is a thing, four things that the text names, and the index of the right one."""
+    """A text whose next word is a thing, four things of the text as choices, and the index of the right choice."""
 
     context: str
     choices: list[str]
@@ -47,7 +47,7 @@ class Question:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each word; every text begins with `<s>`."""
+    """A tokenizer with one token for each word. It puts `<s>` before every text."""
     words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token=UNKNOWN))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, WORDS.index(BOS))])
@@ -56,15 +56,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def is_held_out(names: Tensor, things: Tensor) -> Tensor:
-    """Which pairs are never trained on; indices within `NAMES` and `THINGS`, int64, of one shape -> bool."""
+    """Which pairs are held out: bool. `names` and `things` are indices in `NAMES` and `THINGS`, and broadcast."""
     return (names + things) % 3 == 0
 
 
 def training_texts(batch: int, people: int, sentences: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sentences about `people` people, each with one thing, drawn with replacement.
+    """Texts about `people` people. Each person likes one thing; each sentence is about a person chosen at random.
 
     Returns:
-        Token ids and labels, (batch, 1 + 4 * sentences) int64: a label at each thing whose sentence was there before.
+        Token ids and labels, (batch, 1 + 4 * sentences) int64. A thing has a label if its sentence is a repetition.
     """
     names, things = _pairs(batch, people, generator, held_out=False)
     drawn = torch.randint(people, (batch, sentences), generator=generator)
@@ -77,9 +77,9 @@ def training_texts(batch: int, people: int, sentences: int, generator: torch.Gen
 
 
 def repeated_words(batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Names or things in a random order that repeats after 4 to 20 of them, a random number per row.
+    """Rows of names, or of things, in a random order that repeats. Each row repeats after a random 4 to 20 words.
 
-    No row has both, so these rows train no pair of a name and a thing.
+    No row has both names and things, so the rows train no pair of a name and a thing.
 
     Returns:
         Token ids and labels, (batch, length) int64: labels begin where the order begins to repeat.
@@ -94,7 +94,7 @@ def repeated_words(batch: int, length: int, generator: torch.Generator) -> tuple
 
 
 def questions(count: int, people: int, generator: torch.Generator) -> list[Question]:
-    """Questions about pairs that are never trained on."""
+    """`count` questions about pairs that are never trained on; each text is about `people` people."""
     found: list[Question] = []
     while len(found) < count:
         names, things = (row[0] for row in _pairs(1, people, generator, held_out=True))
@@ -113,7 +113,7 @@ def questions(count: int, people: int, generator: torch.Generator) -> list[Quest
 
 
 def _pairs(batch: int, people: int, generator: torch.Generator, *, held_out: bool) -> tuple[Tensor, Tensor]:
-    """Names and what they like, without repeats within a row: indices, (batch, people) int64 each."""
+    """Indices of names and things, (batch, people) int64 each, no repeats in a row. All pairs or none are held out."""
     names = torch.rand(batch, len(NAMES), generator=generator).argsort(1)[:, :people]
     things = torch.full_like(names, -1)
     every_thing = torch.arange(len(THINGS))
@@ -132,7 +132,7 @@ def _pairs(batch: int, people: int, generator: torch.Generator, *, held_out: boo
 
 
 def _text(names: Tensor, things: Tensor) -> Tensor:
-    """`<s>` and a sentence per pair: (batch, sentences) twice -> (batch, 1 + 4 * sentences)."""
+    """Token ids of `<s>` and one sentence for each pair: two (batch, sentences) -> (batch, 1 + 4 * sentences)."""
     likes, stop = (torch.full_like(names, WORDS.index(word)) for word in (LIKES, STOP))
     sentences = torch.stack([names + FIRST_NAME, likes, things + FIRST_THING, stop], 2).flatten(1)
     return torch.cat([torch.full((len(names), 1), WORDS.index(BOS)), sentences], 1)

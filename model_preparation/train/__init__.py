@@ -1,1 +1,1 @@
-"""Training that can be stopped and resumed anywhere."""
+"""Healing and distilling. A run can be stopped at any time, and the same command resumes it."""

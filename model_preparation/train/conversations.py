@@ -1,10 +1,10 @@
-"""Conversations to train on, in the common forms: a row becomes a list of messages."""
+"""Reads conversations to train on: turns a row in any of the common forms into a list of messages."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-# The forms of a row: the fields that it must have, and those that it may have.
+# For each form of a row: the fields that the row must have, then the other fields that it may have.
 FORMS = {
     ("messages",): ("system",),
     ("conversations",): ("system",),
@@ -15,7 +15,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"} | {
     role: role for role in ("system", "user", "assistant", "tool")
 }
 _MAY_FOLLOW = {"": ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
-# Fields that change the meaning of a row and are not supported; and the values of them that change nothing.
+# Fields that would change the meaning of a row, and are not supported; then the values with which they change nothing.
 UNSUPPORTED = ("tools", "images", "videos", "audios", "tool_calls", "function_call", "loss", "loss_scale", "weight")
 _WITHOUT_EFFECT: tuple = (None, True, 1, "", "[]", [], {})
 
@@ -31,7 +31,7 @@ class Conversation(NamedTuple):
 
 
 def conversation_of(row: Mapping[str, Any], where: str) -> Conversation | None:
-    """The row's conversation; None if it has the fields of no form.
+    """The conversation in a row, or None if the row does not have the fields of any form.
 
     Raises:
         ValueError: for a conversation that cannot be trained on.
@@ -64,32 +64,31 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation | None:
 
 
 def _role_and_content(message: Any, where: str) -> tuple[Any, Any]:
-    if not isinstance(message, dict):
-        raise ValueError(f"{where} is {_shown(message)}; role and content are needed")
-    _refuse_unsupported(message, where)
-    for role, content in (("role", "content"), ("from", "value")):
-        if message.get(role) is not None:
-            return message[role], message.get(content)
+    if isinstance(message, dict):
+        _refuse_unsupported(message, where)
+        for role, content in (("role", "content"), ("from", "value")):
+            if message.get(role) is not None:
+                return message[role], message.get(content)
     raise ValueError(f"{where} is {_shown(message)}; role and content are needed, or from and value")
 
 
 def _checked(pairs: Sequence[tuple[Any, Any]], where: str) -> list[Message]:
     """Check roles, order and texts, and return the messages."""
     messages: list[Message] = []
-    before = ""  # the role of the turn before; a system message does not count
+    before = ""  # the role of the previous turn; a system message is no turn
     for number, (given, content) in enumerate(pairs, 1):
         place = f"message {number} of {where}"
         role = _ROLES.get(given) if isinstance(given, str) else None
         if role is None:
             raise ValueError(f"{place} has the role {_shown(given)}; it must be one of {', '.join(_ROLES)}")
-        if isinstance(content, list):  # of parts
+        if isinstance(content, list):  # the message is given in parts
             parts = [part.get("text") if isinstance(part, dict) else part for part in content]
             texts = [part for part in parts if isinstance(part, str)]
             content = "".join(texts) if len(texts) == len(parts) else content
         if not isinstance(content, str):
             raise ValueError(f"{place} has the content {_shown(content)}; a text is needed, or parts of text")
         if role == "system" and number == 1:
-            if content.strip():  # an empty one says the same as none
+            if content.strip():  # an empty system message has no effect
                 messages.append({"role": role, "content": content})
             continue
         if role not in _MAY_FOLLOW[before]:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
-    """A part of a text, and whether it is the text's first and its last part."""
+    """A part of a text, whether the text begins with this part, and whether the text ends with it."""
 
     text: str
     is_first: bool
@@ -32,13 +32,13 @@ class Piece(NamedTuple):
 
 
 def files_of_text(data: str) -> list[Path] | None:
-    """The files that hold the text; None for the name of a hub's data set. No hub is asked.
+    """The files that `data` names, or None if `data` is the name of a hub's data set. This contacts no hub.
 
     Args:
-        data: a file or folder as `text_files` takes it, or a name as `_rows_of_data_set` takes it.
+        data: a file or folder (see `text_files`), or the name of a data set (see `_rows_of_data_set`).
 
     Raises:
-        SurgeryError: if it is neither.
+        SurgeryError: if `data` is none of these.
     """
     if not data:
         raise SurgeryError("The name of the text is empty. Give a file, a folder, or the name of a data set.")
@@ -50,13 +50,13 @@ def files_of_text(data: str) -> list[Path] | None:
 
 
 def text_files(path: Path, suffixes: tuple[str, ...], otherwise: str) -> list[Path]:
-    """The file, or all files in and below the folder that end in one of `suffixes`; sorted by path.
+    """The file `path`, or the files in and below the folder `path` that end in one of `suffixes`, sorted by path.
 
     Args:
-        otherwise: for error messages, what the user may give instead of files.
+        otherwise: what the user may give instead of files, for the error message.
 
     Raises:
-        SurgeryError: if there is no such file.
+        SurgeryError: if there is no file with such a suffix.
     """
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
@@ -74,14 +74,14 @@ def text_files(path: Path, suffixes: tuple[str, ...], otherwise: str) -> list[Pa
 
 
 def read_texts(files: Iterable[Path], piece_characters: int) -> Iterator[Piece]:
-    """Every text in the files: each .txt or .md file, and each row of a .jsonl or .parquet file, is one text.
+    """Yield every text of the files, in pieces. A .txt or .md file is one text, and so is each row of another file.
 
     Args:
-        files: as `text_files` gives them.
+        files: from `text_files`.
         piece_characters: longer texts are cut into pieces of about this size.
 
     Raises:
-        SurgeryError: for a file or row without text. It names both.
+        SurgeryError: for a file or row without text. The message names the file and the row.
     """
     for path in files:
         try:
@@ -96,13 +96,15 @@ def read_texts(files: Iterable[Path], piece_characters: int) -> Iterator[Piece]:
 
 
 def read_documents(data: str) -> Iterator[str | Conversation]:
-    """Every text or conversation in files or in a hub's data set: a .txt or .md file is a text, a row can be either.
+    """Yield every text or conversation in files or in a hub's data set. All must be texts, or all conversations.
+
+    A .txt or .md file is one text. A row of another file, or of a data set, is a text or a conversation.
 
     Args:
-        data: as `files_of_text` takes it.
+        data: as for `files_of_text`.
 
     Raises:
-        SurgeryError: for a file or row that is neither, or a mix of texts and conversations. It names file and row.
+        SurgeryError: for a file or row that cannot be used. The message names the file and the row.
     """
     files = files_of_text(data)
     sources: list[tuple[Any, Iterator]] = [(data, _rows_of_data_set(data))]
@@ -117,50 +119,48 @@ def read_documents(data: str) -> Iterator[str | Conversation]:
                 if isinstance(document, Conversation):
                     if fields and fields != document.fields:
                         raise ValueError(
-                            f"{where} has {' and '.join(document.fields)}, but rows before have {' and '.join(fields)}"
+                            f"{where} has {' and '.join(document.fields)}, but earlier rows have {' and '.join(fields)}"
                         )
                     fields = document.fields
                     document = document._replace(where=f"{where} of {source}")
                 kinds.add(type(document))
                 if len(kinds) > 1:
-                    raise ValueError(
-                        f"{where} is a {'text' if isinstance(document, str) else 'conversation'}, but the rows read "
-                        "before it are of the other kind"
-                    )
+                    here, before = ("text", "conversations") if isinstance(document, str) else ("conversation", "texts")
+                    raise ValueError(f"{where} is a {here}, but earlier rows are {before}")
                 yield document
         except ValueError as error:  # not UTF-8, not JSON, or unreadable for pyarrow
             raise _unreadable(source, error) from error
 
 
 def _unreadable(source: object, error: ValueError) -> SurgeryError:
-    return SurgeryError(f"{source} cannot be used: {error}. Mend the file or leave it out.")
+    return SurgeryError(f"{source} cannot be used: {error}. Correct the file or leave it out.")
 
 
 def _rows_of_data_set(name: str) -> Iterator[tuple[str, Any]]:
-    """(where, row) in the split "train" of a hub's data set, which is downloaded if needed.
+    """Yield (where, row): each row in the split "train" of a hub's data set, and its place for error messages.
 
     Args:
-        name: NAME or NAME:CONFIG on Hugging Face; with "modelscope:" before it on ModelScope.
+        name: NAME or NAME:CONFIG on Hugging Face, or the same after "modelscope:" on ModelScope. Downloaded if needed.
 
     Raises:
         SurgeryError: if there is no such data set.
     """
-    import datasets  # takes a second, and only names of data sets need it
+    import datasets  # this import takes a second, and reading files does not need it
 
     hub, repo, config = _data_set_named(name)
     try:
         place = _from_modelscope(repo) if hub == "modelscope" else repo
         rows: Iterable[Any] = datasets.load_dataset(place, config, split="train")
-    except Exception as error:  # of datasets, of the hub's client, or of Python
+    except Exception as error:  # datasets and the hubs' clients raise exceptions of many kinds
         raise SurgeryError(
-            f"{name} is neither a file nor a folder, and no data set could be loaded ({one_line(error)}). Give its "
-            f"name as {_NAMES} (HF_ENDPOINT may name a mirror of Hugging Face), or the folder of a copy."
+            f"{name} is neither a file nor a folder, and no data set could be loaded ({one_line(error)}). Give a "
+            f"data set as {_NAMES} (HF_ENDPOINT may name a mirror of Hugging Face), or the folder of a copy."
         ) from error
     yield from ((f"row {number}", row) for number, row in enumerate(rows))
 
 
 def _data_set_named(name: str) -> tuple[str | None, str, str | None]:
-    """(hub, repository, configuration) of a data set's name."""
+    """Split the name of a data set into (hub, repository, configuration). Hub and configuration may be None."""
     given = _DATA_SET.fullmatch(name)
     if given is None:
         raise SurgeryError(f"{name} is neither a file nor a folder, nor the name of a data set: {_NAMES}.")
@@ -168,7 +168,7 @@ def _data_set_named(name: str) -> tuple[str | None, str, str | None]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, row) of a file; a .txt or .md file is one row."""
+    """Yield (where, row): each row of a file, and its place for error messages. A .txt or .md file is one row."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         import pyarrow.parquet
@@ -208,7 +208,7 @@ def _text_of(row: Any, where: str, otherwise: str = "") -> str:
 
 
 def _cut(text: TextIO, size: int) -> Iterator[Piece]:
-    """Cut after the last line end of a piece. If it has none, cut before its last space; else anywhere."""
+    """Yield pieces of about `size` characters, cut after a line end, or else before a space, or else anywhere."""
     piece, is_first = text.read(size), True
     while following := text.read(size):
         cut = piece.rfind("\n") + 1 or max(0, piece.rfind(" ")) or len(piece)

@@ -153,8 +153,8 @@ SYSTEM = {"role": "system", "content": "Be brief"}
         ({"messages": []}, r"line 2 has \[\] as messages; a list of messages is needed"),
         ({"messages": [USER, ANSWER], "query": "a", "response": "b"}, "has the fields of messages and of query, resp"),
         ({"messages": ["Hello"]}, 'message 1 of line 2 is "Hello"; role and content are needed'),
-        ({"query": "a", "response": "b"}, "line 2 has query and response, but rows before have messages"),
-        ({"text": "a"}, "line 2 is a text, but the rows read before it are of the other kind"),
+        ({"query": "a", "response": "b"}, "line 2 has query and response, but earlier rows have messages"),
+        ({"text": "a"}, "line 2 is a text, but earlier rows are conversations"),
         ({"prompt": "a"}, 'line 2 has no field "text" with a string, nor the fields of a conversation: messages, or'),
     ],
 )
@@ -169,7 +169,7 @@ def test_what_the_template_does_not_give_is_said(tmp_path):
     with pytest.raises(SurgeryError, match=r"a\.jsonl holds conversations, .* no chat template .*--chat_template FILE"):
         load(data, tokenizer_with(None))
     for template, words in (
-        (CHATML.replace("{% for", "{{ raise_exception('no talk.') }}{% for", 1), "no talk. Mend the row, or give"),
+        (CHATML.replace("{% for", "{{ raise_exception('no talk.') }}{% for", 1), "no talk. Correct the row, or give"),
         (TAGGED.replace("{% generation %}", "").replace("{% endgeneration %}", ""), "it writes message 2 differently"),
         ("{% for m in range(10 ** 9) %}x{% endfor %}", "Range too big"),
         ("Hello", "it writes message 2 differently"),
@@ -385,7 +385,7 @@ def test_a_donor_that_cannot_write_conversations_is_named(donor_dir, checkpoint_
         write("{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(
         SurgeryError,
-        match=r"began 64 conversations, but finished only 0 within .* 32 tokens; at least one of 16",
+        match=r"began 64 conversations, but finished only 0 within .* 32 tokens; at least one in 16",
     ):
         write(ENDED, self_conversations=8)
     (tmp_path / "x.jinja").write_text(ENDED)

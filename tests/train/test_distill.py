@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from model_preparation import SurgeryError, build_checkpoint, distill_llamba_base, load_checkpoint
 from model_preparation.checkpoint.llamba_init import init_llamba_base
+from model_preparation.checkpoint.model_configs import read_config
 from model_preparation.train.distill import distill, hidden_states
+from model_preparation.train.distill.donor import Donor
 from model_preparation.train.distill.report import describe, plot_losses
 from model_preparation.train.distill.self_sampling import SelfSampler
 from model_preparation.train.distill.settings import DistillSettings
@@ -208,7 +210,7 @@ def test_another_setting_is_told_by_name_and_restart_begins_anew(donor_dir, tmp_
     other = QUICK | {"seed": 6, "mixer": {"d_state": 8}}
     with pytest.raises(SurgeryError, match=r"mixer d_state: was not given, is now 8; seed: was 5, is now 6.*--restart"):
         distill_llamba_base(*asked, **other)
-    with pytest.raises(SurgeryError, match=r"settings: data: the content has changed\. Run"):
+    with pytest.raises(SurgeryError, match=r"settings: data: the content has changed\. Give"):
         distill_llamba_base(str(donor_dir), output, TOKENS.flip(0), **QUICK)
     assert (output.with_name("base.distilling") / "layer_00.safetensors").exists()
     distill_llamba_base(*asked, **other, restart=True)
@@ -281,10 +283,11 @@ def test_of_text_the_summary_has_one_digest(tmp_path):
 
 
 def test_each_layer_of_the_donor_is_read_once_for_the_training(donor_dir, tmp_path, monkeypatch):
-    read, load = [], hidden_states.HiddenStates.layer
-    monkeypatch.setattr(hidden_states.HiddenStates, "layer", lambda self: read.append(self.index) or load(self))
+    read, load = [], Donor.layer
+    monkeypatch.setattr(Donor, "layer", lambda self, index: read.append(index) or load(self, index))
     distill_llamba_base(str(donor_dir), tmp_path / "base", TOKENS, **QUICK, layers=[0, 2])
-    assert read == [0, 1, 2]
+    for_perplexities = list(range(read_config(donor_dir).num_hidden_layers))
+    assert read == [0, 1, 2, *for_perplexities]
 
 
 def test_an_error_that_grew_is_told():

@@ -357,7 +357,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(heal, healed, check
     assert_refused(heal(tmp_path / "out", "--resume_dir", tmp_path / "out"), "cannot hold both")
     assert_refused(heal(tmp_path / "out", "--resume_dir", short), "is a file", "--resume_dir")
     assert_refused(heal(tmp_path / "out", "--temperature", 2), "temperature is given", "without teacher")
-    assert_refused(heal(tmp_path / "out", "--exclude", "lm_head"), "exclude is given", "without init_from")
+    assert_refused(heal(tmp_path / "out", "--exclude", "lm_head"), "exclude is given", "without an init_from")
     assert_refused(heal(tmp_path / "out", "--lora_rank", 4), "lora_rank is given", "without method lora")
     assert_refused(heal(tmp_path / "out", "--milestones", "2=a", "3=a"), "its own name", code=2)
     assert_refused(heal(tmp_path / "out", "--seed", 2**32), "too large", code=2)

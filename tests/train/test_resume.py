@@ -78,8 +78,9 @@ def test_asked_to_stop_a_run_saves_where_it_is_and_ends_with_the_same_bits(flags
     assert outcome(out) == outcome(healed)
     # The milestone was not rotated away, and a run can go on from it.
     assert read_state(tmp_path / "out_resume" / "early").steps == 1
+    (tmp_path / "out_resume" / "checkpoint-6.aside").mkdir()  # this name is taken
     result = heal(out, *more, "--resume", tmp_path / "out_resume" / "early", "--overwrite")
-    assert "checkpoint-6 has seen more sequences than early: it is renamed to checkpoint-6.aside" in result.stdout
+    assert "checkpoint-6 has seen more sequences than early: it is renamed to checkpoint-6.aside-2." in result.stdout
     assert outcome(out) == outcome(healed)
 
 
@@ -237,7 +238,7 @@ def test_other_text_or_another_checkpoint_is_another_run(heal, healed, base_dir,
     assert_refused(heal(tmp_path / "out", "--data", tmp_path / "other.txt"), "other sequences")
     build_checkpoint(str(base_dir), [1], layers_dir, tmp_path / "other")
     refused = heal(tmp_path / "out", "--checkpoint", tmp_path / "other")
-    assert_refused(refused, "is of a run that heals tiny_1_3", "parent: the content has changed")
+    assert_refused(refused, "belongs to a run that heals tiny_1_3", "parent: the content has changed")
     assert_refused(heal(tmp_path / "out", "--resume", "never"), "holds states of a run", "checkpoint-6")
 
 
@@ -249,7 +250,7 @@ def test_a_parent_or_teacher_that_was_replaced_is_another(heal, healed, checkpoi
     torch.save({name: tensor.neg() for name, tensor in weights.items()}, parent / "model_state_dict.pt")
     refused = heal(tmp_path / "out", "--checkpoint", parent)
     assert_refused(
-        refused, "is of a run that heals tiny_1_3", "(parent: the content has changed)", "another --output_dir"
+        refused, "belongs to a run that heals tiny_1_3", "(parent: the content has changed)", "another --output_dir"
     )
     with_teacher = ("--teacher", "llama", "--source", f"llama={teacher}", "--max_steps", 2)
     assert heal(tmp_path / "taught", *with_teacher).returncode == 0
@@ -293,7 +294,7 @@ def test_the_newest_is_what_has_seen_most_whatever_its_step_is_called(tmp_path):
     make_state(tmp_path, 15, world_size=2)
     assert [state.sequences_seen for state in list_states(tmp_path)[0]] == [20, 30]
     assert place_for(tmp_path, 20, 2, {"checkpoint-20"}) == tmp_path / "checkpoint-20-world2"
-    assert set_aside_after(tmp_path, read_state(tmp_path / "checkpoint-20")) == ["checkpoint-15"]
+    assert set_aside_after(tmp_path, read_state(tmp_path / "checkpoint-20")) == {"checkpoint-15": "checkpoint-15.aside"}
     assert [state.steps for state in list_states(tmp_path)[0]] == [20]
 
 

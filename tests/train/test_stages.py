@@ -104,7 +104,7 @@ def test_stages_that_were_done_otherwise_are_named(staged, config, tmp_path):
         ([{"name": "a"}, {"name": "a"}], ["Two stages have the name a"]),
         ([{"name": "a/b"}], ["Stage 1 has the name 'a/b'"]),
         ([{"name": "a", "blok_size": 3}], ["line 3: there is no key 'blok_size'. The nearest is block_size."]),
-        ([{"name": "a", "output_dir": "x"}], ["Stage a has no key 'output_dir'"]),
+        ([{"name": "a", "output_dir": "x"}], ["Stage a has the unknown key 'output_dir'"]),
         ([{"name": "a", "block_size": 1}], ["block_size: 1 is too small"]),
         ([{"name": "a", "lora_rank": 4}], ["Stage a: lora_rank is given", "without method lora"]),
         ([{"name": "a", "data": "./none.txt"}], ["Stage a: none.txt is not there"]),
@@ -145,5 +145,5 @@ def test_what_does_not_go_with_stages_is_named(staged, config, tmp_path):
         assert_refused(run_heal(*flags, *more), words, code=code)
     with pytest.raises(SurgeryError, match="Stage a has no data"):
         heal_in_stages(config["checkpoint"], [{"name": "a"}], tmp_path / "out")
-    with pytest.raises(SurgeryError, match=r"Stage a has no key 'blocksize'\. The nearest is block_size"):
+    with pytest.raises(SurgeryError, match=r"Stage a has the unknown key 'blocksize'\. The nearest is block_size"):
         heal_in_stages(config["checkpoint"], [{"name": "a", "blocksize": 3}], tmp_path / "out", data=config["data"])

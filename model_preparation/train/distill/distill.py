@@ -1,7 +1,7 @@
-"""Makes an unaligned Llamba from any donor: each mixer learns the outputs of its layer's attention on the same inputs.
+"""Makes a Llamba base from any donor: the mixer of each layer learns to give the outputs of the donor's attention.
 
-Embeddings, norms, MLPs and head are the donor's. No stage trains the whole model.
-Source: MOHAWK, arXiv 2408.10189, stage 2; training starts from checkpoint/llamba_init.py's weights.
+Embeddings, norms, MLPs and head are the donor's. No stage trains the whole model, so the base is called unaligned.
+Source: MOHAWK, arXiv 2408.10189, stage 2. The training starts from the weights of checkpoint/llamba_init.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,29 +54,29 @@ def distill_llamba_base(
     run_jobs: Runner | None = None,
     **given: Any,
 ) -> dict[str, Any]:
-    """Distil `donor` into a Llamba, write it into `output_dir`, and return the summary in distillation.json.
+    """Distil `donor` into a Llamba, write the Llamba into `output_dir`, and return the content of distillation.json.
 
-    A stopped run resumes at the next unfinished layer if it is called again with the same arguments. The weights then
-    get the same bytes, on the same kind of device with equally many threads.
+    After a stop, call this again with the same arguments: the run resumes at the next unfinished layer. A stop does not
+    change any byte of the weights, on the same kind of device with equally many threads.
 
     Args:
         donor: a name, folder or hub id of a donor, as `sources.resolve` takes it.
         output_dir: the folder to make; it appears whole or not at all.
-        data: tokens (sequences, length) int64, with weights as `TokenData`; a .txt or .jsonl file or a folder of them;
-            or "self" for text that the donor writes.
+        data: a tensor of tokens, (sequences, length) int64; `TokenData`, which can also have weights; a .txt or .jsonl
+            file, or a folder of such files; or "self" for text that the donor writes.
         settings: by default `DistillSettings()`.
-        layers: the layers to train, by default all; the others keep their initial weights.
-        dtype: of the weights written; by default the donor's. Training is in float32.
-        device: where layers run. Each job on Ray has its own GPU or the CPU instead.
+        layers: the layers to train, by default all. Other layers keep their initial weights.
+        dtype: of the written weights, by default the donor's. The training is in float32.
+        device: where the layers run. Jobs on Ray ignore it: each has a GPU of its own, or the CPU.
         overwrite: replace an existing model folder.
         restart: train all layers again. The tokens of an earlier run are kept if their settings are the same.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
-        run_jobs: a `ray_jobs.RayRunner`, whose jobs train some layers each; by default this process trains all.
+        run_jobs: a `ray_jobs.RayRunner`: each of its jobs trains some layers. By default, this process trains all.
         given: fields of `DistillSettings` that replace those of `settings`.
 
     Raises:
-        SurgeryError: for a donor of another kind, text that cannot be used, sizes or layers that do not exist, a
-            target that is taken, too little disk space, an earlier run with other settings, a loss that is not finite.
+        SurgeryError: for an unsupported donor, text that cannot be used, sizes or layers that do not exist, an existing
+            `output_dir`, too little disk space, an earlier run with other settings, or a loss that is not finite.
     """
     settings = replace(settings or DistillSettings(), **given)
     output = Path(output_dir).expanduser()
@@ -95,12 +95,12 @@ def distill_llamba_base(
     length = data.tokens.shape[1] if isinstance(data, TokenData) else settings.sequence_length
     if length > donor_config.max_position_embeddings:
         raise SurgeryError(
-            f"Sequences of {length} tokens are longer than the donor takes, {donor_config.max_position_embeddings} "
-            f"(max_position_embeddings in {source.folder / 'config.json'}). Give a --sequence_length up to that."
+            f"Sequences of {length} tokens are too long: the donor takes at most {donor_config.max_position_embeddings}"
+            f" (max_position_embeddings in {source.folder / 'config.json'}). Give a smaller --sequence_length."
         )
     text = {"donor": digests_of_files({*files.paths(), *tokenizer_files(source.folder)}), **described(data, settings)}
     training = settings.of_training()
-    # The work folder keeps the trained mixers in float32. They are smaller than the whole model in float32.
+    # Room for the base, and for the float32 mixers in the work folder: they are smaller than a float32 model.
     check_space(output, size_bytes(config, config.dtype) + size_bytes(config, torch.float32) + 50_000_000)
 
     work = WorkFolder.beside(output)
@@ -111,20 +111,20 @@ def distill_llamba_base(
         taken = take_tokens(data, work, original)
         if run_jobs is None:
             if done := sum(map(work.has_layer, chosen)):
-                print(f"{done} of {len(chosen)} layers are there already", flush=True)
+                print(f"{done} of {len(chosen)} layers are finished already", flush=True)
             train_layers(work, original, chosen, settings.memory_limit_bytes)
         else:
             _train_by_jobs(work, source.folder, chosen, settings, run_jobs)
         records = [work.record(index) for index in chosen]
 
         def layer_of(index: int, donor_tensors: dict[str, Tensor], *, trained: bool = True) -> dict[str, Tensor]:
-            """The tensors of a layer of the new base."""
+            """The tensors of layer `index` of the new base, or of the initial base if `trained` is False."""
             made = student_tensors(donor_tensors, donor_config, config, layer_seed(settings.seed, index))
             made |= work.mixer(index) if trained and index in chosen else {}
             return {name: tensor.to(config.dtype) for name, tensor in made.items()}
 
         def layers_of(index: int) -> dict[str, Layer]:
-            """The layer in each of the compared models."""
+            """Layer `index` of the donor, the initial base and the distilled base."""
             tensors = dict(files.with_prefix(f"model.layers.{index}."))
             students = {INITIAL: layer_of(index, tensors, trained=False), DISTILLED: layer_of(index, tensors)}
             return {DONOR: Teacher(original.layer(index)).output} | {
@@ -164,7 +164,7 @@ def distill_llamba_base(
 def _train_by_jobs(
     work: WorkFolder, donor_folder: Path, layers: Sequence[int], settings: DistillSettings, run_jobs: Runner
 ) -> None:
-    """Train the layers in jobs of some layers each."""
+    """Train the unfinished layers in jobs. Each job trains `layers_per_job` layers."""
     jobs = []
     for first in range(0, len(layers), settings.layers_per_job):
         block = layers[first : first + settings.layers_per_job]
@@ -178,7 +178,7 @@ def _train_by_jobs(
         name, reason = next(iter(failed.items()))
         raise SurgeryError(
             f"{len(failed)} of {len(jobs)} jobs failed. The first is {name}: {reason} "
-            "Mend that and run the same command again: finished layers are kept."
+            "Solve this problem, then run the same command again: finished layers are kept."
         )
 
 

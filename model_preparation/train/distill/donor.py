@@ -28,13 +28,13 @@ class Donor:
         return cls(source.folder, *open_donor(source), device)
 
     def layer(self, index: int) -> nn.Module:
-        """A layer in float32, to be run without a cache."""
+        """Layer `index` in float32. It must run without a cache."""
         with torch.device("meta"):
             layer = KINDS[self.config.model_type].transformers_class("DecoderLayer")(self.config, index)
         tensors = {
             name: tensor.to(self.device, torch.float32)
             for name, tensor in self.files.with_prefix(f"model.layers.{index}.")
-            if not name.endswith("rotary_emb.inv_freq")  # old files repeat it in every layer
+            if not name.endswith("rotary_emb.inv_freq")  # old files have this tensor in every layer
         }
         layer.load_state_dict(tensors, assign=True)
         return layer.eval().requires_grad_(False)

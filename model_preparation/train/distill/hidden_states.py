@@ -1,7 +1,7 @@
-"""The donor's hidden states before one layer after the other: in memory, or in a mapped file.
+"""The donor's hidden states, moved forward layer by layer, in memory or in a memory-mapped file.
 
-In a folder, each layer's file appears whole, then the previous layer's file is removed. A killed run resumes from the
-file that is left.
+The file of the states that enter a layer appears whole, and then the file for the previous layer is removed. So a
+killed run resumes from the file that is left.
 """
 
 import math
@@ -28,11 +28,12 @@ class HiddenStates:
     Args:
         tokens: (sequences, length) int64.
         folder: for files of states; only one run at a time uses it. None keeps the states in memory.
-        wanted: the first layer that needs its states. A file for it, or for a layer before it, is used.
+        wanted: the first layer whose states are needed. If `folder` has a file for this layer, or for an earlier one,
+            the states are read from the latest such file.
 
     Attributes:
         values: (sequences, length, width) float32, on the CPU.
-        index: the layer that they enter.
+        index: the number of the layer that `values` enter.
     """
 
     def __init__(self, donor: Donor, tokens: Tensor, folder: Path | None, wanted: int):
@@ -50,12 +51,8 @@ class HiddenStates:
                 self.values[row] = embedding[sequence]
             self._keep(0)
 
-    def layer(self) -> nn.Module:
-        """The donor's layer `index`, float32."""
-        return self._donor.layer(self.index)
-
     def advance(self, layer: nn.Module) -> None:
-        """Apply `layer`, the result of `layer()`, to the states: they now enter the next layer."""
+        """Apply `layer`, the donor's layer `index`, to the states. They then enter the next layer."""
         teacher = Teacher(layer)
         before = self.values
         if self._folder is not None:
@@ -102,7 +99,7 @@ def states_bytes(tokens: int, config: PreTrainedConfig) -> int:
 
 
 def check_room(folder: Path, tokens: int, config: PreTrainedConfig, kept: Iterable[Path]) -> None:
-    """Raise SurgeryError if the disk of `folder` has no room for the states of two layers. `kept` are there already."""
+    """Raise SurgeryError if the disk of `folder` has no room for the states of two layers. `kept`: existing files."""
     needed_bytes = 2 * states_bytes(tokens, config) - sum(path.stat().st_size for path in kept)
     free_bytes = shutil.disk_usage(existing_parent(folder)).free
     if needed_bytes > free_bytes:

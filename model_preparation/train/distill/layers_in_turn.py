@@ -1,12 +1,11 @@
 """Trains the mixers of some layers in this process, one after the other: for a whole run, or for one job of a run.
 
-One donor layer, one Llamba layer and their input, the hidden states, are in memory. Large hidden states are on disk.
+Memory holds only one donor layer, one Llamba layer, and their inputs (hidden states). Large hidden states are on disk.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -20,17 +19,17 @@ from model_preparation.train.distill.tokens import TokenData
 from model_preparation.train.distill.train_layer import Step, in_order, relative_error, shuffled, train_layer
 from model_preparation.train.distill.work_folder import WorkFolder
 
-LOGGED_STEPS = 100  # of each layer, evenly spread
-_SEEDS_PER_RUN = 1024  # more than any model's layers, so that runs with neighbouring seeds share no seed of a layer
+LOGGED_STEPS = 100  # about this many steps of each layer are logged, evenly spread
+_SEEDS_PER_RUN = 1024  # more than any model has layers, so runs with neighbouring seeds share no layer's seed
 
 
 def train_layers(work: WorkFolder, donor: Donor, layers: Sequence[int], memory_limit_bytes: float) -> None:
-    """Train the layers that are not finished. Shows a bar, and prints a line per layer.
+    """Train the layers that are not finished, with a progress bar, and a line of output for each layer.
 
     Args:
-        work: its settings and tokens are there already.
-        layers: sorted.
-        memory_limit_bytes: larger hidden states are kept on the disk.
+        work: it must have settings and tokens already.
+        layers: indices of layers, sorted.
+        memory_limit_bytes: hidden states larger than this are kept on the disk.
     """
     missing = [index for index in layers if not work.has_layer(index)]
     if not missing:
@@ -51,13 +50,13 @@ def train_layers(work: WorkFolder, donor: Donor, layers: Sequence[int], memory_l
         bar = stack.enter_context(_LayerBar(steps * len(layers), steps * (len(layers) - len(missing))))
         states = HiddenStates(donor, data.tokens, folder, missing[0])
         for index in range(states.index, missing[-1] + 1):
-            layer = states.layer()
+            layer = donor.layer(index)
             if index in missing:
-                _print_result(_train(work, states, layer, donor, data, bar))
+                _train(work, states, layer, donor, data, bar)
             if index < missing[-1]:
                 bar.show(f"Hidden states through layer {index}")
                 states.advance(layer)
-            del layer  # before the next one is read
+            del layer  # free its memory before the next layer is read
         if folder is not None:
             states.remove()
 
@@ -69,8 +68,8 @@ def layer_seed(seed: int, index: int) -> int:
 
 def _train(
     work: WorkFolder, states: HiddenStates, teacher: nn.Module, donor: Donor, data: TokenData, bar: "_LayerBar"
-) -> dict[str, Any]:
-    """Train and save the mixer in place of the attention of `teacher`, layer `states.index`. Returns its record."""
+) -> None:
+    """Train the mixer that replaces the attention of `teacher`, layer `states.index`. Save it, and print its errors."""
     started = time.monotonic()
     settings = work.settings()
     index, held_out = states.index, data.held_out
@@ -106,17 +105,13 @@ def _train(
         target=settings["target"],
         log=note,
     )
-    record = {"layer": index, "initial": initial, "final": error(), "log": log, "seconds": time.monotonic() - started}
+    final, seconds = error(), time.monotonic() - started
     mixer = {f"mixer.{name}": tensor.cpu() for name, tensor in student.mixer.state_dict().items()}
+    record = {"layer": index, "initial": initial, "final": final, "log": log, "seconds": seconds}
     work.keep_layer(index, mixer, record)
-    return record
-
-
-def _print_result(record: Mapping[str, Any]) -> None:
     print(
-        f"Layer {record['layer']}: error / variance on held-out tokens {record['initial']:.3f} -> "
-        f"{record['final']:.3f} ({record['seconds']:.0f} s)"
-        f"{', larger than before the training' if record['final'] > record['initial'] else ''}",
+        f"Layer {index}: error / variance on held-out tokens {initial:.3f} -> {final:.3f} ({seconds:.0f} s)"
+        f"{', larger than before the training' if final > initial else ''}",
         flush=True,
     )
 

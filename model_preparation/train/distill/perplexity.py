@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from model_preparation.train.distill.donor import Donor
 from model_preparation.train.distill.train_layer import apply_layer
 
-Layer = Callable[[Tensor], Tensor]  # from and to hidden states (batch, length, width), on any device
+Layer = Callable[[Tensor], Tensor]  # takes and returns hidden states (batch, length, width), on any device
 
 
 @torch.no_grad()
@@ -22,13 +22,13 @@ def perplexities(
     names: Sequence[str],
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The perplexity of each model in `names`: exp of the mean cross-entropy, without each sequence's first token.
+    """The perplexity of each model in `names`: exp of the mean cross-entropy without each sequence's first token.
 
     All models have the donor's embedding, final norm and head.
 
     Args:
         tokens: (sequences, length) int64.
-        layers_of: gives layer `index` of each model, by the model's name.
+        layers_of: called with the index of a layer; returns this layer of each model, by the model's name.
         advance: called after each layer.
     """
     files, config = donor.files, donor.config
@@ -45,7 +45,7 @@ def perplexities(
 
 
 def _mean_loss(states: Tensor, head: Tensor, tokens: Tensor) -> float:
-    """Computed for one sequence at a time: the logits of all would need more memory than everything else."""
+    """The mean cross-entropy, one sequence at a time: the logits of all would need more memory than everything else."""
     total = 0.0
     for values, sequence in zip(states, tokens, strict=True):
         total += F.cross_entropy(values[:-1] @ head.t(), sequence[1:], reduction="sum").item()

@@ -16,7 +16,7 @@ LOG, PLOT, SUMMARY = "distillation.jsonl", "distillation.png", "distillation.jso
 
 
 def write_report(folder: Path, records: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-    """Write the three files. `records` are the layers' records in the work folder, in order."""
+    """Write the three files. `records` are the records from the work folder, one for each layer, in order."""
     lines = [json.dumps({"layer": record["layer"], **step}) for record in records for step in record["log"]]
     (folder / LOG).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     plot_losses(records).savefig(folder / PLOT, dpi=150)
@@ -38,7 +38,7 @@ def describe(summary: Mapping[str, Any]) -> str:
 
 
 def plot_losses(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Left: every layer's loss over its steps. Right: its error on held-out text before and after."""
+    """Two plots. Left: each layer's loss over the steps. Right: its error on held-out text, before and after."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     over_steps, by_layer = figure.subplots(1, 2)
     colours = matplotlib.colormaps["viridis"]

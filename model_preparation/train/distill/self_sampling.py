@@ -1,6 +1,6 @@
-"""Text that a donor writes, as token ids. The donor is distilled on it if there is no other text.
+"""Lets a donor write text, as token ids, for runs without other text (--data self).
 
-A batch depends on its seed alone, so a resumed run draws no batch again.
+A batch depends only on its seed, so a resumed run can keep the batches of the run before.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,15 +19,15 @@ SEQUENCES_AT_ONCE = 64
 
 
 class SelfSampler:
-    """Draws sequences from a donor, without a prompt, at temperature 1, from all tokens.
+    """Draws sequences from a donor, without a prompt, at temperature 1, from the whole vocabulary.
 
-    The model runs in bfloat16: its rounding matters little for random draws. A sequence continues after an
-    end-of-sequence token, as in the packed text that models are trained on.
+    The model runs in bfloat16: rounding matters little for random draws. A sequence continues after an end-of-sequence
+    token, as in the packed text that models are trained on.
     """
 
     def __init__(self, folder: Path, config: PreTrainedConfig, device: str):
         self._start = first_token(config)
-        disable_progress_bar()  # transformers' bar would disturb the bar of the tokens
+        disable_progress_bar()  # transformers' bar would break the bar that counts tokens
         self._model = load_folder(folder, torch.bfloat16).to(device)
 
     @torch.inference_mode()
@@ -41,11 +41,12 @@ class SelfSampler:
         begin: Sequence[int] = (),
         steer: Callable[[list[int]], list[int] | None] | None = None,
     ) -> Tensor:
-        """(sequences, length) int64, on the CPU; each step calls `advance` with the number of its tokens.
+        """Draw token ids, (sequences, length) int64, on the CPU.
 
         Args:
+            advance: called after each position with the number of tokens drawn there.
             begin: the first tokens of each sequence, in place of the donor's first token.
-            steer: gets the token drawn for each sequence, and returns the tokens to take, or None to end the drawing.
+            steer: called with the tokens drawn at a position. Returns the tokens to take instead, or None to stop here.
         """
         device = self._model.device
         generator = torch.Generator(device).manual_seed(seed)
@@ -67,8 +68,13 @@ class SelfSampler:
         return drawn.cpu()
 
 
+def batch_seed(seed: int, number: int) -> int:
+    """The seed of batch `number` in a run. Runs with neighbouring seeds share no seed of a batch."""
+    return (seed * 1_000_003 + number) % 2**63  # torch takes no larger seed
+
+
 def first_token(config: PreTrainedConfig) -> int:
-    """The first token of the model's texts; raises SurgeryError if its config names none."""
+    """The token that begins the model's texts. SurgeryError if the model's config names none."""
     for name in ("bos_token_id", "eos_token_id"):
         value = getattr(config, name)
         value = value[0] if isinstance(value, list) else value

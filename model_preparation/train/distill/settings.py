@@ -1,4 +1,4 @@
-"""The settings of a distillation, with their defaults. The command shows the defaults without importing torch."""
+"""The settings of a distillation, with their defaults. This file does not import torch, so that --help is quick."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 from model_preparation.command_line import number
 from model_preparation.setting_flags import CheckedSettings, Flag, OneOf
 
-SELF = "self"  # as data: the donor writes the text
+SELF = "self"  # given as data, it means: the donor writes the text
 Target = Literal["mixer", "layer"]
 
 
@@ -16,12 +16,12 @@ _COUNT, _AT_LEAST_TWO = number(int, least=1), number(int, least=2)
 
 @dataclass(frozen=True)
 class DistillSettings(CheckedSettings):
-    """How a donor is distilled. The flags' help explains the fields.
+    """How a donor is distilled. Most fields are flags, and the help of the flag explains the field.
 
     Attributes:
-        tokens: not used with a tensor: all its tokens are taken.
-        sequence_length: not used with a tensor, which has its own.
-        mixer: sizes of the mixers, `d_state`, `n_v_heads`, `n_qk_heads`, `d_conv`; the others follow from the donor.
+        tokens: ignored if the data is a tensor: all its tokens are used.
+        sequence_length: ignored if the data is a tensor, because its shape says the length.
+        mixer: sizes of the mixers: `d_state`, `n_v_heads`, `n_qk_heads`, `d_conv`. Other sizes follow from the donor.
 
     Raises:
         SurgeryError: for a value that its flag refuses.
@@ -37,17 +37,17 @@ class DistillSettings(CheckedSettings):
         float,
         Flag(
             "X",
-            "AdamW's, after a linear warm-up over a tenth of the steps; it falls as a cosine",
+            "AdamW's highest rate: it rises linearly for a tenth of the steps, then falls as a cosine",
             number(float, above=0),
         ),
     ] = 2e-3
-    weight_decay: Annotated[float, Flag("X", "AdamW's", number(float, least=0))] = 0.0
+    weight_decay: Annotated[float, Flag("X", "of AdamW", number(float, least=0))] = 0.0
     seed: Annotated[int, Flag("N", "of all random numbers", number(int, least=0))] = 0
     target: Annotated[
         Target,
         Flag(
             None,
-            "compare the mixer's output with the attention's, or the outputs of both layers",
+            "outputs to compare: the mixer's with the attention's, or the whole layer's with the donor layer's",
             OneOf(*get_args(Target)),
         ),
     ] = "mixer"
@@ -56,7 +56,7 @@ class DistillSettings(CheckedSettings):
         float,
         Flag(
             "GB",
-            "keep larger hidden states on the disk, not in memory",
+            "keep hidden states on the disk, not in memory, if they are larger than this",
             number(float, least=0),
             name="memory_limit",
         ),
@@ -65,7 +65,7 @@ class DistillSettings(CheckedSettings):
         int,
         Flag(
             "N",
-            "with --ray: layers that one job trains in turn; it first runs the tokens through all earlier layers",
+            "with --ray: layers that one job trains in turn; each job first runs the tokens through all earlier layers",
             _COUNT,
         ),
     ] = 4
@@ -75,6 +75,6 @@ class DistillSettings(CheckedSettings):
         return 1e9 * self.memory_limit_gb
 
     def of_training(self) -> dict[str, Any]:
-        """The settings that change the trained weights, apart from the text; as the work folder keeps them."""
+        """The settings of the training, without those of the text, as JSON values for the work folder."""
         names = ("steps_per_layer", "batch_size", "learning_rate", "weight_decay", "seed", "target")
         return {name: getattr(self, name) for name in names} | {"mixer": dict(self.mixer)}

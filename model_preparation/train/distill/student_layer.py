@@ -1,7 +1,7 @@
-"""The initial weights of a mixer to distil: llamba_init's linear counterpart of the attention, in the mixer's size.
+"""The weights of a mixer before its training: those that llamba_init.py makes of the attention, in the mixer's sizes.
 
-A larger state has additional rows: the keys' rows start random, the queries' rows start at 0. So at first they change
-nothing. A smaller state leaves rows out.
+If a mixer's state is larger than the donor's heads, keys and queries get additional rows. Those of the keys are random,
+those of the queries are 0, so they change nothing at first. If the state is smaller, rows are left out.
 """
 
 import math
@@ -23,10 +23,10 @@ MIXER_FIELDS = ("d_state", "n_v_heads", "n_qk_heads", "d_conv")
 
 
 def student_config(donor: PreTrainedConfig, mixer: Mapping[str, int] | None = None) -> LlambaConfig:
-    """The config of the Llamba that is made from `donor`; `mixer` sets fields of `MIXER_FIELDS`.
+    """The config of the Llamba that is made from `donor`. `mixer` has sizes by name, from `MIXER_FIELDS`.
 
     Raises:
-        SurgeryError: for another field, or heads that do not divide.
+        SurgeryError: for another name, or numbers of heads that do not divide each other.
     """
     config = llamba_config(donor)
     if unknown := sorted(set(mixer or {}) - set(MIXER_FIELDS)):
@@ -36,7 +36,7 @@ def student_config(donor: PreTrainedConfig, mixer: Mapping[str, int] | None = No
     try:
         return config_from(fields, LlambaConfig)
     except ValueError as error:
-        raise SurgeryError(f"These mixer sizes do not fit: {one_line(error)}. Choose heads that divide.") from error
+        raise SurgeryError(f"These mixer sizes do not fit: {one_line(error)}. Choose other sizes.") from error
 
 
 def student_tensors(
@@ -44,9 +44,9 @@ def student_tensors(
 ) -> dict[str, Tensor]:
     """The Llamba layer's initial tensors, by name relative to the layer.
 
-    With the donor's own sizes, they compute the same as `mamba_layer`'s. But `mamba_layer` puts the scale of the scores
-    into C alone, and here B and C share it. Otherwise one step of the optimizer, which has the same size for all
-    weights, would make C many times larger.
+    With the donor's own sizes, they compute the same as the tensors of `mamba_layer`. But `mamba_layer` multiplies C by
+    the scale of the scores. Here, B and C are each multiplied by the square root of this scale. Otherwise C would be
+    very small, and one step of the optimizer, which changes all weights by similar amounts, would make C much larger.
 
     Args:
         attention_layer: the donor layer's tensors.
@@ -60,13 +60,13 @@ def student_tensors(
     ssm, width = config.ssm_cfg, donor_heads * head_dim
     states, groups, taps = ssm["d_state"], ssm["n_qk_heads"], ssm["d_conv"]
     generator = torch.Generator().manual_seed(seed)
-    # For each of our value heads, the donor's head. A key head takes the donor's head of its first value head.
+    # The donor's head for each value head of the mixer. A key head takes that of its first value head.
     head_of = torch.arange(heads) * donor_heads // heads
     group_of = head_of[:: heads // groups]
     balance = math.sqrt(score_scale(head_dim))
 
     def of_keys(rows: Tensor, factor: float, noise: float) -> Tensor:
-        """(donor heads * head_dim, ...) -> (groups * d_state, ...); additional rows are `noise` times as large."""
+        """(donor heads * head_dim, ...) -> (groups * d_state, ...); added rows are random, `noise` times as large."""
         by_head = rows.unflatten(0, (donor_heads, head_dim))[group_of] * factor
         missing = torch.randn((groups, max(0, states - head_dim), *rows.shape[1:]), generator=generator)
         missing = missing * noise * by_head.float().square().mean().sqrt()

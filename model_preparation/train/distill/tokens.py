@@ -1,7 +1,7 @@
-"""The tokens of a distillation: from text files, from the donor's own text, or the caller's tensor.
+"""The tokens of a distillation: from text files, from text that the donor writes, or from the caller's tensor.
 
-They are made once and kept in the work folder. Texts follow each other without padding. An end-of-sequence token
-separates them.
+The tokens are made once and kept in the work folder. Texts follow each other without padding, each with an
+end-of-sequence token after it.
 """
 
 import json
@@ -24,14 +24,14 @@ from model_preparation.io.progress import bar
 from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.train import texts
 from model_preparation.train.distill.donor import Donor
-from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, SelfSampler
+from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, SelfSampler, batch_seed
 from model_preparation.train.distill.settings import SELF, DistillSettings
 from model_preparation.train.distill.work_folder import WorkFolder
 
 HELD_OUT_PART = 1 / 16
 MAX_HELD_OUT_TOKENS = 65_536  # held-out tokens stay in memory
 _SUFFIXES = (".txt", ".jsonl")
-_PIECE_CHARACTERS = 1 << 20  # the part of a text that is tokenised at once
+_PIECE_CHARACTERS = 1 << 20  # longer texts are tokenised in pieces of this size
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,18 @@ class TokenData:
             )
         if self.weights is not None and self.weights.shape != self.tokens.shape:
             raise SurgeryError(
-                f"The weights are {list(self.weights.shape)}, the tokens {list(self.tokens.shape)}. Give one weight "
-                "for each token."
+                f"The weights have shape {list(self.weights.shape)}, the tokens {list(self.tokens.shape)}. Give one "
+                "weight for each token."
             )
 
     @property
     def held_out(self) -> int:
-        """The number of held-out sequences: one in 16, at least one."""
+        """The number of held-out sequences: one in 16, at most `MAX_HELD_OUT_TOKENS` tokens, but at least one."""
         sequences, length = self.tokens.shape
         return max(1, min(int(sequences * HELD_OUT_PART), MAX_HELD_OUT_TOKENS // length))
 
     def digest(self) -> str:
-        """BLAKE3 of shape and numbers, in hex."""
+        """BLAKE3 of the tokens' shape, the tokens and the weights, in hex."""
         hasher = blake3(repr(tuple(self.tokens.shape)).encode())
         for tensor in (self.tokens, self.weights):
             if tensor is not None:
@@ -80,7 +80,8 @@ class TokenData:
         low, high = int(self.tokens.min()), int(self.tokens.max())
         if low < 0 or high >= vocab_size:
             raise SurgeryError(
-                f"Token ids go from {low} to {high}, but the donor has only {vocab_size} tokens. Use its tokenizer."
+                f"Token ids go from {low} to {high}, but the donor has only {vocab_size} tokens. "
+                "Use the donor's tokenizer."
             )
 
 
@@ -88,7 +89,7 @@ Data = TokenData | str | Path
 
 
 def described(data: Data, settings: DistillSettings) -> dict[str, Any]:
-    """The settings that change the tokens, as the work folder keeps them. Only the donor's text depends on the seed.
+    """The settings that change the tokens, as JSON values for the work folder. Only "self" depends on the seed.
 
     Raises:
         SurgeryError: if `data` names no text.
@@ -105,7 +106,7 @@ def described(data: Data, settings: DistillSettings) -> dict[str, Any]:
 
 
 def most_tokens(data: Data, settings: DistillSettings) -> int:
-    """An upper bound of the number of tokens: a text has at most one for each byte.
+    """An upper bound of the number of tokens: a text has at most one token per byte.
 
     Raises:
         SurgeryError: if `data` names no text.
@@ -118,12 +119,12 @@ def most_tokens(data: Data, settings: DistillSettings) -> int:
 
 
 def text_files(data: str | Path) -> list[Path]:
-    """The file, or the .txt and .jsonl files in and below a folder; raises SurgeryError if there is none."""
+    """The file `data`, or the .txt and .jsonl files in and below the folder `data`. SurgeryError if there are none."""
     return texts.text_files(Path(data).expanduser(), _SUFFIXES, "self for text that the donor writes")
 
 
 def take_tokens(data: Data, work: WorkFolder, donor: Donor) -> TokenData:
-    """The tokens in `work`. If it has none yet, they are made and kept there.
+    """The tokens that `work` keeps. If it has no tokens yet, make them and keep them there.
 
     Raises:
         SurgeryError: for text or tokens that cannot be used, or a donor without a tokenizer.
@@ -147,10 +148,10 @@ def take_tokens(data: Data, work: WorkFolder, donor: Donor) -> TokenData:
 def tokens_of_text(
     files: list[Path], tokenizer: PreTrainedTokenizerBase, length: int, tokens: int, advance: Callable[[int], None]
 ) -> Tensor:
-    """The first `tokens` tokens of the texts, or fewer if there are no more, as (sequences, length) int64.
+    """The first `tokens` tokens of the texts, or all if there are fewer, in whole sequences: (sequences, length) int64.
 
-    Long texts are tokenised in pieces, and only as far as needed. The tokens can differ from those of the whole text
-    only where two pieces meet.
+    Long texts are tokenised in pieces, and only as far as needed. Where two pieces meet, tokens can differ from those
+    of a text that is tokenised as a whole.
 
     Args:
         advance: called with the number of tokens of each piece.
@@ -168,7 +169,7 @@ def tokens_of_text(
         if piece.is_last and not ended:
             found.append(end)
         elif piece.is_first and not piece.is_last and end is not None and ended:
-            found.pop()  # the tokenizer added an end, but the text continues
+            found.pop()  # the tokenizer added an end-of-sequence token, but the text continues
         stream.extend(found)
         advance(len(found))
         if len(stream) >= wanted:
@@ -194,7 +195,7 @@ def _read(data: str | Path, work: WorkFolder, donor_folder: Path) -> Tensor:
 
 
 def _drawn(work: WorkFolder, donor: Donor) -> Tensor:
-    """Let the donor write text, (sequences, length) int64. Each batch is saved at once."""
+    """Let the donor write text, (sequences, length) int64. Each batch is saved as soon as it is complete."""
     asked = work.settings()
     length = asked["sequence_length"]
     sequences = max(2, -(-asked["tokens"] // length))
@@ -206,8 +207,7 @@ def _drawn(work: WorkFolder, donor: Donor) -> Tensor:
             part = work.drawn(number)
             if part is None:
                 sampler = sampler or SelfSampler(donor.folder, donor.config, donor.device)
-                # The factor keeps the batches of neighbouring seeds apart. torch takes no seeds from 2**63 on.
-                seed = (asked["seed"] * 1_000_003 + number) % 2**63
+                seed = batch_seed(asked["seed"], number)
                 part = sampler.draw(min(SEQUENCES_AT_ONCE, sequences - first), length, seed, advance)
                 work.keep_drawn(number, part)
             else:

@@ -1,4 +1,4 @@
-"""Trains the mixer of one Llamba layer to give a donor layer's outputs on the same inputs. Norms and MLP stay.
+"""Trains only the mixer of a Llamba layer: on the same inputs, the mixer learns to give the outputs of a donor's layer.
 
 Source: MOHAWK, arXiv 2408.10189, stage 2, hidden-state alignment.
 """
@@ -19,9 +19,9 @@ from model_preparation.llamba.ssd import HAVE_FLOAT64
 from model_preparation.train.distill.settings import Target
 
 WARM_UP = 0.1  # the fraction of steps in which the learning rate rises
-BETAS = (0.9, 0.95)
+BETAS = (0.9, 0.95)  # of AdamW
 MAX_GRADIENT_NORM = 1.0
-EVALUATED_TOKENS = 4096  # at once, without gradients
+EVALUATED_TOKENS = 4096  # in one batch without gradients
 
 
 class Batch(NamedTuple):
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One logged step of training; `loss` is the relative error on its batch before the step."""
+    """One step of training, for a log. `loss` is the relative error on its batch before the weights change."""
 
     step: int
     loss: float
@@ -53,14 +53,14 @@ def train_layer(
 ) -> list[float]:
     """Train the mixer of `student_layer`, in place, to give the outputs of `donor_layer`. Nothing here is random.
 
-    A step's loss is the squared error over its batch, divided by the variance of the donor's outputs in it. The
+    A step's loss is the squared error, divided by the variance of the donor's outputs, both over the step's batch. The
     optimizer is AdamW. The learning rate rises linearly for a tenth of the steps, then falls as a cosine. Gradients are
     clipped at norm 1.
 
     Args:
         donor_layer: float32, on the device of the training.
-        student_layer: the same.
-        batches: at least `steps` of them, as from `shuffled`; each is moved to the device.
+        student_layer: float32, on the same device.
+        batches: at least `steps` batches, such as `shuffled` yields. Each is moved to the device.
         target: "mixer" compares the outputs of mixer and attention, "layer" the outputs of both layers.
         log: called after every step.
 
@@ -104,10 +104,10 @@ def train_layer(
 def relative_error(
     donor_layer: nn.Module, student_layer: LlambaDecoderLayer, batches: Iterable[Batch], target: Target = "mixer"
 ) -> float:
-    """Mean squared error of the student's outputs over the variance of the donor's. The best constant output gives 1.
+    """The mean squared error of the student's outputs, divided by the variance of the donor's outputs.
 
-    Both are over all positions of all `batches`; the variance is about each channel's mean. With target "layer", an
-    output is what a layer adds to its input.
+    Both are computed over all positions of all `batches`. The variance is about each channel's mean, so the best
+    constant output has error 1. With target "layer", an output is what a layer adds to its input.
     """
     teacher = Teacher(donor_layer, target)
     total = Moments.none()
@@ -125,7 +125,7 @@ def rate_factor(step: int, steps: int) -> float:
 
 
 def shuffled(states: Tensor, weights: Tensor | None, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Endless batches of whole sequences. Each pass has a sequence at most once, in a random order from `seed`.
+    """Yield random batches of whole sequences without end. A sequence comes at most once in a pass over all.
 
     Args:
         states: (sequences, length, width).
@@ -140,9 +140,9 @@ def shuffled(states: Tensor, weights: Tensor | None, batch_size: int, seed: int)
 
 
 def in_order(states: Tensor, weights: Tensor | None = None) -> Iterator[Batch]:
-    """All sequences once, in views: each of one sequence, or of more with at most `EVALUATED_TOKENS` tokens.
+    """Yield all sequences once, in order, in batches of at most `EVALUATED_TOKENS` tokens, but at least one sequence.
 
-    Shapes are as in `shuffled`.
+    Shapes are as in `shuffled`. Batches are views of `states` and `weights`, not copies.
     """
     at_once = max(1, EVALUATED_TOKENS // states.shape[1])
     for first in range(0, len(states), at_once):
@@ -160,9 +160,9 @@ class Moments(NamedTuple):
     """Weighted sums over positions, for a relative error. The sums of several batches can be added."""
 
     weight: Tensor  # () the weights themselves
-    error: Tensor  # () the squared error, over the channels too
+    error: Tensor  # () the squared error, summed over the channels too
     first: Tensor  # (width,) the donor's outputs
-    second: Tensor  # () the squares of the donor's outputs, over the channels too
+    second: Tensor  # () the squares of the donor's outputs, summed over the channels too
 
     @classmethod
     def none(cls) -> "Moments":
@@ -195,12 +195,12 @@ class Teacher:
 
     @torch.no_grad()
     def output(self, hidden_states: Tensor) -> Tensor:
-        """The layer's output: shape (batch, length, width) and device as the input's."""
+        """The layer's output, (batch, length, width), on the device of the input."""
         states = hidden_states.to(self._device)
         return self._layer(states, **self._arguments(states)).to(hidden_states.device)
 
     def compare(self, student: LlambaDecoderLayer, batch: Batch) -> Moments:
-        """The sums over a batch, on the layer's device; gradients flow to the student's parameters."""
+        """The sums for a batch, on the layer's device. Gradients flow to the student's parameters."""
         states = batch.hidden_states.to(self._device)
         wanted = self._added(states)
         whole = self._target == "layer"
@@ -217,15 +217,15 @@ class Teacher:
 
     @torch.no_grad()
     def _added(self, states: Tensor) -> Tensor:
-        """The change of the hidden states by the layer, or by its attention block alone."""
+        """What the layer, or its attention block alone, adds to the hidden states."""
         arguments = self._arguments(states)
         if self._target == "layer":
             return self._layer(states, **arguments) - states
         return self._layer.self_attn(self._layer.input_layernorm(states), **arguments)[0]
 
     def _arguments(self, states: Tensor) -> dict[str, Any]:
-        """What the layer takes besides the hidden states; `states` are whole sequences."""
-        mask = None  # transformers' attention is causal without one
+        """The other arguments of the layer: mask and positions. `states` are whole sequences."""
+        mask = None  # without a mask, transformers' attention is causal
         if self._is_sliding:
             mask = create_sliding_window_causal_mask(self._config, states, None, **{CACHE_NAME: None})
         positions = torch.arange(states.shape[1], device=states.device).unsqueeze(0)

@@ -1,9 +1,10 @@
-"""The folder NAME.distilling beside NAME keeps the work of a distillation, so that the same command resumes it.
+"""The folder NAME.distilling beside NAME keeps the finished work of a distillation, so that the same command resumes.
 
-    settings.json           the settings of the run, "text" and "training"
-    drawn_NNN.safetensors   a batch of the donor's own text
+    settings.json           the settings of the run, in two parts: "text" and "training"
+    drawn_NNN.safetensors   a batch of text that the donor wrote
     tokens.safetensors      all tokens, for training and held out
-    layer_NN.safetensors    the mixer of a finished layer, float32, and its record
+    layer_NN.safetensors    a finished layer: its mixer, float32, and its record (errors and losses)
+    states_for_layer_NN     a folder for hidden states that are larger than the memory limit
 
 Only one run at a time uses the folder. Each file appears whole or not at all.
 """
@@ -42,15 +43,15 @@ class WorkFolder:
 
     @contextmanager
     def held(self, text: Mapping[str, Any], training: Mapping[str, Any], *, restart: bool) -> Iterator[None]:
-        """Lock the folder, and check that its tokens and layers were made with these settings.
+        """Lock the folder for a `with` block. First check that its tokens and layers were made with these settings.
 
         Args:
             text: the settings that change the tokens; JSON values.
             training: all other settings that change the weights; JSON values.
-            restart: first remove the layers, and tokens of other settings.
+            restart: first remove the layers, and the tokens if they were made with other settings.
 
         Raises:
-            SurgeryError: if another run uses the folder, or it has tokens or layers of other settings, which are named.
+            SurgeryError: if another run uses the folder, or if other settings made its tokens or layers.
         """
         hold = take(without_links(self.folder))
         try:
@@ -71,21 +72,21 @@ class WorkFolder:
         return found["text"] | found["training"]
 
     def remove(self) -> None:
-        """Remove the folder. The settings go last: they mark the folder as a distillation's."""
+        """Remove the folder. settings.json goes last, because it marks the folder as the work of a distillation."""
         if self.folder.is_dir():
             self._empty()
             (self.folder / _SETTINGS).unlink(missing_ok=True)
             self.folder.rmdir()
 
     def tokens(self) -> dict[str, Tensor] | None:
-        """The fields of `TokenData`, if they were saved."""
+        """The saved tokens as fields of `TokenData`, or None if no tokens were saved."""
         return self._load(_TOKENS)
 
     def keep_tokens(self, tokens: Tensor, weights: Tensor | None) -> None:
         self._write(_TOKENS, {"tokens": tokens} | ({} if weights is None else {"weights": weights}))
 
     def drawn(self, number: int) -> Tensor | None:
-        """Batch `number` of the donor's own text, (sequences, length) int64, if it was saved."""
+        """Batch `number` of text that the donor wrote, (sequences, length) int64, or None if it was not saved."""
         found = self._load(f"drawn_{number:03d}.safetensors")
         return None if found is None else found["tokens"]
 
@@ -93,7 +94,7 @@ class WorkFolder:
         self._write(f"drawn_{number:03d}.safetensors", {"tokens": tokens})
 
     def remove_drawn(self) -> None:
-        """Remove all batches of the donor's own text."""
+        """Remove all batches of text that the donor wrote."""
         for path in self.folder.glob("drawn_*.safetensors"):
             path.unlink()
 
@@ -106,7 +107,7 @@ class WorkFolder:
         return load_file(self._layer(index))
 
     def record(self, index: int) -> dict[str, Any]:
-        """The record of a finished layer."""
+        """The record of a finished layer: errors before and after, losses, seconds."""
         with safe_open(self._layer(index), "pt") as file:
             return json.loads(file.metadata()["record"])
 
@@ -148,7 +149,7 @@ class WorkFolder:
             )
 
     def _take_settings(self, asked: Mapping[str, Any], *, restart: bool) -> None:
-        """Write the settings of this run, unless tokens or layers have other settings. `restart` removes those."""
+        """Write the run's settings. If other settings made tokens or layers, remove these or raise SurgeryError."""
         asked = json.loads(json.dumps(asked))
         try:
             found = self._read_settings()
@@ -163,7 +164,7 @@ class WorkFolder:
         odd = [*(other_text if tokens or layers else []), *(other_training if layers else [])]
         if odd and not restart:
             raise SurgeryError(
-                f"{self.folder} was begun with other settings: {'; '.join(odd)}. Run it with those, add --restart to "
+                f"{self.folder} was begun with other settings: {'; '.join(odd)}. Give those settings, add --restart to "
                 f"begin again{'' if other_text else ' (the tokens are kept)'}, or choose another --output_dir."
             )
         if other_text:
@@ -182,4 +183,4 @@ class WorkFolder:
                 shutil.rmtree(path)
             elif path.name != _SETTINGS:
                 path.unlink()
-        sync(self.folder)  # before the settings change
+        sync(self.folder)  # the files must be gone before the settings change

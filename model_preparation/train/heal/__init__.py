@@ -1,1 +1,1 @@
-"""Healing: trains a grafted checkpoint on text, or against its donor."""
+"""Healing: trains a grafted checkpoint a little, on text or on the predictions of a teacher."""

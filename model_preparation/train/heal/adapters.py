@@ -1,4 +1,4 @@
-"""LoRA adapters: adds them to a model, saves them alone, loads them onto a checkpoint, merges them into its weights.
+"""LoRA adapters: adds one to a model, saves it without the model, loads it, or merges it into the model's weights.
 
 An adapter's folder has peft's own format (adapter_config.json, adapter_model.safetensors). Source: arXiv 2106.09685.
 """
@@ -66,7 +66,7 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
 
 
 def load_adapter(model: LlambaForCausalLM, folder: Path, *, trainable: bool = False) -> PeftModel:
-    """Add the adapter in `folder` to a model. Names may begin with `module.` or `_orig_mod.`.
+    """Add the adapter in `folder` to a model. Tensors' names may begin with `module.` or `_orig_mod.`.
 
     Raises:
         SurgeryError: if there is no adapter, or a tensor is missing, unexpected, or of another shape.
@@ -89,7 +89,7 @@ def load_adapter(model: LlambaForCausalLM, folder: Path, *, trainable: bool = Fa
 
 
 def load_adapter_weights(adapted: PeftModel, folder: Path) -> KeyReport:
-    """Load a model's adapter from a folder; raises SurgeryError unless all tensors fit."""
+    """Load the adapter in a folder into a model that has one already. SurgeryError unless all tensors fit."""
     names = (ADAPTER_WEIGHTS, *_PICKLED_WEIGHTS)
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:

@@ -1,7 +1,7 @@
-"""Turns conversations into tokens through a chat template, and finds the tokens that are learned.
+"""Turns conversations into tokens with a chat template, and finds the tokens to learn.
 
-If the template has generation tags, they mark the assistant's words. Otherwise, the template renders the messages
-before a turn, and then the messages up to its end. The turn is the text that the second result adds.
+If the template has generation tags, the tags mark the assistant's words. Otherwise the template renders the messages
+before a turn, then the same messages and the turn. The turn's text is what the second rendering adds.
 """
 
 import json
@@ -18,18 +18,18 @@ from model_preparation.errors import SurgeryError, one_line
 from model_preparation.io.untrusted.untrusted_tokenizer import within_limits
 from model_preparation.train.conversations import Conversation, Message
 
-NOT_COUNTED = -100  # the label of tokens that are not learned, as in transformers
+NOT_COUNTED = -100  # the label of tokens that do not count: they are not learned (the same as in transformers)
 _TAGS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_AT_ONCE = 64  # conversations that one process renders
+_AT_ONCE = 64  # conversations that one child process renders
 
 Span = tuple[int, int]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], loss_on: str) -> list[np.ndarray]:
-    """(2, tokens) int32 for each conversation: the token ids, and the labels, -100 where no loss is taken.
+    """For each conversation an int32 array (2, tokens): the token ids, then the labels (-100 for tokens without loss).
 
     Args:
-        tokenizer: with a chat template.
+        tokenizer: it must have a chat template.
         loss_on: "assistant" for every turn of the assistant, "completion" for its last turn, "all" for all tokens.
 
     Raises:
@@ -52,7 +52,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversat
             begins, ends = np.array(offsets).reshape(-1, 2).T
             for start, end in spans:
                 counted |= (begins < end) & (ends > start)
-            counted[:1] = False  # no token predicts the first one
+            counted[:1] = False  # no earlier token predicts the first token
             if not counted.any():
                 raise SurgeryError(
                     f"With this chat template, {conversation.where} has no token to learn. Give another template by "
@@ -65,7 +65,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversat
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], loss_on: str
 ) -> list[tuple[str, list[Span], str]]:
-    """For each conversation its text, the spans to learn, and its fault, or ""."""
+    """For each conversation: its text, the spans of characters to learn, and an error message ("" if there is none)."""
     template = tokenizer.get_chat_template()
     marks = tuple(tokenizer.get_added_vocab())
 
@@ -95,7 +95,7 @@ def _rendered(
             fault = f"it is no Jinja template (line {error.lineno}: {error.message})."
             return "", [], f"{fault} Give another by --chat_template FILE."
         except Exception as error:  # a template may raise any exception
-            return "", [], f"{one_line(error)}. Mend the row, or give another template by --chat_template FILE."
+            return "", [], f"{one_line(error)}. Correct the row, or give another template by --chat_template FILE."
 
     try:
         return json.loads(within_limits(lambda: json.dumps([one(each.messages) for each in conversations])))
@@ -104,11 +104,11 @@ def _rendered(
 
 
 def _turn(text: str, messages: list[Message], index: int, render: Callable[..., str]) -> Span:
-    """The place of the assistant's turn `index` in `text`, which the template made of all messages."""
+    """The place of message `index`, a turn of the assistant, in `text`: all messages as the template renders them."""
     before, prompt = render(messages[:index]), render(messages[:index], add_generation_prompt=True)
     after = render(messages[: index + 1])
     begin = len(prompt)
-    if prompt == before:  # the template adds no prompt for the answer; the name of the role is not part of the turn
+    if prompt == before:  # without a prompt for the answer, a turn begins with the role's name, which is not learned
         begin = after.find(messages[index]["content"].strip(), begin)
     if begin < 0 or not after.startswith(prompt) or not text.startswith(after):
         raise ValueError(
@@ -119,7 +119,7 @@ def _turn(text: str, messages: list[Message], index: int, render: Callable[..., 
 
 
 def _with_end(text: str, begin: int, end: int, marks: tuple[str, ...]) -> Span:
-    """The span up to and with the token that ends the turn, without spaces after it."""
+    """The span of a turn, with the token that ends the turn, but without spaces after that token."""
     turn = text[begin:end]
     if (stripped := turn.rstrip()).endswith(marks):
         return begin, begin + len(stripped)

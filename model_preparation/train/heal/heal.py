@@ -1,6 +1,6 @@
-"""Healing: trains a grafted checkpoint a little more, into a new checkpoint. The parent is only read.
+"""Healing: trains a grafted checkpoint (the parent) a little more, and writes a new one. The parent is only read.
 
-A folder of states lies beside the new checkpoint. A stopped run resumes from there.
+States of the training are saved in a folder next to the new checkpoint. A stopped run resumes from the newest state.
 """
 
 import os
@@ -65,30 +65,30 @@ def heal_checkpoint(
     sources: Mapping[str, str] | None = None,
     **given: Any,
 ) -> dict[str, Any]:
-    """Heal a checkpoint. Returns the new checkpoint_info.json, or an empty dict if this is not the main process.
+    """Heal a checkpoint. Returns the content of its new checkpoint_info.json, or {} in all but the main process.
 
     Args:
         checkpoint: a folder written by `build_checkpoint`, or by this function.
         data: texts or conversations, see `sequences.load_sequences`; "self": the donor writes conversations.
         output_dir: the new checkpoint's folder; it appears whole or not at all.
-        settings: by default `HealSettings()`. A resumed run keeps its own settings, and prints which ones it ignores.
+        settings: `HealSettings()` by default. A resumed run keeps its saved ones, and says which given ones it ignores.
         resume: "auto" or True to resume from the newest complete state if there is one, "never" or False to start
             again, or the folder of a state.
         resume_dir: the folder of the states; by default `output_dir` with `_resume` after it.
-        device: where to train, unless a launcher decides that.
+        device: where to train, unless a launcher such as torchrun chooses the devices.
         dtype: of the new checkpoint; by default its parent's. Weights are float32 during the training.
         format: of the new checkpoint, as `build_checkpoint` takes it; by default its parent's.
-        overwrite: replace a checkpoint in `output_dir`; with resume "never", remove the states of an earlier run.
+        overwrite: replace a checkpoint in `output_dir`; with resume "never", also remove the states of an earlier run.
         description: free text for checkpoint_info.json.
         prompts: texts that the model continues greedily before and after the training; by default one sentence.
-        milestones: by step, the name of a state that is never removed.
+        milestones: steps at which a state is saved and never removed, each with the name of this state.
         clean_up: remove the states once the checkpoint is written.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them; for the teacher and `init_from`.
         given: fields of `HealSettings` that replace those of `settings`.
 
     Raises:
-        SurgeryError: for anything that the user can solve: a damaged state, other data than before, a full disk, ...
-        KeyboardInterrupt, SystemExit: if the user stopped the run; its state is on the disk then.
+        SurgeryError: for any problem that the user can solve, such as a damaged state, other data, or a full disk.
+        KeyboardInterrupt, SystemExit: if the user stopped the run, after its state was saved.
     """
     given = ({} if settings is None else settings.as_dict()) | given
     if unknown := sorted(given.keys() - HealSettings.__dataclass_fields__.keys()):
@@ -220,7 +220,7 @@ def merge_adapter(
     overwrite: bool = False,
     description: str = "",
 ) -> dict[str, Any]:
-    """Merge an adapter into a checkpoint, and write a new checkpoint; returns its info.
+    """Merge an adapter into a checkpoint, and write a new checkpoint. Returns the new checkpoint_info.json.
 
     Raises:
         SurgeryError: if there is no such checkpoint or adapter, or the two do not fit.
@@ -253,7 +253,7 @@ def merge_adapter(
 
 
 def parent_of(parent: Path, format: str | None, dtype: torch.dtype | None) -> tuple[dict[str, Any], str, torch.dtype]:
-    """The parent's info, and format and dtype of the new checkpoint: the parent's, if none is given."""
+    """The parent's info, and the format and dtype of the new checkpoint: those given, or else the parent's."""
     info = dict(read_info(parent))
     format = format or info.get("format", "pt")
     check_format(format)
@@ -261,7 +261,7 @@ def parent_of(parent: Path, format: str | None, dtype: torch.dtype | None) -> tu
 
 
 def _check_apart(flag: str, written: Path, parent: Path, *read: str | Path | None) -> None:
-    """Raise SurgeryError if a folder to write is inside the parent, or is or contains a file or folder that is read."""
+    """Raise SurgeryError if `written` is inside the parent, or if `written` is or contains anything in `read`."""
     place = written.resolve()
     if place.is_relative_to(parent.resolve()) and place != parent.resolve():
         raise SurgeryError(f"{parent} is only read, but {written} is inside it. Choose a {flag} outside.")
@@ -284,7 +284,7 @@ def _check_room(trainer: HealTrainer, states: Path, output_dir: Path, dtype: tor
 def _train(trainer: HealTrainer, states: Path) -> None:
     try:
         with warnings.catch_warnings():
-            # DDP warns that the convolution's gradient has another order of axes, but those have length 1.
+            # DDP warns that the convolution's gradient has its axes in another order. Those axes have length 1.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             # The logits are a view without the padding of the vocabulary. Nothing writes into them.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -301,11 +301,11 @@ def _train(trainer: HealTrainer, states: Path) -> None:
 def _healed_model(
     parent_info: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], run: Run, dtype: torch.dtype
 ) -> tuple[LlambaForCausalLM, dict[str, Any]]:
-    """The model to write, and by name the other things for its folder."""
+    """The model to write, and functions that write the other items of its folder, by the items' names."""
     tensors = without_wrapper_prefixes(tensors)
     if run.settings.method != "lora":
         return bare_model(parent_info, tensors, dtype), {}
-    adapted = run.with_adapter(run.load_model()[0])  # a new one: the trained model may be in shards
+    adapted = run.with_adapter(run.load_model()[0])  # a new model, because the trained one may be in shards
     adapted.load_state_dict(tensors)
     return _merged(adapted, parent_info, dtype)
 
@@ -313,7 +313,7 @@ def _healed_model(
 def _merged(
     adapted: Any, parent_info: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[LlambaForCausalLM, dict[str, Any]]:
-    """The model with its adapter merged, and by name the adapter for its folder."""
+    """The model with its adapter merged, and by name the function that writes the adapter into the model's folder."""
     adapter = adapter_of(adapted)
     return bare_model(parent_info, merge(adapted).state_dict(), dtype), {ADAPTER: partial(write_adapter, adapter)}
 

@@ -1,8 +1,9 @@
-"""transformers' Trainer for healing: exact states, data by position, the losses of healing.
+"""transformers' Trainer for healing: the losses of healing, and states from which a run resumes exactly.
 
-It differs from the Trainer in four ways. A state is written into a staging folder, digested, then renamed. It holds
-tensors and plain values only. It keeps the part of the loss that was not logged yet. And the data depend on the number
-of sequences seen, not on the number of processes. Shards (FSDP) are files of torch.distributed.checkpoint.
+It differs from the Trainer in four ways. A state is written into a staging folder, gets digests, and is then renamed. A
+state holds only tensors and plain values. A state keeps the part of the loss that was not logged yet. Which data come
+next depends on the number of sequences seen, not on the number of processes. With FSDP, the weights in a state are
+shards in the format of torch.distributed.checkpoint.
 """
 
 import contextlib
@@ -57,15 +58,15 @@ _ARGUMENTS = "training_args.json"
 
 
 class HealTrainer(Trainer):
-    """A Trainer whose run can be killed anywhere, and then resumes with the same result.
+    """A Trainer whose run can be killed at any time, and then resumes with the same result.
 
     Args:
-        model: with `requires_grad` set, or a PeftModel.
+        model: a model whose `requires_grad` says which weights are trained, or a PeftModel.
         args: the Trainer's own; `max_steps` counts steps with the current number of processes.
         sequences_per_step: sequences of all processes together.
         states: the folder of the run's states.
-        distillation: the loss to a teacher, or None for the loss on the text.
-        milestones: by step, the names of states that are never removed.
+        distillation: the loss against a teacher, or None for the loss on the text.
+        milestones: steps at which a state is saved and never removed, each with the name of this state.
 
     Attributes:
         first_step: the step at which training begins or resumes.
@@ -90,14 +91,14 @@ class HealTrainer(Trainer):
         self._states = states
         self._distillation = distillation
         self.milestones = milestones
-        self._held_out_losses: list[torch.Tensor] = []  # (sequences, 2) each, of the running evaluation
+        self._held_out_losses: list[torch.Tensor] = []  # of the current evaluation, one (sequences, 2) per batch
         self._per_step = sequences_per_step
         # After the number of processes changed, the offset counts the sequences seen beyond whole steps.
         seen = 0 if run.state is None else run.state.sequences_seen
         self.first_step, self._offset = divmod(seen, sequences_per_step)
         shuffled = Shuffled(train, run.settings.seed, self._offset, args.max_steps * self._per_step)
         if args.should_save:
-            make_folder(states)  # transformers makes it too, but a power cut could lose it
+            make_folder(states)  # transformers makes it too, but then a power cut can lose it
         super().__init__(
             model=model,
             args=args,
@@ -137,9 +138,9 @@ class HealTrainer(Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint, self.model_wrapped)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """In the main process, the whole model's tensors on the CPU, without wrappers; in others, an empty dict.
+        """In the main process, the whole model's tensors by name, on the CPU; in other processes, an empty dict.
 
-        Every process must call this, because all of them join their shards.
+        Every process must call this, because the tensors are put together from the shards of all processes.
         """
         weights = {}
         for name, tensor in self._bare_model.state_dict().items():
@@ -164,21 +165,21 @@ class HealTrainer(Trainer):
         return SequentialSampler(train_dataset or self.train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss on the text, or the distance to the teacher, of one part from `segments`."""
+        """The loss of one segment: on the text, or against the teacher."""
         outputs = model(**_for_model(inputs), output_hidden_states=self._settings.hidden_weight > 0)
         if self._distillation is not None:
             loss = self._distillation.loss(outputs, inputs, num_items_in_batch)
         else:
             loss = losses_of(outputs.logits, inputs["targets"]).sum() / num_items_in_batch
-        if num_items_in_batch is not None:  # it counts all processes, and their gradients are averaged
+        if num_items_in_batch is not None:  # the count is of all processes, but gradients are averaged
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Train on one segment after the other; the gradients add up."""
         total = 0
-        for part in self._segments(self._prepare_inputs(inputs)):
-            total += super().training_step(model, part, num_items_in_batch)
+        for segment in self._segments(self._prepare_inputs(inputs)):
+            total += super().training_step(model, segment, num_items_in_batch)
         return total
 
     def _segments(self, inputs: Mapping[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
@@ -186,12 +187,12 @@ class HealTrainer(Trainer):
         return segments(inputs, self._settings.segment_length, self._bare_model.config, width)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Also keep the summed loss of each held-out sequence, and the number of its tokens that count."""
+        """Also keep, for each held-out sequence, the sum of its losses and the number of its tokens that count."""
         found = []
         with torch.no_grad(), self.compute_loss_context_manager():
-            for part in self._segments(self._prepare_inputs(inputs)):
-                losses = losses_of(model(**_for_model(part)).logits, part["targets"])
-                found.append(torch.stack([losses, part["targets"] != NOT_COUNTED], dim=-1).sum(1))
+            for segment in self._segments(self._prepare_inputs(inputs)):
+                losses = losses_of(model(**_for_model(segment)).logits, segment["targets"])
+                found.append(torch.stack([losses, segment["targets"] != NOT_COUNTED], dim=-1).sum(1))
         of_each = torch.stack(found).sum(0)  # (batch, 2)
         self._held_out_losses.append(self.accelerator.gather_for_metrics(of_each))
         losses = of_each[:, 0] / of_each[:, 1].clamp(min=1)
@@ -206,7 +207,7 @@ class HealTrainer(Trainer):
         return output
 
     def log(self, logs, start_time=None):
-        """Log passes over the data as the epoch."""
+        """Log with the number of passes over the data as the epoch."""
         self._check_finite([logs[name] for name in ("loss", "eval_loss") if name in logs])
         self.state.epoch = self.passes
         super().log(logs, start_time)
@@ -281,7 +282,7 @@ class HealTrainer(Trainer):
             yield Path(place[0])
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        if not self.args.should_save or self.is_fsdp_enabled:  # shards are written with the optimizer
+        if not self.args.should_save or self.is_fsdp_enabled:  # _save_optimizer_and_scheduler writes the shards
             return
         if self.is_lora:
             write_adapter(adapter_of(self._bare_model), Path(output_dir))
@@ -316,7 +317,7 @@ class HealTrainer(Trainer):
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
         verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it would warn of other intervals if the number of processes changed
+        logging.set_verbosity_error()  # with other processes, transformers would warn of other intervals
         super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
@@ -335,7 +336,7 @@ class HealTrainer(Trainer):
             places = [folder / Path(best).name for folder in (self._states, self._resumed.folder.parent)]
             here = next((str(place) for place in places if (place / STATE_FILE).is_file()), None)
             self.state.best_model_checkpoint = here
-            if here is None:  # then a later state can be the best
+            if here is None:  # the best state is gone: let a later state become the best
                 self.state.best_metric = self.state.best_global_step = None
         return 0, new * self.args.gradient_accumulation_steps
 
@@ -363,7 +364,7 @@ class HealTrainer(Trainer):
         self._set_learning_rate()
 
     def _set_learning_rate(self) -> None:
-        """Set the schedule to the run's step, which differs from the saved step if the number of processes changed."""
+        """Set the schedule to the run's step. It is not the saved step if the number of processes changed."""
         scheduler, step = self.lr_scheduler, self.first_step
         rates = [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
         scheduler.last_epoch, scheduler._step_count, scheduler._last_lr = step, step + 1, rates
@@ -394,7 +395,7 @@ class HealTrainer(Trainer):
                 torch.cuda.set_rng_state_all(states["cuda"])
 
     def take_unlogged_loss(self) -> None:
-        """Add the loss that was not logged before the state was saved; the mean, if the number of processes changed."""
+        """Add the loss that the state had not logged yet. If the number of processes changed, each adds the mean."""
         if self._resumed is None:
             return
         unlogged = self._resumed.info["unlogged"]
@@ -405,7 +406,7 @@ class HealTrainer(Trainer):
 
 
 class _OwnCallback(TrainerCallback):
-    """Takes the unlogged loss after the trainer has reset the loss, and saves a state at each milestone."""
+    """Adds the unlogged loss after the Trainer has reset its loss, and saves a state at each milestone."""
 
     def __init__(self, trainer: HealTrainer):
         self._trainer = trainer
@@ -417,8 +418,8 @@ class _OwnCallback(TrainerCallback):
         control.should_save |= state.global_step in self._trainer.milestones
 
 
-def _for_model(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in part.items() if name not in ("targets", "sequence", "start", "skipped")}
+def _for_model(segment: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in segment.items() if name not in ("targets", "sequence", "start", "skipped")}
 
 
 def _save_plain(content: Any, path: Path) -> None:

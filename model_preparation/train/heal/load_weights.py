@@ -57,7 +57,7 @@ class KeyReport:
 
 
 def compare_keys(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], exclude: Sequence[str] = ()) -> KeyReport:
-    """Compare `found` with `wanted`. Names that match a pattern, or begin with it and a dot, are excluded."""
+    """Compare `found` with `wanted`. A name is excluded if it matches a pattern, or begins with a pattern and a dot."""
     report = KeyReport()
     for name in wanted:
         if _matches(name, exclude):
@@ -74,12 +74,12 @@ def compare_keys(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], excl
 
 @torch.no_grad()
 def load_weights(model: nn.Module, path: Path, exclude: Sequence[str] = ()) -> KeyReport:
-    """Copy the tensors in `path` that fit into a model, cast to its dtypes.
+    """Copy tensors from `path` into a model, cast to the model's dtypes. Tensors that do not fit are only reported.
 
-    Names may begin with `module.` or `_orig_mod.`. One of two tied tensors is enough.
+    Tensors' names may begin with `module.` or `_orig_mod.`. Of two tied tensors, `path` needs only one.
 
     Raises:
-        SurgeryError: if `path` holds no tensors, or also other things, or no tensor fits.
+        SurgeryError: if `path` holds no tensors, or also other things than tensors, or if no tensor fits.
     """
     found = without_wrapper_prefixes(read_weights(path))
     wanted = model.state_dict()
@@ -100,7 +100,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .pt, .pth or .bin file, a checkpoint, or a model's folder; mapped into memory.
 
     Raises:
-        SurgeryError: if there are none, or a file holds other things.
+        SurgeryError: if there are no tensors, or a file holds other things than tensors.
     """
     if path.is_dir():
         if (path / INFO).is_file() and read_info(path).get("format") != "hf":

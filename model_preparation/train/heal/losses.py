@@ -1,4 +1,4 @@
-"""The losses of healing: against the text, or against a teacher.
+"""The losses of healing: on the text, or against a teacher.
 
 Sources: Hinton et al., arXiv 1503.02531, section 2 (the gradient of soft targets is scaled by temperature squared);
 Agarwal et al., arXiv 2306.13649 (both directions of the divergence).
@@ -23,10 +23,10 @@ class TeacherOutput(NamedTuple):
     """A teacher's predictions at some positions.
 
     Attributes:
-        log_probs: (positions, vocab), or (positions, K) for its likeliest tokens.
+        log_probs: (positions, vocab), or (positions, K) for only the K likeliest tokens.
         tokens: (positions, K) int64, the likeliest tokens; None if `log_probs` has all tokens.
-        others: (positions,), the log of the probability of all other tokens together; None if there are no others.
-        hidden_states: of each layer, at every token; None if they are not needed.
+        others: (positions,), the log-probability of all other tokens together; None if there are no others.
+        hidden_states: the embeddings and the output of each layer, (batch, length, width) each; None if not needed.
     """
 
     log_probs: Tensor
@@ -78,10 +78,10 @@ class Distillation:
     def loss(
         self, student: CausalLMOutputWithPast, batch: Mapping[str, Tensor], count: Tensor | int | None = None
     ) -> Tensor:
-        """The losses of the positions that count, divided by `count`.
+        """The sum of the losses at the positions that count, divided by `count`.
 
-        w T^2 KL + (1 - w) cross-entropy + h MSE(hidden states), with w, T and h from the settings. KL is a mix of both
-        directions: (1 - r) KL(teacher || student) + r KL(student || teacher). The MSE is a mean over layers and
+        A loss is w T^2 KL + (1 - w) cross-entropy + h MSE(hidden states), with w, T and h from the settings. KL mixes
+        both directions: (1 - r) KL(teacher || student) + r KL(student || teacher). The MSE is a mean over layers and
         positions. Each layer's error is divided by the teacher's mean square, which grows a thousandfold with depth.
 
         Args:
@@ -134,7 +134,7 @@ def _relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def next_tokens(labels: Tensor) -> Tensor:
-    """(batch, length): the label of the next token; `NOT_COUNTED` for the last one."""
+    """(batch, length): at each position the label of the next token; at the last position `NOT_COUNTED`."""
     return pad(labels[:, 1:], (0, 1), value=NOT_COUNTED)
 
 

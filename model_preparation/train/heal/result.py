@@ -1,4 +1,4 @@
-"""The record of a run in the healed checkpoint: scores, texts before and after, the log and its plot."""
+"""What a healed checkpoint keeps of its run: scores, texts before and after, the log and its plot."""
 
 import json
 import math
@@ -18,14 +18,14 @@ from model_preparation.train.heal.run import Run
 from model_preparation.train.heal.settings import described
 from model_preparation.train.heal.trained_layers import trained_layers
 
-_NEW_TOKENS = 40  # tokens of the texts before and after
+_NEW_TOKENS = 40  # the length of the texts before and after
 _LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch", "step")  # no times: they differ in every run
 
 
 def healing_record(
     trainer: HealTrainer, run: Run, parent_info: Mapping[str, Any], texts_after: Sequence[str]
 ) -> dict[str, Any]:
-    """The field `healing` of checkpoint_info.json. It has only the last part of each of this machine's paths."""
+    """The field `healing` of checkpoint_info.json. Of a path, it has only the last part."""
     settings, identity = run.settings, run.identity
     measured = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     is_best = settings.load_best and trainer.state.best_model_checkpoint is not None
@@ -58,7 +58,7 @@ def healing_record(
 
 
 def scores(eval_loss: float | None, mmlu_score: float | None) -> dict[str, float | None]:
-    """Held-out loss in nats per token, its exponential, and the MMLU score if it is known."""
+    """Held-out loss in nats per token, its exponential, and the MMLU score. Values that are not known are None."""
     perplexity = None if eval_loss is None or eval_loss > 700 else math.exp(eval_loss)
     return {"eval_loss": eval_loss, "perplexity": perplexity, "mmlu_score": mmlu_score}
 
@@ -69,7 +69,7 @@ def texts_of(model: LlambaForCausalLM, tokenizer: PreTrainedTokenizerBase, promp
 
 
 def log_files(trainer: HealTrainer) -> dict[str, Any]:
-    """By file name, functions that write the log and its plot to a path."""
+    """For the log and its plot, by file name: a function that writes the file to a path."""
     log = [{name: entry[name] for name in _LOGGED if name in entry} for entry in trainer.state.log_history]
     log = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
     return {TRAINING_LOG: partial(_write_lines, log), LOSS_CURVE: partial(_plot_losses, log)}

@@ -1,8 +1,8 @@
 """The states from which a run resumes: `checkpoint-N` folders, each complete or absent.
 
-A state's `resume_state.json` is written last and has the digest of every other file. A folder without it is no state.
-Without such a file, half a state would be loaded (transformers#35525). heal_trainer.py has what a state holds, and
-restores it.
+In a state, `resume_state.json` is written last and has the digest of every other file. A folder without this file is no
+state. Without such a file, a half-written state would be loaded (transformers#35525). heal_trainer.py decides what a
+state holds, and restores it.
 """
 
 import contextlib
@@ -80,10 +80,10 @@ class ResumeState:
 
 
 def read_state(folder: Path) -> ResumeState:
-    """The state in a folder; its other files are not read.
+    """The state in a folder. Only its resume_state.json is read.
 
     Raises:
-        SurgeryError: if it is not there, incomplete, or of an unknown version.
+        SurgeryError: if the state is not there, incomplete, or of an unknown version.
     """
     if not folder.is_dir():
         what = "a file" if folder.exists() else "not there"
@@ -111,9 +111,9 @@ def _read_state_file(folder: Path) -> ResumeState:
 
 
 def list_states(folder: Path, *, damaged_too: bool = False) -> tuple[list[ResumeState], list[str]]:
-    """(complete states, sorted by the sequences seen; names of incomplete ones) in a run's folder.
+    """The complete states in a run's folder, sorted by the sequences seen, and the names of incomplete states.
 
-    A state with an unreadable resume_state.json is an error, or with `damaged_too` counts as incomplete.
+    An unreadable resume_state.json is an error. With `damaged_too`, its state counts as incomplete instead.
     """
     states, incomplete = [], []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -134,7 +134,7 @@ def check_state(state: ResumeState) -> None:
     """Check the digest of every file of a state, and that its pickles hold tensors and plain values only.
 
     Raises:
-        SurgeryError: if a file is missing, changed, cut short or refused. It names the file and an earlier state.
+        SurgeryError: if a file is missing, changed, cut or refused. The message names the file and an earlier state.
     """
     found = _fault_of_state(state)
     if found is not None:
@@ -143,7 +143,7 @@ def check_state(state: ResumeState) -> None:
 
 
 def _fault_of_state(state: ResumeState) -> tuple[str, str] | None:
-    """The first file that has changed since it was written, and its fault."""
+    """The name and the fault of the first file that is not as it was written, or None."""
     for name, entry in state.info["files"].items():
         try:
             path = inside(state.folder, name)
@@ -166,7 +166,7 @@ def _check_trainer_state(path: Path) -> None:
     from transformers import TrainerState
 
     try:
-        found = json.loads(path.read_bytes())  # not read_json: a loss may be NaN
+        found = json.loads(path.read_bytes())  # a loss may be NaN, which read_json refuses
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     if not isinstance(found, dict):
@@ -178,7 +178,7 @@ def _check_trainer_state(path: Path) -> None:
 
 @contextlib.contextmanager
 def restoring(path: Path) -> Iterator[None]:
-    """Load a state's file inside this block: an error because it does not fit the run becomes a SurgeryError."""
+    """Around code that loads a file of a state: if the file does not fit the run, the error becomes a SurgeryError."""
     try:
         yield
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
@@ -192,7 +192,7 @@ def load_plain(path: Path) -> Any:
     """Load a file that torch.save wrote, with tensors and plain values (numbers, strings, lists, tuples, dicts).
 
     Raises:
-        SurgeryError: if the file is damaged or holds anything else. It names the reason.
+        SurgeryError: if the file is damaged or holds anything else.
     """
     try:
         check_pt(path, TENSORS)
@@ -216,7 +216,7 @@ def place_for(folder: Path, step: int, world_size: int, protected: Collection[st
 def rotate(folder: Path, limit: int, best: str | None) -> list[str]:
     """Remove the oldest states until `limit` are left, but never the newest nor `best`; returns their names.
 
-    Incomplete states do not count and stay.
+    Incomplete states are not counted, and stay.
     """
     states = [state.folder for state in list_states(folder)[0]]
     removable = [path for path in states[:-1] if path.name != best]
@@ -226,31 +226,31 @@ def rotate(folder: Path, limit: int, best: str | None) -> list[str]:
 
 
 def remove_states(folders: Iterable[Path]) -> None:
-    """Remove states, resume_state.json first: if this is killed, the rest does not count as a state."""
+    """Remove states, resume_state.json first: if the removal is killed, the rest does not count as a state."""
     for path in folders:
         (path / STATE_FILE).unlink(missing_ok=True)
         sync(path)
         shutil.rmtree(path)
 
 
-def set_aside(folders: Iterable[Path]) -> None:
-    """Rename folders to NAME.aside, or NAME.aside-2 and so on, to free their names."""
+def set_aside(folders: Iterable[Path]) -> dict[str, str]:
+    """Rename folders to NAME.aside, or NAME.aside-2 and so on, to free their names. Returns the new name of each."""
+    renamed = {}
     for path in folders:
         asides = (path.with_name(f"{path.name}.aside{end}") for end in ("", *(f"-{n}" for n in range(2, 1000))))
-        path.rename(next(aside for aside in asides if not aside.exists()))
+        renamed[path.name] = path.rename(next(aside for aside in asides if not aside.exists())).name
         sync(path.parent)
+    return renamed
 
 
-def set_aside_after(folder: Path, state: ResumeState) -> list[str]:
-    """Set aside the states in `folder` that have seen more sequences than `state`; returns their old names."""
+def set_aside_after(folder: Path, state: ResumeState) -> dict[str, str]:
+    """Set aside the states in `folder` that have seen more sequences than `state`. Returns as `set_aside`."""
     states = list_states(folder, damaged_too=True)[0]
-    later = [other.folder for other in states if other.sequences_seen > state.sequences_seen]
-    set_aside(later)
-    return [path.name for path in later]
+    return set_aside(other.folder for other in states if other.sequences_seen > state.sequences_seen)
 
 
 def copy_state(source: Path, target: Path) -> None:
-    """Copy a state into `target`, an empty folder; it takes no more disk space if the file system allows that."""
+    """Copy a state into `target`, an empty folder. If the file system can, both share the space on the disk."""
     for path in sorted(source.rglob("*")):
         place = target / path.relative_to(source)
         if path.is_dir():

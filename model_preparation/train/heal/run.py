@@ -1,4 +1,4 @@
-"""A healing run: the state it resumes from, its settings, its model, text and teacher."""
+"""A healing run: its settings, its model, text and teacher, and the state from which it resumes."""
 
 import uuid
 from collections.abc import Callable, Mapping
@@ -51,13 +51,13 @@ Say = Callable[..., None]
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run that do not change.
+    """What stays the same during a run, and functions that load its model, text and teacher.
 
     Attributes:
         parent: the checkpoint's folder.
         state: the state to resume from, or None.
-        identity: fields of every state: `parent`, `data`, `model_args`, `run_id`, `inputs`, `texts` and
-            `started_world_size`.
+        identity: fields that every state of the run has: `parent`, `data`, `model_args`, `run_id`, `inputs`, `texts`
+            and `started_world_size`.
         sources: where each named model is, as `resolve(overrides=...)` takes it.
         say: prints, in the main process only.
     """
@@ -70,7 +70,7 @@ class Run:
     say: Say
 
     def load_model(self) -> tuple[LlambaForCausalLM, PreTrainedTokenizerBase]:
-        """The parent's model and tokenizer, as the settings want them. Weights are float32, copied into memory."""
+        """The parent's model and tokenizer, changed as the settings say. Weights are float32, copied into memory."""
         settings = self.settings
         model, tokenizer = load_checkpoint(self.parent, dtype=torch.float32)
         if settings.chat_template is not None:
@@ -107,7 +107,7 @@ class Run:
     def load_data(
         self, data: str, tokenizer: PreTrainedTokenizerBase, processes: PartialState, states: Path, device: str
     ) -> tuple[Sequences, Sequences | None]:
-        """(training, held-out) sequences; notes them in `identity`. Raises SurgeryError if the state had other ones."""
+        """The training and held-out sequences. Notes them in `identity`; SurgeryError if the state has noted others."""
         settings = self.settings
         place = data
         if data == SELF:
@@ -154,7 +154,7 @@ class Run:
         processes: PartialState,
         device: torch.device,
     ) -> Distillation | None:
-        """The loss to the teacher, if the settings name one. First fills the teacher's cache, if there is one."""
+        """The loss against the teacher; None without a teacher. First fills the teacher's cache, if the run has one."""
         settings = self.settings
         if not settings.has_teacher:
             return None
@@ -214,13 +214,13 @@ def begin_or_resume(
     sources: Mapping[str, str] | None,
     say: Say,
 ) -> Run:
-    """A new run, or the run of the chosen state, by default the newest.
+    """Begin a new run, or resume a run from one of its states.
 
     Args:
         states: the folder of the run's states.
         given: fields of `HealSettings`. A resumed run keeps its saved settings, with few exceptions.
-        resume: "auto" takes the newest state, if there is one. "must" does too, but fails if there is none. "never"
-            begins anew. A state's folder chooses this state.
+        resume: "auto" resumes from the newest state, and begins a new run if there is no state. "must" resumes too, but
+            fails if there is no state. "never" begins a new run. The folder of a state resumes from this state.
         overwrite: with "never", remove existing states.
 
     Raises:
@@ -230,7 +230,7 @@ def begin_or_resume(
     state = None if chosen is None else read_state(chosen)
     settings = HealSettings(**given) if state is None else saved_settings(state.info["settings"])
     described = describe_parent(parent, parent_info)
-    del described["mmlu_score"]  # it may be measured during the run
+    del described["mmlu_score"]  # another program may measure the score during the run
     inputs = _from_main_process(processes, lambda: _input_digests(parent, settings, sources))
     if state is None:
         identity = {
@@ -243,7 +243,7 @@ def begin_or_resume(
         return Run(parent, settings, None, identity, sources, say)
     names = ("parent", "data", "model_args", "run_id", "started_world_size", "texts")
     identity = {name: state.info[name] for name in names} | {"inputs": inputs}
-    digests = "tensor_digests_sha256"  # states of versions before 0.2.0 have only this one
+    digests = "tensor_digests_sha256"  # states of versions before 0.2.0 have only this digest
     differing = differences(
         {**state.info.get("inputs", {}), digests: identity["parent"][digests]},
         {**inputs, digests: described[digests]},
@@ -251,7 +251,7 @@ def begin_or_resume(
     )
     if differing:
         raise SurgeryError(
-            f"{state.folder} is of a run that heals {identity['parent']['id']}, but {parent} or another input has "
+            f"{state.folder} belongs to a run that heals {identity['parent']['id']}, but {parent} or another input has "
             f"changed since ({'; '.join(differing)}). Give the inputs that the run began with, or start again with "
             "another --output_dir."
         )
@@ -305,8 +305,8 @@ def _choose_state(states: Path, resume: str, overwrite: bool, say: Say) -> Path 
     state = read_state(Path(resume).expanduser()) if is_named else found[-1]
     check_state(state)
     if is_named:
-        for name in set_aside_after(states, state):
-            say(f"{name} has seen more sequences than {state.folder.name}: it is renamed to {name}.aside.")
+        for name, aside in set_aside_after(states, state).items():
+            say(f"{name} has seen more sequences than {state.folder.name}: it is renamed to {aside}.")
     say(f"Resuming from {state.folder}: step {state.steps}, {state.sequences_seen} sequences seen.")
     return state.folder
 
@@ -337,7 +337,7 @@ def _find_teacher(parent: Path, settings: HealSettings, sources: Mapping[str, st
 
 
 def _digest_of_teacher(parent: Path, settings: HealSettings, sources: Mapping[str, str] | None) -> str:
-    """The digest of the teacher. If the teacher is gone, the digest in its complete cache."""
+    """The digest of the teacher, or if the teacher is not here any more, the digest in its complete cache."""
     try:
         return digest_of_model(_find_teacher(parent, settings, sources).folder)
     except SurgeryError:

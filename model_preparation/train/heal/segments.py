@@ -1,4 +1,4 @@
-"""Cuts long sequences into segments, so that memory depends on the segment: truncated backpropagation.
+"""Cuts long sequences into segments, which are trained one by one to save memory (truncated backpropagation).
 
 The states of Mamba layers and the K/V of grafted layers pass from segment to segment. Gradients do not.
 """
@@ -18,15 +18,16 @@ from model_preparation.train.heal.losses import next_tokens
 def segments(
     batch: Mapping[str, Tensor], length: int, config: LlambaConfig, width: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """A batch with `targets` in place of `labels`, in parts of `length` tokens; whole if `length` is 0.
+    """Yield the segments of a batch, `length` tokens each, with `targets` in place of `labels`.
 
-    Compute the gradients of a part before you ask for the next part. A part also has its cache, its `start`, and
-    `skipped`: the number of targets of each row in earlier parts.
+    Compute the gradients of a segment before you ask for another. A segment also has the cache, its `start`, and
+    `skipped`: for each row, how many targets earlier segments had. If `length` is 0, or the batch is not longer, the
+    batch itself is the only segment, and has none of these.
 
     Args:
-        batch: (batch, tokens) each, except `sequence`.
-        config: the model's.
-        width: rows are padded to this many tokens, so that all processes have equally many parts.
+        batch: tensors (batch, tokens), and `sequence`, (batch, 1).
+        config: of the model that is trained.
+        width: rows are padded to this many tokens, so that all processes have equally many segments.
     """
     inputs = dict(batch)
     targets = next_tokens(inputs.pop("labels"))
@@ -40,8 +41,8 @@ def segments(
             inputs[name] = pad(value, (0, missing), value=NOT_COUNTED if name == "targets" else 0)
     cache = LlambaCache(config)
     for start in range(0, inputs["targets"].shape[1], length):
-        first = {"attention_mask": 0, "sequence": None}  # a mask covers all tokens up to here
-        part = {name: value[:, first.get(name, start) : start + length] for name, value in inputs.items()}
+        first = {"attention_mask": 0, "sequence": None}  # the mask also covers the tokens of earlier segments
+        segment = {name: value[:, first.get(name, start) : start + length] for name, value in inputs.items()}
         skipped = (inputs["targets"][:, :start] != NOT_COUNTED).sum(1)
-        yield {**part, CACHE_NAME: cache, "use_cache": True, "start": start, "skipped": skipped}
+        yield {**segment, CACHE_NAME: cache, "use_cache": True, "start": start, "skipped": skipped}
         cache.detach()

@@ -1,8 +1,8 @@
 """Conversations that the donor writes, so that healing uses the donor's own text and not other people's.
 
-The donor gets the chat template up to the user's words, and writes those words. Then it gets the template's words
-between question and answer, and writes the answer. Source: Xu et al., arXiv 2406.08464 (Magpie). A batch depends on its
-seed alone.
+The donor first gets the chat template's text before the user's words, and writes these words. Then it gets the
+template's text between question and answer, and writes the answer. Source: Xu et al., arXiv 2406.08464 (Magpie). A
+batch depends only on its seed.
 """
 
 import json
@@ -22,21 +22,21 @@ from model_preparation.io.result_inputs import digest_of
 from model_preparation.io.text import read_text
 from model_preparation.io.untrusted.untrusted_tokenizer import apply_chat_template, load_tokenizer, within_limits
 from model_preparation.train.conversations import Conversation
-from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, SelfSampler
+from model_preparation.train.distill.self_sampling import SEQUENCES_AT_ONCE, SelfSampler, batch_seed
 from model_preparation.train.heal.conversation_tokens import encode
 from model_preparation.train.heal.settings import HealSettings
 
-FOLDER = "written_by_donor"  # in the folder of states; a digest of all inputs of the text is added
-_LEAST_ENDED, _JUDGED_FROM = 16, 64  # the run fails if the donor finishes less than one of 16, of at least 64
+FOLDER = "written_by_donor"  # in the folder of states; the name ends in a digest of the text's inputs
+_LEAST_ENDED, _JUDGED_FROM = 16, 64  # from 64 conversations on, the run fails if fewer than one in 16 was finished
 _WORDS = "WORDS-OF-THE-TURN"
 
 
 def write_conversations(
     donor: Path, tokenizer: PreTrainedTokenizerBase, settings: HealSettings, states: Path, device: str
 ) -> Path:
-    """A folder of .jsonl files with the conversations, at least as many as the settings ask for.
+    """Let the donor write conversations, at least as many as the settings ask for. Returns the folder with them.
 
-    Each batch is a file. A killed run keeps its files, and continues.
+    Each batch of conversations is a .jsonl file. After a kill, the next run keeps the files and writes only the others.
 
     Args:
         donor: the donor's folder. Its own tokenizer is used, if it has one.
@@ -66,19 +66,17 @@ def write_conversations(
             if begun >= _JUDGED_FROM and count * _LEAST_ENDED < begun:
                 raise SurgeryError(
                     f"The donor began {begun} conversations, but finished only {count} within --block_size {length} "
-                    f"tokens; at least one of {_LEAST_ENDED} is needed. Give a larger --block_size."
+                    f"tokens; at least one in {_LEAST_ENDED} is needed. Give a larger --block_size."
                 )
             path = folder / f"{number:05}.jsonl"
             if not path.exists():
                 if sampler is None:
                     print(f"The donor writes {wanted} conversations ...", flush=True)
                     sampler = SelfSampler(donor, read_config(donor), device)
-                # The factor keeps the batches of neighbouring seeds apart. torch takes no seeds from 2**63 on.
-                seed = (settings.seed * 1_000_003 + number) % 2**63
-                finished = template_tokens.write_batch(sampler, length, seed)
+                finished = template_tokens.write_batch(sampler, length, batch_seed(settings.seed, number))
                 rows = [Conversation(each, ("messages",), donor.name) for each in finished]
                 sizes = [ids.shape[1] for ids in encode(own, rows, "assistant")]
-                # The same words can be more tokens than the donor drew.
+                # The checkpoint's tokenizer can give more tokens for the words than the donor drew.
                 written = [each for each, size in zip(finished, sizes, strict=True) if size <= length]
                 write_file(path, "".join(json.dumps({"messages": each}, ensure_ascii=False) + "\n" for each in written))
             found = read_text(path).count("\n")
@@ -97,7 +95,7 @@ class _TemplateTokens:
             asked = apply_chat_template(tokenizer, user)
             whole = within_limits(lambda: str(tokenizer.apply_chat_template(answered, tokenize=False)))
         except ValueError as error:
-            raise SurgeryError(f"The chat template of {donor} fails ({error}). Give one by --chat_template.") from error
+            raise SurgeryError(f"The template fails for {donor} ({error}). Give another by --chat_template.") from error
         (before, _, between), (_, _, behind) = asked.partition(_WORDS), whole.rpartition(_WORDS)
         self._tokenizer = tokenizer
         self._before, self._between, behind_ids = (
@@ -105,14 +103,14 @@ class _TemplateTokens:
         )
         if not self._between or not behind_ids:
             raise SurgeryError(
-                f"The chat template of {donor} puts nothing after a turn, so its end cannot be seen. Give another by "
-                "--chat_template FILE."
+                f"The chat template puts nothing after a turn, so nothing shows where the words of {donor} end. Give "
+                "another by --chat_template FILE."
             )
         self._end = behind_ids[0]
         self._marks = set(tokenizer.get_added_vocab().values())
 
     def write_batch(self, sampler: SelfSampler, length: int, seed: int) -> list[list[dict[str, Any]]]:
-        """The messages of the conversations of one batch that ended within `length` tokens."""
+        """Let the donor write a batch. Returns the messages of each conversation that ended within `length` tokens."""
         turns: list[list[list[int]]] = [[] for _ in range(SEQUENCES_AT_ONCE)]
         writers = dict(enumerate(self._write_turns(each) for each in turns))
         for writer in writers.values():
@@ -135,17 +133,17 @@ class _TemplateTokens:
         ]
 
     def _write_turns(self, turns: list[list[int]]) -> Generator[int, int, None]:
-        """Gets each drawn token, and yields the token to take. Each turn is added to `turns` when it ends."""
+        """Receives each drawn token by `send`, and yields the token to take. Adds each turn that ends to `turns`."""
         taken = 0
         for end, following in ((self._between[0], self._between[1:]), (self._end, [])):
             words = []
             while (token := (yield taken)) != end:
-                if token in self._marks:  # it ends no turn
+                if token in self._marks:  # another special token: drop the conversation
                     return
                 words.append(token)
                 taken = token
             turns.append(words)
             taken = end
-            for each in following:  # the drawn tokens are ignored
+            for each in following:  # the template's tokens replace the drawn ones
                 yield taken
                 taken = each

@@ -49,11 +49,11 @@ class Sequences(Dataset):
 
     @property
     def parts(self) -> int:
-        """The number of parts that can be held out one by one."""
+        """The number of items that can be held out: sequences, or documents in `Documents`."""
         return len(self)
 
     def take(self, chosen: np.ndarray) -> "Sequences":
-        """The chosen parts; `chosen` is (parts,) bool."""
+        """The sequences or documents for which `chosen`, (parts,) bool, is True."""
         return Sequences(self.tokens[chosen])
 
     def digest(self) -> str:
@@ -65,14 +65,14 @@ class Sequences(Dataset):
 
 
 class Documents(Sequences):
-    """Sequences of documents that do not see each other: one per sequence, or with packing as many as fit.
+    """Sequences of documents that do not see each other: one document per sequence, or with packing as many as fit.
 
     Item i is {"input_ids", "labels"}, both (tokens,) int64; with packing also `position_ids`, which begin at 0 for each
     document. The first token of a document is no label, because no token predicts it.
 
     Args:
         documents: (2, tokens) int32 each: ids and labels.
-        are_conversations: whether they are conversations or texts.
+        are_conversations: whether the documents are conversations; otherwise they are texts.
     """
 
     def __init__(self, documents: Sequence[np.ndarray], settings: HealSettings, *, are_conversations: bool):
@@ -121,10 +121,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def collate(items: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch of sequences, (batch, longest) int64 each; shorter ones end in padding without labels.
+    """A batch of sequences as tensors (batch, longest) int64. Shorter sequences end in padding without labels.
 
-    Padding needs no mask, because no token sees later tokens. With packed documents, each token of the padding counts
-    as one document.
+    Padding needs no mask, because no token sees later tokens. In a batch of packed documents, each token of the padding
+    is a document of its own.
     """
     return {
         name: pad_sequence([item[name] for item in items], True, NOT_COUNTED if name == "labels" else 0)
@@ -150,14 +150,14 @@ def _packed(documents: Sequence[np.ndarray], block_size: int) -> list[list[np.nd
 
 
 class Shuffled(Dataset):
-    """`count` sequences from position `start` on, in endless passes over `sequences`.
+    """`count` items of an endless series of passes over `sequences`, from position `start` on.
 
-    Pass k has every sequence once, in a random order from (seed, k). Each item also has its index, `sequence` (1,).
+    Pass k has every sequence once, in a random order from (seed, k). An item also has `sequence`, (1,): its index.
     """
 
     def __init__(self, sequences: Sequences, seed: int, start: int, count: int):
         self._sequences, self._seed, self._start, self._count = sequences, seed, start, count
-        self._order: tuple[int, np.ndarray] | None = None  # of the last used pass
+        self._order: tuple[int, np.ndarray] | None = None  # number and order of the pass that was used last
 
     def __len__(self) -> int:
         return self._count
@@ -175,15 +175,15 @@ def load_sequences(
 ) -> Sequences:
     """The texts or conversations of `data`, as sequences.
 
-    Texts are joined, with the end-of-text token after each, and cut into blocks; the rest is dropped. With `packing`
-    they stay separate, like conversations.
+    Texts are joined, with the end-of-text token after each text, and cut into blocks. An incomplete last block is
+    dropped. With `packing`, texts stay separate, as conversations do.
 
     Args:
         data: as `read_documents` takes it.
-        say: gets a line about conversations that are dropped or cut.
+        say: called with a line about conversations that are dropped or cut.
 
     Raises:
-        SurgeryError: if there is no such text, or it does not fill one sequence.
+        SurgeryError: if `data` cannot be read, or does not fill one sequence.
     """
     block_size = settings.block_size
     texts: list[np.ndarray] = []
@@ -221,7 +221,7 @@ def load_sequences(
 def _check_template(tokenizer: PreTrainedTokenizerBase, data: str) -> None:
     try:
         tokenizer.get_chat_template()
-    except ValueError as error:  # it has none, or several and no default
+    except ValueError as error:  # there is no template, or there are several and no default
         raise SurgeryError(
             f"{data} holds conversations, but the checkpoint's tokenizer has no chat template for them. Give one by "
             "--chat_template FILE, such as the chat_template.jinja of the donor's instruct model."
@@ -240,7 +240,7 @@ def _fitting(
         where, length = max(long, key=lambda each: each[1])
         raise SurgeryError(
             f"{len(long)} of {len(conversations)} conversations are longer than --block_size {size}; the longest, "
-            f"{where}, has {length} tokens. Give a larger one, or --long_conversations drop or cut."
+            f"{where}, has {length} tokens. Give a larger --block_size, or --long_conversations drop or cut."
         )
     taken = [each[:, :size] for each in conversations if how == "cut" or each.shape[1] <= size]
     taken = [each for each in taken if (each[1] != NOT_COUNTED).any()]  # a cut may leave no token to learn
@@ -248,7 +248,7 @@ def _fitting(
         dropped = len(conversations) - len(taken)
         say(
             f"{len(long)} of {len(conversations)} conversations are longer than {size} tokens: {dropped} left out, "
-            f"{len(long) - dropped} cut. One whose beginning has no token to learn is left out."
+            f"{len(long) - dropped} cut. A cut one is left out too if it has no token to learn."
         )
     if not taken:
         raise SurgeryError(f"No conversation fits into --block_size {size}. Give a larger one.")
@@ -256,7 +256,7 @@ def _fitting(
 
 
 def hold_out(sequences: Sequences, fraction: float) -> tuple[Sequences, Sequences]:
-    """(for training, held out): evenly spaced sequences or documents are held out, at least one.
+    """The sequences for training, and those held out: evenly spaced sequences or documents, at least one.
 
     Raises:
         SurgeryError: if none would be left to train on.

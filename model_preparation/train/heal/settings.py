@@ -15,9 +15,9 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 SCHEDULES = ("linear", "cosine", "constant")
 TRACKERS = ("none", "trackio", "wandb", "swanlab")
 PATHS = ("teacher", "teacher_cache", "init_from", "eval_data", "chat_template")  # settings that may be paths
-# A resumed run may change these, which do not change the weights ...
+# A resumed run may change these settings, because they do not change the weights.
 FREE = ("save_steps", "save_total_limit", "report_to")
-# ... and this one, the end of the run. The user gets a line about it.
+# A resumed run may also change its end. It then prints a line about the change.
 _FREE_WITH_A_LINE = ("max_steps",)
 
 _COUNT = number(int, least=1)
@@ -27,9 +27,9 @@ _DROPPED = number(float, least=0, most=0.99)  # dropping everything would train 
 
 @dataclass(frozen=True)
 class HealSettings(CheckedSettings):
-    """Everything that decides the healed weights, apart from checkpoint and text. The flags' help explains the fields.
+    """The settings of a healing run. Most fields are flags, and the help of a flag explains its field.
 
-    `max_steps` counts steps with the number of processes at the start of the run.
+    If the number of processes changes, `max_steps` still counts steps of the size at the start of the run.
 
     Raises:
         SurgeryError: for a value that its flag refuses, or settings that contradict each other.
@@ -72,7 +72,7 @@ class HealSettings(CheckedSettings):
         bool, Flag(None, "fill each sequence with several conversations or texts, which do not see each other")
     ] = False
     long_conversations: Annotated[
-        str, Flag(None, "what to do with those longer than --block_size", OneOf("error", "drop", "cut"))
+        str, Flag(None, "what to do with conversations longer than --block_size", OneOf("error", "drop", "cut"))
     ] = "error"
     chat_template: Annotated[
         str | None, Flag("FILE", "Jinja template for conversations (default: the tokenizer's own)")
@@ -121,17 +121,17 @@ class HealSettings(CheckedSettings):
     teacher_top_k: Annotated[
         int, Flag("N", "tokens kept for each position of --teacher_cache; with all tokens, nothing is lost", _COUNT)
     ] = 64
-    temperature: Annotated[float, Flag("X", "of both distributions", _ABOVE_0)] = 1.0
-    teacher_weight: Annotated[float, Flag("X", "of the teacher's loss; the text's is 1 - X", _FRACTION)] = 1.0
+    temperature: Annotated[float, Flag("X", "softmax temperature of teacher and student", _ABOVE_0)] = 1.0
+    teacher_weight: Annotated[float, Flag("X", "weight of the teacher's loss; the text's has 1 - X", _FRACTION)] = 1.0
     reverse_weight: Annotated[
         float,
         Flag(
             "X",
-            "of the reverse KL divergence (student to teacher) in the teacher's loss; the forward one's is 1 - X",
+            "weight of the reverse KL(student || teacher) in the teacher's loss; the forward one has 1 - X",
             _FRACTION,
         ),
     ] = 0.0
-    hidden_weight: Annotated[float, Flag("X", "of the relative squared error of the hidden states", _AT_LEAST_0)] = 0.0
+    hidden_weight: Annotated[float, Flag("X", "weight of the hidden states' relative squared error", _AT_LEAST_0)] = 0.0
     eval_data: Annotated[str | None, Flag("FILE|DIR|NAME", "held-out text (default: a part of --data)")] = None
     eval_interval: Annotated[int, Flag("N", "steps between held-out losses; 0: none", number(int, least=0))] = 50
     eval_fraction: Annotated[float, Flag("X", "held-out part of --data", number(float, above=0, most=0.5))] = 0.05
@@ -139,12 +139,12 @@ class HealSettings(CheckedSettings):
         bool,
         Flag(
             "yes|no",
-            "save at every held-out loss and every --save_steps; no: only if the held-out loss improved",
+            "yes: save a state at every held-out loss and every --save_steps; no: only if the held-out loss improved",
             YES_OR_NO,
         ),
     ] = True
     load_best: Annotated[
-        bool, Flag("yes|no", "take the weights of the lowest held-out loss, not the last ones", YES_OR_NO)
+        bool, Flag("yes|no", "yes: take the weights of the lowest held-out loss; no: the last weights", YES_OR_NO)
     ] = True
     logging_steps: Annotated[int, Flag("N", "steps between two lines of loss and learning rate", _COUNT)] = 10
     save_steps: Annotated[int, Flag("N", "steps between two states", _COUNT)] = 50
@@ -160,7 +160,7 @@ class HealSettings(CheckedSettings):
             (("temperature", "teacher_weight", "reverse_weight"), "teacher", self.has_teacher),
             (("hidden_weight",), "a teacher in memory", self.teacher is not None and not has_cache),
             (("teacher_top_k",), "teacher_cache", has_cache),
-            (("exclude",), "init_from with weights to take", self.init_from not in ("checkpoint", "scratch")),
+            (("exclude",), "an init_from that names weights", self.init_from not in ("checkpoint", "scratch")),
             (("lora_rank", "lora_alpha", "lora_dropout"), "method lora", self.method == "lora"),
         ):
             for name in names:
@@ -175,12 +175,12 @@ class HealSettings(CheckedSettings):
             )
         if self.segment_length and self.gradient_checkpointing:
             raise SurgeryError(
-                "gradient_checkpointing and segment_length cannot be used together: states would be counted twice. "
+                "gradient_checkpointing and segment_length cannot be used together: states would be updated twice. "
                 "Give one of them."
             )
         if not self.always_save and not self.eval_interval:
             raise SurgeryError(
-                "Without always_save, states are saved where the held-out loss improves. Set eval_interval."
+                "Without always_save, a state is saved only if the held-out loss improves. Set eval_interval."
             )
 
     @property
@@ -194,19 +194,19 @@ class HealSettings(CheckedSettings):
 
 
 def described(settings: HealSettings) -> dict[str, Any]:
-    """The settings for checkpoint_info.json, with only the last part of each of this machine's paths."""
+    """The settings for checkpoint_info.json. Of a path, only the last part is kept."""
     found = settings.as_dict()
     return found | {name: found[name] and name_of(found[name]) for name in PATHS}
 
 
 def saved_settings(saved: Mapping[str, Any]) -> HealSettings:
-    """The settings in a state.
+    """The settings that a state saved.
 
     Raises:
-        SurgeryError: for an unknown name, or a value of another type.
+        SurgeryError: for an unknown name, or a value of the wrong type.
     """
     if unknown := sorted(saved.keys() - {field.name for field in fields(HealSettings)}):
-        raise SurgeryError(f"The state has settings that this version does not know: {', '.join(unknown)}. Update it.")
+        raise SurgeryError(f"This version does not know settings of the state: {', '.join(unknown)}. Use a newer one.")
     types = get_type_hints(HealSettings)
     try:
         check_fields(saved, {f"{name}?": _json_type(annotation) for name, annotation in types.items()})
@@ -216,14 +216,14 @@ def saved_settings(saved: Mapping[str, Any]) -> HealSettings:
 
 
 def _json_type(annotation: Any) -> Any:
-    """A field's type in JSON, for `check_fields`."""
+    """The type that a field with this annotation has in JSON, for `check_fields`."""
     if annotation is float:
         return (int, float)
     return [str] if get_origin(annotation) is tuple else get_args(annotation) or annotation
 
 
 def resumed_settings(saved: HealSettings, given: Mapping[str, Any]) -> tuple[HealSettings, list[str]]:
-    """The settings of a resumed run, mostly the saved ones; and a line for each given setting that differs."""
+    """The settings of a resumed run, and lines for the user: which given settings are taken, and which are ignored."""
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     differing = {name: value for name, value in given.items() if value != getattr(saved, name)}
     taken = {name: value for name, value in differing.items() if name in FREE + _FREE_WITH_A_LINE}

@@ -1,7 +1,7 @@
-"""Healing in stages, such as short texts, then conversations, then long texts. Each begins with the previous result.
+"""Heals in stages, such as short texts, then conversations, then long texts. Each stage trains the previous result.
 
-A stage is a healing like any other. Its states and its checkpoint are in the folder of states, under its name. The last
-checkpoint is the result. So a killed run continues in its current stage.
+A stage is a healing like any other. The folder of states has the states and the checkpoint of each stage, under the
+stage's name. Only the last checkpoint goes into OUTPUT_DIR. A killed run resumes in the stage in which it was.
 """
 
 import os
@@ -55,16 +55,18 @@ def heal_in_stages(
     clean_up: bool = False,
     **given: Any,
 ) -> dict[str, Any]:
-    """Heal a checkpoint in stages; the result's `healing` has the last stage, and the others in `earlier_stages`.
+    """Heal a checkpoint in stages. Returns the result's checkpoint_info.json, or {} in all but the main process.
+
+    The field `healing` there describes the last stage, and in `earlier_stages` the other stages.
 
     Args:
-        stages: each has a `name`, and its own settings: `data`, `milestones`, fields of `HealSettings`.
-        data: for stages without `data`.
+        stages: each has a `name`, and may have its own `data`, `milestones` and fields of `HealSettings`.
+        data: the text for stages that have no `data` of their own.
         clean_up: remove the states and the earlier stages' checkpoints once the result is written.
-        given: further arguments of `heal_checkpoint`, as there.
+        given: other arguments of `heal_checkpoint`, and fields of `HealSettings` for all stages.
 
     Raises:
-        SurgeryError: as from `heal_checkpoint`, and for a stage that is not valid, before anything is trained.
+        SurgeryError: as from `heal_checkpoint`. A stage that is not valid is refused before any training.
     """
     shared = {} if settings is None else settings.as_dict()
     shared |= {name: given.pop(name) for name in HealSettings.__dataclass_fields__ if name in given}
@@ -75,7 +77,7 @@ def heal_in_stages(
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise SurgeryError(f"Two stages have the name {twice}. Give each stage another name.")
     if resume not in ("auto", "never", True, False):
-        raise SurgeryError(f"--resume {resume} names a state, but each stage finds its own. Give auto or never.")
+        raise SurgeryError(f"--resume {resume} names a state, but each stage finds its own state. Give auto or never.")
     start, result = Path(checkpoint).expanduser(), Path(output_dir).expanduser()
     work = Path(resume_dir).expanduser() if resume_dir else Path(f"{os.path.abspath(result)}_resume")
     _, format, dtype = parent_of(start, format, torch_dtype(dtype))
@@ -99,7 +101,7 @@ def heal_in_stages(
         else:
             if is_main:
                 print(f"Stage {stage.name}")
-            AcceleratorState._reset_state()  # each stage's Trainer sets it, perhaps with another precision
+            AcceleratorState._reset_state()  # the next Trainer sets it again, perhaps with another precision
             info = heal_checkpoint(
                 parent,
                 stage.data,
@@ -127,11 +129,11 @@ def _checked(number: int, stage: Mapping[str, Any], data: str | None, shared: Ma
     name = stage.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith("_resume"):
         said = "has no name" if name is None else f"has the name {name!r}"
-        raise SurgeryError(f"Stage {number} {said}. Give letters, digits, _ and - that do not end in _resume.")
+        raise SurgeryError(f"Stage {number} {said}. Use letters, digits, _ and -, but not _resume at the end.")
     if unknown := [key for key in stage if key not in ("name", *STAGE_KEYS)]:
-        raise SurgeryError(f"Stage {name} has no key {unknown[0]!r}.{nearest(unknown[0], STAGE_KEYS)}")
+        raise SurgeryError(f"Stage {name} has the unknown key {unknown[0]!r}.{nearest(unknown[0], STAGE_KEYS)}")
     own = {key: value for key, value in stage.items() if key not in ("name", "data", "milestones")}
-    if number > 1:  # it begins with the result of the previous stage
+    if number > 1:  # only the first stage takes the shared init_from: the others begin with the previous result
         shared = {key: value for key, value in shared.items() if key not in ("init_from", "exclude")}
     text = stage.get("data", data)
     if text is None:

@@ -1,8 +1,8 @@
 """A teacher's likeliest tokens at every position that counts, on the disk: training then needs no teacher in memory.
 
 A folder has `teacher_cache.json` and shards of a fixed number of sequences. Per position, a shard has the K largest
-log-probabilities at the run's temperature, their tokens, and the log of the probability of all others together. Without
-that rest, the student would learn that only K tokens exist (arXiv 2503.16870, section 3).
+log-probabilities at the run's temperature, their tokens, and the log-probability of all other tokens together. Without
+this last number, the student would learn that only K tokens exist (arXiv 2503.16870, section 3).
 """
 
 import contextlib
@@ -39,13 +39,13 @@ class TeacherCache:
     """The cache in a folder, for one teacher and one set of training sequences.
 
     Args:
-        inputs: the inputs of the cache: digests of teacher, tokenizer and sequences, and numbers such as
+        inputs: all that the cache depends on: digests of teacher, tokenizer and sequences, and numbers such as
             `teacher_top_k`, `vocabulary` and `block_size`.
     """
 
     def __init__(self, folder: Path, inputs: Mapping[str, Any], sequences: Sequences):
         self.folder, self._inputs, self._sequences = folder, inputs, sequences
-        self._shards: dict[int, Any] = {}  # open ones
+        self._shards: dict[int, Any] = {}  # the open shards, by number
         self._token_dtype = torch.uint16 if inputs["vocabulary"] <= 1 << 16 else torch.int32
         self._position_bytes = inputs["teacher_top_k"] * (4 + self._token_dtype.itemsize) + 4
         self._per_shard = max(1, _SHARD_BYTES // (inputs["block_size"] * self._position_bytes))
@@ -55,7 +55,7 @@ class TeacherCache:
         return [self.folder / f"{n:06}.safetensors" for n in range(-(-len(self._sequences) // self._per_shard))]
 
     def fill(self, load: Callable[[], LiveTeacher], processes: PartialState) -> None:
-        """Make the shards that are missing. Other runs wait; the processes of this one share the work.
+        """Make the shards that are missing. The processes of this run share the work; other runs wait.
 
         Args:
             load: loads the teacher; it is called only if a shard is missing.
@@ -82,7 +82,7 @@ class TeacherCache:
                 self._write_record(describe_files(self.folder, "*.safetensors"))
 
     def _begin(self) -> None:
-        """Check the folder, which may be empty; record the inputs of the shards."""
+        """Check the files in the folder. If there are none, record the inputs of the shards."""
         recorded = _read(self.folder)
         if recorded is None:
             if others := [path.name for path in self.folder.iterdir() if path.name != "lock"]:
@@ -126,7 +126,7 @@ class TeacherCache:
         return {"log_probs": log_probs, "tokens": tokens, "others": others, "starts": torch.tensor(starts)}
 
     def __call__(self, inputs: Mapping[str, Tensor], counted: Tensor) -> TeacherOutput:
-        """As a `Teacher`; `inputs` has `sequence` (batch, 1), and for a part of a sequence `skipped` (batch,)."""
+        """As in `Teacher`. `inputs` has `sequence` (batch, 1), and for a segment also `skipped` (batch,)."""
         rows: list[list[Tensor]] = []
         device = counted.device
         skipped = inputs.get("skipped", torch.zeros(len(counted), dtype=torch.int64))
@@ -152,7 +152,7 @@ class TeacherCache:
 
 
 def recorded_teacher(folder: Path) -> str | None:
-    """The digest of a complete cache's teacher; None if the cache is missing or not finished."""
+    """The digest of the teacher that made a complete cache; None if the cache is missing or incomplete."""
     recorded = _read(folder)
     return recorded["inputs"]["teacher"] if recorded is not None and recorded["files"] else None
 

@@ -15,11 +15,11 @@ from transformers import TrainingArguments
 from model_preparation.errors import SurgeryError
 from model_preparation.train.heal.settings import HealSettings
 
-# The installed transformers' name of gradient checkpointing; the newer name is first.
+# The name of gradient checkpointing in the installed transformers. The newer name comes first.
 _FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _FIELDS)
 
-# As in pyproject.toml.
+# pyproject.toml has the same ranges.
 TRACKER_VERSIONS = {"trackio": "trackio>=0.15,<1", "wandb": "wandb>=0.22,<1", "swanlab": "swanlab>=0.7,<0.8"}
 
 
@@ -30,7 +30,7 @@ class StepSize:
     Attributes:
         accumulation: forward passes of each process.
         sequences: sequences of all processes together.
-        sequences_at_start: the same at the start of the run.
+        sequences_at_start: the value of `sequences` at the start of the run, maybe with more or fewer processes.
     """
 
     accumulation: int
@@ -43,7 +43,7 @@ class StepSize:
 
 
 def step_size(settings: HealSettings, started_world_size: int, world_size: int) -> StepSize:
-    """The step of `world_size` processes. It has as many sequences as at the start, if they can be divided evenly."""
+    """The step of `world_size` processes: as many sequences as at the start, if the processes can share them evenly."""
     at_start = settings.batch_size * settings.accumulation * started_world_size
     per_pass = settings.batch_size * world_size
     accumulation = at_start // per_pass if at_start % per_pass == 0 else settings.accumulation
@@ -57,7 +57,7 @@ class _Arguments(TrainingArguments):
 
     @property
     def device(self) -> torch.device:
-        own = super().device  # has side effects that the Trainer needs
+        own = super().device  # this call has side effects that the Trainer needs
         return self.chosen or own
 
 
@@ -72,7 +72,7 @@ def training_arguments(
     max_steps = size.steps_here(settings.max_steps)
     rise = math.floor(settings.warmup * max_steps)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on the CPU, for example about pinned memory
+        warnings.simplefilter("ignore")  # transformers warns on the CPU, for example about pinned memory
         args = _Arguments(
             output_dir=str(states),
             max_steps=max_steps,
@@ -81,7 +81,7 @@ def training_arguments(
             gradient_accumulation_steps=size.accumulation,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-            warmup_steps=rise if rise > 1 else 0,  # the first step has rate 0: a rise of one step would do nothing
+            warmup_steps=rise if rise > 1 else 0,  # a rise begins at rate 0: one of a single step wastes it
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             bf16=settings.precision == "bfloat16",
@@ -117,7 +117,7 @@ def training_arguments(
 
 
 def milestones_here(milestones: Mapping[int, str], settings: HealSettings, size: StepSize) -> dict[int, str]:
-    """Names of states to keep, by step with the current number of processes.
+    """The milestones, with each step converted to a step with the current number of processes.
 
     Raises:
         SurgeryError: if the run has no such step.
