@@ -157,7 +157,7 @@ class CommandParser(argparse.ArgumentParser):
         return as_typed(super().format_help())
 
     def refuse(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
-        """End the command as for wrong usage if a flag of `names` is not at its default. The message is "FLAG `why`"."""
+        """End the command as for wrong usage if a flag of `names` is not at its default: print FLAG and `why`."""
         flags = {action.dest: action for action in self._actions if action.option_strings}
         for name in names:
             default = flags[name].default

@@ -1,4 +1,4 @@
-"""Makes flags from the fields of a settings class. A field's annotation has its `Flag`; it also checks Python's values."""
+"""Settings classes: a `Flag` in a field's annotation makes the field a flag of a command, and checks its values."""
 
 import argparse
 from collections.abc import Callable, Mapping

@@ -82,7 +82,7 @@ def _parser() -> CommandParser:
         metavar="ID",
         help="the model's licence, such as llama3.1 or apache-2.0; needed if base and donor do not determine it",
     )
-    licence.add_argument("--card", type=Path, metavar="FILE", help="a README.md to upload in place of the made card")
+    licence.add_argument("--card", type=Path, metavar="FILE", help="upload this README.md, not the generated card")
     parser.add_argument("--dry_run", action="store_true", help="print files and card, write nothing, contact no hub")
     parser.add_argument(
         "--no_verify", dest="verify", action="store_false", help="do not compare the files with their SHA-256 first"

@@ -33,7 +33,7 @@ With --full_eval, then score it by lm-eval, on the task group mmlu unless --task
 by task: after an interruption, the same command continues and gives the same score. Other settings or weights start
 another evaluation.
 With --efficiency, measure speed, cache and memory of the model, its base and its donor, each in its own process.
-With --server, score a model that runs on a server. The scores mean the same, and no model is loaded here.
+With --server, score a model that runs on a server, in the same way. No model is loaded here.
 """
 
 EPILOG = """\
