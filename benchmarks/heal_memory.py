@@ -1,9 +1,9 @@
-"""Peak memory of healing steps: whole sequences against segments, and a teacher in memory against one on the disk.
+"""Peak memory of a healing step: whole sequences against segments, and a teacher in memory against a teacher's cache.
 
     python benchmarks/heal_memory.py --base tiny_llamba --donor tiny_llama --layers 4 10 --length 4096 --segment 512
 
-A process for each run, one step each; what loading and saving take is in every figure. "none" trains nothing of the
-text but its first tokens: it is what the model, its gradients and its optimizer take.
+Each run is a separate process with one step. Every figure includes loading and saving. The run "none" trains on only 8
+tokens of the text. Its figure is the memory of the model, its gradients and its optimizer.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def run(arguments: list) -> int:
-    """Run a command of the package; its peak resident bytes."""
+    """Run a command of the package. Return its peak resident bytes."""
     process = subprocess.Popen(
         [sys.executable, PACKAGE / arguments[0], *map(str, arguments[1:])],
         stdout=subprocess.DEVNULL,

@@ -1,7 +1,8 @@
-"""Ways to damage the files this project reads, on purpose and at random.
+"""Random damage to the files that this project reads.
 
-In: a file's bytes and a `random.Random`. Out: other bytes. Those that know a format keep the rest of it right (lengths,
-CRCs, offsets), so that what is behind the first check is reached too. fuzz.py runs them by the hour, the tests a few.
+Each function takes a file's bytes and a `random.Random`, and returns other bytes. Functions for a format keep the rest
+of the file right (lengths, CRCs, offsets), so that the damage gets past the first checks. fuzz.py and some tests use
+these functions.
 """
 
 import io
@@ -30,7 +31,7 @@ GLOBALS += ["torch.storage\nUntypedStorage", "torch._tensor\n_rebuild_from_type_
 
 
 def mutate(name: str, data: bytes, rng: Random) -> bytes:
-    """The file `name` with 1 to 4 faults in it, most of them of its own format."""
+    """The bytes of the file `name` with 1 to 4 faults, most of them faults of the file's format."""
     kinds = [any_bytes]
     if name.endswith((".pt", ".bin")):
         kinds += [zip_numbers, zip_entries, pickle_opcodes, pickle_opcodes]
@@ -48,7 +49,7 @@ def mutate(name: str, data: bytes, rng: Random) -> bytes:
 
 
 def any_bytes(data: bytes, rng: Random) -> bytes:
-    """Flip, overwrite, cut out, repeat or put in bytes, anywhere."""
+    """Flip, overwrite, remove, repeat or insert bytes anywhere, or cut off the end."""
     if not data:
         return rng.randbytes(8)
     place = rng.randrange(len(data))
@@ -69,7 +70,7 @@ def any_bytes(data: bytes, rng: Random) -> bytes:
 
 
 def zip_numbers(data: bytes, rng: Random) -> bytes:
-    """Put another number into a local header, an entry of the directory, or its end."""
+    """Put another number into a local header, an entry of the central directory, or the directory's end record."""
     signature = rng.choice([b"PK\x03\x04", b"PK\x01\x02", b"PK\x01\x02", b"PK\x05\x06", b"PK\x07\x08"])
     places = [i for i in range(len(data) - 46) if data.startswith(signature, i)] if len(data) < 50_000 else []
     start = rng.choice(places) if places else max(data.rfind(signature), 0)
@@ -80,7 +81,7 @@ def zip_numbers(data: bytes, rng: Random) -> bytes:
 
 
 def zip_entries(data: bytes, rng: Random) -> bytes:
-    """Write the archive anew: entries compressed, renamed, doubled, left out, emptied, grown, exchanged."""
+    """Write the archive anew, with an entry renamed, doubled, removed, cut, grown or exchanged, or all compressed."""
     entries = unzip(data)
     index = rng.randrange(len(entries))
     name, content = entries[index]
@@ -105,7 +106,7 @@ def zip_entries(data: bytes, rng: Random) -> bytes:
 
 
 def pickle_opcodes(data: bytes, rng: Random) -> bytes:
-    """Change, drop, repeat or move opcodes of data.pkl, in an archive that is right otherwise."""
+    """Change, drop, repeat, insert or exchange opcodes of data.pkl, in an archive that is otherwise right."""
     entries = unzip(data)
     index = next(i for i, (name, _) in enumerate(entries) if name.endswith("/data.pkl"))
     entries[index] = (entries[index][0], changed_pickle(entries[index][1], rng))
@@ -147,7 +148,7 @@ def changed_pickle(content: bytes, rng: Random) -> bytes:
 
 
 def json_values(data: bytes, rng: Random) -> bytes:
-    """Put another value, of any kind, in the place of one; or drop, double or add a key; or write it oddly."""
+    """Replace a value by another of any type; or drop, rename, double or add a key; or write an odd number or depth."""
     value = json.loads(data)
     holders: list[tuple[dict | list, str | int]] = []
     waiting: list = [value]
@@ -217,7 +218,7 @@ def odd_value(value: object, rng: Random) -> object:
 
 
 def safetensors_header(data: bytes, rng: Random) -> bytes:
-    """Change the header's JSON and write its length anew, right or not."""
+    """Change the header's JSON, and write its new length, or seldom a wrong length."""
     length = int.from_bytes(data[:8], "little")
     header = json_values(data[8 : 8 + length], rng)
     told = len(header) if rng.random() < 0.9 else rng.choice(INTERESTING)
