@@ -25,6 +25,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -226,45 +227,32 @@ class Watch:
                 self.seen.append(f"open {path}")
 
 
-_SYSTEM = (
-    "/proc/",
-    "/sys/devices/system/",
-    "/dev/null",
-    "/dev/urandom",
-    "/usr/lib/",
-    "/usr/share/",
-    "/etc/ld.so.cache",
-)
+_SYSTEM = ("/proc/", "/sys/devices/system/", "/dev/null", "/dev/urandom", "/usr/lib/", "/usr/share/")
+_SYSTEM += ("/etc/ld.so.cache",)
 
 
-def read_base(name: str) -> Callable[[Path], None]:
-    def read(work: Path) -> None:
-        from model_preparation.checkpoint.model_configs import read_config, read_generation_config
-        from model_preparation.hub.sources import resolve
-        from model_preparation.io.tensors.sharded_weights import TensorFiles
+def read_base(name: str, work: Path) -> None:
+    from model_preparation.checkpoint.model_configs import read_config, read_generation_config
+    from model_preparation.hub.sources import resolve
+    from model_preparation.io.tensors.sharded_weights import TensorFiles
 
-        folder = resolve(str(work / name)).folder
-        read_config(folder)
-        read_generation_config(folder)
-        files = TensorFiles(folder)
-        files.paths()
-        for tensor in files.ranges:
-            touch(files[tensor])
-            read_whole(files.ranges[tensor])
-
-    return read
+    folder = resolve(str(work / name)).folder
+    read_config(folder)
+    read_generation_config(folder)
+    files = TensorFiles(folder)
+    files.paths()
+    for tensor in files.ranges:
+        touch(files[tensor])
+        read_whole(files.ranges[tensor])
 
 
-def plan_with(name: str) -> Callable[[Path], None]:
-    def read(work: Path) -> None:
-        from model_preparation.checkpoint.check_graft import plan
-        from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
+def plan_with(name: str, work: Path) -> None:
+    from model_preparation.checkpoint.check_graft import plan
+    from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 
-        graft = plan(str(work / name), [1], work / "layers")
-        graft.describe()
-        load_tokenizer(graft.tokenizer)
-
-    return read
+    graft = plan(str(work / name), [1], work / "layers")
+    graft.describe()
+    load_tokenizer(graft.tokenizer)
 
 
 def read_layers(work: Path) -> None:
@@ -307,9 +295,9 @@ def verify(work: Path) -> None:
 
 
 SCENARIOS: dict[str, list[Callable[[Path], None]]] = {
-    "base": [read_base("base"), plan_with("base")],
-    "sharded": [read_base("sharded"), plan_with("sharded")],
-    "layers": [read_layers, plan_with("base")],
+    "base": [partial(read_base, "base"), partial(plan_with, "base")],
+    "sharded": [partial(read_base, "sharded"), partial(plan_with, "sharded")],
+    "layers": [read_layers, partial(plan_with, "base")],
     "checkpoint": [read_checkpoint, verify],
 }
 

@@ -169,10 +169,11 @@ class Questions:
             best = sorted(best, key=lambda graft: tuple(each.mean() for each in scores[graft]), reverse=True)[:BEST]
         return best
 
-    def difference(self, one: Graft, other: Graft) -> tuple[float, float]:
-        """(accuracy of `one` minus accuracy of `other`, standard error), paired by question."""
-        self.ask([one, other])
-        each = self.known[one, DEFAULT][0].astype(float) - self.known[other, DEFAULT][0]
+    def difference(self, one: tuple[Graft, str], other: tuple[Graft, str]) -> tuple[float, float]:
+        """(accuracy of `one` minus accuracy of `other`, standard error), paired by question. Both are (graft, rule)."""
+        for graft, rule in (one, other):
+            self.ask([graft], rule)
+        each = self.known[one][0].astype(float) - self.known[other][0]
         return float(each.mean()), float(each.std(ddof=1) / math.sqrt(len(each)))
 
 
@@ -281,27 +282,18 @@ def compare_sets(found: dict, chosen_on: Questions, reported_on: Questions, args
     found["best sets"] = rows
     heads = by_beam or greedy
     found["heads minus layers"] = [
-        {
-            "heads": name_of(one),
-            "layers": name_of(other),
-            **dict(zip(("difference", "standard error"), paired, strict=True)),
-        }
+        {"heads": name_of(one), "layers": name_of(other), "difference": difference, "standard error": error}
         for one in heads
         for other in layers[:2]
-        for paired in [reported_on.difference(one, other)]
+        for difference, error in [reported_on.difference((one, DEFAULT), (other, DEFAULT))]
     ]
     found["all sets"] = {
         name_of(graft): [pair.kv_bytes(graft), round(float(right.mean()), 4)]
         for (graft, _), (right, _) in chosen_on.first.known.items()
         if any(what == WHOLE for _, what in graft) or len(heads_in(graft)) <= 2
     }
-    print(table(tuple(rows[0]), [tuple(as_text(value) for value in row.values()) for row in rows]))
-    print(
-        table(
-            ("heads", "layers", "difference", "error"),
-            [tuple(map(as_text, row.values())) for row in found["heads minus layers"]],
-        )
-    )
+    print_table(rows)
+    print_table(found["heads minus layers"])
     draw(found, args.output.with_suffix(".png"))
 
 
@@ -314,15 +306,15 @@ def compare_rules(found: dict, chosen_on: Questions, reported_on: Questions, mos
         row: dict = {"heads": size, "graft": name_of(graft)}
         row |= {rule: reported_on.accuracy(graft, rule) for rule in RULES}
         row[f"{KEPT}, sets chosen so"] = reported_on.accuracy(own[KEPT][size - 1], KEPT)
-        each = reported_on.known[graft, DEFAULT][0].astype(float) - reported_on.known[graft, KEPT][0]
-        row["off minus whole"], row["standard error"] = each.mean(), each.std(ddof=1) / math.sqrt(len(each))
+        row["off minus whole"], row["standard error"] = reported_on.difference((graft, DEFAULT), (graft, KEPT))
         rows.append(row)
     found["rules"] = rows
-    print(table(tuple(rows[0]), [tuple(as_text(value) for value in row.values()) for row in rows]))
+    print_table(rows)
 
 
-def as_text(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def print_table(rows: Sequence[dict]) -> None:
+    texts = [tuple(f"{each:.3f}" if isinstance(each, float) else str(each) for each in row.values()) for row in rows]
+    print(table(tuple(rows[0]), texts))
 
 
 def draw(found: dict, path: Path) -> None:

@@ -14,15 +14,19 @@ PACKAGE = Path(__file__).resolve().parents[1] / "model_preparation"
 def timed(arguments: list, sync: Path | None = None) -> tuple[float, float]:
     """Run Python with `arguments`. Return (seconds, peak resident GB). The time includes syncing the folder `sync`."""
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    peak = peak_gb([sys.executable, *arguments])
+    if sync is not None:
+        sync_folder(sync)
+    return time.perf_counter() - started, peak
+
+
+def peak_gb(command: list) -> float:
+    """Run a command. Return its peak resident memory in GB."""
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(process.stderr.read().decode() if process.stderr else "failed")
-    if sync is not None:
-        sync_folder(sync)
-    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9
+    return usage.ru_maxrss * 1024 / 1e9
 
 
 def timed_copies(paths: Iterable[Path], target: Path, *, warm: bool) -> float:

@@ -16,18 +16,17 @@ INTERESTING = [0, 1, 2, 7, 8, 63, 64, 127, 255, 256, 1023, 4096, 65535, 65536, 1
 INTERESTING += [(1 << 32) - 1, 1 << 32, 10**9, 10**12, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
 NAMES = ["../secret.json", "/etc/hostname", "..\\secret.json", "", ".", "..", "a/../../secret.json", "x\0y", "fifo"]
 NAMES += ["/dev/zero", "link", "C:secret", "\ud800", "n" * 5000, "checkpoint_info.json", "model.pt", "layer_00.pt"]
-GLOBALS = [
-    "posix\nsystem",
-    "os\nsystem",
-    "builtins\neval",
-    "__builtin__\nset",
-    "builtins\nbytearray",
-    "_codecs\nencode",
-]
+GLOBALS = ["posix\nsystem", "os\nsystem", "builtins\neval", "__builtin__\nset"]
+GLOBALS += ["builtins\nbytearray", "_codecs\nencode"]
 GLOBALS += ["torch\nSize", "torch\ndevice", "torch\nTensor", "torch\nLongStorage", "torch\nByteStorage"]
 GLOBALS += ["torch._utils\n_rebuild_parameter", "torch._utils\n_rebuild_sparse_tensor", "collections\nOrderedDict"]
 GLOBALS += ["torch.nn.modules.sparse\nEmbedding", "torch._utils\n_rebuild_meta_tensor_no_storage", "sys\nexit"]
 GLOBALS += ["torch.storage\nUntypedStorage", "torch._tensor\n_rebuild_from_type_v2", "collections\nCounter"]
+
+
+CONFIG_KEYS = ["auto_map", "_attn_implementation", "attn_implementation", "to_dict", "quantization_config"]
+CONFIG_KEYS += ["layer_types", "llama_layers", "llama_cfg", "dtype", "_name_or_path", "configuration_files"]
+CONFIG_KEYS += ["rope_scaling", "head_dim"]
 
 
 def mutate(name: str, data: bytes, rng: Random) -> bytes:
@@ -167,24 +166,7 @@ def json_values(data: bytes, rng: Random) -> bytes:
     elif kind == 7 and isinstance(holder, dict):
         holder[rng.choice([*NAMES, *map(str, INTERESTING)])] = holder.pop(key)  # type: ignore[arg-type]
     elif kind == 8 and isinstance(holder, dict):
-        names = [
-            "auto_map",
-            "_attn_implementation",
-            "attn_implementation",
-            "to_dict",
-            "quantization_config",
-            "layer_types",
-        ]
-        names += [
-            "llama_layers",
-            "llama_cfg",
-            "dtype",
-            "_name_or_path",
-            "configuration_files",
-            "rope_scaling",
-            "head_dim",
-        ]
-        holder[rng.choice(names)] = odd_value(None, rng)
+        holder[rng.choice(CONFIG_KEYS)] = odd_value(None, rng)
     text = json.dumps(value)
     if kind == 9:
         text = '{"twice": 1, "twice": 2,' + text[1:]
@@ -200,17 +182,8 @@ def json_values(data: bytes, rng: Random) -> bytes:
 
 def odd_value(value: object, rng: Random) -> object:
     number = rng.choice(INTERESTING)
-    odd = [
-        None,
-        True,
-        False,
-        number,
-        -number,
-        number + 0.5,
-        rng.choice(NAMES),
-        "x" * number if number < 5000 else "",
-        [],
-    ]
+    long = "x" * number if number < 5000 else ""
+    odd: list[object] = [None, True, False, number, -number, number + 0.5, rng.choice(NAMES), long, []]
     odd += [{}, [number], [[]], {"a": number}, [value], {"x": value}, str(value)[:99], "float64", "cuda:0", "bfloat16"]
     if isinstance(value, int) and not isinstance(value, bool):
         odd += [value + 1, value - 1, value * 2, -value, float(value)] * 3

@@ -13,7 +13,6 @@ import random
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from model_preparation.checkpoint.extract import extract_layers
@@ -126,16 +125,8 @@ def against_truth(found: dict, truth: dict, most: int) -> None:
         true_best = next(row for row in truth["final_results"] if row["num_layers"] == size)
         ours = next((row for row in found["final_results"] if row["num_layers"] == size), None)
         is_within = ours is not None and ours["fitness"] >= true_best["fitness"] - true_best["stderr"]
-        rank = (
-            None
-            if ours is None
-            else 1
-            + int(
-                np.sum(
-                    [row["fitness"] > ours["fitness"] for row in truth["final_results"] if row["num_layers"] == size]
-                )
-            )
-        )
+        of_size = [row["fitness"] for row in truth["final_results"] if row["num_layers"] == size]
+        rank = ours and 1 + sum(fitness > ours["fitness"] for fitness in of_size)
         print(
             f"    best of {size} layers: found {ours and ours['layers']}, rank {rank}; true {true_best['layers']} "
             f"{true_best['fitness']:.4f} ± {true_best['stderr']:.4f}; within one standard error: {is_within}",

@@ -59,6 +59,7 @@ def make_models(folder: Path, width: int) -> tuple[Path, Path]:
 
     from model_preparation.llamba import LlambaConfig
     from model_preparation.llamba import LlambaForCausalLM as Llamba
+    from model_preparation.llamba.donor_kinds import KINDS
 
     torch.manual_seed(0)
     heads = width // 64
@@ -79,14 +80,7 @@ def make_models(folder: Path, width: int) -> tuple[Path, Path]:
         ssm_cfg={"d_state": 64, "n_v_heads": heads, "n_qk_heads": heads},
         mlp_cfg={"intermediate_size": 3 * width},
         llama_layers=[3, 7],
-        llama_cfg={
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "head_dim": 64,
-            "intermediate_size": 3 * width,
-            "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        },
+        llama_cfg=KINDS["llama"].settings(llama),
         max_position_embeddings=4096,
     )
     tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "embedded/tiny_llama")

@@ -10,12 +10,11 @@ create_replaced_model_checkpoint.py makes a checkpoint to verify.
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from measuring import PACKAGE, files_in, forget
+from measuring import PACKAGE, files_in, forget, peak_gb
 
 COMMAND = PACKAGE / "verify_checkpoint.py"
 
@@ -56,14 +55,8 @@ def main() -> None:
 def timed(commands: list[list]) -> tuple[float, float]:
     """Run the commands one after the other. Return (seconds, the largest peak of resident memory in GB)."""
     started = time.perf_counter()
-    peak = 0
-    for arguments in commands:
-        process = subprocess.Popen(list(map(str, arguments)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            sys.exit(process.stderr.read().decode() if process.stderr else "failed")
-        peak = max(peak, usage.ru_maxrss)
-    return time.perf_counter() - started, peak * 1024 / 1e9
+    peak = max(map(peak_gb, commands))
+    return time.perf_counter() - started, peak
 
 
 if __name__ == "__main__":
