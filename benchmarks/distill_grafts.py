@@ -58,7 +58,7 @@ def main() -> None:
     def row(name: str, model) -> None:
         print(f"| {name} | {perplexity(model, own):.4g} | {perplexity(model, read):.4g} |", flush=True)
 
-    print(f"| | {own.numel()} tokens of the donor's own | {read.numel()} tokens of {args.text.name} |\n|---|---|---|")
+    print(f"| | {own.numel()} tokens that the donor wrote | {read.numel()} tokens of {args.text.name} |\n|---|---|---|")
     for name, folder in (("donor", args.donor), ("initial base", args.initial), ("distilled base", args.base)):
         row(name, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     for count in args.worst:
