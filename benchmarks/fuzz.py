@@ -194,7 +194,7 @@ def restore(work: Path, scenario: str, path: Path | None = None) -> None:
 
 
 class Watch:
-    """Records files opened outside some folders and the libraries, and processes started, while the block runs."""
+    """Records, while a block runs, files opened outside some folders and the libraries, and everything SUSPICIOUS."""
 
     current: "Watch | None" = None
     installed = False
@@ -303,7 +303,7 @@ SCENARIOS: dict[str, list[Callable[[Path], None]]] = {
 
 
 def make_models(work: Path) -> None:
-    """Make a base (as one .bin and as safetensors shards), extracted layers and a checkpoint; and copies to restore."""
+    """Make a base (one .bin, and safetensors shards), extracted layers, a checkpoint, and copies to restore them from."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

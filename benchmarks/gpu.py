@@ -153,7 +153,7 @@ def wait(device: str) -> None:
 
 
 def seconds(device: str, run: Callable[[], object], repeats: int = 5) -> float:
-    """Median seconds of `run`. A first call is not counted."""
+    """Median seconds of `run`. The first call is not counted."""
     taken = []
     for _ in range(repeats + 1):
         wait(device)
@@ -718,7 +718,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--mmlu_data", type=Path, help="MMLU's folder; without it, questions are made up")
     parser.add_argument("--compile", metavar="BACKEND", help="of torch.compile (default: inductor, on a CPU aot_eager)")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # run it here, and print a JSON row a line
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # run this part, print each row as JSON
     args = parser.parse_args()
     args.compile = args.compile or ("inductor" if args.device.startswith("cuda") else "aot_eager")
     if args.mmlu_data and not args.mmlu_data.is_dir():

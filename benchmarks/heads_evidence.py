@@ -35,7 +35,7 @@ from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 PEOPLE = 16  # number of people in a question's text
 CHOOSE_SEED, REPORT_SEED = 7, 8  # the package's own questions have another seed
 AT_ONCE = 250  # questions in a forward pass
-FEW = 300  # up to so many sets of one size, all of them are scored
+FEW = 300  # if a size has at most so many sets, all of them are scored
 FIRST, BEST = 100, 16  # questions for every set; number of sets that are scored on all questions
 MOST_LAYERS = 3
 WHOLE = "whole"  # in place of heads: the donor's whole layer

@@ -31,7 +31,7 @@ from model_preparation.llamba.cache_llamba import LlambaCache
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 
 HEAD_DIM = STATE = 64
-CHUNK = 128  # Llamba's. With Mamba2Mixer's default of 256, it would compute more for short sequences
+CHUNK = 128  # Llamba's. With Mamba2Mixer's default of 256, it would compute twice as much for 128 tokens
 PROMPT = 128  # tokens before a decode step
 STEPS = 10  # decode steps per measurement
 GOALS = {  # (for the geometric mean over the sizes, for the worst size); higher is better. "llama" has no goal.

@@ -4,8 +4,8 @@ import json
 import multiprocessing
 from pathlib import Path
 
-# (d_model, n_layer, intermediate size, heads, K/V heads, tied embeddings). "1b", "3b" and "8b" are the shapes of the
-# published Llambas and their donors. "small" is for trying the scripts.
+# (d_model, n_layer, intermediate size, heads, K/V heads, tied embeddings). "1b", "3b" and "8b" are close to the shapes
+# of the published Llambas and their donors. "small" is for trying the scripts.
 SHAPES = {
     "small": (256, 8, 512, 32, 8, False),
     "half": (2048, 8, 8192, 32, 8, False),  # a checkpoint of 4.2 GB

@@ -62,7 +62,7 @@ __all__ = [*_MODULE_OF]
 
 
 class _Package(ModuleType):
-    """Keeps `model_preparation.search_layers` a function, although the command's module has the same name."""
+    """Keeps `model_preparation.search_layers` and others functions, although modules of commands have their names."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _MODULE_OF and isinstance(value, ModuleType)):

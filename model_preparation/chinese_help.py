@@ -33,7 +33,7 @@ def translate(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 class _ChineseFormatter(argparse.RawDescriptionHelpFormatter):
-    """Breaks a line between any two Chinese characters, each two columns wide. YAML's folding put spaces there."""
+    """Breaks lines between any Chinese characters (two columns wide). Drops spaces that YAML's folding put there."""
 
     def _format_usage(self, usage, actions, groups, prefix):
         return super()._format_usage(usage, actions, groups, prefix or "用法：")

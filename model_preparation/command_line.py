@@ -50,8 +50,8 @@ class CommandParser(argparse.ArgumentParser):
             type=Path,
             metavar="FILE",
             help="take flags from this YAML file: lines such as `batch_size: 8`, `tasks: [mmlu]`, `overwrite: true`. "
-            "A flag on the command line overrides the file. All settings used are saved, in or beside the result, in a "
-            "file whose name ends with config.yaml",
+            "A flag on the command line overrides the file. All settings used are saved with the result, in a file "
+            "whose name ends with config.yaml",
         )
 
     def _parse_with_config(self, words: list[str]) -> argparse.Namespace:
@@ -366,8 +366,8 @@ def add_dtype_flag(parser: CommandParser, *, help: str) -> None:
 
 def default_folder(name: str) -> Path:
     """The default folder `name`: next to the package in a checkout of the repository, else in the current folder."""
-    beside = Path(__file__).resolve().parents[1]
-    return beside / name if (beside / "pyproject.toml").is_file() else Path(name)
+    checkout = Path(__file__).resolve().parents[1]
+    return checkout / name if (checkout / "pyproject.toml").is_file() else Path(name)
 
 
 def add_device_flags(parser: CommandParser) -> None:

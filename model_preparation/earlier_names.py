@@ -35,10 +35,10 @@ class EarlierNames:
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         inner = name.removeprefix(_PACKAGE)
-        is_room = any(module.startswith(f"{inner}.") for module in _NOW)
-        if inner == name or not (is_room or inner in _NOW):
+        is_package = any(module.startswith(f"{inner}.") for module in _NOW)
+        if inner == name or not (is_package or inner in _NOW):
             return None
-        return ModuleSpec(name, self, is_package=is_room)  # type: ignore[arg-type]
+        return ModuleSpec(name, self, is_package=is_package)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None

@@ -109,7 +109,7 @@ def _stages(entry: Entry) -> list[dict[str, Any]]:
 
 
 def _flags_used(healing: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The flags that repeat this run. The record has only the last part of each path: a given path with it is used."""
+    """The flags that repeat this run. The record has only the last part of a path: a given path that has it is used."""
     from model_preparation.io.result_inputs import name_of
 
     settings = dict(healing["settings"])
@@ -191,7 +191,7 @@ def _parser() -> CommandParser:
 def _milestone(text: str) -> tuple[int, str]:
     step, _, name = text.partition("=")
     if not step.isdigit() or "/" in name or name.startswith((".", "checkpoint-")):
-        raise argparse.ArgumentTypeError(f"{text!r} is no STEP or STEP=NAME")
+        raise argparse.ArgumentTypeError(f"{text!r} is not STEP or STEP=NAME")
     return int(step), name or f"milestone-{step}"
 
 

@@ -104,7 +104,7 @@ class Step:
 
     @property
     def can_replace(self) -> bool:
-        """Whether the result is slow to make: only with --redo is it replaced, by the command's --overwrite."""
+        """Whether the result is slow to make, so that only --redo replaces it, by the command's --overwrite."""
         return self.kind in ("extract", "search", "build", "heal")
 
 
