@@ -303,7 +303,7 @@ SCENARIOS: dict[str, list[Callable[[Path], None]]] = {
 
 
 def make_models(work: Path) -> None:
-    """Make a base (one .bin, and safetensors shards), extracted layers, a checkpoint, and copies to restore them from."""
+    """Make a base (one .bin, and safetensors shards), extracted layers, a checkpoint, and copies to restore from."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

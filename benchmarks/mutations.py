@@ -147,7 +147,7 @@ def changed_pickle(content: bytes, rng: Random) -> bytes:
 
 
 def json_values(data: bytes, rng: Random) -> bytes:
-    """Replace a value by another of any type; drop, rename, add or repeat a key; nest deeply; or write an odd number."""
+    """Replace a value by one of any type; drop, rename, add or repeat a key; nest deeply; or write an odd number."""
     value = json.loads(data)
     holders: list[tuple[dict | list, str | int]] = []
     waiting: list = [value]

@@ -47,7 +47,7 @@ an experiment:
 The steps are extract, search, build, heal, evaluate and compare. Each step takes the flags of its command as keys:
 search_layers.py --help lists the keys of search, and test_checkpoint.py --help lists the keys of evaluate. Write gpu,
 device and source outside the steps: all steps that have these flags use them. heal needs the key data, the text to
-train on. evaluate also has the key models: some of base, donor, grafted and healed (default: all). Without evaluate,
+train on. evaluate also has the key models: a list of base, donor, grafted, healed (default: all). Without evaluate,
 nothing is compared. Paths are relative to the current folder.
 
 examples:
