@@ -45,7 +45,7 @@ def main() -> None:
     )
     write_report(comparison, output_dir, questions=args.questions, as_json=args.json, overwrite=args.overwrite)
     Console().print(comparison_tables(comparison, subjects=args.subjects))
-    print(f"Report is in {output_dir / 'comparison.html'}, plots beside it")
+    print(f"Report is in {output_dir / 'comparison.html'}, with its plots in the same folder")
 
 
 def _parser() -> CommandParser:
