@@ -6,9 +6,10 @@ from model_preparation.command_line import CommandParser, default_folder, run
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
-Look through a folder of checkpoints, and remove what no checkpoint there needs. This is the folder NAME.partial of each
-build that was killed. In .base_shards, it is each file with a base's weights that no checkpoint of format hf uses any
-more. The command never touches checkpoints, nor the folders and files of a running build.
+Remove what no checkpoint in a folder of checkpoints needs:
+- the folders NAME.partial, which killed builds left
+- files with weights of a base in .base_shards, if no checkpoint of format hf uses them any more
+The command never touches checkpoints, nor the folders and files of a running build.
 """
 
 EXAMPLES = """\

@@ -45,7 +45,7 @@ def main() -> None:
     )
     write_report(comparison, output_dir, questions=args.questions, as_json=args.json, overwrite=args.overwrite)
     Console().print(comparison_tables(comparison, subjects=args.subjects))
-    print(f"Report is in {output_dir / 'comparison.html'}, with its plots in the same folder")
+    print(f"Report (comparison.html) and plots are in {output_dir}")
 
 
 def _parser() -> CommandParser:
@@ -84,7 +84,11 @@ def _parser() -> CommandParser:
         "answers worse (default: %(default)s)",
     )
     parser.add_argument(
-        "--bootstrap", type=number(int, least=100), default=10_000, metavar="N", help="its resamples (default: 10000)"
+        "--bootstrap",
+        type=number(int, least=100),
+        default=10_000,
+        metavar="N",
+        help="resamples of the bootstrap (default: 10000)",
     )
     parser.add_argument(
         "--seed", type=number(int, least=0), default=1234, metavar="N", help="seed of the bootstrap (default: 1234)"

@@ -44,7 +44,7 @@ then:
 """
 
 MIXER_FLAGS = {
-    "d_state": "mixers: width of the keys, which is also the state's (default: the donor's head_dim)",
+    "d_state": "mixers: width of the keys and of the state (default: the donor's head_dim)",
     "n_v_heads": "mixers: number of value heads (default: the donor's number of query heads)",
     "n_qk_heads": "mixers: number of key and query heads, a divisor of --n_v_heads (default: the donor's query heads)",
     "d_conv": "mixers: number of tokens that the convolution sees (default: 4)",

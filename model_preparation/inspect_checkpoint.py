@@ -27,7 +27,7 @@ def main() -> None:
         "path",
         metavar="PATH|NAME",
         help="a .safetensors, .pt, .pth or .bin file; a folder with a checkpoint (its state dict is read), a state of "
-        "healing, layers, an adapter or a model; or a model's name",
+        "healing, extracted layers, an adapter or a model; or a model's name",
     )
     parser.add_argument("--keys", default="*", metavar="PATTERN", help='only names such as "*.mlp.*" or lm_head')
     output = parser.add_mutually_exclusive_group()

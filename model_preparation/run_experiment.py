@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("experiment", type=Path, metavar="FILE", help="the YAML file that describes the experiment")
     parser.add_argument("--dry_run", action="store_true", help="print the plan, run nothing")
     parser.add_argument(
-        "--redo", action="store_true", help="if the file has changed, replace the results that it changes"
+        "--redo", action="store_true", help="if the file has changed, replace results that have other settings"
     )
     args = parser.parse_args()
     experiment = read_experiment(args.experiment.expanduser())

@@ -36,7 +36,7 @@ def main() -> None:
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="the address to listen on; 0.0.0.0 also admits other machines (default: %(default)s)",
+        help="the address to listen on; with 0.0.0.0, other machines can connect too (default: %(default)s)",
     )
     parser.add_argument("--port", type=number(int, least=1, most=65535), default=8000, help="default: %(default)s")
     add_dtype_flag(parser, help="run in this dtype (default: the checkpoint's)")

@@ -23,7 +23,7 @@ def main() -> None:
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("directory", nargs="?", metavar="DIR", type=Path, help="the checkpoint's folder")
     place.add_argument("--checkpoint", metavar="DIR", type=Path, help="the same, as a flag")
-    parser.add_argument("--base", metavar="NAME|PATH", help="also compare tensors that are not grafted with this base")
+    parser.add_argument("--base", metavar="NAME|PATH", help="also compare tensors with this base, except grafts")
     parser.add_argument(
         "--llama_layers_dir",
         metavar="DIR",
