@@ -1,8 +1,8 @@
 """Injects a fault at each system call that changes the disk, and checks the folder afterwards.
 
-Every way to write a folder (extract, build, base, overwrite, clean: tests/faults/scenarios.py) is killed, or gets the
-error of a full or broken disk, at each such call. Afterwards the folder must be either the old folder or the new one,
-and whole. Otherwise this is a violation, and the exit code is 1. Needs Linux on x86-64, a C compiler and the package's
+Each command that writes a folder (extract, build, base, overwrite, clean: tests/faults/scenarios.py) is killed, or gets
+the error of a full or broken disk, at each such call. Then the folder must be either the old folder or the new one, and
+whole. Otherwise this is a violation, and the exit code is 1. Needs Linux on x86-64, a C compiler and the package's
 extra "test".
 
     python benchmarks/fault_injection.py --faults 10000

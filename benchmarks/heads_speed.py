@@ -3,8 +3,8 @@
 Weights are random, in the shape of SmolLM2-135M or of Llama-3.1-8B. Each layer decodes one token after CONTEXT other
 tokens, with random states, keys and values. It also reads a text of --prefill tokens. Every variant has its turn in
 each round. The figures are medians of processor time, so other programs disturb them less. The attention's cost is the
-cost of a layer with all heads, minus the cost of the base's layer. A layer with some heads should cost as much more
-than the base's layer as these heads' share of the attention's cost.
+cost of a layer with all heads, minus the cost of the base's layer. The goal for a layer with some heads is the cost of
+the base's layer, plus these heads' share of the attention's cost.
 
     OMP_NUM_THREADS=1 python benchmarks/heads_speed.py --shape smollm2
     OMP_NUM_THREADS=1 python benchmarks/heads_speed.py --shape 8b --dtype bfloat16 --prefill 128

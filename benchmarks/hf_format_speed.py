@@ -1,6 +1,6 @@
 """Building a graft of 4 layers in --format hf, against loading the base, replacing layers, and save_pretrained.
 
-The same folder already has a checkpoint of the same base. Building that first one fills the store with the base's
+Another checkpoint of the same base is built first, in the same folder. This first build fills the store with the base's
 shards, and is timed once. Prints seconds, bytes written, peak resident memory and ratios, medians over --runs. The
 models are those of build_speed.py. Each run is a separate process, its time includes imports, and all written files are
 synced.

@@ -4,8 +4,8 @@ The script records every change that a run makes on the disk: extract, build, ov
 (tests/faults/scenarios.py); healing, evaluating, a search's journal (tests/faults/long_work.py). From these changes it
 makes states of the disk that ext4, XFS and the weakest file system of POSIX may leave (tests/faults/disk.py says what
 each may lose). In every state, a folder must be either the old folder or the new one, and whole. Everything that was
-printed as done must be there. The same command must then end as if nothing had happened. Anything else is a violation,
-and the exit code is 1. Needs Linux on x86-64, a C compiler and the package's extra "test".
+printed as done must be there. In some states, the same command runs again, and must end as if nothing had happened.
+Anything else is a violation; the exit code is 1. Needs Linux on x86-64, a C compiler and the package's extra "test".
 
     python benchmarks/power_failure.py --states 10000
 """
