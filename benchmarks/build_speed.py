@@ -1,11 +1,12 @@
-"""Building a checkpoint, and extracting layers, against cp and dd of the same bytes and against doing it with torch.
+"""How long building a checkpoint and extracting layers take, against cp and dd of as many bytes, and against torch.
 
 Prints seconds, peak resident memory and ratios, medians over --runs. Each ratio compares two figures of one run. Base
-and layers hold random numbers in bfloat16. All files are synced. The script extracts all layers of the base. dd shows
-what the disk can do: it writes as many zeros directly, both files at once. A process that only imports shows how long
-the imports take. With --cache warm, each side reads files that are in the page cache, as far as memory holds them. With
-cold, the script first drops them from the page cache. The first run reads the base for its digests. The others know
-them from the user's cache. Processor seconds are those of all threads. Other work on the machine hardly changes them.
+and layers hold random numbers in bfloat16. All written files are synced. The script extracts all layers of the base. dd
+shows the speed of the disk: it writes as many zeros past the page cache, both files at once. A process that only
+imports shows how long the imports take. With --cache warm, the files to read are in the page cache, as far as memory
+holds them. With cold, the script first drops them from the page cache. The first run reads the base for its digests.
+Later runs take the digests from the user's cache. Processor seconds count all threads. Other work on the machine hardly
+changes them.
 
     python benchmarks/build_speed.py --folder /mnt/scratch --shape half
 """
@@ -39,7 +40,7 @@ for layer in {name.split(".")[2] for name in model if name.startswith("backbone.
     tensors = {name.removeprefix(prefix): tensor for name, tensor in model.items() if name.startswith(prefix)}
     torch.save(tensors, f"{out}/layer_{layer}.pt")
 """
-# A ratio's name, and how it comes from the seconds of one run.
+# {name of a ratio: how to compute it from the seconds of one run}
 RATIOS = {
     "build without imports / the faster of cp and dd (goal: 1.25, from 3 GB on)": lambda s: (
         (s["build"] - s["all imports"]) / min(s["cp"], s["dd"])
@@ -57,11 +58,11 @@ RATIOS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where to work: the disk that is measured")
+    parser.add_argument("--folder", type=Path, required=True, help="where to work, on the disk to measure")
     parser.add_argument("--shape", choices=SHAPES, default="half")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cache", choices=("warm", "cold"), default="warm")
-    parser.add_argument("--no_naive", action="store_true", help="leave out what loads whole models: it takes memory")
+    parser.add_argument("--no_naive", action="store_true", help="leave out the runs with whole models in memory")
     args = parser.parse_args()
     base, layers_dir, layers = prepared(args.shape, args.folder)
     prepare = read_once if args.cache == "warm" else forget
@@ -118,7 +119,7 @@ def main() -> None:
 
 
 def processor_seconds() -> float:
-    """Of all processes that this one started and that have ended."""
+    """User and system time of all processes that this process started and that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

@@ -1,10 +1,11 @@
-"""Decoding one token after the other against the length of the context: a base, a graft and the donor in one run.
+"""How the time to decode a token grows with the context: a base, a graft and the donor in one run.
 
-All have the shape of SmolLM2-135M, or of the Llama in --donor, whose weights are then used. Each model reads the
-context in segments into one cache (prefill, timed apart); at each length its last --tokens tokens are decoded greedily,
-in rounds that alternate between the models. Prints ms per token (medians), the growth per 1,000 tokens of context
-(least squares), what a cache takes, and the ratios: a Mamba layer's state has one size, so the base's time per token
-should not grow, and the graft's by its share of the donor's attention layers.
+All models have the shape of SmolLM2-135M with random weights, or the shape and weights of the Llama in --donor. Each
+model reads the context into one cache, segment by segment (prefill, with its own times). The last --tokens tokens of
+each length are decoded greedily, in rounds that alternate between the models. Prints ms per token (medians), the growth
+per 1,000 tokens of context (least squares), the bytes of each cache, and ratios. The state of a Mamba layer has a fixed
+size. So the base's time per token should not grow. The graft's time should grow by its share of the donor's attention
+layers.
 
     python benchmarks/decode_speed.py --donor local_models/smollm2
 """
@@ -41,13 +42,13 @@ ROUNDS = 4
 
 
 class Decoder:
-    """A model, its cache, and the token it wrote last."""
+    """A model, its cache, the token it wrote last, and the times so far."""
 
     def __init__(self, model, cache, vocabulary: int):
         self.model, self.cache = model.eval(), cache
         self.next = torch.randint(vocabulary, (1, 1), generator=torch.Generator().manual_seed(0))
         self.segment_speeds: list[float] = []  # tokens per second
-        self.token_ms: dict[int, list[float]] = {}
+        self.token_ms: dict[int, list[float]] = {}  # {length of the context: ms of each token}
 
     def read(self, ids: torch.Tensor) -> None:
         for part in ids.split(SEGMENT, dim=1):
@@ -117,7 +118,7 @@ def load_donor(folder: Path | None) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def make_llamba(donor: LlamaForCausalLM, layers: list[int]) -> LlambaForCausalLM:
-    """A base of the donor's shape with its embedding and its `layers`; the mixers are random, which costs the same."""
+    """A Llamba with the donor's shape, embedding and `layers`. Its mixers are random: this costs the same time."""
     fields = llamba_config(donor.config).file_fields()
     if layers:
         fields["llama_layers"] = sorted(layers)
@@ -136,7 +137,7 @@ def measure(decoders: dict[str, Decoder], contexts: list[int], tokens: int, voca
     per_round = tokens // ROUNDS
     at = 0
     for context in contexts:
-        start = context - per_round * ROUNDS  # the tokens decoded are the last ones of the context
+        start = context - per_round * ROUNDS  # the last tokens of the context are decoded, not read
         for decoder in decoders.values():
             decoder.read(text[:, at:start])
         for _ in range(ROUNDS):

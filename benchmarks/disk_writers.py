@@ -1,6 +1,7 @@
-"""Whether more writers, or other block sizes, write faster directly to a disk than `dd` does with two files at once.
+"""Whether other numbers of threads or block sizes write to a disk faster than `dd` does with two files at once.
 
-Prints GB/s for each number of threads and block size, over two files whose room is taken first and which are synced.
+All writes bypass the page cache. Prints GB/s for each number of threads and block size. Each run writes two files: the
+file system allocates their space first, and the time includes syncing them.
 
     python benchmarks/disk_writers.py --folder /mnt/scratch --gigabytes 6
 """
@@ -19,11 +20,11 @@ WAYS = [(1, 4), (2, 4), (3, 4), (4, 4), (8, 4), (16, 4), (4, 1), (16, 1), (4, 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where to write: the disk that is measured")
+    parser.add_argument("--folder", type=Path, required=True, help="where to write, on the disk to measure")
     parser.add_argument("--gigabytes", type=float, default=6.0, help="both files together (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=2)
     args = parser.parse_args()
-    size_bytes = int(args.gigabytes * 1e9 / 2) >> 24 << 24  # of each file: whole blocks of any size
+    size_bytes = int(args.gigabytes * 1e9 / 2) >> 24 << 24  # of each file: a multiple of every block size
     for _ in range(args.runs):
         for threads, megabytes in WAYS:
             seconds = write(args.folder, size_bytes, threads, megabytes << 20)
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 def write(folder: Path, size_bytes: int, threads: int, block_bytes: int) -> float:
-    """Seconds to write two files by turns, past the page cache, and to sync them."""
+    """Seconds to write two files, a block of each in turn, past the page cache, and to sync them."""
     paths = [folder / str(number) for number in range(2)]
     started = time.perf_counter()
     descriptors = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_DIRECT) for path in paths]

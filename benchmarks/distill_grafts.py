@@ -1,7 +1,8 @@
-"""Perplexity of a donor, of a base distilled from it, and of that base with its worst layers grafted.
+"""Perplexity of a donor, of a base distilled from the donor, and of this base with its worst layers replaced.
 
-The worst are those with the largest error on held-out tokens (distillation.json); the checkpoints are built with
-create_replaced_model_checkpoint.py. Two texts: what the donor writes with a seed that no training used, and a file.
+The worst layers are those with the largest error on held-out tokens (distillation.json). The script builds checkpoints
+by create_replaced_model_checkpoint.py. It measures on two texts: one that the donor writes with a seed that no training
+used, and a file.
 
     python benchmarks/distill_grafts.py --donor DONOR --initial BASE --base DISTILLED --layers_dir LAYERS --folder DIR
 """
@@ -29,7 +30,7 @@ LENGTH, SEQUENCES, SEED = 256, 4, 1_000_000
 
 @torch.inference_mode()
 def perplexity(model, tokens: torch.Tensor) -> float:
-    """Of (sequences, length) tokens, each sequence on its own."""
+    """Perplexity of (sequences, length) tokens. The model reads each sequence separately."""
     total = sum(
         F.cross_entropy(model(row[None]).logits[0, :-1].float(), row[1:], reduction="sum").item() for row in tokens
     )
@@ -57,7 +58,7 @@ def main() -> None:
     def row(name: str, model) -> None:
         print(f"| {name} | {perplexity(model, own):.4g} | {perplexity(model, read):.4g} |", flush=True)
 
-    print(f"| | {own.numel()} tokens of the donor's own | {read.numel()} tokens of {args.text.name} |\n|---|---|---|")
+    print(f"| | {own.numel()} tokens that the donor wrote | {read.numel()} tokens of {args.text.name} |\n|---|---|---|")
     for name, folder in (("donor", args.donor), ("initial base", args.initial), ("distilled base", args.base)):
         row(name, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     for count in args.worst:

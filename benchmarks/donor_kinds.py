@@ -1,8 +1,9 @@
-"""How far a base is from donors of each kind, layer by layer, before and after distilling: all kinds side by side.
+"""The error of each layer of a base, before and after distilling, for donors of each kind.
 
 Tiny donors of one shape learn the bytes of this repository's documents. Each layer's mixer then starts as
-`init_llamba_base.py` starts it, and is trained as `distill_llamba_base.py` trains it. A row "left out" starts without
-what the kind has beyond a Llama (biases, norms of queries and keys), to show what placing it brings.
+`init_llamba_base.py` starts it, and is trained as `distill_llamba_base.py` trains it. Some kinds have more tensors than
+a Llama: biases, or norms of queries and keys. In a row "left out", the mixer starts without these tensors. This shows
+what they are worth.
 
     python benchmarks/donor_kinds.py
 """
@@ -26,14 +27,14 @@ SHAPE = {
     **{"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 160},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": LENGTH},
 }
-# What each kind has beyond a Llama; the fields are its config's.
+# Config fields of each kind that a Llama's config does not need.
 SETTINGS: dict[str, dict] = {
     "llama": {},
     "mistral": {"sliding_window": WINDOW},
     "qwen2": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 2},
     "qwen3": {"sliding_window": None, "head_dim": 16},
 }
-BEYOND = (".bias", "_norm.weight")
+BEYOND = (".bias", "_norm.weight")  # ends of the names of tensors that a Llama does not have
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def trained_donor(kind: DonorKind, tokens: Tensor, steps: int) -> tuple[PreTrainedModel, float]:
-    """A donor that learned the text, and its loss on what is held out."""
+    """A donor that learned the text, and its loss on the held-out sequences."""
     torch.manual_seed(SEED)
     config = kind.transformers_class("Config")(**SHAPE, **SETTINGS[kind.model_type])
     donor = kind.transformers_class("ForCausalLM")(config)
@@ -82,7 +83,7 @@ def trained_donor(kind: DonorKind, tokens: Tensor, steps: int) -> tuple[PreTrain
 def layers(
     donor: PreTrainedModel, tokens: Tensor, args: argparse.Namespace, left_out: tuple[str, ...]
 ) -> Iterator[tuple[float, float]]:
-    """(error before, error after) of each layer, on what is held out."""
+    """(error before, error after) the training of each layer, on the held-out sequences."""
     config = student_config(donor.config)
     with torch.no_grad():
         entering = donor(tokens, output_hidden_states=True).hidden_states

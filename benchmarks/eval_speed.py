@@ -1,8 +1,8 @@
-"""Scoring a checkpoint on MMLU: ours against stock lm-eval (HFLM), on the same questions, one after the other.
+"""How fast a checkpoint is scored on MMLU: our code against stock lm-eval (HFLM), on the same questions.
 
-Each side is a process of its own, which loads the checkpoint, answers all requests, and tells its seconds (without
-imports, loading and putting prompts together, which both do alike) and its peak resident memory. Prints questions per
-second, the ratios, and for how many questions the chosen letter differs.
+Each side is a separate process. It loads the checkpoint, answers all requests, and reports its seconds and its peak
+resident memory. The seconds do not include imports, loading and building the prompts, which both sides do in the same
+way. Prints questions per second, ratios, and for how many questions the chosen letter differs.
 
     python benchmarks/eval_speed.py --checkpoint CHECKPOINT --mmlu_data MMLU --num_fewshot 5 --subjects 3
 """
@@ -23,9 +23,9 @@ def main() -> None:
     parser.add_argument("--mmlu_data", required=True, help="as test_checkpoint.py takes it")
     parser.add_argument("--num_fewshot", type=int, default=0)
     parser.add_argument("--limit", type=int, help="questions per subject")
-    parser.add_argument("--subjects", type=int, default=57, help="take so many of the 57, evenly spread")
+    parser.add_argument("--subjects", type=int, default=57, help="number of subjects, evenly spread over the 57")
     parser.add_argument("--dtype", default=None)
-    parser.add_argument("--batch_size", type=int, default=8, help="questions per forward pass, of both sides")
+    parser.add_argument("--batch_size", type=int, default=8, help="questions per forward pass, for both sides")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--side", choices=("ours", "stock"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace) -> dict:
     tasks = load_tasks(chosen, mmlu_data=args.mmlu_data, num_fewshot=args.num_fewshot)
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     model, tokenizer = load_checkpoint(args.checkpoint, dtype=dtype)
-    with torch.no_grad():  # has the mapped weights read
+    with torch.no_grad():  # reads the mapped weights from the disk
         model(torch.ones(1, 8, dtype=torch.long))
     if args.side == "ours":
         lm = ScoringLM(model, tokenizer, args.batch_size)

@@ -1,8 +1,9 @@
-"""Stops runs at their system calls that change the disk, and counts what is found there afterwards.
+"""Injects a fault at each system call that changes the disk, and checks the folder afterwards.
 
-Every way to write a folder (extract, build, base, overwrite, clean; see tests/faults/scenarios.py) is killed, or told
-of a full or broken disk, at every such call; then the folder must be the old one or the new one, whole. Exit code 1 if
-it ever is not. Needs Linux on x86-64, a C compiler and the package's extra "test".
+Each command that writes a folder (extract, build, base, overwrite, clean: tests/faults/scenarios.py) is killed, or gets
+the error of a full or broken disk, at each such call. Then the folder must be either the old folder or the new one, and
+whole. Otherwise this is a violation, and the exit code is 1. Needs Linux on x86-64, a C compiler and the package's
+extra "test".
 
     python benchmarks/fault_injection.py --faults 10000
     python benchmarks/fault_injection.py --only "build, overwrite" "killed after" 42
@@ -22,9 +23,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=10000, metavar="N", help="how many to inject (default: 10000)")
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults' order (default: 0)")
-    parser.add_argument("--scenarios", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--only", nargs=3, metavar=("SCENARIO", "KIND", "CALL"), help="one fault, told in full")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order of the faults (default: 0)")
+    parser.add_argument("--scenarios", nargs="+", metavar="NAME", help="run only these scenarios")
+    parser.add_argument("--only", nargs=3, metavar=("SCENARIO", "KIND", "CALL"), help="one fault, printed in full")
     args = parser.parse_args()
 
     from tests.faults.injector import Fault
@@ -66,7 +67,7 @@ def run(sweep, count: int, seed: int) -> int:
     for (name, kind), row in sorted(rows.items()):
         figures = f"{row['injected']:9}{row['old']:7}{row['new']:7}{row['aside']:7}{row['violations']:12}"
         print(f"{name:42}{kind:26}{figures}")
-    print("errors the runs ended with:", ", ".join(f"{name or 'none'} {n}" for name, n in errors.most_common()))
+    print("errors that the runs ended with:", ", ".join(f"{name or 'none'} {n}" for name, n in errors.most_common()))
     seconds = time.monotonic() - started
     print(f"{injected} faults, {violations} violations, {seconds:.0f} s ({1000 * seconds / injected:.0f} ms each)")
     return violations

@@ -1,13 +1,14 @@
-"""Hostile files by the hour: damaged copies of everything this project reads, given to everything that reads them.
+"""Fuzzing: damages copies of the files that this project reads, and gives them to all code that reads such files.
 
-A case passes if it ends, with or without SurgeryError, within the limits of time and memory, and nothing outside its
-folder was opened, no socket, no process, no unpickled class. Cases run in forked children, so that a crash is one
-finding and not the end. Prints the number of cases and each finding with the number that `--only` repeats it by.
+A case passes if it ends, with or without SurgeryError, within the limits of time and memory. It must not open a file
+outside its folder, open a socket, start a process, or unpickle a class. Cases run in forked children, so a crash is one
+finding and does not end the script. Prints the number of cases, and each finding with the number of its case. `--only`
+repeats the case with this number.
 
     python benchmarks/fuzz.py --seconds 3600 --seed 1
 
-The faults are made by mutations.py, not by a coverage-guided fuzzer such as atheris: past the first checks are torch's
-and tokenizers' compiled parts, which it cannot see into, and CRCs and lengths, which it would have to guess.
+mutations.py makes the faults. A coverage-guided fuzzer such as atheris would help little: behind the first checks come
+compiled parts of torch and tokenizers, which it cannot see into. It would also have to guess CRCs and lengths.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -33,8 +35,8 @@ from benchmarks.mutations import mutate
 
 CASES_PER_CHILD = 300
 CASE_SECONDS = 20  # of processor time
-HANG_SECONDS = 60  # by the clock, for what waits and computes nothing; counted while this process is not stopped either
-MEMORY_BYTES = 2 << 30  # address space beyond what the libraries take
+HANG_SECONDS = 60  # by the clock, for a case that waits and computes nothing; not while this process is stopped
+MEMORY_BYTES = 2 << 30  # address space of a case, in addition to that of the libraries
 SUSPICIOUS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "pickle.find_class"}
 
 
@@ -64,7 +66,7 @@ def main() -> None:
 
 
 def fuzz(work: Path, seed: int, start: int, seconds: float) -> Counter[str]:
-    """Run cases in children until the time is over; how often each outcome came."""
+    """Run cases in children until the time is over. Return how often each outcome came."""
     ended: Counter[str] = Counter()
     deadline = time.monotonic() + seconds
     case = start
@@ -95,7 +97,7 @@ def fuzz(work: Path, seed: int, start: int, seconds: float) -> Counter[str]:
 
 
 def read_outcomes(reader: int, child: int) -> list[str]:
-    """The lines a child writes, one per case; a child that is silent for too long is killed."""
+    """The lines that a child writes, one per case. A child that is silent for HANG_SECONDS is killed."""
     text = b""
     silent_seconds = 0
     while True:
@@ -134,7 +136,7 @@ def run_child(work: Path, seed: int, first: int, writer: int, deadline: float) -
 
 
 def run_case(work: Path, seed: int, case: int) -> str:
-    """Damage one file, read it in every way there is, and mend it; "read" or "refused"."""
+    """Damage one file, let all code read it that reads such files, and restore it. Return "read" or "refused"."""
     from model_preparation.errors import SurgeryError
 
     rng = Random(f"{seed} {case}")
@@ -179,7 +181,7 @@ def damage(path: Path, rng: Random) -> None:
 
 
 def restore(work: Path, scenario: str, path: Path | None = None) -> None:
-    """Make the damaged file, or the whole folder, what it was."""
+    """Restore the damaged file `path`, or else the whole folder of the scenario."""
     if path is None:
         shutil.rmtree(work / scenario, ignore_errors=True)
         shutil.copytree(work / "whole" / scenario, work / scenario)
@@ -192,13 +194,13 @@ def restore(work: Path, scenario: str, path: Path | None = None) -> None:
 
 
 class Watch:
-    """What is opened outside some folders and the libraries, or started, while the block runs."""
+    """Records, while a block runs, files opened outside some folders and the libraries, and everything SUSPICIOUS."""
 
     current: "Watch | None" = None
     installed = False
 
     def __init__(self, work: Path, folders: Sequence[str]):
-        """`folders`: those of `work` that may be read; a plan reads base and layers."""
+        """`folders` are the folders in `work` that may be read. For example, planning a graft reads base and layers."""
         self.seen: list[str] = []
         self.inside = tuple(f"{os.path.realpath(work / name)}{os.sep}" for name in folders)
         libraries = {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()}
@@ -225,45 +227,32 @@ class Watch:
                 self.seen.append(f"open {path}")
 
 
-_SYSTEM = (
-    "/proc/",
-    "/sys/devices/system/",
-    "/dev/null",
-    "/dev/urandom",
-    "/usr/lib/",
-    "/usr/share/",
-    "/etc/ld.so.cache",
-)
+_SYSTEM = ("/proc/", "/sys/devices/system/", "/dev/null", "/dev/urandom", "/usr/lib/", "/usr/share/")
+_SYSTEM += ("/etc/ld.so.cache",)
 
 
-def read_base(name: str) -> Callable[[Path], None]:
-    def read(work: Path) -> None:
-        from model_preparation.checkpoint.model_configs import read_config, read_generation_config
-        from model_preparation.hub.sources import resolve
-        from model_preparation.io.tensors.sharded_weights import TensorFiles
+def read_base(name: str, work: Path) -> None:
+    from model_preparation.checkpoint.model_configs import read_config, read_generation_config
+    from model_preparation.hub.sources import resolve
+    from model_preparation.io.tensors.sharded_weights import TensorFiles
 
-        folder = resolve(str(work / name)).folder
-        read_config(folder)
-        read_generation_config(folder)
-        files = TensorFiles(folder)
-        files.paths()
-        for tensor in files.ranges:
-            touch(files[tensor])
-            read_whole(files.ranges[tensor])
-
-    return read
+    folder = resolve(str(work / name)).folder
+    read_config(folder)
+    read_generation_config(folder)
+    files = TensorFiles(folder)
+    files.paths()
+    for tensor in files.ranges:
+        touch(files[tensor])
+        read_whole(files.ranges[tensor])
 
 
-def plan_with(name: str) -> Callable[[Path], None]:
-    def read(work: Path) -> None:
-        from model_preparation.checkpoint.check_graft import plan
-        from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
+def plan_with(name: str, work: Path) -> None:
+    from model_preparation.checkpoint.check_graft import plan
+    from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 
-        graft = plan(str(work / name), [1], work / "layers")
-        graft.describe()
-        load_tokenizer(graft.tokenizer)
-
-    return read
+    graft = plan(str(work / name), [1], work / "layers")
+    graft.describe()
+    load_tokenizer(graft.tokenizer)
 
 
 def read_layers(work: Path) -> None:
@@ -306,15 +295,15 @@ def verify(work: Path) -> None:
 
 
 SCENARIOS: dict[str, list[Callable[[Path], None]]] = {
-    "base": [read_base("base"), plan_with("base")],
-    "sharded": [read_base("sharded"), plan_with("sharded")],
-    "layers": [read_layers, plan_with("base")],
+    "base": [partial(read_base, "base"), partial(plan_with, "base")],
+    "sharded": [partial(read_base, "sharded"), partial(plan_with, "sharded")],
+    "layers": [read_layers, partial(plan_with, "base")],
     "checkpoint": [read_checkpoint, verify],
 }
 
 
 def make_models(work: Path) -> None:
-    """A base in one .bin and in safetensors shards, extracted layers, a checkpoint; and copies to mend them by."""
+    """Make a base (one .bin, and safetensors shards), extracted layers, a checkpoint, and copies to restore from."""
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,11 +1,12 @@
-"""Everything that needs a GPU, in one run that may be cut short: first whether it is right, then how fast it is.
+"""All checks and measurements that need a GPU, in one run: first whether results are right, then how fast they come.
 
-Each part is a process of its own with a time limit. After each, results.json and results.md in --output_dir have all
-that was measured, also by a part that was stopped. Weights are random, made on the device from a seed: no model is
-needed. What a part needs and is not installed is named in its row. On a CPU with --shape tiny it shows that it works.
+Each part is a separate process with a time limit. Each measured value is at once in results.json and results.md in
+--output_dir, so the run may be stopped at any time. Weights are random, made on the device from a seed: no model is
+needed. If a part needs a package that is not installed, its row names the package. --device cpu --shape tiny shows on a
+CPU that the script works.
 
-Questions are MMLU's, from --mmlu_data; without it, made-up ones of about the same length. They are cut into tokens by
-the pattern that splits Llama 3's words: no model's tokenizer is needed either.
+The questions are MMLU's, from --mmlu_data. Without this flag, made-up questions of about the same length are used. The
+regular expression that splits Llama 3's words cuts questions into tokens, so no model's tokenizer is needed either.
 
     python benchmarks/gpu.py --output_dir results --mmlu_data MMLU
     python benchmarks/gpu.py --output_dir results --shape tiny --device cpu
@@ -53,7 +54,7 @@ GRAFTS = {"tiny": [1, 3], "1b": [3, 6, 8, 10], "8b": [11, 13, 17, 21]}
 CONTEXTS = {"tiny": [64, 256], "1b": [1024, 8192, 32768], "8b": [1024, 8192, 32768]}
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "lm_eval", "flash-linear-attention", "triton")
 POPULATION, GENERATIONS, QUESTIONS = 40, 20, 1000  # of the genetic search whose cost is computed
-# What Llama 3's tokenizer splits a text into before it joins letters: nearly all common words are one token.
+# Llama 3's tokenizer first splits a text into these pieces. Nearly all common words are one token there.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 
 WARM_UP = 3  # steps before a CUDA graph is captured
@@ -62,7 +63,7 @@ Row = dict[str, Any]
 
 
 def row(what: str, value: float, unit: str, **more: Any) -> Row:
-    """One measured value. `at_most` or `at_least` is what it should be; `note` says more."""
+    """One measured value. `more` may have the limits `at_most` and `at_least`, and a `note`."""
     return {"what": what, "value": value, "unit": unit, **more}
 
 
@@ -70,7 +71,7 @@ def row(what: str, value: float, unit: str, **more: Any) -> Row:
 
 
 def configs(shape: str, layers: Sequence[int] = ()) -> tuple[LlamaConfig, LlambaConfig]:
-    """The donor's, and the Llamba's with these layers grafted."""
+    """The config of the donor, and the config of the Llamba with these layers grafted."""
     s = SHAPES[shape]
     donor = LlamaConfig(
         vocab_size=s["vocabulary"],
@@ -96,7 +97,7 @@ def configs(shape: str, layers: Sequence[int] = ()) -> tuple[LlamaConfig, Llamba
 
 
 def make(name: str, shape: str, device: str, dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
-    """The "base", a "graft", the graft of "all" layers, or the "donor" of a shape, its weights drawn on the device."""
+    """A model of a shape with random weights. `name`: "base", "graft", "all" (all layers grafted) or "donor"."""
     grafts = {"graft": GRAFTS[shape], "all": range(SHAPES[shape]["layers"])}
     donor, llamba = configs(shape, grafts.get(name, ()))
     with torch.device("meta"):
@@ -105,7 +106,7 @@ def make(name: str, shape: str, device: str, dtype: torch.dtype, seed: int = 0) 
     generator = torch.Generator(device).manual_seed(seed)
     for module in list(model.modules()):
         for child, rotary in module.named_children():
-            if isinstance(rotary, LlamaRotaryEmbedding):  # its buffers are computed, not drawn
+            if isinstance(rotary, LlamaRotaryEmbedding):  # its buffers are not random: compute them
                 setattr(module, child, LlamaRotaryEmbedding(rotary.config).to(device))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -137,7 +138,7 @@ def tokens(batch: int, length: int, model: torch.nn.Module, seed: int = 1) -> to
 
 
 def read(model: torch.nn.Module, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Run a prompt into the cache; the next token, (batch, 1)."""
+    """Run a prompt into the cache. Return the next token, (batch, 1)."""
     return model(ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1).logits.argmax(-1)
 
 
@@ -152,7 +153,7 @@ def wait(device: str) -> None:
 
 
 def seconds(device: str, run: Callable[[], object], repeats: int = 5) -> float:
-    """Median seconds of `run`, after one that is not counted."""
+    """Median seconds of `run`. The first call is not counted."""
     taken = []
     for _ in range(repeats + 1):
         wait(device)
@@ -164,28 +165,28 @@ def seconds(device: str, run: Callable[[], object], repeats: int = 5) -> float:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes per second that a large copy on the device moves, read and written."""
+    """Bytes per second that a large copy on the device moves: bytes read plus bytes written."""
     source = torch.empty(2**31 if device.startswith("cuda") else 2**27, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds(device, lambda: target.copy_(source))
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted."""
+    """Norm of (found - wanted), divided by the norm of `wanted`."""
     found, wanted = found.double().cpu(), wanted.double().cpu()
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
-# The parts, in order of worth.
+# The parts, the most important first.
 
 
 def part_tests(args: argparse.Namespace) -> Iterator[Row]:
-    """The project's own tests that need a GPU; on a CPU those of them that take either."""
+    """The project's own tests that need a GPU. On a CPU: the tests that run on either device."""
     if importlib.util.find_spec("pytest") is None:
         yield row("pytest is not installed", 0, "")
         return
     chosen = ["-m", "gpu"] if args.device.startswith("cuda") else ["-k", "on_cpu"]
-    # Other files import what may not be installed.
+    # pytest gets only these files, because others import packages that may not be installed.
     files = sorted(path for path in (REPOSITORY / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
     files += sorted(path for path in (REPOSITORY / "tests").rglob("test_*.py") if "on_device" in path.read_text())
     command = [sys.executable, "-m", "pytest", "-q", *chosen, "-p", "no:cacheprovider", *map(str, dict.fromkeys(files))]
@@ -199,7 +200,7 @@ def part_tests(args: argparse.Namespace) -> Iterator[Row]:
 
 @torch.no_grad()
 def part_correct(args: argparse.Namespace) -> Iterator[Row]:
-    """Logits and tokens against the CPU in float32, and every way to run a prompt against the plain one."""
+    """Logits and tokens against the CPU in float32, and each other way to run a prompt against the plain way."""
     lost = {}
     for name in ("donor", "base", "graft"):
         on_cpu = make(name, "tiny", "cpu", torch.float32)
@@ -254,7 +255,7 @@ def _ways_to_run(name: str, model: torch.nn.Module) -> Iterator[Row]:
 
 
 def _kernels(device: str) -> Iterator[Row]:
-    """Our scan in float32, and the optional kernel in bfloat16, against our scan in float64, forward and backward."""
+    """Our scan in float32 and the optional kernel in bfloat16, against our scan in float64: output and gradients."""
     generator = torch.Generator().manual_seed(0)
     x, B, C, decay = (torch.randn(2, 300, 4, width, generator=generator).bfloat16() for width in (64, 64, 64, 1))
     decay = -torch.nn.functional.softplus(decay.squeeze(-1).float())
@@ -280,7 +281,7 @@ def _kernels(device: str) -> Iterator[Row]:
 
 @torch.inference_mode()
 def part_decode(args: argparse.Namespace) -> Iterator[Row]:
-    """Prompts and single tokens of base, graft and donor, in bfloat16, and the share of the bandwidth's limit."""
+    """Speed of prompts and single tokens in base, graft and donor, in bfloat16; the share of the bandwidth limit."""
     bandwidth = copy_bandwidth(args.device)
     on_cuda = args.device.startswith("cuda")
     yield row("copy on the device", bandwidth / 1e9, "GB/s")
@@ -299,7 +300,7 @@ def part_decode(args: argparse.Namespace) -> Iterator[Row]:
                 needed = batch * context * _bytes_per_token(model)
                 cache = None
                 if on_cuda:
-                    torch.cuda.empty_cache()  # what is kept for later counts as used
+                    torch.cuda.empty_cache()  # or else mem_get_info counts torch's free blocks as used
                 if on_cuda and needed > 0.4 * torch.cuda.mem_get_info()[0]:
                     yield row(f"{name}, batch {batch}, context {context}: left out", needed / 1e9, "GB of K/V")
                     continue
@@ -317,7 +318,7 @@ def part_decode(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _token_rows(where: str, took: float, model: Any, cache: Any, bandwidth: float, **goal: float) -> Iterator[Row]:
-    head = model.get_input_embeddings().weight  # one row of it is read
+    head = model.get_input_embeddings().weight  # a step reads only one row of the embedding
     needed = sum(parameter.nbytes for parameter in model.parameters()) - head.nbytes + cache_bytes(cache)
     yield row(where, 1000 * took, "ms")
     yield row(f"{where}, share of the limit by bandwidth", needed / bandwidth / took, "", **goal)
@@ -333,8 +334,8 @@ def _bytes_per_token(model: torch.nn.Module) -> int:
 def part_compile(args: argparse.Namespace) -> Iterator[Row]:
     """A step through torch.compile, then as one CUDA graph: first whether the tokens are the same, then its time.
 
-    In a graph no kernel waits for Python. A graft's step is in none: its K/V are new tensors at each token. On a CPU
-    there is no graph, but the same code runs with the cache that a graph needs.
+    In a graph, no kernel waits for Python. A graft's step cannot be in a graph: its K/V are new tensors at each token.
+    On a CPU there is no graph, but the same code runs with the cache that a graph needs.
     """
     bandwidth = copy_bandwidth(args.device)
     graph = "in a CUDA graph" if args.device.startswith("cuda") else "fixed cache"
@@ -364,7 +365,7 @@ def part_compile(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _greedy(model: Any, fixed: bool, count: int = 16) -> torch.Tensor:
-    """The tokens after two prompts from the fourth on, (2, count); in a graph if the cache is fixed."""
+    """`count` greedy tokens, (2, count), that follow two prompts and the warm-up; in a graph if `fixed`."""
     ids = tokens(2, 64, model)
     cache = fixed_cache(model, 128) if fixed else cache_of(model)
     last = read(model, ids, cache)
@@ -383,13 +384,13 @@ def _greedy(model: Any, fixed: bool, count: int = 16) -> torch.Tensor:
 
 
 def fixed_cache(model: Any, longest: int) -> Any:
-    """A cache whose tensors stay where they are, as a CUDA graph needs them."""
+    """A cache whose tensors keep their places in memory, as a CUDA graph needs."""
     is_llama = isinstance(model, LlamaForCausalLM)
     return StaticCache(config=model.config, max_cache_len=longest) if is_llama else LlambaCache(model.config)
 
 
 def captured(model: Any, first: torch.Tensor, cache: Any) -> tuple[Callable[[], object], torch.Tensor]:
-    """A greedy step as a CUDA graph, and the token that it reads and writes. Without CUDA it is no graph."""
+    """A greedy step as a CUDA graph (without CUDA a plain function), and the token that it reads and overwrites."""
     last = first.clone()
 
     def step() -> None:
@@ -413,7 +414,7 @@ def captured(model: Any, first: torch.Tensor, cache: Any) -> tuple[Callable[[], 
 
 @contextmanager
 def compiled(backend: str) -> Iterator[None]:
-    """Within it, the parts of a layer that know no cache are compiled once, for all layers alike."""
+    """Inside the block, the parts of a layer that use no cache are compiled, once for all layers."""
     with ExitStack() as stack:
         for kind, method in ((LlambaMixer, "_mix"), (LlamaMLP, "forward"), (LlamaRMSNorm, "forward")):
             stack.enter_context(
@@ -424,7 +425,7 @@ def compiled(backend: str) -> Iterator[None]:
 
 @contextmanager
 def asked(args: argparse.Namespace) -> Iterator[tuple[Path, list[str], int, str]]:
-    """MMLU's folder, its tasks, questions of each, and what they are; what is not there is made up."""
+    """(folder, names of tasks, questions per task, "MMLU's" or "made up") of the questions to ask."""
     from model_preparation.evaluation.mmlu_questions import SUBJECTS
 
     subjects, limit = (12, 20) if args.shape != "tiny" else (2, 4)
@@ -451,7 +452,7 @@ def asked(args: argparse.Namespace) -> Iterator[tuple[Path, list[str], int, str]
 
 
 def word_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A token for each piece that Llama 3's tokenizer would split the questions into first."""
+    """A tokenizer with one token for each piece that WORDS cuts the questions into."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     from model_preparation.evaluation.mmlu_questions import read_split
@@ -462,7 +463,7 @@ def word_tokenizer(folder: Path, names: Sequence[str], vocabulary: int) -> PreTr
         for each in read_split(folder, name.removeprefix("mmlu_"), part):
             for text in (each["question"], *each["choices"]):
                 pieces |= dict.fromkeys(piece for piece, _ in split.pre_tokenize_str(" " + text))
-    # The first are the letters: each has an id of its own, whatever the size of the vocabulary.
+    # The four letters of the choices come first, so each has its own id, even in a small vocabulary.
     ids = {piece: 1 + (number if number < 4 else 4 + number % (vocabulary - 5)) for number, piece in enumerate(pieces)}
     words = Tokenizer(models.WordLevel({"<unk>": 0, **ids}, unk_token="<unk>"))
     words.pre_tokenizer = split
@@ -482,7 +483,7 @@ def question_set(lm: Any, folder: Path, names: Sequence[str], limit: int, shots:
 
 
 def answer_all(lm: Any, questions: Any) -> tuple[list[float], float]:
-    """The likelihoods of all choices, asked task by task, and the seconds that it took."""
+    """The log-likelihoods of all choices, asked task by task, and the seconds that this took."""
     wait(lm.device.type)
     started = time.perf_counter()
     answers = []
@@ -498,7 +499,7 @@ def choices(values: Sequence[float]) -> list[int]:
 
 @torch.inference_mode()
 def part_scores(args: argparse.Namespace) -> Iterator[Row]:
-    """Questions of MMLU per second, ours against lm-eval's own model."""
+    """Questions of MMLU per second: our code against lm-eval's own model."""
     if importlib.util.find_spec("lm_eval") is None:
         yield row("lm_eval is not installed", 0, "")
         return
@@ -528,7 +529,7 @@ def part_scores(args: argparse.Namespace) -> Iterator[Row]:
 
 @torch.inference_mode()
 def part_search(args: argparse.Namespace) -> Iterator[Row]:
-    """What a search's candidate costs, with what candidates share run once, and alone; and a genetic search's hours."""
+    """The cost of a search's candidate, with layers shared and alone; and the hours of a genetic search."""
     if importlib.util.find_spec("lm_eval") is None:
         yield row("lm_eval is not installed", 0, "")
         return
@@ -594,7 +595,7 @@ def part_search(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _graft_of(pair: Any, layers: Sequence[int], shape: str) -> LlambaForCausalLM:
-    """A graft made of the modules of both models."""
+    """A graft made from modules of both models, without copying weights."""
     with torch.device("meta"):
         model = LlambaForCausalLM(configs(shape, layers)[1])
     model.lm_head, whole = pair.model.lm_head, pair.model.backbone
@@ -605,7 +606,7 @@ def _graft_of(pair: Any, layers: Sequence[int], shape: str) -> LlambaForCausalLM
 
 
 def part_heal(args: argparse.Namespace) -> Iterator[Row]:
-    """One training step of a graft in bfloat16: LoRA on every layer, and the grafted layers alone; and its memory."""
+    """Speed and memory of a training step of a graft in bfloat16: the grafted layers alone, and LoRA on every layer."""
     length = 2048 if args.shape != "tiny" else 64
     for method in ("grafted layers", "LoRA"):
         if method == "LoRA" and importlib.util.find_spec("peft") is None:
@@ -639,7 +640,7 @@ def part_heal(args: argparse.Namespace) -> Iterator[Row]:
 
 @torch.no_grad()
 def part_load(args: argparse.Namespace) -> Iterator[Row]:
-    """A checkpoint from the disk to the device, against reading its file and copying the bytes."""
+    """Loading a checkpoint to the device, against reading its file and copying the bytes to the device."""
     from tokenizers import Tokenizer, models
 
     from model_preparation import build_checkpoint, extract_layers, load_checkpoint
@@ -694,7 +695,7 @@ def part_profile(args: argparse.Namespace) -> Iterator[Row]:
             yield row(f"{name}: {event.key[:60]}", 100 * share, "% of the time", note=f"{event.count} calls")
 
 
-# Name, seconds at the most on a GPU.
+# {name: (part, the most seconds that it may take on a GPU)}
 PARTS: dict[str, tuple[Callable[[argparse.Namespace], Iterator[Row]], int]] = {
     "tests": (part_tests, 110),
     "correct": (part_correct, 60),
@@ -716,8 +717,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.5, help="for all parts together")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--mmlu_data", type=Path, help="MMLU's folder; without it, questions are made up")
-    parser.add_argument("--compile", metavar="BACKEND", help="torch.compile's; by default inductor, on a CPU aot_eager")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in this process, a row a line
+    parser.add_argument("--compile", metavar="BACKEND", help="of torch.compile (default: inductor, on a CPU aot_eager)")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # run this part, print each row as JSON
     args = parser.parse_args()
     args.compile = args.compile or ("inductor" if args.device.startswith("cuda") else "aot_eager")
     if args.mmlu_data and not args.mmlu_data.is_dir():
@@ -731,7 +732,7 @@ def main() -> None:
         return
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"torch sees no CUDA device here. Try --shape tiny --device cpu; torch is {torch.__version__}")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the part, too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # run_part then stops the part
     results = {"machine": machine(args), "parts": {}}
     until = time.monotonic() + 60 * args.minutes
 
@@ -752,7 +753,7 @@ def main() -> None:
         f"{name}: {row['what']}" for name, part in results["parts"].items() for row in part["rows"] if not is_right(row)
     ]
     if failed:
-        sys.exit("Not as it should be:\n" + "\n".join(failed))
+        sys.exit("Failed, or beyond a limit:\n" + "\n".join(failed))
 
 
 def run_part(name: str, limit: float, part: dict[str, Any], save: Callable[[], None]) -> None:
@@ -769,7 +770,7 @@ def run_part(name: str, limit: float, part: dict[str, Any], save: Callable[[], N
     assert process.stdout
 
     def stop() -> None:
-        os.killpg(process.pid, signal.SIGKILL)  # the tests that it started, too
+        os.killpg(process.pid, signal.SIGKILL)  # also kills the tests that the part started
 
     timer = threading.Timer(limit, stop)
     timer.start()
@@ -784,7 +785,7 @@ def run_part(name: str, limit: float, part: dict[str, Any], save: Callable[[], N
                 part["seconds"] = time.monotonic() - started
                 save()
         code = process.wait()
-    finally:  # Ctrl-C does not reach it
+    finally:  # Ctrl-C does not reach the part, because it has its own process group
         was_stopped = not timer.is_alive()
         timer.cancel()
         if process.poll() is None:
@@ -809,7 +810,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    noted = REPOSITORY / ".whl" / "commit"  # by gpu_wheels.sh, for a copy that git does not know
+    noted = REPOSITORY / ".whl" / "commit"  # gpu_wheels.sh wrote it, for a copy without git's folder
     has_cuda = args.device.startswith("cuda")
     return {
         "device": torch.cuda.get_device_name() if has_cuda else platform.processor() or "cpu",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Collects into .whl/ what gpu.py needs and a GPU machine without a network may lack, for Python 3.12 on x86-64 Linux.
-# That machine is expected to have torch, transformers, accelerate, peft, pyarrow, pandas and pytest. benchmarks/README.md
-# has the command that installs them there. An argument names MMLU's folder, which is copied to .whl/mmlu.
+# Collects in .whl/ the packages that gpu.py needs on a GPU machine without a network (Python 3.12 on x86-64 Linux). The
+# GPU machine must already have torch, transformers, accelerate, peft, pyarrow, pandas and pytest. benchmarks/README.md
+# has the command that installs .whl/ there. An argument names MMLU's folder, which is copied to .whl/mmlu.
 set -euo pipefail
 mmlu=${1:+$(realpath -- "$1")}
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."

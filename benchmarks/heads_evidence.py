@@ -1,10 +1,10 @@
 """Heads or layers? Accuracy against bytes of keys and values, on a pair such as the embedded one.
 
-All single heads, all pairs of heads where there are few, and larger sets by a beam search; all sets of up to three
-layers. Every set is scored on some of the --choose questions, and the best of them on all. The figures are from others,
-made from another seed. Then what becomes of
-the mixer's heads beside the grafted ones: the same sets under several rules, and sets that were chosen under each rule.
-Prints tables; writes every figure into NAME.json and a plot into NAME.png.
+Candidates are all single heads, all pairs of heads if there are few, larger sets by a beam search, and all sets of up
+to three layers. Every set is scored on some of the --choose questions, and the best sets on all of them. The printed
+figures are of other questions, made from another seed. The part "rules" compares which channels of the mixer are
+switched off in a layer with grafted heads: the same sets under several rules, and sets chosen under one rule.
+Prints tables, and writes every figure into NAME.json and a plot into NAME.png.
 
     OMP_NUM_THREADS=1 python benchmarks/heads_evidence.py --output benchmarks/heads_evidence
     OMP_NUM_THREADS=1 python benchmarks/heads_evidence.py --donor DIR --base DIR --parts rules --output NAME
@@ -32,18 +32,18 @@ from model_preparation.llamba.cache_bytes import kv_bytes_per_token
 from model_preparation.llamba.donor_kinds import KINDS, picked_heads
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 
-PEOPLE = 16  # whom a question's text names
-CHOOSE_SEED, REPORT_SEED = 7, 8  # the questions of the package have another
-AT_ONCE = 250  # questions
-FEW = 300  # sets of one size that are all scored
-FIRST, BEST = 100, 16  # questions for every set; sets that are scored on all questions
+PEOPLE = 16  # number of people in a question's text
+CHOOSE_SEED, REPORT_SEED = 7, 8  # the package's own questions have another seed
+AT_ONCE = 250  # questions in a forward pass
+FEW = 300  # if a size has at most so many sets, all of them are scored
+FIRST, BEST = 100, 16  # questions for every set; number of sets that are scored on all questions
 MOST_LAYERS = 3
-WHOLE = "whole"  # in place of heads: the donor's layer
+WHOLE = "whole"  # in place of heads: the donor's whole layer
 
-# What a graft puts into each layer that it changes: some heads, or WHOLE.
+# ((layer, its grafted heads or WHOLE), ...) for each layer that the graft changes.
 Graft = tuple[tuple[int, tuple[int, ...] | str], ...]
 
-# Which channels of the mixer are switched off beside the grafted heads, of `total`.
+# {rule: which of the `total` equal shares of the mixer's channels to switch off in a layer with the grafted `heads`}
 RULES = {
     "same place off": lambda heads, total: heads,
     "mixer whole": lambda heads, total: [],
@@ -54,7 +54,7 @@ DEFAULT, KEPT, *_ = RULES
 
 
 class Pair:
-    """Base and donor in memory; any layer of any graft of them."""
+    """A base and a donor in memory. Makes any layer of any graft from them."""
 
     def __init__(self, donor: str, base: str):
         self.donor = AutoModelForCausalLM.from_pretrained(resolve(donor).folder).eval()
@@ -77,7 +77,7 @@ class Pair:
         return LlambaConfig.from_dict(fields)
 
     def kv_bytes(self, graft: Graft) -> int:
-        """What each token adds to the cache."""
+        """Bytes that each token adds to the cache."""
         whole = sum(what == WHOLE for _, what in graft)
         return kv_bytes_per_token(self.config(graft), whole, torch.float32) if graft else 0
 
@@ -114,7 +114,7 @@ class Pair:
 
 
 class Questions:
-    """Questions with one word as the answer, and what grafts say."""
+    """Questions with one word as the answer, and the answers of the grafts so far."""
 
     def __init__(self, pair: Pair, asked: Sequence[recall.Question]):
         self.pair, self.asked = pair, asked
@@ -139,7 +139,7 @@ class Questions:
             self.known[graft, rule] = right, scores.gather(1, word)[:, 0].double().numpy()
 
     def _walk(self, grafts: list[Graft], index: int, hidden: Tensor, rule: str, parts: Mapping) -> None:
-        """Run `grafts`, which are alike before layer `index`, from there on."""
+        """Run `grafts` from layer `index` on. All of them have the same layers before this one."""
         if index == self.pair.layers:
             scores = self.pair.base.lm_head(self.pair.base.backbone.final_layernorm(hidden[:, -1])).log_softmax(-1)
             for graft in grafts:
@@ -157,11 +157,11 @@ class Questions:
 
     @functools.cached_property
     def first(self) -> "Questions":
-        """The first of these, for every set."""
+        """The first FIRST questions, on which every set is scored."""
         return self if len(self.asked) <= FIRST else Questions(self.pair, self.asked[:FIRST])
 
     def ranked(self, grafts: Iterable[Graft], rule: str = DEFAULT) -> list[Graft]:
-        """The best, the best one first: by accuracy, then by the log-likelihood of the right words."""
+        """The best grafts, sorted: the highest accuracy first, then the highest log-likelihood of the right words."""
         best = list(dict.fromkeys(grafts))
         for questions in (self.first, self):
             questions.ask(best, rule)
@@ -169,15 +169,16 @@ class Questions:
             best = sorted(best, key=lambda graft: tuple(each.mean() for each in scores[graft]), reverse=True)[:BEST]
         return best
 
-    def difference(self, one: Graft, other: Graft) -> tuple[float, float]:
-        """(accuracy of one minus that of the other, its standard error), question by question."""
-        self.ask([one, other])
-        each = self.known[one, DEFAULT][0].astype(float) - self.known[other, DEFAULT][0]
+    def difference(self, one: tuple[Graft, str], other: tuple[Graft, str]) -> tuple[float, float]:
+        """(accuracy of `one` minus accuracy of `other`, standard error), paired by question. Both are (graft, rule)."""
+        for graft, rule in (one, other):
+            self.ask([graft], rule)
+        each = self.known[one][0].astype(float) - self.known[other][0]
         return float(each.mean()), float(each.std(ddof=1) / math.sqrt(len(each)))
 
 
 def of_heads(heads: Iterable[tuple[int, int]]) -> Graft:
-    """The graft of single heads, each (layer, head)."""
+    """The graft of single heads, each given as (layer, head)."""
     found: dict[int, list[int]] = {}
     for layer, head in sorted(heads):
         found.setdefault(layer, []).append(head)
@@ -189,12 +190,12 @@ def heads_in(graft: Graft) -> set[tuple[int, int]]:
 
 
 def name_of(graft: Graft) -> str:
-    """As --layers and --heads have it."""
+    """The graft in the form of --layers and --heads, such as "10" or "4:1 10:1"."""
     return " ".join(str(layer) if what == WHOLE else f"{layer}:{','.join(map(str, what))}" for layer, what in graft)
 
 
 def beam(questions: Questions, width: int, most: int, rule: str = DEFAULT) -> list[Graft]:
-    """The best set of each size from 1 to `most`. All sets of a size are scored where they are few."""
+    """The best set of heads of each size from 1 to `most`. If a size has few sets, all of them are scored."""
     pair = questions.pair
     every = [(layer, head) for layer in range(pair.layers) for head in range(pair.heads)]
     kept: list[Graft] = [()]
@@ -216,7 +217,7 @@ def beam(questions: Questions, width: int, most: int, rule: str = DEFAULT) -> li
 
 
 def best_layers(questions: Questions) -> list[Graft]:
-    """The best set of each size; all are scored."""
+    """The best set of layers of each size. All sets are scored."""
     found = []
     for size in range(1, MOST_LAYERS + 1):
         sets = [
@@ -237,7 +238,7 @@ def main() -> None:
     parser.add_argument("--max_heads", type=int, default=6, metavar="N")
     parser.add_argument("--beam_width", type=int, default=2, metavar="N")
     parser.add_argument("--parts", nargs="+", choices=("sets", "rules"), default=["sets", "rules"])
-    parser.add_argument("--output", type=Path, required=True, metavar="NAME", help="of NAME.json and NAME.png")
+    parser.add_argument("--output", type=Path, required=True, metavar="NAME", help="write NAME.json and NAME.png")
     args = parser.parse_args()
     torch.set_num_threads(1)
     pair = Pair(args.donor, args.base)
@@ -265,7 +266,7 @@ def main() -> None:
 
 
 def compare_sets(found: dict, chosen_on: Questions, reported_on: Questions, args) -> None:
-    """Heads against layers."""
+    """Print and note the best sets of heads and of layers, and the differences between them."""
     pair = chosen_on.pair
     by_beam = beam(chosen_on, args.beam_width, args.max_heads) if args.beam_width > 1 else []
     greedy = beam(chosen_on, 1, args.max_heads)
@@ -281,32 +282,23 @@ def compare_sets(found: dict, chosen_on: Questions, reported_on: Questions, args
     found["best sets"] = rows
     heads = by_beam or greedy
     found["heads minus layers"] = [
-        {
-            "heads": name_of(one),
-            "layers": name_of(other),
-            **dict(zip(("difference", "standard error"), paired, strict=True)),
-        }
+        {"heads": name_of(one), "layers": name_of(other), "difference": difference, "standard error": error}
         for one in heads
         for other in layers[:2]
-        for paired in [reported_on.difference(one, other)]
+        for difference, error in [reported_on.difference((one, DEFAULT), (other, DEFAULT))]
     ]
     found["all sets"] = {
         name_of(graft): [pair.kv_bytes(graft), round(float(right.mean()), 4)]
         for (graft, _), (right, _) in chosen_on.first.known.items()
         if any(what == WHOLE for _, what in graft) or len(heads_in(graft)) <= 2
     }
-    print(table(tuple(rows[0]), [tuple(as_text(value) for value in row.values()) for row in rows]))
-    print(
-        table(
-            ("heads", "layers", "difference", "error"),
-            [tuple(map(as_text, row.values())) for row in found["heads minus layers"]],
-        )
-    )
+    print_table(rows)
+    print_table(found["heads minus layers"])
     draw(found, args.output.with_suffix(".png"))
 
 
 def compare_rules(found: dict, chosen_on: Questions, reported_on: Questions, most: int) -> None:
-    """What becomes of the mixer: of one list of sets under each rule, then of sets chosen under the rule."""
+    """Print and note the accuracies of one list of sets under each rule, and of sets chosen with the mixer whole."""
     greedy = beam(chosen_on, 1, most)
     own = {DEFAULT: greedy, KEPT: beam(chosen_on, 1, most, KEPT)}
     rows = []
@@ -314,19 +306,19 @@ def compare_rules(found: dict, chosen_on: Questions, reported_on: Questions, mos
         row: dict = {"heads": size, "graft": name_of(graft)}
         row |= {rule: reported_on.accuracy(graft, rule) for rule in RULES}
         row[f"{KEPT}, sets chosen so"] = reported_on.accuracy(own[KEPT][size - 1], KEPT)
-        each = reported_on.known[graft, DEFAULT][0].astype(float) - reported_on.known[graft, KEPT][0]
-        row["off minus whole"], row["standard error"] = each.mean(), each.std(ddof=1) / math.sqrt(len(each))
+        row["off minus whole"], row["standard error"] = reported_on.difference((graft, DEFAULT), (graft, KEPT))
         rows.append(row)
     found["rules"] = rows
-    print(table(tuple(rows[0]), [tuple(as_text(value) for value in row.values()) for row in rows]))
+    print_table(rows)
 
 
-def as_text(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def print_table(rows: Sequence[dict]) -> None:
+    texts = [tuple(f"{each:.3f}" if isinstance(each, float) else str(each) for each in row.values()) for row in rows]
+    print(table(tuple(rows[0]), texts))
 
 
 def draw(found: dict, path: Path) -> None:
-    """Every set that was scored as a dot, and the best of each size, on the other questions, as a line."""
+    """Draw a dot for every scored set, and a line through the best set of each size on the other questions."""
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.subplots()
     colours = {"layers": "#cc6677", "heads": "#4477aa"}

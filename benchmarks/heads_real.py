@@ -1,7 +1,8 @@
-"""Heads that a search chose against whole layers of as many key/value bytes, on documents that chose neither.
+"""Heads that a search chose, against whole layers with as many key/value bytes, on documents that no search used.
 
-The first `--chosen_on` documents of the task chose them. The others are scored here: minus the loss per token
-of the right answer, and the paired difference to the best layers with its 95% confidence interval.
+The searches chose heads and layers on the first `--chosen_on` documents of the task. This script scores the next
+documents: minus the loss per token of the right answer, and the paired difference from the best layers with its 95%
+confidence interval.
 """
 
 import argparse
@@ -25,10 +26,10 @@ def main() -> None:
     parser.add_argument(
         "--heads", type=Path, nargs="+", required=True, help="search_result.json of searches over heads"
     )
-    parser.add_argument("--layers", type=Path, nargs="+", required=True, help="of searches over layers")
-    parser.add_argument("--chosen_on", type=int, required=True, help="--limit of those searches")
-    parser.add_argument("--documents", type=int, required=True, help="how many to score here, after those")
-    parser.add_argument("--folder", type=Path, required=True, help="for hidden states that memory does not hold")
+    parser.add_argument("--layers", type=Path, nargs="+", required=True, help="the same of searches over layers")
+    parser.add_argument("--chosen_on", type=int, required=True, help="the --limit of these searches")
+    parser.add_argument("--documents", type=int, required=True, help="how many documents to score after these")
+    parser.add_argument("--folder", type=Path, required=True, help="for hidden states that do not fit into memory")
     args = parser.parse_args()
     best = {unit: best_by_bytes(getattr(args, unit), unit) for unit in (LAYERS, HEADS)}
     found = json.loads(args.heads[0].read_text())
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def best_by_bytes(results: list[Path], unit: str) -> dict[int, list[Any]]:
-    """By K/V bytes per token, the best set that takes no more, as the searches scored it."""
+    """{K/V bytes per token: the set with the best score in the searches among sets with at most so many bytes}."""
     rows = [row for path in results for row in json.loads(path.read_text())["final_results"]]
     return {
         size: max((row for row in rows if row["kv_bytes_per_token"] <= size), key=lambda row: row["fitness"])[unit]
@@ -70,7 +71,7 @@ def best_by_bytes(results: list[Path], unit: str) -> dict[int, list[Any]]:
 
 
 def held_out(settings: SearchSettings, unit: str, sets: list[list[Any]], chosen_on: int) -> dict[tuple, np.ndarray]:
-    """By set, and for the base by (), minus the loss per token of each document after the first `chosen_on`."""
+    """{set: minus the loss per token of each document after the first `chosen_on`}. The base has the key ()."""
     setup = ScoringSetup(dataclasses.replace(settings, unit=unit))
     scorer = SharedScorer(setup)
     results: dict[tuple[Any, ...], Any] = {(): scorer.base()}

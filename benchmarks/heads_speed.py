@@ -1,9 +1,10 @@
-"""What a layer with grafted heads costs: beside the base's own layer and the donor's whole layer, in one run.
+"""The time of a layer with grafted heads, against the base's own layer and the donor's whole layer, in one run.
 
-Random weights in the shape of SmolLM2-135M or of Llama-3.1-8B. It decodes one token after CONTEXT others, whose states,
-keys and values are random, and reads a text of --prefill tokens. Every variant has its turn in each round; the figures
-are medians of the process's CPU time, so other programs disturb them less. What all heads cost more than the base's
-layer is the attention's cost. A layer with some of the heads should cost their share of it, and of its K/V heads.
+Weights are random, in the shape of SmolLM2-135M or of Llama-3.1-8B. Each layer decodes one token after CONTEXT other
+tokens, with random states, keys and values. It also reads a text of --prefill tokens. Every variant has its turn in
+each round. The figures are medians of processor time, so other programs disturb them less. The attention's cost is the
+cost of a layer with all heads, minus the cost of the base's layer. The goal for a layer with some heads is the cost of
+the base's layer, plus these heads' share of the attention's cost.
 
     OMP_NUM_THREADS=1 python benchmarks/heads_speed.py --shape smollm2
     OMP_NUM_THREADS=1 python benchmarks/heads_speed.py --shape 8b --dtype bfloat16 --prefill 128
@@ -56,7 +57,7 @@ class Variant:
         kind = KINDS["llama"].transformers_class
         layer = kind("DecoderLayer")(own, 0) if whole else LlambaDecoderLayer(config, 0, own)
         self.module = layer.to(dtype).eval()
-        rotary = kind("RotaryEmbedding")(donor)  # which a model computes once for all layers
+        rotary = kind("RotaryEmbedding")(donor)  # a model computes these embeddings once for all layers
         self.positions = functools.cache(
             lambda start, end: rotary(torch.empty(0, dtype=dtype), torch.arange(start, end)[None])
         )
@@ -73,7 +74,7 @@ class Variant:
         return self.module(hidden, cache=cache, of_heads=of_heads if self.heads else None)
 
     def cache_of(self, context: int) -> LlambaCache:
-        """Of as many tokens; all but the first two are random."""
+        """A cache of `context` tokens, with random keys and values. Two real tokens make the states."""
         cache = LlambaCache(self.config)
         self.run(torch.randn(1, 2, self.config.d_model, dtype=self.dtype), 0, cache)
         layer = cache.layers[0]
@@ -90,7 +91,7 @@ class Variant:
 
 
 def heads_of(donor: LlamaConfig) -> dict[str, list[int]]:
-    """Heads of as many groups as there are, which keeps most K/V; some of fewer groups; and all, as the last."""
+    """{name: heads}: one head in each of 1, 2 or all groups; more heads in two groups; all heads as the last entry."""
     total, groups = donor.num_attention_heads, donor.num_key_value_heads
     size = total // groups
     found = {f"{count} heads": [index * size for index in range(count)] for count in (1, 2, groups)}
@@ -101,7 +102,7 @@ def heads_of(donor: LlamaConfig) -> dict[str, list[int]]:
 def measure(
     variants: dict[str, Variant], turn: Callable[[Variant], Callable[[], None]], rounds: int, steps: int
 ) -> None:
-    """Fill `seconds`: per round, of one step."""
+    """Fill each variant's `seconds` with the processor time of one step, once per round."""
     steps_of = {name: turn(variant) for name, variant in variants.items()}
     for name, variant in variants.items():
         variant.seconds.clear()

@@ -1,10 +1,10 @@
-"""Healing on conversations that the donor wrote, against healing on plain text that it wrote, for as many steps.
+"""Healing on conversations that the donor wrote, against healing on plain text that the donor wrote, for as many steps.
 
-A grafted checkpoint is healed twice towards the donor, with every setting the same but --data: sequences of packed
-conversations, or as many blocks of text. With --no_teacher the aim is the text itself. Both are then scored on
-conversations from another seed, which nothing was chosen by: the loss on the answers, paired by conversation.
-kv-retrieval is compared before and after, and both answer a question. Results that exist are used again. The same
-command continues a healing that was stopped.
+A grafted checkpoint is healed twice with the donor as teacher. Only --data differs: packed conversations, or about as
+many tokens of text. With --no_teacher, the checkpoints learn from the tokens alone. Both results are then scored on
+conversations from another seed, which no choice used: the loss on the answers, paired by conversation. The script also
+compares kv-retrieval before and after healing, and lets each checkpoint answer a question. Existing results are used
+again. The same command continues a healing that was stopped.
 
     python benchmarks/heal_conversations.py --donor DONOR --base BASE --llama_layers_dir LAYERS --folder FOLDER
 """
@@ -50,7 +50,9 @@ def main() -> None:
         ("lengths", 256),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
-    parser.add_argument("--no_teacher", action="store_true", help="learn the text, not what the donor expects in it")
+    parser.add_argument(
+        "--no_teacher", action="store_true", help="learn from the text, not from the donor's predictions"
+    )
     parser.add_argument("--questions", type=int, default=50, metavar="N", help="of kv-retrieval (default: 50)")
     args = parser.parse_args()
 
@@ -63,7 +65,7 @@ def main() -> None:
     train, test = (load_sequences(str(written[seed]), tokenizer, settings, print) for seed in (TRAIN_SEED, TEST_SEED))
     (args.folder / "text").mkdir(exist_ok=True)
     sampler = SelfSampler(args.donor, read_config(args.donor), "cpu")
-    for number in range(-(-train.size // 16_384)):  # a file of text has as many tokens
+    for number in range(-(-train.size // 16_384)):  # a file of text has 16,384 tokens
         write_text(args.donor, sampler, args.folder / "text" / f"{number}.jsonl", TEXT_SEED + number)
     del sampler
 
@@ -109,7 +111,7 @@ def run(command: str, flags: dict, *more: str | None) -> None:
 
 @torch.inference_mode()
 def losses_of_answers(model, test) -> torch.Tensor:
-    """Nats per token of the answer in each conversation, (conversations,) float32."""
+    """The loss on the answers of each conversation, in nats per token: (conversations,) float32."""
     found = []
     for item in (test[index] for index in range(len(test))):
         logits = model(item["input_ids"][None]).logits[0, :-1].float()

@@ -1,20 +1,16 @@
-"""Peak memory of healing steps: whole sequences against segments, and a teacher in memory against one on the disk.
+"""Peak memory of a healing step: whole sequences against segments, and a teacher in memory against a teacher's cache.
 
     python benchmarks/heal_memory.py --base tiny_llamba --donor tiny_llama --layers 4 10 --length 4096 --segment 512
 
-A process for each run, one step each; what loading and saving take is in every figure. "none" trains nothing of the
-text but its first tokens: it is what the model, its gradients and its optimizer take.
+Each run is a separate process with one step. Every figure includes loading and saving. The run "none" trains on only 8
+tokens of the text. Its figure is the memory of the model, its gradients and its optimizer.
 """
 
 import argparse
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1] / "model_preparation"
-sys.path.insert(0, str(PACKAGE.parent))
+from measuring import PACKAGE, timed
 
 
 def main() -> None:
@@ -50,24 +46,16 @@ def main() -> None:
             }.items()
         ):
             found[name] = run([*heal, *more, "--output_dir", folder / str(number)])
-            print(f"{name:24} {found[name] / 1e6:8.0f} MB", flush=True)
+            print(f"{name:24} {1000 * found[name]:8.0f} MB", flush=True)
     above = [found[name] - found["none"] for name in ("whole", "segments")]
     print(f"Above none, segments of {args.segment} take 1 / {above[0] / above[1]:.1f} of {args.length} at once.")
     saved = found["teacher in memory"] - found["teacher on the disk"]
-    print(f"Without the teacher in memory: {saved / 1e6:.0f} MB less, {saved / found['teacher in memory']:.0%}.")
+    print(f"Without the teacher in memory: {1000 * saved:.0f} MB less, {saved / found['teacher in memory']:.0%}.")
 
 
-def run(arguments: list) -> int:
-    """Run a command of the package; its peak resident bytes."""
-    process = subprocess.Popen(
-        [sys.executable, PACKAGE / arguments[0], *map(str, arguments[1:])],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(process.stderr.read().decode() if process.stderr else "failed")
-    return usage.ru_maxrss * 1024
+def run(arguments: list) -> float:
+    """Run a command of the package. Return its peak resident memory in GB."""
+    return timed([PACKAGE / arguments[0], *arguments[1:]])[1]
 
 
 if __name__ == "__main__":

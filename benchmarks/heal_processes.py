@@ -1,5 +1,6 @@
-"""Heals by two processes, and by two, then one, then two again: what the change does to the held-out loss, and what
-another seed of data order and dropout does.
+"""Whether another number of processes changes the held-out loss of healing: two all the time, against two, one, two.
+
+The change is compared with the standard deviation over seeds of data order and dropout.
 
     python benchmarks/heal_processes.py --seeds 10
 """
@@ -18,7 +19,9 @@ STEPS = 12
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10, metavar="N", help="of runs, two each (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, default=10, metavar="N", help="seeds, two runs for each (default: %(default)s)"
+    )
     args = parser.parse_args()
 
     from model_preparation import build_checkpoint, extract_layers
@@ -54,7 +57,7 @@ def main() -> None:
         f"2 processes: {statistics.mean(straight):.4f}, standard deviation over seeds {statistics.stdev(straight):.4f}"
     )
     spread = statistics.stdev(changes)
-    print(f"2, 1, 2 instead: {statistics.mean(changes):+.4f}, standard deviation over seeds {spread:.4f}")
+    print(f"change by 2, 1, 2: {statistics.mean(changes):+.4f}, standard deviation over seeds {spread:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Heals a real model on text that its donor wrote: SmolLM2-135M, a few of its layers grafted into a Llamba base.
+"""Heals a real model on text that its donor wrote: a Llamba base with a few layers of SmolLM2-135M.
 
 Donor, base and layers come from scripts/make_smollm2_donor.py, distill_llamba_base.py (or init_llamba_base.py) and
-extract_layers.py. Training text and the text of the last table are drawn from different seeds; no setting, and not the
-choice of the best step, saw the latter. What is there already, text and checkpoint, is used again; the healing itself
-is stopped and resumed like any other.
+extract_layers.py. The donor writes the training text and the test text from different seeds. The losses in the last
+table are of the test text, which neither a setting nor the choice of the best step used. Existing text and an existing
+grafted checkpoint are used again. If the healing is stopped, the same command resumes it.
 
     python benchmarks/heal_real.py --donor DONOR --base BASE --llama_layers_dir LAYERS --folder FOLDER
 """
@@ -28,7 +28,7 @@ from model_preparation.io.untrusted.untrusted_tokenizer import load_tokenizer
 from model_preparation.train.distill.self_sampling import SelfSampler
 
 COMMAND = Path(__file__).resolve().parents[1] / "model_preparation" / "heal_checkpoint.py"
-SEQUENCES, TOKENS = 64, 256  # of a file of text
+SEQUENCES, TOKENS = 64, 256  # sequences in a file of text, and tokens in a sequence
 TRAIN_SEED, TEST_SEED = 2_000_000, 3_000_000
 RUN = {"method": "full", "teacher": "donor", "block_size": 128, "batch_size": 4, "learning_rate": 3e-4}
 RUN |= {"precision": "bfloat16", "warmup": 0.1, "eval_interval": 20, "save_total_limit": 1, "logging_steps": 5}
@@ -39,8 +39,10 @@ def main() -> None:
     for name in ("--donor", "--base", "--llama_layers_dir", "--folder"):
         parser.add_argument(name, type=Path, required=True, metavar="DIR")
     parser.add_argument("--layers", type=int, nargs="+", default=[20, 23, 24, 28], metavar="N", help="to graft")
-    parser.add_argument("--files", type=int, default=3, metavar="N", help="of text, 16,384 tokens each (default: 3)")
-    parser.add_argument("--max_steps", type=int, default=220, metavar="N", help="of healing (default: 220)")
+    parser.add_argument(
+        "--files", type=int, default=3, metavar="N", help="of text, with 16,384 tokens each (default: 3)"
+    )
+    parser.add_argument("--max_steps", type=int, default=220, metavar="N", help="steps of healing (default: 220)")
     args = parser.parse_args()
 
     started = time.perf_counter()
@@ -61,7 +63,7 @@ def main() -> None:
     subprocess.run(list(map(str, command)), check=True)
     print(f"Text and healing: {time.perf_counter() - started:.0f} s", flush=True)
 
-    print(f"| | loss on {test.numel():,} tokens of the donor's that nothing was chosen by | standard error |")
+    print(f"| | loss on {test.numel():,} tokens that the donor wrote and no choice used | standard error |")
     print("|---|---|---|")
     for name, model in (
         ("base", AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)),
@@ -75,13 +77,13 @@ def main() -> None:
 
 @torch.inference_mode()
 def losses_of(model, tokens: torch.Tensor) -> torch.Tensor:
-    """Nats per token of each of (sequences, length) tokens, by itself; returns (sequences,) float32."""
+    """The loss of each of (sequences, length) tokens, in nats per token: (sequences,) float32."""
     logits = (model(row[None]).logits[0, :-1].float() for row in tokens)
     return torch.stack([F.cross_entropy(given, row[1:]) for given, row in zip(logits, tokens, strict=True)])
 
 
 def write_text(donor: Path, sampler: SelfSampler, path: Path, seed: int) -> None:
-    """Let the donor write from nothing into a file of JSON lines; one that is there is kept."""
+    """Let the donor write text without a prompt into a file of JSON lines. An existing file is kept."""
     if not path.exists():
         ids = sampler.draw(SEQUENCES, TOKENS, seed, lambda tokens: None)
         texts = load_tokenizer(donor).batch_decode(ids[:, 1:], skip_special_tokens=True)

@@ -1,7 +1,7 @@
-"""Kills healing runs at random moments, lets each go on to its end, and compares it with one that nobody touched.
+"""Kills healing runs at random moments, continues each to its end, and compares it with a run without interruption.
 
-Weights, optimizer, scheduler, random states and loss log have to be the same, bit by bit, with data order, dropout and
-gradient accumulation in play. Exit code 1 if anything ever differs.
+Weights, optimizer, scheduler, random states and loss log must be the same to the bit. The runs use shuffled data,
+dropout and gradient accumulation. The exit code is 1 if anything differs in any run.
 
     python benchmarks/heal_resume.py --kills 50
     python benchmarks/heal_resume.py --kills 50 --method lora
@@ -22,9 +22,9 @@ STEPS = 12
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--method", default="full", help="of heal_checkpoint.py (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=50, metavar="N", help="number of kills (default: %(default)s)")
+    parser.add_argument("--method", default="full", help="as for heal_checkpoint.py (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: %(default)s)")
     args = parser.parse_args()
 
     from model_preparation import build_checkpoint, extract_layers

@@ -1,8 +1,9 @@
-"""A 4-layer graft in --format hf, beside one of the same base, against loading, replacing and save_pretrained.
+"""Building a graft of 4 layers in --format hf, against loading the base, replacing layers, and save_pretrained.
 
-Prints seconds, bytes written, peak resident memory and ratios, medians over --runs. Models as in
-build_speed.py; each run is a process of its own, imports included, and all that is written is synced. The build that
-fills the store with the base's shards is timed once and printed apart.
+Another checkpoint of the same base is built first, in the same folder. This first build fills the store with the base's
+shards, and is timed once. Prints seconds, bytes written, peak resident memory and ratios, medians over --runs. The
+models are those of build_speed.py. Each run is a separate process, its time includes imports, and all written files are
+synced.
 
     python benchmarks/hf_format_speed.py --folder /mnt/scratch --shape 1b
 """
@@ -25,7 +26,7 @@ AutoTokenizer.from_pretrained(base).save_pretrained(out)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where to work: the disk that is measured")
+    parser.add_argument("--folder", type=Path, required=True, help="where to work, on the disk to measure")
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--no_naive", action="store_true", help="leave out save_pretrained, which takes memory")
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def written_gb() -> float:
-    """What the processes run so far have written to disks, as Linux counts it."""
+    """GB that all ended child processes have written to disks, as Linux counts them."""
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_oublock * 512 / 1e9
 
 

@@ -1,7 +1,7 @@
 """load_checkpoint against torch.load of model.pt, on the CPU, both with a cold page cache.
 
-Prints, medians over --runs, seconds of the call itself and with imports, and how much private memory the process has
-after it. A folder to load is made by create_replaced_model_checkpoint.py.
+Prints medians over --runs: seconds of the call, seconds with imports, and the private memory that the call adds.
+create_replaced_model_checkpoint.py makes a checkpoint to load.
 
     python benchmarks/load_speed.py --checkpoint /mnt/scratch/out
 """

@@ -1,4 +1,4 @@
-"""Timing commands from outside, for the benchmarks beside this file: a process each, imports included."""
+"""Times commands for the other benchmarks. Each command is a separate process, so its time includes imports."""
 
 import os
 import shutil
@@ -12,21 +12,25 @@ PACKAGE = Path(__file__).resolve().parents[1] / "model_preparation"
 
 
 def timed(arguments: list, sync: Path | None = None) -> tuple[float, float]:
-    """Run Python with `arguments`; (seconds until all in the folder `sync` is on the disk, peak resident GB)."""
+    """Run Python with `arguments`. Return (seconds, peak resident GB). The time includes syncing the folder `sync`."""
     started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    peak = peak_gb([sys.executable, *arguments])
+    if sync is not None:
+        sync_folder(sync)
+    return time.perf_counter() - started, peak
+
+
+def peak_gb(command: list) -> float:
+    """Run a command. Return its peak resident memory in GB."""
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(process.stderr.read().decode() if process.stderr else "failed")
-    if sync is not None:
-        sync_folder(sync)
-    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9
+    return usage.ru_maxrss * 1024 / 1e9
 
 
 def timed_copies(paths: Iterable[Path], target: Path, *, warm: bool) -> float:
-    """Seconds that `cp` and fsync take for the files, one after the other; each copy is removed before the next."""
+    """Seconds that `cp` and fsync take for the files, one after the other. Each copy is removed before the next one."""
     seconds = 0.0
     for path in paths:
         (read_once if warm else forget)([path])
@@ -41,7 +45,7 @@ def timed_copies(paths: Iterable[Path], target: Path, *, warm: bool) -> float:
 
 
 def timed_raw(sizes: Iterable[int], target: Path) -> float:
-    """Seconds that `dd` takes to write as many zeros directly to the disk, all files at once, and sync them."""
+    """Seconds that `dd` takes to write files of these sizes past the page cache, all at once, and to sync them."""
     started = time.perf_counter()
     writers = []
     for number, size_bytes in enumerate(sizes):
@@ -57,14 +61,14 @@ def timed_raw(sizes: Iterable[int], target: Path) -> float:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, if it is there, and let the disk come to rest."""
+    """Remove a folder if it exists, and wait until the disk has nothing left to do."""
     if folder.exists():
         shutil.rmtree(folder)
         settle()
 
 
 def settle() -> None:
-    """Wait until what was written is on the disk, and what was removed is off it: either slows what comes next."""
+    """Wait until written files are on the disk and removed files are freed. Either would slow the next measurement."""
     os.sync()
     time.sleep(3)
 
@@ -78,7 +82,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_once(paths: Iterable[Path]) -> None:
-    """Have the page cache hold the files, as far as there is memory."""
+    """Put the files into the page cache, as far as memory holds them."""
     for path in paths:
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 22):
@@ -86,7 +90,7 @@ def read_once(paths: Iterable[Path]) -> None:
 
 
 def forget(paths: Iterable[Path]) -> None:
-    """Have the page cache let go of the files."""
+    """Drop the files from the page cache."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

@@ -1,10 +1,10 @@
-"""LlambaMixer on a CPU against transformers' Mamba2Mixer, a Llama layer, and its own two projections.
+"""The speed of LlambaMixer on a CPU, against transformers' Mamba2Mixer, a Llama layer, and its own two projections.
 
-All sides of one size have the same width, heads of 64, state size 64 and MLP, random weights, no gradients; they run in
-turns in one process, and what is compared is the medians. Mamba2Mixer runs its PyTorch path, with as many groups as
-heads and no activation after the convolution, as a Llamba: both projections and the convolution have the same shapes.
-The projections alone (in_proj, then out_proj) are the floor. A Llama layer is compared with the whole block, mixer and
-MLP. A decode step is one token for each row of the batch after 128, from a cache.
+All sides of one size have the same width, heads of 64, state size 64 and MLP, random weights, no gradients. They run in
+turns in one process, and their medians are compared. Mamba2Mixer runs its PyTorch path, with as many groups as heads
+and no activation after the convolution. So both projections and the convolution have the same shapes as in a Llamba.
+The projections alone (in_proj, then out_proj) are the floor. A Llama layer is compared with the whole block (mixer and
+MLP). A decode step is one token for each row of the batch, from a cache of 128 tokens.
 
     OMP_NUM_THREADS=1 python benchmarks/mixer_speed.py
     python benchmarks/mixer_speed.py --threads 2 --dtypes bfloat16
@@ -31,10 +31,10 @@ from model_preparation.llamba.cache_llamba import LlambaCache
 from model_preparation.llamba.modeling_llamba import LlambaDecoderLayer
 
 HEAD_DIM = STATE = 64
-CHUNK = 128  # Llamba's; with its own default of 256 Mamba2Mixer would compute short sequences twice
+CHUNK = 128  # Llamba's. With Mamba2Mixer's default of 256, it would compute twice as much for 128 tokens
 PROMPT = 128  # tokens before a decode step
 STEPS = 10  # decode steps per measurement
-GOALS = {  # geometric mean over the sizes, and the worst size; more is better. None is set against a Llama layer.
+GOALS = {  # (for the geometric mean over the sizes, for the worst size); higher is better. "llama" has no goal.
     "float32": {"mamba2": (1.4, 1.0), "floor": (1 / 1.6, 0), "decode": (1.7, 1.0)},
     "bfloat16": {"mamba2": (2.0, 1.0), "floor": (1 / 1.6, 0), "decode": (1.7, 1.0)},
 }
@@ -47,7 +47,7 @@ MEANING = {
 
 
 def make_layers(width: int, dtype: torch.dtype) -> SimpleNamespace:
-    """A Mamba block of ours, Mamba2's mixer and a Llama layer of one width, and their configs."""
+    """Our Mamba block, Mamba2's mixer and a Llama layer, all of one width, and their configs."""
     heads, intermediate = width // HEAD_DIM, 8 * width // 3
     ssm = {"d_state": STATE, "n_v_heads": heads, "n_qk_heads": heads, "chunk_size": CHUNK}
     mlp = {"intermediate_size": intermediate}
@@ -71,7 +71,7 @@ def make_layers(width: int, dtype: torch.dtype) -> SimpleNamespace:
 
 
 def sides_of(layers: SimpleNamespace, batch: int, length: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """What is timed on a sequence, by name."""
+    """{name: what to time on a sequence}."""
     mixer = layers.block.mixer
     hidden = torch.randn(batch, length, mixer.in_proj.in_features, dtype=dtype)
     inner = torch.randn(batch, length, mixer.d_inner, dtype=dtype)
@@ -86,7 +86,7 @@ def sides_of(layers: SimpleNamespace, batch: int, length: int, dtype: torch.dtyp
 
 
 def decode_sides_of(layers: SimpleNamespace, batch: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """The same for STEPS steps of decoding: each side continues a cache of its own."""
+    """{name: what to time for STEPS steps of decoding}. Each side continues its own cache."""
     mixer = layers.block.mixer
     width = mixer.in_proj.in_features
     prompt, token = torch.randn(batch, PROMPT, width, dtype=dtype), torch.randn(batch, 1, width, dtype=dtype)
@@ -114,7 +114,7 @@ def decode_sides_of(layers: SimpleNamespace, batch: int, dtype: torch.dtype) -> 
 
 
 def medians(sides: dict[str, Callable[[], object]], seconds_wanted: float) -> dict[str, float]:
-    """Median seconds of each side, run in turns: once to warm up, then at least 3 times and for `seconds_wanted`."""
+    """Median seconds of each side. After a warm-up, the sides take turns for `seconds_wanted`, 3 to 50 times."""
     for run in sides.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", type=int, default=[576, 1024], help="multiples of 64")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 2048])
-    parser.add_argument("--seconds", type=float, default=3, help="per size; large sizes take what 3 rounds take")
+    parser.add_argument("--seconds", type=float, default=3, help="per size; a large size takes the time of 3 rounds")
     parser.add_argument("--quick", action="store_true", help="batch 1, 128 and 512 tokens, one second per size")
     args = parser.parse_args()
     if args.quick:

@@ -1,7 +1,8 @@
-"""Ways to damage the files this project reads, on purpose and at random.
+"""Random damage to the files that this project reads.
 
-In: a file's bytes and a `random.Random`. Out: other bytes. Those that know a format keep the rest of it right (lengths,
-CRCs, offsets), so that what is behind the first check is reached too. fuzz.py runs them by the hour, the tests a few.
+Each function takes a file's bytes and a `random.Random`, and returns other bytes. Functions for a format keep the rest
+of the file right (lengths, CRCs, offsets), so that the damage gets past the first checks. fuzz.py and some tests use
+these functions.
 """
 
 import io
@@ -15,22 +16,21 @@ INTERESTING = [0, 1, 2, 7, 8, 63, 64, 127, 255, 256, 1023, 4096, 65535, 65536, 1
 INTERESTING += [(1 << 32) - 1, 1 << 32, 10**9, 10**12, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
 NAMES = ["../secret.json", "/etc/hostname", "..\\secret.json", "", ".", "..", "a/../../secret.json", "x\0y", "fifo"]
 NAMES += ["/dev/zero", "link", "C:secret", "\ud800", "n" * 5000, "checkpoint_info.json", "model.pt", "layer_00.pt"]
-GLOBALS = [
-    "posix\nsystem",
-    "os\nsystem",
-    "builtins\neval",
-    "__builtin__\nset",
-    "builtins\nbytearray",
-    "_codecs\nencode",
-]
+GLOBALS = ["posix\nsystem", "os\nsystem", "builtins\neval", "__builtin__\nset"]
+GLOBALS += ["builtins\nbytearray", "_codecs\nencode"]
 GLOBALS += ["torch\nSize", "torch\ndevice", "torch\nTensor", "torch\nLongStorage", "torch\nByteStorage"]
 GLOBALS += ["torch._utils\n_rebuild_parameter", "torch._utils\n_rebuild_sparse_tensor", "collections\nOrderedDict"]
 GLOBALS += ["torch.nn.modules.sparse\nEmbedding", "torch._utils\n_rebuild_meta_tensor_no_storage", "sys\nexit"]
 GLOBALS += ["torch.storage\nUntypedStorage", "torch._tensor\n_rebuild_from_type_v2", "collections\nCounter"]
 
 
+CONFIG_KEYS = ["auto_map", "_attn_implementation", "attn_implementation", "to_dict", "quantization_config"]
+CONFIG_KEYS += ["layer_types", "llama_layers", "llama_cfg", "dtype", "_name_or_path", "configuration_files"]
+CONFIG_KEYS += ["rope_scaling", "head_dim"]
+
+
 def mutate(name: str, data: bytes, rng: Random) -> bytes:
-    """The file `name` with 1 to 4 faults in it, most of them of its own format."""
+    """The bytes of the file `name` with 1 to 4 faults, most of them faults of the file's format."""
     kinds = [any_bytes]
     if name.endswith((".pt", ".bin")):
         kinds += [zip_numbers, zip_entries, pickle_opcodes, pickle_opcodes]
@@ -48,7 +48,7 @@ def mutate(name: str, data: bytes, rng: Random) -> bytes:
 
 
 def any_bytes(data: bytes, rng: Random) -> bytes:
-    """Flip, overwrite, cut out, repeat or put in bytes, anywhere."""
+    """Flip, overwrite, remove, repeat or insert bytes anywhere, or cut off the end."""
     if not data:
         return rng.randbytes(8)
     place = rng.randrange(len(data))
@@ -69,7 +69,7 @@ def any_bytes(data: bytes, rng: Random) -> bytes:
 
 
 def zip_numbers(data: bytes, rng: Random) -> bytes:
-    """Put another number into a local header, an entry of the directory, or its end."""
+    """Put another number into a local header, an entry of the central directory, or the directory's end record."""
     signature = rng.choice([b"PK\x03\x04", b"PK\x01\x02", b"PK\x01\x02", b"PK\x05\x06", b"PK\x07\x08"])
     places = [i for i in range(len(data) - 46) if data.startswith(signature, i)] if len(data) < 50_000 else []
     start = rng.choice(places) if places else max(data.rfind(signature), 0)
@@ -80,7 +80,7 @@ def zip_numbers(data: bytes, rng: Random) -> bytes:
 
 
 def zip_entries(data: bytes, rng: Random) -> bytes:
-    """Write the archive anew: entries compressed, renamed, doubled, left out, emptied, grown, exchanged."""
+    """Write the archive anew, with an entry renamed, doubled, removed, cut, grown or exchanged, or all compressed."""
     entries = unzip(data)
     index = rng.randrange(len(entries))
     name, content = entries[index]
@@ -105,7 +105,7 @@ def zip_entries(data: bytes, rng: Random) -> bytes:
 
 
 def pickle_opcodes(data: bytes, rng: Random) -> bytes:
-    """Change, drop, repeat or move opcodes of data.pkl, in an archive that is right otherwise."""
+    """Change, drop, repeat, insert or exchange opcodes of data.pkl, in an archive that is otherwise right."""
     entries = unzip(data)
     index = next(i for i, (name, _) in enumerate(entries) if name.endswith("/data.pkl"))
     entries[index] = (entries[index][0], changed_pickle(entries[index][1], rng))
@@ -147,7 +147,7 @@ def changed_pickle(content: bytes, rng: Random) -> bytes:
 
 
 def json_values(data: bytes, rng: Random) -> bytes:
-    """Put another value, of any kind, in the place of one; or drop, double or add a key; or write it oddly."""
+    """Replace a value by one of any type; drop, rename, add or repeat a key; nest deeply; or write an odd number."""
     value = json.loads(data)
     holders: list[tuple[dict | list, str | int]] = []
     waiting: list = [value]
@@ -166,24 +166,7 @@ def json_values(data: bytes, rng: Random) -> bytes:
     elif kind == 7 and isinstance(holder, dict):
         holder[rng.choice([*NAMES, *map(str, INTERESTING)])] = holder.pop(key)  # type: ignore[arg-type]
     elif kind == 8 and isinstance(holder, dict):
-        names = [
-            "auto_map",
-            "_attn_implementation",
-            "attn_implementation",
-            "to_dict",
-            "quantization_config",
-            "layer_types",
-        ]
-        names += [
-            "llama_layers",
-            "llama_cfg",
-            "dtype",
-            "_name_or_path",
-            "configuration_files",
-            "rope_scaling",
-            "head_dim",
-        ]
-        holder[rng.choice(names)] = odd_value(None, rng)
+        holder[rng.choice(CONFIG_KEYS)] = odd_value(None, rng)
     text = json.dumps(value)
     if kind == 9:
         text = '{"twice": 1, "twice": 2,' + text[1:]
@@ -199,17 +182,8 @@ def json_values(data: bytes, rng: Random) -> bytes:
 
 def odd_value(value: object, rng: Random) -> object:
     number = rng.choice(INTERESTING)
-    odd = [
-        None,
-        True,
-        False,
-        number,
-        -number,
-        number + 0.5,
-        rng.choice(NAMES),
-        "x" * number if number < 5000 else "",
-        [],
-    ]
+    long = "x" * number if number < 5000 else ""
+    odd: list[object] = [None, True, False, number, -number, number + 0.5, rng.choice(NAMES), long, []]
     odd += [{}, [number], [[]], {"a": number}, [value], {"x": value}, str(value)[:99], "float64", "cuda:0", "bfloat16"]
     if isinstance(value, int) and not isinstance(value, bool):
         odd += [value + 1, value - 1, value * 2, -value, float(value)] * 3
@@ -217,7 +191,7 @@ def odd_value(value: object, rng: Random) -> object:
 
 
 def safetensors_header(data: bytes, rng: Random) -> bytes:
-    """Change the header's JSON and write its length anew, right or not."""
+    """Change the header's JSON, and write its new length, or seldom a wrong length."""
     length = int.from_bytes(data[:8], "little")
     header = json_values(data[8 : 8 + length], rng)
     told = len(header) if rng.random() < 0.9 else rng.choice(INTERESTING)

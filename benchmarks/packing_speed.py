@@ -1,9 +1,9 @@
 """Training steps on packed documents against padded ones: real tokens per second of processor time, and their ratio.
 
-A hybrid of 6 layers, 2 of them grafted, with random weights. The lengths are drawn from a lognormal distribution,
-clipped to the block, or are those of the conversations in a file (--data and --tokenizer). Padded batches are as
-heal_checkpoint.py makes them: up to the longest document in each. Both sides see every document once, forward and
-backward, in turns of a batch each.
+The model has 6 layers, 2 of them grafted, and random weights. The documents' lengths are drawn from a lognormal
+distribution and clipped to the block, or are the lengths of conversations in a file (--data and --tokenizer). Padded
+batches are as heal_checkpoint.py makes them: each is padded to its longest document. Both sides train on every document
+once, forward and backward, and take turns after each batch.
 
     OMP_NUM_THREADS=1 python benchmarks/packing_speed.py
 """
@@ -26,15 +26,15 @@ from model_preparation.train.heal.sequences import Documents, Shuffled, collate,
 from model_preparation.train.heal.settings import HealSettings
 
 VOCABULARY, SIGMA, SHORTEST = 4096, 0.65, 16
-GOAL = 1.5  # at a mean fill of the padded batches of 50%
+GOAL = 1.5  # if on average 50% of a padded batch are real tokens
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("documents", 128), ("block_size", 512), ("batch_size", 8), ("mean", 160), ("width", 256)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"(default: {default})")
-    parser.add_argument("--data", metavar="FILE", help="conversations, for their lengths")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="of them, with a chat template")
+    parser.add_argument("--data", metavar="FILE", help="take the lengths of these conversations")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer with a chat template, for --data")
     args = parser.parse_args()
     if (args.data is None) != (args.tokenizer is None):
         parser.error("--data and --tokenizer go together")
@@ -68,7 +68,7 @@ def sequences_of(documents: list[np.ndarray], block_size: int, packing: bool) ->
 
 
 class Side:
-    """Batches of one kind, and the processor time that steps on them take."""
+    """Batches of one kind, and the processor time of the training steps on them."""
 
     def __init__(self, sequences: Documents, batch_size: int, model: LlambaForCausalLM):
         self._model = model
@@ -85,7 +85,7 @@ class Side:
         return self.tokens / self.seconds
 
     def step(self) -> None:
-        """One step, if there is a batch."""
+        """One training step, if a batch is left."""
         started = time.process_time()
         batch = next(self._batches, None)
         if batch is None:

@@ -1,17 +1,17 @@
-"""Bases and donors of real shapes with random weights, for the benchmarks beside this file."""
+"""Makes bases and donors of real shapes with random weights, for the other benchmarks."""
 
 import json
 import multiprocessing
 from pathlib import Path
 
-# d_model, n_layer, intermediate, heads, KV heads, tied: those of the published Llambas and of their donors.
-# "small" is for trying the scripts out.
+# (d_model, n_layer, intermediate size, heads, K/V heads, tied embeddings). "1b", "3b" and "8b" are close to the shapes
+# of the published Llambas and their donors. "small" is for trying the scripts.
 SHAPES = {
     "small": (256, 8, 512, 32, 8, False),
     "half": (2048, 8, 8192, 32, 8, False),  # a checkpoint of 4.2 GB
     "1b": (2048, 16, 8192, 32, 8, False),
     "3b": (3072, 28, 8192, 32, 8, False),
-    "7b": (4096, 24, 14336, 32, 8, False),  # 13.7 GB, as 8b would not fit on every disk
+    "7b": (4096, 24, 14336, 32, 8, False),  # 13.7 GB, for disks on which 8b does not fit
     "8b": (4096, 32, 14336, 32, 8, False),
 }
 LAYERS = {
@@ -23,7 +23,7 @@ LAYERS = {
     "8b": [11, 13, 17, 21],
 }
 
-# What people do without this package: `grafted`, the whole model in memory.
+# Code that people write without this package: it makes `grafted`, with whole models in memory.
 IN_MEMORY = """
 import sys, torch
 from model_preparation.llamba import LlambaForCausalLM
@@ -44,10 +44,10 @@ grafted.load_state_dict(state)
 
 
 def prepared(shape: str, folder: Path) -> tuple[Path, Path, list[str]]:
-    """(base, extracted layers of the donor, indices of the layers) in `folder`, made if they are not there."""
+    """(base, extracted layers of the donor, indices of the layers) in `folder`. Missing models are made first."""
     base, layers_dir = folder / f"base_{shape}", folder / f"layers_{shape}"
     if not (layers_dir / "metadata.json").exists():
-        # In a process of its own: what this one had in memory would count as the peak of every process it starts.
+        # In a separate process: the peak memory of this process would count in every process that it starts.
         maker = multiprocessing.get_context("spawn").Process(target=make_models, args=(shape, folder, base, layers_dir))
         maker.start()
         maker.join()
@@ -55,7 +55,7 @@ def prepared(shape: str, folder: Path) -> tuple[Path, Path, list[str]]:
 
 
 def make_models(shape: str, folder: Path, base: Path, layers_dir: Path) -> None:
-    """Random weights in the layouts that are published, one layer in memory at a time."""
+    """Write random weights in the layouts of the published models, with one layer in memory at a time."""
     import torch
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models

@@ -1,9 +1,9 @@
-"""The search's cost and its finds: against scoring every combination alone, and against the truth.
+"""What a search costs against scoring each combination alone, and what it finds against the true best combinations.
 
-All combinations of up to --max_layers layers are scored, sharing what they have in common; then the single layers and
---sample others are scored alone, as whole models by ScoringLM, in the same process. Then beam search and the genetic
-algorithm search with 15% of the evaluations. Prints layer passes, seconds, whether every answer is equal, and what the
-methods found against the truth.
+First the single layers and --sample other combinations are scored in two ways in the same process: with shared work,
+and alone, as whole models by ScoringLM. Then all combinations of up to --max_layers layers are scored: this is the
+truth. A race then looks for the best single layer. Beam search and the genetic algorithm search with 15% of the
+evaluations. Prints layer passes, seconds, whether every answer is equal, and the found combinations with the true ones.
 
     python benchmarks/search_cost.py --base BASE --donor DONOR --task TASK --output_dir DIR
 """
@@ -13,7 +13,6 @@ import random
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from model_preparation.checkpoint.extract import extract_layers
@@ -34,12 +33,12 @@ def main() -> None:
     parser.add_argument("--task", required=True)
     parser.add_argument("--limit", type=int, help="questions per task")
     parser.add_argument("--max_layers", type=int, default=3)
-    parser.add_argument("--sample", type=int, default=12, help="combinations scored alone, beside the single layers")
+    parser.add_argument("--sample", type=int, default=12, help="combinations to score alone, besides the single layers")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output_dir", type=Path, required=True, help="a new folder; nothing in it is used again")
+    parser.add_argument("--output_dir", type=Path, required=True, help="a new folder: old results would be used again")
     args = parser.parse_args()
     if args.output_dir.exists():
-        parser.error(f"{args.output_dir} exists already: what is in it would not be evaluated anew")
+        parser.error(f"{args.output_dir} exists, and its results would be used again. Name a new folder")
     torch.set_num_threads(1)
     layers_dir = args.output_dir / DONOR_LAYERS
     extract_layers(args.donor, layers_dir)
@@ -64,7 +63,7 @@ def main() -> None:
 
 
 def compare_with_alone(setup: ScoringSetup, args: argparse.Namespace) -> None:
-    """Time the single layers and some others both ways, and compare every answer."""
+    """Time the single layers and some other combinations both ways, and compare every answer."""
     space = SearchSpace(setup.pair.layers, 1, args.max_layers)
     others = random.Random(0).sample([layers for layers in space.all() if len(layers) > 1], args.sample)
     for name, sets in (("single layers", space.singles), (f"{args.sample} others", others)):
@@ -93,7 +92,7 @@ def compare_with_alone(setup: ScoringSetup, args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def run_alone(setup: ScoringSetup, layers: tuple[int, ...]) -> dict[int, list]:
-    """The answers of a graft that is run as a whole, by task."""
+    """{task: answers} of a graft that runs as a whole model."""
     planned, pair = setup.planned, setup.pair
     model = empty_model(grafted_config(read_config(planned.base.folder), planned.donor, layers))
     state = {name: tensor for name, tensor in pair.model.state_dict().items() if ".layers." not in name}
@@ -126,16 +125,8 @@ def against_truth(found: dict, truth: dict, most: int) -> None:
         true_best = next(row for row in truth["final_results"] if row["num_layers"] == size)
         ours = next((row for row in found["final_results"] if row["num_layers"] == size), None)
         is_within = ours is not None and ours["fitness"] >= true_best["fitness"] - true_best["stderr"]
-        rank = (
-            None
-            if ours is None
-            else 1
-            + int(
-                np.sum(
-                    [row["fitness"] > ours["fitness"] for row in truth["final_results"] if row["num_layers"] == size]
-                )
-            )
-        )
+        of_size = [row["fitness"] for row in truth["final_results"] if row["num_layers"] == size]
+        rank = ours and 1 + sum(fitness > ours["fitness"] for fitness in of_size)
         print(
             f"    best of {size} layers: found {ours and ours['layers']}, rank {rank}; true {true_best['layers']} "
             f"{true_best['fitness']:.4f} ± {true_best['stderr']:.4f}; within one standard error: {is_within}",

@@ -1,11 +1,11 @@
-"""What each search method finds, against the truth: regret and layer passes, on the embedded pair.
+"""What each search method finds, against the true best set: regret and layer passes, on the embedded pair.
 
-All sets of up to three layers are scored; their best is the truth. Regret is its score minus that of the set that a
-method found. The genetic algorithm runs with five seeds; the other methods draw nothing. `beam` and `ga` get a budget
-of 15% of the sets; `beam` runs without one too. This is done by the loss of the right answer (nll), and by the share of
-right answers that greedy decoding would write (accuracy), on the same documents. Then sets are chosen by recall at
-lengths beyond the pair's training, by text in which nothing can be looked up, and by the ratio of both. Each is scored
-on all of these.
+All sets of up to three layers are scored. Regret is the score of the best set minus the score of the set that a method
+found. The genetic algorithm runs with five seeds; the other methods use no random numbers. `beam` and `ga` get a budget
+of 15% of the sets, and `beam` also runs without a budget. All of this runs twice on the same documents: with the loss
+of the right answer as the score (nll), and with the share of right answers that greedy decoding would write (accuracy).
+Then sets are chosen in other ways: by recall at several lengths, also beyond the pair's training; by text in which
+nothing can be looked up; and by the ratio of both. Each set is scored on all of these texts.
 
     OMP_NUM_THREADS=1 python benchmarks/search_regret.py --output_dir DIR
 """
@@ -30,7 +30,7 @@ from model_preparation.search.search import search_layers
 from model_preparation.search.settings import ACCURACY, NLL, SearchSettings
 from model_preparation.search.shared_scoring import SharedScorer
 
-FORMS = {NLL: "embedded_recall", ACCURACY: "embedded_recall_generated"}  # the objective, and the task that it scores
+FORMS = {NLL: "embedded_recall", ACCURACY: "embedded_recall_generated"}  # {objective: task}
 LENGTHS = (64, 128, 256, 512)  # tokens; a sentence about one person has four
 SEEDS = 5
 
@@ -67,7 +67,7 @@ def search(settings: SearchSettings) -> dict[str, Any]:
 
 
 def compare_methods(settings: Settings, limit: int, objective: str, task: str) -> dict[str, list[tuple[float, float]]]:
-    """Print regret and layer passes of every method; give them by method as (layer passes, regret)."""
+    """Print regret and layer passes of every method. Return {method: [(layer passes, regret) of each run]}."""
     given = {"tasks": (task,), "lengths": LENGTHS[:1], "limit": limit, "objective": objective}
 
     def searched(name: str, **changes: Any) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def compare_methods(settings: Settings, limit: int, objective: str, task: str) -
 
 
 def compare_materials(settings: Settings, limit: int, text: Path) -> None:
-    """The sets that a beam search finds by recall at several lengths, and by text; each scored on all of these."""
+    """Choose sets by recall at several lengths, by text, and by the ratio of both. Print their scores on all texts."""
     materials = {f"{length} tokens": {"tasks": ("embedded_recall",), "lengths": (length,)} for length in LENGTHS}
     materials["text"] = {"tasks": (str(text),)}
     given = {"limit": limit, "method": "beam", "beam_width": 3, "budget_evaluations": 44}
@@ -133,7 +133,7 @@ def compare_materials(settings: Settings, limit: int, text: Path) -> None:
 
 
 def write_text_task(folder: Path, count: int) -> Path:
-    """Sentences of the pair's training in which no person comes twice: nothing of them can be looked up."""
+    """Write a task of sentences as in the pair's training. No person comes twice, so nothing can be looked up."""
     folder.mkdir()
     people = 12
     names, things = recall._pairs(count, people, torch.Generator().manual_seed(0), held_out=False)
@@ -158,7 +158,7 @@ def write_text_task(folder: Path, count: int) -> Path:
 
 
 def span(values: list[float], form: str) -> str:
-    """One number, or the least and the largest."""
+    """The smallest and the largest value as text, such as "3 to 5"; one number if both are equal."""
     texts = list(dict.fromkeys(form.format(value) for value in (min(values), max(values))))
     return " to ".join(texts)
 

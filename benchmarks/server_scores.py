@@ -1,7 +1,7 @@
-"""A checkpoint scored through `layer-surgery serve` against the same one scored here: MMLU, one question a subject.
+"""Scores a checkpoint on MMLU through `layer-surgery serve` and in this process, with one question of each subject.
 
-In: a checkpoint and MMLU's questions. Out: how many choices are the same, the largest difference of a log-probability,
-the seconds of both and their ratio. The server is vLLM where that is installed; its start is not counted.
+Prints how many choices are the same, the largest difference of a log-probability, the seconds of both sides and their
+ratio. The server is vLLM if vLLM is installed. Starting the server is not counted.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""How fast a graft is behind vLLM, against our own batched `generate` and against the donor, which vLLM knows itself.
+"""How fast vLLM serves a graft, against our own batched `generate`, and against a donor that vLLM serves by itself.
 
-In: the package with its extra `serve`. Out: tokens per second of requests of mixed lengths, sent at once; cache bytes
-per request against the computed ones; peak memory. Each side is a process of its own; imports, loading and a first
-request, for which vLLM compiles its sampler, are not counted.
+Needs the package's extra `serve`. Prints tokens per second for requests of mixed lengths, sent at once; bytes of the
+cache, as computed and as vLLM reports them; and peak memory. Each side is a separate process. Imports, loading and a
+first request, for which vLLM compiles its sampler, are not counted.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--longest", type=int, default=400, help="tokens of the longest prompt")
     parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--width", type=int, default=512, help="of random models; 0: the embedded pair")
+    parser.add_argument("--width", type=int, default=512, help="of random models; 0: use the embedded pair")
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def make_models(folder: Path, width: int) -> tuple[Path, Path]:
-    """(graft, donor): folders that transformers opens; random where a width is given, 12 layers, 2 of them grafted."""
+    """(graft, donor) as folders that transformers opens: random, 12 layers, 2 of them grafted; or the embedded pair."""
     if not width:
         from model_preparation import build_checkpoint, extract_layers
 
@@ -59,6 +59,7 @@ def make_models(folder: Path, width: int) -> tuple[Path, Path]:
 
     from model_preparation.llamba import LlambaConfig
     from model_preparation.llamba import LlambaForCausalLM as Llamba
+    from model_preparation.llamba.donor_kinds import KINDS
 
     torch.manual_seed(0)
     heads = width // 64
@@ -79,14 +80,7 @@ def make_models(folder: Path, width: int) -> tuple[Path, Path]:
         ssm_cfg={"d_state": 64, "n_v_heads": heads, "n_qk_heads": heads},
         mlp_cfg={"intermediate_size": 3 * width},
         llama_layers=[3, 7],
-        llama_cfg={
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "head_dim": 64,
-            "intermediate_size": 3 * width,
-            "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        },
+        llama_cfg=KINDS["llama"].settings(llama),
         max_position_embeddings=4096,
     )
     tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "embedded/tiny_llama")
@@ -116,7 +110,7 @@ def by_vllm(folder: Path, args: argparse.Namespace) -> dict:
     result |= {"cache_blocks": cache.num_gpu_blocks, "block_tokens": cache.block_size}
     if cache.num_gpu_blocks:
         result["block_bytes"] = cache_bytes // cache.num_gpu_blocks
-    del llm  # ends its processes, whose memory is known then
+    del llm  # ends its processes, so that RUSAGE_CHILDREN has their memory
     return result | {"peak_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9}
 
 
@@ -125,7 +119,7 @@ def by_generate(folder: Path, args: argparse.Namespace) -> dict:
 
     from model_preparation.llamba import LlambaForCausalLM
 
-    torch.set_num_threads(1)  # as many as vLLM takes of two cores, of which it keeps one for its other processes
+    torch.set_num_threads(1)  # as vLLM: of two cores, it leaves one to its other processes
     model = LlambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompts = prompts_of(args)
     length = max(map(len, prompts))
@@ -142,7 +136,7 @@ def by_generate(folder: Path, args: argparse.Namespace) -> dict:
 
 
 def cache_bytes(config) -> tuple[int, int]:
-    """Per request, in float32: (states of all Mamba layers, K/V of all grafted layers for each token)."""
+    """Bytes in float32: (states of all Mamba layers per request, K/V of all grafted layers per token)."""
     ssm, grafted = config.ssm_cfg, len(config.llama_layers)
     channels = config.d_inner + 2 * ssm["n_qk_heads"] * ssm["d_state"]
     state = (ssm["d_conv"] - 1) * channels + config.d_inner * ssm["d_state"]

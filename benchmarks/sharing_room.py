@@ -1,7 +1,8 @@
-"""What ten checkpoints of one base take on the disk, against the size of their files.
+"""How much disk space ten checkpoints of one base take, against the size of their files.
 
-Prints, after each build, seconds, GB of files and GB taken. On a file system that shares extents (XFS, Btrfs) they take
-the room of one and of what was grafted; on others that of all their files. Base and layers may lie elsewhere.
+Prints seconds, GB of files and GB taken on the disk after each build. On a file system that shares extents (XFS,
+Btrfs), the checkpoints take the space of one checkpoint and of the grafted layers. On other file systems they take the
+space of all their files. Base and layers may be on another disk.
 
     python benchmarks/sharing_room.py --models /mnt/scratch --folder /mnt/xfs --shape 1b
 """
@@ -19,10 +20,8 @@ from random_models import SHAPES, prepared
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True, help="where base and layers are, or are made")
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="where the checkpoints go: the disk that is measured"
-    )
+    parser.add_argument("--models", type=Path, required=True, help="where base and layers are; made if missing")
+    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoints go, on the disk to measure")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     args = parser.parse_args()
     base, layers_dir, layers = prepared(args.shape, args.models)
@@ -43,7 +42,7 @@ def main() -> None:
 
 
 def used_bytes(folder: Path) -> int:
-    """What is taken on the folder's file system."""
+    """Bytes in use on the folder's file system."""
     subprocess.run(["sync", "-f", folder], check=True)
     stat = os.statvfs(folder)
     return (stat.f_blocks - stat.f_bfree) * stat.f_frsize

@@ -1,8 +1,8 @@
-"""Verifying a checkpoint against reading the same bytes cold, one after the other, with dd.
+"""Verifying a checkpoint, against reading the same files with dd, one after the other.
 
-Prints seconds, GB/s, the ratio of the two speeds and peak resident memory, medians over --runs. Before every run the
-page cache lets go of the files; each run is a process of its own, imports included. A folder to verify is made by
-create_replaced_model_checkpoint.py.
+Prints seconds, GB/s, the ratio of both speeds, and peak resident memory, medians over --runs. Before every run, the
+files are dropped from the page cache. Each run is a separate process, and its time includes imports.
+create_replaced_model_checkpoint.py makes a checkpoint to verify.
 
     python benchmarks/verify_speed.py --folder /mnt/scratch --checkpoint /mnt/scratch/out
 """
@@ -10,22 +10,21 @@ create_replaced_model_checkpoint.py.
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from measuring import PACKAGE, files_in, forget
+from measuring import PACKAGE, files_in, forget, peak_gb
 
 COMMAND = PACKAGE / "verify_checkpoint.py"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="the disk that is measured")
+    parser.add_argument("--folder", type=Path, required=True, help="a folder on the disk to measure")
     parser.add_argument("--checkpoint", type=Path, required=True, help="the checkpoint's folder")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--files_only", action="store_true", help="measure that too")
+    parser.add_argument("--files_only", action="store_true", help="also measure verify --files_only")
     args = parser.parse_args()
     if os.stat(args.folder).st_dev != os.stat(args.checkpoint).st_dev:
         sys.exit(f"{args.checkpoint} is not on the disk of {args.folder}.")
@@ -54,16 +53,10 @@ def main() -> None:
 
 
 def timed(commands: list[list]) -> tuple[float, float]:
-    """Run them one after the other; (seconds, the largest peak of resident memory in GB)."""
+    """Run the commands one after the other. Return (seconds, the largest peak of resident memory in GB)."""
     started = time.perf_counter()
-    peak = 0
-    for arguments in commands:
-        process = subprocess.Popen(list(map(str, arguments)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            sys.exit(process.stderr.read().decode() if process.stderr else "failed")
-        peak = max(peak, usage.ru_maxrss)
-    return time.perf_counter() - started, peak * 1024 / 1e9
+    peak = max(map(peak_gb, commands))
+    return time.perf_counter() - started, peak
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Generated answers to prompts of unequal lengths: ours against stock lm-eval (HFLM), on the same documents.
+"""Generating answers to prompts of unequal lengths: our code against stock lm-eval (HFLM), on the same documents.
 
-The documents are those of recall tasks, of all --lengths together. Both sides answer all of them in one process, one
-after the other, each --repeats times; the fastest counts. Prints seconds (of the processor, on a CPU), the ratio, and
-how many texts differ.
+The documents are from recall tasks, with all --lengths mixed. Both sides answer all documents in one process, one side
+after the other, --repeats times each. The fastest time counts. Prints seconds (processor seconds on a CPU), the ratio,
+and how many texts differ.
 
     python benchmarks/writing_speed.py --checkpoint CHECKPOINT
 """
@@ -26,14 +26,14 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=["kv_retrieval", "mqar"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[160, 256, 384, 640])
-    parser.add_argument("--documents", type=int, default=3, help="of each task and length")
-    parser.add_argument("--batch_size", type=int, default=8, help="of stock")
+    parser.add_argument("--documents", type=int, default=3, help="number for each task and length")
+    parser.add_argument("--batch_size", type=int, default=8, help="for stock lm-eval")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    clock = time.process_time if args.device == "cpu" else time.perf_counter  # others may use the machine too
+    clock = time.process_time if args.device == "cpu" else time.perf_counter  # other programs may run on the CPU too
     model, tokenizer = find_model(args.checkpoint).load(args.device, torch.float32, False)
     recipe = RecallRecipe(tokenizer, max(args.lengths), lengths=args.lengths, documents=args.documents)
     sides = {
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def requests(recipe: RecallRecipe, name: str) -> list[Instance]:
-    """The requests of a task, the lengths mixed."""
+    """The requests of a task, with all lengths mixed."""
     documents = [(task, row) for task in recipe.tasks(name) for row in task.dataset["test"]]
     documents.sort(key=lambda each: each[1]["index"])
     found = []

@@ -1,10 +1,10 @@
-"""Layer surgery for language models: replace layers of a Llamba by a Llama's, and write a checkpoint that loads.
+"""Layer surgery for language models: replace layers of a Llamba with layers of its donor, and write a checkpoint.
 
     from model_preparation import extract_layers, build_checkpoint, load_checkpoint, evaluate_checkpoint
 
 Importing the package registers `llamba` with AutoConfig and AutoModelForCausalLM, and lets `torch.load("model.pt")`
-read our checkpoints with its default `weights_only=True`. Both happen when transformers or torch is imported, before
-or after this package.
+read our checkpoints with its default `weights_only=True`. Both happen once transformers or torch is imported. The order
+of the imports does not matter.
 """
 
 import importlib
@@ -62,7 +62,7 @@ __all__ = [*_MODULE_OF]
 
 
 class _Package(ModuleType):
-    """Keeps functions that have a command's name: importing the command does not hide the function."""
+    """Keeps `model_preparation.search_layers` and others functions, although modules of commands have their names."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _MODULE_OF and isinstance(value, ModuleType)):

@@ -1,4 +1,4 @@
-"""--help in Chinese, if the environment's language is Chinese. help.zh.yaml has the texts."""
+"""Shows --help in Chinese if the environment's language is Chinese. help.zh.yaml has the texts."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ def is_wanted() -> bool:
 
 
 def translate(parser: argparse.ArgumentParser, command: str) -> None:
-    """Put Chinese texts into a command's parser, if the catalogue has this command."""
+    """Replace the texts of a command's parser by Chinese texts, if the catalogue has this command."""
     import yaml
 
     catalogue = yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))
@@ -33,14 +33,14 @@ def translate(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 class _ChineseFormatter(argparse.RawDescriptionHelpFormatter):
-    """Breaks lines anywhere between Chinese characters, which are two columns wide each."""
+    """Breaks lines between any Chinese characters (two columns wide). Drops spaces that YAML's folding put there."""
 
     def _format_usage(self, usage, actions, groups, prefix):
         return super()._format_usage(usage, actions, groups, prefix or "用法：")
 
     def _split_lines(self, text, width):
         lines, columns = [""], 0
-        for word in re.findall(r"[\x21-\x7e]+|.", text):
+        for word in re.findall(r"[\x21-\x7e]+|.", re.sub(r"(?<=[^\x00-\x7f]) (?=[^\x00-\x7f])", "", text)):
             word_columns = sum(1 + (unicodedata.east_asian_width(each) in "WF") for each in word)
             if columns + word_columns > width and word not in "，。；：、）":
                 lines, columns = [*lines, ""], 0

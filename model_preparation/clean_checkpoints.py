@@ -1,7 +1,4 @@
-"""Command: look in a folder of checkpoints, and remove the files that no checkpoint there needs.
-
-checkpoint/base_store.py does the work.
-"""
+"""Command: remove files that no checkpoint in a folder of checkpoints needs (checkpoint/base_store.py)."""
 
 from pathlib import Path
 
@@ -9,9 +6,10 @@ from model_preparation.command_line import CommandParser, default_folder, run
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
-Look in a folder of checkpoints, and remove what no checkpoint there needs: the folders NAME.partial that killed builds
-left, and weight files of bases in .base_shards that no checkpoint of format hf shares any more. The command never
-touches checkpoints, nor folders and files of a running build.
+Remove what no checkpoint in a folder of checkpoints needs:
+- the folders NAME.partial, which killed builds left
+- files with weights of a base in .base_shards, if no checkpoint of format hf uses them any more
+The command never touches checkpoints, nor the folders and files of a running build.
 """
 
 EXAMPLES = """\
@@ -28,9 +26,9 @@ def main() -> None:
         type=Path,
         default=default_folder("model_checkpoints"),
         metavar="DIR",
-        help="the folder that holds the checkpoints' folders (default: %(default)s)",
+        help="the folder with the checkpoints' folders (default: %(default)s)",
     )
-    parser.add_argument("--dry_run", action="store_true", help="print the files to remove, but remove nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be removed, but remove nothing")
     args = parser.parse_args()
 
     from rich.filesize import decimal

@@ -1,6 +1,7 @@
-"""The parts that all commands share: flags in both spellings, and one way to end.
+"""What all commands share: flags in two spellings, a --config file, one-line errors and exit codes.
 
-Exit codes: 0 done, 1 a fault of an input or the machine, 2 wrong usage, 130 interrupted, 143 terminated.
+Exit codes: 0 done, 1 a fault of an input or the machine, 2 wrong usage, 130 Ctrl-C, 141 nobody reads the output,
+143 SIGTERM.
 """
 
 import argparse
@@ -26,11 +27,11 @@ from model_preparation.versions import __version__
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser that also takes `--output-dir` for `--output_dir`, and shows defaults in --help."""
+    """An ArgumentParser that also takes `--output-dir` for `--output_dir`, and flags from a --config file."""
 
     def __init__(self, **kwargs):
-        self._words: dict[str, Any] = {}  # by dest, the words given for a flag
-        self.list_keys: tuple[str, ...] = ()  # keys of --config that are not flags, but lists of keys with values
+        self._words: dict[str, Any] = {}  # {dest of a flag: the words that the user gave for the flag}
+        self.list_keys: tuple[str, ...] = ()  # keys of a --config file that are not flags, but lists of mappings
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
@@ -49,7 +50,8 @@ class CommandParser(argparse.ArgumentParser):
             type=Path,
             metavar="FILE",
             help="take flags from this YAML file: lines such as `batch_size: 8`, `tasks: [mmlu]`, `overwrite: true`. "
-            "Flags on the command line win. All settings used are saved with the result, in config.yaml",
+            "A flag on the command line overrides the file. All settings used are saved with the result, in a file "
+            "whose name ends with config.yaml",
         )
 
     def _parse_with_config(self, words: list[str]) -> argparse.Namespace:
@@ -58,7 +60,7 @@ class CommandParser(argparse.ArgumentParser):
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         finder.add_argument("--config", type=Path)
         namespace = argparse.Namespace()
-        with contextlib.suppress(argparse.ArgumentError):  # the parser itself reports it, below
+        with contextlib.suppress(argparse.ArgumentError):  # parse_args below reports the same error
             config = finder.parse_known_args(words)[0].config
             if config is not None:
                 self._read_config(flags_file.read_entries(config.expanduser(), self.list_keys), words, namespace)
@@ -90,14 +92,14 @@ class CommandParser(argparse.ArgumentParser):
                 self._words.pop(action.dest, None)
 
     def flag_named(self, key: str) -> argparse.Action | None:
-        """The flag for a key of a file."""
+        """The action of the flag that a key of a --config file names; None if there is no such flag."""
         return None if key in ("help", "config") else self._option_string_actions.get(f"--{key}")
 
     def check_entry(self, key: str, entry: flags_file.Entry, namespace: argparse.Namespace) -> argparse.Action:
-        """Put the value of a key into `namespace`, as the flag of that name would; returns the flag's action.
+        """Put the value of a key into `namespace`, as the flag of that name would. Return the flag's action.
 
         Raises:
-            SurgeryError: if there is no such flag, or it does not take the value. It names the place and the key.
+            SurgeryError: if there is no such flag, or the flag does not take the value. It names the place and the key.
         """
         action = self.flag_named(key)
         if action is None:
@@ -128,7 +130,7 @@ class CommandParser(argparse.ArgumentParser):
         return action
 
     def _get_values(self, action, arg_strings):
-        """Also note the given words, for `save_config`."""
+        """Do what argparse does, and note the given words for `save_config`."""
         if action.option_strings:
             is_more = isinstance(action.default, list | dict) and not isinstance(action, argparse._StoreAction)
             before = self._words.get(action.dest, []) if is_more else []
@@ -143,7 +145,7 @@ class CommandParser(argparse.ArgumentParser):
         return dest in self._words
 
     def flags_used(self) -> dict[str, Any]:
-        """Every flag with the given value or its default, as in a --config file."""
+        """{key in a --config file: the given value, or else the default} of every flag."""
         actions = [action for action in self._actions if action.default is not argparse.SUPPRESS]
         flags = {_key(action): self._words.get(action.dest, action.default) for action in actions}
         return {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
@@ -155,7 +157,7 @@ class CommandParser(argparse.ArgumentParser):
         return as_typed(super().format_help())
 
     def refuse(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
-        """End the command as for wrong usage if one of these flags was given: `why` says that it does nothing here."""
+        """End the command as for wrong usage if a flag of `names` is not at its default: print FLAG and `why`."""
         flags = {action.dest: action for action in self._actions if action.option_strings}
         for name in names:
             default = flags[name].default
@@ -167,13 +169,13 @@ class CommandParser(argparse.ArgumentParser):
         hyphenated = [flag.replace("_", "-") for flag in flags if flag.startswith("--") and "_" in flag]
         action = super().add_argument(*flags, *hyphenated, **kwargs)
         if hyphenated:
-            # --help shows the guide's spelling only; both are accepted.
+            # --help shows only the spelling with underscores, but the parser accepts both.
             action.option_strings = list(flags)
         return action
 
 
 def _key(action: argparse.Action) -> str:
-    """The key of a flag in a --config file."""
+    """The key in a --config file that stands for a flag."""
     return action.option_strings[0].removeprefix("--") if action.option_strings else action.dest
 
 
@@ -191,7 +193,7 @@ def save_config(path: Path, used: Mapping[str, Any] = MappingProxyType({})) -> N
     """If --config was given, write all flags with their values to a file that --config can read.
 
     Args:
-        used: by the flag's name, values that the command used in place of the given ones, or of the defaults.
+        used: {flag's name: value} for values that the command used in place of given values or defaults.
 
     Raises:
         OSError: from the file system.
@@ -203,18 +205,18 @@ def save_config(path: Path, used: Mapping[str, Any] = MappingProxyType({})) -> N
         write_file(path, note + flags_file.as_yaml(given))
 
 
-# By a script's name without .py, the words that a user types for it; `layer-surgery` fills it.
+# {script's name without .py: what the user types for it, such as "layer-surgery build"}. `layer-surgery` fills it.
 TYPED_FOR: dict[str, str] = {}
 
 
 def as_typed(text: str) -> str:
-    """The text with `layer-surgery build` for `python create_replaced_model_checkpoint.py`, if `layer-surgery` runs."""
+    """The text with the commands as the user types them: `layer-surgery build` where `layer-surgery` runs."""
     script = re.compile(r"(?<![\w./])(?:python |\./)?(\w+)\.(?:py|sh)\b(?!/)")
     return script.sub(lambda match: TYPED_FOR.get(match[1], match[0]), text) if TYPED_FOR else text
 
 
 def _is_text(word: object) -> bool:
-    """Whether a word of the command line is UTF-8; other bytes arrive as lone surrogates."""
+    """Whether a word of the command line is UTF-8. Python passes other bytes as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in str(word))
 
 
@@ -252,13 +254,13 @@ def heads_of_layer(text: str) -> tuple[int, list[int]]:
 
 
 def heads_of_donor(text: str) -> tuple[str, int, list[int]]:
-    """As `heads_of_layer`, with the donor's name before it, such as B:13:16,17; the name is "" if none is given."""
+    """Read a part of --heads, with a donor's name or without: B:13:16 -> ("B", 13, [16]), 13:16 -> ("", 13, [16])."""
     name, _, heads = text.partition(":") if text.count(":") == 2 else ("", "", text)
     return name, *heads_of_layer(heads)
 
 
 class HeadsByLayer(argparse.Action):
-    """The action of `--heads`: the command gets heads by layer; with names of donors, by name and layer."""
+    """The action of `--heads`: the command gets {layer: heads}; with donors' names, {name: {layer: heads}}."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         layers = [layer for _, layer, _ in values]
@@ -275,10 +277,10 @@ class HeadsByLayer(argparse.Action):
 
 
 def heads_by_layer(words: Iterable[str]) -> dict[int, list[int]]:
-    """Parts of --heads -> the heads by layer, both sorted; parts of one layer are joined.
+    """Parts of --heads -> {layer: heads}, layers and heads sorted. Several parts may name heads of one layer.
 
     Raises:
-        argparse.ArgumentTypeError: as `heads_of_layer`.
+        argparse.ArgumentTypeError: if a part has another form, or names a head twice.
     """
     found: dict[int, set[int]] = {}
     for layer, heads in map(heads_of_layer, words):
@@ -287,7 +289,7 @@ def heads_by_layer(words: Iterable[str]) -> dict[int, list[int]]:
 
 
 def heads_text(heads: Mapping[int, Iterable[int]]) -> str:
-    """Heads by layer in the form of --heads, such as "13:16,17 15:11"."""
+    """{layer: heads} in the form of --heads, such as "13:16,17 15:11"."""
     return " ".join(f"{layer}:{','.join(map(str, of_layer))}" for layer, of_layer in heads.items())
 
 
@@ -327,9 +329,9 @@ def number(
 
 
 def add_layers_flag(parser: CommandParser, *, required: bool, help: str, names: bool = False) -> None:
-    """Add `--layers`: distinct indices from 0, in any order; the command gets them sorted.
+    """Add `--layers`: distinct indices from 0, in any order. The command gets a sorted list.
 
-    With `names`, NAME:N[,N...] is allowed too. The command then gets a dict: sorted indices by name.
+    With `names`, NAME:N[,N...] is allowed too. If names are given, the command gets {name: sorted list}.
     """
 
     def named(text: str) -> tuple[str, list[int]]:
@@ -363,13 +365,13 @@ def add_dtype_flag(parser: CommandParser, *, help: str) -> None:
 
 
 def default_folder(name: str) -> Path:
-    """The default place of `name`: beside the package in a checkout, else in the current folder."""
-    beside = Path(__file__).resolve().parents[1]
-    return beside / name if (beside / "pyproject.toml").is_file() else Path(name)
+    """The default folder `name`: next to the package in a checkout of the repository, else in the current folder."""
+    checkout = Path(__file__).resolve().parents[1]
+    return checkout / name if (checkout / "pyproject.toml").is_file() else Path(name)
 
 
 def add_device_flags(parser: CommandParser) -> None:
-    """Add `--gpu N` (the guide's) and `--device NAME` (anything torch.device takes)."""
+    """Add `--gpu N` and `--device NAME` (anything that torch.device takes)."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--gpu",
@@ -380,8 +382,8 @@ def add_device_flags(parser: CommandParser) -> None:
     group.add_argument("--device", metavar="NAME", help="any torch device instead: cpu, cuda:1, mps, ...")
 
 
-# New objects until the garbage collector runs. Imports make a million objects that stay. With Python's default of 700,
-# the collector would take a quarter of the time of the imports.
+# The garbage collector runs after so many new objects. Imports make a million objects that stay. With Python's default
+# of 700, the collector would take a quarter of the time of the imports.
 _COLLECT_AFTER = 100_000
 
 
@@ -398,7 +400,7 @@ def run(main: Callable[[], None]) -> None:
         _run(main)
     finally:
         sys.stdout, sys.stderr = streams
-        gc.freeze()  # the process ends now; a last run of the collector would take up to a second
+        gc.freeze()  # the process ends now, and a last run of the garbage collector would take up to a second
 
 
 def _run(main: Callable[[], None]) -> None:
@@ -417,7 +419,7 @@ def _run(main: Callable[[], None]) -> None:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; naming it would import torch
             raise
         reason = str(error).splitlines()[0]
-        sys.exit(_report(f"{reason} Choose a GPU with more free memory by --gpu N, or --device cpu."))
+        sys.exit(_report(f"{reason} Choose a GPU with more free memory by --gpu N, or use --device cpu."))
     except OSError as error:
         # Errors of the file system (disk full, no permission) name the file. A traceback would add nothing.
         where = f" ({error.filename})" if error.filename else ""

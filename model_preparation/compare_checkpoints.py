@@ -6,9 +6,9 @@ from model_preparation.command_line import CommandParser, number, run
 
 DESCRIPTION = """\
 Compare checkpoints by their evaluations, question by question, on the questions that all of them were asked. For each
-group and subject, print scores with standard errors, and the difference to the first checkpoint with McNemar's exact
-test and a bootstrap interval. Write a report (comparison.html), and plots as PNG. The report also shows the costs that
-test_checkpoint.py --efficiency measured.
+group and subject, print each checkpoint's score and standard error. Also print its difference from the first
+checkpoint, with McNemar's exact test and a bootstrap interval. Write a report (comparison.html), and plots as PNG. The
+report also shows the costs that test_checkpoint.py --efficiency measured.
 """
 
 EPILOG = """\
@@ -39,31 +39,31 @@ def main() -> None:
     from model_preparation.evaluation.compare.report import check_report_folder, comparison_tables, write_report
 
     output_dir = args.output_dir.expanduser()
-    check_report_folder(output_dir, overwrite=args.overwrite)  # before anything is read
+    check_report_folder(output_dir, overwrite=args.overwrite)  # now, not after the evaluations were read
     comparison = compare_evaluations(
         folders, task=args.task, metric=args.metric, seed=args.seed, resamples=args.bootstrap
     )
     write_report(comparison, output_dir, questions=args.questions, as_json=args.json, overwrite=args.overwrite)
     Console().print(comparison_tables(comparison, subjects=args.subjects))
-    print(f"Report is in {output_dir / 'comparison.html'}, plots beside it")
+    print(f"Report (comparison.html) and plots are in {output_dir}")
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="two or more checkpoints or evaluations")
     parser.add_argument(
-        "--baseline", type=Path, metavar="DIR", help="compare the others with this one (default: the first)"
+        "--baseline", type=Path, metavar="DIR", help="compare the others with this DIR (default: the first)"
     )
     parser.add_argument(
         "--task",
         metavar="NAME",
-        help="compare only this task or group; or the name of an evaluation's folder, if a checkpoint has several",
+        help="compare only this task or group. If a checkpoint has several evaluations, name the folder of one",
     )
     parser.add_argument(
         "--metric",
         metavar="NAME",
-        help="any metric that lm-eval gives each question, with ,FILTER if needed (default: each task's score: acc, or "
-        "lm-eval's first metric)",
+        help="a metric that lm-eval gives each question, as NAME, or NAME,FILTER if the task has several filters "
+        "(default: acc if the task has it, else lm-eval's first metric of the task)",
     )
     parser.add_argument("--subjects", action="store_true", help="print the subjects too; the report always has them")
     parser.add_argument(
@@ -84,7 +84,11 @@ def _parser() -> CommandParser:
         "answers worse (default: %(default)s)",
     )
     parser.add_argument(
-        "--bootstrap", type=number(int, least=100), default=10_000, metavar="N", help="resamples (default: 10000)"
+        "--bootstrap",
+        type=number(int, least=100),
+        default=10_000,
+        metavar="N",
+        help="resamples of the bootstrap (default: 10000)",
     )
     parser.add_argument(
         "--seed", type=number(int, least=0), default=1234, metavar="N", help="seed of the bootstrap (default: 1234)"

@@ -1,6 +1,6 @@
-"""Command: a list of combinations, or a search's result -> one checkpoint each (jobs/build_many.py), and a table.
+"""Command: build a checkpoint for each combination in a list or in a search's result (jobs/build_many.py).
 
-create_best_checkpoints.sh starts it with the right Python.
+create_best_checkpoints.sh starts this command with the right Python.
 """
 
 import argparse
@@ -11,15 +11,17 @@ from model_preparation.command_line import CommandParser, default_folder, number
 from model_preparation.errors import SurgeryError
 from model_preparation.jobs import build_many, combinations, ray_flags
 
-ORIGIN = ("--base", "--llama_layers_dir")  # the inputs of a search
+ORIGIN = ("--base", "--llama_layers_dir")  # a search's result may name the values that the search used
 HERE = Path(__file__).resolve().parent
 
 DESCRIPTION = f"""\
 Build a checkpoint for every combination of layers in a list, and print a table. If one fails, the others are still
-built. A complete checkpoint is skipped, unless you give --overwrite. It counts as failed if its layers, base or format
-are not those of the list and flags. The exit code is 1 if any failed.
---from takes the best combinations of a search: the search_result.json of search_layers.py, or an older program's file.
-It builds them from the base and the donor's layers of that search, unless you give --base and --llama_layers_dir.
+built. A complete checkpoint is skipped, unless you give --overwrite. If a complete checkpoint has other layers, another
+base or another format than the list and the flags say, this combination counts as failed. The exit code is 1 if any
+combination failed.
+--from builds the best combinations of a search. FILE is the search_result.json of search_layers.py, or the result file
+of an older program. The base and the donor's layers are those of the search, unless you give --base and
+--llama_layers_dir.
 Flags not listed here go to create_replaced_model_checkpoint.py: --base, --llama_layers_dir, --gpu, ...
 
 {ray_flags.HELP}"""
@@ -46,7 +48,7 @@ def main() -> None:
         help="combinations, as .csv or .json (default: the published ones, best_combinations.csv)",
     )
     sources.add_argument(
-        "--from", dest="search", type=Path, metavar="FILE", help="a search's result, in place of a list"
+        "--from", dest="search", type=Path, metavar="FILE", help="build from a search's result, not from a list"
     )
     parser.add_argument(
         "--top", type=number(int, least=1), metavar="K", help="with --from: build the K best combinations (default: 1)"
@@ -67,7 +69,7 @@ def main() -> None:
             parser.error(f"{flag} comes from the list")
     builder = create_replaced_model_checkpoint.make_parser()
     builder.prog = "create_replaced_model_checkpoint.py"
-    flags = builder.parse_args(["--layers", "0", "--output_dir", "DIR", *passed_on])  # ends here if a flag is wrong
+    flags = builder.parse_args(["--layers", "0", "--output_dir", "DIR", *passed_on])  # a wrong flag ends the command
     run_jobs = ray_flags.chosen_runner(parser, argparse.Namespace(**{**vars(flags), **vars(args)}))
 
     assumed = ""
@@ -95,8 +97,8 @@ def main() -> None:
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     if failed:
         raise SurgeryError(
-            f"{failed} of {len(outcomes)} checkpoints failed; the reasons are above. Mend them and run this again: "
-            f"complete checkpoints will be skipped. {assumed}".rstrip()
+            f"{failed} of {len(outcomes)} checkpoints failed; the reasons are above. Solve these problems, and run the "
+            f"same command again: complete checkpoints are skipped. {assumed}".rstrip()
         )
 
 

@@ -1,4 +1,4 @@
-"""Command: a base and extracted layers -> a checkpoint folder (checkpoint/build.py and rebuild.py)."""
+"""Command: build a checkpoint folder from a base and extracted layers (checkpoint/build.py and rebuild.py)."""
 
 from functools import partial
 from pathlib import Path
@@ -37,18 +37,18 @@ _RECIPE_FLAGS = ("heads", "ungraft", "keep_mixer_heads", "tokenizer", "descripti
 
 
 def make_parser() -> CommandParser:
-    """The command's flags; create_best_checkpoints.py uses them to check the flags that it passes on."""
+    """The command's parser. create_best_checkpoints.py also uses it, to check the flags that it passes on."""
     parser = CommandParser(
-        description="Replace layers of a Llamba by a donor's layers of the same indices, and write a checkpoint\n"
-        "that loads with torch.load, from its state dict, with model_preparation.load_checkpoint, or (--format hf)\n"
-        "with transformers alone.",
+        description="Replace layers of a Llamba with the donor's layers of the same indices, and write a checkpoint.\n"
+        "The checkpoint loads with torch.load, from its state dict, or with model_preparation.load_checkpoint. With\n"
+        "--format hf, it loads with transformers alone.",
         epilog=EXAMPLES,
     )
     add_layers_flag(
         parser,
         required=False,
         names=True,
-        help="indices of the layers to replace, in any order; from several donors, with the names that "
+        help="indices of the layers to replace, in any order. For several donors, add the names that "
         "--llama_layers_dir gives them, such as A:11,13 B:17",
     )
     parser.add_argument(
@@ -57,26 +57,28 @@ def make_parser() -> CommandParser:
         type=heads_of_donor,
         action=HeadsByLayer,
         metavar="[NAME:]LAYER:HEAD[,HEAD...]",
-        help="query heads of the donor to add to the mixers of other layers, such as 13:16,17,18 15:11; they need less "
-        "cache than whole layers; from several donors, with names, such as B:13:16",
+        help="query heads of the donor to add to the mixers of layers that are not replaced, such as 13:16,17,18 "
+        "15:11. Heads need less cache than whole layers. For several donors, add the names, such as B:13:16",
     )
     parser.add_argument(
         "--ungraft",
         nargs="+",
         type=layer_index,
         metavar="N",
-        help="with a checkpoint as --base: grafted layers, or layers with grafted heads, to take from its base again",
+        help="if --base is a checkpoint: undo its grafts (whole layers or heads) in these layers. The layers of the "
+        "checkpoint's own base take their place",
     )
     parser.add_argument(
         "--keep_mixer_heads",
         action="store_true",
-        help="with --heads: keep all of the mixers (default: their heads at the same place are switched off)",
+        help="with --heads: keep the whole mixer in these layers (default: an equal share of the mixer's channels, at "
+        "the same place as the heads, is set to zero)",
     )
     parser.add_argument(
         "--from_info",
         metavar="FILE",
-        help="build the checkpoint that this checkpoint_info.json describes, and compare its digests; only flags for "
-        "paths, --device, --overwrite and --source are then allowed",
+        help="build the checkpoint that this checkpoint_info.json describes, and compare its digests. The only other "
+        "flags allowed are those for paths and devices, --overwrite and --source",
     )
     parser.add_argument("--output_dir", required=True, metavar="DIR", help="the checkpoint folder to write")
     parser.add_argument(
@@ -84,14 +86,14 @@ def make_parser() -> CommandParser:
         nargs="+",
         default=[default_folder("extracted_llama_layers")],
         metavar="DIR",
-        help="layers that extract_layers.py wrote (default: extracted_llama_layers); from several donors A=DIR B=DIR; "
-        "with --from_info, a DIR for each donor of the recipe",
+        help="layers that extract_layers.py wrote (default: extracted_llama_layers). For several donors: A=DIR B=DIR. "
+        "With --from_info: a DIR for each donor of the recipe",
     )
     parser.add_argument(
         "--base",
         metavar="NAME|PATH",
-        help="the Llamba whose layers are replaced: a name, a model folder or a hub id; or a checkpoint's folder, to "
-        "add to its grafts (default: unaligned_llamba, or the base in --from_info)",
+        help="the Llamba that gets the layers: a name, a model folder or a hub id. A checkpoint's folder also works: "
+        "its grafts stay (default: unaligned_llamba, or the base in --from_info)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -107,8 +109,9 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--format",
         choices=("pt", "hf", "both"),
-        help="pt: model.pt and model_state_dict.pt; hf: a folder that transformers and lm-eval open without this "
-        "package; checkpoints in the same folder share their untouched layers (default: pt)",
+        help="pt: model.pt and model_state_dict.pt. hf: a folder that transformers and lm-eval open without this "
+        "package; checkpoints in the same folder share the files of layers that are not replaced. both: all of these "
+        "files (default: pt)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the plan, write nothing")

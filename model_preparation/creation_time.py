@@ -7,18 +7,18 @@ from model_preparation.errors import SurgeryError
 
 
 def creation_time() -> str:
-    """Now in UTC, as ISO 8601 to the second; or the time in $SOURCE_DATE_EPOCH, in seconds since 1970.
+    """The time in $SOURCE_DATE_EPOCH (seconds since 1970), or now if it is not set: UTC, in ISO 8601, to the second.
 
-    Source of the variable: reproducible-builds.org/specs/source-date-epoch.
+    reproducible-builds.org/specs/source-date-epoch defines the variable.
 
     Raises:
-        SurgeryError: if the variable holds something else.
+        SurgeryError: if the variable is not a number of seconds.
     """
     given = os.environ.get("SOURCE_DATE_EPOCH")
     try:
         moment = datetime.now(UTC) if given is None else datetime.fromtimestamp(int(given), UTC)
     except (ValueError, OverflowError, OSError) as error:
         raise SurgeryError(
-            f"SOURCE_DATE_EPOCH is {given!r}, which is no number of seconds since 1970. Set it to one, or unset it."
+            f"SOURCE_DATE_EPOCH is {given!r}, not a number of seconds since 1970. Set it to such a number, or unset it."
         ) from error
     return moment.isoformat(timespec="seconds")

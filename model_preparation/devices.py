@@ -12,10 +12,10 @@ OF_JOB = "MODEL_PREPARATION_DEVICE"  # environment variable with the device that
 
 
 def choose_device(gpu: int | None = None, device: str | None = None) -> str:
-    """The device to run on: `device`, else CUDA device `gpu`, else the first one, else the CPU. Prints it.
+    """Return the device to run on, and print it: `device`, else CUDA device `gpu`, else CUDA device 0, else the CPU.
 
-    If neither is given, a Ray job takes its device from Ray, and a process of torchrun or accelerate the GPU of its
-    rank.
+    If neither argument is given, a Ray job takes the device that Ray chose. A process of torchrun or accelerate takes
+    the GPU whose number is its local rank.
 
     Raises:
         SurgeryError: if this machine does not have the named device.
@@ -25,8 +25,8 @@ def choose_device(gpu: int | None = None, device: str | None = None) -> str:
     processes, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if processes > 1 and (gpu is not None or device not in (None, "cpu", "cuda")):
         raise SurgeryError(
-            f"The launcher gives each of its {processes} processes a GPU, so --gpu and --device cannot. "
-            "Leave them out, or give --device cpu."
+            f"The launcher gives each of its {processes} processes a GPU, so --gpu and --device cannot choose one. "
+            "Leave these flags out, or give --device cpu."
         )
     device = device if device is not None or gpu is not None else os.environ.get(OF_JOB)
     note = ""
@@ -66,7 +66,7 @@ def check_device(device: "str | torch.device") -> None:
         reason = "this torch is built without it"
         torch.empty(0, device=place)
     except (AssertionError, NotImplementedError, ImportError, RuntimeError) as error:
-        if place is not None and type(error) is RuntimeError:  # the driver's message; torch's messages are long
+        if place is not None and type(error) is RuntimeError:  # only the first sentence of the driver's message
             reason = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
         raise _unusable(device, reason) from error
     if place.type == "meta":

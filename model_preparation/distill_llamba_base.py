@@ -1,4 +1,4 @@
-"""Command: makes an unaligned Llamba from a donor by distilling each layer (see train/distill/distill.py)."""
+"""Command: make a base (a Llamba) from a donor, and distill each layer's attention into its mixer (train/distill/)."""
 
 from pathlib import Path
 
@@ -18,16 +18,17 @@ from model_preparation.setting_flags import add_flags, as_flags, from_flags
 from model_preparation.train.distill.settings import SELF, DistillSettings
 
 DESCRIPTION = f"""\
-Make an unaligned Llamba from a donor (Llama, Mistral, Qwen2 or Qwen3). It starts as init_llamba_base.py makes it. Then
+Make a base (a Llamba) from a donor (Llama, Mistral, Qwen2 or Qwen3). It starts as init_llamba_base.py makes it. Then
 the mixer of each layer learns the outputs of the donor's attention on the same inputs (MOHAWK's second stage, arXiv
-2408.10189). Embeddings, norms, MLPs and head stay the donor's, and no stage trains the whole model.
+2408.10189). Embeddings, norms, MLPs and head stay the donor's. The layers are never trained together: such a base is
+called unaligned.
 
-Finished layers are kept in DIR.distilling, beside the folder to write. If the command is stopped, run it again: it
-resumes at the next layer. It needs memory for one layer of the donor, one of the base, and the hidden states of all
-tokens (tokens x width x 4 bytes); with --data self, first memory for the whole donor in bfloat16. If the hidden states
-are larger than --memory_limit, they are kept on the disk, and take twice their size: 34 GB for a million tokens of an
-8B model, whose width is 4096. The model's folder also gets distillation.json (errors, perplexities, settings),
-distillation.jsonl (losses) and distillation.png.
+Finished layers are kept in DIR.distilling, next to the folder to write. If the command is stopped, run it again: it
+continues with the next layer. The command needs memory for one layer of the donor, one layer of the base, and the
+hidden states of all tokens (tokens x width x 4 bytes). With --data self, it first needs memory for the whole donor in
+bfloat16. Hidden states larger than --memory_limit are kept on the disk, where they take twice their size: 34 GB for a
+million tokens of an 8B model, whose width is 4096. The model's folder also gets distillation.json (errors,
+perplexities, settings), distillation.jsonl (losses) and distillation.png.
 
 {ray_flags.HELP}"""
 
@@ -43,10 +44,10 @@ then:
 """
 
 MIXER_FLAGS = {
-    "d_state": "of the mixers: width of the keys, and so of the state (default: the donor's head_dim)",
-    "n_v_heads": "of the mixers: heads of the values (default: the donor's heads)",
-    "n_qk_heads": "of the mixers: heads of keys and queries, a divisor of --n_v_heads (default: the donor's heads)",
-    "d_conv": "of the mixers: number of tokens that the convolution sees (default: 4)",
+    "d_state": "mixers: width of the keys and of the state (default: the donor's head_dim)",
+    "n_v_heads": "mixers: number of value heads (default: the donor's number of query heads)",
+    "n_qk_heads": "mixers: number of key and query heads, a divisor of --n_v_heads (default: the donor's query heads)",
+    "d_conv": "mixers: number of tokens that the convolution sees (default: 4)",
 }
 
 
@@ -83,7 +84,7 @@ def main() -> None:
 
 
 def make_parser() -> CommandParser:
-    """The command's flags."""
+    """The command's parser."""
     parser = CommandParser(description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument(
         "--donor",
@@ -95,8 +96,8 @@ def make_parser() -> CommandParser:
         "--data",
         default=SELF,
         metavar="FILE|DIR|self",
-        help="text: a .txt file, a .jsonl file with a text in every line, a folder of such files; or self: the donor "
-        "writes the text, without a prompt (default: %(default)s)",
+        help="the text to learn from: a .txt file, a .jsonl file with a text in every line, or a folder of such files. "
+        "self: the donor writes the text, without a prompt (default: %(default)s)",
     )
     parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="the model folder to write")
     add_flags(parser, DistillSettings)
@@ -110,7 +111,8 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="train all layers again; tokens of a stopped run are kept if their donor, text and settings are the same",
+        help="train all layers again. The tokens of a stopped run are used again if donor, text and settings are the "
+        "same",
     )
     ray_flags.add_ray_flags(parser)
     add_device_flags(parser)

@@ -1,4 +1,4 @@
-"""Modules under their paths of version 0.2, for programs that import them. They warn. Version 0.6 removes them."""
+"""Lets older programs import modules by their paths of version 0.2, with a warning. Version 0.6 will remove this."""
 
 import importlib
 import warnings
@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _PACKAGE = "model_preparation."
-# By the path in 0.2: the path now, and the new names of renamed functions by their names in 0.2.
+# {path in 0.2: (path now, {name of a renamed function in 0.2: its name now})}
 _NOW: dict[str, tuple[str, dict[str, str]]] = {
     "batch.jobs": ("jobs.jobs", {}),
     "comparison.compare": ("evaluation.compare.compare", {}),
@@ -35,10 +35,10 @@ class EarlierNames:
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         inner = name.removeprefix(_PACKAGE)
-        is_room = any(module.startswith(f"{inner}.") for module in _NOW)
-        if inner == name or not (is_room or inner in _NOW):
+        is_package = any(module.startswith(f"{inner}.") for module in _NOW)
+        if inner == name or not (is_package or inner in _NOW):
             return None
-        return ModuleSpec(name, self, is_package=is_room)  # type: ignore[arg-type]
+        return ModuleSpec(name, self, is_package=is_package)  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None
@@ -46,7 +46,7 @@ class EarlierNames:
     def exec_module(self, module: ModuleType) -> None:
         if module.__name__.removeprefix(_PACKAGE) in _NOW:
             path, names = _NOW[module.__name__.removeprefix(_PACKAGE)]
-            message = f"{module.__name__} is {_PACKAGE}{path} since version 0.3; the old path goes with 0.6."
+            message = f"{module.__name__} is {_PACKAGE}{path} since version 0.3; version 0.6 removes the old path."
             warnings.warn(message, FutureWarning, stacklevel=2)
             now = importlib.import_module(_PACKAGE + path)
             module.__dict__["__getattr__"] = lambda name: getattr(now, names.get(name) or name)

@@ -1,7 +1,8 @@
 """The one exception for a user's mistake or a broken input.
 
-Its message has two short sentences: the fault, with the value seen and the value needed; and what to run or change.
-Commands print it as one line and exit with 1. Any other exception is a bug and keeps its traceback.
+Its message has two short sentences. The first says what is wrong, with the value seen and the value needed. The second
+says what to run or change. Commands print the message as one line and exit with 1. Any other exception is a bug and
+keeps its traceback.
 """
 
 
@@ -10,5 +11,5 @@ class SurgeryError(Exception):
 
 
 def one_line(error: object) -> str:
-    """An error's message as a part of a sentence: one line, cut, without its full stop; without a message, its type."""
+    """An error's message, or else its type, for use in a sentence: one line, at most 300 characters, no full stop."""
     return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

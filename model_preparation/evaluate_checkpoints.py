@@ -1,6 +1,6 @@
 """Command: score checkpoints by test_checkpoint.py, and print one table (jobs/evaluate_many.py).
 
-scripts/evaluate_all.sh starts it with the right Python.
+scripts/evaluate_all.sh starts this command with the right Python.
 """
 
 import argparse
@@ -14,9 +14,9 @@ from model_preparation.jobs import combinations, evaluate_many, ray_flags
 from model_preparation.setting_flags import add_flags
 
 DESCRIPTION = f"""\
-Evaluate many checkpoints, and print one table of their scores. If one fails, the others are still evaluated. Each
+Evaluate many checkpoints, and print one table of their scores. If one evaluation fails, the others still run. Each
 result is saved at once: after an interruption, run the same command again and it continues. The exit code is 1 if any
-failed.
+evaluation failed.
 
 {ray_flags.HELP}"""
 
@@ -27,12 +27,12 @@ examples:
   scripts/evaluate_all.sh --list model_preparation/best_combinations.csv --output_root model_checkpoints --ray local
   scripts/evaluate_all.sh model_checkpoints --ray auto --results_dir /shared/results
 
-A score with --limit is not comparable with the full score: compare rows of one table.
+A score with --limit is not comparable with the full score. Compare it only with rows of the same table.
 """
 
-# Flags that are passed to test_checkpoint.py unchanged.
+# Flags that test_checkpoint.py gets unchanged.
 _PASSED_ON = (*(name for name in EVALUATION_SETTINGS if name != "results_dir"), "seed", "dtype", "gpu", "device")
-_NO_FOLDERS = ("hub", "modelscope")  # values of --mmlu_data that are not paths
+_HUBS = ("hub", "modelscope")  # values of --mmlu_data that are not paths
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
     if parser.is_given("tasks"):
         from model_preparation.evaluation.tasks import check_names
 
-        check_names(args.tasks)  # once, not for every checkpoint
+        check_names(args.tasks)  # once here, not once in every evaluation
     if args.list is None:
         candidates = evaluate_many.find_checkpoints(args.checkpoints)
     else:
@@ -69,12 +69,12 @@ def main() -> None:
     if failed:
         raise SurgeryError(
             f"{failed} of {len(done)} evaluations failed; the reasons are above. "
-            "Solve them and run this again: complete results are kept."
+            "Solve these problems, and run the same command again: complete results are kept."
         )
 
 
 def make_parser() -> CommandParser:
-    """The command's flags."""
+    """The command's parser."""
     parser = CommandParser(description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument(
         "checkpoints",
@@ -84,7 +84,7 @@ def make_parser() -> CommandParser:
         help="a checkpoint's folder, or a folder that holds complete checkpoints",
     )
     parser.add_argument(
-        "--list", type=Path, metavar="FILE", help="combinations, as create_best_checkpoints.sh takes them"
+        "--list", type=Path, metavar="FILE", help="a list of combinations, as for create_best_checkpoints.sh"
     )
     parser.add_argument(
         "--output_root",
@@ -101,7 +101,7 @@ def make_parser() -> CommandParser:
 
 
 def _flags(parser: CommandParser, args: argparse.Namespace) -> Iterator[str]:
-    """The given flags for test_checkpoint.py."""
+    """The words for test_checkpoint.py: each given flag, with its values."""
     for name in filter(parser.is_given, _PASSED_ON):
         value = getattr(args, name)
         if value is True:
@@ -111,8 +111,8 @@ def _flags(parser: CommandParser, args: argparse.Namespace) -> Iterator[str]:
 
 
 def _needed_paths(args: argparse.Namespace) -> Iterator[Path]:
-    """The paths in these flags."""
-    if args.mmlu_data is not None and args.mmlu_data not in _NO_FOLDERS:
+    """The files and folders that the given flags name."""
+    if args.mmlu_data is not None and args.mmlu_data not in _HUBS:
         yield Path(args.mmlu_data).expanduser()
     yield from (Path(task) for task in args.tasks if Path(task).exists())
     yield from (Path(each.partition("=")[2]).expanduser() for each in args.task_data or ())

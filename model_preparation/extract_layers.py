@@ -1,4 +1,4 @@
-"""Command: a donor model, or old files of its layers -> a folder of layers (checkpoint/extract.py, legacy/)."""
+"""Command: write a folder of layers from a donor, or from files of older programs (checkpoint/extract.py, legacy/)."""
 
 from model_preparation.command_line import CommandParser, add_dtype_flag, add_layers_flag, default_folder, run
 from model_preparation.errors import SurgeryError
@@ -16,8 +16,8 @@ examples:
 
 def main() -> None:
     parser = CommandParser(
-        description="Write a model's decoder layers into one file each, with its tokenizer and everything else that a\n"
-        "graft needs. The command works layer by layer, so it needs memory for one layer only.",
+        description="Write each decoder layer of a model into its own file. Also write the tokenizer and everything\n"
+        "else that a graft needs. The command works layer by layer, so it needs memory for one layer only.",
         epilog=EXAMPLES,
     )
     parser.add_argument(
@@ -29,26 +29,27 @@ def main() -> None:
         "--output_dir",
         default=default_folder("extracted_llama_layers"),
         metavar="DIR",
-        help="the folder to write, or with --verify to read (default: %(default)s)",
+        help="the folder to write, or the folder to read with --verify (default: %(default)s)",
     )
     add_layers_flag(parser, required=False, help="extract these layers only (default: all)")
-    add_dtype_flag(parser, help="cast the layers to it (default: as the model is stored)")
+    add_dtype_flag(parser, help="cast the layers to this dtype (default: the dtype of the model's files)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder of layers")
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read every file again and compare it with its recorded SHA-256; with --model_name, after extracting",
+        help="compare every file in the folder with its recorded SHA-256; with --model_name, do this after extracting",
     )
     parser.add_argument(
         "--from_legacy",
         metavar="DIR",
         help="import layers that were saved as whole pickled LlamaDecoderLayer modules (layer_11.pt, ...); "
-        "--model_name then gives only config.json and tokenizer, if DIR has none",
+        "--model_name then gives only the config.json and the tokenizer that DIR lacks",
     )
     parser.add_argument(
         "--trust_pickle",
         action="store_true",
-        help="with --from_legacy: open these files, which could run code, in a separate process without network",
+        help="with --from_legacy: open these files, although they could run code, in a separate process without "
+        "network",
     )
     parser.add_argument(
         "--allow_network",
@@ -58,7 +59,7 @@ def main() -> None:
     add_source_flag(parser)
     args = parser.parse_args()
     if args.model_name is None and args.from_legacy is None and not args.verify:
-        parser.error("--model_name is needed (or --verify, to check layers extracted before)")
+        parser.error("--model_name is needed (or --verify, to check layers that are already extracted)")
     if args.from_legacy is None:
         parser.refuse(args, ("trust_pickle", "allow_network"), "belongs to --from_legacy, which is not given")
     if args.model_name is None and args.from_legacy is None:
@@ -93,7 +94,7 @@ def main() -> None:
             f"{decimal(size_bytes)}, {metadata['num_heads']} heads of {metadata['head_dim']}"
         )
         if metadata["config"]["model_type"] == "llamba":
-            print("These are a Llamba's layers, to look at. For a graft, extract the donor's layers.")
+            print("These layers are a Llamba's, only to look at. For a graft, extract the donor's layers.")
     if args.verify:
         store = LayerStore(args.output_dir)
         faults = store.faults()

@@ -3,7 +3,7 @@ python=${PYTHON:-$(dirname -- "${BASH_SOURCE[0]}")/../.venv/bin/python}
 if [[ -z ${PYTHON:-} && ! -x $python ]]; then
     python=python3
     if ! "$python" -c 'import torch' 2>/dev/null; then
-        echo "error: there is no .venv, and $python has no torch. Run scripts/quickstart.sh, or name one: PYTHON=... $0" >&2
+        echo "error: there is no .venv, and $python has no torch. Run scripts/quickstart.sh, or name a Python that has torch: PYTHON=... $0" >&2
         exit 1
     fi
 fi

@@ -1,7 +1,7 @@
 """Reads a YAML file of settings as text: `--config FILE`, and the experiments of run_experiment.py.
 
-Every value is the file's own text, as on a command line, and the command's flags check it. So `on` stays `on`, and 010
-stays 010.
+Every value is the text in the file, as a user would type it on a command line. The command's flags check the value. So
+`on` stays `on`, and 010 stays 010.
 """
 
 import re
@@ -28,9 +28,9 @@ class Entry:
 
 
 def read_entries(path: Path, lists: Collection[str] = ()) -> dict[str, Entry]:
-    """The keys of a YAML file, with underscores for hyphens, and their values.
+    """{key: entry} for each key of a YAML file. A hyphen in a key becomes an underscore.
 
-    The value of a key in `lists` may be a list of such keys with values.
+    A key in `lists` may have a list of mappings as its value.
 
     Raises:
         SurgeryError: if the file cannot be read, has a key twice, or a value that no flag can have. It names the line.
@@ -93,7 +93,7 @@ def as_yaml(values: Mapping[str, Any]) -> str:
 
 
 def _typed(value: Any) -> Any:
-    """The value with texts that are integers as numbers, so that YAML writes no quotes around them."""
+    """The value, with a number in place of each text that is an integer: YAML writes no quotes around a number."""
     if isinstance(value, Entry):
         return _typed(value.value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Command: trains a grafted checkpoint a little more, into a new one (see train/heal/heal.py)."""
+"""Command: train a grafted checkpoint a little more, and write a new checkpoint (train/heal/heal.py)."""
 
 import argparse
 from pathlib import Path
@@ -14,10 +14,10 @@ from model_preparation.setting_flags import add_flags, as_flags
 from model_preparation.train.heal.settings import PATHS, HealSettings
 
 DESCRIPTION = """\
-Train a grafted checkpoint a little more, and write the result as a new checkpoint folder. The parent is only read.
-During the training, complete states are kept in OUTPUT_DIR_resume/checkpoint-N. If the run is killed, the same command
-resumes it, and on a CPU the result has exactly the same bits. With torchrun or accelerate launch (configs in
-scripts/accelerate/), several processes share the work.
+Train a grafted checkpoint (the parent) a little more, and write the result as a new checkpoint folder. The parent does
+not change. During the training, complete states are kept in OUTPUT_DIR_resume/checkpoint-N. If the run is killed, the
+same command resumes it. On a CPU, the result then has exactly the same bits as without the kill. With torchrun or
+accelerate launch (configs in scripts/accelerate/), several processes share the work.
 """
 
 EPILOG = """\
@@ -41,7 +41,7 @@ def main() -> None:
     """Parse the command line, heal or merge, and print where the result is."""
     parser = _parser()
     given = parser.parse_args()
-    # A resumed run has its own settings: pass on only those that the user gave.
+    # A resumed run keeps its settings, so pass on only the settings that the user gave.
     is_default = {name for name in HealSettings.__dataclass_fields__ if not parser.is_given(name)}
     args = {name: value for name, value in vars(given).items() if name not in is_default}
     stages = args.pop("stages")
@@ -84,7 +84,7 @@ def main() -> None:
         info = heal_in_stages(**args)
     if info:
         used = {"stages": stages} if stages else _flags_used(info["healing"], args)
-        # Beside the checkpoint: inside it, an unlisted file is a fault.
+        # Next to the checkpoint's folder, because verify reports an unlisted file inside the folder as a fault.
         save_config(Path(f"{given.output_dir.expanduser()}.config.yaml"), used)
         _print_result(info)
         print(f"Healed checkpoint: {given.output_dir}")
@@ -109,7 +109,7 @@ def _stages(entry: Entry) -> list[dict[str, Any]]:
 
 
 def _flags_used(healing: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The flags for the same run. The record has only the last part of a path: a given path is used if it fits."""
+    """The flags that repeat this run. The record has only the last part of a path: a given path that has it is used."""
     from model_preparation.io.result_inputs import name_of
 
     settings = dict(healing["settings"])
@@ -138,9 +138,9 @@ def _parser() -> CommandParser:
         "--data",
         metavar="FILE|DIR|NAME|self",
         help='text: .txt and .md files, .jsonl and .parquet files with a field "text", a folder of these, or the name '
-        "of a data set: org/name or org/name:config on Hugging Face, modelscope:org/name on ModelScope. Rows with "
-        "messages, conversations, query and response, or instruction and output are conversations. self: the donor "
-        "writes the conversations",
+        "of a data set: org/name or org/name:config on Hugging Face, modelscope:org/name on ModelScope. Rows with the "
+        "fields messages, conversations, query and response, or instruction and output are conversations. self: the "
+        "donor writes conversations",
     )
     parser.add_argument(
         "--output_dir", required=True, type=Path, metavar="DIR", help="the folder of the healed checkpoint"
@@ -149,12 +149,12 @@ def _parser() -> CommandParser:
         "--resume",
         default="auto",
         metavar="auto|never|DIR",
-        help="auto: resume from the newest complete state if there is one; never: start again; or a state's folder "
-        "(default: %(default)s). A resumed run keeps its first settings",
+        help="auto: resume from the newest complete state, or start if there is none; never: start again; DIR: resume "
+        "from this state (default: %(default)s). A resumed run keeps the settings that it began with",
     )
     parser.add_argument("--resume_dir", metavar="DIR", help="folder of the states (default: OUTPUT_DIR_resume)")
     parser.add_argument("--description", default="", metavar="TEXT", help="free text for checkpoint_info.json")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT_DIR; with --resume never, states too")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT_DIR; with --resume never, also states")
     parser.add_argument("--clean_up", action="store_true", help="remove the states once the checkpoint is written")
     parser.add_argument(
         "--merge_adapter",
@@ -175,7 +175,8 @@ def _parser() -> CommandParser:
         dest="prompts",
         nargs="+",
         metavar="TEXT",
-        help="texts that the model continues before and after (default: a sentence about learning languages)",
+        help="texts that the model continues, before and after healing (default: the beginning of a sentence about "
+        "learning languages)",
     )
     add_device_flags(parser)
     add_dtype_flag(parser, help="dtype of the healed checkpoint; float16 halves the size (default: its parent's)")
@@ -190,7 +191,7 @@ def _parser() -> CommandParser:
 def _milestone(text: str) -> tuple[int, str]:
     step, _, name = text.partition("=")
     if not step.isdigit() or "/" in name or name.startswith((".", "checkpoint-")):
-        raise argparse.ArgumentTypeError(f"{text!r} is no STEP or STEP=NAME")
+        raise argparse.ArgumentTypeError(f"{text!r} is not STEP or STEP=NAME")
     return int(step), name or f"milestone-{step}"
 
 

@@ -1,4 +1,4 @@
-"""Command: a donor -> a Llamba of the same shape, untrained (see checkpoint/llamba_init.py)."""
+"""Command: make an untrained Llamba of a donor's shape from the donor's weights (checkpoint/llamba_init.py)."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ from model_preparation.command_line import CommandParser, add_dtype_flag, run
 from model_preparation.hub.sources import add_source_flag
 
 DESCRIPTION = """\
-Make a Llamba from a donor (Llama, Mistral, Qwen2 or Qwen3) for which no Llamba is published. Embeddings, norms, MLPs
-and head are the donor's. Each mixer starts from the attention's projections, as in Mamba in the Llama (arXiv
-2408.15237) and MOHAWK (arXiv 2408.10189). Nothing is trained: a model with a few such layers loses little, but a model
-of only such layers writes no sensible text.
+Make a base (a Llamba) from a donor (Llama, Mistral, Qwen2 or Qwen3) for which no Llamba is published. Embeddings,
+norms, MLPs and head are the donor's. Each mixer starts from the attention's projections, as in Mamba in the Llama
+(arXiv 2408.15237) and MOHAWK (arXiv 2408.10189). Nothing is trained. If only a few layers of a model are such layers,
+the model loses little. If all are, it writes no sensible text.
 """
 
 EXAMPLES = """\

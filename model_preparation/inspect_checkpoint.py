@@ -1,4 +1,4 @@
-"""Command: list the tensors of a checkpoint, a state, layers, or any file of tensors (see checkpoint/inspect.py)."""
+"""Command: list the tensors of a checkpoint or of any other file or folder with tensors (checkpoint/inspect.py)."""
 
 import sys
 
@@ -18,21 +18,21 @@ examples:
 def main() -> None:
     """Parse the command line and print the tensors."""
     parser = CommandParser(
-        description="List the tensors of a file or folder: name, dtype, shape, size, mean, deviation, range, BLAKE3.\n"
-        "Files of any size are mapped and read piece by piece. No code is run: a file is refused if it holds anything\n"
-        "except tensors and plain values. Only a model.pt of ours may hold its model.",
+        description="List the tensors of a file or folder: name, dtype, shape, size, mean, standard deviation, range,\n"
+        "BLAKE3. Files of any size are mapped and read piece by piece. No code is run: a file is refused if it holds\n"
+        "anything except tensors and plain values. Only a checkpoint's model.pt may also hold the model itself.",
         epilog=EXAMPLES,
     )
     parser.add_argument(
         "path",
         metavar="PATH|NAME",
-        help="a .safetensors, .pt, .pth or .bin file; the folder of a checkpoint (its state dict is read), a state, "
-        "layers, an adapter, a model; or a model's name",
+        help="a .safetensors, .pt, .pth or .bin file; a folder with a checkpoint (its state dict is read), a state of "
+        "healing, extracted layers, an adapter or a model; or a model's name",
     )
-    parser.add_argument("--keys", default="*", metavar="PATTERN", help='only these names, such as "*.mlp.*" or lm_head')
+    parser.add_argument("--keys", default="*", metavar="PATTERN", help='only names such as "*.mlp.*" or lm_head')
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--diff", metavar="OTHER", help="print the tensors that differ from those in OTHER, and how")
-    output.add_argument("--json", action="store_true", help="one JSON object per tensor, digests in full")
+    output.add_argument("--json", action="store_true", help="print one JSON object per tensor, with the whole digest")
     add_source_flag(parser)
     args = parser.parse_args()
 

@@ -1,7 +1,7 @@
 """Remembers Ctrl-C and SIGTERM, because Python drops an exception that a signal raises inside a `__del__`.
 
-A command calls `watch` once. Code that makes a result final calls `check` first. A command that normally ends by Ctrl-C
-calls `forget`.
+A command calls `watch` once. Code that makes a result final calls `check` first. A command for which Ctrl-C is the
+normal end calls `forget`.
 """
 
 import signal
@@ -11,7 +11,7 @@ _received: list[int] = []
 
 
 def watch() -> None:
-    """Make SIGINT raise KeyboardInterrupt and SIGTERM SystemExit(143), and remember that they came."""
+    """Let SIGINT raise KeyboardInterrupt, let SIGTERM raise SystemExit(143), and remember each signal."""
 
     def remember_and_stop(number: int, _frame) -> None:
         _received.append(number)
@@ -23,17 +23,17 @@ def watch() -> None:
 
     signal.signal(signal.SIGINT, remember_and_stop)
     signal.signal(signal.SIGTERM, remember_and_stop)
-    sys.unraisablehook = hide_dropped  # `check` raises them again
+    sys.unraisablehook = hide_dropped  # print nothing about a dropped exception: `check` raises it again
 
 
 def check() -> None:
-    """Raise a signal's exception again, if it was lost."""
+    """Raise the exception of the first signal, if a signal came and Python dropped its exception."""
     if _received:
         _stop(_received[0])
 
 
 def forget() -> None:
-    """Forget the signals that came: the command ends as it does without them."""
+    """Forget the signals that came, so that the command ends as if none had come."""
     _received.clear()
 
 

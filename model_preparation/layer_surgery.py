@@ -1,4 +1,4 @@
-"""The console command `layer-surgery`, whose subcommands are the other commands.
+"""The console command `layer-surgery`. Its subcommands are the other commands.
 
 `layer-surgery build ...` is `python create_replaced_model_checkpoint.py ...`.
 """
@@ -40,7 +40,7 @@ SUBCOMMANDS = {
 
 
 def main() -> None:
-    """Run the subcommand that the command line names, as its script would."""
+    """Run the subcommand that the command line names, as the subcommand's own script would."""
     parser = _parser()
     given = sys.argv[1:2]
     if given and given[0] in SUBCOMMANDS:
@@ -67,7 +67,7 @@ def show_subcommands() -> None:
 def _parser() -> command_line.CommandParser:
     parser = command_line.CommandParser(
         usage="%(prog)s SUBCOMMAND ...",
-        description="Replace layers of a language model by another's, and write checkpoints that load everywhere.",
+        description="Replace layers of a language model with layers of another one, and write checkpoints.",
         epilog="\n".join(
             [
                 "subcommands:",

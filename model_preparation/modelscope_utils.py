@@ -1,6 +1,6 @@
-"""Load a base or donor by name, as the checkpoint guide does: `get_model_modelscope("unaligned_llamba")`.
+"""Load a base or donor by name: `get_model_modelscope("unaligned_llamba")`.
 
-Works as `from modelscope_utils import ...` inside this folder and as `from model_preparation.modelscope_utils`.
+Import it as `modelscope_utils` inside this folder, and as `model_preparation.modelscope_utils` elsewhere.
 """
 
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def get_model_modelscope(
     name: str, device: "str | torch.device" = "cpu", dtype: "torch.dtype | str | None" = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, int, int]":
-    """Load a donor or a Llamba, with its own tokenizer, or with the tokenizer in `sources.TABLE` for its name.
+    """Load a donor or a Llamba, with its own tokenizer, or else with the tokenizer that `sources.TABLE` names for it.
 
     Args:
         name: a name of `sources.TABLE`, a folder, or a hub id.
@@ -25,11 +25,11 @@ def get_model_modelscope(
         dtype: of the weights; None keeps the stored dtype.
 
     Returns:
-        `(model, tokenizer, num_heads, head_dim)`, with the model in eval mode. The heads are a donor's query heads, or
-        the value heads of a Llamba's mixer. `head_dim` is their width.
+        `(model, tokenizer, num_heads, head_dim)`, with the model in eval mode. For a donor, `num_heads` counts query
+        heads; for a Llamba, the value heads of a mixer. `head_dim` is the width of one of these heads.
 
     Raises:
-        SurgeryError: if the model is missing, is neither kind, or has no known tokenizer.
+        SurgeryError: if the model is missing, is neither a donor nor a Llamba, or has no known tokenizer.
     """
     from model_preparation.evaluation.models import load_folder  # imports torch and transformers
 

@@ -1,7 +1,7 @@
 """Command: run a whole experiment from one YAML file: extract, search, build, heal, evaluate and compare.
 
 Each step is one of our commands in a separate process, so its memory is free afterwards. OUTPUT_DIR/experiment.json
-keeps the settings of each step: a step with a result of the same settings is not run again.
+records the settings of each step. A step whose result was made with the same settings is not run again.
 """
 
 import argparse
@@ -31,8 +31,9 @@ from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
 Run an experiment that one YAML file describes: extract the donor's layers, search for the best ones or take the given
-ones, build the checkpoint, heal it if asked to, evaluate all, and compare. The command prints the plan first. If it is
-stopped, run it again: it keeps finished steps. If the file has changed, the plan lists the steps to run again.
+ones, build the checkpoint, heal it if the file says so, evaluate all models, and compare them. The command prints the
+plan first. If it is stopped, run it again: it keeps finished steps. If the file has changed, the plan lists the steps
+to run again.
 """
 
 EPILOG = """\
@@ -43,11 +44,11 @@ an experiment:
   search: {task: [embedded_recall], limit: 100, method: greedy}   # or, for example, layers: [4, 10]
   evaluate: {tasks: [embedded_recall], limit: 200}
 
-The steps are extract, search, build, heal, evaluate and compare. Each step takes the flags of its command as keys. To
-see the keys of search, run search_layers.py --help; those of evaluate, test_checkpoint.py --help. Write gpu, device and
-source outside the steps: all steps that have these flags use them. heal needs data, the text to train on. evaluate also
-has the key models: some of base, donor, grafted and healed (default: all). Without evaluate, nothing is compared. Paths
-start at the current folder.
+The steps are extract, search, build, heal, evaluate and compare. Each step takes the flags of its command as keys:
+search_layers.py --help lists the keys of search, and test_checkpoint.py --help lists the keys of evaluate. Write gpu,
+device and source outside the steps: all steps that have these flags use them. heal needs the key data, the text to
+train on. evaluate also has the key models: a list of base, donor, grafted, healed (default: all). Without evaluate,
+nothing is compared. Paths are relative to the current folder.
 
 examples:
   python run_experiment.py experiment.yaml --dry_run
@@ -55,7 +56,7 @@ examples:
 """
 
 RECORD = "experiment.json"
-# By step, its command, and the flags that the experiment itself sets.
+# {step: (its command, flags that the experiment itself sets)}
 _COMMANDS = {
     "extract": ("extract_layers", {"model_name", "output_dir", "verify", "from_legacy"}),
     "search": ("search_layers", {"base", "start", "donor", "llama_layers_dir", "output_dir"}),
@@ -64,31 +65,32 @@ _COMMANDS = {
     "evaluate": ("test_checkpoint", {"checkpoint", "full_eval", "skip_generation", "results_dir", "result_json"}),
     "compare": ("compare_checkpoints", {"output_dir", "baseline"}),
 }
-_RUN_FLAGS = {"overwrite", "dry_run"}  # the experiment sets these too, in every step
+_RUN_FLAGS = {"overwrite", "dry_run"}  # the experiment itself sets these flags in every step
 _FOR_ALL = ("gpu", "device", "source")
 _PLAIN_KEYS = ("output_dir", "base", "donor", "layers", *_FOR_ALL)
 _MODELS = ("base", "donor", "grafted", "healed")
 
-Flags = Mapping[str, Any]  # by name: text, a list of texts, or True
+Flags = Mapping[str, Any]  # {flag's name: text, list of texts, or True}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """The checked contents of a file: `steps` has the flags of each step to run."""
+    """The checked contents of an experiment's file. `steps` has the flags of each step to run."""
 
     folder: Path
     base: str
     donor: str
     layers: list[str] | None  # None: the search finds them
     steps: dict[str, Flags]
-    models: list[str]  # to evaluate
+    models: list[str]  # which of _MODELS to evaluate
 
 
 @dataclass(frozen=True)
 class Step:
-    """One run of a command. Its file `result` exists once it has succeeded. It needs the earlier steps in `after`.
+    """One run of a command.
 
-    `own` are flags for paths, which do not change the result.
+    The file `result` exists once the run has succeeded. The run needs the results of the steps in `after`. `own` are
+    flags that do not change the result, such as paths. `shown` is the path in the printed plan.
     """
 
     kind: str
@@ -102,13 +104,13 @@ class Step:
 
     @property
     def can_replace(self) -> bool:
-        """Whether a run with other settings replaces a result that is slow to make, and so needs --redo."""
+        """Whether the result is slow to make, so that only --redo replaces it, by the command's --overwrite."""
         return self.kind in ("extract", "search", "build", "heal")
 
 
 @dataclass(frozen=True)
 class State:
-    """The state of a step: done, to do, or again (its result has other settings); and the reason."""
+    """The state of a step, and its reason. `word` is "done", "to do", or "again" if the result has other settings."""
 
     word: str
     reason: str = ""
@@ -122,7 +124,7 @@ def main() -> None:
     parser.add_argument("experiment", type=Path, metavar="FILE", help="the YAML file that describes the experiment")
     parser.add_argument("--dry_run", action="store_true", help="print the plan, run nothing")
     parser.add_argument(
-        "--redo", action="store_true", help="if the file has changed, replace the results that it changes"
+        "--redo", action="store_true", help="if the file has changed, replace results that have other settings"
     )
     args = parser.parse_args()
     experiment = read_experiment(args.experiment.expanduser())
@@ -138,8 +140,8 @@ def main() -> None:
         changed := [step.name for step in steps if step.can_replace and states[step.name].word == "again"]
     ) and not args.redo:
         raise SurgeryError(
-            f"{experiment.folder} has other results of {', '.join(changed)} than this file asks for. "
-            "Add --redo to replace them, or name another output_dir."
+            f"{experiment.folder} has results of {', '.join(changed)} with other settings than this file. "
+            "Add --redo to replace these results, or name another output_dir."
         )
     make_folder(experiment.folder)
     write_file(experiment.folder / "experiment.yaml", read_text(args.experiment.expanduser()))
@@ -159,7 +161,7 @@ def read_experiment(path: Path) -> Experiment:
     """Read and check an experiment.
 
     Raises:
-        SurgeryError: for a key or value that cannot be used. It names the file and the line.
+        SurgeryError: for a key or value that cannot be used. The message names the file and the line.
     """
     entries = read_entries(path)
     for key, entry in entries.items():
@@ -234,7 +236,7 @@ def _models(entry: Entry, known: list[str]) -> list[str]:
 
 
 def _checked_flags(kind: str, given: Mapping[str, Entry], parser: CommandParser) -> Flags:
-    """The given keys as flags; raises SurgeryError for a key that is no flag of the command, or a wrong value."""
+    """The given keys as flags. Raises SurgeryError if a key is no flag of the command, or if a value is wrong."""
     flags: dict[str, Any] = {}
     for key, entry in given.items():
         if key in _COMMANDS[kind][1] | _RUN_FLAGS:
@@ -249,7 +251,7 @@ def _checked_flags(kind: str, given: Mapping[str, Entry], parser: CommandParser)
 
 
 def plan(experiment: Experiment) -> list[Step]:
-    """The steps, in order. Until the search has found the layers, the build's flags have no `layers`."""
+    """The steps, in order. Before the search has a result, the flags of build have neither `layers` nor `heads`."""
     folder, steps = experiment.folder, experiment.steps
     own: dict[str, Any]
     after: tuple[str, ...]
@@ -274,7 +276,7 @@ def plan(experiment: Experiment) -> list[Step]:
     own = {"llama_layers_dir": layers_dir, "output_dir": grafted}
     planned.append(Step("build", "build", flags, own, (), grafted, grafted / "checkpoint_info.json", source))
     if "heal" in steps:
-        # Each set of settings has its own folder of states, so that a stopped run finds its own states.
+        # Other settings get another folder of states, so that a stopped run finds its own states.
         states = folder / "healing" / digest_of({**flags, **steps["heal"]})[:12]
         own = {"checkpoint": grafted, "output_dir": healed, "resume_dir": states}
         result = healed / "checkpoint_info.json"
@@ -304,7 +306,7 @@ def _check_inputs(experiment: Experiment, steps: list[Step]) -> None:
     """Refuse missing models, tasks and texts before hours of work. Nothing is downloaded.
 
     Raises:
-        SurgeryError: if any is missing. It names all of them, and the steps that need them.
+        SurgeryError: if any is missing. The message names everything that is missing, and the step that needs it.
     """
     from model_preparation.evaluation.tasks import check_names
     from model_preparation.train.texts import files_of_text
@@ -334,7 +336,7 @@ def _check_inputs(experiment: Experiment, steps: list[Step]) -> None:
 
 
 def _found_best(result: Path) -> dict[str, Any] | None:
-    """The build's flags for the best layers or heads in a search's result; None if there is none yet."""
+    """The flags of build for the best layers or heads in a search's result; None before the search has a result."""
     if not result.is_file():
         return None
     try:
@@ -349,7 +351,7 @@ def _found_best(result: Path) -> dict[str, Any] | None:
 
 
 def _results_of(result: Path) -> Path:
-    """The folder of an evaluation."""
+    """The folder with an evaluation's results."""
     try:
         return Path(json.loads(result.read_text(encoding="utf-8"))["results_dir"])
     except (ValueError, KeyError, TypeError) as error:
@@ -373,12 +375,12 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _asked(step: Step, steps: Mapping[str, Step]) -> dict[str, Any]:
-    """The inputs of a step's result: its flags, and digests of the inputs of the steps that it needs."""
+    """The inputs of a step's result: its flags, and a digest of the inputs of each step that it needs."""
     return {**step.flags, **{name: digest_of(_asked(steps[name], steps)) for name in step.after}}
 
 
 def _states(steps: list[Step], record: Mapping[str, Any]) -> dict[str, State]:
-    """The state of each step. A removed result is not made again if all results made from it exist."""
+    """{step: state}. If a result was removed, but everything made from it is done, its step counts as done."""
     by_name = {step.name: step for step in steps}
     states: dict[str, State] = {}
     for step in steps:
@@ -425,7 +427,7 @@ def _run_step(step: Step, asked: dict[str, Any], folder: Path, record: dict[str,
     columns = str(shutil.get_terminal_size().columns)
     launch = Launch(str(script), (*map(str, step.folders), *_words(flags)), variables={"COLUMNS": columns})
     print("+ " + shlex.join([sys.executable, launch.script, *launch.arguments]), flush=True)
-    is_shown_again = step.kind == "compare"  # its text is kept
+    is_shown_again = step.kind == "compare"  # what it prints is kept in a file
     stream = sys.stdout if is_shown_again else sys.stderr
     with CommandProcess(launch, merge=is_shown_again) as process:
         for text in process.printed():
@@ -438,14 +440,14 @@ def _run_step(step: Step, asked: dict[str, Any], folder: Path, record: dict[str,
     if reason or not step.result.is_file():
         raise SurgeryError(
             f"{step.name} failed: {reason.rstrip('.') or f'it ended without {step.result}'}. "
-            "Solve that, then run the same command again: finished steps are kept."
+            "Solve this problem, and run the same command again: finished steps are kept."
         )
     record[step.name]["replaces"] = False
     write_file(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def _words(flags: Flags) -> list[str]:
-    """Flags as they are typed."""
+    """The flags as words of a command line."""
     words: list[str] = []
     for key, value in flags.items():
         if value is True:

@@ -1,4 +1,4 @@
-"""Command: base, donor and tasks -> which layers to graft (see search/search.py)."""
+"""Command: find the layers of a donor that are best to graft into a base (search/search.py)."""
 
 import shlex
 from functools import partial
@@ -22,36 +22,41 @@ from model_preparation.setting_flags import add_flags, as_flags, from_flags
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
-Search for the best layers of a Llamba to replace by its donor's; or, with --unit heads, for the donor's best heads to
-add. Candidates share their work: the base's hidden states before each layer are computed once, a candidate starts at
-its lowest grafted layer, and candidates with the same next layers share those too. For tasks that are answered by
-log-likelihoods, the accuracy is exactly that of test_checkpoint.py --full_eval for the built checkpoint with the same
-settings.
+Search for the donor's layers that are best to graft into a Llamba. With --unit heads, search for the donor's heads that
+are best to add. Combinations share their work. The base's hidden states before each layer are computed once. Each
+combination starts from them at its lowest grafted layer. Combinations that begin with the same layers compute these
+layers once. For tasks that are answered by log-likelihoods, the accuracy is exactly the accuracy that
+test_checkpoint.py --full_eval measures on the built checkpoint with the same settings.
 
-Writes OUTPUT_DIR/search_result.json (the combinations, the best first), report.html and plots. Every evaluation is
-written to OUTPUT_DIR/journal.jsonl at once. If the search is interrupted, run the same command again: it continues.
+The command writes OUTPUT_DIR/search_result.json (the combinations, the best first), report.html and plots. It writes
+every evaluation to OUTPUT_DIR/journal.jsonl at once. If the search is interrupted, run the same command again: it
+continues.
 
 methods:
-  singles      every layer alone, on all questions. For n layers this takes (n + n (n + 1) / 2) / n^2 of the layer
-               passes without shared work: more than half. With --race on --top 1 only the best gets its score;
-               this took 0.32 of the passes on the embedded pair with 250 questions (--limit 250)
+  singles      every layer alone, on all questions. A layer pass is one layer on all questions. Without shared work, n
+               layers take n^2 passes. With shared work they take n + n (n + 1) / 2, more than half of n^2. With
+               --race on --top 1, only the best layer is sure to be scored on all questions. On the embedded pair with
+               250 questions (--limit 250), this took 0.32 of the passes without shared work
   exhaustive   every combination
-  greedy       layer after layer, each time the layer that improves the score most
-  beam         the same from the best few of each size; then combinations that differ from the best in one layer
-  ga           a genetic algorithm; then combinations that differ from the best in one layer
-  removal      start with all layers; each time, remove the layer that costs least (as in arXiv 2601.11667).
-               For n layers this takes about n^2 / 2 combinations, most of them larger than you want
-  ratio        all layers except one, for each of n layers, on --task and --second_task. Layers are ordered by a ratio:
-               the first task's loss without the layer, divided by the second task's loss. Then the first 1, 2, ... of
-               them are evaluated together. A loss is measured from the best of the n. HALO chooses in this way, with
-               recall and common knowledge as tasks (arXiv 2601.22156). It takes n combinations and one of each size
+  greedy       add one layer after the other, each time the layer that improves the score most
+  beam         like greedy, but continue from the best few combinations of each size. Then try combinations that
+               differ from the best one in one layer
+  ga           a genetic algorithm; then combinations that differ from the best one in one layer
+  removal      start with all layers. Each time, remove the layer whose removal lowers the score least (as in arXiv
+               2601.11667). For n layers this takes about n^2 / 2 combinations, most of them larger than you want
+  ratio        for each of n layers, score all other layers together, on --task and on --second_task. The layer's loss
+               in a task is how far this score is below the best of the n scores. Order the layers by a ratio: the
+               loss in the first task, divided by the loss in the second. Then evaluate the first 1, 2, ... layers
+               together. HALO chooses in this way, with recall and common knowledge as tasks (arXiv 2601.22156). This
+               takes n combinations, and one of each size
 With --unit heads, methods choose heads in place of layers. removal and ratio take layers only.
 """
 
 EPILOG = """\
 The search takes tasks that lm-eval answers by log-likelihoods: multiple_choice and loglikelihood, with options of one
-or several tokens, and the metric acc. It also takes tasks that generate text, such as kv_retrieval: an answer counts
-if greedy decoding would write the right answer at once. If few answers are right, --objective nll shows more.
+or several tokens, and the metric acc. It also takes tasks that generate text, such as kv_retrieval. An answer counts as
+right if greedy decoding would write the right answer at once, without other words before it. If few answers are right,
+--objective nll tells combinations apart better.
 
 examples:
   python search_layers.py --base unaligned_llamba --donor llama --task mmlu --limit 10 --method ga \\
@@ -101,7 +106,7 @@ def main() -> None:
     passes, alone = statistics["layer_passes"], statistics["layer_passes_alone"]
     print(
         f"{statistics['evaluations']:,} combinations evaluated in {statistics['seconds']:.0f} s: "
-        f"{passes:,.0f} layer passes, alone {alone:,} ({1 - passes / alone:.0%} saved)"
+        f"{passes:,.0f} layer passes; alone, they would take {alone:,} ({1 - passes / alone:.0%} saved)"
     )
     for each in found["failed"]:
         print(f"failed      {names_of(each[unit])}: {escaped(each['reason'])}")
@@ -115,7 +120,7 @@ def main() -> None:
     if unit == HEADS:
         best = names_of(found["final_results"][0][unit])
         print(f"To build the best, run: {_build_command(found, best)}")
-    print(f"Result is in {settings.folder / RESULT}, to look at in {settings.folder / 'report.html'}")
+    print(f"Result is in {settings.folder / RESULT}. Open {settings.folder / 'report.html'} to look at it.")
 
 
 def _build_command(found: dict[str, Any], best: str) -> str:
@@ -138,10 +143,10 @@ def _parser() -> CommandParser:
         type=Path,
         default=default_folder("searches") / "search",
         metavar="DIR",
-        help="journal and results (default: %(default)s)",
+        help="the folder for the journal and the results (default: %(default)s)",
     )
     add_device_flags(parser)
-    add_dtype_flag(parser, help="dtype to run in (default: that of the checkpoints)")
+    add_dtype_flag(parser, help="run in this dtype (default: the base's)")
     parser.add_argument(
         "--dry_run",
         action="store_true",

@@ -1,4 +1,4 @@
-"""Command: serve a checkpoint with OpenAI's API, by vLLM, or by transformers if vLLM is not installed (serve/)."""
+"""Command: serve a checkpoint with OpenAI's API: by vLLM, or else by transformers (serve/)."""
 
 import os
 import tempfile
@@ -10,8 +10,8 @@ from model_preparation.errors import SurgeryError
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
-Serve a checkpoint of any format with OpenAI's API: start the engine, wait until it answers, print the address, the
-model's name and a line for curl. Ctrl-C or SIGTERM ends every process that the command started.
+Serve a checkpoint of any format with OpenAI's API. The command starts the engine and waits until it answers. Then it
+prints the address, the model's name and a curl command. Ctrl-C or SIGTERM ends every process that the command started.
 """
 
 EPILOG = """\
@@ -29,17 +29,18 @@ def main() -> None:
         "--engine",
         choices=("auto", "vllm", "transformers"),
         default="auto",
-        help="auto: vLLM if it is installed, else transformers, one request at a time (default: %(default)s)",
+        help="auto: vLLM if it is installed, else transformers, which answers one request at a time (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="the address to listen on; 0.0.0.0 also admits other machines (default: %(default)s)",
+        help="the address to listen on; with 0.0.0.0, other machines can connect too (default: %(default)s)",
     )
-    parser.add_argument("--port", type=number(int, least=1, most=65535), default=8000, help="(default: %(default)s)")
+    parser.add_argument("--port", type=number(int, least=1, most=65535), default=8000, help="default: %(default)s")
     add_dtype_flag(parser, help="run in this dtype (default: the checkpoint's)")
-    parser.add_argument("--api_key", metavar="KEY", help="clients must send it (default: $VLLM_API_KEY, else none)")
+    parser.add_argument("--api_key", metavar="KEY", help="key that clients must send (default: $VLLM_API_KEY, or none)")
     parser.add_argument("--model_name", metavar="NAME", help="the name for clients (default: the folder's name)")
     parser.add_argument("--verify", action="store_true", help="first compare every file with its digest")
     parser.add_argument("--log", type=Path, metavar="FILE", help="a file for vLLM's output (default: a new file)")
@@ -91,7 +92,7 @@ def main() -> None:
     except KeyboardInterrupt:
         if not is_ready:
             raise
-        interrupts.forget()  # Ctrl-C is the usual end of a server
+        interrupts.forget()  # Ctrl-C is the normal end of a server
         print("\nStopped.", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Settings classes and their flags: the annotation of a field has its flag. The flag also checks values from Python."""
+"""Settings classes: a `Flag` in a field's annotation makes the field a flag of a command, and checks its values."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class Flag(NamedTuple):
-    """Makes a field also a flag of a command.
+    """In the annotation of a field: makes the field a flag of a command too.
 
-    `read` is argparse's `type`; its `text`, if it has one, turns a value back into text. `name` is the flag's name, if
-    it differs from the field's. --help ends with the default, unless `help` names it.
+    `read` is argparse's `type`. If `read` has a method `text`, this method turns a value back into text. `name` is the
+    flag's name, if it differs from the field's. --help adds the default to `help`, unless `help` names it.
     """
 
     metavar: str | None
@@ -31,7 +31,7 @@ class Flag(NamedTuple):
 
 
 class OneOf:
-    """Reads one of some words. Each means itself, or a value."""
+    """Reads a word: one of `words`, which stays a text, or a key of `values`, which becomes the value."""
 
     def __init__(self, *words: str, **values: Any):
         self.values = dict(zip(words, words, strict=True)) | values
@@ -49,7 +49,7 @@ YES_OR_NO = OneOf(yes=True, no=False)
 
 
 class CheckedSettings:
-    """Settings that refuse the same values as their flags."""
+    """A base class for settings. Its fields refuse the values that their flags refuse."""
 
     def __post_init__(self) -> None:
         for name, default, flag in flags_of(self):
@@ -87,13 +87,13 @@ def add_flags(parser: CommandParser, settings: type, *, without: tuple[str, ...]
 
 
 def from_flags(settings: type[T], args: argparse.Namespace, **more: Any) -> T:
-    """The settings from the parsed flags; `more` has fields that do not come from flags."""
+    """The settings from the parsed flags. `more` has the fields that do not come from flags."""
     names = [each.name for each in fields(settings) if hasattr(args, each.name)]  # type: ignore[arg-type]
     return settings(**{name: getattr(args, name) for name in names} | more)
 
 
 def as_flags(settings: Any) -> Mapping[str, Any]:
-    """The settings by the names of their flags, as in a --config file."""
+    """{flag's name: value}, as in a --config file."""
     found = {}
     for name, default, flag in flags_of(settings):
         value = getattr(settings, name)
@@ -102,6 +102,6 @@ def as_flags(settings: Any) -> Mapping[str, Any]:
 
 
 def flags_of(settings: Any) -> list[tuple[str, Any, Flag]]:
-    """(name, default, flag) of the fields of a settings class or object."""
+    """(name, default, flag) of each field that has a flag, for a settings class or object."""
     found = [(each, getattr(each.type, "__metadata__", (None,))[0]) for each in fields(settings)]
     return [(each.name, each.default, flag) for each, flag in found if flag is not None]

@@ -1,4 +1,4 @@
-"""Command: a checkpoint folder -> a repository on ModelScope or Hugging Face, with a card made from its recipe."""
+"""Command: upload a checkpoint folder to ModelScope or Hugging Face, with a model card made from its recipe."""
 
 import argparse
 import re
@@ -8,8 +8,9 @@ from model_preparation.command_line import CommandParser, run
 from model_preparation.terminal import escaped
 
 DESCRIPTION = """\
-Upload a checkpoint to ModelScope or Hugging Face, with a card (README.md): its recipe, scores, licence and how to load
-it. Its files are verified first. If you run the command again, it sends only the files that are missing there.
+Upload a checkpoint to ModelScope or Hugging Face, with a model card (README.md): recipe, scores, licence, and how to
+load the model. The files are verified first. If you run the command again, it sends only files that the repository
+does not have yet.
 """
 
 EPILOG = """\
@@ -19,8 +20,8 @@ examples:
   python share_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --repo my-org/Llama-hybrid-4 \\
       --hub huggingface --what recipe
 
-Put a token with write access into MODELSCOPE_API_TOKEN or HF_TOKEN, or log in with the hub's own tool. To use other
-addresses of the hubs, set MODELSCOPE_ENDPOINT and HF_ENDPOINT.
+Put a token with write access into MODELSCOPE_API_TOKEN or HF_TOKEN, or log in with the hub's own tool. To use another
+address of a hub, set MODELSCOPE_ENDPOINT or HF_ENDPOINT.
 """
 
 
@@ -68,10 +69,10 @@ def _parser() -> CommandParser:
         "--what",
         choices=("auto", "pt", "hf", "recipe"),
         default="auto",
-        help="the .pt files, the Hugging Face files, or only the recipe, a few KB that give the same bytes again "
-        "(default: auto, all files of the checkpoint)",
+        help="pt: the .pt files; hf: the Hugging Face files; recipe: only the recipe, a few KB from which the same "
+        "bytes can be built again (default: auto, all files of the checkpoint)",
     )
-    parser.add_argument("--private", action="store_true", help="make the repository private; a public one is refused")
+    parser.add_argument("--private", action="store_true", help="make the repository private; refuse a public one")
     parser.add_argument("--revision", "--branch", metavar="NAME", help="the branch (default: the hub's default branch)")
     parser.add_argument("--message", metavar="TEXT", help="the commit's message")
     licence = parser.add_mutually_exclusive_group()
@@ -79,12 +80,12 @@ def _parser() -> CommandParser:
         "--licence",
         "--license",
         metavar="ID",
-        help="the model's licence, such as llama3.1 or apache-2.0; needed if base and donor do not decide it",
+        help="the model's licence, such as llama3.1 or apache-2.0; needed if base and donor do not determine it",
     )
-    licence.add_argument("--card", type=Path, metavar="FILE", help="upload this as README.md, not the card made here")
-    parser.add_argument("--dry_run", action="store_true", help="print files and card; write nothing, contact no hub")
+    licence.add_argument("--card", type=Path, metavar="FILE", help="upload this README.md, not the generated card")
+    parser.add_argument("--dry_run", action="store_true", help="print files and card, write nothing, contact no hub")
     parser.add_argument(
-        "--no_verify", dest="verify", action="store_false", help="do not compare files with their SHA-256 first"
+        "--no_verify", dest="verify", action="store_false", help="do not compare the files with their SHA-256 first"
     )
     return parser
 

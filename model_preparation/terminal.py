@@ -1,13 +1,13 @@
-"""Makes strangers' texts safe to print: names in their files, their models' output, errors that quote them.
+"""Makes texts from strangers safe to print: names in their files, output of their models, errors that quote them.
 
-Characters that control a terminal (escape sequences, line ends, changes of direction) or are invisible are printed as
-escapes, such as `\\x1b`. `Escaping` does so for everything that is printed.
+A character that controls a terminal (escape sequence, line end, change of the writing direction) or is invisible is
+printed as an escape, such as `\\x1b`. `Escaping` does this for everything that a command prints.
 """
 
 import re
 from typing import Any, TextIO
 
-# Control characters, changes of direction, line separators, zero-width characters (except those that join letters).
+# Control characters, changes of the writing direction, line separators, zero-width characters except letter joiners.
 STEERING = re.compile(
     "[\0-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
@@ -15,20 +15,20 @@ _BAR_MOVES = re.compile(r"\r|(\n|\x1b\[A)*\Z")  # tqdm's moves: to the line's st
 
 
 def escaped(text: str, kept: str = "") -> str:
-    """The text with these characters as Python's escapes (`\\x1b`), except those in `kept`."""
+    """The text with each such character as Python's escape (`\\x1b`). Characters in `kept` stay."""
     return STEERING.sub(
         lambda match: match[0] if match[0] in kept else match[0].encode("unicode_escape").decode(), text
     )
 
 
 class Escaping:
-    """Replaces `stream`: line ends and tabs stay, other control characters are escaped.
+    """A stream that writes to `stream`. Line ends and tabs stay, and other control characters are escaped.
 
-    rich bypasses it, because rich writes its own escape sequences; rich gets only escaped texts.
+    rich writes its own escape sequences, so it bypasses this stream. rich gets only texts that are already escaped.
     """
 
     def __init__(self, stream: TextIO):
-        self.rich_proxied_file = stream  # the name by which rich asks for it
+        self.rich_proxied_file = stream  # rich looks for the real stream under this name
 
     def write(self, text: str) -> int:
         start = match.end() if (match := _BAR_MOVES.match(text)) else 0

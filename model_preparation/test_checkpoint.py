@@ -1,4 +1,4 @@
-"""Command: load a checkpoint, print its text, and on request score it on MMLU or other tasks of lm-eval."""
+"""Command: load a checkpoint and print the text it writes. With flags, also score it on MMLU or other lm-eval tasks."""
 
 import argparse
 import json
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Load a checkpoint or any model. Print its size and layers, the text it writes after each prompt, the speed of reading
-and of writing, and the peak memory. The text is greedy unless a flag says otherwise. With --compare_with, also print
-the texts of other models.
-With --full_eval, score it by lm-eval afterwards, on the task group mmlu unless --tasks names others. Answers are saved
-task by task: after an interruption, the same command continues and gives the same score. Other settings or other
-weights make another evaluation.
+and of writing, and the peak memory. Each token is the likeliest one, unless a flag says otherwise. With --compare_with,
+also print the texts of other models.
+With --full_eval, then score it by lm-eval, on the task group mmlu unless --tasks names others. Answers are saved task
+by task: after an interruption, the same command continues and gives the same score. Other settings or weights start
+another evaluation.
 With --efficiency, measure speed, cache and memory of the model, its base and its donor, each in its own process.
-With --server, score the model that a server runs in the same way. Nothing is loaded here.
+With --server, score a model that runs on a server, in the same way. No model is loaded here.
 """
 
 EPILOG = """\
@@ -55,8 +55,8 @@ examples:
   python test_checkpoint.py --checkpoint ../model_checkpoints/best_4layer --server http://127.0.0.1:8000 --limit 100
 
 The exit code is 1 if the checkpoint does not load, a logit is not finite, or a text is empty. If a model of
---compare_with is missing, the command ends at once. If one fails later, its error is printed in place of its text, and
-the exit code does not change.
+--compare_with is missing, the command ends at once. If such a model fails later, its error is printed in place of its
+text, and the exit code does not change.
 """
 
 DEFAULT_PROMPTS = (
@@ -160,7 +160,7 @@ def _evaluate(settings: EvaluationSettings, tasks: "Tasks", args: argparse.Names
         print(f"Server       {args.server}")
     print(f"\nEvaluating   {' '.join(tasks.names)}{shots}{source}", flush=True)
     result_json = None if args.result_json is None else args.result_json.expanduser()
-    if result_json is not None:  # check it now, not after an hour of work
+    if result_json is not None:  # refuse a wrong path now, not after an hour of work
         if result_json.is_dir():
             raise SurgeryError(f"--result_json {args.result_json} is a folder. Name a file.")
         make_folder(result_json.parent)
@@ -285,21 +285,22 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--server",
         metavar="URL",
-        help="score the model of this OpenAI API (layer-surgery serve starts one), --batch_size prompts per request; "
-        "give the served --checkpoint, or else --tokenizer and --results_dir; $OPENAI_API_KEY is sent",
+        help="score the model of this OpenAI API (layer-surgery serve starts one), with --batch_size prompts per "
+        "request. Give the --checkpoint that is served, or else --tokenizer and --results_dir. $OPENAI_API_KEY is sent",
     )
     parser.add_argument("--model", metavar="NAME", help="the model's name on the server, if it has several")
     parser.add_argument(
-        "--tokenizer", metavar="NAME|DIR|ID", help="for a model that is published without one (llama_tokenizer, ...)"
+        "--tokenizer", metavar="NAME|DIR|ID", help="for a model published without a tokenizer: llama_tokenizer, ..."
     )
     parser.add_argument(
-        "--prompt", nargs="+", default=[], metavar="TEXT", help="texts to continue (default: three of ours)"
+        "--prompt", nargs="+", default=[], metavar="TEXT", help="texts to continue (default: three built-in texts)"
     )
     parser.add_argument(
         "--prompts_file",
         type=Path,
         metavar="FILE",
-        help=f"more prompts: .txt, one per line; .jsonl, one per line, or .json, a list, of {FORMS}",
+        help=f"more prompts: a .txt file with a text in each line, or a .jsonl file (one per line) or a .json file (a "
+        f"list) of prompts, each {FORMS}",
     )
     add_flags(parser, GenerationSettings)
     parser.add_argument(
@@ -309,7 +310,7 @@ def _parser() -> CommandParser:
         default=[],
         metavar="MODEL",
         help="also print the texts of other models, side by side: `donor` or `base` of this checkpoint, another "
-        "checkpoint's folder, or a model's folder, name or hub id; one is loaded after the other",
+        "checkpoint's folder, or a model's folder, name or hub id. The models are loaded one after the other",
     )
     parser.add_argument(
         "--output",
@@ -328,18 +329,18 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--efficiency",
         action="store_true",
-        help="also measure time to the first token, time per token, bytes of the cache and peak memory, of the "
-        "checkpoint, its base and its donor, or the models of --compare_with",
+        help="also measure time to the first token, time per token, bytes of the cache and peak memory. Measured are "
+        "the checkpoint, its base and its donor; or the checkpoint and the models of --compare_with",
     )
     add_flags(parser, EfficiencySettings)
+    parser.add_argument("--skip_generation", action="store_true", help="evaluate or measure only, write no texts")
     parser.add_argument(
         "--full_eval", action="store_true", help="also run lm-eval (MMLU, 57 subjects); the flags below belong to it"
     )
-    parser.add_argument("--skip_generation", action="store_true", help="evaluate or measure only")
     parser.add_argument(
         "--result_json", type=Path, metavar="FILE", help="also write the scores to this file, for programs"
     )
-    add_flags(parser, EvaluationSettings, without=("seed",))  # GenerationSettings has it already
+    add_flags(parser, EvaluationSettings, without=("seed",))  # GenerationSettings has added --seed already
     parser.add_config_flag()
     return parser
 

@@ -1,4 +1,4 @@
-"""Command: put this package's model code into checkpoints of format hf (see checkpoint/model_code.py)."""
+"""Command: put this package's model code into checkpoints of format hf (checkpoint/model_code.py)."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ DESCRIPTION = """\
 A checkpoint of format hf contains the model's own code, so that transformers opens it without this package. The command
 puts this package's code into checkpoints that have other code. The weights do not change. The command updates
 README.txt and the digests, and checkpoint_info.json records the change. It does not change a damaged checkpoint. If the
-command is stopped, each folder is whole: the old one or the new one.
+command is stopped, each folder is whole: either as it was before, or updated.
 """
 
 EXAMPLES = """\

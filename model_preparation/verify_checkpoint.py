@@ -1,4 +1,4 @@
-"""Command: check that a checkpoint folder is the one that was built (see checkpoint/verify.py)."""
+"""Command: check that a checkpoint folder has not changed since it was built (checkpoint/verify.py)."""
 
 from pathlib import Path
 
@@ -16,18 +16,19 @@ examples:
 
 def main() -> None:
     parser = CommandParser(
-        description="Compare every file and every tensor of a checkpoint with its digest, and check that the model's\n"
-        "pickle names only allowed classes. Nothing is written, no code is run.",
+        description="Compare every file and every tensor of a checkpoint with its digest. Also check that the pickle\n"
+        "in model.pt names only allowed classes. The command writes nothing, and runs no code of the checkpoint.",
         epilog=EXAMPLES,
     )
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("directory", nargs="?", metavar="DIR", type=Path, help="the checkpoint's folder")
     place.add_argument("--checkpoint", metavar="DIR", type=Path, help="the same, as a flag")
-    parser.add_argument("--base", metavar="NAME|PATH", help="also compare the kept tensors with this base's")
+    parser.add_argument("--base", metavar="NAME|PATH", help="also compare tensors with this base, except grafts")
     parser.add_argument(
         "--llama_layers_dir",
         metavar="DIR",
-        help="also compare the replaced layers with these (default: extracted_llama_layers, if from the same source)",
+        help="also compare the grafted layers with the layers in this folder (default: extracted_llama_layers, if its "
+        "layers have the source that the checkpoint records)",
     )
     parser.add_argument("--files_only", action="store_true", help="compare digests of files only; finds any change")
     add_source_flag(parser)

@@ -1,5 +1,6 @@
 """What all commands share: `layer-surgery` and its subcommands, --help, --config."""
 
+import argparse
 import importlib
 import json
 import re
@@ -274,6 +275,7 @@ def test_every_help_text_has_a_chinese_translation(command, monkeypatch):
     for name, text in {**actions, "description": parser.description, "epilog": parser.epilog}.items():
         assert HAN.search(text), name
         assert set(KEPT.findall(english[name])) <= set(KEPT.findall(text)), name
+    assert not re.search(r"[^\x00-\x7f] [^\x00-\x7f]", argparse.ArgumentParser.format_help(parser))  # no folded line
     examples = re.findall("^  .*$", english["epilog"], re.MULTILINE)
     shown = re.findall("^  .*$", parser.epilog, re.MULTILINE)
     if command == "layer_surgery":

@@ -107,7 +107,7 @@ def test_an_experiment_is_stopped_mended_changed_and_run_again(tmp_path, quick_p
 
     experiment_file(tmp_path, ("max_steps: 2", "max_steps: 3"))
     before = (healed / "checkpoint_info.json").read_bytes()
-    assert_refused(run_command("run_experiment", file), "other results of heal than", "--redo", "output_dir")
+    assert_refused(run_command("run_experiment", file), "results of heal with other settings", "--redo", "output_dir")
     assert (healed / "checkpoint_info.json").read_bytes() == before
     redone = run_command("run_experiment", file, "--redo")
     assert redone.returncode == 0, redone.stderr

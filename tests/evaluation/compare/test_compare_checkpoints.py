@@ -80,7 +80,7 @@ def report(stock, tmp_path_factory):
 def test_the_command_leaves_a_report_and_says_where(report):
     result, folder = report
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "Report is in comparison_report/comparison.html, plots beside it"
+    assert result.stdout.splitlines()[-1] == "Report (comparison.html) and plots are in comparison_report"
     names = {"comparison.html", "comparison.json", "accuracy_by_subject.png", "gain_by_subject.png"}
     assert {path.name for path in folder.iterdir()} == names
     for name in ("accuracy_by_subject.png", "gain_by_subject.png"):
