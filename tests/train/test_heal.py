@@ -202,7 +202,7 @@ def test_no_recipe_gives_healed_weights(healed, layers_dir, tmp_path):
         *("--from_info", healed / "checkpoint_info.json", "--output_dir", tmp_path / "again"),
         *("--llama_layers_dir", layers_dir),
     )
-    assert_refused(result, "was healed", "Copy the checkpoint itself")
+    assert_refused(result, "describes a healed checkpoint", "Copy the checkpoint itself")
 
 
 def test_bfloat16_checkpointing_and_a_teacher_together(heal, donor_dir, checkpoint_dir, tmp_path):
