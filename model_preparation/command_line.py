@@ -99,7 +99,8 @@ class CommandParser(argparse.ArgumentParser):
         """Put the value of a key into `namespace`, as the flag of that name would. Return the flag's action.
 
         Raises:
-            SurgeryError: if there is no such flag, or the flag does not take the value. It names the place and the key.
+            SurgeryError: if there is no such flag, or the flag does not take the value. The message names the place and
+                the key.
         """
         action = self.flag_named(key)
         if action is None:
@@ -157,7 +158,7 @@ class CommandParser(argparse.ArgumentParser):
         return as_typed(super().format_help())
 
     def refuse(self, args: argparse.Namespace, names: Iterable[str], why: str) -> None:
-        """End the command as for wrong usage if a flag of `names` is not at its default: print FLAG and `why`."""
+        """If a flag of `names` is not at its default, print the flag and `why`, and exit with code 2 (wrong usage)."""
         flags = {action.dest: action for action in self._actions if action.option_strings}
         for name in names:
             default = flags[name].default
@@ -210,7 +211,7 @@ TYPED_FOR: dict[str, str] = {}
 
 
 def as_typed(text: str) -> str:
-    """The text with the commands as the user types them: `layer-surgery build` where `layer-surgery` runs."""
+    """The text with the commands as the user types them: `layer-surgery build`, if `layer-surgery` was started."""
     script = re.compile(r"(?<![\w./])(?:python |\./)?(\w+)\.(?:py|sh)\b(?!/)")
     return script.sub(lambda match: TYPED_FOR.get(match[1], match[0]), text) if TYPED_FOR else text
 
@@ -272,7 +273,7 @@ class HeadsByLayer(argparse.Action):
         for name, layer, heads in values:
             by_name.setdefault(name, {})[layer] = heads
         if "" in by_name and len(by_name) > 1:
-            raise argparse.ArgumentError(self, f"layer {min(by_name[''])} has no name, but others have one")
+            raise argparse.ArgumentError(self, f"layer {min(by_name[''])} needs its donor's name too: NAME:LAYER:HEAD")
         setattr(namespace, self.dest, by_name.get("", by_name))
 
 
@@ -302,7 +303,7 @@ def score(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= 1:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1, such as 0.57")
+    raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1, as 0.57 is")
 
 
 def number(
@@ -350,7 +351,7 @@ def add_layers_flag(parser: CommandParser, *, required: bool, help: str, names: 
             for name, indices in values:
                 by_name[name] = sorted([*by_name.get(name, []), *indices])
             if "" in by_name and len(by_name) > 1:
-                raise argparse.ArgumentError(self, f"layer {by_name[''][0]} has no name, but others have one")
+                raise argparse.ArgumentError(self, f"layer {by_name[''][0]} needs its donor's name too: NAME:LAYER")
             setattr(namespace, self.dest, by_name.get("", by_name))
 
     metavar = "N|NAME:N[,N...]" if names else "N"
@@ -382,8 +383,8 @@ def add_device_flags(parser: CommandParser) -> None:
     group.add_argument("--device", metavar="NAME", help="any torch device instead: cpu, cuda:1, mps, ...")
 
 
-# The garbage collector runs after so many new objects. Imports make a million objects that stay. With Python's default
-# of 700, the collector would take a quarter of the time of the imports.
+# The number of new objects after which the garbage collector runs. Imports make a million objects that stay. With
+# the default of Python 3.11, 700, the collector would take a quarter of the time of the imports.
 _COLLECT_AFTER = 100_000
 
 

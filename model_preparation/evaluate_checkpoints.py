@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.checkpoints) == (args.list is not None):
         taken = [task for task in args.tasks if Path(task).is_dir()]
-        hint = f"; --tasks takes all words after it, also {taken[0]}: put folders before it" if taken else ""
+        hint = f"; {taken[0]} was taken as a task: put folders before --tasks" if taken else ""
         parser.error(f"give checkpoints' folders or --list FILE, and not both{hint}")
     if args.list is None:
         parser.refuse(args, ("output_root",), "belongs to --list, which is not given")
@@ -111,7 +111,7 @@ def _flags(parser: CommandParser, args: argparse.Namespace) -> Iterator[str]:
 
 
 def _needed_paths(args: argparse.Namespace) -> Iterator[Path]:
-    """The files and folders that the given flags name."""
+    """The files and folders that an evaluation reads, apart from its checkpoint."""
     if args.mmlu_data is not None and args.mmlu_data not in _HUBS:
         yield Path(args.mmlu_data).expanduser()
     yield from (Path(task) for task in args.tasks if Path(task).exists())

@@ -66,7 +66,8 @@ def build_checkpoint(
         llama_layers_dir: a folder with the donor's layers, written by `extract_layers`, or a `LayerStore`. With
             several donors: a dict from a donor's name to its folder.
         output_dir: the checkpoint's folder; it appears whole or not at all.
-        tokenizer: a name, folder or hub id; by default the base's tokenizer, or the donor's if the base has none.
+        tokenizer: a name, folder or hub id; by default the base's tokenizer, else the donor's, else the one known for
+            the base's name.
         description: free text for people.
         score: an MMLU score that is known already, as a fraction of 1.
         device: where the smoke test runs, or a function that chooses it; the checkpoint is always written on the CPU.

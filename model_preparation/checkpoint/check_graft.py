@@ -32,7 +32,8 @@ class GraftPlan(GraftParts):
         casts: in words, which tensors change their dtype; empty if none does.
         tokenizer: the folder that the tokenizer comes from.
         tokenizer_of: in words, whose tokenizer it is, such as "the base's".
-        tokenizer_source: the tokenizer's `Source.as_dict()`; None if it is the base's or the donor's.
+        tokenizer_source: the tokenizer's `Source.as_dict()`; None if it is the base's or the donor's. A checkpoint has
+            recorded it.
     """
 
     config: "LlambaConfig"
@@ -117,11 +118,12 @@ def check_parts(
 
     Args:
         parts: from `find_parts`.
-        tokenizer: a name, folder or hub id; by default the base's tokenizer, or the donor's if the base has none.
+        tokenizer: a name, folder or hub id; by default the base's tokenizer, else the donor's, else the one known for
+            the base's name.
         sources: folders or hub ids by name, as `resolve(overrides=...)` takes them.
 
     Raises:
-        SurgeryError: for anything that would make the graft fail or be wrong.
+        SurgeryError: if donor and base do not fit, a tensor is missing or has another shape, or there is no tokenizer.
     """
     base_config = parts.base_config
     if base_config.has_attention and parts.parent is None:
@@ -199,7 +201,7 @@ def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
 def _find_tokenizer(
     parts: GraftParts, asked: str | None, sources: Mapping[str, str] | None
 ) -> tuple[Path, str, dict[str, str | None] | None]:
-    """(folder, owner in words, record of the source). The record is None for a tokenizer of base or donor."""
+    """(folder, owner in words, record of the source or None), as in `GraftPlan`."""
     if asked is None and parts.parent is not None:
         return parts.parent.tokenizer, "the checkpoint's", parts.parent.info.get("tokenizer_source")
     if asked is None and has_tokenizer(parts.base.folder):
@@ -208,7 +210,7 @@ def _find_tokenizer(
         return parts.donor.tokenizer, "the donor's", None
     if name := asked or tokenizer_name(parts.base_name):
         source = resolve(name, need="tokenizer", overrides=sources)
-        return source.folder, "as asked" if asked else name, source.as_dict()
+        return source.folder, "given by --tokenizer" if asked else name, source.as_dict()
     raise SurgeryError(
         f"Neither {parts.base.folder} nor {parts.donor.folder} has a tokenizer. Name one with --tokenizer NAME|PATH."
     )

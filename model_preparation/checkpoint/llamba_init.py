@@ -8,10 +8,10 @@ arXiv 2408.10189). One layer and about one shard are in memory at a time.
 Softmax attention averages values: its weights sum to one. Plain linear attention adds values up with weights of any
 size, and one such layer ruins the model. So C is multiplied by 1 / (sqrt(head_dim) * N * `TYPICAL_SCORE`), where N is
 the number of tokens that the decay remembers: then the sum is an average again. On four English paragraphs,
-SmolLM2-135M with Mamba layers 14 to 16 has perplexity 2e10 without this factor, 2e9 with its first part, 306 with its
-first two parts, and 14.5 with all three. Without Mamba layers, SmolLM2-135M has 11.2.
+SmolLM2-135M with Mamba layers 14 to 16 has perplexity 2e10 without this factor, 2e9 with 1 / sqrt(head_dim) only, 306
+if this is also divided by N, and 14.5 with the whole factor. Without Mamba layers, SmolLM2-135M has 11.2.
 
-A mixer has biases, but no norms of queries and keys as Qwen3 has. Such a norm divides its input by the input's size.
+Qwen3 normalises queries and keys, and a mixer does not. Such a norm divides its input by the input's size.
 Here, the mixer's rows for queries and keys are divided by the expected size instead: `CORRELATED` times the size that
 independent input channels would give.
 """
@@ -181,7 +181,7 @@ def mamba_layer(attention_layer: Mapping[str, Tensor], donor: PreTrainedConfig) 
         if norm is None:
             return weight, bias
         gain = attention_layer["input_layernorm.weight"].float()
-        # The expected square of each row's output, then the root of its mean in each head.
+        # `squares`: the expected square of each row's output. `sizes`: the root mean square of a head's outputs.
         squares = (weight.float() * gain).square().sum(1) + bias.float().square()
         sizes = squares.unflatten(0, (-1, head_dim)).mean(1, keepdim=True).sqrt()  # (heads, 1)
         factor = (norm.float() / (CORRELATED * sizes)).flatten()

@@ -1,9 +1,9 @@
 """The language of the two embedded models: texts say who likes what, and a model has to look it up.
 
-A text says what each of some people likes, and later says some of it again: `Ada likes plums . Ben likes figs . Ada
+A text says what several people like, and later repeats some of it: `Ada likes plums . Ben likes figs . Ada
 likes` must continue with `plums`. This is multi-query associative recall (Zoology, arXiv 2312.04927) in words. A third
 of all pairs of a name and a thing is held out: no training text has such a pair. Questions have only held-out pairs,
-and each of the four choices forms a held-out pair with the name. So guessing is right in one of four questions.
+and each of the four choices forms a held-out pair with the name. So knowing the training texts excludes no choice.
 
 An untrained model hardly learns recall from such texts alone: it learns which things occur, and then nothing more. So
 the donor is also trained on rows of names, or of things, in a random order that repeats after 4 to 20 words. In such a
@@ -118,7 +118,7 @@ def _pairs(batch: int, people: int, generator: torch.Generator, *, held_out: boo
     things = torch.full_like(names, -1)
     every_thing = torch.arange(len(THINGS))
     open_rows = torch.arange(batch)
-    while len(open_rows):  # a row that has no thing left for its last names is drawn again
+    while len(open_rows):  # if no thing is left for a name of a row, the row's things are drawn again
         free = torch.ones(len(open_rows), len(THINGS), dtype=torch.bool)
         complete = torch.ones(len(open_rows), dtype=torch.bool)
         for place in range(people):

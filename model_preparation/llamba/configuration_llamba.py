@@ -8,7 +8,7 @@ Source of upstream's fields: cartesia-ai/edge, cartesia-pytorch/cartesia_pytorch
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .transformers_versions import TESTED  # noqa: F401  first: another transformers may lack the names below
+from .transformers_versions import TESTED  # noqa: F401  first: it says so if transformers is too old for the imports below
 
 # isort: split
 from huggingface_hub.dataclasses import strict
@@ -57,7 +57,8 @@ class LlambaConfig(PreTrainedConfig):
         mlp_cfg: `intermediate_size`, `bias`, `act_fn` of the Mamba blocks' MLPs; fields left out take the defaults.
         ssm_cfg: `d_state`, `n_v_heads`, `n_qk_heads`, `d_conv`, `expand`, `chunk_size`, `activation` ("identity" or
             "silu"), `bias`, `conv_bias` of the mixers; fields left out take the defaults.
-        max_position_embeddings: the most tokens of a sequence: the donor's limit, or no limit if nothing is grafted.
+        max_position_embeddings: the largest length of a sequence, in tokens. It is the donor's limit. Without grafts,
+            there is no limit.
         llama_layers: indices of the layers that come from the donor, sorted, without repeats.
         llama_cfg: the fields of the donor's config that grafted layers and heads need (`KINDS[donor_type].fields`).
         other_llama_cfgs: for each layer whose donor has other values than `llama_cfg`, the fields that differ (some of
@@ -65,13 +66,14 @@ class LlambaConfig(PreTrainedConfig):
         donor_type: the donor's kind, one of `KINDS`. Files have this field only if it is not "llama".
         llama_heads: for each layer with grafted heads, the donor's query heads that are added to its mixer, sorted.
             Keys are the layers' indices as text. Files have this field only if it is not empty.
-        keep_mixer_heads: whether the mixer keeps the channels that grafted heads replace. By default these channels are
-            set to zero before `out_proj` (`replaced_channels`). Files have this field only if it is true.
+        keep_mixer_heads: whether the mixer keeps its channels at the places of grafted heads. By default these channels
+            are set to zero before `out_proj` (`replaced_channels`). Files have this field only if it is true.
 
     Raises:
-        ValueError: for a field of `mlp_cfg`, `ssm_cfg` or `llama_cfg` that does not exist, an unknown `donor_type`,
-            head counts that do not fit, a layer index that is out of range or repeated, or a field of `DERIVED` whose
-            value contradicts the other fields. The message names the field.
+        ValueError: for a field of `mlp_cfg`, `ssm_cfg` or `llama_cfg` that does not exist, an unknown `donor_type`, or
+            a field of `DERIVED` whose value contradicts the other fields. The message names the field.
+        StrictDataclassClassValidationError: for other values with which no model can be made, such as a layer index
+            that is out of range. The message names the field.
     """
 
     model_type = "llamba"
@@ -168,7 +170,7 @@ class LlambaConfig(PreTrainedConfig):
     def mask_of(self, layer: int) -> str:
         """The mask that a layer's attention needs: "full_attention" or "sliding_attention"."""
         masks = mask_kinds(self.llama_cfg, self.n_layer)
-        return masks[layer] if layer < len(masks) else "full_attention"  # too short before it is validated
+        return masks[layer] if layer < len(masks) else "full_attention"  # before validation, masks may be too few
 
     def heads_of_layer(self, layer: int) -> list[int]:
         """The donor's heads that are added to a layer's mixer."""
@@ -196,7 +198,7 @@ class LlambaConfig(PreTrainedConfig):
         return self._written(super().to_dict())
 
     def _written(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """`fields` as files have them: the later additions to this class only if they differ from their defaults."""
+        """`fields` as files have them: without the newer fields of this class that have their default."""
         newer = {"other_llama_cfgs": {}, "donor_type": "llama", "llama_heads": {}, "keep_mixer_heads": False}
         return {name: value for name, value in fields.items() if name not in newer or value != newer[name]}
 
@@ -220,7 +222,7 @@ class LlambaConfig(PreTrainedConfig):
         return kind(**sizes, **self.llama_cfg | self.other_llama_cfgs.get(str(layer), {}))
 
     def validate_architecture(self):
-        """Refuse settings that would be a shape error in the model. `@strict` calls this when it validates."""
+        """Refuse values with which no model can be made or run. `@strict` calls this when it validates."""
         ssm = self.ssm_cfg
         if self.d_inner % ssm["n_v_heads"]:
             raise ValueError(f"ssm_cfg: n_v_heads {ssm['n_v_heads']} does not divide expand * d_model = {self.d_inner}")
@@ -255,7 +257,9 @@ class LlambaConfig(PreTrainedConfig):
         others = self.other_llama_cfgs
         grafted = [*map(str, self.llama_layers), *self.llama_heads]
         if not isinstance(others, dict) or not others.keys() <= {*grafted}:
-            raise ValueError(f"other_llama_cfgs: keys are grafted layers ({', '.join(grafted)}), not {others!r:.80}")
+            raise ValueError(
+                f"other_llama_cfgs: each key must be a grafted layer ({', '.join(grafted)}): {others!r:.80}"
+            )
         for layer, fields in others.items():
             if not isinstance(fields, dict) or not fields.keys() <= {*OF_EACH_DONOR}:
                 raise ValueError(f"other_llama_cfgs: layer {layer} may have {', '.join(OF_EACH_DONOR)} only")
@@ -273,7 +277,7 @@ class LlambaConfig(PreTrainedConfig):
                     f"llama_heads: heads {heads} of layer {layer} must be sorted, without repeats, below {total}"
                 )
         if self.llama_heads and self.llama_cfg.get("attention_bias"):
-            raise ValueError("llama_heads: the donor's o_proj has a bias, which belongs to no head; graft layers")
+            raise ValueError("llama_heads: the donor's o_proj has a bias, which belongs to no head. Graft whole layers")
         if self.llama_heads and not self.keep_mixer_heads and self.d_inner % total:
             raise ValueError(f"llama_heads: the donor's {total} heads do not divide the mixer's width {self.d_inner}")
 

@@ -1,7 +1,7 @@
 """The search methods: which combinations are evaluated, in which order. `CandidateScores` keeps their scores.
 
-The methods are our own. Libraries for genetic algorithms (DEAP, pymoo, PyGAD) score one individual at a time. Here a
-whole generation has to be scored together, because its members share layers.
+A unit is a layer, or a head with `--unit heads`. The methods are our own: all of them share races, a budget and a
+journal, and score many combinations together, because these have layers in common.
 """
 
 import random
@@ -79,7 +79,7 @@ def _grow(space: SearchSpace, scores: CandidateScores, width: int) -> None:
     """Add units one by one. Of each size, the best `width` combinations get another unit."""
     kept: list[LayerSet] = [BASE]
     for size in range(1, space.most + 1):
-        if size == 1 and len(space.prior) == len(space.free):  # all gains are known before the search
+        if size == 1 and len(space.prior) == len(space.free):  # `prior` has the score of every single unit
             kept = sorted(space.singles, key=lambda layers: (-space.prior[layers[0]], layers))[:width]
             continue
         more = dict.fromkeys(new for layers in kept for new in space.with_one_more(layers))

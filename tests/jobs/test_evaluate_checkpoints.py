@@ -70,7 +70,7 @@ def test_flags_are_handed_on_as_they_are():
     [
         ([], "give checkpoints' folders or --list FILE"),
         (["x", "--list", "y"], "not both"),
-        (["--tasks", "arc_easy", "/"], "--tasks takes all words after it, also /: put folders before it"),
+        (["--tasks", "arc_easy", "/"], "/ was taken as a task: put folders before --tasks"),
         (["x", "--limit", "0"], "0 is too small"),
         (["x", "--batch_size", "big"], "'big' is not an integer"),
         (["x", "--cpus_per_job", "2"], "belongs to --ray"),

@@ -23,7 +23,7 @@ def config_from(fields: dict[str, Any], kind: type[PreTrainedConfig]) -> PreTrai
     """The config of class `kind` that `fields` describe.
 
     Raises:
-        ValueError: with what is wrong.
+        ValueError: if no config can be made of them. The message says why.
     """
     check_sizes(fields)
     try:
@@ -31,7 +31,7 @@ def config_from(fields: dict[str, Any], kind: type[PreTrainedConfig]) -> PreTrai
     except Exception as error:  # transformers' validators raise errors of every kind
         raise ValueError(_one_line(error)) from error
     if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
-        raise ValueError(f"dtype is {config.dtype!r:.80}")
+        raise ValueError(f"dtype is {config.dtype!r:.80}, which torch does not have")
     return config
 
 
@@ -46,7 +46,7 @@ def generation_config_from(fields: dict[str, Any]) -> GenerationConfig:
 
 @contextlib.contextmanager
 def refusing_impossible_models() -> Iterator[None]:
-    """Inside this context an empty model is made. Turn every error into a SurgeryError about the config."""
+    """For code that makes an empty model: each error in this context becomes a SurgeryError about the config."""
     try:
         yield
     except SurgeryError:

@@ -1,7 +1,7 @@
-"""The weights of a mixer before its training: those that llamba_init.py makes of the attention, in the mixer's sizes.
+"""A mixer's weights before its training: llamba_init.py makes them from the attention, this file fits their sizes.
 
-If a mixer's state is larger than the donor's heads, keys and queries get additional rows. Those of the keys are random,
-those of the queries are 0, so they change nothing at first. If the state is smaller, rows are left out.
+If `d_state` is larger than the donor's `head_dim`, keys and queries get additional rows. The rows of keys are random.
+The rows of queries are 0, so nothing changes at first. If `d_state` is smaller, rows are left out.
 """
 
 import math
@@ -26,7 +26,7 @@ def student_config(donor: PreTrainedConfig, mixer: Mapping[str, int] | None = No
     """The config of the Llamba that is made from `donor`. `mixer` has sizes by name, from `MIXER_FIELDS`.
 
     Raises:
-        SurgeryError: for another name, or numbers of heads that do not divide each other.
+        SurgeryError: for a name that is not in `MIXER_FIELDS`, or sizes that do not fit each other.
     """
     config = llamba_config(donor)
     if unknown := sorted(set(mixer or {}) - set(MIXER_FIELDS)):
@@ -66,7 +66,7 @@ def student_tensors(
     balance = math.sqrt(score_scale(head_dim))
 
     def of_keys(rows: Tensor, factor: float, noise: float) -> Tensor:
-        """(donor heads * head_dim, ...) -> (groups * d_state, ...); added rows are random, `noise` times as large."""
+        """(donor heads * head_dim, ...) -> (groups * d_state, ...); added rows are `noise` * rms(rows) * N(0, 1)."""
         by_head = rows.unflatten(0, (donor_heads, head_dim))[group_of] * factor
         missing = torch.randn((groups, max(0, states - head_dim), *rows.shape[1:]), generator=generator)
         missing = missing * noise * by_head.float().square().mean().sqrt()

@@ -1,4 +1,4 @@
-"""A teacher's likeliest tokens at every position that counts, on the disk: training then needs no teacher in memory.
+"""Keeps a teacher's likeliest tokens on the disk, for each position of the loss: training then needs no teacher.
 
 A folder has `teacher_cache.json` and shards of a fixed number of sequences. Per position, a shard has the K largest
 log-probabilities at the run's temperature, their tokens, and the log-probability of all other tokens together. Without
@@ -126,7 +126,10 @@ class TeacherCache:
         return {"log_probs": log_probs, "tokens": tokens, "others": others, "starts": torch.tensor(starts)}
 
     def __call__(self, inputs: Mapping[str, Tensor], counted: Tensor) -> TeacherOutput:
-        """As in `Teacher`. `inputs` has `sequence` (batch, 1), and for a segment also `skipped` (batch,)."""
+        """As in `Teacher`. `inputs` has `sequence` (batch, 1), the index of each row's training sequence.
+
+        For a segment, it also has `skipped` (batch,), the number of counted positions in the segments before.
+        """
         rows: list[list[Tensor]] = []
         device = counted.device
         skipped = inputs.get("skipped", torch.zeros(len(counted), dtype=torch.int64))
@@ -152,7 +155,7 @@ class TeacherCache:
 
 
 def recorded_teacher(folder: Path) -> str | None:
-    """The digest of the teacher that made a complete cache; None if the cache is missing or incomplete."""
+    """The digest of a cache's teacher; None if there is no cache, or it was never complete."""
     recorded = _read(folder)
     return recorded["inputs"]["teacher"] if recorded is not None and recorded["files"] else None
 
