@@ -139,12 +139,12 @@ def test_two_donors_in_one_command_are_the_two_steps(base_dir, layers_dir, other
     ):
         assert_refused(run_command("create_replaced_model_checkpoint", *where, *given), words)
     mixed = run_command("create_replaced_model_checkpoint", *where, "--layers", "A:1", "3")
-    assert_refused(mixed, "layer 3 has no name", code=2)
+    assert_refused(mixed, "layer 3 needs its donor's name too", code=2)
     folders = {"A": layers_dir, "B": other_layers_dir}
     with pytest.raises(SurgeryError, match="Heads of layer 1 are named for two donors"):
         build_checkpoint(str(base_dir), [], folders, tmp_path / "out", heads={"A": {1: [0]}, "B": {1: [1]}})
     mixed = run_command("create_replaced_model_checkpoint", *where, "--heads", "A:1:0", "3:0")
-    assert_refused(mixed, "layer 3 has no name", code=2)
+    assert_refused(mixed, "layer 3 needs its donor's name too", code=2)
 
 
 def test_where_nothing_is_left_of_the_first_donor_its_checkpoint_is_needed(
