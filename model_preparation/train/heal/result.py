@@ -25,7 +25,7 @@ _LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch", "step")  
 def healing_record(
     trainer: HealTrainer, run: Run, parent_info: Mapping[str, Any], texts_after: Sequence[str]
 ) -> dict[str, Any]:
-    """The field `healing` of checkpoint_info.json. Of a path, it has only the last part."""
+    """The field `healing` of checkpoint_info.json. It keeps only the last part of each path."""
     settings, identity = run.settings, run.identity
     measured = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     is_best = settings.load_best and trainer.state.best_model_checkpoint is not None
@@ -69,7 +69,7 @@ def texts_of(model: LlambaForCausalLM, tokenizer: PreTrainedTokenizerBase, promp
 
 
 def log_files(trainer: HealTrainer) -> dict[str, Any]:
-    """For the log and its plot, by file name: a function that writes the file to a path."""
+    """{file name: function that writes this file to a path}, for the log and its plot."""
     log = [{name: entry[name] for name in _LOGGED if name in entry} for entry in trainer.state.log_history]
     log = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
     return {TRAINING_LOG: partial(_write_lines, log), LOSS_CURVE: partial(_plot_losses, log)}
