@@ -303,7 +303,7 @@ def score(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 <= float(text) <= 1:
             return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1, as 0.57 is")
+    raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1: give a fraction such as 0.57")
 
 
 def number(
@@ -332,7 +332,7 @@ def number(
 def add_layers_flag(parser: CommandParser, *, required: bool, help: str, names: bool = False) -> None:
     """Add `--layers`: distinct indices from 0, in any order. The command gets a sorted list.
 
-    With `names`, NAME:N[,N...] is allowed too. If names are given, the command gets {name: sorted list}.
+    With `names`, the user may also write NAME:N[,N...]. The command then gets {name: sorted list}.
     """
 
     def named(text: str) -> tuple[str, list[int]]:
@@ -389,7 +389,7 @@ _COLLECT_AFTER = 100_000
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command's `main` and exit: an error that the user can solve is one line on stderr, never a traceback."""
+    """Run a command's `main`. An error that the user can solve is one line on stderr, never a traceback."""
     gc.set_threshold(_COLLECT_AFTER)
     register_never()
     streams = sys.stdout, sys.stderr

@@ -32,8 +32,8 @@ class GraftPlan(GraftParts):
         casts: in words, which tensors change their dtype; empty if none does.
         tokenizer: the folder that the tokenizer comes from.
         tokenizer_of: in words, whose tokenizer it is, such as "the base's".
-        tokenizer_source: the tokenizer's `Source.as_dict()`; None if it is the base's or the donor's. A checkpoint has
-            recorded it.
+        tokenizer_source: the tokenizer's `Source.as_dict()`; None if it is the base's or the donor's. In a graft on
+            a checkpoint, it is what that checkpoint has recorded.
     """
 
     config: "LlambaConfig"
@@ -151,7 +151,7 @@ def check_parts(
 
 
 def _check_donor(base: "LlambaConfig", donor: LayerStore) -> None:
-    """Compare the donor's kind, depth, width and vocabulary with the base's. Heads and MLP may differ."""
+    """Check that the donor's depth, width and vocabulary are the base's. Heads and MLP may differ."""
     donor.check_is_donor()
     config = donor.config
     numbers = [
@@ -168,7 +168,7 @@ def _check_donor(base: "LlambaConfig", donor: LayerStore) -> None:
 
 
 def _check_tensors(parts: GraftParts, config: "LlambaConfig") -> list[str]:
-    """Compare every tensor's shape with the grafted config; returns the casts, in words."""
+    """Compare the tensors' shapes with the donor's config and the grafted one. Return the casts, in words."""
     donor_dtypes: set[DType] = set()
     donor = parts.donor
     for index in parts.donor_layers:

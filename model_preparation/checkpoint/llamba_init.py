@@ -12,8 +12,8 @@ SmolLM2-135M with Mamba layers 14 to 16 has perplexity 2e10 without this factor,
 if this is also divided by N, and 14.5 with the whole factor. Without Mamba layers, SmolLM2-135M has 11.2.
 
 Qwen3 normalises queries and keys, and a mixer does not. Such a norm divides its input by the input's size.
-Here, the mixer's rows for queries and keys are divided by the expected size instead: `CORRELATED` times the size that
-independent input channels would give.
+Here, the mixer's rows for queries and keys are divided by an estimate of this size instead. It is `CORRELATED` times
+the root mean square that a head's outputs would have if the input channels were independent.
 """
 
 import math

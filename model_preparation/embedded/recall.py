@@ -3,11 +3,11 @@
 A text says what several people like, and later repeats some of it: `Ada likes plums . Ben likes figs . Ada
 likes` must continue with `plums`. This is multi-query associative recall (Zoology, arXiv 2312.04927) in words. A third
 of all pairs of a name and a thing is held out: no training text has such a pair. Questions have only held-out pairs,
-and each of the four choices forms a held-out pair with the name. So knowing the training texts excludes no choice.
+and each of the four choices forms a held-out pair with the name. So remembering the texts excludes no choice.
 
 An untrained model hardly learns recall from such texts alone: it learns which things occur, and then nothing more. So
 the donor is also trained on rows of names, or of things, in a random order that repeats after 4 to 20 words. In such a
-row, copying an earlier word helps at every word (induction heads, arXiv 2209.11895).
+row, after the first period, every word is a copy of an earlier one (induction heads, arXiv 2209.11895).
 """
 
 from dataclasses import dataclass
@@ -113,7 +113,11 @@ def questions(count: int, people: int, generator: torch.Generator) -> list[Quest
 
 
 def _pairs(batch: int, people: int, generator: torch.Generator, *, held_out: bool) -> tuple[Tensor, Tensor]:
-    """Indices of names and things, (batch, people) int64 each, no repeats in a row. All pairs or none are held out."""
+    """Indices of names and things, (batch, people) int64 each, without repeats in a row.
+
+    Args:
+        held_out: whether every pair is a held-out one, or none is.
+    """
     names = torch.rand(batch, len(NAMES), generator=generator).argsort(1)[:, :people]
     things = torch.full_like(names, -1)
     every_thing = torch.arange(len(THINGS))

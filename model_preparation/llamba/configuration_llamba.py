@@ -66,8 +66,8 @@ class LlambaConfig(PreTrainedConfig):
         donor_type: the donor's kind, one of `KINDS`. Files have this field only if it is not "llama".
         llama_heads: for each layer with grafted heads, the donor's query heads that are added to its mixer, sorted.
             Keys are the layers' indices as text. Files have this field only if it is not empty.
-        keep_mixer_heads: whether the mixer keeps its channels at the places of grafted heads. By default these channels
-            are set to zero before `out_proj` (`replaced_channels`). Files have this field only if it is true.
+        keep_mixer_heads: whether the mixer keeps the channels that grafted heads would replace (`replaced_channels`).
+            By default, these channels are set to zero before `out_proj`. Files have this field only if it is true.
 
     Raises:
         ValueError: for a field of `mlp_cfg`, `ssm_cfg` or `llama_cfg` that does not exist, an unknown `donor_type`, or
@@ -186,7 +186,7 @@ class LlambaConfig(PreTrainedConfig):
         return [(head * size, (head + 1) * size) for head in heads]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, the `DERIVED` ones included, because some libraries read those from this dict."""
+        """The fields of our files and the `DERIVED` ones, which some libraries read from this dict."""
         return {**self.file_fields(), **{name: getattr(self, name) for name in DERIVED}}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -194,7 +194,7 @@ class LlambaConfig(PreTrainedConfig):
         return self._written({name: value for name, value in super().to_diff_dict().items() if name not in DERIVED})
 
     def file_fields(self) -> dict[str, Any]:
-        """The fields that are in our files: all but the `DERIVED` ones."""
+        """The fields that are in our files, without the `DERIVED` ones."""
         return self._written(super().to_dict())
 
     def _written(self, fields: dict[str, Any]) -> dict[str, Any]:
@@ -245,8 +245,8 @@ class LlambaConfig(PreTrainedConfig):
             masks = mask_kinds(self.llama_cfg, self.n_layer)
             if len(masks) != self.n_layer or not set(masks) <= {"full_attention", "sliding_attention"}:
                 raise ValueError(
-                    f"llama_cfg: layer_types needs {self.n_layer} entries of full_attention or sliding_attention, but "
-                    f"has {len(masks)} of {', '.join(sorted(set(map(str, masks))))}"
+                    f"llama_cfg: layer_types needs {self.n_layer} entries, each full_attention or sliding_attention. "
+                    f"It has {len(masks)} entries, with the values {', '.join(sorted(set(map(str, masks))))}"
                 )
             window = self.llama_cfg.get("sliding_window")
             if "sliding_attention" in masks and not (isinstance(window, int) and window > 0):

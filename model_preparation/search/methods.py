@@ -1,7 +1,7 @@
 """The search methods: which combinations are evaluated, in which order. `CandidateScores` keeps their scores.
 
-A unit is a layer, or a head with `--unit heads`. The methods are our own: all of them share races, a budget and a
-journal, and score many combinations together, because these have layers in common.
+A unit is a layer, or a head with `--unit heads`. No library is used, because the methods need a common budget and
+journal, races that drop combinations early, and many combinations scored together, which have layers in common.
 """
 
 import random

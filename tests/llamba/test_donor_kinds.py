@@ -200,8 +200,8 @@ def test_windows_are_of_the_layers_that_have_one():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layer_types": ["full_attention"] * 3}, "needs 4 entries of .* but has 3 of full_attention"),
-        ({"layer_types": ["full_attention"] * 3 + ["chunked_attention"]}, "4 entries of full_attention or sliding"),
+        ({"layer_types": ["full_attention"] * 3}, "needs 4 entries.* It has 3 entries, with the values full_attention"),
+        ({"layer_types": ["full_attention"] * 3 + ["chunked_attention"]}, "4 entries, each full_attention or sliding"),
         ({"sliding_window": None}, "sliding_window is None"),
         ({"mlp_bias": True}, "unknown fields mlp_bias"),
     ],

@@ -1,7 +1,7 @@
-"""A mixer's weights before its training: llamba_init.py makes them from the attention, this file fits their sizes.
+"""A mixer's weights before its training: llamba_init.py makes them, and this file changes their number of rows.
 
-If `d_state` is larger than the donor's `head_dim`, keys and queries get additional rows. The rows of keys are random.
-The rows of queries are 0, so nothing changes at first. If `d_state` is smaller, rows are left out.
+If `d_state` is larger than the donor's `head_dim`, keys and queries get additional rows: random ones for
+keys, and zeros for queries, so nothing changes at first. If `d_state` is smaller, rows are left out.
 """
 
 import math
@@ -60,7 +60,7 @@ def student_tensors(
     ssm, width = config.ssm_cfg, donor_heads * head_dim
     states, groups, taps = ssm["d_state"], ssm["n_qk_heads"], ssm["d_conv"]
     generator = torch.Generator().manual_seed(seed)
-    # The donor's head for each value head of the mixer. A key head takes that of its first value head.
+    # For each value head of the mixer, a head of the donor. A key head uses the one of its first value head.
     head_of = torch.arange(heads) * donor_heads // heads
     group_of = head_of[:: heads // groups]
     balance = math.sqrt(score_scale(head_dim))
